@@ -1,0 +1,138 @@
+"""Arguments that every method shares: the run, the model, the data.
+
+A method's own arguments live in its folder, as a subclass of `MethodTrainingArguments`.
+"""
+
+import logging
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hf_ft_ext.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunArguments:
+    """What the launcher does with the run as a whole."""
+
+    _argument_group_name = "run"
+
+    method: str = field(default="sparse", metadata={"help": "Fine-tuning method (see `--help` without a method)."})
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Replace the run that `output_dir` holds: its checkpoints and run.json are deleted."},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Load, convert, print what would train, the memory estimate and the steps, and stop."},
+    )
+    hp_search: int = field(
+        default=0,
+        metadata={
+            "help": "Number of Optuna trials over learning rate (1e-6 to 1e-1, log) and batch size (16, 32) before "
+            "the final training with the best values; 0 = none. Needs the `hp` extra."
+        },
+    )
+    given: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # what the user set, in all groups
+
+
+@dataclass
+class ModelArguments:
+    """Which model to fine-tune."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or local folder of the pretrained model; none = the demo encoder (`demo` extra)."},
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a Hub model."})
+    tokenizer_name: str | None = field(
+        default=None, metadata={"help": "Hub id or local folder of the tokenizer; none = the model's own."}
+    )
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept; none = the Hub's cache."})
+    token: str | None = field(default=None, metadata={"help": "Hub access token; none = the one you logged in with."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Run model code that a Hub repository brings along."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which data to train, evaluate and predict on."""
+
+    _argument_group_name = "data"
+
+    task_name: str | None = field(
+        default=None,
+        metadata={"help": "A GLUE task, a task of the few-shot suite, or `demo`; none and no data given = `demo`."},
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or local folder of the data set; none = the task's own Hub id."},
+    )
+    dataset_config_name: str | None = field(
+        default=None, metadata={"help": "Configuration of the data set; none = the task's name, if there is a task."}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "Own training data: csv, tsv, json, jsonl or parquet."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Own validation data, same formats."})
+    test_file: str | None = field(default=None, metadata={"help": "Own test data, same formats; labels optional."})
+    text_columns: list[str] | None = field(
+        default=None, metadata={"help": "One or two text columns; none = the task's, or found in own data."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Label column; none = the task's, or `label`. Float labels mean regression."}
+    )
+    metric: str | None = field(
+        default=None,
+        metadata={"help": "accuracy, accuracy_f1, matthews or pearson_spearman; none = the task's own."},
+    )
+    max_seq_length: int = field(
+        default=128, metadata={"help": "Tokens per example after truncation, special tokens included."}
+    )
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad every example to `max_seq_length` instead of to the batch's longest."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first n training rows."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first n validation rows."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first n test rows."})
+
+
+@dataclass
+class MethodTrainingArguments(TrainingArguments):
+    """Base of every method's arguments: `transformers.TrainingArguments` and a way in for plain ones."""
+
+    @classmethod
+    def complete(cls, args: TrainingArguments | None) -> "MethodTrainingArguments":
+        """Return `args` as an instance of this class, the fields it lacks filled with this class's defaults.
+
+        A field that still has transformers' default where this class has a default of its own takes the latter;
+        the log says so.
+
+        Args:
+            args: arguments of this class (returned as they are), plain `TrainingArguments`, or `None`.
+
+        Raises:
+            InputError: `args` belong to another method.
+        """
+        if isinstance(args, cls):
+            return args
+        if args is None:
+            return cls()
+        if type(args) is not TrainingArguments:
+            raise InputError(
+                f"got {type(args).__name__}, which belongs to another method; pass {cls.__name__} or plain "
+                "TrainingArguments"
+            )
+        values = {f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init}
+        own = {f.name: f.default for f in fields(cls)}
+        for f in fields(TrainingArguments):
+            if f.init and own[f.name] != f.default and values[f.name] == f.default:
+                logger.info("%s: %s=%s (transformers' default was %s)", cls.__name__, f.name, own[f.name], f.default)
+                values[f.name] = own[f.name]
+        return cls(**values)

@@ -1,0 +1,90 @@
+"""The Tucker basis of a kind of layer: HOSVD factors from accumulated Gram matrices.
+
+For gradients `G_1 ... G_n` (out x in) of one kind of layer, the HOSVD factors of the stack are the left
+singular vectors of its unfoldings, that is the eigenvectors of `sum G G^T` (out x out) and `sum G^T G`
+(in x in): the stack is never kept and no tall matrix is decomposed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+ACTIVATIONS = "activations"  # rotate inputs and output gradients in the backward pass
+GRADIENT = "gradient"  # rotate the accumulated weight gradient once, at the optimizer step
+
+
+@dataclass
+class Basis:
+    """Orthonormal factors shared by all layers of one kind; empty until `factor` or a checkpoint fills them.
+
+    Attributes:
+        out_factor: `V`, shape (out, out), columns in order of falling energy.
+        in_factor: `U`, shape (in, in), likewise.
+        rotates: `"activations"` or `"gradient"`: where gradients get into the basis (`cheaper_rotation`).
+    """
+
+    out_factor: torch.Tensor | None = None
+    in_factor: torch.Tensor | None = None
+    rotates: str = GRADIENT
+
+    @property
+    def ready(self) -> bool:
+        return self.out_factor is not None
+
+    def rotate(self, gradient: torch.Tensor) -> torch.Tensor:
+        """`V^T G U` of a weight gradient `G`, shape (out, in)."""
+        if gradient.shape[0] < gradient.shape[1]:  # the product on the shorter side first costs less
+            return self.out_factor.T @ gradient.to(self.out_factor.dtype) @ self.in_factor
+        return self.out_factor.T @ (gradient.to(self.in_factor.dtype) @ self.in_factor)
+
+    def add_rotated_back(self, weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
+        """`weight += V S U^T` in place, where `S` (out x in) holds `values` at the flat `indices`, else zero.
+
+        The sparse factor goes first onto the longer side, so that only the square of the shorter side is
+        paid as a dense product.
+        """
+        n_out, n_in = weight.shape
+        rows, columns = indices.long() // n_in, indices.long() % n_in
+        out_factor, in_factor = self.out_factor, self.in_factor
+        if n_out >= n_in:
+            entries = torch.sparse_coo_tensor(torch.stack([columns, rows]), values, (n_in, n_out), check_invariants=False)
+            change = (entries @ out_factor.T).T @ in_factor.T
+        else:
+            entries = torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (n_out, n_in), check_invariants=False)
+            change = out_factor @ (entries @ in_factor.T)
+        weight.add_(change.to(weight.dtype))
+
+
+class GramSums:
+    """Running sums `sum G G^T` and `sum G^T G` over the gradients of one kind of layer."""
+
+    def __init__(self, n_out: int, n_in: int, dtype: torch.dtype, device: torch.device):
+        self.out = torch.zeros(n_out, n_out, dtype=dtype, device=device)
+        self.inp = torch.zeros(n_in, n_in, dtype=dtype, device=device)
+
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add one gradient, shape (out, in)."""
+        gradient = gradient.to(self.out.dtype)
+        self.out.addmm_(gradient, gradient.T)
+        self.inp.addmm_(gradient.T, gradient)
+
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(V, U)`: eigenvectors in order of falling eigenvalue, in the dtype of the sums."""
+        return _eigenvectors(self.out), _eigenvectors(self.inp)
+
+
+def _eigenvectors(gram: torch.Tensor) -> torch.Tensor:
+    vectors = torch.linalg.eigh(gram.double()).eigenvectors
+    return vectors.flip(1).to(gram.dtype).contiguous()
+
+
+def cheaper_rotation(n_out: int, n_in: int, tokens_per_step: float) -> str:
+    """Where to rotate: multiplications of both ways for the tokens of one optimizer step on one process.
+
+    Rotating the inputs and output gradients of `t` tokens takes `t (out^2 + in^2)` of them, rotating the
+    accumulated gradient `out in (out + in)`, once per step. Short batches (GLUE with dynamic padding) favour
+    the first, long ones and accumulation the second.
+    """
+    activations = tokens_per_step * (n_out**2 + n_in**2)
+    gradient = n_out * n_in * (n_out + n_in)
+    return ACTIVATIONS if activations < gradient else GRADIENT

@@ -1,0 +1,140 @@
+"""AdamW that keeps moments only for the entries of a SparseGrad weight that it updates."""
+
+import inspect
+from collections.abc import Iterable
+
+import torch
+
+from hf_ft_ext.sparse.layer import SparseGradLinear
+from hf_ft_ext.sparse.support import carry_over, top_k
+
+
+class SparseAdamW(torch.optim.AdamW):
+    """AdamW for models with `SparseGradLinear` layers, usable in any training loop.
+
+    At each step, for each converted weight, the `n_params` entries of the rotated gradient `V^T G U` of largest
+    magnitude are chosen (from the gradient accumulated over micro-batches and averaged over processes) and
+    updated by AdamW's rule in the rotated coordinates: `W += V dS U^T`. Moments and step counts exist for the
+    chosen entries only; an entry that leaves the support drops them, an entry that comes back starts anew.
+    Decoupled weight decay shrinks the chosen entries alone. All other parameters: `torch.optim.AdamW`.
+
+    `state_dict()` holds the bases too, so a loaded optimizer continues without a new pre-pass.
+
+    Args:
+        params: parameters or groups, as for `torch.optim.AdamW`.
+        layers: the converted layers; their weights have to be among `params`.
+        lr, betas, eps, weight_decay, foreach, fused: as for `torch.optim.AdamW`.
+
+    Raises:
+        RuntimeError: at the step, if a layer's basis has not been computed or loaded.
+
+    Source: arXiv 2410.07383, section 3; the moments on the chosen entries are ours (the published code keeps
+    dense ones).
+    """
+
+    def __init__(
+        self,
+        params,
+        layers: Iterable[SparseGradLinear],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ):
+        super().__init__(
+            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused
+        )
+        # A fused AdamW leaves the division by the loss scale to its own kernel; the sparse part needs it done.
+        self._step_supports_amp_scaling = False
+        self._layers = {id(layer.weight): layer for layer in layers}
+
+    def _sparse(self, parameter: torch.Tensor) -> SparseGradLinear | None:
+        return self._layers.get(id(parameter))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update; `closure` as in torch."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        done = []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                layer = self._sparse(parameter)
+                if layer is not None and parameter.grad is not None:
+                    self._sparse_step(layer, group)
+                    done.append((parameter, parameter.grad))
+                    parameter.grad = None  # AdamW passes over parameters without gradient
+        try:
+            # The bare function: torch wraps `step` of every optimizer class, and hooks would run twice.
+            inspect.unwrap(torch.optim.AdamW.step)(self)
+        finally:
+            for parameter, gradient in done:
+                parameter.grad = gradient
+        return loss
+
+    def _sparse_step(self, layer: SparseGradLinear, group: dict) -> None:
+        if not layer.basis.ready:
+            raise RuntimeError(
+                f"the basis of {layer.kind} has not been computed; run `compute_bases` or load an optimizer state"
+            )
+        beta1, beta2 = group["betas"]
+        weight, state = layer.weight, self.state[layer.weight]
+        rotated = layer.value_gradient()
+        support = top_k(rotated, layer.n_params)
+        gradient = rotated.flatten()[support.long()].to(layer.basis.out_factor.dtype)
+        if not state:
+            empty = gradient.new_zeros(0)
+            state.update(step=empty.int(), indices=None, exp_avg=empty, exp_avg_sq=empty)
+        step, exp_avg, exp_avg_sq = carry_over(
+            state["indices"], support, state["step"], state["exp_avg"], state["exp_avg_sq"]
+        )
+        step += 1
+        exp_avg.lerp_(gradient, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        correction1, correction2 = 1 - beta1 ** step.to(gradient.dtype), 1 - beta2 ** step.to(gradient.dtype)
+        change = exp_avg / correction1 / ((exp_avg_sq / correction2).sqrt_() + group["eps"])
+        if group["weight_decay"]:
+            change += group["weight_decay"] * layer.basis.rotate(weight).flatten()[support.long()]
+        layer.basis.add_rotated_back(weight, support, change.mul_(-float(group["lr"])))
+        state.update(step=step, indices=support, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
+
+    def state_dict(self) -> dict:
+        """torch's state dict plus `bases`: factors and rotation by kind of layer."""
+        bases = {layer.kind: layer.basis for layer in self._layers.values() if layer.basis.ready}
+        return {**super().state_dict(), "bases": {kind: vars(basis).copy() for kind, basis in bases.items()}}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load moments, supports and bases; the layers see the loaded bases at once.
+
+        Raises:
+            ValueError: the state is of other parameters, or lacks the basis of a layer.
+        """
+        bases = state_dict.get("bases", {})
+        if state_dict["state"] and (missing := {layer.kind for layer in self._layers.values()} - bases.keys()):
+            raise ValueError(f"the optimizer state has no basis for {sorted(missing)}; it is of another model")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != "bases"})
+        # torch casts every state to the parameter's dtype, which spoils indices and counts: put them back.
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in zip(saved, own, strict=True):
+            if self._sparse(parameter) is not None and index in state_dict["state"]:
+                self.state[parameter] = {
+                    key: value.to(parameter.device) for key, value in state_dict["state"][index].items()
+                }
+        for layer in self._layers.values():
+            if layer.kind in bases:
+                self._fill(layer, bases[layer.kind])
+
+    @staticmethod
+    def _fill(layer: SparseGradLinear, saved: dict) -> None:
+        basis, expected = layer.basis, (layer.out_features, layer.in_features)
+        sides = (saved["out_factor"].shape[0], saved["in_factor"].shape[0])
+        if sides != expected:
+            raise ValueError(f"the loaded basis of {layer.kind} has sides {sides}, the layer {expected}")
+        device = layer.weight.device
+        basis.out_factor, basis.in_factor = saved["out_factor"].to(device), saved["in_factor"].to(device)
+        basis.rotates = saved["rotates"]

@@ -1,0 +1,136 @@
+"""The gradient pre-pass: gradients of some training batches, summed into Gram matrices, give the bases."""
+
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+
+import torch
+from accelerate.utils import broadcast
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import Trainer
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.sparse.basis import GramSums, cheaper_rotation
+from hf_ft_ext.sparse.layer import SparseGradLinear
+
+logger = logging.getLogger(__name__)
+
+
+def compute_bases(trainer: Trainer, layers: Mapping[str, SparseGradLinear], steps: int) -> None:
+    """Fill the bases of `layers` from the gradients of `steps` training batches, weights unchanged.
+
+    Each gradient is that of one optimizer step (all processes and micro-batches together), at the present
+    weights, dropout off. Whole batches are shared out over the processes and the Gram sums added up, so any
+    number of processes and any split into micro-batches gives the same bases to rounding. No global
+    generator is used; the batches come from a private one seeded with `args.seed`.
+
+    Raises:
+        InputError: a gradient is not finite (names the batch and the layer), or there is no training data.
+    """
+    args, accelerator = trainer.args, trainer.accelerator
+    weights = [layer.weight for layer in layers.values()]
+    device = weights[0].device
+    sums: dict[str, GramSums] = {}
+    tokens: dict[str, torch.Tensor] = {}
+    hooks = []
+    for layer in layers.values():
+        if layer.kind not in sums:
+            dtype = layer.weight.dtype
+            sums[layer.kind] = GramSums(layer.out_features, layer.in_features, dtype, device)
+            tokens[layer.kind] = torch.zeros((), device=device)
+            hooks.append(layer.register_forward_pre_hook(_token_counter(tokens[layer.kind])))
+
+    was_training = trainer.model.training
+    trainer.model.eval()
+    mine = range(args.process_index, steps, args.world_size)
+    bar = tqdm(total=len(mine), desc="gradient basis", disable=args.disable_tqdm or not trainer.is_world_process_zero())
+    try:
+        for number, micro_batches in enumerate(_batches(trainer, steps)):
+            if number not in mine:
+                continue
+            gradients = _batch_gradient(trainer, weights, micro_batches)
+            for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
+                if not torch.isfinite(gradient).all():
+                    raise InputError(
+                        f"the gradient of {name} is not finite in batch {number} of the pre-pass; look for bad rows "
+                        "or labels in the training data, or load the model in float32"
+                    )
+                sums[layer.kind].add(gradient)
+            bar.update()
+    finally:
+        bar.close()
+        for hook in hooks:
+            hook.remove()
+        trainer.model.train(was_training)
+
+    filled = set()
+    for layer in layers.values():
+        if layer.kind in filled:
+            continue
+        filled.add(layer.kind)
+        gram = sums[layer.kind]
+        gram.out, gram.inp = accelerator.reduce(gram.out), accelerator.reduce(gram.inp)
+        # Every process decomposes the same sums; the broadcast keeps the bases equal to the last bit.
+        basis = layer.basis
+        basis.out_factor, basis.in_factor = (broadcast(factor) for factor in gram.factors())
+        per_step = accelerator.reduce(tokens[layer.kind]).item() / (steps * args.world_size)
+        basis.rotates = cheaper_rotation(layer.out_features, layer.in_features, per_step)
+        logger.info("basis of %s ready; about %.0f tokens per step, rotates %s", layer.kind, per_step, basis.rotates)
+
+
+def _token_counter(total: torch.Tensor):
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        total.add_(inputs[0].numel() // inputs[0].shape[-1])
+
+    return hook
+
+
+def _batch_gradient(trainer: Trainer, weights: list[nn.Parameter], micro_batches: list[dict]) -> list[torch.Tensor]:
+    """Gradient of the mean loss over one optimizer step's batch."""
+    sizes = [_label_count(batch) for batch in micro_batches]
+    total = [torch.zeros_like(weight) for weight in weights]
+    for batch, size in zip(micro_batches, sizes, strict=True):
+        with torch.enable_grad(), trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+        for sum_, gradient in zip(total, torch.autograd.grad(loss, weights), strict=True):
+            sum_.add_(gradient, alpha=size / sum(sizes))
+    return total
+
+
+def _label_count(batch: dict) -> int:
+    """Labels that a micro-batch's mean loss runs over: its weight in the mean over the whole batch."""
+    labels = batch.get("labels")
+    if labels is None:
+        return len(next(iter(batch.values())))
+    return int((labels != -100).sum()) if labels.ndim > 1 and not labels.is_floating_point() else len(labels)
+
+
+def _batches(trainer: Trainer, steps: int) -> Iterator[list[dict]]:
+    """Batches of one optimizer step each, as lists of collated micro-batches; the same on every process."""
+    args = trainer.args
+    batch_size, micro = trainer.get_total_train_batch_size(args), args.train_batch_size
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="pre-pass")
+    for examples in _examples(trainer, steps, batch_size):
+        yield [collate(examples[i : i + micro]) for i in range(0, len(examples), micro)]
+
+
+def _examples(trainer: Trainer, steps: int, batch_size: int) -> Iterator[list]:
+    dataset = trainer.train_dataset
+    if dataset is None:
+        raise InputError("the gradient pre-pass needs a train_dataset; pass one to the trainer")
+    if hasattr(dataset, "__len__"):
+        generator = torch.Generator().manual_seed(trainer.args.seed)
+        batch_size = min(batch_size, len(dataset))
+        if steps * batch_size > len(dataset):
+            logger.info(
+                "%d pre-pass batches of %d go over the %d training rows more than once", steps, batch_size, len(dataset)
+            )
+        rounds = -(-steps * batch_size // len(dataset))
+        order = torch.cat([torch.randperm(len(dataset), generator=generator) for _ in range(rounds)]).tolist()
+        for i in range(steps):
+            yield [dataset[row] for row in order[i * batch_size : (i + 1) * batch_size]]
+        return
+    stream = itertools.chain.from_iterable(itertools.repeat(dataset))  # a short stream is read again
+    for _ in range(steps):
+        yield list(itertools.islice(stream, batch_size))

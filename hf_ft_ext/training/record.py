@@ -1,0 +1,82 @@
+"""`run.json`: what a run was, what it reached and what it cost. Reports read nothing else."""
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_ft_ext.training.files import write_json
+from hf_ft_ext.training.resources import ResourceMonitor
+
+RUN_RECORD = "run.json"
+_LIBRARIES = ("hf_ft_ext", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate")
+_ARTEFACTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
+
+
+def artefact_bytes(folder: str | os.PathLike) -> int:
+    """Bytes of the saved model or adapter in `folder`: weights and configuration, no tokenizer, no checkpoints."""
+    paths = {path for pattern in _ARTEFACTS for path in Path(folder).glob(pattern)}
+    return sum(path.stat().st_size for path in paths)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a result depends on."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
+            continue
+    return versions
+
+
+def write_run_record(
+    output_dir: str | os.PathLike,
+    *,
+    method: str,
+    task: str,
+    model: str,
+    seed: int,
+    metrics: dict[str, float],
+    command: list[str],
+    monitor: ResourceMonitor | None = None,
+    trainable_parameters: int | None = None,
+    total_parameters: int | None = None,
+    arguments: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write `run.json` into `output_dir` and return its content.
+
+    Args:
+        metrics: all of the run's metrics, evaluation and training.
+        command: the words of the command that started the run.
+        monitor: the callback that measured training; without one (evaluation only) its fields are null.
+        trainable_parameters: parameters that training changes (for sparse training: the trained entries).
+        arguments: what differs from the defaults.
+
+    Seconds are wall-clock, memory and artefact sizes are bytes.
+    """
+    trained = monitor is not None and monitor.train_seconds > 0
+    record = {
+        "method": method,
+        "task": task,
+        "model": model,
+        "seed": seed,
+        "metrics": metrics,
+        "train_seconds": round(monitor.train_seconds, 3) if trained else None,
+        "preparation_seconds": round(monitor.preparation_seconds, 3) if trained else None,
+        "samples_per_second": round(monitor.samples_per_second, 3) if trained else None,
+        "peak_memory_bytes": monitor.peak_memory_bytes if trained else None,
+        "trainable_parameters": trainable_parameters,
+        "total_parameters": total_parameters,
+        "artefact_bytes": artefact_bytes(output_dir),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "versions": library_versions(),
+        "command": command,
+        "arguments": arguments or {},
+    }
+    write_json(Path(output_dir) / RUN_RECORD, record)
+    return record

@@ -1,0 +1,39 @@
+"""Settings and fixtures of the whole suite: offline, CPU, quiet."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("WANDB_DISABLED", "true")
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_root() -> Path:
+    """The folder with real GLUE and few-shot data; tests that need it are skipped where it is absent."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("HF_FT_EXT_DATA", default))
+    if not (root / "glue").is_dir():
+        pytest.skip(f"no real data at {root}; set HF_FT_EXT_DATA to a folder that holds glue/ and fewshot/")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_dir(tmp_path_factory, tokenizer) -> str:
+    """A saved tiny BERT classifier with its tokenizer: what `--model_name_or_path` takes."""
+    folder = tmp_path_factory.mktemp("tiny-bert")
+    tiny_model("bert").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
