@@ -1,0 +1,1 @@
+"""Data: tasks, loading, tokenising, the demo."""

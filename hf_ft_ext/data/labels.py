@@ -1,0 +1,187 @@
+"""Turning a label column, however it is stored, into class ids or scores."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Value
+
+from hf_ft_ext.data.tasks import Task
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
+
+UNLABELLED = -1  # the mark of GLUE's test rows and of SNLI's pairs without a gold label
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RawLabels:
+    """One split's label column, one entry per row.
+
+    `values` holds names (`str`) or numbers; `missing` marks None, NaN, infinite and empty entries.
+    """
+
+    split: str
+    kind: str  # "name", "int" or "float"
+    values: np.ndarray
+    missing: np.ndarray  # bool [rows]
+    names: list[str] | None = None  # a ClassLabel's names
+
+    @property
+    def unlabelled(self) -> np.ndarray:
+        return ~self.missing & (self.values == UNLABELLED)
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row has a label at all, as in GLUE's test splits."""
+        return bool((self.missing | self.unlabelled).all())
+
+
+def read_labels(split: str, data: Dataset, column: str) -> RawLabels:
+    """Read a label column.
+
+    Raises:
+        InputError: the column holds neither text nor numbers.
+    """
+    feature = data.features[column]
+    dtype = getattr(feature, "dtype", str(feature))
+    values = np.empty(len(data), dtype=object)
+    values[:] = data[column][:]
+    missing = np.array([value is None for value in values], dtype=bool)
+    if isinstance(feature, ClassLabel):
+        named = [UNLABELLED if v is None or v < 0 else feature.names[v] for v in values]
+        values[:] = named
+        return RawLabels(split, "name", values, missing, feature.names)
+    if not isinstance(feature, Value):
+        raise InputError(f"label column '{column}' of split '{split}' holds {feature}; labels must be text or numbers")
+    if dtype == "null" or "string" in dtype:
+        missing |= np.array([isinstance(value, str) and not value.strip() for value in values], dtype=bool)
+        return RawLabels(split, "name", values, missing)
+    if dtype == "bool":
+        values[:] = [None if value is None else str(value) for value in values]
+        return RawLabels(split, "name", values, missing)
+    if dtype.startswith(("int", "uint")):
+        return RawLabels(split, "int", values, missing)
+    if dtype.startswith("float"):
+        missing = ~np.isfinite(np.array([np.nan if value is None else value for value in values], dtype=np.float64))
+        return RawLabels(split, "float", values, missing)
+    raise InputError(f"label column '{column}' of split '{split}' holds {dtype}; labels must be text or numbers")
+
+
+def check_missing(raw: RawLabels) -> None:
+    """Raise `InputError` where a row has no label value at all."""
+    rows = np.flatnonzero(raw.missing)
+    if len(rows):
+        raise InputError(
+            f"{len(rows)} of {len(raw.values)} rows of split '{raw.split}' have no label (empty or NaN; first: row "
+            f"{rows[0]}, counted from 0); label or remove them"
+        )
+
+
+def problem_type(raws: Sequence[RawLabels], task: Task | None) -> str:
+    """Return the task's problem type, or for own data what the first labelled split says: floats mean regression."""
+    if task is not None:
+        return task.problem_type
+    return REGRESSION if raws and raws[0].kind == "float" else CLASSIFICATION
+
+
+def scores(raw: RawLabels) -> np.ndarray:
+    """Return the labels of a regression as float32 `[rows]`.
+
+    Raises:
+        InputError: the labels are names.
+    """
+    if raw.kind == "name":
+        example = next(iter(raw.values), None)
+        raise InputError(
+            f"split '{raw.split}' has labels such as '{example}', but this is a regression, which needs "
+            "numbers; check --label_column and --task_name"
+        )
+    return raw.values.astype(np.float32)
+
+
+def _tokens(raw: RawLabels, task: Task | None) -> list[str]:
+    """Every label as a name; `UNLABELLED` rows as the empty string, which no label is."""
+    values = raw.values.tolist()
+    if raw.kind == "float":
+        fractions = [value for value in values if value != int(value)]
+        if fractions:
+            raise InputError(
+                f"split '{raw.split}' has the label {fractions[0]}, but this is a classification, which needs "
+                "names or whole numbers; check --label_column, or use float labels without a task for a regression"
+            )
+        values = [int(value) for value in values]
+    if raw.kind == "name":
+        return ["" if value == UNLABELLED else _canonical(value, task) for value in values]
+    # Without a task or names, -1 may well be a class (-1 and 1, or -1, 0 and 1).
+    known = task.label_names if task is not None and task.label_names else ()
+    if task is not None:
+        values = ["" if value == UNLABELLED else value for value in values]
+    if known and all(value == "" or 0 <= value < len(known) for value in values):
+        return [value if value == "" else known[value] for value in values]
+    return [str(value) for value in values]
+
+
+def _canonical(name: str, task: Task | None) -> str:
+    """The task's own spelling of a label name, or the name as it is."""
+    if task is None or task.label_names is None:
+        return name
+    spellings = {known.lower(): known for known in task.label_names}
+    spellings.update((alias.lower(), known) for alias, known in task.label_aliases.items())
+    return spellings.get(name.strip().lower(), name)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Sorted, whole numbers by value."""
+    names = set(names) - {""}
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return sorted(names)
+
+
+def class_ids(raws: Sequence[RawLabels], task: Task | None) -> tuple[list[str], list[np.ndarray]]:
+    """Return the label names and, for each split, ids as int64 `[rows]`, `UNLABELLED` where there is no label.
+
+    The names are the task's where the labels fit them, else those of the ClassLabel, else the
+    sorted labels of the training split (of all splits where there is none).
+
+    Args:
+        raws: splits without missing labels, the training split first where there is one.
+        task: a known task, or none.
+
+    Raises:
+        InputError: fewer than two classes; a split has labels that the training split lacks; fractions.
+    """
+    tokens = [_tokens(raw, task) for raw in raws]
+    source = raws[0]
+    if source.names is not None:
+        names = [_canonical(name, task) for name in source.names]
+    elif source.split == "train":
+        names = _in_order(tokens[0])
+    else:
+        names = _in_order(token for split in tokens for token in split)
+    if task is not None and task.label_names and set(names) <= set(task.label_names):
+        names = list(task.label_names)
+    if len(names) < 2:
+        raise InputError(
+            f"split '{source.split}' has one class only ({', '.join(names)}), but "
+            "a classification needs two or more; check --label_column and the data"
+        )
+    if "-1" in names:
+        logger.warning("label -1 is taken as a class of its own; remove these rows if it marks missing labels")
+
+    ids = {name: i for i, name in enumerate(names)}
+    arrays = []
+    for raw, split in zip(raws, tokens, strict=True):
+        unseen = _in_order(set(split) - set(ids))
+        if unseen:
+            shown = ", ".join(f"'{name}'" for name in unseen[:5]) + (", ..." if len(unseen) > 5 else "")
+            raise InputError(
+                f"split '{raw.split}' has labels that are not among those of '{source.split}': {shown} (known: "
+                f"{', '.join(names[:10])}{', ...' if len(names) > 10 else ''}); correct them, or add such rows there"
+            )
+        arrays.append(np.array([ids.get(token, UNLABELLED) for token in split], dtype=np.int64))
+    return names, arrays

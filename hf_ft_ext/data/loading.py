@@ -1,0 +1,272 @@
+"""Loading a task's or a user's data in one form: text columns and `label`, split by split."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Value
+
+from hf_ft_ext.arguments import DataArguments
+from hf_ft_ext.data import labels as lb
+from hf_ft_ext.data.sources import open_source
+from hf_ft_ext.data.tasks import Task, get_task
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.metrics import REGRESSION, check_metric
+
+LABEL = "label"
+# Text columns looked for in own data, in this order.
+_USUAL_TEXT = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("question", "context"),
+    ("question", "answer"),
+    ("text1", "text2"),
+    ("sentence",),
+    ("text",),
+)
+_NO_TEXT = {"id", "idx", "index", "guid", "label_text"}
+_STRINGS = {"string", "large_string", "string_view"}
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class TaskData:
+    """The data of one run.
+
+    Every split holds the columns `text_columns` and, unless it has no labels, `label`: class ids
+    (a `ClassLabel` over `label_names`) or float32 scores.
+    """
+
+    task: Task  # for own data one made for the occasion
+    train: Dataset | None
+    validation: dict[str, Dataset]  # by split name, in order; may be empty
+    test: dict[str, Dataset]  # by split name, in order; may be empty
+    label_names: list[str] | None  # None: regression, or no split has labels
+    problem_type: str  # "single_label_classification" or "regression"
+    metric: str  # a name in `hf_ft_ext.metrics.METRICS`
+    text_columns: tuple[str, ...]  # one or two
+
+
+def load_data(data_args: DataArguments, *, cache_dir: str | None = None, token: str | None = None) -> TaskData:
+    """Load the data that the arguments name.
+
+    The data comes from own files (`train_file`, ...), or else from `dataset_name` (a local folder or
+    a Hub id), or else from the task's own Hub id; with none of these it is the demo. A task given
+    together with files or `dataset_name` says what their columns, labels and metric are.
+
+    - Rows whose label is -1 are dropped (SNLI marks pairs without a gold label so); a test split
+      without any label keeps its rows and has no `label` column. In own data with plain whole
+      numbers, -1 is a class.
+    - A data set without a validation split is validated on its labelled test split. Own files are
+      taken as they are given.
+    - `max_*_samples` keep the first n of the rows that are left; more than there are keep all.
+    - Converted files are cached; a file whose modification time has changed is read anew.
+    - CSV and TSV files have a header line and double quotes around fields that need them.
+
+    Args:
+        data_args: what to load.
+        cache_dir: where downloads and converted files are kept; none = the Hub's cache.
+        token: Hub access token.
+
+    Raises:
+        InputError: the data cannot be found or read, has no usable columns, labels or rows, or does
+            not fit the metric; the message says what to do.
+    """
+    for option in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+        limit = getattr(data_args, option)
+        if limit is not None and limit < 1:
+            raise InputError(f"--{option} {limit} must be 1 or more; leave it out to use all rows")
+    files = [f for f in (data_args.train_file, data_args.validation_file, data_args.test_file) if f]
+    own = not data_args.task_name and bool(files or data_args.dataset_name)
+    task = None if own else get_task(data_args.task_name or "demo")
+    if task is not None and task.name == "demo" and (files or data_args.dataset_name):
+        raise InputError("task 'demo' makes its own data; leave --task_name out to load files or --dataset_name")
+
+    roles = _roles(open_source(data_args, task, cache_dir=cache_dir, token=token), task)
+    for _, name, data in roles:
+        if not len(data):
+            raise InputError(f"split '{name}' holds no rows; check the data")
+    text_columns = _find_text(roles[0][2], data_args.text_columns, data_args.label_column, task)
+    label_column = _find_label(roles, data_args.label_column, task)
+    if label_column in text_columns:
+        raise InputError(f"column '{label_column}' cannot be both text and label; check --text_columns")
+
+    raws: list[lb.RawLabels | None] = []
+    for role, name, data in roles:
+        _check_text(name, data, text_columns)
+        raws.append(_labels_of(role, name, data, label_column))
+    labelled = [raw for raw in raws if raw is not None]
+    kind = lb.problem_type(labelled, task)
+    names, columns = _convert(labelled, kind, task)
+    metric = data_args.metric or (task.metric if task else "pearson_spearman" if kind == REGRESSION else "accuracy")
+    check_metric(metric, kind, len(names) if names else None)
+
+    feature = ClassLabel(names=names) if names else Value("float32")
+    splits: dict[str, dict[str, Dataset]] = {"train": {}, "validation": {}, "test": {}}
+    for (role, name, data), raw in zip(roles, raws, strict=True):
+        data = data.select_columns(list(text_columns))
+        if raw is not None:
+            data = _with_labels(name, data, next(columns), feature, drop=names is not None)
+        splits[role][name] = data
+    if not files and not splits["validation"]:
+        splits["validation"] = {name: data for name, data in splits["test"].items() if LABEL in data.column_names}
+        if splits["validation"]:
+            logger.warning("no validation split: evaluating on %s", ", ".join(splits["validation"]))
+
+    train = splits["train"].get("train")
+    return TaskData(
+        task=task or _own_task(data_args, text_columns, label_column, names, kind, metric),
+        train=None if train is None else _first(train, data_args.max_train_samples),
+        validation={name: _first(data, data_args.max_eval_samples) for name, data in splits["validation"].items()},
+        test={name: _first(data, data_args.max_predict_samples) for name, data in splits["test"].items()},
+        label_names=names,
+        problem_type=kind,
+        metric=metric,
+        text_columns=text_columns,
+    )
+
+
+def _roles(source: dict[str, Dataset], task: Task | None) -> list[tuple[str, str, Dataset]]:
+    """Return (role, split name, rows), training first, then validation, then test."""
+    wanted = {
+        "train": ("train",),
+        "validation": task.validation_splits if task else (),
+        "test": task.test_splits if task else (),
+    }
+    prefixes = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+    roles = []
+    for role, names in wanted.items():
+        found = [name for name in names if name in source]
+        found = found or [name for name in source if name.split("_")[0] in prefixes[role]]
+        roles += [
+            (role, "train" if role == "train" else name, source[name])
+            for name in found[: 1 if role == "train" else None]
+        ]
+    if not roles:
+        raise InputError(
+            f"the data has no split train, validation or test, but {', '.join(source) or 'no split at all'}; "
+            "rename them, or pass the files with --train_file, --validation_file and --test_file"
+        )
+    return roles
+
+
+def _find_text(
+    data: Dataset, wanted: Sequence[str] | None, label_column: str | None, task: Task | None
+) -> tuple[str, ...]:
+    if wanted:
+        if len(wanted) > 2:
+            raise InputError(f"--text_columns takes one or two columns, but got {len(wanted)}: {', '.join(wanted)}")
+        return tuple(wanted)
+    columns = data.column_names
+    usual = [usual for usual in _USUAL_TEXT if task is None or len(usual) == len(task.text_columns[0])]
+    for candidate in [*(task.text_columns if task else ()), *usual]:
+        if set(candidate) <= set(columns) and label_column not in candidate:
+            return candidate
+    labels = {label_column} if label_column else {"label", "labels"}
+    strings = [
+        name
+        for name in columns
+        if getattr(data.features[name], "dtype", None) in _STRINGS and name.lower() not in labels | _NO_TEXT
+    ]
+    if task is not None or not strings:
+        expected = " or ".join(
+            "+".join(candidate) for candidate in (task.text_columns if task else (("a string column",),))
+        )
+        raise InputError(
+            f"no text column found: the columns are {', '.join(columns)}, expected {expected}; name the text with "
+            "--text_columns"
+        )
+    logger.warning("taking the text from %s; pass --text_columns for another choice", " and ".join(strings[:2]))
+    return tuple(strings[:2])
+
+
+def _check_text(split: str, data: Dataset, text_columns: tuple[str, ...]) -> None:
+    for column in text_columns:
+        if column not in data.column_names:
+            raise InputError(
+                f"split '{split}' has no column '{column}' but {', '.join(data.column_names)}; all splits need the "
+                "same text columns: rename it, or pass --text_columns"
+            )
+        dtype = getattr(data.features[column], "dtype", None)
+        if dtype not in _STRINGS and len(data) and dtype != "null":
+            raise InputError(
+                f"column '{column}' of split '{split}' holds {data.features[column]}, not text; pass other "
+                "--text_columns"
+            )
+
+
+def _find_label(roles: list[tuple[str, str, Dataset]], wanted: str | None, task: Task | None) -> str | None:
+    """Return the label column, which train and validation must have; `None` if only a test split could have it."""
+    needy = [(name, data) for role, name, data in roles if role != "test"]
+    candidates = (wanted,) if wanted else task.label_columns if task else ("label", "labels")
+    for candidate in candidates:
+        if any(candidate in data.column_names for _, data in needy or [(name, data) for _, name, data in roles]):
+            for name, data in needy:
+                if candidate not in data.column_names:
+                    raise InputError(
+                        f"split '{name}' has no label column '{candidate}' but {', '.join(data.column_names)}; only "
+                        "test data may lack labels"
+                    )
+            return candidate
+    if not needy and not wanted:
+        return None
+    name, data = needy[0] if needy else roles[0][1:]
+    raise InputError(
+        f"split '{name}' has no label column '{candidates[0]}'; its columns are {', '.join(data.column_names)}: name "
+        "the labels with --label_column"
+    )
+
+
+def _labels_of(role: str, name: str, data: Dataset, column: str | None) -> lb.RawLabels | None:
+    """Read one split's labels; `None` for a test split without any."""
+    if column is None or (role == "test" and column not in data.column_names):
+        return None
+    raw = lb.read_labels(name, data, column)
+    if role == "test" and raw.empty:
+        logger.info("split '%s' has no labels: it can be predicted on, not evaluated", name)
+        return None
+    lb.check_missing(raw)
+    return raw
+
+
+def _convert(labelled: list[lb.RawLabels], kind: str, task: Task | None):
+    """Return the label names (`None` for a regression) and an iterator over the splits' label arrays."""
+    if kind == REGRESSION:
+        return None, iter([lb.scores(raw) for raw in labelled])
+    if not labelled:
+        return list(task.label_names) if task and task.label_names else None, iter([])
+    names, arrays = lb.class_ids(labelled, task)
+    return names, iter(arrays)
+
+
+def _with_labels(name: str, data: Dataset, values: np.ndarray, feature, drop: bool) -> Dataset:
+    data = data.add_column(LABEL, values, feature=feature)
+    keep = np.flatnonzero(values != lb.UNLABELLED) if drop else np.arange(len(values))
+    if len(keep) < len(values):
+        logger.warning("split '%s': dropped %d of %d rows without a label", name, len(values) - len(keep), len(values))
+        if not len(keep):
+            raise InputError(f"split '{name}' holds no labelled row: all {len(values)} labels are -1; pass other data")
+        data = data.select(keep)
+    return data
+
+
+def _first(data: Dataset, limit: int | None) -> Dataset:
+    return data if limit is None or limit >= len(data) else data.select(range(limit))
+
+
+def _own_task(data_args: DataArguments, text_columns, label_column, names, kind: str, metric: str) -> Task:
+    file = data_args.train_file or data_args.validation_file or data_args.test_file
+    return Task(
+        name=Path(file).stem if file else Path(data_args.dataset_name).name,
+        text_columns=(text_columns,),
+        label_names=tuple(names) if names else None,
+        label_columns=(label_column,) if label_column else (),
+        metric=metric,
+        problem_type=kind,
+    )

@@ -1,0 +1,226 @@
+"""The GLUE metrics as `evaluate.Metric` classes that download nothing.
+
+Conventions where a score is undefined, the same for every metric here: it is 0.0, the value of a
+model that has learnt nothing, so that one bad evaluation never becomes the best checkpoint.
+
+- `matthews_correlation` is 0.0 where predictions or references hold one class only.
+- `f1` is 0.0 where neither holds the positive class.
+- `pearson` and `spearmanr` are 0.0 for constant predictions or references, for fewer than two
+  rows, and where a prediction is NaN or infinite.
+- A classification row whose logits hold a NaN counts as wrong (its predicted class is -1).
+"""
+
+import logging
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import datasets
+import evaluate
+import numpy as np
+from transformers import EvalPrediction
+
+from hf_ft_ext.errors import InputError
+
+CLASSIFICATION = "single_label_classification"
+REGRESSION = "regression"
+
+logger = logging.getLogger(__name__)
+
+
+class _InMemoryMetric(evaluate.Metric):
+    """A metric that keeps its rows in memory: no cache folder, so processes cannot clash."""
+
+    _dtype = "int64"
+    _summary = ""
+
+    def __init__(self, config_name: str | None = None, **kwargs):
+        kwargs.setdefault("keep_in_memory", kwargs.get("num_process", 1) == 1)
+        super().__init__(config_name, **kwargs)
+
+    def _build_data_dir(self):
+        # evaluate makes the folder even if nothing is ever written to it; a read-only home must do.
+        return "" if self.keep_in_memory else super()._build_data_dir()
+
+    def _info(self):
+        columns = dict.fromkeys(("predictions", "references"), datasets.Value(self._dtype))
+        return evaluate.MetricInfo(
+            description=self._summary,
+            citation="",
+            inputs_description="\nArgs:\n    predictions: one value per row.\n    references: the true values.\n",
+            features=datasets.Features(columns),
+        )
+
+    def _compute(self, predictions, references):
+        predictions, references = np.asarray(predictions), np.asarray(references)
+        if references.size == 0:
+            raise InputError("there are no rows to score; pass at least one prediction with its label")
+        return {key: float(value) for key, value in self._scores(predictions, references).items()}
+
+    def _scores(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        raise NotImplementedError
+
+
+class Accuracy(_InMemoryMetric):
+    """Share of rows predicted right: key `accuracy`, 0 to 1. Predictions are class ids."""
+
+    _summary = "Share of rows whose predicted class is the true one."
+
+    def _scores(self, predictions, references):
+        return {"accuracy": np.mean(predictions == references)}
+
+
+class AccuracyF1(_InMemoryMetric):
+    """Accuracy and F1 of class 1, as GLUE scores MRPC and QQP: keys `accuracy`, `f1`, 0 to 1.
+
+    Raises:
+        InputError: the references hold another class than 0 and 1.
+    """
+
+    _summary = "Accuracy, and the harmonic mean of precision and recall of class 1."
+
+    def _scores(self, predictions, references):
+        from sklearn.metrics import f1_score
+
+        others = sorted(set(references.tolist()) - {0, 1})
+        if others:
+            raise InputError(f"metric 'accuracy_f1' is for two classes, but the labels hold {others}; use 'accuracy'")
+        # Class 1 against the rest, so that a row without a prediction (-1) is a missed positive at most.
+        f1 = f1_score(references == 1, predictions == 1, zero_division=0.0)
+        return {"accuracy": np.mean(predictions == references), "f1": f1}
+
+
+class Matthews(_InMemoryMetric):
+    """Matthews correlation, as GLUE scores CoLA: key `matthews_correlation`, -1 to 1; any number of classes."""
+
+    _summary = "Correlation of predicted and true classes."
+
+    def _scores(self, predictions, references):
+        from sklearn.metrics import matthews_corrcoef
+
+        if np.ptp(predictions) == 0 or np.ptp(references) == 0:
+            return {"matthews_correlation": 0.0}
+        return {"matthews_correlation": matthews_corrcoef(references, predictions)}
+
+
+class PearsonSpearman(_InMemoryMetric):
+    """Linear and rank correlation, as GLUE scores STS-B: keys `pearson`, `spearmanr`, -1 to 1.
+
+    Raises:
+        InputError: a reference is NaN or infinite.
+    """
+
+    _dtype = "float64"
+    _summary = "Pearson and Spearman correlation of predicted and true scores."
+
+    def _scores(self, predictions, references):
+        from scipy.stats import pearsonr, spearmanr
+
+        bad = int(np.sum(~np.isfinite(references)))
+        if bad:
+            raise InputError(f"{bad} of {references.size} true scores are NaN or infinite; remove these rows")
+        bad = int(np.sum(~np.isfinite(predictions)))
+        if bad:
+            logger.warning("%d of %d predictions are NaN or infinite: correlations are set to 0", bad, references.size)
+        if bad or np.ptp(predictions) == 0 or np.ptp(references) == 0:
+            return {"pearson": 0.0, "spearmanr": 0.0}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nearly constant input: the value still is the best there is
+            pearson = pearsonr(predictions, references).statistic
+            spearman = spearmanr(predictions, references).statistic
+        return {"pearson": np.nan_to_num(pearson), "spearmanr": np.nan_to_num(spearman)}
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """One row of `METRICS`."""
+
+    cls: type[evaluate.Metric]
+    problem_type: str  # CLASSIFICATION or REGRESSION
+    primary: str  # the key by which the best model is chosen; higher is better for all
+
+
+METRICS = {
+    "accuracy": MetricSpec(Accuracy, CLASSIFICATION, "accuracy"),
+    "accuracy_f1": MetricSpec(AccuracyF1, CLASSIFICATION, "accuracy"),
+    "matthews": MetricSpec(Matthews, CLASSIFICATION, "matthews_correlation"),
+    "pearson_spearman": MetricSpec(PearsonSpearman, REGRESSION, "pearson"),
+}
+
+
+def _spec(name: str) -> MetricSpec:
+    if name not in METRICS:
+        raise InputError(f"unknown metric '{name}'; known: {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+def load_metric(name: str) -> evaluate.Metric:
+    """Return a new metric by its name in `METRICS`; an unknown name is an `InputError`."""
+    return _spec(name).cls()
+
+
+def primary_key(name: str) -> str:
+    """Return the key of the metric by which the best model is chosen, such as `matthews_correlation`."""
+    return _spec(name).primary
+
+
+def check_metric(name: str, problem_type: str, num_labels: int | None = None) -> None:
+    """Check that a metric can score a problem.
+
+    Args:
+        name: a name in `METRICS`.
+        problem_type: `single_label_classification` or `regression`.
+        num_labels: number of classes, where known.
+
+    Raises:
+        InputError: the name is unknown, or the metric is for the other problem type or for two classes only.
+    """
+    spec = _spec(name)
+    if spec.problem_type != problem_type:
+        fitting = [other for other, row in METRICS.items() if row.problem_type == problem_type]
+        is_, for_ = (kind.replace("single_label_", "") for kind in (problem_type, spec.problem_type))
+        raise InputError(
+            f"metric '{name}' is for {for_}, but this is {is_} (float labels mean regression, others "
+            f"classification); use {' or '.join(fitting)}, or store the labels in the other form"
+        )
+    if name == "accuracy_f1" and num_labels is not None and num_labels != 2:
+        raise InputError(f"metric 'accuracy_f1' is for two classes, but the data has {num_labels}; use 'accuracy'")
+
+
+def metric_function(name: str) -> Callable[[EvalPrediction], dict[str, float]]:
+    """Return a Trainer's `compute_metrics` for a metric.
+
+    The function takes logits `[rows, classes]` (classification) or `[rows]` / `[rows, 1]` (regression),
+    alone or first in a tuple, and returns the metric's keys and, where these are several, their mean as
+    `combined_score`, as GLUE reports it.
+
+    Raises:
+        InputError: the name is unknown; on use: there are no labels, or the logits have another shape.
+    """
+    spec = _spec(name)
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits, labels = (
+            np.asarray(part[0] if isinstance(part, tuple) else part) if part is not None else None
+            for part in (prediction.predictions, prediction.label_ids)
+        )
+        if labels is None:
+            raise InputError("this data has no labels, so it cannot be evaluated; only predict on it")
+        if spec.problem_type == REGRESSION:
+            if logits.size != labels.size:
+                raise InputError(f"metric '{name}' needs one score per row, but got logits of shape {logits.shape}")
+            predicted = logits.reshape(-1).astype(np.float64)
+            labels = labels.reshape(-1).astype(np.float64)
+        else:
+            if logits.ndim != 2 or logits.shape[1] < 2:
+                raise InputError(f"metric '{name}' needs logits [rows, classes], but got shape {logits.shape}")
+            broken = np.isnan(logits).any(axis=1)
+            predicted = np.where(broken, -1, logits.argmax(axis=1))
+            if broken.any():
+                logger.warning("%d of %d rows have NaN logits and count as wrong", int(broken.sum()), len(broken))
+        scores = load_metric(name).compute(predictions=predicted, references=labels)
+        if len(scores) > 1:
+            scores["combined_score"] = float(np.mean(list(scores.values())))
+        return scores
+
+    return compute_metrics

@@ -1,0 +1,189 @@
+"""Own files: every format, finding columns and labels, and what each fault says."""
+
+import pytest
+from datasets import Dataset
+
+from hf_ft_ext.arguments import DataArguments
+from hf_ft_ext.data.loading import load_data
+from hf_ft_ext.errors import InputError
+
+ROWS = {"text": ["NA", "it, was", 'said "no"', "None"], "label": ["good", "bad", "good", "good"]}
+
+
+@pytest.fixture
+def load(tmp_path):
+    def call(**kwargs):
+        paths = {key: str(tmp_path / name) for key, name in kwargs.items() if key.endswith("_file")}
+        return load_data(DataArguments(**kwargs | paths), cache_dir=str(tmp_path / "cache"))
+
+    return call
+
+
+@pytest.fixture
+def write(tmp_path):
+    def call(name, columns):
+        data = Dataset.from_dict(columns)
+        path = str(tmp_path / name)
+        suffix = name.rsplit(".", 1)[1]
+        if suffix in ("csv", "tsv"):
+            data.to_csv(path, sep="\t" if suffix == "tsv" else ",")
+        elif suffix == "parquet":
+            data.to_parquet(path)
+        else:
+            data.to_json(path, lines=suffix == "jsonl")
+        return name
+
+    return call
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_every_format(load, write, suffix):
+    write(f"train.{suffix}", ROWS)
+    write(f"dev.{suffix}", {"label": ["good"], "text": ["x"]})
+    write(f"test.{suffix}", {"text": ["x", "y"], "more": [1, 2]})
+    data = load(train_file=f"train.{suffix}", validation_file=f"dev.{suffix}", test_file=f"test.{suffix}")
+    assert data.train["text"][:] == ROWS["text"]
+    assert data.label_names == ["bad", "good"]
+    assert data.train["label"][:] == [1, 0, 1, 1]
+    assert data.validation["validation"]["label"][:] == [1]
+    assert data.test["test"].column_names == ["text"]
+    assert data.task.name == "train"
+
+
+def test_an_edited_file_is_read_anew(load, write):
+    for good in ("gut", "fit"):  # same size, written within the same second
+        write("train.csv", {"text": ["a", "b"], "label": [good, "bad"]})
+        assert load(train_file="train.csv").label_names == sorted([good, "bad"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [
+        ({"idx": ["1", "2"], "sentence2": ["a", "b"], "sentence1": ["c", "d"]}, ("sentence1", "sentence2")),
+        ({"question": ["a", "b"], "passage": ["c", "d"]}, ("question", "passage")),
+        ({"id": ["a", "b"], "Body": ["c", "d"]}, ("Body",)),
+        ({"head": ["a", "b"], "tail": ["c", "d"], "more": ["e", "f"]}, ("head", "tail")),
+    ],
+)
+def test_text_columns_are_found(load, write, columns, found):
+    write("train.csv", columns | {"labels": [0, 1]})
+    assert load(train_file="train.csv").text_columns == found
+
+
+def test_named_columns(load, write):
+    write("train.csv", {"text": ["a", "b"], "note": ["c", "d"], "label": [1, 1], "stars": [10, 9]})
+    data = load(train_file="train.csv", text_columns=["note"], label_column="stars")
+    assert data.text_columns == ("note",)
+    assert data.label_names == ["9", "10"]
+
+
+def test_labels_of_every_kind(load, write):
+    def labels(values, **kwargs):
+        write("train.jsonl", {"text": [f"{i}" for i in range(len(values))], "label": values})
+        return load(train_file="train.jsonl", **kwargs)
+
+    assert labels([7, 3, 7]).label_names == ["3", "7"]
+    assert labels([True, False]).label_names == ["False", "True"]
+    floats = labels([0.5, 2.0, 1.25])
+    assert (floats.problem_type, floats.label_names, floats.metric) == ("regression", None, "pearson_spearman")
+    assert floats.train["label"][:] == [0.5, 2.0, 1.25]
+    # Without a task -1 is a class: sentiment is often stored as -1, 0, 1.
+    assert labels([-1, 1, 0]).label_names == ["-1", "0", "1"]
+    # With one, whole floats are its classes.
+    assert labels([0.0, 1.0], task_name="sst2").label_names == ["negative", "positive"]
+    assert labels(["Positive", "negative"], task_name="sst2").train["label"][:] == [1, 0]
+    assert labels(["yes", "no"], task_name="sst2").label_names == ["no", "yes"]
+
+
+def test_only_test_data(load, write):
+    write("test.csv", {"text": ["a", "b"]})
+    data = load(test_file="test.csv", max_predict_samples=1)
+    assert data.train is None
+    assert data.label_names is None
+    assert len(data.test["test"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "match"),
+    [
+        ({"label": [0, 1], "n": [1, 2]}, {}, "no text column found: the columns are label, n.*--text_columns"),
+        (
+            {"text": ["a"], "x": [1]},
+            {},
+            "'train' has no label column 'label'; its columns are text, x.*--label_column",
+        ),
+        ({"text": ["a"], "label": [1]}, {"label_column": "y"}, "no label column 'y'; its columns are text, label"),
+        ({"text": ["a"], "label": [1]}, {"text_columns": ["z"]}, "'train' has no column 'z' but text, label"),
+        ({"text": ["a"], "label": [1]}, {"text_columns": ["label"]}, "'label' cannot be both text and label"),
+        (
+            {"text": [1], "label": [1]},
+            {"text_columns": ["text"]},
+            "column 'text' of split 'train' holds .*int64.*not text",
+        ),
+        ({"text": ["a"], "label": [1]}, {"text_columns": ["a", "b", "c"]}, "takes one or two columns, but got 3"),
+        (
+            {"text": ["a", "b", "c"], "label": ["x", None, "y"]},
+            {},
+            r"1 of 3 rows of split 'train' have no label .*row 1",
+        ),
+        ({"text": ["a", "b", "c"], "label": [1.5, None, 2]}, {}, r"1 of 3 rows of split 'train' have no label"),
+        ({"text": ["a", "b"], "label": ["x", "x"]}, {}, r"'train' has one class only \(x\)"),
+        ({"text": ["a", "b"], "label": [0.5, 1]}, {"task_name": "sst2"}, r"has the label 0.5, but this is a classif"),
+        ({"sentence": ["a", "b"], "label": [0, 1]}, {"task_name": "rte"}, r"expected sentence1\+sentence2"),
+        (
+            {"sentence1": ["a", "b"], "sentence2": ["a", "b"], "label": ["x", "y"]},
+            {"task_name": "stsb"},
+            "labels such as 'x', but this is a regression",
+        ),
+    ],
+)
+def test_faults_of_columns_and_labels(load, write, columns, options, match):
+    write("train.csv", columns)
+    with pytest.raises(InputError, match=match):
+        load(train_file="train.csv", **options)
+
+
+def test_faults_between_files(load, write):
+    write("train.csv", {"text": ["a", "b"], "label": ["x", "y"]})
+    write("dev.csv", {"text": ["a", "b"], "label": ["q", "z"]})
+    with pytest.raises(InputError, match=r"'validation' has labels .*'train': 'q', 'z' \(known: x, y\)"):
+        load(train_file="train.csv", validation_file="dev.csv")
+    write("dev.csv", {"text": ["a", "b"]})
+    with pytest.raises(InputError, match=r"'validation' has no label column 'label' but text; only test data"):
+        load(train_file="train.csv", validation_file="dev.csv")
+    write("dev.csv", {"body": ["a", "b"], "label": ["x", "y"]})
+    with pytest.raises(InputError, match=r"'validation' has no column 'text' but body, label; all splits need"):
+        load(train_file="train.csv", validation_file="dev.csv")
+    write("dev.json", {"text": ["a"], "label": ["x"]})
+    with pytest.raises(
+        InputError, match=r"must all have one format, but got .*train.csv \(csv\), .*dev.json \(json\)"
+    ):
+        load(train_file="train.csv", validation_file="dev.json")
+    write("test.csv", {"text": ["a", "b"], "label": ["x", None]})
+    with pytest.raises(InputError, match="1 of 2 rows of split 'test' have no label"):
+        load(train_file="train.csv", test_file="test.csv")
+
+
+def test_faults_of_files(load, tmp_path):
+    with pytest.raises(InputError, match=r"--train_file .*train.xlsx: unknown file format '.xlsx'; use .csv, .tsv"):
+        load(train_file="train.xlsx")
+    with pytest.raises(InputError, match=r"--train_file .*missing.csv: there is no such file"):
+        load(train_file="missing.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", b"text,label\na,1\nb,2,3,4\n"),
+        ("a.csv", b""),
+        ("a.csv", b"text,label\n"),
+        ("a.csv", b"text,label\n\xff\xfe,1\n"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": '),
+        ("a.json", b""),
+        ("a.parquet", b"not parquet"),
+    ],
+)
+def test_malformed_files(load, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"cannot read --train_file .*{name} \(\w+.*check that it"):
+        load(train_file=name)
