@@ -15,7 +15,13 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _SMALL = {"vocab_size": len(SPECIAL) + len(WORDS), "max_position_embeddings": 64, "pad_token_id": 0}
 CONFIGS = {
     "bert": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, **_SMALL},
-    "roberta": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, **_SMALL},
+    "roberta": {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        **_SMALL,
+    },
     "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 2, **_SMALL},
 }
 
@@ -50,7 +56,9 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_dataset(n: int = 32, length: int = 12, num_labels: int = 2, seed: int = 0, regression: bool = False) -> Dataset:
+def tiny_dataset(
+    n: int = 32, length: int = 12, num_labels: int = 2, seed: int = 0, regression: bool = False
+) -> Dataset:
     """Tokenised rows whose label depends on the tokens: `input_ids`, `attention_mask`, `labels`."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(4, length + 1, (n,), generator=generator).tolist()

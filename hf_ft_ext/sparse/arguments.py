@@ -51,5 +51,5 @@ class SparseTrainingArguments(MethodTrainingArguments):
             raise InputError(f"sparse_n_params={self.sparse_n_params} leaves nothing to train; pass 1 or more")
         if self.sparse_basis_steps < 1:
             raise InputError(
-                f"sparse_basis_steps={self.sparse_basis_steps} gives no gradient to compute a basis from; pass 1 or more"
+                f"sparse_basis_steps={self.sparse_basis_steps} gives no gradient for a basis; pass 1 or more"
             )

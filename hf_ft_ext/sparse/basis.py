@@ -47,10 +47,14 @@ class Basis:
         rows, columns = indices.long() // n_in, indices.long() % n_in
         out_factor, in_factor = self.out_factor, self.in_factor
         if n_out >= n_in:
-            entries = torch.sparse_coo_tensor(torch.stack([columns, rows]), values, (n_in, n_out), check_invariants=False)
+            entries = torch.sparse_coo_tensor(
+                torch.stack([columns, rows]), values, (n_in, n_out), check_invariants=False
+            )
             change = (entries @ out_factor.T).T @ in_factor.T
         else:
-            entries = torch.sparse_coo_tensor(torch.stack([rows, columns]), values, (n_out, n_in), check_invariants=False)
+            entries = torch.sparse_coo_tensor(
+                torch.stack([rows, columns]), values, (n_out, n_in), check_invariants=False
+            )
             change = out_factor @ (entries @ in_factor.T)
         weight.add_(change.to(weight.dtype))
 

@@ -43,9 +43,7 @@ class SparseAdamW(torch.optim.AdamW):
         foreach: bool | None = None,
         fused: bool | None = None,
     ):
-        super().__init__(
-            params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused
-        )
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused)
         # A fused AdamW leaves the division by the loss scale to its own kernel; the sparse part needs it done.
         self._step_supports_amp_scaling = False
         self._layers = {id(layer.weight): layer for layer in layers}

@@ -44,7 +44,9 @@ def compute_bases(trainer: Trainer, layers: Mapping[str, SparseGradLinear], step
     was_training = trainer.model.training
     trainer.model.eval()
     mine = range(args.process_index, steps, args.world_size)
-    bar = tqdm(total=len(mine), desc="gradient basis", disable=args.disable_tqdm or not trainer.is_world_process_zero())
+    bar = tqdm(
+        total=len(mine), desc="gradient basis", disable=args.disable_tqdm or not trainer.is_world_process_zero()
+    )
     try:
         for number, micro_batches in enumerate(_batches(trainer, steps)):
             if number not in mine:
@@ -124,7 +126,10 @@ def _examples(trainer: Trainer, steps: int, batch_size: int) -> Iterator[list]:
         batch_size = min(batch_size, len(dataset))
         if steps * batch_size > len(dataset):
             logger.info(
-                "%d pre-pass batches of %d go over the %d training rows more than once", steps, batch_size, len(dataset)
+                "%d pre-pass batches of %d go over the %d training rows more than once",
+                steps,
+                batch_size,
+                len(dataset),
             )
         rounds = -(-steps * batch_size // len(dataset))
         order = torch.cat([torch.randperm(len(dataset), generator=generator) for _ in range(rounds)]).tolist()

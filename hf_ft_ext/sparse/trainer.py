@@ -12,6 +12,7 @@ from hf_ft_ext.sparse.arguments import SparseTrainingArguments
 from hf_ft_ext.sparse.convert import convert_to_sparse, sparse_layers
 from hf_ft_ext.sparse.optimizer import SparseAdamW
 from hf_ft_ext.sparse.prepass import compute_bases
+from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.resources import preparation
 
@@ -47,6 +48,7 @@ class SparseTrainer(Trainer):
             raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
         if not sparse_layers(model):
             convert_to_sparse(model, args.sparse_n_params, args.sparse_density, args.sparse_target_modules)
+        declare_mean_loss(model)
 
     def call_model_init(self, trial=None) -> nn.Module:
         model = super().call_model_init(trial)

@@ -27,7 +27,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def _finite(value: Any) -> Any:
-    if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
+    if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
         return None
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

@@ -96,7 +96,10 @@ def align(rows: Iterable[tuple[str, ...]]) -> list[str]:
     rows = list(rows)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
-        "  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]
 
@@ -151,7 +154,10 @@ def saved_activation_bytes(trainer: Trainer, batch: dict) -> int:
     was_training = trainer.model.training
     trainer.model.train()
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), trainer.compute_loss_context_manager():
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            trainer.compute_loss_context_manager(),
+        ):
             trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
     finally:
         trainer.model.train(was_training)

@@ -72,7 +72,9 @@ def write_run_record(
         "trainable_parameters": trainable_parameters,
         "total_parameters": total_parameters,
         "artefact_bytes": artefact_bytes(output_dir),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"cpu, {torch.get_num_threads()} threads",
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "versions": library_versions(),
         "command": command,

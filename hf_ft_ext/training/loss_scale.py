@@ -1,0 +1,16 @@
+"""Keeping the loss of classification heads on one scale under accumulation and several processes."""
+
+from torch import nn
+
+_MEAN_LOSS = "ForSequenceClassification"
+
+
+def declare_mean_loss(model: nn.Module) -> None:
+    """Tell `Trainer` that a sequence-classification head averages its loss over the micro-batch it gets.
+
+    transformers 5 takes any forward with `**kwargs` for one that divides by the label count of the whole
+    step. Classification heads drop that count, and without this the loss and its gradients grow by the number of
+    micro-batches and of processes (transformers issue #47688). `accepts_loss_kwargs` is transformers' own switch.
+    """
+    if type(model).__name__.endswith(_MEAN_LOSS):
+        model.accepts_loss_kwargs = False

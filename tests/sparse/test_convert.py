@@ -1,0 +1,94 @@
+"""Conversion and merging: which layers, the same outputs, clear refusals."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import CONFIGS, tiny_model
+from torch import nn
+
+from hf_ft_ext import InputError, SparseGradLinear, convert_to_sparse, merge_sparse, sparse_layers
+
+INPUTS = {"input_ids": torch.arange(5, 25).view(2, 10)}
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_converts_the_mlp_of_every_block_and_nothing_else(model_type):
+    model = tiny_model(model_type).eval()
+    names = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    before = model(**INPUTS).logits
+    converted = convert_to_sparse(model)
+    assert len(converted) == 4  # two layers, two MLP weights each
+    assert {tuple(layer.weight.shape) for layer in converted.values()} == {(48, 32), (32, 48)}
+    assert len({id(layer.basis) for layer in converted.values()}) == 2  # shared per kind
+    assert not any("attention" in name for name in converted) and converted.keys() < names
+    assert torch.equal(model(**INPUTS).logits, before)
+    merge_sparse(model)
+    assert not sparse_layers(model)
+    assert {name for name, m in model.named_modules() if type(m) is nn.Linear} == names
+    assert torch.equal(model(**INPUTS).logits, before)
+
+
+def test_state_dict_keeps_its_keys():
+    model = tiny_model()
+    keys = list(model.state_dict())
+    convert_to_sparse(model)
+    assert list(model.state_dict()) == keys
+
+
+def test_half_precision_model_converts_and_merges_back():
+    model = tiny_model().bfloat16().eval()
+    before = model(**INPUTS).logits
+    convert_to_sparse(model)
+    assert torch.equal(model(**INPUTS).logits, before)
+    assert {p.dtype for p in merge_sparse(model).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "options, count", [({}, 18), ({"density": 0.5}, 768), ({"n_params": 7}, 7), ({"density": 1.0}, 1536)]
+)
+def test_entries_per_step(options, count):
+    assert {layer.n_params for layer in convert_to_sparse(tiny_model(), **options).values()} == {count}
+
+
+def test_regex_picks_layers():
+    converted = convert_to_sparse(tiny_model(), target_modules=r"layer\.1\.attention\.self\.(query|key)$")
+    assert sorted(name.rsplit(".", 1)[1] for name in converted) == ["key", "query"]
+    assert all(isinstance(layer, SparseGradLinear) for layer in converted.values())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"n_params": 1537}, "n_params=1537 is more than the 1536 entries of .*intermediate.dense"),
+        ({"n_params": 0}, "no trainable entry"),
+        ({"density": 1e-9}, "density=1e-09 leaves no trainable entry in .*; raise it"),
+        ({"target_modules": "no_such_layer"}, "'no_such_layer' matches no layer; linear layers here: .*classifier"),
+        ({"target_modules": "LayerNorm"}, "matches .*LayerNorm, a LayerNorm; SparseGrad trains nn.Linear layers only"),
+        ({"target_modules": "("}, r"sparse_target_modules='\(' is no regular expression"),
+    ],
+)
+def test_bad_input(options, message):
+    model = tiny_model()
+    with pytest.raises(InputError, match=message):
+        convert_to_sparse(model, **options)
+    assert not sparse_layers(model)
+
+
+def test_converting_twice_is_refused():
+    model = tiny_model()
+    convert_to_sparse(model)
+    with pytest.raises(InputError, match="is converted already; call merge_sparse"):
+        convert_to_sparse(model)
+
+
+def test_unknown_model_type_asks_for_a_pattern():
+    model = tiny_model()
+    model.config.model_type = "novel"
+    with pytest.raises(InputError, match=r"no MLP layers are known for model type 'novel'.*sparse_target_modules"):
+        convert_to_sparse(model)
+
+
+def test_layers_that_are_no_linear_are_refused():
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["dense"]))
+    with pytest.raises(InputError, match=r"matches .*dense.*, a \w+; SparseGrad trains nn.Linear"):
+        convert_to_sparse(model.base_model.model, target_modules=r"layer\.\d+\.output\.dense|lora_dropout")

@@ -1,0 +1,178 @@
+"""LoRA: what trains, what is saved, and that the saved adapter gives the trained logits."""
+
+import warnings
+
+import pytest
+import torch
+from peft import LoraModel, PeftModel
+from tiny import tiny_dataset, tiny_model
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.lora.arguments import LoraTrainingArguments
+from hf_ft_ext.lora.trainer import LoraTrainer, add_lora
+
+
+def arguments(tmp_path, **kwargs) -> LoraTrainingArguments:
+    defaults = {"max_steps": 4, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "learning_rate": 1e-2}
+    return LoraTrainingArguments(output_dir=str(tmp_path / "out"), **{**defaults, **kwargs})
+
+
+def trainer(tmp_path, tokenizer, model=None, model_init=None, data=None, **kwargs) -> LoraTrainer:
+    data = tiny_dataset() if data is None else data
+    return LoraTrainer(
+        model=model,
+        model_init=model_init,
+        args=arguments(tmp_path, **kwargs),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+
+
+def logits(model) -> torch.Tensor:
+    ids = torch.arange(5, 25).reshape(2, 10)
+    model.eval()
+    with torch.no_grad():
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("targets", [None, ["all-linear"]])
+def test_saved_adapter_gives_the_trained_logits(tmp_path, tokenizer, kind, targets):
+    tiny_model(kind).save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", module="peft")
+        run = trainer(tmp_path, tokenizer, base, lora_target_modules=targets)
+    untrained = logits(run.model)
+    run.train()
+    run.save_model()
+    # the head of the fresh base differs: it must come from the adapter's folder
+    fresh = tiny_model(kind, seed=0)
+    head = next(m for n, m in fresh.named_modules() if n.endswith("classifier"))
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(run.model))
+    assert not torch.allclose(logits(loaded), untrained)
+
+
+def test_what_trains(tmp_path):
+    model = add_lora(tiny_model(), arguments(tmp_path, lora_r=4))
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name.split(".")[-3] for name in trainable if "lora_" in name} == {"lora_A", "lora_B"} or trainable
+    assert all("lora_" in name or "classifier.modules_to_save" in name for name in trainable)
+    assert sum("lora_A" in name for name in trainable) == 4  # query and value of two layers
+    assert model.peft_config["default"].r == 4
+    every = add_lora(tiny_model(), arguments(tmp_path, lora_target_modules=["all-linear"]))
+    # six linear layers in each of two blocks, and the pooler; not the head, which trains in full
+    assert sum("lora_A" in name for name, _ in every.named_parameters()) == 13
+
+
+def test_parts_without_pretrained_weights_train_and_are_saved(tmp_path):
+    model = tiny_model()
+    model.fresh_parameters = frozenset({"bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight"})
+    wrapped = add_lora(model, arguments(tmp_path, lora_target_modules=["dense"]))
+    trainable = {name for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert any("pooler.dense.modules_to_save" in name for name in trainable)
+    assert not any("pooler" in name and "lora_" in name for name in trainable)
+
+
+def test_adapters_depend_on_the_seed_alone(tmp_path):
+    def first(seed):
+        model = add_lora(tiny_model(), arguments(tmp_path, seed=seed))
+        return next(p.clone() for n, p in model.named_parameters() if "lora_A" in n)
+
+    torch.manual_seed(3)
+    a = first(1)
+    before = torch.get_rng_state()
+    b = first(1)
+    assert torch.equal(a, b) and torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(a, first(2))
+
+
+def test_model_init_and_model_give_the_same(tmp_path, tokenizer):
+    results = []
+    for source in ({"model": tiny_model()}, {"model_init": lambda: tiny_model()}):
+        run = trainer(tmp_path, tokenizer, **source)
+        run.train()
+        results.append(logits(run.model))
+    assert torch.equal(*results)
+
+
+def test_plain_arguments_are_completed(tmp_path, caplog):
+    caplog.set_level("INFO", logger="hf_ft_ext")
+    plain = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    run = LoraTrainer(tiny_model(), plain)
+    assert isinstance(run.args, LoraTrainingArguments)
+    assert (run.args.lora_r, run.args.learning_rate) == (8, 5e-4)
+    assert [r.message for r in caplog.records if "learning_rate=0.0005" in r.message]
+    chosen = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, learning_rate=1e-3, seed=9)
+    completed = LoraTrainingArguments.complete(chosen)
+    assert (completed.learning_rate, completed.seed) == (1e-3, 9)
+
+
+@pytest.mark.parametrize("model_init", [False, True])
+def test_resume_equals_unbroken(tmp_path, tokenizer, model_init):
+    def source():
+        return {"model_init": lambda: tiny_model()} if model_init else {"model": tiny_model()}
+
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "lora_dropout": 0.1}
+    unbroken = trainer(tmp_path / "a", tokenizer, **source(), **options)
+    unbroken.train()
+    resumed = trainer(tmp_path / "b", tokenizer, **source(), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a/out/checkpoint-3"))
+    ours, theirs = unbroken.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_best_model_is_loaded_at_the_end(tmp_path, tokenizer):
+    run = trainer(
+        tmp_path, tokenizer, tiny_model(), max_steps=6, learning_rate=0.5, eval_strategy="steps", eval_steps=2,
+        save_strategy="steps", save_steps=2, load_best_model_at_end=True, lr_scheduler_type="constant",
+    )  # fmt: skip
+    run.train()
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
+    assert len(set(losses)) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_r": 0}, "lora_r=0 is no rank; pass 1 or more"),
+        ({"lora_alpha": 0}, "lora_alpha=0 would leave"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0 is no share"),
+        ({"lora_target_modules": ["all-linear", "query"]}, "already takes all; pass it alone"),
+    ],
+)
+def test_values_out_of_range(tmp_path, values, message):
+    with pytest.raises(InputError, match=message):
+        arguments(tmp_path, **values)
+
+
+def test_targets_that_match_nothing(tmp_path, tokenizer):
+    with pytest.raises(
+        InputError, match=r"\['qkv'\] cannot be used .*not found.*bert.encoder.layer.\*.attention.self.query"
+    ):
+        trainer(tmp_path, tokenizer, tiny_model(), lora_target_modules=["qkv"])
+
+
+def test_model_type_without_default_targets(tmp_path, monkeypatch):
+    monkeypatch.delitem(LoraModel.target_module_mapping, "bert")
+    with pytest.raises(InputError, match="peft knows no default targets for a 'bert' model; pass lora_target_modules"):
+        add_lora(tiny_model(), arguments(tmp_path))
+
+
+def test_targets_that_cannot_take_an_adapter(tmp_path):
+    with pytest.raises(InputError, match=r"lora_target_modules=\['LayerNorm'\] cannot be used .*not supported"):
+        add_lora(tiny_model(), arguments(tmp_path, lora_target_modules=["LayerNorm"]))
+
+
+def test_adapters_on_adapters(tmp_path, tokenizer):
+    wrapped = add_lora(tiny_model(), arguments(tmp_path))
+    with pytest.raises(InputError, match="carries PEFT adapters already"):
+        trainer(tmp_path, tokenizer, wrapped)
+    with pytest.raises(InputError, match="carries PEFT adapters already"):
+        trainer(tmp_path, tokenizer, wrapped.base_model.model)

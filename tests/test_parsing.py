@@ -1,0 +1,222 @@
+"""Recipes, the command line, and what the launcher fills in."""
+
+import json
+
+import pytest
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.methods import METHODS, find_method, list_methods, only_help_wanted
+from hf_ft_ext.parsing import parse_arguments
+from hf_ft_ext.recipes import read_recipe
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def recipe(text: str, name: str = "recipe.yaml") -> str:
+    with open(name, "w", encoding="utf-8") as file:
+        file.write(text)
+    return name
+
+
+def parse(*argv: str):
+    return parse_arguments([*argv, "--use_cpu"])
+
+
+def test_command_line_wins_over_the_recipe():
+    path = recipe("method: lora\nlearning_rate: 1e-3\nlora_r: 4\ntask_name: sst2\n")
+    run, _, data, training = parse(path, "--lora_r", "2")
+    assert run.method == "lora"
+    assert (training.learning_rate, training.lora_r, data.task_name) == (1e-3, 2, "sst2")
+    assert run.given == {
+        "method": "lora", "learning_rate": 1e-3, "lora_r": 2, "task_name": "sst2", "use_cpu": True,
+    }  # fmt: skip
+
+
+def test_method_from_the_command_line_and_dashes():
+    path = recipe("method: lora\nseed: 3\nmax-seq-length: 20\n")
+    run, _, data, training = parse(path, "--method=full", "--num-train-epochs", "2")
+    assert (run.method, data.max_seq_length, training.num_train_epochs, training.seed) == ("full", 20, 2.0, 3)
+
+
+def test_values_of_every_kind():
+    path = recipe(
+        """
+        method: full
+        learning_rate: "2e-5"     # text that is a number
+        weight_decay: 1E-2
+        num_train_epochs: 2
+        max_steps: 1e2
+        bf16: "false"
+        eval_steps: null
+        text_columns: [sentence]
+        lr_scheduler_type: polynomial
+        lr_scheduler_kwargs: {power: 1.0, lr_end: 1e-7}
+        eval_strategy: "no"
+        report_to: [none]
+        save_steps: .5
+        """
+    )
+    _, _, data, training = parse(path)
+    assert (training.learning_rate, training.weight_decay, training.max_steps) == (2e-5, 1e-2, 100)
+    assert isinstance(training.num_train_epochs, float) and training.num_train_epochs == 2.0
+    assert training.lr_scheduler_kwargs == {"power": 1.0, "lr_end": 1e-7}
+    assert (training.bf16, training.eval_steps, training.report_to) == (False, None, [])
+    assert (data.text_columns, training.save_steps) == (["sentence"], 0.5)
+    dictionary = json.dumps({"power": 2.0})
+    _, _, _, training = parse("--lr_scheduler_kwargs", dictionary)
+    assert training.lr_scheduler_kwargs == {"power": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown recipe key 'learning_rat'; did you mean 'learning_rate'"),
+        ("method: full\nlora_r: 4", "unknown recipe key 'lora_r': it belongs to method 'lora'"),
+        ("zzzzzz: 4", "unknown recipe key 'zzzzzz'; `--help` lists"),
+        ("eval_strategy: no", r'eval_strategy needs text, got the boolean false.*quote it, for example .*"no"'),
+        ("task_name: 2", 'task_name needs text, got the number 2; quote it: task_name: "2"'),
+        ("run_name: 2024-01-02", "needs text, got the date 2024-01-02; quote it"),
+        ("method: yes", "method needs text, got the boolean true"),
+        ("learning_rate: fast", "learning_rate needs a number, got the text 'fast'"),
+        ("learning_rate: true", "learning_rate needs a number, got True"),
+        ("seed: 1.5", "seed needs a whole number, got 1.5"),
+        ("do_train: 1", "do_train needs true or false, got 1"),
+        ("do_train: maybe", "do_train needs true or false, got the text 'maybe'"),
+        ("task_name: [a, b]", r"task_name takes one value, got the list \['a', 'b'\]"),
+        ("text_columns: []", "text_columns needs a list without gaps"),
+        ("seed: {a: 1}", "seed takes no mapping"),
+        ("lr_scheduler_type: linea", "lr_scheduler_type cannot be 'linea'; did you mean 'linear'"),
+        ("- a\n- b", "holds a list; it needs lines of the form"),
+        ("a: [1", "is not valid YAML"),
+        ("seed: 1\nseed: 2", "key 'seed' appears twice"),
+        ("1: 2", "key 1 is not text"),
+        ("method: spars", "unknown method 'spars'; did you mean 'sparse'.*full, lora, sparse"),
+    ],
+)
+def test_recipe_errors(text, message):
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        parse(recipe(text))
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning_rte", "1"], "unknown argument '--learning_rte'; did you mean '--learning_rate'"),
+        (["--method", "full", "--lora-r=4"], "unknown argument '--lora-r': it belongs to method 'lora'"),
+        (["--method", "gld"], "unknown method 'gld'.*the methods are"),
+        (["--method"], "--method: expected one argument; the methods are"),
+        (["--seed", "x"], "--seed: invalid int value: 'x'"),
+        (["--do_train", "perhaps"], "--do_train: Truthy value expected"),
+        (["--seed", "1", "recipe.yaml"], "unexpected word 'recipe.yaml': a recipe goes first"),
+        (["none.yaml"], "recipe 'none.yaml' is not a file"),
+        (["--learn", "1"], "unknown argument '--learn'"),  # no abbreviations
+        (["--optim", "adamw_troch"], "optim cannot be 'adamw_troch'; did you mean 'adamw_torch'"),
+        (["--load_best_model_at_end"], "(?i)requires the save and eval strategy to match"),
+        (["--lr_scheduler_kwargs", "{a"], "property name"),
+        (["--eval_strategy", "steps", "--logging_strategy", "no", "--logging_steps", "0"], "--eval_steps"),
+        (["--do_train", "false"], "nothing to do"),
+        (["--hp_search", "-1"], "hp_search=-1 is no number of trials"),
+        (["--hp_search", "1", "--do_eval"], "--hp_search trains; add --do_train"),
+        (["--resume_from_checkpoint", "true", "--do_eval"], "is for training; add --do_train"),
+        (["--resume_from_checkpoint", "true", "--overwrite_output_dir"], "pass one"),
+        (["--resume_from_checkpoint", "true", "--hp_search", "2"], "cannot resume"),
+        (["--resume_from_checkpoint", "true", "--output_dir", "o"], "'o' holds no checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "'nowhere' is no checkpoint"),
+        (["--method", "lora", "--lora_r", "0"], "lora_r=0 is no rank"),
+    ],
+)
+def test_command_line_errors(argv, message):
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        parse(*argv)
+
+
+def test_recipe_files(tmp_path):
+    assert read_recipe(recipe("")) == {}
+    (tmp_path / "bytes.yaml").write_bytes(b"a: \xff\xfe")
+    with pytest.raises(InputError, match="not valid YAML"):
+        read_recipe("bytes.yaml")
+
+
+def test_defaults_are_announced_in_one_line(caplog):
+    caplog.set_level("INFO", logger="hf_ft_ext")
+    run, _, data, training = parse()
+    assert (run.method, data.task_name, training.do_train, training.do_eval) == ("sparse", "demo", True, True)
+    assert [r.message for r in caplog.records if "asked for" in r.message] == [
+        "Nothing else was asked for, so this is: the demo encoder, the demo task, train and evaluate."
+    ]
+    assert training.report_to == [] and training.output_dir == "runs/sparse-demo-seed42"
+
+
+def test_what_was_asked_for_stays():
+    _, _, data, training = parse("--method", "full", "--do_eval", "--validation_file", "a/b.csv")
+    assert (data.task_name, training.do_train, training.do_eval) == (None, False, True)
+    assert training.output_dir == "runs/full-b.csv-seed42"
+
+
+def test_output_folders_count_up_and_resume_finds_the_last(tmp_path):
+    argv = ("--method", "full", "--task_name", "sst2", "--seed", "7")
+    first, second = tmp_path / "runs/full-sst2-seed7", tmp_path / "runs/full-sst2-seed7-2"
+    first.mkdir(parents=True)
+    assert parse(*argv)[3].output_dir == "runs/full-sst2-seed7"  # empty folders are free
+    (first / "run.json").write_text("{}")
+    assert parse(*argv)[3].output_dir == "runs/full-sst2-seed7-2"
+    checkpoint = second / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    training = parse(*argv, "--resume_from_checkpoint", "true")[3]
+    assert training.output_dir == "runs/full-sst2-seed7-2"
+    assert training.resume_from_checkpoint.endswith("seed7-2/checkpoint-5")
+    assert parse(*argv, "--resume_from_checkpoint", str(checkpoint))[3].output_dir == str(second)
+    assert parse(*argv, "--overwrite_output_dir")[3].output_dir == "runs/full-sst2-seed7"
+
+
+@pytest.mark.parametrize("leftover", ["run.json", "checkpoint-3/x", "model.safetensors", "adapter_model.bin"])
+def test_a_folder_that_holds_a_run_is_refused(tmp_path, leftover):
+    path = tmp_path / "out" / leftover
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with pytest.raises(InputError, match="already holds a run; pass --resume_from_checkpoint true.*--overwrite"):
+        parse("--output_dir", "out")
+    assert parse("--output_dir", "out", "--overwrite_output_dir")[3].output_dir == "out"
+    assert path.exists()  # parsing deletes nothing
+    with pytest.raises(InputError, match=r"would delete '.*', the model to start from"):
+        parse("--output_dir", "out", "--overwrite_output_dir", "--model_name_or_path", str(path.parent))
+
+
+def test_resume_true_in_a_recipe_is_the_last_checkpoint(tmp_path):
+    for step in (9, 10):
+        (tmp_path / f"out/checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / f"out/checkpoint-{step}/trainer_state.json").write_text("{}")
+    training = parse(recipe("output_dir: out\nresume_from_checkpoint: true"))[3]
+    assert training.resume_from_checkpoint.endswith("checkpoint-10")
+
+
+def test_help_without_a_method_lists_them(capsys):
+    assert only_help_wanted(["--help"]) and not only_help_wanted(["--method", "full", "-h"])
+    assert not only_help_wanted(["recipe.yaml", "--help"])
+    text = list_methods()
+    assert all(f"  {name}" in text and method.help in text for name, method in METHODS.items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_help_of_a_method_is_grouped_with_defaults(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_arguments(["--method", name, "--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    headings = [f"method {name}:", "\nrun:", "\nmodel:", "\ndata:", "\ntraining (transformers.TrainingArguments):"]
+    if name == "full":
+        headings = headings[1:]
+    places = [text.index(heading) for heading in headings]
+    assert places == sorted(places)
+    assert "--max-seq-length" not in text and "--no_" not in text
+    assert "(default: 128)" in text and "==SUPPRESS==" not in text
+
+
+def test_methods_table():
+    for method in METHODS.values():
+        assert issubclass(method.arguments_class(), find_method("full").arguments_class())
+        assert issubclass(method.trainer_class(), find_method("full").trainer_class())

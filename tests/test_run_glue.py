@@ -1,0 +1,295 @@
+"""The launcher from end to end, in this process, on a tiny model and small files."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from tiny import text_dataset, tiny_model
+from transformers import AutoModelForSequenceClassification
+
+import run_glue
+from hf_ft_ext.launch.results import split_suffix, without_secrets
+from hf_ft_ext.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+# Small and quick, by argument name; methods with work before the first step get less of it.
+QUICK = {"sparse": ("--sparse_basis_steps", "2", "--sparse_density", "0.2")}
+
+# For comparisons to rounding: a plain optimizer wherever the method takes one.
+SGD = ("--optim", "sgd", "--learning_rate", "0.1")
+OPTIMIZER = {"sparse": ("--optim", "adamw_torch", "--learning_rate", "1e-3")}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    text_dataset(32, seed=0).select_columns(["sentence", "label"]).to_csv(tmp_path / "train.csv")
+    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv(tmp_path / "dev.csv")
+    text_dataset(7, seed=2).select_columns(["sentence"]).to_csv(tmp_path / "test.csv")
+    return ["--train_file", "train.csv", "--validation_file", "dev.csv", "--test_file", "test.csv"]
+
+
+@pytest.fixture
+def no_dropout(tmp_path, tokenizer) -> str:
+    """A model whose gradient on a batch is the mean of those on its parts."""
+    folder = tmp_path / "no-dropout"
+    tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def launch(files, tiny_bert_dir):
+    def _launch(*argv: str, method: str = "full", data=None) -> int:
+        return run_glue.main(
+            [
+                "--method", method, "--model_name_or_path", tiny_bert_dir, *(files if data is None else data),
+                "--max_seq_length", "16", "--use_cpu", "--disable_tqdm", "true", "--learning_rate", "1e-2",
+                *QUICK.get(method, ()), *argv,
+            ]
+        )  # fmt: skip
+
+    return _launch
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(next(Path(folder).glob("*.safetensors")))
+
+
+def same(a, b, **tolerance) -> bool:
+    ours, theirs = weights(a), weights(b)
+    if tolerance:  # AdamW turns a key bias's gradient, rounding noise, into full steps
+        names = [name for name in ours if not name.endswith("key.bias")]
+        return all(torch.allclose(ours[name], theirs[name], **tolerance) for name in names)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_evaluate_predict(launch, method, capsys, tiny_bert_dir, tokenizer):
+    steps = ("--do_train", "--do_eval", "--do_predict", "--num_train_epochs", "1", "--output_dir", "out")
+    assert launch(*steps, "--hub_token", "secret", method=method) == 0
+    record = json.loads(Path("out/run.json").read_text())
+    assert (record["method"], record["task"], record["model"], record["seed"]) == (
+        method, "train.csv", tiny_bert_dir, 42,
+    )  # fmt: skip
+    assert {"eval_accuracy", "eval_loss", "train_loss"} <= record["metrics"].keys()
+    for key in ("train_seconds", "samples_per_second", "trainable_parameters", "total_parameters", "artefact_bytes"):
+        assert record[key] > 0, key
+    assert record["peak_memory_bytes"] is not None and "secret" not in Path("out/run.json").read_text()
+    assert record["arguments"]["learning_rate"] == 1e-2
+
+    printed = capsys.readouterr().out
+    for words in ("eval_accuracy", "training seconds", "peak memory", "trainable parameters", "load it:", "out"):
+        assert words in printed
+    rows = list(csv.reader(open("out/predictions.tsv"), delimiter="\t"))
+    assert rows[0] == ["index", "prediction"] and [row[0] for row in rows[1:]] == [str(i) for i in range(7)]
+
+    line = next(line for line in printed.splitlines() if line.startswith("load it: ")).removeprefix("load it: ")
+    names = {"AutoModelForSequenceClassification": AutoModelForSequenceClassification, "PeftModel": PeftModel}
+    model = eval(line, names).eval()
+    sentences = [row[0] for row in csv.reader(open("test.csv"))][1:]
+    with torch.no_grad():
+        batch = tokenizer(sentences, padding=True, truncation=True, max_length=16, return_tensors="pt")
+        predicted = model(**batch).logits.argmax(-1).tolist()
+    assert [row[1] for row in rows[1:]] == [str(i) for i in predicted]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_equals_unbroken(launch, method, monkeypatch):
+    options = ("--do_train", "--max_steps", "4", "--save_steps", "2", "--logging_steps", "1")
+    assert launch(*options, "--output_dir", "a", method=method) == 0
+    assert launch(*options, "--output_dir", "b", method=method) == 0
+    assert same("a", "b")
+    for path in Path("b").glob("*.safetensors"):  # as if the run had been killed after its first checkpoint
+        path.unlink()
+    os.unlink("b/run.json")
+    os.rename("b/checkpoint-4", "later")
+    assert launch(*options, "--output_dir", "b", "--resume_from_checkpoint", "true", method=method) == 0
+    assert same("a", "b")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_equals_the_large_batch(launch, no_dropout, method):
+    options = ("--model_name_or_path", no_dropout, "--do_train", "--max_steps", "3", *OPTIMIZER.get(method, SGD))
+    assert launch(*options, "--per_device_train_batch_size", "8", "--output_dir", "one", method=method) == 0
+    small = ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--output_dir", "two")
+    assert launch(*options, *small, method=method) == 0
+    assert same("one", "two", atol=1e-5)
+
+
+def test_best_model_by_the_primary_metric(launch):
+    options = ("--num_train_epochs", "2", "--eval_strategy", "epoch", "--save_strategy", "epoch")
+    assert launch(*options, "--load_best_model_at_end", "--output_dir", "out") == 0
+    state = json.loads(
+        (max(Path("out").glob("checkpoint-*"), key=os.path.getmtime) / "trainer_state.json").read_text()
+    )
+    best = max(entry["eval_accuracy"] for entry in state["log_history"] if "eval_accuracy" in entry)
+    assert state["best_metric"] == best
+    assert json.loads(Path("out/run.json").read_text())["metrics"]["eval_accuracy"] == best
+
+
+def test_evaluation_alone_writes_no_model(launch, capsys):
+    assert launch("--do_eval", "--output_dir", "out") == 0
+    assert sorted(os.listdir("out")) == ["run.json"]
+    record = json.loads(Path("out/run.json").read_text())
+    assert record["train_seconds"] is None and 0 <= record["metrics"]["eval_accuracy"] <= 1
+    assert "load it" not in capsys.readouterr().out
+
+
+def test_mnli_has_two_validation_and_two_test_sets(launch, tmp_path):
+    names = ["entailment", "neutral", "contradiction"]
+    folder = tmp_path / "glue" / "mnli"
+    folder.mkdir(parents=True)
+    names_of_splits = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
+    for split in names_of_splits:
+        data = text_dataset(9, pair=True).rename_columns({"sentence1": "premise", "sentence2": "hypothesis"})
+        data = data.remove_columns(["label", "idx"]).add_column("label", [names[i % 3] for i in range(9)])
+        data.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    splits = "".join(f"      - split: {name}\n        path: {name}-*\n" for name in names_of_splits)
+    (folder / "README.md").write_text(f"---\nconfigs:\n  - config_name: mnli\n    data_files:\n{splits}---\n")
+    data = ("--dataset_name", str(folder), "--task_name", "mnli")
+    assert launch("--do_eval", "--do_predict", "--output_dir", "out", data=data) == 0
+    metrics = json.loads(Path("out/run.json").read_text())["metrics"]
+    assert {"eval_accuracy", "eval_mm_accuracy"} <= metrics.keys()
+    for file in ("predictions.tsv", "predictions_mm.tsv"):
+        assert Path("out", file).read_text().splitlines()[1].split("\t")[1] in names
+
+
+def test_regression_predicts_numbers(launch):
+    from datasets import Dataset
+
+    rows = text_dataset(16)["sentence"]
+    for name in ("train.csv", "dev.csv"):
+        Dataset.from_dict({"sentence": rows, "label": [i / 4 + 0.1 for i in range(16)]}).to_csv(name)
+    assert launch("--do_train", "--do_eval", "--do_predict", "--max_steps", "2", "--output_dir", "out") == 0
+    assert "eval_pearson" in json.loads(Path("out/run.json").read_text())["metrics"]
+    float(Path("out/predictions.tsv").read_text().splitlines()[1].split("\t")[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dry_run_shows_the_plan_and_writes_nothing(launch, method, capsys):
+    assert launch("--dry_run", "--output_dir", "out", method=method) == 0
+    printed = capsys.readouterr().out
+    assert "what trains" in printed and "memory estimate" in printed and "steps: 12 of 8 examples" in printed
+    assert not os.listdir("out") if os.path.exists("out") else True
+
+
+def test_overwriting_happens_only_after_everything_loaded(launch, capsys):
+    assert launch("--do_train", "--max_steps", "2", "--save_steps", "1", "--output_dir", "out", method="lora") == 0
+    Path("out/notes.txt").write_text("mine")
+    again = ("--do_train", "--max_steps", "1", "--save_strategy", "no", "--output_dir", "out")
+    assert launch(*again) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert launch(*again, "--overwrite_output_dir", "--max_seq_length", "9999") == 2
+    assert "max_seq_length" in capsys.readouterr().err
+    assert Path("out/run.json").exists() and Path("out/checkpoint-2").exists()
+    assert launch(*again, "--overwrite_output_dir") == 0
+    left = set(os.listdir("out"))
+    assert {"notes.txt", "run.json", "model.safetensors"} <= left
+    assert not left & {"checkpoint-1", "checkpoint-2", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_hyperparameter_search(launch):
+    pytest.importorskip("optuna")
+    options = ("--hp_search", "2", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1")
+    assert launch(*options, "--output_dir", "out", method="lora") == 0
+    found = json.loads(Path("out/hp_search.json").read_text())
+    assert found["metric"] == "eval_accuracy" and len(found["trials"]) == 2
+    assert 1e-6 <= found["best"]["learning_rate"] <= 1e-1
+    assert found["best"]["per_device_train_batch_size"] in (16, 32)
+    assert not list(Path("out").glob("run-*")) and Path("out/adapter_model.safetensors").exists()
+    state = json.loads(Path("out/checkpoint-2/trainer_state.json").read_text())
+    assert state["train_batch_size"] == found["best"]["per_device_train_batch_size"]
+    assert launch(*options, "--output_dir", "again", method="lora") == 0
+    assert json.loads(Path("again/hp_search.json").read_text()) == found
+    assert same("out", "again")
+
+
+def test_search_without_optuna(launch, monkeypatch, capsys):
+    monkeypatch.setattr("hf_ft_ext.launch.search.importlib.util.find_spec", lambda name: None)
+    assert launch("--hp_search", "2") == 2
+    assert 'pip install "hf_ft_ext[hp]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "data", "message"),
+    [
+        (["--do_train"], ["--validation_file", "dev.csv"], "has no training split"),
+        (["--do_train", "--do_eval"], ["--train_file", "train.csv"], "has no validation split"),
+        (["--do_train", "--eval_strategy", "epoch"], ["--train_file", "train.csv"], "any --eval_strategy"),
+        (["--do_predict"], ["--validation_file", "dev.csv"], "has no test split"),
+        (["--do_train", "--hp_search", "2"], ["--train_file", "train.csv"], "--hp_search compares"),
+        (["--load_best_model_at_end", "--eval_strategy", "steps", "--metric_for_best_model", "f1"], None,
+         "metric_for_best_model cannot be 'f1'.*loss, accuracy"),
+        (["--model_name_or_path", "./none"], None, "no such folder"),
+        (["--batch_eval_metrics"], None, "compute_result"),
+        (["--push_to_hub"], None, "--push_to_hub: the Hub repository cannot be made"),
+        (["--task_name", "colla"], [], "colla"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_before_training(launch, capsys, argv, data, message):
+    assert launch(*argv, "--output_dir", "out", data=data) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    pytest.importorskip("re").search(message, error) or pytest.fail(error)
+    assert not os.path.exists("out/run.json")
+
+
+def test_resuming_with_another_method(launch, capsys):
+    options = ("--do_train", "--max_steps", "2", "--save_steps", "1", "--output_dir", "out")
+    assert launch(*options, method="lora") == 0
+    assert launch(*options, "--resume_from_checkpoint", "true", method="full") == 2
+    assert "holds an adapter, but method 'full' trains a whole model" in capsys.readouterr().err
+
+
+def test_secrets_and_suffixes():
+    command = ["run_glue.py", "--token", "a", "--hub-token=b", "--seed", "1"]
+    assert without_secrets(command) == ["run_glue.py", "--token", "***", "--hub-token=***", "--seed", "1"]
+    assert [split_suffix(i, n) for i, n in enumerate(("a", "validation_mismatched", "b"))] == ["", "mm", "b"]
+
+
+def python(*argv: str, **kwargs) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *argv], capture_output=True, text=True, timeout=240, env=environment, check=False, **kwargs
+    )
+
+
+def test_help_and_an_error_as_commands():
+    shown = python(str(ROOT / "run_glue.py"), "--help")
+    assert shown.returncode == 0 and all(name in shown.stdout for name in METHODS) and len(shown.stdout) < 2000
+    failed = python(str(ROOT / "run_glue.py"), "--method", "fulll")
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert failed.stderr.splitlines()[-1].startswith("error: unknown method 'fulll'; did you mean 'full'?")
+    assert "Traceback" not in failed.stderr and "usage" not in failed.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_give_what_one_gives(launch, files, method, no_dropout):
+    options = ["--model_name_or_path", no_dropout, "--do_train", "--do_eval", "--do_predict", "--max_steps", "3"]
+    options += OPTIMIZER.get(method, SGD)
+    assert launch(*options, "--per_device_train_batch_size", "8", "--output_dir", "one", method=method) == 0
+    done = python(
+        "-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "2", "--cpu",
+        "--main_process_port", "0", str(ROOT / "run_glue.py"), "--method", method,
+        *files, "--max_seq_length", "16", *QUICK.get(method, ()), *options,
+        "--per_device_train_batch_size", "4", "--output_dir", "two", "--disable_tqdm", "true",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("load it:") == 1
+    assert same("one", "two", atol=1e-5)
+    one, two = (json.loads(Path(name, "run.json").read_text()) for name in ("one", "two"))
+    assert one["metrics"]["eval_accuracy"] == two["metrics"]["eval_accuracy"]
+    assert Path("one/predictions.tsv").read_text() == Path("two/predictions.tsv").read_text()
