@@ -1,0 +1,41 @@
+# Each target is complete in itself on a machine with git, make and Python >= 3.11.
+# PYTHON picks the interpreter; EXTRAS of a target are installed into .venv once, under the pinned constraints.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test quality clean
+
+demo: $(VENV)/.demo
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		run_glue.py recipes/demo/sparse.yaml
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+quality: $(VENV)/.quality
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; pass PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each extra: a second run starts at once, a change of the requirements installs again.
+# torch goes first and alone: the pinned build has to be there before anything asks for a range of it.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(INSTALL) torch
+	touch $@
+
+$(VENV)/.%: setup.cfg pyproject.toml constraints.txt $(VENV)/.torch
+	$(INSTALL) --editable '.[$*]'
+	touch $@
+
+$(VENV)/.quality: setup.cfg constraints.txt | $(BIN)/python
+	$(INSTALL) ruff
+	touch $@
