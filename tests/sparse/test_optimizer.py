@@ -196,6 +196,24 @@ def test_top_k_is_sorted_and_of_largest_magnitude():
     assert top_k(rotated, 3).tolist() == [1, 3, 5]
 
 
+@pytest.mark.parametrize("columns", [512, 500])  # with 512 the sample sees every 16th column only
+@pytest.mark.parametrize("kind", ["decay", "ties", "misleading"])
+def test_top_k_by_candidates_is_exact(kind, columns):
+    generator = torch.Generator().manual_seed(0)
+    rotated = torch.randn(600, columns, generator=generator)
+    if kind == "decay":
+        rotated *= torch.logspace(0, -4, 600)[:, None]
+    if kind == "ties":
+        rotated = (rotated * 2).round()
+    if kind == "misleading":
+        rotated[:, ::16] *= 10
+    for k in (300, 3_500, 70_000):
+        chosen = top_k(rotated, k)
+        assert len(chosen.unique()) == k and (chosen.diff() > 0).all()
+        values = rotated.abs().flatten()
+        assert torch.equal(values[chosen.long()].sort().values, values.topk(k).values.flip(0))
+
+
 def test_carry_over_keeps_common_entries_and_restarts_the_others():
     old, new = torch.tensor([1, 4, 7]), torch.tensor([0, 4, 7, 9])
     (state,) = carry_over(old, new, torch.tensor([10.0, 20.0, 30.0]))
