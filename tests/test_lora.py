@@ -61,7 +61,6 @@ def test_saved_adapter_gives_the_trained_logits(tmp_path, tokenizer, kind, targe
 def test_what_trains(tmp_path):
     model = add_lora(tiny_model(), arguments(tmp_path, lora_r=4))
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {name.split(".")[-3] for name in trainable if "lora_" in name} == {"lora_A", "lora_B"} or trainable
     assert all("lora_" in name or "classifier.modules_to_save" in name for name in trainable)
     assert sum("lora_A" in name for name in trainable) == 4  # query and value of two layers
     assert model.peft_config["default"].r == 4
@@ -153,9 +152,7 @@ def test_values_out_of_range(tmp_path, values, message):
 
 
 def test_targets_that_match_nothing(tmp_path, tokenizer):
-    with pytest.raises(
-        InputError, match=r"\['qkv'\] cannot be used .*not found.*bert.encoder.layer.\*.attention.self.query"
-    ):
+    with pytest.raises(InputError, match=r"\['qkv'\] cannot be used .*bert.encoder.layer.\*.attention.self.query"):
         trainer(tmp_path, tokenizer, tiny_model(), lora_target_modules=["qkv"])
 
 

@@ -178,7 +178,7 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path, leftover):
     path = tmp_path / "out" / leftover
     path.parent.mkdir(parents=True)
     path.write_text("{}")
-    with pytest.raises(InputError, match="already holds a run; pass --resume_from_checkpoint true.*--overwrite"):
+    with pytest.raises(InputError, match=r"already holds a run; pass --resume_from_checkpoint true.*--overwrite"):
         parse("--output_dir", "out")
     assert parse("--output_dir", "out", "--overwrite_output_dir")[3].output_dir == "out"
     assert path.exists()  # parsing deletes nothing

@@ -1,0 +1,35 @@
+"""hf_ft_ext: published fine-tuning methods as Hugging Face Trainers.
+
+The public names are imported when first used, so that `import hf_ft_ext` costs next to nothing.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "InputError": "hf_ft_ext.errors",
+    "LoraTrainer": "hf_ft_ext.lora.trainer",
+    "LoraTrainingArguments": "hf_ft_ext.lora.arguments",
+    "ResourceMonitor": "hf_ft_ext.training.resources",
+    "SparseAdamW": "hf_ft_ext.sparse.optimizer",
+    "SparseGradLinear": "hf_ft_ext.sparse.layer",
+    "SparseTrainer": "hf_ft_ext.sparse.trainer",
+    "SparseTrainingArguments": "hf_ft_ext.sparse.arguments",
+    "compute_bases": "hf_ft_ext.sparse.prepass",
+    "convert_to_sparse": "hf_ft_ext.sparse.convert",
+    "merge_sparse": "hf_ft_ext.sparse.convert",
+    "sparse_layers": "hf_ft_ext.sparse.convert",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

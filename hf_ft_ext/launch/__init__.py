@@ -1,0 +1,1 @@
+"""What `run_glue.py` needs around the library: defaults, output folders, search, results."""

@@ -1,0 +1,89 @@
+"""From arguments to data, model and trainer: everything that can fail on bad input, before any training."""
+
+import contextlib
+import copy
+from collections.abc import Callable
+
+from transformers import Trainer
+
+from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments
+from hf_ft_ext.data.loading import TaskData, load_data
+from hf_ft_ext.data.preprocess import tokenize
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.launch.checks import check_checkpoint, check_splits, choose_best_metric
+from hf_ft_ext.launch.output import clear_old_run
+from hf_ft_ext.launch.search import require_optuna
+from hf_ft_ext.methods import find_method
+from hf_ft_ext.metrics import metric_function
+from hf_ft_ext.models import load_tokenizer_and_model, model_max_length
+from hf_ft_ext.training.resources import ResourceMonitor
+
+BuildTrainer = Callable[[MethodTrainingArguments], Trainer]
+
+
+def load(
+    run_args: RunArguments, model_args: ModelArguments, data_args: DataArguments, args: MethodTrainingArguments
+) -> tuple[BuildTrainer, TaskData]:
+    """Load and check data and model.
+
+    Returns:
+        A function from training arguments to a trainer, and the tokenised data.
+
+    Raises:
+        InputError: something that the user passed cannot work.
+    """
+    if run_args.hp_search:
+        require_optuna()
+    with args.main_process_first(desc="loading data"):  # downloads happen once
+        data = load_data(data_args, cache_dir=model_args.cache_dir, token=model_args.token)
+    check_splits(run_args, args, data)
+    choose_best_metric(run_args, args, data.metric)
+    tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed)
+    limit = model_max_length(model, tokenizer)
+    data = tokenize(data, tokenizer, data_args, label2id=model.config.label2id, model_max_length=limit)
+    trainer_class = find_method(run_args.method).trainer_class()
+
+    def build(args: MethodTrainingArguments) -> Trainer:
+        # A search needs a new model per trial; otherwise the loaded one is trained.
+        source = {"model_init": lambda: copy.deepcopy(model)} if run_args.hp_search else {"model": model}
+        with _explained(args):
+            trainer = trainer_class(
+                args=args,
+                train_dataset=data.train if args.do_train else None,
+                # Evaluation in training looks at the first validation set, as the metric names expect.
+                eval_dataset=next(iter(data.validation.values()), None),
+                processing_class=tokenizer,
+                compute_metrics=metric_function(data.metric),
+                callbacks=[ResourceMonitor()],
+                **source,
+            )
+        check_checkpoint(trainer, run_args.method)
+        return trainer
+
+    return build, data
+
+
+def make_room(run_args: RunArguments, args: MethodTrainingArguments) -> None:
+    """Delete the old run in `output_dir` if the user asked for it; other processes wait."""
+    if run_args.overwrite_output_dir:
+        with args.main_process_first(desc="deleting the old run"):
+            if args.process_index == 0:
+                clear_old_run(args.output_dir)
+
+
+@contextlib.contextmanager
+def _explained(args: MethodTrainingArguments):
+    """Turn what `Trainer` refuses into an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    except OSError as error:
+        if not args.push_to_hub:
+            raise
+        raise InputError(
+            f"--push_to_hub: the Hub repository cannot be made ({str(error).strip().splitlines()[0]}); log in with "
+            "`hf auth login` or pass --hub_token, and check the network"
+        ) from error

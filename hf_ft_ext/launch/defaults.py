@@ -1,0 +1,120 @@
+"""What the launcher fills in where the user said nothing, and the checks that need no data."""
+
+import logging
+import os
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.launch.output import (
+    checkpoint_to_resume,
+    folder_name,
+    free_folder,
+    refuse_foreign_run,
+    refuse_lost_model,
+)
+
+logger = logging.getLogger(__name__)
+
+_STEPS = ("do_train", "do_eval", "do_predict")
+DEMO = "demo"
+
+
+def complete_arguments(
+    run_args: RunArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    training_args: MethodTrainingArguments,
+) -> None:
+    """Fill in, in place, the demo model and task, train and evaluate, and the output folder.
+
+    Every process comes to the same folder: the first one decides.
+
+    Raises:
+        InputError: options that contradict each other, a checkpoint that is none, a folder that holds a run.
+    """
+    _fill_in(run_args, model_args, data_args, training_args)
+    _check_together(run_args, training_args)
+    given = run_args.given.get("output_dir") or None
+    resume = training_args.resume_from_checkpoint
+    # Only the first process looks: by the time another one did, the first might already have written.
+    outcome = [None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = _output_dir(given, resume, run_args, model_args, data_args, training_args)
+        except InputError as error:
+            outcome[0] = error
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    training_args.output_dir, training_args.resume_from_checkpoint = outcome[0]
+
+
+def task_label(data_args: DataArguments) -> str:
+    """The task's name, or else the name of the data set or of the first own file."""
+    return data_args.task_name or folder_name(
+        data_args.dataset_name or data_args.train_file or data_args.validation_file or data_args.test_file or DEMO
+    )
+
+
+def _fill_in(run_args, model_args, data_args, training_args) -> None:
+    said = []
+    if model_args.model_name_or_path is None:
+        said.append("the demo encoder")
+    if not any((data_args.task_name, data_args.dataset_name, *own_files(data_args))):
+        data_args.task_name = DEMO
+        said.append("the demo task")
+    if not any(step in run_args.given for step in _STEPS):
+        training_args.do_train = training_args.do_eval = True
+        said.append("train and evaluate")
+    if said:
+        logger.info("Nothing else was asked for, so this is: %s.", ", ".join(said))
+
+
+def own_files(data_args: DataArguments) -> tuple[str, ...]:
+    """The user's own data files that were passed."""
+    return tuple(f for f in (data_args.train_file, data_args.validation_file, data_args.test_file) if f)
+
+
+def _check_together(run_args: RunArguments, training_args: MethodTrainingArguments) -> None:
+    if not any(getattr(training_args, step) for step in _STEPS):
+        raise InputError("nothing to do: pass --do_train, --do_eval or --do_predict, or leave them all out")
+    resume = training_args.resume_from_checkpoint
+    if resume is not None and resume.lower() in ("false", "none", ""):
+        resume = training_args.resume_from_checkpoint = None
+    if run_args.hp_search < 0:
+        raise InputError(f"hp_search={run_args.hp_search} is no number of trials; pass 1 or more, or 0 for none")
+    if resume is not None:
+        if run_args.overwrite_output_dir:
+            raise InputError("--resume_from_checkpoint continues a run, --overwrite_output_dir deletes it; pass one")
+        if run_args.hp_search:
+            raise InputError("--hp_search starts every trial anew and cannot resume; drop one of the two")
+        if not training_args.do_train:
+            raise InputError(
+                "--resume_from_checkpoint is for training; add --do_train, or to evaluate a checkpoint pass it as "
+                "--model_name_or_path"
+            )
+    if run_args.hp_search and not training_args.do_train:
+        raise InputError("--hp_search trains; add --do_train")
+
+
+def _output_dir(given, resume, run_args, model_args, data_args, training_args) -> tuple[str, str | None]:
+    """The run folder, and the checkpoint to resume from if there is one."""
+    if given is None and resume is not None and resume.lower() != "true":
+        checkpoint = checkpoint_to_resume(resume, "")
+        return str(Path(checkpoint).parent), checkpoint
+    if given is None:
+        base = os.path.join("runs", f"{run_args.method}-{task_label(data_args)}-seed{training_args.seed}")
+        # Without --output_dir there is nothing of the user's to overwrite but the first name.
+        given = base if run_args.overwrite_output_dir else free_folder(base, resume=resume is not None)
+    given = os.path.expanduser(given)
+    if resume is not None:
+        return given, checkpoint_to_resume(resume, given)
+    if run_args.overwrite_output_dir:
+        refuse_lost_model(given, model_args.model_name_or_path)
+    elif not run_args.dry_run:  # a dry run writes nothing
+        refuse_foreign_run(given)
+    return given, None

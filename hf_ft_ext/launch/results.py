@@ -1,0 +1,150 @@
+"""What a run leaves and says at its end: metrics, predictions, the last table."""
+
+import csv
+import io
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+from transformers import Trainer
+
+from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.launch.defaults import task_label
+from hf_ft_ext.models import model_label
+from hf_ft_ext.training.files import write_text
+from hf_ft_ext.training.plan import align, trained_weights
+from hf_ft_ext.training.record import RUN_RECORD, write_run_record
+from hf_ft_ext.training.resources import find_monitor
+
+_MIB = 2**20
+_SECRETS = ("token", "hub_token")
+
+
+def split_suffix(position: int, name: str) -> str:
+    """What tells the metrics and files of a split from those of the first one: nothing, `mm` (MNLI) or its name."""
+    if position == 0:
+        return ""
+    return "mm" if name.endswith("mismatched") else name
+
+
+def evaluate_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
+    """Metrics on every split: `eval_accuracy` on the first, `eval_mm_accuracy` on MNLI's second one."""
+    metrics = {}
+    for position, (name, data) in enumerate(splits.items()):
+        suffix = split_suffix(position, name)
+        prefix = "_".join(filter(None, ("eval", suffix)))
+        metrics |= trainer.evaluate(eval_dataset=data, metric_key_prefix=prefix)
+    return metrics
+
+
+def predict_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
+    """Write `predictions.tsv` (`predictions_mm.tsv`, ...) for every split; metrics where there are labels.
+
+    Columns: `index` (row of the split, from 0) and `prediction` (label name; regression: number).
+    """
+    metrics = {}
+    for position, (name, data) in enumerate(splits.items()):
+        suffix = split_suffix(position, name)
+        prefix = "_".join(filter(None, ("test", suffix)))
+        output = trainer.predict(data, metric_key_prefix=prefix)
+        metrics |= output.metrics
+        if output.predictions is None:
+            raise InputError("--prediction_loss_only leaves no predictions to write; drop it or --do_predict")
+        if trainer.is_world_process_zero():
+            file = "_".join(filter(None, ("predictions", suffix))) + ".tsv"
+            rows = enumerate(named_predictions(output.predictions, trainer.model.config))
+            write_text(os.path.join(trainer.args.output_dir, file), _tsv(("index", "prediction"), rows))
+    return metrics
+
+
+def named_predictions(predictions: Any, config: Any) -> list[str]:
+    """Logits as label names, or as numbers where the model is one for regression."""
+    logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+    if config.problem_type == "regression":
+        return [f"{value:.6g}" for value in logits.reshape(-1)]
+    return [str(config.id2label[int(i)]) for i in logits.argmax(axis=-1)]
+
+
+def _tsv(header: Iterable[str], rows: Iterable[tuple]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def without_secrets(command: list[str]) -> list[str]:
+    """The command's words, access tokens blotted out."""
+    words, hidden = [], False
+    for word in command:
+        name, sign, _ = word.partition("=")
+        secret = name.startswith("--") and name.lstrip("-").replace("-", "_") in _SECRETS
+        words.append(f"{name}=***" if secret and sign else "***" if hidden else word)
+        hidden = secret and not sign
+    return words
+
+
+def recorded_arguments(given: dict[str, Any]) -> dict[str, Any]:
+    """What the user set, in a form that JSON holds, access tokens left out."""
+    plain = (str, int, float, bool, list, dict, type(None))
+    return {k: v if isinstance(v, plain) else str(v) for k, v in given.items() if k not in _SECRETS}
+
+
+def loading_line(trainer: Trainer) -> str:
+    """The line of Python that loads what the run saved."""
+    folder = trainer.args.output_dir
+    if not isinstance(trainer.model, PeftModel):
+        return f"AutoModelForSequenceClassification.from_pretrained({folder!r})"
+    base = trainer.model.peft_config["default"].base_model_name_or_path
+    labels = trainer.model.config.num_labels
+    return (
+        f"PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained({base!r}, "
+        f"num_labels={labels}), {folder!r})"
+    )
+
+
+def record_run(
+    trainer: Trainer,
+    metrics: dict[str, float],
+    command: list[str],
+    run_args: RunArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+) -> str:
+    """Write `run.json` and return the run's last table; for the first process."""
+    record = write_run_record(
+        trainer.args.output_dir,
+        method=run_args.method,
+        task=task_label(data_args),
+        model=model_label(model_args),
+        seed=trainer.args.seed,
+        metrics=metrics,
+        command=without_secrets(command),
+        monitor=find_monitor(trainer),
+        trainable_parameters=sum(weight.trained for weight in trained_weights(trainer)),
+        total_parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
+        arguments=recorded_arguments(run_args.given),
+    )
+    return final_table(record, trainer)
+
+
+def final_table(record: dict[str, Any], trainer: Trainer) -> str:
+    """The run in a few lines: metrics, training time, memory, size, where the model lies and how to load it."""
+    rows = [(f"{record['method']} on {record['task']}", "")]
+    for key, value in record["metrics"].items():
+        if re.match(r"(eval|test)_", key) and not re.search(r"_(runtime|per_second|preparation_time)$", key):
+            rows.append((key, f"{value:.4f}" if isinstance(value, float) else str(value)))
+    if record["train_seconds"] is not None:
+        rows.append(("training seconds", f"{record['train_seconds']:.1f}"))
+        rows.append(("peak memory (MiB)", f"{record['peak_memory_bytes'] / _MIB:,.1f}"))
+        rows.append(("trainable parameters", f"{record['trainable_parameters']:,}"))
+    folder = Path(trainer.args.output_dir)
+    lines = ["", *(line.rstrip() for line in align(rows)), f"record: {folder / RUN_RECORD}"]
+    if trainer.args.do_train:
+        lines += [f"model: {folder}", f"load it: {loading_line(trainer)}"]
+    return "\n".join(lines)

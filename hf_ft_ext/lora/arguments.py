@@ -1,0 +1,44 @@
+"""Arguments of `--method lora`."""
+
+from dataclasses import dataclass, field
+
+from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.errors import InputError
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class LoraTrainingArguments(MethodTrainingArguments):
+    """`transformers.TrainingArguments` plus the settings of the LoRA adapters.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    lora_r: int = field(default=8, metadata={"help": "Rank of the adapters, 1 or more."})
+    lora_alpha: float = field(
+        default=16, metadata={"help": "Scale of the adapters, above 0: what they add is multiplied by alpha / r."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters, in [0, 1)."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Linear layers that get an adapter, by the last parts of their dotted names, or `all-linear`; "
+            "none = peft's table for the model type (query and value for BERT)."
+        },
+    )
+    # FishPAL's rate for LoRA on GLUE; transformers' 5e-5 is meant for training all weights.
+    learning_rate: float = field(default=5e-4, metadata={"help": "Initial learning rate of the optimizer."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_r < 1:
+            raise InputError(f"lora_r={self.lora_r} is no rank; pass 1 or more")
+        if not self.lora_alpha > 0:
+            raise InputError(f"lora_alpha={self.lora_alpha} would leave the adapters without effect; pass more than 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise InputError(f"lora_dropout={self.lora_dropout} is no share in [0, 1); pass 0.1, say")
+        targets = self.lora_target_modules
+        if targets is not None and ALL_LINEAR in targets and len(targets) > 1:
+            raise InputError(f"lora_target_modules={targets}: {ALL_LINEAR!r} already takes all; pass it alone")

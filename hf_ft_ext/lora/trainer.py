@@ -1,0 +1,94 @@
+"""`LoraTrainer`: a Trainer that trains low-rank adapters (peft) and the classification head."""
+
+import re
+
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.lora.arguments import ALL_LINEAR, LoraTrainingArguments
+from hf_ft_ext.models import seeded_init
+from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.plan import fold_layer_numbers
+
+_DEFAULT_TARGETS = {"distilbert": ["q_lin", "v_lin"]}  # query and value, as in peft's table, which lacks it
+
+
+class LoraTrainer(Trainer):
+    """`transformers.Trainer` with LoRA adapters on the linear layers that `args` names.
+
+    The model's head, and any other part that came without pretrained weights, trains in full and is saved
+    with the adapter: `PeftModel.from_pretrained(base, folder)` gives the trained model's logits.
+
+    Args:
+        model, args, and all else: as for `Trainer`. Plain `TrainingArguments` are completed with the
+            defaults of `LoraTrainingArguments`.
+
+    Raises:
+        InputError: the model carries adapters already, or no layer matches `lora_target_modules`.
+    """
+
+    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
+        args = LoraTrainingArguments.complete(args)
+        if model is not None:
+            model = add_lora(model, args)
+        super().__init__(model, args, *positional, **kwargs)
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        return add_lora(super().call_model_init(trial), self.args)
+
+
+def add_lora(model: PreTrainedModel, args: LoraTrainingArguments) -> PeftModel:
+    """Wrap a sequence classifier with LoRA adapters, drawn from `args.seed`; everything else but the head is frozen.
+
+    Raises:
+        InputError: as for `LoraTrainer`.
+    """
+    if hasattr(model, "peft_config") or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise InputError("the model carries PEFT adapters already; pass the base model, or merge the adapters first")
+    declare_mean_loss(model)
+    heads = trained_in_full(model)
+    targets = args.lora_target_modules or _DEFAULT_TARGETS.get(model.config.model_type)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+        modules_to_save=heads,
+        # a target such as "dense" must not put adapters into what trains in full anyway
+        exclude_modules="|".join(rf"{re.escape(name)}(\..*)?" for name in heads) or None,
+    )
+    try:
+        with seeded_init(args.seed):
+            return get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(_no_target(model, targets, str(error).split(". ")[0])) from error
+
+
+def trained_in_full(model: PreTrainedModel) -> list[str]:
+    """Dotted names of the modules that an adapter cannot do without: the head, and whatever came untrained."""
+    prefix = model.base_model_prefix
+    names = [
+        name for name, module in model.named_children() if name != prefix and any(True for _ in module.parameters())
+    ]
+    for parameter in sorted(getattr(model, "fresh_parameters", ())):
+        owner = parameter.rpartition(".")[0]
+        if owner and not any(owner == name or owner.startswith(f"{name}.") for name in names):
+            names.append(owner)
+    return names
+
+
+def _no_target(model: nn.Module, targets: list[str] | None, reason: str) -> str:
+    linear = {
+        fold_layer_numbers(name): None for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
+    cause = (
+        f"peft knows no default targets for a {model.config.model_type!r} model"
+        if targets is None
+        else f"lora_target_modules={targets} cannot be used ({reason})"
+    )
+    shown = ", ".join(list(linear)[:12]) or "none"
+    return f"{cause}; pass lora_target_modules with (the last parts of) names of linear layers, here: {shown}"

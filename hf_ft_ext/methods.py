@@ -1,0 +1,109 @@
+"""The methods: one table from a name to its arguments, its trainer and one line of help.
+
+Nothing heavy is imported until a class is asked for, so that listing the methods is quick.
+"""
+
+import difflib
+import importlib
+from dataclasses import dataclass
+
+from hf_ft_ext.errors import InputError
+
+
+@dataclass(frozen=True)
+class Method:
+    """One fine-tuning method.
+
+    Attributes:
+        name: what `--method` takes.
+        arguments: `module:Class` of its training arguments.
+        trainer: `module:Class` of its trainer.
+        help: one line that says what it does.
+    """
+
+    name: str
+    arguments: str
+    trainer: str
+    help: str
+
+    def arguments_class(self) -> type:
+        """The dataclass of this method's arguments, a subclass of `MethodTrainingArguments`."""
+        return _load(self.arguments)
+
+    def trainer_class(self) -> type:
+        """The subclass of `transformers.Trainer` that trains with this method."""
+        return _load(self.trainer)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(
+            "full",
+            "hf_ft_ext.arguments:MethodTrainingArguments",
+            "transformers:Trainer",
+            "plain fine-tuning of all weights: the baseline",
+        ),
+        Method(
+            "lora",
+            "hf_ft_ext.lora.arguments:LoraTrainingArguments",
+            "hf_ft_ext.lora.trainer:LoraTrainer",
+            "low-rank adapters (peft) and the classification head: the parameter-efficient baseline",
+        ),
+        Method(
+            "sparse",
+            "hf_ft_ext.sparse.arguments:SparseTrainingArguments",
+            "hf_ft_ext.sparse.trainer:SparseTrainer",
+            "SparseGrad: MLP gradients made sparse in a Tucker basis, only their largest entries train",
+        ),
+    )
+}
+
+
+def find_method(name: str) -> Method:
+    """Return the method called `name`.
+
+    Raises:
+        InputError: there is none; the message names the nearest one and lists all.
+    """
+    if name not in METHODS:
+        raise InputError(
+            f"unknown method {name!r}{did_you_mean(name, METHODS)}; the methods are: {', '.join(METHODS)}"
+        )
+    return METHODS[name]
+
+
+def list_methods() -> str:
+    """The text of `--help` without a method."""
+    width = max(map(len, METHODS))
+    return "\n".join(
+        (
+            "usage: run_glue.py [recipe.yaml] [--method NAME] [--argument value ...]",
+            "",
+            "Fine-tune a sequence classifier. Without arguments: method sparse on the demo model and task.",
+            "A recipe is a YAML file of `argument: value` lines; the command line wins over it.",
+            "",
+            "methods:",
+            *(f"  {method.name:<{width}}  {method.help}" for method in METHODS.values()),
+            "",
+            "`run_glue.py --method NAME --help` lists all arguments of a method with their defaults.",
+            "",
+        )
+    )
+
+
+def only_help_wanted(argv: list[str]) -> bool:
+    """Whether `argv` asks for help and names neither a method nor a recipe."""
+    named = any(word.split("=")[0] == "--method" for word in argv) or (argv and not argv[0].startswith("-"))
+    return not named and ("-h" in argv or "--help" in argv)
+
+
+def did_you_mean(word: object, known) -> str:
+    """`; did you mean 'x'?` with the member of `known` nearest to `word`, or nothing if none is near."""
+    near = difflib.get_close_matches(str(word), [str(item) for item in known], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _load(path: str) -> type:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)

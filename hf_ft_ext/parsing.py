@@ -1,0 +1,193 @@
+"""From the command line and a recipe to the argument dataclasses."""
+
+import argparse
+import copy
+import re
+import sys
+from dataclasses import fields
+from typing import Any, NoReturn, get_type_hints
+
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.launch.defaults import complete_arguments
+from hf_ft_ext.methods import METHODS, Method, did_you_mean, find_method, list_methods
+from hf_ft_ext.recipes import checked, read_recipe
+
+_USAGE = "run_glue.py [recipe.yaml] [--method {%s}] [--argument value ...]" % ",".join(METHODS)  # noqa: UP031
+_SHOWN_CHOICES = 10  # longer lists of choices would drown the help
+
+
+class Parser(HfArgumentParser):
+    """`HfArgumentParser` for one method: grouped help, errors as `InputError`, only what the user gave comes back."""
+
+    def __init__(self, method: Method):
+        self.hints: dict[str, Any] = {}
+        self.choices: dict[str, list[str]] = {}
+        arguments = method.arguments_class()
+        self._own = f"method {method.name}: {method.help}"
+        super().__init__(
+            (RunArguments, ModelArguments, DataArguments, arguments),
+            allow_abbrev=False,
+            add_help=False,
+            usage=_USAGE,
+            formatter_class=_HelpFormatter,
+        )
+        titles = [self._own, *(t._argument_group_name for t in (RunArguments, ModelArguments, DataArguments))]
+        order = {title: position for position, title in enumerate(titles)}
+        self._action_groups.sort(key=lambda group: order.get(group.title, len(order)))
+
+    def _add_dataclass_arguments(self, dtype: type) -> None:
+        hints = get_type_hints(dtype)
+        groups: dict[str, Any] = {}
+        for original in fields(dtype):
+            if not original.init:
+                continue
+            field = copy.copy(original)
+            field.type = hints[field.name]
+            self.hints[field.name] = field.type
+            title = self._group_title(dtype, field)
+            if title not in groups:
+                groups[title] = self.add_argument_group(title)
+            before = len(self._actions)
+            self._parse_dataclass_field(groups[title], field)
+            shown, *complements = self._actions[before:]
+            if shown.choices is not None:
+                self.choices[field.name] = [str(choice) for choice in shown.choices]
+                shown.choices = None  # checked together with the recipe's values
+            for action in complements:  # --no_x: accepted, not listed
+                action.help = argparse.SUPPRESS
+
+    def _group_title(self, dtype: type, field: Any) -> str:
+        if not issubclass(dtype, TrainingArguments):
+            return dtype._argument_group_name
+        inherited = {f.name: f.default for f in fields(TrainingArguments)}
+        own = field.name not in inherited or inherited[field.name] != field.default
+        return self._own if own else "training (transformers.TrainingArguments)"
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(re.sub(r"argument (--\w+)/--\S+:", r"\1:", message))
+
+    def given(self, argv: list[str], recipe: dict[str, Any]) -> dict[str, Any]:
+        """What the user set: the recipe's values, checked, under the command line's.
+
+        Raises:
+            InputError: unknown argument or key, or a value that cannot work.
+        """
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        line, rest = self.parse_known_args(argv)
+        if rest:
+            raise InputError(self._unknown(rest))
+        values = {}
+        for key, value in recipe.items():
+            if key not in self.hints:
+                raise InputError(f"unknown recipe key {key!r}{self._hint_for(key)}")
+            if value is not None:
+                values[key] = checked(key, value, self.hints[key])
+        values = {key: value for key, value in values.items() if value is not None} | vars(line)
+        for key, choices in self.choices.items():
+            if key in values and str(values[key]) not in choices:
+                raise InputError(
+                    f"{key} cannot be {values[key]!r}{did_you_mean(values[key], choices)}; "
+                    f"choose from: {', '.join(choices)}"
+                )
+        return values
+
+    def _unknown(self, rest: list[str]) -> str:
+        option = next((word for word in rest if word.startswith("-")), None)
+        if option is None:
+            return f"unexpected word {rest[0]!r}: a recipe goes first, values go behind their --argument"
+        name = option.split("=")[0].lstrip("-").replace("-", "_")
+        return f"unknown argument {option.split('=')[0]!r}{self._hint_for(name, '--')}"
+
+    def _hint_for(self, key: str, dashes: str = "") -> str:
+        for method in METHODS.values():
+            if key in {f.name for f in fields(method.arguments_class()) if f.init}:
+                return f": it belongs to method {method.name!r}; pass --method {method.name} or leave it out"
+        near = did_you_mean(key, self.hints).replace("'", f"'{dashes}", 1)
+        return near or "; `--help` lists all arguments"
+
+    def build(self, given: dict[str, Any]) -> tuple:
+        """The dataclasses, in the order run, model, data, training.
+
+        Raises:
+            InputError: a dataclass refuses its values.
+        """
+        built = []
+        for dtype in self.dataclass_types:
+            names = {f.name for f in fields(dtype) if f.init}
+            try:
+                built.append(dtype(**{key: value for key, value in given.items() if key in names}))
+            except InputError:
+                raise
+            except (ValueError, TypeError, ImportError, OSError) as error:
+                raise InputError(str(error)) from error
+        return tuple(built)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling and one short placeholder for each argument."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        kind = getattr(action.type, "__name__", "text")
+        word = {"int": "INTEGER", "float": "NUMBER", "string_to_bool": "[true|false]"}.get(kind, "TEXT")
+        return f"{action.option_strings[0]} {word}{' ...' if action.nargs == '+' else ''}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = super()._get_help_string(action) or ""
+        return text.replace("(default: %(default)s)", f"(default: {_plain(action.default)})").strip()
+
+
+def _plain(value: Any) -> str:
+    value = getattr(value, "value", value)  # an enum's own text
+    return "none" if value is None else str(value).replace("%", "%%")
+
+
+class _First(argparse.ArgumentParser):
+    """Finds the method and a wish for help before the method's own parser can be built."""
+
+    def __init__(self):
+        super().__init__(add_help=False, allow_abbrev=False)
+        self.add_argument("--method")
+        self.add_argument("-h", "--help", action="store_true")
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message.removeprefix('argument ')}; the methods are: {', '.join(METHODS)}")
+
+
+def parse_arguments(
+    argv: list[str] | None = None,
+) -> tuple[RunArguments, ModelArguments, DataArguments, MethodTrainingArguments]:
+    """Parse `[recipe.yaml] [--argument value ...]`; the command line wins over the recipe.
+
+    Args:
+        argv: the words after the program's name; `None` = those of this process.
+
+    Returns:
+        The arguments of run, model, data and training, defaults of the launcher filled in
+        (see `complete_arguments`); `run_args.given` holds what the user set.
+
+    Raises:
+        InputError: anything that cannot work.
+        SystemExit: `--help` was asked for and printed (status 0).
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    recipe = read_recipe(argv.pop(0)) if argv and not argv[0].startswith("-") else {}
+    first, _ = _First().parse_known_args(argv)
+    name = first.method if first.method is not None else recipe.get("method")
+    if name is not None and not isinstance(name, str):
+        name = checked("method", name, str)
+    if first.help:
+        sys.stdout.write(list_methods() if name is None else Parser(find_method(name)).format_help())
+        raise SystemExit(0)
+    parser = Parser(find_method(RunArguments.method if name is None else name))
+    given = parser.given(argv, recipe)
+    run_args, model_args, data_args, training_args = parser.build(given)
+    run_args.given = given
+    complete_arguments(run_args, model_args, data_args, training_args)
+    return run_args, model_args, data_args, training_args

@@ -1,0 +1,65 @@
+#!/usr/bin/env python
+"""Fine-tune a sequence classifier with one of the methods of hf_ft_ext; `--help` lists them."""
+
+import logging
+import os
+import sys
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the launcher on `argv` (`None` = this process's words); 0 = done, 2 = input that cannot work."""
+    from hf_ft_ext.errors import InputError
+    from hf_ft_ext.methods import list_methods, only_help_wanted
+
+    first = int(os.environ.get("RANK", 0)) == 0
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_ft_ext").setLevel(logging.INFO if first else logging.WARNING)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        if only_help_wanted(argv):  # answered before the slow imports
+            sys.stdout.write(list_methods())
+        else:
+            run(argv)
+    except InputError as error:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            sys.stderr.write(f"error: {error}\n")
+        return 2
+    return 0
+
+
+def run(argv: list[str]) -> None:
+    """Parse, load, build, train, evaluate, predict, record, push."""
+    from hf_ft_ext.parsing import parse_arguments
+
+    run_args, model_args, data_args, args = parse_arguments(argv)
+
+    from hf_ft_ext.launch import build, results, search  # after --help has been answered
+    from hf_ft_ext.training.plan import training_plan
+
+    build_trainer, data = build.load(run_args, model_args, data_args, args)
+    if run_args.dry_run:
+        plan = training_plan(build_trainer(args))
+        if args.process_index == 0:
+            print(plan.table())
+        return
+    trainer = build_trainer(args)
+    build.make_room(run_args, args)  # only now: nothing that the user passed can fail any more
+    if run_args.hp_search:
+        search.search_hyperparameters(build_trainer, args, run_args.hp_search)
+        trainer = build_trainer(args)
+    metrics = {}
+    if args.do_train:
+        metrics |= trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+        trainer.save_model()
+    if args.do_eval:
+        metrics |= results.evaluate_all(trainer, data.validation)
+    if args.do_predict:
+        metrics |= results.predict_all(trainer, data.test)
+    if trainer.is_world_process_zero():
+        print(results.record_run(trainer, metrics, ["run_glue.py", *argv], run_args, model_args, data_args))
+    if args.push_to_hub:
+        trainer.push_to_hub(tasks="text-classification", finetuned_from=model_args.model_name_or_path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
