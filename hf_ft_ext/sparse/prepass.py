@@ -75,7 +75,7 @@ def compute_bases(trainer: Trainer, layers: Mapping[str, SparseGradLinear], step
         gram.out, gram.inp = accelerator.reduce(gram.out), accelerator.reduce(gram.inp)
         # Every process decomposes the same sums; the broadcast keeps the bases equal to the last bit.
         basis = layer.basis
-        basis.out_factor, basis.in_factor = (broadcast(factor) for factor in gram.factors())
+        basis.out_factor, basis.in_factor = (broadcast(factor.T).T for factor in gram.factors())
         per_step = accelerator.reduce(tokens[layer.kind]).item() / (steps * args.world_size)
         basis.rotates = cheaper_rotation(layer.out_features, layer.in_features, per_step)
         logger.info("basis of %s ready; about %.0f tokens per step, rotates %s", layer.kind, per_step, basis.rotates)

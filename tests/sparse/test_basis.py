@@ -29,6 +29,7 @@ def test_factors_span_the_subspaces_of_the_stacked_svd():
     left = torch.linalg.svd(torch.cat(list(stack), dim=1)).U  # out x (n in)
     right = torch.linalg.svd(torch.cat([g.T for g in stack], dim=1)).U  # in x (n out)
     for factor, expected in zip(sums.factors(), (left, right), strict=True):
+        assert factor.T.is_contiguous()  # what the sparse product in `add_rotated_back` is fast with
         torch.testing.assert_close(factor.T @ factor, torch.eye(len(factor), dtype=torch.float64))
         for rank in (1, 3, 6):
             cosines = torch.linalg.svdvals(factor[:, :rank].T @ expected[:, :rank])
