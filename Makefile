@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+CORES = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
@@ -10,7 +11,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		run_glue.py recipes/demo/sparse.yaml
+		--num_cpu_threads_per_process $(CORES) run_glue.py recipes/demo/sparse.yaml
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

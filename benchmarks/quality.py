@@ -79,7 +79,7 @@ def table(rows: list[dict]) -> str:
         return f"{statistics.mean(values):.{digits}f}{deviation}"
 
     lines = [
-        f"| method | {rows[0]['score']} | lr (tried) | train s | of it preparation s | peak MiB | trainable | artefact MB |",
+        f"| method | {rows[0]['score']} | lr (tried) | train s | preparation s | peak MiB | trainable | saved MB |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:

@@ -18,6 +18,8 @@ _EXPORTS = {
     "SparseTrainingArguments": "hf_ft_ext.sparse.arguments",
     "compute_bases": "hf_ft_ext.sparse.prepass",
     "convert_to_sparse": "hf_ft_ext.sparse.convert",
+    "demo_dataset": "hf_ft_ext.data.demo",
+    "demo_encoder": "hf_ft_ext.models",
     "merge_sparse": "hf_ft_ext.sparse.convert",
     "sparse_layers": "hf_ft_ext.sparse.convert",
 }

@@ -4,6 +4,7 @@ import logging
 import os
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
@@ -37,6 +38,7 @@ def complete_arguments(
         InputError: options that contradict each other, a checkpoint that is none, a folder that holds a run.
     """
     _fill_in(run_args, model_args, data_args, training_args)
+    _suit_the_machine(run_args, training_args)
     _check_together(run_args, training_args)
     given = run_args.given.get("output_dir") or None
     resume = training_args.resume_from_checkpoint
@@ -72,6 +74,21 @@ def _fill_in(run_args, model_args, data_args, training_args) -> None:
         said.append("train and evaluate")
     if said:
         logger.info("Nothing else was asked for, so this is: %s.", ", ".join(said))
+
+
+def _suit_the_machine(run_args: RunArguments, training_args: MethodTrainingArguments) -> None:
+    """Leave out what needs an accelerator where there is none, and say when cores stay idle."""
+    if torch.accelerator.is_available() and not training_args.use_cpu:
+        return
+    if "dataloader_pin_memory" not in run_args.given:
+        training_args.dataloader_pin_memory = False
+    launched, cores = "ACCELERATE_MIXED_PRECISION" in os.environ, os.cpu_count() or 1
+    if launched and torch.get_num_threads() == 1 and cores > 1 and training_args.world_size == 1:
+        logger.info(
+            "Training on 1 of %d cores, as `accelerate launch` sets it; `--num_cpu_threads_per_process %d` uses all.",
+            cores,
+            cores,
+        )
 
 
 def own_files(data_args: DataArguments) -> tuple[str, ...]:

@@ -1,5 +1,10 @@
 """SparseTrainer: what it trains, what it saves, and that splits, processes and resumes change nothing."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
@@ -172,6 +177,24 @@ def test_counts_name_the_trained_entries(tmp_path):
     dense = sum(p.numel() for n, p in trainer.model.named_parameters())
     assert plan.trainable == dense - 4 * (48 * 32 - 50)
     assert plan.steps == 8
+
+
+@pytest.mark.slow
+def test_two_processes_hold_the_same_weights_supports_and_bases(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    script = Path(__file__).with_name("two_ranks.py")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+            *(str(script), str(tmp_path)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests")))},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # --- the pre-pass ----------------------------------------------------------------------------------
