@@ -1,0 +1,72 @@
+"""The README's example runs, its commands parse, and every recipe is valid."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+import hf_ft_ext
+from hf_ft_ext.data.demo import demo_dataset
+from hf_ft_ext.methods import METHODS
+from hf_ft_ext.parsing import parse_arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_python_example_trains_and_saves(tmp_path, monkeypatch, tiny_bert_dir, capsys):
+    (code,) = blocks("python")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_ft_ext.models.demo_encoder", lambda: tiny_bert_dir)
+    monkeypatch.setattr("hf_ft_ext.data.demo.demo_dataset", lambda: demo_dataset(train_rows=40, validation_rows=20))
+    before = AutoModelForSequenceClassification.from_pretrained(tiny_bert_dir)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "eval_loss" in capsys.readouterr().out
+    after = AutoModelForSequenceClassification.from_pretrained("runs/mine")
+    name = "bert.encoder.layer.0.output.dense.weight"
+    assert not torch.equal(after.get_parameter(name), before.get_parameter(name))
+    assert len([line for line in code.splitlines() if line and not line.startswith(("from", "import"))]) <= 12
+
+
+@pytest.mark.parametrize(
+    "line", [line for block in blocks("bash") for line in block.splitlines() if "run_glue" in line]
+)
+def test_launcher_commands_parse(line, tmp_path, monkeypatch, capsys):
+    argv = line.partition("#")[0].split("run_glue.py")[1].split()
+    argv = [str(ROOT / word) if word.startswith("recipes/") else word for word in argv]
+    monkeypatch.chdir(tmp_path)
+    if "--help" in argv and "--method" not in argv:
+        return  # tested with the launcher
+    if "--help" in argv:
+        with pytest.raises(SystemExit):
+            parse_arguments(argv)
+        assert argv[argv.index("--method") + 1] in capsys.readouterr().out
+        return
+    run_args, *_ = parse_arguments(argv)
+    assert run_args.method in METHODS
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_recipe_is_valid_and_says_how_to_run_it(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run_args, *_ = parse_arguments([str(recipe)])
+    assert run_args.method in METHODS
+    text = recipe.read_text()
+    assert f"accelerate launch run_glue.py {recipe.relative_to(ROOT)}" in text and "--output_dir" in text
+
+
+def test_methods_and_public_names_are_there():
+    for name in METHODS:
+        assert f"`{name}`" in README
+    for name in hf_ft_ext.__all__:
+        assert getattr(hf_ft_ext, name) is not None
+    assert set(hf_ft_ext.__all__) <= set(dir(hf_ft_ext))
+    with pytest.raises(AttributeError, match="no attribute 'SparseTrainner'"):
+        hf_ft_ext.SparseTrainner  # noqa: B018
