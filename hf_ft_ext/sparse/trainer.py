@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.training_args import OptimizerNames
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.sparse.arguments import SparseTrainingArguments
@@ -65,9 +66,7 @@ class SparseTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`SparseAdamW` over all trained parameters, after the pre-pass that it needs."""
         if self.optimizer is None:
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            if optimizer_class is not torch.optim.AdamW:
-                raise InputError(f"optim={self.args.optim.value!r} has no sparse form; use adamw_torch")
+            _, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             layers = sparse_layers(self.model)
             if not self._basis_is_saved():
                 with preparation(self):
@@ -100,6 +99,8 @@ class SparseTrainer(Trainer):
 
 def _refuse(args: SparseTrainingArguments, kwargs: dict) -> None:
     """Options that cannot be honoured are errors, not silence."""
+    if args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
+        raise InputError(f"optim={args.optim.value!r} has no sparse form; use adamw_torch or adamw_torch_fused")
     if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
         raise InputError("SparseTrainer makes its own optimizer (SparseAdamW); leave `optimizers` out")
     if args.fsdp or args.deepspeed:

@@ -293,7 +293,7 @@ def test_bad_arguments(tmp_path, options, message):
 
 def test_refused_options(tmp_path):
     with pytest.raises(InputError, match="optim='adafactor' has no sparse form; use adamw_torch"):
-        make(tmp_path, optim="adafactor").train()
+        make(tmp_path, optim="adafactor")
     args = SparseTrainingArguments(output_dir=str(tmp_path), **OPTIONS)
     model = tiny_model()
     optimizers = (torch.optim.SGD(model.parameters()), None)
