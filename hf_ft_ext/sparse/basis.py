@@ -34,9 +34,7 @@ class Basis:
 
     def rotate(self, gradient: torch.Tensor) -> torch.Tensor:
         """`V^T G U` of a weight gradient `G`, shape (out, in)."""
-        if gradient.shape[0] < gradient.shape[1]:  # the product on the shorter side first costs less
-            return self.out_factor.T @ gradient.to(self.out_factor.dtype) @ self.in_factor
-        return self.out_factor.T @ (gradient.to(self.in_factor.dtype) @ self.in_factor)
+        return self.out_factor.T @ gradient.to(self.out_factor.dtype) @ self.in_factor
 
     def add_rotated_back(self, weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
         """`weight += V S U^T` in place, where `S` (out x in) holds `values` at the flat `indices`, else zero.
