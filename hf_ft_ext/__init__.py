@@ -16,10 +16,11 @@ _EXPORTS = {
     "SparseGradLinear": "hf_ft_ext.sparse.layer",
     "SparseTrainer": "hf_ft_ext.sparse.trainer",
     "SparseTrainingArguments": "hf_ft_ext.sparse.arguments",
-    "compute_bases": "hf_ft_ext.sparse.prepass",
+    "compute_bases": "hf_ft_ext.sparse.prepare",
     "convert_to_sparse": "hf_ft_ext.sparse.convert",
     "demo_dataset": "hf_ft_ext.data.demo",
     "demo_encoder": "hf_ft_ext.models",
+    "prepare_layers": "hf_ft_ext.sparse.prepare",
     "merge_sparse": "hf_ft_ext.sparse.convert",
     "sparse_layers": "hf_ft_ext.sparse.convert",
 }

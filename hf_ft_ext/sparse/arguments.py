@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 from hf_ft_ext.arguments import MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 
+SUPPORTS = DYNAMIC, STATIC, STRUCTURED = ("dynamic", "static", "structured")
+BASES = HOSVD, NONE, RANDOM = ("hosvd", "none", "random")
+ORIENTATIONS = TUCKER, PUBLISHED = ("tucker", "published")
+SCOPES = PER_KIND, PER_LAYER = ("kind", "layer")
 DEFAULT_DENSITY = 0.012  # 28,000 of 768 x 3072 entries, the source's setting for BERT-base
 
 
@@ -33,13 +37,64 @@ class SparseTrainingArguments(MethodTrainingArguments):
         default=None,
         metadata={"help": "Regular expression, searched in the dotted names of linear layers; none = the MLP layers."},
     )
+    sparse_support: str = field(
+        default=DYNAMIC,
+        metadata={
+            "help": "Which entries train. dynamic: the largest of each step's gradient (as published). static: those "
+            "of the largest mean energy in the pre-pass, fixed. structured: a fixed block of the strongest rows and "
+            "columns, the cheapest by far.",
+            "choices": SUPPORTS,
+        },
+    )
+    sparse_basis: str = field(
+        default=HOSVD,
+        metadata={
+            "help": "hosvd: from gradients. none: no rotation (MeProp). random: random factors (a control).",
+            "choices": BASES,
+        },
+    )
+    sparse_basis_orientation: str = field(
+        default=TUCKER,
+        metadata={
+            "help": "tucker: the input side is rotated by the HOSVD factor. published: by its transpose, as the "
+            "authors' code does.",
+            "choices": ORIENTATIONS,
+        },
+    )
+    sparse_basis_scope: str = field(
+        default=PER_KIND,
+        metadata={
+            "help": "kind: layers of one kind share a basis (as published). layer: each has its own.",
+            "choices": SCOPES,
+        },
+    )
     sparse_basis_steps: int = field(
         default=30,
-        metadata={"help": "Gradients (of one optimizer step's batch each) that the basis is computed from."},
+        metadata={"help": "Gradients (of one optimizer step's batch each) that basis and support are chosen from."},
+    )
+    sparse_train_rest: str = field(
+        default="all",
+        metadata={
+            "help": "What else trains: all other parameters (as published), head only, or a regular expression "
+            "searched in parameter names (the head trains too)."
+        },
     )
 
     def __post_init__(self):
         super().__post_init__()
+        for name, known in (
+            ("sparse_support", SUPPORTS),
+            ("sparse_basis", BASES),
+            ("sparse_basis_orientation", ORIENTATIONS),
+            ("sparse_basis_scope", SCOPES),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from: {', '.join(known)}")
+        if self.sparse_basis_orientation == PUBLISHED and self.sparse_basis != HOSVD:
+            raise InputError(
+                f"sparse_basis_orientation=published is about the hosvd basis, but sparse_basis={self.sparse_basis}; "
+                "leave one of them out"
+            )
         if self.sparse_density is not None and self.sparse_n_params is not None:
             raise InputError(
                 f"sparse_density={self.sparse_density} and sparse_n_params={self.sparse_n_params} both say how many "

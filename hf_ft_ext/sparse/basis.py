@@ -22,18 +22,22 @@ class Basis:
             sparse matrix times `V^T` reads rows of consecutive numbers (ten times as fast).
         in_factor: `U`, shape (in, in), likewise.
         rotates: `"activations"` or `"gradient"`: where gradients get into the basis (`cheaper_rotation`).
+        identity: no rotation at all (MeProp); the factors stay empty.
     """
 
     out_factor: torch.Tensor | None = None
     in_factor: torch.Tensor | None = None
     rotates: str = GRADIENT
+    identity: bool = False
 
     @property
     def ready(self) -> bool:
-        return self.out_factor is not None
+        return self.identity or self.out_factor is not None
 
     def rotate(self, gradient: torch.Tensor) -> torch.Tensor:
         """`V^T G U` of a weight gradient `G`, shape (out, in)."""
+        if self.identity:
+            return gradient
         return self.out_factor.T @ gradient.to(self.out_factor.dtype) @ self.in_factor
 
     def add_rotated_back(self, weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
@@ -42,6 +46,9 @@ class Basis:
         The sparse factor goes first onto the longer side, so that only the square of the shorter side is
         paid as a dense product.
         """
+        if self.identity:
+            weight.view(-1)[indices.long()] += values.to(weight.dtype)
+            return
         n_out, n_in = weight.shape
         rows, columns = indices.long() // n_in, indices.long() % n_in
         out_factor, in_factor = self.out_factor, self.in_factor
@@ -78,7 +85,12 @@ class GramSums:
 
 def _eigenvectors(gram: torch.Tensor) -> torch.Tensor:
     vectors = torch.linalg.eigh(gram.double()).eigenvectors
-    return vectors.flip(1).to(gram.dtype).T.contiguous().T
+    return by_columns(vectors.flip(1).to(gram.dtype))
+
+
+def by_columns(matrix: torch.Tensor) -> torch.Tensor:
+    """The same matrix, stored column by column."""
+    return matrix.T.contiguous().T
 
 
 def cheaper_rotation(n_out: int, n_in: int, tokens_per_step: float) -> str:

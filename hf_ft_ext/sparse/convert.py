@@ -1,9 +1,11 @@
 """Turning a model's MLP layers into SparseGrad layers, and back."""
 
+import re
+
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.sparse.arguments import DEFAULT_DENSITY
+from hf_ft_ext.sparse.arguments import DEFAULT_DENSITY, DYNAMIC, HOSVD, NONE, PER_KIND, PER_LAYER, STRUCTURED
 from hf_ft_ext.sparse.basis import Basis
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.targets import find_targets
@@ -15,16 +17,23 @@ def convert_to_sparse(
     n_params: int | None = None,
     density: float | None = None,
     target_modules: str | None = None,
+    support: str = DYNAMIC,
+    basis: str = HOSVD,
+    basis_scope: str = PER_KIND,
 ) -> dict[str, SparseGradLinear]:
     """Replace the MLP layers of `model` by `SparseGradLinear`, in place; weights and outputs stay the same.
 
-    Layers of one kind (equal names but for layer numbers, equal shapes) share a basis, which is empty until
-    the gradient pre-pass.
+    Bases and fixed supports are empty until `prepare_layers` or a loaded optimizer state fills them.
 
     Args:
-        n_params: entries of each weight that one step updates.
+        n_params: entries of each weight that train (dynamic support: in one step). Structured support rounds up
+            to a block of rows and columns, as square as it can be.
         density: the same as a share of the weight, in (0, 1]; default 0.012.
         target_modules: regular expression over module names; default: the MLP layers of known model types.
+        support: `"dynamic"`, `"static"` or `"structured"` (see `SparseTrainingArguments`).
+        basis: `"hosvd"`, `"random"` or `"none"`.
+        basis_scope: `"kind"`: layers of one kind (equal names but for layer numbers, equal shapes) share a basis;
+            `"layer"`: each has its own.
 
     Returns:
         The converted layers by name.
@@ -35,13 +44,17 @@ def convert_to_sparse(
     """
     targets = find_targets(model, target_modules)
     counts = {name: entries_of(linear, name, n_params, density) for name, linear in targets.items()}
-    bases: dict[tuple, Basis] = {}
+    bases: dict[str, Basis] = {}
     converted = {}
     for name, linear in targets.items():
-        kind = f"{fold_layer_numbers(name)} {linear.out_features}x{linear.in_features}"
-        basis = bases.setdefault(kind, Basis())
-        converted[name] = SparseGradLinear.from_linear(linear, basis, counts[name], kind)
-        model.set_submodule(name, converted[name])
+        folded = name if basis_scope == PER_LAYER else fold_layer_numbers(name)
+        kind = f"{folded} {linear.out_features}x{linear.in_features}"
+        shared = bases.setdefault(kind, Basis(identity=basis == NONE))
+        layer = SparseGradLinear.from_linear(linear, shared, counts[name], kind)
+        if support != DYNAMIC:
+            layer.expect_fixed_support(block=support == STRUCTURED)
+        model.set_submodule(name, layer)
+        converted[name] = layer
     return converted
 
 
@@ -65,6 +78,43 @@ def merge_sparse(model: nn.Module) -> nn.Module:
     for name, layer in sparse_layers(model).items():
         model.set_submodule(name, layer.to_linear())
     return model
+
+
+def freeze_rest(model: nn.Module, train_rest: str) -> None:
+    """Choose what trains besides the converted layers' entries.
+
+    Args:
+        train_rest: `"all"`, `"head"` (parameters outside the encoder, `model.base_model_prefix`), or a regular
+            expression searched in parameter names, the head training too.
+
+    Raises:
+        InputError: a malformed expression or one that matches no parameter, or a model without a head.
+    """
+    if train_rest == "all":
+        return
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    own = {f"{name}.{part}" for name in sparse_layers(model) for part in ("weight", "values")}
+    rest = {name: parameter for name, parameter in model.named_parameters() if name not in own}
+    head = {name for name in rest if not name.startswith(prefix)}
+    if len(head) == len(rest) or not head:
+        raise InputError(
+            f"sparse_train_rest={train_rest!r} needs a model with an encoder (base_model_prefix) and a head; "
+            f"{type(model).__name__} is none"
+        )
+    chosen = set()
+    if train_rest != "head":
+        try:
+            chosen = {name for name in rest if re.search(train_rest, name)}
+        except re.error as error:
+            raise InputError(f"sparse_train_rest={train_rest!r} is no regular expression: {error}") from None
+        if not chosen:
+            raise InputError(
+                f"sparse_train_rest={train_rest!r} matches no parameter; pass all, head, or an expression over names "
+                f"such as {next(iter(rest))}"
+            )
+    for name, parameter in rest.items():
+        if name not in head | chosen:
+            parameter.requires_grad_(False)
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseGradLinear]:

@@ -1,10 +1,13 @@
 """A linear layer whose weight SparseGrad trains: the plain forward, the gradient in the Tucker basis."""
 
+import math
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from hf_ft_ext.sparse.basis import ACTIVATIONS, Basis
+from hf_ft_ext.sparse.fixed import FixedSupport, block_shape
 
 
 class SparseLinearFunction(torch.autograd.Function):
@@ -37,16 +40,56 @@ class SparseLinearFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None
 
 
+class FixedEntriesFunction(torch.autograd.Function):
+    """`y = x W^T + b`, with the gradient of `k` fixed entries of `V^T W U` and none of size (out, in).
+
+    On the cheaper route for short batches and small blocks, `x U_c` is all that is kept for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, values, support):
+        flat = x.detach().reshape(-1, weight.shape[1])
+        ctx.route = support.cheaper_route(*weight.shape, len(flat))
+        ctx.save_for_backward(support.narrow_input(flat) if ctx.route == ACTIVATIONS else flat, weight)
+        ctx.support, ctx.values_dtype = support, values.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        inputs, weight = ctx.saved_tensors
+        support, grads = ctx.support, grad_output.reshape(-1, weight.shape[0])
+        grad_x = grad_bias = grad_values = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_output @ weight.to(grad_output.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = grads.sum(0).to(ctx.bias_dtype)
+        if ctx.needs_input_grad[3]:
+            if ctx.route == ACTIVATIONS:
+                block = support.narrow_output(grads).T @ inputs
+            else:
+                block = support.block_of(grads.T @ inputs)
+            grad_values = support.pick(block).to(ctx.values_dtype)
+        return grad_x, None, grad_bias, grad_values, None
+
+
 class SparseGradLinear(nn.Linear):
     """`nn.Linear` for SparseGrad; `hf_ft_ext.SparseAdamW` updates `n_params` entries of its weight per step.
 
     Names and shapes of the parameters are those of `nn.Linear`, so a converted model saves as the plain one.
     A half-precision weight is kept in float32 (small updates would be rounded away) and cast for the product.
 
-    While `basis.rotates == "activations"`, `weight.grad` holds `V^T G U` and not `G`: train the layer with
-    `SparseAdamW` only.
+    Dynamic support: `weight` trains, the optimizer chooses the entries at each step. While
+    `basis.rotates == "activations"`, `weight.grad` holds `V^T G U` and not `G`: train the layer with `SparseAdamW`
+    only. Fixed support: `weight` is frozen and `values`, the chosen entries of `V^T W U`, is the parameter; the
+    optimizer folds their changes into `weight`, which is up to date either way.
 
     Attributes:
+        values: the trained entries, shape (k,), float32 or wider, or `None` with dynamic support. Not part of
+            `state_dict()`: the optimizer's state holds them.
+        block: rows and columns of a structured support.
+        support: which entries those are; `None` before the pre-pass has chosen them, and with dynamic support.
         basis: the factors, shared by all layers of one kind; not ready before the gradient pre-pass.
         n_params: entries of the rotated weight that one step updates.
         kind: name of the layer with layer numbers folded; layers of one kind share the basis.
@@ -57,6 +100,9 @@ class SparseGradLinear(nn.Linear):
     n_params: int
     kind: str
     plain_dtype: torch.dtype
+    values: nn.Parameter | None
+    support: FixedSupport | None = None
+    block: tuple[int, int] | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, basis: Basis, n_params: int, kind: str) -> "SparseGradLinear":
@@ -66,12 +112,40 @@ class SparseGradLinear(nn.Linear):
         if layer.weight.dtype in (torch.float16, torch.bfloat16):
             layer.weight = nn.Parameter(layer.weight.detach().float(), requires_grad=linear.weight.requires_grad)
         layer.basis, layer.n_params, layer.kind = basis, n_params, kind
+        layer.register_parameter("values", None)
         return layer.train(linear.training)
+
+    def expect_fixed_support(self, block: bool) -> None:
+        """Freeze the weight and make room for `n_params` values, still to be chosen (rounded up to a block)."""
+        if block:
+            self.block = block_shape(self.n_params, self.out_features, self.in_features)
+            self.n_params = math.prod(self.block)
+        self.weight.requires_grad_(False)
+        self.values = nn.Parameter(torch.zeros(self.n_params, dtype=self.weight.dtype, device=self.weight.device))
+
+    @torch.no_grad()
+    def set_support(self, support: FixedSupport, values: torch.Tensor | None = None) -> None:
+        """Train the entries of `support` from now on; `values`: theirs, read from the weight if not given.
+
+        Raises:
+            ValueError: the support has another size than `n_params`.
+        """
+        if support.size != self.n_params:
+            raise ValueError(f"a support of {support.size} entries for a layer that trains {self.n_params}")
+        self.support = support
+        self.values.copy_(support.pick(support.block_of(self.weight)) if values is None else values)
+
+    @torch.no_grad()
+    def fold(self, change: torch.Tensor) -> None:
+        """Add a change of the values, shape (k,), to the weight: `W += V_r S U_c^T`."""
+        self.support.add_to(self.weight, change)
 
     def to_linear(self) -> nn.Linear:
         """The plain layer with the trained weight, in the dtype it had before the conversion."""
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
+        if self.values is not None:
+            linear.weight.requires_grad_(self.values.requires_grad)
         if self.weight.dtype != self.plain_dtype:
             weight = self.weight.detach().to(self.plain_dtype)
             linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
@@ -81,7 +155,9 @@ class SparseGradLinear(nn.Linear):
         """Shape (..., in) -> (..., out), in the dtype of `x` (or of autocast)."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        rotate = self.basis.ready and self.basis.rotates == ACTIVATIONS
+        if self.support is not None:
+            return FixedEntriesFunction.apply(x, self.weight, self.bias, self.values, self.support)
+        rotate = self.basis.out_factor is not None and self.basis.rotates == ACTIVATIONS
         factors = (self.basis.out_factor, self.basis.in_factor) if rotate else (None, None)
         return SparseLinearFunction.apply(x, self.weight, self.bias, *factors)
 
@@ -90,6 +166,15 @@ class SparseGradLinear(nn.Linear):
         gradient = self.weight.grad
         rotated = gradient if self.basis.rotates == ACTIVATIONS else self.basis.rotate(gradient)
         return rotated if indices is None else rotated.flatten()[indices.long()]
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}values", None)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+        if f"{prefix}values" in missing_keys:
+            missing_keys.remove(f"{prefix}values")
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, n_params={self.n_params}"

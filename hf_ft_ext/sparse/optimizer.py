@@ -5,24 +5,31 @@ from collections.abc import Iterable
 
 import torch
 
+from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.support import carry_over, top_k
+
+_NOT_READY = "the {part} of {kind} has not been computed; run `prepare_layers` or load a state"
 
 
 class SparseAdamW(torch.optim.AdamW):
     """AdamW for models with `SparseGradLinear` layers, usable in any training loop.
 
-    At each step, for each converted weight, the `n_params` entries of the rotated gradient `V^T G U` of largest
-    magnitude are chosen (from the gradient accumulated over micro-batches and averaged over processes) and
-    updated by AdamW's rule in the rotated coordinates: `W += V dS U^T`. Moments and step counts exist for the
-    chosen entries only; an entry that leaves the support drops them, an entry that comes back starts anew.
-    Decoupled weight decay shrinks the chosen entries alone. All other parameters: `torch.optim.AdamW`.
+    Dynamic support: at each step, for each converted weight, the `n_params` entries of the rotated gradient
+    `V^T G U` of largest magnitude are chosen (from the gradient accumulated over micro-batches and averaged over
+    processes) and updated by AdamW's rule in the rotated coordinates: `W += V dS U^T`. Moments and step counts
+    exist for the chosen entries only; an entry that leaves the support drops them, an entry that comes back
+    starts anew.
 
-    `state_dict()` holds the bases too, so a loaded optimizer continues without a new pre-pass.
+    Fixed support: the layer's `values` are an ordinary parameter of AdamW, and their changes are folded into the
+    weight. Decoupled weight decay shrinks the chosen entries of the rotated weight alone. All other parameters:
+    `torch.optim.AdamW`.
+
+    `state_dict()` holds the bases, supports and values too, so a loaded optimizer continues without a new pre-pass.
 
     Args:
         params: parameters or groups, as for `torch.optim.AdamW`.
-        layers: the converted layers; their weights have to be among `params`.
+        layers: the converted layers; their weights (fixed support: their values) have to be among `params`.
         lr, betas, eps, weight_decay, foreach, fused: as for `torch.optim.AdamW`.
 
     Raises:
@@ -46,7 +53,9 @@ class SparseAdamW(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused)
         # A fused AdamW leaves the division by the loss scale to its own kernel; the sparse part needs it done.
         self._step_supports_amp_scaling = False
-        self._layers = {id(layer.weight): layer for layer in layers}
+        layers = list(layers)
+        self._layers = {id(layer.weight): layer for layer in layers if layer.values is None}
+        self._fixed = [layer for layer in layers if layer.values is not None]
 
     def _sparse(self, parameter: torch.Tensor) -> SparseGradLinear | None:
         return self._layers.get(id(parameter))
@@ -58,6 +67,10 @@ class SparseAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for layer in self._fixed:
+            if layer.support is None:
+                raise RuntimeError(_NOT_READY.format(part="support", kind=layer.kind))
+        before = [layer.values.clone() for layer in self._fixed]
         done = []
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -72,18 +85,18 @@ class SparseAdamW(torch.optim.AdamW):
         finally:
             for parameter, gradient in done:
                 parameter.grad = gradient
+        for layer, values in zip(self._fixed, before, strict=True):
+            layer.fold(layer.values - values)
         return loss
 
     def _sparse_step(self, layer: SparseGradLinear, group: dict) -> None:
         if not layer.basis.ready:
-            raise RuntimeError(
-                f"the basis of {layer.kind} has not been computed; run `compute_bases` or load an optimizer state"
-            )
+            raise RuntimeError(_NOT_READY.format(part="basis", kind=layer.kind))
         beta1, beta2 = group["betas"]
         weight, state = layer.weight, self.state[layer.weight]
         rotated = layer.value_gradient()
         support = top_k(rotated, layer.n_params)
-        gradient = rotated.flatten()[support.long()].to(layer.basis.out_factor.dtype)
+        gradient = rotated.flatten()[support.long()].to(weight.dtype)
         if not state:
             empty = gradient.new_zeros(0)
             state.update(step=empty.int(), indices=None, exp_avg=empty, exp_avg_sq=empty)
@@ -101,20 +114,36 @@ class SparseAdamW(torch.optim.AdamW):
         state.update(step=step, indices=support, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
 
     def state_dict(self) -> dict:
-        """torch's state dict plus `bases`: factors and rotation by kind of layer."""
+        """torch's state dict plus `bases` (factors by kind of layer) and `supports` (of fixed layers, in order)."""
         bases = {layer.kind: layer.basis for layer in self._layers.values() if layer.basis.ready}
-        return {**super().state_dict(), "bases": {kind: vars(basis).copy() for kind, basis in bases.items()}}
+        supports = [
+            {**vars(layer.support), "values": layer.values.detach().clone()}
+            for layer in self._fixed
+            if layer.support is not None
+        ]
+        return {
+            **super().state_dict(),
+            "bases": {kind: vars(basis).copy() for kind, basis in bases.items()},
+            "supports": supports,
+        }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load moments, supports and bases; the layers see the loaded bases at once.
+        """Load moments, supports, values and bases; the layers see the loaded ones at once.
 
         Raises:
-            ValueError: the state is of other parameters, or lacks the basis of a layer.
+            ValueError: the state is of other parameters, or lacks the basis or support of a layer.
         """
-        bases = state_dict.get("bases", {})
-        if state_dict["state"] and (missing := {layer.kind for layer in self._layers.values()} - bases.keys()):
-            raise ValueError(f"the optimizer state has no basis for {sorted(missing)}; it is of another model")
-        super().load_state_dict({key: value for key, value in state_dict.items() if key != "bases"})
+        bases, supports = state_dict.get("bases", {}), state_dict.get("supports", [])
+        if state_dict["state"]:
+            if missing := {layer.kind for layer in self._layers.values()} - bases.keys():
+                raise ValueError(f"the optimizer state has no basis for {sorted(missing)}; it is of another model")
+            if len(supports) != len(self._fixed):
+                raise ValueError(
+                    f"the optimizer state has {len(supports)} fixed supports, the model {len(self._fixed)}; it is of "
+                    "another model or another sparse_support"
+                )
+        own_keys = ("bases", "supports")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key not in own_keys})
         # torch casts every state to the parameter's dtype, which spoils indices and counts: put them back.
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -125,14 +154,23 @@ class SparseAdamW(torch.optim.AdamW):
                 }
         for layer in self._layers.values():
             if layer.kind in bases:
-                self._fill(layer, bases[layer.kind])
+                _fill_basis(layer, bases[layer.kind])
+        for layer, support in zip(self._fixed, supports, strict=False):
+            _fill_support(layer, support)
 
-    @staticmethod
-    def _fill(layer: SparseGradLinear, saved: dict) -> None:
-        basis, expected = layer.basis, (layer.out_features, layer.in_features)
+
+def _fill_basis(layer: SparseGradLinear, saved: dict) -> None:
+    basis, expected, device = layer.basis, (layer.out_features, layer.in_features), layer.weight.device
+    if not saved["identity"]:
         sides = (saved["out_factor"].shape[0], saved["in_factor"].shape[0])
         if sides != expected:
             raise ValueError(f"the loaded basis of {layer.kind} has sides {sides}, the layer {expected}")
-        device = layer.weight.device
         basis.out_factor, basis.in_factor = saved["out_factor"].to(device), saved["in_factor"].to(device)
-        basis.rotates = saved["rotates"]
+    basis.rotates, basis.identity = saved["rotates"], saved["identity"]
+
+
+def _fill_support(layer: SparseGradLinear, saved: dict) -> None:
+    device = layer.weight.device
+    parts = {key: None if value is None else value.to(device) for key, value in saved.items()}
+    values = parts.pop("values")
+    layer.set_support(FixedSupport(**parts), values)

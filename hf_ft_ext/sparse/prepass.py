@@ -1,84 +1,74 @@
-"""The gradient pre-pass: gradients of some training batches, summed into Gram matrices, give the bases."""
+"""The gradient pre-pass: the gradients of some training batches, at the present weights, nothing changed."""
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
-from accelerate.utils import broadcast
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.sparse.basis import GramSums, cheaper_rotation
 from hf_ft_ext.sparse.layer import SparseGradLinear
 
 logger = logging.getLogger(__name__)
 
 
-def compute_bases(trainer: Trainer, layers: Mapping[str, SparseGradLinear], steps: int) -> None:
-    """Fill the bases of `layers` from the gradients of `steps` training batches, weights unchanged.
+def visit_gradients(
+    trainer: Trainer,
+    layers: Mapping[str, SparseGradLinear],
+    steps: int,
+    visit: Callable[[str, torch.Tensor], None],
+    desc: str,
+) -> dict[str, float]:
+    """Call `visit(name, gradient)` for each layer's weight gradient in each of `steps` training batches.
 
-    Each gradient is that of one optimizer step (all processes and micro-batches together), at the present
-    weights, dropout off. Whole batches are shared out over the processes and the Gram sums added up, so any
-    number of processes and any split into micro-batches gives the same bases to rounding. No global
-    generator is used; the batches come from a private one seeded with `args.seed`.
+    Each gradient, shape (out, in), is that of one optimizer step (all processes and micro-batches together), at the
+    present weights, dropout off. Whole batches are shared out over the processes: what is summed up in `visit` and
+    then over processes is the same to rounding for any number of processes and any split into micro-batches. No
+    global generator is used; the batches come from a private one seeded with `args.seed`, the same in each call.
+
+    Returns:
+        Tokens that reach each kind of layer in one optimizer step of one process, by kind.
 
     Raises:
         InputError: a gradient is not finite (names the batch and the layer), or there is no training data.
     """
-    args, accelerator = trainer.args, trainer.accelerator
+    args, model = trainer.args, trainer.model
+    tokens = {layer.kind: torch.zeros((), device=layer.weight.device) for layer in layers.values()}
+    first_of_kind = {layer.kind: layer for layer in reversed(layers.values())}
+    hooks = [layer.register_forward_pre_hook(_token_counter(tokens[kind])) for kind, layer in first_of_kind.items()]
     weights = [layer.weight for layer in layers.values()]
-    device = weights[0].device
-    sums: dict[str, GramSums] = {}
-    tokens: dict[str, torch.Tensor] = {}
-    hooks = []
-    for layer in layers.values():
-        if layer.kind not in sums:
-            dtype = layer.weight.dtype
-            sums[layer.kind] = GramSums(layer.out_features, layer.in_features, dtype, device)
-            tokens[layer.kind] = torch.zeros((), device=device)
-            hooks.append(layer.register_forward_pre_hook(_token_counter(tokens[layer.kind])))
-
-    was_training = trainer.model.training
-    trainer.model.eval()
+    frozen = [weight for weight in weights if not weight.requires_grad]
+    was_training = model.training
     mine = range(args.process_index, steps, args.world_size)
-    bar = tqdm(
-        total=len(mine), desc="gradient basis", disable=args.disable_tqdm or not trainer.is_world_process_zero()
-    )
+    bar = tqdm(total=len(mine), desc=desc, disable=args.disable_tqdm or not trainer.is_world_process_zero())
     try:
+        model.eval()
+        for weight in frozen:
+            weight.requires_grad_(True)
         for number, micro_batches in enumerate(_batches(trainer, steps)):
             if number not in mine:
                 continue
             gradients = _batch_gradient(trainer, weights, micro_batches)
-            for (name, layer), gradient in zip(layers.items(), gradients, strict=True):
+            for name, gradient in zip(layers, gradients, strict=True):
                 if not torch.isfinite(gradient).all():
                     raise InputError(
                         f"the gradient of {name} is not finite in batch {number} of the pre-pass; look for bad rows "
                         "or labels in the training data, or load the model in float32"
                     )
-                sums[layer.kind].add(gradient)
+                visit(name, gradient)
             bar.update()
     finally:
         bar.close()
         for hook in hooks:
             hook.remove()
-        trainer.model.train(was_training)
-
-    filled = set()
-    for layer in layers.values():
-        if layer.kind in filled:
-            continue
-        filled.add(layer.kind)
-        gram = sums[layer.kind]
-        gram.out, gram.inp = accelerator.reduce(gram.out), accelerator.reduce(gram.inp)
-        # Every process decomposes the same sums; the broadcast keeps the bases equal to the last bit.
-        basis = layer.basis
-        basis.out_factor, basis.in_factor = (broadcast(factor.T).T for factor in gram.factors())
-        per_step = accelerator.reduce(tokens[layer.kind]).item() / (steps * args.world_size)
-        basis.rotates = cheaper_rotation(layer.out_features, layer.in_features, per_step)
-        logger.info("basis of %s ready; about %.0f tokens per step, rotates %s", layer.kind, per_step, basis.rotates)
+        for weight in frozen:
+            weight.requires_grad_(False)
+        model.train(was_training)
+    shared = steps * args.world_size
+    return {kind: trainer.accelerator.reduce(count).item() / shared for kind, count in tokens.items()}
 
 
 def _token_counter(total: torch.Tensor):

@@ -1,6 +1,8 @@
 """`SparseTrainer`: a Trainer that fine-tunes MLP layers by SparseGrad and all else by AdamW."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -10,9 +12,10 @@ from transformers.training_args import OptimizerNames
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.sparse.arguments import SparseTrainingArguments
-from hf_ft_ext.sparse.convert import convert_to_sparse, sparse_layers
+from hf_ft_ext.sparse.convert import convert_to_sparse, freeze_rest, sparse_layers
+from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.optimizer import SparseAdamW
-from hf_ft_ext.sparse.prepass import compute_bases
+from hf_ft_ext.sparse.prepare import prepare_layers
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.resources import preparation
@@ -24,7 +27,8 @@ class SparseTrainer(Trainer):
     """`transformers.Trainer` with SparseGrad on the MLP layers.
 
     The model is converted in place when the trainer is made. `train()` first takes the gradients of
-    `sparse_basis_steps` batches and computes a basis per kind of layer; a resumed run loads it instead.
+    `sparse_basis_steps` batches, computes the bases and chooses the support if it is a fixed one; a resumed run
+    loads them instead.
     `save_model` and checkpoints leave an ordinary model that `from_pretrained` loads.
 
     Args:
@@ -48,7 +52,16 @@ class SparseTrainer(Trainer):
         if hasattr(model, "peft_config"):
             raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
         if not sparse_layers(model):
-            convert_to_sparse(model, args.sparse_n_params, args.sparse_density, args.sparse_target_modules)
+            convert_to_sparse(
+                model,
+                args.sparse_n_params,
+                args.sparse_density,
+                args.sparse_target_modules,
+                args.sparse_support,
+                args.sparse_basis,
+                args.sparse_basis_scope,
+            )
+        freeze_rest(model, args.sparse_train_rest)
         declare_mean_loss(model)
 
     def call_model_init(self, trial=None) -> nn.Module:
@@ -68,32 +81,52 @@ class SparseTrainer(Trainer):
         if self.optimizer is None:
             _, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             layers = sparse_layers(self.model)
-            if not self._basis_is_saved():
+            if not self._preparation_is_saved():
                 with preparation(self):
-                    compute_bases(self, layers, self.args.sparse_basis_steps)
+                    prepare_layers(self, layers, self.args)
             self.optimizer_cls_and_kwargs = (SparseAdamW, {**kwargs, "layers": layers.values()})
         return super().create_optimizer(model)
 
-    def _basis_is_saved(self) -> bool:
+    def _preparation_is_saved(self) -> bool:
         return self._resumed_from is not None and os.path.isfile(os.path.join(self._resumed_from, _OPTIMIZER_STATE))
+
+    @contextlib.contextmanager
+    def planning(self) -> Iterator[None]:
+        """Stand-ins, of the right size, for supports that are not chosen yet: memory can be measured with them."""
+        waiting = [
+            layer for layer in sparse_layers(self.model).values() if layer.values is not None and layer.support is None
+        ]
+        for layer in waiting:
+            layer.support = FixedSupport.stand_in(
+                layer.n_params, layer.block, *layer.weight.shape, layer.basis.identity
+            )
+        try:
+            yield
+        finally:
+            for layer in waiting:
+                layer.support = None
 
     def trained_weights(self) -> list[TrainedWeight]:
         """What training changes: per converted weight its updated entries, all other parameters in full."""
-        layers = {f"{name}.weight": layer for name, layer in sparse_layers(self.model).items()}
+        layers = sparse_layers(self.model)
         rows, kinds = [], set()
         for name, parameter in self.model.named_parameters():
+            owner, _, part = name.rpartition(".")
+            layer = layers.get(owner) if part in ("weight", "values") else None
             if not parameter.requires_grad:
                 continue
-            if (layer := layers.get(name)) is None:
+            if layer is None:
                 rows.append(TrainedWeight.dense(name, parameter))
                 continue
-            # Per entry: index, count (int32) and two moments; once per kind of layer: the factors.
-            state = layer.n_params * 4 * 4
-            if layer.kind not in kinds:
-                state += (layer.out_features**2 + layer.in_features**2) * 4
+            size = parameter.element_size()
+            # Two moments per entry; with dynamic support index and count (int32) too; the factors once per kind.
+            state = layer.n_params * (2 * size if layer.values is not None else 2 * size + 8)
+            if not layer.basis.identity and layer.kind not in kinds:
+                r, c = layer.block or (layer.out_features, layer.in_features)
+                state += (layer.out_features * r + layer.in_features * c) * size
                 kinds.add(layer.kind)
-            gradient = parameter.numel() * parameter.element_size()
-            rows.append(TrainedWeight(name, tuple(parameter.shape), layer.n_params, gradient, state))
+            shape = (layer.out_features, layer.in_features)
+            rows.append(TrainedWeight(f"{owner}.weight", shape, layer.n_params, parameter.numel() * size, state))
         return rows
 
 

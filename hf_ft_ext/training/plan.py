@@ -1,5 +1,6 @@
 """What a Trainer is about to train, in how many steps, and an estimate of the memory it takes."""
 
+import contextlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -141,7 +142,10 @@ def training_plan(trainer: Trainer, measure_activations: bool = True) -> Trainin
 
 
 def saved_activation_bytes(trainer: Trainer, batch: dict) -> int:
-    """Bytes that autograd keeps between the forward and the backward pass of `batch`, weights left out."""
+    """Bytes that autograd keeps between the forward and the backward pass of `batch`, weights left out.
+
+    A trainer whose model is ready for training only later makes it so in a context `planning()`.
+    """
     known = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
     storages: dict[int, int] = {}
 
@@ -155,6 +159,7 @@ def saved_activation_bytes(trainer: Trainer, batch: dict) -> int:
     trainer.model.train()
     try:
         with (
+            getattr(trainer, "planning", contextlib.nullcontext)(),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             trainer.compute_loss_context_manager(),
         ):

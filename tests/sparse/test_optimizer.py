@@ -174,7 +174,7 @@ def test_missing_basis_is_an_error():
     net[0].basis = Basis()
     optimizer = SparseAdamW(net.parameters(), [net[0]])
     loss_of(net, batches(1)[0]).backward()
-    with pytest.raises(RuntimeError, match=r"basis of kind has not been computed.*compute_bases"):
+    with pytest.raises(RuntimeError, match=r"basis of kind has not been computed.*prepare_layers"):
         optimizer.step()
 
 

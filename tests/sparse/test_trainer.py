@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 from hf_ft_ext import InputError, LoraTrainingArguments, SparseAdamW, SparseTrainer, SparseTrainingArguments
 from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT
 from hf_ft_ext.sparse.convert import convert_to_sparse, sparse_layers
-from hf_ft_ext.sparse.prepass import compute_bases
+from hf_ft_ext.sparse.prepare import compute_bases
 from hf_ft_ext.training.plan import trained_weights, training_plan
 
 INPUTS = {"input_ids": torch.arange(5, 25).view(2, 10)}
@@ -86,7 +86,7 @@ def test_resumed_run_equals_the_unbroken_one(tmp_path, accumulation):
 
 def test_resume_true_takes_the_last_checkpoint_without_a_pre_pass(tmp_path, monkeypatch):
     make(tmp_path, save_strategy="epoch", num_train_epochs=1).train()
-    monkeypatch.setattr("hf_ft_ext.sparse.trainer.compute_bases", None)
+    monkeypatch.setattr("hf_ft_ext.sparse.trainer.prepare_layers", None)
     trainer = make(tmp_path, save_strategy="epoch")
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 8

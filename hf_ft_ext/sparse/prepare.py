@@ -1,0 +1,141 @@
+"""From a converted model to one that can train: bases and, where it is fixed, the support."""
+
+import logging
+from collections.abc import Mapping
+
+import torch
+from accelerate.utils import broadcast
+from transformers import Trainer
+
+from hf_ft_ext.sparse.arguments import (
+    DYNAMIC,
+    HOSVD,
+    NONE,
+    PUBLISHED,
+    RANDOM,
+    STATIC,
+    STRUCTURED,
+    TUCKER,
+    SparseTrainingArguments,
+)
+from hf_ft_ext.sparse.basis import GramSums, by_columns, cheaper_rotation
+from hf_ft_ext.sparse.fixed import FixedSupport
+from hf_ft_ext.sparse.layer import SparseGradLinear
+from hf_ft_ext.sparse.prepass import visit_gradients
+from hf_ft_ext.sparse.support import top_k
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_layers(trainer: Trainer, layers: Mapping[str, SparseGradLinear], args: SparseTrainingArguments) -> None:
+    """Compute the bases and choose the fixed supports of `layers` as `args` say, from the trainer's training data.
+
+    Raises:
+        InputError: a gradient is not finite, or there is no training data.
+    """
+    picks_block = args.sparse_support == STRUCTURED and args.sparse_basis == NONE
+    sums = None
+    if args.sparse_basis == HOSVD or picks_block:
+        sums = gram_sums(trainer, layers, args.sparse_basis_steps)
+    if args.sparse_basis == HOSVD:
+        fill_bases(layers, sums, args.sparse_basis_orientation)
+    elif args.sparse_basis == RANDOM:
+        _fill_random(layers, args.seed)
+    if args.sparse_support == DYNAMIC and args.sparse_basis == RANDOM:
+        _choose_rotation(layers, visit_gradients(trainer, layers, 1, lambda *_: None, "counting tokens"))
+    if args.sparse_support == STATIC:
+        _choose_entries(trainer, layers, args.sparse_basis_steps)
+    elif args.sparse_support == STRUCTURED:
+        _choose_blocks(layers, sums if picks_block else None)
+    if args.sparse_support != DYNAMIC:
+        for layer in layers.values():  # the supports keep the columns that they need
+            layer.basis.out_factor = layer.basis.in_factor = None
+
+
+def compute_bases(
+    trainer: Trainer, layers: Mapping[str, SparseGradLinear], steps: int, orientation: str = TUCKER
+) -> None:
+    """Fill the bases of `layers` from the gradients of `steps` training batches, weights unchanged.
+
+    Args:
+        orientation: `"tucker"`, or `"published"`: the input side rotated by the transposed factor.
+
+    Raises:
+        InputError: as for `prepare_layers`.
+    """
+    fill_bases(layers, gram_sums(trainer, layers, steps), orientation)
+
+
+def gram_sums(trainer: Trainer, layers: Mapping[str, SparseGradLinear], steps: int) -> dict[str, GramSums]:
+    """Gram sums by kind of layer, over all layers, batches and processes; also notes the tokens per step."""
+    sums: dict[str, GramSums] = {}
+    for layer in layers.values():
+        if layer.kind not in sums:
+            weight = layer.weight
+            sums[layer.kind] = GramSums(layer.out_features, layer.in_features, weight.dtype, weight.device)
+    tokens = visit_gradients(
+        trainer, layers, steps, lambda name, gradient: sums[layers[name].kind].add(gradient), "gradient basis"
+    )
+    for kind, gram in sums.items():
+        gram.out, gram.inp = trainer.accelerator.reduce(gram.out), trainer.accelerator.reduce(gram.inp)
+        logger.info("gradients of %s: about %.0f tokens per step", kind, tokens[kind])
+    _choose_rotation(layers, tokens)
+    return sums
+
+
+def fill_bases(layers: Mapping[str, SparseGradLinear], sums: Mapping[str, GramSums], orientation: str) -> None:
+    """Give each kind's basis the factors of its Gram sums."""
+    for kind, layer in {layer.kind: layer for layer in layers.values()}.items():
+        out_factor, in_factor = sums[kind].factors()
+        if orientation == PUBLISHED:
+            in_factor = by_columns(in_factor.T)
+        # Every process decomposes the same sums; the broadcast keeps the bases equal to the last bit.
+        layer.basis.out_factor, layer.basis.in_factor = broadcast(out_factor.T).T, broadcast(in_factor.T).T
+
+
+def _fill_random(layers: Mapping[str, SparseGradLinear], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for layer in {layer.kind: layer for layer in layers.values()}.values():
+        factors = []
+        for side in (layer.out_features, layer.in_features):
+            gaussian = torch.randn(side, side, generator=generator, dtype=torch.float64)
+            factor = torch.linalg.qr(gaussian).Q.to(layer.weight.device, layer.weight.dtype)
+            factors.append(broadcast(by_columns(factor).T).T)
+        layer.basis.out_factor, layer.basis.in_factor = factors
+
+
+def _choose_rotation(layers: Mapping[str, SparseGradLinear], tokens: Mapping[str, float]) -> None:
+    for layer in layers.values():
+        layer.basis.rotates = cheaper_rotation(layer.out_features, layer.in_features, tokens[layer.kind])
+
+
+def _choose_entries(trainer: Trainer, layers: Mapping[str, SparseGradLinear], steps: int) -> None:
+    """Static support: the entries of largest mean energy in the basis, layer by layer."""
+    energy = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
+
+    def add(name: str, gradient: torch.Tensor) -> None:
+        energy[name] += layers[name].basis.rotate(gradient).square()
+
+    visit_gradients(trainer, layers, steps, add, "choosing entries")
+    for name, layer in layers.items():
+        total = trainer.accelerator.reduce(energy.pop(name))
+        indices = broadcast(top_k(total, layer.n_params).long())
+        layer.set_support(FixedSupport.of_entries(layer.basis, indices, layer.in_features))
+
+
+def _choose_blocks(layers: Mapping[str, SparseGradLinear], sums: Mapping[str, GramSums] | None) -> None:
+    """Structured support: the rows and columns of largest energy, the same for all layers of one kind.
+
+    They are the first ones of a basis; without one, those of the largest diagonals of the Gram sums.
+    """
+    chosen: dict[str, FixedSupport] = {}
+    for layer in layers.values():
+        if layer.kind not in chosen:
+            if sums is None:
+                sides = [torch.arange(n, device=layer.weight.device) for n in layer.block]
+            else:
+                gram = sums[layer.kind]
+                diagonals = (gram.out.diag(), gram.inp.diag())
+                sides = [broadcast(top_k(d, n).long()) for d, n in zip(diagonals, layer.block, strict=True)]
+            chosen[layer.kind] = FixedSupport.of_block(layer.basis, *sides)
+        layer.set_support(chosen[layer.kind])

@@ -1,0 +1,185 @@
+"""Every mode of SparseTrainer: trains what it says, saves a plain model, resumes bit for bit."""
+
+import pytest
+import torch
+from test_trainer import INPUTS, assert_close, make, reference_gradients, weights
+from tiny import tiny_model
+from transformers import AutoModelForSequenceClassification
+
+from hf_ft_ext import InputError, SparseTrainingArguments, convert_to_sparse, prepare_layers, sparse_layers
+from hf_ft_ext.training.plan import trained_weights, training_plan
+
+MODES = [
+    {"sparse_support": support, "sparse_basis": basis}
+    for support in ("dynamic", "static", "structured")
+    for basis in ("hosvd", "none", "random")
+] + [
+    {"sparse_basis_scope": "layer", "sparse_support": "structured", "sparse_train_rest": "head"},
+    {"sparse_basis_orientation": "published"},
+    {"sparse_train_rest": r"LayerNorm|output\.dense\.bias", "sparse_support": "static"},
+]
+IDS = ["-".join(mode.values()) for mode in MODES]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=IDS)
+def test_saves_the_plain_model_and_resumes_bit_for_bit(tmp_path, mode):
+    mode = {**mode, "save_strategy": "steps", "save_steps": 3}
+    trainer = make(tmp_path / "a", **mode)
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a").eval()
+    assert torch.equal(loaded(**INPUTS).logits, trainer.model.eval()(**INPUTS).logits)
+    assert set(loaded.state_dict()) == set(tiny_model().state_dict())
+
+    resumed = make(tmp_path / "b", tiny_model(seed=5), **mode)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    for name, value in weights(resumed).items():
+        assert torch.equal(value, weights(trainer)[name]), name
+
+
+@pytest.mark.parametrize("mode", MODES, ids=IDS)
+def test_trains_what_the_counts_say_and_nothing_else(tmp_path, mode):
+    trainer = make(tmp_path, sparse_density=None, sparse_n_params=20, **mode)
+    before = weights(trainer)
+    rows = {row.name: row.trained for row in trained_weights(trainer)}
+    trainer.train()
+    layers = sparse_layers(trainer.model)
+    for name, value in weights(trainer).items():
+        changed = not torch.equal(value, before[name])
+        if not name.endswith("values") and "token_type" not in name:
+            assert changed == (name in rows), name
+    if mode.get("sparse_support", "dynamic") == "dynamic":
+        return
+    for name, layer in layers.items():
+        support, change = layer.support, layer.weight.detach() - before[f"{name}.weight"]
+        assert rows[f"{name}.weight"] == support.size == layer.values.numel() >= 20
+        # All of the change lies in the chosen entries: putting it back leaves the old weight.
+        support.add_to(change, -support.pick(support.block_of(change)))
+        assert change.abs().max() < 1e-6
+        torch.testing.assert_close(support.pick(support.block_of(layer.weight)), layer.values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("basis", ["hosvd", "none"])
+def test_the_plan_before_the_pre_pass_counts_activations_and_state(tmp_path, basis):
+    planned = {}
+    for support in ("dynamic", "static", "structured"):
+        trainer = make(tmp_path, sparse_support=support, sparse_basis=basis, sparse_train_rest="head")
+        before = training_plan(trainer)
+        assert all(layer.support is None for layer in sparse_layers(trainer.model).values())
+        trainer.train()
+        measured = training_plan(trainer).activation_bytes
+        if support == "static":  # its entries may lie in fewer columns than there are
+            assert measured <= before.activation_bytes <= 1.3 * measured
+        else:
+            assert before.activation_bytes == pytest.approx(measured, rel=0.05)
+        planned[support] = before.memory
+    assert planned["structured"]["activations"] < planned["dynamic"]["activations"]
+    assert planned["structured"]["gradients"] < planned["dynamic"]["gradients"] / 5
+    assert planned["structured"]["optimizer state"] < planned["dynamic"]["optimizer state"]
+
+
+@pytest.mark.parametrize("support", ["static", "structured"])
+def test_accumulation_equals_one_large_batch(tmp_path, support):
+    plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    options = {"adam_epsilon": 1e-2, "sparse_support": support, "sparse_basis": "none", "sparse_train_rest": "head"}
+    whole = make(tmp_path, tiny_model(**plain), per_device_train_batch_size=8, **options)
+    split = make(
+        tmp_path, tiny_model(**plain), per_device_train_batch_size=2, gradient_accumulation_steps=4, **options
+    )
+    whole.train()
+    split.train()
+    assert_close(weights(whole), weights(split), 1e-5)
+
+
+def test_static_entries_have_the_largest_mean_energy(tmp_path):
+    trainer = make(tmp_path, sparse_support="static", sparse_basis="none", sparse_density=0.05)
+    layers = sparse_layers(trainer.model)
+    prepare_layers(trainer, layers, trainer.args)
+    energy = dict.fromkeys(layers, 0)
+    for gradients in reference_gradients(trainer, 3):
+        for name, gradient in gradients.items():
+            energy[name] = energy[name] + gradient.square()
+    for name, layer in layers.items():
+        support = layer.support
+        block = torch.zeros(len(support.rows) * len(support.columns), dtype=torch.bool)
+        block[support.entries] = True
+        chosen = torch.zeros_like(energy[name], dtype=torch.bool)
+        chosen[support.rows[:, None], support.columns] = block.view(len(support.rows), -1)
+        assert chosen.sum() == layer.n_params
+        assert energy[name][chosen].min() >= energy[name][~chosen].max() * (1 - 1e-4)
+
+
+def test_structured_rows_and_columns_have_the_largest_energy(tmp_path):
+    trainer = make(tmp_path, sparse_support="structured", sparse_basis="none", sparse_density=0.05)
+    layers = sparse_layers(trainer.model)
+    prepare_layers(trainer, layers, trainer.args)
+    energy = {layer.kind: 0 for layer in layers.values()}
+    for gradients in reference_gradients(trainer, 3):
+        for name, gradient in gradients.items():
+            energy[layers[name].kind] = energy[layers[name].kind] + gradient.square()
+    for layer in layers.values():
+        for chosen, sums in zip(
+            (layer.support.rows, layer.support.columns),
+            (energy[layer.kind].sum(1), energy[layer.kind].sum(0)),
+            strict=True,
+        ):
+            assert set(chosen.tolist()) == set(sums.topk(len(chosen)).indices.tolist())
+
+
+def test_layers_of_one_kind_share_basis_and_block(tmp_path):
+    trainer = make(tmp_path, sparse_support="structured")
+    layers = list(sparse_layers(trainer.model).values())
+    prepare_layers(trainer, sparse_layers(trainer.model), trainer.args)
+    assert len({id(layer.support) for layer in layers}) == 2
+    assert all(layer.basis.out_factor is None for layer in layers)  # nothing of size out x out is kept
+    per_layer = convert_to_sparse(tiny_model(), basis_scope="layer")
+    assert len({id(layer.basis) for layer in per_layer.values()}) == 4
+
+
+def test_published_orientation_transposes_the_input_factor(tmp_path):
+    tucker, published = make(tmp_path), make(tmp_path, sparse_basis_orientation="published")
+    for trainer in (tucker, published):
+        prepare_layers(trainer, sparse_layers(trainer.model), trainer.args)
+    for a, b in zip(sparse_layers(tucker.model).values(), sparse_layers(published.model).values(), strict=True):
+        assert torch.equal(a.basis.out_factor, b.basis.out_factor)
+        assert torch.equal(a.basis.in_factor.T, b.basis.in_factor)
+
+
+def test_random_bases_are_orthonormal_and_seeded(tmp_path):
+    factors = []
+    for seed in (1, 1, 2):
+        trainer = make(tmp_path, sparse_basis="random", seed=seed)
+        prepare_layers(trainer, sparse_layers(trainer.model), trainer.args)
+        factors.append(next(iter(sparse_layers(trainer.model).values())).basis.out_factor)
+    torch.testing.assert_close(factors[0].T @ factors[0], torch.eye(48), rtol=0, atol=1e-5)
+    assert torch.equal(factors[0], factors[1]) and not torch.equal(factors[0], factors[2])
+
+
+def test_state_of_another_support_is_refused(tmp_path):
+    make(tmp_path, sparse_support="structured", save_strategy="epoch", num_train_epochs=1).train()
+    trainer = make(tmp_path, save_strategy="epoch")
+    with pytest.raises(ValueError, match=r"doesn't match|no basis for|fixed supports"):
+        trainer.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sparse_support": "dynamik"}, "sparse_support='dynamik' is unknown; choose from: dynamic, static"),
+        ({"sparse_basis": "pca"}, "sparse_basis='pca' is unknown"),
+        ({"sparse_basis_scope": "all"}, "sparse_basis_scope='all' is unknown"),
+        ({"sparse_basis_orientation": "published", "sparse_basis": "random"}, "is about the hosvd basis"),
+    ],
+)
+def test_bad_modes(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        SparseTrainingArguments(output_dir=str(tmp_path), **options)
+
+
+@pytest.mark.parametrize(
+    "rest, message",
+    [("no_such", "'no_such' matches no parameter; pass all, head"), ("(", "is no regular expression")],
+)
+def test_bad_train_rest(tmp_path, rest, message):
+    with pytest.raises(InputError, match=message):
+        make(tmp_path, sparse_train_rest=rest)
