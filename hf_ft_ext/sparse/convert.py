@@ -48,7 +48,7 @@ def convert_to_sparse(
     converted = {}
     for name, linear in targets.items():
         folded = name if basis_scope == PER_LAYER else fold_layer_numbers(name)
-        kind = f"{folded} {linear.out_features}x{linear.in_features}"
+        kind = f"{folded} {'x'.join(map(str, linear.weight.shape))}"
         shared = bases.setdefault(kind, Basis(identity=basis == NONE))
         layer = SparseGradLinear.from_linear(linear, shared, counts[name], kind)
         if support != DYNAMIC:
@@ -58,7 +58,7 @@ def convert_to_sparse(
     return converted
 
 
-def entries_of(linear: nn.Linear, name: str, n_params: int | None, density: float | None) -> int:
+def entries_of(linear: nn.Module, name: str, n_params: int | None, density: float | None) -> int:
     """Entries that one step updates in `linear`, from a count or a share."""
     size = linear.weight.numel()
     count = n_params if n_params is not None else round((DEFAULT_DENSITY if density is None else density) * size)
@@ -70,7 +70,7 @@ def entries_of(linear: nn.Linear, name: str, n_params: int | None, density: floa
 
 
 def merge_sparse(model: nn.Module) -> nn.Module:
-    """Replace every `SparseGradLinear` of `model` by the plain `nn.Linear` with the trained weight, in place.
+    """Replace every `SparseGradLinear` of `model` by the plain layer with the trained weight, in place.
 
     The weight of a converted layer is up to date at all times, so this only changes the type of the layers;
     half-precision models get these weights back in the model's own dtype.

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.sparse.basis import ACTIVATIONS, Basis
 from hf_ft_ext.sparse.fixed import FixedSupport, block_shape
@@ -94,21 +95,33 @@ class SparseGradLinear(nn.Linear):
         n_params: entries of the rotated weight that one step updates.
         kind: name of the layer with layer numbers folded; layers of one kind share the basis.
         plain_dtype: dtype of the weight before the conversion.
+        transposed: whether the layer was a `Conv1D`.
     """
 
     basis: Basis
     n_params: int
     kind: str
     plain_dtype: torch.dtype
+    transposed: bool
     values: nn.Parameter | None
     support: FixedSupport | None = None
     block: tuple[int, int] | None = None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, basis: Basis, n_params: int, kind: str) -> "SparseGradLinear":
-        """A layer that takes over the parameters of `linear` (no copy, unless they are half precision)."""
-        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    def from_linear(cls, linear: nn.Linear | Conv1D, basis: Basis, n_params: int, kind: str) -> "SparseGradLinear":
+        """A layer that takes over the parameters of `linear` (no copy of an `nn.Linear` in float32 or wider).
+
+        GPT-2's `Conv1D` stores its weight as (in, out). Here it is (out, in) like all others, and turned back in
+        `state_dict()`.
+        """
+        transposed = isinstance(linear, Conv1D)
+        n_out, n_in = linear.weight.T.shape if transposed else linear.weight.shape
+        layer = cls(n_in, n_out, linear.bias is not None, device="meta")
         layer.weight, layer.bias, layer.plain_dtype = linear.weight, linear.bias, linear.weight.dtype
+        layer.transposed = transposed
+        if transposed:
+            weight = linear.weight.detach().T.contiguous()
+            layer.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
         if layer.weight.dtype in (torch.float16, torch.bfloat16):
             layer.weight = nn.Parameter(layer.weight.detach().float(), requires_grad=linear.weight.requires_grad)
         layer.basis, layer.n_params, layer.kind = basis, n_params, kind
@@ -140,14 +153,19 @@ class SparseGradLinear(nn.Linear):
         """Add a change of the values, shape (k,), to the weight: `W += V_r S U_c^T`."""
         self.support.add_to(self.weight, change)
 
-    def to_linear(self) -> nn.Linear:
-        """The plain layer with the trained weight, in the dtype it had before the conversion."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+    def to_linear(self) -> nn.Linear | Conv1D:
+        """The plain layer with the trained weight, in the type and dtype it had before the conversion."""
+        with torch.device("meta"):
+            if self.transposed:
+                linear = Conv1D(self.out_features, self.in_features)
+            else:
+                linear = nn.Linear(self.in_features, self.out_features, self.bias is not None)
         linear.weight, linear.bias = self.weight, self.bias
         if self.values is not None:
             linear.weight.requires_grad_(self.values.requires_grad)
-        if self.weight.dtype != self.plain_dtype:
+        if self.transposed or self.weight.dtype != self.plain_dtype:
             weight = self.weight.detach().to(self.plain_dtype)
+            weight = weight.T.contiguous() if self.transposed else weight
             linear.weight = nn.Parameter(weight, requires_grad=self.weight.requires_grad)
         return linear.train(self.training)
 
@@ -170,8 +188,12 @@ class SparseGradLinear(nn.Linear):
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(f"{prefix}values", None)
+        if self.transposed:
+            destination[f"{prefix}weight"] = destination[f"{prefix}weight"].T.contiguous()
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
+        if self.transposed and f"{prefix}weight" in state_dict:
+            state_dict = {**state_dict, f"{prefix}weight": state_dict[f"{prefix}weight"].T}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
         if f"{prefix}values" in missing_keys:
             missing_keys.remove(f"{prefix}values")

@@ -3,16 +3,40 @@
 import re
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.training.plan import fold_layer_numbers
 
-# The two dense layers of each block's MLP, by `config.model_type`.
+# The dense layers of each block's MLP, by `config.model_type`.
 _BERT = r"\.layer\.\d+\.(intermediate|output)\.dense$"
-MLP_LAYERS = {"bert": _BERT, "roberta": _BERT, "distilbert": r"\.layer\.\d+\.ffn\.lin[12]$"}
+_GATED = r"\.layers\.\d+\.mlp\.(gate|up|down)_proj$"
+_T5 = r"\.DenseReluDense\.(wi|wi_0|wi_1|wo)$"
+MLP_LAYERS = {
+    "albert": r"\.albert_layers\.\d+\.(ffn|ffn_output)$",  # one block's weights serve all layers
+    "bert": _BERT,
+    "deberta": _BERT,
+    "deberta-v2": _BERT,
+    "distilbert": r"\.layer\.\d+\.ffn\.lin[12]$",
+    "electra": _BERT,
+    "gemma": _GATED,
+    "gpt2": r"\.h\.\d+\.mlp\.(c_fc|c_proj)$",
+    "llama": _GATED,
+    "mistral": _GATED,
+    "modernbert": r"\.layers\.\d+\.mlp\.(Wi|Wo)$",  # Wi holds gate and input in one weight
+    "mt5": _T5,
+    "qwen2": _GATED,
+    "qwen3": _GATED,
+    "roberta": _BERT,
+    "t5": _T5,
+    "xlm-roberta": _BERT,
+}
 
 
-def find_targets(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Linear]:
+_LINEAR = (nn.Linear, Conv1D)
+
+
+def find_targets(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Linear | Conv1D]:
     """Names and modules of the layers to convert.
 
     Args:
@@ -20,10 +44,10 @@ def find_targets(model: nn.Module, pattern: str | None = None) -> dict[str, nn.L
         pattern: regular expression searched in dotted module names; `None` = the table above.
 
     Raises:
-        InputError: a malformed or unmatched pattern, a matched layer that is not an `nn.Linear`, or a model
+        InputError: a malformed or unmatched pattern, a matched layer that is not linear, or a model
             type without an entry in the table.
     """
-    linear_kinds = sorted({fold_layer_numbers(name) for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+    linear_kinds = sorted({fold_layer_numbers(name) for name, m in model.named_modules() if isinstance(m, _LINEAR)})
     if pattern is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         if model_type not in MLP_LAYERS:
@@ -43,13 +67,13 @@ def find_targets(model: nn.Module, pattern: str | None = None) -> dict[str, nn.L
         raise InputError(
             f"sparse_target_modules={pattern!r} matches no layer; linear layers here: {', '.join(linear_kinds)}"
         )
-    others = {name: type(module).__name__ for name, module in leaves.items() if type(module) is not nn.Linear}
+    others = {name: type(module).__name__ for name, module in leaves.items() if type(module) not in _LINEAR}
     if others:
         name, kind = next(iter(others.items()))
         if kind == "SparseGradLinear":
             raise InputError(f"{name} is converted already; call merge_sparse(model) before converting again")
         raise InputError(
-            f"sparse_target_modules={pattern!r} matches {name}, a {kind}; SparseGrad trains nn.Linear layers only, "
+            f"sparse_target_modules={pattern!r} matches {name}, a {kind}; SparseGrad trains nn.Linear and Conv1D only, "
             f"narrow the pattern to some of: {', '.join(linear_kinds)}"
         )
     return leaves
