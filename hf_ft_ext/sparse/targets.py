@@ -73,7 +73,7 @@ def find_targets(model: nn.Module, pattern: str | None = None) -> dict[str, nn.L
         if kind == "SparseGradLinear":
             raise InputError(f"{name} is converted already; call merge_sparse(model) before converting again")
         raise InputError(
-            f"sparse_target_modules={pattern!r} matches {name}, a {kind}; SparseGrad trains nn.Linear and Conv1D only, "
+            f"sparse_target_modules={pattern!r} matches {name}, a {kind}; SparseGrad trains nn.Linear, Conv1D only: "
             f"narrow the pattern to some of: {', '.join(linear_kinds)}"
         )
     return leaves
