@@ -8,21 +8,22 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "InputError": "hf_ft_ext.errors",
-    "LoraTrainer": "hf_ft_ext.lora.trainer",
-    "LoraTrainingArguments": "hf_ft_ext.lora.arguments",
-    "ResourceMonitor": "hf_ft_ext.training.resources",
-    "SparseAdamW": "hf_ft_ext.sparse.optimizer",
-    "SparseGradLinear": "hf_ft_ext.sparse.layer",
-    "SparseTrainer": "hf_ft_ext.sparse.trainer",
-    "SparseTrainingArguments": "hf_ft_ext.sparse.arguments",
     "compute_bases": "hf_ft_ext.sparse.prepare",
     "convert_to_sparse": "hf_ft_ext.sparse.convert",
     "demo_dataset": "hf_ft_ext.data.demo",
     "demo_encoder": "hf_ft_ext.models",
-    "prepare_layers": "hf_ft_ext.sparse.prepare",
+    "export_lora": "hf_ft_ext.sparse.export",
+    "InputError": "hf_ft_ext.errors",
+    "LoraTrainer": "hf_ft_ext.lora.trainer",
+    "LoraTrainingArguments": "hf_ft_ext.lora.arguments",
     "merge_sparse": "hf_ft_ext.sparse.convert",
+    "prepare_layers": "hf_ft_ext.sparse.prepare",
+    "ResourceMonitor": "hf_ft_ext.training.resources",
     "sparse_layers": "hf_ft_ext.sparse.convert",
+    "SparseAdamW": "hf_ft_ext.sparse.optimizer",
+    "SparseGradLinear": "hf_ft_ext.sparse.layer",
+    "SparseTrainer": "hf_ft_ext.sparse.trainer",
+    "SparseTrainingArguments": "hf_ft_ext.sparse.arguments",
 }
 
 __all__ = sorted(_EXPORTS)

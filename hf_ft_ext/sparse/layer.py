@@ -89,6 +89,7 @@ class SparseGradLinear(nn.Linear):
     Attributes:
         values: the trained entries, shape (k,), float32 or wider, or `None` with dynamic support. Not part of
             `state_dict()`: the optimizer's state holds them.
+        initial: the values before training, shape (k,).
         block: rows and columns of a structured support.
         support: which entries those are; `None` before the pre-pass has chosen them, and with dynamic support.
         basis: the factors, shared by all layers of one kind; not ready before the gradient pre-pass.
@@ -105,6 +106,7 @@ class SparseGradLinear(nn.Linear):
     transposed: bool
     values: nn.Parameter | None
     support: FixedSupport | None = None
+    initial: torch.Tensor | None = None
     block: tuple[int, int] | None = None
 
     @classmethod
@@ -137,8 +139,14 @@ class SparseGradLinear(nn.Linear):
         self.values = nn.Parameter(torch.zeros(self.n_params, dtype=self.weight.dtype, device=self.weight.device))
 
     @torch.no_grad()
-    def set_support(self, support: FixedSupport, values: torch.Tensor | None = None) -> None:
-        """Train the entries of `support` from now on; `values`: theirs, read from the weight if not given.
+    def set_support(
+        self, support: FixedSupport, values: torch.Tensor | None = None, initial: torch.Tensor | None = None
+    ) -> None:
+        """Train the entries of `support` from now on.
+
+        Args:
+            values: their present values; read from the weight if not given.
+            initial: their values before training, if it has begun already.
 
         Raises:
             ValueError: the support has another size than `n_params`.
@@ -147,6 +155,7 @@ class SparseGradLinear(nn.Linear):
             raise ValueError(f"a support of {support.size} entries for a layer that trains {self.n_params}")
         self.support = support
         self.values.copy_(support.pick(support.block_of(self.weight)) if values is None else values)
+        self.initial = self.values.detach().clone() if initial is None else initial
 
     @torch.no_grad()
     def fold(self, change: torch.Tensor) -> None:

@@ -117,7 +117,7 @@ class SparseAdamW(torch.optim.AdamW):
         """torch's state dict plus `bases` (factors by kind of layer) and `supports` (of fixed layers, in order)."""
         bases = {layer.kind: layer.basis for layer in self._layers.values() if layer.basis.ready}
         supports = [
-            {**vars(layer.support), "values": layer.values.detach().clone()}
+            {**vars(layer.support), "values": layer.values.detach().clone(), "initial": layer.initial}
             for layer in self._fixed
             if layer.support is not None
         ]
@@ -172,5 +172,5 @@ def _fill_basis(layer: SparseGradLinear, saved: dict) -> None:
 def _fill_support(layer: SparseGradLinear, saved: dict) -> None:
     device = layer.weight.device
     parts = {key: None if value is None else value.to(device) for key, value in saved.items()}
-    values = parts.pop("values")
-    layer.set_support(FixedSupport(**parts), values)
+    values, initial = parts.pop("values"), parts.pop("initial")
+    layer.set_support(FixedSupport(**parts), values, initial)
