@@ -44,13 +44,15 @@ class FixedSupport:
 
     @classmethod
     def stand_in(
-        cls, n_params: int, block: tuple[int, int] | None, n_out: int, n_in: int, identity: bool
+        cls, n_params: int, block: tuple[int, int] | None, weight: torch.Tensor, identity: bool
     ) -> "FixedSupport":
         """A support of the right size and no meaning, for measuring memory before the real one is chosen."""
+        n_out, n_in = weight.shape
         r, c = block or (n_out, n_in)
-        entries = None if block else torch.linspace(0, n_out * n_in - 1, n_params).long()
-        sides = (None, None) if identity else (torch.zeros(n_out, r), torch.zeros(n_in, c))
-        return cls(torch.arange(r), torch.arange(c), entries, *sides)
+        rows, columns = (torch.arange(n, device=weight.device) for n in (r, c))
+        entries = None if block else torch.linspace(0, r * c - 1, n_params, device=weight.device).long()
+        sides = (None, None) if identity else (weight.new_zeros(n_out, r), weight.new_zeros(n_in, c))
+        return cls(rows, columns, entries, *sides)
 
     @property
     def size(self) -> int:

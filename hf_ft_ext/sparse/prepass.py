@@ -1,8 +1,9 @@
 """The gradient pre-pass: the gradients of some training batches, at the present weights, nothing changed."""
 
+import contextlib
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.sparse.basis import GRADIENT
 from hf_ft_ext.sparse.layer import SparseGradLinear
 
 logger = logging.getLogger(__name__)
@@ -40,18 +42,16 @@ def visit_gradients(
     first_of_kind = {layer.kind: layer for layer in reversed(layers.values())}
     hooks = [layer.register_forward_pre_hook(_token_counter(tokens[kind])) for kind, layer in first_of_kind.items()]
     weights = [layer.weight for layer in layers.values()]
-    frozen = [weight for weight in weights if not weight.requires_grad]
     was_training = model.training
     mine = range(args.process_index, steps, args.world_size)
     bar = tqdm(total=len(mine), desc=desc, disable=args.disable_tqdm or not trainer.is_world_process_zero())
     try:
         model.eval()
-        for weight in frozen:
-            weight.requires_grad_(True)
         for number, micro_batches in enumerate(_batches(trainer, steps)):
             if number not in mine:
                 continue
-            gradients = _batch_gradient(trainer, weights, micro_batches)
+            with _plain_gradients(layers.values()):
+                gradients = _batch_gradient(trainer, weights, micro_batches)
             for name, gradient in zip(layers, gradients, strict=True):
                 if not torch.isfinite(gradient).all():
                     raise InputError(
@@ -64,11 +64,24 @@ def visit_gradients(
         bar.close()
         for hook in hooks:
             hook.remove()
-        for weight in frozen:
-            weight.requires_grad_(False)
         model.train(was_training)
     shared = steps * args.world_size
     return {kind: trainer.accelerator.reduce(count).item() / shared for kind, count in tokens.items()}
+
+
+@contextlib.contextmanager
+def _plain_gradients(layers: Collection[SparseGradLinear]) -> Iterator[None]:
+    """Let every layer give the gradient of its whole weight, unrotated, whatever state it is in."""
+    before = [(layer, layer.weight.requires_grad, layer.support, layer.basis.rotates) for layer in layers]
+    try:
+        for layer in layers:
+            layer.weight.requires_grad_(True)
+            layer.support, layer.basis.rotates = None, GRADIENT
+        yield
+    finally:
+        for layer, trains, support, rotates in before:
+            layer.weight.requires_grad_(trains)
+            layer.support, layer.basis.rotates = support, rotates
 
 
 def _token_counter(total: torch.Tensor):

@@ -97,9 +97,7 @@ class SparseTrainer(Trainer):
             layer for layer in sparse_layers(self.model).values() if layer.values is not None and layer.support is None
         ]
         for layer in waiting:
-            layer.support = FixedSupport.stand_in(
-                layer.n_params, layer.block, *layer.weight.shape, layer.basis.identity
-            )
+            layer.support = FixedSupport.stand_in(layer.n_params, layer.block, layer.weight, layer.basis.identity)
         try:
             yield
         finally:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_trainer import INPUTS, assert_close, make, reference_gradients, weights
-from tiny import tiny_model
+from tiny import tiny_dataset, tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from hf_ft_ext import InputError, SparseTrainingArguments, convert_to_sparse, prepare_layers, sparse_layers
@@ -91,14 +91,23 @@ def test_accumulation_equals_one_large_batch(tmp_path, support):
     assert_close(weights(whole), weights(split), 1e-5)
 
 
-def test_static_entries_have_the_largest_mean_energy(tmp_path):
-    trainer = make(tmp_path, sparse_support="static", sparse_basis="none", sparse_density=0.05)
+@pytest.mark.parametrize("basis", ["none", "random", "hosvd"])
+def test_static_entries_have_the_largest_mean_energy(tmp_path, basis):
+    # Batches of one row: short enough that the backward pass would rotate activations.
+    options = {"per_device_train_batch_size": 1, "sparse_support": "static", "sparse_density": 0.05}
+    trainer = make(tmp_path, sparse_basis=basis, dataset=tiny_dataset(32, length=5), **options)
     layers = sparse_layers(trainer.model)
     prepare_layers(trainer, layers, trainer.args)
+    factors = {}
+    if basis != "none":  # the trainer keeps only the columns that it needs
+        other = make(tmp_path, sparse_basis=basis, **options | {"sparse_support": "dynamic"})
+        prepare_layers(other, sparse_layers(other.model), other.args)
+        factors = {name: layer.basis for name, layer in sparse_layers(other.model).items()}
     energy = dict.fromkeys(layers, 0)
-    for gradients in reference_gradients(trainer, 3):
+    for gradients in reference_gradients(trainer, 3, batch_size=1):
         for name, gradient in gradients.items():
-            energy[name] = energy[name] + gradient.square()
+            rotated = factors[name].rotate(gradient) if factors else gradient
+            energy[name] = energy[name] + rotated.square()
     for name, layer in layers.items():
         support = layer.support
         block = torch.zeros(len(support.rows) * len(support.columns), dtype=torch.bool)
@@ -107,6 +116,18 @@ def test_static_entries_have_the_largest_mean_energy(tmp_path):
         chosen[support.rows[:, None], support.columns] = block.view(len(support.rows), -1)
         assert chosen.sum() == layer.n_params
         assert energy[name][chosen].min() >= energy[name][~chosen].max() * (1 - 1e-4)
+
+
+@pytest.mark.parametrize("support", ["dynamic", "structured"])
+def test_preparing_twice_gives_the_same(tmp_path, support):
+    trainer = make(tmp_path, per_device_train_batch_size=1, dataset=tiny_dataset(32, length=5), sparse_support=support)
+    layers, found = sparse_layers(trainer.model), []
+    for _ in range(2):
+        prepare_layers(trainer, layers, trainer.args)
+        layer = next(iter(layers.values()))
+        found.append((layer.basis.out_factor if support == "dynamic" else layer.support.out_columns).clone())
+        assert support == "structured" or layer.basis.rotates == "activations"
+    assert torch.equal(*found)
 
 
 def test_structured_rows_and_columns_have_the_largest_energy(tmp_path):

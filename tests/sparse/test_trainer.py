@@ -200,13 +200,13 @@ def test_two_processes_hold_the_same_weights_supports_and_bases(tmp_path):
 # --- the pre-pass ----------------------------------------------------------------------------------
 
 
-def reference_gradients(trainer, steps):
+def reference_gradients(trainer, steps, batch_size=8):
     """The batches' gradients by plain backward passes of an unconverted model."""
     model = tiny_model().eval()
     names = sparse_layers(trainer.model)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(trainer.args.seed)).tolist()
     for i in range(steps):
-        rows = [trainer.train_dataset[row] for row in order[8 * i : 8 * i + 8]]
+        rows = [trainer.train_dataset[row] for row in order[batch_size * i : batch_size * (i + 1)]]
         model.zero_grad()
         model(**trainer.data_collator(rows)).loss.backward()
         yield {name: model.get_submodule(name).weight.grad.clone() for name in names}
