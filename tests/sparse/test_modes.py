@@ -95,12 +95,13 @@ def test_accumulation_equals_one_large_batch(tmp_path, support):
 def test_static_entries_have_the_largest_mean_energy(tmp_path, basis):
     # Batches of one row: short enough that the backward pass would rotate activations.
     options = {"per_device_train_batch_size": 1, "sparse_support": "static", "sparse_density": 0.05}
-    trainer = make(tmp_path, sparse_basis=basis, dataset=tiny_dataset(32, length=5), **options)
+    rows = tiny_dataset(32, length=5)
+    trainer = make(tmp_path, sparse_basis=basis, dataset=rows, **options)
     layers = sparse_layers(trainer.model)
     prepare_layers(trainer, layers, trainer.args)
     factors = {}
     if basis != "none":  # the trainer keeps only the columns that it needs
-        other = make(tmp_path, sparse_basis=basis, **options | {"sparse_support": "dynamic"})
+        other = make(tmp_path, sparse_basis=basis, dataset=rows, **options | {"sparse_support": "dynamic"})
         prepare_layers(other, sparse_layers(other.model), other.args)
         factors = {name: layer.basis for name, layer in sparse_layers(other.model).items()}
     energy = dict.fromkeys(layers, 0)
