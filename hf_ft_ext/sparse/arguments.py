@@ -37,6 +37,13 @@ class SparseTrainingArguments(MethodTrainingArguments):
         default=None,
         metadata={"help": "Regular expression, searched in the dotted names of linear layers; none = the MLP layers."},
     )
+    sparse_threshold: float | None = field(
+        default=None,
+        metadata={
+            "help": "With dynamic support, instead of a number: update the entries whose (clipped) gradient has at "
+            "least this magnitude, above 0. The authors' quick starts use 1e-3."
+        },
+    )
     sparse_support: str = field(
         default=DYNAMIC,
         metadata={
@@ -104,6 +111,18 @@ class SparseTrainingArguments(MethodTrainingArguments):
             raise InputError(f"sparse_density={self.sparse_density} is no share; pass a number in (0, 1]")
         if self.sparse_n_params is not None and self.sparse_n_params < 1:
             raise InputError(f"sparse_n_params={self.sparse_n_params} leaves nothing to train; pass 1 or more")
+        if self.sparse_threshold is not None:
+            if not self.sparse_threshold > 0:
+                raise InputError(f"sparse_threshold={self.sparse_threshold} is no magnitude; pass a number above 0")
+            if self.sparse_density is not None or self.sparse_n_params is not None:
+                raise InputError(
+                    "sparse_threshold says which entries a step updates, sparse_density and sparse_n_params how many; "
+                    "pass one of them"
+                )
+            if self.sparse_support != DYNAMIC:
+                raise InputError(
+                    f"sparse_threshold is for sparse_support=dynamic, not {self.sparse_support}; leave one of them out"
+                )
         if self.sparse_basis_steps < 1:
             raise InputError(
                 f"sparse_basis_steps={self.sparse_basis_steps} gives no gradient for a basis; pass 1 or more"

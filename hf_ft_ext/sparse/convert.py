@@ -20,6 +20,7 @@ def convert_to_sparse(
     support: str = DYNAMIC,
     basis: str = HOSVD,
     basis_scope: str = PER_KIND,
+    threshold: float | None = None,
 ) -> dict[str, SparseGradLinear]:
     """Replace the MLP layers of `model` by `SparseGradLinear`, in place; weights and outputs stay the same.
 
@@ -34,6 +35,8 @@ def convert_to_sparse(
         basis: `"hosvd"`, `"random"` or `"none"`.
         basis_scope: `"kind"`: layers of one kind (equal names but for layer numbers, equal shapes) share a basis;
             `"layer"`: each has its own.
+        threshold: with dynamic support, update the entries whose gradient is at least this large, however many
+            they are, instead of a fixed number.
 
     Returns:
         The converted layers by name.
@@ -51,6 +54,8 @@ def convert_to_sparse(
         kind = f"{folded} {'x'.join(map(str, linear.weight.shape))}"
         shared = bases.setdefault(kind, Basis(identity=basis == NONE))
         layer = SparseGradLinear.from_linear(linear, shared, counts[name], kind)
+        if threshold is not None:
+            layer.threshold, layer.n_params = threshold, linear.weight.numel()  # that many at most
         if support != DYNAMIC:
             layer.expect_fixed_support(block=support == STRUCTURED)
         model.set_submodule(name, layer)

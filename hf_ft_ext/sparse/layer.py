@@ -94,6 +94,7 @@ class SparseGradLinear(nn.Linear):
         support: which entries those are; `None` before the pre-pass has chosen them, and with dynamic support.
         basis: the factors, shared by all layers of one kind; not ready before the gradient pre-pass.
         n_params: entries of the rotated weight that one step updates.
+        threshold: with dynamic support, magnitude of the gradient from which on entries are updated instead.
         kind: name of the layer with layer numbers folded; layers of one kind share the basis.
         plain_dtype: dtype of the weight before the conversion.
         transposed: whether the layer was a `Conv1D`.
@@ -108,6 +109,7 @@ class SparseGradLinear(nn.Linear):
     support: FixedSupport | None = None
     initial: torch.Tensor | None = None
     block: tuple[int, int] | None = None
+    threshold: float | None = None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear | Conv1D, basis: Basis, n_params: int, kind: str) -> "SparseGradLinear":

@@ -7,7 +7,7 @@ import torch
 
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
-from hf_ft_ext.sparse.support import carry_over, top_k
+from hf_ft_ext.sparse.support import above, carry_over, top_k
 
 _NOT_READY = "the {part} of {kind} has not been computed; run `prepare_layers` or load a state"
 
@@ -16,10 +16,10 @@ class SparseAdamW(torch.optim.AdamW):
     """AdamW for models with `SparseGradLinear` layers, usable in any training loop.
 
     Dynamic support: at each step, for each converted weight, the `n_params` entries of the rotated gradient
-    `V^T G U` of largest magnitude are chosen (from the gradient accumulated over micro-batches and averaged over
-    processes) and updated by AdamW's rule in the rotated coordinates: `W += V dS U^T`. Moments and step counts
-    exist for the chosen entries only; an entry that leaves the support drops them, an entry that comes back
-    starts anew.
+    `V^T G U` of largest magnitude (or all that reach the layer's `threshold`) are chosen, from the gradient
+    accumulated over micro-batches and averaged over processes, and updated by AdamW's rule in the rotated
+    coordinates: `W += V dS U^T`. Moments and step counts exist for the chosen entries only; an entry that leaves
+    the support drops them, an entry that comes back starts anew.
 
     Fixed support: the layer's `values` are an ordinary parameter of AdamW, and their changes are folded into the
     weight. Decoupled weight decay shrinks the chosen entries of the rotated weight alone. All other parameters:
@@ -95,7 +95,7 @@ class SparseAdamW(torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         weight, state = layer.weight, self.state[layer.weight]
         rotated = layer.value_gradient()
-        support = top_k(rotated, layer.n_params)
+        support = top_k(rotated, layer.n_params) if layer.threshold is None else above(rotated, layer.threshold)
         gradient = rotated.flatten()[support.long()].to(weight.dtype)
         if not state:
             empty = gradient.new_zeros(0)

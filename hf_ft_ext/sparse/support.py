@@ -15,7 +15,15 @@ def top_k(rotated: torch.Tensor, k: int) -> torch.Tensor:
         indices = magnitude.topk(k, sorted=False).indices
     else:
         indices = candidates[magnitude[candidates].topk(k, sorted=False).indices]
-    indices = indices.sort().values
+    return _compact(indices.sort().values, rotated)
+
+
+def above(rotated: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Flat indices (int32 where they fit, rising) of the entries whose magnitude is at least `threshold`."""
+    return _compact((rotated.abs().flatten() >= threshold).nonzero().squeeze(1), rotated)
+
+
+def _compact(indices: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
     return indices.int() if rotated.numel() <= torch.iinfo(torch.int32).max else indices
 
 
@@ -44,7 +52,7 @@ def carry_over(old: torch.Tensor | None, new: torch.Tensor, *states: torch.Tenso
         new: rising flat indices, shape (k,).
         states: tensors of shape (k_old,).
     """
-    if old is None:
+    if old is None or not old.numel():
         return [state.new_zeros(new.shape) for state in states]
     position = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
     kept = old[position] == new

@@ -60,6 +60,7 @@ class SparseTrainer(Trainer):
                 args.sparse_support,
                 args.sparse_basis,
                 args.sparse_basis_scope,
+                args.sparse_threshold,
             )
         freeze_rest(model, args.sparse_train_rest)
         declare_mean_loss(model)

@@ -16,9 +16,10 @@ MODES = [
 ] + [
     {"sparse_basis_scope": "layer", "sparse_support": "structured", "sparse_train_rest": "head"},
     {"sparse_basis_orientation": "published"},
+    {"sparse_threshold": 2e-4, "sparse_density": None},
     {"sparse_train_rest": r"LayerNorm|output\.dense\.bias", "sparse_support": "static"},
 ]
-IDS = ["-".join(mode.values()) for mode in MODES]
+IDS = ["-".join(str(value) for value in mode.values() if value) for mode in MODES]
 
 
 @pytest.mark.parametrize("mode", MODES, ids=IDS)
@@ -39,7 +40,8 @@ def test_saves_the_plain_model_and_resumes_bit_for_bit(tmp_path, mode):
 
 @pytest.mark.parametrize("mode", MODES, ids=IDS)
 def test_trains_what_the_counts_say_and_nothing_else(tmp_path, mode):
-    trainer = make(tmp_path, sparse_density=None, sparse_n_params=20, **mode)
+    options = {} if "sparse_threshold" in mode else {"sparse_density": None, "sparse_n_params": 20}
+    trainer = make(tmp_path, **options, **mode)
     before = weights(trainer)
     rows = {row.name: row.trained for row in trained_weights(trainer)}
     trainer.train()
@@ -191,6 +193,9 @@ def test_state_of_another_support_is_refused(tmp_path):
         ({"sparse_basis": "pca"}, "sparse_basis='pca' is unknown"),
         ({"sparse_basis_scope": "all"}, "sparse_basis_scope='all' is unknown"),
         ({"sparse_basis_orientation": "published", "sparse_basis": "random"}, "is about the hosvd basis"),
+        ({"sparse_threshold": 0.0}, "sparse_threshold=0.0 is no magnitude"),
+        ({"sparse_threshold": 1e-3, "sparse_n_params": 5}, "says which entries a step updates"),
+        ({"sparse_threshold": 1e-3, "sparse_support": "static"}, "is for sparse_support=dynamic, not static"),
     ],
 )
 def test_bad_modes(tmp_path, options, message):

@@ -214,6 +214,26 @@ def test_top_k_by_candidates_is_exact(kind, columns):
         assert torch.equal(values[chosen.long()].sort().values, values.topk(k).values.flip(0))
 
 
+def test_threshold_updates_what_reaches_it_even_if_nothing_does():
+    net = make(n_params=4)
+    layer = net[0]
+    loss_of(net, batches(1)[0]).backward()
+    layer.threshold = layer.value_gradient().abs().median().item()
+    optimizer = SparseAdamW(net.parameters(), [layer], lr=0.01)
+    sizes = []
+    for scale in (1.0, 1e-6, 0.3):
+        optimizer.zero_grad()
+        (scale * loss_of(net, batches(1)[0])).backward()
+        expected = (layer.value_gradient().abs() >= layer.threshold).flatten().nonzero().squeeze(1)
+        before = layer.weight.detach().clone()
+        optimizer.step()
+        chosen = optimizer.state[layer.weight]["indices"].long()
+        assert torch.equal(chosen, expected)
+        assert torch.equal(layer.weight, before) == (len(chosen) == 0)
+        sizes.append(len(chosen))
+    assert sizes[0] > sizes[2] > sizes[1] == 0
+
+
 def test_carry_over_keeps_common_entries_and_restarts_the_others():
     old, new = torch.tensor([1, 4, 7]), torch.tensor([0, 4, 7, 9])
     (state,) = carry_over(old, new, torch.tensor([10.0, 20.0, 30.0]))
