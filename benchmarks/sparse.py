@@ -1,0 +1,237 @@
+"""Time and memory of one training step: full fine-tuning, LoRA, MeProp, SparseGrad as published and as it is here.
+
+    python benchmarks/sparse.py --size minilm --repeats 5
+    python benchmarks/sparse.py --size roberta-base --repeats 3 --batch 16 --length 128
+
+Every variant runs in a process of its own; the variants take turns, `--repeats` times over, so that a slow
+minute of the machine meets all of them. Reported: the median step, its ratio to `full` and to `lora` (median of the
+ratios within a round, with their range), peak memory above the loaded model (RSS; CUDA: allocated), and the bytes
+of optimizer state, of gradients and of what autograd saves for the backward pass. Models have random weights, bases
+are random: neither changes the cost. The table goes to standard output and, with `--output`, to a file.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from published_sparse import PublishedLinear
+from torch import nn
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from hf_ft_ext import SparseAdamW, convert_to_sparse
+from hf_ft_ext.sparse.basis import Basis, by_columns, cheaper_rotation
+from hf_ft_ext.sparse.convert import freeze_rest
+from hf_ft_ext.sparse.fixed import FixedSupport
+from hf_ft_ext.sparse.targets import find_targets
+from hf_ft_ext.training.resources import PeakMemory
+
+_MIB = 2**20
+# model type, configuration, entries per weight (the source's 28,000 of 768 x 3072, and the same share)
+SIZES = {
+    "minilm": ("bert", {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}, 7_000),
+    "roberta-base": ("roberta", {"vocab_size": 50_265, "max_position_embeddings": 514}, 28_000),
+    "roberta-large": (
+        "roberta",
+        {"vocab_size": 50_265, "max_position_embeddings": 514, "hidden_size": 1024, "intermediate_size": 4096}
+        | {"num_hidden_layers": 24, "num_attention_heads": 16},
+        50_000,
+    ),
+}
+Step = Callable[[], None]
+
+
+def build(size: str) -> nn.Module:
+    model_type, options, _ = SIZES[size]
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **options)).train()
+
+
+def random_bases(layers: list[nn.Linear]) -> dict[tuple[int, int], Basis]:
+    bases = {}
+    for layer in layers:
+        shape = (layer.out_features, layer.in_features)
+        if shape not in bases:
+            bases[shape] = Basis(*(by_columns(torch.linalg.qr(torch.randn(n, n)).Q) for n in shape))
+    return bases
+
+
+def optimizers_of(variant: str, model: nn.Module, k: int, tokens: int) -> tuple[nn.Module, list]:
+    """Prepare `model` for `variant`; return it and its optimizers."""
+    if variant in ("lora", "lora-rest"):
+        targets = list(find_targets(model))
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=7, lora_alpha=14, target_modules=targets))
+        if variant == "lora-rest":  # as in the authors' baseline: all that is not an MLP weight trains too
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_("base_layer.weight" not in name)
+    elif variant == "published":
+        targets = find_targets(model)
+        bases = random_bases(list(targets.values()))
+        for name, linear in targets.items():
+            basis = bases[linear.out_features, linear.in_features]
+            model.set_submodule(name, PublishedLinear(linear, basis.out_factor, basis.in_factor, k))
+        rotated = [p for n, p in model.named_parameters() if n.endswith(".rotated")]
+        rest = [p for n, p in model.named_parameters() if not n.endswith(".rotated")]
+        return model, [torch.optim.SparseAdam(rotated, lr=1e-5), torch.optim.AdamW(rest, lr=1e-5)]
+    elif variant != "full":
+        support, _, rest = variant.partition("-")
+        basis = "none" if support == "meprop" else "random"
+        support = "dynamic" if support == "meprop" else support
+        layers = convert_to_sparse(model, k, support=support, basis=basis)
+        bases = random_bases(list(layers.values())) if basis == "random" else {}
+        for layer in layers.values():
+            shape = (layer.out_features, layer.in_features)
+            if bases:
+                layer.basis.out_factor, layer.basis.in_factor = bases[shape].out_factor, bases[shape].in_factor
+                layer.basis.rotates = cheaper_rotation(*shape, tokens)
+            if support == "structured":
+                layer.set_support(FixedSupport.of_block(layer.basis, *(torch.arange(n) for n in layer.block)))
+            elif support == "static":
+                indices = torch.randperm(layer.weight.numel())[:k].sort().values
+                layer.set_support(FixedSupport.of_entries(layer.basis, indices, layer.in_features))
+        if support == "structured":
+            for layer in layers.values():
+                layer.basis.out_factor = layer.basis.in_factor = None
+        freeze_rest(model, "head" if rest == "head" else "all")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return model, [SparseAdamW(trained, layers.values(), lr=1e-5)]
+    return model, [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)]
+
+
+def tensor_bytes(value) -> int:
+    if isinstance(value, torch.Tensor):
+        return (
+            value._values().numel() * value.element_size() if value.is_sparse else value.numel() * value.element_size()
+        )
+    if isinstance(value, dict):
+        return sum(tensor_bytes(item) for item in value.values())
+    return 0
+
+
+def factors_of(module: nn.Module) -> list[torch.Tensor]:
+    holders = [module, getattr(module, "basis", None), getattr(module, "support", None)]
+    names = ("out_factor", "in_factor", "out_columns", "in_columns")
+    found = [getattr(holder, name, None) for holder in holders for name in names]
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+
+def measure(variant: str, args: argparse.Namespace) -> dict:
+    """Steps of one variant in this process."""
+    torch.set_num_threads(args.threads)
+    model, memory = build(args.size), PeakMemory()
+    before = memory.level()
+    model, optimizers = optimizers_of(variant, model, SIZES[args.size][2], args.batch * args.length)
+    # Weights and factors are there anyway; only what the forward pass makes counts as saved.
+    there = [*model.parameters(), *(v for module in model.modules() for v in factors_of(module))]
+    known = {tensor.untyped_storage().data_ptr() for tensor in there}
+    ids = torch.randint(5, 1000, (args.batch, args.length))
+    labels = torch.randint(0, 2, (args.batch,))
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def forward() -> torch.Tensor:
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+
+    def finish(loss: torch.Tensor) -> int:
+        loss.backward()
+        size = sum(tensor_bytes(p.grad) for p in model.parameters() if p.grad is not None)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return size
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()
+    gradient_bytes = finish(loss)
+    finish(forward())
+    memory.reset()
+    seconds = []
+    for _ in range(args.steps):
+        start = time.perf_counter()
+        finish(forward())
+        seconds.append(time.perf_counter() - start)
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    return {
+        "seconds": statistics.median(seconds),
+        "peak": memory.bytes() - before,
+        "state": sum(tensor_bytes(state) for state in states),
+        "gradients": gradient_bytes,
+        "saved": sum(saved.values()),
+    }
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """Markdown; ratios are taken round by round."""
+
+    def ratio(variant: str, to: str) -> str:
+        if to not in results:
+            return ""
+        values = [a["seconds"] / b["seconds"] for a, b in zip(results[variant], results[to], strict=True)]
+        return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+    lines = [
+        "| variant | step s | x full | x lora | x published | peak MiB | state MiB | gradients MiB | saved MiB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for variant, rounds in results.items():
+        sizes = [
+            f"{statistics.median(r[key] for r in rounds) / _MIB:,.1f}"
+            for key in ("peak", "state", "gradients", "saved")
+        ]
+        step = f"{statistics.median(r['seconds'] for r in rounds):.3f}"
+        ratios = [ratio(variant, to) for to in ("full", "lora", "published")]
+        lines.append(f"| {' | '.join([variant, step, *ratios, *sizes])} |")
+    return "\n".join(lines)
+
+
+VARIANTS = [
+    *("full", "lora", "lora-rest", "published", "meprop", "dynamic", "dynamic-head"),
+    *("static", "static-head", "structured", "structured-head"),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="minilm")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=3, help="measured steps per process (after two others)")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    parser.add_argument("--output")
+    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(measure(args.worker, args)))
+        return
+    results: dict[str, list[dict]] = {variant: [] for variant in args.variants}
+    for number in range(args.repeats):
+        for variant in args.variants:
+            words = [sys.executable, __file__, "--worker", variant]
+            words += [f"--{key}={getattr(args, key)}" for key in ("size", "batch", "length", "steps", "threads")]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{variant} failed:\n{done.stderr[-2000:]}")
+            results[variant].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {number + 1}, {variant}: {results[variant][-1]['seconds']:.3f} s", file=sys.stderr)
+    head = f"{args.size}, batch {args.batch} x {args.length}, {args.threads} threads, {args.repeats} rounds\n\n"
+    text = head + table(results) + "\n"
+    print(text)
+    if args.output:
+        with open(args.output, "w") as file:
+            file.write(text)
+
+
+if __name__ == "__main__":
+    main()
