@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.sparse.basis import ACTIVATIONS, Basis
 from hf_ft_ext.sparse.fixed import FixedSupport, block_shape
+from hf_ft_ext.training.files import tensor_hash
 
 
 class SparseLinearFunction(torch.autograd.Function):
@@ -90,6 +91,7 @@ class SparseGradLinear(nn.Linear):
         values: the trained entries, shape (k,), float32 or wider, or `None` with dynamic support. Not part of
             `state_dict()`: the optimizer's state holds them.
         initial: the values before training, shape (k,).
+        base_hash: SHA-256 of the weight before training.
         block: rows and columns of a structured support.
         support: which entries those are; `None` before the pre-pass has chosen them, and with dynamic support.
         basis: the factors, shared by all layers of one kind; not ready before the gradient pre-pass.
@@ -108,6 +110,7 @@ class SparseGradLinear(nn.Linear):
     values: nn.Parameter | None
     support: FixedSupport | None = None
     initial: torch.Tensor | None = None
+    base_hash: str | None = None
     block: tuple[int, int] | None = None
     threshold: float | None = None
 
@@ -142,13 +145,18 @@ class SparseGradLinear(nn.Linear):
 
     @torch.no_grad()
     def set_support(
-        self, support: FixedSupport, values: torch.Tensor | None = None, initial: torch.Tensor | None = None
+        self,
+        support: FixedSupport,
+        values: torch.Tensor | None = None,
+        initial: torch.Tensor | None = None,
+        base_hash: str | None = None,
     ) -> None:
         """Train the entries of `support` from now on.
 
         Args:
             values: their present values; read from the weight if not given.
             initial: their values before training, if it has begun already.
+            base_hash: the hash of the weight before training, likewise.
 
         Raises:
             ValueError: the support has another size than `n_params`.
@@ -158,6 +166,7 @@ class SparseGradLinear(nn.Linear):
         self.support = support
         self.values.copy_(support.pick(support.block_of(self.weight)) if values is None else values)
         self.initial = self.values.detach().clone() if initial is None else initial
+        self.base_hash = tensor_hash(self.weight.to(self.plain_dtype)) if base_hash is None else base_hash
 
     @torch.no_grad()
     def fold(self, change: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterable
+from dataclasses import fields
 
 import torch
 
@@ -117,7 +118,12 @@ class SparseAdamW(torch.optim.AdamW):
         """torch's state dict plus `bases` (factors by kind of layer) and `supports` (of fixed layers, in order)."""
         bases = {layer.kind: layer.basis for layer in self._layers.values() if layer.basis.ready}
         supports = [
-            {**vars(layer.support), "values": layer.values.detach().clone(), "initial": layer.initial}
+            {
+                **vars(layer.support),
+                "values": layer.values.detach().clone(),
+                "initial": layer.initial,
+                "base_hash": layer.base_hash,
+            }
             for layer in self._fixed
             if layer.support is not None
         ]
@@ -155,8 +161,9 @@ class SparseAdamW(torch.optim.AdamW):
         for layer in self._layers.values():
             if layer.kind in bases:
                 _fill_basis(layer, bases[layer.kind])
+        shared: dict[tuple, FixedSupport] = {}
         for layer, support in zip(self._fixed, supports, strict=False):
-            _fill_support(layer, support)
+            _fill_support(layer, support, shared)
 
 
 def _fill_basis(layer: SparseGradLinear, saved: dict) -> None:
@@ -169,8 +176,11 @@ def _fill_basis(layer: SparseGradLinear, saved: dict) -> None:
     basis.rotates, basis.identity = saved["rotates"], saved["identity"]
 
 
-def _fill_support(layer: SparseGradLinear, saved: dict) -> None:
+def _fill_support(layer: SparseGradLinear, saved: dict, shared: dict[tuple, FixedSupport]) -> None:
     device = layer.weight.device
-    parts = {key: None if value is None else value.to(device) for key, value in saved.items()}
-    values, initial = parts.pop("values"), parts.pop("initial")
-    layer.set_support(FixedSupport(**parts), values, initial)
+    parts = {field.name: saved[field.name] for field in fields(FixedSupport)}
+    key = tuple(None if part is None else part.data_ptr() for part in parts.values())
+    if key not in shared:  # layers that shared a support share it again
+        shared[key] = FixedSupport(**{name: None if v is None else v.to(device) for name, v in parts.items()})
+    values, initial = saved["values"].to(device), saved["initial"].to(device)
+    layer.set_support(shared[key], values, initial, saved["base_hash"])

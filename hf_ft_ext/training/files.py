@@ -1,9 +1,12 @@
-"""Writing our own files: to a temporary name first, then renamed, so that no reader ever sees half a file."""
+"""Our own files: written to a temporary name and renamed, so that no reader sees half a file; hashes of weights."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -24,6 +27,14 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON; non-finite floats become `null` (JSON has no NaN)."""
     write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's type, shape and bytes."""
+    tensor = tensor.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.view(torch.uint8).numpy() if tensor.ndim else tensor[None].view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _finite(value: Any) -> Any:
