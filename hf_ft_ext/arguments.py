@@ -25,6 +25,13 @@ class RunArguments:
         default=False,
         metadata={"help": "Replace the run that `output_dir` holds: its checkpoints and run.json are deleted."},
     )
+    early_stopping_patience: int = field(
+        default=0,
+        metadata={
+            "help": "Stop after so many evaluations in a row without a better `metric_for_best_model`; 0 = never. "
+            "Needs `load_best_model_at_end`."
+        },
+    )
     dry_run: bool = field(
         default=False,
         metadata={"help": "Load, convert, print what would train, the memory estimate and the steps, and stop."},

@@ -173,3 +173,13 @@ def test_adapters_on_adapters(tmp_path, tokenizer):
         trainer(tmp_path, tokenizer, wrapped)
     with pytest.raises(InputError, match="carries PEFT adapters already"):
         trainer(tmp_path, tokenizer, wrapped.base_model.model)
+
+
+def test_a_regular_expression_picks_layers(tmp_path):
+    pattern = r".*layer\.\d+\.(intermediate|output)\.dense"
+    args = LoraTrainingArguments(str(tmp_path), lora_target_modules=[pattern], use_cpu=True, report_to="none")
+    model = LoraTrainer(tiny_model(), args).model
+    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+    assert len(adapted) == 4 and not any("attention" in name for name in adapted)
+    with pytest.raises(InputError, match=r"lora_target_modules='\*' is no regular expression"):
+        LoraTrainingArguments(str(tmp_path), lora_target_modules=["*"])

@@ -154,6 +154,14 @@ def test_best_model_by_the_primary_metric(launch):
     assert json.loads(Path("out/run.json").read_text())["metrics"]["eval_accuracy"] == best
 
 
+def test_early_stopping(launch):
+    options = ("--num_train_epochs", "8", "--eval_strategy", "epoch", "--save_strategy", "epoch")
+    options += ("--load_best_model_at_end", "--early_stopping_patience", "2", "--learning_rate", "0")
+    assert launch(*options, "--output_dir", "out") == 0
+    metrics = json.loads(Path("out/run.json").read_text())["metrics"]
+    assert metrics["epoch"] == 3  # the first is the best, and two more do not beat it
+
+
 def test_evaluation_alone_writes_no_model(launch, capsys):
     assert launch("--do_eval", "--output_dir", "out") == 0
     assert sorted(os.listdir("out")) == ["run.json"]
@@ -249,6 +257,8 @@ def test_search_without_optuna(launch, monkeypatch, capsys):
          "metric_for_best_model cannot be 'f1'.*loss, accuracy"),
         (["--model_name_or_path", "./none"], None, "no such folder"),
         (["--batch_eval_metrics"], None, "compute_result"),
+        (["--early_stopping_patience", "2"], None, "add --load_best_model_at_end"),
+        (["--early_stopping_patience", "-1"], None, "early_stopping_patience=-1 is no number"),
         (["--push_to_hub"], None, "--push_to_hub: the Hub repository cannot be made"),
         (["--task_name", "colla"], [], "colla"),
     ],

@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
 
 from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments
 from hf_ft_ext.data.loading import TaskData, load_data
@@ -44,6 +44,8 @@ def load(
     trainer_class = find_method(run_args.method).trainer_class()
 
     def build(args: MethodTrainingArguments) -> Trainer:
+        patience = run_args.early_stopping_patience
+        early_stopping = [EarlyStoppingCallback(patience)] if patience and args.do_train else []
         # A search needs a new model per trial; otherwise the loaded one is trained.
         source = {"model_init": lambda: copy.deepcopy(model)} if run_args.hp_search else {"model": model}
         with _explained(args):
@@ -54,7 +56,7 @@ def load(
                 eval_dataset=next(iter(data.validation.values()), None),
                 processing_class=tokenizer,
                 compute_metrics=metric_function(data.metric),
-                callbacks=[ResourceMonitor()],
+                callbacks=[ResourceMonitor(), *early_stopping],
                 **source,
             )
         check_checkpoint(trainer, run_args.method)

@@ -104,6 +104,16 @@ def _check_together(run_args: RunArguments, training_args: MethodTrainingArgumen
         resume = training_args.resume_from_checkpoint = None
     if run_args.hp_search < 0:
         raise InputError(f"hp_search={run_args.hp_search} is no number of trials; pass 1 or more, or 0 for none")
+    if run_args.early_stopping_patience < 0:
+        raise InputError(
+            f"early_stopping_patience={run_args.early_stopping_patience} is no number of evaluations; pass 1 or more, "
+            "or 0 for none"
+        )
+    if run_args.early_stopping_patience and not training_args.load_best_model_at_end:
+        raise InputError(
+            "--early_stopping_patience compares evaluations in training; add --load_best_model_at_end with "
+            "--eval_strategy and --save_strategy"
+        )
     if resume is not None:
         if run_args.overwrite_output_dir:
             raise InputError("--resume_from_checkpoint continues a run, --overwrite_output_dir deletes it; pass one")

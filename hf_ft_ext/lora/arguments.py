@@ -1,11 +1,13 @@
 """Arguments of `--method lora`."""
 
+import re
 from dataclasses import dataclass, field
 
 from hf_ft_ext.arguments import MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 
 ALL_LINEAR = "all-linear"
+_PLAIN_NAME = re.compile(r"[\w.-]+")
 
 
 @dataclass
@@ -24,8 +26,8 @@ class LoraTrainingArguments(MethodTrainingArguments):
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Linear layers that get an adapter, by the last parts of their dotted names, or `all-linear`; "
-            "none = peft's table for the model type (query and value for BERT)."
+            "help": "Linear layers that get an adapter: the last parts of their dotted names, or one regular "
+            "expression over whole names, or `all-linear`; none = peft's table (query and value for BERT)."
         },
     )
     # FishPAL's rate for LoRA on GLUE; transformers' 5e-5 is meant for training all weights.
@@ -40,5 +42,16 @@ class LoraTrainingArguments(MethodTrainingArguments):
         if not 0 <= self.lora_dropout < 1:
             raise InputError(f"lora_dropout={self.lora_dropout} is no share in [0, 1); pass 0.1, say")
         targets = self.lora_target_modules
+        if (pattern := self.lora_target_pattern) is not None:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"lora_target_modules={pattern!r} is no regular expression: {error}") from None
         if targets is not None and ALL_LINEAR in targets and len(targets) > 1:
             raise InputError(f"lora_target_modules={targets}: {ALL_LINEAR!r} already takes all; pass it alone")
+
+    @property
+    def lora_target_pattern(self) -> str | None:
+        """The single regular expression that `lora_target_modules` holds, if it is one."""
+        targets = self.lora_target_modules or []
+        return targets[0] if len(targets) == 1 and not _PLAIN_NAME.fullmatch(targets[0]) else None

@@ -56,7 +56,7 @@ def add_lora(model: PreTrainedModel, args: LoraTrainingArguments) -> PeftModel:
         r=args.lora_r,
         lora_alpha=args.lora_alpha,
         lora_dropout=args.lora_dropout,
-        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else args.lora_target_pattern or targets,
         modules_to_save=heads,
         # a target such as "dense" must not put adapters into what trains in full anyway
         exclude_modules="|".join(rf"{re.escape(name)}(\..*)?" for name in heads) or None,

@@ -6,7 +6,14 @@ from test_trainer import INPUTS, assert_close, make, reference_gradients, weight
 from tiny import tiny_dataset, tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from hf_ft_ext import InputError, SparseTrainingArguments, convert_to_sparse, prepare_layers, sparse_layers
+from hf_ft_ext import (
+    InputError,
+    SparseTrainingArguments,
+    convert_to_sparse,
+    merge_sparse,
+    prepare_layers,
+    sparse_layers,
+)
 from hf_ft_ext.training.plan import trained_weights, training_plan
 
 MODES = [
@@ -59,6 +66,37 @@ def test_trains_what_the_counts_say_and_nothing_else(tmp_path, mode):
         support.add_to(change, -support.pick(support.block_of(change)))
         assert change.abs().max() < 1e-6
         torch.testing.assert_close(support.pick(support.block_of(layer.weight)), layer.values, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("support", ["dynamic", "static", "structured"])
+@pytest.mark.parametrize("half", ["autocast", "weights"])
+def test_bfloat16_keeps_the_trained_entries_in_float32(tmp_path, support, half):
+    model = tiny_model() if half == "autocast" else tiny_model().bfloat16()
+    trainer = make(tmp_path, model, bf16=half == "autocast", sparse_support=support)
+    layers = sparse_layers(trainer.model)
+    assert {layer.weight.dtype for layer in layers.values()} == {torch.float32}
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    trainer.train()
+    for name, layer in layers.items():
+        change = (layer.weight.detach() - before[name]).abs()
+        assert 0 < change.max() < 1 and torch.isfinite(change).all()
+        assert layer.values is None or layer.values.dtype == torch.float32
+    trainer.save_model()
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=model.dtype)
+    merged = merge_sparse(trainer.model).state_dict()
+    assert {value.dtype for value in merged.values()} == {model.dtype}
+    assert all(torch.equal(value, merged[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("support", ["static", "structured"])
+def test_compiled_model_trains_to_the_same_weights(tmp_path, support):
+    options = {"sparse_support": support, "max_steps": 2, "adam_epsilon": 1e-2}
+    plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    eager = make(tmp_path, tiny_model(**plain), **options)
+    compiled = make(tmp_path, tiny_model(**plain), torch_compile=True, torch_compile_backend="eager", **options)
+    for trainer in (eager, compiled):
+        trainer.train()
+    assert_close(weights(eager), weights(compiled), 1e-5)
 
 
 @pytest.mark.parametrize("basis", ["hosvd", "none"])
