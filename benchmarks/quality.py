@@ -5,10 +5,10 @@
         -- --dataset_name path/to/glue --max_seq_length 64 --per_device_train_batch_size 16
 
 For each method every learning rate is tried for `--tune_epochs` with the first seed; the best one by the
-task's primary metric on the validation set is then run for `--epochs` with every seed. Each run is a process of
-its own; runs that are there already (with the same command) are not repeated, so an interrupted study
-continues. What follows `--` goes to `run_glue.py` as it is. The table goes to standard output and to
-`table.md` in the output folder.
+task's primary metric on the validation set (ties: by its loss) is then run for `--epochs` with every seed. Each
+run is a process of its own; runs that are there already (with the same command) are not repeated, so an
+interrupted study continues. What follows `--` goes to `run_glue.py` as it is. The table goes to standard output
+and to `table.md` in the output folder.
 """
 
 import argparse
@@ -56,12 +56,13 @@ def study(args: argparse.Namespace, passed_on: list[str]) -> list[dict]:
                 *passed_on,
             ]
 
-        tuned = {}
+        tuned, losses = {}, {}
         for rate in rates:
             folder = args.output_dir / f"{method}-tune-{rate}"
-            tuned[rate] = run(folder, words(rate, args.seeds[0], args.tune_epochs, folder))["metrics"][score]
+            metrics = run(folder, words(rate, args.seeds[0], args.tune_epochs, folder))["metrics"]
+            tuned[rate], losses[rate] = metrics[score], metrics["eval_loss"]
             print(f"{method} lr {rate}, {args.tune_epochs:g} epoch: {score} {tuned[rate]:.4f}", flush=True)
-        best = max(tuned, key=tuned.get)
+        best = max(tuned, key=lambda rate: (tuned[rate], -losses[rate]))
         records = []
         for seed in args.seeds:
             folder = args.output_dir / f"{method}-{seed}"
