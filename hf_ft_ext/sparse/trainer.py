@@ -11,9 +11,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.sparse.arguments import SparseTrainingArguments
+from hf_ft_ext.sparse.arguments import DYNAMIC, NONE, STATIC, STRUCTURED, SparseTrainingArguments
 from hf_ft_ext.sparse.convert import convert_to_sparse, freeze_rest, sparse_layers
 from hf_ft_ext.sparse.fixed import FixedSupport
+from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer import SparseAdamW
 from hf_ft_ext.sparse.prepare import prepare_layers
 from hf_ft_ext.training.loss_scale import declare_mean_loss
@@ -51,7 +52,9 @@ class SparseTrainer(Trainer):
     def _convert(model: nn.Module, args: SparseTrainingArguments) -> None:
         if hasattr(model, "peft_config"):
             raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
-        if not sparse_layers(model):
+        if converted := sparse_layers(model):
+            _check_converted(converted, args)
+        else:
             convert_to_sparse(
                 model,
                 args.sparse_n_params,
@@ -127,6 +130,18 @@ class SparseTrainer(Trainer):
             shape = (layer.out_features, layer.in_features)
             rows.append(TrainedWeight(f"{owner}.weight", shape, layer.n_params, parameter.numel() * size, state))
         return rows
+
+
+def _check_converted(layers: dict[str, SparseGradLinear], args: SparseTrainingArguments) -> None:
+    """A model that the user converted has to be what the arguments say about support and basis."""
+    for name, layer in layers.items():
+        support = DYNAMIC if layer.values is None else STATIC if layer.block is None else STRUCTURED
+        if support != args.sparse_support or layer.basis.identity != (args.sparse_basis == NONE):
+            basis = "without a basis" if layer.basis.identity else "for a basis"
+            raise InputError(
+                f"{name} was converted with {support} support and {basis}, but the arguments say "
+                f"sparse_support={args.sparse_support}, sparse_basis={args.sparse_basis}; pass the same to both"
+            )
 
 
 def _refuse(args: SparseTrainingArguments, kwargs: dict) -> None:

@@ -313,3 +313,11 @@ def test_user_converted_model_is_taken_as_it_is(tmp_path):
     trainer = make(tmp_path, model)
     assert [type(m) for m in sparse_layers(trainer.model).values()] != [nn.Linear]
     assert list(sparse_layers(trainer.model)) == ["bert.pooler.dense"]
+
+
+@pytest.mark.parametrize("options", [{"support": "structured"}, {"basis": "none"}])
+def test_user_converted_model_must_fit_the_arguments(tmp_path, options):
+    model = tiny_model()
+    convert_to_sparse(model, **options)
+    with pytest.raises(InputError, match=r"was converted with .* but the arguments say sparse_support=dynamic"):
+        make(tmp_path, model)
