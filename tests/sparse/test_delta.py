@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from test_models import build, inputs
-from test_trainer import INPUTS, make
+from sparse_trainer import INPUTS, make
+from test_families import build, inputs
 from tiny import tiny_model
 
 from hf_ft_ext import InputError, load_delta, save_delta

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_trainer import INPUTS, assert_close, make, reference_gradients, weights
+from sparse_trainer import INPUTS, assert_close, make, reference_gradients, weights
 from tiny import tiny_dataset, tiny_model
 from transformers import AutoModelForSequenceClassification
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sparse_trainer import INPUTS, OPTIONS, assert_close, make, reference_gradients, weights
 from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, TrainingArguments
@@ -16,38 +17,6 @@ from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT
 from hf_ft_ext.sparse.convert import convert_to_sparse, sparse_layers
 from hf_ft_ext.sparse.prepare import compute_bases
 from hf_ft_ext.training.plan import trained_weights, training_plan
-
-INPUTS = {"input_ids": torch.arange(5, 25).view(2, 10)}
-OPTIONS = {
-    "num_train_epochs": 2,
-    "learning_rate": 5e-3,
-    "per_device_train_batch_size": 8,
-    "report_to": "none",
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-    "use_cpu": True,
-}
-
-
-def make(folder, model=None, dataset=None, **options):
-    options = {"sparse_basis_steps": 3, "sparse_density": 0.1, **OPTIONS, **options}
-    return SparseTrainer(
-        model or tiny_model(),
-        SparseTrainingArguments(output_dir=str(folder), **options),
-        train_dataset=tiny_dataset(32) if dataset is None else dataset,
-        eval_dataset=tiny_dataset(16, seed=1),
-        processing_class=tiny_tokenizer(),
-    )
-
-
-def weights(trainer):
-    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-
-
-def assert_close(a, b, tolerance):
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)
@@ -198,18 +167,6 @@ def test_two_processes_hold_the_same_weights_supports_and_bases(tmp_path):
 
 
 # --- the pre-pass ----------------------------------------------------------------------------------
-
-
-def reference_gradients(trainer, steps, batch_size=8):
-    """The batches' gradients by plain backward passes of an unconverted model."""
-    model = tiny_model().eval()
-    names = sparse_layers(trainer.model)
-    order = torch.randperm(32, generator=torch.Generator().manual_seed(trainer.args.seed)).tolist()
-    for i in range(steps):
-        rows = [trainer.train_dataset[row] for row in order[batch_size * i : batch_size * (i + 1)]]
-        model.zero_grad()
-        model(**trainer.data_collator(rows)).loss.backward()
-        yield {name: model.get_submodule(name).weight.grad.clone() for name in names}
 
 
 def test_pre_pass_sums_the_gradients_of_its_batches(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_trainer import INPUTS, make, weights
+from sparse_trainer import INPUTS, make, weights
 from tiny import tiny_dataset, tiny_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DataCollatorWithPadding
