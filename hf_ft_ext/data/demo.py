@@ -7,9 +7,11 @@ Joined clauses disagree and one of them decides: the one after `but` or `yet`, t
 classes, and a model has to read how the words combine.
 
 Measured with the default seed (accuracy on the 500 validation sentences, training on 2,000): logistic
-regression on unigrams 60.6 %, on uni- to trigrams 77.4 %; all-MiniLM-L6-v2 with all weights fine-tuned
-(AdamW, learning rate 3e-4 with a linear schedule, batch 16) 96.6 %, 97.2 % and 98.4 % after the first,
-second and third of three epochs.
+regression on unigrams 60.6 %, on uni- to trigrams 77.4 % (`tests/data/test_data_demo.py`); all-MiniLM-L6-v2 with
+all weights fine-tuned 94.6 %, 98.6 % and 99.2 % after the first, second and third of three epochs:
+
+    run_glue.py --method full --learning_rate 3e-4 --warmup_steps 0.06 --per_device_train_batch_size 16 \\
+        --eval_strategy epoch --save_strategy no
 """
 
 from random import Random
