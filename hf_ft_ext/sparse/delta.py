@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.fixed import FixedSupport
-from hf_ft_ext.training.files import tensor_hash
+from hf_ft_ext.training.files import replacing, tensor_hash
 
 DELTA_FILE = "sparse_delta.safetensors"
 _FORMAT = "hf_ft_ext sparse delta 1"
@@ -60,13 +60,8 @@ def save_delta(model: nn.Module, folder: str | os.PathLike) -> int:
     base = _base_hash([(f"{name}.weight", layer.base_hash) for name, layer in layers.items()], frozen)
     metadata = {"format": _FORMAT, "base": base, "layers": json.dumps(places), "rest": json.dumps(sorted(rest))}
     path = Path(folder) / DELTA_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     size = path.stat().st_size
     whole = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if not name.endswith(".values"))
     logger.info("delta of %.2f MB, %.1f %% of the model: %s", size / 1e6, 100 * size / whole, path)
