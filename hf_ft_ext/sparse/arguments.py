@@ -9,6 +9,7 @@ SUPPORTS = DYNAMIC, STATIC, STRUCTURED = ("dynamic", "static", "structured")
 BASES = HOSVD, NONE, RANDOM = ("hosvd", "none", "random")
 ORIENTATIONS = TUCKER, PUBLISHED = ("tucker", "published")
 SCOPES = PER_KIND, PER_LAYER = ("kind", "layer")
+DEFAULT_BASIS_STEPS = 30
 DEFAULT_DENSITY = 0.012  # 28,000 of 768 x 3072 entries, the source's setting for BERT-base
 
 
@@ -75,9 +76,12 @@ class SparseTrainingArguments(MethodTrainingArguments):
             "choices": SCOPES,
         },
     )
-    sparse_basis_steps: int = field(
-        default=30,
-        metadata={"help": "Gradients (of one optimizer step's batch each) that basis and support are chosen from."},
+    sparse_basis_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Gradients (of one optimizer step's batch each) that basis and support are chosen from; none = "
+            f"{DEFAULT_BASIS_STEPS}, where any are needed."
+        },
     )
     sparse_train_rest: str = field(
         default="all",
@@ -123,7 +127,24 @@ class SparseTrainingArguments(MethodTrainingArguments):
                 raise InputError(
                     f"sparse_threshold is for sparse_support=dynamic, not {self.sparse_support}; leave one of them out"
                 )
-        if self.sparse_basis_steps < 1:
+        if self.sparse_basis_steps is not None and self.sparse_basis_steps < 1:
             raise InputError(
                 f"sparse_basis_steps={self.sparse_basis_steps} gives no gradient for a basis; pass 1 or more"
             )
+        combination = f"sparse_support={self.sparse_support} with sparse_basis={self.sparse_basis}"
+        if self.sparse_basis_steps is not None and not self.needs_gradients:
+            raise InputError(f"{combination} looks at no gradients before training; leave sparse_basis_steps out")
+        if self.sparse_basis_scope == PER_LAYER and self.sparse_basis == NONE and self.sparse_support != STRUCTURED:
+            raise InputError(f"{combination} has nothing that layers could share; leave sparse_basis_scope out")
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether basis or support are chosen from gradients, that is whether there is a pre-pass."""
+        if self.sparse_basis == HOSVD or self.sparse_support == STATIC:
+            return True
+        return self.sparse_support == STRUCTURED and self.sparse_basis == NONE
+
+    @property
+    def basis_steps(self) -> int:
+        """Gradients of the pre-pass."""
+        return DEFAULT_BASIS_STEPS if self.sparse_basis_steps is None else self.sparse_basis_steps

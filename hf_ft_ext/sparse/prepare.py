@@ -36,7 +36,7 @@ def prepare_layers(trainer: Trainer, layers: Mapping[str, SparseGradLinear], arg
     picks_block = args.sparse_support == STRUCTURED and args.sparse_basis == NONE
     sums = None
     if args.sparse_basis == HOSVD or picks_block:
-        sums = gram_sums(trainer, layers, args.sparse_basis_steps)
+        sums = gram_sums(trainer, layers, args.basis_steps)
     if args.sparse_basis == HOSVD:
         fill_bases(layers, sums, args.sparse_basis_orientation)
     elif args.sparse_basis == RANDOM:
@@ -44,7 +44,7 @@ def prepare_layers(trainer: Trainer, layers: Mapping[str, SparseGradLinear], arg
     if args.sparse_support == DYNAMIC and args.sparse_basis == RANDOM:
         _choose_rotation(layers, visit_gradients(trainer, layers, 1, lambda *_: None, "counting tokens"))
     if args.sparse_support == STATIC:
-        _choose_entries(trainer, layers, args.sparse_basis_steps)
+        _choose_entries(trainer, layers, args.basis_steps)
     elif args.sparse_support == STRUCTURED:
         _choose_blocks(layers, sums if picks_block else None)
     if args.sparse_support != DYNAMIC:

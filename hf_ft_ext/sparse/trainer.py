@@ -22,6 +22,7 @@ from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.resources import preparation
 
 _OPTIMIZER_STATE = "optimizer.pt"  # transformers' name for it
+_OWN_OPTIMIZER = "SparseTrainer makes its own optimizer (SparseAdamW); leave `optimizers` out"
 
 
 class SparseTrainer(Trainer):
@@ -47,6 +48,8 @@ class SparseTrainer(Trainer):
         if model is not None:
             self._convert(model, args)
         super().__init__(model, args, *positional, **kwargs)
+        if self.optimizer is not None:  # passed by position
+            raise InputError(_OWN_OPTIMIZER)
 
     @staticmethod
     def _convert(model: nn.Module, args: SparseTrainingArguments) -> None:
@@ -133,7 +136,12 @@ class SparseTrainer(Trainer):
 
 
 def _check_converted(layers: dict[str, SparseGradLinear], args: SparseTrainingArguments) -> None:
-    """A model that the user converted has to be what the arguments say about support and basis."""
+    """A model that the user converted has to be what the arguments say, as far as they say anything."""
+    settled = ("sparse_density", "sparse_n_params", "sparse_target_modules", "sparse_threshold")
+    if given := [name for name in settled if getattr(args, name) is not None]:
+        raise InputError(
+            f"the model was converted already, which settled {given[0]}; leave it out, or pass the plain model"
+        )
     for name, layer in layers.items():
         support = DYNAMIC if layer.values is None else STATIC if layer.block is None else STRUCTURED
         if support != args.sparse_support or layer.basis.identity != (args.sparse_basis == NONE):
@@ -149,6 +157,6 @@ def _refuse(args: SparseTrainingArguments, kwargs: dict) -> None:
     if args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
         raise InputError(f"optim={args.optim.value!r} has no sparse form; use adamw_torch or adamw_torch_fused")
     if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
-        raise InputError("SparseTrainer makes its own optimizer (SparseAdamW); leave `optimizers` out")
+        raise InputError(_OWN_OPTIMIZER)
     if args.fsdp or args.deepspeed:
         raise InputError("sparse training needs whole weights on every process; run it without fsdp and deepspeed")

@@ -19,10 +19,16 @@ OPTIONS = {
 
 
 def make(folder, model=None, dataset=None, **options):
-    options = {"sparse_basis_steps": 3, "sparse_density": 0.1, **OPTIONS, **options}
+    model = model or tiny_model()
+    if not sparse_layers(model) and "sparse_n_params" not in options and "sparse_threshold" not in options:
+        options.setdefault("sparse_density", 0.1)
+    steps = options.pop("sparse_basis_steps", 3)
+    args = SparseTrainingArguments(output_dir=str(folder), **{**OPTIONS, **options})
+    if args.needs_gradients:
+        args.sparse_basis_steps = steps
     return SparseTrainer(
-        model or tiny_model(),
-        SparseTrainingArguments(output_dir=str(folder), **options),
+        model,
+        args,
         train_dataset=tiny_dataset(32) if dataset is None else dataset,
         eval_dataset=tiny_dataset(16, seed=1),
         processing_class=tiny_tokenizer(),

@@ -278,3 +278,18 @@ def test_user_converted_model_must_fit_the_arguments(tmp_path, options):
     convert_to_sparse(model, **options)
     with pytest.raises(InputError, match=r"was converted with .* but the arguments say sparse_support=dynamic"):
         make(tmp_path, model)
+
+
+def test_counts_of_a_converted_model_are_settled(tmp_path):
+    model = tiny_model()
+    convert_to_sparse(model, n_params=3)
+    with pytest.raises(InputError, match=r"converted already, which settled sparse_density; leave it out"):
+        make(tmp_path, model, sparse_density=0.5)
+
+
+def test_an_optimizer_passed_by_position_is_refused(tmp_path):
+    model = tiny_model()
+    args = SparseTrainingArguments(output_dir=str(tmp_path), **OPTIONS)
+    optimizers = (torch.optim.SGD(model.parameters()), None)
+    with pytest.raises(InputError, match="makes its own optimizer"):
+        SparseTrainer(model, args, None, None, None, None, None, None, None, None, optimizers)
