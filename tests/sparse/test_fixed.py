@@ -1,6 +1,7 @@
 """Fixed supports: gradient, saved memory and updates against the written-out formulas."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -107,7 +108,7 @@ def weight_of(v, u, entries, indices, chosen):
 
 def test_a_narrow_block_saves_only_the_projected_input():
     layer = SparseGradLinear.from_linear(nn.Linear(64, 96), Basis(torch.eye(96), torch.eye(64)), 64, "kind")
-    layer.expect_fixed_support(block=True)
+    layer.expect_fixed_support(block=False)
     layer.set_support(FixedSupport.of_block(layer.basis, torch.arange(8), torch.arange(8)))
     x = torch.randn(32, 64, requires_grad=True)
     saved = []
@@ -119,7 +120,7 @@ def test_a_narrow_block_saves_only_the_projected_input():
 
 def test_optimizer_state_is_two_moments_per_entry():
     layer = SparseGradLinear.from_linear(nn.Linear(64, 96), Basis(torch.eye(96), torch.eye(64)), 64, "kind")
-    layer.expect_fixed_support(block=True)
+    layer.expect_fixed_support(block=False)
     layer.set_support(FixedSupport.of_block(layer.basis, torch.arange(8), torch.arange(8)))
     optimizer = SparseAdamW([layer.values], [layer])
     layer(torch.randn(4, 64)).sum().backward()
@@ -146,15 +147,23 @@ def test_scattered_entries_form_the_gradient_when_batches_are_long():
 @pytest.mark.parametrize(
     "n_params, sides, expected",
     [
-        (28_000, (3072, 768), (168, 167)),
-        (28_224, (768, 3072), (168, 168)),
-        (90, (4, 100), (4, 23)),
-        (6, (100, 2), (3, 2)),
+        (28_000, (3072, 768), (84, 334)),
+        (28_000, (768, 3072), (334, 84)),
+        (100, (20, 20), (10, 10)),
+        (399, (4, 100), (4, 100)),
+        (127, (2, 64), (2, 64)),
+        (1, (100, 2), (1, 1)),
     ],
 )
-def test_block_shape_is_as_square_as_it_can_be(n_params, sides, expected):
-    shape = block_shape(n_params, *sides)
-    assert shape == expected and shape[0] * shape[1] >= n_params
+def test_block_shape_costs_both_sides_the_same(n_params, sides, expected):
+    assert block_shape(n_params, *sides) == expected
+
+
+def test_block_shape_fits_and_wastes_no_row_or_column():
+    for n_out, n_in in itertools.product(range(1, 7), repeat=2):
+        for k in range(1, n_out * n_in + 1):
+            r, c = block_shape(k, n_out, n_in)
+            assert r <= n_out and c <= n_in and max((r - 1) * c, r * (c - 1)) < k <= r * c
 
 
 def test_wrong_size_and_missing_support_are_errors():
