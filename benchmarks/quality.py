@@ -3,12 +3,16 @@
     python benchmarks/quality.py --output_dir runs/quality-cola --task_name cola \
         --rates full=1e-4,3e-4,1e-3 lora=1e-3,3e-3,1e-2 sparse=1e-4,3e-4,1e-3 \
         -- --dataset_name path/to/glue --max_seq_length 64 --per_device_train_batch_size 16
+    python benchmarks/quality.py benchmarks/studies/sparse.yaml --output_dir runs/quality-sst2 --task_name sst2 \
+        --seeds 1 2 3 -- --dataset_name path/to/glue --max_train_samples 4000
 
-For each method every learning rate is tried for `--tune_epochs` with the first seed; the best one by the
-task's primary metric on the validation set (ties: by its loss) is then run for `--epochs` with every seed. Each
-run is a process of its own; runs that are there already (with the same command) are not repeated, so an
-interrupted study continues. What follows `--` goes to `run_glue.py` as it is. The table goes to standard output
-and to `table.md` in the output folder.
+A study file is a mapping from the name of a variant to its arguments (`method` and what that method takes), with
+a list of learning rates as `learning_rate`; arguments under `all` go to every variant. For each variant every
+learning rate is tried for `--tune_epochs` with the first seed; the best one by the task's primary metric on the
+validation set (ties: by its loss) is then run for `--epochs` with every seed. Each run is a process of its own;
+runs that are there already (with the same command) are not repeated, so an interrupted study continues, and
+several processes can share one with `--only`. What follows `--` goes to `run_glue.py` as it is. The table goes to
+standard output and to `table.md` in the output folder.
 """
 
 import argparse
@@ -18,6 +22,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import yaml
 
 from hf_ft_ext.data.tasks import get_task
 from hf_ft_ext.metrics import primary_key
@@ -43,13 +49,15 @@ def run(folder: Path, words: list[str]) -> dict:
 
 
 def study(args: argparse.Namespace, passed_on: list[str]) -> list[dict]:
-    """Tune, then train: one row per method."""
+    """Tune, then train: one row per variant."""
     score = f"eval_{primary_key(get_task(args.task_name).metric)}"
     rows = []
-    for method, rates in args.rates.items():
+    for method, arguments in args.variants.items():
+        settings = {**arguments, "task_name": args.task_name}
+        rates = settings.pop("learning_rate")
 
-        def words(rate: str, seed: int, epochs: float, folder: Path, method: str = method) -> list[str]:
-            own = {"method": method, "task_name": args.task_name, "learning_rate": rate, "seed": seed}
+        def words(rate: str, seed: int, epochs: float, folder: Path, settings: dict = settings) -> list[str]:
+            own = {**settings, "learning_rate": rate, "seed": seed}
             own |= {"num_train_epochs": epochs, "output_dir": folder, "save_strategy": "no", "disable_tqdm": True}
             return [word for key, value in own.items() for word in (f"--{key}", str(value))] + [
                 "--overwrite_output_dir",
@@ -73,14 +81,14 @@ def study(args: argparse.Namespace, passed_on: list[str]) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: one line per method, mean and standard deviation over seeds."""
+    """Markdown: one line per variant, mean and standard deviation over seeds."""
 
     def spread(values: list[float], digits: int) -> str:
         deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{deviation}"
 
     lines = [
-        f"| method | {rows[0]['score']} | lr (tried) | train s | preparation s | peak MiB | trainable | saved MB |",
+        f"| variant | {rows[0]['score']} | lr (tried) | train s | preparation s | peak MiB | trainable | saved MB |",
         "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in rows:
@@ -100,20 +108,34 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def variants_of(args: argparse.Namespace) -> dict[str, dict]:
+    """Arguments by name of variant, from the study file or from `--rates`."""
+    if (args.study is None) == (args.rates is None):
+        raise SystemExit("pass a study file or --rates, one of the two")
+    if args.study is None:
+        split = (item.partition("=") for item in args.rates)
+        return {method: {"method": method, "learning_rate": rates.split(",")} for method, _, rates in split}
+    study = yaml.safe_load(args.study.read_text())
+    shared = study.pop("all", {})
+    if unknown := set(args.only or ()) - study.keys():
+        raise SystemExit(f"{args.study} has no variant {sorted(unknown)[0]!r}; it has {', '.join(study)}")
+    return {name: {**shared, **own} for name, own in study.items() if not args.only or name in args.only}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", type=Path, nargs="?", help="YAML file of variants")
+    parser.add_argument("--only", nargs="+", metavar="VARIANT", help="of a study file: these variants")
     parser.add_argument("--task_name", required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument(
-        "--rates", nargs="+", required=True, metavar="METHOD=LR,LR,...", help="methods and their learning rates"
-    )
+    parser.add_argument("--rates", nargs="+", metavar="METHOD=LR,LR,...", help="methods and their learning rates")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--tune_epochs", type=float, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
-    args.rates = {method: rates.split(",") for method, _, rates in (item.partition("=") for item in args.rates)}
+    args.variants = variants_of(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     text = table(study(args, words[cut + 1 :]))
     (args.output_dir / "table.md").write_text(text)
