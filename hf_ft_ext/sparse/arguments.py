@@ -9,6 +9,7 @@ SUPPORTS = DYNAMIC, STATIC, STRUCTURED = ("dynamic", "static", "structured")
 BASES = HOSVD, NONE, RANDOM = ("hosvd", "none", "random")
 ORIENTATIONS = TUCKER, PUBLISHED = ("tucker", "published")
 SCOPES = PER_KIND, PER_LAYER = ("kind", "layer")
+MOMENTS = OWN, DENSE = ("own", "dense")
 DEFAULT_BASIS_STEPS = 30
 DEFAULT_DENSITY = 0.012  # 28,000 of 768 x 3072 entries, the source's setting for BERT-base
 
@@ -83,6 +84,21 @@ class SparseTrainingArguments(MethodTrainingArguments):
             f"{DEFAULT_BASIS_STEPS}, where any are needed."
         },
     )
+    sparse_basis_refresh_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Compute the hosvd basis anew after every so many optimizer steps, weights and moments carried "
+            "over. With dynamic support from the gradients since, else from another pre-pass. 0 = never."
+        },
+    )
+    sparse_moments: str = field(
+        default=OWN,
+        metadata={
+            "help": "Adam's moments with dynamic support. own: of the entries of the latest step, the others start "
+            "anew when they come back. dense: of all entries, as published, which takes as much memory as AdamW.",
+            "choices": MOMENTS,
+        },
+    )
     sparse_train_rest: str = field(
         default="all",
         metadata={
@@ -98,6 +114,7 @@ class SparseTrainingArguments(MethodTrainingArguments):
             ("sparse_basis", BASES),
             ("sparse_basis_orientation", ORIENTATIONS),
             ("sparse_basis_scope", SCOPES),
+            ("sparse_moments", MOMENTS),
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from: {', '.join(known)}")
@@ -130,6 +147,21 @@ class SparseTrainingArguments(MethodTrainingArguments):
         if self.sparse_basis_steps is not None and self.sparse_basis_steps < 1:
             raise InputError(
                 f"sparse_basis_steps={self.sparse_basis_steps} gives no gradient for a basis; pass 1 or more"
+            )
+        if self.sparse_basis_refresh_steps < 0:
+            raise InputError(
+                f"sparse_basis_refresh_steps={self.sparse_basis_refresh_steps} is no number of steps; pass 0 (never) "
+                "or more"
+            )
+        if self.sparse_basis_refresh_steps and self.sparse_basis != HOSVD:
+            raise InputError(
+                f"sparse_basis_refresh_steps={self.sparse_basis_refresh_steps} is about the hosvd basis, but "
+                f"sparse_basis={self.sparse_basis}; leave one of them out"
+            )
+        if self.sparse_moments == DENSE and self.sparse_support != DYNAMIC:
+            raise InputError(
+                f"sparse_moments=dense is for sparse_support=dynamic, not {self.sparse_support}, whose entries never "
+                "change; leave one of them out"
             )
         combination = f"sparse_support={self.sparse_support} with sparse_basis={self.sparse_basis}"
         if self.sparse_basis_steps is not None and not self.needs_gradients:

@@ -23,12 +23,14 @@ class Basis:
         in_factor: `U`, shape (in, in), likewise.
         rotates: `"activations"` or `"gradient"`: where gradients get into the basis (`cheaper_rotation`).
         identity: no rotation at all (MeProp); the factors stay empty.
+        in_transposed: `in_factor` is the transposed HOSVD factor, as in the authors' code.
     """
 
     out_factor: torch.Tensor | None = None
     in_factor: torch.Tensor | None = None
     rotates: str = GRADIENT
     identity: bool = False
+    in_transposed: bool = False
 
     @property
     def ready(self) -> bool:

@@ -1,7 +1,9 @@
 """What a SparseGrad run with a fixed support changed, as a small file of its own.
 
 `sparse_delta.safetensors` holds the changes of the chosen entries, where they lie (rows, columns, the columns of `V`
-and `U`; once for all layers that share them), and every other parameter that trained. It belongs to the very weights
+and `U`; once for all layers that share them, and anew for each refresh of the basis), and every other parameter that
+trained. Dynamic support has none: within a few hundred steps it has been nearly everywhere, and what it changed is as
+large as the weight. It belongs to the very weights
 that training started from: their hash is in its metadata, and other weights are refused.
 """
 
@@ -24,7 +26,7 @@ from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.training.files import replacing, tensor_hash
 
 DELTA_FILE = "sparse_delta.safetensors"
-_FORMAT = "hf_ft_ext sparse delta 1"
+_FORMAT = "hf_ft_ext sparse delta 2"
 _PARTS = ("rows", "columns", "entries", "out_columns", "in_columns")
 
 logger = logging.getLogger(__name__)
@@ -47,13 +49,15 @@ def save_delta(model: nn.Module, folder: str | os.PathLike) -> int:
         )
     tensors, places, numbers = {}, {}, {}
     for name, layer in layers.items():
-        number = numbers.setdefault(id(layer.support), len(numbers))
-        for part in _PARTS:
-            value = getattr(layer.support, part)
-            if value is not None:
-                tensors[f"support.{number}.{part}"] = value.cpu().contiguous()
-        tensors[f"change.{name}"] = (layer.values.detach() - layer.initial).cpu()
-        places[name] = number
+        places[name] = []
+        for support, change in layer.changes():
+            number = numbers.setdefault(id(support), len(numbers))
+            for part in _PARTS:
+                value = getattr(support, part)
+                if value is not None:
+                    tensors[f"support.{number}.{part}"] = value.cpu().contiguous()
+            tensors[f"change.{name}.{len(places[name])}"] = change.cpu()
+            places[name].append(number)
     rest = {name: p for name, p in _others(model, layers) if p.requires_grad}
     tensors |= {f"rest.{name}": parameter.detach().cpu().clone() for name, parameter in rest.items()}
     frozen = [(name, p) for name, p in _others(model, layers) if not p.requires_grad]
@@ -103,12 +107,13 @@ def load_delta(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     if wrong := [name for name in rest if parameters[name].shape != tensors[f"rest.{name}"].shape]:
         raise InputError(f"{path} belongs to another model: {wrong[0]} has another shape here (the label count, say)")
     with torch.no_grad():
-        for name, number in places.items():
-            parts = {part: tensors.get(f"support.{number}.{part}") for part in _PARTS}
+        for name, numbers in places.items():
             weight = _oriented(model, name)
             device = weight.device
-            support = FixedSupport(**{part: None if v is None else v.to(device) for part, v in parts.items()})
-            support.add_to(weight, tensors[f"change.{name}"].to(device))
+            for i, number in enumerate(numbers):
+                parts = {part: tensors.get(f"support.{number}.{part}") for part in _PARTS}
+                support = FixedSupport(**{part: None if v is None else v.to(device) for part, v in parts.items()})
+                support.add_to(weight, tensors[f"change.{name}.{i}"].to(device))
         for name in rest:
             parameters[name].copy_(tensors[f"rest.{name}"])
     return model

@@ -14,6 +14,7 @@ from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.sparse.convert import merge_sparse, sparse_layers
+from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 
 
@@ -63,11 +64,15 @@ def export_lora(model: nn.Module, folder: str | os.PathLike) -> None:
 
 
 def _factors(layer: SparseGradLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(A, B)` with `B A` the change of the weight; shapes (rank, in) and (out, rank)."""
-    support = layer.support
-    block = (layer.values.detach() - layer.initial).view(len(support.rows), len(support.columns))
+    """`(A, B)` with `B A` the change of the weight; shapes (rank, in), (out, rank). A refreshed basis adds ranks."""
+    pieces = [_factors_of(support, change, layer.weight.shape) for support, change in layer.changes()]
+    return torch.cat([a for a, _ in pieces]), torch.cat([b for _, b in pieces], dim=1)
+
+
+def _factors_of(support: FixedSupport, change: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    block = change.view(len(support.rows), len(support.columns))
     if support.out_columns is None:
-        eye_out, eye_in = (torch.eye(n, device=block.device) for n in layer.weight.shape)
+        eye_out, eye_in = (torch.eye(n, device=block.device) for n in shape)
         out_columns, in_columns = eye_out[:, support.rows], eye_in[:, support.columns]
     else:
         out_columns, in_columns = support.out_columns, support.in_columns

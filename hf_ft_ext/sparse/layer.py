@@ -92,6 +92,7 @@ class SparseGradLinear(nn.Linear):
             `state_dict()`: the optimizer's state holds them.
         initial: the values before training, shape (k,).
         base_hash: SHA-256 of the weight before training.
+        earlier: what training changed before the basis was refreshed: supports and changes of their values.
         block: rows and columns of a structured support.
         support: which entries those are; `None` before the pre-pass has chosen them, and with dynamic support.
         basis: the factors, shared by all layers of one kind; not ready before the gradient pre-pass.
@@ -112,6 +113,7 @@ class SparseGradLinear(nn.Linear):
     initial: torch.Tensor | None = None
     base_hash: str | None = None
     block: tuple[int, int] | None = None
+    earlier: list[tuple[FixedSupport, torch.Tensor]]
     threshold: float | None = None
 
     @classmethod
@@ -131,7 +133,7 @@ class SparseGradLinear(nn.Linear):
             layer.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
         if layer.weight.dtype in (torch.float16, torch.bfloat16):
             layer.weight = nn.Parameter(layer.weight.detach().float(), requires_grad=linear.weight.requires_grad)
-        layer.basis, layer.n_params, layer.kind = basis, n_params, kind
+        layer.basis, layer.n_params, layer.kind, layer.earlier = basis, n_params, kind, []
         layer.register_parameter("values", None)
         return layer.train(linear.training)
 
@@ -156,7 +158,7 @@ class SparseGradLinear(nn.Linear):
         Args:
             values: their present values; read from the weight if not given.
             initial: their values before training, if it has begun already.
-            base_hash: the hash of the weight before training, likewise.
+            base_hash: the hash of the weight before training, likewise; once known it stays.
 
         Raises:
             ValueError: the support has another size than `n_params`.
@@ -166,7 +168,15 @@ class SparseGradLinear(nn.Linear):
         self.support = support
         self.values.copy_(support.pick(support.block_of(self.weight)) if values is None else values)
         self.initial = self.values.detach().clone() if initial is None else initial
-        self.base_hash = tensor_hash(self.weight.to(self.plain_dtype)) if base_hash is None else base_hash
+        self.base_hash = base_hash or self.base_hash or tensor_hash(self.weight.to(self.plain_dtype))
+
+    def changes(self) -> list[tuple[FixedSupport, torch.Tensor]]:
+        """All that training changed in the weight: supports and the changes of their values, shape (k,) each."""
+        return [*self.earlier, (self.support, self.values.detach() - self.initial)]
+
+    def leave_support(self) -> None:
+        """Keep what was changed in the present support, before another one is set."""
+        self.earlier.append(self.changes()[-1])
 
     @torch.no_grad()
     def fold(self, change: torch.Tensor) -> None:

@@ -21,6 +21,7 @@ from hf_ft_ext.sparse.arguments import (
 from hf_ft_ext.sparse.basis import GramSums, by_columns, cheaper_rotation
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
+from hf_ft_ext.sparse.moments import turn_fixed_moments
 from hf_ft_ext.sparse.prepass import visit_gradients
 from hf_ft_ext.sparse.support import top_k
 
@@ -50,6 +51,28 @@ def prepare_layers(trainer: Trainer, layers: Mapping[str, SparseGradLinear], arg
     if args.sparse_support != DYNAMIC:
         for layer in layers.values():  # the supports keep the columns that they need
             layer.basis.out_factor = layer.basis.in_factor = None
+
+
+def refresh_supports(
+    trainer: Trainer,
+    layers: Mapping[str, SparseGradLinear],
+    args: SparseTrainingArguments,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Choose basis and fixed support of `layers` anew at the present weights, and turn the moments.
+
+    The dense gradients that this needs are those of another pre-pass: a step with a fixed support makes none. The
+    weights stay; what was changed in the supports before is kept for deltas.
+
+    Raises:
+        InputError: as for `prepare_layers`.
+    """
+    for layer in layers.values():
+        layer.leave_support()
+    prepare_layers(trainer, layers, args)
+    for layer in layers.values():
+        if state := optimizer.state[layer.values]:
+            turn_fixed_moments(state, layer.earlier[-1][0], layer.support)
 
 
 def compute_bases(
@@ -88,7 +111,7 @@ def fill_bases(layers: Mapping[str, SparseGradLinear], sums: Mapping[str, GramSu
     for kind, layer in {layer.kind: layer for layer in layers.values()}.items():
         out_factor, in_factor = sums[kind].factors()
         if orientation == PUBLISHED:
-            in_factor = by_columns(in_factor.T)
+            in_factor, layer.basis.in_transposed = by_columns(in_factor.T), True
         # Every process decomposes the same sums; the broadcast keeps the bases equal to the last bit.
         layer.basis.out_factor, layer.basis.in_factor = broadcast(out_factor.T).T, broadcast(in_factor.T).T
 

@@ -6,17 +6,17 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.sparse.arguments import DYNAMIC, NONE, STATIC, STRUCTURED, SparseTrainingArguments
+from hf_ft_ext.sparse.arguments import DENSE, DYNAMIC, NONE, STATIC, STRUCTURED, SparseTrainingArguments
 from hf_ft_ext.sparse.convert import convert_to_sparse, freeze_rest, sparse_layers
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer import SparseAdamW
-from hf_ft_ext.sparse.prepare import prepare_layers
+from hf_ft_ext.sparse.prepare import prepare_layers, refresh_supports
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.resources import preparation
@@ -50,6 +50,8 @@ class SparseTrainer(Trainer):
         super().__init__(model, args, *positional, **kwargs)
         if self.optimizer is not None:  # passed by position
             raise InputError(_OWN_OPTIMIZER)
+        if args.sparse_basis_refresh_steps and args.sparse_support != DYNAMIC:
+            self.add_callback(_RefreshSupports(self))
 
     @staticmethod
     def _convert(model: nn.Module, args: SparseTrainingArguments) -> None:
@@ -91,7 +93,11 @@ class SparseTrainer(Trainer):
             if not self._preparation_is_saved():
                 with preparation(self):
                     prepare_layers(self, layers, self.args)
-            self.optimizer_cls_and_kwargs = (SparseAdamW, {**kwargs, "layers": layers.values()})
+            kwargs |= {"layers": layers.values(), "dense_moments": self.args.sparse_moments == DENSE}
+            if self.args.sparse_support == DYNAMIC:
+                kwargs |= {"refresh_steps": self.args.sparse_basis_refresh_steps}
+                kwargs |= {"refresh_gradients": self.args.basis_steps}
+            self.optimizer_cls_and_kwargs = (SparseAdamW, kwargs)
         return super().create_optimizer(model)
 
     def _preparation_is_saved(self) -> bool:
@@ -133,6 +139,19 @@ class SparseTrainer(Trainer):
             shape = (layer.out_features, layer.in_features)
             rows.append(TrainedWeight(f"{owner}.weight", shape, layer.n_params, parameter.numel() * size, state))
         return rows
+
+
+class _RefreshSupports(TrainerCallback):
+    """Chooses fixed supports anew after every `sparse_basis_refresh_steps` steps."""
+
+    def __init__(self, trainer: SparseTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        step = state.global_step
+        if step % args.sparse_basis_refresh_steps == 0 and step < state.max_steps:
+            trainer = self.trainer
+            refresh_supports(trainer, sparse_layers(trainer.model), args, trainer.optimizer)
 
 
 def _check_converted(layers: dict[str, SparseGradLinear], args: SparseTrainingArguments) -> None:

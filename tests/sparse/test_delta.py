@@ -14,6 +14,7 @@ MODES = [
     {"sparse_support": "structured", "sparse_train_rest": "head"},
     {"sparse_support": "structured", "sparse_basis": "none", "sparse_train_rest": "LayerNorm"},
     {"sparse_support": "static"},
+    {"sparse_support": "structured", "sparse_basis_refresh_steps": 3},
 ]
 
 
@@ -27,7 +28,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-@pytest.mark.parametrize("mode", MODES, ids=lambda mode: "-".join(mode.values()))
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: "-".join(map(str, mode.values())))
 def test_applied_to_its_base_it_gives_the_trained_model(tmp_path, mode, resumed):
     trainer = make(tmp_path, save_strategy="epoch", **mode)
     trainer.train()

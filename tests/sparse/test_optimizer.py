@@ -85,6 +85,40 @@ def test_equals_the_spelled_out_method(rotates, weight_decay, n_params):
         torch.testing.assert_close(parameter, other, rtol=1e-10, atol=1e-10)
 
 
+def test_dense_moments_are_those_of_sparse_adam():
+    net, data = make(7), batches(12)
+    layer = net[0]
+    v, u = layer.basis.out_factor, layer.basis.in_factor
+    rotated = (v.T @ layer.weight.detach() @ u).requires_grad_()
+    rest = nn.Sequential(*copy.deepcopy(net)[1:])
+    bias = layer.bias.detach().clone().requires_grad_()
+    adam = torch.optim.SparseAdam([rotated], lr=0.05)
+    adamw = torch.optim.AdamW([*rest.parameters(), bias], lr=0.05, weight_decay=0)
+    train(net, SparseAdamW(net.parameters(), [layer], lr=0.05, weight_decay=0, dense_moments=True), data)
+    for x in data:
+        adamw.zero_grad()
+        hidden = nn.functional.linear(x, v @ rotated @ u.T, bias)
+        loss = (rest(hidden).squeeze(-1) - x.sin().sum(-1)).square().mean()
+        dense, *others = torch.autograd.grad(loss, [rotated, *rest.parameters(), bias])
+        keep = torch.zeros_like(dense).view(-1)
+        keep[dense.abs().flatten().topk(7).indices] = 1
+        rotated.grad = (dense * keep.view_as(dense)).to_sparse()
+        for parameter, gradient in zip([*rest.parameters(), bias], others, strict=True):
+            parameter.grad = gradient
+        adam.step()
+        adamw.step()
+    # SparseAdam adds its eps before the bias correction, hence no closer than that.
+    torch.testing.assert_close(layer.weight.detach(), v @ rotated.detach() @ u.T, rtol=1e-6, atol=1e-6)
+
+
+def test_state_with_other_moments_is_refused():
+    net = make(4)
+    optimizer = SparseAdamW(net.parameters(), [net[0]])
+    train(net, optimizer, batches(1))
+    with pytest.raises(ValueError, match="other moments; load it with the same dense_moments"):
+        SparseAdamW(net.parameters(), [net[0]], dense_moments=True).load_state_dict(optimizer.state_dict())
+
+
 def test_one_step_changes_only_the_support_in_rotated_coordinates():
     net = make(n_params=4)
     layer, before = net[0], net[0].weight.detach().clone()

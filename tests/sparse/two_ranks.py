@@ -17,6 +17,7 @@ if __name__ == "__main__":
         learning_rate=5e-3,
         sparse_density=0.05,
         sparse_basis_steps=3,
+        sparse_basis_refresh_steps=4,
         save_strategy="no",
         report_to="none",
         use_cpu=True,

@@ -1,0 +1,71 @@
+"""Running Gram sums of the gradients that training sees, and the basis that they give."""
+
+import torch
+from accelerate.utils import broadcast
+
+from hf_ft_ext.sparse.basis import Basis, GramSums, by_columns
+
+
+class RunningSums:
+    """Gram sums over the gradients since the last refresh, by kind of layer.
+
+    Gradients come already in the basis, `V^T G U`, as the optimizer has them at hand; the sums are kept there. Of the
+    `every` steps between two refreshes `gradients` steps, evenly spread, are summed up: a Gram matrix costs as much as
+    a rotation.
+
+    Args:
+        every: optimizer steps between two refreshes; 0 = never.
+        gradients: of these, how many steps' gradients go into the sums.
+    """
+
+    def __init__(self, every: int, gradients: int):
+        self.every, self.stride = every, max(1, every // gradients)
+        self.steps = 0
+        self.sums: dict[str, GramSums] = {}
+
+    def __bool__(self) -> bool:
+        return self.every > 0
+
+    def begin_step(self) -> None:
+        """Count a step that is about to show its gradients."""
+        self.steps += 1
+
+    def see(self, kind: str, rotated: torch.Tensor) -> None:
+        """Take one layer's gradient of this step, shape (out, in), in the present basis."""
+        if not self or self.steps % self.stride:
+            return
+        if kind not in self.sums:
+            self.sums[kind] = GramSums(*rotated.shape, rotated.dtype, rotated.device)
+        self.sums[kind].add(rotated)
+
+    @property
+    def due(self) -> bool:
+        return bool(self) and self.steps >= self.every
+
+    def turn(self, kind: str, basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give `basis` the factors of the sums of its kind.
+
+        Returns:
+            `(V'^T V, U^T U')`, which take what is in the old basis into the new one, `left M right`.
+        """
+        # Every process has the same sums; the broadcast keeps the bases equal to the last bit.
+        out_turn, in_turn = (broadcast(side.T).T for side in self.sums[kind].factors())
+        old_in = basis.in_factor
+        basis.out_factor = by_columns(basis.out_factor @ out_turn)
+        # The published orientation keeps the transposed factor: its directions are the rows.
+        basis.in_factor = by_columns((old_in @ in_turn).T if basis.in_transposed else old_in @ in_turn)
+        return out_turn.T, old_in.T @ basis.in_factor
+
+    def restart(self) -> None:
+        """Begin anew, after a refresh."""
+        self.steps, self.sums = 0, {}
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps, "sums": {kind: vars(gram).copy() for kind, gram in self.sums.items()}}
+
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        self.steps, self.sums = state["steps"], {}
+        for kind, sides in state["sums"].items():
+            out, inp = sides["out"].to(device), sides["inp"].to(device)
+            self.sums[kind] = GramSums(len(out), len(inp), out.dtype, device)
+            self.sums[kind].out, self.sums[kind].inp = out, inp
