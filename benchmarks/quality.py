@@ -8,11 +8,11 @@
 
 A study file is a mapping from the name of a variant to its arguments (`method` and what that method takes), with
 a list of learning rates as `learning_rate`; arguments under `all` go to every variant. For each variant every
-learning rate is tried for `--tune_epochs` with the first seed; the best one by the task's primary metric on the
-validation set (ties: by its loss) is then run for `--epochs` with every seed. Each run is a process of its own;
-runs that are there already (with the same command) are not repeated, so an interrupted study continues, and
-several processes can share one with `--only`. What follows `--` goes to `run_glue.py` as it is. The table goes to
-standard output and to `table.md` in the output folder.
+learning rate (unless there is one only) is tried for `--tune_epochs` with the first seed; the best one by the task's
+primary metric on the validation set (ties: by its loss) is then run for `--epochs` with every seed. Each run is a
+process of its own; runs that are there already (with the same command) are not repeated, so an interrupted study
+continues, and several processes can share one with `--only`. What follows `--` goes to `run_glue.py` as it is. The
+table goes to standard output and to `table.md` in the output folder.
 """
 
 import argparse
@@ -65,12 +65,12 @@ def study(args: argparse.Namespace, passed_on: list[str]) -> list[dict]:
             ]
 
         tuned, losses = {}, {}
-        for rate in rates:
+        for rate in rates if len(rates) > 1 else ():  # nothing to choose from one
             folder = args.output_dir / f"{method}-tune-{rate}"
             metrics = run(folder, words(rate, args.seeds[0], args.tune_epochs, folder))["metrics"]
             tuned[rate], losses[rate] = metrics[score], metrics["eval_loss"]
             print(f"{method} lr {rate}, {args.tune_epochs:g} epoch: {score} {tuned[rate]:.4f}", flush=True)
-        best = max(tuned, key=lambda rate: (tuned[rate], -losses[rate]))
+        best = max(rates, key=lambda rate: (tuned.get(rate, 0), -losses.get(rate, 0)))
         records = []
         for seed in args.seeds:
             folder = args.output_dir / f"{method}-{seed}"
@@ -97,7 +97,7 @@ def table(rows: list[dict]) -> str:
         cells = [
             row["method"],
             spread([r["metrics"][row["score"]] for r in records], 4),
-            f"{row['rate']} ({tried})",
+            f"{row['rate']} ({tried})" if tried else row["rate"],
             spread([r["train_seconds"] for r in records], 1),
             spread([r["preparation_seconds"] for r in records], 1),
             spread([r["peak_memory_bytes"] / 2**20 for r in records], 0),

@@ -1,5 +1,6 @@
 """Arguments of `--method sparse`."""
 
+import importlib.util
 from dataclasses import dataclass, field
 
 from hf_ft_ext.arguments import MethodTrainingArguments
@@ -99,6 +100,20 @@ class SparseTrainingArguments(MethodTrainingArguments):
             "choices": MOMENTS,
         },
     )
+    sparse_skip_leading: float = field(
+        default=0.0,
+        metadata={
+            "help": "With structured support and a hosvd basis: share of the leading directions of each side that the "
+            "block leaves out, in [0, 1); 0.25 puts it at the end of the first quarter of the spectrum."
+        },
+    )
+    sparse_show_steps: int = field(
+        default=0,
+        metadata={
+            "help": "Measure how sparse the gradients are, raw and in a basis, before training and after every so "
+            "many steps; values (sparsity.json) and pictures go to the output folder. Needs matplotlib. 0 = never."
+        },
+    )
     sparse_train_rest: str = field(
         default="all",
         metadata={
@@ -157,6 +172,22 @@ class SparseTrainingArguments(MethodTrainingArguments):
             raise InputError(
                 f"sparse_basis_refresh_steps={self.sparse_basis_refresh_steps} is about the hosvd basis, but "
                 f"sparse_basis={self.sparse_basis}; leave one of them out"
+            )
+        if self.sparse_show_steps < 0:
+            raise InputError(
+                f"sparse_show_steps={self.sparse_show_steps} is no number of steps; pass 0 (never) or more"
+            )
+        if self.sparse_show_steps and importlib.util.find_spec("matplotlib") is None:
+            raise InputError(
+                f"sparse_show_steps={self.sparse_show_steps} draws pictures, and matplotlib is not installed; run "
+                "pip install 'hf_ft_ext[pictures]', or leave it out"
+            )
+        if not 0 <= self.sparse_skip_leading < 1:
+            raise InputError(f"sparse_skip_leading={self.sparse_skip_leading} is no share; pass a number in [0, 1)")
+        if self.sparse_skip_leading and (self.sparse_support != STRUCTURED or self.sparse_basis != HOSVD):
+            raise InputError(
+                f"sparse_skip_leading={self.sparse_skip_leading} is for sparse_support=structured in the hosvd basis, "
+                f"not {self.sparse_support} in {self.sparse_basis}; leave it out"
             )
         if self.sparse_moments == DENSE and self.sparse_support != DYNAMIC:
             raise InputError(

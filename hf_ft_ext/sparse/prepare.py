@@ -37,7 +37,8 @@ def prepare_layers(trainer: Trainer, layers: Mapping[str, SparseGradLinear], arg
     picks_block = args.sparse_support == STRUCTURED and args.sparse_basis == NONE
     sums = None
     if args.sparse_basis == HOSVD or picks_block:
-        sums = gram_sums(trainer, layers, args.basis_steps)
+        sums, tokens = gram_sums(trainer, layers, args.basis_steps)
+        _choose_rotation(layers, tokens)
     if args.sparse_basis == HOSVD:
         fill_bases(layers, sums, args.sparse_basis_orientation)
     elif args.sparse_basis == RANDOM:
@@ -47,7 +48,7 @@ def prepare_layers(trainer: Trainer, layers: Mapping[str, SparseGradLinear], arg
     if args.sparse_support == STATIC:
         _choose_entries(trainer, layers, args.basis_steps)
     elif args.sparse_support == STRUCTURED:
-        _choose_blocks(layers, sums if picks_block else None)
+        _choose_blocks(layers, sums if picks_block else None, args.sparse_skip_leading)
     if args.sparse_support != DYNAMIC:
         for layer in layers.values():  # the supports keep the columns that they need
             layer.basis.out_factor = layer.basis.in_factor = None
@@ -86,11 +87,15 @@ def compute_bases(
     Raises:
         InputError: as for `prepare_layers`.
     """
-    fill_bases(layers, gram_sums(trainer, layers, steps), orientation)
+    sums, tokens = gram_sums(trainer, layers, steps)
+    _choose_rotation(layers, tokens)
+    fill_bases(layers, sums, orientation)
 
 
-def gram_sums(trainer: Trainer, layers: Mapping[str, SparseGradLinear], steps: int) -> dict[str, GramSums]:
-    """Gram sums by kind of layer, over all layers, batches and processes; also notes the tokens per step."""
+def gram_sums(
+    trainer: Trainer, layers: Mapping[str, SparseGradLinear], steps: int
+) -> tuple[dict[str, GramSums], dict[str, float]]:
+    """Gram sums by kind of layer, over all layers, batches and processes, and the tokens of a step by kind."""
     sums: dict[str, GramSums] = {}
     for layer in layers.values():
         if layer.kind not in sums:
@@ -102,8 +107,7 @@ def gram_sums(trainer: Trainer, layers: Mapping[str, SparseGradLinear], steps: i
     for kind, gram in sums.items():
         gram.out, gram.inp = trainer.accelerator.reduce(gram.out), trainer.accelerator.reduce(gram.inp)
         logger.info("gradients of %s: about %.0f tokens per step", kind, tokens[kind])
-    _choose_rotation(layers, tokens)
-    return sums
+    return sums, tokens
 
 
 def fill_bases(layers: Mapping[str, SparseGradLinear], sums: Mapping[str, GramSums], orientation: str) -> None:
@@ -146,16 +150,20 @@ def _choose_entries(trainer: Trainer, layers: Mapping[str, SparseGradLinear], st
         layer.set_support(FixedSupport.of_entries(layer.basis, indices, layer.in_features))
 
 
-def _choose_blocks(layers: Mapping[str, SparseGradLinear], sums: Mapping[str, GramSums] | None) -> None:
+def _choose_blocks(layers: Mapping[str, SparseGradLinear], sums: Mapping[str, GramSums] | None, skip: float) -> None:
     """Structured support: the rows and columns of largest energy, the same for all layers of one kind.
 
-    They are the first ones of a basis; without one, those of the largest diagonals of the Gram sums.
+    They are the first ones of a basis, after the share `skip` of all; without a basis, those of the largest diagonals
+    of the Gram sums.
     """
     chosen: dict[str, FixedSupport] = {}
     for layer in layers.values():
         if layer.kind not in chosen:
             if sums is None:
-                sides = [torch.arange(n, device=layer.weight.device) for n in layer.block]
+                sides = []
+                for n, side in zip(layer.block, layer.weight.shape, strict=True):
+                    first = min(round(skip * side), side - n)
+                    sides.append(torch.arange(first, first + n, device=layer.weight.device))
             else:
                 gram = sums[layer.kind]
                 diagonals = (gram.out.diag(), gram.inp.diag())

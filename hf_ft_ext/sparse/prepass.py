@@ -23,13 +23,15 @@ def visit_gradients(
     steps: int,
     visit: Callable[[str, torch.Tensor], None],
     desc: str,
+    draw: int = 0,
 ) -> dict[str, float]:
     """Call `visit(name, gradient)` for each layer's weight gradient in each of `steps` training batches.
 
     Each gradient, shape (out, in), is that of one optimizer step (all processes and micro-batches together), at the
     present weights, dropout off. Whole batches are shared out over the processes: what is summed up in `visit` and
     then over processes is the same to rounding for any number of processes and any split into micro-batches. No
-    global generator is used; the batches come from a private one seeded with `args.seed`, the same in each call.
+    global generator is used; the batches come from a private one seeded with `args.seed`, the same in each call
+    with the same `draw`.
 
     Returns:
         Tokens that reach each kind of layer in one optimizer step of one process, by kind.
@@ -47,7 +49,7 @@ def visit_gradients(
     bar = tqdm(total=len(mine), desc=desc, disable=args.disable_tqdm or not trainer.is_world_process_zero())
     try:
         model.eval()
-        for number, micro_batches in enumerate(_batches(trainer, steps)):
+        for number, micro_batches in enumerate(_batches(trainer, steps, draw)):
             if number not in mine:
                 continue
             with _plain_gradients(layers.values()):
@@ -111,21 +113,21 @@ def _label_count(batch: dict) -> int:
     return int((labels != -100).sum()) if labels.ndim > 1 and not labels.is_floating_point() else len(labels)
 
 
-def _batches(trainer: Trainer, steps: int) -> Iterator[list[dict]]:
+def _batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:
     """Batches of one optimizer step each, as lists of collated micro-batches; the same on every process."""
     args = trainer.args
     batch_size, micro = trainer.get_total_train_batch_size(args), args.train_batch_size
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="pre-pass")
-    for examples in _examples(trainer, steps, batch_size):
+    for examples in _examples(trainer, steps, batch_size, draw):
         yield [collate(examples[i : i + micro]) for i in range(0, len(examples), micro)]
 
 
-def _examples(trainer: Trainer, steps: int, batch_size: int) -> Iterator[list]:
+def _examples(trainer: Trainer, steps: int, batch_size: int, draw: int) -> Iterator[list]:
     dataset = trainer.train_dataset
     if dataset is None:
         raise InputError("the gradient pre-pass needs a train_dataset; pass one to the trainer")
     if hasattr(dataset, "__len__"):
-        generator = torch.Generator().manual_seed(trainer.args.seed)
+        generator = torch.Generator().manual_seed(trainer.args.seed + draw)
         batch_size = min(batch_size, len(dataset))
         if steps * batch_size > len(dataset):
             logger.info(

@@ -17,6 +17,7 @@ from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer import SparseAdamW
 from hf_ft_ext.sparse.prepare import prepare_layers, refresh_supports
+from hf_ft_ext.sparse.sparsity import SparsityWatch
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.resources import preparation
@@ -50,6 +51,9 @@ class SparseTrainer(Trainer):
         super().__init__(model, args, *positional, **kwargs)
         if self.optimizer is not None:  # passed by position
             raise InputError(_OWN_OPTIMIZER)
+        if args.sparse_show_steps:
+            layers = sparse_layers(self.model)
+            self.add_callback(SparsityWatch(self, layers, args.sparse_show_steps, args.basis_steps))
         if args.sparse_basis_refresh_steps and args.sparse_support != DYNAMIC:
             self.add_callback(_RefreshSupports(self))
 

@@ -26,6 +26,7 @@ _T5 = {
 MODELS = {
     "electra": ({**_ENCODER, "embedding_size": 32}, 4),
     "deberta-v2": ({**_ENCODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, 4),
+    "deberta": (_ENCODER, 4),
     "albert": ({**_ENCODER, "embedding_size": 32}, 2),
     "modernbert": ({**_ENCODER, "global_attn_every_n_layers": 2, "local_attention": 16}, 4),
     "xlm-roberta": (_ENCODER, 4),
@@ -34,7 +35,9 @@ MODELS = {
     "mistral": (_DECODER, 6),
     "qwen2": (_DECODER, 6),
     "qwen3": (_DECODER, 6),
+    "gemma": (_DECODER, 6),
     "t5": (_T5, 8),
+    "mt5": (_T5 | {"feed_forward_proj": "gated-gelu"}, 12),
 }
 SHARED = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
 

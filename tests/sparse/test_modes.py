@@ -193,6 +193,21 @@ def test_structured_rows_and_columns_have_the_largest_energy(tmp_path):
             assert set(chosen.tolist()) == set(sums.topk(len(chosen)).indices.tolist())
 
 
+@pytest.mark.parametrize("skip", [0.25, 0.99])
+def test_skipped_directions_are_the_leading_ones(tmp_path, skip):
+    dynamic = make(tmp_path)
+    prepare_layers(dynamic, sparse_layers(dynamic.model), dynamic.args)
+    trainer = make(tmp_path, sparse_support="structured", sparse_skip_leading=skip)
+    prepare_layers(trainer, sparse_layers(trainer.model), trainer.args)
+    for layer, whole in zip(*(sparse_layers(t.model).values() for t in (trainer, dynamic)), strict=True):
+        for columns, factor, chosen in (
+            (layer.support.out_columns, whole.basis.out_factor, layer.block[0]),
+            (layer.support.in_columns, whole.basis.in_factor, layer.block[1]),
+        ):
+            first = min(round(skip * len(factor)), len(factor) - chosen)
+            assert first > 0 and torch.equal(columns, factor[:, first : first + chosen])
+
+
 def test_layers_of_one_kind_share_basis_and_block(tmp_path):
     trainer = make(tmp_path, sparse_support="structured")
     layers = list(sparse_layers(trainer.model).values())

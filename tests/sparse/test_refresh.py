@@ -169,6 +169,8 @@ def test_fixed_supports_are_chosen_anew_at_the_present_weights(tmp_path, support
     [
         ({"sparse_basis_refresh_steps": -1}, "sparse_basis_refresh_steps=-1 is no number of steps; pass 0"),
         ({"sparse_basis_refresh_steps": 5, "sparse_basis": "none"}, "is about the hosvd basis, but sparse_basis=none"),
+        ({"sparse_skip_leading": 1.0, "sparse_support": "structured"}, "sparse_skip_leading=1.0 is no share"),
+        ({"sparse_skip_leading": 0.1}, "is for sparse_support=structured in the hosvd basis, not dynamic in hosvd"),
         ({"sparse_moments": "sparse"}, "sparse_moments='sparse' is unknown; choose from: own, dense"),
         (
             {"sparse_moments": "dense", "sparse_support": "static"},
