@@ -14,8 +14,8 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rotated, bias, out_factor, in_factor, k):
         ctx.save_for_backward(x, rotated, out_factor, in_factor)
-        ctx.k = k
-        return x @ in_factor @ rotated.T @ out_factor.T + bias
+        ctx.k, ctx.has_bias = k, bias is not None
+        return x @ in_factor @ rotated.T @ out_factor.T + (0 if bias is None else bias)
 
     @staticmethod
     @once_differentiable
@@ -29,7 +29,8 @@ class _Function(torch.autograd.Function):
         sparse = torch.sparse_coo_tensor(
             torch.stack([rows, columns]), dense.flatten()[indices], dense.shape, check_invariants=False
         )
-        return grad_x, sparse, grad_output.reshape(-1, rotated.shape[0]).sum(0), None, None, None
+        grad_bias = grad_output.reshape(-1, rotated.shape[0]).sum(0) if ctx.has_bias else None
+        return grad_x, sparse, grad_bias, None, None, None
 
 
 class PublishedLinear(nn.Module):
@@ -37,8 +38,9 @@ class PublishedLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, out_factor: torch.Tensor, in_factor: torch.Tensor, k: int):
         super().__init__()
-        self.out_factor, self.in_factor, self.k = out_factor, in_factor, k
-        self.rotated = nn.Parameter(out_factor.T @ linear.weight.detach() @ in_factor)
+        dtype = linear.weight.dtype
+        self.out_factor, self.in_factor, self.k = out_factor.to(dtype), in_factor.to(dtype), k
+        self.rotated = nn.Parameter(self.out_factor.T @ linear.weight.detach() @ self.in_factor)
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

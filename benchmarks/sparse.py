@@ -2,6 +2,7 @@
 
     python benchmarks/sparse.py --size minilm --repeats 5
     python benchmarks/sparse.py --size roberta-base --repeats 3 --batch 16 --length 128
+    python benchmarks/sparse.py --size llama-1b --device cuda --dtype bfloat16 --batch 4 --length 512
 
 Every variant runs in a process of its own; the variants take turns, `--repeats` times over, so that a slow
 minute of the machine meets all of them. Reported: the median step, its ratio to `full` and to `lora` (median of the
@@ -12,6 +13,7 @@ are random: neither changes the cost. The table goes to standard output and, wit
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -42,14 +44,24 @@ SIZES = {
         | {"num_hidden_layers": 24, "num_attention_heads": 16},
         50_000,
     ),
+    "llama-1b": (
+        "llama",
+        {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+        | {"num_key_value_heads": 4, "pad_token_id": 0},
+        140_000,
+    ),
 }
 Step = Callable[[], None]
 
 
-def build(size: str) -> nn.Module:
-    model_type, options, _ = SIZES[size]
+def build(args: argparse.Namespace) -> nn.Module:
+    model_type, options, _ = SIZES[args.size]
+    if args.attention_dropout is not None:
+        options = options | {"attention_probs_dropout_prob": args.attention_dropout}
     torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_config(AutoConfig.for_model(model_type, **options)).train()
+    config = AutoConfig.for_model(model_type, **options)
+    dtype = getattr(torch, args.dtype)
+    return AutoModelForSequenceClassification.from_config(config, dtype=dtype).to(args.device).train()
 
 
 def random_bases(layers: list[nn.Linear]) -> dict[tuple[int, int], Basis]:
@@ -57,7 +69,8 @@ def random_bases(layers: list[nn.Linear]) -> dict[tuple[int, int], Basis]:
     for layer in layers:
         shape = (layer.out_features, layer.in_features)
         if shape not in bases:
-            bases[shape] = Basis(*(by_columns(torch.linalg.qr(torch.randn(n, n)).Q) for n in shape))
+            factors = (torch.linalg.qr(torch.randn(n, n, device=layer.weight.device)).Q for n in shape)
+            bases[shape] = Basis(*map(by_columns, factors))
     return bases
 
 
@@ -82,6 +95,8 @@ def optimizers_of(variant: str, model: nn.Module, k: int, tokens: int) -> tuple[
         support, _, rest = variant.partition("-")
         basis = "none" if support == "meprop" else "random"
         support = "dynamic" if support == "meprop" else support
+        square = support == "square"  # a structured block with as many rows as columns
+        support = "structured" if square else support
         layers = convert_to_sparse(model, k, support=support, basis=basis)
         bases = random_bases(list(layers.values())) if basis == "random" else {}
         for layer in layers.values():
@@ -89,10 +104,16 @@ def optimizers_of(variant: str, model: nn.Module, k: int, tokens: int) -> tuple[
             if bases:
                 layer.basis.out_factor, layer.basis.in_factor = bases[shape].out_factor, bases[shape].in_factor
                 layer.basis.rotates = cheaper_rotation(*shape, tokens)
+            device = layer.weight.device
+            if square:
+                layer.block = (math.ceil(math.sqrt(k)),) * 2
+                layer.n_params = math.prod(layer.block)
+                layer.values = nn.Parameter(layer.values.new_zeros(layer.n_params))
             if support == "structured":
-                layer.set_support(FixedSupport.of_block(layer.basis, *(torch.arange(n) for n in layer.block)))
+                sides = (torch.arange(n, device=device) for n in layer.block)
+                layer.set_support(FixedSupport.of_block(layer.basis, *sides))
             elif support == "static":
-                indices = torch.randperm(layer.weight.numel())[:k].sort().values
+                indices = torch.randperm(layer.weight.numel(), device=device)[:k].sort().values
                 layer.set_support(FixedSupport.of_entries(layer.basis, indices, layer.in_features))
         if support == "structured":
             for layer in layers.values():
@@ -123,14 +144,14 @@ def factors_of(module: nn.Module) -> list[torch.Tensor]:
 def measure(variant: str, args: argparse.Namespace) -> dict:
     """Steps of one variant in this process."""
     torch.set_num_threads(args.threads)
-    model, memory = build(args.size), PeakMemory()
+    model, memory = build(args), PeakMemory()
     before = memory.level()
     model, optimizers = optimizers_of(variant, model, SIZES[args.size][2], args.batch * args.length)
     # Weights and factors are there anyway; only what the forward pass makes counts as saved.
     there = [*model.parameters(), *(v for module in model.modules() for v in factors_of(module))]
     known = {tensor.untyped_storage().data_ptr() for tensor in there}
-    ids = torch.randint(5, 1000, (args.batch, args.length))
-    labels = torch.randint(0, 2, (args.batch,))
+    ids = torch.randint(5, 1000, (args.batch, args.length), device=args.device)
+    labels = torch.randint(0, 2, (args.batch,), device=args.device)
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -159,6 +180,8 @@ def measure(variant: str, args: argparse.Namespace) -> dict:
     for _ in range(args.steps):
         start = time.perf_counter()
         finish(forward())
+        if args.device != "cpu":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     return {
@@ -196,7 +219,7 @@ def table(results: dict[str, list[dict]]) -> str:
 
 VARIANTS = [
     *("full", "lora", "lora-rest", "published", "meprop", "dynamic", "dynamic-head"),
-    *("static", "static-head", "structured", "structured-head"),
+    *("static", "static-head", "structured", "structured-head", "square-head"),  # square: as many rows as columns
 ]
 
 
@@ -207,6 +230,13 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3, help="measured steps per process (after two others)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
+    parser.add_argument(
+        "--attention_dropout",
+        type=float,
+        help="with 0 the CPU's attention keeps no probabilities for the backward pass; default: the model's",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--output")
@@ -218,15 +248,18 @@ def main() -> None:
     results: dict[str, list[dict]] = {variant: [] for variant in args.variants}
     for number in range(args.repeats):
         for variant in args.variants:
-            words = [sys.executable, __file__, "--worker", variant]
-            words += [f"--{key}={getattr(args, key)}" for key in ("size", "batch", "length", "steps", "threads")]
+            words = [sys.executable, __file__, *sys.argv[1:], "--worker", variant]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(f"{variant} failed:\n{done.stderr[-2000:]}")
             results[variant].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1}, {variant}: {results[variant][-1]['seconds']:.3f} s", file=sys.stderr)
-    head = f"{args.size}, batch {args.batch} x {args.length}, {args.threads} threads, {args.repeats} rounds\n\n"
-    text = head + table(results) + "\n"
+    head = (
+        f"{args.size}, {args.dtype}, batch {args.batch} x {args.length}, {args.threads} threads, {args.repeats} rounds"
+    )
+    if args.attention_dropout is not None:
+        head += f", attention dropout {args.attention_dropout:g}"
+    text = f"{head}\n\n{table(results)}\n"
     print(text)
     if args.output:
         with open(args.output, "w") as file:

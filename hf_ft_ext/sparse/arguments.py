@@ -117,7 +117,7 @@ class SparseTrainingArguments(MethodTrainingArguments):
     sparse_train_rest: str = field(
         default="all",
         metadata={
-            "help": "What else trains: all other parameters (as published), head only, or a regular expression "
+            "help": "What else trains: all other parameters (as published), head only, none, or a regular expression "
             "searched in parameter names (the head trains too)."
         },
     )

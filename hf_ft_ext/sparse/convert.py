@@ -89,8 +89,8 @@ def freeze_rest(model: nn.Module, train_rest: str) -> None:
     """Choose what trains besides the converted layers' entries.
 
     Args:
-        train_rest: `"all"`, `"head"` (parameters outside the encoder, `model.base_model_prefix`), or a regular
-            expression searched in parameter names, the head training too.
+        train_rest: `"all"`, `"none"`, `"head"` (parameters outside the encoder, `model.base_model_prefix`), or a
+            regular expression searched in parameter names, the head training too.
 
     Raises:
         InputError: a malformed expression or one that matches no parameter, or a model without a head.
@@ -100,6 +100,10 @@ def freeze_rest(model: nn.Module, train_rest: str) -> None:
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     own = {f"{name}.{part}" for name in sparse_layers(model) for part in ("weight", "values")}
     rest = {name: parameter for name, parameter in model.named_parameters() if name not in own}
+    if train_rest == "none":
+        for parameter in rest.values():
+            parameter.requires_grad_(False)
+        return
     head = {name for name in rest if not name.startswith(prefix)}
     if len(head) == len(rest) or not head:
         raise InputError(
@@ -114,8 +118,8 @@ def freeze_rest(model: nn.Module, train_rest: str) -> None:
             raise InputError(f"sparse_train_rest={train_rest!r} is no regular expression: {error}") from None
         if not chosen:
             raise InputError(
-                f"sparse_train_rest={train_rest!r} matches no parameter; pass all, head, or an expression over names "
-                f"such as {next(iter(rest))}"
+                f"sparse_train_rest={train_rest!r} matches no parameter; pass all, head, none, or an expression over "
+                f"names such as {next(iter(rest))}"
             )
     for name, parameter in rest.items():
         if name not in head | chosen:

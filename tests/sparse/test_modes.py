@@ -24,6 +24,7 @@ MODES = [
     {"sparse_basis_scope": "layer", "sparse_support": "structured", "sparse_train_rest": "head"},
     {"sparse_basis_orientation": "published"},
     {"sparse_threshold": 2e-4, "sparse_density": None},
+    {"sparse_train_rest": "none", "sparse_support": "structured"},
     {"sparse_basis_refresh_steps": 2},
     {"sparse_basis_refresh_steps": 2, "sparse_basis_orientation": "published", "sparse_moments": "dense"},
     {"sparse_basis_refresh_steps": 2, "sparse_support": "static"},
@@ -268,7 +269,7 @@ def test_bad_modes(tmp_path, options, message):
 
 @pytest.mark.parametrize(
     "rest, message",
-    [("no_such", "'no_such' matches no parameter; pass all, head"), ("(", "is no regular expression")],
+    [("no_such", "'no_such' matches no parameter; pass all, head, none"), ("(", "is no regular expression")],
 )
 def test_bad_train_rest(tmp_path, rest, message):
     with pytest.raises(InputError, match=message):

@@ -1,0 +1,117 @@
+"""Time and memory of the basis: Gram sums and `eigh` against the SVD of the stacked gradients, as published.
+
+    python benchmarks/basis.py --repeats 3
+
+Both give the HOSVD factors of the same stack of `--gradients` matrices of `--shape` (out, in): the published way keeps
+the stack, unfolds it along both sides and takes the left singular vectors; ours adds each gradient to two Gram sums as
+it comes and takes their eigenvectors. One process per way, in turn. Reported: seconds (median, with the range of the
+ratios within a round), the peak of memory above the imports, and the largest principal angle between the leading
+subspaces of the two, `--leading` directions on either side, in float64 on a smaller stack. The gradients are random
+ones with a falling spectrum, drawn one by one. At the default size the stacked SVD needs about 13 GB.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from hf_ft_ext.sparse.basis import GramSums
+from hf_ft_ext.training.resources import PeakMemory
+
+WAYS = ("stacked-svd", "gram-eigh")
+
+
+def gradients(count: int, n_out: int, n_in: int, dtype: torch.dtype = torch.float32):
+    """Products of few shared directions and noise, as gradients of one kind of layer are."""
+    generator = torch.Generator().manual_seed(0)
+    rank = min(n_out, n_in) // 2
+    left = torch.randn(n_out, rank, generator=generator, dtype=dtype)
+    right = torch.randn(rank, n_in, generator=generator, dtype=dtype)
+    fall = torch.logspace(0, -3, rank, dtype=dtype)
+    for _ in range(count):
+        mix = torch.randn(rank, generator=generator, dtype=dtype) * fall
+        yield (left * mix) @ right / rank + 1e-4 * torch.randn(n_out, n_in, generator=generator, dtype=dtype)
+
+
+def stacked_svd(stream, count: int, n_out: int, n_in: int, dtype: torch.dtype = torch.float32):
+    """Left singular vectors of both unfoldings of the whole stack."""
+    stack = torch.empty(count, n_out, n_in, dtype=dtype)
+    for i, gradient in enumerate(stream):
+        stack[i] = gradient
+    out = torch.linalg.svd(stack.permute(1, 0, 2).reshape(n_out, -1), full_matrices=False).U
+    return out, torch.linalg.svd(stack.permute(2, 0, 1).reshape(n_in, -1), full_matrices=False).U
+
+
+def gram_eigh(stream, count: int, n_out: int, n_in: int, dtype: torch.dtype = torch.float32):
+    """The package's way."""
+    sums = GramSums(n_out, n_in, dtype, torch.device("cpu"))
+    for gradient in stream:
+        sums.add(gradient)
+    return sums.factors()
+
+
+def largest_angle(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest principal angle in radians between the columns' spans, by its sine (accurate for small angles)."""
+    return torch.linalg.matrix_norm(b - a @ (a.T @ b), 2).clamp(max=1).asin().item()
+
+
+def angles(leading: int) -> tuple[float, float]:
+    """Angles on both sides between the two ways' leading subspaces, float64, 192 x 96, 40 gradients."""
+    shape = (40, 192, 96)
+    ours = gram_eigh(gradients(*shape, torch.float64), *shape, torch.float64)
+    theirs = stacked_svd(gradients(*shape, torch.float64), *shape, torch.float64)
+    return tuple(largest_angle(a[:, :leading], b[:, :leading]) for a, b in zip(ours, theirs, strict=True))
+
+
+def measure(way: str, args: argparse.Namespace) -> dict:
+    torch.set_num_threads(args.threads)
+    memory = PeakMemory()
+    before = memory.level()
+    memory.reset()
+    started = time.perf_counter()
+    for _ in gradients(args.gradients, *args.shape):  # drawing them is not what is measured
+        pass
+    drawing = time.perf_counter() - started
+    started = time.perf_counter()
+    decompose = stacked_svd if way == "stacked-svd" else gram_eigh
+    decompose(gradients(args.gradients, *args.shape), args.gradients, *args.shape)
+    return {"seconds": time.perf_counter() - started - drawing, "peak": memory.bytes() - before}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=2, default=(768, 3072), metavar=("OUT", "IN"))
+    parser.add_argument("--gradients", type=int, default=360)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--leading", type=int, default=16)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.way:
+        print(json.dumps(measure(args.way, args)))
+        return
+    results: dict[str, list[dict]] = {way: [] for way in WAYS}
+    for number in range(args.repeats):
+        for way in WAYS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            results[way].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {number + 1}: {way} {results[way][-1]}", file=sys.stderr, flush=True)
+    print("| way | seconds | x stacked SVD | peak MiB | x stacked SVD |\n| --- | ---: | ---: | ---: | ---: |")
+    for way, rounds in results.items():
+        cells = [way]
+        for key, unit in (("seconds", 1), ("peak", 2**20)):
+            ratios = [a[key] / b[key] for a, b in zip(rounds, results[WAYS[0]], strict=True)]
+            cells.append(f"{statistics.median(r[key] for r in rounds) / unit:,.1f}")
+            cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
+        print(f"| {' | '.join(cells)} |")
+    out, inp = angles(args.leading)
+    print(f"\nlargest principal angle, {args.leading} leading directions, float64: {out:.1e} (out), {inp:.1e} (in)")
+
+
+if __name__ == "__main__":
+    main()
