@@ -37,12 +37,13 @@ def run(argv: list[str]) -> None:
     from hf_ft_ext.training.plan import training_plan
 
     build_trainer, data = build.load(run_args, model_args, data_args, args)
+    trainer = build_trainer(args)
     if run_args.dry_run:
-        plan = training_plan(build_trainer(args))
+        plan = training_plan(trainer)
         if args.process_index == 0:
             print(plan.table())
+        trainer.accelerator.end_training()
         return
-    trainer = build_trainer(args)
     build.make_room(run_args, args)  # only now: nothing that the user passed can fail any more
     if run_args.hp_search:
         search.search_hyperparameters(build_trainer, args, run_args.hp_search)
@@ -59,6 +60,8 @@ def run(argv: list[str]) -> None:
         print(results.record_run(trainer, metrics, ["run_glue.py", *argv], run_args, model_args, data_args))
     if args.push_to_hub:
         trainer.push_to_hub(tasks="text-classification", finetuned_from=model_args.model_name_or_path)
+    trainer.accelerator.wait_for_everyone()  # gloo's threads abort a process that exits while they hold tensors
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

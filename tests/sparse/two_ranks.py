@@ -1,6 +1,7 @@
 """Run by `test_trainer.py` on two processes: trains, and fails where the processes hold different weights."""
 
 import sys
+import time
 
 import torch
 from accelerate.utils import gather
@@ -32,3 +33,8 @@ if __name__ == "__main__":
     for tensor in [*states, *bases, *(p.detach() for p in trainer.model.parameters())]:
         both = gather(tensor.reshape(1, -1).contiguous())
         assert both.shape[0] == 2 and torch.equal(both[0], both[1]), tensor.shape
+    # gloo's threads abort a process that exits while they still hold a collective's tensors
+    del tensor, both
+    trainer.accelerator.wait_for_everyone()
+    time.sleep(0.5)
+    trainer.accelerator.end_training()
