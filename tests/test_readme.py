@@ -17,8 +17,11 @@ README = (ROOT / "README.md").read_text()
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_python_example_trains_and_saves(tmp_path, monkeypatch, tiny_bert_dir, capsys):
@@ -36,7 +39,14 @@ def test_python_example_trains_and_saves(tmp_path, monkeypatch, tiny_bert_dir, c
 
 
 @pytest.mark.parametrize(
-    "line", [line for block in blocks("bash") for line in block.splitlines() if "run_glue" in line]
+    "line",
+    [
+        line
+        for text in (README, *(path.read_text() for path in DOCS))
+        for block in blocks("bash", text)
+        for line in block.splitlines()
+        if "run_glue" in line
+    ],
 )
 def test_launcher_commands_parse(line, tmp_path, monkeypatch, capsys):
     argv = line.partition("#")[0].split("run_glue.py")[1].split()

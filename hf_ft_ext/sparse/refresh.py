@@ -1,5 +1,7 @@
 """Running Gram sums of the gradients that training sees, and the basis that they give."""
 
+import math
+
 import torch
 from accelerate.utils import broadcast
 
@@ -15,11 +17,11 @@ class RunningSums:
 
     Args:
         every: optimizer steps between two refreshes; 0 = never.
-        gradients: of these, how many steps' gradients go into the sums.
+        gradients: of these, how many steps' gradients go into the sums at most.
     """
 
     def __init__(self, every: int, gradients: int):
-        self.every, self.stride = every, max(1, every // gradients)
+        self.every, self.stride = every, max(1, math.ceil(every / gradients))
         self.steps = 0
         self.sums: dict[str, GramSums] = {}
 

@@ -135,12 +135,16 @@ class SparseTrainer(Trainer):
                 continue
             size = parameter.element_size()
             # Two moments per entry; with dynamic support index and count (int32) too; the factors once per kind.
-            state = layer.n_params * (2 * size if layer.values is not None else 2 * size + 8)
+            dynamic, shape = layer.values is None, (layer.out_features, layer.in_features)
+            state = layer.n_params * (2 * size + 8 if dynamic else 2 * size)
+            if self.args.sparse_moments == DENSE:
+                state = 2 * layer.weight.numel() * size
             if not layer.basis.identity and layer.kind not in kinds:
-                r, c = layer.block or (layer.out_features, layer.in_features)
+                r, c = layer.block or shape
                 state += (layer.out_features * r + layer.in_features * c) * size
+                if dynamic and self.args.sparse_basis_refresh_steps:  # the running sums
+                    state += (layer.out_features**2 + layer.in_features**2) * size
                 kinds.add(layer.kind)
-            shape = (layer.out_features, layer.in_features)
             rows.append(TrainedWeight(f"{owner}.weight", shape, layer.n_params, parameter.numel() * size, state))
         return rows
 

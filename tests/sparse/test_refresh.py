@@ -17,6 +17,7 @@ from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT, Basis, GramSums
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.moments import rotate_moments, turn_fixed_moments
 from hf_ft_ext.sparse.refresh import RunningSums
+from hf_ft_ext.training.plan import training_plan
 
 
 def orthonormal(n, seed):
@@ -162,6 +163,29 @@ def test_fixed_supports_are_chosen_anew_at_the_present_weights(tmp_path, support
         assert layer.base_hash != twins[name].base_hash  # still that of the weight before training
         if support == "structured":
             assert not torch.equal(first.out_columns, second.out_columns)
+
+
+def test_the_plan_counts_dense_moments_and_running_sums(tmp_path):
+    def planned(**options):
+        return training_plan(make(tmp_path, **options), measure_activations=False).memory["optimizer state"]
+
+    own, dense, refreshed = planned(), planned(sparse_moments="dense"), planned(sparse_basis_refresh_steps=3)
+    layers = sparse_layers(make(tmp_path).model).values()
+    entries = sum(layer.weight.numel() for layer in layers)
+    assert dense - own == 8 * entries - 16 * sum(layer.n_params for layer in layers)
+    kinds = {layer.kind: layer for layer in layers}.values()
+    assert refreshed - own == 4 * sum(layer.out_features**2 + layer.in_features**2 for layer in kinds)
+
+
+@pytest.mark.parametrize("every, gradients, taken", [(100, 30, 25), (5, 30, 5), (6, 3, 3)])
+def test_at_most_so_many_gradients_go_into_the_sums(every, gradients, taken):
+    running, seen = RunningSums(every, gradients), 0
+    for _ in range(every):
+        running.begin_step()
+        running.sums.clear()
+        running.see("kind", torch.eye(2))
+        seen += len(running.sums)
+    assert seen == taken <= gradients and running.due
 
 
 @pytest.mark.parametrize(
