@@ -1,0 +1,180 @@
+"""What a model's head reads from its encoder, and the head run on that alone: `[rows, hidden]`, not sequences."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+logger = logging.getLogger(__name__)
+
+_TOLERANCE = 1e-4
+Batch = Mapping[str, torch.Tensor]
+
+
+class HeadReader:
+    """Splits a sequence classifier into encoder and head without touching its code.
+
+    The head is everything outside the base model, and the base model's pooler. It runs by the model's own forward,
+    with a stand-in that hands out stored features in place of the base model. How the features are read from the
+    sequence (first token, last token, mean) is found by trying: the logits have to be those of the whole model.
+
+    Args:
+        model: a transformers model with `base_model_prefix`, in evaluation mode.
+        read: from last hidden state `[rows, length, hidden]` and the batch to features `[rows, hidden]`.
+
+    Use `HeadReader.find`, which tries.
+    """
+
+    def __init__(self, model: nn.Module, read: Callable[[torch.Tensor, Batch], torch.Tensor]):
+        self.model, self.read = model, read
+        self.prefix = model.base_model_prefix
+        self.stand_in = _StandIn(getattr(model, self.prefix))
+
+    @classmethod
+    def find(cls, model: nn.Module, batch: Batch) -> "HeadReader | None":
+        """The reader of `model`, or `None` if its head cannot be run on one vector per row.
+
+        Args:
+            batch: some rows of real data (two or more, of different lengths at best), without labels.
+        """
+        base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
+        if not isinstance(base, nn.Module) or base is model:
+            return None
+        with torch.no_grad(), _evaluating(model):
+            try:
+                expected = model(**batch).logits
+            except (AttributeError, TypeError):
+                return None
+            for read in (_first_token, _last_token, _mean_token):
+                reader = cls(model, read)
+                try:
+                    found = reader.logits(reader.features(batch))
+                except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                    logger.debug("%s does not fit: %s", read.__name__, error)
+                    continue
+                scale = _TOLERANCE * max(1.0, float(expected.abs().max()))
+                if expected.dtype != torch.float32:
+                    scale *= 100
+                if found.shape == expected.shape and float((found - expected).abs().max()) <= scale:
+                    return reader
+        return None
+
+    @property
+    def hidden(self) -> int:
+        """Width of the features."""
+        return self.model.config.hidden_size
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """The head's parameters by their names in the model."""
+        return head_parameters(self.model)
+
+    @torch.no_grad()
+    def features(self, batch: Batch) -> torch.Tensor:
+        """What the head reads of `batch`: `[rows, hidden]`, dropout off."""
+        base = self.stand_in.base
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        pooler = getattr(base, "pooler", None)
+        with _evaluating(self.model):
+            if isinstance(pooler, nn.Module):  # its work would be thrown away, and it may be under search
+                base._modules["pooler"] = None
+            try:
+                hidden = base(**inputs).last_hidden_state
+            finally:
+                if isinstance(pooler, nn.Module):
+                    base._modules["pooler"] = pooler
+        return self.read(hidden, _Context(batch, self.model.config))
+
+    def logits(self, features: torch.Tensor, rows: int | None = None) -> torch.Tensor:
+        """Logits of the model for `features` (`[n, hidden]`), by its own forward: `[n, classes]`.
+
+        Args:
+            rows: rows of the result where the head is made to give more than it reads; `None` = as many.
+        """
+        n = features.shape[0] if rows is None else rows
+        self.stand_in.features = features
+        modules = self.model._modules
+        base, modules[self.prefix] = modules[self.prefix], self.stand_in
+        try:
+            ids = torch.zeros(1, 1, dtype=torch.long, device=features.device).expand(n, 1)
+            return self.model(input_ids=ids, attention_mask=ids + 1).logits
+        finally:
+            modules[self.prefix] = base
+
+
+def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters outside the base model, and those of its pooler, by name; frozen ones too."""
+    prefix = model.base_model_prefix
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not name.startswith(f"{prefix}.") or name.startswith(f"{prefix}.pooler")
+    }
+
+
+class _StandIn(nn.Module):
+    """In place of the base model: hands out features as a sequence of one token, run through the pooler if any."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.__dict__["base"] = base  # not a submodule: the model's own parameters stay where they are
+        self.__dict__["features"] = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["base"], name)
+
+    def forward(self, *args, **kwargs) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        hidden = self.__dict__["features"][:, None]
+        pooler = getattr(self.__dict__["base"], "pooler", None)
+        if pooler is None:
+            pooled = None
+        elif isinstance(pooler, nn.Linear):  # ALBERT keeps the activation beside it
+            pooled = self.__dict__["base"].pooler_activation(pooler(hidden[:, 0]))
+        else:
+            pooled = pooler(hidden)
+        return BaseModelOutputWithPoolingAndCrossAttentions(last_hidden_state=hidden, pooler_output=pooled)
+
+
+class _Context(dict):
+    """A batch, and the configuration that says how it is padded."""
+
+    def __init__(self, batch: Batch, config: Any):
+        super().__init__(batch)
+        self.config = config
+
+    def mask(self, hidden: torch.Tensor) -> torch.Tensor:
+        mask = self.get("attention_mask")
+        return hidden.new_ones(hidden.shape[:2]) if mask is None else mask
+
+
+def _first_token(hidden: torch.Tensor, batch: _Context) -> torch.Tensor:
+    return hidden[:, 0]
+
+
+def _last_token(hidden: torch.Tensor, batch: _Context) -> torch.Tensor:
+    """The last token that is no padding, as decoders with a classification head find it."""
+    padding = getattr(batch.config, "pad_token_id", None)
+    ids = batch.get("input_ids")
+    real = batch.mask(hidden) if ids is None or padding is None else ids != padding
+    last = (torch.arange(hidden.shape[1], device=hidden.device) * real).argmax(-1)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+
+def _mean_token(hidden: torch.Tensor, batch: _Context) -> torch.Tensor:
+    mask = batch.mask(hidden).to(hidden.dtype)[..., None]
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    if was_training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if was_training:
+            model.train()

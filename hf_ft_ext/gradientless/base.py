@@ -1,0 +1,102 @@
+"""What the gradient-free optimizers share: a private generator, a step that can be handed over, counts."""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.gradientless.parallel import Alone
+
+Closure = Callable[[], float | torch.Tensor]
+_OWN_STATE = "search"
+
+
+class GradientFreeOptimizer(torch.optim.Optimizer):
+    """An optimizer that looks at losses only.
+
+    `step(closure)` evaluates `closure()`, the loss at the present weights, as often as the method needs. A training
+    loop that calls `step()` without arguments (transformers' does) has its evaluation handed over before, by `offer`.
+
+    Attributes:
+        steps: steps taken.
+        evaluations: losses evaluated so far, candidates one by one.
+        rejected: candidates whose loss was NaN or infinite; such a candidate is never taken.
+        exchange: how several processes share the work (see `parallel`).
+    """
+
+    def __init__(self, params, defaults: dict, seed: int = 0):
+        super().__init__(params, defaults)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.steps = self.evaluations = self.rejected = 0
+        self.exchange = Alone()
+        self._offered: tuple | None = None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not (parameter.is_floating_point() and parameter.is_contiguous()):
+                    raise InputError(
+                        f"a tensor of shape {tuple(parameter.shape)} and type {parameter.dtype} cannot be searched; "
+                        "pass contiguous floating-point parameters"
+                    )
+
+    def offer(self, closure: Closure, evaluate: Callable | None = None) -> None:
+        """Hand over what the next `step()` without arguments evaluates; used once."""
+        self._offered = (closure, evaluate)
+
+    def _taken(self, closure: Closure | None, evaluate: Callable | None) -> tuple:
+        if closure is None:
+            if self._offered is None:
+                raise InputError(
+                    f"{type(self).__name__} compares losses: call step(closure) with a function that returns the "
+                    "loss of the batch at the present weights"
+                )
+            closure, evaluate = self._offered
+        self._offered = None
+        return closure, evaluate
+
+    def _current_loss(self, closure: Closure) -> float:
+        mine = self.exchange.mine(1)
+        losses = torch.tensor([float(closure()) if len(mine) else 0.0], dtype=torch.float64)
+        self.evaluations += 1
+        return self._checked_current(self.exchange.combine(losses)[0])
+
+    def _checked_current(self, loss: float | torch.Tensor) -> float:
+        loss = float(loss)
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss at the present weights is {loss} in step {self.steps}; look for bad rows or labels, lower "
+                "the learning rate, or load the model in float32"
+            )
+        return loss
+
+    def _draw_seed(self) -> int:
+        return int(torch.randint(2**62, (), generator=self.generator))
+
+    # --- state -------------------------------------------------------------------------------------
+
+    def _own_state(self) -> dict:
+        return {
+            "generator": self.generator.get_state(),
+            "steps": self.steps,
+            "evaluations": self.evaluations,
+            "rejected": self.rejected,
+        }
+
+    def _load_own_state(self, state: dict) -> None:
+        self.generator.set_state(state["generator"].cpu())
+        self.steps, self.evaluations, self.rejected = state["steps"], state["evaluations"], state["rejected"]
+
+    def state_dict(self) -> dict:
+        """torch's state dict plus `search`: all that the next step depends on."""
+        return {**super().state_dict(), _OWN_STATE: self._own_state()}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Load it; the next step is the one that the saved optimizer would have taken.
+
+        Raises:
+            ValueError: the state is of other parameters or of another optimizer.
+        """
+        if _OWN_STATE not in state_dict:
+            raise ValueError(f"this is no state of {type(self).__name__}: it has no {_OWN_STATE!r} part")
+        super().load_state_dict({key: value for key, value in state_dict.items() if key != _OWN_STATE})
+        self._load_own_state(state_dict[_OWN_STATE])

@@ -1,0 +1,117 @@
+"""Candidate values of the entries that a search looks at, in one block or one by one."""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+_BLOCK = 2**20  # entries; what is larger is drawn row by row, so that one candidate exists at a time
+
+
+@dataclass(frozen=True)
+class Place:
+    """Entries of one tensor: flat `indices`, ascending, or `None` for all of them."""
+
+    parameter: torch.Tensor
+    indices: torch.Tensor | None
+
+    @property
+    def size(self) -> int:
+        return self.parameter.numel() if self.indices is None else self.indices.numel()
+
+    def read(self) -> torch.Tensor:
+        """A copy of the entries, flat, in the parameter's type."""
+        flat = self.parameter.detach().view(-1)
+        return flat.clone() if self.indices is None else flat[self.indices]
+
+    def write(self, values: torch.Tensor) -> None:
+        """Set the entries; what `read` gave is put back bit for bit."""
+        flat = self.parameter.detach().view(-1)
+        if self.indices is None:
+            flat.copy_(values)
+        else:
+            flat[self.indices] = values.to(flat.dtype)
+
+
+def read_places(places: list[Place]) -> torch.Tensor:
+    """The entries of all places, one behind the other."""
+    return places[0].read() if len(places) == 1 else torch.cat([place.read() for place in places])
+
+
+def write_places(places: list[Place], values: torch.Tensor) -> None:
+    """Set the entries of all places from `values`, as `read_places` orders them."""
+    if len(places) == 1:
+        places[0].write(values)
+        return
+    for place, part in zip(places, values.split([place.size for place in places]), strict=True):
+        place.write(part)
+
+
+class Candidates:
+    """`n` candidates for the same entries: row `i` is `starts[start[i]] + scale[i] * noise[i]`.
+
+    The noise is standard normal, on the entries `positions` only, and comes from a seed: small sets are made in one
+    block, of large ones any row can be made by itself.
+
+    Args:
+        starts: `[S, u]`, in the type of the computation.
+        start: for each candidate its row of `starts`.
+        scale: for each candidate the factor of its noise; 0 leaves the start as it is.
+        noise: for each candidate which of the noise vectors it takes (antithetic pairs take the same).
+        positions: entries that get noise, as positions in a row (int64); `None` = all.
+        seed: of the noise.
+        dtype: of the values, that of the parameters.
+    """
+
+    def __init__(self, starts, start: list[int], scale: list[float], noise: list[int], positions, seed: int, dtype):
+        self.starts, self.start, self.scale, self.noise = starts, start, scale, noise
+        self.positions, self.seed, self.dtype = positions, seed, dtype
+        self.width = starts.shape[1]
+        self.drawn = self.width if positions is None else positions.numel()
+        self.in_block = len(start) * self.width <= _BLOCK
+        self._block: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def _normal(self, *shape: int, seed: int) -> torch.Tensor:
+        # drawn on the CPU: the same on every device and process
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(shape, generator=generator, dtype=self.starts.dtype).to(self.starts.device)
+
+    def block(self) -> torch.Tensor:
+        """All candidates, `[n, u]`."""
+        if not self.in_block:
+            return torch.stack([self.row(i) for i in range(len(self))])
+        if self._block is None:
+            device = self.starts.device
+            noise = self._normal(max(self.noise) + 1, self.drawn, seed=self.seed)
+            scale = torch.tensor(self.scale, dtype=noise.dtype, device=device)
+            move = noise[self.noise] * scale[:, None]
+            values = self.starts[self.start]
+            if self.positions is None:
+                values += move
+            else:
+                values[:, self.positions] += move
+            self._block = values.to(self.dtype)
+        return self._block
+
+    def row(self, i: int) -> torch.Tensor:
+        """Candidate `i`, `[u]`."""
+        if self.in_block:
+            return self.block()[i]
+        values = self.starts[self.start[i]].clone()
+        if self.scale[i]:
+            move = self._normal(self.drawn, seed=self.seed + self.noise[i]).mul_(self.scale[i])
+            if self.positions is None:
+                values += move
+            else:
+                values[self.positions] += move
+        return values.to(self.dtype)
+
+    def squares(self, present: torch.Tensor) -> torch.Tensor:
+        """Sum of squares of each candidate's entries and of `present` (`[u]`): float64, `[n + 1]`."""
+        if self.in_block:
+            return torch.cat([self.block(), present[None]]).double().square().sum(1)
+        rows = itertools.chain(map(self.row, range(len(self))), [present])
+        return torch.stack([torch.linalg.vector_norm(row.to(self.starts.dtype)).double().square() for row in rows])

@@ -1,0 +1,268 @@
+"""`DirectSearch`: gradientless descent (GLD), plain or with options."""
+
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.gradientless.base import Closure, GradientFreeOptimizer
+from hf_ft_ext.gradientless.candidates import Candidates, Place, read_places, write_places
+from hf_ft_ext.gradientless.options import parse_options
+from hf_ft_ext.gradientless.selection import ALL, RANDOM, SELECTIONS
+from hf_ft_ext.gradientless.site import Site
+
+logger = logging.getLogger(__name__)
+
+Evaluate = Callable[[list[Place], Candidates, range], torch.Tensor]
+DEFAULT_BUDGET = 10_000
+
+
+class DirectSearch(GradientFreeOptimizer):
+    """Direct search: each tensor in turn keeps the best of some random changes to some of its entries.
+
+    In a step, for each tensor theta: choose `sampling_size` entries (anew every `sampling_steps` steps); draw
+    candidates `theta + R / 2^k * z_k`, `k = 0 .. K-1`, `z_k` standard normal on these entries; the objective is
+    `loss + weight_decay * ||theta||_2`.
+
+    `options=None`: theta becomes the best of {theta, candidates}. `options=(m, l)`: candidates become options, kept
+    as a tree of `l` levels with `m` options below each node. On the next batch, the `K` candidates around each leaf,
+    and the leaf itself, are scored; theta moves to the first-level option below which the lowest objective lies, if
+    it is lower than that of the unmoved tensor, and the option's subtree, with the `m` best candidates of each leaf as
+    its new last level, becomes the tree. Else theta stays, the `m` best of the changes that were just drawn become
+    its options, and their children are drawn anew. So a change found on one batch moves the tensor only if it, or
+    what it leads to, helps on a later one.
+
+    A candidate is written into the chosen entries, evaluated, and the saved entries are put back: rejected
+    candidates leave the weights bit-identical in any floating-point type.
+
+    Args:
+        params: parameters or groups. All of the following can be set per group.
+        lr: R, the largest radius, 0 or more; a scheduler may change it.
+        num_candidates: K, 1 or more.
+        options: `None`, `(m, l)` or text such as `"3x2"`.
+        selection: `"all"`, `"random"`, `"magnitude"` (largest |theta|) or `"fisher"` (needs an `evaluate` with
+            `importance(parameter, generator)`).
+        sampling_size: entries per tensor and step; `None` = all. More than a tensor has is cut down, with a warning.
+        sampling_steps: steps after which entries are chosen anew.
+        weight_decay: weight of the norm in the objective, 0 or more.
+        antithetic: candidates in pairs `+R/2^k z_k`, `-R/2^k z_k`, `k = 0 .. K/2 - 1`.
+        pool: one pool of entries over all tensors of the group instead of tensor after tensor.
+        seed: of the private generator.
+        max_evaluations: most evaluations that one step may need.
+
+    Raises:
+        InputError: a value out of range; a step that needs more than `max_evaluations`; in `step`: the loss at the
+            present weights is not finite.
+
+    Source: gradientless descent (Golovin et al., arXiv 1911.06317) as changed by the thesis "Gradientless finetuning"
+    (coslu/gradientless-finetuning), whose code keeps all K + 1 changes as options after a step without a move.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr: float = 5e-3,
+        num_candidates: int = 5,
+        options: tuple[int, int] | str | None = None,
+        selection: str = RANDOM,
+        sampling_size: int | None = None,
+        sampling_steps: int = 1,
+        weight_decay: float = 0.0,
+        antithetic: bool = False,
+        pool: bool = False,
+        seed: int = 0,
+        max_evaluations: int = DEFAULT_BUDGET,
+    ):
+        defaults = {
+            "lr": lr,
+            "num_candidates": num_candidates,
+            "options": options,
+            "selection": selection,
+            "sampling_size": sampling_size,
+            "sampling_steps": sampling_steps,
+            "weight_decay": weight_decay,
+            "antithetic": antithetic,
+            "pool": pool,
+        }
+        super().__init__(params, defaults, seed)
+        self.sites: list[Site] = []
+        for group in self.param_groups:
+            _check_group(group)
+            members = [group["params"]] if group["pool"] else [[p] for p in group["params"]]
+            self.sites += [Site(parameters, group) for parameters in members]
+            _cut_sampling_size(group, min(site.total for site in self.sites[-len(members) :]))
+        if (needed := self.evaluations_per_step()) > max_evaluations:
+            raise InputError(
+                f"a step would need {needed:,} evaluations, more than max_evaluations_per_step={max_evaluations:,}; "
+                "take fewer options, candidates or tensors, or raise it"
+            )
+
+    def evaluations_per_step(self) -> int:
+        """Losses that one step evaluates at most, over all tensors."""
+        return 1 + sum(_evaluations(site.group) for site in self.sites)
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None, evaluate: Evaluate | None = None) -> float:
+        """Search every tensor once; return the loss before.
+
+        Args:
+            closure: returns the loss of the batch at the present weights.
+            evaluate: `evaluate(places, candidates, rows)` -> losses `[len(rows)]` of these candidates of these
+                places, weights left as they were; `None` = one call of `closure` per candidate. If it has a method
+                `moved(row)`, that is called after each move, with the candidate that the tensor moved to or `None`
+                if it is none of them.
+        """
+        closure, evaluate = self._taken(closure, evaluate)
+        self.steps += 1
+        before = loss = self._current_loss(closure)
+        evaluate = Looped(closure) if evaluate is None else evaluate
+        for site in self.sites:
+            loss = self._search(site, loss, evaluate)
+        return before
+
+    def _search(self, site: Site, loss: float | None, evaluate: Evaluate) -> float | None:
+        """Search one site; `loss` is that of the present weights, `None` if unknown. Returns it as it is after."""
+        site.renew(self.generator, getattr(evaluate, "importance", None))
+        site.ensure_tree(sum(place.size for place in site.places))
+        candidates = site.candidates(self._draw_seed(), with_unmoved=loss is None)
+        losses = self._evaluate(evaluate, site, candidates)
+        objective, penalty = losses.clone(), 0.0
+        if weight := float(site.group["weight_decay"]):
+            norms, norm = site.norms(candidates)
+            objective += weight * norms.cpu()
+            penalty = weight * norm
+        bad = ~objective.isfinite()
+        if bad.any():
+            self.rejected += int(bad.sum())
+            objective[bad] = math.inf
+        shift = 0
+        if loss is None:
+            loss, shift = self._checked_current(losses[0]), 1
+        objective = objective[shift:]
+        best = int(objective.argmin())
+        improves = float(objective[best]) < loss + penalty
+        if site.tree is None:
+            if improves:
+                site.move(candidates.row(best + shift))
+                _tell(evaluate, best + shift)
+                loss = float(losses[best + shift])
+            return loss
+        return self._use_options(site, candidates, losses, objective, shift, improves, loss, evaluate)
+
+    def _evaluate(self, evaluate: Evaluate, site: Site, candidates: Candidates) -> torch.Tensor:
+        n, rows = len(candidates), self.exchange.mine(len(candidates))
+        losses = torch.zeros(n, dtype=torch.float64)
+        if len(rows):
+            losses[rows.start : rows.stop : rows.step] = evaluate(site.places, candidates, rows).double().cpu()
+        self.evaluations += n
+        return self.exchange.combine(losses)
+
+    @staticmethod
+    def _use_options(site, candidates, losses, objective, shift, improves, loss, evaluate) -> float | None:
+        tree, per_leaf = site.tree, len(objective) // site.tree.n_leaves
+        by_leaf = objective.view(tree.n_leaves, per_leaf)
+        first = tree.first_of(int(objective.argmin()) // per_leaf)
+        values = candidates.block()[shift:].to(site.compute)
+        leaves = candidates.starts[candidates.starts.shape[0] - tree.n_leaves :]
+        changes = values.view(tree.n_leaves, per_leaf, -1) - leaves[:, None]
+        keep = min(tree.per_level, per_leaf)
+        if not improves:
+            order = objective.argsort(stable=True)[:keep]
+            tree.restart(changes.flatten(0, 1)[order])
+            return loss
+        share = tree.n_leaves // tree.widths[0]
+        below = slice(first * share, (first + 1) * share)
+        order = by_leaf[below].argsort(dim=1, stable=True)[:, :keep]
+        children = changes[below].gather(1, order[..., None].expand(-1, -1, changes.shape[-1]).to(changes.device))
+        option = tree.levels[0][first]
+        is_leaf, moves = len(tree.levels) == 1, bool((option != 0).any())
+        row = shift + first * per_leaf if is_leaf else None
+        if moves:
+            site.move(read_places(site.places).to(site.compute) + option)
+        tree.advance(first, children)
+        if moves:
+            _tell(evaluate, row)
+            loss = float(losses[row]) if is_leaf and math.isfinite(losses[row]) else None
+        return loss
+
+    def _own_state(self) -> dict:
+        return {**super()._own_state(), "sites": [site.state() for site in self.sites]}
+
+    def _load_own_state(self, state: dict) -> None:
+        if len(state["sites"]) != len(self.sites):
+            raise ValueError(
+                f"the state is of {len(state['sites'])} searched sites, this optimizer has {len(self.sites)}; it is "
+                "of another model or another search"
+            )
+        super()._load_own_state(state)
+        for site, group in zip(self.sites, self._groups_of_sites(), strict=True):
+            site.group = group
+        for site, saved in zip(self.sites, state["sites"], strict=True):
+            site.load(saved)
+
+    def _groups_of_sites(self) -> list[dict]:
+        # torch replaces the group dictionaries when it loads a state
+        return [group for group in self.param_groups for _ in (range(1) if group["pool"] else group["params"])]
+
+
+class Looped:
+    """Candidates one after the other: written, evaluated by `closure`, put back bit for bit."""
+
+    def __init__(self, closure: Closure):
+        self.closure = closure
+
+    def __call__(self, places: list[Place], candidates: Candidates, rows: range) -> torch.Tensor:
+        saved = read_places(places)
+        losses = []
+        try:
+            for row in rows:
+                write_places(places, candidates.row(row))
+                losses.append(float(self.closure()))
+        finally:
+            write_places(places, saved)
+        return torch.tensor(losses, dtype=torch.float64)
+
+
+def _tell(evaluate: Evaluate, row: int | None) -> None:
+    if hasattr(evaluate, "moved"):
+        evaluate.moved(row)
+
+
+def _evaluations(group: dict) -> int:
+    options, k = parse_options(group["options"]), group["num_candidates"]
+    return k if options is None else options[0] ** options[1] * (k + 1) + 1
+
+
+def _check_group(group: dict) -> None:
+    if group["num_candidates"] < 1:
+        raise InputError(f"num_candidates={group['num_candidates']} leaves nothing to compare; pass 1 or more")
+    if group["sampling_size"] is not None and group["sampling_size"] < 1:
+        raise InputError(f"sampling_size={group['sampling_size']} leaves nothing to search; pass 1 or more")
+    if group["sampling_steps"] < 1:
+        raise InputError(f"sampling_steps={group['sampling_steps']} is no number of steps; pass 1 or more")
+    if group["selection"] not in SELECTIONS:
+        raise InputError(f"selection={group['selection']!r} is unknown; choose from: {', '.join(SELECTIONS)}")
+    for name in ("lr", "weight_decay"):
+        if not group[name] >= 0:
+            raise InputError(f"{name}={group[name]} is below 0; pass 0 or more")
+    if group["selection"] == ALL and group["sampling_size"] is not None:
+        raise InputError(f"selection 'all' takes every entry; leave sampling_size={group['sampling_size']} out")
+    options = parse_options(group["options"])
+    if options is not None and options[0] > group["num_candidates"] + 1:
+        raise InputError(
+            f"options {options[0]}x{options[1]} keep {options[0]} changes of the {group['num_candidates'] + 1} that "
+            "are scored; take fewer options or more candidates"
+        )
+    if group["selection"] != ALL and group["sampling_size"] is None and group["selection"] != RANDOM:
+        raise InputError(f"selection {group['selection']!r} needs a sampling_size; pass one, or select 'all'")
+
+
+def _cut_sampling_size(group: dict, smallest: int) -> None:
+    if group["sampling_size"] is not None and group["sampling_size"] > smallest:
+        logger.warning(
+            "sampling_size=%d is more than a tensor of %d entries has: all of its entries are searched",
+            group["sampling_size"],
+            smallest,
+        )

@@ -1,0 +1,58 @@
+"""Which entries of a tensor a search looks at."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hf_ft_ext.errors import InputError
+
+SELECTIONS = ALL, RANDOM, MAGNITUDE, FISHER = ("all", "random", "magnitude", "fisher")
+
+
+def select_indices(
+    parameters: Sequence[torch.Tensor],
+    size: int | None,
+    selection: str,
+    generator: torch.Generator,
+    importance: Callable[[torch.Tensor, torch.Generator], torch.Tensor] | None = None,
+) -> torch.Tensor | None:
+    """Ascending positions (int64, `[size]`) of the chosen entries in the tensors laid end to end; `None` = all.
+
+    Args:
+        size: how many; `None`, or as many as there are, = all.
+        selection: `all`; `random`: without replacement; `magnitude`: the largest; `fisher`: those of the largest
+            `importance`.
+        importance: `importance(parameter, generator)` -> one score per entry; for `fisher`.
+
+    Raises:
+        InputError: `fisher` without scores.
+    """
+    n, device = sum(parameter.numel() for parameter in parameters), parameters[0].device
+    if selection == ALL or size is None or size >= n:
+        return None
+    if selection == RANDOM:
+        return random_subset(n, size, generator).to(device)
+    if selection == FISHER and importance is None:
+        raise InputError(
+            "selection 'fisher' ranks entries by what they do to the logits, which a closure does not show; pass an "
+            "`evaluate` that has `importance(parameter, generator)`, or select at random"
+        )
+    if selection == MAGNITUDE:
+        scores = [parameter.detach().abs().flatten() for parameter in parameters]
+    else:
+        scores = [importance(parameter, generator).flatten() for parameter in parameters]
+    return torch.cat(scores).topk(size).indices.sort().values
+
+
+def random_subset(n: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    """`size` different numbers below `n`, ascending, every set equally likely.
+
+    Costs time and memory of `size`, not of `n`: numbers are drawn until enough of them differ.
+    """
+    if size > n // 2:
+        return torch.randperm(n, generator=generator)[:size].sort().values
+    chosen = torch.randint(n, (size,), generator=generator).unique()
+    while chosen.numel() < size:
+        more = torch.randint(n, (size - chosen.numel(),), generator=generator)
+        chosen = torch.cat([chosen, more]).unique()
+    return chosen

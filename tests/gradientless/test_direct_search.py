@@ -1,0 +1,350 @@
+"""DirectSearch against a plain, slow form of the same method, and its state across saving."""
+
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.gradientless.direct_search import DirectSearch
+from hf_ft_ext.gradientless.selection import random_subset
+
+
+def net(dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 2)).to(dtype)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5, generator=generator)
+    return model
+
+
+def batches(n, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(n):
+        x = torch.randn(16, 5, generator=generator, dtype=torch.float64).to(dtype)
+        yield x, (x.sum(-1) > 0).long()
+
+
+def closure_of(model, x, y):
+    return lambda: nn.functional.cross_entropy(model(x).float() if x.dtype != torch.float64 else model(x), y)
+
+
+class Option:
+    """A change that a tensor may make, and the changes that may follow it."""
+
+    def __init__(self, change, children=()):
+        self.change, self.children = change, list(children)
+
+
+class PlainSearch:
+    """The method word by word: whole copies, recursion, one evaluation at a time; draws as `DirectSearch` does."""
+
+    def __init__(self, parameters, seed, *, lr, k, options, size, weight_decay, antithetic):
+        self.parameters, self.generator = list(parameters), torch.Generator().manual_seed(seed)
+        self.lr, self.k, self.options, self.size = lr, k, options, size
+        self.weight_decay, self.antithetic = weight_decay, antithetic
+        self.roots = []
+        for parameter in self.parameters:
+            level = []
+            for _ in range(options[1] if options else 0):
+                level = [Option(torch.zeros_like(parameter), level)]
+            self.roots.append(level)
+        self.moves = []
+
+    def objective(self, parameter, value, closure):
+        saved = parameter.detach().clone()
+        parameter.copy_(value)
+        result = float(closure()) + self.weight_decay * float(value.norm())
+        parameter.copy_(saved)
+        return result
+
+    def draw(self, parameter, n_leaves):
+        entries = None
+        if self.size is not None and self.size < parameter.numel():
+            entries = random_subset(parameter.numel(), self.size, self.generator)
+        seed = int(torch.randint(2**62, (), generator=self.generator))
+        size = parameter.numel() if entries is None else self.size
+        vectors = (self.k + 1) // 2 if self.antithetic else self.k
+        noise = torch.randn(n_leaves * vectors, size, generator=torch.Generator().manual_seed(seed)).to(parameter)
+        if parameter.dtype == torch.float64:
+            generator = torch.Generator().manual_seed(seed)
+            noise = torch.randn(n_leaves * vectors, size, generator=generator, dtype=torch.float64)
+        for leaf in range(n_leaves):
+            changes = []
+            for i in range(self.k):
+                vector, sign, power = (i // 2, -1 if i % 2 else 1, i // 2) if self.antithetic else (i, 1, i)
+                change = torch.zeros_like(parameter).flatten()
+                index = torch.arange(size) if entries is None else entries
+                change[index] = noise[leaf * vectors + vector] * (sign * self.lr / 2**power)
+                changes.append(change.view_as(parameter))
+            yield changes
+
+    @torch.no_grad()
+    def step(self, closure):
+        for position, parameter in enumerate(self.parameters):
+            unmoved = self.objective(parameter, parameter.clone(), closure)
+            if self.options is None:
+                (changes,) = self.draw(parameter, 1)
+                scored = [(self.objective(parameter, parameter + c, closure), i) for i, c in enumerate(changes)]
+                best, i = min(scored)
+                if best < unmoved:
+                    parameter.add_(changes[i])
+                self.moves.append(best < unmoved)
+                continue
+            self.search_options(position, parameter, unmoved, closure)
+
+    def search_options(self, position, parameter, unmoved, closure):
+        m, _ = self.options
+        leaves = list(self.leaves(self.roots[position], parameter.detach()))
+        drawn, best_of_first, everything = self.draw(parameter, len(leaves)), {}, []
+        for (first, leaf, start), changes in zip(leaves, drawn, strict=True):
+            scored = [
+                (self.objective(parameter, start + change, closure), change)
+                for change in (torch.zeros_like(parameter), *changes)
+            ]
+            best_of_first[first] = min(best_of_first.get(first, math.inf), min(s for s, _ in scored))
+            leaf.next = [Option(change) for _, change in sorted(scored, key=lambda pair: pair[0])[:m]]
+            everything += scored
+        first = min(best_of_first, key=best_of_first.get)
+        if best_of_first[first] < unmoved:
+            for _, leaf, _ in leaves:
+                leaf.children = leaf.next
+            option = self.roots[position][first]
+            parameter.add_(option.change)
+            self.roots[position] = option.children
+        else:
+            kept = [change for _, change in sorted(everything, key=lambda pair: pair[0])[:m]]
+            self.roots[position] = [self.chain(change, self.options[1] - 1) for change in kept]
+        self.moves.append(best_of_first[first] < unmoved)
+
+    def chain(self, change, depth):
+        return Option(change, [self.chain(torch.zeros_like(change), depth - 1)] if depth else [])
+
+    def leaves(self, roots, start, first=None):
+        for i, option in enumerate(roots):
+            top = i if first is None else first
+            if option.children:
+                yield from self.leaves(option.children, start + option.change, top)
+            else:
+                yield top, option, start + option.change
+
+
+@pytest.mark.parametrize("options", [None, (1, 1), (3, 1), (2, 2), (3, 2), (1, 3)])
+@pytest.mark.parametrize("size, weight_decay, antithetic", [(None, 0.0, False), (7, 0.05, False), (7, 0.0, True)])
+def test_takes_the_decisions_of_the_plain_form(options, size, weight_decay, antithetic):
+    ours, plain = net(), net()
+    settings = {"lr": 3.0, "weight_decay": weight_decay, "antithetic": antithetic}
+    optimizer = DirectSearch(
+        ours.parameters(), seed=3, num_candidates=4, options=options, sampling_size=size, **settings
+    )
+    reference = PlainSearch(plain.parameters(), 3, k=4, options=options, size=size, **settings)
+    for x, y in batches(40):
+        optimizer.step(closure_of(ours, x, y))
+        reference.step(closure_of(plain, x, y))
+        for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert 3 < sum(reference.moves) < 160  # both kinds of steps have been compared
+
+
+@pytest.mark.parametrize("options", [None, (1, 1), (3, 2)])
+def test_learns(options):
+    model = net()
+    optimizer = DirectSearch(model.parameters(), lr=0.1, options=options, sampling_size=16)
+    (x, y), *_ = batches(1)
+    closure = closure_of(model, x, y)
+    first = closure().item()
+    for _ in range(60):
+        optimizer.step(closure)
+    assert closure().item() < 0.5 * first
+
+
+def test_sampled_entries_alone_change_and_are_chosen_anew():
+    model = net()
+    before = model[0].weight.detach().clone()
+    optimizer = DirectSearch([model[0].weight], lr=0.3, sampling_size=4, sampling_steps=3)
+    touched = []
+    for x, y in batches(6):
+        optimizer.step(closure_of(model, x, y))
+        touched.append(set(optimizer.sites[0].places[0].indices.tolist()))
+    assert touched[0] == touched[1] == touched[2] != touched[3] == touched[4] == touched[5]
+    changed = set((model[0].weight.detach() != before).flatten().nonzero().flatten().tolist())
+    assert changed and changed <= touched[0] | touched[3]
+
+
+def test_magnitude_takes_the_largest():
+    model = net()
+    optimizer = DirectSearch([model[0].weight], selection="magnitude", sampling_size=5)
+    largest = model[0].weight.detach().abs().flatten().topk(5).indices.sort().values
+    (x, y), *_ = batches(1)
+    optimizer.step(closure_of(model, x, y))
+    assert torch.equal(optimizer.sites[0].places[0].indices, largest)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [None, (2, 2)])
+def test_rejected_candidates_leave_the_weights_bit_identical(dtype, options):
+    model = net(dtype)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = DirectSearch(model.parameters(), lr=0.1, num_candidates=1, sampling_size=6, options=options)
+    calls = 0
+
+    def rejecting():  # the first evaluation of a step is that of the unmoved weights
+        nonlocal calls
+        calls += 1
+        return 0.0 if calls % needed == 1 else 1.0
+
+    needed = optimizer.evaluations_per_step() if options is None else None
+    if options is not None:
+
+        def rejecting():
+            present = all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+            return 0.0 if present else 1.0
+
+        # a leaf that changes nothing scores like the unmoved tensor, never lower: no step is taken
+    for _ in range(1000):
+        optimizer.step(rejecting)
+    for a, b in zip(model.parameters(), before, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [None, "2x2"])
+@pytest.mark.parametrize("pool", [False, True])
+def test_a_loaded_state_continues_bit_for_bit(options, pool):
+    def make(model):
+        settings = {"lr": 0.1, "options": options, "sampling_size": 5, "sampling_steps": 2, "pool": pool}
+        return DirectSearch(model.parameters(), seed=1, **settings)
+
+    model = net(torch.float32)
+    optimizer = make(model)
+    data = list(batches(13, torch.float32))
+    for x, y in data[:6]:
+        optimizer.step(closure_of(model, x, y))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    for x, y in data[6:]:
+        optimizer.step(closure_of(model, x, y))
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = net(torch.float32, seed=4)
+    other.load_state_dict(saved["model"])
+    resumed = make(other)
+    resumed.load_state_dict(saved["optimizer"])
+    for x, y in data[6:]:
+        resumed.step(closure_of(other, x, y))
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert resumed.steps == 13 and resumed.evaluations == optimizer.evaluations
+
+
+def test_pool_spreads_one_choice_over_all_tensors():
+    model = net()
+    optimizer = DirectSearch(model.parameters(), lr=0.1, pool=True, sampling_size=20)
+    assert len(optimizer.sites) == 1 and optimizer.evaluations_per_step() == 6
+    first = None
+    for x, y in batches(40):
+        first = first or closure_of(model, x, y)().item()
+        optimizer.step(closure_of(model, x, y))
+        places = optimizer.sites[0].places
+        assert sum(place.size for place in places) == 20
+    assert len({id(place.parameter) for place in places}) > 1
+    assert float(closure_of(model, x, y)()) < first
+
+
+def test_a_scheduler_drives_the_radius():
+    model = net()
+    optimizer = DirectSearch(model.parameters(), lr=0.4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    for x, y in batches(2):
+        optimizer.step(closure_of(model, x, y))
+        schedule.step()
+    assert optimizer.sites[0].scales()[0] == [0.1 / 2**k for k in range(5)]
+
+
+def test_global_random_state_is_left_alone():
+    model = net()
+    state = torch.get_rng_state()
+    optimizer = DirectSearch(model.parameters(), options=(2, 1), sampling_size=4)
+    for x, y in batches(2):
+        optimizer.step(closure_of(model, x, y))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_candidates_that_are_not_finite_are_rejected_and_counted():
+    model = net()
+    optimizer = DirectSearch([model[0].bias], num_candidates=3)
+    losses = iter([1.0, math.nan, 0.5, math.inf])
+    optimizer.step(lambda: next(losses))
+    assert optimizer.rejected == 2
+    losses = iter([math.nan])
+    with pytest.raises(InputError, match="the loss at the present weights is nan in step 2; look for bad rows"):
+        optimizer.step(lambda: next(losses))
+
+
+def test_large_tensors_are_drawn_row_by_row(monkeypatch):
+    results = []
+    for limit in (2**20, 1):
+        monkeypatch.setattr("hf_ft_ext.gradientless.candidates._BLOCK", limit)
+        model = net()
+        optimizer = DirectSearch(model.parameters(), lr=0.1, options="2x1", weight_decay=0.01, sampling_size=8)
+        (x, y), *_ = batches(1)
+        start = float(closure_of(model, x, y)())
+        for _ in range(30):
+            optimizer.step(closure_of(model, x, y))
+        results.append(float(closure_of(model, x, y)()) / start)
+    assert max(results) < 0.9
+
+
+@pytest.mark.parametrize("n, size", [(1000, 30), (10, 9), (50, 24)])
+def test_random_subsets_are_sets_of_that_size(n, size):
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.zeros(n)
+    for _ in range(300):
+        subset = random_subset(n, size, generator)
+        assert subset.numel() == size == subset.unique().numel() and (subset.diff() > 0).all()
+        counts[subset] += 1
+    assert counts.min() > 0 and counts.max() < 3 * 300 * size / n
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_candidates": 0}, "num_candidates=0 leaves nothing to compare; pass 1 or more"),
+        ({"sampling_size": 0}, "sampling_size=0 leaves nothing to search"),
+        ({"sampling_steps": 0}, "sampling_steps=0 is no number of steps"),
+        ({"selection": "best"}, "selection='best' is unknown; choose from: all, random, magnitude, fisher"),
+        ({"lr": -1.0}, "lr=-1.0 is below 0"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 is below 0"),
+        ({"options": "3y2"}, "options '3y2' are not of the form"),
+        ({"options": "0x2"}, "options '0x2' are not of the form"),
+        ({"options": "7x1"}, "options 7x1 keep 7 changes of the 6 that are scored"),
+        ({"options": "5x9"}, r"would need 46,875,0\d\d evaluations, more than max_evaluations_per_step=10,000"),
+        ({"selection": "magnitude"}, "selection 'magnitude' needs a sampling_size"),
+        ({"selection": "all", "sampling_size": 3}, "selection 'all' takes every entry; leave sampling_size=3 out"),
+    ],
+)
+def test_bad_arguments(options, message):
+    with pytest.raises(InputError, match=message):
+        DirectSearch(net().parameters(), **options)
+
+
+def test_other_bad_input(caplog):
+    model = net()
+    with pytest.raises(InputError, match=r"call step\(closure\) with a function"):
+        DirectSearch(model.parameters()).step()
+    fisher = DirectSearch(model.parameters(), selection="fisher", sampling_size=2)
+    (x, y), *_ = batches(1)
+    with pytest.raises(InputError, match="pass an `evaluate` that has `importance"):
+        fisher.step(closure_of(model, x, y))
+    DirectSearch([model[0].bias], sampling_size=9)
+    assert "sampling_size=9 is more than a tensor of 8 entries has: all of its entries are searched" in caplog.text
+    with pytest.raises(InputError, match=r"a tensor of shape \(5, 8\) .* pass contiguous"):
+        DirectSearch([model[0].weight.detach().T])
+    two = DirectSearch(model.parameters())
+    with pytest.raises(ValueError, match="the state is of 1 searched sites, this optimizer has 4"):
+        state = DirectSearch([model[0].bias]).state_dict()
+        state["param_groups"] = two.state_dict()["param_groups"]
+        two.load_state_dict(state)
+    with pytest.raises(ValueError, match="no state of DirectSearch"):
+        two.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())
