@@ -12,7 +12,10 @@ _EXPORTS = {
     "convert_to_sparse": "hf_ft_ext.sparse.convert",
     "demo_dataset": "hf_ft_ext.data.demo",
     "demo_encoder": "hf_ft_ext.models",
+    "DirectSearch": "hf_ft_ext.gradientless.direct_search",
     "export_lora": "hf_ft_ext.sparse.export",
+    "GradientlessTrainer": "hf_ft_ext.gradientless.trainer",
+    "GradientlessTrainingArguments": "hf_ft_ext.gradientless.arguments",
     "InputError": "hf_ft_ext.errors",
     "load_delta": "hf_ft_ext.sparse.delta",
     "LoraTrainer": "hf_ft_ext.lora.trainer",
@@ -26,6 +29,7 @@ _EXPORTS = {
     "SparseGradLinear": "hf_ft_ext.sparse.layer",
     "SparseTrainer": "hf_ft_ext.sparse.trainer",
     "SparseTrainingArguments": "hf_ft_ext.sparse.arguments",
+    "SPSA": "hf_ft_ext.gradientless.spsa",
 }
 
 __all__ = sorted(_EXPORTS)

@@ -114,6 +114,13 @@ class DataArguments:
 class MethodTrainingArguments(TrainingArguments):
     """Base of every method's arguments: `transformers.TrainingArguments` and a way in for plain ones."""
 
+    def check_given(self, given: dict[str, Any]) -> None:
+        """Refuse what the user set, by argument name, and the method cannot honour even at its default value.
+
+        Raises:
+            InputError: there is such an argument.
+        """
+
     @classmethod
     def complete(cls, args: TrainingArguments | None) -> "MethodTrainingArguments":
         """Return `args` as an instance of this class, the fields it lacks filled with this class's defaults.

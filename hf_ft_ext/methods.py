@@ -56,6 +56,12 @@ METHODS: dict[str, Method] = {
             "hf_ft_ext.sparse.trainer:SparseTrainer",
             "SparseGrad: MLP gradients made sparse in a Tucker basis, only their largest entries train",
         ),
+        Method(
+            "gradientless",
+            "hf_ft_ext.gradientless.arguments:GradientlessTrainingArguments",
+            "hf_ft_ext.gradientless.trainer:GradientlessTrainer",
+            "search without gradients: GLD direct search, SPSA (MeZO) beside it",
+        ),
     )
 }
 

@@ -189,5 +189,6 @@ def parse_arguments(
     given = parser.given(argv, recipe)
     run_args, model_args, data_args, training_args = parser.build(given)
     run_args.given = given
+    training_args.check_given(given)
     complete_arguments(run_args, model_args, data_args, training_args)
     return run_args, model_args, data_args, training_args

@@ -21,7 +21,10 @@ from hf_ft_ext.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 # Small and quick, by argument name; methods with work before the first step get less of it.
-QUICK = {"sparse": ("--sparse_basis_steps", "2", "--sparse_density", "0.2")}
+QUICK = {
+    "sparse": ("--sparse_basis_steps", "2", "--sparse_density", "0.2"),
+    "gradientless": ("--feature_cache_dir", "features"),
+}
 
 # For comparisons to rounding: a plain optimizer, or AdamW with a large epsilon (with a small one it turns gradients
 # that are rounding noise into steps of full size). SparseGrad trains all entries here: where two entries are equally
@@ -30,7 +33,8 @@ SGD = ("--optim", "sgd", "--learning_rate", "0.1", "--logging_steps", "1")
 OPTIMIZER = {
     "sparse": (
         "--learning_rate", "1e-2", "--adam_epsilon", "1e-2", "--sparse_density", "1.0", "--logging_steps", "1",
-    )
+    ),
+    "gradientless": ("--learning_rate", "0.1", "--logging_steps", "1"),
 }  # fmt: skip
 
 

@@ -15,8 +15,9 @@ _OWN_STATE = "search"
 class GradientFreeOptimizer(torch.optim.Optimizer):
     """An optimizer that looks at losses only.
 
-    `step(closure)` evaluates `closure()`, the loss at the present weights, as often as the method needs. A training
-    loop that calls `step()` without arguments (transformers' does) has its evaluation handed over before, by `offer`.
+    `step(closure)` evaluates `closure()`, the loss at the present weights, as often as the method needs. For training
+    loops that call `step()` without arguments (transformers' does), `step_ahead` takes the step before, and the
+    loop's call does nothing.
 
     Attributes:
         steps: steps taken.
@@ -30,7 +31,7 @@ class GradientFreeOptimizer(torch.optim.Optimizer):
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = self.evaluations = self.rejected = 0
         self.exchange = Alone()
-        self._offered: tuple | None = None
+        self._ahead = False
         for group in self.param_groups:
             for parameter in group["params"]:
                 if not (parameter.is_floating_point() and parameter.is_contiguous()):
@@ -39,20 +40,23 @@ class GradientFreeOptimizer(torch.optim.Optimizer):
                         "pass contiguous floating-point parameters"
                     )
 
-    def offer(self, closure: Closure, evaluate: Callable | None = None) -> None:
-        """Hand over what the next `step()` without arguments evaluates; used once."""
-        self._offered = (closure, evaluate)
+    def step_ahead(self, closure: Closure, evaluate: Callable | None = None) -> float:
+        """Take the step now; the next `step()` without arguments does nothing. Returns what the step returns."""
+        loss = self.step(closure, evaluate)
+        self._ahead = True
+        return loss
 
-    def _taken(self, closure: Closure | None, evaluate: Callable | None) -> tuple:
-        if closure is None:
-            if self._offered is None:
-                raise InputError(
-                    f"{type(self).__name__} compares losses: call step(closure) with a function that returns the "
-                    "loss of the batch at the present weights"
-                )
-            closure, evaluate = self._offered
-        self._offered = None
-        return closure, evaluate
+    def _already_taken(self, closure: Closure | None) -> bool:
+        """Whether this is the call that follows `step_ahead`; without a closure and without that, an error."""
+        if closure is not None:
+            return False
+        if not self._ahead:
+            raise InputError(
+                f"{type(self).__name__} compares losses: call step(closure) with a function that returns the loss of "
+                "the batch at the present weights"
+            )
+        self._ahead = False
+        return True
 
     def _current_loss(self, closure: Closure) -> float:
         mine = self.exchange.mine(1)

@@ -44,7 +44,8 @@ class DirectSearch(GradientFreeOptimizer):
         options: `None`, `(m, l)` or text such as `"3x2"`.
         selection: `"all"`, `"random"`, `"magnitude"` (largest |theta|) or `"fisher"` (needs an `evaluate` with
             `importance(parameter, generator)`).
-        sampling_size: entries per tensor and step; `None` = all. More than a tensor has is cut down, with a warning.
+        sampling_size: entries per tensor and step; `None` = all. Smaller tensors are searched
+            whole; if all are smaller, a warning says so.
         sampling_steps: steps after which entries are chosen anew.
         weight_decay: weight of the norm in the objective, 0 or more.
         antithetic: candidates in pairs `+R/2^k z_k`, `-R/2^k z_k`, `k = 0 .. K/2 - 1`.
@@ -92,7 +93,7 @@ class DirectSearch(GradientFreeOptimizer):
             _check_group(group)
             members = [group["params"]] if group["pool"] else [[p] for p in group["params"]]
             self.sites += [Site(parameters, group) for parameters in members]
-            _cut_sampling_size(group, min(site.total for site in self.sites[-len(members) :]))
+            _cut_sampling_size(group, max(site.total for site in self.sites[-len(members) :]))
         if (needed := self.evaluations_per_step()) > max_evaluations:
             raise InputError(
                 f"a step would need {needed:,} evaluations, more than max_evaluations_per_step={max_evaluations:,}; "
@@ -104,7 +105,7 @@ class DirectSearch(GradientFreeOptimizer):
         return 1 + sum(_evaluations(site.group) for site in self.sites)
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None, evaluate: Evaluate | None = None) -> float:
+    def step(self, closure: Closure | None = None, evaluate: Evaluate | None = None) -> float | None:
         """Search every tensor once; return the loss before.
 
         Args:
@@ -114,7 +115,8 @@ class DirectSearch(GradientFreeOptimizer):
                 `moved(row)`, that is called after each move, with the candidate that the tensor moved to or `None`
                 if it is none of them.
         """
-        closure, evaluate = self._taken(closure, evaluate)
+        if self._already_taken(closure):
+            return None
         self.steps += 1
         before = loss = self._current_loss(closure)
         evaluate = Looped(closure) if evaluate is None else evaluate
@@ -259,10 +261,10 @@ def _check_group(group: dict) -> None:
         raise InputError(f"selection {group['selection']!r} needs a sampling_size; pass one, or select 'all'")
 
 
-def _cut_sampling_size(group: dict, smallest: int) -> None:
-    if group["sampling_size"] is not None and group["sampling_size"] > smallest:
+def _cut_sampling_size(group: dict, largest: int) -> None:
+    if group["sampling_size"] is not None and group["sampling_size"] > largest:
         logger.warning(
-            "sampling_size=%d is more than a tensor of %d entries has: all of its entries are searched",
+            "sampling_size=%d is more than the %d entries of the largest tensor: all entries are searched",
             group["sampling_size"],
-            smallest,
+            largest,
         )

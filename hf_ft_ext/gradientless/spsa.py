@@ -84,14 +84,15 @@ class SPSA(GradientFreeOptimizer):
         return 2 * self.num_directions
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None, evaluate=None) -> float:
+    def step(self, closure: Closure | None = None, evaluate=None) -> float | None:
         """Perturb, compare, move; return the mean of all losses that were evaluated.
 
         Args:
             closure: returns the loss of the batch, by a forward of the module.
             evaluate: not used; there so that a trainer can hand over the same for every method.
         """
-        closure, _ = self._taken(closure, evaluate)
+        if self._already_taken(closure):
+            return None
         self.steps += 1
         seeds = [self._draw_seed() for _ in range(self.num_directions)]
         signed = [(seed, sign) for seed in seeds for sign in (1.0, -1.0)]

@@ -338,7 +338,7 @@ def test_other_bad_input(caplog):
     with pytest.raises(InputError, match="pass an `evaluate` that has `importance"):
         fisher.step(closure_of(model, x, y))
     DirectSearch([model[0].bias], sampling_size=9)
-    assert "sampling_size=9 is more than a tensor of 8 entries has: all of its entries are searched" in caplog.text
+    assert "sampling_size=9 is more than the 8 entries of the largest tensor: all entries are searched" in caplog.text
     with pytest.raises(InputError, match=r"a tensor of shape \(5, 8\) .* pass contiguous"):
         DirectSearch([model[0].weight.detach().T])
     two = DirectSearch(model.parameters())

@@ -1,0 +1,257 @@
+"""Arguments of `--method gradientless`."""
+
+import re
+from dataclasses import dataclass, field, fields
+from typing import ClassVar
+
+from transformers.training_args import OptimizerNames
+
+from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.gradientless.direct_search import DEFAULT_BUDGET
+from hf_ft_ext.gradientless.objective import LOSS, OBJECTIVES
+from hf_ft_ext.gradientless.options import parse_options
+from hf_ft_ext.gradientless.parallel import DATA, MODES
+from hf_ft_ext.gradientless.selection import ALL as ALL_ENTRIES
+from hf_ft_ext.gradientless.selection import FISHER, RANDOM, SELECTIONS
+from hf_ft_ext.gradientless.spsa import ADAM, MOMENTUM, RULES, SGD
+
+METHODS = GLD, SPSA, ADAM_BASELINE = ("gld", "spsa", "adam")
+FISHER_FORMS = DIVERGENCE, GRADIENT = ("divergence", "gradient")
+HEAD, ALL, TRAINABLE = "head", "all", "trainable"
+# GLD: the thesis's plain radius. SPSA: MeZO's usual rate for all weights. Adam: torch's.
+_RATES = {GLD: 5e-3, SPSA: 1e-6, ADAM_BASELINE: 1e-3}
+# Which search looks at an argument; set for another one, it is an error.
+_ONLY = {
+    **dict.fromkeys(
+        ("search_candidates", "search_options", "search_selection", "search_sampling_size", "search_sampling_steps",
+         "search_antithetic", "search_pool"),
+        GLD,
+    ),
+    **dict.fromkeys(("search_eps", "search_directions", "search_update", "search_momentum"), SPSA),
+}  # fmt: skip
+
+
+@dataclass
+class GradientlessTrainingArguments(MethodTrainingArguments):
+    """`transformers.TrainingArguments` plus the settings of a search without gradients.
+
+    `learning_rate` is the largest radius of GLD and the rate of SPSA, `lr_scheduler_type` its schedule, `weight_decay`
+    the weight of the norm in GLD's objective and SPSA's decoupled decay.
+
+    Raises:
+        InputError: a value out of range, or one that the chosen search does not look at.
+    """
+
+    search_method: str = field(
+        default=GLD,
+        metadata={
+            "help": "gld: direct search. spsa: simultaneous perturbation (MeZO). adam: Adam by gradients of the head, "
+            "on the same features, to compare with.",
+            "choices": METHODS,
+        },
+    )
+    search_target: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is searched: head, all, trainable (what requires a gradient), or a regular expression "
+            "searched in parameter names; none = the head, or the trainable parameters of a PEFT model."
+        },
+    )
+    search_candidates: int = field(default=5, metadata={"help": "GLD: candidates per start (K), radius halved each."})
+    search_options: str = field(
+        default="1x1",
+        metadata={
+            "help": "GLD: none = the best candidate moves the tensor at once; 3x2 = 3 options per level, 2 levels, "
+            "kept until a later batch confirms one. Cost: options ** levels * (candidates + 1) evaluations a tensor."
+        },
+    )
+    search_selection: str = field(
+        default=RANDOM,
+        metadata={
+            "help": "GLD: which entries of a large tensor candidates change: all, random, magnitude (the largest) or "
+            "fisher (see search_fisher).",
+            "choices": SELECTIONS,
+        },
+    )
+    search_sampling_size: int | None = field(
+        default=None,
+        metadata={"help": "GLD: entries per tensor that candidates change; none = twice the hidden size."},
+    )
+    search_sampling_steps: int = field(
+        default=1, metadata={"help": "GLD: steps after which these entries are chosen anew."}
+    )
+    search_fisher: str | None = field(
+        default=None,
+        metadata={
+            "help": "Importance for search_selection=fisher: divergence (of the logits when an entry is perturbed, as "
+            "published) or gradient (mean square of each row's gradient, by backward passes through the head); none = "
+            "divergence.",
+            "choices": FISHER_FORMS,
+        },
+    )
+    search_antithetic: bool = field(
+        default=False, metadata={"help": "GLD: candidates in pairs of opposite direction, with half as many radii."}
+    )
+    search_pool: bool = field(
+        default=False, metadata={"help": "GLD: one pool of entries over all searched tensors, not tensor by tensor."}
+    )
+    search_eps: float = field(default=1e-3, metadata={"help": "SPSA: size of the perturbation, above 0."})
+    search_directions: int = field(
+        default=1, metadata={"help": "SPSA: directions per step; two evaluations each, their mean is taken."}
+    )
+    search_update: str = field(
+        default=SGD,
+        metadata={
+            "help": "SPSA: rule on the slope along a direction: sgd, momentum, or adam (adam_beta1, adam_beta2, "
+            "adam_epsilon).",
+            "choices": RULES,
+        },
+    )
+    search_momentum: float = field(
+        default=0.9, metadata={"help": "SPSA: factor of search_update=momentum, in [0, 1)."}
+    )
+    search_objective: str = field(
+        default=LOSS,
+        metadata={
+            "help": "What is minimised: loss, or one minus accuracy, f1 or matthews, which need no derivative.",
+            "choices": OBJECTIVES,
+        },
+    )
+    search_dropout: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave dropout on, with one mask for all candidates of a step. Every candidate then runs the "
+            "whole model."
+        },
+    )
+    search_peft: str | None = field(
+        default=None,
+        metadata={"help": "Search the parameters of a peft method (lora, ia3, vera, ln_tuning, ...) and the head."},
+    )
+    search_peft_config: dict | str | None = field(
+        default_factory=dict,
+        metadata={"help": 'Settings of search_peft, as JSON: {"r": 1, "target_modules": ["query"]}.'},
+    )
+    max_evaluations_per_step: int = field(
+        default=DEFAULT_BUDGET, metadata={"help": "Refuse a search that needs more evaluations than this in a step."}
+    )
+    candidate_parallel: str = field(
+        default=DATA,
+        metadata={
+            "help": "Several processes. data: each scores all candidates on its part of the batch. candidates: each "
+            "scores its share of the candidates on the whole batch. Only numbers cross.",
+            "choices": MODES,
+        },
+    )
+    feature_cache_gb: float = field(
+        default=4.0,
+        metadata={
+            "help": "With a frozen encoder, what the head reads is computed once if it takes no more than this many "
+            "GB on disk, else in every step; 0 = in every step."
+        },
+    )
+    feature_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where features are kept; none = beside the Hub's cache."}
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": f"Largest radius or learning rate; none = {_RATES[GLD]} (gld), {_RATES[SPSA]} (spsa), "
+                  f"{_RATES[ADAM_BASELINE]} (adam)."},
+    )  # fmt: skip
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the radius or learning rate."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "There is no gradient to clip: leave it at 0."})
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*MethodTrainingArguments._VALID_DICT_FIELDS, "search_peft_config"]
+
+    def __post_init__(self):
+        if self.learning_rate is None:
+            self.learning_rate = _RATES.get(self.search_method, 0.0)
+        super().__post_init__()
+        self._check_values()
+        self._check_together()
+
+    def _check_values(self) -> None:
+        for name, known in (
+            ("search_method", METHODS),
+            ("search_selection", SELECTIONS),
+            ("search_fisher", (None, *FISHER_FORMS)),
+            ("search_update", RULES),
+            ("search_objective", OBJECTIVES),
+            ("candidate_parallel", MODES),
+        ):
+            if getattr(self, name) not in known:
+                choices = ", ".join(filter(None, known))
+                raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from: {choices}")
+        for name in ("search_candidates", "search_sampling_steps", "search_directions", "max_evaluations_per_step"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} leaves nothing to compare; pass 1 or more")
+        if self.search_sampling_size is not None and self.search_sampling_size < 1:
+            raise InputError(
+                f"search_sampling_size={self.search_sampling_size} leaves nothing to search; pass 1 or more"
+            )
+        for name in ("learning_rate", "weight_decay", "feature_cache_gb"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{name}={getattr(self, name)} is below 0; pass 0 or more")
+        parse_options(self.search_options)
+        if self.search_target not in (None, HEAD, ALL, TRAINABLE):
+            try:
+                re.compile(self.search_target)
+            except re.error as error:
+                raise InputError(f"search_target={self.search_target!r} is no regular expression: {error}") from None
+
+    def _check_together(self) -> None:
+        defaults = {f.name: f.default for f in fields(GradientlessTrainingArguments)}
+        for name, method in _ONLY.items():
+            if self.search_method != method and getattr(self, name) != defaults[name]:
+                raise InputError(
+                    f"{name}={getattr(self, name)} is about search_method={method}, not {self.search_method}; leave "
+                    "one of them out"
+                )
+        if self.search_momentum != defaults["search_momentum"] and self.search_update != MOMENTUM:
+            raise InputError(f"search_momentum={self.search_momentum} needs search_update=momentum; leave it out")
+        adam = self.search_update == ADAM or self.search_method == ADAM_BASELINE
+        own = {f.name: f.default for f in fields(MethodTrainingArguments)}
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            if getattr(self, name) != own[name] and not adam:
+                raise InputError(f"{name}={getattr(self, name)} needs search_update=adam; leave it out")
+        if self.search_fisher is not None and self.search_selection != FISHER:
+            raise InputError(f"search_fisher={self.search_fisher} needs search_selection=fisher; leave it out")
+        if self.search_selection == ALL_ENTRIES and self.search_sampling_size is not None:
+            raise InputError(
+                f"search_selection=all takes every entry; leave search_sampling_size={self.search_sampling_size} out"
+            )
+        if self.search_peft_config and self.search_peft is None:
+            raise InputError("search_peft_config needs search_peft; name a peft method, such as lora")
+        if self.search_method == ADAM_BASELINE and (self.search_objective != LOSS or self.search_dropout):
+            raise InputError(
+                "search_method=adam needs the loss's derivative with dropout off; leave the objective out"
+            )
+        if self.max_grad_norm:
+            raise InputError(
+                f"max_grad_norm={self.max_grad_norm} clips gradients, and a search has none; leave it out or pass 0"
+            )
+        if self.gradient_checkpointing:
+            raise InputError(
+                "gradient_checkpointing saves memory of a backward pass, and a search has none; leave it out"
+            )
+        if self.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
+            raise InputError(
+                f"optim={self.optim.value!r} needs gradients; leave it out: search_method says how weights move"
+            )
+        if self.fp16:
+            raise InputError(
+                "fp16 scales gradients, and a search has none; use bf16, or load the model in float16 (its weights do "
+                "not drift)"
+            )
+        if self.fsdp or self.deepspeed:
+            raise InputError("a search needs whole weights on every process; run it without fsdp and deepspeed")
+        if self.torch_compile:
+            raise InputError("torch_compile does not see weights that change between evaluations; leave it out")
+
+    def check_given(self, given: dict) -> None:
+        if "optim" in given:
+            raise InputError(
+                f"optim={given['optim']!r} needs gradients; leave it out: search_method says how weights move"
+            )
+        super().check_given(given)

@@ -1,0 +1,218 @@
+"""All candidates of a head's tensor in one evaluation of the head.
+
+The candidates become rows: the module that owns the searched tensor gives `candidates x rows` rows instead of
+`rows`, what comes before it in the head is not computed again, and what comes after works on more rows. A linear
+layer of which few entries change is not run again either: the changes alone are multiplied with its input.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from torch.func import functional_call, vmap
+from torch.nn import functional
+
+from hf_ft_ext.features import HeadReader
+from hf_ft_ext.gradientless.candidates import Candidates, Place
+
+_ROWS = 2**22  # numbers in the widest layer's output that one evaluation may make: 16 MiB in float32
+_SPARSE = 8  # a linear layer with less than one entry in so many changed takes the sparse product
+
+
+class CannotBatch(Exception):
+    """This head, or this parameter of it, has to be evaluated candidate by candidate."""
+
+
+class Call:
+    """What one module of the head got and gave in the pass at the present weights."""
+
+    def __init__(self, position: int, x: torch.Tensor, out: torch.Tensor):
+        self.position, self.x, self.out = position, x, out
+        self.columns: torch.Tensor | None = None  # x transposed, made when first needed
+
+
+class BatchedHead:
+    """Evaluates candidates of a head's tensors on the features of one micro-batch.
+
+    Args:
+        reader: runs the head.
+        names: the searched parameters' names by `id`.
+    """
+
+    def __init__(self, reader: HeadReader, names: dict[int, str]):
+        self.reader = reader
+        model = reader.model
+        owners = {name.rpartition(".")[0] for name in dict(reader.head_parameters())}
+        self.modules = {name: model.get_submodule(name) for name in sorted(owners)}
+        self.owner = {
+            key: (self.modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for key, name in names.items()
+        }
+
+    # --- passes ------------------------------------------------------------------------------------
+
+    def begin(self, features: torch.Tensor) -> torch.Tensor:
+        """Pass at the present weights; the logits `[rows, classes]`."""
+        self.features, self.calls = features, {}
+
+        def record(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            if id(module) in self.calls:
+                raise CannotBatch("a module of the head runs twice")
+            out = type(module).forward(module, x)
+            self.calls[id(module)] = Call(len(self.calls), x, out)
+            return out
+
+        return self._run(record, features.shape[0])
+
+    def logits(self, places: Sequence[Place], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
+        """Logits of these candidates: `[len(rows), batch rows, classes]`."""
+        n, changed = len(rows), self._changes(places, candidates, rows)
+        first = min(self.calls[key].position for key in changed)
+
+        def changed_output(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+            call = self.calls[id(module)]
+            if id(module) not in changed:
+                return None
+            if call.position == first:
+                return self._on_known_input(module, call, changed[id(module)], n)
+            return on_rows(module, x.view(n, -1, *x.shape[1:]), changed[id(module)].whole())
+
+        return self._replay(changed_output, first, n)
+
+    def logits_from(self, module: nn.Module, out: torch.Tensor, n: int) -> torch.Tensor:
+        """Logits `[n, batch rows, classes]` where `module` gives `out` (`[n * batch rows, ...]`)."""
+        return self._replay(lambda other, x: out if other is module else None, self.calls[id(module)].position, n)
+
+    def _replay(self, changed_output: Callable, first: int, n: int) -> torch.Tensor:
+        """Pass in which the modules before position `first` give what they gave."""
+        self.latest: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
+
+        def replay(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            call = self.calls[id(module)]
+            if call.position < first:
+                return call.out
+            out = changed_output(module, x)
+            if out is None:
+                out = type(module).forward(module, x)
+            self.latest[id(module)] = (None if call.position == first else x, out)
+            return out
+
+        batch = self.features.shape[0]
+        return self._run(replay, n * batch).view(n, batch, -1)
+
+    def moved(self, row: int) -> None:
+        """The present weights are now those of candidate `row` of those evaluated last."""
+        batch = self.features.shape[0]
+        part = slice(row * batch, (row + 1) * batch)
+        for key, (x, out) in self.latest.items():
+            call = self.calls[key]
+            x = call.x if x is None else x[part]
+            self.calls[key] = Call(call.position, x, out[part])
+
+    def _run(self, forward: Callable[[nn.Module, torch.Tensor], torch.Tensor], rows: int) -> torch.Tensor:
+        modules = self.modules.values()
+        for module in modules:
+            # an instance attribute is found before the class's method, and goes without a trace
+            module.__dict__["forward"] = lambda x, module=module: forward(module, x)
+        try:
+            return self.reader.logits(self.features, rows)
+        finally:
+            for module in modules:
+                del module.__dict__["forward"]
+
+    # --- one module --------------------------------------------------------------------------------
+
+    def _changes(self, places: Sequence[Place], candidates: Candidates, rows: Sequence[int]) -> dict[int, "_Changed"]:
+        values = candidates.block() if len(rows) == len(candidates) else candidates.block()[list(rows)]
+        changed: dict[int, _Changed] = {}
+        parts = values.split([place.size for place in places], dim=1) if len(places) > 1 else [values]
+        for place, part in zip(places, parts, strict=True):
+            owner, name = self.owner[id(place.parameter)]
+            if id(owner) not in self.calls:
+                raise CannotBatch("a searched tensor is not part of the head's forward")
+            changed.setdefault(id(owner), _Changed()).parts[name] = (place, part)
+        return changed
+
+    def _on_known_input(self, module: nn.Module, call: Call, changed: "_Changed", n: int) -> torch.Tensor:
+        """Output of `module` for its recorded input, `[n * rows, ...]`."""
+        out = call.out
+        if type(module) is nn.Linear and len(changed.parts) == 1 and out.numel() == len(out) * out.shape[-1]:
+            ((name, (place, values)),) = changed.parts.items()
+            flat = out.reshape(len(out), -1)
+            if name == "bias":
+                whole = changed.whole()["bias"]
+                return (flat - module.bias + whole[:, None]).view(-1, *out.shape[1:])
+            if (
+                place.indices is not None
+                and place.size * _SPARSE < place.parameter.numel()
+                and flat.dtype in (torch.float32, torch.float64)
+            ):
+                return (flat + _sparse_product(call, place, values, n)).view(-1, *out.shape[1:])
+            x = call.x.reshape(len(out), -1)
+            weights = changed.whole()["weight"]
+            product = functional.linear(x, weights.flatten(0, 1)).view(len(x), n, -1).transpose(0, 1)
+            if module.bias is not None:
+                product = product + module.bias
+            return product.reshape(-1, *out.shape[1:])
+        return on_rows(module, call.x.expand(n, *call.x.shape), changed.whole())
+
+
+class _Changed:
+    """The changed parameters of one module: name -> (place, values `[n, u]`)."""
+
+    def __init__(self):
+        self.parts: dict[str, tuple[Place, torch.Tensor]] = {}
+
+    def whole(self) -> dict[str, torch.Tensor]:
+        """Each changed parameter in full: `[n, *shape]`."""
+        result = {}
+        for name, (place, values) in self.parts.items():
+            parameter = place.parameter.detach()
+            if place.indices is None:
+                result[name] = values.view(-1, *parameter.shape)
+                continue
+            full = parameter.view(1, -1).repeat(len(values), 1)
+            full[:, place.indices] = values
+            result[name] = full.view(-1, *parameter.shape)
+        return result
+
+
+def on_rows(module: nn.Module, x: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Output of `module` with the `n` sets of parameters on `x` (`[n, rows, ...]`): `[n * rows, ...]`."""
+    forward = module.__dict__.pop("forward", None)  # functional_call has to find the module's own
+
+    def call(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return functional_call(module, parameters, (x,))
+
+    try:
+        return vmap(call)(parameters, x).flatten(0, 1)
+    finally:
+        if forward is not None:
+            module.__dict__["forward"] = forward
+
+
+def _sparse_product(call: Call, place: Place, values: torch.Tensor, n: int) -> torch.Tensor:
+    """`x @ (changed weight - weight)^T` for each candidate, `[n, rows, out]`.
+
+    A bag of rows of `x^T` for each output: entries are sorted by output, so a bag is a stretch of them.
+    """
+    weight, indices = place.parameter.detach(), place.indices
+    outputs, inputs = weight.shape
+    if call.columns is None:
+        call.columns = call.x.reshape(len(call.out), -1).t().contiguous()
+    change = values - weight.view(-1)[indices]
+    starts = torch.searchsorted(indices, torch.arange(0, weight.numel(), inputs, device=indices.device))
+    offsets = starts + torch.arange(0, n * len(indices), len(indices), device=indices.device)[:, None]
+    product = functional.embedding_bag(
+        (indices % inputs).repeat(n),
+        call.columns,
+        offsets.flatten(),
+        mode="sum",
+        per_sample_weights=change.flatten(),
+    )
+    return product.view(n, outputs, -1).transpose(1, 2)
+
+
+def chunks(rows: Sequence[int], batch: int, width: int) -> list[Sequence[int]]:
+    """`rows` in parts of which one evaluation keeps within memory."""
+    size = max(1, _ROWS // max(1, batch * width))
+    return [rows[i : i + size] for i in range(0, len(rows), size)]

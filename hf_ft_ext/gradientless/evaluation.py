@@ -1,0 +1,191 @@
+"""Scoring the candidates of one step: by the head on its features where that is all, else by the whole model."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.features import HeadReader
+from hf_ft_ext.gradientless.batched import BatchedHead, CannotBatch, chunks
+from hf_ft_ext.gradientless.candidates import Candidates, Place, read_places, write_places
+from hf_ft_ext.gradientless.direct_search import Looped
+from hf_ft_ext.gradientless.importance import divergence_scores, gradient_scores
+from hf_ft_ext.gradientless.objective import Objective
+
+logger = logging.getLogger(__name__)
+
+_CLOSE = 1e-3  # logits of the batched head may differ from the plain one's by this share of their size
+
+
+class HeadEvaluation:
+    """`closure` and `evaluate` of a search, on the features of one step's micro-batches.
+
+    All candidates are evaluated at once (see `batched`). The first batched logits of each tensor are compared with
+    those of the plain head; a tensor that does not pass is evaluated candidate by candidate from then on.
+
+    Args:
+        reader: runs the head.
+        names: the head's searched parameters, name by `id`.
+        objective: of all micro-batches' logits together.
+        fisher: `"divergence"` or `"gradient"`: what `importance` measures.
+    """
+
+    def __init__(self, reader: HeadReader, names: dict[int, str], objective: Objective, fisher: str = "divergence"):
+        self.reader, self.names, self.objective, self.fisher = reader, names, objective, fisher
+        self.heads: list[BatchedHead] = []
+        self.checked: set[tuple[int, ...]] = set()
+        self.looped: set[tuple[int, ...]] = set()
+        self.micro_batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def load(self, micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Take the features and labels of the next step."""
+        self.micro_batches = list(micro_batches)
+        self.labels = torch.cat([labels for _, labels in micro_batches])
+        while len(self.heads) < len(micro_batches):
+            self.heads.append(BatchedHead(self.reader, self.names))
+        self.stale = True
+        self._rows: Sequence[int] = ()
+
+    def plain_logits(self) -> torch.Tensor:
+        """Logits of the whole step at the present weights: `[rows, classes]`."""
+        return torch.cat([self.reader.logits(features) for features, _ in self.micro_batches])
+
+    def closure(self) -> float:
+        """The objective at the present weights."""
+        try:
+            logits = self._begin()
+        except CannotBatch:
+            logits = self.plain_logits()
+        return float(self.objective(logits, self.labels))
+
+    def differentiable(self) -> torch.Tensor:
+        """The same as a tensor that gradients can be taken of."""
+        return self.objective(self.plain_logits(), self.labels)
+
+    def _begin(self) -> torch.Tensor:
+        self.stale = False
+        return torch.cat([h.begin(f) for h, (f, _) in zip(self.heads, self.micro_batches, strict=False)])
+
+    def __call__(self, places: list[Place], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
+        key = tuple(id(place.parameter) for place in places)
+        if key not in self.looped:
+            try:
+                return self._batched(key, places, candidates, rows)
+            except CannotBatch as error:
+                logger.info("candidates are evaluated one by one: %s", error)
+                self.looped.add(key)
+        self.stale = True
+        return Looped(lambda: self.objective(self.plain_logits(), self.labels))(places, candidates, rows)
+
+    def _batched(self, key, places: list[Place], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
+        if self.stale:
+            self._begin()
+        widest = max(call.out.numel() // len(call.out) for call in self.heads[0].calls.values())
+        parts = chunks(rows, max(len(f) for f, _ in self.micro_batches), widest)
+        losses = []
+        for part in parts:
+            logits = [
+                head.logits(places, candidates, part) for head, _ in zip(self.heads, self.micro_batches, strict=False)
+            ]
+            logits = logits[0] if len(logits) == 1 else torch.cat(logits, 1)
+            if key not in self.checked:
+                self._check(key, places, candidates, part, logits)
+            losses.append(self.objective(logits, self.labels))
+        self._rows = rows if len(parts) == 1 else ()
+        return losses[0] if len(losses) == 1 else torch.cat(losses)
+
+    def _check(self, key, places, candidates, rows, logits) -> None:
+        saved = read_places(places)
+        try:
+            write_places(places, candidates.row(rows[-1]))
+            expected = self.plain_logits()
+        finally:
+            write_places(places, saved)
+        size = max(1.0, float(expected.abs().max()))
+        if not torch.allclose(logits[-1].float(), expected.float(), rtol=0, atol=_CLOSE * size, equal_nan=True):
+            names = ", ".join(self.names[i] for i in key)
+            raise CannotBatch(f"the head does not treat rows one by one below {names}")
+        self.checked.add(key)
+
+    def moved(self, row: int | None) -> None:
+        """The tensor has moved to candidate `row` of those evaluated last, or elsewhere."""
+        if self.stale or row is None or row not in self._rows:
+            self.stale = True
+            return
+        position = list(self._rows).index(row)
+        for head, _ in zip(self.heads, self.micro_batches, strict=False):
+            head.moved(position)
+
+    def importance(self, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Importance of each entry of `parameter` for the logits of this step's rows (float32, flat)."""
+        name = self.names[id(parameter)]
+        if self.fisher == "gradient":
+            return gradient_scores(self, parameter)
+        return divergence_scores(self, parameter, name, generator)
+
+
+class StepEvaluation:
+    """`closure` and `evaluate` where the encoder runs in the step: features are made once, when the head's turn comes.
+
+    Args:
+        head: of the searched head parameters; `None` = every candidate runs the whole model.
+        whole: the objective of the step by forward passes of the whole model.
+        features: makes features and labels of the step's micro-batches.
+        all_in_head: nothing but the head is searched, so the encoder need not run for the present weights either.
+    """
+
+    def __init__(
+        self,
+        head: HeadEvaluation | None,
+        whole: Callable[[], torch.Tensor],
+        features: Callable[[], Sequence[tuple[torch.Tensor, torch.Tensor]]] | None,
+        all_in_head: bool,
+    ):
+        self.head, self.whole, self.features = head, whole, features
+        self.all_in_head = head is not None and all_in_head
+        self.fresh = self.in_head = False
+        if head is not None:
+            self.importance = self._importance
+
+    def closure(self) -> float:
+        """The objective at the present weights."""
+        if not self.all_in_head:
+            return float(self.whole())
+        self._load()
+        return self.head.closure()
+
+    def differentiable(self) -> torch.Tensor:
+        """The same as a tensor that gradients can be taken of."""
+        if not self.all_in_head:
+            return self.whole()
+        self._load()
+        return self.head.differentiable()
+
+    def __call__(self, places: list[Place], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
+        self.in_head = self.head is not None and all(id(place.parameter) in self.head.names for place in places)
+        if not self.in_head:
+            return Looped(self.whole)(places, candidates, rows)
+        self._load()
+        return self.head(places, candidates, rows)
+
+    def _load(self) -> None:
+        if not self.fresh:
+            self.head.load(self.features())
+            self.fresh = True
+
+    def moved(self, row: int | None) -> None:
+        """The tensor has moved to candidate `row` of those evaluated last, or elsewhere."""
+        if self.in_head:
+            self.head.moved(row)
+        else:
+            self.fresh = False
+
+    def _importance(self, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        if id(parameter) not in self.head.names:
+            raise InputError(
+                "search_selection=fisher is for tensors of the head, and the search has others; select at random, or "
+                "search the head"
+            )
+        self._load()
+        return self.head.importance(parameter, generator)

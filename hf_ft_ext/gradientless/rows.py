@@ -1,0 +1,106 @@
+"""Batches of features and labels, and batches that every process gets whole."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
+
+from hf_ft_ext.errors import InputError
+
+LABELS = "labels"
+
+
+class FeatureRows(Dataset):
+    """Rows of a feature table with their labels; a batch is fetched at once, without a collator.
+
+    Args:
+        features: `[rows, hidden]`, in memory or mapped.
+        labels: `[rows]`.
+    """
+
+    def __init__(self, features: torch.Tensor, labels: torch.Tensor):
+        self.features, self.labels = features, labels
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"features": self.features[i], LABELS: self.labels[i]}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        rows = torch.as_tensor(indices)
+        return {"features": self.features[rows], LABELS: self.labels[rows]}
+
+
+def labels_of(dataset: Any) -> torch.Tensor:
+    """Labels of every row.
+
+    Raises:
+        InputError: a row has none.
+    """
+    columns = getattr(dataset, "column_names", None)
+    name = next((name for name in ("labels", "label") if columns is None or name in columns), None)
+    try:
+        if columns is not None:
+            return torch.as_tensor(dataset.with_format(None)[name][:])
+        return torch.as_tensor([dataset[i].get("labels", dataset[i].get("label")) for i in range(len(dataset))])
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise InputError("the training data have no labels to compare candidates by; add a column `labels`") from error
+
+
+def in_order(trainer: Trainer, dataset: Any, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Collated batches of all rows in their order, on the model's device; every process gets them all."""
+    dataset, collate = _for_collator(trainer, dataset)
+    device = trainer.args.device
+    for start in range(0, len(dataset), batch_size):
+        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        yield {key: value.to(device) for key, value in collate(rows).items() if key != LABELS}
+
+
+def train_dataloader(trainer: Trainer, features: FeatureRows | None, whole_batches: bool) -> DataLoader:
+    """The training dataloader, in the order that `Trainer` draws.
+
+    Args:
+        features: rows to draw from; `None` = the training data themselves.
+        whole_batches: every process gets the rows of all of them, in the order that one process would see.
+    """
+    args, order = trainer.args, trainer._get_train_sampler(trainer.train_dataset)
+    if features is None:
+        dataset, collate = _for_collator(trainer, trainer.train_dataset)
+    else:
+        dataset, collate = features, _as_fetched
+    loader = DataLoader(
+        dataset,
+        batch_size=trainer._train_batch_size * (args.world_size if whole_batches else 1),
+        sampler=order,
+        collate_fn=collate,
+        drop_last=args.dataloader_drop_last,
+        num_workers=0 if features is not None else args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+    )
+    accelerator = trainer.accelerator
+    if not whole_batches:
+        return accelerator.prepare(loader)
+    return prepare_data_loader(
+        loader,
+        accelerator.device,
+        num_processes=1,
+        process_index=0,
+        put_on_device=True,
+        rng_types=list(accelerator.rng_types or ()),
+        use_seedable_sampler=accelerator.use_seedable_sampler,
+        data_seed=accelerator.dataloader_config.data_seed,
+    )
+
+
+def _for_collator(trainer: Trainer, dataset: Any) -> tuple[Any, Any]:
+    if hasattr(dataset, "column_names"):
+        return trainer._remove_unused_columns(dataset, description="training"), trainer.data_collator
+    return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+
+
+def _as_fetched(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return batch

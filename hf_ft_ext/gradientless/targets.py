@@ -1,0 +1,41 @@
+"""What is searched: names of parameters, from `search_target`."""
+
+import re
+
+from peft import PeftModel
+from torch import nn
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.features import head_parameters
+from hf_ft_ext.training.plan import fold_layer_numbers
+
+
+def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Parameter]:
+    """The searched parameters by name, in the model's order; shared ones once.
+
+    Args:
+        target: `head`, `all`, `trainable`, or a regular expression; `None` = the head, or what is trainable in a PEFT
+            model.
+
+    Raises:
+        InputError: there are none.
+    """
+    named = dict(model.named_parameters())
+    if target is None:
+        target = "trainable" if isinstance(model, PeftModel) else "head"
+    if target == "all":
+        found = named
+    elif target == "trainable":
+        found = {name: p for name, p in named.items() if p.requires_grad}
+    elif target == "head":
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        head = {id(p) for p in head_parameters(inner).values()} if hasattr(inner, "base_model_prefix") else set()
+        found = {name: p for name, p in named.items() if id(p) in head and (p.requires_grad or inner is model)}
+    else:
+        found = {name: p for name, p in named.items() if re.search(target, name)}
+    found = {name: p for name, p in found.items() if p.is_floating_point() and p.numel()}
+    if not found:
+        kinds = dict.fromkeys(fold_layer_numbers(name) for name in named)
+        shown = ", ".join(list(kinds)[-12:])
+        raise InputError(f"search_target={target!r} leaves nothing to search; parameters here: {shown}")
+    return found

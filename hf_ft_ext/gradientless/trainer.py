@@ -1,0 +1,291 @@
+"""`GradientlessTrainer`: a Trainer whose weights move by comparing losses."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from hf_ft_ext.feature_cache import cached_features, feature_bytes
+from hf_ft_ext.features import HeadReader, head_parameters
+from hf_ft_ext.gradientless.arguments import (
+    ADAM_BASELINE,
+    DIVERGENCE,
+    GradientlessTrainingArguments,
+)
+from hf_ft_ext.gradientless.build import build_optimizer, refuse_misfits
+from hf_ft_ext.gradientless.evaluation import HeadEvaluation, StepEvaluation
+from hf_ft_ext.gradientless.objective import LOSS, Objective, make_objective
+from hf_ft_ext.gradientless.parallel import CANDIDATES, SharedCandidates, SharedData
+from hf_ft_ext.gradientless.rows import FeatureRows, in_order, labels_of, train_dataloader
+from hf_ft_ext.gradientless.subspace import add_subspace
+from hf_ft_ext.gradientless.targets import searched_parameters
+from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.plan import TrainedWeight
+from hf_ft_ext.training.resources import preparation
+
+logger = logging.getLogger(__name__)
+
+
+class GradientlessTrainer(Trainer):
+    """`transformers.Trainer` that searches: no backward pass, no gradients, no moments.
+
+    Each optimizer step compares losses of the same batch under different weights, by `DirectSearch` or `SPSA`.
+    Dropout is off in the search. Where only the head is searched, the encoder runs once over the training data before
+    the first step (`feature_cache_gb`), and all candidates of a tensor are evaluated at once.
+
+    Args:
+        model, args, and all else: as for `Trainer`. Plain `TrainingArguments` are completed with the
+            defaults of `GradientlessTrainingArguments`.
+        objective: `objective(logits [rows, classes], labels [rows])` -> a number to minimise, in place of
+            `search_objective`; it needs no derivative. The logits are those of a whole optimizer step.
+
+    Raises:
+        InputError: nothing to search, or an option that this method cannot honour.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *positional,
+        objective: Objective | None = None,
+        **kwargs,
+    ):
+        args = GradientlessTrainingArguments.complete(args)
+        self.args, self.objective = args, objective
+        refuse_misfits(args, objective, kwargs)
+        if model is not None:
+            model = self._prepared(model)
+        super().__init__(model, args, *positional, **kwargs)
+        if self.optimizer is not None:  # passed by position
+            refuse_misfits(args, objective, {"optimizers": (self.optimizer, None)})
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        return self._prepared(super().call_model_init(trial))
+
+    def _prepared(self, model: nn.Module) -> nn.Module:
+        declare_mean_loss(model)
+        if self.args.search_peft is not None:
+            model = add_subspace(model, self.args.search_peft, self.args.search_peft_config, self.args.seed)
+        self._searched = list(searched_parameters(model, self.args.search_target))
+        self._reader: HeadReader | None = None
+        self._rows: FeatureRows | None = None
+        self._looked_for_features = False
+        return model
+
+    @property
+    def searched(self) -> dict[str, nn.Parameter]:
+        """The searched parameters by name."""
+        named = dict(self.model.named_parameters())
+        return {name: named[name] for name in self._searched}
+
+    # --- training ----------------------------------------------------------------------------------
+
+    def train(self, *positional, **kwargs):
+        try:
+            return super().train(*positional, **kwargs)
+        finally:
+            for parameter, trains in getattr(self, "_before", ()):
+                parameter.requires_grad_(trains)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The search over the searched parameters; every weight is frozen until `train` ends."""
+        if self.optimizer is None:
+            self._before = [(p, p.requires_grad) for p in self.model.parameters()]
+            self.model.requires_grad_(False)  # so that nothing keeps room for gradients, DDP's buckets least of all
+            self.optimizer = build_optimizer(self.args, self.model, self.searched)
+            self._micro_batches: list[dict[str, torch.Tensor]] = []
+            self._evaluation = self._make_evaluation()
+            self._share_work()
+        return self.optimizer
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        if not self.is_in_train:  # somebody wants to look at the data
+            return super().get_train_dataloader()
+        self._look_for_features()
+        whole = self.args.candidate_parallel == CANDIDATES and self.args.world_size > 1
+        if self._rows is None and not whole:
+            return super().get_train_dataloader()
+        return train_dataloader(self, self._rows, whole)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Keep the micro-batch; with the last one of a step, hand the step to the optimizer. Returns its loss."""
+        if self.model.training != self.args.search_dropout:
+            self.model.train(self.args.search_dropout)
+        self._micro_batches.append(self._prepare_inputs(inputs))
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        batches, self._micro_batches = self._micro_batches, []
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer.exchange, SharedData):
+            optimizer.exchange.weight = float(sum(_rows(batch) for batch in batches))
+        # Here, not in the loop's step(): there the batches are gone, and the loss is wanted before.
+        with self._scoring():
+            loss = optimizer.step_ahead(*self._closure_and_evaluation(batches))
+        return torch.tensor(loss, dtype=torch.float32, device=self.args.device)
+
+    def _closure_and_evaluation(self, batches: list[dict[str, torch.Tensor]]) -> tuple:
+        evaluation = self._evaluation
+        if self._rows is not None:
+            evaluation.load([(batch["features"], batch["labels"]) for batch in batches])
+            return evaluation.closure, evaluation
+        whole = self._whole_objective(batches)
+
+        def read() -> list[tuple[torch.Tensor, torch.Tensor]]:
+            return [(self._reader.features(batch), batch["labels"]) for batch in batches]
+
+        step = StepEvaluation(evaluation, whole, read, self._all_in_head())
+        return step.closure, step
+
+    @contextlib.contextmanager
+    def _scoring(self) -> Iterator[None]:
+        with torch.no_grad(), self.compute_loss_context_manager():
+            yield
+
+    def _whole_objective(self, batches: list[dict[str, torch.Tensor]]):
+        """The objective of these micro-batches by forward passes of the whole model."""
+        seed, objective = self.state.global_step + self.args.seed, self._objective_function()
+
+        def evaluate() -> torch.Tensor:
+            with _same_masks(seed) if self.args.search_dropout else contextlib.nullcontext():
+                if self._by_model_loss():
+                    rows = [_rows(batch) for batch in batches]
+                    losses = [self.compute_loss(self.model, dict(batch)) for batch in batches]
+                    return sum(loss * n for loss, n in zip(losses, rows, strict=True)) / sum(rows)
+                logits = [self.model(**{k: v for k, v in batch.items() if k != "labels"}).logits for batch in batches]
+                return objective(torch.cat(logits), torch.cat([batch["labels"] for batch in batches]))
+
+        return evaluate
+
+    def _by_model_loss(self) -> bool:
+        """Whether the loss is the model's own or the user's, which only `compute_loss` knows."""
+        own = type(self).compute_loss is not Trainer.compute_loss or self.compute_loss_func is not None
+        plain = type(self._inner()).__name__.endswith("ForSequenceClassification")
+        return self.objective is None and self.args.search_objective == LOSS and (own or not plain)
+
+    def _inner(self) -> nn.Module:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def _objective_function(self) -> Objective:
+        config = self._inner().config
+        smoothing = self.args.label_smoothing_factor
+        return self.objective or make_objective(
+            self.args.search_objective, config.problem_type, config.num_labels, smoothing
+        )
+
+    # --- features ----------------------------------------------------------------------------------
+
+    def _all_in_head(self) -> bool:
+        model = self.model
+        return hasattr(model, "base_model_prefix") and set(self._searched) <= set(head_parameters(model))
+
+    def _look_for_features(self) -> None:
+        """Find out how the head reads, and compute the features of the training data if they are kept."""
+        if self._looked_for_features or self.train_dataset is None:
+            return
+        self._looked_for_features = True
+        model, args = self.model, self.args
+        if args.search_dropout or self._by_model_loss() or isinstance(model, PeftModel):
+            return
+        if not hasattr(model, "base_model_prefix") or not set(self._searched) & set(head_parameters(model)):
+            return
+        if not hasattr(self.train_dataset, "__len__"):
+            logger.info("streamed training data: every candidate runs the whole model")
+            return
+        sample = min(16, len(self.train_dataset))
+        self._reader = HeadReader.find(model, next(in_order(self, self.train_dataset, sample)))
+        if self._reader is None:
+            logger.info("the head of %s reads more than one vector per row: candidates run the whole model",
+                        type(model).__name__)  # fmt: skip
+            return
+        if not self._all_in_head():
+            return
+        size = feature_bytes(self._reader, len(self.train_dataset)) / 1e9
+        if size > args.feature_cache_gb:
+            logger.info(
+                "features would take %.3g GB, more than feature_cache_gb=%g: the encoder runs in every step",
+                size,
+                args.feature_cache_gb,
+            )
+            return
+        with preparation(self), args.main_process_first(desc="features"), self._scoring():
+            features = cached_features(
+                self._reader,
+                self.train_dataset,
+                lambda: in_order(self, self.train_dataset, args.per_device_eval_batch_size),
+                args.feature_cache_dir,
+                args.disable_tqdm,
+            )
+        self._rows = FeatureRows(features, labels_of(self.train_dataset))
+
+    def _make_evaluation(self) -> HeadEvaluation | None:
+        self._look_for_features()
+        if self._reader is None:
+            return None
+        head = head_parameters(self.model)
+        names = {id(p): name for name, p in self.searched.items() if name in head}
+        return HeadEvaluation(self._reader, names, self._objective_function(), self.args.search_fisher or DIVERGENCE)
+
+    # --- processes ---------------------------------------------------------------------------------
+
+    def _share_work(self) -> None:
+        if self.args.world_size == 1:
+            return
+        accelerator = self.accelerator
+
+        def total(values: torch.Tensor) -> torch.Tensor:
+            return accelerator.reduce(values.to(accelerator.device), reduction="sum").cpu()
+
+        if self.args.candidate_parallel == CANDIDATES:
+            self.optimizer.exchange = SharedCandidates(total, self.args.process_index, self.args.world_size)
+        else:
+            self.optimizer.exchange = SharedData(total)
+
+    # --- what is said about it ---------------------------------------------------------------------
+
+    def trained_weights(self) -> list[TrainedWeight]:
+        """The searched tensors: no gradients; moments with `search_method=adam` only."""
+        moments = 2 if self.args.search_method == ADAM_BASELINE else 0
+        rows = []
+        for name, p in self.searched.items():
+            size = p.numel() * p.element_size()
+            rows.append(TrainedWeight(name, tuple(p.shape), p.numel(), size if moments else 0, moments * size))
+        return rows
+
+    @contextlib.contextmanager
+    def planning(self) -> Iterator[None]:
+        """Nothing is kept for a backward pass."""
+        with torch.no_grad():
+            yield
+
+    def log(self, logs: dict[str, float], *positional, **kwargs) -> None:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if "learning_rate" in logs and hasattr(optimizer, "evaluations"):
+            logs = {**logs, "evaluations": optimizer.evaluations, "rejected_candidates": optimizer.rejected}
+        super().log(logs, *positional, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        # transformers counts by tokens, which features have not
+        return 0 if self._rows is not None else super().floating_point_ops(inputs)
+
+    def _get_grad_norm(self, model, grad_norm=None) -> None:
+        return None
+
+
+def _rows(batch: dict[str, torch.Tensor]) -> int:
+    return len(next(iter(batch.values())))
+
+
+@contextlib.contextmanager
+def _same_masks(seed: int) -> Iterator[None]:
+    """Dropout draws the same masks in each use with one `seed`; the global random state is put back."""
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(seed)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(seed)
+        yield
