@@ -64,8 +64,9 @@ class HeadEvaluation:
         return self.objective(self.plain_logits(), self.labels)
 
     def _begin(self) -> torch.Tensor:
+        logits = [h.begin(f) for h, (f, _) in zip(self.heads, self.micro_batches, strict=False)]
         self.stale = False
-        return torch.cat([h.begin(f) for h, (f, _) in zip(self.heads, self.micro_batches, strict=False)])
+        return torch.cat(logits)
 
     def __call__(self, places: list[Place], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
         key = tuple(id(place.parameter) for place in places)

@@ -41,6 +41,17 @@ def make_objective(name: str, problem_type: str | None, num_labels: int, smoothi
     return one_minus
 
 
+def of_the_user(function: Callable[[torch.Tensor, torch.Tensor], float]) -> Objective:
+    """`function` of logits `[rows, classes]` and labels, for any number of candidates' logits at once."""
+
+    def objective(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if logits.ndim == 2:
+            return torch.as_tensor(function(logits, labels))
+        return torch.tensor([float(function(one, labels)) for one in logits], dtype=torch.float64)
+
+    return objective
+
+
 def classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None, smoothing: float = 0.0
 ) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Perturbing weights where they are used: the stored weights are never touched, no second model exists."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -27,11 +28,14 @@ class PerturbedUse:
     def __init__(self, module: nn.Module, parameters: Sequence[torch.Tensor]):
         number = {id(parameter): i for i, parameter in enumerate(parameters)}
         self.owners = []
-        for owner in module.modules():
-            names = {name: number[id(p)] for name, p in owner._parameters.items() if id(p) in number}
+        for name, holder in module.named_modules():
+            names = {key: number[id(p)] for key, p in holder._parameters.items() if id(p) in number}
             if names:
-                self.owners.append((owner, names))
-        found = {i for _, names in self.owners for i in names.values()}
+                # containers have no forward: their parameters are read in that of the module around them
+                inside = isinstance(holder, nn.ParameterDict | nn.ParameterList)
+                user = module.get_submodule(name.rpartition(".")[0]) if inside else holder
+                self.owners.append((user, holder, names))
+        found = {i for *_, names in self.owners for i in names.values()}
         self.missing = sorted(set(number.values()) - found)
         self.unseen = set(range(len(parameters)))
 
@@ -40,24 +44,26 @@ class PerturbedUse:
         """Within, forwards see `perturbation(parameter, number)` in place of each parameter."""
         handles, stored = [], {}
 
-        def enter(owner: nn.Module, names: dict[str, int]) -> None:
-            if id(owner) in stored:  # called again from within its own forward
+        def enter(holder: nn.Module, names: dict[str, int]) -> None:
+            if id(holder) in stored:  # called again from within its own forward
                 return
-            stored[id(owner)] = {name: owner._parameters[name] for name in names}
+            stored[id(holder)] = {name: holder._parameters[name] for name in names}
             for name, number in names.items():
-                owner._parameters[name] = perturbation(stored[id(owner)][name], number)
+                holder._parameters[name] = perturbation(stored[id(holder)][name], number)
             self.unseen.difference_update(names.values())
 
-        def leave(owner: nn.Module) -> None:
-            owner._parameters.update(stored.pop(id(owner), {}))
+        def leave(holder: nn.Module) -> None:
+            holder._parameters.update(stored.pop(id(holder), {}))
 
-        for owner, names in self.owners:
-            handles.append(owner.register_forward_pre_hook(lambda module, _, names=names: enter(module, names)))
-            handles.append(owner.register_forward_hook(lambda module, *_: leave(module), always_call=True))
+        for user, holder, names in self.owners:
+            before = functools.partial(lambda holder, names, *_: enter(holder, names), holder, names)
+            after = functools.partial(lambda holder, *_: leave(holder), holder)
+            handles.append(user.register_forward_pre_hook(before))
+            handles.append(user.register_forward_hook(after, always_call=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for owner, _ in self.owners:
-                leave(owner)
+            for _, holder, _ in self.owners:
+                leave(holder)

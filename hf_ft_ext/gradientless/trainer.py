@@ -1,6 +1,7 @@
 """`GradientlessTrainer`: a Trainer whose weights move by comparing losses."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +20,7 @@ from hf_ft_ext.gradientless.arguments import (
 )
 from hf_ft_ext.gradientless.build import build_optimizer, refuse_misfits
 from hf_ft_ext.gradientless.evaluation import HeadEvaluation, StepEvaluation
-from hf_ft_ext.gradientless.objective import LOSS, Objective, make_objective
+from hf_ft_ext.gradientless.objective import LOSS, Objective, make_objective, of_the_user
 from hf_ft_ext.gradientless.parallel import CANDIDATES, SharedCandidates, SharedData
 from hf_ft_ext.gradientless.rows import FeatureRows, in_order, labels_of, train_dataloader
 from hf_ft_ext.gradientless.subspace import add_subspace
@@ -97,12 +98,17 @@ class GradientlessTrainer(Trainer):
         """The search over the searched parameters; every weight is frozen until `train` ends."""
         if self.optimizer is None:
             self._before = [(p, p.requires_grad) for p in self.model.parameters()]
-            self.model.requires_grad_(False)  # so that nothing keeps room for gradients, DDP's buckets least of all
+            self.model.requires_grad_(False)  # so that nothing keeps room for gradients
             self.optimizer = build_optimizer(self.args, self.model, self.searched)
             self._micro_batches: list[dict[str, torch.Tensor]] = []
             self._evaluation = self._make_evaluation()
             self._share_work()
         return self.optimizer
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # Without gradients there is nothing for DistributedDataParallel to do but to keep buckets for them.
+        self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         if not self.is_in_train:  # somebody wants to look at the data
@@ -172,11 +178,10 @@ class GradientlessTrainer(Trainer):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def _objective_function(self) -> Objective:
-        config = self._inner().config
-        smoothing = self.args.label_smoothing_factor
-        return self.objective or make_objective(
-            self.args.search_objective, config.problem_type, config.num_labels, smoothing
-        )
+        if self.objective is not None:
+            return of_the_user(self.objective)
+        config, smoothing = self._inner().config, self.args.label_smoothing_factor
+        return make_objective(self.args.search_objective, config.problem_type, config.num_labels, smoothing)
 
     # --- features ----------------------------------------------------------------------------------
 

@@ -1,0 +1,112 @@
+"""All candidates at once give what each alone gives, for the heads of many families."""
+
+import pytest
+import torch
+from heads import READABLE, family, padded_batch, reader_of
+
+from hf_ft_ext.gradientless import batched, evaluation
+from hf_ft_ext.gradientless.direct_search import DirectSearch, Looped
+from hf_ft_ext.gradientless.evaluation import HeadEvaluation
+from hf_ft_ext.gradientless.objective import make_objective
+
+LABELS = torch.tensor([0, 1, 1, 0, 1, 0])
+
+
+def evaluation_of(model, micro_batches=1):
+    reader = reader_of(model)
+    names = {id(p): name for name, p in reader.head_parameters().items()}
+    scoring = HeadEvaluation(reader, names, make_objective("loss", "single_label_classification", 2))
+    features = reader.features(padded_batch())
+    parts = zip(features.chunk(micro_batches), LABELS.chunk(micro_batches), strict=True)
+    scoring.load(list(parts))
+    return scoring
+
+
+@pytest.mark.parametrize("model_type", READABLE)
+def test_the_head_alone_gives_the_logits_of_the_model(model_type):
+    model = family(model_type)
+    reader = reader_of(model)
+    other = padded_batch(rows=9, seed=3)
+    expected = model(**other).logits
+    torch.testing.assert_close(reader.logits(reader.features(other)), expected, rtol=1e-5, atol=1e-6)
+    single = {key: value[:1] for key, value in other.items()}
+    torch.testing.assert_close(reader.logits(reader.features(single)), expected[:1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("model_type", READABLE)
+@pytest.mark.parametrize(
+    ("settings", "micro_batches"), [({}, 1), ({}, 3), ({"options": "2x2"}, 1), ({"pool": True}, 1)]
+)
+def test_batched_search_takes_the_decisions_of_one_by_one(model_type, settings, micro_batches):
+    results = []
+    for looped in (False, True):
+        model = family(model_type).double()
+        scoring = evaluation_of(model, micro_batches)
+        optimizer = DirectSearch(
+            scoring.reader.head_parameters().values(), lr=0.1, sampling_size=40, weight_decay=0.01, **settings
+        )
+
+        def alone(scoring=scoring):
+            return scoring.objective(scoring.plain_logits(), scoring.labels)
+
+        losses = []
+        for _ in range(6):
+            scoring.stale = True
+            losses.append(optimizer.step(scoring.closure, Looped(alone) if looped else scoring))
+        assert not scoring.looped
+        results.append((losses, [p.detach().clone() for p in model.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
+    for a, b in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert results[0][0][-1] < results[0][0][0]
+
+
+def test_the_passes_leave_the_head_as_it_was():
+    model = family("bert")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scoring = evaluation_of(model)
+    optimizer = DirectSearch(scoring.reader.head_parameters().values(), lr=0.0, sampling_size=40)
+    for _ in range(3):
+        optimizer.step(scoring.closure, scoring)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "forward" not in model.classifier.__dict__ and "forward" not in model.bert.pooler.dense.__dict__
+    assert not model.classifier._forward_hooks
+
+
+def test_small_memory_splits_the_candidates(monkeypatch):
+    losses = []
+    for limit in (2**22, 500):
+        monkeypatch.setattr(batched, "_ROWS", limit)
+        scoring = evaluation_of(family("roberta"))
+        optimizer = DirectSearch(scoring.reader.head_parameters().values(), lr=0.1, sampling_size=40)
+        losses.append([optimizer.step(scoring.closure, scoring) for _ in range(5)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_head_that_mixes_rows_is_evaluated_one_by_one(caplog):
+    model = family("distilbert")
+    model.dropout.forward = lambda x: x - x.mean(0)  # a batch statistic
+    caplog.set_level("INFO", logger="hf_ft_ext")
+    scoring = evaluation_of(family("distilbert"))
+    scoring.reader.model.dropout.forward = model.dropout.forward
+    parameters = scoring.reader.head_parameters()
+    optimizer = DirectSearch([parameters["pre_classifier.weight"]], lr=0.1, sampling_size=40)
+    first = optimizer.step(scoring.closure, scoring)
+    assert (
+        "candidates are evaluated one by one: the head does not treat rows one by one below pre_class" in caplog.text
+    )
+    for _ in range(5):
+        last = optimizer.step(scoring.closure, scoring)
+    assert last < first
+
+
+def test_a_head_that_calls_a_module_twice_is_evaluated_one_by_one(monkeypatch):
+    scoring = evaluation_of(family("bert"))
+    monkeypatch.setattr(evaluation.BatchedHead, "begin", _refuse)
+    optimizer = DirectSearch(scoring.reader.head_parameters().values(), lr=0.1, sampling_size=40)
+    losses = [optimizer.step(scoring.closure, scoring) for _ in range(6)]
+    assert losses[-1] < losses[0] and len(scoring.looped) == 4
+
+
+def _refuse(self, features):
+    raise batched.CannotBatch("a module of the head runs twice")

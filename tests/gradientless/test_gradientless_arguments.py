@@ -1,0 +1,165 @@
+"""What cannot work is refused before anything is searched, in one line that says what to do."""
+
+import pytest
+import torch
+from heads import make
+from tiny import tiny_model
+from torch import nn
+
+import run_glue
+from hf_ft_ext import GradientlessTrainer, GradientlessTrainingArguments, InputError, LoraTrainingArguments
+from hf_ft_ext.gradientless.options import parse_options
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"search_method": "cma"}, "search_method='cma' is unknown; choose from: gld, spsa, adam"),
+        ({"search_candidates": 0}, "search_candidates=0 leaves nothing to compare; pass 1 or more"),
+        ({"search_sampling_size": 0}, "search_sampling_size=0 leaves nothing to search; pass 1 or more"),
+        ({"search_sampling_steps": 0}, "search_sampling_steps=0 leaves nothing"),
+        ({"search_options": "3*2"}, "options '3\\*2' are not of the form 'none', '1x1' or '3x2'"),
+        ({"search_selection": "best"}, "search_selection='best' is unknown"),
+        ({"search_selection": "all", "search_sampling_size": 5}, "search_selection=all takes every entry; leave"),
+        ({"search_fisher": "gradient"}, "search_fisher=gradient needs search_selection=fisher"),
+        ({"search_objective": "recall"}, "search_objective='recall' is unknown; choose from: loss, accuracy, f1"),
+        ({"search_target": "("}, r"search_target='\(' is no regular expression"),
+        ({"search_eps": 0.1}, "search_eps=0.1 is about search_method=spsa, not gld; leave one of them out"),
+        ({"search_method": "spsa", "search_pool": True}, "search_pool=True is about search_method=gld, not spsa"),
+        ({"search_method": "spsa", "search_momentum": 0.5}, "search_momentum=0.5 needs search_update=momentum"),
+        ({"adam_beta1": 0.5}, "adam_beta1=0.5 needs search_update=adam"),
+        ({"search_peft_config": {"r": 1}}, "search_peft_config needs search_peft; name a peft method"),
+        ({"search_method": "adam", "search_objective": "f1"}, "search_method=adam needs the loss's derivative"),
+        ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 clips gradients, and a search has none; leave it out or pass 0"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing saves memory of a backward pass"),
+        ({"optim": "adafactor"}, "optim='adafactor' needs gradients; leave it out: search_method says"),
+        ({"fp16": True}, "fp16 scales gradients, and a search has none; use bf16"),
+        ({"torch_compile": True}, "torch_compile does not see weights that change"),
+        ({"learning_rate": -1.0}, "learning_rate=-1.0 is below 0"),
+        ({"weight_decay": -1.0}, "weight_decay=-1.0 is below 0"),
+        ({"feature_cache_gb": -1.0}, "feature_cache_gb=-1.0 is below 0"),
+        ({"candidate_parallel": "both"}, "candidate_parallel='both' is unknown; choose from: data, candidates"),
+        ({"max_evaluations_per_step": 0}, "max_evaluations_per_step=0 leaves nothing"),
+        ({"fsdp": "full_shard"}, "a search needs whole weights on every process; run it without fsdp and deepspeed"),
+    ],
+)
+def test_bad_arguments(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        GradientlessTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **options)
+
+
+def test_rates_have_defaults_of_their_own(tmp_path):
+    def rate(method):
+        args = GradientlessTrainingArguments(str(tmp_path), search_method=method, use_cpu=True, report_to="none")
+        return args.learning_rate
+
+    assert [rate(method) for method in ("gld", "spsa", "adam")] == [5e-3, 1e-6, 1e-3]
+    assert (parse_options("3x2"), parse_options((1, 1)), parse_options("none")) == ((3, 2), (1, 1), None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"search_target": "nothing"},
+            r"search_target='nothing' leaves nothing to search; parameters here: .*classif",
+        ),
+        ({"search_options": "5x6"}, r"would need 375,0\d\d evaluations, more than max_evaluations_per_step=10,000"),
+        ({"search_candidates": 5, "max_evaluations_per_step": 20}, "would need 29 evaluations, more than max_eval"),
+        ({"search_method": "spsa", "search_directions": 9, "max_evaluations_per_step": 17}, "would need 18 eval"),
+        (
+            {"search_selection": "fisher", "search_target": r"output\.dense\.weight"},
+            "fisher is for tensors of the head",
+        ),
+        ({"search_peft": "loda"}, "search_peft='loda' is no method of peft; choose from: .*lora"),
+        ({"search_peft": "lora", "search_peft_config": {"rank": 1}}, "does not work: .*unexpected keyword"),
+        ({"search_peft": "lora", "search_peft_config": "{r"}, "is no JSON"),
+    ],
+)
+def test_what_the_model_does_not_fit_is_refused(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        make(tmp_path, **options).train()
+
+
+def test_other_refusals(tmp_path):
+    model = tiny_model()
+    args = GradientlessTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    optimizers = (torch.optim.SGD(model.parameters()), None)
+    with pytest.raises(InputError, match="makes its own optimizer"):
+        GradientlessTrainer(model, args, optimizers=optimizers)
+    with pytest.raises(InputError, match="makes its own optimizer"):
+        GradientlessTrainer(model, args, None, None, None, None, None, None, None, None, optimizers)
+    with pytest.raises(InputError, match="LoraTrainingArguments, which belongs to another method"):
+        GradientlessTrainer(model, LoraTrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    with pytest.raises(InputError, match="objective and search_objective=f1 were both passed"):
+        make(tmp_path, objective=lambda logits, labels: 0.0, search_objective="f1")
+    with pytest.raises(InputError, match="search_objective=f1 is for two classes, but the model has 3; use matthews"):
+        make(tmp_path, tiny_model(num_labels=3), search_objective="f1").train()
+    regression = tiny_model(num_labels=1, problem_type="regression")
+    with pytest.raises(InputError, match="search_objective=accuracy is for classes, but this task is regression"):
+        make(tmp_path, regression, search_objective="accuracy").train()
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
+    model = tiny_model()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.bias[0] = float("nan")
+    trainer = make(tmp_path, model)
+    with pytest.raises(InputError, match="the loss at the present weights is nan in step 1; look for bad rows"):
+        trainer.train()
+
+
+def test_candidates_that_are_not_finite_are_counted(tmp_path):
+    trainer = make(tmp_path, learning_rate=1e38, logging_steps=1, max_steps=2)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert logs[-1]["rejected_candidates"] > 0
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_sampling_size_larger_than_every_tensor_warns(tmp_path, caplog):
+    make(tmp_path, search_sampling_size=5000, max_steps=1).train()
+    assert "sampling_size=5000 is more than the 1024 entries of the largest tensor" in caplog.text
+
+
+def test_two_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(GradientlessTrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(InputError, match="one process with 2 GPUs would copy the model in every evaluation"):
+        make(tmp_path)
+
+
+def test_metrics_of_parts_of_a_batch_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(GradientlessTrainingArguments, "world_size", property(lambda self: 2))
+    for options in ({"search_objective": "f1"}, {"objective": lambda logits, labels: 0.0}):
+        with pytest.raises(InputError, match="no mean over its parts.*pass --candidate_parallel candidates"):
+            make(tmp_path, **options)
+
+
+def test_labels_are_needed(tmp_path):
+    from tiny import tiny_dataset
+
+    with pytest.raises(InputError, match="the training data have no labels to compare candidates by"):
+        make(tmp_path, dataset=tiny_dataset(16).remove_columns("labels")).train()
+
+
+def test_a_module_without_a_base_model_needs_a_target(tmp_path):
+    with pytest.raises(InputError, match="search_target='head' leaves nothing to search"):
+        GradientlessTrainer(
+            nn.Linear(2, 2), GradientlessTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+        )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optim", "adamw_torch"], "optim='adamw_torch' needs gradients; leave it out"),
+        (["--max_grad_norm", "0.5"], "max_grad_norm=0.5 clips gradients"),
+        (["--search_candidates", "0"], "search_candidates=0 leaves nothing"),
+        (["--search_method", "gldd"], "search_method cannot be 'gldd'; did you mean 'gld'"),
+    ],
+)
+def test_the_launcher_says_so_in_one_line(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    assert run_glue.main(["--method", "gradientless", *words, "--use_cpu"]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error

@@ -1,0 +1,293 @@
+"""GradientlessTrainer: what moves, what is saved, and that splits, processes and resumes change nothing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from heads import FAMILIES, changed, family, make, weights
+from peft import PeftModel
+from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
+
+from hf_ft_ext import GradientlessTrainer, GradientlessTrainingArguments
+from hf_ft_ext.features import head_parameters
+from hf_ft_ext.training.plan import trained_weights, training_plan
+
+INPUTS = {"input_ids": torch.arange(5, 25).view(2, 10)}
+METHODS = {
+    "gld": {},
+    "none": {"search_options": "none"},
+    "trees": {"search_options": "2x2", "weight_decay": 1e-4, "search_antithetic": True},
+    "pool": {"search_pool": True, "search_sampling_size": 100},
+    "spsa": {"search_method": "spsa", "search_directions": 2, "learning_rate": 0.01},
+    "spsa-adam": {"search_method": "spsa", "search_update": "adam", "learning_rate": 0.01},
+    "adam": {"search_method": "adam", "learning_rate": 0.01},
+}
+
+
+WHOLE = {"per_device_train_batch_size": 32}  # all rows in each step: no noise from step to step
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(**INPUTS).logits
+
+
+@pytest.mark.parametrize("model_type", [*CONFIGS, *FAMILIES])
+def test_searches_the_head_and_saves_the_plain_model(tmp_path, model_type):
+    trainer = make(tmp_path, family(model_type))
+    before = weights(trainer)
+    trainer.train()
+    assert trainer._rows is not None  # the encoder ran once
+    head = set(head_parameters(trainer.model))
+    assert changed(trainer, before) <= head and len(changed(trainer, before)) >= len(head) - 1
+    trainer.save_model()
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded), logits(trainer.model))
+    assert not torch.equal(logits(loaded), logits(family(model_type)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_learns(tmp_path, method):
+    options = {"max_steps": 40, **WHOLE, "learning_rate": 0.3, **METHODS[method]}
+    options["learning_rate"] = {"spsa": 0.1, "spsa-adam": 0.1}.get(method, options["learning_rate"])
+    trainer = make(tmp_path, **options)
+    first = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < first - 0.005
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_run_equals_the_unbroken_one(tmp_path, method):
+    options = {"save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": 2, **METHODS[method]}
+    unbroken = make(tmp_path / "a", **options)
+    unbroken.train()
+    resumed = make(tmp_path / "b", tiny_model(seed=5), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    for name, value in weights(resumed).items():
+        if name in resumed._searched:
+            assert torch.equal(value, weights(unbroken)[name]), name
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_equals_one_large_batch(tmp_path, method):
+    runs = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        trainer = make(tmp_path, tiny_model().double(), logging_steps=1, **options, **METHODS[method])
+        before = weights(trainer)
+        trainer.train()
+        assert changed(trainer, before)
+        runs.append((weights(trainer), [log["loss"] for log in trainer.state.log_history if "loss" in log]))
+    for name, value in runs[0][0].items():
+        torch.testing.assert_close(value, runs[1][0][name], rtol=1e-6, atol=1e-8)
+    assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["gld", "trees", "spsa"])
+@pytest.mark.parametrize("other", [{"feature_cache_gb": 0.0}, {"whole": True}])
+def test_features_in_each_step_and_whole_models_take_the_same_decisions(tmp_path, method, other, monkeypatch):
+    results = []
+    for settings in ({}, dict(other)):
+        if settings.pop("whole", False):
+            monkeypatch.setattr("hf_ft_ext.gradientless.trainer.HeadReader.find", lambda model, batch: None)
+        trainer = make(tmp_path, tiny_model().double(), max_steps=6, **METHODS[method], **settings)
+        trainer.train()
+        assert (trainer._rows is None) == bool(results)
+        results.append(weights(trainer))
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-6, atol=1e-8)
+
+
+def test_encoder_tensors_are_searched_by_name(tmp_path):
+    target = r"layer\.1\.output\.dense\.weight|classifier\.weight"
+    trainer = make(tmp_path, search_target=target, learning_rate=0.1)
+    before = weights(trainer)
+    trainer.train()
+    assert trainer._rows is None and trainer._evaluation is not None
+    assert changed(trainer, before) == {"bert.encoder.layer.1.output.dense.weight", "classifier.weight"}
+
+
+def test_all_weights_are_searched_by_spsa_and_come_back_trainable(tmp_path):
+    trainer = make(tmp_path, search_target="all", **METHODS["spsa"])
+    before = weights(trainer)
+    trainer.train()
+    still = set(before) - changed(trainer, before)
+    assert not still
+    assert all(p.requires_grad and p.grad is None for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+@pytest.mark.parametrize("method", ["gld", "spsa"])
+def test_a_peft_subspace_is_saved_as_an_adapter(tmp_path, kind, method):
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    trainer = make(tmp_path / "out", base, search_peft=kind, **METHODS[method])
+    before = weights(trainer)
+    trainer.train()
+    moved = changed(trainer, before)
+    assert moved and moved <= set(trainer._searched)
+    assert any(kind in name for name in moved) and any("classifier.modules_to_save" in name for name in moved)
+    trainer.save_model()
+    fresh = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(trainer.model), rtol=0, atol=0)
+    assert not torch.allclose(
+        logits(loaded), logits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"))
+    )
+
+
+@pytest.mark.parametrize("objective", ["accuracy", "f1", "matthews"])
+def test_metrics_are_objectives(tmp_path, objective):
+    trainer = make(tmp_path, search_objective=objective, max_steps=40, learning_rate=1.0, logging_steps=1, **WHOLE)
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    assert all(0 <= loss <= 2 for loss in losses) and losses[-1] < losses[0]
+
+
+def test_a_function_of_the_user_is_the_objective(tmp_path):
+    seen = []
+
+    def margin(logits, labels):
+        seen.append((tuple(logits.shape), tuple(labels.shape)))
+        return float((logits[..., 0] - logits[..., 1]).mean())
+
+    trainer = make(tmp_path, objective=margin, gradient_accumulation_steps=2, max_steps=20, learning_rate=0.3)
+    trainer.train()
+    assert set(seen) == {((16, 2), (16,))}
+    assert (logits(trainer.model)[:, 1] > logits(trainer.model)[:, 0]).all()
+
+
+def test_dropout_draws_one_mask_for_all_candidates_of_a_step(tmp_path):
+    trainer = make(tmp_path, search_dropout=True, max_steps=3, search_selection="all", search_options="none")
+    losses = []
+
+    def watch(optimizer, closure, evaluate=None):
+        losses.append([float(closure()) for _ in range(3)])
+        return original(closure, evaluate)
+
+    trainer.create_optimizer()
+    original = trainer.optimizer.step_ahead
+    trainer.optimizer.step_ahead = lambda closure, evaluate=None: watch(trainer.optimizer, closure, evaluate)
+    state = torch.get_rng_state()
+    trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
+    assert trainer.model.training and len(set(losses[0])) == 1
+    quiet = float(trainer._whole_objective([trainer.data_collator([trainer.train_dataset[0]])])())
+    trainer.state.global_step = 1
+    assert quiet != float(trainer._whole_objective([trainer.data_collator([trainer.train_dataset[0]])])())
+    del state
+
+
+def test_bf16_and_regression_and_streams_and_plain_datasets(tmp_path):
+    trainer = make(tmp_path, bf16=True)
+    before = weights(trainer)
+    trainer.train()
+    assert changed(trainer, before)
+    model = tiny_model(num_labels=1, problem_type="regression")
+    trainer = make(tmp_path, model, tiny_dataset(32, regression=True), num_train_epochs=6)
+    first = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < first
+    trainer = make(tmp_path, dataset=tiny_dataset(32).to_iterable_dataset(), max_steps=2)
+    trainer.train()
+    assert trainer._rows is None and trainer.state.global_step == 2
+    trainer = make(tmp_path, dataset=list(tiny_dataset(32)))
+    trainer.train()
+    assert trainer._rows is not None
+
+
+def test_a_loss_of_the_user_runs_the_whole_model(tmp_path):
+    calls = []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        calls.append(len(labels))
+        return torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+    args = GradientlessTrainingArguments(
+        str(tmp_path), max_steps=2, use_cpu=True, report_to="none", save_strategy="no"
+    )
+    trainer = GradientlessTrainer(
+        tiny_model(), args, train_dataset=tiny_dataset(16), processing_class=tiny_tokenizer(), compute_loss_func=loss
+    )
+    trainer.train()
+    assert len(calls) == trainer.optimizer.optimizer.evaluations and trainer._rows is None
+
+
+def test_features_of_an_earlier_run_are_used_again(tmp_path, caplog):
+    caplog.set_level("INFO", logger="hf_ft_ext")
+    make(tmp_path).train()
+    assert "features of 32 rows: kept in" in caplog.text
+    make(tmp_path, seed=1).train()
+    assert "features of 32 rows: taken from" in caplog.text
+
+
+def test_features_that_are_too_large_are_made_in_each_step(tmp_path, caplog):
+    caplog.set_level("INFO", logger="hf_ft_ext")
+    trainer = make(tmp_path, feature_cache_gb=1e-6)
+    trainer.train()
+    assert "features would take 4.1e-06 GB, more than feature_cache_gb=1e-06: the encoder runs in every" in caplog.text
+    assert trainer._rows is None and not (tmp_path / "features").exists()
+
+
+def test_the_schedule_drives_the_radius_and_evaluations_are_logged(tmp_path):
+    schedule = {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 1.0, "lr_end": 0.005}}
+    trainer = make(tmp_path, logging_steps=1, **schedule)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert [log["learning_rate"] for log in logs] == pytest.approx([0.05 - 0.045 * i / 8 for i in range(8)])
+    assert [log["evaluations"] for log in logs] == [25 * (i + 1) for i in range(8)]
+    assert "grad_norm" not in logs[0] and logs[0]["rejected_candidates"] == 0
+
+
+def test_best_model_is_loaded_at_the_end(tmp_path):
+    trainer = make(tmp_path, save_strategy="epoch", eval_strategy="epoch", load_best_model_at_end=True)
+    trainer.train()
+    best = min(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-6)
+
+
+def test_model_init_gives_each_run_its_own_model(tmp_path):
+    args = GradientlessTrainingArguments(
+        str(tmp_path), max_steps=4, use_cpu=True, report_to="none", save_strategy="no", learning_rate=0.1,
+        feature_cache_dir=str(tmp_path / "features"),
+    )  # fmt: skip
+    trainer = GradientlessTrainer(
+        args=args, model_init=lambda: tiny_model(), train_dataset=tiny_dataset(16), processing_class=tiny_tokenizer()
+    )
+    trainer.train()
+    first = weights(trainer)
+    trainer.train()
+    assert not changed(trainer, first)
+
+
+def test_plain_arguments_are_completed(tmp_path, caplog):
+    caplog.set_level("INFO", logger="hf_ft_ext")
+    plain = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = GradientlessTrainer(tiny_model(), plain, data_collator=DataCollatorWithPadding(tiny_tokenizer()))
+    assert (trainer.args.learning_rate, trainer.args.max_grad_norm) == (5e-3, 0.0)
+    assert "learning_rate" in caplog.text and "max_grad_norm=0.0" in caplog.text
+
+
+def test_the_plan_counts_no_gradients(tmp_path):
+    trainer = make(tmp_path)
+    plan = training_plan(trainer)
+    assert plan.trainable == sum(p.numel() for p in head_parameters(trainer.model).values())
+    assert plan.memory["gradients"] == plan.memory["optimizer state"] == plan.memory["activations"] == 0
+    assert plan.steps == 8 and not (tmp_path / "features").exists()
+    assert [row.name for row in trained_weights(trainer)] == trainer._searched
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["data", "candidates"])
+def test_two_processes_take_the_decisions_of_one(tmp_path, mode):
+    root = Path(__file__).resolve().parents[2]
+    script = Path(__file__).with_name("gradientless_ranks.py")
+    words = [sys.executable, str(script), str(tmp_path), mode]
+    launched = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *words[1:]]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests", script.parent)))}
+    for command in (words, launched):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
