@@ -1,5 +1,6 @@
 """Arguments of `--method gradientless`."""
 
+import json
 import re
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
@@ -167,6 +168,11 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
     def __post_init__(self):
         if self.learning_rate is None:
             self.learning_rate = _RATES.get(self.search_method, 0.0)
+        if isinstance(self.search_peft_config, str):
+            try:
+                self.search_peft_config = json.loads(self.search_peft_config)
+            except ValueError as error:
+                raise InputError(f"search_peft_config={self.search_peft_config!r} is no JSON: {error}") from None
         super().__post_init__()
         self._check_values()
         self._check_together()

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import HeadReader
 from hf_ft_ext.gradientless.batched import BatchedHead, CannotBatch, chunks
 from hf_ft_ext.gradientless.candidates import Candidates, Place, read_places, write_places
@@ -183,10 +182,5 @@ class StepEvaluation:
             self.fresh = False
 
     def _importance(self, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        if id(parameter) not in self.head.names:
-            raise InputError(
-                "search_selection=fisher is for tensors of the head, and the search has others; select at random, or "
-                "search the head"
-            )
         self._load()
         return self.head.importance(parameter, generator)

@@ -1,7 +1,5 @@
 """Searching a small subspace: the parameters of a peft method, and the head."""
 
-import json
-
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, TaskType, get_peft_model
 from transformers import PreTrainedModel
 
@@ -11,7 +9,7 @@ from hf_ft_ext.models import seeded_init
 _DEFAULT_TARGETS = {"distilbert": ["q_lin", "v_lin"]}  # query and value, which peft's table lacks
 
 
-def add_subspace(model: PreTrainedModel, kind: str, settings: dict | str | None, seed: int) -> PeftModel:
+def add_subspace(model: PreTrainedModel, kind: str, settings: dict | None, seed: int) -> PeftModel:
     """Wrap a sequence classifier with a peft method, drawn from `seed`.
 
     Saved models are standard adapters, the head included.
@@ -28,10 +26,7 @@ def add_subspace(model: PreTrainedModel, kind: str, settings: dict | str | None,
         raise InputError(f"search_peft={kind!r} is no method of peft; choose from: {', '.join(sorted(known))}")
     if isinstance(model, PeftModel):
         raise InputError("the model carries PEFT adapters already; leave search_peft out, or pass the base model")
-    try:
-        settings = json.loads(settings) if isinstance(settings, str) else dict(settings or {})
-    except ValueError as error:
-        raise InputError(f"search_peft_config={settings!r} is no JSON: {error}") from error
+    settings = dict(settings or {})
     prefix = model.base_model_prefix
     heads = [n for n, child in model.named_children() if n != prefix and any(True for _ in child.parameters())]
     if getattr(getattr(model, prefix, None), "pooler", None) is not None:

@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_cache import cached_features, feature_bytes
 from hf_ft_ext.features import HeadReader, head_parameters
 from hf_ft_ext.gradientless.arguments import (
@@ -23,6 +24,7 @@ from hf_ft_ext.gradientless.evaluation import HeadEvaluation, StepEvaluation
 from hf_ft_ext.gradientless.objective import LOSS, Objective, make_objective, of_the_user
 from hf_ft_ext.gradientless.parallel import CANDIDATES, SharedCandidates, SharedData
 from hf_ft_ext.gradientless.rows import FeatureRows, in_order, labels_of, train_dataloader
+from hf_ft_ext.gradientless.selection import FISHER
 from hf_ft_ext.gradientless.subspace import add_subspace
 from hf_ft_ext.gradientless.targets import searched_parameters
 from hf_ft_ext.training.loss_scale import declare_mean_loss
@@ -230,6 +232,11 @@ class GradientlessTrainer(Trainer):
 
     def _make_evaluation(self) -> HeadEvaluation | None:
         self._look_for_features()
+        if self.args.search_selection == FISHER and (self._reader is None or not self._all_in_head()):
+            raise InputError(
+                "search_selection=fisher is for tensors of a head that reads one vector per row, and this search is "
+                "not of that kind; select at random"
+            )
         if self._reader is None:
             return None
         head = head_parameters(self.model)
