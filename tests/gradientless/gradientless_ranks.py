@@ -1,4 +1,4 @@
-"""Run by `test_gradientless_trainer.py`, first alone, then on two processes, which have to end where one did."""
+"""Run by `test_gradientless_trainer.py` on two processes, which have to end where one did (`one_process`)."""
 
 import os
 import sys
@@ -15,29 +15,30 @@ SETTINGS = {
     "encoder": {"search_target": r"layer\.1\.output\.dense|classifier", "learning_rate": 0.1},
 }
 
+
+def trained(folder: Path, name: str, mode: str, world: int):
+    """A trainer after six steps of eight rows over all processes."""
+    settings = {"candidate_parallel": mode, "per_device_train_batch_size": 8 // world, **SETTINGS[name]}
+    trainer = make(folder, tiny_model().double(), max_steps=6, **settings)
+    trainer.train()
+    return trainer
+
+
+def one_process(folder: Path) -> None:
+    """Leave the weights of a single process for each search."""
+    for name in SETTINGS:
+        torch.save(trained(folder, name, "data", 1).model.state_dict(), folder / f"{name}.pt")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, mode = Path(sys.argv[1]), sys.argv[2]
-    for name, settings in SETTINGS.items():
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        trainer = make(
-            folder,
-            tiny_model().double(),
-            max_steps=6,
-            candidate_parallel=mode,
-            per_device_train_batch_size=8 // world,
-            **settings,
-        )
-        trainer.train()
-        if mode == "candidates" and world == 2:
-            crossed = trainer.optimizer.optimizer.exchange
-            assert (crossed.rank, crossed.world) == (trainer.args.process_index, 2)
-        state = {key: value.detach() for key, value in trainer.model.state_dict().items()}
-        file = folder / f"{name}.pt"
-        if world == 1:
-            torch.save(state, file)
-            continue
-        for key, value in torch.load(file, weights_only=True).items():
-            torch.testing.assert_close(
-                state[key], value, rtol=1e-6, atol=1e-8, msg=lambda m, k=key, n=name: f"{n} {k} {m}"
-            )
+    folder = Path(sys.argv[1])
+    assert os.environ["WORLD_SIZE"] == "2"
+    for name in SETTINGS:
+        for mode in ("data", "candidates"):
+            trainer = trained(folder, name, mode, 2)
+            shares = trainer.optimizer.optimizer.exchange.mine(8)
+            assert len(shares) == (8 if mode == "data" else 4)
+            state = trainer.model.state_dict()
+            for key, value in torch.load(folder / f"{name}.pt", weights_only=True).items():
+                torch.testing.assert_close(state[key], value, rtol=1e-6, atol=1e-8, msg=f"{mode} {name}: {key}")
