@@ -1,0 +1,161 @@
+"""Accuracy against seconds on a real task: direct search, its extensions, SPSA and Adam on the same head.
+
+The encoder runs once over training and validation data (their features are kept as in training); then each variant
+trains the head from the same start. Seconds are those of the steps alone. What a variant is, is one row of `VARIANTS`.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+from hf_ft_ext import SPSA, DirectSearch, demo_encoder
+from hf_ft_ext.arguments import DataArguments
+from hf_ft_ext.data.loading import load_data
+from hf_ft_ext.data.preprocess import tokenize
+from hf_ft_ext.feature_cache import cached_features
+from hf_ft_ext.features import HeadReader
+from hf_ft_ext.gradientless.adam import HeadAdam
+from hf_ft_ext.gradientless.evaluation import HeadEvaluation
+from hf_ft_ext.gradientless.objective import make_objective
+from hf_ft_ext.models import seeded_init
+
+_GLD = {"lr": 7.5e-3, "weight_decay": 0.05, "options": "1x1", "sampling_size": "2h"}
+# name -> (optimizer, its settings, batch, share of the rate at the end)
+VARIANTS = {
+    "gld-plain": (DirectSearch, {**_GLD, "lr": 5e-3, "weight_decay": 0.0}, 64, 1.0),
+    "gld-preferred": (DirectSearch, _GLD, 64, 0.1),
+    "gld-preferred-256": (DirectSearch, _GLD, 256, 0.1),
+    "gld-none": (DirectSearch, {**_GLD, "options": None}, 64, 0.1),
+    "gld-3x2": (DirectSearch, {**_GLD, "options": "3x2"}, 64, 0.1),
+    "gld-antithetic": (DirectSearch, {**_GLD, "options": None, "antithetic": True, "num_candidates": 6}, 64, 0.1),
+    "gld-pool": (DirectSearch, {**_GLD, "options": None, "pool": True}, 64, 0.1),
+    "gld-none-1024": (DirectSearch, {**_GLD, "options": None, "weight_decay": 0.0}, 1024, 0.1),
+    "gld-none-1024-r2": (DirectSearch, {**_GLD, "options": None, "weight_decay": 0.0, "lr": 2e-2}, 1024, 0.1),
+    "gld-anti-1024": (
+        DirectSearch,
+        {**_GLD, "options": None, "weight_decay": 0.0, "antithetic": True, "num_candidates": 10, "lr": 2e-2},
+        1024,
+        0.1,
+    ),
+    "gld-all-1024": (
+        DirectSearch,
+        {**_GLD, "options": None, "weight_decay": 0.0, "selection": "all", "sampling_size": None},
+        1024,
+        0.1,
+    ),
+    "spsa": (SPSA, {"lr": 1e-3, "num_directions": 4}, 64, 0.1),
+    "spsa-1024": (SPSA, {"lr": 5e-3, "num_directions": 4}, 1024, 0.1),
+    "adam": (HeadAdam, {"lr": 1e-4}, 64, 0.1),
+    "adam-256": (HeadAdam, {"lr": 1e-4}, 256, 0.1),
+}
+
+
+def add_curve_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", help="--curve: data set folder or Hub id")
+    parser.add_argument("--task", default="sst2")
+    parser.add_argument("--model", help="--curve: none = the demo encoder")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--seconds", type=float, help="--curve: end each run after so much time instead of --steps")
+    parser.add_argument("--points", type=int, default=20, help="--curve: evaluations per run")
+    parser.add_argument("--max_rows", type=int, help="--curve: training rows")
+
+
+def load(args: argparse.Namespace):
+    """The reader, and features and labels of both splits."""
+    name = args.model or demo_encoder()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    data_args = DataArguments(task_name=args.task, dataset_name=args.data, max_train_samples=args.max_rows)
+    data_args.max_seq_length = 64
+    data = tokenize(load_data(data_args), tokenizer, data_args)
+    with seeded_init(0):
+        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(data.label_names)).eval()
+    collate, splits = DataCollatorWithPadding(tokenizer), []
+    reader = None
+    for rows in (data.train, next(iter(data.validation.values()))):
+        inputs = rows.remove_columns("labels")
+        loader = DataLoader(inputs, batch_size=64, collate_fn=collate)
+        reader = reader or HeadReader.find(model, dict(next(iter(loader))))
+        features = cached_features(reader, rows, lambda loader=loader: map(dict, loader))
+        splits.append((torch.as_tensor(features[:]), torch.as_tensor(rows["labels"][:])))
+    return reader, splits
+
+
+def run(name: str, seed: int, reader: HeadReader, splits, args: argparse.Namespace) -> list[dict]:
+    """One run: points of steps, seconds, loss and accuracy on the validation split."""
+    optimizer_class, settings, batch, last = VARIANTS[name]
+    (features, labels), (held_out, truth) = splits
+    head = reader.head_parameters()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in head.values():  # the start of a fresh classifier, as transformers draws it
+        parameter.requires_grad_(False)
+        if parameter.ndim > 1:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * reader.model.config.initializer_range)
+        else:
+            parameter.zero_()
+    settings = dict(settings)
+    if settings.get("sampling_size") == "2h":
+        settings["sampling_size"] = 2 * reader.hidden
+    extra = {"module": reader.model} if optimizer_class is SPSA else {}
+    optimizer = optimizer_class(list(head.values()), seed=seed, **extra, **settings)
+    scoring = HeadEvaluation(
+        reader, {id(p): n for n, p in head.items()}, make_objective("loss", None, reader.model.config.num_labels)
+    )
+    rate, seconds, points, step = settings["lr"], 0.0, [], 0
+    order = iter(())
+    while True:
+        share = seconds / args.seconds if args.seconds else step / args.steps
+        if share >= len(points) / args.points or share >= 1:
+            with torch.no_grad():
+                logits = reader.logits(held_out)
+            accuracy = float((logits.argmax(-1) == truth).float().mean())
+            loss = float(torch.nn.functional.cross_entropy(logits, truth))
+            points.append({"step": step, "seconds": round(seconds, 3), "accuracy": accuracy, "loss": loss})
+            if share >= 1:
+                return points
+        start = time.perf_counter()
+        rows = next(order, None)
+        if rows is None or len(rows) < batch:
+            order = iter(torch.randperm(len(features), generator=generator).split(batch))
+            rows = next(order)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 - min(share, 1) * (1 - last))
+        scoring.load([(features[rows], labels[rows])])
+        optimizer.step(scoring.closure, scoring)
+        seconds += time.perf_counter() - start
+        step += 1
+
+
+def curve(args: argparse.Namespace) -> str:
+    """All variants and seeds; the points go to `--output` (JSON), the ends are returned as a table."""
+    reader, splits = load(args)
+    results: dict[str, dict[int, list[dict]]] = {}
+    path = Path(args.output) if args.output else None
+    if path and path.exists():  # an interrupted study continues
+        results = {name: {int(s): p for s, p in runs.items()} for name, runs in json.loads(path.read_text()).items()}
+    for seed in args.seeds:
+        for name in args.variants or VARIANTS:
+            if seed in results.get(name, {}):
+                continue
+            points = run(name, seed, reader, splits, args)
+            results.setdefault(name, {})[seed] = points
+            print(f"{name}, seed {seed}: {points[-1]}", flush=True)
+            if path:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(results))
+    lines = ["| variant | accuracy at the end | best | seconds | ms a step |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name, runs in results.items():
+        last = [points[-1] for points in runs.values()]
+        ends = [point["accuracy"] for point in last]
+        error = f" ± {statistics.stdev(ends):.4f}" if len(ends) > 1 else ""
+        best = statistics.mean(max(point["accuracy"] for point in points) for points in runs.values())
+        seconds = statistics.mean(point["seconds"] for point in last)
+        each = 1e3 * seconds / max(1, math.floor(statistics.mean(point["step"] for point in last)))
+        lines.append(f"| {name} | {statistics.mean(ends):.4f}{error} | {best:.4f} | {seconds:.1f} | {each:.2f} |")
+    return "\n".join(lines)
