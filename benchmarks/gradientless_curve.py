@@ -27,6 +27,7 @@ from hf_ft_ext.gradientless.objective import make_objective
 from hf_ft_ext.models import seeded_init
 
 _GLD = {"lr": 7.5e-3, "weight_decay": 0.05, "options": "1x1", "sampling_size": "2h"}
+_FREE = {**_GLD, "options": None, "weight_decay": 0.0}
 # name -> (optimizer, its settings, batch, share of the rate at the end)
 VARIANTS = {
     "gld-plain": (DirectSearch, {**_GLD, "lr": 5e-3, "weight_decay": 0.0}, 64, 1.0),
@@ -36,20 +37,9 @@ VARIANTS = {
     "gld-3x2": (DirectSearch, {**_GLD, "options": "3x2"}, 64, 0.1),
     "gld-antithetic": (DirectSearch, {**_GLD, "options": None, "antithetic": True, "num_candidates": 6}, 64, 0.1),
     "gld-pool": (DirectSearch, {**_GLD, "options": None, "pool": True}, 64, 0.1),
-    "gld-none-1024": (DirectSearch, {**_GLD, "options": None, "weight_decay": 0.0}, 1024, 0.1),
-    "gld-none-1024-r2": (DirectSearch, {**_GLD, "options": None, "weight_decay": 0.0, "lr": 2e-2}, 1024, 0.1),
-    "gld-anti-1024": (
-        DirectSearch,
-        {**_GLD, "options": None, "weight_decay": 0.0, "antithetic": True, "num_candidates": 10, "lr": 2e-2},
-        1024,
-        0.1,
-    ),
-    "gld-all-1024": (
-        DirectSearch,
-        {**_GLD, "options": None, "weight_decay": 0.0, "selection": "all", "sampling_size": None},
-        1024,
-        0.1,
-    ),
+    "gld-1024": (DirectSearch, {**_FREE, "lr": 2e-2}, 1024, 0.1),
+    "gld-1024-pairs": (DirectSearch, {**_FREE, "lr": 3e-2, "num_candidates": 2, "antithetic": True}, 1024, 0.1),
+    "gld-512-few": (DirectSearch, {**_FREE, "lr": 4e-2, "sampling_size": 256}, 512, 0.1),
     "spsa": (SPSA, {"lr": 1e-3, "num_directions": 4}, 64, 0.1),
     "spsa-1024": (SPSA, {"lr": 5e-3, "num_directions": 4}, 1024, 0.1),
     "adam": (HeadAdam, {"lr": 1e-4}, 64, 0.1),
