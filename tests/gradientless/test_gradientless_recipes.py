@@ -46,9 +46,8 @@ def test_the_thesis_is_complete(folder):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_recipes_parse_as_they_are_and_with_their_override(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    lines = [
-        line.partition("run_glue.py")[2].split() for line in recipe.read_text().splitlines() if "run_glue" in line
-    ]
+    commands = [line for line in recipe.read_text().splitlines() if "run_glue" in line]
+    lines = [shlex.split(line.partition("run_glue.py")[2]) for line in commands]
     assert len(lines) == 2 and "--output_dir" in lines[1]
     for words in lines:
         run_args, _, data_args, args = parse_arguments([str(recipe), *words[1:]])
