@@ -1,5 +1,6 @@
 """Every experiment of the thesis has a recipe, for its model and, shortened, for the demo encoder."""
 
+import shlex
 from pathlib import Path
 
 import pytest
