@@ -176,6 +176,7 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
         super().__post_init__()
         self._check_values()
         self._check_together()
+        self._refuse_gradients()
 
     def _check_values(self) -> None:
         for name, known in (
@@ -233,6 +234,9 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
             raise InputError(
                 "search_method=adam needs the loss's derivative with dropout off; leave the objective out"
             )
+
+    def _refuse_gradients(self) -> None:
+        """What is about gradients is an error, not silence."""
         if self.max_grad_norm:
             raise InputError(
                 f"max_grad_norm={self.max_grad_norm} clips gradients, and a search has none; leave it out or pass 0"

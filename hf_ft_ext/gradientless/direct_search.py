@@ -1,6 +1,5 @@
 """`DirectSearch`: gradientless descent (GLD), plain or with options."""
 
-import logging
 import math
 from collections.abc import Callable
 
@@ -9,11 +8,9 @@ import torch
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.base import Closure, GradientFreeOptimizer
 from hf_ft_ext.gradientless.candidates import Candidates, Place, read_places, write_places
-from hf_ft_ext.gradientless.options import parse_options
-from hf_ft_ext.gradientless.selection import ALL, RANDOM, SELECTIONS
+from hf_ft_ext.gradientless.groups import check_group, evaluations, warn_of_sampling_size
+from hf_ft_ext.gradientless.selection import RANDOM
 from hf_ft_ext.gradientless.site import Site
-
-logger = logging.getLogger(__name__)
 
 Evaluate = Callable[[list[Place], Candidates, range], torch.Tensor]
 DEFAULT_BUDGET = 10_000
@@ -90,10 +87,10 @@ class DirectSearch(GradientFreeOptimizer):
         super().__init__(params, defaults, seed)
         self.sites: list[Site] = []
         for group in self.param_groups:
-            _check_group(group)
+            check_group(group)
             members = [group["params"]] if group["pool"] else [[p] for p in group["params"]]
             self.sites += [Site(parameters, group) for parameters in members]
-            _cut_sampling_size(group, max(site.total for site in self.sites[-len(members) :]))
+            warn_of_sampling_size(group, max(site.total for site in self.sites[-len(members) :]))
         if (needed := self.evaluations_per_step()) > max_evaluations:
             raise InputError(
                 f"a step would need {needed:,} evaluations, more than max_evaluations_per_step={max_evaluations:,}; "
@@ -102,7 +99,7 @@ class DirectSearch(GradientFreeOptimizer):
 
     def evaluations_per_step(self) -> int:
         """Losses that one step evaluates at most, over all tensors."""
-        return 1 + sum(_evaluations(site.group) for site in self.sites)
+        return 1 + sum(evaluations(site.group) for site in self.sites)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None, evaluate: Evaluate | None = None) -> float | None:
@@ -230,41 +227,3 @@ class Looped:
 def _tell(evaluate: Evaluate, row: int | None) -> None:
     if hasattr(evaluate, "moved"):
         evaluate.moved(row)
-
-
-def _evaluations(group: dict) -> int:
-    options, k = parse_options(group["options"]), group["num_candidates"]
-    return k if options is None else options[0] ** options[1] * (k + 1) + 1
-
-
-def _check_group(group: dict) -> None:
-    if group["num_candidates"] < 1:
-        raise InputError(f"num_candidates={group['num_candidates']} leaves nothing to compare; pass 1 or more")
-    if group["sampling_size"] is not None and group["sampling_size"] < 1:
-        raise InputError(f"sampling_size={group['sampling_size']} leaves nothing to search; pass 1 or more")
-    if group["sampling_steps"] < 1:
-        raise InputError(f"sampling_steps={group['sampling_steps']} is no number of steps; pass 1 or more")
-    if group["selection"] not in SELECTIONS:
-        raise InputError(f"selection={group['selection']!r} is unknown; choose from: {', '.join(SELECTIONS)}")
-    for name in ("lr", "weight_decay"):
-        if not group[name] >= 0:
-            raise InputError(f"{name}={group[name]} is below 0; pass 0 or more")
-    if group["selection"] == ALL and group["sampling_size"] is not None:
-        raise InputError(f"selection 'all' takes every entry; leave sampling_size={group['sampling_size']} out")
-    options = parse_options(group["options"])
-    if options is not None and options[0] > group["num_candidates"] + 1:
-        raise InputError(
-            f"options {options[0]}x{options[1]} keep {options[0]} changes of the {group['num_candidates'] + 1} that "
-            "are scored; take fewer options or more candidates"
-        )
-    if group["selection"] != ALL and group["sampling_size"] is None and group["selection"] != RANDOM:
-        raise InputError(f"selection {group['selection']!r} needs a sampling_size; pass one, or select 'all'")
-
-
-def _cut_sampling_size(group: dict, largest: int) -> None:
-    if group["sampling_size"] is not None and group["sampling_size"] > largest:
-        logger.warning(
-            "sampling_size=%d is more than the %d entries of the largest tensor: all entries are searched",
-            group["sampling_size"],
-            largest,
-        )

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.feature_cache import cached_features, feature_bytes
 from hf_ft_ext.features import HeadReader, head_parameters
 from hf_ft_ext.gradientless.arguments import (
     ADAM_BASELINE,
@@ -21,15 +20,15 @@ from hf_ft_ext.gradientless.arguments import (
 )
 from hf_ft_ext.gradientless.build import build_optimizer, refuse_misfits
 from hf_ft_ext.gradientless.evaluation import HeadEvaluation, StepEvaluation
+from hf_ft_ext.gradientless.frozen import feature_rows, find_reader
 from hf_ft_ext.gradientless.objective import LOSS, Objective, make_objective, of_the_user
 from hf_ft_ext.gradientless.parallel import CANDIDATES, SharedCandidates, SharedData
-from hf_ft_ext.gradientless.rows import FeatureRows, in_order, labels_of, train_dataloader
+from hf_ft_ext.gradientless.rows import FeatureRows, train_dataloader
 from hf_ft_ext.gradientless.selection import FISHER
 from hf_ft_ext.gradientless.subspace import add_subspace
 from hf_ft_ext.gradientless.targets import searched_parameters
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
-from hf_ft_ext.training.resources import preparation
 
 logger = logging.getLogger(__name__)
 
@@ -192,43 +191,17 @@ class GradientlessTrainer(Trainer):
         return hasattr(model, "base_model_prefix") and set(self._searched) <= set(head_parameters(model))
 
     def _look_for_features(self) -> None:
-        """Find out how the head reads, and compute the features of the training data if they are kept."""
         if self._looked_for_features or self.train_dataset is None:
             return
         self._looked_for_features = True
-        model, args = self.model, self.args
-        if args.search_dropout or self._by_model_loss() or isinstance(model, PeftModel):
+        if self.args.search_dropout or self._by_model_loss() or isinstance(self.model, PeftModel):
             return
-        if not hasattr(model, "base_model_prefix") or not set(self._searched) & set(head_parameters(model)):
+        if not hasattr(self.model, "base_model_prefix") or not set(self._searched) & set(head_parameters(self.model)):
             return
-        if not hasattr(self.train_dataset, "__len__"):
-            logger.info("streamed training data: every candidate runs the whole model")
-            return
-        sample = min(16, len(self.train_dataset))
-        self._reader = HeadReader.find(model, next(in_order(self, self.train_dataset, sample)))
-        if self._reader is None:
-            logger.info("the head of %s reads more than one vector per row: candidates run the whole model",
-                        type(model).__name__)  # fmt: skip
-            return
-        if not self._all_in_head():
-            return
-        size = feature_bytes(self._reader, len(self.train_dataset)) / 1e9
-        if size > args.feature_cache_gb:
-            logger.info(
-                "features would take %.3g GB, more than feature_cache_gb=%g: the encoder runs in every step",
-                size,
-                args.feature_cache_gb,
-            )
-            return
-        with preparation(self), args.main_process_first(desc="features"), self._scoring():
-            features = cached_features(
-                self._reader,
-                self.train_dataset,
-                lambda: in_order(self, self.train_dataset, args.per_device_eval_batch_size),
-                args.feature_cache_dir,
-                args.disable_tqdm,
-            )
-        self._rows = FeatureRows(features, labels_of(self.train_dataset))
+        self._reader = find_reader(self)
+        if self._reader is not None and self._all_in_head():
+            with self._scoring():
+                self._rows = feature_rows(self, self._reader)
 
     def _make_evaluation(self) -> HeadEvaluation | None:
         self._look_for_features()

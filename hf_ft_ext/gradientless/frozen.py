@@ -1,0 +1,56 @@
+"""A frozen encoder runs once: how the head reads it, and the features of the training data."""
+
+import logging
+
+from transformers import Trainer
+
+from hf_ft_ext.feature_cache import cached_features, feature_bytes
+from hf_ft_ext.features import HeadReader
+from hf_ft_ext.gradientless.rows import FeatureRows, in_order, labels_of
+from hf_ft_ext.training.resources import preparation
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE = 16  # rows by which the way of reading is found
+
+
+def find_reader(trainer: Trainer) -> HeadReader | None:
+    """How the head of `trainer.model` reads; `None` (and a message) if candidates have to run the whole model."""
+    if not hasattr(trainer.train_dataset, "__len__"):
+        logger.info("streamed training data: every candidate runs the whole model")
+        return None
+    rows = min(_SAMPLE, len(trainer.train_dataset))
+    reader = HeadReader.find(trainer.model, next(in_order(trainer, trainer.train_dataset, rows)))
+    if reader is None:
+        name = type(trainer.model).__name__
+        logger.info("the head of %s reads more than one vector per row: candidates run the whole model", name)
+    return reader
+
+
+def feature_rows(trainer: Trainer, reader: HeadReader) -> FeatureRows | None:
+    """Features and labels of the training data; `None` (and a message) if they exceed `feature_cache_gb`.
+
+    The first process of a machine computes them, the others wait and read its file.
+
+    Raises:
+        InputError: the cache cannot be read or written, or a row has no label.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    size = feature_bytes(reader, len(dataset)) / 1e9
+    if size > args.feature_cache_gb:
+        logger.info(
+            "features would take %.3g GB, more than feature_cache_gb=%g: the encoder runs in every step",
+            size,
+            args.feature_cache_gb,
+        )
+        return None
+    labels = labels_of(dataset)
+    with preparation(trainer), args.main_process_first(desc="features"):
+        features = cached_features(
+            reader,
+            dataset,
+            lambda: in_order(trainer, dataset, args.per_device_eval_batch_size),
+            args.feature_cache_dir,
+            args.disable_tqdm or not args.should_log,
+        )
+    return FeatureRows(features, labels)
