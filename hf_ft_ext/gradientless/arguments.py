@@ -5,11 +5,10 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from transformers.training_args import OptimizerNames
-
 from hf_ft_ext.arguments import MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.direct_search import DEFAULT_BUDGET
+from hf_ft_ext.gradientless.no_gradients import refuse_gradients
 from hf_ft_ext.gradientless.objective import LOSS, OBJECTIVES
 from hf_ft_ext.gradientless.options import parse_options
 from hf_ft_ext.gradientless.parallel import DATA, MODES
@@ -176,7 +175,7 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
         super().__post_init__()
         self._check_values()
         self._check_together()
-        self._refuse_gradients()
+        refuse_gradients(self)
 
     def _check_values(self) -> None:
         for name, known in (
@@ -234,30 +233,6 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
             raise InputError(
                 "search_method=adam needs the loss's derivative with dropout off; leave the objective out"
             )
-
-    def _refuse_gradients(self) -> None:
-        """What is about gradients is an error, not silence."""
-        if self.max_grad_norm:
-            raise InputError(
-                f"max_grad_norm={self.max_grad_norm} clips gradients, and a search has none; leave it out or pass 0"
-            )
-        if self.gradient_checkpointing:
-            raise InputError(
-                "gradient_checkpointing saves memory of a backward pass, and a search has none; leave it out"
-            )
-        if self.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
-            raise InputError(
-                f"optim={self.optim.value!r} needs gradients; leave it out: search_method says how weights move"
-            )
-        if self.fp16:
-            raise InputError(
-                "fp16 scales gradients, and a search has none; use bf16, or load the model in float16 (its weights do "
-                "not drift)"
-            )
-        if self.fsdp or self.deepspeed:
-            raise InputError("a search needs whole weights on every process; run it without fsdp and deepspeed")
-        if self.torch_compile:
-            raise InputError("torch_compile does not see weights that change between evaluations; leave it out")
 
     def check_given(self, given: dict) -> None:
         if "optim" in given:

@@ -2,8 +2,7 @@
 
 import contextlib
 import functools
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,10 +26,9 @@ from hf_ft_ext.gradientless.rows import FeatureRows, train_dataloader
 from hf_ft_ext.gradientless.selection import FISHER
 from hf_ft_ext.gradientless.subspace import add_subspace
 from hf_ft_ext.gradientless.targets import searched_parameters
+from hf_ft_ext.gradientless.whole import model_loss, objective_of_logits, rows_of, with_same_masks
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
-
-logger = logging.getLogger(__name__)
 
 
 class GradientlessTrainer(Trainer):
@@ -130,7 +128,7 @@ class GradientlessTrainer(Trainer):
         batches, self._micro_batches = self._micro_batches, []
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(optimizer.exchange, SharedData):
-            optimizer.exchange.weight = float(sum(_rows(batch) for batch in batches))
+            optimizer.exchange.weight = float(sum(rows_of(batch) for batch in batches))
         # Here, not in the loop's step(): there the batches are gone, and the loss is wanted before.
         with self._scoring():
             loss = optimizer.step_ahead(*self._closure_and_evaluation(batches))
@@ -154,20 +152,13 @@ class GradientlessTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             yield
 
-    def _whole_objective(self, batches: list[dict[str, torch.Tensor]]):
-        """The objective of these micro-batches by forward passes of the whole model."""
-        seed, objective = self.state.global_step + self.args.seed, self._objective_function()
-
-        def evaluate() -> torch.Tensor:
-            with _same_masks(seed) if self.args.search_dropout else contextlib.nullcontext():
-                if self._by_model_loss():
-                    rows = [_rows(batch) for batch in batches]
-                    losses = [self.compute_loss(self.model, dict(batch)) for batch in batches]
-                    return sum(loss * n for loss, n in zip(losses, rows, strict=True)) / sum(rows)
-                logits = [self.model(**{k: v for k, v in batch.items() if k != "labels"}).logits for batch in batches]
-                return objective(torch.cat(logits), torch.cat([batch["labels"] for batch in batches]))
-
-        return evaluate
+    def _whole_objective(self, batches: list[dict[str, torch.Tensor]]) -> Callable[[], torch.Tensor]:
+        if self._by_model_loss():
+            evaluate = model_loss(lambda batch: self.compute_loss(self.model, dict(batch)), batches)
+        else:
+            evaluate = objective_of_logits(self.model, self._objective_function(), batches)
+        seed = self.state.global_step + self.args.seed
+        return with_same_masks(evaluate, seed) if self.args.search_dropout else evaluate
 
     def _by_model_loss(self) -> bool:
         """Whether the loss is the model's own or the user's, which only `compute_loss` knows."""
@@ -260,17 +251,3 @@ class GradientlessTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None) -> None:
         return None
-
-
-def _rows(batch: dict[str, torch.Tensor]) -> int:
-    return len(next(iter(batch.values())))
-
-
-@contextlib.contextmanager
-def _same_masks(seed: int) -> Iterator[None]:
-    """Dropout draws the same masks in each use with one `seed`; the global random state is put back."""
-    with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(seed)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed_all(seed)
-        yield
