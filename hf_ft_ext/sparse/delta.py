@@ -2,8 +2,8 @@
 
 `sparse_delta.safetensors` holds the changes of the chosen entries, where they lie (rows, columns, the columns of `V`
 and `U`; once for all layers that share them, and anew for each refresh of the basis), and every other parameter that
-trained. Dynamic support has none: after some hundred steps it has been at a quarter of all entries. The delta belongs to
-the very weights that training started from: their hash is in its metadata, and other weights are refused.
+trained. Dynamic support has none: after some hundred steps it has been at a quarter of all entries. The delta belongs
+to the very weights that training started from: their hash is in its metadata, and other weights are refused.
 """
 
 import hashlib
