@@ -6,8 +6,10 @@ from sparse_trainer import INPUTS, make
 from test_families import build, inputs
 from tiny import tiny_model
 
-from hf_ft_ext import InputError, load_delta, save_delta
+from hf_ft_ext import InputError, load_delta, merge_sparse, save_delta
+from hf_ft_ext.sparse.basis import Basis
 from hf_ft_ext.sparse.delta import DELTA_FILE
+from hf_ft_ext.sparse.difference import differences
 from hf_ft_ext.training.files import tensor_hash
 
 MODES = [
@@ -15,6 +17,9 @@ MODES = [
     {"sparse_support": "structured", "sparse_basis": "none", "sparse_train_rest": "LayerNorm"},
     {"sparse_support": "static"},
     {"sparse_support": "structured", "sparse_basis_refresh_steps": 3},
+    {"sparse_support": "dynamic", "sparse_train_rest": "head"},
+    {"sparse_support": "dynamic", "sparse_basis": "none"},
+    {"sparse_support": "dynamic", "sparse_basis_refresh_steps": 3},
 ]
 
 
@@ -35,7 +40,7 @@ def test_applied_to_its_base_it_gives_the_trained_model(tmp_path, mode, resumed)
     if resumed:
         trainer = make(tmp_path, save_strategy="epoch", num_train_epochs=3, **mode)
         trainer.train(resume_from_checkpoint=True)
-    size = save_delta(trainer.model, tmp_path / "delta")
+    size = save_delta(trainer.model, tmp_path / "delta", base=tiny_model())
     assert size == (tmp_path / "delta" / DELTA_FILE).stat().st_size
     loaded = load_delta(tiny_model(), tmp_path / "delta").eval()
     for name, value in trainer.model.state_dict().items():
@@ -110,10 +115,68 @@ def test_damaged_and_missing_files(trained, tmp_path):
         load_delta(tiny_model(), tmp_path)
 
 
-def test_dynamic_support_has_no_delta(tmp_path):
-    trainer = make(tmp_path)
-    with pytest.raises(InputError, match="needs a fixed support that has been chosen"):
+def test_dynamic_support_needs_its_base(tmp_path):
+    trainer = make(tmp_path, sparse_train_rest="head")
+    trainer.train()
+    with pytest.raises(InputError, match="pass base=, the plain model that training started from"):
         save_delta(trainer.model, tmp_path)
+    other = tiny_model()
+    with torch.no_grad():
+        other.bert.embeddings.LayerNorm.weight[0] += 1
+    with pytest.raises(InputError, match=r"other weights than training started from \(bert.embeddings.LayerNorm"):
+        save_delta(trainer.model, tmp_path, base=other)
+    with pytest.raises(InputError, match="no plain model of the trained one's architecture"):
+        save_delta(trainer.model, tmp_path, base=tiny_model("distilbert"))
+    assert not (tmp_path / DELTA_FILE).exists()
+
+
+def test_a_given_base_is_checked_with_fixed_support_too(trained, tmp_path):
+    model, _ = trained
+    other = tiny_model()
+    with torch.no_grad():
+        other.bert.encoder.layer[0].output.dense.weight[0, 0] += 1
+    with pytest.raises(InputError, match=r"other weights than training started from \(bert.encoder.layer.0.output"):
+        save_delta(model, tmp_path, base=other)
+
+
+def test_a_support_that_is_not_chosen_yet_and_a_merged_model_have_no_delta(tmp_path):
+    trainer = make(tmp_path, sparse_support="structured")
+    for model in (trainer.model, tiny_model()):
+        with pytest.raises(InputError, match="needs converted layers and a support that has been chosen"):
+            save_delta(model, tmp_path)
+
+
+def test_difference_keeps_what_changed_and_drops_rounding():
+    torch.manual_seed(0)
+    basis = Basis(*(torch.linalg.qr(torch.randn(n, n))[0] for n in (48, 32)))
+    pairs = {}
+    for name in "abcd":
+        base, change = torch.randn(48, 32) * 0.05, torch.zeros(48, 32)
+        change.view(-1)[torch.randperm(48 * 32)[:90]] = 1e-3
+        pairs[name] = (base.clone(), base)
+        for _ in range(5):
+            pairs[name][0].add_(basis.out_factor @ (change / 5) @ basis.in_factor.T)
+    chosen, found = differences(pairs, basis)
+    assert chosen is basis  # 4 x 90 entries and the factors take less than 4 x 1,536 changes
+    for name, (weight, base) in pairs.items():
+        assert 90 <= found[name].values.numel() < 100  # a rounding may exceed the bound
+        rebuilt = base.clone()
+        found[name].add_to(rebuilt, chosen)
+        torch.testing.assert_close(rebuilt, weight, rtol=0, atol=5e-7)
+    everywhere, plain = differences({"a": (base + 1e-3 * torch.randn(48, 32), base)}, basis)
+    assert everywhere.identity and plain["a"].values.numel() > 1500
+
+
+def test_half_precision_is_rounded_once(tmp_path):
+    trainer = make(tmp_path, tiny_model().bfloat16(), sparse_train_rest="head")
+    trainer.train()
+    save_delta(trainer.model, tmp_path, base=tiny_model().bfloat16())
+    loaded = load_delta(tiny_model().bfloat16(), tmp_path).state_dict()
+    changed = 0
+    for name, value in merge_sparse(trainer.model).state_dict().items():
+        torch.testing.assert_close(loaded[name], value, rtol=2**-7, atol=0)
+        changed += int((loaded[name] != value).sum())
+    assert changed <= 2  # a tie of rounding
 
 
 def test_hash_sees_type_shape_and_bytes():
