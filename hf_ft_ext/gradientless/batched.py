@@ -16,6 +16,9 @@ from hf_ft_ext.features import HeadReader
 from hf_ft_ext.gradientless.candidates import Candidates, Place
 
 _ROWS = 2**22  # numbers in the widest layer's output that one evaluation may make: 16 MiB in float32
+# glibc hands free memory back beyond twice the largest block it has seen freed (up to 32 MiB), and every step would
+# take its few MiB anew, page by page: a quarter of its time. One such block, never written to, ends that.
+_KEPT = 2**25 - 2**16
 _SPARSE = 8  # a linear layer with less than one entry in so many changed takes the sparse product
 
 
@@ -40,6 +43,7 @@ class BatchedHead:
     """
 
     def __init__(self, reader: HeadReader, names: dict[int, str]):
+        torch.empty(_KEPT, dtype=torch.uint8)
         self.reader = reader
         model = reader.model
         owners = {name.rpartition(".")[0] for name in dict(reader.head_parameters())}
@@ -105,8 +109,8 @@ class BatchedHead:
         part = slice(row * batch, (row + 1) * batch)
         for key, (x, out) in self.latest.items():
             call = self.calls[key]
-            x = call.x if x is None else x[part]
-            self.calls[key] = Call(call.position, x, out[part])
+            x = call.x if x is None else x[part].contiguous()
+            self.calls[key] = Call(call.position, x, out[part].contiguous())
 
     def _run(self, forward: Callable[[nn.Module, torch.Tensor], torch.Tensor], rows: int) -> torch.Tensor:
         modules = self.modules.values()
@@ -146,7 +150,8 @@ class BatchedHead:
                 and place.size * _SPARSE < place.parameter.numel()
                 and flat.dtype in (torch.float32, torch.float64)
             ):
-                return (flat + _sparse_product(call, place, values, n)).view(-1, *out.shape[1:])
+                product = _sparse_product(call, place, values, n).add_(flat.t()[:, None])
+                return product.flatten(1).t().view(-1, *out.shape[1:])
             x = call.x.reshape(len(out), -1)
             weights = changed.whole()["weight"]
             product = functional.linear(x, weights.flatten(0, 1)).view(len(x), n, -1).transpose(0, 1)
@@ -191,25 +196,33 @@ def on_rows(module: nn.Module, x: torch.Tensor, parameters: dict[str, torch.Tens
 
 
 def _sparse_product(call: Call, place: Place, values: torch.Tensor, n: int) -> torch.Tensor:
-    """`x @ (changed weight - weight)^T` for each candidate, `[n, rows, out]`.
+    """`x @ (changed weight - weight)^T` for each candidate, `[out, n, rows]`.
 
-    A bag of rows of `x^T` for each output: entries are sorted by output, so a bag is a stretch of them.
+    A bag of rows of `x^T` for each output and candidate. Entries are sorted by output; within an output they are put
+    candidate by candidate, so that bags are stretches of them and rows come last: what is added to the product and
+    follows it walks through memory in order.
     """
     weight, indices = place.parameter.detach(), place.indices
     outputs, inputs = weight.shape
     if call.columns is None:
         call.columns = call.x.reshape(len(call.out), -1).t().contiguous()
     change = values - weight.view(-1)[indices]
-    starts = torch.searchsorted(indices, torch.arange(0, weight.numel(), inputs, device=indices.device))
-    offsets = starts + torch.arange(0, n * len(indices), len(indices), device=indices.device)[:, None]
+    device = indices.device
+    edges = torch.searchsorted(indices, torch.arange(0, weight.numel() + 1, inputs, device=device))
+    start, length = edges[:-1], edges.diff()
+    candidate = torch.arange(n, device=device)
+    output = indices // inputs
+    # entry e of candidate i goes to n * start + i * length + (e - start)
+    first = (n - 1) * start[output] + torch.arange(len(indices), device=device)
+    order = (first + candidate[:, None] * length[output]).flatten()
     product = functional.embedding_bag(
-        (indices % inputs).repeat(n),
+        torch.empty_like(order).index_copy_(0, order, (indices % inputs).repeat(n)),
         call.columns,
-        offsets.flatten(),
+        (n * start[:, None] + candidate * length[:, None]).flatten(),
         mode="sum",
-        per_sample_weights=change.flatten(),
+        per_sample_weights=torch.empty_like(change.view(-1)).index_copy_(0, order, change.view(-1)),
     )
-    return product.view(n, outputs, -1).transpose(1, 2)
+    return product.view(outputs, n, -1)
 
 
 def chunks(rows: Sequence[int], batch: int, width: int) -> list[Sequence[int]]:
