@@ -1,14 +1,16 @@
 """The features of a whole data set, computed once and kept in a memory-mapped safetensors file."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import filelock
 import numpy as np
 import torch
 from huggingface_hub.constants import HF_HOME
@@ -80,8 +82,8 @@ def cached_features(
 ) -> torch.Tensor:
     """Features of every row of `dataset`: `[rows, hidden]`, mapped from a file that earlier runs may have left.
 
-    The file's name and header hold the hash of the encoder, the fingerprint of the data and their length. It is
-    written to a temporary name first: an interrupted run leaves nothing behind and starts again.
+    The file's name and header hold the hash of the encoder, the fingerprint of the data and their length. It grows
+    under a temporary name: where an interrupted run left off, the next one continues.
 
     Args:
         reader: of the model.
@@ -106,24 +108,67 @@ def cached_features(
         logger.info("features of %d rows: taken from %s", rows, path)
         return _open(path, about, (rows, hidden))
     try:
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            file.write(_header(about, rows, hidden, dtype))
-            with tqdm(total=rows, desc="encoding the data once", disable=disable_tqdm) as bar:
+        with _growing(path) as file:
+            done = _whole_rows(file, _header(about, rows, hidden, dtype), hidden * dtype.itemsize)
+            if done:
+                logger.info("features of %d rows: there from an interrupted run", done)
+            seen = 0
+            with tqdm(total=rows, initial=done, desc="encoding the data once", disable=disable_tqdm) as bar:
                 for batch in batches():
-                    part = reader.features(batch).to("cpu", dtype).contiguous()
+                    seen += (size := len(next(iter(batch.values()))))
+                    if seen <= done:
+                        continue
+                    part = reader.features(batch).to("cpu", dtype)[max(0, done - seen + size) :].contiguous()
                     file.write(part.view(torch.uint8).numpy().tobytes())
                     bar.update(len(part))
-                    rows -= len(part)
-            file.flush()
-            if rows:
-                raise RuntimeError(f"the batches held {-rows} more rows than the data set")
+            if seen != rows:
+                raise RuntimeError(f"the batches held {seen} rows, the data set {rows}")
     except OSError as error:
         raise InputError(
             f"features cannot be written to {folder} ({error.strerror or error}); pass --feature_cache_dir with a "
             "folder that is writable and has room, or --feature_cache_gb 0 to encode in every step"
         ) from error
-    logger.info("features of %s rows: kept in %s", about["rows"], path)
-    return _open(path, about, (int(about["rows"]), hidden))
+    logger.info("features of %d rows: kept in %s", rows, path)
+    return _open(path, about, (rows, hidden))
+
+
+@contextlib.contextmanager
+def _growing(path: Path) -> Iterator[BinaryIO]:
+    """A file that outlives an interruption and takes the place of `path` when the block ends well.
+
+    A second process that makes the same file at the same time gets one of its own, without that.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial")
+    lock = filelock.FileLock(f"{partial}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        with replacing(path) as temporary, open(temporary, "w+b") as file:
+            yield file
+        return
+    try:
+        with open(partial, "a+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        Path(lock.lock_file).unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _whole_rows(file: BinaryIO, header: bytes, width: int) -> int:
+    """Rows that `file` holds already; what is there beyond them, or under another header, is cut off."""
+    file.seek(0)
+    done = 0
+    if file.read(len(header)) == header:
+        done = (os.fstat(file.fileno()).st_size - len(header)) // width
+    file.truncate(len(header) + done * width if done else 0)
+    file.seek(0, os.SEEK_END)
+    if not done:
+        file.write(header)
+    return done
 
 
 def _header(about: dict[str, str], rows: int, hidden: int, dtype: torch.dtype) -> bytes:

@@ -110,18 +110,61 @@ def test_fingerprint_sees_rows_and_their_order_and_not_labels():
     assert data_fingerprint(Plain()) == data_fingerprint(Plain())
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path):
+def interrupted(data, after):
+    def some():
+        yield from list(batches(data)())[:after]
+        raise KeyboardInterrupt
+
+    return some
+
+
+@pytest.mark.parametrize("cut", [0, 1, 33 * 4 + 1], ids=["whole", "a byte", "a row and a byte"])
+def test_an_interrupted_run_is_continued(tmp_path, cut, monkeypatch):
+    data = tiny_dataset(20)
+    reader = reader_of(tiny_model().eval())
+    whole = cached_features(reader, data, batches(data), tmp_path / "whole", disable_tqdm=True)
+    with pytest.raises(KeyboardInterrupt):
+        cached_features(reader, data, interrupted(data, 2), tmp_path / "a", disable_tqdm=True)
+    (partial,) = (tmp_path / "a").glob(".*.partial")
+    os.truncate(partial, partial.stat().st_size - cut)
+    encoded, features = [], HeadReader.features
+
+    def counting(self, batch):
+        encoded.append(len(batch["input_ids"]))
+        return features(self, batch)
+
+    monkeypatch.setattr(HeadReader, "features", counting)
+    assert torch.equal(cached_features(reader, data, batches(data), tmp_path / "a", disable_tqdm=True), whole)
+    per_batch = len(next(iter(batches(data)()))["input_ids"])
+    assert sum(encoded) == 20 - (2 if not cut else 1) * per_batch
+    assert [path.suffix for path in (tmp_path / "a").iterdir()] == [".safetensors"]
+
+
+def test_what_is_no_part_of_these_features_is_thrown_away(tmp_path):
+    data = tiny_dataset(20)
+    reader = reader_of(tiny_model().eval())
+    with pytest.raises(KeyboardInterrupt):
+        cached_features(reader, data, interrupted(data, 1), tmp_path, disable_tqdm=True)
+    (partial,) = tmp_path.glob(".*.partial")
+    partial.write_bytes(b"x" * 10_000)
+    features = cached_features(reader, data, batches(data), tmp_path, disable_tqdm=True)
+    whole = cached_features(reader, data, batches(data), tmp_path / "whole", disable_tqdm=True)
+    assert torch.equal(features, whole)
+
+
+def test_two_processes_at_once_do_not_meet(tmp_path):
     data = tiny_dataset(20)
     reader = reader_of(tiny_model().eval())
 
-    def interrupted():
-        yield from list(batches(data)())[:1]
-        raise KeyboardInterrupt
+    def second_comes_in():
+        for i, batch in enumerate(batches(data)()):
+            if i == 1:  # as another process would: it finds the lock taken
+                inner.append(cached_features(reader, data, batches(data), tmp_path, disable_tqdm=True).clone())
+            yield batch
 
-    with pytest.raises(KeyboardInterrupt):
-        cached_features(reader, data, interrupted, tmp_path, disable_tqdm=True)
-    assert not list(tmp_path.iterdir())
-    assert cached_features(reader, data, batches(data), tmp_path, disable_tqdm=True).shape == (20, 32)
+    inner = []
+    outer = cached_features(reader, data, second_comes_in, tmp_path, disable_tqdm=True)
+    assert torch.equal(outer, inner[0])
 
 
 @pytest.fixture
@@ -168,7 +211,7 @@ def test_a_read_only_folder_serves_what_it_holds(cached, monkeypatch):
     def read_only(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(feature_cache, "replacing", read_only)
+    monkeypatch.setattr(feature_cache, "_growing", read_only)
     assert again().shape == (20, 32)
     path.unlink()
     with pytest.raises(InputError, match="Read-only file system"):
