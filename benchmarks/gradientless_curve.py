@@ -34,6 +34,8 @@ VARIANTS = {
     "gld-plain": (DirectSearch, {**_GLD, "lr": 5e-3, "weight_decay": 0.0}, 64, 1.0),
     "gld-preferred": (DirectSearch, _GLD, 64, 0.1),
     "gld-preferred-256": (DirectSearch, _GLD, 256, 0.1),
+    "gld-no-norm": (DirectSearch, {**_GLD, "weight_decay": 0.0}, 64, 0.1),
+    "gld-wide": (DirectSearch, {**_GLD, "lr": 2e-2, "weight_decay": 0.0}, 64, 0.1),
     "gld-none": (DirectSearch, {**_GLD, "options": None}, 64, 0.1),
     "gld-3x2": (DirectSearch, {**_GLD, "options": "3x2"}, 64, 0.1),
     "gld-antithetic": (DirectSearch, {**_GLD, "options": None, "antithetic": True, "num_candidates": 6}, 64, 0.1),
