@@ -16,12 +16,20 @@ SETTINGS = {
 }
 
 
-def trained(folder: Path, name: str, mode: str, world: int):
+def trained(folder: Path, name: str, mode: str, world: int, resume: str | None = None, **options):
     """A trainer after six steps of eight rows over all processes."""
-    settings = {"candidate_parallel": mode, "per_device_train_batch_size": 8 // world, **SETTINGS[name]}
+    settings = {"candidate_parallel": mode, "per_device_train_batch_size": 8 // world, **SETTINGS[name], **options}
     trainer = make(folder, tiny_model().double(), max_steps=6, **settings)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def check_resumed(folder: Path, name: str, mode: str) -> None:
+    """A run that was cut after three steps ends bit for bit where the unbroken one does."""
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    unbroken = trained(folder, name, mode, 2, **saving).model.state_dict()
+    resumed = trained(folder, name, mode, 2, resume=str(folder / "checkpoint-3"), **saving).model.state_dict()
+    assert all(torch.equal(resumed[key], value) for key, value in unbroken.items()), f"{mode} {name} resumed"
 
 
 def one_process(folder: Path) -> None:
@@ -42,3 +50,5 @@ if __name__ == "__main__":
             state = trainer.model.state_dict()
             for key, value in torch.load(folder / f"{name}.pt", weights_only=True).items():
                 torch.testing.assert_close(state[key], value, rtol=1e-6, atol=1e-8, msg=f"{mode} {name}: {key}")
+    for name in ("gld", "spsa"):
+        check_resumed(folder / name, name, "candidates")

@@ -249,7 +249,7 @@ def test_pool_spreads_one_choice_over_all_tensors():
         places = optimizer.sites[0].places
         assert sum(place.size for place in places) == 20
     assert len({id(place.parameter) for place in places}) > 1
-    assert float(closure_of(model, x, y)()) < first
+    assert closure_of(model, x, y)().item() < first
 
 
 def test_a_scheduler_drives_the_radius():
