@@ -13,6 +13,9 @@ from hf_ft_ext.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+FEW_SHOT_SPLITS = ("k-shot", "k-shot-10x", "k-shot-1k-test")
+FEW_SHOT_TYPES = FINETUNE, PROMPT, PROMPT_DEMO = ("finetune", "prompt", "prompt-demo")
+
 
 @dataclass
 class RunArguments:
@@ -68,7 +71,87 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class FewShotArguments:
+    """Few-shot splits and prompts: parts of `DataArguments`."""
+
+    num_k: int | None = field(
+        default=None,
+        metadata={
+            "help": "Few shots: train on so many rows of each class (regression: of each half of the scale), drawn "
+            "from the training split by `data_seed` (13 if none is given), and evaluate on as many others; none = all."
+        },
+    )
+    few_shot_split: str = field(
+        default="k-shot",
+        metadata={
+            "help": "With num_k. k-shot: as many rows for evaluation as for training; k-shot-10x: ten times as many; "
+            "k-shot-1k-test: as k-shot, and test data of 1,000 rows at most.",
+            "choices": FEW_SHOT_SPLITS,
+        },
+    )
+    allow_small_classes: bool = field(
+        default=False,
+        metadata={"help": "With num_k: a class with too few rows gives what it has, training first, and no error."},
+    )
+    few_shot_type: str = field(
+        default="finetune",
+        metadata={
+            "help": "finetune: a classification head. prompt: the masked-LM head says the class, as a word at the "
+            "mask of a template. prompt-demo: the same with labelled examples in the context.",
+            "choices": FEW_SHOT_TYPES,
+        },
+    )
+    template: str | None = field(
+        default=None,
+        metadata={"help": "Prompts: the template, such as *cls**sent_0*_It_was*mask*.*sep+*; none = the task's own."},
+    )
+    mapping: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts: a label word for each label, as JSON or Python: {'negative': 'terrible', 'positive': "
+            "'great'}; label ids may stand for names; none = the task's own."
+        },
+    )
+    first_sent_limit: int | None = field(
+        default=None, metadata={"help": "Prompts: most tokens of the first text; none = the task's own, if any."}
+    )
+    other_sent_limit: int | None = field(
+        default=None,
+        metadata={"help": "Prompts: most tokens of any other text, those of demonstrations too; none = the task's."},
+    )
+    truncate_head: bool = field(
+        default=False,
+        metadata={"help": "Prompts: what is too long loses the beginning of its texts, not the end. The mask stays."},
+    )
+    untie_words: bool = field(
+        default=False,
+        metadata={
+            "help": "Prompts: the label words' output rows become a layer of their own instead of being shared with "
+            "the input embeddings and the rest of the vocabulary."
+        },
+    )
+    num_demo: int = field(default=1, metadata={"help": "prompt-demo: demonstrations of each class in the context."})
+    num_sample: int = field(
+        default=16,
+        metadata={"help": "prompt-demo: contexts drawn for each row in evaluation; their logits are averaged."},
+    )
+    demo_filter: float = field(
+        default=1.0,
+        metadata={
+            "help": "prompt-demo: draw demonstrations from this share of the training rows of each class, those most "
+            "similar to the row by demo_filter_model, in (0, 1]; 1 = from all."
+        },
+    )
+    demo_filter_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "prompt-demo: Hub id or folder of the encoder that compares texts; none = the demo encoder."
+        },
+    )
+
+
+@dataclass
+class DataArguments(FewShotArguments):
     """Which data to train, evaluate and predict on."""
 
     _argument_group_name = "data"

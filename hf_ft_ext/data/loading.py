@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +10,7 @@ from datasets import ClassLabel, Dataset, Value
 
 from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data import labels as lb
+from hf_ft_ext.data.few_shot import few_shot_data
 from hf_ft_ext.data.sources import open_source
 from hf_ft_ext.data.tasks import Task, get_task
 from hf_ft_ext.errors import InputError
@@ -53,7 +54,9 @@ class TaskData:
     text_columns: tuple[str, ...]  # one or two
 
 
-def load_data(data_args: DataArguments, *, cache_dir: str | None = None, token: str | None = None) -> TaskData:
+def load_data(
+    data_args: DataArguments, *, cache_dir: str | None = None, token: str | None = None, data_seed: int | None = None
+) -> TaskData:
     """Load the data that the arguments name.
 
     The data comes from own files (`train_file`, ...), or else from `dataset_name` (a local folder or
@@ -65,6 +68,7 @@ def load_data(data_args: DataArguments, *, cache_dir: str | None = None, token: 
       numbers, -1 is a class.
     - A data set without a validation split is validated on its labelled test split. Own files are
       taken as they are given.
+    - `num_k` draws few-shot splits (see `few_shot_data`).
     - `max_*_samples` keep the first n of the rows that are left; more than there are keep all.
     - Converted files are cached; a file whose modification time has changed is read anew.
     - CSV and TSV files have a header line and double quotes around fields that need them.
@@ -73,6 +77,7 @@ def load_data(data_args: DataArguments, *, cache_dir: str | None = None, token: 
         data_args: what to load.
         cache_dir: where downloads and converted files are kept; none = the Hub's cache.
         token: Hub access token.
+        data_seed: of `num_k`.
 
     Raises:
         InputError: the data cannot be found or read, has no usable columns, labels or rows, or does
@@ -82,6 +87,7 @@ def load_data(data_args: DataArguments, *, cache_dir: str | None = None, token: 
         limit = getattr(data_args, option)
         if limit is not None and limit < 1:
             raise InputError(f"--{option} {limit} must be 1 or more; leave it out to use all rows")
+    _check_few_shot(data_args)
     files = [f for f in (data_args.train_file, data_args.validation_file, data_args.test_file) if f]
     own = not data_args.task_name and bool(files or data_args.dataset_name)
     task = None if own else get_task(data_args.task_name or "demo")
@@ -114,22 +120,42 @@ def load_data(data_args: DataArguments, *, cache_dir: str | None = None, token: 
         if raw is not None:
             data = _with_labels(name, data, next(columns), feature, drop=names is not None)
         splits[role][name] = data
-    if not files and not splits["validation"]:
-        splits["validation"] = {name: data for name, data in splits["test"].items() if LABEL in data.column_names}
-        if splits["validation"]:
-            logger.warning("no validation split: evaluating on %s", ", ".join(splits["validation"]))
-
-    train = splits["train"].get("train")
-    return TaskData(
+    data = TaskData(
         task=task or _own_task(data_args, text_columns, label_column, names, kind, metric),
-        train=None if train is None else _first(train, data_args.max_train_samples),
-        validation={name: _first(data, data_args.max_eval_samples) for name, data in splits["validation"].items()},
-        test={name: _first(data, data_args.max_predict_samples) for name, data in splits["test"].items()},
+        train=splits["train"].get("train"),
+        validation=splits["validation"],
+        test=splits["test"],
         label_names=names,
         problem_type=kind,
         metric=metric,
         text_columns=text_columns,
     )
+    if data_args.num_k is not None:
+        few = (data_args.num_k, data_seed, data_args.few_shot_split, data_args.allow_small_classes)
+        data = few_shot_data(data, *few)
+    elif not files and not data.validation:
+        data.validation = {name: rows for name, rows in data.test.items() if LABEL in rows.column_names}
+        if data.validation:
+            logger.warning("no validation split: evaluating on %s", ", ".join(data.validation))
+    return replace(
+        data,
+        train=None if data.train is None else _first(data.train, data_args.max_train_samples),
+        validation={name: _first(rows, data_args.max_eval_samples) for name, rows in data.validation.items()},
+        test={name: _first(rows, data_args.max_predict_samples) for name, rows in data.test.items()},
+    )
+
+
+def _check_few_shot(data_args: DataArguments) -> None:
+    """Options of few-shot splits that have nothing to act on, or contradict each other."""
+    if data_args.num_k is None:
+        if data_args.few_shot_split != "k-shot" or data_args.allow_small_classes:
+            option = "allow_small_classes" if data_args.allow_small_classes else "few_shot_split"
+            raise InputError(f"--{option} is about few-shot splits; pass --num_k with it, or leave it out")
+    elif data_args.max_train_samples is not None:
+        raise InputError(
+            f"--num_k {data_args.num_k} and --max_train_samples {data_args.max_train_samples} both choose the "
+            "training rows; pass one of them"
+        )
 
 
 def _roles(source: dict[str, Dataset], task: Task | None) -> list[tuple[str, str, Dataset]]:

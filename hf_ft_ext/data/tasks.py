@@ -27,6 +27,7 @@ class Task:
     problem_type: str = CLASSIFICATION
     validation_splits: tuple[str, ...] = ("validation",)
     test_splits: tuple[str, ...] = ("test",)
+    bounds: tuple[float, float] | None = None  # ends of a regression's scale
 
 
 GLUE_ID = "nyu-mll/glue"
@@ -56,7 +57,7 @@ _TASKS = (
     _glue("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), metric="accuracy_f1"),
     _glue("rte", _PAIR, ("entailment", "not_entailment")),
     _glue("sst2", ("sentence",), _POLARITY),
-    _glue("stsb", _PAIR, None, metric="pearson_spearman", problem_type=REGRESSION),
+    _glue("stsb", _PAIR, None, metric="pearson_spearman", problem_type=REGRESSION, bounds=(0.0, 5.0)),
     _glue("wnli", _PAIR, ("not_entailment", "entailment")),
     Task(
         "mr",

@@ -35,7 +35,7 @@ def load(
     if run_args.hp_search:
         require_optuna()
     with args.main_process_first(desc="loading data"):  # downloads happen once
-        data = load_data(data_args, cache_dir=model_args.cache_dir, token=model_args.token)
+        data = load_data(data_args, cache_dir=model_args.cache_dir, token=model_args.token, data_seed=args.data_seed)
     check_splits(run_args, args, data)
     choose_best_metric(run_args, args, data.metric)
     tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed)

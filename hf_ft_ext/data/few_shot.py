@@ -1,0 +1,150 @@
+"""k-shot splits: a few rows of each class for training, others for evaluation, the rest of the data for the test."""
+
+import hashlib
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from datasets import Dataset
+
+from hf_ft_ext.data.tasks import GLUE_ID
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.metrics import REGRESSION
+
+if TYPE_CHECKING:
+    from hf_ft_ext.data.loading import TaskData
+
+DEFAULT_SEED = 13  # the first of the source's five: 13, 21, 42, 87, 100
+TEST_ROWS = 1000  # of k-shot-1k-test
+_LABEL = "label"
+_EVALUATION_ROWS = {"k-shot": 1, "k-shot-10x": 10, "k-shot-1k-test": 1}  # times k
+_TEST_SEED = 0  # the cut of the test data is the same for every data seed
+
+logger = logging.getLogger(__name__)
+
+
+def few_shot_data(
+    data: "TaskData",
+    k: int,
+    seed: int | None = None,
+    split: str = "k-shot",
+    allow_small_classes: bool = False,
+) -> "TaskData":
+    """Return the k-shot form of `data`: `train` and `validation["dev"]` drawn from its training split, and a test.
+
+    Train takes the first `k` rows of each class in the order of `draw_order(seed)`, dev the next `k` (or `10 k`); a
+    regression has two classes, below and from the middle of its scale on. The rows of both are in that order too. The
+    test is what the source takes: for GLUE its validation splits, else the labelled test splits, or the validation
+    splits where there are none.
+
+    Args:
+        data: all splits, not cut.
+        k: rows of each class, 1 or more.
+        seed: of the draw; `None` = 13. Nothing else goes into it: not the training seed, no library's generator.
+        split: `k-shot`, `k-shot-10x` or `k-shot-1k-test`.
+        allow_small_classes: a class with too few rows gives all it has, train first.
+
+    Raises:
+        InputError: no labelled training split, `k` below 1, a class with too few rows (name and size are given).
+
+    Source: LM-BFF (Gao et al., ACL 2021, arXiv 2012.15723), tools/generate_k_shot_data.py, which draws with numpy.
+    """
+    if k < 1:
+        raise InputError(f"num_k={k} is no number of rows; pass 1 or more, or leave it out for all rows")
+    if split not in _EVALUATION_ROWS:
+        raise InputError(f"few_shot_split={split!r} is unknown; choose from: {', '.join(_EVALUATION_ROWS)}")
+    if data.train is None:
+        raise InputError(
+            f"num_k={k}: few-shot rows are drawn from a training split, and {data.task.name!r} has none here; pass "
+            "one, such as --train_file with the file of another split"
+        )
+    seed = DEFAULT_SEED if seed is None else seed
+    if data.problem_type == REGRESSION:  # the scale of all rows, not that of the few
+        data = replace(data, task=replace(data.task, bounds=label_bounds(data)))
+    labels = np.asarray(data.train[_LABEL][:])
+    order = draw_order(range(len(labels)), seed)
+    train, dev = [], []
+    wanted = k * _EVALUATION_ROWS[split]
+    for name, member in _classes(data, labels).items():
+        rows = order[member[order]]
+        if len(rows) < k + wanted:
+            _complain(name, len(rows), k, wanted, allow_small_classes)
+        train.append(rows[:k])
+        dev.append(rows[k : k + wanted])
+    train, dev = (_in_order(order, parts) for parts in (train, dev))
+    if not len(dev):
+        logger.warning("num_k=%d takes every row: none is left to evaluate on", k)
+    test = _test_splits(data)
+    if split == "k-shot-1k-test":
+        test = {name: rows.select(draw_order(range(len(rows)), _TEST_SEED)[:TEST_ROWS]) for name, rows in test.items()}
+    return replace(
+        data,
+        train=data.train.select(train),
+        validation={"dev": data.train.select(dev)} if len(dev) else {},
+        test=test,
+    )
+
+
+def draw_order(rows: Iterable[int], seed: int) -> np.ndarray:
+    """Row numbers in the order in which they are drawn: by the SHA-256 of the text `"<seed> <row>"`.
+
+    The same on every machine and for every version of Python and of the libraries.
+    """
+    return np.array(sorted(rows, key=lambda row: hashlib.sha256(f"{seed} {row}".encode()).digest()), dtype=np.int64)
+
+
+def label_bounds(data: "TaskData") -> tuple[float, float]:
+    """Ends of a regression's scale: the task's own, or else the smallest and largest label of the training data.
+
+    Raises:
+        InputError: no task and no labels to take them from, or all labels the same.
+    """
+    if data.task.bounds is not None:
+        return data.task.bounds
+    source = data.train if data.train is not None else next(iter(data.validation.values()), None)
+    column = next((name for name in (_LABEL, "labels") if source is not None and name in source.column_names), None)
+    if column is None:
+        raise InputError(f"the scale of {data.task.name!r} is unknown without training labels; pass a training split")
+    labels = np.asarray(source[column][:], dtype=np.float64)
+    low, high = float(labels.min()), float(labels.max())
+    if low == high:
+        raise InputError(f"all labels of {data.task.name!r} are {low:g}: that is no scale; check --label_column")
+    return low, high
+
+
+def _classes(data: "TaskData", labels: np.ndarray) -> dict[str, np.ndarray]:
+    """Membership `[rows]` by the name of the class."""
+    if data.problem_type != REGRESSION:
+        return {name: labels == i for i, name in enumerate(data.label_names)}
+    low, high = label_bounds(data)
+    middle = (low + high) / 2
+    return {f"below {middle:g}": labels < middle, f"{middle:g} and above": labels >= middle}
+
+
+def _complain(name: str, size: int, k: int, wanted: int, allowed: bool) -> None:
+    if allowed and size:
+        logger.warning("class '%s' has %d rows only: training takes %d, evaluation the rest", name, size, min(k, size))
+        return
+    if size < k:
+        cause = f"num_k={k} is more than the {size} rows of class '{name}'"
+    else:
+        need = f"{k + wanted} rows of each class ({wanted} to evaluate)"
+        cause = f"num_k={k} needs {need}, but class '{name}' has {size}"
+    most = size * k // (k + wanted)
+    advice = f"pass --num_k {most} or less, or --allow_small_classes" if most else "add rows to it"
+    raise InputError(f"{cause}; {advice}")
+
+
+def _in_order(order: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
+    chosen = np.zeros(len(order), dtype=bool)
+    chosen[np.concatenate(parts)] = True
+    return order[chosen[order]]
+
+
+def _test_splits(data: "TaskData") -> dict[str, Dataset]:
+    labelled = {name: rows for name, rows in data.test.items() if _LABEL in rows.column_names}
+    if data.validation and (data.task.hub_id == GLUE_ID or not labelled):
+        return dict(data.validation)
+    return labelled or dict(data.test)
