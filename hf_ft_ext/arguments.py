@@ -13,6 +13,7 @@ from hf_ft_ext.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_LENGTH = 128
 FEW_SHOT_SPLITS = ("k-shot", "k-shot-10x", "k-shot-1k-test")
 FEW_SHOT_TYPES = FINETUNE, PROMPT, PROMPT_DEMO = ("finetune", "prompt", "prompt-demo")
 
@@ -182,8 +183,12 @@ class DataArguments(FewShotArguments):
         default=None,
         metadata={"help": "accuracy, accuracy_f1, matthews or pearson_spearman; none = the task's own."},
     )
-    max_seq_length: int = field(
-        default=128, metadata={"help": "Tokens per example after truncation, special tokens included."}
+    max_seq_length: int | None = field(
+        default=None,
+        metadata={
+            "help": f"Tokens per example after truncation, special tokens included; none = {DEFAULT_LENGTH}, with "
+            "prompts the task's own."
+        },
     )
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad every example to `max_seq_length` instead of to the batch's longest."}

@@ -1,4 +1,4 @@
-"""Loading a pretrained model with a classification head, and its tokenizer."""
+"""Loading a pretrained model with a classification or prompt head, and its tokenizer."""
 
 import contextlib
 import hashlib
@@ -23,8 +23,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_ft_ext.arguments import ModelArguments
+from hf_ft_ext.arguments import FINETUNE, DataArguments, ModelArguments
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.prompts.configuration import PromptConfig
+from hf_ft_ext.prompts.loading import load_prompt_model
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 
 logger = logging.getLogger(__name__)
@@ -36,9 +38,12 @@ _NO_LIMIT = 10**6  # tokenizers without a limit carry a huge number
 
 
 def load_tokenizer_and_model(
-    model_args: ModelArguments, data: Any, *, seed: int
+    model_args: ModelArguments, data: Any, *, seed: int, data_args: DataArguments | None = None
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Load the tokenizer and the model with a head for the labels of `data`.
+
+    With prompts (`data_args.few_shot_type`), and where the name is that of a saved prompt model, the head is the
+    masked language model's own: a `PromptForSequenceClassification`.
 
     A new head is drawn from `seed`; the global random state is left as it was. What was drawn anew is
     listed in `model.fresh_parameters` (names), so that an adapter can save it. A model that already has these
@@ -48,6 +53,7 @@ def load_tokenizer_and_model(
         model_args: which model; none named = the demo encoder.
         data: the run's `TaskData` (`label_names` and `problem_type` are read).
         seed: seed of new weights.
+        data_args: says whether and how the task is put as a prompt; none = a classification head.
 
     Raises:
         InputError: the model or tokenizer cannot be found, read, or used for classification.
@@ -61,6 +67,14 @@ def load_tokenizer_and_model(
     }
     with _explained(name, "configuration"):
         config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, **hub)
+    data_args = DataArguments() if data_args is None else data_args
+    if data_args.few_shot_type != FINETUNE or isinstance(config, PromptConfig):
+        tokenizer = _load_tokenizer(model_args, name, hub)
+        with _explained(name, "weights"):
+            revision = model_args.model_revision
+            model = load_prompt_model(name, config, tokenizer, data, data_args, revision=revision, **hub)
+        model.fresh_parameters = frozenset()
+        return _fitted_together(tokenizer, model, name)
     _check_class(config, name)
     trained_labels = getattr(config, "num_labels", None)
     _set_labels(config, data)
@@ -75,6 +89,13 @@ def load_tokenizer_and_model(
             **hub,
         )
     _check_loaded(model, info, name, trained_labels)
+    return _fitted_together(tokenizer, model, name)
+
+
+def _fitted_together(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The two, once padding and vocabulary agree."""
     _set_padding(model, tokenizer)
     declare_mean_loss(model)
     rows = model.get_input_embeddings().weight.shape[0]

@@ -2,11 +2,12 @@
 
 import logging
 from dataclasses import replace
+from typing import Any, Protocol
 
 from datasets import Dataset, Features, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
-from hf_ft_ext.arguments import DataArguments
+from hf_ft_ext.arguments import DEFAULT_LENGTH, DataArguments
 from hf_ft_ext.data.loading import LABEL, TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import REGRESSION
@@ -17,12 +18,23 @@ _NO_LIMIT = 10**9
 logger = logging.getLogger(__name__)
 
 
+class RowEncoder(Protocol):
+    """What turns texts into the columns that a model takes."""
+
+    def __call__(self, columns: list[list[str]], split: str, indices: list[int]) -> dict[str, list]:
+        """Columns of the rows `indices` of `split`, whose texts are `columns`, one list per text of a row."""
+
+    def features(self, split: str) -> dict[str, Any]:
+        """Names and types of the columns."""
+
+
 def tokenize(
     data: TaskData,
     tokenizer: PreTrainedTokenizerBase,
     data_args: DataArguments,
     label2id: dict[str, int] | None = None,
     model_max_length: int | None = None,
+    encoder: RowEncoder | None = None,
 ) -> TaskData:
     """Return the data with every split tokenised.
 
@@ -40,18 +52,18 @@ def tokenize(
         label2id: the model's own labels. If they are the data's names, case aside, in another order,
             the labels and `label_names` take the model's order; else they keep the data's.
         model_max_length: tokens that the model has positions for, special tokens included.
+        encoder: tokenises the rows; `None` = as single texts or pairs.
 
     Raises:
         InputError: `max_seq_length` is beyond the model's or tokenizer's limit or leaves no room for
             text, there is no token to pad with, or a text is missing.
     """
-    length = _check_length(tokenizer, data_args, model_max_length, pair=len(data.text_columns) == 2)
-    if data_args.pad_to_max_length and tokenizer.pad_token is None:
-        raise InputError("--pad_to_max_length needs a padding token, but the tokenizer has none; leave it out")
+    if encoder is None:
+        encoder = _PlainEncoder(tokenizer, data_args, model_max_length, len(data.text_columns))
     names, new_ids = _label_order(data.label_names, label2id)
 
     def convert(split: str, rows: Dataset) -> Dataset:
-        return _tokenize_split(split, rows, data, tokenizer, length, data_args.pad_to_max_length, new_ids)
+        return _tokenize_split(split, rows, data, encoder, new_ids)
 
     return replace(
         data,
@@ -62,8 +74,40 @@ def tokenize(
     )
 
 
-def _check_length(tokenizer, data_args: DataArguments, model_max_length: int | None, pair: bool) -> int:
-    length = data_args.max_seq_length
+class _PlainEncoder:
+    """Single texts or pairs, by the tokenizer's own form."""
+
+    def __init__(self, tokenizer, data_args: DataArguments, model_max_length: int | None, texts: int):
+        length = check_length(tokenizer, data_args, model_max_length)
+        least = tokenizer.num_special_tokens_to_add(texts == 2) + texts
+        if length < least:
+            raise InputError(f"--max_seq_length {length} leaves no room for text; pass {least} or more")
+        if data_args.pad_to_max_length and tokenizer.pad_token is None:
+            raise InputError("--pad_to_max_length needs a padding token, but the tokenizer has none; leave it out")
+        self.tokenizer, self.texts = tokenizer, texts
+        padding = "max_length" if data_args.pad_to_max_length else False
+        self.options = {"truncation": True, "max_length": length, "padding": padding}
+
+    def __call__(self, columns: list[list[str]], split: str, indices: list[int]) -> dict[str, list]:
+        return dict(self.tokenizer(*columns, **self.options))
+
+    def features(self, split: str) -> dict[str, Any]:
+        # Probing one row tells which columns this tokenizer returns, so that labels get their type from the start.
+        return {name: Sequence(column_type(name)) for name in self([["a"]] * self.texts, split, [0])}
+
+
+def column_type(name: str) -> Value:
+    """Type of the entries of a tokenised column."""
+    return Value("int32" if name == "input_ids" else "int8")
+
+
+def check_length(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, model_max_length: int | None) -> int:
+    """`max_seq_length`, if model and tokenizer can take it.
+
+    Raises:
+        InputError: they cannot.
+    """
+    length = DEFAULT_LENGTH if data_args.max_seq_length is None else data_args.max_seq_length
     limits = {"the model": model_max_length, "the tokenizer": tokenizer.model_max_length}
     limits = {who: limit for who, limit in limits.items() if limit is not None and limit < _NO_LIMIT}
     if limits:
@@ -73,9 +117,6 @@ def _check_length(tokenizer, data_args: DataArguments, model_max_length: int | N
                 f"--max_seq_length {length} is more than {who} can take ({limit} tokens); pass "
                 f"--max_seq_length {limit} or less"
             )
-    least = tokenizer.num_special_tokens_to_add(pair) + (2 if pair else 1)
-    if length < least:
-        raise InputError(f"--max_seq_length {length} leaves no room for text; pass {least} or more")
     return length
 
 
@@ -98,7 +139,7 @@ def _label_order(
     return ordered, new_ids
 
 
-def _tokenize_split(split, rows, data: TaskData, tokenizer, length, pad, new_ids) -> Dataset:
+def _tokenize_split(split: str, rows: Dataset, data: TaskData, encoder: RowEncoder, new_ids) -> Dataset:
     has_labels = LABEL in rows.column_names
     regression = data.problem_type == REGRESSION
 
@@ -111,15 +152,13 @@ def _tokenize_split(split, rows, data: TaskData, tokenizer, length, pad, new_ids
                     f"column '{column}' of split '{split}' has no text in row {row} (counted from 0 among the rows in "
                     "use); fill or remove it"
                 )
-        encoded = dict(tokenizer(*texts, truncation=True, max_length=length, padding="max_length" if pad else False))
+        encoded = encoder(texts, split, indices)
         if has_labels:
             labels = batch[LABEL]
             encoded["labels"] = [new_ids[label] for label in labels] if new_ids and not regression else labels
         return encoded
 
-    # Probing one row tells which columns this tokenizer returns, so that labels get their type from the start.
-    columns = list(tokenizer(*[["a"] for _ in data.text_columns], truncation=True, max_length=length))
-    features = {column: Sequence(Value("int32" if column == "input_ids" else "int8")) for column in columns}
+    features = encoder.features(split)
     if has_labels:
         features["labels"] = Value("float32" if regression else "int64")
     return rows.map(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from transformers import EarlyStoppingCallback, Trainer
 
-from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments
+from hf_ft_ext.arguments import FINETUNE, DataArguments, MethodTrainingArguments, ModelArguments, RunArguments
 from hf_ft_ext.data.loading import TaskData, load_data
 from hf_ft_ext.data.preprocess import tokenize
 from hf_ft_ext.errors import InputError
@@ -16,6 +16,9 @@ from hf_ft_ext.launch.search import require_optuna
 from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics import metric_function
 from hf_ft_ext.models import load_tokenizer_and_model, model_max_length
+from hf_ft_ext.prompts.loading import check_prompt_options
+from hf_ft_ext.prompts.model import is_prompt_model
+from hf_ft_ext.prompts.preprocess import tokenize_prompts
 from hf_ft_ext.training.resources import ResourceMonitor
 
 BuildTrainer = Callable[[MethodTrainingArguments], Trainer]
@@ -34,13 +37,21 @@ def load(
     """
     if run_args.hp_search:
         require_optuna()
+    check_prompt_options(data_args)
     with args.main_process_first(desc="loading data"):  # downloads happen once
         data = load_data(data_args, cache_dir=model_args.cache_dir, token=model_args.token, data_seed=args.data_seed)
     check_splits(run_args, args, data)
     choose_best_metric(run_args, args, data.metric)
-    tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed)
+    tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args)
     limit = model_max_length(model, tokenizer)
-    data = tokenize(data, tokenizer, data_args, label2id=model.config.label2id, model_max_length=limit)
+    if is_prompt_model(model):
+        if run_args.given.get("few_shot_type") == FINETUNE:
+            raise InputError(
+                "--few_shot_type finetune: the model was saved with a prompt; leave it out, or pass another"
+            )
+        data = tokenize_prompts(data, tokenizer, data_args, model.config, limit, args.data_seed)
+    else:
+        data = tokenize(data, tokenizer, data_args, label2id=model.config.label2id, model_max_length=limit)
     trainer_class = find_method(run_args.method).trainer_class()
 
     def build(args: MethodTrainingArguments) -> Trainer:

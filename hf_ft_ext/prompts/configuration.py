@@ -1,0 +1,42 @@
+"""`PromptConfig`: a masked language model's configuration, with a template and label words."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.configuration_utils import SubConfigSpec
+
+
+class PromptConfig(PreTrainedConfig):
+    """Configuration of `PromptForSequenceClassification`.
+
+    Attributes:
+        masked_lm: configuration of the masked language model.
+        template: see `parse_template`.
+        words: label words by label id; of a regression: at the lower and at the upper end.
+        word_ids: their tokens.
+        mask_token_id: token whose position is read.
+        bounds: ends of a regression's scale.
+        untied_words: the label words' output rows are a layer of their own (`[words, hidden]`).
+    """
+
+    model_type = "prompt_classifier"
+    sub_configs_defaults = {"masked_lm": SubConfigSpec(config_class=AutoConfig, model_type="bert")}
+
+    masked_lm: PreTrainedConfig | dict | None = None
+    template: str = ""
+    words: list[str] | None = None
+    word_ids: list[int] | None = None
+    mask_token_id: int | None = None
+    bounds: list[float] | None = None
+    untied_words: bool = False
+    pad_token_id: int | None = None
+
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        return self.masked_lm
+
+    def __getattr__(self, name: str) -> Any:
+        # Sizes and the like (hidden_size, vocab_size, max_position_embeddings) are those of the masked LM.
+        inner = self.__dict__.get("masked_lm")
+        if name.startswith("_") or not isinstance(inner, PreTrainedConfig) or name == "masked_lm":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(inner, name)

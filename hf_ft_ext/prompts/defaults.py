@@ -1,0 +1,86 @@
+"""Templates, label words and lengths of the known tasks, as LM-BFF has them."""
+
+from dataclasses import dataclass
+
+from hf_ft_ext.data.tasks import Task
+from hf_ft_ext.errors import InputError
+
+
+@dataclass(frozen=True)
+class TaskPrompt:
+    """How a task is put as a prompt.
+
+    Attributes:
+        template: see `parse_template`.
+        words: label name -> label word; a regression has `"0"` and `"1"`.
+        first_sent_limit: most tokens of the first text, or none.
+        other_sent_limit: most tokens of any other text, or none.
+        max_seq_length: tokens of a row; with demonstrations twice as many.
+    """
+
+    template: str
+    words: dict[str, str]
+    first_sent_limit: int | None = None
+    other_sent_limit: int | None = None
+    max_seq_length: int = 128
+
+
+_IT_WAS = "*cls**sent_0*_It_was*mask*.*sep+*"
+_THIS_IS = "*cls**sent_0*_This_is*mask*.*sep+*"
+_SAME = "*cls**sent_0**mask*,*+sentl_1**sep+*"
+_FOLLOWS = "*cls**sent-_0*?*mask*,*+sentl_1**sep+*"
+_POLARITY = {"negative": "terrible", "positive": "great"}
+_YES = {"not_entailment": "No", "entailment": "Yes"}
+_NLI = {"contradiction": "No", "entailment": "Yes", "neutral": "Maybe"}
+_SST5 = dict(
+    zip(
+        ("very negative", "negative", "neutral", "positive", "very positive"),
+        ("terrible", "bad", "okay", "good", "great"),
+        strict=True,
+    )
+)
+_TREC = {
+    "description": "Description",
+    "entity": "Entity",
+    "abbreviation": "Expression",
+    "human": "Human",
+    "location": "Location",
+    "number": "Number",
+}
+_NEWS = {"World": "world", "Sports": "sports", "Business": "business", "Sci/Tech": "tech"}
+
+PROMPTS: dict[str, TaskPrompt] = {
+    "sst2": TaskPrompt(_IT_WAS, _POLARITY),
+    "mr": TaskPrompt(_IT_WAS, _POLARITY, 110, 50),
+    "cr": TaskPrompt(_IT_WAS, _POLARITY, 110, 50),
+    "mpqa": TaskPrompt(_IT_WAS, _POLARITY, 110),
+    "sst5": TaskPrompt(_IT_WAS, _SST5),
+    "subj": TaskPrompt(_THIS_IS, {"subjective": "subjective", "objective": "objective"}, 110, 50),
+    "trec": TaskPrompt("*cls**mask*:*+sent_0**sep+*", _TREC, 110),
+    "cola": TaskPrompt(_THIS_IS, {"unacceptable": "incorrect", "acceptable": "correct"}),
+    "mrpc": TaskPrompt(_SAME, {"not_equivalent": "No", "equivalent": "Yes"}),
+    "qqp": TaskPrompt(_SAME, {"not_duplicate": "No", "duplicate": "Yes"}),
+    "stsb": TaskPrompt(_SAME, {"0": "No", "1": "Yes"}),
+    "rte": TaskPrompt(_FOLLOWS, _YES, 240, None, 256),
+    "qnli": TaskPrompt(_FOLLOWS, _YES),
+    "mnli": TaskPrompt(_FOLLOWS, _NLI, 240, None, 256),
+    "snli": TaskPrompt(_FOLLOWS, _NLI, None, None, 256),
+    "ag_news": TaskPrompt("*cls**sent_0*_This_article_is_about*mask*_news.*sep+*", _NEWS, 240, None, 256),
+    "demo": TaskPrompt(_IT_WAS, _POLARITY),
+}
+
+
+def task_prompt(task: Task, template: str | None, mapping: dict | str | None) -> TaskPrompt | None:
+    """The task's own prompt; `None` where it has none and the user gave all that is needed.
+
+    Raises:
+        InputError: it has none, and a template or a mapping is missing.
+    """
+    found = PROMPTS.get(task.name)
+    if found is None and (template is None or mapping is None):
+        missing = [option for option, value in (("--template", template), ("--mapping", mapping)) if value is None]
+        raise InputError(
+            f"task {task.name!r} has no prompt of its own; pass {' and '.join(missing)}, such as --template "
+            f'"{_IT_WAS}" --mapping "{_POLARITY}"'
+        )
+    return found

@@ -1,0 +1,129 @@
+"""From arguments and data to a prompt model: fresh from a masked language model, or saved before."""
+
+import logging
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from hf_ft_ext.arguments import FINETUNE, PROMPT_DEMO, DataArguments, FewShotArguments
+from hf_ft_ext.data.few_shot import label_bounds
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.metrics import REGRESSION
+from hf_ft_ext.prompts.configuration import PromptConfig
+from hf_ft_ext.prompts.defaults import task_prompt
+from hf_ft_ext.prompts.model import PromptForSequenceClassification, check_masked_lm
+from hf_ft_ext.prompts.template import parse_template
+from hf_ft_ext.prompts.words import parse_mapping, word_ids
+
+if TYPE_CHECKING:
+    from hf_ft_ext.data.loading import TaskData
+
+_OF_PROMPTS = ("template", "mapping", "first_sent_limit", "other_sent_limit", "truncate_head", "untie_words")
+_OF_DEMONSTRATIONS = ("num_demo", "num_sample", "demo_filter", "demo_filter_model")
+
+logger = logging.getLogger(__name__)
+
+
+def check_prompt_options(data_args: DataArguments) -> None:
+    """Refuse options of prompts or demonstrations where there are none.
+
+    Raises:
+        InputError: there is one.
+    """
+    defaults = {f.name: f.default for f in fields(FewShotArguments)}
+    idle = {PROMPT_DEMO: ()}.get(data_args.few_shot_type, _OF_DEMONSTRATIONS)
+    if data_args.few_shot_type == FINETUNE:
+        idle = (*_OF_PROMPTS, *idle)
+    for name in idle:
+        if getattr(data_args, name) != defaults[name]:
+            kind = "prompt" if name in _OF_PROMPTS else PROMPT_DEMO
+            raise InputError(
+                f"--{name} {getattr(data_args, name)} is about prompts, and few_shot_type={data_args.few_shot_type} "
+                f"does not look at it; pass --few_shot_type {kind}, or leave it out"
+            )
+
+
+def load_prompt_model(
+    name: str,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data: "TaskData",
+    data_args: DataArguments,
+    **hub: Any,
+) -> PromptForSequenceClassification:
+    """Load a prompt model for the labels of `data`.
+
+    A saved one keeps its template and words, unless the arguments give others.
+
+    Args:
+        name: Hub id or folder.
+        config: what `name` holds.
+        hub: for `from_pretrained`.
+
+    Raises:
+        InputError: template, mapping, labels and model do not go together.
+    """
+    if isinstance(config, PromptConfig):
+        return _load_saved(name, config, tokenizer, data, data_args, **hub)
+    check_masked_lm(config, name)
+    prompt = task_prompt(data.task, data_args.template, data_args.mapping)
+    template = prompt.template if data_args.template is None else data_args.template
+    parse_template(template, len(data.text_columns))  # before the weights are loaded
+    labels = _labels(data)
+    words = parse_mapping(prompt.words if data_args.mapping is None else data_args.mapping, labels)
+    logger.info("Prompt: %s, label words: %s.", template, ", ".join(words))
+    return PromptForSequenceClassification.from_masked_lm(
+        name,
+        tokenizer,
+        template,
+        words,
+        labels,
+        bounds=label_bounds(data) if labels is None else None,
+        untie_words=data_args.untie_words,
+        config=config,
+        **hub,
+    )
+
+
+def _labels(data: "TaskData") -> list[str] | None:
+    """Label names by id; `None` for a regression."""
+    if data.problem_type == REGRESSION:
+        return None
+    if data.label_names is None:
+        raise InputError(
+            f"the labels of {data.task.name!r} are unknown, so no word can be given to them; pass --task_name, labelled "
+            "data, or a model that was saved with its words"
+        )
+    return data.label_names
+
+
+def _load_saved(name, config, tokenizer, data: "TaskData", data_args: DataArguments, **hub):
+    model = PromptForSequenceClassification.from_pretrained(name, config=config, **hub)
+    template = config.template if data_args.template is None else data_args.template
+    parse_template(template, len(data.text_columns))
+    if (config.problem_type == REGRESSION) != (data.problem_type == REGRESSION):
+        raise InputError(f"model {name!r} was saved for {config.problem_type}, but this data is {data.problem_type}")
+    if data_args.mapping is not None:
+        if config.untied_words:
+            raise InputError(
+                f"model {name!r} has output rows of its own for the words {', '.join(config.words)}; leave --mapping "
+                "out, or start from the masked language model"
+            )
+        labels = _labels(data)
+        config.words = parse_mapping(data_args.mapping, labels)
+        config.word_ids = word_ids(tokenizer, config.words)
+        if labels is not None:
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: i for i, label in enumerate(labels)}
+    elif data.label_names is not None:
+        own, names = {str(label).lower() for label in config.label2id}, {n.lower() for n in data.label_names}
+        if own != names:
+            raise InputError(
+                f"model {name!r} was saved with words for the labels {', '.join(config.label2id)}, but this data has "
+                f"{', '.join(data.label_names)}; pass --mapping, or another model"
+            )
+    model.config.template = template
+    if data_args.untie_words:
+        model.untie_label_words()
+    return model

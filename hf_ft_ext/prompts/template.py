@@ -1,0 +1,108 @@
+"""Templates: from a text such as `*cls**sent_0*_It_was*mask*.*sep+*` to its parts."""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from hf_ft_ext.errors import InputError
+
+CLS, SEP, MASK = "cls", "sep", "mask"
+_SENTENCE = re.compile(r"(?P<space>\+?)sent(?P<first>[lu]?)(?P<cut>-?)_(?P<index>\d+)")
+_MARKERS = ("cls", "mask", "sep", "sep+", "sent_0", "sent_1", "sent-_0", "sentl_1", "+sent_0", "+sentl_1", "sentu_1")
+
+
+@dataclass(frozen=True)
+class Literal:
+    """Text of the template itself."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Special:
+    """A special token of the tokenizer: `cls`, `sep` or `mask`; `next_segment`: what follows has the next type."""
+
+    name: str
+    next_segment: bool = False
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """Text `index` of the row, with a leading space, its first letter changed, or without its last character."""
+
+    index: int
+    space: bool = False
+    first: str = ""  # "l": lower, "u": upper
+    cut: bool = False
+
+    def texts(self, column: list[str]) -> list[str]:
+        """The column's texts in the form that the template asks for."""
+        if self.cut:  # the final stop or question mark, not a blank behind it
+            column = [text.rstrip()[:-1] for text in column]
+        if self.first:
+            change = str.lower if self.first == "l" else str.upper
+            column = [change(text[:1]) + text[1:] for text in column]
+        return [f" {text}" for text in column] if self.space else column
+
+
+Part = Literal | Special | Sentence
+
+
+def parse_template(template: str, texts: int | None = None) -> list[Part]:
+    """Split a template into its parts.
+
+    Markers stand between asterisks: `cls`, `mask`, `sep`, `sep+` (a separator that also starts the next segment),
+    `sent_i` (text i of the row), `sent-_i` (without its last character), `sentl_i` (first letter in lower case),
+    `sentu_i` (in upper case); a `+` in front of a text's marker puts a space there. Outside of asterisks there is plain
+    text, in which `_` stands for a space.
+
+    Args:
+        texts: how many texts a row has; `None` = do not check.
+
+    Raises:
+        InputError: asterisks without a partner, an unknown marker, no mask or several, no text, or a text that the
+            rows do not have.
+
+    Source: the templates of LM-BFF (Gao et al., ACL 2021, arXiv 2012.15723).
+    """
+    pieces = template.split("*")
+    if len(pieces) % 2 == 0:
+        raise InputError(
+            f"template {template!r} has an asterisk without a partner; markers stand between two: *mask*, *sent_0*"
+        )
+    parts: list[Part] = []
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            if piece:
+                parts.append(Literal(piece.replace("_", " ")))
+        else:
+            parts.append(_marker(piece, template))
+    masks = sum(part == Special(MASK) for part in parts)
+    if masks != 1:
+        count = "no mask" if masks == 0 else f"{masks} masks"
+        raise InputError(f"template {template!r} has {count}; put *mask* in it once, where the label word goes")
+    indices = {part.index for part in parts if isinstance(part, Sentence)}
+    if not indices:
+        raise InputError(f"template {template!r} has no text of the row; put *sent_0* in it")
+    if texts is not None and max(indices) >= texts:
+        has = "one text" if texts == 1 else f"{texts} texts"
+        raise InputError(
+            f"template {template!r} names *sent_{max(indices)}*, but the rows of this data have {has}, counted from 0; "
+            "take it out, or pass --text_columns"
+        )
+    return parts
+
+
+def _marker(name: str, template: str) -> Part:
+    if name in (CLS, SEP, MASK):
+        return Special(name)
+    if name == "sep+":
+        return Special(SEP, next_segment=True)
+    if match := _SENTENCE.fullmatch(name):
+        return Sentence(int(match["index"]), bool(match["space"]), match["first"], bool(match["cut"]))
+    near = difflib.get_close_matches(name, _MARKERS, n=1, cutoff=0.5)
+    hint = f"; did you mean *{near[0]}*?" if near else ""
+    raise InputError(
+        f"template {template!r} has the unknown marker *{name}*{hint} The markers are: *cls*, *mask*, *sep*, *sep+*, "
+        "*sent_i*, *sent-_i*, *sentl_i*, *sentu_i*, and these with a + in front"
+    )

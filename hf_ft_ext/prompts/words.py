@@ -1,0 +1,111 @@
+"""Label words: from a mapping to one word, and one token, for each label."""
+
+import ast
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from hf_ft_ext.errors import InputError
+
+_NO_SPACE = "<[.,"  # words that begin so stand without a space before them
+BOUNDS = ("0", "1")  # the labels of a regression's mapping: lower and upper end of the scale
+_EXAMPLE = "{'negative': 'terrible', 'positive': 'great'}"
+
+
+def parse_mapping(mapping: dict[Any, str] | str, labels: Sequence[str] | None) -> list[str]:
+    """The label words in the order of the labels' ids.
+
+    Args:
+        mapping: label (name, case aside, or id) -> word; as text: JSON or a Python dictionary of plain strings and
+            numbers, which is read, never executed.
+        labels: label names by id; `None` = a regression, whose labels are 0 (lower end) and 1 (upper end).
+
+    Raises:
+        InputError: the text is no dictionary, a label is missing, unknown or doubled, two labels have the same word,
+            or a regression has other than two words.
+    """
+    pairs = _pairs(mapping)
+    known = BOUNDS if labels is None else labels
+    if labels is None and len(pairs) != 2:
+        raise InputError(
+            f"mapping {mapping!r} has {len(pairs)} words, but a regression has two: the one at the lower end of the "
+            "scale and the one at the upper end, {'0': 'No', '1': 'Yes'}"
+        )
+    by_name = {str(label).lower(): i for i, label in enumerate(known)}
+    words: dict[int, str] = {}
+    for key, word in pairs:
+        i = by_name.get(str(key).lower())
+        if i is None and str(key).isdigit() and int(key) < len(known):
+            i = int(key)
+        if i is None:
+            raise InputError(f"mapping {mapping!r} has the unknown label {key!r}; the labels are: {_listed(known)}")
+        if i in words:
+            raise InputError(f"mapping {mapping!r} has label {known[i]!r} twice; name each label once")
+        if not isinstance(word, str) or not word.strip():
+            raise InputError(f"mapping {mapping!r} gives label {known[i]!r} {word!r}, which is no word; pass text")
+        words[i] = word.strip()
+    if missing := [label for i, label in enumerate(known) if i not in words]:
+        raise InputError(f"mapping {mapping!r} has no word for label {missing[0]!r}; the labels are: {_listed(known)}")
+    ordered = [words[i] for i in range(len(known))]
+    for i, word in enumerate(ordered):
+        if word in ordered[:i]:
+            other = known[ordered.index(word)]
+            raise InputError(f"mapping {mapping!r} has the word {word!r} for {other!r} and {known[i]!r}; choose two")
+    return ordered
+
+
+def _pairs(mapping: dict[Any, str] | str) -> list[tuple[Any, Any]]:
+    """Keys and values in order, doubled keys included."""
+    if isinstance(mapping, dict):
+        return list(mapping.items())
+    try:
+        pairs = json.loads(mapping, object_pairs_hook=lambda found: found)
+    except ValueError:
+        pairs = _python_pairs(mapping)
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise InputError(f"mapping {mapping!r} is no dictionary; pass one such as {_EXAMPLE}")
+    return pairs
+
+
+def _python_pairs(mapping: str) -> list[tuple[Any, Any]] | None:
+    try:
+        tree = ast.parse(mapping.strip(), mode="eval").body
+        if not isinstance(tree, ast.Dict):
+            return None
+        # a key of None unpacks another dictionary, which literal_eval refuses
+        return [(ast.literal_eval(key), ast.literal_eval(value)) for key, value in zip(tree.keys, tree.values)]  # noqa: B905
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        raise InputError(f"mapping {mapping!r} cannot be read; pass a dictionary such as {_EXAMPLE}") from None
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(map(str, labels))
+
+
+def word_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
+    """The token of each label word, as it stands behind a space.
+
+    Raises:
+        InputError: a word is several tokens (they are shown) or unknown to the tokenizer, or two words are one token.
+    """
+    ids: list[int] = []
+    for word in words:
+        text = word if word[0] in _NO_SPACE else f" {word}"
+        pieces = tokenizer.tokenize(text)
+        if len(pieces) != 1:
+            raise InputError(
+                f"label word {word!r} is {len(pieces)} tokens for this tokenizer ({' '.join(pieces)}), but the mask is "
+                "one; choose a word that is one token (--mapping)"
+            )
+        token = tokenizer.convert_tokens_to_ids(pieces[0])
+        if token == tokenizer.unk_token_id and word != tokenizer.unk_token:
+            raise InputError(f"label word {word!r} is unknown to this tokenizer; choose another word (--mapping)")
+        if token in ids:
+            raise InputError(
+                f"label words {words[ids.index(token)]!r} and {word!r} are the same token for this tokenizer "
+                f"({pieces[0]}); choose words that differ (--mapping)"
+            )
+        ids.append(token)
+    return ids
