@@ -95,7 +95,13 @@ def load_tokenizer_and_model(
 def _fitted_together(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The two, once padding and vocabulary agree."""
+    """The two, once padding and vocabulary agree; float16 becomes float32, as optimizers cannot train the former."""
+    if model.dtype == torch.float16:
+        model.float()
+        for config in (model.config, getattr(model.config, "masked_lm", None)):
+            if config is not None:
+                config.dtype = torch.float32
+        logger.info("The weights of %s are stored in float16: they are taken as float32.", name)
     _set_padding(model, tokenizer)
     declare_mean_loss(model)
     rows = model.get_input_embeddings().weight.shape[0]

@@ -213,7 +213,7 @@ def test_help_of_a_method_is_grouped_with_defaults(name, capsys):
     places = [text.index(heading) for heading in headings]
     assert places == sorted(places)
     assert "--max-seq-length" not in text and "--no_" not in text
-    assert "(default: 128)" in text and "==SUPPRESS==" not in text
+    assert "none = 128" in text and "(default: 42)" in text and "==SUPPRESS==" not in text
 
 
 def test_methods_table():

@@ -47,7 +47,7 @@ def load(
     if is_prompt_model(model):
         if run_args.given.get("few_shot_type") == FINETUNE:
             raise InputError(
-                "--few_shot_type finetune: the model was saved with a prompt; leave it out, or pass another"
+                "--few_shot_type finetune: the model was saved with a prompt; leave it out, or pass another model"
             )
         data = tokenize_prompts(data, tokenizer, data_args, model.config, limit, args.data_seed)
     else:

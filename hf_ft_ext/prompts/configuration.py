@@ -1,6 +1,6 @@
 """`PromptConfig`: a masked language model's configuration, with a template and label words."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -20,7 +20,7 @@ class PromptConfig(PreTrainedConfig):
     """
 
     model_type = "prompt_classifier"
-    sub_configs_defaults = {"masked_lm": SubConfigSpec(config_class=AutoConfig, model_type="bert")}
+    sub_configs_defaults: ClassVar = {"masked_lm": SubConfigSpec(config_class=AutoConfig, model_type="bert")}
 
     masked_lm: PreTrainedConfig | dict | None = None
     template: str = ""

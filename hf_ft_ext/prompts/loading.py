@@ -92,8 +92,8 @@ def _labels(data: "TaskData") -> list[str] | None:
         return None
     if data.label_names is None:
         raise InputError(
-            f"the labels of {data.task.name!r} are unknown, so no word can be given to them; pass --task_name, labelled "
-            "data, or a model that was saved with its words"
+            f"the labels of {data.task.name!r} are unknown, so no word can be given to them; pass --task_name, "
+            "labelled data, or a model that was saved with its words"
         )
     return data.label_names
 

@@ -40,7 +40,7 @@ class PromptForSequenceClassification(PreTrainedModel):
     `from_pretrained` loads what `save_pretrained` wrote, template and words included; `from_masked_lm` makes one.
 
     Raises:
-        InputError: the configuration is of a model without masked-LM head; in `forward`: a row has no mask, or several.
+        InputError: the configuration is of a model without masked-LM head; in `forward`: a row has no mask, or two.
 
     Source: LM-BFF (Gao et al., ACL 2021, arXiv 2012.15723).
     """
@@ -155,9 +155,9 @@ class PromptForSequenceClassification(PreTrainedModel):
     def untie_label_words(self) -> nn.Linear:
         """Make the label words' output rows a layer of their own; return it (`[words, hidden]`).
 
-        Logits stay the same. In most models the rows are those of the input embeddings, and to change them changes what
-        the encoder makes of these words where they occur in a text. The rest of the vocabulary's output rows, which no
-        class needs, is dropped.
+        Logits stay the same. In most models the rows are those of the input embeddings, and to change them changes
+        what the encoder makes of these words where they occur in a text. The rest of the vocabulary's output rows,
+        which no class needs, is dropped.
         """
         if not self.config.untied_words:
             self.config.untied_words = True
@@ -209,10 +209,10 @@ class PromptForSequenceClassification(PreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput | tuple:
-        """Logits `[rows, classes]` (regression: `[rows, 1]`, in the units of the labels), and the loss if there are labels.
+        """Logits `[rows, classes]` (regression: `[rows, 1]`, in the labels' units), and the loss if there are labels.
 
-        The loss is the cross-entropy over the label words. A regression's is the Kullback-Leibler divergence between the
-        two words' probabilities and the label's place on the scale, 0 at best.
+        The loss is the cross-entropy over the label words. A regression's is the Kullback-Leibler divergence between
+        the two words' probabilities and the label's place on the scale, 0 at best.
 
         Args:
             input_ids: `[rows, length]`, one mask token in each row, or `[rows, contexts, length]`.
@@ -284,8 +284,8 @@ def _check_one_mask(is_mask: torch.Tensor) -> None:
     if bool((count != 1).any()):
         row = int((count != 1).nonzero()[0, 0])
         raise InputError(
-            f"row {row} of the batch has {int(count[row])} mask tokens, but a prompt model reads one; tokenise the rows "
-            "by the model's template (PromptEncoder)"
+            f"row {row} of the batch has {int(count[row])} mask tokens, but a prompt model reads one; tokenise the "
+            "rows by the model's template (PromptEncoder)"
         )
 
 

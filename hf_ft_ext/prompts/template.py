@@ -53,8 +53,8 @@ def parse_template(template: str, texts: int | None = None) -> list[Part]:
 
     Markers stand between asterisks: `cls`, `mask`, `sep`, `sep+` (a separator that also starts the next segment),
     `sent_i` (text i of the row), `sent-_i` (without its last character), `sentl_i` (first letter in lower case),
-    `sentu_i` (in upper case); a `+` in front of a text's marker puts a space there. Outside of asterisks there is plain
-    text, in which `_` stands for a space.
+    `sentu_i` (in upper case); a `+` in front of a text's marker puts a space there. Outside of asterisks there is
+    plain text, in which `_` stands for a space.
 
     Args:
         texts: how many texts a row has; `None` = do not check.
@@ -87,7 +87,7 @@ def parse_template(template: str, texts: int | None = None) -> list[Part]:
     if texts is not None and max(indices) >= texts:
         has = "one text" if texts == 1 else f"{texts} texts"
         raise InputError(
-            f"template {template!r} names *sent_{max(indices)}*, but the rows of this data have {has}, counted from 0; "
+            f"template {template!r} names text {max(indices)}, but the rows of this data have {has}, counted from 0; "
             "take it out, or pass --text_columns"
         )
     return parts

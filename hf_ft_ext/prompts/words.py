@@ -96,8 +96,8 @@ def word_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[i
         pieces = tokenizer.tokenize(text)
         if len(pieces) != 1:
             raise InputError(
-                f"label word {word!r} is {len(pieces)} tokens for this tokenizer ({' '.join(pieces)}), but the mask is "
-                "one; choose a word that is one token (--mapping)"
+                f"label word {word!r} is {len(pieces)} tokens for this tokenizer ({' '.join(pieces)}), but the mask "
+                "is one; choose a word that is one token (--mapping)"
             )
         token = tokenizer.convert_tokens_to_ids(pieces[0])
         if token == tokenizer.unk_token_id and word != tokenizer.unk_token:
