@@ -47,6 +47,13 @@ class RunArguments:
             "the final training with the best values; 0 = none. Needs the `hp` extra."
         },
     )
+    from_linearhead: bool = field(
+        default=False,
+        metadata={
+            "help": "Start from a head fitted by linear probing on the training data (see method linearhead); a "
+            "resumed run takes its checkpoint instead."
+        },
+    )
     given: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # what the user set, in all groups
 
 

@@ -31,8 +31,9 @@ class HeadReader:
 
     def __init__(self, model: nn.Module, read: Callable[[torch.Tensor, Batch], torch.Tensor]):
         self.model, self.read = model, read
-        self.prefix = model.base_model_prefix
-        self.stand_in = _StandIn(getattr(model, self.prefix))
+        holder, _, self.prefix = encoder_path(model).rpartition(".")
+        self.holder = model.get_submodule(holder)
+        self.stand_in = _StandIn(getattr(self.holder, self.prefix))
 
     @classmethod
     def find(cls, model: nn.Module, batch: Batch) -> "HeadReader | None":
@@ -41,10 +42,10 @@ class HeadReader:
         Args:
             batch: some rows of real data (two or more, of different lengths at best), without labels.
         """
-        base = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-        if not isinstance(base, nn.Module) or base is model:
+        path = encoder_path(model)
+        if path is None:
             return None
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             try:
                 expected = model(**batch).logits
             except (AttributeError, TypeError):
@@ -78,7 +79,7 @@ class HeadReader:
         base = self.stand_in.base
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         pooler = getattr(base, "pooler", None)
-        with _evaluating(self.model):
+        with evaluating(self.model):
             if isinstance(pooler, nn.Module):  # its work would be thrown away, and it may be under search
                 base._modules["pooler"] = None
             try:
@@ -96,7 +97,7 @@ class HeadReader:
         """
         n = features.shape[0] if rows is None else rows
         self.stand_in.features = features
-        modules = self.model._modules
+        modules = self.holder._modules
         base, modules[self.prefix] = modules[self.prefix], self.stand_in
         try:
             ids = torch.zeros(1, 1, dtype=torch.long, device=features.device).expand(n, 1)
@@ -105,9 +106,27 @@ class HeadReader:
             modules[self.prefix] = base
 
 
+def encoder_path(model: nn.Module) -> str | None:
+    """Dotted name of the base model within `model`; `None` if there is none.
+
+    A model that holds its base model deeper than in an attribute `base_model_prefix` says so in `encoder_path`.
+    """
+    path = getattr(model, "encoder_path", None) or getattr(model, "base_model_prefix", None)
+    if not path:
+        return None
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return None
+    return path
+
+
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters outside the base model, and those of its pooler, by name; frozen ones too."""
-    prefix = model.base_model_prefix
+    """Parameters outside the base model, and those of its pooler, by name; frozen ones too.
+
+    A parameter that the head shares with the base model, such as tied output embeddings, counts as the latter's.
+    """
+    prefix = encoder_path(model) or model.base_model_prefix
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -169,7 +188,8 @@ def _mean_token(hidden: torch.Tensor, batch: _Context) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off within; the model's mode is put back afterwards."""
     was_training = model.training
     if was_training:
         model.eval()

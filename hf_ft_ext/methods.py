@@ -62,6 +62,12 @@ METHODS: dict[str, Method] = {
             "hf_ft_ext.gradientless.trainer:GradientlessTrainer",
             "search without gradients: GLD direct search, SPSA (MeZO) beside it",
         ),
+        Method(
+            "linearhead",
+            "hf_ft_ext.linearhead.arguments:LinearHeadTrainingArguments",
+            "hf_ft_ext.linearhead.trainer:LinearHeadTrainer",
+            "linear probing: the last layer fitted by logistic or linear regression, the encoder as it is",
+        ),
     )
 }
 

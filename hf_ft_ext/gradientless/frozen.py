@@ -5,13 +5,12 @@ import logging
 from transformers import Trainer
 
 from hf_ft_ext.feature_cache import cached_features, feature_bytes
+from hf_ft_ext.feature_rows import SAMPLE, labels_of
 from hf_ft_ext.features import HeadReader
-from hf_ft_ext.gradientless.rows import FeatureRows, in_order, labels_of
+from hf_ft_ext.gradientless.rows import FeatureRows, in_order
 from hf_ft_ext.training.resources import preparation
 
 logger = logging.getLogger(__name__)
-
-_SAMPLE = 16  # rows by which the way of reading is found
 
 
 def find_reader(trainer: Trainer) -> HeadReader | None:
@@ -19,7 +18,7 @@ def find_reader(trainer: Trainer) -> HeadReader | None:
     if not hasattr(trainer.train_dataset, "__len__"):
         logger.info("streamed training data: every candidate runs the whole model")
         return None
-    rows = min(_SAMPLE, len(trainer.train_dataset))
+    rows = min(SAMPLE, len(trainer.train_dataset))
     reader = HeadReader.find(trainer.model, next(in_order(trainer, trainer.train_dataset, rows)))
     if reader is None:
         name = type(trainer.model).__name__

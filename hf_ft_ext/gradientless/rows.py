@@ -8,9 +8,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
-from hf_ft_ext.errors import InputError
-
-LABELS = "labels"
+from hf_ft_ext.feature_rows import LABELS, batches_in_order, for_collator
 
 
 class FeatureRows(Dataset):
@@ -35,29 +33,9 @@ class FeatureRows(Dataset):
         return {"features": self.features[rows], LABELS: self.labels[rows]}
 
 
-def labels_of(dataset: Any) -> torch.Tensor:
-    """Labels of every row.
-
-    Raises:
-        InputError: a row has none.
-    """
-    columns = getattr(dataset, "column_names", None)
-    name = next((name for name in ("labels", "label") if columns is None or name in columns), None)
-    try:
-        if columns is not None:
-            return torch.as_tensor(dataset.with_format(None)[name][:])
-        return torch.as_tensor([dataset[i].get("labels", dataset[i].get("label")) for i in range(len(dataset))])
-    except (KeyError, TypeError, RuntimeError, ValueError) as error:
-        raise InputError("the training data have no labels to compare candidates by; add a column `labels`") from error
-
-
 def in_order(trainer: Trainer, dataset: Any, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
     """Collated batches of all rows in their order, on the model's device; every process gets them all."""
-    dataset, collate = _for_collator(trainer, dataset)
-    device = trainer.args.device
-    for start in range(0, len(dataset), batch_size):
-        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        yield {key: value.to(device) for key, value in collate(rows).items() if key != LABELS}
+    return batches_in_order(*for_collator(trainer, dataset), batch_size, trainer.args.device)
 
 
 def train_dataloader(trainer: Trainer, features: FeatureRows | None, whole_batches: bool) -> DataLoader:
@@ -69,7 +47,7 @@ def train_dataloader(trainer: Trainer, features: FeatureRows | None, whole_batch
     """
     args, order = trainer.args, trainer._get_train_sampler(trainer.train_dataset)
     if features is None:
-        dataset, collate = _for_collator(trainer, trainer.train_dataset)
+        dataset, collate = for_collator(trainer, trainer.train_dataset)
     else:
         dataset, collate = features, _as_fetched
     loader = DataLoader(
@@ -94,12 +72,6 @@ def train_dataloader(trainer: Trainer, features: FeatureRows | None, whole_batch
         use_seedable_sampler=accelerator.use_seedable_sampler,
         data_seed=accelerator.dataloader_config.data_seed,
     )
-
-
-def _for_collator(trainer: Trainer, dataset: Any) -> tuple[Any, Any]:
-    if hasattr(dataset, "column_names"):
-        return trainer._remove_unused_columns(dataset, description="training"), trainer.data_collator
-    return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
 
 
 def _as_fetched(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer
 
 from hf_ft_ext.arguments import FINETUNE, DataArguments, MethodTrainingArguments, ModelArguments, RunArguments
 from hf_ft_ext.data.loading import TaskData, load_data
@@ -13,6 +13,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.checks import check_checkpoint, check_splits, choose_best_metric
 from hf_ft_ext.launch.output import clear_old_run
 from hf_ft_ext.launch.search import require_optuna
+from hf_ft_ext.linear_probe import fit_linear_head
 from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics import metric_function
 from hf_ft_ext.models import load_tokenizer_and_model, model_max_length
@@ -52,6 +53,7 @@ def load(
         data = tokenize_prompts(data, tokenizer, data_args, model.config, limit, args.data_seed)
     else:
         data = tokenize(data, tokenizer, data_args, label2id=model.config.label2id, model_max_length=limit)
+    _start_from_linear_head(run_args, args, model, data, tokenizer)
     trainer_class = find_method(run_args.method).trainer_class()
 
     def build(args: MethodTrainingArguments) -> Trainer:
@@ -74,6 +76,24 @@ def load(
         return trainer
 
     return build, data
+
+
+def _start_from_linear_head(run_args: RunArguments, args: MethodTrainingArguments, model, data: TaskData, tokenizer):
+    """Fit the head before the method starts, if the user asked for it."""
+    if not run_args.from_linearhead:
+        return
+    if run_args.method == "linearhead":
+        raise InputError("--from_linearhead: method linearhead fits that head itself; leave it out")
+    if not args.do_train:
+        raise InputError("--from_linearhead fits a head on the training data, to train on from it; add --do_train")
+    if args.resume_from_checkpoint is None:
+        fit_linear_head(
+            model.to(args.device),
+            data.train,
+            DataCollatorWithPadding(tokenizer),
+            batch_size=args.per_device_eval_batch_size,
+            disable_tqdm=args.disable_tqdm or not args.should_log,
+        )
 
 
 def make_room(run_args: RunArguments, args: MethodTrainingArguments) -> None:

@@ -1,0 +1,44 @@
+"""Rows of a data set in their order: collated batches for the encoder, and the labels beside them."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import Trainer
+
+from hf_ft_ext.errors import InputError
+
+LABELS = "labels"
+SAMPLE = 16  # rows by which the way of reading is found
+
+
+def batches_in_order(
+    dataset: Any, collate: Callable[[list], dict], batch_size: int, device: torch.device | str | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Collated batches of all rows in their order, labels left out, on `device`."""
+    for start in range(0, len(dataset), batch_size):
+        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        yield {key: value.to(device) for key, value in collate(rows).items() if key != LABELS}
+
+
+def labels_of(dataset: Any) -> torch.Tensor:
+    """Labels of every row.
+
+    Raises:
+        InputError: a row has none.
+    """
+    columns = getattr(dataset, "column_names", None)
+    name = next((name for name in ("labels", "label") if columns is None or name in columns), None)
+    try:
+        if columns is not None:
+            return torch.as_tensor(dataset.with_format(None)[name][:])
+        return torch.as_tensor([dataset[i].get("labels", dataset[i].get("label")) for i in range(len(dataset))])
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise InputError("the training data have no labels to learn from; add a column `labels`") from error
+
+
+def for_collator(trainer: Trainer, dataset: Any) -> tuple[Any, Any]:
+    """The data set and the collator by which `trainer` makes its batches."""
+    if hasattr(dataset, "column_names"):
+        return trainer._remove_unused_columns(dataset, description="training"), trainer.data_collator
+    return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")

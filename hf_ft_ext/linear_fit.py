@@ -1,0 +1,207 @@
+"""Logistic and linear regression by scikit-learn, with the regularisation chosen by cross-validation."""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import log_softmax, xlogy
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
+from sklearn.model_selection import GroupKFold, StratifiedKFold
+
+from hf_ft_ext.data.few_shot import draw_order
+from hf_ft_ext.errors import InputError
+
+GRID = tuple(10.0**e for e in range(-4, 5))  # inverse regularisation strengths
+TUNING_ROWS = 10_000  # rows that cross-validation looks at, at most
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """A fitted linear layer.
+
+    Attributes:
+        weight: `[outputs, width]`.
+        bias: `[outputs]`; zeros where the layer has none.
+        c: inverse regularisation strength.
+        chosen: whether cross-validation chose it.
+        score: share of the rows predicted right, or R squared.
+        loss: mean over the rows: cross-entropy, Kullback-Leibler divergence (`fit_place`) or squared error.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    c: float
+    chosen: bool
+    score: float
+    loss: float
+
+    def said(self) -> str:
+        how = "by cross-validation" if self.chosen else "as given"
+        return f"C = {self.c:g} ({how}), score on them {self.score:.4f}"
+
+
+def fit_classes(
+    x: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    bias: bool = True,
+    c: float | None = None,
+    folds: int = 5,
+    max_iter: int = 1000,
+) -> LinearFit:
+    """Logistic regression, one row of weights per class.
+
+    Args:
+        x: `[rows, width]`.
+        labels: class ids `[rows]`.
+        names: of the classes, by id.
+        bias: whether the layer has one.
+        c: inverse regularisation strength, of features scaled to variance 1; `None` = the one of `GRID` with the least
+            cross-validated loss.
+
+    Raises:
+        InputError: a class has no rows.
+    """
+    counts = np.bincount(labels, minlength=len(names))
+    if not counts.all():
+        empty = names[int(counts.argmin())]
+        raise InputError(f"class '{empty}' has no training rows, so no linear head can learn it; add rows of it")
+    scaled, mean, scale = _scaled(x, bias)
+    chosen = c is None
+    if chosen:
+        c = _choose(scaled, labels, None, None, bias, folds, max_iter)
+    model = _logistic(scaled, labels, None, c, bias, max_iter)
+    weight, offset = _rows(model, len(names))
+    weight, offset = _unscaled(weight, offset, mean, scale)
+    likely = log_softmax(x @ weight.T + offset, axis=-1)
+    score, loss = np.mean(likely.argmax(-1) == labels), -np.mean(likely[np.arange(len(x)), labels])
+    return LinearFit(weight, offset, c, chosen, float(score), float(loss))
+
+
+def fit_place(
+    x: np.ndarray,
+    place: np.ndarray,
+    bias: bool = True,
+    c: float | None = None,
+    folds: int = 5,
+    max_iter: int = 1000,
+) -> LinearFit:
+    """Logistic regression of a probability: two rows of weights, for the lower and the upper end of a scale.
+
+    The loss is the cross-entropy with `place`; each row counts as one of either end, weighted.
+
+    Args:
+        x: `[rows, width]`.
+        place: `[rows]`, in [0, 1].
+    """
+    scaled, mean, scale = _scaled(x, bias)
+    rows = np.arange(len(x))
+    double = np.concatenate([scaled, scaled])
+    ends = np.repeat([0, 1], len(x))
+    weights = np.concatenate([1 - place, place])
+    chosen = c is None
+    if chosen:
+        c = _choose(double, ends, weights, np.concatenate([rows, rows]), bias, folds, max_iter)
+    model = _logistic(double, ends, weights, c, bias, max_iter)
+    weight, offset = _unscaled(*_rows(model, 2), mean, scale)
+    likely = log_softmax(x @ weight.T + offset, axis=-1)
+    target = np.stack([1 - place, place], -1)
+    loss = float((xlogy(target, target) - target * likely).sum(-1).mean())
+    return LinearFit(weight, offset, c, chosen, _r_squared(place, np.exp(likely[:, 1])), loss)
+
+
+def fit_numbers(x: np.ndarray, labels: np.ndarray, bias: bool = True, c: float | None = None) -> LinearFit:
+    """Ridge regression; `c` = `None`: the one of `GRID` with the least leave-one-out error.
+
+    Args:
+        x: `[rows, width]`.
+        labels: `[rows]` or `[rows, outputs]`.
+    """
+    labels = labels.reshape(len(x), -1).astype(np.float64)
+    scaled, mean, scale = _scaled(x, bias)
+    chosen = c is None
+    if chosen:
+        c = 1 / float(RidgeCV(alphas=[1 / value for value in GRID], fit_intercept=bias).fit(scaled, labels).alpha_)
+    model = Ridge(alpha=1 / c, fit_intercept=bias).fit(scaled, labels)
+    weight = np.atleast_2d(model.coef_).reshape(labels.shape[1], -1)
+    offset = np.zeros(labels.shape[1]) + (model.intercept_ if bias else 0.0)
+    weight, offset = _unscaled(weight, offset, mean, scale)
+    found = x @ weight.T + offset
+    return LinearFit(weight, offset, c, chosen, _r_squared(labels, found), float(((found - labels) ** 2).mean()))
+
+
+def _scaled(x: np.ndarray, center: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Features of variance 1 (and mean 0): the solver converges sooner, and one grid of strengths fits all models."""
+    mean = x.mean(0) if center else np.zeros(x.shape[1])
+    scale = x.std(0)
+    scale[scale < 1e-12 * max(1.0, float(np.abs(x).max()))] = 1.0  # constant features
+    return (x - mean) / scale, mean, scale
+
+
+def _unscaled(weight, offset, mean, scale) -> tuple[np.ndarray, np.ndarray]:
+    weight = weight / scale
+    return weight, offset - weight @ mean
+
+
+def _logistic(x, y, weights, c: float, bias: bool, max_iter: int, start: LogisticRegression | None = None):
+    model = start or LogisticRegression(fit_intercept=bias, max_iter=max_iter, warm_start=True, random_state=0)
+    model.set_params(C=c)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(x, y, sample_weight=weights)
+    if start is None and int(np.max(model.n_iter_)) >= max_iter:
+        logger.warning("the logistic regression stopped after %d iterations, before it converged", max_iter)
+    return model
+
+
+def _rows(model: LogisticRegression, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and biases per class; two classes share one difference equally."""
+    weight, offset = model.coef_, np.zeros(len(model.coef_)) + model.intercept_
+    if classes == 2:
+        halves = np.array([[-0.5], [0.5]])
+        return halves * weight, halves[:, 0] * offset
+    return weight, offset
+
+
+def _choose(x, y, weights, groups, bias: bool, folds: int, max_iter: int) -> float:
+    """The strength with the least mean loss on rows left out."""
+    if groups is None and len(x) > TUNING_ROWS:
+        kept = draw_order(range(len(x)), 0)[:TUNING_ROWS]
+        if len(np.unique(y[kept])) == len(np.unique(y)):
+            x, y = x[kept], y[kept]
+    losses, count = np.zeros(len(GRID)), 0.0
+    for train, test in _folds(y, groups, folds):
+        model = None
+        for i, c in enumerate(GRID):  # each starts from the one before
+            model = _logistic(
+                x[train], y[train], None if weights is None else weights[train], c, bias, max_iter, model
+            )
+            likely = model.predict_proba(x[test])[np.arange(len(test)), np.searchsorted(model.classes_, y[test])]
+            loss = -np.log(np.maximum(likely, 1e-300))
+            losses[i] += loss.sum() if weights is None else (loss * weights[test]).sum()
+        count += 1
+    if not count:
+        logger.info("too few rows of a class for cross-validation: C = 1")
+        return 1.0
+    return GRID[int(losses.argmin())]
+
+
+def _folds(y, groups, folds: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Splits with every class in every training part."""
+    if groups is not None:
+        parts = min(folds, len(np.unique(groups)))
+        yield from GroupKFold(parts).split(y, y, groups) if parts > 1 else ()
+        return
+    parts = min(folds, int(np.bincount(y).min()))
+    if parts > 1:
+        yield from StratifiedKFold(parts, shuffle=True, random_state=0).split(y, y)
+
+
+def _r_squared(true: np.ndarray, found: np.ndarray) -> float:
+    spread = float(((true - true.mean(0)) ** 2).sum())
+    return 1 - float(((true - found) ** 2).sum()) / spread if spread else 0.0
