@@ -40,8 +40,8 @@ METHODS: dict[str, Method] = {
     for method in (
         Method(
             "full",
-            "hf_ft_ext.arguments:MethodTrainingArguments",
-            "transformers:Trainer",
+            "hf_ft_ext.full.arguments:FullTrainingArguments",
+            "hf_ft_ext.full.trainer:FullTrainer",
             "plain fine-tuning of all weights: the baseline",
         ),
         Method(

@@ -24,9 +24,11 @@ from hf_ft_ext.gradientless.objective import LOSS, Objective, make_objective, of
 from hf_ft_ext.gradientless.parallel import CANDIDATES, SharedCandidates, SharedData
 from hf_ft_ext.gradientless.rows import FeatureRows, train_dataloader
 from hf_ft_ext.gradientless.selection import FISHER
-from hf_ft_ext.gradientless.subspace import add_subspace
 from hf_ft_ext.gradientless.targets import searched_parameters
 from hf_ft_ext.gradientless.whole import model_loss, objective_of_logits, rows_of, with_same_masks
+from hf_ft_ext.metrics import REGRESSION
+from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 
@@ -71,7 +73,8 @@ class GradientlessTrainer(Trainer):
     def _prepared(self, model: nn.Module) -> nn.Module:
         declare_mean_loss(model)
         if self.args.search_peft is not None:
-            model = add_subspace(model, self.args.search_peft, self.args.search_peft_config, self.args.seed)
+            settings = self.args.search_peft_config
+            model = wrap_with_peft(model, self.args.search_peft, settings, self.args.seed, "search_peft")
         self._searched = list(searched_parameters(model, self.args.search_target))
         self._reader: HeadReader | None = None
         self._rows: FeatureRows | None = None
@@ -163,7 +166,10 @@ class GradientlessTrainer(Trainer):
     def _by_model_loss(self) -> bool:
         """Whether the loss is the model's own or the user's, which only `compute_loss` knows."""
         own = type(self).compute_loss is not Trainer.compute_loss or self.compute_loss_func is not None
-        plain = type(self._inner()).__name__.endswith("ForSequenceClassification")
+        inner = self._inner()
+        plain = type(inner).__name__.endswith("ForSequenceClassification")
+        # a prompt's regression compares the probabilities of two words, not numbers
+        plain = plain and not (is_prompt_model(inner) and inner.config.problem_type == REGRESSION)
         return self.objective is None and self.args.search_objective == LOSS and (own or not plain)
 
     def _inner(self) -> nn.Module:

@@ -6,7 +6,14 @@ from collections.abc import Callable
 
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer
 
-from hf_ft_ext.arguments import FINETUNE, DataArguments, MethodTrainingArguments, ModelArguments, RunArguments
+from hf_ft_ext.arguments import (
+    FINETUNE,
+    PROMPT_DEMO,
+    DataArguments,
+    MethodTrainingArguments,
+    ModelArguments,
+    RunArguments,
+)
 from hf_ft_ext.data.loading import TaskData, load_data
 from hf_ft_ext.data.preprocess import tokenize
 from hf_ft_ext.errors import InputError
@@ -17,9 +24,11 @@ from hf_ft_ext.linear_probe import fit_linear_head
 from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics import metric_function
 from hf_ft_ext.models import load_tokenizer_and_model, model_max_length
+from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.prompts.loading import check_prompt_options
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
+from hf_ft_ext.prompts.saving import SavePrompt
 from hf_ft_ext.training.resources import ResourceMonitor
 
 BuildTrainer = Callable[[MethodTrainingArguments], Trainer]
@@ -68,8 +77,9 @@ def load(
                 # Evaluation in training looks at the first validation set, as the metric names expect.
                 eval_dataset=next(iter(data.validation.values()), None),
                 processing_class=tokenizer,
+                data_collator=ContextCollator(tokenizer) if data_args.few_shot_type == PROMPT_DEMO else None,
                 compute_metrics=metric_function(data.metric),
-                callbacks=[ResourceMonitor(), *early_stopping],
+                callbacks=[ResourceMonitor(), *([SavePrompt()] if is_prompt_model(model) else []), *early_stopping],
                 **source,
             )
         check_checkpoint(trainer, run_args.method)

@@ -16,6 +16,7 @@ from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.defaults import task_label
 from hf_ft_ext.models import model_label
+from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.files import write_text
 from hf_ft_ext.training.plan import align, trained_weights
 from hf_ft_ext.training.record import RUN_RECORD, write_run_record
@@ -98,9 +99,13 @@ def recorded_arguments(given: dict[str, Any]) -> dict[str, Any]:
 def loading_line(trainer: Trainer) -> str:
     """The line of Python that loads what the run saved."""
     folder = trainer.args.output_dir
+    prompt = is_prompt_model(trainer.model)
     if not isinstance(trainer.model, PeftModel):
-        return f"AutoModelForSequenceClassification.from_pretrained({folder!r})"
+        name = "PromptForSequenceClassification" if prompt else "AutoModelForSequenceClassification"
+        return f"{name}.from_pretrained({folder!r})"
     base = trainer.model.peft_config["default"].base_model_name_or_path
+    if prompt:
+        return f"PeftModel.from_pretrained(PromptForSequenceClassification.from_adapter({folder!r}), {folder!r})"
     labels = trainer.model.config.num_labels
     return (
         f"PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained({base!r}, "

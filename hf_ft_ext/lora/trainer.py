@@ -10,10 +10,9 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.lora.arguments import ALL_LINEAR, LoraTrainingArguments
 from hf_ft_ext.models import seeded_init
+from hf_ft_ext.peft_models import lora_targets, trained_in_full
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import fold_layer_numbers
-
-_DEFAULT_TARGETS = {"distilbert": ["q_lin", "v_lin"]}  # query and value, as in peft's table, which lacks it
 
 
 class LoraTrainer(Trainer):
@@ -50,7 +49,7 @@ def add_lora(model: PreTrainedModel, args: LoraTrainingArguments) -> PeftModel:
         raise InputError("the model carries PEFT adapters already; pass the base model, or merge the adapters first")
     declare_mean_loss(model)
     heads = trained_in_full(model)
-    targets = args.lora_target_modules or _DEFAULT_TARGETS.get(model.config.model_type)
+    targets = args.lora_target_modules or lora_targets(model)
     config = LoraConfig(
         task_type=TaskType.SEQ_CLS,
         r=args.lora_r,
@@ -66,19 +65,6 @@ def add_lora(model: PreTrainedModel, args: LoraTrainingArguments) -> PeftModel:
             return get_peft_model(model, config)
     except ValueError as error:
         raise InputError(_no_target(model, targets, str(error).split(". ")[0])) from error
-
-
-def trained_in_full(model: PreTrainedModel) -> list[str]:
-    """Dotted names of the modules that an adapter cannot do without: the head, and whatever came untrained."""
-    prefix = model.base_model_prefix
-    names = [
-        name for name, module in model.named_children() if name != prefix and any(True for _ in module.parameters())
-    ]
-    for parameter in sorted(getattr(model, "fresh_parameters", ())):
-        owner = parameter.rpartition(".")[0]
-        if owner and not any(owner == name or owner.startswith(f"{name}.") for name in names):
-            names.append(owner)
-    return names
 
 
 def _no_target(model: nn.Module, targets: list[str] | None, reason: str) -> str:

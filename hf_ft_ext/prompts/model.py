@@ -3,10 +3,14 @@
 import contextlib
 import copy
 import functools
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
 from torch.nn import functional
 from transformers import (
@@ -26,6 +30,8 @@ from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.encode import special_id
 from hf_ft_ext.prompts.template import MASK
 from hf_ft_ext.prompts.words import word_ids
+
+PROMPT_FILE = "prompt_config.json"  # beside an adapter; a whole model has it all in its config.json
 
 
 class PromptForSequenceClassification(PreTrainedModel):
@@ -109,15 +115,54 @@ class PromptForSequenceClassification(PreTrainedModel):
             label2id={label: i for i, label in enumerate(labels or words)} if bounds is None else {"LABEL_0": 0},
             dtype=masked_lm.dtype,
         )
-        config.name_or_path = masked_lm.name_or_path
         check_masked_lm(masked_lm.config, masked_lm.name_or_path or type(masked_lm).__name__)
+        model = cls._around(masked_lm, config)
+        if untie_words:
+            model.untie_label_words()
+        return model.eval()
+
+    @classmethod
+    def from_adapter(cls, folder: str | os.PathLike, **kwargs: Any) -> "PromptForSequenceClassification":
+        """The base model of a PEFT adapter that was trained on a prompt model and saved by the launcher.
+
+        `PeftModel.from_pretrained(PromptForSequenceClassification.from_adapter(folder), folder)` is the trained model.
+
+        Args:
+            folder: of the adapter; it holds `prompt_config.json`.
+            kwargs: for `from_pretrained` of the base model.
+
+        Raises:
+            InputError: the folder has no such file, or the adapter does not name its base model.
+        """
+        path = Path(folder) / PROMPT_FILE
+        if not path.is_file():
+            raise InputError(
+                f"{str(folder)!r} holds no {PROMPT_FILE}: it is no adapter of a prompt model; check the path"
+            )
+        config = PromptConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        name = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        if not name:
+            raise InputError(f"the adapter in {str(folder)!r} names no base model; make it with from_masked_lm")
+        if isinstance(AutoConfig.from_pretrained(name, **kwargs), PromptConfig):
+            model = cls.from_pretrained(name, **kwargs)
+            model.config.template = config.template
+        else:
+            model = cls._around(_load_masked_lm(name, **{"dtype": config.dtype, **kwargs}), config)
+        if config.untied_words:
+            model.untie_label_words()
+        return model.eval()
+
+    @classmethod
+    def _around(cls, masked_lm: PreTrainedModel, config: PromptConfig) -> "PromptForSequenceClassification":
+        """A model of `masked_lm` itself, its label words' rows where they are."""
+        config = copy.deepcopy(config)
+        config.untied_words, config.masked_lm = False, masked_lm.config
+        config.name_or_path = masked_lm.name_or_path
         with torch.device("meta"):  # its weights are those of masked_lm
             model = cls(config)
         model._adopt(masked_lm)
         model._renew_ties()
-        if untie_words:
-            model.untie_label_words()
-        return model.eval()
+        return model
 
     def _adopt(self, masked_lm: PreTrainedModel) -> None:
         self.masked_lm = masked_lm
@@ -320,6 +365,12 @@ def is_prompt_model(model: nn.Module) -> bool:
     """Whether `model`, or what PEFT wraps in it, is a prompt model."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return isinstance(inner, PromptForSequenceClassification)
+
+
+def architecture(model: nn.Module) -> str | None:
+    """Model type of the network: of a prompt model, that of its masked language model."""
+    config = getattr(model, "config", None)
+    return getattr(config.masked_lm if isinstance(config, PromptConfig) else config, "model_type", None)
 
 
 with contextlib.suppress(ValueError):  # registered already: the module was loaded again

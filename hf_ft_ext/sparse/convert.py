@@ -5,6 +5,7 @@ import re
 from torch import nn
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.features import encoder_path
 from hf_ft_ext.sparse.arguments import DEFAULT_DENSITY, DYNAMIC, HOSVD, NONE, PER_KIND, PER_LAYER, STRUCTURED
 from hf_ft_ext.sparse.basis import Basis
 from hf_ft_ext.sparse.layer import SparseGradLinear
@@ -97,7 +98,7 @@ def freeze_rest(model: nn.Module, train_rest: str) -> None:
     """
     if train_rest == "all":
         return
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    prefix = f"{encoder_path(model) or getattr(model, 'base_model_prefix', '')}."
     own = {f"{name}.{part}" for name in sparse_layers(model) for part in ("weight", "values")}
     rest = {name: parameter for name, parameter in model.named_parameters() if name not in own}
     if train_rest == "none":

@@ -6,6 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.prompts.model import architecture
 from hf_ft_ext.training.plan import fold_layer_numbers
 
 # The dense layers of each block's MLP, by `config.model_type`.
@@ -49,7 +50,7 @@ def find_targets(model: nn.Module, pattern: str | None = None) -> dict[str, nn.L
     """
     linear_kinds = sorted({fold_layer_numbers(name) for name, m in model.named_modules() if isinstance(m, _LINEAR)})
     if pattern is None:
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        model_type = architecture(model)
         if model_type not in MLP_LAYERS:
             raise InputError(
                 f"no MLP layers are known for model type {model_type!r} (known: {', '.join(sorted(MLP_LAYERS))}); "

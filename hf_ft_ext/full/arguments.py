@@ -1,0 +1,90 @@
+"""Arguments of `--method full`."""
+
+import json
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.errors import InputError
+
+OPTIMIZERS = ADAM, SGD, SIGNGD = ("adam", "sgd", "signgd")
+
+
+@dataclass
+class FullTrainingArguments(MethodTrainingArguments):
+    """`transformers.TrainingArguments` plus what fine-tuning is compared by.
+
+    Raises:
+        InputError: a value out of range, or two that contradict each other.
+    """
+
+    optimizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "Rule of the steps, in place of `optim`. adam: AdamW (without weight decay, Adam). sgd: plain "
+            "gradient descent. signgd: steps of the learning rate along the gradient's signs.",
+            "choices": OPTIMIZERS,
+        },
+    )
+    fix_layers: int = field(
+        default=0,
+        metadata={"help": "Freeze the input embeddings and so many of the lowest layers; 0 = train everything."},
+    )
+    l2_loss: bool = field(
+        default=False,
+        metadata={"help": "Classes: squared distance of the logits from 0 and 1 in place of the cross-entropy."},
+    )
+    peft: str | None = field(
+        default=None,
+        metadata={"help": "Train the parameters of a peft method (prefix_tuning, ia3, ...) and the head instead."},
+    )
+    peft_config: dict | str | None = field(
+        default_factory=dict,
+        metadata={"help": 'Settings of peft, as JSON: {"num_virtual_tokens": 5, "init_from_activations": true}.'},
+    )
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*MethodTrainingArguments._VALID_DICT_FIELDS, "peft_config"]
+
+    def __post_init__(self):
+        if isinstance(self.peft_config, str):
+            try:
+                self.peft_config = json.loads(self.peft_config)
+            except ValueError as error:
+                raise InputError(f"peft_config={self.peft_config!r} is no JSON: {error}") from None
+        if self.optimizer is not None:
+            self._set_optim()
+        super().__post_init__()
+        if self.fix_layers < 0:
+            raise InputError(f"fix_layers={self.fix_layers} is no number of layers; pass 0 or more")
+        if self.peft_config and self.peft is None:
+            raise InputError("peft_config needs peft; name a method of peft, such as prefix_tuning")
+        if self.fix_layers and self.peft is not None:
+            raise InputError(
+                f"peft={self.peft} freezes the model, and fix_layers={self.fix_layers} layers of it once more; leave "
+                "one of them out"
+            )
+        if self.l2_loss and self.label_smoothing_factor:
+            raise InputError(
+                f"l2_loss and label_smoothing_factor={self.label_smoothing_factor} are two losses; pass one of them"
+            )
+
+    def _set_optim(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise InputError(f"optimizer={self.optimizer!r} is unknown; choose from: {', '.join(OPTIMIZERS)}")
+        default = next(f.default for f in fields(TrainingArguments) if f.name == "optim")
+        wanted = {ADAM: OptimizerNames.ADAMW_TORCH, SGD: OptimizerNames.SGD, SIGNGD: OptimizerNames.SGD}
+        if self.optim not in (default, wanted[self.optimizer]):
+            raise InputError(_both(self.optimizer, getattr(self.optim, "value", self.optim)))
+        self.optim = wanted[self.optimizer].value
+
+    def check_given(self, given: dict[str, Any]) -> None:
+        if "optim" in given and "optimizer" in given:
+            raise InputError(_both(given["optimizer"], given["optim"]))
+        super().check_given(given)
+
+
+def _both(optimizer: str, optim: str) -> str:
+    return f"optimizer={optimizer} and optim={optim} both choose the optimizer; pass one of them"

@@ -1,0 +1,176 @@
+"""Demonstrations: labelled training rows behind a row, in the same template with the label word at the mask."""
+
+import hashlib
+from collections.abc import Sequence as Rows
+from typing import Any
+
+import numpy as np
+from datasets import Sequence
+
+from hf_ft_ext.arguments import DataArguments
+from hf_ft_ext.data.loading import LABEL, TaskData
+from hf_ft_ext.data.preprocess import column_type
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.metrics import REGRESSION
+from hf_ft_ext.prompts.configuration import PromptConfig
+from hf_ft_ext.prompts.encode import Ids, PromptEncoder
+from hf_ft_ext.prompts.similarity import similarities
+
+DEFAULT_SEED = 13
+TRAIN = "train"
+
+
+class DemonstrationRows:
+    """Rows by a template, followed by `num_demo` training rows of each class.
+
+    A training row has one context, an evaluation row `num_sample` of them (nested lists), whose logits the model
+    averages. Which rows are drawn depends on the data seed, the split, the row and the context alone; a training row
+    is never its own demonstration. The demonstrations come class by class; a regression's are drawn from both halves
+    of the scale and say the word of their half.
+
+    Args:
+        encoder: of the model's template.
+        data: its training split holds the demonstrations.
+        data_args: `num_demo`, `num_sample`, `demo_filter`, `demo_filter_model`.
+        config: of the model.
+        data_seed: `None` = 13.
+
+    Raises:
+        InputError: a value out of range, no training split, a class with too few rows; in a call: a context that does
+            not fit into `max_seq_length`.
+
+    Source: LM-BFF (Gao et al., ACL 2021, arXiv 2012.15723), which draws anew in each epoch.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        data: TaskData,
+        data_args: DataArguments,
+        config: PromptConfig,
+        data_seed: int | None = None,
+    ):
+        _check(data_args, data)
+        self.encoder, self.data = encoder, data
+        self.seed = DEFAULT_SEED if data_seed is None else data_seed
+        self.num_demo, self.num_sample, self.share = data_args.num_demo, data_args.num_sample, data_args.demo_filter
+        self.filter_model = data_args.demo_filter_model
+        labels = np.asarray(data.train[LABEL][:])
+        if data.problem_type == REGRESSION:
+            low, high = config.bounds
+            labels = (labels >= (low + high) / 2).astype(np.int64)
+            names = config.words
+        else:
+            names = data.label_names
+        # the model's order of the labels, where its own differs from the data's
+        ids = {str(name).lower(): i for name, i in config.label2id.items()}
+        order = [ids.get(str(name).lower(), i) for i, name in enumerate(names)]
+        self.classes = {names[i]: np.flatnonzero(labels == i) for i in np.argsort(order)}
+        words = [config.word_ids[order[label]] for label in labels]
+        for name, rows in self.classes.items():
+            if len(rows) < self.num_demo + 1:
+                raise InputError(
+                    f"class '{name}' has {len(rows)} training rows, too few for num_demo={self.num_demo} and the row "
+                    "itself; lower it, or pass more shots (--num_k)"
+                )
+        self.blocks = self._blocks(words)
+
+    def _blocks(self, words: list[int]) -> list[tuple[Ids, Ids]]:
+        """Tokens and segments of each training row as a demonstration, without the template's start token."""
+        encoder = self.encoder
+        other, first = encoder.other_limit, encoder.first_limit
+        try:
+            encoder.first_limit = other  # a demonstration's texts are all "other" texts
+            texts = encoder.text_ids([self.data.train[column][:] for column in self.data.text_columns])
+        finally:
+            encoder.first_limit = first
+        start = {encoder.tokenizer.cls_token_id, encoder.tokenizer.bos_token_id}
+        blocks = []
+        for row, word in zip(zip(*texts, strict=True), words, strict=True):
+            ids, segments = encoder.join(row, encoder.max_length)
+            skip = int(bool(ids) and ids[0] in start)
+            ids = [word if i == encoder.mask_id else i for i in ids[skip:]]
+            blocks.append((ids, segments[skip:]))
+        return blocks
+
+    def __call__(self, columns: Rows[list[str]], split: str, indices: list[int]) -> dict[str, list]:
+        texts = list(zip(*self.encoder.text_ids(columns), strict=True))
+        kept = None
+        if self.share < 1:
+            kept = similarities(
+                self.filter_model,
+                [" ".join(row) for row in zip(*columns, strict=True)],
+                [" ".join(row) for row in zip(*(self.data.train[c][:] for c in self.data.text_columns), strict=True)],
+            )
+        samples = 1 if split == TRAIN else self.num_sample
+        ids, segments = [], []
+        for position, index in enumerate(indices):
+            pools = self._pools(split, index, None if kept is None else kept[position])
+            for sample in range(samples):
+                one = self._context(texts[position], self._draw(pools, split, index, sample), split, index)
+                ids.append(one[0])
+                segments.append(one[1])
+        result = self.encoder.columns(ids, segments)
+        if samples > 1:
+            result = {
+                name: [rows[i : i + samples] for i in range(0, len(rows), samples)] for name, rows in result.items()
+            }
+        return result
+
+    def _pools(self, split: str, index: int, similarity: np.ndarray | None) -> list[np.ndarray]:
+        """Rows of each class that may be drawn."""
+        pools = []
+        for rows in self.classes.values():
+            rows = rows[rows != index] if split == TRAIN else rows
+            if similarity is not None:
+                count = max(self.num_demo, round(self.share * len(rows)))
+                rows = rows[np.argsort(-similarity[rows], kind="stable")[:count]]
+            pools.append(rows)
+        return pools
+
+    def _draw(self, pools: list[np.ndarray], split: str, index: int, sample: int) -> list[int]:
+        """`num_demo` rows of each pool, without doubles."""
+        drawn = []
+        for number, pool in enumerate(pools):
+            left = pool.tolist()
+            for demo in range(self.num_demo):
+                text = f"{self.seed} {split} {index} {sample} {number} {demo}"
+                drawn.append(left.pop(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) % len(left)))
+        return drawn
+
+    def _context(self, texts: tuple[Ids, ...], demonstrations: list[int], split: str, index: int) -> tuple[Ids, Ids]:
+        encoder = self.encoder
+        length = sum(len(self.blocks[row][0]) for row in demonstrations)
+        room = encoder.max_length - length
+        if room < encoder.overhead + len(texts):
+            raise InputError(
+                f"the {len(demonstrations)} demonstrations of row {index} of split '{split}' take {length} tokens, "
+                f"which with the row's own template is more than max_seq_length={encoder.max_length}; pass a lower "
+                "--other_sent_limit or --num_demo, or a higher --max_seq_length"
+            )
+        ids, segments = encoder.join(texts, room)
+        last = encoder.last_segment
+        for row in demonstrations:
+            ids += self.blocks[row][0]
+            segments += [min(1, segment + last) for segment in self.blocks[row][1]]
+        return ids, segments
+
+    def features(self, split: str) -> dict[str, Any]:
+        nested = split != TRAIN and self.num_sample > 1
+        names = self.encoder.columns([[0]], None)
+        types = {name: Sequence(column_type(name)) for name in names}
+        return {name: Sequence(kind) if nested else kind for name, kind in types.items()}
+
+
+def _check(data_args: DataArguments, data: TaskData) -> None:
+    for name in ("num_demo", "num_sample"):
+        if getattr(data_args, name) < 1:
+            raise InputError(f"{name}={getattr(data_args, name)} leaves nothing to show; pass 1 or more")
+    if not 0 < data_args.demo_filter <= 1:
+        raise InputError(f"demo_filter={data_args.demo_filter} is no share in (0, 1]; pass 0.5, or 1 for no filter")
+    if data_args.demo_filter_model is not None and data_args.demo_filter == 1:
+        raise InputError("--demo_filter_model has nothing to filter; pass --demo_filter below 1 with it")
+    if data.train is None or LABEL not in data.train.column_names:
+        raise InputError(f"demonstrations are training rows, and {data.task.name!r} has no training split; pass one")
+    if data_args.pad_to_max_length:
+        raise InputError("--pad_to_max_length does not go with demonstrations; leave it out")

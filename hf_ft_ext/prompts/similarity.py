@@ -1,0 +1,56 @@
+"""How alike texts are, by a sentence encoder: for choosing demonstrations."""
+
+import functools
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+from hf_ft_ext.errors import InputError
+
+_BATCH = 64
+
+
+def similarities(model: str | None, texts: list[str], others: list[str]) -> np.ndarray:
+    """Cosine similarity of mean-pooled last hidden states: `[texts, others]`.
+
+    Args:
+        model: Hub id or folder of an encoder such as a sentence-transformers model; `None` = the demo encoder.
+
+    Raises:
+        InputError: the model cannot be loaded.
+    """
+    return embeddings(model, tuple(texts)) @ _remembered(model, tuple(others)).T
+
+
+@functools.lru_cache(maxsize=2)
+def _remembered(model: str | None, texts: tuple[str, ...]) -> np.ndarray:
+    return embeddings(model, texts)
+
+
+@torch.no_grad()
+def embeddings(model: str | None, texts: tuple[str, ...]) -> np.ndarray:
+    """Normalised mean-pooled last hidden states: `[texts, hidden]`, float32."""
+    tokenizer, encoder = _encoder(model)
+    parts = []
+    for start in range(0, len(texts), _BATCH):
+        limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        batch = tokenizer(
+            list(texts[start : start + _BATCH]), padding=True, truncation=True, max_length=limit, return_tensors="pt"
+        )
+        hidden = encoder(**batch).last_hidden_state
+        mask = batch["attention_mask"][..., None].to(hidden.dtype)
+        parts.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(parts).numpy()
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(model: str | None):
+    from hf_ft_ext.models import demo_encoder  # models imports this package
+
+    name = demo_encoder() if model is None else model
+    try:
+        return AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name, dtype=torch.float32).eval()
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"demo_filter_model={name!r} cannot be loaded ({reason}); pass a folder or Hub id") from error
