@@ -3,7 +3,7 @@
     python benchmarks/prompts.py --glue path/to/glue --model path/to/masked-lm --repeats 5
 
 Both are measured on the training rows of sst2, in process CPU seconds, the tokenisations in turn; the ratio is the
-median over repeats, with its range. The linear head is fitted with features that are on disk already (`--linear_head`).
+median over repeats, with its range. The linear head is fitted with features that are on disk (`--linear_head`).
 """
 
 import argparse

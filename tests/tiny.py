@@ -3,7 +3,12 @@
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 WORDS = (
     "the a film plot cast music was is felt seemed good bad great awful dull brilliant not never but and very "
@@ -32,6 +37,14 @@ def tiny_model(model_type: str = "bert", seed: int = 0, **config):
         torch.manual_seed(seed)
         config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **config})
         return AutoModelForSequenceClassification.from_config(config)
+
+
+def tiny_masked_lm(model_type: str = "bert", seed: int = 0, **config):
+    """A masked language model of two small layers over the tiny tokenizer's vocabulary."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **config})
+        return AutoModelForMaskedLM.from_config(config)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,0 +1,236 @@
+"""The prompt model: its logits, its files, its place under peft, torch.func and every kind of masked LM."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from prompt_models import FAMILIES, TEMPLATE, batch, masked_lm, prompt_model
+from safetensors import safe_open
+from tiny import tiny_model, tiny_tokenizer
+from torch.func import functional_call, grad, jacrev, vmap
+from transformers import AutoModelForSequenceClassification, GPT2Config, T5Config
+
+from hf_ft_ext import InputError, PromptConfig, PromptForSequenceClassification
+from hf_ft_ext.features import HeadReader, head_parameters
+from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.prompts.model import check_masked_lm
+
+WORDS = ["bad", "good"]
+
+
+def logits_at_mask(lm, inputs):
+    """The definition: vocabulary logits of every position, then the mask's, then the words'."""
+    tokenizer = tiny_tokenizer()
+    rows = torch.arange(len(inputs["input_ids"]))
+    position = (inputs["input_ids"] == tokenizer.mask_token_id).int().argmax(-1)
+    return lm(**inputs).logits[rows, position][:, tokenizer.convert_tokens_to_ids(WORDS)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_words_at_the_mask_tied_or_not(family, tmp_path):
+    inputs, lm = batch(), masked_lm(family)
+    expected = logits_at_mask(lm, inputs)
+    model = prompt_model(family)
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-6)
+    model.save_pretrained(tmp_path / "tied")
+    loaded = PromptForSequenceClassification.from_pretrained(tmp_path / "tied")
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+    layer = model.untie_label_words()
+    assert layer.weight.shape[0] == 2 and model.untie_label_words() is layer
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-6)
+    with torch.no_grad():  # now they can move without the embeddings
+        layer.weight.add_(1.0)
+    assert not torch.allclose(model(**inputs).logits, expected)
+    model.save_pretrained(tmp_path / "untied")
+    loaded = PromptForSequenceClassification.from_pretrained(tmp_path / "untied")
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    torch.testing.assert_close(
+        loaded.get_input_embeddings().weight, masked_lm(family).get_input_embeddings().weight, rtol=0, atol=0
+    )
+
+
+def test_what_is_saved_knows_its_prompt(tmp_path):
+    model = prompt_model()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["template"], config["words"], config["id2label"]) == (
+        TEMPLATE, WORDS, {"0": "label bad", "1": "label good"},
+    )  # fmt: skip
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert type(loaded) is PromptForSequenceClassification
+    assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
+    assert isinstance(loaded.config, PromptConfig) and loaded.config.hidden_size == 32
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert not [key for key in file.keys() if "decoder.weight" in key]  # noqa: SIM118 - tied, kept once
+
+
+def test_loss_and_tuples():
+    model, labels = prompt_model(), torch.tensor([0, 1, 1])
+    out = model(**batch(), labels=labels)
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, labels))
+    loss, logits = model(**batch(), labels=labels, return_dict=False)
+    assert torch.equal(loss, out.loss) and torch.equal(logits, out.logits)
+    assert len(model(**batch(), output_hidden_states=True).hidden_states) == 3
+
+
+def test_a_regression_gives_the_place_between_the_bounds():
+    model, labels = prompt_model(bounds=(1.0, 5.0)), torch.tensor([1.0, 4.0, 5.0])
+    out = model(**batch(), labels=labels)
+    likely = logits_at_mask(masked_lm(), batch()).softmax(-1)
+    torch.testing.assert_close(out.logits, 1 + 4 * likely[:, 1:])
+    place = (labels - 1) / 4
+    entropy = -(torch.xlogy(place, place) + torch.xlogy(1 - place, 1 - place))
+    cross = -((1 - place) * likely[:, 0].log() + place * likely[:, 1].log())
+    torch.testing.assert_close(out.loss, (cross - entropy).mean())
+
+
+def test_rows_of_several_contexts_are_averaged():
+    model = prompt_model()
+    inputs = batch(["a great film", "good", "dull", "the plot was very long"])
+    nested = {key: value.unflatten(0, (2, 2)) for key, value in inputs.items()}
+    expected = model(**inputs).logits.unflatten(0, (2, 2)).mean(1)
+    torch.testing.assert_close(model(**nested).logits, expected)
+    assert model(**nested, labels=torch.tensor([0, 1])).loss.ndim == 0
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_per_example_gradients_by_torch_func(family):
+    model = prompt_model(family).double()
+    inputs = batch()
+    # a ready mask: what transformers makes of a plain one depends on its values, which vmap does not allow
+    allowed = inputs["attention_mask"][:, None, None].bool().expand(-1, 1, inputs["input_ids"].shape[1], -1)
+    masks = torch.zeros(allowed.shape).double().masked_fill(~allowed, torch.finfo(torch.float64).min)
+    parameters = {name: p.detach() for name, p in model.named_parameters() if "layer.1" in name or "dense" in name}
+
+    def first_minus_second(parameters, ids, mask):
+        inputs = {"input_ids": ids[None], "attention_mask": mask[None]}
+        return functional_call(model, parameters, kwargs=inputs).logits[0] @ torch.tensor([1.0, -1.0]).double()
+
+    rows = (inputs["input_ids"], masks)
+    found = vmap(grad(first_minus_second), in_dims=(None, 0, 0))(parameters, *rows)
+    for i in range(3):
+        one = {key: value[i : i + 1] for key, value in inputs.items()}
+        out = model(**one).logits[0]
+        expected = torch.autograd.grad(out[0] - out[1], [dict(model.named_parameters())[name] for name in parameters])
+        for name, gradient in zip(parameters, expected, strict=True):
+            torch.testing.assert_close(found[name][i], gradient, rtol=1e-9, atol=1e-11)
+    jacobian = vmap(jacrev(first_minus_second), in_dims=(None, 0, 0))(parameters, *rows)
+    assert all(torch.allclose(jacobian[name], found[name]) for name in found)
+
+
+def test_copies_keep_reading_the_mask():
+    model = prompt_model()
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone(**batch()).logits, model(**batch()).logits)
+    model.gradient_checkpointing_enable()
+    model.train()
+    model(**batch(), labels=torch.tensor([0, 1, 1])).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "layer.0" in name)
+    assert all(p.grad is None for p in clone.parameters())
+
+
+def test_eager_and_sdpa_agree():
+    logits = []
+    for kind in ("eager", "sdpa"):
+        model = prompt_model()
+        model.set_attn_implementation(kind)
+        assert model.masked_lm.config._attn_implementation == kind
+        logits.append(model(**batch()).logits)
+    torch.testing.assert_close(*logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("lora", {}),
+        ("ia3", {"target_modules": ["key", "value"], "feedforward_modules": []}),
+        ("prefix_tuning", {"num_virtual_tokens": 3}),
+        ("prefix_tuning", {"num_virtual_tokens": 3, "init_from_activations": True}),
+    ],
+)
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_under_peft(family, kind, settings, tmp_path):
+    wrapped = wrap_with_peft(prompt_model(family), kind, settings, seed=0)
+    trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert trained and not any("original_module" in name or "decoder" in name for name in trained)
+    before = wrapped.eval()(**batch()).logits
+    wrapped(**batch(), labels=torch.tensor([0, 1, 1])).loss.backward()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if name in trained:
+                parameter.sub_(parameter.grad.sign(), alpha=0.1)
+    logits = wrapped(**batch()).logits
+    assert not torch.allclose(logits, before)
+    wrapped.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(prompt_model(family), tmp_path).eval()
+    assert torch.equal(loaded(**batch()).logits, logits)
+
+
+def test_a_prefix_of_real_activations_holds_keys_and_values(tmp_path):
+    """The first layer's keys of random tokens: key projection of their embeddings."""
+    wrapped = wrap_with_peft(
+        prompt_model(), "prefix_tuning", {"num_virtual_tokens": 3, "init_from_activations": True}, seed=5
+    )
+    bert = wrapped.get_base_model().masked_lm.bert
+    rows = wrapped.prompt_encoder["default"].embedding.weight.view(3, 4, 32)  # two layers, keys and values
+    keys = {}
+    for ids in torch.cartesian_prod(*[torch.arange(bert.config.vocab_size)] * 1)[:, None]:
+        embedded = [bert.embeddings(ids.view(1, 1), position_ids=torch.tensor([[i]])) for i in range(3)]
+        keys[int(ids)] = [bert.encoder.layer[0].attention.self.key(e)[0, 0] for e in embedded]
+    for i in range(3):
+        assert any(torch.allclose(rows[i, 0], candidates[i], atol=1e-6) for candidates in keys.values())
+    with pytest.raises(InputError, match="a prefix with prefix_projection does not hold keys and values"):
+        settings = {"num_virtual_tokens": 3, "init_from_activations": True, "prefix_projection": True}
+        wrap_with_peft(prompt_model(), "prefix_tuning", {**settings, "encoder_hidden_size": 8}, seed=5)
+    with pytest.raises(InputError, match="init_from_activations is about prefix_tuning, not lora"):
+        wrap_with_peft(prompt_model(), "lora", {"init_from_activations": True}, seed=5)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("untie", [False, True])
+def test_the_head_reads_the_mask_position(family, untie):
+    model = prompt_model(family, untie=untie)
+    reader = HeadReader.find(model, batch())
+    features = reader.features(batch())
+    hidden = model.get_submodule(model.encoder_path)
+    assert features.shape[0] == 3 and hidden is not None
+    torch.testing.assert_close(reader.logits(features), model(**batch()).logits, rtol=1e-5, atol=1e-6)
+    head = head_parameters(model)
+    # The tied output rows are the input embeddings: to search them would change what the encoder gives.
+    assert any(
+        "decoder.weight" in name or "projector.weight" in name or "lm_head.weight" in name for name in head
+    ) == (untie)
+    assert head and all("layer." not in name for name in head)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"input_ids": torch.tensor([[2, 5, 3]])},
+            "row 0 of the batch has 0 mask tokens, but a prompt model reads one",
+        ),
+        ({"input_ids": torch.tensor([[2, 4, 3], [4, 4, 3]])}, "row 1 of the batch has 2 mask tokens"),
+        ({"inputs_embeds": torch.zeros(1, 3, 32)}, "finds its mask in input_ids; pass them, not inputs_embeds"),
+    ],
+)
+def test_rows_without_one_mask_are_refused(inputs, message):
+    with pytest.raises(InputError, match=message):
+        prompt_model()(**inputs)
+
+
+def test_models_without_a_masked_lm_head(tmp_path):
+    with pytest.raises(InputError, match="model 'x' is of type 'gpt2', which has no masked-LM head over its encoder"):
+        check_masked_lm(GPT2Config(), "x")
+    with pytest.raises(InputError, match="of type 't5', which has no masked-LM head"):
+        check_masked_lm(T5Config(), "x")
+    tiny_model("bert").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"have no masked-LM head \(cls\.predictions.* is missing\); pass the pretr"):
+        PromptForSequenceClassification.from_masked_lm(str(tmp_path), tiny_tokenizer(), TEMPLATE, WORDS)
+    with pytest.raises(InputError, match="a regression has two words, but 3 were passed: a, bad, good"):
+        PromptForSequenceClassification.from_masked_lm(
+            masked_lm(), tiny_tokenizer(), TEMPLATE, ["a", *WORDS], bounds=(0, 1)
+        )
