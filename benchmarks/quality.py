@@ -7,9 +7,10 @@
         --seeds 1 2 3 -- --dataset_name path/to/glue --max_train_samples 4000
 
 A study file is a mapping from the name of a variant to its arguments (`method` and what that method takes), with
-a list of learning rates as `learning_rate`; arguments under `all` go to every variant. For each variant every
-learning rate (unless there is one only) is tried for `--tune_epochs` with the first seed; the best one by the task's
-primary metric on the validation set (ties: by its loss) is then run for `--epochs` with every seed. Each run is a
+a list of learning rates as `learning_rate`; arguments under `all` go to every variant, unless it sets them to null. For
+each variant every learning rate (unless there is one only) is tried for `--tune_epochs` with the first seed; the best
+one by the task's primary metric on the validation set (ties: by its loss) is then run for `--epochs` with every seed. A
+variant with `max_steps` takes as many in both, and one without a learning rate has nothing to try. Each run is a
 process of its own; runs that are there already (with the same command) are not repeated, so an interrupted study
 continues, and several processes can share one with `--only`. What follows `--` goes to `run_glue.py` as it is. The
 table goes to standard output and to `table.md` in the output folder.
@@ -51,32 +52,43 @@ def run(folder: Path, words: list[str]) -> dict:
 def study(args: argparse.Namespace, passed_on: list[str]) -> list[dict]:
     """Tune, then train: one row per variant."""
     score = f"eval_{primary_key(get_task(args.task_name).metric)}"
+    report = args.report or score
     rows = []
     for method, arguments in args.variants.items():
-        settings = {**arguments, "task_name": args.task_name}
-        rates = settings.pop("learning_rate")
+        settings = {key: value for key, value in arguments.items() if value is not None}
+        settings["task_name"] = args.task_name
+        rates = settings.pop("learning_rate", [None])
+        same_length = "max_steps" in settings or args.tune_epochs == args.epochs
 
         def words(rate: str, seed: int, epochs: float, folder: Path, settings: dict = settings) -> list[str]:
-            own = {**settings, "learning_rate": rate, "seed": seed}
-            own |= {"num_train_epochs": epochs, "output_dir": folder, "save_strategy": "no", "disable_tqdm": True}
+            own = {**settings, "seed": seed, "output_dir": folder, "save_strategy": "no", "disable_tqdm": True}
+            if args.data_seeds:
+                own["data_seed"] = seed
+            if rate is not None:
+                own["learning_rate"] = rate
+                own |= {} if "max_steps" in settings else {"num_train_epochs": epochs}
             return [word for key, value in own.items() for word in (f"--{key}", str(value))] + [
                 "--overwrite_output_dir",
                 *passed_on,
             ]
 
-        tuned, losses = {}, {}
+        tuned, losses, tried = {}, {}, {}
         for rate in rates if len(rates) > 1 else ():  # nothing to choose from one
             folder = args.output_dir / f"{method}-tune-{rate}"
-            metrics = run(folder, words(rate, args.seeds[0], args.tune_epochs, folder))["metrics"]
+            tried[rate] = run(folder, words(rate, args.seeds[0], args.tune_epochs, folder))
+            metrics = tried[rate]["metrics"]
             tuned[rate], losses[rate] = metrics[score], metrics["eval_loss"]
             print(f"{method} lr {rate}, {args.tune_epochs:g} epoch: {score} {tuned[rate]:.4f}", flush=True)
         best = max(rates, key=lambda rate: (tuned.get(rate, 0), -losses.get(rate, 0)))
         records = []
         for seed in args.seeds:
             folder = args.output_dir / f"{method}-{seed}"
-            records.append(run(folder, words(best, seed, args.epochs, folder)))
-            print(f"{method} lr {best}, seed {seed}: {score} {records[-1]['metrics'][score]:.4f}", flush=True)
-        rows.append({"method": method, "rate": best, "score": score, "tuned": tuned, "records": records})
+            if same_length and seed == args.seeds[0] and best in tried:
+                records.append(tried[best])  # that very run
+            else:
+                records.append(run(folder, words(best, seed, args.epochs, folder)))
+            print(f"{method} lr {best}, seed {seed}: {report} {records[-1]['metrics'][report]:.4f}", flush=True)
+        rows.append({"method": method, "rate": best, "score": report, "tuned": tuned, "records": records})
     return rows
 
 
@@ -84,6 +96,8 @@ def table(rows: list[dict]) -> str:
     """Markdown: one line per variant, mean and standard deviation over seeds."""
 
     def spread(values: list[float], digits: int) -> str:
+        if None in values:  # nothing was trained
+            return "-"
         deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return f"{statistics.mean(values):.{digits}f}{deviation}"
 
@@ -97,10 +111,10 @@ def table(rows: list[dict]) -> str:
         cells = [
             row["method"],
             spread([r["metrics"][row["score"]] for r in records], 4),
-            f"{row['rate']} ({tried})" if tried else row["rate"],
+            f"{row['rate']} ({tried})" if tried else row["rate"] or "-",
             spread([r["train_seconds"] for r in records], 1),
             spread([r["preparation_seconds"] for r in records], 1),
-            spread([r["peak_memory_bytes"] / 2**20 for r in records], 0),
+            spread([None if (peak := r["peak_memory_bytes"]) is None else peak / 2**20 for r in records], 0),
             f"{records[0]['trainable_parameters']:,}",
             f"{records[0]['artefact_bytes'] / 1e6:.1f}",
         ]
@@ -132,6 +146,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--tune_epochs", type=float, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--data_seeds", action="store_true", help="the seeds choose the few-shot rows too")
+    parser.add_argument("--report", metavar="METRIC", help="metric of the table; none = the one that chose the rate")
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
