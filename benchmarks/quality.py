@@ -7,10 +7,10 @@
         --seeds 1 2 3 -- --dataset_name path/to/glue --max_train_samples 4000
 
 A study file is a mapping from the name of a variant to its arguments (`method` and what that method takes), with
-a list of learning rates as `learning_rate`; arguments under `all` go to every variant, unless it sets them to null. For
-each variant every learning rate (unless there is one only) is tried for `--tune_epochs` with the first seed; the best
-one by the task's primary metric on the validation set (ties: by its loss) is then run for `--epochs` with every seed. A
-variant with `max_steps` takes as many in both, and one without a learning rate has nothing to try. Each run is a
+a list of learning rates as `learning_rate`; arguments under `all` go to every variant, unless it sets them to null.
+For each variant every learning rate (unless there is one only) is tried for `--tune_epochs` with the first seed; the
+best one by the task's primary metric on the validation set (ties: by its loss) is then run for `--epochs` with every
+seed. A variant with `max_steps` takes as many in both; one without a learning rate has nothing to try. Each run is a
 process of its own; runs that are there already (with the same command) are not repeated, so an interrupted study
 continues, and several processes can share one with `--only`. What follows `--` goes to `run_glue.py` as it is. The
 table goes to standard output and to `table.md` in the output folder.
