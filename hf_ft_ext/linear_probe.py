@@ -77,12 +77,13 @@ def fit_linear_head(
     labels = labels_of(dataset)
     if is_prompt_model(model):
         model.untie_label_words()
-    name, layer = find_last_layer(model, next(batches_in_order(dataset, collate, SAMPLE, _device(model))))
+    sample = next(batches_in_order(dataset, collate, SAMPLE, _device(model)))
+    name, layer = find_last_layer(model, sample)
+    reader = HeadReader.find(model, sample)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         return batches_in_order(dataset, collate, batch_size, _device(model))
 
-    reader = HeadReader.find(model, next(batches_in_order(dataset, collate, SAMPLE, _device(model))))
     if reader is not None and 0 < feature_bytes(reader, len(dataset)) / 1e9 <= feature_cache_gb:
         table = cached_features(reader, dataset, batches, feature_cache_dir, disable_tqdm)
         parts = (table[i : i + _ROWS].to(_device(model)) for i in range(0, len(table), _ROWS))
@@ -91,7 +92,9 @@ def fit_linear_head(
         with tqdm(total=len(dataset), desc="encoding the data once", disable=disable_tqdm) as bar:
             inputs = []
             for batch in batches():
-                inputs.append(_inputs(model, name, layer, lambda batch=batch: model(**batch)))
+                # by the reader, a decoder's head runs on the one token that counts
+                run = model if reader is None else lambda **batch: reader.logits(reader.features(batch))
+                inputs.append(_inputs(model, name, layer, lambda run=run, batch=batch: run(**batch)))
                 bar.update(len(inputs[-1]))
     x = torch.cat(inputs).double().numpy()
     fit = _fit(model, x, labels.numpy(), layer.bias is not None, c, folds, max_iter)

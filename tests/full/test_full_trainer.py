@@ -1,0 +1,149 @@
+"""Plain fine-tuning: optimizers, frozen layers, squared loss, peft methods, and what contradicts what."""
+
+import pytest
+import torch
+from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
+from transformers import AlbertConfig, AlbertForSequenceClassification, Trainer, TrainingArguments
+
+from hf_ft_ext import FullTrainer, FullTrainingArguments, InputError, SignGD
+from hf_ft_ext.full.freeze import fix_layers
+from hf_ft_ext.full.trainer import l2_loss
+from hf_ft_ext.parsing import parse_arguments
+
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+def make(folder, model=None, regression=False, trainer_class=FullTrainer, arguments=FullTrainingArguments, **options):
+    kwargs = options.pop("trainer", {})
+    options = {"max_steps": 3, "learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, **options}
+    args = arguments(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+    return trainer_class(
+        model or tiny_model(**NO_DROPOUT),
+        args,
+        train_dataset=tiny_dataset(32, regression=regression),
+        eval_dataset=tiny_dataset(16, seed=1),
+        processing_class=tiny_tokenizer(),
+        **kwargs,
+    )
+
+
+def weights(trainer):
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def test_signgd_steps_by_the_learning_rate_along_the_signs():
+    p = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    still = torch.nn.Parameter(torch.ones(1))
+    optimizer = SignGD([{"params": [p], "weight_decay": 0.5}, {"params": [still]}], lr=0.1)
+    p.grad = torch.tensor([1e-9, 0.0, -7.0])
+    assert optimizer.step(lambda: 3.0) == 3.0
+    torch.testing.assert_close(p.detach(), torch.tensor([1.0, -2.0, 3.0]) * 0.95 + torch.tensor([-0.1, 0.0, 0.1]))
+    assert still.item() == 1 and not optimizer.state_dict()["state"]
+    for options in ({"lr": -1.0}, {"weight_decay": -1.0}):
+        with pytest.raises(InputError, match=r"=-1.0 is below 0; pass 0 or more"):
+            SignGD([p], **options)
+
+
+def test_adam_and_sgd_are_transformers_own(tmp_path):
+    for optimizer, optim in (("adam", "adamw_torch"), ("sgd", "sgd")):
+        ours = make(tmp_path, optimizer=optimizer)
+        plain = make(tmp_path, trainer_class=Trainer, arguments=TrainingArguments, optim=optim)
+        for trainer in (ours, plain):
+            trainer.train()
+        assert all(torch.equal(value, weights(plain)[name]) for name, value in weights(ours).items())
+
+
+def test_signgd_moves_every_entry_by_the_rate(tmp_path):
+    trainer = make(tmp_path, optimizer="signgd", max_steps=1, learning_rate=1e-3)
+    before = weights(trainer)
+    trainer.train()
+    step = (weights(trainer)["classifier.weight"] - before["classifier.weight"]).abs()
+    torch.testing.assert_close(step, torch.full_like(step, 1e-3), rtol=1e-2, atol=0)
+
+
+def test_nothing_given_is_transformers_trainer(tmp_path):
+    ours, plain = make(tmp_path), make(tmp_path, trainer_class=Trainer, arguments=TrainingArguments)
+    for trainer in (ours, plain):
+        trainer.train()
+    assert all(torch.equal(value, weights(plain)[name]) for name, value in weights(ours).items())
+    assert FullTrainer(tiny_model(), TrainingArguments(str(tmp_path), use_cpu=True)).args.optimizer is None
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_low_layers_and_embeddings_freeze(tmp_path, model_type):
+    trainer = make(tmp_path, tiny_model(model_type), fix_layers=1, optimizer="sgd", learning_rate=1.0)
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert moved and not any("embeddings" in name or "layer.0." in name for name in moved)
+    assert any("layer.1." in name for name in moved) and any("classifier" in name for name in moved)
+
+
+def test_layers_that_are_not_there_cannot_freeze():
+    with pytest.raises(InputError, match="fix_layers=3, but BertForSequenceClassification has 2 layers with weights"):
+        fix_layers(tiny_model(), 3)
+    config = AlbertConfig(vocab_size=60, embedding_size=8, hidden_size=16, num_attention_heads=2, intermediate_size=16)
+    with pytest.raises(InputError, match="has 1 layers with weights of their own; pass fewer"):
+        fix_layers(AlbertForSequenceClassification(config), 2)
+    assert not fix_layers(tiny_model(), 1)[0].startswith("encoder")
+
+
+def test_squared_loss(tmp_path):
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 2, 1, 1])
+    expected = torch.nn.functional.mse_loss(logits, torch.eye(3)[labels])
+    torch.testing.assert_close(l2_loss({"logits": logits}, labels), expected)
+    halves = [l2_loss({"logits": logits[i : i + 2]}, labels[i : i + 2], 4) for i in (0, 2)]
+    torch.testing.assert_close(sum(halves), expected)
+
+    losses = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        trainer = make(
+            tmp_path, l2_loss=True, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
+            logging_steps=1, optimizer="sgd", learning_rate=0.1,
+        )  # fmt: skip
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] < 0.6
+    trainer.evaluate()
+
+
+def test_a_peft_method_trains_instead(tmp_path):
+    trainer = make(tmp_path, peft="ia3", peft_config='{"target_modules": ["key"], "feedforward_modules": []}')
+    before = weights(trainer)
+    trainer.train()
+    moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert moved and all("ia3" in name or "classifier.modules_to_save" in name or "pooler" in name for name in moved)
+    with pytest.raises(InputError, match="peft='loora' is no method of peft; choose from: "):
+        make(tmp_path, peft="loora")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "adam", "optim": "adafactor"}, "optimizer=adam and optim=adafactor both choose the optimizer"),
+        ({"optimizer": "lion"}, "optimizer='lion' is unknown; choose from: adam, sgd, signgd"),
+        ({"fix_layers": -1}, "fix_layers=-1 is no number of layers"),
+        ({"peft_config": {"r": 1}}, "peft_config needs peft"),
+        ({"peft": "lora", "peft_config": "{r: 1}"}, "peft_config='{r: 1}' is no JSON"),
+        ({"peft": "lora", "fix_layers": 1}, "peft=lora freezes the model, and fix_layers=1 layers of it once more"),
+        ({"l2_loss": True, "label_smoothing_factor": 0.1}, "l2_loss and label_smoothing_factor=0.1 are two losses"),
+    ],
+)
+def test_bad_arguments(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        make(tmp_path, **options)
+
+
+def test_what_contradicts_the_trainer_s_own_arguments(tmp_path):
+    optimizers = (torch.optim.SGD(tiny_model().parameters()), None)
+    with pytest.raises(InputError, match="optimizer=sgd and an optimizer were both passed"):
+        make(tmp_path, optimizer="sgd", trainer={"optimizers": optimizers})
+    with pytest.raises(InputError, match="l2_loss and compute_loss_func are two losses"):
+        make(tmp_path, l2_loss=True, trainer={"compute_loss_func": l2_loss})
+    with pytest.raises(InputError, match="l2_loss is for classes, and this task is a regression"):
+        make(tmp_path, tiny_model(num_labels=1, problem_type="regression"), l2_loss=True, regression=True)
+    with pytest.raises(InputError, match="optimizer=adam and optim=adamw_torch both choose the optimizer; pass one"):
+        parse_arguments(["--method", "full", "--optimizer", "adam", "--optim", "adamw_torch"])

@@ -1,0 +1,262 @@
+"""Linear heads of whole models: what is written, what stays, what is saved, as a method and as a start."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from sklearn.linear_model import LogisticRegression
+from tiny import CONFIGS, tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    TrainingArguments,
+)
+
+import run_glue
+from hf_ft_ext import InputError, LinearHeadTrainer, LinearHeadTrainingArguments, fit_linear_head
+from hf_ft_ext.data.few_shot import draw_order
+from hf_ft_ext.lora.arguments import LoraTrainingArguments
+from hf_ft_ext.lora.trainer import add_lora
+from hf_ft_ext.training.plan import training_plan
+
+COLLATE = DataCollatorWithPadding(tiny_tokenizer())
+
+
+def gpt2():
+    config = GPT2Config(vocab_size=60, n_positions=64, n_embd=32, n_layer=1, n_head=2, pad_token_id=0, num_labels=2)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2ForSequenceClassification(config)
+
+
+def make(folder, model=None, dataset=None, **options):
+    options = {"feature_cache_dir": str(folder / "features"), **options}
+    args = LinearHeadTrainingArguments(
+        str(folder), use_cpu=True, report_to="none", disable_tqdm=True, dataloader_pin_memory=False, **options
+    )
+    return LinearHeadTrainer(
+        model or tiny_model(),
+        args,
+        train_dataset=tiny_dataset(64) if dataset is None else dataset,
+        eval_dataset=tiny_dataset(16, seed=1),
+        processing_class=tiny_tokenizer(),
+    )
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS, "gpt2"])
+@pytest.mark.parametrize("cached", [True, False])
+def test_only_the_last_layer_changes_and_fits(tmp_path, kind, cached):
+    model = gpt2() if kind == "gpt2" else tiny_model(kind)
+    before = weights(model)
+    trainer = make(tmp_path, model, feature_cache_gb=1.0 if cached else 0.0)
+    first = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    result = trainer.train()
+    moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+    assert moved == {
+        f"{trainer.fitted.layer}.{part}" for part, _ in model.get_submodule(trainer.fitted.layer).named_parameters()
+    }
+    assert result.training_loss == pytest.approx(trainer.evaluate(trainer.train_dataset)["eval_loss"], rel=1e-3)
+    assert result.training_loss < first
+    assert (tmp_path / "features").exists() == cached
+    trainer.save_model()
+    inputs = {"input_ids": torch.arange(5, 25).view(2, 10)}
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
+
+
+def test_it_is_the_logistic_regression_of_what_the_layer_reads(tmp_path):
+    model, data = tiny_model("bert").eval(), tiny_dataset(64)
+    head = fit_linear_head(model, data, COLLATE, c=0.3)
+    read = []
+    handle = model.classifier.register_forward_pre_hook(lambda module, args: read.append(args[0].detach()))
+    with torch.no_grad():
+        for i in range(0, 64, 16):
+            model(**{k: v for k, v in COLLATE([data[j] for j in range(i, i + 16)]).items() if k != "labels"})
+    handle.remove()
+    x, y = torch.cat(read).double().numpy(), np.array(data["labels"][:])
+    scaled = (x - x.mean(0)) / x.std(0)
+    plain = LogisticRegression(C=0.3, max_iter=5000, tol=1e-8).fit(scaled, y)
+    with torch.no_grad():
+        ours = model.classifier(torch.cat(read)).softmax(-1).numpy()
+    np.testing.assert_allclose(ours, plain.predict_proba(scaled), atol=2e-3)
+    assert (head.layer, head.rows, head.fit.c) == ("classifier", 64, 0.3)
+    assert model.fresh_parameters == {"classifier.weight", "classifier.bias"}
+
+
+def test_regression_and_plain_arguments(tmp_path):
+    plain = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    model = tiny_model(num_labels=1, problem_type="regression")
+    trainer = LinearHeadTrainer(
+        model, plain, train_dataset=tiny_dataset(64, regression=True), processing_class=tiny_tokenizer()
+    )
+    trainer.args.feature_cache_gb = 0.0
+    spread = float(np.var(tiny_dataset(64, regression=True)["labels"][:]))
+    assert trainer.train().training_loss < spread
+    assert isinstance(trainer.args, LinearHeadTrainingArguments)
+
+
+def test_a_model_that_reads_sequences_is_refused():
+    class Mean(type(tiny_model("distilbert"))):
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            logits = self.classifier(self.distilbert(input_ids, attention_mask).last_hidden_state)
+            return type(super().forward(input_ids=input_ids))(logits=logits.mean(1))
+
+    model = tiny_model("distilbert")
+    model.__class__ = Mean
+    with pytest.raises(InputError, match="has no linear layer outside its encoder whose output is the logits"):
+        fit_linear_head(model, tiny_dataset(16), COLLATE)
+
+
+def test_model_init_and_plan(tmp_path):
+    trainer = make(tmp_path)
+    plan = training_plan(trainer)
+    assert plan.trainable == 66 and plan.memory["gradients"] == plan.memory["activations"] == 0 and plan.steps == 1
+    args = LinearHeadTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", feature_cache_gb=0.0)
+    trainer = LinearHeadTrainer(
+        args=args, model_init=lambda: tiny_model(), train_dataset=tiny_dataset(16), processing_class=tiny_tokenizer()
+    )
+    trainer.train()
+    assert not torch.equal(trainer.model.classifier.weight, tiny_model().classifier.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"linearhead_c": 0.0}, "linearhead_c=0.0 is no strength; pass a number above 0"),
+        ({"linearhead_folds": 1}, "linearhead_folds=1 leaves no row out; pass 2 or more"),
+        ({"linearhead_max_iter": 0}, "linearhead_max_iter=0 lets the solver do nothing"),
+        ({"feature_cache_gb": -1.0}, "feature_cache_gb=-1.0 is below 0"),
+    ],
+)
+def test_bad_arguments(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        make(tmp_path, **options)
+
+
+def test_what_cannot_be_honoured_is_refused(tmp_path):
+    with pytest.raises(InputError, match="resume_from_checkpoint=True: a linear head is fitted at once"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(InputError, match="leave `optimizers` out"):
+        LinearHeadTrainer(tiny_model(), None, optimizers=(torch.optim.SGD(tiny_model().parameters()), None))
+    with pytest.raises(InputError, match="a linear head has no optimizer"):
+        make(tmp_path).create_optimizer()
+    with pytest.raises(InputError, match="needs a training data set of known length"):
+        make(tmp_path, dataset=tiny_dataset(8).to_iterable_dataset()).train()
+    with pytest.raises(InputError, match="the model carries PEFT adapters"):
+        make(tmp_path, add_lora(tiny_model(), LoraTrainingArguments(str(tmp_path))))
+    with pytest.raises(InputError, match="class 'LABEL_2' has no training rows"):
+        make(tmp_path, tiny_model(num_labels=3)).train()
+    with pytest.raises(InputError, match="have no labels to learn from"):
+        make(tmp_path, dataset=tiny_dataset(8).remove_columns("labels")).train()
+    for name in ("learning_rate", "num_train_epochs", "optim"):
+        with pytest.raises(InputError, match=f"{name}=.* steers a training loop, and method linearhead has none"):
+            LinearHeadTrainingArguments(str(tmp_path)).check_given({name: "x"})
+
+
+# --- prompts, and a start for other methods, through the launcher -------------------------------------
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    """The launcher on a tiny masked LM with few shots of made-up data; `launch(*argv) -> status`."""
+    from tiny import text_dataset
+
+    monkeypatch.chdir(tmp_path)
+    data = text_dataset(80)
+    data.select_columns(["sentence", "label"]).to_csv("train.csv")
+    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("test.csv")
+    tiny_masked_lm().save_pretrained("mlm")
+    tiny_tokenizer().save_pretrained("mlm")
+    assert len(draw_order(range(3), 1)) == 3
+
+    def call(*argv):
+        return run_glue.main(
+            [
+                "--model_name_or_path", "mlm", "--train_file", "train.csv", "--test_file", "test.csv", "--num_k", "16",
+                "--max_seq_length", "32", "--use_cpu", "--disable_tqdm", "true", "--do_train", "--do_eval", *argv,
+            ]
+        )  # fmt: skip
+
+    return call
+
+
+PROMPT = (
+    "--few_shot_type", "prompt", "--template", "*cls**sent_0*_it_was*mask*.*sep+*", "--mapping",
+    "{'0': 'bad', '1': 'good'}",
+)  # fmt: skip
+
+
+def test_a_prompt_s_head_is_untied_and_leaves_the_embeddings(launch):
+    assert launch("--method", "linearhead", "--feature_cache_gb", "0", *PROMPT, "--output_dir", "out") == 0
+    from hf_ft_ext import PromptForSequenceClassification
+
+    model = PromptForSequenceClassification.from_pretrained("out")
+    assert model.config.untied_words and model.get_output_embeddings().weight.shape == (2, 32)
+    torch.testing.assert_close(
+        model.get_input_embeddings().weight, tiny_masked_lm().get_input_embeddings().weight, rtol=0, atol=0
+    )
+    record = json.loads(Path("out/run.json").read_text())
+    assert record["trainable_parameters"] == 66 and record["metrics"]["train_score"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("method", "extra"),
+    [
+        ("full", ()),
+        ("lora", ()),
+        ("sparse", ("--sparse_basis_steps", "2", "--sparse_density", "0.2")),
+        ("gradientless", ("--feature_cache_gb", "0")),
+    ],
+)
+@pytest.mark.parametrize("prompt", [(), PROMPT], ids=["head", "prompt"])
+def test_every_method_starts_from_a_linear_head(launch, method, extra, prompt, capsys):
+    """With a learning rate of 0 the method's model is the linear head's, saved and loaded."""
+    quiet = ("--max_steps", "1", "--learning_rate", "0", "--save_strategy", "no")
+    arguments = (
+        "--method",
+        method,
+        *extra,
+        *prompt,
+        "--from_linearhead",
+        *quiet,
+        "--output_dir",
+        "out",
+        "--do_predict",
+    )
+    assert launch(*arguments) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("load it: "))
+    assert launch("--method", "linearhead", "--feature_cache_gb", "0", *prompt, "--output_dir", "head") == 0
+    found = json.loads(Path("out/run.json").read_text())["metrics"]
+    expected = json.loads(Path("head/run.json").read_text())["metrics"]
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-3)
+
+    from hf_ft_ext import PromptForSequenceClassification
+
+    names = {
+        "PromptForSequenceClassification": PromptForSequenceClassification, "PeftModel": PeftModel,
+        "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
+    }  # fmt: skip
+    model = eval(line.removeprefix("load it: "), names).eval()
+    plain = eval(
+        f"{'Prompt' if prompt else 'AutoModel'}ForSequenceClassification.from_pretrained('head')", names
+    ).eval()
+    inputs = {"input_ids": torch.tensor([[2, 5, 8, 4, 3]])}
+    torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert isinstance(model, nn.Module)
+
+
+def test_a_start_that_cannot_be_made(launch, capsys):
+    assert launch("--method", "linearhead", "--from_linearhead", "--output_dir", "a") == 2
+    assert "method linearhead fits that head itself; leave it out" in capsys.readouterr().err
+    assert launch("--method", "full", "--from_linearhead", "--do_train", "false", "--output_dir", "a") == 2
+    assert "--from_linearhead fits a head on the training data, to train on from it" in capsys.readouterr().err
