@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from hf_ft_ext.features import HeadReader, head_parameters
 from hf_ft_ext.gradientless.arguments import (
     ADAM_BASELINE,
     DIVERGENCE,
+    HEAD,
     GradientlessTrainingArguments,
 )
 from hf_ft_ext.gradientless.build import build_optimizer, refuse_misfits
@@ -31,6 +33,8 @@ from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
+
+logger = logging.getLogger(__name__)
 
 
 class GradientlessTrainer(Trainer):
@@ -76,6 +80,12 @@ class GradientlessTrainer(Trainer):
             settings = self.args.search_peft_config
             model = wrap_with_peft(model, self.args.search_peft, settings, self.args.seed, "search_peft")
         self._searched = list(searched_parameters(model, self.args.search_target))
+        head = self.args.search_target in (None, HEAD) and not isinstance(model, PeftModel)
+        if head and is_prompt_model(model) and not model.config.untied_words:
+            logger.info(
+                "The label words' output rows are shared with the input embeddings, so they are no part of the head "
+                "and stay; untie_words gives them rows of their own to search."
+            )
         self._reader: HeadReader | None = None
         self._rows: FeatureRows | None = None
         self._looked_for_features = False

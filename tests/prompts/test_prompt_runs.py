@@ -139,8 +139,8 @@ def test_searching_a_prompt_s_head_takes_cached_features(tmp_path):
         tiny_masked_lm(), tiny_tokenizer(), TEMPLATE, ["bad", "good"], untie_words=True
     )
     args = GradientlessTrainingArguments(
-        str(tmp_path), max_steps=8, learning_rate=0.1, use_cpu=True, report_to="none", save_strategy="no",
-        feature_cache_dir=str(tmp_path / "features"),
+        str(tmp_path), max_steps=30, learning_rate=0.05, per_device_train_batch_size=32, use_cpu=True,
+        report_to="none", save_strategy="no", feature_cache_dir=str(tmp_path / "features"),
     )  # fmt: skip
     trainer = GradientlessTrainer(model, args, train_dataset=data, processing_class=tiny_tokenizer())
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
