@@ -145,7 +145,7 @@ def test_similarity_is_the_cosine_of_mean_hidden_states(tmp_path):
     mask = batch["attention_mask"][..., None]
     means = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
     np.testing.assert_allclose(found[0], (means @ means[0]).numpy(), atol=1e-5)
-    with pytest.raises(InputError, match="demo_filter_model=.*none' cannot be loaded"):
+    with pytest.raises(InputError, match=r"demo_filter_model=.*none' cannot be loaded"):
         similarity.embeddings("./none", ("a",))
 
 
