@@ -75,8 +75,7 @@ def fit_linear_head(
             vector per row.
     """
     labels = labels_of(dataset)
-    if is_prompt_model(model):
-        model.untie_label_words()
+    prepare_linear_head(model)
     sample = next(batches_in_order(dataset, collate, SAMPLE, _device(model)))
     name, layer = find_last_layer(model, sample)
     reader = HeadReader.find(model, sample)
@@ -102,10 +101,24 @@ def fit_linear_head(
         layer.weight.copy_(torch.from_numpy(fit.weight))
         if layer.bias is not None:
             layer.bias.copy_(torch.from_numpy(fit.bias))
-    written = [f"{name}.{part}" for part, _ in layer.named_parameters()]
-    model.fresh_parameters = frozenset(getattr(model, "fresh_parameters", ())) | set(written)
+    _mark_fresh(model, name)
     logger.info("Linear head: %s fitted on %d rows, %s.", name, len(x), fit.said())
     return LinearHead(name, fit, len(x))
+
+
+def prepare_linear_head(model: nn.Module) -> None:
+    """Give a prompt model the layer that a linear head is written into; all others have one.
+
+    For a model that takes the head's weights from elsewhere, such as a checkpoint.
+    """
+    if is_prompt_model(model):
+        model.untie_label_words()
+        _mark_fresh(model, model.decoder_path)
+
+
+def _mark_fresh(model: nn.Module, name: str) -> None:
+    written = [f"{name}.{part}" for part, _ in model.get_submodule(name).named_parameters()]
+    model.fresh_parameters = frozenset(getattr(model, "fresh_parameters", ())) | set(written)
 
 
 def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[str, nn.Linear]:

@@ -20,7 +20,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.checks import check_checkpoint, check_splits, choose_best_metric
 from hf_ft_ext.launch.output import clear_old_run
 from hf_ft_ext.launch.search import require_optuna
-from hf_ft_ext.linear_probe import fit_linear_head
+from hf_ft_ext.linear_probe import fit_linear_head, prepare_linear_head
 from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics import metric_function
 from hf_ft_ext.models import load_tokenizer_and_model, model_max_length
@@ -96,7 +96,9 @@ def _start_from_linear_head(run_args: RunArguments, args: MethodTrainingArgument
         raise InputError("--from_linearhead: method linearhead fits that head itself; leave it out")
     if not args.do_train:
         raise InputError("--from_linearhead fits a head on the training data, to train on from it; add --do_train")
-    if args.resume_from_checkpoint is None:
+    if args.resume_from_checkpoint is not None:
+        prepare_linear_head(model)  # the checkpoint holds the weights
+    else:
         fit_linear_head(
             model.to(args.device),
             data.train,

@@ -14,9 +14,8 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_rows import SAMPLE, batches_in_order, for_collator
-from hf_ft_ext.linear_probe import LinearHead, find_last_layer, fit_linear_head
+from hf_ft_ext.linear_probe import LinearHead, find_last_layer, fit_linear_head, prepare_linear_head
 from hf_ft_ext.linearhead.arguments import LinearHeadTrainingArguments
-from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 
@@ -111,8 +110,7 @@ class LinearHeadTrainer(Trainer):
             raise outcome[0]
         self.fitted = outcome[0]
         if args.world_size > 1:
-            if is_prompt_model(self.model):
-                self.model.untie_label_words()
+            prepare_linear_head(self.model)
             layer = self.model.get_submodule(self.fitted.layer)
             for parameter in layer.parameters():
                 parameter.data.copy_(broadcast(parameter.data))
@@ -122,8 +120,7 @@ class LinearHeadTrainer(Trainer):
 
     def trained_weights(self) -> list[TrainedWeight]:
         """The last layer: no gradients, no moments."""
-        if is_prompt_model(self.model):
-            self.model.untie_label_words()
+        prepare_linear_head(self.model)
         name = self.fitted.layer if self.fitted else self._last_layer()
         layer = self.model.get_submodule(name)
         return [

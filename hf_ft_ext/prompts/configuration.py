@@ -31,6 +31,14 @@ class PromptConfig(PreTrainedConfig):
     untied_words: bool = False
     pad_token_id: int | None = None
 
+    @classmethod
+    def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
+        # peft asks this class for the configuration of an adapter's base, which may be a plain masked LM
+        found, unused = super().get_config_dict(*args, **kwargs)
+        if found.get("model_type", cls.model_type) != cls.model_type:
+            found = {"model_type": cls.model_type, "masked_lm": found}
+        return found, unused
+
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         return self.masked_lm
 

@@ -148,6 +148,19 @@ def test_a_constant_scale_and_an_unknown_split(load):
         few_shot_data(data, 2, split="all")
 
 
+@pytest.mark.parametrize("task", ["cr", "mpqa"])
+def test_tasks_that_spell_their_labels_out(tmp_path, task):
+    """The form that cr and mpqa have on the Hub, in a folder."""
+    names = ["negative", "positive"]
+    for split, count in (("train", 40), ("test", 9)):
+        labels = [i % 2 for i in range(count)]
+        columns = {"text": [f"row {i}" for i in range(count)], "label": labels}
+        Dataset.from_dict({**columns, "label_text": [names[i] for i in labels]}).to_json(tmp_path / f"{split}.jsonl")
+    data = load_data(DataArguments(dataset_name=str(tmp_path), task_name=task, num_k=8), cache_dir=str(tmp_path / "c"))
+    assert Counter(data.train["label"][:]) == {0: 8, 1: 8} and data.label_names == names
+    assert (len(data.validation["dev"]), len(data.test["test"])) == (16, 9)
+
+
 @pytest.mark.slow
 def test_real_tasks_draw_balanced_shots(data_root, tmp_path):
     for folder, task, classes in (("glue", "sst2", 2), ("fewshot", "trec", 6), ("glue", "stsb", 2)):

@@ -1,6 +1,9 @@
 """Linear heads of whole models: what is written, what stays, what is saved, as a method and as a start."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from sklearn.linear_model import LogisticRegression
-from tiny import CONFIGS, tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
-from torch import nn
+from tiny import CONFIGS, text_dataset, tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -19,8 +21,13 @@ from transformers import (
 )
 
 import run_glue
-from hf_ft_ext import InputError, LinearHeadTrainer, LinearHeadTrainingArguments, fit_linear_head
-from hf_ft_ext.data.few_shot import draw_order
+from hf_ft_ext import (
+    InputError,
+    LinearHeadTrainer,
+    LinearHeadTrainingArguments,
+    PromptForSequenceClassification,
+    fit_linear_head,
+)
 from hf_ft_ext.lora.arguments import LoraTrainingArguments
 from hf_ft_ext.lora.trainer import add_lora
 from hf_ft_ext.training.plan import training_plan
@@ -169,27 +176,23 @@ def test_what_cannot_be_honoured_is_refused(tmp_path):
 @pytest.fixture
 def launch(tmp_path, monkeypatch):
     """The launcher on a tiny masked LM with few shots of made-up data; `launch(*argv) -> status`."""
-    from tiny import text_dataset
-
     monkeypatch.chdir(tmp_path)
     data = text_dataset(80)
     data.select_columns(["sentence", "label"]).to_csv("train.csv")
     text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("test.csv")
     tiny_masked_lm().save_pretrained("mlm")
     tiny_tokenizer().save_pretrained("mlm")
-    assert len(draw_order(range(3), 1)) == 3
 
     def call(*argv):
-        return run_glue.main(
-            [
-                "--model_name_or_path", "mlm", "--train_file", "train.csv", "--test_file", "test.csv", "--num_k", "16",
-                "--max_seq_length", "32", "--use_cpu", "--disable_tqdm", "true", "--do_train", "--do_eval", *argv,
-            ]
-        )  # fmt: skip
+        return run_glue.main([*SHARED, *argv])
 
     return call
 
 
+SHARED = (
+    "--model_name_or_path", "mlm", "--train_file", "train.csv", "--test_file", "test.csv", "--num_k", "16",
+    "--max_seq_length", "32", "--use_cpu", "--disable_tqdm", "true", "--do_train", "--do_eval",
+)  # fmt: skip
 PROMPT = (
     "--few_shot_type", "prompt", "--template", "*cls**sent_0*_it_was*mask*.*sep+*", "--mapping",
     "{'0': 'bad', '1': 'good'}",
@@ -198,8 +201,6 @@ PROMPT = (
 
 def test_a_prompt_s_head_is_untied_and_leaves_the_embeddings(launch):
     assert launch("--method", "linearhead", "--feature_cache_gb", "0", *PROMPT, "--output_dir", "out") == 0
-    from hf_ft_ext import PromptForSequenceClassification
-
     model = PromptForSequenceClassification.from_pretrained("out")
     assert model.config.untied_words and model.get_output_embeddings().weight.shape == (2, 32)
     torch.testing.assert_close(
@@ -240,8 +241,6 @@ def test_every_method_starts_from_a_linear_head(launch, method, extra, prompt, c
     expected = json.loads(Path("head/run.json").read_text())["metrics"]
     assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-3)
 
-    from hf_ft_ext import PromptForSequenceClassification
-
     names = {
         "PromptForSequenceClassification": PromptForSequenceClassification, "PeftModel": PeftModel,
         "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
@@ -252,7 +251,15 @@ def test_every_method_starts_from_a_linear_head(launch, method, extra, prompt, c
     ).eval()
     inputs = {"input_ids": torch.tensor([[2, 5, 8, 4, 3]])}
     torch.testing.assert_close(model(**inputs).logits, plain(**inputs).logits, rtol=1e-4, atol=1e-5)
-    assert isinstance(model, nn.Module)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_run_that_started_from_a_linear_head_resumes(launch, method):
+    options = ("--method", method, *PROMPT, "--from_linearhead", "--max_steps", "4", "--save_steps", "2")
+    assert launch(*options, "--output_dir", "a") == 0
+    assert launch(*options, "--resume_from_checkpoint", "a/checkpoint-2", "--output_dir", "b") == 0
+    (ours,), (theirs,) = (list(Path(name).glob("*.safetensors")) for name in ("a", "b"))
+    assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_a_start_that_cannot_be_made(launch, capsys):
@@ -260,3 +267,27 @@ def test_a_start_that_cannot_be_made(launch, capsys):
     assert "method linearhead fits that head itself; leave it out" in capsys.readouterr().err
     assert launch("--method", "full", "--from_linearhead", "--do_train", "false", "--output_dir", "a") == 2
     assert "--from_linearhead fits a head on the training data, to train on from it" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_get_the_first_one_s_head(launch):
+    settings = ("--method", "linearhead", "--feature_cache_gb", "0", *PROMPT, "--do_predict")
+    assert launch(*settings, "--output_dir", "one") == 0
+    root = Path(run_glue.__file__).parent
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+            *(str(root / "run_glue.py"), *SHARED, *settings, "--output_dir", "two"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=150,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (json.loads(Path(name, "run.json").read_text()) for name in ("one", "two"))
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["metrics"]["eval_accuracy"] == two["metrics"]["eval_accuracy"]
+    assert Path("one/predictions.tsv").read_text() == Path("two/predictions.tsv").read_text()
+    assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()

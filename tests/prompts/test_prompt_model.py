@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, T5Confi
 from hf_ft_ext import InputError, PromptConfig, PromptForSequenceClassification
 from hf_ft_ext.features import HeadReader, head_parameters
 from hf_ft_ext.peft_models import wrap_with_peft
-from hf_ft_ext.prompts.model import check_masked_lm
+from hf_ft_ext.prompts.model import PROMPT_FILE, check_masked_lm
 
 WORDS = ["bad", "good"]
 
@@ -234,3 +234,34 @@ def test_models_without_a_masked_lm_head(tmp_path):
         PromptForSequenceClassification.from_masked_lm(
             masked_lm(), tiny_tokenizer(), TEMPLATE, ["a", *WORDS], bounds=(0, 1)
         )
+
+
+def test_the_configuration_of_a_plain_masked_lm_is_wrapped(tmp_path, caplog):
+    masked_lm().save_pretrained(tmp_path)
+    config = PromptConfig.from_pretrained(tmp_path)
+    assert (config.masked_lm.model_type, config.hidden_size, config.vocab_size) == ("bert", 32, len(tiny_tokenizer()))
+    with pytest.raises(AttributeError, match="no attribute 'nothing_of_the_kind'"):
+        _ = config.nothing_of_the_kind
+
+
+def test_an_adapter_s_folder_makes_its_base(tmp_path):
+    for untie in (False, True):
+        folder = tmp_path / str(untie)
+        lm = masked_lm()
+        lm.save_pretrained(folder / "base")
+        model = PromptForSequenceClassification.from_masked_lm(
+            str(folder / "base"), tiny_tokenizer(), TEMPLATE, WORDS, untie_words=untie
+        )
+        wrapped = wrap_with_peft(model, "lora", {}, seed=0).eval()
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+        wrapped.save_pretrained(folder / "adapter")
+        with pytest.raises(InputError, match=r"holds no prompt_config\.json: it is no adapter of a prompt model"):
+            PromptForSequenceClassification.from_adapter(folder / "adapter")
+        (folder / "adapter" / PROMPT_FILE).write_text(json.dumps(model.config.to_dict(), default=str))
+        base = PromptForSequenceClassification.from_adapter(folder / "adapter")
+        assert (base.config.words, base.config.untied_words) == (WORDS, untie)
+        loaded = PeftModel.from_pretrained(base, folder / "adapter").eval()
+        assert torch.equal(loaded(**batch()).logits, wrapped(**batch()).logits)
