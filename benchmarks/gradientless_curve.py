@@ -41,10 +41,11 @@ VARIANTS = {
     "gld-antithetic": (DirectSearch, {**_GLD, "options": None, "antithetic": True, "num_candidates": 6}, 64, 0.1),
     "gld-pool": (DirectSearch, {**_GLD, "options": None, "pool": True}, 64, 0.1),
     "gld-1024": (DirectSearch, {**_FREE, "lr": 2e-2}, 1024, 0.1),
-    "gld-1024-pairs": (DirectSearch, {**_FREE, "lr": 3e-2, "num_candidates": 2, "antithetic": True}, 1024, 0.1),
+    "gld-1024-pairs": (DirectSearch, {**_FREE, "lr": 1e-2, "num_candidates": 2, "antithetic": True}, 1024, 0.1),
+    "gld-2048-pairs": (DirectSearch, {**_FREE, "lr": 1.5e-2, "num_candidates": 2, "antithetic": True}, 2048, 0.05),
     "gld-512-few": (DirectSearch, {**_FREE, "lr": 4e-2, "sampling_size": 256}, 512, 0.1),
     "spsa": (SPSA, {"lr": 1e-3, "num_directions": 4}, 64, 0.1),
-    "spsa-1024": (SPSA, {"lr": 5e-3, "num_directions": 4}, 1024, 0.1),
+    "spsa-1024": (SPSA, {"lr": 2e-2, "num_directions": 4}, 1024, 0.1),
     "adam": (HeadAdam, {"lr": 1e-4}, 64, 0.1),
     "adam-256": (HeadAdam, {"lr": 1e-4}, 256, 0.1),
 }
