@@ -5,9 +5,12 @@ The public names are imported when first used, so that `import hf_ft_ext` costs 
 
 from importlib import import_module
 
+from hf_ft_ext.adapters.registration import register_when_peft_is_there
+
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "BottleneckConfig": "hf_ft_ext.adapters.bottleneck.config",
     "compute_bases": "hf_ft_ext.sparse.prepare",
     "convert_to_sparse": "hf_ft_ext.sparse.convert",
     "demo_dataset": "hf_ft_ext.data.demo",
@@ -17,6 +20,9 @@ _EXPORTS = {
     "GradientlessTrainer": "hf_ft_ext.gradientless.trainer",
     "GradientlessTrainingArguments": "hf_ft_ext.gradientless.arguments",
     "InputError": "hf_ft_ext.errors",
+    "keep_projection": "hf_ft_ext.adapters.layer_prefix.model",
+    "LayerMixtureConfig": "hf_ft_ext.adapters.mixture.config",
+    "LayerPrefixConfig": "hf_ft_ext.adapters.layer_prefix.config",
     "load_delta": "hf_ft_ext.sparse.delta",
     "LoraTrainer": "hf_ft_ext.lora.trainer",
     "LoraTrainingArguments": "hf_ft_ext.lora.arguments",
@@ -33,6 +39,8 @@ _EXPORTS = {
 }
 
 __all__ = sorted(_EXPORTS)
+
+register_when_peft_is_there()  # so that `PeftModel.from_pretrained` knows our adapters
 
 
 def __getattr__(name: str):

@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from hf_ft_ext.adapters.heads import trained_in_full
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.lora.arguments import ALL_LINEAR, LoraTrainingArguments
 from hf_ft_ext.models import seeded_init
@@ -66,19 +67,6 @@ def add_lora(model: PreTrainedModel, args: LoraTrainingArguments) -> PeftModel:
             return get_peft_model(model, config)
     except ValueError as error:
         raise InputError(_no_target(model, targets, str(error).split(". ")[0])) from error
-
-
-def trained_in_full(model: PreTrainedModel) -> list[str]:
-    """Dotted names of the modules that an adapter cannot do without: the head, and whatever came untrained."""
-    prefix = model.base_model_prefix
-    names = [
-        name for name, module in model.named_children() if name != prefix and any(True for _ in module.parameters())
-    ]
-    for parameter in sorted(getattr(model, "fresh_parameters", ())):
-        owner = parameter.rpartition(".")[0]
-        if owner and not any(owner == name or owner.startswith(f"{name}.") for name in names):
-            names.append(owner)
-    return names
 
 
 def _no_target(model: nn.Module, targets: list[str] | None, reason: str) -> str:
