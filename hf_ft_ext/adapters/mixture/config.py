@@ -63,7 +63,11 @@ class LayerMixtureConfig(PeftConfig):
 
     def to_dict(self) -> dict:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return {**values, "kinds": {name: settings_of(config) for name, config in self.configs.items()}}
+        kinds = {name: settings_of(config) for name, config in self.configs.items()}
+        if not getattr(self, "saves_projection", False):  # what is saved are the keys and values that it made
+            for settings in kinds.values():
+                settings.pop("projection_size", None)
+        return {**values, "kinds": kinds}
 
 
 def _listed(names: str | list[str] | None) -> list[str]:
@@ -73,7 +77,7 @@ def _listed(names: str | list[str] | None) -> list[str]:
 def settings_of(config: PeftConfig) -> dict[str, Any]:
     """What `config` says beyond the defaults of its class, in a form that JSON holds."""
     defaults = type(config)()
-    values = {key: _plain(value) for key, value in config.to_dict().items()}
+    values = {key: _plain(getattr(config, key, value)) for key, value in config.to_dict().items()}
     plain = {key: _plain(value) for key, value in defaults.to_dict().items()}
     about_the_model = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
     kept = {k: v for k, v in values.items() if k not in about_the_model and plain.get(k, None) != v}
