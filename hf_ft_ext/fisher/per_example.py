@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_ft_ext.adapters.bottleneck.layer import BottleneckLayer
 from hf_ft_ext.adapters.layer_prefix.layer import PrefixLayer, Table
 
-_CHUNK = 2**22  # numbers of per-example gradients made at a time: they should not leave the processor's cache by far
+_CHUNK = 2**20  # numbers of per-example gradients made at a time: they should not leave the processor's cache by far
 
 # receives the name of a parameter and gradients [examples, *shape] of the examples from `start` on
 Receiver = Callable[[str, torch.Tensor, int], None]
