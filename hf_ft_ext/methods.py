@@ -62,6 +62,12 @@ METHODS: dict[str, Method] = {
             "hf_ft_ext.gradientless.trainer:GradientlessTrainer",
             "search without gradients: GLD direct search, SPSA (MeZO) beside it",
         ),
+        Method(
+            "fisher",
+            "hf_ft_ext.fisher.arguments:FisherTrainingArguments",
+            "hf_ft_ext.fisher.trainer:FisherTrainer",
+            "FishPAL: a Fisher pre-pass picks each layer's adapter; FISH masks beside it",
+        ),
     )
 }
 

@@ -24,6 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 QUICK = {
     "sparse": ("--sparse_basis_steps", "2", "--sparse_density", "0.2"),
     "gradientless": ("--feature_cache_dir", "features"),
+    "fisher": (
+        "--fisher_examples",
+        "6",
+        "--fisher_candidate_settings",
+        json.dumps({"prefix": {"projection_size": 8}}),
+    ),
 }
 
 # For comparisons to rounding: a plain optimizer, or AdamW with a large epsilon (with a small one it turns gradients

@@ -1,8 +1,7 @@
 """What our tuners share beyond peft's `BaseTuner`: matching by layer, modules that are no linear layers, refusals."""
 
-from torch import nn
-
 from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
 
 from hf_ft_ext.adapters.layers import matches, plain_name
 from hf_ft_ext.errors import InputError

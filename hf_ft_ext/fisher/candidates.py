@@ -48,7 +48,7 @@ def make_candidates(names: list[str] | None, settings: dict[str, Any] | None = N
     settings = settings or {}
     for name, values in settings.items():
         if not isinstance(values, dict):
-            raise InputError(f"candidate {name!r} has the settings {values!r}; pass a mapping, such as {{\"r\": 8}}")
+            raise InputError(f'candidate {name!r} has the settings {values!r}; pass a mapping, such as {{"r": 8}}')
         same = values.get("peft_type", own.get(name, {}).get("peft_type")) == own.get(name, {}).get("peft_type")
         own[name] = {**own.get(name, {}), **values} if same else values
     names = list(dict.fromkeys([*DEFAULTS, *settings])) if names is None else names

@@ -195,9 +195,7 @@ def _add_hooked(model, batch, rows, names, labels, power, problem_type, loss, su
     weights: list[torch.Tensor | float] = [1.0]
     receive = _summing(sums, power, weights)
     with Capture(find_sites(model, names), receive) as capture:
-        _backward(
-            model, capture, batch, rows, labels, power, problem_type, loss, lambda w: weights.__setitem__(0, w)
-        )
+        _backward(model, capture, batch, rows, labels, power, problem_type, loss, lambda w: weights.__setitem__(0, w))
 
 
 def _summing(sums: GradientSums, power: int, weights: list) -> Receiver:
@@ -246,9 +244,7 @@ def plain_gradients(model, one, names, labels, power, problem_type, loss) -> Ite
         output = model(**_inputs(one, loss))
         pairs = list(draws(output, one, labels, power, problem_type, loss))
         for i, (weight, values) in enumerate(pairs):
-            found = torch.autograd.grad(
-                values.sum(), parameters, retain_graph=i + 1 < len(pairs), allow_unused=True
-            )
+            found = torch.autograd.grad(values.sum(), parameters, retain_graph=i + 1 < len(pairs), allow_unused=True)
             yield (weight.sum() if isinstance(weight, torch.Tensor) else weight), found
 
 
@@ -279,7 +275,7 @@ def unreachable(model, batch, rows, names, labels, power, problem_type, loss) ->
             missed.append(name)
     if missed:
         logger.warning(
-            "No rule for the gradients per example of %d parameters (%s, ...): one backward pass per example for them.",
+            "No rule for gradients per example of %d parameters (%s, ...): one backward pass per example for them.",
             len(missed),
             missed[0],
         )

@@ -51,7 +51,7 @@ def find_sites(model: nn.Module, wanted: Iterable[str]) -> list[Site]:
     parameters = dict(model.named_parameters())
     groups: dict[str, dict[str, str]] = defaultdict(dict)
     for name in wanted:
-        parameters[name]  # noqa: B018 (an unknown name is an error)
+        parameters[name]
         owner = _caller(modules, name.rpartition(".")[0])
         groups[owner][name.removeprefix(f"{owner}.")] = name
     return [Site(modules[owner], names, _rule(modules[owner], names)) for owner, names in groups.items()]
@@ -131,10 +131,8 @@ class Capture:
                 output, *rest = output
             if output.shape[0] == 1 and self.batch > 1:  # one for all, such as position embeddings
                 output = output.expand(self.batch, *output.shape[1:])
-            if not output.requires_grad:
-                output = output.detach().requires_grad_()
-            else:
-                output = output.view_as(output)  # a tensor of this call's own to hang the hook on
+            # A tensor of this call's own to hang the hook on; where no parameter below trains, the graph begins here.
+            output = output.view_as(output) if output.requires_grad else output.detach().requires_grad_()
             record = [_detached(inputs), {k: _detached(v) for k, v in named.items()}, None]
             site.calls.append(record)
             output.register_hook(lambda gradient: self._arrived(site, record, gradient))

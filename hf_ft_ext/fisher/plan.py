@@ -64,7 +64,7 @@ class AdapterPlan:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"adapter plan {path} is not valid JSON: {error}") from error
         if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
-            raise InputError(f"{path} is no adapter plan of this version; it needs \"format\": \"{_FORMAT}\"")
+            raise InputError(f'{path} is no adapter plan of this version; it needs "format": "{_FORMAT}"')
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise InputError(
@@ -129,9 +129,7 @@ class AdapterPlan:
         lines = []
         for layer, choice in sorted(self.choice.items()):
             scores = self.scores.get(layer, {})
-            cells = [
-                f"{name} {scores[name]:.3g}{'*' if name == choice else ''}" for name in names if name in scores
-            ]
+            cells = [f"{name} {scores[name]:.3g}{'*' if name == choice else ''}" for name in names if name in scores]
             lines.append(f"layer {layer}: {', '.join(cells) if cells else choice or 'none'}"
                          f"{'' if choice or not cells else ' (none)'}")  # fmt: skip
         return "\n".join(lines)

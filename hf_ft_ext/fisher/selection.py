@@ -204,5 +204,3 @@ def sizes(
             for module in modules_of(probe, group):
                 found[module.layer][module.candidate] = module.added
     return found
-
-

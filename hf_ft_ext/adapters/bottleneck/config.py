@@ -30,9 +30,7 @@ class BottleneckConfig(PeftConfig):
         InputError: a value out of range, or two that contradict each other.
     """
 
-    placement: str = field(
-        default=PFEIFFER, metadata={"help": "Where the adapters sit.", "choices": PLACEMENTS}
-    )
+    placement: str = field(default=PFEIFFER, metadata={"help": "Where the adapters sit.", "choices": PLACEMENTS})
     bottleneck_size: int | None = field(
         default=None,
         metadata={"help": f"Width of the bottleneck; none and no `reduction_factor` = {DEFAULT_SIZE}."},

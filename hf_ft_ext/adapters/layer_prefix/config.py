@@ -13,8 +13,8 @@ class LayerPrefixConfig(PeftConfig):
     """Trained keys and values in front of the attention's own, in chosen layers (Li and Liang 2021, arXiv 2101.00190).
 
     With `projection_size`, what trains is an embedding and a two-layer network that makes the keys and values of it:
-    embedding and first layer belong to all layers of the adapter together, the second to each. `save_pretrained` writes
-    the keys and values alone (and a configuration without projection); see `keep_projection`.
+    embedding and first layer belong to all layers of the adapter together, the second to each. `save_pretrained`
+    writes the keys and values alone (and a configuration without projection); see `keep_projection`.
 
     Raises:
         InputError: a value out of range.

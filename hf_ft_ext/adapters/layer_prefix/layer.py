@@ -66,7 +66,9 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         if reference is not None and reference.device.type != "meta":
             for module in (self.layer_prefix_table, self.layer_prefix_out):
                 if adapter_name in module:
-                    module[adapter_name].to(reference.device, reference.dtype if reference.is_floating_point() else None)
+                    module[adapter_name].to(
+                        reference.device, reference.dtype if reference.is_floating_point() else None
+                    )
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def names(self) -> list[str]:

@@ -80,7 +80,7 @@ def settings_of(config: PeftConfig) -> dict[str, Any]:
     values = {key: _plain(getattr(config, key, value)) for key, value in config.to_dict().items()}
     plain = {key: _plain(value) for key, value in defaults.to_dict().items()}
     about_the_model = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
-    kept = {k: v for k, v in values.items() if k not in about_the_model and plain.get(k, None) != v}
+    kept = {k: v for k, v in values.items() if k not in about_the_model and plain.get(k) != v}
     return {"peft_type": _plain(config.peft_type), **{k: v for k, v in kept.items() if k != "peft_type"}}
 
 

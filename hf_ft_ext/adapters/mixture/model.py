@@ -82,7 +82,7 @@ class LayerMixtureModel(LayerPrefixModel):
         tuner._prepare_model(config, model)
         config = _maybe_include_all_linear_layers(config, model)
         reached = set()
-        for name, module in list(model.named_modules()):
+        for name, _ in list(model.named_modules()):
             plain = plain_name(name)
             place = split_layer(plain, mixture.layers_pattern)
             if place is None or place[0] not in layers or _inside_adapter(name, plain, model):
@@ -201,5 +201,3 @@ def _inside_adapter(name: str, plain: str, model: nn.Module) -> bool:
         if isinstance(module, BaseTunerLayer) and not name.startswith(f"{owner}.base_layer."):
             return True
     return False
-
-
