@@ -75,8 +75,8 @@ class FisherTrainingArguments(MethodTrainingArguments):
         default=None,
         metadata={
             "help": "How modules are scored. thesis: mean squared gradient, times a factor per kind. mean: without "
-            "factors. decrease: expected decrease of the loss by a step of unit length. natural: the same, measured "
-            f"in the Fisher metric. none = {DEFAULT_CRITERION}.",
+            "factors. decrease: expected decrease of the loss by a step of unit length. agreement: how far the "
+            f"gradients of different examples point the same way. none = {DEFAULT_CRITERION}.",
             "choices": tuple(CRITERIA),
         },
     )
@@ -107,8 +107,8 @@ class FisherTrainingArguments(MethodTrainingArguments):
     fisher_learning_rates: dict | str | None = field(
         default=None,
         metadata={
-            "help": f"Learning rates by candidate, and `{HEAD}` for the classifier (JSON on the command line), such as "
-            '{"prefix": 2e-4}; whoever is not named takes learning_rate.'
+            "help": f"Learning rates by candidate, and `{HEAD}` for the classifier (JSON on the command line), such "
+            'as {"prefix": 2e-4}; whoever is not named takes learning_rate.'
         },
     )
     fisher_mask: str | None = field(

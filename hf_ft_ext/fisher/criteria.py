@@ -51,18 +51,15 @@ def decrease(sums: ModuleSums) -> float:
     return _root(sum(_signal(sums, name).sum().item() for name in sums.powers))
 
 
-def natural(sums: ModuleSums) -> float:
-    """Expected decrease by a step of unit length in the Fisher metric (its diagonal): the norm of mean / sqrt(F).
+def agreement(sums: ModuleSums) -> float:
+    """How far gradients of examples point the same way: the mean product of two over the mean square of one.
 
-    A change of a parameter's scale changes neither it nor the comparison of kinds; parameters without gradient, such
-    as a factor whose partner starts at zero, count nothing. The noise of finitely many examples is subtracted.
+    1 if all are equal, about 0 if they are unrelated, -1 / (examples - 1) at least. It is the part of the gradients
+    that a step can use, free of the parameters' scale and number, which differ from kind to kind: a factor whose
+    partner starts at zero changes neither product nor square.
     """
-    total = 0.0
-    for name, value in sums.powers.items():
-        fisher = value.double() / sums.examples
-        seen = fisher > 0
-        total += (_signal(sums, name)[seen] / fisher[seen]).sum().item()
-    return _root(total)
+    scatter = sum(value.double().sum().item() for value in sums.powers.values()) / sums.examples
+    return sum(_signal(sums, name).sum().item() for name in sums.powers) / scatter if scatter else 0.0
 
 
 def _root(square: float) -> float:
@@ -89,10 +86,10 @@ CRITERIA: dict[str, Callable[[ModuleSums], float]] = {
     "thesis": thesis,
     "mean": mean,
     "decrease": decrease,
-    "natural": natural,
+    "agreement": agreement,
 }
-NEEDS_TOTALS = ("decrease", "natural")
-DEFAULT = "natural"
+NEEDS_TOTALS = ("decrease", "agreement")
+DEFAULT = "agreement"
 
 
 def find_criterion(name: str) -> Callable[[ModuleSums], float]:

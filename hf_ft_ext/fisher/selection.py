@@ -42,7 +42,7 @@ def select_adapters(
         model: a plain sequence classifier, or with `loss` another model.
         data: batches of model inputs, `labels` among them; each process passes its own part.
         candidates: peft configurations by name, or a list of them; `None` = the thesis's three.
-        criterion: `thesis`, `mean`, `decrease` or `natural`; see `hf_ft_ext.fisher.criteria`.
+        criterion: `thesis`, `mean`, `decrease` or `agreement`; see `hf_ft_ext.fisher.criteria`.
         budget: parameters that all chosen adapters together may add at inference; layers may then stay without.
         labels, power, loss, progress: as for `fisher_information`.
         seed: what new adapters are drawn from.
