@@ -114,9 +114,15 @@ class LayerPrefixModel(LayerTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self.delete_shared(adapter_name)
+
+    def delete_shared(self, adapter_name: str) -> None:
+        """Drop the network that the prefixes of an adapter share."""
         for part in (EMBEDDING, HIDDEN):
             if part in self._modules:
-                self._modules[part].pop(adapter_name, None)
+                shared = self._modules[part]
+                if adapter_name in shared:
+                    del shared[adapter_name]
 
     # --- files ------------------------------------------------------------------------------------
 

@@ -3,7 +3,14 @@
 from contextlib import nullcontext
 
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_submodules, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _check_adapters_not_merged,
+    _delete_auxiliary_adapter,
+    _get_submodules,
+    _maybe_include_all_linear_layers,
+)
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import set_additional_trainable_modules
 from torch import nn
@@ -120,6 +127,24 @@ class LayerMixtureModel(LayerPrefixModel):
 
     def _replace_module(self, parent, child_name, new_module, child) -> None:
         setattr(parent, child_name, new_module)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out; if it was the only active one, the first of the others becomes active."""
+        if adapter_name not in self.peft_config:
+            raise InputError(f"there is no adapter {adapter_name!r}; this model has: {', '.join(self.peft_config)}")
+        active = [name for name in self.active_adapters if name != adapter_name]
+        _check_adapters_not_merged(self.model, adapter_name)
+        for _, module in self.model.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                module._active_adapter = [name for name in module.active_adapters if name != adapter_name]
+                module.delete_adapter(adapter_name)
+        self.delete_shared(adapter_name)
+        del self.peft_config[adapter_name]
+        active = active or list(self.peft_config)[:1]
+        _delete_auxiliary_adapter(self.model, adapter_name, new_active_adapters=active)
+        if active:
+            self.set_adapter(active)
+        self.active_adapter = active
 
     # --- merging ----------------------------------------------------------------------------------
 
