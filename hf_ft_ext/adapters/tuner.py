@@ -1,6 +1,6 @@
 """What our tuners share beyond peft's `BaseTuner`: matching by layer, modules that are no linear layers, refusals."""
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from hf_ft_ext.adapters.layers import matches, plain_name
@@ -50,3 +50,15 @@ def refuse_unfit_layers(model: nn.Module, kind: str, layers: int | list[int] | N
             f"{kind}: layers_to_transform={wanted} names layer {missing[0]}, and {type(model).__name__} has layers "
             f"{shown}; pass some of those"
         )
+
+
+def like_base_layer(layer: BaseTunerLayer, adapter_name: str) -> None:
+    """Move an adapter to the device and floating-point type of the module that it is at, whatever that module is."""
+    reference = next(layer.get_base_layer().parameters(), None)
+    if reference is None or reference.device.type == "meta":
+        return
+    dtype = reference.dtype if reference.is_floating_point() else None
+    for name in layer.adapter_layer_names:
+        parts = getattr(layer, name)
+        if adapter_name in parts:
+            parts[adapter_name].to(reference.device, dtype)

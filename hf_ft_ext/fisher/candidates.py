@@ -117,10 +117,18 @@ def probing(model: nn.Module, candidates: dict[str, PeftConfig], layers: list[in
             probe = get_peft_model(model, config)
         yield probe
     finally:
-        if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            probe.unload()
+        _take_off(model)
         for parameter, trained in trains:
             parameter.requires_grad_(trained)
+
+
+def _take_off(model: nn.Module) -> None:
+    """Take every adapter off, also where putting them on stopped half way."""
+    while found := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
+        owner, _, own = found[0].rpartition(".")
+        setattr(model.get_submodule(owner), own, model.get_submodule(found[0]).base_layer)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
 
 
 def modules_of(probe: nn.Module, candidates: dict[str, PeftConfig]) -> list[Module]:

@@ -145,9 +145,9 @@ def test_models_that_a_prefix_cannot_reach():
     deberta = AutoModelForSequenceClassification.from_config(config)
     with pytest.raises(InputError, match="DebertaV2ForSequenceClassification has no attention that goes through"):
         get_peft_model(deberta, LayerPrefixConfig())
-    with pytest.raises(InputError, match="bert.encoder.layer.0.output.dense .*does not go through transformers"):
+    with pytest.raises(InputError, match=r"bert.encoder.layer.0.output.dense .*does not go through transformers"):
         get_peft_model(small("bert"), LayerPrefixConfig(target_modules=["output.dense"]))
-    with pytest.raises(InputError, match="names layer 5, .* has layers 0 to 1"):
+    with pytest.raises(InputError, match=r"names layer 5, .* has layers 0 to 1"):
         get_peft_model(small("bert"), LayerPrefixConfig(layers_to_transform=[5]))
     model = adapted()
     model.config._attn_implementation = "flex_attention"

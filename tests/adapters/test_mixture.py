@@ -61,7 +61,7 @@ def test_kinds_that_can_be_merged_are(tmp_path):
 def test_what_cannot_be_merged_is_refused_by_name():
     model = get_peft_model(small("bert"), LayerMixtureConfig(kinds=KINDS, layers={0: "lora", 1: "bottleneck"}))
     before = logits(model)
-    with pytest.raises(InputError, match="kind 'bottleneck': .* cannot be merged"):
+    with pytest.raises(InputError, match=r"kind 'bottleneck': .* cannot be merged"):
         model.merge_and_unload()
     assert torch.equal(logits(model), before)
 

@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.adapters.bottleneck.config import PARALLEL, BottleneckConfig
+from hf_ft_ext.adapters.tuner import like_base_layer
 from hf_ft_ext.errors import InputError
 
 INSIDE_NORM, ON_OUTPUT, BESIDE, BESIDE_RESIDUAL = ("inside norm", "on output", "beside", "beside residual")
@@ -67,7 +68,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.modes[adapter_name] = mode_of(self.get_base_layer(), config)
         scaling = 1.0 if config.learned_scaling else config.scaling
         self.settings[adapter_name] = (scaling, config.dropout, ACT2FN[config.activation])
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        like_base_layer(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def adapter(self, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_ft_ext.adapters.layer_prefix.attention import prefixed
 from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
+from hf_ft_ext.adapters.tuner import like_base_layer
 
 
 class Table(nn.Module):
@@ -62,13 +63,7 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
             self.layer_prefix_out[adapter_name] = nn.Linear(config.projection_size, width)
             self.embed[adapter_name] = embed
         self.dropout[adapter_name] = config.dropout
-        reference = next(self.get_base_layer().parameters(), None)
-        if reference is not None and reference.device.type != "meta":
-            for module in (self.layer_prefix_table, self.layer_prefix_out):
-                if adapter_name in module:
-                    module[adapter_name].to(
-                        reference.device, reference.dtype if reference.is_floating_point() else None
-                    )
+        like_base_layer(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def names(self) -> list[str]:
