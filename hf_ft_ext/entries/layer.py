@@ -51,24 +51,28 @@ class Entries(nn.Module):
         self.values = nn.Parameter(flat[indices].to(torch.promote_types(weight.dtype, torch.float32)))
         self.register_buffer("indices", indices, persistent=False)
         self.base_hash = tensor_hash(weight)
-        self._seen = self.values._version
+        self._folded = self.values.detach().clone()
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         self.fold(weight)
         return _Read.apply(self.values, weight, self.indices)
 
     def fold(self, weight: torch.Tensor) -> None:
-        """Bring values that changed into `weight`."""
-        if self.values._version != self._seen:
-            with torch.no_grad():
-                weight.view(-1)[self.indices] = self.values.to(weight.dtype)
-            self._seen = self.values._version
+        """Bring values into `weight` if they have changed.
+
+        The values are compared, because fused optimizers change a tensor without counting it as a new version; and
+        nothing is written without need, because a graph may hold the weight.
+        """
+        values = self.values.detach()
+        if self._folded.device != values.device or not torch.equal(values, self._folded):
+            weight.view(-1)[self.indices] = values.to(weight.dtype)
+            self._folded = values.clone()
 
     def take(self, weight: torch.Tensor) -> None:
         """Take the values from `weight`, which somebody else has changed."""
         with torch.no_grad():
             self.values.copy_(weight.reshape(-1)[self.indices])
-        self._seen = self.values._version
+        self._folded = self.values.detach().clone()
 
     def _save_to_state_dict(self, *args, **kwargs) -> None:
         pass

@@ -111,7 +111,7 @@ def probing(model: nn.Module, candidates: dict[str, PeftConfig], layers: list[in
     """`model` with every candidate in every layer, drawn from `seed`; afterwards it is as it was."""
     trains = [(p, p.requires_grad) for p in model.parameters()]
     kinds = {name: settings_of(config) for name, config in candidates.items()}
-    config = LayerMixtureConfig(task_type="SEQ_CLS", kinds=kinds, layers={layer: list(kinds) for layer in layers})
+    config = LayerMixtureConfig(kinds=kinds, layers={layer: list(kinds) for layer in layers})
     try:
         with seeded_init(seed):
             probe = get_peft_model(model, config)

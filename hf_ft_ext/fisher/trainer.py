@@ -176,6 +176,16 @@ class FisherTrainer(Trainer):
             self._save_plan(self.args.output_dir)
         return super().train(resume_from_checkpoint, *positional, **kwargs)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As `Trainer`'s, and the projections of bottlenecks, which may sit at a LayerNorm without being one."""
+        names = super().get_decay_parameter_names(model)
+        known = set(names)
+        projections = (
+            name for name, _ in model.named_parameters()
+            if name.endswith(".weight") and any(f".{part}." in name for part in ("bottleneck_down", "bottleneck_up"))
+        )  # fmt: skip
+        return [*names, *(name for name in projections if name not in known)]
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As `Trainer`'s, with a group of parameters for each learning rate."""
         made = self.optimizer is None
