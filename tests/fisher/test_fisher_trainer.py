@@ -292,3 +292,17 @@ def test_bad_input_ends_before_training(tmp_path):
         FisherTrainer(tiny_model(), arguments(tmp_path)).prepare()
     with pytest.raises(InputError, match=r"fisher_keep_ratio=1e-05 of \d+ parameters is 0, and the head takes 66"):
         make(tmp_path, fisher_mode="mask", fisher_keep_ratio=1e-5).prepare()
+
+
+def test_masks_of_quantized_models_and_models_without_biases_are_refused(tmp_path):
+    model = tiny_model()
+    weight = torch.zeros(48, 32, dtype=torch.int8)
+    model.bert.encoder.layer[0].intermediate.dense.weight = torch.nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(InputError, match=r"intermediate\.dense\.weight is quantized .* train adapters on it"):
+        make(tmp_path, model, fisher_mode="mask", fisher_mask="random", fisher_keep_ratio=0.1).prepare()
+    model = tiny_model()
+    for module in model.bert.modules():
+        if getattr(module, "bias", None) is not None:
+            module.bias = None
+    with pytest.raises(InputError, match="BertForSequenceClassification has no biases to train"):
+        make(tmp_path, model, fisher_mode="mask", fisher_mask="bias").prepare()
