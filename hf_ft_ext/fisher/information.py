@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.fisher.frozen import skipping_zero_rows
 from hf_ft_ext.fisher.losses import LABELS, TRUE, PerExampleLoss, draws, problem_type_of, refuse_expectation
 from hf_ft_ext.fisher.per_example import Capture, Receiver, find_sites
 
@@ -194,7 +195,7 @@ def _inputs(batch: dict, loss: PerExampleLoss | None) -> dict:
 def _add_hooked(model, batch, rows, names, labels, power, problem_type, loss, sums: GradientSums) -> None:
     weights: list[torch.Tensor | float] = [1.0]
     receive = _summing(sums, power, weights)
-    with Capture(find_sites(model, names), receive) as capture:
+    with Capture(find_sites(model, names), receive) as capture, skipping_zero_rows(model):
         _backward(model, capture, batch, rows, labels, power, problem_type, loss, lambda w: weights.__setitem__(0, w))
 
 

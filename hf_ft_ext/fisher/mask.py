@@ -60,8 +60,8 @@ def choose_entries(model: nn.Module, mask: str, keep_ratio: float, data, seed: i
     body = body_parameters(model)
     if quantized := [name for name, p in body.items() if not p.is_floating_point()]:
         raise InputError(
-            f"{quantized[0]} is quantized ({body[quantized[0]].dtype}), and entries of it cannot train; load the model "
-            "in floating point, or train adapters on it (fisher_mode=single with lora)"
+            f"{quantized[0]} is quantized ({body[quantized[0]].dtype}), and entries of it cannot train; load the "
+            "model in floating point, or train adapters on it (fisher_mode=single with lora)"
         )
     if mask == BIAS:
         chosen = {name: torch.arange(p.numel()) for name, p in body.items() if name.rpartition(".")[2] == "bias"}

@@ -1,5 +1,6 @@
 """Fisher sums equal those of one backward pass per example, whatever the adapter, the batch and the labels."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from torch import nn
 
 from hf_ft_ext import BottleneckConfig, fisher_information
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.fisher.frozen import skipping_zero_rows
 from hf_ft_ext.fisher.information import gradient_sums
 
 SETTINGS = [(labels, power) for labels in ("true", "expected") for power in (1, 2)]
@@ -132,6 +134,25 @@ def test_nothing_is_left_changed():
         value, trains, gradient = state[n]
         assert torch.equal(p, value) and p.requires_grad == trains
         assert (p.grad is None) == (gradient is None) and (gradient is None or torch.equal(p.grad, gradient))
+
+
+def test_positions_without_gradient_are_skipped_and_nothing_else():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 200), nn.Linear(200, 5)).double().requires_grad_(False)
+    for kept in ([0], [0, 1, 2, 3, 4, 5, 6]):
+        gradients = []
+        for context in (contextlib.nullcontext(), skipping_zero_rows(model)):
+            x = torch.randn(2, 8, 6, dtype=torch.double, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            with context:
+                (model(x)[:, kept] ** 3).sum().backward()
+            gradients.append(x.grad)
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+        assert not gradients[0][:, 7].any() and gradients[0][:, kept].all()
+    model.requires_grad_(True)
+    with skipping_zero_rows(model):  # a layer that trains is left alone
+        model(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert not any("forward" in vars(module) for module in model)
 
 
 def test_gradient_checkpointing_changes_nothing():
