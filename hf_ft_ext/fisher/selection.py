@@ -76,6 +76,11 @@ def select_adapters(
             scores[module.layer][module.candidate] = score(_sums_of(module, group[module.candidate], sums))
             parameters[module.layer][module.candidate] = module.added
     choice = choose(scores, parameters, budget)
+    if not any(choice.values()):
+        raise InputError(
+            f"by criterion {criterion!r} no module within the budget is worth having (no score is above 0: with "
+            f"{examples} examples there is more noise than signal); take more examples, or criterion 'mean'"
+        )
     return AdapterPlan(
         choice=choice,
         candidates={name: settings_of(config) for name, config in candidates.items()},

@@ -108,6 +108,14 @@ def test_a_budget_is_kept_and_used_best():
         plan_of(budget=5)
 
 
+def test_a_budget_that_nothing_is_worth():
+    data = [{**batch, "labels": torch.arange(len(batch["labels"])) % 2} for batch in batched(rows(4), 4)]
+    plan = plan_of(data=data, criterion="agreement")
+    assert max(score for own in plan.scores.values() for score in own.values()) < 0  # opposite labels, equal texts
+    with pytest.raises(InputError, match=r"no module within the budget is worth having .* take more examples"):
+        plan_of(data=data, criterion="agreement", budget=5000)
+
+
 def test_random_choices_keep_the_budget_and_depend_on_the_seed():
     model = tiny_model(num_hidden_layers=6)
     size = sizes(model, SMALL, list(range(6)), 42)
