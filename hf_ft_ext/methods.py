@@ -68,6 +68,12 @@ METHODS: dict[str, Method] = {
             "hf_ft_ext.linearhead.trainer:LinearHeadTrainer",
             "linear probing: the last layer fitted by logistic or linear regression, the encoder as it is",
         ),
+        Method(
+            "fisher",
+            "hf_ft_ext.fisher.arguments:FisherTrainingArguments",
+            "hf_ft_ext.fisher.trainer:FisherTrainer",
+            "FishPAL: a Fisher pre-pass picks each layer's adapter; FISH masks beside it",
+        ),
     )
 }
 

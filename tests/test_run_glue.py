@@ -25,6 +25,12 @@ QUICK = {
     "sparse": ("--sparse_basis_steps", "2", "--sparse_density", "0.2"),
     "gradientless": ("--feature_cache_dir", "features"),
     "linearhead": ("--feature_cache_dir", "features"),
+    "fisher": (
+        "--fisher_examples",
+        "6",
+        "--fisher_candidate_settings",
+        json.dumps({"prefix": {"projection_size": 8}}),
+    ),
 }
 
 AT_ONCE = ("linearhead",)  # methods without a training loop: no steps, no learning rate, no checkpoints

@@ -12,6 +12,7 @@ import numpy as np
 from peft import PeftModel
 from transformers import Trainer
 
+from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.defaults import task_label
@@ -152,4 +153,6 @@ def final_table(record: dict[str, Any], trainer: Trainer) -> str:
     lines = ["", *(line.rstrip() for line in align(rows)), f"record: {folder / RUN_RECORD}"]
     if trainer.args.do_train:
         lines += [f"model: {folder}", f"load it: {loading_line(trainer)}"]
+        if isinstance(trainer.model, PeftModel) and trainer.model.peft_type in tuple(AdapterType):
+            lines.append("before that: import hf_ft_ext")
     return "\n".join(lines)

@@ -119,9 +119,12 @@ def trained_weights(trainer: Trainer) -> list[TrainedWeight]:
 def training_plan(trainer: Trainer, measure_activations: bool = True) -> TrainingPlan:
     """Plan of `trainer.train()`: nothing is trained, the model and the random state are left as they were.
 
+    A trainer whose model takes its shape by looking at data does so first, in a method `prepare()`.
+
     Args:
         measure_activations: run the first micro-batch forward and count what autograd saves.
     """
+    getattr(trainer, "prepare", lambda: None)()
     model, args = trainer.model, trainer.args
     activation_bytes = steps = None
     if trainer.train_dataset is not None:

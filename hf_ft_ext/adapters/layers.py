@@ -1,0 +1,72 @@
+"""Where a module lies: the layer's number and the module's name within the layer."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+from torch import nn
+
+_NUMBERED = re.compile(r"(?P<stack>.*?[^.]*)\.(?P<index>\d+)\.(?P<rest>.+)")
+
+
+def plain_name(name: str) -> str:
+    """`name` as it is in the model without adapters: the steps into wrapped modules left out."""
+    return re.sub(r"(^|\.)base_layer(?=\.|$)", "", name).removeprefix(".")
+
+
+def split_layer(name: str, layers_pattern: str | Iterable[str] | None = None) -> tuple[int, str] | None:
+    """Number of the layer that a module belongs to and the module's name within it; `None` outside of layers.
+
+    Args:
+        name: dotted name; the first number in it is the layer's, as in peft.
+        layers_pattern: name(s) of the list of layers (such as `layer`), regular expressions as in peft; none = any.
+    """
+    if layers_pattern:
+        patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+        for pattern in patterns:
+            match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.(?P<rest>.+)", name)
+            if match:
+                return int(match["index"]), match["rest"]
+        return None
+    match = _NUMBERED.match(name)
+    return (int(match["index"]), match["rest"]) if match else None
+
+
+def names_by_layer(model: nn.Module, layers_pattern: str | Iterable[str] | None = None) -> dict[int, list[str]]:
+    """For each layer the plain names, within it, of its modules, in the model's order."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for name, _ in model.named_modules():
+        place = split_layer(plain_name(name), layers_pattern)
+        if place is not None and place[1]:
+            found[place[0]].append(place[1])
+    return dict(sorted(found.items()))
+
+
+def matches(config, name: str) -> bool:
+    """Whether our configuration targets the module called `name` (a plain name).
+
+    `target_modules`: a regular expression over whole names, or a list of names, whole or within a layer
+    (`output.dense` is a module of that very name in a layer, not `attention.output.dense`).
+    """
+    place = split_layer(name, config.layers_pattern)
+    if any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in config.modules_to_save or ()):
+        return False
+    if _named(config.exclude_modules, name, place):
+        return False
+    return _named(config.target_modules, name, place) and in_layers(config, place)
+
+
+def in_layers(config, place: tuple[int, str] | None) -> bool:
+    """Whether `layers_to_transform` of `config` allows a module at `place` (of `split_layer`)."""
+    layers = config.layers_to_transform
+    if layers is None or layers == []:
+        return True
+    return place is not None and place[0] in ([layers] if isinstance(layers, int) else layers)
+
+
+def _named(targets: str | Iterable[str] | None, name: str, place: tuple[int, str] | None) -> bool:
+    if not targets:
+        return False
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None
+    return name in targets or (place is not None and place[1] in targets)

@@ -1,0 +1,228 @@
+"""The tuner that gives each layer adapters of its own kind."""
+
+from contextlib import nullcontext
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _check_adapters_not_merged,
+    _delete_auxiliary_adapter,
+    _get_submodules,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import set_additional_trainable_modules
+from torch import nn
+
+from hf_ft_ext.adapters.layer_prefix.model import LayerPrefixModel, folded, refuse_folded
+from hf_ft_ext.adapters.layers import names_by_layer, plain_name, split_layer
+from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig
+from hf_ft_ext.adapters.table import AdapterType
+from hf_ft_ext.errors import InputError
+
+_DEFAULT_TARGETS = {"distilbert": ["q_lin", "v_lin"]}  # query and value, which peft's tables lack
+
+
+class LayerMixtureModel(LayerPrefixModel):
+    """Adapters of several kinds in one model, each made by the tuner of its own kind.
+
+    Of `LayerPrefixModel` it has the network that prefixes share.
+    """
+
+    prefix = ""  # parameters are called as their kinds call them
+    tuner_layer_cls = BaseTunerLayer
+    cannot_merge = None
+
+    # --- making it --------------------------------------------------------------------------------
+
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False, state_dict: dict | None = None,
+    ) -> None:  # fmt: skip
+        """Put the adapters of `adapter_name` into `model`; what peft's own does for one kind, for several."""
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, LayerMixtureConfig):
+            raise InputError(f"adapter {adapter_name!r} is a {config.peft_type}; this model takes LAYER_MIXTURE only")
+        known = names_by_layer(model, config.layers_pattern)
+        if missing := [layer for layer in config.layers if int(layer) not in known]:
+            shown = f"{min(known)} to {max(known)}" if known else "none"
+            raise InputError(f"the mixture names layer {missing[0]}, and {type(model).__name__} has layers {shown}")
+        before = [(p, p.requires_grad) for p in model.parameters()] if _has_adapters(model) else []
+        # Prefixes last: they go around an attention, and the names of what is inside would change under the others.
+        kinds = sorted(config.configs, key=lambda kind: config.configs[kind].peft_type == AdapterType.LAYER_PREFIX)
+        for kind in kinds:
+            layers = config.layers_of(kind)
+            if layers:
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    self._inject_kind(model, adapter_name, kind, layers)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._mark_only_adapters_as_trainable(model)
+        set_additional_trainable_modules(
+            model=model,
+            peft_config=config,
+            model_config=BaseTuner.get_model_config(self),
+            adapter_name=adapter_name,
+            activate_adapter=adapter_name in self.active_adapters,
+        )
+        for parameter, trains in before:
+            parameter.requires_grad = trains
+
+    def _inject_kind(self, model: nn.Module, adapter_name: str, kind: str, layers: list[int]) -> None:
+        mixture = self.peft_config[adapter_name]
+        config = mixture.configs[kind]
+        config.inference_mode = mixture.inference_mode
+        if hasattr(config, "layers_pattern"):
+            config.layers_pattern = mixture.layers_pattern
+        tuner = self._tuner(model, adapter_name, config)
+        if getattr(config, "target_modules", None) is None and config.peft_type not in tuple(AdapterType):
+            config.target_modules = _DEFAULT_TARGETS.get(getattr(model.config, "model_type", None))
+        try:
+            config = tuner._prepare_adapter_config(config, self.get_model_config(model))
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(
+                f"kind {kind!r}: peft knows no default targets for a {model.config.model_type!r} model; set its "
+                "target_modules"
+            ) from error
+        tuner._prepare_model(config, model)
+        config = _maybe_include_all_linear_layers(config, model)
+        reached = set()
+        for name, _ in list(model.named_modules()):
+            plain = plain_name(name)
+            place = split_layer(plain, mixture.layers_pattern)
+            if place is None or place[0] not in layers or _inside_adapter(name, plain, model):
+                continue
+            if any(plain == part or plain.startswith(f"{part}.") for part in mixture.modules_to_save or ()):
+                continue
+            if plain in reached or not tuner._check_target_module_exists(config, plain):
+                continue
+            reached.add(plain)
+            parent, target, target_name = _get_submodules(model, name)
+            tuner._create_and_replace(config, adapter_name, target, target_name, parent, current_key=plain)
+            self.targeted_module_names.append(plain)
+        found = {split_layer(plain, mixture.layers_pattern)[0] for plain in reached}
+        if missing := sorted(set(layers) - found):
+            raise InputError(
+                f"kind {kind!r} finds no target in layer {missing[0]} (target_modules="
+                f"{config.target_modules}); set its target_modules to modules of that layer"
+            )
+
+    def _tuner(self, model: nn.Module, adapter_name: str, config) -> BaseTuner:
+        """The tuner of a kind as it would be on this model, with nothing injected yet.
+
+        Prefixes are made by the mixture itself, which keeps the network that they share.
+        """
+        if config.peft_type == AdapterType.LAYER_PREFIX:
+            return _PrefixMaker(self)
+        tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+        tuner = tuner_class.__new__(tuner_class)
+        nn.Module.__init__(tuner)
+        tuner.model = model
+        tuner.peft_config = {adapter_name: config}
+        tuner.targeted_module_names, tuner.targeted_parameter_names = [], []
+        tuner.active_adapter = self.active_adapter
+        return tuner
+
+    def _replace_module(self, parent, child_name, new_module, child) -> None:
+        setattr(parent, child_name, new_module)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out; if it was the only active one, the first of the others becomes active."""
+        if adapter_name not in self.peft_config:
+            raise InputError(f"there is no adapter {adapter_name!r}; this model has: {', '.join(self.peft_config)}")
+        active = [name for name in self.active_adapters if name != adapter_name]
+        _check_adapters_not_merged(self.model, adapter_name)
+        for _, module in self.model.named_modules():
+            if isinstance(module, BaseTunerLayer):
+                module._active_adapter = [name for name in module.active_adapters if name != adapter_name]
+                module.delete_adapter(adapter_name)
+        self.delete_shared(adapter_name)
+        del self.peft_config[adapter_name]
+        active = active or list(self.peft_config)[:1]
+        _delete_auxiliary_adapter(self.model, adapter_name, new_active_adapters=active)
+        if active:
+            self.set_adapter(active)
+        self.active_adapter = active
+
+    # --- merging ----------------------------------------------------------------------------------
+
+    def _check_merge_allowed(self) -> None:
+        for name in self.active_adapters:
+            config = self.peft_config[name]
+            for kind, settings in config.configs.items():
+                tuner = PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type]
+                reason = getattr(tuner, "cannot_merge", None)
+                if reason is not None and config.layers_of(kind):
+                    raise InputError(f"kind {kind!r}: {reason}; keep it as an adapter, or take it off with unload()")
+
+    def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
+        if merge:
+            self._check_merge_allowed()
+        config = self.model.peft_config
+        while True:  # adapters inside of a prefixed attention come to light once the prefix is off
+            BaseTuner._unload_and_optionally_merge(self, merge, progressbar, safe_merge, adapter_names)
+            if not _has_adapters(self.model):
+                return self.model
+            self.model.peft_config = config
+
+    # --- files ------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        found = BaseTuner._get_adapter_state_dict.__func__(
+            cls, model, config, adapter_name, state_dict, unwanted_adapter_names
+        )
+        projected = [
+            c for c in config.configs.values() if c.peft_type == AdapterType.LAYER_PREFIX and c.projection_size
+        ]
+        if projected and not getattr(config, "saves_projection", False):
+            return folded(model, adapter_name, found)
+        return found
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        for settings in config.configs.values():
+            if settings.peft_type == AdapterType.LAYER_PREFIX:
+                refuse_folded(settings, state_dict)
+        return BaseTuner._remap_adapter_state_dict_for_load.__func__(cls, model, config, adapter_name, state_dict)
+
+
+class _PrefixMaker:
+    """`LayerPrefixModel`'s way of making prefixes, on behalf of a mixture."""
+
+    def __init__(self, mixture: LayerMixtureModel):
+        self.mixture = mixture
+
+    def __getattr__(self, name: str):
+        return getattr(self.mixture, name)
+
+    def _prepare_adapter_config(self, config, model_config: dict):
+        return config
+
+    def _prepare_model(self, config, model: nn.Module) -> None:
+        LayerPrefixModel._prepare_model(self.mixture, config, model)
+
+    def _check_target_module_exists(self, config, key: str) -> bool:
+        return LayerPrefixModel._check_target_module_exists(config, key)
+
+    def _create_and_replace(self, *args, **kwargs) -> None:
+        LayerPrefixModel._create_and_replace(self.mixture, *args, **kwargs)
+
+
+def _has_adapters(model: nn.Module) -> bool:
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def _inside_adapter(name: str, plain: str, model: nn.Module) -> bool:
+    """Whether a module is an adapter's own part, or the wrapped module under a wrapper that was seen already."""
+    if name.endswith("base_layer"):
+        return True
+    owner = ""
+    for part in name.split(".")[:-1]:
+        owner = f"{owner}.{part}".removeprefix(".")
+        module = model.get_submodule(owner)
+        if isinstance(module, BaseTunerLayer) and not name.startswith(f"{owner}.base_layer."):
+            return True
+    return False

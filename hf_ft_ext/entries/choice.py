@@ -1,0 +1,39 @@
+"""Which entries: the largest by a score, or random ones, over several tensors together."""
+
+import torch
+
+
+def largest(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
+    """Flat indices of the `k` largest scores of all tensors together, by tensor; tensors without any are left out."""
+    values, where, numbers = None, None, None
+    for number, score in enumerate(scores.values()):
+        top = score.reshape(-1).topk(min(k, score.numel()), sorted=False)
+        number = torch.full_like(top.indices, number)
+        if values is None:
+            values, where, numbers = top.values, top.indices, number
+            continue
+        values = torch.cat([values, top.values.to(values.dtype)])
+        where, numbers = torch.cat([where, top.indices]), torch.cat([numbers, number])
+        kept = values.topk(min(k, len(values)), sorted=False).indices
+        values, where, numbers = values[kept], where[kept], numbers[kept]
+    return _by_tensor(list(scores), where, numbers)
+
+
+def at_random(shapes: dict[str, torch.Size], k: int, seed: int) -> dict[str, torch.Tensor]:
+    """Flat indices of `k` different entries of all tensors together, every one as likely as another."""
+    sizes = torch.tensor([shape.numel() for shape in shapes.values()])
+    ends = sizes.cumsum(0)
+    total = int(ends[-1])
+    generator = torch.Generator().manual_seed(seed)
+    found = torch.empty(0, dtype=torch.long)
+    while len(found) < k:
+        more = torch.randint(total, (2 * (k - len(found)) + 16,), generator=generator)
+        found = torch.cat([found, more]).unique()
+    found = found[torch.randperm(len(found), generator=generator)[:k]]
+    numbers = torch.searchsorted(ends, found, right=True)
+    return _by_tensor(list(shapes), found - (ends - sizes)[numbers], numbers)
+
+
+def _by_tensor(names: list[str], where: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+    chosen = {name: where[numbers == number].sort().values for number, name in enumerate(names)}
+    return {name: indices for name, indices in chosen.items() if len(indices)}

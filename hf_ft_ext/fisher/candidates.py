@@ -1,0 +1,162 @@
+"""The adapters that a layer may get, and what each layer's parameters of each are."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from hf_ft_ext.adapters.bottleneck.config import BottleneckConfig
+from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
+from hf_ft_ext.adapters.layer_prefix.layer import PrefixLayer
+from hf_ft_ext.adapters.layer_prefix.model import EMBEDDING, HIDDEN
+from hf_ft_ext.adapters.layers import names_by_layer, plain_name, split_layer
+from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig, limited_to_layers, settings_of
+from hf_ft_ext.adapters.table import AdapterType
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.methods import did_you_mean
+from hf_ft_ext.models import seeded_init
+
+PREFIX, BOTTLENECK, LORA = ("prefix", "bottleneck", "lora")
+DEFAULTS = (PREFIX, BOTTLENECK, LORA)
+
+
+def default_candidates() -> dict[str, PeftConfig]:
+    """The thesis's three: a prefix of 10 with a network 512 wide, a bottleneck of 48, LoRA of rank 8."""
+    return {
+        PREFIX: LayerPrefixConfig(prefix_length=10, projection_size=512),
+        BOTTLENECK: BottleneckConfig(bottleneck_size=48),
+        LORA: LoraConfig(r=8, lora_alpha=16),
+    }
+
+
+def make_candidates(names: list[str] | None, settings: dict[str, Any] | None = None) -> dict[str, PeftConfig]:
+    """Candidates by name.
+
+    Args:
+        names: of the defaults, of `settings`, or of peft's methods; `None` = the defaults and those of `settings`.
+        settings: name -> settings, with a `peft_type` where the name is none; those of a default change its own.
+
+    Raises:
+        InputError: an unknown name or setting, or a kind that cannot be limited to layers.
+    """
+    own = {name: settings_of(config) for name, config in default_candidates().items()}
+    settings = settings or {}
+    for name, values in settings.items():
+        if not isinstance(values, dict):
+            raise InputError(f'candidate {name!r} has the settings {values!r}; pass a mapping, such as {{"r": 8}}')
+        same = values.get("peft_type", own.get(name, {}).get("peft_type")) == own.get(name, {}).get("peft_type")
+        own[name] = {**own.get(name, {}), **values} if same else values
+    names = list(dict.fromkeys([*DEFAULTS, *settings])) if names is None else names
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"candidate {twice[0]!r} is named twice; give each a name of its own")
+    known = {str(getattr(t, "value", t)).lower() for t in PEFT_TYPE_TO_TUNER_MAPPING}
+    for name in names:
+        if name not in own and name.lower() not in known:
+            raise InputError(
+                f"candidate {name!r} is unknown{did_you_mean(name, [*own, *sorted(known)])}; choose from "
+                f"{', '.join(own)}, another method of peft, or give it settings with a peft_type"
+            )
+    return {name: limited_to_layers(name, own.get(name, {})) for name in names}
+
+
+@dataclass(frozen=True)
+class Module:
+    """One candidate in one layer.
+
+    Attributes:
+        parameters: names in the probing model of the layer's own parameters.
+        shared: names of parameters that the candidate's modules of all layers have together.
+        added: parameters that it adds to the model at inference.
+    """
+
+    candidate: str
+    layer: int
+    parameters: tuple[str, ...]
+    shared: tuple[str, ...]
+    added: int
+
+
+def layers_of(model: nn.Module) -> list[int]:
+    """Numbers of the model's layers.
+
+    Raises:
+        InputError: there are none.
+    """
+    wanted = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    found = [layer for layer in names_by_layer(model) if wanted is None or layer < wanted]
+    if not found:
+        raise InputError(f"{type(model).__name__} has no numbered layers to choose adapters for")
+    return found
+
+
+def groups(candidates: dict[str, PeftConfig]) -> list[dict[str, PeftConfig]]:
+    """Candidates that can be in one model together: those of different types."""
+    result: list[dict[str, PeftConfig]] = []
+    for name, config in candidates.items():
+        free = (group for group in result if all(c.peft_type != config.peft_type for c in group.values()))
+        group = next(free, None)
+        if group is None:
+            result.append(group := {})
+        group[name] = config
+    return result
+
+
+@contextmanager
+def probing(model: nn.Module, candidates: dict[str, PeftConfig], layers: list[int], seed: int) -> Iterator[PeftModel]:
+    """`model` with every candidate in every layer, drawn from `seed`; afterwards it is as it was."""
+    trains = [(p, p.requires_grad) for p in model.parameters()]
+    kinds = {name: settings_of(config) for name, config in candidates.items()}
+    config = LayerMixtureConfig(kinds=kinds, layers={layer: list(kinds) for layer in layers})
+    try:
+        with seeded_init(seed):
+            probe = get_peft_model(model, config)
+        yield probe
+    finally:
+        _take_off(model)
+        for parameter, trained in trains:
+            parameter.requires_grad_(trained)
+
+
+def _take_off(model: nn.Module) -> None:
+    """Take every adapter off, also where putting them on stopped half way."""
+    while found := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
+        owner, _, own = found[0].rpartition(".")
+        setattr(model.get_submodule(owner), own, model.get_submodule(found[0]).base_layer)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
+def modules_of(probe: nn.Module, candidates: dict[str, PeftConfig]) -> list[Module]:
+    """Each candidate's module in each layer of a `probing` model."""
+    by_class = {PEFT_TYPE_TO_TUNER_MAPPING[c.peft_type].tuner_layer_cls: name for name, c in candidates.items()}
+    found: dict[tuple[int, str], list[str]] = {}
+    added: dict[tuple[int, str], int] = {}
+    for name, module in probe.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        candidate = next((own for kind, own in by_class.items() if isinstance(module, kind)), None)
+        place = split_layer(plain_name(name.removeprefix("base_model.model.")) + ".")
+        if candidate is None or place is None:
+            continue
+        own = [(n, p) for n, p in module.named_parameters() if not n.startswith("base_layer.") and p.requires_grad]
+        key = (place[0], candidate)
+        found.setdefault(key, []).extend(f"{name}.{n}" for n, _ in own)
+        size = sum(p.numel() for _, p in own)
+        if isinstance(module, PrefixLayer):
+            size = candidates[candidate].prefix_length * 2 * module.heads * module.size
+        added[key] = added.get(key, 0) + size
+    shared = tuple(
+        n for n, p in probe.named_parameters() if any(f".{part}." in f".{n}" for part in (EMBEDDING, HIDDEN))
+    )
+    return [
+        Module(
+            candidate, layer, tuple(names),
+            shared if candidates[candidate].peft_type == AdapterType.LAYER_PREFIX else (), added[layer, candidate],
+        )
+        for (layer, candidate), names in sorted(found.items())
+    ]  # fmt: skip

@@ -1,0 +1,157 @@
+"""A plan: which adapter each layer gets, and the numbers that say why. JSON, made to be read and edited."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.methods import did_you_mean
+from hf_ft_ext.training.files import tensor_hash, write_json
+
+PLAN_FILE = "adapter_plan.json"
+_FORMAT = "hf_ft_ext adapter plan 1"
+_SHAPE = ("model_type", "layers", "hidden_size")
+
+
+@dataclass
+class AdapterPlan:
+    """What each layer gets.
+
+    Attributes:
+        choice: layer -> name of a candidate, or `None`.
+        candidates: name -> peft settings, `peft_type` among them.
+        scores: layer -> candidate -> score; empty in a plan that no scores led to.
+        parameters: layer -> candidate -> parameters it adds at inference.
+        criterion, settings: how the scores were made.
+        model: `model_type`, `layers`, `hidden_size`, and `weights`, a hash; what is absent is not checked.
+        data: a hash of the examples, and how many.
+    """
+
+    choice: dict[int, str | None]
+    candidates: dict[str, dict[str, Any]]
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)
+    parameters: dict[int, dict[str, int]] = field(default_factory=dict)
+    criterion: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the plan as JSON to a file, or as `adapter_plan.json` into a folder."""
+        path = Path(path)
+        path = path / PLAN_FILE if path.is_dir() else path
+        write_json(path, {"format": _FORMAT, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "AdapterPlan":
+        """Read a plan from a file, or from `adapter_plan.json` in a folder.
+
+        Raises:
+            InputError: no such file, no JSON, no plan, or a choice among unknown candidates.
+        """
+        path = Path(path).expanduser()
+        path = path / PLAN_FILE if path.is_dir() else path
+        if not path.is_file():
+            raise InputError(f"adapter plan {str(path)!r} is not a file; pass the {PLAN_FILE} that a run left")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"adapter plan {path} is not valid JSON: {error}") from error
+        if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
+            raise InputError(f'{path} is no adapter plan of this version; it needs "format": "{_FORMAT}"')
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(
+                f"adapter plan {path} has an unknown entry {unknown[0]!r}{did_you_mean(unknown[0], known)}; it may "
+                f"have: {', '.join(sorted(known))}"
+            )
+        if missing := [name for name in ("choice", "candidates") if not isinstance(values.get(name), dict)]:
+            raise InputError(f"adapter plan {path} has no {missing[0]}: a mapping is needed")
+        for name in ("choice", "scores", "parameters"):
+            values[name] = {_layer(path, key): value for key, value in values.get(name, {}).items()}
+        for layer, name in values["choice"].items():
+            if name is not None and name not in values["candidates"]:
+                raise InputError(
+                    f"adapter plan {path}: layer {layer} is to get {name!r}"
+                    f"{did_you_mean(name, values['candidates'])}; its candidates are: "
+                    f"{', '.join(values['candidates']) or 'none'}"
+                )
+        return cls(**values)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise an `InputError` if the plan was made for a model of another kind, or names layers it has not."""
+        own = model_fingerprint(model)
+        for key in _SHAPE:
+            if self.model.get(key) is not None and self.model[key] != own[key]:
+                raise InputError(
+                    f"the adapter plan is for a model with {key}={self.model[key]!r}, and this one has {own[key]!r}; "
+                    "make a plan for this model (leave adapter_plan out)"
+                )
+        if unknown := [layer for layer in self.choice if layer >= own["layers"]]:
+            raise InputError(
+                f"the adapter plan names layer {unknown[0]}, and the model has layers 0 to {own['layers'] - 1}; "
+                "take that line out of the plan"
+            )
+        if not any(self.choice.values()):
+            raise InputError("the adapter plan chooses nothing for any layer; name a candidate for one at least")
+
+    def same_weights(self, model: nn.Module) -> bool:
+        """Whether the plan says of whose weights it was made, and they are the model's; true if it says nothing."""
+        return self.model.get("weights") in (None, model_fingerprint(model)["weights"])
+
+    def config(self, modules_to_save: list[str] | None = None) -> LayerMixtureConfig:
+        """The peft configuration of the chosen adapters, and of nothing else."""
+        used = {name for name in self.choice.values() if name is not None}
+        return LayerMixtureConfig(
+            task_type="SEQ_CLS",
+            kinds={name: settings for name, settings in self.candidates.items() if name in used},
+            layers={layer: name for layer, name in sorted(self.choice.items()) if name is not None},
+            modules_to_save=modules_to_save,
+        )
+
+    @property
+    def added(self) -> int | None:
+        """Parameters that the chosen adapters add at inference, or `None` where the plan does not know."""
+        chosen = [(layer, name) for layer, name in self.choice.items() if name is not None]
+        if any(name not in self.parameters.get(layer, {}) for layer, name in chosen):
+            return None
+        return sum(self.parameters[layer][name] for layer, name in chosen)
+
+    def table(self) -> str:
+        """One line per layer: scores, the choice marked."""
+        names = list(self.candidates)
+        lines = []
+        for layer, choice in sorted(self.choice.items()):
+            scores = self.scores.get(layer, {})
+            cells = [f"{name} {scores[name]:.3g}{'*' if name == choice else ''}" for name in names if name in scores]
+            lines.append(f"layer {layer}: {', '.join(cells) if cells else choice or 'none'}"
+                         f"{'' if choice or not cells else ' (none)'}")  # fmt: skip
+        return "\n".join(lines)
+
+
+def _layer(path: Path, key: str) -> int:
+    if not str(key).isdigit():
+        raise InputError(f"adapter plan {path}: {key!r} is no number of a layer; count from 0")
+    return int(key)
+
+
+def model_fingerprint(model: nn.Module) -> dict[str, Any]:
+    """What a plan keeps of the model: its kind, its size, and a hash of its encoder's weights."""
+    config = getattr(model, "config", None)
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if name.startswith(prefix):
+            digest.update(f"{name} {tensor_hash(parameter)}".encode())
+    return {
+        "model_type": getattr(config, "model_type", type(model).__name__),
+        "layers": getattr(config, "num_hidden_layers", 0),
+        "hidden_size": getattr(config, "hidden_size", 0),
+        "weights": digest.hexdigest(),
+    }

@@ -1,0 +1,41 @@
+"""The examples that a pre-pass looks at: this process's part of some training rows, in batches of like length."""
+
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import Trainer
+
+from hf_ft_ext.errors import InputError
+
+
+def prepass_batches(trainer: Trainer, examples: int, batch_size: int) -> list[dict[str, Any]]:
+    """Batches of `examples` training rows, drawn from the trainer's seed; all rows where there are fewer.
+
+    Every process gets its part; a process without any gets no batch. Rows of like length share a batch, so that
+    little is padded.
+
+    Raises:
+        InputError: there is no training data.
+    """
+    data = trainer.train_dataset
+    if data is None:
+        raise InputError("the pre-pass needs training data; pass train_dataset (--do_train), or an adapter_plan")
+    args = trainer.args
+    collate = trainer.data_collator
+    if isinstance(data, Dataset):
+        data = trainer._remove_unused_columns(data, description="pre-pass")
+    else:
+        collate = trainer._get_collator_with_removed_columns(collate, description="pre-pass")
+    if hasattr(data, "__len__"):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))[:examples].tolist()
+        rows = [data[i] for i in order[args.process_index :: args.world_size]]
+    else:
+        first = [row for row, _ in zip(data, range(examples), strict=False)]
+        rows = first[args.process_index :: args.world_size]
+    rows.sort(key=_length, reverse=True)  # the longest first: what does not fit into memory fails at once
+    return [dict(collate(rows[i : i + batch_size])) for i in range(0, len(rows), batch_size)]
+
+
+def _length(row: dict) -> int:
+    return len(row["input_ids"]) if isinstance(row, dict) and "input_ids" in row else 0

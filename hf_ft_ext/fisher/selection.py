@@ -1,0 +1,211 @@
+"""Choosing an adapter for each layer."""
+
+import hashlib
+import logging
+from collections.abc import Iterable
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from hf_ft_ext.adapters.mixture.config import limited_to_layers, settings_of
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.fisher.candidates import Module, default_candidates, groups, layers_of, modules_of, probing
+from hf_ft_ext.fisher.criteria import DEFAULT, NEEDS_TOTALS, ModuleSums, find_criterion
+from hf_ft_ext.fisher.information import gradient_sums
+from hf_ft_ext.fisher.losses import TRUE, PerExampleLoss
+from hf_ft_ext.fisher.plan import AdapterPlan, model_fingerprint
+
+logger = logging.getLogger(__name__)
+
+
+def select_adapters(
+    model: nn.Module,
+    data: Iterable[dict],
+    candidates: dict[str, PeftConfig] | list[PeftConfig] | None = None,
+    criterion: str = DEFAULT,
+    budget: int | None = None,
+    *,
+    labels: str = TRUE,
+    power: int = 2,
+    loss: PerExampleLoss | None = None,
+    seed: int = 42,
+    progress: bool = True,
+) -> AdapterPlan:
+    """Score every candidate in every layer by its gradients before training, and choose one per layer.
+
+    All candidates stand in the model at the same time, as far as they are of different kinds; afterwards the model is
+    as it was.
+
+    Args:
+        model: a plain sequence classifier, or with `loss` another model.
+        data: batches of model inputs, `labels` among them; each process passes its own part.
+        candidates: peft configurations by name, or a list of them; `None` = the thesis's three.
+        criterion: `thesis`, `mean`, `decrease` or `agreement`; see `hf_ft_ext.fisher.criteria`.
+        budget: parameters that all chosen adapters together may add at inference; layers may then stay without.
+        labels, power, loss, progress: as for `fisher_information`.
+        seed: what new adapters are drawn from.
+
+    Raises:
+        InputError: bad input, a budget that no module fits in, or gradients that are zero everywhere.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise InputError("the model carries PEFT adapters already; pass the base model, or merge the adapters first")
+    score = find_criterion(criterion)
+    if criterion in NEEDS_TOTALS and power != 2:
+        raise InputError(f"criterion {criterion!r} needs squared gradients, and power={power}; leave power out")
+    candidates = _named(candidates)
+    data = list(data)
+    layers = layers_of(model)
+    fingerprint = model_fingerprint(model)
+    scores: dict[int, dict[str, float]] = {layer: {} for layer in layers}
+    parameters: dict[int, dict[str, int]] = {layer: {} for layer in layers}
+    examples = 0
+    for group in groups(candidates):
+        with probing(model, group, layers, seed) as probe:
+            modules = modules_of(probe, group)
+            wanted = list(dict.fromkeys(n for m in modules for n in (*m.parameters, *m.shared)))
+            sums = gradient_sums(
+                probe, data, wanted, labels=labels, power=power, loss=loss,
+                totals=criterion in NEEDS_TOTALS, progress=progress,
+            )  # fmt: skip
+        examples = sums.examples
+        _refuse_zero(sums.powers)
+        for module in modules:
+            scores[module.layer][module.candidate] = score(_sums_of(module, group[module.candidate], sums))
+            parameters[module.layer][module.candidate] = module.added
+    choice = choose(scores, parameters, budget)
+    if not any(choice.values()):
+        raise InputError(
+            f"by criterion {criterion!r} no module within the budget is worth having (no score is above 0: with "
+            f"{examples} examples there is more noise than signal); take more examples, or criterion 'mean'"
+        )
+    return AdapterPlan(
+        choice=choice,
+        candidates={name: settings_of(config) for name, config in candidates.items()},
+        scores={layer: {name: scores[layer][name] for name in candidates} for layer in layers},
+        parameters=parameters,
+        criterion=criterion,
+        settings={"budget": budget, "labels": labels, "power": power, "seed": seed},
+        model=fingerprint,
+        data={"examples": examples, "fingerprint": data_fingerprint(data)},
+    )
+
+
+def _named(candidates) -> dict[str, PeftConfig]:
+    if candidates is None:
+        return default_candidates()
+    if not isinstance(candidates, dict):
+        named: dict[str, PeftConfig] = {}
+        for config in candidates:
+            kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+            named[kind if kind not in named else f"{kind}-{len(named)}"] = config
+        candidates = named
+    if not candidates:
+        raise InputError("no candidates to choose from; pass at least one peft configuration")
+    return {name: limited_to_layers(name, config) for name, config in candidates.items()}
+
+
+def _sums_of(module: Module, config: PeftConfig, sums) -> ModuleSums:
+    names = (*module.parameters, *module.shared)
+    return ModuleSums(
+        str(getattr(config.peft_type, "value", config.peft_type)),
+        {name: sums.powers[name] for name in names},
+        {name: sums.totals[name] for name in names if name in sums.totals},
+        sums.examples,
+    )
+
+
+def _refuse_zero(powers: dict[str, torch.Tensor]) -> None:
+    if not any(value.any() for value in powers.values()):
+        raise InputError(
+            "every gradient is exactly zero, so there is nothing to choose by: the loss does not depend on the layers "
+            "(a classifier whose weights are all zero), or the model is already certain of every label; check the "
+            "classifier's weights and the labels"
+        )
+
+
+def data_fingerprint(batches: list[dict]) -> str:
+    """SHA-256 of the batches' tensors."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            if isinstance(value, torch.Tensor):
+                digest.update(f"{name} {tuple(value.shape)} {value.flatten().tolist()}".encode())
+    return digest.hexdigest()
+
+
+def choose(
+    scores: dict[int, dict[str, float]], parameters: dict[int, dict[str, int]], budget: int | None
+) -> dict[int, str | None]:
+    """The best candidate of each layer; under a budget, the choice with the largest sum of scores.
+
+    Exact: a knapsack with one item per layer, solved over the undominated pairs of size and score.
+
+    Raises:
+        InputError: no module fits into the budget.
+    """
+    if budget is None:
+        return {layer: max(own, key=own.get) for layer, own in scores.items()}
+    smallest = min(size for own in parameters.values() for size in own.values())
+    if budget < smallest:
+        raise InputError(
+            f"budget={budget} parameters, and the smallest module of any layer has {smallest}; raise it, or add "
+            "smaller candidates"
+        )
+    states: list[tuple[int, float, tuple]] = [(0, 0.0, ())]
+    for layer, own in scores.items():
+        options = [(0, 0.0, None), *((parameters[layer][name], value, name) for name, value in own.items())]
+        grown = [
+            (size + more, total + value, (*chosen, name))
+            for size, total, chosen in states
+            for more, value, name in options
+            if size + more <= budget
+        ]
+        grown.sort(key=lambda state: (state[0], -state[1]))
+        states, best = [], -1.0
+        for state in grown:
+            if state[1] > best:
+                states.append(state)
+                best = state[1]
+    return dict(zip(scores, states[-1][2], strict=True))
+
+
+def random_choice(
+    layers: list[int], candidates: list[str], parameters: dict[int, dict[str, int]], budget: int | None, seed: int
+) -> dict[int, str | None]:
+    """A candidate at random for each layer; under a budget, layers in random order get what still fits."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(names: list[str]) -> str:
+        return names[int(torch.randint(len(names), (1,), generator=generator))]
+
+    if budget is None:
+        return {layer: pick(candidates) for layer in layers}
+    choice: dict[int, str | None] = dict.fromkeys(layers)
+    left = budget
+    for i in torch.randperm(len(layers), generator=generator).tolist():
+        fitting = [name for name in candidates if parameters[layers[i]][name] <= left]
+        if fitting:
+            choice[layers[i]] = pick(fitting)
+            left -= parameters[layers[i]][choice[layers[i]]]
+    if not any(choice.values()):
+        smallest = min(size for own in parameters.values() for size in own.values())
+        raise InputError(
+            f"budget={budget} parameters, and the smallest module of any layer has {smallest}; raise it, or add "
+            "smaller candidates"
+        )
+    return choice
+
+
+def sizes(
+    model: nn.Module, candidates: dict[str, PeftConfig], layers: list[int], seed: int
+) -> dict[int, dict[str, int]]:
+    """Parameters that each candidate adds in each layer at inference; the model is as before afterwards."""
+    found: dict[int, dict[str, int]] = {layer: {} for layer in layers}
+    for group in groups(candidates):
+        with probing(model, group, layers, seed) as probe:
+            for module in modules_of(probe, group):
+                found[module.layer][module.candidate] = module.added
+    return found

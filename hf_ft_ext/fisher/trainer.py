@@ -1,0 +1,256 @@
+"""`FisherTrainer`: a Trainer that picks each layer's adapter, or the entries that train, by Fisher information."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_ft_ext.adapters.layer_prefix.model import keep_projection
+from hf_ft_ext.entries.delta import DELTA_FILE, read_indices, save_entries
+from hf_ft_ext.entries.layer import attach_entries, entries_of
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.fisher.arguments import HEAD, MASK, RANDOM, SELECT, FisherTrainingArguments
+from hf_ft_ext.fisher.candidates import layers_of, make_candidates
+from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
+from hf_ft_ext.fisher.mask import SCORED, choose_entries
+from hf_ft_ext.fisher.pictures import draw_if_possible
+from hf_ft_ext.fisher.plan import PLAN_FILE, AdapterPlan, model_fingerprint
+from hf_ft_ext.fisher.prepass import prepass_batches
+from hf_ft_ext.fisher.rates import split_by_rate
+from hf_ft_ext.fisher.selection import random_choice, select_adapters, settings_of, sizes
+from hf_ft_ext.models import seeded_init
+from hf_ft_ext.peft_models import trained_in_full
+from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.plan import TrainedWeight
+from hf_ft_ext.training.resources import preparation
+
+logger = logging.getLogger(__name__)
+
+
+class FisherTrainer(Trainer):
+    """`transformers.Trainer` on a model that a Fisher pre-pass has shaped.
+
+    `train()` first looks at the gradients of some training examples (unless a plan, `fisher_mode` or the checkpoint
+    that it resumes from say what trains), then trains a model with the chosen adapters and no others, or the chosen
+    entries. The classifier trains in full. `save_model` and checkpoints leave one PEFT adapter that
+    `PeftModel.from_pretrained` loads after `import hf_ft_ext`; with a mask, the plain model and a small delta.
+
+    Args:
+        model, args, and all else: as for `Trainer`. Plain `TrainingArguments` are completed with the
+            defaults of `FisherTrainingArguments`.
+
+    Attributes:
+        plan: which adapter each layer has, or `None` before `prepare()` and with a mask.
+
+    Raises:
+        InputError: bad input, a plan that does not fit, or an option that this method cannot honour.
+    """
+
+    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
+        args = FisherTrainingArguments.complete(args)
+        _refuse(args)
+        self.plan: AdapterPlan | None = None
+        self._resumed_from: str | None = None
+        self._given_plan = None if args.adapter_plan is None else AdapterPlan.load(args.adapter_plan)
+        self._rates: dict[str, float] = args.fisher_learning_rates or {}
+        self._candidates = None
+        if args.fisher_mode != MASK and self._given_plan is None:
+            self._candidates = make_candidates(args.fisher_candidates, args.fisher_candidate_settings)
+        if model is not None:
+            _refuse_model(model)
+            declare_mean_loss(model)
+            if self._given_plan is not None:
+                self._given_plan.check_model(model)
+        super().__init__(model, args, *positional, **kwargs)
+        self._check_rates()
+        self._is_prepared = False
+        if isinstance(args.resume_from_checkpoint, str) and os.path.isdir(args.resume_from_checkpoint):
+            self._resumed_from = args.resume_from_checkpoint  # named in the arguments, as the launcher does
+            self.prepare()
+
+    # --- shaping the model ------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Shape the model: pre-pass, choice, adapters or entries. Once; `train()` does it if nobody has.
+
+        Raises:
+            InputError: as for the class.
+        """
+        if self._is_prepared:
+            return
+        with preparation(self):
+            self.model = self.model_wrapped = self._shaped(self.model)
+        self._is_prepared = True
+        self._signature_columns = None
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        model = super().call_model_init(trial)
+        _refuse_model(model)
+        declare_mean_loss(model)
+        if not hasattr(self, "_is_prepared"):  # within __init__: there is no data yet
+            return model
+        with preparation(self):
+            model = self._shaped(model.to(self.args.device))
+        self._is_prepared = True
+        return model
+
+    def _shaped(self, model: nn.Module) -> nn.Module:
+        if self.args.fisher_mode == MASK:
+            return self._with_entries(model)
+        if self.plan is None:
+            self.plan = self._make_plan(model)
+            logger.info("%s", self.plan.table())
+        config = self.plan.config(modules_to_save=trained_in_full(model))
+        with seeded_init(self.args.seed):
+            return get_peft_model(model, config)
+
+    def _make_plan(self, model: nn.Module) -> AdapterPlan:
+        args = self.args
+        plan = self._given_plan
+        if self._resumed_from is not None:
+            plan = _plan_of_checkpoint(self._resumed_from)
+        if plan is not None:
+            plan.check_model(model)
+            if not plan.same_weights(model):
+                logger.warning("The adapter plan was made for other weights of the same shape; it is used as it is.")
+            return plan
+        if args.fisher_mode == SELECT:
+            batches = prepass_batches(self, args.examples, args.fisher_batch_size)
+            return select_adapters(
+                model, batches, self._candidates, args.fisher_criterion or DEFAULT_CRITERION, args.fisher_budget,
+                labels=args.fisher_labels, power=args.fisher_power, seed=args.seed, progress=not args.disable_tqdm,
+            )  # fmt: skip
+        layers, names = layers_of(model), list(self._candidates)
+        parameters = sizes(model, self._candidates, layers, args.seed)
+        choice: dict[int, str | None] = dict.fromkeys(layers, names[0])
+        if args.fisher_mode == RANDOM:
+            choice = random_choice(layers, names, parameters, args.fisher_budget, args.seed)
+        return AdapterPlan(
+            choice,
+            {name: settings_of(config) for name, config in self._candidates.items()},
+            parameters=parameters,
+            settings={"mode": args.fisher_mode, "budget": args.fisher_budget, "seed": args.seed},
+            model=model_fingerprint(model),
+        )
+
+    def _with_entries(self, model: nn.Module) -> nn.Module:
+        args = self.args
+        if self._resumed_from is not None:
+            chosen = read_indices(self._resumed_from)
+        else:
+            batches = ()
+            if args.mask in SCORED:
+                batches = prepass_batches(self, args.examples, args.fisher_batch_size)
+            chosen = choose_entries(model, args.mask, args.keep_ratio, batches, args.seed, not args.disable_tqdm)
+        heads = trained_in_full(model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(name.startswith(f"{head}.") for head in heads))
+        attach_entries(model, chosen)
+        return model
+
+    def _check_rates(self) -> None:
+        known = set(self._given_plan.candidates if self._given_plan is not None else self._candidates or ()) | {HEAD}
+        if unknown := sorted(set(self._rates) - known):
+            raise InputError(
+                f"fisher_learning_rates names {unknown[0]!r}; the candidates are: {', '.join(sorted(known))}"
+            )
+
+    # --- training ---------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *positional, **kwargs):
+        last = resume_from_checkpoint
+        if isinstance(last, bool):
+            last = get_last_checkpoint(self.args.output_dir) if last else None
+        if not self._is_prepared or self.model_init is not None:
+            self._resumed_from = last
+        if self.model_init is None:
+            self.prepare()
+        if self.plan is not None and self.args.should_save:
+            self._save_plan(self.args.output_dir)
+        return super().train(resume_from_checkpoint, *positional, **kwargs)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As `Trainer`'s, and the projections of bottlenecks, which may sit at a LayerNorm without being one."""
+        names = super().get_decay_parameter_names(model)
+        known = set(names)
+        projections = (
+            name for name, _ in model.named_parameters()
+            if name.endswith(".weight") and any(f".{part}." in name for part in ("bottleneck_down", "bottleneck_up"))
+        )  # fmt: skip
+        return [*names, *(name for name in projections if name not in known)]
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As `Trainer`'s, with a group of parameters for each learning rate."""
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made and self._rates:
+            split_by_rate(optimizer, self.model, self.plan, self._rates)
+        return optimizer
+
+    # --- files ------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what trained; checkpoints hold the projections of prefixes too, so that training can go on."""
+        with keep_projection(self.model) if _internal_call else nullcontext():
+            super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = output_dir or self.args.output_dir
+            if self.plan is not None:
+                self._save_plan(folder, picture=not _internal_call)
+            if self.args.fisher_mode == MASK and self._is_prepared:
+                size = save_entries(self.model, folder)
+                logger.info("what trained, by itself: %.2f MB in %s", size / 1e6, os.path.join(folder, DELTA_FILE))
+
+    def _save_plan(self, folder: str, picture: bool = True) -> None:
+        os.makedirs(folder, exist_ok=True)
+        self.plan.save(folder)
+        if picture and self.plan.scores:
+            draw_if_possible(self.plan, folder)
+
+    # --- what is said about it --------------------------------------------------------------------
+
+    def trained_weights(self) -> list[TrainedWeight]:
+        """What training changes: adapters and classifier, or entries and classifier."""
+        self.prepare()
+        weights = []
+        inside = {f"{name}_entries.values": (name, entries) for name, entries in entries_of(self.model).items()}
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and name in inside:
+                weight, entries = inside[name]
+                size = entries.values.numel() * entries.values.element_size()
+                shape = tuple(self.model.get_buffer(weight).shape)
+                weights.append(TrainedWeight(weight, shape, entries.values.numel(), size, 2 * size))
+            elif p.requires_grad:
+                weights.append(TrainedWeight.dense(name, p))
+        return weights
+
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        self.prepare()
+        yield
+
+
+def _plan_of_checkpoint(folder: str) -> AdapterPlan:
+    if not os.path.isfile(os.path.join(folder, PLAN_FILE)):
+        raise InputError(
+            f"checkpoint {folder!r} has no {PLAN_FILE}, so it is not of this method with adapters; resume with the "
+            "method that wrote it"
+        )
+    return AdapterPlan.load(folder)
+
+
+def _refuse(args: FisherTrainingArguments) -> None:
+    if args.fsdp or args.deepspeed:
+        raise InputError("the pre-pass needs whole weights on every process; run it without fsdp and deepspeed")
+
+
+def _refuse_model(model: nn.Module) -> None:
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise InputError("the model carries PEFT adapters already; pass the base model, or merge the adapters first")

@@ -1,0 +1,135 @@
+"""Bottleneck adapters against the papers' formulas, their start, their sizes, bad input."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from zoo import inputs, logits, small
+
+from hf_ft_ext import BottleneckConfig
+from hf_ft_ext.adapters.bottleneck.layer import BottleneckLayer
+from hf_ft_ext.errors import InputError
+
+
+def adapted(kind="bert", **settings):
+    torch.manual_seed(0)
+    return get_peft_model(small(kind), BottleneckConfig(bottleneck_size=4, init_std=0.4, **settings))
+
+
+def layers(model) -> dict[str, BottleneckLayer]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, BottleneckLayer)}
+
+
+def written_out(layer: BottleneckLayer, x: torch.Tensor, activation) -> torch.Tensor:
+    down, up = layer.bottleneck_down["default"], layer.bottleneck_up["default"]
+    return activation(x @ down.weight.T + down.bias) @ up.weight.T + up.bias
+
+
+def test_pfeiffer_reads_the_normalised_sum_and_adds_before_the_norm():
+    model = adapted()
+    name, layer = next(iter(layers(model).items()))
+    assert name.endswith("layer.0.output.LayerNorm") and len(layers(model)) == 2
+    s = torch.randn(2, 3, 32)
+    norm = layer.base_layer
+    expected = norm(s + written_out(layer, norm(s), torch.relu))
+    torch.testing.assert_close(layer(s), expected)
+
+
+def test_houlsby_adds_to_both_outputs():
+    model = adapted(placement="houlsby")
+    names = [n.split("layer.0.")[1] for n in layers(model) if "layer.0." in n]
+    assert names == ["attention.output.dense", "output.dense"]
+    layer = next(iter(layers(model).values()))
+    x = torch.randn(2, 3, 32)
+    y = layer.base_layer(x)
+    torch.testing.assert_close(layer(x), y + written_out(layer, y, torch.nn.functional.silu))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("bert", "output"), ("distilbert", "ffn"), ("llama", "mlp")])
+def test_parallel_reads_the_feed_forwards_input(kind, name):
+    model = adapted(kind, placement="parallel", scaling=4.0)
+    layer = next(iter(layers(model).values()))
+    assert all(n.rpartition(".")[2] == name for n in layers(model))
+    x = torch.randn(2, 3, 32)
+    extra = 4 * written_out(layer, x, torch.relu)
+    if kind == "bert":  # the block adds its second input before it normalises
+        inner = torch.randn(2, 3, 48)
+        torch.testing.assert_close(layer(inner, x), layer.base_layer(inner, x + extra))
+        torch.testing.assert_close(layer(inner, input_tensor=x), layer.base_layer(inner, x + extra))
+    else:
+        torch.testing.assert_close(layer(x), layer.base_layer(x) + extra)
+
+
+def test_the_start_is_near_the_model_or_exactly_it():
+    plain = logits(small("bert"))
+    near = logits(get_peft_model(small("bert"), BottleneckConfig()))
+    assert 0 < (near - plain).abs().max() < 0.02
+    exact = logits(get_peft_model(small("bert"), BottleneckConfig(init_weights="zero")))
+    assert torch.equal(exact, plain)
+
+
+def test_own_norms_dropout_and_learned_scaling():
+    model = adapted(layer_norm="both", dropout=0.5, learned_scaling=True, scaling=2.0)
+    layer = next(iter(layers(model).values()))
+    x = torch.randn(2, 3, 32)
+    down, up = layer.bottleneck_down["default"], layer.bottleneck_up["default"]
+    norm = torch.nn.functional.layer_norm
+    layer.eval()
+    expected = 2 * norm(up(torch.relu(down(norm(x, (32,))))), (32,))
+    torch.testing.assert_close(layer.adapter("default", x), expected)
+    layer.train()
+    assert not torch.equal(layer.adapter("default", x), layer.adapter("default", x))
+    assert {n for n, p in layer.named_parameters() if p.requires_grad} >= {"bottleneck_scale.default.weight"}
+
+
+def test_the_thesis_size():
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("roberta"))
+        model = get_peft_model(model, BottleneckConfig(bottleneck_size=48))
+    assert sum(p.numel() for n, p in model.named_parameters() if "bottleneck_" in n) == 894_528
+    by_factor = BottleneckConfig(reduction_factor=16)
+    assert by_factor.width(768) == 48
+
+
+def test_targets_by_name_in_the_layer_or_by_expression():
+    model = adapted(target_modules=["output.dense"])
+    assert [n.split("layer.0.")[1] for n in layers(model) if "layer.0." in n] == ["output.dense"]
+    model = adapted(target_modules=r".*attention\.output\.dense", layers_to_transform=0)
+    assert [n.split("encoder.")[1] for n in layers(model)] == ["layer.0.attention.output.dense"]
+    model = adapted(placement="houlsby", exclude_modules=["output.dense"])
+    assert all("attention" in n for n in layers(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"placement": "pfeifer"}, "placement='pfeifer' is unknown; choose from: pfeiffer, houlsby, parallel"),
+        ({"bottleneck_size": 4, "reduction_factor": 2}, "both say how wide the bottleneck is"),
+        ({"bottleneck_size": 0}, "bottleneck_size=0 is no width"),
+        ({"reduction_factor": 0}, "reduction_factor=0 is no factor"),
+        ({"dropout": 1.0}, "dropout=1.0 is no share"),
+        ({"activation": "relux"}, "activation='relux' is unknown to transformers"),
+        ({"layer_norm": "inside"}, "layer_norm='inside' is unknown"),
+        ({"init_weights": "ones"}, "init_weights='ones' is unknown"),
+    ],
+)
+def test_values_that_cannot_work(settings, message):
+    with pytest.raises(InputError, match=message):
+        BottleneckConfig(**settings)
+
+
+def test_layers_that_are_not_there_and_unknown_structures():
+    with pytest.raises(InputError, match=r"layers_to_transform=\[0, 7\] names layer 7, .* has layers 0 to 1"):
+        adapted(layers_to_transform=[0, 7])
+    strange = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(2, 2))])})
+    with pytest.raises(InputError, match=r"layers of an unknown structure .*pass target_modules"):
+        get_peft_model(strange, BottleneckConfig())
+
+
+def test_inputs_without_adapters_stay_what_they_were():
+    model = adapted()
+    before = logits(model)
+    model.base_model.set_adapter([])
+    assert torch.equal(logits(model, **inputs()), logits(small("bert")))
+    model.base_model.set_adapter("default")
+    assert torch.equal(logits(model), before)

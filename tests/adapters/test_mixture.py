@@ -1,0 +1,95 @@
+"""Several kinds of adapters in one model: each layer its own, refusals, merging where all can."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tiny import tiny_model
+from zoo import logits, small
+
+from hf_ft_ext import BottleneckConfig, LayerMixtureConfig, LayerPrefixConfig
+from hf_ft_ext.adapters.bottleneck.layer import BottleneckLayer
+from hf_ft_ext.adapters.layer_prefix.layer import PrefixLayer
+from hf_ft_ext.errors import InputError
+
+KINDS = {"lora": LoraConfig(r=2), "prefix": LayerPrefixConfig(), "bottleneck": BottleneckConfig()}
+
+
+def test_every_layer_has_its_own_and_nothing_else():
+    model = get_peft_model(
+        tiny_model(num_hidden_layers=4),
+        LayerMixtureConfig(kinds=KINDS, layers={0: "prefix", 1: "bottleneck", 3: ["lora"]}),
+    )
+    found = {
+        kind: {int(n.split("layer.")[1].split(".")[0]) for n, m in model.named_modules() if isinstance(m, kind)}
+        for kind in (PrefixLayer, BottleneckLayer, LoraLayer)
+    }
+    assert found == {PrefixLayer: {0}, BottleneckLayer: {1}, LoraLayer: {3}}
+
+
+def test_adapters_of_different_layouts_side_by_side(tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(small("bert"), LayerMixtureConfig(kinds=KINDS, layers={0: "prefix", 1: "lora"}))
+    first = logits(model)
+    model.add_adapter("other", LayerMixtureConfig(kinds=KINDS, layers={0: "lora", 1: ["bottleneck", "prefix"]}))
+    model.set_adapter("other")
+    second = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(small("bert"), tmp_path)
+    assert torch.equal(logits(loaded), first)
+    loaded.load_adapter(tmp_path / "other", "other")
+    loaded.set_adapter("other")
+    assert torch.equal(logits(loaded), second) and not torch.equal(first, second)
+    loaded.delete_adapter("default")
+    assert torch.equal(logits(loaded), second)
+
+
+def test_kinds_that_can_be_merged_are(tmp_path):
+    kinds = {
+        "lora": LoraConfig(r=2, init_lora_weights=False),
+        "loha": {"r": 2, "init_weights": False, "target_modules": ["key"]},
+    }
+    torch.manual_seed(0)
+    model = get_peft_model(small("bert").double(), LayerMixtureConfig(kinds=kinds, layers={0: "lora", 1: "loha"}))
+    expected = logits(model)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(logits(merged), logits(small("bert").double()), atol=1e-4)
+    merged.save_pretrained(tmp_path)
+
+
+def test_what_cannot_be_merged_is_refused_by_name():
+    model = get_peft_model(small("bert"), LayerMixtureConfig(kinds=KINDS, layers={0: "lora", 1: "bottleneck"}))
+    before = logits(model)
+    with pytest.raises(InputError, match=r"kind 'bottleneck': .* cannot be merged"):
+        model.merge_and_unload()
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "layers", "message"),
+    [
+        ({"prompt_tuning": {}}, {0: "prompt_tuning"}, "'prompt_tuning': prompt_tuning puts its parameters before"),
+        ({"vera": {}}, {0: "vera"}, "vera shares parameters between layers, so it cannot be limited to layers"),
+        ({"layer_mixture": {}}, {}, "is a mixture itself"),
+        ({"loro": {}}, {0: "loro"}, "peft has no method 'loro'; did you mean 'LORA'"),
+        ({"lora": {"rank": 3}}, {0: "lora"}, "kind 'lora': .*rank"),
+        ({"lora": {"modules_to_save": ["classifier"]}}, {0: "lora"}, "sets modules_to_save=.*the whole mixture"),
+        ({"lora": {"bias": "all"}}, {0: "lora"}, "bias='all' trains biases of layers"),
+        ({"lora": {}}, {0: "lore"}, "layer 0 is to get 'lore'; did you mean 'lora'"),
+        ({"lora": {}}, {"first": "lora"}, "'first' is no number of a layer"),
+    ],
+)
+def test_configurations_that_cannot_work(kinds, layers, message):
+    with pytest.raises(InputError, match=message):
+        LayerMixtureConfig(kinds=kinds, layers=layers)
+
+
+def test_models_that_it_does_not_fit():
+    with pytest.raises(InputError, match="the mixture names layer 9, and BertForSequenceClassification has layers 0"):
+        get_peft_model(small("bert"), LayerMixtureConfig(kinds=KINDS, layers={9: "lora"}))
+    config = LayerMixtureConfig(kinds={"lora": {"target_modules": ["qkv"]}}, layers={1: "lora"})
+    with pytest.raises(InputError, match="kind 'lora' finds no target in layer 1"):
+        get_peft_model(small("bert"), config)
+    with pytest.raises(InputError, match="kind 'ia3': peft knows no default targets for a 'electra' model"):
+        get_peft_model(small("electra"), LayerMixtureConfig(kinds={"ia3": {}}, layers={1: "ia3"}))

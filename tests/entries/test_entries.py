@@ -1,0 +1,196 @@
+"""Training chosen entries: gradients, updates, files, what stays small, bad input."""
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import AutoModelForSequenceClassification
+
+from hf_ft_ext import attach_entries, load_entries, merge_entries, save_entries
+from hf_ft_ext.entries.choice import at_random, largest
+from hf_ft_ext.entries.layer import entries_of
+from hf_ft_ext.errors import InputError
+
+BATCH = {
+    "input_ids": torch.arange(5, 25).view(2, 10),
+    "attention_mask": torch.ones(2, 10, dtype=torch.long),
+    "labels": torch.tensor([0, 1]),
+}
+CHOSEN = {
+    "bert.embeddings.word_embeddings.weight": torch.tensor([32 * 7 + 3, 32 * 6, 5]),
+    "bert.encoder.layer.0.output.dense.weight": torch.tensor([0, 700, 31]),
+    "bert.encoder.layer.0.output.dense.bias": torch.tensor([4]),
+    "bert.encoder.layer.1.output.LayerNorm.weight": torch.tensor([1, 2]),
+}
+
+
+def entered(**config):
+    model = tiny_model(**config)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("classifier"))
+    attach_entries(model, CHOSEN)
+    return model.eval()
+
+
+def loss(model) -> torch.Tensor:
+    return model(**BATCH).loss
+
+
+def train(model, steps: int = 3) -> None:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+
+
+def test_gradients_and_state_are_of_the_entries_alone():
+    model, dense = entered(), tiny_model().eval()
+    loss(dense).backward()
+    loss(model).backward()
+    own = dict(dense.named_parameters())
+    for name, entries in entries_of(model).items():
+        expected = own[name].grad.flatten()[CHOSEN[name].sort().values]
+        torch.testing.assert_close(entries.values.grad, expected)
+    assert [n for n, p in model.named_parameters() if p.grad is not None and "classifier" not in n] == [
+        f"{n}_entries.values" for n in CHOSEN
+    ]
+    optimizer = torch.optim.AdamW([e.values for e in entries_of(model).values()])
+    optimizer.step()
+    state = [t for values in optimizer.state.values() for t in values.values() if t.dim()]
+    assert sum(t.numel() for t in state) == 2 * 9
+
+
+def test_only_the_entries_move_and_names_stay(tmp_path):
+    model, before = entered(), tiny_model().state_dict()
+    assert model.state_dict().keys() == before.keys()
+    train(model)
+    after = model.state_dict()
+    for name, value in before.items():
+        moved = set((after[name] != value).flatten().nonzero().flatten().tolist())
+        if name in CHOSEN:
+            # an embedding of a token that the batch has not got has no gradient
+            assert moved <= set(CHOSEN[name].tolist()) and moved
+        else:
+            assert bool(moved) == name.startswith("classifier")
+    expected = model(**BATCH).logits
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(**BATCH).logits, expected)
+    merged = merge_entries(model)
+    assert type(merged.bert.encoder.layer[0].output.dense) is torch.nn.Linear and not entries_of(merged)
+    assert {n for n, _ in merged.named_parameters()} == {n for n, _ in tiny_model().named_parameters()}
+    assert torch.equal(merged(**BATCH).logits, expected)
+
+
+def test_it_is_dense_training_with_a_mask():
+    model, dense = entered(), tiny_model().eval()
+    own = dict(dense.named_parameters())
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        sgd.zero_grad()
+        loss(model).backward()
+        sgd.step()
+        dense.zero_grad()
+        loss(dense).backward()
+        with torch.no_grad():
+            for name, p in own.items():
+                kept = torch.zeros_like(p).flatten()
+                kept[CHOSEN.get(name, torch.arange(p.numel()) if "classifier" in name else [])] = 1
+                p -= 0.1 * p.grad * kept.view_as(p)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, dense.state_dict()[name])
+
+
+def test_small_changes_are_not_lost_in_half_precision():
+    model = entered().bfloat16()
+    for entries in entries_of(model).values():
+        entries.values.data = entries.values.data.float()
+    entries = next(iter(entries_of(model).values()))
+    weight = model.bert.embeddings.word_embeddings._buffers["weight"].flatten()[entries.indices].clone()
+    with torch.no_grad():
+        for _ in range(64):
+            entries.values += weight.float().abs() * 2**-10  # an eighth of what bfloat16 can tell
+    model(**BATCH)
+    after = model.bert.embeddings.word_embeddings._buffers["weight"].flatten()[entries.indices]
+    assert after.dtype == torch.bfloat16 and (after != weight)[weight != 0].all()
+
+
+def test_loading_weights_brings_the_values_along():
+    model = entered()
+    other = tiny_model(seed=3).state_dict()
+    assert not any(model.load_state_dict(other))
+    for name, entries in entries_of(model).items():
+        assert torch.equal(entries.values, other[name].flatten()[entries.indices])
+    assert torch.equal(model(**BATCH).logits, tiny_model(seed=3).eval()(**BATCH).logits)
+
+
+def test_the_delta_is_small_and_exact(tmp_path):
+    model = entered()
+    train(model)
+    size = save_entries(model, tmp_path)
+    assert size < 4000
+    loaded = load_entries(tiny_model(), tmp_path).eval()
+    assert torch.equal(loaded(**BATCH).logits, model(**BATCH).logits)
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+
+
+def test_deltas_that_do_not_fit(tmp_path):
+    model = entered()
+    save_entries(model, tmp_path)
+    plain = tiny_model(seed=1)
+    before = {n: p.clone() for n, p in plain.named_parameters()}
+    with pytest.raises(InputError, match="belongs to other weights than this BertForSequenceClassification has"):
+        load_entries(plain, tmp_path)
+    with pytest.raises(InputError, match=r"belongs to another model: this one has no bert\."):
+        load_entries(tiny_model("roberta"), tmp_path)
+    with pytest.raises(InputError, match=r"classifier\.\w+ has another shape here \(the label count"):
+        load_entries(tiny_model(num_labels=3), tmp_path)
+    with pytest.raises(InputError, match="trains entries already; load the delta into the plain model"):
+        load_entries(entered(), tmp_path)
+    with pytest.raises(InputError, match=r"holds no entries_delta\.safetensors"):
+        load_entries(plain, tmp_path / "none")
+    (tmp_path / "entries_delta.safetensors").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"cannot be read .*copy it anew"):
+        load_entries(plain, tmp_path)
+    assert all(torch.equal(p, before[n]) for n, p in plain.named_parameters())
+    with pytest.raises(InputError, match="nothing of the model trains"):
+        save_entries(tiny_model().requires_grad_(False), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"bert.none": torch.tensor([0])}, r"the model has no parameter 'bert\.none'"),
+        ({"classifier.bias": torch.tensor([2])}, r"classifier\.bias has 2 entries; pass at least one index"),
+        ({"classifier.bias": torch.tensor([], dtype=torch.long)}, r"classifier\.bias has 2 entries"),
+    ],
+)
+def test_entries_that_are_not_there(chosen, message):
+    with pytest.raises(InputError, match=message):
+        attach_entries(tiny_model(), chosen)
+
+
+def test_shared_weights_are_refused():
+    model = tiny_model()
+    model.bert.encoder.layer[1].output.dense.weight = model.bert.encoder.layer[0].output.dense.weight
+    with pytest.raises(InputError, match=r"is also bert\.encoder\.layer\.1\.output\.dense\.weight; entries of shared"):
+        attach_entries(model, {"bert.encoder.layer.0.output.dense.weight": torch.tensor([0])})
+
+
+def test_the_largest_of_all_tensors_together():
+    generator = torch.Generator().manual_seed(0)
+    scores = {"a": torch.rand(7, 3, generator=generator), "b": torch.rand(5, generator=generator), "c": torch.zeros(4)}
+    every = sorted(((v.item(), n, i) for n, t in scores.items() for i, v in enumerate(t.flatten())), reverse=True)
+    for k in (1, 6, 20):
+        chosen = largest(scores, k)
+        assert {(n, i) for n, t in chosen.items() for i in t.tolist()} == {(n, i) for _, n, i in every[:k]}
+
+
+def test_random_entries_are_different_ones_of_all_tensors():
+    shapes = {"a": torch.Size([100, 10]), "b": torch.Size([9000])}
+    chosen = at_random(shapes, 2000, 0)
+    assert sum(len(t) for t in chosen.values()) == 2000 and all(len(t.unique()) == len(t) for t in chosen.values())
+    assert 120 < len(chosen["a"]) < 280 and int(chosen["b"].max()) < 9000 and int(chosen["b"].max()) > 8900
+    assert torch.equal(chosen["b"], at_random(shapes, 2000, 0)["b"])
+    assert not torch.equal(chosen["b"][:50], at_random(shapes, 2000, 1)["b"][:50])

@@ -1,0 +1,70 @@
+"""The thesis's runs are recipes, its tables plans that the method reads."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from hf_ft_ext import AdapterPlan
+from hf_ft_ext.fisher.mask import MASKS
+from hf_ft_ext.parsing import parse_arguments
+from hf_ft_ext.recipes import read_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "recipes" / "fisher"
+SEEDS = {"sst2": ["111", "11", "22"], "mrpc": ["11", "22", "88"], "mnli": ["11", "22", "88"]}
+RATES = {"adapter": 1e-4, "lora": 5e-4, "prefix": 2e-4, "fishpal": 5e-4, "published": 5e-4}
+
+
+@pytest.mark.parametrize("task", SEEDS)
+def test_the_thesis_is_complete(task):
+    for name, rate in RATES.items():
+        path = FOLDER / "roberta-base" / f"{task}-{name}.yaml"
+        recipe, text = read_recipe(path), path.read_text()
+        assert (recipe["learning_rate"], recipe["num_train_epochs"], recipe["per_device_train_batch_size"]) == (
+            rate, 10, 16,
+        )  # fmt: skip
+        assert (recipe["lr_scheduler_type"], recipe["warmup_steps"], recipe["weight_decay"]) == (
+            "polynomial",
+            0.06,
+            0.1,
+        )
+        assert recipe["max_seq_length"] == 128 and str(recipe["seed"]) == SEEDS[task][0]
+        assert f"{', '.join(SEEDS[task])}" in text
+        if name != "published":
+            assert (FOLDER / "demo" / f"{task}-{name}.yaml").is_file()
+    masks = {read_recipe(p)["fisher_mask"] for p in (FOLDER / "roberta-base").glob(f"{task}-mask-*.yaml")}
+    assert masks == set(MASKS)
+
+
+@pytest.mark.parametrize(
+    ("task", "table"),
+    [("sst2", "p" * 5 + "b" * 5 + "ll"), ("mrpc", "pbll" + "b" * 6 + "ll"), ("mnli", "pbll" + "b" * 6 + "ll")],
+)
+def test_the_published_tables_are_plans(task, table):
+    plan = AdapterPlan.load(FOLDER / "plans" / f"{task}.json")
+    assert "".join(name[0] for _, name in sorted(plan.choice.items())) == table
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("roberta"))
+    plan.model.pop("weights", None)
+    assert (plan.model["model_type"], plan.model["layers"], plan.model["hidden_size"]) == (
+        model.config.model_type, model.config.num_hidden_layers, model.config.hidden_size,
+    )  # fmt: skip
+    config = plan.config()
+    assert config.configs["prefix"].projection_size == 512 and config.configs["bottleneck"].bottleneck_size == 48
+    assert (config.configs["lora"].r, config.configs["lora"].lora_alpha) == (8, 16)
+
+
+@pytest.mark.parametrize("recipe", sorted(FOLDER.rglob("*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_recipes_parse_as_they_are_and_with_their_override(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in recipe.read_text().splitlines() if "run_glue" in line]
+    assert len(lines) == 2
+    for line in lines:
+        words = shlex.split(line.partition("run_glue.py")[2])
+        run_args, *_, args = parse_arguments([str(recipe), *words[1:]])
+        assert run_args.method == "fisher"
+        if args.adapter_plan is not None:
+            assert (ROOT / args.adapter_plan).is_file()

@@ -1,0 +1,241 @@
+"""Choosing adapters: criteria as formulas, budgets, plans as files, pictures, bad input."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from peft import LoraConfig
+from probes import batched, plain_way, rows
+from tiny import tiny_model
+
+from hf_ft_ext import AdapterPlan, BottleneckConfig, LayerPrefixConfig, select_adapters
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.fisher.candidates import default_candidates, make_candidates, modules_of, probing
+from hf_ft_ext.fisher.pictures import draw_plan
+from hf_ft_ext.fisher.selection import choose, random_choice, sizes
+
+SMALL = {
+    "prefix": LayerPrefixConfig(prefix_length=3, projection_size=6),
+    "bottleneck": BottleneckConfig(bottleneck_size=5),
+    "lora": LoraConfig(r=3),
+}
+
+
+def plan_of(model=None, data=None, candidates=SMALL, **settings) -> AdapterPlan:
+    model = tiny_model().double() if model is None else model
+    return select_adapters(model, batched(rows(), 4) if data is None else data, candidates, progress=False, **settings)
+
+
+@pytest.mark.parametrize("criterion", ["thesis", "mean", "decrease", "agreement"])
+def test_scores_written_out(criterion):
+    model = tiny_model().double()
+    plan = plan_of(model, criterion=criterion)
+    with probing(model, SMALL, [0, 1], 42) as probe:
+        for module in modules_of(probe, SMALL):
+            names = [*module.parameters, *module.shared]
+            assert bool(module.shared) == (module.candidate == "prefix")
+            for p in probe.parameters():
+                p.requires_grad_(True)
+            squares = plain_way(probe, rows(), names)
+            own, each = dict(probe.named_parameters()), []
+            for row in rows():
+                probe.zero_grad()
+                probe(**row).loss.backward()
+                each.append(torch.cat([own[name].grad.flatten() for name in names]))
+            each = torch.stack(each)
+            if criterion == "thesis":
+                kept = torch.cat([v.flatten() for n, v in squares.items() if "lora_A" not in n])
+                expected = kept.mean() * {"prefix": 10_000, "bottleneck": 5, "lora": 1}[module.candidate]
+            elif criterion == "mean":
+                expected = torch.cat([v.flatten() for v in squares.values()]).mean()
+            else:
+                pairs = [each[i] @ each[j] for i, j in itertools.combinations(range(6), 2)]
+                product = torch.stack(pairs).mean()
+                expected = product / (each**2).sum(1).mean()
+                if criterion == "decrease":
+                    expected = product.sign() * product.abs().sqrt()
+            found = plan.scores[module.layer][module.candidate]
+            assert found == pytest.approx(expected.item(), rel=1e-8), (module.layer, module.candidate)
+    for layer, own in plan.scores.items():
+        assert plan.choice[layer] == max(own, key=own.get)
+
+
+def test_the_model_is_as_before_and_the_choice_repeats():
+    model = tiny_model()
+    before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
+    random = torch.get_rng_state()
+    first = plan_of(model)
+    assert plan_of(model) == first and first != plan_of(model, seed=7)
+    assert torch.equal(random, torch.get_rng_state()) and not hasattr(model, "peft_config")
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], p) and after[n].requires_grad == t for n, (p, t) in before.items())
+
+
+def test_candidates_of_one_kind_and_of_others_of_peft():
+    targets = ["query", "value"]
+    candidates = [LoraConfig(r=2), LoraConfig(r=8), *(
+        make_candidates([name], {name: {"target_modules": targets}})[name] for name in ("loha", "lokr")
+    )]  # fmt: skip
+    plan = plan_of(candidates=candidates)
+    assert list(plan.candidates) == ["lora", "lora-1", "loha", "lokr"]
+    assert all(list(own) == list(plan.candidates) for own in plan.scores.values())
+    assert plan.parameters[0] == {"lora": 256, "lora-1": 1024, "loha": 2048, "lokr": 160}
+    ia3 = make_candidates(
+        ["ia3", "dora"], {"dora": {"peft_type": "LORA", "use_dora": True, "target_modules": targets}}
+    )
+    assert set(plan_of(candidates=ia3).scores[1]) == {"ia3", "dora"}
+
+
+def test_a_budget_is_kept_and_used_best():
+    scores = {0: {"a": 5.0, "b": 3.0}, 1: {"a": 4.0, "b": 3.5}, 2: {"a": 1.0, "b": 0.9}}
+    size = {layer: {"a": 10, "b": 6} for layer in scores}
+    for budget in range(6, 31):
+        choice = choose(scores, size, budget)
+        spent = sum(size[layer][name] for layer, name in choice.items() if name)
+        value = sum(scores[layer][name] for layer, name in choice.items() if name)
+        best = max(
+            sum(scores[layer][name] for layer, name in enumerate(names) if name)
+            for names in itertools.product((None, "a", "b"), repeat=3)
+            if sum(size[layer][name] for layer, name in enumerate(names) if name) <= budget
+        )
+        assert spent <= budget and value == pytest.approx(best)
+    assert choose(scores, size, None) == {0: "a", 1: "a", 2: "a"}
+    plan = plan_of(budget=500, criterion="mean")
+    assert plan.added is not None and plan.added <= 500 and None in plan.choice.values()
+    with pytest.raises(InputError, match="budget=5 parameters, and the smallest module of any layer has 192"):
+        plan_of(budget=5)
+
+
+def test_a_budget_that_nothing_is_worth():
+    data = [{**batch, "labels": torch.arange(len(batch["labels"])) % 2} for batch in batched(rows(4), 4)]
+    plan = plan_of(data=data, criterion="agreement")
+    assert max(score for own in plan.scores.values() for score in own.values()) < 0  # opposite labels, equal texts
+    with pytest.raises(InputError, match=r"no module within the budget is worth having .* take more examples"):
+        plan_of(data=data, criterion="agreement", budget=5000)
+
+
+def test_random_choices_keep_the_budget_and_depend_on_the_seed():
+    model = tiny_model(num_hidden_layers=6)
+    size = sizes(model, SMALL, list(range(6)), 42)
+    choices = [random_choice(list(range(6)), list(SMALL), size, 1000, seed) for seed in range(20)]
+    spent = [sum(size[layer][name] for layer, name in choice.items() if name) for choice in choices]
+    assert max(spent) <= 1000 and min(spent) > 1000 - 192 and len({str(choice) for choice in choices}) > 10
+    assert choices[0] == random_choice(list(range(6)), list(SMALL), size, 1000, 0)
+    assert None not in random_choice(list(range(6)), list(SMALL), size, None, 0).values()
+    with pytest.raises(InputError, match="budget=5 parameters"):
+        random_choice([0], list(SMALL), size, 5, 0)
+
+
+def test_a_plan_is_written_read_and_edited(tmp_path):
+    plan = plan_of()
+    plan.save(tmp_path)
+    path = tmp_path / "adapter_plan.json"
+    assert AdapterPlan.load(tmp_path) == AdapterPlan.load(path) == plan
+    values = json.loads(path.read_text())
+    assert (
+        values["model"]["layers"] == 2 and values["data"]["examples"] == 6 and len(values["data"]["fingerprint"]) == 64
+    )
+    values["choice"] = {"0": None, "1": "bottleneck"}
+    path.write_text(json.dumps(values))
+    edited = AdapterPlan.load(path)
+    assert edited.config().layers == {"1": ["bottleneck"]} and list(edited.config().kinds) == ["bottleneck"]
+    edited.check_model(tiny_model())
+    assert edited.same_weights(tiny_model().double()) and not edited.same_weights(tiny_model(seed=1).double())
+    assert "layer 1: " in edited.table() and "*" in edited.table()
+
+
+def test_a_picture_marks_the_choice(tmp_path):
+    pytest.importorskip("matplotlib")
+    plan = plan_of()
+    assert draw_plan(plan, tmp_path).read_bytes()[:4] == b"\x89PNG"
+    plan.choice = dict.fromkeys(plan.choice)
+    unmarked = draw_plan(plan, tmp_path / "none.png").read_bytes()
+    assert unmarked != (tmp_path / "adapter_plan.png").read_bytes()
+    with pytest.raises(InputError, match="the plan holds no scores to draw"):
+        draw_plan(AdapterPlan({0: "lora"}, {"lora": {}}), tmp_path)
+
+
+def edit(values, **changes):
+    return {**values, **changes}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: "no json", "is not valid JSON"),
+        (lambda v: [], "is no adapter plan of this version"),
+        (lambda v: edit(v, format="other"), "is no adapter plan of this version"),
+        (lambda v: edit(v, choise={}), "has an unknown entry 'choise'; did you mean 'choice'"),
+        (lambda v: edit(v, choice=None), "has no choice: a mapping is needed"),
+        (lambda v: edit(v, choice={"0": "lore"}), "layer 0 is to get 'lore'; did you mean 'lora'"),
+        (lambda v: edit(v, choice={"first": "lora"}), "'first' is no number of a layer"),
+        (lambda v: edit(v, model={"model_type": "roberta"}), "is for a model with model_type='roberta', and this one"),
+        (lambda v: edit(v, model={"layers": 12}), "is for a model with layers=12, and this one has 2"),
+        (lambda v: edit(v, choice={"5": "lora"}), "names layer 5, and the model has layers 0 to 1"),
+        (lambda v: edit(v, choice={"0": None}), "chooses nothing for any layer"),
+    ],
+)
+def test_plans_that_cannot_work(tmp_path, change, message):
+    path = tmp_path / "adapter_plan.json"
+    plan_of().save(path)
+    changed = change(json.loads(path.read_text()))
+    path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
+    with pytest.raises(InputError, match=message):
+        AdapterPlan.load(path).check_model(tiny_model())
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "message"),
+    [
+        (["lorra"], None, "candidate 'lorra' is unknown; did you mean 'lora'"),
+        (["lora", "lora"], None, "candidate 'lora' is named twice"),
+        (["prompt_tuning"], None, "prompt_tuning puts its parameters before the model .*cannot be limited to layers"),
+        (["vera"], None, "vera shares parameters between layers"),
+        (None, {"lora": 8}, "candidate 'lora' has the settings 8; pass a mapping"),
+        (None, {"lora": {"rank": 8}}, "kind 'lora': .*rank"),
+    ],
+)
+def test_candidates_that_cannot_work(names, settings, message):
+    with pytest.raises(InputError, match=message):
+        make_candidates(names, settings)
+
+
+def test_the_default_candidates_and_their_settings():
+    assert list(make_candidates(None)) == list(default_candidates()) == ["prefix", "bottleneck", "lora"]
+    changed = make_candidates(None, {"lora": {"r": 2}, "wide": {"peft_type": "LORA", "r": 32}})
+    assert (changed["lora"].r, changed["lora"].lora_alpha, changed["wide"].r) == (2, 16, 32)
+    assert changed["prefix"].projection_size == 512 and changed["bottleneck"].bottleneck_size == 48
+
+
+def test_models_and_gradients_that_cannot_be_chosen_by():
+    with pytest.raises(InputError, match="criterion 'thesys' is unknown; did you mean 'thesis'"):
+        plan_of(criterion="thesys")
+    with pytest.raises(InputError, match="criterion 'decrease' needs squared gradients, and power=1"):
+        plan_of(criterion="decrease", power=1)
+    with pytest.raises(InputError, match="no candidates to choose from"):
+        plan_of(candidates=[])
+    with pytest.raises(InputError, match="1 example has no scatter; take 2 or more"):
+        plan_of(data=rows(1), criterion="agreement")
+    with pytest.raises(InputError, match="a prefix cannot reach it; choose another adapter"):
+        plan_of(left := deberta())
+    assert not any("base_layer" in name for name, _ in left.named_modules())
+    blind = tiny_model()
+    torch.nn.init.zeros_(blind.classifier.weight)
+    with pytest.raises(InputError, match=r"every gradient is exactly zero.*classifier's weights and the labels"):
+        plan_of(blind)
+    with (
+        pytest.raises(InputError, match="carries PEFT adapters already"),
+        probing(tiny_model(), SMALL, [0], 1) as probe,
+    ):
+        plan_of(probe.get_base_model())
+
+
+def deberta():
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    config = AutoConfig.for_model(
+        "deberta-v2", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=45
+    )
+    return AutoModelForSequenceClassification.from_config(config)
