@@ -5,7 +5,7 @@ import enum
 import torch
 
 
-class Formula(str, enum.Enum):
+class Formula(enum.StrEnum):
     """Which update rule the kernel stands for (Malladi et al., ICML 2023, arXiv 2210.05643).
 
     SGD: `<J, J'>`.

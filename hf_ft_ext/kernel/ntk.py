@@ -24,7 +24,7 @@ from hf_ft_ext.per_example.state import Batch, supports_float64
 logger = logging.getLogger(__name__)
 
 
-class Engine(str, enum.Enum):
+class Engine(enum.StrEnum):
     """How a kernel is computed; all give the same.
 
     AUTO: `structured`, and autograd example by example for parameters that no rule covers. Use this.
@@ -257,8 +257,8 @@ class KernelComputation:
                 if bad.any():
                     row = int(bad.nonzero()[0, 0]) // side.scalars
                     return (
-                        f"the kernel is not finite: the gradient of {name} for example {side.order[row]} (from 0) is NaN "
-                        "or infinite; look at this row and this layer's weights, or load the model in float32"
+                        f"the kernel is not finite: the gradient of {name} for example {side.order[row]} (from 0) is "
+                        "NaN or infinite; look at this row and this layer's weights, or load the model in float32"
                     )
         return "the kernel is not finite although every gradient is: its numbers overflow; scale the logits down"
 

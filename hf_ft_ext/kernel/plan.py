@@ -1,6 +1,7 @@
 """How many examples are held, run and multiplied at a time, so that a bound of memory is kept."""
 
 import contextlib
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -109,4 +110,4 @@ def _split(n: int, most: int) -> list[tuple[int, int]]:
     """Even blocks of up to `most`."""
     blocks = -(-n // most)
     bounds = [n * i // blocks for i in range(blocks + 1)]
-    return list(zip(bounds[:-1], bounds[1:], strict=True))
+    return list(itertools.pairwise(bounds))

@@ -25,6 +25,9 @@ class Outer:
         left, right = (self.inputs, self.grads) if self.transposed else (self.grads, self.inputs)
         return torch.bmm(left.mT, right)
 
+    def __getitem__(self, rows: slice) -> "Outer":
+        return Outer(self.inputs[rows], self.grads[rows], self.transposed)
+
     def __len__(self) -> int:
         return len(self.grads)
 
@@ -51,6 +54,9 @@ class Rows:
         table.scatter_add_(1, ids[..., None].expand(-1, -1, width), self.grads)
         return table[:, : self.rows]
 
+    def __getitem__(self, rows: slice) -> "Rows":
+        return Rows(self.ids[rows], self.grads[rows], self.rows)
+
     def __len__(self) -> int:
         return len(self.grads)
 
@@ -64,6 +70,9 @@ class Dense:
     def dense(self) -> torch.Tensor:
         """The gradients: `[n, *shape]`."""
         return self.values
+
+    def __getitem__(self, rows: slice) -> "Dense":
+        return Dense(self.values[rows])
 
     def __len__(self) -> int:
         return len(self.values)
