@@ -68,6 +68,12 @@ METHODS: dict[str, Method] = {
             "hf_ft_ext.linearhead.trainer:LinearHeadTrainer",
             "linear probing: the last layer fitted by logistic or linear regression, the encoder as it is",
         ),
+        Method(
+            "kernel",
+            "hf_ft_ext.kernel.arguments:KernelTrainingArguments",
+            "hf_ft_ext.kernel.trainer:KernelTrainer",
+            "the model's empirical tangent kernel (eNTK) and a solver in place of fine-tuning",
+        ),
     )
 }
 

@@ -209,8 +209,8 @@ class KernelComputation:
         uncovered = self.engine.uncovered
         if uncovered and self.options.engine is Engine.STRUCTURED:
             raise InputError(
-                f"engine=structured has no rule for {len(uncovered)} parameters ({', '.join(uncovered[:3])}, ...); pass "
-                "engine=auto, which runs examples one by one for them"
+                f"engine=structured has no rule for {len(uncovered)} parameters ({', '.join(uncovered[:3])}, ...); "
+                "pass engine=auto, which runs examples one by one for them"
             )
         self._ready = True
 

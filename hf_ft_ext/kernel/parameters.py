@@ -5,6 +5,7 @@ import re
 from torch import nn
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.features import encoder_path
 
 
 def kernel_parameters(
@@ -18,7 +19,8 @@ def kernel_parameters(
 
     Args:
         pattern: regular expression that has to be found in a parameter's name.
-        exclude_embeddings: leave out all embedding tables (and with a table the decoder that is tied to it).
+        exclude_embeddings: leave out all embedding tables (and with a table the decoder that is tied to it), and what
+            is named after them, as the published code does: the norm of BERT's embeddings, for example.
         exclude_head: leave out what lies outside the base model.
         only_biases: only parameters whose last name is `bias`.
 
@@ -35,13 +37,13 @@ def kernel_parameters(
             raise InputError(f"kernel_parameters={pattern!r} is no regular expression: {error}") from None
     if exclude_embeddings:
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        chosen = {name: p for name, p in chosen.items() if id(p) not in tables}
+        chosen = {name: p for name, p in chosen.items() if id(p) not in tables and "embed" not in name}
     if exclude_head:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        base = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
-        if not isinstance(base, nn.Module) or base is inner:
+        path = encoder_path(inner)
+        if path is None:
             raise InputError(f"exclude_head: {type(inner).__name__} does not say which part is its base model")
-        body = {id(p) for p in base.parameters()}
+        body = {id(p) for p in inner.get_submodule(path).parameters()}
         chosen = {name: p for name, p in chosen.items() if id(p) in body}
     if only_biases:
         chosen = {name: p for name, p in chosen.items() if name.rpartition(".")[2] == "bias"}

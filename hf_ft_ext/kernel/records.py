@@ -43,7 +43,7 @@ class Matrix:
         return (torch.bmm(self.grads, self.grads.mT) * inputs).sum((1, 2))
 
     def write(self, first: int, last: int, out: torch.Tensor) -> None:
-        """Multiply out the rows of the examples `first` to `last` (exclusive) into `out` `[(last - first) * c, size]`."""
+        """Multiply out the rows of the examples `first` to `last` (exclusive) into `out` `[rows, size]`."""
         c = self.scalars
         inputs = self.inputs[first:last]
         inputs = inputs if c == 1 else inputs.repeat_interleave(c, 0)

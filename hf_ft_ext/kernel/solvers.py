@@ -76,7 +76,8 @@ def check_combination(
         )
     if solver in (Solver.SVR, Solver.SVC) and formula is Formula.ASYMMETRIC_SIGNGD:
         raise InputError(
-            f"{name} needs a symmetric kernel, which asymmetric_signgd is not; pass kernel_solver=asym, lstsq or logistic"
+            f"{name} needs a symmetric kernel, which asymmetric_signgd is not; pass kernel_solver=asym, lstsq or "
+            "logistic"
         )
     if adjust_for_init and solver in (Solver.SVC, Solver.LOGISTIC):
         raise InputError(
@@ -93,6 +94,7 @@ class KernelModel:
         kernel: of the train examples with themselves, `[kernels, N, C, N, C]`.
         labels: `[N]`, class ids or scores.
         start: the model's scalars at the start `[N, C]` (`adjust_for_init`), subtracted from the targets.
+        quiet: no warning about an ill-conditioned kernel.
 
     Attributes:
         rank, condition: numerical rank of the regularised kernel matrix and its condition number (`lstsq`, `svr`).
@@ -102,9 +104,14 @@ class KernelModel:
     """
 
     def __init__(
-        self, options: SolverOptions, kernel: np.ndarray, labels: np.ndarray, start: np.ndarray | None = None
+        self,
+        options: SolverOptions,
+        kernel: np.ndarray,
+        labels: np.ndarray,
+        start: np.ndarray | None = None,
+        quiet: bool = False,
     ):
-        self.options, self.scalars = options, kernel.shape[2]
+        self.options, self.scalars, self._quiet = options, kernel.shape[2], quiet
         self.rank: int | None = None
         self.condition: float | None = None
         self._labels = np.asarray(labels)
@@ -124,7 +131,7 @@ class KernelModel:
         return np.eye(self.scalars)[labels]
 
     def predict(self, kernel: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
-        """Predictions `[M, C]` for a kernel `[kernels, N, C, M, C]`; with one scalar in classification, its sign decides.
+        """Predictions `[M, C]` for a kernel `[kernels, N, C, M, C]`; of one scalar in classification the sign decides.
 
         Args:
             start: the model's scalars at the start `[M, C]`, added.
@@ -220,10 +227,10 @@ class KernelModel:
     def _report(self, singular: np.ndarray, size: int) -> None:
         smallest = float(singular.min())
         self.condition = float(singular.max()) / smallest if smallest > 0 else np.inf
-        if self.rank < size:
+        if self.rank < size and not self._quiet:
             logger.warning(
-                "the kernel matrix is ill-conditioned: rank %d of %d, condition number %.2g; the solution is the one of "
-                "least norm, and kernel_regularization (auto, or 1e-4, say) makes it stable",
+                "the kernel matrix is ill-conditioned: rank %d of %d, condition number %.2g; the solution is the one "
+                "of least norm, and kernel_regularization (auto, or 1e-4, say) makes it stable",
                 self.rank, size, self.condition,
             )  # fmt: skip
 
@@ -237,8 +244,8 @@ def check_labels(labels: np.ndarray, names: list[str]) -> None:
     missing = [name for i, name in enumerate(names) if not np.any(np.asarray(labels) == i)]
     if missing:
         raise InputError(
-            f"the training data holds no example of {', '.join(map(repr, missing))}; a kernel method learns only classes "
-            "it has seen: add rows, or draw k per class (--num_k)"
+            f"the training data holds no example of {', '.join(map(repr, missing))}; a kernel method learns only "
+            "classes it has seen: add rows, or draw k per class (--num_k)"
         )
 
 

@@ -68,6 +68,7 @@ class KernelStore:
     def __init__(self, folder: str | Path, about: dict[str, Any], overwrite: bool = False, write: bool = True):
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
         self.folder, self.about, self._write = Path(folder).expanduser() / key, about, write
+        self._cut: Plan | None = None
         if overwrite and write and self.folder.exists():
             shutil.rmtree(self.folder)
         found = self._description()
@@ -83,11 +84,12 @@ class KernelStore:
         if found is not None:
             plan = found["plan"]
             cut = {side: [tuple(bounds) for bounds in plan[side]] for side in ("first", "second")}
-            return Plan(**cut, batch_size=plan["batch_size"], scratch_bytes=plan["scratch_bytes"])
-        plan = make()
-        if self._write:
-            write_json(self.folder / DESCRIPTION, {"about": self.about, "plan": vars(plan)})
-        return plan
+            self._cut = Plan(**cut, batch_size=plan["batch_size"], scratch_bytes=plan["scratch_bytes"])
+        else:
+            self._cut = make()
+            if self._write:
+                write_json(self.folder / DESCRIPTION, {"about": self.about, "plan": vars(self._cut)})
+        return self._cut
 
     def get(self, i: int, j: int) -> torch.Tensor | None:
         """The finished block, or `None`.
@@ -107,7 +109,7 @@ class KernelStore:
                 f"the kernel block {path} cannot be read ({str(error).strip().splitlines()[0]}); delete the file, or "
                 "pass overwrite_kernels, and run again"
             ) from error
-        first, second = ((b - a) for a, b in self._bounds(i, j))
+        first, second = (b - a for a, b in (self._cut.first[i], self._cut.second[j]))
         if metadata.get("key") != self.folder.name or (block.shape[1], block.shape[3]) != (first, second):
             raise InputError(
                 f"the kernel block {path} is of another kernel: it holds {tuple(block.shape)}, expected "
@@ -128,10 +130,6 @@ class KernelStore:
 
     def _path(self, i: int, j: int) -> Path:
         return self.folder / f"block-{i:05d}-{j:05d}.safetensors"
-
-    def _bounds(self, i: int, j: int) -> tuple[list[int], list[int]]:
-        plan = self._description()["plan"]
-        return plan["first"][i], plan["second"][j]
 
     def _description(self) -> dict[str, Any] | None:
         path = self.folder / DESCRIPTION

@@ -118,7 +118,7 @@ class StructuredEngine:
         return norms
 
     def kernels(self, left: StructuredSide, right: StructuredSide) -> torch.Tensor:
-        """`[kernels, n, c, n', c]` in float64, examples in the sides' orders; NaN is left for the caller to explain."""
+        """`[kernels, n, c, n', c]` in float64, examples in the sides' orders; it may hold NaN."""
         shape = (self.formula.kernels, left.rows, right.rows)
         total = torch.zeros(shape, dtype=torch.float64, device=self.device)
         for name in sorted(left.records.keys() & right.records.keys()):
