@@ -249,7 +249,7 @@ class KernelComputation:
 
     def _explained(self, left, right) -> str:
         """Which example and which parameter made a kernel NaN or infinite."""
-        for side in (left, right):
+        for which, side in (("first", left), ("second", right)):
             for name in self.parameters:
                 if name not in side.names():
                     continue
@@ -257,8 +257,9 @@ class KernelComputation:
                 if bad.any():
                     row = int(bad.nonzero()[0, 0]) // side.scalars
                     return (
-                        f"the kernel is not finite: the gradient of {name} for example {side.order[row]} (from 0) is "
-                        "NaN or infinite; look at this row and this layer's weights, or load the model in float32"
+                        f"the kernel is not finite: the gradient of {name} for example {side.order[row]} (from 0) of "
+                        f"the {which} side is NaN or infinite; look at this row and this layer's weights, or load the "
+                        "model in float32"
                     )
         return "the kernel is not finite although every gradient is: its numbers overflow; scale the logits down"
 

@@ -140,11 +140,14 @@ class KernelModel:
         return found if start is None else found + start
 
     def loss(self, predictions: np.ndarray, labels: np.ndarray) -> float:
-        """Mean squared error against the targets (`logistic`: mean cross-entropy)."""
-        if self.options.solver is Solver.LOGISTIC:
-            scores = predictions if self.scalars > 1 else np.hstack([np.zeros_like(predictions), predictions])
-            rows = np.arange(len(labels))
-            return float(np.mean(np.logaddexp.reduce(scores, axis=1) - scores[rows, np.asarray(labels)]))
+        """Mean squared error against the targets; `logistic`: mean cross-entropy; `svc`, `asym`: mean hinge loss."""
+        if self.options.solver in (Solver.LOGISTIC, Solver.SVC, Solver.ASYM):
+            scores = predictions if self.scalars > 1 else np.hstack([-predictions, predictions]) / 2
+            true = scores[np.arange(len(labels)), np.asarray(labels)]
+            if self.options.solver is Solver.LOGISTIC:
+                return float(np.mean(np.logaddexp.reduce(scores, axis=1) - true))
+            others = np.where(np.arange(scores.shape[1]) == np.asarray(labels)[:, None], -np.inf, scores).max(1)
+            return float(np.mean(np.maximum(0, 1 - true + others)))
         return float(np.mean(np.sum((predictions - self.targets(labels)) ** 2, axis=1)))
 
     # --- solvers --------------------------------------------------------------------------------------

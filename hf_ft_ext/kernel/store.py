@@ -1,10 +1,11 @@
 """Kernels on disk: blocks in safetensors and a description in JSON, in a folder named after what they are of."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ class KernelStore:
         else:
             self._cut = make()
             if self._write:
-                write_json(self.folder / DESCRIPTION, {"about": self.about, "plan": vars(self._cut)})
+                with self._writing():
+                    write_json(self.folder / DESCRIPTION, {"about": self.about, "plan": vars(self._cut)})
         return self._cut
 
     def get(self, i: int, j: int) -> torch.Tensor | None:
@@ -119,9 +121,13 @@ class KernelStore:
 
     def put(self, i: int, j: int, block: torch.Tensor) -> None:
         """Keep a finished block."""
+        with self._writing(), replacing(self._path(i, j)) as temporary:
+            save_file({"kernel": block.contiguous()}, temporary, {"key": self.folder.name})
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            with replacing(self._path(i, j)) as temporary:
-                save_file({"kernel": block.contiguous()}, temporary, {"key": self.folder.name})
+            yield
         except OSError as error:
             raise InputError(
                 f"the kernel cannot be written to {self.folder} ({error.strerror or error}); pass kernel_dir with a "
@@ -163,7 +169,8 @@ def read_foreign(path: str | Path, names: tuple[str, str]) -> tuple[torch.Tensor
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, among them pickle's and zip's
-        raise InputError(f"{path} cannot be read as tensors ({str(error).strip().splitlines()[0]})") from error
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{path} cannot be read as tensors ({reason}); download or compute it again") from error
     if not (isinstance(found, list | tuple) and len(found) == 2 and all(isinstance(t, torch.Tensor) for t in found)):
         raise InputError(f"{path} does not hold the two tensors ({', '.join(names)})")
     return found[0], found[1]

@@ -39,8 +39,8 @@ class KernelTrainer(Trainer):
     """`transformers.Trainer` whose `train()` computes the train kernel and solves the task with it.
 
     The model's weights stay as they are. `evaluate` and `predict` compute the kernel between the training data and
-    the data given and return the solver's predictions with the usual metrics; `eval_loss` is the solver's (mean
-    squared error against one-hot targets; logistic: cross-entropy). Kernels are kept on disk block by block
+    the data given and return the solver's predictions with the usual metrics; `eval_loss` is the solver's (see
+    `KernelModel.loss`). Kernels are kept on disk block by block
     (`kernel_dir`), so an interrupted run continues and a repeated one computes nothing.
 
     Args:
