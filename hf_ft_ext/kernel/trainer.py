@@ -235,6 +235,11 @@ class KernelTrainer(Trainer):
             }
             write_json(os.path.join(output_dir or args.output_dir, SOLUTION), record)
 
+    def loading_line(self) -> str:
+        """How to predict again: the saved model is the one the kernel is of, as it was."""
+        folder = self.args.kernel_dir or os.path.join(self.args.output_dir, "kernels")
+        return f"the same command with --kernel_dir {folder} and --do_predict; the model itself is unchanged"
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         raise InputError("a kernel method has no optimizer: call train(), which solves the task")
 
