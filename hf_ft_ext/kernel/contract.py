@@ -1,6 +1,6 @@
 """Products of two sides' gradient rows, one parameter at a time, in the cheaper of the ways there are."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -31,10 +31,11 @@ class Contraction:
         max_bytes: for gradient rows multiplied out, both sides together.
     """
 
-    _CHUNK = 2**20  # entries in float64 between product and sign: what stays in the cache
+    _CHUNK = 2**17  # entries between product and sign
 
     def __init__(self, formula: Formula, max_bytes: int):
         self.formula, self.max_bytes, self.scratch = formula, max_bytes, Scratch()
+        self._shared: tuple | None = None
 
     def row_bytes(self, entries: int, dtype: torch.dtype) -> int:
         """Memory of one gradient row of so many entries in the views that the formula takes."""
@@ -89,95 +90,102 @@ class Contraction:
     def matrices(self, left: Sequence[Matrix], right: Sequence[Matrix], scales: tuple, out: torch.Tensor) -> None:
         """Add the kernels of a weight, over pairs of tokens or over the entries of the weight."""
         if self.formula is Formula.SGD and _tokens_are_cheaper(left, right):
-            self._by_tokens(left, right, out)
+            self._by_tokens(left, right, out[0])
             return
-        share = max(self.max_bytes // (2 * self.row_bytes(left[0].size * left[0].scalars, left[0].grads.dtype)), 1)
-        for first in _groups(left, share):
-            start = first[0][3]
-            a = self._written("left", left, first, scales[0])
-            for second in _groups(right, share):
-                begin = second[0][3]
-                b = self._written("right", right, second, scales[1])
+        c, size, like = left[0].scalars, left[0].size, left[0].grads
+        share = max(self.max_bytes // (2 * c * self.row_bytes(size, like.dtype)), 1)
+        sides = [[example for matrix in side for example in matrix.examples()] for side in (left, right)]
+        for i in range(0, len(sides[0]), share):
+            a = self._written("left", sides[0][i : i + share], i * c, scales[0])
+            for j in range(0, len(sides[1]), share):
+                b = self._written("right", sides[1][j : j + share], j * c, scales[1])
                 for total, part in zip(out, self.multiply(a, b), strict=True):
-                    total[start : start + part.shape[0], begin : begin + part.shape[1]] += part
+                    total[i * c : i * c + part.shape[0], j * c : j * c + part.shape[1]] += part
 
-    def _written(self, name: str, side: Sequence[Matrix], spans: list, scale: torch.Tensor | None) -> tuple:
-        c, like = side[0].scalars, side[0].grads
-        rows, size = sum(last - first for _, first, last, _ in spans) * c, side[0].size
-        if self.formula is Formula.SGD:
-            outs = (self.scratch.take(name, rows, size, like, like.dtype),)
-        elif self.formula is Formula.SIGNGD:
-            outs = (self.scratch.take(name, rows, size, like, torch.float32),)
-        else:
-            outs = tuple(self.scratch.take(f"{name}{i}", rows, size, like, like.dtype) for i in range(2))
-        at = 0
-        for index, first, last, row in spans:
-            step = last - first if self.formula is Formula.SGD else max(self._CHUNK // (size * c), 1)
-            for lo in range(first, last, step):
-                hi = min(lo + step, last)
-                until = at + (hi - lo) * c
-                if self.formula is Formula.SIGNGD:
-                    part = self.scratch.take("chunk", until - at, size, like, like.dtype)
-                    side[index].write(lo, hi, part)
-                    begin = row + (lo - first) * c
-                    part.mul_(scale[begin : begin + len(part), None]).trunc_().clamp_(-1, 1)
-                    outs[0][at:until].copy_(part)
-                else:
-                    side[index].write(lo, hi, outs[0][at:until])
-                    if len(outs) == 2:
-                        begin = row + (lo - first) * c
-                        outs[1][at:until].copy_(outs[0][at:until]).mul_(
-                            scale[begin : begin + until - at, None]
-                        ).trunc_().clamp_(-1, 1)
-                at = until
-        return outs
+    def _written(self, name: str, examples: list, first: int, scale: torch.Tensor | None) -> tuple:
+        """The views of the examples' gradient rows, multiplied out; `first`: row of the first of them."""
+        inputs, grads = examples[0]
+        c, width, height = grads.shape[1], inputs.shape[1], grads.shape[2]
+        rows, size, dtype = len(examples) * c, width * height, grads.dtype
+        raw = None if self.formula is Formula.SIGNGD else self.scratch.take(name, rows, size, inputs, dtype)
+        kind = torch.float32 if self.formula is Formula.SIGNGD else dtype
+        sign = None if scale is None else self.scratch.take(f"{name} signs", rows, size, inputs, kind)
+        step = height if scale is None else max(self._CHUNK // width, 1)
+        chunk = self.scratch.take("chunk", step, width, inputs, dtype)
+        row = 0
+        for inputs, grads in examples:
+            for scalar in range(c):
+                g = grads[:, scalar]
+                if raw is not None:
+                    torch.mm(g.T, inputs, out=raw[row].view(height, width))
+                if sign is not None:
+                    g = g * scale[first + row]
+                    target = sign[row].view(height, width)
+                    for top in range(0, height, step):  # what stays in the cache between product and sign
+                        part = target[top : top + step]
+                        found = torch.mm(g[:, top : top + step].T, inputs, out=chunk[: len(part)])
+                        part.copy_(found).trunc_().clamp_(-1, 1)
+                row += 1
+        return (sign,) if raw is None else (raw,) if sign is None else (raw, sign)
 
     def _by_tokens(self, left: Sequence[Matrix], right: Sequence[Matrix], out: torch.Tensor) -> None:
-        """`K = sum over tokens t, s of <g_t, g_s> <x_t, x_s>`."""
-        row = 0
-        for a in left:
-            rows, t1, c = len(a.grads), a.grads.shape[1], a.scalars
-            column = 0
-            for b in right:
-                pairs = 2 * rows * t1 * b.grads.shape[1] * c * a.grads.element_size()
-                step = max(self.max_bytes // pairs, 1)  # examples of b
-                for lo in range(0, len(b.inputs), step):
-                    inputs, grads = b.inputs[lo : lo + step], b.grads[lo * c : (lo + step) * c]
-                    n1, n2, t2 = len(a.inputs), len(inputs), inputs.shape[1]
-                    x = (a.inputs.flatten(0, 1) @ inputs.flatten(0, 1).T).view(n1, 1, t1, n2, 1, t2)
-                    g = (a.grads.flatten(0, 1) @ grads.flatten(0, 1).T).view(n1, c, t1, n2, c, t2)
-                    part = (g.mul_(x)).sum((2, 5)).reshape(rows, n2 * c)
-                    out[0, row : row + rows, column : column + n2 * c] += part
-                    column += n2 * c
-            row += rows
+        """`K = sum over tokens t, s of <g_t, g_s> <x_t, x_s>`, added to `out` `[rows, rows']`."""
+        c = left[0].scalars
+        a = _Tokens(left, 0, sum(len(matrix.counts) for matrix in left))
+        n, done = sum(len(matrix.counts) for matrix in right), 0
+        longest = max(count for matrix in right for count in matrix.counts) or 1
+        pair = 3 * c * c * max(len(a.inputs), 1) * longest * a.inputs.element_size()
+        step = max(self.max_bytes // pair, 1)  # examples of the right side
+        while done < n:
+            b = _Tokens(right, done, done + step)
+            x = self._input_products(a, b)
+            g = (a.grads.flatten(0, 1) @ b.grads.flatten(0, 1).T).view(len(a.inputs), c, len(b.inputs), c)
+            g.mul_(x[:, None, :, None])
+            part = g.new_zeros(a.n, c * len(b.inputs) * c).index_add_(0, a.examples, g.flatten(1))
+            part = part.view(a.n * c, len(b.inputs), c)
+            part = part.new_zeros(a.n * c, b.n, c).index_add_(1, b.examples, part)
+            out[:, done * c : (done + b.n) * c] += part.flatten(1)
+            done += b.n
+
+    def _input_products(self, a: "_Tokens", b: "_Tokens") -> torch.Tensor:
+        """`<x_t, x_s>`; layers that read the same (query, key and value) come one after the other and share it."""
+        key = (a.key, b.key)
+        if self._shared is None or self._shared[0] != key:
+            self._shared = None
+            self._shared = (key, a.inputs @ b.inputs.T, a.held, b.held)  # held: so that no address is used again
+        return self._shared[1]
+
+
+class _Tokens:
+    """The tokens of examples `first` to `last` (exclusive) of a side, as one."""
+
+    def __init__(self, side: Sequence[Matrix], first: int, last: int):
+        inputs, grads, counts, at = [], [], [], 0
+        for matrix in side:
+            lo, hi = max(first - at, 0), min(last - at, len(matrix.counts))
+            at += len(matrix.counts)
+            if lo < hi:
+                start = sum(matrix.counts[:lo])
+                stop = start + sum(matrix.counts[lo:hi])
+                inputs.append(matrix.inputs[start:stop])
+                grads.append(matrix.grads[start:stop])
+                counts += matrix.counts[lo:hi]
+        self.held, self.key = inputs, tuple((part.data_ptr(), len(part)) for part in inputs)
+        self.inputs = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
+        self.grads = torch.cat(grads) if len(grads) > 1 else grads[0]
+        self.n = len(counts)
+        device = self.inputs.device
+        self.examples = torch.arange(self.n, device=device).repeat_interleave(torch.tensor(counts, device=device))
 
 
 def _tokens_are_cheaper(left: Sequence[Matrix], right: Sequence[Matrix]) -> bool:
     """Whether products over pairs of tokens cost less than multiplying the gradients out and over their entries."""
     c, size = left[0].scalars, left[0].size
-    width_in, width_out = left[0].inputs.shape[2], left[0].grads.shape[2]
+    width_in, width_out = left[0].inputs.shape[1], left[0].grads.shape[2]
     tokens1, tokens2 = (sum(matrix.tokens for matrix in side) for side in (left, right))
-    n1, n2 = (sum(len(matrix.inputs) for matrix in side) for side in (left, right))
+    n1, n2 = (sum(len(matrix.counts) for matrix in side) for side in (left, right))
     entries = c * c * n1 * n2 * size + c * size * (tokens1 + tokens2)
-    return tokens1 * tokens2 * (c * c * (width_out + 8) + width_in) < entries
-
-
-def _groups(side: Sequence[Matrix], limit: int) -> Iterator[list[tuple[int, int, int, int]]]:
-    """Spans (matrix, first example, last, row of the first) in groups of up to `limit` examples."""
-    group, room, row = [], limit, 0
-    for index, matrix in enumerate(side):
-        n, first = len(matrix.inputs), 0
-        while first < n:
-            last = min(first + room, n)
-            group.append((index, first, last, row + first * matrix.scalars))
-            room -= last - first
-            first = last
-            if room == 0:
-                yield group
-                group, room = [], limit
-        row += n * matrix.scalars
-    if group:
-        yield group
+    return tokens1 * tokens2 * (c * c * (width_out + 16) + width_in) < entries
 
 
 def _ranges(ids: torch.Tensor) -> dict[int, tuple[int, int]]:

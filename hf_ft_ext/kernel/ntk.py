@@ -19,7 +19,7 @@ from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.structured import StructuredEngine
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.gradients import logits
-from hf_ft_ext.per_example.state import Batch, supports_float64
+from hf_ft_ext.per_example.state import Batch, computing_in, evaluating, supports_float64
 
 logger = logging.getLogger(__name__)
 
@@ -170,9 +170,14 @@ class KernelComputation:
             blocks: finished blocks are taken from there and new ones left there.
             process, processes: this process and how many share the work.
         """
-        plan = (
-            blocks.plan(lambda: self._plan(rows1, rows2, processes)) if blocks else self._plan(rows1, rows2, processes)
-        )
+        with evaluating(self.model), computing_in(self.model, self.engine.dtype):  # once, not for each batch
+            return self._run(rows1, rows2, blocks, process, processes, disable_tqdm)
+
+    def _run(self, rows1, rows2, blocks, process: int, processes: int, disable_tqdm: bool) -> torch.Tensor:
+        def make() -> Plan:
+            return self._plan(rows1, rows2, processes)
+
+        plan = blocks.plan(make) if blocks else make()
         self.engine.contraction.max_bytes = plan.scratch_bytes
         symmetric = rows2 is None
         pairs = [(i, j) for i in range(len(plan.first)) for j in range(len(plan.second)) if not symmetric or i <= j]

@@ -1,6 +1,6 @@
 """What one batch says about one parameter's gradients, in as little memory as its kernel needs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,45 +10,40 @@ from hf_ft_ext.per_example.forms import Form, Outer, Rows, dense
 
 @dataclass
 class Matrix:
-    """`sum_t grads[r, t] inputs[r // c, t]^T`: rows of a weight's gradient that need not be multiplied out.
+    """`sum_t grads[t, s] inputs[t]^T` over an example's tokens: gradients of a weight that need not be multiplied out.
 
     Attributes:
-        inputs: `[n, tokens, in]`.
-        grads: `[n * c, tokens, out]`, the c scalars of an example one after the other.
+        inputs: `[tokens, in]`, of all examples one after the other; tokens without gradient are left out.
+        grads: `[tokens, c, out]`, for the c scalars.
+        counts: tokens of each example.
+        squared_norms: of each row (example, scalar), `[n * c]`; `None` unless asked for.
     """
 
     inputs: torch.Tensor
     grads: torch.Tensor
+    counts: list[int]
+    squared_norms: torch.Tensor | None = None
 
     @property
     def scalars(self) -> int:
-        return len(self.grads) // len(self.inputs)
+        return self.grads.shape[1]
 
     @property
     def size(self) -> int:
         """Entries of the weight."""
-        return self.inputs.shape[2] * self.grads.shape[2]
+        return self.inputs.shape[1] * self.grads.shape[2]
 
     @property
     def tokens(self) -> int:
         """Tokens of all examples together."""
-        return self.inputs.shape[0] * self.inputs.shape[1]
+        return len(self.inputs)
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.inputs, self.grads]
 
-    def squared_norms(self) -> torch.Tensor:
-        """Of each row: `[n * c]`."""
-        inputs = torch.bmm(self.inputs, self.inputs.mT).repeat_interleave(self.scalars, 0)
-        return (torch.bmm(self.grads, self.grads.mT) * inputs).sum((1, 2))
-
-    def write(self, first: int, last: int, out: torch.Tensor) -> None:
-        """Multiply out the rows of the examples `first` to `last` (exclusive) into `out` `[rows, size]`."""
-        c = self.scalars
-        inputs = self.inputs[first:last]
-        inputs = inputs if c == 1 else inputs.repeat_interleave(c, 0)
-        shape = (len(out), self.grads.shape[2], self.inputs.shape[2])
-        torch.bmm(self.grads[first * c : last * c].mT, inputs, out=out.view(shape))
+    def examples(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Inputs `[t, in]` and gradients `[t, c, out]` of each example."""
+        return zip(self.inputs.split(self.counts), self.grads.split(self.counts), strict=True)
 
 
 @dataclass
@@ -82,43 +77,69 @@ class Vector:
 Record = Matrix | Table | Vector
 
 
-def make_record(forms: list[list[Form] | None], n: int) -> Record:
-    """The record of one parameter.
+class RecordMaker:
+    """Makes the records of one batch; inputs that several layers read are kept once.
 
     Args:
-        forms: for each scalar what the uses of the parameter give it, `None` for a scalar that does not depend on it.
-        n: examples.
+        n: examples in the batch.
+        norms: whether matrices need their rows' norms.
     """
-    some = next(found for found in forms if found is not None)
-    if all(isinstance(form, Outer) for form in some):
-        return _matrix(forms, some)
-    if any(isinstance(form, Rows) for form in some) and all(
-        isinstance(form, Rows) or (isinstance(form, Outer) and not form.transposed) for form in some
-    ):
-        return _table(forms)
-    values = [None if found is None else dense(found).flatten(1) for found in forms]
-    size = next(value for value in values if value is not None)
-    stacked = torch.stack([torch.zeros_like(size) if value is None else value for value in values], 1)
-    return Vector(stacked.flatten(0, 1))
+
+    def __init__(self, n: int, norms: bool):
+        self.n, self.norms = n, norms
+        self._kept: dict[tuple, torch.Tensor] = {}
+
+    def __call__(self, forms: list[list[Form] | None]) -> Record:
+        """The record of one parameter.
+
+        Args:
+            forms: for each scalar what the uses of the parameter give it, `None` for a scalar that does not depend on
+                it.
+        """
+        some = next(found for found in forms if found is not None)
+        if all(isinstance(form, Outer) for form in some):
+            return self._matrix(forms, some)
+        if any(isinstance(form, Rows) for form in some) and all(
+            isinstance(form, Rows) or (isinstance(form, Outer) and not form.transposed) for form in some
+        ):
+            return _table(forms)
+        values = [None if found is None else dense(found).flatten(1) for found in forms]
+        size = next(value for value in values if value is not None)
+        stacked = torch.stack([torch.zeros_like(size) if value is None else value for value in values], 1)
+        return Vector(stacked.flatten(0, 1))
+
+    def _matrix(self, forms: list[list[Outer] | None], some: list[Outer]) -> Matrix:
+        """Uses of a weight are more tokens of it."""
+        inputs = [form.inputs for form in some]
+        key = tuple(tensor.data_ptr() for tensor in inputs)
+        inputs = torch.cat(inputs, 1) if len(some) > 1 else inputs[0]
+        parts = []
+        for found in forms:
+            if found is None:
+                parts.append(inputs.new_zeros(*inputs.shape[:2], some[0].grads.shape[2]))
+            else:
+                parts.append(torch.cat([form.grads for form in found], 1) if len(found) > 1 else found[0].grads)
+        grads = torch.stack(parts, 2) if len(parts) > 1 else parts[0][:, :, None]  # [n, tokens, c, out]
+        # of padding, and in the last layer of all but the token that the head reads, gradients are exactly zero
+        used = torch.linalg.vector_norm(grads.flatten(2), ord=float("inf"), dim=2) != 0
+        key = (*key, used.cpu().numpy().tobytes())
+        if key not in self._kept:
+            self._kept[key] = inputs[used]
+        kept, grads, norms = self._kept[key], grads[used], None
+        counts = used.sum(1).tolist()
+        if self.norms:
+            norms = torch.cat(
+                [_squared_norms(x, g) for x, g in zip(kept.split(counts), grads.split(counts), strict=True)]
+            )
+        return Matrix(kept, grads, counts, norms)
 
 
-def _matrix(forms: list[list[Outer] | None], some: list[Outer]) -> Matrix:
-    """Uses of a weight are more tokens of it; tokens without gradient are left out where that saves much."""
-    inputs = torch.cat([form.inputs for form in some], 1) if len(some) > 1 else some[0].inputs
-    parts = []
-    for found in forms:
-        if found is None:
-            parts.append(inputs.new_zeros(*inputs.shape[:2], some[0].grads.shape[2]))
-        else:
-            parts.append(torch.cat([form.grads for form in found], 1) if len(found) > 1 else found[0].grads)
-    grads = torch.stack(parts, 1) if len(parts) > 1 else parts[0][:, None]  # [n, c, tokens, out]
-    used = (grads != 0).any(-1).any(1)  # [n, tokens]
-    most = max(int(used.sum(1).max()), 1)
-    if most <= used.shape[1] // 2:
-        keep = used.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :most]
-        inputs = inputs.gather(1, keep[..., None].expand(-1, -1, inputs.shape[2]))
-        grads = grads.gather(2, keep[:, None, :, None].expand(-1, grads.shape[1], -1, grads.shape[3]))
-    return Matrix(inputs, grads.flatten(0, 1))
+def _squared_norms(inputs: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    """Of one example's rows `[c]`: `sum over tokens t, s of <x_t, x_s> <g_t, g_s>`, or the rows in full if cheaper."""
+    grads = grads.transpose(0, 1)
+    if len(inputs) > min(inputs.shape[1], grads.shape[2]):
+        return (grads.mT @ inputs).square().sum((1, 2))
+    return ((grads @ grads.mT) * (inputs @ inputs.T)).sum((1, 2))
 
 
 def _table(forms: list[list[Rows | Outer] | None]) -> Table:

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_ft_ext.kernel.contract import Contraction
 from hf_ft_ext.kernel.formulas import Formula, sign_scale
-from hf_ft_ext.kernel.records import Matrix, Record, Table, Vector, make_record
+from hf_ft_ext.kernel.records import Matrix, Record, RecordMaker, Table, Vector
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.gradients import ExampleGradients
@@ -84,9 +84,10 @@ class StructuredEngine:
         self.parameters = parameters
 
     def prepare(self, rows: ExampleRows) -> None:
-        """Try the rules on the two longest rows."""
-        longest = sorted(range(len(rows)), key=lambda i: -rows.lengths[i])[:2]
-        self.examples.prepare(rows.batch(longest, self.device))
+        """Try the rules on two rows of middling lengths."""
+        middle = len(rows) // 2
+        order = sorted(range(len(rows)), key=lambda i: rows.lengths[i])
+        self.examples.prepare(rows.batch(order[middle : middle + 2] or order, self.device))
 
     @property
     def uncovered(self) -> list[str]:
@@ -109,9 +110,10 @@ class StructuredEngine:
 
     def _add(self, side: StructuredSide, gradients: list[dict], n: int) -> torch.Tensor:
         number = len(side.starts) - 1
+        make = RecordMaker(n, self.formula.signs)
         norms = torch.zeros(n * side.scalars, dtype=torch.float64, device=self.device)
         for name in sorted(set().union(*gradients)):
-            record = make_record([scalar.get(name) for scalar in gradients], n)
+            record = make([scalar.get(name) for scalar in gradients])
             side.records.setdefault(name, []).append((number, record))
             if self.formula.signs:
                 norms += _squared_norms(record, len(norms))
@@ -173,7 +175,7 @@ def _starts(side: StructuredSide, name: str) -> list[int]:
 
 def _squared_norms(record: Record, rows: int) -> torch.Tensor:
     if isinstance(record, Matrix):
-        return record.squared_norms()
+        return record.squared_norms
     if isinstance(record, Vector):
         return record.values.square().sum(1)
     return record.values.new_zeros(rows).index_add_(0, record.rows, record.values.square().sum(1))

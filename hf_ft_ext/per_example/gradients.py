@@ -209,10 +209,11 @@ class ExampleGradients:
         sizes = dict.fromkeys(self.parameters, 0.0)
 
         def compare(name: str, expected: torch.Tensor) -> None:
-            sizes[name] = float(expected.abs().max())
+            sizes[name] = float(torch.linalg.vector_norm(expected, inf))
             if name not in failed and name in forms:
                 found = dense([form[:1] for form in forms[name]])[0]
-                errors[name] = float(found.sub_(expected).abs_().max()) if found.shape == expected.shape else inf
+                same = found.shape == expected.shape
+                errors[name] = float(torch.linalg.vector_norm(found.sub_(expected), inf)) if same else inf
 
         with _each_gradient(self.parameters, compare):
             scalar.backward()

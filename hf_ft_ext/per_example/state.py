@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -38,7 +38,7 @@ def only_trainable(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Weights and buffers in `dtype` (`None`: as they are); afterwards back, which is exact from a wider type.
+    """Weights and buffers in `dtype` (`None`: as they are); afterwards the old ones, untouched, are back.
 
     In float64 nothing inside the model falls back to float32, as norms and softmax of some models otherwise do.
     """
@@ -46,15 +46,16 @@ def computing_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         yield
         return
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()}
-    before = [(tensor, tensor.dtype) for tensor in tensors.values()]
+    before = [(tensor, tensor.data) for tensor in tensors.values() if tensor.dtype != dtype]
+    stays = any(isinstance(mode, _Float64Stays) for mode in _get_current_function_mode_stack())
     try:
-        for tensor, _ in before:
-            tensor.data = tensor.data.to(dtype)
-        with _Float64Stays() if dtype == torch.float64 else contextlib.nullcontext():
+        for tensor, old in before:
+            tensor.data = old.to(dtype)
+        with _Float64Stays() if dtype == torch.float64 and not stays else contextlib.nullcontext():
             yield
     finally:
         for tensor, old in before:
-            tensor.data = tensor.data.to(old)
+            tensor.data = old
 
 
 def batch_in(batch: Batch, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
