@@ -121,11 +121,12 @@ class RecordMaker:
                 parts.append(torch.cat([form.grads for form in found], 1) if len(found) > 1 else found[0].grads)
         grads = torch.stack(parts, 2) if len(parts) > 1 else parts[0][:, :, None]  # [n, tokens, c, out]
         # of padding, and in the last layer of all but the token that the head reads, gradients are exactly zero
-        used = torch.linalg.vector_norm(grads.flatten(2), ord=float("inf"), dim=2) != 0
+        used = grads.flatten(2).any(2)
+        places = used.flatten().nonzero()[:, 0]
         key = (*key, used.cpu().numpy().tobytes())
         if key not in self._kept:
-            self._kept[key] = inputs[used]
-        kept, grads, norms = self._kept[key], grads[used], None
+            self._kept[key] = inputs.flatten(0, 1).index_select(0, places)
+        kept, grads, norms = self._kept[key], grads.flatten(0, 1).index_select(0, places), None
         counts = used.sum(1).tolist()
         if self.norms:
             norms = torch.cat(
