@@ -31,7 +31,7 @@ class Contraction:
         max_bytes: for gradient rows multiplied out, both sides together.
     """
 
-    _CHUNK = 2**17  # entries between product and sign
+    _CHUNK = 2**18  # entries between product and sign
 
     def __init__(self, formula: Formula, max_bytes: int):
         self.formula, self.max_bytes, self.scratch = formula, max_bytes, Scratch()
@@ -110,7 +110,7 @@ class Contraction:
         raw = None if self.formula is Formula.SIGNGD else self.scratch.take(name, rows, size, inputs, dtype)
         kind = torch.float32 if self.formula is Formula.SIGNGD else dtype
         sign = None if scale is None else self.scratch.take(f"{name} signs", rows, size, inputs, kind)
-        step = height if scale is None else max(self._CHUNK // width, 1)
+        step = height if scale is None else -(-height // -(-size // self._CHUNK))  # even parts
         chunk = self.scratch.take("chunk", step, width, inputs, dtype)
         row = 0
         for inputs, grads in examples:

@@ -170,7 +170,7 @@ class KernelComputation:
             blocks: finished blocks are taken from there and new ones left there.
             process, processes: this process and how many share the work.
         """
-        with evaluating(self.model), computing_in(self.model, self.engine.dtype):  # once, not for each batch
+        with evaluating(self.model), computing_in(self.model, self.engine.dtype, only_weights=True):  # for all batches
             return self._run(rows1, rows2, blocks, process, processes, disable_tqdm)
 
     def _run(self, rows1, rows2, blocks, process: int, processes: int, disable_tqdm: bool) -> torch.Tensor:

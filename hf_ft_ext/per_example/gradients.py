@@ -136,11 +136,13 @@ class ExampleGradients:
         direct = {name: self.parameters[name] for name in self.uncovered}
         n = batch_size(batch)
         step = 1 if direct else n
-        with evaluating(self.model), computing_in(self.model, self.dtype), only_trainable(self.model, direct):
-            batch = batch_in(batch, self.dtype)
-            for first in range(0, n, step):
-                part = {key: value[first : first + step] for key, value in batch.items() if key != "labels"}
-                yield Part(first, *self._gradients(part, self._owners, direct))
+        batch = batch_in(batch, self.dtype)
+        for first in range(0, n, step):
+            part = {key: value[first : first + step] for key, value in batch.items() if key != "labels"}
+            # no state of the model is held while the caller works with a part
+            with evaluating(self.model), computing_in(self.model, self.dtype), only_trainable(self.model, direct):
+                found = self._gradients(part, self._owners, direct)
+            yield Part(first, *found)
 
     def _gradients(self, batch: Batch, owners: list[Owner], direct: dict[str, nn.Parameter]) -> tuple:
         return gradients(self.model, batch, self.function, owners, direct, batch_size(batch), self._expand)

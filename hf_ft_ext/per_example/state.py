@@ -37,17 +37,18 @@ def only_trainable(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def computing_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+def computing_in(model: nn.Module, dtype: torch.dtype | None, only_weights: bool = False) -> Iterator[None]:
     """Weights and buffers in `dtype` (`None`: as they are); afterwards the old ones, untouched, are back.
 
-    In float64 nothing inside the model falls back to float32, as norms and softmax of some models otherwise do.
+    In float64 nothing inside the model falls back to float32, as norms and softmax of some models otherwise do; this
+    watches every call of torch, so around work that is not the model's ask for `only_weights`.
     """
     if dtype is None:
         yield
         return
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()}
     before = [(tensor, tensor.data) for tensor in tensors.values() if tensor.dtype != dtype]
-    stays = any(isinstance(mode, _Float64Stays) for mode in _get_current_function_mode_stack())
+    stays = only_weights or any(isinstance(mode, _Float64Stays) for mode in _get_current_function_mode_stack())
     try:
         for tensor, old in before:
             tensor.data = old.to(dtype)
