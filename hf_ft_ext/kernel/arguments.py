@@ -14,7 +14,7 @@ AUTO = "auto"
 # What steers a training loop or its precision, and has nothing to act on here.
 _OF_A_LOOP = (
     "adam_beta1", "adam_beta2", "adam_epsilon", "auto_find_batch_size", "bf16", "eval_strategy", "fp16",
-    "gradient_accumulation_steps", "gradient_checkpointing", "label_smoothing_factor", "learning_rate",
+    "gradient_accumulation_steps", "gradient_checkpointing", "hp_search", "label_smoothing_factor", "learning_rate",
     "load_best_model_at_end", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_steps",
     "num_train_epochs", "optim", "optim_args", "per_device_train_batch_size", "resume_from_checkpoint",
     "train_sampling_strategy", "warmup_steps", "weight_decay",
