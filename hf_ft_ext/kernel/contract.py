@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_ft_ext.kernel.formulas import Formula, product, sign_product, signs
+from hf_ft_ext.kernel.formulas import Formula, product, sign_product, sign_type, signs
 from hf_ft_ext.kernel.records import Matrix, Table, Vector, joined
 
 
@@ -108,7 +108,7 @@ class Contraction:
         c, width, height = grads.shape[1], inputs.shape[1], grads.shape[2]
         rows, size, dtype = len(examples) * c, width * height, grads.dtype
         raw = None if self.formula is Formula.SIGNGD else self.scratch.take(name, rows, size, inputs, dtype)
-        kind = torch.float32 if self.formula is Formula.SIGNGD else dtype
+        kind = sign_type(inputs.device) if self.formula is Formula.SIGNGD else dtype
         sign = None if scale is None else self.scratch.take(f"{name} signs", rows, size, inputs, kind)
         step = height if scale is None else -(-height // -(-size // self._CHUNK))  # even parts
         chunk = self.scratch.take("chunk", step, width, inputs, dtype)
@@ -124,7 +124,8 @@ class Contraction:
                     for top in range(0, height, step):  # what stays in the cache between product and sign
                         part = target[top : top + step]
                         found = torch.mm(g[:, top : top + step].T, inputs, out=chunk[: len(part)])
-                        part.copy_(found).trunc_().clamp_(-1, 1)
+                        found.clamp_(-1, 1)
+                        part.copy_(found) if kind == torch.int8 else part.copy_(found).trunc_()  # int8 cuts too
                 row += 1
         return (sign,) if raw is None else (raw,) if sign is None else (raw, sign)
 

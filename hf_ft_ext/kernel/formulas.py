@@ -51,11 +51,19 @@ def signs(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def sign_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`left @ right.T` in float64, exact, for entries -1, 0 and 1 in float32."""
+    """`left @ right.T` in float64, exact, for entries -1, 0 and 1 in float32 or int8 (see `sign_type`)."""
+    if left.dtype == torch.int8:
+        return torch._int_mm(left, right.T).double()
     total = left.new_zeros(len(left), len(right), dtype=torch.float64)
     for first in range(0, left.shape[1], _EXACT_SUM):
         total += left[:, first : first + _EXACT_SUM] @ right[:, first : first + _EXACT_SUM].T
     return total
+
+
+def sign_type(device: torch.device) -> torch.dtype:
+    """The type in which products of signs are quickest on `device`: int8 where the processor multiplies such."""
+    quick = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return torch.int8 if device.type == "cpu" and quick and hasattr(torch, "_int_mm") else torch.float32
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -231,6 +231,14 @@ def test_products_of_signs_are_exact_beyond_float32(monkeypatch):
     assert sign_product(left, left).item() == 2500 and sign_product(left, -left).dtype == torch.float64
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.float32])
+def test_both_types_of_signs_give_the_same(kind, monkeypatch):
+    model = family("roberta")
+    expected = empirical_ntk(model, LEFT, RIGHT, "signgd", "jacobian")
+    monkeypatch.setattr(contract, "sign_type", lambda device: kind)
+    assert torch.equal(empirical_ntk(model, LEFT, RIGHT, "signgd"), expected)
+
+
 # --- rows, memory, bad input ---------------------------------------------------------------------------
 
 
