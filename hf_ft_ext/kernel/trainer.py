@@ -196,6 +196,8 @@ class KernelTrainer(Trainer):
                 "a kernel predicts from training data, and none was solved yet: call train() first, or add --do_train"
             )
         dataset = dataloader.dataset
+        if not hasattr(dataset, "__len__"):
+            raise InputError("a kernel needs data of known length, and this is a stream; pass a data set")
         split = _SPLITS.get(metric_key_prefix, metric_key_prefix)
         predictions = self.solved.predict(self.source.kernel(dataset, split), self._start(dataset, split))
         try:

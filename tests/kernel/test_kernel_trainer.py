@@ -193,6 +193,10 @@ def test_uses_that_cannot_work(tmp_path):
         KernelTrainer(tiny_model(), optimizers=(torch.optim.SGD(tiny_model().parameters()), None))
     with pytest.raises(InputError, match="call train"):
         make(tmp_path).evaluate()
+    trainer = make(tmp_path)
+    trainer.train()
+    with pytest.raises(InputError, match="known length, and this is a stream"):
+        trainer.evaluate(trainer.eval_dataset.to_iterable_dataset())
     with pytest.raises(InputError, match="leaves no checkpoint"):
         make(tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(InputError, match="has no optimizer"):
