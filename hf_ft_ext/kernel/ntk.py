@@ -151,6 +151,8 @@ class KernelComputation:
         if options.formula.signs and not supports_float64(first.device):
             raise InputError(f"formula {options.formula.value} needs float64, which {first.device} lacks; use the CPU")
         dtype = torch.float64 if options.formula.signs or first.dtype == torch.float64 else torch.float32
+        wider = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.dtype != dtype]
+        self._wider_bytes = sum(t.numel() * dtype.itemsize for t in wider)
         kind = JacobianEngine if options.engine is Engine.JACOBIAN else StructuredEngine
         self.engine = kind(model, self.function, self.parameters, options.formula, dtype)
         self._ready = False
@@ -203,7 +205,7 @@ class KernelComputation:
         self._prepare(rows1)
         longer = rows1 if rows2 is None or max(rows1.lengths) >= max(rows2.lengths) else rows2
         options = self.options
-        needs = measure(self.engine, longer)
+        needs = measure(self.engine, longer, self._wider_bytes)
         n2 = None if rows2 is None else len(rows2)
         return make_plan(needs, len(rows1), n2, options.memory_gb, options.batch_size, options.block_rows, processes)
 

@@ -21,16 +21,18 @@ class Needs:
         record: kept for it.
         graph: what a forward and backward pass needs while it runs.
         row: its gradient rows of the largest parameter multiplied out.
+        fixed: taken whatever the number of examples: weights in a wider type.
     """
 
     record: int
     graph: int
     row: int
+    fixed: int = 0
 
     @property
     def least(self) -> int:
         """The smallest budget that works: one example on either side."""
-        return 2 * self.record + self.graph + 2 * self.row
+        return self.fixed + 2 * self.record + self.graph + 2 * self.row
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Plan:
     scratch_bytes: int
 
 
-def measure(engine, rows: ExampleRows) -> Needs:
+def measure(engine, rows: ExampleRows, fixed: int = 0) -> Needs:
     """What one example takes, measured on the longest row."""
     longest = max(range(len(rows)), key=lambda i: rows.lengths[i])
     saved: dict[int, int] = {}
@@ -68,7 +70,7 @@ def measure(engine, rows: ExampleRows) -> Needs:
         side = engine.side(rows, [[longest]])
     row = engine.contraction.row_bytes(side.largest() * side.scalars, engine.dtype)
     # the gradients of the outputs come on top of what the graph keeps
-    return Needs(side.bytes(), 2 * sum(saved.values()) or side.bytes(), row)
+    return Needs(side.bytes(), 2 * sum(saved.values()) or side.bytes(), row, fixed)
 
 
 def make_plan(
