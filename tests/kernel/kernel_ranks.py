@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from kernel_runs import SETTINGS, run
 
 from hf_ft_ext.errors import InputError
@@ -25,3 +26,6 @@ if __name__ == "__main__":
         assert "kernel_dir" in str(error), error
     else:
         raise AssertionError("a file was taken for a folder")
+    # gloo's threads abort a process that exits while they hold tensors
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()

@@ -21,7 +21,7 @@ def make(folder, model=None, train=None, evaluation=None, **settings) -> KernelT
 
 
 SETTINGS = {
-    "sgd": {},
+    "sgd": {"kernel_regularization": "1e-3"},  # without it rounding is multiplied by the condition number
     "signgd": {"kernel_formula": "signgd", "kernel_regularization": "auto"},
     "asym": {"kernel_formula": "asymmetric_signgd", "kernel_solver": "asym"},
 }
