@@ -14,6 +14,12 @@ seed. A variant with `max_steps` takes as many in both; one without a learning r
 process of its own; runs that are there already (with the same command) are not repeated, so an interrupted study
 continues, and several processes can share one with `--only`. What follows `--` goes to `run_glue.py` as it is. The
 table goes to standard output and to `table.md` in the output folder.
+
+    python benchmarks/quality.py benchmarks/studies/kernel.yaml --few_shot --output_dir runs/few --task_name sst2 \
+        --seeds 13 21 42 87 100 -- --dataset_name path/to/glue --num_k 16 --few_shot_split k-shot-1k-test
+
+With `--few_shot` a seed draws the data too, every learning rate is run in full with every seed, the run that is best
+on the dev split counts, and what counts of it is the test score. Weights are deleted once a run is recorded.
 """
 
 import argparse
@@ -49,6 +55,23 @@ def run(folder: Path, words: list[str]) -> dict:
     return json.loads(record.read_text())
 
 
+def few_shot_records(args: argparse.Namespace, name: str, rates: list[str | None], words, score: str) -> list[dict]:
+    """For each seed the record of the run that is best on the dev split."""
+    best = []
+    for seed in args.seeds:
+        found = []
+        for rate in rates:
+            folder = args.output_dir / "-".join(filter(None, (name, str(seed), rate)))
+            record = run(folder, [*words(rate, seed, args.epochs, folder), "--do_predict"])
+            for weights in folder.glob("*.safetensors"):
+                weights.unlink()
+            found.append((record["metrics"][score], -record["metrics"]["eval_loss"], len(found), record))
+        best.append(max(found)[-1])
+        test = best[-1]["metrics"][score.replace("eval", "test", 1)]
+        print(f"{name} lr {rates[max(found)[2]]}, seed {seed}: test {test:.4f}", flush=True)
+    return best
+
+
 def study(args: argparse.Namespace, passed_on: list[str]) -> list[dict]:
     """Tune, then train: one row per variant."""
     score = f"eval_{primary_key(get_task(args.task_name).metric)}"
@@ -62,7 +85,7 @@ def study(args: argparse.Namespace, passed_on: list[str]) -> list[dict]:
 
         def words(rate: str, seed: int, epochs: float, folder: Path, settings: dict = settings) -> list[str]:
             own = {**settings, "seed": seed, "output_dir": folder, "save_strategy": "no", "disable_tqdm": True}
-            if args.data_seeds:
+            if args.data_seeds or args.few_shot:
                 own["data_seed"] = seed
             if rate is not None:
                 own["learning_rate"] = rate
@@ -72,6 +95,11 @@ def study(args: argparse.Namespace, passed_on: list[str]) -> list[dict]:
                 *passed_on,
             ]
 
+        if args.few_shot:
+            records = few_shot_records(args, method, rates, words, score)
+            test = score.replace("eval", "test", 1)
+            rows.append({"method": method, "rate": "by seed", "score": test, "tuned": {}, "records": records})
+            continue
         tuned, losses, tried = {}, {}, {}
         for rate in rates if len(rates) > 1 else ():  # nothing to choose from one
             folder = args.output_dir / f"{method}-tune-{rate}"
@@ -145,6 +173,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="+", metavar="METHOD=LR,LR,...", help="methods and their learning rates")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--tune_epochs", type=float, default=1)
+    parser.add_argument("--few_shot", action="store_true", help="tune each seed on its own dev split: see above")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--data_seeds", action="store_true", help="the seeds choose the few-shot rows too")
     parser.add_argument("--report", metavar="METRIC", help="metric of the table; none = the one that chose the rate")

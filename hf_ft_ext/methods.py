@@ -74,6 +74,12 @@ METHODS: dict[str, Method] = {
             "hf_ft_ext.fisher.trainer:FisherTrainer",
             "FishPAL: a Fisher pre-pass picks each layer's adapter; FISH masks beside it",
         ),
+        Method(
+            "kernel",
+            "hf_ft_ext.kernel.arguments:KernelTrainingArguments",
+            "hf_ft_ext.kernel.trainer:KernelTrainer",
+            "the model's empirical tangent kernel (eNTK) and a solver in place of fine-tuning",
+        ),
     )
 }
 

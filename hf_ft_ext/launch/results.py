@@ -99,6 +99,8 @@ def recorded_arguments(given: dict[str, Any]) -> dict[str, Any]:
 
 def loading_line(trainer: Trainer) -> str:
     """The line of Python that loads what the run saved."""
+    if hasattr(trainer, "loading_line"):  # a method whose result is more than a model
+        return trainer.loading_line()
     folder = trainer.args.output_dir
     prompt = is_prompt_model(trainer.model)
     if not isinstance(trainer.model, PeftModel):

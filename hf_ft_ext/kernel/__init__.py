@@ -1,0 +1,1 @@
+"""Empirical neural tangent kernels in place of fine-tuning."""

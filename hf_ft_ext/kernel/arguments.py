@@ -1,0 +1,210 @@
+"""Arguments of `--method kernel`."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.kernel.formulas import Formula
+from hf_ft_ext.kernel.ntk import Engine, KernelOptions
+from hf_ft_ext.kernel.solvers import Solver, SolverOptions
+
+AUTO = "auto"
+# What steers a training loop or its precision, and has nothing to act on here.
+_OF_A_LOOP = (
+    "adam_beta1", "adam_beta2", "adam_epsilon", "auto_find_batch_size", "bf16", "eval_strategy", "fp16",
+    "gradient_accumulation_steps", "gradient_checkpointing", "hp_search", "label_smoothing_factor", "learning_rate",
+    "load_best_model_at_end", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_steps",
+    "num_train_epochs", "optim", "optim_args", "per_device_train_batch_size", "resume_from_checkpoint",
+    "train_sampling_strategy", "warmup_steps", "weight_decay",
+)  # fmt: skip
+
+
+@dataclass
+class KernelTrainingArguments(MethodTrainingArguments):
+    """`transformers.TrainingArguments` plus the settings of the kernel and of its solver.
+
+    Nothing that steers a training loop has an effect: there is none. `per_device_eval_batch_size` is the number of
+    rows in a forward pass.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    kernel_formula: str = field(
+        default=Formula.SGD.value,
+        metadata={
+            "help": "The update rule that the kernel stands for: sgd, signgd (early Adam), or asymmetric_signgd.",
+            "choices": [formula.value for formula in Formula],
+        },
+    )
+    kernel_solver: str = field(
+        default=Solver.LSTSQ.value,
+        metadata={
+            "help": "lstsq: kernel regression. logistic: logistic regression on kernel rows, cross-validated. svr, "
+            "svc: support vectors. asym: the coupled system of asymmetric_signgd and its flip.",
+            "choices": [solver.value for solver in Solver],
+        },
+    )
+    kernel_regularization: str = field(
+        default="0",
+        metadata={
+            "help": "Times the kernel's operator norm, on the diagonal; auto = the best of 0 and 1e-6 to 1 on the "
+            "evaluation data."
+        },
+    )
+    kernel_gamma: float = field(default=1.0, metadata={"help": "asym: weight of the errors, above 0."})
+    kernel_lambda: float = field(
+        default=0.5, metadata={"help": "asym: share of the kernel's prediction, in [0, 1]; the rest is its flip's."}
+    )
+    kernel_svm_c: float = field(default=1.0, metadata={"help": "svr, svc: the penalty C, above 0."})
+    binary_classification: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Take one scalar, the difference of two logits, in place of both; none = where there are two "
+            "classes."
+        },
+    )
+    kernel_parameters: str | None = field(
+        default=None, metadata={"help": "Take the kernel over parameters whose name holds this regular expression."}
+    )
+    exclude_embeddings: bool = field(
+        default=False, metadata={"help": "Leave embedding tables and what is named after them out of the kernel."}
+    )
+    exclude_head: bool = field(default=False, metadata={"help": "Leave what lies outside the encoder out."})
+    only_biases: bool = field(default=False, metadata={"help": "Take the kernel over biases only."})
+    kernel_peft: str | None = field(
+        default=None,
+        metadata={"help": "Take the kernel over the parameters of a fresh peft method (lora, ...) and the head."},
+    )
+    kernel_peft_config: dict | str | None = field(
+        default_factory=dict, metadata={"help": 'Settings of kernel_peft, as JSON: {"r": 8, "lora_alpha": 16}.'}
+    )
+    adjust_for_init: bool = field(
+        default=False, metadata={"help": "Fit the labels less the model's own outputs, and add these to predictions."}
+    )
+    f0_scaling: float = field(
+        default=1.0, metadata={"help": "adjust_for_init: the model's own outputs are divided by this, above 0."}
+    )
+    random_model_init: bool = field(
+        default=False, metadata={"help": "Draw all weights anew from `seed`: what pretraining is worth to the kernel."}
+    )
+    kernel_engine: str = field(
+        default=Engine.AUTO.value,
+        metadata={
+            "help": "auto: layer by layer, examples one by one where a layer has no rule. structured: refuse such "
+            "layers. jacobian: full Jacobians, the plain reference.",
+            "choices": [engine.value for engine in Engine],
+        },
+    )
+    kernel_memory_gb: float = field(
+        default=4.0, metadata={"help": "Bound of memory above the loaded model, in 10^9 bytes, above 0."}
+    )
+    kernel_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where kernels are kept, block by block, in folders named after what they are of; none = "
+            "`kernels` in output_dir. An interrupted run finds its blocks there."
+        },
+    )
+    overwrite_kernels: bool = field(default=False, metadata={"help": "Compute kernels anew that kernel_dir holds."})
+    load_kernels: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the paper's authors' files, {split}_kernels_{task}.pt, to take kernels from."},
+    )
+    export_kernels: str | None = field(
+        default=None, metadata={"help": "Folder to write kernels to in that same form, for others' analysis code."}
+    )
+
+    kernel_task_name: str | None = field(
+        default=None,
+        metadata={"help": "The task's name in those files; none = the only one there is, and `task` when writing."},
+    )
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*MethodTrainingArguments._VALID_DICT_FIELDS, "kernel_peft_config"]
+
+    def __post_init__(self):
+        if isinstance(self.kernel_peft_config, str):
+            try:
+                self.kernel_peft_config = json.loads(self.kernel_peft_config)
+            except ValueError as error:
+                raise InputError(f"kernel_peft_config={self.kernel_peft_config!r} is no JSON: {error}") from None
+        super().__post_init__()
+        self.max_steps = 1  # what a plan and a progress bar count
+        for name, kind in (("kernel_formula", Formula), ("kernel_solver", Solver), ("kernel_engine", Engine)):
+            if getattr(self, name) not in [member.value for member in kind]:
+                choices = ", ".join(member.value for member in kind)
+                raise InputError(f"{name}={getattr(self, name)!r}; choose from: {choices}")
+        for name in ("kernel_gamma", "kernel_svm_c", "f0_scaling", "kernel_memory_gb"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise InputError(f"{name}={getattr(self, name)} must be a number above 0")
+        if not 0 <= self.kernel_lambda <= 1:
+            raise InputError(f"kernel_lambda={self.kernel_lambda} is no share in [0, 1]; pass 0.5, say")
+        self._check_regularization()
+        self._check_together()
+
+    def _check_regularization(self) -> None:
+        if self.kernel_regularization == AUTO:
+            if self.kernel_solver == Solver.LOGISTIC.value:
+                raise InputError(
+                    "kernel_regularization=auto: logistic cross-validates its own penalty; pass a number, or leave it "
+                    "out"
+                )
+            return
+        try:
+            value = float(self.kernel_regularization)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value < float("inf"):
+            raise InputError(
+                f"kernel_regularization={self.kernel_regularization!r} is neither a number, 0 or more, nor auto"
+            )
+
+    def _check_together(self) -> None:
+        if self.kernel_peft_config and self.kernel_peft is None:
+            raise InputError("kernel_peft_config needs kernel_peft; name a peft method, such as lora")
+        if self.load_kernels is not None and (self.overwrite_kernels or self.random_model_init):
+            name = "overwrite_kernels" if self.overwrite_kernels else "random_model_init"
+            raise InputError(f"load_kernels takes kernels from files and computes none; leave {name} out")
+        if self.f0_scaling != 1 and not self.adjust_for_init:
+            raise InputError(f"f0_scaling={self.f0_scaling} needs adjust_for_init; pass both, or leave it out")
+
+    def check_given(self, given: dict[str, Any]) -> None:
+        for name in _OF_A_LOOP:
+            if given.get(name):
+                raise InputError(
+                    f"{name}={given[name]} steers a training loop, and method kernel has none: the task is solved "
+                    "with the kernel at once; leave it out"
+                )
+        if self.random_model_init and given.get("from_linearhead"):
+            raise InputError("random_model_init would undo from_linearhead; leave one of the two out")
+        for name, solver in (("kernel_gamma", "asym"), ("kernel_lambda", "asym"), ("kernel_svm_c", "svr or svc")):
+            if name in given and self.kernel_solver not in solver.split(" or "):
+                raise InputError(f"{name} is of kernel_solver={solver}, not {self.kernel_solver}; leave it out")
+        super().check_given(given)
+
+    def options(self, binary: bool) -> KernelOptions:
+        """The kernel's part of the settings."""
+        return KernelOptions(
+            formula=self.kernel_formula,
+            engine=self.kernel_engine,
+            binary_classification=binary,
+            parameters=self.kernel_parameters,
+            exclude_embeddings=self.exclude_embeddings,
+            exclude_head=self.exclude_head,
+            only_biases=self.only_biases,
+            memory_gb=self.kernel_memory_gb,
+            batch_size=self.per_device_eval_batch_size,
+        )
+
+    def solver_options(self, regularization: float, regression: bool) -> SolverOptions:
+        """The solver's part of the settings."""
+        return SolverOptions(
+            solver=Solver(self.kernel_solver),
+            regularization=regularization,
+            gamma=self.kernel_gamma,
+            mix=self.kernel_lambda,
+            svm_c=self.kernel_svm_c,
+            regression=regression,
+        )

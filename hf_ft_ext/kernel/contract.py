@@ -1,0 +1,196 @@
+"""Products of two sides' gradient rows, one parameter at a time, in the cheaper of the ways there are."""
+
+from collections.abc import Sequence
+
+import torch
+
+from hf_ft_ext.kernel.formulas import Formula, product, sign_product, sign_type, signs
+from hf_ft_ext.kernel.records import Matrix, Table, Vector, joined
+
+
+class Scratch:
+    """Buffers that are used again and again: a fresh one for every layer would cost more than what is done in it."""
+
+    def __init__(self):
+        self._buffers: dict[tuple, torch.Tensor] = {}
+
+    def take(self, name: str, rows: int, size: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A buffer `[rows, size]` with any content."""
+        key = (name, dtype, like.device)
+        if key not in self._buffers or self._buffers[key].numel() < rows * size:
+            self._buffers.pop(key, None)
+            self._buffers[key] = like.new_empty(rows * size, dtype=dtype)
+        return self._buffers[key][: rows * size].view(rows, size)
+
+
+class Contraction:
+    """Kernels of one formula out of gradient rows.
+
+    Args:
+        formula: which products are taken.
+        max_bytes: for gradient rows multiplied out, both sides together.
+    """
+
+    _CHUNK = 2**18  # entries between product and sign
+
+    def __init__(self, formula: Formula, max_bytes: int):
+        self.formula, self.max_bytes, self.scratch = formula, max_bytes, Scratch()
+        self._shared: tuple | None = None
+
+    def row_bytes(self, entries: int, dtype: torch.dtype) -> int:
+        """Memory of one gradient row of so many entries in the views that the formula takes."""
+        return entries * {Formula.SGD: dtype.itemsize, Formula.SIGNGD: 4}.get(self.formula, 2 * dtype.itemsize)
+
+    # --- gradient rows in full ----------------------------------------------------------------------
+
+    def views(self, values: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """What the formula multiplies of gradient rows `[rows, p]`: themselves, their signs, or both."""
+        if self.formula is Formula.SGD:
+            return (values,)
+        if self.formula is Formula.SIGNGD:
+            return (signs(values, scale),)
+        return values, signs(values, scale).double()
+
+    def multiply(self, left: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """The products of two sides' views: `[rows, rows']` for each kernel of the formula."""
+        if self.formula is Formula.SGD:
+            return [product(left[0], right[0])]
+        if self.formula is Formula.SIGNGD:
+            return [sign_product(left[0], right[0])]
+        return [product(left[1], right[0]), product(left[0], right[1])]
+
+    def vectors(self, left: Sequence[Vector], right: Sequence[Vector], scales: tuple, out: torch.Tensor) -> None:
+        """Add the kernels of a parameter kept in full to `out` `[kernels, rows, rows']`."""
+        views = [
+            self.views(torch.cat([vector.values for vector in side]), scale)
+            for side, scale in zip((left, right), scales, strict=True)
+        ]
+        for total, part in zip(out, self.multiply(*views), strict=True):
+            total += part
+
+    # --- tables --------------------------------------------------------------------------------------
+
+    def tables(self, left: Sequence[Table], right: Sequence[Table], starts: tuple, scales: tuple, out) -> None:
+        """Add the kernels of a table: only rows that both sides use meet."""
+        sides = [joined(tables, offsets) for tables, offsets in zip((left, right), starts, strict=True)]
+        ranges = [_ranges(side.ids) for side in sides]
+        views = [
+            self.views(side.values, None if scale is None else scale[side.rows])
+            for side, scale in zip(sides, scales, strict=True)
+        ]
+        for key in ranges[0].keys() & ranges[1].keys():
+            here = [slice(*found[key]) for found in ranges]
+            parts = self.multiply(*(tuple(v[s] for v in view) for view, s in zip(views, here, strict=True)))
+            rows, columns = (side.rows[s] for side, s in zip(sides, here, strict=True))
+            for total, part in zip(out, parts, strict=True):
+                total[rows[:, None], columns] += part
+
+    # --- weights --------------------------------------------------------------------------------------
+
+    def matrices(self, left: Sequence[Matrix], right: Sequence[Matrix], scales: tuple, out: torch.Tensor) -> None:
+        """Add the kernels of a weight, over pairs of tokens or over the entries of the weight."""
+        if self.formula is Formula.SGD and _tokens_are_cheaper(left, right):
+            self._by_tokens(left, right, out[0])
+            return
+        c, size, like = left[0].scalars, left[0].size, left[0].grads
+        share = max(self.max_bytes // (2 * c * self.row_bytes(size, like.dtype)), 1)
+        sides = [[example for matrix in side for example in matrix.examples()] for side in (left, right)]
+        for i in range(0, len(sides[0]), share):
+            a = self._written("left", sides[0][i : i + share], i * c, scales[0])
+            for j in range(0, len(sides[1]), share):
+                b = self._written("right", sides[1][j : j + share], j * c, scales[1])
+                for total, part in zip(out, self.multiply(a, b), strict=True):
+                    total[i * c : i * c + part.shape[0], j * c : j * c + part.shape[1]] += part
+
+    def _written(self, name: str, examples: list, first: int, scale: torch.Tensor | None) -> tuple:
+        """The views of the examples' gradient rows, multiplied out; `first`: row of the first of them."""
+        inputs, grads = examples[0]
+        c, width, height = grads.shape[1], inputs.shape[1], grads.shape[2]
+        rows, size, dtype = len(examples) * c, width * height, grads.dtype
+        raw = None if self.formula is Formula.SIGNGD else self.scratch.take(name, rows, size, inputs, dtype)
+        kind = sign_type(inputs.device) if self.formula is Formula.SIGNGD else dtype
+        sign = None if scale is None else self.scratch.take(f"{name} signs", rows, size, inputs, kind)
+        step = height if scale is None else -(-height // -(-size // self._CHUNK))  # even parts
+        chunk = self.scratch.take("chunk", step, width, inputs, dtype)
+        row = 0
+        for inputs, grads in examples:
+            for scalar in range(c):
+                g = grads[:, scalar]
+                if raw is not None:
+                    torch.mm(g.T, inputs, out=raw[row].view(height, width))
+                if sign is not None:
+                    g = g * scale[first + row]
+                    target = sign[row].view(height, width)
+                    for top in range(0, height, step):  # what stays in the cache between product and sign
+                        part = target[top : top + step]
+                        found = torch.mm(g[:, top : top + step].T, inputs, out=chunk[: len(part)])
+                        found.clamp_(-1, 1)
+                        part.copy_(found) if kind == torch.int8 else part.copy_(found).trunc_()  # int8 cuts too
+                row += 1
+        return (sign,) if raw is None else (raw,) if sign is None else (raw, sign)
+
+    def _by_tokens(self, left: Sequence[Matrix], right: Sequence[Matrix], out: torch.Tensor) -> None:
+        """`K = sum over tokens t, s of <g_t, g_s> <x_t, x_s>`, added to `out` `[rows, rows']`."""
+        c = left[0].scalars
+        a = _Tokens(left, 0, sum(len(matrix.counts) for matrix in left))
+        n, done = sum(len(matrix.counts) for matrix in right), 0
+        longest = max(count for matrix in right for count in matrix.counts) or 1
+        pair = 3 * c * c * max(len(a.inputs), 1) * longest * a.inputs.element_size()
+        step = max(self.max_bytes // pair, 1)  # examples of the right side
+        while done < n:
+            b = _Tokens(right, done, done + step)
+            x = self._input_products(a, b)
+            g = (a.grads.flatten(0, 1) @ b.grads.flatten(0, 1).T).view(len(a.inputs), c, len(b.inputs), c)
+            g.mul_(x[:, None, :, None])
+            part = g.new_zeros(a.n, c * len(b.inputs) * c).index_add_(0, a.examples, g.flatten(1))
+            part = part.view(a.n * c, len(b.inputs), c)
+            part = part.new_zeros(a.n * c, b.n, c).index_add_(1, b.examples, part)
+            out[:, done * c : (done + b.n) * c] += part.flatten(1)
+            done += b.n
+
+    def _input_products(self, a: "_Tokens", b: "_Tokens") -> torch.Tensor:
+        """`<x_t, x_s>`; layers that read the same (query, key and value) come one after the other and share it."""
+        key = (a.key, b.key)
+        if self._shared is None or self._shared[0] != key:
+            self._shared = None
+            self._shared = (key, a.inputs @ b.inputs.T, a.held, b.held)  # held: so that no address is used again
+        return self._shared[1]
+
+
+class _Tokens:
+    """The tokens of examples `first` to `last` (exclusive) of a side, as one."""
+
+    def __init__(self, side: Sequence[Matrix], first: int, last: int):
+        inputs, grads, counts, at = [], [], [], 0
+        for matrix in side:
+            lo, hi = max(first - at, 0), min(last - at, len(matrix.counts))
+            at += len(matrix.counts)
+            if lo < hi:
+                start = sum(matrix.counts[:lo])
+                stop = start + sum(matrix.counts[lo:hi])
+                inputs.append(matrix.inputs[start:stop])
+                grads.append(matrix.grads[start:stop])
+                counts += matrix.counts[lo:hi]
+        self.held, self.key = inputs, tuple((part.data_ptr(), len(part)) for part in inputs)
+        self.inputs = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
+        self.grads = torch.cat(grads) if len(grads) > 1 else grads[0]
+        self.n = len(counts)
+        device = self.inputs.device
+        self.examples = torch.arange(self.n, device=device).repeat_interleave(torch.tensor(counts, device=device))
+
+
+def _tokens_are_cheaper(left: Sequence[Matrix], right: Sequence[Matrix]) -> bool:
+    """Whether products over pairs of tokens cost less than multiplying the gradients out and over their entries."""
+    c, size = left[0].scalars, left[0].size
+    width_in, width_out = left[0].inputs.shape[1], left[0].grads.shape[2]
+    tokens1, tokens2 = (sum(matrix.tokens for matrix in side) for side in (left, right))
+    n1, n2 = (sum(len(matrix.counts) for matrix in side) for side in (left, right))
+    entries = c * c * n1 * n2 * size + c * size * (tokens1 + tokens2)
+    return tokens1 * tokens2 * (c * c * (width_out + 16) + width_in) < entries
+
+
+def _ranges(ids: torch.Tensor) -> dict[int, tuple[int, int]]:
+    """First and last position (exclusive) of each id in the ascending `ids`."""
+    unique, counts = torch.unique_consecutive(ids, return_counts=True)
+    ends = counts.cumsum(0)
+    return {i: (e - n, e) for i, e, n in zip(unique.tolist(), ends.tolist(), counts.tolist(), strict=True)}

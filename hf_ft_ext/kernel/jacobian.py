@@ -1,0 +1,152 @@
+"""Engine `jacobian`: every Jacobian in full by `torch.func`; the plain reference."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hf_ft_ext.kernel.contract import Contraction
+from hf_ft_ext.kernel.formulas import Formula, sign_scale
+from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.per_example.capture import Function
+from hf_ft_ext.per_example.state import batch_in, computing_in, evaluating, only_trainable
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class JacobianSide:
+    """Jacobians of some examples: `[rows, entries]` by parameter; `order` and `scale` as for the structured engine."""
+
+    order: list[int]
+    scalars: int
+    values: dict[str, torch.Tensor]
+    scale: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.order) * self.scalars
+
+    def bytes(self) -> int:
+        """Memory of the Jacobians."""
+        return sum(value.nbytes for value in self.values.values())
+
+    def names(self) -> set[str]:
+        """Parameters with a gradient."""
+        return set(self.values)
+
+    def largest(self) -> int:
+        """Entries of the largest parameter."""
+        return max(value.shape[1] for value in self.values.values())
+
+
+class JacobianEngine:
+    """Computes sides and their kernels. Arguments as for `StructuredEngine`."""
+
+    keeps_graph = False
+    uncovered = ()
+
+    def __init__(
+        self,
+        model: nn.Module,
+        function: Function,
+        parameters: dict[str, nn.Parameter],
+        formula: Formula,
+        dtype: torch.dtype,
+        max_bytes: int = 2**28,
+    ):
+        self.model, self.function, self.parameters = model, function, parameters
+        self.formula, self.dtype = formula, dtype
+        self.contraction = Contraction(formula, max_bytes)
+        self.device = next(iter(parameters.values())).device
+        self._vectorized = True
+
+    def prepare(self, rows: ExampleRows) -> None:
+        """Nothing to find out."""
+
+    def side(self, rows: ExampleRows, batches: Sequence[Sequence[int]]) -> JacobianSide:
+        """The Jacobians of `batches` (positions in `rows`)."""
+        parts = [self._jacobians(rows.batch(indices, self.device)) for indices in batches]
+        values = {name: torch.cat([part[name].flatten(0, 1).flatten(1) for part in parts]) for name in self.parameters}
+        order = [i for indices in batches for i in indices]
+        side = JacobianSide(order, len(next(iter(values.values()))) // len(order), values)
+        if self.formula.signs:
+            side.scale = sign_scale(sum(value.square().sum(1) for value in values.values()))
+        return side
+
+    def _jacobians(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`[n, c, *shape]` by name."""
+        wrapped = _Wrapped(self.model, self.function)
+        with (
+            evaluating(self.model),
+            computing_in(self.model, self.dtype),
+            only_trainable(self.model, ()),
+            _eager_attention(self.model),
+        ):
+            values = {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+            batch = batch_in(batch, self.dtype)
+
+            def one(example: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+                example = {key: value[None] for key, value in example.items()}
+                scalars, pull = torch.func.vjp(
+                    lambda given: torch.func.functional_call(wrapped, given, (example,)).reshape(-1), values
+                )
+                rows = [pull(unit)[0] for unit in torch.eye(len(scalars), dtype=scalars.dtype, device=scalars.device)]
+                return {name: torch.stack([row[f"model.{name}"] for row in rows]) for name in self.parameters}
+
+            if self._vectorized:
+                try:
+                    return torch.func.vmap(one)(batch)
+                except (RuntimeError, ValueError) as error:  # code that branches on data has no vmap
+                    logger.info("torch.func.vmap does not take this model (%s): one example at a time", error)
+                    self._vectorized = False
+            n = len(next(iter(batch.values())))
+            rows = [one({key: value[i] for key, value in batch.items()}) for i in range(n)]
+        return {name: torch.stack([row[name] for row in rows]) for name in self.parameters}
+
+    def kernels(self, left: JacobianSide, right: JacobianSide) -> torch.Tensor:
+        """`[kernels, n, c, n', c]` in float64, examples in the sides' orders."""
+        shape = (self.formula.kernels, left.rows, right.rows)
+        total = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        for name in self.parameters:
+            total += self.of_parameter(left, right, name)
+        c = left.scalars
+        return total.view(shape[0], left.rows // c, c, right.rows // c, c).cpu()
+
+    def of_parameter(self, left: JacobianSide, right: JacobianSide, name: str) -> torch.Tensor:
+        """What one parameter adds: `[kernels, rows, rows']`."""
+        views = [self.contraction.views(side.values[name], side.scale) for side in (left, right)]
+        return torch.stack(self.contraction.multiply(*views))
+
+
+class _Wrapped(nn.Module):
+    """A function of a model as a module, so that `functional_call` can exchange the model's parameters."""
+
+    def __init__(self, model: nn.Module, function: Function):
+        super().__init__()
+        self.model, self.function = model, function
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.function(self.model, batch)
+
+
+@contextlib.contextmanager
+def _eager_attention(model: nn.Module) -> Iterator[None]:
+    """Plain attention, whose mask code does not branch on data, where the model has it."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = getattr(getattr(inner, "config", None), "_attn_implementation", None)
+    if before in (None, "eager") or not hasattr(inner, "set_attn_implementation"):
+        yield
+        return
+    try:
+        inner.set_attn_implementation("eager")
+    except (ValueError, ImportError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(before)

@@ -1,0 +1,181 @@
+"""Engine `structured`: parameter by parameter, from what each layer read and the gradients of what it gave."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from hf_ft_ext.kernel.contract import Contraction
+from hf_ft_ext.kernel.formulas import Formula, sign_scale
+from hf_ft_ext.kernel.records import Matrix, Record, RecordMaker, Table, Vector
+from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.per_example.capture import Function
+from hf_ft_ext.per_example.gradients import ExampleGradients
+
+
+@dataclass
+class StructuredSide:
+    """Gradient rows of some examples.
+
+    Attributes:
+        order: the examples' positions, in the order of the rows.
+        scalars: scalars of an example.
+        records: by parameter, one per batch; a parameter that is absent has gradient 0.
+        starts: the first row of each batch.
+        scale: see `formulas.sign_scale`; `None` where no signs are taken.
+    """
+
+    order: list[int] = field(default_factory=list)
+    scalars: int = 1
+    records: dict[str, list[tuple[int, Record]]] = field(default_factory=dict)
+    starts: list[int] = field(default_factory=list)
+    scale: torch.Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        return len(self.order) * self.scalars
+
+    def bytes(self) -> int:
+        """Memory of the records; tensors that parameters share count once."""
+        sizes = {}
+        for records in self.records.values():
+            for _, record in records:
+                for tensor in record.tensors():
+                    storage = tensor.untyped_storage()
+                    sizes[storage.data_ptr()] = storage.nbytes()
+        return sum(sizes.values())
+
+    def names(self) -> set[str]:
+        """Parameters with a gradient."""
+        return set(self.records)
+
+    def largest(self) -> int:
+        """Entries of the largest weight that may have to be multiplied out."""
+        matrices = (r for records in self.records.values() for _, r in records if isinstance(r, Matrix))
+        return max((matrix.size for matrix in matrices), default=1)
+
+
+class StructuredEngine:
+    """Computes sides and their kernels.
+
+    Args:
+        model, function, parameters: as for `ExampleGradients`.
+        formula: which kernel.
+        dtype: type to compute gradients in.
+        max_bytes: see `Contraction`.
+    """
+
+    keeps_graph = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        function: Function,
+        parameters: dict[str, nn.Parameter],
+        formula: Formula,
+        dtype: torch.dtype,
+        max_bytes: int = 2**28,
+    ):
+        self.model, self.formula, self.dtype = model, formula, dtype
+        self.examples = ExampleGradients(model, function, parameters, dtype)
+        self.contraction = Contraction(formula, max_bytes)
+        self.device = next(iter(parameters.values())).device
+        self.parameters = parameters
+
+    def prepare(self, rows: ExampleRows) -> None:
+        """Try the rules on two rows of middling lengths."""
+        middle = len(rows) // 2
+        order = sorted(range(len(rows)), key=lambda i: rows.lengths[i])
+        self.examples.prepare(rows.batch(order[middle : middle + 2] or order, self.device))
+
+    @property
+    def uncovered(self) -> list[str]:
+        """Parameters without a rule."""
+        return self.examples.uncovered
+
+    def side(self, rows: ExampleRows, batches: Sequence[Sequence[int]]) -> StructuredSide:
+        """The gradient rows of `batches` (positions in `rows`)."""
+        side = StructuredSide()
+        norms = []
+        for indices in batches:
+            for part in self.examples(rows.batch(indices, self.device)):
+                n, side.scalars = part.scalars.shape
+                side.starts.append(side.rows)
+                side.order += indices[part.first : part.first + n]
+                norms.append(self._add(side, part.gradients, n))
+        if self.formula.signs:
+            side.scale = sign_scale(torch.cat(norms))
+        return side
+
+    def _add(self, side: StructuredSide, gradients: list[dict], n: int) -> torch.Tensor:
+        number = len(side.starts) - 1
+        make = RecordMaker(n, self.formula.signs)
+        norms = torch.zeros(n * side.scalars, dtype=torch.float64, device=self.device)
+        for name in sorted(set().union(*gradients)):
+            record = make([scalar.get(name) for scalar in gradients])
+            side.records.setdefault(name, []).append((number, record))
+            if self.formula.signs:
+                norms += _squared_norms(record, len(norms))
+        return norms
+
+    def kernels(self, left: StructuredSide, right: StructuredSide) -> torch.Tensor:
+        """`[kernels, n, c, n', c]` in float64, examples in the sides' orders; it may hold NaN."""
+        shape = (self.formula.kernels, left.rows, right.rows)
+        total = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        for name in sorted(left.records.keys() & right.records.keys()):
+            self._contract(left, right, name, total)
+        c = left.scalars
+        return total.view(shape[0], left.rows // c, c, right.rows // c, c).cpu()
+
+    def of_parameter(self, left: StructuredSide, right: StructuredSide, name: str) -> torch.Tensor:
+        """What one parameter adds: `[kernels, rows, rows']`."""
+        total = torch.zeros(self.formula.kernels, left.rows, right.rows, dtype=torch.float64, device=self.device)
+        self._contract(left, right, name, total)
+        return total
+
+    def _contract(self, left: StructuredSide, right: StructuredSide, name: str, total: torch.Tensor) -> None:
+        sides = (left, right)
+        complete = all(len(side.records[name]) == len(side.starts) for side in sides)
+        if not complete:  # some batch has no gradient at all for this parameter
+            rows = [_rows_of(side, name) for side in sides]
+            part = total.new_zeros(total.shape[0], len(rows[0]), len(rows[1]))
+            self._by_kind(left, right, name, rows, part)
+            total[:, rows[0][:, None], rows[1]] += part
+        else:
+            self._by_kind(left, right, name, None, total)
+
+    def _by_kind(self, left, right, name: str, rows: list[torch.Tensor] | None, out: torch.Tensor) -> None:
+        records = [[record for _, record in side.records[name]] for side in (left, right)]
+        scales = tuple(
+            side.scale if side.scale is None or rows is None else side.scale[rows[i]]
+            for i, side in enumerate((left, right))
+        )
+        if isinstance(records[0][0], Matrix):
+            self.contraction.matrices(*records, scales, out)
+        elif isinstance(records[0][0], Table):
+            starts = tuple(_starts(side, name) for side in (left, right))
+            self.contraction.tables(*records, starts, scales, out)
+        else:
+            self.contraction.vectors(*records, scales, out)
+
+
+def _rows_of(side: StructuredSide, name: str) -> torch.Tensor:
+    ends = [*side.starts[1:], side.rows]
+    return torch.cat([torch.arange(side.starts[number], ends[number]) for number, _ in side.records[name]])
+
+
+def _starts(side: StructuredSide, name: str) -> list[int]:
+    ends, starts, at = [*side.starts[1:], side.rows], [], 0
+    for number, _ in side.records[name]:
+        starts.append(at)
+        at += ends[number] - side.starts[number]
+    return starts
+
+
+def _squared_norms(record: Record, rows: int) -> torch.Tensor:
+    if isinstance(record, Matrix):
+        return record.squared_norms
+    if isinstance(record, Vector):
+        return record.values.square().sum(1)
+    return record.values.new_zeros(rows).index_add_(0, record.rows, record.values.square().sum(1))

@@ -1,0 +1,260 @@
+"""`KernelTrainer`: a Trainer that solves the task with the model's kernel instead of fine-tuning it."""
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, speed_metrics
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.feature_rows import labels_of
+from hf_ft_ext.kernel.arguments import AUTO, KernelTrainingArguments
+from hf_ft_ext.kernel.formulas import Formula
+from hf_ft_ext.kernel.parameters import kernel_parameters
+from hf_ft_ext.kernel.solvers import KernelModel, Solver, check_combination, check_labels
+from hf_ft_ext.kernel.source import KernelSource
+from hf_ft_ext.metrics import REGRESSION
+from hf_ft_ext.models import seeded_init
+from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.training.files import write_json
+from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.plan import TrainedWeight
+
+logger = logging.getLogger(__name__)
+
+SOLUTION = "kernel_solution.json"
+_GRID = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_SPLITS = {"eval": "dev", "test": "test"}  # the authors' names
+
+
+class KernelTrainer(Trainer):
+    """`transformers.Trainer` whose `train()` computes the train kernel and solves the task with it.
+
+    The model's weights stay as they are. `evaluate` and `predict` compute the kernel between the training data and
+    the data given and return the solver's predictions with the usual metrics; `eval_loss` is the solver's (see
+    `KernelModel.loss`). Kernels are kept on disk block by block
+    (`kernel_dir`), so an interrupted run continues and a repeated one computes nothing.
+
+    Args:
+        model, args, and all else: as for `Trainer`. Plain `TrainingArguments` are completed with the
+            defaults of `KernelTrainingArguments`. A PEFT model's kernel is over its trainable parameters.
+
+    Raises:
+        InputError: combinations of formula, solver and task that cannot work; in `train`: a class without rows.
+
+    Source: Malladi et al., ICML 2023, arXiv 2210.05643.
+    """
+
+    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
+        args = KernelTrainingArguments.complete(args)
+        if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
+            raise InputError("KernelTrainer solves with a kernel and takes no steps; leave `optimizers` out")
+        self.args = args
+        self.solved: KernelModel | None = None
+        self.regularization = 0.0
+        if model is not None:
+            model = self._prepared(model)
+        super().__init__(model, args, *positional, **kwargs)
+
+    def call_model_init(self, trial=None) -> nn.Module:
+        return self._prepared(super().call_model_init(trial))
+
+    def _prepared(self, model: nn.Module) -> nn.Module:
+        args = self.args
+        declare_mean_loss(model)
+        if getattr(model, "is_gradient_checkpointing", False):
+            raise InputError(
+                "gradient checkpointing is on, which runs modules twice; call model.gradient_checkpointing_disable()"
+            )
+        if args.random_model_init:
+            with seeded_init(args.seed):
+                model = type(model)(model.config).to(next(model.parameters()).device)
+        if args.kernel_peft is not None:
+            model = wrap_with_peft(model, args.kernel_peft, args.kernel_peft_config, args.seed, "kernel_peft")
+        config = model.config
+        self.regression = config.problem_type == REGRESSION or config.num_labels == 1
+        if args.binary_classification is None:
+            self.binary = not self.regression and config.num_labels == 2
+        else:
+            self.binary = args.binary_classification
+        check_combination(
+            Solver(args.kernel_solver), Formula(args.kernel_formula), self.regression, args.adjust_for_init,
+            config.num_labels, self.binary,
+        )  # fmt: skip
+        kernel_parameters(model, args.kernel_parameters, args.exclude_embeddings, args.exclude_head, args.only_biases)
+        return model
+
+    # --- training -------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None, **kwargs) -> TrainOutput:
+        """Compute the train kernel and fit the solver; return what `Trainer.train` returns, with the solver's loss.
+
+        Raises:
+            InputError: see the class.
+        """
+        if resume_from_checkpoint not in (None, False):
+            raise InputError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r}: a kernel leaves no checkpoint; run again with "
+                "the same kernel_dir, and finished blocks are found there"
+            )
+        if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
+            raise InputError("a kernel needs a training data set of known length; pass train_dataset")
+        self.is_in_train = True
+        if self.model_init is not None:
+            self.model = self.model_wrapped = self.call_model_init(trial)
+        self.model.to(self.args.device)
+        labels = self._labels(self.train_dataset)
+        self.state.max_steps = self.args.max_steps
+        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+        start = time.time()
+        self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+        self.source = KernelSource(self, self.args.options(self.binary))
+        kernel = self.source.kernel(self.train_dataset, "train")
+        metrics = self._solve(kernel, labels)
+        self.state.global_step, self.state.epoch = 1, 1.0
+        self.callback_handler.train_dataloader = self.get_train_dataloader()
+        self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+        metrics = {**speed_metrics("train", start, num_samples=len(self.train_dataset)), **metrics, "epoch": 1.0}
+        self.is_in_train = False
+        self.log(metrics)
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(1, metrics["train_loss"], metrics)
+
+    def _labels(self, dataset: Any) -> np.ndarray:
+        labels = labels_of(dataset).numpy()
+        if not self.regression:
+            config = self.model.config
+            check_labels(labels, [str(config.id2label[i]) for i in range(config.num_labels)])
+        return labels
+
+    def _solve(self, kernel: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        start = self._start(self.train_dataset, "train")
+        if self.args.kernel_regularization == AUTO:
+            self.regularization = self._chosen(kernel, labels, start)
+        else:
+            self.regularization = float(self.args.kernel_regularization)
+        self.solved = self._model(self.regularization, kernel, labels, start)
+        metrics = {"train_loss": self.solved.loss(self.solved.predict(kernel, start), labels)}
+        metrics["kernel_regularization"] = self.regularization
+        for name in ("rank", "condition"):
+            if getattr(self.solved, name) is not None:
+                metrics[f"kernel_{name}"] = getattr(self.solved, name)
+        return metrics
+
+    def _model(self, regularization: float, kernel, labels, start, quiet: bool = False) -> KernelModel:
+        return KernelModel(self.args.solver_options(regularization, self.regression), kernel, labels, start, quiet)
+
+    def _chosen(self, kernel: np.ndarray, labels: np.ndarray, start: np.ndarray | None) -> float:
+        """The regularization that predicts the evaluation data best: by accuracy, then by the solver's loss."""
+        data = self.eval_dataset
+        if data is None or isinstance(data, dict):
+            raise InputError(
+                "kernel_regularization=auto chooses on evaluation data; pass one eval_dataset, or a number"
+            )
+        other, truth, begin = self.source.kernel(data, "dev"), labels_of(data).numpy(), self._start(data, "dev")
+        results = []
+        for value in _GRID:
+            model = self._model(value, kernel, labels, start, quiet=True)
+            found = model.predict(other, begin)
+            right = 0.0 if self.regression else float(np.mean(self._logits(found).argmax(-1) == truth))
+            results.append((right, -model.loss(found, truth), value))
+        best = max(results)[2]
+        logger.info(
+            "kernel_regularization: %g, the best of %s on the evaluation data", best, ", ".join(map(str, _GRID))
+        )
+        return best
+
+    def _start(self, dataset: Any, split: str) -> np.ndarray | None:
+        """What the model says at the start, scaled, if predictions are to be relative to it."""
+        return self.source.start(dataset, split) / self.args.f0_scaling if self.args.adjust_for_init else None
+
+    # --- evaluation -----------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Predict by the kernel between the training data and the data loader's data set, in its order.
+
+        Raises:
+            InputError: nothing was solved yet.
+        """
+        if self.solved is None:
+            raise InputError(
+                "a kernel predicts from training data, and none was solved yet: call train() first, or add --do_train"
+            )
+        dataset = dataloader.dataset
+        if not hasattr(dataset, "__len__"):
+            raise InputError("a kernel needs data of known length, and this is a stream; pass a data set")
+        split = _SPLITS.get(metric_key_prefix, metric_key_prefix)
+        predictions = self.solved.predict(self.source.kernel(dataset, split), self._start(dataset, split))
+        try:
+            labels = labels_of(dataset).numpy()
+        except InputError:
+            labels = None
+        metrics = {}
+        shown = predictions if self.regression else self._logits(predictions)
+        if labels is not None:
+            metrics["loss"] = self.solved.loss(predictions, labels)
+            if self.compute_metrics is not None and not prediction_loss_only:
+                metrics |= self.compute_metrics(EvalPrediction(predictions=shown, label_ids=labels))
+        metrics = {f"{metric_key_prefix}_{key}": float(value) for key, value in metrics.items()}
+        output = None if prediction_loss_only else shown
+        return EvalLoopOutput(output, None if prediction_loss_only else labels, metrics, len(shown))
+
+    def _logits(self, predictions: np.ndarray) -> np.ndarray:
+        """`[N, classes]`; one scalar is the difference of two."""
+        return np.hstack([-predictions, predictions]) / 2 if predictions.shape[1] == 1 else predictions
+
+    # --- what is said about it ------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model that the kernel is of, as it is, and what was solved (`kernel_solution.json`)."""
+        super().save_model(output_dir, _internal_call)
+        if self.solved is not None and self.args.should_save:
+            args = self.args
+            record = {
+                "kernel_formula": args.kernel_formula,
+                "kernel_solver": args.kernel_solver,
+                "kernel_regularization": self.regularization,
+                "rank": self.solved.rank,
+                "condition": self.solved.condition,
+                "training_rows": len(self.train_dataset),
+                "binary_classification": self.binary,
+                "adjust_for_init": args.adjust_for_init,
+            }
+            write_json(os.path.join(output_dir or args.output_dir, SOLUTION), record)
+
+    def loading_line(self) -> str:
+        """How to predict again: the saved model is the one the kernel is of, as it was."""
+        folder = self.args.kernel_dir or os.path.join(self.args.output_dir, "kernels")
+        return f"the same command with --kernel_dir {folder} and --do_predict; the model itself is unchanged"
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        raise InputError("a kernel method has no optimizer: call train(), which solves the task")
+
+    def trained_weights(self) -> list[TrainedWeight]:
+        """The parameters that the kernel is over: no gradients kept, no moments."""
+        args = self.args
+        chosen = kernel_parameters(
+            self.model, args.kernel_parameters, args.exclude_embeddings, args.exclude_head, args.only_biases
+        )
+        return [TrainedWeight(name, tuple(p.shape), p.numel(), 0, 0) for name, p in chosen.items()]
+
+    @contextlib.contextmanager
+    def planning(self) -> Iterator[None]:
+        """No training step keeps anything for a backward pass."""
+        with torch.no_grad():
+            yield

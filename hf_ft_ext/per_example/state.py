@@ -1,0 +1,90 @@
+"""States that a model is put into for exact gradients, and brought back from."""
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+Batch = Mapping[str, torch.Tensor]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Dropout off; afterwards every module is in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextlib.contextmanager
+def only_trainable(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Only the parameters called `names` require gradients; afterwards those that did before."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def computing_in(model: nn.Module, dtype: torch.dtype | None, only_weights: bool = False) -> Iterator[None]:
+    """Weights and buffers in `dtype` (`None`: as they are); afterwards the old ones, untouched, are back.
+
+    In float64 nothing inside the model falls back to float32, as norms and softmax of some models otherwise do; this
+    watches every call of torch, so around work that is not the model's ask for `only_weights`.
+    """
+    if dtype is None:
+        yield
+        return
+    tensors = {id(t): t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()}
+    before = [(tensor, tensor.data) for tensor in tensors.values() if tensor.dtype != dtype]
+    stays = only_weights or any(isinstance(mode, _Float64Stays) for mode in _get_current_function_mode_stack())
+    try:
+        for tensor, old in before:
+            tensor.data = old.to(dtype)
+        with _Float64Stays() if dtype == torch.float64 and not stays else contextlib.nullcontext():
+            yield
+    finally:
+        for tensor, old in before:
+            tensor.data = old
+
+
+def batch_in(batch: Batch, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    """`batch` with its floating-point inputs in `dtype` (`None`: as they are)."""
+    return {
+        key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
+        for key, value in batch.items()
+    }
+
+
+def supports_float64(device: torch.device) -> bool:
+    """Whether `device` computes in float64."""
+    return device.type != "mps"
+
+
+class _Float64Stays(TorchFunctionMode):
+    """Leaves out casts from float64 to float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            if func in _CASTS:
+                args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+            if kwargs.get("dtype") is torch.float32:
+                kwargs = {**kwargs, "dtype": torch.float64}
+        return func(*args, **kwargs)
+
+
+_CASTS = (torch.Tensor.to, torch.Tensor.type, torch.softmax, torch.Tensor.softmax)

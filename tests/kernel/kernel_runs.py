@@ -1,0 +1,34 @@
+"""A KernelTrainer on tiny data, for one process and for two."""
+
+from pathlib import Path
+
+import numpy as np
+from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+
+from hf_ft_ext import KernelTrainer, KernelTrainingArguments
+
+
+def make(folder, model=None, train=None, evaluation=None, **settings) -> KernelTrainer:
+    settings = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False, **settings}
+    return KernelTrainer(
+        tiny_model() if model is None else model,
+        KernelTrainingArguments(str(folder), **settings),
+        train_dataset=tiny_dataset(12) if train is None else train,
+        eval_dataset=tiny_dataset(7, seed=1) if evaluation is None else evaluation,
+        processing_class=tiny_tokenizer(),
+        compute_metrics=lambda p: {"accuracy": float(np.mean(p.predictions.argmax(-1) == p.label_ids))},
+    )
+
+
+SETTINGS = {
+    "sgd": {"kernel_regularization": "1e-3"},  # without it rounding is multiplied by the condition number
+    "signgd": {"kernel_formula": "signgd", "kernel_regularization": "auto"},
+    "asym": {"kernel_formula": "asymmetric_signgd", "kernel_solver": "asym"},
+}
+
+
+def run(folder: Path, name: str) -> tuple[dict, np.ndarray]:
+    """Metrics of train and evaluation, and the predictions, in double precision."""
+    trainer = make(folder, tiny_model().double(), **SETTINGS[name])
+    metrics = trainer.train().metrics | trainer.evaluate()
+    return metrics, trainer.predict(trainer.eval_dataset).predictions

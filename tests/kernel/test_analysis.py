@@ -1,0 +1,97 @@
+"""What the analysis commands compute, and that they draw."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import batch, family
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.kernel.analysis import by_class, class_contrast, linearization, linearization_error, scores_by_seed
+from hf_ft_ext.kernel.store import write_kernel
+from hf_ft_ext.per_example.forms import dense
+from hf_ft_ext.per_example.gradients import ExampleGradients
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+def main(words):
+    """The command, from its script."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        from kernel_analysis import main as command
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return command(words)
+
+
+def test_kernels_by_class():
+    kernel = np.zeros((3, 1, 3, 1))
+    kernel[:, 0, :, 0] = [[4, 1, 2], [1, 1, 0.5], [2, 0.5, 4]]
+    matrix, labels = by_class(kernel, np.array([1, 0, 1]))
+    assert labels.tolist() == [0, 1, 1]
+    np.testing.assert_allclose(matrix, [[1, 0.5, 0.25], [0.5, 1, 0.5], [0.25, 0.5, 1]])
+    assert class_contrast(matrix, labels) == (0.5, 0.375)
+
+
+def test_the_expansion_is_the_gradient_times_the_change():
+    start, trained = family("bert"), family("bert")
+    with torch.no_grad():
+        for p in trained.parameters():
+            p += 1e-3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    inputs = batch(4)
+    before = {name: p.clone() for name, p in start.named_parameters()}
+    change, slope = linearization(start, trained, inputs)
+    assert all(torch.equal(p, before[name]) and p.dtype == torch.float32 for name, p in start.named_parameters())
+    (part,) = ExampleGradients(start, dtype=torch.float64)(inputs)
+    deltas = {n: (p - before[n]).double() for n, p in trained.named_parameters()}
+    for c, forms in enumerate(part.gradients):
+        expected = sum((dense(found) * deltas[name]).flatten(1).sum(1) for name, found in forms.items())
+        np.testing.assert_allclose(slope[:, c], expected.detach().numpy(), rtol=1e-5, atol=1e-8)
+    assert 0 < linearization_error(change, slope) < 0.05
+    assert linearization_error(change, change) == 0
+    with pytest.raises(InputError, match="the two models have other parameters"):
+        linearization(start, family("roberta"), inputs)
+
+
+@pytest.fixture
+def study(tmp_path):
+    for name, seed, rate, dev, test, rows in (
+        ("a", 1, "-1e-2", 0.8, 0.7, "xyxy"), ("a", 1, "-1e-3", 0.9, 0.6, "xxxy"), ("a", 2, "", 0.9, 0.8, "yyyy"),
+        ("b", 1, "", 0.5, 0.5, "xxxx"), ("b", 2, "", 0.5, 0.6, "yyxx"),
+    ):  # fmt: skip
+        folder = tmp_path / f"{name}-{seed}{rate}"
+        folder.mkdir()
+        metrics = {"eval_accuracy": dev, "eval_loss": 1.0, "test_accuracy": test}
+        (folder / "run.json").write_text(json.dumps({"metrics": metrics}))
+        lines = "".join(f"{i}\t{row}\n" for i, row in enumerate(rows))
+        (folder / "predictions.tsv").write_text(f"index\tprediction\n{lines}")
+    return tmp_path
+
+
+def test_studies_are_compared(study, capsys):
+    assert scores_by_seed(study, ["a", "b"]) == {"a": [0.6, 0.8], "b": [0.5, 0.6]}  # the best on the dev split
+    assert main(["compare", str(study), "--names", "a", "b"]) == 0
+    assert "a: 0.7000 ± 0.1414 (2 seeds)" in capsys.readouterr().out
+    assert main(["agreement", str(study), "--names", "a", "b"]) == 0
+    assert "a: 1.000 0.625" in capsys.readouterr().out  # 3/4 and 2/4
+    for name in ("compare", "agreement"):
+        assert (study / f"{name}.png").stat().st_size > 5_000
+    assert main(["compare", str(study), "--names", "c"]) == 2
+    assert "holds no finished run of c" in capsys.readouterr().err
+
+
+def test_a_kernel_is_drawn(tmp_path, capsys):
+    features = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    kernel, labels = (features @ features.T)[None, :, None, :, None], torch.arange(6) % 2
+    path = write_kernel(tmp_path, "train", "sst-2", kernel, labels)
+    assert main(["heatmap", str(path)]) == 0
+    assert "mean entry within classes" in capsys.readouterr().out
+    assert (tmp_path / "train_kernels_sst-2.png").stat().st_size > 5_000
+    other = write_kernel(tmp_path, "dev", "sst-2", kernel[:, :, :, :4], labels[:4])
+    assert main(["heatmap", str(other)]) == 2
+    assert "needs the train kernel" in capsys.readouterr().err
+    assert main(["heatmap", "x.pt"]) == 2

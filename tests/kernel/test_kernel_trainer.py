@@ -1,0 +1,238 @@
+"""KernelTrainer: what it predicts, where kernels come from, options, bad input, two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from kernel_runs import SETTINGS, make, run
+from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
+
+from hf_ft_ext import KernelTrainer, KernelTrainingArguments, empirical_ntk
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.kernel import store
+from hf_ft_ext.kernel.solvers import KernelModel, SolverOptions
+from hf_ft_ext.training.plan import training_plan
+
+
+def collated(dataset):
+    return tiny_tokenizer().pad(dataset.to_dict(), return_tensors="pt")
+
+
+def test_predictions_are_those_of_the_kernel_and_the_solver(tmp_path):
+    trainer = make(tmp_path, tiny_model().double(), kernel_solver="lstsq", kernel_regularization="1e-3")
+    before = {name: p.clone() for name, p in trainer.model.named_parameters()}
+    output = trainer.train()
+    train, other = collated(trainer.train_dataset), collated(trainer.eval_dataset)
+    model = tiny_model().double()
+    kernel = empirical_ntk(model, train, binary_classification=True)[None].numpy()
+    cross = empirical_ntk(model, train, other, binary_classification=True)[None].numpy()
+    expected = KernelModel(SolverOptions(solver=trainer.solved.options.solver, regularization=1e-3), kernel,
+                           train["labels"].numpy()).predict(cross)  # fmt: skip
+    result = trainer.predict(trainer.eval_dataset)
+    np.testing.assert_allclose(result.predictions, np.hstack([-expected, expected]) / 2, rtol=1e-6)
+    assert result.label_ids.tolist() == trainer.eval_dataset["labels"]
+    accuracy = np.mean((expected[:, 0] > 0) == np.array(trainer.eval_dataset["labels"]))
+    assert result.metrics["test_accuracy"] == accuracy == trainer.evaluate()["eval_accuracy"]
+    assert {"train_loss", "kernel_rank", "kernel_condition", "train_runtime"} <= output.metrics.keys()
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_what_is_saved_loads_and_says_what_was_solved(tmp_path):
+    trainer = make(tmp_path)
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    for name, p in loaded.named_parameters():
+        assert torch.equal(p, trainer.model.get_parameter(name))
+    solution = json.loads((tmp_path / "kernel_solution.json").read_text())
+    assert solution["kernel_formula"] == "sgd" and solution["training_rows"] == 12
+    assert solution["rank"] == trainer.solved.rank
+
+
+def test_a_second_run_computes_nothing(tmp_path, monkeypatch):
+    first = make(tmp_path)
+    first.train()
+    metrics = first.evaluate()
+    monkeypatch.setattr("hf_ft_ext.kernel.structured.StructuredEngine.side", None)
+    again = make(tmp_path)
+    again.train()
+    assert again.evaluate()["eval_loss"] == metrics["eval_loss"]
+    fresh = make(tmp_path, overwrite_kernels=True)
+    with pytest.raises(TypeError):
+        fresh.train()
+
+
+def test_three_classes_and_scores_and_random_weights_and_adapters(tmp_path):
+    data = {"train": tiny_dataset(15, num_labels=3), "evaluation": tiny_dataset(6, num_labels=3, seed=1)}
+    trainer = make(tmp_path / "three", tiny_model(num_labels=3), **data, kernel_solver="logistic")
+    trainer.train()
+    assert trainer.predict(data["evaluation"]).predictions.shape == (6, 3)
+
+    scores = {"train": tiny_dataset(15, regression=True), "evaluation": tiny_dataset(6, regression=True, seed=1)}
+    model = tiny_model(num_labels=1, problem_type="regression")
+    trainer = make(tmp_path / "scores", model, **scores, kernel_regularization="1e-6")
+    trainer.compute_metrics = None
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0 and trainer.predict(data["evaluation"]).predictions.shape == (6, 1)
+
+    trained = tiny_model(seed=3)
+    trainer = make(tmp_path / "random", trained, random_model_init=True, seed=7)
+    same = make(tmp_path / "random", tiny_model(seed=4), random_model_init=True, seed=7)
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(p, same.model.get_parameter(name))
+    assert not torch.equal(trainer.model.classifier.weight, trained.classifier.weight)
+
+    trainer = make(tmp_path / "lora", kernel_peft="lora", kernel_peft_config='{"r": 2, "target_modules": ["query"]}')
+    trainer.train()
+    names = set(trainer.source.computation.parameters)
+    assert any("lora_B" in name for name in names) and any("classifier" in name for name in names)
+    assert all("lora" in name or "classifier" in name or "pooler" in name for name in names)
+
+
+def test_predictions_relative_to_the_start(tmp_path):
+    settings = {"adjust_for_init": True, "f0_scaling": 2.0, "kernel_regularization": "1e-2"}
+    trainer = make(tmp_path, tiny_model().double(), **settings)
+    trainer.train()
+    found = trainer.source.start(trainer.eval_dataset, "dev")
+    with torch.no_grad():
+        logits = (
+            tiny_model().double().eval()(**{k: v for k, v in collated(trainer.eval_dataset).items() if k != "labels"})
+        )
+    np.testing.assert_allclose(found[:, 0], (logits.logits[:, 1] - logits.logits[:, 0]).numpy(), rtol=1e-9)
+    plain = trainer.solved.predict(trainer.source.kernel(trainer.eval_dataset, "dev"))
+    predictions = trainer.predict(trainer.eval_dataset).predictions
+    np.testing.assert_allclose(predictions[:, 1] - predictions[:, 0], plain[:, 0] + found[:, 0] / 2, rtol=1e-9)
+
+
+def test_regularization_is_chosen_on_the_evaluation_data(tmp_path, caplog):
+    caplog.set_level("INFO", logger="hf_ft_ext")
+    chosen = make(tmp_path, kernel_regularization="auto")
+    chosen.train()
+    assert "the best of 0.0, 1e-06" in caplog.text
+    results = {}
+    for value in ("0", "1e-3", "1"):
+        other = make(tmp_path, kernel_regularization=value)
+        other.train()
+        metrics = other.evaluate()
+        results[value] = (metrics["eval_accuracy"], -metrics["eval_loss"])
+    metrics = chosen.evaluate()
+    assert (metrics["eval_accuracy"], -metrics["eval_loss"]) >= max(results.values())
+    nothing = make(tmp_path, kernel_regularization="auto")
+    nothing.eval_dataset = None
+    with pytest.raises(InputError, match="auto chooses on evaluation data"):
+        nothing.train()
+
+
+def test_the_authors_files_are_taken_and_written(tmp_path):
+    trainer = make(tmp_path / "a", export_kernels=str(tmp_path / "files"), kernel_task_name="sst-2")
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert sorted(os.listdir(tmp_path / "files")) == ["dev_kernels_sst-2.pt", "train_kernels_sst-2.pt"]
+    loaded = make(tmp_path / "b", tiny_model(seed=5), load_kernels=str(tmp_path / "files"))  # of another model
+    loaded.train()
+    assert loaded.evaluate()["eval_loss"] == metrics["eval_loss"] and not (tmp_path / "b" / "kernels").exists()
+
+    with pytest.raises(InputError, match=r"holds no test_kernels_<task>.pt"):
+        loaded.predict(trainer.eval_dataset)
+    kernel, labels = store.read_kernel(tmp_path / "files", "dev", "sst-2")
+    store.write_kernel(tmp_path / "files", "dev", "sst-2", kernel, 1 - labels)
+    with pytest.raises(InputError, match="has other labels than the dev data"):
+        loaded.evaluate()
+    store.write_kernel(tmp_path / "files", "dev", "sst-2", kernel[:, :5], labels)
+    with pytest.raises(InputError, match=r"holds a kernel of shape \(1, 5, 1, 7, 1\)"):
+        loaded.evaluate()
+    store.write_kernel(tmp_path / "files", "train", "mr", kernel, labels)
+    with pytest.raises(InputError, match=r"holds kernels of several tasks .mr, sst-2."):
+        loaded.train()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"kernel_formula": "adam"}, "kernel_formula='adam'; choose from: sgd, signgd"),
+        ({"kernel_regularization": "-1"}, "kernel_regularization='-1' is neither a number"),
+        ({"kernel_regularization": "auto", "kernel_solver": "logistic"}, "logistic cross-validates its own"),
+        ({"kernel_lambda": 1.5}, r"kernel_lambda=1.5 is no share in \[0, 1\]"),
+        ({"kernel_gamma": 0}, "kernel_gamma=0 must be a number above 0"),
+        ({"f0_scaling": 2.0}, "f0_scaling=2.0 needs adjust_for_init"),
+        ({"load_kernels": "x", "overwrite_kernels": True}, "leave overwrite_kernels out"),
+        ({"kernel_peft_config": {"r": 1}}, "kernel_peft_config needs kernel_peft"),
+        ({"kernel_peft_config": "{"}, "is no JSON"),
+        ({"kernel_solver": "asym"}, "which kernel_formula=sgd does not give"),
+        ({"kernel_parameters": "none at all"}, "no trainable parameter is left"),
+    ],
+)
+def test_settings_that_cannot_work(tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
+        make(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"learning_rate": 1e-3}, "learning_rate=0.001 steers a training loop"),
+        ({"bf16": True}, "bf16=True steers"),
+        ({"kernel_gamma": 2.0}, "kernel_gamma is of kernel_solver=asym, not lstsq"),
+    ],
+)
+def test_arguments_without_effect_are_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        KernelTrainingArguments("x").check_given(given)
+    with pytest.raises(InputError, match="random_model_init would undo from_linearhead"):
+        KernelTrainingArguments("x", random_model_init=True).check_given({"from_linearhead": True})
+
+
+def test_uses_that_cannot_work(tmp_path):
+    with pytest.raises(InputError, match="takes no steps; leave `optimizers` out"):
+        KernelTrainer(tiny_model(), optimizers=(torch.optim.SGD(tiny_model().parameters()), None))
+    with pytest.raises(InputError, match="call train"):
+        make(tmp_path).evaluate()
+    trainer = make(tmp_path)
+    trainer.train()
+    with pytest.raises(InputError, match="known length, and this is a stream"):
+        trainer.evaluate(trainer.eval_dataset.to_iterable_dataset())
+    with pytest.raises(InputError, match="leaves no checkpoint"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(InputError, match="has no optimizer"):
+        make(tmp_path).create_optimizer()
+    data = tiny_dataset(8)
+    one_class = data.select([i for i, label in enumerate(data["labels"]) if label == 0])
+    with pytest.raises(InputError, match="no example of 'LABEL_1'"):
+        make(tmp_path, train=one_class).train()
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(InputError, match="gradient_checkpointing_disable"):
+        make(tmp_path, model)
+
+
+def test_plain_arguments_and_the_plan(tmp_path):
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    trainer = KernelTrainer(tiny_model(), args, train_dataset=tiny_dataset(8), processing_class=tiny_tokenizer())
+    assert isinstance(trainer, Trainer) and trainer.args.kernel_formula == "sgd"
+    plan = training_plan(trainer)
+    assert plan.trainable == sum(p.numel() for p in trainer.model.parameters())
+    assert plan.memory["gradients"] == plan.memory["optimizer state"] == plan.memory["activations"] == 0
+
+
+@pytest.mark.slow
+def test_two_processes_give_what_one_gives(tmp_path):
+    for name in SETTINGS:
+        np.save(tmp_path / f"{name}.npy", run(tmp_path / name, name)[1])
+    root = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = (root, root / "tests", Path(__file__).parent)
+    done = subprocess.run(
+        [*command, str(Path(__file__).with_name("kernel_ranks.py")), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -1,0 +1,81 @@
+"""Kernels of prompt models, and kernels that start from a linear head."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import text_dataset, tiny_masked_lm, tiny_tokenizer
+
+import run_glue
+from hf_ft_ext import PromptEncoder, PromptForSequenceClassification, empirical_ntk
+from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
+from hf_ft_ext.kernel.rows import ExampleRows
+
+TEMPLATE = "*cls**sent_0*_it_was*mask*.*sep+*"
+
+
+def prompt_model(model_type="bert", **options):
+    return PromptForSequenceClassification.from_masked_lm(
+        tiny_masked_lm(model_type), tiny_tokenizer(), TEMPLATE, ["bad", "good"], **options
+    ).double()
+
+
+def encoded(n, seed):
+    tokenizer = tiny_tokenizer()
+    sentences = [" ".join(s.split()[: 2 + i]) for i, s in enumerate(text_dataset(n, seed=seed)["sentence"])]
+    return dict(tokenizer.pad(PromptEncoder(tokenizer, TEMPLATE, 1, 32)([sentences]), return_tensors="pt"))
+
+
+@pytest.mark.parametrize("formula", ["sgd", "signgd", "asymmetric_signgd"])
+@pytest.mark.parametrize("model_type, untied", [("bert", False), ("roberta", True)])
+def test_structured_equals_jacobian(model_type, untied, formula):
+    model = prompt_model(model_type, untie_words=untied)
+    left, right = encoded(4, 0), encoded(6, 1)
+    expected = empirical_ntk(model, left, right, formula, "jacobian")
+    found = empirical_ntk(model, left, right, formula, "structured")  # no parameter without a rule
+    assert found.shape[-4:] == (4, 2, 6, 2)
+    assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert formula != "signgd" or torch.equal(found, expected)
+
+
+def test_rows_of_several_contexts():
+    model = prompt_model()
+    batch = encoded(6, 0)
+    contexts = {key: value.view(3, 2, -1) for key, value in batch.items()}
+    computation = KernelComputation(model, KernelOptions())
+    found = computation.run(ExampleRows(contexts))[0]
+    single = empirical_ntk(model, batch)
+    mean = single.view(3, 2, 2, 3, 2, 2).mean((1, 4))  # logits are means over contexts, and so are gradients
+    torch.testing.assert_close(found, mean, rtol=1e-9, atol=1e-12)
+
+
+@pytest.fixture
+def launch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text_dataset(80).select_columns(["sentence", "label"]).to_csv("train.csv")
+    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("test.csv")
+    tiny_masked_lm().save_pretrained("mlm")
+    tiny_tokenizer().save_pretrained("mlm")
+
+    def call(*argv):
+        words = [
+            "--method", "kernel", "--model_name_or_path", "mlm", "--train_file", "train.csv", "--test_file",
+            "test.csv", "--num_k", "8", "--max_seq_length", "32", "--use_cpu", "--disable_tqdm", "true",
+            "--kernel_regularization", "auto", "--do_train", "--do_eval", "--do_predict", "--output_dir", "out",
+        ]  # fmt: skip
+        return run_glue.main([*words, *argv])
+
+    return call
+
+
+@pytest.mark.parametrize("start", [(), ("--from_linearhead", "true")])
+@pytest.mark.parametrize("prompt", [True, False])
+def test_the_launcher_with_prompts_and_with_a_linear_head(launch, prompt, start):
+    mapping = ("--template", TEMPLATE, "--mapping", "{'0': 'bad', '1': 'good'}")
+    words = ("--few_shot_type", "prompt", *mapping) if prompt else ()
+    assert launch(*words, *start) == 0
+    metrics = json.loads(Path("out/run.json").read_text())["metrics"]
+    assert {"eval_accuracy", "test_accuracy", "kernel_rank"} <= metrics.keys()
+    described = [json.loads(path.read_text()) for path in Path("out/kernels").glob("*/kernel.json")]
+    assert len(described) == 3 and all(d["about"]["binary_classification"] for d in described)

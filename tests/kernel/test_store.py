@@ -1,0 +1,179 @@
+"""Kernels on disk: interrupted runs, mismatches, damage, and the authors' files."""
+
+import json
+import random
+
+import pytest
+import torch
+from families import batch, family
+from safetensors.torch import load_file, save_file
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.kernel import store
+from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
+from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.kernel.store import KernelStore
+
+LEFT, RIGHT = ExampleRows(batch(5)), ExampleRows(batch(9, 11, seed=1))
+ABOUT = {"model": "a", "data": "b"}
+
+
+class Killed(BaseException):
+    """As a signal would end the process: nothing may catch it."""
+
+
+def run(folder, blocks_before_death=None, formula="sgd", second=RIGHT, **options):
+    computation = KernelComputation(family("bert"), KernelOptions(formula, block_rows=2, **options))
+    kernels, left = computation.engine.kernels, [blocks_before_death]
+    computed = []
+
+    def mortal(a, b):
+        if left[0] is not None:
+            if left[0] == 0:
+                raise Killed
+            left[0] -= 1
+        computed.append(1)
+        return kernels(a, b)
+
+    computation.engine.kernels = mortal
+    try:
+        return computation.run(LEFT, second, KernelStore(folder, ABOUT)), len(computed)
+    except Killed:
+        return None, len(computed)
+
+
+@pytest.mark.parametrize("formula, second", [("sgd", RIGHT), ("asymmetric_signgd", None)])
+def test_killed_ten_times_a_run_ends_with_the_same_bits(tmp_path, formula, second):
+    whole, blocks = run(tmp_path / "whole", formula=formula, second=second)
+    generator, total = random.Random(0), 0
+    for _ in range(10):
+        kernel, computed = run(tmp_path / "killed", generator.choice([0, 0, 1]), formula, second)
+        total += computed
+        if kernel is not None:
+            break
+        if generator.random() < 0.5:  # half a file, as a killed write leaves it
+            (tmp_path / "killed" / ".block-00000-00000.safetensors.1.tmp").write_bytes(b"half")
+    kernel, computed = run(tmp_path / "killed", None, formula, second)
+    assert torch.equal(kernel, whole) and total + computed == blocks  # no block was computed twice
+    again, computed = run(tmp_path / "killed", None, formula, second)
+    assert computed == 0 and torch.equal(again, whole)
+
+
+def test_another_budget_continues_in_the_same_cut(tmp_path):
+    whole, _ = run(tmp_path / "whole")
+    run(tmp_path / "cut", 2)
+    kernel, computed = run(tmp_path / "cut", memory_gb=0.5, batch_size=3)
+    assert torch.equal(kernel, whole) and computed == 3
+
+
+def test_the_folder_is_named_after_the_content(tmp_path):
+    model = family("bert")
+    first = store.model_hash(model)
+    assert store.model_hash(family("bert")) == first
+    model.bert.embeddings.requires_grad_(False)
+    assert store.model_hash(model) != first
+    other = family("bert")
+    with torch.no_grad():
+        other.classifier.bias[0] += 1e-3
+    assert store.model_hash(other) != first
+    assert store.rows_hash(LEFT) != store.rows_hash(RIGHT)
+    longer = {key: torch.nn.functional.pad(value, (0, 3)) for key, value in batch(5).items()}
+    assert store.rows_hash(ExampleRows(longer)) == store.rows_hash(LEFT)  # padding is no content
+    assert KernelStore(tmp_path, ABOUT).folder != KernelStore(tmp_path, {**ABOUT, "data": "c"}).folder
+
+
+def test_overwriting_computes_anew(tmp_path):
+    run(tmp_path)
+    assert run(tmp_path)[1] == 0
+    KernelStore(tmp_path, ABOUT, overwrite=True)
+    assert run(tmp_path)[1] == 5
+
+
+def test_a_foreign_description_is_refused(tmp_path):
+    run(tmp_path)
+    path = KernelStore(tmp_path, ABOUT).folder / store.DESCRIPTION
+    description = json.loads(path.read_text())
+    description["about"]["model"] = "other"
+    path.write_text(json.dumps(description))
+    with pytest.raises(InputError, match=r"is of something else .model: 'other', not 'a'.; pass overwrite_kernels"):
+        KernelStore(tmp_path, ABOUT)
+    path.write_text("{")
+    with pytest.raises(InputError, match="is no description of a kernel"):
+        KernelStore(tmp_path, ABOUT)
+
+
+def test_damaged_blocks_are_refused(tmp_path):
+    run(tmp_path)
+    folder = KernelStore(tmp_path, ABOUT).folder
+    path = folder / "block-00000-00001.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-9])
+    with pytest.raises(InputError, match=r"block-00000-00001.safetensors cannot be read .* delete the file"):
+        run(tmp_path)
+    kernel = load_file(folder / "block-00000-00000.safetensors")["kernel"]
+    save_file({"kernel": kernel[..., :1, :]}, path, {"key": folder.name})
+    with pytest.raises(
+        InputError, match=r"is of another kernel: it holds \(1, 5, 2, 1, 2\), expected \[kernels, 5, c"
+    ):
+        run(tmp_path)
+    save_file({"kernel": kernel}, path, {"key": "other"})
+    with pytest.raises(InputError, match="is of another kernel"):
+        run(tmp_path)
+    path.write_bytes(content)
+    assert run(tmp_path)[1] == 0
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot be written to .* pass kernel_dir"):
+        run(tmp_path / "file")
+
+
+# --- the authors' files --------------------------------------------------------------------------------
+
+
+def test_the_authors_form_comes_back(tmp_path):
+    kernel, labels = torch.rand(1, 4, 1, 3, 1, dtype=torch.float64), torch.tensor([0, 1, 1])
+    path = store.write_kernel(tmp_path, "dev", "sst-2", kernel, labels)
+    assert path.name == "dev_kernels_sst-2.pt"
+    raw, targets = torch.load(path, weights_only=True)
+    assert raw.shape == (4, 1, 3, 1) and targets.tolist() == [-1, 1, 1]
+    found, classes = store.read_kernel(tmp_path, "dev", "sst-2")
+    assert torch.equal(found, kernel) and torch.equal(classes, labels)
+    both = torch.rand(2, 4, 3, 2, 3, dtype=torch.float64)
+    store.write_kernel(tmp_path, "test", "trec", both, torch.tensor([5, 2]))
+    found, classes = store.read_kernel(tmp_path, "test", "trec")
+    assert torch.equal(found, both) and classes.tolist() == [5, 2]
+    torch.save((torch.ones(3), torch.tensor([-1.0, 1, 1])), tmp_path / "dev_logits_sst-2.pt")
+    assert store.read_logits(tmp_path, "dev", "sst-2").shape == (3, 1)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (torch.ones(3), "does not hold the two tensors"),
+        ((torch.ones(4, 2, 3, 1), torch.ones(3)), r"a kernel has shape .*, not \(1, 4, 2, 3, 1\)"),
+        ((torch.ones(4, 1, 3, 1), torch.ones(2)), "3 examples but 2 labels; the file is damaged"),
+        (b"", "cannot be read as tensors"),
+        (None, "there is no file"),
+    ],
+)
+def test_files_that_are_none_of_theirs(tmp_path, content, message):
+    path = tmp_path / "dev_kernels_x.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=message):
+        store.read_kernel(tmp_path, "dev", "x")
+
+
+def test_nothing_in_a_foreign_file_is_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "made"), "w")
+
+    torch.save((Evil(), torch.ones(1)), tmp_path / "dev_kernels_x.pt")
+    with pytest.raises(InputError, match="cannot be read as tensors"):
+        store.read_kernel(tmp_path, "dev", "x")
+    assert not (tmp_path / "made").exists()

@@ -1,0 +1,212 @@
+"""Gradients of each example: every family against autograd on single examples, what no rule covers, bad input."""
+
+import pytest
+import torch
+from families import FAMILIES, batch, family
+from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.per_example.forms import dense
+from hf_ft_ext.per_example.gradients import ExampleGradients, trimmed
+from hf_ft_ext.per_example.rules import find_rule
+from hf_ft_ext.per_example.state import computing_in, evaluating
+
+
+def plain(model, function, inputs, parameters):
+    """Autograd on one example at a time: for each scalar, gradients `[n, *shape]` by name."""
+    found = []
+    with evaluating(model), computing_in(model, torch.float64):
+        for i in range(len(inputs["input_ids"])):
+            scalars = function(model, {key: value[i : i + 1] for key, value in inputs.items()})
+            for c in range(scalars.shape[1]):
+                values = list(parameters.values())
+                grads = torch.autograd.grad(scalars[0, c], values, retain_graph=True, allow_unused=True)
+                found.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, values, strict=True)])
+    classes = scalars.shape[1]
+    return [
+        {name: torch.stack([row[k] for row in found[c::classes]]) for k, name in enumerate(parameters)}
+        for c in range(classes)
+    ]
+
+
+def gathered(examples, inputs):
+    """The gradients of `ExampleGradients` in the form of `plain`."""
+    parts = list(examples(inputs))
+    found = []
+    for c in range(len(parts[0].gradients)):
+        found.append({})
+        for name, parameter in examples.parameters.items():
+            rows = [
+                dense(part.gradients[c][name])
+                if name in part.gradients[c]
+                else parameter.new_zeros(len(part.scalars), *parameter.shape)
+                for part in parts
+            ]
+            found[c][name] = torch.cat(rows)
+    return found
+
+
+def assert_equal(model, inputs, function=lambda model, batch: model(**batch).logits, parameters=None):
+    examples = ExampleGradients(model, function, parameters)
+    found, expected = gathered(examples, inputs), plain(model, function, inputs, examples.parameters)
+    size = max(float(value.abs().max()) for grads in expected for value in grads.values())
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in theirs:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12 * size, msg=name)
+    return examples
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_every_family_equals_autograd_on_single_examples(model_type):
+    model = family(model_type).double().train()
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    examples = assert_equal(model, batch())
+    uncovered = set(examples.uncovered)
+    assert bool(uncovered) == (model_type == "deberta-v2")  # its relative positions run once for the whole batch
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable and model.training
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_position_and_type_embeddings_do_not_sum_over_examples():
+    model = family("bert").double()
+    names = [name for name in dict(model.named_parameters()) if "position" in name or "token_type" in name]
+    assert len(names) == 2
+    examples = assert_equal(model, batch(), parameters={n: p for n, p in model.named_parameters() if n in names})
+    assert examples.uncovered == []
+
+
+@pytest.mark.parametrize(
+    "config, covered",
+    [
+        (LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"]), True),
+        (IA3Config(task_type=TaskType.SEQ_CLS, target_modules=["key"], feedforward_modules=[]), False),
+        (PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=3), False),
+    ],
+)
+def test_adapters(config, covered):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = get_peft_model(family("bert"), config).double()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter)
+    examples = assert_equal(model, batch())
+    assert all(p.requires_grad for p in examples.parameters.values())
+    assert (examples.uncovered == []) == covered
+
+
+def test_tied_weights_and_single_scalars():
+    """Embedding and decoder of a masked LM are one parameter, used as a table and as a linear layer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = {k: v for k, v in FAMILIES["bert"].items() if k != "vocab_size"}
+        model = BertForMaskedLM(BertConfig(vocab_size=60, **config)).double()
+    assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
+
+    def label_words(model, batch):
+        logits = model(**batch).logits[:, 1]
+        return logits[:, [7, 9]]
+
+    examples = assert_equal(model, batch(), label_words)
+    assert examples.uncovered == []
+    one = ExampleGradients(model, lambda model, batch: label_words(model, batch)[:, 0])
+    (part,) = one(batch())
+    assert part.scalars.shape == (5, 1) and len(part.gradients) == 1
+
+
+def test_float32_is_near_and_a_wider_type_is_undone():
+    model = family("roberta")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    narrow, wide = (gathered(ExampleGradients(model, dtype=dtype), batch()) for dtype in (None, torch.float64))
+    for name, value in wide[0].items():
+        assert value.dtype == torch.float64
+        torch.testing.assert_close(narrow[0][name].double(), value, rtol=1e-3, atol=1e-5)
+    assert all(p.dtype == torch.float32 and torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+class Layered(nn.Module):
+    """A classifier over token embeddings with a layer of the test's choice."""
+
+    def __init__(self, layer, width=8):
+        super().__init__()
+        self.embeddings, self.layer, self.head = nn.Embedding(60, width), layer, nn.Linear(width, 2)
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.layer(self.embeddings(input_ids).mean(1))
+        return type("Output", (), {"logits": self.head(hidden)})
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale = nn.Linear(8, 8), nn.Parameter(torch.randn(8))
+
+    def forward(self, x):
+        return self.inner(x) * self.scale + torch.nn.functional.linear(x, self.inner.weight)
+
+
+@pytest.mark.parametrize(
+    "layer, uncovered",
+    [
+        (Doubled(8, 8), {"layer.weight", "layer.bias"}),  # its rule gives half the gradient
+        (Scaled(), {"layer.scale", "layer.inner.weight"}),  # no rule; a weight used outside its module too
+        (nn.Sequential(nn.RMSNorm(8), nn.Tanh()), set()),
+    ],
+)
+def test_a_parameter_without_a_true_rule_is_taken_by_autograd(layer, uncovered, caplog):
+    caplog.set_level("INFO", logger="hf_ft_ext")
+    examples = assert_equal(Layered(layer).double(), batch())
+    assert set(examples.uncovered) == uncovered
+    assert ("examples run one by one" in caplog.text) == bool(uncovered)
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return x + torch.rand_like(x)
+
+
+@pytest.mark.parametrize(
+    "layer, message",
+    [
+        (Noisy(), "other outputs for the same batch.*remove what draws random numbers"),
+        (nn.BatchNorm1d(8, track_running_stats=False), r"other examples of its batch \(layer\)"),
+    ],
+)
+def test_models_without_gradients_per_example(layer, message):
+    with pytest.raises(InputError, match=message):
+        list(ExampleGradients(Layered(layer))(batch()))
+
+
+def test_more_bad_input():
+    model = family("bert")
+    with pytest.raises(InputError, match="has to give one scalar per example"):
+        list(ExampleGradients(model, lambda model, batch: model(**batch).logits.sum())(batch()))
+    with pytest.raises(InputError, match="all are frozen"):
+        ExampleGradients(family("bert").requires_grad_(False))
+    model.gradient_checkpointing_enable()
+    with pytest.raises(InputError, match="gradient_checkpointing_disable"):
+        list(ExampleGradients(model)(batch()))
+    broken = family("bert")
+    nn.init.constant_(broken.classifier.weight, float("nan"))
+    with pytest.raises(InputError, match="not finite"):
+        list(ExampleGradients(broken)(batch()))
+    assert find_rule(nn.Conv1d(2, 2, 1)) is None
+
+
+def test_padding_is_cut_at_the_right_end_only():
+    inputs = {
+        "input_ids": torch.arange(12).view(2, 6),
+        "attention_mask": torch.tensor([[0, 1, 1, 0, 0, 0], [0, 0, 1, 1, 0, 0]]),
+        "labels": torch.tensor([0, 1]),
+    }
+    cut = trimmed(inputs)
+    assert cut["input_ids"].tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]] and cut["attention_mask"].shape == (2, 4)
+    assert cut["labels"] is inputs["labels"]
+    assert trimmed({"input_ids": inputs["input_ids"]})["input_ids"].shape == (2, 6)
