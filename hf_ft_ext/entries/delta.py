@@ -9,12 +9,12 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.entries.layer import Entries, weights_with_entries
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.delta_files import check_parameters, other_weights, read_delta
 from hf_ft_ext.training.files import replacing, tensor_hash
 
 DELTA_FILE = "entries_delta.safetensors"
@@ -53,7 +53,7 @@ def read_indices(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
     Raises:
         InputError: there is no delta, or it cannot be read.
     """
-    _, tensors = _read(folder)
+    _, _, tensors = read_delta(folder, DELTA_FILE, _FORMAT, "save_entries")
     return {name.removeprefix("indices."): t for name, t in tensors.items() if name.startswith("indices.")}
 
 
@@ -66,22 +66,14 @@ def load_entries(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     Raises:
         InputError: there is no delta, it is damaged, or it belongs to another model, which is then unchanged.
     """
-    path = Path(folder) / DELTA_FILE
     if any(isinstance(module, Entries) for module in model.modules()):
         raise InputError("the model trains entries already; load the delta into the plain model")
-    metadata, tensors = _read(folder)
-    parameters = dict(model.named_parameters())
+    path, metadata, tensors = read_delta(folder, DELTA_FILE, _FORMAT, "save_entries")
     chosen = {n.removeprefix("values."): t for n, t in tensors.items() if n.startswith("values.")}
     rest = {n.removeprefix("rest."): t for n, t in tensors.items() if n.startswith("rest.")}
-    if missing := sorted({*chosen, *rest} - parameters.keys()):
-        raise InputError(f"{path} belongs to another model: this one has no {missing[0]}")
-    if wrong := [name for name, tensor in rest.items() if tensor.shape != parameters[name].shape]:
-        raise InputError(f"{path} belongs to another model: {wrong[0]} has another shape here (the label count, say)")
+    parameters = check_parameters(path, model, set(chosen), rest)
     if _hash({name: tensor_hash(p) for name, p in parameters.items() if name not in rest}) != metadata["base"]:
-        raise InputError(
-            f"{path} belongs to other weights than this {type(model).__name__} has; load the model that training "
-            "started from, in the same dtype, and apply the delta once"
-        )
+        raise other_weights(path, model)
     with torch.no_grad():
         for name, values in chosen.items():
             weight = parameters[name]
@@ -89,21 +81,6 @@ def load_entries(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         for name, tensor in rest.items():
             parameters[name].copy_(tensor)
     return model
-
-
-def _read(folder: str | os.PathLike) -> tuple[dict, dict[str, torch.Tensor]]:
-    path = Path(folder) / DELTA_FILE
-    if not path.is_file():
-        raise InputError(f"{os.fspath(folder)!r} holds no {DELTA_FILE}; pass the folder that save_entries wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}); copy it anew from where it was saved") from error
-    if metadata.get("format") != _FORMAT:
-        raise InputError(f"{path} is no delta of entries of this version; pass the folder that save_entries wrote")
-    return metadata, tensors
 
 
 def _hash(hashes: dict[str, str]) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -26,6 +25,7 @@ from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.difference import Difference, differences
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
+from hf_ft_ext.training.delta_files import check_parameters, other_weights, read_delta
 from hf_ft_ext.training.files import replacing, tensor_hash
 
 DELTA_FILE = "sparse_delta.safetensors"
@@ -84,31 +84,15 @@ def load_delta(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     Raises:
         InputError: there is no delta, it is damaged, or it belongs to another model; the model is then unchanged.
     """
-    path = Path(folder) / DELTA_FILE
-    if not path.is_file():
-        raise InputError(f"{os.fspath(folder)!r} holds no {DELTA_FILE}; pass the folder that save_delta wrote")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}); copy it anew from where it was saved") from error
-    if metadata.get("format") != _FORMAT:
-        raise InputError(f"{path} is no sparse delta of this version; pass the folder that save_delta wrote")
-    places, rest = json.loads(metadata["layers"]), set(json.loads(metadata["rest"]))
-    parameters = dict(model.named_parameters())
-    expected = {f"{name}.weight" for name in places} | rest
-    if missing := sorted(expected - parameters.keys()):
-        raise InputError(f"{path} belongs to another model: this one has no {missing[0]}")
-    weights = [(f"{name}.weight", _oriented(model, name)) for name in places]
-    frozen = [(name, p) for name, p in parameters.items() if name not in expected]
-    if _base_hash([(name, tensor_hash(weight)) for name, weight in weights], frozen) != metadata["base"]:
-        raise InputError(
-            f"{path} belongs to other weights than this {type(model).__name__} has; load the model that training "
-            "started from, in the same dtype, and apply the delta once"
-        )
-    if wrong := [name for name in rest if parameters[name].shape != tensors[f"rest.{name}"].shape]:
-        raise InputError(f"{path} belongs to another model: {wrong[0]} has another shape here (the label count, say)")
+    path, metadata, tensors = read_delta(folder, DELTA_FILE, _FORMAT, "save_delta")
+    places = json.loads(metadata["layers"])
+    rest = {name: tensors[f"rest.{name}"] for name in json.loads(metadata["rest"])}
+    trained = {f"{name}.weight" for name in places}
+    parameters = check_parameters(path, model, trained, rest)
+    hashes = [(f"{name}.weight", tensor_hash(_oriented(model, name))) for name in places]
+    frozen = [(name, p) for name, p in parameters.items() if name not in trained | rest.keys()]
+    if _base_hash(hashes, frozen) != metadata["base"]:
+        raise other_weights(path, model)
     with torch.no_grad():
         for name, numbers in places.items():
             weight = _oriented(model, name)
@@ -117,8 +101,8 @@ def load_delta(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
             for i, number in enumerate(numbers):
                 _add_piece(trained, tensors, f"{name}.{i}", number)
             weight.copy_(trained)
-        for name in rest:
-            parameters[name].copy_(tensors[f"rest.{name}"])
+        for name, tensor in rest.items():
+            parameters[name].copy_(tensor)
     return model
 
 

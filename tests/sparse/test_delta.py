@@ -111,7 +111,7 @@ def test_damaged_and_missing_files(trained, tmp_path):
         load_delta(tiny_model(), tmp_path)
     tiny_model().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / DELTA_FILE)
-    with pytest.raises(InputError, match="is no sparse delta"):
+    with pytest.raises(InputError, match="is not of the format 'hf_ft_ext sparse delta"):
         load_delta(tiny_model(), tmp_path)
 
 

@@ -1,0 +1,60 @@
+"""Reading a delta: a file of what training changed, which belongs to the very weights that it started from."""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from hf_ft_ext.errors import InputError
+
+
+def read_delta(
+    folder: str | os.PathLike, name: str, form: str, writer: str
+) -> tuple[Path, dict[str, str], dict[str, torch.Tensor]]:
+    """Path, metadata and tensors of the delta `name` in `folder`.
+
+    Args:
+        form: what its metadata must have as `format`.
+        writer: the function that writes such files, for messages.
+
+    Raises:
+        InputError: there is no such file, it is damaged, or of another format.
+    """
+    path = Path(folder) / name
+    if not path.is_file():
+        raise InputError(f"{os.fspath(folder)!r} holds no {name}; pass the folder that {writer} wrote")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} cannot be read ({error}); copy it anew from where it was saved") from error
+    if metadata.get("format") != form:
+        raise InputError(f"{path} is not of the format {form!r}; pass the folder that {writer} of this version wrote")
+    return path, metadata, tensors
+
+
+def check_parameters(
+    path: Path, model: nn.Module, names: set[str], rest: dict[str, torch.Tensor]
+) -> dict[str, nn.Parameter]:
+    """The parameters of `model` by name, with all of `names` and of `rest` among them, the latter in the same shapes.
+
+    Raises:
+        InputError: the delta is of another model.
+    """
+    parameters = dict(model.named_parameters())
+    if missing := sorted((names | rest.keys()) - parameters.keys()):
+        raise InputError(f"{path} belongs to another model: this one has no {missing[0]}")
+    if wrong := [name for name, tensor in rest.items() if tensor.shape != parameters[name].shape]:
+        raise InputError(f"{path} belongs to another model: {wrong[0]} has another shape here (the label count, say)")
+    return parameters
+
+
+def other_weights(path: Path, model: nn.Module) -> InputError:
+    """The error for a base whose hash is not the delta's."""
+    return InputError(
+        f"{path} belongs to other weights than this {type(model).__name__} has; load the model that training started "
+        "from, in the same dtype, and apply the delta once"
+    )
