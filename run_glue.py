@@ -7,7 +7,7 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the launcher on `argv` (`None` = this process's words); 0 = done, 1 = done but not pushed, 2 = bad input."""
+    """Run the launcher on `argv` (`None` = this process's words); 0 = done, 2 = bad input, 3 = done but not pushed."""
     from hf_ft_ext.errors import InputError, PushError
     from hf_ft_ext.methods import list_methods, only_help_wanted
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except PushError as error:
         sys.stderr.write(f"error: {error}\n")
-        return 1
+        return 3
     return 0
 
 

@@ -14,5 +14,5 @@ class PushError(Exception):
     """A finished run could not be pushed to the Hub.
 
     The message says why, where the result lies, and the command that pushes it. The launcher prints it without a
-    traceback and exits with status 1.
+    traceback and exits with status 3.
     """

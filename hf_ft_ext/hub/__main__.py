@@ -9,7 +9,7 @@ from hf_ft_ext.errors import InputError, PushError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Push; 0 = done, 1 = the Hub refused or failed, 2 = there is nothing to push."""
+    """Push; 0 = done, 2 = there is nothing to push, 3 = the Hub refused or failed."""
     parser = argparse.ArgumentParser(
         prog="python -m hf_ft_ext.hub",
         description="Push a finished run to the Hub, with a model card made from its record.",
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         )
     except (InputError, PushError) as error:
         sys.stderr.write(f"error: {error}\n")
-        return 2 if isinstance(error, InputError) else 1
+        return 2 if isinstance(error, InputError) else 3
     print(f"pushed: {address}")
     return 0
 

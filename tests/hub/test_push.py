@@ -189,7 +189,7 @@ REFUSALS = [
 def test_a_push_that_fails_after_training_loses_nothing(hub, base, capsys, pattern, status, message):
     hub.faults.append(Fault(pattern, status))
     hub.repositories["me/out"] = Repository()
-    assert push("base", "full", "out") == 1
+    assert push("base", "full", "out") == 3
     printed = capsys.readouterr()
     assert re.search(f"error: --push_to_hub: .*{message}", printed.err), printed.err
     assert "Traceback" not in printed.err
@@ -207,7 +207,7 @@ def test_refusals_say_why_and_leave_the_run(hub, tiny_bert_dir, capsys, pattern,
     folder = a_run("out", tiny_bert_dir)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     hub.faults.append(Fault(pattern, status))
-    assert push_main(["out"]) == 1
+    assert push_main(["out"]) == 3
     assert re.search(f"error: --push_to_hub: .*{message}", capsys.readouterr().err)
     assert before.items() <= {path.name: path.read_bytes() for path in folder.iterdir()}.items()
     assert not hub.repositories["me/out"].files
@@ -247,7 +247,7 @@ def test_a_hub_that_is_gone(hub, capsys, tiny_bert_dir):
     folder = a_run("lonely", tiny_bert_dir)
     hub.shutdown()
     hub.server_close()
-    assert push_main([str(folder)]) == 1
+    assert push_main([str(folder)]) == 3
     error = capsys.readouterr().err
     assert "the connection failed" in error and "The result is complete in" in error
 
