@@ -13,7 +13,7 @@ from hf_ft_ext.training.record import RUN_RECORD
 
 # Weights and the configuration that says whether they are a model or an adapter: one kind must not stay
 # beside the other, or the folder would load as neither.
-_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*", "*_delta.safetensors")
+_WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*")
 _OWN = (RUN_RECORD, "predictions*.tsv", "hp_search.json", "config.json", "adapter_config.json", *_WEIGHTS)
 
 
@@ -94,6 +94,6 @@ def clear_old_run(output_dir: str | os.PathLike) -> None:
     for path in folder.glob("checkpoint-*"):
         if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name):
             shutil.rmtree(path)
-    for pattern in _OWN:
+    for pattern in (*_OWN, "*_delta.safetensors"):
         for path in folder.glob(pattern):
             path.unlink()
