@@ -68,14 +68,15 @@ def _one(comparison: Comparison, variant: Variant, seed: int, left: float | None
 
 def _entry(comparison: Comparison, variant: Variant, seed: int) -> dict:
     folder = comparison.folder(variant, seed)
+    finished = find_run(folder, comparison.words(variant, seed)) is not None
     return {
         "variant": variant.name,
         "method": variant.method,
         "seed": seed,
         "folder": str(folder.relative_to(comparison.output_dir)),
         "log": str(log_of(folder).relative_to(comparison.output_dir)),
-        "state": NOT_STARTED,
-        "reason": "the comparison was interrupted before",
+        "state": DONE if finished else NOT_STARTED,
+        "reason": "" if finished else "the comparison was interrupted before",
         "seconds": 0.0,
         "command": shlex.join(["run_glue.py", *without_secrets(comparison.words(variant, seed))]),
         "left_out": variant.left_out,

@@ -199,6 +199,24 @@ def test_failures_are_survived_shown_and_tried_again(capsys):
     assert launches("good-seed42") == 1
 
 
+def test_all_runs_may_fail(capsys):
+    assert main(["--methods", "full,lora", "--learning_rate", "1"]) == 1
+    page = Path("runs/compare-demo/report.html").read_text()
+    assert "no finished run" in page and page.count("learning_rate=1 cannot work") == 2
+    assert "full, seed 42: failed" in capsys.readouterr().out
+
+
+def test_an_interruption_keeps_what_was_finished_before(monkeypatch):
+    assert main(["--methods", "lora"]) == 0
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_ft_ext.compare.runs.run_or_find", interrupted)
+    assert main(["--methods", "full,lora"]) == 130
+    assert states() == {("full", 42): "not started", ("lora", 42): "done"}
+
+
 def test_only_what_is_missing_or_changed_is_run():
     assert main(["--methods", "full", "--seeds", "1"]) == 0
     assert main(["--methods", "full,lora", "--seeds", "2"]) == 0
