@@ -284,7 +284,7 @@ def test_pictures_are_asked_for_before_the_runs(monkeypatch, capsys):
 @pytest.mark.slow
 def test_real_runs(monkeypatch, tiny_bert_dir):
     """The launcher itself: two methods, one of them refused by the data."""
-    monkeypatch.undo()
+    monkeypatch.setattr("hf_ft_ext.launch.process.LAUNCHER", ROOT / "run_glue.py")
     text_dataset(24, seed=0).select_columns(["sentence", "label"]).to_csv("train.csv")
     text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("dev.csv")
     path = recipe("variants:\n  full: {}\n  bad: {method: full, label_column: none}\n")
