@@ -7,8 +7,8 @@ import sys
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the launcher on `argv` (`None` = this process's words); 0 = done, 2 = input that cannot work."""
-    from hf_ft_ext.errors import InputError
+    """Run the launcher on `argv` (`None` = this process's words); 0 = done, 2 = bad input, 3 = done but not pushed."""
+    from hf_ft_ext.errors import InputError, PushError
     from hf_ft_ext.methods import list_methods, only_help_wanted
 
     first = int(os.environ.get("RANK", 0)) == 0
@@ -24,6 +24,9 @@ def main(argv: list[str] | None = None) -> int:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             sys.stderr.write(f"error: {error}\n")
         return 2
+    except PushError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 3
     return 0
 
 
@@ -33,9 +36,10 @@ def run(argv: list[str]) -> None:
 
     run_args, model_args, data_args, args = parse_arguments(argv)
 
-    from hf_ft_ext.launch import build, results, search  # after --help has been answered
+    from hf_ft_ext.launch import build, results, search, sharing  # after --help has been answered
     from hf_ft_ext.training.plan import training_plan
 
+    sharing.prepare(run_args, args)
     build_trainer, data = build.load(run_args, model_args, data_args, args)
     trainer = build_trainer(args)
     if run_args.dry_run:
@@ -48,9 +52,10 @@ def run(argv: list[str]) -> None:
     if run_args.hp_search:
         search.search_hyperparameters(build_trainer, args, run_args.hp_search)
         trainer = build_trainer(args)
-    metrics = {}
+    metrics, push = {}, False
     if args.do_train:
         metrics |= trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+        push = sharing.postponed(args)  # save_model would push by itself, before there are numbers to show
         trainer.save_model()
     if args.do_eval:
         metrics |= results.evaluate_all(trainer, data.validation)
@@ -58,10 +63,11 @@ def run(argv: list[str]) -> None:
         metrics |= results.predict_all(trainer, data.test)
     if trainer.is_world_process_zero():
         print(results.record_run(trainer, metrics, ["run_glue.py", *argv], run_args, model_args, data_args))
-    if args.push_to_hub:
-        trainer.push_to_hub(tasks="text-classification", finetuned_from=model_args.model_name_or_path)
+    failure = sharing.push_finished(trainer, push)
     trainer.accelerator.wait_for_everyone()  # gloo's threads abort a process that exits while they hold tensors
     trainer.accelerator.end_training()
+    if failure is not None:
+        raise failure
 
 
 if __name__ == "__main__":

@@ -23,36 +23,24 @@ on the dev split counts, and what counts of it is the test score. Weights are de
 """
 
 import argparse
-import json
-import os
+import shlex
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import yaml
 
 from hf_ft_ext.data.tasks import get_task
+from hf_ft_ext.launch.process import log_of, run_or_find
 from hf_ft_ext.metrics import primary_key
-
-LAUNCHER = Path(__file__).resolve().parents[1] / "run_glue.py"
 
 
 def run(folder: Path, words: list[str]) -> dict:
     """The run record of `run_glue.py` with `words`, from `folder` if it was run before."""
-    record = folder / "run.json"
-    if record.exists():
-        found = json.loads(record.read_text())
-        if found["command"][1:] == words:
-            return found
-    command = [sys.executable, str(LAUNCHER), *words]
-    log = folder.with_suffix(".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as output:
-        done = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed with status {done.returncode}; see {log}")
-    return json.loads(record.read_text())
+    outcome = run_or_find(folder, words)
+    if outcome.record is None:
+        raise SystemExit(f"run_glue.py {shlex.join(words)} failed: {outcome.reason}; see {log_of(folder)}")
+    return outcome.record
 
 
 def few_shot_records(args: argparse.Namespace, name: str, rates: list[str | None], words, score: str) -> list[dict]:
@@ -181,7 +169,6 @@ def main() -> None:
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
     args.variants = variants_of(args)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     text = table(study(args, words[cut + 1 :]))
     (args.output_dir / "table.md").write_text(text)
     print(text)

@@ -8,3 +8,11 @@ class InputError(ValueError):
     starts wherever the fault can be known by then; the launcher prints it without a traceback
     and exits with status 2.
     """
+
+
+class PushError(Exception):
+    """A finished run could not be pushed to the Hub.
+
+    The message says why, where the result lies, and the command that pushes it. The launcher prints it without a
+    traceback and exits with status 3.
+    """

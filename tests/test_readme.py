@@ -8,13 +8,15 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 import hf_ft_ext
+from hf_ft_ext.compare.settings import read_comparison
 from hf_ft_ext.data.demo import demo_dataset
 from hf_ft_ext.methods import METHODS
 from hf_ft_ext.parsing import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+COMPARISONS = sorted((ROOT / "recipes" / "compare").glob("*.yaml"))
+RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(COMPARISONS))
 
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -70,6 +72,31 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(recipe, tmp_path, monkeypa
     assert run_args.method in METHODS
     text = recipe.read_text()
     assert f"accelerate launch run_glue.py {recipe.relative_to(ROOT)}" in text and "--output_dir" in text
+
+
+@pytest.mark.parametrize("recipe", COMPARISONS, ids=lambda path: path.stem)
+def test_every_comparison_is_valid_and_says_how_to_run_it(recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(read_comparison([str(recipe)]).variants) > 1
+    text = recipe.read_text()
+    assert f"python -m hf_ft_ext.compare {recipe.relative_to(ROOT)}" in text and "--output_dir" in text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        line
+        for text in (README, *(path.read_text() for path in DOCS))
+        for block in blocks("bash", text)
+        for line in block.splitlines()
+        if "hf_ft_ext.compare" in line
+    ],
+)
+def test_compare_commands_parse(line, tmp_path, monkeypatch):
+    argv = line.partition("#")[0].split("hf_ft_ext.compare")[1].split()
+    argv = [str(ROOT / word) if word.startswith("recipes/") else word for word in argv]
+    monkeypatch.chdir(tmp_path)
+    assert read_comparison(argv).variants
 
 
 def test_methods_and_public_names_are_there():

@@ -17,6 +17,7 @@ from hf_ft_ext.arguments import (
 from hf_ft_ext.data.loading import TaskData, load_data
 from hf_ft_ext.data.preprocess import tokenize
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.hub.push import is_of_the_hub, reason
 from hf_ft_ext.launch.checks import check_checkpoint, check_splits, choose_best_metric
 from hf_ft_ext.launch.output import clear_old_run
 from hf_ft_ext.launch.search import require_optuna
@@ -125,10 +126,7 @@ def _explained(args: MethodTrainingArguments):
         raise
     except ValueError as error:
         raise InputError(str(error)) from error
-    except OSError as error:
-        if not args.push_to_hub:
+    except Exception as error:
+        if not (args.push_to_hub and is_of_the_hub(error)):
             raise
-        raise InputError(
-            f"--push_to_hub: the Hub repository cannot be made ({str(error).strip().splitlines()[0]}); log in with "
-            "`hf auth login` or pass --hub_token, and check the network"
-        ) from error
+        raise InputError(f"--push_to_hub: the Hub repository cannot be made: {reason(error)}") from error

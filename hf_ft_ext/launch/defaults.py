@@ -124,6 +124,11 @@ def _check_together(run_args: RunArguments, training_args: MethodTrainingArgumen
                 "--resume_from_checkpoint is for training; add --do_train, or to evaluate a checkpoint pass it as "
                 "--model_name_or_path"
             )
+    if training_args.push_to_hub and not training_args.do_train:
+        raise InputError(
+            "--push_to_hub shares what training leaves; add --do_train, or push a finished run with "
+            "python -m hf_ft_ext.hub"
+        )
     if run_args.hp_search and not training_args.do_train:
         raise InputError("--hp_search trains; add --do_train")
 

@@ -105,6 +105,6 @@ def clear_old_run(output_dir: str | os.PathLike) -> None:
     for path in folder.glob("checkpoint-*"):
         if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name):
             shutil.rmtree(path)
-    for pattern in _OWN:
+    for pattern in (*_OWN, "*_delta.safetensors"):
         for path in folder.glob(pattern):
             path.unlink()

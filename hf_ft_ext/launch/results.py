@@ -137,8 +137,16 @@ def record_run(
         trainable_parameters=sum(weight.trained for weight in trained_weights(trainer)),
         total_parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
         arguments=recorded_arguments(run_args.given),
+        labels=_label_names(trainer.model.config),
+        load=loading_line(trainer) if trainer.args.do_train else None,
     )
     return final_table(record, trainer)
+
+
+def _label_names(config: Any) -> list[str] | None:
+    if config.problem_type == "regression":
+        return None
+    return [str(config.id2label[i]) for i in range(config.num_labels)]
 
 
 def final_table(record: dict[str, Any], trainer: Trainer) -> str:

@@ -13,6 +13,7 @@ from transformers.training_args import OptimizerNames
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.sparse.arguments import DENSE, DYNAMIC, NONE, STATIC, STRUCTURED, SparseTrainingArguments
 from hf_ft_ext.sparse.convert import convert_to_sparse, freeze_rest, sparse_layers
+from hf_ft_ext.sparse.delta import save_delta
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer import SparseAdamW
@@ -106,6 +107,11 @@ class SparseTrainer(Trainer):
 
     def _preparation_is_saved(self) -> bool:
         return self._resumed_from is not None and os.path.isfile(os.path.join(self._resumed_from, _OPTIMIZER_STATE))
+
+    def save_for_sharing(self, folder: str) -> None:
+        """Write the delta beside the model where the support is fixed: small, and all that the base model lacks."""
+        if self.args.sparse_support != DYNAMIC:
+            save_delta(self.model, folder)
 
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:

@@ -46,6 +46,8 @@ def write_run_record(
     trainable_parameters: int | None = None,
     total_parameters: int | None = None,
     arguments: dict[str, Any] | None = None,
+    labels: list[str] | None = None,
+    load: str | None = None,
 ) -> dict[str, Any]:
     """Write `run.json` into `output_dir` and return its content.
 
@@ -55,6 +57,8 @@ def write_run_record(
         monitor: the callback that measured training; without one (evaluation only) its fields are null.
         trainable_parameters: parameters that training changes (for sparse training: the trained entries).
         arguments: what differs from the defaults.
+        labels: names of the classes in the order of the logits; `None` for regression.
+        load: the line that loads what was saved in `output_dir`; `None` if nothing was.
 
     Seconds are wall-clock, memory and artefact sizes are bytes.
     """
@@ -79,6 +83,9 @@ def write_run_record(
         "versions": library_versions(),
         "command": command,
         "arguments": arguments or {},
+        "labels": labels,
+        "output_dir": os.fspath(output_dir),
+        "load": load,
     }
     write_json(Path(output_dir) / RUN_RECORD, record)
     return record

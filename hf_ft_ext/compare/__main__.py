@@ -1,0 +1,55 @@
+"""The command line of the comparison."""
+
+import importlib.util
+import logging
+import shlex
+import signal
+import sys
+import time
+
+from hf_ft_ext.errors import InputError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compare; 0 = every run ended well or was kept out by the time limit, 1 = some failed, 2 = bad input."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_ft_ext.compare").setLevel(logging.INFO)
+    try:
+        return _compare(sys.argv[1:] if argv is None else argv)
+    except InputError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+
+
+def _compare(argv: list[str]) -> int:
+    start = time.monotonic()
+    from hf_ft_ext.compare.settings import read_comparison
+
+    comparison = read_comparison(argv)
+    if comparison.dry_run:
+        for seed in comparison.seeds:
+            for variant in comparison.variants:
+                print(shlex.join(["python", "run_glue.py", *comparison.words(variant, seed)]))
+        return 0
+    if importlib.util.find_spec("matplotlib") is None:  # said now, not after hours of training
+        raise InputError('the report\'s pictures need matplotlib: pip install "hf_ft_ext[pictures]"')
+
+    from hf_ft_ext.compare.runs import run_all
+    from hf_ft_ext.report.build import write_report
+
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        outcome = run_all(comparison, start)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    report = write_report([comparison.output_dir], comparison.output_dir)
+    print(report.summary())
+    return outcome
+
+
+def _interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""`python -m hf_ft_ext.hub`: push a run that is there."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from hf_ft_ext.errors import InputError, PushError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Push; 0 = done, 2 = there is nothing to push, 3 = the Hub refused or failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hf_ft_ext.hub",
+        description="Push a finished run to the Hub, with a model card made from its record.",
+    )
+    parser.add_argument("folder", type=Path, help="the run's output_dir")
+    parser.add_argument("--hub_model_id", help="owner/name or name (default: the folder's name)")
+    parser.add_argument("--hub_token", help="access token (default: the one you logged in with)")
+    parser.add_argument("--hub_revision", help="branch (default: main)")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--keep_readme", action="store_true", help="push README.md as it is in the folder")
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    try:
+        from hf_ft_ext.hub.push import push_run
+
+        address = push_run(
+            args.folder,
+            args.hub_model_id or args.folder.resolve().name,
+            token=args.hub_token,
+            revision=args.hub_revision,
+            private=args.private,
+            write_card=not args.keep_readme,
+        )
+    except (InputError, PushError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2 if isinstance(error, InputError) else 3
+    print(f"pushed: {address}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,299 @@
+"""Comparisons: what they run, that they survive, continue and keep to their time."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from run_records import run_record
+from tiny import text_dataset
+
+from hf_ft_ext.compare.__main__ import main
+from hf_ft_ext.compare.settings import read_comparison
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.methods import METHODS
+from hf_ft_ext.parsing import parse_arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+RECORD = run_record("X", 0, 0.5)
+# Stands in for run_glue.py: quick, and told by the learning rate what becomes of it.
+LAUNCHER = f"""
+import json, os, sys, time
+words = sys.argv[1:]
+value = lambda name: words[words.index(name) + 1] if name in words else None
+rate, folder, seed = value("--learning_rate"), value("--output_dir"), int(value("--seed"))
+print("some output")
+if rate == "1":
+    sys.exit("error: learning_rate=1 cannot work")
+if rate == "2":
+    raise RuntimeError("deep inside")
+if rate == "3":
+    os.kill(os.getpid(), 9)
+if rate == "4" and seed > 42 or rate == "5":
+    time.sleep(60)
+if rate == "6":
+    time.sleep(1)
+record = {RECORD!r}
+record.update(method=value("--method"), seed=seed, command=["run_glue.py", *words], task="demo")
+record["metrics"]["eval_accuracy"] = 0.5 + seed / 1000
+os.makedirs(folder, exist_ok=True)
+with open(os.path.join(folder, "count"), "a") as file:
+    file.write("x")
+with open(os.path.join(folder, "run.json"), "w") as file:
+    json.dump(record, file)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fake = tmp_path / "launcher.py"
+    fake.write_text(LAUNCHER)
+    monkeypatch.setattr("hf_ft_ext.launch.process.LAUNCHER", fake)
+
+
+def recipe(text: str) -> str:
+    Path("recipe.yaml").write_text(text)
+    return "recipe.yaml"
+
+
+def states(folder: str = "runs/compare-demo") -> dict[tuple[str, int], str]:
+    entries = json.loads(Path(folder, "comparison.json").read_text())["runs"]
+    return {(entry["variant"], entry["seed"]): entry["state"] for entry in entries}
+
+
+def launches(name: str, folder: str = "runs/compare-demo") -> int:
+    return len(Path(folder, "runs", name, "count").read_text())
+
+
+# --- what is run ------------------------------------------------------------------------------------
+
+
+def test_every_method_with_the_demo_defaults():
+    comparison = read_comparison(["--seeds", "2"])
+    assert [variant.name for variant in comparison.variants] == list(METHODS)
+    assert comparison.seeds == [42, 43] and comparison.output_dir == Path("runs/compare-demo")
+    for variant in comparison.variants:
+        words = comparison.words(variant, 43)
+        run_args, _, data_args, args = parse_arguments(words)
+        assert (run_args.method, args.seed) == (variant.name, 43)
+        assert data_args.max_seq_length == 64 and args.output_dir == f"runs/compare-demo/runs/{variant.name}-seed43"
+        assert args.do_train and args.do_eval
+    by_name = {variant.name: variant for variant in comparison.variants}
+    assert by_name["full"].words["learning_rate"] == ["--learning_rate", "0.0003"]
+
+
+def test_the_command_line_wins_over_the_recipe_over_the_defaults():
+    path = recipe(
+        "methods: [full, wide]\nseeds: [3, 5]\nnum_train_epochs: 4\nwarmup_steps: 7\nlr_scheduler_kwargs: {a: 1}\n"
+        "variants:\n  wide: {method: lora, lora-r: 32, learning_rate: 1.0e-3}\n  unused: {method: sparse}\n"
+    )
+    comparison = read_comparison([path, "--num_train_epochs", "5", "--lora_alpha=64", "--text-columns", "a", "b"])
+    full, wide = comparison.variants
+    assert comparison.seeds == [3, 5] and (full.method, wide.method) == ("full", "lora")
+    assert full.words["num_train_epochs"] == wide.words["num_train_epochs"] == ["--num_train_epochs", "5"]
+    assert full.words["warmup_steps"] == ["--warmup_steps", "7"]
+    assert full.words["lr_scheduler_kwargs"] == ["--lr_scheduler_kwargs", '{"a": 1}']
+    assert wide.words["text_columns"] == ["--text-columns", "a", "b"]
+    assert "lora_alpha" not in full.words and wide.words["lora_alpha"] == ["--lora_alpha=64"]
+    assert (wide.words["lora_r"], wide.words["learning_rate"]) == (["--lora_r", "32"], ["--learning_rate", "0.001"])
+    assert full.words["learning_rate"] == ["--learning_rate", "0.0003"]
+
+
+def test_another_model_has_the_methods_own_defaults(tiny_bert_dir):
+    comparison = read_comparison(["--methods", "full,lora", "--model_name_or_path", tiny_bert_dir])
+    for variant in comparison.variants:
+        assert variant.words.keys() == {"model_name_or_path", "save_strategy", "disable_tqdm"}
+
+
+def test_what_a_method_has_not_is_left_out_and_said():
+    comparison = read_comparison(["--methods", "full,gradientless", "--optim", "adafactor"])
+    full, search = comparison.variants
+    assert full.words["optim"] == ["--optim", "adafactor"] and not full.left_out
+    assert "optim" not in search.words and search.left_out.keys() == {"optim"}
+    assert "needs gradients" in search.left_out["optim"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--methods", "fulll"], "unknown method 'fulll'; did you mean 'full'.*choose from: full, lora"),
+        (["--methods", ","], "names none; choose from"),
+        (["--methods", "full,full"], "names 'full' twice"),
+        (["--seeds", "0"], "seeds='0' is neither a number of seeds"),
+        (["--seeds", "1,1"], "list of different ones"),
+        (["--seeds", "x"], "seeds='x'"),
+        (["--max_minutes", "-1"], "max_minutes='-1' leaves no time"),
+        (["--max_minutes", "nan"], "leaves no time"),
+        (["--task_name", "sst"], "unknown task 'sst'; did you mean sst5 or sst2"),
+        (["--methods", "full", "--lora_r", "4"], "lora_r belongs to method 'lora', which is not compared"),
+        (["--learning_rat", "4"], "unknown argument 'learning_rat'; did you mean 'learning_rate'"),
+        (["--method", "full"], "method is set by the comparison.*--methods"),
+        (["--seed", "1"], "seed is set by the comparison.*pass --seeds"),
+        (["--push_to_hub"], "push_to_hub is set by the comparison"),
+        (["--methods", "lora", "--lora_r", "0"], "lora: lora_r=0 is no rank"),
+        (["--learning_rate", "fast"], "full: .*learning_rate.*fast"),
+        (["stray.yaml"], "is not a file"),
+        (["--methods", "full", "lora"], "unexpected word 'lora'"),
+    ],
+)
+def test_bad_input_ends_before_the_first_run(argv, message, capsys):
+    assert main(argv) == 2
+    assert re.search(f"error: .*{message}", capsys.readouterr().err, flags=re.DOTALL)
+    assert not os.path.exists("runs")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("variants: [full]", "must be a mapping"),
+        ("variants: {a: {method: fulll}}", "unknown method 'fulll'; did you mean 'full'"),
+        ("variants: {a: {lora_r: 4}}", "unknown method 'a'"),
+        ("variants: {a/b: {method: full}}", "'a/b' would name a folder"),
+        ("variants: {a: {method: full, seed: 3}}", "seed is set by the comparison"),
+        ("variants: {a: {method: full, lora_r: 3}}", "a: unknown argument '--lora_r'.*belongs to method 'lora'"),
+        ("variants: {a: {method: gradientless, optim: sgd}}", "a: optim='sgd' needs gradients"),
+    ],
+)
+def test_bad_recipes(text, message):
+    with pytest.raises(InputError, match=message):
+        read_comparison([recipe(text)])
+
+
+def test_dry_run_prints_the_commands(capsys):
+    assert main(["--methods", "full,lora", "--seeds", "2", "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and all(line.startswith("python run_glue.py --method ") for line in lines)
+    assert not os.path.exists("runs")
+
+
+# --- what becomes of the runs -----------------------------------------------------------------------
+
+VARIANTS = """
+max_seq_length: 32
+variants:
+  good: {method: full}
+  refused: {method: full, learning_rate: 1}
+  broken: {method: lora, learning_rate: 2}
+  killed: {method: lora, learning_rate: 3}
+"""
+
+
+def test_failures_are_survived_shown_and_tried_again(capsys):
+    path = recipe(VARIANTS)
+    assert main([path]) == 1
+    assert states() == {("good", 42): "done", **{(n, 42): "failed" for n in ("refused", "broken", "killed")}}
+    page = Path("runs/compare-demo/report.html").read_text()
+    for words in ("learning_rate=1 cannot work", "RuntimeError: deep inside", "ended by SIGKILL (out of memory?)"):
+        assert words in page, words
+    assert "some output" in Path("runs/compare-demo/runs/broken-seed42.log").read_text()
+    assert "good" in capsys.readouterr().out
+    Path(path).write_text(VARIANTS.replace("learning_rate: 1}", "learning_rate: 0.1}"))
+    assert main([path, "--methods", "good,refused"]) == 0  # the settings are right now
+    assert states() == {("good", 42): "done", ("refused", 42): "done"}
+    assert launches("good-seed42") == 1
+
+
+def test_all_runs_may_fail(capsys):
+    assert main(["--methods", "full,lora", "--learning_rate", "1"]) == 1
+    page = Path("runs/compare-demo/report.html").read_text()
+    assert "no finished run" in page and page.count("learning_rate=1 cannot work") == 2
+    assert "full, seed 42: failed" in capsys.readouterr().out
+
+
+def test_an_interruption_keeps_what_was_finished_before(monkeypatch):
+    assert main(["--methods", "lora"]) == 0
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_ft_ext.compare.runs.run_or_find", interrupted)
+    assert main(["--methods", "full,lora"]) == 130
+    assert states() == {("full", 42): "not started", ("lora", 42): "done"}
+
+
+def test_only_what_is_missing_or_changed_is_run():
+    assert main(["--methods", "full", "--seeds", "1"]) == 0
+    assert main(["--methods", "full,lora", "--seeds", "2"]) == 0
+    assert [launches(f"{name}-seed{seed}") for seed in (42, 43) for name in ("full", "lora")] == [1, 1, 1, 1]
+    Path("runs/compare-demo/runs/lora-seed42/run.json").write_text("{")  # damaged: run again
+    assert main(["--methods", "full,lora", "--seeds", "2", "--lora_r", "4"]) == 0
+    assert [launches(f"{name}-seed{seed}") for seed in (42, 43) for name in ("full", "lora")] == [1, 2, 1, 2]
+
+
+def test_seeds_take_turns():
+    assert main(["--methods", "full,lora", "--seeds", "2"]) == 0
+    folder = Path("runs/compare-demo/runs")
+    order = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime_ns)
+    assert [path.stem for path in order] == ["full-seed42", "lora-seed42", "full-seed43", "lora-seed43"]
+
+
+def test_the_time_limit(monkeypatch):
+    monkeypatch.setattr("hf_ft_ext.compare.runs._REPORT_SECONDS", 0)
+    monkeypatch.setattr("hf_ft_ext.launch.process._GRACE", 1)
+    path = recipe("variants:\n  stuck: {method: full, learning_rate: 4}\n  slow: {method: full, learning_rate: 6}\n")
+    start = time.monotonic()
+    assert main([path, "--seeds", "2", "--max_minutes", "0.05"]) == 0
+    assert time.monotonic() - start < 20
+    assert states() == {
+        ("stuck", 42): "done", ("slow", 42): "done", ("stuck", 43): "stopped", ("slow", 43): "not started",
+    }  # fmt: skip
+    page = Path("runs/compare-demo/report.html").read_text()
+    assert "at the end of --max_minutes" in page
+    assert "s were left of --max_minutes; this method took 1 s before" in page
+
+
+@pytest.mark.slow
+def test_a_stopped_comparison_ends_its_run_and_writes_its_report():
+    code = (
+        "import sys; from pathlib import Path; import hf_ft_ext.launch.process as process\n"
+        "process.LAUNCHER = Path('launcher.py')\n"
+        "from hf_ft_ext.compare.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    path = recipe("variants:\n  good: {method: full}\n  stuck: {method: full, learning_rate: 5}\n")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, path], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    log = Path("runs/compare-demo/runs/stuck-seed42.log")
+    for _ in range(600):
+        if log.exists() and "some output" in log.read_text():
+            break
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "interrupted" in err and "Traceback" not in err
+    assert children and not any(Path(f"/proc/{child}").exists() for child in children)
+    assert states() == {("good", 42): "done", ("stuck", 42): "not started"}
+    assert "good" in out and Path("runs/compare-demo/report.html").exists()
+
+
+def test_pictures_are_asked_for_before_the_runs(monkeypatch, capsys):
+    monkeypatch.setattr("hf_ft_ext.compare.__main__.importlib.util.find_spec", lambda name: None)
+    assert main(["--methods", "full"]) == 2
+    assert 'pip install "hf_ft_ext[pictures]"' in capsys.readouterr().err and not os.path.exists("runs")
+
+
+@pytest.mark.slow
+def test_real_runs(monkeypatch, tiny_bert_dir):
+    """The launcher itself: two methods, one of them refused by the data."""
+    monkeypatch.setattr("hf_ft_ext.launch.process.LAUNCHER", ROOT / "run_glue.py")
+    text_dataset(24, seed=0).select_columns(["sentence", "label"]).to_csv("train.csv")
+    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("dev.csv")
+    path = recipe("variants:\n  full: {}\n  bad: {method: full, label_column: none}\n")
+    argv = [
+        path, "--model_name_or_path", tiny_bert_dir, "--train_file", "train.csv", "--validation_file", "dev.csv",
+        "--max_seq_length", "16", "--use_cpu", "--max_steps", "2", "--output_dir", "out",
+    ]  # fmt: skip
+    assert main(argv) == 1
+    assert states("out") == {("full", 42): "done", ("bad", 42): "failed"}
+    record = json.loads(Path("out/runs/full-seed42/run.json").read_text())
+    page = Path("out/report.html").read_text()
+    assert f"{record['metrics']['eval_accuracy']:.4f}" in page and "label_column" in page

@@ -1,0 +1,345 @@
+"""Pushing runs: artefacts, cards, a fresh process that loads them, and failures that lose nothing."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import HfApi
+from run_records import run_record, write_run
+from stand_in import BROKEN, Fault, Repository
+from tiny import text_dataset, tiny_model
+from transformers import AutoModelForSequenceClassification
+
+import run_glue
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.hub.__main__ import main as push_main
+from hf_ft_ext.hub.card import model_card
+from hf_ft_ext.hub.push import push_run, shared_files
+from hf_ft_ext.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+# Quick settings; None = what `push` passes to all.
+QUICK = {
+    "sparse": ["--sparse_basis_steps", "2", "--sparse_density", "0.2"],
+    "gradientless": ["--feature_cache_dir", "features"],
+}
+STRUCTURED = [*QUICK["sparse"], "--sparse_support", "structured", "--sparse_train_rest", "head"]
+NO_LOOP = ("linearhead", "kernel")
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text_dataset(24, seed=0).select_columns(["sentence", "label"]).to_csv("train.csv")
+    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("dev.csv")
+
+
+@pytest.fixture
+def base(hub, tmp_path, tokenizer) -> str:
+    """Hub id of a tiny pretrained model."""
+    folder = tmp_path / "base"
+    tiny_model("bert").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    HfApi().create_repo("me/base")
+    HfApi().upload_folder(repo_id="me/base", folder_path=folder)
+    return "me/base"
+
+
+def push(model: str, method: str, name: str, *extra: str) -> int:
+    loop = () if method in NO_LOOP else ("--max_steps", "2", "--learning_rate", "1e-2")
+    return run_glue.main(
+        [
+            "--method", method, "--model_name_or_path", model, "--train_file", "train.csv", "--validation_file",
+            "dev.csv", "--max_seq_length", "16", "--use_cpu", "--disable_tqdm", "true", "--output_dir", name,
+            "--push_to_hub", *loop, *QUICK.get(method, ()), *extra,
+        ]
+    )  # fmt: skip
+
+
+def card_of(hub, name: str) -> tuple[dict, str]:
+    text = hub.repositories[f"me/{name}"].files["README.md"].decode()
+    _, metadata, rest = text.split("---\n", 2)
+    return yaml.safe_load(metadata), rest
+
+
+def snippets(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def logits(model, tokenizer) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(
+            **tokenizer(["the film was good", "a bad , dull plot"], return_tensors="pt", padding=True)
+        ).logits
+
+
+@pytest.mark.slow
+def test_every_method_is_pushed_and_pulled_into_a_fresh_process(hub, base, tokenizer, capsys, tmp_path):
+    """The card's own snippet, run where nothing is but the Hub, gives the logits of the run's own folder."""
+    runs = {**{f"run-{method}": (method, ()) for method in METHODS}, "run-structured": ("sparse", STRUCTURED)}
+    code, line = {}, {}
+    for name, (method, extra) in runs.items():
+        assert push(base, method, name, *extra) == 0, capsys.readouterr().err
+        files = hub.repositories[f"me/{name}"].files
+        assert {"README.md", "run.json", "tokenizer.json"} <= files.keys()
+        assert not [f for f in files if "training_args" in f or "checkpoint" in f or f.endswith((".bin", ".tsv"))]
+        metadata, text = card_of(hub, name)
+        assert metadata["base_model"] == base and metadata["tags"] == ["hf_ft_ext", method, "train.csv"]
+        record = json.loads(files["run.json"])
+        (result,) = metadata["model-index"][0]["results"]
+        assert result["metrics"][0] == {
+            "type": "accuracy", "name": "accuracy", "value": round(record["metrics"]["eval_accuracy"], 6),
+        }  # fmt: skip
+        assert str(tmp_path) not in text and f"--method {method}" in text and "--push_to_hub" not in text
+        code[name], *delta = snippets(text)
+        line[name] = record["load"]
+        if delta:
+            code[f"{name}-delta"], line[f"{name}-delta"] = delta[0], record["load"]
+    assert "run-structured-delta" in code and len(hub.repositories["me/run-structured"].commits) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("pushed: http://127.0.0.1") == len(runs)
+
+    comparable = {name: text for name, text in code.items() if re.search(r"^model = ", text, flags=re.MULTILINE)}
+    assert {"run-full", "run-lora", "run-sparse", "run-gradientless"} <= comparable.keys()
+    program = [
+        "import json, sys, torch",
+        "from transformers import AutoTokenizer",
+        "result = {}",
+        f"texts = {['the film was good', 'a bad , dull plot']!r}",
+        f"for name, code in json.loads({json.dumps(comparable)!r}).items():",
+        "    names = {}",
+        "    exec(code, names)",
+        f"    batch = AutoTokenizer.from_pretrained({base!r})(texts, return_tensors='pt', padding=True)",
+        "    with torch.no_grad():",
+        "        result[name] = names['model'].eval()(**batch).logits.tolist()",
+        "print(json.dumps(result))",
+    ]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(elsewhere / "home"),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(program)], cwd=elsewhere, env=environment, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    pulled = json.loads(done.stdout.splitlines()[-1])
+    from peft import PeftModel
+
+    names = {"AutoModelForSequenceClassification": AutoModelForSequenceClassification, "PeftModel": PeftModel}
+    for name in comparable:
+        own = logits(eval(line[name], dict(names)), tokenizer)
+        exact = not name.endswith("-delta")  # a delta is added to the base: equal to rounding
+        assert torch.allclose(torch.tensor(pulled[name]), own, atol=0 if exact else 1e-5, rtol=0), name
+        assert not torch.allclose(own, logits(AutoModelForSequenceClassification.from_pretrained("base"), tokenizer))
+
+
+def test_the_token_stays_out_of_files_and_the_repository_may_be_private(hub, base, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", "none")
+    options = (
+        "--hub_token",
+        "writer",
+        "--hub_private_repo",
+        "true",
+        "--hub_model_id",
+        "me/named",
+        "--save_steps",
+        "1",
+    )
+    assert push("base", "full", "out", *options) == 0, capsys.readouterr().err
+    assert hub.repositories["me/named"].private
+    for path in Path("out").rglob("*"):
+        assert not path.is_file() or b"writer" not in path.read_bytes(), path
+    assert "from a local folder (`base`)" in card_of(hub, "named")[1]
+
+
+def test_an_adapter_of_a_local_model_is_warned_about(hub, base, caplog):
+    assert push("base", "lora", "out") == 0
+    assert "others cannot load it" in caplog.text
+
+
+# --- failures -----------------------------------------------------------------------------------------
+
+
+REFUSALS = [
+    ("commit", 401, "answered 401: the token is missing or not valid; log in with `hf auth login`"),
+    ("PUT", BROKEN, r"the connection failed \(.+\); check the network"),
+    ("commit", 500, "answered 500: the Hub has a fault of its own"),
+    ("commit", 403, "answered 403: the token may not write there; use one with write permission"),
+    ("preupload", 404, "answered 404: there is no such repository"),
+    ("commit", 409, "answered 409: the repository was changed by somebody else at the same time"),
+    ("commit", 429, "answered 429: too many requests"),
+    ("validate-yaml", 500, "answered 500: the Hub has a fault of its own"),
+    ("lfs/objects/batch", 500, "answered 500: the Hub has a fault of its own"),
+    ("PUT", 500, "answered 500: the Hub has a fault of its own"),
+    ("commit", 503, "answered 503: the Hub has a fault of its own"),
+    ("commit", BROKEN, "the connection failed"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "status", "message"), REFUSALS[:3])
+def test_a_push_that_fails_after_training_loses_nothing(hub, base, capsys, pattern, status, message):
+    hub.faults.append(Fault(pattern, status))
+    hub.repositories["me/out"] = Repository()
+    assert push("base", "full", "out") == 3
+    printed = capsys.readouterr()
+    assert re.search(f"error: --push_to_hub: .*{message}", printed.err), printed.err
+    assert "Traceback" not in printed.err
+    assert "complete in 'out'; to push it: python -m hf_ft_ext.hub out --hub_model_id me/out" in printed.err
+    record = json.loads(Path("out/run.json").read_text())
+    assert "eval_accuracy" in record["metrics"] and not hub.repositories["me/out"].files
+    AutoModelForSequenceClassification.from_pretrained("out")
+    hub.faults.clear()
+    assert push_main(["out", "--hub_model_id", "me/out"]) == 0
+    assert "model.safetensors" in hub.repositories["me/out"].files
+
+
+@pytest.mark.parametrize(("pattern", "status", "message"), REFUSALS)
+def test_refusals_say_why_and_leave_the_run(hub, tiny_bert_dir, capsys, pattern, status, message):
+    folder = a_run("out", tiny_bert_dir)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    hub.faults.append(Fault(pattern, status))
+    assert push_main(["out"]) == 3
+    assert re.search(f"error: --push_to_hub: .*{message}", capsys.readouterr().err)
+    assert before.items() <= {path.name: path.read_bytes() for path in folder.iterdir()}.items()
+    assert not hub.repositories["me/out"].files
+
+
+@pytest.mark.parametrize(
+    ("pattern", "status"), [("commit", 409), ("commit", 500), ("PUT", BROKEN), ("validate-yaml", 502), ("create", 503)]
+)
+def test_what_fails_for_a_moment_is_tried_again(hub, pattern, status, tiny_bert_dir):
+    folder = a_run("again", tiny_bert_dir)
+    hub.faults.append(Fault(pattern, status, times=1))
+    push_run(folder, "me/again")
+    assert "model.safetensors" in hub.repositories["me/again"].files
+    assert sum(line.startswith("PUT") for line in hub.requests) <= 4  # what was uploaded is not uploaded again
+
+
+@pytest.mark.parametrize(
+    ("token", "fault", "message"),
+    [
+        ("wrong", None, "cannot be made: the Hub answered 401: the token is missing or not valid"),
+        ("reader", None, "cannot be made: the Hub answered 403: the token may not write"),
+        ("writer", Fault("create", 500), "cannot be made: the Hub answered 500"),
+        ("writer", Fault("create", BROKEN), "cannot be made: the connection failed"),
+    ],
+)
+def test_a_repository_that_cannot_be_made_ends_the_run_before_training(
+    hub, capsys, monkeypatch, base, token, fault, message
+):
+    monkeypatch.setenv("HF_TOKEN", token)
+    hub.faults += [fault] if fault else []
+    assert push("base", "full", "out") == 2
+    assert f"error: --push_to_hub: the Hub repository {message}" in capsys.readouterr().err
+    assert not Path("out", "run.json").exists()
+
+
+def test_a_hub_that_is_gone(hub, capsys, tiny_bert_dir):
+    folder = a_run("lonely", tiny_bert_dir)
+    hub.shutdown()
+    hub.server_close()
+    assert push_main([str(folder)]) == 3
+    error = capsys.readouterr().err
+    assert "the connection failed" in error and "The result is complete in" in error
+
+
+def test_nothing_to_push(tmp_path, capsys):
+    assert push_main([str(tmp_path)]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
+    write_run(tmp_path / "evaluated", run_record("full", 1, 0.5))
+    with pytest.raises(InputError, match="holds no saved model; it was an evaluation"):
+        push_run(tmp_path / "evaluated", "me/x")
+    assert run_glue.main(["--method", "full", "--do_eval", "--push_to_hub", "--validation_file", "dev.csv"]) == 2
+    assert "--push_to_hub shares what training leaves; add --do_train" in capsys.readouterr().err
+
+
+def test_a_dry_run_makes_no_repository(hub, base):
+    assert push("base", "full", "out", "--dry_run") == 0
+    assert hub.repositories.keys() == {"me/base"}
+
+
+# --- files and cards ----------------------------------------------------------------------------------
+
+
+def a_run(name: str, source: str, **fields) -> Path:
+    """A run folder with a model, as far as a push looks at it."""
+    folder = write_run(Path(name), run_record("full", 1, 0.5, **fields))
+    for path in Path(source).iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def test_shared_files_and_a_readme_of_the_users_own(hub, tiny_bert_dir):
+    folder = a_run("mine", tiny_bert_dir)
+    stores = ("kernels/sgd/rows-0.safetensors", "kernels/sgd/kernel.json")
+    for name in (
+        *stores,
+        "checkpoint-3/model.safetensors",
+        "training_args.bin",
+        ".hidden",
+        "predictions.tsv",
+        "x.log",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nmine")
+    shared = {path.relative_to(folder).as_posix() for path in shared_files(folder)}
+    assert {*stores, "run.json", "model.safetensors", "config.json", "README.md"} <= shared
+    assert not shared & {"checkpoint-3/model.safetensors", "training_args.bin", ".hidden", "predictions.tsv", "x.log"}
+    assert push_main([str(folder), "--keep_readme"]) == 0
+    assert hub.repositories["me/mine"].files["README.md"].endswith(b"mine")
+    assert push_main([str(folder)]) == 0
+    assert hub.repositories["me/mine"].files["README.md"].endswith(b"settings.\n")
+
+
+@pytest.mark.parametrize("method", ["lora", "sparse", "gradientless", "fisher", "kernel", "linearhead"])
+def test_cards_cite_what_they_use(tmp_path, method):
+    text = model_card(tmp_path, run_record(method, 1, 0.5), "me/x")
+    metadata = yaml.safe_load(text.split("---\n")[1])
+    assert metadata["datasets"] == ["nyu-mll/glue"] and metadata["pipeline_tag"] == "text-classification"
+    assert "## Paper" in text and text.count("```bibtex") == 1
+    assert re.search(r"```bibtex\n@inproceedings\{", text) and "cpu, 2 threads" in text
+
+
+def test_cards_of_other_results(tmp_path):
+    record = run_record(
+        "full", 1, None, task="mnli", labels=["a", "b", "c"], metrics={"eval_accuracy": 0.5, "eval_mm_accuracy": 0.25}
+    )
+    metadata = yaml.safe_load(model_card(tmp_path, record, "me/x").split("---\n")[1])
+    found = {r["dataset"]["split"]: r["metrics"][0]["value"] for r in metadata["model-index"][0]["results"]}
+    assert found == {"validation": 0.5, "validation_mismatched": 0.25}
+    line = "the same command with --kernel_dir out/kernels and --do_predict; the model itself is unchanged"
+    text = model_card(tmp_path, run_record("kernel", 1, 0.5, load=line, output_dir="out"), "me/x")
+    assert 'folder = snapshot_download("me/x")' in text.replace("'", '"') and "--kernel_dir {folder}/kernels" in text
+    prompt = "PromptForSequenceClassification.from_pretrained('out')"
+    text = model_card(tmp_path, run_record("full", 1, 0.5, load=prompt, output_dir="out"), "me/x")
+    assert "from hf_ft_ext import PromptForSequenceClassification" in text
+    assert "model = PromptForSequenceClassification.from_pretrained(folder)" in text
+
+
+def test_the_demo_encoder_has_its_name_on_the_hub(hub, tmp_path, tiny_bert_dir):
+    folder = a_run("demo", tiny_bert_dir, model="all-MiniLM-L6-v2 (demo encoder)", task="demo")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": tiny_bert_dir})
+    )
+    push_run(folder, "me/demo")
+    pushed = hub.repositories["me/demo"].files
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    assert json.loads(pushed["adapter_config.json"])["base_model_name_or_path"] == name
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == tiny_bert_dir
+    metadata, _ = card_of(hub, "demo")
+    assert (metadata["base_model"], metadata["base_model_relation"], metadata["library_name"]) == (
+        name,
+        "adapter",
+        "peft",
+    )
+    assert "datasets" not in metadata
