@@ -58,6 +58,7 @@ def add_curve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--seconds", type=float, help="--curve: end each run after so much time instead of --steps")
     parser.add_argument("--points", type=int, default=20, help="--curve: evaluations per run")
+    parser.add_argument("--picture", help="--curve: PNG of accuracy against seconds")
     parser.add_argument("--max_rows", type=int, help="--curve: training rows")
 
 
@@ -145,6 +146,8 @@ def curve(args: argparse.Namespace) -> str:
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(results))
+    if args.picture:
+        draw(results, Path(args.picture))
     lines = ["| variant | accuracy at the end | best | seconds | ms a step |", "| --- | ---: | ---: | ---: | ---: |"]
     for name, runs in results.items():
         last = [points[-1] for points in runs.values()]
@@ -155,3 +158,24 @@ def curve(args: argparse.Namespace) -> str:
         each = 1e3 * seconds / max(1, math.floor(statistics.mean(point["step"] for point in last)))
         lines.append(f"| {name} | {statistics.mean(ends):.4f}{error} | {best:.4f} | {seconds:.1f} | {each:.2f} |")
     return "\n".join(lines)
+
+
+def draw(results: dict[str, dict[int, list[dict]]], path: Path) -> None:
+    """Accuracy on the validation split against seconds of the steps: mean over seeds, and their range as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for name, runs in results.items():
+        points = list(zip(*runs.values(), strict=False))
+        seconds = [statistics.mean(p["seconds"] for p in at) for at in points]
+        scores = [[100 * p["accuracy"] for p in at] for at in points]
+        (line,) = axes.plot(seconds, [statistics.mean(s) for s in scores], label=f"{name} ({len(runs)} seeds)")
+        axes.fill_between(seconds, list(map(min, scores)), list(map(max, scores)), alpha=0.15, color=line.get_color())
+    axes.set(xlabel="seconds of one core", ylabel="accuracy, validation split (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
