@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import CONFIGS, tiny_model
+from tiny import CONFIGS, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, GPT2Config
 
 from hf_ft_ext import models
@@ -95,7 +95,8 @@ def test_seeded_init_restores_after_an_error():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_padding_token_of_a_decoder(tmp_path, tokenizer, caplog):
+def test_padding_token_of_a_decoder(tmp_path, caplog):
+    tokenizer = tiny_tokenizer()  # a fresh one: what was padded with before is remembered by its backend
     caplog.set_level("INFO", logger="hf_ft_ext")
     config = GPT2Config(vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=1, n_head=2)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
@@ -110,7 +111,8 @@ def test_padding_token_of_a_decoder(tmp_path, tokenizer, caplog):
     assert model(**batch).logits.shape == (2, 2)
 
 
-def test_no_padding_and_no_end_token(tmp_path, tokenizer):
+def test_no_padding_and_no_end_token(tmp_path):
+    tokenizer = tiny_tokenizer()
     tiny_model().save_pretrained(tmp_path)
     tokenizer.__class__(tokenizer_object=tokenizer.backend_tokenizer).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="neither padding nor end token"):
