@@ -1,4 +1,6 @@
-"""The one exception type for input that cannot work."""
+"""What goes wrong by the user's input or on the way to the Hub, and hints in the messages."""
+
+import difflib
 
 
 class InputError(ValueError):
@@ -16,3 +18,9 @@ class PushError(Exception):
     The message says why, where the result lies, and the command that pushes it. The launcher prints it without a
     traceback and exits with status 3.
     """
+
+
+def did_you_mean(word: object, known) -> str:
+    """`; did you mean 'x'?` with the member of `known` nearest to `word`, or nothing if none is near."""
+    near = difflib.get_close_matches(str(word), [str(item) for item in known], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

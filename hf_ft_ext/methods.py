@@ -3,11 +3,10 @@
 Nothing heavy is imported until a class is asked for, so that listing the methods is quick.
 """
 
-import difflib
 import importlib
 from dataclasses import dataclass
 
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -120,12 +119,6 @@ def only_help_wanted(argv: list[str]) -> bool:
     """Whether `argv` asks for help and names neither a method nor a recipe."""
     named = any(word.split("=")[0] == "--method" for word in argv) or (argv and not argv[0].startswith("-"))
     return not named and ("-h" in argv or "--help" in argv)
-
-
-def did_you_mean(word: object, known) -> str:
-    """`; did you mean 'x'?` with the member of `known` nearest to `word`, or nothing if none is near."""
-    near = difflib.get_close_matches(str(word), [str(item) for item in known], n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _load(path: str) -> type:

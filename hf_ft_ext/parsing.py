@@ -10,9 +10,9 @@ from typing import Any, NoReturn, get_type_hints
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.launch.defaults import complete_arguments
-from hf_ft_ext.methods import METHODS, Method, did_you_mean, find_method, list_methods
+from hf_ft_ext.methods import METHODS, Method, find_method, list_methods
 from hf_ft_ext.recipes import checked, read_recipe
 
 _USAGE = "run_glue.py [recipe.yaml] [--method {%s}] [--argument value ...]" % ",".join(METHODS)  # noqa: UP031

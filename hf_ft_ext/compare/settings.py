@@ -11,10 +11,10 @@ import yaml
 
 from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
 from hf_ft_ext.data.tasks import get_task
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.launch.defaults import DEMO
 from hf_ft_ext.launch.output import folder_name
-from hf_ft_ext.methods import METHODS, did_you_mean, find_method
+from hf_ft_ext.methods import METHODS, find_method
 from hf_ft_ext.parsing import parse_arguments
 from hf_ft_ext.recipes import read_recipe
 

@@ -17,8 +17,7 @@ from hf_ft_ext.adapters.layer_prefix.model import EMBEDDING, HIDDEN
 from hf_ft_ext.adapters.layers import names_by_layer, plain_name, split_layer
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig, limited_to_layers, settings_of
 from hf_ft_ext.adapters.table import AdapterType
-from hf_ft_ext.errors import InputError
-from hf_ft_ext.methods import did_you_mean
+from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.models import seeded_init
 
 PREFIX, BOTTLENECK, LORA = ("prefix", "bottleneck", "lora")

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from hf_ft_ext.adapters.table import AdapterType
-from hf_ft_ext.errors import InputError
-from hf_ft_ext.methods import did_you_mean
+from hf_ft_ext.errors import InputError, did_you_mean
 
 # The thesis's factors, by peft type. It also leaves `lora_A` out, whose gradient is zero as long as `lora_B` is.
 _THESIS_FACTORS = {AdapterType.LAYER_PREFIX.value: 10_000.0, AdapterType.BOTTLENECK.value: 5.0}

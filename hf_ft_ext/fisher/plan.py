@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig
-from hf_ft_ext.errors import InputError
-from hf_ft_ext.methods import did_you_mean
+from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.training.files import tensor_hash, write_json
 
 PLAN_FILE = "adapter_plan.json"

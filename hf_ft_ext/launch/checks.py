@@ -9,8 +9,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_ft_ext.arguments import RunArguments
-from hf_ft_ext.errors import InputError
-from hf_ft_ext.methods import did_you_mean
+from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.metrics import CLASSIFICATION, METRICS, metric_function, primary_key
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from hf_ft_ext.adapters.table import AdapterType
-from hf_ft_ext.errors import InputError
-from hf_ft_ext.methods import did_you_mean
+from hf_ft_ext.errors import InputError, did_you_mean
 
 _OF_THE_MIXTURE = ("modules_to_save", "layers_to_transform")
 
