@@ -13,11 +13,13 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.frozen import skipping_zero_rows
 from hf_ft_ext.fisher.losses import LABELS, TRUE, PerExampleLoss, draws, problem_type_of, refuse_expectation
 from hf_ft_ext.fisher.per_example import Capture, Receiver, find_sites
+from hf_ft_ext.per_example.forms import Form, Outer, parts
 
 logger = logging.getLogger(__name__)
 
 POWERS = (1, 2)
 _SAMPLE = 16
+_CHUNK = 2**20  # numbers of per-example gradients made at a time: they should not leave the processor's cache by far
 
 
 @dataclass
@@ -202,22 +204,39 @@ def _add_hooked(model, batch, rows, names, labels, power, problem_type, loss, su
 def _summing(sums: GradientSums, power: int, weights: list) -> Receiver:
     """Adds per-example gradients, weighted by what `weights[0]` holds at that time."""
 
-    def receive(name: str, gradients: torch.Tensor, start: int) -> None:
+    def receive(name: str, forms: list[Form], start: int) -> None:
         w = weights[0]
+        if power == 2 and name not in sums.totals and len(forms) == 1 and getattr(forms[0], "shared", False):
+            sums.powers[name] += _squares_over_tokens(forms[0], w)
+            return
+        for first, gradients in parts(forms, _CHUNK):
+            add(name, gradients, w[start + first :][: len(gradients)] if isinstance(w, torch.Tensor) else w)
+
+    def add(name: str, gradients: torch.Tensor, w: torch.Tensor | float) -> None:
         if len(gradients) == 1 and power == 2 and name not in sums.totals and isinstance(w, float):
             sums.powers[name].addcmul_(gradients[0], gradients[0], value=w)  # nothing of its size is made
             return
         if isinstance(w, torch.Tensor):
-            w = w[start : start + len(gradients)].to(gradients.dtype).view(-1, *[1] * (gradients.dim() - 1))
+            w = w.to(gradients.dtype).view(-1, *[1] * (gradients.dim() - 1))
+        one = isinstance(w, float) and w == 1
         if name in sums.totals:
-            weighed = gradients if isinstance(w, float) and w == 1 else gradients * w
-            sums.totals[name] += weighed.sum(0)
-        gradients = gradients.square_() if power == 2 else gradients.abs_()
-        if not (isinstance(w, float) and w == 1):
-            gradients *= w
-        sums.powers[name] += gradients.sum(0)
+            sums.totals[name] += gradients.sum(0) if one else (gradients * w).sum(0)
+        gradients = gradients.square() if power == 2 else gradients.abs()
+        sums.powers[name] += gradients.sum(0) if one else gradients.mul_(w).sum(0)
 
     return receive
+
+
+def _squares_over_tokens(form: Outer, weights: torch.Tensor | float) -> torch.Tensor:
+    """`sum_n w_n gradient_n^2` where all examples have the same inputs `x`: no gradient of an example is made.
+
+    `sum_ts (sum_n w_n g_nt g_ns) x_t x_s`, one product over pairs of tokens.
+    """
+    x, g = form.inputs[0], form.grads
+    weighed = g * weights.to(g.dtype)[:, None, None] if isinstance(weights, torch.Tensor) else g * weights
+    pairs = (weighed[:, :, None] * g[:, None]).sum(0).flatten(0, 1)  # [tokens^2, out]
+    squares = (pairs.mT @ (x[:, None] * x[None]).flatten(0, 1)).clamp_min_(0)  # below zero by rounding only
+    return squares.mT if form.transposed else squares
 
 
 def _add_looped(model, batch, rows, names, labels, power, problem_type, loss, sums: GradientSums) -> None:
@@ -256,7 +275,12 @@ def unreachable(model, batch, rows, names, labels, power, problem_type, loss) ->
     """
     own = dict(model.named_parameters())
     found = {name: torch.zeros_like(_zeros(own[name])) for name in names}
-    with Capture(find_sites(model, names), lambda n, g, start: found[n].add_(g.sum(0))) as capture:
+
+    def add(name: str, forms: list[Form], start: int) -> None:
+        for _, gradients in parts(forms, _CHUNK):
+            found[name] += gradients.sum(0)
+
+    with Capture(find_sites(model, names), add) as capture:
         capture.begin(rows)
         _, expected = next(plain_gradients(model, batch, names, labels, power, problem_type, loss))
     for name in names:
@@ -267,11 +291,11 @@ def unreachable(model, batch, rows, names, labels, power, problem_type, loss) ->
     }
     # Rounding of a sum in another order; a use that was missed is off by the order of the gradient itself. Gradients
     # that are zero but for rounding (the bias of an attention's keys) are measured by the largest of all.
-    floor = max(gradient.abs().max().item() for gradient in expected.values())
+    floor = max(_largest(gradient) for gradient in expected.values())
     missed = []
     for name, gradient in expected.items():
-        scale = max(gradient.abs().max().item(), found[name].abs().max().item(), 1e-5 * floor)
-        difference = (gradient - found[name]).abs().max().item()
+        scale = max(_largest(gradient), _largest(found[name]), 1e-5 * floor)
+        difference = _largest(found[name].sub_(gradient))
         if scale and not difference <= _tolerance(own[name].dtype) * scale:
             missed.append(name)
     if missed:
@@ -281,6 +305,11 @@ def unreachable(model, batch, rows, names, labels, power, problem_type, loss) ->
             missed[0],
         )
     return missed
+
+
+def _largest(tensor: torch.Tensor) -> float:
+    low, high = tensor.aminmax()  # nothing of its size is made
+    return max(-low.item(), high.item())
 
 
 def _sample(batch: dict) -> dict:

@@ -1,8 +1,9 @@
 """Gradients per example of chosen parameters, by hooks on the modules that hold them, summed as they come.
 
-A hook keeps a module's input and meets its output's gradient in the backward pass; from the two, a rule per kind of
-module makes the gradient of each example. The parameters themselves need no gradient, so that the backward pass only
-goes through activations, from the loss down to the lowest of these modules.
+A hook keeps a module's input and meets its output's gradient in the backward pass; from the two, the package's rule
+for that kind of module gives the gradient of each example, handed on at once: nothing is kept for a whole model.
+The parameters themselves need no gradient, so that the backward pass only goes through activations, from the loss down
+to the lowest of these modules.
 """
 
 from collections import defaultdict
@@ -17,11 +18,14 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.adapters.bottleneck.layer import BottleneckLayer
 from hf_ft_ext.adapters.layer_prefix.layer import PrefixLayer, Table
+from hf_ft_ext.per_example.forms import Dense, Form, Outer, joined
+from hf_ft_ext.per_example.rules import find_rule
 
-_CHUNK = 2**20  # numbers of per-example gradients made at a time: they should not leave the processor's cache by far
+# Of these exactly; a class of the same kind may compute something else. They go by calling the module again.
+_RULED = (nn.Linear, Conv1D, nn.Embedding, nn.LayerNorm)
 
-# receives the name of a parameter and gradients [examples, *shape] of the examples from `start` on
-Receiver = Callable[[str, torch.Tensor, int], None]
+# receives the name of a parameter and the forms whose sum are its gradients, of the examples from `start` on
+Receiver = Callable[[str, list[Form], int], None]
 Call = tuple[tuple, dict, torch.Tensor]  # positional inputs, named inputs, gradient of the output
 
 
@@ -81,10 +85,10 @@ def _calls_its_parts(layer: BaseTunerLayer) -> bool:
 
 def _rule(module: nn.Module, names: dict[str, str]) -> Callable:
     if all("." not in name for name in names):
-        for kinds, rule in ((nn.Linear, _linear), (Conv1D, _conv1d), (Table, _table), (nn.Embedding, _embedding),
-                            (nn.LayerNorm, _layer_norm)):  # fmt: skip
-            if type(module) is kinds and not (rule is _embedding and (module.max_norm or module.scale_grad_by_freq)):
-                return rule
+        if type(module) is Table:
+            return _table
+        if type(module) in _RULED and find_rule(module):
+            return _by_rule
     return _alone
 
 
@@ -155,71 +159,35 @@ def _detached(value):
     return tuple(_detached(v) for v in value) if isinstance(value, tuple) else value
 
 
-def _rows(x: torch.Tensor, batch: int) -> torch.Tensor:
-    """`[batch, positions, features]`, in at least single precision."""
-    x = x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x
-    x = x.reshape(batch, -1, x.shape[-1])
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """In single precision at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if x.is_floating_point() else x
 
 
-def _linear(site: Site, calls: list[Call], receive: Receiver, batch: int) -> None:
-    _matrix(site, calls, receive, batch, transposed=False)
+def _by_rule(site: Site, calls: list[Call], receive: Receiver, batch: int) -> None:
+    """By the rule for the kind of module; the forms of several calls are handed on together."""
+    rule = find_rule(site.module)
+    found: dict[str, list[Form]] = defaultdict(list)
+    for inputs, named, gradient in calls:
+        x, g = _wide(inputs[0] if inputs else named["input"]), _wide(gradient)
+        x = x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x
+        for own, form in rule(site.module, x.to(g.dtype) if x.is_floating_point() else x, g).items():
+            found[own].append(form)
+    for own, name in site.names.items():
+        forms = found[own]
+        receive(name, [_shared(joined(forms))] if isinstance(forms[0], Outer) else forms, 0)
 
 
-def _conv1d(site: Site, calls: list[Call], receive: Receiver, batch: int) -> None:
-    _matrix(site, calls, receive, batch, transposed=True)
-
-
-def _matrix(site: Site, calls: list[Call], receive: Receiver, batch: int, transposed: bool) -> None:
-    gradients = [_rows(call[2], batch) for call in calls]
-    g = gradients[0] if len(gradients) == 1 else torch.cat(gradients, 1)
-    if "weight" in site.names:
-        inputs = [_rows(call[0][0] if call[0] else call[1]["input"], batch) for call in calls]
-        x = inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)
-        left, right = (x, g) if transposed else (g, x)
-        step = max(1, _CHUNK // (left.shape[2] * right.shape[2]))
-        for start in range(0, batch, step):
-            part = slice(start, start + step)
-            receive(site.names["weight"], torch.bmm(left[part].transpose(1, 2), right[part].to(left.dtype)), start)
-    if "bias" in site.names:
-        receive(site.names["bias"], g.sum(1), 0)
+def _shared(form: Outer) -> Outer:
+    """The inputs once if all examples have the same, such as those of a prefix's network."""
+    if form.inputs.shape[1] ** 2 > 16 * len(form):  # beyond that nothing is won by knowing
+        return form
+    one = form.inputs[:1]
+    return Outer(one, form.grads, form.transposed) if bool((form.inputs == one).all()) else form
 
 
 def _table(site: Site, calls: list[Call], receive: Receiver, batch: int) -> None:
-    receive(site.names["weight"], sum(call[2].to(torch.promote_types(call[2].dtype, torch.float32)) for call in calls),
-            0)  # fmt: skip
-
-
-def _embedding(site: Site, calls: list[Call], receive: Receiver, batch: int) -> None:
-    module, name = site.module, site.names["weight"]
-    rows, width = module.weight.shape
-    for n in range(batch):
-        total = torch.zeros(rows, width, dtype=torch.promote_types(calls[0][2].dtype, torch.float32),
-                            device=module.weight.device)  # fmt: skip
-        for inputs, named, g in calls:
-            ids = inputs[0] if inputs else named["input"]
-            ids = ids.expand(batch, *ids.shape[1:]) if ids.shape[0] == 1 else ids
-            total.index_add_(0, ids[n].reshape(-1), g[n].reshape(-1, width).to(total.dtype))
-        if module.padding_idx is not None:
-            total[module.padding_idx] = 0
-        receive(name, total[None], n)
-
-
-def _layer_norm(site: Site, calls: list[Call], receive: Receiver, batch: int) -> None:
-    module, axes = site.module, len(site.module.normalized_shape)
-    weight = bias = 0
-    for inputs, named, gradient in calls:
-        x = inputs[0] if inputs else named["input"]
-        g = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        x = (x.expand(batch, *x.shape[1:]) if x.shape[0] == 1 else x).to(g.dtype)
-        normal = nn.functional.layer_norm(x, module.normalized_shape, eps=module.eps)
-        between = tuple(range(1, g.dim() - axes))
-        weight = weight + ((g * normal).sum(between) if between else g * normal)
-        bias = bias + (g.sum(between) if between else g)
-    if "weight" in site.names:
-        receive(site.names["weight"], weight, 0)
-    if "bias" in site.names:
-        receive(site.names["bias"], bias, 0)
+    receive(site.names["weight"], [Dense(_wide(call[2])) for call in calls], 0)
 
 
 def _alone(site: Site, calls: list[Call], receive: Receiver, batch: int) -> None:
@@ -241,7 +209,7 @@ def _alone(site: Site, calls: list[Call], receive: Receiver, batch: int) -> None
                     if part is not None:
                         sum_ += part
             for name, sum_ in zip(site.names.values(), total, strict=True):
-                receive(name, sum_[None], n)
+                receive(name, [Dense(sum_[None])], n)
     finally:
         for p, trained in zip(parameters, trains, strict=True):
             p.requires_grad_(trained)

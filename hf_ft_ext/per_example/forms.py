@@ -1,6 +1,6 @@
 """Forms in which the gradient of a parameter is kept, one gradient per example, until somebody needs it in full."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ class Outer:
     """`sum_t grads[n, t] inputs[n, t]^T`: what a linear layer gives to its weight.
 
     Attributes:
-        inputs: `[n, tokens, in]`.
+        inputs: `[n, tokens, in]`, or `[1, tokens, in]` if all examples have the same.
         grads: `[n, tokens, out]`, gradients of the layer's outputs.
         transposed: the weight is `[in, out]` (GPT-2's Conv1D) instead of `[out, in]`.
     """
@@ -22,11 +22,22 @@ class Outer:
 
     def dense(self) -> torch.Tensor:
         """The weight's gradients: `[n, out, in]`, or `[n, in, out]`."""
-        left, right = (self.inputs, self.grads) if self.transposed else (self.grads, self.inputs)
+        inputs = self.inputs.expand(len(self), -1, -1)
+        left, right = (inputs, self.grads) if self.transposed else (self.grads, inputs)
         return torch.bmm(left.mT, right)
 
+    @property
+    def shared(self) -> bool:
+        """Whether all examples have the same inputs."""
+        return len(self.inputs) == 1 < len(self.grads)
+
+    @property
+    def size(self) -> int:
+        """Numbers that `dense` makes for each example."""
+        return self.inputs.shape[-1] * self.grads.shape[-1]
+
     def __getitem__(self, rows: slice) -> "Outer":
-        return Outer(self.inputs[rows], self.grads[rows], self.transposed)
+        return Outer(self.inputs if self.shared else self.inputs[rows], self.grads[rows], self.transposed)
 
     def __len__(self) -> int:
         return len(self.grads)
@@ -54,6 +65,11 @@ class Rows:
         table.scatter_add_(1, ids[..., None].expand(-1, -1, width), self.grads)
         return table[:, : self.rows]
 
+    @property
+    def size(self) -> int:
+        """Numbers that `dense` makes for each example."""
+        return self.rows * self.grads.shape[-1]
+
     def __getitem__(self, rows: slice) -> "Rows":
         return Rows(self.ids[rows], self.grads[rows], self.rows)
 
@@ -70,6 +86,11 @@ class Dense:
     def dense(self) -> torch.Tensor:
         """The gradients: `[n, *shape]`."""
         return self.values
+
+    @property
+    def size(self) -> int:
+        """Numbers that `dense` makes for each example: none, they are there."""
+        return 0
 
     def __getitem__(self, rows: slice) -> "Dense":
         return Dense(self.values[rows])
@@ -88,3 +109,19 @@ def dense(forms: Iterable[Form]) -> torch.Tensor:
     for form in others:
         total = total + form.dense()
     return total
+
+
+def joined(forms: list[Outer]) -> Outer:
+    """Several uses of one weight as one, their tokens one after the other: one product in place of several."""
+    if len(forms) == 1:
+        return forms[0]
+    return Outer(torch.cat([f.inputs for f in forms], 1), torch.cat([f.grads for f in forms], 1), forms[0].transposed)
+
+
+def parts(forms: list[Form], numbers: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """First example and `dense` of some examples at a time, so that at most about `numbers` are made at once."""
+    n = len(forms[0])
+    size = max(form.size for form in forms)
+    step = max(1, numbers // size) if size else n
+    for first in range(0, n, step):
+        yield first, dense(form[first : first + step] for form in forms)

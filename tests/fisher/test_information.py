@@ -16,7 +16,8 @@ from torch import nn
 from hf_ft_ext import BottleneckConfig, fisher_information
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.frozen import skipping_zero_rows
-from hf_ft_ext.fisher.information import gradient_sums
+from hf_ft_ext.fisher.information import _squares_over_tokens, gradient_sums
+from hf_ft_ext.per_example.forms import Outer
 
 SETTINGS = [(labels, power) for labels in ("true", "expected") for power in (1, 2)]
 
@@ -181,6 +182,16 @@ def test_a_weight_that_no_hook_sees_goes_the_plain_way(caplog):
     found = fisher_information(model, batched(rows(), 4), names, progress=False)
     same(found, plain_way(model, rows(), names))
     assert "No rule for gradients per example of 1 parameters (bert.encoder.layer.0.intermediate" in caplog.text
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("weights", [0.5, torch.tensor([0.1, 0.0, 2.0, 1.0])])
+def test_squares_with_inputs_that_all_examples_share(transposed, weights):
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(*shape, generator=generator, dtype=torch.double) for shape in ((1, 3, 5), (4, 3, 2)))
+    form = Outer(x, g, transposed)
+    w = weights.view(4, 1, 1) if isinstance(weights, torch.Tensor) else weights
+    torch.testing.assert_close(_squares_over_tokens(form, weights), (form.dense().square() * w).sum(0))
 
 
 def test_a_loss_of_ones_own_and_totals():
