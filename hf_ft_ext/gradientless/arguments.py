@@ -96,6 +96,13 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
     search_pool: bool = field(
         default=False, metadata={"help": "GLD: one pool of entries over all searched tensors, not tensor by tensor."}
     )
+    search_block: int = field(
+        default=1,
+        metadata={
+            "help": "GLD (with search_selection all) and SPSA: consecutive entries of a tensor that move alike. With "
+            "the size of an attention head and the vectors of ia3, one number per head is searched."
+        },
+    )
     search_eps: float = field(default=1e-3, metadata={"help": "SPSA: size of the perturbation, above 0."})
     search_directions: int = field(
         default=1, metadata={"help": "SPSA: directions per step; two evaluations each, their mean is taken."}
@@ -189,7 +196,13 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
             if getattr(self, name) not in known:
                 choices = ", ".join(filter(None, known))
                 raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from: {choices}")
-        for name in ("search_candidates", "search_sampling_steps", "search_directions", "max_evaluations_per_step"):
+        for name in (
+            "search_candidates",
+            "search_sampling_steps",
+            "search_block",
+            "search_directions",
+            "max_evaluations_per_step",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} leaves nothing to compare; pass 1 or more")
         if self.search_sampling_size is not None and self.search_sampling_size < 1:
@@ -226,6 +239,13 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
         if self.search_selection == ALL_ENTRIES and self.search_sampling_size is not None:
             raise InputError(
                 f"search_selection=all takes every entry; leave search_sampling_size={self.search_sampling_size} out"
+            )
+        if self.search_block > 1 and self.search_method == ADAM_BASELINE:
+            raise InputError(f"search_block={self.search_block} is about noise, and adam draws none; leave it out")
+        if self.search_block > 1 and self.search_method == GLD and self.search_selection != ALL_ENTRIES:
+            raise InputError(
+                f"search_block={self.search_block} ties neighbours, and search_selection={self.search_selection} "
+                "tears them apart; pass --search_selection all"
             )
         if self.search_peft_config and self.search_peft is None:
             raise InputError("search_peft_config needs search_peft; name a peft method, such as lora")

@@ -44,6 +44,7 @@ def build_optimizer(
             sampling_steps=args.search_sampling_steps,
             antithetic=args.search_antithetic,
             pool=args.search_pool,
+            block=args.search_block,
             max_evaluations=args.max_evaluations_per_step,
             **shared,
         )
@@ -54,6 +55,7 @@ def build_optimizer(
         model,
         eps=args.search_eps,
         num_directions=args.search_directions,
+        block=args.search_block,
         update=args.search_update,
         momentum=args.search_momentum,
         betas=(args.adam_beta1, args.adam_beta2),

@@ -61,9 +61,21 @@ class Candidates:
         positions: entries that get noise, as positions in a row (int64); `None` = all.
         seed: of the noise.
         dtype: of the values, that of the parameters.
+        block: consecutive entries that get the same noise.
     """
 
-    def __init__(self, starts, start: list[int], scale: list[float], noise: list[int], positions, seed: int, dtype):
+    def __init__(
+        self,
+        starts,
+        start: list[int],
+        scale: list[float],
+        noise: list[int],
+        positions,
+        seed: int,
+        dtype,
+        block: int = 1,
+    ):
+        self.block_size = block
         self.starts, self.start, self.scale, self.noise = starts, start, scale, noise
         self.positions, self.seed, self.dtype = positions, seed, dtype
         self.width = starts.shape[1]
@@ -74,10 +86,11 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.start)
 
-    def _normal(self, *shape: int, seed: int) -> torch.Tensor:
+    def _normal(self, *rows: int, seed: int) -> torch.Tensor:
         # drawn on the CPU: the same on every device and process
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator, dtype=self.starts.dtype).to(self.starts.device)
+        noise = torch.randn(*rows, self.drawn // self.block_size, generator=generator, dtype=self.starts.dtype)
+        return noise.repeat_interleave(self.block_size, -1).to(self.starts.device)
 
     def block(self) -> torch.Tensor:
         """All candidates, `[n, u]`."""
@@ -85,7 +98,7 @@ class Candidates:
             return torch.stack([self.row(i) for i in range(len(self))])
         if self._block is None:
             device = self.starts.device
-            noise = self._normal(max(self.noise) + 1, self.drawn, seed=self.seed)
+            noise = self._normal(max(self.noise) + 1, seed=self.seed)
             scale = torch.tensor(self.scale, dtype=noise.dtype, device=device)
             move = noise[self.noise] * scale[:, None]
             values = self.starts[self.start]
@@ -102,7 +115,7 @@ class Candidates:
             return self.block()[i]
         values = self.starts[self.start[i]].clone()
         if self.scale[i]:
-            move = self._normal(self.drawn, seed=self.seed + self.noise[i]).mul_(self.scale[i])
+            move = self._normal(seed=self.seed + self.noise[i]).mul_(self.scale[i])
             if self.positions is None:
                 values += move
             else:

@@ -47,6 +47,8 @@ class DirectSearch(GradientFreeOptimizer):
         weight_decay: weight of the norm in the objective, 0 or more.
         antithetic: candidates in pairs `+R/2^k z_k`, `-R/2^k z_k`, `k = 0 .. K/2 - 1`.
         pool: one pool of entries over all tensors of the group instead of tensor after tensor.
+        block: consecutive entries of a tensor that get the same noise: a search in fewer numbers, such as one per
+            attention head. Needs `selection="all"`, and has to divide the size of every tensor.
         seed: of the private generator.
         max_evaluations: most evaluations that one step may need.
 
@@ -70,6 +72,7 @@ class DirectSearch(GradientFreeOptimizer):
         weight_decay: float = 0.0,
         antithetic: bool = False,
         pool: bool = False,
+        block: int = 1,
         seed: int = 0,
         max_evaluations: int = DEFAULT_BUDGET,
     ):
@@ -83,6 +86,7 @@ class DirectSearch(GradientFreeOptimizer):
             "weight_decay": weight_decay,
             "antithetic": antithetic,
             "pool": pool,
+            "block": block,
         }
         super().__init__(params, defaults, seed)
         self.sites: list[Site] = []

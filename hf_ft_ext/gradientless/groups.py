@@ -2,6 +2,8 @@
 
 import logging
 
+import torch
+
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.options import parse_options
 from hf_ft_ext.gradientless.selection import ALL, RANDOM, SELECTIONS
@@ -25,6 +27,10 @@ def check_group(group: dict) -> None:
         raise InputError(f"sampling_steps={group['sampling_steps']} is no number of steps; pass 1 or more")
     if group["selection"] not in SELECTIONS:
         raise InputError(f"selection={group['selection']!r} is unknown; choose from: {', '.join(SELECTIONS)}")
+    check_block(group["block"], group["params"])
+    if group["block"] > 1 and group["selection"] != ALL:
+        raise InputError(f"block={group['block']} ties neighbours, and selection {group['selection']!r} tears them "
+                         "apart; select 'all'")  # fmt: skip
     for name in ("lr", "weight_decay"):
         if not group[name] >= 0:
             raise InputError(f"{name}={group[name]} is below 0; pass 0 or more")
@@ -38,6 +44,18 @@ def check_group(group: dict) -> None:
         )
     if group["selection"] != ALL and group["sampling_size"] is None and group["selection"] != RANDOM:
         raise InputError(f"selection {group['selection']!r} needs a sampling_size; pass one, or select 'all'")
+
+
+def check_block(block: int, parameters: list[torch.Tensor]) -> None:
+    """Raise an `InputError` if blocks of `block` entries do not fill the tensors."""
+    if block < 1:
+        raise InputError(f"block={block} holds no entry; pass 1 or more")
+    for parameter in parameters:
+        if parameter.numel() % block:
+            raise InputError(
+                f"blocks of {block} do not divide the {parameter.numel()} entries of a searched tensor of shape "
+                f"{tuple(parameter.shape)}; take another size, or search fewer tensors"
+            )
 
 
 def warn_of_sampling_size(group: dict, largest: int) -> None:

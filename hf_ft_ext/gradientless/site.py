@@ -122,7 +122,7 @@ class Site:
             start += [first + leaf] * (len(own) + len(scales))
             scale += [*own, *scales]
             noise += [0] * len(own) + [leaf * per_vector + vector for vector in vectors]
-        return Candidates(starts, start, scale, noise, self.positions, seed, self.dtype)
+        return Candidates(starts, start, scale, noise, self.positions, seed, self.dtype, self.group["block"])
 
     def norms(self, candidates: Candidates) -> tuple[torch.Tensor, float]:
         """2-norm of the whole site with each candidate in place (float64, `[n]`), and as it is."""

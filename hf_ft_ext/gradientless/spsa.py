@@ -9,6 +9,7 @@ from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.base import Closure, GradientFreeOptimizer
+from hf_ft_ext.gradientless.groups import check_block
 from hf_ft_ext.gradientless.perturb import PerturbedUse
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ class SPSA(GradientFreeOptimizer):
         lr: learning rate, 0 or more.
         eps: size of the perturbation, above 0.
         num_directions: directions per step, 1 or more; two evaluations each.
+        block: consecutive entries of a tensor that move alike: `z` has one number for each block, so the search is in
+            fewer numbers, such as one per attention head. Has to divide the size of every tensor.
         update: `"sgd"`, `"momentum"` or `"adam"`.
         momentum, betas, adam_eps: of the running means; each in [0, 1), `adam_eps` above 0.
         weight_decay: decoupled, 0 or more: `theta *= 1 - lr * weight_decay`.
@@ -54,6 +57,7 @@ class SPSA(GradientFreeOptimizer):
         lr: float = 1e-6,
         eps: float = 1e-3,
         num_directions: int = 1,
+        block: int = 1,
         update: str = SGD,
         momentum: float = 0.9,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -69,9 +73,10 @@ class SPSA(GradientFreeOptimizer):
                 f"{max_evaluations:,}; take fewer directions, or raise it"
             )
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed)
-        self.eps, self.num_directions, self.update = eps, num_directions, update
+        self.eps, self.num_directions, self.block, self.update = eps, num_directions, block, update
         self.momentum, self.betas, self.adam_eps = momentum, tuple(betas), adam_eps
         self.searched = [parameter for group in self.param_groups for parameter in group["params"]]
+        check_block(block, self.searched)
         self.use = PerturbedUse(module, self.searched)
         if self.use.missing:
             shape = tuple(self.searched[self.use.missing[0]].shape)
@@ -115,7 +120,7 @@ class SPSA(GradientFreeOptimizer):
         """The closure's loss with all searched weights moved by `sign * eps * z(seed)` wherever they are used."""
 
         def moved(parameter: torch.Tensor, number: int) -> torch.Tensor:
-            return direction(parameter, seed, number).mul_(sign * self.eps).add_(parameter)
+            return direction(parameter, seed, number, self.block).mul_(sign * self.eps).add_(parameter)
 
         with self.use(moved):
             return float(closure())
@@ -146,7 +151,7 @@ class SPSA(GradientFreeOptimizer):
                 exact.mul_(1 - lr * decay)
                 for seed, factor in zip(seeds, factors, strict=True):
                     if factor:
-                        exact.add_(direction(parameter, seed, number), alpha=factor)
+                        exact.add_(direction(parameter, seed, number, self.block), alpha=factor)
                 if parameter.element_size() == 2:
                     generator = torch.Generator(parameter.device).manual_seed(_mixed(seeds[0], number) ^ 1)
                     parameter.copy_(rounded_at_random(exact, parameter.dtype, generator))
@@ -161,10 +166,14 @@ class SPSA(GradientFreeOptimizer):
         self.first, self.second = state["first"].cpu().clone(), state["second"].cpu().clone()
 
 
-def direction(parameter: torch.Tensor, seed: int, number: int) -> torch.Tensor:
+def direction(parameter: torch.Tensor, seed: int, number: int, block: int = 1) -> torch.Tensor:
     """The part of the direction `seed` that belongs to tensor `number`, in the parameter's shape and type."""
     generator = torch.Generator(parameter.device).manual_seed(_mixed(seed, number))
-    return torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype, device=parameter.device)
+    kind = {"dtype": parameter.dtype, "device": parameter.device}
+    if block == 1:
+        return torch.randn(parameter.shape, generator=generator, **kind)
+    numbers = torch.randn(parameter.numel() // block, generator=generator, **kind)
+    return numbers.repeat_interleave(block).view(parameter.shape)
 
 
 def rounded_at_random(exact: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -252,6 +252,21 @@ def test_pool_spreads_one_choice_over_all_tensors():
     assert closure_of(model, x, y)().item() < first
 
 
+@pytest.mark.parametrize(("options", "pool"), [(None, False), ("2x2", True)])
+def test_entries_of_a_block_move_alike(options, pool):
+    model = nn.Linear(6, 4, bias=False).double()
+    before = model.weight.detach().clone()
+    optimizer = DirectSearch(model.parameters(), lr=0.1, options=options, selection="all", block=3, pool=pool)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(8):
+        x = torch.randn(32, 6, generator=generator, dtype=torch.double)
+        optimizer.step(lambda x=x: (model(x) - x.sum(1, keepdim=True)).square().mean())
+    moved = (model.weight.detach() - before).view(-1, 3)
+    assert moved.abs().max() > 1e-3
+    torch.testing.assert_close(moved, moved[:, :1].expand(-1, 3), rtol=0, atol=1e-12)
+    assert len(moved[:, 0].unique()) == 8
+
+
 def test_a_scheduler_drives_the_radius():
     model = net()
     optimizer = DirectSearch(model.parameters(), lr=0.4)
@@ -320,6 +335,9 @@ def test_random_subsets_are_sets_of_that_size(n, size):
         ({"options": "0x2"}, "options '0x2' are not of the form"),
         ({"options": "7x1"}, "options 7x1 keep 7 changes of the 6 that are scored"),
         ({"options": "5x9"}, r"would need 46,875,0\d\d evaluations, more than max_evaluations_per_step=10,000"),
+        ({"block": 0}, "block=0 holds no entry; pass 1 or more"),
+        ({"block": 2}, "block=2 ties neighbours, and selection 'random' tears them apart; select 'all'"),
+        ({"block": 7, "selection": "all"}, r"blocks of 7 do not divide the 40 entries of .* shape \(8, 5\)"),
         ({"selection": "magnitude"}, "selection 'magnitude' needs a sampling_size"),
         ({"selection": "all", "sampling_size": 3}, "selection 'all' takes every entry; leave sampling_size=3 out"),
     ],

@@ -86,6 +86,17 @@ def test_the_slope_is_that_of_the_gradient_on_average():
         assert slope == pytest.approx(float(gradient @ z), rel=1e-4)
 
 
+def test_entries_of_a_block_move_alike():
+    model = nn.Linear(6, 4, bias=False).double()
+    before = model.weight.detach().clone()
+    optimizer = SPSA(model.parameters(), model, lr=0.05, block=3)
+    x = torch.randn(32, 6, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    optimizer.step(lambda: (model(x) - x.sum(1, keepdim=True)).square().mean())
+    moved = (model.weight.detach() - before).view(-1, 3)
+    assert moved.abs().min() > 0
+    torch.testing.assert_close(moved, moved[:, :1].expand(-1, 3), rtol=0, atol=1e-12)
+
+
 def test_learns():
     model = net(torch.float32)
     closure = closure_of(model)
@@ -229,6 +240,8 @@ def test_tensors_that_no_forward_reads_are_named(caplog):
         ({"eps": 0.0}, "eps=0.0 is no size of a perturbation"),
         ({"num_directions": 0}, "num_directions=0 leaves nothing to compare"),
         ({"num_directions": 6_000}, "would need 12,000 evaluations, more than max_evaluations_per_step=10,000"),
+        ({"block": 0}, "block=0 holds no entry"),
+        ({"block": 7}, r"blocks of 7 do not divide the \d+ entries"),
         ({"update": "lion"}, "update='lion' is unknown; choose from: sgd, momentum, adam"),
         ({"momentum": 1.0}, r"momentum=1.0 is no factor in \[0, 1\)"),
         ({"betas": (0.9, 2)}, r"betas\[1\]=2 is no factor"),
