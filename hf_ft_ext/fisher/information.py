@@ -13,7 +13,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.frozen import skipping_zero_rows
 from hf_ft_ext.fisher.losses import LABELS, TRUE, PerExampleLoss, draws, problem_type_of, refuse_expectation
 from hf_ft_ext.fisher.per_example import Capture, Receiver, find_sites
-from hf_ft_ext.per_example.forms import Form, Outer, parts
+from hf_ft_ext.per_example.forms import Form, Outer, largest, parts
 
 logger = logging.getLogger(__name__)
 
@@ -291,11 +291,11 @@ def unreachable(model, batch, rows, names, labels, power, problem_type, loss) ->
     }
     # Rounding of a sum in another order; a use that was missed is off by the order of the gradient itself. Gradients
     # that are zero but for rounding (the bias of an attention's keys) are measured by the largest of all.
-    floor = max(_largest(gradient) for gradient in expected.values())
+    floor = max(largest(gradient) for gradient in expected.values())
     missed = []
     for name, gradient in expected.items():
-        scale = max(_largest(gradient), _largest(found[name]), 1e-5 * floor)
-        difference = _largest(found[name].sub_(gradient))
+        scale = max(largest(gradient), largest(found[name]), 1e-5 * floor)
+        difference = largest(found[name].sub_(gradient))
         if scale and not difference <= _tolerance(own[name].dtype) * scale:
             missed.append(name)
     if missed:
@@ -305,11 +305,6 @@ def unreachable(model, batch, rows, names, labels, power, problem_type, loss) ->
             missed[0],
         )
     return missed
-
-
-def _largest(tensor: torch.Tensor) -> float:
-    low, high = tensor.aminmax()  # nothing of its size is made
-    return max(-low.item(), high.item())
 
 
 def _sample(batch: dict) -> dict:

@@ -111,6 +111,12 @@ def dense(forms: Iterable[Form]) -> torch.Tensor:
     return total
 
 
+def largest(tensor: torch.Tensor) -> float:
+    """The largest absolute value; NaN if there is one. Nothing of the tensor's size is made."""
+    low, high = tensor.aminmax()
+    return max(-low.item(), high.item())
+
+
 def joined(forms: list[Outer]) -> Outer:
     """Several uses of one weight as one, their tokens one after the other: one product in place of several."""
     if len(forms) == 1:

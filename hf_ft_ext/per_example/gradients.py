@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.per_example.capture import Function, NoSplit, Owner, gradients
-from hf_ft_ext.per_example.forms import Form, Rows, dense
+from hf_ft_ext.per_example.forms import Form, Rows, dense, largest
 from hf_ft_ext.per_example.rules import find_rule
 from hf_ft_ext.per_example.state import (
     Batch,
@@ -211,18 +211,18 @@ class ExampleGradients:
         sizes = dict.fromkeys(self.parameters, 0.0)
 
         def compare(name: str, expected: torch.Tensor) -> None:
-            sizes[name] = float(torch.linalg.vector_norm(expected, inf))
+            sizes[name] = largest(expected)
             if name not in failed and name in forms:
                 errors[name] = _error([form[:1] for form in forms[name]], expected)
 
         with _each_gradient(self.parameters, compare):
             scalar.backward()
-        largest = max(sizes.values())
+        top = max(sizes.values())
         for name in self.parameters:
             if name not in errors and name not in failed:  # a hook saw it and autograd did not, or the reverse
-                found = float(dense([form[:1] for form in forms[name]]).abs().max()) if name in forms else 0.0
+                found = largest(dense([form[:1] for form in forms[name]])) if name in forms else 0.0
                 errors[name] = abs(found - sizes[name])
-        return {n for n, error in errors.items() if not error <= tolerance * (sizes[n] + tolerance * largest)}
+        return {n for n, error in errors.items() if not error <= tolerance * (sizes[n] + tolerance * top)}
 
 
 def _error(forms: list[Form], expected: torch.Tensor) -> float:
@@ -234,11 +234,11 @@ def _error(forms: list[Form], expected: torch.Tensor) -> float:
         found = expected.new_zeros(len(rows), expected.shape[1]).index_add_(0, places, grads)
         there = expected[rows]
         elsewhere = torch.linalg.vector_norm(expected, 1) - torch.linalg.vector_norm(there, 1)
-        return max(float(torch.linalg.vector_norm(found - there, inf)), float(elsewhere.abs()))
+        return max(largest(found - there), float(elsewhere.abs()))
     found = dense(forms)[0]
     if found.shape != expected.shape:
         return inf
-    return float(torch.linalg.vector_norm(found.sub_(expected), inf))
+    return largest(found.sub_(expected))
 
 
 @contextlib.contextmanager
