@@ -15,10 +15,6 @@ from hf_ft_ext.parsing import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-COMPARISONS = sorted((ROOT / "recipes" / "compare").glob("*.yaml"))
-RECIPES = sorted(set((ROOT / "recipes").rglob("*.yaml")) - set(COMPARISONS))
-
-
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 
 
@@ -63,23 +59,6 @@ def test_launcher_commands_parse(line, tmp_path, monkeypatch, capsys):
         return
     run_args, *_ = parse_arguments(argv)
     assert run_args.method in METHODS
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_recipe_is_valid_and_says_how_to_run_it(recipe, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run_args, *_ = parse_arguments([str(recipe)])
-    assert run_args.method in METHODS
-    text = recipe.read_text()
-    assert f"accelerate launch run_glue.py {recipe.relative_to(ROOT)}" in text and "--output_dir" in text
-
-
-@pytest.mark.parametrize("recipe", COMPARISONS, ids=lambda path: path.stem)
-def test_every_comparison_is_valid_and_says_how_to_run_it(recipe, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert len(read_comparison([str(recipe)]).variants) > 1
-    text = recipe.read_text()
-    assert f"python -m hf_ft_ext.compare {recipe.relative_to(ROOT)}" in text and "--output_dir" in text
 
 
 @pytest.mark.parametrize(
