@@ -98,10 +98,10 @@ def add_methods_of_other_packages() -> None:
         where = f"method {point.name!r} of {point.value!r}"
         try:
             parts = point.load()
-            if point.name in METHODS and METHODS[point.name] != Method(point.name, **parts):
+            if point.name in METHODS:
                 logger.warning("%s is left out: there is a method of that name already", where)
             elif set(parts) != set(_PARTS):
-                logger.warning("%s is left out: it needs %s and has %s", where, ", ".join(_PARTS), ", ".join(parts))
+                logger.warning("%s is left out: it needs %s, and has %s", where, ", ".join(_PARTS), ", ".join(parts))
             else:
                 METHODS[point.name] = Method(point.name, **parts)
         except Exception as error:  # a broken package of somebody else's is no reason not to run
