@@ -20,7 +20,11 @@ def stand_ins(tmp_path_factory) -> dict[str, str]:
     tokenizer.save_pretrained(causal)
     sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": len(tokenizer)}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes)).save_pretrained(causal)
-    return {DEMO: write_model(tmp_path_factory.mktemp("demo")), CAUSAL: str(causal), MASKED: write_model(tmp_path_factory.mktemp("masked"), "roberta")}
+    return {
+        DEMO: write_model(tmp_path_factory.mktemp("demo")),
+        CAUSAL: str(causal),
+        MASKED: write_model(tmp_path_factory.mktemp("masked"), "roberta"),
+    }
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.name)
