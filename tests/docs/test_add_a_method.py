@@ -1,56 +1,21 @@
 """The worked example of docs/add-a-method.md: its files as a package, through the launcher and its tests."""
 
-import importlib
 import logging
 import os
 import subprocess
 import sys
-import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
-from blocks import ROOT, blocks_of
+from blocks import EXAMPLE, ROOT, blocks_of
 from tiny import text_dataset
 
 import run_glue
 from hf_ft_ext import methods
 from hf_ft_ext.compare.settings import read_comparison
 
-PAGE = ROOT / "docs" / "add-a-method.md"
-FILES = {block.file: block.code for block in blocks_of(PAGE) if block.file}
-
-
-@pytest.fixture
-def package(tmp_path) -> Path:
-    """The page's files in a folder, with the metadata that an installation would leave."""
-    for name, text in FILES.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    project = tomllib.loads(FILES["pyproject.toml"])["project"]
-    metadata = tmp_path / f"{project['name']}-{project['version']}.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    )
-    lines = [
-        f"[{group}]\n" + "".join(f"{name} = {value}\n" for name, value in points.items())
-        for group, points in project["entry-points"].items()
-    ]
-    (metadata / "entry_points.txt").write_text("\n".join(lines))
-    return tmp_path
-
-
-@pytest.fixture
-def entered(package, monkeypatch):
-    monkeypatch.syspath_prepend(str(package))
-    monkeypatch.setattr(methods, "METHODS", methods.METHODS)
-    methods.add_methods_of_other_packages()
-    yield
-    methods.METHODS.pop("bitfit", None)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "bitfit"]:
-        del sys.modules[name]
-    importlib.invalidate_caches()
+FILES = {block.file: block.code for block in blocks_of(EXAMPLE) if block.file}
 
 
 def test_the_page_has_all_files():
@@ -84,7 +49,7 @@ def test_the_method_runs_through_the_launcher(entered, package, tiny_bert_dir, m
 
 @pytest.mark.slow
 def test_the_launchers_matrix_and_the_pages_own_tests_pass(package):
-    (command,) = [b.code for b in blocks_of(PAGE) if b.language == "bash" and b.code.startswith("pytest")]
+    (command,) = [b.code for b in blocks_of(EXAMPLE) if b.language == "bash" and b.code.startswith("pytest")]
     matrix, own, *options = command.partition("#")[0].split()[1:]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (package, ROOT, ROOT / "tests")))}
     words = [
