@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi
+from offline import write_model
 from run_records import run_record, write_run
 from stand_in import BROKEN, Fault, Repository
 from tiny import text_dataset, tiny_model
@@ -97,12 +98,19 @@ def fresh_process(program: str, hub, folder: Path) -> subprocess.CompletedProces
 
 @pytest.mark.slow
 def test_a_kernel_is_pulled_and_predicts_again_without_being_computed(hub, base, tmp_path):
-    """With a model, and with an adapter that is drawn again from its seed."""
-    options = ("--kernel_regularization", "1e-2", "--from_linearhead", "--use_cpu")
-    runs = {"plain": options, "adapter": ("--kernel_peft", "lora", "--kernel_peft_config", '{"r": 2}', "--use_cpu")}
+    """With a head, with a prompt, and with an adapter that is drawn again from its seed."""
+    write_model(tmp_path / "masked")
+    HfApi().create_repo("me/masked")
+    HfApi().upload_folder(repo_id="me/masked", folder_path=tmp_path / "masked")
+    mapping = ("--template", "*cls**sent_0*_it_was*mask*.*sep+*", "--mapping", '{"0": "bad", "1": "good"}')
+    runs = {
+        "head": ("me/masked", ("--kernel_regularization", "1e-2", "--from_linearhead")),
+        "prompt": ("me/masked", ("--few_shot_type", "prompt", *mapping)),
+        "adapter": (base, ("--kernel_peft", "lora", "--kernel_peft_config", '{"r": 2}')),
+    }
     code = {}
-    for name, extra in runs.items():
-        assert push(base, "kernel", name, *extra) == 0
+    for name, (model, extra) in runs.items():
+        assert push(model, "kernel", name, *extra, "--use_cpu") == 0
         _, text = card_of(hub, name)
         (code[name],) = snippets(text)
         assert str(tmp_path) not in text
