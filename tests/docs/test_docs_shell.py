@@ -192,6 +192,16 @@ def test_commands_that_would_fail_are_found(text, tmp_path, monkeypatch):
         check(Command(BLOCKS[0], text), monkeypatch)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [(r"--push_to_hub|hf auth|hf_ft_ext\.hub ", r"needs? the Hub"), (r"\bcuda\b", "needs? a GPU")],
+)
+def test_what_no_test_can_run_says_why(pattern, reason):
+    for block in BLOCKS:
+        if block.language in ("bash", "python") and re.search(pattern, block.code):
+            assert re.search(reason, block.code), f"{block.name} has to say that it {reason.replace('?', '')}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_all_code_stands_in_fenced_blocks_of_a_known_language(page):
     assert {block.language for block in blocks_of(page)} <= LANGUAGES
