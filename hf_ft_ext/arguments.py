@@ -4,7 +4,7 @@ A method's own arguments live in its folder, as a subclass of `MethodTrainingArg
 """
 
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -16,6 +16,14 @@ logger = logging.getLogger(__name__)
 DEFAULT_LENGTH = 128
 FEW_SHOT_SPLITS = ("k-shot", "k-shot-10x", "k-shot-1k-test")
 FEW_SHOT_TYPES = FINETUNE, PROMPT, PROMPT_DEMO = ("finetune", "prompt", "prompt-demo")
+
+
+def own_fields(arguments: type) -> list[Field]:
+    """The fields that a dataclass of arguments has itself: transformers lacks them, or has another default."""
+    inherited = {f.name: f.default for f in fields(TrainingArguments)}
+    if not issubclass(arguments, TrainingArguments):
+        inherited = {}
+    return [f for f in fields(arguments) if f.init and (f.name not in inherited or inherited[f.name] != f.default)]
 
 
 @dataclass

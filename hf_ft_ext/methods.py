@@ -1,12 +1,20 @@
 """The methods: one table from a name to its arguments, its trainer and one line of help.
 
-Nothing heavy is imported until a class is asked for, so that listing the methods is quick.
+Nothing heavy is imported until a class is asked for, so that listing the methods is quick. Other packages add methods
+through the entry point group `hf_ft_ext.methods`, see docs/add-a-method.md.
 """
 
 import importlib
+import logging
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 
 from hf_ft_ext.errors import InputError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINTS = "hf_ft_ext.methods"
+_PARTS = ("arguments", "trainer", "help")
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,23 @@ METHODS: dict[str, Method] = {
 }
 
 
+def add_methods_of_other_packages() -> None:
+    """Enter into `METHODS` what installed packages announce: an entry point names a dictionary with `arguments`,
+    `trainer` and `help`, as in `Method`. One that cannot work is left out with a warning."""
+    for point in entry_points(group=ENTRY_POINTS):
+        where = f"method {point.name!r} of {point.value!r}"
+        try:
+            parts = point.load()
+            if point.name in METHODS:
+                logger.warning("%s is left out: there is a method of that name already", where)
+            elif set(parts) != set(_PARTS):
+                logger.warning("%s is left out: it needs %s, and has %s", where, ", ".join(_PARTS), ", ".join(parts))
+            else:
+                METHODS[point.name] = Method(point.name, **parts)
+        except Exception as error:  # a broken package of somebody else's is no reason not to run
+            logger.warning("%s is left out: %s: %s", where, type(error).__name__, error)
+
+
 def find_method(name: str) -> Method:
     """Return the method called `name`.
 
@@ -124,3 +149,6 @@ def only_help_wanted(argv: list[str]) -> bool:
 def _load(path: str) -> type:
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)
+
+
+add_methods_of_other_packages()

@@ -9,13 +9,12 @@ from typing import Any, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments
+from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.launch.defaults import complete_arguments
 from hf_ft_ext.methods import METHODS, Method, find_method, list_methods
 from hf_ft_ext.recipes import checked, read_recipe
 
-_USAGE = "run_glue.py [recipe.yaml] [--method {%s}] [--argument value ...]" % ",".join(METHODS)  # noqa: UP031
 _SHOWN_CHOICES = 10  # longer lists of choices would drown the help
 
 
@@ -31,7 +30,7 @@ class Parser(HfArgumentParser):
             (RunArguments, ModelArguments, DataArguments, arguments),
             allow_abbrev=False,
             add_help=False,
-            usage=_USAGE,
+            usage=f"run_glue.py [recipe.yaml] [--method {{{','.join(METHODS)}}}] [--argument value ...]",
             formatter_class=_HelpFormatter,
         )
         titles = [self._own, *(t._argument_group_name for t in (RunArguments, ModelArguments, DataArguments))]
@@ -62,8 +61,7 @@ class Parser(HfArgumentParser):
     def _group_title(self, dtype: type, field: Any) -> str:
         if not issubclass(dtype, TrainingArguments):
             return dtype._argument_group_name
-        inherited = {f.name: f.default for f in fields(TrainingArguments)}
-        own = field.name not in inherited or inherited[field.name] != field.default
+        own = field.name in {f.name for f in own_fields(dtype)}
         return self._own if own else "training (transformers.TrainingArguments)"
 
     def error(self, message: str) -> NoReturn:

@@ -306,7 +306,8 @@ def test_secrets_and_suffixes():
 
 
 def python(*argv: str, **kwargs) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
     return subprocess.run(
         [sys.executable, *argv], capture_output=True, text=True, timeout=90, env=environment, check=False, **kwargs
     )

@@ -47,9 +47,9 @@ def tiny_masked_lm(model_type: str = "bert", seed: int = 0, **config):
         return AutoModelForMaskedLM.from_config(config)
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over `WORDS` with BERT's special tokens."""
-    vocab = {word: i for i, word in enumerate(SPECIAL + WORDS)}
+def tiny_tokenizer(more: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over `WORDS`, and `more` behind them, with BERT's special tokens."""
+    vocab = {word: i for i, word in enumerate([*SPECIAL, *WORDS, *more])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

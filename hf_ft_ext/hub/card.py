@@ -1,5 +1,6 @@
 """The model card of a run, made from `run.json` and the files beside it."""
 
+import json
 import os
 import re
 import shlex
@@ -16,7 +17,9 @@ from hf_ft_ext.models import DEMO_NAME
 
 DEMO_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 ADAPTER_CONFIG = "adapter_config.json"
-DELTA = "sparse_delta.safetensors"
+_DELTAS = {"sparse_delta.safetensors": "load_delta", "entries_delta.safetensors": "load_entries"}  # file -> its reader
+KERNELS = "kernels"
+KERNEL_SOLUTION = "kernel_solution.json"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 _METRIC_TYPES = {  # our key -> the Hub's name
     "accuracy": "accuracy",
@@ -32,6 +35,8 @@ _OF_THE_MACHINE = {
     "hub_private_repo", "hub_always_push", "cache_dir", "feature_cache_dir", "kernel_dir", "resume_from_checkpoint",
     "disable_tqdm", "report_to", "use_cpu",
 }  # fmt: skip
+# Settled by the model that was pushed.
+_OF_THE_MODEL = {"model_name_or_path", "model_revision", "tokenizer_name", "from_linearhead"}
 _LIBRARY_OF = {  # where the names in a line of code that loads a model come from
     "AutoModelForSequenceClassification": "transformers",
     "PeftModel": "peft",
@@ -113,6 +118,8 @@ def dataset_id(record: dict[str, Any]) -> str | None:
 
 def loading_snippet(folder: Path, record: dict[str, Any], repo_id: str) -> str:
     """Python that loads the result from the Hub; the last line may be a comment where code alone cannot do it."""
+    if (folder / KERNEL_SOLUTION).is_file():
+        return kernel_snippet(folder, record, repo_id)
     line = record.get("load") or f"AutoModelForSequenceClassification.from_pretrained({str(folder)!r})"
     written = record.get("output_dir", str(folder))
     names = [name for name in _LIBRARY_OF if re.search(rf"\b{name}\b", line)]
@@ -140,19 +147,58 @@ def loading_snippet(folder: Path, record: dict[str, Any], repo_id: str) -> str:
 def delta_snippet(folder: Path, record: dict[str, Any], repo_id: str) -> str | None:
     """Python that applies the small file of changes to the base model; `None` if there is none, or no base to name."""
     base = base_model(record)
-    if base is None or not (folder / DELTA).is_file():
+    file = next((name for name in _DELTAS if (folder / name).is_file()), None)
+    if base is None or file is None:
         return None
     labels = len(record.get("labels") or "??")
     return "\n".join(
         (
             "from huggingface_hub import snapshot_download",
             "from transformers import AutoModelForSequenceClassification",
-            "from hf_ft_ext import load_delta",
+            f"from hf_ft_ext import {_DELTAS[file]}",
             "",
             f"base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={labels})",
-            f"model = load_delta(base, snapshot_download({repo_id!r}, allow_patterns={DELTA!r}))",
+            f"model = {_DELTAS[file]}(base, snapshot_download({repo_id!r}, allow_patterns={file!r}))",
         )
     )
+
+
+def kernel_snippet(folder: Path, record: dict[str, Any], repo_id: str) -> str:
+    """Python that predicts again with a pushed kernel: the launcher with the run's settings, model and kernels."""
+    local = repo_id.rpartition("/")[2]
+    settings = dict(record.get("arguments") or {})
+    if (folder / ADAPTER_CONFIG).is_file():  # it is drawn again from the seed, on the model that it was drawn for
+        settings["model_name_or_path"] = base_model(record) or record["model"]
+        lines = []
+    else:
+        settings = {key: value for key, value in settings.items() if key not in _OF_THE_MODEL}
+        lines = ["'--model_name_or_path', folder,"]
+    settings = {key: value for key, value in settings.items() if key not in {*_OF_THE_MACHINE, "method", "do_train"}}
+    if not settings.keys() & {"do_eval", "do_predict"}:
+        settings["do_eval"] = True
+    if (folder / KERNELS).is_dir():
+        lines.append(f"'--kernel_dir', folder + '/{KERNELS}',")
+    return "\n".join(
+        (
+            "import run_glue  # the launcher of hf_ft_ext",
+            "from huggingface_hub import snapshot_download",
+            "",
+            f"folder = snapshot_download({repo_id!r}, local_dir={local!r})",
+            "# A kernel predicts from its training data, which has to be at hand; the store saves computing it.",
+            "run_glue.main([",
+            f"    '--method', {record['method']!r}, '--do_train', '--output_dir', {local + '-again'!r},",
+            *(f"    {', '.join(map(repr, _words(key, value)))}," for key, value in sorted(settings.items())),
+            *(f"    {line}" for line in lines),
+            "])",
+        )
+    )
+
+
+def _words(key: str, value: Any) -> list[str]:
+    """An argument as words of a command line."""
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
 
 
 def _is_of_peft(folder: Path) -> bool:

@@ -23,7 +23,8 @@ from hf_ft_ext.training.files import replacing, tensor_hash, write_json
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "kernel.json"
-_NOT_ABOUT_GRADIENTS = ("_name_or_path", "transformers_version", "id2label", "label2id")
+# `architectures` is what the weights were saved from: saving a model changes it, and the class is hashed by itself.
+_NOT_ABOUT_GRADIENTS = ("_name_or_path", "architectures", "transformers_version", "id2label", "label2id")
 
 
 def model_hash(model: nn.Module) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import HfApi
+from offline import write_model
 from run_records import run_record, write_run
 from stand_in import BROKEN, Fault, Repository
 from tiny import text_dataset, tiny_model
@@ -29,6 +30,7 @@ QUICK = {
     "sparse": ["--sparse_basis_steps", "2", "--sparse_density", "0.2"],
     "gradientless": ["--feature_cache_dir", "features"],
 }
+MASK = ["--fisher_mode", "mask", "--fisher_keep_ratio", "0.1", "--fisher_examples", "8"]
 STRUCTURED = [*QUICK["sparse"], "--sparse_support", "structured", "--sparse_train_rest", "head"]
 NO_LOOP = ("linearhead", "kernel")
 
@@ -79,10 +81,57 @@ def logits(model, tokenizer) -> torch.Tensor:
         ).logits
 
 
+def fresh_process(program: str, hub, folder: Path) -> subprocess.CompletedProcess:
+    """Run Python in an empty folder, with nothing at hand but the Hub."""
+    folder.mkdir(exist_ok=True)
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",
+        "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(folder / "home"),
+    }  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.slow
+def test_a_kernel_is_pulled_and_predicts_again_without_being_computed(hub, base, tmp_path):
+    """With a head, with a prompt, and with an adapter that is drawn again from its seed."""
+    write_model(tmp_path / "masked")
+    HfApi().create_repo("me/masked")
+    HfApi().upload_folder(repo_id="me/masked", folder_path=tmp_path / "masked")
+    mapping = ("--template", "*cls**sent_0*_it_was*mask*.*sep+*", "--mapping", '{"0": "bad", "1": "good"}')
+    runs = {
+        "head": ("me/masked", ("--kernel_regularization", "1e-2", "--from_linearhead")),
+        "prompt": ("me/masked", ("--few_shot_type", "prompt", *mapping)),
+        "adapter": (base, ("--kernel_peft", "lora", "--kernel_peft_config", '{"r": 2}')),
+    }
+    code = {}
+    for name, (model, extra) in runs.items():
+        assert push(model, "kernel", name, *extra, "--use_cpu") == 0
+        _, text = card_of(hub, name)
+        (code[name],) = snippets(text)
+        assert str(tmp_path) not in text
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for file in ("train.csv", "dev.csv"):
+        (elsewhere / file).write_bytes(Path(file).read_bytes())
+    fresh_process("\n".join(code.values()), hub, elsewhere)
+    for name in runs:
+        blocks = {path.relative_to(name): path.stat().st_size for path in Path(name, "kernels").rglob("*.safetensors")}
+        pulled = elsewhere / name
+        assert blocks == {p.relative_to(pulled): p.stat().st_size for p in pulled.rglob("kernels/**/*.safetensors")}
+        ours, theirs = (json.loads(Path(f, "run.json").read_text())["metrics"] for f in (name, f"{pulled}-again"))
+        assert theirs["eval_loss"] == ours["eval_loss"] and theirs["train_loss"] == ours["train_loss"]
+
+
 @pytest.mark.slow
 def test_every_method_is_pushed_and_pulled_into_a_fresh_process(hub, base, tokenizer, capsys, tmp_path):
     """The card's own snippet, run where nothing is but the Hub, gives the logits of the run's own folder."""
-    runs = {**{f"run-{method}": (method, ()) for method in METHODS}, "run-structured": ("sparse", STRUCTURED)}
+    runs = {f"run-{method}": (method, ()) for method in METHODS if method != "kernel"}  # kernel: the next test
+    runs |= {"run-structured": ("sparse", STRUCTURED), "run-mask": ("fisher", MASK)}
     code, line = {}, {}
     for name, (method, extra) in runs.items():
         assert push(base, method, name, *extra) == 0, capsys.readouterr().err
@@ -101,18 +150,17 @@ def test_every_method_is_pushed_and_pulled_into_a_fresh_process(hub, base, token
         line[name] = record["load"]
         if delta:
             code[f"{name}-delta"], line[f"{name}-delta"] = delta[0], record["load"]
-    assert "run-structured-delta" in code and len(hub.repositories["me/run-structured"].commits) == 1
+    assert {"run-structured-delta", "run-mask-delta"} <= code.keys()
+    assert len(hub.repositories["me/run-structured"].commits) == 1
     printed = capsys.readouterr().out
     assert printed.count("pushed: http://127.0.0.1") == len(runs)
 
-    comparable = {name: text for name, text in code.items() if re.search(r"^model = ", text, flags=re.MULTILINE)}
-    assert {"run-full", "run-lora", "run-sparse", "run-gradientless"} <= comparable.keys()
     program = [
         "import json, sys, torch",
         "from transformers import AutoTokenizer",
         "result = {}",
         f"texts = {['the film was good', 'a bad , dull plot']!r}",
-        f"for name, code in json.loads({json.dumps(comparable)!r}).items():",
+        f"for name, code in json.loads({json.dumps(code)!r}).items():",
         "    names = {}",
         "    exec(code, names)",
         f"    batch = AutoTokenizer.from_pretrained({base!r})(texts, return_tensors='pt', padding=True)",
@@ -120,22 +168,12 @@ def test_every_method_is_pushed_and_pulled_into_a_fresh_process(hub, base, token
         "        result[name] = names['model'].eval()(**batch).logits.tolist()",
         "print(json.dumps(result))",
     ]
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1",
-        "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(elsewhere / "home"),
-    }  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(program)], cwd=elsewhere, env=environment, capture_output=True, text=True,
-        timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = fresh_process("\n".join(program), hub, tmp_path / "elsewhere")
     pulled = json.loads(done.stdout.splitlines()[-1])
     from peft import PeftModel
 
     names = {"AutoModelForSequenceClassification": AutoModelForSequenceClassification, "PeftModel": PeftModel}
-    for name in comparable:
+    for name in code:
         own = logits(eval(line[name], dict(names)), tokenizer)
         exact = not name.endswith("-delta")  # a delta is added to the base: equal to rounding
         assert torch.allclose(torch.tensor(pulled[name]), own, atol=0 if exact else 1e-5, rtol=0), name
@@ -317,9 +355,6 @@ def test_cards_of_other_results(tmp_path):
     metadata = yaml.safe_load(model_card(tmp_path, record, "me/x").split("---\n")[1])
     found = {r["dataset"]["split"]: r["metrics"][0]["value"] for r in metadata["model-index"][0]["results"]}
     assert found == {"validation": 0.5, "validation_mismatched": 0.25}
-    line = "the same command with --kernel_dir out/kernels and --do_predict; the model itself is unchanged"
-    text = model_card(tmp_path, run_record("kernel", 1, 0.5, load=line, output_dir="out"), "me/x")
-    assert 'folder = snapshot_download("me/x")' in text.replace("'", '"') and "--kernel_dir {folder}/kernels" in text
     prompt = "PromptForSequenceClassification.from_pretrained('out')"
     text = model_card(tmp_path, run_record("full", 1, 0.5, load=prompt, output_dir="out"), "me/x")
     assert "from hf_ft_ext import PromptForSequenceClassification" in text

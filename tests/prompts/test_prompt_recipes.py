@@ -1,20 +1,16 @@
-"""The few-shot recipes: complete, with the published settings, and the shortened ones run."""
+"""The few-shot recipes are complete and have the published settings. That they are valid and run: tests/recipes."""
 
-import json
-import shlex
 from pathlib import Path
 
 import pytest
 
-import run_glue
-from hf_ft_ext.parsing import parse_arguments
 from hf_ft_ext.recipes import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"
 FOLDERS = ("gradientless/mezo", "full", "lora/mezo", "linearhead")
 FEW_SHOT = sorted(path for folder in FOLDERS for path in (RECIPES / folder).rglob("*.yaml"))
-DEMO = [path for path in FEW_SHOT if path.parent.name == "demo"]
+KERNEL_TASKS = {"sst2", "mr", "cr", "mpqa", "subj", "trec", "mnli", "snli", "qnli", "rte", "mrpc", "qqp"}
 MEZO_TASKS = {"sst2", "sst5", "snli", "mnli", "rte", "trec"}
 
 
@@ -38,30 +34,22 @@ def test_mezo_is_complete():
         assert (recipe["learning_rate"], recipe["per_device_train_batch_size"]) == (rate, 8)
 
 
-@pytest.mark.parametrize("recipe", FEW_SHOT, ids=lambda path: str(path.relative_to(RECIPES)))
-def test_recipes_parse_with_their_override(recipe, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    commands = [line for line in recipe.read_text().splitlines() if "run_glue" in line]
-    assert len(commands) == 2 and "--output_dir" in commands[1]
-    words = shlex.split(commands[1].partition("run_glue.py")[2])  # without it: tests/test_readme.py
-    assert words[0] == str(recipe.relative_to(ROOT)) and "--output_dir" in words
-    _, _, data_args, args = parse_arguments([str(recipe), *words[1:]])
-    assert data_args.num_k in (16, 64, 512) and args.data_seed in (13, 21)
-    assert args.do_train
+def test_linear_heads_and_zero_shot_of_mezo_are_complete():
+    heads, zero = settings("linearhead/mezo/roberta-large"), settings("full/mezo/zero-shot")
+    assert set(heads) == {f"{task}-k{k}" for task in MEZO_TASKS for k in (16, 512)} and set(zero) == MEZO_TASKS
+    assert not any("do_train" in recipe for recipe in zero.values())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", DEMO, ids=lambda path: str(path.relative_to(RECIPES)))
-def test_shortened_recipes_run(recipe, tmp_path, monkeypatch, data_root):
-    model = data_root.parent / "models" / "minilm-mlm"
-    if not model.is_dir():
-        pytest.skip(f"no masked language model at {model}")
-    monkeypatch.chdir(tmp_path)
-    settings = read_recipe(recipe)
-    words = ["--model_name_or_path", str(model), "--use_cpu", "--disable_tqdm", "true", "--output_dir", "out"]
-    if settings["task_name"] != "demo":
-        words += ["--dataset_name", str(data_root / "glue"), "--max_predict_samples", "8"]
-    if settings["method"] != "linearhead":
-        words += ["--max_steps", "1"]
-    assert run_glue.main([str(recipe), *words]) == 0
-    assert json.loads(Path("out/run.json").read_text())["method"] == settings["method"]
+@pytest.mark.parametrize("way", ["prompt", "head"])
+def test_the_kernel_papers_fine_tuning_is_complete(way):
+    found = settings(f"full/kernel-paper/{way}")
+    assert set(found) == {f"{t}-{k}-{o}" for t in KERNEL_TASKS for k in (16, 64) for o in ("sgd", "adam")}
+    for name, recipe in found.items():
+        assert name == f"{recipe['task_name']}-{recipe['num_k']}-{recipe['optimizer']}"
+        assert recipe.get("from_linearhead", False) == (way == "head")
+        assert (recipe.get("few_shot_type") == "prompt") == (way == "prompt")
+
+
+def test_shots_and_seeds():
+    for recipe in map(read_recipe, FEW_SHOT):
+        assert recipe["num_k"] in (16, 64, 512) and recipe["data_seed"] == 13

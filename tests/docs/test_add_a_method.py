@@ -1,0 +1,92 @@
+"""The worked example of docs/add-a-method.md: its files as a package, through the launcher and its tests."""
+
+import logging
+import os
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+from blocks import EXAMPLE, ROOT, blocks_of
+from tiny import text_dataset
+
+import run_glue
+from hf_ft_ext import methods
+from hf_ft_ext.compare.settings import read_comparison
+
+FILES = {block.file: block.code for block in blocks_of(EXAMPLE) if block.file}
+
+
+def test_the_page_has_all_files():
+    assert {"bitfit/arguments.py", "bitfit/trainer.py", "bitfit/__init__.py", "pyproject.toml"} < FILES.keys()
+
+
+def test_the_method_runs_through_the_launcher(entered, package, tiny_bert_dir, monkeypatch, capsys):
+    monkeypatch.chdir(package)
+    text_dataset(16).select_columns(["sentence", "label"]).to_csv("train.csv")
+    text_dataset(8, seed=1).select_columns(["sentence", "label"]).to_csv("dev.csv")
+    words = ["--method", "bitfit", "--model_name_or_path", tiny_bert_dir, "--train_file", "train.csv"]
+    words += [
+        "--validation_file",
+        "dev.csv",
+        "--max_steps",
+        "2",
+        "--max_seq_length",
+        "16",
+        "--use_cpu",
+        "--output_dir",
+        "out",
+    ]
+    assert run_glue.main(words) == 0
+    assert "bitfit on train.csv" in capsys.readouterr().out and Path("out/model.safetensors").is_file()
+    assert run_glue.main([*words, "--overwrite_output_dir", "--bitfit_pattern", "nowhere"]) == 2
+    assert "bitfit_pattern='nowhere' is found in no bias" in capsys.readouterr().err
+    assert run_glue.main(["--help"]) == 0
+    assert "bitfit        biases and the head" in capsys.readouterr().out
+    assert [variant.method for variant in read_comparison(["--methods", "bitfit,lora"]).variants] == ["bitfit", "lora"]
+
+
+@pytest.mark.slow
+def test_the_launchers_matrix_and_the_pages_own_tests_pass(package):
+    (command,) = [b.code for b in blocks_of(EXAMPLE) if b.language == "bash" and b.code.startswith("pytest")]
+    matrix, own, *options = command.partition("#")[0].split()[1:]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (package, ROOT, ROOT / "tests")))}
+    words = [
+        str(ROOT / matrix),
+        str(package / own),
+        *options,
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(ROOT),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-c", str(ROOT / "setup.cfg"), *words],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    passed = int(done.stdout.rpartition(" passed")[0].split()[-1])
+    assert passed >= 7, done.stdout[-500:]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "full",
+            "bitfit:METHOD",
+            "method 'full' of 'bitfit:METHOD' is left out: there is a method of that name already",
+        ),
+        ("x", "no_such_package:METHOD", "is left out: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("x", "os:environ", "is left out: it needs arguments, trainer, help, and has"),
+    ],
+)
+def test_entries_that_cannot_work_are_left_out_with_a_warning(entered, monkeypatch, caplog, name, value, message):
+    before = dict(methods.METHODS)
+    monkeypatch.setattr(methods, "entry_points", lambda group: [EntryPoint(name, value, group)])
+    with caplog.at_level(logging.WARNING):
+        methods.add_methods_of_other_packages()
+    assert message in caplog.text and before == methods.METHODS

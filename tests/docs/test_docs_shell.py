@@ -1,0 +1,258 @@
+"""The shell blocks of README and docs: every command is parsed as its program would; quick ones run.
+
+A command that nothing here knows is an error, as are files of the repository that are not there.
+"""
+
+import argparse
+import configparser
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+from accelerate.commands.launch import launch_command_parser
+from blocks import BLOCKS, EXAMPLE, PAGES, ROOT, Block, blocks_of
+from offline import write_glue, write_model
+
+import run_glue
+from hf_ft_ext.compare.settings import read_comparison
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.methods import METHODS
+from hf_ft_ext.parsing import parse_arguments
+
+LANGUAGES = {"python", "bash", "text", "toml"}
+SUBCOMMANDS = {("hf", "auth", "login"), (".ci/run",)}  # nothing to parse
+OWN_FOLDERS = ("recipes/", "benchmarks/", "docs/", "tests/", "constraints.txt", "run_glue.py")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of a block, comments and line breaks taken out."""
+
+    block: Block
+    text: str
+
+    @property
+    def words(self) -> list[str]:
+        return shlex.split(self.text, comments=True)
+
+
+def commands_of(block: Block) -> list[Command]:
+    lines = block.code.replace("\\\n", " ").splitlines()
+    return [Command(block, line.strip()) for line in lines if shlex.split(line, comments=True)]
+
+
+COMMANDS = [command for block in BLOCKS if block.language == "bash" for command in commands_of(block)]
+
+
+class _ParsedError(Exception):
+    """What a program raises here in place of working."""
+
+
+def at_home(words: list[str]) -> list[str]:
+    """The words, paths of the repository made absolute; they have to be there."""
+    found = []
+    for word in words:
+        if word.startswith(OWN_FOLDERS) and word not in example_files():
+            assert (ROOT / word).exists(), f"{word} is not there"
+            word = str(ROOT / word)
+        found.append(word)
+    return found
+
+
+def example_files() -> set[str]:
+    return {block.file for block in blocks_of(EXAMPLE) if block.file}
+
+
+def check_launcher(words: list[str]) -> None:
+    """Arguments of `run_glue.py`; help is printed."""
+    if "--help" in words:
+        if "--method" not in words:
+            assert run_glue.main(words) == 0
+            return
+        with pytest.raises(SystemExit, match=r"^0$"):
+            run_glue.main(words)
+        return
+    run_args, *_ = parse_arguments(words)
+    assert run_args.method in METHODS
+
+
+def check_program(run, words: list[str], monkeypatch) -> None:
+    """Run a program as far as its own parser, which sees all words."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parsed(parser, args=None, namespace=None):
+        raise _ParsedError(parse(parser, args, namespace))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(argparse.ArgumentParser, "parse_args", parsed)
+        patched.setattr(sys, "argv", words)
+        with pytest.raises(_ParsedError):
+            run()
+
+
+def check_python(words: list[str], monkeypatch) -> None:
+    program, *rest = words
+    if program == "-m":
+        module, *rest = rest
+        if module == "hf_ft_ext.compare":
+            assert read_comparison(at_home(rest)).variants
+            return
+        check_program(lambda: runpy.run_module(module, run_name="__main__"), [module, *rest], monkeypatch)
+    elif program == "run_glue.py":
+        check_launcher(at_home(rest))
+    else:
+        script = at_home([program])[0]
+        monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+        own, cut, others = _cut(at_home(rest))
+        if script.endswith("argument_tables.py"):
+            assert not rest  # run by the test of the tables
+            return
+        check_program(lambda: runpy.run_path(script, run_name="__main__"), [script, *own, *cut, *others], monkeypatch)
+        if cut:  # what follows is the launcher's
+            check_launcher(others)
+
+
+def _cut(words: list[str]) -> tuple[list[str], list[str], list[str]]:
+    at = words.index("--") if "--" in words else len(words)
+    return words[:at], words[at : at + 1], words[at + 1 :]
+
+
+def check_pip(words: list[str]) -> None:
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for word in words:
+        for extra in re.findall(r"\[([\w,]+)\]", word):
+            missing = set(extra.split(",")) - set(setup["options.extras_require"])
+            assert not missing, f"no extra {missing}"
+    at_home(words)
+
+
+def check(command: Command, monkeypatch) -> None:
+    """Raise unless the command's program would take its words."""
+    words = command.words
+    if tuple(words) in SUBCOMMANDS:
+        assert words[0] == "hf" or (ROOT / words[0]).is_file()
+    elif words[:2] == ["accelerate", "launch"]:
+        args = launch_command_parser().parse_args(words[2:])
+        assert args.training_script in ("run_glue.py",) or (ROOT / args.training_script).is_file()
+        check_launcher(at_home(args.training_script_args))
+    elif words[0] == "hf-ft-ext":
+        check_launcher(at_home(words[1:]))
+    elif words[0] == "python":
+        check_python(words[1:], monkeypatch)
+    elif words[0] == "make":
+        if shutil.which("make") is None:
+            pytest.skip("no make")
+        done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    elif words[:2] == ["pip", "install"]:
+        check_pip(words[2:])
+    elif words[0] == "pytest":
+        at_home(words[1:])
+    else:
+        raise AssertionError(f"{command.block.name}: nothing here knows the command {words[0]!r}; add a check for it")
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: f"{command.block.name}-{command.text[:40]}")
+def test_commands_are_taken_by_their_programs(command, tmp_path, monkeypatch, capsys, request):
+    if command.block.page == EXAMPLE:
+        request.getfixturevalue("entered")
+    monkeypatch.chdir(tmp_path)
+    check(command, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "accelerate launch run_glue.py --method fulll",
+        "accelerate launch --no_such_option run_glue.py --method full",
+        "accelerate launch run_glue.py recipes/demo/no-such.yaml",
+        "python run_glue.py --method sparse --sparse_densty 0.1",
+        "python run_glue.py --method full --max_steps 10 --hp_search 2 --resume_from_checkpoint true",
+        "python -m hf_ft_ext.compare --methods full,lorra",
+        "python -m hf_ft_ext.report --titel x runs/a",
+        "python -m hf_ft_ext.hub",
+        "python benchmarks/sparse.py --size roberta-huge",
+        "python benchmarks/quality.py benchmarks/studies/no-such.yaml --output_dir runs/x",
+        "python benchmarks/quality.py benchmarks/studies/sparse.yaml --output_dir x --task_name sst2 -- --no_such x",
+        "pip install 'hf_ft_ext[demmo]'",
+        "make no-such-target",
+        "pytest tests/no_such_file.py",
+        "no-such-program --help",
+    ],
+)
+def test_commands_that_would_fail_are_found(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((AssertionError, InputError, SystemExit, pytest.fail.Exception)):
+        check(Command(BLOCKS[0], text), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [(r"--push_to_hub|hf auth|hf_ft_ext\.hub ", r"needs? the Hub"), (r"\bcuda\b", "needs? a GPU")],
+)
+def test_what_no_test_can_run_says_why(pattern, reason):
+    for block in BLOCKS:
+        if block.language in ("bash", "python") and re.search(pattern, block.code):
+            assert re.search(reason, block.code), f"{block.name} has to say that it {reason.replace('?', '')}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_all_code_stands_in_fenced_blocks_of_a_known_language(page):
+    assert {block.language for block in blocks_of(page)} <= LANGUAGES
+    text = page.read_text()
+    assert text.count("\n```") + text.startswith("```") == 2 * len(blocks_of(page)), "a fence is not closed"
+    outside = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert not re.findall(r"\n\n {4,}\S.*", outside), "indented code is not checked: put it between fences"
+
+
+# --- dry runs -------------------------------------------------------------------------------------------
+
+# The plan is for RoBERTa's twelve layers; that it loads and fits them: tests/fisher/test_fisher_recipes.py.
+NOT_DRY = ("--adapter_plan", "--help", "--dry_run", "--push_to_hub")
+
+
+def dry_run_words(words: list[str], model: str, glue: str) -> list[str]:
+    """The command with local stand-ins for what it would load, to be run dry."""
+    _, model_args, data_args, _ = parse_arguments(words)
+    if model_args.model_name_or_path is not None:
+        words = [*words, "--model_name_or_path", model]
+    if data_args.task_name not in (None, "demo"):
+        words = [*words, "--dataset_name", glue]
+    if "--fisher_mask" in words:  # the default share is less than the head of so small a model
+        words = [*words, "--fisher_keep_ratio", "0.1"]
+    return [*words, "--use_cpu", "--dry_run", "--disable_tqdm", "true"]
+
+
+def launches() -> list[Command]:
+    """The launcher's commands that can run dry, each once."""
+    found = {}
+    for command in COMMANDS:
+        words = command.words
+        if words[:2] == ["accelerate", "launch"] and not set(words) & set(NOT_DRY) and command.block.page != EXAMPLE:
+            found.setdefault(tuple(words), command)
+    return list(found.values())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> tuple[str, str]:
+    return write_model(tmp_path_factory.mktemp("model"), "roberta"), write_glue(tmp_path_factory.mktemp("glue"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", launches(), ids=lambda command: f"{command.block.name}-{command.text[:60]}")
+def test_launches_get_as_far_as_the_first_step(command, world, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_ft_ext.models.demo_encoder", lambda: world[0])
+    rows = ["subject,body,kind", *(f"good film,the plot {i},{'ab'[i % 2]}" for i in range(20))]
+    for file in ("train.csv", "dev.csv"):  # which some commands name
+        (tmp_path / file).write_text("\n".join(rows))
+    words = command.words
+    words = at_home(launch_command_parser().parse_args(words[2:]).training_script_args)
+    assert run_glue.main(dry_run_words(words, *world)) == 0, capsys.readouterr().err
+    assert "what trains" in capsys.readouterr().out

@@ -1,0 +1,127 @@
+"""Every shortened recipe runs from end to end, cut further, on a tiny model and made-up data of its task's form."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from offline import write_classifier, write_glue, write_model
+from peft import PeftModel
+from test_recipes import COMPARISONS, RECIPES, name_of
+from transformers import AutoModelForSequenceClassification
+
+import run_glue
+from hf_ft_ext import PromptForSequenceClassification
+from hf_ft_ext.data.demo import demo_dataset
+from hf_ft_ext.launch import results
+from hf_ft_ext.recipes import read_recipe
+
+DEMOS = [
+    path
+    for path in RECIPES
+    if path.parent != COMPARISONS and "demo" in (path.parent.name, read_recipe(path)["task_name"])
+]
+AT_ONCE = ("linearhead", "kernel")  # no steps to cut
+STEPS = 2
+# What costs more than the rest on so small a model; the values that matter are the recipe's own.
+CUT = {
+    "sparse": ("--sparse_basis_steps", "2", "--sparse_n_params", "300"),
+    "fisher": (
+        "--fisher_examples", "8", "--fisher_keep_ratio", "0.1", "--fisher_candidate_settings",
+        '{"prefix": {"projection_size": 8}}',
+    ),
+    "gradientless": ("--feature_cache_dir", "features"),
+    "linearhead": ("--feature_cache_dir", "features"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, model) -> str:
+    return write_classifier(tmp_path_factory.mktemp("classifier"), model)
+
+
+@pytest.fixture(scope="module")
+def glue(tmp_path_factory) -> str:
+    tasks = {read_recipe(path)["task_name"] for path in DEMOS}
+    return write_glue(tmp_path_factory.mktemp("glue"), tasks)
+
+
+@pytest.fixture
+def trainers(monkeypatch) -> list:
+    """The trainers of the runs, as they are when their record is written."""
+    found = []
+    record_run = results.record_run
+    monkeypatch.setattr(
+        results, "record_run", lambda trainer, *rest: found.append(trainer) or record_run(trainer, *rest)
+    )
+    return found
+
+
+def words_of(recipe: Path, model: str, glue: str) -> list[str]:
+    """The command line that shortens the recipe further."""
+    settings = read_recipe(recipe)
+    words = [str(recipe), "--model_name_or_path", model, "--use_cpu", "--disable_tqdm", "true", "--output_dir", "out"]
+    words += ["--do_train", "--do_eval", "--report_to", "none", "--logging_steps", "1"]
+    words += () if settings["method"] in AT_ONCE else ("--max_steps", str(STEPS))
+    if "num_k" not in settings:
+        words += ["--max_train_samples", "64", "--max_eval_samples", "12", "--per_device_train_batch_size", "8"]
+    if settings["task_name"] != "demo":
+        words += ["--dataset_name", glue, "--do_predict", "--max_predict_samples", "8"]
+    cut = CUT.get(settings["method"], ())
+    for name, value in zip(cut[::2], cut[1::2], strict=True):
+        if not _is_refused(name, settings):
+            words += [name, value]
+    return words
+
+
+def _is_refused(name: str, settings: dict) -> bool:
+    """Whether the recipe's own choice has no use for an argument of `CUT`."""
+    if name == "--sparse_basis_steps":
+        return settings.get("sparse_basis") == "none"
+    if name == "--sparse_n_params":
+        return "sparse_n_params" not in settings
+    if name.startswith("--fisher_candidate"):
+        single = settings.get("fisher_mode") == "single" and settings["fisher_candidates"] != ["prefix"]
+        return settings.get("fisher_mode") == "mask" or single
+    if name == "--fisher_examples":
+        return settings.get("fisher_mode") in ("single", "random") or settings.get("fisher_mask") in ("random", "bias")
+    if name == "--fisher_keep_ratio":
+        return settings.get("fisher_mode") != "mask" or settings["fisher_mask"] == "bias"
+    return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", DEMOS, ids=name_of)
+def test_shortened_recipes_train_evaluate_save_and_load(
+    recipe, model, classifier, glue, trainers, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_ft_ext.data.sources.demo_dataset", lambda: demo_dataset(300, 300))
+    of_a_run = str(read_recipe(recipe).get("model_name_or_path")).startswith("runs/")  # has a head already
+    words = words_of(recipe, classifier if of_a_run else model, glue)
+    assert run_glue.main(words) == 0, capsys.readouterr().err
+    record = json.loads(Path("out/run.json").read_text())
+    method = read_recipe(recipe)["method"]
+    assert record["method"] == method and record["trainable_parameters"] > 0
+    assert {"train_loss", "eval_loss"} <= record["metrics"].keys()
+    (trainer,) = trainers
+    assert trainer.state.global_step == (1 if method in AT_ONCE else STEPS)
+    if "--do_predict" in words:
+        assert len(Path("out/predictions.tsv").read_text().splitlines()) == 1 + 8
+    if method == "kernel":  # the model is the start; what was solved is found again
+        assert run_glue.main([*words, "--kernel_dir", "out/kernels", "--output_dir", "again"]) == 0
+        again = json.loads(Path("again/run.json").read_text())
+        assert again["metrics"]["eval_loss"] == record["metrics"]["eval_loss"]
+        return
+    names = (AutoModelForSequenceClassification, PeftModel, PromptForSequenceClassification)
+    loaded = eval(record["load"], {name.__name__: name for name in names}).eval()
+    batch = next(iter(trainer.get_eval_dataloader()))
+    batch.pop("labels")
+    with torch.no_grad():
+        own, theirs = trainer.model.eval()(**batch).logits, loaded(**batch).logits
+    assert torch.isfinite(own).all() and torch.allclose(own, theirs, atol=1e-6)
