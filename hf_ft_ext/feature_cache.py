@@ -76,7 +76,7 @@ def data_fingerprint(dataset: Any) -> str:
 def cached_features(
     reader: HeadReader,
     dataset: Any,
-    batches: Callable[[], Iterable[dict[str, torch.Tensor]]],
+    parts: Callable[[int], Iterable[torch.Tensor]],
     folder: str | os.PathLike | None = None,
     disable_tqdm: bool = False,
 ) -> torch.Tensor:
@@ -88,7 +88,8 @@ def cached_features(
     Args:
         reader: of the model.
         dataset: with `len`; its rows are hashed.
-        batches: makes an iterator over the collated rows, in the data set's order.
+        parts: `parts(start)` gives the features of the rows from `start` on, in the data set's order, some rows at a
+            time (see `read_in_order`).
         folder: where the file is kept; `None` = `default_folder()`.
 
     Raises:
@@ -112,17 +113,13 @@ def cached_features(
             done = _whole_rows(file, _header(about, rows, hidden, dtype), hidden * dtype.itemsize)
             if done:
                 logger.info("features of %d rows: there from an interrupted run", done)
-            seen = 0
             with tqdm(total=rows, initial=done, desc="encoding the data once", disable=disable_tqdm) as bar:
-                for batch in batches():
-                    seen += (size := len(next(iter(batch.values()))))
-                    if seen <= done:
-                        continue
-                    part = reader.features(batch).to("cpu", dtype)[max(0, done - seen + size) :].contiguous()
-                    file.write(part.view(torch.uint8).numpy().tobytes())
+                for part in parts(done) if done < rows else ():
+                    file.write(part.to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes())
                     bar.update(len(part))
-            if seen != rows:
-                raise RuntimeError(f"the batches held {seen} rows, the data set {rows}")
+                    done += len(part)
+            if done != rows:
+                raise RuntimeError(f"{done} rows were encoded, the data set has {rows}")
     except OSError as error:
         raise InputError(
             f"features cannot be written to {folder} ({error.strerror or error}); pass --feature_cache_dir with a "

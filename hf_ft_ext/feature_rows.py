@@ -18,7 +18,37 @@ def batches_in_order(
     """Collated batches of all rows in their order, labels left out, on `device`."""
     for start in range(0, len(dataset), batch_size):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        yield {key: value.to(device) for key, value in collate(rows).items() if key != LABELS}
+        yield inputs_of(collate(rows), device)
+
+
+def read_in_order(
+    read: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+    dataset: Any,
+    collate: Callable[[list], dict],
+    batch_size: int,
+    device: torch.device | str | None = None,
+    window: int = 16,
+    start: int = 0,
+) -> Iterator[torch.Tensor]:
+    """`read(batch)` of all rows from `start` on, in their order, some rows at a time: `[n, ...]` each.
+
+    Within `window` batches rows of like length share a batch, so that little is padded. Windows do not depend on
+    `start`: a run that continues makes the same batches.
+    """
+    size = window * batch_size
+    for first in range(start - start % size, len(dataset), size):
+        rows = [dataset[i] for i in range(first, min(first + size, len(dataset)))]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i].get("input_ids", ())))
+        batches = [[rows[i] for i in order[at : at + batch_size]] for at in range(0, len(rows), batch_size)]
+        found = torch.cat([read(inputs_of(collate(batch), device)) for batch in batches])
+        table = torch.empty_like(found)
+        table[order] = found
+        yield table[max(0, start - first) :]
+
+
+def inputs_of(batch: dict[str, torch.Tensor], device: torch.device | str | None) -> dict[str, torch.Tensor]:
+    """`batch` on `device`, without its labels."""
+    return {key: value.to(device) for key, value in batch.items() if key != LABELS}
 
 
 def labels_of(dataset: Any) -> torch.Tensor:

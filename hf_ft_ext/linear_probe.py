@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_cache import cached_features, feature_bytes
-from hf_ft_ext.feature_rows import SAMPLE, batches_in_order, labels_of
+from hf_ft_ext.feature_rows import SAMPLE, batches_in_order, labels_of, read_in_order
 from hf_ft_ext.features import HeadReader, encoder_path, evaluating
 from hf_ft_ext.linear_fit import LinearFit, fit_classes, fit_numbers, fit_place
 from hf_ft_ext.metrics import REGRESSION
@@ -80,21 +80,26 @@ def fit_linear_head(
     name, layer = find_last_layer(model, sample)
     reader = HeadReader.find(model, sample)
 
-    def batches() -> Iterator[dict[str, torch.Tensor]]:
-        return batches_in_order(dataset, collate, batch_size, _device(model))
+    def every(read: Callable[[dict], torch.Tensor], start: int = 0) -> Iterator[torch.Tensor]:
+        return read_in_order(read, dataset, collate, batch_size, _device(model), start=start)
 
     if reader is not None and 0 < feature_bytes(reader, len(dataset)) / 1e9 <= feature_cache_gb:
-        table = cached_features(reader, dataset, batches, feature_cache_dir, disable_tqdm)
+        table = cached_features(
+            reader, dataset, lambda start: every(reader.features, start), feature_cache_dir, disable_tqdm
+        )
         parts = (table[i : i + _ROWS].to(_device(model)) for i in range(0, len(table), _ROWS))
         inputs = [_inputs(model, name, layer, lambda part=part: reader.logits(part)) for part in parts]
     else:
         with tqdm(total=len(dataset), desc="encoding the data once", disable=disable_tqdm) as bar:
             inputs = []
-            for batch in batches():
-                # by the reader, a decoder's head runs on the one token that counts
-                run = model if reader is None else lambda **batch: reader.logits(reader.features(batch))
-                inputs.append(_inputs(model, name, layer, lambda run=run, batch=batch: run(**batch)))
-                bar.update(len(inputs[-1]))
+
+            # by the reader, a decoder's head runs on the one token that counts
+            def run(batch: dict) -> Any:
+                return model(**batch) if reader is None else reader.logits(reader.features(batch))
+
+            for part in every(lambda batch: _inputs(model, name, layer, lambda: run(batch))):
+                inputs.append(part)
+                bar.update(len(part))
     x = torch.cat(inputs).double().numpy()
     fit = _fit(model, x, labels.numpy(), layer.bias is not None, c, folds, max_iter)
     with torch.no_grad():

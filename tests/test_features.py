@@ -11,6 +11,7 @@ from torch import nn
 from hf_ft_ext import feature_cache
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_cache import cached_features, data_fingerprint, encoder_hash
+from hf_ft_ext.feature_rows import inputs_of, read_in_order
 from hf_ft_ext.features import HeadReader, head_parameters
 
 
@@ -24,15 +25,15 @@ def reader_of(model):
     return HeadReader.find(model, batch())
 
 
-def batches(dataset, size=8):
-    def make():
-        for start in range(0, len(dataset), size):
-            rows = dataset[start : start + size]["input_ids"]
-            width = max(map(len, rows))
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-            yield {"input_ids": ids, "attention_mask": (ids != 0).long()}
+def collate(rows):
+    width = max(len(row["input_ids"]) for row in rows)
+    ids = torch.tensor([row["input_ids"] + [0] * (width - len(row["input_ids"])) for row in rows])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.zeros(len(rows))}
 
-    return make
+
+def parts(reader, dataset):
+    """Features by windows of two batches of four rows."""
+    return lambda start: read_in_order(reader.features, dataset, collate, 4, window=2, start=start)
 
 
 def test_head_reads_the_first_token_and_its_pooler_counts_as_head():
@@ -66,13 +67,28 @@ def test_a_model_without_a_base_or_with_another_kind_of_head_has_no_reader():
 def test_features_are_computed_once_and_mapped(tmp_path, monkeypatch):
     model, data = tiny_model().eval(), tiny_dataset(20)
     reader = reader_of(model)
-    first = cached_features(reader, data, batches(data), tmp_path, disable_tqdm=True)
+    first = cached_features(reader, data, parts(reader, data), tmp_path, disable_tqdm=True)
     assert first.shape == (20, 32)
-    every = torch.cat([reader.features(part) for part in batches(data)()])
-    assert torch.equal(first, every)
+    assert torch.equal(first, torch.cat(list(parts(reader, data)(0))))
+    alone = torch.cat([reader.features(inputs_of(collate([row]), None)) for row in data])
+    torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(HeadReader, "features", None)
-    assert torch.equal(cached_features(reader, data, batches(data), tmp_path), every)
+    assert torch.equal(cached_features(reader, data, parts(reader, data), tmp_path), first)
     assert len(list(tmp_path.iterdir())) == 1  # no debris
+
+
+def test_rows_come_in_their_order_whatever_the_batches(tmp_path):
+    data = [{"input_ids": [i] * (1 + i * 7 % 5)} for i in range(1, 24)]
+    widths = []
+
+    def read(batch):
+        widths.append(batch["input_ids"].shape[1])
+        return batch["input_ids"][:, 0]
+
+    for start in (0, 1, 8, 13, 22):
+        found = torch.cat(list(read_in_order(read, data, collate, 4, window=2, start=start)))
+        assert found.tolist() == list(range(1 + start, 24))
+    assert widths[:2] == sorted(widths[:2]) and widths[0] < 5  # like lengths together
 
 
 def test_another_encoder_or_other_data_are_not_confused(tmp_path):
@@ -84,7 +100,8 @@ def test_another_encoder_or_other_data_are_not_confused(tmp_path):
         (tiny_model(), tiny_dataset(20, seed=1)),
         (tiny_model(), tiny_dataset(19)),
     ):
-        cached_features(reader_of(model.eval()), rows, batches(rows), tmp_path, disable_tqdm=True)
+        reader = reader_of(model.eval())
+        cached_features(reader, rows, parts(reader, rows), tmp_path, disable_tqdm=True)
         assert len(files) + 1 == len(set(tmp_path.iterdir()))
         files = set(tmp_path.iterdir())
     other_head = tiny_model()
@@ -110,9 +127,9 @@ def test_fingerprint_sees_rows_and_their_order_and_not_labels():
     assert data_fingerprint(Plain()) == data_fingerprint(Plain())
 
 
-def interrupted(data, after):
-    def some():
-        yield from list(batches(data)())[:after]
+def interrupted(reader, data, after):
+    def some(start):
+        yield from list(parts(reader, data)(start))[:after]
         raise KeyboardInterrupt
 
     return some
@@ -122,9 +139,9 @@ def interrupted(data, after):
 def test_an_interrupted_run_is_continued(tmp_path, cut, monkeypatch):
     data = tiny_dataset(20)
     reader = reader_of(tiny_model().eval())
-    whole = cached_features(reader, data, batches(data), tmp_path / "whole", disable_tqdm=True)
+    whole = cached_features(reader, data, parts(reader, data), tmp_path / "whole", disable_tqdm=True)
     with pytest.raises(KeyboardInterrupt):
-        cached_features(reader, data, interrupted(data, 2), tmp_path / "a", disable_tqdm=True)
+        cached_features(reader, data, interrupted(reader, data, 2), tmp_path / "a", disable_tqdm=True)
     (partial,) = (tmp_path / "a").glob(".*.partial")
     os.truncate(partial, partial.stat().st_size - cut)
     encoded, features = [], HeadReader.features
@@ -134,9 +151,8 @@ def test_an_interrupted_run_is_continued(tmp_path, cut, monkeypatch):
         return features(self, batch)
 
     monkeypatch.setattr(HeadReader, "features", counting)
-    assert torch.equal(cached_features(reader, data, batches(data), tmp_path / "a", disable_tqdm=True), whole)
-    per_batch = len(next(iter(batches(data)()))["input_ids"])
-    assert sum(encoded) == 20 - (2 if not cut else 1) * per_batch
+    assert torch.equal(cached_features(reader, data, parts(reader, data), tmp_path / "a", disable_tqdm=True), whole)
+    assert sum(encoded) == 20 - (2 if not cut else 1) * 8  # whole windows are made again
     assert [path.suffix for path in (tmp_path / "a").iterdir()] == [".safetensors"]
 
 
@@ -144,11 +160,11 @@ def test_what_is_no_part_of_these_features_is_thrown_away(tmp_path):
     data = tiny_dataset(20)
     reader = reader_of(tiny_model().eval())
     with pytest.raises(KeyboardInterrupt):
-        cached_features(reader, data, interrupted(data, 1), tmp_path, disable_tqdm=True)
+        cached_features(reader, data, interrupted(reader, data, 1), tmp_path, disable_tqdm=True)
     (partial,) = tmp_path.glob(".*.partial")
     partial.write_bytes(b"x" * 10_000)
-    features = cached_features(reader, data, batches(data), tmp_path, disable_tqdm=True)
-    whole = cached_features(reader, data, batches(data), tmp_path / "whole", disable_tqdm=True)
+    features = cached_features(reader, data, parts(reader, data), tmp_path, disable_tqdm=True)
+    whole = cached_features(reader, data, parts(reader, data), tmp_path / "whole", disable_tqdm=True)
     assert torch.equal(features, whole)
 
 
@@ -156,11 +172,11 @@ def test_two_processes_at_once_do_not_meet(tmp_path):
     data = tiny_dataset(20)
     reader = reader_of(tiny_model().eval())
 
-    def second_comes_in():
-        for i, batch in enumerate(batches(data)()):
+    def second_comes_in(start):
+        for i, part in enumerate(parts(reader, data)(start)):
             if i == 1:  # as another process would: it finds the lock taken
-                inner.append(cached_features(reader, data, batches(data), tmp_path, disable_tqdm=True).clone())
-            yield batch
+                inner.append(cached_features(reader, data, parts(reader, data), tmp_path, disable_tqdm=True).clone())
+            yield part
 
     inner = []
     outer = cached_features(reader, data, second_comes_in, tmp_path, disable_tqdm=True)
@@ -171,9 +187,9 @@ def test_two_processes_at_once_do_not_meet(tmp_path):
 def cached(tmp_path):
     data = tiny_dataset(20)
     reader = reader_of(tiny_model().eval())
-    cached_features(reader, data, batches(data), tmp_path, disable_tqdm=True)
+    cached_features(reader, data, parts(reader, data), tmp_path, disable_tqdm=True)
     (path,) = tmp_path.iterdir()
-    return path, lambda: cached_features(reader, data, batches(data), tmp_path, disable_tqdm=True)
+    return path, lambda: cached_features(reader, data, parts(reader, data), tmp_path, disable_tqdm=True)
 
 
 def test_a_truncated_cache_is_refused(cached):
@@ -200,9 +216,8 @@ def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path):
     data = tiny_dataset(4)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"features cannot be written to .* pass --feature_cache_dir with a folder"):
-        cached_features(
-            reader_of(tiny_model().eval()), data, batches(data), tmp_path / "file" / "in", disable_tqdm=True
-        )
+        reader = reader_of(tiny_model().eval())
+        cached_features(reader, data, parts(reader, data), tmp_path / "file" / "in", disable_tqdm=True)
 
 
 def test_a_read_only_folder_serves_what_it_holds(cached, monkeypatch):
@@ -222,4 +237,4 @@ def test_a_read_only_folder_serves_what_it_holds(cached, monkeypatch):
 def test_features_keep_the_type_of_the_model(tmp_path, dtype):
     data = tiny_dataset(8)
     reader = reader_of(tiny_model().to(dtype).eval())
-    assert cached_features(reader, data, batches(data), tmp_path, disable_tqdm=True).dtype == dtype
+    assert cached_features(reader, data, parts(reader, data), tmp_path, disable_tqdm=True).dtype == dtype

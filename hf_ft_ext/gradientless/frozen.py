@@ -5,7 +5,7 @@ import logging
 from transformers import Trainer
 
 from hf_ft_ext.feature_cache import cached_features, feature_bytes
-from hf_ft_ext.feature_rows import SAMPLE, labels_of
+from hf_ft_ext.feature_rows import SAMPLE, for_collator, labels_of, read_in_order
 from hf_ft_ext.features import HeadReader
 from hf_ft_ext.gradientless.rows import FeatureRows, in_order
 from hf_ft_ext.training.resources import preparation
@@ -48,7 +48,13 @@ def feature_rows(trainer: Trainer, reader: HeadReader) -> FeatureRows | None:
         features = cached_features(
             reader,
             dataset,
-            lambda: in_order(trainer, dataset, args.per_device_eval_batch_size),
+            lambda start: read_in_order(
+                reader.features,
+                *for_collator(trainer, dataset),
+                args.per_device_eval_batch_size,
+                args.device,
+                start=start,
+            ),
             args.feature_cache_dir,
             args.disable_tqdm or not args.should_log,
         )
