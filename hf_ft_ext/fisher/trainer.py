@@ -19,7 +19,8 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.arguments import HEAD, MASK, RANDOM, SELECT, FisherTrainingArguments
 from hf_ft_ext.fisher.candidates import layers_of, make_candidates
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
-from hf_ft_ext.fisher.mask import SCORED, choose_entries
+from hf_ft_ext.fisher.mask import choose_entries
+from hf_ft_ext.fisher.mask_names import SCORED
 from hf_ft_ext.fisher.pictures import draw_if_possible
 from hf_ft_ext.fisher.plan import PLAN_FILE, AdapterPlan, model_fingerprint
 from hf_ft_ext.fisher.prepass import prepass_batches

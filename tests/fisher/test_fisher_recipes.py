@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_ft_ext import AdapterPlan
-from hf_ft_ext.fisher.mask import MASKS
+from hf_ft_ext.fisher.mask_names import MASKS
 from hf_ft_ext.parsing import parse_arguments
 from hf_ft_ext.recipes import read_recipe
 
