@@ -31,6 +31,7 @@ from hf_ft_ext.peft_models import trained_in_full
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.resources import preparation
+from hf_ft_ext.training.sharding import refuse_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -248,8 +249,7 @@ def _plan_of_checkpoint(folder: str) -> AdapterPlan:
 
 
 def _refuse(args: FisherTrainingArguments) -> None:
-    if args.fsdp or args.deepspeed:
-        raise InputError("the pre-pass needs whole weights on every process; run it without fsdp and deepspeed")
+    refuse_sharding(args, "the pre-pass")
 
 
 def _refuse_model(model: nn.Module) -> None:

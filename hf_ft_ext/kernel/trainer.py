@@ -27,6 +27,7 @@ from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.training.files import write_json
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
+from hf_ft_ext.training.sharding import refuse_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class KernelTrainer(Trainer):
         args = KernelTrainingArguments.complete(args)
         if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
             raise InputError("KernelTrainer solves with a kernel and takes no steps; leave `optimizers` out")
+        refuse_sharding(args, "a kernel")
         self.args = args
         self.solved: KernelModel | None = None
         self.regularization = 0.0

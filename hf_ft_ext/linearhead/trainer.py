@@ -18,6 +18,7 @@ from hf_ft_ext.linear_probe import LinearHead, find_last_layer, fit_linear_head,
 from hf_ft_ext.linearhead.arguments import LinearHeadTrainingArguments
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
+from hf_ft_ext.training.sharding import refuse_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class LinearHeadTrainer(Trainer):
         args = LinearHeadTrainingArguments.complete(args)
         if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
             raise InputError("LinearHeadTrainer fits in closed form or by its own solver; leave `optimizers` out")
+        refuse_sharding(args, "a linear head")
         if isinstance(model, PeftModel):
             raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
         if model is not None:

@@ -22,6 +22,7 @@ from hf_ft_ext.sparse.sparsity import SparsityWatch
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.resources import preparation
+from hf_ft_ext.training.sharding import refuse_sharding
 
 _OPTIMIZER_STATE = "optimizer.pt"  # transformers' name for it
 _OWN_OPTIMIZER = "SparseTrainer makes its own optimizer (SparseAdamW); leave `optimizers` out"
@@ -191,5 +192,4 @@ def _refuse(args: SparseTrainingArguments, kwargs: dict) -> None:
         raise InputError(f"optim={args.optim.value!r} has no sparse form; use adamw_torch or adamw_torch_fused")
     if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
         raise InputError(_OWN_OPTIMIZER)
-    if args.fsdp or args.deepspeed:
-        raise InputError("sparse training needs whole weights on every process; run it without fsdp and deepspeed")
+    refuse_sharding(args, "sparse training")

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from hf_ft_ext.training.sharding import entries
+
 _MIB = 2**20
 
 
@@ -33,8 +35,9 @@ class TrainedWeight:
     @classmethod
     def dense(cls, name: str, weight: nn.Parameter) -> "TrainedWeight":
         """A weight trained in full by an AdamW: two moments of its own size."""
-        size = weight.numel() * weight.element_size()
-        return cls(name, tuple(weight.shape), weight.numel(), size, 2 * size)
+        count = entries(weight)
+        size = count * weight.element_size()
+        return cls(name, tuple(weight.shape), count, size, 2 * size)
 
 
 @dataclass(frozen=True)
