@@ -72,7 +72,7 @@ class KernelTrainer(Trainer):
     def _prepared(self, model: nn.Module) -> nn.Module:
         args = self.args
         declare_mean_loss(model)
-        if getattr(model, "is_gradient_checkpointing", False):
+        if getattr(model, "is_activation_checkpointing", False):
             raise InputError(
                 "gradient checkpointing is on, which runs modules twice; call model.gradient_checkpointing_disable()"
             )
