@@ -52,6 +52,11 @@ def refuse_sharding_on_cpu(args: TrainingArguments) -> None:
         )
 
 
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """Shape of a parameter, with what lies on other processes (ZeRO-3 leaves an empty tensor in its place)."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
 def entries(parameter: torch.Tensor) -> int:
-    """Entries of a parameter, those on other processes too (ZeRO-3 leaves an empty tensor in its place)."""
-    return getattr(parameter, "ds_numel", parameter.numel())
+    """Entries of a parameter, those on other processes too."""
+    return whole_shape(parameter).numel()
