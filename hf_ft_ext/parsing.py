@@ -58,7 +58,7 @@ class Parser(HfArgumentParser):
             for action in complements:  # --no_x: accepted, not listed
                 action.help = argparse.SUPPRESS
 
-    def _group_title(self, dtype: type, field: Any) -> str:
+    def _group_title(self, dtype: Any, field: Any) -> str:
         if not issubclass(dtype, TrainingArguments):
             return dtype._argument_group_name
         inherited = {f.name: f.default for f in fields(TrainingArguments)}

@@ -66,7 +66,7 @@ class KernelTrainer(Trainer):
             model = self._prepared(model)
         super().__init__(model, args, *positional, **kwargs)
 
-    def call_model_init(self, trial=None) -> nn.Module:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         return self._prepared(super().call_model_init(trial))
 
     def _prepared(self, model: nn.Module) -> nn.Module:
@@ -96,7 +96,13 @@ class KernelTrainer(Trainer):
 
     # --- training -------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None, **kwargs) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs,
+    ) -> TrainOutput:
         """Compute the train kernel and fit the solver; return what `Trainer.train` returns, with the solver's loss.
 
         Raises:

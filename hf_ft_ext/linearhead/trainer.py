@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
@@ -53,7 +54,13 @@ class LinearHeadTrainer(Trainer):
         self.fitted: LinearHead | None = None
         super().__init__(model, args, *positional, **kwargs)
 
-    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None, **kwargs) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs,
+    ) -> TrainOutput:
         """Fit the head; return what `Trainer.train` returns, with the mean loss on the training data.
 
         Raises:

@@ -3,11 +3,12 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from hf_ft_ext.errors import InputError
@@ -79,12 +80,12 @@ class SparseTrainer(Trainer):
         freeze_rest(model, args.sparse_train_rest)
         declare_mean_loss(model)
 
-    def call_model_init(self, trial=None) -> nn.Module:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
         self._convert(model, self.args)
         return model
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *positional, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *positional, **kwargs) -> TrainOutput:
         last = resume_from_checkpoint
         if isinstance(last, bool):
             last = get_last_checkpoint(self.args.output_dir) if last else None
