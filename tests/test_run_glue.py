@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,19 @@ def test_torch_compile_changes_nothing(launch, no_dropout, method):
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-6) for name in ours)
     plain, compiled = (json.loads(Path(name, "run.json").read_text())["metrics"] for name in ("plain", "compiled"))
     assert compiled["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-5)
+
+
+# What a library says about itself, whoever uses it: peft asks transformers by the name of before.
+FOREIGN = ("`is_gradient_checkpointing` is deprecated",)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_warns_of_nothing(launch, method, recwarn):
+    warnings.simplefilter("always")
+    steps = () if method in AT_ONCE else ("--max_steps", "2")
+    assert launch("--do_train", "--do_eval", "--do_predict", "--output_dir", "out", *steps, method=method) == 0
+    said = [f"{warning.filename}:{warning.lineno}: {warning.message}" for warning in recwarn]
+    assert not [text for text in said if not any(known in text for known in FOREIGN)]
 
 
 def test_best_model_by_the_primary_metric(launch):
