@@ -7,7 +7,7 @@ CORES = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test quality clean
+.PHONY: demo test test-oldest quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -19,9 +19,17 @@ test: $(VENV)/.test
 quality: $(VENV)/.quality
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The lowest versions that setup.cfg allows, in an environment of their own.
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
+	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
+	$(VENV)-oldest/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; pass PYTHON=...")'
@@ -38,5 +46,5 @@ $(VENV)/.%: setup.cfg pyproject.toml constraints.txt $(VENV)/.torch
 	touch $@
 
 $(VENV)/.quality: setup.cfg constraints.txt | $(BIN)/python
-	$(INSTALL) ruff
+	$(INSTALL) ruff mypy
 	touch $@

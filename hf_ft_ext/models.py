@@ -28,6 +28,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import load_prompt_model
 from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.sharding import whole_shape
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def _fitted_together(
         logger.info("The weights of %s are stored in float16: they are taken as float32.", name)
     _set_padding(model, tokenizer)
     declare_mean_loss(model)
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = whole_shape(model.get_input_embeddings().weight)[0]
     if len(tokenizer) > rows:
         raise InputError(
             f"the tokenizer {tokenizer.name_or_path!r} knows {len(tokenizer)} tokens but model {name!r} only {rows}; "

@@ -11,7 +11,6 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
-from hf_ft_ext.launch.defaults import complete_arguments
 from hf_ft_ext.methods import METHODS, Method, find_method, list_methods
 from hf_ft_ext.recipes import checked, read_recipe
 
@@ -58,7 +57,7 @@ class Parser(HfArgumentParser):
             for action in complements:  # --no_x: accepted, not listed
                 action.help = argparse.SUPPRESS
 
-    def _group_title(self, dtype: type, field: Any) -> str:
+    def _group_title(self, dtype: Any, field: Any) -> str:
         if not issubclass(dtype, TrainingArguments):
             return dtype._argument_group_name
         own = field.name in {f.name for f in own_fields(dtype)}
@@ -183,6 +182,9 @@ def parse_arguments(
     if first.help:
         sys.stdout.write(list_methods() if name is None else Parser(find_method(name)).format_help())
         raise SystemExit(0)
+
+    from hf_ft_ext.launch.defaults import complete_arguments  # imports `Trainer`, which --help does without
+
     parser = Parser(find_method(RunArguments.method if name is None else name))
     given = parser.given(argv, recipe)
     run_args, model_args, data_args, training_args = parser.build(given)

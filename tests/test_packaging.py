@@ -1,10 +1,11 @@
 """What is built and said about the package: wheel, versions, license, citation."""
 
 import configparser
+import os
 import shutil
 import subprocess
 import sys
-import zipfile
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -32,37 +33,59 @@ def test_versions_and_license_agree():
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
-@pytest.mark.slow
-def test_a_wheel_holds_all_that_runs(tmp_path):
+BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_{}(sys.argv[1]))"
+
+
+def run(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [sys.executable, *words], cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+def build(kind: str, source: Path, into: Path) -> Path:
+    return into / run("-c", BUILD.format(kind), str(into), cwd=source).stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory) -> dict[str, Path]:
+    """A wheel of the tree, and a wheel of the sdist of the tree."""
     pytest.importorskip("setuptools", minversion="77", reason="building a wheel needs setuptools 77 or newer")
-    source, installed = tmp_path / "source", tmp_path / "installed"
+    folder = tmp_path_factory.mktemp("build")
+    source = folder / "source"
     source.mkdir()
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE", "run_glue.py"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "hf_ft_ext", source / "hf_ft_ext", ignore=shutil.ignore_patterns("__pycache__"))
-    build = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
-    done = subprocess.run(
-        [sys.executable, "-c", build, str(tmp_path)],
-        cwd=source,
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    with zipfile.ZipFile(tmp_path / done.stdout.splitlines()[-1]) as wheel:
-        wheel.extractall(installed)
+    (folder / "from-tree").mkdir()
+    (folder / "from-sdist").mkdir()
+    sdist = build("sdist", source, folder)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    assert (unpacked / "LICENSE").is_file() and (unpacked / "PKG-INFO").is_file()
+    return {
+        "wheel": build("wheel", source, folder / "from-tree"),
+        "sdist": build("wheel", unpacked, folder / "from-sdist"),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_an_installed_package_has_all_that_runs(tmp_path, archives, kind):
+    installed = tmp_path / "installed"
+    install = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(installed))
+    run(*install, str(archives[kind]), cwd=tmp_path, PIP_DISABLE_PIP_VERSION_CHECK="1")
     files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "hf_ft_ext").rglob("*") if path.is_file()}
     files = {name for name in files if "__pycache__" not in name}
     assert "hf_ft_ext/py.typed" in files and sum(name.endswith((".jinja", ".yaml")) for name in files) >= 5
     assert not [name for name in (*files, "run_glue.py") if not (installed / name).is_file()]
-    command = (
-        "import sys; from importlib.metadata import distribution as find;"
-        "(script,) = find('hf_ft_ext').entry_points.select(group='console_scripts', name='hf-ft-ext');"
-        "sys.exit(script.load()(['--help']))"
-    )
-    shown = subprocess.run(
-        [sys.executable, "-c", command], cwd=tmp_path, env={"PYTHONPATH": str(installed)}, capture_output=True,
-        text=True, timeout=90, check=False,
-    )  # fmt: skip
-    assert shown.returncode == 0 and "gradientless" in shown.stdout, shown.stderr[-2000:]
+    script = installed / "bin" / "hf-ft-ext"  # pip made it, for the interpreter that runs this
+    shown = run(str(script), "--help", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert "gradientless" in shown.stdout
+    where = run("-c", "import hf_ft_ext; print(hf_ft_ext.__file__)", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert where.stdout.strip().startswith(str(installed))
+    about = "from importlib.metadata import metadata; print(metadata('hf_ft_ext')['License'])"
+    assert run("-c", about, cwd=tmp_path, PYTHONPATH=str(installed)).stdout.strip() == "Apache-2.0"

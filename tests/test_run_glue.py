@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,10 @@ OPTIMIZER = {
     ),
     "gradientless": ("--learning_rate", "0.1", "--logging_steps", "1"),
 }  # fmt: skip
+TWO_STEPS = ("--max_steps", "2", *SGD)
+IN_TWO_STEPS = {name: ("--max_steps", "2", *options) for name, options in OPTIMIZER.items()} | dict.fromkeys(
+    AT_ONCE, ()
+)
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +166,61 @@ def test_accumulation_equals_the_large_batch(launch, no_dropout, method):
     small = ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--output_dir", "two")
     assert launch(*options, *small, method=method) == 0
     assert same_to_rounding("one", "two", no_dropout)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_works_or_is_refused(launch, no_dropout, method, capsys):
+    options = ("--model_name_or_path", no_dropout, "--do_train", "--do_eval", *IN_TWO_STEPS.get(method, TWO_STEPS))
+    assert launch(*options, "--output_dir", "plain", method=method) == 0
+    if method == "kernel":  # its precision is that of the weights
+        assert launch(*options, "--bf16", "--output_dir", "half", method=method) == 2
+        assert "bf16=True steers a training loop, and method kernel has none" in capsys.readouterr().err
+        return
+    assert launch(*options, "--bf16", "--output_dir", "half", method=method) == 0
+    plain, half = (json.loads(Path(name, "run.json").read_text())["metrics"] for name in ("plain", "half"))
+    assert half["eval_loss"] != plain["eval_loss"] and half["eval_loss"] == pytest.approx(plain["eval_loss"], abs=0.02)
+    assert {tensor.dtype for tensor in weights("half").values()} == {torch.float32}
+
+
+COMPILED = ("--torch_compile", "--torch_compile_backend", "eager")  # the graphs, without the minutes that code takes
+NOT_COMPILED = {
+    "gradientless": "torch_compile does not see weights that change between evaluations",
+    "kernel": "torch_compile=True steers a training loop, and method kernel has none",
+}
+
+
+@pytest.mark.parametrize("method", NOT_COMPILED)
+def test_torch_compile_is_refused(launch, method, capsys):
+    assert launch("--do_train", "--output_dir", "out", *COMPILED, method=method) == 2
+    assert NOT_COMPILED[method] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in NOT_COMPILED])
+def test_torch_compile_changes_nothing(launch, no_dropout, method):
+    options = ("--model_name_or_path", no_dropout, "--do_train", "--do_eval", *IN_TWO_STEPS.get(method, TWO_STEPS))
+    assert launch(*options, "--output_dir", "plain", method=method) == 0
+    torch._dynamo.utils.counters.clear()
+    assert launch(*options, *COMPILED, "--output_dir", "compiled", method=method) == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    ours, theirs = weights("compiled"), weights("plain")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-6) for name in ours)
+    plain, compiled = (json.loads(Path(name, "run.json").read_text())["metrics"] for name in ("plain", "compiled"))
+    assert compiled["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-5)
+
+
+# What a library says about itself, whoever uses it: peft asks transformers by the name of before.
+FOREIGN = ("`is_gradient_checkpointing` is deprecated",)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_warns_of_nothing(launch, method, recwarn):
+    warnings.simplefilter("always")
+    steps = () if method in AT_ONCE else ("--max_steps", "2")
+    assert launch("--do_train", "--do_eval", "--do_predict", "--output_dir", "out", *steps, method=method) == 0
+    said = [f"{warning.filename}:{warning.lineno}: {warning.message}" for warning in recwarn]
+    assert not [text for text in said if not any(known in text for known in FOREIGN)]
 
 
 def test_best_model_by_the_primary_metric(launch):

@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
+from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
 
 _NUMBERED = re.compile(r"(?P<stack>.*?[^.]*)\.(?P<index>\d+)\.(?P<rest>.+)")
@@ -42,7 +43,7 @@ def names_by_layer(model: nn.Module, layers_pattern: str | Iterable[str] | None 
     return dict(sorted(found.items()))
 
 
-def matches(config, name: str) -> bool:
+def matches(config, name: str) -> bool | _ExcludedModule:
     """Whether our configuration targets the module called `name` (a plain name).
 
     `target_modules`: a regular expression over whole names, or a list of names, whole or within a layer
@@ -52,7 +53,7 @@ def matches(config, name: str) -> bool:
     if any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in config.modules_to_save or ()):
         return False
     if _named(config.exclude_modules, name, place):
-        return False
+        return _ExcludedModule()  # false too, and peft does not warn that nothing was excluded
     return _named(config.target_modules, name, place) and in_layers(config, place)
 
 

@@ -65,15 +65,15 @@ def few_shot_data(
         data = replace(data, task=replace(data.task, bounds=label_bounds(data)))
     labels = np.asarray(data.train[_LABEL][:])
     order = draw_order(range(len(labels)), seed)
-    train, dev = [], []
+    parts_of_train, parts_of_dev = [], []
     wanted = k * _EVALUATION_ROWS[split]
     for name, member in _classes(data, labels).items():
         rows = order[member[order]]
         if len(rows) < k + wanted:
             _complain(name, len(rows), k, wanted, allow_small_classes)
-        train.append(rows[:k])
-        dev.append(rows[k : k + wanted])
-    train, dev = (_in_order(order, parts) for parts in (train, dev))
+        parts_of_train.append(rows[:k])
+        parts_of_dev.append(rows[k : k + wanted])
+    train, dev = (_in_order(order, parts) for parts in (parts_of_train, parts_of_dev))
     if not len(dev):
         logger.warning("num_k=%d takes every row: none is left to evaluate on", k)
     test = _test_splits(data)

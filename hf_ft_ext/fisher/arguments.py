@@ -9,7 +9,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.criteria import CRITERIA, NEEDS_TOTALS
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
 from hf_ft_ext.fisher.losses import LABELS, TRUE
-from hf_ft_ext.fisher.mask import MASKS, SCORED
+from hf_ft_ext.fisher.mask_names import MASKS, SCORED
 
 MODES = SELECT, SINGLE, RANDOM, MASK = ("select", "single", "random", "mask")
 DEFAULT_EXAMPLES = {SELECT: 64, MASK: 1024}

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from hf_ft_ext.errors import InputError
 LABELS = TRUE, EXPECTED = ("true", "expected")
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = ("regression", "single_label_classification", "multi_label_classification")
 
-PerExampleLoss = Callable[[object, dict], torch.Tensor]
+PerExampleLoss = Callable[[Any, dict], torch.Tensor]
 
 
 def problem_type_of(model: nn.Module) -> str:
@@ -43,7 +44,7 @@ def losses_of_logits(logits: torch.Tensor, labels: torch.Tensor, problem_type: s
 
 
 def draws(
-    output: object, batch: dict, labels: str, power: int, problem_type: str | None, loss: PerExampleLoss | None
+    output: Any, batch: dict, labels: str, power: int, problem_type: str | None, loss: PerExampleLoss | None
 ) -> Iterator[tuple[torch.Tensor | float, torch.Tensor]]:
     """Pairs (weights, losses): the Fisher information sums `weight * |gradient of the example's loss|^power`.
 

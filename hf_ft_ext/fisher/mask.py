@@ -8,20 +8,10 @@ from torch import nn
 from hf_ft_ext.entries.choice import at_random, largest
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.information import fisher_information
-from hf_ft_ext.fisher.losses import EXPECTED, TRUE
+from hf_ft_ext.fisher.mask_names import BIAS, RANDOM, SCORED
 from hf_ft_ext.peft_models import trained_in_full
 
 logger = logging.getLogger(__name__)
-
-# name -> which labels, which power of the gradient
-SCORED = {
-    "label-square": (TRUE, 2),
-    "label-absolute": (TRUE, 1),
-    "expect-square": (EXPECTED, 2),
-    "expect-absolute": (EXPECTED, 1),
-}
-RANDOM, BIAS = "random", "bias"
-MASKS = (*SCORED, RANDOM, BIAS)
 
 
 def body_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -2,15 +2,16 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from hf_ft_ext.adapters.layer_prefix.model import keep_projection
 from hf_ft_ext.entries.delta import DELTA_FILE, read_indices, save_entries
@@ -19,7 +20,8 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.arguments import HEAD, MASK, RANDOM, SELECT, FisherTrainingArguments
 from hf_ft_ext.fisher.candidates import layers_of, make_candidates
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
-from hf_ft_ext.fisher.mask import SCORED, choose_entries
+from hf_ft_ext.fisher.mask import choose_entries
+from hf_ft_ext.fisher.mask_names import SCORED
 from hf_ft_ext.fisher.pictures import draw_if_possible
 from hf_ft_ext.fisher.plan import PLAN_FILE, AdapterPlan, model_fingerprint
 from hf_ft_ext.fisher.prepass import prepass_batches
@@ -30,6 +32,7 @@ from hf_ft_ext.peft_models import trained_in_full
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.resources import preparation
+from hf_ft_ext.training.sharding import refuse_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +93,7 @@ class FisherTrainer(Trainer):
         self._is_prepared = True
         self._signature_columns = None
 
-    def call_model_init(self, trial=None) -> nn.Module:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
         _refuse_model(model)
         declare_mean_loss(model)
@@ -145,7 +148,7 @@ class FisherTrainer(Trainer):
         if self._resumed_from is not None:
             chosen = read_indices(self._resumed_from)
         else:
-            batches = ()
+            batches: Sequence[dict[str, torch.Tensor]] = ()
             if args.mask in SCORED:
                 batches = prepass_batches(self, args.examples, args.fisher_batch_size)
             chosen = choose_entries(model, args.mask, args.keep_ratio, batches, args.seed, not args.disable_tqdm)
@@ -164,7 +167,7 @@ class FisherTrainer(Trainer):
 
     # --- training ---------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *positional, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *positional, **kwargs) -> TrainOutput:
         last = resume_from_checkpoint
         if isinstance(last, bool):
             last = get_last_checkpoint(self.args.output_dir) if last else None
@@ -247,8 +250,7 @@ def _plan_of_checkpoint(folder: str) -> AdapterPlan:
 
 
 def _refuse(args: FisherTrainingArguments) -> None:
-    if args.fsdp or args.deepspeed:
-        raise InputError("the pre-pass needs whole weights on every process; run it without fsdp and deepspeed")
+    refuse_sharding(args, "the pre-pass")
 
 
 def _refuse_model(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
 
@@ -21,7 +22,7 @@ class SignGD(torch.optim.Optimizer):
     Source: Malladi et al., ICML 2023 (arXiv 2210.05643), where it stands for Adam early in training.
     """
 
-    def __init__(self, params, lr: float = 1e-5, weight_decay: float = 0.0):
+    def __init__(self, params: ParamsT, lr: float = 1e-5, weight_decay: float = 0.0):
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise InputError(f"{name}={value} is below 0; pass 0 or more")

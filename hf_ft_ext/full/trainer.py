@@ -1,6 +1,7 @@
 """`FullTrainer`: a Trainer for plain fine-tuning, with the choices of the kernel paper."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ class FullTrainer(Trainer):
             model = self._prepared(model, args)
         super().__init__(model, args, *positional, **kwargs)
 
-    def call_model_init(self, trial=None) -> nn.Module:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         return self._prepared(super().call_model_init(trial), self.args)
 
     @staticmethod

@@ -13,6 +13,7 @@ from hf_ft_ext.gradientless.objective import F1, MATTHEWS, Objective
 from hf_ft_ext.gradientless.parallel import DATA
 from hf_ft_ext.gradientless.selection import ALL
 from hf_ft_ext.gradientless.spsa import SPSA
+from hf_ft_ext.training.sharding import refuse_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ def refuse_misfits(args: GradientlessTrainingArguments, objective: Objective | N
     """
     if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
         raise InputError("GradientlessTrainer makes its own optimizer (see search_method); leave `optimizers` out")
+    refuse_sharding(args, "a search")
     if args.n_gpu > 1:
         raise InputError(
             f"one process with {args.n_gpu} GPUs would copy the model in every evaluation; start it with `accelerate "

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.base import Closure, GradientFreeOptimizer
@@ -62,7 +63,7 @@ class DirectSearch(GradientFreeOptimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float = 5e-3,
         num_candidates: int = 5,
         options: tuple[int, int] | str | None = None,

@@ -27,7 +27,5 @@ def refuse_gradients(args: TrainingArguments) -> None:
             "fp16 scales gradients, and a search has none; use bf16, or load the model in float16 (its weights do "
             "not drift)"
         )
-    if args.fsdp or args.deepspeed:
-        raise InputError("a search needs whole weights on every process; run it without fsdp and deepspeed")
     if args.torch_compile:
         raise InputError("torch_compile does not see weights that change between evaluations; leave it out")

@@ -107,8 +107,9 @@ class Site:
         """
         here = read_places(self.places).to(self.compute)[None]
         scales, vectors = self.scales()
+        own: tuple[float, ...] = ()
         if self.tree is None:
-            starts, leaves, own = here, 1, ()
+            starts, leaves = here, 1
         else:
             starts, leaves, own = here + self.tree.leaves(), self.tree.n_leaves, (0.0,)
             if with_unmoved:

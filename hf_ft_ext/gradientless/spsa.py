@@ -2,10 +2,11 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
+from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.base import Closure, GradientFreeOptimizer
@@ -52,7 +53,7 @@ class SPSA(GradientFreeOptimizer):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         module: nn.Module,
         lr: float = 1e-6,
         eps: float = 1e-3,
@@ -89,7 +90,7 @@ class SPSA(GradientFreeOptimizer):
         return 2 * self.num_directions
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None, evaluate=None) -> float | None:
+    def step(self, closure: Closure | None = None, evaluate: Callable | None = None) -> float | None:
         """Perturb, compare, move; return the mean of all losses that were evaluated.
 
         Args:

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import TrainOutput
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import HeadReader, head_parameters
@@ -71,7 +72,7 @@ class GradientlessTrainer(Trainer):
         if self.optimizer is not None:  # passed by position
             refuse_misfits(args, objective, {"optimizers": (self.optimizer, None)})
 
-    def call_model_init(self, trial=None) -> nn.Module:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         return self._prepared(super().call_model_init(trial))
 
     def _prepared(self, model: nn.Module) -> nn.Module:
@@ -99,7 +100,7 @@ class GradientlessTrainer(Trainer):
 
     # --- training ----------------------------------------------------------------------------------
 
-    def train(self, *positional, **kwargs):
+    def train(self, *positional, **kwargs) -> TrainOutput:
         try:
             return super().train(*positional, **kwargs)
         finally:
@@ -131,7 +132,9 @@ class GradientlessTrainer(Trainer):
             return super().get_train_dataloader()
         return train_dataloader(self, self._rows, whole)
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
         """Keep the micro-batch; with the last one of a step, hand the step to the optimizer. Returns its loss."""
         if self.model.training != self.args.search_dropout:
             self.model.train(self.args.search_dropout)

@@ -17,7 +17,8 @@ _OF_A_LOOP = (
     "gradient_accumulation_steps", "gradient_checkpointing", "hp_search", "label_smoothing_factor", "learning_rate",
     "load_best_model_at_end", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_steps",
     "num_train_epochs", "optim", "optim_args", "per_device_train_batch_size", "resume_from_checkpoint",
-    "train_sampling_strategy", "warmup_steps", "weight_decay",
+    "torch_compile", "torch_compile_backend", "torch_compile_mode", "train_sampling_strategy", "warmup_steps",
+    "weight_decay",
 )  # fmt: skip
 
 

@@ -6,13 +6,12 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegressionCV
-from sklearn.svm import SVC, SVR
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.formulas import Formula
+
+# scipy and scikit-learn are imported where they solve: the arguments need this file for its names only, and loading
+# both takes a quarter of the time that `--help` takes.
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +153,8 @@ class KernelModel:
 
     def _fit_lstsq(self, kernel: np.ndarray, targets: np.ndarray) -> None:
         # f(x_j) = sum_i alpha_i K[i, j]: for an asymmetric kernel the system is the transpose's
+        import scipy.linalg
+
         matrix = _flat(kernel[0]).T
         self._solution, _, self.rank, sizes = scipy.linalg.lstsq(matrix, targets.reshape(-1))
         self._report(sizes, len(matrix))
@@ -162,6 +163,8 @@ class KernelModel:
         return (_flat(kernel[0]).T @ self._solution).reshape(-1, self.scalars)
 
     def _fit_svr(self, kernel: np.ndarray, targets: np.ndarray) -> None:
+        from sklearn.svm import SVR
+
         matrix = _flat(kernel[0])
         self.rank = int(np.linalg.matrix_rank(matrix))
         self._report(np.linalg.svd(matrix, compute_uv=False), len(matrix))
@@ -171,6 +174,8 @@ class KernelModel:
         return self._svm.predict(_flat(kernel[0]).T).reshape(-1, self.scalars)
 
     def _fit_svc(self, kernel: np.ndarray, targets: np.ndarray) -> None:
+        from sklearn.svm import SVC
+
         self._svm = SVC(kernel="precomputed", C=self.options.svm_c, decision_function_shape="ovr")
         self._svm.fit(_over_classes(kernel[0]), self._labels)
 
@@ -178,6 +183,9 @@ class KernelModel:
         return self._by_scalar(self._svm.decision_function(_over_classes(kernel[0]).T))
 
     def _fit_logistic(self, kernel: np.ndarray, targets: np.ndarray) -> None:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegressionCV
+
         # One scale for all formulas: kernels differ by many powers of ten, and so would the penalty's meaning.
         self._scale = 1 / max(float(np.mean(np.abs(_flat(kernel[0]).diagonal()))), np.finfo(float).tiny)
         fewest = int(np.unique(self._labels, return_counts=True)[1].min())
@@ -202,6 +210,8 @@ class KernelModel:
         return self._scale * kernel[0].transpose(2, 0, 1, 3).reshape(m, n * c * c)
 
     def _fit_asym(self, kernel: np.ndarray, targets: np.ndarray) -> None:
+        import scipy.linalg
+
         n = kernel.shape[1]
         self._duals = []
         for c in range(self.scalars):

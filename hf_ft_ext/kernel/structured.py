@@ -151,13 +151,14 @@ class StructuredEngine:
             side.scale if side.scale is None or rows is None else side.scale[rows[i]]
             for i, side in enumerate((left, right))
         )
-        if isinstance(records[0][0], Matrix):
-            self.contraction.matrices(*records, scales, out)
-        elif isinstance(records[0][0], Table):
+        mine, theirs = records
+        if isinstance(mine[0], Matrix):
+            self.contraction.matrices(mine, theirs, scales, out)
+        elif isinstance(mine[0], Table):
             starts = tuple(_starts(side, name) for side in (left, right))
-            self.contraction.tables(*records, starts, scales, out)
+            self.contraction.tables(mine, theirs, starts, scales, out)
         else:
-            self.contraction.vectors(*records, scales, out)
+            self.contraction.vectors(mine, theirs, scales, out)
 
 
 def _rows_of(side: StructuredSide, name: str) -> torch.Tensor:

@@ -27,6 +27,7 @@ from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.training.files import write_json
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
+from hf_ft_ext.training.sharding import refuse_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class KernelTrainer(Trainer):
         args = KernelTrainingArguments.complete(args)
         if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
             raise InputError("KernelTrainer solves with a kernel and takes no steps; leave `optimizers` out")
+        refuse_sharding(args, "a kernel")
         self.args = args
         self.solved: KernelModel | None = None
         self.regularization = 0.0
@@ -64,13 +66,13 @@ class KernelTrainer(Trainer):
             model = self._prepared(model)
         super().__init__(model, args, *positional, **kwargs)
 
-    def call_model_init(self, trial=None) -> nn.Module:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         return self._prepared(super().call_model_init(trial))
 
     def _prepared(self, model: nn.Module) -> nn.Module:
         args = self.args
         declare_mean_loss(model)
-        if getattr(model, "is_gradient_checkpointing", False):
+        if getattr(model, "is_activation_checkpointing", False):
             raise InputError(
                 "gradient checkpointing is on, which runs modules twice; call model.gradient_checkpointing_disable()"
             )
@@ -94,7 +96,13 @@ class KernelTrainer(Trainer):
 
     # --- training -------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None, **kwargs) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs,
+    ) -> TrainOutput:
         """Compute the train kernel and fit the solver; return what `Trainer.train` returns, with the solver's loss.
 
         Raises:

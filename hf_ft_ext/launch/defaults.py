@@ -17,6 +17,7 @@ from hf_ft_ext.launch.output import (
     refuse_foreign_run,
     refuse_lost_model,
 )
+from hf_ft_ext.training.sharding import refuse_sharding_on_cpu
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ def own_files(data_args: DataArguments) -> tuple[str, ...]:
 
 
 def _check_together(run_args: RunArguments, training_args: MethodTrainingArguments) -> None:
+    refuse_sharding_on_cpu(training_args)
     if not any(getattr(training_args, step) for step in _STEPS):
         raise InputError("nothing to do: pass --do_train, --do_eval or --do_predict, or leave them all out")
     resume = training_args.resume_from_checkpoint

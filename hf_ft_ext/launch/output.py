@@ -39,10 +39,9 @@ def free_folder(base: str, *, resume: bool = False) -> str:
     """The first of `base`, `base-2`, `base-3`, ... that holds no run; with `resume` the last that holds one."""
     names = (base if i == 1 else f"{base}-{i}" for i in itertools.count(1))
     last = base
-    for name in names:
-        if not holds_run(name):
-            return last if resume else name
+    while holds_run(name := next(names)):
         last = name
+    return last if resume else name
 
 
 def folder_name(text: str) -> str:

@@ -22,6 +22,7 @@ from hf_ft_ext.training.files import write_text
 from hf_ft_ext.training.plan import align, trained_weights
 from hf_ft_ext.training.record import RUN_RECORD, write_run_record
 from hf_ft_ext.training.resources import find_monitor
+from hf_ft_ext.training.sharding import entries
 
 _MIB = 2**20
 _SECRETS = ("token", "hub_token")
@@ -135,7 +136,7 @@ def record_run(
         command=without_secrets(command),
         monitor=find_monitor(trainer),
         trainable_parameters=sum(weight.trained for weight in trained_weights(trainer)),
-        total_parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
+        total_parameters=sum(entries(parameter) for parameter in trainer.model.parameters()),
         arguments=recorded_arguments(run_args.given),
         labels=_label_names(trainer.model.config),
         load=loading_line(trainer) if trainer.args.do_train else None,

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
@@ -18,6 +19,7 @@ from hf_ft_ext.linear_probe import LinearHead, find_last_layer, fit_linear_head,
 from hf_ft_ext.linearhead.arguments import LinearHeadTrainingArguments
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
+from hf_ft_ext.training.sharding import refuse_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +46,7 @@ class LinearHeadTrainer(Trainer):
         args = LinearHeadTrainingArguments.complete(args)
         if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
             raise InputError("LinearHeadTrainer fits in closed form or by its own solver; leave `optimizers` out")
+        refuse_sharding(args, "a linear head")
         if isinstance(model, PeftModel):
             raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
         if model is not None:
@@ -51,7 +54,13 @@ class LinearHeadTrainer(Trainer):
         self.fitted: LinearHead | None = None
         super().__init__(model, args, *positional, **kwargs)
 
-    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None, **kwargs) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+        **kwargs,
+    ) -> TrainOutput:
         """Fit the head; return what `Trainer.train` returns, with the mean loss on the training data.
 
         Raises:

@@ -1,6 +1,7 @@
 """`LoraTrainer`: a Trainer that trains low-rank adapters (peft) and the classification head."""
 
 import re
+from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -35,7 +36,7 @@ class LoraTrainer(Trainer):
             model = add_lora(model, args)
         super().__init__(model, args, *positional, **kwargs)
 
-    def call_model_init(self, trial=None) -> nn.Module:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         return add_lora(super().call_model_init(trial), self.args)
 
 

@@ -105,7 +105,7 @@ class ExampleGradients:
         n = batch_size(batch)
         rows = [0, 1] if n > 1 else [0, 0]
         few = {key: value[rows] for key, value in batch.items() if key != "labels"}
-        if getattr(self.model, "is_gradient_checkpointing", False):
+        if getattr(self.model, "is_activation_checkpointing", False):
             raise InputError(
                 "gradient checkpointing is on, which runs modules twice; call model.gradient_checkpointing_disable()"
             )

@@ -60,9 +60,9 @@ def prompt_encoder(
     length = check_length(tokenizer, replace(data_args, max_seq_length=length), model_max_length)
     given = data_args.first_sent_limit, data_args.other_sent_limit
     own = task.first_sent_limit, task.other_sent_limit
-    limits = [mine if yours is None else yours for yours, mine in zip(given, own, strict=True)]
+    first, other = (mine if yours is None else yours for yours, mine in zip(given, own, strict=True))
     encoder = PromptEncoder(
-        tokenizer, config.template, len(data.text_columns), length, *limits, data_args.truncate_head
+        tokenizer, config.template, len(data.text_columns), length, first, other, data_args.truncate_head
     )
     encoder.check_limits(*given)
     return encoder

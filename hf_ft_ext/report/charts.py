@@ -4,6 +4,7 @@ import io
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
@@ -133,9 +134,10 @@ def _lines(axes: Axes, rows: list[Row], cost: Cost, corners: list[tuple[float, f
     for (x, y), (x2, y2) in itertools.pairwise(corners):
         ends += [((x, y), (x2, y)), ((x2, y), (x2, y2))]
     for row in rows:
-        x, y = getattr(row, cost.attribute), row.quality
-        dx, dy = x.deviation or 0.0, y.deviation or 0.0
-        ends += [((x.mean, y.mean - dy), (x.mean, y.mean + dy)), ((x.mean - dx, y.mean), (x.mean + dx, y.mean))]
+        spent, reached = getattr(row, cost.attribute), row.quality
+        dx, dy = spent.deviation or 0.0, reached.deviation or 0.0
+        x, y = spent.mean, reached.mean
+        ends += [((x, y - dy), (x, y + dy)), ((x - dx, y), (x + dx, y))]
     low, high = axes.get_xlim()
     boxes = []
     for pair in ends:
@@ -146,7 +148,8 @@ def _lines(axes: Axes, rows: list[Row], cost: Cost, corners: list[tuple[float, f
 
 def _label(axes: Axes, points: list[tuple[float, float, str, bool]], lines: list[Bbox]) -> None:
     """Write each name beside its point, where it covers least of the points, the names and the lines."""
-    renderer = axes.figure.canvas.get_renderer()
+    canvas: Any = axes.figure.canvas  # of a backend that draws pixels
+    renderer = canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     places = [axes.transData.transform(point[:2]) for point in points]
     taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in places]

@@ -1,10 +1,12 @@
 """AdamW that keeps moments only for the entries of a SparseGrad weight that it updates."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
+from typing import Any
 
 import torch
+from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.sparse.arguments import DEFAULT_BASIS_STEPS
 from hf_ft_ext.sparse.fixed import FixedSupport
@@ -55,7 +57,7 @@ class SparseAdamW(torch.optim.AdamW):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         layers: Iterable[SparseGradLinear],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -82,7 +84,7 @@ class SparseAdamW(torch.optim.AdamW):
         return self._layers.get(id(parameter))
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; `closure` as in torch."""
         loss = None
         if closure is not None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -46,7 +47,7 @@ def draw_sparsity(steps: Steps, folder: Path) -> list[Path]:
 def _panels(rows: list[str], columns: list[str]):
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(4.2 * len(columns) + 0.8, 3.1 * len(rows) + 0.5), layout="constrained")
-        axes = figure.subplots(len(rows), len(columns), sharex="col", sharey=True, squeeze=False)
+        axes: Any = figure.subplots(len(rows), len(columns), sharex="col", sharey=True, squeeze=False)
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
             axes[i][j].grid(alpha=0.3)

@@ -37,7 +37,8 @@ class RunningSums:
         if not self or self.steps % self.stride:
             return
         if kind not in self.sums:
-            self.sums[kind] = GramSums(*rotated.shape, rotated.dtype, rotated.device)
+            n_out, n_in = rotated.shape
+            self.sums[kind] = GramSums(n_out, n_in, rotated.dtype, rotated.device)
         self.sums[kind].add(rotated)
 
     @property

@@ -3,11 +3,12 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
 from hf_ft_ext.errors import InputError
@@ -22,6 +23,7 @@ from hf_ft_ext.sparse.sparsity import SparsityWatch
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.resources import preparation
+from hf_ft_ext.training.sharding import refuse_sharding
 
 _OPTIMIZER_STATE = "optimizer.pt"  # transformers' name for it
 _OWN_OPTIMIZER = "SparseTrainer makes its own optimizer (SparseAdamW); leave `optimizers` out"
@@ -78,12 +80,12 @@ class SparseTrainer(Trainer):
         freeze_rest(model, args.sparse_train_rest)
         declare_mean_loss(model)
 
-    def call_model_init(self, trial=None) -> nn.Module:
+    def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
         self._convert(model, self.args)
         return model
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *positional, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *positional, **kwargs) -> TrainOutput:
         last = resume_from_checkpoint
         if isinstance(last, bool):
             last = get_last_checkpoint(self.args.output_dir) if last else None
@@ -191,5 +193,4 @@ def _refuse(args: SparseTrainingArguments, kwargs: dict) -> None:
         raise InputError(f"optim={args.optim.value!r} has no sparse form; use adamw_torch or adamw_torch_fused")
     if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
         raise InputError(_OWN_OPTIMIZER)
-    if args.fsdp or args.deepspeed:
-        raise InputError("sparse training needs whole weights on every process; run it without fsdp and deepspeed")
+    refuse_sharding(args, "sparse training")

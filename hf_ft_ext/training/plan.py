@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from hf_ft_ext.training.sharding import entries, whole_shape
+
 _MIB = 2**20
 
 
@@ -33,8 +35,9 @@ class TrainedWeight:
     @classmethod
     def dense(cls, name: str, weight: nn.Parameter) -> "TrainedWeight":
         """A weight trained in full by an AdamW: two moments of its own size."""
-        size = weight.numel() * weight.element_size()
-        return cls(name, tuple(weight.shape), weight.numel(), size, 2 * size)
+        shape = whole_shape(weight)
+        size = shape.numel() * weight.element_size()
+        return cls(name, tuple(shape), shape.numel(), size, 2 * size)
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,8 @@ def training_plan(trainer: Trainer, measure_activations: bool = True) -> Trainin
                 activation_bytes = saved_activation_bytes(trainer, batch)
     return TrainingPlan(
         weights=trained_weights(trainer),
-        total_parameters=sum(p.numel() for p in model.parameters()),
-        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        total_parameters=sum(entries(p) for p in model.parameters()),
+        weight_bytes=sum(entries(p) * p.element_size() for p in model.parameters()),
         activation_bytes=activation_bytes,
         steps=steps,
         batch_size=trainer.get_total_train_batch_size(args),

@@ -4,10 +4,11 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -118,10 +119,14 @@ class ResourceMonitor(TrainerCallback, ExportableState):
                 parameter.detach().sum()  # weights may be mapped from a file and not resident yet
             self._before = self.memory.level()
 
-    def on_init_end(self, args, state, control, model=None, **kwargs):
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs
+    ) -> None:
         self._note_level(model)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs
+    ) -> None:
         self._note_level(model)
         if state.global_step > 0:  # resumed: the checkpoint knows what was spent before
             saved = state.stateful_callbacks.get(type(self).__name__) or {}
@@ -130,10 +135,17 @@ class ResourceMonitor(TrainerCallback, ExportableState):
         self._loop = self._samples = 0.0  # train() may be called again, as a hyperparameter search does
         self._started = time.perf_counter()
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         self.memory.reset()
 
-    def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs,
+    ) -> None:
         self._peak = max(self._peak, self.memory.bytes())
         self._samples = self._samples_seen(args, state, train_dataloader)
 
@@ -144,11 +156,13 @@ class ResourceMonitor(TrainerCallback, ExportableState):
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             return self._samples + per_step
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs
+    ) -> None:
         if self._started is not None and metrics:
             self._loop -= sum(value for key, value in metrics.items() if key.endswith("_runtime"))
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         if self._started is not None:
             self._loop += time.perf_counter() - self._started
             self._started = None

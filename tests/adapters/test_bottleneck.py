@@ -91,6 +91,7 @@ def test_the_thesis_size():
     assert by_factor.width(768) == 48
 
 
+@pytest.mark.filterwarnings("error:.*no modules were excluded")
 def test_targets_by_name_in_the_layer_or_by_expression():
     model = adapted(target_modules=["output.dense"])
     assert [n.split("layer.0.")[1] for n in layers(model) if "layer.0." in n] == ["output.dense"]

@@ -43,7 +43,6 @@ from hf_ft_ext.gradientless.options import parse_options
         ({"feature_cache_gb": -1.0}, "feature_cache_gb=-1.0 is below 0"),
         ({"candidate_parallel": "both"}, "candidate_parallel='both' is unknown; choose from: data, candidates"),
         ({"max_evaluations_per_step": 0}, "max_evaluations_per_step=0 leaves nothing"),
-        ({"fsdp": "full_shard"}, "a search needs whole weights on every process; run it without fsdp and deepspeed"),
     ],
 )
 def test_bad_arguments(tmp_path, options, message):

@@ -1,5 +1,6 @@
 """run.json, atomic files and the training plan."""
 
+import importlib.metadata
 import json
 import os
 
@@ -30,7 +31,7 @@ def test_record_holds_everything_a_report_needs(tmp_path):
     loaded = json.loads((tmp_path / "run.json").read_text())
     assert loaded["metrics"] == {"eval_accuracy": 0.5, "eval_loss": None}  # JSON has no NaN
     assert loaded["train_seconds"] is None  # nothing was trained
-    assert loaded["versions"]["torch"] == torch.__version__
+    assert loaded["versions"]["torch"] == importlib.metadata.version("torch")
     assert {key: value for key, value in record.items() if key != "metrics"} == {
         key: value for key, value in loaded.items() if key != "metrics"
     }

@@ -1,0 +1,118 @@
+"""Two processes give what one gives, for every variant of every method; and what crosses between them, counted.
+
+The byte counts are those of the table in `docs/scaling.md`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rank_runs import ROWS, STEPS, VARIANTS, make, result
+from safetensors.torch import load_file
+
+from hf_ft_ext.methods import METHODS
+from hf_ft_ext.training.plan import trained_weights
+
+HERE = Path(__file__).resolve().parent
+pytestmark = pytest.mark.slow
+DDP = [name for name, (method, _) in VARIANTS.items() if method in ("full", "lora", "sparse", "fisher")]
+HIDDEN, INNER, LAYERS, HEAD = 32, 48, 2, 66  # of the tiny model
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """The folder that a run of all variants on two processes leaves."""
+    folder = tmp_path_factory.mktemp("two")
+    paths = os.pathsep.join(map(str, (HERE.parents[1], HERE.parent, HERE)))
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
+            *(str(HERE / "rank_runs.py"), str(folder)),
+        ],
+        capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """`one(name)`: the variant's trainer after its run in this process."""
+    folder, made = tmp_path_factory.mktemp("one"), {}
+
+    def _one(name: str):
+        if name not in made:
+            made[name] = make(folder, name, 1)
+            made[name].train()
+        return made[name]
+
+    return _one
+
+
+def carried(two: Path, name: str) -> dict[str, dict[str, int]]:
+    return json.loads((two / "carried.json").read_text())[name]
+
+
+def test_every_method_has_a_variant():
+    assert {method for method, _ in VARIANTS.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_processes_end_where_one_does(two, one, name):
+    theirs, ours = load_file(two / f"{name}.safetensors"), result(one(name))
+    assert ours.keys() == theirs.keys()
+    tolerances = {"gradientless": {"rtol": 1e-7, "atol": 1e-9}, "kernel": {"atol": 1e-7}}
+    exact = tolerances.get(VARIANTS[name][0], {"atol": 2e-6})
+    for key, value in theirs.items():
+        assert torch.allclose(ours[key], value, **exact), f"{key}: {(ours[key] - value).abs().max():.2g}"
+    if "predictions" not in ours:
+        trainer = make(two / "start", name, 1)
+        getattr(trainer, "prepare", lambda: None)()
+        start = trainer.model.state_dict()
+        assert any(not torch.allclose(ours[key], start[key], atol=1e-3) for key in ours if key in start)
+
+
+@pytest.mark.parametrize("name", DDP)
+def test_a_step_carries_the_gradients_of_what_trains(two, one, name):
+    """All-reduce: gradients, and one int32 per tensor that says which were used. Broadcast: the position buffers."""
+    weights = trained_weights(one(name))
+    gradients = sum(weight.gradient_bytes for weight in weights)
+    assert carried(two, name)["step"] == {"all_reduce": gradients + 4 * len(weights), "broadcast": 2 * 64 * 8}
+
+
+def test_a_fixed_support_carries_its_entries_only(two, one):
+    mlp = 2 * LAYERS * HIDDEN * INNER
+    sent = {name: carried(two, f"sparse-{name}")["step"]["all_reduce"] for name in ("dynamic", "static", "structured")}
+    flags = 4 * (2 * LAYERS + 2)
+    assert sent["dynamic"] == 4 * (mlp + HEAD) + flags
+    for name in ("static", "structured"):
+        entries = sum(weight.trained for weight in trained_weights(one(f"sparse-{name}")))
+        assert sent[name] == 4 * entries + flags and entries < 0.12 * mlp + HEAD
+
+
+@pytest.mark.parametrize(("name", "calls"), [("search", 5), ("spsa", 1)])
+def test_a_search_carries_losses_only(two, one, name, calls):
+    """A float64 per loss; with the batch shared out, the number of rows goes with each all-reduce too."""
+    optimizer = one(f"{name}-data").optimizer
+    losses = getattr(optimizer, "optimizer", optimizer).evaluations / STEPS
+    assert carried(two, f"{name}-candidates")["step"] == {"all_reduce": 8 * losses}
+    assert carried(two, f"{name}-data")["step"] == {"all_reduce": 8 * (losses + calls)}
+    assert carried(two, f"{name}-data")["once"] == {}  # not even the weights
+
+
+def test_what_crosses_once(two, one):
+    grams = 4 * 2 * (HIDDEN**2 + INNER**2)  # two kinds of layer, two factors each
+    assert carried(two, "sparse-dynamic")["once"]["all_reduce"] == grams + 8
+    energies = 4 * 2 * LAYERS * HIDDEN * INNER
+    assert carried(two, "sparse-static")["once"]["all_reduce"] == grams + energies + 2 * 8
+    total = sum(p.numel() for p in one("full").model.parameters())
+    assert carried(two, "fisher-mask")["once"]["all_reduce"] == 4 * (total - HEAD) + 8
+    candidates = sum(sum(by_layer.values()) for by_layer in one("fisher-select").plan.parameters.values())
+    assert carried(two, "fisher-select")["once"]["all_reduce"] >= 4 * candidates > 0
+    assert 4 * total <= carried(two, "full")["once"]["broadcast"] <= 4 * total + 2048  # DDP's start: the weights
+    assert carried(two, "kernel")["once"]["all_reduce"] == 8 * ROWS**2
+    assert 4 * HEAD < carried(two, "linearhead")["once"]["broadcast"] < 4 * HEAD + 2048
