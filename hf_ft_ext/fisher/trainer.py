@@ -27,6 +27,7 @@ from hf_ft_ext.fisher.rates import split_by_rate
 from hf_ft_ext.fisher.selection import random_choice, select_adapters, settings_of, sizes
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.peft_models import trained_in_full
+from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.resources import preparation
@@ -34,7 +35,7 @@ from hf_ft_ext.training.resources import preparation
 logger = logging.getLogger(__name__)
 
 
-class FisherTrainer(Trainer):
+class FisherTrainer(StopAtNaN, Trainer):
     """`transformers.Trainer` on a model that a Fisher pre-pass has shaped.
 
     `train()` first looks at the gradients of some training examples (unless a plan, `fisher_mode` or the checkpoint

@@ -11,6 +11,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 from hf_ft_ext.arguments import RunArguments
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.metrics import CLASSIFICATION, METRICS, metric_function, primary_key
+from hf_ft_ext.training.checkpoints import check_fits
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def choose_best_metric(run_args: RunArguments, args: TrainingArguments, metric: 
 
 
 def check_checkpoint(trainer: Trainer, method: str) -> None:
-    """Raise an `InputError` if the checkpoint to resume from holds an adapter and the method a model, or reverse."""
+    """Raise an `InputError` if the checkpoint to resume from is not one that `trainer` can go on from."""
     folder = trainer.args.resume_from_checkpoint
     if folder is None:
         return
@@ -72,3 +73,18 @@ def check_checkpoint(trainer: Trainer, method: str) -> None:
             f"--resume_from_checkpoint: {folder!r} holds {holds}, but method {method!r} trains {trains}; "
             "resume with the method that wrote it"
         )
+    check_fits(folder, trainer.model, method)
+    load = trainer._load_optimizer_and_scheduler
+
+    def load_or_refuse(checkpoint: str) -> None:
+        try:
+            load(checkpoint)
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise InputError(
+                f"--resume_from_checkpoint: the optimizer's state in {checkpoint!r} does not fit "
+                f"({str(error).strip().splitlines()[0]}); pass the arguments that the run started with"
+            ) from error
+
+    trainer._load_optimizer_and_scheduler = load_or_refuse
