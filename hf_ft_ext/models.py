@@ -207,6 +207,10 @@ def _explained(name: str, part: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise InputError(_reason(name, part, error)) from error
+    except (AttributeError, TypeError, ArithmeticError) as error:  # of a configuration that is none, or senseless
+        if not os.path.isdir(name):
+            raise
+        raise InputError(_reason(name, part, error)) from error
     except Exception as error:  # safetensors' own exceptions derive from Exception alone
         if type(error).__module__.partition(".")[0] not in ("safetensors", "safetensors_rust", "_pickle", "pickle"):
             raise
@@ -216,7 +220,7 @@ def _explained(name: str, part: str) -> Iterator[None]:
 def _reason(name: str, part: str, error: BaseException) -> str:
     first_line = str(error).strip().split("\n")[0]
     if os.path.isdir(name):
-        return f"cannot load the {part} of model {name!r}: {first_line}"
+        return f"cannot load the {part} of model {name!r}: {first_line}; save or download it again"
     chain = []
     while error is not None:
         chain.append(error)

@@ -18,6 +18,7 @@ _STORAGE = {
 }
 _IN_TEXT = ("No space left", "File too large", "Read-only file system", "Disk quota", "Input/output error",
             "Permission denied")  # fmt: skip
+_TORCH = ("PytorchStreamWriter", "inline_container", "iostream error")  # torch.save does not say what the disk said
 
 
 def check_writable(folder: str) -> None:
@@ -43,7 +44,7 @@ def explained(folder: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, SafetensorError, RuntimeError) as error:
+    except Exception as error:
         if (reason := _reason(error)) is None:
             raise
         checkpoint = last_sound_checkpoint(folder)
@@ -62,9 +63,11 @@ def _reason(error: BaseException) -> str | None:
         if isinstance(seen, OSError) and seen.errno in _STORAGE:
             return f"{seen.strerror}: {seen.filename}" if seen.filename else str(seen.strerror)
         text = str(seen)
-        if isinstance(seen, OSError | SafetensorError) and any(words in text for words in _IN_TEXT):
+        # tokenizers raise a bare Exception, safetensors their own
+        plain = isinstance(seen, OSError | SafetensorError) or type(seen) in (Exception, RuntimeError)
+        if plain and any(words in text for words in _IN_TEXT):
             return next(words for words in _IN_TEXT if words in text)
-        if isinstance(seen, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text):
-            return next((words for words in _IN_TEXT if words in text), "a file could not be written to its end")
+        if isinstance(seen, RuntimeError) and any(words in text for words in _TORCH):
+            return "a file could not be written to its end"
         seen = seen.__cause__ or seen.__context__
     return None
