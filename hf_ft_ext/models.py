@@ -27,6 +27,7 @@ from hf_ft_ext.arguments import FINETUNE, DataArguments, ModelArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import load_prompt_model
+from hf_ft_ext.training.finite import first_not_finite
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 
 logger = logging.getLogger(__name__)
@@ -102,6 +103,8 @@ def _fitted_together(
             if config is not None:
                 config.dtype = torch.float32
         logger.info("The weights of %s are stored in float16: they are taken as float32.", name)
+    if (bad := first_not_finite(model)) is not None:
+        raise InputError(f"the weights of model {name!r} hold NaN or infinity in {bad}; save or download them again")
     _set_padding(model, tokenizer)
     declare_mean_loss(model)
     rows = model.get_input_embeddings().weight.shape[0]

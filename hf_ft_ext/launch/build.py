@@ -21,7 +21,7 @@ from hf_ft_ext.hub.push import is_of_the_hub, reason
 from hf_ft_ext.launch.checks import check_checkpoint, check_splits, choose_best_metric
 from hf_ft_ext.launch.output import clear_old_run
 from hf_ft_ext.launch.search import require_optuna
-from hf_ft_ext.launch.storage import check_writable
+from hf_ft_ext.launch.storage import check_writable, not_writable
 from hf_ft_ext.linear_probe import fit_linear_head, prepare_linear_head
 from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics import metric_function
@@ -146,6 +146,10 @@ def _explained(args: MethodTrainingArguments):
         raise
     except ValueError as error:
         raise InputError(str(error)) from error
+    except OSError as error:
+        if error.filename is None or not str(args.output_dir).startswith(str(error.filename)):
+            raise
+        raise not_writable(args.output_dir, error) from error
     except Exception as error:
         if not (args.push_to_hub and is_of_the_hub(error)):
             raise

@@ -32,9 +32,14 @@ def check_writable(folder: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(
-            f"output_dir {folder!r} cannot be written to ({error.strerror or error}); pass another --output_dir"
-        ) from error
+        raise not_writable(folder, error) from error
+
+
+def not_writable(folder: str, error: OSError) -> InputError:
+    """The error for an output folder that is none."""
+    return InputError(
+        f"output_dir {folder!r} cannot be written to ({error.strerror or error}); pass another --output_dir"
+    )
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ class StopAtNaN:
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if self.state.global_step > 0 and (name := _not_finite(self.model)) is not None:
+        if self.state.global_step > 0 and (name := first_not_finite(self.model)) is not None:
             raise InputError(f"{name} holds NaN or infinity after step {self.state.global_step}: {self._cure()}")
         super().save_model(output_dir, _internal_call)
 
@@ -48,8 +48,8 @@ class StopAtNaN:
         )
 
 
-def _not_finite(model: nn.Module) -> str | None:
-    """Name of the first trained parameter that holds something else than numbers."""
+def first_not_finite(model: nn.Module) -> str | None:
+    """Name of the first parameter that holds something else than numbers, or `None`."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             return name

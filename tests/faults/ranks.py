@@ -1,5 +1,6 @@
 """Two processes, one of which dies: the other ends with an error, soon, and both go on from what was saved."""
 
+import copy
 import os
 import signal
 import socket
@@ -65,7 +66,7 @@ def lose_one_and_recover(unbroken: Unbroken, kind: str, seed: int) -> Fault:
     if all(ended.status == 0 for ended in both):
         return finished(Fault(workload.method, kind, what, False, True), folder)
     survivor, found = both[1 - victim], ""
-    if survivor.status in (0, None) and not survivor.killed_by == signal.SIGABRT:
+    if survivor.status in (0, None) and survivor.killed_by != signal.SIGABRT:
         found = f"the survivor ended wrongly after {time.monotonic() - start:.0f} s, {shown(survivor)}"
     ended = launch_two(workload.resumed, folder)
     if any(e.status == 2 and "checkpoint" in e.err for e in ended):
@@ -76,3 +77,15 @@ def lose_one_and_recover(unbroken: Unbroken, kind: str, seed: int) -> Fault:
         found = f"differs: {unequal[:3]}"
     hung = any(e.hung for e in (*both, *ended))
     return finished(Fault(workload.method, kind, what, True, not found and not hung, hung, found), folder)
+
+
+def two(single: Unbroken) -> Unbroken:
+    """The unbroken run of two processes that belongs to the run of one, which it is made beside once."""
+    folder = single.folder.with_name(f"{single.folder.name}-two")
+    both = copy.copy(single)
+    both.folder = folder
+    if not folder.exists():
+        folder.mkdir()
+        if bad := [ended for ended in launch_two(single.workload.argv, folder) if ended.status != 0]:
+            raise RuntimeError(f"{single.workload.method}: two processes failed: {shown(bad[0])}")
+    return both

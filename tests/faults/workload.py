@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors.torch import load_file
+from test_run_glue import AT_ONCE, QUICK
 from tiny import text_dataset, tiny_model, tiny_tokenizer
 
 from hf_ft_ext.methods import METHODS
-from test_run_glue import AT_ONCE, QUICK
 
 IN_STEPS = tuple(method for method in METHODS if method not in AT_ONCE)
 # Many blocks, not one; one fit, without a search for its C.
