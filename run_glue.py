@@ -27,19 +27,28 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 run(argv, signals)
     except Interrupted as stop:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            from hf_ft_ext.launch.interruption import what_now
-
-            sys.stderr.write(f"stopped by {stop.name}: {what_now(signals)}\n")
-        return stop.status
-    except InputError as error:
+        return say_how_to_go_on(stop, signals)
+    except Exception as error:
+        if signals.raised is not None:  # a library made something else of it
+            return say_how_to_go_on(Interrupted(signals.raised), signals)
+        if isinstance(error, PushError):
+            sys.stderr.write(f"error: {error}\n")
+            return 3
+        if not isinstance(error, InputError):
+            raise
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             sys.stderr.write(f"error: {error}\n")
         return 2
-    except PushError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 3
     return 0
+
+
+def say_how_to_go_on(stop, signals) -> int:
+    """Say, once, what is left of a run that was interrupted; returns the exit status."""
+    from hf_ft_ext.launch.interruption import what_now
+
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        sys.stderr.write(f"stopped by {stop.name}: {what_now(signals)}\n")
+    return stop.status
 
 
 def run(argv: list[str], signals) -> None:

@@ -18,7 +18,7 @@ from hf_ft_ext.data.loading import TaskData, load_data
 from hf_ft_ext.data.preprocess import tokenize
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.hub.push import is_of_the_hub, reason
-from hf_ft_ext.launch.checks import check_checkpoint, check_splits, choose_best_metric
+from hf_ft_ext.launch.checks import check_checkpoint, check_optimizer, check_splits, choose_best_metric
 from hf_ft_ext.launch.output import clear_old_run
 from hf_ft_ext.launch.search import require_optuna
 from hf_ft_ext.launch.storage import check_writable, not_writable
@@ -98,6 +98,8 @@ def load(
                 ],
                 **source,
             )
+        if args.do_train:
+            check_optimizer(trainer)
         check_checkpoint(trainer, run_args.method)
         return trainer
 

@@ -4,8 +4,10 @@ import logging
 import os
 
 import numpy as np
+import torch
 from peft import PeftModel
 from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.optimization import get_scheduler
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_ft_ext.arguments import RunArguments
@@ -58,6 +60,38 @@ def choose_best_metric(run_args: RunArguments, args: TrainingArguments, metric: 
             f"metric_for_best_model cannot be {chosen!r}{did_you_mean(chosen.removeprefix('eval_'), keys)}; "
             f"this task has: {', '.join(keys)}"
         )
+
+
+def check_optimizer(trainer: Trainer) -> None:
+    """Make optimizer and schedule once, for a parameter of no use, so that what they refuse is known before training.
+
+    Raises:
+        InputError: they refuse their arguments, or need a package that is not there.
+    """
+    args = trainer.args
+    try:
+        if trainer.optimizer_cls_and_kwargs is None:
+            kind, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        else:
+            kind, settings = trainer.optimizer_cls_and_kwargs
+        if not {"params", "model", "optimizer_dict"} & settings.keys():  # those want the model itself
+            optimizer = kind([torch.nn.Parameter(torch.zeros(2, 2))], **settings)
+            get_scheduler(
+                args.lr_scheduler_type,
+                optimizer=optimizer,
+                num_warmup_steps=1,
+                num_training_steps=10,
+                scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            )
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, ImportError, AttributeError, RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(
+            f"optimizer or schedule cannot be made ({reason}); check optim={args.optim.value}, "
+            f"optim_args={args.optim_args}, lr_scheduler_type={args.lr_scheduler_type.value}, "
+            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs}"
+        ) from error
 
 
 def check_checkpoint(trainer: Trainer, method: str) -> None:

@@ -34,12 +34,14 @@ class Signals:
     Attributes:
         waits: somebody looks at `requested` and ends the run soon; the same signal once more raises all the same.
         requested: the first signal that came while `waits`.
+        raised: the signal that `Interrupted` was raised for. Libraries turn that into errors of their own.
         output_dir: the run's folder as soon as it is known.
     """
 
     def __init__(self):
         self.waits = False
         self.requested: int | None = None
+        self.raised: int | None = None
         self.output_dir: str | None = None
         self._owner = os.getpid()
         self._before: dict[int, object] = {}
@@ -65,4 +67,5 @@ class Signals:
                 self.requested = number
                 os.write(2, b"interrupted: a checkpoint follows this step; once more ends the run at once\n")
             return
+        self.raised = number
         raise Interrupted(number)
