@@ -64,6 +64,7 @@ def run(argv: list[str], signals) -> None:
     sharing.prepare(run_args, args)
     build_trainer, data = build.load(run_args, model_args, data_args, args, [SaveAndStop(signals)])
     trainer = build_trainer(args)
+    signals.check()
     if run_args.dry_run:
         plan = training_plan(trainer)
         if args.process_index == 0:
@@ -81,10 +82,12 @@ def run(argv: list[str], signals) -> None:
             metrics |= trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
             push = sharing.postponed(args)  # save_model would push by itself, before there are numbers to show
             trainer.save_model()
+        signals.check()
         if args.do_eval:
             metrics |= results.evaluate_all(trainer, data.validation)
         if args.do_predict:
             metrics |= results.predict_all(trainer, data.test)
+        signals.check()
         if trainer.is_world_process_zero():
             print(results.record_run(trainer, metrics, ["run_glue.py", *argv], run_args, model_args, data_args))
     failure = sharing.push_finished(trainer, push)

@@ -25,6 +25,7 @@ class SaveAndStop(TrainerCallback):
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
         # Methods without steps call this too, and have no optimizer.
+        self.signals.check()
         self.signals.waits = optimizer is not None and args.save_strategy != SaveStrategy.NO
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -46,13 +46,8 @@ def check_ranges(given: dict[str, Any]) -> None:
         if not isinstance(value, int | float) or isinstance(value, bool):
             continue
         if not (low <= value < high or (closed and value == high)):
-            above = f"{low:g} or more" if low else "0 or more"
-            within = (
-                f"{above}, and finite" if high == _MANY else f"{above} and {'at most' if closed else 'below'} {high:g}"
-            )
-            raise InputError(f"{name}={value} cannot work: pass a number that is {within}")
+            edge = "finite" if high == _MANY else f"{'at most' if closed else 'below'} {high:,}"
+            raise InputError(f"{name}={value} cannot work: pass a number that is {low} or more and {edge}")
     steps = given.get("max_steps")
     if isinstance(steps, int) and steps < 1 and steps != -1:
-        raise InputError(
-            f"max_steps={steps} cannot work: pass 1 or more, or leave it out to train by num_train_epochs"
-        )
+        raise InputError(f"max_steps={steps} cannot work: pass 1 or more, or leave it out and set num_train_epochs")

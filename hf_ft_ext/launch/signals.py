@@ -55,6 +55,11 @@ class Signals:
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    def check(self) -> None:
+        """Raise `Interrupted` again if a library has swallowed it."""
+        if self.raised is not None:
+            raise Interrupted(self.raised)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a data worker has inherited the handler
             if number == signal.SIGTERM:
