@@ -17,7 +17,7 @@ from hf_ft_ext.entries.delta import DELTA_FILE, read_indices, save_entries
 from hf_ft_ext.entries.layer import attach_entries, entries_of
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.arguments import HEAD, MASK, RANDOM, SELECT, FisherTrainingArguments
-from hf_ft_ext.fisher.candidates import layers_of, make_candidates
+from hf_ft_ext.fisher.candidates import explained, layers_of, make_candidates
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
 from hf_ft_ext.fisher.mask import SCORED, choose_entries
 from hf_ft_ext.fisher.pictures import draw_if_possible
@@ -108,8 +108,8 @@ class FisherTrainer(StopAtNaN, Trainer):
         if self.plan is None:
             self.plan = self._make_plan(model)
             logger.info("%s", self.plan.table())
-        config = self.plan.config(modules_to_save=trained_in_full(model))
-        with seeded_init(self.args.seed):
+        with explained(sorted(self.plan.candidates)), seeded_init(self.args.seed):
+            config = self.plan.config(modules_to_save=trained_in_full(model))
             return get_peft_model(model, config)
 
     def _make_plan(self, model: nn.Module) -> AdapterPlan:
