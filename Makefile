@@ -19,6 +19,7 @@ test: $(VENV)/.test
 # Some 1,200 injected faults, about an hour on one core; FAULTS='--count 4' does a fifth of them.
 faults: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/faults/campaign.py $(FAULTS)
+	ARGUMENT_EXAMPLES=150 $(BIN)/python -m pytest tests/faults/test_arguments.py
 
 quality: $(VENV)/.quality
 	$(BIN)/ruff check .

@@ -111,8 +111,11 @@ def check_checkpoint(trainer: Trainer, method: str) -> None:
     load = trainer._load_optimizer_and_scheduler
 
     def load_or_refuse(checkpoint: str) -> None:
+        own = [set(group) for group in trainer.optimizer.param_groups]
         try:
             load(checkpoint)
+            if own != [set(group) for group in trainer.optimizer.param_groups]:
+                raise ValueError("it is another optimizer's")  # torch takes its settings for its own
         except InputError:
             raise
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:

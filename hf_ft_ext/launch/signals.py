@@ -2,10 +2,12 @@
 
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
+_AGAIN = 0.05  # seconds
 
 
 class Interrupted(KeyboardInterrupt):
@@ -49,11 +51,21 @@ class Signals:
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
             self._before = {number: signal.signal(number, self._handle) for number in _NUMBERS}
+            self._unraisable, sys.unraisablehook = sys.unraisablehook, self._send_again
         return self
 
     def __exit__(self, *exception) -> None:
+        if self._before:
+            sys.unraisablehook = self._unraisable
         for number, handler in self._before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def _send_again(self, unraisable) -> None:
+        """A destructor or weak reference was running, and Python lets none of them raise: send it once more, later."""
+        if isinstance(unraisable.exc_value, Interrupted) and os.getpid() == self._owner:
+            threading.Timer(_AGAIN, os.kill, (self._owner, unraisable.exc_value.number)).start()
+        else:
+            self._unraisable(unraisable)
 
     def check(self) -> None:
         """Raise `Interrupted` again if a library has swallowed it."""
