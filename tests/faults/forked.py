@@ -3,14 +3,13 @@
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
+from tqdm.std import TqdmDefaultWriteLock
 
 import run_glue
 
@@ -93,7 +92,8 @@ def _child(argv: list[str], folder: Path, logs: list[Path], fault, main) -> None
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         os.chdir(folder)
-        tqdm.set_lock(threading.RLock())  # its own is shared by forks, and one may have been killed holding it
+        # Its semaphore is shared by all forks, and one of them may have been killed while holding it.
+        TqdmDefaultWriteLock.acquire = TqdmDefaultWriteLock.release = lambda *_, **__: None
         if fault is not None:
             fault()
         status = main(argv)
