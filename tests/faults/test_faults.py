@@ -189,3 +189,15 @@ def test_a_diverging_run_stops_and_saves_no_nan(unbroken):
 @pytest.mark.slow
 def test_one_of_two_processes_dies(unbroken):
     assert_recovered(ranks.lose_one_and_recover(ranks.two(unbroken("lora")), "rank dies", 0))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(unbroken):
+    run = ranks.two(unbroken("full"))
+    folder = new_folder(run, "signal", 0)
+    send = Events("work", 130, lambda: os.kill(os.getpid(), signal.SIGTERM)).install
+    ended = ranks.launch_two(run.workload.argv, folder, (None, send))
+    assert [e.status for e in ended] == [143, 143], [e.err[-1000:] for e in ended]
+    assert sum("stopped by SIGTERM" in e.err for e in ended) == 1
+    assert [e.status for e in ranks.launch_two(run.workload.resumed, folder)] == [0, 0]
+    assert not differences(folder, run.folder)
