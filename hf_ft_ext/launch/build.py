@@ -148,11 +148,10 @@ def _explained(args: MethodTrainingArguments):
         raise
     except ValueError as error:
         raise InputError(str(error)) from error
-    except OSError as error:
-        if error.filename is None or not str(args.output_dir).startswith(str(error.filename)):
-            raise
-        raise not_writable(args.output_dir, error) from error
     except Exception as error:
+        path = getattr(error, "filename", None)
+        if isinstance(error, OSError) and path is not None and str(args.output_dir).startswith(str(path)):
+            raise not_writable(args.output_dir, error) from error
         if not (args.push_to_hub and is_of_the_hub(error)):
             raise
         raise InputError(f"--push_to_hub: the Hub repository cannot be made: {reason(error)}") from error
