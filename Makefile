@@ -7,7 +7,7 @@ CORES = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-oldest quality clean
+.PHONY: demo test test-oldest faults quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -15,6 +15,11 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Some 1,200 injected faults, about an hour on one core; FAULTS='--count 4' does a fifth of them.
+faults: $(VENV)/.test
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/faults/campaign.py $(FAULTS)
+	ARGUMENT_EXAMPLES=150 $(BIN)/python -m pytest tests/faults/test_arguments.py
 
 quality: $(VENV)/.quality
 	$(BIN)/ruff check .

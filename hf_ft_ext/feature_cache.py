@@ -107,7 +107,7 @@ def cached_features(
     path = folder / f"{key}.safetensors"
     if path.exists():
         logger.info("features of %d rows: taken from %s", rows, path)
-        return _open(path, about, (rows, hidden))
+        return _open(path, about, (rows, hidden), dtype)
     try:
         with _growing(path) as file:
             done = _whole_rows(file, _header(about, rows, hidden, dtype), hidden * dtype.itemsize)
@@ -126,7 +126,7 @@ def cached_features(
             "folder that is writable and has room, or --feature_cache_gb 0 to encode in every step"
         ) from error
     logger.info("features of %d rows: kept in %s", rows, path)
-    return _open(path, about, (rows, hidden))
+    return _open(path, about, (rows, hidden), dtype)
 
 
 @contextlib.contextmanager
@@ -176,7 +176,7 @@ def _header(about: dict[str, str], rows: int, hidden: int, dtype: torch.dtype) -
     return struct.pack("<Q", len(text)) + text
 
 
-def _open(path: Path, about: dict[str, str], shape: tuple[int, int]) -> torch.Tensor:
+def _open(path: Path, about: dict[str, str], shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
     try:
         with safe_open(path, framework="pt") as file:
             found = file.metadata() or {}
@@ -192,8 +192,9 @@ def _open(path: Path, about: dict[str, str], shape: tuple[int, int]) -> torch.Te
             f"the feature cache {path} cannot be read ({str(error).strip().splitlines()[0]}): it is truncated or no "
             "cache; delete the file and run again"
         ) from error
-    if tuple(features.shape) != shape:
+    if tuple(features.shape) != shape or features.dtype != dtype:
         raise InputError(
-            f"the feature cache {path} holds a table of shape {tuple(features.shape)}, expected {shape}; delete it"
+            f"the feature cache {path} holds a table of shape {tuple(features.shape)} and {features.dtype}, expected "
+            f"{shape} and {dtype}; delete it"
         )
     return features

@@ -27,6 +27,7 @@ from hf_ft_ext.arguments import FINETUNE, DataArguments, ModelArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import load_prompt_model
+from hf_ft_ext.training.finite import first_not_finite
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.sharding import whole_shape
 
@@ -103,6 +104,8 @@ def _fitted_together(
             if config is not None:
                 config.dtype = torch.float32
         logger.info("The weights of %s are stored in float16: they are taken as float32.", name)
+    if (bad := first_not_finite(model)) is not None:
+        raise InputError(f"the weights of model {name!r} hold NaN or infinity in {bad}; save or download them again")
     _set_padding(model, tokenizer)
     declare_mean_loss(model)
     rows = whole_shape(model.get_input_embeddings().weight)[0]
@@ -208,6 +211,10 @@ def _explained(name: str, part: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise InputError(_reason(name, part, error)) from error
+    except (AttributeError, TypeError, ArithmeticError) as error:  # of a configuration that is none, or senseless
+        if not os.path.isdir(name):
+            raise
+        raise InputError(_reason(name, part, error)) from error
     except Exception as error:  # safetensors' own exceptions derive from Exception alone
         if type(error).__module__.partition(".")[0] not in ("safetensors", "safetensors_rust", "_pickle", "pickle"):
             raise
@@ -217,7 +224,7 @@ def _explained(name: str, part: str) -> Iterator[None]:
 def _reason(name: str, part: str, error: BaseException) -> str:
     first_line = str(error).strip().split("\n")[0]
     if os.path.isdir(name):
-        return f"cannot load the {part} of model {name!r}: {first_line}"
+        return f"cannot load the {part} of model {name!r}: {first_line}; save or download it again"
     chain = []
     while error is not None:
         chain.append(error)

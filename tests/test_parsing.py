@@ -167,7 +167,7 @@ def test_output_folders_count_up_and_resume_finds_the_last(tmp_path):
     assert parse(*argv)[3].output_dir == "runs/full-sst2-seed7-2"
     checkpoint = second / "checkpoint-5"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 5}')
     training = parse(*argv, "--resume_from_checkpoint", "true")[3]
     assert training.output_dir == "runs/full-sst2-seed7-2"
     assert training.resume_from_checkpoint.endswith("seed7-2/checkpoint-5")
@@ -191,7 +191,7 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path, leftover):
 def test_resume_true_in_a_recipe_is_the_last_checkpoint(tmp_path):
     for step in (9, 10):
         (tmp_path / f"out/checkpoint-{step}").mkdir(parents=True)
-        (tmp_path / f"out/checkpoint-{step}/trainer_state.json").write_text("{}")
+        (tmp_path / f"out/checkpoint-{step}/trainer_state.json").write_text('{"global_step": 9}')
     training = parse(recipe("output_dir: out\nresume_from_checkpoint: true"))[3]
     assert training.resume_from_checkpoint.endswith("checkpoint-10")
 

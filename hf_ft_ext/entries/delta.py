@@ -9,13 +9,12 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.entries.layer import Entries, weights_with_entries
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.training.delta_files import check_parameters, other_weights, read_delta
-from hf_ft_ext.training.files import replacing, tensor_hash
+from hf_ft_ext.training.delta_files import check_parameters, other_weights, read_delta, write_delta
+from hf_ft_ext.training.files import tensor_hash
 
 DELTA_FILE = "entries_delta.safetensors"
 _FORMAT = "hf_ft_ext entries 1"
@@ -42,8 +41,7 @@ def save_entries(model: nn.Module, folder: str | os.PathLike) -> int:
             hashes[name] = tensor_hash(p)
     metadata = {"format": _FORMAT, "base": _hash(hashes)}
     path = Path(folder) / DELTA_FILE
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_delta(path, tensors, metadata)
     return path.stat().st_size
 
 

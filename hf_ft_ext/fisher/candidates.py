@@ -112,13 +112,28 @@ def probing(model: nn.Module, candidates: dict[str, PeftConfig], layers: list[in
     kinds = {name: settings_of(config) for name, config in candidates.items()}
     config = LayerMixtureConfig(kinds=kinds, layers={layer: list(kinds) for layer in layers})
     try:
-        with seeded_init(seed):
+        with explained(list(candidates)), seeded_init(seed):
             probe = get_peft_model(model, config)
         yield probe
     finally:
         _take_off(model)
         for parameter, trained in trains:
             parameter.requires_grad_(trained)
+
+
+@contextmanager
+def explained(names: list[str]) -> Iterator[None]:
+    """Turn what peft refuses while the candidates `names` are put into a model into an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(
+            f"the candidates {', '.join(names)} cannot be put into the model "
+            f"({next(iter(str(error).splitlines()), type(error).__name__)}); check fisher_candidate_settings, or the "
+            "settings in the plan"
+        ) from error
 
 
 def _take_off(model: nn.Module) -> None:

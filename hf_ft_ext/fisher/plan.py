@@ -72,6 +72,12 @@ class AdapterPlan:
             )
         if missing := [name for name in ("choice", "candidates") if not isinstance(values.get(name), dict)]:
             raise InputError(f"adapter plan {path} has no {missing[0]}: a mapping is needed")
+        if wrong := [name for name, value in values.items() if name != "criterion" and not isinstance(value, dict)]:
+            raise InputError(
+                f"adapter plan {path}: {wrong[0]} is no mapping; make the plan anew (leave adapter_plan out)"
+            )
+        if wrong := [name for name, settings in values["candidates"].items() if not isinstance(settings, dict)]:
+            raise InputError(f"adapter plan {path}: the settings of candidate {wrong[0]!r} are no mapping")
         for name in ("choice", "scores", "parameters"):
             values[name] = {_layer(path, key): value for key, value in values.get(name, {}).items()}
         for layer, name in values["choice"].items():

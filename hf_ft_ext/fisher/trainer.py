@@ -18,7 +18,7 @@ from hf_ft_ext.entries.delta import DELTA_FILE, read_indices, save_entries
 from hf_ft_ext.entries.layer import attach_entries, entries_of
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.arguments import HEAD, MASK, RANDOM, SELECT, FisherTrainingArguments
-from hf_ft_ext.fisher.candidates import layers_of, make_candidates
+from hf_ft_ext.fisher.candidates import explained, layers_of, make_candidates
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
 from hf_ft_ext.fisher.mask import choose_entries
 from hf_ft_ext.fisher.mask_names import SCORED
@@ -29,6 +29,7 @@ from hf_ft_ext.fisher.rates import split_by_rate
 from hf_ft_ext.fisher.selection import random_choice, select_adapters, settings_of, sizes
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.peft_models import trained_in_full
+from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.resources import preparation
@@ -37,7 +38,7 @@ from hf_ft_ext.training.sharding import refuse_sharding
 logger = logging.getLogger(__name__)
 
 
-class FisherTrainer(Trainer):
+class FisherTrainer(StopAtNaN, Trainer):
     """`transformers.Trainer` on a model that a Fisher pre-pass has shaped.
 
     `train()` first looks at the gradients of some training examples (unless a plan, `fisher_mode` or the checkpoint
@@ -110,8 +111,8 @@ class FisherTrainer(Trainer):
         if self.plan is None:
             self.plan = self._make_plan(model)
             logger.info("%s", self.plan.table())
-        config = self.plan.config(modules_to_save=trained_in_full(model))
-        with seeded_init(self.args.seed):
+        with explained(sorted(self.plan.candidates)), seeded_init(self.args.seed):
+            config = self.plan.config(modules_to_save=trained_in_full(model))
             return get_peft_model(model, config)
 
     def _make_plan(self, model: nn.Module) -> AdapterPlan:

@@ -13,12 +13,13 @@ from hf_ft_ext.full.arguments import SIGNGD, FullTrainingArguments
 from hf_ft_ext.full.freeze import fix_layers
 from hf_ft_ext.full.signgd import SignGD
 from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 
 logger = logging.getLogger(__name__)
 
 
-class FullTrainer(Trainer):
+class FullTrainer(StopAtNaN, Trainer):
     """`transformers.Trainer` with a choice of optimizer, frozen low layers, squared loss, or a peft method.
 
     Args:

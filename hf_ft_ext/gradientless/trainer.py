@@ -32,13 +32,14 @@ from hf_ft_ext.gradientless.whole import model_loss, objective_of_logits, rows_o
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.prompts.model import is_prompt_model
+from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 
 logger = logging.getLogger(__name__)
 
 
-class GradientlessTrainer(Trainer):
+class GradientlessTrainer(StopAtNaN, Trainer):
     """`transformers.Trainer` that searches: no backward pass, no gradients, no moments.
 
     Each optimizer step compares losses of the same batch under different weights, by `DirectSearch` or `SPSA`.
@@ -148,7 +149,7 @@ class GradientlessTrainer(Trainer):
         # Here, not in the loop's step(): there the batches are gone, and the loss is wanted before.
         with self._scoring():
             loss = optimizer.step_ahead(*self._closure_and_evaluation(batches))
-        return torch.tensor(loss, dtype=torch.float32, device=self.args.device)
+        return self.finite_loss(torch.tensor(loss, dtype=torch.float32, device=self.args.device))
 
     def _closure_and_evaluation(self, batches: list[dict[str, torch.Tensor]]) -> tuple:
         evaluation = self._evaluation

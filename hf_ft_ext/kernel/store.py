@@ -85,14 +85,22 @@ class KernelStore:
         found = self._description()
         if found is not None:
             plan = found["plan"]
+            if found.get("check") != _check(found["about"], plan):
+                raise InputError(
+                    f"{self.folder / DESCRIPTION} is damaged: its check does not fit what it says; delete the folder"
+                )
             cut = {side: [tuple(bounds) for bounds in plan[side]] for side in ("first", "second")}
             self._cut = Plan(**cut, batch_size=plan["batch_size"], scratch_bytes=plan["scratch_bytes"])
         else:
             self._cut = make()
             if self._write:
                 with self._writing():
-                    write_json(self.folder / DESCRIPTION, {"about": self.about, "plan": vars(self._cut)})
+                    write_json(self.folder / DESCRIPTION, self._said())
         return self._cut
+
+    def _said(self) -> dict[str, Any]:
+        plan = vars(self._cut)
+        return {"about": self.about, "plan": plan, "check": _check(self.about, plan)}
 
     def get(self, i: int, j: int) -> torch.Tensor | None:
         """The finished block, or `None`.
@@ -113,17 +121,23 @@ class KernelStore:
                 "pass overwrite_kernels, and run again"
             ) from error
         first, second = (b - a for a, b in (self._cut.first[i], self._cut.second[j]))
-        if metadata.get("key") != self.folder.name or (block.shape[1], block.shape[3]) != (first, second):
+        shape = tuple(block.shape)
+        if metadata.get("key") != self.folder.name or (*shape[1:2], *shape[3:4]) != (first, second):
             raise InputError(
-                f"the kernel block {path} is of another kernel: it holds {tuple(block.shape)}, expected "
+                f"the kernel block {path} is of another kernel: it holds {shape}, expected "
                 f"[kernels, {first}, c, {second}, c] of {self.folder.name}; delete the file and run again"
+            )
+        if metadata.get("block") != f"{i} {j}":
+            raise InputError(
+                f"the kernel block {path} is another block of its kernel ({metadata.get('block')}, not {i} {j}); "
+                "delete the file and run again"
             )
         return block
 
     def put(self, i: int, j: int, block: torch.Tensor) -> None:
         """Keep a finished block."""
         with self._writing(), replacing(self._path(i, j)) as temporary:
-            save_file({"kernel": block.contiguous()}, temporary, {"key": self.folder.name})
+            save_file({"kernel": block.contiguous()}, temporary, {"key": self.folder.name, "block": f"{i} {j}"})
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -143,9 +157,19 @@ class KernelStore:
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is no description of a kernel ({error}); delete the folder") from error
+        if not (
+            isinstance(found, dict) and isinstance(found.get("about"), dict) and isinstance(found.get("plan"), dict)
+        ):
+            raise InputError(f"{path} is no description of a kernel (about and plan are missing); delete the folder")
+        return found
+
+
+def _check(about: dict[str, Any], plan: dict[str, Any]) -> str:
+    """Of a description, so that a digit that changed does not move the edge of a block."""
+    return hashlib.sha256(json.dumps([about, plan], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:

@@ -2,9 +2,9 @@
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_ft_ext.arguments import (
     FINETUNE,
@@ -18,9 +18,10 @@ from hf_ft_ext.data.loading import TaskData, load_data
 from hf_ft_ext.data.preprocess import tokenize
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.hub.push import is_of_the_hub, reason
-from hf_ft_ext.launch.checks import check_checkpoint, check_splits, choose_best_metric
+from hf_ft_ext.launch.checks import check_checkpoint, check_optimizer, check_splits, choose_best_metric
 from hf_ft_ext.launch.output import clear_old_run
 from hf_ft_ext.launch.search import require_optuna
+from hf_ft_ext.launch.storage import check_writable, not_writable
 from hf_ft_ext.linear_probe import fit_linear_head, prepare_linear_head
 from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics import metric_function
@@ -30,15 +31,23 @@ from hf_ft_ext.prompts.loading import check_prompt_options
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
 from hf_ft_ext.prompts.saving import SavePrompt
+from hf_ft_ext.training.checkpoints import SealCheckpoints
 from hf_ft_ext.training.resources import ResourceMonitor
 
 BuildTrainer = Callable[[MethodTrainingArguments], Trainer]
 
 
 def load(
-    run_args: RunArguments, model_args: ModelArguments, data_args: DataArguments, args: MethodTrainingArguments
+    run_args: RunArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: MethodTrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[BuildTrainer, TaskData]:
     """Load and check data and model.
+
+    Args:
+        callbacks: for the trainer, behind its own.
 
     Returns:
         A function from training arguments to a trainer, and the tokenised data.
@@ -80,9 +89,17 @@ def load(
                 processing_class=tokenizer,
                 data_collator=ContextCollator(tokenizer) if data_args.few_shot_type == PROMPT_DEMO else None,
                 compute_metrics=metric_function(data.metric),
-                callbacks=[ResourceMonitor(), *([SavePrompt()] if is_prompt_model(model) else []), *early_stopping],
+                callbacks=[
+                    ResourceMonitor(),
+                    *([SavePrompt()] if is_prompt_model(model) else []),
+                    *early_stopping,
+                    SealCheckpoints(run_args.method),
+                    *callbacks,
+                ],
                 **source,
             )
+        if args.do_train:
+            check_optimizer(trainer)
         check_checkpoint(trainer, run_args.method)
         return trainer
 
@@ -110,10 +127,15 @@ def _start_from_linear_head(run_args: RunArguments, args: MethodTrainingArgument
 
 
 def make_room(run_args: RunArguments, args: MethodTrainingArguments) -> None:
-    """Delete the old run in `output_dir` if the user asked for it; other processes wait."""
-    if run_args.overwrite_output_dir:
-        with args.main_process_first(desc="deleting the old run"):
-            if args.process_index == 0:
+    """Make `output_dir`, or delete the old run in it if the user asked for it; other processes wait.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    with args.main_process_first(desc="making room"):
+        if args.process_index == 0:
+            check_writable(args.output_dir)
+            if run_args.overwrite_output_dir:
                 clear_old_run(args.output_dir)
 
 
@@ -127,6 +149,9 @@ def _explained(args: MethodTrainingArguments):
     except ValueError as error:
         raise InputError(str(error)) from error
     except Exception as error:
+        path = getattr(error, "filename", None)
+        if isinstance(error, OSError) and path is not None and str(args.output_dir).startswith(str(path)):
+            raise not_writable(args.output_dir, error) from error
         if not (args.push_to_hub and is_of_the_hub(error)):
             raise
         raise InputError(f"--push_to_hub: the Hub repository cannot be made: {reason(error)}") from error

@@ -4,13 +4,16 @@ import logging
 import os
 
 import numpy as np
+import torch
 from peft import PeftModel
 from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.optimization import get_scheduler
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_ft_ext.arguments import RunArguments
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.metrics import CLASSIFICATION, METRICS, metric_function, primary_key
+from hf_ft_ext.training.checkpoints import check_fits
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +62,40 @@ def choose_best_metric(run_args: RunArguments, args: TrainingArguments, metric: 
         )
 
 
+def check_optimizer(trainer: Trainer) -> None:
+    """Make optimizer and schedule once, for a parameter of no use, so that what they refuse is known before training.
+
+    Raises:
+        InputError: they refuse their arguments, or need a package that is not there.
+    """
+    args = trainer.args
+    try:
+        if trainer.optimizer_cls_and_kwargs is None:
+            kind, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        else:
+            kind, settings = trainer.optimizer_cls_and_kwargs
+        if not {"params", "model", "optimizer_dict"} & settings.keys():  # those want the model itself
+            optimizer = kind([torch.nn.Parameter(torch.zeros(2, 2))], **settings)
+            get_scheduler(
+                args.lr_scheduler_type,
+                optimizer=optimizer,
+                num_warmup_steps=1,
+                num_training_steps=10,
+                scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            )
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, ImportError, AttributeError, RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(
+            f"optimizer or schedule cannot be made ({reason}); check optim={args.optim.value}, "
+            f"optim_args={args.optim_args}, lr_scheduler_type={args.lr_scheduler_type.value}, "
+            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs}"
+        ) from error
+
+
 def check_checkpoint(trainer: Trainer, method: str) -> None:
-    """Raise an `InputError` if the checkpoint to resume from holds an adapter and the method a model, or reverse."""
+    """Raise an `InputError` if the checkpoint to resume from is not one that `trainer` can go on from."""
     folder = trainer.args.resume_from_checkpoint
     if folder is None:
         return
@@ -72,3 +107,21 @@ def check_checkpoint(trainer: Trainer, method: str) -> None:
             f"--resume_from_checkpoint: {folder!r} holds {holds}, but method {method!r} trains {trains}; "
             "resume with the method that wrote it"
         )
+    check_fits(folder, trainer.model, method)
+    load = trainer._load_optimizer_and_scheduler
+
+    def load_or_refuse(checkpoint: str) -> None:
+        own = [set(group) for group in trainer.optimizer.param_groups]
+        try:
+            load(checkpoint)
+            if own != [set(group) for group in trainer.optimizer.param_groups]:
+                raise ValueError("it is another optimizer's")  # torch takes its settings for its own
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise InputError(
+                f"--resume_from_checkpoint: the optimizer's state in {checkpoint!r} does not fit "
+                f"({str(error).strip().splitlines()[0]}); pass the arguments that the run started with"
+            ) from error
+
+    trainer._load_optimizer_and_scheduler = load_or_refuse

@@ -17,6 +17,7 @@ from hf_ft_ext.launch.output import (
     refuse_foreign_run,
     refuse_lost_model,
 )
+from hf_ft_ext.launch.ranges import check_ranges
 from hf_ft_ext.training.sharding import refuse_sharding_on_cpu
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ def complete_arguments(
     Raises:
         InputError: options that contradict each other, a checkpoint that is none, a folder that holds a run.
     """
+    check_ranges(run_args.given)
     _fill_in(run_args, model_args, data_args, training_args)
     _suit_the_machine(run_args, training_args)
     _check_together(run_args, training_args)
@@ -101,6 +103,13 @@ def _check_together(run_args: RunArguments, training_args: MethodTrainingArgumen
     refuse_sharding_on_cpu(training_args)
     if not any(getattr(training_args, step) for step in _STEPS):
         raise InputError("nothing to do: pass --do_train, --do_eval or --do_predict, or leave them all out")
+    if training_args.label_names not in (None, ["labels"]):
+        raise InputError(
+            f"label_names={training_args.label_names}: the launcher hands labels to the model as `labels`; leave it "
+            "out (label_column names a column of your data)"
+        )
+    if training_args.prediction_loss_only and training_args.do_predict:
+        raise InputError("--prediction_loss_only leaves no predictions to write; drop it or --do_predict")
     resume = training_args.resume_from_checkpoint
     if resume is not None and resume.lower() in ("false", "none", ""):
         resume = training_args.resume_from_checkpoint = None

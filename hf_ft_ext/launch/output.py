@@ -1,16 +1,18 @@
 """The run folder: its name, what it may already hold, and how an old run leaves it."""
 
 import itertools
+import logging
 import os
 import re
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.model import PROMPT_FILE
+from hf_ft_ext.training.checkpoints import checkpoint_folders, fault_of, last_sound_checkpoint
 from hf_ft_ext.training.record import RUN_RECORD
+
+logger = logging.getLogger(__name__)
 
 # Weights and the configuration that says whether they are a model or an adapter: one kind must not stay
 # beside the other, or the folder would load as neither.
@@ -53,24 +55,37 @@ def checkpoint_to_resume(resume: str, output_dir: str) -> str:
     """The checkpoint folder that `--resume_from_checkpoint` means.
 
     Args:
-        resume: `true` for the last checkpoint in `output_dir`, or a path.
+        resume: `true` for the last checkpoint in `output_dir` that is complete and undamaged, or a path.
 
     Raises:
-        InputError: there is no such checkpoint.
+        InputError: there is no such checkpoint, or the one that was named is incomplete or damaged.
     """
     if resume.lower() == "true":
-        last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
-        if last is None:
+        if not checkpoint_folders(output_dir):
             raise InputError(
                 f"--resume_from_checkpoint true: {output_dir!r} holds no checkpoint; pass the run's --output_dir, "
                 "or start without it"
             )
-        resume = last
+        faults: list[str] = []
+        last = last_sound_checkpoint(output_dir, faults)
+        if last is None:
+            raise InputError(
+                f"--resume_from_checkpoint true: {output_dir!r} holds no complete checkpoint ({'; '.join(faults)}); "
+                "start again with --overwrite_output_dir"
+            )
+        for fault in faults:
+            logger.warning("Not resumed from %s", fault)
+        return str(last)
     folder = Path(resume).expanduser()
     if not (folder / "trainer_state.json").is_file():
         raise InputError(
             f"--resume_from_checkpoint {resume!r} is no checkpoint (no trainer_state.json in it); pass a "
             "checkpoint-<step> folder, or true for the last one in output_dir"
+        )
+    if (fault := fault_of(folder)) is not None:
+        raise InputError(
+            f"--resume_from_checkpoint {resume!r} cannot be used: {fault}; pass another checkpoint, or true for the "
+            "last sound one in output_dir"
         )
     return str(folder)
 

@@ -12,11 +12,12 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.lora.arguments import ALL_LINEAR, LoraTrainingArguments
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.peft_models import lora_targets, trained_in_full
+from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import fold_layer_numbers
 
 
-class LoraTrainer(Trainer):
+class LoraTrainer(StopAtNaN, Trainer):
     """`transformers.Trainer` with LoRA adapters on the linear layers that `args` names.
 
     The model's head, and any other part that came without pretrained weights, trains in full and is saved

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -25,8 +24,8 @@ from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.difference import Difference, differences
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
-from hf_ft_ext.training.delta_files import check_parameters, other_weights, read_delta
-from hf_ft_ext.training.files import replacing, tensor_hash
+from hf_ft_ext.training.delta_files import check_parameters, other_weights, read_delta, write_delta
+from hf_ft_ext.training.files import tensor_hash
 
 DELTA_FILE = "sparse_delta.safetensors"
 _FORMAT = "hf_ft_ext sparse delta 3"
@@ -67,8 +66,7 @@ def save_delta(model: nn.Module, folder: str | os.PathLike, base: nn.Module | No
     digest = _base_hash([(f"{name}.weight", value) for name, value in hashes.items()], frozen)
     metadata = {"format": _FORMAT, "base": digest, "layers": json.dumps(places), "rest": json.dumps(sorted(rest))}
     path = Path(folder) / DELTA_FILE
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+    write_delta(path, tensors, metadata)
     size = path.stat().st_size
     whole = sum(p.numel() * p.element_size() for name, p in model.named_parameters() if not name.endswith(".values"))
     logger.info("delta of %.2f MB, %.1f %% of the model: %s", size / 1e6, 100 * size / whole, path)

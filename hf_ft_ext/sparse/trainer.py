@@ -20,6 +20,7 @@ from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer import SparseAdamW
 from hf_ft_ext.sparse.prepare import prepare_layers, refresh_supports
 from hf_ft_ext.sparse.sparsity import SparsityWatch
+from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.resources import preparation
@@ -29,7 +30,7 @@ _OPTIMIZER_STATE = "optimizer.pt"  # transformers' name for it
 _OWN_OPTIMIZER = "SparseTrainer makes its own optimizer (SparseAdamW); leave `optimizers` out"
 
 
-class SparseTrainer(Trainer):
+class SparseTrainer(StopAtNaN, Trainer):
     """`transformers.Trainer` with SparseGrad on the MLP layers.
 
     The model is converted in place when the trainer is made. `train()` first takes the gradients of

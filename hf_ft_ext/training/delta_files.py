@@ -1,13 +1,31 @@
-"""Reading a delta: a file of what training changed, which belongs to the very weights that it started from."""
+"""Deltas: files of what training changed, which belong to the very weights that it started from."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.files import replacing, tensor_hash
+
+_CHECK = "check"
+
+
+def write_delta(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a delta with a checksum of its content, so that a damaged one is never applied."""
+    metadata = {**metadata, _CHECK: _checksum(tensors, metadata)}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
+
+
+def _checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
+    return hashlib.sha256(json.dumps([hashes, metadata], sort_keys=True).encode()).hexdigest()
 
 
 def read_delta(
@@ -33,6 +51,9 @@ def read_delta(
         raise InputError(f"{path} cannot be read ({error}); copy it anew from where it was saved") from error
     if metadata.get("format") != form:
         raise InputError(f"{path} is not of the format {form!r}; pass the folder that {writer} of this version wrote")
+    check = metadata.pop(_CHECK, None)
+    if check != _checksum(tensors, metadata):
+        raise InputError(f"{path} is damaged: its checksum differs; copy it anew from where it was saved")
     return path, metadata, tensors
 
 

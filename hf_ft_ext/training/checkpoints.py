@@ -1,0 +1,243 @@
+"""Checkpoints that can be trusted: a seal is written behind the last file, and looked at before anything is loaded.
+
+A run that is killed while it saves leaves an incomplete folder; a disk or a copy can damage a complete one. Both are
+told apart from sound ones here, whether a seal is there (sizes and SHA-256 of all files) or, as with folders of other
+Trainers, the files have to speak for themselves.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_ft_ext.adapters.layer_prefix.model import keep_projection
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.files import tensor_hash, write_json
+
+logger = logging.getLogger(__name__)
+
+SEAL = "checkpoint_seal.json"
+_FORMAT = "hf_ft_ext checkpoint 1"
+_STATE = "trainer_state.json"
+
+
+class SealCheckpoints(TrainerCallback):
+    """Writes the seal of each checkpoint: it belongs behind all callbacks that write into one.
+
+    Args:
+        method: name of the method, which a resumed run has to share.
+    """
+
+    def __init__(self, method: str):
+        self.method = method
+        self._base: str | None = None
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        if args.world_size > 1:
+            PartialState().wait_for_everyone()  # each process writes its random state
+        if args.should_save:
+            if self._base is None and model is not None:
+                self._base = frozen_hash(model)
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+            if folder.is_dir():
+                seal(folder, self.method, self._base)
+
+
+def seal(folder: Path, method: str, base: str | None) -> None:
+    """Write down what `folder` holds."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != SEAL
+    }
+    write_json(folder / SEAL, {"format": _FORMAT, "method": method, "base": base, "files": files})
+
+
+def frozen_hash(model: nn.Module) -> str | None:
+    """SHA-256 of a PEFT model's frozen weights, which its checkpoints do not hold; `None` for other models."""
+    if not isinstance(model, PeftModel):
+        return None
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad:
+            digest.update(f"{name} {tensor_hash(parameter)}\n".encode())
+    return digest.hexdigest()
+
+
+# --- before a checkpoint is loaded ------------------------------------------------------------------
+
+
+def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:
+    """The checkpoints in `output_dir`, sound or not, the latest first."""
+    found = [
+        (int(match[1]), path)
+        for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.is_dir() and (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name))
+    ]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def last_sound_checkpoint(output_dir: str | os.PathLike, faults: list[str] | None = None) -> Path | None:
+    """The latest checkpoint in `output_dir` that is complete and undamaged, or `None`.
+
+    Args:
+        faults: takes what was wrong with the later ones.
+    """
+    for folder in checkpoint_folders(output_dir):
+        if (fault := fault_of(folder)) is None:
+            return folder
+        if faults is not None:
+            faults.append(f"{folder}: {fault}")
+    return None
+
+
+def fault_of(folder: str | os.PathLike) -> str | None:
+    """What is wrong with the checkpoint `folder`, or `None` if it is complete and undamaged."""
+    folder = Path(folder)
+    if not (folder / _STATE).is_file():
+        return f"no {_STATE}, so the run was ended while it was written"
+    try:
+        state = json.loads((folder / _STATE).read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+            return f"{_STATE} is not what a Trainer writes"
+    except (OSError, ValueError) as error:
+        return f"{_STATE} cannot be read ({error})"
+    if (folder / SEAL).exists():
+        return _broken_seal(folder)
+    return _unreadable(folder)
+
+
+def read_seal(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """The seal of a checkpoint, or `None` if it has none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = Path(folder) / SEAL
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}); resume from another checkpoint") from error
+    if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("files"), dict):
+        raise InputError(f"{path} is no seal of this version; resume from another checkpoint")
+    return found
+
+
+def _broken_seal(folder: Path) -> str | None:
+    try:
+        files = read_seal(folder)["files"]
+        for name, about in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != about["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes and had {about['bytes']:,}: truncated or replaced"
+            if _sha256(path) != about["sha256"]:
+                return f"{name} is not what was saved (its SHA-256 differs): damaged or replaced"
+    except InputError as error:
+        return str(error)
+    except (KeyError, TypeError, ValueError) as error:
+        return f"{SEAL} is damaged ({error!r})"
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    return None
+
+
+def _unreadable(folder: Path) -> str | None:
+    """For folders without a seal: the first file that is no file of its kind."""
+    for path in sorted(folder.iterdir()):
+        try:
+            if path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix in (".pt", ".pth", ".bin"):
+                with zipfile.ZipFile(path) as archive:  # torch's form since 1.6, a checksum in each part
+                    if (bad := archive.testzip()) is not None:
+                        return f"{path.name} is damaged ({bad})"
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+        except (SafetensorError, zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+            return f"{path.name} cannot be read ({_first_line(error)}): truncated or no such file"
+        except Exception as error:  # zlib and struct errors of archives with a damaged directory
+            return f"{path.name} cannot be read ({_first_line(error)})"
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    states = {path.name for path in folder.glob("rng_state_*.pth")}
+    if states and (absent := [i for i in range(ranks) if f"rng_state_{i}.pth" not in states]):
+        return f"rng_state_{absent[0]}.pth is missing, so the run was ended while it was written"
+    return None
+
+
+# --- whose checkpoint it is -------------------------------------------------------------------------
+
+
+def check_fits(folder: str | os.PathLike, model: nn.Module, method: str) -> None:
+    """Raise an `InputError` unless the checkpoint `folder` holds what `model` under `method` can go on from."""
+    found = read_seal(folder)
+    if found is not None and found.get("method") not in (None, method):
+        raise InputError(
+            f"--resume_from_checkpoint: {os.fspath(folder)!r} was written by method {found['method']!r}, not "
+            f"{method!r}; resume with the method that wrote it"
+        )
+    if found is not None and found.get("base") is not None and found["base"] != frozen_hash(model):
+        raise InputError(
+            f"--resume_from_checkpoint: {os.fspath(folder)!r} belongs to another base model: the frozen weights "
+            "differ; pass the --model_name_or_path that the run started with"
+        )
+    if isinstance(model, PeftModel):
+        with keep_projection(model):
+            wanted = get_peft_model_state_dict(model)
+        files = [path for path in (Path(folder) / "adapter_model.safetensors",) if path.is_file()]
+    else:
+        wanted = model.state_dict()
+        files = sorted(Path(folder).glob("model*.safetensors"))
+    if not files:
+        return  # pickled weights, or shards of FSDP: transformers reads or refuses them
+    shapes = _shapes(files)
+    shared = {tensor.data_ptr() for name, tensor in wanted.items() if name in shapes}
+    buffers = {name for name, _ in model.named_buffers()}
+    for name, tensor in wanted.items():
+        if name not in shapes:
+            if tensor.data_ptr() not in shared and name not in buffers:
+                raise _other_model(folder, f"it has no {name}")
+        elif shapes[name] != tuple(tensor.shape):
+            raise _other_model(folder, f"its {name} has shape {shapes[name]}, here {tuple(tensor.shape)}")
+    if unknown := sorted(shapes.keys() - wanted.keys()):
+        raise _other_model(folder, f"this one has no {unknown[0]}")
+
+
+def _other_model(folder: str | os.PathLike, reason: str) -> InputError:
+    return InputError(
+        f"--resume_from_checkpoint: {os.fspath(folder)!r} is of another model or other settings: {reason}; pass the "
+        "arguments that the run started with"
+    )
+
+
+def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
+                shapes[name] = tuple(file.get_slice(name).get_shape())
+    return shapes
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,56 @@
+"""Training that has left the numbers stops: a loss of NaN or infinity, or weights that hold one, are never saved."""
+
+import torch
+from torch import nn
+
+from hf_ft_ext.errors import InputError
+
+_PATIENCE_FP16 = 20  # loss scaling skips single steps by itself and lowers its factor
+
+
+class StopAtNaN:
+    """For a `Trainer` (before it in the bases): raises an `InputError` instead of training on, or saving, NaN.
+
+    transformers goes on and by default hides such losses from the log (`logging_nan_inf_filter`), looking at each
+    step's loss to do so; looking here costs the same.
+    """
+
+    _not_finite = 0
+
+    def training_step(self, *positional, **kwargs) -> torch.Tensor:
+        return self.finite_loss(super().training_step(*positional, **kwargs))
+
+    def finite_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """`loss`, if it is a number.
+
+        Raises:
+            InputError: it is not (with float16: twenty times in a row).
+        """
+        if bool(torch.isfinite(loss).all()):
+            self._not_finite = 0
+            return loss
+        self._not_finite += 1
+        if not self.args.fp16 or self._not_finite >= _PATIENCE_FP16:
+            raise InputError(
+                f"the loss is {loss.float().mean().item()} in step {self.state.global_step + 1}: {self._cure()}"
+            )
+        return loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.state.global_step > 0 and (name := first_not_finite(self.model)) is not None:
+            raise InputError(f"{name} holds NaN or infinity after step {self.state.global_step}: {self._cure()}")
+        super().save_model(output_dir, _internal_call)
+
+    def _cure(self) -> str:
+        return (
+            f"lower --learning_rate ({self.args.learning_rate:g}) or check the data and the model; what was saved "
+            "before stays"
+        )
+
+
+def first_not_finite(model: nn.Module) -> str | None:
+    """Name of the first parameter that holds something else than numbers, or `None`."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+            return name
+    return None
