@@ -41,7 +41,13 @@ def main() -> None:
     parser.add_argument("--model_name_or_path")
     parser.add_argument("--train_rows", type=int, default=2000)
     parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--rate", type=float, default=3e-3)
+    parser.add_argument(
+        "--rates",
+        type=json.loads,
+        default={"prefix": 3e-4, "bottleneck": 1e-3, "lora": 3e-3},
+        help="learning rate of each kind (default: %(default)s, those of benchmarks/studies/fisher.yaml)",
+    )
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16: half the time where there is AMX")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--examples", type=int, nargs="+", default=[64, 512], help="of the pre-pass")
     parser.add_argument("--max_seq_length", type=int, default=64)
@@ -63,9 +69,10 @@ def main() -> None:
     candidates = make_candidates(None)
     key = primary_key(data.metric)
 
-    def trainer(plan: str | None, seed: int, folder: str) -> FisherTrainer:
+    def trainer(plan: str | None, seed: int, folder: str, rates: dict | None = None) -> FisherTrainer:
         settings = FisherTrainingArguments(
-            folder, adapter_plan=plan, learning_rate=args.rate, num_train_epochs=args.epochs, seed=seed,
+            folder, adapter_plan=plan, learning_rate=1e-3, fisher_learning_rates=rates, num_train_epochs=args.epochs,
+            bf16=args.bf16, use_cpu=not torch.cuda.is_available(), seed=seed,
             per_device_train_batch_size=16, per_device_eval_batch_size=64, save_strategy="no", report_to="none",
             disable_tqdm=True, warmup_steps=0.06, lr_scheduler_type="polynomial", logging_strategy="no",
             train_sampling_strategy="group_by_length", dataloader_pin_memory=False,
@@ -96,7 +103,7 @@ def main() -> None:
                         continue
                     plan = Path(folder, "plan.json")
                     AdapterPlan({layer: kind}, {kind: settings_of(config)}).save(plan)
-                    run = trainer(str(plan), seed, folder)
+                    run = trainer(str(plan), seed, folder, {kind: args.rates[kind]} if kind in args.rates else None)
                     run.train()
                     metrics = run.evaluate()
                     found["trained"][name] = {"loss": metrics["eval_loss"], key: metrics[f"eval_{key}"]}
