@@ -65,14 +65,22 @@ def seal(folder: Path, method: str, base: str | None) -> None:
 
 
 def frozen_hash(model: nn.Module) -> str | None:
-    """SHA-256 of a PEFT model's frozen weights, which its checkpoints do not hold; `None` for other models."""
-    if not isinstance(model, PeftModel):
+    """SHA-256 of a PEFT model's frozen weights, which its checkpoints do not hold; `None` for other models.
+
+    Of weights in shards no process has all: `None` too.
+    """
+    if not isinstance(model, PeftModel) or any(_in_shards(parameter) for parameter in model.parameters()):
         return None
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        if not parameter.requires_grad:
+        # The original of a module that is saved does nothing any more: a fitted head, or where that was fitted anew.
+        if not parameter.requires_grad and ".original_module." not in name:
             digest.update(f"{name} {tensor_hash(parameter)}\n".encode())
     return digest.hexdigest()
+
+
+def _in_shards(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_id")  # FSDP2's, ZeRO-3's
 
 
 # --- before a checkpoint is loaded ------------------------------------------------------------------

@@ -72,6 +72,8 @@ def words_of(recipe: Path, model: str, glue: str) -> list[str]:
         words += ["--max_train_samples", "64", "--max_eval_samples", "12", "--per_device_train_batch_size", "8"]
     if settings["task_name"] != "demo":
         words += ["--dataset_name", glue, "--do_predict", "--max_predict_samples", "8"]
+    if "layer.5" in str(settings.get("search_peft_config")):  # the tiny model's last layer is another one
+        words += ["--search_peft_config", json.dumps(settings["search_peft_config"]).replace("5", "1")]
     cut = CUT.get(settings["method"], ())
     for name, value in zip(cut[::2], cut[1::2], strict=True):
         if not _is_refused(name, settings):
