@@ -71,7 +71,7 @@ def main() -> None:
 
     def trainer(plan: str | None, seed: int, folder: str, rates: dict | None = None) -> FisherTrainer:
         settings = FisherTrainingArguments(
-            folder, adapter_plan=plan, learning_rate=1e-3, fisher_learning_rates=rates, num_train_epochs=args.epochs,
+            folder, adapter_plan=plan, learning_rate=3e-3, fisher_learning_rates=rates, num_train_epochs=args.epochs,
             bf16=args.bf16, use_cpu=not torch.cuda.is_available(), seed=seed,
             per_device_train_batch_size=16, per_device_eval_batch_size=64, save_strategy="no", report_to="none",
             disable_tqdm=True, warmup_steps=0.06, lr_scheduler_type="polynomial", logging_strategy="no",
