@@ -2,9 +2,11 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from heads import make
 from tiny import tiny_model
 
@@ -52,3 +54,6 @@ if __name__ == "__main__":
                 torch.testing.assert_close(state[key], value, rtol=1e-6, atol=1e-8, msg=f"{mode} {name}: {key}")
     for name in ("gld", "spsa"):
         check_resumed(folder / name, name, "candidates")
+    PartialState().wait_for_everyone()
+    time.sleep(0.5)  # gloo's threads abort a process that exits while they hold tensors
+    PartialState().destroy_process_group()

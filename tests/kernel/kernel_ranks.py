@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,4 +29,5 @@ if __name__ == "__main__":
         raise AssertionError("a file was taken for a folder")
     # gloo's threads abort a process that exits while they hold tensors
     PartialState().wait_for_everyone()
+    time.sleep(0.5)  # gloo's threads abort a process that exits while they hold tensors
     PartialState().destroy_process_group()
