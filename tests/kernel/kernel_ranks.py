@@ -27,7 +27,6 @@ if __name__ == "__main__":
         assert "kernel_dir" in str(error), error
     else:
         raise AssertionError("a file was taken for a folder")
-    # gloo's threads abort a process that exits while they hold tensors
     PartialState().wait_for_everyone()
     time.sleep(0.5)  # gloo's threads abort a process that exits while they hold tensors
     PartialState().destroy_process_group()
