@@ -10,6 +10,7 @@ from scipy.special import log_softmax, xlogy
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
 from sklearn.model_selection import GroupKFold, StratifiedKFold
+from threadpoolctl import threadpool_limits
 
 from hf_ft_ext.data.few_shot import draw_order
 from hf_ft_ext.errors import InputError
@@ -151,7 +152,8 @@ def _unscaled(weight, offset, mean, scale) -> tuple[np.ndarray, np.ndarray]:
 def _logistic(x, y, weights, c: float, bias: bool, max_iter: int, start: LogisticRegression | None = None):
     model = start or LogisticRegression(fit_intercept=bias, max_iter=max_iter, warm_start=True, random_state=0)
     model.set_params(C=c)
-    with warnings.catch_warnings():
+    # One thread: an iteration is so short that several mostly wait for each other (16 x slower on two cores).
+    with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x, y, sample_weight=weights)
     if start is None and int(np.max(model.n_iter_)) >= max_iter:
@@ -174,21 +176,25 @@ def _choose(x, y, weights, groups, bias: bool, folds: int, max_iter: int) -> flo
         kept = draw_order(range(len(x)), 0)[:TUNING_ROWS]
         if len(np.unique(y[kept])) == len(np.unique(y)):
             x, y = x[kept], y[kept]
-    losses, count = np.zeros(len(GRID)), 0.0
-    for train, test in _folds(y, groups, folds):
-        model = None
-        for i, c in enumerate(GRID):  # each starts from the one before
-            model = _logistic(
-                x[train], y[train], None if weights is None else weights[train], c, bias, max_iter, model
-            )
-            likely = model.predict_proba(x[test])[np.arange(len(test)), np.searchsorted(model.classes_, y[test])]
-            loss = -np.log(np.maximum(likely, 1e-300))
-            losses[i] += loss.sum() if weights is None else (loss * weights[test]).sum()
-        count += 1
-    if not count:
+    splits = list(_folds(y, groups, folds))
+    if not splits:
         logger.info("too few rows of a class for cross-validation: C = 1")
         return 1.0
-    return GRID[int(losses.argmin())]
+    models: list[LogisticRegression | None] = [None] * len(splits)
+    losses: list[float] = []
+    for c in GRID:
+        total = 0.0
+        for i, (train, test) in enumerate(splits):
+            weighted = None if weights is None else weights[train]
+            # It starts from the next stronger regularisation's.
+            model = models[i] = _logistic(x[train], y[train], weighted, c, bias, max_iter, models[i])
+            likely = model.predict_proba(x[test])[np.arange(len(test)), np.searchsorted(model.classes_, y[test])]
+            loss = -np.log(np.maximum(likely, 1e-300))
+            total += float(loss.sum() if weights is None else (loss * weights[test]).sum())
+        losses.append(total)
+        if len(losses) > 2 and min(losses[-2:]) > losses[-3]:
+            break  # the weaker, the slower to fit, and it is past the best
+    return GRID[int(np.argmin(losses))]
 
 
 def _folds(y, groups, folds: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

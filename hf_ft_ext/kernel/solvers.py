@@ -185,6 +185,7 @@ class KernelModel:
     def _fit_logistic(self, kernel: np.ndarray, targets: np.ndarray) -> None:
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegressionCV
+        from threadpoolctl import threadpool_limits
 
         # One scale for all formulas: kernels differ by many powers of ten, and so would the penalty's meaning.
         self._scale = 1 / max(float(np.mean(np.abs(_flat(kernel[0]).diagonal()))), np.finfo(float).tiny)
@@ -197,7 +198,7 @@ class KernelModel:
             Cs=np.logspace(-4, 8, 13), cv=min(5, fewest), max_iter=10_000, l1_ratios=(0,), scoring="neg_log_loss",
             use_legacy_attributes=False,
         )  # fmt: skip
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), threadpool_limits(1):  # as in `hf_ft_ext.linear_fit`
             warnings.simplefilter("ignore", ConvergenceWarning)
             self._logistic = model.fit(self._features(kernel), self._labels)
 
