@@ -5,7 +5,7 @@ A method's own arguments live in its folder, as a subclass of `MethodTrainingArg
 
 import logging
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -208,6 +208,15 @@ class DataArguments(FewShotArguments):
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad every example to `max_seq_length` instead of to the batch's longest."}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training split while training, without downloading or converting it first; needs "
+            "`max_steps`. Rows come shuffled within a buffer (`stream_buffer`), or in their order with "
+            "`train_sampling_strategy=sequential`."
+        },
+    )
+    stream_buffer: int = field(default=10000, metadata={"help": "Rows that a stream's shuffling draws from."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first n training rows."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first n validation rows."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first n test rows."})
@@ -215,7 +224,13 @@ class DataArguments(FewShotArguments):
 
 @dataclass
 class MethodTrainingArguments(TrainingArguments):
-    """Base of every method's arguments: `transformers.TrainingArguments` and a way in for plain ones."""
+    """Base of every method's arguments: `transformers.TrainingArguments` and a way in for plain ones.
+
+    Attributes:
+        needs_all_rows: whether the method looks at the training data as a whole, so that no stream will do.
+    """
+
+    needs_all_rows: ClassVar[bool] = False
 
     def check_given(self, given: dict[str, Any]) -> None:
         """Refuse what the user set, by argument name, and the method cannot honour even at its default value.

@@ -160,6 +160,39 @@ def test_resume_equals_unbroken(launch, method, monkeypatch):
 
 
 @pytest.mark.parametrize("method", IN_STEPS)
+def test_a_stream_gives_what_loaded_rows_give(launch, no_dropout, method):
+    options = ("--model_name_or_path", no_dropout, "--do_train", "--max_steps", "5", *OPTIMIZER.get(method, SGD))
+    options += ("--train_sampling_strategy", "sequential", "--per_device_train_batch_size", "8")
+    if method == "fisher":  # a pre-pass draws from loaded rows and takes a stream's first ones
+        options += ("--fisher_examples", "32")
+    assert launch(*options, "--output_dir", "one", method=method) == 0  # the fifth step begins the rows anew
+    assert launch(*options, "--streaming", "--output_dir", "two", method=method) == 0
+    assert same_to_rounding("one", "two", no_dropout)
+
+
+def test_a_shuffled_stream_goes_on_where_it_stopped(launch):
+    options = ("--do_train", "--streaming", "--stream_buffer", "5", "--max_steps", "6", "--save_steps", "3")
+    assert launch(*options, "--output_dir", "a") == 0
+    assert launch(*options, "--train_sampling_strategy", "sequential", "--output_dir", "c") == 0
+    assert not same("a", "c")
+    assert launch(*options, "--resume_from_checkpoint", "a/checkpoint-3", "--output_dir", "b") == 0
+    assert same("a", "b")
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_stream(launch, files, no_dropout):
+    options = ["--model_name_or_path", no_dropout, "--do_train", "--max_steps", "3", *SGD, "--streaming"]
+    assert launch(*options, "--per_device_train_batch_size", "8", "--output_dir", "one") == 0
+    done = python(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "run_glue.py"),
+        "--method", "full", *files, "--max_seq_length", "16", *options, "--use_cpu",
+        "--per_device_train_batch_size", "4", "--output_dir", "two", "--disable_tqdm", "true",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert same_to_rounding("one", "two", no_dropout)
+
+
+@pytest.mark.parametrize("method", IN_STEPS)
 def test_accumulation_equals_the_large_batch(launch, no_dropout, method):
     options = ("--model_name_or_path", no_dropout, "--do_train", "--max_steps", "3", *OPTIMIZER.get(method, SGD))
     assert launch(*options, "--per_device_train_batch_size", "8", "--output_dir", "one", method=method) == 0

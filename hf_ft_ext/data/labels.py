@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
@@ -11,6 +12,7 @@ from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
 
+LABEL = "label"  # the column of every split that `load_data` returns
 UNLABELLED = -1  # the mark of GLUE's test rows and of SNLI's pairs without a gold label
 
 logger = logging.getLogger(__name__)
@@ -45,10 +47,14 @@ def read_labels(split: str, data: Dataset, column: str) -> RawLabels:
     Raises:
         InputError: the column holds neither text nor numbers.
     """
-    feature = data.features[column]
+    return raw_labels(split, column, data[column][:], data.features[column])
+
+
+def raw_labels(split: str, column: str, labels: Sequence, feature: Any) -> RawLabels:
+    """As `read_labels`, of labels in memory, all of the type that `feature` says or `None`."""
     dtype = getattr(feature, "dtype", str(feature))
-    values = np.empty(len(data), dtype=object)
-    values[:] = data[column][:]
+    values = np.empty(len(labels), dtype=object)
+    values[:] = labels
     missing = np.array([value is None for value in values], dtype=bool)
     if isinstance(feature, ClassLabel):
         named = [UNLABELLED if v is None or v < 0 else feature.names[v] for v in values]
@@ -185,3 +191,15 @@ def class_ids(raws: Sequence[RawLabels], task: Task | None) -> tuple[list[str], 
             )
         arrays.append(np.array([ids.get(token, UNLABELLED) for token in split], dtype=np.int64))
     return names, arrays
+
+
+def known_ids(raw: RawLabels, names: Sequence[str], task: Task | None) -> np.ndarray:
+    """Ids of labels among `names`, as `class_ids` gives them, int64 `[rows]`; `UNLABELLED` for any other entry."""
+    ids = np.full(len(raw.values), UNLABELLED, dtype=np.int64)
+    usable = ~raw.missing
+    if raw.kind == "float":
+        usable[usable] = raw.values[usable].astype(np.float64) % 1 == 0
+    known = {name: i for i, name in enumerate(names)}
+    tokens = _tokens(replace(raw, values=raw.values[usable], missing=raw.missing[usable]), task)
+    ids[usable] = [known.get(token, UNLABELLED) for token in tokens]
+    return ids

@@ -4,19 +4,21 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Value
+from datasets import ClassLabel, Dataset, IterableDataset, Value
 
 from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data import labels as lb
 from hf_ft_ext.data.few_shot import few_shot_data
 from hf_ft_ext.data.sources import open_source
+from hf_ft_ext.data.stream import in_memory, usable_rows
 from hf_ft_ext.data.tasks import Task, get_task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import REGRESSION, check_metric
 
-LABEL = "label"
+LABEL = lb.LABEL
 # Text columns looked for in own data, in this order.
 _USUAL_TEXT = (
     ("sentence1", "sentence2"),
@@ -33,6 +35,8 @@ _USUAL_TEXT = (
 _NO_TEXT = {"id", "idx", "index", "guid", "label_text"}
 _STRINGS = {"string", "large_string", "string_view"}
 
+CHECKED = 1000  # rows of a stream that are read before training
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +49,7 @@ class TaskData:
     """
 
     task: Task  # for own data one made for the occasion
-    train: Dataset | None
+    train: Dataset | IterableDataset | None  # a stream if `streaming`
     validation: dict[str, Dataset]  # by split name, in order; may be empty
     test: dict[str, Dataset]  # by split name, in order; may be empty
     label_names: list[str] | None  # None: regression, or no split has labels
@@ -71,6 +75,8 @@ def load_data(
     - `num_k` draws few-shot splits (see `few_shot_data`).
     - `max_*_samples` keep the first n of the rows that are left; more than there are keep all.
     - Converted files are cached; a file whose modification time has changed is read anew.
+    - `streaming` leaves the training split where it is: its first rows stand for it in all checks, and rows behind
+      them without text or a known label are skipped when they come. The other splits are read into memory.
     - CSV and TSV files have a header line and double quotes around fields that need them.
 
     Args:
@@ -95,6 +101,9 @@ def load_data(
         raise InputError("task 'demo' makes its own data; leave --task_name out to load files or --dataset_name")
 
     roles = _roles(open_source(data_args, task, cache_dir=cache_dir, token=token), task)
+    stream = None
+    if data_args.streaming:
+        stream, roles = _first_rows_of_stream(roles)
     for _, name, data in roles:
         if not len(data):
             raise InputError(f"split '{name}' holds no rows; check the data")
@@ -120,9 +129,14 @@ def load_data(
         if raw is not None:
             data = _with_labels(name, data, next(columns), feature, drop=names is not None)
         splits[role][name] = data
+    train: Any = splits["train"].get("train")
+    if stream is not None:
+        if data_args.max_train_samples is not None:
+            stream = stream.take(data_args.max_train_samples)
+        train = usable_rows(stream, text_columns, label_column, roles[0][2].features[label_column], feature, task)
     data = TaskData(
         task=task or _own_task(data_args, text_columns, label_column, names, kind, metric),
-        train=splits["train"].get("train"),
+        train=train,
         validation=splits["validation"],
         test=splits["test"],
         label_names=names,
@@ -139,7 +153,7 @@ def load_data(
             logger.warning("no validation split: evaluating on %s", ", ".join(data.validation))
     return replace(
         data,
-        train=None if data.train is None else _first(data.train, data_args.max_train_samples),
+        train=_first(data.train, data_args.max_train_samples) if isinstance(data.train, Dataset) else data.train,
         validation={name: _first(rows, data_args.max_eval_samples) for name, rows in data.validation.items()},
         test={name: _first(rows, data_args.max_predict_samples) for name, rows in data.test.items()},
     )
@@ -155,6 +169,11 @@ def _check_few_shot(data_args: DataArguments) -> None:
         raise InputError(
             f"--num_k {data_args.num_k} and --max_train_samples {data_args.max_train_samples} both choose the "
             "training rows; pass one of them"
+        )
+    elif data_args.streaming:
+        raise InputError(
+            f"--num_k {data_args.num_k} draws from all training rows, which a stream never holds; leave "
+            "--streaming out"
         )
 
 
@@ -180,6 +199,15 @@ def _roles(source: dict[str, Dataset], task: Task | None) -> list[tuple[str, str
             "rename them, or pass the files with --train_file, --validation_file and --test_file"
         )
     return roles
+
+
+def _first_rows_of_stream(roles: list[tuple]) -> tuple[IterableDataset, list[tuple[str, str, Dataset]]]:
+    """The training split, and the splits with its first rows for it, all in memory."""
+    if roles[0][0] != "train":
+        raise InputError("--streaming reads the training split, and the data has none; leave it out")
+    first = ("train", f"train (its first {CHECKED:,} rows)", in_memory("train", roles[0][2], CHECKED))
+    others = [(role, name, in_memory(name, data)) for role, name, data in roles[1:]]
+    return roles[0][2], [first, *others]
 
 
 def _find_text(

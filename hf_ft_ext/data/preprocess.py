@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from typing import Any, Protocol
 
-from datasets import Dataset, Features, Sequence, Value
+from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_ft_ext.arguments import DEFAULT_LENGTH, DataArguments
@@ -14,6 +14,7 @@ from hf_ft_ext.metrics import REGRESSION
 
 # transformers' mark for a tokenizer that sets no limit is about 1e30.
 _NO_LIMIT = 10**9
+_STREAMED = 256  # rows of a stream that are tokenised at a time
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ def tokenize(
     are truncated to `max_seq_length` tokens, the longer text of a pair first, and padded only with
     `pad_to_max_length`; else the data collator pads each batch. Truncation and padding settings
     saved in a tokenizer file have no effect. The result is kept in memory: nothing is cached, so
-    nothing can be stale.
+    nothing can be stale. Of a stream, rows are tokenised when their turn comes.
 
     Args:
         data: what `load_data` returns.
@@ -62,7 +63,7 @@ def tokenize(
         encoder = _PlainEncoder(tokenizer, data_args, model_max_length, len(data.text_columns))
     names, new_ids = _label_order(data.label_names, label2id)
 
-    def convert(split: str, rows: Dataset) -> Dataset:
+    def convert(split: str, rows: Any) -> Any:
         return _tokenize_split(split, rows, data, encoder, new_ids)
 
     return replace(
@@ -139,7 +140,9 @@ def _label_order(
     return ordered, new_ids
 
 
-def _tokenize_split(split: str, rows: Dataset, data: TaskData, encoder: RowEncoder, new_ids) -> Dataset:
+def _tokenize_split(
+    split: str, rows: Dataset | IterableDataset, data: TaskData, encoder: RowEncoder, new_ids
+) -> Dataset | IterableDataset:
     has_labels = LABEL in rows.column_names
     regression = data.problem_type == REGRESSION
 
@@ -161,12 +164,7 @@ def _tokenize_split(split: str, rows: Dataset, data: TaskData, encoder: RowEncod
     features = encoder.features(split)
     if has_labels:
         features["labels"] = Value("float32" if regression else "int64")
-    return rows.map(
-        convert,
-        batched=True,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=Features(features),
-        keep_in_memory=True,
-        desc=f"Tokenizing {split}",
-    )
+    options = {"batched": True, "with_indices": True, "remove_columns": rows.column_names}
+    if isinstance(rows, IterableDataset):
+        return rows.map(convert, batch_size=_STREAMED, features=Features(features), **options)
+    return rows.map(convert, features=Features(features), keep_in_memory=True, desc=f"Tokenizing {split}", **options)

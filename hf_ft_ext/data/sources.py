@@ -8,7 +8,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, get_dataset_config_names, load_dataset, load_dataset_builder
+from datasets import Dataset, IterableDataset, get_dataset_config_names, load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -27,14 +27,14 @@ FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".pa
 _FILE_OPTIONS = ("train_file", "validation_file", "test_file")
 _INSTEAD = "pass a local folder to --dataset_name, or own files with --train_file and --validation_file"
 # What `datasets` lets through from the readers below it, besides its own errors.
-_READ_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, StopIteration, KeyError, pa.ArrowException)
+READ_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, StopIteration, KeyError, pa.ArrowException)
 
 # The error base of the HTTP client under huggingface_hub, whichever it is (it has changed twice).
 _HTTP_ERROR = HfHubHTTPError.__bases__[0]
 _NOT_FOUND = (GatedRepoError, RepositoryNotFoundError, DatasetNotFoundError, HFValidationError)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first line of the innermost cause: what the reader itself complained of."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -48,8 +48,8 @@ def _local_faults(what: str, advice: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except _READ_ERRORS as error:
-        raise InputError(f"cannot read {what} ({_reason(error)}); {advice}") from error
+    except READ_ERRORS as error:
+        raise InputError(f"cannot read {what} ({reason(error)}); {advice}") from error
 
 
 @contextmanager
@@ -60,24 +60,27 @@ def _hub_faults(name: str) -> Iterator[None]:
         raise
     except _NOT_FOUND as error:
         raise InputError(
-            f"data set '{name}' is neither a local folder nor found on the Hub ({_reason(error)}); check the name, "
+            f"data set '{name}' is neither a local folder nor found on the Hub ({reason(error)}); check the name, "
             f"pass --token if it is private or gated, or {_INSTEAD}"
         ) from error
     except HfHubHTTPError as error:  # the Hub answered, with an error
-        raise InputError(f"cannot load data set '{name}' from the Hub ({_reason(error)}); or {_INSTEAD}") from error
+        raise InputError(f"cannot load data set '{name}' from the Hub ({reason(error)}); or {_INSTEAD}") from error
     except (ConnectionError, LocalEntryNotFoundError, _HTTP_ERROR) as error:
         raise InputError(
-            f"data set '{name}' is not a local folder, and the Hub cannot be reached ({_reason(error)}); without a "
+            f"data set '{name}' is not a local folder, and the Hub cannot be reached ({reason(error)}); without a "
             f"network {_INSTEAD}"
         ) from error
-    except _READ_ERRORS as error:
-        raise InputError(f"cannot load data set '{name}' from the Hub ({_reason(error)}); or {_INSTEAD}") from error
+    except READ_ERRORS as error:
+        raise InputError(f"cannot load data set '{name}' from the Hub ({reason(error)}); or {_INSTEAD}") from error
 
 
 def open_source(
     data_args: DataArguments, task: Task | None, *, cache_dir: str | None = None, token: str | None = None
-) -> dict[str, Dataset]:
+) -> dict[str, Dataset | IterableDataset]:
     """Return the splits as they are stored, by their own names, `train` first where there is one.
+
+    With `data_args.streaming` nothing is downloaded or converted yet: the training split, and with a data set all
+    splits, are streams.
 
     Args:
         data_args: says where the data is; see `hf_ft_ext.data.loading.load_data`.
@@ -99,13 +102,14 @@ def open_source(
             "with it, or leave it out"
         )
     if files:
-        return _open_files(files, cache_dir)
+        return _open_files(files, cache_dir, data_args.streaming)
     if data_args.dataset_name is None and task is not None and task.hub_id is None:
-        return dict(demo_dataset())
+        splits = dict(demo_dataset())
+        return splits | {"train": splits["train"].to_iterable_dataset()} if data_args.streaming else splits
     return _open_dataset(data_args, task, cache_dir, token)
 
 
-def _open_files(files: dict[str, str], cache_dir: str | None) -> dict[str, Dataset]:
+def _open_files(files: dict[str, str], cache_dir: str | None, streaming: bool) -> dict[str, Dataset | IterableDataset]:
     kinds = {}
     for option, name in files.items():
         path = Path(name).expanduser()
@@ -131,7 +135,12 @@ def _open_files(files: dict[str, str], cache_dir: str | None) -> dict[str, Datas
         ):
             # One call for each file: the test file may lack the label column. The cache notices edited files.
             data = load_dataset(
-                kinds[name], data_files={"train": str(path.resolve())}, split="train", cache_dir=cache_dir, **options
+                kinds[name],
+                data_files={"train": str(path.resolve())},
+                split="train",
+                cache_dir=cache_dir,
+                streaming=streaming and option == "train_file",
+                **options,
             )
         splits[option.removesuffix("_file")] = data
     return splits
@@ -139,7 +148,7 @@ def _open_files(files: dict[str, str], cache_dir: str | None) -> dict[str, Datas
 
 def _open_dataset(
     data_args: DataArguments, task: Task | None, cache_dir: str | None, token: str | None
-) -> dict[str, Dataset]:
+) -> dict[str, Dataset | IterableDataset]:
     name = data_args.dataset_name or task.hub_id
     folder = Path(name).expanduser()
     if folder.is_file():
@@ -157,9 +166,9 @@ def _open_dataset(
             config = task.hub_config
         else:
             config = _choose_config(name, data_args.dataset_config_name, task, token)
-        if folder.is_dir():
+        if folder.is_dir() and not data_args.streaming:
             cache_dir = _cache_for(name, config, cache_dir)
-        splits = load_dataset(name, config, cache_dir=cache_dir, token=token)
+        splits = load_dataset(name, config, cache_dir=cache_dir, token=token, streaming=data_args.streaming)
     return dict(splits)
 
 

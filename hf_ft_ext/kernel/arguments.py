@@ -33,6 +33,8 @@ class KernelTrainingArguments(MethodTrainingArguments):
         InputError: a value out of range.
     """
 
+    needs_all_rows: ClassVar[bool] = True
+
     kernel_formula: str = field(
         default=Formula.SGD.value,
         metadata={

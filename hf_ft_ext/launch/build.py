@@ -22,6 +22,7 @@ from hf_ft_ext.launch.checks import check_checkpoint, check_optimizer, check_spl
 from hf_ft_ext.launch.output import clear_old_run
 from hf_ft_ext.launch.search import require_optuna
 from hf_ft_ext.launch.storage import check_writable, not_writable
+from hf_ft_ext.launch.streaming import in_training_order
 from hf_ft_ext.linear_probe import fit_linear_head, prepare_linear_head
 from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics import metric_function
@@ -61,6 +62,8 @@ def load(
     with args.main_process_first(desc="loading data"):  # downloads happen once
         data = load_data(data_args, cache_dir=model_args.cache_dir, token=model_args.token, data_seed=args.data_seed)
     check_splits(run_args, args, data)
+    if data_args.streaming:
+        data.train = in_training_order(data.train, data_args.stream_buffer, args)
     choose_best_metric(run_args, args, data.metric)
     tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args)
     limit = model_max_length(model, tokenizer)

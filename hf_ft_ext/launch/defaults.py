@@ -18,6 +18,7 @@ from hf_ft_ext.launch.output import (
     refuse_lost_model,
 )
 from hf_ft_ext.launch.ranges import check_ranges
+from hf_ft_ext.launch.streaming import check_streaming
 from hf_ft_ext.training.sharding import refuse_sharding_on_cpu
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def complete_arguments(
     _fill_in(run_args, model_args, data_args, training_args)
     _suit_the_machine(run_args, training_args)
     _check_together(run_args, training_args)
+    check_streaming(run_args, data_args, training_args)
     given = run_args.given.get("output_dir") or None
     resume = training_args.resume_from_checkpoint
     # Only the first process looks: by the time another one did, the first might already have written.

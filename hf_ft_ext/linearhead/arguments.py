@@ -1,7 +1,7 @@
 """Arguments of `--method linearhead`."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_ft_ext.arguments import MethodTrainingArguments
 from hf_ft_ext.errors import InputError
@@ -26,6 +26,8 @@ class LinearHeadTrainingArguments(MethodTrainingArguments):
     Raises:
         InputError: a value out of range.
     """
+
+    needs_all_rows: ClassVar[bool] = True
 
     linearhead_c: float | None = field(
         default=None,

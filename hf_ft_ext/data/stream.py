@@ -1,0 +1,113 @@
+"""Training data as a stream: rows are read, checked and numbered when their turn comes."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
+
+from hf_ft_ext.data import labels as lb
+from hf_ft_ext.data.sources import READ_ERRORS, reason
+from hf_ft_ext.data.tasks import Task
+from hf_ft_ext.errors import InputError
+
+_BATCH = 256  # rows converted at a time
+
+logger = logging.getLogger(__name__)
+
+
+def in_memory(split: str, data: Dataset | IterableDataset, rows: int | None = None) -> Dataset:
+    """All rows of a split, or its first `rows`; a `Dataset` is returned as it is.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    if isinstance(data, Dataset):
+        return data
+    try:
+        found = list(data if rows is None else data.take(rows))
+        return Dataset.from_list(found, features=data.features)
+    except READ_ERRORS as error:
+        raise InputError(
+            f"cannot read split '{split}' as a stream ({reason(error)}); check the data, or leave --streaming out"
+        ) from error
+
+
+def usable_rows(
+    stream: IterableDataset,
+    text_columns: Sequence[str],
+    label_column: str,
+    stored: Any,
+    feature: ClassLabel | Value,
+    task: Task | None,
+) -> IterableDataset:
+    """The rows of `stream` in the form of a `TaskData`, without those that no one can train on.
+
+    Rows that lack a text or have no label among the known ones are skipped; the log says how many.
+
+    Args:
+        stream: as it is stored.
+        text_columns: one or two, with text.
+        label_column: where its labels are.
+        stored: the labels' type there, as the first rows have it.
+        feature: the labels' type in the result: a `ClassLabel` of all known labels, or float32.
+        task: a known task, or none.
+    """
+    columns = [*text_columns, label_column]
+    return stream.select_columns(columns).map(
+        _Usable(tuple(text_columns), label_column, stored, feature, task),
+        batched=True,
+        batch_size=_BATCH,
+        remove_columns=columns,
+        features=Features({**dict.fromkeys(text_columns, Value("string")), lb.LABEL: feature}),
+    )
+
+
+class _Usable:
+    """Texts and numbered labels of a batch of rows, unusable ones left out and counted."""
+
+    def __init__(self, text_columns: tuple[str, ...], label_column: str, stored: Any, feature: Any, task: Task | None):
+        self.text_columns, self.label_column = text_columns, label_column
+        self.stored, self.feature, self.task = stored, feature, task
+        self.skipped = self.said = 0
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        labels, usable = self._labels(batch[self.label_column])
+        for column in self.text_columns:
+            usable &= np.array([isinstance(text, str) for text in batch[column]], dtype=bool)
+        self._count(int((~usable).sum()))
+        kept = np.flatnonzero(usable).tolist()
+        return {column: [batch[column][i] for i in kept] for column in self.text_columns} | {
+            lb.LABEL: labels[kept].tolist()
+        }
+
+    def _labels(self, values: list) -> tuple[np.ndarray, np.ndarray]:
+        """Ids or scores, and which of them there are."""
+        raw = lb.raw_labels("train", self.label_column, [self._suited(value) for value in values], self.stored)
+        if isinstance(self.feature, ClassLabel):
+            ids = lb.known_ids(raw, self.feature.names, self.task)
+            return ids, ids != lb.UNLABELLED
+        scores = np.where(raw.missing, np.nan, raw.values).astype(np.float32)
+        return scores, np.isfinite(scores)
+
+    def _suited(self, value: Any) -> Any:
+        """A label in the type that the first rows have, or `None`: readers of csv and json change it between parts."""
+        dtype = "int" if isinstance(self.stored, ClassLabel) else str(self.stored.dtype)
+        if isinstance(value, bool) or not dtype.startswith(("int", "uint", "float")):
+            return value if isinstance(value, bool if dtype == "bool" else str) else None
+        if not isinstance(value, int | float):
+            return None
+        if dtype.startswith("float"):
+            return value
+        return int(value) if value % 1 == 0 else None
+
+    def _count(self, skipped: int) -> None:
+        self.skipped += skipped
+        if self.skipped >= max(1, 2 * self.said):  # in doubling numbers, not for every batch
+            self.said = self.skipped
+            logger.warning(
+                "stream: %d rows so far lack a text or a label among %s; they are skipped",
+                self.skipped,
+                ", ".join(self.feature.names[:10]) if isinstance(self.feature, ClassLabel) else "the numbers",
+            )
