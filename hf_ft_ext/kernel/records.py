@@ -121,7 +121,7 @@ class RecordMaker:
                 parts.append(torch.cat([form.grads for form in found], 1) if len(found) > 1 else found[0].grads)
         grads = torch.stack(parts, 2) if len(parts) > 1 else parts[0][:, :, None]  # [n, tokens, c, out]
         # of padding, and in the last layer of all but the token that the head reads, gradients are exactly zero
-        used = grads.flatten(2).any(2)
+        used = grads.abs().flatten(2).amax(2) != 0  # NaN counts; several times as fast as `any`
         places = used.flatten().nonzero()[:, 0]
         key = (*key, used.cpu().numpy().tobytes())
         if key not in self._kept:

@@ -112,7 +112,9 @@ def dense(forms: Iterable[Form]) -> torch.Tensor:
 
 
 def largest(tensor: torch.Tensor) -> float:
-    """The largest absolute value; NaN if there is one. Nothing of the tensor's size is made."""
+    """The largest absolute value; NaN if there is one, 0 of nothing. Nothing of the tensor's size is made."""
+    if not tensor.numel():
+        return 0.0
     low, high = tensor.aminmax()
     return max(-low.item(), high.item())
 

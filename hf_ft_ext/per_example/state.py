@@ -14,8 +14,9 @@ Batch = Mapping[str, torch.Tensor]
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout off; afterwards every module is in the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modes = [(module, module.training) for module in model.modules() if module.training]
+    for module, _ in modes:
+        module.training = False
     try:
         yield
     finally:
@@ -26,14 +27,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def only_trainable(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Only the parameters called `names` require gradients; afterwards those that did before."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in names)
+    changed = [p for name, p in model.named_parameters() if p.requires_grad != (name in names)]
+    for parameter in changed:
+        parameter.requires_grad_(not parameter.requires_grad)
     try:
         yield
     finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
+        for parameter in changed:
+            parameter.requires_grad_(not parameter.requires_grad)
 
 
 @contextlib.contextmanager
