@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, speed_metrics
+from transformers import EvalPrediction, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_rows import labels_of
@@ -24,10 +23,10 @@ from hf_ft_ext.kernel.source import KernelSource
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.training.at_once import AtOnceTrainer
 from hf_ft_ext.training.files import write_json
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
-from hf_ft_ext.training.sharding import refuse_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ _GRID = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _SPLITS = {"eval": "dev", "test": "test"}  # the authors' names
 
 
-class KernelTrainer(Trainer):
+class KernelTrainer(AtOnceTrainer):
     """`transformers.Trainer` whose `train()` computes the train kernel and solves the task with it.
 
     The model's weights stay as they are. `evaluate` and `predict` compute the kernel between the training data and
@@ -54,11 +53,11 @@ class KernelTrainer(Trainer):
     Source: Malladi et al., ICML 2023, arXiv 2210.05643.
     """
 
+    solution = "a kernel"
+    start_over = "run again with the same kernel_dir, and finished blocks are found there"
+
     def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
         args = KernelTrainingArguments.complete(args)
-        if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
-            raise InputError("KernelTrainer solves with a kernel and takes no steps; leave `optimizers` out")
-        refuse_sharding(args, "a kernel")
         self.args = args
         self.solved: KernelModel | None = None
         self.regularization = 0.0
@@ -96,45 +95,11 @@ class KernelTrainer(Trainer):
 
     # --- training -------------------------------------------------------------------------------------
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-        **kwargs,
-    ) -> TrainOutput:
-        """Compute the train kernel and fit the solver; return what `Trainer.train` returns, with the solver's loss.
-
-        Raises:
-            InputError: see the class.
-        """
-        if resume_from_checkpoint not in (None, False):
-            raise InputError(
-                f"resume_from_checkpoint={resume_from_checkpoint!r}: a kernel leaves no checkpoint; run again with "
-                "the same kernel_dir, and finished blocks are found there"
-            )
-        if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
-            raise InputError("a kernel needs a training data set of known length; pass train_dataset")
-        self.is_in_train = True
-        if self.model_init is not None:
-            self.model = self.model_wrapped = self.call_model_init(trial)
-        self.model.to(self.args.device)
+    def solve(self) -> dict[str, float]:
+        """Compute the train kernel and fit the solver."""
         labels = self._labels(self.train_dataset)
-        self.state.max_steps = self.args.max_steps
-        self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-        start = time.time()
-        self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
         self.source = KernelSource(self, self.args.options(self.binary))
-        kernel = self.source.kernel(self.train_dataset, "train")
-        metrics = self._solve(kernel, labels)
-        self.state.global_step, self.state.epoch = 1, 1.0
-        self.callback_handler.train_dataloader = self.get_train_dataloader()
-        self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
-        metrics = {**speed_metrics("train", start, num_samples=len(self.train_dataset)), **metrics, "epoch": 1.0}
-        self.is_in_train = False
-        self.log(metrics)
-        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        return TrainOutput(1, metrics["train_loss"], metrics)
+        return self._solve(self.source.kernel(self.train_dataset, "train"), labels)
 
     def _labels(self, dataset: Any) -> np.ndarray:
         labels = labels_of(dataset).numpy()
@@ -249,9 +214,6 @@ class KernelTrainer(Trainer):
         """How to predict again: the saved model is the one the kernel is of, as it was."""
         folder = self.args.kernel_dir or os.path.join(self.args.output_dir, "kernels")
         return f"the same command with --kernel_dir {folder} and --do_predict; the model itself is unchanged"
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        raise InputError("a kernel method has no optimizer: call train(), which solves the task")
 
     def trained_weights(self) -> list[TrainedWeight]:
         """The parameters that the kernel is over: no gradients kept, no moments."""

@@ -151,7 +151,7 @@ def test_bad_arguments(tmp_path, options, message):
 
 
 def test_what_cannot_be_honoured_is_refused(tmp_path):
-    with pytest.raises(InputError, match="resume_from_checkpoint=True: a linear head is fitted at once"):
+    with pytest.raises(InputError, match="resume_from_checkpoint=True: a linear head is found at once"):
         make(tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(InputError, match="leave `optimizers` out"):
         LinearHeadTrainer(tiny_model(), None, optimizers=(torch.optim.SGD(tiny_model().parameters()), None))
