@@ -13,6 +13,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.frozen import skipping_zero_rows
 from hf_ft_ext.fisher.losses import LABELS, TRUE, PerExampleLoss, draws, problem_type_of, refuse_expectation
 from hf_ft_ext.fisher.per_example import Capture, Receiver, find_sites
+from hf_ft_ext.fisher.unread import first_position_only, last_feed_forward
 from hf_ft_ext.per_example.forms import Form, Outer, largest, parts
 
 logger = logging.getLogger(__name__)
@@ -95,6 +96,7 @@ def gradient_sums(
     device = next(iter(own.values())).device
     with untouched(model):
         looped: list[str] = []
+        short: nn.Module | None = None
         for batch in tqdm(dataloader, desc="Fisher information", disable=not progress or _rank() > 0, leave=False):
             batch = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
             rows = _rows_of(batch, labels, loss)
@@ -102,7 +104,9 @@ def gradient_sums(
                 looped = unreachable(model, _sample(batch), min(rows, 2), names, labels, power, problem_type, loss)
             hooked = [name for name in names if name not in looped]
             if hooked:
-                _add_hooked(model, batch, rows, hooked, labels, power, problem_type, loss, sums)
+                if sums.examples == 0:
+                    short = _readable(model, _sample(batch), min(rows, 2), hooked, labels, power, problem_type, loss)
+                _add_hooked(model, batch, rows, hooked, labels, power, problem_type, loss, sums, short)
             if looped:
                 _add_looped(model, batch, rows, looped, labels, power, problem_type, loss, sums)
             sums.examples += rows
@@ -177,12 +181,22 @@ def untouched(model: nn.Module) -> Iterator[None]:
             model.config.use_cache = cache
 
 
-def _backward(model, capture: Capture, batch, rows, labels, power, problem_type, loss, weigh) -> None:
-    """One forward pass, and a backward pass per draw of labels; `weigh` is told the weights of each."""
-    capture.begin(rows)
+def _backward(model, capture: Capture, batch, rows, labels, power, problem_type, loss, weigh, short=None) -> None:
+    """One forward pass, and a backward pass per draw of labels; `weigh` is told the weights of each.
+
+    Args:
+        short: a layer of which only the first position should be needed; if others are, it runs in full.
+    """
+
+    def pairs_of(layer: nn.Module | None) -> list[tuple]:
+        capture.begin(rows)
+        with first_position_only(layer):
+            return list(draws(model(**_inputs(batch, loss)), batch, labels, power, problem_type, loss))
+
     with torch.enable_grad():
-        output = model(**_inputs(batch, loss))
-        pairs = list(draws(output, batch, labels, power, problem_type, loss))
+        pairs = pairs_of(short)
+        if short is not None and not all(values.isfinite().all() for _, values in pairs):
+            pairs = pairs_of(None)
         for i, (weights, values) in enumerate(pairs):
             weigh(weights)
             if values.requires_grad:
@@ -194,11 +208,29 @@ def _inputs(batch: dict, loss: PerExampleLoss | None) -> dict:
     return batch if loss is not None else {key: value for key, value in batch.items() if key != "labels"}
 
 
-def _add_hooked(model, batch, rows, names, labels, power, problem_type, loss, sums: GradientSums) -> None:
+def _add_hooked(model, batch, rows, names, labels, power, problem_type, loss, sums: GradientSums, short) -> None:
     weights: list[torch.Tensor | float] = [1.0]
     receive = _summing(sums, power, weights)
+
+    def weigh(found: torch.Tensor | float) -> None:
+        weights[0] = found
+
     with Capture(find_sites(model, names), receive) as capture, skipping_zero_rows(model):
-        _backward(model, capture, batch, rows, labels, power, problem_type, loss, lambda w: weights.__setitem__(0, w))
+        _backward(model, capture, batch, rows, labels, power, problem_type, loss, weigh, short)
+
+
+def _readable(model, batch, rows, names, labels, power, problem_type, loss) -> nn.Module | None:
+    """The last layer if loss and gradients need nothing of it but the first position's feed-forward part."""
+    layer = last_feed_forward(model)
+    if layer is None:
+        return None
+    sums = GradientSums(
+        {name: _zeros(parameter) for name, parameter in model.named_parameters() if name in names}, {}, 0
+    )
+    weights: list[torch.Tensor | float] = [1.0]
+    with first_position_only(layer), Capture(find_sites(model, names), _summing(sums, power, weights)) as capture:
+        _backward(model, capture, batch, rows, labels, power, problem_type, loss, lambda _: None)
+    return layer if all(value.isfinite().all() for value in sums.powers.values()) else None
 
 
 def _summing(sums: GradientSums, power: int, weights: list) -> Receiver:

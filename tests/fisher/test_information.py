@@ -12,6 +12,7 @@ from peft import get_peft_model
 from probes import KINDS, TARGETS, adapted, batched, plain_way, rows
 from tiny import tiny_model
 from torch import nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_ft_ext import BottleneckConfig, fisher_information
 from hf_ft_ext.errors import InputError
@@ -281,3 +282,82 @@ def test_two_processes_equal_one(tmp_path, split):
     expected = fisher_information(adapted("bert", ["lora", "prefix"]), batched(rows(), 6), progress=False)
     for rank in (0, 1):
         same(torch.load(tmp_path / f"{rank}.pt", weights_only=True), expected)
+
+
+# --- the last layer's positions that nobody reads -----------------------------------------------------
+
+
+def feed_forward_positions(model, layer: int) -> list[int]:
+    """Positions that a layer's feed-forward part is run on, call by call, filled while the model runs."""
+    seen = []
+    part = model.get_submodule(f"bert.encoder.layer.{layer}.intermediate.dense")
+    part.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    return seen
+
+
+def test_the_last_feed_forward_part_runs_on_the_position_that_is_read():
+    model = adapted("bert", ["lora", "bottleneck", "prefix"])
+    inner = model.get_base_model()
+    last, first = feed_forward_positions(inner, 1), feed_forward_positions(inner, 0)
+    fisher_information(model, batched(rows(), 3), progress=False)
+    assert last[-1] == 1 and first[-1] > 1
+    assert "feed_forward_chunk" not in vars(inner.bert.encoder.layer[1])
+
+
+class MeanForSequenceClassification(nn.Module):
+    """A head on all positions that are not padding."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.config, self.bert, self.classifier = model.config, model.bert, model.classifier
+        self.first_only = False
+
+    def read(self, hidden, attention_mask):
+        mask = attention_mask[..., None].to(hidden.dtype)
+        return hidden[:, 0] if self.first_only else (hidden * mask).sum(1) / mask.sum(1)
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        hidden = self.bert(input_ids, attention_mask).last_hidden_state
+        logits = self.classifier(self.read(hidden, attention_mask))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def test_a_head_that_reads_all_positions_gets_them():
+    model = MeanForSequenceClassification(tiny_model().double())
+    seen = feed_forward_positions(model, 1)
+    names = ["bert.encoder.layer.1.output.dense.weight", "classifier.weight"]
+    found = fisher_information(model, batched(rows(), 3), names, progress=False)
+    assert seen[-1] > 1
+    same(found, plain_way(model, rows(), names))
+
+
+def test_a_head_that_begins_to_read_all_positions_gets_them_from_there():
+    model = MeanForSequenceClassification(tiny_model().double())
+    names = ["bert.encoder.layer.1.output.dense.weight", "classifier.weight"]
+
+    def batches():
+        for i, batch in enumerate(batched(rows(), 2)):
+            model.first_only = i == 0
+            yield batch
+
+    found = fisher_information(model, batches(), names, progress=False)
+    model.first_only = True
+    expected = plain_way(model, rows()[:2], names)
+    model.first_only = False
+    rest = plain_way(model, rows()[2:], names)
+    same(found, {name: expected[name] + rest[name] for name in names})
+
+
+def test_a_norm_behind_the_last_layer_is_not_spoilt():
+    class NormedForSequenceClassification(MeanForSequenceClassification):
+        def __init__(self, model):
+            super().__init__(model)
+            self.norm = nn.LayerNorm(model.config.hidden_size).double()
+
+        def read(self, hidden, attention_mask):
+            return self.norm(hidden)[:, 0]
+
+    model = NormedForSequenceClassification(tiny_model().double())
+    names = ["norm.weight", "norm.bias", "bert.encoder.layer.1.output.dense.weight"]
+    same(fisher_information(model, batched(rows(), 3), names, progress=False), plain_way(model, rows(), names))
