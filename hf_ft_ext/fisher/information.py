@@ -4,6 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import isfinite
 
 import torch
 from torch import nn
@@ -96,16 +97,20 @@ def gradient_sums(
     device = next(iter(own.values())).device
     with untouched(model):
         looped: list[str] = []
-        short: nn.Module | None = None
+        short: nn.Module | None = None  # a layer of which only the first position is read
         for batch in tqdm(dataloader, desc="Fisher information", disable=not progress or _rank() > 0, leave=False):
             batch = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
             rows = _rows_of(batch, labels, loss)
             if sums.examples == 0:
-                looped = unreachable(model, _sample(batch), min(rows, 2), names, labels, power, problem_type, loss)
+                few = (model, _sample(batch), min(rows, 2), names, labels, power, problem_type, loss)
+                short = last_feed_forward(model)
+                with first_position_only(short):
+                    trial = Trial.of(*few)
+                if short is not None and not trial.finite():
+                    short, trial = None, Trial.of(*few)
+                looped = trial.missed()
             hooked = [name for name in names if name not in looped]
             if hooked:
-                if sums.examples == 0:
-                    short = _readable(model, _sample(batch), min(rows, 2), hooked, labels, power, problem_type, loss)
                 _add_hooked(model, batch, rows, hooked, labels, power, problem_type, loss, sums, short)
             if looped:
                 _add_looped(model, batch, rows, looped, labels, power, problem_type, loss, sums)
@@ -219,20 +224,6 @@ def _add_hooked(model, batch, rows, names, labels, power, problem_type, loss, su
         _backward(model, capture, batch, rows, labels, power, problem_type, loss, weigh, short)
 
 
-def _readable(model, batch, rows, names, labels, power, problem_type, loss) -> nn.Module | None:
-    """The last layer if loss and gradients need nothing of it but the first position's feed-forward part."""
-    layer = last_feed_forward(model)
-    if layer is None:
-        return None
-    sums = GradientSums(
-        {name: _zeros(parameter) for name, parameter in model.named_parameters() if name in names}, {}, 0
-    )
-    weights: list[torch.Tensor | float] = [1.0]
-    with first_position_only(layer), Capture(find_sites(model, names), _summing(sums, power, weights)) as capture:
-        _backward(model, capture, batch, rows, labels, power, problem_type, loss, lambda _: None)
-    return layer if all(value.isfinite().all() for value in sums.powers.values()) else None
-
-
 def _summing(sums: GradientSums, power: int, weights: list) -> Receiver:
     """Adds per-example gradients, weighted by what `weights[0]` holds at that time."""
 
@@ -300,43 +291,67 @@ def plain_gradients(model, one, names, labels, power, problem_type, loss) -> Ite
             yield (weight.sum() if isinstance(weight, torch.Tensor) else weight), found
 
 
-def unreachable(model, batch, rows, names, labels, power, problem_type, loss) -> list[str]:
-    """Parameters whose per-example gradients, by hooks, do not add up to autograd's gradient of the batch.
+@dataclass
+class Trial:
+    """Gradients of a few examples in two ways.
 
-    A weight may be used where no hook sees it. Nothing is left to luck: those go the plain way.
+    Attributes:
+        found: sums of the gradients per example, by hooks.
+        expected: autograd's gradient of the batch.
     """
-    own = dict(model.named_parameters())
-    found = {name: torch.zeros_like(_zeros(own[name])) for name in names}
 
-    def add(name: str, forms: list[Form], start: int) -> None:
-        for _, gradients in parts(forms, _CHUNK):
-            found[name] += gradients.sum(0)
+    found: dict[str, torch.Tensor]
+    expected: dict[str, torch.Tensor]
 
-    with Capture(find_sites(model, names), add) as capture:
-        capture.begin(rows)
-        _, expected = next(plain_gradients(model, batch, names, labels, power, problem_type, loss))
-    for name in names:
-        own[name].requires_grad_(False)
-    expected = {
-        name: torch.zeros_like(found[name]) if gradient is None else gradient.to(found[name].dtype)
-        for name, gradient in zip(names, expected, strict=True)
-    }
-    # Rounding of a sum in another order; a use that was missed is off by the order of the gradient itself. Gradients
-    # that are zero but for rounding (the bias of an attention's keys) are measured by the largest of all.
-    floor = max(largest(gradient) for gradient in expected.values())
-    missed = []
-    for name, gradient in expected.items():
-        scale = max(largest(gradient), largest(found[name]), 1e-5 * floor)
-        difference = largest(found[name].sub_(gradient))
-        if scale and not difference <= _tolerance(own[name].dtype) * scale:
-            missed.append(name)
-    if missed:
-        logger.warning(
-            "No rule for gradients per example of %d parameters (%s, ...): one backward pass per example for them.",
-            len(missed),
-            missed[0],
+    @classmethod
+    def of(cls, model, batch, rows, names, labels, power, problem_type, loss) -> "Trial":
+        """Of the first draw of labels for `batch`."""
+        own = dict(model.named_parameters())
+        found = {name: torch.zeros_like(_zeros(own[name])) for name in names}
+
+        def add(name: str, forms: list[Form], start: int) -> None:
+            for _, gradients in parts(forms, _CHUNK):
+                found[name] += gradients.sum(0)
+
+        with Capture(find_sites(model, names), add) as capture:
+            capture.begin(rows)
+            _, expected = next(plain_gradients(model, batch, names, labels, power, problem_type, loss))
+        for name in names:
+            own[name].requires_grad_(False)
+        return cls(
+            found,
+            {
+                name: torch.zeros_like(found[name]) if gradient is None else gradient
+                for name, gradient in zip(names, expected, strict=True)
+            },
         )
-    return missed
+
+    def finite(self) -> bool:
+        """Whether no gradient holds NaN or infinity."""
+        return all(isfinite(largest(value)) for way in (self.found, self.expected) for value in way.values())
+
+    def missed(self) -> list[str]:
+        """Parameters whose gradients per example do not add up to that of the batch; the sums are lost.
+
+        A weight may be used where no hook sees it. Nothing is left to luck: those go the plain way.
+        """
+        # Rounding of a sum in another order; a use that was missed is off by the order of the gradient itself. Gradients
+        # that are zero but for rounding (the bias of an attention's keys) are measured by the largest of all.
+        floor = max(largest(gradient) for gradient in self.expected.values())
+        missed = []
+        for name, gradient in self.expected.items():
+            scale = max(largest(gradient), largest(self.found[name]), 1e-5 * floor)
+            difference = largest(self.found[name].sub_(gradient.to(self.found[name].dtype)))
+            if scale and not difference <= _tolerance(gradient.dtype) * scale:
+                missed.append(name)
+        if missed:
+            logger.warning(
+                "No rule for gradients per example of %d parameters (%s, ...): one backward pass per example for "
+                "them.",
+                len(missed),
+                missed[0],
+            )
+        return missed
 
 
 def _sample(batch: dict) -> dict:
