@@ -335,8 +335,8 @@ class Trial:
 
         A weight may be used where no hook sees it. Nothing is left to luck: those go the plain way.
         """
-        # Rounding of a sum in another order; a use that was missed is off by the order of the gradient itself. Gradients
-        # that are zero but for rounding (the bias of an attention's keys) are measured by the largest of all.
+        # Rounding of a sum in another order; a use that was missed is off by the order of the gradient itself. What is
+        # zero but for rounding (the gradient of an attention's key bias) is measured by the largest of all.
         floor = max(largest(gradient) for gradient in self.expected.values())
         missed = []
         for name, gradient in self.expected.items():
