@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import log_loss
+from sklearn.model_selection import StratifiedKFold
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.linear_fit import GRID, fit_classes, fit_numbers, fit_place
@@ -51,6 +53,24 @@ def test_the_strength_is_chosen_by_the_loss_on_rows_left_out():
     assert noise.c < 0.1 < signal.c  # noise is shrunk, a clean rule is not
     again = fit_classes(X, (X[:, 0] > 3).astype(int), ["a", "b"])
     np.testing.assert_array_equal(again.weight, signal.weight)
+
+
+def test_strengths_past_the_best_are_left_out(monkeypatch):
+    random = np.random.default_rng(1)
+    x = random.normal(size=(80, 6))
+    labels = (x[:, 0] + 2 * random.normal(size=80) > 0).astype(int)
+    scaled = (x - x.mean(0)) / x.std(0)
+    folds = list(StratifiedKFold(5, shuffle=True, random_state=0).split(labels, labels))
+    losses = []
+    for c in GRID:
+        fits = [(LogisticRegression(C=c, max_iter=1000).fit(scaled[a], labels[a]), b) for a, b in folds]
+        losses.append(sum(log_loss(labels[b], fit.predict_proba(scaled[b]), normalize=False) for fit, b in fits))
+    tried, original = [], LogisticRegression.fit
+    monkeypatch.setattr(
+        LogisticRegression, "fit", lambda self, *a, **k: tried.append(self.C) or original(self, *a, **k)
+    )
+    assert fit_classes(x, labels, ["a", "b"]).c == GRID[int(np.argmin(losses))]
+    assert 5 < len(tried) < 5 * len(GRID) and max(tried) < GRID[-1]
 
 
 def test_one_row_of_a_class_leaves_no_cross_validation(caplog):
