@@ -14,6 +14,7 @@ from hf_ft_ext.prompts.model import architecture, is_prompt_model
 # Query and value, as in peft's table, which lacks it.
 _DEFAULT_TARGETS = {"distilbert": ["q_lin", "v_lin"]}
 _PREFIX = "prefix_tuning"
+_SAVED_BY_PEFT = ("classifier", "score")  # whatever `modules_to_save` says
 _REAL_ACTIVATIONS = "init_from_activations"  # an argument of ours, not of peft's configuration
 
 
@@ -41,12 +42,20 @@ def trained_in_full(model: PreTrainedModel) -> list[str]:
     return names
 
 
+def _left_out(model: PreTrainedModel, saved: list[str]) -> list[str]:
+    """Modules whose weights came untrained and are not part of a module in `saved`."""
+    fresh = getattr(model, "fresh_parameters", ())
+    holders = [name for name in trained_in_full(model) if any(p == name or p.startswith(f"{name}.") for p in fresh)]
+    return [name for name in holders if not any(f".{part}." in f".{name}." for part in saved)]
+
+
 def wrap_with_peft(
     model: PreTrainedModel, kind: str, settings: dict | None, seed: int, option: str = "peft"
 ) -> PeftModel:
     """Wrap a sequence classifier with a peft method, drawn from `seed`; the head trains in full.
 
-    Saved models are standard adapters, the head included.
+    Saved models are standard adapters, the head included. With `modules_to_save` of your own, what came untrained and
+    is not among them is saved too, but does not train: nobody could load it otherwise.
 
     Args:
         kind: the method's name in peft, such as `lora`, `ia3`, `vera`, `ln_tuning`, `prefix_tuning`.
@@ -68,9 +77,11 @@ def wrap_with_peft(
         raise InputError(f"{option}_config: {_REAL_ACTIVATIONS} is about prefix_tuning, not {kind}; leave it out")
     heads = trained_in_full(model)
     pooler = f"{encoder_path(model)}.pooler" if encoder_path(model) else "pooler"
-    if any(name == pooler for name, _ in model.named_modules()):
-        heads.append("pooler")
-    settings.setdefault("modules_to_save", list(dict.fromkeys(heads)))
+    if any(name == pooler for name, _ in model.named_modules()):  # whole: peft cannot load what is wrapped twice
+        heads = [*(head for head in heads if not f"{head}.".startswith(f"{pooler}.")), "pooler"]
+    asked = settings.get("modules_to_save")
+    saved_too = [] if asked is None else _left_out(model, [*asked, *_SAVED_BY_PEFT])
+    settings["modules_to_save"] = list(dict.fromkeys(heads)) if asked is None else [*asked, *saved_too]
     if kind.lower() in ("lora", "vera") and (targets := lora_targets(model)):
         settings.setdefault("target_modules", targets)
     if is_prompt_model(model) and kind.lower() == _PREFIX:
@@ -88,6 +99,9 @@ def wrap_with_peft(
             wrapped = get_peft_model(model, config)
             if real:
                 start_from_activations(wrapped)
+            for name, parameter in wrapped.named_parameters():
+                if any(f".{module}.modules_to_save." in name for module in saved_too):
+                    parameter.requires_grad_(False)
             return wrapped
     except (TypeError, ValueError, NotImplementedError) as error:
         reason = str(error).split(". ")[0].splitlines()[0]
