@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Features, Value
 from peft import PeftModel
 from safetensors.torch import load_file
 from tiny import text_dataset, tiny_model
@@ -157,6 +158,28 @@ def test_resume_equals_unbroken(launch, method, monkeypatch):
     os.rename("b/checkpoint-4", "later")
     assert launch(*options, "--output_dir", "b", "--resume_from_checkpoint", "true", method=method) == 0
     assert same("a", "b")
+
+
+def test_predictions_keep_every_row_and_its_place(launch, tmp_path):
+    rows = text_dataset(21, seed=3).select_columns(["sentence", "label"])
+    rows = rows.map(lambda row, i: {"label": i / 7}, with_indices=True, features=Features(
+        {"sentence": Value("string"), "label": Value("float32")}
+    ))  # fmt: skip
+    rows.to_csv(tmp_path / "scores.csv")
+    data = ["--train_file", "scores.csv", "--validation_file", "scores.csv", "--test_file", "scores.csv"]
+    options = ("--do_train", "--do_eval", "--do_predict", "--max_steps", "1", "--per_device_eval_batch_size", "4")
+    assert launch(*options, "--output_dir", "one", data=data) == 0
+    again = ("--model_name_or_path", "one", "--do_eval", "--do_predict", "--per_device_eval_batch_size", "4")
+    again += ("--train_sampling_strategy", "group_by_length", "--dataloader_drop_last")
+    assert launch(*again, "--output_dir", "two", data=data) == 0
+    one, two = ([float(row[1]) for row in tsv(f"{name}/predictions.tsv")[1:]] for name in ("one", "two"))
+    assert len(set(one)) > 10 and two == pytest.approx(one, abs=1e-5)
+    losses = [json.loads(Path(name, "run.json").read_text())["metrics"]["eval_loss"] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def tsv(path) -> list[list[str]]:
+    return list(csv.reader(Path(path).read_text().splitlines(), delimiter="\t"))
 
 
 @pytest.mark.parametrize("method", IN_STEPS)

@@ -1,16 +1,17 @@
 """What a run leaves and says at its end: metrics, predictions, the last table."""
 
+import contextlib
 import csv
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from peft import PeftModel
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
@@ -35,13 +36,27 @@ def split_suffix(position: int, name: str) -> str:
     return "mm" if name.endswith("mismatched") else name
 
 
+@contextlib.contextmanager
+def _set(args: TrainingArguments, **values: Any) -> Iterator[None]:
+    """Arguments with other values inside."""
+    before = {name: getattr(args, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(args, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
+
+
 def evaluate_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
     """Metrics on every split: `eval_accuracy` on the first, `eval_mm_accuracy` on MNLI's second one."""
     metrics = {}
     for position, (name, data) in enumerate(splits.items()):
         suffix = split_suffix(position, name)
         prefix = "_".join(filter(None, ("eval", suffix)))
-        metrics |= trainer.evaluate(eval_dataset=data, metric_key_prefix=prefix)
+        with _set(trainer.args, dataloader_drop_last=False):  # meant for training; transformers drops rows here too
+            metrics |= trainer.evaluate(eval_dataset=data, metric_key_prefix=prefix)
     return metrics
 
 
@@ -54,7 +69,14 @@ def predict_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
     for position, (name, data) in enumerate(splits.items()):
         suffix = split_suffix(position, name)
         prefix = "_".join(filter(None, ("test", suffix)))
-        output = trainer.predict(data, metric_key_prefix=prefix)
+        # What shall shorten training would shuffle or drop these rows.
+        in_order = {
+            "train_sampling_strategy": "sequential",
+            "dataloader_drop_last": False,
+            "dataloader_in_order": True,
+        }
+        with _set(trainer.args, **in_order):
+            output = trainer.predict(data, metric_key_prefix=prefix)
         metrics |= output.metrics
         if output.predictions is None:
             raise InputError("--prediction_loss_only leaves no predictions to write; drop it or --do_predict")
