@@ -19,5 +19,6 @@ if __name__ == "__main__":
     import run_glue
 
     status = run_glue.main([*sys.argv[1:], "--accelerator_config", '{"use_configured_state": true}'])
-    print("spread by", AcceleratorState._shared_state.get("distributed_type"))
+    # one write: the other process's line must not fall into it
+    sys.stdout.write(f"spread by {AcceleratorState._shared_state.get('distributed_type')}\n")
     sys.exit(status)
