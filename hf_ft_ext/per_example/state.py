@@ -27,14 +27,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def only_trainable(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """Only the parameters called `names` require gradients; afterwards those that did before."""
-    changed = [p for name, p in model.named_parameters() if p.requires_grad != (name in names)]
-    for parameter in changed:
-        parameter.requires_grad_(not parameter.requires_grad)
+    before = [(p, p.requires_grad) for name, p in model.named_parameters() if p.requires_grad != (name in names)]
+    for parameter, flag in before:
+        parameter.requires_grad_(not flag)
     try:
         yield
     finally:
-        for parameter in changed:
-            parameter.requires_grad_(not parameter.requires_grad)
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager
