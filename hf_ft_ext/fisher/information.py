@@ -14,8 +14,8 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.frozen import skipping_zero_rows
 from hf_ft_ext.fisher.losses import LABELS, TRUE, PerExampleLoss, draws, problem_type_of, refuse_expectation
 from hf_ft_ext.fisher.per_example import Capture, Receiver, find_sites
-from hf_ft_ext.fisher.unread import first_position_only, last_feed_forward
 from hf_ft_ext.per_example.forms import Form, Outer, largest, parts
+from hf_ft_ext.per_example.unread import first_position_only, last_feed_forward
 
 logger = logging.getLogger(__name__)
 

@@ -23,6 +23,9 @@ from hf_ft_ext.per_example.state import Batch, computing_in, evaluating, support
 
 logger = logging.getLogger(__name__)
 
+# What a batch costs beside its tokens, in tokens: as measured with the demo encoder; a GPU waits for many launches.
+_CPU_BATCH, _OTHER_BATCH = 64, 4096
+
 
 class Engine(enum.StrEnum):
     """How a kernel is computed; all give the same.
@@ -242,7 +245,8 @@ class KernelComputation:
             yield i, j, block
 
     def _side(self, rows: ExampleRows, bounds: tuple[int, int], plan: Plan):
-        return self.engine.side(rows, rows.by_length(*bounds, plan.batch_size))
+        overhead = _CPU_BATCH if self.engine.device.type == "cpu" else _OTHER_BATCH
+        return self.engine.side(rows, rows.by_length(*bounds, plan.batch_size, overhead))
 
     def _kernel(self, left, right, first: int, second: int) -> torch.Tensor:
         found = self.engine.kernels(left, right)

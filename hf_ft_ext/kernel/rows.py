@@ -53,10 +53,25 @@ class ExampleRows:
         keep = max(self.lengths[i] for i in indices)
         return {key: self._stacked(key, [row[key] for row in rows], rows, keep).to(device) for key in rows[0]}
 
-    def by_length(self, first: int, last: int, size: int) -> list[list[int]]:
-        """Positions of the rows `first` to `last` (exclusive) in groups of up to `size`, of similar lengths."""
+    def by_length(self, first: int, last: int, size: int, overhead: int = 0) -> list[list[int]]:
+        """Positions of the rows `first` to `last` (exclusive) in groups of up to `size`, of similar lengths.
+
+        Args:
+            overhead: what a group costs beside its tokens, in tokens; the sum over all groups, padding included, is
+                the least there is.
+        """
         order = sorted(range(first, last), key=lambda i: (self.lengths[i], i))
-        return [order[k : k + size] for k in range(0, len(order), size)]
+        best: list[tuple[int, int]] = [(0, 0)]  # of the first k rows: cost, and where their last group begins
+        for k in range(1, len(order) + 1):
+            longest = self.lengths[order[k - 1]]
+            begins = range(max(k - size, 0), k)
+            best.append(min((best[begin][0] + overhead + (k - begin) * longest, begin) for begin in begins))
+        groups, end = [], len(order)
+        while end:
+            begin = best[end][1]
+            groups.append(order[begin:end])
+            end = begin
+        return groups[::-1]
 
     def _stacked(self, key: str, values: list[torch.Tensor], rows: list[dict], keep: int) -> torch.Tensor:
         if all(value.ndim and len(value) == self._tokens(row) for value, row in zip(values, rows, strict=True)):

@@ -255,6 +255,17 @@ def test_batches_and_padding_do_not_matter():
     torch.testing.assert_close(empirical_ntk(model, parts, LEFT), whole, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("size, overhead, cost", [(2, 0, 28), (3, 5, 47), (7, 5, 45), (7, 100, 170)])
+def test_batches_are_those_of_least_padding(size, overhead, cost):
+    """`cost`: the least over all ways to cut the lengths in order (each was tried)."""
+    lengths = [3, 10, 2, 1, 7, 2, 3]
+    rows = ExampleRows([{"input_ids": torch.ones(1, n, dtype=torch.long)} for n in lengths])
+    groups = rows.by_length(0, 7, size, overhead)
+    assert sorted(i for group in groups for i in group) == list(range(7)) and max(map(len, groups)) <= size
+    assert sum(overhead + len(group) * max(lengths[i] for i in group) for group in groups) == cost
+    assert [i for group in rows.by_length(2, 5, size, overhead) for i in group] == [3, 2, 4]
+
+
 def test_memory_is_bounded_and_too_little_is_refused():
     model = family("bert").double()
     whole = empirical_ntk(model, LEFT, RIGHT)

@@ -172,9 +172,34 @@ class Noisy(nn.Module):
         return x + torch.rand_like(x)
 
 
+class Drawing(nn.Module):
+    """Draws numbers that change nothing."""
+
+    def forward(self, x):
+        torch.rand(1)
+        return x
+
+
+class Counting(nn.Module):
+    """Another output at each call, with no number drawn from torch."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return x + 1e-3 * self.calls
+
+
+def test_numbers_drawn_to_no_effect_do_not_matter():
+    assert assert_equal(Layered(Drawing()).double(), batch()).uncovered == []
+
+
 @pytest.mark.parametrize(
     "layer, message",
     [
+        (Counting(), "other outputs for the same batch"),
         (Noisy(), "other outputs for the same batch.*remove what draws random numbers"),
         (nn.BatchNorm1d(8, track_running_stats=False), r"other examples of its batch \(layer\)"),
     ],
@@ -198,6 +223,55 @@ def test_more_bad_input():
     with pytest.raises(InputError, match="not finite"):
         list(ExampleGradients(broken)(batch()))
     assert find_rule(nn.Conv1d(2, 2, 1)) is None
+
+
+def feed_forward_positions(model) -> list[int]:
+    """Positions that the last layer's feed-forward part is run on, call by call, filled while the model runs."""
+    seen = []
+    part = model.bert.encoder.layer[-1].intermediate.dense
+    part.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    return seen
+
+
+class Normed(nn.Module):
+    """A norm between the encoder and the classifier."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.bert, self.classifier, self.norm = model.bert, model.classifier, nn.LayerNorm(16).double()
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.norm(self.bert(input_ids, attention_mask).last_hidden_state)
+        return type("Output", (), {"logits": self.classifier(hidden[:, 0])})
+
+
+def test_the_last_feed_forward_part_runs_on_the_position_that_is_read():
+    model = family("bert").double()
+    seen = feed_forward_positions(model)
+    examples = ExampleGradients(model)
+    list(examples(batch()))
+    assert seen[-1] == 1 and "feed_forward_chunk" not in vars(model.bert.encoder.layer[-1])
+    normed = Normed(model)
+    assert assert_equal(normed, batch()).uncovered == []  # its norm of what nobody reads would not be finite
+
+
+def test_who_reads_other_positions_from_the_second_batch_on_gets_them():
+    model = family("bert").double()
+    names = ["bert.encoder.layer.1.output.dense.weight", "classifier.weight", "bert.embeddings.word_embeddings.weight"]
+    parameters = {name: p for name, p in model.named_parameters() if name in names}
+    positions = [0]
+
+    def read(model, batch):
+        hidden = model.bert(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+        return model.classifier(hidden[:, positions[-1]])
+
+    seen, examples = feed_forward_positions(model), ExampleGradients(model, read, parameters)
+    for position in (0, 2, 0):
+        positions.append(position)
+        (ours, _), (theirs, _) = gathered(examples, batch()), plain(model, read, batch(), parameters)
+        for name in names:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12)
+    assert 1 in seen
 
 
 def test_padding_is_cut_at_the_right_end_only():
