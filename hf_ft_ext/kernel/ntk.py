@@ -209,8 +209,9 @@ class KernelComputation:
         longer = rows1 if rows2 is None or max(rows1.lengths) >= max(rows2.lengths) else rows2
         options = self.options
         needs = measure(self.engine, longer, self._wider_bytes)
-        n2 = None if rows2 is None else len(rows2)
-        return make_plan(needs, len(rows1), n2, options.memory_gb, options.batch_size, options.block_rows, processes)
+        lengths2 = None if rows2 is None else rows2.lengths
+        sizes = options.memory_gb, options.batch_size, options.block_rows
+        return make_plan(needs, rows1.lengths, lengths2, *sizes, processes)
 
     def _prepare(self, rows: ExampleRows) -> None:
         if self._ready:

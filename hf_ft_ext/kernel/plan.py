@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +19,17 @@ class Needs:
     """Bytes that one example takes.
 
     Attributes:
-        record: kept for it.
+        record: kept for the longest.
+        same: the part of `record` that is the same for a short one.
+        longest: tokens of the longest.
         graph: what a forward and backward pass needs while it runs.
         row: its gradient rows of the largest parameter multiplied out.
         fixed: taken whatever the number of examples: weights in a wider type.
     """
 
     record: int
+    same: int
+    longest: int
     graph: int
     row: int
     fixed: int = 0
@@ -33,6 +38,10 @@ class Needs:
     def least(self) -> int:
         """The smallest budget that works: one example on either side."""
         return self.fixed + 2 * self.record + self.graph + 2 * self.row
+
+    def records(self, lengths: Sequence[int]) -> list[float]:
+        """What is kept for examples of so many tokens; a few percent more where tokens of the longest are alike."""
+        return [self.same + (self.record - self.same) * length / self.longest for length in lengths]
 
 
 @dataclass(frozen=True)
@@ -70,19 +79,21 @@ def measure(engine, rows: ExampleRows, fixed: int = 0) -> Needs:
         side = engine.side(rows, [[longest]])
     row = engine.contraction.row_bytes(side.largest() * side.scalars, engine.dtype)
     # the gradients of the outputs come on top of what the graph keeps
-    return Needs(side.bytes(), 2 * sum(saved.values()) or side.bytes(), row, fixed)
+    graph = 2 * sum(saved.values()) or side.bytes()
+    length = rows.lengths[longest]
+    return Needs(side.bytes(), side.same_bytes(length), length, graph, row, fixed)
 
 
 def make_plan(
     needs: Needs,
-    n1: int,
-    n2: int | None,
+    lengths1: Sequence[int],
+    lengths2: Sequence[int] | None,
     memory_gb: float,
     batch_size: int,
     block_rows: int | None,
     processes: int = 1,
 ) -> Plan:
-    """Blocks for `n1 x n2` examples (`n2=None`: the kernel of one set with itself) within `memory_gb`.
+    """Blocks for examples of so many tokens (`lengths2=None`: the kernel of one set with itself) within `memory_gb`.
 
     Raises:
         InputError: not even one example fits.
@@ -96,20 +107,25 @@ def make_plan(
     spare = budget - needs.least
     batch = max(1, min(batch_size, 1 + int(0.25 * spare // needs.graph)))
     rows = max(1, 1 + int(0.25 * spare // (2 * needs.row)))
-    records = 2 + int(0.5 * spare // needs.record)
-    if n2 is None:
-        most = n1 if records >= n1 else max(1, records // 2)
-        most = min(most, block_rows) if block_rows else most
-        first = second = _split(n1, most if processes == 1 else min(most, -(-n1 // processes)))
+    room = 2 * needs.record + 0.5 * spare
+    left = needs.records(lengths1)
+    if lengths2 is None:
+        whole = sum(left) <= room
+        most = min(block_rows or len(left), -(-len(left) // processes))
+        first = second = _split(left, room if whole else room / 2, most)
     else:
-        held = min(n1, records // 2)
-        room = min(records - held, block_rows or _MOST_ROWS, -(-n2 // processes))
-        first, second = _split(n1, held), _split(n2, room)
+        first = _split(left, room / 2, len(left))
+        held = max(sum(left[a:b]) for a, b in first)
+        right = needs.records(lengths2)
+        second = _split(right, room - held, min(block_rows or _MOST_ROWS, -(-len(right) // processes)))
     return Plan(first, second, batch, max(1, 2 * rows * needs.row))
 
 
-def _split(n: int, most: int) -> list[tuple[int, int]]:
-    """Even blocks of up to `most`."""
-    blocks = -(-n // most)
-    bounds = [n * i // blocks for i in range(blocks + 1)]
-    return list(itertools.pairwise(bounds))
+def _split(sizes: Sequence[float], room: float, most: int) -> list[tuple[int, int]]:
+    """The fewest even blocks of up to `most` examples that take up to `room` bytes."""
+    n, before = len(sizes), [0.0, *itertools.accumulate(sizes)]
+    for blocks in range(max(-(-n // most), int(before[n] / room)) or 1, n):
+        cut = list(itertools.pairwise(n * i // blocks for i in range(blocks + 1)))
+        if all(before[last] - before[first] <= room for first, last in cut):
+            return cut
+    return [(i, i + 1) for i in range(n)]

@@ -1,6 +1,6 @@
 """Engine `structured`: parameter by parameter, from what each layer read and the gradients of what it gave."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -38,13 +38,17 @@ class StructuredSide:
 
     def bytes(self) -> int:
         """Memory of the records; tensors that parameters share count once."""
-        sizes = {}
-        for records in self.records.values():
-            for _, record in records:
-                for tensor in record.tensors():
-                    storage = tensor.untyped_storage()
-                    sizes[storage.data_ptr()] = storage.nbytes()
-        return sum(sizes.values())
+        return _bytes((record, 1) for records in self.records.values() for _, record in records)
+
+    def same_bytes(self, length: int) -> int:
+        """Of the `bytes` of one example of `length` tokens, the part that is no less for a short one."""
+
+        def share(record: Record) -> float:
+            if isinstance(record, Matrix):  # the head may read one token; a layer used twice has two for each
+                return record.tokens % length / max(record.tokens, 1)
+            return isinstance(record, Vector)
+
+        return _bytes((record, share(record)) for records in self.records.values() for _, record in records)
 
     def names(self) -> set[str]:
         """Parameters with a gradient."""
@@ -159,6 +163,12 @@ class StructuredEngine:
             self.contraction.tables(mine, theirs, starts, scales, out)
         else:
             self.contraction.vectors(mine, theirs, scales, out)
+
+
+def _bytes(records: Iterable[tuple[Record, float]]) -> int:
+    """Memory of the given shares of records; tensors that they have in common count once."""
+    storages = [(tensor.untyped_storage(), share) for record, share in records for tensor in record.tensors()]
+    return int(sum({storage.data_ptr(): share * storage.nbytes() for storage, share in storages}.values()))
 
 
 def _rows_of(side: StructuredSide, name: str) -> torch.Tensor:

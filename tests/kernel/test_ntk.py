@@ -21,6 +21,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel import contract
 from hf_ft_ext.kernel.formulas import Formula, sign_product, sign_scale, signs
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
+from hf_ft_ext.kernel.plan import make_plan, measure
 from hf_ft_ext.kernel.rows import ExampleRows
 
 FORMULAS = [formula.value for formula in Formula]
@@ -273,11 +274,36 @@ def test_memory_is_bounded_and_too_little_is_refused():
         empirical_ntk(model, LEFT, RIGHT, memory_gb=1e-6)
     least = float(str(error.value).split("at least ")[1].split(",")[0])
     computation = KernelComputation(model, KernelOptions(memory_gb=least))
-    sizes = []
+    tokens = []
     side = computation.engine.side
-    computation.engine.side = lambda rows, batches: sizes.append(sum(map(len, batches))) or side(rows, batches)
+
+    def watched(rows, batches):
+        tokens.append(sum(rows.lengths[i] for indices in batches for i in indices))
+        assert all(len(indices) == 1 for indices in batches)
+        return side(rows, batches)
+
+    computation.engine.side = watched
     torch.testing.assert_close(computation.run(ExampleRows(LEFT), ExampleRows(RIGHT))[0], whole)
-    assert max(sizes) == 1  # one example on either side
+    assert len(tokens) > 5 and max(tokens) <= max(*ExampleRows(LEFT).lengths, *ExampleRows(RIGHT).lengths)
+
+
+@pytest.mark.parametrize("engine", ["structured", "jacobian"])
+@pytest.mark.parametrize("model_type, formula", [("bert", "sgd"), ("albert", "signgd"), ("gpt2", "asymmetric_signgd")])
+def test_no_row_keeps_more_than_is_planned_for_it(model_type, formula, engine):
+    """Records grow with a row's tokens, and blocks of many short rows are as large as those of few long ones."""
+    rows = ExampleRows(batch(9, 30, seed=2))
+    computation = KernelComputation(family(model_type), KernelOptions(formula, engine))
+    computation.engine.prepare(rows)
+    needs = measure(computation.engine, rows)
+    planned = needs.records(rows.lengths)
+    kept = [computation.engine.side(rows, [[i]]).bytes() for i in range(len(rows))]
+    assert all(k <= 1.05 * p for k, p in zip(kept, planned, strict=True)) and max(kept) == needs.record
+    assert sum(planned) <= 1.1 * sum(kept)
+    room = 2.5 * needs.record
+    plan = make_plan(needs, rows.lengths, rows.lengths[:4], (needs.least + 4 * needs.record) / 1e9, 16, None)
+    assert [a for a, _ in plan.first] + [9] == [0] + [b for _, b in plan.first]
+    for blocks in (plan.first, plan.second):
+        assert all(sum(planned[a:b]) <= room for a, b in blocks)
 
 
 @pytest.mark.parametrize(
