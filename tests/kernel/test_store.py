@@ -24,18 +24,18 @@ class Killed(BaseException):
 
 def run(folder, blocks_before_death=None, formula="sgd", second=RIGHT, **options):
     computation = KernelComputation(family("bert"), KernelOptions(formula, block_rows=2, **options))
-    kernels, left = computation.engine.kernels, [blocks_before_death]
+    block, left = computation._kernel, [blocks_before_death]
     computed = []
 
-    def mortal(a, b):
+    def mortal(*sides):
         if left[0] is not None:
             if left[0] == 0:
                 raise Killed
             left[0] -= 1
         computed.append(1)
-        return kernels(a, b)
+        return block(*sides)
 
-    computation.engine.kernels = mortal
+    computation._kernel = mortal
     try:
         return computation.run(LEFT, second, KernelStore(folder, ABOUT)), len(computed)
     except Killed:
