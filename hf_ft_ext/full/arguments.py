@@ -75,7 +75,7 @@ class FullTrainingArguments(MethodTrainingArguments):
         if self.optimizer not in OPTIMIZERS:
             raise InputError(f"optimizer={self.optimizer!r} is unknown; choose from: {', '.join(OPTIMIZERS)}")
         default = next(f.default for f in fields(TrainingArguments) if f.name == "optim")
-        wanted = {ADAM: OptimizerNames.ADAMW_TORCH, SGD: OptimizerNames.SGD, SIGNGD: OptimizerNames.SGD}
+        wanted = {ADAM: OptimizerNames.ADAMW_TORCH_FUSED, SGD: OptimizerNames.SGD, SIGNGD: OptimizerNames.SGD}
         if self.optim not in (default, wanted[self.optimizer]):
             raise InputError(_both(self.optimizer, getattr(self.optim, "value", self.optim)))
         self.optim = wanted[self.optimizer].value

@@ -48,7 +48,7 @@ def test_signgd_steps_by_the_learning_rate_along_the_signs():
 
 
 def test_adam_and_sgd_are_transformers_own(tmp_path):
-    for optimizer, optim in (("adam", "adamw_torch"), ("sgd", "sgd")):
+    for optimizer, optim in (("adam", "adamw_torch_fused"), ("sgd", "sgd")):
         ours = make(tmp_path, optimizer=optimizer)
         plain = make(tmp_path, trainer_class=Trainer, arguments=TrainingArguments, optim=optim)
         for trainer in (ours, plain):
