@@ -27,6 +27,7 @@ from hf_ft_ext.feature_rows import batches_in_order, for_collator
 from hf_ft_ext.kernel import pictures
 from hf_ft_ext.kernel.analysis import (
     agreements,
+    between_classes,
     by_class,
     class_contrast,
     linearization,
@@ -60,7 +61,9 @@ def compare_linearization(args: argparse.Namespace) -> None:
     pairs = [linearization(start, trained, batch) for batch in batches_in_order(*for_collator(trainer, split), 16)]
     change, slope = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     error = linearization_error(change, slope)
+    differences = linearization_error(between_classes(change), between_classes(slope))
     print(f"{change.size} logits: relative squared error of the expansion {error:.4f}")
+    print(f"less the mean over classes, on which no prediction depends: {differences:.4f}")
     pictures.scatter(slope, change, error, args.output or Path(args.trained) / "linearization.png")
 
 

@@ -86,6 +86,11 @@ def linearization_error(change: np.ndarray, slope: np.ndarray) -> float:
     return float(np.mean((change - slope) ** 2) / np.mean(change**2))
 
 
+def between_classes(values: np.ndarray) -> np.ndarray:
+    """Logits `[n, c]` less their mean over classes, on which no prediction depends; one scalar stays as it is."""
+    return values - values.mean(1, keepdims=True) if values.shape[1] > 1 else values
+
+
 def scores_by_seed(folder: Path, names: Sequence[str]) -> dict[str, list[float]]:
     """For each variant the test scores of its seeds (of several runs of a seed, the one best on the dev split).
 

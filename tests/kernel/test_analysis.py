@@ -10,7 +10,14 @@ import torch
 from families import batch, family
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel.analysis import by_class, class_contrast, linearization, linearization_error, scores_by_seed
+from hf_ft_ext.kernel.analysis import (
+    between_classes,
+    by_class,
+    class_contrast,
+    linearization,
+    linearization_error,
+    scores_by_seed,
+)
 from hf_ft_ext.kernel.store import write_kernel
 from hf_ft_ext.per_example.forms import dense
 from hf_ft_ext.per_example.gradients import ExampleGradients
@@ -53,6 +60,10 @@ def test_the_expansion_is_the_gradient_times_the_change():
         np.testing.assert_allclose(slope[:, c], expected.detach().numpy(), rtol=1e-5, atol=1e-8)
     assert 0 < linearization_error(change, slope) < 0.05
     assert linearization_error(change, change) == 0
+    shifted = slope + np.arange(len(slope))[:, None]  # the same for all classes
+    expected = linearization_error(change - change.mean(1)[:, None], slope - slope.mean(1)[:, None])
+    assert linearization_error(between_classes(change), between_classes(shifted)) == pytest.approx(expected)
+    assert np.array_equal(between_classes(change[:, :1]), change[:, :1])
     with pytest.raises(InputError, match="the two models have other parameters"):
         linearization(start, family("roberta"), inputs)
 
