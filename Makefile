@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 		--num_cpu_threads_per_process $(CORES) run_glue.py recipes/demo/sparse.yaml
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Some 1,200 injected faults, about an hour on one core; FAULTS='--count 4' does a fifth of them.
 faults: $(VENV)/.test
@@ -31,7 +31,7 @@ test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
-	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	$(VENV)-oldest/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache
