@@ -87,17 +87,9 @@ class Contraction:
 
     # --- weights --------------------------------------------------------------------------------------
 
-    def by_tokens(self, left: Sequence[Matrix], right: Sequence[Matrix], times: float = 1.0) -> bool:
-        """Whether a weight goes over pairs of tokens.
-
-        Args:
-            times: how many times as much as `right` will meet `left`.
-        """
-        return self.formula is Formula.SGD and _tokens_are_cheaper(left, right, times)
-
     def matrices(self, left: Sequence[Matrix], right: Sequence[Matrix], scales: tuple, out: torch.Tensor) -> None:
         """Add the kernels of a weight, over pairs of tokens or over the entries of the weight."""
-        if self.by_tokens(left, right):
+        if self.formula is Formula.SGD and _tokens_are_cheaper(left, right):
             self._by_tokens(left, right, out[0])
             return
         c, size, like = left[0].scalars, left[0].size, left[0].grads
@@ -187,13 +179,13 @@ class _Tokens:
         self.examples = torch.arange(self.n, device=device).repeat_interleave(torch.tensor(counts, device=device))
 
 
-def _tokens_are_cheaper(left: Sequence[Matrix], right: Sequence[Matrix], times: float) -> bool:
+def _tokens_are_cheaper(left: Sequence[Matrix], right: Sequence[Matrix]) -> bool:
     """Whether products over pairs of tokens cost less than multiplying the gradients out and over their entries."""
     c, size = left[0].scalars, left[0].size
     width_in, width_out = left[0].inputs.shape[1], left[0].grads.shape[2]
     tokens1, tokens2 = (sum(matrix.tokens for matrix in side) for side in (left, right))
     n1, n2 = (sum(len(matrix.counts) for matrix in side) for side in (left, right))
-    entries = c * c * n1 * n2 * size + c * size * (tokens1 / times + tokens2)
+    entries = c * c * n1 * n2 * size + c * size * (tokens1 + tokens2)
     return tokens1 * tokens2 * (c * c * (width_out + 16) + width_in) < entries
 
 

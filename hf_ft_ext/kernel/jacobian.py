@@ -111,13 +111,6 @@ class JacobianEngine:
             rows = [one({key: value[i] for key, value in batch.items()}) for i in range(n)]
         return {name: torch.stack([row[name] for row in rows]) for name in self.parameters}
 
-    def kernels_with(
-        self, left: JacobianSide, rows: ExampleRows, batches: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, list[int]]:
-        """`kernels` of `left` with `batches` of `rows`, and the order of their examples."""
-        right = self.side(rows, batches)
-        return self.kernels(left, right), right.order
-
     def kernels(self, left: JacobianSide, right: JacobianSide) -> torch.Tensor:
         """`[kernels, n, c, n', c]` in float64, examples in the sides' orders."""
         shape = (self.formula.kernels, left.rows, right.rows)

@@ -236,29 +236,26 @@ class KernelComputation:
                 self._prepare(rows1)
                 if held is None or held[0] != i:
                     held = None  # before the next one is made
-                    held = (i, self.engine.side(rows1, self._batches(rows1, plan.first[i], plan)))
+                    held = (i, self._side(rows1, plan.first[i], plan))
+                left = held[1]
                 same = rows2 is None and i == j
-                right = None if same else (rows2 or rows1, self._batches(rows2 or rows1, plan.second[j], plan))
-                block = self._kernel(held[1], right, plan.first[i][0], plan.second[j][0])
+                right = left if same else self._side(rows2 or rows1, plan.second[j], plan)
+                block = self._kernel(left, right, plan.first[i][0], plan.second[j][0])
                 if blocks:
                     blocks.put(i, j, block)
             yield i, j, block
 
-    def _batches(self, rows: ExampleRows, bounds: tuple[int, int], plan: Plan) -> list[list[int]]:
+    def _side(self, rows: ExampleRows, bounds: tuple[int, int], plan: Plan):
         overhead = _CPU_BATCH if self.engine.device.type == "cpu" else _OTHER_BATCH
-        return rows.by_length(*bounds, plan.batch_size, overhead)
+        return self.engine.side(rows, rows.by_length(*bounds, plan.batch_size, overhead))
 
-    def _kernel(self, left, right: tuple[ExampleRows, list] | None, first: int, second: int) -> torch.Tensor:
-        """One block, of `left` with the batches `right` or with itself."""
-        if right is None:
-            found, order = self.engine.kernels(left, left), left.order
-        else:
-            found, order = self.engine.kernels_with(left, *right)
+    def _kernel(self, left, right, first: int, second: int) -> torch.Tensor:
+        found = self.engine.kernels(left, right)
         if not found.isfinite().all():
-            raise InputError(self._explained(left, left if right is None else self.engine.side(*right)))
+            raise InputError(self._explained(left, right))
         block = torch.empty_like(found)
         rows = torch.tensor(left.order)[:, None] - first
-        columns = torch.tensor(order) - second
+        columns = torch.tensor(right.order) - second
         block[:, rows, :, columns] = found.permute(1, 3, 0, 2, 4)
         return block
 

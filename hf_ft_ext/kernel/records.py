@@ -136,26 +136,6 @@ class RecordMaker:
         return Matrix(kept, grads, counts, norms)
 
 
-def merged(records: Sequence[Record], starts: Sequence[int], kept: dict[tuple, torch.Tensor]) -> Record:
-    """Several batches' records of one parameter as one.
-
-    Args:
-        starts: the first row of each batch.
-        kept: inputs put together before, by their parts, which several layers may share.
-    """
-    first = records[0]
-    if isinstance(first, Vector):
-        return Vector(torch.cat([record.values for record in records]))
-    if isinstance(first, Table):
-        return joined(records, starts)
-    key = tuple(record.inputs.data_ptr() for record in records)
-    if key not in kept:
-        kept[key] = torch.cat([record.inputs for record in records])
-    counts = [count for record in records for count in record.counts]
-    norms = None if first.squared_norms is None else torch.cat([record.squared_norms for record in records])
-    return Matrix(kept[key], torch.cat([record.grads for record in records]), counts, norms)
-
-
 def _used(grads: torch.Tensor) -> torch.Tensor:
     """Which tokens of `[n, tokens, c, out]` have a gradient, NaN included: `[n, tokens]`.
 

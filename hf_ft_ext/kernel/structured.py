@@ -1,6 +1,6 @@
 """Engine `structured`: parameter by parameter, from what each layer read and the gradients of what it gave."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,14 +8,10 @@ from torch import nn
 
 from hf_ft_ext.kernel.contract import Contraction
 from hf_ft_ext.kernel.formulas import Formula, sign_scale
-from hf_ft_ext.kernel.records import Matrix, Record, RecordMaker, Table, Vector, merged
+from hf_ft_ext.kernel.records import Matrix, Record, RecordMaker, Table, Vector
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.gradients import ExampleGradients
-
-# From a parameter's name, its record, the record's first row and number of examples to whether it was taken.
-Take = Callable[[str, Record, int, int], bool]
-_MANY = 64  # tokens from which a product by itself is worth it
 
 
 @dataclass
@@ -105,73 +101,40 @@ class StructuredEngine:
     def side(self, rows: ExampleRows, batches: Sequence[Sequence[int]]) -> StructuredSide:
         """The gradient rows of `batches` (positions in `rows`)."""
         side = StructuredSide()
-        self._fill(side, rows, batches)
-        if all(len(found) == len(side.starts) for found in side.records.values()):
-            kept: dict[tuple, torch.Tensor] = {}
-            for name, found in side.records.items():
-                side.records[name] = [(0, merged([record for _, record in found], side.starts, kept))]
-            side.starts = [0]
-        return side
-
-    def _fill(self, side: StructuredSide, rows: ExampleRows, batches, take: Take | None = None) -> None:
-        """Add `batches` to `side`, but for the records that `take` says it has taken."""
         norms = []
         for indices in batches:
             for part in self.examples(rows.batch(indices, self.device)):
                 n, side.scalars = part.scalars.shape
-                number, first = len(side.starts), side.rows
-                make = RecordMaker(n, self.formula.signs)
-                norms.append(torch.zeros(n * side.scalars, dtype=torch.float64, device=self.device))
-                for name in sorted(set().union(*part.gradients)):
-                    record = make([scalar.get(name) for scalar in part.gradients])
-                    if take is None or not take(name, record, first, n):
-                        side.records.setdefault(name, []).append((number, record))
-                    if self.formula.signs:
-                        norms[-1] += _squared_norms(record, len(norms[-1]))
-                side.starts.append(first)
+                side.starts.append(side.rows)
                 side.order += indices[part.first : part.first + n]
+                norms.append(self._add(side, part.gradients, n))
         if self.formula.signs:
             side.scale = sign_scale(torch.cat(norms))
+        return side
+
+    def _add(self, side: StructuredSide, gradients: list[dict], n: int) -> torch.Tensor:
+        number = len(side.starts) - 1
+        make = RecordMaker(n, self.formula.signs)
+        norms = torch.zeros(n * side.scalars, dtype=torch.float64, device=self.device)
+        for name in sorted(set().union(*gradients)):
+            record = make([scalar.get(name) for scalar in gradients])
+            side.records.setdefault(name, []).append((number, record))
+            if self.formula.signs:
+                norms += _squared_norms(record, len(norms))
+        return norms
 
     def kernels(self, left: StructuredSide, right: StructuredSide) -> torch.Tensor:
         """`[kernels, n, c, n', c]` in float64, examples in the sides' orders; it may hold NaN."""
-        return self._kernels(left, right, self._zeros(left, right.rows))
-
-    def kernels_with(
-        self, left: StructuredSide, rows: ExampleRows, batches: Sequence[Sequence[int]]
-    ) -> tuple[torch.Tensor, list[int]]:
-        """`kernels` of `left` with `batches` of `rows`, and the order of their examples.
-
-        What is multiplied over pairs of tokens is multiplied batch by batch and not kept.
-        """
-        n, c = sum(len(indices) for indices in batches), left.scalars
-        total = self._zeros(left, n * c)
-
-        def take(name: str, record: Record, first: int, examples: int) -> bool:
-            mine = [found for _, found in left.records.get(name, ())]
-            if len(mine) != len(left.starts) or not isinstance(record, Matrix) or not isinstance(mine[0], Matrix):
-                return False
-            if record.tokens < _MANY or not self.contraction.by_tokens(mine, [record], n / examples):
-                return False
-            self.contraction.matrices(mine, [record], (None, None), total[:, :, first : first + examples * c])
-            return True
-
-        right = StructuredSide()
-        self._fill(right, rows, batches, take)
-        return self._kernels(left, right, total), right.order
-
-    def _zeros(self, left: StructuredSide, columns: int) -> torch.Tensor:
-        return torch.zeros(self.formula.kernels, left.rows, columns, dtype=torch.float64, device=self.device)
-
-    def _kernels(self, left: StructuredSide, right: StructuredSide, total: torch.Tensor) -> torch.Tensor:
+        shape = (self.formula.kernels, left.rows, right.rows)
+        total = torch.zeros(shape, dtype=torch.float64, device=self.device)
         for name in sorted(left.records.keys() & right.records.keys()):
             self._contract(left, right, name, total)
         c = left.scalars
-        return total.view(len(total), left.rows // c, c, right.rows // c, c).cpu()
+        return total.view(shape[0], left.rows // c, c, right.rows // c, c).cpu()
 
     def of_parameter(self, left: StructuredSide, right: StructuredSide, name: str) -> torch.Tensor:
         """What one parameter adds: `[kernels, rows, rows']`."""
-        total = self._zeros(left, right.rows)
+        total = torch.zeros(self.formula.kernels, left.rows, right.rows, dtype=torch.float64, device=self.device)
         self._contract(left, right, name, total)
         return total
 

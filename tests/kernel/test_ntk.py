@@ -18,7 +18,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from hf_ft_ext import empirical_ntk
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel import contract, structured
+from hf_ft_ext.kernel import contract
 from hf_ft_ext.kernel.formulas import Formula, sign_product, sign_scale, signs
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.plan import make_plan, measure
@@ -121,8 +121,8 @@ def test_a_kernel_with_itself_is_computed_once_per_pair(formula):
     expected = empirical_ntk(model, RIGHT, RIGHT, formula, "jacobian")
     calls = []
     computation = KernelComputation(model, KernelOptions(formula, block_rows=3))
-    block = computation._kernel
-    computation._kernel = lambda *sides: calls.append(1) or block(*sides)
+    kernels = computation.engine.kernels
+    computation.engine.kernels = lambda left, right: calls.append(1) or kernels(left, right)
     found = computation.run(ExampleRows(RIGHT))
     assert_near(found if len(found) == 2 else found[0], expected, formula)
     assert len(calls) == 6  # of nine blocks
@@ -133,31 +133,14 @@ def test_a_kernel_with_itself_is_computed_once_per_pair(formula):
         torch.testing.assert_close(found[1].permute(2, 3, 0, 1), found[0], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "formula, by_tokens, many, model_types",
-    [
-        ("sgd", True, 1, ["albert", "gpt2", "deberta-v2"]),  # batch by batch
-        ("sgd", True, 1000, ["albert", "gpt2"]),
-        ("sgd", False, 1, ["albert", "gpt2"]),
-        ("asymmetric_signgd", True, 1, ["gpt2"]),
-    ],
-)
-def test_weights_by_tokens_and_by_entries(formula, by_tokens, many, model_types, monkeypatch):
-    asked, products = [], []
-    monkeypatch.setattr(contract, "_tokens_are_cheaper", lambda left, right, times: asked.append(times) or by_tokens)
-    monkeypatch.setattr(structured, "_MANY", many)
-    matrices = contract.Contraction.matrices
-    monkeypatch.setattr(
-        contract.Contraction, "matrices", lambda *args: products.append(args[4].shape[2]) or matrices(*args)
-    )
-    for model_type in model_types:
+@pytest.mark.parametrize("by_tokens", [True, False])
+@pytest.mark.parametrize("formula", ["sgd", "asymmetric_signgd"])
+def test_weights_by_tokens_and_by_entries(by_tokens, formula, monkeypatch):
+    monkeypatch.setattr(contract, "_tokens_are_cheaper", lambda left, right: by_tokens)
+    for model_type in ("albert", "gpt2"):
         model = family(model_type).double()
         expected = empirical_ntk(model, LEFT, RIGHT, formula, "jacobian")
-        products.clear()
-        assert_near(empirical_ntk(model, LEFT, RIGHT, formula, batch_size=3), expected, formula)
-        at_once = formula == "sgd" and by_tokens and many == 1
-        assert (min(products) < 14) == at_once  # else a weight's part is added to all 7 x 2 columns
-    assert (max(asked, default=1) > 1) == (formula == "sgd" and many == 1)
+        assert_near(empirical_ntk(model, LEFT, RIGHT, formula), expected, formula)
 
 
 def test_the_cheaper_way_is_taken():
@@ -165,11 +148,8 @@ def test_the_cheaper_way_is_taken():
         counts = [tokens] * n
         return [contract.Matrix(torch.zeros(n * tokens, width_in), torch.zeros(n * tokens, 1, width_out), counts)]
 
-    assert contract._tokens_are_cheaper(side(8, 1, 64, 64), side(8, 1, 64, 64), 1)
-    assert not contract._tokens_are_cheaper(side(8, 60, 64, 64), side(8, 60, 64, 64), 1)
-    few = side(1, 8, 64, 64)  # to multiply the left side out for one example alone does not pay
-    assert contract._tokens_are_cheaper(side(8, 8, 64, 64), few, 1)
-    assert not contract._tokens_are_cheaper(side(8, 8, 64, 64), few, 1000)
+    assert contract._tokens_are_cheaper(side(8, 1, 64, 64), side(8, 1, 64, 64))
+    assert not contract._tokens_are_cheaper(side(8, 60, 64, 64), side(8, 60, 64, 64))
 
 
 ADAPTERS = {
@@ -295,14 +275,14 @@ def test_memory_is_bounded_and_too_little_is_refused():
     least = float(str(error.value).split("at least ")[1].split(",")[0])
     computation = KernelComputation(model, KernelOptions(memory_gb=least))
     tokens = []
-    fill = computation.engine._fill
+    side = computation.engine.side
 
-    def watched(side, rows, batches, *take):
+    def watched(rows, batches):
         tokens.append(sum(rows.lengths[i] for indices in batches for i in indices))
         assert all(len(indices) == 1 for indices in batches)
-        fill(side, rows, batches, *take)
+        return side(rows, batches)
 
-    computation.engine._fill = watched
+    computation.engine.side = watched
     torch.testing.assert_close(computation.run(ExampleRows(LEFT), ExampleRows(RIGHT))[0], whole)
     assert len(tokens) > 5 and max(tokens) <= max(*ExampleRows(LEFT).lengths, *ExampleRows(RIGHT).lengths)
 

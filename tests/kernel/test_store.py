@@ -24,18 +24,18 @@ class Killed(BaseException):
 
 def run(folder, blocks_before_death=None, formula="sgd", second=RIGHT, **options):
     computation = KernelComputation(family("bert"), KernelOptions(formula, block_rows=2, **options))
-    block, left = computation._kernel, [blocks_before_death]
+    kernels, left = computation.engine.kernels, [blocks_before_death]
     computed = []
 
-    def mortal(*sides):
+    def mortal(a, b):
         if left[0] is not None:
             if left[0] == 0:
                 raise Killed
             left[0] -= 1
         computed.append(1)
-        return block(*sides)
+        return kernels(a, b)
 
-    computation._kernel = mortal
+    computation.engine.kernels = mortal
     try:
         return computation.run(LEFT, second, KernelStore(folder, ABOUT)), len(computed)
     except Killed:
