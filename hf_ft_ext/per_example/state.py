@@ -68,12 +68,6 @@ def batch_in(batch: Batch, dtype: torch.dtype | None) -> dict[str, torch.Tensor]
     }
 
 
-def random_states(device: torch.device) -> list[torch.Tensor]:
-    """The states of torch's generators that work on `device` may draw from."""
-    states = [torch.get_rng_state()]
-    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state()]
-
-
 def supports_float64(device: torch.device) -> bool:
     """Whether `device` computes in float64."""
     return device.type != "mps"

@@ -189,7 +189,7 @@ class Counting(nn.Module):
 
     def forward(self, x):
         self.calls += 1
-        return x + 1e-3 * self.calls
+        return x + 1e-12 * self.calls
 
 
 def test_numbers_drawn_to_no_effect_do_not_matter():
