@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from hf_ft_ext.kernel.formulas import Formula, product, sign_product, sign_type, signs
-from hf_ft_ext.kernel.records import Matrix, Table, Vector, joined
+from hf_ft_ext.kernel.records import Matrix, Table, Vector, joined_tables
+from hf_ft_ext.kernel.stacks import joined
 
 
 class Scratch:
@@ -72,7 +73,7 @@ class Contraction:
 
     def tables(self, left: Sequence[Table], right: Sequence[Table], starts: tuple, scales: tuple, out) -> None:
         """Add the kernels of a table: only rows that both sides use meet."""
-        sides = [joined(tables, offsets) for tables, offsets in zip((left, right), starts, strict=True)]
+        sides = [joined_tables(tables, offsets) for tables, offsets in zip((left, right), starts, strict=True)]
         ranges = [_ranges(side.ids) for side in sides]
         views = [
             self.views(side.values, None if scale is None else scale[side.rows])
@@ -172,8 +173,7 @@ class _Tokens:
                 grads.append(matrix.grads[start:stop])
                 counts += matrix.counts[lo:hi]
         self.held, self.key = inputs, tuple((part.data_ptr(), len(part)) for part in inputs)
-        self.inputs = torch.cat(inputs) if len(inputs) > 1 else inputs[0]
-        self.grads = torch.cat(grads) if len(grads) > 1 else grads[0]
+        self.inputs, self.grads = joined(inputs), joined(grads)
         self.n = len(counts)
         device = self.inputs.device
         self.examples = torch.arange(self.n, device=device).repeat_interleave(torch.tensor(counts, device=device))

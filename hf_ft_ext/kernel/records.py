@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hf_ft_ext.kernel.stacks import Stacks
 from hf_ft_ext.per_example.forms import Form, Outer, Rows, dense
 
 _STRIDE = 64
@@ -85,22 +86,24 @@ class RecordMaker:
     Args:
         n: examples in the batch.
         norms: whether matrices need their rows' norms.
+        stacks: where matrices' tokens are put.
     """
 
-    def __init__(self, n: int, norms: bool):
-        self.n, self.norms = n, norms
+    def __init__(self, n: int, norms: bool, stacks: Stacks):
+        self.n, self.norms, self.stacks = n, norms, stacks
         self._kept: dict[tuple, torch.Tensor] = {}
 
-    def __call__(self, forms: list[list[Form] | None]) -> Record:
+    def __call__(self, name: str, forms: list[list[Form] | None]) -> Record:
         """The record of one parameter.
 
         Args:
+            name: the parameter's.
             forms: for each scalar what the uses of the parameter give it, `None` for a scalar that does not depend on
                 it.
         """
         some = next(found for found in forms if found is not None)
         if all(isinstance(form, Outer) for form in some):
-            return self._matrix(forms, some)
+            return self._matrix(name, forms, some)
         if any(isinstance(form, Rows) for form in some) and all(
             isinstance(form, Rows) or (isinstance(form, Outer) and not form.transposed) for form in some
         ):
@@ -110,7 +113,7 @@ class RecordMaker:
         stacked = torch.stack([torch.zeros_like(size) if value is None else value for value in values], 1)
         return Vector(stacked.flatten(0, 1))
 
-    def _matrix(self, forms: list[list[Outer] | None], some: list[Outer]) -> Matrix:
+    def _matrix(self, name: str, forms: list[list[Outer] | None], some: list[Outer]) -> Matrix:
         """Uses of a weight are more tokens of it."""
         inputs = [form.inputs for form in some]
         key = tuple(tensor.data_ptr() for tensor in inputs)
@@ -126,8 +129,8 @@ class RecordMaker:
         places = used.flatten().nonzero()[:, 0]
         key = (*key, used.cpu().numpy().tobytes())
         if key not in self._kept:
-            self._kept[key] = inputs.flatten(0, 1).index_select(0, places)
-        kept, grads, norms = self._kept[key], grads.flatten(0, 1).index_select(0, places), None
+            self._kept[key] = self.stacks.put(f"{name} inputs", inputs.flatten(0, 1), places)
+        kept, grads, norms = self._kept[key], self.stacks.put(name, grads.flatten(0, 1), places), None
         counts = used.sum(1).tolist()
         if self.norms:
             norms = torch.cat(
@@ -184,7 +187,7 @@ def _entries(form: Rows | Outer) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return columns.expand(len(form), -1).reshape(-1), grads.flatten(0, 1), examples.reshape(-1)
 
 
-def joined(tables: Sequence[Table], offsets: Sequence[int]) -> Table:
+def joined_tables(tables: Sequence[Table], offsets: Sequence[int]) -> Table:
     """Several batches' tables as one; `offsets` are added to their rows."""
     ids = torch.cat([table.ids for table in tables])
     order = ids.argsort(stable=True)

@@ -1,5 +1,6 @@
 """Engine `structured`: parameter by parameter, from what each layer read and the gradients of what it gave."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ from hf_ft_ext.kernel.contract import Contraction
 from hf_ft_ext.kernel.formulas import Formula, sign_scale
 from hf_ft_ext.kernel.records import Matrix, Record, RecordMaker, Table, Vector
 from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.kernel.stacks import Stacks
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.gradients import ExampleGradients
 
@@ -102,22 +104,24 @@ class StructuredEngine:
         """The gradient rows of `batches` (positions in `rows`)."""
         side = StructuredSide()
         norms = []
+        stacks = Stacks(*_sizes(rows, itertools.chain(*batches)))
         for indices in batches:
             for part in self.examples(rows.batch(indices, self.device)):
                 n, side.scalars = part.scalars.shape
                 side.starts.append(side.rows)
-                side.order += indices[part.first : part.first + n]
-                norms.append(self._add(side, part.gradients, n))
+                here = indices[part.first : part.first + n]
+                side.order += here
+                stacks.begin(*_sizes(rows, here))
+                norms.append(self._add(side, part.gradients, RecordMaker(n, self.formula.signs, stacks)))
         if self.formula.signs:
             side.scale = sign_scale(torch.cat(norms))
         return side
 
-    def _add(self, side: StructuredSide, gradients: list[dict], n: int) -> torch.Tensor:
+    def _add(self, side: StructuredSide, gradients: list[dict], make: RecordMaker) -> torch.Tensor:
         number = len(side.starts) - 1
-        make = RecordMaker(n, self.formula.signs)
-        norms = torch.zeros(n * side.scalars, dtype=torch.float64, device=self.device)
+        norms = torch.zeros(make.n * side.scalars, dtype=torch.float64, device=self.device)
         for name in sorted(set().union(*gradients)):
-            record = make([scalar.get(name) for scalar in gradients])
+            record = make(name, [scalar.get(name) for scalar in gradients])
             side.records.setdefault(name, []).append((number, record))
             if self.formula.signs:
                 norms += _squared_norms(record, len(norms))
@@ -163,6 +167,12 @@ class StructuredEngine:
             self.contraction.tables(mine, theirs, starts, scales, out)
         else:
             self.contraction.vectors(mine, theirs, scales, out)
+
+
+def _sizes(rows: ExampleRows, indices: Iterable[int]) -> tuple[int, int]:
+    """Tokens and number of the rows `indices`."""
+    lengths = [rows.lengths[i] for i in indices]
+    return sum(lengths), len(lengths)
 
 
 def _bytes(records: Iterable[tuple[Record, float]]) -> int:

@@ -1,0 +1,69 @@
+"""Stacks: rows of several batches next to one another in memory, and what becomes of batches that differ."""
+
+import torch
+
+from hf_ft_ext.kernel.stacks import Stacks, joined
+
+
+def batches(*rows: int, width: int = 3) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(n, width) for n in rows]
+
+
+def put(stacks: Stacks, sources: list[torch.Tensor], sizes: list[tuple[int, int]], keep) -> list[torch.Tensor]:
+    parts = []
+    for source, size in zip(sources, sizes, strict=True):
+        stacks.begin(*size)
+        parts.append(stacks.put("name", source, keep(source)))
+    return parts
+
+
+def every(source: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(source))
+
+
+def test_rows_of_every_token_are_joined_without_a_copy():
+    sources = batches(6, 4, 5)
+    parts = put(Stacks(15, 6), sources, [(6, 2), (4, 2), (5, 2)], every)
+    assert all(torch.equal(part, source) for part, source in zip(parts, sources, strict=True))
+    whole = joined(parts)
+    assert torch.equal(whole, torch.cat(sources)) and whole.data_ptr() == parts[0].data_ptr()
+    assert parts[0].untyped_storage().nbytes() == 15 * 3 * 4  # and nothing is taken in vain
+    assert joined(parts[1:]).data_ptr() == parts[1].data_ptr()
+
+
+def test_one_row_of_every_example_and_several_uses_of_a_layer_find_room_too():
+    for rows, sizes in (([2, 2, 1], [(7, 2), (3, 2), (5, 1)]), ([14, 6, 10], [(7, 2), (3, 2), (5, 1)])):
+        sources = batches(*rows)
+        parts = put(Stacks(15, 5), sources, sizes, every)
+        assert joined(parts).data_ptr() == parts[0].data_ptr()
+        assert torch.equal(joined(parts), torch.cat(sources))
+
+
+def test_what_finds_no_room_is_kept_apart():
+    sources = batches(6, 4)
+    parts = put(Stacks(13, 5), sources, [(7, 3), (6, 2)], lambda s: every(s)[:5] if len(s) == 6 else every(s))
+    assert torch.equal(parts[0], sources[0][:5]) and torch.equal(parts[1], sources[1])
+    assert torch.equal(joined(parts), torch.cat(parts)) and joined(parts).data_ptr() != parts[0].data_ptr()
+    stacks = Stacks(4, 4)
+    stacks.begin(2, 2)
+    narrow, wide = torch.randn(2, 3), torch.randn(2, 5)
+    assert torch.equal(stacks.put("name", narrow, every(narrow)), narrow)
+    assert torch.equal(stacks.put("name", wide, every(wide)), wide)
+
+
+def test_chosen_rows_of_some_batches_and_none_of_others():
+    sources = batches(6, 4, 5)
+    parts = put(Stacks(15, 6), sources, [(6, 2), (4, 2), (5, 2)], lambda s: every(s)[: 0 if len(s) == 4 else 2])
+    assert [len(part) for part in parts] == [2, 0, 2]
+    assert torch.equal(joined(parts), torch.cat([sources[0][:2], sources[2][:2]]))
+
+
+def test_parts_of_other_order_or_layout_are_copied():
+    whole = torch.randn(6, 4)
+    parts = [whole[:2], whole[2:6]]
+    assert joined(parts).data_ptr() == whole.data_ptr()
+    assert torch.equal(joined(parts[::-1]), torch.cat(parts[::-1]))
+    columns = [whole[:, :2], whole[:, 2:]]
+    assert torch.equal(joined(columns), torch.cat(columns))
+    assert joined([whole]).data_ptr() == whole.data_ptr()
