@@ -1,17 +1,15 @@
 """`ExampleGradients`: which parameter goes by which rule, found out by trying, and the gradients batch by batch."""
 
-import contextlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import inf
 
 import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.per_example.capture import Function, NoSplit, Owner, gradients
-from hf_ft_ext.per_example.forms import Form, Rows, dense, largest
+from hf_ft_ext.per_example.forms import Form
 from hf_ft_ext.per_example.rules import find_rule
 from hf_ft_ext.per_example.state import (
     Batch,
@@ -21,6 +19,7 @@ from hf_ft_ext.per_example.state import (
     only_trainable,
     supports_float64,
 )
+from hf_ft_ext.per_example.trial import differing, sparse_tables
 from hf_ft_ext.per_example.unread import first_position_only, last_feed_forward
 
 logger = logging.getLogger(__name__)
@@ -115,11 +114,13 @@ class ExampleGradients:
         dtype = torch.float64 if supports_float64(next(iter(self.parameters.values())).device) else torch.float32
         with evaluating(self.model), computing_in(self.model, dtype):
             few = batch_in(few, dtype)
-            self._check_function(few, _TOLERANCE[dtype])
-            self.uncovered = self._find_uncovered(few, _TOLERANCE[dtype])
-            if self.uncovered and self._short is not None:  # maybe only for NaN that nobody reads
+            self._short = last_feed_forward(self.model)
+            self.uncovered = self._tried(few, _TOLERANCE[dtype])
+            if self.uncovered != [] and self._short is not None:  # maybe only for NaN that nobody reads
                 self._short = None
-                self.uncovered = self._find_uncovered(few, _TOLERANCE[dtype])
+                self.uncovered = self._tried(few, _TOLERANCE[dtype])
+        if self.uncovered is None:
+            raise InputError(self._mixing())
         if self.uncovered:
             logger.info(
                 "no rule for the gradients of %d parameters (%s, ...): examples run one by one",
@@ -161,147 +162,70 @@ class ExampleGradients:
 
     # --- the trial on a few rows --------------------------------------------------------------------
 
-    def _check_function(self, few: Batch, tolerance: float) -> None:
-        with torch.no_grad():
-            together, again = self.function(self.model, few), self.function(self.model, few)
-        if together.ndim not in (1, 2) or len(together) != _SAMPLE:
-            raise InputError(
-                f"the function gave shape {tuple(together.shape)} for {_SAMPLE} examples; it has to give one scalar "
-                "per example [n], or several [n, c]"
-            )
-        if not together.isfinite().all():
-            raise InputError("the model's outputs are not finite (NaN or infinite); look for bad weights")
-        if not torch.equal(together, again):
+    def _tried(self, few: Batch, tolerance: float) -> list[str] | None:
+        """Parameters without a rule that holds; `None` if an example's outputs are others in the batch than alone.
+
+        A forward pass costs about as much as it takes to read the weights, so none is made only to be compared.
+        """
+        together = self._outputs(few)
+        if self._short is not None and not together.isfinite().all():
+            return None
+        self._check(together)
+        scalars, forms, failed = self._by_rules(few)
+        if not torch.equal(together, scalars.view_as(together)) and not torch.equal(together, self._outputs(few)):
             raise InputError(
                 f"{type(self.model).__name__} gives other outputs for the same batch in evaluation mode; "
                 "remove what draws random numbers"
             )
-
-        def mixed() -> bool:
+        with only_trainable(self.model, self.parameters), sparse_tables(self.model):
             try:
-                with torch.no_grad(), first_position_only(self._short):
-                    alone = torch.cat([self.function(self.model, _row(few, i)) for i in range(_SAMPLE)])
+                first = self.function(self.model, _row(few, 0))
+                with torch.no_grad():
+                    alone = torch.cat([first, self.function(self.model, _row(few, 1))])
             except ValueError:  # a norm over the batch refuses a batch of one
-                return True
-            return not (together - alone).abs().max() <= tolerance * (1 + together.abs().max())
+                return None
+            if not (together - alone).abs().max() <= tolerance * (1 + together.abs().max()):
+                return None
+            # the last scalar stands for all: a rule knows nothing of the scalar
+            scalar = first[0] if first.ndim == 1 else first[0, -1]
+            failed |= differing(self.parameters, scalar, forms[-1], tolerance, failed)
+        return [name for name in self.parameters if name in failed]
 
-        self._short = last_feed_forward(self.model)
-        if self._short is not None and mixed():
-            self._short = None
-        if self._short is None and mixed():
-            mixing = [
-                name
-                for name, module in self.model.named_modules()
-                if isinstance(module, nn.modules.batchnorm._BatchNorm)
-            ]
-            named = f" ({', '.join(mixing[:3])})" if mixing else ""
+    def _outputs(self, few: Batch) -> torch.Tensor:
+        with torch.no_grad(), first_position_only(self._short):
+            return self.function(self.model, few)
+
+    def _check(self, outputs: torch.Tensor) -> None:
+        if outputs.ndim not in (1, 2) or len(outputs) != _SAMPLE:
             raise InputError(
-                "the outputs of an example depend on the other examples of its batch"
-                f"{named}: gradients per example are not defined; remove such modules or freeze their statistics"
+                f"the function gave shape {tuple(outputs.shape)} for {_SAMPLE} examples; it has to give one scalar "
+                "per example [n], or several [n, c]"
             )
+        if not outputs.isfinite().all():
+            raise InputError("the model's outputs are not finite (NaN or infinite); look for bad weights")
 
-    def _find_uncovered(self, few: Batch, tolerance: float) -> list[str]:
+    def _by_rules(self, few: Batch) -> tuple[torch.Tensor, list[dict[str, list[Form]]], set[str]]:
+        """Scalars, forms, and the names of the parameters that cannot have any."""
         failed: set[str] = set()
         while True:
             owners = [owner for owner in self._owners if not failed & set(owner.names.values())]
             with only_trainable(self.model, ()):
                 try:
-                    _, forms = self._gradients(few, owners, {})
-                    break
+                    return *self._gradients(few, owners, {}), failed
                 except NoSplit as error:
                     failed |= set(error.owner.names.values())
                 except RuntimeError:
                     if not self._expand:
                         raise
                     self._expand = False  # the model itself repeats what an embedding gives
-        with only_trainable(self.model, self.parameters), _sparse_tables(self.model):
-            scalars = self.function(self.model, _row(few, 0))
-            # the last scalar stands for all: a rule knows nothing of the scalar
-            scalar = scalars[0] if scalars.ndim == 1 else scalars[0, -1]
-            failed |= self._differing(scalar, forms[-1], tolerance, failed)
-        return [name for name in self.parameters if name in failed]
 
-    def _differing(
-        self, scalar: torch.Tensor, forms: dict[str, list[Form]], tolerance: float, failed: Collection[str]
-    ) -> set[str]:
-        """Names of the parameters whose forms, for the first example, are not the gradient of `scalar`."""
-        errors: dict[str, float] = {}
-        sizes = dict.fromkeys(self.parameters, 0.0)
-
-        def compare(name: str, expected: torch.Tensor) -> None:
-            expected = expected.coalesce() if expected.is_sparse else expected
-            sizes[name] = largest(expected.values() if expected.is_sparse else expected)
-            if name not in failed and name in forms:
-                errors[name] = _error([form[:1] for form in forms[name]], expected)
-
-        with _each_gradient(self.parameters, compare):
-            scalar.backward()
-        top = max(sizes.values())
-        for name in self.parameters:
-            if name not in errors and name not in failed:  # a hook saw it and autograd did not, or the reverse
-                found = largest(dense([form[:1] for form in forms[name]])) if name in forms else 0.0
-                errors[name] = abs(found - sizes[name])
-        return {n for n, error in errors.items() if not error <= tolerance * (sizes[n] + tolerance * top)}
-
-
-def _error(forms: list[Form], expected: torch.Tensor) -> float:
-    """Largest difference between one example's forms and its gradient, which may be sparse by rows."""
-    if all(isinstance(form, Rows) for form in forms):  # without writing out a table that is nearly all zero
-        ids = torch.cat([form.ids[0] for form in forms])
-        rows, places = ids.clamp_min(0).unique(return_inverse=True)
-        grads = torch.cat([form.grads[0] for form in forms]) * (ids >= 0)[:, None]
-        found = grads.new_zeros(len(rows), expected.shape[1]).index_add_(0, places, grads)
-        there = expected.index_select(0, rows)
-        entries = expected
-        if expected.is_sparse:
-            there, entries = there.to_dense(), expected.values()
-        elsewhere = torch.linalg.vector_norm(entries, 1) - torch.linalg.vector_norm(there, 1)
-        return max(largest(found - there), float(elsewhere.abs()))
-    expected = expected.to_dense()
-    found = dense(forms)[0]
-    if found.shape != expected.shape:
-        return inf
-    return largest(found.sub_(expected))
-
-
-@contextlib.contextmanager
-def _sparse_tables(model: nn.Module) -> Iterator[None]:
-    """Embeddings give gradients of the rows that they read: a table may be most of a model."""
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and not (m.sparse or m.scale_grad_by_freq)]
-    for table in tables:
-        table.sparse = True
-    try:
-        yield
-    finally:
-        for table in tables:
-            table.sparse = False
-
-
-@contextlib.contextmanager
-def _each_gradient(
-    parameters: Mapping[str, nn.Parameter], look: Callable[[str, torch.Tensor], None]
-) -> Iterator[None]:
-    """In a backward pass, hand each gradient to `look` and drop it: they never exist all at once."""
-    before = {name: parameter.grad for name, parameter in parameters.items()}
-
-    def hook(name: str) -> Callable[[nn.Parameter], None]:
-        def seen(parameter: nn.Parameter) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            look(name, gradient)
-
-        return seen
-
-    handles = []
-    try:
-        for name, parameter in parameters.items():
-            parameter.grad = None
-            handles.append(parameter.register_post_accumulate_grad_hook(hook(name)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for name, parameter in parameters.items():
-            parameter.grad = before[name]
+    def _mixing(self) -> str:
+        mixing = [n for n, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        named = f" ({', '.join(mixing[:3])})" if mixing else ""
+        return (
+            f"the outputs of an example depend on the other examples of its batch{named}: gradients per example are "
+            "not defined; remove such modules or freeze their statistics"
+        )
 
 
 def logits(model: nn.Module, batch: Batch) -> torch.Tensor:

@@ -32,7 +32,7 @@ def first_position_only(layer: nn.Module | None) -> Iterator[None]:
     whole = layer.feed_forward_chunk
 
     def first(hidden: torch.Tensor) -> torch.Tensor:
-        read = whole(hidden[:, :1])
+        read = whole(hidden[:, :1].contiguous())  # torch takes other ways, with other rounding, for slices
         return torch.cat(
             [read, read.new_full((*hidden.shape[:1], hidden.shape[1] - 1, *read.shape[2:]), torch.nan)], 1
         )

@@ -192,6 +192,15 @@ class Counting(nn.Module):
         return x + 1e-12 * self.calls
 
 
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "gpt2"])
+def test_the_trial_makes_no_pass_that_another_one_stands_for(model_type):
+    """Two rows twice, without a graph and by the rules; the first alone with its graph, the second without."""
+    model, sizes = family(model_type), []
+    model.register_forward_hook(lambda module, args, output: sizes.append(len(output.logits)))
+    ExampleGradients(model).prepare(batch())
+    assert sizes == [2, 2, 1, 1]
+
+
 def test_numbers_drawn_to_no_effect_do_not_matter():
     assert assert_equal(Layered(Drawing()).double(), batch()).uncovered == []
 
