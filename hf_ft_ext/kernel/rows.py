@@ -56,6 +56,8 @@ class ExampleRows:
     def by_length(self, first: int, last: int, size: int, overhead: int = 0) -> list[list[int]]:
         """Positions of the rows `first` to `last` (exclusive) in groups of up to `size`, of similar lengths.
 
+        The longest come first: what is kept of groups adds up while what a pass takes shrinks.
+
         Args:
             overhead: what a group costs beside its tokens, in tokens; the sum over all groups, padding included, is
                 the least there is.
@@ -71,7 +73,7 @@ class ExampleRows:
             begin = best[end][1]
             groups.append(order[begin:end])
             end = begin
-        return groups[::-1]
+        return groups
 
     def _stacked(self, key: str, values: list[torch.Tensor], rows: list[dict], keep: int) -> torch.Tensor:
         if all(value.ndim and len(value) == self._tokens(row) for value, row in zip(values, rows, strict=True)):

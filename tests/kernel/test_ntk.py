@@ -264,7 +264,9 @@ def test_batches_are_those_of_least_padding(size, overhead, cost):
     groups = rows.by_length(0, 7, size, overhead)
     assert sorted(i for group in groups for i in group) == list(range(7)) and max(map(len, groups)) <= size
     assert sum(overhead + len(group) * max(lengths[i] for i in group) for group in groups) == cost
-    assert [i for group in rows.by_length(2, 5, size, overhead) for i in group] == [3, 2, 4]
+    longest = [max(lengths[i] for i in group) for group in groups]
+    assert longest == sorted(longest, reverse=True)
+    assert [i for group in reversed(rows.by_length(2, 5, size, overhead)) for i in group] == [3, 2, 4]
 
 
 def test_memory_is_bounded_and_too_little_is_refused():
