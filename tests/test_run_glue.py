@@ -13,6 +13,7 @@ import pytest
 import torch
 from datasets import Features, Value
 from peft import PeftModel
+from processes import finished
 from safetensors.torch import load_file
 from tiny import text_dataset, tiny_model
 from transformers import AutoModelForSequenceClassification
@@ -412,9 +413,7 @@ def test_secrets_and_suffixes():
 def python(*argv: str, **kwargs) -> subprocess.CompletedProcess:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.run(
-        [sys.executable, *argv], capture_output=True, text=True, timeout=90, env=environment, check=False, **kwargs
-    )
+    return finished([sys.executable, *argv], timeout=90, env=environment, **kwargs)
 
 
 def test_help_and_an_error_as_commands():

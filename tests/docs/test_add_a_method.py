@@ -2,13 +2,13 @@
 
 import logging
 import os
-import subprocess
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 from blocks import EXAMPLE, ROOT, blocks_of
+from processes import finished
 from tiny import text_dataset
 
 import run_glue
@@ -63,9 +63,9 @@ def test_the_launchers_matrix_and_the_pages_own_tests_pass(package):
         "--rootdir",
         str(ROOT),
     ]
-    done = subprocess.run(
+    done = finished(
         [sys.executable, "-m", "pytest", "-c", str(ROOT / "setup.cfg"), *words],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False,
+        cwd=ROOT, env=environment, timeout=200,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     passed = int(done.stdout.rpartition(" passed")[0].split()[-1])

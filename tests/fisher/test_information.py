@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from probes import KINDS, TARGETS, adapted, batched, plain_way, rows
+from processes import finished
 from tiny import tiny_model
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -271,10 +271,9 @@ def test_two_processes_equal_one(tmp_path, split):
     root = Path(__file__).resolve().parents[2]
     (tmp_path / "ranks.py").write_text(RANKS.replace("found =", "torch.manual_seed(0)\nfound =", 1))
     paths = (root, root / "tests", root / "tests" / "fisher")
-    done = subprocess.run(
+    done = finished(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(tmp_path / "ranks.py"), str(tmp_path), split],
-        capture_output=True, text=True, timeout=120, check=False,
+         str(tmp_path / "ranks.py"), str(tmp_path), split], timeout=120,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,7 +1,6 @@
 """GradientlessTrainer: what moves, what is saved, and that splits, processes and resumes change nothing."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from gradientless_ranks import one_process
 from heads import FAMILIES, changed, family, make, weights
 from peft import PeftModel
+from processes import finished
 from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
 
@@ -288,12 +288,9 @@ def test_two_processes_take_the_decisions_of_one(tmp_path):
     script = Path(__file__).with_name("gradientless_ranks.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     paths = (root, root / "tests", script.parent)
-    done = subprocess.run(
+    done = finished(
         [*command, str(script), str(tmp_path)],
-        capture_output=True,
-        text=True,
         timeout=180,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_runs import SETTINGS, make, run
+from processes import finished
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -227,12 +227,9 @@ def test_two_processes_give_what_one_gives(tmp_path):
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     paths = (root, root / "tests", Path(__file__).parent)
-    done = subprocess.run(
+    done = finished(
         [*command, str(Path(__file__).with_name("kernel_ranks.py")), str(tmp_path)],
-        capture_output=True,
-        text=True,
         timeout=180,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
+from processes import finished
 from sklearn.linear_model import LogisticRegression
 from tiny import CONFIGS, text_dataset, tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
 from transformers import (
@@ -274,16 +274,13 @@ def test_two_processes_get_the_first_one_s_head(launch):
     settings = ("--method", "linearhead", "--feature_cache_gb", "0", *PROMPT, "--do_predict")
     assert launch(*settings, "--output_dir", "one") == 0
     root = Path(run_glue.__file__).parent
-    done = subprocess.run(
+    done = finished(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
             *(str(root / "run_glue.py"), *SHARED, *settings, "--output_dir", "two"),
         ],
-        capture_output=True,
-        text=True,
         timeout=150,
         env={**os.environ, "PYTHONPATH": str(root)},
-        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = (json.loads(Path(name, "run.json").read_text()) for name in ("one", "two"))

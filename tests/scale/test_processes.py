@@ -5,12 +5,12 @@ The byte counts are those of the table in `docs/scaling.md`.
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import finished
 from rank_runs import ROWS, STEPS, VARIANTS, make, result
 from safetensors.torch import load_file
 
@@ -28,12 +28,11 @@ def two(tmp_path_factory) -> Path:
     """The folder that a run of all variants on two processes leaves."""
     folder = tmp_path_factory.mktemp("two")
     paths = os.pathsep.join(map(str, (HERE.parents[1], HERE.parent, HERE)))
-    done = subprocess.run(
+    done = finished(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
             *(str(HERE / "rank_runs.py"), str(folder)),
-        ],
-        capture_output=True, text=True, timeout=300, check=False, env={**os.environ, "PYTHONPATH": paths},
+        ], timeout=300, env={**os.environ, "PYTHONPATH": paths},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

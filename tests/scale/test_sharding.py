@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes import finished
 from safetensors.torch import load_file
 from tiny import text_dataset, tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
@@ -110,13 +111,13 @@ def sharded(place: Path, method: str, config: str) -> subprocess.CompletedProces
         "OMP_NUM_THREADS": "1",
     }
     layer = ("--fsdp_transformer_layer_cls_to_wrap", "BertLayer") if config == "fsdp2" else ()
-    return subprocess.run(
+    return finished(
         [
             *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")),
             *("--main_process_port", "0", *layer, str(Path(__file__).with_name("sharded_launch.py"))),
             *words(method, 4, f"{config}-{method}"),
         ],
-        cwd=place, env=environment, capture_output=True, text=True, timeout=240, check=False,
+        cwd=place, env=environment, timeout=240,
     )  # fmt: skip
 
 
