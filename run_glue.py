@@ -97,5 +97,15 @@ def run(argv: list[str], signals) -> None:
         raise failure
 
 
+def command() -> None:
+    """`main` as a program."""
+    status = main()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from hf_ft_ext.launch.leaving import leave
+
+        leave(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()
