@@ -59,12 +59,15 @@ def run(argv: list[str], signals) -> None:
 
     from hf_ft_ext.launch import build, results, search, sharing, storage  # after --help has been answered
     from hf_ft_ext.launch.interruption import SaveAndStop
+    from hf_ft_ext.launch.leaving import keep
     from hf_ft_ext.training.plan import training_plan
 
     sharing.prepare(run_args, args)
     build_trainer, data = build.load(run_args, model_args, data_args, args, [SaveAndStop(signals)])
     trainer = build_trainer(args)
     signals.check()
+    if args.world_size > 1:
+        keep(trainer)
     if run_args.dry_run:
         plan = training_plan(trainer)
         if args.process_index == 0:
@@ -77,6 +80,8 @@ def run(argv: list[str], signals) -> None:
         if run_args.hp_search:
             search.search_hyperparameters(build_trainer, args, run_args.hp_search)
             trainer = build_trainer(args)
+            if args.world_size > 1:
+                keep(trainer)
         metrics, push = {}, False
         if args.do_train:
             metrics |= trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics

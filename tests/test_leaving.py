@@ -6,7 +6,7 @@ from processes import finished
 
 PROGRAM = """
 import atexit, sys, threading, time
-from hf_ft_ext.launch.leaving import leave
+from hf_ft_ext.launch.leaving import keep, leave
 
 class Torn:
     def __del__(self):
@@ -16,7 +16,7 @@ def late():
     time.sleep(0.3)
     print("thread done")
 
-kept = Torn()
+keep(Torn())
 atexit.register(print, "exit handler")
 threading.Thread(target=late).start()
 print("output", end=" ")
