@@ -53,8 +53,8 @@ class KernelTrainingArguments(MethodTrainingArguments):
     kernel_regularization: str = field(
         default="0",
         metadata={
-            "help": "Times the kernel's operator norm, on the diagonal; auto = the best of 0 and 1e-6 to 1 on the "
-            "evaluation data."
+            "help": "Times the operator norm of the matrix that is solved with, on its diagonal; auto = the best of 0 "
+            "and 1e-6 to 1 on the evaluation data."
         },
     )
     kernel_gamma: float = field(default=1.0, metadata={"help": "asym: weight of the errors, above 0."})
@@ -193,6 +193,7 @@ class KernelTrainingArguments(MethodTrainingArguments):
             formula=self.kernel_formula,
             engine=self.kernel_engine,
             binary_classification=binary,
+            class_diagonal=not binary and Solver(self.kernel_solver).by_class and self.export_kernels is None,
             parameters=self.kernel_parameters,
             exclude_embeddings=self.exclude_embeddings,
             exclude_head=self.exclude_head,

@@ -30,6 +30,11 @@ class JacobianSide:
     def rows(self) -> int:
         return len(self.order) * self.scalars
 
+    def of_scalar(self, scalar: int) -> "JacobianSide":
+        """The rows of one scalar."""
+        values = {name: value[scalar :: self.scalars] for name, value in self.values.items()}
+        return JacobianSide(self.order, 1, values, None if self.scale is None else self.scale[scalar :: self.scalars])
+
     def bytes(self) -> int:
         """Memory of the Jacobians."""
         return sum(value.nbytes for value in self.values.values())

@@ -57,6 +57,7 @@ class KernelOptions:
         formula: see `Formula`.
         engine: see `Engine`.
         binary_classification: one scalar `f_1 - f_0` in place of two logits.
+        class_diagonal: only products of a scalar with the same one (`diagonal_axes` of neural-tangents).
         parameters, exclude_embeddings, exclude_head, only_biases: see `kernel_parameters`.
         memory_gb: bound of memory above the loaded model, in 10^9 bytes.
         batch_size: examples in a forward pass, at most.
@@ -66,6 +67,7 @@ class KernelOptions:
     formula: Formula = Formula.SGD
     engine: Engine = Engine.AUTO
     binary_classification: bool = False
+    class_diagonal: bool = False
     parameters: str | None = None
     exclude_embeddings: bool = False
     exclude_head: bool = False
@@ -116,7 +118,8 @@ def empirical_ntk(
         options: the other fields of `KernelOptions`.
 
     Returns:
-        `[N1, C, N2, C]`; for `asymmetric_signgd` `[2, N1, C, N2, C]`, the second being the flip.
+        `[N1, C, N2, C]`, with `class_diagonal` `[N1, C, N2]`; for `asymmetric_signgd` `[2, N1, ...]`, the second being
+        the flip.
 
     Raises:
         InputError: an option that cannot work, a model whose gradients per example are not defined, too little
@@ -169,7 +172,9 @@ class KernelComputation:
         processes: int = 1,
         disable_tqdm: bool = True,
     ) -> torch.Tensor:
-        """The kernel `[kernels, N1, C, N2, C]`; with several processes this process's blocks, zero elsewhere.
+        """The kernel `[kernels, N1, C, N2, C]` (`class_diagonal`: without the last axis).
+
+        With several processes this process's blocks, zero elsewhere.
 
         Args:
             blocks: finished blocks are taken from there and new ones left there.
@@ -190,25 +195,25 @@ class KernelComputation:
         total = None
         for i, j, block in self._blocks(mine, plan, rows1, rows2, blocks, disable_tqdm):
             if total is None:
-                n1, n2, c = len(rows1), len(rows2 or rows1), block.shape[2]
-                total = torch.zeros(self.options.formula.kernels, n1, c, n2, c, dtype=torch.float64)
+                total = self._zeros(rows1, rows2, block.shape[2])
             (a, b), (p, q) = plan.first[i], plan.second[j]
             total[:, a:b, :, p:q] = block
             if symmetric and i != j:
-                mirrored = block.permute(0, 3, 4, 1, 2)
+                mirrored = block.permute(0, 3, 2, 1) if block.ndim == 4 else block.permute(0, 3, 4, 1, 2)
                 total[:, p:q, :, a:b] = mirrored.flip(0) if len(mirrored) == 2 else mirrored
         if total is None:  # more processes than blocks
-            c = self._scalars(rows1)
-            total = torch.zeros(
-                self.options.formula.kernels, len(rows1), c, len(rows2 or rows1), c, dtype=torch.float64
-            )
+            total = self._zeros(rows1, rows2, self._scalars(rows1))
         return total
+
+    def _zeros(self, rows1: ExampleRows, rows2: ExampleRows | None, c: int) -> torch.Tensor:
+        shape = (self.options.formula.kernels, len(rows1), c, len(rows2 or rows1), c)
+        return torch.zeros(shape[:-1] if self.options.class_diagonal else shape, dtype=torch.float64)
 
     def _plan(self, rows1: ExampleRows, rows2: ExampleRows | None, processes: int) -> Plan:
         self._prepare(rows1)
         longer = rows1 if rows2 is None or max(rows1.lengths) >= max(rows2.lengths) else rows2
         options = self.options
-        needs = measure(self.engine, longer, self._wider_bytes)
+        needs = measure(self.engine, longer, self._wider_bytes, options.class_diagonal)
         lengths2 = None if rows2 is None else rows2.lengths
         sizes = options.memory_gb, options.batch_size, options.block_rows
         return make_plan(needs, rows1.lengths, lengths2, *sizes, processes)
@@ -250,14 +255,19 @@ class KernelComputation:
         return self.engine.side(rows, rows.by_length(*bounds, plan.batch_size, overhead))
 
     def _kernel(self, left, right, first: int, second: int) -> torch.Tensor:
-        found = self.engine.kernels(left, right)
+        found = self._diagonal(left, right) if self.options.class_diagonal else self.engine.kernels(left, right)
         if not found.isfinite().all():
             raise InputError(self._explained(left, right))
         block = torch.empty_like(found)
         rows = torch.tensor(left.order)[:, None] - first
         columns = torch.tensor(right.order) - second
-        block[:, rows, :, columns] = found.permute(1, 3, 0, 2, 4)
+        block[:, rows, :, columns] = found.permute(1, 3, 0, 2, *range(4, found.ndim))
         return block
+
+    def _diagonal(self, left, right) -> torch.Tensor:
+        """`[kernels, n, c, n']`: each scalar's kernel by itself."""
+        parts = [self.engine.kernels(left.of_scalar(a), right.of_scalar(a)) for a in range(left.scalars)]
+        return torch.stack([part[:, :, 0, :, 0] for part in parts], 2)
 
     def _explained(self, left, right) -> str:
         """Which example and which parameter made a kernel NaN or infinite."""

@@ -60,8 +60,8 @@ class Plan:
     scratch_bytes: int
 
 
-def measure(engine, rows: ExampleRows, fixed: int = 0) -> Needs:
-    """What one example takes, measured on the longest row."""
+def measure(engine, rows: ExampleRows, fixed: int = 0, class_diagonal: bool = False) -> Needs:
+    """What one example takes, measured on the longest row; with `class_diagonal` scalars are multiplied one by one."""
     longest = max(range(len(rows)), key=lambda i: rows.lengths[i])
     saved: dict[int, int] = {}
     weights: set[int] = set()
@@ -77,7 +77,7 @@ def measure(engine, rows: ExampleRows, fixed: int = 0) -> Needs:
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with hooks if engine.keeps_graph else contextlib.nullcontext():
         side = engine.side(rows, [[longest]])
-    row = engine.contraction.row_bytes(side.largest() * side.scalars, engine.dtype)
+    row = engine.contraction.row_bytes(side.largest() * (1 if class_diagonal else side.scalars), engine.dtype)
     # the gradients of the outputs come on top of what the graph keeps
     graph = 2 * sum(saved.values()) or side.bytes()
     length = rows.lengths[longest]

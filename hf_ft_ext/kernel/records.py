@@ -44,6 +44,11 @@ class Matrix:
     def tensors(self) -> list[torch.Tensor]:
         return [self.inputs, self.grads]
 
+    def of_scalar(self, scalar: int, c: int) -> "Matrix":
+        """The rows of one of c scalars."""
+        norms = None if self.squared_norms is None else self.squared_norms[scalar::c]
+        return Matrix(self.inputs, self.grads[:, scalar : scalar + 1], self.counts, norms)
+
     def examples(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Inputs `[t, in]` and gradients `[t, c, out]` of each example."""
         return zip(self.inputs.split(self.counts), self.grads.split(self.counts), strict=True)
@@ -63,6 +68,11 @@ class Table:
     rows: torch.Tensor
     values: torch.Tensor
 
+    def of_scalar(self, scalar: int, c: int) -> "Table":
+        """The rows of one of c scalars."""
+        mine = self.rows % c == scalar
+        return Table(self.ids[mine], self.rows[mine] // c, self.values[mine])
+
     def tensors(self) -> list[torch.Tensor]:
         return [self.ids, self.rows, self.values]
 
@@ -72,6 +82,10 @@ class Vector:
     """Gradients in full: `[n * c, size]`."""
 
     values: torch.Tensor
+
+    def of_scalar(self, scalar: int, c: int) -> "Vector":
+        """The rows of one of c scalars."""
+        return Vector(self.values[scalar::c])
 
     def tensors(self) -> list[torch.Tensor]:
         return [self.values]

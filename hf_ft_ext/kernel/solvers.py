@@ -32,6 +32,11 @@ class Solver(enum.StrEnum):
     SVC = "svc"
     ASYM = "asym"
 
+    @property
+    def by_class(self) -> bool:
+        """Whether only products of a class's scalar with the same class's enter."""
+        return self in (Solver.SVC, Solver.ASYM)
+
 
 @dataclass(frozen=True)
 class SolverOptions:
@@ -39,7 +44,7 @@ class SolverOptions:
 
     Attributes:
         solver: see `Solver`.
-        regularization: times the kernel's operator norm, on the diagonal.
+        regularization: times the operator norm of the matrix that is solved with, on its diagonal.
         gamma: of `asym`, weight of the errors.
         mix: of `asym`, share of the kernel's prediction; the rest is the flip's.
         svm_c: penalty C of `svr` and `svc`.
@@ -90,7 +95,8 @@ class KernelModel:
 
     Args:
         options: which solver and how.
-        kernel: of the train examples with themselves, `[kernels, N, C, N, C]`.
+        kernel: of the train examples with themselves, `[kernels, N, C, N, C]`; `svc` and `asym` take one without the
+            last axis too (see `KernelOptions.class_diagonal`).
         labels: `[N]`, class ids or scores.
         start: the model's scalars at the start `[N, C]` (`adjust_for_init`), subtracted from the targets.
         quiet: no warning about an ill-conditioned kernel.
@@ -114,7 +120,7 @@ class KernelModel:
         self.rank: int | None = None
         self.condition: float | None = None
         self._labels = np.asarray(labels)
-        kernel = _regularized(kernel, options.regularization)
+        kernel = self._taken(kernel)
         targets = self.targets(self._labels)
         if start is not None:
             targets = targets - start
@@ -132,10 +138,12 @@ class KernelModel:
     def predict(self, kernel: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
         """Predictions `[M, C]` for a kernel `[kernels, N, C, M, C]`; of one scalar in classification the sign decides.
 
+        `svc` and `asym` take `[kernels, N, C, M]` too.
+
         Args:
             start: the model's scalars at the start `[M, C]`, added.
         """
-        found = getattr(self, f"_predict_{self.options.solver.value}")(kernel)
+        found = getattr(self, f"_predict_{self.options.solver.value}")(self._taken(kernel))
         return found if start is None else found + start
 
     def loss(self, predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -155,7 +163,7 @@ class KernelModel:
         # f(x_j) = sum_i alpha_i K[i, j]: for an asymmetric kernel the system is the transpose's
         import scipy.linalg
 
-        matrix = _flat(kernel[0]).T
+        matrix = self._regularized(_flat(kernel[0])).T
         self._solution, _, self.rank, sizes = scipy.linalg.lstsq(matrix, targets.reshape(-1))
         self._report(sizes, len(matrix))
 
@@ -165,7 +173,7 @@ class KernelModel:
     def _fit_svr(self, kernel: np.ndarray, targets: np.ndarray) -> None:
         from sklearn.svm import SVR
 
-        matrix = _flat(kernel[0])
+        matrix = self._regularized(_flat(kernel[0]))
         self.rank = int(np.linalg.matrix_rank(matrix))
         self._report(np.linalg.svd(matrix, compute_uv=False), len(matrix))
         self._svm = SVR(kernel="precomputed", C=self.options.svm_c).fit(matrix, targets.reshape(-1))
@@ -177,7 +185,7 @@ class KernelModel:
         from sklearn.svm import SVC
 
         self._svm = SVC(kernel="precomputed", C=self.options.svm_c, decision_function_shape="ovr")
-        self._svm.fit(_over_classes(kernel[0]), self._labels)
+        self._svm.fit(self._regularized(_over_classes(kernel[0])), self._labels)
 
     def _predict_svc(self, kernel: np.ndarray) -> np.ndarray:
         return self._by_scalar(self._svm.decision_function(_over_classes(kernel[0]).T))
@@ -188,6 +196,8 @@ class KernelModel:
         from threadpoolctl import threadpool_limits
 
         # One scale for all formulas: kernels differ by many powers of ten, and so would the penalty's meaning.
+        n, c = kernel.shape[1:3]
+        kernel = self._regularized(_flat(kernel[0])).reshape(1, n, c, n, c)
         self._scale = 1 / max(float(np.mean(np.abs(_flat(kernel[0]).diagonal()))), np.finfo(float).tiny)
         fewest = int(np.unique(self._labels, return_counts=True)[1].min())
         if fewest < 2:
@@ -217,7 +227,7 @@ class KernelModel:
         self._duals = []
         for c in range(self.scalars):
             signs = targets[:, c] if self.scalars == 1 else 2 * targets[:, c] - 1
-            coupled = signs[:, None] * kernel[0, :, c, :, c] * signs
+            coupled = signs[:, None] * self._regularized(kernel[0, :, c]) * signs
             system = np.block([[np.eye(n) / self.options.gamma, coupled], [coupled.T, np.eye(n) / self.options.gamma]])
             alpha, beta = np.split(scipy.linalg.lstsq(system, np.ones(2 * n))[0], 2)
             self._duals.append((alpha * signs, beta * signs))
@@ -225,12 +235,27 @@ class KernelModel:
     def _predict_asym(self, kernel: np.ndarray) -> np.ndarray:
         mix = self.options.mix
         scores = [
-            mix * (kernel[0, :, c, :, c].T @ alpha) + (1 - mix) * (kernel[1, :, c, :, c].T @ beta)
+            mix * (kernel[0, :, c].T @ alpha) + (1 - mix) * (kernel[1, :, c].T @ beta)
             for c, (alpha, beta) in enumerate(self._duals)
         ]
         return np.stack(scores, axis=1)
 
     # --- helpers --------------------------------------------------------------------------------------
+
+    def _taken(self, kernel: np.ndarray) -> np.ndarray:
+        """The part that the solver takes: `[kernels, N, C, M]` where it goes class by class."""
+        if self.options.solver.by_class:
+            return kernel if kernel.ndim == 4 else np.einsum("kicjc->kicj", kernel)
+        if kernel.ndim == 4:
+            raise InputError(
+                f"kernel_solver={self.options.solver.value} needs products of different classes too, which this "
+                f"kernel of shape {kernel.shape} lacks; compute it with class_diagonal=False"
+            )
+        return kernel
+
+    def _regularized(self, matrix: np.ndarray) -> np.ndarray:
+        factor = self.options.regularization
+        return matrix + factor * np.linalg.norm(matrix, 2) * np.eye(len(matrix)) if factor else matrix
 
     def _by_scalar(self, scores: np.ndarray) -> np.ndarray:
         """A classifier's scores as one column per scalar of the kernel."""
@@ -270,14 +295,5 @@ def _flat(kernel: np.ndarray) -> np.ndarray:
 
 
 def _over_classes(kernel: np.ndarray) -> np.ndarray:
-    """`[N, C, M, C]` summed over equal classes: `[N, M]`."""
-    return np.einsum("icjc->ij", kernel)
-
-
-def _regularized(kernel: np.ndarray, factor: float) -> np.ndarray:
-    if not factor:
-        return kernel
-    k, n, c = kernel.shape[:3]
-    flat = kernel.reshape(k, n * c, n * c)
-    sizes = np.array([np.linalg.norm(matrix, 2) for matrix in flat])
-    return (flat + factor * sizes[:, None, None] * np.eye(n * c)).reshape(kernel.shape)
+    """`[N, C, M]` summed over classes: `[N, M]`."""
+    return kernel.sum(1)

@@ -3,13 +3,14 @@
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_rows import batches_in_order, for_collator, labels_of
@@ -47,7 +48,7 @@ class KernelSource:
         return self._rows[id(dataset)][1]
 
     def kernel(self, dataset: Any, split: str) -> np.ndarray:
-        """`[kernels, N_train, C, N, C]` between the training data and `dataset`.
+        """`[kernels, N_train, C, N, C]` between the training data and `dataset`; see `KernelOptions.class_diagonal`.
 
         Raises:
             InputError: as `empirical_ntk`, `KernelStore` and `read_kernel`; a loaded kernel of other sizes.
@@ -67,11 +68,16 @@ class KernelSource:
         args = self.args
         folder = Path(args.kernel_dir or Path(args.output_dir) / "kernels")
         first = args.process_index == 0
-        blocks = self._everywhere(
-            lambda: KernelStore(folder, self._about(rows1, rows2), args.overwrite_kernels and first, first)
-        )
-        shared = _SharedPlan(blocks, args.process_index) if args.world_size > 1 else blocks
-        found = self.computation.run(
+        about, computation = self._about(rows1, rows2), self.computation
+        if self.options.class_diagonal:
+            if not args.overwrite_kernels and _at_first(args, lambda: KernelStore(folder, about).finished()):
+                # the whole kernel is there, of a solver that needs it
+                computation = KernelComputation(self.trainer.model, replace(self.options, class_diagonal=False))
+            else:
+                about["class_diagonal"] = True
+        blocks = self._everywhere(lambda: KernelStore(folder, about, args.overwrite_kernels and first, first))
+        shared = _SharedPlan(blocks, args) if args.world_size > 1 else blocks
+        found = computation.run(
             rows1, rows2, shared, args.process_index, args.world_size, args.disable_tqdm or not args.should_log
         )
         if args.world_size > 1:
@@ -94,19 +100,9 @@ class KernelSource:
 
     def _everywhere(self, make: Callable[[], Any]) -> Any:
         """`make()` on every process, the first one before the others; a refusal by the first is everybody's."""
-        if self.args.world_size == 1:
-            return make()
-        outcome: list = [None]
-        made = None
-        if self.args.process_index == 0:
-            try:
-                made = make()
-            except InputError as error:
-                outcome[0] = error
-        broadcast_object_list(outcome)
-        if isinstance(outcome[0], InputError):
-            raise outcome[0]
-        return made if self.args.process_index == 0 else make()
+        made: list = []
+        _at_first(self.args, lambda: made.append(make()))
+        return made[0] if made else make()
 
     # --- the authors' files ---------------------------------------------------------------------------
 
@@ -155,21 +151,29 @@ class KernelSource:
 class _SharedPlan:
     """A store whose cut the first process decides."""
 
-    def __init__(self, blocks: KernelStore, process: int):
-        self._blocks, self._process = blocks, process
+    def __init__(self, blocks: KernelStore, args: TrainingArguments):
+        self._blocks, self._args = blocks, args
         self.get, self.put = blocks.get, blocks.put
 
     def plan(self, make: Callable[[], Plan]) -> Plan:
-        outcome: list = [None]
-        if self._process == 0:
-            try:
-                outcome[0] = self._blocks.plan(make)
-            except InputError as error:
-                outcome[0] = error
-        broadcast_object_list(outcome)
-        if isinstance(outcome[0], InputError):
-            raise outcome[0]
-        return self._blocks.plan(lambda: outcome[0])
+        cut = _at_first(self._args, lambda: self._blocks.plan(make))
+        return self._blocks.plan(lambda: cut)
+
+
+def _at_first(args: TrainingArguments, find: Callable[[], Any]) -> Any:
+    """What `find()` gives on the first process; a refusal is everybody's."""
+    if args.world_size == 1:
+        return find()
+    outcome: list = [None]
+    if args.process_index == 0:
+        try:
+            outcome[0] = find()
+        except InputError as error:
+            outcome[0] = error
+    broadcast_object_list(outcome)
+    if isinstance(outcome[0], InputError):
+        raise outcome[0]
+    return outcome[0]
 
 
 def find_task(folder: Path, split: str) -> str:

@@ -102,6 +102,15 @@ class KernelStore:
         plan = vars(self._cut)
         return {"about": self.about, "plan": plan, "check": _check(self.about, plan)}
 
+    def finished(self) -> bool:
+        """Whether every block is there."""
+        found = self._description()
+        if found is None:
+            return False
+        first, second = len(found["plan"].get("first", ())), len(found["plan"].get("second", ()))
+        symmetric = self.about.get("second") is None
+        return all(self._path(i, j).exists() for i in range(first) for j in range(i if symmetric else 0, second))
+
     def get(self, i: int, j: int) -> torch.Tensor | None:
         """The finished block, or `None`.
 
@@ -122,10 +131,11 @@ class KernelStore:
             ) from error
         first, second = (b - a for a, b in (self._cut.first[i], self._cut.second[j]))
         shape = tuple(block.shape)
-        if metadata.get("key") != self.folder.name or (*shape[1:2], *shape[3:4]) != (first, second):
+        last = () if self.about.get("class_diagonal") else shape[2:3]
+        if metadata.get("key") != self.folder.name or shape != (*shape[:1], first, *shape[2:3], second, *last):
             raise InputError(
-                f"the kernel block {path} is of another kernel: it holds {shape}, expected "
-                f"[kernels, {first}, c, {second}, c] of {self.folder.name}; delete the file and run again"
+                f"the kernel block {path} is of another kernel: it holds {shape}, expected [kernels, {first}, c, "
+                f"{second}{', c' if last else ''}] of {self.folder.name}; delete the file and run again"
             )
         if metadata.get("block") != f"{i} {j}":
             raise InputError(

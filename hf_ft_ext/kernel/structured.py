@@ -38,6 +38,16 @@ class StructuredSide:
     def rows(self) -> int:
         return len(self.order) * self.scalars
 
+    def of_scalar(self, scalar: int) -> "StructuredSide":
+        """The rows of one scalar."""
+        c = self.scalars
+        records = {
+            name: [(number, record.of_scalar(scalar, c)) for number, record in found]
+            for name, found in self.records.items()
+        }
+        scale = None if self.scale is None else self.scale[scalar::c]
+        return StructuredSide(self.order, 1, records, [start // c for start in self.starts], scale)
+
     def bytes(self) -> int:
         """Memory of the records; tensors that parameters share count once."""
         return _bytes((record, 1) for records in self.records.values() for _, record in records)

@@ -24,6 +24,7 @@ SETTINGS = {
     "sgd": {"kernel_regularization": "1e-3"},  # without it rounding is multiplied by the condition number
     "signgd": {"kernel_formula": "signgd", "kernel_regularization": "auto"},
     "asym": {"kernel_formula": "asymmetric_signgd", "kernel_solver": "asym"},
+    "svc": {"kernel_solver": "svc", "binary_classification": False},  # class by class
 }
 
 
