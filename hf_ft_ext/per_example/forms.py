@@ -22,9 +22,23 @@ class Outer:
 
     def dense(self) -> torch.Tensor:
         """The weight's gradients: `[n, out, in]`, or `[n, in, out]`."""
-        inputs = self.inputs.expand(len(self), -1, -1)
-        left, right = (inputs, self.grads) if self.transposed else (self.grads, inputs)
+        left, right = self._factors()
         return torch.bmm(left.mT, right)
+
+    def subtract_from(self, total: torch.Tensor) -> None:
+        """Take the first example's gradient from `total` (of `shape`) without writing it out."""
+        left, right = self._factors()
+        total.addmm_(left[0].mT, right[0], alpha=-1)
+
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        inputs = self.inputs.expand(len(self), -1, -1)
+        return (inputs, self.grads) if self.transposed else (self.grads, inputs)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The weight's."""
+        left, right = self._factors()
+        return left.shape[-1], right.shape[-1]
 
     @property
     def shared(self) -> bool:
