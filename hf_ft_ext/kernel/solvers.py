@@ -195,9 +195,9 @@ class KernelModel:
         from sklearn.linear_model import LogisticRegressionCV
         from threadpoolctl import threadpool_limits
 
-        # One scale for all formulas: kernels differ by many powers of ten, and so would the penalty's meaning.
         n, c = kernel.shape[1:3]
         kernel = self._regularized(_flat(kernel[0])).reshape(1, n, c, n, c)
+        # One scale for all formulas: kernels differ by many powers of ten, and so would the penalty's meaning.
         self._scale = 1 / max(float(np.mean(np.abs(_flat(kernel[0]).diagonal()))), np.finfo(float).tiny)
         fewest = int(np.unique(self._labels, return_counts=True)[1].min())
         if fewest < 2:
