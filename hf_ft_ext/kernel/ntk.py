@@ -242,13 +242,16 @@ class KernelComputation:
                 if held is None or held[0] != i:
                     held = None  # before the next one is made
                     held = (i, self._side(rows1, plan.first[i], plan))
-                left = held[1]
                 same = rows2 is None and i == j
-                right = left if same else self._side(rows2 or rows1, plan.second[j], plan)
-                block = self._kernel(left, right, plan.first[i][0], plan.second[j][0])
+                block = self._block(held[1], None if same else rows2 or rows1, plan, i, j)
                 if blocks:
                     blocks.put(i, j, block)
             yield i, j, block
+
+    def _block(self, left, rows: ExampleRows | None, plan: Plan, i: int, j: int) -> torch.Tensor:
+        """Between `left` and rows of the other side, or `left` itself; nothing of the other side outlives it."""
+        right = left if rows is None else self._side(rows, plan.second[j], plan)
+        return self._kernel(left, right, plan.first[i][0], plan.second[j][0])
 
     def _side(self, rows: ExampleRows, bounds: tuple[int, int], plan: Plan):
         overhead = _CPU_BATCH if self.engine.device.type == "cpu" else _OTHER_BATCH

@@ -123,6 +123,7 @@ class StructuredEngine:
                 side.order += here
                 stacks.begin(*_sizes(rows, here))
                 norms.append(self._add(side, part.gradients, RecordMaker(n, self.formula.signs, stacks)))
+                del part  # before the next batch runs
         if self.formula.signs:
             side.scale = sign_scale(torch.cat(norms))
         return side
@@ -187,8 +188,7 @@ def _sizes(rows: ExampleRows, indices: Iterable[int]) -> tuple[int, int]:
 
 def _bytes(records: Iterable[tuple[Record, float]]) -> int:
     """Memory of the given shares of records; tensors that they have in common count once."""
-    storages = [(tensor.untyped_storage(), share) for record, share in records for tensor in record.tensors()]
-    return int(sum({storage.data_ptr(): share * storage.nbytes() for storage, share in storages}.values()))
+    return int(sum({t.data_ptr(): share * t.nbytes for record, share in records for t in record.tensors()}.values()))
 
 
 def _rows_of(side: StructuredSide, name: str) -> torch.Tensor:

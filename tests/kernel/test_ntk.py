@@ -1,5 +1,7 @@
 """The kernel: both engines against each other and against plain products, over families, formulas and options."""
 
+import weakref
+
 import pytest
 import torch
 from families import FAMILIES, batch, family
@@ -287,6 +289,34 @@ def test_memory_is_bounded_and_too_little_is_refused():
     computation.engine.side = watched
     torch.testing.assert_close(computation.run(ExampleRows(LEFT), ExampleRows(RIGHT))[0], whole)
     assert len(tokens) > 5 and max(tokens) <= max(*ExampleRows(LEFT).lengths, *ExampleRows(RIGHT).lengths)
+
+
+@pytest.mark.parametrize("right", [None, RIGHT])
+def test_no_more_is_held_than_was_planned(right):
+    """One block of either side, and of a batch nothing but its records once the next one runs."""
+    computation = KernelComputation(family("bert"), KernelOptions(block_rows=2, batch_size=1))
+    engine, sides, parts = computation.engine, [], []
+    side = engine.side
+
+    def alive(references):
+        return sum(reference() is not None for reference in references)
+
+    def watched(*given):
+        assert alive(sides) <= 1
+        found = side(*given)
+        sides.append(weakref.ref(found))
+        return found
+
+    class Watched(type(engine.examples)):
+        def __call__(self, batch):
+            assert alive(parts) == 0
+            for part in super().__call__(batch):
+                parts.append(weakref.ref(part))
+                yield part
+
+    engine.side, engine.examples.__class__ = watched, Watched
+    computation.run(ExampleRows(LEFT), None if right is None else ExampleRows(right))
+    assert len(sides) >= 4 and len(parts) > len(sides)
 
 
 @pytest.mark.parametrize("engine", ["structured", "jacobian"])

@@ -28,8 +28,21 @@ def test_rows_of_every_token_are_joined_without_a_copy():
     assert all(torch.equal(part, source) for part, source in zip(parts, sources, strict=True))
     whole = joined(parts)
     assert torch.equal(whole, torch.cat(sources)) and whole.data_ptr() == parts[0].data_ptr()
-    assert parts[0].untyped_storage().nbytes() == 15 * 3 * 4  # and nothing is taken in vain
     assert joined(parts[1:]).data_ptr() == parts[1].data_ptr()
+
+
+def test_stacks_of_a_side_share_large_pieces(monkeypatch):
+    """What lives as long as a side does not lie between what a batch leaves behind."""
+    monkeypatch.setattr("hf_ft_ext.kernel.stacks._CHUNK", 256)
+    stacks, sources = Stacks(4, 4), [*batches(4, 4, width=3), *batches(4, width=40), *batches(4, 4, width=5)]
+    sources[1] = sources[1].double()
+    stacks.begin(4, 4)
+    found = [stacks.put(str(i), source, every(source)) for i, source in enumerate(sources)]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, sources, strict=True))
+    assert all(part.data_ptr() % 64 == 0 for part in found)
+    storages = [part.untyped_storage().data_ptr() for part in found]
+    assert [storages.index(storage) for storage in storages] == [0, 0, 2, 3, 3]  # 48 + 96 of 256 bytes, 640, 80 + 80
+    assert [int(part.untyped_storage().nbytes()) for part in found] == [256, 256, 640, 256, 256]
 
 
 def test_one_row_of_every_example_and_several_uses_of_a_layer_find_room_too():
