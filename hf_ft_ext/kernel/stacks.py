@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 
 _CHUNK = 2**26  # bytes: pieces that the C library takes from the system one by one, not from its heap
-
 _ALIGNMENT = 64
 
 

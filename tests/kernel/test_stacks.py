@@ -1,5 +1,6 @@
 """Stacks: rows of several batches next to one another in memory, and what becomes of batches that differ."""
 
+import pytest
 import torch
 
 from hf_ft_ext.kernel.stacks import Stacks, joined
@@ -22,12 +23,15 @@ def every(source: torch.Tensor) -> torch.Tensor:
     return torch.arange(len(source))
 
 
-def test_rows_of_every_token_are_joined_without_a_copy():
+@pytest.mark.parametrize("chunk", [0, 2**26])
+def test_rows_of_every_token_are_joined_without_a_copy(chunk, monkeypatch):
+    monkeypatch.setattr("hf_ft_ext.kernel.stacks._CHUNK", chunk)
     sources = batches(6, 4, 5)
     parts = put(Stacks(15, 6), sources, [(6, 2), (4, 2), (5, 2)], every)
     assert all(torch.equal(part, source) for part, source in zip(parts, sources, strict=True))
     whole = joined(parts)
     assert torch.equal(whole, torch.cat(sources)) and whole.data_ptr() == parts[0].data_ptr()
+    assert int(parts[0].untyped_storage().nbytes()) == (chunk or 15 * 3 * 4)  # and nothing is taken in vain
     assert joined(parts[1:]).data_ptr() == parts[1].data_ptr()
 
 
