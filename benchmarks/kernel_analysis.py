@@ -35,8 +35,8 @@ from hf_ft_ext.kernel.analysis import (
     scores_by_seed,
 )
 from hf_ft_ext.kernel.store import read_kernel
-from hf_ft_ext.launch.build import load
-from hf_ft_ext.parsing import parse_arguments
+from hf_ft_ext.launch.building import load
+from hf_ft_ext.launch.parsing import parse_arguments
 
 
 def heatmap(args: argparse.Namespace) -> None:

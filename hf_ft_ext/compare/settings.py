@@ -13,10 +13,10 @@ from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
 from hf_ft_ext.data.tasks import get_task
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.launch.defaults import DEMO
-from hf_ft_ext.launch.output import folder_name
+from hf_ft_ext.launch.folder import folder_name
+from hf_ft_ext.launch.parsing import parse_arguments
+from hf_ft_ext.launch.recipes import read_recipe
 from hf_ft_ext.methods import METHODS, find_method
-from hf_ft_ext.parsing import parse_arguments
-from hf_ft_ext.recipes import read_recipe
 
 USAGE = "python -m hf_ft_ext.compare [recipe.yaml] [--methods A,B] [--seeds N] [--argument value ...]"
 FIRST_SEED = 42

@@ -4,21 +4,17 @@ import hashlib
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 from datasets import Dataset
 
+from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.data.tasks import GLUE_ID
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import REGRESSION
 
-if TYPE_CHECKING:
-    from hf_ft_ext.data.loading import TaskData
-
 DEFAULT_SEED = 13  # the first of the source's five: 13, 21, 42, 87, 100
 TEST_ROWS = 1000  # of k-shot-1k-test
-_LABEL = "label"
 _EVALUATION_ROWS = {"k-shot": 1, "k-shot-10x": 10, "k-shot-1k-test": 1}  # times k
 _TEST_SEED = 0  # the cut of the test data is the same for every data seed
 
@@ -26,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def few_shot_data(
-    data: "TaskData",
+    data: TaskData,
     k: int,
     seed: int | None = None,
     split: str = "k-shot",
     allow_small_classes: bool = False,
-) -> "TaskData":
+) -> TaskData:
     """Return the k-shot form of `data`: `train` and `validation["dev"]` drawn from its training split, and a test.
 
     Train takes the first `k` rows of each class in the order of `draw_order(seed)`, dev the next `k` (or `10 k`); a
@@ -63,7 +59,7 @@ def few_shot_data(
     seed = DEFAULT_SEED if seed is None else seed
     if data.problem_type == REGRESSION:  # the scale of all rows, not that of the few
         data = replace(data, task=replace(data.task, bounds=label_bounds(data)))
-    labels = np.asarray(data.train[_LABEL][:])
+    labels = np.asarray(data.train[LABEL][:])
     order = draw_order(range(len(labels)), seed)
     parts_of_train, parts_of_dev = [], []
     wanted = k * _EVALUATION_ROWS[split]
@@ -95,7 +91,7 @@ def draw_order(rows: Iterable[int], seed: int) -> np.ndarray:
     return np.array(sorted(rows, key=lambda row: hashlib.sha256(f"{seed} {row}".encode()).digest()), dtype=np.int64)
 
 
-def label_bounds(data: "TaskData") -> tuple[float, float]:
+def label_bounds(data: TaskData) -> tuple[float, float]:
     """Ends of a regression's scale: the task's own, or else the smallest and largest label of the training data.
 
     Raises:
@@ -104,7 +100,7 @@ def label_bounds(data: "TaskData") -> tuple[float, float]:
     if data.task.bounds is not None:
         return data.task.bounds
     source = data.train if data.train is not None else next(iter(data.validation.values()), None)
-    column = next((name for name in (_LABEL, "labels") if source is not None and name in source.column_names), None)
+    column = next((name for name in (LABEL, "labels") if source is not None and name in source.column_names), None)
     if column is None:
         raise InputError(f"the scale of {data.task.name!r} is unknown without training labels; pass a training split")
     labels = np.asarray(source[column][:], dtype=np.float64)
@@ -114,7 +110,7 @@ def label_bounds(data: "TaskData") -> tuple[float, float]:
     return low, high
 
 
-def _classes(data: "TaskData", labels: np.ndarray) -> dict[str, np.ndarray]:
+def _classes(data: TaskData, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Membership `[rows]` by the name of the class."""
     if data.problem_type != REGRESSION:
         return {name: labels == i for i, name in enumerate(data.label_names)}
@@ -143,8 +139,8 @@ def _in_order(order: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
     return order[chosen[order]]
 
 
-def _test_splits(data: "TaskData") -> dict[str, Dataset]:
-    labelled = {name: rows for name, rows in data.test.items() if _LABEL in rows.column_names}
+def _test_splits(data: TaskData) -> dict[str, Dataset]:
+    labelled = {name: rows for name, rows in data.test.items() if LABEL in rows.column_names}
     if data.validation and (data.task.hub_id == GLUE_ID or not labelled):
         return dict(data.validation)
     return labelled or dict(data.test)

@@ -12,7 +12,6 @@ from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
 
-LABEL = "label"  # the column of every split that `load_data` returns
 UNLABELLED = -1  # the mark of GLUE's test rows and of SNLI's pairs without a gold label
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from hf_ft_ext.data import labels as lb
 from hf_ft_ext.data.few_shot import few_shot_data
 from hf_ft_ext.data.sources import open_source
 from hf_ft_ext.data.stream import in_memory, usable_rows
+from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.data.tasks import Task, get_task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import REGRESSION, check_metric
 
-LABEL = lb.LABEL
 # Text columns looked for in own data, in this order.
 _USUAL_TEXT = (
     ("sentence1", "sentence2"),
@@ -38,24 +38,6 @@ _STRINGS = {"string", "large_string", "string_view"}
 CHECKED = 1000  # rows of a stream that are read before training
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass
-class TaskData:
-    """The data of one run.
-
-    Every split holds the columns `text_columns` and, unless it has no labels, `label`: class ids
-    (a `ClassLabel` over `label_names`) or float32 scores.
-    """
-
-    task: Task  # for own data one made for the occasion
-    train: Dataset | IterableDataset | None  # a stream if `streaming`
-    validation: dict[str, Dataset]  # by split name, in order; may be empty
-    test: dict[str, Dataset]  # by split name, in order; may be empty
-    label_names: list[str] | None  # None: regression, or no split has labels
-    problem_type: str  # "single_label_classification" or "regression"
-    metric: str  # a name in `hf_ft_ext.metrics.METRICS`
-    text_columns: tuple[str, ...]  # one or two
 
 
 def load_data(

@@ -8,7 +8,7 @@ from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_ft_ext.arguments import DEFAULT_LENGTH, DataArguments
-from hf_ft_ext.data.loading import LABEL, TaskData
+from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import REGRESSION
 

@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
 )
 
 from hf_ft_ext.arguments import DataArguments
-from hf_ft_ext.data.demo import demo_dataset
 from hf_ft_ext.data.tasks import Task
+from hf_ft_ext.demo.dataset import demo_dataset
 from hf_ft_ext.errors import InputError
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}

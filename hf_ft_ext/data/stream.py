@@ -9,6 +9,7 @@ from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 from hf_ft_ext.data import labels as lb
 from hf_ft_ext.data.sources import READ_ERRORS, reason
+from hf_ft_ext.data.task_data import LABEL
 from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.errors import InputError
 
@@ -60,7 +61,7 @@ def usable_rows(
         batched=True,
         batch_size=_BATCH,
         remove_columns=columns,
-        features=Features({**dict.fromkeys(text_columns, Value("string")), lb.LABEL: feature}),
+        features=Features({**dict.fromkeys(text_columns, Value("string")), LABEL: feature}),
     )
 
 
@@ -79,7 +80,7 @@ class _Usable:
         self._count(int((~usable).sum()))
         kept = np.flatnonzero(usable).tolist()
         return {column: [batch[column][i] for i in kept] for column in self.text_columns} | {
-            lb.LABEL: labels[kept].tolist()
+            LABEL: labels[kept].tolist()
         }
 
     def _labels(self, values: list) -> tuple[np.ndarray, np.ndarray]:

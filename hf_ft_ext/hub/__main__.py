@@ -11,7 +11,7 @@ from hf_ft_ext.errors import InputError, PushError
 def main(argv: list[str] | None = None) -> int:
     """Push; 0 = done, 2 = there is nothing to push, 3 = the Hub refused or failed."""
     parser = argparse.ArgumentParser(
-        prog="python -m hf_ft_ext.hub",
+        prog="hf-ft-ext push",
         description="Push a finished run to the Hub, with a model card made from its record.",
     )
     parser.add_argument("folder", type=Path, help="the run's output_dir")

@@ -1,4 +1,4 @@
-"""What the launcher fills in where the user said nothing, and the checks that need no data."""
+"""What the launcher fills in where the user said nothing: model, task, steps, output folder."""
 
 import logging
 import os
@@ -8,22 +8,30 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments
+from hf_ft_ext.arguments import (
+    DataArguments,
+    MethodTrainingArguments,
+    ModelArguments,
+    RunArguments,
+)
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.launch.output import (
+from hf_ft_ext.launch.folder import (
     checkpoint_to_resume,
     folder_name,
     free_folder,
     refuse_foreign_run,
     refuse_lost_model,
 )
-from hf_ft_ext.launch.ranges import check_ranges
-from hf_ft_ext.launch.streaming import check_streaming
-from hf_ft_ext.training.sharding import refuse_sharding_on_cpu
+from hf_ft_ext.launch.validation import (
+    STEPS,
+    check_ranges,
+    check_streaming,
+    check_together,
+)
 
 logger = logging.getLogger(__name__)
 
-_STEPS = ("do_train", "do_eval", "do_predict")
+
 DEMO = "demo"
 
 
@@ -43,7 +51,7 @@ def complete_arguments(
     check_ranges(run_args.given)
     _fill_in(run_args, model_args, data_args, training_args)
     _suit_the_machine(run_args, training_args)
-    _check_together(run_args, training_args)
+    check_together(run_args, training_args)
     check_streaming(run_args, data_args, training_args)
     given = run_args.given.get("output_dir") or None
     resume = training_args.resume_from_checkpoint
@@ -74,7 +82,7 @@ def _fill_in(run_args, model_args, data_args, training_args) -> None:
     if not any((data_args.task_name, data_args.dataset_name, *own_files(data_args))):
         data_args.task_name = DEMO
         said.append("the demo task")
-    if not any(step in run_args.given for step in _STEPS):
+    if not any(step in run_args.given for step in STEPS):
         training_args.do_train = training_args.do_eval = True
         said.append("train and evaluate")
     if said:
@@ -99,51 +107,6 @@ def _suit_the_machine(run_args: RunArguments, training_args: MethodTrainingArgum
 def own_files(data_args: DataArguments) -> tuple[str, ...]:
     """The user's own data files that were passed."""
     return tuple(f for f in (data_args.train_file, data_args.validation_file, data_args.test_file) if f)
-
-
-def _check_together(run_args: RunArguments, training_args: MethodTrainingArguments) -> None:
-    refuse_sharding_on_cpu(training_args)
-    if not any(getattr(training_args, step) for step in _STEPS):
-        raise InputError("nothing to do: pass --do_train, --do_eval or --do_predict, or leave them all out")
-    if training_args.label_names not in (None, ["labels"]):
-        raise InputError(
-            f"label_names={training_args.label_names}: the launcher hands labels to the model as `labels`; leave it "
-            "out (label_column names a column of your data)"
-        )
-    if training_args.prediction_loss_only and training_args.do_predict:
-        raise InputError("--prediction_loss_only leaves no predictions to write; drop it or --do_predict")
-    resume = training_args.resume_from_checkpoint
-    if resume is not None and resume.lower() in ("false", "none", ""):
-        resume = training_args.resume_from_checkpoint = None
-    if run_args.hp_search < 0:
-        raise InputError(f"hp_search={run_args.hp_search} is no number of trials; pass 1 or more, or 0 for none")
-    if run_args.early_stopping_patience < 0:
-        raise InputError(
-            f"early_stopping_patience={run_args.early_stopping_patience} is no number of evaluations; pass 1 or more, "
-            "or 0 for none"
-        )
-    if run_args.early_stopping_patience and not training_args.load_best_model_at_end:
-        raise InputError(
-            "--early_stopping_patience compares evaluations in training; add --load_best_model_at_end with "
-            "--eval_strategy and --save_strategy"
-        )
-    if resume is not None:
-        if run_args.overwrite_output_dir:
-            raise InputError("--resume_from_checkpoint continues a run, --overwrite_output_dir deletes it; pass one")
-        if run_args.hp_search:
-            raise InputError("--hp_search starts every trial anew and cannot resume; drop one of the two")
-        if not training_args.do_train:
-            raise InputError(
-                "--resume_from_checkpoint is for training; add --do_train, or to evaluate a checkpoint pass it as "
-                "--model_name_or_path"
-            )
-    if training_args.push_to_hub and not training_args.do_train:
-        raise InputError(
-            "--push_to_hub shares what training leaves; add --do_train, or push a finished run with "
-            "python -m hf_ft_ext.hub"
-        )
-    if run_args.hp_search and not training_args.do_train:
-        raise InputError("--hp_search trains; add --do_train")
 
 
 def _output_dir(given, resume, run_args, model_args, data_args, training_args) -> tuple[str, str | None]:

@@ -5,7 +5,7 @@ from accelerate.utils import gather
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from hf_ft_ext.launch.signals import Interrupted, Signals
+from hf_ft_ext.launch.stopping import Interrupted, Signals
 from hf_ft_ext.training.checkpoints import last_sound_checkpoint
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from datasets import Sequence
 
 from hf_ft_ext.arguments import DataArguments
-from hf_ft_ext.data.loading import LABEL, TaskData
 from hf_ft_ext.data.preprocess import column_type
+from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig

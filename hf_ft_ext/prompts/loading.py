@@ -2,12 +2,13 @@
 
 import logging
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_ft_ext.arguments import FINETUNE, PROMPT_DEMO, DataArguments, FewShotArguments
 from hf_ft_ext.data.few_shot import label_bounds
+from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
@@ -15,9 +16,6 @@ from hf_ft_ext.prompts.defaults import task_prompt
 from hf_ft_ext.prompts.model import PromptForSequenceClassification, check_masked_lm
 from hf_ft_ext.prompts.template import parse_template
 from hf_ft_ext.prompts.words import parse_mapping, word_ids
-
-if TYPE_CHECKING:
-    from hf_ft_ext.data.loading import TaskData
 
 _OF_PROMPTS = ("template", "mapping", "first_sent_limit", "other_sent_limit", "truncate_head", "untie_words")
 _OF_DEMONSTRATIONS = ("num_demo", "num_sample", "demo_filter", "demo_filter_model")
@@ -48,7 +46,7 @@ def load_prompt_model(
     name: str,
     config: PreTrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
-    data: "TaskData",
+    data: TaskData,
     data_args: DataArguments,
     **hub: Any,
 ) -> PromptForSequenceClassification:
@@ -86,7 +84,7 @@ def load_prompt_model(
     )
 
 
-def _labels(data: "TaskData") -> list[str] | None:
+def _labels(data: TaskData) -> list[str] | None:
     """Label names by id; `None` for a regression."""
     if data.problem_type == REGRESSION:
         return None
@@ -98,7 +96,7 @@ def _labels(data: "TaskData") -> list[str] | None:
     return data.label_names
 
 
-def _load_saved(name, config, tokenizer, data: "TaskData", data_args: DataArguments, **hub):
+def _load_saved(name, config, tokenizer, data: TaskData, data_args: DataArguments, **hub):
     model = PromptForSequenceClassification.from_pretrained(name, config=config, **hub)
     template = config.template if data_args.template is None else data_args.template
     parse_template(template, len(data.text_columns))

@@ -7,8 +7,8 @@ from datasets import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from hf_ft_ext.arguments import PROMPT_DEMO, DataArguments
-from hf_ft_ext.data.loading import TaskData
 from hf_ft_ext.data.preprocess import check_length, column_type, tokenize
+from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.defaults import PROMPTS, TaskPrompt

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer
 
+from hf_ft_ext.demo.encoder import demo_encoder
 from hf_ft_ext.errors import InputError
 
 _BATCH = 64
@@ -46,8 +47,6 @@ def embeddings(model: str | None, texts: tuple[str, ...]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=1)
 def _encoder(model: str | None):
-    from hf_ft_ext.models import demo_encoder  # models imports this package
-
     name = demo_encoder() if model is None else model
     try:
         return AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name, dtype=torch.float32).eval()

@@ -10,7 +10,7 @@ from hf_ft_ext.errors import InputError
 def main(argv: list[str] | None = None) -> int:
     """Write a report of run folders; 0 = done, 2 = there is nothing to report."""
     parser = argparse.ArgumentParser(
-        prog="python -m hf_ft_ext.report",
+        prog="hf-ft-ext report",
         description="Write report.html, report.md and pictures of quality against memory and time out of run folders.",
     )
     parser.add_argument("paths", nargs="+", help="run folders (runs/*), folders of them, or a comparison's folder")

@@ -13,13 +13,15 @@ import pytest
 from run_records import run_record
 from tiny import text_dataset
 
+from hf_ft_ext.compare import process
 from hf_ft_ext.compare.__main__ import main
 from hf_ft_ext.compare.settings import read_comparison
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.launch.parsing import parse_arguments
 from hf_ft_ext.methods import METHODS
-from hf_ft_ext.parsing import parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
+REAL_COMMAND = process.COMMAND  # before the fixture puts a stand-in in its place
 RECORD = run_record("X", 0, 0.5)
 # Stands in for run_glue.py: quick, and told by the learning rate what becomes of it.
 LAUNCHER = f"""
@@ -54,7 +56,7 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fake = tmp_path / "launcher.py"
     fake.write_text(LAUNCHER)
-    monkeypatch.setattr("hf_ft_ext.launch.process.LAUNCHER", fake)
+    monkeypatch.setattr("hf_ft_ext.compare.process.COMMAND", (sys.executable, str(fake)))
 
 
 def recipe(text: str) -> str:
@@ -235,7 +237,7 @@ def test_seeds_take_turns():
 
 def test_the_time_limit(monkeypatch):
     monkeypatch.setattr("hf_ft_ext.compare.runs._REPORT_SECONDS", 0)
-    monkeypatch.setattr("hf_ft_ext.launch.process._GRACE", 1)
+    monkeypatch.setattr("hf_ft_ext.compare.process._GRACE", 1)
     path = recipe("variants:\n  stuck: {method: full, learning_rate: 4}\n  slow: {method: full, learning_rate: 6}\n")
     start = time.monotonic()
     assert main([path, "--seeds", "2", "--max_minutes", "0.05"]) == 0
@@ -251,13 +253,13 @@ def test_the_time_limit(monkeypatch):
 @pytest.mark.slow
 def test_a_stopped_comparison_ends_its_run_and_writes_its_report():
     code = (
-        "import sys; from pathlib import Path; import hf_ft_ext.launch.process as process\n"
-        "process.LAUNCHER = Path('launcher.py')\n"
+        "import sys; from pathlib import Path; import hf_ft_ext.compare.process as process\n"
+        "process.COMMAND = (sys.executable, 'launcher.py')\n"
         "from hf_ft_ext.compare.__main__ import main; sys.exit(main(sys.argv[1:]))"
     )
     path = recipe("variants:\n  good: {method: full}\n  stuck: {method: full, learning_rate: 5}\n")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
+    running = subprocess.Popen(
         [sys.executable, "-c", code, path], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     log = Path("runs/compare-demo/runs/stuck-seed42.log")
@@ -265,10 +267,10 @@ def test_a_stopped_comparison_ends_its_run_and_writes_its_report():
         if log.exists() and "some output" in log.read_text():
             break
         time.sleep(0.1)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    running.send_signal(signal.SIGTERM)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 130, err
     assert "interrupted" in err and "Traceback" not in err
     assert children and not any(Path(f"/proc/{child}").exists() for child in children)
     assert states() == {("good", 42): "done", ("stuck", 42): "not started"}
@@ -284,7 +286,7 @@ def test_pictures_are_asked_for_before_the_runs(monkeypatch, capsys):
 @pytest.mark.slow
 def test_real_runs(monkeypatch, tiny_bert_dir):
     """The launcher itself: two methods, one of them refused by the data."""
-    monkeypatch.setattr("hf_ft_ext.launch.process.LAUNCHER", ROOT / "run_glue.py")
+    monkeypatch.setattr("hf_ft_ext.compare.process.COMMAND", REAL_COMMAND)
     text_dataset(24, seed=0).select_columns(["sentence", "label"]).to_csv("train.csv")
     text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("dev.csv")
     path = recipe("variants:\n  full: {}\n  bad: {method: full, label_column: none}\n")

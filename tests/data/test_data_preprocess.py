@@ -6,8 +6,9 @@ from tiny import text_dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
 from hf_ft_ext.arguments import DataArguments
-from hf_ft_ext.data.loading import TaskData, load_data
+from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.data.preprocess import tokenize
+from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.data.tasks import TASKS
 from hf_ft_ext.errors import InputError
 

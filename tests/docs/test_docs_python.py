@@ -5,7 +5,7 @@ from blocks import BLOCKS
 from offline import tokenizer_with_label_words, write_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_ft_ext.data.demo import demo_dataset
+from hf_ft_ext.demo.dataset import demo_dataset
 
 # Elsewhere: files of the worked example (test_add_a_method.py), README's (test_readme.py).
 PYTHON = [b for b in BLOCKS if b.language == "python" and b.file is None and b.page.name != "README.md"]
@@ -31,8 +31,8 @@ def stand_ins(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.name)
 def test_python_blocks_run(block, stand_ins, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_ft_ext.models.demo_encoder", lambda: stand_ins[DEMO])
-    monkeypatch.setattr("hf_ft_ext.data.demo.demo_dataset", lambda: demo_dataset(train_rows=40, validation_rows=20))
+    monkeypatch.setattr("hf_ft_ext.demo.encoder.demo_encoder", lambda: stand_ins[DEMO])
+    monkeypatch.setattr("hf_ft_ext.demo.dataset.demo_dataset", lambda: demo_dataset(train_rows=40, validation_rows=20))
     code = block.code
     for name in (CAUSAL, MASKED):
         code = code.replace(f'"{name}"', repr(stand_ins[name]))

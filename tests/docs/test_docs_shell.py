@@ -21,8 +21,8 @@ from offline import write_glue, write_model
 import run_glue
 from hf_ft_ext.compare.settings import read_comparison
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.launch.parsing import parse_arguments
 from hf_ft_ext.methods import METHODS
-from hf_ft_ext.parsing import parse_arguments
 
 LANGUAGES = {"python", "bash", "text", "toml"}
 SUBCOMMANDS = {("hf", "auth", "login"), (".ci/run",)}  # nothing to parse
@@ -117,6 +117,15 @@ def check_python(words: list[str], monkeypatch) -> None:
             check_launcher(others)
 
 
+def check_command(words: list[str], monkeypatch) -> None:
+    """A command of the console script."""
+    name, *rest = words
+    if name == "train":
+        check_launcher(at_home(rest))
+    else:
+        check_python(["-m", {"push": "hf_ft_ext.hub"}.get(name, f"hf_ft_ext.{name}"), *rest], monkeypatch)
+
+
 def _cut(words: list[str]) -> tuple[list[str], list[str], list[str]]:
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at : at + 1], words[at + 1 :]
@@ -142,7 +151,7 @@ def check(command: Command, monkeypatch) -> None:
         assert args.training_script in ("run_glue.py",) or (ROOT / args.training_script).is_file()
         check_launcher(at_home(args.training_script_args))
     elif words[0] == "hf-ft-ext":
-        check_launcher(at_home(words[1:]))
+        check_command(words[1:], monkeypatch)
     elif words[0] == "python":
         check_python(words[1:], monkeypatch)
     elif words[0] == "make":

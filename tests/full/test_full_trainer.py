@@ -8,7 +8,7 @@ from transformers import AlbertConfig, AlbertForSequenceClassification, Trainer,
 from hf_ft_ext import FullTrainer, FullTrainingArguments, InputError, SignGD
 from hf_ft_ext.full.freeze import fix_layers
 from hf_ft_ext.full.trainer import l2_loss
-from hf_ft_ext.parsing import parse_arguments
+from hf_ft_ext.launch.parsing import parse_arguments
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 

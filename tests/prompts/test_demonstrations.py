@@ -10,7 +10,7 @@ from prompt_models import masked_lm, prompt_model
 from tiny import tiny_tokenizer
 
 from hf_ft_ext.arguments import DataArguments
-from hf_ft_ext.data.loading import TaskData
+from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.data.tasks import TASKS, Task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import REGRESSION

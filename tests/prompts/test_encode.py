@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_ft_ext.arguments import DataArguments
-from hf_ft_ext.data.loading import TaskData
+from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.data.tasks import TASKS
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.configuration import PromptConfig

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from hf_ft_ext.compare.settings import read_comparison
+from hf_ft_ext.launch.parsing import parse_arguments
+from hf_ft_ext.launch.recipes import read_recipe
 from hf_ft_ext.methods import METHODS
-from hf_ft_ext.parsing import parse_arguments
-from hf_ft_ext.recipes import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "recipes"

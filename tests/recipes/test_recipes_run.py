@@ -12,9 +12,9 @@ from transformers import AutoModelForSequenceClassification
 
 import run_glue
 from hf_ft_ext import PromptForSequenceClassification
-from hf_ft_ext.data.demo import demo_dataset
+from hf_ft_ext.demo.dataset import demo_dataset
 from hf_ft_ext.launch import results
-from hf_ft_ext.recipes import read_recipe
+from hf_ft_ext.launch.recipes import read_recipe
 
 DEMOS = [
     path

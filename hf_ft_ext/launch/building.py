@@ -4,6 +4,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Sequence
 
+from datasets import IterableDataset
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_ft_ext.arguments import (
@@ -14,15 +15,21 @@ from hf_ft_ext.arguments import (
     ModelArguments,
     RunArguments,
 )
-from hf_ft_ext.data.loading import TaskData, load_data
+from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.data.preprocess import tokenize
+from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.hub.push import is_of_the_hub, reason
-from hf_ft_ext.launch.checks import check_checkpoint, check_optimizer, check_splits, choose_best_metric
-from hf_ft_ext.launch.output import clear_old_run
+from hf_ft_ext.launch.folder import (
+    not_writable,
+)
 from hf_ft_ext.launch.search import require_optuna
-from hf_ft_ext.launch.storage import check_writable, not_writable
-from hf_ft_ext.launch.streaming import in_training_order
+from hf_ft_ext.launch.validation import (
+    check_checkpoint,
+    check_optimizer,
+    check_splits,
+    choose_best_metric,
+)
 from hf_ft_ext.linear_probe import fit_linear_head, prepare_linear_head
 from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics import metric_function
@@ -129,19 +136,6 @@ def _start_from_linear_head(run_args: RunArguments, args: MethodTrainingArgument
         )
 
 
-def make_room(run_args: RunArguments, args: MethodTrainingArguments) -> None:
-    """Make `output_dir`, or delete the old run in it if the user asked for it; other processes wait.
-
-    Raises:
-        InputError: the folder cannot be written to.
-    """
-    with args.main_process_first(desc="making room"):
-        if args.process_index == 0:
-            check_writable(args.output_dir)
-            if run_args.overwrite_output_dir:
-                clear_old_run(args.output_dir)
-
-
 @contextlib.contextmanager
 def _explained(args: MethodTrainingArguments):
     """Turn what `Trainer` refuses into an `InputError`."""
@@ -158,3 +152,15 @@ def _explained(args: MethodTrainingArguments):
         if not (args.push_to_hub and is_of_the_hub(error)):
             raise
         raise InputError(f"--push_to_hub: the Hub repository cannot be made: {reason(error)}") from error
+
+
+def in_training_order(stream: IterableDataset, buffer: int, args: MethodTrainingArguments) -> IterableDataset:
+    """Shuffle a stream within a buffer of so many rows, anew in every pass, unless `args` want its own order.
+
+    Every process reads the stream and takes its part of each step's rows, so that batches may differ in length.
+    """
+    if args.accelerator_config.dispatch_batches is None:
+        args.accelerator_config.dispatch_batches = False
+    if args.train_sampling_strategy == "sequential":
+        return stream
+    return stream.shuffle(seed=args.seed if args.data_seed is None else args.data_seed, buffer_size=buffer)

@@ -1,10 +1,13 @@
-"""SIGTERM and Ctrl-C: while steps run they wait for a checkpoint, elsewhere they end the run at once."""
+"""How a run ends: by a signal, and how a process of several leaves."""
 
+import atexit
+import contextlib
 import os
 import signal
 import sys
 import threading
 from types import FrameType
+from typing import NoReturn
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 _AGAIN = 0.05  # seconds
@@ -86,3 +89,29 @@ class Signals:
             return
         self.raised = number
         raise Interrupted(number)
+
+
+_kept: list[object] = []
+
+
+def keep(thing: object) -> None:
+    """Hold `thing`, which may hold a DDP model, until the process leaves.
+
+    Once the process group is destroyed, a DDP model that is freed holds the GIL and waits for gloo's thread, which may
+    want the GIL to free the tensors of the last barrier: a deadlock (torch 2.13).
+    """
+    _kept.append(thing)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with `status`, once other threads, exit handlers and output are done.
+
+    Threads of gloo and autograd that wake up while the interpreter is torn down abort the process (pytorch issue
+    190489, open with torch 2.13). `multiprocessing` ends its forked processes in the same way.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons, as the interpreter does
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe
+            stream.flush()
+    os._exit(status)

@@ -11,8 +11,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.launch.recipes import checked, read_recipe
 from hf_ft_ext.methods import METHODS, Method, find_method, list_methods
-from hf_ft_ext.recipes import checked, read_recipe
 
 _SHOWN_CHOICES = 10  # longer lists of choices would drown the help
 

@@ -8,7 +8,7 @@ import pytest
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from hf_ft_ext.data.demo import ADJECTIVES, NOUNS, demo_dataset
+from hf_ft_ext.demo.dataset import ADJECTIVES, NOUNS, demo_dataset
 
 
 @pytest.fixture(scope="module")

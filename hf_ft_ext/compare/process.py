@@ -14,7 +14,9 @@ import hf_ft_ext
 from hf_ft_ext.launch.results import without_secrets
 from hf_ft_ext.training.record import RUN_RECORD
 
-LAUNCHER = Path(hf_ft_ext.__file__).resolve().parents[1] / "run_glue.py"  # in a checkout and where a wheel puts it
+PROGRAM = ("hf-ft-ext", "train")  # how a run that is started here calls itself in its record
+COMMAND = (sys.executable, "-m", "hf_ft_ext", "train")
+_PACKAGES = str(Path(hf_ft_ext.__file__).resolve().parents[1])  # a checkout need not be installed
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
 _GRACE = 10  # seconds from SIGTERM to SIGKILL
 
@@ -40,13 +42,18 @@ def find_run(folder: Path, words: list[str]) -> dict[str, Any] | None:
     """The record of the run in `folder` if it was finished with exactly the launcher's arguments `words`."""
     try:
         record = json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))
-        return record if record["command"][1:] == without_secrets(words) else None
+        return record if arguments_of(record["command"]) == without_secrets(words) else None
     except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is run again
         return None
 
 
+def arguments_of(command: list[str]) -> list[str]:
+    """The launcher's arguments in a recorded command, which starts with `run_glue.py` or `hf-ft-ext train`."""
+    return command[len(PROGRAM) :] if tuple(command[: len(PROGRAM)]) == PROGRAM else command[1:]
+
+
 def run_or_find(folder: Path, words: list[str], seconds: float | None = None) -> Outcome:
-    """Run `run_glue.py` with `words` in a process of its own, unless `folder` holds that very run.
+    """Run the launcher with `words` in a process of its own, unless `folder` holds that very run.
 
     Output and errors go to `<folder>.log`. If this process is interrupted, the run is ended with it.
 
@@ -60,9 +67,10 @@ def run_or_find(folder: Path, words: list[str], seconds: float | None = None) ->
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_PACKAGES, os.environ.get("PYTHONPATH"))))
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [sys.executable, str(LAUNCHER), *words],
+            [*COMMAND, *words],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -1,0 +1,114 @@
+"""One run of the launcher, from its arguments to its exit status: parse, load, train, evaluate, record, push."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from hf_ft_ext.errors import InputError, PushError
+from hf_ft_ext.launch.stopping import Interrupted, Signals, keep, leave
+from hf_ft_ext.methods import list_methods, only_help_wanted
+
+DONE, BAD_INPUT, NOT_PUSHED = 0, 2, 3  # exit statuses; a signal ends with 128 + its number
+
+
+def main(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",)) -> int:
+    """Run the launcher on `argv` (`None` = this process's words); return the exit status.
+
+    0 = done, 2 = bad input, 3 = done but not pushed, 130 = Ctrl-C, 143 = SIGTERM.
+
+    Args:
+        argv: the arguments, without the program's own name.
+        program: how the program was called, for the record of the run.
+    """
+    first = int(os.environ.get("RANK", 0)) == 0
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_ft_ext").setLevel(logging.INFO if first else logging.WARNING)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    signals = Signals()
+    try:
+        with signals:
+            if only_help_wanted(argv):  # answered before the slow imports
+                sys.stdout.write(list_methods())
+            else:
+                _run(argv, list(program), signals)
+    except Interrupted as stop:
+        return _say_how_to_go_on(stop, signals)
+    except Exception as error:
+        if signals.raised is not None:  # a library made something else of it
+            return _say_how_to_go_on(Interrupted(signals.raised), signals)
+        if isinstance(error, PushError):
+            sys.stderr.write(f"error: {error}\n")
+            return NOT_PUSHED
+        if not isinstance(error, InputError):
+            raise
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            sys.stderr.write(f"error: {error}\n")
+        return BAD_INPUT
+    return DONE
+
+
+def command(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",)) -> None:
+    """`main` as a program: it ends the process."""
+    status = main(argv, program)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        leave(status)
+    sys.exit(status)
+
+
+def _say_how_to_go_on(stop: Interrupted, signals: Signals) -> int:
+    """Say, once, what is left of a run that was interrupted; return the exit status."""
+    from hf_ft_ext.launch.interruption import what_now
+
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        sys.stderr.write(f"stopped by {stop.name}: {what_now(signals)}\n")
+    return stop.status
+
+
+def _run(argv: list[str], program: list[str], signals: Signals) -> None:
+    from hf_ft_ext.launch.parsing import parse_arguments
+
+    run_args, model_args, data_args, args = parse_arguments(argv)
+
+    from hf_ft_ext.launch import building, folder, results, search, sharing  # after --help has been answered
+    from hf_ft_ext.launch.interruption import SaveAndStop
+    from hf_ft_ext.training.plan import training_plan
+
+    sharing.prepare(run_args, args)
+    build_trainer, data = building.load(run_args, model_args, data_args, args, [SaveAndStop(signals)])
+    trainer = build_trainer(args)
+    signals.check()
+    if args.world_size > 1:
+        keep(trainer)
+    if run_args.dry_run:
+        plan = training_plan(trainer)
+        if args.process_index == 0:
+            print(plan.table())
+        trainer.accelerator.end_training()
+        return
+    folder.make_room(run_args, args)  # only now: nothing that the user passed can fail any more
+    signals.output_dir = args.output_dir
+    with folder.explained(args.output_dir):
+        if run_args.hp_search:
+            search.search_hyperparameters(build_trainer, args, run_args.hp_search)
+            trainer = build_trainer(args)
+            if args.world_size > 1:
+                keep(trainer)
+        metrics, push = {}, False
+        if args.do_train:
+            metrics |= trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+            push = sharing.postponed(args)  # save_model would push by itself, before there are numbers to show
+            trainer.save_model()
+        signals.check()
+        if args.do_eval:
+            metrics |= results.evaluate_all(trainer, data.validation)
+        if args.do_predict:
+            metrics |= results.predict_all(trainer, data.test)
+        signals.check()
+        if trainer.is_world_process_zero():
+            print(results.record_run(trainer, metrics, [*program, *argv], run_args, model_args, data_args))
+    failure = sharing.push_finished(trainer, push)
+    trainer.accelerator.wait_for_everyone()  # gloo's threads abort a process that exits while they hold tensors
+    trainer.accelerator.end_training()
+    if failure is not None:
+        raise failure

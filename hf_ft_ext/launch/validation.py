@@ -1,0 +1,260 @@
+"""Checks before any training: of the arguments alone, of arguments with the data, of the trainer."""
+
+import logging
+import math
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers.optimization import get_scheduler
+from transformers.trainer_utils import SaveStrategy, SchedulerType
+
+from hf_ft_ext.arguments import PROMPT_DEMO, DataArguments, MethodTrainingArguments, RunArguments
+from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.metrics import CLASSIFICATION, METRICS, metric_function, primary_key
+from hf_ft_ext.training.checkpoints import check_fits
+from hf_ft_ext.training.sharding import refuse_sharding_on_cpu
+
+_MANY = math.inf
+_SEEDS = 2**32 - 1  # numpy takes no larger ones
+# name -> lowest, highest, whether the highest itself is allowed
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "learning_rate": (0, _MANY, False),
+    "weight_decay": (0, _MANY, False),
+    "adam_beta1": (0, 1, False),
+    "adam_beta2": (0, 1, False),
+    "adam_epsilon": (0, _MANY, False),
+    "max_grad_norm": (0, _MANY, False),
+    "num_train_epochs": (0, _MANY, False),
+    "warmup_steps": (0, _MANY, False),
+    "label_smoothing_factor": (0, 1, False),
+    "neftune_noise_alpha": (0, _MANY, False),
+    "eval_delay": (0, _MANY, False),
+    "logging_steps": (0, _MANY, False),
+    "save_steps": (0, _MANY, False),
+    "eval_steps": (0, _MANY, False),
+    "per_device_train_batch_size": (1, _MANY, False),
+    "per_device_eval_batch_size": (1, _MANY, False),
+    "gradient_accumulation_steps": (1, _MANY, False),
+    "eval_accumulation_steps": (1, _MANY, False),
+    "save_total_limit": (1, _MANY, False),
+    "torch_empty_cache_steps": (1, _MANY, False),
+    "dataloader_prefetch_factor": (1, _MANY, False),
+    "dataloader_num_workers": (0, _MANY, False),
+    "seed": (0, _SEEDS, True),
+    "data_seed": (0, _SEEDS, True),
+}
+
+
+def check_ranges(given: dict[str, Any]) -> None:
+    """Raise an `InputError` if a number among `given`, what the user set by name, cannot be used."""
+    for name, (low, high, closed) in _RANGES.items():
+        value = given.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if not (low <= value < high or (closed and value == high)):
+            edge = "finite" if high == _MANY else f"{'at most' if closed else 'below'} {high:,}"
+            raise InputError(f"{name}={value} cannot work: pass a number that is {low} or more and {edge}")
+    steps = given.get("max_steps")
+    if isinstance(steps, int) and steps < 1 and steps != -1:
+        raise InputError(f"max_steps={steps} cannot work: pass 1 or more, or leave it out and set num_train_epochs")
+
+
+STEPS = ("do_train", "do_eval", "do_predict")
+
+
+def check_together(run_args: RunArguments, training_args: MethodTrainingArguments) -> None:
+    refuse_sharding_on_cpu(training_args)
+    if not any(getattr(training_args, step) for step in STEPS):
+        raise InputError("nothing to do: pass --do_train, --do_eval or --do_predict, or leave them all out")
+    if training_args.label_names not in (None, ["labels"]):
+        raise InputError(
+            f"label_names={training_args.label_names}: the launcher hands labels to the model as `labels`; leave it "
+            "out (label_column names a column of your data)"
+        )
+    if training_args.prediction_loss_only and training_args.do_predict:
+        raise InputError("--prediction_loss_only leaves no predictions to write; drop it or --do_predict")
+    resume = training_args.resume_from_checkpoint
+    if resume is not None and resume.lower() in ("false", "none", ""):
+        resume = training_args.resume_from_checkpoint = None
+    if run_args.hp_search < 0:
+        raise InputError(f"hp_search={run_args.hp_search} is no number of trials; pass 1 or more, or 0 for none")
+    if run_args.early_stopping_patience < 0:
+        raise InputError(
+            f"early_stopping_patience={run_args.early_stopping_patience} is no number of evaluations; pass 1 or more, "
+            "or 0 for none"
+        )
+    if run_args.early_stopping_patience and not training_args.load_best_model_at_end:
+        raise InputError(
+            "--early_stopping_patience compares evaluations in training; add --load_best_model_at_end with "
+            "--eval_strategy and --save_strategy"
+        )
+    if resume is not None:
+        if run_args.overwrite_output_dir:
+            raise InputError("--resume_from_checkpoint continues a run, --overwrite_output_dir deletes it; pass one")
+        if run_args.hp_search:
+            raise InputError("--hp_search starts every trial anew and cannot resume; drop one of the two")
+        if not training_args.do_train:
+            raise InputError(
+                "--resume_from_checkpoint is for training; add --do_train, or to evaluate a checkpoint pass it as "
+                "--model_name_or_path"
+            )
+    if training_args.push_to_hub and not training_args.do_train:
+        raise InputError(
+            "--push_to_hub shares what training leaves; add --do_train, or push a finished run with "
+            "python -m hf_ft_ext.hub"
+        )
+    if run_args.hp_search and not training_args.do_train:
+        raise InputError("--hp_search trains; add --do_train")
+
+
+_IN_ORDER = ("random", "sequential")
+
+
+def check_streaming(run_args: RunArguments, data_args: DataArguments, args: MethodTrainingArguments) -> None:
+    """Check that a run can read its training rows as a stream.
+
+    Raises:
+        InputError: `streaming` with something that needs all rows at once, or a setting of streams without it.
+    """
+    if not data_args.streaming:
+        if "stream_buffer" in run_args.given:
+            raise InputError(
+                f"--stream_buffer {data_args.stream_buffer} shuffles a stream; pass --streaming with it, "
+                "or leave it out"
+            )
+        return
+    if not args.do_train:
+        raise InputError("--streaming reads the training split; add --do_train, or leave it out")
+    if args.needs_all_rows:
+        raise InputError(
+            f"--streaming: method {run_args.method} solves the task at once and needs all rows for it; leave it out"
+        )
+    if run_args.from_linearhead:
+        raise InputError("--streaming: --from_linearhead fits a head on all rows at once; leave out one of the two")
+    if data_args.few_shot_type == PROMPT_DEMO:
+        raise InputError("--streaming: demonstrations are drawn from all training rows; leave out one of the two")
+    if args.max_steps < 1:
+        raise InputError("--streaming: how many rows there are is not known, so neither is an epoch; pass --max_steps")
+    if args.train_sampling_strategy not in _IN_ORDER:
+        raise InputError(
+            f"--streaming takes rows as they come and cannot sort them: train_sampling_strategy="
+            f"{args.train_sampling_strategy} has to be one of {', '.join(_IN_ORDER)}"
+        )
+    if data_args.stream_buffer < 1:
+        raise InputError(f"stream_buffer={data_args.stream_buffer} holds no row; pass 1 or more")
+
+
+logger = logging.getLogger(__name__)
+
+
+def check_splits(run_args: RunArguments, args: TrainingArguments, data) -> None:
+    """Raise an `InputError` if a step was asked for whose data is missing."""
+    name = repr(data.task.name)
+    if args.do_train and data.train is None:
+        raise InputError(f"--do_train: {name} has no training split; pass --train_file, or drop --do_train")
+    if args.do_eval and not data.validation:
+        reason = "" if "do_eval" in run_args.given else " (on by default, and by any --eval_strategy)"
+        raise InputError(
+            f"--do_eval{reason}: {name} has no validation split; pass --validation_file, or only --do_train"
+        )
+    if run_args.hp_search and not data.validation:
+        raise InputError(f"--hp_search compares trials on a validation split, and {name} has none")
+    if args.do_predict and not data.test:
+        raise InputError(f"--do_predict: {name} has no test split; pass --test_file, or drop --do_predict")
+
+
+def choose_best_metric(run_args: RunArguments, args: TrainingArguments, metric: str) -> None:
+    """Where a best model is wanted, let the task's primary metric choose it unless the user said otherwise.
+
+    Raises:
+        InputError: the user named a metric that the task does not have.
+    """
+    sample = np.eye(2) if METRICS[metric].problem_type == CLASSIFICATION else np.arange(2.0)
+    keys = ["loss", *metric_function(metric)(EvalPrediction(sample, np.arange(2)))]
+    chosen = run_args.given.get("metric_for_best_model")
+    compares = (
+        args.load_best_model_at_end
+        or args.save_strategy == SaveStrategy.BEST
+        or args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+        or run_args.hp_search > 0
+    )
+    if chosen is None:
+        if not compares or args.prediction_loss_only:
+            return
+        args.metric_for_best_model = primary_key(metric)
+        if "greater_is_better" not in run_args.given:
+            args.greater_is_better = True
+    elif chosen.removeprefix("eval_") not in keys:
+        raise InputError(
+            f"metric_for_best_model cannot be {chosen!r}{did_you_mean(chosen.removeprefix('eval_'), keys)}; "
+            f"this task has: {', '.join(keys)}"
+        )
+
+
+def check_optimizer(trainer: Trainer) -> None:
+    """Make optimizer and schedule once, for a parameter of no use, so that what they refuse is known before training.
+
+    Raises:
+        InputError: they refuse their arguments, or need a package that is not there.
+    """
+    args = trainer.args
+    try:
+        if trainer.optimizer_cls_and_kwargs is None:
+            kind, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
+        else:
+            kind, settings = trainer.optimizer_cls_and_kwargs
+        if not {"params", "model", "optimizer_dict"} & settings.keys():  # those want the model itself
+            optimizer = kind([torch.nn.Parameter(torch.zeros(2, 2))], **settings)
+            get_scheduler(
+                args.lr_scheduler_type,
+                optimizer=optimizer,
+                num_warmup_steps=1,
+                num_training_steps=10,
+                scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            )
+    except InputError:
+        raise
+    except (ValueError, TypeError, KeyError, ImportError, AttributeError, RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(
+            f"optimizer or schedule cannot be made ({reason}); check optim={args.optim.value}, "
+            f"optim_args={args.optim_args}, lr_scheduler_type={args.lr_scheduler_type.value}, "
+            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs}"
+        ) from error
+
+
+def check_checkpoint(trainer: Trainer, method: str) -> None:
+    """Raise an `InputError` if the checkpoint to resume from is not one that `trainer` can go on from."""
+    folder = trainer.args.resume_from_checkpoint
+    if folder is None:
+        return
+    is_adapter = any(os.path.isfile(os.path.join(folder, f"adapter_model.{e}")) for e in ("safetensors", "bin"))
+    if is_adapter != isinstance(trainer.model, PeftModel):
+        holds = "an adapter" if is_adapter else "a whole model"
+        trains = "a whole model" if is_adapter else "an adapter"
+        raise InputError(
+            f"--resume_from_checkpoint: {folder!r} holds {holds}, but method {method!r} trains {trains}; "
+            "resume with the method that wrote it"
+        )
+    check_fits(folder, trainer.model, method)
+    load = trainer._load_optimizer_and_scheduler
+
+    def load_or_refuse(checkpoint: str) -> None:
+        own = [set(group) for group in trainer.optimizer.param_groups]
+        try:
+            load(checkpoint)
+            if own != [set(group) for group in trainer.optimizer.param_groups]:
+                raise ValueError("it is another optimizer's")  # torch takes its settings for its own
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise InputError(
+                f"--resume_from_checkpoint: the optimizer's state in {checkpoint!r} does not fit "
+                f"({str(error).strip().splitlines()[0]}); pass the arguments that the run started with"
+            ) from error
+
+    trainer._load_optimizer_and_scheduler = load_or_refuse
