@@ -1,33 +1,76 @@
-"""Entering our tuners in peft's tables, without importing peft before somebody else does.
+"""Registers our tuners with peft, without importing peft before the user's code does.
 
-`import hf_ft_ext` is all that a process needs before `PeftModel.from_pretrained`: if peft is there already, the tuners
-are entered at once; if not, as soon as it has been imported.
+`import hf_ft_ext` is all that a process needs before `PeftModel.from_pretrained`: if peft is imported already, the
+tuners are registered at once; if not, right after its first import. Registration never breaks either import: if this
+peft does not fit, it warns and leaves our adapters out.
+
+peft's own `register_peft_method` takes members of peft's enum `PeftType` alone, so it cannot serve other packages.
 """
 
 import importlib.abc
 import importlib.machinery
 import sys
+import warnings
 from types import ModuleType
 
 
 def register_adapters() -> None:
-    """Enter our adapter types in peft's tables from type to configuration, tuner and prefix; once is enough."""
-    from hf_ft_ext.adapters.table import enter
+    """Enter our adapter types in peft's tables; calling it again changes nothing.
 
-    enter()
+    Raises:
+        RuntimeError: peft has a method of the same name.
+        ImportError, AttributeError: this version of peft lacks what our tuners build on.
+    """
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+
+    from hf_ft_ext.adapters.bottleneck.config import BottleneckConfig
+    from hf_ft_ext.adapters.bottleneck.model import BottleneckModel
+    from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
+    from hf_ft_ext.adapters.layer_prefix.model import LayerPrefixModel
+    from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig
+    from hf_ft_ext.adapters.mixture.model import LayerMixtureModel
+    from hf_ft_ext.adapters.table import AdapterType
+
+    for kind, config, tuner in (
+        (AdapterType.BOTTLENECK, BottleneckConfig, BottleneckModel),
+        (AdapterType.LAYER_PREFIX, LayerPrefixConfig, LayerPrefixModel),
+        (AdapterType.LAYER_MIXTURE, LayerMixtureConfig, LayerMixtureModel),
+    ):
+        known = PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(kind, config)
+        if known is not config:
+            raise RuntimeError(
+                f"peft has a method {kind.value} of its own ({known.__module__}); install an older peft or a newer "
+                "hf_ft_ext"
+            )
+        PEFT_TYPE_TO_TUNER_MAPPING[kind] = tuner
+        # A mixture's parameters have the prefixes of its kinds. Without an entry, transformers tries all prefixes.
+        if kind != AdapterType.LAYER_MIXTURE:
+            PEFT_TYPE_TO_PREFIX_MAPPING[kind] = tuner.prefix
 
 
 def register_when_peft_is_there() -> None:
-    """Call `register_adapters` now, or right after peft's first import."""
+    """Register our adapters now, or right after peft's first import."""
     peft = sys.modules.get("peft")
     if peft is not None and not getattr(peft.__spec__, "_initializing", False):
-        register_adapters()
+        _register_or_warn()
     elif not any(isinstance(finder, _AfterPeft) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterPeft())
 
 
+def _register_or_warn() -> None:
+    try:
+        register_adapters()
+    except Exception as error:  # whatever it is, the user's `import peft` must succeed
+        version = getattr(sys.modules.get("peft"), "__version__", "unknown")
+        warnings.warn(
+            f"the adapters of hf_ft_ext are not available with peft {version} ({type(error).__name__}: {error}); "
+            "install a version that hf_ft_ext's requirements allow: pip install 'peft>=0.21,<0.22'",
+            stacklevel=2,
+        )
+
+
 class _AfterPeft(importlib.abc.MetaPathFinder):
-    """Finds peft as the others do, and has the registration run after it."""
+    """Finds peft as the other finders do, and registers our adapters after its import."""
 
     def find_spec(self, fullname: str, path=None, target: ModuleType | None = None):
         if fullname != "peft":
@@ -55,4 +98,4 @@ class _Loader(importlib.abc.Loader):
         self._loader.exec_module(module)
         if self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)
-        register_adapters()
+        _register_or_warn()

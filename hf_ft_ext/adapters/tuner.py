@@ -1,6 +1,11 @@
 """What our tuners share beyond peft's `BaseTuner`: matching by layer, modules that are no linear layers, refusals."""
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _check_adapters_not_merged,
+    _delete_auxiliary_adapter,
+)
 from torch import nn
 
 from hf_ft_ext.adapters.layers import matches, plain_name
@@ -29,17 +34,96 @@ class LayerTuner(BaseTuner):
             reference = next(child.parameters(), None)
             if reference is not None and reference.device.type != "meta":
                 for name, module in new_module.named_children():
-                    if name != "base_layer":
+                    if name != "base_layer" and not _on_meta(module):
                         module.to(reference.device)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out; if it was the only active one, the first of the others becomes active.
+
+        peft takes the new active adapter from the first layer, which may have none of the others.
+        """
+        if adapter_name not in self.peft_config:
+            raise InputError(f"there is no adapter {adapter_name!r}; this model has: {', '.join(self.peft_config)}")
+        active = [name for name in self.active_adapters if name != adapter_name]
+        _check_adapters_not_merged(self.model, adapter_name)
+        for module in self.model.modules():
+            if isinstance(module, self.tuner_layer_cls):
+                module._active_adapter = [name for name in module.active_adapters if name != adapter_name]
+                module.delete_adapter(adapter_name)
+        del self.peft_config[adapter_name]
+        active = active or list(self.peft_config)[:1]
+        _delete_auxiliary_adapter(self.model, adapter_name, new_active_adapters=active)
+        if active:
+            self.set_adapter(active)
+        self.active_adapter = active
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         if self.cannot_merge is not None:
             raise InputError(f"{self.cannot_merge}; keep it as an adapter, or take it off with unload()")
 
+    # --- files ------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = cls._to_save(model, config, adapter_name, found)
+        return {_name_alone(model, key, adapter_name): tensor for key, tensor in found.items()}
+
+    @classmethod
+    def _to_save(cls, model: nn.Module, config, adapter_name: str, state_dict: dict) -> dict:
+        """What of an adapter's tensors, by their names in `model`, goes into its file."""
+        return state_dict
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        here = {}
+        for key in model.state_dict():
+            if ".base_layer." in key and f".{adapter_name}." in f"{key}.":
+                name = cls._remove_adapter_name_from_key(key, adapter_name)
+                alone = cls._remove_adapter_name_from_key(_name_alone(model, key, adapter_name), adapter_name)
+                here |= {alone: name, _PEFT + alone: _PEFT + name}  # files have peft's prefix, the model may not
+        state_dict = {here.get(key, key): tensor for key, tensor in state_dict.items()}
+        return super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+
+
+_PEFT = "base_model.model."
+
+
+def _name_alone(model: nn.Module, key: str, adapter_name: str) -> str:
+    """The name that the parameter `key` of an adapter has in a model that holds this adapter alone.
+
+    Where another adapter wraps a module around the parameter's owner, the owner's path has one `base_layer` more.
+    """
+    if ".base_layer." not in key:
+        return key
+    kept, owner = [], model
+    for part in key.split("."):
+        wrapped_by_others = (
+            part == "base_layer"
+            and isinstance(owner, BaseTunerLayer)
+            and adapter_name not in owner._get_available_adapters()
+        )
+        if not wrapped_by_others:
+            kept.append(part)
+        owner = getattr(owner, "_modules", {}).get(part)
+    return ".".join(kept)
+
+
+class OwnParts:
+    """Mixin of our layers: their parts follow the wrapped module, of any class, in device and dtype.
+
+    peft's own looks for `weight` or `qweight` of the wrapped module, which an attention or a block lacks.
+    """
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
+        like_base_layer(self, adapter_name, device)
+
 
 def refuse_unfit_layers(model: nn.Module, kind: str, layers: int | list[int] | None, known: list[int]) -> None:
-    """Raise an `InputError` where `layers_to_transform` names layers that the model has not."""
+    """Raise an `InputError` where `layers_to_transform` names layers that the model does not have."""
     if layers is None:
         return
     wanted = [layers] if isinstance(layers, int) else layers
@@ -52,13 +136,41 @@ def refuse_unfit_layers(model: nn.Module, kind: str, layers: int | list[int] | N
         )
 
 
-def like_base_layer(layer: BaseTunerLayer, adapter_name: str) -> None:
-    """Move an adapter to the device and floating-point type of the module that it is at, whatever that module is."""
+def refuse_nested_targets(model: nn.Module, kind: str, config) -> None:
+    """Raise an `InputError` where the configuration targets a module and another module inside of it."""
+    targeted: set[str] = set()
+    for name, _ in model.named_modules():
+        name = plain_name(name)
+        if not name or not matches(config, name):
+            continue
+        outer = next((part for part in _owners(name) if part in targeted), None)
+        if outer is not None:
+            raise InputError(
+                f"{kind}: target_modules={config.target_modules!r} matches {outer!r} and {name!r}, which is inside of "
+                "it; an adapter cannot wrap both, so match one of the two (or put the other in exclude_modules)"
+            )
+        targeted.add(name)
+
+
+def _owners(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def like_base_layer(layer: BaseTunerLayer, adapter_name: str, device=None) -> None:
+    """Move an adapter to the device and floating-point type of the module that it is at, whatever that module is.
+
+    Parts on the meta device stay there: `low_cpu_mem_usage` fills them later.
+    """
     reference = next(layer.get_base_layer().parameters(), None)
-    if reference is None or reference.device.type == "meta":
+    if reference is None:
         return
     dtype = reference.dtype if reference.is_floating_point() else None
     for name in layer.adapter_layer_names:
         parts = getattr(layer, name)
-        if adapter_name in parts:
-            parts[adapter_name].to(reference.device, dtype)
+        if adapter_name in parts and not _on_meta(parts[adapter_name]) and reference.device.type != "meta":
+            parts[adapter_name].to(reference.device if device is None else device, dtype)
+
+
+def _on_meta(module: nn.Module) -> bool:
+    return any(parameter.device.type == "meta" for parameter in module.parameters())

@@ -12,8 +12,7 @@ from torch import nn
 
 from hf_ft_ext.adapters.bottleneck.config import BottleneckConfig
 from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
-from hf_ft_ext.adapters.layer_prefix.layer import PrefixLayer
-from hf_ft_ext.adapters.layer_prefix.model import EMBEDDING, HIDDEN
+from hf_ft_ext.adapters.layer_prefix.layer import SHARED, PrefixLayer
 from hf_ft_ext.adapters.layers import names_by_layer, plain_name, split_layer
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig, limited_to_layers, settings_of
 from hf_ft_ext.adapters.table import AdapterType
@@ -157,16 +156,18 @@ def modules_of(probe: nn.Module, candidates: dict[str, PeftConfig]) -> list[Modu
         place = split_layer(plain_name(name.removeprefix("base_model.model.")) + ".")
         if candidate is None or place is None:
             continue
-        own = [(n, p) for n, p in module.named_parameters() if not n.startswith("base_layer.") and p.requires_grad]
+        others = (
+            "base_layer.",
+            *(f"{part}." for part in SHARED),
+        )  # the wrapped module, and what all layers have together
+        own = [(n, p) for n, p in module.named_parameters() if not n.startswith(others) and p.requires_grad]
         key = (place[0], candidate)
         found.setdefault(key, []).extend(f"{name}.{n}" for n, _ in own)
         size = sum(p.numel() for _, p in own)
         if isinstance(module, PrefixLayer):
             size = candidates[candidate].prefix_length * 2 * module.heads * module.size
         added[key] = added.get(key, 0) + size
-    shared = tuple(
-        n for n, p in probe.named_parameters() if any(f".{part}." in f".{n}" for part in (EMBEDDING, HIDDEN))
-    )
+    shared = tuple(n for n, _ in probe.named_parameters() if any(f".{part}." in n for part in SHARED))
     return [
         Module(
             candidate, layer, tuple(names),

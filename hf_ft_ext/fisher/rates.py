@@ -2,12 +2,10 @@
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hf_ft_ext.adapters.layer_prefix.model import EMBEDDING, HIDDEN
 from hf_ft_ext.adapters.layers import plain_name, split_layer
-from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.fisher.arguments import HEAD
 from hf_ft_ext.fisher.plan import AdapterPlan
 
@@ -26,14 +24,6 @@ def candidate_of_parameters(model: nn.Module, plan: AdapterPlan) -> dict[int, st
             if candidate is not None and isinstance(module, classes[candidate]):
                 own = (p for n, p in module.named_parameters() if not n.startswith("base_layer."))
                 found.update((id(p), candidate) for p in own)
-        elif isinstance(module, BaseTuner):
-            prefix = next(
-                (n for n in plan.choice.values() if n and plan.candidates[n]["peft_type"] == AdapterType.LAYER_PREFIX),
-                None,
-            )
-            for part in (EMBEDDING, HIDDEN):
-                if prefix is not None and part in module._modules:
-                    found.update((id(p), prefix) for p in module._modules[part].parameters())
     return found
 
 

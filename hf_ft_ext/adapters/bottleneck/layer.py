@@ -1,7 +1,6 @@
 """A module with bottleneck adapters around it."""
 
 import inspect
-from collections.abc import Callable
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,13 +9,13 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.adapters.bottleneck.config import PARALLEL, BottleneckConfig
-from hf_ft_ext.adapters.tuner import like_base_layer
+from hf_ft_ext.adapters.tuner import OwnParts, like_base_layer
 from hf_ft_ext.errors import InputError
 
 INSIDE_NORM, ON_OUTPUT, BESIDE, BESIDE_RESIDUAL = ("inside norm", "on output", "beside", "beside residual")
 
 
-class BottleneckLayer(nn.Module, BaseTunerLayer):
+class BottleneckLayer(OwnParts, nn.Module, BaseTunerLayer):
     """A module of the model and, beside or after it, adapters `scaling * up(activation(down(x)))`.
 
     `mode` says how they meet:
@@ -33,14 +32,18 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         "bottleneck_norm_before",
         "bottleneck_norm_after",
         "bottleneck_scale",
+        "bottleneck_activation",
     )
+    other_param_names = ("modes", "settings")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig, hidden: int):
         super().__init__()
         self.base_layer = base_layer
         self.hidden = hidden
+        self.in_features = getattr(base_layer, "in_features", hidden)
+        self.out_features = getattr(base_layer, "out_features", hidden)
         self.modes: dict[str, str] = {}
-        self.settings: dict[str, tuple[float, float, Callable]] = {}  # factor, dropout, activation
+        self.settings: dict[str, tuple[float, float]] = {}  # factor, dropout
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ModuleDict())
         self.merged_adapters = []
@@ -67,19 +70,20 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
             self.bottleneck_scale[adapter_name] = Scale(config.scaling)
         self.modes[adapter_name] = mode_of(self.get_base_layer(), config)
         scaling = 1.0 if config.learned_scaling else config.scaling
-        self.settings[adapter_name] = (scaling, config.dropout, ACT2FN[config.activation])
+        self.settings[adapter_name] = (scaling, config.dropout)
+        self.bottleneck_activation[adapter_name] = _as_module(ACT2FN[config.activation])
         like_base_layer(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def adapter(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """What the adapter `name` adds where it reads `x`, in the dtype of `x`."""
-        scaling, dropout, activation = self.settings[name]
+        scaling, dropout = self.settings[name]
         dtype = x.dtype
         x = x.to(self.bottleneck_down[name].weight.dtype)
         if name in self.bottleneck_norm_before:
             x = self.bottleneck_norm_before[name](x)
         x = nn.functional.dropout(x, dropout, self.training) if dropout else x
-        x = self.bottleneck_up[name](activation(self.bottleneck_down[name](x)))
+        x = self.bottleneck_up[name](self.bottleneck_activation[name](self.bottleneck_down[name](x)))
         if name in self.bottleneck_norm_after:
             x = self.bottleneck_norm_after[name](x)
         if name in self.bottleneck_scale:
@@ -107,6 +111,21 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         if added:
             y = y + sum(added)
         return (y, *output[1:]) if isinstance(output, tuple) else y
+
+
+class _Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+def _as_module(activation) -> nn.Module:
+    return activation if isinstance(activation, nn.Module) else _Function(activation)
 
 
 class Scale(nn.Module):

@@ -5,7 +5,7 @@ from torch import nn
 from hf_ft_ext.adapters.bottleneck.config import HOULSBY, PARALLEL, PFEIFFER, BottleneckConfig
 from hf_ft_ext.adapters.bottleneck.layer import BottleneckLayer, width_of
 from hf_ft_ext.adapters.layers import names_by_layer
-from hf_ft_ext.adapters.tuner import LayerTuner, refuse_unfit_layers
+from hf_ft_ext.adapters.tuner import LayerTuner, refuse_nested_targets, refuse_unfit_layers
 from hf_ft_ext.errors import InputError
 
 # What a layer holds, and from it, by placement, the modules that get an adapter: names within the layer.
@@ -40,6 +40,7 @@ class BottleneckModel(LayerTuner):
         refuse_unfit_layers(model, "bottleneck", peft_config.layers_to_transform, list(layers))
         if peft_config.target_modules is None:
             peft_config.target_modules = default_targets(model, peft_config.placement, layers)
+        refuse_nested_targets(model, "bottleneck", peft_config)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         if isinstance(target, BottleneckLayer):

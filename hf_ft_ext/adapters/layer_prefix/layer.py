@@ -1,6 +1,6 @@
 """An attention module with prefixes in front of its keys and values."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -8,7 +8,9 @@ from torch import nn
 
 from hf_ft_ext.adapters.layer_prefix.attention import prefixed
 from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
-from hf_ft_ext.adapters.tuner import like_base_layer
+from hf_ft_ext.adapters.tuner import OwnParts, like_base_layer
+
+SHARED = ("layer_prefix_embedding", "layer_prefix_hidden")  # parts that are one module in all layers of an adapter
 
 
 class Table(nn.Module):
@@ -29,39 +31,60 @@ class Table(nn.Module):
         return self.weight[None].expand(batch, -1, -1) if self.per_example else self.weight[None]
 
 
-class PrefixLayer(nn.Module, BaseTunerLayer):
+@dataclass(frozen=True)
+class PrefixProjection:
+    """Embedding and first layer of the network that makes keys and values (Li and Liang 2021, section 4.3).
+
+    All layers of an adapter hold the same two modules.
+    """
+
+    embedding: Table  # [length, hidden size]
+    hidden: nn.Linear  # hidden size -> projection size
+
+    @classmethod
+    def draw(cls, config: LayerPrefixConfig, width: int) -> "PrefixProjection":
+        """A new one for an attention of `width` features."""
+        return cls(Table(config.prefix_length, width, 1.0), nn.Linear(width, config.projection_size))
+
+
+class PrefixLayer(OwnParts, nn.Module, BaseTunerLayer):
     """A self-attention of the model, with prefixes; several active ones stand one after the other.
 
     Attributes:
         heads, size: key heads of the attention, and features of each.
     """
 
-    adapter_layer_names = ("layer_prefix_table", "layer_prefix_out")
+    adapter_layer_names = ("layer_prefix_table", "layer_prefix_out", *SHARED)
+    other_param_names = ("dropout",)
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LayerPrefixConfig, embed: Callable | None):
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: LayerPrefixConfig, projection: PrefixProjection | None
+    ):
         super().__init__()
         self.base_layer = base_layer
         self.heads, self.size = key_heads(self.get_base_layer())
+        self.in_features = self.out_features = hidden_size(self.get_base_layer())
         self.layer_prefix_table, self.layer_prefix_out = nn.ModuleDict(), nn.ModuleDict()
-        self.embed: dict[str, Callable] = {}  # the tuner's network, shared by all layers
+        self.layer_prefix_embedding, self.layer_prefix_hidden = nn.ModuleDict(), nn.ModuleDict()
         self.dropout: dict[str, float] = {}
         self.merged_adapters = []
         self._disable_adapters = False
-        self.update_layer(adapter_name, config, embed)
+        self.update_layer(adapter_name, config, projection)
         self._active_adapter = adapter_name
 
-    def update_layer(self, adapter_name: str, config: LayerPrefixConfig, embed: Callable | None) -> None:
+    def update_layer(self, adapter_name: str, config: LayerPrefixConfig, projection: PrefixProjection | None) -> None:
         """Add a prefix, newly drawn.
 
         Args:
-            embed: with a projection, `embed(batch)` -> `[batch or 1, length, projection_size]`.
+            projection: the network that the layers of this adapter share; `None` = keys and values train themselves.
         """
         width = 2 * self.heads * self.size
-        if embed is None:
+        if projection is None:
             self.layer_prefix_table[adapter_name] = Table(config.prefix_length, width, config.init_std)
         else:
             self.layer_prefix_out[adapter_name] = nn.Linear(config.projection_size, width)
-            self.embed[adapter_name] = embed
+            self.layer_prefix_embedding[adapter_name] = projection.embedding
+            self.layer_prefix_hidden[adapter_name] = projection.hidden
         self.dropout[adapter_name] = config.dropout
         like_base_layer(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -75,7 +98,27 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
         """Keys, then values: `[batch or 1, length, 2 * heads * size]`."""
         if name in self.layer_prefix_table:
             return self.layer_prefix_table[name](batch)
-        return self.layer_prefix_out[name](self.embed[name](batch))
+        out = self.layer_prefix_out[name]
+        projected = torch.tanh(self.layer_prefix_hidden[name](self.layer_prefix_embedding[name](batch)))
+        return out(projected.to(out.weight.device))  # layers may be on several devices
+
+    def projection(self, name: str) -> PrefixProjection | None:
+        """What the prefixes of adapter `name` share with those of other layers; `None` without projection."""
+        if name not in self.layer_prefix_hidden:
+            return None
+        return PrefixProjection(self.layer_prefix_embedding[name], self.layer_prefix_hidden[name])
+
+    def fold(self, name: str) -> None:
+        """Replace the projection of adapter `name` by the keys and values that it makes now."""
+        with torch.no_grad():
+            rows = self.rows(name)[0]
+        table = Table(*rows.shape, std=0.0).to(rows.device, rows.dtype)
+        if rows.device.type != "meta":
+            table.weight.data.copy_(rows)
+        table.requires_grad_(any(parameter.requires_grad for parameter in self.layer_prefix_out[name].parameters()))
+        self.layer_prefix_table[name] = table
+        for part in ("layer_prefix_out", *SHARED):
+            del getattr(self, part)[name]
 
     def keys_and_values(self, name: str, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Two tensors `[batch, heads, length, size]`."""
@@ -101,6 +144,12 @@ class PrefixLayer(nn.Module, BaseTunerLayer):
             if name == "base_layer":
                 raise
             return getattr(self.base_layer, name)  # what the model asks its attention for
+
+
+def hidden_size(attention: nn.Module) -> int:
+    """Features that an attention module reads and gives."""
+    heads, size = key_heads(attention)
+    return getattr(attention.config, "hidden_size", None) or heads * size
 
 
 def key_heads(attention: nn.Module) -> tuple[int, int]:

@@ -1,21 +1,20 @@
 """The tuner of per-layer prefixes."""
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from peft import PeftConfig
 from torch import nn
 
 from hf_ft_ext.adapters.layer_prefix.attention import uses_interface
 from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
-from hf_ft_ext.adapters.layer_prefix.layer import PrefixLayer, Table
+from hf_ft_ext.adapters.layer_prefix.layer import SHARED, PrefixLayer, PrefixProjection, hidden_size
 from hf_ft_ext.adapters.layers import plain_name, split_layer
 from hf_ft_ext.adapters.table import AdapterType
-from hf_ft_ext.adapters.tuner import LayerTuner, refuse_unfit_layers
+from hf_ft_ext.adapters.tuner import LayerTuner, refuse_nested_targets, refuse_unfit_layers
 from hf_ft_ext.errors import InputError
 
-EMBEDDING, HIDDEN = "layer_prefix_embedding", "layer_prefix_hidden"
 _CROSS = ("cross", "encoder_attn", "encdec")  # attention to another sequence, by name
 
 
@@ -24,7 +23,6 @@ class LayerPrefixModel(LayerTuner):
 
     prefix = "layer_prefix_"
     tuner_layer_cls = PrefixLayer
-    uses_shared_state = True  # embedding and first layer of the projection
     cannot_merge = "a prefix changes what attention sees, not weights, and cannot be merged into them"
 
     def _prepare_model(self, peft_config: LayerPrefixConfig, model: nn.Module) -> None:
@@ -39,6 +37,7 @@ class LayerPrefixModel(LayerTuner):
         )
         if peft_config.target_modules is None:
             peft_config.target_modules = sorted({rest for _, rest in found.values()})
+        refuse_nested_targets(model, "prefix", peft_config)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
@@ -47,123 +46,105 @@ class LayerPrefixModel(LayerTuner):
                 f"{plain_name(current_key)} ({type(base).__name__}) does not go through transformers' attention "
                 "interface, so a prefix cannot reach it; leave target_modules out, or choose another adapter"
             )
-        embed = None
+        projection = None
         if peft_config.projection_size is not None:
-            embed = self.shared_network(adapter_name, peft_config, base)
+            projection = self._projection(adapter_name, peft_config, base)
         if isinstance(target, PrefixLayer):
-            target.update_layer(adapter_name, peft_config, embed)
+            target.update_layer(adapter_name, peft_config, projection)
             return
-        layer = PrefixLayer(target, adapter_name, peft_config, embed)
+        layer = PrefixLayer(target, adapter_name, peft_config, projection)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def shared_network(self, adapter_name: str, config: LayerPrefixConfig, attention: nn.Module):
-        """Embedding and first layer of the projection of `adapter_name`, made when first asked for."""
-        if not hasattr(self, EMBEDDING):
-            setattr(self, EMBEDDING, nn.ModuleDict())
-            setattr(self, HIDDEN, nn.ModuleDict())
-        embedding, hidden = getattr(self, EMBEDDING), getattr(self, HIDDEN)
-        if adapter_name not in embedding:
-            width = attention.config.hidden_size
-            embedding[adapter_name] = Table(config.prefix_length, width, 1.0)
-            hidden[adapter_name] = nn.Linear(width, config.projection_size)
-            reference = next(attention.parameters(), None)
-            if reference is not None and reference.device.type != "meta" and reference.is_floating_point():
-                embedding[adapter_name].to(reference.device, reference.dtype)
-                hidden[adapter_name].to(reference.device, reference.dtype)
-            trains = adapter_name in self.active_adapters and not config.inference_mode
-            embedding[adapter_name].requires_grad_(trains)
-            hidden[adapter_name].requires_grad_(trains)
-        return functools.partial(_embed, embedding[adapter_name], hidden[adapter_name])
-
-    # --- the shared part follows the layers -------------------------------------------------------
-
-    def _shared(self, adapter_name: str) -> list[nn.Module]:
-        return [
-            getattr(self, part)[adapter_name]
-            for part in (EMBEDDING, HIDDEN)
-            if part in self._modules and adapter_name in self._modules[part]
-        ]
-
-    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if autocast_adapter_dtype:
-            for module in self._shared(adapter_name):
-                if module.weight.dtype in (torch.float16, torch.bfloat16):
-                    module.float()
-
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
-        super()._mark_only_adapters_as_trainable(model)
-        for name in self._modules.get(EMBEDDING, ()):
-            for module in self._shared(name):
-                module.requires_grad_(name in self.active_adapters and not self.peft_config[name].inference_mode)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_name, inference_mode)
-        active = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for name in self._modules.get(EMBEDDING, ()):
-            for module in self._shared(name):
-                module.requires_grad_(name in active and not inference_mode)
-
-    def set_requires_grad(self, adapter_names, requires_grad: bool = True) -> None:
-        super().set_requires_grad(adapter_names, requires_grad)
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            for module in self._shared(name):
-                module.requires_grad_(requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.delete_shared(adapter_name)
-
-    def delete_shared(self, adapter_name: str) -> None:
-        """Drop the network that the prefixes of an adapter share."""
-        for part in (EMBEDDING, HIDDEN):
-            if part in self._modules:
-                shared = self._modules[part]
-                if adapter_name in shared:
-                    del shared[adapter_name]
+    def _projection(self, adapter_name: str, config: LayerPrefixConfig, attention: nn.Module) -> PrefixProjection:
+        """The network that the layers of `adapter_name` share: that of a layer which has it, else a new one."""
+        for _, layer in prefix_layers(self.model):
+            if (found := layer.projection(adapter_name)) is not None:
+                return found
+        return PrefixProjection.draw(config, hidden_size(attention))
 
     # --- files ------------------------------------------------------------------------------------
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        if config.projection_size is None or getattr(config, "saves_projection", False):
-            return found
-        return folded(model, adapter_name, found)
+    def _to_save(cls, model, config, adapter_name, state_dict):
+        return saved_prefixes(model, config, adapter_name, state_dict)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        refuse_folded(config, state_dict)
-        return super()._remap_adapter_state_dict_for_load(
+        fold_to_load(model, config, config, adapter_name, state_dict)
+        found = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+        return with_shared_projection(model, adapter_name, found)
 
 
-def _embed(embedding: Table, hidden: nn.Linear, batch: int) -> torch.Tensor:
-    """`[batch or 1, length, projection_size]`: what the second layer of each layer's projection reads."""
-    return torch.tanh(hidden(embedding(batch)))
+def prefix_layers(model: nn.Module) -> Iterator[tuple[str, PrefixLayer]]:
+    """Name and module of each prefixed attention."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, PrefixLayer))
 
 
-def folded(model: nn.Module, adapter_name: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """`state` of an adapter with its projections replaced by the keys and values that they make."""
-    kept = {k: v for k, v in state.items() if not any(f".{p}." in k for p in (EMBEDDING, HIDDEN, "layer_prefix_out"))}
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, PrefixLayer) and adapter_name in module.layer_prefix_out:
-                kept[f"{name}.layer_prefix_table.{adapter_name}.weight"] = module.rows(adapter_name)[0].clone()
-    return kept
+def saved_prefixes(
+    model: nn.Module, config: LayerPrefixConfig, adapter_name: str, state: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """What is saved of an adapter's prefixes: the projection once, or the keys and values that it makes."""
+    if config.projection_size is None:
+        return state
+    state = dict(state)
+    kept = getattr(config, "saves_projection", False)
+    for position, (name, layer) in enumerate(_projected(model, adapter_name)):
+        dropped = ("layer_prefix_out", *SHARED) if not kept else SHARED if position else ()
+        for key in [k for k in state if k.startswith(tuple(f"{name}.{part}." for part in dropped))]:
+            del state[key]
+        if not kept:
+            with torch.no_grad():
+                state[f"{name}.layer_prefix_table.{adapter_name}.weight"] = layer.rows(adapter_name)[0].clone()
+    return state
 
 
-def refuse_folded(config, state_dict: dict[str, torch.Tensor]) -> None:
-    """Raise an `InputError` if a prefix with projection is to be loaded from keys and values alone."""
-    if config.projection_size is not None and any(".layer_prefix_table." in key for key in state_dict):
+def with_shared_projection(
+    model: nn.Module, adapter_name: str, state: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """`state` with the tensors of the projection, saved once, under the names of all layers that share it."""
+    layers = _projected(model, adapter_name)
+    result = dict(state)
+    for part in SHARED:
+        prefixes = [f"{name}.{part}.{adapter_name}." for name, _ in layers]
+        for key, tensor in state.items():
+            saved_under = next((prefix for prefix in prefixes if key.startswith(prefix)), None)
+            if saved_under is not None:
+                result |= {prefix + key.removeprefix(saved_under): tensor for prefix in prefixes}
+    return result
+
+
+def _projected(model: nn.Module, adapter_name: str) -> list[tuple[str, PrefixLayer]]:
+    """The prefixed attentions whose keys and values of this adapter a projection makes."""
+    return [(name, layer) for name, layer in prefix_layers(model) if layer.projection(adapter_name) is not None]
+
+
+def fold_to_load(
+    model: nn.Module, config: PeftConfig, prefix: LayerPrefixConfig, adapter_name: str, state: dict[str, torch.Tensor]
+) -> None:
+    """Fit a prefix with projection to a file that holds keys and values alone, where the adapter does not train.
+
+    Args:
+        config: of the adapter; it says whether it trains.
+        prefix: of the prefix: the same, or one kind of a mixture.
+
+    Raises:
+        InputError: the adapter is to be trained on, and the projection is not in the file.
+    """
+    if prefix.projection_size is None or not any(".layer_prefix_table." in key for key in state):
+        return
+    if not config.inference_mode:
         raise InputError(
             "this file holds a prefix's keys and values alone, and the model trains a projection that makes them; "
             "load it into the base model with PeftModel.from_pretrained, or save inside keep_projection(model) what "
             "training is to be resumed from"
         )
+    for _, layer in _projected(model, adapter_name):
+        layer.fold(adapter_name)
+    prefix.projection_size = None
 
 
 @contextmanager

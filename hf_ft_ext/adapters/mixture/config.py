@@ -10,6 +10,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.errors import InputError, did_you_mean
 
+# What a tuner overrides if it keeps state beyond its layers, or looks at the model as a whole.
+_MAKES = ("__init__", "_pre_injection_hook", "_post_injection_hook", "inject_adapter")
 _OF_THE_MIXTURE = ("modules_to_save", "layers_to_transform")
 
 
@@ -134,7 +136,7 @@ def _refuse_unlimited(name: str, kind: str, config_class: type[PeftConfig]) -> N
         reason = "is a mixture itself"
     elif not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)) or not limited:
         reason = "puts its parameters before the model or into all layers at once"
-    elif not own and (getattr(tuner, "uses_shared_state", False) or tuner.__init__ is not BaseTuner.__init__):
+    elif not own and (tuner.uses_shared_state or any(getattr(tuner, n) is not getattr(BaseTuner, n) for n in _MAKES)):
         reason = "shares parameters between layers"
     if reason is not None:
         raise InputError(

@@ -6,8 +6,6 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
-    _check_adapters_not_merged,
-    _delete_auxiliary_adapter,
     _get_submodules,
     _maybe_include_all_linear_layers,
 )
@@ -15,24 +13,22 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import set_additional_trainable_modules
 from torch import nn
 
-from hf_ft_ext.adapters.layer_prefix.model import LayerPrefixModel, folded, refuse_folded
+from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
+from hf_ft_ext.adapters.layer_prefix.model import fold_to_load, saved_prefixes, with_shared_projection
 from hf_ft_ext.adapters.layers import names_by_layer, plain_name, split_layer
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig
 from hf_ft_ext.adapters.table import AdapterType
+from hf_ft_ext.adapters.tuner import LayerTuner
 from hf_ft_ext.errors import InputError
 
 _DEFAULT_TARGETS = {"distilbert": ["q_lin", "v_lin"]}  # query and value, which peft's tables lack
 
 
-class LayerMixtureModel(LayerPrefixModel):
-    """Adapters of several kinds in one model, each made by the tuner of its own kind.
+class LayerMixtureModel(LayerTuner):
+    """Adapters of several kinds in one model, each made by the tuner of its own kind."""
 
-    Of `LayerPrefixModel` it has the network that prefixes share.
-    """
-
-    prefix = ""  # parameters are called as their kinds call them
+    prefix = "layer_mixture_"  # no parameter has it: they are named as their kinds name them
     tuner_layer_cls = BaseTunerLayer
-    cannot_merge = None
 
     # --- making it --------------------------------------------------------------------------------
 
@@ -110,12 +106,11 @@ class LayerMixtureModel(LayerPrefixModel):
             )
 
     def _tuner(self, model: nn.Module, adapter_name: str, config) -> BaseTuner:
-        """The tuner of a kind as it would be on this model, with nothing injected yet.
+        """The tuner of a kind as it would be on this model, before it injects anything.
 
-        Prefixes are made by the mixture itself, which keeps the network that they share.
+        peft's constructor injects into all layers at once, so the object is made without it. Kinds whose tuner does
+        more than `BaseTuner.__init__` are refused by the configuration (`limited_to_layers`).
         """
-        if config.peft_type == AdapterType.LAYER_PREFIX:
-            return _PrefixMaker(self)
         tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
         tuner = tuner_class.__new__(tuner_class)
         nn.Module.__init__(tuner)
@@ -125,26 +120,8 @@ class LayerMixtureModel(LayerPrefixModel):
         tuner.active_adapter = self.active_adapter
         return tuner
 
-    def _replace_module(self, parent, child_name, new_module, child) -> None:
-        setattr(parent, child_name, new_module)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out; if it was the only active one, the first of the others becomes active."""
-        if adapter_name not in self.peft_config:
-            raise InputError(f"there is no adapter {adapter_name!r}; this model has: {', '.join(self.peft_config)}")
-        active = [name for name in self.active_adapters if name != adapter_name]
-        _check_adapters_not_merged(self.model, adapter_name)
-        for _, module in self.model.named_modules():
-            if isinstance(module, BaseTunerLayer):
-                module._active_adapter = [name for name in module.active_adapters if name != adapter_name]
-                module.delete_adapter(adapter_name)
-        self.delete_shared(adapter_name)
-        del self.peft_config[adapter_name]
-        active = active or list(self.peft_config)[:1]
-        _delete_auxiliary_adapter(self.model, adapter_name, new_active_adapters=active)
-        if active:
-            self.set_adapter(active)
-        self.active_adapter = active
+    def _create_and_replace(self, *args, **kwargs) -> None:
+        raise NotImplementedError("each kind's own tuner does that: see inject_adapter")
 
     # --- merging ----------------------------------------------------------------------------------
 
@@ -170,45 +147,21 @@ class LayerMixtureModel(LayerPrefixModel):
     # --- files ------------------------------------------------------------------------------------
 
     @classmethod
-    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
-        found = BaseTuner._get_adapter_state_dict.__func__(
-            cls, model, config, adapter_name, state_dict, unwanted_adapter_names
-        )
-        projected = [
-            c for c in config.configs.values() if c.peft_type == AdapterType.LAYER_PREFIX and c.projection_size
-        ]
-        if projected and not getattr(config, "saves_projection", False):
-            return folded(model, adapter_name, found)
-        return found
+    def _to_save(cls, model, config, adapter_name, state_dict):
+        for prefix in _prefixes(config):
+            state_dict = saved_prefixes(model, prefix, adapter_name, state_dict)
+        return state_dict
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
-        for settings in config.configs.values():
-            if settings.peft_type == AdapterType.LAYER_PREFIX:
-                refuse_folded(settings, state_dict)
-        return BaseTuner._remap_adapter_state_dict_for_load.__func__(cls, model, config, adapter_name, state_dict)
+        for prefix in _prefixes(config):
+            fold_to_load(model, config, prefix, adapter_name, state_dict)
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        return with_shared_projection(model, adapter_name, found)
 
 
-class _PrefixMaker:
-    """`LayerPrefixModel`'s way of making prefixes, on behalf of a mixture."""
-
-    def __init__(self, mixture: LayerMixtureModel):
-        self.mixture = mixture
-
-    def __getattr__(self, name: str):
-        return getattr(self.mixture, name)
-
-    def _prepare_adapter_config(self, config, model_config: dict):
-        return config
-
-    def _prepare_model(self, config, model: nn.Module) -> None:
-        LayerPrefixModel._prepare_model(self.mixture, config, model)
-
-    def _check_target_module_exists(self, config, key: str) -> bool:
-        return LayerPrefixModel._check_target_module_exists(config, key)
-
-    def _create_and_replace(self, *args, **kwargs) -> None:
-        LayerPrefixModel._create_and_replace(self.mixture, *args, **kwargs)
+def _prefixes(config: LayerMixtureConfig) -> list[LayerPrefixConfig]:
+    return [kind for kind in config.configs.values() if kind.peft_type == AdapterType.LAYER_PREFIX]
 
 
 def _has_adapters(model: nn.Module) -> bool:
