@@ -18,6 +18,28 @@ _SAVED_BY_PEFT = ("classifier", "score")  # whatever `modules_to_save` says
 _REAL_ACTIVATIONS = "init_from_activations"  # an argument of ours, not of peft's configuration
 
 
+_TASKS = (
+    ("ForSequenceClassification", TaskType.SEQ_CLS),
+    ("ForCausalLM", TaskType.CAUSAL_LM),
+    ("LMHeadModel", TaskType.CAUSAL_LM),
+    ("ForConditionalGeneration", TaskType.SEQ_2_SEQ_LM),
+    ("ForTokenClassification", TaskType.TOKEN_CLS),
+    ("ForQuestionAnswering", TaskType.QUESTION_ANS),
+)
+
+
+def task_type_of(model: nn.Module) -> TaskType | None:
+    """peft's task type of a transformers model, by the end of its class's name; `None` for others.
+
+    A class that the user derived from one of transformers counts as that one.
+    """
+    for kind in type(model).__mro__:
+        for ending, task in _TASKS:
+            if kind.__name__.endswith(ending):
+                return task
+    return None
+
+
 def lora_targets(model: nn.Module) -> list[str] | None:
     """The layers that get a LoRA adapter by default; `None` leaves it to peft's own table."""
     kind = architecture(model)

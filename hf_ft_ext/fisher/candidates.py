@@ -21,6 +21,8 @@ from hf_ft_ext.models import seeded_init
 
 PREFIX, BOTTLENECK, LORA = ("prefix", "bottleneck", "lora")
 DEFAULTS = (PREFIX, BOTTLENECK, LORA)
+_STARTS = ("init_lora_weights", "init_weights")  # arguments of peft's configurations
+_HARMLESS = ("gaussian", "orthogonal", "eva", "zero")  # these leave the base weights as they are
 
 
 def default_candidates() -> dict[str, PeftConfig]:
@@ -108,6 +110,7 @@ def groups(candidates: dict[str, PeftConfig]) -> list[dict[str, PeftConfig]]:
 def probing(model: nn.Module, candidates: dict[str, PeftConfig], layers: list[int], seed: int) -> Iterator[PeftModel]:
     """`model` with every candidate in every layer, drawn from `seed`; afterwards it is as it was."""
     trains = [(p, p.requires_grad) for p in model.parameters()]
+    before = [(p, p.detach().clone()) for p in model.parameters()] if _may_change_the_base(candidates) else []
     kinds = {name: settings_of(config) for name, config in candidates.items()}
     config = LayerMixtureConfig(kinds=kinds, layers={layer: list(kinds) for layer in layers})
     try:
@@ -116,8 +119,16 @@ def probing(model: nn.Module, candidates: dict[str, PeftConfig], layers: list[in
         yield probe
     finally:
         _take_off(model)
+        for parameter, values in before:
+            parameter.data = values
         for parameter, trained in trains:
             parameter.requires_grad_(trained)
+
+
+def _may_change_the_base(candidates: dict[str, PeftConfig]) -> bool:
+    """Whether a candidate's start may take something out of the weights that it is put at (PiSSA, OLoRA, CorDA)."""
+    starts = [getattr(config, name, True) for config in candidates.values() for name in _STARTS]
+    return any(isinstance(start, str) and start not in _HARMLESS for start in starts)
 
 
 @contextmanager

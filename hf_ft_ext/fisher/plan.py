@@ -7,14 +7,17 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from peft import TaskType
 from torch import nn
 
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig
 from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.peft_models import task_type_of
 from hf_ft_ext.training.files import tensor_hash, write_json
 
 PLAN_FILE = "adapter_plan.json"
 _FORMAT = "hf_ft_ext adapter plan 1"
+SAME_AS_THE_MODEL = "same as the model"
 _SHAPE = ("model_type", "layers", "hidden_size")
 
 
@@ -110,11 +113,21 @@ class AdapterPlan:
         """Whether the plan says of whose weights it was made, and they are the model's; true if it says nothing."""
         return self.model.get("weights") in (None, model_fingerprint(model)["weights"])
 
-    def config(self, modules_to_save: list[str] | None = None) -> LayerMixtureConfig:
-        """The peft configuration of the chosen adapters, and of nothing else."""
+    def config(
+        self, modules_to_save: list[str] | None = None, task_type: str | None = SAME_AS_THE_MODEL
+    ) -> LayerMixtureConfig:
+        """The peft configuration of the chosen adapters, and of nothing else.
+
+        Args:
+            modules_to_save: modules that train in full and are saved with the adapters.
+            task_type: peft's; by default that of the model which the plan was made for (`SEQ_CLS` where it does not
+                say).
+        """
+        if task_type == SAME_AS_THE_MODEL:
+            task_type = self.model.get("task_type", TaskType.SEQ_CLS.value)
         used = {name for name in self.choice.values() if name is not None}
         return LayerMixtureConfig(
-            task_type="SEQ_CLS",
+            task_type=task_type,
             kinds={name: settings for name, settings in self.candidates.items() if name in used},
             layers={layer: name for layer, name in sorted(self.choice.items()) if name is not None},
             modules_to_save=modules_to_save,
@@ -159,4 +172,5 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
         "layers": getattr(config, "num_hidden_layers", 0),
         "hidden_size": getattr(config, "hidden_size", 0),
         "weights": digest.hexdigest(),
+        "task_type": getattr(task_type_of(model), "value", None),
     }

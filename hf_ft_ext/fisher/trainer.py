@@ -28,7 +28,7 @@ from hf_ft_ext.fisher.prepass import prepass_batches
 from hf_ft_ext.fisher.rates import split_by_rate
 from hf_ft_ext.fisher.selection import random_choice, select_adapters, settings_of, sizes
 from hf_ft_ext.models import seeded_init
-from hf_ft_ext.peft_models import trained_in_full
+from hf_ft_ext.peft_models import task_type_of, trained_in_full
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
@@ -112,7 +112,7 @@ class FisherTrainer(StopAtNaN, Trainer):
             self.plan = self._make_plan(model)
             logger.info("%s", self.plan.table())
         with explained(sorted(self.plan.candidates)), seeded_init(self.args.seed):
-            config = self.plan.config(modules_to_save=trained_in_full(model))
+            config = self.plan.config(trained_in_full(model), task_type=task_type_of(model))
             return get_peft_model(model, config)
 
     def _make_plan(self, model: nn.Module) -> AdapterPlan:

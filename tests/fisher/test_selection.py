@@ -8,12 +8,14 @@ import torch
 from peft import LoraConfig
 from probes import batched, plain_way, rows
 from tiny import tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_ft_ext import AdapterPlan, BottleneckConfig, LayerPrefixConfig, select_adapters
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.candidates import default_candidates, make_candidates, modules_of, probing
 from hf_ft_ext.fisher.pictures import draw_plan
 from hf_ft_ext.fisher.selection import choose, random_choice, sizes
+from hf_ft_ext.peft_models import task_type_of
 
 SMALL = {
     "prefix": LayerPrefixConfig(prefix_length=3, projection_size=6),
@@ -71,6 +73,38 @@ def test_the_model_is_as_before_and_the_choice_repeats():
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(torch.equal(after[n], p) and after[n].requires_grad == t for n, (p, t) in before.items())
+
+
+_STARTS = [
+    *({"init_lora_weights": start} for start in ("pissa", "pissa_niter_2", "olora", "mica")),
+    {"init_lora_weights": "orthogonal", "r": 4},
+    {"use_dora": True},
+    {"peft_type": "oft", "oft_block_size": 4},
+    {"peft_type": "miss", "r": 4},
+    {"peft_type": "shira", "r": 4},
+    {"peft_type": "road", "group_size": 4},
+    *({"peft_type": kind} for kind in ("loha", "hra", "psoft", "delora")),
+]
+
+
+@pytest.mark.parametrize("settings", _STARTS, ids=str)
+def test_no_start_of_a_candidate_stays_in_the_base_weights(settings):
+    model = tiny_model()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    candidates = make_candidates(["own"], {"own": {"peft_type": "lora", "target_modules": ["query"], **settings}})
+    with probing(model, candidates, [0, 1], 1):
+        pass
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_a_plan_knows_the_task_of_its_model(tmp_path):
+    plan = plan_of(tiny_model())
+    assert plan.config().task_type == "SEQ_CLS" and plan.config(task_type="CAUSAL_LM").task_type == "CAUSAL_LM"
+    plan.save(tmp_path)
+    assert AdapterPlan.load(tmp_path).config().task_type == "SEQ_CLS"
+    gpt2 = AutoConfig.for_model("gpt2", n_embd=8, n_layer=1, n_head=1)
+    assert task_type_of(AutoModelForCausalLM.from_config(gpt2)) == "CAUSAL_LM"
+    assert task_type_of(tiny_model().bert) is None
 
 
 def test_candidates_of_one_kind_and_of_others_of_peft():
