@@ -124,6 +124,12 @@ def limited_to_layers(name: str, settings: PeftConfig | dict[str, Any]) -> PeftC
         raise InputError(f"kind {name!r}: {error}") from error
 
 
+def _makes_more_than_layers(tuner: type) -> bool:
+    from peft.tuners.tuners_utils import BaseTuner
+
+    return any(getattr(tuner, name) is not getattr(BaseTuner, name) for name in _MAKES)
+
+
 def _refuse_unlimited(name: str, kind: str, config_class: type[PeftConfig]) -> None:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
@@ -136,7 +142,10 @@ def _refuse_unlimited(name: str, kind: str, config_class: type[PeftConfig]) -> N
         reason = "is a mixture itself"
     elif not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)) or not limited:
         reason = "puts its parameters before the model or into all layers at once"
-    elif not own and (tuner.uses_shared_state or any(getattr(tuner, n) is not getattr(BaseTuner, n) for n in _MAKES)):
+    elif not own and (
+        getattr(tuner, "uses_shared_state", False)
+        or any(getattr(tuner, n) is not getattr(BaseTuner, n) for n in _MAKES)
+    ):
         reason = "shares parameters between layers"
     if reason is not None:
         raise InputError(
