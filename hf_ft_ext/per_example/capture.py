@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_ft_ext.per_example.forms import Dense, Form
-from hf_ft_ext.per_example.rules import Rule
+from hf_ft_ext.per_example.rules import Rule, looked_up
 from hf_ft_ext.per_example.state import Batch
 
 # From model and batch to one scalar per example, `[n]`, or several, `[n, c]`.
@@ -23,6 +23,7 @@ class Owner:
     module: nn.Module
     rule: Rule
     names: dict[str, str]
+    tried: bool = True  # whether its rule was compared with autograd, or is about to be
 
 
 @dataclass
@@ -30,10 +31,12 @@ class _Call:
     owner: Owner
     inputs: torch.Tensor
     output: torch.Tensor
+    factors: torch.Tensor | None = None  # of an embedding that multiplies the rows that it reads
 
 
 class NoSplit(Exception):
-    """The module ran on something else than one row per example, so its rule cannot tell the examples apart."""
+    """The module's rule cannot give the gradients of single examples: the module ran on something else than one row
+    per example, the rule failed on what it was given, or it was never compared with autograd."""
 
     def __init__(self, owner: Owner):
         super().__init__(owner.name)
@@ -48,6 +51,7 @@ def gradients(
     direct: dict[str, nn.Parameter],
     n: int,
     expand: bool,
+    copy: bool = False,
 ) -> tuple[torch.Tensor, list[dict[str, list[Form]]]]:
     """Scalars and their gradients by the owners' rules, and by autograd for `direct`; parameters hold no gradients.
 
@@ -56,15 +60,16 @@ def gradients(
     Args:
         n: examples in the batch; 1 if there are direct parameters.
         expand: give embeddings that would run on one row for the whole batch that row n times.
+        copy: let the model go on with copies of the lowest modules' outputs, for models that change these in place.
 
     Returns:
         Scalars `[n, c]`, and for each of the c the forms by parameter name. A parameter that the scalars do not
         depend on is absent.
 
     Raises:
-        NoSplit: an owner ran on something else than `n` rows.
+        NoSplit: an owner has no gradients of single examples.
     """
-    with torch.enable_grad(), _recording(owners, n, expand) as calls:
+    with torch.enable_grad(), _recording(owners, n, expand, copy) as calls:
         scalars = function(model, batch)
     scalars = scalars[:, None] if scalars.ndim == 1 else scalars
     sources = [call.output for call in calls] + list(direct.values())
@@ -77,7 +82,7 @@ def gradients(
         forms: dict[str, list[Form]] = {}
         for call, grad in zip(calls, grads, strict=False):
             if grad is not None:
-                for own, form in call.owner.rule(call.owner.module, call.inputs, grad).items():
+                for own, form in _by_rule(call, grad).items():
                     if own in call.owner.names:
                         forms.setdefault(call.owner.names[own], []).append(form)
         for name, grad in zip(direct, grads[len(calls) :], strict=True):
@@ -87,23 +92,51 @@ def gradients(
     return scalars.detach(), found
 
 
+def _by_rule(call: _Call, grad: torch.Tensor) -> dict[str, Form]:
+    owner = call.owner
+    if not owner.tried:
+        raise NoSplit(owner)
+    try:  # a rule may be made for another kind of input than this module takes
+        grad = grad if call.factors is None else grad * call.factors.to(grad.dtype)
+        return owner.rule(owner.module, call.inputs, grad)
+    except (
+        AttributeError,
+        IndexError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise NoSplit(owner) from error
+
+
 @contextlib.contextmanager
-def _recording(owners: list[Owner], n: int, expand: bool) -> Iterator[list[_Call]]:
+def _recording(owners: list[Owner], n: int, expand: bool, copy: bool) -> Iterator[list[_Call]]:
     calls: list[_Call] = []
 
     def repeat(module: nn.Module, args: tuple) -> tuple | None:
         # Position and token-type ids often come as one row, and the sum with the word embeddings broadcasts it: the
         # gradient of such a module's output would be summed over the examples.
+        if not args or not isinstance(args[0], torch.Tensor):
+            return None
         ids, *rest = args
         return (ids.expand(n, *ids.shape[1:]), *rest) if ids.ndim > 1 and len(ids) == 1 < n else None
 
     def record(owner: Owner) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-            if not args or not isinstance(output, torch.Tensor) or len(args[0]) != n or len(output) != n:
+        def hook(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor | None:
+            tensors = (*args[:1], output)
+            if len(tensors) < 2 or not all(isinstance(t, torch.Tensor) and t.ndim and len(t) == n for t in tensors):
                 raise NoSplit(owner)
-            if not output.requires_grad:  # no parameter below requires gradients: the graph begins here
+            lowest = not output.requires_grad  # no parameter below requires gradients: the graph begins here
+            if lowest:
                 output.requires_grad_(True)
-            calls.append(_Call(owner, args[0].detach(), output))
+            call = _Call(owner, args[0].detach(), output)
+            if isinstance(module, nn.Embedding) and type(module).forward is not nn.Embedding.forward:
+                try:
+                    call.inputs, call.factors = looked_up(module, args, kwargs)
+                except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                    raise NoSplit(owner) from error
+            calls.append(call)
+            return output.clone() if lowest and copy else None
 
         return hook
 
@@ -111,5 +144,5 @@ def _recording(owners: list[Owner], n: int, expand: bool) -> Iterator[list[_Call
         for owner in owners:
             if expand and isinstance(owner.module, nn.Embedding):
                 stack.callback(owner.module.register_forward_pre_hook(repeat).remove)
-            stack.callback(owner.module.register_forward_hook(record(owner)).remove)
+            stack.callback(owner.module.register_forward_hook(record(owner), with_kwargs=True).remove)
         yield calls

@@ -1,8 +1,8 @@
 """`ExampleGradients`: which parameter goes by which rule, found out by trying, and the gradients batch by batch."""
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -51,10 +51,12 @@ class ExampleGradients:
     A forward and one backward pass per scalar over the whole batch, in which no weight's gradient is computed: hooks
     keep what each module read and the gradients of what it gave, and a rule per kind of module says how they make up
     the gradients of its parameters (Linear, GPT-2's Conv1D, Embedding, norms; tied weights and modules used several
-    times add up). On the first batch every rule is compared with autograd on single examples, in float64. If a
-    parameter has no rule, or its rule differs (`uncovered`), examples run one by one, so that autograd's own gradient
-    of that parameter is the example's; no parameter is left out silently. Where a classifier reads the first position
-    alone, so does the last layer's feed-forward part.
+    times add up). On the first batch every rule is compared with autograd on a single example and a random combination
+    of its scalars, in float64. Every other parameter is `uncovered`: its module has no rule, or the rule differs or
+    fails. A rule that could not be compared, because that example does not depend on the module, makes its parameters
+    uncovered as soon as a batch depends on it. Where there are uncovered parameters, examples run one by one, so that
+    autograd's own gradient of them is the example's; no parameter is left out. Where a classifier reads the first
+    position alone, so does the last layer's feed-forward part.
 
     Args:
         model: it is run in evaluation mode and left as it was.
@@ -83,7 +85,7 @@ class ExampleGradients:
         self.dtype = torch.float64 if dtype is None and wide else dtype
         self._name_of = {id(parameter): name for name, parameter in chosen.items()}
         self._owners = self._find_owners()
-        self._expand = True
+        self._expand, self._copy = True, False
         self._short: nn.Module | None = None  # a layer of which only the first position is read
         self.uncovered: list[str] | None = None
 
@@ -98,27 +100,27 @@ class ExampleGradients:
         return owners
 
     def prepare(self, batch: Batch) -> None:
-        """Find out, on a few rows of `batch`, which rules hold; done by the first batch unless called before.
+        """Find out, on two rows of `batch`, which rules hold; done by the first batch unless called before.
 
         Raises:
             InputError: the model draws random numbers in evaluation mode, mixes the examples of a batch, checkpoints
                 its activations, or gives something else than finite scalars.
         """
-        n = batch_size(batch)
-        rows = [0, 1] if n > 1 else [0, 0]
+        rows = _differing_rows(batch)
         few = {key: value[rows] for key, value in batch.items() if key != "labels"}
         if getattr(self.model, "is_activation_checkpointing", False):
             raise InputError(
                 "gradient checkpointing is on, which runs modules twice; call model.gradient_checkpointing_disable()"
             )
-        dtype = torch.float64 if supports_float64(next(iter(self.parameters.values())).device) else torch.float32
-        with evaluating(self.model), computing_in(self.model, dtype):
-            few = batch_in(few, dtype)
-            self._short = last_feed_forward(self.model)
-            self.uncovered = self._tried(few, _TOLERANCE[dtype])
-            if self.uncovered != [] and self._short is not None:  # maybe only for NaN that nobody reads
-                self._short = None
-                self.uncovered = self._tried(few, _TOLERANCE[dtype])
+        device = next(iter(self.parameters.values())).device
+        types = [torch.float64, torch.float32] if supports_float64(device) else [torch.float32]
+        for dtype in types:
+            try:
+                self._try_rules(few, dtype)
+                break
+            except RuntimeError:
+                if dtype == types[-1]:
+                    raise  # else: some kernel of the model has no float64 (grouped products of expert weights)
         if self.uncovered is None:
             raise InputError(self._mixing())
         if self.uncovered:
@@ -127,10 +129,20 @@ class ExampleGradients:
                 len(self.uncovered),
                 self.uncovered[0],
             )
-            bad = set(self.uncovered)
-            for owner in self._owners:
-                owner.names = {own: name for own, name in owner.names.items() if name not in bad}
-            self._owners = [owner for owner in self._owners if owner.names]
+
+    def _try_rules(self, few: Batch, dtype: torch.dtype) -> None:
+        self._expand, self._copy = True, False
+        with evaluating(self.model), computing_in(self.model, dtype):
+            few = batch_in(few, dtype)
+            self._short = last_feed_forward(self.model)
+            self.uncovered = self._tried(few, _TOLERANCE[dtype])
+            if self.uncovered != [] and self._short is not None:  # maybe only for NaN that nobody reads
+                self._short = None
+                self.uncovered = self._tried(few, _TOLERANCE[dtype])
+
+    def _uncover(self, names: set[str]) -> None:
+        """Parameters whose gradients are autograd's from here on."""
+        self.uncovered = [name for name in self.parameters if name in {*self.uncovered, *names}]
 
     def __call__(self, batch: Batch) -> Iterator[Part]:
         """The gradients of `batch`, in one part, or one per example where a parameter is uncovered.
@@ -140,21 +152,37 @@ class ExampleGradients:
         """
         if self.uncovered is None:
             self.prepare(batch)
-        direct = {name: self.parameters[name] for name in self.uncovered}
         n = batch_size(batch)
-        step = 1 if direct else n
         batch = batch_in(batch, self.dtype)
-        for first in range(0, n, step):
+        first = 0
+        while first < n:
+            step = 1 if self.uncovered else n - first
             part = {key: value[first : first + step] for key, value in batch.items() if key != "labels"}
-            # no state of the model is held while the caller works with a part
-            with evaluating(self.model), computing_in(self.model, self.dtype), only_trainable(self.model, direct):
-                found = self._gradients(part, self._owners, direct)
+            direct = {name: self.parameters[name] for name in self.uncovered}
+            owners = self._owners_without(direct)
+            try:
+                # no state of the model is held while the caller works with a part
+                with evaluating(self.model), computing_in(self.model, self.dtype), only_trainable(self.model, direct):
+                    found = self._gradients(part, owners, direct)
+            except NoSplit as error:  # a module that the trial did not reach, or inputs of another kind
+                self._uncover(set(error.owner.names.values()))
+                continue
             yield Part(first, *found)
+            first += step
+
+    def _owners_without(self, names: Collection[str]) -> list[Owner]:
+        """The owners of the other parameters."""
+        left = []
+        for owner in self._owners:
+            kept = {own: name for own, name in owner.names.items() if name not in names}
+            if kept:
+                left.append(owner if len(kept) == len(owner.names) else replace(owner, names=kept))
+        return left
 
     def _gradients(self, batch: Batch, owners: list[Owner], direct: dict[str, nn.Parameter]) -> tuple:
         n = batch_size(batch)
         with first_position_only(self._short):
-            scalars, forms = gradients(self.model, batch, self.function, owners, direct, n, self._expand)
+            scalars, forms = gradients(self.model, batch, self.function, owners, direct, n, self._expand, self._copy)
         if self._short is not None and not scalars.isfinite().all():  # other positions are read here
             self._short = None
             return self._gradients(batch, owners, direct)
@@ -171,8 +199,10 @@ class ExampleGradients:
         if self._short is not None and not together.isfinite().all():
             return None
         self._check(together)
-        scalars, forms, failed = self._by_rules(few)
-        if not torch.equal(together, scalars.view_as(together)) and not torch.equal(together, self._outputs(few)):
+        weights = _combination(together)
+        combined, forms, failed = self._by_rules(few, weights)
+        expected = _weighed(together, weights)
+        if not torch.equal(expected, combined) and not torch.equal(together, self._outputs(few)):
             raise InputError(
                 f"{type(self.model).__name__} gives other outputs for the same batch in evaluation mode; "
                 "remove what draws random numbers"
@@ -186,10 +216,12 @@ class ExampleGradients:
                 return None
             if not (together - alone).abs().max() <= tolerance * (1 + together.abs().max()):
                 return None
-            # the last scalar stands for all: a rule knows nothing of the scalar
-            scalar = first[0] if first.ndim == 1 else first[0, -1]
-            failed |= differing(self.parameters, scalar, forms[-1], tolerance, failed)
-        return [name for name in self.parameters if name in failed]
+            failed |= differing(self.parameters, _weighed(first, weights)[0, 0], forms[0], tolerance, failed)
+        owned = {name for owner in self._owners for name in owner.names.values()}
+        for owner in self._owners:
+            # These examples do not depend on the others: a batch that does makes them uncovered (`NoSplit`).
+            owner.tried = any(name in forms[0] for name in owner.names.values())
+        return [name for name in self.parameters if name in failed or name not in owned]
 
     def _outputs(self, few: Batch) -> torch.Tensor:
         with torch.no_grad(), first_position_only(self._short):
@@ -204,20 +236,29 @@ class ExampleGradients:
         if not outputs.isfinite().all():
             raise InputError("the model's outputs are not finite (NaN or infinite); look for bad weights")
 
-    def _by_rules(self, few: Batch) -> tuple[torch.Tensor, list[dict[str, list[Form]]], set[str]]:
-        """Scalars, forms, and the names of the parameters that cannot have any."""
+    def _by_rules(
+        self, few: Batch, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, list[dict[str, list[Form]]], set[str]]:
+        """Combined scalars, their forms, and the names of the parameters that cannot have any."""
         failed: set[str] = set()
-        while True:
-            owners = [owner for owner in self._owners if not failed & set(owner.names.values())]
-            with only_trainable(self.model, ()):
-                try:
-                    return *self._gradients(few, owners, {}), failed
-                except NoSplit as error:
-                    failed |= set(error.owner.names.values())
-                except RuntimeError:
-                    if not self._expand:
-                        raise
-                    self._expand = False  # the model itself repeats what an embedding gives
+        function = self.function
+        self.function = lambda model, batch: _weighed(function(model, batch), weights)
+        for owner in self._owners:
+            owner.tried = True
+        try:
+            while True:
+                with only_trainable(self.model, ()):
+                    try:
+                        return *self._gradients(few, self._owners_without(failed), {}), failed
+                    except NoSplit as error:
+                        failed |= set(error.owner.names.values())
+                    except RuntimeError:
+                        if self._copy:
+                            raise
+                        # The model itself repeats what an embedding gives, or changes a module's output in place.
+                        self._expand, self._copy = False, not self._expand
+        finally:
+            self.function = function
 
     def _mixing(self) -> str:
         mixing = [n for n, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -248,6 +289,33 @@ def trimmed(batch: Batch) -> dict[str, torch.Tensor]:
         return dict(batch)
     keep = int(mask.any(0).nonzero().max()) + 1
     return {key: value[:, :keep] if value.shape[:2] == mask.shape else value for key, value in batch.items()}
+
+
+def _differing_rows(batch: Batch) -> list[int]:
+    """The first row, and the one that differs from it in most places."""
+    n = batch_size(batch)
+    if n == 1:
+        return [0, 0]
+    different = torch.zeros(n)
+    for key, value in batch.items():
+        if key != "labels" and value.ndim > 1:
+            different += (value != value[:1]).reshape(n, -1).float().mean(1).cpu()
+    return [0, 1 + int(different[1:].argmax())]
+
+
+def _combination(scalars: torch.Tensor) -> torch.Tensor:
+    """Random weights of the scalars of an example, none near 0: `[c]`."""
+    count = 1 if scalars.ndim == 1 else scalars.shape[1]
+    if count == 1:
+        return scalars.new_ones(1)
+    drawn = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(scalars)
+    return drawn + drawn.sign()
+
+
+def _weighed(scalars: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`sum_c weights[c] scalars[:, c]`: `[n, 1]`."""
+    scalars = scalars[:, None] if scalars.ndim == 1 else scalars
+    return (scalars * weights).sum(1, keepdim=True)
 
 
 def _row(batch: Batch, i: int) -> dict[str, torch.Tensor]:

@@ -55,10 +55,40 @@ def _affine(module: nn.Module, inputs: torch.Tensor, grads: torch.Tensor, transp
 
 
 def _embedding(module: nn.Embedding, inputs: torch.Tensor, grads: torch.Tensor) -> dict[str, Form]:
+    """`dL/dW[i]` is the sum of `dL/dy_t` over the tokens t with id i."""
     ids = inputs.reshape(len(inputs), -1)
     if module.padding_idx is not None:  # torch gives this row no gradient
         ids = torch.where(ids == module.padding_idx, -1, ids)
     return {"weight": Rows(ids, _tokens(grads, grads.shape[-1]), module.num_embeddings)}
+
+
+def looked_up(module: nn.Embedding, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that a subclass of `nn.Embedding` reads for these inputs, and the factors that it multiplies them with.
+
+    Position embeddings make ids of a mask or of a length (BART, OPT), others scale the rows (Gemma). Both are read off
+    two calls, with a table that holds the number of each row, and with a table of ones.
+
+    Returns:
+        ids `[n, tokens]`, factors `[n, tokens, width]`.
+
+    Raises:
+        ValueError: the output is no product of rows of the table with factors.
+    """
+    weight = module._parameters["weight"]
+    rows, width = weight.shape
+    numbers = torch.arange(1, rows + 1, dtype=torch.float64, device=weight.device)[:, None].expand(rows, width)
+    outputs = []
+    try:
+        for table in (numbers, torch.ones_like(numbers[:, :1]).expand(rows, width)):
+            module._parameters["weight"] = table
+            outputs.append(module.forward(*args, **kwargs).double())
+    finally:
+        module._parameters["weight"] = weight
+    numbered, factors = outputs
+    ids = (numbered[..., 0] / factors[..., 0]).round().long() - 1
+    if not torch.allclose((ids[..., None] + 1) * factors, numbered, rtol=1e-9):
+        raise ValueError(f"{type(module).__name__} does more than reading rows and multiplying them")
+    return ids, factors
 
 
 def _norm(module: nn.Module, inputs: torch.Tensor, grads: torch.Tensor) -> dict[str, Form]:
