@@ -14,7 +14,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.frozen import skipping_zero_rows
 from hf_ft_ext.fisher.losses import LABELS, TRUE, PerExampleLoss, draws, problem_type_of, refuse_expectation
 from hf_ft_ext.fisher.per_example import Capture, Receiver, find_sites
-from hf_ft_ext.per_example.forms import Form, Outer, largest, parts
+from hf_ft_ext.per_example.forms import Form, Outer, dense, largest, parts
 from hf_ft_ext.per_example.unread import first_position_only, last_feed_forward
 
 logger = logging.getLogger(__name__)
@@ -97,6 +97,7 @@ def gradient_sums(
     device = next(iter(own.values())).device
     with untouched(model):
         looped: list[str] = []
+        unseen: set[str] = set()
         short: nn.Module | None = None  # a layer of which only the first position is read
         for batch in tqdm(dataloader, desc="Fisher information", disable=not progress or _rank() > 0, leave=False):
             batch = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
@@ -108,10 +109,11 @@ def gradient_sums(
                     trial = Trial.of(*few)
                 if short is not None and not trial.finite():
                     short, trial = None, Trial.of(*few)
-                looped = trial.missed()
+                looped, unseen = trial.missed(), trial.unseen
             hooked = [name for name in names if name not in looped]
             if hooked:
-                _add_hooked(model, batch, rows, hooked, labels, power, problem_type, loss, sums, short)
+                settings = (labels, power, problem_type, loss)
+                looped += _add_hooked(model, batch, rows, hooked, unseen, *settings, sums, short)
             if looped:
                 _add_looped(model, batch, rows, looped, labels, power, problem_type, loss, sums)
             sums.examples += rows
@@ -213,15 +215,20 @@ def _inputs(batch: dict, loss: PerExampleLoss | None) -> dict:
     return batch if loss is not None else {key: value for key, value in batch.items() if key != "labels"}
 
 
-def _add_hooked(model, batch, rows, names, labels, power, problem_type, loss, sums: GradientSums, short) -> None:
+def _add_hooked(model, batch, rows, names, unseen, labels, power, problem_type, loss, sums, short) -> list[str]:
+    """Add the gradients by hooks; the names of the parameters that turned out to have none are returned."""
     weights: list[torch.Tensor | float] = [1.0]
     receive = _summing(sums, power, weights)
 
     def weigh(found: torch.Tensor | float) -> None:
         weights[0] = found
 
-    with Capture(find_sites(model, names), receive) as capture, skipping_zero_rows(model):
+    sites = find_sites(model, names)
+    for site in sites:
+        site.untried = not unseen.isdisjoint(site.names.values())
+    with Capture(sites, receive) as capture, skipping_zero_rows(model):
         _backward(model, capture, batch, rows, labels, power, problem_type, loss, weigh, short)
+    return [name for site in sites if site.unfit for name in site.names.values()]
 
 
 def _summing(sums: GradientSums, power: int, weights: list) -> Receiver:
@@ -293,47 +300,55 @@ def plain_gradients(model, one, names, labels, power, problem_type, loss) -> Ite
 
 @dataclass
 class Trial:
-    """Gradients of a few examples in two ways.
+    """The gradients of one example in two ways.
 
     Attributes:
-        found: sums of the gradients per example, by hooks.
-        expected: autograd's gradient of the batch.
+        found: the example's gradients by hooks, out of a batch that holds another example too.
+        expected: autograd's gradients of the example alone.
+        unfit: parameters of modules that have no gradients of single examples by hooks.
+        unseen: parameters of modules that these examples do not reach.
     """
 
     found: dict[str, torch.Tensor]
     expected: dict[str, torch.Tensor]
+    unfit: set[str]
+    unseen: set[str]
 
     @classmethod
     def of(cls, model, batch, rows, names, labels, power, problem_type, loss) -> "Trial":
-        """Of the first draw of labels for `batch`."""
+        """Of the first example of `batch`, for the first draw of labels."""
         own = dict(model.named_parameters())
         found = {name: torch.zeros_like(_zeros(own[name])) for name in names}
 
         def add(name: str, forms: list[Form], start: int) -> None:
-            for _, gradients in parts(forms, _CHUNK):
-                found[name] += gradients.sum(0)
+            if start == 0:
+                found[name] += dense([form[:1] for form in forms])[0]
 
-        with Capture(find_sites(model, names), add) as capture:
+        with Capture(find_sites(model, names), add, trial=True) as capture, torch.enable_grad():
             capture.begin(rows)
-            _, expected = next(plain_gradients(model, batch, names, labels, power, problem_type, loss))
+            _, values = next(draws(model(**_inputs(batch, loss)), batch, labels, power, problem_type, loss))
+            if values.requires_grad:
+                values.sum().backward()
+            unseen = {name for site in capture.sites if not site.calls for name in site.names.values()}
+            unfit = {name for site in capture.sites if site.unfit for name in site.names.values()}
+        _, expected = next(plain_gradients(model, _first(batch, 1), names, labels, power, problem_type, loss))
         for name in names:
             own[name].requires_grad_(False)
-        return cls(
-            found,
-            {
-                name: torch.zeros_like(found[name]) if gradient is None else gradient
-                for name, gradient in zip(names, expected, strict=True)
-            },
-        )
+        alone = {
+            name: torch.zeros_like(found[name]) if gradient is None else gradient
+            for name, gradient in zip(names, expected, strict=True)
+        }
+        return cls(found, alone, unfit, unseen - unfit)
 
     def finite(self) -> bool:
         """Whether no gradient holds NaN or infinity."""
         return all(isfinite(largest(value)) for way in (self.found, self.expected) for value in way.values())
 
     def missed(self) -> list[str]:
-        """Parameters whose gradients per example do not add up to that of the batch; the sums are lost.
+        """Parameters whose gradients by hooks are not those of the example; the gradients are used up.
 
-        A weight may be used where no hook sees it. Nothing is left to luck: those go the plain way.
+        A weight may be used where no hook sees it, and a module may mix the examples' rows. Those parameters take one
+        backward pass per example.
         """
         # Rounding of a sum in another order; a use that was missed is off by the order of the gradient itself. What is
         # zero but for rounding (the gradient of an attention's key bias) is measured by the largest of all.
@@ -342,7 +357,7 @@ class Trial:
         for name, gradient in self.expected.items():
             scale = max(largest(gradient), largest(self.found[name]), 1e-5 * floor)
             difference = largest(self.found[name].sub_(gradient.to(self.found[name].dtype)))
-            if scale and not difference <= _tolerance(gradient.dtype) * scale:
+            if name in self.unfit or (scale and not difference <= _tolerance(gradient.dtype) * scale):
                 missed.append(name)
         if missed:
             logger.warning(

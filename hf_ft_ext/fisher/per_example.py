@@ -37,12 +37,16 @@ class Site:
         module: what is called in the forward pass.
         names: own name of each wanted parameter within `module` -> its name in the model.
         rule: `rule(site, calls, receive)` makes the per-example gradients.
+        unfit: the rule cannot give gradients of single examples here: the module's first axis is not the batch, or
+            what it reads and gives is of another kind than the rule expects.
     """
 
     module: nn.Module
     names: dict[str, str]
     rule: Callable
     calls: list[list] = field(default_factory=list)
+    untried: bool = False  # its rule was not compared with autograd: the trial's examples do not reach the module
+    unfit: bool = False
 
 
 def find_sites(model: nn.Module, wanted: Iterable[str]) -> list[Site]:
@@ -98,10 +102,11 @@ class Capture:
     Args:
         sites: of `find_sites`.
         receive: called as `receive(name, gradients, start)`.
+        trial: a rule that raises makes its site `unfit` instead of ending the run.
     """
 
-    def __init__(self, sites: list[Site], receive: Receiver):
-        self.sites, self.receive = sites, receive
+    def __init__(self, sites: list[Site], receive: Receiver, trial: bool = False):
+        self.sites, self.receive, self.trial = sites, receive, trial
         self.batch = 0
         self.handles: list = []
 
@@ -131,8 +136,12 @@ class Capture:
             if not torch.is_grad_enabled():
                 return None
             rest = None
-            if isinstance(output, tuple):
+            if isinstance(output, tuple) and output:
                 output, *rest = output
+            if site.untried or not self._one_row_per_example(inputs, named, output):
+                site.unfit = True
+            if site.unfit:
+                return None
             if output.shape[0] == 1 and self.batch > 1:  # one for all, such as position embeddings
                 output = output.expand(self.batch, *output.shape[1:])
             # A tensor of this call's own to hang the hook on; where no parameter below trains, the graph begins here.
@@ -146,11 +155,25 @@ class Capture:
 
     def _arrived(self, site: Site, record: list, gradient: torch.Tensor) -> None:
         record[2] = gradient.detach()
+        if site.unfit:
+            return
         if all(call[2] is not None for call in site.calls):  # the last of the module's calls
-            with torch.no_grad():
-                site.rule(site, site.calls, self.receive, self.batch)
+            try:
+                with torch.no_grad():
+                    site.rule(site, site.calls, self.receive, self.batch)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+                if not self.trial:
+                    raise
+                site.unfit = True
             for call in site.calls:
                 call[2] = None
+
+    def _one_row_per_example(self, inputs: tuple, named: dict, output) -> bool:
+        """Whether the first axis of what a module reads and gives counts the examples, or is 1 for all of them."""
+        first = inputs[0] if inputs else next(iter(named.values()), None)
+        tensors = [output] if first is None else [first, output]  # a table of rows reads a number
+        tensors = [output if isinstance(t, int) else t for t in tensors]
+        return all(isinstance(t, torch.Tensor) and t.dim() and len(t) in (1, self.batch) for t in tensors)
 
 
 def _detached(value):

@@ -45,6 +45,10 @@ class Part:
     gradients: list[dict[str, list[Form]]]
 
 
+class _NotFinite(InputError):
+    pass
+
+
 class ExampleGradients:
     """Gradients of scalars of each example with respect to chosen parameters.
 
@@ -118,9 +122,15 @@ class ExampleGradients:
             try:
                 self._try_rules(few, dtype)
                 break
-            except RuntimeError:
+            except AssertionError as error:  # Reformer recomputes activations, which it does in training mode alone
+                raise InputError(
+                    f"{type(self.model).__name__} gives no gradients in evaluation mode ({_first_line(error)}), and "
+                    "dropout makes those of training mode random; choose another model"
+                ) from error
+            except (RuntimeError, _NotFinite):
                 if dtype == types[-1]:
-                    raise  # else: some kernel of the model has no float64 (grouped products of expert weights)
+                    raise
+                # Some models fail in float64 alone: products of expert weights, masks that overflow.
         if self.uncovered is None:
             raise InputError(self._mixing())
         if self.uncovered:
@@ -234,7 +244,7 @@ class ExampleGradients:
                 "per example [n], or several [n, c]"
             )
         if not outputs.isfinite().all():
-            raise InputError("the model's outputs are not finite (NaN or infinite); look for bad weights")
+            raise _NotFinite("the model's outputs are not finite (NaN or infinite); look for bad weights")
 
     def _by_rules(
         self, few: Batch, weights: torch.Tensor
@@ -289,6 +299,10 @@ def trimmed(batch: Batch) -> dict[str, torch.Tensor]:
         return dict(batch)
     keep = int(mask.any(0).nonzero().max()) + 1
     return {key: value[:, :keep] if value.shape[:2] == mask.shape else value for key, value in batch.items()}
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _differing_rows(batch: Batch) -> list[int]:

@@ -6,6 +6,7 @@ from families import FAMILIES, batch, family
 from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.per_example.forms import dense
@@ -293,3 +294,95 @@ def test_padding_is_cut_at_the_right_end_only():
     assert cut["input_ids"].tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]] and cut["attention_mask"].shape == (2, 4)
     assert cut["labels"] is inputs["labels"]
     assert trimmed({"input_ids": inputs["input_ids"]})["input_ids"].shape == (2, 6)
+
+
+# --- parameters that the trial's example does not tell of ----------------------------------------------
+
+
+class Routed(nn.Module):
+    """Two scalars of a table; other parameters have a part in one of the scalars or for some rows alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(60, 6)
+        self.first, self.second, self.rare = nn.Linear(6, 1), nn.Linear(6, 1), nn.Linear(6, 6)
+        self.only_first = nn.Parameter(torch.randn(6))  # no rule, and no part in the last scalar
+        self.by_row = nn.Parameter(torch.randn(6))  # no rule, and a part in rows that hold a 7
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.table(input_ids).mean(1)
+        rows = (input_ids == 7).any(1)
+        if rows.any():
+            x = torch.where(rows[:, None], torch.tanh(self.rare(x)) * self.by_row, x)
+        logits = torch.cat([self.first(x * self.only_first), self.second(x)], 1)
+        return SequenceClassifierOutput(logits=logits)
+
+
+def test_parameters_that_other_scalars_or_rows_alone_depend_on():
+    torch.manual_seed(0)
+    model = Routed().double()
+    plain_rows = torch.randint(8, 60, (3, 5))
+    late = torch.cat([plain_rows, torch.full((1, 5), 7)])
+    examples = ExampleGradients(model)
+    for ids in (plain_rows, late):
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        found, expected = gathered(examples, inputs), plain(model, examples.function, inputs, examples.parameters)
+        for ours, theirs in zip(found, expected, strict=True):
+            for name in theirs:
+                torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12, msg=name)
+    assert {"only_first", "by_row", "rare.weight"} <= set(examples.uncovered)
+    assert not {"table.weight", "second.weight"} & set(examples.uncovered)
+
+
+class InPlace(nn.Module):
+    """Multiplies what its lowest module gave in place, as CTRL does."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(60, 6), nn.Linear(6, 2)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.table(input_ids)
+        x *= 3.0
+        return SequenceClassifierOutput(logits=self.head(x.mean(1)))
+
+
+class Scaled(nn.Embedding):
+    """Rows times a factor, read behind an offset."""
+
+    def forward(self, input_ids):
+        return super().forward(input_ids + 2) * torch.tensor(2.5, dtype=self.weight.dtype)
+
+
+class Twisted(nn.Embedding):
+    """More than a product of rows and factors."""
+
+    def forward(self, input_ids):
+        return torch.sin(super().forward(input_ids))
+
+
+@pytest.mark.parametrize("table, uncovered", [(nn.Embedding, []), (Scaled, []), (Twisted, ["table.weight"])])
+def test_embeddings_of_other_kinds_and_outputs_changed_in_place(table, uncovered):
+    torch.manual_seed(0)
+    model = InPlace().double()
+    model.table = table(64, 6).double()
+    assert assert_equal(model, batch()).uncovered == uncovered
+
+
+def test_a_norm_on_another_axis_is_uncovered_and_right():
+    class Transposed(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x.permute(0, 2, 1)).permute(0, 2, 1)
+
+    class Model(InPlace):
+        def __init__(self):
+            super().__init__()
+            self.norm = Transposed(6)
+
+        def forward(self, input_ids, attention_mask=None):
+            x = self.norm(self.table(input_ids).permute(0, 2, 1))
+            return SequenceClassifierOutput(logits=self.head(x.square().mean(2)))
+
+    torch.manual_seed(0)
+    examples = assert_equal(Model().double(), batch())
+    assert set(examples.uncovered) == {"norm.weight", "norm.bias"}
