@@ -1,6 +1,7 @@
 """FISH masks: which entries of the model train (Sung et al. 2021, arXiv 2111.09839; and the thesis's variants)."""
 
 import logging
+from collections import Counter
 
 import torch
 from torch import nn
@@ -18,6 +19,17 @@ def body_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that a mask chooses from: all but the head's, which train in full."""
     heads = trained_in_full(model)
     return {name: p for name, p in model.named_parameters() if not any(name.startswith(f"{head}.") for head in heads)}
+
+
+def _of_one_module(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """`parameters` without those that several modules share: their entries cannot train alone."""
+    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    shared = [name for name, p in parameters.items() if places[id(p)] > 1]
+    if shared:
+        logger.info(
+            "%d weights that several modules share (%s, ...) are left out of the mask.", len(shared), shared[0]
+        )
+    return {name: p for name, p in parameters.items() if name not in shared}
 
 
 def kept_entries(model: nn.Module, keep_ratio: float) -> int:
@@ -47,7 +59,7 @@ def choose_entries(model: nn.Module, mask: str, keep_ratio: float, data, seed: i
     Raises:
         InputError: no bias in the model, no entry left, or gradients that are zero everywhere.
     """
-    body = body_parameters(model)
+    body = _of_one_module(model, body_parameters(model))
     if quantized := [name for name, p in body.items() if not p.is_floating_point()]:
         raise InputError(
             f"{quantized[0]} is quantized ({body[quantized[0]].dtype}), and entries of it cannot train; load the "

@@ -145,10 +145,13 @@ class Capture:
             if output.shape[0] == 1 and self.batch > 1:  # one for all, such as position embeddings
                 output = output.expand(self.batch, *output.shape[1:])
             # A tensor of this call's own to hang the hook on; where no parameter below trains, the graph begins here.
-            output = output.view_as(output) if output.requires_grad else output.detach().requires_grad_()
+            lowest = not output.requires_grad
+            output = output.detach().requires_grad_() if lowest else output.view_as(output)
             record = [_detached(inputs), {k: _detached(v) for k, v in named.items()}, None]
             site.calls.append(record)
             output.register_hook(lambda gradient: self._arrived(site, record, gradient))
+            if lowest:
+                output = output.clone()  # the model may change it in place, which autograd forbids for leaves
             return output if rest is None else (output, *rest)
 
         return hook
