@@ -99,21 +99,28 @@ def gradient_sums(
         looped: list[str] = []
         unseen: set[str] = set()
         short: nn.Module | None = None  # a layer of which only the first position is read
+        skip = True  # of frozen linear layers, positions without gradient
         for batch in tqdm(dataloader, desc="Fisher information", disable=not progress or _rank() > 0, leave=False):
             batch = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
             rows = _rows_of(batch, labels, loss)
             if sums.examples == 0:
                 few = (model, _sample(batch), min(rows, 2), names, labels, power, problem_type, loss)
                 short = last_feed_forward(model)
-                with first_position_only(short):
-                    trial = Trial.of(*few)
+                try:
+                    with first_position_only(short):
+                        trial = Trial.of(*few)
+                except AssertionError as error:  # Reformer recomputes activations, which needs training mode
+                    raise InputError(
+                        f"{type(model).__name__} gives no gradients in evaluation mode ({error}), and dropout makes "
+                        "those of training mode random; choose another model"
+                    ) from error
                 if short is not None and not trial.finite():
                     short, trial = None, Trial.of(*few)
-                looped, unseen = trial.missed(), trial.unseen
+                looped, unseen, skip = trial.missed(), trial.unseen, trial.skips
             hooked = [name for name in names if name not in looped]
             if hooked:
                 settings = (labels, power, problem_type, loss)
-                looped += _add_hooked(model, batch, rows, hooked, unseen, *settings, sums, short)
+                looped += _add_hooked(model, batch, rows, hooked, unseen, *settings, sums, short, skip)
             if looped:
                 _add_looped(model, batch, rows, looped, labels, power, problem_type, loss, sums)
             sums.examples += rows
@@ -215,7 +222,7 @@ def _inputs(batch: dict, loss: PerExampleLoss | None) -> dict:
     return batch if loss is not None else {key: value for key, value in batch.items() if key != "labels"}
 
 
-def _add_hooked(model, batch, rows, names, unseen, labels, power, problem_type, loss, sums, short) -> list[str]:
+def _add_hooked(model, batch, rows, names, unseen, labels, power, problem_type, loss, sums, short, skip) -> list[str]:
     """Add the gradients by hooks; the names of the parameters that turned out to have none are returned."""
     weights: list[torch.Tensor | float] = [1.0]
     receive = _summing(sums, power, weights)
@@ -226,7 +233,7 @@ def _add_hooked(model, batch, rows, names, unseen, labels, power, problem_type, 
     sites = find_sites(model, names)
     for site in sites:
         site.untried = not unseen.isdisjoint(site.names.values())
-    with Capture(sites, receive) as capture, skipping_zero_rows(model):
+    with Capture(sites, receive) as capture, skipping_zero_rows(model) if skip else contextlib.nullcontext():
         _backward(model, capture, batch, rows, labels, power, problem_type, loss, weigh, short)
     return [name for site in sites if site.unfit for name in site.names.values()]
 
@@ -294,8 +301,28 @@ def plain_gradients(model, one, names, labels, power, problem_type, loss) -> Ite
         output = model(**_inputs(one, loss))
         pairs = list(draws(output, one, labels, power, problem_type, loss))
         for i, (weight, values) in enumerate(pairs):
-            found = torch.autograd.grad(values.sum(), parameters, retain_graph=i + 1 < len(pairs), allow_unused=True)
+            last = i + 1 == len(pairs)
+            found: tuple = (None,) * len(parameters)
+            if values.requires_grad:  # else the loss depends on none of them
+                found = torch.autograd.grad(values.sum(), parameters, retain_graph=not last, allow_unused=True)
             yield (weight.sum() if isinstance(weight, torch.Tensor) else weight), found
+
+
+def _runs_with_skipping(model: nn.Module, inputs: dict) -> bool:
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embeddings, "weight", None)
+    if weight is None or not weight.is_floating_point():
+        return True
+    trained = weight.requires_grad
+    try:
+        weight.requires_grad_(True)  # so that autograd watches what comes after
+        with torch.enable_grad(), skipping_zero_rows(model):
+            model(**inputs)
+    except RuntimeError:
+        return False
+    finally:
+        weight.requires_grad_(trained)
+    return True
 
 
 @dataclass
@@ -307,12 +334,15 @@ class Trial:
         expected: autograd's gradients of the example alone.
         unfit: parameters of modules that have no gradients of single examples by hooks.
         unseen: parameters of modules that these examples do not reach.
+        skips: whether the model runs with linear layers that skip positions without gradient. One that changes such a
+            layer's output in place does not.
     """
 
     found: dict[str, torch.Tensor]
     expected: dict[str, torch.Tensor]
     unfit: set[str]
     unseen: set[str]
+    skips: bool
 
     @classmethod
     def of(cls, model, batch, rows, names, labels, power, problem_type, loss) -> "Trial":
@@ -338,7 +368,7 @@ class Trial:
             name: torch.zeros_like(found[name]) if gradient is None else gradient
             for name, gradient in zip(names, expected, strict=True)
         }
-        return cls(found, alone, unfit, unseen - unfit)
+        return cls(found, alone, unfit, unseen - unfit, _runs_with_skipping(model, _inputs(batch, loss)))
 
     def finite(self) -> bool:
         """Whether no gradient holds NaN or infinity."""

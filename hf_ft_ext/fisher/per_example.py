@@ -138,7 +138,7 @@ class Capture:
             rest = None
             if isinstance(output, tuple) and output:
                 output, *rest = output
-            if site.untried or not self._one_row_per_example(inputs, named, output):
+            if site.untried or not self._one_row_per_example(module, inputs, named, output):
                 site.unfit = True
             if site.unfit:
                 return None
@@ -171,12 +171,16 @@ class Capture:
             for call in site.calls:
                 call[2] = None
 
-    def _one_row_per_example(self, inputs: tuple, named: dict, output) -> bool:
-        """Whether the first axis of what a module reads and gives counts the examples, or is 1 for all of them."""
+    def _one_row_per_example(self, module: nn.Module, inputs: tuple, named: dict, output) -> bool:
+        """Whether the first axis of what a module reads and gives counts the examples.
+
+        An embedding may run on one row for all: position embeddings do.
+        """
         first = inputs[0] if inputs else next(iter(named.values()), None)
         tensors = [output] if first is None else [first, output]  # a table of rows reads a number
         tensors = [output if isinstance(t, int) else t for t in tensors]
-        return all(isinstance(t, torch.Tensor) and t.dim() and len(t) in (1, self.batch) for t in tensors)
+        sizes = (1, self.batch) if isinstance(module, nn.Embedding) else (self.batch,)
+        return all(isinstance(t, torch.Tensor) and t.dim() and len(t) in sizes for t in tensors)
 
 
 def _detached(value):

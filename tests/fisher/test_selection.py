@@ -248,6 +248,11 @@ def test_models_and_gradients_that_cannot_be_chosen_by():
         plan_of(criterion="thesys")
     with pytest.raises(InputError, match="criterion 'decrease' needs squared gradients, and power=1"):
         plan_of(criterion="decrease", power=1)
+    for criterion in ("agreement", "decrease"):
+        with pytest.raises(
+            InputError, match=f"criterion '{criterion}' compares .* labels='expected' makes their mean zero"
+        ):
+            plan_of(criterion=criterion, labels="expected")
     with pytest.raises(InputError, match="no candidates to choose from"):
         plan_of(candidates=[])
     with pytest.raises(InputError, match="1 example has no scatter; take 2 or more"):
