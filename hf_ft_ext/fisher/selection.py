@@ -57,9 +57,9 @@ def select_adapters(
         raise InputError(f"criterion {criterion!r} needs squared gradients, and power={power}; leave power out")
     if criterion in NEEDS_TOTALS and labels != TRUE:
         raise InputError(
-            f"criterion {criterion!r} compares gradients of examples, and labels={labels!r} makes their mean zero (the "
-            "expected gradient of a log-likelihood is 0), so scores would be rounding noise; take labels='true', or "
-            "criterion 'mean' or 'thesis'"
+            f"criterion {criterion!r} compares gradients of examples, and labels={labels!r} makes their mean zero "
+            "(the expected gradient of a log-likelihood is 0), so scores would be rounding noise; take "
+            "labels='true', or criterion 'mean' or 'thesis'"
         )
     candidates = _named(candidates)
     data = list(data)
