@@ -278,6 +278,11 @@ class MethodTrainingArguments(TrainingArguments):
         """What gradients are for: it decides in which number format the launcher loads the weights."""
         return Gradients.WEIGHTS
 
+    @property
+    def needs_validation(self) -> bool:
+        """Whether the method itself looks at the validation rows, evaluation or not."""
+        return False
+
     def check_given(self, given: dict[str, Any]) -> None:
         """Refuse what the user set, by argument name, and the method cannot honour even at its default value.
 

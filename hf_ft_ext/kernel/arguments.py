@@ -177,6 +177,10 @@ class KernelTrainingArguments(MethodTrainingArguments):
     def gradients(self) -> Gradients:
         return Gradients.NONE
 
+    @property
+    def needs_validation(self) -> bool:
+        return self.kernel_regularization == AUTO
+
     def check_given(self, given: dict[str, Any]) -> None:
         for name in _OF_A_LOOP:
             if given.get(name):
