@@ -28,6 +28,7 @@ from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import load_prompt_model
 from hf_ft_ext.training.finite import first_not_finite
 from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.quantized import keep_differentiable
 from hf_ft_ext.training.sharding import whole_shape
 from hf_ft_ext.weight_options import settle_dtype, weight_options
 
@@ -116,6 +117,7 @@ def _fitted_together(
     """The two, once padding and vocabulary agree."""
     if (bad := first_not_finite(model)) is not None:
         raise InputError(f"the weights of model {name!r} hold NaN or infinity in {bad}; save or download them again")
+    keep_differentiable(model)
     _set_padding(model, tokenizer)
     declare_mean_loss(model)
     rows = whole_shape(model.get_input_embeddings().weight)[0]

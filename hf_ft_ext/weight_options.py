@@ -60,6 +60,8 @@ def weight_options(
     if model_args.attn_implementation is not None:
         options["attn_implementation"] = model_args.attn_implementation
     if model_args.quantization is not None:
+        if model_args.dtype == AUTO:  # what stays outside the quantized layers, as QLoRA has it
+            options["dtype"] = torch.float32
         options["quantization_config"] = _bitsandbytes(model_args.quantization, skeleton, options["dtype"], args)
         device = _device(args)
         if device.type != "cpu":
@@ -159,7 +161,9 @@ def _bitsandbytes(
     """Everything outside the encoder, and its pooler, stay in full: they are what trains, or come untrained."""
     path = encoder_path(skeleton) or ""
     encoder = skeleton.get_submodule(path)
-    kept = [name for name, module in skeleton.named_children() if name != path and any(module.parameters())]
+    kept = [
+        name for name, module in skeleton.named_children() if name != path and any(True for _ in module.parameters())
+    ]
     kept += [f"{path}.{name}".strip(".") for name, _ in encoder.named_children() if "pooler" in name]
     if bits == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)

@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import encoder_path
+from hf_ft_ext.training.quantized import keep_differentiable
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ def train_in_float32(model: PeftModel) -> PeftModel:
     Returns:
         The same model.
     """
+    keep_differentiable(model)
     path = encoder_path(model.get_base_model())
     for name, wrapper in model.get_base_model().named_modules():
         if not isinstance(wrapper, ModulesToSaveWrapper):
