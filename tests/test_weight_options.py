@@ -63,7 +63,7 @@ def test_the_dtype_is_that_of_the_model_and_its_configuration(folder, caplog):
     assert [r for r in caplog.records if "stored in bfloat16 and train in float32" in r.getMessage()]
     assert load(folder, dtype="bfloat16").dtype == BRAIN
     assert load(folder, arguments(LoraTrainingArguments), dtype="float16").dtype == HALF
-    with pytest.raises(InputError, match="dtype=float16.*AdamW's epsilon is 0.*dtype=float32"):
+    with pytest.raises(InputError, match=r"dtype=float16.*AdamW's epsilon is 0.*dtype=float32"):
         load(folder, dtype="float16")
 
 
@@ -97,7 +97,7 @@ def test_attention_that_does_not_work_is_one_line(folder, name):
 
 def test_a_local_folder_has_no_revision(folder):
     with pytest.raises(
-        InputError, match="model_revision='v2' is about a model of the Hub.*local folder; leave it out"
+        InputError, match=r"model_revision='v2' is about a model of the Hub.*local folder; leave it out"
     ):
         load(folder, model_revision="v2")
     load(folder, model_revision="main")  # the default, written out

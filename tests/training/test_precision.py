@@ -30,7 +30,7 @@ SGD = {"optim": "sgd", "learning_rate": 0.1}  # AdamW turns rounding noise into 
 VARIANTS = {
     "full": ("full", SGD, FLOAT32, 1e-6),
     "fixed layers": ("full", {"fix_layers": 1, **SGD}, FLOAT32, 1e-6),
-    "prefix tuning": ("full", {"peft": "prefix_tuning", "peft_config": {"num_virtual_tokens": 3}, **SGD}, FLOAT32, 0.05),
+    "prefix": ("full", {"peft": "prefix_tuning", "peft_config": {"num_virtual_tokens": 3}, **SGD}, FLOAT32, 0.05),
     "ia3": ("full", {"peft": "ia3", **SGD}, FLOAT32, 0.05),
     "lora": ("lora", SGD, FLOAT32, 0.05),
     "sparse": ("sparse", {"sparse_basis_steps": 2, "sparse_density": 0.2, "learning_rate": 1e-2}, FLOAT32, 1e-6),
@@ -168,5 +168,5 @@ def test_fp16_on_a_cpu_is_refused(tmp_path):
         (LoraTrainer, LoraTrainingArguments),
         (LinearHeadTrainer, LinearHeadTrainingArguments),
     ):
-        with pytest.raises(InputError, match="fp16=True needs an accelerator.*pass bf16=True"):
+        with pytest.raises(InputError, match=r"fp16=True needs an accelerator.*pass bf16=True"):
             trainer(tiny_model(), arguments(**options), train_dataset=tiny_dataset(8))
