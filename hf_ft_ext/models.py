@@ -91,6 +91,8 @@ def load_tokenizer_and_model(
             revision = model_args.model_revision
             model = load_prompt_model(name, config, tokenizer, data, data_args, revision=revision, **hub, **options)
         model.fresh_parameters = frozenset()
+        if model_args.attn_implementation is not None:  # making the model around it sets the default again
+            model.masked_lm.set_attn_implementation(model_args.attn_implementation)
         settle_dtype(model, model_args.dtype, args, stored, name)
         return _fitted_together(tokenizer, model, name)
     trained_labels = getattr(config, "num_labels", None)

@@ -1,5 +1,7 @@
 """`--dtype`, `--attn_implementation`, `--model_revision`: honoured, or refused in one line."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from test_models import data
@@ -73,15 +75,13 @@ def test_prompt_models_follow_the_same_options(tmp_path):
     prompt = DataArguments(
         few_shot_type="prompt", template="*cls**sent_0*_it*mask*.*sep+*", mapping="{0:'bad',1:'good'}"
     )
-    from types import SimpleNamespace
-
     task = SimpleNamespace(name="own")
     rows = SimpleNamespace(**vars(data("a", "b")), task=task, text_columns=("text",))
     for args, expected in ((None, SINGLE), (arguments(GradientlessTrainingArguments), HALF)):
         model_args = ModelArguments(model_name_or_path=str(tmp_path), attn_implementation="eager")
         _, model = load_tokenizer_and_model(model_args, rows, seed=0, args=args, data_args=prompt)
         assert model.dtype == model.config.masked_lm.dtype == expected
-        assert model.masked_lm.config._attn_implementation == "eager"
+        assert {m.config._attn_implementation for m in model.masked_lm.modules() if hasattr(m, "config")} == {"eager"}
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
