@@ -23,9 +23,6 @@ IDLE = [
     ("max_predict_samples", ["5"], "this run does not predict; add --do_predict"),
     ("metric", ["accuracy", "--do_train"], "this run does not evaluate; add --do_eval"),
     ("num_sample", ["4", "--few_shot_type", "prompt-demo", "--do_train"], "does not evaluate; add --do_eval"),
-    ("few_shot_split", ["k-shot-10x"], "is about few-shot splits; pass --num_k"),
-    ("few_shot_split", ["k-shot"], "is about few-shot splits; pass --num_k"),
-    ("allow_small_classes", [], "is about few-shot splits; pass --num_k"),
     ("stream_buffer", ["5"], "shuffles a stream"),
     ("stream_buffer", ["5", "--streaming", "--max_steps", "1", "--train_sampling_strategy", "sequential"],
      "rows keep their order here"),
@@ -36,6 +33,8 @@ IDLE = [
     ("greater_is_better", ["true", "--do_train"], "pass --eval_strategy steps or epoch"),
     # refused by the library too, when the data or the model is loaded
     ("model_revision", ["v2"], "is about a model of the Hub"),
+    ("few_shot_split", ["k-shot-10x"], "is about few-shot splits; pass --num_k"),
+    ("allow_small_classes", [], "is about few-shot splits; pass --num_k"),
     ("dataset_config_name", ["x"], "has nothing to choose from; pass --dataset_name"),
     ("template", ["*cls*"], "pass --few_shot_type prompt, or leave it out"),
     ("mapping", ["{0:'a'}"], "pass --few_shot_type prompt, or leave it out"),

@@ -61,8 +61,6 @@ RULES: dict[str, Rule] = {
         lambda c: not c.evaluates and not c.training.do_predict,
         "is about evaluation, and this run does not evaluate; add --do_eval",
     ),
-    "few_shot_split": Rule(lambda c: c.data.num_k is None, "is about few-shot splits; pass --num_k"),
-    "allow_small_classes": Rule(lambda c: c.data.num_k is None, "is about few-shot splits; pass --num_k"),
     "stream_buffer": Rule(
         lambda c: not c.data.streaming or c.training.train_sampling_strategy == "sequential",
         "shuffles a stream, and rows keep their order here; pass --streaming without "
