@@ -65,6 +65,7 @@ def test_the_dtype_is_that_of_the_model_and_its_configuration(folder, caplog):
     assert [r for r in caplog.records if "stored in bfloat16 and train in float32" in r.getMessage()]
     assert load(folder, dtype="bfloat16").dtype == BRAIN
     assert load(folder, arguments(LoraTrainingArguments), dtype="float16").dtype == HALF
+    assert [r for r in caplog.records if "without loss scaling" in r.getMessage()]
     with pytest.raises(InputError, match=r"dtype=float16.*AdamW's epsilon is 0.*dtype=float32"):
         load(folder, dtype="float16")
 

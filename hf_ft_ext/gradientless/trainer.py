@@ -116,7 +116,7 @@ class GradientlessTrainer(StopAtNaN, Trainer):
         if self.optimizer is None:
             self._before = [(p, p.requires_grad) for p in self.model.parameters()]
             if self.args.search_method == ADAM_BASELINE:  # searches round without loss: see SPSA, DirectSearch
-                warn_of_lost_updates(self.model)
+                warn_of_lost_updates(self.searched)
             self.model.requires_grad_(False)  # so that nothing keeps room for gradients
             self.optimizer = build_optimizer(self.args, self.model, self.searched)
             self._micro_batches: list[dict[str, torch.Tensor]] = []

@@ -32,7 +32,7 @@ class StopAtNaN(_Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            warn_of_lost_updates(self.model)
+            warn_of_lost_updates({name: p for name, p in self.model.named_parameters() if p.requires_grad})
         return super().create_optimizer(model)
 
     def training_step(self, *positional, **kwargs) -> torch.Tensor:

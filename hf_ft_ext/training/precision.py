@@ -70,9 +70,8 @@ def _cast(value, kinds: tuple[torch.dtype, ...], dtype: torch.dtype):
     return value
 
 
-def warn_of_lost_updates(model: nn.Module) -> None:
-    """Log one warning if parameters that train by gradients are stored in 16 bits."""
-    training = {name: p for name, p in model.named_parameters() if p.requires_grad}
+def warn_of_lost_updates(training: dict[str, nn.Parameter]) -> None:
+    """Log one warning if parameters that train by gradients, by name, are stored in 16 bits."""
     half = {name: p for name, p in training.items() if p.dtype in HALF}
     if not half:
         return
