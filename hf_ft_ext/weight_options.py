@@ -126,12 +126,12 @@ def settle_dtype(
             name,
             _plain(stored),
         )
-    if model.dtype == torch.float16 and args is not None and args.do_train and not args.fp16:
-        if args.gradients is Gradients.ADAPTERS:
-            logger.warning(
-                "Gradients pass through float16 weights without loss scaling and may underflow: pass fp16=True on an "
-                "accelerator, or dtype=float32."
-            )
+    unscaled = args is not None and args.do_train and args.gradients is Gradients.ADAPTERS and not args.fp16
+    if unscaled and model.dtype == torch.float16:
+        logger.warning(
+            "Gradients pass through float16 weights without loss scaling and may underflow: pass fp16=True on an "
+            "accelerator, or dtype=float32."
+        )
 
 
 def _plain(dtype: torch.dtype) -> str:
