@@ -5,6 +5,7 @@ A method's own arguments live in its folder, as a subclass of `MethodTrainingArg
 
 import logging
 from dataclasses import Field, dataclass, field, fields
+from enum import Enum
 from typing import Any, ClassVar
 
 from transformers import TrainingArguments
@@ -14,6 +15,9 @@ from hf_ft_ext.errors import InputError
 logger = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 128
+AUTO = "auto"
+DTYPES = (AUTO, "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("8bit", "4bit")
 FEW_SHOT_SPLITS = ("k-shot", "k-shot-10x", "k-shot-1k-test")
 FEW_SHOT_TYPES = FINETUNE, PROMPT, PROMPT_DEMO = ("finetune", "prompt", "prompt-demo")
 
@@ -83,6 +87,29 @@ class ModelArguments:
     token: str | None = field(default=None, metadata={"help": "Hub access token; none = the one you logged in with."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that a Hub repository brings along."}
+    )
+    dtype: str = field(
+        default=AUTO,
+        metadata={
+            "help": "Number format of the weights. auto: float32 for those that gradients change, the checkpoint's "
+            "own for those that stay. `bf16` computes in bfloat16 and leaves the weights as they are.",
+            "choices": DTYPES,
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={
+            "help": "How attention is computed: eager, sdpa, flash_attention_2, or another name that transformers "
+            "takes; none = the model's default."
+        },
+    )
+    quantization: str | None = field(
+        default=None,
+        metadata={
+            "help": "Load the frozen weights in 8 or 4 bits (bitsandbytes, `quantization` extra), the head in full: "
+            "for adapters, linear probing and searches in the head; none = as stored.",
+            "choices": QUANTIZATIONS,
+        },
     )
 
 
@@ -222,6 +249,20 @@ class DataArguments(FewShotArguments):
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first n test rows."})
 
 
+class Gradients(Enum):
+    """What a method's gradients are for.
+
+    Attributes:
+        WEIGHTS: they change weights of the pretrained model.
+        ADAPTERS: they pass through its weights, which stay as they are, and change what was added.
+        NONE: there are none.
+    """
+
+    WEIGHTS = "weights"
+    ADAPTERS = "adapters"
+    NONE = "none"
+
+
 @dataclass
 class MethodTrainingArguments(TrainingArguments):
     """Base of every method's arguments: `transformers.TrainingArguments` and a way in for plain ones.
@@ -231,6 +272,16 @@ class MethodTrainingArguments(TrainingArguments):
     """
 
     needs_all_rows: ClassVar[bool] = False
+
+    @property
+    def gradients(self) -> Gradients:
+        """What gradients are for: it decides in which number format the launcher loads the weights."""
+        return Gradients.WEIGHTS
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether the method itself looks at the validation rows, evaluation or not."""
+        return False
 
     def check_given(self, given: dict[str, Any]) -> None:
         """Refuse what the user set, by argument name, and the method cannot honour even at its default value.

@@ -21,22 +21,30 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_ft_ext.arguments import FINETUNE, DataArguments, ModelArguments
+from hf_ft_ext.arguments import FINETUNE, DataArguments, MethodTrainingArguments, ModelArguments
 from hf_ft_ext.demo.encoder import DEMO_NAME, demo_encoder
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import load_prompt_model
 from hf_ft_ext.training.finite import first_not_finite
 from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.quantized import keep_differentiable
 from hf_ft_ext.training.sharding import whole_shape
+from hf_ft_ext.weight_options import settle_dtype, weight_options
 
 logger = logging.getLogger(__name__)
 
+_NEWEST = "main"  # the Hub's default branch
 _NO_LIMIT = 10**6  # tokenizers without a limit carry a huge number
 
 
 def load_tokenizer_and_model(
-    model_args: ModelArguments, data: Any, *, seed: int, data_args: DataArguments | None = None
+    model_args: ModelArguments,
+    data: Any,
+    *,
+    seed: int,
+    data_args: DataArguments | None = None,
+    args: MethodTrainingArguments | None = None,
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Load the tokenizer and the model with a head for the labels of `data`.
 
@@ -52,12 +60,18 @@ def load_tokenizer_and_model(
         data: the run's `TaskData` (`label_names` and `problem_type` are read).
         seed: seed of new weights.
         data_args: says whether and how the task is put as a prompt; none = a classification head.
+        args: says what gradients change and where; none = all weights train, on the CPU.
 
     Raises:
         InputError: the model or tokenizer cannot be found, read, or used for classification.
     """
     name = demo_encoder() if model_args.model_name_or_path is None else model_args.model_name_or_path
     name = _checked_name(name)
+    if os.path.isdir(name) and model_args.model_revision != _NEWEST:
+        raise InputError(
+            f"model_revision={model_args.model_revision!r} is about a model of the Hub, and {name!r} is a local "
+            "folder; leave it out, or pass the Hub id"
+        )
     hub = {
         "cache_dir": model_args.cache_dir,
         "token": model_args.token,
@@ -66,14 +80,21 @@ def load_tokenizer_and_model(
     with _explained(name, "configuration"):
         config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, **hub)
     data_args = DataArguments() if data_args is None else data_args
-    if data_args.few_shot_type != FINETUNE or isinstance(config, PromptConfig):
+    as_prompt = data_args.few_shot_type != FINETUNE or isinstance(config, PromptConfig)
+    if not as_prompt:
+        _check_class(config, name)
+    stored = getattr(config, "dtype", None)
+    options = weight_options(model_args, config, args, name, as_prompt=as_prompt)
+    if as_prompt:
         tokenizer = _load_tokenizer(model_args, name, hub)
         with _explained(name, "weights"):
             revision = model_args.model_revision
-            model = load_prompt_model(name, config, tokenizer, data, data_args, revision=revision, **hub)
+            model = load_prompt_model(name, config, tokenizer, data, data_args, revision=revision, **hub, **options)
         model.fresh_parameters = frozenset()
+        if model_args.attn_implementation is not None:  # making the model around it sets the default again
+            model.masked_lm.set_attn_implementation(model_args.attn_implementation)
+        settle_dtype(model, model_args.dtype, args, stored, name)
         return _fitted_together(tokenizer, model, name)
-    _check_class(config, name)
     trained_labels = getattr(config, "num_labels", None)
     _set_labels(config, data)
     tokenizer = _load_tokenizer(model_args, name, hub)
@@ -85,23 +106,20 @@ def load_tokenizer_and_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **hub,
+            **options,
         )
     _check_loaded(model, info, name, trained_labels)
+    settle_dtype(model, model_args.dtype, args, stored, name)
     return _fitted_together(tokenizer, model, name)
 
 
 def _fitted_together(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The two, once padding and vocabulary agree; float16 becomes float32, as optimizers cannot train the former."""
-    if model.dtype == torch.float16:
-        model.float()
-        for config in (model.config, getattr(model.config, "masked_lm", None)):
-            if config is not None:
-                config.dtype = torch.float32
-        logger.info("The weights of %s are stored in float16: they are taken as float32.", name)
+    """The two, once padding and vocabulary agree."""
     if (bad := first_not_finite(model)) is not None:
         raise InputError(f"the weights of model {name!r} hold NaN or infinity in {bad}; save or download them again")
+    keep_differentiable(model)
     _set_padding(model, tokenizer)
     declare_mean_loss(model)
     rows = whole_shape(model.get_input_embeddings().weight)[0]

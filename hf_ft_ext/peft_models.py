@@ -10,6 +10,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import encoder_path
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.prompts.model import architecture, is_prompt_model
+from hf_ft_ext.training.precision import train_in_float32
 
 # Query and value, as in peft's table, which lacks it.
 _DEFAULT_TARGETS = {"distilbert": ["q_lin", "v_lin"]}
@@ -118,7 +119,7 @@ def wrap_with_peft(
     try:
         config = config_class(task_type=TaskType.SEQ_CLS, **settings)
         with seeded_init(seed):
-            wrapped = get_peft_model(model, config)
+            wrapped = train_in_float32(get_peft_model(model, config))
             if real:
                 start_from_activations(wrapped)
             for name, parameter in wrapped.named_parameters():

@@ -140,7 +140,15 @@ def _in_order(order: np.ndarray, parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _test_splits(data: TaskData) -> dict[str, Dataset]:
-    labelled = {name: rows for name, rows in data.test.items() if LABEL in rows.column_names}
-    if data.validation and (data.task.hub_id == GLUE_ID or not labelled):
+    if validation_is_test(data):
         return dict(data.validation)
-    return labelled or dict(data.test)
+    return _labelled_test(data) or dict(data.test)
+
+
+def validation_is_test(data: TaskData) -> bool:
+    """Whether the test of few-shot splits is the validation data."""
+    return bool(data.validation) and (data.task.hub_id == GLUE_ID or not _labelled_test(data))
+
+
+def _labelled_test(data: TaskData) -> dict[str, Dataset]:
+    return {name: rows for name, rows in data.test.items() if LABEL in rows.column_names}

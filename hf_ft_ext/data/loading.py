@@ -11,7 +11,7 @@ from datasets import ClassLabel, Dataset, IterableDataset, Value
 
 from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data import labels as lb
-from hf_ft_ext.data.few_shot import few_shot_data
+from hf_ft_ext.data.few_shot import few_shot_data, validation_is_test
 from hf_ft_ext.data.sources import open_source
 from hf_ft_ext.data.stream import in_memory, usable_rows
 from hf_ft_ext.data.task_data import LABEL, TaskData
@@ -127,6 +127,11 @@ def load_data(
         text_columns=text_columns,
     )
     if data_args.num_k is not None:
+        if data_args.validation_file and not validation_is_test(data):
+            logger.warning(
+                "--validation_file is not read: --num_k draws evaluation rows from the training file, and the test is "
+                "--test_file"
+            )
         few = (data_args.num_k, data_seed, data_args.few_shot_split, data_args.allow_small_classes)
         data = few_shot_data(data, *few)
     elif not files and not data.validation:

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.criteria import CRITERIA, NEEDS_TOTALS
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
@@ -191,6 +191,10 @@ class FisherTrainingArguments(MethodTrainingArguments):
     def check_given(self, given: dict[str, Any]) -> None:
         super().check_given(given)
         self._check_together([name for name in _ONLY_IN if name in given])
+
+    @property
+    def gradients(self) -> Gradients:
+        return Gradients.WEIGHTS if self.fisher_mode == MASK else Gradients.ADAPTERS
 
     @property
     def mask(self) -> str:

@@ -32,6 +32,8 @@ from hf_ft_ext.peft_models import task_type_of, trained_in_full
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
+from hf_ft_ext.training.precision import train_in_float32
+from hf_ft_ext.training.quantized import move, quantized_base, refuse_quantized
 from hf_ft_ext.training.resources import preparation
 from hf_ft_ext.training.sharding import refuse_sharding
 
@@ -68,11 +70,12 @@ class FisherTrainer(StopAtNaN, Trainer):
         if args.fisher_mode != MASK and self._given_plan is None:
             self._candidates = make_candidates(args.fisher_candidates, args.fisher_candidate_settings)
         if model is not None:
-            _refuse_model(model)
+            _refuse_model(model, args)
             declare_mean_loss(model)
             if self._given_plan is not None:
                 self._given_plan.check_model(model)
-        super().__init__(model, args, *positional, **kwargs)
+        with quantized_base(model):
+            super().__init__(model, args, *positional, **kwargs)
         self._check_rates()
         self._is_prepared = False
         if isinstance(args.resume_from_checkpoint, str) and os.path.isdir(args.resume_from_checkpoint):
@@ -96,12 +99,12 @@ class FisherTrainer(StopAtNaN, Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
-        _refuse_model(model)
+        _refuse_model(model, self.args)
         declare_mean_loss(model)
         if not hasattr(self, "_is_prepared"):  # within __init__: there is no data yet
             return model
         with preparation(self):
-            model = self._shaped(model.to(self.args.device))
+            model = self._shaped(move(model, self.args.device))
         self._is_prepared = True
         return model
 
@@ -113,7 +116,7 @@ class FisherTrainer(StopAtNaN, Trainer):
             logger.info("%s", self.plan.table())
         with explained(sorted(self.plan.candidates)), seeded_init(self.args.seed):
             config = self.plan.config(trained_in_full(model), task_type=task_type_of(model))
-            return get_peft_model(model, config)
+            return train_in_float32(get_peft_model(model, config))
 
     def _make_plan(self, model: nn.Module) -> AdapterPlan:
         args = self.args
@@ -254,6 +257,8 @@ def _refuse(args: FisherTrainingArguments) -> None:
     refuse_sharding(args, "the pre-pass")
 
 
-def _refuse_model(model: nn.Module) -> None:
+def _refuse_model(model: nn.Module, args: FisherTrainingArguments) -> None:
+    if args.fisher_mode == MASK:
+        refuse_quantized(model, "a mask trains entries of")
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise InputError("the model carries PEFT adapters already; pass the base model, or merge the adapters first")

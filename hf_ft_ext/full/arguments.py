@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 
 OPTIMIZERS = ADAM, SGD, SIGNGD = ("adam", "sgd", "signgd")
@@ -79,6 +79,10 @@ class FullTrainingArguments(MethodTrainingArguments):
         if self.optim not in (default, wanted[self.optimizer]):
             raise InputError(_both(self.optimizer, getattr(self.optim, "value", self.optim)))
         self.optim = wanted[self.optimizer].value
+
+    @property
+    def gradients(self) -> Gradients:
+        return Gradients.WEIGHTS if self.peft is None else Gradients.ADAPTERS
 
     def check_given(self, given: dict[str, Any]) -> None:
         if "optim" in given and "optimizer" in given:

@@ -15,6 +15,7 @@ from hf_ft_ext.full.signgd import SignGD
 from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.quantized import refuse_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +60,8 @@ class FullTrainer(StopAtNaN, Trainer):
             raise InputError("l2_loss is for classes, and this task is a regression, whose loss it is; leave it out")
         if args.fix_layers:
             fix_layers(model, args.fix_layers)
+        if args.peft is None and not hasattr(model, "get_base_model"):
+            refuse_quantized(model, "plain fine-tuning changes")
         if args.peft is not None:
             model = wrap_with_peft(model, args.peft, args.peft_config, args.seed)
         return model

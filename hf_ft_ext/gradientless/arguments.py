@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
-from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.direct_search import DEFAULT_BUDGET
 from hf_ft_ext.gradientless.no_gradients import refuse_gradients
@@ -183,6 +183,10 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
         self._check_values()
         self._check_together()
         refuse_gradients(self)
+
+    @property
+    def gradients(self) -> Gradients:
+        return Gradients.WEIGHTS if self.search_method == ADAM_BASELINE else Gradients.NONE
 
     def _check_values(self) -> None:
         for name, known in (

@@ -8,6 +8,7 @@ from torch import nn
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import head_parameters
 from hf_ft_ext.training.plan import fold_layer_numbers
+from hf_ft_ext.training.quantized import is_quantized
 
 
 def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Parameter]:
@@ -33,6 +34,11 @@ def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Pa
         found = {name: p for name, p in named.items() if id(p) in head and (p.requires_grad or inner is model)}
     else:
         found = {name: p for name, p in named.items() if re.search(target, name)}
+    if is_quantized(model) and (packed := [name for name, p in found.items() if type(p) is not nn.Parameter]):
+        raise InputError(
+            f"search_target={target!r} takes in {packed[0]}, which is quantized and cannot be searched; search the "
+            "head, or the parameters of an adapter (search_peft)"
+        )
     found = {name: p for name, p in found.items() if p.is_floating_point() and p.numel()}
     if not found:
         kinds = dict.fromkeys(fold_layer_numbers(name) for name in named)

@@ -35,6 +35,8 @@ from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
+from hf_ft_ext.training.precision import warn_of_lost_updates
+from hf_ft_ext.training.quantized import quantized_base
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +71,8 @@ class GradientlessTrainer(StopAtNaN, Trainer):
         refuse_misfits(args, objective, kwargs)
         if model is not None:
             model = self._prepared(model)
-        super().__init__(model, args, *positional, **kwargs)
+        with quantized_base(model):
+            super().__init__(model, args, *positional, **kwargs)
         if self.optimizer is not None:  # passed by position
             refuse_misfits(args, objective, {"optimizers": (self.optimizer, None)})
 
@@ -112,6 +115,8 @@ class GradientlessTrainer(StopAtNaN, Trainer):
         """The search over the searched parameters; every weight is frozen until `train` ends."""
         if self.optimizer is None:
             self._before = [(p, p.requires_grad) for p in self.model.parameters()]
+            if self.args.search_method == ADAM_BASELINE:  # searches round without loss: see SPSA, DirectSearch
+                warn_of_lost_updates(self.searched)
             self.model.requires_grad_(False)  # so that nothing keeps room for gradients
             self.optimizer = build_optimizer(self.args, self.model, self.searched)
             self._micro_batches: list[dict[str, torch.Tensor]] = []

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.ntk import Engine, KernelOptions
@@ -172,6 +172,14 @@ class KernelTrainingArguments(MethodTrainingArguments):
             raise InputError(f"load_kernels takes kernels from files and computes none; leave {name} out")
         if self.f0_scaling != 1 and not self.adjust_for_init:
             raise InputError(f"f0_scaling={self.f0_scaling} needs adjust_for_init; pass both, or leave it out")
+
+    @property
+    def gradients(self) -> Gradients:
+        return Gradients.NONE
+
+    @property
+    def needs_validation(self) -> bool:
+        return self.kernel_regularization == AUTO
 
     def check_given(self, given: dict[str, Any]) -> None:
         for name in _OF_A_LOOP:

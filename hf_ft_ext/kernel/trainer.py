@@ -27,6 +27,7 @@ from hf_ft_ext.training.at_once import AtOnceTrainer
 from hf_ft_ext.training.files import write_json
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
+from hf_ft_ext.training.quantized import refuse_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class KernelTrainer(AtOnceTrainer):
     def _prepared(self, model: nn.Module) -> nn.Module:
         args = self.args
         declare_mean_loss(model)
+        refuse_quantized(model, "a kernel is computed in float32 or float64 from")
         if getattr(model, "is_activation_checkpointing", False):
             raise InputError(
                 "gradient checkpointing is on, which runs modules twice; call model.gradient_checkpointing_disable()"

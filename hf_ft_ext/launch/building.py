@@ -40,6 +40,7 @@ from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
 from hf_ft_ext.prompts.saving import SavePrompt
 from hf_ft_ext.training.checkpoints import SealCheckpoints
+from hf_ft_ext.training.quantized import move
 from hf_ft_ext.training.resources import ResourceMonitor
 
 BuildTrainer = Callable[[MethodTrainingArguments], Trainer]
@@ -72,7 +73,7 @@ def load(
     if data_args.streaming:
         data.train = in_training_order(data.train, data_args.stream_buffer, args)
     choose_best_metric(run_args, args, data.metric)
-    tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args)
+    tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args, args=args)
     limit = model_max_length(model, tokenizer)
     if is_prompt_model(model):
         if run_args.given.get("few_shot_type") == FINETUNE:
@@ -128,7 +129,7 @@ def _start_from_linear_head(run_args: RunArguments, args: MethodTrainingArgument
         prepare_linear_head(model)  # the checkpoint holds the weights
     else:
         fit_linear_head(
-            model.to(args.device),
+            move(model, args.device),
             data.train,
             DataCollatorWithPadding(tokenizer),
             batch_size=args.per_device_eval_batch_size,

@@ -22,6 +22,7 @@ from hf_ft_ext.launch.folder import (
     refuse_foreign_run,
     refuse_lost_model,
 )
+from hf_ft_ext.launch.idle_options import Command, refuse_idle_options
 from hf_ft_ext.launch.validation import (
     STEPS,
     check_ranges,
@@ -53,6 +54,7 @@ def complete_arguments(
     _suit_the_machine(run_args, training_args)
     check_together(run_args, training_args)
     check_streaming(run_args, data_args, training_args)
+    refuse_idle_options(Command(run_args, model_args, data_args, training_args))
     given = run_args.given.get("output_dir") or None
     resume = training_args.resume_from_checkpoint
     # Only the first process looks: by the time another one did, the first might already have written.

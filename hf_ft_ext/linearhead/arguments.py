@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 
 # What steers a training loop, which this method has not.
@@ -63,6 +63,10 @@ class LinearHeadTrainingArguments(MethodTrainingArguments):
             )
         if not self.feature_cache_gb >= 0:
             raise InputError(f"feature_cache_gb={self.feature_cache_gb} is below 0; pass 0 or more")
+
+    @property
+    def gradients(self) -> Gradients:
+        return Gradients.NONE
 
     def check_given(self, given: dict[str, Any]) -> None:
         for name in _OF_A_LOOP:

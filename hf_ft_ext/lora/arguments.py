@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field
 
-from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 
 ALL_LINEAR = "all-linear"
@@ -49,6 +49,10 @@ class LoraTrainingArguments(MethodTrainingArguments):
                 raise InputError(f"lora_target_modules={pattern!r} is no regular expression: {error}") from None
         if targets is not None and ALL_LINEAR in targets and len(targets) > 1:
             raise InputError(f"lora_target_modules={targets}: {ALL_LINEAR!r} already takes all; pass it alone")
+
+    @property
+    def gradients(self) -> Gradients:
+        return Gradients.ADAPTERS
 
     @property
     def lora_target_pattern(self) -> str | None:

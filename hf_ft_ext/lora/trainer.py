@@ -15,6 +15,7 @@ from hf_ft_ext.peft_models import lora_targets, trained_in_full
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import fold_layer_numbers
+from hf_ft_ext.training.precision import train_in_float32
 
 
 class LoraTrainer(StopAtNaN, Trainer):
@@ -64,7 +65,7 @@ def add_lora(model: PreTrainedModel, args: LoraTrainingArguments) -> PeftModel:
     )
     try:
         with seeded_init(args.seed):
-            return get_peft_model(model, config)
+            return train_in_float32(get_peft_model(model, config))
     except ValueError as error:
         raise InputError(_no_target(model, targets, str(error).split(". ")[0])) from error
 

@@ -23,6 +23,7 @@ from hf_ft_ext.sparse.sparsity import SparsityWatch
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
+from hf_ft_ext.training.quantized import refuse_quantized
 from hf_ft_ext.training.resources import preparation
 from hf_ft_ext.training.sharding import refuse_sharding
 
@@ -63,6 +64,7 @@ class SparseTrainer(StopAtNaN, Trainer):
 
     @staticmethod
     def _convert(model: nn.Module, args: SparseTrainingArguments) -> None:
+        refuse_quantized(model, "sparse training changes")
         if hasattr(model, "peft_config"):
             raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
         if converted := sparse_layers(model):

@@ -9,6 +9,8 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.precision import refuse_fp16_on_cpu
+from hf_ft_ext.training.quantized import move, quantized_base
 from hf_ft_ext.training.sharding import refuse_sharding
 
 
@@ -38,7 +40,9 @@ class AtOnceTrainer(Trainer):
                 f"{type(self).__name__} solves the task at once and takes no steps; leave `optimizers` out"
             )
         refuse_sharding(args, self.solution)
-        super().__init__(model, args, *positional, **kwargs)
+        with quantized_base(model):
+            super().__init__(model, args, *positional, **kwargs)
+        refuse_fp16_on_cpu(self.accelerator)
 
     def solve(self) -> dict[str, float]:
         """Solve the task on `train_dataset`; the metrics, `train_loss` among them."""
@@ -66,7 +70,7 @@ class AtOnceTrainer(Trainer):
         self.is_in_train = True
         if self.model_init is not None:
             self.model = self.model_wrapped = self.call_model_init(trial)
-        self.model.to(self.args.device)
+        move(self.model, self.args.device)
         self.state.max_steps = self.args.max_steps
         self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
         start = time.time()

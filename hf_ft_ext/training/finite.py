@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.precision import refuse_fp16_on_cpu, warn_of_lost_updates
 
 _PATIENCE_FP16 = 20  # loss scaling skips single steps by itself and lowers its factor
 
@@ -24,6 +25,15 @@ class StopAtNaN(_Trainer):
     """
 
     _not_finite = 0
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        refuse_fp16_on_cpu(self.accelerator)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            warn_of_lost_updates({name: p for name, p in self.model.named_parameters() if p.requires_grad})
+        return super().create_optimizer(model)
 
     def training_step(self, *positional, **kwargs) -> torch.Tensor:
         return self.finite_loss(super().training_step(*positional, **kwargs))

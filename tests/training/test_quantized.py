@@ -1,0 +1,121 @@
+"""Quantized base models: adapters and heads train on them, whatever needs the weights refuses."""
+
+import importlib.util
+
+import pytest
+import torch
+from test_models import data
+from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from transformers import AutoModelForSequenceClassification
+
+from hf_ft_ext.arguments import ModelArguments
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.methods import METHODS
+from hf_ft_ext.models import load_tokenizer_and_model
+
+QUICK = {"output_dir": "out", "use_cpu": True, "do_train": True, "report_to": [], "disable_tqdm": True}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model(hidden_size=64, intermediate_size=64).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def trainer_on(folder, method: str, quantization: str | None = None, model=None, **settings):
+    method = METHODS[method]
+    args = method.arguments_class()(**QUICK, **settings)
+    if model is None:
+        arguments = ModelArguments(model_name_or_path=str(folder), quantization=quantization)
+        _, model = load_tokenizer_and_model(arguments, data("a", "b"), seed=0, args=args)
+    rows = {"train_dataset": tiny_dataset(16), "eval_dataset": tiny_dataset(8, seed=1)}
+    return method.trainer_class()(model, args, processing_class=tiny_tokenizer(), **rows)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("full", {}, "plain fine-tuning changes the model's weights, and they are quantized"),
+        ("sparse", {}, "sparse training changes"),
+        ("fisher", {"fisher_mode": "mask"}, "a mask trains entries of"),
+        ("kernel", {}, "a kernel is computed in float32 or float64 from"),
+        ("kernel", {"kernel_peft": "lora"}, "a kernel is computed in float32 or float64 from"),
+    ],
+)
+def test_methods_that_need_the_weights_refuse(method, settings, message):
+    model = tiny_model()
+    model.is_quantized = True  # what transformers sets
+    with pytest.raises(InputError, match=message + ".*train adapters"):
+        trainer_on(None, method, model=model, **settings)
+
+
+def test_a_missing_library_is_one_line(folder, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else found(name, *a)
+    )
+    with pytest.raises(
+        InputError, match=r'quantization=4bit needs bitsandbytes: pip install "hf_ft_ext\[quantization\]"'
+    ):
+        trainer_on(folder, "lora", "4bit")
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("lora", {"max_steps": 3}),
+        ("full", {"max_steps": 3, "peft": "ia3"}),
+        ("fisher", {"max_steps": 3, "fisher_examples": 4}),
+        ("gradientless", {"max_steps": 3}),
+        ("linearhead", {"linearhead_c": 1.0}),
+    ],
+)
+def test_adapters_and_heads_train_on_a_quantized_base(folder, method, settings, quantization):
+    pytest.importorskip("bitsandbytes")
+    losses = []
+    for kind in (None, quantization):
+        trainer = trainer_on(folder, method, kind, **settings)
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
+    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    assert model.is_quantized and losses[1] == pytest.approx(losses[0], abs=0.02)
+    packed = {name for name, p in model.named_parameters() if p.dtype in (torch.int8, torch.uint8)}
+    assert len(packed) == 12 and not any("classifier" in name or "pooler" in name for name in packed)
+    if method == "linearhead":
+        trainer.save_model()
+        batch = {"input_ids": torch.randint(5, 30, (4, 9))}
+        with torch.no_grad():
+            theirs = AutoModelForSequenceClassification.from_pretrained("out")(**batch).logits
+            assert torch.allclose(model(**batch).logits, theirs, atol=2e-3)
+
+
+def test_an_evaluation_does_not_cut_the_gradients(folder):
+    """On processors with AVX512-BF16 bitsandbytes packs 4-bit weights then, for a kernel without gradients."""
+    pytest.importorskip("bitsandbytes")
+    trainer = trainer_on(folder, "lora", "4bit", max_steps=1)
+    batch = {"input_ids": torch.randint(5, 30, (4, 9)), "labels": torch.tensor([0, 1, 0, 1])}
+
+    def gradients() -> list[torch.Tensor]:
+        trainer.model.zero_grad()
+        torch.manual_seed(0)  # of dropout
+        trainer.model.train()(**batch).loss.backward()
+        return [p.grad.clone() for p in trainer.model.parameters() if p.requires_grad]
+
+    before = gradients()
+    with torch.no_grad():
+        trainer.model.eval()(**batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, gradients(), strict=True)) and any(g.any() for g in before)
+
+
+def test_a_quantized_weight_cannot_be_searched(folder):
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(InputError, match=r"search_target='all' takes in .*quantized and cannot be searched"):
+        trainer_on(folder, "gradientless", "4bit", search_target="all")
