@@ -101,7 +101,7 @@ def test_two_processes_ask_after_the_last_step_too(tmp_path, monkeypatch):
     monkeypatch.setattr(interruption, "gather", other_has_it)
     callback, control = SaveAndStop(Signals()), type("Control", (), {"should_training_stop": False})()
     args = type("Args", (), {"world_size": 2, "device": torch.device("cpu"), "save_strategy": "steps"})()
-    state = type("State", (), {"global_step": 0, "max_steps": 4})()
+    state = type("State", (), {"global_step": 0, "max_steps": 2})()
     callback.on_train_begin(args, state, control)
     stopped = []
     for step in (1, 2):
