@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -24,7 +25,10 @@ def main(argv: list[str] | None = None) -> int:
 def _compare(argv: list[str]) -> int:
     start = time.monotonic()
     from hf_ft_ext.compare.settings import read_comparison
+    from hf_ft_ext.training.devices import one_device
 
+    # Before CUDA is asked for its devices: the runs inherit it, and the checks of their arguments here need it too.
+    os.environ.update(one_device())
     comparison = read_comparison(argv)
     if comparison.dry_run:
         for seed in comparison.seeds:

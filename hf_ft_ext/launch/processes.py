@@ -1,4 +1,4 @@
-"""Errors and warnings of the processes of one run: each is written once, with the process that it came from.
+"""What the processes of one run write: errors and warnings once, with their process; bars by the first one only.
 
 Every process of a run writes to the same terminal. What all of them have to report (a misspelt option) must not appear
 once per process, and what only one of them has to report (a loss of NaN in its rows) must not be lost. Processes that
@@ -234,6 +234,17 @@ class Warnings(logging.Handler):
                 except FileExistsError:
                     continue
             sys.stderr.write(f"process {self.process.rank} of {self.process.world}: {text}\n")
+
+
+def silence_bars() -> None:
+    """Turn off the progress bars of all libraries, in this process: loading weights, converting data, downloads."""
+    import datasets
+    import evaluate
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # huggingface_hub's too
+    datasets.disable_progress_bars()
+    evaluate.logging.disable_progress_bar()
 
 
 def start_log(process: Process) -> Warnings:

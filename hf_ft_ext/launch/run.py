@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_ft_ext.errors import InputError, PushError
-from hf_ft_ext.launch.processes import Process, another_failed, report, report_crash, start_log
+from hf_ft_ext.launch.processes import Process, another_failed, report, report_crash, silence_bars, start_log
 from hf_ft_ext.launch.stopping import Interrupted, Signals, keep, leave
 from hf_ft_ext.methods import list_methods, only_help_wanted
 
@@ -76,6 +76,8 @@ def _run(argv: list[str], program: list[str], signals: Signals) -> None:
     from hf_ft_ext.launch.interruption import SaveAndStop
     from hf_ft_ext.training.plan import training_plan
 
+    if args.disable_tqdm or args.process_index > 0:
+        silence_bars()
     sharing.prepare(run_args, args)
     build_trainer, data = building.load(run_args, model_args, data_args, args, [SaveAndStop(signals)])
     trainer = build_trainer(args)

@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.devices import refuse_data_parallel
 from hf_ft_ext.training.sharding import refuse_sharding
 
 
@@ -25,7 +26,7 @@ class AtOnceTrainer(Trainer):
         start_over: what to do instead of resuming.
 
     Raises:
-        InputError: an optimizer passed, sharded parameters; in `train`: a checkpoint to resume from, no training data
+        InputError: an optimizer passed, sharded parameters, several GPUs in one process; in `train`: a checkpoint to resume from, no training data
             or a stream.
     """
 
@@ -39,6 +40,7 @@ class AtOnceTrainer(Trainer):
             )
         refuse_sharding(args, self.solution)
         super().__init__(model, args, *positional, **kwargs)
+        refuse_data_parallel(self.args)
 
     def solve(self) -> dict[str, float]:
         """Solve the task on `train_dataset`; the metrics, `train_loss` among them."""
