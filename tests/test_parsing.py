@@ -95,6 +95,16 @@ def test_values_of_every_kind():
         ("a: [1", "is not valid YAML"),
         ("seed: 1\nseed: 2", "key 'seed' appears twice"),
         ("1: 2", "key 1 is not text"),
+        ("_a: &a {seed: 1}\n<<: *a\n<<: *a", r"key '<<' appears twice; merge several mappings with a list, <<: \["),
+        ("_a: &a {seed: 1, seed: 2}\n<<: *a", "key 'seed' appears twice"),
+        ("_a: &a [1]\n<<: *a", r"<< merges mappings, got '1'; give it \*anchor of a mapping"),
+        ("_a: &a 7\n<<: *a", "<< merges mappings, got '7'"),
+        ("_a: &a {}\n<<: [*a, [*a]]", "<< merges mappings, got a list"),
+        ("<<: *a", r"\*a has no anchor &a above it"),
+        ("_a: &a {<<: *a}", r"anchor &a contains itself"),
+        ("_a: &a {b: [{c: *a}]}", r"anchor &a contains itself"),
+        ("_a: &a {learning_rat: 1}\n<<: *a", "unknown recipe key 'learning_rat'; did you mean 'learning_rate'"),
+        ("save-steps: 1\nsave_steps: 2", "'save-steps' and 'save_steps', which are one argument"),
         ("method: spars", "unknown method 'spars'; did you mean 'sparse'.*full, lora, sparse"),
     ],
 )
@@ -140,6 +150,33 @@ def test_recipe_files(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"a: \xff\xfe")
     with pytest.raises(InputError, match="not valid YAML"):
         read_recipe("bytes.yaml")
+
+
+MERGED = """
+_base: &base {method: full, learning_rate: 1e-3, num_train_epochs: 5}
+.long: &long
+  <<: *base
+  num_train_epochs: 9
+  lr_scheduler_kwargs: &kwargs {power: 2.0}
+x-names: &columns [sentence]
+<<: *long
+learning_rate: 2e-3
+text_columns: *columns
+"""
+
+
+def test_merge_keys_of_a_recipe():
+    run, _, data, training = parse(recipe(MERGED))
+    assert (run.method, training.num_train_epochs, training.learning_rate) == ("full", 9, 2e-3)  # own keys win
+    assert training.lr_scheduler_kwargs == {"power": 2.0} and data.text_columns == ["sentence"]
+    assert run.given.keys() == {
+        "method", "num_train_epochs", "learning_rate", "lr_scheduler_kwargs", "text_columns", "use_cpu",
+    }  # fmt: skip
+    text = "_a: &a {method: full, seed: 1}\n_b: &b {seed: 2, data_seed: 3}\n<<: [*a, *b]\n"
+    assert read_recipe(recipe(text)) == {"method": "full", "seed": 1, "data_seed": 3}  # the first one wins
+    assert read_recipe(recipe("x: &x 1\ny: *x\nz: {<<: {a: 1}, b: 2}\n'<<': 3")) == {
+        "x": 1, "y": 1, "z": {"a": 1, "b": 2}, "<<": 3,
+    }  # fmt: skip
 
 
 def test_defaults_are_announced_in_one_line(caplog):

@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import os
 import shlex
 import signal
 import sys
@@ -15,20 +14,20 @@ def main(argv: list[str] | None = None) -> int:
     """Compare; 0 = every run ended well or was kept out by the time limit, 1 = some failed, 2 = bad input."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_ft_ext.compare").setLevel(logging.INFO)
+    start = time.monotonic()
+    from hf_ft_ext.training.devices import seeing_one_device
+
     try:
-        return _compare(sys.argv[1:] if argv is None else argv)
+        with seeing_one_device():  # for the checks of arguments here
+            return _compare(sys.argv[1:] if argv is None else argv, start)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
 
 
-def _compare(argv: list[str]) -> int:
-    start = time.monotonic()
+def _compare(argv: list[str], start: float) -> int:
     from hf_ft_ext.compare.settings import read_comparison
-    from hf_ft_ext.training.devices import one_device
 
-    # Before CUDA is asked for its devices: the runs inherit it, and the checks of their arguments here need it too.
-    os.environ.update(one_device())
     comparison = read_comparison(argv)
     if comparison.dry_run:
         for seed in comparison.seeds:

@@ -1,7 +1,9 @@
 """Where a run is: the name of its device, and the refusal of one process that drives several GPUs."""
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator
 
 import torch
 from transformers import TrainingArguments
@@ -45,7 +47,7 @@ _OF_CUDA = _VISIBLE[:3]  # ROCm's torch reads all three
 
 
 def one_device() -> dict[str, str]:
-    """Environment variables for a process that shall see one accelerator: the first of those that the user allows.
+    """Environment variables by which a process sees one accelerator: the first of those that the user allows.
 
     Lists that the user set keep their first entry, empty ones (no accelerator) stay. Where nothing is set, this is the
     first CUDA device; of the other kinds a process without a launcher takes one by itself.
@@ -56,3 +58,19 @@ def one_device() -> dict[str, str]:
     elif not set(_OF_CUDA) & chosen.keys():
         chosen["CUDA_VISIBLE_DEVICES"] = "0"
     return chosen
+
+
+@contextlib.contextmanager
+def seeing_one_device() -> Iterator[None]:
+    """A context whose processes, this one too if CUDA was not in use yet, see one accelerator (see `one_device`)."""
+    chosen = one_device()
+    before = {name: os.environ.get(name) for name in chosen}
+    os.environ.update(chosen)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
