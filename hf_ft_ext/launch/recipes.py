@@ -104,11 +104,13 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
             f"recipe {path} holds a {type(recipe).__name__}; it needs lines of the form `argument: value`"
         )
     arguments = {key: value for key, value in recipe.items() if not key.startswith(_HELPERS)}
-    spellings = {key.replace("-", "_") for key in arguments}
-    if len(spellings) < len(arguments):
-        twice = next(key for key in arguments if "-" in key and key.replace("-", "_") in arguments)
-        raise InputError(f"recipe {path} has {twice!r} and {twice.replace('-', '_')!r}, which are one argument")
-    return {key.replace("-", "_"): value for key, value in arguments.items()}
+    recipe = {}
+    for key, value in arguments.items():
+        name = key.replace("-", "_")
+        if name in recipe:
+            raise InputError(f"recipe {path} sets {name!r} twice, spelt with '-' and with '_'; leave one line out")
+        recipe[name] = value
+    return recipe
 
 
 def checked(key: str, value: Any, hint: Any) -> Any:
