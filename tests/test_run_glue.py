@@ -416,7 +416,9 @@ def test_disable_tqdm_silences_the_bars_of_all_libraries(launch, capsys):
     argv = ("--do_train", "--do_eval", "--max_steps", "1")
     assert launch(*argv, "--output_dir", "shown", "--disable_tqdm", "false") == 0
     shown = capsys.readouterr().err
-    assert all(bar in shown for bar in ("Loading weights: 100%", "Tokenizing train: 100%", "Writing model shards: 100%"))
+    assert all(
+        bar in shown for bar in ("Loading weights: 100%", "Tokenizing train: 100%", "Writing model shards: 100%")
+    )
     assert launch(*argv, "--output_dir", "silent") == 0
     assert "%|" not in capsys.readouterr().err
     bars = transformers.utils.logging.is_progress_bar_enabled, evaluate.logging.is_progress_bar_enabled

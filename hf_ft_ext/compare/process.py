@@ -56,7 +56,8 @@ def arguments_of(command: list[str]) -> list[str]:
 def run_or_find(folder: Path, words: list[str], seconds: float | None = None) -> Outcome:
     """Run the launcher with `words` in a process of its own, unless `folder` holds that very run.
 
-    Output and errors go to `<folder>.log`. The run sees one accelerator (see `one_device`). If this process is interrupted, the run is ended with it.
+    Output and errors go to `<folder>.log`. The run sees one accelerator (see `one_device`). If this process is
+    interrupted, the run is ended with it.
 
     Args:
         folder: the run's `output_dir`, which `words` name.

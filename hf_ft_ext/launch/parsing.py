@@ -33,7 +33,7 @@ _HELP = {
     "do_eval": "Evaluate the result on the validation split.",
     "do_predict": "Write predictions for the test split.",
     "output_dir": "Folder of the run; none = runs/METHOD-TASK-seedSEED.",
-    "resume_from_checkpoint": "true = go on from the last complete checkpoint in output_dir; or a checkpoint's folder.",
+    "resume_from_checkpoint": "true = go on from the last complete checkpoint in output_dir; or the folder of one.",
     "push_to_hub": "Push the finished run to the Hub, with a model card.",
 }
 
@@ -102,8 +102,8 @@ class Parser(HfArgumentParser):
                     hidden += 1
         if hidden:
             self.epilog = (
-                f"{hidden} more arguments of transformers.TrainingArguments work as well; `--method {self._name} --help "
-                f"{_EVERYTHING}` lists them."
+                f"{hidden} more arguments of transformers.TrainingArguments work as well; `--method {self._name} "
+                f"--help {_EVERYTHING}` lists them."
             )
         return self.format_help()
 
@@ -182,7 +182,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         kind = getattr(action.type, "__name__", "text")
-        word = action.metavar or {"int": "INTEGER", "float": "NUMBER", "string_to_bool": "[true|false]"}.get(kind, "TEXT")
+        word = action.metavar or {"int": "INTEGER", "float": "NUMBER", "string_to_bool": "[true|false]"}.get(
+            kind, "TEXT"
+        )
         return f"{action.option_strings[0]} {word}{' ...' if action.nargs == '+' else ''}"
 
     def _get_help_string(self, action: argparse.Action) -> str:

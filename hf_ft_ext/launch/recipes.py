@@ -22,8 +22,8 @@ _MERGE = "tag:yaml.org,2002:merge"
 class _Loader(yaml.SafeLoader):
     """YAML with `1e-4` as a number (YAML 1.1 reads it as text), no key twice, and no anchor within itself.
 
-    Keys are checked when a mapping is composed: a merge (`<<: *anchor`) changes the composed mappings later, where a key
-    of the mapping itself legally stands beside the same key of the merged one.
+    Keys are checked when a mapping is composed. Later a merge (`<<: *anchor`) puts the keys of the merged mapping beside
+    those of the mapping itself, and both may have the same one.
     """
 
     def __init__(self, stream):

@@ -26,8 +26,8 @@ class AtOnceTrainer(Trainer):
         start_over: what to do instead of resuming.
 
     Raises:
-        InputError: an optimizer passed, sharded parameters, several GPUs in one process; in `train`: a checkpoint to resume from, no training data
-            or a stream.
+        InputError: an optimizer passed, sharded parameters, several GPUs in one process; in `train`: a checkpoint to
+            resume from, no training data or a stream.
     """
 
     solution: ClassVar[str]

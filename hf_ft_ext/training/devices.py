@@ -14,9 +14,9 @@ from hf_ft_ext.errors import InputError
 def refuse_data_parallel(args: TrainingArguments) -> None:
     """Refuse to train in one process on several GPUs, which transformers does by `torch.nn.DataParallel`.
 
-    It copies the model to every GPU in every step and calls it with parts of the batch: hooks, parameters that a method
-    puts in place of others, and counts of rows and memory are wrong in the copies. A model that `device_map` spreads
-    over GPUs is no such case. Call it when `Trainer.__init__` is done, which knows about `device_map`.
+    It copies the model to every GPU in every step and calls the copies with parts of the batch: hooks, replaced layers,
+    row counts and measured memory are wrong there. A model that `device_map` spreads over GPUs is accepted; as only
+    `Trainer.__init__` finds out about it, call this after it.
 
     Raises:
         InputError: `args` would lead to it.
@@ -24,7 +24,7 @@ def refuse_data_parallel(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise InputError(
             f"one process sees {args.n_gpu} GPUs and would copy the model to all of them in every step "
-            f"(torch.nn.DataParallel), which is not supported; start the script with `accelerate launch "
+            "(torch.nn.DataParallel), which is not supported; start the script with `accelerate launch "
             f"--num_processes {args.n_gpu}` (notebooks: accelerate.notebook_launcher) to use all, or set "
             "CUDA_VISIBLE_DEVICES=0 before torch is loaded to use one"
         )
@@ -41,8 +41,16 @@ def device_name(device: torch.device) -> str:
 
 
 # Variables that say which devices a process sees, as lists with commas.
-_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "ZE_AFFINITY_MASK",
-            "ASCEND_RT_VISIBLE_DEVICES", "MLU_VISIBLE_DEVICES", "MUSA_VISIBLE_DEVICES", "HABANA_VISIBLE_MODULES")  # fmt: skip
+_VISIBLE = (
+    "CUDA_VISIBLE_DEVICES",
+    "HIP_VISIBLE_DEVICES",
+    "ROCR_VISIBLE_DEVICES",
+    "ZE_AFFINITY_MASK",
+    "ASCEND_RT_VISIBLE_DEVICES",
+    "MLU_VISIBLE_DEVICES",
+    "MUSA_VISIBLE_DEVICES",
+    "HABANA_VISIBLE_MODULES",
+)
 _OF_CUDA = _VISIBLE[:3]  # ROCm's torch reads all three
 
 

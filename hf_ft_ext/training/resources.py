@@ -19,9 +19,9 @@ _STATUS = Path("/proc/self/status")
 class PeakMemory:
     """Peak memory of this process between `reset()` and `bytes()`.
 
-    On accelerators: bytes that torch has allocated, the sum over `devices`. On the CPU: the resident set. Linux keeps
-    its high-water mark and lets a process reset it; other systems, and accelerators without such a mark (MPS), give the
-    level at the time of asking. Where torch does not count at all, this is the resident set too.
+    On accelerators: bytes that torch has allocated, the sum over `devices`. On the CPU, and on kinds of devices where
+    torch does not count: the resident set. Linux keeps its high-water mark and lets a process reset it; other systems,
+    and MPS, which has no such mark, give the level at the time of asking.
 
     Args:
         devices: of the run; none = the machine's accelerator, or else the CPU.

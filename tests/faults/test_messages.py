@@ -67,7 +67,7 @@ def written(ended: list[Ended]) -> str:
          r"unexpected error: \nTraceback \(most recent call last\):\nKeyError: 'x [12]'\n"),
         (lose_the_connection, InputError("no rows"), (1, 2), r"error \(process 1 of 2\): no rows\n"),
         (lose_the_connection, kill, (1, None),
-         r"error \(process 0 of 2\): lost the connection to another process \(Connection closed by peer\), which .*\n"),
+         r"error \(process 0 of 2\): lost the connection to another process \(Connection closed by peer\), .*\n"),
         (None, terminate, (0, 143), r"stopped by SIGTERM \(process 1 of 2\): there is no checkpoint .*\n"),
         (terminate, terminate, (143, 143), r"stopped by SIGTERM: there is no checkpoint .*\n"),
         (lambda: (time.sleep(0.5), terminate()), InputError("no rows"), (143, 2),
