@@ -22,7 +22,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 class _Loader(yaml.SafeLoader):
     """YAML with `1e-4` as a number (YAML 1.1 reads it as text), no key twice, and no anchor within itself.
 
-    Keys are checked when a mapping is composed. Later a merge (`<<: *anchor`) puts the keys of the merged mapping beside
+    Keys are checked when a mapping is composed. Later a merge (`<<: *anchor`) puts the merged mapping's keys beside
     those of the mapping itself, and both may have the same one.
     """
 

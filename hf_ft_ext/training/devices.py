@@ -14,8 +14,8 @@ from hf_ft_ext.errors import InputError
 def refuse_data_parallel(args: TrainingArguments) -> None:
     """Refuse to train in one process on several GPUs, which transformers does by `torch.nn.DataParallel`.
 
-    It copies the model to every GPU in every step and calls the copies with parts of the batch: hooks, replaced layers,
-    row counts and measured memory are wrong there. A model that `device_map` spreads over GPUs is accepted; as only
+    It copies the model to every GPU in every step and calls the copies with parts of the batch. Hooks, replaced
+    layers, row counts and measured memory go wrong. A model that `device_map` spreads over GPUs is accepted; as only
     `Trainer.__init__` finds out about it, call this after it.
 
     Raises:
