@@ -7,6 +7,7 @@ fail cannot use collectives any more, so they agree by small files in the tempor
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -97,6 +98,18 @@ def report(kind: str, message: str, same: str | None = None, failed: bool = True
         where = "" if len(with_it) == process.neighbours else f" ({_names(with_it)} of {process.world})"
         sys.stderr.write(f"{kind}{where}: {message}\n")  # one write, so that no other process's text gets into it
         sys.stderr.flush()
+        if failed:
+            _give_to_torchrun(message)
+
+
+def _give_to_torchrun(message: str) -> None:
+    """Let the summary that torchrun writes last, some forty lines, hold the message in place of a link."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError):
+            Path(path).write_text(
+                json.dumps({"message": message.strip(), "timestamp": int(time.time())}), encoding="utf-8"
+            )
 
 
 def report_crash(error: BaseException) -> None:

@@ -10,6 +10,7 @@ import pytest
 from forked import Ended
 from kills import kill
 from ranks import launch_two
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from workload import Workload
 
 from hf_ft_ext.errors import InputError
@@ -79,6 +80,23 @@ def test_a_message_is_written_once_with_its_process(tmp_path, first, second, sta
     ended = launch_two([], tmp_path / "run", (ends(first), ends(second)), main=run.command)
     assert tuple(one.status for one in ended) == status
     assert re.fullmatch(message, written(ended)), written(ended)
+
+
+def test_torchruns_summary_holds_the_message(tmp_path):
+    (tmp_path / "run").mkdir()
+    files = [str(tmp_path / f"{rank}.json") for rank in (0, 1)]
+
+    def with_file(rank: int, act):
+        def install() -> None:
+            os.environ["TORCHELASTIC_ERROR_FILE"] = files[rank]
+            ends(act)()
+
+        return install
+
+    faults = with_file(0, lose_the_connection), with_file(1, InputError("no rows"))
+    launch_two([], tmp_path / "run", faults, main=run.command)
+    assert ProcessFailure(1, 1, 2, files[1]).message == "no rows"
+    assert not os.path.exists(files[0])
 
 
 def test_warnings_of_all_processes_are_written_once(tmp_path):
