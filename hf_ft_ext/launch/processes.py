@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _TOGETHER = 1.0  # seconds that a process waits for others with the same message
-_STARTS = 5.0  # seconds within which all processes of a run start
+_STARTS = 2.0  # seconds within which all processes of a run start; a process's own start is known to one second
 _STALE = 7 * 86400.0  # seconds after which the files of other runs are deleted
-_POLL = 0.01  # seconds
+_POLL = 0.01  # seconds between looks at the files of the others
 _PREFIX = "hf_ft_ext-messages"
 _FAILED = "failed"
 _WRITTEN = "written"
@@ -79,7 +79,7 @@ def report(kind: str, message: str, same: str | None = None, failed: bool = True
     have the message. Signals of a launcher that ends the processes meanwhile are ignored.
 
     Args:
-        same: what makes two messages the same, if not the whole text.
+        same: what two equal messages have in common, if not the whole text.
         failed: whether the message is an error (see `another_failed`).
     """
     process = Process.this()
@@ -95,7 +95,8 @@ def report(kind: str, message: str, same: str | None = None, failed: bool = True
             with_it = [process.rank]
         if with_it is None:
             return
-        where = "" if len(with_it) == process.neighbours else f" ({_names(with_it)} of {process.world})"
+        all_of_them = len(with_it) == process.neighbours > 1  # one per machine knows of no others
+        where = "" if all_of_them else f" ({_names(with_it)} of {process.world})"
         sys.stderr.write(f"{kind}{where}: {message}\n")  # one write, so that no other process's text gets into it
         sys.stderr.flush()
         if failed:
@@ -125,7 +126,7 @@ def report_crash(error: BaseException) -> None:
             report(
                 "error",
                 f"lost the connection to another process ({lost}), which ended without an error message of its own; "
-                "the system may have ended it for want of memory",
+                "the system may have killed it for lack of memory",
             )
         return
     trace = traceback.extract_tb(error.__traceback__)
@@ -211,7 +212,7 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-class Warnings(logging.Handler):
+class SharedLog(logging.Handler):
     """The log of a process: as it comes on the first one; on others, what the first one did not write, at the end.
 
     Most warnings are about what all processes share, such as the data. `flush_held` writes the rest.
@@ -260,9 +261,9 @@ def silence_bars() -> None:
     evaluate.logging.disable_progress_bar()
 
 
-def start_log(process: Process) -> Warnings:
+def start_log(process: Process) -> SharedLog:
     """Send the log of hf_ft_ext to standard error; libraries' warnings appear on the first process only."""
-    handler = Warnings(process)
+    handler = SharedLog(process)
     logging.basicConfig(handlers=[handler])
     logging.getLogger("hf_ft_ext").setLevel(logging.INFO if process.first else logging.WARNING)
     if not process.first:

@@ -12,10 +12,8 @@ import yaml
 
 from hf_ft_ext.errors import InputError
 
-_HELPERS = (".", "_", "x-")
+_HELPERS = (".", "_", "x-")  # top-level keys that start so set no argument
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
-
 _MERGE = "tag:yaml.org,2002:merge"
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import signal
+import tempfile
 import time
 
 import pytest
@@ -22,8 +23,10 @@ LOST = RuntimeError("[../pair.cc:534] Connection closed by peer [127.0.0.1]:42")
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _quick(monkeypatch, tmp_path):
     monkeypatch.setattr(processes, "_TOGETHER", 0.3)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
 
 def ends(act):
@@ -120,10 +123,31 @@ def test_warnings_of_all_processes_are_written_once(tmp_path):
 
 
 def test_a_second_run_of_the_same_shell_reports_again(tmp_path):
+    """Started by hand, it may have the same variables as the one before."""
+
+    def install() -> None:
+        os.environ["MASTER_PORT"] = str(os.getppid())
+        ends(InputError("a"))()
+
     (tmp_path / "run").mkdir()
     for _ in range(2):
-        ended = launch_two([], tmp_path / "run", (ends(InputError("a")),) * 2, main=run.command)
+        ended = launch_two([], tmp_path / "run", (install, install), main=run.command)
         assert written(ended) == "error: a\n"
+        (folder,) = (tmp_path / "temporary").glob("hf_ft_ext-messages-*")
+        os.utime(folder, (time.time() - 10,) * 2)
+
+
+def test_one_process_per_machine_names_itself(monkeypatch, capsys):
+    for name, value in {
+        "RANK": 3,
+        "WORLD_SIZE": 4,
+        "LOCAL_RANK": 0,
+        "LOCAL_WORLD_SIZE": 1,
+        "MASTER_PORT": "x",
+    }.items():
+        monkeypatch.setenv(name, str(value))
+    processes.report("error", f"no rows {time.time()}")
+    assert capsys.readouterr().err.startswith("error (process 3 of 4): no rows")
 
 
 @pytest.mark.slow
