@@ -16,7 +16,6 @@ from workload import Workload
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch import processes, run
-from hf_ft_ext.launch.stopping import Signals
 from hf_ft_ext.training.finite import StopAtNaN
 
 LOST = RuntimeError("[../pair.cc:534] Connection closed by peer [127.0.0.1]:42")
@@ -32,7 +31,7 @@ def _quick(monkeypatch, tmp_path):
 def ends(act):
     """A fault: in place of the run there is `act`, an error or a function."""
 
-    def fake(argv, program, signals: Signals) -> None:
+    def fake(*arguments) -> None:
         if isinstance(act, BaseException):
             raise act
         if act is not None:
