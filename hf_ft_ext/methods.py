@@ -134,7 +134,8 @@ def list_methods() -> str:
             "methods:",
             *(f"  {method.name:<{width}}  {method.help}" for method in METHODS.values()),
             "",
-            "`run_glue.py --method NAME --help` lists all arguments of a method with their defaults.",
+            "`run_glue.py --method NAME --help` lists the arguments of a method with their defaults and the most used",
+            "ones of transformers.TrainingArguments; `--method NAME --help all` lists all of these.",
             "",
         )
     )

@@ -1,11 +1,13 @@
 """Recipes, the command line, and what the launcher fills in."""
 
 import json
+import re
+from dataclasses import fields
 
 import pytest
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
-from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments, own_fields
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.parsing import parse_arguments
 from hf_ft_ext.launch.recipes import read_recipe
@@ -95,6 +97,16 @@ def test_values_of_every_kind():
         ("a: [1", "is not valid YAML"),
         ("seed: 1\nseed: 2", "key 'seed' appears twice"),
         ("1: 2", "key 1 is not text"),
+        ("_a: &a {seed: 1}\n<<: *a\n<<: *a", r"key '<<' appears twice; merge several mappings with a list, <<: \["),
+        ("_a: &a {seed: 1, seed: 2}\n<<: *a", "key 'seed' appears twice"),
+        ("_a: &a [1]\n<<: *a", r"<< merges mappings, got '1'; give it \*anchor of a mapping"),
+        ("_a: &a 7\n<<: *a", "<< merges mappings, got '7'"),
+        ("_a: &a {}\n<<: [*a, [*a]]", "<< merges mappings, got a list"),
+        ("<<: *a", r"\*a has no anchor &a above it"),
+        ("_a: &a {<<: *a}", r"anchor &a contains itself"),
+        ("_a: &a {b: [{c: *a}]}", r"anchor &a contains itself"),
+        ("_a: &a {learning_rat: 1}\n<<: *a", "unknown recipe key 'learning_rat'; did you mean 'learning_rate'"),
+        ("save-steps: 1\nsave_steps: 2", "sets 'save_steps' twice, spelt with '-' and with '_'"),
         ("method: spars", "unknown method 'spars'; did you mean 'sparse'.*full, lora, sparse"),
     ],
 )
@@ -140,6 +152,33 @@ def test_recipe_files(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"a: \xff\xfe")
     with pytest.raises(InputError, match="not valid YAML"):
         read_recipe("bytes.yaml")
+
+
+MERGED = """
+_base: &base {method: full, learning_rate: 1e-3, num_train_epochs: 5}
+.long: &long
+  <<: *base
+  num_train_epochs: 9
+  lr_scheduler_kwargs: &kwargs {power: 2.0}
+x-names: &columns [sentence]
+<<: *long
+learning_rate: 2e-3
+text_columns: *columns
+"""
+
+
+def test_merge_keys_of_a_recipe():
+    run, _, data, training = parse(recipe(MERGED))
+    assert (run.method, training.num_train_epochs, training.learning_rate) == ("full", 9, 2e-3)  # own keys win
+    assert training.lr_scheduler_kwargs == {"power": 2.0} and data.text_columns == ["sentence"]
+    assert run.given.keys() == {
+        "method", "num_train_epochs", "learning_rate", "lr_scheduler_kwargs", "text_columns", "use_cpu",
+    }  # fmt: skip
+    text = "_a: &a {method: full, seed: 1}\n_b: &b {seed: 2, data_seed: 3}\n<<: [*a, *b]\n"
+    assert read_recipe(recipe(text)) == {"method": "full", "seed": 1, "data_seed": 3}  # the first one wins
+    assert read_recipe(recipe("x: &x 1\ny: *x\nz: {<<: {a: 1}, b: 2}\n'<<': 3")) == {
+        "x": 1, "y": 1, "z": {"a": 1, "b": 2}, "<<": 3,
+    }  # fmt: skip
 
 
 def test_defaults_are_announced_in_one_line(caplog):
@@ -214,6 +253,39 @@ def test_help_of_a_method_is_grouped_with_defaults(name, capsys):
     assert places == sorted(places)
     assert "--max-seq-length" not in text and "--no_" not in text
     assert "none = 128" in text and "(default: 42)" in text and "==SUPPRESS==" not in text
+
+
+def shown_help(capsys, *argv: str) -> tuple[str, set[str]]:
+    """The text of the help and the arguments that it lists."""
+    with pytest.raises(SystemExit):
+        parse_arguments([*argv])
+    text = capsys.readouterr().out
+    return text, set(re.findall(r"(?m)^  --(\w+) ", text))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_help_lists_what_people_use_and_help_all_everything(name, capsys):
+    arguments = METHODS[name].arguments_class()
+    own = {f.name for dtype in (RunArguments, ModelArguments, DataArguments, arguments) for f in own_fields(dtype)}
+    text, short = shown_help(capsys, "--method", name, "--help")
+    _, everything = shown_help(capsys, "--method", name, "--help", "all")
+    assert everything == own | {f.name for f in fields(TrainingArguments) if f.init}
+    used = {"learning_rate", "num_train_epochs", "eval_strategy", "bf16", "seed", "output_dir", "report_to"}
+    assert own | used <= short and len(short - own) < 32
+    note = f"{len(everything - short)} more arguments of transformers.TrainingArguments work as well; `--method {name}"
+    assert note in " ".join(text.split()) and f"{name} --help all` lists them." in " ".join(text.split())
+
+
+def test_help_shows_choices(capsys):
+    text, _ = shown_help(capsys, "--method", "sparse", "-h")
+    for shown in (
+        "--sparse_support {dynamic,static,structured}", "--few_shot_type {finetune,prompt,prompt-demo}",
+        "--save_strategy {no,steps,epoch,best}", "inverse_sqrt, reduce_lr_on_plateau",
+    ):  # fmt: skip
+        assert shown in text
+    assert "{1,2}" in shown_help(capsys, "--help", "--method", "fisher")[0]
+    path = recipe("method: kernel\n")
+    assert shown_help(capsys, path, "--help=all")[1] > shown_help(capsys, path, "--help")[1]
 
 
 def test_methods_table():

@@ -9,9 +9,13 @@ import sys
 import warnings
 from pathlib import Path
 
+import datasets
+import evaluate
 import pytest
 import torch
+import transformers
 from datasets import Features, Value
+from huggingface_hub.utils import are_progress_bars_disabled
 from peft import PeftModel
 from processes import finished
 from safetensors.torch import load_file
@@ -125,6 +129,7 @@ def test_train_evaluate_predict(launch, method, capsys, tiny_bert_dir, tokenizer
     assert {"eval_accuracy", "eval_loss", "train_loss"} <= record["metrics"].keys()
     for key in ("train_seconds", "samples_per_second", "trainable_parameters", "total_parameters", "artefact_bytes"):
         assert record[key] > 0, key
+    assert record["peak_memory_kind"].startswith("resident set, above the level before training")
     assert record["peak_memory_bytes"] is not None and "secret" not in Path("out/run.json").read_text()
     assert record["arguments"].get("learning_rate") == (None if method in AT_ONCE else 1e-2)
 
@@ -404,6 +409,22 @@ def test_resuming_with_another_method(launch, capsys):
     assert "holds an adapter, but method 'full' trains a whole model" in capsys.readouterr().err
 
 
+def test_disable_tqdm_silences_the_bars_of_all_libraries(launch, capsys):
+    transformers.utils.logging.enable_progress_bar()  # earlier runs in this process have silenced them
+    datasets.enable_progress_bars()
+    evaluate.logging.enable_progress_bar()
+    argv = ("--do_train", "--do_eval", "--max_steps", "1")
+    assert launch(*argv, "--output_dir", "shown", "--disable_tqdm", "false") == 0
+    shown = capsys.readouterr().err
+    assert all(
+        bar in shown for bar in ("Loading weights: 100%", "Tokenizing train: 100%", "Writing model shards: 100%")
+    )
+    assert launch(*argv, "--output_dir", "silent") == 0
+    assert "%|" not in capsys.readouterr().err
+    bars = transformers.utils.logging.is_progress_bar_enabled, evaluate.logging.is_progress_bar_enabled
+    assert datasets.are_progress_bars_disabled() and are_progress_bars_disabled() and not any(on() for on in bars)
+
+
 def test_secrets_and_suffixes():
     command = ["run_glue.py", "--token", "a", "--hub-token=b", "--seed", "1"]
     assert without_secrets(command) == ["run_glue.py", "--token", "***", "--hub-token=***", "--seed", "1"]
@@ -439,9 +460,14 @@ def test_two_processes_give_what_one_gives(launch, files, method, no_dropout):
     done = python(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "run_glue.py"),
         "--method", method, *files, "--max_seq_length", "16", *QUICK.get(method, ()), *options, "--use_cpu",
-        *sizes[1], "--output_dir", "two", "--disable_tqdm", "true",
+        *sizes[1], "--output_dir", "two", *(() if method == "full" else ("--disable_tqdm", "true")),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    if method == "full":  # bars of the first process, and its warnings
+        assert [done.stderr.count(f"{bar}: 100%") for bar in ("Loading weights", "Tokenizing train")] == [1, 1]
+        assert done.stderr.count("find_unused_parameters=True was specified") <= 1
+    else:
+        assert "%|" not in done.stderr
     assert done.stdout.count("load it:") == 1
     assert same("one", "two") if method in KEEPS_WEIGHTS else same_to_rounding("one", "two", no_dropout)
     one, two = (json.loads(Path(name, "run.json").read_text()) for name in ("one", "two"))

@@ -14,15 +14,18 @@ def main(argv: list[str] | None = None) -> int:
     """Compare; 0 = every run ended well or was kept out by the time limit, 1 = some failed, 2 = bad input."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_ft_ext.compare").setLevel(logging.INFO)
+    start = time.monotonic()
+    from hf_ft_ext.training.devices import seeing_one_device
+
     try:
-        return _compare(sys.argv[1:] if argv is None else argv)
+        with seeing_one_device():  # for the checks of arguments here
+            return _compare(sys.argv[1:] if argv is None else argv, start)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
 
 
-def _compare(argv: list[str]) -> int:
-    start = time.monotonic()
+def _compare(argv: list[str], start: float) -> int:
     from hf_ft_ext.compare.settings import read_comparison
 
     comparison = read_comparison(argv)

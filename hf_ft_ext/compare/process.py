@@ -12,6 +12,7 @@ from typing import Any
 
 import hf_ft_ext
 from hf_ft_ext.launch.results import without_secrets
+from hf_ft_ext.training.devices import one_device
 from hf_ft_ext.training.record import RUN_RECORD
 
 PROGRAM = ("hf-ft-ext", "train")  # how a run that is started here calls itself in its record
@@ -55,7 +56,8 @@ def arguments_of(command: list[str]) -> list[str]:
 def run_or_find(folder: Path, words: list[str], seconds: float | None = None) -> Outcome:
     """Run the launcher with `words` in a process of its own, unless `folder` holds that very run.
 
-    Output and errors go to `<folder>.log`. If this process is interrupted, the run is ended with it.
+    Output and errors go to `<folder>.log`. The run sees one accelerator (see `one_device`). If this process is
+    interrupted, the run is ended with it.
 
     Args:
         folder: the run's `output_dir`, which `words` name.
@@ -66,7 +68,7 @@ def run_or_find(folder: Path, words: list[str], seconds: float | None = None) ->
     log = log_of(folder)
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
-    environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
+    environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ, **one_device()}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_PACKAGES, os.environ.get("PYTHONPATH"))))
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(

@@ -75,11 +75,6 @@ def refuse_misfits(args: GradientlessTrainingArguments, objective: Objective | N
     if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
         raise InputError("GradientlessTrainer makes its own optimizer (see search_method); leave `optimizers` out")
     refuse_sharding(args, "a search")
-    if args.n_gpu > 1:
-        raise InputError(
-            f"one process with {args.n_gpu} GPUs would copy the model in every evaluation; start it with `accelerate "
-            "launch --num_processes`, or show it one GPU by CUDA_VISIBLE_DEVICES"
-        )
     if objective is not None and args.search_objective != "loss":
         raise InputError(
             f"objective and search_objective={args.search_objective} were both passed; leave one of them out"

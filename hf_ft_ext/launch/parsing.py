@@ -14,7 +14,28 @@ from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.launch.recipes import checked, read_recipe
 from hf_ft_ext.methods import METHODS, Method, find_method, list_methods
 
-_SHOWN_CHOICES = 10  # longer lists of choices would drown the help
+_CHOICES_AS_PLACEHOLDER = 10  # longer lists stand behind the help text
+_CHOICES_SHOWN = 20  # still longer ones (optimizers) appear where a wrong one is refused
+_TRAINING = "training (transformers.TrainingArguments)"
+_EVERYTHING = "all"  # `--help all`
+# What most people set among the arguments of transformers; `--help` shows these, `--help all` shows all.
+_MOST_USED = frozenset(
+    """
+    do_train do_eval do_predict output_dir learning_rate num_train_epochs max_steps per_device_train_batch_size
+    per_device_eval_batch_size gradient_accumulation_steps activation_checkpointing lr_scheduler_type
+    warmup_steps weight_decay bf16 fp16 seed eval_strategy eval_steps save_strategy save_steps
+    load_best_model_at_end logging_steps report_to push_to_hub resume_from_checkpoint use_cpu disable_tqdm
+    """.split()
+)
+# Where the launcher does more than transformers' text says.
+_HELP = {
+    "do_train": "Train. Without any of do_train, do_eval and do_predict the run trains and evaluates.",
+    "do_eval": "Evaluate the result on the validation split.",
+    "do_predict": "Write predictions for the test split.",
+    "output_dir": "Folder of the run; none = runs/METHOD-TASK-seedSEED.",
+    "resume_from_checkpoint": "true = go on from the last complete checkpoint in output_dir; or the folder of one.",
+    "push_to_hub": "Push the finished run to the Hub, with a model card.",
+}
 
 
 class Parser(HfArgumentParser):
@@ -24,6 +45,7 @@ class Parser(HfArgumentParser):
         self.hints: dict[str, Any] = {}
         self.choices: dict[str, list[str]] = {}
         arguments = method.arguments_class()
+        self._name = method.name
         self._own = f"method {method.name}: {method.help}"
         super().__init__(
             (RunArguments, ModelArguments, DataArguments, arguments),
@@ -51,17 +73,45 @@ class Parser(HfArgumentParser):
             before = len(self._actions)
             self._parse_dataclass_field(groups[title], field)
             shown, *complements = self._actions[before:]
+            shown.help = _HELP.get(field.name, shown.help)
             if shown.choices is not None:
                 self.choices[field.name] = [str(choice) for choice in shown.choices]
                 shown.choices = None  # checked together with the recipe's values
+                self._show_choices(shown, self.choices[field.name])
             for action in complements:  # --no_x: accepted, not listed
                 action.help = argparse.SUPPRESS
+
+    @staticmethod
+    def _show_choices(action: argparse.Action, choices: list[str]) -> None:
+        if len(choices) <= _CHOICES_AS_PLACEHOLDER:
+            action.metavar = f"{{{','.join(choices)}}}"
+        elif len(choices) <= _CHOICES_SHOWN:
+            action.help = f"{(action.help or '').rstrip('. ')}. One of: {', '.join(choices)}."
+
+    def help_text(self, everything: bool) -> str:
+        """The text of `--help`.
+
+        Args:
+            everything: with all arguments of transformers, not only the most used ones.
+        """
+        hidden = 0
+        for group in self._action_groups:
+            for action in group._group_actions if group.title == _TRAINING and not everything else ():
+                if action.dest not in _MOST_USED and action.help != argparse.SUPPRESS:
+                    action.help = argparse.SUPPRESS
+                    hidden += 1
+        if hidden:
+            self.epilog = (
+                f"{hidden} more arguments of transformers.TrainingArguments work as well; `--method {self._name} "
+                f"--help {_EVERYTHING}` lists them."
+            )
+        return self.format_help()
 
     def _group_title(self, dtype: Any, field: Any) -> str:
         if not issubclass(dtype, TrainingArguments):
             return dtype._argument_group_name
         own = field.name in {f.name for f in own_fields(dtype)}
-        return self._own if own else "training (transformers.TrainingArguments)"
+        return self._own if own else _TRAINING
 
     def error(self, message: str) -> NoReturn:
         raise InputError(re.sub(r"argument (--\w+)/--\S+:", r"\1:", message))
@@ -132,7 +182,9 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         kind = getattr(action.type, "__name__", "text")
-        word = {"int": "INTEGER", "float": "NUMBER", "string_to_bool": "[true|false]"}.get(kind, "TEXT")
+        word = action.metavar or {"int": "INTEGER", "float": "NUMBER", "string_to_bool": "[true|false]"}.get(
+            kind, "TEXT"
+        )
         return f"{action.option_strings[0]} {word}{' ...' if action.nargs == '+' else ''}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
@@ -151,7 +203,7 @@ class _First(argparse.ArgumentParser):
     def __init__(self):
         super().__init__(add_help=False, allow_abbrev=False)
         self.add_argument("--method")
-        self.add_argument("-h", "--help", action="store_true")
+        self.add_argument("-h", "--help", nargs="?", const="short")
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message.removeprefix('argument ')}; the methods are: {', '.join(METHODS)}")
@@ -171,7 +223,7 @@ def parse_arguments(
 
     Raises:
         InputError: anything that cannot work.
-        SystemExit: `--help` was asked for and printed (status 0).
+        SystemExit: `--help`, or `--help all`, was asked for and printed (status 0).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     recipe = read_recipe(argv.pop(0)) if argv and not argv[0].startswith("-") else {}
@@ -180,7 +232,8 @@ def parse_arguments(
     if name is not None and not isinstance(name, str):
         name = checked("method", name, str)
     if first.help:
-        sys.stdout.write(list_methods() if name is None else Parser(find_method(name)).format_help())
+        everything = first.help == _EVERYTHING
+        sys.stdout.write(list_methods() if name is None else Parser(find_method(name)).help_text(everything))
         raise SystemExit(0)
 
     from hf_ft_ext.launch.defaults import complete_arguments  # imports `Trainer`, which --help does without

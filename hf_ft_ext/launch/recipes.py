@@ -12,22 +12,64 @@ import yaml
 
 from hf_ft_ext.errors import InputError
 
+_HELPERS = (".", "_", "x-")  # top-level keys that start so set no argument
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with `1e-4` as a number (YAML 1.1 reads it as text) and no key twice."""
+    """YAML with `1e-4` as a number (YAML 1.1 reads it as text), no key twice, and no anchor within itself.
 
-    def construct_mapping(self, node, deep=False):
+    Keys are checked when a mapping is composed. Later a merge (`<<: *anchor`) puts the merged mapping's keys beside
+    those of the mapping itself, and both may have the same one.
+    """
+
+    def __init__(self, stream):
+        super().__init__(stream)
+        self._open: list[str] = []
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        anchor = getattr(event, "anchor", None)
+        if isinstance(event, yaml.AliasEvent):
+            if anchor in self._open:
+                raise _error(f"anchor &{anchor} contains itself (*{anchor})", event)
+            if anchor not in self.anchors:
+                raise _error(f"*{anchor} has no anchor &{anchor} above it", event)
+        if anchor is None or isinstance(event, yaml.AliasEvent):
+            return super().compose_node(parent, index)
+        self._open.append(anchor)
+        node = super().compose_node(parent, index)
+        self._open.pop()
+        return node
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
+        for key_node, value_node in node.value:
+            merge = key_node.tag == _MERGE
+            key = "<<" if merge else self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} is not text", problem_mark=key_node.start_mark)
+                raise _error(f"key {key!r} is not text", key_node)
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"key {key!r} appears twice", problem_mark=key_node.start_mark)
+                advice = "; merge several mappings with a list, <<: [*one, *two]" if merge else ""
+                raise _error(f"key {key!r} appears twice{advice}", key_node)
             seen.add(key)
-        return super().construct_mapping(node, deep)
+            if merge:
+                _check_merged(value_node)
+        return node
+
+
+def _check_merged(node: yaml.Node) -> None:
+    merged = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    for part in merged:
+        if not isinstance(part, yaml.MappingNode):
+            shown = "a list" if isinstance(part, yaml.SequenceNode) else repr(part.value)
+            raise _error(f"<< merges mappings, got {shown}; give it *anchor of a mapping, or a list of such", part)
+
+
+def _error(problem: str, place: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
 
 
 _Loader.add_implicit_resolver(
@@ -39,6 +81,9 @@ _Loader.add_implicit_resolver(
 
 def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
     """Read the recipe at `path`: a YAML mapping from argument names to values.
+
+    Anchors, aliases and merge keys work. Top-level keys that start with `.`, `_` or `x-` set no argument: they are the
+    place for what is merged elsewhere.
 
     Raises:
         InputError: no such file, no valid YAML, a key twice, or something else than a mapping.
@@ -56,7 +101,14 @@ def read_recipe(path: str | os.PathLike) -> dict[str, Any]:
         raise InputError(
             f"recipe {path} holds a {type(recipe).__name__}; it needs lines of the form `argument: value`"
         )
-    return {key.replace("-", "_"): value for key, value in recipe.items()}
+    arguments = {key: value for key, value in recipe.items() if not key.startswith(_HELPERS)}
+    recipe = {}
+    for key, value in arguments.items():
+        name = key.replace("-", "_")
+        if name in recipe:
+            raise InputError(f"recipe {path} sets {name!r} twice, spelt with '-' and with '_'; leave one line out")
+        recipe[name] = value
+    return recipe
 
 
 def checked(key: str, value: Any, hint: Any) -> Any:

@@ -162,6 +162,7 @@ def record_run(
         arguments=recorded_arguments(run_args.given),
         labels=_label_names(trainer.model.config),
         load=loading_line(trainer) if trainer.args.do_train else None,
+        device=trainer.args.device,
     )
     return final_table(record, trainer)
 

@@ -1,15 +1,14 @@
 """One run of the launcher, from its arguments to its exit status: parse, load, train, evaluate, record, push."""
 
-import logging
-import os
 import sys
 from collections.abc import Sequence
 
 from hf_ft_ext.errors import InputError, PushError
+from hf_ft_ext.launch.processes import Process, another_failed, report, report_crash, silence_bars, start_log
 from hf_ft_ext.launch.stopping import Interrupted, Signals, keep, leave
 from hf_ft_ext.methods import list_methods, only_help_wanted
 
-DONE, BAD_INPUT, NOT_PUSHED = 0, 2, 3  # exit statuses; a signal ends with 128 + its number
+DONE, CRASHED, BAD_INPUT, NOT_PUSHED = 0, 1, 2, 3  # exit statuses; a signal ends with 128 + its number
 
 
 def main(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",)) -> int:
@@ -21,9 +20,7 @@ def main(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",
         argv: the arguments, without the program's own name.
         program: how the program was called, for the record of the run.
     """
-    first = int(os.environ.get("RANK", 0)) == 0
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("hf_ft_ext").setLevel(logging.INFO if first else logging.WARNING)
+    log = start_log(Process.this())
     argv = sys.argv[1:] if argv is None else list(argv)
     signals = Signals()
     try:
@@ -42,26 +39,31 @@ def main(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",
             return NOT_PUSHED
         if not isinstance(error, InputError):
             raise
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            sys.stderr.write(f"error: {error}\n")
+        report("error", str(error))
         return BAD_INPUT
+    finally:
+        log.flush_held()
     return DONE
 
 
 def command(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",)) -> None:
     """`main` as a program: it ends the process."""
-    status = main(argv, program)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        leave(status)
-    sys.exit(status)
+    if Process.this().alone:
+        sys.exit(main(argv, program))
+    try:
+        status = main(argv, program)
+    except Exception as error:
+        report_crash(error)
+        status = CRASHED
+    leave(status)
 
 
 def _say_how_to_go_on(stop: Interrupted, signals: Signals) -> int:
     """Say, once, what is left of a run that was interrupted; return the exit status."""
     from hf_ft_ext.launch.interruption import what_now
 
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        sys.stderr.write(f"stopped by {stop.name}: {what_now(signals)}\n")
+    if not another_failed():  # its launcher ends the others by a signal, and its error says what to do
+        report(f"stopped by {stop.name}", what_now(signals), same="stopped", failed=False)
     return stop.status
 
 
@@ -74,6 +76,8 @@ def _run(argv: list[str], program: list[str], signals: Signals) -> None:
     from hf_ft_ext.launch.interruption import SaveAndStop
     from hf_ft_ext.training.plan import training_plan
 
+    if args.disable_tqdm or args.process_index > 0:
+        silence_bars()
     sharing.prepare(run_args, args)
     build_trainer, data = building.load(run_args, model_args, data_args, args, [SaveAndStop(signals)])
     trainer = build_trainer(args)

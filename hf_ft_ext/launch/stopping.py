@@ -9,6 +9,8 @@ import threading
 from types import FrameType
 from typing import NoReturn
 
+from hf_ft_ext.launch.processes import Process, another_failed
+
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
 _AGAIN = 0.05  # seconds
 
@@ -85,7 +87,8 @@ class Signals:
         if self.waits and self.requested != number:
             if self.requested is None:
                 self.requested = number
-                os.write(2, b"interrupted: a checkpoint follows this step; once more ends the run at once\n")
+                if Process.this().first and not another_failed():
+                    os.write(2, b"interrupted: a checkpoint follows this step; once more ends the run at once\n")
             return
         self.raised = number
         raise Interrupted(number)

@@ -16,6 +16,7 @@ from hf_ft_ext.arguments import PROMPT_DEMO, DataArguments, MethodTrainingArgume
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.metrics import CLASSIFICATION, METRICS, metric_function, primary_key
 from hf_ft_ext.training.checkpoints import check_fits
+from hf_ft_ext.training.devices import refuse_data_parallel
 from hf_ft_ext.training.sharding import refuse_sharding_on_cpu
 
 _MANY = math.inf
@@ -68,6 +69,7 @@ STEPS = ("do_train", "do_eval", "do_predict")
 
 def check_together(run_args: RunArguments, training_args: MethodTrainingArguments) -> None:
     refuse_sharding_on_cpu(training_args)
+    refuse_data_parallel(training_args)
     if not any(getattr(training_args, step) for step in STEPS):
         raise InputError("nothing to do: pass --do_train, --do_eval or --do_predict, or leave them all out")
     if training_args.label_names not in (None, ["labels"]):

@@ -86,6 +86,14 @@ class Row:
         return Number(number.mean / scale, None if number.deviation is None else number.deviation / scale)
 
     @cached_property
+    def memory_holds_model(self) -> bool:
+        """Whether the memory is the whole peak: records of earlier versions did not take off the model on a GPU."""
+        return any(
+            "peak_memory_kind" not in run.record and not str(run.record.get("device", "cpu")).startswith("cpu")
+            for run in self.runs
+        )
+
+    @cached_property
     def seconds(self) -> Number | None:
         return self.number("train_seconds")
 
@@ -128,8 +136,12 @@ def sections(runs: Iterable[Run]) -> list[Section]:
 def pareto_front(rows: Iterable[Row], cost: str) -> list[Row]:
     """The rows that no other one beats in quality and in `cost` (`memory`, `seconds`), cheapest first.
 
-    A row is beaten by one that is at least as good in both and better in one, by the means over seeds.
+    A row is beaten by one that is at least as good in both and better in one, by the means over seeds. Rows whose
+    memory holds the model are left out of a front of memory if that of others does not.
     """
+    rows = list(rows)
+    if cost == "memory":
+        rows = [row for row in rows if not row.memory_holds_model] or rows
     points = [(getattr(row, cost), row) for row in rows if getattr(row, cost) is not None and row.quality is not None]
     front = []
     for price, row in points:

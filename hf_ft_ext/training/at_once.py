@@ -9,6 +9,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.devices import refuse_data_parallel
 from hf_ft_ext.training.precision import refuse_fp16_on_cpu
 from hf_ft_ext.training.quantized import move, quantized_base
 from hf_ft_ext.training.sharding import refuse_sharding
@@ -27,8 +28,8 @@ class AtOnceTrainer(Trainer):
         start_over: what to do instead of resuming.
 
     Raises:
-        InputError: an optimizer passed, sharded parameters; in `train`: a checkpoint to resume from, no training data
-            or a stream.
+        InputError: an optimizer passed, sharded parameters, several GPUs in one process; in `train`: a checkpoint to
+            resume from, no training data or a stream.
     """
 
     solution: ClassVar[str]
@@ -43,6 +44,7 @@ class AtOnceTrainer(Trainer):
         with quantized_base(model):
             super().__init__(model, args, *positional, **kwargs)
         refuse_fp16_on_cpu(self.accelerator)
+        refuse_data_parallel(self.args)
 
     def solve(self) -> dict[str, float]:
         """Solve the task on `train_dataset`; the metrics, `train_loss` among them."""

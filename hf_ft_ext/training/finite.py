@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.devices import refuse_data_parallel
 from hf_ft_ext.training.precision import refuse_fp16_on_cpu, warn_of_lost_updates
 
 _PATIENCE_FP16 = 20  # loss scaling skips single steps by itself and lowers its factor
@@ -20,11 +21,17 @@ else:
 class StopAtNaN(_Trainer):
     """For a `Trainer` (before it in the bases): raises an `InputError` instead of training on, or saving, NaN.
 
+    It is the base of all trainers that take steps, so it refuses `torch.nn.DataParallel` for them too.
+
     transformers goes on and by default hides such losses from the log (`logging_nan_inf_filter`), looking at each
     step's loss to do so; looking here costs the same.
     """
 
     _not_finite = 0
+
+    def __init__(self, *positional, **kwargs):
+        super().__init__(*positional, **kwargs)
+        refuse_data_parallel(self.args)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from hf_ft_ext.training.devices import device_name
 from hf_ft_ext.training.files import write_json
 from hf_ft_ext.training.resources import ResourceMonitor
 
 RUN_RECORD = "run.json"
+ABOVE = "above the level before training, largest of all processes"
 _LIBRARIES = ("hf_ft_ext", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate")
 _ARTEFACTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 
@@ -48,6 +50,7 @@ def write_run_record(
     arguments: dict[str, Any] | None = None,
     labels: list[str] | None = None,
     load: str | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Write `run.json` into `output_dir` and return its content.
 
@@ -59,10 +62,13 @@ def write_run_record(
         arguments: what differs from the defaults.
         labels: names of the classes in the order of the logits; `None` for regression.
         load: the line that loads what was saved in `output_dir`; `None` if nothing was.
+        device: where the run was; `None` = the machine's accelerator, or else the CPU.
 
     Seconds are wall-clock, memory and artefact sizes are bytes.
     """
     trained = monitor is not None and monitor.train_seconds > 0
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     record = {
         "method": method,
         "task": task,
@@ -73,12 +79,11 @@ def write_run_record(
         "preparation_seconds": round(monitor.preparation_seconds, 3) if trained else None,
         "samples_per_second": round(monitor.samples_per_second, 3) if trained else None,
         "peak_memory_bytes": monitor.peak_memory_bytes if trained else None,
+        "peak_memory_kind": f"{monitor.memory.what}, {ABOVE}" if trained and monitor.memory is not None else None,
         "trainable_parameters": trainable_parameters,
         "total_parameters": total_parameters,
         "artefact_bytes": artefact_bytes(output_dir),
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else f"cpu, {torch.get_num_threads()} threads",
+        "device": device_name(device),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "versions": library_versions(),
         "command": command,

@@ -2,12 +2,13 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from accelerate.utils import gather
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -18,17 +19,35 @@ _STATUS = Path("/proc/self/status")
 class PeakMemory:
     """Peak memory of this process between `reset()` and `bytes()`.
 
-    CUDA: bytes allocated by torch on the current device. Elsewhere: the resident set. Linux keeps its
-    high-water mark and lets a process reset it; other systems give the level at the time of asking.
+    On accelerators: bytes that torch has allocated, the sum over `devices`. On the CPU, and on kinds of devices where
+    torch does not count: the resident set. Linux keeps its high-water mark and lets a process reset it; other systems,
+    and MPS, which has no such mark, give the level at the time of asking.
+
+    Args:
+        devices: of the run; none = the machine's accelerator, or else the CPU.
+
+    Attributes:
+        exact: whether a peak that has gone by is seen.
+        what: what is measured, for people.
     """
 
-    def __init__(self):
-        self.cuda = torch.cuda.is_available()
-        self.exact = self.cuda
-        if not self.cuda and _CLEAR_REFS.exists():
-            with contextlib.suppress(OSError):
-                self._reset_high_water()
-                self.exact = True
+    def __init__(self, *devices: torch.device):
+        if not devices:
+            accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+            devices = (accelerator or torch.device("cpu"),)
+        self._devices = _with_index(devices)
+        try:
+            self.level()
+        except (RuntimeError, NotImplementedError, AttributeError):  # torch does not count on this kind of device
+            self._devices = []
+        self.what = "resident set" if not self._devices else f"allocated on {devices[0].type}"
+        self.exact = all(hasattr(_module(device), "max_memory_allocated") for device in self._devices)
+        if not self._devices:
+            self.exact = False
+            if _CLEAR_REFS.exists():
+                with contextlib.suppress(OSError):
+                    self._reset_high_water()
+                    self.exact = True
 
     @staticmethod
     def _reset_high_water() -> None:
@@ -36,23 +55,54 @@ class PeakMemory:
 
     def reset(self) -> None:
         """Forget earlier peaks."""
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        elif self.exact:
+        if not self.exact:
+            return
+        for device in self._devices:
+            _module(device).reset_peak_memory_stats(device)
+        if not self._devices:
             self._reset_high_water()
 
     def bytes(self) -> int:
         """The peak since the last `reset()`, in bytes."""
-        if self.cuda:
-            return torch.cuda.max_memory_allocated()
-        if self.exact:
-            line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
-            return int(line.split()[1]) * 1024
-        return self.level()
+        if not self.exact:
+            return self.level()
+        if self._devices:
+            return sum(_module(device).max_memory_allocated(device) for device in self._devices)
+        line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
 
     def level(self) -> int:
         """The present level, in bytes."""
-        return torch.cuda.memory_allocated() if self.cuda else psutil.Process().memory_info().rss
+        if self._devices:
+            return sum(_allocated(device) for device in self._devices)
+        return psutil.Process().memory_info().rss
+
+
+def _module(device: torch.device) -> Any:
+    """`torch.cuda`, `torch.xpu`, `torch.npu`, ...: they have the same functions; `torch.accelerator` covers fewer."""
+    return torch.get_device_module(device)
+
+
+def _allocated(device: torch.device) -> int:
+    module = _module(device)
+    if hasattr(module, "memory_allocated"):
+        return module.memory_allocated(device)
+    if hasattr(module, "current_allocated_memory"):  # MPS
+        return module.current_allocated_memory()
+    return torch.accelerator.memory_allocated(device)
+
+
+def _with_index(devices: Iterable[torch.device]) -> list[torch.device]:
+    """The accelerators among `devices`, each once: `cuda` is the current one, such as `cuda:0`."""
+    found = set()
+    for device in devices:
+        if device.type in ("cpu", "meta"):
+            continue
+        index = device.index
+        if index is None:
+            index = _module(device).current_device() if hasattr(_module(device), "current_device") else 0
+        found.add((device.type, index))
+    return [torch.device(kind, index) for kind, index in sorted(found)]
 
 
 class ResourceMonitor(TrainerCallback, ExportableState):
@@ -63,14 +113,16 @@ class ResourceMonitor(TrainerCallback, ExportableState):
             adds the seconds up to its checkpoint.
         preparation_seconds: the part of it spent before the first step (a gradient pre-pass, say).
         samples_per_second: training examples per second of the loop, all processes together.
-        peak_memory_bytes: CUDA: peak allocated in training; CPU: peak resident set in training, above the
-            level before it (model loaded). Of the process that it is read in.
+        peak_memory_bytes: peak in training above the level before it, when the model is loaded (see `PeakMemory`).
+            At the end of training that of the process with the largest one.
+        memory: what measures it; `None` before the trainer is made, as the device is not known.
     """
 
     def __init__(self):
-        self.memory = PeakMemory()
+        self.memory: PeakMemory | None = None
         self._before: int | None = None
         self._peak = 0
+        self._most = 0  # of all processes
         self.earlier = {"preparation_seconds": 0.0, "loop_seconds": 0.0, "samples": 0.0}  # before a resume
         self._preparation = self._loop = self._samples = 0.0
         self._started: float | None = None
@@ -93,8 +145,7 @@ class ResourceMonitor(TrainerCallback, ExportableState):
 
     @property
     def peak_memory_bytes(self) -> int:
-        before = 0 if self.memory.cuda else (self._before or 0)
-        return max(0, self._peak - before)
+        return max(0, self._peak - (self._before or 0), self._most)
 
     def _loop_seconds(self) -> float:
         running = time.perf_counter() - self._started if self._started is not None else 0.0
@@ -103,8 +154,18 @@ class ResourceMonitor(TrainerCallback, ExportableState):
     # --- what is measured --------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def preparation(self) -> Iterator[None]:
-        """Count what runs inside as part of training (work before the first step)."""
+    def preparation(
+        self, args: TrainingArguments | None = None, model: torch.nn.Module | None = None
+    ) -> Iterator[None]:
+        """Count what runs inside as part of training (work before the first step).
+
+        Args:
+            args, model: of the trainer, if the monitor may not have seen them yet.
+        """
+        if args is not None and model is not None:
+            self._note_level(args, model)
+        elif self.memory is None:
+            self.memory = PeakMemory()
         start = time.perf_counter()
         self.memory.reset()
         try:
@@ -113,8 +174,10 @@ class ResourceMonitor(TrainerCallback, ExportableState):
             self._preparation += time.perf_counter() - start
             self._peak = max(self._peak, self.memory.bytes())
 
-    def _note_level(self, model: torch.nn.Module) -> None:
+    def _note_level(self, args: TrainingArguments, model: torch.nn.Module) -> None:
         if self._before is None:
+            here = [parameter.device for parameter in model.parameters() if parameter.device.type == args.device.type]
+            self.memory = PeakMemory(args.device, *here)  # `device_map` may have spread the model
             for parameter in model.parameters():
                 parameter.detach().sum()  # weights may be mapped from a file and not resident yet
             self._before = self.memory.level()
@@ -122,12 +185,14 @@ class ResourceMonitor(TrainerCallback, ExportableState):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs
     ) -> None:
-        self._note_level(model)
+        parameter = next(model.parameters(), None)
+        if parameter is None or parameter.device.type == args.device.type:  # else it is moved when training begins
+            self._note_level(args, model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs
     ) -> None:
-        self._note_level(model)
+        self._note_level(args, model)
         if state.global_step > 0:  # resumed: the checkpoint knows what was spent before
             saved = state.stateful_callbacks.get(type(self).__name__) or {}
             self.earlier.update(saved.get("attributes", {}).get("earlier", {}))
@@ -166,6 +231,9 @@ class ResourceMonitor(TrainerCallback, ExportableState):
         if self._started is not None:
             self._loop += time.perf_counter() - self._started
             self._started = None
+        if args.world_size > 1:
+            peaks = gather(torch.tensor([self.peak_memory_bytes], dtype=torch.long, device=args.device))
+            self._most = int(peaks.max())
 
     def state(self) -> dict:
         return {
@@ -183,7 +251,7 @@ class ResourceMonitor(TrainerCallback, ExportableState):
 def preparation(trainer: Trainer) -> contextlib.AbstractContextManager:
     """`ResourceMonitor.preparation` of the monitor that `trainer` carries; without one, nothing is measured."""
     monitor = find_monitor(trainer)
-    return contextlib.nullcontext() if monitor is None else monitor.preparation()
+    return contextlib.nullcontext() if monitor is None else monitor.preparation(trainer.args, trainer.model)
 
 
 def find_monitor(trainer: Trainer) -> ResourceMonitor | None:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from run_records import run_record
 from tiny import text_dataset
 
@@ -30,6 +31,7 @@ words = sys.argv[1:]
 value = lambda name: words[words.index(name) + 1] if name in words else None
 rate, folder, seed = value("--learning_rate"), value("--output_dir"), int(value("--seed"))
 print("some output")
+print("sees", os.environ.get("CUDA_VISIBLE_DEVICES"))
 if rate == "1":
     sys.exit("error: learning_rate=1 cannot work")
 if rate == "2":
@@ -71,6 +73,20 @@ def states(folder: str = "runs/compare-demo") -> dict[tuple[str, int], str]:
 
 def launches(name: str, folder: str = "runs/compare-demo") -> int:
     return len(Path(folder, "runs", name, "count").read_text())
+
+
+def test_a_run_sees_one_gpu(monkeypatch):
+    """This process counts as many GPUs as it may see, of four, as torch does."""
+
+    def device_count() -> int:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+        return len(seen.split(",")) if seen else 0
+
+    monkeypatch.setattr(torch.cuda, "device_count", device_count)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert main(["--methods", "full"]) == 0
+    assert "sees 2\n" in Path("runs/compare-demo/runs/full-seed42.log").read_text()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
 
 
 # --- what is run ------------------------------------------------------------------------------------

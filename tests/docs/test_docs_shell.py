@@ -24,7 +24,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.parsing import parse_arguments
 from hf_ft_ext.methods import METHODS
 
-LANGUAGES = {"python", "bash", "text", "toml"}
+LANGUAGES = {"python", "bash", "text", "toml", "yaml"}
 SUBCOMMANDS = {("hf", "auth", "login"), (".ci/run",)}  # nothing to parse
 OWN_FOLDERS = ("recipes/", "benchmarks/", "docs/", "tests/", "constraints.txt", "run_glue.py")
 
@@ -209,6 +209,15 @@ def test_what_no_test_can_run_says_why(pattern, reason):
     for block in BLOCKS:
         if block.language in ("bash", "python") and re.search(pattern, block.code):
             assert re.search(reason, block.code), f"{block.name} has to say that it {reason.replace('?', '')}"
+
+
+def test_yaml_blocks_are_recipes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipes = [block for block in BLOCKS if block.language == "yaml"]
+    assert recipes
+    for block in recipes:
+        (tmp_path / "recipe.yaml").write_text(block.code)
+        parse_arguments(["recipe.yaml", "--use_cpu"])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

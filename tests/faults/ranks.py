@@ -15,6 +15,8 @@ from kills import Events, kill
 from outcomes import Fault, Unbroken, finished, new_folder, shown
 from workload import differences
 
+import run_glue
+
 KINDS = ("rank dies",)
 BOUND = 60  # seconds from the death of one process to the end of the other
 
@@ -35,15 +37,16 @@ def as_rank(rank: int, world: int, port: int, fault: Callable[[], None] | None =
     return install
 
 
-def launch_two(argv: list[str], folder, faults=(None, None), seconds: float = 90) -> list[Ended]:
-    """Run `argv` as two processes in `folder`."""
+def launch_two(argv: list[str], folder, faults=(None, None), seconds: float = 90, main=run_glue.main) -> list[Ended]:
+    """Run `main(argv)` as two processes in `folder`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     ended: list[Ended | None] = [None, None]
 
     def run(rank: int) -> None:
-        ended[rank] = launch(argv, folder, as_rank(rank, 2, port, faults[rank]), seconds=seconds, log=f".{rank}")
+        fault = as_rank(rank, 2, port, faults[rank])
+        ended[rank] = launch(argv, folder, fault, seconds=seconds, main=main, log=f".{rank}")
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
     for thread in threads:

@@ -126,7 +126,7 @@ def test_sampling_size_larger_than_every_tensor_warns(tmp_path, caplog):
 
 def test_two_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(GradientlessTrainingArguments, "n_gpu", property(lambda self: 2))
-    with pytest.raises(InputError, match="one process with 2 GPUs would copy the model in every evaluation"):
+    with pytest.raises(InputError, match="one process sees 2 GPUs and would copy the model to all of them"):
         make(tmp_path)
 
 

@@ -211,3 +211,19 @@ def test_page_in_a_browser(tmp_path):
 def test_memory_is_in_mib(tmp_path):
     write_run(tmp_path / "a", run_record("full", 1, 0.9, peak_memory_bytes=5 * MIB))
     assert rows_of(tmp_path)[0].memory == Number(5.0)
+
+
+def test_old_records_of_gpus_are_read_and_marked(tmp_path):
+    """They hold the peak with the model; records since say what their memory is."""
+    kind = {"peak_memory_kind": "allocated on cuda, above the level before training, largest of all processes"}
+    gpu = {"device": "A100"}
+    write_run(tmp_path / "a", run_record("full", 1, 0.9, peak_memory_bytes=10 * MIB, **gpu, **kind))
+    write_run(tmp_path / "b", run_record("lora", 1, 0.95, peak_memory_bytes=5 * MIB, **gpu))
+    rows = rows_of(tmp_path)
+    assert [(row.name, row.memory, row.memory_holds_model) for row in rows] == [
+        ("lora", Number(5.0), True), ("full", Number(10.0), False),
+    ]  # fmt: skip
+    assert [row.name for row in pareto_front(rows, "memory")] == ["full"]
+    write_report([tmp_path], tmp_path / "out")
+    for page in ("report.md", "report.html"):
+        assert (tmp_path / "out" / page).read_text().count("includes the loaded model") == 1

@@ -1,12 +1,16 @@
 """The resource monitor: training alone is measured, and a resumed run adds up."""
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from hf_ft_ext.training.devices import device_name
+from hf_ft_ext.training.record import write_run_record
 from hf_ft_ext.training.resources import PeakMemory, ResourceMonitor, find_monitor, preparation
 
 
@@ -98,3 +102,111 @@ def test_without_a_monitor_nothing_is_measured(tmp_path):
     trainer.remove_callback(ResourceMonitor)
     with preparation(trainer):
         assert find_monitor(trainer) is None
+
+
+class FakeDevices:
+    """Stands in for `torch.cuda`: what is allocated on each of its devices, and the peak of it."""
+
+    def __init__(self, count: int):
+        self.allocated, self.peak = [0] * count, [0] * count
+
+    def allocate(self, index: int, size: int) -> None:
+        self.allocated[index] += size
+        self.peak[index] = max(self.peak[index], self.allocated[index])
+
+    def memory_allocated(self, device) -> int:
+        return self.allocated[device.index]
+
+    def max_memory_allocated(self, device) -> int:
+        return self.peak[device.index]
+
+    def reset_peak_memory_stats(self, device) -> None:
+        self.peak[device.index] = self.allocated[device.index]
+
+    def current_device(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    fake = FakeDevices(3)
+    monkeypatch.setattr("hf_ft_ext.training.resources._module", lambda device: fake)
+    return fake
+
+
+class At:
+    """Stands in for arguments and model of a run on `device`, the model spread over `devices`."""
+
+    world_size = 1
+
+    def __init__(self, device: str, *devices: str):
+        self.device, self.devices = torch.device(device), [torch.device(d) for d in devices or (device,)]
+
+    def parameters(self):
+        return iter([SimpleNamespace(device=d, detach=lambda: torch.zeros(1)) for d in self.devices])
+
+
+@pytest.mark.parametrize(
+    ("devices", "own", "other"),
+    [(("cuda:0",), 500, 0), (("cuda",), 500, 0), (("cuda:0", "cuda:1"), 500, 70), (("cuda:1", "cpu"), 0, 70)],
+)
+def test_memory_on_gpus_is_above_the_level_before_training_too(gpus, devices, own, other):
+    """The model's 1,000 and 300 bytes do not count, nor does what another GPU holds; of several GPUs it is the sum."""
+    at, monitor, state = At(devices[0], *devices), ResourceMonitor(), TrainerState()
+    for index, size in enumerate((1000, 300, 9999)):
+        gpus.allocate(index, size)
+    monitor.on_init_end(at, state, None, model=at)
+    monitor.on_train_begin(at, state, None, model=at)
+    monitor.on_step_begin(at, state, None)
+    for index, size in enumerate((500, 70, 9999)):
+        gpus.allocate(index, size)
+        gpus.allocate(index, -size)
+    monitor.on_step_end(at, state, None, train_dataloader=SimpleNamespace(dataset=[]))
+    monitor.on_train_end(at, state, None)
+    assert monitor.peak_memory_bytes == own + other
+    assert monitor.memory.what == "allocated on cuda"
+
+
+def test_a_model_that_is_moved_when_training_begins_does_not_count(gpus):
+    at, monitor, state = At("cuda:0", "cpu"), ResourceMonitor(), TrainerState()
+    monitor.on_init_end(at, state, None, model=at)
+    gpus.allocate(0, 1000)
+    monitor.on_train_begin(at, state, None, model=at)
+    monitor.on_step_begin(at, state, None)
+    gpus.allocate(0, 10)
+    monitor.on_step_end(at, state, None, train_dataloader=SimpleNamespace(dataset=[]))
+    assert monitor.peak_memory_bytes == 10
+
+
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_measures_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *args: pytest.fail("asked CUDA"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: pytest.fail("asked CUDA"))
+    monitor = ResourceMonitor()
+    trainer = make(tmp_path, monitor, max_steps=1)
+    trainer.train()
+    assert monitor.memory.what == "resident set"
+    record = write_run_record(
+        tmp_path, method="full", task="demo", model="tiny", seed=1, metrics={}, command=[], monitor=monitor,
+        device=trainer.args.device,
+    )  # fmt: skip
+    assert record["device"] == f"cpu, {torch.get_num_threads()} threads"
+    assert record["peak_memory_kind"] == "resident set, above the level before training, largest of all processes"
+
+
+def test_device_name_is_that_of_the_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert device_name(torch.device("cuda:1")) == "GPU 1"
+    assert device_name(torch.device("cpu")).startswith("cpu, ")
+
+
+def test_of_several_processes_the_largest_memory_counts(monkeypatch):
+    monkeypatch.setattr("hf_ft_ext.training.resources.gather", lambda mine: torch.cat([mine, mine + 5]))
+    at, monitor, state = At("cpu"), ResourceMonitor(), TrainerState()
+    at.world_size = 2
+    monitor.on_train_begin(at, state, None, model=at)
+    monitor.on_step_begin(at, state, None)
+    monitor.on_step_end(at, state, None, train_dataloader=SimpleNamespace(dataset=[]))
+    own = monitor.peak_memory_bytes
+    monitor.on_train_end(at, state, None)
+    assert monitor.peak_memory_bytes == own + 5
