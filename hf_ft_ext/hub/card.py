@@ -1,5 +1,6 @@
 """The model card of a run, made from `run.json` and the files beside it."""
 
+import math
 import os
 import re
 import shlex
@@ -148,7 +149,7 @@ def _evaluations(record: dict[str, Any]) -> list[dict[str, Any]]:
     for key, value in record["metrics"].items():
         prefix = next((p for p in prefixes if key.startswith(f"{p}_")), None)
         name = key.removeprefix(f"{prefix}_")
-        if prefix and isinstance(value, int | float) and not _NO_QUALITY.fullmatch(name):
+        if prefix and isinstance(value, int | float) and math.isfinite(value) and not _NO_QUALITY.fullmatch(name):
             found.setdefault(prefix, {})[name] = value
     return [
         {
