@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ from hf_ft_ext.demo.encoder import DEMO_HUB_ID, DEMO_NAME
 from hf_ft_ext.hub.code import loading_snippet
 from hf_ft_ext.hub.files import ADAPTER_CONFIG, public_record
 from hf_ft_ext.methods import METHODS, hooks_of
-from hf_ft_ext.training.numbers import share_text
 from hf_ft_ext.training.privacy import is_foreign_path, last_part, without_secrets
 from hf_ft_ext.training.sharing import FinishedRun, of_the_machine
+from hf_ft_ext.training.text import code_span, shell_command, share_text
 
 _HERE = Path(__file__).parent
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -91,20 +90,12 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
         labels=record.get("labels"),
         snippet=loading_snippet(run, trainer, record),
         delta=delta_code(run) if delta_code else None,
-        command=shlex.join(["python", *_command(public)]),
+        command=shell_command(_command(public)),
         share=share_text(record.get("trainable_parameters"), record.get("total_parameters")),
         size=f"{record['artefact_bytes'] / 1e6:.1f} MB" if record.get("artefact_bytes") else None,
         papers=yaml.safe_load((_HERE / "papers.yaml").read_text(encoding="utf-8")).get(record["method"], []),
     )
     return str(card).rstrip() + "\n"
-
-
-def code_span(text: Any) -> str:
-    """`text` as code within a line of Markdown, whatever backticks it holds."""
-    text = re.sub(r"\s+", " ", str(text))
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    space = " " if "`" in text else ""
-    return f"{fence}{space}{text}{space}{fence}"
 
 
 def base_model(record: dict[str, Any]) -> str | None:

@@ -7,8 +7,8 @@ import pytest
 import yaml
 from run_records import run_record
 
-from hf_ft_ext.hub.card import code_span, model_card
-from hf_ft_ext.training.numbers import share_text
+from hf_ft_ext.hub.card import model_card
+from hf_ft_ext.training.text import code_span, share_text
 
 
 def metadata_of(text: str) -> dict:
