@@ -21,6 +21,7 @@ from hf_ft_ext.methods import METHODS, find_method
 USAGE = "python -m hf_ft_ext.compare [recipe.yaml] [--methods A,B] [--seeds N] [--argument value ...]"
 FIRST_SEED = 42
 _SHARED = "all"
+_LOGGED = "0.04"  # share of a run's steps after which the loss is logged
 _OWN_KEYS = ("methods", "seeds", "max_minutes", "output_dir", "variants")
 # Set for each run by the comparison itself.
 _RESERVED = {
@@ -210,6 +211,8 @@ def _variant(name: str, settings: dict[str, Any], defaults: dict[str, Words], sh
     words |= honoured(shared, remember=True) | own | honoured(line, remember=True)
     words.setdefault("save_strategy", ["--save_strategy", "no"])
     words.setdefault("disable_tqdm", ["--disable_tqdm", "true"])
+    if "logging_strategy" not in words:
+        words.setdefault("logging_steps", ["--logging_steps", _LOGGED])  # points of the report's loss curves
     return Variant(name, method, words, left_out)
 
 

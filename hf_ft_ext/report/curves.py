@@ -121,7 +121,7 @@ def _finish(axes: Axes, title: str, lines: list[Line]) -> None:
     values = [value for line in lines for value in line.values()]
     if steps and max(ends) / max(min(ends), 1) > _LOG_FROM and all(step > 0 for line in lines for step in line):
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if max(steps) / min(steps) > 100 else (1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if max(steps) / min(steps) > 20 else (1.0, 2.0, 5.0)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))

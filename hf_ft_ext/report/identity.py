@@ -28,9 +28,10 @@ def settings_of(run: Run) -> dict[str, Any]:
 
 def rows_of(run: Run) -> dict[str, Any]:
     """Which rows a run trained on and was evaluated on: their number and content, by what a reader calls them."""
-    facts: dict[str, Any] = {"evaluation only": run.record["train_seconds"] is None}
-    if run.record["world_size"] not in (None, 1):
-        facts["processes"] = run.record["world_size"]
+    facts: dict[str, Any] = {
+        "evaluation only": run.record["train_seconds"] is None,
+        "processes": run.record["world_size"] or 1,
+    }
     splits = (run.record["data"] or {}).get("splits")
     for prefix, split in sorted(splits.items()) if isinstance(splits, dict) else ():
         if prefix.partition("_")[0] in ("train", "eval") and isinstance(split, dict):

@@ -204,7 +204,8 @@ def _section(about: tuple[str, str, str, str, str], heading: str, runs: list[Run
     task, model, _, data, metric = about
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.variant, run.record["method"], traits_of(run)), []).append(run)
+        method = run.record["method"]
+        groups.setdefault((run.variant or method, method, traits_of(run)), []).append(run)
     firsts = [members[0] for members in groups.values()]
     names = _names(groups)
     rows = []
@@ -270,11 +271,11 @@ def _names(groups: dict[tuple, list[Run]]) -> dict[tuple, str]:
     """A variant's own name, or the method's with what its rows differ in: settings, else the data set, else rows."""
     names = {}
     for key, members in groups.items():
-        base = key[0] or key[1]
-        rivals = {other: runs[0] for other, runs in groups.items() if (other[0] or other[1]) == base}
+        base = key[0]
+        rivals = {other: runs[0] for other, runs in groups.items() if other[0] == base}
         if len(rivals) > 1:
             traits, shown = _telling(rivals)
-            base += " (" + ", ".join(f"{k}={_short(traits[key].get(k, 'default'))}" for k in shown) + ")"
+            base += " (" + ", ".join(f"{k}={_short(traits[key].get(k, _absent(k)))}" for k in shown) + ")"
         names[key] = base
     return names
 
@@ -288,6 +289,11 @@ def _telling(rivals: dict[tuple, Run]) -> tuple[dict[tuple, dict[str, Any]], lis
             traits = {key: traits[key] | further(run) for key, run in rivals.items()}
             shown = _differing(traits)
     return traits, shown
+
+
+def _absent(key: str) -> str:
+    """What a trait is that a run's record does not have: an argument's default; of rows, which have a space, unknown."""
+    return NOT_RECORDED if " " in key else "default"
 
 
 def _differing(settings: dict[tuple, dict[str, Any]]) -> list[str]:
