@@ -17,6 +17,7 @@ from hf_ft_ext.launch.folder import folder_name
 from hf_ft_ext.launch.parsing import parse_arguments
 from hf_ft_ext.launch.recipes import read_recipe
 from hf_ft_ext.methods import METHODS, find_method
+from hf_ft_ext.training.privacy import hide_tokens
 
 USAGE = "python -m hf_ft_ext.compare [recipe.yaml] [--methods A,B] [--seeds N] [--argument value ...]"
 FIRST_SEED = 42
@@ -143,7 +144,9 @@ def _grouped(rest: list[str]) -> Words:
             name = word[2:].partition("=")[0].replace("-", "_")
             groups[name] = [word]
         elif name is None:
-            raise InputError(f"unexpected word {word!r}: a recipe goes first, values go behind their --argument")
+            raise InputError(
+                f"unexpected word {hide_tokens(word)!r}: a recipe goes first, values go behind their --argument"
+            )
         else:
             groups[name].append(word)
     return groups

@@ -17,7 +17,7 @@ from hf_ft_ext.hub.files import ADAPTER_CONFIG, public_record
 from hf_ft_ext.methods import METHODS, hooks_of
 from hf_ft_ext.training.privacy import is_foreign_path, last_part, without_secrets
 from hf_ft_ext.training.sharing import FinishedRun, of_the_machine
-from hf_ft_ext.training.text import code_span, shell_command, share_text
+from hf_ft_ext.training.text import code_span, share_text, shell_command
 
 _HERE = Path(__file__).parent
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

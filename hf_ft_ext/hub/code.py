@@ -24,7 +24,7 @@ def loading_snippet(run: FinishedRun, trainer: type | None, record: dict[str, An
         record: the content of `run.json` as it is, so that its folder is found in its line.
     """
     if hasattr(trainer, "loading_code"):
-        return trainer.loading_code(run)  # type: ignore[union-attr]
+        return trainer.loading_code(run)
     folder = record.get("output_dir") or str(run.folder)
     line = record.get("load") or f"AutoModelForSequenceClassification.from_pretrained({folder!r})"
     libraries = _libraries(line)

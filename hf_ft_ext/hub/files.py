@@ -1,4 +1,4 @@
-"""Which files of a run folder go to the Hub: those of a list, what is of this machine alone taken out of their text."""
+"""Which files of a run folder go to the Hub, and their text without what is of this machine alone."""
 
 import json
 import os
@@ -26,7 +26,12 @@ from hf_ft_ext.training.sharing import matching
 CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"
 CONFIG = "config.json"
-_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_WEIGHTS = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "model.safetensors.index.json",
+    "adapter_model.safetensors",
+)
 _CONFIGS = (CONFIG, "generation_config.json", ADAPTER_CONFIG, PROMPT_FILE)
 _TOKENIZER = (
     TOKENIZER_CONFIG_FILE, FULL_TOKENIZER_FILE, SPECIAL_TOKENS_MAP_FILE, ADDED_TOKENS_FILE, CHAT_TEMPLATE_FILE,

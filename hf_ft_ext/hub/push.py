@@ -103,7 +103,7 @@ def ensure_branch(repo_id: str, revision: str | None, token: str | None = None) 
     except BadRequestError as error:
         raise InputError(
             f"hub_revision {revision!r} is no branch of {repo_id} and cannot become one "
-            f"({_deepest(list(_chain(error)))}); pass the name of a branch"
+            f"({error.server_message or 'the Hub refuses its name'}); pass the name of a branch"
         ) from error
     logger.info("Made the branch %r of %s", revision, repo_id)
 

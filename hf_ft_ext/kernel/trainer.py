@@ -219,7 +219,9 @@ class KernelTrainer(AtOnceTrainer):
     def loading_line(self) -> str:
         """How to predict again: the saved model is the one the kernel is of, as it was."""
         folder = self.args.kernel_dir or os.path.join(self.args.output_dir, STORE)
-        return f"the same command with --kernel_dir {shlex.quote(folder)} and --do_predict; the model itself is unchanged"
+        return (
+            f"the same command with --kernel_dir {shlex.quote(folder)} and --do_predict; the model itself is unchanged"
+        )
 
     @classmethod
     def loading_code(cls, run: FinishedRun) -> str:

@@ -76,9 +76,7 @@ def draw(rows: list[Row], numbers: dict[str, int], cost: Cost, quality_label: st
         front = pareto_front(rows, cost.attribute)
         _scale(axes, [getattr(row, cost.attribute).mean for row in rows])
         corners = [(getattr(row, cost.attribute).mean, row.quality.mean) for row in front]
-        axes.step(
-            *zip(*corners, strict=True), where="post", color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1
-        )
+        axes.step(*zip(*corners, strict=True), where="post", color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
         points = []
         for row in rows:
             x, y, best = getattr(row, cost.attribute), row.quality, row in front

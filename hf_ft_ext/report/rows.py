@@ -142,9 +142,7 @@ def sections(runs: Iterable[Run]) -> list[Section]:
         groups.setdefault(key, []).append(run)
     parts = [(key, metric, part) for key, group in groups.items() for metric, part in _by_metric(group).items()]
     facts = [(key[0], part[0].record["model"], key[1], key[2], metric) for key, metric, part in parts]
-    return [
-        _section(about, _heading(about, facts), part) for about, (_, _, part) in zip(facts, parts, strict=True)
-    ]
+    return [_section(about, _heading(about, facts), part) for about, (_, _, part) in zip(facts, parts, strict=True)]
 
 
 def _heading(about: tuple[str, ...], everyone: list[tuple[str, ...]]) -> str:
@@ -176,8 +174,8 @@ def pareto_front(rows: Iterable[Row], cost: str) -> list[Row]:
 def quality_key(run: Run) -> str | None:
     """Key of the quality in a record's metrics; `None` if it has none.
 
-    It is the key that the record names, the primary key of the metric that was passed, or the task's own. Where none of
-    them is among the metrics, it is the first primary key that is, or the first metric at all.
+    It is the key that the record names, the primary key of the metric that was passed, or the task's own. Where none
+    of them is among the metrics, it is the first primary key that is, or the first metric at all.
     """
     record, metrics = run.record, run.record["metrics"]
     task = TASKS.get(record["task"])
@@ -270,7 +268,7 @@ def _rows_text(facts: dict[str, Any], prefix: str) -> str:
 def _names(groups: dict[tuple, list[Run]]) -> dict[tuple, str]:
     """A variant's own name, or the method's with what its rows differ in: settings, else the data set, else rows."""
     names = {}
-    for key, members in groups.items():
+    for key in groups:
         base = key[0]
         rivals = {other: runs[0] for other, runs in groups.items() if other[0] == base}
         if len(rivals) > 1:
@@ -292,7 +290,10 @@ def _telling(rivals: dict[tuple, Run]) -> tuple[dict[tuple, dict[str, Any]], lis
 
 
 def _absent(key: str) -> str:
-    """What a trait is that a run's record does not have: an argument's default; of rows, which have a space, unknown."""
+    """What to show for a trait that a record lacks: an argument has its default, facts of rows are unknown.
+
+    The names of the latter have a space.
+    """
     return NOT_RECORDED if " " in key else "default"
 
 

@@ -84,7 +84,7 @@ def _paths_in(value: Any) -> set[str]:
         return set().union(*map(_paths_in, value))
     if not isinstance(value, str):
         return set()
-    _, sign, argument = value.partition("=") if value.startswith("--") else ("", "", value)
+    argument = value.partition("=")[2] if value.startswith("--") else value
     return {argument} if is_foreign_path(argument) and len(argument) > 1 else set()
 
 

@@ -4,10 +4,11 @@ Each trainer may answer, by attributes of its class that are all optional:
 
 - `own_files`: patterns of the files that the method writes beside model or adapter and tokenizer.
 - `shared_files`: those of them that go to the Hub.
-- `loading_code(run)`: a class method; Python that loads the result from the Hub, where a model's or adapter's does not.
+- `loading_code(run)`: a class method; Python that loads the result from the Hub, where that is no model or adapter.
 - `delta_code(run)`: a class method; Python that applies a small file of changes to the base model, or `None`.
 
-`hf_ft_ext.methods.hooks_of` asks the class, because a finished run is pushed, and an old one deleted, where no trainer is at hand.
+`hf_ft_ext.methods.hooks_of` gives the class to ask: where a finished run is pushed, or an old one deleted, there is no
+trainer at hand.
 """
 
 import json

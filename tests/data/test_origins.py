@@ -94,7 +94,13 @@ def test_content_depends_on_every_cell_and_on_nothing_else(tmp_path):
     same = [rows(labels=(1, 0), names=("b", "a")), rows((0, 1, 1), texts=("p", "q", "x")).select([0, 1])]
     rows().to_parquet(tmp_path / "r.parquet")
     assert {content_hash(r) for r in same} == {content_hash(rows())}
-    others = [rows((1, 1)), rows(texts=("p", "r")), rows(texts=("q", "p")), rows(names=("a", "c")), rows((0,), texts=("p",))]
+    others = [
+        rows((1, 1)),
+        rows(texts=("p", "r")),
+        rows(texts=("q", "p")),
+        rows(names=("a", "c")),
+        rows((0,), texts=("p",)),
+    ]
     assert len({content_hash(r) for r in (rows(), *others)}) == 1 + len(others)
     assert content_hash(rows().to_iterable_dataset()) is None
 

@@ -1,7 +1,7 @@
 """A small stand-in of the Hub's HTTP API on localhost: repositories, LFS uploads, commits, downloads, and faults.
 
-As far as `huggingface_hub` uses it: whoami, create, refs, branch, validate-yaml, preupload, LFS batch, upload and verify, commit,
-info, tree, resolve. Tokens: `writer` may do everything, `reader` may read.
+As far as `huggingface_hub` uses it: whoami, create, refs, branch, validate-yaml, preupload, LFS batch, upload and
+verify, commit, info, tree, resolve. Tokens: `writer` may do everything, `reader` may read.
 """
 
 import base64
@@ -159,7 +159,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def refs(self, body: bytes, name: str) -> None:
         if (repository := self._repository(name)) is not None:
-            branches = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": "x"} for b in ("main", *repository.branches)]
+            branches = [
+                {"name": b, "ref": f"refs/heads/{b}", "targetCommit": "x"} for b in ("main", *repository.branches)
+            ]
             tags = [{"name": t, "ref": f"refs/tags/{t}", "targetCommit": "x"} for t in repository.tags]
             self._json({"branches": branches, "converts": [], "tags": tags, "pullRequests": []})
 

@@ -112,7 +112,17 @@ def test_shares_read_without_exponents(part, whole, text, tmp_path):
 
 
 def test_names_with_spaces_and_backticks_stay_whole(tmp_path):
-    command = ["run_glue.py", "--method", "full", "--train_file", "my data/a b.csv", "--kernel_dir", "x", "--token", "s"]
+    command = [
+        "run_glue.py",
+        "--method",
+        "full",
+        "--train_file",
+        "my data/a b.csv",
+        "--kernel_dir",
+        "x",
+        "--token",
+        "s",
+    ]
     record = run_record("full", 1, 0.5, task="a`b", command=command, labels=["plain", "tick`y"], output_dir="my run")
     record["load"] = "AutoModelForSequenceClassification.from_pretrained('my run')"
     text = model_card(tmp_path, record, "me/x")

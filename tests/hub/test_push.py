@@ -299,6 +299,41 @@ def test_a_repository_that_cannot_be_made_ends_the_run_before_training(
     assert not Path("out", "run.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("revision", "fault", "message"),
+    [
+        ("v1", None, "hub_revision 'v1' is a tag of me/out; pass a branch"),
+        ("refs/pr/7", None, r"hub_revision 'refs/pr/7' is no branch of me/out and cannot become one \(.*Invalid ref"),
+        ("new", Fault("branch/new", 403), "hub_revision new: the branch cannot be found or made: .* answered 403"),
+        ("new", Fault("refs$", 500), "hub_revision new: the branch cannot be found or made: .* answered 500"),
+    ],
+)
+def test_a_branch_that_cannot_be_pushed_to_ends_the_run_before_training(hub, base, capsys, revision, fault, message):
+    hub.repositories["me/out"] = Repository(tags=["v1"])
+    hub.faults += [fault] if fault else []
+    assert push("base", "full", "out", "--hub_revision", revision) == 2
+    assert re.search(f"error: .*{message}", capsys.readouterr().err, flags=re.DOTALL)
+    assert not Path("out").exists() or not os.listdir("out"), "nothing was trained"
+
+
+def test_a_missing_branch_is_made_and_a_known_one_is_used(hub, tiny_bert_dir):
+    folder = model_run("out", tiny_bert_dir)
+    for _ in range(2):
+        assert push_main([str(folder), "--hub_revision", "try"]) == 0
+    repository = hub.repositories["me/out"]
+    assert not repository.files and "model.safetensors" in repository.branches["try"]
+    assert sum("/branch/" in line for line in hub.requests) == 1
+    with pytest.raises(InputError, match="is no branch of me/out and cannot become one"):
+        push_run(folder, "me/out", revision="not a branch")
+
+
+def test_commands_in_messages_keep_names_with_spaces_whole(hub, tiny_bert_dir, capsys):
+    folder = model_run("my run", tiny_bert_dir)
+    hub.faults.append(Fault("create", 403))
+    assert push_main([str(folder), "--hub_model_id", "me/x"]) == 3
+    assert "python -m hf_ft_ext.hub 'my run' --hub_model_id me/x" in capsys.readouterr().err
+
+
 def test_a_hub_that_is_gone(hub, capsys, tiny_bert_dir):
     folder = model_run("lonely", tiny_bert_dir)
     hub.shutdown()

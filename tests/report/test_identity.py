@@ -20,7 +20,15 @@ def data_of(content: str = "c0", rows: int = 100, train: str = "t0", **source) -
         "train": {"split": "train", "rows": 10, "content": train, **one},
         "eval": {"split": "validation", "rows": rows, "content": content, **one},
     }
-    return {"hub_id": None, "config": None, "revision": None, "folder": None, "files": None, **source, "splits": splits}
+    return {
+        "hub_id": None,
+        "config": None,
+        "revision": None,
+        "folder": None,
+        "files": None,
+        **source,
+        "splits": splits,
+    }
 
 
 def found(root: Path):
@@ -155,7 +163,9 @@ def test_foreign_and_broken_records_cost_one_line_each(tmp_path, capsys, content
     assert len(lines) == 1 and "unreadable: run.json cannot be read" in lines[0] and reason in lines[0]
 
 
-@pytest.mark.parametrize("content", ["[]", "{", '{"runs": 3, "seconds": 1}', '{"runs": [{}], "seconds": 1}', '{"a": 1}'])
+@pytest.mark.parametrize(
+    "content", ["[]", "{", '{"runs": 3, "seconds": 1}', '{"runs": [{}], "seconds": 1}', '{"a": 1}']
+)
 def test_a_foreign_comparison_costs_one_line_too(tmp_path, content):
     (tmp_path / "comparison.json").write_text(content)
     (missing,) = find_runs([tmp_path]).missing
