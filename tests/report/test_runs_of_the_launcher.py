@@ -77,7 +77,7 @@ def test_a_run_folder_with_a_state_is_no_checkpoint(tmp_path):
         (folder / sign).parent.mkdir(exist_ok=True)
         (folder / sign).write_text("{}")
         with pytest.raises(
-            InputError, match="is the folder of a run.*--output_dir '.*my run' --resume_from_checkpoint"
+            InputError, match=r"is the folder of a run.*--output_dir '.*my run' --resume_from_checkpoint"
         ):
             checkpoint_to_resume(str(folder), "")
     for name in ("checkpoint-3", "best"):  # a renamed one has its optimizer
