@@ -1,5 +1,6 @@
 """The model card of a run, made from `run.json` and the files beside it."""
 
+import importlib.resources
 import math
 import os
 import re
@@ -93,9 +94,18 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
         command=shell_command(_command(public)),
         share=share_text(record.get("trainable_parameters"), record.get("total_parameters")),
         size=f"{record['artefact_bytes'] / 1e6:.1f} MB" if record.get("artefact_bytes") else None,
-        papers=yaml.safe_load((_HERE / "papers.yaml").read_text(encoding="utf-8")).get(record["method"], []),
+        papers=_papers(trainer),
     )
     return str(card).rstrip() + "\n"
+
+
+def _papers(trainer: type | None) -> list[dict[str, str]]:
+    """What the method's own `papers.yaml`, in its trainer's package, cites: `title`, `url` and, if known, `bibtex`."""
+    package = "" if trainer is None else trainer.__module__.rpartition(".")[0]
+    if not package:
+        return []
+    file = importlib.resources.files(package) / "papers.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")) or [] if file.is_file() else []
 
 
 def base_model(record: dict[str, Any]) -> str | None:

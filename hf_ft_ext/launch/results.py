@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -110,7 +111,7 @@ def recorded_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """What the user set, in a form that JSON holds, access tokens left out."""
     plain = (str, int, float, bool, list, dict, type(None))
     kept = {k: v if isinstance(v, plain) else str(v) for k, v in given.items() if not is_secret(k)}
-    return {k: hide_tokens(v) if isinstance(v, str) else v for k, v in kept.items()}
+    return json.loads(hide_tokens(json.dumps(kept, default=str)))
 
 
 def loading_line(trainer: Trainer) -> str:

@@ -8,6 +8,7 @@ import yaml
 from run_records import run_record
 
 from hf_ft_ext.hub.card import model_card
+from hf_ft_ext.methods import METHODS, Method
 from hf_ft_ext.training.text import code_span, share_text
 
 
@@ -45,6 +46,18 @@ def test_cards_of_other_results(tmp_path):
     text = model_card(tmp_path, run_record("full", 1, 0.5, load=prompt, output_dir="out"), "me/x")
     assert "from hf_ft_ext import PromptForSequenceClassification" in text
     assert "model = PromptForSequenceClassification.from_pretrained(folder)" in text
+
+
+def test_a_method_of_another_package_cites_its_own_paper(tmp_path, monkeypatch):
+    package = tmp_path / "other_method"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "trainer.py").write_text("class T:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "other", Method("other", "x:Y", "other_method.trainer:T", "does other things"))
+    assert "## Paper" not in model_card(tmp_path, run_record("other", 1, 0.5), "me/x")
+    (package / "papers.yaml").write_text("- {title: On others, url: https://x}\n")
+    assert "- [On others](https://x)" in model_card(tmp_path, run_record("other", 1, 0.5), "me/x")
 
 
 def split(name: str, rows: int, source_rows: int, selection: str, drawn: str | None = None) -> dict:
