@@ -120,7 +120,9 @@ def _shown(section: Section, output_dir: Path, number: int) -> dict[str, Any]:
 def _picture(figure: Any, path: Path, title: str, about: str, under: str) -> dict[str, str]:
     """Write a figure as PNG; what the pages show of it."""
     charts.write_png(figure, path)
-    return {"title": title, "svg": charts.svg(figure, about), "file": path.name, "about": about, "under": under}
+    width = "wide" if len(figure.axes) > 1 else ""
+    return {"title": title, "svg": charts.svg(figure, about), "file": path.name, "about": about, "under": under,
+            "width": width}  # fmt: skip
 
 
 def _highlights(rows: list[Row]) -> list[tuple[str, str, str]]:

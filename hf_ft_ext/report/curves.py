@@ -84,7 +84,7 @@ def draw(losses: dict[str, Losses], numbers: dict[str, int]) -> Figure | None:
         return None
     panels = [(title, shown) for title, shown in panels if shown]
     with rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        figure = Figure(figsize=(6.4 * len(panels), 4.4 if len(panels) == 1 else 3.9), layout="constrained")
         FigureCanvasAgg(figure)
         handles: dict[str, Any] = {}
         for axes, (title, shown) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -92,7 +92,7 @@ def draw(losses: dict[str, Losses], numbers: dict[str, int]) -> Figure | None:
                 handles[name] = _draw_row(axes, lines, numbers[name])
             _finish(axes, title, [line for lines in shown.values() for line in lines])
         names = {name: _label(name, numbers[name]) for name in sorted(handles, key=lambda name: numbers[name])}
-        columns = max(1, min(len(names), 84 // (6 + max(map(len, names.values())))))
+        columns = max(1, min(len(names), 84 * len(panels) // (6 + max(map(len, names.values())))))
         figure.legend(
             [handles[name] for name in names], names.values(), loc="outside lower center", ncols=columns, fontsize=8,
             frameon=False,
