@@ -1,5 +1,6 @@
 """Which files of a run folder go to the Hub, and their text without what is of this machine alone."""
 
+import fnmatch
 import json
 import os
 from collections.abc import Iterable
@@ -38,6 +39,7 @@ _TOKENIZER = (
     f"{CHAT_TEMPLATE_DIR}/*.jinja", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model", "spm.model",
 )  # fmt: skip
+_NEVER = (".*", "checkpoint-*", "run-*", "training_args.bin", "predictions*.tsv", "hp_search.json")
 _RUN = (CARD, RUN_RECORD, TRAINER_STATE)
 # Texts whose every path is of this machine; elsewhere only the values of keys that name files are looked at, because
 # a configuration holds the labels' names too.
@@ -65,10 +67,11 @@ def shared_files(
 
 
 def left_out(folder: str | os.PathLike, shared: Iterable[Path]) -> list[str]:
-    """Names in `folder` of which nothing is shared, hidden ones aside."""
+    """Names in `folder` of which nothing is shared, hidden ones and those of every run aside."""
     folder = Path(folder)
     kept = {path.relative_to(folder).parts[0] for path in shared}
-    return sorted(path.name for path in folder.iterdir() if path.name not in kept and not path.name.startswith("."))
+    names = {path.name for path in folder.iterdir()} - kept
+    return sorted(name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in _NEVER))
 
 
 def public_record(record: dict[str, Any]) -> dict[str, Any]:

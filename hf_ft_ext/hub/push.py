@@ -71,7 +71,8 @@ def push_run(
     if hooks_of(str(record["method"])) is None:
         logger.warning("Method %r is not installed here: files of its own are not pushed", record["method"])
     if names := left_out(folder, files):
-        logger.info("Not pushed: %s. To push one of them, pass --include with its name.", ", ".join(names))
+        command = f"python -m hf_ft_ext.hub {shlex.quote(str(folder))} --hub_model_id {shlex.quote(repo_id)}"
+        logger.info("Not pushed: %s. To push one of them: %s --include NAME", ", ".join(names), command)
     _warn_of_local_base(record, folder)
     _tried(
         lambda: api.create_commit(

@@ -63,12 +63,13 @@ def test_code_of_a_model_is_shared_and_links_are_not(tiny_bert_dir, tmp_path):
 
 def test_what_stays_is_named_and_can_be_included(hub, tiny_bert_dir, caplog):
     folder = model_run("mine", tiny_bert_dir)
-    put(folder, "figure.png", "notes.txt")
+    put(folder, "figure.png", "notes.txt", "checkpoint-3/x", "training_args.bin")
     (folder / "README.md").write_text("---\nlicense: mit\n---\nmine")
     assert push_main([str(folder), "--keep_readme"]) == 0
     files = hub.repositories["me/mine"].files
     assert files["README.md"].endswith(b"mine") and not files.keys() & {"figure.png", "notes.txt"}
-    assert "Not pushed: figure.png, notes.txt. To push one of them, pass --include" in caplog.text
+    command = "python -m hf_ft_ext.hub mine --hub_model_id me/mine --include NAME"
+    assert f"Not pushed: figure.png, notes.txt. To push one of them: {command}" in caplog.text
     assert push_main([str(folder), "--include", "*.png"]) == 0
     assert "figure.png" in files and "notes.txt" not in files and files["README.md"].endswith(b"settings.\n")
 
