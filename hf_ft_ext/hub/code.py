@@ -10,7 +10,7 @@ import transformers
 
 import hf_ft_ext
 from hf_ft_ext.hub.files import ADAPTER_CONFIG
-from hf_ft_ext.training.privacy import is_foreign_path, last_part
+from hf_ft_ext.training.privacy import is_foreign_path, last_part, without_paths
 from hf_ft_ext.training.sharing import FinishedRun
 
 _LIBRARIES: tuple[ModuleType, ...] = (transformers, peft, hf_ft_ext)  # where the names in such a line come from
@@ -29,7 +29,7 @@ def loading_snippet(run: FinishedRun, trainer: type | None, record: dict[str, An
     line = record.get("load") or f"AutoModelForSequenceClassification.from_pretrained({folder!r})"
     libraries = _libraries(line)
     if libraries is None:  # no code that stands by itself
-        from_hub = line.replace(folder, "{folder}")
+        from_hub = without_paths(line.replace(folder, "{folder}"))
         return _snippet(["from huggingface_hub import snapshot_download"], run, [f"# {from_hub}"], download=True)
     download = bool(libraries["hf_ft_ext"])  # our classes know folders only
     code = ast.unparse(_Moved(folder, run, download).visit(ast.parse(line, mode="eval")))

@@ -167,7 +167,7 @@ def test_layout_has_no_holes(tmp_path):
          "config=AutoConfig.from_pretrained('/r/out')), '/r/out')",
          "model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained('tiny', "
          "config=AutoConfig.from_pretrained('me/x')), 'me/x')"),  # the record's base model
-        ("the same command with --flag /r/out", "# the same command with --flag {folder}"),
+        ("the same command with --flag /r/out --x /r/y", "# the same command with --flag {folder} --x y"),
         ("PromptForSequenceClassification.from_pretrained('/r/out')",
          "model = PromptForSequenceClassification.from_pretrained(folder)"),
     ],
