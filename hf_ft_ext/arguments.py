@@ -84,7 +84,9 @@ class ModelArguments:
         default=None, metadata={"help": "Hub id or local folder of the tokenizer; none = the model's own."}
     )
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept; none = the Hub's cache."})
-    token: str | None = field(default=None, metadata={"help": "Hub access token; none = the one you logged in with."})
+    token: str | None = field(
+        default=None, repr=False, metadata={"help": "Hub access token; none = the one you logged in with."}
+    )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run model code that a Hub repository brings along."}
     )

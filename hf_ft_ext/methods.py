@@ -121,6 +121,20 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def hooks_of(name: str) -> type | None:
+    """The trainer class of the method `name`, to ask for its hooks (see `hf_ft_ext.training.sharing`).
+
+    `None`, with a warning where that is a surprise, if this installation lacks the method or cannot load it.
+    """
+    if name not in METHODS:
+        return None
+    try:
+        return METHODS[name].trainer_class()
+    except Exception as error:  # another package's
+        logger.warning("the trainer of method %r cannot be loaded: %s: %s", name, type(error).__name__, error)
+        return None
+
+
 def list_methods() -> str:
     """The text of `--help` without a method."""
     width = max(map(len, METHODS))

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from hf_ft_ext.arguments import FINETUNE, DataArguments, MethodTrainingArguments, ModelArguments
-from hf_ft_ext.demo.encoder import DEMO_NAME, demo_encoder
+from hf_ft_ext.demo.encoder import DEMO_HUB_ID, DEMO_NAME, demo_encoder
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import load_prompt_model
@@ -134,6 +134,16 @@ def _fitted_together(
 def model_label(model_args: ModelArguments) -> str:
     """How a run record names the model."""
     return DEMO_NAME if model_args.model_name_or_path is None else model_args.model_name_or_path
+
+
+def model_source(model_args: ModelArguments) -> dict[str, str | None]:
+    """What model a run has started from, as its record holds it: `hub_id` and `revision`, or `folder`, absolute."""
+    name = model_args.model_name_or_path
+    if name is None:
+        return {"hub_id": DEMO_HUB_ID, "revision": None, "folder": None}
+    if os.path.isdir(os.path.expanduser(name)):
+        return {"hub_id": None, "revision": None, "folder": os.path.realpath(os.path.expanduser(name))}
+    return {"hub_id": name, "revision": model_args.model_revision, "folder": None}
 
 
 def model_max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -292,3 +292,15 @@ def test_methods_table():
     for method in METHODS.values():
         assert issubclass(method.arguments_class(), MethodTrainingArguments)
         assert issubclass(method.trainer_class(), Trainer)
+
+
+def test_errors_do_not_show_access_tokens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text in ("hub_token: [s3cret]\n", "token: {a: s3cret}\n", "token: 5350\n"):
+        (tmp_path / "recipe.yaml").write_text(text)
+        with pytest.raises(InputError, match="token must be a text; put it in quotes") as caught:
+            parse_arguments(["recipe.yaml"])
+        assert "s3cret" not in str(caught.value) and "5350" not in str(caught.value)
+    with pytest.raises(InputError, match=r"unexpected word '\*\*\*'"):
+        parse_arguments(["--seed", "1", "hf_abcdefghijklmnopqrst"])
+    assert "s3cret" not in repr(parse_arguments(["--token", "s3cret"])[1])

@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging
-import shlex
 import signal
 import sys
 import time
@@ -27,12 +26,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _compare(argv: list[str], start: float) -> int:
     from hf_ft_ext.compare.settings import read_comparison
+    from hf_ft_ext.training.text import shell_command
 
     comparison = read_comparison(argv)
     if comparison.dry_run:
         for seed in comparison.seeds:
             for variant in comparison.variants:
-                print(shlex.join(["python", "run_glue.py", *comparison.words(variant, seed)]))
+                print(shell_command(["run_glue.py", *comparison.words(variant, seed)]))
         return 0
     if importlib.util.find_spec("matplotlib") is None:  # said now, not after hours of training
         raise InputError('the report\'s pictures need matplotlib: pip install "hf_ft_ext[pictures]"')

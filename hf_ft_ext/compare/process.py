@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import hf_ft_ext
-from hf_ft_ext.launch.results import without_secrets
 from hf_ft_ext.training.devices import one_device
+from hf_ft_ext.training.privacy import split_secrets, without_secrets
 from hf_ft_ext.training.record import RUN_RECORD
 
 PROGRAM = ("hf-ft-ext", "train")  # how a run that is started here calls itself in its record
@@ -43,7 +43,8 @@ def find_run(folder: Path, words: list[str]) -> dict[str, Any] | None:
     """The record of the run in `folder` if it was finished with exactly the launcher's arguments `words`."""
     try:
         record = json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))
-        return record if arguments_of(record["command"]) == without_secrets(words) else None
+        done, wanted = arguments_of(record["command"]), words
+        return record if _without_tokens(done) == _without_tokens(wanted) else None
     except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is run again
         return None
 
@@ -53,11 +54,17 @@ def arguments_of(command: list[str]) -> list[str]:
     return command[len(PROGRAM) :] if tuple(command[: len(PROGRAM)]) == PROGRAM else command[1:]
 
 
+def _without_tokens(words: list[str]) -> list[str]:
+    """The words but for access tokens, which change no result."""
+    return without_secrets(split_secrets(words)[0])
+
+
 def run_or_find(folder: Path, words: list[str], seconds: float | None = None) -> Outcome:
     """Run the launcher with `words` in a process of its own, unless `folder` holds that very run.
 
     Output and errors go to `<folder>.log`. The run sees one accelerator (see `one_device`). If this process is
-    interrupted, the run is ended with it.
+    interrupted, the run is ended with it. An access token goes by the environment: every user of a machine sees the
+    words of a process.
 
     Args:
         folder: the run's `output_dir`, which `words` name.
@@ -69,10 +76,13 @@ def run_or_find(folder: Path, words: list[str], seconds: float | None = None) ->
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
     environment = {"TOKENIZERS_PARALLELISM": "false", **os.environ, **one_device()}
+    public, secrets = split_secrets(words)
+    if token := secrets.get("token"):
+        environment["HF_TOKEN"] = token
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (_PACKAGES, os.environ.get("PYTHONPATH"))))
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [*COMMAND, *words],
+            [*COMMAND, *public],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -17,10 +17,12 @@ from hf_ft_ext.launch.folder import folder_name
 from hf_ft_ext.launch.parsing import parse_arguments
 from hf_ft_ext.launch.recipes import read_recipe
 from hf_ft_ext.methods import METHODS, find_method
+from hf_ft_ext.training.privacy import hide_tokens
 
 USAGE = "python -m hf_ft_ext.compare [recipe.yaml] [--methods A,B] [--seeds N] [--argument value ...]"
 FIRST_SEED = 42
 _SHARED = "all"
+_LOGGED = "0.04"  # share of a run's steps after which the loss is logged
 _OWN_KEYS = ("methods", "seeds", "max_minutes", "output_dir", "variants")
 # Set for each run by the comparison itself.
 _RESERVED = {
@@ -142,7 +144,9 @@ def _grouped(rest: list[str]) -> Words:
             name = word[2:].partition("=")[0].replace("-", "_")
             groups[name] = [word]
         elif name is None:
-            raise InputError(f"unexpected word {word!r}: a recipe goes first, values go behind their --argument")
+            raise InputError(
+                f"unexpected word {hide_tokens(word)!r}: a recipe goes first, values go behind their --argument"
+            )
         else:
             groups[name].append(word)
     return groups
@@ -210,6 +214,8 @@ def _variant(name: str, settings: dict[str, Any], defaults: dict[str, Words], sh
     words |= honoured(shared, remember=True) | own | honoured(line, remember=True)
     words.setdefault("save_strategy", ["--save_strategy", "no"])
     words.setdefault("disable_tqdm", ["--disable_tqdm", "true"])
+    if "logging_strategy" not in words:
+        words.setdefault("logging_steps", ["--logging_steps", _LOGGED])  # points of the report's loss curves
     return Variant(name, method, words, left_out)
 
 

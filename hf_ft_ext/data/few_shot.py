@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from datasets import Dataset
 
+from hf_ft_ext.data.origins import Origins, SplitOrigin
 from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.data.tasks import GLUE_ID
 from hf_ft_ext.errors import InputError
@@ -80,7 +81,23 @@ def few_shot_data(
         train=data.train.select(train),
         validation={"dev": data.train.select(dev)} if len(dev) else {},
         test=test,
+        origins=_origins(data, k, wanted, seed, test),
     )
+
+
+def _origins(data: TaskData, k: int, wanted: int, seed: int, test: dict[str, Dataset]) -> Origins:
+    """Where the k-shot splits come from: train and dev from the training split, the test from its own."""
+    kind = "of each half of the scale" if data.problem_type == REGRESSION else "of each class"
+    rows = len(data.train)
+    origins: Origins = {
+        (role, name): SplitOrigin("train", count, rows, f"{count} rows {kind}, data_seed {seed}")
+        for role, name, count in (("train", "train", k), ("validation", "dev", wanted))
+    }
+    for name, chosen in test.items():
+        source = data.test[name] if name in data.test else data.validation[name]
+        drawn = f"{len(chosen):,} rows, the same for every seed" if len(chosen) < len(source) else ""
+        origins["test", name] = SplitOrigin(name, len(chosen), len(source), drawn)
+    return origins
 
 
 def draw_order(rows: Iterable[int], seed: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, IterableDataset, Value
 from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data import labels as lb
 from hf_ft_ext.data.few_shot import few_shot_data, validation_is_test
+from hf_ft_ext.data.origins import final_origins, whole_splits
 from hf_ft_ext.data.sources import open_source
 from hf_ft_ext.data.stream import in_memory, usable_rows
 from hf_ft_ext.data.task_data import LABEL, TaskData
@@ -126,6 +127,7 @@ def load_data(
         metric=metric,
         text_columns=text_columns,
     )
+    data.origins = whole_splits(data)
     if data_args.num_k is not None:
         if data_args.validation_file and not validation_is_test(data):
             logger.warning(
@@ -138,12 +140,14 @@ def load_data(
         data.validation = {name: rows for name, rows in data.test.items() if LABEL in rows.column_names}
         if data.validation:
             logger.warning("no validation split: evaluating on %s", ", ".join(data.validation))
-    return replace(
+    data = replace(
         data,
         train=_first(data.train, data_args.max_train_samples) if isinstance(data.train, Dataset) else data.train,
         validation={name: _first(rows, data_args.max_eval_samples) for name, rows in data.validation.items()},
         test={name: _first(rows, data_args.max_predict_samples) for name, rows in data.test.items()},
     )
+    data.origins = final_origins(data)
+    return data
 
 
 def _check_few_shot(data_args: DataArguments) -> None:

@@ -1,9 +1,10 @@
 """The data of one run, as every later step takes it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
 
+from hf_ft_ext.data.origins import Origins
 from hf_ft_ext.data.tasks import Task
 
 LABEL = "label"  # the label column of every split that `load_data` returns
@@ -25,3 +26,4 @@ class TaskData:
     problem_type: str  # "single_label_classification" or "regression"
     metric: str  # a name in `hf_ft_ext.metrics.METRICS`
     text_columns: tuple[str, ...]  # one or two
+    origins: Origins = field(default_factory=dict)  # of every split, by role and name

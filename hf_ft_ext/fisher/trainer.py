@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -22,7 +22,7 @@ from hf_ft_ext.fisher.candidates import explained, layers_of, make_candidates
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
 from hf_ft_ext.fisher.mask import choose_entries
 from hf_ft_ext.fisher.mask_names import SCORED
-from hf_ft_ext.fisher.pictures import draw_if_possible
+from hf_ft_ext.fisher.pictures import PICTURE_FILE, draw_if_possible
 from hf_ft_ext.fisher.plan import PLAN_FILE, AdapterPlan, model_fingerprint
 from hf_ft_ext.fisher.prepass import prepass_batches
 from hf_ft_ext.fisher.rates import split_by_rate
@@ -36,6 +36,7 @@ from hf_ft_ext.training.precision import train_in_float32
 from hf_ft_ext.training.quantized import move, quantized_base, refuse_quantized
 from hf_ft_ext.training.resources import preparation
 from hf_ft_ext.training.sharding import refuse_sharding
+from hf_ft_ext.training.sharing import FinishedRun, delta_code
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,9 @@ class FisherTrainer(StopAtNaN, Trainer):
     Raises:
         InputError: bad input, a plan that does not fit, or an option that this method cannot honour.
     """
+
+    own_files: ClassVar[tuple[str, ...]] = (PLAN_FILE, PICTURE_FILE, DELTA_FILE)
+    shared_files: ClassVar[tuple[str, ...]] = own_files
 
     def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
         args = FisherTrainingArguments.complete(args)
@@ -222,6 +226,11 @@ class FisherTrainer(StopAtNaN, Trainer):
             draw_if_possible(self.plan, folder)
 
     # --- what is said about it --------------------------------------------------------------------
+
+    @classmethod
+    def delta_code(cls, run: FinishedRun) -> str | None:
+        """Python that applies the entries to the base model."""
+        return delta_code(run, DELTA_FILE, "load_entries")
 
     def trained_weights(self) -> list[TrainedWeight]:
         """What training changes: adapters and classifier, or entries and classifier."""

@@ -17,11 +17,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="the run's output_dir")
     parser.add_argument("--hub_model_id", help="owner/name or name (default: the folder's name)")
     parser.add_argument("--hub_token", help="access token (default: the one you logged in with)")
-    parser.add_argument("--hub_revision", help="branch (default: main)")
+    parser.add_argument("--hub_revision", help="branch, made if it does not exist (default: main)")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--keep_readme", action="store_true", help="push README.md as it is in the folder")
+    parser.add_argument(
+        "--include", nargs="+", default=(), metavar="PATTERN", help="push these files of the folder too, such as *.png"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_ft_ext.hub").setLevel(logging.INFO)
     try:
         from hf_ft_ext.hub.push import push_run
 
@@ -32,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             revision=args.hub_revision,
             private=args.private,
             write_card=not args.keep_readme,
+            include=args.include,
         )
     except (InputError, PushError) as error:
         sys.stderr.write(f"error: {error}\n")

@@ -3,8 +3,9 @@
 import contextlib
 import logging
 import os
+import shlex
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.parameters import kernel_parameters
 from hf_ft_ext.kernel.solvers import KernelModel, Solver, check_combination, check_labels
 from hf_ft_ext.kernel.source import KernelSource
+from hf_ft_ext.kernel.store import DESCRIPTION
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.peft_models import wrap_with_peft
@@ -28,10 +30,12 @@ from hf_ft_ext.training.files import write_json
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.quantized import refuse_quantized
+from hf_ft_ext.training.sharing import FinishedRun, rerun_code
 
 logger = logging.getLogger(__name__)
 
 SOLUTION = "kernel_solution.json"
+STORE = "kernels"  # in the run folder, unless kernel_dir names another one
 _GRID = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _SPLITS = {"eval": "dev", "test": "test"}  # the authors' names
 
@@ -54,6 +58,8 @@ class KernelTrainer(AtOnceTrainer):
     Source: Malladi et al., ICML 2023, arXiv 2210.05643.
     """
 
+    own_files: ClassVar[tuple[str, ...]] = (SOLUTION,)  # an old store serves the next run
+    shared_files: ClassVar[tuple[str, ...]] = (SOLUTION, f"{STORE}/*/*.safetensors", f"{STORE}/*/{DESCRIPTION}")
     solution = "a kernel"
     start_over = "run again with the same kernel_dir, and finished blocks are found there"
 
@@ -214,8 +220,19 @@ class KernelTrainer(AtOnceTrainer):
 
     def loading_line(self) -> str:
         """How to predict again: the saved model is the one the kernel is of, as it was."""
-        folder = self.args.kernel_dir or os.path.join(self.args.output_dir, "kernels")
-        return f"the same command with --kernel_dir {folder} and --do_predict; the model itself is unchanged"
+        folder = self.args.kernel_dir or os.path.join(self.args.output_dir, STORE)
+        return (
+            f"the same command with --kernel_dir {shlex.quote(folder)} and --do_predict; the model itself is unchanged"
+        )
+
+    @classmethod
+    def loading_code(cls, run: FinishedRun) -> str:
+        """Python that predicts again: the launcher with the run's settings, the pushed model and kernels."""
+        words = ["'--kernel_dir', folder + '/" + STORE + "',"] if (run.folder / STORE).is_dir() else []
+        if run.has("adapter_config.json"):  # drawn again from the seed, on the model that it was drawn for
+            return rerun_code(run, {"model_name_or_path": run.base or run.record["model"]}, words)
+        of_the_model = ("model_name_or_path", "model_revision", "tokenizer_name", "from_linearhead")
+        return rerun_code(run, dict.fromkeys(of_the_model), ["'--model_name_or_path', folder,", *words])
 
     def trained_weights(self) -> list[TrainedWeight]:
         """The parameters that the kernel is over: no gradients kept, no moments."""

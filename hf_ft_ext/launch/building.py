@@ -24,6 +24,7 @@ from hf_ft_ext.launch.folder import (
     not_writable,
 )
 from hf_ft_ext.launch.search import require_optuna
+from hf_ft_ext.launch.sharing import prepare_branch
 from hf_ft_ext.launch.validation import (
     check_checkpoint,
     check_optimizer,
@@ -109,6 +110,7 @@ def load(
                 ],
                 **source,
             )
+        prepare_branch(trainer)
         if args.do_train:
             check_optimizer(trainer)
         check_checkpoint(trainer, run_args.method)

@@ -3,9 +3,11 @@
 import contextlib
 import errno
 import itertools
+import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,9 +17,10 @@ from safetensors import SafetensorError
 
 from hf_ft_ext.arguments import MethodTrainingArguments, RunArguments
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.methods import METHODS, hooks_of
 from hf_ft_ext.prompts.model import PROMPT_FILE
-from hf_ft_ext.training.checkpoints import checkpoint_folders, fault_of, last_sound_checkpoint
-from hf_ft_ext.training.record import RUN_RECORD
+from hf_ft_ext.training.checkpoints import SEAL, checkpoint_folders, fault_of, last_sound_checkpoint
+from hf_ft_ext.training.record import RUN_RECORD, TRAINER_STATE
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +34,10 @@ _OWN = (
     "config.json",
     "adapter_config.json",
     PROMPT_FILE,
-    "adapter_plan.*",
-    "*_delta.safetensors",
+    TRAINER_STATE,
     *_WEIGHTS,
 )
+_OF_CHECKPOINTS = (SEAL, "optimizer*", "rng_state*.pth", "scheduler.pt")
 
 
 def holds_run(folder: str | os.PathLike) -> bool:
@@ -84,10 +87,15 @@ def checkpoint_to_resume(resume: str, output_dir: str) -> str:
             logger.warning("Not resumed from %s", fault)
         return str(last)
     folder = Path(resume).expanduser()
-    if not (folder / "trainer_state.json").is_file():
+    if not (folder / TRAINER_STATE).is_file():
         raise InputError(
-            f"--resume_from_checkpoint {resume!r} is no checkpoint (no trainer_state.json in it); pass a "
+            f"--resume_from_checkpoint {resume!r} is no checkpoint (no {TRAINER_STATE} in it); pass a "
             "checkpoint-<step> folder, or true for the last one in output_dir"
+        )
+    if _is_run_folder(folder):
+        raise InputError(
+            f"--resume_from_checkpoint {resume!r} is the folder of a run, not a checkpoint; pass one of its "
+            f"checkpoint-<step> folders, or --output_dir {shlex.quote(resume)} --resume_from_checkpoint true"
         )
     if (fault := fault_of(folder)) is not None:
         raise InputError(
@@ -95,6 +103,14 @@ def checkpoint_to_resume(resume: str, output_dir: str) -> str:
             "last sound one in output_dir"
         )
     return str(folder)
+
+
+def _is_run_folder(folder: Path) -> bool:
+    """Whether `folder`, with a trainer's state in it, is where a run has ended, which leaves its state there too."""
+    if (folder / RUN_RECORD).is_file() or checkpoint_folders(folder):
+        return True
+    named = re.fullmatch(r"checkpoint-\d+", folder.resolve().name)
+    return not named and not any(next(folder.glob(pattern), None) for pattern in _OF_CHECKPOINTS)
 
 
 def refuse_foreign_run(output_dir: str) -> None:
@@ -120,15 +136,32 @@ def refuse_lost_model(output_dir: str, model: str | None) -> None:
         )
 
 
-def clear_old_run(output_dir: str | os.PathLike) -> None:
-    """Delete the run that `output_dir` holds: checkpoints, record, predictions, weights. Other files stay."""
+def clear_old_run(output_dir: str | os.PathLike, method: str) -> None:
+    """Delete the run that `output_dir` holds: checkpoints, record, predictions, weights, its method's own files.
+
+    Files that no run writes stay.
+
+    Args:
+        method: of the run to come. The old run's is read from its record, and may be any where there is none.
+    """
     folder = Path(output_dir)
+    methods = {method, *_methods_of(folder)}
+    own = {pattern for name in methods for pattern in getattr(hooks_of(name), "own_files", ())}
     for path in folder.glob("checkpoint-*"):
         if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name):
             shutil.rmtree(path)
-    for pattern in (*_OWN, "*_delta.safetensors"):
+    for pattern in (*_OWN, *own):
         for path in folder.glob(pattern):
-            path.unlink()
+            if path.is_file() or path.is_symlink():
+                path.unlink()
+
+
+def _methods_of(folder: Path) -> list[str]:
+    """The method of the run in `folder`; all methods if there is a run that left no record."""
+    try:
+        return [str(json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))["method"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return list(METHODS) if any(folder.glob("*")) else []
 
 
 def make_room(run_args: RunArguments, args: MethodTrainingArguments) -> None:
@@ -141,7 +174,7 @@ def make_room(run_args: RunArguments, args: MethodTrainingArguments) -> None:
         if args.process_index == 0:
             check_writable(args.output_dir)
             if run_args.overwrite_output_dir:
-                clear_old_run(args.output_dir)
+                clear_old_run(args.output_dir, run_args.method)
 
 
 _STORAGE = {

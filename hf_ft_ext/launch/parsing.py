@@ -13,6 +13,7 @@ from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArg
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.launch.recipes import checked, read_recipe
 from hf_ft_ext.methods import METHODS, Method, find_method, list_methods
+from hf_ft_ext.training.privacy import hide_tokens
 
 _CHOICES_AS_PLACEHOLDER = 10  # longer lists stand behind the help text
 _CHOICES_SHOWN = 20  # still longer ones (optimizers) appear where a wrong one is refused
@@ -145,7 +146,7 @@ class Parser(HfArgumentParser):
     def _unknown(self, rest: list[str]) -> str:
         option = next((word for word in rest if word.startswith("-")), None)
         if option is None:
-            return f"unexpected word {rest[0]!r}: a recipe goes first, values go behind their --argument"
+            return f"unexpected word {hide_tokens(rest[0])!r}: a recipe goes first, values go behind their --argument"
         name = option.split("=")[0].lstrip("-").replace("-", "_")
         return f"unknown argument {option.split('=')[0]!r}{self._hint_for(name, '--')}"
 

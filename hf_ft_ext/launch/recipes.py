@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.privacy import is_secret
 
 _HELPERS = (".", "_", "x-")  # top-level keys that start so set no argument
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -122,6 +123,8 @@ def checked(key: str, value: Any, hint: Any) -> Any:
     Raises:
         InputError: the value is of another kind, in particular a number or a boolean where text is needed.
     """
+    if is_secret(key) and not isinstance(value, str):
+        raise InputError(f"{key} must be a text; put it in quotes (its value is not shown here)")
     kinds = _members(hint)
     if key == "resume_from_checkpoint" and isinstance(value, bool):
         return "true" if value else None

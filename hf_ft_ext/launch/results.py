@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import io
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -15,18 +16,21 @@ from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
+from hf_ft_ext.data.origins import data_source
+from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.defaults import task_label
-from hf_ft_ext.models import model_label
+from hf_ft_ext.metrics import primary_key
+from hf_ft_ext.models import model_label, model_source
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.files import write_text
 from hf_ft_ext.training.plan import align, trained_weights
+from hf_ft_ext.training.privacy import hide_tokens, is_secret, without_secrets
 from hf_ft_ext.training.record import RUN_RECORD, write_run_record
 from hf_ft_ext.training.resources import find_monitor
 from hf_ft_ext.training.sharding import entries
 
 _MIB = 2**20
-_SECRETS = ("token", "hub_token")
 
 
 def split_suffix(position: int, name: str) -> str:
@@ -103,21 +107,11 @@ def _tsv(header: Iterable[str], rows: Iterable[tuple]) -> str:
     return text.getvalue()
 
 
-def without_secrets(command: list[str]) -> list[str]:
-    """The command's words, access tokens blotted out."""
-    words, hidden = [], False
-    for word in command:
-        name, sign, _ = word.partition("=")
-        secret = name.startswith("--") and name.lstrip("-").replace("-", "_") in _SECRETS
-        words.append(f"{name}=***" if secret and sign else "***" if hidden else word)
-        hidden = secret and not sign
-    return words
-
-
 def recorded_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """What the user set, in a form that JSON holds, access tokens left out."""
     plain = (str, int, float, bool, list, dict, type(None))
-    return {k: v if isinstance(v, plain) else str(v) for k, v in given.items() if k not in _SECRETS}
+    kept = {k: v if isinstance(v, plain) else str(v) for k, v in given.items() if not is_secret(k)}
+    return json.loads(hide_tokens(json.dumps(kept, default=str)))
 
 
 def loading_line(trainer: Trainer) -> str:
@@ -146,6 +140,7 @@ def record_run(
     run_args: RunArguments,
     model_args: ModelArguments,
     data_args: DataArguments,
+    data: TaskData,
 ) -> str:
     """Write `run.json` and return the run's last table; for the first process."""
     record = write_run_record(
@@ -163,8 +158,22 @@ def record_run(
         labels=_label_names(trainer.model.config),
         load=loading_line(trainer) if trainer.args.do_train else None,
         device=trainer.args.device,
+        data={**data_source(data_args, data.task), "splits": _splits(trainer.args, data)},
+        model_source=model_source(model_args),
+        quality=f"eval_{primary_key(data.metric)}",
     )
     return final_table(record, trainer)
+
+
+def _splits(args: TrainingArguments, data: TaskData) -> dict[str, dict[str, Any]]:
+    """Which rows the run trained on (`train`), and which ones each prefix of its metrics is of (`eval`, `test_mm`)."""
+    used = []
+    if args.do_train:
+        used.append(("train", "train", "train"))
+    for wanted, role, prefix in ((args.do_eval, "validation", "eval"), (args.do_predict, "test", "test")):
+        for position, name in enumerate(getattr(data, role) if wanted else ()):
+            used.append(("_".join(filter(None, (prefix, split_suffix(position, name)))), role, name))
+    return {key: data.origins[role, name].record() for key, role, name in used if (role, name) in data.origins}
 
 
 def _label_names(config: Any) -> list[str] | None:

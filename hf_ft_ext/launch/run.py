@@ -103,14 +103,17 @@ def _run(argv: list[str], program: list[str], signals: Signals) -> None:
             metrics |= trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
             push = sharing.postponed(args)  # save_model would push by itself, before there are numbers to show
             trainer.save_model()
+            trainer.save_state()  # with the log of losses, whether or not there are checkpoints
         signals.check()
         if args.do_eval:
             metrics |= results.evaluate_all(trainer, data.validation)
         if args.do_predict:
             metrics |= results.predict_all(trainer, data.test)
         signals.check()
+        if args.do_train and not args.load_best_model_at_end:  # then the last evaluation is not of the last step
+            trainer.save_state()
         if trainer.is_world_process_zero():
-            print(results.record_run(trainer, metrics, [*program, *argv], run_args, model_args, data_args))
+            print(results.record_run(trainer, metrics, [*program, *argv], run_args, model_args, data_args, data))
     failure = sharing.push_finished(trainer, push)
     trainer.accelerator.wait_for_everyone()  # gloo's threads abort a process that exits while they hold tensors
     trainer.accelerator.end_training()

@@ -7,7 +7,7 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_ft_ext.arguments import RunArguments
 from hf_ft_ext.errors import InputError, PushError
-from hf_ft_ext.hub.push import push_run
+from hf_ft_ext.hub.push import ensure_branch, is_of_the_hub, push_run, reason
 
 
 def prepare(run_args: RunArguments, args: TrainingArguments) -> None:
@@ -20,8 +20,30 @@ def prepare(run_args: RunArguments, args: TrainingArguments) -> None:
         args.push_to_hub = False
     if "hub_strategy" not in run_args.given:
         args.hub_strategy = HubStrategy.END
-    if args.push_to_hub and args.hub_token:
-        os.environ["HF_TOKEN"], args.hub_token = args.hub_token, None
+    if args.hub_token and args.push_to_hub:
+        os.environ["HF_TOKEN"] = args.hub_token
+    args.hub_token = None
+
+
+def prepare_branch(trainer: Trainer) -> None:
+    """Make the branch to push to where it does not exist, on the first process; before training.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    args = trainer.args
+    if not args.push_to_hub or not trainer.is_world_process_zero():
+        return
+    try:
+        ensure_branch(trainer.hub_model_id, args.hub_revision)
+    except InputError:
+        raise
+    except Exception as error:
+        if not is_of_the_hub(error):
+            raise
+        raise InputError(
+            f"--hub_revision {args.hub_revision}: the branch cannot be found or made: {reason(error)}"
+        ) from error
 
 
 def postponed(args: TrainingArguments) -> bool:

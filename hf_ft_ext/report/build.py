@@ -10,10 +10,11 @@ from typing import Any
 
 import jinja2
 
-from hf_ft_ext.report import charts
+from hf_ft_ext.report import charts, curves
 from hf_ft_ext.report.read import Found, Missing, find_runs
 from hf_ft_ext.report.rows import Number, Row, Section, pareto_front, sections
 from hf_ft_ext.training.files import write_text
+from hf_ft_ext.training.text import code_span, share_text
 
 HTML, MARKDOWN = "report.html", "report.md"
 _MANY_ROWS = 60  # a picture of more rows is no picture
@@ -31,12 +32,13 @@ class Report:
         """A few lines for the terminal: the rows, what is missing, where the page lies."""
         lines = []
         for section in self.sections:
-            lines += ["", f"{section.task}, {section.model}: {section.quality}"]
+            lines += ["", f"{section.heading}: {section.quality}"]
             width = max(len(row.name) for row in section.rows)
             for row in section.rows:
                 seconds = "" if row.seconds is None else f"  {row.seconds.mean:8.1f} s"
                 memory = "" if row.memory is None else f"  {row.memory.mean:8.1f} MiB"
                 lines.append(f"  {row.name:<{width}}  {quality_text(row.quality):>15}{seconds}{memory}")
+            lines += [f"  {row.name}: {remark}" for row in section.rows for remark in row.remarks]
         lines += [f"  {item.name}{seed_text(item.seed)}: {item.state}: {item.reason}" for item in self.missing]
         return "\n".join([*lines, f"report: {self.output_dir / HTML}"])
 
@@ -76,23 +78,32 @@ def _shown(section: Section, output_dir: Path, number: int) -> dict[str, Any]:
     rows = section.rows
     numbers = {row.name: number for number, row in enumerate(rows, 1)}
     fronts = {cost.attribute: pareto_front(rows, cost.attribute) for cost in charts.COSTS}
+    several_seeds = any(len(row.runs) > 1 for row in rows)
+    front = "dashed: the Pareto front, of the rows that none beats in both"
+    front += "; bars: one standard deviation over seeds" if several_seeds else ""
     pictures = []
     for cost in charts.COSTS if len(rows) <= _MANY_ROWS else ():
         figure = charts.draw(rows, numbers, cost, section.quality)
         if figure is None:
             continue
         file = f"quality-{cost.file}{f'-{number}' if number else ''}.png"
-        charts.write_png(figure, output_dir / file)
         about = f"{section.quality} against {cost.label}, {section.task}"
-        pictures.append({"title": cost.title, "svg": charts.svg(figure, about), "file": file, "about": about})
+        pictures.append(_picture(figure, output_dir / file, cost.title, about, front))
+    losses = {row.name: curves.row_losses(row) for row in rows}
+    figure = curves.draw(losses, numbers) if len(rows) <= _MANY_ROWS else None
+    if figure is not None:
+        path = output_dir / f"loss-curve{f'-{number}' if number else ''}.png"
+        under = "lines: the mean over seeds, where all of them were logged; faint: each seed"
+        about = f"training and evaluation loss by step, {section.task}"
+        pictures.append(_picture(figure, path, "Loss", about, under if several_seeds else ""))
     values = [
         {
             "row": row,
             "number": numbers[row.name],
             "color": charts.style(numbers[row.name])[0],
             "fronts": [cost.file for cost in charts.COSTS if row in fronts[cost.attribute]],
-            "share": _share(row),
-            "command": f"python {row.runs[0].command}",
+            "share": share_text(row.first["trainable_parameters"], row.first["total_parameters"]),
+            "command": row.runs[0].command,
         }
         for row in rows
     ]
@@ -103,8 +114,15 @@ def _shown(section: Section, output_dir: Path, number: int) -> dict[str, Any]:
         "best": rows[0] if rows[0].quality is not None else None,
         "seeds": sorted({seed for row in rows for seed in row.seeds}),
         "highlights": _highlights(rows),
-        "log": any(len(row.runs) > 1 for row in rows),
     }
+
+
+def _picture(figure: Any, path: Path, title: str, about: str, under: str) -> dict[str, str]:
+    """Write a figure as PNG; what the pages show of it."""
+    charts.write_png(figure, path)
+    width = "wide" if len(figure.axes) > 1 else ""
+    return {"title": title, "svg": charts.svg(figure, about), "file": path.name, "about": about, "under": under,
+            "width": width}  # fmt: skip
 
 
 def _highlights(rows: list[Row]) -> list[tuple[str, str, str]]:
@@ -121,9 +139,10 @@ def _highlights(rows: list[Row]) -> list[tuple[str, str, str]]:
         if known:
             row = min(known, key=lambda row: getattr(row, attribute).mean)
             boxes.append((what, row.name, f"{text(row)}, quality {quality_text(row.quality)}"))
-    row = min(scored, key=lambda row: row.first.get("artefact_bytes") or float("inf"))
-    size = bytes_text(row.first.get("artefact_bytes"))
-    boxes.append(("smallest to save", row.name, f"{size}, quality {quality_text(row.quality)}"))
+    if saved := [row for row in scored if row.first["artefact_bytes"]]:
+        row = min(saved, key=lambda row: row.first["artefact_bytes"])
+        size = bytes_text(row.first["artefact_bytes"])
+        boxes.append(("smallest to save", row.name, f"{size}, quality {quality_text(row.quality)}"))
     return boxes
 
 
@@ -146,14 +165,6 @@ def _versions(found: Found) -> str:
     return ", ".join(f"{name} {' / '.join(sorted(values))}" for name, values in versions.items())
 
 
-def _share(row: Row) -> str:
-    trained, total = row.first.get("trainable_parameters"), row.first.get("total_parameters")
-    if not trained or not total:
-        return ""
-    share = 100 * trained / total
-    return f"{share:.0f} %" if share >= 10 else f"{share:.2g} %"
-
-
 def _environment(escape: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -164,7 +175,7 @@ def _environment(escape: bool) -> jinja2.Environment:
     )
     environment.filters |= {
         "quality": quality_text, "number": number_text, "bytes": bytes_text, "count": count_text, "seed": seed_text,
-        "cell": _cell,
+        "cell": _cell, "code": code_span,
     }  # fmt: skip
     return environment
 

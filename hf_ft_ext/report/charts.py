@@ -19,18 +19,18 @@ from hf_ft_ext.training.files import replacing
 # Told apart by people with any kind of colour vision, and by shape as well.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a5195", "#6b6b6b")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-_INK, _FAINT = "#1f2933", "#9aa5b1"
+INK, _FAINT = "#1f2933", "#9aa5b1"
 _LOG_FROM = 8.0  # costs that differ by more than this factor are drawn on a logarithmic axis
-_LONGEST_NAME, _MOST_NAMES = 24, 12
-_STYLE = {
+LONGEST_NAME, _MOST_NAMES = 24, 12
+STYLE = {
     "svg.fonttype": "none",  # text stays text: small, sharp, searchable
     "svg.hashsalt": "hf_ft_ext",  # the same runs give the same file
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
     "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "font.size": 10,
 }
 
@@ -68,17 +68,15 @@ def draw(rows: list[Row], numbers: dict[str, int], cost: Cost, quality_label: st
     rows = [row for row in rows if row.quality is not None and getattr(row, cost.attribute) is not None]
     if not rows:
         return None
-    by_name = len(rows) <= _MOST_NAMES and all(len(row.name) <= _LONGEST_NAME for row in rows)
-    with rc_context(_STYLE):
+    by_name = len(rows) <= _MOST_NAMES and all(len(row.name) <= LONGEST_NAME for row in rows)
+    with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4.4), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         front = pareto_front(rows, cost.attribute)
         _scale(axes, [getattr(row, cost.attribute).mean for row in rows])
         corners = [(getattr(row, cost.attribute).mean, row.quality.mean) for row in front]
-        axes.step(
-            *zip(*corners, strict=True), where="post", color=_INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1
-        )
+        axes.step(*zip(*corners, strict=True), where="post", color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
         points = []
         for row in rows:
             x, y, best = getattr(row, cost.attribute), row.quality, row in front
@@ -88,7 +86,7 @@ def draw(rows: list[Row], numbers: dict[str, int], cost: Cost, quality_label: st
                 capsize=3, alpha=0.75, zorder=2,
             )  # fmt: skip
             axes.plot(
-                x.mean, y.mean, marker=marker, color=color, markersize=9, markeredgecolor=_INK if best else "white",
+                x.mean, y.mean, marker=marker, color=color, markersize=9, markeredgecolor=INK if best else "white",
                 markeredgewidth=1.6 if best else 0.8, zorder=3,
             )  # fmt: skip
             points.append((x.mean, y.mean, row.name if by_name else str(numbers[row.name]), best))
@@ -107,14 +105,14 @@ def draw(rows: list[Row], numbers: dict[str, int], cost: Cost, quality_label: st
 def svg(figure: Figure, description: str) -> str:
     """The figure as an `<svg>` element for a page of HTML."""
     buffer = io.StringIO()
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Title": description})
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace("<svg", '<svg role="img"', 1)
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    with rc_context(_STYLE), replacing(path) as temporary:
+    with rc_context(STYLE), replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150, facecolor="white")
 
 
@@ -155,7 +153,7 @@ def _label(axes: Axes, points: list[tuple[float, float, str, bool]], lines: list
     taken = [Bbox.from_bounds(x - 7, y - 7, 14, 14) for x, y in places]
     for x, y, name, best in points:
         text = axes.annotate(
-            name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=9, color=_INK,
+            name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=9, color=INK,
             fontweight="bold" if best else "normal", zorder=4,
         )  # fmt: skip
         choices = []

@@ -2,18 +2,31 @@
 
 import json
 import os
-import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.privacy import hide_tokens
+from hf_ft_ext.training.text import shell_command
 
 COMPARISON = "comparison.json"
 NOT_STARTED = "not started"
 _RUN_RECORD = "run.json"
-_NEEDED = ("method", "task", "model", "seed", "metrics", "command")
+_NUMBER = (int, float)
+_NEEDED: dict[str, tuple[type, ...]] = {
+    "method": (str,), "task": (str,), "model": (str,), "seed": (int,), "metrics": (dict,), "command": (list,),
+}  # fmt: skip
+# Records of other versions may lack these.
+_OPTIONAL: dict[str, tuple[type, ...]] = {
+    "train_seconds": _NUMBER, "preparation_seconds": _NUMBER, "samples_per_second": _NUMBER,
+    "peak_memory_bytes": _NUMBER, "trainable_parameters": _NUMBER, "total_parameters": _NUMBER,
+    "artefact_bytes": _NUMBER, "world_size": (int,), "versions": (dict,), "arguments": (dict,), "data": (dict,),
+    "model_source": (dict,), "device": (str,), "quality": (str,), "labels": (list,),
+}  # fmt: skip
+_KINDS = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
+_ENTRY = ("variant", "seed", "folder", "log", "state", "reason", "seconds", "command")
 
 
 @dataclass(frozen=True)
@@ -21,6 +34,7 @@ class Run:
     """A finished run.
 
     Attributes:
+        record: the content of `run.json`, with `None` for optional keys that it lacks.
         variant: its name in a comparison; `None` elsewhere.
         seconds: wall-clock seconds of its process, start-up and evaluation included, where a comparison measured it.
     """
@@ -32,7 +46,15 @@ class Run:
 
     @property
     def command(self) -> str:
-        return shlex.join(str(word) for word in self.record["command"])
+        return shell_command(self.record["command"])
+
+    @property
+    def modified(self) -> float:
+        """When its record was written, seconds since the epoch; 0 if the file is gone."""
+        try:
+            return (self.folder / _RUN_RECORD).stat().st_mtime
+        except OSError:
+            return 0.0
 
 
 @dataclass(frozen=True)
@@ -61,8 +83,9 @@ class Found:
 def find_runs(paths: Iterable[str | os.PathLike]) -> Found:
     """Read the runs in `paths`: run folders, folders of run folders, or folders of comparisons.
 
-    A record that cannot be read does not keep the others out; it is among `missing`. A path that is a file is left
-    out, so that `runs/*` may hold logs beside run folders.
+    A record that cannot be read, or another program's, does not keep the others out; it is among `missing`. A path
+    that is a file is left out, so that `runs/*` may hold logs beside run folders. A folder counts once, however often
+    it is found.
 
     Raises:
         InputError: a path that does not exist, or no run at all.
@@ -74,51 +97,99 @@ def find_runs(paths: Iterable[str | os.PathLike]) -> Found:
         if path.is_dir() and path.resolve() not in seen:
             seen.add(path.resolve())
             folders.append(path)
-    for folder in folders:
+    reader = _Reader(found)
+    # Comparisons first: they know the names of their runs.
+    for folder in sorted(folders, key=lambda folder: not (folder / COMPARISON).is_file()):
         if (folder / COMPARISON).is_file():
-            _read_comparison(folder, found)
+            reader.comparison(folder)
         elif (folder / _RUN_RECORD).is_file():
-            _read_run(folder, found)
+            reader.run(folder)
         else:
             patterns = (f"*/{COMPARISON}", f"*/{_RUN_RECORD}", f"runs/*/{_RUN_RECORD}")
-            for record in sorted(path for pattern in patterns for path in folder.glob(pattern)):
-                read = _read_comparison if record.name == COMPARISON else _read_run
-                if record.parent.resolve() not in seen:
-                    seen.add(record.parent.resolve())
-                    read(record.parent, found)
+            for pattern in patterns:
+                for record in sorted(folder.glob(pattern)):
+                    if record.name == COMPARISON:
+                        reader.comparison(record.parent)
+                    else:
+                        reader.run(record.parent)
     if not found.runs and not found.missing:
         shown = ", ".join(map(str, paths))
         raise InputError(f"no {_RUN_RECORD} in {shown}; pass the folders that run_glue.py wrote, such as runs/*")
     return found
 
 
-def _read_comparison(folder: Path, found: Found) -> None:
-    try:
-        record = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
-        entries = record["runs"]
-        found.seconds += record["seconds"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        found.missing.append(Missing(str(folder), None, "unreadable", f"{COMPARISON} cannot be read ({error})"))
-        return
-    for entry in entries:
-        found.left_out.setdefault(entry["variant"], entry.get("left_out", {}))
-        found.run_seconds += entry["seconds"]  # 0 for runs that an earlier call made
+class _Reader:
+    """Reads folders into `found`, each once."""
+
+    def __init__(self, found: Found):
+        self.found = found
+        self._seen: set[Path] = set()
+
+    def _is_new(self, folder: Path) -> bool:
+        new = folder.resolve() not in self._seen
+        self._seen.add(folder.resolve())
+        return new
+
+    def comparison(self, folder: Path) -> None:
+        if not self._is_new(folder / COMPARISON):
+            return
+        try:
+            record = json.loads((folder / COMPARISON).read_text(encoding="utf-8"))
+            entries, seconds = record["runs"], float(record["seconds"])
+            for entry in entries:
+                if lacks := [key for key in _ENTRY if key not in entry]:
+                    raise ValueError(f"a run in it lacks {lacks[0]!r}")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            reason = f"{COMPARISON} cannot be read ({error})"
+            self.found.missing.append(Missing(str(folder), None, "unreadable", reason))
+            return
+        self.found.seconds += seconds
+        for entry in entries:
+            self._entry(folder, entry)
+
+    def _entry(self, folder: Path, entry: dict[str, Any]) -> None:
+        self.found.left_out.setdefault(entry["variant"], entry.get("left_out") or {})
+        self.found.run_seconds += entry["seconds"]  # 0 for runs that an earlier call made
         if entry["state"] == "done":
-            _read_run(folder / entry["folder"], found, entry["variant"], entry["seconds"] or None)
-        else:
-            log = str(folder / entry["log"]) if (folder / entry["log"]).is_file() else ""
-            found.missing.append(
-                Missing(entry["variant"], entry["seed"], entry["state"], entry["reason"], entry["command"], log)
-            )
+            self.run(folder / entry["folder"], entry["variant"], entry["seconds"] or None)
+            return
+        self._is_new(folder / entry["folder"])  # what an earlier call left there is not what was asked for
+        log = str(folder / entry["log"]) if (folder / entry["log"]).is_file() else ""
+        command = hide_tokens(entry["command"])
+        command = f"python {command}" if command.startswith("run_glue.py") else command
+        self.found.missing.append(
+            Missing(entry["variant"], entry["seed"], entry["state"], entry["reason"], command, log)
+        )
+
+    def run(self, folder: Path, variant: str | None = None, seconds: float | None = None) -> None:
+        if not self._is_new(folder):
+            return
+        try:
+            record = checked_record(json.loads((folder / _RUN_RECORD).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            reason = f"{_RUN_RECORD} cannot be read: {error}"
+            self.found.missing.append(Missing(variant or str(folder), None, "unreadable", reason))
+            return
+        self.found.runs.append(Run(folder, record, variant, seconds))
 
 
-def _read_run(folder: Path, found: Found, variant: str | None = None, seconds: float | None = None) -> None:
-    try:
-        record = json.loads((folder / _RUN_RECORD).read_text(encoding="utf-8"))
-        if lacks := [key for key in _NEEDED if key not in record]:
-            raise ValueError(f"it lacks {lacks[0]!r}")
-    except (OSError, ValueError, TypeError) as error:
-        reason = f"{_RUN_RECORD} cannot be read: {error}"
-        found.missing.append(Missing(variant or str(folder), None, "unreadable", reason))
-        return
-    found.runs.append(Run(folder, record, variant, seconds))
+def checked_record(value: Any) -> dict[str, Any]:
+    """The content of a `run.json`, optional keys that it lacks set to `None`.
+
+    Raises:
+        ValueError: it is not a record of ours: a key is missing, or its value of another kind.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds {_kind(value)}, not an object")
+    for key, kinds in {**_NEEDED, **_OPTIONAL}.items():
+        if key in _NEEDED and key not in value:
+            raise ValueError(f"it lacks {key!r}; is it another program's?")
+        given = value.get(key)
+        right = isinstance(given, kinds) and not isinstance(given, bool)
+        if not right and not (key in _OPTIONAL and given is None):
+            raise ValueError(f"its {key!r} is {_kind(given)}, not {_KINDS[kinds[0]]}")
+    return {**dict.fromkeys(_OPTIONAL), **value}
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else _KINDS[type(value)]

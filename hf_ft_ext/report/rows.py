@@ -2,7 +2,9 @@
 
 import json
 import math
+import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,19 +12,20 @@ from typing import Any
 
 from hf_ft_ext.data.tasks import TASKS
 from hf_ft_ext.metrics import METRICS, primary_key
+from hf_ft_ext.report.identity import (
+    NOT_RECORDED,
+    OF_THE_DATA,
+    evaluated_content,
+    model_of,
+    rows_of,
+    settings_of,
+    source_of,
+    traits_of,
+)
 from hf_ft_ext.report.read import Run
 
-# What does not change the result (where it goes, what is shown), or what the seeds of a row differ in.
-_BESIDES = {
-    "method", "seed", "output_dir", "overwrite_output_dir", "disable_tqdm", "run_name", "report_to", "logging_steps",
-    "logging_strategy", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub",
-    "hub_model_id", "hub_strategy", "hub_private_repo", "feature_cache_dir", "kernel_dir", "cache_dir", "do_train",
-    "do_eval", "do_predict", "task_name", "dataset_name", "model_name_or_path",
-}  # fmt: skip
-_OF_THE_DATA = (
-    "max_train_samples", "max_eval_samples", "num_k", "few_shot_split", "few_shot_type", "max_seq_length", "data_seed",
-    "train_file", "validation_file",
-)  # fmt: skip
+_NO_QUALITY = re.compile(r"eval_(.*loss|runtime|.*_per_second|.*_time)")
+_COMPARED_LIBRARIES = ("hf_ft_ext", "torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,10 @@ class Number:
     deviation: float | None = None
 
     @classmethod
-    def of(cls, values: Iterable[float | None]) -> "Number | None":
-        """`None` if one of the values is missing or not finite."""
+    def of(cls, values: Iterable[Any]) -> "Number | None":
+        """`None` if one of the values is missing, no number or not finite."""
         values = list(values)
-        if not values or any(value is None or not math.isfinite(value) for value in values):
+        if not values or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             return None
         return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
@@ -47,14 +50,17 @@ class Row:
 
     Attributes:
         name: the variant's name; the method's, with what distinguishes it, where no comparison gave one.
+        runs: one for each seed.
         metric: key of the quality in the records, such as `eval_accuracy`.
         notes: where its data is not that of the other rows.
+        remarks: what else a reader of its numbers should know: seeds that ran twice, other devices or versions.
     """
 
     name: str
     runs: list[Run]
     metric: str
     notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def method(self) -> str:
@@ -104,16 +110,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """Rows that can be compared: one task, one model.
+    """Rows that can be compared: one task, one data set, one model, one metric.
 
     Attributes:
         rows: best quality first; rows without one last.
+        data: the data set; empty where the task names it.
+        heading: task and model, and whatever else tells this section from the others.
     """
 
     task: str
     model: str
     metric: str
     rows: list[Row]
+    data: str = ""
+    heading: str = ""
 
     @property
     def quality(self) -> str:
@@ -126,11 +136,28 @@ class Section:
 
 
 def sections(runs: Iterable[Run]) -> list[Section]:
-    """Group runs by task and model, then by variant."""
-    groups: dict[tuple[str, str], list[Run]] = {}
+    """Group runs by task, data set, model and metric, then by variant.
+
+    Data sets are the same if they are read from one place, or if the runs were evaluated on the same rows.
+    """
+    groups: dict[tuple[str, str, str], list[Run]] = {}
+    place_of: dict[tuple, tuple[str, str, str]] = {}  # of rows that were evaluated on
     for run in runs:
-        groups.setdefault((str(run.record["task"]), str(run.record["model"])), []).append(run)
-    return [_section(task, model, members) for (task, model), members in groups.items()]
+        key = (run.record["task"], model_of(run), source_of(run))
+        content = evaluated_content(run)
+        if content is not None:
+            key = place_of.setdefault((*key[:2], content), key)
+        groups.setdefault(key, []).append(run)
+    parts = [(key, metric, part) for key, group in groups.items() for metric, part in _by_metric(group).items()]
+    facts = [(key[0], part[0].record["model"], key[1], key[2], metric) for key, metric, part in parts]
+    return [_section(about, _heading(about, facts), part) for about, (_, _, part) in zip(facts, parts, strict=True)]
+
+
+def _heading(about: tuple[str, ...], everyone: list[tuple[str, ...]]) -> str:
+    """Task and model; the model's place, the data set and the metric where they differ among sections of these two."""
+    alike = [other for other in everyone if other[:2] == about[:2]]
+    further = [fact for fact, values in zip(about, zip(*alike, strict=True), strict=True) if len(set(values)) > 1]
+    return ", ".join(filter(None, dict.fromkeys([*about[:2], *further])))
 
 
 def pareto_front(rows: Iterable[Row], cost: str) -> list[Row]:
@@ -156,74 +183,136 @@ def pareto_front(rows: Iterable[Row], cost: str) -> list[Row]:
     return [row for _, row in sorted(front, key=lambda pair: pair[0])]
 
 
-def quality_key(runs: list[Run]) -> str:
-    """Key of the quality in the records' metrics: that of the metric which was passed, or the task's own.
+def quality_key(run: Run) -> str | None:
+    """Key of the quality in a record's metrics; `None` if it has none.
 
-    Where neither is known (own data), the first primary metric that the records have.
+    It is the key that the record names, the primary key of the metric that was passed, or the task's own. Where none
+    of them is among the metrics, it is the first primary key that is, or the first metric at all.
     """
-    record = runs[0].record
+    record, metrics = run.record, run.record["metrics"]
     task = TASKS.get(record["task"])
-    named = (record.get("arguments") or {}).get("metric") or (task.metric if task else None)
-    candidates = [named] if named in METRICS else list(METRICS)
-    keys = [f"eval_{primary_key(name)}" for name in candidates]
-    return next((key for key in keys if key in record["metrics"]), keys[0])
+    named = [(record["arguments"] or {}).get("metric"), task.metric if task else None]
+    keys = [record["quality"], *(f"eval_{primary_key(name)}" for name in (*named, *METRICS) if name in METRICS)]
+    others = (key for key in metrics if key.startswith("eval_") and not _NO_QUALITY.fullmatch(key))
+    return next((key for key in (*keys, *others) if key in metrics), None)
 
 
-def _section(task: str, model: str, runs: list[Run]) -> Section:
-    metric = quality_key(runs)
+def _by_metric(runs: list[Run]) -> dict[str, list[Run]]:
+    """Runs by the metric that they can be compared by: most by the commonest one, others by their own."""
+    own = [quality_key(run) for run in runs]
+    counts = Counter(key for key in own if key is not None)
+    task = TASKS.get(runs[0].record["task"])
+    unknown = f"eval_{primary_key(task.metric if task else next(iter(METRICS)))}"
+    usual = max(counts, key=lambda key: counts[key]) if counts else unknown
+    groups: dict[str, list[Run]] = {}
+    for run, key in zip(runs, own, strict=True):
+        groups.setdefault(usual if key is None or usual in run.record["metrics"] else key, []).append(run)
+    return groups
+
+
+def _section(about: tuple[str, str, str, str, str], heading: str, runs: list[Run]) -> Section:
+    task, model, _, data, metric = about
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
-        groups.setdefault((run.variant, run.record["method"], _settings_text(run)), []).append(run)
-    rows = []
-    kinds = {key: _data_of(members[0]) for key, members in groups.items()}
+        method = run.record["method"]
+        groups.setdefault((run.variant or method, method, traits_of(run)), []).append(run)
+    firsts = [members[0] for members in groups.values()]
     names = _names(groups)
+    rows = []
     for key, members in groups.items():
-        members = sorted(members, key=lambda run: run.record["seed"])
-        notes = _notes(kinds[key], list(kinds.values()))
-        rows.append(Row(names[key], members, metric, notes))
+        counted, remarks = _one_for_each_seed(members)
+        row = Row(names[key], counted, metric, _notes(members[0], firsts), (*remarks, *_mixtures(counted)))
+        rows.append(row)
     rows.sort(key=lambda row: (row.quality is None, -row.quality.mean if row.quality else 0.0, row.name))
-    return Section(task, model, metric, rows)
+    return Section(task, model, metric, rows, data, heading)
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    return {k: v for k, v in (run.record.get("arguments") or {}).items() if k not in _BESIDES}
+def _one_for_each_seed(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """The latest run of each seed, by seed, and what is said of the others: a repeated run is no other seed."""
+    by_seed: dict[int, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: (run.modified, str(run.folder))):
+        by_seed.setdefault(run.record["seed"], []).append(run)
+    remarks = [
+        f"seed {seed} ran {len(same)} times and counts once: {same[-1].folder}, the latest"
+        for seed, same in sorted(by_seed.items())
+        if len(same) > 1
+    ]
+    return [same[-1] for _, same in sorted(by_seed.items())], remarks
 
 
-def _settings_text(run: Run) -> str:
-    return json.dumps(_settings(run), sort_keys=True, default=str)
+def _mixtures(runs: list[Run]) -> list[str]:
+    """In what else than their seed the runs of a row differ, so that their means are to be read with care."""
+    remarks = []
+    devices = sorted({str(run.record["device"]) for run in runs})
+    if len(devices) > 1:
+        remarks.append(f"its seeds ran on different devices: {'; '.join(devices)}")
+    for name in _COMPARED_LIBRARIES:
+        versions = sorted({str((run.record["versions"] or {}).get(name, NOT_RECORDED)) for run in runs})
+        if len(versions) > 1:
+            remarks.append(f"its seeds ran with different versions of {name}: {', '.join(versions)}")
+    return remarks
 
 
-def _data_of(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in _settings(run).items() if key in _OF_THE_DATA}
-
-
-def _notes(own: dict[str, Any], everyone: list[dict[str, Any]]) -> tuple[str, ...]:
+def _notes(run: Run, everyone: list[Run]) -> tuple[str, ...]:
     """What a row's data has that most rows have not."""
     notes = []
-    for key in _OF_THE_DATA:
-        values = [json.dumps(other.get(key)) for other in everyone]
-        usual = statistics.mode(values)
+    own, others = settings_of(run), [settings_of(other) for other in everyone]
+    for key in OF_THE_DATA:
+        usual = statistics.mode(json.dumps(other.get(key)) for other in others)
         if json.dumps(own.get(key)) != usual:
             notes.append(f"{key}={own.get(key, 'default')} (others: {'default' if usual == 'null' else usual})")
+    if notes:
+        return tuple(notes)
+    facts, others = rows_of(run), [rows_of(other) for other in everyone]
+    for prefix in ("train", "eval"):
+        told = [_rows_text(fact, prefix) for fact in (facts, *others)]
+        usual = statistics.mode(told[1:])
+        if told[0] != usual:
+            notes.append(f"{prefix}: {told[0]} (others: {usual})")
     return tuple(notes)
 
 
+def _rows_text(facts: dict[str, Any], prefix: str) -> str:
+    rows, content = facts.get(f"{prefix} rows"), facts.get(f"{prefix} content")
+    return NOT_RECORDED if rows is None else f"{rows:,} rows, content {content}"
+
+
 def _names(groups: dict[tuple, list[Run]]) -> dict[tuple, str]:
-    """A variant's own name, or the method's with the settings in which its rows differ."""
+    """A variant's own name, or the method's with what its rows differ in: settings, else the data set, else rows."""
     names = {}
-    for key, members in groups.items():
-        variant, method, _ = key
-        base = variant or method
-        rivals = [other for other in groups if (other[0] or other[1]) == base]
+    for key in groups:
+        base = key[0]
+        rivals = {other: runs[0] for other, runs in groups.items() if other[0] == base}
         if len(rivals) > 1:
-            all_settings = [_settings(groups[other][0]) for other in rivals]
-            own = _settings(members[0])
-            keys = sorted({key for settings in all_settings for key in settings})
-            differing = [k for k in keys if len({str(settings.get(k)) for settings in all_settings}) > 1]
-            base += " (" + ", ".join(f"{k}={_short(own.get(k, 'default'))}" for k in differing) + ")"
+            traits, shown = _telling(rivals)
+            base += " (" + ", ".join(f"{k}={_short(traits[key].get(k, _absent(k)))}" for k in shown) + ")"
         names[key] = base
     return names
 
 
+def _telling(rivals: dict[tuple, Run]) -> tuple[dict[tuple, dict[str, Any]], list[str]]:
+    """Traits of rows that share a name, and the keys of those that tell them apart."""
+    traits = {key: settings_of(run) for key, run in rivals.items()}
+    shown = _differing(traits)
+    for further in (lambda run: {"data": source_of(run)}, rows_of):
+        if len({json.dumps([own.get(k) for k in shown], default=str) for own in traits.values()}) < len(rivals):
+            traits = {key: traits[key] | further(run) for key, run in rivals.items()}
+            shown = _differing(traits)
+    return traits, shown
+
+
+def _absent(key: str) -> str:
+    """What to show for a trait that a record lacks: an argument has its default, facts of rows are unknown.
+
+    The names of the latter have a space.
+    """
+    return NOT_RECORDED if " " in key else "default"
+
+
+def _differing(settings: dict[tuple, dict[str, Any]]) -> list[str]:
+    keys = sorted({key for own in settings.values() for key in own})
+    return [k for k in keys if len({str(own.get(k)) for own in settings.values()}) > 1]
+
+
 def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else NOT_RECORDED if value is None else str(value)

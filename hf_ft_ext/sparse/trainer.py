@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from transformers.training_args import OptimizerNames
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.sparse.arguments import DENSE, DYNAMIC, NONE, STATIC, STRUCTURED, SparseTrainingArguments
 from hf_ft_ext.sparse.convert import convert_to_sparse, freeze_rest, sparse_layers
-from hf_ft_ext.sparse.delta import save_delta
+from hf_ft_ext.sparse.delta import DELTA_FILE, save_delta
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer import SparseAdamW
@@ -26,6 +26,7 @@ from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.quantized import refuse_quantized
 from hf_ft_ext.training.resources import preparation
 from hf_ft_ext.training.sharding import refuse_sharding
+from hf_ft_ext.training.sharing import FinishedRun, delta_code
 
 _OPTIMIZER_STATE = "optimizer.pt"  # transformers' name for it
 _OWN_OPTIMIZER = "SparseTrainer makes its own optimizer (SparseAdamW); leave `optimizers` out"
@@ -46,6 +47,9 @@ class SparseTrainer(StopAtNaN, Trainer):
     Raises:
         InputError: nothing to convert, or an option that this method cannot honour.
     """
+
+    own_files: ClassVar[tuple[str, ...]] = (DELTA_FILE,)
+    shared_files: ClassVar[tuple[str, ...]] = (DELTA_FILE,)
 
     def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
         args = SparseTrainingArguments.complete(args)
@@ -117,6 +121,11 @@ class SparseTrainer(StopAtNaN, Trainer):
         """Write the delta beside the model where the support is fixed: small, and all that the base model lacks."""
         if self.args.sparse_support != DYNAMIC:
             save_delta(self.model, folder)
+
+    @classmethod
+    def delta_code(cls, run: FinishedRun) -> str | None:
+        """Python that applies the delta to the base model."""
+        return delta_code(run, DELTA_FILE, "load_delta")
 
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:

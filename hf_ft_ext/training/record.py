@@ -14,6 +14,7 @@ from hf_ft_ext.training.resources import ResourceMonitor
 
 RUN_RECORD = "run.json"
 ABOVE = "above the level before training, largest of all processes"
+TRAINER_STATE = "trainer_state.json"  # transformers' name for it
 _LIBRARIES = ("hf_ft_ext", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate")
 _ARTEFACTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
 
@@ -51,6 +52,9 @@ def write_run_record(
     labels: list[str] | None = None,
     load: str | None = None,
     device: torch.device | None = None,
+    data: dict[str, Any] | None = None,
+    model_source: dict[str, Any] | None = None,
+    quality: str | None = None,
 ) -> dict[str, Any]:
     """Write `run.json` into `output_dir` and return its content.
 
@@ -63,6 +67,9 @@ def write_run_record(
         labels: names of the classes in the order of the logits; `None` for regression.
         load: the line that loads what was saved in `output_dir`; `None` if nothing was.
         device: where the run was; `None` = the machine's accelerator, or else the CPU.
+        data: the data set, and under `splits` what rows of it each set of metrics is of (`SplitOrigin.record`).
+        model_source: the Hub id and revision, or the folder, of the model that training started from.
+        quality: key in `metrics` of the one that runs are compared by.
 
     Seconds are wall-clock, memory and artefact sizes are bytes.
     """
@@ -91,6 +98,9 @@ def write_run_record(
         "labels": labels,
         "output_dir": os.fspath(output_dir),
         "load": load,
+        "data": data,
+        "model_source": model_source,
+        "quality": quality,
     }
     write_json(Path(output_dir) / RUN_RECORD, record)
     return record

@@ -46,6 +46,10 @@ record = {RECORD!r}
 record.update(method=value("--method"), seed=seed, command=["run_glue.py", *words], task="demo")
 record["metrics"]["eval_accuracy"] = 0.5 + seed / 1000
 os.makedirs(folder, exist_ok=True)
+with open(os.path.join(folder, "token"), "w") as file:
+    file.write(str(len(os.environ.get("HF_TOKEN", ""))))
+with open(os.path.join(folder, "..", "words"), "w") as file:
+    file.write(" ".join(words))
 with open(os.path.join(folder, "count"), "a") as file:
     file.write("x")
 with open(os.path.join(folder, "run.json"), "w") as file:
@@ -126,7 +130,7 @@ def test_the_command_line_wins_over_the_recipe_over_the_defaults():
 def test_another_model_has_the_methods_own_defaults(tiny_bert_dir):
     comparison = read_comparison(["--methods", "full,lora", "--model_name_or_path", tiny_bert_dir])
     for variant in comparison.variants:
-        assert variant.words.keys() == {"model_name_or_path", "save_strategy", "disable_tqdm"}
+        assert variant.words.keys() == {"model_name_or_path", "save_strategy", "disable_tqdm", "logging_steps"}
 
 
 def test_what_a_method_has_not_is_left_out_and_said():
@@ -200,6 +204,23 @@ variants:
   broken: {method: lora, learning_rate: 2}
   killed: {method: lora, learning_rate: 3}
 """
+
+
+@pytest.mark.parametrize("words", [["--token", "hf_s3cret"], ["--token=hf_s3cret"], []])
+def test_an_access_token_is_neither_printed_nor_kept_and_reaches_the_runs(words, capfd):
+    path = recipe("methods: [full]\nmax_seq_length: 32\n" + ("" if words else "token: hf_s3cret\n"))
+    assert main([path, *words, "--dry_run"]) == 0
+    printed = capfd.readouterr()
+    assert "--token" in printed.out and "s3cret" not in printed.out + printed.err
+    assert main([path, *words]) == 0
+    for file in Path("runs").rglob("*"):
+        assert not file.is_file() or b"s3cret" not in file.read_bytes(), file
+    assert "s3cret" not in "".join(capfd.readouterr())
+    folder = Path("runs/compare-demo/runs/full-seed42")
+    assert (folder / "token").read_text() == "9", "the launcher has the token in its environment"
+    assert "s3cret" not in (folder.with_name("words")).read_text(), "others see the words of a process"
+    assert main([path, *words]) == 0 and launches("full-seed42") == 1, "a finished run is found again"
+    assert main([path, "--token", "hf_another"]) == 0 and launches("full-seed42") == 1
 
 
 def test_failures_are_survived_shown_and_tried_again(capsys):

@@ -14,6 +14,8 @@ from tiny import text_dataset
 import run_glue
 from hf_ft_ext import methods
 from hf_ft_ext.compare.settings import read_comparison
+from hf_ft_ext.hub.push import shared_files
+from hf_ft_ext.launch.folder import clear_old_run
 
 FILES = {block.file: block.code for block in blocks_of(EXAMPLE) if block.file}
 
@@ -40,6 +42,13 @@ def test_the_method_runs_through_the_launcher(entered, package, tiny_bert_dir, m
     ]
     assert run_glue.main(words) == 0
     assert "bitfit on train.csv" in capsys.readouterr().out and Path("out/model.safetensors").is_file()
+    assert "classifier.weight" in Path("out/bitfit_parameters.txt").read_text()
+    Path("out/notes.txt").write_text("mine")
+    assert {"bitfit_parameters.txt", "notes.txt"} & {path.name for path in shared_files("out")} == {
+        "bitfit_parameters.txt"
+    }
+    clear_old_run("out", "full")
+    assert Path("out/notes.txt").exists() and not Path("out/bitfit_parameters.txt").exists()
     assert run_glue.main([*words, "--overwrite_output_dir", "--bitfit_pattern", "nowhere"]) == 2
     assert "bitfit_pattern='nowhere' is found in no bias" in capsys.readouterr().err
     assert run_glue.main(["--help"]) == 0

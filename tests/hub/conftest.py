@@ -20,6 +20,6 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", HfApi(endpoint=server.url))
         monkeypatch.setenv("HF_TOKEN", "writer")
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        monkeypatch.setattr("hf_ft_ext.hub.push.time.sleep", lambda seconds: None)
+        monkeypatch.setattr("tenacity.nap.time.sleep", lambda seconds: None)
         yield server
     close_session()

@@ -1,7 +1,7 @@
 """A small stand-in of the Hub's HTTP API on localhost: repositories, LFS uploads, commits, downloads, and faults.
 
-As far as `huggingface_hub` uses it: whoami, create, validate-yaml, preupload, LFS batch, upload and verify, commit,
-info, tree, resolve. Tokens: `writer` may do everything, `reader` may read.
+As far as `huggingface_hub` uses it: whoami, create, refs, branch, validate-yaml, preupload, LFS batch, upload and
+verify, commit, info, tree, resolve. Tokens: `writer` may do everything, `reader` may read.
 """
 
 import base64
@@ -25,7 +25,9 @@ BROKEN = -1  # as a fault's status: take a part of the request, then close the c
 
 @dataclass
 class Repository:
-    files: dict[str, bytes] = field(default_factory=dict)
+    files: dict[str, bytes] = field(default_factory=dict)  # of the branch main
+    branches: dict[str, dict[str, bytes]] = field(default_factory=dict)  # the others
+    tags: list[str] = field(default_factory=list)
     commits: list[str] = field(default_factory=list)  # messages
     private: bool = False
 
@@ -146,7 +148,33 @@ class _Handler(BaseHTTPRequestHandler):
             self._json({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         return found
 
+    def _has(self, repository: Repository, revision: str) -> bool:
+        """Whether there is such a branch; otherwise the refusal is sent."""
+        if revision == "main" or revision in repository.branches:
+            return True
+        self._json({"error": f"Invalid rev id: {revision}"}, 404, X_Error_Code="RevisionNotFound")
+        return False
+
     # --- routes -----------------------------------------------------------------------------------
+
+    def refs(self, body: bytes, name: str) -> None:
+        if (repository := self._repository(name)) is not None:
+            branches = [
+                {"name": b, "ref": f"refs/heads/{b}", "targetCommit": "x"} for b in ("main", *repository.branches)
+            ]
+            tags = [{"name": t, "ref": f"refs/tags/{t}", "targetCommit": "x"} for t in repository.tags]
+            self._json({"branches": branches, "converts": [], "tags": tags, "pullRequests": []})
+
+    def branch(self, body: bytes, name: str, branch: str) -> None:
+        if not self._writer() or (repository := self._repository(name)) is None:
+            return
+        if branch.startswith("refs/") or " " in branch:
+            self._json({"error": f"Invalid reference for a branch: {branch}"}, 400)
+        elif branch in repository.branches:
+            self._json({"error": "Reference already exists"}, 409)
+        else:
+            repository.branches[branch] = dict(repository.files)
+            self._json({})
 
     def whoami(self, body: bytes) -> None:
         if self._writer():
@@ -176,7 +204,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"errors": [{"message": e} for e in errors], "warnings": []}, 400 if errors else 200)
 
     def preupload(self, body: bytes, name: str, revision: str) -> None:
-        if self._writer() and self._repository(name) is not None:
+        if self._writer() and (repository := self._repository(name)) is not None and self._has(repository, revision):
             files = json.loads(body)["files"]
             modes = [{"path": f["path"], "uploadMode": "lfs" if f["size"] >= LFS_FROM else "regular"} for f in files]
             self._json({"files": [{**mode, "shouldIgnore": False} for mode in modes]})
@@ -210,6 +238,8 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, body: bytes, name: str, revision: str) -> None:
         if not self._writer() or (repository := self._repository(name)) is None:
             return
+        if not self._has(repository, revision):
+            return
         lines = [json.loads(line) for line in body.splitlines()]
         files = {}
         for line in lines[1:]:
@@ -218,7 +248,8 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = self.server.objects[value["oid"]]
             else:
                 files[value["path"]] = base64.b64decode(value["content"])
-        repository.files |= files
+        branch = repository.files if revision == "main" else repository.branches[revision]
+        branch |= files
         repository.commits.append(lines[0]["value"]["summary"])
         self._json({"success": True, "commitOid": repository.sha, "commitUrl": f"{self.server.url}/{name}/commit/x"})
 
@@ -253,6 +284,8 @@ _ROUTES = (
     ("PUT", r"/lfs/(\w+)", _Handler.lfs_upload),
     ("POST", r"/lfs-verify", _Handler.lfs_verify),
     ("POST", rf"/api/models/{_NAME}/commit/(.+)", _Handler.commit),
+    ("GET", rf"/api/models/{_NAME}/refs", _Handler.refs),
+    ("POST", rf"/api/models/{_NAME}/branch/(.+)", _Handler.branch),
     ("GET", rf"/api/models/{_NAME}", _Handler.info),
     ("GET", rf"/api/models/{_NAME}/revision/(.+)", _Handler.info),
     ("GET", rf"/api/models/{_NAME}/tree/(.+)", _Handler.tree),

@@ -12,7 +12,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi
 from offline import write_model
-from run_records import run_record, write_run
+from run_records import model_run, run_record, write_run
 from stand_in import BROKEN, Fault, Repository
 from tiny import text_dataset, tiny_model
 from transformers import AutoModelForSequenceClassification
@@ -20,8 +20,7 @@ from transformers import AutoModelForSequenceClassification
 import run_glue
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.hub.__main__ import main as push_main
-from hf_ft_ext.hub.card import model_card
-from hf_ft_ext.hub.push import push_run, shared_files
+from hf_ft_ext.hub.push import push_run
 from hf_ft_ext.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -180,7 +179,7 @@ def test_every_method_is_pushed_and_pulled_into_a_fresh_process(hub, base, token
         assert not torch.allclose(own, logits(AutoModelForSequenceClassification.from_pretrained("base"), tokenizer))
 
 
-def test_the_token_stays_out_of_files_and_the_repository_may_be_private(hub, base, monkeypatch, capsys):
+def test_what_is_private_stays_out_of_files_and_the_repository(hub, base, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "none")
     options = (
         "--hub_token",
@@ -191,12 +190,31 @@ def test_the_token_stays_out_of_files_and_the_repository_may_be_private(hub, bas
         "me/named",
         "--save_steps",
         "1",
+        "--hub_revision",
+        "try",
+        "--max_eval_samples",
+        "5",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--load_best_model_at_end",
+        "true",
     )
-    assert push("base", "full", "out", *options) == 0, capsys.readouterr().err
-    assert hub.repositories["me/named"].private
+    assert push(str(tmp_path / "base"), "full", str(tmp_path / "out"), *options) == 0, capsys.readouterr().err
+    repository = hub.repositories["me/named"]
+    assert repository.private and not repository.files
     for path in Path("out").rglob("*"):
         assert not path.is_file() or b"writer" not in path.read_bytes(), path
-    assert "from a local folder (`base`)" in card_of(hub, "named")[1]
+    pushed = repository.branches["try"]
+    assert {"run.json", "trainer_state.json", "README.md", "model.safetensors", "tokenizer.json"} <= pushed.keys()
+    for name, content in pushed.items():  # the folder's path holds the user's name
+        assert str(tmp_path).encode() not in content and str(Path.home()).encode() + b"/" not in content, name
+    assert json.loads(Path("out/trainer_state.json").read_text())["best_model_checkpoint"].startswith(str(tmp_path))
+    assert json.loads(pushed["trainer_state.json"])["best_model_checkpoint"].startswith("checkpoint-")
+    card = pushed["README.md"].decode()
+    assert "from a local folder (`base`)" in card and "| validation | 5 of 12, the first ones | accuracy |" in card
+    assert "model-index" not in card
 
 
 def test_an_adapter_of_a_local_model_is_warned_about(hub, base, caplog):
@@ -242,7 +260,7 @@ def test_a_push_that_fails_after_training_loses_nothing(hub, base, capsys, patte
 
 @pytest.mark.parametrize(("pattern", "status", "message"), REFUSALS)
 def test_refusals_say_why_and_leave_the_run(hub, tiny_bert_dir, capsys, pattern, status, message):
-    folder = a_run("out", tiny_bert_dir)
+    folder = model_run("out", tiny_bert_dir)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     hub.faults.append(Fault(pattern, status))
     assert push_main(["out"]) == 3
@@ -255,7 +273,7 @@ def test_refusals_say_why_and_leave_the_run(hub, tiny_bert_dir, capsys, pattern,
     ("pattern", "status"), [("commit", 409), ("commit", 500), ("PUT", BROKEN), ("validate-yaml", 502), ("create", 503)]
 )
 def test_what_fails_for_a_moment_is_tried_again(hub, pattern, status, tiny_bert_dir):
-    folder = a_run("again", tiny_bert_dir)
+    folder = model_run("again", tiny_bert_dir)
     hub.faults.append(Fault(pattern, status, times=1))
     push_run(folder, "me/again")
     assert "model.safetensors" in hub.repositories["me/again"].files
@@ -281,8 +299,43 @@ def test_a_repository_that_cannot_be_made_ends_the_run_before_training(
     assert not Path("out", "run.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("revision", "fault", "message"),
+    [
+        ("v1", None, "hub_revision 'v1' is a tag of me/out; pass a branch"),
+        ("refs/pr/7", None, r"hub_revision 'refs/pr/7' is no branch of me/out and cannot become one \(.*Invalid ref"),
+        ("new", Fault("branch/new", 403), "hub_revision new: the branch cannot be found or made: .* answered 403"),
+        ("new", Fault("refs$", 500), "hub_revision new: the branch cannot be found or made: .* answered 500"),
+    ],
+)
+def test_a_branch_that_cannot_be_pushed_to_ends_the_run_before_training(hub, base, capsys, revision, fault, message):
+    hub.repositories["me/out"] = Repository(tags=["v1"])
+    hub.faults += [fault] if fault else []
+    assert push("base", "full", "out", "--hub_revision", revision) == 2
+    assert re.search(f"error: .*{message}", capsys.readouterr().err, flags=re.DOTALL)
+    assert not Path("out").exists() or not os.listdir("out"), "nothing was trained"
+
+
+def test_a_missing_branch_is_made_and_a_known_one_is_used(hub, tiny_bert_dir):
+    folder = model_run("out", tiny_bert_dir)
+    for _ in range(2):
+        assert push_main([str(folder), "--hub_revision", "try"]) == 0
+    repository = hub.repositories["me/out"]
+    assert not repository.files and "model.safetensors" in repository.branches["try"]
+    assert sum("/branch/" in line for line in hub.requests) == 1
+    with pytest.raises(InputError, match="is no branch of me/out and cannot become one"):
+        push_run(folder, "me/out", revision="not a branch")
+
+
+def test_commands_in_messages_keep_names_with_spaces_whole(hub, tiny_bert_dir, capsys):
+    folder = model_run("my run", tiny_bert_dir)
+    hub.faults.append(Fault("create", 403))
+    assert push_main([str(folder), "--hub_model_id", "me/x"]) == 3
+    assert "python -m hf_ft_ext.hub 'my run' --hub_model_id me/x" in capsys.readouterr().err
+
+
 def test_a_hub_that_is_gone(hub, capsys, tiny_bert_dir):
-    folder = a_run("lonely", tiny_bert_dir)
+    folder = model_run("lonely", tiny_bert_dir)
     hub.shutdown()
     hub.server_close()
     assert push_main([str(folder)]) == 3
@@ -308,61 +361,8 @@ def test_a_dry_run_makes_no_repository(hub, base):
 # --- files and cards ----------------------------------------------------------------------------------
 
 
-def a_run(name: str, source: str, **fields) -> Path:
-    """A run folder with a model, as far as a push looks at it."""
-    folder = write_run(Path(name), run_record("full", 1, 0.5, **fields))
-    for path in Path(source).iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
-def test_shared_files_and_a_readme_of_the_users_own(hub, tiny_bert_dir):
-    folder = a_run("mine", tiny_bert_dir)
-    stores = ("kernels/sgd/rows-0.safetensors", "kernels/sgd/kernel.json")
-    for name in (
-        *stores,
-        "checkpoint-3/model.safetensors",
-        "training_args.bin",
-        ".hidden",
-        "predictions.tsv",
-        "x.log",
-    ):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("x")
-    (folder / "README.md").write_text("---\nlicense: mit\n---\nmine")
-    shared = {path.relative_to(folder).as_posix() for path in shared_files(folder)}
-    assert {*stores, "run.json", "model.safetensors", "config.json", "README.md"} <= shared
-    assert not shared & {"checkpoint-3/model.safetensors", "training_args.bin", ".hidden", "predictions.tsv", "x.log"}
-    assert push_main([str(folder), "--keep_readme"]) == 0
-    assert hub.repositories["me/mine"].files["README.md"].endswith(b"mine")
-    assert push_main([str(folder)]) == 0
-    assert hub.repositories["me/mine"].files["README.md"].endswith(b"settings.\n")
-
-
-@pytest.mark.parametrize("method", ["lora", "sparse", "gradientless", "fisher", "kernel", "linearhead"])
-def test_cards_cite_what_they_use(tmp_path, method):
-    text = model_card(tmp_path, run_record(method, 1, 0.5), "me/x")
-    metadata = yaml.safe_load(text.split("---\n")[1])
-    assert metadata["datasets"] == ["nyu-mll/glue"] and metadata["pipeline_tag"] == "text-classification"
-    assert "## Paper" in text and text.count("```bibtex") == 1
-    assert re.search(r"```bibtex\n@inproceedings\{", text) and "cpu, 2 threads" in text
-
-
-def test_cards_of_other_results(tmp_path):
-    record = run_record(
-        "full", 1, None, task="mnli", labels=["a", "b", "c"], metrics={"eval_accuracy": 0.5, "eval_mm_accuracy": 0.25}
-    )
-    metadata = yaml.safe_load(model_card(tmp_path, record, "me/x").split("---\n")[1])
-    found = {r["dataset"]["split"]: r["metrics"][0]["value"] for r in metadata["model-index"][0]["results"]}
-    assert found == {"validation": 0.5, "validation_mismatched": 0.25}
-    prompt = "PromptForSequenceClassification.from_pretrained('out')"
-    text = model_card(tmp_path, run_record("full", 1, 0.5, load=prompt, output_dir="out"), "me/x")
-    assert "from hf_ft_ext import PromptForSequenceClassification" in text
-    assert "model = PromptForSequenceClassification.from_pretrained(folder)" in text
-
-
 def test_the_demo_encoder_has_its_name_on_the_hub(hub, tmp_path, tiny_bert_dir):
-    folder = a_run("demo", tiny_bert_dir, model="all-MiniLM-L6-v2 (demo encoder)", task="demo")
+    folder = model_run("demo", tiny_bert_dir, model="all-MiniLM-L6-v2 (demo encoder)", task="demo")
     (folder / "adapter_config.json").write_text(
         json.dumps({"peft_type": "LORA", "base_model_name_or_path": tiny_bert_dir})
     )

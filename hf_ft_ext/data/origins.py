@@ -1,0 +1,117 @@
+"""Where the rows of a split come from: which split of the data set, how many of its rows, and how they were chosen."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from datasets import ClassLabel, Dataset, IterableDataset
+
+from hf_ft_ext.arguments import DataArguments
+from hf_ft_ext.data.tasks import Task
+
+ALL, FIRST, DRAWN, STREAM = "all", "first", "drawn", "stream"
+_ROWS_AT_ONCE = 10_000
+Origins = dict[tuple[str, str], "SplitOrigin"]  # by role (train, validation, test) and name of the split
+
+
+@dataclass(frozen=True)
+class SplitOrigin:
+    """What the rows of a split are.
+
+    Attributes:
+        split: the split's name in the data set; `train`, `validation` or `test` for own files.
+        rows: how many are used; `None` for a stream.
+        source_rows: how many that split has, rows without a label left out; `None` for a stream.
+        drawn: how they were drawn, in words; empty if they were not.
+        content: hash of texts and labels, by the labels' names, in order; `None` for a stream.
+    """
+
+    split: str
+    rows: int | None
+    source_rows: int | None
+    drawn: str = ""
+    content: str | None = None
+
+    @property
+    def selection(self) -> str:
+        """`all` rows of the split, the `first` of them, rows `drawn` from it, or a `stream` of unknown length."""
+        if self.drawn:
+            return DRAWN
+        if self.rows is None:
+            return STREAM
+        return ALL if self.rows == self.source_rows else FIRST
+
+    def record(self) -> dict[str, Any]:
+        """The origin as `run.json` holds it."""
+        return {
+            "split": self.split,
+            "rows": self.rows,
+            "source_rows": self.source_rows,
+            "selection": self.selection,
+            "drawn": self.drawn or None,
+            "content": self.content,
+        }
+
+
+def whole_splits(data: Any) -> Origins:
+    """Origins of the splits of a `TaskData` that is neither drawn from nor cut yet."""
+    origins = {}
+    for role, splits in (("train", {"train": data.train}), ("validation", data.validation), ("test", data.test)):
+        for name, rows in splits.items():
+            if rows is not None:
+                origins[role, name] = SplitOrigin(name, count := _count(rows), count)
+    return origins
+
+
+def final_origins(data: Any) -> Origins:
+    """Origins of the splits of a `TaskData` as they are used: their present number of rows, and their content.
+
+    Args:
+        data: `data.origins` may lack splits that another role lent, such as a validation that is the test split.
+    """
+    origins = {}
+    for (role, name), now in whole_splits(data).items():
+        before = data.origins.get((role, name)) or data.origins.get(("test", name)) or now
+        rows = data.train if role == "train" else getattr(data, role)[name]
+        origins[role, name] = replace(before, rows=now.rows, content=content_hash(rows))
+    return origins
+
+
+def content_hash(rows: Dataset | IterableDataset) -> str | None:
+    """The first 16 hexadecimal digits of a SHA-256 over all cells, in order; `None` for a stream."""
+    if not isinstance(rows, Dataset):
+        return None
+    digest = hashlib.sha256()
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        batch = rows[start : start + _ROWS_AT_ONCE]
+        for column in sorted(batch):
+            feature = rows.features[column]
+            values = batch[column]
+            if isinstance(feature, ClassLabel):
+                values = [feature.names[value] if value >= 0 else value for value in values]
+            digest.update("\0".join([column, *map(repr, values)]).encode(errors="surrogatepass"))
+    return digest.hexdigest()[:16]
+
+
+def data_source(data_args: DataArguments, task: Task) -> dict[str, Any]:
+    """What data set a run has used, as `run.json` holds it.
+
+    Keys: `hub_id` with `config` and `revision`, or `folder`, or `files` (absolute paths by option); all of them `None`
+    for the demo.
+    """
+    options = ("train_file", "validation_file", "test_file")
+    files = {option: getattr(data_args, option) for option in options if getattr(data_args, option)}
+    name = data_args.dataset_name or (None if files else task.hub_id)
+    local = name is not None and Path(name).expanduser().is_dir()
+    return {
+        "hub_id": None if local else name,
+        "config": data_args.dataset_config_name or (None if data_args.dataset_name or files else task.hub_config),
+        "revision": getattr(data_args, "dataset_revision", None),
+        "folder": str(Path(name).expanduser().resolve()) if local else None,
+        "files": {option: str(Path(path).expanduser().resolve()) for option, path in files.items()} or None,
+    }
+
+
+def _count(rows: Dataset | IterableDataset) -> int | None:
+    return len(rows) if isinstance(rows, Dataset) else None

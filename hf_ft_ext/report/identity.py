@@ -1,0 +1,75 @@
+"""What makes two runs the same but for their seed: data, model, method and settings."""
+
+import json
+from typing import Any
+
+from hf_ft_ext.data.tasks import TASKS
+from hf_ft_ext.report.read import Run
+from hf_ft_ext.training.sharing import of_the_machine
+
+# What does not change the result (what is logged, saved and evaluated beside), or what the seeds of a row differ in.
+# Model and data are compared by what they are, not by what was passed.
+_BESIDES = {
+    "method", "seed", "logging_steps", "logging_strategy", "logging_first_step", "save_strategy", "save_steps",
+    "save_total_limit", "do_train", "do_eval", "do_predict", "task_name", "dataset_name", "dataset_config_name",
+    "dataset_revision", "train_file", "validation_file", "test_file", "model_name_or_path", "max_predict_samples",
+}  # fmt: skip
+OF_THE_DATA = (
+    "max_train_samples", "max_eval_samples", "num_k", "few_shot_split", "few_shot_type", "max_seq_length", "data_seed",
+)  # fmt: skip
+NOT_RECORDED = "not recorded"
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """The arguments that may change a run's result."""
+    arguments = run.record["arguments"] or {}
+    return {key: value for key, value in arguments.items() if key not in _BESIDES and not of_the_machine(key)}
+
+
+def rows_of(run: Run) -> dict[str, Any]:
+    """Which rows a run trained on and was evaluated on: their number and content, by what a reader calls them."""
+    facts: dict[str, Any] = {
+        "evaluation only": run.record["train_seconds"] is None,
+        "processes": run.record["world_size"] or 1,
+    }
+    splits = (run.record["data"] or {}).get("splits")
+    for prefix, split in sorted(splits.items()) if isinstance(splits, dict) else ():
+        if prefix.partition("_")[0] in ("train", "eval") and isinstance(split, dict):
+            facts[f"{prefix} rows"] = split.get("rows")
+            facts[f"{prefix} content"] = split.get("content")
+    return facts
+
+
+def traits_of(run: Run) -> str:
+    """All that two runs of one row have in common, as a text to compare; task, model and data set aside."""
+    return json.dumps([settings_of(run), rows_of(run)], sort_keys=True, default=str)
+
+
+def model_of(run: Run) -> str:
+    """The model that a run started from: the folder it was read from, or its name."""
+    return (run.record["model_source"] or {}).get("folder") or run.record["model"]
+
+
+def source_of(run: Run) -> str:
+    """The data set of a run: Hub id, configuration and revision, folder, or files; empty for the demo's."""
+    arguments, task = run.record["arguments"] or {}, TASKS.get(run.record["task"])
+    options = ("train_file", "validation_file", "test_file")
+    data = run.record["data"]
+    if data is None:  # of an earlier version: what was passed, and the task's own data set
+        files = {option: arguments[option] for option in options if arguments.get(option)}
+        name, config = arguments.get("dataset_name"), arguments.get("dataset_config_name")
+        if not name and not files and task:
+            name, config = task.hub_id, config or task.hub_config
+        data = {"hub_id": name, "config": config, "files": files}
+    files = data.get("files")
+    if isinstance(files, dict) and files:
+        return ", ".join(str(files[option]) for option in options if option in files)
+    parts = [data.get("folder") or data.get("hub_id"), data.get("config"), data.get("revision")]
+    return ", ".join(str(part) for part in parts if part)
+
+
+def evaluated_content(run: Run) -> str | None:
+    """Hash of the rows that the first set of metrics is of, where the record has it."""
+    splits = (run.record["data"] or {}).get("splits")
+    split = splits.get("eval") if isinstance(splits, dict) else None
+    return split.get("content") if isinstance(split, dict) else None
