@@ -11,10 +11,15 @@ from types import ModuleType
 
 
 def register_adapters() -> None:
-    """Enter our adapter types in peft's tables from type to configuration, tuner and prefix; once is enough."""
+    """Enter our adapter types in peft's tables from type to configuration, tuner and prefix; once is enough.
+
+    From then on `AutoPeftModelForSequenceClassification` reads the configuration beside an adapter, too.
+    """
+    from hf_ft_ext.adapters.auto import read_configuration_beside_adapters
     from hf_ft_ext.adapters.table import enter
 
     enter()
+    read_configuration_beside_adapters()
 
 
 def register_when_peft_is_there() -> None:

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 
+from hf_ft_ext.adapters.folder import name_base, save_configuration
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.sparse.convert import merge_sparse, sparse_layers
 from hf_ft_ext.sparse.fixed import FixedSupport
@@ -21,8 +22,9 @@ from hf_ft_ext.sparse.layer import SparseGradLinear
 def export_lora(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write what training changed in `model` as a LoRA adapter that `PeftModel.from_pretrained(base, folder)` loads.
 
-    The head, and other modules that trained, are saved with the adapter (`modules_to_save`). The adapter belongs to
-    the weights that training started from. The model itself is left as it is.
+    The head, and other modules that trained, are saved with the adapter (`modules_to_save`), and the model's
+    configuration beside it. The adapter belongs to the weights that training started from. The model itself is left
+    as it is.
 
     Args:
         model: a converted model with structured support, after training.
@@ -60,7 +62,9 @@ def export_lora(model: nn.Module, folder: str | os.PathLike) -> None:
             lora = adapted.base_model.model.get_submodule(name)
             lora.lora_A["default"].weight.copy_(a)
             lora.lora_B["default"].weight.copy_(b)
+    name_base(adapted)
     adapted.save_pretrained(folder)
+    save_configuration(adapted, folder)
 
 
 def _factors(layer: SparseGradLinear) -> tuple[torch.Tensor, torch.Tensor]:

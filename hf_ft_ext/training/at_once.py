@@ -9,10 +9,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import TrainOutput, speed_metrics
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.saving import CompleteSaves
 from hf_ft_ext.training.sharding import refuse_sharding
 
 
-class AtOnceTrainer(Trainer):
+class AtOnceTrainer(CompleteSaves, Trainer):
     """`transformers.Trainer` whose `train()` calls `solve` once, in the place of all steps.
 
     Callbacks see one step. There is no optimizer and there are no checkpoints.

@@ -1,22 +1,15 @@
 """Training that has left the numbers stops: a loss of NaN or infinity, or weights that hold one, are never saved."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.saving import CompleteSaves
 
 _PATIENCE_FP16 = 20  # loss scaling skips single steps by itself and lowers its factor
 
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
-
-
-class StopAtNaN(_Trainer):
+class StopAtNaN(CompleteSaves):
     """For a `Trainer` (before it in the bases): raises an `InputError` instead of training on, or saving, NaN.
 
     transformers goes on and by default hides such losses from the log (`logging_nan_inf_filter`), looking at each
