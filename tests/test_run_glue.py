@@ -16,7 +16,7 @@ from peft import PeftModel
 from processes import finished
 from safetensors.torch import load_file
 from tiny import text_dataset, tiny_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import run_glue
 from hf_ft_ext.launch.results import split_suffix, without_secrets
@@ -139,7 +139,7 @@ def test_train_evaluate_predict(launch, method, capsys, tiny_bert_dir, tokenizer
         assert same("out", tiny_bert_dir) and "kernel_dir out/kernels" in line
         return
     names = {"AutoModelForSequenceClassification": AutoModelForSequenceClassification, "PeftModel": PeftModel}
-    model = eval(line, names).eval()
+    model = eval(line, {**names, "AutoConfig": AutoConfig}).eval()
     sentences = [row[0] for row in csv.reader(Path("test.csv").read_text().splitlines())][1:]
     with torch.no_grad():
         batch = tokenizer(sentences, padding=True, truncation=True, max_length=16, return_tensors="pt")

@@ -141,9 +141,122 @@ def check(model, trainer, names=NAMES):
     assert model.config.problem_type == "single_label_classification"
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("method", METHODS)
+def cells():
+    """Method, base and way to load; our own tuners do not go into a model by transformers' own loading yet."""
+    shared = pytest.mark.xfail(
+        strict=True, raises=ValueError, reason="peft takes the tuner for one with shared state (uses_shared_state)"
+    )
+    for method in METHODS:
+        for kind in BASES:
+            for route in ROUTES:
+                by_transformers = route in ("auto", "pipeline")
+                if method == "full-prefix" and by_transformers:  # see the next test
+                    continue
+                marks = [shared] if method.startswith("fisher") and by_transformers else []
+                yield pytest.param(method, kind, route, marks=marks)
+
+
+@pytest.mark.parametrize(("method", "kind", "route"), cells())
 def test_a_saved_adapter_gives_the_trained_labels_and_logits(saved, method, kind, route):
     trainer, folder = saved(method, kind)
     check(load(route, str(folder), printed(trainer, folder)), trainer)
+
+
+@pytest.mark.parametrize("route", ["auto", "pipeline"])
+def test_transformers_itself_refuses_prompt_learning(saved, route):
+    _, folder = saved("full-prefix", "size")
+    with pytest.raises(ValueError, match="does not support prompt learning"):
+        load(route, str(folder), "")
+
+
+@pytest.mark.parametrize(("method", "route"), [("lora", "auto"), ("lora", "printed"), ("fisher", "auto_peft")])
+def test_a_checkpoint_loads_as_the_result_does(saved, method, route):
+    trainer, folder = saved(method, "size")
+    checkpoint = folder / "checkpoint-2"
+    check(load(route, str(checkpoint), printed(trainer, checkpoint)), trainer)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_moved_folder_on_a_base_with_a_relative_path_loads(tmp_path, monkeypatch, tokenizer, route):
+    monkeypatch.chdir(tmp_path)
+    base_folder(tmp_path / "base", "size", tokenizer)
+    trainer = train("lora", "base", "out")
+    place = tmp_path / "elsewhere" / "run"
+    place.parent.mkdir()
+    shutil.move("out", place)
+    monkeypatch.chdir(place.parent)
+    check(load(route, "run", printed(trainer, "run")), trainer)
+
+
+def test_a_missing_base_is_named(tmp_path, tokenizer):
+    base = base_folder(tmp_path / "base", "fresh", tokenizer)
+    train("lora", base, tmp_path / "out", steps=1)
+    shutil.rmtree(base)
+    for route in ("auto", "auto_peft"):
+        with pytest.raises(OSError, match=base):
+            load(route, str(tmp_path / "out"), "")
+
+
+def test_the_configuration_beside_an_adapter_can_be_overruled(saved):
+    _, folder = saved("lora", "size")
+    names = {"id2label": {0: "x", 1: "y"}, "label2id": {"x": 0, "y": 1}}
+    model = AutoPeftModelForSequenceClassification.from_pretrained(str(folder), **names)
+    assert model.config.id2label == names["id2label"]
+
+
+def test_adapters_without_a_configuration_load_as_before(saved, tmp_path):
+    trainer, folder = saved("lora", "names")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(folder / name, tmp_path)
+    for route in ("auto", "auto_peft"):
+        model = load(route, str(tmp_path), "")
+        assert model.config.id2label == {0: "bad", 1: "good"}
+        torch.testing.assert_close(logits(model), logits(trainer.model), rtol=0, atol=1e-5)
+
+
+def test_regression_adapters_stay_regressions(tmp_path, tokenizer):
+    base = base_folder(tmp_path / "base", "size", tokenizer)
+    trainer = train("lora", base, tmp_path / "out", names=None, problem="regression")
+    for route in ROUTES:
+        model = load(route, str(tmp_path / "out"), printed(trainer, tmp_path / "out"))
+        assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+        torch.testing.assert_close(logits(model), logits(trainer.model), rtol=0, atol=1e-5)
+
+
+def test_the_best_checkpoint_is_what_is_saved(tmp_path, tokenizer):
+    base = base_folder(tmp_path / "base", "size", tokenizer)
+    evaluate = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    worst = {"metric_for_best_model": "eval_loss", "greater_is_better": True, "max_steps": 3, "save_total_limit": 1}
+    trainer = train("lora", base, tmp_path / "out", **{**evaluate, **worst})
+    best = trainer.state.best_model_checkpoint
+    check(load("auto", best, ""), trainer)
+    check(load("printed", str(tmp_path / "out"), loading_line(trainer)), trainer)
+
+
+def test_a_bf16_base_keeps_its_type(tmp_path, tokenizer):
+    base = base_folder(tmp_path / "base", "size", tokenizer)
+    AutoModelForSequenceClassification.from_pretrained(base).bfloat16().save_pretrained(base)
+    trainer = train("lora", base, tmp_path / "out")
+    for route in ROUTES:
+        model = load(route, str(tmp_path / "out"), printed(trainer, tmp_path / "out"))
+        assert model.get_input_embeddings().weight.dtype == trainer.model.get_input_embeddings().weight.dtype
+        torch.testing.assert_close(logits(model), logits(trainer.model), rtol=0, atol=1e-5)
+
+
+def test_a_base_in_several_files_and_one_of_pickles(tmp_path, tokenizer):
+    base = base_folder(tmp_path / "base", "size", tokenizer)
+    whole = AutoModelForSequenceClassification.from_pretrained(base)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    whole.save_pretrained(base, max_shard_size="20KB")
+    assert len(list((tmp_path / "base").glob("model-*.safetensors"))) > 1
+    trainer = train("lora", base, tmp_path / "out")
+    check(load("auto", str(tmp_path / "out"), ""), trainer)
+    for path in (tmp_path / "base").glob("model*"):
+        path.unlink()
+    torch.save(whole.state_dict(), tmp_path / "base" / "pytorch_model.bin")
+    trainer = train("lora", base, tmp_path / "other")
+    assert not (tmp_path / "other" / "model.safetensors.index.json").exists()
+    for route in ("auto_peft", "printed"):
+        check(load(route, str(tmp_path / "other"), printed(trainer, tmp_path / "other")), trainer)
+    with pytest.raises(OSError, match="no file named model.safetensors"):
+        load("auto", str(tmp_path / "other"), "")

@@ -86,7 +86,7 @@ def _factors_of(support: FixedSupport, change: torch.Tensor, shape: torch.Size) 
 
 
 def _trained_modules(model: nn.Module, layers: dict[str, SparseGradLinear]) -> list[str]:
-    """Top-most modules below the encoder, or beside it, that hold the other trained parameters."""
+    """Top-most modules below the encoder, or beside it, that hold the other trained parameters, or fresh ones."""
     trained = {
         name.rpartition(".")[0]
         for name, parameter in model.named_parameters()
@@ -99,5 +99,7 @@ def _trained_modules(model: nn.Module, layers: dict[str, SparseGradLinear]) -> l
             "sparse_train_rest='head', or save the whole model"
         )
     children = {name for name, _ in model.named_children()}
+    # What came without pretrained weights would be drawn anew when the base is loaded.
+    trained |= {name.rpartition(".")[0] for name in getattr(model, "fresh_parameters", ())} - set(layers)
     head = {name.split(".")[0] for name in trained if name.split(".")[0] in children - {model.base_model_prefix}}
     return sorted(head | {name for name in trained if name.split(".")[0] not in head})
