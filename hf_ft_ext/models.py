@@ -28,6 +28,7 @@ from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import load_prompt_model
 from hf_ft_ext.training.finite import first_not_finite
 from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.saving import plain_outputs
 from hf_ft_ext.training.sharding import whole_shape
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,8 @@ def load_tokenizer_and_model(
     masked language model's own: a `PromptForSequenceClassification`.
 
     A new head is drawn from `seed`; the global random state is left as it was. What was drawn anew is
-    listed in `model.fresh_parameters` (names), so that an adapter can save it. A model that already has these
+    listed in `model.fresh_parameters` (names), so that an adapter can save it; `model.loaded_from` holds revision and
+    cache folder, so that an adapter can name them. A model that already has these
     labels, in whatever order and case, keeps its own names and ids.
 
     Args:
@@ -72,6 +74,7 @@ def load_tokenizer_and_model(
             revision = model_args.model_revision
             model = load_prompt_model(name, config, tokenizer, data, data_args, revision=revision, **hub)
         model.fresh_parameters = frozenset()
+        model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
         return _fitted_together(tokenizer, model, name)
     _check_class(config, name)
     trained_labels = getattr(config, "num_labels", None)
@@ -87,6 +90,7 @@ def load_tokenizer_and_model(
             **hub,
         )
     _check_loaded(model, info, name, trained_labels)
+    model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
     return _fitted_together(tokenizer, model, name)
 
 
@@ -104,6 +108,7 @@ def _fitted_together(
         raise InputError(f"the weights of model {name!r} hold NaN or infinity in {bad}; save or download them again")
     _set_padding(model, tokenizer)
     declare_mean_loss(model)
+    plain_outputs(model)
     rows = whole_shape(model.get_input_embeddings().weight)[0]
     if len(tokenizer) > rows:
         raise InputError(

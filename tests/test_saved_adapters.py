@@ -24,6 +24,7 @@ from hf_ft_ext import (
     SparseTrainingArguments,
 )
 from hf_ft_ext.arguments import ModelArguments
+from hf_ft_ext.hub.push import shared_files
 from hf_ft_ext.launch.results import loading_line
 from hf_ft_ext.models import load_tokenizer_and_model
 from hf_ft_ext.sparse.export import export_lora
@@ -66,10 +67,12 @@ def base_folder(folder, kind: str, tokenizer) -> str:
     return str(folder)
 
 
-def train(method: str, base: str, folder, names=NAMES, problem="single_label_classification", steps=2, **settings):
+def train(method: str, base: str, folder, names=NAMES, problem="single_label_classification", steps=2, model_revision="main",
+          cache_dir=None, **settings):  # fmt: skip
     trainer_class, arguments, own = METHODS[method]
     data = SimpleNamespace(label_names=names, problem_type=problem)
-    tokenizer, model = load_tokenizer_and_model(ModelArguments(model_name_or_path=base), data, seed=1)
+    source = ModelArguments(model_name_or_path=base, model_revision=model_revision, cache_dir=cache_dir)
+    tokenizer, model = load_tokenizer_and_model(source, data, seed=1)
     rows = tiny_dataset(16, regression=names is None)
     settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": steps, **own, **settings}
     args = arguments(
@@ -195,6 +198,30 @@ def test_a_missing_base_is_named(tmp_path, tokenizer):
     for route in ("auto", "auto_peft"):
         with pytest.raises(OSError, match=base):
             load(route, str(tmp_path / "out"), "")
+
+
+def test_a_base_of_the_hub_keeps_its_revision_and_cache(tmp_path, tokenizer):
+    """Two revisions in a cache: the adapter belongs to the older one."""
+    cache, repository = tmp_path / "cache", tmp_path / "cache" / "models--me--tiny"
+    for commit, ref, kind in (("a" * 40, "v1", "size"), ("b" * 40, "main", "names")):
+        base_folder(repository / "snapshots" / commit, kind, tokenizer)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / ref).write_text(commit)
+    trainer = train("lora", "me/tiny", tmp_path / "out", model_revision="v1", cache_dir=str(cache))
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/tiny", "v1")
+    assert "revision='v1'" in loading_line(trainer)
+    check(load("auto", str(tmp_path / "out"), ""), trainer)
+    model = AutoPeftModelForSequenceClassification.from_pretrained(str(tmp_path / "out"), cache_dir=str(cache))
+    check(model, trainer)
+
+
+def test_the_index_of_base_weights_stays_on_this_machine(saved):
+    _, folder = saved("lora", "size")
+    assert {"config.json", "model.safetensors.index.json", "model-head.safetensors"} <= set(os.listdir(folder))
+    shared = {path.name for path in shared_files(folder)}
+    assert {"config.json", "adapter_config.json", "adapter_model.safetensors"} <= shared
+    assert not {"model.safetensors.index.json", "model-head.safetensors"} & shared
 
 
 def test_the_configuration_beside_an_adapter_can_be_overruled(saved):

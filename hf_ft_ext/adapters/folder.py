@@ -26,17 +26,28 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from hf_ft_ext.training.files import replacing, write_json, write_text
 
+ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEAD_FILE = "model-head.safetensors"
 _INSIDE = ("base_model.model.", "base_model.")  # what peft puts before a wrapped model's names; the latter of prompts
 
 
 def name_base(model: PeftModel) -> None:
-    """Make a base model that is a local folder an absolute path, so that the adapter loads from everywhere."""
+    """Name the base model so that the adapter loads from everywhere: a folder by absolute path, a Hub id by revision.
+
+    The revision is that of `model.loaded_from` (see `load_tokenizer_and_model`), where there is one.
+    """
+    base = model.get_base_model()
     for config in model.peft_config.values():
-        name = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None)
+        name = config.base_model_name_or_path or getattr(base, "name_or_path", None)
         if name and os.path.isdir(name):
             config.base_model_name_or_path = os.path.abspath(name)
+        elif config.revision is None and (revision := _loaded_from(base).get("revision")) != "main":
+            config.revision = revision
+
+
+def _loaded_from(base: nn.Module) -> dict:
+    return getattr(base, "loaded_from", {})
 
 
 def save_configuration(model: PeftModel, folder: str | os.PathLike) -> None:
@@ -53,10 +64,12 @@ def save_configuration(model: PeftModel, folder: str | os.PathLike) -> None:
     config.architectures = [type(base).__name__]
     config.dtype = str(base.dtype).removeprefix("torch.")
     write_text(folder / CONFIG_NAME, config.to_json_string())
-    files = weight_files(getattr(base, "name_or_path", None), model.active_peft_config.revision)
+    files = weight_files(
+        getattr(base, "name_or_path", None), model.active_peft_config.revision, _loaded_from(base).get("cache_dir")
+    )
     if not files or hasattr(type(base), "from_adapter"):  # a prompt model finds its base by itself
-        for name in (SAFE_WEIGHTS_INDEX_NAME, HEAD_FILE):
-            (folder / name).unlink(missing_ok=True)
+        for path in local_files(folder):
+            path.unlink()
         return
     shapes = {key: shape for path in files for key, shape in _shapes(path).items()}
     where = {key: str(path) for path in files for key in _shapes(path)}
@@ -68,7 +81,15 @@ def save_configuration(model: PeftModel, folder: str | os.PathLike) -> None:
     write_json(folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": {}, "weight_map": where})
 
 
-def weight_files(name: str | None, revision: str | None = None) -> list[Path]:
+def local_files(folder: str | os.PathLike) -> list[Path]:
+    """Files in an adapter's folder that are of use on this machine alone: the index of base weights and the head."""
+    folder = Path(folder)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return []
+    return [path for name in (SAFE_WEIGHTS_INDEX_NAME, HEAD_FILE) if (path := folder / name).is_file()]
+
+
+def weight_files(name: str | None, revision: str | None = None, cache_dir: str | None = None) -> list[Path]:
     """Local safetensors files of a model by absolute path; empty if there are none.
 
     Args:
@@ -82,8 +103,9 @@ def weight_files(name: str | None, revision: str | None = None) -> list[Path]:
         else:
             try:
                 path = cached_file(
-                    name, file, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False
-                )
+                    name, file, revision=revision, cache_dir=cache_dir, local_files_only=True,
+                    _raise_exceptions_for_missing_entries=False,
+                )  # fmt: skip
             except (OSError, ValueError):
                 path = None
         if path is None or not os.path.isfile(path):
@@ -122,4 +144,4 @@ def is_adapter_without_weights(folder: str | os.PathLike) -> bool:
     """Whether a local folder holds an adapter, and no weights of a whole model or index of them."""
     folder = Path(folder)
     whole = any(next(folder.glob(pattern), None) for pattern in ("model*.safetensors*", "pytorch_model*.bin*"))
-    return (folder / "adapter_config.json").is_file() and not whole
+    return (folder / ADAPTER_CONFIG).is_file() and not whole

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from hf_ft_ext.adapters.folder import local_files
 from hf_ft_ext.errors import InputError, PushError
 from hf_ft_ext.hub.card import ADAPTER_CONFIG, base_model, model_card
 from hf_ft_ext.training.files import write_text
@@ -36,7 +37,8 @@ def shared_files(folder: str | os.PathLike) -> list[Path]:
         parts = path.relative_to(folder).parts
         return not any(p.startswith((".", "_")) or any(fnmatch.fnmatch(p, n) for n in _NOT_SHARED) for p in parts)
 
-    return sorted(path for path in folder.rglob("*") if path.is_file() and wanted(path))
+    here_only = set(local_files(folder))
+    return sorted(path for path in folder.rglob("*") if path.is_file() and wanted(path) and path not in here_only)
 
 
 def push_run(
