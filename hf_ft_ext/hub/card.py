@@ -38,6 +38,7 @@ _OF_THE_MACHINE = {
 # Settled by the model that was pushed.
 _OF_THE_MODEL = {"model_name_or_path", "model_revision", "tokenizer_name", "from_linearhead"}
 _LIBRARY_OF = {  # where the names in a line of code that loads a model come from
+    "AutoConfig": "transformers",
     "AutoModelForSequenceClassification": "transformers",
     "PeftModel": "peft",
     "PromptForSequenceClassification": "hf_ft_ext",
@@ -128,7 +129,7 @@ def loading_snippet(folder: Path, record: dict[str, Any], repo_id: str) -> str:
     if "PeftModel" in names and local and base:
         line = line.replace(local.group(1), repr(base))
     imports = [f"from {_LIBRARY_OF[name]} import {name}" for name in names]
-    if set(names) <= {"AutoModelForSequenceClassification", "PeftModel"} and names:
+    if set(names) <= {"AutoConfig", "AutoModelForSequenceClassification", "PeftModel"} and names:
         if "PeftModel" in names and not _is_of_peft(folder):
             imports.append("import hf_ft_ext  # makes this kind of adapter known to peft")
         code = [f"model = {line.replace(repr(written), repr(repo_id))}"]
