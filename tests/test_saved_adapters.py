@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
-from tiny import SPECIAL, WORDS, tiny_dataset, tiny_masked_lm, tiny_model
+from tiny import SPECIAL, tiny_dataset, tiny_masked_lm, tiny_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
 
 from hf_ft_ext import (
@@ -48,7 +48,8 @@ METHODS = {
     "full-prefix": (FullTrainer, FullTrainingArguments, {"peft": "prefix_tuning",
                                                          "peft_config": {"num_virtual_tokens": 3}}),
     "gradientless": (GradientlessTrainer, GradientlessTrainingArguments, {"search_peft": "lora"}),
-    "sparse-export": (SparseTrainer, SparseTrainingArguments, {"sparse_support": "structured", "sparse_train_rest": "head"}),
+    "sparse-export": (SparseTrainer, SparseTrainingArguments,
+                      {"sparse_support": "structured", "sparse_train_rest": "head"}),
 }  # fmt: skip
 BASES = ["fresh", "size", "names"]
 ROUTES = ["auto", "auto_peft", "pipeline", "printed"]
@@ -67,9 +68,10 @@ def base_folder(folder, kind: str, tokenizer) -> str:
     return str(folder)
 
 
-def train(method: str, base: str, folder, names=NAMES, problem="single_label_classification", steps=2, model_revision="main",
-          cache_dir=None, **settings):  # fmt: skip
+def train(method: str, base: str, folder, names=NAMES, steps=2, model_revision="main", cache_dir=None, **settings):
+    """Two steps of a method on a base model; without names: a regression."""
     trainer_class, arguments, own = METHODS[method]
+    problem = "regression" if names is None else "single_label_classification"
     data = SimpleNamespace(label_names=names, problem_type=problem)
     source = ModelArguments(model_name_or_path=base, model_revision=model_revision, cache_dir=cache_dir)
     tokenizer, model = load_tokenizer_and_model(source, data, seed=1)
@@ -150,7 +152,7 @@ def cells():
         strict=True, raises=ValueError, reason="peft takes the tuner for one with shared state (uses_shared_state)"
     )
     for method in METHODS:
-        for kind in BASES:
+        for kind in ["size"] if method.startswith("fisher-") else BASES:
             for route in ROUTES:
                 by_transformers = route in ("auto", "pipeline")
                 if method == "full-prefix" and by_transformers:  # see the next test
@@ -243,7 +245,7 @@ def test_adapters_without_a_configuration_load_as_before(saved, tmp_path):
 
 def test_regression_adapters_stay_regressions(tmp_path, tokenizer):
     base = base_folder(tmp_path / "base", "size", tokenizer)
-    trainer = train("lora", base, tmp_path / "out", names=None, problem="regression")
+    trainer = train("lora", base, tmp_path / "out", names=None)
     for route in ROUTES:
         model = load(route, str(tmp_path / "out"), printed(trainer, tmp_path / "out"))
         assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
@@ -285,5 +287,5 @@ def test_a_base_in_several_files_and_one_of_pickles(tmp_path, tokenizer):
     assert not (tmp_path / "other" / "model.safetensors.index.json").exists()
     for route in ("auto_peft", "printed"):
         check(load(route, str(tmp_path / "other"), printed(trainer, tmp_path / "other")), trainer)
-    with pytest.raises(OSError, match="no file named model.safetensors"):
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         load("auto", str(tmp_path / "other"), "")
