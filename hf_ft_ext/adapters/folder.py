@@ -64,9 +64,8 @@ def save_configuration(model: PeftModel, folder: str | os.PathLike) -> None:
     config.architectures = [type(base).__name__]
     config.dtype = str(base.dtype).removeprefix("torch.")
     write_text(folder / CONFIG_NAME, config.to_json_string())
-    files = weight_files(
-        getattr(base, "name_or_path", None), next(iter(model.peft_config.values())).revision, _loaded_from(base).get("cache_dir")
-    )
+    revision = next(iter(model.peft_config.values())).revision
+    files = weight_files(getattr(base, "name_or_path", None), revision, _loaded_from(base).get("cache_dir"))
     if not files or hasattr(type(base), "from_adapter"):  # a prompt model finds its base by itself
         for path in local_files(folder):
             path.unlink()
