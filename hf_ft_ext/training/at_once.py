@@ -12,10 +12,11 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.training.devices import refuse_data_parallel
 from hf_ft_ext.training.precision import refuse_fp16_on_cpu
 from hf_ft_ext.training.quantized import move, quantized_base
+from hf_ft_ext.training.saving import CompleteSaves
 from hf_ft_ext.training.sharding import refuse_sharding
 
 
-class AtOnceTrainer(Trainer):
+class AtOnceTrainer(CompleteSaves, Trainer):
     """`transformers.Trainer` whose `train()` calls `solve` once, in the place of all steps.
 
     Callbacks see one step. There is no optimizer and there are no checkpoints.

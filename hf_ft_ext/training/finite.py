@@ -1,24 +1,17 @@
 """Training that has left the numbers stops: a loss of NaN or infinity, or weights that hold one, are never saved."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.training.devices import refuse_data_parallel
 from hf_ft_ext.training.precision import refuse_fp16_on_cpu, warn_of_lost_updates
+from hf_ft_ext.training.saving import CompleteSaves
 
 _PATIENCE_FP16 = 20  # loss scaling skips single steps by itself and lowers its factor
 
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
-
-
-class StopAtNaN(_Trainer):
+class StopAtNaN(CompleteSaves):
     """For a `Trainer` (before it in the bases): raises an `InputError` instead of training on, or saving, NaN.
 
     It is the base of all trainers that take steps, so it refuses `torch.nn.DataParallel` for them too.
