@@ -20,6 +20,7 @@ DEFAULT_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _READINGS = {NONE: "without quotes", MINIMAL: "with quotes", BACKSLASH: 'with quotes, \\" inside them'}
 _LONE_RETURN = "\ufdd0"  # stands for a lone "\r", which `csv` takes for a line end; Unicode keeps it free for such uses
+_ENOUGH = 5  # quoted fields that show a habit
 _FIELD_LIMIT = 2**31 - 1  # characters; csv's own limit is 131,072
 
 
@@ -122,6 +123,7 @@ class _Survey:
     closed_too: Counter = field(default_factory=Counter)  # by column
     doubled: int = 0
     commas: tuple[int, int] = (0, 0)  # fields with a comma: in quotes, not in quotes
+    header_quoted: bool = False
 
 
 def _survey(file: TextFile, dialect: Dialect, names: Sequence[str] | None, limit: int | None) -> _Survey:
@@ -134,6 +136,7 @@ def _survey(file: TextFile, dialect: Dialect, names: Sequence[str] | None, limit
             if dialect.quoting == NONE:
                 _look_at_quotes(survey, fields)
             if not survey.header:
+                survey.header_quoted = dialect.header and survey.opened == survey.closed_too.total() == len(fields)
                 survey.header = list(names) if names else [name.strip() for name in fields]
                 if not names:
                     continue
@@ -263,13 +266,14 @@ def _quoted_or_not(
 def _written_with_quotes(plain: _Survey) -> bool:
     """Whether the quotes of a file that fits both readings look like a program's.
 
-    A program doubles quotes inside quotes, quotes whole columns, or, as Excel does, every field that has a comma.
+    A program quotes the header, doubles quotes inside quotes, quotes whole columns, or, as Excel does, every field
+    that has a comma.
     """
-    everything = plain.rows + plain.dialect.header
-    whole = any(count in (plain.rows, everything) for count in plain.closed_too.values()) and plain.rows > 1
+    whole = plain.rows in plain.closed_too.values() and plain.rows >= _ENOUGH
     inside, outside = plain.commas
-    excel = inside > 1 and not outside and inside == plain.opened
-    return plain.opened == plain.closed_too.total() and (plain.doubled > 0 or whole or excel)
+    excel = inside >= _ENOUGH and not outside and inside == plain.opened
+    likely = plain.header_quoted or plain.doubled > 0 or whole or excel
+    return likely and plain.opened == plain.closed_too.total()
 
 
 def _said(found: tuple[Dialect, list[str]], why: str) -> tuple[Dialect, list[str]]:

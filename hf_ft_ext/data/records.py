@@ -59,7 +59,7 @@ class Records:
                     raise ValueError(f"{type(row).__name__} instead of an object")
             except ValueError as error:
                 if not skip_faults:
-                    raise Unreadable(f"line {number}: {error}", _CURE) from None
+                    raise Unreadable(f"line {number}: {getattr(error, 'msg', error)}", _CURE) from None
                 row = None
             yield row
 

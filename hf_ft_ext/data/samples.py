@@ -57,6 +57,8 @@ def sampled(split: str, data: Dataset, data_args: DataArguments, seed: int | Non
         order = draw_order(range(len(data)), DEFAULT_SEED if seed is None else seed)
         if data_args.sample == RANDOM or labels is None:
             rows = order[:limit]
+        elif labels.ndim > 1:
+            raise InputError(f"--sample {STRATIFIED} needs one label per row, and here are several; pass {RANDOM}")
         elif isinstance(data.features[LABEL], ClassLabel):
             rows = _of_classes(order, labels, limit)
         else:

@@ -39,6 +39,7 @@ from hf_ft_ext.prompts.loading import check_prompt_options
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
 from hf_ft_ext.prompts.saving import SavePrompt
+from hf_ft_ext.training.batches import check_full_batch
 from hf_ft_ext.training.checkpoints import SealCheckpoints
 from hf_ft_ext.training.resources import ResourceMonitor
 
@@ -109,6 +110,7 @@ def load(
                 **source,
             )
         if args.do_train:
+            check_full_batch(args, data.train)
             check_optimizer(trainer)
         check_checkpoint(trainer, run_args.method)
         return trainer

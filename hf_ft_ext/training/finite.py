@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.batches import check_full_batch
 
 _PATIENCE_FP16 = 20  # loss scaling skips single steps by itself and lowers its factor
 
@@ -19,11 +21,17 @@ else:
 class StopAtNaN(_Trainer):
     """For a `Trainer` (before it in the bases): raises an `InputError` instead of training on, or saving, NaN.
 
+    It also refuses an epoch without a batch (see `check_full_batch`).
+
     transformers goes on and by default hides such losses from the log (`logging_nan_inf_filter`), looking at each
     step's loss to do so; looking here costs the same.
     """
 
     _not_finite = 0
+
+    def get_train_dataloader(self) -> DataLoader:
+        check_full_batch(self.args, self.train_dataset)
+        return super().get_train_dataloader()
 
     def training_step(self, *positional, **kwargs) -> torch.Tensor:
         return self.finite_loss(super().training_step(*positional, **kwargs))
