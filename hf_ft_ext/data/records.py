@@ -83,7 +83,7 @@ class Records:
         A column `text` that holds texts and numbers is text.
         """
         found: dict[str, set[str]] = {name: set() for name in self.names}
-        for fields in islice(self.records(skip_faults=limit is not None), limit):
+        for fields in islice(self.records(), limit):
             for name, value in zip(self.names, fields or (), strict=False):
                 if value is not None:
                     found[name].add(_kind(value))
@@ -135,7 +135,7 @@ def open_records(path: str, limit: int | None = None) -> tuple[Records, list[str
         layout, field, notes = _layout(_objects(file))
     found = Records(file, layout, field)
     names: dict[str, None] = {}
-    for row in islice(found.rows(skip_faults=limit is not None), limit):
+    for row in islice(found.rows(), limit):
         names.update(dict.fromkeys(row or ()))
     return Records(file, layout, field, tuple(names)), notes
 

@@ -125,6 +125,11 @@ def open_source(
             "or leave it out"
         )
     reading = _reading(data_args, task)
+    for option in ("train_split", "validation_split", "test_split"):
+        if files and getattr(data_args, option):
+            raise InputError(
+                f"--{option} chooses splits of a data set, and --{next(iter(files))} is a file; leave one of them out"
+            )
     if files:
         return _open_files(files, reading, cache_dir, data_args.streaming)
     if data_args.dataset_name is None and task is not None and task.hub_id is None:
@@ -202,6 +207,11 @@ def _open_dataset(
                 "folder; leave it out"
             )
         name = str(folder.resolve())
+        if glob.has_magic(name):
+            raise InputError(
+                f"data set folder {name}: the data sets library takes * ? [ in a path for a pattern; rename the folder, "
+                "or pass its files with --train_file and --validation_file"
+            )
         advice = "pass a folder that holds csv, json or parquet files, or whose README.md lists them"
         faults = _local_faults(f"data set folder '{name}'", advice)
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None or name.startswith("."):

@@ -81,7 +81,7 @@ def _wider(kind: str, value: str) -> str:
     if _INFINITE.fullmatch(value):
         return _INFINITE_ONLY if kind in (UNKNOWN, _INFINITE_ONLY) else FLOAT
     # A whole number too long for an int64 is a name, such as an id.
-    if not _FLOAT.fullmatch(value) or (value.lstrip("-").isdecimal() and not _INT.fullmatch(value)):
+    if not _FLOAT.fullmatch(value) or (value.lstrip("+-").isdecimal() and not _INT.fullmatch(value)):
         return TEXT
     return FLOAT
 
