@@ -192,7 +192,8 @@ class DataArguments(FewShotArguments):
     train_split: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Splits of the data set to train on, one behind the other (ANLI: train_r1 train_r2); none = `train`."
+            "help": "Splits of the data set to train on, one behind the other (ANLI: train_r1 train_r2); none = "
+            "`train`."
         },
     )
     validation_split: list[str] | None = field(
@@ -209,8 +210,8 @@ class DataArguments(FewShotArguments):
     quoting: str = field(
         default="auto",
         metadata={
-            "help": "Double quotes in csv and tsv files. auto: decided by each file, and logged; none: they are part of "
-            "the text, as in GLUE's files; minimal: they enclose fields and are doubled inside; backslash: they "
+            "help": "Double quotes in csv and tsv files. auto: decided by each file, and logged; none: they are part "
+            "of the text, as in GLUE's files; minimal: they enclose fields and are doubled inside; backslash: they "
             "enclose fields and have a backslash before them inside.",
             "choices": QUOTINGS,
         },
@@ -262,8 +263,8 @@ class DataArguments(FewShotArguments):
         default="first",
         metadata={
             "help": "Which rows max_train_samples and max_eval_samples keep. first: the first ones; random: drawn by "
-            "`data_seed` (13 if none is given); stratified: drawn with the shares of the classes (regression: over the "
-            "whole scale). They keep their order.",
+            "`data_seed` (13 if none is given); stratified: drawn with the shares of the classes (regression: over "
+            "the whole scale). They keep their order.",
             "choices": SAMPLES,
         },
     )

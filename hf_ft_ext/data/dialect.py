@@ -19,7 +19,9 @@ AUTO, NONE, MINIMAL, BACKSLASH = QUOTINGS
 DEFAULT_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _READINGS = {NONE: "without quotes", MINIMAL: "with quotes", BACKSLASH: 'with quotes, \\" inside them'}
-_LONE_RETURN = "\ufdd0"  # stands for a lone "\r", which `csv` takes for a line end; Unicode keeps it free for such uses
+_LONE_RETURN = (
+    "\ufdd0"  # stands for a lone "\r", which `csv` takes for a line end; Unicode keeps it free for such uses
+)
 _ENOUGH = 5  # quoted fields that show a habit
 _FIELD_LIMIT = 2**31 - 1  # characters; csv's own limit is 131,072
 
@@ -326,9 +328,11 @@ def _ragged(survey: _Survey) -> Unreadable:
     if set(survey.widths) == {named + 1}:
         return Unreadable(
             f"every row has {named + 1} fields, but {header}: a {delimiter} too many in each, perhaps inside a text",
-            f'put texts that hold a {delimiter} into double quotes, or name all columns in the header',
+            f"put texts that hold a {delimiter} into double quotes, or name all columns in the header",
         )
-    cause = f"{count:,} of {survey.rows:,} rows do not fit: line {line} has {width} field{'s' * (width != 1)}, {header}"
+    cause = (
+        f"{count:,} of {survey.rows:,} rows do not fit: line {line} has {width} field{'s' * (width != 1)}, {header}"
+    )
     if width > named:
         return Unreadable(
             f"{cause}; perhaps a {delimiter} inside a text", f"put texts that hold a {delimiter} into double quotes"

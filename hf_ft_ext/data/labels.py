@@ -89,7 +89,10 @@ def check_missing(raw: RawLabels) -> None:
 
 
 def problem_type(raws: Sequence[RawLabels], task: Task | None, wanted: str | None = None) -> str:
-    """Return the task's problem type, or for own data what is `wanted` or the first split's labels say: see the log."""
+    """Return the task's problem type, or for own data the `wanted` one, or what the first split's labels say.
+
+    Floats mean regression; the log says so.
+    """
     if task is not None:
         return task.problem_type
     if wanted is not None:

@@ -74,8 +74,8 @@ def load_data(
     task = None if own else get_task(data_args.task_name or "demo")
     if task is not None and data_args.problem_type not in (None, task.problem_type):
         raise InputError(
-            f"--problem_type {data_args.problem_type}: task '{task.name}' is {task.problem_type}; leave --task_name or "
-            "--problem_type out"
+            f"--problem_type {data_args.problem_type}: task '{task.name}' is {task.problem_type}; leave --task_name "
+            "or --problem_type out"
         )
     if task is not None and task.name == "demo" and (files or data_args.dataset_name):
         raise InputError("task 'demo' makes its own data; leave --task_name out to load files or --dataset_name")

@@ -105,7 +105,7 @@ def open_own_files(
 
 
 def _converted(values: dict[str, Any], features: Features, cache_dir: str | None) -> Dataset:
-    """All rows as a file of the cache, written at the first call, in batches: `Dataset.from_generator` takes five times as long."""
+    """All rows as a file of the cache, written at the first call: faster than `Dataset.from_generator` row by row."""
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "own_files"
     path = folder / f"{Hasher.hash((values, features))}.arrow"
     schema = features.arrow_schema

@@ -64,7 +64,7 @@ class Records:
             yield row
 
     def _parts(self) -> Iterator[dict]:
-        content = _objects(self.file)
+        content: Any = _objects(self.file)
         if self.layout != _OBJECTS:
             content = content[0]
         if self.layout == _FIELD:

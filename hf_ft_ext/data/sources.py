@@ -114,16 +114,12 @@ def open_source(
         raise InputError(
             f"both --dataset_name {data_args.dataset_name} and --{next(iter(files))} are given; pass one of them"
         )
-    if data_args.dataset_config_name and (files or not (data_args.dataset_name or (task and task.hub_id))):
-        raise InputError(
-            f"--dataset_config_name {data_args.dataset_config_name} has nothing to choose from; pass --dataset_name "
-            "with it, or leave it out"
-        )
-    if data_args.dataset_revision is not None and (files or not (data_args.dataset_name or (task and task.hub_id))):
-        raise InputError(
-            f"--dataset_revision {data_args.dataset_revision} has nothing to choose from; pass --dataset_name with it, "
-            "or leave it out"
-        )
+    for option in ("dataset_config_name", "dataset_revision"):
+        value = getattr(data_args, option)
+        if value and (files or not (data_args.dataset_name or (task and task.hub_id))):
+            raise InputError(
+                f"--{option} {value} has nothing to choose from; pass --dataset_name with it, or leave it out"
+            )
     reading = _reading(data_args, task)
     for option in ("train_split", "validation_split", "test_split"):
         if files and getattr(data_args, option):
@@ -142,7 +138,9 @@ def open_source(
 def _reading(data_args: DataArguments, task: Task | None) -> Reading:
     """What the arguments say on the columns of own files."""
     wanted = data_args.label_column
-    labels = {wanted} if isinstance(wanted, str) else set(wanted or (task.label_columns if task else ("label", "labels")))
+    labels = (
+        {wanted} if isinstance(wanted, str) else set(wanted or (task.label_columns if task else ("label", "labels")))
+    )
     known = (*(task.text_columns if task else ()), *USUAL_TEXT)
     text = set(data_args.text_columns or (column for columns in known for column in columns))
     names = tuple(data_args.column_names) if data_args.column_names else None
@@ -173,12 +171,12 @@ def _open_files(
         }
         return open_own_files(named, reading, cache_dir=cache_dir, streamed=("train",) if streaming else ())
     splits = {}
-    for option, path in paths.items():
+    for option, place in paths.items():
         with _local_faults(f"--{option} {files[option]}", "check that it holds rows and is a valid .parquet file"):
             # One call for each file: the test file may lack the label column. The cache notices edited files.
             splits[option.removesuffix("_file")] = load_dataset(
                 kind,
-                data_files={"train": glob.escape(path)},  # a path, not a pattern
+                data_files={"train": glob.escape(place)},  # a path, not a pattern
                 split="train",
                 cache_dir=cache_dir,
                 streaming=streaming and option == "train_file",
@@ -209,8 +207,8 @@ def _open_dataset(
         name = str(folder.resolve())
         if glob.has_magic(name):
             raise InputError(
-                f"data set folder {name}: the data sets library takes * ? [ in a path for a pattern; rename the folder, "
-                "or pass its files with --train_file and --validation_file"
+                f"data set folder {name}: the data sets library takes * ? [ in a path for a pattern; rename the "
+                "folder, or pass its files with --train_file and --validation_file"
             )
         advice = "pass a folder that holds csv, json or parquet files, or whose README.md lists them"
         faults = _local_faults(f"data set folder '{name}'", advice)

@@ -62,7 +62,9 @@ def find_roles(
 def _named(source: dict, option: str, wanted: Sequence[str]) -> list[str]:
     for name in wanted:
         if name not in source:
-            raise InputError(f"--{option} {name}: the data has no such split, but {', '.join(source)}; pass one of them")
+            raise InputError(
+                f"--{option} {name}: the data has no such split, but {', '.join(source)}; pass one of them"
+            )
     return list(dict.fromkeys(wanted))
 
 

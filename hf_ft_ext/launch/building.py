@@ -110,7 +110,8 @@ def load(
                 **source,
             )
         if args.do_train:
-            check_full_batch(args, data.train)
+            if not args.needs_all_rows:
+                check_full_batch(args, data.train)
             check_optimizer(trainer)
         check_checkpoint(trainer, run_args.method)
         return trainer

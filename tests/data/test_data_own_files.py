@@ -122,7 +122,11 @@ def test_only_test_data(load, write):
             {},
             r"numbers such as '0.25' for labels, but row 2 \(counted from 0\) has 'NA'",
         ),
-        ({"text": ["a"], "label": [1]}, {"problem_type": "ranking"}, "--problem_type 'ranking' is unknown; choose from"),
+        (
+            {"text": ["a"], "label": [1]},
+            {"problem_type": "ranking"},
+            "--problem_type 'ranking' is unknown; choose from",
+        ),
         (
             {"sentence": ["a"], "label": [1]},
             {"problem_type": "regression", "task_name": "sst2"},
@@ -190,7 +194,9 @@ def test_faults_of_files(load, tmp_path):
 )
 def test_malformed_files(load, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"cannot read --train_file .*{name} \(\w+.*(check that it|write one object)"):
+    with pytest.raises(
+        InputError, match=rf"cannot read --train_file .*{name} \(\w+.*(check that it|write one object)"
+    ):
         load(train_file=name)
     (tmp_path / "a.csv").write_bytes(b"text,label\n")
     with pytest.raises(InputError, match="split 'train' holds no rows"):

@@ -185,5 +185,5 @@ def test_a_batch_of_empty_texts_goes_through_the_model(bare_tokenizer):
 
 def test_a_text_without_tokens_and_no_token_for_it(bare_tokenizer):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare_tokenizer.backend_tokenizer)
-    with pytest.raises(InputError, match="row 1 of split 'train' .* has no tokens.*fill or remove the row"):
+    with pytest.raises(InputError, match=r"row 1 of split 'train' .* has no tokens.*fill or remove the row"):
         tokenize(task_data(texts("a", "", labels=[0, 1])), tokenizer, arguments())

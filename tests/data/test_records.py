@@ -70,7 +70,9 @@ def test_nested_columns(load, caplog):
     assert load(lines(rows)).train.column_names == ["text", "label"]
     assert "column 'meta' is left out: it is nested" in caplog.text
     for column in ("meta", "odd"):
-        with pytest.raises(InputError, match=f"column '{column}' is nested or holds values of several types.*write one"):
+        with pytest.raises(
+            InputError, match=f"column '{column}' is nested or holds values of several types.*write one"
+        ):
             load(lines(rows).replace('"odd": 1', '"odd": [1]'), label_column=column)
 
 
@@ -83,7 +85,10 @@ def test_nested_columns(load, caplog):
         ('[{"text": "a",\n "label": 0},\n {"text" "b"}]', "line 3: Expecting ':' delimiter.*correct it"),
         ('["a", "b"]', "entry 0 of its list is str instead of an object"),
         ('"a"', "it holds one str"),
-        (json.dumps({"train": ROWS, "test": ROWS}), "any of the fields train, test.*each of them to a file of its own"),
+        (
+            json.dumps({"train": ROWS, "test": ROWS}),
+            "any of the fields train, test.*each of them to a file of its own",
+        ),
         (b'{"text": "caf\xe9", "label": 0}\n', "line 1 has the byte 0xe9, which is not UTF-8.*iconv"),
         (json.dumps({"text": {"en": "a"}, "label": 0}), "column 'text' is nested"),
     ],

@@ -45,7 +45,9 @@ def write(folder, **splits):
 def test_several_training_splits_need_a_choice(load, tmp_path, streaming):
     splits = {"train_r1": [0, 1], "train_r2": [2], "dev_r1": [0], "dev_r2": [1], "test_r1": [2]}
     path = write(tmp_path / "anli", **splits)
-    with pytest.raises(InputError, match="several training splits: train_r1, train_r2; pass those .* to --train_split"):
+    with pytest.raises(
+        InputError, match=r"several training splits: train_r1, train_r2; pass those .* to --train_split"
+    ):
         load(dataset_name=path, streaming=streaming)
     data = load(dataset_name=path, streaming=streaming, train_split=["train_r2", "train_r1"])
     assert [row["text"] for row in data.train] == ["train_r2 0", "train_r1 0", "train_r1 1"]
@@ -73,7 +75,7 @@ def test_the_default_configuration_is_taken(load, tmp_path, caplog):
     assert load(dataset_name=path).train["text"][:] == ["two__train 0", "two__train 1"]
     assert "configuration 'two', the data set's default, of: one, two" in caplog.text
     assert load(dataset_name=path, dataset_config_name="one").train["text"][0] == "one__train 0"
-    with pytest.raises(InputError, match="has no configuration 'rte'; pass one of these .*: one, two"):
+    with pytest.raises(InputError, match=r"has no configuration 'rte'; pass one of these .*: one, two"):
         load(dataset_name=path, task_name="rte")
 
 
@@ -105,9 +107,9 @@ def test_a_cached_data_set_loads_without_the_hub(load, cached):
     assert load(dataset_name="someone/set").train["text"][:] == ["one 0", "one 1"]
     cached("someone/set", "rte", [1, 2])
     assert load(dataset_name="someone/set", dataset_config_name="rte").train["text"][:] == ["rte 0", "rte 1"]
-    with pytest.raises(InputError, match="multiple 'someone/set' configurations .* one.*--dataset_config_name"):
+    with pytest.raises(InputError, match=r"multiple 'someone/set' configurations .* one.*--dataset_config_name"):
         load(dataset_name="someone/set")
-    with pytest.raises(InputError, match="cannot load data set 'someone/set' .*config 'two'"):
+    with pytest.raises(InputError, match=r"cannot load data set 'someone/set' .*config 'two'"):
         load(dataset_name="someone/set", dataset_config_name="two")
     with pytest.raises(InputError, match="the Hub cannot be reached"):
         load(dataset_name="someone/other")

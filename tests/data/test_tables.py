@@ -63,7 +63,9 @@ FORMS = {
 def test_real_rows_come_back_from_every_form(load, data_root, tmp_path, name, columns):
     path = str(next((data_root / name).glob("train-*.parquet")))
     source = load_dataset("parquet", data_files=path, split="train", cache_dir=str(tmp_path / "cache"))
-    everything = [list(row) for row in zip(*(source[c][:] for c in columns), map(str, source["label"][:]), strict=True)]
+    everything = [
+        list(row) for row in zip(*(source[c][:] for c in columns), map(str, source["label"][:]), strict=True)
+    ]
     with_quotes = [row for row in everything if any('"' in value for value in row)]
     for form, (delimiter, quoting) in FORMS.items():
         rows = everything if quoting is None else with_quotes + everything[::50]
@@ -111,7 +113,7 @@ def test_a_reading_can_be_forced(load):
     assert texts(load(content, "t.tsv", quoting="minimal")) == [("a",), ("b",)]
     assert texts(load(content.replace("\t", ","))) == [("a",), ("b",)]
     assert texts(load(content.replace("\t", ","), quoting="none")) == [('"a"',), ('"b"',)]
-    with pytest.raises(InputError, match="line 2: ',' expected after '\"'.*double every"):
+    with pytest.raises(InputError, match=r"""line 2: ',' expected after '"'.*double every"""):
         load('text,label\n"a" b,0\n', quoting="minimal")
     with pytest.raises(InputError, match="--quoting is about csv and tsv files, and these are json"):
         load('{"text": "a", "label": 0}\n', "t.jsonl", quoting="none")
@@ -119,7 +121,7 @@ def test_a_reading_can_be_forced(load):
 
 def test_a_csv_that_can_be_read_in_two_ways_is_refused(load):
     content = 'text,label\n"one,1\ntwo",0\n'
-    with pytest.raises(InputError, match="in two ways: 2 rows without quotes, 1 with quotes.*--quoting none"):
+    with pytest.raises(InputError, match=r"in two ways: 2 rows without quotes, 1 with quotes.*--quoting none"):
         load(content)
     assert len(load(content, quoting="none").train) == 2
 
@@ -217,7 +219,9 @@ def test_a_label_column_with_capitals(load):
 def test_files_without_a_header(load):
     data = load("x,a\ny,b\n", column_names=["label", "text"])
     assert texts(data) == [("a",), ("b",)]
-    with pytest.raises(InputError, match="'1' looks like data: if a csv or tsv file has no header line.*--column_names"):
+    with pytest.raises(
+        InputError, match=r"'1' looks like data: if a csv or tsv file has no header line.*--column_names"
+    ):
         load("good,1\nbad,0\n")
     with pytest.raises(InputError, match="every row has 3 fields, but the header has 2"):
         load("x,a,c\ny,b,d\n", column_names=["label", "text"])
@@ -226,7 +230,10 @@ def test_files_without_a_header(load):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ("text,label\nit, was,1\nso, so,0\n", "every row has 3 fields, but the header has 2 .*comma too many.*double quotes"),
+        (
+            "text,label\nit, was,1\nso, so,0\n",
+            "every row has 3 fields, but the header has 2 .*comma too many.*double quotes",
+        ),
         ("text,label\na,1\nit, was,0\nb,0\n", "1 of 3 rows do not fit: line 3 has 3 fields, the header has 2.*quotes"),
         ("text,label\na,1\nb\n,0\n", "1 of 3 rows do not fit: line 3 has 1 field, the header has 2.*line break"),
         ("text,text,label\na,b,1\n", "2 of its columns are named 'text'.*rename all but one"),
