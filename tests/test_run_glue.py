@@ -388,7 +388,7 @@ def test_search_without_optuna(launch, monkeypatch, capsys):
         (["--push_to_hub"], None, "--push_to_hub: the Hub repository cannot be made"),
         (["--task_name", "colla"], [], "colla"),
         (["--do_train", "--dataloader_drop_last", "--per_device_train_batch_size", "64"], ["--train_file", "train.csv"],
-         "drops every batch: the training data has 32 rows, fewer than a batch of 64; pass a per_device_train_batch"),
+         "drops every batch: the training data has 32 rows, fewer than a batch of 64; pass a per_device_train"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_before_training(launch, capsys, argv, data, message):
