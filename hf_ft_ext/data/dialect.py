@@ -139,6 +139,8 @@ def _survey(file: TextFile, dialect: Dialect, names: Sequence[str] | None, limit
                 _look_at_quotes(survey, fields)
             if not survey.header:
                 survey.header_quoted = dialect.header and survey.opened == survey.closed_too.total() == len(fields)
+                if names and [name.strip() for name in fields] == list(names):
+                    raise Unreadable("its first line is a header line", "leave --column_names out")
                 survey.header = list(names) if names else [name.strip() for name in fields]
                 if not names:
                     continue
@@ -240,11 +242,12 @@ def _quoted_or_not(
             fits[survey.dialect.quoting] = _fitted(survey)
         except Unreadable as fault:
             faults[survey.dialect.quoting] = fault
-    if not fits:
+    if not fits or (MINIMAL not in fits and plain.header_quoted):  # R and databases write backslashes
         try:
             return _said(_fitted(_survey(file, replace(base, quoting=BACKSLASH), names, limit)), "only so it fits")
         except Unreadable:
             pass
+    if not fits:
         likely, other = (NONE, MINIMAL) if base.delimiter == "\t" else (MINIMAL, NONE)
         raise Unreadable(
             f"{_READINGS[likely]}: {faults[likely].cause}; {_READINGS[other]}: {faults[other].cause}",

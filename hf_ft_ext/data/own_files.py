@@ -1,5 +1,6 @@
 """Files that people write themselves (csv, tsv, json, jsonl) as data sets, their values as they are written."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,7 +12,6 @@ from typing import Any
 import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, IterableDataset, Value
-from datasets.fingerprint import Hasher
 
 from hf_ft_ext.data.dialect import AUTO
 from hf_ft_ext.data.records import LIST_OF, NESTED, Records, open_records
@@ -107,7 +107,7 @@ def open_own_files(
 def _converted(values: dict[str, Any], features: Features, cache_dir: str | None) -> Dataset:
     """All rows as a file of the cache, written at the first call: faster than `Dataset.from_generator` row by row."""
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "own_files"
-    path = folder / f"{Hasher.hash((values, features))}.arrow"
+    path = folder / f"{hashlib.sha256(repr((values, features)).encode()).hexdigest()[:32]}.arrow"
     schema = features.arrow_schema
     if not path.is_file():
         unfinished = path.with_suffix(f".{os.getpid()}")

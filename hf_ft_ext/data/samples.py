@@ -65,6 +65,19 @@ def sampled(split: str, data: Dataset, data_args: DataArguments, seed: int | Non
             rows = _of_scale(order, labels, limit)
     if labels is not None and isinstance(data.features[LABEL], ClassLabel):
         _say_what_is_lost(split, f"--{option} {limit}", data, labels, rows, data_args.sample)
+    elif labels is not None and labels.ndim == 1 and 2 * np.ptp(labels[rows]) < np.ptp(labels):
+        logger.warning(
+            "--%s %d: the rows of split '%s' have scores from %g to %g, all rows from %g to %g; --sample %s draws "
+            "from the whole scale",
+            option,
+            limit,
+            split,
+            labels[rows].min(),
+            labels[rows].max(),
+            labels.min(),
+            labels.max(),
+            STRATIFIED,
+        )
     return data.select(np.sort(rows))
 
 

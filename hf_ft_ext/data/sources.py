@@ -227,7 +227,8 @@ def _open_dataset(
             builder = load_dataset_builder(name, config, cache_dir=cache_dir)
             files = _own_files_of(builder)
             if files:
-                streamed = [split for split in files if split.startswith("train")] if data_args.streaming else ()
+                training = data_args.train_split or [split for split in files if split.startswith("train")]
+                streamed = training if data_args.streaming else ()
                 return open_own_files(files, reading, cache_dir=cache_dir, streamed=streamed)
             if not data_args.streaming:
                 options["cache_dir"] = _cache_for(name, builder, cache_dir)

@@ -53,6 +53,8 @@ def test_several_training_splits_need_a_choice(load, tmp_path, streaming):
     assert [row["text"] for row in data.train] == ["train_r2 0", "train_r1 0", "train_r1 1"]
     assert [row["label"] for row in data.train] == [2, 0, 1]
     assert list(data.validation) == ["dev_r1", "dev_r2"] and list(data.test) == ["test_r1"]
+    data = load(dataset_name=path, streaming=streaming, train_split=["dev_r2", "dev_r1"])
+    assert [row["text"] for row in data.train] == ["dev_r2 0", "dev_r1 0"]
     data = load(dataset_name=path, streaming=streaming, train_split=["train_r1"], validation_split=["train_r2"])
     assert [row["text"] for row in data.train] == ["train_r1 0", "train_r1 1"]
     assert list(data.validation) == ["train_r2"]
@@ -195,11 +197,14 @@ def test_random_samples_are_drawn_by_the_data_seed(load, tmp_path):
     assert len(load(dataset_name=path, sample="random", max_train_samples=200).train) == 100
 
 
-def test_a_stratified_sample_of_scores_covers_the_scale(load, tmp_path):
+def test_a_stratified_sample_of_scores_covers_the_scale(load, tmp_path, caplog):
     lines = [json.dumps({"text": str(i), "label": i / 10}) + "\n" for i in range(100)]
     (tmp_path / "t.jsonl").write_text("".join(lines))
     data = load(train_file=str(tmp_path / "t.jsonl"), sample="stratified", max_train_samples=10)
     assert data.train["label"][:] == pytest.approx(np.arange(0.5, 10))
+    assert "scores from" not in caplog.text
+    load(train_file=str(tmp_path / "t.jsonl"), max_train_samples=10)
+    assert "have scores from 0 to 0.9, all rows from 0 to 9.9; --sample stratified draws" in caplog.text
 
 
 @pytest.mark.parametrize(

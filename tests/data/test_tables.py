@@ -131,6 +131,7 @@ def test_backslashes_before_quotes(load, caplog):
     data = load('text,label\n"he said \\"no, no\\"",0\nb,1\n')
     assert texts(data) == [('he said "no, no"',), ("b",)]
     assert 'with quotes, \\" inside them' in caplog.text
+    assert texts(load('"text"\t"label"\n"he said \\"no\\""\t0\n"b"\t1\n', "r.tsv")) == [('he said "no"',), ("b",)]
 
 
 @pytest.mark.parametrize(
@@ -223,6 +224,8 @@ def test_files_without_a_header(load):
         InputError, match=r"'1' looks like data: if a csv or tsv file has no header line.*--column_names"
     ):
         load("good,1\nbad,0\n")
+    with pytest.raises(InputError, match=r"its first line is a header line.*leave --column_names out"):
+        load("label,text\nx,a\n", column_names=["label", "text"])
     with pytest.raises(InputError, match="every row has 3 fields, but the header has 2"):
         load("x,a,c\ny,b,d\n", column_names=["label", "text"])
 
@@ -270,6 +273,15 @@ def test_a_path_is_not_a_pattern(tmp_path, name, suffix, streaming):
             data.to_csv(path, sep="\t" if suffix == "tsv" else ",")
     args = DataArguments(train_file=str(folder / f"{name}.{suffix}"), streaming=streaming)
     assert next(iter(load_data(args, cache_dir=str(tmp_path / "cache")).train))["text"] == "right"
+
+
+def test_a_stream_of_any_split_of_a_folder(tmp_path):
+    (tmp_path / "one.csv").write_text("text,label\na,x\nb,y\n")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: c\n  data_files:\n  - {split: part, path: one.csv}\n---\n"
+    )
+    args = DataArguments(dataset_name=str(tmp_path), streaming=True, train_split=["part"])
+    assert [row["text"] for row in load_data(args, cache_dir=str(tmp_path / "cache")).train] == ["a", "b"]
 
 
 def test_a_folder_of_unquoted_files(tmp_path):
