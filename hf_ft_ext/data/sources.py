@@ -237,6 +237,12 @@ def _open_dataset(
         if reading.quoting != AUTO or reading.names:
             _check_reading(reading, "read as their publisher says" if not folder.is_dir() else "of other formats")
         splits = load_dataset(name, config, streaming=data_args.streaming, **options)
+    if any(rows.info.builder_name == "csv" for rows in splits.values()):
+        logger.warning(
+            "data set '%s' holds csv files, read by its publisher's settings: with quotes, NA as a missing value; if "
+            "rows or texts are missing, download the files and pass them to --train_file and --validation_file",
+            data_args.dataset_name or name,
+        )
     return dict(splits)
 
 
