@@ -113,8 +113,12 @@ def problem_type(raws: Sequence[RawLabels], task: Task | None, wanted: str | Non
     return REGRESSION
 
 
-def check_spelling(raw: RawLabels) -> None:
+def check_spelling(raw: RawLabels, wanted: str | None = None) -> None:
     """Look for label names that are numbers in disguise, or differ in spaces or case alone.
+
+    Args:
+        raw: labels without missing ones.
+        wanted: the problem type that the user named; a classification takes any name.
 
     Raises:
         InputError: decimal commas, or numbers with a fraction among words.
@@ -125,17 +129,17 @@ def check_spelling(raw: RawLabels) -> None:
     numbers = {name for name in names if _NUMBER.fullmatch(name.strip())}
     commas = sorted(name for name in numbers if "," in name)
     fractions = sorted(name for name in numbers if "." in name)
-    if commas and numbers == names:
+    if commas and numbers == names and wanted != CLASSIFICATION:
         raise InputError(
             f"split '{raw.split}' has labels with a decimal comma, such as '{commas[0]}'; write a point for numbers "
-            "(0.5), or another sign than the comma for names of classes"
+            f"(0.5), or pass --problem_type {CLASSIFICATION} if these are names of classes"
         )
-    if len(fractions) > 1 and len(names - numbers) < len(fractions):
+    if len(fractions) > 1 and len(names - numbers) < len(fractions) and wanted != CLASSIFICATION:
         row = next(i for i, value in enumerate(raw.values) if value in names - numbers) if names - numbers else None
         cause = f", but row {row} (counted from 0) has '{raw.values[row]}'" if row is not None else ""
         raise InputError(
-            f"split '{raw.split}' has numbers such as '{fractions[0]}' for labels{cause}; correct them, or write them "
-            "as plain numbers"
+            f"split '{raw.split}' has numbers such as '{fractions[0]}' for labels{cause}; correct the data, or pass "
+            f"--problem_type {CLASSIFICATION} if these are names of classes"
         )
     if numbers and len(names - numbers) == 1 and min(names - numbers).lower() in _NO_VALUE:
         logger.warning(

@@ -97,6 +97,8 @@ def load_data(
         _check_text(name, data, text_columns)
         raws.append(_labels_of(role, name, data, label_column))
     labelled = [raw for raw in raws if raw is not None]
+    for raw in labelled:
+        lb.check_spelling(raw, data_args.problem_type)
     kind = lb.problem_type(labelled, task, data_args.problem_type)
     names, columns = _convert(labelled, kind, task)
     metric = data_args.metric or (task.metric if task else "pearson_spearman" if kind == REGRESSION else "accuracy")
@@ -259,7 +261,6 @@ def _labels_of(role: str, name: str, data: Dataset, column: str | None) -> lb.Ra
         logger.info("split '%s' has no labels: it can be predicted on, not evaluated", name)
         return None
     lb.check_missing(raw)
-    lb.check_spelling(raw)
     return raw
 
 

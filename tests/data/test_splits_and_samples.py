@@ -247,6 +247,16 @@ def test_the_problem_type_is_said_and_can_be_chosen(load, tmp_path, caplog, labe
         assert data.label_names == [str(int(label)) for label in sorted(labels)]
 
 
+@pytest.mark.parametrize("labels", [["0,5", "1"], ["1.5", "2.0", "beta"]])
+def test_numbers_may_be_names_of_classes(load, tmp_path, labels):
+    rows = [json.dumps({"text": str(i), "label": label}) + "\n" for i, label in enumerate(labels)]
+    (tmp_path / "t.jsonl").write_text("".join(rows))
+    with pytest.raises(InputError, match=r"--problem_type single_label_classification if these are names of classes"):
+        load(train_file=str(tmp_path / "t.jsonl"))
+    data = load(train_file=str(tmp_path / "t.jsonl"), problem_type="single_label_classification")
+    assert data.label_names == labels
+
+
 def test_labels_that_look_alike_are_said(load, tmp_path, caplog):
     rows = "a,good\nb,good \nc,Good\nd,bad\n"
     (tmp_path / "t.csv").write_text("text,label\n" + rows)
