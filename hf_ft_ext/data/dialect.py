@@ -126,6 +126,7 @@ class _Survey:
     doubled: int = 0
     commas: tuple[int, int] = (0, 0)  # fields with a comma: in quotes, not in quotes
     header_quoted: bool = False
+    spaced: bool = False  # a space before an opening quote, which then is part of the text
 
 
 def _survey(file: TextFile, dialect: Dialect, names: Sequence[str] | None, limit: int | None) -> _Survey:
@@ -170,6 +171,7 @@ def _look_at_quotes(survey: _Survey, fields: list[str]) -> None:
     inside, outside = survey.commas
     for column, value in enumerate(fields):
         quoted = value.startswith('"')
+        survey.spaced |= value.startswith(" ") and value.lstrip(" ").startswith('"')
         if quoted:
             survey.opened += 1
             if len(value) > 1 and value.endswith('"'):
@@ -215,7 +217,7 @@ def find_dialect(
     if len(found) == 1:
         dialect, notes = found[0]
         return dialect, [f"the delimiter is a {_NAMES[dialect.delimiter]}, not a {_NAMES[expected]}", *notes]
-    if len(found) > 1 or any(other in ";\t" for other, _ in faults):
+    if len(found) > 1 or any(other in ";\t" or expected == "\t" for other, _ in faults):
         other, fault = (found[0][0].delimiter, None) if found else faults[0]
         cause = f"it has no {_NAMES[expected]} in its first line, but a {_NAMES[other]}"
         raise Unreadable(
@@ -328,6 +330,11 @@ def _ragged(survey: _Survey) -> Unreadable:
     width, line = min(wrong.items(), key=lambda item: item[1])
     count = survey.rows - survey.widths[named]
     header = f"the header has {named} ({listed})"
+    if survey.spaced:
+        return Unreadable(
+            f"line {line} has {width} fields, but {header}: a space before a double quote makes it part of the text",
+            "remove the spaces before double quotes",
+        )
     if set(survey.widths) == {named + 1}:
         return Unreadable(
             f"every row has {named + 1} fields, but {header}: a {delimiter} too many in each, perhaps inside a text",

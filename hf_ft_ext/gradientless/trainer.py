@@ -128,9 +128,8 @@ class GradientlessTrainer(StopAtNaN, Trainer):
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         if not self.is_in_train:  # somebody wants to look at the data
             return super().get_train_dataloader()
-        check_full_batch(
-            self.args, self.train_dataset
-        )  # before features are made; the cached rows have their own loader
+        # Rows of cached features have a loader of their own; check before the features are made.
+        check_full_batch(self.args, self.train_dataset)
         self._look_for_features()
         whole = self.args.candidate_parallel == CANDIDATES and self.args.world_size > 1
         if self._rows is None and not whole:

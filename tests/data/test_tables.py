@@ -242,6 +242,10 @@ def test_files_without_a_header(load):
         ("text,text,label\na,b,1\n", "2 of its columns are named 'text'.*rename all but one"),
         ("text,label\na,1\ntext,label\nb,0\n", "line 3 repeats the header.*remove that line"),
         ("text;label\na;b;1\nc;0\n", "no comma in its first line, but a semicolon; read so, 1 of 2 rows.*sep=;"),
+        (
+            'label, text\n1, "a, b"\n',
+            "line 2 has 3 fields, but the header has 2 .*: a space before .*remove the spaces",
+        ),
         (b"text,label\ncaf\xe9,1\n", "line 2 has the byte 0xe9, which is not UTF-8.*iconv -f WINDOWS-1252"),
         ("text,label\na,1\n".encode("utf-16-le"), "NUL characters; it may be UTF-16.*save it as UTF-8"),
         ('text,label\n"a, b,1\nc,0\n', "with quotes: line 3: unexpected end of data; without quotes: .*line 2 has 3"),
