@@ -22,7 +22,7 @@ _READINGS = {NONE: "without quotes", MINIMAL: "with quotes", BACKSLASH: 'with qu
 _LONE_RETURN = (
     "\ufdd0"  # stands for a lone "\r", which `csv` takes for a line end; Unicode keeps it free for such uses
 )
-_ENOUGH = 5  # quoted fields that show a habit
+_ENOUGH = 5  # fields that show a habit
 _FIELD_LIMIT = 2**31 - 1  # characters; csv's own limit is 131,072
 
 
@@ -309,7 +309,7 @@ def _fitted(survey: _Survey) -> tuple[Dialect, list[str]]:
     elif widths == {named + 1} and survey.last_empty:
         width += 1
         notes.append("the empty field at the end of every row is left out")
-    elif widths == {named + 1} and survey.counted and survey.dialect.header:
+    elif widths == {named + 1} and survey.counted and survey.rows >= _ENOUGH and survey.dialect.header:
         start, width = 1, width + 1
         notes.append("the row numbers before the first column are left out")
     elif widths - {named}:

@@ -134,6 +134,9 @@ def test_backslashes_before_quotes(load, caplog):
     assert texts(load('"text"\t"label"\n"he said \\"no\\""\t0\n"b"\t1\n', "r.tsv")) == [('he said "no"',), ("b",)]
 
 
+R_TEXTS = [f"{i} a" for i in range(1, 7)]
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
@@ -154,7 +157,7 @@ def test_backslashes_before_quotes(load, caplog):
         ("text,label,\na,x\nb,y\n", ["a", "b"]),
         ("text,label\na,x,\nb,y,\n", ["a", "b"]),
         (",text,label\n0,a,x\n1,b,y\n", ["a", "b"]),
-        ('"text","label"\n"1","a","x"\n"2","b","y"\n', ["a", "b"]),
+        ('"text","label"\n' + "".join(f'"{i}","{i} a","{"xy"[i % 2]}"\n' for i in range(1, 7)), R_TEXTS),
         ("sep=;\ntext;label\na,b;x\nc;y\n", ["a,b", "c"]),
         ("text;label\na,b;x\nc;y\n", ["a,b", "c"]),
         ("text\tlabel\na, b\tx\nc\ty\n", ["a, b", "c"]),
@@ -239,6 +242,7 @@ def test_files_without_a_header(load):
         ),
         ("text,label\na,1\nit, was,0\nb,0\n", "1 of 3 rows do not fit: line 3 has 3 fields, the header has 2.*quotes"),
         ("text,label\na,1\nb\n,0\n", "1 of 3 rows do not fit: line 3 has 1 field, the header has 2.*line break"),
+        ("label,text\n1,a, b\n2,c, d\n", "every row has 3 fields, but the header has 2 .*comma too many"),
         ("text,text,label\na,b,1\n", "2 of its columns are named 'text'.*rename all but one"),
         ("text,label\na,1\ntext,label\nb,0\n", "line 3 repeats the header.*remove that line"),
         ("text;label\na;b;1\nc;0\n", "no comma in its first line, but a semicolon; read so, 1 of 2 rows.*sep=;"),
