@@ -396,6 +396,8 @@ def test_search_without_optuna(launch, monkeypatch, capsys):
         (["--early_stopping_patience", "-1"], None, "early_stopping_patience=-1 is no number"),
         (["--push_to_hub"], None, "--push_to_hub: the Hub repository cannot be made"),
         (["--task_name", "colla"], [], "colla"),
+        (["--do_train", "--dataloader_drop_last", "--per_device_train_batch_size", "64"], None,
+         "drops every batch: the training data has 32 rows, fewer than a batch of 64"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_before_training(launch, capsys, argv, data, message):
