@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
@@ -17,6 +16,7 @@ from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.defaults import task_label
+from hf_ft_ext.launch.predictions import prediction_table, recorded_thresholds
 from hf_ft_ext.models import model_label
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.files import write_text
@@ -60,10 +60,11 @@ def evaluate_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def predict_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
+def predict_all(trainer: Trainer, splits: dict[str, Any], with_probabilities: bool = False) -> dict[str, float]:
     """Write `predictions.tsv` (`predictions_mm.tsv`, ...) for every split; metrics where there are labels.
 
-    Columns: `index` (row of the split, from 0) and `prediction` (label name; regression: number).
+    Columns: `index` (row of the split, from 0), `prediction` (label name; several labels: names with `|` between
+    them; regression: number) and, if wanted, `probability_<label>` for each label.
     """
     metrics = {}
     for position, (name, data) in enumerate(splits.items()):
@@ -82,17 +83,9 @@ def predict_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
             raise InputError("--prediction_loss_only leaves no predictions to write; drop it or --do_predict")
         if trainer.is_world_process_zero():
             file = "_".join(filter(None, ("predictions", suffix))) + ".tsv"
-            rows = enumerate(named_predictions(output.predictions, trainer.model.config))
-            write_text(os.path.join(trainer.args.output_dir, file), _tsv(("index", "prediction"), rows))
+            header, rows = prediction_table(trainer, output.predictions, with_probabilities)
+            write_text(os.path.join(trainer.args.output_dir, file), _tsv(header, rows))
     return metrics
-
-
-def named_predictions(predictions: Any, config: Any) -> list[str]:
-    """Logits as label names, or as numbers where the model is one for regression."""
-    logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
-    if config.problem_type == "regression":
-        return [f"{value:.6g}" for value in logits.reshape(-1)]
-    return [str(config.id2label[int(i)]) for i in logits.argmax(axis=-1)]
 
 
 def _tsv(header: Iterable[str], rows: Iterable[tuple]) -> str:
@@ -146,6 +139,7 @@ def record_run(
     run_args: RunArguments,
     model_args: ModelArguments,
     data_args: DataArguments,
+    positive_label: str | None = None,
 ) -> str:
     """Write `run.json` and return the run's last table; for the first process."""
     record = write_run_record(
@@ -161,6 +155,8 @@ def record_run(
         total_parameters=sum(entries(parameter) for parameter in trainer.model.parameters()),
         arguments=recorded_arguments(run_args.given),
         labels=_label_names(trainer.model.config),
+        positive_label=positive_label,
+        thresholds=recorded_thresholds(trainer),
         load=loading_line(trainer) if trainer.args.do_train else None,
     )
     return final_table(record, trainer)

@@ -70,7 +70,7 @@ def _run(argv: list[str], program: list[str], signals: Signals) -> None:
 
     run_args, model_args, data_args, args = parse_arguments(argv)
 
-    from hf_ft_ext.launch import building, folder, results, search, sharing  # after --help has been answered
+    from hf_ft_ext.launch import building, folder, predictions, results, search, sharing  # after --help
     from hf_ft_ext.launch.interruption import SaveAndStop
     from hf_ft_ext.training.plan import training_plan
 
@@ -100,13 +100,17 @@ def _run(argv: list[str], program: list[str], signals: Signals) -> None:
             push = sharing.postponed(args)  # save_model would push by itself, before there are numbers to show
             trainer.save_model()
         signals.check()
+        if args.do_eval or args.do_predict:
+            predictions.settle_thresholds(trainer, data.validation)
         if args.do_eval:
             metrics |= results.evaluate_all(trainer, data.validation)
         if args.do_predict:
-            metrics |= results.predict_all(trainer, data.test)
+            metrics |= results.predict_all(trainer, data.test, run_args.prediction_probabilities)
         signals.check()
         if trainer.is_world_process_zero():
-            print(results.record_run(trainer, metrics, [*program, *argv], run_args, model_args, data_args))
+            positive = data.positive_label if trainer.compute_metrics.reads_positive else None
+            command = [*program, *argv]
+            print(results.record_run(trainer, metrics, command, run_args, model_args, data_args, positive))
     failure = sharing.push_finished(trainer, push)
     trainer.accelerator.wait_for_everyone()  # gloo's threads abort a process that exits while they hold tensors
     trainer.accelerator.end_training()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from hf_ft_ext.data.tasks import TASKS
-from hf_ft_ext.metrics import METRICS, primary_key
+from hf_ft_ext.metrics import METRICS, MULTI_LABEL_METRICS, SCORES, primary_key
 from hf_ft_ext.report.read import Run
 
 # What does not change the result (where it goes, what is shown), or what the seeds of a row differ in.
@@ -17,7 +18,7 @@ _BESIDES = {
     "method", "seed", "output_dir", "overwrite_output_dir", "disable_tqdm", "run_name", "report_to", "logging_steps",
     "logging_strategy", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint", "push_to_hub",
     "hub_model_id", "hub_strategy", "hub_private_repo", "feature_cache_dir", "kernel_dir", "cache_dir", "do_train",
-    "do_eval", "do_predict", "task_name", "dataset_name", "model_name_or_path",
+    "do_eval", "do_predict", "prediction_probabilities", "task_name", "dataset_name", "model_name_or_path",
 }  # fmt: skip
 _OF_THE_DATA = (
     "max_train_samples", "max_eval_samples", "num_k", "few_shot_split", "few_shot_type", "max_seq_length", "data_seed",
@@ -152,8 +153,13 @@ def quality_key(runs: list[Run]) -> str:
     record = runs[0].record
     task = TASKS.get(record["task"])
     named = (record.get("arguments") or {}).get("metric") or (task.metric if task else None)
-    candidates = [named] if named in METRICS else list(METRICS)
-    keys = [f"eval_{primary_key(name)}" for name in candidates]
+    first = named[0] if isinstance(named, list) else named  # of several the first chooses
+    if first in SCORES:
+        return f"eval_{first}"
+    candidates = [first] if first in METRICS else list(METRICS)
+    keys = [f"eval_{primary_key(name)}" for name in candidates] + [f"eval_{MULTI_LABEL_METRICS[0]}"]
+    if first is not None and first not in METRICS:  # a metric from elsewhere: its key is its function's or its own name
+        keys.insert(0, f"eval_{re.split(r'[:./]', first.removesuffix('.py'))[-1]}")
     return next((key for key in keys if key in record["metrics"]), keys[0])
 
 

@@ -48,6 +48,8 @@ def write_run_record(
     arguments: dict[str, Any] | None = None,
     labels: list[str] | None = None,
     load: str | None = None,
+    positive_label: str | None = None,
+    thresholds: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Write `run.json` into `output_dir` and return its content.
 
@@ -59,6 +61,8 @@ def write_run_record(
         arguments: what differs from the defaults.
         labels: names of the classes in the order of the logits; `None` for regression.
         load: the line that loads what was saved in `output_dir`; `None` if nothing was.
+        positive_label: name of the class that F1, precision and recall are about.
+        thresholds: of several labels per row: the probability by label from which on it is predicted.
 
     Seconds are wall-clock, memory and artefact sizes are bytes.
     """
@@ -84,6 +88,8 @@ def write_run_record(
         "command": command,
         "arguments": arguments or {},
         "labels": labels,
+        "positive_label": positive_label,
+        "thresholds": thresholds,
         "output_dir": os.fspath(output_dir),
         "load": load,
     }

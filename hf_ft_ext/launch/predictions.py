@@ -1,0 +1,77 @@
+"""What predictions are written as: label names, numbers, several labels per row, and their probabilities."""
+
+import logging
+from typing import Any
+
+import numpy as np
+from transformers import Trainer
+
+from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction, best_thresholds, probabilities
+
+SEPARATOR = "|"  # between the labels of a row
+
+logger = logging.getLogger(__name__)
+
+
+def named_predictions(predictions: Any, config: Any, thresholds: float | np.ndarray = 0.5) -> list[str]:
+    """Logits as label names (several of a row with `|` between them), or as numbers where the model is a regression.
+
+    Args:
+        predictions: logits, alone or first in a tuple.
+        config: of the model.
+        thresholds: of several labels per row: the probability from which on a label is predicted.
+    """
+    logits = _logits(predictions)
+    if config.problem_type == REGRESSION:
+        return [f"{value:.6g}" for value in logits.reshape(-1)]
+    if config.problem_type == MULTI_LABEL:
+        names = [str(config.id2label[i]) for i in range(logits.shape[-1])]
+        chosen = probabilities(logits, MULTI_LABEL) >= thresholds
+        return [SEPARATOR.join(name for name, yes in zip(names, row, strict=True) if yes) for row in chosen]
+    return [str(config.id2label[int(i)]) for i in logits.argmax(axis=-1)]
+
+
+def prediction_table(trainer: Trainer, predictions: Any, with_probabilities: bool) -> tuple[list[str], list[tuple]]:
+    """Header and rows of a predictions file: `index`, `prediction` and, if wanted, a probability for each label."""
+    config = trainer.model.config
+    columns: list[Any] = [named_predictions(predictions, config, thresholds_of(trainer))]
+    header = ["index", "prediction"]
+    if with_probabilities:
+        shares = probabilities(_logits(predictions), config.problem_type)
+        header += [f"probability_{config.id2label[i]}" for i in range(shares.shape[-1])]
+        columns += [[f"{share:.6g}" for share in column] for column in shares.T]
+    return header, list(zip(range(len(columns[0])), *columns, strict=True))
+
+
+def thresholds_of(trainer: Trainer) -> float | np.ndarray:
+    """The thresholds that the trainer's metrics use."""
+    thresholds = getattr(trainer.compute_metrics, "thresholds", None)
+    return 0.5 if thresholds is None else thresholds
+
+
+def settle_thresholds(trainer: Trainer, validation: dict[str, Any]) -> None:
+    """Where thresholds are to be chosen, choose them on the first validation split, for all that follows."""
+    metrics = trainer.compute_metrics
+    if not isinstance(metrics, MetricFunction) or metrics.problem_type != MULTI_LABEL:
+        return
+    if metrics.thresholds is not None or not validation:
+        return
+    name, data = next(iter(validation.items()))
+    output = trainer.predict(data, metric_key_prefix="eval")
+    metrics.thresholds = best_thresholds(_logits(output.predictions), np.asarray(output.label_ids))
+    names = trainer.model.config.id2label
+    shown = ", ".join(f"{names[i]} {value:.3g}" for i, value in enumerate(metrics.thresholds[:10]))
+    logger.info("Thresholds by F1 on split '%s', whose metrics are thus a little too good: %s.", name, shown)
+
+
+def recorded_thresholds(trainer: Trainer) -> dict[str, float] | None:
+    """The threshold of each label by its name, for `run.json`; `None` with one label per row."""
+    config = trainer.model.config
+    if config.problem_type != MULTI_LABEL:
+        return None
+    values = np.broadcast_to(np.asarray(thresholds_of(trainer), dtype=float), (config.num_labels,))
+    return {str(config.id2label[i]): float(value) for i, value in enumerate(values)}
+
+
+def _logits(predictions: Any) -> np.ndarray:
+    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
