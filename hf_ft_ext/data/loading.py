@@ -92,9 +92,8 @@ def load_data(
             raise InputError(f"split '{name}' holds no rows; check the data")
     several = [data_args.label_column] if isinstance(data_args.label_column, str) else data_args.label_column or []
     if len(several) > 1:  # each column is a label
-        text_columns = _find_text(roles[0][2].remove_columns(
-            [column for column in several if column in roles[0][2].column_names]
-        ), data_args.text_columns, None, task)  # fmt: skip
+        other = roles[0][2].remove_columns([c for c in roles[0][2].column_names if c in several])
+        text_columns = _find_text(other, data_args.text_columns, None, task)
         label_column = None
     else:
         text_columns = _find_text(roles[0][2], data_args.text_columns, data_args.label_column, task)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 from transformers import EvalPrediction
@@ -53,7 +54,8 @@ class MetricFunction:
         self._externals: dict[str, External] = {}
         for name, metric in zip(self.names, metrics, strict=True):
             self._check(name, metric)
-        about_positive = [name for name in self.names if self._needs_positive(name)]
+        certain = self.problem_type == CLASSIFICATION
+        about_positive = [name for name in self.names if self._needs_positive(name) and certain]
         if about_positive or positive_label is not None or (self._externals and self._evident()):
             name = about_positive[0] if about_positive else "positive_label"
             if self.problem_type in (REGRESSION, MULTI_LABEL):
@@ -72,12 +74,13 @@ class MetricFunction:
         count = None if self.label_names is None else len(self.label_names)
         if not isinstance(metric, str):
             self._externals[name] = function_metric(metric, name)
-        elif name in METRICS:
+        elif name in METRICS and self.problem_type != MULTI_LABEL:
             if self.problem_type is not None:
                 check_metric(name, self.problem_type, count)
-        elif name in SCORES:
-            if self.problem_type is not None and self.problem_type not in SCORES[name].problem_types:
-                fitting = [*(n for n, row in METRICS.items() if row.problem_type == self.problem_type)]
+        elif name in known:
+            kinds = SCORES[name].problem_types if name in SCORES else (METRICS[name].problem_type,)
+            if self.problem_type is not None and self.problem_type not in kinds:
+                fitting = [n for n, row in METRICS.items() if row.problem_type == self.problem_type]
                 fitting += [n for n, row in SCORES.items() if self.problem_type in row.problem_types]
                 raise InputError(f"metric '{name}' is not for {self.problem_type}; use one of: {', '.join(fitting)}")
         elif ":" in name:
@@ -159,6 +162,8 @@ class MetricFunction:
                 raise InputError(f"metric '{name}' is not for {outputs.problem_type}; pass another metric")
             if not outputs.references.size:
                 raise InputError("there are no rows to score; pass at least one prediction with its label")
+            if self._needs_positive(name) and outputs.problem_type == CLASSIFICATION and outputs.positive is None:
+                outputs = replace(outputs, positive=positive_id(self.label_names, None, name))
             return {name: SCORES[name].compute(outputs)}
         if outputs.problem_type != METRICS[name].problem_type:
             raise InputError(f"metric '{name}' is not for {outputs.problem_type}; pass another metric")
