@@ -28,12 +28,12 @@ from .kernel.arguments import KernelTrainingArguments as KernelTrainingArguments
 from .kernel.ntk import empirical_ntk as empirical_ntk
 from .kernel.trainer import KernelTrainer as KernelTrainer
 from .linear_probe import fit_linear_head as fit_linear_head
-from .metrics.function import MetricFunction as MetricFunction
-from .metrics.function import metric_function as metric_function
 from .linearhead.arguments import LinearHeadTrainingArguments as LinearHeadTrainingArguments
 from .linearhead.trainer import LinearHeadTrainer as LinearHeadTrainer
 from .lora.arguments import LoraTrainingArguments as LoraTrainingArguments
 from .lora.trainer import LoraTrainer as LoraTrainer
+from .metrics.function import MetricFunction as MetricFunction
+from .metrics.function import metric_function as metric_function
 from .prompts.configuration import PromptConfig as PromptConfig
 from .prompts.encode import PromptEncoder as PromptEncoder
 from .prompts.model import PromptForSequenceClassification as PromptForSequenceClassification

@@ -54,11 +54,11 @@ def fit_linear_head(
 ) -> LinearHead:
     """Fit the last layer of a sequence classifier by linear probing and write the weights into it, in place.
 
-    The encoder runs once over the data, without dropout. Classes are fitted by logistic regression (several
-    labels per row: one for each label against the rest), numbers by ridge regression; the regularisation is chosen by cross-validation unless `c` is given. What lies between encoder and
-    last layer (a pooler, a dense layer) stays as it is. In a prompt model the label words' output rows are the last
-    layer: they become a layer of their own first (`untie_label_words`). `model.fresh_parameters` names what was
-    written, so that an adapter saves it.
+    The encoder runs once over the data, without dropout. Classes are fitted by logistic regression (several labels per
+    row: each label against the rest), numbers by ridge regression; the regularisation is chosen by cross-validation
+    unless `c` is given. What lies between encoder and last layer (a pooler, a dense layer) stays as it is. In a prompt
+    model the label words' output rows are the last layer: they become a layer of their own first
+    (`untie_label_words`). `model.fresh_parameters` names what was written, so that an adapter saves it.
 
     Args:
         model: in the place (device) where it is to run.

@@ -242,7 +242,7 @@ def _set_labels(config: PreTrainedConfig, data: Any) -> None:
 
 
 def _agree(config: PreTrainedConfig) -> None:
-    """Make `label2id` the inverse of `id2label`, by which every output is named; a config.json may contradict itself."""
+    """Make `label2id` the inverse of `id2label`, which names every output; a config.json may contradict itself."""
     by_id = {int(i): str(label) for i, label in config.id2label.items()}
     own = {str(label): int(i) for label, i in (config.label2id or {}).items()}
     inverse = {label: i for i, label in sorted(by_id.items())}

@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from tiny import text_dataset, tiny_model
 from torch.utils.data import DataLoader
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import DataCollatorWithPadding
 
 import run_glue
 from hf_ft_ext import (
@@ -331,5 +331,3 @@ def test_a_trainer_of_transformers_gets_the_same_numbers(model, rows, tokenizer)
     truth = [{n for n, z in zip(NAMES, row, strict=True) if z} for row in rows["labels"]]
     for key, value in by_hand(sets, truth).items():
         assert found[f"eval_{key}"] == pytest.approx(value)
-
-

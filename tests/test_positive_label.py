@@ -94,14 +94,27 @@ def test_own_data_scores_the_class_that_is_named(pairs, tokenizer, capsys, caplo
     found = [row["prediction"] for row in rows]
     assert record["metrics"]["eval_f1"] == pytest.approx(f1_score(pairs, found, pos_label="equivalent"))
     shares = [float(row["probability_equivalent"]) for row in rows]
-    assert record["metrics"]["eval_roc_auc"] == pytest.approx(roc_auc_score([p == "equivalent" for p in pairs], shares))
-    assert all(abs(float(row["probability_not_equivalent"]) + p - 1) < 1e-5 for row, p in zip(rows, shares, strict=True))
+    assert record["metrics"]["eval_roc_auc"] == pytest.approx(
+        roc_auc_score([p == "equivalent" for p in pairs], shares)
+    )
+    assert all(
+        abs(float(row["probability_not_equivalent"]) + p - 1) < 1e-5 for row, p in zip(rows, shares, strict=True)
+    )
     record = evaluate("--model_name_or_path", "model", *own, "--positive_label", "not_equivalent", task=())
     assert record["metrics"]["eval_f1"] == pytest.approx(f1_score(pairs, found, pos_label="not_equivalent"))
 
     text = Path("dev.csv").read_text().replace("not_equivalent", "ham").replace("equivalent", "spam")
     Path("dev.csv").write_text(text)
-    argv = ["--validation_file", "dev.csv", "--do_eval", "--metric", "f1", "--use_cpu", "--model_name_or_path", "model"]
+    argv = [
+        "--validation_file",
+        "dev.csv",
+        "--do_eval",
+        "--metric",
+        "f1",
+        "--use_cpu",
+        "--model_name_or_path",
+        "model",
+    ]
     assert run_glue.main(argv) == 2
     assert "the labels do not say which of them it is: ham, spam" in capsys.readouterr().err
 
@@ -150,7 +163,16 @@ def test_regressions_and_rows_without_labels_keep_the_models_own_problem(tmp_pat
     tiny_model(num_labels=1, problem_type="regression").save_pretrained("model")
     tokenizer.save_pretrained("model")
     Path("rows.csv").write_text("text\nthe film was good\na dull plot\n")
-    argv = ["--method", "full", "--model_name_or_path", "model", "--test_file", "rows.csv", "--do_predict", "--use_cpu"]
+    argv = [
+        "--method",
+        "full",
+        "--model_name_or_path",
+        "model",
+        "--test_file",
+        "rows.csv",
+        "--do_predict",
+        "--use_cpu",
+    ]
     argv += ["--max_seq_length", "16"]
     assert run_glue.main([*argv, "--output_dir", "out"]) == 0
     assert all("." in row["prediction"] for row in predicted())  # numbers, not the name of the one output

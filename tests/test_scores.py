@@ -85,7 +85,9 @@ def test_averages_leave_out_classes_that_do_not_occur():
 
 def test_other_scores_equal_sklearn():
     shares3 = probabilities(LOGITS3, CLASSIFICATION)
-    assert score("roc_auc")["roc_auc"] == pytest.approx(sk.roc_auc_score(TRUE, probabilities(LOGITS, CLASSIFICATION)[:, 1]))
+    assert score("roc_auc")["roc_auc"] == pytest.approx(
+        sk.roc_auc_score(TRUE, probabilities(LOGITS, CLASSIFICATION)[:, 1])
+    )
     assert score("roc_auc", LOGITS3, TRUE3, THREE)["roc_auc"] == pytest.approx(
         sk.roc_auc_score(TRUE3, shares3, multi_class="ovr")
     )
@@ -99,7 +101,9 @@ def test_other_scores_equal_sklearn():
         sk.balanced_accuracy_score(TRUE3, LOGITS3.argmax(1))
     )
     chosen = (SCORES_OF_LABELS >= 0).astype(int)
-    assert score("subset_accuracy", SCORES_OF_LABELS, LABELS, THREE)["subset_accuracy"] == sk.accuracy_score(LABELS, chosen)
+    assert score("subset_accuracy", SCORES_OF_LABELS, LABELS, THREE)["subset_accuracy"] == sk.accuracy_score(
+        LABELS, chosen
+    )
     assert score("f1_samples", SCORES_OF_LABELS, LABELS, THREE)["f1_samples"] == pytest.approx(
         sk.f1_score(LABELS, chosen, average="samples", zero_division=0)
     )

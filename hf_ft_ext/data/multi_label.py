@@ -17,9 +17,7 @@ Roles = Sequence[tuple[str, str, Dataset]]  # (role, split name, rows)
 
 UNLABELLED, MISSING = -1.0, np.nan
 _WORDS = {"1": 1, "true": 1, "yes": 1, "1.0": 1, "0": 0, "false": 0, "no": 0, "0.0": 0, "-1": -1, "-1.0": -1}
-_LISTS = tuple(
-    getattr(datasets, name) for name in ("List", "LargeList", "Sequence") if isinstance(getattr(datasets, name, None), type)
-)
+_LISTS = (datasets.LargeList, type(datasets.Sequence(Value("int64"))))  # the second: `List`, or `Sequence` before
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +73,7 @@ def read_multi_labels(
             f"multi-label classification needs two labels or more, but there is {len(names)} ({', '.join(names)}); "
             "for one label pass a column of its own with --label_column"
         )
-    found = [
-        _settled(role, name, values, columns) for (role, name, _), values in zip(roles, arrays, strict=True)
-    ]
+    found = [_settled(role, name, values, columns) for (role, name, _), values in zip(roles, arrays, strict=True)]
     _warn_of_constant_labels(roles, names, found)
     return names, found
 
@@ -143,7 +139,9 @@ def _from_column(split: str, data: Dataset, column: str) -> np.ndarray:
 
 def _number(value: Any) -> float | None:
     """0 or 1, `UNLABELLED`, `MISSING`, or `None` for anything else."""
-    if value is None or (isinstance(value, float) and np.isnan(value)) or (isinstance(value, str) and not value.strip()):
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        return MISSING
+    if isinstance(value, str) and not value.strip():
         return MISSING
     if isinstance(value, str):
         return _WORDS.get(value.strip().lower())
@@ -225,7 +223,7 @@ def _tokens(split: str, column: str, row: int, labels: list, names: list[str] | 
     for label in labels:
         if isinstance(label, float) and label.is_integer():
             label = int(label)
-        if isinstance(label, bool) or not isinstance(label, str | int) or (isinstance(label, str) and not label.strip()):
+        if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
             raise InputError(
                 f"label column '{column}' of split '{split}' holds {label!r} in the list of row {row} (counted from "
                 "0); lists must hold names or whole numbers"

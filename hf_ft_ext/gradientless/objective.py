@@ -68,7 +68,9 @@ def positive_class(label_names: Sequence[str] | None, positive_label: str | None
 def _of_labels(name: str) -> Objective:
     """One minus a metric of several labels per row."""
     if name == MATTHEWS:
-        raise InputError("search_objective=matthews is for one label per row, but the model has several; use f1 or loss")
+        raise InputError(
+            "search_objective=matthews is for one label per row, but the model has several; use f1 or loss"
+        )
 
     def one_minus(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         predicted, truth = logits >= 0, labels > 0.5  # a probability of 0.5 and more

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from hf_ft_ext.data.tasks import TASKS
 from hf_ft_ext.methods import METHODS
+from hf_ft_ext.metrics import SCORES
 from hf_ft_ext.models import DEMO_NAME
 
 DEMO_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
@@ -27,6 +28,10 @@ _METRIC_TYPES = {  # our key -> the Hub's name
     "matthews_correlation": "matthews_correlation",
     "pearson": "pearsonr",
     "spearmanr": "spearmanr",
+    "roc_auc": "roc_auc",
+    "balanced_accuracy": "accuracy",
+    "subset_accuracy": "accuracy",
+    **{name: name.partition("_")[0] for name in SCORES if name.startswith(("f1", "precision", "recall"))},
 }
 _SPLITS = {"eval": "validation", "eval_mm": "validation_mismatched", "test": "test", "test_mm": "test_mismatched"}
 # Of this machine and of no use on another one.

@@ -64,8 +64,21 @@ def settle_thresholds(trainer: Trainer, validation: dict[str, Any]) -> None:
     logger.info("Thresholds by F1 on split '%s', whose metrics are thus a little too good: %s.", name, shown)
 
 
-def recorded_thresholds(trainer: Trainer) -> dict[str, float] | None:
-    """The threshold of each label by its name, for `run.json`; `None` with one label per row."""
+def scoring_of(trainer: Trainer) -> dict[str, Any]:
+    """How the run was scored, for `run.json`: the metric that chooses, the positive class, the thresholds."""
+    metrics = trainer.compute_metrics
+    if not isinstance(metrics, MetricFunction):
+        return {}
+    positive = metrics.label_names[metrics.positive] if metrics.label_names and metrics.positive is not None else None
+    return {
+        "primary_metric": metrics.keys()[0],
+        "positive_label": positive if metrics.reads_positive else None,
+        "thresholds": _recorded_thresholds(trainer),
+    }
+
+
+def _recorded_thresholds(trainer: Trainer) -> dict[str, float] | None:
+    """The threshold of each label by its name; `None` with one label per row."""
     config = trainer.model.config
     if config.problem_type != MULTI_LABEL:
         return None

@@ -16,7 +16,7 @@ from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.defaults import task_label
-from hf_ft_ext.launch.predictions import prediction_table, recorded_thresholds
+from hf_ft_ext.launch.predictions import prediction_table, scoring_of
 from hf_ft_ext.models import model_label
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.files import write_text
@@ -139,7 +139,6 @@ def record_run(
     run_args: RunArguments,
     model_args: ModelArguments,
     data_args: DataArguments,
-    positive_label: str | None = None,
 ) -> str:
     """Write `run.json` and return the run's last table; for the first process."""
     record = write_run_record(
@@ -155,8 +154,7 @@ def record_run(
         total_parameters=sum(entries(parameter) for parameter in trainer.model.parameters()),
         arguments=recorded_arguments(run_args.given),
         labels=_label_names(trainer.model.config),
-        positive_label=positive_label,
-        thresholds=recorded_thresholds(trainer),
+        **scoring_of(trainer),
         load=loading_line(trainer) if trainer.args.do_train else None,
     )
     return final_table(record, trainer)

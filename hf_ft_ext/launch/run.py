@@ -108,9 +108,7 @@ def _run(argv: list[str], program: list[str], signals: Signals) -> None:
             metrics |= results.predict_all(trainer, data.test, run_args.prediction_probabilities)
         signals.check()
         if trainer.is_world_process_zero():
-            positive = data.positive_label if trainer.compute_metrics.reads_positive else None
-            command = [*program, *argv]
-            print(results.record_run(trainer, metrics, command, run_args, model_args, data_args, positive))
+            print(results.record_run(trainer, metrics, [*program, *argv], run_args, model_args, data_args))
     failure = sharing.push_finished(trainer, push)
     trainer.accelerator.wait_for_everyone()  # gloo's threads abort a process that exits while they hold tensors
     trainer.accelerator.end_training()

@@ -13,8 +13,8 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_ft_ext.arguments import PROMPT_DEMO, DataArguments, MethodTrainingArguments, RunArguments
 from hf_ft_ext.errors import InputError, did_you_mean
-from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction
 from hf_ft_ext.launch.predictions import SEPARATOR
+from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction
 from hf_ft_ext.training.checkpoints import check_fits
 from hf_ft_ext.training.sharding import refuse_sharding_on_cpu
 
@@ -210,7 +210,9 @@ def check_scoring(
         InputError: an option without anything to act on, or a setting that does not fit several labels per row.
     """
     if run_args.prediction_probabilities and not args.do_predict:
-        raise InputError("--prediction_probabilities adds columns to predictions.tsv; add --do_predict, or leave it out")
+        raise InputError(
+            "--prediction_probabilities adds columns to predictions.tsv; add --do_predict, or leave it out"
+        )
     if run_args.prediction_probabilities and problem_type == REGRESSION:
         raise InputError("--prediction_probabilities is for classes, and this is a regression; leave it out")
     taken = args.take_positive_label(data.positive_label)

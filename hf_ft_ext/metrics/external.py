@@ -134,8 +134,9 @@ def _module(name: str) -> Any:
 def _wanted(function: Callable, name: str) -> list[str] | None:
     """Parameters to pass by name; `None` = one `EvalPrediction`."""
     parameters = inspect.signature(function).parameters.values()
-    needed = [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    positional = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_ONLY]
+    required = [p for p in parameters if p.default is p.empty]
+    needed = [p.name for p in required if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    positional = [p.name for p in required if p.kind is p.POSITIONAL_ONLY]
     unknown = [parameter for parameter in needed if parameter not in _PARAMETERS]
     if len(needed) + len(positional) == 1 and (unknown or positional):
         return None

@@ -46,7 +46,7 @@ class MetricFunction:
         threshold: str | float,
         label_order: Sequence[str] | None,
     ):
-        self.names = [metric if isinstance(metric, str) else getattr(metric, "__name__", "metric") for metric in metrics]
+        self.names = [m if isinstance(m, str) else getattr(m, "__name__", type(m).__name__) for m in metrics]
         self.problem_type = problem_type or _implied(self.names)
         self.label_names = None if label_names is None else tuple(map(str, label_names))
         self.thresholds: Thresholds | None = parse_threshold(threshold)
@@ -236,7 +236,9 @@ def metric_function(
 
 def default_metrics(problem_type: str) -> str | tuple[str, ...]:
     """The metrics of own data for which none was named."""
-    return {REGRESSION: "pearson_spearman", MULTI_LABEL: MULTI_LABEL_METRICS}.get(problem_type, "accuracy")
+    if problem_type == MULTI_LABEL:
+        return MULTI_LABEL_METRICS
+    return "pearson_spearman" if problem_type == REGRESSION else "accuracy"
 
 
 def _implied(names: Sequence[str]) -> str | None:

@@ -1,7 +1,7 @@
 """Scores of own data by name, as scikit-learn names its scorers: F1, precision, recall, areas, averages over classes.
 
 Where a score is undefined it is 0.0, and rows with NaN logits count as wrong, as for the GLUE metrics. Averages over
-classes are over those that occur in the truth or the predictions, as scikit-learn takes them. Higher is better for all.
+classes are over those that occur in the truth or the predictions, as scikit-learn takes them. Higher is better.
 """
 
 import warnings
@@ -47,7 +47,6 @@ def _averaged(kind: str, average: str) -> Callable[[Outputs], float]:
         return _sklearn(f"{kind}_score", outputs.references, outputs.predictions, **settings)
 
     return compute
-
 
 
 def _balanced_accuracy(outputs: Outputs) -> float:

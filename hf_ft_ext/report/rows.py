@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -146,11 +145,13 @@ def pareto_front(rows: Iterable[Row], cost: str) -> list[Row]:
 
 
 def quality_key(runs: list[Run]) -> str:
-    """Key of the quality in the records' metrics: that of the metric which was passed, or the task's own.
+    """Key of the quality in the records' metrics: as recorded, that of the metric which was passed, or the task's own.
 
-    Where neither is known (own data), the first primary metric that the records have.
+    Where none is known (own data), the first primary metric that the records have.
     """
     record = runs[0].record
+    if record.get("primary_metric"):
+        return f"eval_{record['primary_metric']}"
     task = TASKS.get(record["task"])
     named = (record.get("arguments") or {}).get("metric") or (task.metric if task else None)
     first = named[0] if isinstance(named, list) else named  # of several the first chooses
@@ -158,8 +159,6 @@ def quality_key(runs: list[Run]) -> str:
         return f"eval_{first}"
     candidates = [first] if first in METRICS else list(METRICS)
     keys = [f"eval_{primary_key(name)}" for name in candidates] + [f"eval_{MULTI_LABEL_METRICS[0]}"]
-    if first is not None and first not in METRICS:  # a metric from elsewhere: its key is its function's or its own name
-        keys.insert(0, f"eval_{re.split(r'[:./]', first.removesuffix('.py'))[-1]}")
     return next((key for key in keys if key in record["metrics"]), keys[0])
 
 

@@ -48,6 +48,7 @@ def write_run_record(
     arguments: dict[str, Any] | None = None,
     labels: list[str] | None = None,
     load: str | None = None,
+    primary_metric: str | None = None,
     positive_label: str | None = None,
     thresholds: dict[str, float] | None = None,
 ) -> dict[str, Any]:
@@ -61,6 +62,7 @@ def write_run_record(
         arguments: what differs from the defaults.
         labels: names of the classes in the order of the logits; `None` for regression.
         load: the line that loads what was saved in `output_dir`; `None` if nothing was.
+        primary_metric: key, without prefix, of the metric that chooses the best model.
         positive_label: name of the class that F1, precision and recall are about.
         thresholds: of several labels per row: the probability by label from which on it is predicted.
 
@@ -88,6 +90,7 @@ def write_run_record(
         "command": command,
         "arguments": arguments or {},
         "labels": labels,
+        "primary_metric": primary_metric,
         "positive_label": positive_label,
         "thresholds": thresholds,
         "output_dir": os.fspath(output_dir),
