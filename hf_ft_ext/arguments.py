@@ -224,11 +224,11 @@ class DataArguments(FewShotArguments):
             "of two classes show (`yes` of no and yes)."
         },
     )
-    multi_label_threshold: str = field(
-        default="0.5",
+    multi_label_threshold: float | str | None = field(
+        default=None,
         metadata={
-            "help": "Several labels per row: predict a label from this probability on, between 0 and 1; auto = for "
-            "each label the threshold with the best F1 on the validation split."
+            "help": "Several labels per row: predict a label from this probability on, between 0 and 1 (none = 0.5); "
+            "auto = for each label the threshold with the best F1 on the validation split."
         },
     )
     max_seq_length: int | None = field(

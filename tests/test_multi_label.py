@@ -185,7 +185,7 @@ def test_a_saved_model_predicts_several_labels_for_rows_without_any(files):
         (("--metric", "accuracy"), "metric 'accuracy' is not for multi_label.*subset_accuracy"),
         (("--metric", "f1"), "metric 'f1' is not for multi_label_classification; use one of: .*f1_micro"),
         (("--positive_label", "joy"), "multi_label_classification has no positive class"),
-        (("--multi_label_threshold", "1.5"), "must be between 0 and 1, or auto, got '1.5'"),
+        (("--multi_label_threshold", "1.5"), "must be between 0 and 1, or auto, got .1.5."),
         (("--streaming",), "--streaming reads one label per row"),
         (("--task_name", "sst2"), "task 'sst2' has one label per row"),
     ],

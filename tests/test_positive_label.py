@@ -141,8 +141,8 @@ def test_any_key_chooses_the_best_model(pairs, tokenizer, capsys):
     Path("ours_lowest.py").write_text("def gap(references, probabilities):\n    return float(probabilities.std())\n")
     train = (
         "--model_name_or_path", "model", "--train_file", "dev.csv", "--do_train", "--max_steps", "4",
-        "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1", "--load_best_model_at_end",
-        "--learning_rate", "1e-2", "--report_to", "none",
+        "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1",
+        "--load_best_model_at_end", "--learning_rate", "1e-2", "--report_to", "none",
     )  # fmt: skip
     metrics = ("--metric", "f1_macro", "ours_lowest:gap", "roc_auc")
     for key, more in (("roc_auc", ()), ("gap", ("--greater_is_better", "false"))):

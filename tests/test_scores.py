@@ -130,6 +130,14 @@ def test_rows_with_nan_logits_count_as_wrong_and_undefined_scores_are_zero(name)
     assert score(name, broken, labels, THREE, **options)[name] == pytest.approx(worst)
 
 
+@pytest.mark.parametrize("name", ["matthews", "accuracy", "roc_auc", "f1_macro", "balanced_accuracy"])
+def test_other_scores_do_not_depend_on_the_order_of_the_classes(name):
+    for names, logits, labels in ((NAMES, LOGITS, TRUE), (THREE, LOGITS3, TRUE3)):
+        order = list(range(len(names)))[::-1]
+        turned = score(name, logits[:, order], np.array([order.index(i) for i in labels]), names[::-1])
+        assert turned == pytest.approx(score(name, logits, labels, names))
+
+
 # --- the positive class ---------------------------------------------------------------------------------------
 
 
@@ -261,7 +269,7 @@ def test_a_function_sees_classes_in_one_order_whatever_the_models_is(module):
         ("ours_scores:odd", "has the parameters first, second; name them after what they take .predictions"),
         ("ours_scores:text", "returned str for 'text'; it must return a number"),
         ("ours_scores:loss", "returned the key 'loss', which is the trainer's own"),
-        ("ours_scores:broken", "fails on a sample of 48 rows .RuntimeError: no such luck"),
+        ("ours_scores:broken", "fails on 48 rows .RuntimeError: no such luck"),
         ("ours_scores:missing", "ours_scores has no missing"),
         ("ours_scores:NUMBER", "is not a function but a int"),
         ("nowhere_at_all:f", "cannot be imported .ModuleNotFoundError"),

@@ -30,13 +30,13 @@ class TaskData:
     text_columns: tuple[str, ...]  # one or two
     positive_label: str | None = None  # name of the positive class, where a metric asks for it
 
-    def metric_function(self, threshold: str | float = 0.5) -> MetricFunction:
+    def metric_function(self, threshold: str | float | None = None) -> MetricFunction:
         """The data's `compute_metrics`, whatever order the labels have now (see `hf_ft_ext.metric_function`)."""
         return metric_function(
             self.metric,
             self.label_names,
             positive_label=self.positive_label if self.label_names is not None else None,
             problem_type=self.problem_type,
-            threshold=threshold,
+            threshold=0.5 if threshold is None else threshold,
             label_order=self.task.label_names,
         )

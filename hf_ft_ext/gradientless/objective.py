@@ -39,6 +39,8 @@ def make_objective(
     """
     if name not in OBJECTIVES:
         raise InputError(f"search_objective={name!r} is unknown; choose from: {', '.join(OBJECTIVES)}")
+    if smoothing and problem_type == MULTI_LABEL:
+        raise InputError(f"label_smoothing_factor={smoothing} smooths one class per row, but rows have several labels")
     if name == LOSS:
         return lambda logits, labels: classification_loss(logits, labels, problem_type, smoothing)
     if problem_type == MULTI_LABEL:

@@ -97,6 +97,7 @@ def load(
         early_stopping = [EarlyStoppingCallback(patience)] if patience and args.do_train else []
         # A search needs a new model per trial; otherwise the loaded one is trained.
         metrics = data.metric_function(data_args.multi_label_threshold)
+        metrics.keys()  # raises now, not after training
         source = {"model_init": lambda: copy.deepcopy(model)} if run_args.hp_search else {"model": model}
         with _explained(args):
             trainer = trainer_class(

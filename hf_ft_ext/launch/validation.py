@@ -185,6 +185,10 @@ def choose_best_metric(run_args: RunArguments, args: TrainingArguments, metrics:
         if not compares or args.prediction_loss_only:
             return
         args.metric_for_best_model = keys[0]
+        if metrics.chosen_from_elsewhere and "greater_is_better" not in run_args.given:
+            logger.info(
+                "The best model has the highest %s; pass --greater_is_better false where low is good.", keys[0]
+            )
         if "greater_is_better" not in run_args.given:
             args.greater_is_better = True
     elif chosen.removeprefix("eval_") not in keys:

@@ -52,6 +52,7 @@ class MetricFunction:
         self.thresholds: Thresholds | None = parse_threshold(threshold)
         self.positive: int | None = None
         self._externals: dict[str, External] = {}
+        self._keys: list[str] | None = None
         for name, metric in zip(self.names, metrics, strict=True):
             self._check(name, metric)
         certain = self.problem_type == CLASSIFICATION
@@ -98,6 +99,11 @@ class MetricFunction:
 
     def _evident(self) -> bool:
         return self.label_names is not None and evident_positive(self.label_names) is not None
+
+    @property
+    def chosen_from_elsewhere(self) -> bool:
+        """Whether the metric that chooses the best model is not one of ours, so that its direction is not known."""
+        return self.names[0] in self._externals
 
     @property
     def reads_positive(self) -> bool:
@@ -156,7 +162,9 @@ class MetricFunction:
 
     def _scores(self, name: str, outputs: Outputs) -> dict[str, float]:
         if name in self._externals:
-            return self._externals[name](outputs if self._order is None else outputs.in_order(self._order))
+            return _tried(
+                self._externals[name], name, outputs if self._order is None else outputs.in_order(self._order)
+            )
         if name in SCORES:
             if outputs.problem_type not in SCORES[name].problem_types:
                 raise InputError(f"metric '{name}' is not for {outputs.problem_type}; pass another metric")
@@ -181,15 +189,18 @@ class MetricFunction:
         Raises:
             InputError: a metric from elsewhere fails on a small sample.
         """
+        if self._keys is not None:
+            return list(self._keys)
         count = len(self.label_names) if self.label_names is not None else num_labels or 2
         outputs = self._outputs(*_sample(self.problem_type or CLASSIFICATION, count))
         keys: dict[str, None] = {}
         for name in self.names:
             if name in METRICS:
                 keys |= dict.fromkeys([METRICS[name].primary])
-            keys |= dict.fromkeys(_tried(lambda o, name=name: self._scores(name, o), name, outputs))
+            keys |= dict.fromkeys(self._scores(name, outputs))
         if len(self.names) == 1 and self.names[0] in METRICS and len(keys) > 1:
             keys["combined_score"] = None
+        self._keys = list(keys)
         return list(keys)
 
 
@@ -278,6 +289,6 @@ def _tried(compute: Callable[[Outputs], dict[str, float]], name: str, outputs: O
     except Exception as error:  # whatever the metric raises
         lines = str(error).strip().splitlines() or [""]
         raise InputError(
-            f"metric '{name}' fails on a sample of {len(outputs.references)} rows ({type(error).__name__}: "
+            f"metric '{name}' fails on {len(outputs.references)} rows ({type(error).__name__}: "
             f"{lines[0]}); correct it, or pass another metric"
         ) from error
