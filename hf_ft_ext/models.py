@@ -76,7 +76,7 @@ def load_tokenizer_and_model(
         return _fitted_together(tokenizer, model, name)
     _check_class(config, name)
     trained_labels = getattr(config, "num_labels", None)
-    own_names = [str(label) for _, label in sorted((config.id2label or {}).items())]
+    own_names = [str(label) for _, label in sorted((getattr(config, "id2label", None) or {}).items())]
     _set_labels(config, data)
     tokenizer = _load_tokenizer(model_args, name, hub)
     with _explained(name, "weights"), seeded_init(seed):
@@ -235,7 +235,7 @@ def _set_labels(config: PreTrainedConfig, data: Any) -> None:
         config.problem_type = getattr(config, "problem_type", None) or own
     else:
         config.problem_type = data.problem_type
-        if not _same_labels(config.id2label, data.label_names):
+        if not _same_labels(config.id2label or {}, data.label_names):
             config.num_labels = len(data.label_names)
             config.id2label = dict(enumerate(data.label_names))
             config.label2id = {label: i for i, label in enumerate(data.label_names)}
@@ -243,8 +243,10 @@ def _set_labels(config: PreTrainedConfig, data: Any) -> None:
 
 def _agree(config: PreTrainedConfig) -> None:
     """Make `label2id` the inverse of `id2label`, which names every output; a config.json may contradict itself."""
-    by_id = {int(i): str(label) for i, label in config.id2label.items()}
-    own = {str(label): int(i) for label, i in (config.label2id or {}).items()}
+    by_id = {int(i): str(label) for i, label in (getattr(config, "id2label", None) or {}).items()}
+    if not by_id:
+        return
+    own = {str(label): int(i) for label, i in (getattr(config, "label2id", None) or {}).items()}
     inverse = {label: i for i, label in sorted(by_id.items())}
     if own and own != inverse:
         shown = ", ".join(f"{i} = {label}" for i, label in sorted(by_id.items())[:10])

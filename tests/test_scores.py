@@ -263,6 +263,28 @@ def test_a_function_sees_classes_in_one_order_whatever_the_models_is(module):
     assert found["share_of_ones"] == pytest.approx(np.mean(LOGITS3.argmax(1) == 1))
 
 
+def test_metrics_that_clash_are_refused(module):
+    with pytest.raises(InputError, match="'f1_macro' is named twice"):
+        metric_function(["f1_macro", "f1_macro"])
+
+    def accuracy(predictions):
+        return {"balanced_accuracy": -1.0}
+
+    with pytest.raises(InputError, match="two give the key 'balanced_accuracy'; rename it"):
+        score(["balanced_accuracy", accuracy])
+
+
+def test_functions_take_several_labels_per_row():
+    def rows_and_labels(references, predictions, probabilities):
+        return {"labels": references.sum(), "said": (probabilities >= 0.5).sum(), "same": predictions.sum()}
+
+    names = ["no", "yes"]  # two labels are not two classes
+    found = score(rows_and_labels, SCORES_OF_LABELS[:, :2], LABELS[:, :2], names)
+    said = (SCORES_OF_LABELS[:, :2] >= 0).sum()
+    assert found == {"labels": LABELS[:, :2].sum(), "said": said, "same": said}
+    assert score(rows_and_labels, SCORES_OF_LABELS[:, :2], LABELS[:, :2], names, problem_type=MULTI_LABEL) == found
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -100,8 +100,7 @@ def _run(argv: list[str], program: list[str], signals: Signals) -> None:
             push = sharing.postponed(args)  # save_model would push by itself, before there are numbers to show
             trainer.save_model()
         signals.check()
-        if args.do_eval or args.do_predict:
-            predictions.settle_thresholds(trainer, data.validation)
+        predictions.settle_thresholds(trainer, data.validation)
         if args.do_eval:
             metrics |= results.evaluate_all(trainer, data.validation)
         if args.do_predict:

@@ -232,7 +232,7 @@ def check_scoring(
                 "each row has one; leave it out"
             )
         return
-    if metrics.thresholds is None and not data.validation and (args.do_eval or args.do_predict):
+    if metrics.thresholds is None and not data.validation:
         raise InputError(
             "--multi_label_threshold auto chooses on a validation split, and there is none; pass --validation_file, "
             "or a number"

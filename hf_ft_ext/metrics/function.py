@@ -53,11 +53,15 @@ class MetricFunction:
         self.positive: int | None = None
         self._externals: dict[str, External] = {}
         self._keys: list[str] | None = None
+        self._sides_checked = False
+        if twice := [name for name in self.names if self.names.count(name) > 1]:
+            raise InputError(f"metric '{twice[0]}' is named twice; name each metric once")
         for name, metric in zip(self.names, metrics, strict=True):
             self._check(name, metric)
         certain = self.problem_type == CLASSIFICATION
         about_positive = [name for name in self.names if self._needs_positive(name) and certain]
-        if about_positive or positive_label is not None or (self._externals and self._evident()):
+        evident = self._externals and self._evident() and self.problem_type in (CLASSIFICATION, None)
+        if about_positive or positive_label is not None or evident:
             name = about_positive[0] if about_positive else "positive_label"
             if self.problem_type in (REGRESSION, MULTI_LABEL):
                 raise InputError(f"positive_label={positive_label!r}: {self.problem_type} has no positive class")
@@ -65,7 +69,7 @@ class MetricFunction:
             if positive_label is None and self.label_names is not None:
                 logger.info("The positive class is %r, by the names of the labels.", self.label_names[self.positive])
         self._order = self._external_order(label_order)
-        if self._externals and self._two_unordered():
+        if certain:
             self._refuse_sided()
 
     # --- what was asked for ---------------------------------------------------------------------------
@@ -116,7 +120,7 @@ class MetricFunction:
         It does not depend on the order that a model has.
         """
         names = self.label_names
-        if names is None or self.problem_type in (REGRESSION, MULTI_LABEL):
+        if names is None:
             return None
         order = list(range(len(names)))
         if label_order is not None and set(map(str, label_order)) == set(names):
@@ -125,11 +129,13 @@ class MetricFunction:
             order = [1 - self.positive, self.positive]
         return order
 
-    def _two_unordered(self) -> bool:
-        return self._order is not None and len(self._order) == 2 and self.positive is None
-
     def _refuse_sided(self) -> None:
-        """Refuse a metric from elsewhere that asks which of two classes is class 1 where nothing says so."""
+        """Refuse a metric from elsewhere that asks which of two classes is class 1 where nothing says so; once."""
+        if self._sides_checked or not self._externals or self._order is None or len(self._order) != 2:
+            return
+        self._sides_checked = True
+        if self.positive is not None:
+            return
         outputs = self._outputs(*_sample(CLASSIFICATION, 2))
         for name, compute in self._externals.items():
             one, other = (_tried(compute, name, outputs.in_order(order)) for order in ([0, 1], [1, 0]))
@@ -148,10 +154,16 @@ class MetricFunction:
         outputs = self._outputs(logits, labels)
         scores: dict[str, float] = {}
         for name in self.names:
-            scores |= self._scores(name, outputs)
-        if len(self.names) == 1 and self.names[0] in METRICS and len(scores) > 1:
+            for key, value in self._scores(name, outputs).items():
+                if not np.isclose(scores.setdefault(key, value), value, equal_nan=True):
+                    raise InputError(f"metrics {', '.join(self.names)}: two give the key '{key}'; rename it in yours")
+        if self._is_composite() and len(scores) > 1:
             scores["combined_score"] = float(np.mean(list(scores.values())))
         return scores
+
+    def _is_composite(self) -> bool:
+        """Whether there is one metric, of GLUE, whose keys have a mean."""
+        return len(self.names) == 1 and self.names[0] in METRICS and not self._externals
 
     def _outputs(self, logits: np.ndarray, labels: np.ndarray) -> Outputs:
         kind = self.problem_type or problem_of(logits, labels)
@@ -162,9 +174,10 @@ class MetricFunction:
 
     def _scores(self, name: str, outputs: Outputs) -> dict[str, float]:
         if name in self._externals:
-            return _tried(
-                self._externals[name], name, outputs if self._order is None else outputs.in_order(self._order)
-            )
+            if outputs.problem_type == CLASSIFICATION and self._order is not None:
+                self._refuse_sided()
+                outputs = outputs.in_order(self._order)
+            return _tried(self._externals[name], name, outputs)
         if name in SCORES:
             if outputs.problem_type not in SCORES[name].problem_types:
                 raise InputError(f"metric '{name}' is not for {outputs.problem_type}; pass another metric")
@@ -195,10 +208,10 @@ class MetricFunction:
         outputs = self._outputs(*_sample(self.problem_type or CLASSIFICATION, count))
         keys: dict[str, None] = {}
         for name in self.names:
-            if name in METRICS:
+            if name in METRICS and name not in self._externals:
                 keys |= dict.fromkeys([METRICS[name].primary])
             keys |= dict.fromkeys(self._scores(name, outputs))
-        if len(self.names) == 1 and self.names[0] in METRICS and len(keys) > 1:
+        if self._is_composite() and len(keys) > 1:
             keys["combined_score"] = None
         self._keys = list(keys)
         return list(keys)
