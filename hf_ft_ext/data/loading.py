@@ -90,27 +90,28 @@ def load_data(
     for _, name, data in roles:
         if not len(data):
             raise InputError(f"split '{name}' holds no rows; check the data")
-    several = [data_args.label_column] if isinstance(data_args.label_column, str) else data_args.label_column or []
-    if len(several) > 1:  # each column is a label
-        other = roles[0][2].remove_columns([c for c in roles[0][2].column_names if c in several])
+    given = data_args.label_column or []
+    label_columns = [given] if isinstance(given, str) else list(given)
+    if len(label_columns) > 1:  # each column is a label
+        other = roles[0][2].remove_columns([c for c in roles[0][2].column_names if c in label_columns])
         text_columns = _find_text(other, data_args.text_columns, None, task)
         label_column = None
     else:
         text_columns = _find_text(roles[0][2], data_args.text_columns, data_args.label_column, task)
         label_column = _find_label(roles, data_args.label_column, task)
-        several = [label_column] if label_column is not None else []
-    for column in several:
+        label_columns = [label_column] if label_column is not None else []
+    for column in label_columns:
         if column in text_columns:
             raise InputError(f"column '{column}' cannot be both text and label; check --text_columns")
 
     for _, name, data in roles:
         _check_text(name, data, text_columns)
     splits: dict[str, dict[str, Dataset]] = {"train": {}, "validation": {}, "test": {}}
-    if ml.is_multi_label(roles, several):
+    if ml.is_multi_label(roles, label_columns):
         if stream is not None:
             raise InputError("--streaming reads one label per row, and here are several; leave --streaming out")
         kind = MULTI_LABEL
-        names, vectors = ml.read_multi_labels(roles, several, task, getattr(data_args, "problem_type", None))
+        names, vectors = ml.read_multi_labels(roles, label_columns, task, getattr(data_args, "problem_type", None))
         for (role, name, data), values in zip(roles, vectors, strict=True):
             data = data.select_columns(list(text_columns))
             splits[role][name] = data if values is None else ml.with_multi_labels(name, data, LABEL, values)
@@ -133,7 +134,7 @@ def load_data(
             stream = stream.take(data_args.max_train_samples)
         train = usable_rows(stream, text_columns, label_column, roles[0][2].features[label_column], feature, task)
     data = TaskData(
-        task=task or _own_task(data_args, text_columns, several, names, kind, metric),
+        task=task or _own_task(data_args, text_columns, label_columns, names, kind, metric),
         train=train,
         validation=splits["validation"],
         test=splits["test"],

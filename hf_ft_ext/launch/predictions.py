@@ -1,16 +1,13 @@
 """What predictions are written as: label names, numbers, several labels per row, and their probabilities."""
 
-import logging
 from typing import Any
 
 import numpy as np
 from transformers import Trainer
 
-from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction, best_thresholds, probabilities
+from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction, probabilities
 
 SEPARATOR = "|"  # between the labels of a row
-
-logger = logging.getLogger(__name__)
 
 
 def named_predictions(predictions: Any, config: Any, thresholds: float | np.ndarray = 0.5) -> list[str]:
@@ -21,7 +18,7 @@ def named_predictions(predictions: Any, config: Any, thresholds: float | np.ndar
         config: of the model.
         thresholds: of several labels per row: the probability from which on a label is predicted.
     """
-    logits = _logits(predictions)
+    logits = logits_of(predictions)
     if config.problem_type == REGRESSION:
         return [f"{value:.6g}" for value in logits.reshape(-1)]
     if config.problem_type == MULTI_LABEL:
@@ -37,7 +34,7 @@ def prediction_table(trainer: Trainer, predictions: Any, with_probabilities: boo
     columns: list[Any] = [named_predictions(predictions, config, thresholds_of(trainer))]
     header = ["index", "prediction"]
     if with_probabilities:
-        shares = probabilities(_logits(predictions), config.problem_type)
+        shares = probabilities(logits_of(predictions), config.problem_type)
         header += [f"probability_{config.id2label[i]}" for i in range(shares.shape[-1])]
         columns += [[f"{share:.6g}" for share in column] for column in shares.T]
     return header, list(zip(range(len(columns[0])), *columns, strict=True))
@@ -47,21 +44,6 @@ def thresholds_of(trainer: Trainer) -> float | np.ndarray:
     """The thresholds that the trainer's metrics use."""
     thresholds = getattr(trainer.compute_metrics, "thresholds", None)
     return 0.5 if thresholds is None else thresholds
-
-
-def settle_thresholds(trainer: Trainer, validation: dict[str, Any]) -> None:
-    """Where thresholds are to be chosen, choose them on the first validation split, for all that follows."""
-    metrics = trainer.compute_metrics
-    if not isinstance(metrics, MetricFunction) or metrics.problem_type != MULTI_LABEL:
-        return
-    if metrics.thresholds is not None or not validation:
-        return
-    name, data = next(iter(validation.items()))
-    output = trainer.predict(data, metric_key_prefix="eval")
-    metrics.thresholds = best_thresholds(_logits(output.predictions), np.asarray(output.label_ids))
-    names = trainer.model.config.id2label
-    shown = ", ".join(f"{names[i]} {value:.3g}" for i, value in enumerate(metrics.thresholds[:10]))
-    logger.info("Thresholds by F1 on split '%s', whose metrics are thus a little too good: %s.", name, shown)
 
 
 def scoring_of(trainer: Trainer) -> dict[str, Any]:
@@ -86,5 +68,5 @@ def _recorded_thresholds(trainer: Trainer) -> dict[str, float] | None:
     return {str(config.id2label[i]): float(value) for i, value in enumerate(values)}
 
 
-def _logits(predictions: Any) -> np.ndarray:
+def logits_of(predictions: Any) -> np.ndarray:
     return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)

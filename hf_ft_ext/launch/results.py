@@ -3,12 +3,14 @@
 import contextlib
 import csv
 import io
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 
@@ -16,7 +18,8 @@ from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.defaults import task_label
-from hf_ft_ext.launch.predictions import prediction_table, scoring_of
+from hf_ft_ext.launch.predictions import logits_of, prediction_table, scoring_of
+from hf_ft_ext.metrics import MULTI_LABEL, MetricFunction, best_thresholds
 from hf_ft_ext.models import model_label
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.files import write_text
@@ -24,6 +27,8 @@ from hf_ft_ext.training.plan import align, trained_weights
 from hf_ft_ext.training.record import RUN_RECORD, write_run_record
 from hf_ft_ext.training.resources import find_monitor
 from hf_ft_ext.training.sharding import entries
+
+logger = logging.getLogger(__name__)
 
 _MIB = 2**20
 _SECRETS = ("token", "hub_token")
@@ -58,6 +63,22 @@ def evaluate_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
         with _set(trainer.args, dataloader_drop_last=False):  # meant for training; transformers drops rows here too
             metrics |= trainer.evaluate(eval_dataset=data, metric_key_prefix=prefix)
     return metrics
+
+
+def settle_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
+    """Where thresholds of several labels are to be chosen, choose them on the first split, for all that follows."""
+    metrics = trainer.compute_metrics
+    if not isinstance(metrics, MetricFunction) or metrics.problem_type != MULTI_LABEL:
+        return
+    if metrics.thresholds is not None or not splits or trainer.args.prediction_loss_only:
+        return
+    name, data = next(iter(splits.items()))
+    with _set(trainer.args, dataloader_drop_last=False):
+        output = trainer.predict(data, metric_key_prefix="eval")
+    metrics.thresholds = best_thresholds(logits_of(output.predictions), np.asarray(output.label_ids))
+    names = trainer.model.config.id2label
+    shown = ", ".join(f"{names[i]} {value:.3g}" for i, value in enumerate(metrics.thresholds[:10]))
+    logger.info("Thresholds by F1 on split '%s', whose metrics are thus a little too good: %s.", name, shown)
 
 
 def predict_all(trainer: Trainer, splits: dict[str, Any], with_probabilities: bool = False) -> dict[str, float]:

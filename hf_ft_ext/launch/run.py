@@ -70,7 +70,7 @@ def _run(argv: list[str], program: list[str], signals: Signals) -> None:
 
     run_args, model_args, data_args, args = parse_arguments(argv)
 
-    from hf_ft_ext.launch import building, folder, predictions, results, search, sharing  # after --help
+    from hf_ft_ext.launch import building, folder, results, search, sharing  # after --help has been answered
     from hf_ft_ext.launch.interruption import SaveAndStop
     from hf_ft_ext.training.plan import training_plan
 
@@ -100,7 +100,7 @@ def _run(argv: list[str], program: list[str], signals: Signals) -> None:
             push = sharing.postponed(args)  # save_model would push by itself, before there are numbers to show
             trainer.save_model()
         signals.check()
-        predictions.settle_thresholds(trainer, data.validation)
+        results.settle_thresholds(trainer, data.validation)
         if args.do_eval:
             metrics |= results.evaluate_all(trainer, data.validation)
         if args.do_predict:
