@@ -173,7 +173,8 @@ def choose_best_metric(run_args: RunArguments, args: TrainingArguments, metrics:
     Raises:
         InputError: the user named a metric that the task does not have, or a metric fails on a small sample.
     """
-    keys = [*metrics.keys(), "loss"]
+    primary, *others = metrics.keys()
+    keys = ["loss", primary, *others]
     chosen = run_args.given.get("metric_for_best_model")
     compares = (
         args.load_best_model_at_end
@@ -184,10 +185,10 @@ def choose_best_metric(run_args: RunArguments, args: TrainingArguments, metrics:
     if chosen is None:
         if not compares or args.prediction_loss_only:
             return
-        args.metric_for_best_model = keys[0]
+        args.metric_for_best_model = primary
         if metrics.chosen_from_elsewhere and "greater_is_better" not in run_args.given:
             logger.info(
-                "The best model has the highest %s; pass --greater_is_better false where low is good.", keys[0]
+                "The best model has the highest %s; pass --greater_is_better false where low is good.", primary
             )
         if "greater_is_better" not in run_args.given:
             args.greater_is_better = True
