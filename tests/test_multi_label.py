@@ -15,6 +15,8 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 import run_glue
 from hf_ft_ext import (
+    FullTrainer,
+    FullTrainingArguments,
     GradientlessTrainer,
     GradientlessTrainingArguments,
     InputError,
@@ -298,12 +300,39 @@ def test_objectives_of_several_labels(name):
 def test_matthews_is_refused_as_an_objective_of_several_labels():
     with pytest.raises(InputError, match="matthews is for one label per row"):
         make_objective("matthews", MULTI, 3)
+    with pytest.raises(InputError, match=r"label_smoothing_factor=0.1 smooths one class per row"):
+        make_objective("loss", MULTI, 3, smoothing=0.1)
 
 
 def test_the_squared_loss_takes_several_labels():
     logits, labels = torch.tensor([[1.0, 0.0], [0.5, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     assert float(l2_loss({"logits": logits}, labels)) == pytest.approx((0 + 0 + 0.25 + 1) / 4)
     assert float(l2_loss({"logits": logits}, labels, 8)) == pytest.approx((0 + 0 + 0.25 + 1) / 8)  # of a step twice it
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_squared_loss_of_a_step_is_the_mean_over_its_rows_and_labels(rows, tokenizer, tmp_path, accumulated):
+    model = tiny_model(num_labels=3, problem_type=MULTI, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    args = FullTrainingArguments(
+        str(tmp_path), l2_loss=True, max_steps=1, learning_rate=0.0, per_device_train_batch_size=8 // accumulated,
+        gradient_accumulation_steps=accumulated, train_sampling_strategy="sequential", use_cpu=True, report_to="none",
+    )  # fmt: skip
+    loss = FullTrainer(model, args, train_dataset=rows, processing_class=tokenizer).train().training_loss
+    expected = []
+    for row in rows.select(range(8)):
+        with torch.no_grad():
+            logits = model.eval()(torch.tensor([row["input_ids"]])).logits[0]
+        expected += [(z - y) ** 2 for z, y in zip(logits.tolist(), row["labels"], strict=True)]
+    assert loss == pytest.approx(sum(expected) / 24, rel=1e-5)
+
+
+def test_a_search_on_f1_takes_the_tasks_positive_class():
+    args = GradientlessTrainingArguments("unused", search_objective="f1", use_cpu=True)
+    assert args.take_positive_label("spam") and args.search_positive_label == "spam"
+    assert args.take_positive_label("ham") and args.search_positive_label == "spam"  # the user's own stays
+    assert not GradientlessTrainingArguments("unused", use_cpu=True).take_positive_label("spam")
+    with pytest.raises(InputError, match="search_positive_label='spam' is about search_objective=f1, not loss"):
+        GradientlessTrainingArguments("unused", search_positive_label="spam", use_cpu=True)
 
 
 def test_a_search_on_f1_needs_the_positive_class_by_name(rows, tokenizer, tmp_path):
