@@ -28,7 +28,7 @@ from hf_ft_ext.fisher.criteria import CRITERIA
 from hf_ft_ext.fisher.plan import AdapterPlan
 from hf_ft_ext.fisher.prepass import prepass_batches
 from hf_ft_ext.fisher.selection import select_adapters, settings_of
-from hf_ft_ext.metrics import metric_function, primary_key
+from hf_ft_ext.metrics import primary_key
 from hf_ft_ext.models import load_tokenizer_and_model, model_max_length
 from hf_ft_ext.training.files import write_json
 
@@ -80,7 +80,7 @@ def main() -> None:
         set_seed(seed)
         return FisherTrainer(
             copy.deepcopy(model), settings, train_dataset=data.train, eval_dataset=validation,
-            processing_class=tokenizer, compute_metrics=metric_function(data.metric),
+            processing_class=tokenizer, compute_metrics=data.metric_function(),
         )  # fmt: skip
 
     with tempfile.TemporaryDirectory() as folder:

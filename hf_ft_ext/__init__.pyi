@@ -32,6 +32,8 @@ from .linearhead.arguments import LinearHeadTrainingArguments as LinearHeadTrain
 from .linearhead.trainer import LinearHeadTrainer as LinearHeadTrainer
 from .lora.arguments import LoraTrainingArguments as LoraTrainingArguments
 from .lora.trainer import LoraTrainer as LoraTrainer
+from .metrics.function import MetricFunction as MetricFunction
+from .metrics.function import metric_function as metric_function
 from .prompts.configuration import PromptConfig as PromptConfig
 from .prompts.encode import PromptEncoder as PromptEncoder
 from .prompts.model import PromptForSequenceClassification as PromptForSequenceClassification

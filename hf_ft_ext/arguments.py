@@ -62,6 +62,10 @@ class RunArguments:
             "the final training with the best values; 0 = none. Needs the `hp` extra."
         },
     )
+    prediction_probabilities: bool = field(
+        default=False,
+        metadata={"help": "Add a column `probability_<label>` for each label to predictions.tsv."},
+    )
     from_linearhead: bool = field(
         default=False,
         metadata={
@@ -116,6 +120,11 @@ class ModelArguments:
             "choices": QUANTIZATIONS,
         },
     )
+
+
+def _one_or_several(value: list[str] | str | None) -> list[str] | str | None:
+    """A list of one is that one: most runs have one, and then it is text."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 @dataclass
@@ -251,20 +260,44 @@ class DataArguments(FewShotArguments):
     text_columns: list[str] | None = field(
         default=None, metadata={"help": "One or two text columns; none = the task's, or found in own data."}
     )
-    label_column: str | None = field(
-        default=None, metadata={"help": "Label column; none = the task's, or `label`. Float labels mean regression."}
-    )
     problem_type: str | None = field(
         default=None,
         metadata={
             "help": "What own labels mean: single_label_classification or regression (ratings such as 1 to 5); none = "
-            "regression for labels with a decimal point, else classes.",
+            "regression for labels with a decimal point, several labels per row for lists, else classes.",
             "choices": PROBLEM_TYPES,
         },
     )
-    metric: str | None = field(
+    label_column: list[str] | str | None = field(
         default=None,
-        metadata={"help": "accuracy, accuracy_f1, matthews or pearson_spearman; none = the task's own."},
+        metadata={
+            "help": "Label column; none = the task's, or `label`. Float labels mean regression, lists several labels "
+            "per row. Several columns of 0 and 1 are a label each.",
+            "nargs": "+",
+        },
+    )
+    metric: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "One or several: accuracy, accuracy_f1, matthews, pearson_spearman, f1, f1_macro, precision, "
+            "recall, roc_auc, ... (docs/launcher.md), a function of yours (`module:function`, `file.py:function`), "
+            "or a metric of evaluate by name or path; none = the task's own. The first chooses the best model.",
+            "nargs": "+",
+        },
+    )
+    positive_label: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the class that f1, precision and recall are about; none = the task's, or what the names "
+            "of two classes show (`yes` of no and yes)."
+        },
+    )
+    multi_label_threshold: float | str | None = field(
+        default=None,
+        metadata={
+            "help": "Several labels per row: predict a label from this probability on, between 0 and 1 (none = 0.5); "
+            "auto = for each label the threshold with the best F1 on the validation split."
+        },
     )
     max_seq_length: int | None = field(
         default=None,
@@ -312,6 +345,10 @@ class Gradients(Enum):
     ADAPTERS = "adapters"
     NONE = "none"
 
+    def __post_init__(self):
+        self.label_column = _one_or_several(self.label_column)
+        self.metric = _one_or_several(self.metric)
+
 
 @dataclass
 class MethodTrainingArguments(TrainingArguments):
@@ -339,6 +376,10 @@ class MethodTrainingArguments(TrainingArguments):
         Raises:
             InputError: there is such an argument.
         """
+
+    def take_positive_label(self, name: str | None) -> bool:
+        """Take the name of the task's positive class where the method itself asks for one; say whether it does."""
+        return False
 
     @classmethod
     def complete(cls, args: TrainingArguments | None) -> "MethodTrainingArguments":

@@ -84,6 +84,59 @@ def fit_classes(
     return LinearFit(weight, offset, c, chosen, float(score), float(loss))
 
 
+def fit_labels(
+    x: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    bias: bool = True,
+    c: float | None = None,
+    folds: int = 5,
+    max_iter: int = 1000,
+) -> LinearFit:
+    """One-vs-rest: a logistic regression of each label by itself, with a regularisation of its own.
+
+    `score` is the share of labels predicted right, `loss` the mean binary cross-entropy, `c` the median of the
+    labels'. A label that all rows have, or none, gets weights of 0 and the bias of its share, (n + 1/2) / (N + 1).
+
+    Args:
+        x: `[rows, width]`.
+        labels: 0 and 1, `[rows, labels]`.
+        names: of the labels.
+        bias, c, folds, max_iter: as for `fit_classes`.
+
+    Raises:
+        InputError: all rows or none have a label, and the layer has no bias to say so.
+    """
+    scaled, mean, scale = _scaled(x, bias)
+    chosen, used, weights, offsets, constant = c is None, [], [], [], []
+    for i, name in enumerate(names):
+        truth = (labels[:, i] > 0.5).astype(np.int64)
+        count = int(truth.sum())
+        if count in (0, len(truth)):
+            if not bias:
+                state = "no training row has" if count == 0 else "every training row has"
+                raise InputError(f"{state} the label '{name}', and a layer without a bias cannot learn that; drop it")
+            constant.append(name)
+            share = (count + 0.5) / (len(truth) + 1)
+            weights.append(np.zeros((1, x.shape[1])))
+            offsets.append(np.array([np.log(share / (1 - share))]))
+            continue
+        strength = _choose(scaled, truth, None, None, bias, folds, max_iter) if chosen else c
+        model = _logistic(scaled, truth, None, strength, bias, max_iter)
+        weight, offset = _unscaled(model.coef_, np.zeros(1) + model.intercept_, mean, scale)
+        used.append(strength)
+        weights.append(weight)
+        offsets.append(offset)
+    if constant:
+        logger.warning("all training rows agree on the label %s: only its bias is fitted", ", ".join(constant))
+    weight, offset = np.concatenate(weights), np.concatenate(offsets)
+    logits, truth = x @ weight.T + offset, labels > 0.5
+    loss = np.mean(np.logaddexp(0, logits) - truth * logits)
+    score = np.mean((logits >= 0) == truth)
+    strength = float(np.median(used)) if used else float(c or 1.0)
+    return LinearFit(weight, offset, strength, chosen, float(score), float(loss))
+
+
 def fit_place(
     x: np.ndarray,
     place: np.ndarray,

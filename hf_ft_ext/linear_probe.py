@@ -15,8 +15,8 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_cache import cached_features, feature_bytes
 from hf_ft_ext.feature_rows import SAMPLE, batches_in_order, labels_of, read_in_order
 from hf_ft_ext.features import HeadReader, encoder_path, evaluating
-from hf_ft_ext.linear_fit import LinearFit, fit_classes, fit_numbers, fit_place
-from hf_ft_ext.metrics import REGRESSION
+from hf_ft_ext.linear_fit import LinearFit, fit_classes, fit_labels, fit_numbers, fit_place
+from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.prompts.model import is_prompt_model
 
 logger = logging.getLogger(__name__)
@@ -54,11 +54,11 @@ def fit_linear_head(
 ) -> LinearHead:
     """Fit the last layer of a sequence classifier by linear probing and write the weights into it, in place.
 
-    The encoder runs once over the data, without dropout. Classes are fitted by logistic regression, numbers by ridge
-    regression; the regularisation is chosen by cross-validation unless `c` is given. What lies between encoder and
-    last layer (a pooler, a dense layer) stays as it is. In a prompt model the label words' output rows are the last
-    layer: they become a layer of their own first (`untie_label_words`). `model.fresh_parameters` names what was
-    written, so that an adapter saves it.
+    The encoder runs once over the data, without dropout. Classes are fitted by logistic regression (several labels per
+    row: each label against the rest), numbers by ridge regression; the regularisation is chosen by cross-validation
+    unless `c` is given. What lies between encoder and last layer (a pooler, a dense layer) stays as it is. In a prompt
+    model the label words' output rows are the last layer: they become a layer of their own first
+    (`untie_label_words`). `model.fresh_parameters` names what was written, so that an adapter saves it.
 
     Args:
         model: in the place (device) where it is to run.
@@ -190,9 +190,16 @@ def _fit(model: nn.Module, x: np.ndarray, labels: np.ndarray, bias: bool, c, fol
             place = ((labels.reshape(-1) - low) / (high - low)).clip(0, 1)
             return fit_place(x, place, bias, c, folds, max_iter)
         return fit_numbers(x, labels, bias, c)
-    if labels.dtype.kind == "f" or labels.ndim > 1:
-        raise InputError("several labels per row have no linear head here; train the head instead")
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if config.problem_type == MULTI_LABEL or (config.problem_type is None and labels.ndim == 2):
+        if labels.shape != (len(x), len(names)):
+            raise InputError(f"labels of shape {labels.shape} are not 0 or 1 for each of {len(names)} labels")
+        return fit_labels(x, labels, names, bias, c, folds, max_iter)
+    if labels.dtype.kind == "f" or labels.ndim > 1:
+        raise InputError(
+            f"labels of shape {labels.shape} and type {labels.dtype} are not class ids; for several labels per row "
+            'set config.problem_type = "multi_label_classification"'
+        )
     return fit_classes(x, labels, names, bias, c, folds, max_iter)
 
 

@@ -15,7 +15,8 @@ from hf_ft_ext.prompts.loading import check_prompt_options
 ALWAYS = set(
     "method overwrite_output_dir dry_run hp_search from_linearhead model_name_or_path tokenizer_name cache_dir token "
     "trust_remote_code dtype attn_implementation quantization num_k few_shot_type task_name dataset_name train_file "
-    "validation_file test_file text_columns label_column max_seq_length pad_to_max_length streaming".split()
+    "validation_file test_file text_columns label_column positive_label "
+    "multi_label_threshold max_seq_length pad_to_max_length streaming".split()
 )
 IDLE = [
     ("max_train_samples", ["5", "--do_eval"], "this run does not train; add --do_train"),
@@ -44,6 +45,7 @@ IDLE = [
     ("column_names", ["a", "b"], "is about csv and tsv files"),
     ("problem_type", ["regression"], "task 'demo' is"),
     ("sample", ["random"], "draws the rows of --max_train_samples"),
+    ("prediction_probabilities", ["--do_train"], "this run does not predict; add --do_predict"),
     ("template", ["*cls*"], "pass --few_shot_type prompt, or leave it out"),
     ("mapping", ["{0:'a'}"], "pass --few_shot_type prompt, or leave it out"),
     ("first_sent_limit", ["5"], "pass --few_shot_type prompt, or leave it out"),

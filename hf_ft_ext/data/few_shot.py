@@ -12,7 +12,7 @@ from hf_ft_ext.data.origins import Origins, SplitOrigin
 from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.data.tasks import GLUE_ID
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import REGRESSION
+from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 
 DEFAULT_SEED = 13  # the first of the source's five: 13, 21, 42, 87, 100
 TEST_ROWS = 1000  # of k-shot-1k-test
@@ -52,6 +52,11 @@ def few_shot_data(
         raise InputError(f"num_k={k} is no number of rows; pass 1 or more, or leave it out for all rows")
     if split not in _EVALUATION_ROWS:
         raise InputError(f"few_shot_split={split!r} is unknown; choose from: {', '.join(_EVALUATION_ROWS)}")
+    if data.problem_type == MULTI_LABEL:
+        raise InputError(
+            f"num_k={k} draws rows of each class, and a row with several labels is of several classes at once; pass "
+            "a file of the rows that are wanted, or max_train_samples"
+        )
     if data.train is None:
         raise InputError(
             f"num_k={k}: few-shot rows are drawn from a training split, and {data.task.name!r} has none here; pass "

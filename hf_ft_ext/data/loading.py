@@ -12,6 +12,7 @@ from datasets import ClassLabel, Dataset, IterableDataset, Value
 
 from hf_ft_ext.arguments import PROBLEM_TYPES, QUOTINGS, DataArguments
 from hf_ft_ext.data import labels as lb
+from hf_ft_ext.data import multi_label as ml
 from hf_ft_ext.data.few_shot import few_shot_data, validation_is_test
 from hf_ft_ext.data.origins import final_origins, whole_splits
 from hf_ft_ext.data.own_files import USUAL_TEXT
@@ -22,7 +23,7 @@ from hf_ft_ext.data.stream import in_memory, usable_rows
 from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.data.tasks import Task, get_task
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import REGRESSION, check_metric
+from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, default_metrics, metric_function
 
 _NO_TEXT = {"id", "idx", "index", "guid", "label_text"}
 _STRINGS = {"string", "large_string", "string_view"}
@@ -88,37 +89,53 @@ def load_data(
     for _, name, data in roles:
         if not len(data):
             raise InputError(f"split '{name}' holds no rows; check the data")
-    text_columns = _find_text(roles[0][2], data_args.text_columns, data_args.label_column, task)
-    label_column = _find_label(roles, data_args.label_column, task)
-    if label_column in text_columns:
-        raise InputError(f"column '{label_column}' cannot be both text and label; check --text_columns")
+    given = data_args.label_column or []
+    label_columns = [given] if isinstance(given, str) else list(given)
+    if len(label_columns) > 1:  # each column is a label
+        other = roles[0][2].remove_columns([c for c in roles[0][2].column_names if c in label_columns])
+        text_columns = _find_text(other, data_args.text_columns, None, task)
+        label_column = None
+    else:
+        text_columns = _find_text(roles[0][2], data_args.text_columns, data_args.label_column, task)
+        label_column = _find_label(roles, data_args.label_column, task)
+        label_columns = [label_column] if label_column is not None else []
+    for column in label_columns:
+        if column in text_columns:
+            raise InputError(f"column '{column}' cannot be both text and label; check --text_columns")
 
-    raws: list[lb.RawLabels | None] = []
-    for role, name, data in roles:
+    for _, name, data in roles:
         _check_text(name, data, text_columns)
-        raws.append(_labels_of(role, name, data, label_column))
-    labelled = [raw for raw in raws if raw is not None]
-    for raw in labelled:
-        lb.check_spelling(raw, data_args.problem_type)
-    kind = lb.problem_type(labelled, task, data_args.problem_type)
-    names, columns = _convert(labelled, kind, task)
-    metric = data_args.metric or (task.metric if task else "pearson_spearman" if kind == REGRESSION else "accuracy")
-    check_metric(metric, kind, len(names) if names else None)
-
-    feature = ClassLabel(names=names) if names else Value("float32")
     splits: dict[str, dict[str, Dataset]] = {"train": {}, "validation": {}, "test": {}}
-    for (role, name, data), raw in zip(roles, raws, strict=True):
-        data = data.select_columns(list(text_columns))
-        if raw is not None:
-            data = _with_labels(name, data, next(columns), feature, drop=names is not None)
-        splits[role][name] = data
+    if ml.is_multi_label(roles, label_columns):
+        if stream is not None:
+            raise InputError("--streaming reads one label per row, and here are several; leave --streaming out")
+        kind = MULTI_LABEL
+        names, vectors = ml.read_multi_labels(roles, label_columns, task, data_args.problem_type)
+        for (role, name, data), values in zip(roles, vectors, strict=True):
+            data = data.select_columns(list(text_columns))
+            splits[role][name] = data if values is None else ml.with_multi_labels(name, data, LABEL, values)
+    else:
+        raws = [_labels_of(role, name, data, label_column) for role, name, data in roles]
+        labelled = [raw for raw in raws if raw is not None]
+        for raw in labelled:
+            lb.check_spelling(raw, data_args.problem_type)
+        kind = lb.problem_type(labelled, task, data_args.problem_type)
+        names, columns = _convert(labelled, kind, task)
+        feature = ClassLabel(names=names) if names else Value("float32")
+        for (role, name, data), raw in zip(roles, raws, strict=True):
+            data = data.select_columns(list(text_columns))
+            if raw is not None:
+                data = _with_labels(name, data, next(columns), feature, drop=names is not None)
+            splits[role][name] = data
+    metric = data_args.metric or (task.metric if task else default_metrics(kind))
+    positive = _positive_label(data_args, task, names, kind, metric)
     train: Any = splits["train"].get("train")
     if stream is not None:
         if data_args.max_train_samples is not None:
             stream = stream.take(data_args.max_train_samples)
         train = usable_rows(stream, text_columns, label_column, roles[0][2].features[label_column], feature, task)
     data = TaskData(
-        task=task or _own_task(data_args, text_columns, label_column, names, kind, metric),
+        task=task or _own_task(data_args, text_columns, label_columns, names, kind, metric),
         train=train,
         validation=splits["validation"],
         test=splits["test"],
@@ -126,6 +143,7 @@ def load_data(
         problem_type=kind,
         metric=metric,
         text_columns=text_columns,
+        positive_label=positive,
     )
     data.origins = whole_splits(data)
     if data_args.num_k is not None:
@@ -298,13 +316,22 @@ def _first(data: Dataset, limit: int | None) -> Dataset:
     return data if limit is None or limit >= len(data) else data.select(range(limit))
 
 
-def _own_task(data_args: DataArguments, text_columns, label_column, names, kind: str, metric: str) -> Task:
+def _positive_label(data_args: DataArguments, task: Task | None, names, kind: str, metric) -> str | None:
+    """Check the metrics; the name of the positive class, as given, of the task, or as the names themselves show it."""
+    wanted = data_args.positive_label
+    if wanted is None and task is not None and task.positive_label in (names or ()):
+        wanted = task.positive_label if kind != REGRESSION else None
+    function = metric_function(metric, names, positive_label=wanted, problem_type=kind)
+    return names[function.positive] if names and function.positive is not None else None
+
+
+def _own_task(data_args: DataArguments, text_columns, label_columns, names, kind: str, metric) -> Task:
     file = data_args.train_file or data_args.validation_file or data_args.test_file
     return Task(
         name=Path(file).stem if file else Path(data_args.dataset_name).name,
         text_columns=(text_columns,),
         label_names=tuple(names) if names else None,
-        label_columns=(label_column,) if label_column else (),
-        metric=metric,
+        label_columns=tuple(label_columns),
+        metric=metric if isinstance(metric, str) else metric[0],
         problem_type=kind,
     )

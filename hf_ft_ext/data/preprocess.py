@@ -8,9 +8,10 @@ from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_ft_ext.arguments import DEFAULT_LENGTH, DataArguments
+from hf_ft_ext.data import multi_label as ml
 from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import REGRESSION
+from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 
 # transformers' mark for a tokenizer that sets no limit is about 1e30.
 _NO_LIMIT = 10**9
@@ -40,7 +41,8 @@ def tokenize(
     """Return the data with every split tokenised.
 
     A split then has `input_ids`, `attention_mask`, what else the tokenizer returns
-    (`token_type_ids`), and `labels` unless it has none: class ids (int64) or scores (float32). Rows
+    (`token_type_ids`), and `labels` unless it has none: class ids (int64), scores (float32), or 0 and 1
+    for each label (float32). Rows
     are truncated to `max_seq_length` tokens, the longer text of a pair first, and padded only with
     `pad_to_max_length`; else the data collator pads each batch. Truncation and padding settings
     saved in a tokenizer file have no effect. The result is kept in memory: nothing is cached, so
@@ -173,7 +175,8 @@ def _tokenize_split(
     split: str, rows: Dataset | IterableDataset, data: TaskData, encoder: RowEncoder, new_ids
 ) -> Dataset | IterableDataset:
     has_labels = LABEL in rows.column_names
-    regression = data.problem_type == REGRESSION
+    regression, several = data.problem_type == REGRESSION, data.problem_type == MULTI_LABEL
+    positions = None if new_ids is None else [new_ids.index(i) for i in range(len(new_ids))]  # old id of each new one
 
     def convert(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         texts = [batch[column] for column in data.text_columns]
@@ -187,12 +190,17 @@ def _tokenize_split(
         encoded = encoder(texts, split, indices)
         if has_labels:
             labels = batch[LABEL]
-            encoded["labels"] = [new_ids[label] for label in labels] if new_ids and not regression else labels
+            if several and positions:
+                encoded["labels"] = [[row[i] for i in positions] for row in labels]
+            else:
+                encoded["labels"] = [new_ids[label] for label in labels] if new_ids and not regression else labels
         return encoded
 
     features = encoder.features(split)
     if has_labels:
-        features["labels"] = Value("float32" if regression else "int64")
+        features["labels"] = (
+            ml.feature(len(data.label_names)) if several else Value("float32" if regression else "int64")
+        )
     options = {"batched": True, "with_indices": True, "remove_columns": rows.column_names}
     if isinstance(rows, IterableDataset):
         return rows.map(convert, batch_size=_STREAMED, features=Features(features), **options)

@@ -1,11 +1,13 @@
 """The data of one run, as every later step takes it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from datasets import Dataset, IterableDataset
 
 from hf_ft_ext.data.origins import Origins
 from hf_ft_ext.data.tasks import Task
+from hf_ft_ext.metrics import MetricFunction, metric_function
 
 LABEL = "label"  # the label column of every split that `load_data` returns
 
@@ -15,7 +17,8 @@ class TaskData:
     """The data of one run.
 
     Every split holds the columns `text_columns` and, unless it has no labels, `label`: class ids
-    (a `ClassLabel` over `label_names`) or float32 scores.
+    (a `ClassLabel` over `label_names`), float32 scores, or, with several labels per row, 0 and 1 for each label
+    (float32 `[labels]`).
     """
 
     task: Task  # for own data one made for the occasion
@@ -23,7 +26,19 @@ class TaskData:
     validation: dict[str, Dataset]  # by split name, in order; may be empty
     test: dict[str, Dataset]  # by split name, in order; may be empty
     label_names: list[str] | None  # None: regression, or no split has labels
-    problem_type: str  # "single_label_classification" or "regression"
-    metric: str  # a name in `hf_ft_ext.metrics.METRICS`
+    problem_type: str  # "single_label_classification", "multi_label_classification" or "regression"
+    metric: str | Sequence[str]  # what `metric_function` takes
     text_columns: tuple[str, ...]  # one or two
     origins: Origins = field(default_factory=dict)  # of every split, by role and name
+    positive_label: str | None = None  # name of the positive class, where a metric asks for it
+
+    def metric_function(self, threshold: str | float | None = None) -> MetricFunction:
+        """The data's `compute_metrics`, whatever order the labels have now (see `hf_ft_ext.metric_function`)."""
+        return metric_function(
+            self.metric,
+            self.label_names,
+            positive_label=self.positive_label if self.label_names is not None else None,
+            problem_type=self.problem_type,
+            threshold=0.5 if threshold is None else threshold,
+            label_order=self.task.label_names,
+        )

@@ -28,6 +28,7 @@ class Task:
     validation_splits: tuple[str, ...] = ("validation",)
     test_splits: tuple[str, ...] = ("test",)
     bounds: tuple[float, float] | None = None  # ends of a regression's scale
+    positive_label: str | None = None  # the class that F1, precision and recall are about; None: not settled
 
 
 GLUE_ID = "nyu-mll/glue"
@@ -44,7 +45,7 @@ def _glue(name: str, columns: tuple[str, ...], label_names: tuple[str, ...] | No
 
 _PAIR = ("sentence1", "sentence2")
 _TASKS = (
-    _glue("cola", ("sentence",), ("unacceptable", "acceptable"), metric="matthews"),
+    _glue("cola", ("sentence",), ("unacceptable", "acceptable"), metric="matthews", positive_label="acceptable"),
     _glue(
         "mnli",
         ("premise", "hypothesis"),
@@ -52,22 +53,29 @@ _TASKS = (
         validation_splits=("validation_matched", "validation_mismatched"),
         test_splits=("test_matched", "test_mismatched"),
     ),
-    _glue("mrpc", _PAIR, ("not_equivalent", "equivalent"), metric="accuracy_f1"),
-    _glue("qnli", ("question", "sentence"), ("entailment", "not_entailment")),
-    _glue("qqp", ("question1", "question2"), ("not_duplicate", "duplicate"), metric="accuracy_f1"),
-    _glue("rte", _PAIR, ("entailment", "not_entailment")),
-    _glue("sst2", ("sentence",), _POLARITY),
+    _glue("mrpc", _PAIR, ("not_equivalent", "equivalent"), metric="accuracy_f1", positive_label="equivalent"),
+    _glue("qnli", ("question", "sentence"), ("entailment", "not_entailment"), positive_label="entailment"),
+    _glue(
+        "qqp",
+        ("question1", "question2"),
+        ("not_duplicate", "duplicate"),
+        metric="accuracy_f1",
+        positive_label="duplicate",
+    ),
+    _glue("rte", _PAIR, ("entailment", "not_entailment"), positive_label="entailment"),
+    _glue("sst2", ("sentence",), _POLARITY, positive_label="positive"),
     _glue("stsb", _PAIR, None, metric="pearson_spearman", problem_type=REGRESSION, bounds=(0.0, 5.0)),
-    _glue("wnli", _PAIR, ("not_entailment", "entailment")),
+    _glue("wnli", _PAIR, ("not_entailment", "entailment"), positive_label="entailment"),
     Task(
         "mr",
         _TEXT,
         _POLARITY,
         hub_id="cornell-movie-review-data/rotten_tomatoes",
         label_aliases={"neg": "negative", "pos": "positive"},
+        positive_label="positive",
     ),
-    Task("cr", _TEXT, _POLARITY, hub_id="SetFit/SentEval-CR", label_columns=_SPELT),
-    Task("mpqa", _TEXT, _POLARITY, hub_id="jxm/mpqa", label_columns=_SPELT),
+    Task("cr", _TEXT, _POLARITY, hub_id="SetFit/SentEval-CR", label_columns=_SPELT, positive_label="positive"),
+    Task("mpqa", _TEXT, _POLARITY, hub_id="jxm/mpqa", label_columns=_SPELT, positive_label="positive"),
     Task("subj", _TEXT, ("subjective", "objective"), hub_id="SetFit/subj", label_columns=_SPELT),
     Task(
         "trec",
@@ -94,7 +102,7 @@ _TASKS = (
     ),
     Task("snli", (("premise", "hypothesis"),), _NLI, hub_id="stanfordnlp/snli"),
     Task("ag_news", (("text",), ("description",)), ("World", "Sports", "Business", "Sci/Tech"), "fancyzhx/ag_news"),
-    Task("demo", (("sentence",),), _POLARITY),
+    Task("demo", (("sentence",),), _POLARITY, positive_label="positive"),
 )
 TASKS = {task.name: task for task in _TASKS}
 

@@ -68,14 +68,17 @@ class FullTrainer(StopAtNaN, Trainer):
 
 
 def l2_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Mean squared distance of the logits from the one-hot labels, over rows and classes.
+    """Mean squared distance of the logits from the one-hot labels, or from 0 and 1 for each label.
 
     Args:
         outputs: with `logits` `[rows, classes]`.
-        labels: class ids `[rows]`.
-        num_items_in_batch: rows of the whole step, of which these are a part.
+        labels: class ids `[rows]`, or several labels per row, 0 and 1 `[rows, labels]`.
+        num_items_in_batch: entries of `labels` in the whole step, of which these are a part.
     """
     logits = outputs["logits"].float()
-    target = functional.one_hot(labels.reshape(-1), logits.shape[-1]).to(logits.dtype)
-    losses = (logits - target).square().mean(-1)
+    if labels.ndim == 2 and labels.shape == logits.shape:
+        losses = (logits - labels.to(logits.dtype)).square()  # mean over rows and labels, which are the items here
+    else:
+        target = functional.one_hot(labels.reshape(-1), logits.shape[-1]).to(logits.dtype)
+        losses = (logits - target).square().mean(-1)
     return losses.mean() if num_items_in_batch is None else losses.sum() / num_items_in_batch

@@ -9,7 +9,7 @@ from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.direct_search import DEFAULT_BUDGET
 from hf_ft_ext.gradientless.no_gradients import refuse_gradients
-from hf_ft_ext.gradientless.objective import LOSS, OBJECTIVES
+from hf_ft_ext.gradientless.objective import F1, LOSS, OBJECTIVES
 from hf_ft_ext.gradientless.options import parse_options
 from hf_ft_ext.gradientless.parallel import DATA, MODES
 from hf_ft_ext.gradientless.selection import ALL as ALL_ENTRIES
@@ -123,6 +123,13 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
         metadata={
             "help": "What is minimised: loss, or one minus accuracy, f1 or matthews, which need no derivative.",
             "choices": OBJECTIVES,
+        },
+    )
+    search_positive_label: str | None = field(
+        default=None,
+        metadata={
+            "help": "search_objective=f1: name of the class that it is about; none = that of the task or "
+            "`positive_label`, or what the names of the two classes show."
         },
     )
     search_dropout: bool = field(
@@ -253,10 +260,23 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
             )
         if self.search_peft_config and self.search_peft is None:
             raise InputError("search_peft_config needs search_peft; name a peft method, such as lora")
+        if self.search_positive_label is not None and self.search_objective != F1:
+            raise InputError(
+                f"search_positive_label={self.search_positive_label!r} is about search_objective=f1, not "
+                f"{self.search_objective}; leave one of them out"
+            )
         if self.search_method == ADAM_BASELINE and (self.search_objective != LOSS or self.search_dropout):
             raise InputError(
                 "search_method=adam needs the loss's derivative with dropout off; leave the objective out"
             )
+
+    def take_positive_label(self, name: str | None) -> bool:
+        """The class that `search_objective=f1` is about, unless the user named another one."""
+        if self.search_objective != F1:
+            return False
+        if self.search_positive_label is None:
+            self.search_positive_label = name
+        return True
 
     def check_given(self, given: dict) -> None:
         if "optim" in given:

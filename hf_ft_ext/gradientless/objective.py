@@ -1,42 +1,88 @@
 """What a search minimises: a loss or a metric, of logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch.nn import functional
 
 from hf_ft_ext.errors import InputError
 
+MULTI_LABEL = "multi_label_classification"
 OBJECTIVES = LOSS, ACCURACY, F1, MATTHEWS = ("loss", "accuracy", "f1", "matthews")
 Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float]
 
 
-def make_objective(name: str, problem_type: str | None, num_labels: int, smoothing: float = 0.0) -> Objective:
+def make_objective(
+    name: str,
+    problem_type: str | None,
+    num_labels: int,
+    smoothing: float = 0.0,
+    label_names: Sequence[str] | None = None,
+    positive_label: str | None = None,
+) -> Objective:
     """A function of logits `[..., rows, classes]` and labels `[rows]` that is low where the model is good: `[...]`.
+
+    With several labels per row, labels are 0 and 1, `[rows, classes]`; accuracy is the share of rows whose labels are
+    all right and f1 is that of all rows' labels together (micro), a label being predicted where its logit is above 0.
 
     Args:
         name: `loss`: the one that transformers' classification heads take for `problem_type`; `accuracy`, `f1`
-            (class 1 of two), `matthews`: one minus the metric, which needs no derivative.
+            (of the positive class of two), `matthews`: one minus the metric, which needs no derivative.
         problem_type: of the model's configuration; `None` is read off the labels, as transformers does.
         smoothing: label smoothing of the loss.
+        label_names: by id; without them class 1 of two is the positive one.
+        positive_label: of f1; `None` = the one that the names show.
 
     Raises:
-        InputError: unknown name, or a metric that does not fit the labels.
+        InputError: unknown name, a metric that does not fit the labels, or a positive class that is not known.
     """
     if name not in OBJECTIVES:
         raise InputError(f"search_objective={name!r} is unknown; choose from: {', '.join(OBJECTIVES)}")
+    if smoothing and problem_type == MULTI_LABEL:
+        raise InputError(f"label_smoothing_factor={smoothing} smooths one class per row, but rows have several labels")
     if name == LOSS:
         return lambda logits, labels: classification_loss(logits, labels, problem_type, smoothing)
+    if problem_type == MULTI_LABEL:
+        return _of_labels(name)
     if problem_type == "regression" or num_labels < 2:
         raise InputError(f"search_objective={name} is for classes, but this task is regression; use loss")
     if name == F1 and num_labels != 2:
         raise InputError(f"search_objective=f1 is for two classes, but the model has {num_labels}; use matthews")
-    metric = {ACCURACY: _accuracy, F1: _f1, MATTHEWS: _matthews}[name]
+    positive = positive_class(label_names, positive_label) if name == F1 else 1
+    metric = {ACCURACY: _accuracy, F1: partial(_f1, positive=positive), MATTHEWS: _matthews}[name]
 
     def one_minus(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         value = 1 - metric(logits.argmax(-1), labels, logits.shape[-1])
         # a row without finite logits has no class
         return torch.where(logits.isfinite().flatten(-2).all(-1), value, torch.full_like(value, torch.nan))
+
+    return one_minus
+
+
+def positive_class(label_names: Sequence[str] | None, positive_label: str | None) -> int:
+    """Id of the class that f1 is about; raises `InputError` where it is not known."""
+    from hf_ft_ext.metrics import positive_id  # here, as the arguments need this file for names only
+
+    return positive_id(label_names, positive_label, "f1")
+
+
+def _of_labels(name: str) -> Objective:
+    """One minus a metric of several labels per row."""
+    if name == MATTHEWS:
+        raise InputError(
+            "search_objective=matthews is for one label per row, but the model has several; use f1 or loss"
+        )
+
+    def one_minus(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        predicted, truth = logits >= 0, labels > 0.5  # a probability of 0.5 and more
+        if name == ACCURACY:
+            value = (predicted == truth).all(-1).double().mean(-1)
+        else:
+            both = (predicted & truth).double().sum((-1, -2))
+            total = predicted.double().sum((-1, -2)) + truth.double().sum()
+            value = torch.where(total > 0, 2 * both / total.clamp(min=1), torch.zeros_like(total))
+        return torch.where(logits.isfinite().flatten(-2).all(-1), 1 - value, torch.full_like(value, torch.nan))
 
     return one_minus
 
@@ -60,7 +106,7 @@ def classification_loss(
     if problem_type == "regression" or (problem_type is None and logits.shape[-1] == 1):
         labels = labels.to(logits.dtype).reshape(logits.shape[-2], -1)
         return (logits - labels).square().mean((-1, -2))
-    if problem_type == "multi_label_classification" or (problem_type is None and labels.is_floating_point()):
+    if problem_type == MULTI_LABEL or (problem_type is None and labels.is_floating_point()):
         labels = labels.to(logits.dtype).expand_as(logits)
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean((-1, -2))
     likely = logits.log_softmax(-1)
@@ -81,10 +127,10 @@ def _accuracy(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> to
     return (predicted == labels.view(-1)).double().mean(-1)
 
 
-def _f1(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+def _f1(predicted: torch.Tensor, labels: torch.Tensor, classes: int, positive: int) -> torch.Tensor:
     counts = _counts(predicted, labels, classes)
-    both = counts[..., 1, :].sum(-1) + counts[..., :, 1].sum(-1)
-    return torch.where(both > 0, 2 * counts[..., 1, 1] / both.clamp(min=1), torch.zeros_like(both))
+    both = counts[..., positive, :].sum(-1) + counts[..., :, positive].sum(-1)
+    return torch.where(both > 0, 2 * counts[..., positive, positive] / both.clamp(min=1), torch.zeros_like(both))
 
 
 def _matthews(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:

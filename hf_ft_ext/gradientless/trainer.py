@@ -23,7 +23,7 @@ from hf_ft_ext.gradientless.arguments import (
 from hf_ft_ext.gradientless.build import build_optimizer, refuse_misfits
 from hf_ft_ext.gradientless.evaluation import HeadEvaluation, StepEvaluation
 from hf_ft_ext.gradientless.frozen import feature_rows, find_reader
-from hf_ft_ext.gradientless.objective import LOSS, Objective, make_objective, of_the_user
+from hf_ft_ext.gradientless.objective import F1, LOSS, Objective, make_objective, of_the_user
 from hf_ft_ext.gradientless.parallel import CANDIDATES, SharedCandidates, SharedData
 from hf_ft_ext.gradientless.rows import FeatureRows, train_dataloader
 from hf_ft_ext.gradientless.selection import FISHER
@@ -85,6 +85,8 @@ class GradientlessTrainer(StopAtNaN, Trainer):
         if self.args.search_peft is not None:
             settings = self.args.search_peft_config
             model = wrap_with_peft(model, self.args.search_peft, settings, self.args.seed, "search_peft")
+        if self.args.search_objective == F1:
+            self._named_objective(model)  # raises where it does not fit, before any training
         self._searched = list(searched_parameters(model, self.args.search_target))
         head = self.args.search_target in (None, HEAD) and not isinstance(model, PeftModel)
         if head and is_prompt_model(model) and not model.config.untied_words:
@@ -200,8 +202,19 @@ class GradientlessTrainer(StopAtNaN, Trainer):
     def _objective_function(self) -> Objective:
         if self.objective is not None:
             return of_the_user(self.objective)
-        config, smoothing = self._inner().config, self.args.label_smoothing_factor
-        return make_objective(self.args.search_objective, config.problem_type, config.num_labels, smoothing)
+        return self._named_objective(self._inner())
+
+    def _named_objective(self, model: nn.Module) -> Objective:
+        config, smoothing = model.config, self.args.label_smoothing_factor
+        names = [str(config.id2label[i]) for i in range(config.num_labels)]
+        return make_objective(
+            self.args.search_objective,
+            config.problem_type,
+            config.num_labels,
+            smoothing,
+            names,
+            self.args.search_positive_label,
+        )
 
     # --- features ----------------------------------------------------------------------------------
 

@@ -16,13 +16,19 @@ from hf_ft_ext.demo.encoder import DEMO_HUB_ID, DEMO_NAME
 from hf_ft_ext.hub.code import loading_snippet
 from hf_ft_ext.hub.files import ADAPTER_CONFIG, public_record
 from hf_ft_ext.methods import METHODS, hooks_of
+from hf_ft_ext.metrics import SCORES
 from hf_ft_ext.training.privacy import is_foreign_path, last_part, without_secrets
 from hf_ft_ext.training.sharing import FinishedRun, of_the_machine
 from hf_ft_ext.training.text import code_span, share_text, shell_command
 
 _HERE = Path(__file__).parent
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_METRIC_TYPES = {"pearson": "pearsonr"}  # our key -> the Hub's name, where it is another one
+_METRIC_TYPES = {  # our key -> the Hub's name, where it is another one
+    "pearson": "pearsonr",
+    "balanced_accuracy": "accuracy",
+    "subset_accuracy": "accuracy",
+    **{name: name.partition("_")[0] for name in SCORES if name.startswith(("f1_", "precision_", "recall_"))},
+}
 _NO_QUALITY = re.compile(r"loss|runtime|.*_per_second|.*_time|epoch")
 # Records of earlier versions say nothing of the splits: which one a metric's prefix stood for, and which arguments
 # made fewer rows of it.

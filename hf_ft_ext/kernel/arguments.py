@@ -195,13 +195,14 @@ class KernelTrainingArguments(MethodTrainingArguments):
                 raise InputError(f"{name} is of kernel_solver={solver}, not {self.kernel_solver}; leave it out")
         super().check_given(given)
 
-    def options(self, binary: bool) -> KernelOptions:
+    def options(self, binary: bool, multi_label: bool = False) -> KernelOptions:
         """The kernel's part of the settings."""
+        by_class = multi_label or Solver(self.kernel_solver).by_class
         return KernelOptions(
             formula=self.kernel_formula,
             engine=self.kernel_engine,
             binary_classification=binary,
-            class_diagonal=not binary and Solver(self.kernel_solver).by_class and self.export_kernels is None,
+            class_diagonal=not binary and by_class and self.export_kernels is None,
             parameters=self.kernel_parameters,
             exclude_embeddings=self.exclude_embeddings,
             exclude_head=self.exclude_head,
@@ -210,7 +211,7 @@ class KernelTrainingArguments(MethodTrainingArguments):
             batch_size=self.per_device_eval_batch_size,
         )
 
-    def solver_options(self, regularization: float, regression: bool) -> SolverOptions:
+    def solver_options(self, regularization: float, regression: bool, multi_label: bool = False) -> SolverOptions:
         """The solver's part of the settings."""
         return SolverOptions(
             solver=Solver(self.kernel_solver),
@@ -219,4 +220,5 @@ class KernelTrainingArguments(MethodTrainingArguments):
             mix=self.kernel_lambda,
             svm_c=self.kernel_svm_c,
             regression=regression,
+            multi_label=multi_label,
         )

@@ -49,6 +49,7 @@ class SolverOptions:
         mix: of `asym`, share of the kernel's prediction; the rest is the flip's.
         svm_c: penalty C of `svr` and `svc`.
         regression: targets are scores.
+        multi_label: targets are -1 and 1 for each of several labels; every label is solved by itself.
     """
 
     solver: Solver = Solver.LOGISTIC
@@ -57,10 +58,22 @@ class SolverOptions:
     mix: float = 0.5
     svm_c: float = 1.0
     regression: bool = False
+    multi_label: bool = False
+
+    @property
+    def by_class(self) -> bool:
+        """Whether only products of a scalar with the same scalar enter."""
+        return self.multi_label or self.solver.by_class
 
 
 def check_combination(
-    solver: Solver, formula: Formula, regression: bool, adjust_for_init: bool, classes: int, binary: bool
+    solver: Solver,
+    formula: Formula,
+    regression: bool,
+    adjust_for_init: bool,
+    classes: int,
+    binary: bool,
+    multi_label: bool = False,
 ) -> None:
     """Refuse what cannot work, before any kernel is computed.
 
@@ -70,8 +83,13 @@ def check_combination(
     name = f"kernel_solver={solver.value}"
     if regression and solver not in (Solver.LSTSQ, Solver.SVR):
         raise InputError(f"{name} classifies, but the task is regression; pass kernel_solver=lstsq or svr")
-    if binary and (regression or classes != 2):
-        kind = "scores" if regression else f"{classes} classes"
+    if multi_label and solver is not Solver.LSTSQ:
+        raise InputError(
+            f"{name} looks for one class per row, but this task has several labels per row; pass kernel_solver=lstsq, "
+            "which solves for each label by itself"
+        )
+    if binary and (regression or multi_label or classes != 2):
+        kind = "scores" if regression else "several labels per row" if multi_label else f"{classes} classes"
         raise InputError(f"binary_classification needs two classes, but the task has {kind}; leave it out")
     if solver is Solver.ASYM and formula is not Formula.ASYMMETRIC_SIGNGD:
         raise InputError(
@@ -97,7 +115,7 @@ class KernelModel:
         options: which solver and how.
         kernel: of the train examples with themselves, `[kernels, N, C, N, C]`; `svc` and `asym` take one without the
             last axis too (see `KernelOptions.class_diagonal`).
-        labels: `[N]`, class ids or scores.
+        labels: `[N]`, class ids or scores; with several labels per row 0 and 1, `[N, C]`.
         start: the model's scalars at the start `[N, C]` (`adjust_for_init`), subtracted from the targets.
         quiet: no warning about an ill-conditioned kernel.
 
@@ -129,6 +147,8 @@ class KernelModel:
     def targets(self, labels: np.ndarray) -> np.ndarray:
         """`[N, C]`: scores, -1 and 1, or one-hot."""
         labels = np.asarray(labels)
+        if self.options.multi_label:
+            return 2.0 * (labels.reshape(len(labels), self.scalars) > 0.5) - 1
         if self.options.regression:
             return labels.astype(float).reshape(-1, 1)
         if self.scalars == 1:
@@ -163,11 +183,29 @@ class KernelModel:
         # f(x_j) = sum_i alpha_i K[i, j]: for an asymmetric kernel the system is the transpose's
         import scipy.linalg
 
+        if self.options.multi_label:
+            self._fit_each_label(kernel, targets)
+            return
         matrix = self._regularized(_flat(kernel[0])).T
         self._solution, _, self.rank, sizes = scipy.linalg.lstsq(matrix, targets.reshape(-1))
         self._report(sizes, len(matrix))
 
+    def _fit_each_label(self, kernel: np.ndarray, targets: np.ndarray) -> None:
+        import scipy.linalg
+
+        solutions, reports = [], []
+        for c in range(self.scalars):
+            matrix = self._regularized(kernel[0, :, c]).T
+            solution, _, rank, sizes = scipy.linalg.lstsq(matrix, targets[:, c])
+            solutions.append(solution)
+            reports.append((rank, sizes))
+        self._solution = np.stack(solutions)
+        self.rank, sizes = min(reports, key=lambda report: report[0])  # of the label that is worst off
+        self._report(sizes, kernel.shape[1])
+
     def _predict_lstsq(self, kernel: np.ndarray) -> np.ndarray:
+        if self.options.multi_label:
+            return np.einsum("ci,icj->jc", self._solution, kernel[0])
         return (_flat(kernel[0]).T @ self._solution).reshape(-1, self.scalars)
 
     def _fit_svr(self, kernel: np.ndarray, targets: np.ndarray) -> None:
@@ -244,7 +282,7 @@ class KernelModel:
 
     def _taken(self, kernel: np.ndarray) -> np.ndarray:
         """The part that the solver takes: `[kernels, N, C, M]` where it goes class by class."""
-        if self.options.solver.by_class:
+        if self.options.by_class:
             return kernel if kernel.ndim == 4 else np.einsum("kicjc->kicj", kernel)
         if kernel.ndim == 4:
             raise InputError(

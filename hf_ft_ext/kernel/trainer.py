@@ -26,7 +26,7 @@ from hf_ft_ext.kernel.parameters import kernel_parameters
 from hf_ft_ext.kernel.solvers import KernelModel, Solver, check_combination, check_labels
 from hf_ft_ext.kernel.source import KernelSource
 from hf_ft_ext.kernel.store import DESCRIPTION
-from hf_ft_ext.metrics import REGRESSION
+from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.training.at_once import AtOnceTrainer
@@ -96,13 +96,14 @@ class KernelTrainer(AtOnceTrainer):
             model = wrap_with_peft(model, args.kernel_peft, args.kernel_peft_config, args.seed, "kernel_peft")
         config = model.config
         self.regression = config.problem_type == REGRESSION or config.num_labels == 1
+        self.multi_label = config.problem_type == MULTI_LABEL and not self.regression
         if args.binary_classification is None:
-            self.binary = not self.regression and config.num_labels == 2
+            self.binary = not self.regression and not self.multi_label and config.num_labels == 2
         else:
             self.binary = args.binary_classification
         check_combination(
             Solver(args.kernel_solver), Formula(args.kernel_formula), self.regression, args.adjust_for_init,
-            config.num_labels, self.binary,
+            config.num_labels, self.binary, self.multi_label,
         )  # fmt: skip
         kernel_parameters(model, args.kernel_parameters, args.exclude_embeddings, args.exclude_head, args.only_biases)
         return model
@@ -112,12 +113,12 @@ class KernelTrainer(AtOnceTrainer):
     def solve(self) -> dict[str, float]:
         """Compute the train kernel and fit the solver."""
         labels = self._labels(self.train_dataset)
-        self.source = KernelSource(self, self.args.options(self.binary))
+        self.source = KernelSource(self, self.args.options(self.binary, self.multi_label))
         return self._solve(self.source.kernel(self.train_dataset, "train"), labels)
 
     def _labels(self, dataset: Any) -> np.ndarray:
         labels = labels_of(dataset).numpy()
-        if not self.regression:
+        if not self.regression and not self.multi_label:
             config = self.model.config
             check_labels(labels, [str(config.id2label[i]) for i in range(config.num_labels)])
         return labels
@@ -137,7 +138,8 @@ class KernelTrainer(AtOnceTrainer):
         return metrics
 
     def _model(self, regularization: float, kernel, labels, start, quiet: bool = False) -> KernelModel:
-        return KernelModel(self.args.solver_options(regularization, self.regression), kernel, labels, start, quiet)
+        options = self.args.solver_options(regularization, self.regression, self.multi_label)
+        return KernelModel(options, kernel, labels, start, quiet)
 
     def _chosen(self, kernel: np.ndarray, labels: np.ndarray, start: np.ndarray | None) -> float:
         """The regularization that predicts the evaluation data best: by accuracy, then by the solver's loss."""
@@ -151,7 +153,10 @@ class KernelTrainer(AtOnceTrainer):
         for value in _GRID:
             model = self._model(value, kernel, labels, start, quiet=True)
             found = model.predict(other, begin)
-            right = 0.0 if self.regression else float(np.mean(self._logits(found).argmax(-1) == truth))
+            if self.multi_label:
+                right = float(np.mean((found >= 0) == (truth > 0.5)))
+            else:
+                right = 0.0 if self.regression else float(np.mean(self._logits(found).argmax(-1) == truth))
             results.append((right, -model.loss(found, truth), value))
         best = max(results)[2]
         logger.info(
@@ -202,7 +207,9 @@ class KernelTrainer(AtOnceTrainer):
         return EvalLoopOutput(output, None if prediction_loss_only else labels, metrics, len(shown))
 
     def _logits(self, predictions: np.ndarray) -> np.ndarray:
-        """`[N, classes]`; one scalar is the difference of two."""
+        """`[N, classes]`; one scalar is the difference of two. Of several labels, above 0 says yes."""
+        if self.multi_label:
+            return predictions
         return np.hstack([-predictions, predictions]) / 2 if predictions.shape[1] == 1 else predictions
 
     # --- what is said about it ------------------------------------------------------------------------
@@ -228,6 +235,11 @@ class KernelTrainer(AtOnceTrainer):
                 "adjust_for_init": args.adjust_for_init,
             }
             write_json(os.path.join(output_dir or args.output_dir, SOLUTION), record)
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether a softmax or sigmoid of the predictions is a probability: least squares and SVMs give scores."""
+        return Solver(self.args.kernel_solver) is Solver.LOGISTIC
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.solved is None:

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from datasets import IterableDataset
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback
@@ -28,12 +29,14 @@ from hf_ft_ext.launch.sharing import prepare_branch
 from hf_ft_ext.launch.validation import (
     check_checkpoint,
     check_optimizer,
+    check_probabilities,
+    check_scoring,
     check_splits,
     choose_best_metric,
 )
 from hf_ft_ext.linear_probe import fit_linear_head, prepare_linear_head
 from hf_ft_ext.methods import find_method
-from hf_ft_ext.metrics import metric_function
+from hf_ft_ext.metrics import default_metrics
 from hf_ft_ext.models import load_tokenizer_and_model, model_max_length
 from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.prompts.loading import check_prompt_options
@@ -74,9 +77,13 @@ def load(
     check_splits(run_args, args, data)
     if data_args.streaming:
         data.train = in_training_order(data.train, data_args.stream_buffer, args)
-    choose_best_metric(run_args, args, data.metric)
+    choose_best_metric(run_args, args, data.metric_function(data_args.multi_label_threshold))
     tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args, args=args)
     limit = model_max_length(model, tokenizer)
+    kind = model.config.problem_type
+    if data.label_names is None and data.problem_type != kind:  # no labels: the model knows what it predicts
+        data = replace(data, problem_type=kind, metric=data_args.metric or default_metrics(kind))
+    check_scoring(run_args, data_args, args, data, kind, data.metric_function(data_args.multi_label_threshold))
     if is_prompt_model(model):
         if run_args.given.get("few_shot_type") == FINETUNE:
             raise InputError(
@@ -92,6 +99,8 @@ def load(
         patience = run_args.early_stopping_patience
         early_stopping = [EarlyStoppingCallback(patience)] if patience and args.do_train else []
         # A search needs a new model per trial; otherwise the loaded one is trained.
+        metrics = data.metric_function(data_args.multi_label_threshold)
+        metrics.keys()  # raises now, not after training
         source = {"model_init": lambda: copy.deepcopy(model)} if run_args.hp_search else {"model": model}
         with _explained(args):
             trainer = trainer_class(
@@ -101,7 +110,7 @@ def load(
                 eval_dataset=next(iter(data.validation.values()), None),
                 processing_class=tokenizer,
                 data_collator=ContextCollator(tokenizer) if data_args.few_shot_type == PROMPT_DEMO else None,
-                compute_metrics=metric_function(data.metric),
+                compute_metrics=metrics,
                 callbacks=[
                     ResourceMonitor(),
                     *([SavePrompt()] if is_prompt_model(model) else []),
@@ -112,6 +121,7 @@ def load(
                 **source,
             )
         prepare_branch(trainer)
+        check_probabilities(run_args, trainer, metrics)
         if args.do_train:
             if not args.needs_all_rows:
                 check_full_batch(args, data.train)

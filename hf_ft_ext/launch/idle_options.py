@@ -53,6 +53,10 @@ RULES: dict[str, Rule] = {
         lambda c: not c.training.do_predict,
         "cuts the test rows, and this run does not predict; add --do_predict",
     ),
+    "prediction_probabilities": Rule(
+        lambda c: not c.training.do_predict,
+        "adds columns to predictions.tsv, and this run does not predict; add --do_predict",
+    ),
     "metric": Rule(
         lambda c: not c.evaluates and not c.training.do_predict,
         "is about evaluation, and this run does not evaluate; add --do_eval",

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,8 @@ from hf_ft_ext.data.origins import data_source
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.defaults import task_label
-from hf_ft_ext.metrics import primary_key
+from hf_ft_ext.launch.predictions import logits_of, prediction_table, scoring_of
+from hf_ft_ext.metrics import MULTI_LABEL, MetricFunction, best_thresholds
 from hf_ft_ext.models import model_label, model_source
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.files import write_text
@@ -29,6 +31,8 @@ from hf_ft_ext.training.privacy import hide_tokens, is_secret, without_secrets
 from hf_ft_ext.training.record import RUN_RECORD, write_run_record
 from hf_ft_ext.training.resources import find_monitor
 from hf_ft_ext.training.sharding import entries
+
+logger = logging.getLogger(__name__)
 
 _MIB = 2**20
 
@@ -64,10 +68,27 @@ def evaluate_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
-def predict_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
+def settle_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
+    """Where thresholds of several labels are to be chosen, choose them on the first split, for all that follows."""
+    metrics = trainer.compute_metrics
+    if not isinstance(metrics, MetricFunction) or metrics.problem_type != MULTI_LABEL:
+        return
+    if metrics.thresholds is not None or not splits or trainer.args.prediction_loss_only:
+        return
+    name, data = next(iter(splits.items()))
+    with _set(trainer.args, dataloader_drop_last=False):
+        output = trainer.predict(data, metric_key_prefix="eval")
+    metrics.thresholds = best_thresholds(logits_of(output.predictions), np.asarray(output.label_ids))
+    names = trainer.model.config.id2label
+    shown = ", ".join(f"{names[i]} {value:.3g}" for i, value in enumerate(metrics.thresholds[:10]))
+    logger.info("Thresholds by F1 on split '%s', whose metrics are thus a little too good: %s.", name, shown)
+
+
+def predict_all(trainer: Trainer, splits: dict[str, Any], with_probabilities: bool = False) -> dict[str, float]:
     """Write `predictions.tsv` (`predictions_mm.tsv`, ...) for every split; metrics where there are labels.
 
-    Columns: `index` (row of the split, from 0) and `prediction` (label name; regression: number).
+    Columns: `index` (row of the split, from 0), `prediction` (label name; several labels: names with `|` between
+    them; regression: number) and, if wanted, `probability_<label>` for each label.
     """
     metrics = {}
     for position, (name, data) in enumerate(splits.items()):
@@ -86,17 +107,9 @@ def predict_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
             raise InputError("--prediction_loss_only leaves no predictions to write; drop it or --do_predict")
         if trainer.is_world_process_zero():
             file = "_".join(filter(None, ("predictions", suffix))) + ".tsv"
-            rows = enumerate(named_predictions(output.predictions, trainer.model.config))
-            write_text(os.path.join(trainer.args.output_dir, file), _tsv(("index", "prediction"), rows))
+            header, rows = prediction_table(trainer, output.predictions, with_probabilities)
+            write_text(os.path.join(trainer.args.output_dir, file), _tsv(header, rows))
     return metrics
-
-
-def named_predictions(predictions: Any, config: Any) -> list[str]:
-    """Logits as label names, or as numbers where the model is one for regression."""
-    logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
-    if config.problem_type == "regression":
-        return [f"{value:.6g}" for value in logits.reshape(-1)]
-    return [str(config.id2label[int(i)]) for i in logits.argmax(axis=-1)]
 
 
 def _tsv(header: Iterable[str], rows: Iterable[tuple]) -> str:
@@ -145,6 +158,8 @@ def record_run(
     data: TaskData,
 ) -> str:
     """Write `run.json` and return the run's last table; for the first process."""
+    scoring = scoring_of(trainer)
+    chooses = scoring.get("primary_metric")
     record = write_run_record(
         trainer.args.output_dir,
         method=run_args.method,
@@ -158,11 +173,12 @@ def record_run(
         total_parameters=sum(entries(parameter) for parameter in trainer.model.parameters()),
         arguments=recorded_arguments(run_args.given),
         labels=_label_names(trainer.model.config),
+        **scoring,
         load=loading_line(trainer) if trainer.args.do_train else None,
         device=trainer.args.device,
         data={**data_source(data_args, data.task), "splits": _splits(trainer.args, data)},
         model_source=model_source(model_args),
-        quality=f"eval_{primary_key(data.metric)}",
+        quality=f"eval_{chooses}" if chooses else None,
     )
     return final_table(record, trainer)
 

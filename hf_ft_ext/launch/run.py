@@ -106,10 +106,11 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
             trainer.save_model()
             trainer.save_state()  # with the log of losses, whether or not there are checkpoints
         signals.check()
+        results.settle_thresholds(trainer, data.validation)
         if args.do_eval:
             metrics |= results.evaluate_all(trainer, data.validation)
         if args.do_predict:
-            metrics |= results.predict_all(trainer, data.test)
+            metrics |= results.predict_all(trainer, data.test, run_args.prediction_probabilities)
         signals.check()
         if args.do_train and not args.load_best_model_at_end:  # then the last evaluation is not of the last step
             trainer.save_state()

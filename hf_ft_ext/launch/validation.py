@@ -5,16 +5,16 @@ import math
 import os
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.optimization import get_scheduler
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_ft_ext.arguments import PROMPT_DEMO, DataArguments, MethodTrainingArguments, RunArguments
 from hf_ft_ext.errors import InputError, did_you_mean
-from hf_ft_ext.metrics import CLASSIFICATION, METRICS, metric_function, primary_key
+from hf_ft_ext.launch.predictions import SEPARATOR
+from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction
 from hf_ft_ext.training.checkpoints import check_fits
 from hf_ft_ext.training.devices import refuse_data_parallel
 from hf_ft_ext.training.sharding import refuse_sharding_on_cpu
@@ -169,14 +169,14 @@ def check_splits(run_args: RunArguments, args: TrainingArguments, data) -> None:
         raise InputError(f"--do_predict: {name} has no test split; pass --test_file, or drop --do_predict")
 
 
-def choose_best_metric(run_args: RunArguments, args: TrainingArguments, metric: str) -> None:
+def choose_best_metric(run_args: RunArguments, args: TrainingArguments, metrics: MetricFunction) -> None:
     """Where a best model is wanted, let the task's primary metric choose it unless the user said otherwise.
 
     Raises:
-        InputError: the user named a metric that the task does not have.
+        InputError: the user named a metric that the task does not have, or a metric fails on a small sample.
     """
-    sample = np.eye(2) if METRICS[metric].problem_type == CLASSIFICATION else np.arange(2.0)
-    keys = ["loss", *metric_function(metric)(EvalPrediction(sample, np.arange(2)))]
+    primary, *others = metrics.keys()
+    keys = ["loss", primary, *others]
     chosen = run_args.given.get("metric_for_best_model")
     compares = (
         args.load_best_model_at_end
@@ -187,13 +187,84 @@ def choose_best_metric(run_args: RunArguments, args: TrainingArguments, metric: 
     if chosen is None:
         if not compares or args.prediction_loss_only:
             return
-        args.metric_for_best_model = primary_key(metric)
+        args.metric_for_best_model = primary
+        if metrics.chosen_from_elsewhere and "greater_is_better" not in run_args.given:
+            logger.info(
+                "The best model has the highest %s; pass --greater_is_better false where low is good.", primary
+            )
         if "greater_is_better" not in run_args.given:
             args.greater_is_better = True
     elif chosen.removeprefix("eval_") not in keys:
         raise InputError(
             f"metric_for_best_model cannot be {chosen!r}{did_you_mean(chosen.removeprefix('eval_'), keys)}; "
             f"this task has: {', '.join(keys)}"
+        )
+
+
+def check_scoring(
+    run_args: RunArguments,
+    data_args: DataArguments,
+    args: MethodTrainingArguments,
+    data,
+    problem_type: str,
+    metrics: MetricFunction,
+) -> None:
+    """Check what is asked of metrics and predictions against what the model predicts.
+
+    Hands the positive class to a method that asks for it.
+
+    Raises:
+        InputError: an option without anything to act on, or a setting that does not fit several labels per row.
+    """
+    if run_args.prediction_probabilities and not args.do_predict:
+        raise InputError(
+            "--prediction_probabilities adds columns to predictions.tsv; add --do_predict, or leave it out"
+        )
+    if run_args.prediction_probabilities and problem_type == REGRESSION:
+        raise InputError("--prediction_probabilities is for classes, and this is a regression; leave it out")
+    taken = args.take_positive_label(data.positive_label)
+    if data_args.positive_label is not None and not (metrics.reads_positive or taken):
+        raise InputError(
+            f"--positive_label {data_args.positive_label}: no metric of this run ({', '.join(metrics.names)}) is "
+            "about one class; add --metric f1, or leave it out"
+        )
+    if problem_type != MULTI_LABEL:
+        if "multi_label_threshold" in run_args.given:
+            raise InputError(
+                f"--multi_label_threshold {data_args.multi_label_threshold} is for several labels per row, but here "
+                "each row has one; leave it out"
+            )
+        return
+    if metrics.thresholds is None and not data.validation:
+        raise InputError(
+            "--multi_label_threshold auto chooses on a validation split, and there is none; pass --validation_file, "
+            "or a number"
+        )
+    if args.label_smoothing_factor:
+        raise InputError(
+            f"label_smoothing_factor={args.label_smoothing_factor} smooths one class per row, but here rows have "
+            "several labels; leave it out"
+        )
+    if args.do_predict and (bad := [name for name in data.label_names or () if SEPARATOR in name]):
+        raise InputError(
+            f"label '{bad[0]}' holds '{SEPARATOR}', which stands between labels in predictions.tsv; rename it in the "
+            "data"
+        )
+
+
+def check_probabilities(run_args: RunArguments, trainer: Trainer, metrics: MetricFunction) -> None:
+    """Raise an `InputError` where probabilities are asked for of a trainer whose outputs are scores."""
+    if getattr(trainer, "gives_probabilities", True):
+        return
+    if run_args.prediction_probabilities:
+        raise InputError(
+            f"--prediction_probabilities: the predictions of method {run_args.method} are scores here, not logits of "
+            "probabilities; leave it out"
+        )
+    if metrics.problem_type == MULTI_LABEL and metrics.thresholds not in (None, 0.5):
+        raise InputError(
+            f"--multi_label_threshold {metrics.thresholds}: the predictions of method {run_args.method} are scores "
+            "around 0, not probabilities; pass auto, or leave it out"
         )
 
 

@@ -10,7 +10,7 @@ from hf_ft_ext.arguments import FINETUNE, PROMPT_DEMO, DataArguments, FewShotArg
 from hf_ft_ext.data.few_shot import label_bounds
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import REGRESSION
+from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.defaults import task_prompt
 from hf_ft_ext.prompts.model import PromptForSequenceClassification, check_masked_lm
@@ -62,6 +62,11 @@ def load_prompt_model(
     Raises:
         InputError: template, mapping, labels and model do not go together.
     """
+    if data.problem_type == MULTI_LABEL:
+        raise InputError(
+            "a prompt names one label per row, by one word at the mask, but this data has several labels per row; "
+            "leave --few_shot_type out, or pass a model with a classification head"
+        )
     if isinstance(config, PromptConfig):
         return _load_saved(name, config, tokenizer, data, data_args, **hub)
     check_masked_lm(config, name)

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from hf_ft_ext.data.tasks import TASKS
-from hf_ft_ext.metrics import METRICS, primary_key
+from hf_ft_ext.metrics import METRICS, MULTI_LABEL_METRICS, SCORES, primary_key
 from hf_ft_ext.report.identity import (
     NOT_RECORDED,
     OF_THE_DATA,
@@ -191,8 +191,14 @@ def quality_key(run: Run) -> str | None:
     """
     record, metrics = run.record, run.record["metrics"]
     task = TASKS.get(record["task"])
-    named = [(record["arguments"] or {}).get("metric"), task.metric if task else None]
-    keys = [record["quality"], *(f"eval_{primary_key(name)}" for name in (*named, *METRICS) if name in METRICS)]
+    passed = (record["arguments"] or {}).get("metric")
+    passed = passed[0] if isinstance(passed, list) and passed else passed  # of several the first chooses
+    keys = [record["quality"]]
+    for name in (passed, task.metric if task else None, *METRICS, *MULTI_LABEL_METRICS):
+        if name in METRICS:
+            keys.append(f"eval_{primary_key(name)}")
+        elif name in SCORES:
+            keys.append(f"eval_{name}")
     others = (key for key in metrics if key.startswith("eval_") and not _NO_QUALITY.fullmatch(key))
     return next((key for key in (*keys, *others) if key in metrics), None)
 

@@ -56,6 +56,9 @@ def write_run_record(
     data: dict[str, Any] | None = None,
     model_source: dict[str, Any] | None = None,
     quality: str | None = None,
+    primary_metric: str | None = None,
+    positive_label: str | None = None,
+    thresholds: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Write `run.json` into `output_dir` and return its content.
 
@@ -71,6 +74,9 @@ def write_run_record(
         data: the data set, and under `splits` what rows of it each set of metrics is of (`SplitOrigin.record`).
         model_source: the Hub id and revision, or the folder, of the model that training started from.
         quality: key in `metrics` of the one that runs are compared by.
+        primary_metric: key, without prefix, of the metric that chooses the best model.
+        positive_label: name of the class that F1, precision and recall are about.
+        thresholds: of several labels per row: the probability by label from which on it is predicted.
 
     Seconds are wall-clock, memory and artefact sizes are bytes.
     """
@@ -97,6 +103,9 @@ def write_run_record(
         "command": command,
         "arguments": arguments or {},
         "labels": labels,
+        "primary_metric": primary_metric,
+        "positive_label": positive_label,
+        "thresholds": thresholds,
         "output_dir": os.fspath(output_dir),
         "load": load,
         "data": data,

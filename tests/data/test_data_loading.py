@@ -182,8 +182,8 @@ def test_metric_override_is_checked(load, folder):
     assert load(dataset_name=path, metric="matthews").metric == "matthews"
     with pytest.raises(InputError, match=r"'pearson_spearman' is for regression"):
         load(dataset_name=path, metric="pearson_spearman")
-    with pytest.raises(InputError, match="unknown metric 'f1'"):
-        load(dataset_name=path, metric="f1")
+    with pytest.raises(InputError, match="unknown metric 'f2'"):
+        load(dataset_name=path, metric="f2")
 
 
 def test_an_edited_folder_is_read_anew(load, folder):

@@ -5,6 +5,7 @@ A command that nothing here knows is an error, as are files of the repository th
 
 import argparse
 import configparser
+import json
 import re
 import runpy
 import shlex
@@ -267,9 +268,13 @@ def world(tmp_path_factory) -> tuple[str, str]:
 def test_launches_get_as_far_as_the_first_step(command, world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_ft_ext.models.demo_encoder", lambda: world[0])
-    rows = ["subject,body,kind", *(f"good film,the plot {i},{'ab'[i % 2]}" for i in range(20))]
-    for file in ("train.csv", "dev.csv"):  # which some commands name
-        (tmp_path / file).write_text("\n".join(rows))
+    rows = ["subject,body,kind,toxic,insult,threat"]
+    rows += [f"good film,the plot {i},{('ham', 'spam')[i % 2]},{i % 2},{i % 3 // 2},{i % 5 // 4}" for i in range(20)]
+    lists = [json.dumps({"text": f"the plot {i}", "labels": ["a", "b", "c"][: i % 4]}) for i in range(20)]
+    for name in ("train", "dev"):  # files that some commands name
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lists))
+    (tmp_path / "scores.py").write_text("def cost(y_true, y_pred):\n    return float((y_true != y_pred).sum())\n")
     words = command.words
     words = at_home(launch_command_parser().parse_args(words[2:]).training_script_args)
     assert run_glue.main(dry_run_words(words, *world)) == 0, capsys.readouterr().err

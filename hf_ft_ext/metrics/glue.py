@@ -8,22 +8,20 @@ model that has learnt nothing, so that one bad evaluation never becomes the best
 - `pearson` and `spearmanr` are 0.0 for constant predictions or references, for fewer than two
   rows, and where a prediction is NaN or infinite.
 - A classification row whose logits hold a NaN counts as wrong (its predicted class is -1).
+
+What own data is scored with besides: `hf_ft_ext.metrics.scores`.
 """
 
 import logging
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import datasets
 import evaluate
 import numpy as np
-from transformers import EvalPrediction
 
 from hf_ft_ext.errors import InputError
-
-CLASSIFICATION = "single_label_classification"
-REGRESSION = "regression"
+from hf_ft_ext.metrics.outputs import CLASSIFICATION, REGRESSION
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +70,8 @@ class Accuracy(_InMemoryMetric):
 
 class AccuracyF1(_InMemoryMetric):
     """Accuracy and F1 of class 1, as GLUE scores MRPC and QQP: keys `accuracy`, `f1`, 0 to 1.
+
+    These are ids. `metric_function` binds the positive class by its name, whatever id it has.
 
     Raises:
         InputError: the references hold another class than 0 and 1.
@@ -185,42 +185,3 @@ def check_metric(name: str, problem_type: str, num_labels: int | None = None) ->
         )
     if name == "accuracy_f1" and num_labels is not None and num_labels != 2:
         raise InputError(f"metric 'accuracy_f1' is for two classes, but the data has {num_labels}; use 'accuracy'")
-
-
-def metric_function(name: str) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Return a Trainer's `compute_metrics` for a metric.
-
-    The function takes logits `[rows, classes]` (classification) or `[rows]` / `[rows, 1]` (regression),
-    alone or first in a tuple, and returns the metric's keys and, where these are several, their mean as
-    `combined_score`, as GLUE reports it.
-
-    Raises:
-        InputError: the name is unknown; on use: there are no labels, or the logits have another shape.
-    """
-    spec = _spec(name)
-
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits, labels = (
-            np.asarray(part[0] if isinstance(part, tuple) else part) if part is not None else None
-            for part in (prediction.predictions, prediction.label_ids)
-        )
-        if labels is None:
-            raise InputError("this data has no labels, so it cannot be evaluated; only predict on it")
-        if spec.problem_type == REGRESSION:
-            if logits.size != labels.size:
-                raise InputError(f"metric '{name}' needs one score per row, but got logits of shape {logits.shape}")
-            predicted = logits.reshape(-1).astype(np.float64)
-            labels = labels.reshape(-1).astype(np.float64)
-        else:
-            if logits.ndim != 2 or logits.shape[1] < 2:
-                raise InputError(f"metric '{name}' needs logits [rows, classes], but got shape {logits.shape}")
-            broken = np.isnan(logits).any(axis=1)
-            predicted = np.where(broken, -1, logits.argmax(axis=1))
-            if broken.any():
-                logger.warning("%d of %d rows have NaN logits and count as wrong", int(broken.sum()), len(broken))
-        scores = load_metric(name).compute(predictions=predicted, references=labels)
-        if len(scores) > 1:
-            scores["combined_score"] = float(np.mean(list(scores.values())))
-        return scores
-
-    return compute_metrics

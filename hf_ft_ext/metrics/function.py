@@ -1,0 +1,307 @@
+"""`metric_function`: a Trainer's `compute_metrics` for metrics by name, bound to the names of the classes."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from transformers import EvalPrediction
+
+from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.metrics.external import External, evaluate_metric, function_metric, user_metric
+from hf_ft_ext.metrics.glue import METRICS, check_metric, load_metric
+from hf_ft_ext.metrics.outputs import (
+    CLASSIFICATION,
+    MULTI_LABEL,
+    REGRESSION,
+    Outputs,
+    Thresholds,
+    make_outputs,
+    problem_of,
+)
+from hf_ft_ext.metrics.positive import evident_positive, positive_id
+from hf_ft_ext.metrics.scores import MULTI_LABEL_METRICS, SCORES
+from hf_ft_ext.metrics.thresholds import as_thresholds, best_thresholds, parse_threshold
+
+Metric = str | Callable
+_SAMPLE = 48  # rows of the sample that tells a metric's keys
+
+logger = logging.getLogger(__name__)
+
+
+class MetricFunction:
+    """A Trainer's `compute_metrics`; see `metric_function`, which makes it.
+
+    Attributes:
+        thresholds: of multi-label probabilities, or `None`: chosen anew on the data of each call.
+        names: of the metrics.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[Metric],
+        label_names: Sequence[str] | None,
+        positive_label: str | None,
+        problem_type: str | None,
+        threshold: str | float,
+        label_order: Sequence[str] | None,
+    ):
+        self.names = [m if isinstance(m, str) else getattr(m, "__name__", type(m).__name__) for m in metrics]
+        self.problem_type = problem_type or _implied(self.names)
+        self.label_names = None if label_names is None else tuple(map(str, label_names))
+        self.thresholds: Thresholds | None = parse_threshold(threshold)
+        self.positive: int | None = None
+        self._externals: dict[str, External] = {}
+        self._keys: list[str] | None = None
+        self._sides_checked = False
+        if twice := [name for name in self.names if self.names.count(name) > 1]:
+            raise InputError(f"metric '{twice[0]}' is named twice; name each metric once")
+        for name, metric in zip(self.names, metrics, strict=True):
+            self._check(name, metric)
+        certain = self.problem_type == CLASSIFICATION
+        about_positive = [name for name in self.names if self._needs_positive(name) and certain]
+        evident = self._externals and self._evident() and self.problem_type in (CLASSIFICATION, None)
+        if about_positive or positive_label is not None or evident:
+            name = about_positive[0] if about_positive else "positive_label"
+            if self.problem_type in (REGRESSION, MULTI_LABEL):
+                raise InputError(f"positive_label={positive_label!r}: {self.problem_type} has no positive class")
+            self.positive = positive_id(self.label_names, positive_label, name)
+            if positive_label is None and self.label_names is not None:
+                logger.info("The positive class is %r, by the names of the labels.", self.label_names[self.positive])
+        self._order = self._external_order(label_order)
+        if certain:
+            self._refuse_sided()
+
+    # --- what was asked for ---------------------------------------------------------------------------
+
+    def _check(self, name: str, metric: Metric) -> None:
+        known = METRICS | SCORES
+        count = None if self.label_names is None else len(self.label_names)
+        if not isinstance(metric, str):
+            self._externals[name] = function_metric(metric, name)
+        elif name in METRICS and self.problem_type != MULTI_LABEL:
+            if self.problem_type is not None:
+                check_metric(name, self.problem_type, count)
+        elif name in known:
+            kinds = SCORES[name].problem_types if name in SCORES else (METRICS[name].problem_type,)
+            if self.problem_type is not None and self.problem_type not in kinds:
+                fitting = [n for n, row in METRICS.items() if row.problem_type == self.problem_type]
+                fitting += [n for n, row in SCORES.items() if self.problem_type in row.problem_types]
+                raise InputError(f"metric '{name}' is not for {self.problem_type}; use one of: {', '.join(fitting)}")
+        elif ":" in name:
+            self._externals[name] = user_metric(name)
+        else:
+            try:
+                self._externals[name] = evaluate_metric(name)
+            except InputError as error:
+                raise InputError(f"{error}{did_you_mean(name, known)}; known: {', '.join(known)}") from error
+
+    def _needs_positive(self, name: str) -> bool:
+        if self.problem_type == MULTI_LABEL:
+            return False
+        return name == "accuracy_f1" or (name in SCORES and SCORES[name].positive and name not in self._externals)
+
+    def _evident(self) -> bool:
+        return self.label_names is not None and evident_positive(self.label_names) is not None
+
+    @property
+    def chosen_from_elsewhere(self) -> bool:
+        """Whether the metric that chooses the best model is not one of ours, so that its direction is not known."""
+        return self.names[0] in self._externals
+
+    @property
+    def reads_positive(self) -> bool:
+        """Whether a metric may depend on which class is the positive one."""
+        return bool(self._externals) or any(self._needs_positive(name) for name in self.names)
+
+    def _external_order(self, label_order: Sequence[str] | None) -> list[int] | None:
+        """Ids in the order in which metrics from elsewhere see the classes: the data's, the positive one of two last.
+
+        It does not depend on the order that a model has.
+        """
+        names = self.label_names
+        if names is None:
+            return None
+        order = list(range(len(names)))
+        if label_order is not None and set(map(str, label_order)) == set(names):
+            order = [names.index(str(name)) for name in label_order]
+        if len(names) == 2 and self.positive is not None:
+            order = [1 - self.positive, self.positive]
+        return order
+
+    def _refuse_sided(self) -> None:
+        """Refuse a metric from elsewhere that asks which of two classes is class 1 where nothing says so; once."""
+        if self._sides_checked or not self._externals or self._order is None or len(self._order) != 2:
+            return
+        self._sides_checked = True
+        if self.positive is not None:
+            return
+        outputs = self._outputs(*_sample(CLASSIFICATION, 2))
+        for name, compute in self._externals.items():
+            one, other = (_tried(compute, name, outputs.in_order(order)) for order in ([0, 1], [1, 0]))
+            if any(not np.isclose(one[key], other.get(key, np.nan), equal_nan=True) for key in one):
+                positive_id(self.label_names, None, name)  # raises
+
+    # --- the function ----------------------------------------------------------------------------------
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        logits, labels = (
+            np.asarray(part[0] if isinstance(part, tuple) else part) if part is not None else None
+            for part in (prediction.predictions, prediction.label_ids)
+        )
+        if labels is None:
+            raise InputError("this data has no labels, so it cannot be evaluated; only predict on it")
+        outputs = self._outputs(logits, labels)
+        scores: dict[str, float] = {}
+        for name in self.names:
+            for key, value in self._scores(name, outputs).items():
+                if not np.isclose(scores.setdefault(key, value), value, equal_nan=True):
+                    raise InputError(f"metrics {', '.join(self.names)}: two give the key '{key}'; rename it in yours")
+        if self._is_composite() and len(scores) > 1:
+            scores["combined_score"] = float(np.mean(list(scores.values())))
+        return scores
+
+    def _is_composite(self) -> bool:
+        """Whether there is one metric, of GLUE, whose keys have a mean."""
+        return len(self.names) == 1 and self.names[0] in METRICS and not self._externals
+
+    def _outputs(self, logits: np.ndarray, labels: np.ndarray) -> Outputs:
+        kind = self.problem_type or problem_of(logits, labels)
+        thresholds = as_thresholds(self.thresholds)
+        if kind == MULTI_LABEL and self.thresholds is None and logits.shape == labels.shape:
+            thresholds = best_thresholds(logits, labels)
+        return make_outputs(self.names[0], kind, logits, labels, thresholds, self.positive, self.label_names)
+
+    def _scores(self, name: str, outputs: Outputs) -> dict[str, float]:
+        if name in self._externals:
+            if outputs.problem_type == CLASSIFICATION and self._order is not None:
+                self._refuse_sided()
+                outputs = outputs.in_order(self._order)
+            return _tried(self._externals[name], name, outputs)
+        if name in SCORES:
+            if outputs.problem_type not in SCORES[name].problem_types:
+                raise InputError(f"metric '{name}' is not for {outputs.problem_type}; pass another metric")
+            if not outputs.references.size:
+                raise InputError("there are no rows to score; pass at least one prediction with its label")
+            if self._needs_positive(name) and outputs.problem_type == CLASSIFICATION and outputs.positive is None:
+                outputs = replace(outputs, positive=positive_id(self.label_names, None, name))
+            return {name: SCORES[name].compute(outputs)}
+        if outputs.problem_type != METRICS[name].problem_type:
+            raise InputError(f"metric '{name}' is not for {outputs.problem_type}; pass another metric")
+        predictions, references = outputs.predictions, outputs.references
+        if name == "accuracy_f1" and outputs.positive == 0:
+            predictions, references = (_swapped(ids) for ids in (predictions, references))
+        return load_metric(name).compute(predictions=predictions, references=references)
+
+    def keys(self, num_labels: int | None = None) -> list[str]:
+        """The keys that the metrics return, the one that chooses the best model first.
+
+        Args:
+            num_labels: where neither the names nor the metrics say it; 2 otherwise.
+
+        Raises:
+            InputError: a metric from elsewhere fails on a small sample.
+        """
+        if self._keys is not None:
+            return list(self._keys)
+        count = len(self.label_names) if self.label_names is not None else num_labels or 2
+        outputs = self._outputs(*_sample(self.problem_type or CLASSIFICATION, count))
+        keys: dict[str, None] = {}
+        for name in self.names:
+            if name in METRICS and name not in self._externals:
+                keys |= dict.fromkeys([METRICS[name].primary])
+            keys |= dict.fromkeys(self._scores(name, outputs))
+        if self._is_composite() and len(keys) > 1:
+            keys["combined_score"] = None
+        self._keys = list(keys)
+        return list(keys)
+
+
+def metric_function(
+    metric: Metric | Sequence[Metric],
+    label_names: Sequence[str] | Mapping[int, str] | None = None,
+    *,
+    positive_label: str | None = None,
+    problem_type: str | None = None,
+    threshold: str | float = 0.5,
+    label_order: Sequence[str] | None = None,
+) -> MetricFunction:
+    """Return a Trainer's `compute_metrics` for one or several metrics.
+
+    The function takes logits `[rows, classes]` (classification), `[rows, labels]` (multi-label) or `[rows]` /
+    `[rows, 1]` (regression), alone or first in a tuple, and returns the metrics' keys. A single metric of several
+    keys adds their mean as `combined_score`, as GLUE reports it.
+
+    Args:
+        metric: a name in `METRICS` or `SCORES`, `module:function` or `file.py:function`, the name or path of a metric
+            of `evaluate`, a function with parameters named after what they take (`predictions`, `references`,
+            `probabilities`, `logits`, `label_names`, or one `EvalPrediction`), or several of these.
+        label_names: of the classes in the order of the logits, or a configuration's `id2label`. Without names, class
+            1 of two is the positive one.
+        positive_label: name of the class that `f1`, `precision`, `recall`, `accuracy_f1` and `average_precision` are
+            about; `None` = the one that the names themselves show (`yes` of no and yes).
+        problem_type: as in a model's configuration; `None` = by the shapes of logits and labels.
+        threshold: multi-label: a label is predicted from this probability on; `auto` = for each label the one with
+            the best F1 on the data of the call, or what the attribute `thresholds` was set to.
+        label_order: names in the order in which metrics from elsewhere are to see the classes; `None` = by id. Of two
+            classes the positive one is class 1.
+
+    Raises:
+        InputError: an unknown name, a metric that does not fit the problem, a positive class that is needed and not
+            known; on use: there are no labels, or logits or labels have another shape.
+    """
+    metrics = [metric] if isinstance(metric, str) or callable(metric) else list(metric)
+    if not metrics:
+        raise InputError("no metric was passed; name one or more")
+    if isinstance(label_names, Mapping):
+        label_names = [label_names[i] for i in sorted(label_names, key=int)]
+    return MetricFunction(metrics, label_names, positive_label, problem_type, threshold, label_order)
+
+
+def default_metrics(problem_type: str) -> str | tuple[str, ...]:
+    """The metrics of own data for which none was named."""
+    if problem_type == MULTI_LABEL:
+        return MULTI_LABEL_METRICS
+    return "pearson_spearman" if problem_type == REGRESSION else "accuracy"
+
+
+def _implied(names: Sequence[str]) -> str | None:
+    """The problem type, where the metrics are for one alone."""
+    kinds = [{METRICS[n].problem_type} if n in METRICS else set(SCORES[n].problem_types) for n in names
+             if n in METRICS or n in SCORES]  # fmt: skip
+    common = set.intersection(*kinds) if kinds else set()
+    return next(iter(common)) if len(common) == 1 else None
+
+
+def _swapped(ids: np.ndarray) -> np.ndarray:
+    """Ids of two classes exchanged; others (-1) stay."""
+    return np.where((ids == 0) | (ids == 1), 1 - ids, ids)
+
+
+def _sample(problem_type: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels that hold every class."""
+    generator = np.random.default_rng(0)
+    rows = max(_SAMPLE, 4 * count)
+    if problem_type == REGRESSION:
+        labels = generator.normal(size=rows)
+        return labels + generator.normal(size=rows), labels
+    logits = generator.normal(size=(rows, count))
+    if problem_type == MULTI_LABEL:
+        return logits, (generator.random((rows, count)) < 0.4).astype(np.float32)
+    # A class is the more frequent the lower its id, so that a metric that treats two differently shows it.
+    labels = generator.choice(count, rows, p=np.arange(count, 0, -1) / (count * (count + 1) / 2))
+    labels[:count] = np.arange(count)
+    return logits, labels
+
+
+def _tried(compute: Callable[[Outputs], dict[str, float]], name: str, outputs: Outputs) -> dict[str, float]:
+    try:
+        return compute(outputs)
+    except InputError:
+        raise
+    except Exception as error:  # whatever the metric raises
+        lines = str(error).strip().splitlines() or [""]
+        raise InputError(
+            f"metric '{name}' fails on {len(outputs.references)} rows ({type(error).__name__}: "
+            f"{lines[0]}); correct it, or pass another metric"
+        ) from error

@@ -1,0 +1,132 @@
+"""What metrics are computed from: logits and labels in the form that each problem type asks for."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from hf_ft_ext.errors import InputError
+
+CLASSIFICATION = "single_label_classification"
+REGRESSION = "regression"
+MULTI_LABEL = "multi_label_classification"
+
+Thresholds = float | np.ndarray
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Predictions of some rows beside the truth.
+
+    Attributes:
+        problem_type: of the three.
+        predictions: class ids `[rows]` (-1 where the logits hold a NaN), 0 and 1 `[rows, labels]`, or numbers
+            `[rows]`.
+        references: the same of the truth.
+        margins: log-odds of each class or label, `[rows, classes]`, NaN where a logit is; `None` for a regression.
+        logits: as the model gave them.
+        positive: id of the positive class, where it is known.
+        names: of the classes by id, where they are known.
+    """
+
+    problem_type: str
+    predictions: np.ndarray
+    references: np.ndarray
+    margins: np.ndarray | None
+    logits: np.ndarray
+    positive: int | None = None
+    names: tuple[str, ...] | None = None
+
+    def in_order(self, order: Sequence[int]) -> "Outputs":
+        """The same with class `order[0]` as id 0, `order[1]` as id 1, and so on."""
+        order = np.asarray(order)
+        new_ids = np.append(np.argsort(order), -1)  # the last entry is the new id of -1
+        return replace(
+            self,
+            predictions=new_ids[self.predictions],
+            references=new_ids[self.references],
+            margins=self.margins[:, order],
+            logits=self.logits[:, order],
+            positive=None if self.positive is None else int(new_ids[self.positive]),
+            names=None if self.names is None else tuple(self.names[i] for i in order),
+        )
+
+
+def class_margins(logits: np.ndarray) -> np.ndarray:
+    """Log-odds of each class against all others, `[rows, classes]`: unlike probabilities they never round to 1.
+
+    A logit of infinity gives infinity; rows that have no order of their own (NaN, infinity twice) give NaN.
+    """
+    logits = logits.astype(np.float64)
+    found = np.empty_like(logits)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for i in range(logits.shape[1]):
+            others = np.delete(logits, i, axis=1)
+            found[:, i] = logits[:, i] - np.logaddexp.reduce(others, axis=1)
+    found[np.isnan(logits).any(axis=1)] = np.nan
+    return found
+
+
+def probabilities(logits: np.ndarray, problem_type: str) -> np.ndarray:
+    """Probabilities `[rows, classes]` of logits: softmax over classes, or a sigmoid for each label; in float64."""
+    from scipy.special import expit, softmax
+
+    logits = np.asarray(logits).astype(np.float64)
+    return expit(logits) if problem_type == MULTI_LABEL else softmax(logits, axis=-1)
+
+
+def problem_of(logits: np.ndarray, labels: np.ndarray) -> str:
+    """The problem type that logits and labels of these shapes belong to."""
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        return MULTI_LABEL
+    if logits.size == labels.size and (logits.ndim == 1 or logits.shape[-1] == 1):
+        return REGRESSION
+    return CLASSIFICATION
+
+
+def make_outputs(
+    name: str,
+    problem_type: str,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    thresholds: Thresholds = 0.5,
+    positive: int | None = None,
+    names: tuple[str, ...] | None = None,
+) -> Outputs:
+    """Outputs of logits and labels.
+
+    Args:
+        name: of the metric, for messages.
+        thresholds: of multi-label probabilities, one for all labels or `[labels]`; a label is predicted from it on.
+
+    Raises:
+        InputError: logits or labels have another shape than the problem type asks for.
+    """
+    if problem_type == REGRESSION:
+        if logits.size != labels.size:
+            raise InputError(f"metric '{name}' needs one score per row, but got logits of shape {logits.shape}")
+        predicted, truth = (part.reshape(-1).astype(np.float64) for part in (logits, labels))
+        return Outputs(problem_type, predicted, truth, None, logits)
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise InputError(f"metric '{name}' needs logits [rows, classes], but got shape {logits.shape}")
+    if names is not None and len(names) != logits.shape[1]:
+        raise InputError(f"metric '{name}' knows {len(names)} labels, but got logits of shape {logits.shape}")
+    broken = np.isnan(logits).any(axis=1)
+    if broken.any():
+        logger.warning("%d of %d rows have NaN logits and count as wrong", int(broken.sum()), len(broken))
+    if problem_type == MULTI_LABEL:
+        if labels.shape != logits.shape:
+            raise InputError(
+                f"metric '{name}' needs 0 or 1 for each label, {logits.shape}, but got labels of shape {labels.shape}"
+            )
+        truth = (labels > 0.5).astype(np.int64)
+        predicted = (probabilities(logits, problem_type) >= thresholds).astype(np.int64)
+        predicted[broken] = 1 - truth[broken]
+        return Outputs(problem_type, predicted, truth, logits.astype(np.float64), logits, None, names)
+    if labels.size != len(logits):
+        raise InputError(f"metric '{name}' needs one class per row, but got labels of shape {labels.shape}")
+    predicted = np.where(broken, -1, logits.argmax(axis=1))
+    return Outputs(problem_type, predicted, labels.reshape(-1), class_margins(logits), logits, positive, names)
