@@ -1,18 +1,27 @@
 """Training without steps: the base of trainers that solve the task as a whole."""
 
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import TrainOutput, set_seed, speed_metrics
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.checks import refuse_label_names
+from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, overridden
 from hf_ft_ext.training.sharding import refuse_sharding
 
+# Hooks of a training loop: whoever overrides one expects that it is called.
+_HOOKS = (
+    *DATA_LOADING, "_get_train_sampler", "compute_loss", "create_optimizer", "create_optimizer_and_scheduler",
+    "create_scheduler", "training_step",
+)  # fmt: skip
 
-class AtOnceTrainer(Trainer):
+
+class AtOnceTrainer(MethodTrainer):
     """`transformers.Trainer` whose `train()` calls `solve` once, in the place of all steps.
 
     Callbacks see one step. There is no optimizer and there are no checkpoints.
@@ -25,20 +34,41 @@ class AtOnceTrainer(Trainer):
         start_over: what to do instead of resuming.
 
     Raises:
-        InputError: an optimizer passed, sharded parameters; in `train`: a checkpoint to resume from, no training data
-            or a stream.
+        InputError: an optimizer, a loss or early stopping passed, an overridden hook of the training loop, sharded
+            parameters; in `train`: a checkpoint to resume from, no training data or a stream.
     """
 
     solution: ClassVar[str]
     start_over: ClassVar[str] = "start anew"
+    no_optimizer = "solves the task at once and takes no steps"
+    no_optimizer_class = True
 
-    def __init__(self, model: nn.Module | None, args: TrainingArguments, *positional, **kwargs):
-        if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
+    def check_arguments(self) -> None:
+        super().check_arguments()
+        refuse_sharding(self.args, self.solution)
+        refuse_label_names(self.args)
+        for name in _HOOKS:
+            if overridden(self, name):
+                raise InputError(
+                    f"{type(self).__name__} overrides {name}, which belongs to a training loop, and {self.solution} "
+                    "is found without one; leave it out, or use a trainer that takes steps"
+                )
+
+    def check_passed(self, passed: Mapping[str, Any]) -> None:
+        if passed.get("compute_loss_func") is not None:
+            raise InputError(f"{self.solution} is found without your compute_loss_func; leave it out")
+        self._refuse_early_stopping(passed.get("callbacks") or ())
+
+    def _refuse_early_stopping(self, callbacks: Iterable[Any]) -> None:
+        if any(c is EarlyStoppingCallback or isinstance(c, EarlyStoppingCallback) for c in callbacks):
             raise InputError(
-                f"{type(self).__name__} solves the task at once and takes no steps; leave `optimizers` out"
+                f"EarlyStoppingCallback compares evaluations in training, and {self.solution} is found at once; leave "
+                "it out"
             )
-        refuse_sharding(args, self.solution)
-        super().__init__(model, args, *positional, **kwargs)
+
+    def _check_searched(self, values: Mapping[str, Any]) -> None:
+        super()._check_searched(values)
+        self.args.refuse_names(values)
 
     def solve(self) -> dict[str, float]:
         """Solve the task on `train_dataset`; the metrics, `train_loss` among them."""
@@ -63,8 +93,11 @@ class AtOnceTrainer(Trainer):
             )
         if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
             raise InputError(f"{self.solution} needs a training data set of known length; pass train_dataset")
+        self._refuse_early_stopping(self.callback_handler.callbacks)
         self.is_in_train = True
+        self.apply_trial(trial)
         if self.model_init is not None:
+            set_seed(self.args.seed)
             self.model = self.model_wrapped = self.call_model_init(trial)
         self.model.to(self.args.device)
         self.state.max_steps = self.args.max_steps

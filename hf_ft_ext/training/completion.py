@@ -1,0 +1,91 @@
+"""Completing any `TrainingArguments` with a method's own fields: one object of both classes, no value lost."""
+
+import functools
+import logging
+from dataclasses import MISSING, Field, dataclass, fields
+from enum import Enum
+from typing import Any
+
+from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+# Packages whose defaults are nobody's choice for this method: trl's rate of 2e-5 is meant for training all weights.
+_LIBRARIES = ("transformers", "trl")
+
+
+def complete_training_arguments(args: TrainingArguments, own: type[TrainingArguments]) -> TrainingArguments:
+    """Return an object that is both what `args` is and an `own`, with every value and attribute of `args`.
+
+    `args` stays as it is. A field of `own` that `args` lacks takes its default. A field that has a default of its own
+    in `own` takes it where `args` still has the default of transformers or trl; the log says so. Nothing is computed
+    anew: `__post_init__` of the user's class has run, and devices and processes are set up.
+
+    Args:
+        args: an instance of `TrainingArguments` or of any subclass.
+        own: dataclass of a method's arguments.
+    """
+    if isinstance(args, own):
+        return args
+    completed = _empty(own, type(args))
+    state = vars(completed)
+    state.update(vars(args))
+    theirs, known = library_defaults(type(args)), {f.name: f for f in fields(TrainingArguments)}
+    for f in fields(own):
+        if f.name not in state:
+            state[f.name] = default_of(f)
+        elif f.name in known and default_of(f) != default_of(known[f.name]) and state[f.name] == theirs[f.name]:
+            logger.info("%s: %s=%s (the default was %s)", own.__name__, f.name, default_of(f), theirs[f.name])
+            kind = type(state[f.name])
+            state[f.name] = kind(default_of(f)) if issubclass(kind, Enum) else default_of(f)
+    return completed
+
+
+def default_of(f: Field) -> Any:
+    """The default of a dataclass field, made anew where it is made by a function; `None` without one."""
+    if f.default_factory is not MISSING:
+        return f.default_factory()
+    return None if f.default is MISSING else f.default
+
+
+def library_defaults(kind: type[TrainingArguments]) -> dict[str, Any]:
+    """Defaults by field name of the nearest base of `kind` that a library made: transformers or trl."""
+    library = next(c for c in kind.__mro__ if c.__module__.partition(".")[0] in _LIBRARIES)
+    return {f.name: default_of(f) for f in fields(library)}
+
+
+def chosen(args: TrainingArguments, name: str) -> bool:
+    """Whether the argument called `name` has another value than the defaults of its classes.
+
+    `None`, `False`, 0 and an empty value count as one: transformers fills in one for the other.
+    """
+    if not hasattr(args, name):
+        return False
+    own = {f.name: default_of(f) for f in fields(args)}
+    defaults = (own.get(name), library_defaults(type(args)).get(name))
+    value = getattr(args, name)
+    return not any(value == default or (not value and not default) for default in defaults)
+
+
+@functools.cache
+def combined_class(own: type[TrainingArguments], theirs: type[TrainingArguments]) -> type[TrainingArguments]:
+    """A dataclass that derives from both; the one of them that derives from the other, if one does."""
+    if issubclass(own, theirs):
+        return own
+    if issubclass(theirs, own):
+        return theirs
+    lists = [getattr(kind, "_VALID_DICT_FIELDS", []) for kind in (theirs, own)]
+    namespace = {
+        "__doc__": f"`{theirs.__name__}` completed with the fields of `{own.__name__}`.",
+        "__module__": own.__module__,
+        "__repr__": TrainingArguments.__repr__,
+        "_VALID_DICT_FIELDS": list(dict.fromkeys(lists[0] + lists[1])),
+        # The class exists in this process only: a copy or a file is made again from its two bases.
+        "__reduce_ex__": lambda self, protocol: (_empty, (own, theirs), dict(vars(self))),
+    }
+    return dataclass(type(f"{own.__name__}With{theirs.__name__}", (own, theirs), namespace))
+
+
+def _empty(own: type[TrainingArguments], theirs: type[TrainingArguments]) -> TrainingArguments:
+    kind = combined_class(own, theirs)
+    return kind.__new__(kind)
