@@ -59,12 +59,12 @@ def chosen(args: TrainingArguments, name: str) -> bool:
 
     `None`, `False`, 0 and an empty value count as one: transformers fills in one for the other.
     """
-    if not hasattr(args, name):
-        return False
-    own = {f.name: default_of(f) for f in fields(args)}
-    defaults = (own.get(name), library_defaults(type(args)).get(name))
-    value = getattr(args, name)
-    return not any(value == default or (not value and not default) for default in defaults)
+    value = getattr(args, name, None)
+    for kind in type(args).__mro__:
+        own = vars(kind).get("__dataclass_fields__", {})
+        if name in own and (value == default_of(own[name]) or (not value and not default_of(own[name]))):
+            return False
+    return hasattr(args, name)
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, ClassVar, get_args, get_type_hints
 
 from torch import nn
@@ -49,10 +50,10 @@ class MethodTrainer(Trainer):
         self.check_passed(passed)
         self.check_arguments()
         if model is not None:
+            check_loss(args, model)
             model = self.prepare_model(model)
         super().__init__(model, args, *positional, **kwargs)
         self._check_optimizers(self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs)
-        check_loss(self.args, self.model)
         self.apply_arguments()
 
     # --- hooks of the methods -----------------------------------------------------------------------
@@ -86,7 +87,9 @@ class MethodTrainer(Trainer):
     # --- models and trials ----------------------------------------------------------------------------
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        return self.prepare_model(super().call_model_init(trial))
+        model = super().call_model_init(trial)
+        check_loss(self.args, model)
+        return self.prepare_model(model)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *positional, **kwargs
@@ -187,4 +190,4 @@ def _arguments_of_other_trainers(kind: type) -> type[TrainingArguments] | None:
 
 
 def _init_names(kind: type[TrainingArguments]) -> set[str]:
-    return {name for name, f in kind.__dataclass_fields__.items() if f.init}
+    return {f.name for f in fields(kind) if f.init}
