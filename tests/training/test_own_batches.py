@@ -1,4 +1,4 @@
-"""Overridden loaders, losses and collators: what looks at the training data before or instead of the loop honours them."""
+"""Overridden loaders, samplers, losses and collators: pre-passes and searches look at what training would see."""
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from hf_ft_ext import (
     SparseTrainer,
     SparseTrainingArguments,
 )
+from hf_ft_ext.entries.layer import entries_of
 from hf_ft_ext.fisher.prepass import prepass_batches
 from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.prepass import visit_gradients
@@ -177,14 +178,8 @@ def test_fisher_masks_are_chosen_by_the_users_loss(tmp_path, way):
             for name in sums:
                 sums[name] += model.get_parameter(name).grad.square()
     trainer.prepare()
-    chosen = {
-        name.removesuffix("_entries.values"): p for name, p in trainer.model.named_parameters() if "_entries" in name
-    }
-    kept = sum(p.numel() for p in chosen.values())
-    flat = torch.cat([value.flatten() for value in sums.values()])
-    border = flat.sort(descending=True).values[kept - 1]
-    from hf_ft_ext.entries.layer import entries_of
-
+    kept = sum(entries.values.numel() for entries in entries_of(trainer.model).values())
+    border = torch.cat([value.flatten() for value in sums.values()]).sort(descending=True).values[kept - 1]
     for name, entries in entries_of(trainer.model).items():
         scores = sums[name].flatten()
         assert bool((scores[entries.indices.long()] >= 0.99 * border).all())
@@ -206,7 +201,7 @@ def test_gradientless_searches_on_the_batches_of_an_overridden_loader(tmp_path, 
     class Seen(GradientlessTrainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
             with torch.no_grad():
-                losses.append((float(model(**inputs).loss), None))
+                losses.append((float(model.eval()(**inputs).loss), None))
             loss = super().training_step(model, inputs, num_items_in_batch)
             losses[-1] = (losses[-1][0], float(loss))
             return loss
