@@ -54,7 +54,7 @@ class FullTrainer(StopAtNaN, MethodTrainer):
             self.compute_loss_func = l2_loss
         elif self.compute_loss_func is l2_loss:
             self.compute_loss_func = None
-        if self.optimizer is not None:
+        if self.optimizer is not None and self.model_init is None:
             self._check_optimizer_trains()
 
     def _check_optimizer_trains(self) -> None:

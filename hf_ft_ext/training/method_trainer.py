@@ -1,14 +1,14 @@
 """What the trainers of all methods share: completed arguments, checks before training, trials of a search."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, get_args, get_type_hints
 
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import HPSearchBackend, TrainOutput
+from transformers.trainer_utils import BestRun, HPSearchBackend, TrainOutput, default_compute_objective
 
 from hf_ft_ext.arguments import MethodTrainingArguments
 from hf_ft_ext.errors import InputError, did_you_mean
@@ -97,6 +97,11 @@ class MethodTrainer(Trainer):
         self.apply_trial(trial)
         return super().train(resume_from_checkpoint, trial, *positional, **kwargs)
 
+    def hyperparameter_search(
+        self, hp_space: Callable | None = None, compute_objective: Callable | None = None, *positional, **kwargs
+    ) -> BestRun | list[BestRun]:
+        return super().hyperparameter_search(hp_space, compute_objective or _sum_of_metrics, *positional, **kwargs)
+
     def apply_trial(self, trial: Any) -> None:
         """Set the values of a search's trial in `self.args`, before anything is made from these.
 
@@ -169,6 +174,11 @@ def overridden(trainer: Trainer, *names: str) -> bool:
 def has_own_loss(trainer: Trainer) -> bool:
     """Whether the loss is the user's, so that only `compute_loss` knows it."""
     return overridden(trainer, "compute_loss") or trainer.compute_loss_func is not None
+
+
+def _sum_of_metrics(metrics: dict[str, float]) -> float:
+    """transformers' own objective, without the seconds that it adds to it where evaluation comes first."""
+    return default_compute_objective({k: v for k, v in metrics.items() if not k.endswith("_model_preparation_time")})
 
 
 def _arguments_of_other_trainers(kind: type) -> type[TrainingArguments] | None:

@@ -15,12 +15,12 @@ LOOP = {"max_steps": 2, "save_strategy": "no", "per_device_train_batch_size": 4,
 AT_ONCE = ("linearhead", "kernel")
 
 
-def make(name, folder, kind=None, model_init=tiny_model, **options):
+def make(name, folder, **options):
     method = METHODS[name]
     arguments = method.arguments_class()(str(folder), **PLAIN, **({} if name in AT_ONCE else LOOP), **options)
-    return (kind or method.trainer_class())(
-        args=arguments, model_init=model_init, train_dataset=tiny_dataset(24), eval_dataset=tiny_dataset(16, seed=1),
-        processing_class=tiny_tokenizer(),
+    return method.trainer_class()(
+        args=arguments, model_init=lambda: tiny_model(), train_dataset=tiny_dataset(24),
+        eval_dataset=tiny_dataset(16, seed=1), processing_class=tiny_tokenizer(),
     )  # fmt: skip
 
 
@@ -28,7 +28,7 @@ def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()]).clone()
 
 
-def search(trainer, grid, look):
+def search(trainer, grid, look, space=None):
     """Run all of `grid` and return, trial by trial, what `look(trainer)` sees after training, and the best."""
     seen = []
     train = trainer.train
@@ -38,10 +38,12 @@ def search(trainer, grid, look):
         seen.append(look(trainer))
         return output
 
+    def same_names(trial):
+        return {key: trial.suggest_categorical(key, values) for key, values in grid.items()}
+
     trainer.train = and_look
     best = trainer.hyperparameter_search(
-        hp_space=lambda trial: {key: trial.suggest_categorical(key, values) for key, values in grid.items()},
-        n_trials=len(next(iter(grid.values()))), backend="optuna", direction="minimize",
+        hp_space=space or same_names, n_trials=len(next(iter(grid.values()))), backend="optuna", direction="minimize",
         sampler=optuna.samplers.GridSampler(grid, seed=0),
     )  # fmt: skip
     return seen, best
@@ -62,7 +64,7 @@ CASES = {
     "lora": ("lora_r", [1, 2, 3], rank, {}),
     "sparse": ("sparse_n_params", [10, 20, 30], n_params, {"sparse_basis_steps": 2}),
     "gradientless": ("search_candidates", [1, 2, 3], lambda t: t.optimizer.optimizer.evaluations, {
-        "feature_cache_gb": 0.0}),
+        "feature_cache_gb": 0.0, "search_options": "none", "learning_rate": 0.5}),
     "fisher": ("fisher_budget", [300, 700, 2000], lambda t: sum(
         t.plan.parameters[layer][name] for layer, name in t.plan.choice.items() if name), {
         "fisher_examples": 4, "fisher_candidates": ["lora", "bottleneck"],
@@ -103,8 +105,6 @@ def test_a_trial_is_a_run_with_its_values(tmp_path, name):
         ("sparse", "sparse_basis_refresh_steps", [0, 1], {
             "sparse_basis_steps": 2, "sparse_density": 0.1, "sparse_support": "static", "learning_rate": 1e-2}),
         ("gradientless", "search_method", ["gld", "spsa", "adam"], {"feature_cache_gb": 0.0}),
-        ("fisher", "fisher_learning_rates", ['{"head": 0.1}', '{"head": 0.001}'], {
-            "fisher_mode": "single", "fisher_candidates": ["lora"]}),
     ],
 )  # fmt: skip
 def test_what_is_made_once_follows_the_trial(tmp_path, name, key, values, fixed):
@@ -114,6 +114,23 @@ def test_what_is_made_once_follows_the_trial(tmp_path, name, key, values, fixed)
         alone = make(name, tmp_path, **{**fixed, key: value})
         alone.train()
         assert torch.equal(weights(alone.model), state), value
+    assert not torch.equal(seen[0][1], seen[1][1])
+
+
+def test_rates_of_adapters_follow_the_trial(tmp_path):
+    fixed = {"fisher_mode": "single", "fisher_candidates": ["lora"]}
+
+    def space(trial):
+        return {"fisher_learning_rates": {"head": trial.suggest_categorical("rate", [0.1, 0.001])}}
+
+    seen, _ = search(
+        make("fisher", tmp_path, **fixed), {"rate": [0.1, 0.001]},
+        lambda t: (t.args.fisher_learning_rates, weights(t.model)), space,
+    )  # fmt: skip
+    for rates, state in seen:
+        alone = make("fisher", tmp_path, **fixed, fisher_learning_rates=rates)
+        alone.train()
+        assert torch.equal(weights(alone.model), state)
     assert not torch.equal(seen[0][1], seen[1][1])
 
 
@@ -130,8 +147,8 @@ def test_searches_over_nothing_and_over_bad_values_are_refused(tmp_path, name):
         search(make(name, tmp_path), {"no_such_name": [1, 2]}, lambda t: None)
     key, bad = {
         "full": ("fix_layers", -1), "lora": ("lora_r", 0), "sparse": ("sparse_n_params", 0),
-        "gradientless": ("search_candidates", 0), "fisher": ("fisher_budget", 0), "linearhead": ("linearhead_folds", 1),
-        "kernel": ("kernel_regularization", "much"),
+        "gradientless": ("search_candidates", 0), "fisher": ("fisher_budget", 0),
+        "linearhead": ("linearhead_folds", 1), "kernel": ("kernel_regularization", "much"),
     }[name]  # fmt: skip
     with pytest.raises(InputError, match=f"{key}="):
         search(make(name, tmp_path), {key: [bad, bad]}, lambda t: None)
