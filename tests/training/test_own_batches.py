@@ -19,6 +19,7 @@ from hf_ft_ext.entries.layer import entries_of
 from hf_ft_ext.fisher.prepass import prepass_batches
 from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.prepass import visit_gradients
+from hf_ft_ext.training.plan import training_plan
 
 PLAIN = {
     "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "max_steps": 2,
@@ -95,6 +96,15 @@ def test_the_pre_pass_moves_no_generator(tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
     first = next(iter(trainer.get_train_dataloader()))["input_ids"]
     assert torch.equal(first, next(iter(own_loader()))["input_ids"]), "the loader's own generator has moved"
+
+
+def test_the_pre_pass_leaves_every_module_in_its_mode(tmp_path):
+    trainer = sparse(tmp_path)
+    trainer.model.train().bert.embeddings.eval()
+    modes = [module.training for module in trainer.model.modules()]
+    visit_gradients(trainer, sparse_layers(trainer.model), 1, lambda *_: None, "test")
+    training_plan(trainer)
+    assert [module.training for module in trainer.model.modules()] == modes
 
 
 def test_an_overridden_sampler_is_honoured(tmp_path):

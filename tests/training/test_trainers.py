@@ -6,9 +6,12 @@ from dataclasses import dataclass, field, fields
 
 import pytest
 import torch
+from datasets import Dataset
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import (
     EarlyStoppingCallback,
+    LlamaConfig,
+    LlamaForCausalLM,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -16,6 +19,7 @@ from transformers import (
 )
 
 from hf_ft_ext import InputError
+from hf_ft_ext.arguments import MethodTrainingArguments
 from hf_ft_ext.methods import METHODS
 
 # What makes a method quick on a tiny model.
@@ -143,6 +147,29 @@ def test_values_can_be_given_with_the_completion(tmp_path):
     assert mapped.peft_config == {"r": 1}
 
 
+@dataclass
+class ChecksInPostInit(MethodTrainingArguments):
+    """Arguments of a method of another package, made before there was `validate`."""
+
+    their_steps: int = field(default=3)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.their_steps < 1:
+            raise InputError("their_steps")
+        self.doubled = 2 * self.their_steps
+
+
+def test_classes_that_check_after_they_are_made_are_completed_too(tmp_path):
+    plain = Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True, seed=9, sortish_sampler=True)
+    plain.mine = 1
+    args = ChecksInPostInit.complete(plain)
+    assert isinstance(args, ChecksInPostInit) and isinstance(args, Seq2SeqTrainingArguments)
+    assert (args.doubled, args.seed, args.sortish_sampler, args.mine) == (6, 9, True, 1)
+    with pytest.raises(InputError, match="their_steps"):
+        ChecksInPostInit.complete(plain, their_steps=0)
+
+
 def test_arguments_that_are_none_are_refused(tmp_path):
     for name in METHODS:
         other = classes("lora" if name != "lora" else "full")[0](str(tmp_path), use_cpu=True)
@@ -190,6 +217,44 @@ def test_seq2seq_trainer_composes(tmp_path, name):
     assert isinstance(trainer.args, Seq2SeqTrainingArguments)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+def causal_lm():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tiny_tokenizer()), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=2, eos_token_id=3,
+            )
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("own_arguments", [False, True])
+@pytest.mark.parametrize("name", ["full", "sparse", "gradientless"])
+def test_trl_s_sft_trainer_composes(tmp_path, name, own_arguments):
+    trl = pytest.importorskip("trl")
+    own, trainer_class = classes(name)
+    settings = {"sparse": QUICK["sparse"], "gradientless": {"search_target": r"layers\.1\.mlp\.down"}}.get(name, {})
+    if own_arguments:
+        args = own(str(tmp_path), **PLAIN, **LOOP, **settings)
+    else:
+        args = own.complete(sft_config(str(tmp_path), max_length=16, **PLAIN, **LOOP), **settings)
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token, tokenizer.bos_token = "[SEP]", "[CLS]"
+    model = causal_lm()
+    before = model.model.layers[1].mlp.down_proj.weight.detach().clone()
+    trainer = type("Both", (trainer_class, trl.SFTTrainer), {})(
+        model, args, train_dataset=Dataset.from_dict({"text": ["the film was great", "a dull plot never"] * 6}),
+        processing_class=tokenizer,
+    )  # fmt: skip
+    assert isinstance(trainer.args, trl.SFTConfig) and isinstance(trainer.args, own)
+    assert trainer.args.max_length == (1024 if own_arguments else 16)
+    trainer.train()
+    logs = trainer.state.log_history
+    assert any("mean_token_accuracy" in log or "eval_mean_token_accuracy" in log for log in logs), logs
+    if name != "gradientless":  # two steps of a search may find nothing better
+        assert not torch.equal(trainer.model.model.layers[1].mlp.down_proj.weight, before)
 
 
 def test_signgd_steps_in_a_seq2seq_trainer(tmp_path):
