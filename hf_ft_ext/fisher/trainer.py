@@ -78,13 +78,20 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         super().check_arguments()
         args = self.args
         refuse_sharding(args, "the pre-pass")
-        refuse_label_names(args)
         self._given_plan = None if args.adapter_plan is None else AdapterPlan.load(args.adapter_plan)
         self._rates: dict[str, float] = args.fisher_learning_rates or {}
         self._candidates = None
         if args.fisher_mode != MASK and self._given_plan is None:
             self._candidates = make_candidates(args.fisher_candidates, args.fisher_candidate_settings)
         self._check_rates()
+        if self._looks_at_gradients():
+            refuse_label_names(args)
+
+    def _looks_at_gradients(self) -> bool:
+        """Whether there is a pre-pass over training examples and their labels."""
+        if self.args.fisher_mode == MASK:
+            return self.args.mask in SCORED
+        return self.args.fisher_mode == SELECT and self._given_plan is None
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):

@@ -10,6 +10,7 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import TrainOutput, set_seed, speed_metrics
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.feature_rows import LABELS, SAMPLE, for_collator
 from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, overridden
 from hf_ft_ext.training.sharding import refuse_sharding
@@ -94,6 +95,7 @@ class AtOnceTrainer(MethodTrainer):
         if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
             raise InputError(f"{self.solution} needs a training data set of known length; pass train_dataset")
         self._refuse_early_stopping(self.callback_handler.callbacks)
+        self._check_collator()
         self.is_in_train = True
         self.apply_trial(trial)
         if self.model_init is not None:
@@ -113,6 +115,27 @@ class AtOnceTrainer(MethodTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(1, metrics["train_loss"], metrics)
+
+    def _check_collator(self) -> None:
+        """The inputs are read through the collator, once, and the labels from the data set: both have to be the same
+        in every batch."""
+        dataset, collate = for_collator(self, self.train_dataset)
+        rows = [dataset[i] for i in range(min(SAMPLE, len(dataset)))]
+        first, second = collate(rows), collate(rows)
+        name = getattr(self.data_collator, "__name__", type(self.data_collator).__name__)
+        for key, value in first.items():
+            if not torch.equal(torch.as_tensor(value), torch.as_tensor(second[key])):
+                raise InputError(
+                    f"data_collator {name} gives other {key} for the same rows each time, and {self.solution} reads "
+                    "every row once; pass one that does not draw at random"
+                )
+        if LABELS in first and (LABELS in rows[0] or "label" in rows[0]):
+            own = torch.as_tensor([row.get(LABELS, row.get("label")) for row in rows])
+            if not torch.equal(own.double().flatten(), torch.as_tensor(first[LABELS]).double().flatten()):
+                raise InputError(
+                    f"data_collator {name} makes other labels than the data set holds, and {self.solution} reads "
+                    "those; put them into the data set"
+                )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         raise InputError(f"{self.solution} has no optimizer: call train(), which solves the task")

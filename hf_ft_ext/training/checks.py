@@ -33,7 +33,8 @@ def check_training_arguments(args: TrainingArguments) -> None:
 
 def _check_report_to(args: TrainingArguments) -> None:
     available = get_available_reporting_integrations()
-    for name in args.report_to:
+    names = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    for name in names if names not in (["all"], ["none"]) else []:
         if name in available or name in _NOT_LISTED:
             continue
         if name not in INTEGRATION_TO_CALLBACK:

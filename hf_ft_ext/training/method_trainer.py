@@ -46,7 +46,8 @@ class MethodTrainer(Trainer):
         args = self._complete(args)
         self.args = args
         passed = self._by_name(model, args, positional, kwargs)
-        self._check_optimizers(*(passed.get("optimizers") or (None, None)), passed.get("optimizer_cls_and_kwargs"))
+        optimizer, scheduler = passed.get("optimizers") or (None, None)
+        self._check_optimizers(optimizer, scheduler, passed.get("optimizer_cls_and_kwargs"))
         self.check_passed(passed)
         self.check_arguments()
         if model is not None:

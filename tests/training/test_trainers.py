@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import (
+    DataCollatorWithPadding,
     EarlyStoppingCallback,
     LlamaConfig,
     LlamaForCausalLM,
@@ -358,6 +359,28 @@ def test_at_once_trainers_refuse_objects_and_hooks_of_a_loop(tmp_path, name):
         make(name, classes(name)[0](str(tmp_path), **PLAIN, **QUICK[name], label_names=["target"]))
 
 
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_at_once_trainers_refuse_collators_whose_batches_are_not_the_rows(tmp_path, name):
+    pad = DataCollatorWithPadding(tiny_tokenizer())
+
+    def flipping(rows):
+        batch = pad(rows)
+        return {**batch, "labels": 1 - batch["labels"]}
+
+    def noisy(rows):
+        batch = pad(rows)
+        return {**batch, "input_ids": batch["input_ids"] + torch.randint(0, 2, batch["input_ids"].shape)}
+
+    own, _ = classes(name)
+    for collator, message in (
+        (flipping, "data_collator flipping makes other labels than the data set holds"),
+        (noisy, "data_collator noisy gives other input_ids for the same rows each time"),
+    ):
+        with pytest.raises(InputError, match=message):
+            make(name, own(str(tmp_path), **PLAIN, **QUICK[name]), data_collator=collator).train()
+    make(name, own(str(tmp_path), **PLAIN, **QUICK[name]), data_collator=lambda rows: pad(rows)).train()
+
+
 def test_kernel_refuses_what_its_predictions_ignore(tmp_path):
     own, _ = classes("kernel")
     for options, message in (
@@ -378,6 +401,10 @@ def test_what_no_trainer_can_honour_is_refused_before_training(tmp_path, name):
     options = {**PLAIN, **QUICK.get(name, {})}
     with pytest.raises(InputError, match="report_to=neptune: its library is not installed; run pip install neptune"):
         make(name, own(str(tmp_path), **{**options, "report_to": "neptune"}))
+    late = own(str(tmp_path), **options)
+    late.report_to = "neptune"
+    with pytest.raises(InputError, match="report_to=neptune: its library is not installed"):
+        make(name, late)
     with pytest.raises(InputError, match="report_to=wanbd is unknown; did you mean 'wandb'"):
         make(name, own(str(tmp_path), **{**options, "report_to": ["wanbd"]}))
     if name in AT_ONCE:
