@@ -127,6 +127,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         with preparation(self):
             model = self._shaped(model.to(self.args.device))
         self._is_prepared = True
+        self._leave_plan()
         return model
 
     def _shaped(self, model: nn.Module) -> nn.Module:
@@ -207,9 +208,12 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
             self._resumed_from = last
         if self.model_init is None:
             self.prepare()
+            self._leave_plan()
+        return super().train(resume_from_checkpoint, *positional, **kwargs)
+
+    def _leave_plan(self) -> None:
         if self.plan is not None and self.args.should_save:
             self._save_plan(self.args.output_dir)
-        return super().train(resume_from_checkpoint, *positional, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As `Trainer`'s, and the projections of bottlenecks, which may sit at a LayerNorm without being one."""

@@ -1,6 +1,7 @@
 """Completing any `TrainingArguments` with a method's own fields: one object of both classes, no value lost."""
 
 import functools
+import itertools
 import logging
 from dataclasses import MISSING, Field, dataclass, fields
 from enum import Enum
@@ -67,25 +68,29 @@ def chosen(args: TrainingArguments, name: str) -> bool:
     return hasattr(args, name)
 
 
+def combined_class(*kinds: type[TrainingArguments]) -> type[TrainingArguments]:
+    """A dataclass that derives from all of `kinds`, the first one's fields and methods before the others'."""
+    parts = [part for kind in kinds for part in vars(kind).get("_combined_from", (kind,))]
+    needed = [p for p in dict.fromkeys(parts) if not any(q is not p and issubclass(q, p) for q in parts)]
+    return needed[0] if len(needed) == 1 else _combined(tuple(needed))
+
+
 @functools.cache
-def combined_class(own: type[TrainingArguments], theirs: type[TrainingArguments]) -> type[TrainingArguments]:
-    """A dataclass that derives from both; the one of them that derives from the other, if one does."""
-    if issubclass(own, theirs):
-        return own
-    if issubclass(theirs, own):
-        return theirs
-    lists = [getattr(kind, "_VALID_DICT_FIELDS", []) for kind in (theirs, own)]
+def _combined(parts: tuple[type[TrainingArguments], ...]) -> type[TrainingArguments]:
+    first, *others = (part.__name__ for part in parts)
+    lists = [getattr(part, "_VALID_DICT_FIELDS", []) for part in reversed(parts)]
     namespace = {
-        "__doc__": f"`{theirs.__name__}` completed with the fields of `{own.__name__}`.",
-        "__module__": own.__module__,
+        "__doc__": f"`{'` and `'.join(others)}` completed with the fields of `{first}`.",
+        "__module__": parts[0].__module__,
         "__repr__": TrainingArguments.__repr__,
-        "_VALID_DICT_FIELDS": list(dict.fromkeys(lists[0] + lists[1])),
-        # The class exists in this process only: a copy or a file is made again from its two bases.
-        "__reduce_ex__": lambda self, protocol: (_empty, (own, theirs), dict(vars(self))),
+        "_VALID_DICT_FIELDS": list(dict.fromkeys(itertools.chain.from_iterable(lists))),
+        "_combined_from": parts,
+        # The class exists in this process only: a copy or a file is made again from its bases.
+        "__reduce_ex__": lambda self, protocol: (_empty, parts, dict(vars(self))),
     }
-    return dataclass(type(f"{own.__name__}With{theirs.__name__}", (own, theirs), namespace))
+    return dataclass(type(f"{first}With{'And'.join(others)}", parts, namespace))
 
 
-def _empty(own: type[TrainingArguments], theirs: type[TrainingArguments]) -> TrainingArguments:
-    kind = combined_class(own, theirs)
+def _empty(*kinds: type[TrainingArguments]) -> TrainingArguments:
+    kind = combined_class(*kinds)
     return kind.__new__(kind)

@@ -18,6 +18,9 @@ _PACKAGE = __name__.partition(".")[0]
 DATA_LOADING = ("get_train_dataloader", "_get_dataloader")  # hooks that decide what a training batch is
 SAMPLING = (*DATA_LOADING, "_get_train_sampler")
 
+# What `Trainer` makes its optimizer from, unless it is passed the optimizer's class and settings.
+_OF_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate", "optim", "optim_args")
+
 
 class MethodTrainer(Trainer):
     """Base of the trainers: completes the arguments, checks what was passed, makes each model ready for the method.
@@ -28,6 +31,7 @@ class MethodTrainer(Trainer):
     Attributes:
         arguments_class: of the method's arguments.
         no_optimizer: why the trainer cannot take a ready-made optimizer; `None` if it can.
+        no_optimizer_class: whether it cannot take `optimizer_cls_and_kwargs` either.
 
     Raises:
         InputError: arguments or objects that the method cannot honour.
@@ -48,6 +52,11 @@ class MethodTrainer(Trainer):
         passed = self._by_name(model, args, positional, kwargs)
         optimizer, scheduler = passed.get("optimizers") or (None, None)
         self._check_optimizers(optimizer, scheduler, passed.get("optimizer_cls_and_kwargs"))
+        if optimizer is not None and passed.get("model_init") is not None:
+            raise InputError(
+                "optimizers: model_init makes a new model for each training, whose parameters an optimizer made "
+                "before does not hold; pass optimizer_cls_and_kwargs"
+            )
         self.check_passed(passed)
         self.check_arguments()
         if model is not None:
@@ -126,6 +135,11 @@ class MethodTrainer(Trainer):
                     f"hp_space searches over {name!r}, which {type(self.args).__name__} has not"
                     f"{did_you_mean(name, vars(self.args))}"
                 )
+            if name in _OF_OPTIMIZER and self.optimizer_cls_and_kwargs is not None:
+                raise InputError(
+                    f"a search over {name} would compare equal trials: optimizer_cls_and_kwargs brings its own "
+                    "settings; leave it out, and choose the optimizer by optim"
+                )
 
     # --- what was passed ------------------------------------------------------------------------------
 
@@ -136,8 +150,9 @@ class MethodTrainer(Trainer):
         # Another Trainer in the bases needs arguments of its own class: it takes the values that there are.
         own = self.arguments_class.complete(args)
         theirs = wanted(**{name: value for name, value in vars(own).items() if name in _init_names(wanted)})
-        values = {name: getattr(own, name) for name in _init_names(type(own)) - _init_names(wanted)}
-        return self.arguments_class.complete(theirs, **values)
+        for name in vars(own).keys() - vars(theirs).keys():
+            setattr(theirs, name, getattr(own, name))
+        return type(own).complete(theirs)
 
     def _by_name(self, model: Any, args: Any, positional: tuple, kwargs: dict) -> dict[str, Any]:
         """All that was passed, by the name that the next class in line gives it."""

@@ -141,6 +141,13 @@ def test_a_search_over_a_loop_is_refused_where_there_is_none(tmp_path, name):
         search(make(name, tmp_path), {"learning_rate": [1e-3, 1e-2]}, lambda t: None)
 
 
+def test_a_search_over_what_an_optimizer_class_brings_is_refused(tmp_path):
+    trainer = make("lora", tmp_path)
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"lr": 0.1})
+    with pytest.raises(InputError, match="a search over learning_rate would compare equal trials: optimizer_cls_and"):
+        search(trainer, {"learning_rate": [1e-3, 1e-2]}, lambda t: None)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_searches_over_nothing_and_over_bad_values_are_refused(tmp_path, name):
     with pytest.raises(InputError, match=r"hp_space searches over 'no_such_name', which \w+ has not"):

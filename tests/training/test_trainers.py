@@ -258,6 +258,19 @@ def test_trl_s_sft_trainer_composes(tmp_path, name, own_arguments):
         assert not torch.equal(trainer.model.model.layers[1].mlp.down_proj.weight, before)
 
 
+def test_arguments_are_completed_for_the_other_trainer_too(tmp_path):
+    kind = type("Both", (classes("sparse")[1], Seq2SeqTrainer), {})
+    args = OwnArguments(str(tmp_path), own_field="x", **PLAIN, **LOOP)
+    args.sparse_density, args.mine = 0.2, 5
+    done = make("sparse", args, trainer_class=kind).args
+    for one in (done, copy.deepcopy(done), pickle.loads(pickle.dumps(done))):
+        assert isinstance(one, classes("sparse")[0])
+        assert isinstance(one, OwnArguments) and isinstance(one, Seq2SeqTrainingArguments)
+        assert (one.own_field, one.sparse_density, one.mine, one.predict_with_generate) == ("x", 0.2, 5, False)
+        assert (one.learning_rate, one.output_dir) == (3e-3, f"{tmp_path}/inside")
+    assert type(pickle.loads(pickle.dumps(done))) is type(done)
+
+
 def test_signgd_steps_in_a_seq2seq_trainer(tmp_path):
     arguments, full = classes("full")
     kind = type("Both", (full, Seq2SeqTrainer), {})
@@ -306,6 +319,8 @@ def test_full_trainer_takes_an_optimizer_that_trains_the_model(tmp_path):
     other = torch.optim.lr_scheduler.ConstantLR(optimizer_of(model))
     with pytest.raises(InputError, match="the scheduler steers another optimizer than the one that trains"):
         make("full", folder=tmp_path, optimizers=(None, other))
+    with pytest.raises(InputError, match="model_init makes a new model for each training, whose parameters an opt"):
+        make("full", folder=tmp_path, model_init=tiny_model, optimizers=(optimizer_of(model), None))
     adapters = arguments(str(tmp_path), peft="lora", **PLAIN)
     with pytest.raises(InputError, match="peft=lora freezes the model and adds parameters, which an optimizer made"):
         make("full", adapters, model, optimizers=(optimizer_of(model), None))
