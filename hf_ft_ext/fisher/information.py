@@ -12,15 +12,7 @@ from tqdm import tqdm
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.frozen import skipping_zero_rows
-from hf_ft_ext.fisher.losses import (
-    LABELS,
-    TRUE,
-    PerExampleLoss,
-    WholeLoss,
-    draws,
-    problem_type_of,
-    refuse_expectation,
-)
+from hf_ft_ext.fisher.losses import LABELS, TRUE, Loss, WholeLoss, draws, problem_type_of, refuse_expectation
 from hf_ft_ext.fisher.per_example import Capture, Receiver, find_sites
 from hf_ft_ext.per_example.forms import Form, Outer, largest, parts
 from hf_ft_ext.per_example.unread import first_position_only, last_feed_forward
@@ -54,7 +46,7 @@ def fisher_information(
     *,
     labels: str = TRUE,
     power: int = 2,
-    loss: PerExampleLoss | WholeLoss | None = None,
+    loss: Loss | None = None,
     progress: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Sum over examples of the squared (or absolute) gradient of the example's loss, for each scalar parameter.
@@ -89,7 +81,7 @@ def gradient_sums(
     *,
     labels: str = TRUE,
     power: int = 2,
-    loss: PerExampleLoss | WholeLoss | None = None,
+    loss: Loss | None = None,
     totals: bool = False,
     progress: bool = True,
 ) -> GradientSums:
@@ -157,7 +149,7 @@ def _check(model, own, names, labels, power, loss) -> str | None:
     return problem_type
 
 
-def _rows_of(batch: dict, labels: str, loss: PerExampleLoss | None) -> int:
+def _rows_of(batch: dict, labels: str, loss: Loss | None) -> int:
     if labels == TRUE and loss is None and batch.get("labels") is None:
         raise InputError(
             f"a batch has no labels (it has {', '.join(batch)}), and labels='true' needs them; add them, or take the "
@@ -218,7 +210,7 @@ def _backward(model, capture: Capture, batch, rows, labels, power, problem_type,
                 values.sum().backward(retain_graph=i + 1 < len(pairs))
 
 
-def _inputs(batch: dict, loss: PerExampleLoss | None) -> dict:
+def _inputs(batch: dict, loss: Loss | None) -> dict:
     """Without labels where the loss is computed here: the model's own would cost, and average."""
     return batch if loss is not None else {key: value for key, value in batch.items() if key != "labels"}
 

@@ -27,6 +27,9 @@ class WholeLoss:
     compute: Callable[[nn.Module, dict], torch.Tensor]
 
 
+Loss = PerExampleLoss | WholeLoss
+
+
 def problem_type_of(model: nn.Module) -> str:
     """What a sequence classifier predicts, as transformers would find out.
 

@@ -8,7 +8,7 @@ from torch import nn
 from hf_ft_ext.entries.choice import at_random, largest
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.information import fisher_information
-from hf_ft_ext.fisher.losses import PerExampleLoss, WholeLoss
+from hf_ft_ext.fisher.losses import Loss
 from hf_ft_ext.fisher.mask_names import BIAS, RANDOM, SCORED
 from hf_ft_ext.peft_models import trained_in_full
 
@@ -45,7 +45,7 @@ def choose_entries(
     data,
     seed: int,
     progress: bool = True,
-    loss: PerExampleLoss | WholeLoss | None = None,
+    loss: Loss | None = None,
 ):
     """Parameter name -> flat indices of the entries that train.
 

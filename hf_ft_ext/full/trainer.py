@@ -33,6 +33,8 @@ class FullTrainer(StopAtNaN, MethodTrainer):
     arguments_class = FullTrainingArguments
 
     def check_passed(self, passed: Mapping[str, Any]) -> None:
+        if self.args.peft is not None or self.args.fix_layers:
+            super().check_passed(passed)  # else trl may wrap the model
         ready = (passed.get("optimizers") or (None,))[0] is not None
         if self.args.optimizer is not None and (ready or passed.get("optimizer_cls_and_kwargs") is not None):
             raise InputError(

@@ -56,6 +56,7 @@ class AtOnceTrainer(MethodTrainer):
                 )
 
     def check_passed(self, passed: Mapping[str, Any]) -> None:
+        super().check_passed(passed)
         if passed.get("compute_loss_func") is not None:
             raise InputError(f"{self.solution} is found without your compute_loss_func; leave it out")
         self._refuse_early_stopping(passed.get("callbacks") or ())

@@ -83,6 +83,11 @@ class MethodTrainer(Trainer):
         Raises:
             InputError: there is such an object.
         """
+        if passed.get("peft_config") is not None:  # trl's: it would freeze what the method trains
+            raise InputError(
+                f"peft_config wraps the model once more, after {type(self).__name__} has made it ready; leave it out, "
+                "or take FullTrainer without peft and fix_layers"
+            )
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Make a model ready for the method, as `self.args` say: the one passed, and each that `model_init` makes."""

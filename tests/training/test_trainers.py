@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import (
     DataCollatorWithPadding,
@@ -256,6 +257,20 @@ def test_trl_s_sft_trainer_composes(tmp_path, name, own_arguments):
     assert any("mean_token_accuracy" in log or "eval_mean_token_accuracy" in log for log in logs), logs
     if name != "gradientless":  # two steps of a search may find nothing better
         assert not torch.equal(trainer.model.model.layers[1].mlp.down_proj.weight, before)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_peft_config_for_the_other_trainer_is_refused(tmp_path, name):
+    class TakesPeft(Trainer):
+        def __init__(self, *positional, peft_config=None, **kwargs):
+            super().__init__(*positional, **kwargs)
+
+    kind = type("Both", (classes(name)[1], TakesPeft), {})
+    own = classes(name)[0](
+        str(tmp_path), **PLAIN, **QUICK.get(name, {}), **({"fix_layers": 1} if name == "full" else {})
+    )
+    with pytest.raises(InputError, match="peft_config wraps the model once more, after Both has made it ready"):
+        make(name, own, trainer_class=kind, peft_config=LoraConfig(r=1))
 
 
 def test_arguments_are_completed_for_the_other_trainer_too(tmp_path):
