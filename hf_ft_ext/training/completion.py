@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
-# Packages whose defaults are nobody's choice for this method: trl's rate of 2e-5 is meant for training all weights.
+# Their defaults are not a choice of the user's: trl's rate of 2e-5, for instance, is meant for training all weights.
 _LIBRARIES = ("transformers", "trl")
 
 

@@ -10,7 +10,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import BestRun, HPSearchBackend, TrainOutput, default_compute_objective
 
-from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.arguments import MethodTrainingArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.training.checks import check_loss, check_training_arguments
 
@@ -137,7 +137,7 @@ class MethodTrainer(Trainer):
         for name in values:
             if not hasattr(self.args, name):
                 raise InputError(
-                    f"hp_space searches over {name!r}, which {type(self.args).__name__} has not"
+                    f"hp_space searches over {name!r}, and {type(self.args).__name__} has no such argument"
                     f"{did_you_mean(name, vars(self.args))}"
                 )
             if name in _OF_OPTIMIZER and self.optimizer_cls_and_kwargs is not None:
@@ -157,7 +157,10 @@ class MethodTrainer(Trainer):
         theirs = wanted(**{name: value for name, value in vars(own).items() if name in _init_names(wanted)})
         for name in vars(own).keys() - vars(theirs).keys():
             setattr(theirs, name, getattr(own, name))
-        return type(own).complete(theirs)
+        completed = type(own).complete(theirs)
+        for f in own_fields(self.arguments_class):  # also where the value is the other library's default
+            setattr(completed, f.name, getattr(own, f.name))
+        return completed
 
     def _by_name(self, model: Any, args: Any, positional: tuple, kwargs: dict) -> dict[str, Any]:
         """All that was passed, by the name that the next class in line gives it."""

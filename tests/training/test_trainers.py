@@ -284,6 +284,10 @@ def test_arguments_are_completed_for_the_other_trainer_too(tmp_path):
         assert (one.own_field, one.sparse_density, one.mine, one.predict_with_generate) == ("x", 0.2, 5, False)
         assert (one.learning_rate, one.output_dir) == (3e-3, f"{tmp_path}/inside")
     assert type(pickle.loads(pickle.dumps(done))) is type(done)
+    kind = type("Both", (classes("lora")[1], Seq2SeqTrainer), {})
+    slow = classes("lora")[0](str(tmp_path), **PLAIN, **LOOP, learning_rate=5e-5, lora_r=2)  # transformers' default
+    done = make("lora", slow, trainer_class=kind).args
+    assert (done.learning_rate, done.lora_r) == (5e-5, 2)
 
 
 def test_signgd_steps_in_a_seq2seq_trainer(tmp_path):
