@@ -19,6 +19,9 @@ AUTO = "auto"
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
 QUANTIZATIONS = ("8bit", "4bit")
 FEW_SHOT_SPLITS = ("k-shot", "k-shot-10x", "k-shot-1k-test")
+QUOTINGS = ("auto", "none", "minimal", "backslash")
+PROBLEM_TYPES = ("single_label_classification", "regression")
+SAMPLES = FIRST, RANDOM, STRATIFIED = ("first", "random", "stratified")
 FEW_SHOT_TYPES = FINETUNE, PROMPT, PROMPT_DEMO = ("finetune", "prompt", "prompt-demo")
 
 
@@ -212,16 +215,52 @@ class DataArguments(FewShotArguments):
     dataset_config_name: str | None = field(
         default=None, metadata={"help": "Configuration of the data set; none = the task's name, if there is a task."}
     )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of a Hub data set; none = its main branch."}
+    )
+    train_split: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Splits of the data set to train on, one behind the other (ANLI: train_r1 train_r2); none = "
+            "`train`."
+        },
+    )
+    validation_split: list[str] | None = field(
+        default=None, metadata={"help": "Splits of the data set to evaluate on; none = those named like one."}
+    )
+    test_split: list[str] | None = field(
+        default=None, metadata={"help": "Splits of the data set to predict on; none = those named like one."}
+    )
     train_file: str | None = field(
-        default=None, metadata={"help": "Own training data: csv, tsv, json, jsonl or parquet."}
+        default=None, metadata={"help": "Own training data: csv, tsv, json, jsonl (also .gz, .bz2, .xz) or parquet."}
     )
     validation_file: str | None = field(default=None, metadata={"help": "Own validation data, same formats."})
     test_file: str | None = field(default=None, metadata={"help": "Own test data, same formats; labels optional."})
+    quoting: str = field(
+        default="auto",
+        metadata={
+            "help": "Double quotes in csv and tsv files. auto: decided by each file, and logged; none: they are part "
+            "of the text, as in GLUE's files; minimal: they enclose fields and are doubled inside; backslash: they "
+            "enclose fields and have a backslash before them inside.",
+            "choices": QUOTINGS,
+        },
+    )
+    column_names: list[str] | None = field(
+        default=None, metadata={"help": "Names of all columns of csv and tsv files that have no header line."}
+    )
     text_columns: list[str] | None = field(
         default=None, metadata={"help": "One or two text columns; none = the task's, or found in own data."}
     )
     label_column: str | None = field(
         default=None, metadata={"help": "Label column; none = the task's, or `label`. Float labels mean regression."}
+    )
+    problem_type: str | None = field(
+        default=None,
+        metadata={
+            "help": "What own labels mean: single_label_classification or regression (ratings such as 1 to 5); none = "
+            "regression for labels with a decimal point, else classes.",
+            "choices": PROBLEM_TYPES,
+        },
     )
     metric: str | None = field(
         default=None,
@@ -246,9 +285,18 @@ class DataArguments(FewShotArguments):
         },
     )
     stream_buffer: int = field(default=10000, metadata={"help": "Rows that a stream's shuffling draws from."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first n training rows."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first n validation rows."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use only n training rows; see `sample`."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only n validation rows; see `sample`."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first n test rows."})
+    sample: str = field(
+        default="first",
+        metadata={
+            "help": "Which rows max_train_samples and max_eval_samples keep. first: the first ones; random: drawn by "
+            "`data_seed` (13 if none is given); stratified: drawn with the shares of the classes (regression: over "
+            "the whole scale). They keep their order.",
+            "choices": SAMPLES,
+        },
+    )
 
 
 class Gradients(Enum):

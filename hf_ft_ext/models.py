@@ -29,6 +29,7 @@ from hf_ft_ext.prompts.loading import load_prompt_model
 from hf_ft_ext.training.finite import first_not_finite
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.quantized import keep_differentiable
+from hf_ft_ext.training.saving import plain_outputs
 from hf_ft_ext.training.sharding import whole_shape
 from hf_ft_ext.weight_options import settle_dtype, weight_options
 
@@ -52,7 +53,8 @@ def load_tokenizer_and_model(
     masked language model's own: a `PromptForSequenceClassification`.
 
     A new head is drawn from `seed`; the global random state is left as it was. What was drawn anew is
-    listed in `model.fresh_parameters` (names), so that an adapter can save it. A model that already has these
+    listed in `model.fresh_parameters` (names), so that an adapter can save it; `model.loaded_from` holds revision and
+    cache folder, so that an adapter can name them. A model that already has these
     labels, in whatever order and case, keeps its own names and ids.
 
     Args:
@@ -94,6 +96,7 @@ def load_tokenizer_and_model(
         if model_args.attn_implementation is not None:  # making the model around it sets the default again
             model.masked_lm.set_attn_implementation(model_args.attn_implementation)
         settle_dtype(model, model_args.dtype, args, stored, name)
+        model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
         return _fitted_together(tokenizer, model, name)
     trained_labels = getattr(config, "num_labels", None)
     _set_labels(config, data)
@@ -110,6 +113,7 @@ def load_tokenizer_and_model(
         )
     _check_loaded(model, info, name, trained_labels)
     settle_dtype(model, model_args.dtype, args, stored, name)
+    model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
     return _fitted_together(tokenizer, model, name)
 
 
@@ -122,6 +126,7 @@ def _fitted_together(
     keep_differentiable(model)
     _set_padding(model, tokenizer)
     declare_mean_loss(model)
+    plain_outputs(model)
     rows = whole_shape(model.get_input_embeddings().weight)[0]
     if len(tokenizer) > rows:
         raise InputError(

@@ -17,12 +17,15 @@ from types import ModuleType
 def register_adapters() -> None:
     """Enter our adapter types in peft's tables; calling it again changes nothing.
 
+    From then on `AutoPeftModelForSequenceClassification` reads the configuration beside an adapter, too.
+
     Raises:
         RuntimeError: peft has a method of the same name.
         ImportError, AttributeError: this version of peft lacks what our tuners build on.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+    from hf_ft_ext.adapters.auto import read_configuration_beside_adapters
     from hf_ft_ext.adapters.bottleneck.config import BottleneckConfig
     from hf_ft_ext.adapters.bottleneck.model import BottleneckModel
     from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
@@ -46,6 +49,7 @@ def register_adapters() -> None:
         # A mixture's parameters have the prefixes of its kinds. Without an entry, transformers tries all prefixes.
         if kind != AdapterType.LAYER_MIXTURE:
             PEFT_TYPE_TO_PREFIX_MAPPING[kind] = tuner.prefix
+    read_configuration_beside_adapters()
 
 
 def register_when_peft_is_there() -> None:

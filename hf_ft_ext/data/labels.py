@@ -1,6 +1,7 @@
 """Turning a label column, however it is stored, into class ids or scores."""
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,8 @@ from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
 
+_NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
+_NO_VALUE = {"na", "n/a", "none", "null", "nan", "?", "-", "unknown"}
 UNLABELLED = -1  # the mark of GLUE's test rows and of SNLI's pairs without a gold label
 
 logger = logging.getLogger(__name__)
@@ -85,11 +88,70 @@ def check_missing(raw: RawLabels) -> None:
         )
 
 
-def problem_type(raws: Sequence[RawLabels], task: Task | None) -> str:
-    """Return the task's problem type, or for own data what the first labelled split says: floats mean regression."""
+def problem_type(raws: Sequence[RawLabels], task: Task | None, wanted: str | None = None) -> str:
+    """Return the task's problem type, or for own data the `wanted` one, or what the first split's labels say.
+
+    Floats mean regression; the log says so.
+    """
     if task is not None:
         return task.problem_type
-    return REGRESSION if raws and raws[0].kind == "float" else CLASSIFICATION
+    if wanted is not None:
+        return wanted
+    if not raws or raws[0].kind != "float":
+        return CLASSIFICATION
+    values = raws[0].values[~raws[0].missing].astype(np.float64)
+    if np.all(values % 1 == 0):
+        shown = ", ".join(f"{value:.1f}" for value in np.unique(values)[:5])
+        logger.warning(
+            "the labels are whole, but written with a decimal point (%s): this is a regression; for classes pass "
+            "--problem_type %s",
+            shown,
+            CLASSIFICATION,
+        )
+    else:
+        logger.info("the labels are numbers with a fraction: this is a regression")
+    return REGRESSION
+
+
+def check_spelling(raw: RawLabels, wanted: str | None = None) -> None:
+    """Look for label names that are numbers in disguise, or differ in spaces or case alone.
+
+    Args:
+        raw: labels without missing ones.
+        wanted: the problem type that the user named; a classification takes any name.
+
+    Raises:
+        InputError: decimal commas, or numbers with a fraction among words.
+    """
+    if raw.kind != "name" or raw.names is not None:
+        return
+    names = {value for value in raw.values[~raw.missing].tolist() if isinstance(value, str)}
+    numbers = {name for name in names if _NUMBER.fullmatch(name.strip())}
+    commas = sorted(name for name in numbers if "," in name)
+    fractions = sorted(name for name in numbers if "." in name)
+    if commas and numbers == names and wanted != CLASSIFICATION:
+        raise InputError(
+            f"split '{raw.split}' has labels with a decimal comma, such as '{commas[0]}'; write a point for numbers "
+            f"(0.5), or pass --problem_type {CLASSIFICATION} if these are names of classes"
+        )
+    if len(fractions) > 1 and len(names - numbers) < len(fractions) and wanted != CLASSIFICATION:
+        row = next(i for i, value in enumerate(raw.values) if value in names - numbers) if names - numbers else None
+        cause = f", but row {row} (counted from 0) has '{raw.values[row]}'" if row is not None else ""
+        raise InputError(
+            f"split '{raw.split}' has numbers such as '{fractions[0]}' for labels{cause}; correct the data, or pass "
+            f"--problem_type {CLASSIFICATION} if these are names of classes"
+        )
+    if numbers and len(names - numbers) == 1 and min(names - numbers).lower() in _NO_VALUE:
+        logger.warning(
+            "split '%s': label '%s' is taken as a class beside numbers; remove these rows if it marks missing labels",
+            raw.split,
+            min(names - numbers),
+        )
+    plain: dict[str, str] = {}
+    for name in sorted(names):
+        other = plain.setdefault(name.strip().lower(), name)
+        if other != name:
+            logger.warning("labels %r and %r differ in spaces or case alone: they are two classes", other, name)
 
 
 def scores(raw: RawLabels) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Loading a task's or a user's data in one form: text columns and `label`, split by split."""
 
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,30 +10,20 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, IterableDataset, Value
 
-from hf_ft_ext.arguments import DataArguments
+from hf_ft_ext.arguments import PROBLEM_TYPES, QUOTINGS, DataArguments
 from hf_ft_ext.data import labels as lb
 from hf_ft_ext.data.few_shot import few_shot_data, validation_is_test
 from hf_ft_ext.data.origins import final_origins, whole_splits
+from hf_ft_ext.data.own_files import USUAL_TEXT
+from hf_ft_ext.data.samples import check_sampling, draw_text, sampled
 from hf_ft_ext.data.sources import open_source
+from hf_ft_ext.data.splits import find_roles
 from hf_ft_ext.data.stream import in_memory, usable_rows
 from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.data.tasks import Task, get_task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import REGRESSION, check_metric
 
-# Text columns looked for in own data, in this order.
-_USUAL_TEXT = (
-    ("sentence1", "sentence2"),
-    ("premise", "hypothesis"),
-    ("question1", "question2"),
-    ("question", "sentence"),
-    ("question", "passage"),
-    ("question", "context"),
-    ("question", "answer"),
-    ("text1", "text2"),
-    ("sentence",),
-    ("text",),
-)
 _NO_TEXT = {"id", "idx", "index", "guid", "label_text"}
 _STRINGS = {"string", "large_string", "string_view"}
 
@@ -56,34 +47,41 @@ def load_data(
     - A data set without a validation split is validated on its labelled test split. Own files are
       taken as they are given.
     - `num_k` draws few-shot splits (see `few_shot_data`).
-    - `max_*_samples` keep the first n of the rows that are left; more than there are keep all.
+    - `max_*_samples` keep n of the rows that are left, of training and validation those that `sample` says, of a test
+      split the first; more than there are keep all.
     - Converted files are cached; a file whose modification time has changed is read anew.
     - `streaming` leaves the training split where it is: its first rows stand for it in all checks, and rows behind
       them without text or a known label are skipped when they come. The other splits are read into memory.
-    - CSV and TSV files have a header line and double quotes around fields that need them.
+    - Values of csv, tsv and json files are taken as they are written: see `hf_ft_ext.data.own_files`.
 
     Args:
         data_args: what to load.
         cache_dir: where downloads and converted files are kept; none = the Hub's cache.
         token: Hub access token.
-        data_seed: of `num_k`.
+        data_seed: of `num_k` and `sample`; `None` = 13.
 
     Raises:
         InputError: the data cannot be found or read, has no usable columns, labels or rows, or does
             not fit the metric; the message says what to do.
     """
-    for option in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
-        limit = getattr(data_args, option)
-        if limit is not None and limit < 1:
-            raise InputError(f"--{option} {limit} must be 1 or more; leave it out to use all rows")
+    check_sampling(data_args)
+    for option, choices in (("quoting", QUOTINGS), ("problem_type", (None, *PROBLEM_TYPES))):
+        if getattr(data_args, option) not in choices:
+            allowed = ", ".join(filter(None, choices))
+            raise InputError(f"--{option} {getattr(data_args, option)!r} is unknown; choose from: {allowed}")
     _check_few_shot(data_args)
     files = [f for f in (data_args.train_file, data_args.validation_file, data_args.test_file) if f]
     own = not data_args.task_name and bool(files or data_args.dataset_name)
     task = None if own else get_task(data_args.task_name or "demo")
+    if task is not None and data_args.problem_type not in (None, task.problem_type):
+        raise InputError(
+            f"--problem_type {data_args.problem_type}: task '{task.name}' is {task.problem_type}; leave --task_name "
+            "or --problem_type out"
+        )
     if task is not None and task.name == "demo" and (files or data_args.dataset_name):
         raise InputError("task 'demo' makes its own data; leave --task_name out to load files or --dataset_name")
 
-    roles = _roles(open_source(data_args, task, cache_dir=cache_dir, token=token), task)
+    roles = find_roles(open_source(data_args, task, cache_dir=cache_dir, token=token), task, data_args)
     stream = None
     if data_args.streaming:
         stream, roles = _first_rows_of_stream(roles)
@@ -100,7 +98,9 @@ def load_data(
         _check_text(name, data, text_columns)
         raws.append(_labels_of(role, name, data, label_column))
     labelled = [raw for raw in raws if raw is not None]
-    kind = lb.problem_type(labelled, task)
+    for raw in labelled:
+        lb.check_spelling(raw, data_args.problem_type)
+    kind = lb.problem_type(labelled, task, data_args.problem_type)
     names, columns = _convert(labelled, kind, task)
     metric = data_args.metric or (task.metric if task else "pearson_spearman" if kind == REGRESSION else "accuracy")
     check_metric(metric, kind, len(names) if names else None)
@@ -142,11 +142,11 @@ def load_data(
             logger.warning("no validation split: evaluating on %s", ", ".join(data.validation))
     data = replace(
         data,
-        train=_first(data.train, data_args.max_train_samples) if isinstance(data.train, Dataset) else data.train,
-        validation={name: _first(rows, data_args.max_eval_samples) for name, rows in data.validation.items()},
+        train=sampled("train", data.train, data_args, data_seed) if isinstance(data.train, Dataset) else data.train,
+        validation={name: sampled(name, rows, data_args, data_seed) for name, rows in data.validation.items()},
         test={name: _first(rows, data_args.max_predict_samples) for name, rows in data.test.items()},
     )
-    data.origins = final_origins(data)
+    data.origins = final_origins(data, draw_text(data_args, data_seed), data_args.train_split or ())
     return data
 
 
@@ -168,30 +168,6 @@ def _check_few_shot(data_args: DataArguments) -> None:
         )
 
 
-def _roles(source: dict[str, Dataset], task: Task | None) -> list[tuple[str, str, Dataset]]:
-    """Return (role, split name, rows), training first, then validation, then test."""
-    wanted = {
-        "train": ("train",),
-        "validation": task.validation_splits if task else (),
-        "test": task.test_splits if task else (),
-    }
-    prefixes = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
-    roles = []
-    for role, names in wanted.items():
-        found = [name for name in names if name in source]
-        found = found or [name for name in source if name.split("_")[0] in prefixes[role]]
-        roles += [
-            (role, "train" if role == "train" else name, source[name])
-            for name in found[: 1 if role == "train" else None]
-        ]
-    if not roles:
-        raise InputError(
-            f"the data has no split train, validation or test, but {', '.join(source) or 'no split at all'}; "
-            "rename them, or pass the files with --train_file, --validation_file and --test_file"
-        )
-    return roles
-
-
 def _first_rows_of_stream(roles: list[tuple]) -> tuple[IterableDataset, list[tuple[str, str, Dataset]]]:
     """The training split, and the splits with its first rows for it, all in memory."""
     if roles[0][0] != "train":
@@ -207,25 +183,28 @@ def _find_text(
     if wanted:
         if len(wanted) > 2:
             raise InputError(f"--text_columns takes one or two columns, but got {len(wanted)}: {', '.join(wanted)}")
+        if len(set(wanted)) < len(wanted):
+            raise InputError(f"--text_columns names '{wanted[0]}' twice; pass it once, or two columns")
         return tuple(wanted)
     columns = data.column_names
-    usual = [usual for usual in _USUAL_TEXT if task is None or len(usual) == len(task.text_columns[0])]
+    usual = [usual for usual in USUAL_TEXT if task is None or len(usual) == len(task.text_columns[0])]
     for candidate in [*(task.text_columns if task else ()), *usual]:
         if set(candidate) <= set(columns) and label_column not in candidate:
             return candidate
-    labels = {label_column} if label_column else {"label", "labels"}
     strings = [
         name
         for name in columns
-        if getattr(data.features[name], "dtype", None) in _STRINGS and name.lower() not in labels | _NO_TEXT
+        if getattr(data.features[name], "dtype", None) in _STRINGS
+        and name.lower() not in _NO_TEXT
+        and (name != label_column if label_column else name.lower() not in ("label", "labels"))
     ]
     if task is not None or not strings:
         expected = " or ".join(
             "+".join(candidate) for candidate in (task.text_columns if task else (("a string column",),))
         )
         raise InputError(
-            f"no text column found: the columns are {', '.join(columns)}, expected {expected}; name the text with "
-            "--text_columns"
+            f"no text column found: the columns are {_listed(columns)}, expected {expected}; name the text with "
+            f"--text_columns{_header_hint(data)}"
         )
     logger.warning("taking the text from %s; pass --text_columns for another choice", " and ".join(strings[:2]))
     return tuple(strings[:2])
@@ -263,9 +242,23 @@ def _find_label(roles: list[tuple[str, str, Dataset]], wanted: str | None, task:
         return None
     name, data = needy[0] if needy else roles[0][1:]
     raise InputError(
-        f"split '{name}' has no label column '{candidates[0]}'; its columns are {', '.join(data.column_names)}: name "
-        "the labels with --label_column"
+        f"split '{name}' has no label column '{candidates[0]}'; its columns are {_listed(data.column_names)}: name "
+        f"the labels with --label_column{_header_hint(data)}"
     )
+
+
+def _listed(columns: Sequence[str]) -> str:
+    """Column names, long ones cut: they may be the first row of a file without a header."""
+    return ", ".join(name if len(name) < 60 else name[:57] + "..." for name in columns)
+
+
+def _header_hint(data: Dataset) -> str:
+    """What to do if the column names look like a row of data."""
+    names = data.column_names
+    like_data = [name for name in names if re.fullmatch(r"-?[0-9]+([.,][0-9]+)?", name) or len(name.split()) > 4]
+    if not like_data:
+        return ""
+    return f"; '{like_data[0]}' looks like data: if a csv or tsv file has no header line, name all with --column_names"
 
 
 def _labels_of(role: str, name: str, data: Dataset, column: str | None) -> lb.RawLabels | None:

@@ -1,6 +1,7 @@
 """Where the rows of a split come from: which split of the data set, how many of its rows, and how they were chosen."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,17 +65,24 @@ def whole_splits(data: Any) -> Origins:
     return origins
 
 
-def final_origins(data: Any) -> Origins:
+def final_origins(data: Any, drawn: str = "", training_splits: Sequence[str] = ()) -> Origins:
     """Origins of the splits of a `TaskData` as they are used: their present number of rows, and their content.
 
     Args:
         data: `data.origins` may lack splits that another role lent, such as a validation that is the test split.
+        drawn: how training and validation rows were chosen, where some were left out; empty = the first ones.
+        training_splits: names of the splits that the training rows are of, where these are not one named `train`.
     """
     origins = {}
     for (role, name), now in whole_splits(data).items():
         before = data.origins.get((role, name)) or data.origins.get(("test", name)) or now
         rows = data.train if role == "train" else getattr(data, role)[name]
-        origins[role, name] = replace(before, rows=now.rows, content=content_hash(rows))
+        origin = replace(before, rows=now.rows, content=content_hash(rows))
+        if drawn and role != "test" and not origin.drawn and origin.selection == FIRST:
+            origin = replace(origin, drawn=drawn)
+        if training_splits and role == "train":
+            origin = replace(origin, split=" + ".join(training_splits))
+        origins[role, name] = origin
     return origins
 
 

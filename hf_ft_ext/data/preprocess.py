@@ -88,13 +88,42 @@ class _PlainEncoder:
         self.tokenizer, self.texts = tokenizer, texts
         padding = "max_length" if data_args.pad_to_max_length else False
         self.options = {"truncation": True, "max_length": length, "padding": padding}
+        self.logged: set[str] = set()  # splits
 
     def __call__(self, columns: list[list[str]], split: str, indices: list[int]) -> dict[str, list]:
-        return dict(self.tokenizer(*columns, **self.options))
+        encoded = dict(self.tokenizer(*columns, **self.options))
+        # A model takes no sequence of length 0: tokenizers without special tokens (GPT-2) give one for an empty text.
+        for row, ids in enumerate(encoded["input_ids"]):
+            attended = encoded["attention_mask"][row] if "attention_mask" in encoded else [1] * len(ids)
+            if not any(attended):
+                self._fill(encoded, row, split, indices[row])
+        return encoded
+
+    def _fill(self, encoded: dict[str, list], row: int, split: str, index: int) -> None:
+        """Give a row without tokens one: the end of the text, or its beginning."""
+        name = next((n for n in ("eos_token", "bos_token", "sep_token") if getattr(self.tokenizer, n)), None)
+        if name is None:
+            raise InputError(
+                f"row {index} of split '{split}' (counted from 0 among the rows in use) has no tokens, and the "
+                "tokenizer has no end-of-text token to stand for it; fill or remove the row"
+            )
+        if split not in self.logged:
+            self.logged.add(split)
+            logger.warning(
+                "split '%s': texts without tokens, such as row %d, are given the tokenizer's %s", split, index, name
+            )
+        one = {"input_ids": getattr(self.tokenizer, f"{name}_id"), "attention_mask": 1}
+        for column, rows in encoded.items():
+            value = one.get(column, 0)
+            if not rows[row]:
+                rows[row] = [value]
+            elif column in one:
+                place = 0 if self.tokenizer.padding_side == "right" else len(rows[row]) - 1
+                rows[row][place] = value
 
     def features(self, split: str) -> dict[str, Any]:
         # Probing one row tells which columns this tokenizer returns, so that labels get their type from the start.
-        return {name: Sequence(column_type(name)) for name in self([["a"]] * self.texts, split, [0])}
+        return {name: Sequence(column_type(name)) for name in self.tokenizer(*[["a"]] * self.texts, **self.options)}
 
 
 def column_type(name: str) -> Value:

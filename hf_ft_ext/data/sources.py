@@ -1,15 +1,27 @@
 """Opening the data: a Hub id, a local folder, own files, the demo. All faults become `InputError`."""
 
+import glob
 import hashlib
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
-from datasets import Dataset, IterableDataset, get_dataset_config_names, load_dataset, load_dataset_builder
+from datasets import (
+    Dataset,
+    IterableDataset,
+    get_dataset_config_names,
+    get_dataset_default_config_name,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.exceptions import DatasetNotFoundError, DatasetsError
+from datasets.load import dataset_module_factory
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -19,19 +31,25 @@ from huggingface_hub.errors import (
 )
 
 from hf_ft_ext.arguments import DataArguments
+from hf_ft_ext.data.dialect import AUTO, DEFAULT_DELIMITERS
+from hf_ft_ext.data.own_files import SUFFIXES, USUAL_TEXT, Reading, open_own_files
 from hf_ft_ext.data.tasks import Task
+from hf_ft_ext.data.text_files import data_suffix
 from hf_ft_ext.demo.dataset import demo_dataset
 from hf_ft_ext.errors import InputError
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _FILE_OPTIONS = ("train_file", "validation_file", "test_file")
 _INSTEAD = "pass a local folder to --dataset_name, or own files with --train_file and --validation_file"
+_UNNAMED = "default"  # what `datasets` calls the configuration of a data set that names none
 # What `datasets` lets through from the readers below it, besides its own errors.
 READ_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, StopIteration, KeyError, pa.ArrowException)
 
 # The error base of the HTTP client under huggingface_hub, whichever it is (it has changed twice).
 _HTTP_ERROR = HfHubHTTPError.__bases__[0]
 _NOT_FOUND = (GatedRepoError, RepositoryNotFoundError, DatasetNotFoundError, HFValidationError)
+
+logger = logging.getLogger(__name__)
 
 
 def reason(error: BaseException) -> str:
@@ -96,89 +114,167 @@ def open_source(
         raise InputError(
             f"both --dataset_name {data_args.dataset_name} and --{next(iter(files))} are given; pass one of them"
         )
-    if data_args.dataset_config_name and (files or not (data_args.dataset_name or (task and task.hub_id))):
-        raise InputError(
-            f"--dataset_config_name {data_args.dataset_config_name} has nothing to choose from; pass --dataset_name "
-            "with it, or leave it out"
-        )
+    for option in ("dataset_config_name", "dataset_revision"):
+        value = getattr(data_args, option)
+        if value and (files or not (data_args.dataset_name or (task and task.hub_id))):
+            raise InputError(
+                f"--{option} {value} has nothing to choose from; pass --dataset_name with it, or leave it out"
+            )
+    reading = _reading(data_args, task)
+    for option in ("train_split", "validation_split", "test_split"):
+        if files and getattr(data_args, option):
+            raise InputError(
+                f"--{option} chooses splits of a data set, and --{next(iter(files))} is a file; leave one of them out"
+            )
     if files:
-        return _open_files(files, cache_dir, data_args.streaming)
+        return _open_files(files, reading, cache_dir, data_args.streaming)
     if data_args.dataset_name is None and task is not None and task.hub_id is None:
+        _check_reading(reading, "the demo")
         splits = dict(demo_dataset())
         return splits | {"train": splits["train"].to_iterable_dataset()} if data_args.streaming else splits
-    return _open_dataset(data_args, task, cache_dir, token)
+    return _open_dataset(data_args, task, reading, cache_dir, token)
 
 
-def _open_files(files: dict[str, str], cache_dir: str | None, streaming: bool) -> dict[str, Dataset | IterableDataset]:
+def _reading(data_args: DataArguments, task: Task | None) -> Reading:
+    """What the arguments say on the columns of own files."""
+    wanted = data_args.label_column
+    labels = (
+        {wanted} if isinstance(wanted, str) else set(wanted or (task.label_columns if task else ("label", "labels")))
+    )
+    known = (*(task.text_columns if task else ()), *USUAL_TEXT)
+    text = set(data_args.text_columns or (column for columns in known for column in columns))
+    names = tuple(data_args.column_names) if data_args.column_names else None
+    return Reading(data_args.quoting, names, frozenset(text - labels), frozenset(labels))
+
+
+def _open_files(
+    files: dict[str, str], reading: Reading, cache_dir: str | None, streaming: bool
+) -> dict[str, Dataset | IterableDataset]:
     kinds = {}
     for option, name in files.items():
         path = Path(name).expanduser()
-        if path.suffix.lower() not in FORMATS:
+        suffix = data_suffix(path)
+        if suffix not in FORMATS:
             raise InputError(f"--{option} {name}: unknown file format '{path.suffix}'; use {', '.join(FORMATS)}")
         if not path.is_file():
             raise InputError(f"--{option} {name}: there is no such file; check the path")
-        kinds[name] = FORMATS[path.suffix.lower()]
+        kinds[name] = FORMATS[suffix]
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         raise InputError(f"own files must all have one format, but got {listed}; convert them to one")
-
+    kind = next(iter(kinds.values()))
+    _check_reading(reading, kind)
+    paths = {option: str(Path(name).expanduser().resolve()) for option, name in files.items()}
+    if kind != "parquet":
+        named = {
+            option.removesuffix("_file"): [(f"--{option} {files[option]}", path)] for option, path in paths.items()
+        }
+        return open_own_files(named, reading, cache_dir=cache_dir, streamed=("train",) if streaming else ())
     splits = {}
-    for option, name in files.items():
-        path = Path(name).expanduser()
-        options = {}
-        if kinds[name] == "csv":
-            # Words such as NA, null or None are text; only empty fields and nan are missing values.
-            options = {"keep_default_na": False, "na_values": ["", "nan", "NaN"]}
-            options["sep"] = "\t" if path.suffix.lower() == ".tsv" else ","
-        with _local_faults(
-            f"--{option} {name}", f"check that it holds rows and is a valid {path.suffix} file in UTF-8"
-        ):
+    for option, place in paths.items():
+        with _local_faults(f"--{option} {files[option]}", "check that it holds rows and is a valid .parquet file"):
             # One call for each file: the test file may lack the label column. The cache notices edited files.
-            data = load_dataset(
-                kinds[name],
-                data_files={"train": str(path.resolve())},
+            splits[option.removesuffix("_file")] = load_dataset(
+                kind,
+                data_files={"train": glob.escape(place)},  # a path, not a pattern
                 split="train",
                 cache_dir=cache_dir,
                 streaming=streaming and option == "train_file",
-                **options,
             )
-        splits[option.removesuffix("_file")] = data
     return splits
 
 
+def _check_reading(reading: Reading, kind: str) -> None:
+    """Refuse settings of delimited files where there are none."""
+    if kind != "csv" and (reading.quoting != AUTO or reading.names):
+        option = "column_names" if reading.names else "quoting"
+        raise InputError(f"--{option} is about csv and tsv files, and these are {kind}; leave it out")
+
+
 def _open_dataset(
-    data_args: DataArguments, task: Task | None, cache_dir: str | None, token: str | None
+    data_args: DataArguments, task: Task | None, reading: Reading, cache_dir: str | None, token: str | None
 ) -> dict[str, Dataset | IterableDataset]:
     name = data_args.dataset_name or task.hub_id
     folder = Path(name).expanduser()
     if folder.is_file():
         raise InputError(f"--dataset_name {name} is a file; pass it as --train_file, or pass the folder that it is in")
     if folder.is_dir():
+        if data_args.dataset_revision is not None:
+            raise InputError(
+                f"--dataset_revision {data_args.dataset_revision} is for data sets of the Hub, and {name} is a local "
+                "folder; leave it out"
+            )
         name = str(folder.resolve())
+        if glob.has_magic(name):
+            raise InputError(
+                f"data set folder {name}: the data sets library takes * ? [ in a path for a pattern; rename the "
+                "folder, or pass its files with --train_file and --validation_file"
+            )
         advice = "pass a folder that holds csv, json or parquet files, or whose README.md lists them"
         faults = _local_faults(f"data set folder '{name}'", advice)
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None or name.startswith("."):
         raise InputError(f"data set folder '{name}' does not exist; check the path, or pass a Hub id (owner/name)")
     else:
         faults = _hub_faults(name)
+    # Every call needs them all: without `cache_dir`, say, an offline run looks for the data set elsewhere.
+    options = {"cache_dir": cache_dir, "token": token, "revision": data_args.dataset_revision}
     with faults:
         if name == (task and task.hub_id) and not data_args.dataset_config_name:
             config = task.hub_config
         else:
-            config = _choose_config(name, data_args.dataset_config_name, task, token)
-        if folder.is_dir() and not data_args.streaming:
-            cache_dir = _cache_for(name, config, cache_dir)
-        splits = load_dataset(name, config, cache_dir=cache_dir, token=token, streaming=data_args.streaming)
+            config = _choose_config(name, data_args.dataset_config_name, task, options)
+        if folder.is_dir():
+            builder = load_dataset_builder(name, config, cache_dir=cache_dir)
+            files = _own_files_of(builder)
+            if files:
+                training = data_args.train_split or [split for split in files if split.startswith("train")]
+                streamed = training if data_args.streaming else ()
+                return open_own_files(files, reading, cache_dir=cache_dir, streamed=streamed)
+            if not data_args.streaming:
+                options["cache_dir"] = _cache_for(name, builder, cache_dir)
+        elif data_args.dataset_revision is not None:
+            _check_revision(name, config, options)
+        if reading.quoting != AUTO or reading.names:
+            _check_reading(reading, "read as their publisher says" if not folder.is_dir() else "of other formats")
+        splits = load_dataset(name, config, streaming=data_args.streaming, **options)
+    if any(rows.info.builder_name == "csv" for rows in splits.values()):
+        logger.warning(
+            "data set '%s' holds csv files, read by its publisher's settings: with quotes, NA as a missing value; if "
+            "rows or texts are missing, download the files and pass them to --train_file and --validation_file",
+            data_args.dataset_name or name,
+        )
     return dict(splits)
 
 
-def _cache_for(folder: str, config: str, cache_dir: str | None) -> str:
+def _own_files_of(builder: Any) -> dict[str, list[tuple[str, str]]] | None:
+    """The csv and json files of a local folder, if its README.md says nothing on how to read them.
+
+    `datasets` reads every csv with quotes, takes NA for a missing value and texts that look like dates for dates.
+    """
+    config = builder.config
+    set_apart = {"name", "version", "data_dir", "data_files", "description", "sep"}
+    for field in fields(config):
+        if field.name not in set_apart and getattr(config, field.name) != field.default:
+            return None
+    files: dict[str, list[tuple[str, str]]] = {}
+    for split, paths in (config.data_files or {}).items():
+        for path in paths:
+            suffix = data_suffix(path)
+            if suffix not in SUFFIXES or not Path(path).is_file():
+                return None
+            if getattr(config, "sep", ",") not in (",", DEFAULT_DELIMITERS.get(suffix, ",")):
+                return None
+            files.setdefault(str(split), []).append((f"file '{path}'", str(path)))
+    return files
+
+
+def _cache_for(folder: str, builder: Any, cache_dir: str | None) -> str:
     """Return a cache folder for the present state of a local data set's files.
 
     By itself `datasets` does not notice edits of files that a README.md lists.
     """
     state = hashlib.sha256(folder.encode())
-    files = load_dataset_builder(folder, config, cache_dir=cache_dir).config.data_files or {}
+    files = builder.config.data_files or {}
     for split, paths in files.items():
         for path in filter(Path.is_file, map(Path, paths)):
             status = path.stat()
@@ -186,13 +282,49 @@ def _cache_for(folder: str, config: str, cache_dir: str | None) -> str:
     return str(Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "local" / state.hexdigest()[:16])
 
 
-def _choose_config(name: str, wanted: str | None, task: Task | None, token: str | None) -> str:
-    configs = get_dataset_config_names(name, token=token)
+def _choose_config(name: str, wanted: str | None, task: Task | None, options: dict[str, Any]) -> str | None:
+    configs = get_dataset_config_names(name, **options)
+    if configs == [_UNNAMED] and not Path(name).is_dir() and _is_cached_only(name, options):
+        return wanted or _cached_config(name, task, options)
     if wanted is None and len(configs) == 1:
         return configs[0]
     # Not load_dataset's own complaint: it comes late and without the option's name.
+    chosen = wanted or (task.name if task and task.name in configs else None)
+    if chosen is None and task is None:
+        chosen = get_dataset_default_config_name(name, **options)
+        if chosen is not None:
+            logger.info("configuration '%s', the data set's default, of: %s", chosen, ", ".join(configs))
+    if chosen in configs:
+        return chosen
     wanted = wanted or (task.name if task else None)
-    if wanted in configs:
-        return wanted
     cause = f"has no configuration '{wanted}'" if wanted else "has several configurations"
     raise InputError(f"data set '{name}' {cause}; pass one of these to --dataset_config_name: {', '.join(configs)}")
+
+
+def _is_cached_only(name: str, options: dict[str, Any]) -> bool:
+    """Whether a Hub data set comes from the cache because the Hub cannot be reached."""
+    return dataset_module_factory(name, **options).module_path.endswith(".cache.cache")
+
+
+def _cached_config(name: str, task: Task | None, options: dict[str, Any]) -> str | None:
+    """The configuration of a data set in the cache: the only one, or the task's; the cache lists no others."""
+    try:
+        load_dataset_builder(name, None, **options)
+    except ValueError as error:
+        if task is not None:
+            return task.name
+        raise InputError(f"{reason(error)}; pass one of them to --dataset_config_name") from error
+    return None
+
+
+def _check_revision(name: str, config: str | None, options: dict[str, Any]) -> None:
+    """Raise `InputError` if a data set comes from the cache in a revision that is not the one asked for."""
+    wanted = options["revision"]
+    if not _is_cached_only(name, options):
+        return
+    held = load_dataset_builder(name, config, **options).hash or "unknown"
+    if len(wanted) < 7 or not held.startswith(wanted):
+        raise InputError(
+            f"--dataset_revision {wanted}: the Hub cannot be reached, and the cache holds '{name}' of commit {held}; "
+            "pass that commit, or go online"
+        )

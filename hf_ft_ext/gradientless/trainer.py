@@ -32,6 +32,7 @@ from hf_ft_ext.gradientless.whole import model_loss, objective_of_logits, rows_o
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.prompts.model import is_prompt_model
+from hf_ft_ext.training.batches import check_full_batch
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, has_own_loss, overridden
@@ -141,6 +142,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
         if not self.is_in_train or self._own_loader():  # somebody wants to look at the data, or makes the batches
             return super().get_train_dataloader()
+        # Rows of cached features have a loader of their own; check before the features are made.
+        check_full_batch(self.args, self.train_dataset)
         self._look_for_features()
         whole = self.args.candidate_parallel == CANDIDATES and self.args.world_size > 1
         if self._rows is None and not whole:

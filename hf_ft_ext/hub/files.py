@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import (
     TOKENIZER_CONFIG_FILE,
 )
 
+from hf_ft_ext.adapters.folder import local_files
 from hf_ft_ext.methods import hooks_of
 from hf_ft_ext.prompts.model import PROMPT_FILE
 from hf_ft_ext.training.privacy import hide_tokens, is_foreign_path, last_part, without_paths
@@ -63,7 +64,8 @@ def shared_files(
     trainer = hooks_of(str(record.get("method")))
     patterns = (*_WEIGHTS, *_CONFIGS, *_TOKENIZER, *_vocabulary(Path(folder)), *_RUN)
     own = tuple(getattr(trainer, "shared_files", ()))
-    return sorted({*matching(folder, (*patterns, *own, *include)), *_code(Path(folder))})
+    found = {*matching(folder, (*patterns, *own, *include)), *_code(Path(folder))}
+    return sorted(found - set(local_files(folder)))
 
 
 def left_out(folder: str | os.PathLike, shared: Iterable[Path]) -> list[str]:

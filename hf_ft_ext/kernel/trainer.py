@@ -5,15 +5,19 @@ import logging
 import os
 import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_rows import labels_of
 from hf_ft_ext.kernel.arguments import AUTO, KernelTrainingArguments
@@ -26,7 +30,7 @@ from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.training.at_once import AtOnceTrainer
-from hf_ft_ext.training.files import write_json
+from hf_ft_ext.training.files import replacing, write_json
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import overridden
 from hf_ft_ext.training.plan import TrainedWeight
@@ -37,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 SOLUTION = "kernel_solution.json"
 STORE = "kernels"  # in the run folder, unless kernel_dir names another one
+# A tensor under this name lies in the weights' file. No model has it, so every plain load reports it.
+NOT_TRAINED = "this_model_alone_predicts_as_before_training.the_kernel_predicts.see_kernel_solution_json"
 _GRID = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 _SPLITS = {"eval": "dev", "test": "test"}  # the authors' names
 
@@ -209,7 +215,12 @@ class KernelTrainer(AtOnceTrainer):
     # --- what is said about it ------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model that the kernel is of, as it is, and what was solved (`kernel_solution.json`)."""
+        """Save the model that the kernel is of, as it is, and what was solved (`kernel_solution.json`).
+
+        The weights' file holds one tensor more, whose name says that the model alone is untrained: transformers
+        reports unknown tensors, so whoever loads the folder as a plain model reads it. The weights stay whole, because
+        the kernel is computed again from them.
+        """
         super().save_model(output_dir, _internal_call)
         if self.solved is not None and self.args.should_save:
             args = self.args
@@ -225,11 +236,26 @@ class KernelTrainer(AtOnceTrainer):
             }
             write_json(os.path.join(output_dir or args.output_dir, SOLUTION), record)
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.solved is None:
+            return super()._save(output_dir, state_dict)
+        mark = {NOT_TRAINED: torch.zeros(1)}
+        if not isinstance(self.model, PeftModel):
+            weights = self.model.state_dict() if state_dict is None else state_dict
+            return super()._save(output_dir, {**weights, **mark})
+        super()._save(output_dir, state_dict)
+        path = Path(output_dir or self.args.output_dir) / ADAPTER_WEIGHTS
+        if self.args.should_save and path.is_file():  # peft keeps the adapter's own tensors only
+            tensors = load_file(path)
+            with replacing(path) as temporary:
+                save_file({**tensors, **mark}, temporary, metadata={"format": "pt"})
+
     def loading_line(self) -> str:
         """How to predict again: the saved model is the one the kernel is of, as it was."""
         folder = self.args.kernel_dir or os.path.join(self.args.output_dir, STORE)
         return (
-            f"the same command with --kernel_dir {shlex.quote(folder)} and --do_predict; the model itself is unchanged"
+            f"the same command with --kernel_dir {shlex.quote(folder)} and --do_predict; the model itself is "
+            "unchanged and, loaded alone, predicts as before training"
         )
 
     @classmethod

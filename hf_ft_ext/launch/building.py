@@ -40,6 +40,7 @@ from hf_ft_ext.prompts.loading import check_prompt_options
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
 from hf_ft_ext.prompts.saving import SavePrompt
+from hf_ft_ext.training.batches import check_full_batch
 from hf_ft_ext.training.checkpoints import SealCheckpoints
 from hf_ft_ext.training.quantized import move
 from hf_ft_ext.training.resources import ResourceMonitor
@@ -112,6 +113,8 @@ def load(
             )
         prepare_branch(trainer)
         if args.do_train:
+            if not args.needs_all_rows:
+                check_full_batch(args, data.train)
             check_optimizer(trainer)
         check_checkpoint(trainer, run_args.method)
         return trainer

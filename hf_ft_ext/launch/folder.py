@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from hf_ft_ext.arguments import MethodTrainingArguments, RunArguments
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.launch.locking import only_run
 from hf_ft_ext.methods import METHODS, hooks_of
 from hf_ft_ext.prompts.model import PROMPT_FILE
 from hf_ft_ext.training.checkpoints import SEAL, checkpoint_folders, fault_of, last_sound_checkpoint
@@ -164,17 +165,23 @@ def _methods_of(folder: Path) -> list[str]:
         return list(METHODS) if any(folder.glob("*")) else []
 
 
-def make_room(run_args: RunArguments, args: MethodTrainingArguments) -> None:
-    """Make `output_dir`, or delete the old run in it if the user asked for it; other processes wait.
+def make_room(run_args: RunArguments, args: MethodTrainingArguments, until: contextlib.ExitStack) -> None:
+    """Make `output_dir` and lock it, or delete the old run in it if the user asked for it; other processes wait.
+
+    Args:
+        until: releases the lock.
 
     Raises:
-        InputError: the folder cannot be written to.
+        InputError: the folder cannot be written to, another run is at work in it, or has filled it meanwhile.
     """
     with args.main_process_first(desc="making room"):
         if args.process_index == 0:
             check_writable(args.output_dir)
+            until.enter_context(only_run(args.output_dir))
             if run_args.overwrite_output_dir:
                 clear_old_run(args.output_dir, run_args.method)
+            elif args.resume_from_checkpoint is None:
+                refuse_foreign_run(args.output_dir)  # again: another run may have come and gone since the start
 
 
 _STORAGE = {

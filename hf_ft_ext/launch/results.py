@@ -126,10 +126,12 @@ def loading_line(trainer: Trainer) -> str:
     base = trainer.model.peft_config["default"].base_model_name_or_path
     if prompt:
         return f"PeftModel.from_pretrained(PromptForSequenceClassification.from_adapter({folder!r}), {folder!r})"
-    labels = trainer.model.config.num_labels
+    revision = trainer.model.peft_config["default"].revision
+    chosen = f"revision={revision!r}, " if revision is not None else ""
+    # The trained labels; where the base has a head of another size, the adapter brings the head.
     return (
-        f"PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained({base!r}, "
-        f"num_labels={labels}), {folder!r})"
+        f"PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained({base!r}, {chosen}"
+        f"config=AutoConfig.from_pretrained({folder!r}), ignore_mismatched_sizes=True), {folder!r})"
     )
 
 

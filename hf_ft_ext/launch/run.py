@@ -1,5 +1,6 @@
 """One run of the launcher, from its arguments to its exit status: parse, load, train, evaluate, record, push."""
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -24,11 +25,11 @@ def main(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",
     argv = sys.argv[1:] if argv is None else list(argv)
     signals = Signals()
     try:
-        with signals:
+        with signals, contextlib.ExitStack() as at_end:
             if only_help_wanted(argv):  # answered before the slow imports
                 sys.stdout.write(list_methods())
             else:
-                _run(argv, list(program), signals)
+                _run(argv, list(program), signals, at_end)
     except Interrupted as stop:
         return _say_how_to_go_on(stop, signals)
     except Exception as error:
@@ -67,7 +68,7 @@ def _say_how_to_go_on(stop: Interrupted, signals: Signals) -> int:
     return stop.status
 
 
-def _run(argv: list[str], program: list[str], signals: Signals) -> None:
+def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextlib.ExitStack) -> None:
     from hf_ft_ext.launch.parsing import parse_arguments
 
     run_args, model_args, data_args, args = parse_arguments(argv)
@@ -90,7 +91,7 @@ def _run(argv: list[str], program: list[str], signals: Signals) -> None:
             print(plan.table())
         trainer.accelerator.end_training()
         return
-    folder.make_room(run_args, args)  # only now: nothing that the user passed can fail any more
+    folder.make_room(run_args, args, at_end)  # only now: nothing that the user passed can fail any more
     signals.output_dir = args.output_dir
     with folder.explained(args.output_dir):
         if run_args.hp_search:

@@ -23,7 +23,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.utils import CONFIG_NAME
 
+from hf_ft_ext.adapters.folder import is_adapter_without_weights
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
@@ -122,30 +124,35 @@ class PromptForSequenceClassification(PreTrainedModel):
         return model.eval()
 
     @classmethod
+    def from_pretrained(cls, name: str | os.PathLike, *positional, **kwargs: Any) -> "PromptForSequenceClassification":
+        """As for every model of transformers; of an adapter's folder: its base model with the adapter."""
+        if os.path.isdir(name) and is_adapter_without_weights(name):
+            model = cls.from_adapter(name)
+            model.load_adapter(os.fspath(name))
+            return model
+        return super().from_pretrained(name, *positional, **kwargs)
+
+    @classmethod
     def from_adapter(cls, folder: str | os.PathLike, **kwargs: Any) -> "PromptForSequenceClassification":
         """The base model of a PEFT adapter that was trained on a prompt model and saved by the launcher.
 
         `PeftModel.from_pretrained(PromptForSequenceClassification.from_adapter(folder), folder)` is the trained model.
 
         Args:
-            folder: of the adapter; it holds `prompt_config.json`.
+            folder: of the adapter; it holds `prompt_config.json` or the prompt model's `config.json`.
             kwargs: for `from_pretrained` of the base model.
 
         Raises:
             InputError: the folder has no such file, or the adapter does not name its base model.
         """
-        path = Path(folder) / PROMPT_FILE
-        if not path.is_file():
-            raise InputError(
-                f"{str(folder)!r} holds no {PROMPT_FILE}: it is no adapter of a prompt model; check the path"
-            )
-        config = PromptConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        config = _prompt_of(Path(folder))
         name = PeftConfig.from_pretrained(folder).base_model_name_or_path
         if not name:
             raise InputError(f"the adapter in {str(folder)!r} names no base model; make it with from_masked_lm")
         if isinstance(AutoConfig.from_pretrained(name, **kwargs), PromptConfig):
             model = cls.from_pretrained(name, **kwargs)
-            model.config.template = config.template
+            for part in ("template", "words", "word_ids", "id2label", "label2id"):  # a run may change all of them
+                setattr(model.config, part, getattr(config, part))
         else:
             model = cls._around(_load_masked_lm(name, **{"dtype": config.dtype, **kwargs}), config)
         if config.untied_words:
@@ -345,6 +352,16 @@ def check_masked_lm(config: PreTrainedConfig, name: str) -> None:
             f"model {name!r} is of type {config.model_type!r}, which has no masked-LM head over its encoder; prompts "
             "need one, such as roberta-base or bert-base-uncased: pass one with --model_name_or_path"
         )
+
+
+def _prompt_of(folder: Path) -> PromptConfig:
+    """The prompt model's configuration beside an adapter."""
+    for name in (PROMPT_FILE, CONFIG_NAME):
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            if found.get("model_type") == PromptConfig.model_type:
+                return PromptConfig.from_dict(found)
+    raise InputError(f"{str(folder)!r} holds no {PROMPT_FILE}: it is no adapter of a prompt model; check the path")
 
 
 def _load_masked_lm(name: str, **kwargs: Any) -> PreTrainedModel:

@@ -16,6 +16,7 @@ _BESIDES = {
 }  # fmt: skip
 OF_THE_DATA = (
     "max_train_samples", "max_eval_samples", "num_k", "few_shot_split", "few_shot_type", "max_seq_length", "data_seed",
+    "sample", "train_split", "validation_split", "problem_type", "quoting",
 )  # fmt: skip
 NOT_RECORDED = "not recorded"
 

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 
+from hf_ft_ext.adapters.folder import name_base, save_configuration
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.sparse.convert import merge_sparse, sparse_layers
 from hf_ft_ext.sparse.fixed import FixedSupport
@@ -21,8 +22,9 @@ from hf_ft_ext.sparse.layer import SparseGradLinear
 def export_lora(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write what training changed in `model` as a LoRA adapter that `PeftModel.from_pretrained(base, folder)` loads.
 
-    The head, and other modules that trained, are saved with the adapter (`modules_to_save`). The adapter belongs to
-    the weights that training started from. The model itself is left as it is.
+    The head, and other modules that trained, are saved with the adapter (`modules_to_save`), and the model's
+    configuration beside it. The adapter belongs to the weights that training started from. The model itself is left
+    as it is.
 
     Args:
         model: a converted model with structured support, after training.
@@ -60,7 +62,9 @@ def export_lora(model: nn.Module, folder: str | os.PathLike) -> None:
             lora = adapted.base_model.model.get_submodule(name)
             lora.lora_A["default"].weight.copy_(a)
             lora.lora_B["default"].weight.copy_(b)
+    name_base(adapted)
     adapted.save_pretrained(folder)
+    save_configuration(adapted, folder)
 
 
 def _factors(layer: SparseGradLinear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,7 +86,7 @@ def _factors_of(support: FixedSupport, change: torch.Tensor, shape: torch.Size) 
 
 
 def _trained_modules(model: nn.Module, layers: dict[str, SparseGradLinear]) -> list[str]:
-    """Top-most modules below the encoder, or beside it, that hold the other trained parameters."""
+    """Top-most modules below the encoder, or beside it, that hold the other trained parameters, or fresh ones."""
     trained = {
         name.rpartition(".")[0]
         for name, parameter in model.named_parameters()
@@ -95,5 +99,7 @@ def _trained_modules(model: nn.Module, layers: dict[str, SparseGradLinear]) -> l
             "sparse_train_rest='head', or save the whole model"
         )
     children = {name for name, _ in model.named_children()}
+    # What came without pretrained weights would be drawn anew when the base is loaded.
+    trained |= {name.rpartition(".")[0] for name in getattr(model, "fresh_parameters", ())} - set(layers)
     head = {name.split(".")[0] for name in trained if name.split(".")[0] in children - {model.base_model_prefix}}
     return sorted(head | {name for name in trained if name.split(".")[0] not in head})

@@ -16,6 +16,7 @@ from hf_ft_ext.training.devices import refuse_data_parallel
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, overridden
 from hf_ft_ext.training.precision import refuse_fp16_on_cpu
 from hf_ft_ext.training.quantized import move
+from hf_ft_ext.training.saving import CompleteSaves
 from hf_ft_ext.training.sharding import refuse_sharding
 
 # Hooks of a training loop: whoever overrides one expects that it is called.
@@ -25,7 +26,7 @@ _HOOKS = (
 )  # fmt: skip
 
 
-class AtOnceTrainer(MethodTrainer):
+class AtOnceTrainer(CompleteSaves, MethodTrainer):
     """`transformers.Trainer` whose `train()` calls `solve` once, in the place of all steps.
 
     Callbacks see one step. There is no optimizer and there are no checkpoints.

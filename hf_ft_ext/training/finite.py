@@ -1,27 +1,23 @@
 """Training that has left the numbers stops: a loss of NaN or infinity, or weights that hold one, are never saved."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.batches import check_full_batch
 from hf_ft_ext.training.devices import refuse_data_parallel
 from hf_ft_ext.training.precision import refuse_fp16_on_cpu, warn_of_lost_updates
+from hf_ft_ext.training.saving import CompleteSaves
 
 _PATIENCE_FP16 = 20  # loss scaling skips single steps by itself and lowers its factor
 
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object
-
-
-class StopAtNaN(_Trainer):
+class StopAtNaN(CompleteSaves):
     """For a `Trainer` (before it in the bases): raises an `InputError` instead of training on, or saving, NaN.
 
-    It is the base of all trainers that take steps, so it refuses `torch.nn.DataParallel` for them too.
+    It is the base of all trainers that take steps, so it refuses `torch.nn.DataParallel` for them too, and an epoch
+    without a batch (see `check_full_batch`).
 
     transformers goes on and by default hides such losses from the log (`logging_nan_inf_filter`), looking at each
     step's loss to do so; looking here costs the same.
@@ -41,6 +37,10 @@ class StopAtNaN(_Trainer):
         if self.optimizer is None:
             warn_of_lost_updates({name: p for name, p in self.model.named_parameters() if p.requires_grad})
         return super().create_optimizer(model)
+
+    def get_train_dataloader(self) -> DataLoader:
+        check_full_batch(self.args, self.train_dataset)
+        return super().get_train_dataloader()
 
     def training_step(self, *positional, **kwargs) -> torch.Tensor:
         return self.finite_loss(super().training_step(*positional, **kwargs))

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from hf_ft_ext.adapters.folder import local_files
 from hf_ft_ext.training.devices import device_name
 from hf_ft_ext.training.files import write_json
 from hf_ft_ext.training.resources import ResourceMonitor
@@ -21,7 +22,7 @@ _ARTEFACTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapt
 
 def artefact_bytes(folder: str | os.PathLike) -> int:
     """Bytes of the saved model or adapter in `folder`: weights and configuration, no tokenizer, no checkpoints."""
-    paths = {path for pattern in _ARTEFACTS for path in Path(folder).glob(pattern)}
+    paths = {path for pattern in _ARTEFACTS for path in Path(folder).glob(pattern)} - set(local_files(folder))
     return sum(path.stat().st_size for path in paths)
 
 

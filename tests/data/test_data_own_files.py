@@ -115,11 +115,24 @@ def test_only_test_data(load, write):
         ({"text": ["a"], "label": [1]}, {"label_column": "y"}, "no label column 'y'; its columns are text, label"),
         ({"text": ["a"], "label": [1]}, {"text_columns": ["z"]}, "'train' has no column 'z' but text, label"),
         ({"text": ["a"], "label": [1]}, {"text_columns": ["label"]}, "'label' cannot be both text and label"),
+        ({"text": ["a"], "label": [1]}, {"text_columns": ["text", "text"]}, "--text_columns names 'text' twice"),
+        ({"text": ["a", "b"], "label": ["0,5", "1"]}, {}, "labels with a decimal comma, such as '0,5'; write a point"),
         (
-            {"text": [1], "label": [1]},
-            {"text_columns": ["text"]},
-            "column 'text' of split 'train' holds .*int64.*not text",
+            {"text": ["a", "b", "c"], "label": ["0.5", "0.25", "NA"]},
+            {},
+            r"numbers such as '0.25' for labels, but row 2 \(counted from 0\) has 'NA'",
         ),
+        (
+            {"text": ["a"], "label": [1]},
+            {"problem_type": "ranking"},
+            "--problem_type 'ranking' is unknown; choose from",
+        ),
+        (
+            {"sentence": ["a"], "label": [1]},
+            {"problem_type": "regression", "task_name": "sst2"},
+            "task 'sst2' is single_label_classification; leave --task_name or --problem_type out",
+        ),
+        ({"text": ["a"], "label": [1]}, {"quoting": "all"}, "--quoting 'all' is unknown; choose from: auto, none"),
         ({"text": ["a"], "label": [1]}, {"text_columns": ["a", "b", "c"]}, "takes one or two columns, but got 3"),
         (
             {"text": ["a", "b", "c"], "label": ["x", None, "y"]},
@@ -174,16 +187,17 @@ def test_faults_of_files(load, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.csv", b"text,label\na,1\nb,2,3,4\n"),
-        ("a.csv", b""),
-        ("a.csv", b"text,label\n"),
-        ("a.csv", b"text,label\n\xff\xfe,1\n"),
-        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text": '),
-        ("a.json", b""),
         ("a.parquet", b"not parquet"),
+        ("a.csv", b""),
+        ("a.json", b""),
     ],
 )
 def test_malformed_files(load, tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=rf"cannot read --train_file .*{name} \(\w+.*check that it"):
+    with pytest.raises(
+        InputError, match=rf"cannot read --train_file .*{name} \(\w+.*(check that it|write one object)"
+    ):
         load(train_file=name)
+    (tmp_path / "a.csv").write_bytes(b"text,label\n")
+    with pytest.raises(InputError, match="split 'train' holds no rows"):
+        load(train_file="a.csv")

@@ -1,9 +1,16 @@
 """Tokenising: lengths, padding, presets of tokenizer files, label order, missing text."""
 
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from tiny import text_dataset
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+)
 
 from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data.loading import load_data
@@ -144,3 +151,39 @@ def test_demo_from_end_to_end(tokenizer):
     assert len(result.train) == 20
     assert sum(result.train["labels"][:]) == 10
     assert all(len(ids) <= 16 for ids in result.train["input_ids"])
+
+
+@pytest.fixture(scope="module")
+def bare_tokenizer():
+    """GPT-2's kind: no token is added to a text."""
+    words = {"<end>": 0, "a": 1, "good": 2, "film": 3}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<end>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_text_without_tokens_is_given_one(bare_tokenizer, caplog, padded, side):
+    bare_tokenizer.padding_side = side
+    options = arguments(pad_to_max_length=padded, max_seq_length=3)
+    data = tokenize(task_data(texts("", " ", "a film", labels=[0, 1, 0])), bare_tokenizer, options)
+    attended = [[i for i, m in zip(row["input_ids"], row["attention_mask"], strict=True) if m] for row in data.train]
+    assert attended == [[0], [0], [1, 3]]
+    assert [len(row) for row in data.train["input_ids"]] == ([3, 3, 3] if padded else [1, 1, 2])
+    lines = [record.message for record in caplog.records if "without tokens" in record.message]
+    assert lines == ["split 'train': texts without tokens, such as row 0, are given the tokenizer's eos_token"]
+
+
+def test_a_batch_of_empty_texts_goes_through_the_model(bare_tokenizer):
+    data = tokenize(task_data(texts("", "", labels=[0, 1])), bare_tokenizer, arguments())
+    config = AutoConfig.for_model("gpt2", vocab_size=4, n_positions=8, n_embd=8, n_layer=1, n_head=1, pad_token_id=0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    batch = DataCollatorWithPadding(bare_tokenizer)([data.train[i] for i in range(2)])
+    assert torch.isfinite(model(**batch).logits).all()
+
+
+def test_a_text_without_tokens_and_no_token_for_it(bare_tokenizer):
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare_tokenizer.backend_tokenizer)
+    with pytest.raises(InputError, match=r"row 1 of split 'train' .* has no tokens.*fill or remove the row"):
+        tokenize(task_data(texts("a", "", labels=[0, 1])), tokenizer, arguments())

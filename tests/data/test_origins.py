@@ -57,6 +57,8 @@ def test_few_shots_are_drawn_from_train_and_the_test_keeps_its_own_name(load):
     without_test = {name: labels for name, labels in SPLITS.items() if name != "test"}
     assert shown(load(without_test, num_k=4))["test", "validation"] == ("validation", 10, 10, "all")
     long = {**SPLITS, "test": [0, 1] * 600}
+    sample = load(long, max_train_samples=7, sample="stratified", data_seed=5)["train", "train"]
+    assert (sample["rows"], sample["selection"], sample["drawn"]) == (7, "drawn", "stratified, data_seed 5")
     drawn = load(long, num_k=4, few_shot_split="k-shot-1k-test")["test", "test"]
     assert (drawn["rows"], drawn["source_rows"], drawn["selection"]) == (1000, 1200, "drawn")
 

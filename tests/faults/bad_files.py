@@ -17,6 +17,7 @@ _TEXTS = {
     "list.json": "[]",
     "list.jsonl": "[1, 2]\n[3]\n",
     "noheader.csv": "1\n2\n3\n",
+    "comma.csv": "sentence,label\na, b,0\nc, d,1\n",
     "onelabel.csv": "sentence,label\na,0\nb,0\n",
     "otherlabels.csv": "sentence,label\na,7\nb,8\n",
     "recipe-list.yaml": "- method\n- full\n",
@@ -35,6 +36,7 @@ def write_bad_files(folder: Path, root: Path) -> None:
     for name, text in _TEXTS.items():
         (folder / name).write_text(text)
     (folder / "binary.csv").write_bytes(bytes(range(256)) * 4)
+    (folder / "windows.csv").write_bytes("sentence,label\ncaf\xe9,0\nb,1\n".encode("cp1252"))
     (folder / "folder").mkdir()
     shutil.copy(root / "train.csv", folder / "train.csv")
     for name in ("badconfig", "badweights", "otherweights", "notokenizer", "nanweights"):

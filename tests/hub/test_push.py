@@ -15,7 +15,7 @@ from offline import write_model
 from run_records import model_run, run_record, write_run
 from stand_in import BROKEN, Fault, Repository
 from tiny import text_dataset, tiny_model
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import run_glue
 from hf_ft_ext.errors import InputError
@@ -171,7 +171,8 @@ def test_every_method_is_pushed_and_pulled_into_a_fresh_process(hub, base, token
     pulled = json.loads(done.stdout.splitlines()[-1])
     from peft import PeftModel
 
-    names = {"AutoModelForSequenceClassification": AutoModelForSequenceClassification, "PeftModel": PeftModel}
+    names = {"AutoConfig": AutoConfig, "PeftModel": PeftModel}
+    names["AutoModelForSequenceClassification"] = AutoModelForSequenceClassification
     for name in code:
         own = logits(eval(line[name], dict(names)), tokenizer)
         exact = not name.endswith("-delta")  # a delta is added to the base: equal to rounding

@@ -1,6 +1,7 @@
 """KernelTrainer: what it predicts, where kernels come from, options, bad input, two processes."""
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from hf_ft_ext import KernelTrainer, KernelTrainingArguments, empirical_ntk
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel import store
 from hf_ft_ext.kernel.solvers import KernelModel, SolverOptions
+from hf_ft_ext.kernel.trainer import NOT_TRAINED
 from hf_ft_ext.training.plan import training_plan
 
 
@@ -53,6 +55,35 @@ def test_what_is_saved_loads_and_says_what_was_solved(tmp_path):
     solution = json.loads((tmp_path / "kernel_solution.json").read_text())
     assert solution["kernel_formula"] == "sgd" and solution["training_rows"] == 12
     assert solution["rank"] == trainer.solved.rank
+
+
+@pytest.mark.parametrize("adapter", [None, "lora"])
+def test_a_plain_load_says_that_the_model_is_not_trained(tmp_path, adapter):
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    trainer = make(tmp_path / "out", base, kernel_peft=adapter)
+    trainer.save_model()
+    assert NOT_TRAINED not in reported(tmp_path / "out")  # nothing was solved: an ordinary model
+    trainer.train()
+    trainer.save_model()
+    assert NOT_TRAINED in reported(tmp_path / "out")
+    assert "predicts as before training" in trainer.loading_line()
+
+
+def reported(folder) -> str:
+    """What transformers logs when it loads `folder`."""
+    records = []
+    logger = logging.getLogger("transformers.modeling_utils")
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger.addHandler(handler)
+    logging.getLogger("transformers.integrations.peft").addHandler(handler)
+    try:
+        AutoModelForSequenceClassification.from_pretrained(folder)
+    finally:
+        logger.removeHandler(handler)
+        logging.getLogger("transformers.integrations.peft").removeHandler(handler)
+    return "\n".join(records)
 
 
 def test_a_second_run_computes_nothing(tmp_path, monkeypatch):

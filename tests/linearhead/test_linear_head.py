@@ -13,6 +13,7 @@ from processes import finished
 from sklearn.linear_model import LogisticRegression
 from tiny import CONFIGS, text_dataset, tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
 from transformers import (
+    AutoConfig,
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
     GPT2Config,
@@ -243,7 +244,7 @@ def test_every_method_starts_from_a_linear_head(launch, method, extra, prompt, c
 
     names = {
         "PromptForSequenceClassification": PromptForSequenceClassification, "PeftModel": PeftModel,
-        "AutoModelForSequenceClassification": AutoModelForSequenceClassification,
+        "AutoModelForSequenceClassification": AutoModelForSequenceClassification, "AutoConfig": AutoConfig,
     }  # fmt: skip
     model = eval(line.removeprefix("load it: "), names).eval()
     plain = eval(

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, jacrev, vmap
 from transformers import AutoModelForSequenceClassification, GPT2Config, T5Config
 
 from hf_ft_ext import InputError, PromptConfig, PromptForSequenceClassification
+from hf_ft_ext.adapters.folder import save_configuration
 from hf_ft_ext.features import HeadReader, head_parameters
 from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.prompts.model import PROMPT_FILE, check_masked_lm
@@ -265,3 +266,18 @@ def test_an_adapter_s_folder_makes_its_base(tmp_path):
         assert (base.config.words, base.config.untied_words) == (WORDS, untie)
         loaded = PeftModel.from_pretrained(base, folder / "adapter").eval()
         assert torch.equal(loaded(**batch()).logits, wrapped(**batch()).logits)
+
+
+def test_an_adapter_on_a_saved_prompt_model_keeps_the_words_it_was_trained_with(tmp_path):
+    prompt_model().save_pretrained(tmp_path / "base")
+    base = PromptForSequenceClassification.from_pretrained(tmp_path / "base")
+    config = base.config
+    config.words, config.word_ids = config.words[::-1], config.word_ids[::-1]
+    config.id2label, config.label2id = {0: "yes", 1: "no"}, {"yes": 0, "no": 1}
+    wrapped = wrap_with_peft(base, "lora", None, seed=0).eval()
+    wrapped.save_pretrained(tmp_path / "out")
+    save_configuration(wrapped, tmp_path / "out")  # without the launcher's prompt_config.json
+    again = PromptForSequenceClassification.from_adapter(tmp_path / "out")
+    assert (again.config.words, again.config.id2label) == (config.words, config.id2label)
+    loaded = PeftModel.from_pretrained(again, tmp_path / "out").eval()
+    assert torch.equal(loaded(**batch()).logits, wrapped(**batch()).logits)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from tiny import text_dataset, tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 import run_glue
 from hf_ft_ext import (
@@ -79,6 +79,11 @@ def test_train_save_load(launch, name, capsys):
     logits = predicted(model)
     rows = list(csv.reader(Path("out/predictions.tsv").read_text().splitlines(), delimiter="\t"))[1:]
     assert [row[1] for row in rows] == [str(i) for i in logits.argmax(-1).tolist()]
+    if Path("out/adapter_config.json").exists():
+        assert torch.equal(predicted(AutoPeftModelForSequenceClassification.from_pretrained("out").eval()), logits)
+    if "prefix" not in name:  # transformers itself adds no adapters that are prompts
+        whole = AutoModelForSequenceClassification.from_pretrained("out").eval()
+        assert torch.equal(predicted(whole), logits) and whole.config.id2label == {0: "0", 1: "1"}
     start = PromptForSequenceClassification.from_masked_lm("mlm", tiny_tokenizer(), TEMPLATE, ["bad", "good"])
     assert not torch.allclose(predicted(start), logits)
     assert {"eval_accuracy", "test_accuracy"} <= json.loads(Path("out/run.json").read_text())["metrics"].keys()

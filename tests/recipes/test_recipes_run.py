@@ -8,7 +8,7 @@ import torch
 from offline import write_classifier, write_glue, write_model
 from peft import PeftModel
 from test_recipes import COMPARISONS, RECIPES, name_of
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import run_glue
 from hf_ft_ext import PromptForSequenceClassification
@@ -120,7 +120,7 @@ def test_shortened_recipes_train_evaluate_save_and_load(
         again = json.loads(Path("again/run.json").read_text())
         assert again["metrics"]["eval_loss"] == record["metrics"]["eval_loss"]
         return
-    names = (AutoModelForSequenceClassification, PeftModel, PromptForSequenceClassification)
+    names = (AutoConfig, AutoModelForSequenceClassification, PeftModel, PromptForSequenceClassification)
     loaded = eval(record["load"], {name.__name__: name for name in names}).eval()
     batch = next(iter(trainer.get_eval_dataloader()))
     batch.pop("labels")

@@ -1,0 +1,146 @@
+"""The folder of a saved adapter: the trained model's configuration, and where the base model's weights lie.
+
+How the libraries find the base model and its labels (transformers 5.23, peft 0.21):
+
+- `AutoModelForSequenceClassification.from_pretrained(folder)` and `pipeline(model=folder)`: a local folder with a
+  `config.json` is taken for a complete model, so configuration and base weights are read there, then the adapter is
+  added. Without one, both come from the adapter's base model, whose labels may be others.
+- `AutoPeftModelForSequenceClassification.from_pretrained(folder)` reads the base model's configuration only; see
+  `hf_ft_ext.adapters.auto`.
+- `PeftModel.from_pretrained(base, folder)` takes the configuration of `base`.
+
+So the folder gets a `config.json` with the trained labels and an index of weights (as of a sharded model) that names
+the base model's files where they are, and a small file with the head, which takes the place of the base's own.
+"""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from hf_ft_ext.training.files import replacing, write_json, write_text
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+HEAD_FILE = "model-head.safetensors"
+_INSIDE = ("base_model.model.", "base_model.")  # what peft puts before a wrapped model's names; the latter of prompts
+
+
+def name_base(model: PeftModel) -> None:
+    """Name the base model so that the adapter loads from everywhere: a folder by absolute path, a Hub id by revision.
+
+    The revision is that of `model.loaded_from` (see `load_tokenizer_and_model`), where there is one.
+    """
+    base = model.get_base_model()
+    for config in model.peft_config.values():
+        name = config.base_model_name_or_path or getattr(base, "name_or_path", None)
+        if name and os.path.isdir(name):
+            config.base_model_name_or_path = os.path.abspath(name)
+        elif config.revision is None and (revision := _loaded_from(base).get("revision")) != "main":
+            config.revision = revision
+
+
+def _loaded_from(base: nn.Module) -> dict:
+    return getattr(base, "loaded_from", {})
+
+
+def save_configuration(model: PeftModel, folder: str | os.PathLike) -> None:
+    """Write the configuration of the model in `model`, and the index of its base weights, beside a saved adapter.
+
+    No index is written where the base's weights are not in local safetensors files (a model made from a
+    configuration, pickled weights): then `PeftModel.from_pretrained` with the base model is the way to load.
+
+    Args:
+        folder: where `PeftModel.save_pretrained` wrote the adapter.
+    """
+    folder, base = Path(folder), model.get_base_model()
+    config = copy.deepcopy(base.config)
+    config.architectures = [type(base).__name__]
+    config.dtype = str(base.dtype).removeprefix("torch.")
+    write_text(folder / CONFIG_NAME, config.to_json_string())
+    revision = next(iter(model.peft_config.values())).revision
+    files = weight_files(getattr(base, "name_or_path", None), revision, _loaded_from(base).get("cache_dir"))
+    if not files or hasattr(type(base), "from_adapter"):  # a prompt model finds its base by itself
+        for path in local_files(folder):
+            path.unlink()
+        return
+    shapes = {key: shape for path in files for key, shape in _shapes(path).items()}
+    where = {key: str(path) for path in files for key in _shapes(path)}
+    head = _head(folder / ADAPTER_WEIGHTS, base, shapes)
+    if head:
+        with replacing(folder / HEAD_FILE) as temporary:
+            save_file(head, temporary, metadata={"format": "pt"})
+        where |= dict.fromkeys(head, HEAD_FILE)  # read last: relative names sort behind absolute paths
+    write_json(folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": {}, "weight_map": where})
+
+
+def local_files(folder: str | os.PathLike) -> list[Path]:
+    """Files in an adapter's folder that are of use on this machine alone: the index of base weights and the head."""
+    folder = Path(folder)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return []
+    return [path for name in (SAFE_WEIGHTS_INDEX_NAME, HEAD_FILE) if (path := folder / name).is_file()]
+
+
+def weight_files(name: str | None, revision: str | None = None, cache_dir: str | None = None) -> list[Path]:
+    """Local safetensors files of a model by absolute path; empty if there are none.
+
+    Args:
+        name: a folder, or a Hub id whose files are in the cache.
+    """
+    if not name:
+        return []
+    for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME):
+        if os.path.isdir(name):
+            path: str | None = os.path.join(name, file)
+        else:
+            try:
+                path = cached_file(
+                    name, file, revision=revision, cache_dir=cache_dir, local_files_only=True,
+                    _raise_exceptions_for_missing_entries=False,
+                )  # fmt: skip
+            except (OSError, ValueError):
+                path = None
+        if path is None or not os.path.isfile(path):
+            continue
+        found = Path(os.path.abspath(path))
+        if file == SAFE_WEIGHTS_NAME:
+            return [found]
+        parts = json.loads(found.read_text(encoding="utf-8"))["weight_map"].values()
+        paths = [Path(os.path.join(found.parent, part)) for part in sorted(set(parts))]
+        return paths if all(part.is_file() for part in paths) else []
+    return []
+
+
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(path, framework="pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def _head(adapter: Path, base: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict:
+    """The parameters that trained in full and that the base's files lack or hold in another shape."""
+    if not adapter.is_file():
+        return {}
+    prefix = f"{getattr(base, 'base_model_prefix', '')}."
+    names = {name.replace(".modules_to_save.default.", ".") for name, _ in base.named_parameters()}
+    head = {}
+    with safe_open(adapter, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (not a mapping)
+            name = next((name for inside in _INSIDE if (name := key.removeprefix(inside)) in names), key)
+            stored = shapes.get(name, shapes.get(name.removeprefix(prefix)))
+            if name in names and stored != tuple(file.get_slice(key).get_shape()):
+                head[name] = file.get_tensor(key)
+    return head
+
+
+def is_adapter_without_weights(folder: str | os.PathLike) -> bool:
+    """Whether a local folder holds an adapter, and no weights of a whole model or index of them."""
+    folder = Path(folder)
+    whole = any(next(folder.glob(pattern), None) for pattern in ("model*.safetensors*", "pytorch_model*.bin*"))
+    return (folder / ADAPTER_CONFIG).is_file() and not whole

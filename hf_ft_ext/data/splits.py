@@ -1,0 +1,81 @@
+"""Which splits of a data set train, validate and test."""
+
+import logging
+from collections.abc import Sequence
+
+from datasets import Dataset, IterableDataset, concatenate_datasets
+
+from hf_ft_ext.arguments import DataArguments
+from hf_ft_ext.data.tasks import Task
+from hf_ft_ext.errors import InputError
+
+_PREFIXES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
+
+logger = logging.getLogger(__name__)
+
+
+def find_roles(
+    source: dict[str, Dataset | IterableDataset], task: Task | None, data_args: DataArguments
+) -> list[tuple[str, str, Dataset | IterableDataset]]:
+    """Return (role, split name, rows), training first, then validation, then test.
+
+    Each role takes the splits that `data_args` name, else those of the task, else those whose names begin like it.
+    Several training splits become one, named `train`, if `train_split` names them.
+
+    Raises:
+        InputError: a split that the data lacks; several training splits and no choice; no split at all.
+    """
+    of_task = {"train": ("train",)} | (
+        {"validation": task.validation_splits, "test": task.test_splits} if task else {"validation": (), "test": ()}
+    )
+    roles: list[tuple[str, str, Dataset | IterableDataset]] = []
+    used: dict[str, str] = {}
+    for role in _PREFIXES:
+        wanted = getattr(data_args, f"{role}_split")
+        if wanted:
+            found = _named(source, f"{role}_split", wanted)
+        else:
+            found = [name for name in of_task[role] if name in source and name not in used]
+            like_it = [name for name in source if name.split("_")[0] in _PREFIXES[role] and name not in used]
+            found = found or like_it
+        if role == "train" and len(found) > 1 and not wanted:
+            raise InputError(
+                f"the data has several training splits: {', '.join(found)}; pass those to train on, one or more, to "
+                "--train_split"
+            )
+        for name in found:
+            if name in used:
+                raise InputError(f"split '{name}' is named by --{used[name]}_split and --{role}_split; choose one")
+        used |= dict.fromkeys(found, role)
+        if role == "train" and found:
+            roles.append((role, "train", _together(source, found)))
+        else:
+            roles += [(role, name, source[name]) for name in found]
+    if not roles:
+        raise InputError(
+            f"the data has no split train, validation or test, but {', '.join(source) or 'no split at all'}; "
+            "name them with --train_split, --validation_split and --test_split"
+        )
+    return roles
+
+
+def _named(source: dict, option: str, wanted: Sequence[str]) -> list[str]:
+    for name in wanted:
+        if name not in source:
+            raise InputError(
+                f"--{option} {name}: the data has no such split, but {', '.join(source)}; pass one of them"
+            )
+    return list(dict.fromkeys(wanted))
+
+
+def _together(source: dict[str, Dataset | IterableDataset], names: Sequence[str]) -> Dataset | IterableDataset:
+    if len(names) == 1:
+        return source[names[0]]
+    try:
+        joined = concatenate_datasets([source[name] for name in names])
+    except ValueError as error:
+        raise InputError(
+            f"--train_split {' '.join(names)}: their columns differ ({str(error).splitlines()[0]}); pass one of them"
+        ) from error
+    logger.info("training on %s together", ", ".join(names))
+    return joined

@@ -1,0 +1,88 @@
+"""Text files as lines: compression, byte order mark, line ends; a fault names the line."""
+
+import bz2
+import codecs
+import gzip
+import io
+import lzma
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+_COMPRESSIONS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_HEAD = 1 << 20  # bytes that show how lines end
+_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+class Unreadable(ValueError):
+    """A file cannot be read as it is: `cause` says why, `cure` what to do."""
+
+    def __init__(self, cause: str, cure: str):
+        super().__init__(f"{cause}; {cure}")
+        self.cause, self.cure = cause, cure
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """Where a text file is and how its bytes become lines.
+
+    `state` changes with the file, so that what is cached by these fields is never stale.
+    """
+
+    path: str
+    encoding: str
+    newline: str  # "\n" (also "\r\n"), or "\r" where the file has no other line end
+    state: tuple[int, int]  # modification time in ns, bytes
+
+    def lines(self) -> Iterator[str]:
+        r"""Lines with their ends, split at `newline` alone: any other `\r` is part of the text.
+
+        Raises:
+            Unreadable: bytes that are no text in `encoding`.
+        """
+        with (
+            open_binary(self.path) as raw,
+            io.TextIOWrapper(raw, encoding=self.encoding, newline=self.newline) as text,
+        ):
+            try:
+                yield from text
+            except UnicodeDecodeError:
+                raise _undecodable(self) from None
+
+
+def open_binary(path: str | Path) -> IO[bytes]:
+    """The uncompressed bytes of a file."""
+    return _COMPRESSIONS.get(Path(path).suffix.lower(), open)(path, "rb")
+
+
+def data_suffix(path: str | Path) -> str:
+    """The suffix that says the format, lower case: `.csv` of `a.csv` and of `a.CSV.gz`."""
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def text_file(path: str | Path) -> TextFile:
+    """Look at a file's first bytes for its encoding (UTF-8, or UTF-16 with its mark) and its line ends."""
+    status = Path(path).stat()
+    with open_binary(path) as raw:
+        head = raw.read(_HEAD)
+    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8-sig")
+    newline = "\r" if b"\r" in head and b"\n" not in head else "\n"
+    return TextFile(str(path), encoding, newline, (status.st_mtime_ns, status.st_size))
+
+
+def _undecodable(file: TextFile) -> Unreadable:
+    """Find the line that is not UTF-8."""
+    cure = "save it as UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8 old > new"
+    if file.encoding == "utf-16":
+        return Unreadable("it starts with the mark of UTF-16, but is not UTF-16", "save it as UTF-8")
+    with open_binary(file.path) as raw:
+        for number, line in enumerate(raw, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                return Unreadable(f"line {number} has the byte 0x{line[error.start]:02x}, which is not UTF-8", cure)
+    return Unreadable("it is not UTF-8", cure)
