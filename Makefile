@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) run_glue.py recipes/demo/sparse.yaml
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.trl
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # Some 1,200 injected faults, about an hour on one core; FAULTS='--count 4' does a fifth of them.

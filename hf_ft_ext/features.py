@@ -1,13 +1,14 @@
 """What a model's head reads from its encoder, and the head run on that alone: `[rows, hidden]`, not sequences."""
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+
+from hf_ft_ext.per_example.state import evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -185,16 +186,3 @@ def _last_token(hidden: torch.Tensor, batch: _Context) -> torch.Tensor:
 def _mean_token(hidden: torch.Tensor, batch: _Context) -> torch.Tensor:
     mask = batch.mask(hidden).to(hidden.dtype)[..., None]
     return (hidden * mask).sum(1) / mask.sum(1)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off within; the model's mode is put back afterwards."""
-    was_training = model.training
-    if was_training:
-        model.eval()
-    try:
-        yield
-    finally:
-        if was_training:
-            model.train()

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features import encoder_path
+from hf_ft_ext.features import encoder_path, evaluating
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.prompts.model import architecture, is_prompt_model
 from hf_ft_ext.training.precision import train_in_float32
@@ -145,13 +145,12 @@ def start_from_activations(model: PeftModel) -> None:
     body = base.get_submodule(encoder_path(base))
     cache, n = DynamicCache(), config.num_virtual_tokens
     ids = torch.randint(base.config.vocab_size, (1, n))
-    mode = body.training
     hooks, body._forward_hooks = body._forward_hooks, type(body._forward_hooks)()  # no mask is looked for here
     try:
-        body.eval()(input_ids=ids.to(model.device), past_key_values=cache)
+        with evaluating(body):
+            body(input_ids=ids.to(model.device), past_key_values=cache)
     finally:
         body._forward_hooks = hooks
-        body.train(mode)
     pairs = [(layer.keys, layer.values) for layer in cache.layers]
     if len(pairs) != config.num_layers:
         raise ValueError("its encoder keeps no keys and values of all layers")

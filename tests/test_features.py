@@ -50,6 +50,15 @@ def test_head_reads_the_first_token_and_its_pooler_counts_as_head():
     assert {name for name, _ in model.named_parameters()} == {name for name, _ in tiny_model().named_parameters()}
 
 
+def test_every_module_is_in_the_mode_that_it_had():
+    model = tiny_model("bert").train()
+    model.bert.eval()  # frozen by the user: no dropout in training
+    modes = [module.training for module in model.modules()]
+    reader = reader_of(model)
+    reader.features(batch())
+    assert [module.training for module in model.modules()] == modes and True in modes and False in modes
+
+
 def test_a_model_without_a_base_or_with_another_kind_of_head_has_no_reader():
     assert HeadReader.find(nn.Linear(2, 2), {}) is None
 

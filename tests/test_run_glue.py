@@ -408,6 +408,15 @@ def test_bad_input_ends_before_training(launch, capsys, argv, data, message):
     assert not os.path.exists("out/run.json")
 
 
+def test_label_smoothing_of_a_regression_ends_before_training(launch, tmp_path, capsys):
+    text_dataset(16).select_columns(["sentence"]).add_column("label", [i / 2 for i in range(16)]).to_csv("numbers.csv")
+    data = ["--train_file", "numbers.csv", "--validation_file", "numbers.csv"]
+    assert launch("--label_smoothing_factor", "0.1", "--output_dir", "out", data=data) == 2
+    error = capsys.readouterr().err
+    assert "label_smoothing_factor=0.1 moves probability between classes, and this task is a regression" in error
+    assert "Traceback" not in error and not os.path.exists("out/run.json")
+
+
 def test_resuming_with_another_method(launch, capsys):
     options = ("--do_train", "--max_steps", "2", "--save_steps", "1", "--output_dir", "out")
     assert launch(*options, method="lora") == 0

@@ -129,8 +129,7 @@ class FisherTrainingArguments(MethodTrainingArguments):
     # FishPAL's rate on GLUE; transformers' 5e-5 is meant for training all weights.
     learning_rate: float = field(default=5e-4, metadata={"help": "Initial learning rate of the optimizer."})
 
-    def __post_init__(self):
-        super().__post_init__()
+    def validate(self) -> None:
         for name in ("fisher_candidate_settings", "fisher_learning_rates"):
             setattr(self, name, _mapping(name, getattr(self, name)))
         for name, known in (

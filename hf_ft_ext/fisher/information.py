@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.frozen import skipping_zero_rows
-from hf_ft_ext.fisher.losses import LABELS, TRUE, PerExampleLoss, draws, problem_type_of, refuse_expectation
+from hf_ft_ext.fisher.losses import LABELS, TRUE, Loss, WholeLoss, draws, problem_type_of, refuse_expectation
 from hf_ft_ext.fisher.per_example import Capture, Receiver, find_sites
 from hf_ft_ext.per_example.forms import Form, Outer, dense, largest, parts
 from hf_ft_ext.per_example.unread import first_position_only, last_feed_forward
@@ -46,7 +46,7 @@ def fisher_information(
     *,
     labels: str = TRUE,
     power: int = 2,
-    loss: PerExampleLoss | None = None,
+    loss: Loss | None = None,
     progress: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Sum over examples of the squared (or absolute) gradient of the example's loss, for each scalar parameter.
@@ -60,7 +60,7 @@ def fisher_information(
         parameters: names; `None` = all that require gradients.
         labels: `true`: the empirical Fisher information. `expected`: over the model's own distribution of labels.
         power: 2, or 1 for absolute values.
-        loss: `loss(output, batch)` -> `[batch]`, in place of the classifier's.
+        loss: `loss(output, batch)` -> `[batch]`, in place of the classifier's; or a `WholeLoss`.
         progress: show a bar (first process only).
 
     Returns:
@@ -81,7 +81,7 @@ def gradient_sums(
     *,
     labels: str = TRUE,
     power: int = 2,
-    loss: PerExampleLoss | None = None,
+    loss: Loss | None = None,
     totals: bool = False,
     progress: bool = True,
 ) -> GradientSums:
@@ -103,7 +103,9 @@ def gradient_sums(
         for batch in tqdm(dataloader, desc="Fisher information", disable=not progress or _rank() > 0, leave=False):
             batch = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
             rows = _rows_of(batch, labels, loss)
-            if sums.examples == 0:
+            if isinstance(loss, WholeLoss):
+                looped = names
+            elif sums.examples == 0:
                 few = (model, _sample(batch), min(rows, 2), names, labels, power, problem_type, loss)
                 short = last_feed_forward(model)
                 try:
@@ -156,7 +158,7 @@ def _check(model, own, names, labels, power, loss) -> str | None:
     return problem_type
 
 
-def _rows_of(batch: dict, labels: str, loss: PerExampleLoss | None) -> int:
+def _rows_of(batch: dict, labels: str, loss: Loss | None) -> int:
     if labels == TRUE and loss is None and batch.get("labels") is None:
         raise InputError(
             f"a batch has no labels (it has {', '.join(batch)}), and labels='true' needs them; add them, or take the "
@@ -217,7 +219,7 @@ def _backward(model, capture: Capture, batch, rows, labels, power, problem_type,
                 values.sum().backward(retain_graph=i + 1 < len(pairs))
 
 
-def _inputs(batch: dict, loss: PerExampleLoss | None) -> dict:
+def _inputs(batch: dict, loss: Loss | None) -> dict:
     """Without labels where the loss is computed here: the model's own would cost, and average."""
     return batch if loss is not None else {key: value for key, value in batch.items() if key != "labels"}
 
@@ -298,8 +300,10 @@ def plain_gradients(model, one, names, labels, power, problem_type, loss) -> Ite
     own = dict(model.named_parameters())
     parameters = [own[name].requires_grad_(True) for name in names]
     with torch.enable_grad():
-        output = model(**_inputs(one, loss))
-        pairs = list(draws(output, one, labels, power, problem_type, loss))
+        if isinstance(loss, WholeLoss):
+            pairs = [(1.0, loss.compute(model, one))]
+        else:
+            pairs = list(draws(model(**_inputs(one, loss)), one, labels, power, problem_type, loss))
         for i, (weight, values) in enumerate(pairs):
             last = i + 1 == len(pairs)
             found: tuple = (None,) * len(parameters)

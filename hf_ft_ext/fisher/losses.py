@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,20 @@ LABELS = TRUE, EXPECTED = ("true", "expected")
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = ("regression", "single_label_classification", "multi_label_classification")
 
 PerExampleLoss = Callable[[Any, dict], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class WholeLoss:
+    """A loss that runs the model by itself, such as a Trainer's `compute_loss`; one example at a time.
+
+    Attributes:
+        compute: `compute(model, batch)` -> the loss of a batch, a scalar.
+    """
+
+    compute: Callable[[nn.Module, dict], torch.Tensor]
+
+
+Loss = PerExampleLoss | WholeLoss
 
 
 def problem_type_of(model: nn.Module) -> str:

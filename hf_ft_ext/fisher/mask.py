@@ -9,6 +9,7 @@ from torch import nn
 from hf_ft_ext.entries.choice import at_random, largest
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.information import fisher_information
+from hf_ft_ext.fisher.losses import Loss
 from hf_ft_ext.fisher.mask_names import BIAS, RANDOM, SCORED
 from hf_ft_ext.peft_models import trained_in_full
 
@@ -49,12 +50,21 @@ def kept_entries(model: nn.Module, keep_ratio: float) -> int:
     return kept
 
 
-def choose_entries(model: nn.Module, mask: str, keep_ratio: float, data, seed: int, progress: bool = True):
+def choose_entries(
+    model: nn.Module,
+    mask: str,
+    keep_ratio: float,
+    data,
+    seed: int,
+    progress: bool = True,
+    loss: Loss | None = None,
+):
     """Parameter name -> flat indices of the entries that train.
 
     Args:
         mask: one of `MASKS`; `bias` takes all biases, whatever the ratio.
         data: batches, read where the mask is scored by gradients.
+        loss: another loss than the model's own, as for `fisher_information`.
 
     Raises:
         InputError: no bias in the model, no entry left, or gradients that are zero everywhere.
@@ -74,7 +84,7 @@ def choose_entries(model: nn.Module, mask: str, keep_ratio: float, data, seed: i
     if mask == RANDOM:
         return at_random({name: p.shape for name, p in body.items()}, kept, seed)
     labels, power = SCORED[mask]
-    scores = fisher_information(model, data, body, labels=labels, power=power, progress=progress)
+    scores = fisher_information(model, data, body, labels=labels, power=power, loss=loss, progress=progress)
     if not any(score.any() for score in scores.values()):
         raise InputError("every gradient is exactly zero, so there is nothing to choose by; check the classifier's "
                          "weights and the labels")  # fmt: skip

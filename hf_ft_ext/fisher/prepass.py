@@ -7,6 +7,8 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.loader_batches import draws_own_batches, loader_rows
+from hf_ft_ext.training.method_trainer import overridden
 
 
 def prepass_batches(trainer: Trainer, examples: int, batch_size: int) -> list[dict[str, Any]]:
@@ -15,13 +17,16 @@ def prepass_batches(trainer: Trainer, examples: int, batch_size: int) -> list[di
     Every process gets its part; a process without any gets no batch. Rows of like length share a batch, so that
     little is padded.
 
+    Where the trainer's data loader was overridden, the examples are the first ones that it gives.
+
     Raises:
         InputError: there is no training data.
     """
-    data = trainer.train_dataset
-    if data is None:
+    data, args = trainer.train_dataset, trainer.args
+    if data is None and not overridden(trainer, "get_train_dataloader"):
         raise InputError("the pre-pass needs training data; pass train_dataset (--do_train), or an adapter_plan")
-    args = trainer.args
+    if draws_own_batches(trainer):
+        return loader_rows(trainer, len(range(args.process_index, examples, args.world_size)), batch_size)
     collate = trainer.data_collator
     if isinstance(data, Dataset):
         data = trainer._remove_unused_columns(data, description="pre-pass")

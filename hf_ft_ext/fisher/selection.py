@@ -14,7 +14,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.candidates import Module, default_candidates, groups, layers_of, modules_of, probing
 from hf_ft_ext.fisher.criteria import DEFAULT, NEEDS_TOTALS, ModuleSums, find_criterion
 from hf_ft_ext.fisher.information import gradient_sums
-from hf_ft_ext.fisher.losses import TRUE, PerExampleLoss
+from hf_ft_ext.fisher.losses import TRUE, Loss
 from hf_ft_ext.fisher.plan import AdapterPlan, model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def select_adapters(
     *,
     labels: str = TRUE,
     power: int = 2,
-    loss: PerExampleLoss | None = None,
+    loss: Loss | None = None,
     seed: int = 42,
     progress: bool = True,
 ) -> AdapterPlan:

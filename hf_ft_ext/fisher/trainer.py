@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from hf_ft_ext.adapters.layer_prefix.model import keep_projection
@@ -20,6 +20,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.arguments import HEAD, MASK, RANDOM, SELECT, FisherTrainingArguments
 from hf_ft_ext.fisher.candidates import explained, layers_of, make_candidates
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
+from hf_ft_ext.fisher.losses import WholeLoss
 from hf_ft_ext.fisher.mask import choose_entries
 from hf_ft_ext.fisher.mask_names import SCORED
 from hf_ft_ext.fisher.pictures import PICTURE_FILE, draw_if_possible
@@ -29,11 +30,13 @@ from hf_ft_ext.fisher.rates import split_by_rate
 from hf_ft_ext.fisher.selection import random_choice, select_adapters, settings_of, sizes
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.peft_models import task_type_of, trained_in_full
+from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.method_trainer import MethodTrainer, has_own_loss
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.precision import train_in_float32
-from hf_ft_ext.training.quantized import move, quantized_base, refuse_quantized
+from hf_ft_ext.training.quantized import move, refuse_quantized
 from hf_ft_ext.training.resources import preparation
 from hf_ft_ext.training.sharding import refuse_sharding
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
@@ -41,7 +44,7 @@ from hf_ft_ext.training.sharing import FinishedRun, delta_code
 logger = logging.getLogger(__name__)
 
 
-class FisherTrainer(StopAtNaN, Trainer):
+class FisherTrainer(StopAtNaN, MethodTrainer):
     """`transformers.Trainer` on a model that a Fisher pre-pass has shaped.
 
     `train()` first looks at the gradients of some training examples (unless a plan, `fisher_mode` or the checkpoint
@@ -50,7 +53,7 @@ class FisherTrainer(StopAtNaN, Trainer):
     `PeftModel.from_pretrained` loads after `import hf_ft_ext`; with a mask, the plain model and a small delta.
 
     Args:
-        model, args, and all else: as for `Trainer`. Plain `TrainingArguments` are completed with the
+        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `FisherTrainingArguments`.
 
     Attributes:
@@ -62,29 +65,50 @@ class FisherTrainer(StopAtNaN, Trainer):
 
     own_files: ClassVar[tuple[str, ...]] = (PLAN_FILE, PICTURE_FILE, DELTA_FILE)
     shared_files: ClassVar[tuple[str, ...]] = own_files
+    arguments_class = FisherTrainingArguments
+    no_optimizer = "shapes the model before it makes the optimizer, so one made before trains nothing"
 
     def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
-        args = FisherTrainingArguments.complete(args)
-        _refuse(args)
         self.plan: AdapterPlan | None = None
         self._resumed_from: str | None = None
+        self._is_prepared: bool | None = None  # no data yet
+        super().__init__(model, args, *positional, **kwargs)
+        self._is_prepared = False
+        args = self.args
+        if isinstance(args.resume_from_checkpoint, str) and os.path.isdir(args.resume_from_checkpoint):
+            self._resumed_from = args.resume_from_checkpoint  # named in the arguments, as the launcher does
+            self.prepare()
+
+    def check_arguments(self) -> None:
+        super().check_arguments()
+        args = self.args
+        refuse_sharding(args, "the pre-pass")
         self._given_plan = None if args.adapter_plan is None else AdapterPlan.load(args.adapter_plan)
         self._rates: dict[str, float] = args.fisher_learning_rates or {}
         self._candidates = None
         if args.fisher_mode != MASK and self._given_plan is None:
             self._candidates = make_candidates(args.fisher_candidates, args.fisher_candidate_settings)
-        if model is not None:
-            _refuse_model(model, args)
-            declare_mean_loss(model)
-            if self._given_plan is not None:
-                self._given_plan.check_model(model)
-        with quantized_base(model):
-            super().__init__(model, args, *positional, **kwargs)
         self._check_rates()
-        self._is_prepared = False
-        if isinstance(args.resume_from_checkpoint, str) and os.path.isdir(args.resume_from_checkpoint):
-            self._resumed_from = args.resume_from_checkpoint  # named in the arguments, as the launcher does
-            self.prepare()
+        if self._looks_at_gradients():
+            refuse_label_names(args)
+
+    def _looks_at_gradients(self) -> bool:
+        """Whether there is a pre-pass over training examples and their labels."""
+        if self.args.fisher_mode == MASK:
+            return self.args.mask in SCORED
+        return self.args.fisher_mode == SELECT and self._given_plan is None
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        if self.args.fisher_mode == MASK:
+            refuse_quantized(model, "a mask trains entries of")
+        if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise InputError(
+                "the model carries PEFT adapters already; pass the base model, or merge the adapters first"
+            )
+        declare_mean_loss(model)
+        if self._given_plan is not None:
+            self._given_plan.check_model(model)
+        return model
 
     # --- shaping the model ------------------------------------------------------------------------
 
@@ -103,13 +127,14 @@ class FisherTrainer(StopAtNaN, Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
-        _refuse_model(model, self.args)
-        declare_mean_loss(model)
-        if not hasattr(self, "_is_prepared"):  # within __init__: there is no data yet
+        if self._is_prepared is None:  # within __init__
             return model
+        if trial is not None:
+            self.plan = None  # that of the trial before
         with preparation(self):
             model = self._shaped(move(model, self.args.device))
         self._is_prepared = True
+        self._leave_plan()
         return model
 
     def _shaped(self, model: nn.Module) -> nn.Module:
@@ -136,7 +161,8 @@ class FisherTrainer(StopAtNaN, Trainer):
             batches = prepass_batches(self, args.examples, args.fisher_batch_size)
             return select_adapters(
                 model, batches, self._candidates, args.fisher_criterion or DEFAULT_CRITERION, args.fisher_budget,
-                labels=args.fisher_labels, power=args.fisher_power, seed=args.seed, progress=not args.disable_tqdm,
+                labels=args.fisher_labels, power=args.fisher_power, loss=self._own_loss(), seed=args.seed,
+                progress=not args.disable_tqdm,
             )  # fmt: skip
         layers, names = layers_of(model), list(self._candidates)
         parameters = sizes(model, self._candidates, layers, args.seed)
@@ -159,12 +185,18 @@ class FisherTrainer(StopAtNaN, Trainer):
             batches: Sequence[dict[str, torch.Tensor]] = ()
             if args.mask in SCORED:
                 batches = prepass_batches(self, args.examples, args.fisher_batch_size)
-            chosen = choose_entries(model, args.mask, args.keep_ratio, batches, args.seed, not args.disable_tqdm)
+            chosen = choose_entries(
+                model, args.mask, args.keep_ratio, batches, args.seed, not args.disable_tqdm, self._own_loss()
+            )
         heads = trained_in_full(model)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(any(name.startswith(f"{head}.") for head in heads))
         attach_entries(model, chosen)
         return model
+
+    def _own_loss(self) -> WholeLoss | None:
+        """The user's loss, if `compute_loss` or `compute_loss_func` is one: what trains is chosen by it too."""
+        return WholeLoss(lambda model, batch: self.compute_loss(model, dict(batch))) if has_own_loss(self) else None
 
     def _check_rates(self) -> None:
         known = set(self._given_plan.candidates if self._given_plan is not None else self._candidates or ()) | {HEAD}
@@ -183,9 +215,12 @@ class FisherTrainer(StopAtNaN, Trainer):
             self._resumed_from = last
         if self.model_init is None:
             self.prepare()
+            self._leave_plan()
+        return super().train(resume_from_checkpoint, *positional, **kwargs)
+
+    def _leave_plan(self) -> None:
         if self.plan is not None and self.args.should_save:
             self._save_plan(self.args.output_dir)
-        return super().train(resume_from_checkpoint, *positional, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As `Trainer`'s, and the projections of bottlenecks, which may sit at a LayerNorm without being one."""
@@ -260,14 +295,3 @@ def _plan_of_checkpoint(folder: str) -> AdapterPlan:
             "method that wrote it"
         )
     return AdapterPlan.load(folder)
-
-
-def _refuse(args: FisherTrainingArguments) -> None:
-    refuse_sharding(args, "the pre-pass")
-
-
-def _refuse_model(model: nn.Module, args: FisherTrainingArguments) -> None:
-    if args.fisher_mode == MASK:
-        refuse_quantized(model, "a mask trains entries of")
-    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise InputError("the model carries PEFT adapters already; pass the base model, or merge the adapters first")

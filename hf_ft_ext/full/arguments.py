@@ -1,6 +1,5 @@
 """Arguments of `--method full`."""
 
-import json
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -48,15 +47,11 @@ class FullTrainingArguments(MethodTrainingArguments):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*MethodTrainingArguments._VALID_DICT_FIELDS, "peft_config"]
 
-    def __post_init__(self):
-        if isinstance(self.peft_config, str):
-            try:
-                self.peft_config = json.loads(self.peft_config)
-            except ValueError as error:
-                raise InputError(f"peft_config={self.peft_config!r} is no JSON: {error}") from None
+    json_fields: ClassVar[tuple[str, ...]] = ("peft_config",)
+
+    def validate(self) -> None:
         if self.optimizer is not None:
             self._set_optim()
-        super().__post_init__()
         if self.fix_layers < 0:
             raise InputError(f"fix_layers={self.fix_layers} is no number of layers; pass 0 or more")
         if self.peft_config and self.peft is None:
@@ -76,9 +71,11 @@ class FullTrainingArguments(MethodTrainingArguments):
             raise InputError(f"optimizer={self.optimizer!r} is unknown; choose from: {', '.join(OPTIMIZERS)}")
         default = next(f.default for f in fields(TrainingArguments) if f.name == "optim")
         wanted = {ADAM: OptimizerNames.ADAMW_TORCH_FUSED, SGD: OptimizerNames.SGD, SIGNGD: OptimizerNames.SGD}
-        if self.optim not in (default, wanted[self.optimizer]):
+        # Set here before, for another optimizer: a hyperparameter search changes that.
+        ours = getattr(self, "_optim_set", None)
+        if self.optim not in (default, ours, wanted[self.optimizer]):
             raise InputError(_both(self.optimizer, getattr(self.optim, "value", self.optim)))
-        self.optim = wanted[self.optimizer].value
+        self.optim = self._optim_set = wanted[self.optimizer]
 
     @property
     def gradients(self) -> Gradients:

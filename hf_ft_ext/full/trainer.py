@@ -1,12 +1,11 @@
 """`FullTrainer`: a Trainer for plain fine-tuning, with the choices of the kernel paper."""
 
-import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.full.arguments import SIGNGD, FullTrainingArguments
@@ -15,16 +14,15 @@ from hf_ft_ext.full.signgd import SignGD
 from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.method_trainer import MethodTrainer, overridden
 from hf_ft_ext.training.quantized import refuse_quantized
 
-logger = logging.getLogger(__name__)
 
-
-class FullTrainer(StopAtNaN, Trainer):
+class FullTrainer(StopAtNaN, MethodTrainer):
     """`transformers.Trainer` with a choice of optimizer, frozen low layers, squared loss, or a peft method.
 
     Args:
-        model, args, and all else: as for `Trainer`. Plain `TrainingArguments` are completed with the
+        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `FullTrainingArguments`.
 
     Raises:
@@ -33,27 +31,56 @@ class FullTrainer(StopAtNaN, Trainer):
     Source: the settings of Malladi et al., ICML 2023 (arXiv 2210.05643), princeton-nlp/LM-Kernel-FT.
     """
 
-    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
-        args = FullTrainingArguments.complete(args)
-        own = kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs")
-        if args.optimizer is not None and own:
-            raise InputError(f"optimizer={args.optimizer} and an optimizer were both passed; leave one of them out")
-        if args.optimizer == SIGNGD:
-            settings = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-            kwargs["optimizer_cls_and_kwargs"] = (SignGD, settings)
-        if args.l2_loss:
-            if kwargs.get("compute_loss_func") is not None:
-                raise InputError("l2_loss and compute_loss_func are two losses; pass one of them")
-            kwargs["compute_loss_func"] = l2_loss
-        if model is not None:
-            model = self._prepared(model, args)
-        super().__init__(model, args, *positional, **kwargs)
+    arguments_class = FullTrainingArguments
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        return self._prepared(super().call_model_init(trial), self.args)
+    def check_passed(self, passed: Mapping[str, Any]) -> None:
+        if self.args.peft is not None or self.args.fix_layers:
+            super().check_passed(passed)  # else trl may wrap the model
+        ready = (passed.get("optimizers") or (None,))[0] is not None
+        if self.args.optimizer is not None and (ready or passed.get("optimizer_cls_and_kwargs") is not None):
+            raise InputError(
+                f"optimizer={self.args.optimizer} and an optimizer were both passed; leave one of them out"
+            )
+        if ready and self.args.peft is not None:
+            raise InputError(
+                f"optimizers: peft={self.args.peft} freezes the model and adds parameters, which an optimizer made "
+                "before does not hold; pass optimizer_cls_and_kwargs, or leave it out"
+            )
+        if self.args.l2_loss and passed.get("compute_loss_func") is not None:
+            raise InputError("l2_loss and compute_loss_func are two losses; pass one of them")
 
-    @staticmethod
-    def _prepared(model: nn.Module, args: FullTrainingArguments) -> nn.Module:
+    def apply_arguments(self) -> None:
+        super().apply_arguments()
+        if self.args.l2_loss:
+            if self.compute_loss_func not in (None, l2_loss) or overridden(self, "compute_loss"):
+                raise InputError("l2_loss and your compute_loss are two losses; leave one of them out")
+            self.compute_loss_func = l2_loss
+        elif self.compute_loss_func is l2_loss:
+            self.compute_loss_func = None
+        if self.optimizer is not None and self.model_init is None:
+            self._check_optimizer_trains()
+
+    def _check_optimizer_trains(self) -> None:
+        trained = {id(p) for p in self.model.parameters() if p.requires_grad}
+        if not any(id(p) in trained for group in self.optimizer.param_groups for p in group["params"]):
+            raise InputError(
+                "optimizers: the optimizer holds none of the parameters that train; make it from the model that is "
+                "passed, or pass optimizer_cls_and_kwargs"
+            )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """`SignGD` where it was chosen, at the rate that the arguments have now; else `Trainer`'s own."""
+        if self.args.optimizer != SIGNGD or self.optimizer is not None:
+            return super().create_optimizer(model)
+        settings = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
+        self.optimizer_cls_and_kwargs = (SignGD, settings)
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = None  # the next trial of a search has another rate
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        args = self.args
         declare_mean_loss(model)
         config = getattr(model, "config", None)
         if args.l2_loss and getattr(config, "problem_type", None) == "regression":

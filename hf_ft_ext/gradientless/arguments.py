@@ -1,6 +1,5 @@
 """Arguments of `--method gradientless`."""
 
-import json
 import re
 from dataclasses import dataclass, field, fields
 from typing import ClassVar
@@ -178,15 +177,10 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*MethodTrainingArguments._VALID_DICT_FIELDS, "search_peft_config"]
 
-    def __post_init__(self):
-        if self.learning_rate is None:
-            self.learning_rate = _RATES.get(self.search_method, 0.0)
-        if isinstance(self.search_peft_config, str):
-            try:
-                self.search_peft_config = json.loads(self.search_peft_config)
-            except ValueError as error:
-                raise InputError(f"search_peft_config={self.search_peft_config!r} is no JSON: {error}") from None
-        super().__post_init__()
+    json_fields: ClassVar[tuple[str, ...]] = ("search_peft_config",)
+
+    def validate(self) -> None:
+        self._set_rate()
         self._check_values()
         self._check_together()
         refuse_gradients(self)
@@ -194,6 +188,11 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
     @property
     def gradients(self) -> Gradients:
         return Gradients.WEIGHTS if self.search_method == ADAM_BASELINE else Gradients.NONE
+
+    def _set_rate(self) -> None:
+        """The search's own rate where none was passed; another search, as a trial may set it, has another."""
+        if self.learning_rate is None or self.learning_rate == getattr(self, "_rate_set", None):
+            self.learning_rate = self._rate_set = _RATES.get(self.search_method, 0.0)
 
     def _check_values(self) -> None:
         for name, known in (

@@ -7,12 +7,13 @@ import torch
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.parallel import Alone
+from hf_ft_ext.training.copying import CopiedInFull
 
 Closure = Callable[[], float | torch.Tensor]
 _OWN_STATE = "search"
 
 
-class GradientFreeOptimizer(torch.optim.Optimizer):
+class GradientFreeOptimizer(CopiedInFull):
     """An optimizer that looks at losses only.
 
     `step(closure)` evaluates `closure()`, the loss at the present weights, as often as the method needs. For training

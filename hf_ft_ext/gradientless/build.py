@@ -13,6 +13,7 @@ from hf_ft_ext.gradientless.objective import F1, MATTHEWS, Objective
 from hf_ft_ext.gradientless.parallel import DATA
 from hf_ft_ext.gradientless.selection import ALL
 from hf_ft_ext.gradientless.spsa import SPSA
+from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.sharding import refuse_sharding
 
 logger = logging.getLogger(__name__)
@@ -66,15 +67,14 @@ def build_optimizer(
     )
 
 
-def refuse_misfits(args: GradientlessTrainingArguments, objective: Objective | None, kwargs: dict) -> None:
+def refuse_misfits(args: GradientlessTrainingArguments, objective: Objective | None) -> None:
     """Options that cannot be honoured are errors, not silence.
 
     Raises:
         InputError: one of them was passed.
     """
-    if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
-        raise InputError("GradientlessTrainer makes its own optimizer (see search_method); leave `optimizers` out")
     refuse_sharding(args, "a search")
+    refuse_label_names(args)
     if objective is not None and args.search_objective != "loss":
         raise InputError(
             f"objective and search_objective={args.search_objective} were both passed; leave one of them out"

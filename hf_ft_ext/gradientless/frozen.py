@@ -2,15 +2,19 @@
 
 import logging
 
-from transformers import Trainer
+import torch
+from transformers import DataCollatorWithPadding, DefaultDataCollator, Trainer, default_data_collator
 
 from hf_ft_ext.feature_cache import cached_features, feature_bytes
-from hf_ft_ext.feature_rows import SAMPLE, for_collator, labels_of, read_in_order
+from hf_ft_ext.feature_rows import SAMPLE, for_collator, inputs_of, labels_of, read_in_order
 from hf_ft_ext.features import HeadReader
 from hf_ft_ext.gradientless.rows import FeatureRows, in_order
+from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.training.resources import preparation
 
 logger = logging.getLogger(__name__)
+
+_PADDING = (DataCollatorWithPadding, DefaultDataCollator, ContextCollator)
 
 
 def find_reader(trainer: Trainer) -> HeadReader | None:
@@ -19,11 +23,29 @@ def find_reader(trainer: Trainer) -> HeadReader | None:
         logger.info("streamed training data: every candidate runs the whole model")
         return None
     rows = min(SAMPLE, len(trainer.train_dataset))
-    reader = HeadReader.find(trainer.model, next(in_order(trainer, trainer.train_dataset, rows)))
+    return reader_of_batch(trainer, next(in_order(trainer, trainer.train_dataset, rows)))
+
+
+def reader_of_batch(trainer: Trainer, batch: dict[str, torch.Tensor]) -> HeadReader | None:
+    """The same, found from a training batch."""
+    reader = HeadReader.find(trainer.model, inputs_of(batch, trainer.args.device))
     if reader is None:
         name = type(trainer.model).__name__
         logger.info("the head of %s reads more than one vector per row: candidates run the whole model", name)
     return reader
+
+
+def collates_alike(trainer: Trainer) -> bool:
+    """Whether a row gives the same inputs and label each time, and the label that stands in the data set.
+
+    Known of transformers' padding collators and ours. Another one may mask tokens at random or make the labels, so
+    the encoder runs on each batch as it is (a message says so).
+    """
+    if type(trainer.data_collator) in _PADDING or trainer.data_collator is default_data_collator:
+        return True
+    name = getattr(trainer.data_collator, "__name__", type(trainer.data_collator).__name__)
+    logger.info("data_collator %s may change rows from batch to batch: the encoder runs in every step", name)
+    return False
 
 
 def feature_rows(trainer: Trainer, reader: HeadReader) -> FeatureRows | None:

@@ -17,7 +17,10 @@ def refuse_gradients(args: TrainingArguments) -> None:
             f"max_grad_norm={args.max_grad_norm} clips gradients, and a search has none; leave it out or pass 0"
         )
     if args.gradient_checkpointing:
-        raise InputError("gradient_checkpointing saves memory of a backward pass, and a search has none; leave it out")
+        raise InputError(
+            "gradient_checkpointing saves memory of a backward pass, and a search has none; leave it out, or pass "
+            "False where your arguments have it on"
+        )
     if args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
         raise InputError(
             f"optim={args.optim.value!r} needs gradients; leave it out: search_method says how weights move"

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from hf_ft_ext.errors import InputError
+
 MODES = DATA, CANDIDATES = ("data", "candidates")
 SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
 
@@ -20,7 +22,19 @@ class Alone:
         return losses
 
 
-class SharedData(Alone):
+class _Shared(Alone):
+    """Work on several processes, which are the same for a copy of the optimizer and cannot be written to a file."""
+
+    def __deepcopy__(self, memo: dict) -> "_Shared":
+        return self
+
+    def __reduce__(self):
+        raise InputError(
+            "an optimizer that shares its work with other processes cannot be pickled; save optimizer.state_dict()"
+        )
+
+
+class SharedData(_Shared):
     """Every process scores every candidate on its own part of the batch; the losses are averaged.
 
     Args:
@@ -36,7 +50,7 @@ class SharedData(Alone):
         return sums[:-1] / sums[-1]
 
 
-class SharedCandidates(Alone):
+class SharedCandidates(_Shared):
     """Every process has the whole batch and scores its share of the candidates.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hf_ft_ext.errors import InputError
@@ -22,7 +22,7 @@ from hf_ft_ext.gradientless.arguments import (
 )
 from hf_ft_ext.gradientless.build import build_optimizer, refuse_misfits
 from hf_ft_ext.gradientless.evaluation import HeadEvaluation, StepEvaluation
-from hf_ft_ext.gradientless.frozen import feature_rows, find_reader
+from hf_ft_ext.gradientless.frozen import collates_alike, feature_rows, find_reader, reader_of_batch
 from hf_ft_ext.gradientless.objective import F1, LOSS, Objective, make_objective, of_the_user
 from hf_ft_ext.gradientless.parallel import CANDIDATES, SharedCandidates, SharedData
 from hf_ft_ext.gradientless.rows import FeatureRows, train_dataloader
@@ -35,14 +35,14 @@ from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.batches import check_full_batch
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, has_own_loss, overridden
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.precision import warn_of_lost_updates
-from hf_ft_ext.training.quantized import quantized_base
 
 logger = logging.getLogger(__name__)
 
 
-class GradientlessTrainer(StopAtNaN, Trainer):
+class GradientlessTrainer(StopAtNaN, MethodTrainer):
     """`transformers.Trainer` that searches: no backward pass, no gradients, no moments.
 
     Each optimizer step compares losses of the same batch under different weights, by `DirectSearch` or `SPSA`.
@@ -50,7 +50,7 @@ class GradientlessTrainer(StopAtNaN, Trainer):
     the first step (`feature_cache_gb`), and all candidates of a tensor are evaluated at once.
 
     Args:
-        model, args, and all else: as for `Trainer`. Plain `TrainingArguments` are completed with the
+        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `GradientlessTrainingArguments`.
         objective: `objective(logits [rows, classes], labels [rows])` -> a number to minimise, in place of
             `search_objective`; it needs no derivative. The logits are those of a whole optimizer step.
@@ -58,6 +58,10 @@ class GradientlessTrainer(StopAtNaN, Trainer):
     Raises:
         InputError: nothing to search, or an option that this method cannot honour.
     """
+
+    arguments_class = GradientlessTrainingArguments
+    no_optimizer = "makes its own optimizer (see search_method)"
+    no_optimizer_class = True
 
     def __init__(
         self,
@@ -67,20 +71,19 @@ class GradientlessTrainer(StopAtNaN, Trainer):
         objective: Objective | None = None,
         **kwargs,
     ):
-        args = GradientlessTrainingArguments.complete(args)
-        self.args, self.objective = args, objective
-        refuse_misfits(args, objective, kwargs)
-        if model is not None:
-            model = self._prepared(model)
-        with quantized_base(model):
-            super().__init__(model, args, *positional, **kwargs)
-        if self.optimizer is not None:  # passed by position
-            refuse_misfits(args, objective, {"optimizers": (self.optimizer, None)})
+        self.objective = objective
+        super().__init__(model, args, *positional, **kwargs)
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        return self._prepared(super().call_model_init(trial))
+    def check_arguments(self) -> None:
+        super().check_arguments()
+        refuse_misfits(self.args, self.objective)
+        if self._own_loader() and self.args.world_size > 1 and self.args.candidate_parallel == CANDIDATES:
+            raise InputError(
+                "candidate_parallel=candidates gives every process the whole batch, which an overridden "
+                "get_train_dataloader decides about; pass candidate_parallel=data"
+            )
 
-    def _prepared(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         declare_mean_loss(model)
         if self.args.search_peft is not None:
             settings = self.args.search_peft_config
@@ -97,6 +100,7 @@ class GradientlessTrainer(StopAtNaN, Trainer):
         self._reader: HeadReader | None = None
         self._rows: FeatureRows | None = None
         self._looked_for_features = False
+        self._evaluation: HeadEvaluation | None = None
         return model
 
     @property
@@ -123,7 +127,8 @@ class GradientlessTrainer(StopAtNaN, Trainer):
             self.model.requires_grad_(False)  # so that nothing keeps room for gradients
             self.optimizer = build_optimizer(self.args, self.model, self.searched)
             self._micro_batches: list[dict[str, torch.Tensor]] = []
-            self._evaluation = self._make_evaluation()
+            if not self._own_loader():
+                self._make_evaluation()
             self._share_work()
         return self.optimizer
 
@@ -132,8 +137,12 @@ class GradientlessTrainer(StopAtNaN, Trainer):
         # Without gradients there is nothing for DistributedDataParallel to do but to keep buckets for them.
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
+    def _own_loader(self) -> bool:
+        """Whether the user decides what a training batch is: how the head reads is then found from the first one."""
+        return overridden(self, *DATA_LOADING)
+
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        if not self.is_in_train:  # somebody wants to look at the data
+        if not self.is_in_train or self._own_loader():  # somebody wants to look at the data, or makes the batches
             return super().get_train_dataloader()
         # Rows of cached features have a loader of their own; check before the features are made.
         check_full_batch(self.args, self.train_dataset)
@@ -153,6 +162,8 @@ class GradientlessTrainer(StopAtNaN, Trainer):
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
         batches, self._micro_batches = self._micro_batches, []
+        if self._own_loader() and not self._looked_for_features:
+            self._make_evaluation(batches[0])
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(optimizer.exchange, SharedData):
             optimizer.exchange.weight = float(sum(rows_of(batch) for batch in batches))
@@ -189,7 +200,7 @@ class GradientlessTrainer(StopAtNaN, Trainer):
 
     def _by_model_loss(self) -> bool:
         """Whether the loss is the model's own or the user's, which only `compute_loss` knows."""
-        own = type(self).compute_loss is not Trainer.compute_loss or self.compute_loss_func is not None
+        own = has_own_loss(self)
         inner = self._inner()
         plain = type(inner).__name__.endswith("ForSequenceClassification")
         # a prompt's regression compares the probabilities of two words, not numbers
@@ -222,31 +233,40 @@ class GradientlessTrainer(StopAtNaN, Trainer):
         model = self.model
         return hasattr(model, "base_model_prefix") and set(self._searched) <= set(head_parameters(model))
 
-    def _look_for_features(self) -> None:
-        if self._looked_for_features or self.train_dataset is None:
+    def _look_for_features(self, batch: dict[str, torch.Tensor] | None = None) -> None:
+        """Find how the head reads, and compute the features of all rows where nothing else can be in a batch.
+
+        Args:
+            batch: a training batch to find it from; `None` = rows of `train_dataset`.
+        """
+        if self._looked_for_features or (self.train_dataset is None and batch is None):
             return
         self._looked_for_features = True
         if self.args.search_dropout or self._by_model_loss() or isinstance(self.model, PeftModel):
             return
         if not hasattr(self.model, "base_model_prefix") or not set(self._searched) & set(head_parameters(self.model)):
             return
+        if batch is not None:
+            self._reader = reader_of_batch(self, batch)
+            return
         self._reader = find_reader(self)
-        if self._reader is not None and self._all_in_head():
+        if self._reader is not None and self._all_in_head() and collates_alike(self):
             with self._scoring():
                 self._rows = feature_rows(self, self._reader)
 
-    def _make_evaluation(self) -> HeadEvaluation | None:
-        self._look_for_features()
+    def _make_evaluation(self, batch: dict[str, torch.Tensor] | None = None) -> None:
+        self._look_for_features(batch)
         if self.args.search_selection == FISHER and (self._reader is None or not self._all_in_head()):
             raise InputError(
                 "search_selection=fisher is for tensors of a head that reads one vector per row, and this search is "
                 "not of that kind; select at random"
             )
         if self._reader is None:
-            return None
+            return
         head = head_parameters(self.model)
         names = {id(p): name for name, p in self.searched.items() if name in head}
-        return HeadEvaluation(self._reader, names, self._objective_function(), self.args.search_fisher or DIVERGENCE)
+        fisher = self.args.search_fisher or DIVERGENCE
+        self._evaluation = HeadEvaluation(self._reader, names, self._objective_function(), fisher)
 
     # --- processes ---------------------------------------------------------------------------------
 

@@ -1,39 +1,39 @@
 """Arguments of `--method kernel`."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
+from hf_ft_ext.arguments import Gradients
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.ntk import Engine, KernelOptions
 from hf_ft_ext.kernel.solvers import Solver, SolverOptions
+from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
+from hf_ft_ext.training.completion import chosen
 
 AUTO = "auto"
-# What steers a training loop or its precision, and has nothing to act on here.
-_OF_A_LOOP = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "auto_find_batch_size", "bf16", "eval_strategy", "fp16",
-    "gradient_accumulation_steps", "gradient_checkpointing", "hp_search", "label_smoothing_factor", "learning_rate",
-    "load_best_model_at_end", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_steps",
-    "num_train_epochs", "optim", "optim_args", "per_device_train_batch_size", "resume_from_checkpoint",
-    "torch_compile", "torch_compile_backend", "torch_compile_mode", "train_sampling_strategy", "warmup_steps",
-    "weight_decay",
+# The kernel is computed in the weights' own precision, by the model as it is, and predictions are made at once.
+_OF_MODEL_RUNS = (
+    "batch_eval_metrics", "bf16", "eval_accumulation_steps", "fp16", "include_for_metrics", "label_smoothing_factor",
+    "torch_compile", "torch_compile_backend", "torch_compile_mode",
 )  # fmt: skip
+# Settings of one solver -> the solvers that read it.
+_ONLY_OF_SOLVERS = {"kernel_gamma": ("asym",), "kernel_lambda": ("asym",), "kernel_svm_c": ("svr", "svc")}
 
 
 @dataclass
-class KernelTrainingArguments(MethodTrainingArguments):
+class KernelTrainingArguments(AtOnceTrainingArguments):
     """`transformers.TrainingArguments` plus the settings of the kernel and of its solver.
 
-    Nothing that steers a training loop has an effect: there is none. `per_device_eval_batch_size` is the number of
+    What steers a training loop is refused: there is none. `per_device_eval_batch_size` is the number of
     rows in a forward pass.
 
     Raises:
         InputError: a value out of range.
     """
 
-    needs_all_rows: ClassVar[bool] = True
+    instead_of_steps: ClassVar[str] = "method kernel has none: the task is solved with the kernel at once"
+    also_without_effect: ClassVar[tuple[str, ...]] = _OF_MODEL_RUNS
 
     kernel_formula: str = field(
         default=Formula.SGD.value,
@@ -125,16 +125,12 @@ class KernelTrainingArguments(MethodTrainingArguments):
         metadata={"help": "The task's name in those files; none = the only one there is, and `task` when writing."},
     )
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*MethodTrainingArguments._VALID_DICT_FIELDS, "kernel_peft_config"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*AtOnceTrainingArguments._VALID_DICT_FIELDS, "kernel_peft_config"]
 
-    def __post_init__(self):
-        if isinstance(self.kernel_peft_config, str):
-            try:
-                self.kernel_peft_config = json.loads(self.kernel_peft_config)
-            except ValueError as error:
-                raise InputError(f"kernel_peft_config={self.kernel_peft_config!r} is no JSON: {error}") from None
-        super().__post_init__()
-        self.max_steps = 1  # what a plan and a progress bar count
+    json_fields: ClassVar[tuple[str, ...]] = ("kernel_peft_config",)
+
+    def validate(self) -> None:
+        super().validate()
         for name, kind in (("kernel_formula", Formula), ("kernel_solver", Solver), ("kernel_engine", Engine)):
             if getattr(self, name) not in [member.value for member in kind]:
                 choices = ", ".join(member.value for member in kind)
@@ -173,6 +169,12 @@ class KernelTrainingArguments(MethodTrainingArguments):
         if self.f0_scaling != 1 and not self.adjust_for_init:
             raise InputError(f"f0_scaling={self.f0_scaling} needs adjust_for_init; pass both, or leave it out")
 
+        for name, solvers in _ONLY_OF_SOLVERS.items():
+            if self.kernel_solver not in solvers and chosen(self, name):
+                raise InputError(_of_another_solver(name, self.kernel_solver))
+        if not self.eval_do_concat_batches:
+            raise InputError("eval_do_concat_batches=false: a kernel predicts all rows at once; leave it out")
+
     @property
     def gradients(self) -> Gradients:
         return Gradients.NONE
@@ -182,17 +184,11 @@ class KernelTrainingArguments(MethodTrainingArguments):
         return self.kernel_regularization == AUTO
 
     def check_given(self, given: dict[str, Any]) -> None:
-        for name in _OF_A_LOOP:
-            if given.get(name):
-                raise InputError(
-                    f"{name}={given[name]} steers a training loop, and method kernel has none: the task is solved "
-                    "with the kernel at once; leave it out"
-                )
         if self.random_model_init and given.get("from_linearhead"):
             raise InputError("random_model_init would undo from_linearhead; leave one of the two out")
-        for name, solver in (("kernel_gamma", "asym"), ("kernel_lambda", "asym"), ("kernel_svm_c", "svr or svc")):
-            if name in given and self.kernel_solver not in solver.split(" or "):
-                raise InputError(f"{name} is of kernel_solver={solver}, not {self.kernel_solver}; leave it out")
+        for name, solvers in _ONLY_OF_SOLVERS.items():
+            if name in given and self.kernel_solver not in solvers:
+                raise InputError(_of_another_solver(name, self.kernel_solver))
         super().check_given(given)
 
     def options(self, binary: bool, multi_label: bool = False) -> KernelOptions:
@@ -222,3 +218,7 @@ class KernelTrainingArguments(MethodTrainingArguments):
             regression=regression,
             multi_label=multi_label,
         )
+
+
+def _of_another_solver(name: str, solver: str) -> str:
+    return f"{name} is of kernel_solver={' or '.join(_ONLY_OF_SOLVERS[name])}, not {solver}; leave it out"

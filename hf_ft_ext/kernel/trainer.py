@@ -4,7 +4,7 @@ import contextlib
 import logging
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, TrainingArguments
+from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS
@@ -32,6 +32,7 @@ from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.training.at_once import AtOnceTrainer
 from hf_ft_ext.training.files import replacing, write_json
 from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.method_trainer import overridden
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.quantized import refuse_quantized
 from hf_ft_ext.training.sharing import FinishedRun, rerun_code
@@ -55,7 +56,7 @@ class KernelTrainer(AtOnceTrainer):
     (`kernel_dir`), so an interrupted run continues and a repeated one computes nothing.
 
     Args:
-        model, args, and all else: as for `Trainer`. Plain `TrainingArguments` are completed with the
+        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `KernelTrainingArguments`. A PEFT model's kernel is over its trainable parameters.
 
     Raises:
@@ -69,19 +70,25 @@ class KernelTrainer(AtOnceTrainer):
     solution = "a kernel"
     start_over = "run again with the same kernel_dir, and finished blocks are found there"
 
-    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
-        args = KernelTrainingArguments.complete(args)
-        self.args = args
-        self.solved: KernelModel | None = None
-        self.regularization = 0.0
-        if model is not None:
-            model = self._prepared(model)
-        super().__init__(model, args, *positional, **kwargs)
+    arguments_class = KernelTrainingArguments
+    solved: KernelModel | None = None
+    regularization = 0.0
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        return self._prepared(super().call_model_init(trial))
+    def check_passed(self, passed: Mapping[str, Any]) -> None:
+        super().check_passed(passed)
+        if passed.get("preprocess_logits_for_metrics") is not None:
+            raise InputError("a kernel predicts without the model's outputs; leave preprocess_logits_for_metrics out")
 
-    def _prepared(self, model: nn.Module) -> nn.Module:
+    def check_arguments(self) -> None:
+        super().check_arguments()
+        if overridden(self, "prediction_step"):
+            raise InputError(
+                f"{type(self).__name__} overrides prediction_step, and a kernel predicts all rows at once; leave it "
+                "out"
+            )
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        self.solved = None
         args = self.args
         declare_mean_loss(model)
         refuse_quantized(model, "a kernel is computed in float32 or float64 from")

@@ -79,6 +79,11 @@ def check_together(run_args: RunArguments, training_args: MethodTrainingArgument
         )
     if training_args.prediction_loss_only and training_args.do_predict:
         raise InputError("--prediction_loss_only leaves no predictions to write; drop it or --do_predict")
+    if not training_args.eval_do_concat_batches:
+        raise InputError(
+            "--eval_do_concat_batches false leaves predictions batch by batch, and metrics and predictions.tsv are of "
+            "all rows; leave it out"
+        )
     resume = training_args.resume_from_checkpoint
     if resume is not None and resume.lower() in ("false", "none", ""):
         resume = training_args.resume_from_checkpoint = None

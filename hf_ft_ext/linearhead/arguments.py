@@ -1,33 +1,25 @@
 """Arguments of `--method linearhead`."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
+from hf_ft_ext.arguments import Gradients
 from hf_ft_ext.errors import InputError
-
-# What steers a training loop, which this method has not.
-_OF_A_LOOP = (
-    "adam_beta1", "adam_beta2", "adam_epsilon", "auto_find_batch_size", "early_stopping_patience", "eval_strategy",
-    "gradient_accumulation_steps", "gradient_checkpointing", "hp_search", "label_smoothing_factor", "learning_rate",
-    "load_best_model_at_end", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm", "max_steps",
-    "num_train_epochs", "optim", "optim_args",
-    "per_device_train_batch_size", "resume_from_checkpoint", "train_sampling_strategy", "warmup_steps", "weight_decay",
-)  # fmt: skip
+from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
 
 
 @dataclass
-class LinearHeadTrainingArguments(MethodTrainingArguments):
+class LinearHeadTrainingArguments(AtOnceTrainingArguments):
     """`transformers.TrainingArguments` plus the settings of linear probing.
 
-    Nothing that steers a training loop has an effect: there is none. `per_device_eval_batch_size` is the number of
+    What steers a training loop is refused: there is none. `per_device_eval_batch_size` is the number of
     rows that the encoder takes at once.
 
     Raises:
         InputError: a value out of range.
     """
 
-    needs_all_rows: ClassVar[bool] = True
+    instead_of_steps: ClassVar[str] = "method linearhead has none: the head is fitted at once"
 
     linearhead_c: float | None = field(
         default=None,
@@ -50,9 +42,8 @@ class LinearHeadTrainingArguments(MethodTrainingArguments):
         default=None, metadata={"help": "Where features are kept; none = beside the Hub's cache."}
     )
 
-    def __post_init__(self):
-        super().__post_init__()
-        self.max_steps = 1  # what a plan and a progress bar count
+    def validate(self) -> None:
+        super().validate()
         if self.linearhead_c is not None and not 0 < self.linearhead_c < float("inf"):
             raise InputError(f"linearhead_c={self.linearhead_c} is no strength; pass a number above 0, such as 1")
         if self.linearhead_folds < 2:
@@ -67,12 +58,3 @@ class LinearHeadTrainingArguments(MethodTrainingArguments):
     @property
     def gradients(self) -> Gradients:
         return Gradients.NONE
-
-    def check_given(self, given: dict[str, Any]) -> None:
-        for name in _OF_A_LOOP:
-            if name in given:
-                raise InputError(
-                    f"{name}={given[name]} steers a training loop, and method linearhead has none: the head is fitted "
-                    "at once; leave it out"
-                )
-        super().check_given(given)

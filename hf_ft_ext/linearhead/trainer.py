@@ -8,7 +8,6 @@ import torch
 from accelerate.utils import broadcast, broadcast_object_list
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_rows import SAMPLE, batches_in_order, for_collator
@@ -29,7 +28,7 @@ class LinearHeadTrainer(AtOnceTrainer):
     an ordinary model.
 
     Args:
-        model, args, and all else: as for `Trainer`. Plain `TrainingArguments` are completed with the
+        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `LinearHeadTrainingArguments`.
 
     Raises:
@@ -41,14 +40,15 @@ class LinearHeadTrainer(AtOnceTrainer):
 
     solution = "a linear head"
 
-    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
-        args = LinearHeadTrainingArguments.complete(args)
+    arguments_class = LinearHeadTrainingArguments
+    fitted: LinearHead | None = None
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
         if isinstance(model, PeftModel):
             raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
-        if model is not None:
-            declare_mean_loss(model)
-        self.fitted: LinearHead | None = None
-        super().__init__(model, args, *positional, **kwargs)
+        declare_mean_loss(model)
+        self.fitted = None
+        return model
 
     def solve(self) -> dict[str, float]:
         """Fit the head."""

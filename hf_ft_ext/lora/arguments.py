@@ -33,8 +33,7 @@ class LoraTrainingArguments(MethodTrainingArguments):
     # FishPAL's rate for LoRA on GLUE; transformers' 5e-5 is meant for training all weights.
     learning_rate: float = field(default=5e-4, metadata={"help": "Initial learning rate of the optimizer."})
 
-    def __post_init__(self):
-        super().__post_init__()
+    def validate(self) -> None:
         if self.lora_r < 1:
             raise InputError(f"lora_r={self.lora_r} is no rank; pass 1 or more")
         if not self.lora_alpha > 0:

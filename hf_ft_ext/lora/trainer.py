@@ -1,12 +1,11 @@
 """`LoraTrainer`: a Trainer that trains low-rank adapters (peft) and the classification head."""
 
 import re
-from typing import Any
 
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.lora.arguments import ALL_LINEAR, LoraTrainingArguments
@@ -14,32 +13,30 @@ from hf_ft_ext.models import seeded_init
 from hf_ft_ext.peft_models import lora_targets, trained_in_full
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.method_trainer import MethodTrainer
 from hf_ft_ext.training.plan import fold_layer_numbers
 from hf_ft_ext.training.precision import train_in_float32
 
 
-class LoraTrainer(StopAtNaN, Trainer):
+class LoraTrainer(StopAtNaN, MethodTrainer):
     """`transformers.Trainer` with LoRA adapters on the linear layers that `args` names.
 
     The model's head, and any other part that came without pretrained weights, trains in full and is saved
     with the adapter: `PeftModel.from_pretrained(base, folder)` gives the trained model's logits.
 
     Args:
-        model, args, and all else: as for `Trainer`. Plain `TrainingArguments` are completed with the
+        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `LoraTrainingArguments`.
 
     Raises:
-        InputError: the model carries adapters already, or no layer matches `lora_target_modules`.
+        InputError: the model carries adapters already, no layer matches `lora_target_modules`, or `optimizers`.
     """
 
-    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
-        args = LoraTrainingArguments.complete(args)
-        if model is not None:
-            model = add_lora(model, args)
-        super().__init__(model, args, *positional, **kwargs)
+    arguments_class = LoraTrainingArguments
+    no_optimizer = "adds the parameters that train, which an optimizer made before does not hold"
 
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        return add_lora(super().call_model_init(trial), self.args)
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        return add_lora(model, self.args)
 
 
 def add_lora(model: PreTrainedModel, args: LoraTrainingArguments) -> PeftModel:

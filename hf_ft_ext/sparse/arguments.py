@@ -122,8 +122,7 @@ class SparseTrainingArguments(MethodTrainingArguments):
         },
     )
 
-    def __post_init__(self):
-        super().__post_init__()
+    def validate(self) -> None:
         for name, known in (
             ("sparse_support", SUPPORTS),
             ("sparse_basis", BASES),

@@ -14,11 +14,12 @@ from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.moments import corrected, turn_moments
 from hf_ft_ext.sparse.refresh import RunningSums
 from hf_ft_ext.sparse.support import above, carry_over, top_k
+from hf_ft_ext.training.copying import CopiedInFull
 
 _NOT_READY = "the {part} of {kind} has not been computed; run `prepare_layers` or load a state"
 
 
-class SparseAdamW(torch.optim.AdamW):
+class SparseAdamW(CopiedInFull, torch.optim.AdamW):
     """AdamW for models with `SparseGradLinear` layers, usable in any training loop.
 
     Dynamic support: at each step, for each converted weight, the `n_params` entries of the rotated gradient
@@ -79,6 +80,11 @@ class SparseAdamW(torch.optim.AdamW):
         self._dense_moments = dense_moments
         if refresh_steps and any(layer.basis.identity for layer in self._layers.values()):
             raise ValueError(f"refresh_steps={refresh_steps}, but layers converted with basis='none' have none")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # found by the weight's `id`, which a copy's weight does not share
+        self._layers = {id(layer.weight): layer for layer in self._layers.values()}
 
     def _sparse(self, parameter: torch.Tensor) -> SparseGradLinear | None:
         return self._layers.get(id(parameter))

@@ -11,8 +11,10 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.features import evaluating
 from hf_ft_ext.sparse.basis import GRADIENT
 from hf_ft_ext.sparse.layer import SparseGradLinear
+from hf_ft_ext.training.loader_batches import draws_own_batches, loader_batches
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,9 @@ def visit_gradients(
     global generator is used; the batches come from a private one seeded with `args.seed`, the same in each call
     with the same `draw`.
 
+    Where the trainer's data loader or sampler was overridden, the batches are those that it gives: each process reads
+    its part of every step's batch, as in training, and the gradients are summed over processes.
+
     Returns:
         Tokens that reach each kind of layer in one optimizer step of one process, by kind.
 
@@ -44,29 +49,31 @@ def visit_gradients(
     first_of_kind = {layer.kind: layer for layer in reversed(layers.values())}
     hooks = [layer.register_forward_pre_hook(_token_counter(tokens[kind])) for kind, layer in first_of_kind.items()]
     weights = [layer.weight for layer in layers.values()]
-    was_training = model.training
+    own_batches = draws_own_batches(trainer)
     mine = range(args.process_index, steps, args.world_size)
     bar = tqdm(total=len(mine), desc=desc, disable=args.disable_tqdm or not trainer.is_world_process_zero())
+    batches = _loader_batches(trainer, steps, draw) if own_batches else _batches(trainer, steps, draw)
     try:
-        model.eval()
-        for number, micro_batches in enumerate(_batches(trainer, steps, draw)):
-            if number not in mine:
-                continue
-            with _plain_gradients(layers.values()):
-                gradients = _batch_gradient(trainer, weights, micro_batches)
-            for name, gradient in zip(layers, gradients, strict=True):
-                if not torch.isfinite(gradient).all():
-                    raise InputError(
-                        f"the gradient of {name} is not finite in batch {number} of the pre-pass; look for bad rows "
-                        "or labels in the training data, or load the model in float32"
-                    )
-                visit(name, gradient)
-            bar.update()
+        with evaluating(model):
+            for number, micro_batches in enumerate(batches):
+                if number not in mine and not own_batches:
+                    continue
+                with _plain_gradients(layers.values()):
+                    gradients = _batch_gradient(trainer, weights, micro_batches, over_processes=own_batches)
+                if number not in mine:
+                    continue
+                for name, gradient in zip(layers, gradients, strict=True):
+                    if not torch.isfinite(gradient).all():
+                        raise InputError(
+                            f"the gradient of {name} is not finite in batch {number} of the pre-pass; look for bad "
+                            "rows or labels in the training data, or load the model in float32"
+                        )
+                    visit(name, gradient)
+                bar.update()
     finally:
         bar.close()
         for hook in hooks:
             hook.remove()
-        model.train(was_training)
     shared = steps * args.world_size
     return {kind: trainer.accelerator.reduce(count).item() / shared for kind, count in tokens.items()}
 
@@ -93,15 +100,26 @@ def _token_counter(total: torch.Tensor):
     return hook
 
 
-def _batch_gradient(trainer: Trainer, weights: list[nn.Parameter], micro_batches: list[dict]) -> list[torch.Tensor]:
-    """Gradient of the mean loss over one optimizer step's batch."""
+def _batch_gradient(
+    trainer: Trainer, weights: list[nn.Parameter], micro_batches: list[dict], over_processes: bool
+) -> list[torch.Tensor]:
+    """Gradient of the mean loss over one optimizer step's batch.
+
+    Args:
+        over_processes: the batch lies on all processes, a part on each.
+    """
     sizes = [_label_count(batch) for batch in micro_batches]
+    labels = float(sum(sizes))
+    if over_processes and trainer.args.world_size > 1:
+        labels = trainer.accelerator.reduce(torch.tensor(labels, device=trainer.args.device)).item()
     total = [torch.zeros_like(weight) for weight in weights]
     for batch, size in zip(micro_batches, sizes, strict=True):
         with torch.enable_grad(), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
         for sum_, gradient in zip(total, torch.autograd.grad(loss, weights), strict=True):
-            sum_.add_(gradient, alpha=size / sum(sizes))
+            sum_.add_(gradient, alpha=size / labels)
+    if over_processes and trainer.args.world_size > 1:
+        total = [trainer.accelerator.reduce(gradient) for gradient in total]
     return total
 
 
@@ -111,6 +129,14 @@ def _label_count(batch: dict) -> int:
     if labels is None:
         return len(next(iter(batch.values())))
     return int((labels != -100).sum()) if labels.ndim > 1 and not labels.is_floating_point() else len(labels)
+
+
+def _loader_batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:
+    """The training data loader's batches, those of one optimizer step together; others with another `draw`."""
+    micro = trainer.args.gradient_accumulation_steps
+    batches = loader_batches(trainer, steps * micro, skip=draw * steps * micro)
+    for start in range(0, len(batches), micro):
+        yield batches[start : start + micro]
 
 
 def _batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:
@@ -124,8 +150,6 @@ def _batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:
 
 def _examples(trainer: Trainer, steps: int, batch_size: int, draw: int) -> Iterator[list]:
     dataset = trainer.train_dataset
-    if dataset is None:
-        raise InputError("the gradient pre-pass needs a train_dataset; pass one to the trainer")
     if hasattr(dataset, "__len__"):
         generator = torch.Generator().manual_seed(trainer.args.seed + draw)
         batch_size = min(batch_size, len(dataset))

@@ -13,6 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from hf_ft_ext.sparse.basis import Basis
+from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.prepare import gram_sums
 from hf_ft_ext.sparse.prepass import visit_gradients
@@ -69,24 +70,25 @@ class SparsityWatch(TrainerCallback):
 
     Args:
         trainer: a trainer whose model has converted layers.
-        layers: these layers by name.
         every: steps between two measurements, 1 or more.
         batches: gradients that each basis and each mean is taken from.
     """
 
-    def __init__(self, trainer: Trainer, layers: Mapping[str, SparseGradLinear], every: int, batches: int):
-        self.trainer, self.layers, self.every, self.batches = trainer, layers, every, batches
+    def __init__(self, trainer: Trainer, every: int, batches: int):
+        self.trainer, self.every, self.batches = trainer, every, batches
         self.start: dict[str, Basis] = {}
         self.steps: dict[int, dict] = {}
 
     def _measure(self, step: int) -> None:
-        sums, _ = gram_sums(self.trainer, self.layers, self.batches)
+        layers = sparse_layers(self.trainer.model)
+        sums, _ = gram_sums(self.trainer, layers, self.batches)
         fresh = {kind: Basis(*gram.factors()) for kind, gram in sums.items()}
         self.start = self.start or fresh
         bases = {START: self.start, FRESH: fresh}
-        self.steps[step] = measure_sparsity(self.trainer, self.layers, bases, self.batches)
+        self.steps[step] = measure_sparsity(self.trainer, layers, bases, self.batches)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.start, self.steps = {}, {}
         self._measure(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):

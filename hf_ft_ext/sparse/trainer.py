@@ -3,11 +3,11 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
@@ -22,6 +22,7 @@ from hf_ft_ext.sparse.prepare import prepare_layers, refresh_supports
 from hf_ft_ext.sparse.sparsity import SparsityWatch
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.method_trainer import MethodTrainer
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.quantized import refuse_quantized
 from hf_ft_ext.training.resources import preparation
@@ -29,10 +30,9 @@ from hf_ft_ext.training.sharding import refuse_sharding
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
 
 _OPTIMIZER_STATE = "optimizer.pt"  # transformers' name for it
-_OWN_OPTIMIZER = "SparseTrainer makes its own optimizer (SparseAdamW); leave `optimizers` out"
 
 
-class SparseTrainer(StopAtNaN, Trainer):
+class SparseTrainer(StopAtNaN, MethodTrainer):
     """`transformers.Trainer` with SparseGrad on the MLP layers.
 
     The model is converted in place when the trainer is made. `train()` first takes the gradients of
@@ -41,7 +41,7 @@ class SparseTrainer(StopAtNaN, Trainer):
     `save_model` and checkpoints leave an ordinary model that `from_pretrained` loads.
 
     Args:
-        model, args, and all else: as for `Trainer`. Plain `TrainingArguments` are completed with the
+        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `SparseTrainingArguments`.
 
     Raises:
@@ -50,24 +50,33 @@ class SparseTrainer(StopAtNaN, Trainer):
 
     own_files: ClassVar[tuple[str, ...]] = (DELTA_FILE,)
     shared_files: ClassVar[tuple[str, ...]] = (DELTA_FILE,)
+    arguments_class = SparseTrainingArguments
+    no_optimizer = "makes its own optimizer (SparseAdamW)"
+    no_optimizer_class = True
 
     def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
-        args = SparseTrainingArguments.complete(args)
-        _refuse(args, kwargs)
         self._resumed_from: str | None = None
-        if model is not None:
-            self._convert(model, args)
         super().__init__(model, args, *positional, **kwargs)
-        if self.optimizer is not None:  # passed by position
-            raise InputError(_OWN_OPTIMIZER)
+
+    def check_arguments(self) -> None:
+        super().check_arguments()
+        args = self.args
+        if args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
+            raise InputError(f"optim={args.optim.value!r} has no sparse form; use adamw_torch or adamw_torch_fused")
+        refuse_sharding(args, "sparse training")
+
+    def apply_arguments(self) -> None:
+        super().apply_arguments()
+        args = self.args
+        self.remove_callback(SparsityWatch)
+        self.remove_callback(_RefreshSupports)
         if args.sparse_show_steps:
-            layers = sparse_layers(self.model)
-            self.add_callback(SparsityWatch(self, layers, args.sparse_show_steps, args.basis_steps))
+            self.add_callback(SparsityWatch(self, args.sparse_show_steps, args.basis_steps))
         if args.sparse_basis_refresh_steps and args.sparse_support != DYNAMIC:
             self.add_callback(_RefreshSupports(self))
 
-    @staticmethod
-    def _convert(model: nn.Module, args: SparseTrainingArguments) -> None:
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        args = self.args
         refuse_quantized(model, "sparse training changes")
         if hasattr(model, "peft_config"):
             raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
@@ -86,10 +95,6 @@ class SparseTrainer(StopAtNaN, Trainer):
             )
         freeze_rest(model, args.sparse_train_rest)
         declare_mean_loss(model)
-
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        model = super().call_model_init(trial)
-        self._convert(model, self.args)
         return model
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *positional, **kwargs) -> TrainOutput:
@@ -112,7 +117,10 @@ class SparseTrainer(StopAtNaN, Trainer):
                 kwargs |= {"refresh_steps": self.args.sparse_basis_refresh_steps}
                 kwargs |= {"refresh_gradients": self.args.basis_steps}
             self.optimizer_cls_and_kwargs = (SparseAdamW, kwargs)
-        return super().create_optimizer(model)
+        try:
+            return super().create_optimizer(model)
+        finally:
+            self.optimizer_cls_and_kwargs = None  # the next trial of a search has layers of its own
 
     def _preparation_is_saved(self) -> bool:
         return self._resumed_from is not None and os.path.isfile(os.path.join(self._resumed_from, _OPTIMIZER_STATE))
@@ -197,12 +205,3 @@ def _check_converted(layers: dict[str, SparseGradLinear], args: SparseTrainingAr
                 f"{name} was converted with {support} support and {basis}, but the arguments say "
                 f"sparse_support={args.sparse_support}, sparse_basis={args.sparse_basis}; pass the same to both"
             )
-
-
-def _refuse(args: SparseTrainingArguments, kwargs: dict) -> None:
-    """Options that cannot be honoured are errors, not silence."""
-    if args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
-        raise InputError(f"optim={args.optim.value!r} has no sparse form; use adamw_torch or adamw_torch_fused")
-    if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
-        raise InputError(_OWN_OPTIMIZER)
-    refuse_sharding(args, "sparse training")

@@ -1,22 +1,32 @@
 """Training without steps: the base of trainers that solve the task as a whole."""
 
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import TrainOutput, set_seed, speed_metrics
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.feature_rows import LABELS, SAMPLE, for_collator
+from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.devices import refuse_data_parallel
+from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, overridden
 from hf_ft_ext.training.precision import refuse_fp16_on_cpu
-from hf_ft_ext.training.quantized import move, quantized_base
+from hf_ft_ext.training.quantized import move
 from hf_ft_ext.training.saving import CompleteSaves
 from hf_ft_ext.training.sharding import refuse_sharding
 
+# Hooks of a training loop: whoever overrides one expects that it is called.
+_HOOKS = (
+    *DATA_LOADING, "_get_train_sampler", "compute_loss", "create_optimizer", "create_optimizer_and_scheduler",
+    "create_scheduler", "training_step",
+)  # fmt: skip
 
-class AtOnceTrainer(CompleteSaves, Trainer):
+
+class AtOnceTrainer(CompleteSaves, MethodTrainer):
     """`transformers.Trainer` whose `train()` calls `solve` once, in the place of all steps.
 
     Callbacks see one step. There is no optimizer and there are no checkpoints.
@@ -29,23 +39,48 @@ class AtOnceTrainer(CompleteSaves, Trainer):
         start_over: what to do instead of resuming.
 
     Raises:
-        InputError: an optimizer passed, sharded parameters, several GPUs in one process; in `train`: a checkpoint to
-            resume from, no training data or a stream.
+        InputError: an optimizer, a loss or early stopping passed, an overridden hook of the training loop, sharded
+            parameters, several GPUs in one process; in `train`: a checkpoint to resume from, no training data or a
+            stream.
     """
 
     solution: ClassVar[str]
     start_over: ClassVar[str] = "start anew"
+    no_optimizer = "solves the task at once and takes no steps"
+    no_optimizer_class = True
 
-    def __init__(self, model: nn.Module | None, args: TrainingArguments, *positional, **kwargs):
-        if kwargs.get("optimizers", (None, None))[0] is not None or kwargs.get("optimizer_cls_and_kwargs") is not None:
-            raise InputError(
-                f"{type(self).__name__} solves the task at once and takes no steps; leave `optimizers` out"
-            )
-        refuse_sharding(args, self.solution)
-        with quantized_base(model):
-            super().__init__(model, args, *positional, **kwargs)
+    def check_arguments(self) -> None:
+        super().check_arguments()
+        refuse_sharding(self.args, self.solution)
+        refuse_label_names(self.args)
+        for name in _HOOKS:
+            if overridden(self, name):
+                raise InputError(
+                    f"{type(self).__name__} overrides {name}, which belongs to a training loop, and {self.solution} "
+                    "is found without one; leave it out, or use a trainer that takes steps"
+                )
+
+    def apply_arguments(self) -> None:
+        super().apply_arguments()
         refuse_fp16_on_cpu(self.accelerator)
         refuse_data_parallel(self.args)
+
+    def check_passed(self, passed: Mapping[str, Any]) -> None:
+        super().check_passed(passed)
+        if passed.get("compute_loss_func") is not None:
+            raise InputError(f"{self.solution} is found without your compute_loss_func; leave it out")
+        self._refuse_early_stopping(passed.get("callbacks") or ())
+
+    def _refuse_early_stopping(self, callbacks: Iterable[Any]) -> None:
+        if any(c is EarlyStoppingCallback or isinstance(c, EarlyStoppingCallback) for c in callbacks):
+            raise InputError(
+                f"EarlyStoppingCallback compares evaluations in training, and {self.solution} is found at once; leave "
+                "it out"
+            )
+
+    def _check_searched(self, values: Mapping[str, Any]) -> None:
+        super()._check_searched(values)
+        self.args.refuse_names(values)
 
     def solve(self) -> dict[str, float]:
         """Solve the task on `train_dataset`; the metrics, `train_loss` among them."""
@@ -70,8 +105,12 @@ class AtOnceTrainer(CompleteSaves, Trainer):
             )
         if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
             raise InputError(f"{self.solution} needs a training data set of known length; pass train_dataset")
+        self._refuse_early_stopping(self.callback_handler.callbacks)
+        self._check_collator()
         self.is_in_train = True
+        self.apply_trial(trial)
         if self.model_init is not None:
+            set_seed(self.args.seed)
             self.model = self.model_wrapped = self.call_model_init(trial)
         move(self.model, self.args.device)
         self.state.max_steps = self.args.max_steps
@@ -87,6 +126,27 @@ class AtOnceTrainer(CompleteSaves, Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(1, metrics["train_loss"], metrics)
+
+    def _check_collator(self) -> None:
+        """The inputs are read through the collator, once, and the labels from the data set: both have to be the same
+        in every batch."""
+        dataset, collate = for_collator(self, self.train_dataset)
+        rows = [dataset[i] for i in range(min(SAMPLE, len(dataset)))]
+        first, second = collate(rows), collate(rows)
+        name = getattr(self.data_collator, "__name__", type(self.data_collator).__name__)
+        for key, value in first.items():
+            if not torch.equal(torch.as_tensor(value), torch.as_tensor(second[key])):
+                raise InputError(
+                    f"data_collator {name} gives other {key} for the same rows each time, and {self.solution} reads "
+                    "every row once; pass one that does not draw at random"
+                )
+        if LABELS in first and (LABELS in rows[0] or "label" in rows[0]):
+            own = torch.as_tensor([row.get(LABELS, row.get("label")) for row in rows])
+            if not torch.equal(own.double().flatten(), torch.as_tensor(first[LABELS]).double().flatten()):
+                raise InputError(
+                    f"data_collator {name} makes other labels than the data set holds, and {self.solution} reads "
+                    "those; put them into the data set"
+                )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         raise InputError(f"{self.solution} has no optimizer: call train(), which solves the task")

@@ -161,7 +161,7 @@ def saved_activation_bytes(trainer: Trainer, batch: dict) -> int:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    was_training = trainer.model.training
+    modes = [(module, module.training) for module in trainer.model.modules()]
     trainer.model.train()
     try:
         with (
@@ -171,5 +171,6 @@ def saved_activation_bytes(trainer: Trainer, batch: dict) -> int:
         ):
             trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
     finally:
-        trainer.model.train(was_training)
+        for module, training in modes:
+            module.training = training
     return sum(storages.values())

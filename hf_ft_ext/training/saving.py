@@ -27,7 +27,7 @@ class CompleteSaves(_Trainer):
     """
 
     def __init__(self, model: nn.Module | None = None, *positional, **kwargs):
-        if model is not None:
+        if isinstance(model, nn.Module):
             plain_outputs(model)
         super().__init__(model, *positional, **kwargs)
 

@@ -6,8 +6,32 @@ import time
 import torch
 from accelerate.utils import gather
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from torch.utils.data import DataLoader
 
 from hf_ft_ext import SparseTrainer, SparseTrainingArguments, sparse_layers
+from hf_ft_ext.sparse.prepass import visit_gradients
+
+
+class OwnLoader(SparseTrainer):
+    """Each process reads rows of its own, in batches of its own size."""
+
+    def get_train_dataloader(self):
+        rank = self.args.process_index
+        rows = [tiny_dataset(32)[i] for i in range(rank, 32, 2)]
+        return DataLoader(rows, batch_size=4 - rank, collate_fn=self.data_collator)
+
+
+def check_own_loader(trainer):
+    """The pre-pass sees the mean loss over both processes' batches, and each process takes its steps."""
+    layers, found = sparse_layers(trainer.model), []
+    visit_gradients(trainer, layers, 2, lambda name, gradient: found.append((name, gradient)), "test")
+    rank, model = trainer.args.process_index, tiny_model().eval()
+    rows = [tiny_dataset(32)[i] for i in (*range(8 * rank, 8 * rank + 8, 2), *range(6 * rank + 1, 6 * rank + 7, 2))]
+    model(**trainer.data_collator(rows)).loss.backward()
+    assert [name for name, _ in found] == list(layers)
+    for name, gradient in found:
+        torch.testing.assert_close(gradient, model.get_submodule(name).weight.grad, rtol=1e-4, atol=1e-7)
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
@@ -33,6 +57,7 @@ if __name__ == "__main__":
     for tensor in [*states, *bases, *(p.detach() for p in trainer.model.parameters())]:
         both = gather(tensor.reshape(1, -1).contiguous())
         assert both.shape[0] == 2 and torch.equal(both[0], both[1]), tensor.shape
+    check_own_loader(OwnLoader(tiny_model(), args, processing_class=tiny_tokenizer()))
     # gloo's threads abort a process that exits while they still hold a collective's tensors
     del tensor, both
     trainer.accelerator.wait_for_everyone()

@@ -1,0 +1,84 @@
+"""Checks of transformers' own arguments that hold for every method: what would be ignored, or end in a traceback."""
+
+from torch import nn
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.metrics import REGRESSION
+from hf_ft_ext.training.sharding import refuse_sharding_on_cpu
+
+_PACKAGES = {"azure_ml": "azureml-core mlflow", "comet_ml": "comet_ml", "flyte": "flytekit"}
+_NOT_LISTED = ("flyte",)  # transformers does not look for it
+_MULTI_LABEL = "multi_label_classification"
+
+
+def check_training_arguments(args: TrainingArguments) -> None:
+    """Refuse what no trainer can honour.
+
+    Raises:
+        InputError: sharding without an accelerator, a report to a library that is not installed, or checkpoints of
+            the best model without evaluations.
+    """
+    refuse_sharding_on_cpu(args)
+    _check_report_to(args)
+    if args.save_strategy == SaveStrategy.BEST and args.eval_strategy == IntervalStrategy.NO:
+        raise InputError(
+            "save_strategy=best saves after the best evaluation, and there is none in training; pass eval_strategy "
+            "too, such as epoch"
+        )
+
+
+def _check_report_to(args: TrainingArguments) -> None:
+    available = get_available_reporting_integrations()
+    names = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    for name in names if names not in (["all"], ["none"]) else []:
+        if name in available or name in _NOT_LISTED:
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = (*INTEGRATION_TO_CALLBACK, "all", "none")
+            raise InputError(
+                f"report_to={name} is unknown{did_you_mean(name, known)}; choose from: {', '.join(known)}"
+            )
+        raise InputError(
+            f"report_to={name}: its library is not installed; run pip install {_PACKAGES.get(name, name)}, or pass "
+            "report_to=none"
+        )
+
+
+def check_loss(args: TrainingArguments, model: nn.Module) -> None:
+    """Refuse label smoothing where the labels are no classes.
+
+    Raises:
+        InputError: the model is a regression, or has several labels per row.
+    """
+    if not args.label_smoothing_factor:
+        return
+    config = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    classifier = type(getattr(model, "get_base_model", lambda: model)()).__name__.endswith("SequenceClassification")
+    if problem == REGRESSION or (problem is None and classifier and config.num_labels == 1):
+        kind = "this task is a regression"
+    elif problem == _MULTI_LABEL:
+        kind = "the rows of this task have several labels"
+    else:
+        return
+    raise InputError(
+        f"label_smoothing_factor={args.label_smoothing_factor} moves probability between classes, and {kind}; leave "
+        "it out"
+    )
+
+
+def refuse_label_names(args: TrainingArguments) -> None:
+    """For methods that read the labels themselves, as `labels`.
+
+    Raises:
+        InputError: they have another name.
+    """
+    if args.label_names not in (None, ["labels"]):
+        raise InputError(
+            f"label_names={args.label_names}: this method reads the labels as `labels`; rename the column, and leave "
+            "label_names out"
+        )

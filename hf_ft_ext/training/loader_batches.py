@@ -1,0 +1,104 @@
+"""Batches of a training data loader that the user made, read ahead of training without disturbing it."""
+
+import contextlib
+import itertools
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.method_trainer import SAMPLING, overridden
+
+
+def draws_own_batches(trainer: Trainer) -> bool:
+    """Whether the rows of `trainer.train_dataset` are not all that training batches are made of."""
+    return trainer.train_dataset is None or overridden(trainer, *SAMPLING)
+
+
+def loader_batches(trainer: Trainer, count: int, skip: int = 0) -> list[dict[str, Any]]:
+    """The first `count` batches of this process's training data loader, behind `skip` others.
+
+    A loader with fewer batches is read again. Training sees the batches in the order that it would have seen anyway.
+
+    Raises:
+        InputError: there is no training data, or the loader gives no batch.
+    """
+    batches: list[dict[str, Any]] = []
+    with _undisturbed_loader(trainer) as loader:
+        while len(batches) < skip + count:
+            before = len(batches)
+            batches += [dict(batch) for batch in itertools.islice(loader, skip + count - before)]
+            if len(batches) == before:
+                raise InputError("get_train_dataloader gives no batch, and the pre-pass needs some; check its data")
+    return batches[skip:]
+
+
+def loader_rows(trainer: Trainer, rows: int, batch_size: int) -> list[dict[str, Any]]:
+    """The first `rows` rows of this process's training data loader, all where it has fewer, in smaller batches.
+
+    Raises:
+        InputError: as for `loader_batches`.
+    """
+    parts: list[dict[str, Any]] = []
+    with _undisturbed_loader(trainer) as loader:
+        for batch in loader:
+            taken = min(_rows_in(batch), rows)
+            for start in range(0, taken, batch_size):
+                part = slice(start, min(start + batch_size, taken))
+                parts.append({key: value[part] if _has_rows(value) else value for key, value in batch.items()})
+            rows -= taken
+            if rows == 0:
+                break
+    if not parts:
+        raise InputError("get_train_dataloader gives no batch, and the pre-pass needs some; check its data")
+    return parts
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _rows_in(batch: dict[str, Any]) -> int:
+    return next(len(value) for value in batch.values() if _has_rows(value))
+
+
+@contextlib.contextmanager
+def _undisturbed_loader(trainer: Trainer) -> Iterator[Iterable]:
+    if trainer.train_dataset is None and not overridden(trainer, "get_train_dataloader"):
+        raise InputError("the gradient pre-pass needs a train_dataset; pass one to the trainer")
+    with _generators_kept() as keep:
+        loader = trainer.get_train_dataloader()
+        keep(loader)
+        try:
+            yield loader
+        finally:
+            if hasattr(loader, "end"):
+                loader.end()  # accelerate's: it counts as being read until its last batch
+
+
+@contextlib.contextmanager
+def _generators_kept() -> Iterator[Any]:
+    """Within, random numbers may be drawn; afterwards all generators are where they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    found: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
+
+    def keep(loader: Any) -> None:
+        batch_sampler = getattr(loader, "batch_sampler", None)
+        parts = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+        for part in parts:
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator):
+                found[id(generator)] = (generator, generator.get_state())
+
+    with torch.random.fork_rng():
+        try:
+            yield keep
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for generator, state in found.values():
+                generator.set_state(state)

@@ -1,0 +1,229 @@
+"""What the trainers of all methods share: completed arguments, checks before training, trials of a search."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Any, ClassVar, get_args, get_type_hints
+
+from torch import nn
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
+from transformers.trainer_utils import BestRun, HPSearchBackend, TrainOutput, default_compute_objective
+
+from hf_ft_ext.arguments import MethodTrainingArguments, own_fields
+from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.training.checks import check_loss, check_training_arguments
+from hf_ft_ext.training.quantized import quantized_base
+
+_PACKAGE = __name__.partition(".")[0]
+DATA_LOADING = ("get_train_dataloader", "_get_dataloader")  # hooks that decide what a training batch is
+SAMPLING = (*DATA_LOADING, "_get_train_sampler")
+
+# What `Trainer` makes its optimizer from, unless it is passed the optimizer's class and settings.
+_OF_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate", "optim", "optim_args")
+
+
+class MethodTrainer(Trainer):
+    """Base of the trainers: completes the arguments, checks what was passed, makes each model ready for the method.
+
+    It works together with other subclasses of `Trainer`: in `class X(SparseTrainer, SFTTrainer)` all that is passed
+    goes on to the next class.
+
+    Attributes:
+        arguments_class: of the method's arguments.
+        no_optimizer: why the trainer cannot take a ready-made optimizer; `None` if it can.
+        no_optimizer_class: whether it cannot take `optimizer_cls_and_kwargs` either.
+
+    Raises:
+        InputError: arguments or objects that the method cannot honour.
+    """
+
+    arguments_class: ClassVar[type[MethodTrainingArguments]]
+    no_optimizer: ClassVar[str | None] = None
+    no_optimizer_class: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
+        if isinstance(model, str):
+            raise InputError(
+                f"{type(self).__name__} takes a loaded model, and model={model!r} is a name; pass "
+                f"AutoModelForSequenceClassification.from_pretrained({model!r}), or the class that fits the task"
+            )
+        args = self._complete(args)
+        self.args = args
+        passed = self._by_name(model, args, positional, kwargs)
+        optimizer, scheduler = passed.get("optimizers") or (None, None)
+        self._check_optimizers(optimizer, scheduler, passed.get("optimizer_cls_and_kwargs"))
+        if optimizer is not None and passed.get("model_init") is not None:
+            raise InputError(
+                "optimizers: model_init makes a new model for each training, whose parameters an optimizer made "
+                "before does not hold; pass optimizer_cls_and_kwargs"
+            )
+        self.check_passed(passed)
+        self.check_arguments()
+        if model is not None:
+            check_loss(args, model)
+            model = self.prepare_model(model)
+        with quantized_base(model):
+            super().__init__(model, args, *positional, **kwargs)
+        self._check_optimizers(self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs)
+        self.apply_arguments()
+
+    # --- hooks of the methods -----------------------------------------------------------------------
+
+    def check_arguments(self) -> None:
+        """Refuse values of `self.args` that this trainer cannot honour. Called again for each trial of a search.
+
+        Raises:
+            InputError: there is such a value.
+        """
+        self.args.validate()
+        check_training_arguments(self.args)
+
+    def check_passed(self, passed: Mapping[str, Any]) -> None:
+        """Refuse objects that were passed beside model and arguments, by name, and cannot be honoured.
+
+        Raises:
+            InputError: there is such an object.
+        """
+        if passed.get("peft_config") is not None:  # trl's: it would freeze what the method trains
+            raise InputError(
+                f"peft_config wraps the model once more, after {type(self).__name__} has made it ready; leave it out, "
+                "or take FullTrainer without peft and fix_layers"
+            )
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Make a model ready for the method, as `self.args` say: the one passed, and each that `model_init` makes."""
+        return model
+
+    def apply_arguments(self) -> None:
+        """Set in the trainer what follows from `self.args`, when it is made and for each trial of a search."""
+        smoothing = self.args.label_smoothing_factor
+        self.label_smoother = LabelSmoother(epsilon=smoothing) if smoothing else None
+        self.neftune_noise_alpha = self.args.neftune_noise_alpha
+
+    # --- models and trials ----------------------------------------------------------------------------
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        check_loss(self.args, model)
+        return self.prepare_model(model)
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *positional, **kwargs
+    ) -> TrainOutput:
+        self.apply_trial(trial)
+        return super().train(resume_from_checkpoint, trial, *positional, **kwargs)
+
+    def hyperparameter_search(
+        self, hp_space: Callable | None = None, compute_objective: Callable | None = None, *positional, **kwargs
+    ) -> BestRun | list[BestRun]:
+        return super().hyperparameter_search(hp_space, compute_objective or _sum_of_metrics, *positional, **kwargs)
+
+    def apply_trial(self, trial: Any) -> None:
+        """Set the values of a search's trial in `self.args`, before anything is made from these.
+
+        `Trainer` sets them after it has made the trial's model, which would have the values of the trial before.
+
+        Raises:
+            InputError: a value or a combination that cannot work, or a name that no argument has.
+        """
+        if trial is None or self.hp_search_backend is None:
+            return
+        if self.hp_search_backend == HPSearchBackend.OPTUNA:
+            self._check_searched(self.hp_space(trial))  # the same values as often as it is asked
+        self._hp_search_setup(trial)
+        self.check_arguments()
+        self.apply_arguments()
+
+    def _check_searched(self, values: Mapping[str, Any]) -> None:
+        for name in values:
+            if not hasattr(self.args, name):
+                raise InputError(
+                    f"hp_space searches over {name!r}, and {type(self.args).__name__} has no such argument"
+                    f"{did_you_mean(name, vars(self.args))}"
+                )
+            if name in _OF_OPTIMIZER and self.optimizer_cls_and_kwargs is not None:
+                raise InputError(
+                    f"a search over {name} would compare equal trials: optimizer_cls_and_kwargs brings its own "
+                    "settings; leave it out, and choose the optimizer by optim"
+                )
+
+    # --- what was passed ------------------------------------------------------------------------------
+
+    def _complete(self, args: TrainingArguments | None) -> MethodTrainingArguments:
+        wanted = _arguments_of_other_trainers(type(self))
+        if wanted is None or isinstance(args, wanted):
+            return self.arguments_class.complete(args)
+        # Another Trainer in the bases needs arguments of its own class: it takes the values that there are.
+        own = self.arguments_class.complete(args)
+        theirs = wanted(**{name: value for name, value in vars(own).items() if name in _init_names(wanted)})
+        for name in vars(own).keys() - vars(theirs).keys():
+            setattr(theirs, name, getattr(own, name))
+        completed = type(own).complete(theirs)
+        for f in own_fields(self.arguments_class):  # also where the value is the other library's default
+            setattr(completed, f.name, getattr(own, f.name))
+        return completed
+
+    def _by_name(self, model: Any, args: Any, positional: tuple, kwargs: dict) -> dict[str, Any]:
+        """All that was passed, by the name that the next class in line gives it."""
+        signature = inspect.signature(super().__init__)
+        bound = signature.bind_partial(model, args, *positional).arguments if positional else {}
+        return {**bound, **kwargs}
+
+    def _check_optimizers(self, optimizer: Any, scheduler: Any, factory: Any) -> None:
+        name = type(self).__name__
+        if self.no_optimizer is not None:
+            if optimizer is not None or scheduler is not None:
+                raise InputError(f"{name} {self.no_optimizer}; leave `optimizers` out")
+            if factory is not None and self.no_optimizer_class:
+                raise InputError(f"{name} {self.no_optimizer}; leave `optimizer_cls_and_kwargs` out")
+        elif scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
+            raise InputError(
+                "optimizers: the scheduler steers another optimizer than the one that trains; pass both, or use "
+                "lr_scheduler_type"
+            )
+
+
+def overridden(trainer: Trainer, *names: str) -> bool:
+    """Whether a class other than `Trainer` and those of this package defines one of these methods of `trainer`."""
+    for name in names:
+        if name in vars(trainer):
+            return True
+        for kind in type(trainer).__mro__:
+            if kind is Trainer:
+                break
+            if name in vars(kind) and kind.__module__.partition(".")[0] != _PACKAGE:
+                return True
+    return False
+
+
+def has_own_loss(trainer: Trainer) -> bool:
+    """Whether the loss is the user's, so that only `compute_loss` knows it."""
+    return overridden(trainer, "compute_loss") or trainer.compute_loss_func is not None
+
+
+def _sum_of_metrics(metrics: dict[str, float]) -> float:
+    """transformers' own objective, without the seconds that it adds to it where evaluation comes first."""
+    return default_compute_objective({k: v for k, v in metrics.items() if not k.endswith("_model_preparation_time")})
+
+
+def _arguments_of_other_trainers(kind: type) -> type[TrainingArguments] | None:
+    """The class of arguments that another Trainer among the bases of `kind` takes, if it has one of its own."""
+    for base in kind.__mro__:
+        if base is Trainer or base.__module__.partition(".")[0] == _PACKAGE or "__init__" not in vars(base):
+            continue
+        if base is Seq2SeqTrainer:
+            return Seq2SeqTrainingArguments  # its signature names the base class
+        try:
+            hint = get_type_hints(base.__init__).get("args")
+        except (NameError, TypeError):  # an annotation that cannot be read at run time
+            continue
+        for candidate in (hint, *get_args(hint)):
+            own = isinstance(candidate, type) and issubclass(candidate, TrainingArguments)
+            if own and candidate is not TrainingArguments and not issubclass(candidate, MethodTrainingArguments):
+                return candidate
+    return None
+
+
+def _init_names(kind: type[TrainingArguments]) -> set[str]:
+    return {f.name for f in fields(kind) if f.init}
