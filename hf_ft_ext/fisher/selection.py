@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_ft_ext.adapters.mixture.config import limited_to_layers, settings_of
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.fisher.candidates import Module, default_candidates, groups, layers_of, modules_of, probing
+from hf_ft_ext.fisher.candidates import Module, default_candidates, fitting, groups, layers_of, modules_of, probing
 from hf_ft_ext.fisher.criteria import DEFAULT, NEEDS_TOTALS, ModuleSums, find_criterion
 from hf_ft_ext.fisher.information import gradient_sums
 from hf_ft_ext.fisher.losses import TRUE, PerExampleLoss
@@ -36,7 +36,7 @@ def select_adapters(
     """Score every candidate in every layer by its gradients before training, and choose one per layer.
 
     All candidates stand in the model at the same time, as far as they are of different kinds; afterwards the model is
-    as it was.
+    as it was. A candidate that does not fit the model is left out with a warning, as long as two remain.
 
     Args:
         model: a plain sequence classifier, or with `loss` another model.
@@ -58,6 +58,7 @@ def select_adapters(
     candidates = _named(candidates)
     data = list(data)
     layers = layers_of(model)
+    candidates = fitting(model, candidates, layers, seed)
     fingerprint = model_fingerprint(model)
     scores: dict[int, dict[str, float]] = {layer: {} for layer in layers}
     parameters: dict[int, dict[str, int]] = {layer: {} for layer in layers}

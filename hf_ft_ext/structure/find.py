@@ -1,13 +1,20 @@
 """`find_structure`: the parts of a model, from one trial pass."""
 
+from collections.abc import Iterator
+from weakref import WeakKeyDictionary
+
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.structure.layers import find_layers
 from hf_ft_ext.structure.parts import Structure
 from hf_ft_ext.structure.roles import find_attentions, find_feed_forwards, first_calls
-from hf_ft_ext.structure.rows import trial_copy, trial_rows
+from hf_ft_ext.structure.rows import trial_copy, trial_device, trial_rows
 from hf_ft_ext.structure.trace import Trace, run
+
+
+_found: WeakKeyDictionary[nn.Module, tuple[tuple, Structure]] = WeakKeyDictionary()
 
 
 def find_structure(model: nn.Module) -> Structure:
@@ -24,6 +31,24 @@ def find_structure(model: nn.Module) -> Structure:
         InputError: no trial rows pass through the model.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    modules = tuple(_base_modules(model))
+    known = _found.get(model)
+    if known is None or known[0] != modules:
+        _found[model] = known = (modules, _find(model))
+    return known[1]
+
+
+def _base_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, str]]:
+    """Names and classes of the modules of a model without adapters: what its structure depends on."""
+    if isinstance(module, BaseTunerLayer):
+        yield from _base_modules(module.base_layer, name)
+        return
+    yield name, type(module).__name__
+    for own, child in module.named_children():
+        yield from _base_modules(child, f"{name}.{own}")
+
+
+def _find(model: nn.Module) -> Structure:
     trace = _trace(model)
     calls = first_calls(trace)
     attentions = find_attentions(trace)
@@ -46,11 +71,12 @@ def plain_name(name: str) -> str:
 
 def _trace(model: nn.Module) -> Trace:
     first: Exception | None = None
-    for batch in trial_rows(model):
-        try:
-            return run(trial_copy(model), batch, plain_name)
-        except Exception as error:  # whatever a model's code raises on rows that it does not take
-            first = first or error
+    with trial_device(model):  # and not what the caller's `with torch.device(...)` says
+        for batch in trial_rows(model):
+            try:
+                return run(trial_copy(model), batch, plain_name)
+            except Exception as error:  # whatever a model's code raises on rows that it does not take
+                first = first or error
     reason = next(iter(str(first).strip().splitlines()), "") or type(first).__name__
     raise InputError(
         f"the parts of {type(model).__name__} cannot be found: it does not run on trial rows of token ids ({reason}); "

@@ -11,10 +11,15 @@ ROWS, LENGTH = 2, 16
 _SPECIAL = ("pad", "eos", "bos", "cls", "sep", "mask", "unk", "decoder_start", "sep")
 
 
+def trial_device(model: nn.Module) -> torch.device:
+    """Where a trial pass runs: on the model's device, or the CPU for a model without data."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 def trial_rows(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Batches that `model` may take, the likeliest first: ids `[2, 16]` with mask, decoder ids too, one row, images."""
     config = getattr(model, "config", None)
-    device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    device = trial_device(model)
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
         size = getattr(config, "image_size", 32)
         height, width = size if isinstance(size, list | tuple) else (size, size)

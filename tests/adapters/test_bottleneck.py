@@ -123,7 +123,7 @@ def test_layers_that_are_not_there_and_unknown_structures():
     with pytest.raises(InputError, match=r"layers_to_transform=\[0, 7\] names layer 7, .* has layers 0 to 1"):
         adapted(layers_to_transform=[0, 7])
     strange = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(2, 2))])})
-    with pytest.raises(InputError, match=r"layers of an unknown structure .*pass target_modules"):
+    with pytest.raises(InputError, match=r"the parts of ModuleDict cannot be found: .*target_modules"):
         get_peft_model(strange, BottleneckConfig())
 
 
