@@ -8,6 +8,7 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -20,7 +21,7 @@ from hf_ft_ext.structure.find import find_structure
 from hf_ft_ext.structure.rows import trial_rows
 from hf_ft_ext.structure.targets import default_targets, endings, key_value_and_down
 
-_PREFIX = "prefix_tuning"
+PREFIX_TUNING = "prefix_tuning"
 _SAVED_BY_PEFT = ("classifier", "score")  # whatever `modules_to_save` says
 _REAL_ACTIVATIONS = "init_from_activations"  # an argument of ours, not of peft's configuration
 # What a model is for, by the auto class that knows its class; the first match counts.
@@ -101,22 +102,20 @@ def wrap_with_peft(
         raise InputError(f"the model carries PEFT adapters already; leave {option} out, or pass the base model")
     given, settings = settings, dict(settings or {})
     real = settings.pop(_REAL_ACTIVATIONS, False)
-    if real and kind.lower() != _PREFIX:
+    if real and kind.lower() != PREFIX_TUNING:
         raise InputError(f"{option}_config: {_REAL_ACTIVATIONS} is about prefix_tuning, not {kind}; leave it out")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind.lower()]]
     heads = list(dict.fromkeys(trained_in_full(model)))
     asked = settings.get("modules_to_save")
     saved_too = [] if asked is None else _left_out(model, [*asked, *_SAVED_BY_PEFT])
     settings["modules_to_save"] = (heads or None) if asked is None else [*asked, *saved_too]
-    settings = _with_targets(model, kind.lower(), config_class, settings, [] if asked is not None else heads)
-    if is_prompt_model(model) and kind.lower() == _PREFIX:
-        inner = model.config.masked_lm
-        settings = {
-            "num_layers": inner.num_hidden_layers,
-            "token_dim": inner.hidden_size,
-            "num_attention_heads": inner.num_attention_heads,
-            **settings,
-        }
+    method = known[kind.lower()]
+    settings = _with_targets(model, method, config_class, settings, [] if asked is not None else heads)
+    inner = model.config.masked_lm if is_prompt_model(model) else model.config
+    if "num_virtual_tokens" in {field.name for field in fields(config_class)} and not _sizes_known_to_peft(model):
+        sizes = {"num_layers": "num_hidden_layers", "token_dim": "hidden_size"}
+        sizes["num_attention_heads"] = "num_attention_heads"
+        settings = {**{name: getattr(inner, own, None) for name, own in sizes.items()}, **settings}
     try:
         config = config_class(**{"task_type": task_type(model), **settings})
         with seeded_init(seed):
@@ -134,17 +133,22 @@ def wrap_with_peft(
     return wrapped
 
 
+def _sizes_known_to_peft(model: PreTrainedModel) -> bool:
+    """Whether peft finds the sizes of virtual tokens in the configuration, which it reads as a dictionary."""
+    names = model.config.to_dict().keys()
+    return not is_prompt_model(model) and bool(names & {"hidden_size", "n_embd", "d_model"})
+
+
 def _with_targets(
-    model: PreTrainedModel, kind: str, config_class: type, settings: dict[str, Any], heads: list[str]
+    model: PreTrainedModel, method: PeftType, config_class: type, settings: dict[str, Any], heads: list[str]
 ) -> dict[str, Any]:
     """`settings` with the default targets of the method, and without adapters in what trains in full anyway."""
     settings, known = dict(settings), {field.name for field in fields(config_class)}
-    table = getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(config_class().peft_type), "target_module_mapping", None)
-    chosen = [settings.get(name) for name in ("target_modules", "target_parameters")]
-    if table is not None and "target_modules" in known and not any(chosen):
-        if "feedforward_modules" not in known:
+    table = getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(method), "target_module_mapping", None)
+    if not any(settings.get(name) for name in ("target_modules", "target_parameters")):
+        if table is not None and "target_modules" in known:
             settings["target_modules"] = default_targets(model, table, architecture(model))
-        elif architecture(model) not in table:
+        elif method == PeftType.IA3 and architecture(model) not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
             attention, down = key_value_and_down(find_structure(model))
             names = [name for name, _ in model.named_modules()]
             settings["feedforward_modules"] = endings(names, down)
@@ -172,13 +176,13 @@ def _check_prompt(model: PeftModel, kind: str, option: str) -> None:
                 reason = "its virtual tokens do not reach the result" if failed else ""
                 break
             except Exception as error:  # whatever a model's code raises on past keys and values that it does not take
-                reason = reason or next(iter(str(error).splitlines()), "") or type(error).__name__
+                reason = reason or next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
     finally:
         model.train(was_training)
     if failed:
         raise InputError(
-            f"{option}={kind} does not work with {type(base).__name__} ({reason}); use lora or ia3, or --method fisher "
-            "--fisher_mode single --fisher_candidates prefix"
+            f"{option}={kind} does not work with {type(base).__name__} ({reason}); use lora, ia3 or another method of "
+            "peft that changes layers"
         )
 
 

@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import PeftConfig
@@ -67,10 +68,11 @@ def select_adapters(
         with probing(model, group, layers, seed) as probe:
             modules = modules_of(probe, group)
             wanted = list(dict.fromkeys(n for m in modules for n in (*m.parameters, *m.shared)))
-            sums = gradient_sums(
-                probe, data, wanted, labels=labels, power=power, loss=loss,
-                totals=criterion in NEEDS_TOTALS, progress=progress,
-            )  # fmt: skip
+            with _gradients_wanted(model):
+                sums = gradient_sums(
+                    probe, data, wanted, labels=labels, power=power, loss=loss,
+                    totals=criterion in NEEDS_TOTALS, progress=progress,
+                )  # fmt: skip
         examples = sums.examples
         _refuse_zero(sums.powers)
         for module in modules:
@@ -92,6 +94,20 @@ def select_adapters(
         model=fingerprint,
         data={"examples": examples, "fingerprint": data_fingerprint(data)},
     )
+
+
+@contextmanager
+def _gradients_wanted(model: nn.Module) -> Iterator[None]:
+    """Turn torch's word for a loss that no adapter has a part in into an `InputError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise InputError(
+            f"no gradient reaches adapters in {type(model).__name__}, whose layers make their gradients by themselves "
+            "from inputs that train; use another method, such as full or sparse"
+        ) from error
 
 
 def _named(candidates) -> dict[str, PeftConfig]:

@@ -12,7 +12,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.full.arguments import SIGNGD, FullTrainingArguments
 from hf_ft_ext.full.freeze import fix_layers
 from hf_ft_ext.full.signgd import SignGD
-from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.peft_models import PREFIX_TUNING, wrap_with_peft
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 
@@ -60,6 +60,11 @@ class FullTrainer(StopAtNaN, Trainer):
         if args.fix_layers:
             fix_layers(model, args.fix_layers)
         if args.peft is not None:
+            if args.peft.lower() == PREFIX_TUNING and args.gradient_checkpointing:
+                raise InputError(
+                    "peft=prefix_tuning hands keys and values to the layers, and gradient_checkpointing drops them; "
+                    "leave one of the two out"
+                )
             model = wrap_with_peft(model, args.peft, args.peft_config, args.seed)
         return model
 

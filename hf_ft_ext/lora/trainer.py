@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -33,6 +34,22 @@ class LoraTrainer(StopAtNaN, Trainer):
         if model is not None:
             model = add_lora(model, args)
         super().__init__(model, args, *positional, **kwargs)
+
+    def training_step(self, model: nn.Module, *positional, **kwargs) -> torch.Tensor:
+        """As `Trainer`'s; the first one checks that gradients reach the adapters.
+
+        Raises:
+            InputError: they do not, so that the head alone would train.
+        """
+        loss = super().training_step(model, *positional, **kwargs)
+        if self.state.global_step == 0 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            adapters = [p for n, p in self.model.named_parameters() if p.requires_grad and ".lora_" in n]
+            if adapters and all(parameter.grad is None for parameter in adapters):
+                raise InputError(
+                    f"no gradient reaches the adapters in {type(self.model.get_base_model()).__name__}, whose layers "
+                    "make their gradients by themselves from inputs that train; use --method full or sparse"
+                )
+        return loss
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         return add_lora(super().call_model_init(trial), self.args)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.training.refusals import explained_refusal
 
 _PATIENCE_FP16 = 20  # loss scaling skips single steps by itself and lowers its factor
 
@@ -26,7 +27,9 @@ class StopAtNaN(_Trainer):
     _not_finite = 0
 
     def training_step(self, *positional, **kwargs) -> torch.Tensor:
-        return self.finite_loss(super().training_step(*positional, **kwargs))
+        with explained_refusal(_plain(self.model), first=self.state.global_step == 0):
+            loss = super().training_step(*positional, **kwargs)
+        return self.finite_loss(loss)
 
     def finite_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss`, if it is a number.
@@ -54,6 +57,10 @@ class StopAtNaN(_Trainer):
             f"lower --learning_rate ({self.args.learning_rate:g}) or check the data and the model; what was saved "
             "before stays"
         )
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def first_not_finite(model: nn.Module) -> str | None:
