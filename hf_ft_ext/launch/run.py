@@ -72,6 +72,7 @@ def _run(argv: list[str], program: list[str], signals: Signals) -> None:
 
     from hf_ft_ext.launch import building, folder, results, search, sharing  # after --help has been answered
     from hf_ft_ext.launch.interruption import SaveAndStop
+    from hf_ft_ext.structure.table import parts_table
     from hf_ft_ext.training.plan import training_plan
 
     sharing.prepare(run_args, args)
@@ -83,7 +84,7 @@ def _run(argv: list[str], program: list[str], signals: Signals) -> None:
     if run_args.dry_run:
         plan = training_plan(trainer)
         if args.process_index == 0:
-            print(plan.table())
+            print(plan.table(), parts_table(trainer.model), sep="\n\n")
         trainer.accelerator.end_training()
         return
     folder.make_room(run_args, args)  # only now: nothing that the user passed can fail any more

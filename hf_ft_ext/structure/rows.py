@@ -56,7 +56,7 @@ def trial_copy(model: nn.Module) -> nn.Module:
     """A copy of `model` that shares its tensors, in evaluation mode, with adapters switched off.
 
     A trial pass may change what modules keep (BigBird leaves block-sparse attention after one short batch), hence a
-    copy. Tensors on the meta device become ones of stride 0, which take no memory and let the pass run.
+    copy. Tensors on the meta device become ones of stride 0, which take hardly any memory and let the pass run.
     """
     tensors = [*model.parameters(), *model.buffers()]
     shared: dict[int, torch.Tensor] = {id(t): _without_memory(t) if t.is_meta else t for t in tensors}
@@ -69,5 +69,6 @@ def trial_copy(model: nn.Module) -> nn.Module:
 
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
     value = 0.01 if tensor.is_floating_point() else 0
-    real = torch.full((), value, dtype=tensor.dtype).expand(tensor.shape)
+    shape = tensor.shape[1:] if tensor.dim() > 2 else ()  # kernels of grouped products want one expert's strides
+    real = torch.full(shape, value, dtype=tensor.dtype).expand(tensor.shape)
     return nn.Parameter(real, requires_grad=False) if isinstance(tensor, nn.Parameter) else real

@@ -2,6 +2,10 @@
 
 import re
 
+from torch import nn
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.structure.find import find_structure
 from hf_ft_ext.structure.parts import Attention, FeedForward, Layer, Structure
 
 _HEADER = ("part", "where", "what it is", "why")
@@ -25,6 +29,14 @@ def structure_table(structure: Structure) -> str:
     lines.append(f"embeddings (looked up by token or position): {_list(structure.embeddings)}")
     lines.append(f"head (outside of the base model): {_list(structure.head)}")
     return "\n".join(lines)
+
+
+def parts_table(model: nn.Module) -> str:
+    """The table of `model`, or why there is none."""
+    try:
+        return structure_table(find_structure(model))
+    except InputError as error:
+        return str(error)
 
 
 def _layer_rows(layer: Layer, kinds: dict[str, str]) -> list[tuple[str, str, str, str]]:
