@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_ft_ext.structure.parts import Attention, FeedForward, Layer
 from hf_ft_ext.structure.roles import Calls
-from hf_ft_ext.structure.trace import ModuleCall, Trace, is_projection
+from hf_ft_ext.structure.trace import ModuleCall, Paths, Trace, is_projection
 
 Block = Attention | FeedForward
 
@@ -58,7 +58,7 @@ def _layer(
     attentions = [block for block in blocks if isinstance(block, Attention)]
     feed_forwards = [block for block in blocks if isinstance(block, FeedForward)]
     around = {unit for block in attentions for unit in block.projections}
-    feed_forwards = [_with_module(block, feed_forwards, around, name, trace) for block in feed_forwards]
+    feed_forwards = [_with_module(block, feed_forwards, around, name, trace, calls) for block in feed_forwards]
     attentions = [replace(block, module=_common([*block.query, *block.key, *block.value])) for block in attentions]
     number = next(int(part) for part in name.split(".") if part.isdigit())
     norm = _closing_norm(feed_forwards[-1], inside, trace, calls, modules, around) if feed_forwards else None
@@ -97,10 +97,13 @@ def _parallel_lists(members: dict[str, list[Block]]) -> dict[str, str]:
 
 
 def _with_module(
-    block: FeedForward, all_of_layer: list[FeedForward], around: set[str], layer: str, trace: Trace
+    block: FeedForward, all_of_layer: list[FeedForward], around: set[str], layer: str, trace: Trace, calls: Calls
 ) -> FeedForward:
-    """`block` with the largest module that reads what it reads and gives what it, or experts beside it, give."""
-    reads = {call.reads for call in trace.calls if call.name in (*block.up, *block.gate)}
+    """`block` with the largest module that reads what it reads and gives what it, or experts beside it, give.
+
+    Of a residual sum within the module, one part would come from outside of it.
+    """
+    sources = _direct(calls[(*block.up, *block.gate)[0]].paths)  # experts read a part of the tokens, from a copy
     candidates: dict[str, ModuleCall] = {}
     for call in trace.modules:
         if call.name and call.name != layer and not layer.startswith(f"{call.name}.") and call.name not in candidates:
@@ -110,10 +113,15 @@ def _with_module(
         if block not in inside or any(unit.startswith(f"{name}.") for unit in around):
             continue
         downs = {unit for other in inside for unit in other.down}
-        given = {unit for unit, path in call.outputs.items() if path.direct}
-        if given and given <= downs and call.reads in reads and call.width == block.width:
+        given = _direct(call.outputs)
+        made_inside = all(unit.startswith(f"{name}.") for unit in given)  # a router may weigh what experts give
+        if given & downs and made_inside and _direct(call.inputs) == sources and call.width == block.width:
             return replace(block, module=name)
     return block
+
+
+def _direct(paths: Paths) -> set[str]:
+    return {unit for unit, path in paths.items() if path.direct}
 
 
 def _closing_norm(
@@ -131,7 +139,7 @@ def _closing_norm(
         scales = own and all(p.dim() == 1 for p in own) and call.width == block.width
         if not scales or is_projection(module) or any(True for _ in module.children()):
             continue
-        direct = {unit for unit, path in call.inputs.items() if path.direct}
+        direct = _direct(call.inputs)
         if direct >= set(block.down) and direct - set(block.down):
             return call.name
     return None

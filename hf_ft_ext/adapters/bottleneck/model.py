@@ -75,12 +75,24 @@ def _of_layer(layer: Layer, placement: str, modules: dict[str, nn.Module]) -> li
         return [layer.norm]
     names = []
     if placement == HOULSBY:
-        blocks = (block for block in layer.attentions if not block.cross)
-        names = [name for block in blocks for name in block.output if name in modules]
+        blocks = [block for block in layer.attentions if not block.cross]
+        names = [name for block in blocks for name in block.output if _is_place(name, modules)]
+        if blocks and not names:
+            return []
     for block in layer.feed_forwards if placement == HOULSBY else layer.feed_forwards[-1:]:
-        places = [block.module, *block.down] if placement != PARALLEL else [block.module, *_residual_block(block, modules)]
-        names += next(([n] for n in places if n in modules and split_layer(n) is not None), [])
+        places = [block.module, *block.down]
+        if placement == PARALLEL:  # where the layer normalizes first, that input is not the feed-forward's
+            places = [block.module, *(_residual_block(block, modules) if layer.norm is not None else ())]
+        place = next((name for name in places if name is not None and _is_place(name, modules)), None)
+        if place is None:
+            return []
+        names.append(place)
     return list(dict.fromkeys(names))
+
+
+def _is_place(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether adapters can be at this module: it is one, of a numbered layer, with features in the last dimension."""
+    return name in modules and split_layer(name) is not None and not isinstance(modules[name], nn.Conv1d)
 
 
 def _residual_block(block: FeedForward, modules: dict[str, nn.Module]) -> list[str]:
