@@ -11,7 +11,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import encoder_path
@@ -24,23 +23,25 @@ from hf_ft_ext.structure.targets import default_targets, endings, key_value_and_
 PREFIX_TUNING = "prefix_tuning"
 _SAVED_BY_PEFT = ("classifier", "score")  # whatever `modules_to_save` says
 _REAL_ACTIVATIONS = "init_from_activations"  # an argument of ours, not of peft's configuration
-# What a model is for, by the auto class that knows its class; the first match counts.
 _TASKS = (
-    (TaskType.SEQ_CLS, modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "ForSequenceClassification"),
-    (TaskType.CAUSAL_LM, modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "ForCausalLM"),
-    (TaskType.SEQ_2_SEQ_LM, modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, "ForConditionalGeneration"),
-    (TaskType.TOKEN_CLS, modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, "ForTokenClassification"),
-    (TaskType.QUESTION_ANS, modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, "ForQuestionAnswering"),
+    ("ForSequenceClassification", TaskType.SEQ_CLS),
+    ("ForCausalLM", TaskType.CAUSAL_LM),
+    ("LMHeadModel", TaskType.CAUSAL_LM),
+    ("ForConditionalGeneration", TaskType.SEQ_2_SEQ_LM),
+    ("ForTokenClassification", TaskType.TOKEN_CLS),
+    ("ForQuestionAnswering", TaskType.QUESTION_ANS),
 )
 _LANGUAGE_MODELS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 
 
-def task_type(model: nn.Module) -> TaskType | None:
-    """peft's name for what `model` is for; `None` where none fits."""
+def task_type_of(model: nn.Module) -> TaskType | None:
+    """peft's task type of a transformers model, by the end of its class's name; `None` for others.
+
+    A class that the user derived from one of transformers counts as that one.
+    """
     for kind in type(model).__mro__:
-        for task, known, ending in _TASKS:
-            names = {name for value in known.values() for name in ([value] if isinstance(value, str) else value)}
-            if kind.__name__ in names or kind.__name__.endswith(ending):
+        for ending, task in _TASKS:
+            if kind.__name__.endswith(ending):
                 return task
     return None
 
@@ -60,7 +61,7 @@ def trained_in_full(model: PreTrainedModel) -> list[str]:
     names = [
         name for name, module in model.named_children() if name != prefix and any(True for _ in module.parameters())
     ]
-    if task_type(model) in _LANGUAGE_MODELS:
+    if task_type_of(model) in _LANGUAGE_MODELS:
         names = []
     for parameter in sorted(getattr(model, "fresh_parameters", ())):
         owner = parameter.rpartition(".")[0]
@@ -117,7 +118,7 @@ def wrap_with_peft(
         sizes["num_attention_heads"] = "num_attention_heads"
         settings = {**{name: getattr(inner, own, None) for name, own in sizes.items()}, **settings}
     try:
-        config = config_class(**{"task_type": task_type(model), **settings})
+        config = config_class(**{"task_type": task_type_of(model), **settings})
         with seeded_init(seed):
             wrapped = get_peft_model(model, config)
             if real:
