@@ -13,7 +13,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features import encoder_path
+from hf_ft_ext.features import encoder_path, evaluating
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.prompts.model import architecture, is_prompt_model
 from hf_ft_ext.structure.find import find_structure
@@ -164,22 +164,18 @@ def _check_prompt(model: PeftModel, kind: str, option: str) -> None:
     """Raise an `InputError` if virtual tokens do not reach this model's result."""
     base, reason, failed = model.get_base_model(), "", True
     prompt = [p for p in model.prompt_encoder.parameters() if p.requires_grad]
-    was_training = model.training
-    model.eval()
-    try:
+    with torch.enable_grad(), evaluating(base):
         for batch in trial_rows(base):
             try:
-                with torch.enable_grad():
-                    output = model(**batch)
-                    logits = output.logits if hasattr(output, "logits") else output[0]
-                    found = torch.autograd.grad(logits.float().sum(), prompt, allow_unused=True)
-                failed = all(gradient is None for gradient in found)
-                reason = "its virtual tokens do not reach the result" if failed else ""
-                break
+                output = model(**batch)
+                logits = output.logits if hasattr(output, "logits") else output[0]
+                found = torch.autograd.grad(logits.float().sum(), prompt, allow_unused=True)
             except Exception as error:  # whatever a model's code raises on past keys and values that it does not take
                 reason = reason or next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
-    finally:
-        model.train(was_training)
+                continue
+            failed = all(gradient is None for gradient in found)
+            reason = "its virtual tokens do not reach the result" if failed else ""
+            break
     if failed:
         raise InputError(
             f"{option}={kind} does not work with {type(base).__name__} ({reason}); use lora, ia3 or another method of "

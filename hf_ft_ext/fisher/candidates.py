@@ -20,6 +20,7 @@ from hf_ft_ext.adapters.layers import plain_name, split_layer
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig, limited_to_layers, settings_of
 from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.features import evaluating
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.structure.find import find_structure
 from hf_ft_ext.structure.rows import trial_rows
@@ -130,19 +131,15 @@ def fitting(
     return left
 
 
-def _try_rows(probe: nn.Module) -> None:
-    was_training, first = probe.training, None
-    probe.eval()
-    try:
-        for batch in trial_rows(probe.get_base_model()):
+def _try_rows(probe: PeftModel) -> None:
+    base, first = probe.get_base_model(), None
+    with torch.no_grad(), evaluating(base):
+        for batch in trial_rows(base):
             try:
-                with torch.no_grad():
-                    probe(**batch)
+                probe(**batch)
                 return
             except Exception as error:  # whatever a model's code raises where an adapter does not fit
                 first = first or error
-    finally:
-        probe.train(was_training)
     if isinstance(first, InputError):
         raise first
     reason = next(iter(str(first).splitlines()), "") or type(first).__name__
