@@ -83,9 +83,9 @@ def wrap_with_peft(
     """Wrap a model with a peft method, drawn from `seed`; the head of a classifier trains in full.
 
     Saved models are standard adapters, the head included. With `modules_to_save` of your own, what came untrained and
-    is not among them is saved too, but does not train: nobody could load it otherwise. Without `target_modules`: peft's
-    own table; for a model that it lacks, by structure (queries and values; for `ia3` keys, values and the feed-forward's
-    last projection).
+    is not among them is saved too, but does not train: nobody could load it otherwise. Without `target_modules`:
+    peft's own table; for a model that it lacks, by structure (queries and values; for `ia3` keys, values and the
+    feed-forward's last projection).
 
     Args:
         kind: the method's name in peft, such as `lora`, `ia3`, `vera`, `ln_tuning`, `prefix_tuning`.

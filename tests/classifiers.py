@@ -10,8 +10,8 @@ _VALUES = {
     2: "num_hidden_layers n_layers n_layer num_layers encoder_layers decoder_layers num_decoder_layers "
     "num_attention_heads num_heads n_heads n_head encoder_attention_heads decoder_attention_heads num_key_value_heads "
     "num_experts num_local_experts n_routed_experts type_vocab_size expand eos_token_id",
-    64: "intermediate_size ffn_dim d_ff dff hidden_dim n_inner encoder_ffn_dim decoder_ffn_dim ffn_hidden_size d_inner "
-    "max_position_embeddings n_positions n_ctx",
+    64: "intermediate_size ffn_dim d_ff dff hidden_dim n_inner encoder_ffn_dim decoder_ffn_dim ffn_hidden_size "
+    "d_inner max_position_embeddings n_positions n_ctx",
     16: "d_kv head_dim d_head v_head_dim query_pre_attn_scalar sliding_window",
     8: "state_size block_size kv_lora_rank q_lora_rank qk_rope_head_dim qk_nope_head_dim",
     1: "num_experts_per_tok n_shared_experts n_group topk_group first_k_dense_replace num_global_layers bos_token_id",

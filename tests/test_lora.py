@@ -196,7 +196,10 @@ def test_a_table_that_names_no_module_counts_for_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["bert", "mpnet", "deberta-v2", "llama"])
 def test_both_baselines_train_the_same_parameters(tmp_path, kind):
     args = FullTrainingArguments(str(tmp_path), peft="lora", peft_config={"r": 8, "lora_alpha": 16}, use_cpu=True)
-    models = add_lora(tiny_classifier(kind), arguments(tmp_path, seed=1)), FullTrainer(tiny_classifier(kind), args).model
+    models = (
+        add_lora(tiny_classifier(kind), arguments(tmp_path, seed=1)),
+        FullTrainer(tiny_classifier(kind), args).model,
+    )
     trained = [{n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad} for model in models]
     assert trained[0] == trained[1]
 
@@ -220,7 +223,9 @@ def test_gradients_that_reach_no_adapter(tmp_path):
 def test_a_batch_that_the_model_refuses_is_bad_input(tmp_path):
     rows = Dataset.from_list([{"input_ids": [5] * 16, "attention_mask": [1] * 16, "labels": i % 2} for i in range(4)])
     run = LoraTrainer(tiny_classifier("reformer"), arguments(tmp_path, max_steps=1), train_dataset=rows)
-    message = r"ReformerForSequenceClassification refuses the first training batch: .*axial_pos_shape.*pad_to_max_length"
+    message = (
+        r"ReformerForSequenceClassification refuses the first training batch: .*axial_pos_shape.*pad_to_max_length"
+    )
     with pytest.raises(InputError, match=message):
         run.train()
 

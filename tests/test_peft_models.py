@@ -60,4 +60,7 @@ def test_prefix_tuning_and_gradient_checkpointing(tmp_path):
 def test_ia3_without_an_entry_in_its_table():
     wrapped = wrap_with_peft(tiny_classifier("mpnet"), "ia3", None, 0)
     config = wrapped.peft_config["default"]
-    assert (set(config.target_modules), set(config.feedforward_modules)) == ({"k", "v", "output.dense"}, {"output.dense"})
+    assert (set(config.target_modules), set(config.feedforward_modules)) == (
+        {"k", "v", "output.dense"},
+        {"output.dense"},
+    )

@@ -89,8 +89,9 @@ class Module:
 
 
 def layers_of(model: nn.Module) -> list[int]:
-    """Numbers of the model's layers, found by structure. Layers of several stacks that have a number in common, such as
-    those of an encoder and a decoder, count as one.
+    """Numbers of the model's layers, found by structure.
+
+    Layers of several stacks that have a number in common, such as those of an encoder and a decoder, count as one.
 
     Raises:
         InputError: there are none.
@@ -125,8 +126,8 @@ def fitting(
     if reasons and len(left) < min(2, len(candidates)):
         shown = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         raise InputError(
-            f"too few of the candidates fit {type(model).__name__} ({shown}); choose others with --fisher_candidates, or "
-            "change their settings with --fisher_candidate_settings"
+            f"too few of the candidates fit {type(model).__name__} ({shown}); choose others with --fisher_candidates, "
+            "or change their settings with --fisher_candidate_settings"
         )
     return left
 
@@ -184,8 +185,8 @@ def explained(names: list[str]) -> Iterator[None]:
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"the candidates {', '.join(names)} cannot be put into the model "
-            f"({next(iter(str(error).splitlines()), type(error).__name__)}); check --fisher_candidate_settings, or the "
-            "settings in the plan"
+            f"({next(iter(str(error).splitlines()), type(error).__name__)}); check --fisher_candidate_settings, or "
+            "the settings in the plan"
         ) from error
 
 

@@ -65,7 +65,7 @@ def add_lora(model: PreTrainedModel, args: LoraTrainingArguments) -> PeftModel:
         raise InputError("the model carries PEFT adapters already; pass the base model, or merge the adapters first")
     declare_mean_loss(model)
     targets = args.lora_target_modules
-    settings = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    settings: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
     if targets is not None:
         settings["target_modules"] = ALL_LINEAR if targets == [ALL_LINEAR] else args.lora_target_pattern or targets
     try:

@@ -102,9 +102,7 @@ def gram_sums(
     for layer in layers.values():
         if layer.kind not in sums:
             weight, gradients = layer.weight, steps * of_kind[layer.kind]
-            sums[layer.kind] = GramSums(
-                layer.out_features, layer.in_features, weight.dtype, weight.device, gradients
-            )
+            sums[layer.kind] = GramSums(layer.out_features, layer.in_features, weight.dtype, weight.device, gradients)
     tokens = visit_gradients(
         trainer, layers, steps, lambda name, gradient: sums[layers[name].kind].add(gradient), "gradient basis"
     )

@@ -13,7 +13,6 @@ from hf_ft_ext.structure.roles import find_attentions, find_feed_forwards, first
 from hf_ft_ext.structure.rows import trial_copy, trial_device, trial_rows
 from hf_ft_ext.structure.trace import Trace, run
 
-
 _found: WeakKeyDictionary[nn.Module, tuple[tuple, Structure]] = WeakKeyDictionary()
 
 
@@ -91,5 +90,7 @@ def _head(model: nn.Module) -> tuple[str, ...]:
         return ()
     holder, _, base = path.rpartition(".")
     outer = model.get_submodule(holder)
-    names = [name for name, module in outer.named_children() if name != base and any(True for _ in module.parameters())]
+    names = [
+        name for name, module in outer.named_children() if name != base and any(True for _ in module.parameters())
+    ]
     return tuple(f"{holder}.{name}".removeprefix(".") for name in names)

@@ -43,11 +43,12 @@ def find_attentions(trace: Trace) -> list[Attention]:
     found: list[Attention] = []
     for members, names in blocks.items():
         inputs = mixed[members]
-        roles = _roles([m for m in calls if m in members], inputs, left, right)
+        query, key, value = _roles([m for m in calls if m in members], inputs, left, right)
         gates = {unit for unit, path in inputs.items() if not path.most and unit in calls and not path.direct}
         feeders = _feeders([*members, *names], calls, outputs)
         other = tuple(n for n in calls if n in gates | feeders and n not in members and n not in names)
-        found.append(Attention(*roles, tuple(names), other, _is_cross(roles, calls, found)))
+        cross = _is_cross(query, key, calls, found)
+        found.append(Attention(query, key, value, tuple(names), other, cross))
     return found
 
 
@@ -60,7 +61,10 @@ def _mixed_alone(call: Call, calls: Calls) -> list[str]:
     return units if source.width_in == call.width_out and source.name != call.name else []
 
 
-def _roles(members: list[str], inputs: Paths, left: set[str], right: set[str]) -> tuple[tuple[str, ...], ...]:
+def _roles(
+    members: list[str], inputs: Paths, left: set[str], right: set[str]
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    """Which of a block's members are query, key and value."""
     direct = [m for m in members if inputs[m].direct]
     if not direct or (len(direct) == len(members) > 1):  # no softmax: the value takes part in the fewest products
         fewest = min(inputs[m].products for m in members)
@@ -87,9 +91,8 @@ def _feeders(members: list[str], calls: Calls, outputs: set[str]) -> set[str]:
         found |= more
 
 
-def _is_cross(roles: tuple[tuple[str, ...], ...], calls: Calls, before: list[Attention]) -> bool:
+def _is_cross(query: tuple[str, ...], key: tuple[str, ...], calls: Calls, before: list[Attention]) -> bool:
     """Whether keys read what other blocks' keys read too, and queries something else: the encoder's output."""
-    query, key, _ = roles
     reads = [{calls[name].reads for name in names} for names in (query, key)]
     if not (reads[0] and reads[1]) or reads[0] & reads[1]:
         return False

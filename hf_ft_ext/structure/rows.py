@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 ROWS, LENGTH = 2, 16
-_SPECIAL = ("pad", "eos", "bos", "cls", "sep", "mask", "unk", "decoder_start", "sep")
+_SPECIAL = ("pad", "eos", "bos", "cls", "sep", "mask", "unk", "decoder_start")
 
 
 def trial_device(model: nn.Module) -> torch.device:
@@ -17,7 +17,7 @@ def trial_device(model: nn.Module) -> torch.device:
 
 
 def trial_rows(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches that `model` may take, the likeliest first: ids `[2, 16]` with mask, decoder ids too, one row, images."""
+    """Batches that `model` may take, the likeliest first: ids `[2, 16]` with mask, decoder ids too, one row."""
     config = getattr(model, "config", None)
     device = trial_device(model)
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":

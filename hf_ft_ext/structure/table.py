@@ -13,15 +13,15 @@ _HEADER = ("part", "where", "what it is", "why")
 
 def structure_table(structure: Structure) -> str:
     """One line per kind of layer and part: names (layer numbers folded), and by what they were recognized."""
-    rows = [_HEADER]
-    kinds: dict[tuple, list[Layer]] = {}
+    rows: list[tuple[str, ...]] = [_HEADER]
+    kinds: dict[tuple[tuple[str, ...], ...], list[Layer]] = {}
     for layer in structure.layers:
         kinds.setdefault(tuple(_layer_rows(layer, structure.kinds)), []).append(layer)
-    for lines, layers in kinds.items():
+    for parts, layers in kinds.items():
         runs = sum(layer.runs for layer in layers)
         shared = f", run {runs} times" if runs > len(layers) else ""
         rows.append(("layers", _fold(layers[0].name), f"{len(layers)}{shared}", "elements of one list of modules"))
-        rows.extend(dict.fromkeys(lines))
+        rows.extend(dict.fromkeys(parts))
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER) - 1)]
     lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
     if not structure.layers:
@@ -82,7 +82,9 @@ def _feed_forward_rows(block: FeedForward, kinds: dict[str, str]) -> list[tuple[
             why = "feeds down alone" + (", activated" if role == "gate" else "")
             if names:
                 rows.append((f"  feed-forward {role}", _names(names), _kinds(names, kinds) + shape, why))
-    rows.append(("  feed-forward down", _names(block.down), _kinds(block.down, kinds) + back, "gives the layer's width"))
+    rows.append(
+        ("  feed-forward down", _names(block.down), _kinds(block.down, kinds) + back, "gives the layer's width")
+    )
     return rows
 
 

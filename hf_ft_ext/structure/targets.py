@@ -45,21 +45,24 @@ def query_and_value(structure: Structure) -> list[str]:
     """
     attention = [name for block in structure.attentions for name in (*block.query, *block.value)]
     feed_forward = [name for block in structure.feed_forwards for name in block.projections]
-    for names in (attention, feed_forward):
-        if modules := [name for name in dict.fromkeys(names) if structure.kinds.get(name, "tensor") != "tensor"]:
-            return modules
-    return []
+    return _modules(attention, structure) or _modules(feed_forward, structure)
 
 
 def key_value_and_down(structure: Structure) -> tuple[list[str], list[str]]:
     """Modules that give attention its keys and values, and those that end a feed-forward: where IA3 goes."""
     attention = [name for block in structure.attentions for name in (*block.key, *block.value)]
     down = [name for block in structure.feed_forwards for name in block.down]
-    kept = ([n for n in dict.fromkeys(names) if structure.kinds.get(n, "tensor") != "tensor"] for names in (attention, down))
-    return tuple(kept)
+    return _modules(attention, structure), _modules(down, structure)
 
 
-def default_targets(model: nn.Module, table: Mapping[str, list[str] | str], kind: str | None) -> list[str] | str | None:
+def _modules(names: Iterable[str], structure: Structure) -> list[str]:
+    """Those of `names` that are modules and no weights on their own, once each."""
+    return [name for name in dict.fromkeys(names) if structure.kinds.get(name, "tensor") != "tensor"]
+
+
+def default_targets(
+    model: nn.Module, table: Mapping[str, list[str] | str], kind: str | None
+) -> list[str] | str | None:
     """peft's own default targets for a model of type `kind`, as `table` has them, or queries and values by structure.
 
     An entry of the table that names no module of this model counts for nothing.

@@ -20,8 +20,9 @@ from transformers.pytorch_utils import Conv1D
 # Products of two matrices: the operator -> the positions of the two.
 _PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2), "_grouped_mm": (0, 1), "linear": (0, 1)}
 _CURVED = frozenset(
-    "softmax _softmax _safe_softmax log_softmax _log_softmax logsumexp exp exp2 expm1 acos sigmoid silu gelu relu relu6 "
-    "tanh erf softplus elu celu selu leaky_relu mish hardswish hardtanh hardsigmoid threshold log_sigmoid_forward".split()
+    "softmax _softmax _safe_softmax log_softmax _log_softmax logsumexp exp exp2 expm1 acos sigmoid silu gelu relu "
+    "relu6 tanh erf softplus elu celu selu leaky_relu mish hardswish hardtanh hardsigmoid threshold "
+    "log_sigmoid_forward".split()
 )
 _EMPTY = ("zeros", "ones", "empty", "full", "rand", "randn", "zero_", "fill_")
 _MIXES_POSITIONS = ("convolution", "fft", "cumsum", "logcumsumexp", "cumprod")
@@ -129,7 +130,7 @@ class Trace:
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Whether a module maps features to features, position by position: linear layers of any class, 1-wide convolutions.
+    """Whether a module maps features to features, position by position: linear layers, convolutions of width 1.
 
     Quantized and foreign linear layers say so by `in_features` and `out_features`.
     """
@@ -297,9 +298,7 @@ class Tracer(TorchDispatchMode):
             tensor = _first_tensor((args, kwargs))
             flow = self._flow(tensor)
             self._order += 1
-            self.trace.calls.append(
-                Call(name, self._key(tensor) or 0, flow.paths, width_in, width_out, self._order)
-            )
+            self.trace.calls.append(Call(name, self._key(tensor) or 0, flow.paths, width_in, width_out, self._order))
 
         def after(_, args, kwargs, output):
             self._inside -= 1

@@ -163,7 +163,9 @@ def test_places_by_structure(kind):
         model = tiny_classifier(kind)
         config = BottleneckConfig(placement=placement, bottleneck_size=4, init_weights="zero")
         if places is None:
-            with pytest.raises(InputError, match=rf"no layers in which a bottleneck of placement '{placement}' has a pl"):
+            with pytest.raises(
+                InputError, match=rf"no layers in which a bottleneck of placement '{placement}' has a pl"
+            ):
                 get_peft_model(model, config)
             continue
         rows = {name: value for name, value in classifier_rows().items() if name != "labels"}

@@ -1,6 +1,6 @@
 """Each family of transformers' classifiers through LoRA, SparseGrad and FishPAL's candidates: one step, saved, loaded.
 
-What a family is refused for is listed here; everything else has to work. The fast part takes families chosen to differ.
+What a family is refused for is listed here; all else has to work. The fast part takes families chosen to differ.
 """
 
 import pytest
@@ -15,7 +15,10 @@ from hf_ft_ext.lora.trainer import add_lora
 
 REFUSED = {
     "lora": {"ibert": r"QuantLinear\(\) .* is not supported"},
-    "sparse": {"ibert": r"\(QuantLinear\)\) are no linear layers", "squeezebert": r"\(Conv1d\)\) are no linear layers"},
+    "sparse": {
+        "ibert": r"\(QuantLinear\)\) are no linear layers",
+        "squeezebert": r"\(Conv1d\)\) are no linear layers",
+    },
     "fisher": {"ibert": "too few of the candidates fit", "squeezebert": "too few of the candidates fit"},
 }
 # Its layers make gradients by themselves, in training alone and for one length; none reaches an adapter.

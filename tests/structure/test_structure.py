@@ -16,20 +16,34 @@ from hf_ft_ext.structure.table import structure_table
 
 # Read off transformers' source. Family -> (layer, {role: names within the layer}); feed-forwards as "gate|up|down".
 BERT = {
-    "query": "attention.self.query", "key": "attention.self.key", "value": "attention.self.value",
-    "output": "attention.output.dense", "feed_forward": ["|intermediate.dense|output.dense"], "norm": "output.LayerNorm",
+    "query": "attention.self.query",
+    "key": "attention.self.key",
+    "value": "attention.self.value",
+    "output": "attention.output.dense",
+    "feed_forward": ["|intermediate.dense|output.dense"],
+    "norm": "output.LayerNorm",
 }
 LLAMA = {
-    "query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj", "output": "self_attn.o_proj",
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
     "feed_forward": ["mlp.gate_proj|mlp.up_proj|mlp.down_proj"],
 }
 BART = {
-    "query": "self_attn.q_proj", "key": "self_attn.k_proj", "value": "self_attn.v_proj", "output": "self_attn.out_proj",
-    "feed_forward": ["|fc1|fc2"], "norm": "final_layer_norm",
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.out_proj",
+    "feed_forward": ["|fc1|fc2"],
+    "norm": "final_layer_norm",
 }
 T5 = {
-    "query": "layer.0.SelfAttention.q", "key": "layer.0.SelfAttention.k", "value": "layer.0.SelfAttention.v",
-    "output": "layer.0.SelfAttention.o", "feed_forward": ["|layer.1.DenseReluDense.wi|layer.1.DenseReluDense.wo"],
+    "query": "layer.0.SelfAttention.q",
+    "key": "layer.0.SelfAttention.k",
+    "value": "layer.0.SelfAttention.v",
+    "output": "layer.0.SelfAttention.o",
+    "feed_forward": ["|layer.1.DenseReluDense.wi|layer.1.DenseReluDense.wo"],
 }
 EXPECTED = {
     "bert": ("bert.encoder.layer.0", BERT),
@@ -78,7 +92,10 @@ EXPECTED = {
 
 def names(value, layer: str) -> set[str]:
     """Whole names of what the table says about a layer."""
-    return {n if n.startswith("transformer.ffns") else f"{layer}.{n}" for n in ([value] if isinstance(value, str) else value)}
+    return {
+        n if n.startswith("transformer.ffns") else f"{layer}.{n}"
+        for n in ([value] if isinstance(value, str) else value)
+    }
 
 
 @pytest.mark.parametrize("kind", EXPECTED)
@@ -91,7 +108,10 @@ def test_projections_by_role_are_those_of_the_source(kind):
     for role in ("query", "key", "value", "output", "other"):
         assert {name for block in own for name in getattr(block, role)} == names(expected.get(role, ()), layer), role
     feed_forwards = sorted("|".join(",".join(part) for part in (b.gate, b.up, b.down)) for b in found.feed_forwards)
-    wanted = ["|".join(",".join(names(part, layer)) if part else "" for part in f.split("|")) for f in expected["feed_forward"]]
+    wanted = [
+        "|".join(",".join(names(part, layer)) if part else "" for part in f.split("|"))
+        for f in expected["feed_forward"]
+    ]
     assert feed_forwards == sorted(wanted)
     assert found.norm == (f"{layer}.{expected['norm']}" if "norm" in expected else None)
 
@@ -177,7 +197,13 @@ def test_other_heads_and_a_base_model():
     assert find_structure(tiny_masked_lm()).head == ("cls",)
     base = find_structure(BertModel(tiny_model().config))
     assert base.head == () and len(base.feed_forwards) == 2
-    small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 50}
+    small = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+    }
     assert len(find_structure(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **small))).layers) == 2
     t5 = tiny_classifier("t5").config
     assert len(find_structure(AutoModelForSeq2SeqLM.from_config(t5)).layers) == 4
@@ -227,5 +253,7 @@ def test_a_model_without_layers_has_none(model):
 
 
 def test_a_head_alone_does_not_run_on_token_ids():
-    with pytest.raises(InputError, match=r"the parts of Linear cannot be found: it does not run on trial rows .*by hand"):
+    with pytest.raises(
+        InputError, match=r"the parts of Linear cannot be found: it does not run on trial rows .*by hand"
+    ):
         find_structure(nn.Linear(4, 2))

@@ -55,14 +55,12 @@ def default_targets(model: nn.Module, placement: str) -> list[str]:
         for name in _of_layer(layer, placement, plain):
             found[name] = None
     if not found:
-        beside = (
-            " (its feed-forwards are no modules of their own, and a bottleneck cannot stand beside several modules)"
-            if placement == PARALLEL and structure.feed_forwards
-            else ""
-        )
+        reason = ""
+        if placement == PARALLEL and structure.feed_forwards:
+            reason = " (its feed-forwards are no modules of their own, and an adapter cannot stand beside several)"
         raise InputError(
-            f"{type(model).__name__} has no layers in which a bottleneck of placement {placement!r} has a place{beside}; "
-            "pass target_modules, or choose another placement or adapter"
+            f"{type(model).__name__} has no layers in which a bottleneck of placement {placement!r} has a "
+            f"place{reason}; pass target_modules, or choose another placement or adapter"
         )
     within = sorted({split_layer(name)[1] for name in found})
     reached = {name for name in plain if (place := split_layer(name)) is not None and place[1] in within}
