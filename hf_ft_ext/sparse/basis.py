@@ -96,13 +96,12 @@ def _eigenvectors(gram: torch.Tensor, rank: int | None = None) -> torch.Tensor:
     # Few gradients of a wide layer: an orthonormal Q of the sum's range, eigenvectors of Q^T S Q, and any complement.
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(n, rank + 8, generator=generator, dtype=torch.float64).to(gram.device)
-    wide = gram.double()
-    spanned = torch.linalg.qr(wide @ probes).Q
-    inner = torch.linalg.eigh(spanned.T @ wide @ spanned).eigenvectors.flip(1)
-    leading = spanned @ inner
+    spanned = torch.linalg.qr((gram @ probes.to(gram.dtype)).double()).Q
+    inner = spanned.T @ (gram @ spanned.to(gram.dtype)).double()
+    leading = (spanned @ torch.linalg.eigh(inner + inner.T).eigenvectors.flip(1)).to(gram.dtype)
     vectors = torch.linalg.qr(leading, mode="complete").Q
     vectors[:, : leading.shape[1]] = leading  # Householder's signs are arbitrary
-    return by_columns(vectors.to(gram.dtype))
+    return by_columns(vectors)
 
 
 def by_columns(matrix: torch.Tensor) -> torch.Tensor:
