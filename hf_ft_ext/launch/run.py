@@ -84,7 +84,9 @@ def _run(argv: list[str], program: list[str], signals: Signals) -> None:
     if run_args.dry_run:
         plan = training_plan(trainer)
         if args.process_index == 0:
-            print(plan.table(), parts_table(trainer.model), sep="\n\n")
+            print(plan.table())
+            if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # this process alone has no whole weights
+                print("", parts_table(trainer.model), sep="\n")
         trainer.accelerator.end_training()
         return
     folder.make_room(run_args, args)  # only now: nothing that the user passed can fail any more

@@ -141,7 +141,8 @@ def is_projection(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv1d):
         return module.kernel_size == (1,)
     sizes = (getattr(module, "in_features", None), getattr(module, "out_features", None))
-    return all(isinstance(size, int) for size in sizes) and not any(True for _ in module.children())
+    inner = (part for part in module.modules() if part is not module)
+    return all(isinstance(size, int) for size in sizes) and not any(isinstance(p, nn.Linear | Conv1D) for p in inner)
 
 
 def widths(module: nn.Module) -> tuple[int, int]:

@@ -11,7 +11,8 @@ from tiny import tiny_masked_lm, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertModel
 
-from hf_ft_ext import InputError, find_structure
+from hf_ft_ext import InputError, LoraTrainingArguments, convert_to_sparse, find_structure
+from hf_ft_ext.lora.trainer import add_lora
 from hf_ft_ext.structure.table import structure_table
 
 # Read off transformers' source. Family -> (layer, {role: names within the layer}); feed-forwards as "gate|up|down".
@@ -257,3 +258,14 @@ def test_a_head_alone_does_not_run_on_token_ids():
         InputError, match=r"the parts of Linear cannot be found: it does not run on trial rows .*by hand"
     ):
         find_structure(nn.Linear(4, 2))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_quantized_model_has_the_same_parts_and_is_refused_where_weights_train(tmp_path):
+    expected = find_structure(tiny_model()).layers
+    model = torch.ao.quantization.quantize_dynamic(tiny_model(), {nn.Linear})
+    assert find_structure(model).layers == expected
+    with pytest.raises(InputError, match=r"its feed-forwards \(.*intermediate.dense \(Linear\).* are no linear layers"):
+        convert_to_sparse(model)
+    with pytest.raises(InputError, match=r"the default targets .* cannot be used \(Target module Dynamic.*not supported"):
+        add_lora(model, LoraTrainingArguments(str(tmp_path), use_cpu=True))
