@@ -85,7 +85,8 @@ def _run(argv: list[str], program: list[str], signals: Signals) -> None:
         plan = training_plan(trainer)
         if args.process_index == 0:
             print(plan.table())
-            if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):  # this process alone has no whole weights
+            # A process of a sharded run holds parts of the weights, and the pass would wait for the others.
+            if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
                 print("", parts_table(trainer.model), sep="\n")
         trainer.accelerator.end_training()
         return

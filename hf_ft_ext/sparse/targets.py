@@ -81,26 +81,29 @@ def _by_structure(model: nn.Module) -> list[str]:
     if feed_forward:
         if left_out:
             logger.warning(
-                "SparseGrad converts linear layers; these parts of the feed-forwards are none and %s: %s.",
-                "train in full, as all other parameters do, unless sparse_train_rest freezes them",
+                "SparseGrad converts linear layers. These parts of the feed-forwards are not linear layers and train "
+                "as sparse_train_rest says: %s.",
                 left_out,
             )
         return feed_forward
     attention = [name for block in structure.attentions for name in block.projections]
     instead = _convertible(attention, model)
     if not instead:
-        reason = (
-            f"its feed-forwards ({left_out}) are no linear layers" if left_out else "no feed-forward was found in it"
-        )
+        reason = "no feed-forward was found in it"
+        if left_out:
+            reason = f"its feed-forwards ({left_out}) are not linear layers"
         shown = ", ".join(_linear_kinds(model)) or "none"
         raise InputError(
             f"{structure.model} has nothing that SparseGrad converts by default: {reason}, and its attentions have no "
             f"linear layers either; name layers with sparse_target_modules, a regular expression over: {shown}"
         )
+    found = f"The feed-forwards of {structure.model} are {left_out}"
+    if not left_out:
+        found = f"No feed-forward was found in {structure.model}"
     logger.warning(
-        "%s, and SparseGrad converts linear layers: it takes the attentions' %s instead. Others are named with "
+        "%s, and SparseGrad converts linear layers: it takes the attentions' %s instead. Name others with "
         "sparse_target_modules.",
-        f"The feed-forwards of {structure.model} are {left_out}" if left_out else f"{structure.model} has none",
+        found,
         ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in instead)),
     )
     return instead

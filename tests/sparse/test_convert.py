@@ -94,7 +94,11 @@ def test_an_unknown_model_type_is_read_by_structure():
     ("kind", "converted", "warning"),
     [
         ("falcon", {"dense_h_to_4h", "dense_4h_to_h"}, None),  # a class of its own over nn.Linear
-        ("qwen2_moe", {"gate_proj", "up_proj", "down_proj"}, r"are none .*experts.down_proj \(tensor 2x32x32\)"),
+        (
+            "qwen2_moe",
+            {"gate_proj", "up_proj", "down_proj"},
+            r"are not linear layers .*experts.down_proj \(tensor 2x32x32\)",
+        ),
         ("mixtral", {"q_proj", "k_proj", "v_proj", "o_proj"}, r"are .*experts.gate_up_proj \(tensor .*instead"),
         ("fnet", {"dense"}, None),
     ],
@@ -117,7 +121,7 @@ def test_what_is_converted_where_feed_forwards_differ(kind, converted, warning, 
     [
         (
             lambda: tiny_classifier("ibert"),
-            r"its feed-forwards \(.*\(QuantLinear\)\) are no linear layers, and its att",
+            r"its feed-forwards \(.*\(QuantLinear\)\) are not linear layers, and its att",
         ),
         (
             lambda: tiny_classifier("squeezebert"),

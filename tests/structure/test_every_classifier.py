@@ -16,8 +16,8 @@ from hf_ft_ext.lora.trainer import add_lora
 REFUSED = {
     "lora": {"ibert": r"QuantLinear\(\) .* is not supported"},
     "sparse": {
-        "ibert": r"\(QuantLinear\)\) are no linear layers",
-        "squeezebert": r"\(Conv1d\)\) are no linear layers",
+        "ibert": r"\(QuantLinear\)\) are not linear layers",
+        "squeezebert": r"\(Conv1d\)\) are not linear layers",
     },
     "fisher": {"ibert": "too few of the candidates fit", "squeezebert": "too few of the candidates fit"},
 }

@@ -265,7 +265,11 @@ def test_a_quantized_model_has_the_same_parts_and_is_refused_where_weights_train
     expected = find_structure(tiny_model()).layers
     model = torch.ao.quantization.quantize_dynamic(tiny_model(), {nn.Linear})
     assert find_structure(model).layers == expected
-    with pytest.raises(InputError, match=r"its feed-forwards \(.*intermediate.dense \(Linear\).* are no linear layers"):
+    with pytest.raises(
+        InputError, match=r"its feed-forwards \(.*intermediate.dense \(Linear\).* are not linear layers"
+    ):
         convert_to_sparse(model)
-    with pytest.raises(InputError, match=r"the default targets .* cannot be used \(Target module Dynamic.*not supported"):
+    with pytest.raises(
+        InputError, match=r"the default targets .* cannot be used \(Target module Dynamic.*not supported"
+    ):
         add_lora(model, LoraTrainingArguments(str(tmp_path), use_cpu=True))

@@ -42,8 +42,8 @@ def default_targets(model: nn.Module, placement: str) -> list[str]:
     """Names, within a layer (where those are ambiguous, whole names), of the modules that adapters go to.
 
     `pfeiffer`: the normalization that ends the layer, else the feed-forward. `houlsby`: what gives the attention's
-    output, and the feed-forward. `parallel`: the feed-forward. Where the latter is no module of its own, its last
-    projection stands for it.
+    output, and the feed-forward. `parallel`: the feed-forward. Where the feed-forward's projections stand in the layer
+    itself, the last one takes its place.
 
     Raises:
         InputError: the model has no layers with a place for adapters of this placement.
@@ -57,7 +57,7 @@ def default_targets(model: nn.Module, placement: str) -> list[str]:
     if not found:
         reason = ""
         if placement == PARALLEL and structure.feed_forwards:
-            reason = " (its feed-forwards are no modules of their own, and an adapter cannot stand beside several)"
+            reason = " (its feed-forwards consist of several modules, and an adapter stands beside one)"
         raise InputError(
             f"{type(model).__name__} has no layers in which a bottleneck of placement {placement!r} has a "
             f"place{reason}; pass target_modules, or choose another placement or adapter"
