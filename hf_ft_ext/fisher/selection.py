@@ -138,8 +138,9 @@ def _refuse_zero(powers: dict[str, torch.Tensor]) -> None:
     if not any(value.any() for value in powers.values()):
         raise InputError(
             "every gradient is exactly zero, so there is nothing to choose by: the loss does not depend on the layers "
-            "(a classifier whose weights are all zero), or the model is already certain of every label; check the "
-            "classifier's weights and the labels"
+            "(a classifier whose weights are all zero), the model is already certain of every label, or its layers "
+            "make their gradients by themselves, as Reformer's do; check the classifier's weights and the labels, or use "
+            "another method"
         )
 
 
