@@ -139,8 +139,8 @@ def _refuse_zero(powers: dict[str, torch.Tensor]) -> None:
         raise InputError(
             "every gradient is exactly zero, so there is nothing to choose by: the loss does not depend on the layers "
             "(a classifier whose weights are all zero), the model is already certain of every label, or its layers "
-            "make their gradients by themselves, as Reformer's do; check the classifier's weights and the labels, or use "
-            "another method"
+            "make their gradients by themselves, as Reformer's do; check the classifier's weights and the labels, or "
+            "use another method"
         )
 
 
