@@ -49,6 +49,7 @@ from .sparse.optimizer import SparseAdamW as SparseAdamW
 from .sparse.prepare import compute_bases as compute_bases
 from .sparse.prepare import prepare_layers as prepare_layers
 from .sparse.trainer import SparseTrainer as SparseTrainer
+from .structure.find import find_structure as find_structure
 from .training.resources import ResourceMonitor as ResourceMonitor
 
 __version__: str

@@ -35,6 +35,7 @@ class HeadReader:
         holder, _, self.prefix = encoder_path(model).rpartition(".")
         self.holder = model.get_submodule(holder)
         self.stand_in = _StandIn(getattr(self.holder, self.prefix))
+        self._width: int | None = None
 
     @classmethod
     def find(cls, model: nn.Module, batch: Batch) -> "HeadReader | None":
@@ -54,7 +55,8 @@ class HeadReader:
             for read in (_first_token, _last_token, _mean_token):
                 reader = cls(model, read)
                 try:
-                    found = reader.logits(reader.features(batch))
+                    features = reader.features(batch)
+                    found = reader.logits(features)
                 except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
                     logger.debug("%s does not fit: %s", read.__name__, error)
                     continue
@@ -62,13 +64,14 @@ class HeadReader:
                 if expected.dtype != torch.float32:
                     scale *= 100
                 if found.shape == expected.shape and float((found - expected).abs().max()) <= scale:
+                    reader._width = features.shape[-1]  # Reformer's is twice its hidden size
                     return reader
         return None
 
     @property
     def hidden(self) -> int:
         """Width of the features."""
-        return self.model.config.hidden_size
+        return self.model.config.hidden_size if self._width is None else self._width
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """The head's parameters by their names in the model."""

@@ -97,7 +97,7 @@ def fit_linear_head(
             def run(batch: dict) -> Any:
                 return model(**batch) if reader is None else reader.logits(reader.features(batch))
 
-            for part in every(lambda batch: _inputs(model, name, layer, lambda: run(batch))):
+            for part in every(lambda batch: _inputs(model, name, layer, lambda: run(batch), _mask(batch))):
                 inputs.append(part)
                 bar.update(len(part))
     x = torch.cat(inputs).double().numpy()
@@ -127,7 +127,7 @@ def _mark_fresh(model: nn.Module, name: str) -> None:
 
 
 def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[str, nn.Linear]:
-    """Name and module of the linear layer whose output is the logits.
+    """Name and module of the linear layer whose output, averaged over tokens if it has any, is the logits.
 
     Args:
         batch: some rows, without labels.
@@ -156,22 +156,47 @@ def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[s
     for module, out in reversed(last):
         if out.shape[-1] == classes and bool((out.reshape(-1, classes)[:, None] == logits).all(-1).any(0).all()):
             return outside[module], module
+        if out.ndim == 3 and out.shape[-1] == classes and _same(_mean(out, _mask(batch)), logits):
+            return outside[module], module  # logits of every token, averaged: a linear head on the average
     raise InputError(
         f"{type(model).__name__} has no linear layer outside its encoder whose output is the logits; linear probing "
         "needs one"
     )
 
 
-def _inputs(model: nn.Module, name: str, layer: nn.Linear, run: Callable[[], Any]) -> torch.Tensor:
-    """What `layer` reads while `run` runs: `[rows, width]`, on the CPU."""
+def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]) if mask is None else mask
+
+
+def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens of each row that are no padding: `[rows, tokens, width]` -> `[rows, width]`."""
+    if values.shape[:2] != mask.shape:
+        return values.mean(1)
+    return (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def _inputs(
+    model: nn.Module, name: str, layer: nn.Linear, run: Callable[[], Any], mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What `layer` reads while `run` runs, averaged over tokens where logits are: `[rows, width]`, on the CPU."""
     seen: list[torch.Tensor] = []
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     try:
         with torch.no_grad(), evaluating(model):
-            run()
+            output = run()
     finally:
         handle.remove()
     x = seen[-1]
+    if x.ndim == 3 and x.shape[1] > 1 and mask is not None:
+        mean = _mean(x, mask)
+        with torch.no_grad():
+            if _same(layer(mean), getattr(output, "logits", output)):
+                x = mean
     if x.ndim == 3 and x.shape[1] == 1:
         x = x[:, 0]
     if x.ndim != 2:

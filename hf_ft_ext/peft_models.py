@@ -1,8 +1,14 @@
 """Wrapping a classifier with a method of peft: what trains in full, and what peft cannot find out by itself."""
 
+import re
+from dataclasses import fields
+from typing import Any
+
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, TaskType, get_peft_model
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -10,15 +16,14 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import encoder_path, evaluating
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.prompts.model import architecture, is_prompt_model
+from hf_ft_ext.structure.find import find_structure
+from hf_ft_ext.structure.rows import trial_rows
+from hf_ft_ext.structure.targets import default_targets, endings, key_value_and_down
 from hf_ft_ext.training.precision import train_in_float32
 
-# Query and value, as in peft's table, which lacks it.
-_DEFAULT_TARGETS = {"distilbert": ["q_lin", "v_lin"]}
-_PREFIX = "prefix_tuning"
+PREFIX_TUNING = "prefix_tuning"
 _SAVED_BY_PEFT = ("classifier", "score")  # whatever `modules_to_save` says
 _REAL_ACTIVATIONS = "init_from_activations"  # an argument of ours, not of peft's configuration
-
-
 _TASKS = (
     ("ForSequenceClassification", TaskType.SEQ_CLS),
     ("ForCausalLM", TaskType.CAUSAL_LM),
@@ -27,6 +32,7 @@ _TASKS = (
     ("ForTokenClassification", TaskType.TOKEN_CLS),
     ("ForQuestionAnswering", TaskType.QUESTION_ANS),
 )
+_LANGUAGE_MODELS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 
 
 def task_type_of(model: nn.Module) -> TaskType | None:
@@ -41,23 +47,23 @@ def task_type_of(model: nn.Module) -> TaskType | None:
     return None
 
 
-def lora_targets(model: nn.Module) -> list[str] | None:
-    """The layers that get a LoRA adapter by default; `None` leaves it to peft's own table."""
-    kind = architecture(model)
-    if kind in _DEFAULT_TARGETS:
-        return _DEFAULT_TARGETS[kind]
-    return TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind) if is_prompt_model(model) else None
+def carries_adapters(model: nn.Module) -> bool:
+    """Whether a model is wrapped by peft, or some of its modules are."""
+    return hasattr(model, "peft_config") or any(isinstance(module, BaseTunerLayer) for module in model.modules())
 
 
 def trained_in_full(model: PreTrainedModel) -> list[str]:
     """Dotted names of the modules that an adapter cannot do without: the head, and whatever came untrained.
 
-    A prompt model's head is pretrained: only label words' rows that linear probing has written count.
+    A prompt model's head is pretrained: only label words' rows that linear probing has written count. So is a
+    language model's.
     """
     prefix = model.base_model_prefix
     names = [
         name for name, module in model.named_children() if name != prefix and any(True for _ in module.parameters())
     ]
+    if task_type_of(model) in _LANGUAGE_MODELS:
+        names = []
     for parameter in sorted(getattr(model, "fresh_parameters", ())):
         owner = parameter.rpartition(".")[0]
         if owner and not any(owner == name or owner.startswith(f"{name}.") for name in names):
@@ -75,10 +81,12 @@ def _left_out(model: PreTrainedModel, saved: list[str]) -> list[str]:
 def wrap_with_peft(
     model: PreTrainedModel, kind: str, settings: dict | None, seed: int, option: str = "peft"
 ) -> PeftModel:
-    """Wrap a sequence classifier with a peft method, drawn from `seed`; the head trains in full.
+    """Wrap a model with a peft method, drawn from `seed`; the head of a classifier trains in full.
 
     Saved models are standard adapters, the head included. With `modules_to_save` of your own, what came untrained and
-    is not among them is saved too, but does not train: nobody could load it otherwise.
+    is not among them is saved too, but does not train: nobody could load it otherwise. Without `target_modules`:
+    peft's own table; for a model that it lacks, by structure (queries and values; for `ia3` keys, values and the
+    feed-forward's last projection).
 
     Args:
         kind: the method's name in peft, such as `lora`, `ia3`, `vera`, `ln_tuning`, `prefix_tuning`.
@@ -92,43 +100,88 @@ def wrap_with_peft(
     known = {name.value.lower(): name for name in PeftType if name in PEFT_TYPE_TO_CONFIG_MAPPING}
     if kind.lower() not in known:
         raise InputError(f"{option}={kind!r} is no method of peft; choose from: {', '.join(sorted(known))}")
-    if isinstance(model, PeftModel):
+    if carries_adapters(model):
         raise InputError(f"the model carries PEFT adapters already; leave {option} out, or pass the base model")
     given, settings = settings, dict(settings or {})
     real = settings.pop(_REAL_ACTIVATIONS, False)
-    if real and kind.lower() != _PREFIX:
+    if real and kind.lower() != PREFIX_TUNING:
         raise InputError(f"{option}_config: {_REAL_ACTIVATIONS} is about prefix_tuning, not {kind}; leave it out")
-    heads = trained_in_full(model)
-    pooler = f"{encoder_path(model)}.pooler" if encoder_path(model) else "pooler"
-    if any(name == pooler for name, _ in model.named_modules()):  # whole: peft cannot load what is wrapped twice
-        heads = [*(head for head in heads if not f"{head}.".startswith(f"{pooler}.")), "pooler"]
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind.lower()]]
+    heads = list(dict.fromkeys(trained_in_full(model)))
     asked = settings.get("modules_to_save")
     saved_too = [] if asked is None else _left_out(model, [*asked, *_SAVED_BY_PEFT])
-    settings["modules_to_save"] = list(dict.fromkeys(heads)) if asked is None else [*asked, *saved_too]
-    if kind.lower() in ("lora", "vera") and (targets := lora_targets(model)):
-        settings.setdefault("target_modules", targets)
-    if is_prompt_model(model) and kind.lower() == _PREFIX:
-        inner = model.config.masked_lm
-        settings = {
-            "num_layers": inner.num_hidden_layers,
-            "token_dim": inner.hidden_size,
-            "num_attention_heads": inner.num_attention_heads,
-            **settings,
-        }
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind.lower()]]
+    settings["modules_to_save"] = (heads or None) if asked is None else [*asked, *saved_too]
+    method = known[kind.lower()]
+    settings = _with_targets(model, method, config_class, settings, [] if asked is not None else heads)
+    inner = model.config.masked_lm if is_prompt_model(model) else model.config
+    if "num_virtual_tokens" in {field.name for field in fields(config_class)} and not _sizes_known_to_peft(model):
+        sizes = {"num_layers": "num_hidden_layers", "token_dim": "hidden_size"}
+        sizes["num_attention_heads"] = "num_attention_heads"
+        settings = {**{name: getattr(inner, own, None) for name, own in sizes.items()}, **settings}
     try:
-        config = config_class(task_type=TaskType.SEQ_CLS, **settings)
+        config = config_class(**{"task_type": task_type_of(model), **settings})
         with seeded_init(seed):
             wrapped = train_in_float32(get_peft_model(model, config))
             if real:
                 start_from_activations(wrapped)
-            for name, parameter in wrapped.named_parameters():
-                if any(f".{module}.modules_to_save." in name for module in saved_too):
-                    parameter.requires_grad_(False)
-            return wrapped
     except (TypeError, ValueError, NotImplementedError) as error:
         reason = str(error).split(". ")[0].splitlines()[0]
         raise InputError(f"{option}={kind} with {option}_config={given} does not work: {reason}") from error
+    if config.is_prompt_learning:
+        _check_prompt(wrapped, kind, option)
+    for name, parameter in wrapped.named_parameters():
+        if any(f".{module}.modules_to_save." in name for module in saved_too):
+            parameter.requires_grad_(False)
+    return wrapped
+
+
+def _sizes_known_to_peft(model: PreTrainedModel) -> bool:
+    """Whether peft finds the sizes of virtual tokens in the configuration, which it reads as a dictionary."""
+    names = model.config.to_dict().keys()
+    return not is_prompt_model(model) and bool(names & {"hidden_size", "n_embd", "d_model"})
+
+
+def _with_targets(
+    model: PreTrainedModel, method: PeftType, config_class: type, settings: dict[str, Any], heads: list[str]
+) -> dict[str, Any]:
+    """`settings` with the default targets of the method, and without adapters in what trains in full anyway."""
+    settings, known = dict(settings), {field.name for field in fields(config_class)}
+    table = getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(method), "target_module_mapping", None)
+    if not any(settings.get(name) for name in ("target_modules", "target_parameters")):
+        if table is not None and "target_modules" in known:
+            settings["target_modules"] = default_targets(model, table, architecture(model))
+        elif method == PeftType.IA3 and architecture(model) not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
+            attention, down = key_value_and_down(find_structure(model))
+            names = [name for name, _ in model.named_modules()]
+            settings["feedforward_modules"] = endings(names, down)
+            settings["target_modules"] = [*endings(names, attention), *settings["feedforward_modules"]]
+    if "exclude_modules" in known and settings.get("exclude_modules") is None and heads:
+        # a target such as "dense" must not put adapters into what trains in full anyway
+        settings["exclude_modules"] = "|".join(rf"{re.escape(name)}(\..*)?" for name in heads)
+    return settings
+
+
+def _check_prompt(model: PeftModel, kind: str, option: str) -> None:
+    """Raise an `InputError` if virtual tokens do not reach this model's result."""
+    base, reason, failed = model.get_base_model(), "", True
+    prompt = [p for p in model.prompt_encoder.parameters() if p.requires_grad]
+    with torch.enable_grad(), evaluating(base):
+        for batch in trial_rows(base):
+            try:
+                output = model(**batch)
+                logits = output.logits if hasattr(output, "logits") else output[0]
+                found = torch.autograd.grad(logits.float().sum(), prompt, allow_unused=True)
+            except Exception as error:  # whatever a model's code raises on past keys and values that it does not take
+                reason = reason or next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
+                continue
+            failed = all(gradient is None for gradient in found)
+            reason = "its virtual tokens do not reach the result" if failed else ""
+            break
+    if failed:
+        raise InputError(
+            f"{option}={kind} does not work with {type(base).__name__} ({reason}); use lora, ia3 or another method of "
+            "peft that changes layers"
+        )
 
 
 @torch.no_grad()

@@ -4,10 +4,19 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraModel, PeftModel
+from classifiers import classifier_rows, tiny_classifier
+from datasets import Dataset
+from peft import LoraModel, PeftModel, PeftModelForCausalLM
 from tiny import tiny_dataset, tiny_model
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    TrainingArguments,
+)
 
+from hf_ft_ext import FullTrainer, FullTrainingArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.lora.arguments import LoraTrainingArguments
 from hf_ft_ext.lora.trainer import LoraTrainer, add_lora
@@ -156,10 +165,69 @@ def test_targets_that_match_nothing(tmp_path, tokenizer):
         trainer(tmp_path, tokenizer, tiny_model(), lora_target_modules=["qkv"])
 
 
-def test_model_type_without_default_targets(tmp_path, monkeypatch):
-    monkeypatch.delitem(LoraModel.target_module_mapping, "bert")
-    with pytest.raises(InputError, match="peft knows no default targets for a 'bert' model; pass lora_target_modules"):
-        add_lora(tiny_model(), arguments(tmp_path))
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("bert", {"query", "value"}),  # peft's table
+        ("mpnet", {"q", "v"}),
+        ("modernbert", {"Wqkv"}),
+        ("phi3", {"qkv_proj"}),
+        ("squeezebert", {"query", "value"}),  # convolutions of width 1
+        ("xlm", {"q_lin", "v_lin"}),
+        ("jetmoe", {"kv_proj"}),
+        ("fnet", {"intermediate.dense", "output.dense"}),  # no attention
+        ("xlnet", {"layer_1", "layer_2"}),  # attention weights outside of modules
+    ],
+)
+def test_default_targets_by_table_and_by_structure(tmp_path, kind, targets):
+    model = add_lora(tiny_classifier(kind), arguments(tmp_path))
+    assert set(model.peft_config["default"].target_modules) == targets
+    model(**classifier_rows()).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lora_A" in name for name in trained)
+    assert all(p.grad is not None for name, p in model.named_parameters() if name in trained)
+
+
+def test_a_table_that_names_no_module_counts_for_nothing(tmp_path, monkeypatch):
+    monkeypatch.setitem(LoraModel.target_module_mapping, "bert", ["c_attn"])
+    assert set(add_lora(tiny_model(), arguments(tmp_path)).peft_config["default"].target_modules) == {"query", "value"}
+
+
+@pytest.mark.parametrize("kind", ["bert", "mpnet", "deberta-v2", "llama"])
+def test_both_baselines_train_the_same_parameters(tmp_path, kind):
+    args = FullTrainingArguments(str(tmp_path), peft="lora", peft_config={"r": 8, "lora_alpha": 16}, use_cpu=True)
+    models = (
+        add_lora(tiny_classifier(kind), arguments(tmp_path, seed=1)),
+        FullTrainer(tiny_classifier(kind), args).model,
+    )
+    trained = [{n: tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad} for model in models]
+    assert trained[0] == trained[1]
+
+
+def test_a_causal_language_model_is_wrapped_as_one(tmp_path):
+    small = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=50, **small))
+    model = add_lora(base, arguments(tmp_path))
+    assert isinstance(model, PeftModelForCausalLM) and model.peft_config["default"].task_type == "CAUSAL_LM"
+    assert all("lora_" in name for name, p in model.named_parameters() if p.requires_grad)  # its head is pretrained
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=2, do_sample=False).shape == (1, 5)
+
+
+def test_gradients_that_reach_no_adapter(tmp_path):
+    rows = Dataset.from_list([{"input_ids": [5] * 64, "attention_mask": [1] * 64, "labels": i % 2} for i in range(4)])
+    run = LoraTrainer(tiny_classifier("reformer"), arguments(tmp_path, max_steps=1), train_dataset=rows)
+    with pytest.raises(InputError, match="no gradient reaches the adapters in ReformerForSequenceClassification"):
+        run.train()
+
+
+def test_a_batch_that_the_model_refuses_is_bad_input(tmp_path):
+    rows = Dataset.from_list([{"input_ids": [5] * 16, "attention_mask": [1] * 16, "labels": i % 2} for i in range(4)])
+    run = LoraTrainer(tiny_classifier("reformer"), arguments(tmp_path, max_steps=1), train_dataset=rows)
+    message = (
+        r"ReformerForSequenceClassification refuses the first training batch: .*axial_pos_shape.*pad_to_max_length"
+    )
+    with pytest.raises(InputError, match=message):
+        run.train()
 
 
 def test_targets_that_cannot_take_an_adapter(tmp_path):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from classifiers import classifier_rows, tiny_classifier
 from peft import PeftModel
 from tiny import tiny_model, tiny_tokenizer
 
+from hf_ft_ext import FullTrainer, FullTrainingArguments, InputError
 from hf_ft_ext.peft_models import wrap_with_peft
 
 SETTINGS = {"target_modules": ["key"], "feedforward_modules": []}
@@ -34,3 +36,31 @@ def test_what_came_untrained_is_saved_whatever_was_asked_for(tmp_path, asked, tr
 def test_nothing_is_added_where_nothing_came_untrained():
     wrapped = wrap_with_peft(tiny_model(), "ia3", SETTINGS | {"modules_to_save": []}, 0)
     assert set(wrapped.peft_config["default"].modules_to_save) == {"classifier", "score"}
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "deberta", "deberta-v2", "modernbert", "albert", "mpnet"])
+def test_prefix_tuning_where_the_model_takes_no_prefix(kind):
+    with pytest.raises(InputError, match=r"peft=prefix_tuning does not work with \w+ForSequenceClassification \("):
+        wrap_with_peft(tiny_classifier(kind), "prefix_tuning", {"num_virtual_tokens": 3}, 0)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2", "llama"])
+def test_prefix_tuning_where_it_does(kind):
+    wrapped = wrap_with_peft(tiny_classifier(kind), "prefix_tuning", {"num_virtual_tokens": 3}, 0)
+    wrapped(**classifier_rows()).loss.backward()
+    assert wrapped.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
+
+
+def test_prefix_tuning_and_gradient_checkpointing(tmp_path):
+    args = FullTrainingArguments(str(tmp_path), peft="prefix_tuning", gradient_checkpointing=True, use_cpu=True)
+    with pytest.raises(InputError, match="hands keys and values to the layers, and gradient_checkpointing drops them"):
+        FullTrainer(tiny_model(), args)
+
+
+def test_ia3_without_an_entry_in_its_table():
+    wrapped = wrap_with_peft(tiny_classifier("mpnet"), "ia3", None, 0)
+    config = wrapped.peft_config["default"]
+    assert (set(config.target_modules), set(config.feedforward_modules)) == (
+        {"k", "v", "output.dense"},
+        {"output.dense"},
+    )

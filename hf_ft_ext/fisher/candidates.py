@@ -1,10 +1,12 @@
 """The adapters that a layer may get, and what each layer's parameters of each are."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,11 +15,16 @@ from torch import nn
 from hf_ft_ext.adapters.bottleneck.config import BottleneckConfig
 from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
 from hf_ft_ext.adapters.layer_prefix.layer import SHARED, PrefixLayer
-from hf_ft_ext.adapters.layers import names_by_layer, plain_name, split_layer
+from hf_ft_ext.adapters.layers import plain_name, split_layer
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig, limited_to_layers, settings_of
 from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.features import evaluating
 from hf_ft_ext.models import seeded_init
+from hf_ft_ext.structure.find import find_structure
+from hf_ft_ext.structure.rows import trial_rows
+
+logger = logging.getLogger(__name__)
 
 PREFIX, BOTTLENECK, LORA = ("prefix", "bottleneck", "lora")
 DEFAULTS = (PREFIX, BOTTLENECK, LORA)
@@ -59,7 +66,8 @@ def make_candidates(names: list[str] | None, settings: dict[str, Any] | None = N
         if name not in own and name.lower() not in known:
             raise InputError(
                 f"candidate {name!r} is unknown{did_you_mean(name, [*own, *sorted(known)])}; choose from "
-                f"{', '.join(own)}, another method of peft, or give it settings with a peft_type"
+                f"{', '.join(own)}, another method of peft, or give it settings with a peft_type in "
+                "--fisher_candidate_settings"
             )
     return {name: limited_to_layers(name, own.get(name, {})) for name in names}
 
@@ -82,16 +90,62 @@ class Module:
 
 
 def layers_of(model: nn.Module) -> list[int]:
-    """Numbers of the model's layers.
+    """Numbers of the model's layers, found by structure.
+
+    Layers of several stacks that have a number in common, such as those of an encoder and a decoder, count as one.
 
     Raises:
         InputError: there are none.
     """
-    wanted = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    found = [layer for layer in names_by_layer(model) if wanted is None or layer < wanted]
+    found = sorted({layer.number for layer in find_structure(model).layers})
     if not found:
-        raise InputError(f"{type(model).__name__} has no numbered layers to choose adapters for")
+        raise InputError(
+            f"{type(model).__name__} has no repeated layers, so there is nothing to choose adapters for; use another "
+            "method, such as full or linearhead"
+        )
     return found
+
+
+def fitting(
+    model: nn.Module, candidates: dict[str, PeftConfig], layers: list[int], seed: int
+) -> dict[str, PeftConfig]:
+    """Those of `candidates` that can be put into every layer and let trial rows pass; the others are logged.
+
+    Raises:
+        InputError: some do not fit and fewer than two remain to choose from.
+    """
+    reasons: dict[str, str] = {}
+    for name, config in candidates.items():
+        try:
+            with probing(model, {name: limited_to_layers(name, config)}, layers, seed) as probe:
+                _try_rows(probe)
+        except InputError as error:
+            reasons[name] = str(error.__cause__ or error) if isinstance(error.__cause__, InputError) else str(error)
+    for name, reason in reasons.items():
+        logger.warning("Candidate %r does not fit %s and is left out: %s.", name, type(model).__name__, reason)
+    left = {name: config for name, config in candidates.items() if name not in reasons}
+    if reasons and len(left) < min(2, len(candidates)):
+        shown = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise InputError(
+            f"too few of the candidates fit {type(model).__name__} ({shown}); choose others with --fisher_candidates, "
+            "or change their settings with --fisher_candidate_settings"
+        )
+    return left
+
+
+def _try_rows(probe: PeftModel) -> None:
+    base, first = probe.get_base_model(), None
+    with torch.no_grad(), evaluating(base):
+        for batch in trial_rows(base):
+            try:
+                probe(**batch)
+                return
+            except Exception as error:  # whatever a model's code raises where an adapter does not fit
+                first = first or error
+    if isinstance(first, InputError):
+        raise first
+    reason = next(iter(str(first).splitlines()), "") or type(first).__name__
+    raise InputError(f"with it the model does not run ({reason})") from first
 
 
 def groups(candidates: dict[str, PeftConfig]) -> list[dict[str, PeftConfig]]:
@@ -141,8 +195,8 @@ def explained(names: list[str]) -> Iterator[None]:
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"the candidates {', '.join(names)} cannot be put into the model "
-            f"({next(iter(str(error).splitlines()), type(error).__name__)}); check fisher_candidate_settings, or the "
-            "settings in the plan"
+            f"({next(iter(str(error).splitlines()), type(error).__name__)}); check --fisher_candidate_settings, or "
+            "the settings in the plan"
         ) from error
 
 

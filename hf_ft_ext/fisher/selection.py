@@ -2,7 +2,8 @@
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import PeftConfig
@@ -11,7 +12,7 @@ from torch import nn
 
 from hf_ft_ext.adapters.mixture.config import limited_to_layers, settings_of
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.fisher.candidates import Module, default_candidates, groups, layers_of, modules_of, probing
+from hf_ft_ext.fisher.candidates import Module, default_candidates, fitting, groups, layers_of, modules_of, probing
 from hf_ft_ext.fisher.criteria import DEFAULT, NEEDS_TOTALS, ModuleSums, find_criterion
 from hf_ft_ext.fisher.information import gradient_sums
 from hf_ft_ext.fisher.losses import TRUE, Loss
@@ -36,7 +37,7 @@ def select_adapters(
     """Score every candidate in every layer by its gradients before training, and choose one per layer.
 
     All candidates stand in the model at the same time, as far as they are of different kinds; afterwards the model is
-    as it was.
+    as it was. A candidate that does not fit the model is left out with a warning, as long as two remain.
 
     Args:
         model: a plain sequence classifier, or with `loss` another model.
@@ -64,6 +65,7 @@ def select_adapters(
     candidates = _named(candidates)
     data = list(data)
     layers = layers_of(model)
+    candidates = fitting(model, candidates, layers, seed)
     fingerprint = model_fingerprint(model)
     scores: dict[int, dict[str, float]] = {layer: {} for layer in layers}
     parameters: dict[int, dict[str, int]] = {layer: {} for layer in layers}
@@ -72,10 +74,11 @@ def select_adapters(
         with probing(model, group, layers, seed) as probe:
             modules = modules_of(probe, group)
             wanted = list(dict.fromkeys(n for m in modules for n in (*m.parameters, *m.shared)))
-            sums = gradient_sums(
-                probe, data, wanted, labels=labels, power=power, loss=loss,
-                totals=criterion in NEEDS_TOTALS, progress=progress,
-            )  # fmt: skip
+            with _gradients_wanted(model):
+                sums = gradient_sums(
+                    probe, data, wanted, labels=labels, power=power, loss=loss,
+                    totals=criterion in NEEDS_TOTALS, progress=progress,
+                )  # fmt: skip
         examples = sums.examples
         _refuse_zero(sums.powers)
         for module in modules:
@@ -97,6 +100,20 @@ def select_adapters(
         model=fingerprint,
         data={"examples": examples, "fingerprint": data_fingerprint(data)},
     )
+
+
+@contextmanager
+def _gradients_wanted(model: nn.Module) -> Iterator[None]:
+    """Turn torch's word for a loss that no adapter has a part in into an `InputError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise InputError(
+            f"no gradient reaches adapters in {type(model).__name__}, whose layers make their gradients by themselves "
+            "from inputs that train; use another method, such as full or sparse"
+        ) from error
 
 
 def _named(candidates) -> dict[str, PeftConfig]:
@@ -127,8 +144,9 @@ def _refuse_zero(powers: dict[str, torch.Tensor]) -> None:
     if not any(value.any() for value in powers.values()):
         raise InputError(
             "every gradient is exactly zero, so there is nothing to choose by: the loss does not depend on the layers "
-            "(a classifier whose weights are all zero), or the model is already certain of every label; check the "
-            "classifier's weights and the labels"
+            "(a classifier whose weights are all zero), the model is already certain of every label, or its layers "
+            "make their gradients by themselves, as Reformer's do; check the classifier's weights and the labels, or "
+            "use another method"
         )
 
 

@@ -18,7 +18,7 @@ from hf_ft_ext.entries.delta import DELTA_FILE, read_indices, save_entries
 from hf_ft_ext.entries.layer import attach_entries, entries_of
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.arguments import HEAD, MASK, RANDOM, SELECT, FisherTrainingArguments
-from hf_ft_ext.fisher.candidates import explained, layers_of, make_candidates
+from hf_ft_ext.fisher.candidates import explained, fitting, layers_of, make_candidates
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
 from hf_ft_ext.fisher.losses import WholeLoss
 from hf_ft_ext.fisher.mask import choose_entries
@@ -164,14 +164,16 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
                 labels=args.fisher_labels, power=args.fisher_power, loss=self._own_loss(), seed=args.seed,
                 progress=not args.disable_tqdm,
             )  # fmt: skip
-        layers, names = layers_of(model), list(self._candidates)
-        parameters = sizes(model, self._candidates, layers, args.seed)
+        layers = layers_of(model)
+        candidates = fitting(model, self._candidates, layers, args.seed)
+        names = list(candidates)
+        parameters = sizes(model, candidates, layers, args.seed)
         choice: dict[int, str | None] = dict.fromkeys(layers, names[0])
         if args.fisher_mode == RANDOM:
             choice = random_choice(layers, names, parameters, args.fisher_budget, args.seed)
         return AdapterPlan(
             choice,
-            {name: settings_of(config) for name, config in self._candidates.items()},
+            {name: settings_of(config) for name, config in candidates.items()},
             parameters=parameters,
             settings={"mode": args.fisher_mode, "budget": args.fisher_budget, "seed": args.seed},
             model=model_fingerprint(model),

@@ -11,7 +11,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.full.arguments import SIGNGD, FullTrainingArguments
 from hf_ft_ext.full.freeze import fix_layers
 from hf_ft_ext.full.signgd import SignGD
-from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.peft_models import PREFIX_TUNING, wrap_with_peft
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import MethodTrainer, overridden
@@ -90,6 +90,11 @@ class FullTrainer(StopAtNaN, MethodTrainer):
         if args.peft is None and not hasattr(model, "get_base_model"):
             refuse_quantized(model, "plain fine-tuning changes")
         if args.peft is not None:
+            if args.peft.lower() == PREFIX_TUNING and args.gradient_checkpointing:
+                raise InputError(
+                    "peft=prefix_tuning hands keys and values to the layers, and gradient_checkpointing drops them; "
+                    "leave one of the two out"
+                )
             model = wrap_with_peft(model, args.peft, args.peft_config, args.seed)
         return model
 

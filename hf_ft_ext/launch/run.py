@@ -75,6 +75,7 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
 
     from hf_ft_ext.launch import building, folder, results, search, sharing  # after --help has been answered
     from hf_ft_ext.launch.interruption import SaveAndStop
+    from hf_ft_ext.structure.table import parts_table
     from hf_ft_ext.training.plan import training_plan
 
     if args.disable_tqdm or args.process_index > 0:
@@ -89,6 +90,9 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
         plan = training_plan(trainer)
         if args.process_index == 0:
             print(plan.table())
+            # A process of a sharded run holds parts of the weights, and the pass would wait for the others.
+            if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
+                print("", parts_table(trainer.model), sep="\n")
         trainer.accelerator.end_training()
         return
     folder.make_room(run_args, args, at_end)  # only now: nothing that the user passed can fail any more

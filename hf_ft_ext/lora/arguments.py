@@ -27,7 +27,7 @@ class LoraTrainingArguments(MethodTrainingArguments):
         default=None,
         metadata={
             "help": "Linear layers that get an adapter: the last parts of their dotted names, or one regular "
-            "expression over whole names, or `all-linear`; none = peft's table (query and value for BERT)."
+            "expression over whole names, or `all-linear`; none = peft's table, or query and value, by structure."
         },
     )
     # FishPAL's rate for LoRA on GLUE; transformers' 5e-5 is meant for training all weights.

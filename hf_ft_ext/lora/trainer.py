@@ -1,21 +1,19 @@
 """`LoraTrainer`: a Trainer that trains low-rank adapters (peft) and the classification head."""
 
-import re
+from typing import Any
 
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.lora.arguments import ALL_LINEAR, LoraTrainingArguments
-from hf_ft_ext.models import seeded_init
-from hf_ft_ext.peft_models import lora_targets, trained_in_full
+from hf_ft_ext.peft_models import carries_adapters, wrap_with_peft
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import MethodTrainer
 from hf_ft_ext.training.plan import fold_layer_numbers
-from hf_ft_ext.training.precision import train_in_float32
 
 
 class LoraTrainer(StopAtNaN, MethodTrainer):
@@ -35,36 +33,45 @@ class LoraTrainer(StopAtNaN, MethodTrainer):
     arguments_class = LoraTrainingArguments
     no_optimizer = "adds the parameters that train, which an optimizer made before does not hold"
 
+    def training_step(self, model: nn.Module, *positional, **kwargs) -> torch.Tensor:
+        """As `Trainer`'s; the first one checks that gradients reach the adapters.
+
+        Raises:
+            InputError: they do not, so that the head alone would train.
+        """
+        loss = super().training_step(model, *positional, **kwargs)
+        if self.state.global_step == 0 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            adapters = [p for n, p in self.model.named_parameters() if p.requires_grad and ".lora_" in n]
+            if adapters and all(parameter.grad is None for parameter in adapters):
+                raise InputError(
+                    f"no gradient reaches the adapters in {type(self.model.get_base_model()).__name__}, whose layers "
+                    "make their gradients by themselves from inputs that train; use --method full or sparse"
+                )
+        return loss
+
     def prepare_model(self, model: nn.Module) -> nn.Module:
         return add_lora(model, self.args)
 
 
 def add_lora(model: PreTrainedModel, args: LoraTrainingArguments) -> PeftModel:
-    """Wrap a sequence classifier with LoRA adapters, drawn from `args.seed`; everything else but the head is frozen.
+    """Wrap a model with LoRA adapters, drawn from `args.seed`; everything else but a classifier's head is frozen.
 
     Raises:
         InputError: as for `LoraTrainer`.
     """
-    if hasattr(model, "peft_config") or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    if carries_adapters(model):
         raise InputError("the model carries PEFT adapters already; pass the base model, or merge the adapters first")
     declare_mean_loss(model)
-    heads = trained_in_full(model)
-    targets = args.lora_target_modules or lora_targets(model)
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        lora_dropout=args.lora_dropout,
-        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else args.lora_target_pattern or targets,
-        modules_to_save=heads,
-        # a target such as "dense" must not put adapters into what trains in full anyway
-        exclude_modules="|".join(rf"{re.escape(name)}(\..*)?" for name in heads) or None,
-    )
+    targets = args.lora_target_modules
+    settings: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
+    if targets is not None:
+        settings["target_modules"] = ALL_LINEAR if targets == [ALL_LINEAR] else args.lora_target_pattern or targets
     try:
-        with seeded_init(args.seed):
-            return train_in_float32(get_peft_model(model, config))
-    except ValueError as error:
-        raise InputError(_no_target(model, targets, str(error).split(". ")[0])) from error
+        return wrap_with_peft(model, "lora", settings, args.seed, option="method")
+    except InputError as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        raise InputError(_no_target(model, targets, str(error.__cause__).split(". ")[0])) from error
 
 
 def _no_target(model: nn.Module, targets: list[str] | None, reason: str) -> str:
@@ -72,7 +79,7 @@ def _no_target(model: nn.Module, targets: list[str] | None, reason: str) -> str:
         fold_layer_numbers(name): None for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
     cause = (
-        f"peft knows no default targets for a {model.config.model_type!r} model"
+        f"the default targets of {type(model).__name__} cannot be used ({reason})"
         if targets is None
         else f"lora_target_modules={targets} cannot be used ({reason})"
     )

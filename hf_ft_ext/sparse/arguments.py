@@ -38,7 +38,10 @@ class SparseTrainingArguments(MethodTrainingArguments):
     )
     sparse_target_modules: str | None = field(
         default=None,
-        metadata={"help": "Regular expression, searched in the dotted names of linear layers; none = the MLP layers."},
+        metadata={
+            "help": "Regular expression, searched in the dotted names of linear layers; none = those of all "
+            "feed-forwards, found by structure."
+        },
     )
     sparse_threshold: float | None = field(
         default=None,

@@ -70,9 +70,11 @@ class Basis:
 class GramSums:
     """Running sums `sum G G^T` and `sum G^T G` over the gradients of one kind of layer."""
 
-    def __init__(self, n_out: int, n_in: int, dtype: torch.dtype, device: torch.device):
+    def __init__(self, n_out: int, n_in: int, dtype: torch.dtype, device: torch.device, gradients: int | None = None):
+        """`gradients`: how many are added, over all processes; known, it bounds the rank of the sums."""
         self.out = torch.zeros(n_out, n_out, dtype=dtype, device=device)
         self.inp = torch.zeros(n_in, n_in, dtype=dtype, device=device)
+        self.rank = None if gradients is None else gradients * min(n_out, n_in)
 
     def add(self, gradient: torch.Tensor) -> None:
         """Add one gradient, shape (out, in)."""
@@ -82,12 +84,24 @@ class GramSums:
 
     def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
         """`(V, U)`: eigenvectors in order of falling eigenvalue, in the dtype of the sums, stored by columns."""
-        return _eigenvectors(self.out), _eigenvectors(self.inp)
+        return _eigenvectors(self.out, self.rank), _eigenvectors(self.inp, self.rank)
 
 
-def _eigenvectors(gram: torch.Tensor) -> torch.Tensor:
-    vectors = torch.linalg.eigh(gram.double()).eigenvectors
-    return by_columns(vectors.flip(1).to(gram.dtype))
+def _eigenvectors(gram: torch.Tensor, rank: int | None = None) -> torch.Tensor:
+    """All eigenvectors of a sum of squares, of rank `rank` at most, in order of falling eigenvalue."""
+    n = len(gram)
+    if rank is None or 4 * rank > n:
+        vectors = torch.linalg.eigh(gram.double()).eigenvectors.flip(1)
+        return by_columns(vectors.to(gram.dtype))
+    # Few gradients of a wide layer: an orthonormal Q of the sum's range, eigenvectors of Q^T S Q, and any complement.
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(n, rank + 8, generator=generator, dtype=torch.float64).to(gram.device)
+    spanned = torch.linalg.qr((gram @ probes.to(gram.dtype)).double()).Q
+    inner = spanned.T @ (gram @ spanned.to(gram.dtype)).double()
+    leading = (spanned @ torch.linalg.eigh(inner + inner.T).eigenvectors.flip(1)).to(gram.dtype)
+    vectors = torch.linalg.qr(leading, mode="complete").Q
+    vectors[:, : leading.shape[1]] = leading  # Householder's signs are arbitrary
+    return by_columns(vectors)
 
 
 def by_columns(matrix: torch.Tensor) -> torch.Tensor:

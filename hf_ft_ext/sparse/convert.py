@@ -31,7 +31,8 @@ def convert_to_sparse(
         n_params: entries of each weight that train (dynamic support: in one step). Structured support rounds up
             to a block of rows and columns (`fixed.block_shape`).
         density: the same as a share of the weight, in (0, 1]; default 0.012.
-        target_modules: regular expression over module names; default: the MLP layers of known model types.
+        target_modules: regular expression over module names; default: the linear layers of all feed-forwards, found by
+            structure (`find_targets`).
         support: `"dynamic"`, `"static"` or `"structured"` (see `SparseTrainingArguments`).
         basis: `"hosvd"`, `"random"` or `"none"`.
         basis_scope: `"kind"`: layers of one kind (equal names but for layer numbers, equal shapes) share a basis;

@@ -1,6 +1,7 @@
 """From a converted model to one that can train: bases and, where it is fixed, the support."""
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -97,10 +98,11 @@ def gram_sums(
 ) -> tuple[dict[str, GramSums], dict[str, float]]:
     """Gram sums by kind of layer, over all layers, batches and processes, and the tokens of a step by kind."""
     sums: dict[str, GramSums] = {}
+    of_kind = Counter(layer.kind for layer in layers.values())
     for layer in layers.values():
         if layer.kind not in sums:
-            weight = layer.weight
-            sums[layer.kind] = GramSums(layer.out_features, layer.in_features, weight.dtype, weight.device)
+            weight, gradients = layer.weight, steps * of_kind[layer.kind]
+            sums[layer.kind] = GramSums(layer.out_features, layer.in_features, weight.dtype, weight.device, gradients)
     tokens = visit_gradients(
         trainer, layers, steps, lambda name, gradient: sums[layers[name].kind].add(gradient), "gradient basis"
     )

@@ -116,7 +116,10 @@ def _batch_gradient(
     for batch, size in zip(micro_batches, sizes, strict=True):
         with torch.enable_grad(), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
-        for sum_, gradient in zip(total, torch.autograd.grad(loss, weights), strict=True):
+        gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+        for sum_, gradient in zip(total, gradients, strict=True):
+            if gradient is None:  # an expert that none of these tokens went to
+                continue
             sum_.add_(gradient, alpha=size / labels)
     if over_processes and trainer.args.world_size > 1:
         total = [trainer.accelerator.reduce(gradient) for gradient in total]

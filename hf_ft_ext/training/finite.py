@@ -8,6 +8,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.training.batches import check_full_batch
 from hf_ft_ext.training.devices import refuse_data_parallel
 from hf_ft_ext.training.precision import refuse_fp16_on_cpu, warn_of_lost_updates
+from hf_ft_ext.training.refusals import explained_refusal
 from hf_ft_ext.training.saving import CompleteSaves
 
 _PATIENCE_FP16 = 20  # loss scaling skips single steps by itself and lowers its factor
@@ -43,7 +44,9 @@ class StopAtNaN(CompleteSaves):
         return super().get_train_dataloader()
 
     def training_step(self, *positional, **kwargs) -> torch.Tensor:
-        return self.finite_loss(super().training_step(*positional, **kwargs))
+        with explained_refusal(_plain(self.model), first=self.state.global_step == 0):
+            loss = super().training_step(*positional, **kwargs)
+        return self.finite_loss(loss)
 
     def finite_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """`loss`, if it is a number.
@@ -71,6 +74,10 @@ class StopAtNaN(CompleteSaves):
             f"lower --learning_rate ({self.args.learning_rate:g}) or check the data and the model; what was saved "
             "before stays"
         )
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def first_not_finite(model: nn.Module) -> str | None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from classifiers import classifier_rows, tiny_classifier
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from zoo import inputs, logits, small
@@ -123,7 +124,7 @@ def test_layers_that_are_not_there_and_unknown_structures():
     with pytest.raises(InputError, match=r"layers_to_transform=\[0, 7\] names layer 7, .* has layers 0 to 1"):
         adapted(layers_to_transform=[0, 7])
     strange = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(2, 2))])})
-    with pytest.raises(InputError, match=r"layers of an unknown structure .*pass target_modules"):
+    with pytest.raises(InputError, match=r"the parts of ModuleDict cannot be found: .*target_modules"):
         get_peft_model(strange, BottleneckConfig())
 
 
@@ -134,3 +135,45 @@ def test_inputs_without_adapters_stay_what_they_were():
     assert torch.equal(logits(model, **inputs()), logits(small("bert")))
     model.base_model.set_adapter("default")
     assert torch.equal(logits(model), before)
+
+
+PLACES = {  # pfeiffer, houlsby, parallel
+    "bert": (["output.LayerNorm"], ["attention.output.dense", "output.dense"], ["output"]),
+    "bart": (["final_layer_norm"], ["fc2", "self_attn.out_proj"], None),
+    "mbart": (["fc2"], ["fc2", "self_attn.out_proj"], None),
+    "esm": (["output.dense"], ["attention.output.dense", "output.dense"], None),  # reads a norm of `input_tensor`
+    "bloom": (["mlp.dense_4h_to_h"], ["mlp.dense_4h_to_h", "self_attention.dense"], None),  # `mlp` adds the residual
+    "falcon": (["mlp"], ["mlp", "self_attention.dense"], ["mlp"]),
+    "phimoe": (["mlp"], ["mlp", "self_attn.o_proj"], ["mlp"]),
+    "funnel": (["0.ffn.layer_norm"], ["0.attention.post_proj", "0.ffn.linear_2"], None),
+    "xlm": (["lin2"], ["lin2", "out_lin"], None),
+    "xlnet": (["ff.layer_norm"], None, None),  # its attention's output is a weight outside of modules
+    "squeezebert": (None, None, None),  # channels before positions
+    "t5": (
+        ["layer.1.DenseReluDense", "layer.2.DenseReluDense"],
+        ["layer.0.SelfAttention.o", "layer.1.DenseReluDense", "layer.2.DenseReluDense"],
+        ["layer.1.DenseReluDense", "layer.2.DenseReluDense"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_places_by_structure(kind):
+    for placement, places in zip(("pfeiffer", "houlsby", "parallel"), PLACES[kind], strict=True):
+        model = tiny_classifier(kind)
+        config = BottleneckConfig(placement=placement, bottleneck_size=4, init_weights="zero")
+        if places is None:
+            with pytest.raises(
+                InputError, match=rf"no layers in which a bottleneck of placement '{placement}' has a pl"
+            ):
+                get_peft_model(model, config)
+            continue
+        rows = {name: value for name, value in classifier_rows().items() if name != "labels"}
+        before = model(**rows).logits
+        wrapped = get_peft_model(model, config)
+        assert wrapped.peft_config["default"].target_modules == places
+        torch.testing.assert_close(wrapped(**rows).logits, before)  # the up projections are zero
+        for layer in layers(wrapped).values():
+            torch.nn.init.normal_(layer.bottleneck_down["default"].weight)
+            torch.nn.init.normal_(layer.bottleneck_up["default"].weight)
+        assert not torch.allclose(wrapped(**rows).logits, before, atol=1e-4)

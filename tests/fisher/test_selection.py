@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from classifiers import classifier_rows, tiny_classifier
 from peft import LoraConfig
 from probes import batched, plain_way, rows
 from tiny import tiny_model
@@ -257,8 +258,11 @@ def test_models_and_gradients_that_cannot_be_chosen_by():
         plan_of(candidates=[])
     with pytest.raises(InputError, match="1 example has no scatter; take 2 or more"):
         plan_of(data=rows(1), criterion="agreement")
-    with pytest.raises(InputError, match="a prefix cannot reach it; choose another adapter"):
-        plan_of(left := deberta())
+    message = (
+        r"too few of the candidates fit DebertaV2\w+ \(prefix: .*\).*--fisher_candidates, or .*--fisher_candidate_s"
+    )
+    with pytest.raises(InputError, match=message):
+        plan_of(left := deberta(), candidates={"prefix": SMALL["prefix"], "lora": SMALL["lora"]})
     assert not any("base_layer" in name for name, _ in left.named_modules())
     blind = tiny_model()
     torch.nn.init.zeros_(blind.classifier.weight)
@@ -278,3 +282,33 @@ def deberta():
         "deberta-v2", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=45
     )
     return AutoModelForSequenceClassification.from_config(config)
+
+
+def test_a_candidate_that_does_not_fit_is_left_out_with_one_line(caplog):
+    plan = plan_of(deberta())
+    assert list(plan.candidates) == ["bottleneck", "lora"] and set(plan.choice.values()) <= {"bottleneck", "lora"}
+    lines = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert len(lines) == 1 and "Candidate 'prefix' does not fit DebertaV2ForSequenceClassification" in lines[0]
+
+
+@pytest.mark.parametrize("kind", ["mpnet", "t5", "funnel", "xlm", "albert", "mixtral"])
+def test_families_outside_of_any_table(kind):
+    model = tiny_classifier(kind)
+    before = model(**classifier_rows()).logits
+    plan = plan_of(model, [classifier_rows()])
+    assert len(plan.candidates) >= 2 and len(plan.choice) == (1 if kind == "albert" else 2)
+    torch.testing.assert_close(model(**classifier_rows()).logits, before)
+
+
+def test_a_model_without_layers():
+    with pytest.raises(InputError, match="Bag has no repeated layers, so there is nothing to choose adapters for"):
+        plan_of(Bag())
+
+
+class Bag(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.out = torch.nn.EmbeddingBag(60, 8), torch.nn.Linear(8, 2)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return self.out(self.bag(input_ids))

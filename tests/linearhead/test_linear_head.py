@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from classifiers import classifier_rows, tiny_classifier
+from datasets import Dataset
 from peft import PeftModel
 from processes import finished
 from sklearn.linear_model import LogisticRegression
@@ -289,3 +291,22 @@ def test_two_processes_get_the_first_one_s_head(launch):
     assert one["metrics"]["eval_accuracy"] == two["metrics"]["eval_accuracy"]
     assert Path("one/predictions.tsv").read_text() == Path("two/predictions.tsv").read_text()
     assert Path("one/model.safetensors").read_bytes() == Path("two/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["eurobert", "reformer"])
+def test_heads_on_averaged_logits_and_on_wider_features(tmp_path, kind):
+    """EuroBERT averages the logits of all tokens; Reformer's head reads twice its hidden size."""
+    model = tiny_classifier(kind)
+    before, rows = weights(model), {k: v for k, v in classifier_rows(24).items() if k != "labels"}
+    dataset = Dataset.from_dict({**{k: v.tolist() for k, v in rows.items()}, "labels": [i % 2 for i in range(24)]})
+    trainer = make(tmp_path, model, dataset)
+    first = trainer.evaluate(dataset)["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(dataset)["eval_loss"] < first
+    moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
+    assert moved == {f"{trainer.fitted.layer}.{part}" for part in ("weight", "bias")}
+    if kind == "eurobert":
+        with torch.no_grad():
+            hidden = model.model(**rows).last_hidden_state
+            features = model.activation(model.dense(hidden)).mean(1)
+            torch.testing.assert_close(model.classifier(features), model(**rows).logits)

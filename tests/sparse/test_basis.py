@@ -66,3 +66,17 @@ def test_rotations(n_out, n_in):
 def test_short_batches_rotate_activations_long_ones_the_gradient(tokens, expected):
     assert cheaper_rotation(3072, 768, tokens) == expected
     assert cheaper_rotation(768, 3072, tokens) == expected
+
+
+def test_few_gradients_of_a_wide_layer_have_the_same_leading_directions():
+    gradients = [random(200, 3, seed=i) for i in range(5)]
+    sums = GramSums(200, 3, torch.float64, torch.device("cpu"), gradients=len(gradients))
+    for gradient in gradients:
+        sums.add(gradient)
+    factor = sums.factors()[0]
+    values, vectors = torch.linalg.eigh(sums.out)
+    torch.testing.assert_close(factor.T @ factor, torch.eye(200, dtype=torch.float64))
+    found = (factor.T @ sums.out @ factor).diagonal()
+    torch.testing.assert_close(found, values.flip(0), atol=1e-9, rtol=1e-9)
+    cosines = (factor[:, :15] * vectors.flip(1)[:, :15]).sum(0).abs()
+    torch.testing.assert_close(cosines, torch.ones(15, dtype=torch.float64))

@@ -1,7 +1,10 @@
 """Conversion and merging: which layers, the same outputs, clear refusals."""
 
+import re
+
 import pytest
 import torch
+from classifiers import classifier_rows, tiny_classifier
 from peft import LoraConfig, get_peft_model
 from tiny import CONFIGS, tiny_model
 from torch import nn
@@ -81,11 +84,56 @@ def test_converting_twice_is_refused():
         convert_to_sparse(model)
 
 
-def test_unknown_model_type_asks_for_a_pattern():
+def test_an_unknown_model_type_is_read_by_structure():
     model = tiny_model()
     model.config.model_type = "novel"
-    with pytest.raises(InputError, match=r"no MLP layers are known for model type 'novel'.*sparse_target_modules"):
-        convert_to_sparse(model)
+    assert len(convert_to_sparse(model)) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "converted", "warning"),
+    [
+        ("falcon", {"dense_h_to_4h", "dense_4h_to_h"}, None),  # a class of its own over nn.Linear
+        (
+            "qwen2_moe",
+            {"gate_proj", "up_proj", "down_proj"},
+            r"are not linear layers .*experts.down_proj \(tensor 2x32x32\)",
+        ),
+        ("mixtral", {"q_proj", "k_proj", "v_proj", "o_proj"}, r"are .*experts.gate_up_proj \(tensor .*instead"),
+        ("fnet", {"dense"}, None),
+    ],
+)
+def test_what_is_converted_where_feed_forwards_differ(kind, converted, warning, caplog):
+    model = tiny_classifier(kind)
+    rows = {name: value for name, value in classifier_rows().items() if name != "labels"}
+    before, keys = model(**rows).logits, list(model.state_dict())
+    layers = convert_to_sparse(model)
+    assert {name.rpartition(".")[2] for name in layers} == converted
+    assert not any("experts" in name and "shared" not in name for name in layers)
+    torch.testing.assert_close(model(**rows).logits, before)
+    assert list(model.state_dict()) == keys
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == [] if warning is None else re.search(warning, messages[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            lambda: tiny_classifier("ibert"),
+            r"its feed-forwards \(.*\(QuantLinear\)\) are not linear layers, and its att",
+        ),
+        (
+            lambda: tiny_classifier("squeezebert"),
+            r"intermediate.conv1d \(Conv1d\).*name layers with sparse_target_modules",
+        ),
+        (lambda: nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 2)), "the parts of Sequential cannot be found"),
+        (lambda: get_peft_model(tiny_model(), LoraConfig()), "the model carries PEFT adapters; pass the base model"),
+    ],
+)
+def test_models_without_linear_layers_to_convert(model, message):
+    with pytest.raises(InputError, match=message):
+        convert_to_sparse(model())
 
 
 def test_layers_that_are_no_linear_are_refused():

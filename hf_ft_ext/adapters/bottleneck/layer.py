@@ -143,7 +143,10 @@ def mode_of(module: nn.Module, config: BottleneckConfig) -> str:
     """How an adapter of this configuration meets `module`."""
     if config.placement == PARALLEL:
         return BESIDE_RESIDUAL if "input_tensor" in inspect.signature(module.forward).parameters else BESIDE
-    if isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower():
+    own = list(module.parameters(recurse=False))
+    if own and all(p.dim() == 1 for p in own) and not any(True for _ in module.children()):
+        return INSIDE_NORM  # scales features and does nothing else: a normalization
+    if isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower():  # without parameters
         return INSIDE_NORM
     return ON_OUTPUT
 

@@ -1,31 +1,16 @@
 """The tuner of bottleneck adapters."""
 
+import inspect
+
 from torch import nn
 
 from hf_ft_ext.adapters.bottleneck.config import HOULSBY, PARALLEL, PFEIFFER, BottleneckConfig
 from hf_ft_ext.adapters.bottleneck.layer import BottleneckLayer, width_of
-from hf_ft_ext.adapters.layers import names_by_layer
+from hf_ft_ext.adapters.layers import names_by_layer, plain_name, split_layer
 from hf_ft_ext.adapters.tuner import LayerTuner, refuse_nested_targets, refuse_unfit_layers
 from hf_ft_ext.errors import InputError
-
-# What a layer holds, and from it, by placement, the modules that get an adapter: names within the layer.
-_STRUCTURES: tuple[tuple[tuple[str, ...], dict[str, tuple[str, ...]]], ...] = (
-    (  # BERT, RoBERTa, ELECTRA, ...
-        ("attention.output.dense", "output.dense", "output.LayerNorm"),
-        {
-            PFEIFFER: ("output.LayerNorm",),
-            HOULSBY: ("attention.output.dense", "output.dense"),
-            PARALLEL: ("output",),
-        },
-    ),
-    (  # DistilBERT
-        ("attention.out_lin", "ffn", "output_layer_norm"),
-        {PFEIFFER: ("output_layer_norm",), HOULSBY: ("attention.out_lin", "ffn"), PARALLEL: ("ffn",)},
-    ),
-)
-# Layers that normalise first and have their feed-forward as one module.
-_FEED_FORWARD = "mlp"
-_ATTENTION_OUTPUTS = ("self_attn.o_proj", "attn.c_proj", "attention.dense", "self_attn.dense", "attn.Wo")
+from hf_ft_ext.structure.find import find_structure
+from hf_ft_ext.structure.parts import FeedForward, Layer
 
 
 class BottleneckModel(LayerTuner):
@@ -39,7 +24,7 @@ class BottleneckModel(LayerTuner):
         layers = names_by_layer(model, peft_config.layers_pattern)
         refuse_unfit_layers(model, "bottleneck", peft_config.layers_to_transform, list(layers))
         if peft_config.target_modules is None:
-            peft_config.target_modules = default_targets(model, peft_config.placement, layers)
+            peft_config.target_modules = default_targets(model, peft_config.placement)
         refuse_nested_targets(model, "bottleneck", peft_config)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
@@ -54,24 +39,62 @@ class BottleneckModel(LayerTuner):
         self._replace_module(parent, target_name, layer, target)
 
 
-def default_targets(model: nn.Module, placement: str, layers: dict[int, list[str]]) -> list[str]:
-    """Names, within a layer, of the modules that adapters of this placement go to.
+def default_targets(model: nn.Module, placement: str) -> list[str]:
+    """Names, within a layer (where those are ambiguous, whole names), of the modules that adapters go to.
+
+    `pfeiffer`: the normalization that ends the layer, else the feed-forward. `houlsby`: what gives the attention's
+    output, and the feed-forward. `parallel`: the feed-forward. Where the feed-forward's projections stand in the layer
+    itself, the last one takes its place.
 
     Raises:
-        InputError: the model's layers are of no known structure.
+        InputError: the model has no layers with a place for adapters of this placement.
     """
-    names = set(next(iter(layers.values()), []))
-    for needed, targets in _STRUCTURES:
-        if names.issuperset(needed):
-            return list(targets[placement])
-    if _FEED_FORWARD in names:
-        attention = next((name for name in _ATTENTION_OUTPUTS if name in names), None)
-        if placement != HOULSBY:
-            return [_FEED_FORWARD]
-        if attention is not None:
-            return [attention, _FEED_FORWARD]
-    shown = ", ".join(sorted(name for name in names if "." not in name)) or "none"
-    raise InputError(
-        f"{type(model).__name__} has layers of an unknown structure (in each: {shown}); pass target_modules with the "
-        f"modules that a bottleneck of placement {placement!r} goes to"
-    )
+    structure = find_structure(model)
+    plain = {plain_name(name): module for name, module in model.named_modules()}
+    found: dict[str, None] = {}
+    for layer in structure.layers:
+        for name in _of_layer(layer, placement, plain):
+            found[name] = None
+    if not found:
+        reason = ""
+        if placement == PARALLEL and structure.feed_forwards:
+            reason = " (its feed-forwards consist of several modules, and an adapter stands beside one)"
+        raise InputError(
+            f"{type(model).__name__} has no layers in which a bottleneck of placement {placement!r} has a "
+            f"place{reason}; pass target_modules, or choose another placement or adapter"
+        )
+    within = sorted({split_layer(name)[1] for name in found})
+    reached = {name for name in plain if (place := split_layer(name)) is not None and place[1] in within}
+    return within if reached == found.keys() else sorted(found)
+
+
+def _of_layer(layer: Layer, placement: str, modules: dict[str, nn.Module]) -> list[str]:
+    """Whole names of the modules of one layer that get an adapter."""
+    if placement == PFEIFFER and layer.norm is not None and split_layer(layer.norm) is not None:
+        return [layer.norm]
+    names = []
+    if placement == HOULSBY:
+        blocks = [block for block in layer.attentions if not block.cross]
+        names = [name for block in blocks for name in block.output if _is_place(name, modules)]
+        if blocks and not names:
+            return []
+    for block in layer.feed_forwards if placement == HOULSBY else layer.feed_forwards[-1:]:
+        places = [block.module, *block.down]
+        if placement == PARALLEL:  # where the layer normalizes first, that input is not the feed-forward's
+            places = [block.module, *(_residual_block(block, modules) if layer.norm is not None else ())]
+        place = next((name for name in places if name is not None and _is_place(name, modules)), None)
+        if place is None:
+            return []
+        names.append(place)
+    return list(dict.fromkeys(names))
+
+
+def _is_place(name: str, modules: dict[str, nn.Module]) -> bool:
+    """Whether adapters can be at this module: it is one, of a numbered layer, with features in the last dimension."""
+    return name in modules and split_layer(name) is not None and not isinstance(modules[name], nn.Conv1d)
+
+
+def _residual_block(block: FeedForward, modules: dict[str, nn.Module]) -> list[str]:
+    """BERT's output block, which gets the feed-forward's input, to add it, as `input_tensor`."""
+    names = [name.rpartition(".")[0] for name in block.down]
+    return [n for n in names if n in modules and "input_tensor" in inspect.signature(modules[n].forward).parameters]

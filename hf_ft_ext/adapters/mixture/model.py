@@ -20,8 +20,7 @@ from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig
 from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.adapters.tuner import LayerTuner
 from hf_ft_ext.errors import InputError
-
-_DEFAULT_TARGETS = {"distilbert": ["q_lin", "v_lin"]}  # query and value, which peft's tables lack
+from hf_ft_ext.structure.targets import default_targets
 
 
 class LayerMixtureModel(LayerTuner):
@@ -71,8 +70,10 @@ class LayerMixtureModel(LayerTuner):
         if hasattr(config, "layers_pattern"):
             config.layers_pattern = mixture.layers_pattern
         tuner = self._tuner(model, adapter_name, config)
-        if getattr(config, "target_modules", None) is None and config.peft_type not in tuple(AdapterType):
-            config.target_modules = _DEFAULT_TARGETS.get(getattr(model.config, "model_type", None))
+        own = config.peft_type in tuple(AdapterType) or hasattr(config, "feedforward_modules")
+        if getattr(config, "target_modules", None) is None and not own:
+            table = getattr(tuner, "target_module_mapping", {})
+            config.target_modules = default_targets(model, table, getattr(model.config, "model_type", None))
         try:
             config = tuner._prepare_adapter_config(config, self.get_model_config(model))
         except InputError:

@@ -1,0 +1,93 @@
+"""Default targets of methods that change some of a model's projections, by structure."""
+
+import logging
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_ft_ext.structure.find import find_structure, plain_name
+from hf_ft_ext.structure.parts import Structure
+
+logger = logging.getLogger(__name__)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes `x W^T + b` from floating-point parameters `weight` and `bias`, and nothing else.
+
+    A subclass of `nn.Linear` is tried on random rows: some only write the product in another way (Falcon's).
+    """
+    if type(module) in (nn.Linear, Conv1D):
+        return module.weight.is_floating_point()
+    weight = getattr(module, "weight", None)
+    if not isinstance(module, nn.Linear) or not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        return False
+    if weight.shape != (module.out_features, module.in_features) or any(True for _ in module.children()):
+        return False
+    if weight.is_meta:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, module.in_features, generator=generator).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        try:
+            own = module(x)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        plain = nn.functional.linear(x, weight, module.bias)
+    return isinstance(own, torch.Tensor) and own.shape == plain.shape and torch.allclose(own, plain, 1e-3, 1e-3)
+
+
+def query_and_value(structure: Structure) -> list[str]:
+    """Modules that give attention its queries and values, where LoRA goes by default.
+
+    A model without such modules (FNet has no attention, XLNet's are weights of their own) has its feed-forwards taken.
+    """
+    attention = [name for block in structure.attentions for name in (*block.query, *block.value)]
+    feed_forward = [name for block in structure.feed_forwards for name in block.projections]
+    return _modules(attention, structure) or _modules(feed_forward, structure)
+
+
+def key_value_and_down(structure: Structure) -> tuple[list[str], list[str]]:
+    """Modules that give attention its keys and values, and those that end a feed-forward: where IA3 goes."""
+    attention = [name for block in structure.attentions for name in (*block.key, *block.value)]
+    down = [name for block in structure.feed_forwards for name in block.down]
+    return _modules(attention, structure), _modules(down, structure)
+
+
+def _modules(names: Iterable[str], structure: Structure) -> list[str]:
+    """Those of `names` that are modules and no weights on their own, once each."""
+    return [name for name in dict.fromkeys(names) if structure.kinds.get(name, "tensor") != "tensor"]
+
+
+def default_targets(
+    model: nn.Module, table: Mapping[str, list[str] | str], kind: str | None
+) -> list[str] | str | None:
+    """peft's own default targets for a model of type `kind`, as `table` has them, or queries and values by structure.
+
+    An entry of the table that names no module of this model counts for nothing.
+
+    Returns:
+        Names as peft takes them: the last parts of dotted names, as short as they can be. `None` = there are none.
+    """
+    known = table.get(kind) if kind else None
+    names = [plain_name(name) for name, _ in model.named_modules()]
+    if isinstance(known, str) or (known and any(_ends(name, known) for name in names)):
+        return known
+    found = query_and_value(find_structure(model))
+    return endings(names, found) or None
+
+
+def endings(names: Iterable[str], wanted: Iterable[str]) -> list[str]:
+    """The shortest last parts of dotted names that pick exactly `wanted` out of `names`."""
+    names, wanted = list(names), list(wanted)
+    longest = max((name.count(".") + 1 for name in wanted), default=0)
+    for parts in range(1, longest + 1):
+        found = list(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in wanted))
+        if {name for name in names if _ends(name, found)} == set(wanted):
+            return found
+    return wanted
+
+
+def _ends(name: str, parts: Iterable[str]) -> bool:
+    return any(name == part or name.endswith(f".{part}") for part in parts)
