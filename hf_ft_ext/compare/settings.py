@@ -19,7 +19,7 @@ from hf_ft_ext.launch.recipes import read_recipe
 from hf_ft_ext.methods import METHODS, find_method
 from hf_ft_ext.training.privacy import hide_tokens
 
-USAGE = "python -m hf_ft_ext.compare [recipe.yaml] [--methods A,B] [--seeds N] [--argument value ...]"
+USAGE = "hf-ft-ext compare [recipe.yaml] [--methods A,B] [--seeds N] [--argument value ...]"
 FIRST_SEED = 42
 _SHARED = "all"
 _LOGGED = "0.04"  # share of a run's steps after which the loss is logged
@@ -113,7 +113,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m hf_ft_ext.compare",
+        prog="hf-ft-ext compare",
         usage=USAGE,
         description="Run several methods on the same data, each run a process of its own, and write report.html, "
         "report.md and pictures. Finished runs are not repeated, so an interrupted comparison continues.",

@@ -1,4 +1,4 @@
-"""`python -m hf_ft_ext.hub`: push a run that is there."""
+"""`hf-ft-ext push`: push a run that is there."""
 
 import argparse
 import logging

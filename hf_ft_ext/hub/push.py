@@ -71,7 +71,7 @@ def push_run(
     if hooks_of(str(record["method"])) is None:
         logger.warning("Method %r is not installed here: files of its own are not pushed", record["method"])
     if names := left_out(folder, files):
-        command = f"python -m hf_ft_ext.hub {shlex.quote(str(folder))} --hub_model_id {shlex.quote(repo_id)}"
+        command = f"hf-ft-ext push {shlex.quote(str(folder))} --hub_model_id {shlex.quote(repo_id)}"
         logger.info("Not pushed: %s. To push one of them: %s --include NAME", ", ".join(names), command)
     _warn_of_local_base(record, folder)
     _tried(
@@ -202,7 +202,7 @@ def _tried(action: Callable[[], Any], folder: Path, repo_id: str) -> Any:
     except Exception as error:  # whatever the client raises, the run is there: say so
         raise PushError(
             f"--push_to_hub: {reason(error)}. The result is complete in {str(folder)!r}; to push it: "
-            f"python -m hf_ft_ext.hub {shlex.quote(str(folder))} --hub_model_id {shlex.quote(repo_id)}"
+            f"hf-ft-ext push {shlex.quote(str(folder))} --hub_model_id {shlex.quote(repo_id)}"
         ) from error
 
 

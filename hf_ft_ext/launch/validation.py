@@ -112,7 +112,7 @@ def check_together(run_args: RunArguments, training_args: MethodTrainingArgument
     if training_args.push_to_hub and not training_args.do_train:
         raise InputError(
             "--push_to_hub shares what training leaves; add --do_train, or push a finished run with "
-            "python -m hf_ft_ext.hub"
+            "hf-ft-ext push"
         )
     if run_args.hp_search and not training_args.do_train:
         raise InputError("--hp_search trains; add --do_train")

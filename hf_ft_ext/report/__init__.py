@@ -1,1 +1,1 @@
-"""`python -m hf_ft_ext.report`: tables and pictures out of run folders."""
+"""`hf-ft-ext report`: tables and pictures out of run folders."""

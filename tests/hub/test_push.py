@@ -250,7 +250,7 @@ def test_a_push_that_fails_after_training_loses_nothing(hub, base, capsys, patte
     printed = capsys.readouterr()
     assert re.search(f"error: --push_to_hub: .*{message}", printed.err), printed.err
     assert "Traceback" not in printed.err
-    assert "complete in 'out'; to push it: python -m hf_ft_ext.hub out --hub_model_id me/out" in printed.err
+    assert "complete in 'out'; to push it: hf-ft-ext push out --hub_model_id me/out" in printed.err
     record = json.loads(Path("out/run.json").read_text())
     assert "eval_accuracy" in record["metrics"] and not hub.repositories["me/out"].files
     AutoModelForSequenceClassification.from_pretrained("out")
@@ -332,7 +332,7 @@ def test_commands_in_messages_keep_names_with_spaces_whole(hub, tiny_bert_dir, c
     folder = model_run("my run", tiny_bert_dir)
     hub.faults.append(Fault("create", 403))
     assert push_main([str(folder), "--hub_model_id", "me/x"]) == 3
-    assert "python -m hf_ft_ext.hub 'my run' --hub_model_id me/x" in capsys.readouterr().err
+    assert "hf-ft-ext push 'my run' --hub_model_id me/x" in capsys.readouterr().err
 
 
 def test_a_hub_that_is_gone(hub, capsys, tiny_bert_dir):

@@ -68,7 +68,7 @@ def test_what_stays_is_named_and_can_be_included(hub, tiny_bert_dir, caplog):
     assert push_main([str(folder), "--keep_readme"]) == 0
     files = hub.repositories["me/mine"].files
     assert files["README.md"].endswith(b"mine") and not files.keys() & {"figure.png", "notes.txt"}
-    command = "python -m hf_ft_ext.hub mine --hub_model_id me/mine --include NAME"
+    command = "hf-ft-ext push mine --hub_model_id me/mine --include NAME"
     assert f"Not pushed: figure.png, notes.txt. To push one of them: {command}" in caplog.text
     assert push_main([str(folder), "--include", "*.png"]) == 0
     assert "figure.png" in files and "notes.txt" not in files and files["README.md"].endswith(b"settings.\n")
