@@ -331,6 +331,10 @@ class DataArguments(FewShotArguments):
         },
     )
 
+    def __post_init__(self):
+        self.label_column = _one_or_several(self.label_column)
+        self.metric = _one_or_several(self.metric)
+
 
 class Gradients(Enum):
     """What a method's gradients are for.
@@ -344,10 +348,6 @@ class Gradients(Enum):
     WEIGHTS = "weights"
     ADAPTERS = "adapters"
     NONE = "none"
-
-    def __post_init__(self):
-        self.label_column = _one_or_several(self.label_column)
-        self.metric = _one_or_several(self.metric)
 
 
 @dataclass

@@ -111,8 +111,7 @@ def check_together(run_args: RunArguments, training_args: MethodTrainingArgument
             )
     if training_args.push_to_hub and not training_args.do_train:
         raise InputError(
-            "--push_to_hub shares what training leaves; add --do_train, or push a finished run with "
-            "hf-ft-ext push"
+            "--push_to_hub shares what training leaves; add --do_train, or push a finished run with hf-ft-ext push"
         )
     if run_args.hp_search and not training_args.do_train:
         raise InputError("--hp_search trains; add --do_train")
