@@ -112,15 +112,20 @@ def fitting(
     """Those of `candidates` that can be put into every layer and let trial rows pass; the others are logged.
 
     Raises:
-        InputError: some do not fit and fewer than two remain to choose from.
+        InputError: some do not fit and fewer than two remain to choose from, or one fits with default settings and not
+            with those that it has.
     """
     reasons: dict[str, str] = {}
+    defaults = {config.peft_type: config for config in default_candidates().values()}
     for name, config in candidates.items():
-        try:
-            with probing(model, {name: limited_to_layers(name, config)}, layers, seed) as probe:
-                _try_rows(probe)
-        except InputError as error:
-            reasons[name] = str(error.__cause__ or error) if isinstance(error.__cause__, InputError) else str(error)
+        reason = _misfit(model, name, config, layers, seed)
+        if reason is None:
+            continue
+        default = defaults.get(config.peft_type)
+        changed = default is not None and settings_of(default) != settings_of(config)
+        if changed and _misfit(model, name, default, layers, seed) is None:
+            raise InputError(f"candidate {name!r} cannot be used with these settings: {reason}")
+        reasons[name] = reason
     for name, reason in reasons.items():
         logger.warning("Candidate %r does not fit %s and is left out: %s.", name, type(model).__name__, reason)
     left = {name: config for name, config in candidates.items() if name not in reasons}
@@ -131,6 +136,16 @@ def fitting(
             "or change their settings with --fisher_candidate_settings"
         )
     return left
+
+
+def _misfit(model: nn.Module, name: str, config: PeftConfig, layers: list[int], seed: int) -> str | None:
+    """Why a candidate cannot be put into every layer of `model`, or `None` if it can."""
+    try:
+        with probing(model, {name: limited_to_layers(name, config)}, layers, seed) as probe:
+            _try_rows(probe)
+    except InputError as error:
+        return str(error.__cause__) if isinstance(error.__cause__, InputError) else str(error)
+    return None
 
 
 def _try_rows(probe: PeftModel) -> None:

@@ -110,8 +110,9 @@ def _is_run_folder(folder: Path) -> bool:
     """Whether `folder`, with a trainer's state in it, is where a run has ended, which leaves its state there too."""
     if (folder / RUN_RECORD).is_file() or checkpoint_folders(folder):
         return True
-    named = re.fullmatch(r"checkpoint-\d+", folder.resolve().name)
-    return not named and not any(next(folder.glob(pattern), None) for pattern in _OF_CHECKPOINTS)
+    if re.fullmatch(r"checkpoint-\d+", folder.resolve().name) or fault_of(folder) is not None:
+        return False
+    return not any(next(folder.glob(pattern), None) for pattern in _OF_CHECKPOINTS)
 
 
 def refuse_foreign_run(output_dir: str) -> None:
