@@ -8,7 +8,7 @@ from test_parsing import parse
 from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
 from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.launch.idle_options import RULES
+from hf_ft_ext.launch.defaults import RULES
 from hf_ft_ext.prompts.loading import check_prompt_options
 
 # Options that act in every run that can have them (or whose refusal needs the data or the model: tested there).
@@ -79,7 +79,7 @@ def test_an_option_without_effect_is_refused(name, words, message, tiny_bert_dir
 
 
 def test_every_option_is_either_refused_or_acts():
-    """A new option: say when it has no effect (`launch.idle_options.RULES`), or that it always has one (`ALWAYS`)."""
+    """A new option: say when it has no effect (`launch.defaults.RULES`), or that it always has one (`ALWAYS`)."""
     names = {f.name for group in (RunArguments, ModelArguments, DataArguments) for f in fields(group) if f.init}
     refused = {name for name, *_ in IDLE}
     assert names - refused - ALWAYS == set() and set(RULES) <= refused

@@ -11,7 +11,7 @@ from tiny import text_dataset
 import run_glue
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch import building
-from hf_ft_ext.launch.locking import LOCK_FILE, OWNER_FILE, only_run
+from hf_ft_ext.launch.folder import LOCK_FILE, OWNER_FILE, only_run
 
 
 @pytest.fixture

@@ -19,6 +19,8 @@ UNLABELLED, MISSING = -1.0, np.nan
 _WORDS = {"1": 1, "true": 1, "yes": 1, "1.0": 1, "0": 0, "false": 0, "no": 0, "0.0": 0, "-1": -1, "-1.0": -1}
 _LISTS = (datasets.LargeList, type(datasets.Sequence(Value("int64"))))  # the second: `List`, or `Sequence` before
 
+SEPARATOR = "|"  # between the labels of a row in predictions.tsv
+
 logger = logging.getLogger(__name__)
 
 

@@ -1,7 +1,8 @@
-"""The run folder: its name, what it may already hold, how an old run leaves it, and disks that refuse."""
+"""The run folder: its name, its lock, what it may already hold, how an old run leaves it, and disks that refuse."""
 
 import contextlib
 import errno
+import inspect
 import itertools
 import json
 import logging
@@ -9,21 +10,26 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from hf_ft_ext.arguments import MethodTrainingArguments, RunArguments
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.launch.locking import only_run
 from hf_ft_ext.methods import METHODS, hooks_of
 from hf_ft_ext.prompts.model import PROMPT_FILE
 from hf_ft_ext.training.checkpoints import SEAL, checkpoint_folders, fault_of, last_sound_checkpoint
+from hf_ft_ext.training.files import write_json
 from hf_ft_ext.training.record import RUN_RECORD, TRAINER_STATE
 
 logger = logging.getLogger(__name__)
+
+LOCK_FILE = ".run.lock"  # an old filelock leaves it there, which does no harm
+OWNER_FILE = ".run.owner.json"  # beside it, because a second process may truncate the locked file
 
 # Weights and the configuration that says whether they are a model or an adapter: one kind must not stay
 # beside the other, or the folder would load as neither.
@@ -250,3 +256,48 @@ def _reason(error: BaseException) -> str | None:
             return "a file could not be written to its end"
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+@contextlib.contextmanager
+def only_run(folder: str | os.PathLike) -> Iterator[None]:
+    """Hold the lock of a run folder; for the first process of a run.
+
+    The lock belongs to the process (`flock`): the system releases it however the process ends, and a file that a
+    killed run has left blocks nobody. On network file systems without locks between machines (NFS mounted with
+    `nolock` or `local_lock`), only runs on the same machine are kept apart. Where the file system has no locks at all,
+    the run goes on without one, with a warning.
+
+    Raises:
+        InputError: another run holds it.
+    """
+    path, owner = Path(folder) / LOCK_FILE, Path(folder) / OWNER_FILE
+    # A lock by a file's mere presence would outlive a killed process.
+    options = {"fallback_to_soft": False} if "fallback_to_soft" in inspect.signature(FileLock).parameters else {}
+    lock = FileLock(path, timeout=0, **options)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(
+            f"output_dir {os.fspath(folder)!r} is in use by another run{_holder(owner)}; wait until it has ended, or "
+            "pass another --output_dir"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        logger.warning("%s cannot be locked (%s): do not start a second run in this folder.", folder, error)
+        yield
+        return
+    try:
+        write_json(owner, {"pid": os.getpid(), "host": socket.gethostname()})
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _holder(owner: Path) -> str:
+    """Who holds the lock, as far as it is known."""
+    try:
+        found = json.loads(owner.read_text(encoding="utf-8"))
+        return f" (process {found['pid']} on {found['host']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""

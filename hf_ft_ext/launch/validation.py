@@ -12,8 +12,8 @@ from transformers.optimization import get_scheduler
 from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_ft_ext.arguments import PROMPT_DEMO, DataArguments, MethodTrainingArguments, RunArguments
+from hf_ft_ext.data.multi_label import SEPARATOR
 from hf_ft_ext.errors import InputError, did_you_mean
-from hf_ft_ext.launch.predictions import SEPARATOR
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction
 from hf_ft_ext.training.checkpoints import check_fits
 from hf_ft_ext.training.devices import refuse_data_parallel
