@@ -204,9 +204,10 @@ def test_a_stream_gives_what_loaded_rows_give(launch, no_dropout, method):
 
 
 def test_a_shuffled_stream_goes_on_where_it_stopped(launch):
-    options = ("--do_train", "--streaming", "--stream_buffer", "5", "--max_steps", "6", "--save_steps", "3")
+    in_order = ("--do_train", "--streaming", "--max_steps", "6", "--save_steps", "3")
+    options = (*in_order, "--stream_buffer", "5")
     assert launch(*options, "--output_dir", "a") == 0
-    assert launch(*options, "--train_sampling_strategy", "sequential", "--output_dir", "c") == 0
+    assert launch(*in_order, "--train_sampling_strategy", "sequential", "--output_dir", "c") == 0
     assert not same("a", "c")
     assert launch(*options, "--resume_from_checkpoint", "a/checkpoint-3", "--output_dir", "b") == 0
     assert same("a", "b")
@@ -298,7 +299,7 @@ def test_early_stopping(launch):
 
 def test_evaluation_alone_writes_no_model(launch, capsys):
     assert launch("--do_eval", "--output_dir", "out") == 0
-    assert sorted(os.listdir("out")) == ["run.json"]
+    assert sorted(os.listdir("out")) == [".run.lock", "run.json"]
     record = json.loads(Path("out/run.json").read_text())
     assert record["train_seconds"] is None and 0 <= record["metrics"]["eval_accuracy"] <= 1
     assert "load it" not in capsys.readouterr().out

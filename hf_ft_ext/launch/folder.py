@@ -28,7 +28,7 @@ from hf_ft_ext.training.record import RUN_RECORD, TRAINER_STATE
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = ".run.lock"  # an old filelock leaves it there, which does no harm
+LOCK_FILE = ".run.lock"  # it stays in the folder, which does no harm
 OWNER_FILE = ".run.owner.json"  # beside it, because a second process may truncate the locked file
 
 # Weights and the configuration that says whether they are a model or an adapter: one kind must not stay
