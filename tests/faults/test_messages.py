@@ -109,7 +109,7 @@ def test_warnings_of_all_processes_are_written_once(tmp_path):
             logger.warning("of all")
             if own:
                 logger.warning(own)
-            logging.getLogger("some.library").warning("of a library")
+            logging.getLogger("some.package").warning("of a library")
             time.sleep(wait)  # a run ends with a barrier
 
         return ends(act)
