@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -12,7 +13,7 @@ CLASSIFICATION = "single_label_classification"
 REGRESSION = "regression"
 MULTI_LABEL = "multi_label_classification"
 
-Thresholds = float | np.ndarray
+Thresholds: TypeAlias = float | np.ndarray
 
 logger = logging.getLogger(__name__)
 
