@@ -22,9 +22,8 @@ def name_of(path: Path) -> str:
 
 def commands(recipe: Path) -> list[list[str]]:
     """The words behind the program of each command in the recipe's head."""
-    program = "hf_ft_ext.compare" if recipe.parent == COMPARISONS else "run_glue.py"
     head = [line[1:].strip() for line in recipe.read_text().splitlines() if line.startswith("#")]
-    launcher = f"python -m {program} " if recipe.parent == COMPARISONS else f"accelerate launch {program} "
+    launcher = "hf-ft-ext compare " if recipe.parent == COMPARISONS else "accelerate launch run_glue.py "
     return [shlex.split(line.removeprefix(launcher)) for line in head if line.startswith(launcher)]
 
 
