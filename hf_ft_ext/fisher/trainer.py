@@ -80,9 +80,9 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
             self.prepare()
 
     def check_arguments(self) -> None:
-        super().check_arguments()
         args = self.args
         refuse_sharding(args, "the pre-pass")
+        super().check_arguments()
         self._given_plan = None if args.adapter_plan is None else AdapterPlan.load(args.adapter_plan)
         self._rates: dict[str, float] = args.fisher_learning_rates or {}
         self._candidates = None

@@ -75,8 +75,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         super().__init__(model, args, *positional, **kwargs)
 
     def check_arguments(self) -> None:
-        super().check_arguments()
         refuse_misfits(self.args, self.objective)
+        super().check_arguments()
         if self._own_loader() and self.args.world_size > 1 and self.args.candidate_parallel == CANDIDATES:
             raise InputError(
                 "candidate_parallel=candidates gives every process the whole batch, which an overridden "

@@ -59,11 +59,11 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
         super().__init__(model, args, *positional, **kwargs)
 
     def check_arguments(self) -> None:
-        super().check_arguments()
         args = self.args
+        refuse_sharding(args, "sparse training")
+        super().check_arguments()
         if args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
             raise InputError(f"optim={args.optim.value!r} has no sparse form; use adamw_torch or adamw_torch_fused")
-        refuse_sharding(args, "sparse training")
 
     def apply_arguments(self) -> None:
         super().apply_arguments()

@@ -50,8 +50,8 @@ class AtOnceTrainer(CompleteSaves, MethodTrainer):
     no_optimizer_class = True
 
     def check_arguments(self) -> None:
-        super().check_arguments()
         refuse_sharding(self.args, self.solution)
+        super().check_arguments()
         refuse_label_names(self.args)
         for name in _HOOKS:
             if overridden(self, name):

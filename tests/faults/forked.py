@@ -60,6 +60,8 @@ def launch(
     logs = [
         folder.with_name(f"{folder.name}{log}{name}.log") for name in (".out", ".err")
     ]  # outside of what may be full
+    for path in logs:
+        path.touch()  # a signal may end the child before it opens them
     sys.stdout.flush()
     sys.stderr.flush()
     start = time.monotonic()

@@ -17,10 +17,11 @@ IN_STEPS = {
 
 
 def trainer_of(method: str, folder, dataset, **options):
+    if method in IN_STEPS:
+        options["per_device_train_batch_size"] = 4
     args = METHODS[method].arguments_class()(
-        str(folder), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
-        per_device_train_batch_size=4, **options,
-    )  # fmt: skip
+        str(folder), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, **options
+    )
     model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return METHODS[method].trainer_class()(
         model, args, train_dataset=dataset, eval_dataset=tiny_dataset(8, seed=1).to_iterable_dataset(),
