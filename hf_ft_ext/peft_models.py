@@ -107,6 +107,17 @@ def wrap_with_peft(
     if real and kind.lower() != PREFIX_TUNING:
         raise InputError(f"{option}_config: {_REAL_ACTIVATIONS} is about prefix_tuning, not {kind}; leave it out")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind.lower()]]
+    if known[kind.lower()] == PeftType.ADALORA:
+        raise InputError(
+            f"{option}={kind} moves ranks between layers by a call after each step, which a Trainer does not make, "
+            f"and adds a penalty to the loss in evaluation too; choose another method, such as {option}=lora"
+        )
+    tokens = {field.name for field in fields(config_class)} & {"num_virtual_tokens"}
+    if tokens and settings.get("num_virtual_tokens") is None:
+        raise InputError(
+            f"{option}={kind} needs a number of virtual tokens; pass it in {option}_config, such as "
+            '{"num_virtual_tokens": 20}'
+        )
     heads = list(dict.fromkeys(trained_in_full(model)))
     asked = settings.get("modules_to_save")
     saved_too = [] if asked is None else _left_out(model, [*asked, *_SAVED_BY_PEFT])

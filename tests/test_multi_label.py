@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from tiny import text_dataset, tiny_model
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
+from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
 
 import run_glue
 from hf_ft_ext import (
@@ -28,6 +29,7 @@ from hf_ft_ext import (
 )
 from hf_ft_ext.full.trainer import l2_loss
 from hf_ft_ext.gradientless.objective import make_objective
+from hf_ft_ext.hub.card import model_card
 
 NAMES = ["anger", "fear", "joy"]
 MULTI = "multi_label_classification"
@@ -156,6 +158,32 @@ def test_thresholds_chosen_on_the_dev_split_hold_for_the_test(files):
     found = [{name.lower() for name in row["prediction"].split("|") if name} for row in predictions()]
     expected = by_hand(found, [set(labels_of_text(text)) for text in files["test"]])
     assert record["metrics"]["test_f1_macro"] == pytest.approx(expected["f1_macro"])
+    # The saved model has them, for every later evaluation, and the card names them.
+    again = ["--method", "full", "--model_name_or_path", "out", "--validation_file", "dev.jsonl", "--do_eval",
+             "--test_file", "test.jsonl", "--do_predict", "--max_seq_length", "16", "--use_cpu"]  # fmt: skip
+    assert run_glue.main([*again, "--output_dir", "again"]) == 0
+    later = json.loads(Path("again/run.json").read_text())
+    assert later["thresholds"] == record["thresholds"]
+    assert later["metrics"]["test_f1_macro"] == record["metrics"]["test_f1_macro"]
+    assert [row["prediction"] for row in predictions("again/predictions.tsv")] == [
+        row["prediction"] for row in predictions()
+    ]
+    card = model_card("out", record, "me/x")
+    assert "predicted from this probability on" in card and "a little too good" in card
+    results = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    assert {result["dataset"]["split"] for result in results} == {"test"}
+    assert run_glue.main([*again, "--output_dir", "half", "--multi_label_threshold", "0.5"]) == 0
+    assert set(json.loads(Path("half/run.json").read_text())["thresholds"].values()) == {0.5}
+
+
+def test_a_squared_loss_gives_scores_and_no_probabilities(files, capsys):
+    assert launch("full", "--l2_loss", "--prediction_probabilities") == 2
+    assert "the predictions of method full are scores here" in capsys.readouterr().err
+    labels = np.array([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    fitted = 2 * labels - 1  # where the loss is 0, every label has to be predicted right
+    assert float(l2_loss({"logits": torch.tensor(fitted)}, torch.tensor(labels))) == 0
+    scores = metric_function("subset_accuracy", problem_type=MULTI)(EvalPrediction(fitted, labels))
+    assert scores == {"subset_accuracy": 1.0}
 
 
 def test_label_columns_give_what_lists_give(files):
@@ -307,8 +335,9 @@ def test_matthews_is_refused_as_an_objective_of_several_labels():
 
 def test_the_squared_loss_takes_several_labels():
     logits, labels = torch.tensor([[1.0, 0.0], [0.5, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    assert float(l2_loss({"logits": logits}, labels)) == pytest.approx((0 + 0 + 0.25 + 1) / 4)
-    assert float(l2_loss({"logits": logits}, labels, 8)) == pytest.approx((0 + 0 + 0.25 + 1) / 8)  # of a step twice it
+    squares = 0 + 1 + 1.5**2 + 1  # to 1, -1, -1 and 1: a sigmoid of 0.5 lies in the middle
+    assert float(l2_loss({"logits": logits}, labels)) == pytest.approx(squares / 4)
+    assert float(l2_loss({"logits": logits}, labels, 8)) == pytest.approx(squares / 8)  # of a step twice it
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
@@ -323,7 +352,7 @@ def test_the_squared_loss_of_a_step_is_the_mean_over_its_rows_and_labels(rows, t
     for row in rows.select(range(8)):
         with torch.no_grad():
             logits = model.eval()(torch.tensor([row["input_ids"]])).logits[0]
-        expected += [(z - y) ** 2 for z, y in zip(logits.tolist(), row["labels"], strict=True)]
+        expected += [(z - (2 * y - 1)) ** 2 for z, y in zip(logits.tolist(), row["labels"], strict=True)]
     assert loss == pytest.approx(sum(expected) / 24, rel=1e-5)
 
 

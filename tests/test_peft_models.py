@@ -57,6 +57,19 @@ def test_prefix_tuning_and_gradient_checkpointing(tmp_path):
         FullTrainer(tiny_model(), args)
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("prefix_tuning", r'needs a number of virtual tokens; pass it in peft_config, such as \{"num_virtual_tokens"'),
+        ("p_tuning", "needs a number of virtual tokens"),
+        ("adalora", "moves ranks between layers by a call after each step"),
+    ],
+)
+def test_methods_that_lack_something(kind, message):
+    with pytest.raises(InputError, match=f"peft={kind} {message}"):
+        wrap_with_peft(tiny_model(), kind, None, 0)
+
+
 def test_ia3_without_an_entry_in_its_table():
     wrapped = wrap_with_peft(tiny_classifier("mpnet"), "ia3", None, 0)
     config = wrapped.peft_config["default"]

@@ -213,6 +213,23 @@ def test_a_shuffled_stream_goes_on_where_it_stopped(launch):
     assert same("a", "b")
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_checkpoint_is_not_resumed_under_other_labels(launch, method, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, labels in (("old", ("A", "B")), ("new", ("zzz", "aaa"))):  # the alphabet turns the order round
+        rows = [f"a good film {i},{labels[i % 2]}" for i in range(16)]
+        Path(f"{name}.csv").write_text("\n".join(["sentence,label", *rows]))
+    old, new = (("--train_file", "old.csv"), ("--train_file", "new.csv"))
+    options = ("--do_train", "--save_strategy", "steps", "--save_steps", "2")
+    resume = ("--resume_from_checkpoint", "out/checkpoint-2")
+    assert launch(*options, "--max_steps", "4", "--output_dir", "out", data=old, method=method) == 0
+    assert launch(*options, *resume, "--max_steps", "4", "--output_dir", "b", data=new, method=method) == 2
+    assert "was trained for the labels A, B, and here they are aaa, zzz" in capsys.readouterr().err
+    assert launch(*options, *resume, "--max_steps", "1", "--output_dir", "b", data=old, method=method) == 2
+    assert "is at step 2, beyond --max_steps 1" in capsys.readouterr().err
+    assert launch(*options, *resume, "--max_steps", "4", "--output_dir", "b", data=old, method=method) == 0
+
+
 @pytest.mark.parametrize("method", IN_STEPS)
 def test_accumulation_equals_the_large_batch(launch, no_dropout, method):
     options = ("--model_name_or_path", no_dropout, "--do_train", "--max_steps", "3", *OPTIMIZER.get(method, SGD))

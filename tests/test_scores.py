@@ -168,6 +168,19 @@ def test_a_positive_class_that_is_not_known_is_asked_for():
     assert one_of_three == pytest.approx(sk.f1_score(TRUE3 == 1, LOGITS3.argmax(1) == 1))
 
 
+@pytest.mark.parametrize("name", ["f1", "precision", "recall", "average_precision"])
+def test_ids_without_names_are_enough_for_two_classes_only(name):
+    logits, labels = np.random.default_rng(0).normal(size=(20, 3)), np.arange(20) % 3
+    with pytest.raises(InputError, match=f"metric '{name}' is about one class, the positive one, and here are 3"):
+        metric_function(name)(EvalPrediction(logits, labels))
+    assert 0 <= metric_function(name)(EvalPrediction(logits[:, :2], labels % 2))[name] <= 1
+
+
+def test_an_area_of_one_class_is_zero_with_a_warning(caplog):
+    scores = metric_function("roc_auc")(EvalPrediction(np.eye(2)[[0, 1, 1]], np.array([1, 1, 1])))
+    assert scores == {"roc_auc": 0.0} and "not defined where all rows are of one class" in caplog.text
+
+
 def test_a_derived_positive_class_is_said(caplog):
     with caplog.at_level(logging.INFO):
         metric_function("f1", {1: "yes", 0: "no"})

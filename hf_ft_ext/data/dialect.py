@@ -319,7 +319,10 @@ def _fitted(survey: _Survey) -> tuple[Dialect, list[str]]:
     if twice:
         raise Unreadable(f"{Counter(names)[twice[0]]} of its columns are named '{twice[0]}'", "rename all but one")
     if survey.repeated is not None:
-        raise Unreadable(f"line {survey.repeated} repeats the header", "remove that line")
+        raise Unreadable(
+            f"line {survey.repeated} repeats the first line, its header",
+            "remove that line, or if the file has no header line, name its columns with --column_names",
+        )
     return replace(survey.dialect, names=tuple(names), start=start, width=width), notes
 
 

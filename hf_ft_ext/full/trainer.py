@@ -79,6 +79,11 @@ class FullTrainer(StopAtNaN, MethodTrainer):
         finally:
             self.optimizer_cls_and_kwargs = None  # the next trial of a search has another rate
 
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether a softmax or sigmoid of the logits is a probability: with a squared loss they are scores."""
+        return not self.args.l2_loss
+
     def prepare_model(self, model: nn.Module) -> nn.Module:
         args = self.args
         declare_mean_loss(model)
@@ -100,7 +105,9 @@ class FullTrainer(StopAtNaN, MethodTrainer):
 
 
 def l2_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Mean squared distance of the logits from the one-hot labels, or from 0 and 1 for each label.
+    """Mean squared distance of the logits from the one-hot labels, or from -1 and 1 for each of several labels.
+
+    A label is predicted from a logit of 0 on (a sigmoid of 0.5), which has to lie between the two targets.
 
     Args:
         outputs: with `logits` `[rows, classes]`.
@@ -109,7 +116,8 @@ def l2_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | in
     """
     logits = outputs["logits"].float()
     if labels.ndim == 2 and labels.shape == logits.shape:
-        losses = (logits - labels.to(logits.dtype)).square()  # mean over rows and labels, which are the items here
+        target = 2 * labels.to(logits.dtype) - 1
+        losses = (logits - target).square()  # mean over rows and labels, which are the items here
     else:
         target = functional.one_hot(labels.reshape(-1), logits.shape[-1]).to(logits.dtype)
         losses = (logits - target).square().mean(-1)

@@ -95,6 +95,8 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
         evaluations=evaluations,
         training_rows=_training_rows(record),
         labels=record.get("labels"),
+        thresholds=_telling_thresholds(record),
+        chosen_thresholds=_chose_thresholds(record),
         snippet=loading_snippet(run, trainer, record),
         delta=delta_code(run) if delta_code else None,
         command=shell_command(_command(public)),
@@ -103,6 +105,17 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
         papers=_papers(trainer),
     )
     return str(card).rstrip() + "\n"
+
+
+def _chose_thresholds(record: dict[str, Any]) -> bool:
+    """Whether the thresholds of several labels were chosen on the first evaluation split."""
+    return (record.get("arguments") or {}).get("multi_label_threshold") == "auto"
+
+
+def _telling_thresholds(record: dict[str, Any]) -> dict[str, float] | None:
+    """The thresholds by label, where they are not the usual 0.5 of all."""
+    thresholds = record.get("thresholds") or {}
+    return thresholds if any(value != 0.5 for value in thresholds.values()) else None
 
 
 def _papers(trainer: type | None) -> list[dict[str, str]]:
@@ -162,7 +175,7 @@ def _evaluations(record: dict[str, Any]) -> list[dict[str, Any]]:
         {
             "split": splits[prefix]["split"],
             "rows": rows_text(splits[prefix]),
-            "whole": splits[prefix]["selection"] == ALL,
+            "whole": splits[prefix]["selection"] == ALL and not (prefix == "eval" and _chose_thresholds(record)),
             "metrics": metrics,
         }
         for prefix, metrics in found.items()

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
@@ -34,6 +35,7 @@ from hf_ft_ext.hub.push import is_of_the_hub, reason
 from hf_ft_ext.launch.folder import (
     not_writable,
 )
+from hf_ft_ext.launch.results import THRESHOLDS, keep_thresholds
 from hf_ft_ext.launch.sharing import prepare_branch
 from hf_ft_ext.launch.validation import (
     check_checkpoint,
@@ -46,6 +48,7 @@ from hf_ft_ext.launch.validation import (
 from hf_ft_ext.linear_probe import fit_linear_head, prepare_linear_head
 from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics import default_metrics
+from hf_ft_ext.metrics.thresholds import AUTO as AUTO_THRESHOLD
 from hf_ft_ext.models import load_tokenizer_and_model, model_max_length
 from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.prompts.loading import check_prompt_options
@@ -99,6 +102,7 @@ def load(
     kind = model.config.problem_type
     if data.label_names is None and data.problem_type != kind:  # no labels: the model knows what it predicts
         data = replace(data, problem_type=kind, metric=data_args.metric or default_metrics(kind))
+    thresholds = _kept_thresholds(model.config, data_args, args)
     check_scoring(run_args, data_args, args, data, kind, data.metric_function(data_args.multi_label_threshold))
     if is_prompt_model(model):
         if run_args.given.get("few_shot_type") == FINETUNE:
@@ -116,6 +120,8 @@ def load(
         early_stopping = [EarlyStoppingCallback(patience)] if patience and args.do_train else []
         # A search needs a new model per trial; otherwise the loaded one is trained.
         metrics = data.metric_function(data_args.multi_label_threshold)
+        if thresholds is not None:
+            metrics.thresholds = thresholds
         metrics.keys()  # raises now, not after training
         source = {"model_init": lambda: copy.deepcopy(model)} if run_args.hp_search else {"model": model}
         with _explained(args):
@@ -146,6 +152,19 @@ def load(
         return trainer
 
     return build, data
+
+
+def _kept_thresholds(config: Any, data_args: DataArguments, args: MethodTrainingArguments) -> np.ndarray | None:
+    """The thresholds that the model was saved with, if they are to be used; training takes no old ones over."""
+    kept = getattr(config, THRESHOLDS, None)
+    if args.do_train or kept is None:
+        fixed = data_args.multi_label_threshold
+        keep_thresholds(config, None if fixed in (None, AUTO_THRESHOLD) else float(fixed))
+        return None
+    if data_args.multi_label_threshold is not None or len(kept) != config.num_labels:
+        return None
+    logger.info("The model's own thresholds are used: %s.", ", ".join(f"{value:.3g}" for value in kept[:10]))
+    return np.array(kept)
 
 
 def _start_from_linear_head(run_args: RunArguments, args: MethodTrainingArguments, model, data: TaskData, tokenizer):

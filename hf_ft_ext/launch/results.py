@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from peft import PeftModel
 from transformers import Trainer, TrainingArguments
+from transformers.utils import CONFIG_NAME
 
 from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
@@ -25,7 +26,7 @@ from hf_ft_ext.launch.defaults import task_label
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction, best_thresholds, probabilities
 from hf_ft_ext.models import model_label, model_source
 from hf_ft_ext.prompts.model import is_prompt_model
-from hf_ft_ext.training.files import write_text
+from hf_ft_ext.training.files import write_json, write_text
 from hf_ft_ext.training.plan import align, trained_weights
 from hf_ft_ext.training.privacy import hide_tokens, is_secret, without_secrets
 from hf_ft_ext.training.record import RUN_RECORD, write_run_record
@@ -34,6 +35,7 @@ from hf_ft_ext.training.sharding import entries
 
 logger = logging.getLogger(__name__)
 
+THRESHOLDS = "multi_label_thresholds"  # in a model's configuration
 _MIB = 2**20
 
 
@@ -68,6 +70,13 @@ def evaluate_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
     return metrics
 
 
+def keep_thresholds(config: Any, thresholds: np.ndarray | float | None) -> None:
+    """Let a model's configuration hold the thresholds of its labels, in the order of the logits; `None` = none."""
+    values = None if thresholds is None else np.broadcast_to(thresholds, (config.num_labels,)).tolist()
+    if values is not None or getattr(config, THRESHOLDS, None) is not None:
+        setattr(config, THRESHOLDS, values)
+
+
 def settle_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
     """Where thresholds of several labels are to be chosen, choose them on the first split, for all that follows."""
     metrics = trainer.compute_metrics
@@ -82,6 +91,11 @@ def settle_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
     names = trainer.model.config.id2label
     shown = ", ".join(f"{names[i]} {value:.3g}" for i, value in enumerate(metrics.thresholds[:10]))
     logger.info("Thresholds by F1 on split '%s', whose metrics are thus a little too good: %s.", name, shown)
+    keep_thresholds(trainer.model.config, metrics.thresholds)
+    path = Path(trainer.args.output_dir) / CONFIG_NAME
+    if trainer.args.do_train and trainer.is_world_process_zero() and path.is_file():  # the model is saved already
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        write_json(path, {**saved, THRESHOLDS: getattr(trainer.model.config, THRESHOLDS)})
 
 
 def predict_all(trainer: Trainer, splits: dict[str, Any], with_probabilities: bool = False) -> dict[str, float]:

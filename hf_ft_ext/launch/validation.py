@@ -15,7 +15,7 @@ from hf_ft_ext.arguments import PROMPT_DEMO, DataArguments, MethodTrainingArgume
 from hf_ft_ext.data.multi_label import SEPARATOR
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction
-from hf_ft_ext.training.checkpoints import check_fits
+from hf_ft_ext.training.checkpoints import check_fits, steps_done
 from hf_ft_ext.training.devices import refuse_data_parallel
 from hf_ft_ext.training.sharding import refuse_sharding_on_cpu
 
@@ -318,6 +318,12 @@ def check_checkpoint(trainer: Trainer, method: str) -> None:
             "resume with the method that wrote it"
         )
     check_fits(folder, trainer.model, method)
+    step, last = steps_done(folder), trainer.args.max_steps
+    if 0 < last < step:
+        raise InputError(
+            f"--resume_from_checkpoint: {folder!r} is at step {step}, beyond --max_steps {last}, so nothing would be "
+            f"trained; pass a larger --max_steps, or evaluate it as --model_name_or_path"
+        )
     load = trainer._load_optimizer_and_scheduler
 
     def load_or_refuse(checkpoint: str) -> None:

@@ -183,7 +183,14 @@ class MetricFunction:
                 raise InputError(f"metric '{name}' is not for {outputs.problem_type}; pass another metric")
             if not outputs.references.size:
                 raise InputError("there are no rows to score; pass at least one prediction with its label")
-            if self._needs_positive(name) and outputs.problem_type == CLASSIFICATION and outputs.positive is None:
+            count = outputs.margins.shape[1]
+            about_one = self._needs_positive(name) and outputs.problem_type == CLASSIFICATION
+            if about_one and self.label_names is None and count > 2:
+                raise InputError(
+                    f"metric '{name}' is about one class, the positive one, and here are {count}; pass label_names "
+                    "and positive_label, or take an average over the classes, such as f1_macro"
+                )
+            if about_one and outputs.positive is None:
                 outputs = replace(outputs, positive=positive_id(self.label_names, None, name))
             return {name: SCORES[name].compute(outputs)}
         if outputs.problem_type != METRICS[name].problem_type:

@@ -4,6 +4,7 @@ Where a score is undefined it is 0.0, and rows with NaN logits count as wrong, a
 classes are over those that occur in the truth or the predictions, as scikit-learn takes them. Higher is better.
 """
 
+import logging
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import numpy as np
 from hf_ft_ext.metrics.outputs import CLASSIFICATION, MULTI_LABEL, Outputs
 
 _BOTH = (CLASSIFICATION, MULTI_LABEL)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def _area(outputs: Outputs, function: str) -> float:
         truths = [outputs.references == i for i in range(count)]
     columns = [1] if outputs.problem_type == CLASSIFICATION and count == 2 else range(count)
     defined = [i for i in columns if truths[i].any() and not truths[i].all()]
+    if not defined:
+        logger.warning("%s is not defined where all rows are of one class: it is set to 0.", function)
     return float(np.mean([_of_ranking(function, truths[i], outputs.margins[:, i]) for i in defined] or [0.0]))
 
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME
 
 from hf_ft_ext.adapters.layer_prefix.model import keep_projection
 from hf_ft_ext.errors import InputError
@@ -126,6 +127,14 @@ def fault_of(folder: str | os.PathLike) -> str | None:
     return _unreadable(folder)
 
 
+def steps_done(folder: str | os.PathLike) -> int:
+    """The step that the checkpoint `folder` was written at; 0 if it does not say."""
+    try:
+        return int(json.loads((Path(folder) / _STATE).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
 def read_seal(folder: str | os.PathLike) -> dict[str, Any] | None:
     """The seal of a checkpoint, or `None` if it has none.
 
@@ -204,6 +213,7 @@ def check_fits(folder: str | os.PathLike, model: nn.Module, method: str) -> None
             f"--resume_from_checkpoint: {os.fspath(folder)!r} belongs to another base model: the frozen weights "
             "differ; pass the --model_name_or_path that the run started with"
         )
+    check_labels(folder, model)
     if isinstance(model, PeftModel):
         with keep_projection(model):
             wanted = get_peft_model_state_dict(model)
@@ -224,6 +234,33 @@ def check_fits(folder: str | os.PathLike, model: nn.Module, method: str) -> None
             raise _other_model(folder, f"its {name} has shape {shapes[name]}, here {tuple(tensor.shape)}")
     if unknown := sorted(shapes.keys() - wanted.keys()):
         raise _other_model(folder, f"this one has no {unknown[0]}")
+
+
+def check_labels(folder: str | os.PathLike, model: nn.Module) -> None:
+    """Compare the names of the classes in a checkpoint's configuration with the model's.
+
+    Weights of a head know classes by number alone: under other names they would go on and be saved wrongly named.
+
+    Raises:
+        InputError: the same number of classes has other names, or another order.
+    """
+    path = Path(folder) / CONFIG_NAME
+    config = getattr(model, "config", None)
+    if config is None or not path.is_file() or not getattr(config, "id2label", None):
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("id2label")
+    except (OSError, ValueError, AttributeError):
+        return  # `fault_of` says what is wrong with the file
+    if not isinstance(found, dict):
+        return
+    there, here = ([str(names[i]) for i in sorted(names, key=int)] for names in (found, config.id2label))
+    if len(there) == len(here) and there != here:
+        raise InputError(
+            f"--resume_from_checkpoint: {os.fspath(folder)!r} was trained for the labels {', '.join(there[:10])}, and "
+            f"here they are {', '.join(here[:10])}; pass the data that the run started with, or start anew with the "
+            "checkpoint as --model_name_or_path"
+        )
 
 
 def _other_model(folder: str | os.PathLike, reason: str) -> InputError:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from hf_ft_ext.adapters.folder import name_base, save_configuration
+from hf_ft_ext.training.checkpoints import check_labels
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,10 @@ class CompleteSaves(_Trainer):
         model = super().call_model_init(trial)
         plain_outputs(model)
         return model
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        check_labels(resume_from_checkpoint, self.model if model is None else model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.model

@@ -244,7 +244,7 @@ def test_files_without_a_header(load):
         ("text,label\na,1\nb\n,0\n", "1 of 3 rows do not fit: line 3 has 1 field, the header has 2.*line break"),
         ("label,text\n1,a, b\n2,c, d\n", "every row has 3 fields, but the header has 2 .*comma too many"),
         ("text,text,label\na,b,1\n", "2 of its columns are named 'text'.*rename all but one"),
-        ("text,label\na,1\ntext,label\nb,0\n", "line 3 repeats the header.*remove that line"),
+        ("text,label\na,1\ntext,label\nb,0\n", "line 3 repeats the first line.*remove that line.*--column_names"),
         ("text;label\na;b;1\nc;0\n", "no comma in its first line, but a semicolon; read so, 1 of 2 rows.*sep=;"),
         (
             'label, text\n1, "a, b"\n',
