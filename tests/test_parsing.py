@@ -132,7 +132,7 @@ def test_recipe_errors(text, message):
         (["--lr_scheduler_kwargs", "{a"], "property name"),
         (["--eval_strategy", "steps", "--logging_strategy", "no", "--logging_steps", "0"], "--eval_steps"),
         (["--do_train", "false"], "nothing to do"),
-        (["--hp_search", "-1"], "hp_search=-1 is no number of trials"),
+        (["--hp_search", "-1"], "hp_search must be 1 or more"),
         (["--hp_search", "1", "--do_eval"], "--hp_search trains; add --do_train"),
         (["--resume_from_checkpoint", "true", "--do_eval"], "is for training; add --do_train"),
         (["--resume_from_checkpoint", "true", "--overwrite_output_dir"], "pass one"),
@@ -185,8 +185,8 @@ def test_defaults_are_announced_in_one_line(caplog):
     caplog.set_level("INFO", logger="hf_ft_ext")
     run, _, data, training = parse()
     assert (run.method, data.task_name, training.do_train, training.do_eval) == ("sparse", "demo", True, True)
-    assert [r.message for r in caplog.records if "asked for" in r.message] == [
-        "Nothing else was asked for, so this is: the demo encoder, the demo task, train and evaluate."
+    assert [r.message for r in caplog.records if "Using defaults" in r.message] == [
+        "Using defaults: the demo encoder, the demo task, train and evaluate."
     ]
     assert training.report_to == [] and training.output_dir == "runs/sparse-demo-seed42"
 

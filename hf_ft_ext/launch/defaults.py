@@ -81,17 +81,17 @@ def task_label(data_args: DataArguments) -> str:
 
 
 def _fill_in(run_args, model_args, data_args, training_args) -> None:
-    said = []
+    filled_in = []
     if model_args.model_name_or_path is None:
-        said.append("the demo encoder")
+        filled_in.append("the demo encoder")
     if not any((data_args.task_name, data_args.dataset_name, *own_files(data_args))):
         data_args.task_name = DEMO
-        said.append("the demo task")
+        filled_in.append("the demo task")
     if not any(step in run_args.given for step in STEPS):
         training_args.do_train = training_args.do_eval = True
-        said.append("train and evaluate")
-    if said:
-        logger.info("Nothing else was asked for, so this is: %s.", ", ".join(said))
+        filled_in.append("train and evaluate")
+    if filled_in:
+        logger.info("Using defaults: %s.", ", ".join(filled_in))
 
 
 def _suit_the_machine(run_args: RunArguments, training_args: MethodTrainingArguments) -> None:

@@ -88,11 +88,10 @@ def check_together(run_args: RunArguments, training_args: MethodTrainingArgument
     if resume is not None and resume.lower() in ("false", "none", ""):
         resume = training_args.resume_from_checkpoint = None
     if run_args.hp_search < 0:
-        raise InputError(f"hp_search={run_args.hp_search} is no number of trials; pass 1 or more, or 0 for none")
+        raise InputError(f"hp_search must be 1 or more (or 0 for none), got {run_args.hp_search}")
     if run_args.early_stopping_patience < 0:
         raise InputError(
-            f"early_stopping_patience={run_args.early_stopping_patience} is no number of evaluations; pass 1 or more, "
-            "or 0 for none"
+            f"early_stopping_patience must be 1 or more (or 0 for none), got {run_args.early_stopping_patience}"
         )
     if run_args.early_stopping_patience and not training_args.load_best_model_at_end:
         raise InputError(
