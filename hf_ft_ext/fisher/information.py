@@ -313,13 +313,13 @@ def plain_gradients(model, one, names, labels, power, problem_type, loss) -> Ite
 
 
 def _runs_with_skipping(model: nn.Module, inputs: dict) -> bool:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    weight = getattr(embeddings, "weight", None)
-    if weight is None or not weight.is_floating_point():
+    """Whether the model runs with `skipping_zero_rows` where autograd watches every layer."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)  # the embeddings', in most models
+    if weight is None:
         return True
     trained = weight.requires_grad
     try:
-        weight.requires_grad_(True)  # so that autograd watches what comes after
+        weight.requires_grad_(True)
         with torch.enable_grad(), skipping_zero_rows(model):
             model(**inputs)
     except RuntimeError:
