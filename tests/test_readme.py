@@ -15,8 +15,8 @@ README = (ROOT / "README.md").read_text()
 def test_python_example_trains_and_saves(tmp_path, monkeypatch, tiny_bert_dir, capsys):
     (code,) = [block.code for block in blocks_of(ROOT / "README.md") if block.language == "python"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_ft_ext.demo.encoder.demo_encoder", lambda: tiny_bert_dir)
-    monkeypatch.setattr("hf_ft_ext.demo.dataset.demo_dataset", lambda: demo_dataset(train_rows=40, validation_rows=20))
+    monkeypatch.setattr("hf_ft_ext.demo_encoder", lambda: tiny_bert_dir)
+    monkeypatch.setattr("hf_ft_ext.demo_dataset", lambda: demo_dataset(train_rows=40, validation_rows=20))
     before = AutoModelForSequenceClassification.from_pretrained(tiny_bert_dir)
     exec(compile(code, "README.md", "exec"), {})
     assert "eval_loss" in capsys.readouterr().out

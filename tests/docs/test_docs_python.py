@@ -31,8 +31,8 @@ def stand_ins(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.name)
 def test_python_blocks_run(block, stand_ins, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_ft_ext.demo.encoder.demo_encoder", lambda: stand_ins[DEMO])
-    monkeypatch.setattr("hf_ft_ext.demo.dataset.demo_dataset", lambda: demo_dataset(train_rows=40, validation_rows=20))
+    monkeypatch.setattr("hf_ft_ext.demo_encoder", lambda: stand_ins[DEMO])
+    monkeypatch.setattr("hf_ft_ext.demo_dataset", lambda: demo_dataset(train_rows=40, validation_rows=20))
     code = block.code
     for name in (CAUSAL, MASKED):
         code = code.replace(f'"{name}"', repr(stand_ins[name]))
