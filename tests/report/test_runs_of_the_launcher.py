@@ -75,7 +75,8 @@ def test_a_run_folder_with_a_state_is_no_checkpoint(tmp_path):
     (folder / "trainer_state.json").write_text('{"global_step": 3, "log_history": []}')
     for sign in ("model.safetensors", "run.json", "checkpoint-3/x"):
         (folder / sign).parent.mkdir(exist_ok=True)
-        (folder / sign).write_text("{}")
+        header = (2).to_bytes(8, "little") if sign.endswith(".safetensors") else b""
+        (folder / sign).write_bytes(header + b"{}")
         with pytest.raises(
             InputError, match=r"is the folder of a run.*--output_dir '.*my run' --resume_from_checkpoint"
         ):
