@@ -113,7 +113,9 @@ def load_data(
         names, vectors = ml.read_multi_labels(roles, label_columns, task, data_args.problem_type)
         for (role, name, data), values in zip(roles, vectors, strict=True):
             data = data.select_columns(list(text_columns))
-            splits[role][name] = data if values is None else ml.with_multi_labels(name, data, LABEL, values)
+            if values is not None:
+                data = _with_labels(name, data, values, ml.feature(values.shape[1]), drop=True)
+            splits[role][name] = data
     else:
         raws = [_labels_of(role, name, data, label_column) for role, name, data in roles]
         labelled = [raw for raw in raws if raw is not None]
@@ -302,8 +304,10 @@ def _convert(labelled: list[lb.RawLabels], kind: str, task: Task | None):
 
 
 def _with_labels(name: str, data: Dataset, values: np.ndarray, feature, drop: bool) -> Dataset:
-    data = data.add_column(LABEL, values, feature=feature)
-    keep = np.flatnonzero(values != lb.UNLABELLED) if drop else np.arange(len(values))
+    """`data` with the labels `values`: `[rows]`, or `[rows, labels]`; `drop` leaves out rows without a label."""
+    data = data.add_column(LABEL, values.tolist() if values.ndim > 1 else values, feature=feature)
+    labelled = (values != lb.UNLABELLED).reshape(len(values), -1 if len(values) else 1).all(axis=1)
+    keep = np.flatnonzero(labelled) if drop else np.arange(len(values))
     if len(keep) < len(values):
         logger.warning("split '%s': dropped %d of %d rows without a label", name, len(values) - len(keep), len(values))
         if not len(keep):

@@ -85,18 +85,6 @@ def feature(count: int) -> Any:
     return datasets.Sequence(Value("float32"), length=count)
 
 
-def with_multi_labels(name: str, data: Dataset, column: str, values: np.ndarray) -> Dataset:
-    """`data` with its labels in `column`, rows without a label left out."""
-    data = data.add_column(column, values.tolist(), feature=feature(values.shape[1]))
-    keep = np.flatnonzero((values != UNLABELLED).all(axis=1))
-    if len(keep) < len(values):
-        logger.warning("split '%s': dropped %d of %d rows without a label", name, len(values) - len(keep), len(values))
-        if not len(keep):
-            raise InputError(f"split '{name}' holds no labelled row: all {len(values)} labels are -1; pass other data")
-        data = data.select(keep)
-    return data
-
-
 # --- columns of 0 and 1 ---------------------------------------------------------------------------------------
 
 
