@@ -419,7 +419,7 @@ class MethodTrainingArguments(TrainingArguments):
             values: values of this class's own arguments, for the result.
 
         Raises:
-            InputError: `args` belong to another method or are no training arguments, or values that cannot work.
+            InputError: `args` are another method's, are not `TrainingArguments`, or hold values that cannot work.
         """
         if args is None:
             return cls(**values)

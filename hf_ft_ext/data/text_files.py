@@ -39,7 +39,7 @@ class TextFile:
         r"""Lines with their ends, split at `newline` alone: any other `\r` is part of the text.
 
         Raises:
-            Unreadable: bytes that are no text in `encoding`.
+            Unreadable: the bytes cannot be decoded by `encoding`.
         """
         with (
             open_binary(self.path) as raw,

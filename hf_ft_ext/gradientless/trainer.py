@@ -142,7 +142,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         return overridden(self, *DATA_LOADING)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        if not self.is_in_train or self._own_loader():  # somebody wants to look at the data, or makes the batches
+        if not self.is_in_train or self._own_loader():  # called outside training, or overridden: the caller decides
             return super().get_train_dataloader()
         # Rows of cached features have a loader of their own; check before the features are made.
         check_full_batch(self.args, self.train_dataset)
