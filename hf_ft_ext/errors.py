@@ -20,6 +20,11 @@ class PushError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def did_you_mean(word: object, known) -> str:
     """`; did you mean 'x'?` with the member of `known` nearest to `word`, or nothing if none is near."""
     near = difflib.get_close_matches(str(word), [str(item) for item in known], n=1, cutoff=0.6)

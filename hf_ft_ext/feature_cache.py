@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm.auto import tqdm
 
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.features import HeadReader, head_parameters
 from hf_ft_ext.training.files import replacing, tensor_hash
 
@@ -189,7 +189,7 @@ def _open(path: Path, about: dict[str, str], shape: tuple[int, int], dtype: torc
             features = file.get_tensor(_NAME)
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"the feature cache {path} cannot be read ({str(error).strip().splitlines()[0]}): it is truncated or no "
+            f"the feature cache {path} cannot be read ({first_line(error)}): it is truncated or no "
             "cache; delete the file and run again"
         ) from error
     if tuple(features.shape) != shape or features.dtype != dtype:

@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_ft_ext.arguments import FINETUNE, DataArguments, MethodTrainingArguments, ModelArguments
 from hf_ft_ext.demo.encoder import DEMO_HUB_ID, DEMO_NAME, demo_encoder
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import load_prompt_model
@@ -315,7 +315,7 @@ def _load_tokenizer(model_args: ModelArguments, name: str, hub: dict) -> PreTrai
         tokenizer = AutoTokenizer.from_pretrained(source, **revision, **hub)
     except (OSError, ValueError, TypeError, ImportError, KeyError, AttributeError) as error:
         raise InputError(
-            f"cannot load a tokenizer from {source!r} ({str(error).strip().splitlines()[0]}); pass a folder or Hub id "
+            f"cannot load a tokenizer from {source!r} ({first_line(error)}); pass a folder or Hub id "
             "that has one with --tokenizer_name"
         ) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from hf_ft_ext.arguments import AUTO, Gradients, MethodTrainingArguments, ModelArguments
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.features import encoder_path
 from hf_ft_ext.training.precision import HALF
 from hf_ft_ext.training.quantized import is_quantized
@@ -152,7 +152,7 @@ def _skeleton(config: PreTrainedConfig, name: str, as_prompt: bool, model_args: 
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             return kind.from_config(copy.deepcopy(config), trust_remote_code=model_args.trust_remote_code, **settings)
     except (ValueError, ImportError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         if asked is not None:
             raise InputError(
                 f"attn_implementation={asked!r} does not work with model {name!r}: {reason}; pass eager or sdpa, or "

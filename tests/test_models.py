@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from hf_ft_ext.arguments import ModelArguments
 from hf_ft_ext.demo import encoder
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.models import load_tokenizer_and_model, model_max_length, seeded_init
+from hf_ft_ext.models import _load_tokenizer, load_tokenizer_and_model, model_max_length, seeded_init
 
 
 def data(*names: str, regression: bool = False):
@@ -242,3 +242,15 @@ def test_tokenizers_that_do_not_fit(save, tmp_path, tokenizer):
     tiny_model(vocab_size=20).save_pretrained(folder)
     with pytest.raises(InputError, match=r"knows \d+ tokens but model .* only 20"):
         load(folder, tokenizer_name=str(tmp_path / "tokenizer"))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(AttributeError(), "AttributeError"), (OSError("\n no file\nmore"), "no file")]
+)
+def test_a_tokenizer_that_fails_without_a_message_is_an_error_of_the_input(monkeypatch, error, said):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("hf_ft_ext.models.AutoTokenizer.from_pretrained", fail)
+    with pytest.raises(InputError, match=rf"cannot load a tokenizer from 'some' \({said}\); pass a folder"):
+        _load_tokenizer(ModelArguments(model_name_or_path="some"), "some", {})

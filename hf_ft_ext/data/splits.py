@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset, concatenate_datasets
 
 from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data.tasks import Task
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, first_line
 
 _PREFIXES = {"train": ("train",), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 
@@ -75,7 +75,7 @@ def _together(source: dict[str, Dataset | IterableDataset], names: Sequence[str]
         joined = concatenate_datasets([source[name] for name in names])
     except ValueError as error:
         raise InputError(
-            f"--train_split {' '.join(names)}: their columns differ ({str(error).splitlines()[0]}); pass one of them"
+            f"--train_split {' '.join(names)}: their columns differ ({first_line(error)}); pass one of them"
         ) from error
     logger.info("training on %s together", ", ".join(names))
     return joined

@@ -18,7 +18,7 @@ from hf_ft_ext.adapters.layer_prefix.layer import SHARED, PrefixLayer
 from hf_ft_ext.adapters.layers import plain_name, split_layer
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig, limited_to_layers, settings_of
 from hf_ft_ext.adapters.table import AdapterType
-from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.errors import InputError, did_you_mean, first_line
 from hf_ft_ext.features import evaluating
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.structure.find import find_structure
@@ -210,7 +210,7 @@ def explained(names: list[str]) -> Iterator[None]:
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(
             f"the candidates {', '.join(names)} cannot be put into the model "
-            f"({next(iter(str(error).splitlines()), type(error).__name__)}); check --fisher_candidate_settings, or "
+            f"({first_line(error)}); check --fisher_candidate_settings, or "
             "the settings in the plan"
         ) from error
 

@@ -12,7 +12,7 @@ import tenacity
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from hf_ft_ext.errors import InputError, PushError
+from hf_ft_ext.errors import InputError, PushError, first_line
 from hf_ft_ext.hub.card import base_model, model_card
 from hf_ft_ext.hub.files import ADAPTER_CONFIG, CARD, left_out, public_content, shared_files
 from hf_ft_ext.methods import hooks_of
@@ -112,7 +112,7 @@ def ensure_branch(repo_id: str, revision: str | None, token: str | None = None) 
 def reason(error: BaseException) -> str:
     """Why the Hub refused or failed, and what to do about it, in one line."""
     chain = list(_chain(error))
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    first = first_line(error)
     if any(isinstance(link, OfflineModeIsEnabled) for link in chain):
         return "offline mode is on; unset HF_HUB_OFFLINE"
     if any(isinstance(link, LocalTokenNotFoundError) for link in chain):

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.kernel.plan import Plan
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.training.files import replacing, tensor_hash, write_json
@@ -126,7 +126,7 @@ class KernelStore:
                 block = file.get_tensor("kernel")
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"the kernel block {path} cannot be read ({str(error).strip().splitlines()[0]}); delete the file, or "
+                f"the kernel block {path} cannot be read ({first_line(error)}); delete the file, or "
                 "pass overwrite_kernels, and run again"
             ) from error
         first, second = (b - a for a, b in (self._cut.first[i], self._cut.second[j]))
@@ -204,7 +204,7 @@ def read_foreign(path: str | Path, names: tuple[str, str]) -> tuple[torch.Tensor
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds, among them pickle's and zip's
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = first_line(error)
         raise InputError(f"{path} cannot be read as tensors ({reason}); download or compute it again") from error
     if not (isinstance(found, list | tuple) and len(found) == 2 and all(isinstance(t, torch.Tensor) for t in found)):
         raise InputError(f"{path} does not hold the two tensors ({', '.join(names)})")

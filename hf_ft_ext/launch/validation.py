@@ -13,7 +13,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_ft_ext.arguments import PROMPT_DEMO, DataArguments, MethodTrainingArguments, RunArguments
 from hf_ft_ext.data.multi_label import SEPARATOR
-from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.errors import InputError, did_you_mean, first_line
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction
 from hf_ft_ext.training.checkpoints import check_fits, steps_done
 from hf_ft_ext.training.devices import refuse_data_parallel
@@ -336,7 +336,7 @@ def check_checkpoint(trainer: Trainer, method: str) -> None:
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
             raise InputError(
                 f"--resume_from_checkpoint: the optimizer's state in {checkpoint!r} does not fit "
-                f"({str(error).strip().splitlines()[0]}); pass the arguments that the run started with"
+                f"({first_line(error)}); pass the arguments that the run started with"
             ) from error
 
     trainer._load_optimizer_and_scheduler = load_or_refuse

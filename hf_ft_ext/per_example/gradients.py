@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.per_example.capture import Function, NoSplit, Owner, gradients
 from hf_ft_ext.per_example.forms import Form
 from hf_ft_ext.per_example.rules import find_rule
@@ -124,7 +124,7 @@ class ExampleGradients:
                 break
             except AssertionError as error:  # Reformer recomputes activations, which it does in training mode alone
                 raise InputError(
-                    f"{type(self.model).__name__} gives no gradients in evaluation mode ({_first_line(error)}), and "
+                    f"{type(self.model).__name__} gives no gradients in evaluation mode ({first_line(error)}), and "
                     "dropout makes those of training mode random; choose another model"
                 ) from error
             except (RuntimeError, _NotFinite):
@@ -299,10 +299,6 @@ def trimmed(batch: Batch) -> dict[str, torch.Tensor]:
         return dict(batch)
     keep = int(mask.any(0).nonzero().max()) + 1
     return {key: value[:, :keep] if value.shape[:2] == mask.shape else value for key, value in batch.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _differing_rows(batch: Batch) -> list[int]:

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from hf_ft_ext.demo.encoder import demo_encoder
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, first_line
 
 _BATCH = 64
 
@@ -51,5 +51,5 @@ def _encoder(model: str | None):
     try:
         return AutoTokenizer.from_pretrained(name), AutoModel.from_pretrained(name, dtype=torch.float32).eval()
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"demo_filter_model={name!r} cannot be loaded ({reason}); pass a folder or Hub id") from error

@@ -23,7 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
 from hf_ft_ext.adapters.layer_prefix.model import keep_projection
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.training.files import tensor_hash, write_json
 
 logger = logging.getLogger(__name__)
@@ -187,9 +187,9 @@ def _unreadable(folder: Path) -> str | None:
             elif path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
         except (SafetensorError, zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
-            return f"{path.name} cannot be read ({_first_line(error)}): truncated or no such file"
+            return f"{path.name} cannot be read ({first_line(error)}): truncated or no such file"
         except Exception as error:  # zlib and struct errors of archives with a damaged directory
-            return f"{path.name} cannot be read ({_first_line(error)})"
+            return f"{path.name} cannot be read ({first_line(error)})"
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     states = {path.name for path in folder.glob("rng_state_*.pth")}
     if states and (absent := [i for i in range(ranks) if f"rng_state_{i}.pth" not in states]):
@@ -282,7 +282,3 @@ def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
