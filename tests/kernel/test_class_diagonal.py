@@ -14,7 +14,7 @@ from hf_ft_ext import empirical_ntk
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel import contract
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
-from hf_ft_ext.kernel.plan import measure
+from hf_ft_ext.kernel.schedule import measure
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.solvers import KernelModel, Solver, SolverOptions
 from hf_ft_ext.kernel.store import KernelStore
@@ -136,7 +136,7 @@ def test_a_run_computes_what_its_solver_needs(tmp_path, monkeypatch):
     whole.evaluate()
     assert shapes(tmp_path / "whole") == {(1, 12, 3, 12, 3), (1, 12, 3, 6, 3)}
     with monkeypatch.context() as patch:
-        patch.setattr("hf_ft_ext.kernel.structured.StructuredEngine.side", None)  # nothing may be computed
+        patch.setattr("hf_ft_ext.kernel.engines.structured.StructuredEngine.side", None)  # nothing may be computed
         after = three(tmp_path / "whole")
         after.train()
         assert after.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)

@@ -90,7 +90,7 @@ def test_a_second_run_computes_nothing(tmp_path, monkeypatch):
     first = make(tmp_path)
     first.train()
     metrics = first.evaluate()
-    monkeypatch.setattr("hf_ft_ext.kernel.structured.StructuredEngine.side", None)
+    monkeypatch.setattr("hf_ft_ext.kernel.engines.structured.StructuredEngine.side", None)
     again = make(tmp_path)
     again.train()
     assert again.evaluate()["eval_loss"] == metrics["eval_loss"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_ft_ext.kernel.stacks import Stacks, joined
+from hf_ft_ext.kernel.engines.stacks import Stacks, joined
 
 
 def batches(*rows: int, width: int = 3) -> list[torch.Tensor]:
@@ -25,7 +25,7 @@ def every(source: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("chunk", [0, 2**26])
 def test_rows_of_every_token_are_joined_without_a_copy(chunk, monkeypatch):
-    monkeypatch.setattr("hf_ft_ext.kernel.stacks._CHUNK", chunk)
+    monkeypatch.setattr("hf_ft_ext.kernel.engines.stacks._CHUNK", chunk)
     sources = batches(6, 4, 5)
     parts = put(Stacks(15, 6), sources, [(6, 2), (4, 2), (5, 2)], every)
     assert all(torch.equal(part, source) for part, source in zip(parts, sources, strict=True))
@@ -37,7 +37,7 @@ def test_rows_of_every_token_are_joined_without_a_copy(chunk, monkeypatch):
 
 def test_stacks_of_a_side_share_large_pieces(monkeypatch):
     """What lives as long as a side does not lie between what a batch leaves behind."""
-    monkeypatch.setattr("hf_ft_ext.kernel.stacks._CHUNK", 256)
+    monkeypatch.setattr("hf_ft_ext.kernel.engines.stacks._CHUNK", 256)
     stacks, sources = Stacks(4, 4), [*batches(4, 4, width=3), *batches(4, width=40), *batches(4, 4, width=5)]
     sources[1] = sources[1].double()
     stacks.begin(4, 4)

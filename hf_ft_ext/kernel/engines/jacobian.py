@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_ft_ext.kernel.contract import Contraction
+from hf_ft_ext.kernel.contraction import Contraction
 from hf_ft_ext.kernel.formulas import Formula, sign_scale
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.per_example.capture import Function

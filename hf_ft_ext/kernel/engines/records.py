@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_ft_ext.kernel.stacks import Stacks
+from hf_ft_ext.kernel.engines.stacks import Stacks
 from hf_ft_ext.per_example.forms import Form, Outer, Rows, dense
 
 _LOOKED_AT = 8  # columns

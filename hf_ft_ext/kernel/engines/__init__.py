@@ -1,0 +1,1 @@
+"""How a kernel is computed: `structured` and `jacobian` exactly, `projected` by random projections."""
