@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from hf_ft_ext.kernel.formulas import Formula, product, sign_product, sign_type, signs
-from hf_ft_ext.kernel.engines.records import Matrix, Table, Vector, joined_tables
+from hf_ft_ext.kernel.engines.packed import PackedDense, PackedEmbedding, PackedLinear, join_embeddings
 from hf_ft_ext.kernel.engines.stacks import joined
 
 
@@ -60,7 +60,7 @@ class Contraction:
             return [sign_product(left[0], right[0])]
         return [product(left[1], right[0]), product(left[0], right[1])]
 
-    def vectors(self, left: Sequence[Vector], right: Sequence[Vector], scales: tuple, out: torch.Tensor) -> None:
+    def vectors(self, left: Sequence[PackedDense], right: Sequence[PackedDense], scales: tuple, out: torch.Tensor) -> None:
         """Add the kernels of a parameter kept in full to `out` `[kernels, rows, rows']`."""
         views = [
             self.views(torch.cat([vector.values for vector in side]), scale)
@@ -71,9 +71,9 @@ class Contraction:
 
     # --- tables --------------------------------------------------------------------------------------
 
-    def tables(self, left: Sequence[Table], right: Sequence[Table], starts: tuple, scales: tuple, out) -> None:
+    def tables(self, left: Sequence[PackedEmbedding], right: Sequence[PackedEmbedding], starts: tuple, scales: tuple, out) -> None:
         """Add the kernels of a table: only rows that both sides use meet."""
-        sides = [joined_tables(tables, offsets) for tables, offsets in zip((left, right), starts, strict=True)]
+        sides = [join_embeddings(tables, offsets) for tables, offsets in zip((left, right), starts, strict=True)]
         ranges = [_ranges(side.ids) for side in sides]
         views = [
             self.views(side.values, None if scale is None else scale[side.rows])
@@ -88,12 +88,12 @@ class Contraction:
 
     # --- weights --------------------------------------------------------------------------------------
 
-    def matrices(self, left: Sequence[Matrix], right: Sequence[Matrix], scales: tuple, out: torch.Tensor) -> None:
+    def matrices(self, left: Sequence[PackedLinear], right: Sequence[PackedLinear], scales: tuple, out: torch.Tensor) -> None:
         """Add the kernels of a weight, over pairs of tokens or over the entries of the weight."""
         if self.formula is Formula.SGD and _tokens_are_cheaper(left, right):
             self._by_tokens(left, right, out[0])
             return
-        c, size, like = left[0].scalars, left[0].size, left[0].grads
+        c, size, like = left[0].scalars, left[0].size, left[0].output_gradients
         share = max(self.max_bytes // (2 * c * self.row_bytes(size, like.dtype)), 1)
         sides = [[example for matrix in side for example in matrix.examples()] for side in (left, right)]
         for i in range(0, len(sides[0]), share):
@@ -130,21 +130,21 @@ class Contraction:
                 row += 1
         return (sign,) if raw is None else (raw,) if sign is None else (raw, sign)
 
-    def _by_tokens(self, left: Sequence[Matrix], right: Sequence[Matrix], out: torch.Tensor) -> None:
+    def _by_tokens(self, left: Sequence[PackedLinear], right: Sequence[PackedLinear], out: torch.Tensor) -> None:
         """`K = sum over tokens t, s of <g_t, g_s> <x_t, x_s>`, added to `out` `[rows, rows']`."""
         c = left[0].scalars
         a = _Tokens(left, 0, sum(len(matrix.counts) for matrix in left))
         n, done = sum(len(matrix.counts) for matrix in right), 0
         longest = max(count for matrix in right for count in matrix.counts) or 1
-        pair = 3 * c * c * max(len(a.inputs), 1) * longest * a.inputs.element_size()
+        pair = 3 * c * c * max(len(a.activations), 1) * longest * a.activations.element_size()
         step = max(self.max_bytes // pair, 1)  # examples of the right side
         while done < n:
             b = _Tokens(right, done, done + step)
             x = self._input_products(a, b)
-            g = (a.grads.flatten(0, 1) @ b.grads.flatten(0, 1).T).view(len(a.inputs), c, len(b.inputs), c)
+            g = (a.output_gradients.flatten(0, 1) @ b.output_gradients.flatten(0, 1).T).view(len(a.activations), c, len(b.activations), c)
             g.mul_(x[:, None, :, None])
-            part = g.new_zeros(a.n, c * len(b.inputs) * c).index_add_(0, a.examples, g.flatten(1))
-            part = part.view(a.n * c, len(b.inputs), c)
+            part = g.new_zeros(a.n, c * len(b.activations) * c).index_add_(0, a.examples, g.flatten(1))
+            part = part.view(a.n * c, len(b.activations), c)
             part = part.new_zeros(a.n * c, b.n, c).index_add_(1, b.examples, part)
             out[:, done * c : (done + b.n) * c] += part.flatten(1)
             done += b.n
@@ -154,14 +154,14 @@ class Contraction:
         key = (a.key, b.key)
         if self._shared is None or self._shared[0] != key:
             self._shared = None
-            self._shared = (key, a.inputs @ b.inputs.T, a.held, b.held)  # held: so that no address is used again
+            self._shared = (key, a.activations @ b.activations.T, a.held, b.held)  # held: so that no address is used again
         return self._shared[1]
 
 
 class _Tokens:
     """The tokens of examples `first` to `last` (exclusive) of a side, as one."""
 
-    def __init__(self, side: Sequence[Matrix], first: int, last: int):
+    def __init__(self, side: Sequence[PackedLinear], first: int, last: int):
         inputs, grads, counts, at = [], [], [], 0
         for matrix in side:
             lo, hi = max(first - at, 0), min(last - at, len(matrix.counts))
@@ -169,20 +169,20 @@ class _Tokens:
             if lo < hi:
                 start = sum(matrix.counts[:lo])
                 stop = start + sum(matrix.counts[lo:hi])
-                inputs.append(matrix.inputs[start:stop])
-                grads.append(matrix.grads[start:stop])
+                inputs.append(matrix.activations[start:stop])
+                grads.append(matrix.output_gradients[start:stop])
                 counts += matrix.counts[lo:hi]
         self.held, self.key = inputs, tuple((part.data_ptr(), len(part)) for part in inputs)
-        self.inputs, self.grads = joined(inputs), joined(grads)
+        self.activations, self.output_gradients = joined(inputs), joined(grads)
         self.n = len(counts)
-        device = self.inputs.device
+        device = self.activations.device
         self.examples = torch.arange(self.n, device=device).repeat_interleave(torch.tensor(counts, device=device))
 
 
-def _tokens_are_cheaper(left: Sequence[Matrix], right: Sequence[Matrix]) -> bool:
+def _tokens_are_cheaper(left: Sequence[PackedLinear], right: Sequence[PackedLinear]) -> bool:
     """Whether products over pairs of tokens cost less than multiplying the gradients out and over their entries."""
     c, size = left[0].scalars, left[0].size
-    width_in, width_out = left[0].inputs.shape[1], left[0].grads.shape[2]
+    width_in, width_out = left[0].activations.shape[1], left[0].output_gradients.shape[2]
     tokens1, tokens2 = (sum(matrix.tokens for matrix in side) for side in (left, right))
     n1, n2 = (sum(len(matrix.counts) for matrix in side) for side in (left, right))
     entries = c * c * n1 * n2 * size + c * size * (tokens1 + tokens2)

@@ -1,16 +1,14 @@
-"""`ExampleGradients`: which parameter goes by which rule, found out by trying, and the gradients batch by batch."""
+"""`ExampleGradients`: gradients of scalars of each example, by rules that were tried, and by autograd for the rest."""
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError, first_line
-from hf_ft_ext.per_example.capture import Function, NoSplit, Owner, gradients
-from hf_ft_ext.per_example.forms import Form
-from hf_ft_ext.per_example.rules import find_rule
+from hf_ft_ext.per_example.capture import Capture, Function, Owner, Receiver, Uncovered
 from hf_ft_ext.per_example.state import (
     Batch,
     batch_in,
@@ -18,15 +16,14 @@ from hf_ft_ext.per_example.state import (
     evaluating,
     only_trainable,
     supports_float64,
+    without_cache,
 )
-from hf_ft_ext.per_example.trial import differing, sparse_tables
-from hf_ft_ext.per_example.unread import first_position_only, last_feed_forward
+from hf_ft_ext.per_example.trial import NotFinite, Shortcuts, Trial, batch_size, rows, tolerance_of, without
+from hf_ft_ext.per_example.types import Gradient
 
 logger = logging.getLogger(__name__)
 
-_SAMPLE = 2
-# Relative differences beyond which a rule's gradient is another one than autograd's.
-_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2}
+_TRIAL_TOKENS = 16  # enough to see which rules hold
 
 
 @dataclass(frozen=True)
@@ -36,38 +33,46 @@ class Part:
     Attributes:
         first: position of the first of them in the batch.
         scalars: `[n, c]`.
-        gradients: for each of the c scalars, forms by parameter name, to be summed (`forms.dense`); a parameter that
-            is absent has gradient 0.
+        gradients: for each of the c scalars, gradients by parameter name, to be summed (`types.dense`); a parameter
+            that is absent has gradient 0.
     """
 
     first: int
     scalars: torch.Tensor
-    gradients: list[dict[str, list[Form]]]
-
-
-class _NotFinite(InputError):
-    pass
+    gradients: list[dict[str, list[Gradient]]]
 
 
 class ExampleGradients:
     """Gradients of scalars of each example with respect to chosen parameters.
 
     A forward and one backward pass per scalar over the whole batch, in which no weight's gradient is computed: hooks
-    keep what each module read and the gradients of what it gave, and a rule per kind of module says how they make up
-    the gradients of its parameters (Linear, GPT-2's Conv1D, Embedding, norms; tied weights and modules used several
-    times add up). On the first batch every rule is compared with autograd on a single example and a random combination
-    of its scalars, in float64. Every other parameter is `uncovered`: its module has no rule, or the rule differs or
-    fails. A rule that could not be compared, because that example does not depend on the module, makes its parameters
-    uncovered as soon as a batch depends on it. Where there are uncovered parameters, examples run one by one, so that
-    autograd's own gradient of them is the example's; no parameter is left out. Where a classifier reads the first
-    position alone, so does the last layer's feed-forward part.
+    keep what each module read and meet the gradients of what it gave, and a rule per kind of module says how they make
+    up the gradients of its parameters (Linear, GPT-2's Conv1D, Embedding, norms; tied weights and modules used several
+    times add up). A module without a rule, such as an adapter that uses its parts' weights without calling them, is
+    called again for each example alone.
+
+    On the first batch every rule is compared with autograd, on a single example, a random combination of its scalars
+    and, in another example of the batch, other ones. Every parameter whose rule differs or fails is `uncovered`. A rule
+    that could not be compared, because that example does not depend on the module, makes its parameters uncovered as
+    soon as a batch depends on it. Where there are uncovered parameters, examples run one by one, so that autograd's own
+    gradient of them is the example's; no parameter is left out. Where a classifier reads the first position alone, so
+    does the last layer's feed-forward part.
+
+    Call it with a batch for `Part`s, or `stream` a batch to a receiver, which keeps nothing for the whole model.
 
     Args:
         model: it is run in evaluation mode and left as it was.
         function: `function(model, batch)` -> one scalar per example `[n]`, or several `[n, c]`, each depending on its
             own example only. Default: the logits of `model(**batch)`, labels left out.
         parameters: the chosen ones by name; default: all that require gradients.
-        dtype: type to compute in; `None` = the model's own. In float64 nothing inside falls back to float32.
+        dtype: type to compute in; `None` = the model's own. In float64 nothing inside falls back to float32. Gradients
+            of half-precision models come in float32.
+        wide_trial: compare in float64 where the model runs in it, so that even small differences are seen; else in
+            the model's own type, which takes no second copy of the weights.
+        one_by_one: run examples one by one and take all gradients from autograd, for a function that is not defined
+            for several examples (a trainer's `compute_loss`). Nothing is compared then.
+        mixing: what to do about a model whose outputs for an example depend on the rest of its batch: `refuse` it, or
+            run examples `one_by_one`, so that each is alone in its batch.
 
     Attributes:
         uncovered: names of the parameters that no rule covers, once a batch was seen.
@@ -79,6 +84,10 @@ class ExampleGradients:
         function: Function | None = None,
         parameters: Mapping[str, nn.Parameter] | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        wide_trial: bool = True,
+        one_by_one: bool = False,
+        mixing: str = "refuse",
     ):
         self.model, self.function = model, function or logits
         chosen = dict(parameters or {n: p for n, p in model.named_parameters() if p.requires_grad})
@@ -87,72 +96,12 @@ class ExampleGradients:
         self.parameters = chosen
         wide = next(iter(chosen.values())).dtype == torch.float64
         self.dtype = torch.float64 if dtype is None and wide else dtype
-        self._name_of = {id(parameter): name for name, parameter in chosen.items()}
-        self._owners = self._find_owners()
-        self._expand, self._copy = True, False
-        self._short: nn.Module | None = None  # a layer of which only the first position is read
-        self.uncovered: list[str] | None = None
+        self.wide_trial, self.mixing = wide_trial, mixing
+        self._owners: list[Owner] = []
+        self._shortcuts = Shortcuts()
+        self.uncovered: list[str] | None = list(chosen) if one_by_one else None
 
-    def _find_owners(self) -> list[Owner]:
-        owners = []
-        for path, module in self.model.named_modules():
-            own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-            names = {key: self._name_of[id(p)] for key, p in own.items() if id(p) in self._name_of}
-            rule = find_rule(module) if names else None
-            if rule is not None:
-                owners.append(Owner(path, module, rule, names))
-        return owners
-
-    def prepare(self, batch: Batch) -> None:
-        """Find out, on two rows of `batch`, which rules hold; done by the first batch unless called before.
-
-        Raises:
-            InputError: the model draws random numbers in evaluation mode, mixes the examples of a batch, checkpoints
-                its activations, or gives something else than finite scalars.
-        """
-        rows = _differing_rows(batch)
-        few = {key: value[rows] for key, value in batch.items() if key != "labels"}
-        if getattr(self.model, "is_activation_checkpointing", False):
-            raise InputError(
-                "gradient checkpointing is on, which runs modules twice; call model.gradient_checkpointing_disable()"
-            )
-        device = next(iter(self.parameters.values())).device
-        types = [torch.float64, torch.float32] if supports_float64(device) else [torch.float32]
-        for dtype in types:
-            try:
-                self._try_rules(few, dtype)
-                break
-            except AssertionError as error:  # Reformer recomputes activations, which it does in training mode alone
-                raise InputError(
-                    f"{type(self.model).__name__} gives no gradients in evaluation mode ({first_line(error)}), and "
-                    "dropout makes those of training mode random; choose another model"
-                ) from error
-            except (RuntimeError, _NotFinite):
-                if dtype == types[-1]:
-                    raise
-                # Some models fail in float64 alone: products of expert weights, masks that overflow.
-        if self.uncovered is None:
-            raise InputError(self._mixing())
-        if self.uncovered:
-            logger.info(
-                "no rule for the gradients of %d parameters (%s, ...): examples run one by one",
-                len(self.uncovered),
-                self.uncovered[0],
-            )
-
-    def _try_rules(self, few: Batch, dtype: torch.dtype) -> None:
-        self._expand, self._copy = True, False
-        with evaluating(self.model), computing_in(self.model, dtype):
-            few = batch_in(few, dtype)
-            self._short = last_feed_forward(self.model)
-            self.uncovered = self._tried(few, _TOLERANCE[dtype])
-            if self.uncovered != [] and self._short is not None:  # maybe only for NaN that nobody reads
-                self._short = None
-                self.uncovered = self._tried(few, _TOLERANCE[dtype])
-
-    def _uncover(self, names: set[str]) -> None:
-        """Parameters whose gradients are autograd's from here on."""
-        self.uncovered = [name for name in self.parameters if name in {*self.uncovered, *names}]
+    # --- gradients ----------------------------------------------------------------------------------
 
     def __call__(self, batch: Batch) -> Iterator[Part]:
         """The gradients of `batch`, in one part, or one per example where a parameter is uncovered.
@@ -160,115 +109,135 @@ class ExampleGradients:
         Raises:
             InputError: as `prepare`.
         """
-        if self.uncovered is None:
-            self.prepare(batch)
-        n = batch_size(batch)
-        batch = batch_in(batch, self.dtype)
-        first = 0
+        self.prepare(batch)
+        n, first = batch_size(batch), 0
         while first < n:
-            step = 1 if self.uncovered else n - first
-            part = {key: value[first : first + step] for key, value in batch.items() if key != "labels"}
-            direct = {name: self.parameters[name] for name in self.uncovered}
-            owners = self._owners_without(direct)
-            try:
-                # no state of the model is held while the caller works with a part
-                with evaluating(self.model), computing_in(self.model, self.dtype), only_trainable(self.model, direct):
-                    found = self._gradients(part, owners, direct)
-            except NoSplit as error:  # a module that the trial did not reach, or inputs of another kind
-                self._uncover(set(error.owner.names.values()))
+            last = first + 1 if self.uncovered else n
+            collected = _Collected()
+            # no state of the model is held while the caller works with a part
+            scalars, failed = self._pass(rows(batch, first, last), collected.receive)
+            if failed is _NOTHING_DONE:
                 continue
-            yield Part(first, *found)
-            first += step
+            if failed:  # once more, with autograd's gradients of these
+                self._uncover(failed)
+                continue
+            yield Part(first, scalars, collected.gradients(scalars.shape[1]))
+            del collected
+            first = last
 
-    def _owners_without(self, names: Collection[str]) -> list[Owner]:
-        """The owners of the other parameters."""
-        left = []
-        for owner in self._owners:
-            kept = {own: name for own, name in owner.names.items() if name not in names}
-            if kept:
-                left.append(owner if len(kept) == len(owner.names) else replace(owner, names=kept))
-        return left
+    def stream(self, batch: Batch, receive: Receiver) -> None:
+        """Hand each parameter's gradients to `receive(name, gradients, scalar, first)` in the backward pass.
 
-    def _gradients(self, batch: Batch, owners: list[Owner], direct: dict[str, nn.Parameter]) -> tuple:
-        n = batch_size(batch)
-        with first_position_only(self._short):
-            scalars, forms = gradients(self.model, batch, self.function, owners, direct, n, self._expand, self._copy)
-        if self._short is not None and not scalars.isfinite().all():  # other positions are read here
-            self._short = None
-            return self._gradients(batch, owners, direct)
-        return scalars, forms
+        They come as soon as the last use of the parameter has its gradient, and are not kept. `gradients` are those of
+        the examples from `first` on, to be summed (`types.dense`). A parameter that a scalar does not depend on, or an
+        example that runs alone, may be left out: its gradient is 0.
+
+        Raises:
+            InputError: as `prepare`.
+        """
+        self.prepare(batch)
+        n, first = batch_size(batch), 0
+        while first < n:
+            last = first + 1 if self.uncovered else n
+            _, failed = self._pass(rows(batch, first, last), _shifted(receive, first))
+            if failed is _NOTHING_DONE:
+                continue
+            if failed:  # only these are still to be done
+                direct = {name: self.parameters[name] for name in failed}
+                for i in range(first, last):
+                    self._run(rows(batch, i, i + 1), [], direct, _shifted(receive, i))
+                self._uncover(failed)
+            first = last
+
+    def _pass(self, batch: Batch, receive: Receiver) -> tuple[torch.Tensor | None, set[str]]:
+        """Scalars, and names of the parameters that turned out to have no rule; nothing of these was handed on."""
+        direct = {name: self.parameters[name] for name in self.uncovered}
+        try:
+            return self._run(batch, without(self._owners, direct), direct, receive)
+        except Uncovered as error:  # before anything was handed on
+            self._uncover(error.names)
+            return None, _NOTHING_DONE
+
+    def _run(
+        self, batch: Batch, owners: list[Owner], direct: dict[str, nn.Parameter], receive: Receiver
+    ) -> tuple[torch.Tensor, set[str]]:
+        def check(scalars: torch.Tensor) -> None:
+            if self._shortcuts.short is not None and not scalars.isfinite().all():
+                raise _OtherPositionsRead
+
+        with (
+            evaluating(self.model),
+            without_cache(self.model),
+            computing_in(self.model, self.dtype),
+            only_trainable(self.model, direct.values()),
+        ):
+            batch = batch_in(batch, self.dtype)
+            while True:
+                capture = Capture(owners, direct, batch_size(batch), receive, self._shortcuts.expand)
+                try:
+                    with self._shortcuts.used(self.model):
+                        return capture.run(self.model, batch, self.function, check), capture.failed
+                except _OtherPositionsRead:
+                    self._shortcuts.short = None
+
+    def _uncover(self, names: set[str]) -> None:
+        """Parameters whose gradients are autograd's from here on."""
+        new = [name for name in names if name not in self.uncovered]
+        if new:
+            logger.info("no rule for the gradients of %s (and %d more) in a later batch: examples run one by one",
+                        new[0], len(new) - 1)  # fmt: skip
+        self.uncovered = [name for name in self.parameters if name in {*self.uncovered, *names}]
 
     # --- the trial on a few rows --------------------------------------------------------------------
 
-    def _tried(self, few: Batch, tolerance: float) -> list[str] | None:
-        """Parameters without a rule that holds; `None` if an example's outputs are others in the batch than alone.
+    def prepare(self, batch: Batch) -> None:
+        """Find out, on two rows of `batch`, which rules hold; done by the first batch unless called before.
 
-        A forward pass costs about as much as it takes to read the weights, so none is made only to be compared.
+        Raises:
+            InputError: the model draws random numbers in evaluation mode, mixes the examples of a batch, or gives
+                something else than finite scalars.
         """
-        together = self._outputs(few)
-        if self._short is not None and not together.isfinite().all():
-            return None
-        self._check(together)
-        weights = _combination(together)
-        combined, forms, failed = self._by_rules(few, weights)
-        expected = _weighed(together, weights)
-        if not torch.equal(expected, combined) and not torch.equal(together, self._outputs(few)):
-            raise InputError(
-                f"{type(self.model).__name__} gives other outputs for the same batch in evaluation mode; "
-                "remove what draws random numbers"
+        if self.uncovered is not None:
+            return
+        few = _two_rows(batch)
+        trial = self._tried(few)
+        if trial.uncovered is None and self.mixing == "refuse":
+            raise InputError(self._mixing())
+        self._owners, self._shortcuts = trial.owners, trial.shortcuts
+        self.uncovered = list(self.parameters) if trial.uncovered is None else trial.uncovered
+        if self.uncovered:
+            logger.info(
+                "no rule for the gradients of %d parameters (%s, ...): examples run one by one",
+                len(self.uncovered),
+                self.uncovered[0],
             )
-        with only_trainable(self.model, self.parameters), sparse_tables(self.model):
+
+    def _tried(self, few: Batch) -> Trial:
+        """A trial on short inputs, or in full where the model or the function does not bear them."""
+        device = next(iter(self.parameters.values())).device
+        own = next(iter(self.parameters.values())).dtype if self.dtype is None else self.dtype
+        types = [self.dtype]
+        if self.wide_trial:
+            types = [torch.float64, torch.float32] if supports_float64(device) else [torch.float32]
+        short = _shortened(few)
+        # Some models fail in float64 alone (products of expert weights, masks that overflow), others on short inputs.
+        ways = [(dtype, inputs) for dtype in types for inputs in ((few,) if short is None else (short, few))]
+        for number, (dtype, inputs) in enumerate(ways):
+            last = number + 1 == len(ways)
+            trial = Trial(self.model, self.function, self.parameters)
             try:
-                first = self.function(self.model, _row(few, 0))
-                with torch.no_grad():
-                    alone = torch.cat([first, self.function(self.model, _row(few, 1))])
-            except ValueError:  # a norm over the batch refuses a batch of one
-                return None
-            if not (together - alone).abs().max() <= tolerance * (1 + together.abs().max()):
-                return None
-            failed |= differing(self.parameters, _weighed(first, weights)[0, 0], forms[0], tolerance, failed)
-        owned = {name for owner in self._owners for name in owner.names.values()}
-        for owner in self._owners:
-            # These examples do not depend on the others: a batch that does makes them uncovered (`NoSplit`).
-            owner.tried = any(name in forms[0] for name in owner.names.values())
-        return [name for name in self.parameters if name in failed or name not in owned]
-
-    def _outputs(self, few: Batch) -> torch.Tensor:
-        with torch.no_grad(), first_position_only(self._short):
-            return self.function(self.model, few)
-
-    def _check(self, outputs: torch.Tensor) -> None:
-        if outputs.ndim not in (1, 2) or len(outputs) != _SAMPLE:
-            raise InputError(
-                f"the function gave shape {tuple(outputs.shape)} for {_SAMPLE} examples; it has to give one scalar "
-                "per example [n], or several [n, c]"
-            )
-        if not outputs.isfinite().all():
-            raise _NotFinite("the model's outputs are not finite (NaN or infinite); look for bad weights")
-
-    def _by_rules(
-        self, few: Batch, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, list[dict[str, list[Form]]], set[str]]:
-        """Combined scalars, their forms, and the names of the parameters that cannot have any."""
-        failed: set[str] = set()
-        function = self.function
-        self.function = lambda model, batch: _weighed(function(model, batch), weights)
-        for owner in self._owners:
-            owner.tried = True
-        try:
-            while True:
-                with only_trainable(self.model, ()):
-                    try:
-                        return *self._gradients(few, self._owners_without(failed), {}), failed
-                    except NoSplit as error:
-                        failed |= set(error.owner.names.values())
-                    except RuntimeError:
-                        if self._copy:
-                            raise
-                        # The model itself repeats what an embedding gives, or changes a module's output in place.
-                        self._expand, self._copy = False, not self._expand
-        finally:
-            self.function = function
+                with evaluating(self.model), without_cache(self.model), computing_in(self.model, dtype):
+                    trial.run(batch_in(inputs, dtype), tolerance_of(dtype or own))
+                return trial
+            except AssertionError as error:  # Reformer recomputes activations, which it does in training mode alone
+                raise InputError(
+                    f"{type(self.model).__name__} gives no gradients in evaluation mode ({first_line(error)}), and "
+                    "dropout makes those of training mode random; choose another model"
+                ) from error
+            except (RuntimeError, LookupError, ValueError) as error:
+                if last or (isinstance(error, InputError) and not isinstance(error, NotFinite)):
+                    raise
+        raise AssertionError("there is at least one way")
 
     def _mixing(self) -> str:
         mixing = [n for n, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -279,14 +248,37 @@ class ExampleGradients:
         )
 
 
+_NOTHING_DONE = {"the batch runs again"}
+
+
+class _OtherPositionsRead(Exception):
+    pass
+
+
+class _Collected:
+    """A receiver that keeps all gradients of a part."""
+
+    def __init__(self):
+        self._pieces: dict[int, dict[str, list[Gradient]]] = {}
+
+    def receive(self, name: str, gradients: list[Gradient], scalar: int, first: int) -> None:
+        self._pieces.setdefault(scalar, {})[name] = gradients
+
+    def gradients(self, scalars: int) -> list[dict[str, list[Gradient]]]:
+        """By scalar and parameter name."""
+        return [self._pieces.pop(scalar, {}) for scalar in range(scalars)]
+
+
+def _shifted(receive: Receiver, start: int) -> Receiver:
+    def shifted(name: str, gradients: list[Gradient], scalar: int, first: int) -> None:
+        receive(name, gradients, scalar, start + first)
+
+    return shifted
+
+
 def logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """The logits of `model(**batch)`, labels left out: `[n, classes]`."""
     return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-
-
-def batch_size(batch: Batch) -> int:
-    """Examples in `batch`."""
-    return len(next(iter(batch.values())))
 
 
 def trimmed(batch: Batch) -> dict[str, torch.Tensor]:
@@ -301,32 +293,30 @@ def trimmed(batch: Batch) -> dict[str, torch.Tensor]:
     return {key: value[:, :keep] if value.shape[:2] == mask.shape else value for key, value in batch.items()}
 
 
-def _differing_rows(batch: Batch) -> list[int]:
-    """The first row, and the one that differs from it in most places."""
+def _two_rows(batch: Batch) -> Batch:
+    """The first row of a batch, and the one that differs from it in most places."""
     n = batch_size(batch)
-    if n == 1:
-        return [0, 0]
     different = torch.zeros(n)
     for key, value in batch.items():
-        if key != "labels" and value.ndim > 1:
+        if key != "labels" and isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == n:
             different += (value != value[:1]).reshape(n, -1).float().mean(1).cpu()
-    return [0, 1 + int(different[1:].argmax())]
+    other = 1 + int(different[1:].argmax()) if n > 1 else 0
+    return {
+        key: value[[0, other]] if isinstance(value, torch.Tensor) and value.ndim and len(value) == n else value
+        for key, value in batch.items()
+    }
 
 
-def _combination(scalars: torch.Tensor) -> torch.Tensor:
-    """Random weights of the scalars of an example, none near 0: `[c]`."""
-    count = 1 if scalars.ndim == 1 else scalars.shape[1]
-    if count == 1:
-        return scalars.new_ones(1)
-    drawn = torch.randn(count, generator=torch.Generator().manual_seed(0)).to(scalars)
-    return drawn + drawn.sign()
-
-
-def _weighed(scalars: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`sum_c weights[c] scalars[:, c]`: `[n, 1]`."""
-    scalars = scalars[:, None] if scalars.ndim == 1 else scalars
-    return (scalars * weights).sum(1, keepdim=True)
-
-
-def _row(batch: Batch, i: int) -> dict[str, torch.Tensor]:
-    return {key: value[i : i + 1] for key, value in batch.items()}
+def _shortened(few: Batch) -> Batch | None:
+    """The first tokens of long texts; `None` where a text is short or begins with padding."""
+    mask = few.get("attention_mask")
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] <= _TRIAL_TOKENS:
+        return None
+    if not mask[:, :_TRIAL_TOKENS].any(1).all():
+        return None
+    return {
+        key: value[:, :_TRIAL_TOKENS]
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[:2] == mask.shape
+        else value
+        for key, value in few.items()
+    }

@@ -25,9 +25,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def only_trainable(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """Only the parameters called `names` require gradients; afterwards those that did before."""
-    before = [(p, p.requires_grad) for name, p in model.named_parameters() if p.requires_grad != (name in names)]
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Decoders make no cache of keys and values."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if before:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        if before:
+            config.use_cache = before
+
+
+@contextlib.contextmanager
+def only_trainable(model: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """Only these parameters require gradients; afterwards those that did before."""
+    chosen = {id(parameter) for parameter in parameters}
+    before = [(p, p.requires_grad) for p in model.parameters() if p.requires_grad != (id(p) in chosen)]
     for parameter, flag in before:
         parameter.requires_grad_(not flag)
     try:
@@ -49,11 +64,10 @@ def computing_in(model: nn.Module, dtype: torch.dtype | None, only_weights: bool
         return
     tensors = {id(t): t for t in [*model.parameters(), *model.buffers()] if t.is_floating_point()}
     before = [(tensor, tensor.data) for tensor in tensors.values() if tensor.dtype != dtype]
-    stays = only_weights or any(isinstance(mode, _Float64Stays) for mode in _get_current_function_mode_stack())
     try:
         for tensor, old in before:
             tensor.data = old.to(dtype)
-        with _Float64Stays() if dtype == torch.float64 and not stays else contextlib.nullcontext():
+        with float64_stays() if dtype == torch.float64 and not only_weights else contextlib.nullcontext():
             yield
     finally:
         for tensor, old in before:
@@ -62,15 +76,29 @@ def computing_in(model: nn.Module, dtype: torch.dtype | None, only_weights: bool
 
 def batch_in(batch: Batch, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """`batch` with its floating-point inputs in `dtype` (`None`: as they are)."""
-    return {
-        key: value.to(dtype) if dtype is not None and value.is_floating_point() else value
-        for key, value in batch.items()
-    }
+    converted = {}
+    for key, value in batch.items():
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        converted[key] = value.to(dtype) if dtype is not None and floating else value
+    return converted
 
 
 def supports_float64(device: torch.device) -> bool:
     """Whether `device` computes in float64."""
     return device.type != "mps"
+
+
+def in_float64_mode() -> bool:
+    """Whether `float64_stays` is active."""
+    return any(isinstance(mode, _Float64Stays) for mode in _get_current_function_mode_stack())
+
+
+def float64_stays() -> contextlib.AbstractContextManager:
+    """Inside, nothing falls back from float64 to float32.
+
+    Hooks of a backward pass run outside of the modes of the code that started it, and have to enter it anew.
+    """
+    return contextlib.nullcontext() if in_float64_mode() else _Float64Stays()
 
 
 class _Float64Stays(TorchFunctionMode):

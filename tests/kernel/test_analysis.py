@@ -19,7 +19,7 @@ from hf_ft_ext.kernel.analysis import (
     scores_by_seed,
 )
 from hf_ft_ext.kernel.store import write_kernel
-from hf_ft_ext.per_example.forms import dense
+from hf_ft_ext.per_example.types import dense
 from hf_ft_ext.per_example.gradients import ExampleGradients
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"

@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_ft_ext.kernel.contraction import Contraction
 from hf_ft_ext.kernel.formulas import Formula, sign_scale
-from hf_ft_ext.kernel.engines.records import Matrix, Record, RecordMaker, Table, Vector
+from hf_ft_ext.kernel.engines.packed import Packed, PackedDense, PackedEmbedding, PackedLinear, Packer
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.engines.stacks import Stacks
 from hf_ft_ext.per_example.capture import Function
@@ -30,7 +30,7 @@ class StructuredSide:
 
     order: list[int] = field(default_factory=list)
     scalars: int = 1
-    records: dict[str, list[tuple[int, Record]]] = field(default_factory=dict)
+    records: dict[str, list[tuple[int, Packed]]] = field(default_factory=dict)
     starts: list[int] = field(default_factory=list)
     scale: torch.Tensor | None = None
 
@@ -55,10 +55,10 @@ class StructuredSide:
     def same_bytes(self, length: int) -> int:
         """Of the `bytes` of one example of `length` tokens, the part that is no less for a short one."""
 
-        def share(record: Record) -> float:
-            if isinstance(record, Matrix):  # the head may read one token; a layer used twice has two for each
+        def share(record: Packed) -> float:
+            if isinstance(record, PackedLinear):  # the head may read one token; a layer used twice has two for each
                 return record.tokens % length / max(record.tokens, 1)
-            return isinstance(record, Vector)
+            return isinstance(record, PackedDense)
 
         return _bytes((record, share(record)) for records in self.records.values() for _, record in records)
 
@@ -68,7 +68,7 @@ class StructuredSide:
 
     def largest(self) -> int:
         """Entries of the largest weight that may have to be multiplied out."""
-        matrices = (r for records in self.records.values() for _, r in records if isinstance(r, Matrix))
+        matrices = (r for records in self.records.values() for _, r in records if isinstance(r, PackedLinear))
         return max((matrix.size for matrix in matrices), default=1)
 
 
@@ -122,13 +122,13 @@ class StructuredEngine:
                 here = indices[part.first : part.first + n]
                 side.order += here
                 stacks.begin(*_sizes(rows, here))
-                norms.append(self._add(side, part.gradients, RecordMaker(n, self.formula.signs, stacks)))
+                norms.append(self._add(side, part.gradients, Packer(n, self.formula.signs, stacks)))
                 del part  # before the next batch runs
         if self.formula.signs:
             side.scale = sign_scale(torch.cat(norms))
         return side
 
-    def _add(self, side: StructuredSide, gradients: list[dict], make: RecordMaker) -> torch.Tensor:
+    def _add(self, side: StructuredSide, gradients: list[dict], make: Packer) -> torch.Tensor:
         number = len(side.starts) - 1
         norms = torch.zeros(make.n * side.scalars, dtype=torch.float64, device=self.device)
         for name in sorted(set().union(*gradients)):
@@ -164,16 +164,25 @@ class StructuredEngine:
         else:
             self._by_kind(left, right, name, None, total)
 
+    def _dense(self, side: StructuredSide, name: str) -> list[Packed]:
+        """The packed gradients of a parameter, written out."""
+        ends = [*side.starts[1:], side.rows]
+        shape = self.parameters[name].shape
+        return [record.dense(shape, ends[number] - side.starts[number]) for number, record in side.records[name]]
+
     def _by_kind(self, left, right, name: str, rows: list[torch.Tensor] | None, out: torch.Tensor) -> None:
         records = [[record for _, record in side.records[name]] for side in (left, right)]
         scales = tuple(
             side.scale if side.scale is None or rows is None else side.scale[rows[i]]
             for i, side in enumerate((left, right))
         )
+        if len({type(record) for side in records for record in side}) > 1:
+            # A batch was the first to use a tied weight in a way that no rule was tried for.
+            records = [self._dense(side, name) for side in (left, right)]
         mine, theirs = records
-        if isinstance(mine[0], Matrix):
+        if isinstance(mine[0], PackedLinear):
             self.contraction.matrices(mine, theirs, scales, out)
-        elif isinstance(mine[0], Table):
+        elif isinstance(mine[0], PackedEmbedding):
             starts = tuple(_starts(side, name) for side in (left, right))
             self.contraction.tables(mine, theirs, starts, scales, out)
         else:
@@ -186,7 +195,7 @@ def _sizes(rows: ExampleRows, indices: Iterable[int]) -> tuple[int, int]:
     return sum(lengths), len(lengths)
 
 
-def _bytes(records: Iterable[tuple[Record, float]]) -> int:
+def _bytes(records: Iterable[tuple[Packed, float]]) -> int:
     """Memory of the given shares of records; tensors that they have in common count once."""
     return int(sum({t.data_ptr(): share * t.nbytes for record, share in records for t in record.tensors()}.values()))
 
@@ -204,9 +213,9 @@ def _starts(side: StructuredSide, name: str) -> list[int]:
     return starts
 
 
-def _squared_norms(record: Record, rows: int) -> torch.Tensor:
-    if isinstance(record, Matrix):
+def _squared_norms(record: Packed, rows: int) -> torch.Tensor:
+    if isinstance(record, PackedLinear):
         return record.squared_norms
-    if isinstance(record, Vector):
+    if isinstance(record, PackedDense):
         return record.values.square().sum(1)
     return record.values.new_zeros(rows).index_add_(0, record.rows, record.values.square().sum(1))

@@ -1,0 +1,104 @@
+"""What a forward and backward pass can leave out where a classifier reads one position: the rest has no gradient."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+# --- the last layer's feed-forward part for the first position alone --------------------------------
+# transformers runs this part through `apply_chunking_to_forward`, so it takes each position by itself.
+
+
+def last_feed_forward(model: nn.Module) -> nn.Module | None:
+    """The last module of `model` with such a part that is run in one piece; `None` if there is none."""
+    found = None
+    for module in model.modules():
+        part = getattr(type(module), "feed_forward_chunk", None)
+        if part is not None and len(inspect.signature(part).parameters) == 2:  # self, and one input
+            found = module
+    if found is None or getattr(found, "chunk_size_feed_forward", 0) or getattr(found, "seq_len_dim", 1) != 1:
+        return None
+    return found
+
+
+@contextmanager
+def first_position_only(layer: nn.Module | None) -> Iterator[None]:
+    """Inside, `layer` gives NaN for all positions but the first: who reads one of them cannot fail to notice."""
+    if layer is None:
+        yield
+        return
+    full = layer.feed_forward_chunk
+
+    def first(hidden: torch.Tensor) -> torch.Tensor:
+        read = full(hidden[:, :1].contiguous())  # torch takes other ways, with other rounding, for slices
+        return torch.cat(
+            [read, read.new_full((*hidden.shape[:1], hidden.shape[1] - 1, *read.shape[2:]), torch.nan)], 1
+        )
+
+    layer.feed_forward_chunk = first
+    try:
+        yield
+    finally:
+        del layer.feed_forward_chunk
+
+
+# --- frozen linear layers that skip positions whose gradient is zero ----------------------------------
+
+_STRIDE = 64  # columns that a first look skips
+_FEW = 0.5  # share of positions up to which picking them pays
+
+
+class _Linear(torch.autograd.Function):
+    """`x W^T + b` of a frozen layer; the same gradient of `x` as autograd's."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (weight,) = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        if flat[:, ::_STRIDE].any(1).sum() <= _FEW * len(flat):
+            rows = flat.any(1).nonzero().squeeze(1)
+            if len(rows) <= _FEW * len(flat):
+                result = flat.new_zeros(len(flat), weight.shape[1])
+                result[rows] = flat[rows] @ weight
+                return result.view(*gradient.shape[:-1], -1), None, None
+        return gradient @ weight, None, None
+
+
+@contextmanager
+def skipping_zero_rows(model: nn.Module) -> Iterator[None]:
+    """Inside, plain linear layers of `model` whose parameters need no gradient skip positions without gradient.
+
+    On the CPU alone: elsewhere the look at the gradient costs more than the product.
+    """
+    changed = []
+    for module in model.modules():
+        plain = type(module) is nn.Linear and "forward" not in vars(module) and module.weight.is_floating_point()
+        if not plain or module.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            continue
+        if not any(p.requires_grad for p in module.parameters()):
+            module.forward = _forward(module)
+            changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _forward(module: nn.Linear):
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        trains = any(p.requires_grad for p in module.parameters())  # it may since it was changed
+        if trains or not (torch.is_grad_enabled() and input.requires_grad):
+            return nn.functional.linear(input, module.weight, module.bias)
+        return _Linear.apply(input, module.weight, module.bias)
+
+    return forward
