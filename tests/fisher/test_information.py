@@ -16,9 +16,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_ft_ext import BottleneckConfig, fisher_information
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.fisher.frozen import skipping_zero_rows
-from hf_ft_ext.fisher.information import _squares_over_tokens, gradient_sums
-from hf_ft_ext.per_example.forms import Outer
+from hf_ft_ext.fisher.information import gradient_sums
+from hf_ft_ext.per_example.shortcuts import skipping_zero_rows
+from hf_ft_ext.per_example.types import LinearGradient, squares_of_shared
 
 SETTINGS = [(labels, power) for labels in ("true", "expected") for power in (1, 2)]
 
@@ -190,9 +190,9 @@ def test_a_weight_that_no_hook_sees_goes_the_plain_way(caplog):
 def test_squares_with_inputs_that_all_examples_share(transposed, weights):
     generator = torch.Generator().manual_seed(0)
     x, g = (torch.randn(*shape, generator=generator, dtype=torch.double) for shape in ((1, 3, 5), (4, 3, 2)))
-    form = Outer(x, g, transposed)
+    form = LinearGradient(x, g, transposed)
     w = weights.view(4, 1, 1) if isinstance(weights, torch.Tensor) else weights
-    torch.testing.assert_close(_squares_over_tokens(form, weights), (form.dense().square() * w).sum(0))
+    torch.testing.assert_close(squares_of_shared(form, weights), (form.dense().square() * w).sum(0))
 
 
 def test_a_loss_of_ones_own_and_totals():
