@@ -34,6 +34,13 @@ from .lora.arguments import LoraTrainingArguments as LoraTrainingArguments
 from .lora.trainer import LoraTrainer as LoraTrainer
 from .metrics.function import MetricFunction as MetricFunction
 from .metrics.function import metric_function as metric_function
+from .per_example.api import BatchGradients as BatchGradients
+from .per_example.api import FactoredGradients as FactoredGradients
+from .per_example.api import example_gradients as example_gradients
+from .per_example.api import example_norms as example_norms
+from .per_example.types import DenseGradient as DenseGradient
+from .per_example.types import EmbeddingGradient as EmbeddingGradient
+from .per_example.types import LinearGradient as LinearGradient
 from .prompts.configuration import PromptConfig as PromptConfig
 from .prompts.encode import PromptEncoder as PromptEncoder
 from .prompts.model import PromptForSequenceClassification as PromptForSequenceClassification

@@ -203,8 +203,8 @@ class FisherScalars:
 def refuse_expectation(labels: str, power: int, problem_type: str | None, outputs: int) -> None:
     """Raise an `InputError` for an expectation over labels that has no closed form here."""
     if labels == EXPECTED and problem_type is None:
-        raise InputError("labels='expected' needs a sequence classifier's distribution of labels; a loss of its own, or "
-                         "a language model, gives none; take labels='true'")  # fmt: skip
+        raise InputError("labels='expected' needs the model's distribution of labels, which is known of sequence "
+                         "classifiers alone and not of a loss of your own; take labels='true'")  # fmt: skip
     many = problem_type == MULTI_LABEL or (problem_type == REGRESSION and outputs > 1)
     if labels == EXPECTED and power == 1 and many:
         raise InputError(

@@ -161,14 +161,15 @@ class Capture:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             if self._paused or not torch.is_grad_enabled():
                 return None
-            output, *rest = output if isinstance(output, tuple) and output else (output,)
+            is_tuple = isinstance(output, tuple) and len(output) > 0
+            output, *rest = output if is_tuple else (output,)
             try:
                 if not isinstance(output, torch.Tensor) or not output.ndim or not output.is_floating_point():
                     raise _NotSplit
                 call = _Call(owner, len(self._calls))
                 given = output
                 if owner.tried or self.trial:
-                    given = self._note(call, args, kwargs, output, bool(rest))
+                    given = self._note(call, args, kwargs, output, is_tuple)
             except (_NotSplit, *RULE_ERRORS):
                 self.failed |= set(owner.names.values())
                 return None
@@ -176,7 +177,7 @@ class Capture:
             given = self._watched(call, given, args)
             if given is output:
                 return None
-            return (given, *rest) if rest else given
+            return (given, *rest) if is_tuple else given
 
         return hook
 

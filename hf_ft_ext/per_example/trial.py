@@ -219,7 +219,9 @@ def first_owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> li
         if called:
             inside = f"{path.removeprefix(called).removeprefix('.')}." if called != path else ""
             again.setdefault(called, {}).update({inside + key: name for key, name in names.items()})
-    return ruled + [Owner(path, model.get_submodule(path), None, names) for path, names in again.items()]
+    by_rule = {name for owner in ruled for name in owner.names.values()}
+    again_owners = [Owner(path, model.get_submodule(path), None, names) for path, names in again.items()]
+    return ruled + without(again_owners, by_rule)
 
 
 def parent(model: nn.Module, path: str) -> str | None:
@@ -290,7 +292,8 @@ def _check(outputs: torch.Tensor) -> None:
             "per example [n], or several [n, c]"
         )
     if not outputs.isfinite().all():
-        raise NotFinite("the model's outputs are not finite (NaN or infinite); look for bad weights")
+        raise NotFinite("the model's outputs are not finite (NaN or infinite); look for bad weights, or load "
+                        "the model in float32 or bfloat16 (float16 overflows)")  # fmt: skip
 
 
 def _combination(scalars: torch.Tensor) -> torch.Tensor:

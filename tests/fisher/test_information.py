@@ -175,14 +175,13 @@ class Hidden(nn.Module):
         return nn.functional.linear(x, self.inner.weight, self.inner.bias)
 
 
-def test_a_weight_that_no_hook_sees_goes_the_plain_way(caplog):
+def test_a_weight_that_is_used_without_its_module_being_called():
     model = tiny_model().double()
     block = model.bert.encoder.layer[0].intermediate
     block.dense = Hidden(block.dense)
     names = ["bert.encoder.layer.0.intermediate.dense.inner.weight", "classifier.weight"]
     found = fisher_information(model, batched(rows(), 4), names, progress=False)
     same(found, plain_way(model, rows(), names))
-    assert "No rule for gradients per example of 1 parameters (bert.encoder.layer.0.intermediate" in caplog.text
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -236,7 +235,7 @@ def test_gradients_that_are_not_finite_and_quantized_weights():
     model = tiny_model()
     with torch.no_grad():
         model.classifier.weight[0, 0] = torch.inf
-    with pytest.raises(InputError, match=r"the gradients of .* are not finite; check the data and the model's"):
+    with pytest.raises(InputError, match=r"outputs are not finite .*float32 or bfloat16"):
         fisher_information(model, rows(), progress=False)
     model = tiny_model()
     quantized = nn.Parameter(torch.zeros(2, 32, dtype=torch.int8), requires_grad=False)

@@ -82,7 +82,8 @@ def test_position_and_type_embeddings_do_not_sum_over_examples():
     "config, covered",
     [
         (LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"]), True),
-        (IA3Config(task_type=TaskType.SEQ_CLS, target_modules=["key"], feedforward_modules=[]), False),
+        (LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"], use_dora=True), True),
+        (IA3Config(task_type=TaskType.SEQ_CLS, target_modules=["key"], feedforward_modules=[]), True),
         (PromptTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=3), False),
     ],
 )
@@ -154,18 +155,36 @@ class Scaled(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "layer, uncovered",
+    "layer",
     [
-        (Doubled(8, 8), {"layer.weight", "layer.bias"}),  # its rule gives half the gradient
-        (Scaled(), {"layer.scale", "layer.inner.weight"}),  # no rule; a weight used outside its module too
-        (nn.Sequential(nn.RMSNorm(8), nn.Tanh()), set()),
+        Doubled(8, 8),  # its rule gives half the gradient: it is called again for each example
+        Scaled(),  # no rule; a weight used outside its module too: the module around it is called again
+        nn.Sequential(nn.RMSNorm(8), nn.Tanh()),
     ],
 )
-def test_a_parameter_without_a_true_rule_is_taken_by_autograd(layer, uncovered, caplog):
+def test_a_module_without_a_true_rule_is_called_again(layer):
+    assert assert_equal(Layered(layer).double(), batch()).uncovered == []
+
+
+class SequenceFirst(Layered):
+    """A layer that runs on rows of several examples, and a parameter of the model's own."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(8, 8))
+        self.scale = nn.Parameter(torch.randn(8))
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.embeddings(input_ids).transpose(0, 1)  # [tokens, n, width]
+        hidden = self.layer(hidden).mean(0) * torch.tanh(self.scale)
+        return type("Output", (), {"logits": self.head(hidden)})
+
+
+def test_a_layer_whose_first_axis_is_not_the_example(caplog):
     caplog.set_level("INFO", logger="hf_ft_ext")
-    examples = assert_equal(Layered(layer).double(), batch())
-    assert set(examples.uncovered) == uncovered
-    assert ("examples run one by one" in caplog.text) == bool(uncovered)
+    for n in (5, 9):  # 9 examples of 9 tokens: the axes are of one length
+        examples = assert_equal(SequenceFirst().double(), batch(n))
+        assert set(examples.uncovered) == {"layer.weight", "layer.bias", "scale"}
+    assert "examples run one by one" in caplog.text
 
 
 class Noisy(nn.Module):
@@ -225,9 +244,6 @@ def test_more_bad_input():
         list(ExampleGradients(model, lambda model, batch: model(**batch).logits.sum())(batch()))
     with pytest.raises(InputError, match="all are frozen"):
         ExampleGradients(family("bert").requires_grad_(False))
-    model.gradient_checkpointing_enable()
-    with pytest.raises(InputError, match="gradient_checkpointing_disable"):
-        list(ExampleGradients(model)(batch()))
     broken = family("bert")
     nn.init.constant_(broken.classifier.weight, float("nan"))
     with pytest.raises(InputError, match="not finite"):
@@ -347,7 +363,7 @@ class InPlace(nn.Module):
         return SequenceClassifierOutput(logits=self.head(x.mean(1)))
 
 
-class Scaled(nn.Embedding):
+class ScaledRows(nn.Embedding):
     """Rows times a factor, read behind an offset."""
 
     def forward(self, input_ids):
@@ -361,15 +377,15 @@ class Twisted(nn.Embedding):
         return torch.sin(super().forward(input_ids))
 
 
-@pytest.mark.parametrize("table, uncovered", [(nn.Embedding, []), (Scaled, []), (Twisted, ["table.weight"])])
-def test_embeddings_of_other_kinds_and_outputs_changed_in_place(table, uncovered):
+@pytest.mark.parametrize("table", [nn.Embedding, ScaledRows, Twisted])
+def test_embeddings_of_other_kinds_and_outputs_changed_in_place(table):
     torch.manual_seed(0)
     model = InPlace().double()
     model.table = table(64, 6).double()
-    assert assert_equal(model, batch()).uncovered == uncovered
+    assert assert_equal(model, batch()).uncovered == []
 
 
-def test_a_norm_on_another_axis_is_uncovered_and_right():
+def test_a_norm_on_another_axis_is_right():
     class Transposed(nn.LayerNorm):
         def forward(self, x):
             return super().forward(x.permute(0, 2, 1)).permute(0, 2, 1)
@@ -384,5 +400,4 @@ def test_a_norm_on_another_axis_is_uncovered_and_right():
             return SequenceClassifierOutput(logits=self.head(x.square().mean(2)))
 
     torch.manual_seed(0)
-    examples = assert_equal(Model().double(), batch())
-    assert set(examples.uncovered) == {"norm.weight", "norm.bias"}
+    assert assert_equal(Model().double(), batch()).uncovered == []

@@ -1,0 +1,199 @@
+"""`example_gradients` and `example_norms`: gradients of each example of any transformers model, for your own code."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.per_example.capture import Function
+from hf_ft_ext.per_example.gradients import ExampleGradients
+from hf_ft_ext.per_example.state import Batch
+from hf_ft_ext.per_example.trial import batch_size
+from hf_ft_ext.per_example.types import Gradient, dense, squared_norms
+
+
+@dataclass(frozen=True)
+class BatchGradients:
+    """Gradients of the examples of one batch.
+
+    Attributes:
+        scalars: what was differentiated: `[n, c]`.
+        gradients: parameter name -> `[n, *shape]`, or `[n, c, *shape]` if there are several scalars.
+    """
+
+    scalars: torch.Tensor
+    gradients: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class FactoredGradients:
+    """Gradients of some examples of a batch, in factors.
+
+    Attributes:
+        first: position in the batch of the first of them; a batch comes in one piece, or in one for each example where
+            a parameter has no rule.
+        scalars: what was differentiated: `[n, c]`.
+        gradients: for each of the c scalars, parameter name -> what each use of the parameter gives:
+            `LinearGradient`, `EmbeddingGradient` or `DenseGradient`, to be summed; absent is 0.
+    """
+
+    first: int
+    scalars: torch.Tensor
+    gradients: list[dict[str, list[Gradient]]]
+
+
+def example_gradients(
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    function: Function | None = None,
+    parameters: Iterable[str] | None = None,
+    *,
+    factored: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Iterator[BatchGradients | FactoredGradients]:
+    """Yield the gradients of each example, batch by batch; what `vmap(grad)` gives, at about a batch's backward pass.
+
+    Linear layers' gradients come from their activations and output gradients (Goodfellow 2015, arXiv 1510.01799); each
+    kind of module's rule is compared with autograd on the first batch, and what no rule covers runs example by example.
+    Dropout is off, and the model is left as it was. Gradients of half-precision models come in float32.
+
+    Args:
+        model: any transformers model, with adapters or without, or a module that takes the batches.
+        batches: mappings from input names to tensors with a row per example, or one such mapping.
+        function: `function(model, batch)` -> one scalar per example `[n]`, or several `[n, c]`; each may depend on its
+            own example alone. Default: the logits, labels left out.
+        parameters: names; `None` = all that require gradients.
+        factored: give the factors (`FactoredGradients`) and write nothing out; a model of p parameters takes n * p
+            numbers otherwise.
+        dtype: type to compute in; `None` = the model's own.
+
+    Yields:
+        For each batch `BatchGradients`, or with `factored` one or more `FactoredGradients`.
+
+    Raises:
+        InputError: an unknown parameter, or a model or function whose gradients per example are not defined.
+    """
+    engine = _engine(model, function, parameters, dtype)
+    for batch in _batches(batches, engine):
+        parts = engine(batch)
+        if factored:
+            for part in parts:
+                yield FactoredGradients(part.first, part.scalars, part.gradients)
+        else:
+            yield _whole(engine, parts, batch_size(batch))
+
+
+def example_norms(
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    function: Function | None = None,
+    parameters: Iterable[str] | None = None,
+    *,
+    by_parameter: bool = False,
+    dtype: torch.dtype | None = None,
+) -> Iterator[torch.Tensor | dict[str, torch.Tensor]]:
+    """Yield the Euclidean norm of each example's gradient, batch by batch, without writing gradients out.
+
+    A linear layer's norm is that of products over pairs of tokens, `|sum_t g_t a_t^T|^2 = sum_ts <g_t, g_s> <a_t, a_s>`
+    (the "ghost norm", Li et al. 2022, arXiv 2110.05679), where that is cheaper; nothing is kept for the whole model.
+
+    Args:
+        model, batches, function, parameters, dtype: as for `example_gradients`.
+        by_parameter: one norm for each parameter instead of that over all of them.
+
+    Yields:
+        For each batch `[n]`, or `[n, c]` if there are several scalars; with `by_parameter` name -> such a tensor.
+
+    Raises:
+        InputError: as for `example_gradients`.
+    """
+    engine = _engine(model, function, parameters, dtype)
+    for batch in _batches(batches, engine):
+        n, c = batch_size(batch), []
+        squares: dict[tuple[str, int], torch.Tensor] = {}
+
+        def receive(name, gradients, scalar, first):
+            found = squared_norms(gradients).clamp_min(0)  # below zero by rounding only
+            total = squares.setdefault((name, scalar), found.new_zeros(n))  # noqa: B023
+            total[first : first + len(found)] += found
+
+        counted = engine.function
+        engine.function = _counting(counted, c)
+        try:
+            engine.stream(batch, receive)
+        finally:
+            engine.function = counted
+        norms = _norms(engine, squares, n, c[-1])
+        yield norms if by_parameter else torch.stack(list(norms.values())).square().sum(0).sqrt()
+
+
+def _counting(function: Function, columns: list[int | None]) -> Function:
+    """`function`, noting how many scalars it gives; `None` for one without an axis."""
+
+    def counting(model: nn.Module, batch: Batch) -> torch.Tensor:
+        scalars = function(model, batch)
+        columns.append(None if scalars.ndim == 1 else scalars.shape[1])
+        return scalars
+
+    return counting
+
+
+def _norms(
+    engine: ExampleGradients, squares: dict[tuple[str, int], torch.Tensor], n: int, c: int | None
+) -> dict[str, torch.Tensor]:
+    some = next(iter(squares.values()), None)
+    norms = {}
+    for name, parameter in engine.parameters.items():
+        zero = torch.zeros(n, device=parameter.device) if some is None else torch.zeros_like(some)
+        columns = [squares.get((name, scalar), zero).sqrt() for scalar in range(c or 1)]
+        norms[name] = columns[0] if c is None else torch.stack(columns, 1)
+    return norms
+
+
+def _engine(
+    model: nn.Module, function: Function | None, parameters: Iterable[str] | None, dtype: torch.dtype | None
+) -> ExampleGradients:
+    own = dict(model.named_parameters())
+    chosen = None
+    if parameters is not None:
+        chosen = {}
+        for name in parameters:
+            if name not in own:
+                raise InputError(
+                    f"the model has no parameter {name!r}{did_you_mean(name, own)}; pass names of "
+                    "model.named_parameters()"
+                )
+            chosen[name] = own[name]
+        if not chosen:
+            raise InputError("parameters is empty; name at least one, or leave it out for all that require gradients")
+    return ExampleGradients(model, function, chosen, dtype, wide_trial=False)
+
+
+def _batches(batches: Batch | Iterable[Batch], engine: ExampleGradients) -> Iterator[Batch]:
+    device = next(iter(engine.parameters.values())).device
+    for batch in [batches] if isinstance(batches, Mapping) else batches:
+        yield {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
+def _whole(engine: ExampleGradients, parts: Iterator, n: int) -> BatchGradients:
+    """All parts of a batch, multiplied out."""
+    scalars: list[torch.Tensor] = []
+    values: dict[str, torch.Tensor] = {}
+    for part in parts:
+        scalars.append(part.scalars)
+        c = part.scalars.shape[1]
+        rows = slice(part.first, part.first + len(part.scalars))
+        for scalar, gradients in enumerate(part.gradients):
+            for name, uses in gradients.items():
+                found = dense(uses)
+                if name not in values:
+                    values[name] = found.new_zeros(n, c, *engine.parameters[name].shape)
+                values[name][rows, scalar] = found
+    for name, parameter in engine.parameters.items():
+        if name not in values:
+            kind = torch.promote_types(engine.dtype or parameter.dtype, torch.float32)
+            values[name] = parameter.new_zeros(n, c, *parameter.shape, dtype=kind)
+    ordered = {name: values[name] if c > 1 else values[name][:, 0] for name in engine.parameters}
+    return BatchGradients(torch.cat(scalars), ordered)
