@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_ft_ext.per_example.rules import Rule, expands_for_examples, rows_and_factors
 from hf_ft_ext.per_example.state import Batch, float64_stays, in_float64_mode, only_trainable
@@ -49,23 +49,11 @@ class Owner:
 class _Call:
     owner: Owner
     index: int
+    noted: bool = False  # what its gradients need is there
     inputs: torch.Tensor | None = None
     factors: torch.Tensor | None = None  # of an embedding that multiplies the rows that it reads
     leaves: list[Any] | None = None  # all arguments, where the module is called again
-    spec: TreeSpec | None = None
-    sliced: tuple[int, ...] = ()  # which of them have a row per example
-
-
-class Uncovered(Exception):
-    """Modules ran in a way that was not compared with autograd; nothing was handed on yet.
-
-    Attributes:
-        names: of the parameters that have no gradients of single examples by rules here.
-    """
-
-    def __init__(self, names: set[str]):
-        super().__init__(", ".join(sorted(names)))
-        self.names = names
+    layout: Any = None
 
 
 class _NotSplit(Exception):
@@ -115,9 +103,6 @@ class Capture:
 
         Args:
             check: called with the scalars before the first backward pass; it may raise.
-
-        Raises:
-            Uncovered: a module ran in a way that was not tried.
         """
         self._mode = float64_stays if in_float64_mode() else contextlib.nullcontext
         with torch.enable_grad(), self._recording():
@@ -125,8 +110,6 @@ class Capture:
         scalars = scalars[:, None] if scalars.ndim == 1 else scalars
         if check is not None:
             check(scalars)
-        if self.failed and not self.trial:
-            raise Uncovered(self.failed)
         sources = [*self._lowest, *self.direct.values()]
         if not scalars.requires_grad or not sources:
             return scalars.detach()
@@ -163,17 +146,16 @@ class Capture:
                 return None
             is_tuple = isinstance(output, tuple) and len(output) > 0
             output, *rest = output if is_tuple else (output,)
-            try:
-                if not isinstance(output, torch.Tensor) or not output.ndim or not output.is_floating_point():
-                    raise _NotSplit
-                call = _Call(owner, len(self._calls))
-                given = output
-                if owner.tried or self.trial:
-                    given = self._note(call, args, kwargs, output, is_tuple)
-            except (_NotSplit, *RULE_ERRORS):
+            if not isinstance(output, torch.Tensor) or not output.ndim or not output.is_floating_point():
                 self.failed |= set(owner.names.values())
                 return None
+            call, given = _Call(owner, len(self._calls)), output
             self._calls.append(call)
+            # A failure here matters only if a gradient arrives.
+            with contextlib.suppress(_NotSplit, *RULE_ERRORS):
+                if owner.tried or self.trial:
+                    given = self._note(call, args, kwargs, output, is_tuple)
+                    call.noted = True
             given = self._watched(call, given, args)
             if given is output:
                 return None
@@ -215,40 +197,45 @@ class Capture:
             inputs, output = (tensor.expand(self.n, *tensor.shape[1:]) for tensor in (inputs, output))
             if call.factors is not None:
                 call.factors = call.factors.expand(self.n, *call.factors.shape[1:])
+        # The first axis counts examples, or examples and their tokens (OPT's feed-forward part).
         if len(inputs) % self.n:
             raise _NotSplit
-        self._check_layout(owner, inputs, output, one_for_all)
+        call.layout = (inputs.ndim, output.ndim, len(inputs) != self.n, one_for_all)
         call.inputs = inputs.detach()
         return output
 
-    def _check_layout(self, owner: Owner, inputs: torch.Tensor, output: torch.Tensor, one_for_all: bool) -> None:
-        """The first axis counts examples, or examples and their tokens (OPT's feed-forward part), as it was tried."""
-        flat = len(inputs) != self.n
-        layouts = [(inputs.ndim, output.ndim, flat, one_for_all)]
-        if self.trial:
-            owner.layouts += layouts
-            return
-        if self.n == 1:  # one example alone does not tell one row for all from one row for each
-            layouts += [(inputs.ndim, output.ndim, flat, not one_for_all)]
-        if not flat:  # examples of one token
-            layouts += [(ndim, out, True, shared) for ndim, out, _, shared in layouts]
-        if not any(layout in owner.layouts for layout in layouts):
-            raise _NotSplit
-
     def _note_arguments(self, call: _Call, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        """Keep all arguments; those with a row per example are the same ones as when it was tried."""
-        owner = call.owner
+        """Keep all arguments, and which of them have a row per example."""
         leaves, spec = tree_flatten((args, kwargs))
-        sliced = tuple(i for i, leaf in enumerate(leaves) if self._has_rows(leaf))
-        if len(output) != self.n or not sliced:
-            raise _NotSplit
-        if self.trial:
-            owner.layouts.append((spec, sliced))
-        tried = [rows for known, rows in owner.layouts if known == spec]
-        if not tried or any(rows != tried[0] for rows in tried) or not set(tried[0]) <= set(sliced):
+        rows = tuple(i for i, leaf in enumerate(leaves) if self._has_rows(leaf))
+        if len(output) != self.n or not rows:
             raise _NotSplit
         call.leaves = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        call.spec, call.sliced = spec, tried[0]
+        call.layout = (spec, rows)
+
+    def _check_layout(self, call: _Call) -> None:
+        """Raise `_NotSplit` if the trial knows no call of this layout; what has a row per example is as it was there.
+
+        So an axis that is as long as the batch by accident is not taken for the examples.
+        """
+        known = call.owner.layouts
+        if self.trial:
+            known.append(call.layout)
+        if call.owner.rule is None:
+            spec, rows = call.layout
+            tried = {other_rows for other, other_rows in known if other == spec}
+            if len(tried) != 1 or not set(*tried) <= set(rows):
+                raise _NotSplit
+            call.layout = (spec, *tried)
+            return
+        ndim, out, flat, one_for_all = call.layout
+        alike = [call.layout]
+        if self.n == 1:  # one example alone does not tell one row for all from one row for each
+            alike.append((ndim, out, flat, not one_for_all))
+        if not flat:  # examples of one token
+            alike += [(ndim, out, True, shared) for _, _, _, shared in alike]
+        if not any(layout in known for layout in alike):
+            raise _NotSplit
 
     def _has_rows(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == self.n
@@ -267,15 +254,15 @@ class Capture:
         names = set(owner.names.values())
         if names <= self.failed:
             return
-        if not (owner.tried or self.trial):
-            self.failed |= names
-            return
         try:
+            if not call.noted:
+                raise _NotSplit
+            self._check_layout(call)
             with torch.no_grad(), self._mode():
                 gradients = self._by_rule(call, grad) if owner.rule else self._call_again(call, grad)
         except torch.OutOfMemoryError:
             raise
-        except RULE_ERRORS:
+        except (_NotSplit, *RULE_ERRORS):
             self.failed |= names
             return
         if self._last:
@@ -306,14 +293,15 @@ class Capture:
         module, own = call.owner.module, dict(call.owner.module.named_parameters(remove_duplicate=False))
         parameters = [own[name] for name in call.owner.names]
         totals: list[torch.Tensor | None] = [None] * len(parameters)
+        spec, sliced = call.layout
         self._paused = True  # what the module's parts do now is no call of the model's
         try:
             with only_trainable(module, parameters), torch.enable_grad():
                 for i in range(self.n):
                     leaves = list(call.leaves)
-                    for position in call.sliced:
+                    for position in sliced:
                         leaves[position] = leaves[position][i : i + 1]
-                    args, kwargs = tree_unflatten(leaves, call.spec)
+                    args, kwargs = tree_unflatten(leaves, spec)
                     output = module.forward(*args, **kwargs)
                     output = output[0] if isinstance(output, tuple) else output
                     if output.requires_grad:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError, first_line
-from hf_ft_ext.per_example.capture import Capture, Function, Owner, Receiver, Uncovered
+from hf_ft_ext.per_example.capture import Capture, Function, Owner, Receiver
 from hf_ft_ext.per_example.state import (
     Batch,
     batch_in,
@@ -116,8 +116,6 @@ class ExampleGradients:
             collected = _Collected()
             # no state of the model is held while the caller works with a part
             scalars, failed = self._pass(rows(batch, first, last), collected.receive)
-            if failed is _NOTHING_DONE:
-                continue
             if failed:  # once more, with autograd's gradients of these
                 self._uncover(failed)
                 continue
@@ -140,8 +138,6 @@ class ExampleGradients:
         while first < n:
             last = first + 1 if self.uncovered else n
             _, failed = self._pass(rows(batch, first, last), _shifted(receive, first))
-            if failed is _NOTHING_DONE:
-                continue
             if failed:  # only these are still to be done
                 direct = {name: self.parameters[name] for name in failed}
                 for i in range(first, last):
@@ -149,14 +145,10 @@ class ExampleGradients:
                 self._uncover(failed)
             first = last
 
-    def _pass(self, batch: Batch, receive: Receiver) -> tuple[torch.Tensor | None, set[str]]:
+    def _pass(self, batch: Batch, receive: Receiver) -> tuple[torch.Tensor, set[str]]:
         """Scalars, and names of the parameters that turned out to have no rule; nothing of these was handed on."""
         direct = {name: self.parameters[name] for name in self.uncovered}
-        try:
-            return self._run(batch, without(self._owners, direct), direct, receive)
-        except Uncovered as error:  # before anything was handed on
-            self._uncover(error.names)
-            return None, _NOTHING_DONE
+        return self._run(batch, without(self._owners, direct), direct, receive)
 
     def _run(
         self, batch: Batch, owners: list[Owner], direct: dict[str, nn.Parameter], receive: Receiver
@@ -246,9 +238,6 @@ class ExampleGradients:
             f"the outputs of an example depend on the other examples of its batch{named}: gradients per example are "
             "not defined; remove such modules or freeze their statistics"
         )
-
-
-_NOTHING_DONE = {"the batch runs again"}
 
 
 class _OtherPositionsRead(Exception):

@@ -148,7 +148,7 @@ def test_weights_by_tokens_and_by_entries(by_tokens, formula, monkeypatch):
 def test_the_cheaper_way_is_taken():
     def side(n, tokens, width_in, width_out):
         counts = [tokens] * n
-        return [contract.Matrix(torch.zeros(n * tokens, width_in), torch.zeros(n * tokens, 1, width_out), counts)]
+        return [contract.PackedLinear(torch.zeros(n * tokens, width_in), torch.zeros(n * tokens, 1, width_out), counts)]
 
     assert contract._tokens_are_cheaper(side(8, 1, 64, 64), side(8, 1, 64, 64))
     assert not contract._tokens_are_cheaper(side(8, 60, 64, 64), side(8, 60, 64, 64))
