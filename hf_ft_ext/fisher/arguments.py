@@ -37,6 +37,9 @@ _SETTLED_BY_PLAN = (
     "fisher_batch_size", "fisher_labels", "fisher_power",
 )  # fmt: skip
 
+# What an adapter plan depends on.
+PLAN_SETTINGS = ("fisher_mode", "adapter_plan", *_SETTLED_BY_PLAN, "seed")
+
 
 @dataclass
 class FisherTrainingArguments(MethodTrainingArguments):
@@ -76,7 +79,8 @@ class FisherTrainingArguments(MethodTrainingArguments):
         metadata={
             "help": "How modules are scored. thesis: mean squared gradient, times a factor per kind. mean: without "
             "factors. decrease: expected decrease of the loss by a step of unit length. agreement: how far the "
-            f"gradients of different examples point the same way. none = {DEFAULT_CRITERION}.",
+            f"gradients of different examples point the same way. none = {DEFAULT_CRITERION}, which is ours, not the "
+            "thesis's.",
             "choices": tuple(CRITERIA),
         },
     )
@@ -97,7 +101,8 @@ class FisherTrainingArguments(MethodTrainingArguments):
     fisher_labels: str = field(
         default=TRUE,
         metadata={
-            "help": "true: gradients of the loss with the true label. expected: over the model's own distribution.",
+            "help": "true: gradients of the loss with the true label. expected: over the model's own distribution of "
+            "labels; only with fisher_criterion mean or thesis.",
             "choices": LABELS,
         },
     )
@@ -179,6 +184,13 @@ class FisherTrainingArguments(MethodTrainingArguments):
             raise InputError(
                 f"fisher_power={self.fisher_power} is not for fisher_criterion={criterion}, which needs squared "
                 "gradients; take fisher_criterion=mean or thesis, or leave it out"
+            )
+        selects = self.fisher_mode == SELECT and self.adapter_plan is None
+        if selects and self.fisher_labels != TRUE and criterion in NEEDS_TOTALS:
+            raise InputError(
+                f"fisher_labels={self.fisher_labels} is not for fisher_criterion={criterion}, which compares gradients "
+                "of examples: over the model's own labels their mean is zero, and scores would be rounding noise; take "
+                "fisher_criterion=mean or thesis, or leave fisher_labels out"
             )
         if self.fisher_mode == MASK and self.mask not in SCORED:
             for name in ("fisher_examples", "fisher_batch_size"):

@@ -36,11 +36,14 @@ def select_adapters(
 ) -> AdapterPlan:
     """Score every candidate in every layer by its gradients before training, and choose one per layer.
 
+    FishPAL's selection (thesis, lucalila/fishpal). The default criterion, `agreement`, is ours; `thesis` is the one
+    that the thesis describes.
+
     All candidates stand in the model at the same time, as far as they are of different kinds; afterwards the model is
     as it was. A candidate that does not fit the model is left out with a warning, as long as two remain.
 
     Args:
-        model: a plain sequence classifier, or with `loss` another model.
+        model: a plain sequence classifier or language model, or with `loss` another model.
         data: batches of model inputs, `labels` among them; each process passes its own part.
         candidates: peft configurations by name, or a list of them; `None` = the thesis's three.
         criterion: `thesis`, `mean`, `decrease` or `agreement`; see `hf_ft_ext.fisher.criteria`.

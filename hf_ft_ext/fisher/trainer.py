@@ -1,5 +1,6 @@
 """`FisherTrainer`: a Trainer that picks each layer's adapter, or the entries that train, by Fisher information."""
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from hf_ft_ext.adapters.layer_prefix.model import keep_projection
 from hf_ft_ext.entries.delta import DELTA_FILE, read_indices, save_entries
 from hf_ft_ext.entries.layer import attach_entries, entries_of
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.fisher.arguments import HEAD, MASK, RANDOM, SELECT, FisherTrainingArguments
+from hf_ft_ext.fisher.arguments import HEAD, MASK, PLAN_SETTINGS, RANDOM, SELECT, FisherTrainingArguments
 from hf_ft_ext.fisher.candidates import explained, fitting, layers_of, make_candidates
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
 from hf_ft_ext.fisher.losses import WholeLoss
@@ -47,6 +48,10 @@ logger = logging.getLogger(__name__)
 class FisherTrainer(StopAtNaN, MethodTrainer):
     """`transformers.Trainer` on a model that a Fisher pre-pass has shaped.
 
+    The method is FishPAL's (thesis, lucalila/fishpal): a score per layer chooses the adapter. The default score,
+    `agreement`, is ours and not the thesis's, which is `fisher_criterion="thesis"`. The model may be any that gives a
+    loss and fits the adapters: a sequence classifier, or a causal language model with labels for its tokens.
+
     `train()` first looks at the gradients of some training examples (unless a plan, `fisher_mode` or the checkpoint
     that it resumes from say what trains), then trains a model with the chosen adapters and no others, or the chosen
     entries. The classifier trains in full. `save_model` and checkpoints leave one PEFT adapter that
@@ -72,6 +77,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         self.plan: AdapterPlan | None = None
         self._resumed_from: str | None = None
         self._is_prepared: bool | None = None  # no data yet
+        self._planned_with: tuple | None = None
         super().__init__(model, args, *positional, **kwargs)
         self._is_prepared = False
         args = self.args
@@ -83,14 +89,19 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         args = self.args
         refuse_sharding(args, "the pre-pass")
         super().check_arguments()
+        self._read_plan_settings()
+        self._check_rates()
+        if self._looks_at_gradients():
+            refuse_label_names(args)
+
+    def _read_plan_settings(self) -> None:
+        """The given plan or the candidates, as the arguments have them now."""
+        args = self.args
         self._given_plan = None if args.adapter_plan is None else AdapterPlan.load(args.adapter_plan)
         self._rates: dict[str, float] = args.fisher_learning_rates or {}
         self._candidates = None
         if args.fisher_mode != MASK and self._given_plan is None:
             self._candidates = make_candidates(args.fisher_candidates, args.fisher_candidate_settings)
-        self._check_rates()
-        if self._looks_at_gradients():
-            refuse_label_names(args)
 
     def _looks_at_gradients(self) -> bool:
         """Whether there is a pre-pass over training examples and their labels."""
@@ -129,8 +140,8 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         model = super().call_model_init(trial)
         if self._is_prepared is None:  # within __init__
             return model
-        if trial is not None:
-            self.plan = None  # that of the trial before
+        if self._planned_with != self._plan_settings(model):
+            self.plan = None  # it was made with other settings, such as those of the trial before
         with preparation(self):
             model = self._shaped(move(model, self.args.device))
         self._is_prepared = True
@@ -141,13 +152,25 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         if self.args.fisher_mode == MASK:
             return self._with_entries(model)
         if self.plan is None:
+            self._planned_with = self._plan_settings(model)
             self.plan = self._make_plan(model)
             logger.info("%s", self.plan.table())
         with explained(sorted(self.plan.candidates)), seeded_init(self.args.seed):
             config = self.plan.config(trained_in_full(model), task_type=task_type_of(model))
             return train_in_float32(get_peft_model(model, config))
 
+    def _plan_settings(self, model: nn.Module) -> tuple:
+        """All that a plan depends on: when one of them changes, a new one is made."""
+        settings = {name: getattr(self.args, name) for name in PLAN_SETTINGS}
+        return (
+            json.dumps(settings, sort_keys=True, default=str),
+            id(self.train_dataset),
+            self._resumed_from,
+            model_fingerprint(model)["weights"],
+        )
+
     def _make_plan(self, model: nn.Module) -> AdapterPlan:
+        self._read_plan_settings()
         args = self.args
         plan = self._given_plan
         if self._resumed_from is not None:
