@@ -111,7 +111,8 @@ def example_norms(
     """
     engine = _engine(model, function, parameters, dtype)
     for batch in _batches(batches, engine):
-        n, c = batch_size(batch), []
+        n = batch_size(batch)
+        columns: list[int] = []
         squares: dict[tuple[str, int], torch.Tensor] = {}
 
         def receive(name, gradients, scalar, first):
@@ -120,35 +121,35 @@ def example_norms(
             total[first : first + len(found)] += found
 
         counted = engine.function
-        engine.function = _counting(counted, c)
+        engine.function = _counting(counted, columns)
         try:
             engine.stream(batch, receive)
         finally:
             engine.function = counted
-        norms = _norms(engine, squares, n, c[-1])
+        norms = _norms(engine, squares, n, columns[-1])
         yield norms if by_parameter else torch.stack(list(norms.values())).square().sum(0).sqrt()
 
 
-def _counting(function: Function, columns: list[int | None]) -> Function:
-    """`function`, noting how many scalars it gives; `None` for one without an axis."""
+def _counting(function: Function, columns: list[int]) -> Function:
+    """`function`, noting how many scalars of an example it gives."""
 
     def counting(model: nn.Module, batch: Batch) -> torch.Tensor:
         scalars = function(model, batch)
-        columns.append(None if scalars.ndim == 1 else scalars.shape[1])
+        columns.append(scalars.shape[1] if scalars.ndim == 2 else 1)
         return scalars
 
     return counting
 
 
 def _norms(
-    engine: ExampleGradients, squares: dict[tuple[str, int], torch.Tensor], n: int, c: int | None
+    engine: ExampleGradients, squares: dict[tuple[str, int], torch.Tensor], n: int, c: int
 ) -> dict[str, torch.Tensor]:
     some = next(iter(squares.values()), None)
     norms = {}
     for name, parameter in engine.parameters.items():
         zero = torch.zeros(n, device=parameter.device) if some is None else torch.zeros_like(some)
-        columns = [squares.get((name, scalar), zero).sqrt() for scalar in range(c or 1)]
-        norms[name] = columns[0] if c is None else torch.stack(columns, 1)
+        columns = [squares.get((name, scalar), zero).sqrt() for scalar in range(c)]
+        norms[name] = columns[0] if c == 1 else torch.stack(columns, 1)
     return norms
 
 
