@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_ft_ext.kernel.formulas import Formula, product, sign_product, sign_type, signs
 from hf_ft_ext.kernel.engines.packed import PackedDense, PackedEmbedding, PackedLinear, join_embeddings
 from hf_ft_ext.kernel.engines.stacks import joined
+from hf_ft_ext.kernel.formulas import Formula, product, sign_product, sign_type, signs
 
 
 class Scratch:
@@ -60,7 +60,9 @@ class Contraction:
             return [sign_product(left[0], right[0])]
         return [product(left[1], right[0]), product(left[0], right[1])]
 
-    def vectors(self, left: Sequence[PackedDense], right: Sequence[PackedDense], scales: tuple, out: torch.Tensor) -> None:
+    def vectors(
+        self, left: Sequence[PackedDense], right: Sequence[PackedDense], scales: tuple, out: torch.Tensor
+    ) -> None:
         """Add the kernels of a parameter kept in full to `out` `[kernels, rows, rows']`."""
         views = [
             self.views(torch.cat([vector.values for vector in side]), scale)
@@ -71,7 +73,9 @@ class Contraction:
 
     # --- tables --------------------------------------------------------------------------------------
 
-    def tables(self, left: Sequence[PackedEmbedding], right: Sequence[PackedEmbedding], starts: tuple, scales: tuple, out) -> None:
+    def tables(
+        self, left: Sequence[PackedEmbedding], right: Sequence[PackedEmbedding], starts: tuple, scales: tuple, out
+    ) -> None:
         """Add the kernels of a table: only rows that both sides use meet."""
         sides = [join_embeddings(tables, offsets) for tables, offsets in zip((left, right), starts, strict=True)]
         ranges = [_ranges(side.ids) for side in sides]
@@ -88,7 +92,9 @@ class Contraction:
 
     # --- weights --------------------------------------------------------------------------------------
 
-    def matrices(self, left: Sequence[PackedLinear], right: Sequence[PackedLinear], scales: tuple, out: torch.Tensor) -> None:
+    def matrices(
+        self, left: Sequence[PackedLinear], right: Sequence[PackedLinear], scales: tuple, out: torch.Tensor
+    ) -> None:
         """Add the kernels of a weight, over pairs of tokens or over the entries of the weight."""
         if self.formula is Formula.SGD and _tokens_are_cheaper(left, right):
             self._by_tokens(left, right, out[0])
@@ -141,7 +147,9 @@ class Contraction:
         while done < n:
             b = _Tokens(right, done, done + step)
             x = self._input_products(a, b)
-            g = (a.output_gradients.flatten(0, 1) @ b.output_gradients.flatten(0, 1).T).view(len(a.activations), c, len(b.activations), c)
+            g = (a.output_gradients.flatten(0, 1) @ b.output_gradients.flatten(0, 1).T).view(
+                len(a.activations), c, len(b.activations), c
+            )
             g.mul_(x[:, None, :, None])
             part = g.new_zeros(a.n, c * len(b.activations) * c).index_add_(0, a.examples, g.flatten(1))
             part = part.view(a.n * c, len(b.activations), c)
@@ -154,7 +162,12 @@ class Contraction:
         key = (a.key, b.key)
         if self._shared is None or self._shared[0] != key:
             self._shared = None
-            self._shared = (key, a.activations @ b.activations.T, a.held, b.held)  # held: so that no address is used again
+            self._shared = (
+                key,
+                a.activations @ b.activations.T,
+                a.held,
+                b.held,
+            )  # held: so that no address is used again
         return self._shared[1]
 
 

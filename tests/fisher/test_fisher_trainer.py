@@ -181,6 +181,30 @@ def test_model_init_prepares_each_new_model(tmp_path):
     assert torch.equal(logits(direct.model), first)
 
 
+def test_model_init_makes_a_new_plan_where_a_setting_changed(tmp_path):
+    data = tiny_dataset()
+    trainer = make(tmp_path, data=data, model_init=lambda: tiny_model(num_hidden_layers=4), fisher_criterion="mean")
+    trainer.train()
+    first = trainer.plan
+    trainer.train()
+    assert trainer.plan is first  # nothing changed
+    trainer.args.fisher_budget = 700
+    trainer.train()
+    assert trainer.plan.settings["budget"] == 700 and trainer.plan.added <= 700 < first.added
+    fresh = make(
+        tmp_path / "fresh", data=data, model_init=lambda: tiny_model(num_hidden_layers=4), fisher_criterion="mean",
+        fisher_budget=700,
+    )  # fmt: skip
+    fresh.train()
+    assert fresh.plan == trainer.plan
+    for name, value in {"fisher_candidates": ["lora", "bottleneck"], "fisher_examples": 4, "seed": 7}.items():
+        before = trainer.plan
+        setattr(trainer.args, name, value)
+        trainer.train()
+        assert trainer.plan is not before, name
+    assert set(trainer.plan.candidates) == {"lora", "bottleneck"} and trainer.plan.data["examples"] == 4
+
+
 def test_plain_arguments_are_completed_and_the_plan_of_a_run_is_shown(tmp_path):
     plain = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", max_steps=1)
     trainer = FisherTrainer(tiny_model(), plain, train_dataset=tiny_dataset(), processing_class=tiny_tokenizer())
@@ -253,6 +277,14 @@ def test_a_masked_run_resumes(tmp_path):
         ({"fisher_mode": "single", "fisher_candidates": ["lora", "ia3"]}, "fisher_mode=single trains one candidate"),
         ({"adapter_plan": "p.json", "fisher_budget": 9}, "adapter_plan settles what fisher_budget=9 is about"),
         ({"fisher_power": 1}, "fisher_power=1 is not for fisher_criterion=agreement"),
+        (
+            {"fisher_labels": "expected"},
+            "fisher_labels=expected is not for fisher_criterion=agreement, which compares",
+        ),
+        (
+            {"fisher_labels": "expected", "fisher_criterion": "decrease"},
+            "fisher_labels=expected is not for fisher_criterion=decrease.*fisher_criterion=mean or thesis",
+        ),
         (
             {"fisher_mode": "mask", "fisher_mask": "bias", "fisher_examples": 9},
             "looks at no gradients; leave fisher_ex",

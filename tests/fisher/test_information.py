@@ -18,7 +18,6 @@ from hf_ft_ext import BottleneckConfig, fisher_information
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.information import gradient_sums
 from hf_ft_ext.per_example.shortcuts import skipping_zero_rows
-from hf_ft_ext.per_example.types import LinearGradient, squares_of_shared
 
 SETTINGS = [(labels, power) for labels in ("true", "expected") for power in (1, 2)]
 
@@ -91,6 +90,9 @@ def test_several_labels_per_example():
     names = ["bert.encoder.layer.1.intermediate.dense.weight"]
     found = fisher_information(model, batched(examples, 4), names, progress=False)
     same(found, plain_way(model, examples, names))
+    model.config.problem_type = None  # then the labels say so, as in transformers
+    same(fisher_information(model, batched(examples, 4), names, progress=False), plain_way(model, examples, names))
+    model.config.problem_type = "multi_label_classification"
     found = fisher_information(model, batched(examples, 4), names, labels="expected", progress=False)
     expected = torch.zeros_like(found[names[0]])
     own = dict(model.named_parameters())
@@ -184,16 +186,6 @@ def test_a_weight_that_is_used_without_its_module_being_called():
     same(found, plain_way(model, rows(), names))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("weights", [0.5, torch.tensor([0.1, 0.0, 2.0, 1.0])])
-def test_squares_with_inputs_that_all_examples_share(transposed, weights):
-    generator = torch.Generator().manual_seed(0)
-    x, g = (torch.randn(*shape, generator=generator, dtype=torch.double) for shape in ((1, 3, 5), (4, 3, 2)))
-    form = LinearGradient(x, g, transposed)
-    w = weights.view(4, 1, 1) if isinstance(weights, torch.Tensor) else weights
-    torch.testing.assert_close(squares_of_shared(form, weights), (form.dense().square() * w).sum(0))
-
-
 def test_a_loss_of_ones_own_and_totals():
     model = tiny_model().double()
     names = ["classifier.weight", "bert.encoder.layer.1.output.LayerNorm.weight"]
@@ -221,6 +213,23 @@ def test_a_loss_of_ones_own_and_totals():
         ({"parameters": []}, "no parameter requires gradients"),
         ({"labels": "expected", "loss": lambda o, b: o.logits[:, 0]}, "needs the model's distribution of labels"),
         ({"dataloader": []}, "the data loader gave no batch"),
+        (
+            {"dataloader": [{**rows()[0], "input_ids": rows()[0]["input_ids"].float()}]},
+            "input_ids are float32 numbers",
+        ),
+        (
+            {"dataloader": [{**rows()[0], "labels": torch.tensor([1.0])}]},
+            "labels are float32 numbers, and .*2 classes",
+        ),
+        (
+            {"dataloader": [{**rows()[0], "labels": torch.tensor([[0, 1]])}]},
+            r"labels have the shape \(1, 2\), and the",
+        ),
+        (
+            {"model": tiny_model(problem_type="multi_label_classification", num_labels=3)},
+            r"labels have the shape \(1,\), and a multi-label model with 3 labels needs .*\[batch, 3\]",
+        ),
+        ({"model": tiny_model().bert}, "BertModel gives no loss.*pass loss"),
         ({"dataloader": [{k: v for k, v in rows()[0].items() if k != "labels"}]}, "a batch has no labels .*expected"),
         ({"model": nn.Linear(2, 2)}, "Linear is no sequence classifier.* pass loss"),
     ],

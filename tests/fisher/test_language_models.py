@@ -3,8 +3,16 @@
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, OPTConfig, T5Config
-from transformers import AutoModelForSeq2SeqLM, BertConfig, BertForTokenClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BertConfig,
+    BertForTokenClassification,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    T5Config,
+)
 
 from hf_ft_ext import FisherTrainer, FisherTrainingArguments, fisher_information, select_adapters
 from hf_ft_ext.fisher.losses import WholeLoss, own_loss
@@ -97,9 +105,7 @@ def test_models_with_other_losses_for_tokens():
     )
     for example in examples:
         example["labels"] = torch.where(example["labels"] < 0, -100, example["labels"] % 2)
-    assert_same(
-        fisher_information(tagger.double(), padded(examples, 3), progress=False), one_by_one(tagger, examples)
-    )
+    assert_same(fisher_information(tagger.double(), padded(examples, 3), progress=False), one_by_one(tagger, examples))
 
 
 def test_a_loss_of_another_form_takes_one_example_at_a_time():

@@ -19,8 +19,8 @@ from hf_ft_ext.kernel.analysis import (
     scores_by_seed,
 )
 from hf_ft_ext.kernel.store import write_kernel
-from hf_ft_ext.per_example.types import dense
 from hf_ft_ext.per_example.gradients import ExampleGradients
+from hf_ft_ext.per_example.types import dense
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 

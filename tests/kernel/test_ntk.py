@@ -23,8 +23,8 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel import contraction as contract
 from hf_ft_ext.kernel.formulas import Formula, sign_product, sign_scale, signs
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
-from hf_ft_ext.kernel.schedule import make_plan, measure
 from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.kernel.schedule import make_plan, measure
 
 FORMULAS = [formula.value for formula in Formula]
 LEFT, RIGHT = batch(5), batch(7, 11, seed=1)
@@ -148,7 +148,9 @@ def test_weights_by_tokens_and_by_entries(by_tokens, formula, monkeypatch):
 def test_the_cheaper_way_is_taken():
     def side(n, tokens, width_in, width_out):
         counts = [tokens] * n
-        return [contract.PackedLinear(torch.zeros(n * tokens, width_in), torch.zeros(n * tokens, 1, width_out), counts)]
+        return [
+            contract.PackedLinear(torch.zeros(n * tokens, width_in), torch.zeros(n * tokens, 1, width_out), counts)
+        ]
 
     assert contract._tokens_are_cheaper(side(8, 1, 64, 64), side(8, 1, 64, 64))
     assert not contract._tokens_are_cheaper(side(8, 60, 64, 64), side(8, 60, 64, 64))

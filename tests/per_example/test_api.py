@@ -30,7 +30,9 @@ def by_torch_func(model, inputs, vectorized):
 
     def one(values, example):
         example = {key: value[None] for key, value in example.items()}
-        logits = torch.func.functional_call(model, values, (), {k: v for k, v in example.items() if k != "labels"}).logits
+        logits = torch.func.functional_call(
+            model, values, (), {k: v for k, v in example.items() if k != "labels"}
+        ).logits
         return nn.functional.cross_entropy(logits, example["labels"])
 
     with computing_in(model, torch.float64):

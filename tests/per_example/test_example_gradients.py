@@ -9,10 +9,10 @@ from transformers import BertConfig, BertForMaskedLM
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.per_example.types import dense
 from hf_ft_ext.per_example.gradients import ExampleGradients, trimmed
 from hf_ft_ext.per_example.rules import find_rule
 from hf_ft_ext.per_example.state import computing_in, evaluating
+from hf_ft_ext.per_example.types import dense
 
 
 def plain(model, function, inputs, parameters):
