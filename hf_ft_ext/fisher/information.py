@@ -81,7 +81,8 @@ def fisher_information(
         Name -> tensor of the parameter's shape, in single precision at least.
 
     Raises:
-        InputError: labels missing or of a wrong kind, an unknown parameter or option, or gradients that are not finite.
+        InputError: labels missing or of a wrong kind, an unknown parameter or option, or gradients that are not
+            finite.
     """
     return gradient_sums(
         model, dataloader, parameters, labels=labels, power=power, loss=loss, progress=progress
@@ -211,8 +212,8 @@ def _check(
     inner = base_model(model)
     if loss is None and not is_classifier(model) and not hasattr(inner, "config"):
         raise InputError(
-            f"{type(inner).__name__} is no sequence classifier or other model of transformers, so its loss per example "
-            "is not known; pass loss, a function of the model's output and the batch that gives one number per example"
+            f"{type(inner).__name__} is no sequence classifier or other model of transformers, so its loss per "
+            "example is not known; pass loss, a function of the model's output and the batch that gives one number per example"
         )
     problem_type = problem_type_of(model, None) if loss is None and is_classifier(model) else None
     refuse_expectation(labels, power, problem_type, getattr(getattr(inner, "config", None), "num_labels", 1))

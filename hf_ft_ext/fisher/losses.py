@@ -63,8 +63,8 @@ def problem_type_of(model: nn.Module, labels: torch.Tensor | None) -> str:
         )
     if problem == SINGLE_LABEL and labels.numel() != len(labels):
         raise InputError(
-            f"labels have the shape {tuple(labels.shape)}, and the model gives each example one of {config.num_labels} "
-            "classes; pass one integer each, or set problem_type=multi_label_classification in the model's config"
+            f"labels have the shape {tuple(labels.shape)}, and the model gives each example one of "
+            f"{config.num_labels} classes; pass one integer each, or set problem_type=multi_label_classification in the model's config"
         )
     if problem == MULTI_LABEL and tuple(labels.shape[1:]) != (config.num_labels,):
         raise InputError(
@@ -128,8 +128,8 @@ def own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss:
         output = model(**one)
         if getattr(output, "loss", None) is None:
             raise InputError(
-                f"{type(base_model(model)).__name__} gives no loss, so its loss per example is not known; pass loss, a "
-                "function of the model's output and the batch that gives one number per example"
+                f"{type(base_model(model)).__name__} gives no loss, so its loss per example is not known; pass loss, "
+                "a function of the model's output and the batch that gives one number per example"
             )
         logits, labels = getattr(output, "logits", None), one.get("labels")
         for form in _forms(logits, labels):

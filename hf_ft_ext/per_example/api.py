@@ -56,7 +56,8 @@ def example_gradients(
     """Yield the gradients of each example, batch by batch; what `vmap(grad)` gives, at about a batch's backward pass.
 
     Linear layers' gradients come from their activations and output gradients (Goodfellow 2015, arXiv 1510.01799); each
-    kind of module's rule is compared with autograd on the first batch, and what no rule covers runs example by example.
+    kind of module's rule is compared with autograd on the first batch, and what no rule covers runs example
+    by example.
     Dropout is off, and the model is left as it was. Gradients of half-precision models come in float32.
 
     Args:
@@ -96,8 +97,8 @@ def example_norms(
 ) -> Iterator[torch.Tensor | dict[str, torch.Tensor]]:
     """Yield the Euclidean norm of each example's gradient, batch by batch, without writing gradients out.
 
-    A linear layer's norm is that of products over pairs of tokens, `|sum_t g_t a_t^T|^2 = sum_ts <g_t, g_s> <a_t, a_s>`
-    (the "ghost norm", Li et al. 2022, arXiv 2110.05679), where that is cheaper; nothing is kept for the whole model.
+    A linear layer's norm is that of products over pairs of tokens,
+    `|sum_t g_t a_t^T|^2 = sum_ts <g_t, g_s> <a_t, a_s>` (the "ghost norm", Li et al. 2022, arXiv 2110.05679), where that is cheaper; nothing is kept for the whole model.
 
     Args:
         model, batches, function, parameters, dtype: as for `example_gradients`.

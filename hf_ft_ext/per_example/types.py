@@ -26,7 +26,7 @@ class LinearGradient:
         return torch.bmm(left.mT, right)
 
     def squared_norms(self) -> torch.Tensor:
-        """Squared Euclidean norm of each example's gradient, `[n]`, by products over pairs of tokens if they cost less.
+        """Squared Euclidean norm of each example's gradient, `[n]`; by products over pairs of tokens if that is less.
 
         `|sum_t g_t a_t^T|^2 = sum_ts <g_t, g_s> <a_t, a_s>` (the "ghost norm" of Li et al. 2022, arXiv 2110.05679).
         """
@@ -165,8 +165,8 @@ def dense_in_chunks(gradients: Sequence[Gradient], numbers: int) -> Iterator[tup
 def squared_norms(gradients: Sequence[Gradient], numbers: int = 2**24) -> torch.Tensor:
     """Squared Euclidean norm `[n]` of the sum of what several uses of one parameter give it.
 
-    Nothing of the parameter's size is written out for linear layers and embeddings; for uses of different kinds (a table
-    that is tied to a decoder), some examples at a time are, up to about `numbers` entries.
+    Nothing of the parameter's size is written out for linear layers and embeddings; for uses of different kinds (a
+    table that is tied to a decoder), some examples at a time are, up to about `numbers` entries.
     """
     joined = join_uses(gradients)
     if len(joined) == 1:

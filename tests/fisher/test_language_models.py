@@ -21,7 +21,8 @@ from hf_ft_ext.fisher.prepass import prepass_batches
 SIZES = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 CAUSAL = {
     "llama": lambda: LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, **SIZES
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, **SIZES,
     ),
     "opt": lambda: OPTConfig(
         hidden_size=16, word_embed_proj_dim=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,

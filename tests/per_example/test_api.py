@@ -25,7 +25,7 @@ def loss(model, inputs):
 
 
 def by_torch_func(model, inputs, vectorized):
-    """Gradients of `loss` by torch.func: `vmap(grad)`, or `grad` of each example where a mask's code branches on data."""
+    """Gradients of `loss` by torch.func: `vmap(grad)`, or `grad` of each example where a mask branches on data."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
 
     def one(values, example):
