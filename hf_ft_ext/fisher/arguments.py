@@ -189,8 +189,8 @@ class FisherTrainingArguments(MethodTrainingArguments):
         if selects and self.fisher_labels != TRUE and criterion in NEEDS_TOTALS:
             raise InputError(
                 f"fisher_labels={self.fisher_labels} is not for fisher_criterion={criterion}, which compares "
-                "gradients of examples: over the model's own labels their mean is zero, and scores would be rounding noise; "
-                "take fisher_criterion=mean or thesis, or leave fisher_labels out"
+                "gradients of examples: over the model's own labels their mean is zero, and scores would be rounding "
+                "noise; take fisher_criterion=mean or thesis, or leave fisher_labels out"
             )
         if self.fisher_mode == MASK and self.mask not in SCORED:
             for name in ("fisher_examples", "fisher_batch_size"):

@@ -213,7 +213,8 @@ def _check(
     if loss is None and not is_classifier(model) and not hasattr(inner, "config"):
         raise InputError(
             f"{type(inner).__name__} is no sequence classifier or other model of transformers, so its loss per "
-            "example is not known; pass loss, a function of the model's output and the batch that gives one number per example"
+            "example is not known; pass loss, a function of the model's output and the batch that gives one "
+            "number per example"
         )
     problem_type = problem_type_of(model, None) if loss is None and is_classifier(model) else None
     refuse_expectation(labels, power, problem_type, getattr(getattr(inner, "config", None), "num_labels", 1))

@@ -64,7 +64,8 @@ def problem_type_of(model: nn.Module, labels: torch.Tensor | None) -> str:
     if problem == SINGLE_LABEL and labels.numel() != len(labels):
         raise InputError(
             f"labels have the shape {tuple(labels.shape)}, and the model gives each example one of "
-            f"{config.num_labels} classes; pass one integer each, or set problem_type=multi_label_classification in the model's config"
+            f"{config.num_labels} classes; pass one integer each, or set "
+            "problem_type=multi_label_classification in the model's config"
         )
     if problem == MULTI_LABEL and tuple(labels.shape[1:]) != (config.num_labels,):
         raise InputError(

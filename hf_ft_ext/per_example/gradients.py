@@ -55,8 +55,8 @@ class ExampleGradients:
     its scalars, beside another example that differs and counts otherwise. Every parameter whose rule differs or fails
     is `uncovered`. A rule that could not be compared, because that example does not depend on the module, makes its
     parameters uncovered as soon as a batch depends on it. Where there are uncovered parameters, examples run one by
-    one, so that autograd's own gradient of them is the example's; no parameter is left out. Where a classifier reads the first position alone, so
-    does the last layer's feed-forward part.
+    one, so that autograd's own gradient of them is the example's; no parameter is left out. Where a
+    classifier reads the first position alone, so does the last layer's feed-forward part.
 
     Call it with a batch for `Part`s, or `stream` a batch to a receiver, which keeps nothing for the whole model.
 
