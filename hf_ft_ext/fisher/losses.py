@@ -171,7 +171,7 @@ class FisherScalars:
         self.labels, self.power, self.problem_type, self.loss = labels, power, problem_type, loss
         self.weights: torch.Tensor | None = None
 
-    def __call__(self, model: nn.Module, batch: dict) -> torch.Tensor:
+    def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Scalars `[n, c]`."""
         if isinstance(self.loss, WholeLoss):
             return self.loss.compute(model, batch).reshape(1, 1)
