@@ -98,8 +98,8 @@ def example_norms(
     """Yield the Euclidean norm of each example's gradient, batch by batch, without writing gradients out.
 
     A linear layer's norm is that of products over pairs of tokens,
-    `|sum_t g_t a_t^T|^2 = sum_ts <g_t, g_s> <a_t, a_s>` (the "ghost norm", Li et al. 2022, arXiv 2110.05679), where that
-    is cheaper; nothing is kept for the whole model.
+    `|sum_t g_t a_t^T|^2 = sum_ts <g_t, g_s> <a_t, a_s>` (the "ghost norm", Li et al. 2022, arXiv 2110.05679), where
+    that is cheaper; nothing is kept for the whole model.
 
     Args:
         model, batches, function, parameters, dtype: as for `example_gradients`.
