@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -87,7 +88,7 @@ class ExampleGradients:
         *,
         wide_trial: bool = True,
         one_by_one: bool = False,
-        mixing: str = "refuse",
+        mixing: Literal["refuse", "one_by_one"] = "refuse",
     ):
         self.model, self.function = model, function or logits
         chosen = dict(parameters or {n: p for n, p in model.named_parameters() if p.requires_grad})
@@ -98,7 +99,7 @@ class ExampleGradients:
         self.dtype = torch.float64 if dtype is None and wide else dtype
         self.wide_trial, self.mixing = wide_trial, mixing
         self._owners: list[Owner] = []
-        self._shortcuts = Shortcuts()
+        self._shortcuts = Shortcuts(skip=not one_by_one)
         self.uncovered: list[str] | None = list(chosen) if one_by_one else None
 
     # --- gradients ----------------------------------------------------------------------------------
