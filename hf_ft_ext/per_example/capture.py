@@ -72,7 +72,8 @@ class Capture:
         trial: take calls of any layout and note them.
 
     Attributes:
-        failed: names of parameters whose rule failed; nothing of them was handed on.
+        failed: names of parameters whose rule failed, for some scalar.
+        handed_on: name and scalar of what `receive` got.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Capture:
         self.owners, self.direct, self.n, self.receive = owners, direct, n, receive
         self.expand, self.trial = expand, trial
         self.failed: set[str] = set()
+        self.handed_on: set[tuple[str, int]] = set()
         self._calls: list[_Call] = []
         self._lowest: list[torch.Tensor] = []  # where the graph begins
         self._mode: Callable = contextlib.nullcontext
@@ -278,6 +280,7 @@ class Capture:
         found = self._found.pop(name, None)
         if found and name not in self.failed:
             found.sort(key=lambda use: use[0])  # in the order of the forward pass
+            self.handed_on.add((name, self._scalar))
             self.receive(name, [gradient for _, gradient in found], self._scalar, 0)
 
     def _by_rule(self, call: _Call, grad: torch.Tensor) -> dict[str, Gradient]:

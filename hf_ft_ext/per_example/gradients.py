@@ -1,7 +1,7 @@
 """`ExampleGradients`: gradients of scalars of each example, by rules that were tried, and by autograd for the rest."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -116,8 +116,8 @@ class ExampleGradients:
             last = first + 1 if self.uncovered else n
             collected = _Collected()
             # no state of the model is held while the caller works with a part
-            scalars, failed = self._pass(rows(batch, first, last), collected.receive)
-            if failed:  # once more, with autograd's gradients of these
+            scalars, capture = self._pass(rows(batch, first, last), collected.receive)
+            if failed := capture.failed:  # once more, with autograd's gradients of these
                 self._uncover(failed)
                 continue
             yield Part(first, scalars, collected.gradients(scalars.shape[1]))
@@ -138,22 +138,23 @@ class ExampleGradients:
         n, first = batch_size(batch), 0
         while first < n:
             last = first + 1 if self.uncovered else n
-            _, failed = self._pass(rows(batch, first, last), _shifted(receive, first))
-            if failed:  # only these are still to be done
-                direct = {name: self.parameters[name] for name in failed}
+            _, capture = self._pass(rows(batch, first, last), _shifted(receive, first))
+            if capture.failed:  # only these are still to be done
+                direct = {name: self.parameters[name] for name in capture.failed}
                 for i in range(first, last):
-                    self._run(rows(batch, i, i + 1), [], direct, _shifted(receive, i))
-                self._uncover(failed)
+                    rest = _shifted(receive, i, capture.handed_on)
+                    self._run(rows(batch, i, i + 1), [], direct, rest)
+                self._uncover(capture.failed)
             first = last
 
-    def _pass(self, batch: Batch, receive: Receiver) -> tuple[torch.Tensor, set[str]]:
-        """Scalars, and names of the parameters that turned out to have no rule; nothing of these was handed on."""
+    def _pass(self, batch: Batch, receive: Receiver) -> tuple[torch.Tensor, Capture]:
+        """Scalars, and what became of the gradients: a parameter may turn out to have no rule."""
         direct = {name: self.parameters[name] for name in self.uncovered}
         return self._run(batch, without(self._owners, direct), direct, receive)
 
     def _run(
         self, batch: Batch, owners: list[Owner], direct: dict[str, nn.Parameter], receive: Receiver
-    ) -> tuple[torch.Tensor, set[str]]:
+    ) -> tuple[torch.Tensor, Capture]:
         def check(scalars: torch.Tensor) -> None:
             if self._shortcuts.short is not None and not scalars.isfinite().all():
                 raise _OtherPositionsRead
@@ -169,7 +170,7 @@ class ExampleGradients:
                 capture = Capture(owners, direct, batch_size(batch), receive, self._shortcuts.expand)
                 try:
                     with self._shortcuts.used(self.model):
-                        return capture.run(self.model, batch, self.function, check), capture.failed
+                        return capture.run(self.model, batch, self.function, check), capture
                 except _OtherPositionsRead:
                     self._shortcuts.short = None
 
@@ -259,9 +260,12 @@ class _Collected:
         return [self._pieces.pop(scalar, {}) for scalar in range(scalars)]
 
 
-def _shifted(receive: Receiver, start: int) -> Receiver:
+def _shifted(receive: Receiver, start: int, done: Collection[tuple[str, int]] = ()) -> Receiver:
+    """`receive` for examples from `start` on, without the names and scalars that it has got."""
+
     def shifted(name: str, gradients: list[Gradient], scalar: int, first: int) -> None:
-        receive(name, gradients, scalar, start + first)
+        if (name, scalar) not in done:
+            receive(name, gradients, scalar, start + first)
 
     return shifted
 

@@ -339,15 +339,60 @@ def test_parameters_that_other_scalars_or_rows_alone_depend_on():
     model = Routed().double()
     plain_rows = torch.randint(8, 60, (3, 5))
     late = torch.cat([plain_rows, torch.full((1, 5), 7)])
+    for streamed in (False, True):
+        examples = ExampleGradients(model)
+        for ids in (plain_rows, late):
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            found = summed(examples, inputs) if streamed else gathered(examples, inputs)
+            expected = plain(model, examples.function, inputs, examples.parameters)
+            for ours, theirs in zip(found, expected, strict=True):
+                for name, value in theirs.items():
+                    value = value.sum(0) if streamed else value
+                    torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-12, msg=name)
+        assert {"only_first", "by_row", "rare.weight"} <= set(examples.uncovered)
+        assert not {"table.weight", "second.weight"} & set(examples.uncovered)
+
+
+def summed(examples, inputs):
+    """Sums of what a stream hands on: for each scalar `[*shape]` by name."""
+    sums = [{name: torch.zeros_like(p) for name, p in examples.parameters.items()} for _ in range(2)]
+
+    def receive(name, gradients, scalar, first):
+        sums[scalar][name] += dense(gradients).sum(0)
+
+    examples.stream(inputs, receive)
+    return sums
+
+
+class SecondUse(nn.Module):
+    """A layer with a second use that the second scalar alone depends on, for rows that hold a 7."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer = nn.Embedding(60, 6), nn.Linear(6, 6)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.layer(self.table(input_ids).mean(1))
+        rows = (input_ids == 7).any(1)
+        y = x
+        if rows.any():  # on another layout than the first use
+            again = self.layer(x.expand(4, *x.shape)).mean(0)
+            y = torch.where(rows[:, None], again, x)
+        return SequenceClassifierOutput(logits=torch.stack([x.square().sum(1), y.exp().sum(1)], 1))
+
+
+def test_a_use_that_a_later_batch_and_one_scalar_alone_have():
+    torch.manual_seed(0)
+    model = SecondUse().double()
+    first = torch.randint(8, 60, (3, 5))
     examples = ExampleGradients(model)
-    for ids in (plain_rows, late):
+    for ids in (first, torch.cat([first, torch.full((1, 5), 7)])):
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        found, expected = gathered(examples, inputs), plain(model, examples.function, inputs, examples.parameters)
-        for ours, theirs in zip(found, expected, strict=True):
-            for name in theirs:
-                torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12, msg=name)
-    assert {"only_first", "by_row", "rare.weight"} <= set(examples.uncovered)
-    assert not {"table.weight", "second.weight"} & set(examples.uncovered)
+        expected = plain(model, examples.function, inputs, examples.parameters)
+        for ours, theirs in zip(summed(examples, inputs), expected, strict=True):
+            for name, value in theirs.items():
+                torch.testing.assert_close(ours[name], value.sum(0), rtol=1e-9, atol=1e-12, msg=name)
+    assert set(examples.uncovered) == {"layer.weight", "layer.bias"}
 
 
 class InPlace(nn.Module):
