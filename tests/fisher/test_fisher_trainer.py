@@ -182,25 +182,30 @@ def test_model_init_prepares_each_new_model(tmp_path):
 
 
 def test_model_init_makes_a_new_plan_where_a_setting_changed(tmp_path):
-    data = tiny_dataset()
-    trainer = make(tmp_path, data=data, model_init=lambda: tiny_model(num_hidden_layers=4), fisher_criterion="mean")
+    def make_one(folder, **settings):
+        return make(
+            folder,
+            model_init=lambda: tiny_model(num_hidden_layers=2),
+            max_steps=1,
+            fisher_criterion="mean",
+            **settings,
+        )
+
+    trainer = make_one(tmp_path)
     trainer.train()
     first = trainer.plan
-    trainer.train()
+    trainer.call_model_init()
     assert trainer.plan is first  # nothing changed
     trainer.args.fisher_budget = 700
     trainer.train()
     assert trainer.plan.settings["budget"] == 700 and trainer.plan.added <= 700 < first.added
-    fresh = make(
-        tmp_path / "fresh", data=data, model_init=lambda: tiny_model(num_hidden_layers=4), fisher_criterion="mean",
-        fisher_budget=700,
-    )  # fmt: skip
-    fresh.train()
-    assert fresh.plan == trainer.plan
+    fresh = make_one(tmp_path / "fresh", fisher_budget=700)
+    fresh.prepare()
+    assert fresh.plan.choice == trainer.plan.choice and fresh.plan.scores == trainer.plan.scores
     for name, value in {"fisher_candidates": ["lora", "bottleneck"], "fisher_examples": 4, "seed": 7}.items():
         before = trainer.plan
         setattr(trainer.args, name, value)
-        trainer.train()
+        trainer.call_model_init()
         assert trainer.plan is not before, name
     assert set(trainer.plan.candidates) == {"lora", "bottleneck"} and trainer.plan.data["examples"] == 4
 
