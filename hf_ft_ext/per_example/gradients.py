@@ -223,14 +223,15 @@ class ExampleGradients:
                 with evaluating(self.model), without_cache(self.model), computing_in(self.model, dtype):
                     trial.run(batch_in(inputs, dtype), tolerance_of(dtype or own))
                 return trial
-            except AssertionError as error:  # Reformer recomputes activations, which it does in training mode alone
-                raise InputError(
-                    f"{type(self.model).__name__} gives no gradients in evaluation mode ({first_line(error)}), and "
-                    "dropout makes those of training mode random; choose another model"
-                ) from error
-            except (RuntimeError, LookupError, ValueError) as error:
-                if last or (isinstance(error, InputError) and not isinstance(error, NotFinite)):
-                    raise
+            except (AssertionError, RuntimeError, LookupError, ValueError) as error:
+                if not last and (isinstance(error, NotFinite) or not isinstance(error, InputError)):
+                    continue
+                if isinstance(error, AssertionError):  # Reformer recomputes activations, in training mode alone
+                    raise InputError(
+                        f"{type(self.model).__name__} gives no gradients in evaluation mode ({first_line(error)}), "
+                        "and dropout makes those of training mode random; choose another model"
+                    ) from error
+                raise
         raise AssertionError("there is at least one way")
 
     def _mixing(self) -> str:
