@@ -90,7 +90,6 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         refuse_sharding(args, "the pre-pass")
         super().check_arguments()
         self._read_plan_settings()
-        self._check_rates()
         if self._looks_at_gradients():
             refuse_label_names(args)
 
@@ -102,6 +101,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         self._candidates = None
         if args.fisher_mode != MASK and self._given_plan is None:
             self._candidates = make_candidates(args.fisher_candidates, args.fisher_candidate_settings)
+        self._check_rates()
 
     def _looks_at_gradients(self) -> bool:
         """Whether there is a pre-pass over training examples and their labels."""
@@ -140,7 +140,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         model = super().call_model_init(trial)
         if self._is_prepared is None:  # within __init__
             return model
-        if self._planned_with != self._plan_settings(model):
+        if self.args.adapter_plan is not None or self._planned_with != self._plan_settings(model):
             self.plan = None  # it was made with other settings, such as those of the trial before
         with preparation(self):
             model = self._shaped(move(model, self.args.device))
