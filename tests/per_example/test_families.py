@@ -4,6 +4,7 @@ The expected values take nothing of the package: autograd on one row at a time, 
 models, all parameters away from 0, rows of different lengths.
 """
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import pytest
 import torch
 from classifiers import perturb, ragged_rows, tiny_classifier
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_ft_ext import empirical_ntk, fisher_information
@@ -62,7 +64,7 @@ class Case:
         model: in evaluation mode.
         batch: all rows, padded to the longest, with labels.
         rows: the same rows one by one without padding.
-        tolerance: largest error, relative to the largest entry.
+        tolerance: largest error of a kernel, relative to its largest entry.
         jacobians: by whether the rows were padded, of the logits `[rows, logits, all scalars of all parameters]`.
         fisher: by whether the rows were padded, parameter by parameter the sum of the squared gradients of the loss.
     """
@@ -74,6 +76,32 @@ class Case:
     tolerance: float
     jacobians: dict[bool, torch.Tensor]
     fisher: dict[bool, dict[str, torch.Tensor]]
+
+
+class NothingNarrower(TorchFunctionMode):
+    """Leaves out the model's own casts to float32 (of norms, softmax, rotary angles), whose rounding is near 1e-6."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if isinstance(args[0] if args else None, torch.Tensor) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+            kwargs = {key: torch.float64 if value is torch.float32 else value for key, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def wide(model: nn.Module) -> nn.Module:
+    """The model in float64 throughout."""
+    plain = model.double().forward
+
+    @functools.wraps(plain)
+    def forward(*args, **kwargs):
+        with NothingNarrower():
+            return plain(*args, **kwargs)
+
+    model.forward = forward
+    return model
 
 
 def one_by_one(batch: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -118,6 +146,17 @@ def squared_gradients(model: nn.Module, rows: list[dict[str, torch.Tensor]]) -> 
     return total
 
 
+def assert_same_fisher(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    """Each parameter relative to its own largest entry; what is 0 but for rounding, to the largest of all."""
+    assert found.keys() == expected.keys()
+    top = max(value.max() for value in expected.values())
+    errors = {
+        name: float((found[name] - value).abs().max() / max(value.max(), NOTHING * top))
+        for name, value in expected.items()
+    }
+    assert {name: error for name, error in errors.items() if not error <= tolerance} == {}
+
+
 def kernel_of(jacobians: torch.Tensor) -> torch.Tensor:
     """`K[i, a, j, b] = sum_p J[i, a, p] J[j, b, p]`."""
     flat = jacobians.double().flatten(0, 1)
@@ -129,9 +168,8 @@ def kernel_of(jacobians: torch.Tensor) -> torch.Tensor:
 def case(request) -> Iterator[Case]:
     kind = request.param
     experts = kind in EXPERTS
-    model = perturb(tiny_classifier(kind, num_labels=3, **CONFIG.get(kind, {}))).to(
-        torch.float32 if experts else torch.float64
-    )
+    model = perturb(tiny_classifier(kind, num_labels=3, **CONFIG.get(kind, {})))
+    model = model if experts else wide(model)
     batch = ragged_rows()
     if kind in TYPED:
         places = torch.arange(batch["input_ids"].shape[1])
@@ -144,7 +182,7 @@ def case(request) -> Iterator[Case]:
         model.eval(),
         batch,
         rows,
-        1e-4 if experts else 1e-6,
+        1e-4 if experts else 1e-9,
         {way: torch.stack([jacobian(model, row) for row in found]) for way, found in ways.items()},
         {way: squared_gradients(model, found) for way, found in ways.items()},
     )
@@ -168,20 +206,16 @@ def test_every_parameter_has_a_gradient(case):
     assert (difference > 1e-4) == (case.kind in PADDING_MATTERS)
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["one batch", "rows alone"])
-def test_fisher_information(case, together):
-    batches = [case.batch] if together else case.rows
-    found, expected = fisher_information(case.model, batches, progress=False), case.fisher[together]
-    assert found.keys() == expected.keys()
-    top = max(value.max() for value in expected.values())
-    wrong = {}
-    for name, value in expected.items():
-        # each parameter by its own largest entry, and what is zero but for rounding by the largest of all
-        size = max(value.max(), NOTHING * top)
-        error = float((found[name] - value).abs().max() / size)
-        if not error <= case.tolerance:
-            wrong[name] = f"{error:.1e}"
-    assert wrong == {}
+@pytest.mark.parametrize("batches", ["all rows", "one row, then three", "rows alone"])
+def test_fisher_information(case, batches):
+    given = {
+        "all rows": [case.batch],
+        "one row, then three": [{k: v[rows] for k, v in case.batch.items()} for rows in (slice(1), slice(1, None))],
+        "rows alone": case.rows,
+    }
+    found = fisher_information(case.model, given[batches], progress=False)
+    expected = case.fisher[batches != "rows alone"]
+    assert_same_fisher(found, expected, 1e-4 if case.kind in EXPERTS else 1e-6)
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["one batch", "rows alone"])
@@ -193,3 +227,91 @@ def test_kernel(case, together):
     expected = kernel_of(case.jacobians[together])
     assert found.shape == expected.shape == (4, 3, 4, 3)
     assert float((found - expected).abs().max() / expected.abs().max()) <= case.tolerance
+
+
+# --- layouts in which the first axis counts something else -----------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bart", "funnel", "mpnet", "opt", "squeezebert", "t5", "xlnet"])
+def test_as_many_rows_as_tokens(kind):
+    """Where tokens come first (XLNet), or both are one axis (OPT), sizes alone do not tell one from the other."""
+    model = wide(perturb(tiny_classifier(kind, num_labels=3))).eval()
+    square, taller = ragged_rows((4, 4, 4, 4)), ragged_rows((4, 3, 2, 4, 3, 4, 3, 4, 4, 2, 3, 4, 4, 4, 3, 4))
+    for batch in (square, taller):
+        rows = one_by_one(batch)
+        jacobians = torch.stack([jacobian(model, row) for row in rows])
+        expected = kernel_of(jacobians)
+        found = empirical_ntk(model, batch)
+        assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-9
+        found = fisher_information(model, [batch], progress=False)
+        assert_same_fisher(found, squared_gradients(model, rows), 1e-6)
+
+
+# --- parameters that a trial on a few rows does not see ---------------------------------------------------
+
+
+class Partial(nn.Module):
+    """Three logits; most parameters have a part in one of them alone, or in rows of one kind.
+
+    Rows that hold a `MARK` go through `rare`, and the table of kinds is read by them alone.
+    """
+
+    MARK = 7
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.kinds = nn.Embedding(60, 6), nn.Embedding(3, 6)
+        self.heads = nn.ModuleList(nn.Linear(6, 1) for _ in range(3))
+        self.rare, self.rare_norm = nn.Linear(6, 6), nn.LayerNorm(6)
+        self.first_only, self.last_only = nn.Parameter(torch.rand(6) + 1), nn.Parameter(torch.rand(6) + 1)
+        self.middle_only = nn.Linear(6, 6)
+        self.rare_only = nn.Parameter(torch.rand(6) + 1)
+        self.shared = nn.Linear(6, 6)  # marked rows use its weight a second time, where no hook sees it
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        mask = (input_ids != 0)[..., None]
+        x = torch.tanh(self.shared((self.table(input_ids) * mask).sum(1)))
+        marked = (input_ids == self.MARK).any(1)
+        if marked.any():
+            special = self.rare_norm(torch.tanh(self.rare(x[marked]))) * self.rare_only
+            special = special + nn.functional.linear(special, self.shared.weight) + self.kinds(marked[marked].long())
+            x = x.index_put((marked,), special)
+        read = [x * self.first_only, torch.tanh(self.middle_only(x)), x * self.last_only]
+        logits = torch.cat([head(part) for head, part in zip(self.heads, read, strict=True)], 1)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+@pytest.fixture(scope="module")
+def partial():
+    """The model; plain rows and marked ones."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Partial().double()
+    rows = ragged_rows((6, 4, 5, 3, 6, 5))
+    rows["input_ids"] %= 60
+    rows["input_ids"][rows["input_ids"] == Partial.MARK] = 8
+    for i in (3, 5):
+        rows["input_ids"][i, 1] = Partial.MARK
+    rows["attention_mask"] = (rows["input_ids"] != 0).long()
+    return perturb(model).eval(), rows
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (3, 0, 1, 2, 5, 4), (5, 3, 0, 1, 2, 4)])
+@pytest.mark.parametrize("size", [1, 2, 3, 6])
+def test_parameters_of_some_logits_or_some_rows_alone(partial, order, size):
+    model, rows = partial
+    rows = {key: value[list(order)] for key, value in rows.items()}
+    batches = [{key: value[i : i + size] for key, value in rows.items()} for i in range(0, 6, size)]
+    alone = one_by_one(rows)
+    jacobians = torch.stack([jacobian(model, row) for row in alone])
+    assert all(p.any() for p in squared_gradients(model, alone).values())
+    expected = kernel_of(jacobians)
+    found = empirical_ntk(model, batches, batch_size=size, block_rows=size)
+    assert float((found - expected).abs().max() / expected.abs().max()) <= 1e-9
+    found = fisher_information(model, batches, loss=of_each_row, progress=False)
+    assert_same_fisher(found, squared_gradients(model, alone), 1e-6)
+
+
+def of_each_row(output, batch) -> torch.Tensor:
+    return nn.functional.cross_entropy(output.logits, batch["labels"], reduction="none")
