@@ -219,10 +219,8 @@ def test_fisher_information(case, batches):
 
 @pytest.mark.parametrize("together", [True, False], ids=["one batch", "rows alone"])
 def test_kernel(case, together):
-    if together:
-        found = empirical_ntk(case.model, case.batch)
-    else:
-        found = empirical_ntk(case.model, case.rows, batch_size=1)
+    rows, options = (case.batch, {}) if together else (case.rows, {"batch_size": 1})
+    found = empirical_ntk(case.model, rows, **options)
     expected = kernel_of(case.jacobians[together])
     assert found.shape == expected.shape == (3, 3, 3, 3)
     assert relative_error(found, expected) <= case.tolerance
@@ -233,9 +231,13 @@ def test_kernel(case, together):
 
 SQUARE = ("bart", "funnel", "mpnet", "opt", "squeezebert", "t5", "xlnet")
 WRONG = {
-    "bart": "Fisher's hooks take the [1, 4, hidden] positions for one row of all",
+    "bart": "Fisher's hooks take the one row of position embeddings for a row of the batch",
     "funnel": "Fisher's hooks take the heads of r_s_bias for rows",
 }
+FISHER_SQUARE = [
+    pytest.param(kind, marks=pytest.mark.xfail(strict=True, reason=WRONG[kind])) if kind in WRONG else kind
+    for kind in SQUARE
+]
 
 
 @pytest.mark.parametrize("kind", SQUARE)
@@ -246,10 +248,7 @@ def test_kernel_of_as_many_rows_as_tokens(kind):
     assert relative_error(empirical_ntk(model, batch), expected) <= 1e-9
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [pytest.param(k, marks=pytest.mark.xfail(strict=True, reason=WRONG[k])) if k in WRONG else k for k in SQUARE],
-)
+@pytest.mark.parametrize("kind", FISHER_SQUARE)
 def test_fisher_information_of_as_many_rows_as_tokens(kind):
     model, batch = square(kind)
     found = fisher_information(model, [batch], progress=False)
