@@ -30,6 +30,7 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from published_kernel import prepared
@@ -59,6 +60,13 @@ def chosen(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
 def batches(rows: Rows, size: int) -> list[Rows]:
     n = len(rows["input_ids"])
     return [{key: value[i : i + size] for key, value in rows.items()} for i in range(0, n, size)]
+
+
+def with_ids(rows: Rows) -> Rows:
+    """With position and type ids of each row: packages that go by hooks have no gradients of single rows of an
+    embedding that runs once for the whole batch."""
+    places = torch.arange(rows["input_ids"].shape[1]).expand_as(rows["input_ids"])
+    return {**rows, "position_ids": places, "token_type_ids": torch.zeros_like(places)}
 
 
 # --- ways to the kernel: (model, train rows, test rows, rows of a batch) -> [train, test] -----------------------
@@ -136,20 +144,36 @@ def bergson(model: nn.Module, left: Rows, right: Rows, size: int) -> torch.Tenso
     return torch.cat(columns, 1)
 
 
+def dattri_llm(model: nn.Module, left: Rows, right: Rows, size: int) -> torch.Tensor:
+    """Gradients by hooks, kept as activations and output gradients, and its dot products (`Gradient.similarity`)."""
+    from dattri_llm import REGISTER_ALL, HookManager, HookManagerConfig
+
+    with HookManager(model, HookManagerConfig(linear_io=REGISTER_ALL)).collect(deregister_on_exit=True) as hooks:
+
+        def gradients(rows: Rows) -> object:
+            scalars(model, with_ids(rows)).sum().backward()
+            model.zero_grad()
+            return hooks.get_gradient()
+
+        mine = [gradients(rows) for rows in batches(left, size)]
+        columns = []
+        for rows in batches(right, size):
+            theirs = gradients(rows)
+            columns.append(torch.cat([part.similarity(theirs, reduce="all") for part in mine]))
+    return torch.cat(columns, 1)
+
+
 def opacus(model: nn.Module, left: Rows, right: Rows, size: int) -> torch.Tensor:
     """`GradSampleModule` and one product per parameter.
 
-    It keeps nothing in evaluation mode, so the model is in training mode (without dropout). Position and type ids are
-    given for each row: an embedding that runs once for the whole batch has no gradients of single rows there.
+    It keeps nothing in evaluation mode, so the model is in training mode (without dropout).
     """
     from opacus import GradSampleModule
 
     sampled = GradSampleModule(model.train(), loss_reduction="sum")
 
     def gradients(rows: Rows) -> dict[str, torch.Tensor]:
-        places = torch.arange(rows["input_ids"].shape[1]).expand_as(rows["input_ids"])
-        rows = {**rows, "position_ids": places, "token_type_ids": torch.zeros_like(places)}
-        scalars(sampled, rows).sum().backward()
+        scalars(sampled, with_ids(rows)).sum().backward()
         found = {name: p.grad_sample.flatten(1) for name, p in sampled.named_parameters()}
         sampled.zero_grad()  # drops the gradients of single rows, too
         return found
@@ -166,16 +190,23 @@ def opacus(model: nn.Module, left: Rows, right: Rows, size: int) -> torch.Tensor
         model.eval().zero_grad()
 
 
-PEERS = {"dattri": (dattri, ALL), "bergson": (bergson, ENCODER_WEIGHTS), "opacus": (opacus, ALL)}
+PEERS = {
+    "dattri": (dattri, ALL),
+    "dattri-llm": (dattri_llm, ALL),
+    "bergson": (bergson, ENCODER_WEIGHTS),
+    "opacus": (opacus, ALL),
+}
 
 
 # --- measuring ------------------------------------------------------------------------------------------------
 
 
 def build(args: argparse.Namespace) -> tuple[nn.Module, Rows, Rows]:
-    """The classifier with random weights, train rows, test rows; rows have between half of `--length` and all of it."""
+    """The classifier with random weights, train rows, test rows."""
     torch.manual_seed(0)
-    settings = json.load(open(args.config)) if args.config else SMALL if args.small else MINILM
+    settings = SMALL if args.small else MINILM
+    if args.config:
+        settings = json.loads(Path(args.config).read_text())
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(**{**settings, **no_dropout, "num_labels": 2})
     model = BertForSequenceClassification._from_config(config, attn_implementation="eager").eval()
