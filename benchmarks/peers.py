@@ -9,6 +9,7 @@ two of them would bring another torch along, and parts that are not used here):
     python benchmarks/peers.py --repeats 5                         # MiniLM's shape, random weights, one thread
     python benchmarks/peers.py --config path/to/config.json --train 8 --test 16
     python benchmarks/peers.py --small                             # a few seconds: does everything run?
+    python benchmarks/peers.py --families                          # whose kernels are right on which models
 
 What is computed: `K[i, j] = <d s(x_i), d s(x_j)>` between `--train` and `--test` rows, the scalar being
 `s = f_1 - f_0` of a BERT classifier with two labels, over the parameters that the package at hand covers. Beside each
@@ -62,9 +63,11 @@ def batches(rows: Rows, size: int) -> list[Rows]:
     return [{key: value[i : i + size] for key, value in rows.items()} for i in range(0, n, size)]
 
 
-def with_ids(rows: Rows) -> Rows:
-    """With position and type ids of each row: packages that go by hooks have no gradients of single rows of an
-    embedding that runs once for the whole batch."""
+def with_ids(model: nn.Module, rows: Rows) -> Rows:
+    """With position and type ids of each row of a BERT: packages that go by hooks have no gradients of single rows
+    of an embedding that runs once for the whole batch."""
+    if not isinstance(model, BertForSequenceClassification):
+        return rows
     places = torch.arange(rows["input_ids"].shape[1]).expand_as(rows["input_ids"])
     return {**rows, "position_ids": places, "token_type_ids": torch.zeros_like(places)}
 
@@ -79,7 +82,8 @@ def autograd(pattern: str) -> Callable:
         parameters = list(chosen(model, pattern).values())
 
         def gradient(row: Rows) -> torch.Tensor:
-            return torch.cat([g.flatten() for g in torch.autograd.grad(scalars(model, row)[0], parameters)])
+            found = torch.autograd.grad(scalars(model, row)[0], parameters, allow_unused=True, materialize_grads=True)
+            return torch.cat([g.flatten() for g in found])
 
         mine = torch.stack([gradient(row) for row in batches(left, 1)])
         return torch.stack([mine @ gradient(row) for row in batches(right, 1)], 1)
@@ -151,7 +155,7 @@ def dattri_llm(model: nn.Module, left: Rows, right: Rows, size: int) -> torch.Te
     with HookManager(model, HookManagerConfig(linear_io=REGISTER_ALL)).collect(deregister_on_exit=True) as hooks:
 
         def gradients(rows: Rows) -> object:
-            scalars(model, with_ids(rows)).sum().backward()
+            scalars(model, with_ids(model, rows)).sum().backward()
             model.zero_grad()
             return hooks.get_gradient()
 
@@ -173,7 +177,7 @@ def opacus(model: nn.Module, left: Rows, right: Rows, size: int) -> torch.Tensor
     sampled = GradSampleModule(model.train(), loss_reduction="sum")
 
     def gradients(rows: Rows) -> dict[str, torch.Tensor]:
-        scalars(sampled, with_ids(rows)).sum().backward()
+        scalars(sampled, with_ids(model, rows)).sum().backward()
         found = {name: p.grad_sample.flatten(1) for name, p in sampled.named_parameters()}
         sampled.zero_grad()  # drops the gradients of single rows, too
         return found
@@ -286,6 +290,45 @@ def line(name: str, rounds: list[dict], covered: int, total: int) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def families() -> None:
+    """Print, for tiny classifiers of many families, the error of each package's kernel, or what it raised.
+
+    In float64, or float32 where the model itself takes no other: mixtures of experts. Rows are ragged and come as a
+    tokenizer gives them: ids and mask.
+    """
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from classifiers import DIFFERENT, perturb, ragged_rows, tiny_classifier
+
+    ways = {"ours": ours(ALL), "dattri-llm": dattri_llm, "opacus": opacus}
+    print("| family | " + " | ".join(ways) + " |\n|" + " --- |" * (len(ways) + 1))
+    for kind in DIFFERENT:
+        rows = {key: value for key, value in ragged_rows().items() if key != "labels"}
+        cells = []
+        dtype = torch.float64
+        model = without_dropout(perturb(tiny_classifier(kind)).to(dtype))
+        try:
+            expected = autograd(ALL)(model, rows, rows, 1)
+        except RuntimeError:
+            dtype = torch.float32
+            expected = autograd(ALL)(model.to(dtype), rows, rows, 1)
+        for kernel in ways.values():
+            model = without_dropout(perturb(tiny_classifier(kind)).to(dtype))
+            try:
+                with contextlib.redirect_stderr(io.StringIO()):
+                    cells.append(f"{relative_error(kernel(model, rows, rows, 3), expected):.0e}")
+            except Exception as error:  # is the answer
+                cells.append(type(error).__name__)
+        precision = "" if dtype == torch.float64 else " (float32)"
+        print(f"| {kind}{precision} | " + " | ".join(cells) + " |", flush=True)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
 COLUMNS = (
     "package", "parameters", "ours, s", "ours, MB", "package, s", "package, MB", "time / ours", "memory / ours",
     "one by one, time / ours", "our error", "its error",
@@ -297,6 +340,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--config", help="JSON file with the fields of a BertConfig")
     parser.add_argument("--small", action="store_true", help="a model of 32 features, to see that everything runs")
+    parser.add_argument("--families", action="store_true", help="errors on tiny models of many families, not timed")
     parser.add_argument("--train", type=int, default=16)
     parser.add_argument("--test", type=int, default=32)
     parser.add_argument("--length", type=int, default=64)
@@ -307,6 +351,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
+    if args.families:
+        families()
+        return
     model, left, right = build(args)
     total = sum(p.numel() for p in model.parameters())
     lines, failures = [], []
