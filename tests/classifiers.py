@@ -23,6 +23,15 @@ _SMALL = {name: value for value, names in _VALUES.items() for name in names.spli
     "attn_implementation": "eager",
 }  # fmt: skip
 _OWN = {
+    "deberta-v3": {  # no model type of its own: version 2 with these settings
+        "relative_attention": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_buckets": 4,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "max_relative_positions": -1,
+        "position_biased_input": False,
+    },
     "funnel": {"block_sizes": [1, 1], "num_decoder_layers": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gptj": {"rotary_dim": 8},
@@ -36,23 +45,33 @@ DIFFERENT = (
 )  # fmt: skip
 
 
-def tiny_classifier(kind: str | type[PreTrainedConfig], seed: int = 0) -> torch.nn.Module:
+def tiny_classifier(kind: str | type[PreTrainedConfig], seed: int = 0, **config) -> torch.nn.Module:
     """A classifier of one family: two layers of 32 features, 120 words, two labels."""
-    config_class = next(c for c in CLASSIFIERS if kind in (c, c.model_type))
+    model_type = "deberta-v2" if kind == "deberta-v3" else kind
+    config_class = next(c for c in CLASSIFIERS if model_type in (c, c.model_type))
     plain = config_class()
     fixed = {name for name in dir(config_class) if isinstance(getattr(config_class, name, None), property)}
     chosen = {
         name: value
         for name, value in _SMALL.items()
         if (hasattr(plain, name) or name in ("attn_implementation", "pad_token_id")) and name not in fixed
-    } | _OWN.get(config_class.model_type, {})
+    } | _OWN.get(kind if isinstance(kind, str) else kind.model_type, {})
     if config_class.model_type == "funnel":
         chosen.pop("num_hidden_layers", None)
     if getattr(plain, "layer_types", None):
         chosen["layer_types"] = list(plain.layer_types)[:2]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return CLASSIFIERS[config_class](config_class(**chosen)).eval()
+        return CLASSIFIERS[config_class](config_class(**chosen | config)).eval()
+
+
+def perturb(model: torch.nn.Module, seed: int = 0, size: float = 0.1) -> torch.nn.Module:
+    """Add noise to every parameter, so that none is 0 and no norm is 1; the model itself is returned."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def classifier_rows(n: int = 4, length: int = 16) -> dict[str, torch.Tensor]:
@@ -61,6 +80,16 @@ def classifier_rows(n: int = 4, length: int = 16) -> dict[str, torch.Tensor]:
     ids = torch.randint(5, 100, (n, length), generator=generator)
     ids[:, -1] = 2
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(n) % 2}
+
+
+def ragged_rows(lengths: tuple[int, ...] = (12, 5, 9), labels: int = 3) -> dict[str, torch.Tensor]:
+    """Rows of these lengths padded at the right with 0: other tokens in each, an end token last."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    for row, length in zip(ids, lengths, strict=True):
+        row[:length] = torch.randint(5, 100, (length,), generator=generator)
+        row[length - 1] = 2
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.arange(len(lengths)) % labels}
 
 
 def runnable() -> list[str]:
