@@ -1,0 +1,186 @@
+"""Engine `projected`: a kernel of random projections of the gradients, for many rows.
+
+Every row passes once, forward and backward; its gradient is projected to k numbers per scalar (see `projection`) and the
+kernel is one product of these features. They do not depend on what they are multiplied with: features of training
+rows, once computed, serve every later evaluation set.
+
+**When**: from several hundred rows on, where the exact engine (whose cost grows with rows times rows) takes
+too long, and whenever new rows come one set after the other. Formula `sgd` alone: the sign of a projection says nothing of
+the gradient's signs. Below that use `structured`, which is exact.
+
+**Cost**, for N rows in all, T tokens, C scalars: N forward passes and C N backward passes without weights' gradients;
+projection `O(C T k log k)` for each linear layer; the product `O(N1 N2 C^2 k)`. **Memory**: one batch's graph and
+output gradients; features `N C k` numbers in the model's type, on disk chunk by chunk where a store is given.
+
+**Error**: an entry of the kernel is unbiased with standard deviation `sqrt(2 / k) |g| |g'|` at most (2.2 % of the norms'
+product at k = 4096, half of it at four times k); see `projection` for the derivation and its exceptions. The kernel is
+a Gram matrix of rank `min(k, N C)`, so with more than k rows least squares needs a regularization.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.kernel.projection import Projection, read_in_common
+from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.per_example.capture import Function
+from hf_ft_ext.per_example.forms import Form, dense
+from hf_ft_ext.per_example.gradients import ExampleGradients, Part
+
+CHUNK_ROWS = 128  # rows whose features are computed and kept together: what an interrupted run may lose
+
+
+class Chunks(Protocol):
+    """Where features are kept: `[rows, c, k]` for the rows of each chunk."""
+
+    edges: list[tuple[int, int]]
+
+    def get(self, i: int) -> torch.Tensor | None: ...
+    def put(self, i: int, features: torch.Tensor) -> None: ...
+
+
+class MemoryChunks:
+    """Features in memory."""
+
+    def __init__(self, edges: list[tuple[int, int]]):
+        self.edges = edges
+        self._features: dict[int, torch.Tensor] = {}
+
+    def get(self, i: int) -> torch.Tensor | None:
+        """Chunk i, or `None`."""
+        return self._features.get(i)
+
+    def put(self, i: int, features: torch.Tensor) -> None:
+        """Keep chunk i."""
+        self._features[i] = features
+
+
+class ProjectedEngine:
+    """Computes features.
+
+    Args:
+        model, function, parameters: as for `ExampleGradients`.
+        dimension, seed: of the projection.
+        dtype: type to compute gradients and features in.
+    """
+
+    keeps_graph = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        function: Function,
+        parameters: dict[str, nn.Parameter],
+        dimension: int,
+        seed: int,
+        dtype: torch.dtype,
+    ):
+        self.model, self.parameters, self.dtype = model, parameters, dtype
+        self.examples = ExampleGradients(model, function, parameters, dtype)
+        self.device = next(iter(parameters.values())).device
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        common = read_in_common(model, parameters)
+        self.projection = Projection(shapes, dimension, seed, self.device, dtype, common)
+
+    def prepare(self, rows: ExampleRows) -> None:
+        """Try the rules on two rows of middling lengths."""
+        middle = len(rows) // 2
+        order = sorted(range(len(rows)), key=lambda i: rows.lengths[i])
+        self.examples.prepare(rows.batch(order[middle : middle + 2] or order, self.device))
+
+    @property
+    def uncovered(self) -> list[str]:
+        """Parameters without a rule."""
+        return self.examples.uncovered
+
+    def features(self, rows: ExampleRows, first: int, batches: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Features `[rows, c, k]` on the CPU of the rows in `batches`, which are those from `first` on.
+
+        Raises:
+            InputError: a gradient is not finite.
+        """
+        found: torch.Tensor | None = None
+        for indices in batches:
+            for part in self.examples(rows.batch(indices, self.device)):
+                here = torch.tensor(indices[part.first : part.first + len(part.scalars)]) - first
+                values = self.projection(len(here), part.gradients)
+                if not values.isfinite().all():
+                    raise InputError(_explained(part, (here + first).tolist()))
+                if found is None:
+                    found = torch.empty(sum(map(len, batches)), *values.shape[1:], dtype=values.dtype)
+                found[here] = values.cpu()
+                del part, values  # before the next batch runs
+        assert found is not None
+        return found
+
+    def example_bytes(self, part: Part) -> int:
+        """Memory of one example's factors and features."""
+        tensors = {
+            tensor.data_ptr(): tensor.nbytes for by_name in part.gradients for tensor in _tensors(by_name.values())
+        }
+        c, k = part.scalars.shape[1], self.projection.dimension
+        return (sum(tensors.values()) + 3 * c * k * self.dtype.itemsize) // len(part.scalars)
+
+
+def cut_rows(rows: int, most: int = CHUNK_ROWS) -> list[tuple[int, int]]:
+    """Chunks of `rows` rows as (first, last exclusive)."""
+    return [(first, min(first + most, rows)) for first in range(0, rows, most)]
+
+
+def features_product(left: Chunks, right: Chunks | None, class_diagonal: bool) -> torch.Tensor:
+    """The kernel `[N1, C, N2, C]` in float64 of two sides' features, two chunks at a time.
+
+    Args:
+        right: `None` = the kernel of `left` with itself.
+        class_diagonal: products of a scalar with the same one alone: `[N1, C, N2]`.
+    """
+    other = left if right is None else right
+    kernel: torch.Tensor | None = None
+    for i, (a, b) in enumerate(left.edges):
+        mine = _chunk(left, i)
+        if kernel is None:
+            shape = (left.edges[-1][1], mine.shape[1], other.edges[-1][1], mine.shape[1])
+            kernel = torch.empty(shape[:-1] if class_diagonal else shape, dtype=torch.float64)
+        for j, (p, q) in enumerate(other.edges):
+            if right is None and j < i:
+                continue
+            theirs = mine if right is None and i == j else _chunk(other, j)
+            # K = F F'^T
+            if class_diagonal:
+                block = torch.bmm(mine.transpose(0, 1), theirs.permute(1, 2, 0)).transpose(0, 1)
+            else:
+                block = (mine.flatten(0, 1) @ theirs.flatten(0, 1).T).view(*mine.shape[:2], *theirs.shape[:2])
+            kernel[a:b, :, p:q] = block
+            if right is None and i != j:
+                kernel[p:q, :, a:b] = block.permute(2, 1, 0) if class_diagonal else block.permute(2, 3, 0, 1)
+    assert kernel is not None
+    return kernel
+
+
+def _chunk(chunks: Chunks, i: int) -> torch.Tensor:
+    found = chunks.get(i)
+    if found is None:
+        raise InputError(f"chunk {i} of the projected gradients is gone; run again")
+    return found.double()
+
+
+def _tensors(forms: Sequence[list[Form]]) -> Iterator[torch.Tensor]:
+    for found in forms:
+        for form in found:
+            yield from (value for value in vars(form).values() if isinstance(value, torch.Tensor))
+
+
+def _explained(part: Part, rows: list[int]) -> str:
+    """Which example and which parameter made a projection NaN or infinite."""
+    for by_name in part.gradients:
+        for name, forms in by_name.items():
+            for at, row in enumerate(rows):
+                if not dense([form[at : at + 1] for form in forms]).isfinite().all():
+                    return (
+                        f"the gradient of {name} for example {row} (from 0) is NaN or infinite; look at this row and "
+                        "this layer's weights, or load the model in float32"
+                    )
+    return "projected gradients are not finite although every gradient is: they overflow; scale the logits down"
