@@ -17,20 +17,28 @@ product at k = 4096, half of it at four times k); see `projection` for the deriv
 a Gram matrix of rank `min(k, N C)`, so with more than k rows least squares needs a regularization.
 """
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.projection import Projection, read_in_common
 from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.kernel.schedule import batch_overhead, longest_row, memory_bound, refuse_too_little, saved_bytes
+from hf_ft_ext.kernel.store import FeatureStore
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.forms import Form, dense
 from hf_ft_ext.per_example.gradients import ExampleGradients, Part
+from hf_ft_ext.per_example.state import computing_in, evaluating
 
 CHUNK_ROWS = 128  # rows whose features are computed and kept together: what an interrupted run may lose
+_SHARE_OF_FEATURES = 0.25  # of the bound of memory; more features than that are kept on disk
 
 
 class Chunks(Protocol):
@@ -65,9 +73,10 @@ class ProjectedEngine:
         model, function, parameters: as for `ExampleGradients`.
         dimension, seed: of the projection.
         dtype: type to compute gradients and features in.
+        memory_gb: bound of memory, in 10^9 bytes; `None` = half of what is free.
+        batch_size: rows of a forward pass, at most.
+        fixed_bytes: of `memory_gb`, what is taken whatever the rows.
     """
-
-    keeps_graph = True
 
     def __init__(
         self,
@@ -77,24 +86,87 @@ class ProjectedEngine:
         dimension: int,
         seed: int,
         dtype: torch.dtype,
+        memory_gb: float | None = None,
+        batch_size: int = 16,
+        fixed_bytes: int = 0,
     ):
         self.model, self.parameters, self.dtype = model, parameters, dtype
+        self.memory_gb, self.batch_size, self._fixed_bytes = memory_gb, batch_size, fixed_bytes
+        self.scalars = 0
         self.examples = ExampleGradients(model, function, parameters, dtype)
         self.device = next(iter(parameters.values())).device
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         common = read_in_common(model, parameters)
         self.projection = Projection(shapes, dimension, seed, self.device, dtype, common)
 
-    def prepare(self, rows: ExampleRows) -> None:
-        """Try the rules on two rows of middling lengths."""
-        middle = len(rows) // 2
-        order = sorted(range(len(rows)), key=lambda i: rows.lengths[i])
-        self.examples.prepare(rows.batch(order[middle : middle + 2] or order, self.device))
+    def kernel(
+        self, rows1: ExampleRows, rows2: ExampleRows | None, class_diagonal: bool, disable_tqdm: bool = True
+    ) -> torch.Tensor:
+        """The kernel `[N1, C, N2, C]` of rows whose features nobody keeps; see `features_product`."""
+        with tempfile.TemporaryDirectory(prefix="projected-gradients-") as folder:
+            kept = []
+            for number, rows in enumerate((rows1, rows2)):
+                if rows is not None:
+                    kept.append(self._chunks(rows, Path(folder) / str(number)))
+                    self.project(rows, kept[-1], disable_tqdm=disable_tqdm)
+            return features_product(kept[0], kept[1] if rows2 is not None else None, class_diagonal)
 
-    @property
-    def uncovered(self) -> list[str]:
-        """Parameters without a rule."""
-        return self.examples.uncovered
+    def _chunks(self, rows: ExampleRows, folder: Path) -> Chunks:
+        """Room for features: in memory, or in `folder` where they would take more than a share of the bound."""
+        edges = cut_rows(len(rows))
+        with self._computing(rows):
+            size = len(rows) * self.scalars * self.projection.dimension * self.dtype.itemsize
+        if size <= _SHARE_OF_FEATURES * self._bound(1) * 1e9:
+            return MemoryChunks(edges)
+        store = FeatureStore(folder, {"dimension": self.projection.dimension})
+        store.cut(edges)
+        return store
+
+    def project(
+        self, rows: ExampleRows, chunks: Chunks, process: int = 0, processes: int = 1, disable_tqdm: bool = True
+    ) -> None:
+        """Compute the features of this process's share of the chunks that are missing, and keep them.
+
+        Raises:
+            InputError: too little memory, or a gradient that is not finite.
+        """
+        mine = [i for i in range(len(chunks.edges))[process::processes] if chunks.get(i) is None]
+        if not mine:
+            return
+        with self._computing(rows):
+            size = self._batch_size(rows, self._bound(processes))
+            overhead = batch_overhead(self.device)
+            for i in tqdm(mine, desc="projected gradients", disable=disable_tqdm):
+                first, last = chunks.edges[i]
+                chunks.put(i, self.features(rows, first, rows.by_length(first, last, size, overhead)))
+
+    @contextlib.contextmanager
+    def _computing(self, rows: ExampleRows) -> Iterator[None]:
+        """The model in the state for gradients, rules tried."""
+        with evaluating(self.model), computing_in(self.model, self.dtype, only_weights=True):
+            if not self.scalars:
+                middle = len(rows) // 2
+                order = sorted(range(len(rows)), key=lambda i: rows.lengths[i])
+                few = rows.batch(order[middle : middle + 2] or order, self.device)
+                self.examples.prepare(few)
+                self.scalars = next(self.examples(few)).scalars.shape[1]
+            yield
+
+    def _bound(self, processes: int) -> float:
+        return memory_bound(self.memory_gb, self.device, processes)
+
+    def _batch_size(self, rows: ExampleRows, bound: float) -> int:
+        """Rows of a forward pass that fit into `bound`, measured on the longest row."""
+        with saved_bytes(self.model) as saved:
+            (part,) = self.examples(rows.batch([longest_row(rows)], self.device))
+        features = 3 * self.scalars * self.projection.dimension * self.dtype.itemsize  # spectrum and sums
+        factors = {t.data_ptr(): t.nbytes for by_name in part.gradients for t in _tensors(by_name.values())}
+        # the graph, the gradients of the outputs while a backward pass runs, and what the projection reads
+        example = 2 * sum(saved.values()) + sum(factors.values()) + features
+        chunk = min(CHUNK_ROWS, len(rows)) * features
+        fixed = self._fixed_bytes + self.projection.scratch_bytes() + chunk
+        refuse_too_little(bound, fixed + example, "one example")
+        return max(1, min(self.batch_size, int((1e9 * bound - fixed) // example)))
 
     def features(self, rows: ExampleRows, first: int, batches: Sequence[Sequence[int]]) -> torch.Tensor:
         """Features `[rows, c, k]` on the CPU of the rows in `batches`, which are those from `first` on.
@@ -115,14 +187,6 @@ class ProjectedEngine:
                 del part, values  # before the next batch runs
         assert found is not None
         return found
-
-    def example_bytes(self, part: Part) -> int:
-        """Memory of one example's factors and features."""
-        tensors = {
-            tensor.data_ptr(): tensor.nbytes for by_name in part.gradients for tensor in _tensors(by_name.values())
-        }
-        c, k = part.scalars.shape[1], self.projection.dimension
-        return (sum(tensors.values()) + 3 * c * k * self.dtype.itemsize) // len(part.scalars)
 
 
 def cut_rows(rows: int, most: int = CHUNK_ROWS) -> list[tuple[int, int]]:
@@ -167,7 +231,7 @@ def _chunk(chunks: Chunks, i: int) -> torch.Tensor:
     return found.double()
 
 
-def _tensors(forms: Sequence[list[Form]]) -> Iterator[torch.Tensor]:
+def _tensors(forms: Iterable[list[Form]]) -> Iterator[torch.Tensor]:
     for found in forms:
         for form in found:
             yield from (value for value in vars(form).values() if isinstance(value, torch.Tensor))
