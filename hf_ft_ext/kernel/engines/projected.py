@@ -1,20 +1,22 @@
 """Engine `projected`: a kernel of random projections of the gradients, for many rows.
 
-Every row passes once, forward and backward; its gradient is projected to k numbers per scalar (see `projection`) and the
-kernel is one product of these features. They do not depend on what they are multiplied with: features of training
-rows, once computed, serve every later evaluation set.
+Every row passes once, forward and backward. Its gradient is projected to k numbers per scalar, its features (see
+`hf_ft_ext.kernel.projection`), and the kernel is one product of features. Features do not depend on what they
+are multiplied with: those of training rows, once computed, serve every later evaluation set.
 
-**When**: from several hundred rows on, where the exact engine (whose cost grows with rows times rows) takes
-too long, and whenever new rows come one set after the other. Formula `sgd` alone: the sign of a projection says nothing of
-the gradient's signs. Below that use `structured`, which is exact.
+When to use it: from several hundred rows on, where the exact engine takes too long (its cost grows with rows times
+rows), and whenever new rows come one set after the other. Formula `sgd` alone: a projection does not keep the signs
+of a gradient's entries. For few rows use `structured`, which is exact.
 
-**Cost**, for N rows in all, T tokens, C scalars: N forward passes and C N backward passes without weights' gradients;
-projection `O(C T k log k)` for each linear layer; the product `O(N1 N2 C^2 k)`. **Memory**: one batch's graph and
-output gradients; features `N C k` numbers in the model's type, on disk chunk by chunk where a store is given.
+Cost, for N rows of T tokens in all and C scalars: N forward passes and C N backward passes without weights' gradients;
+the projection, `O(C T k log k)` for each linear layer; the product, `O(N1 N2 C^2 k)`.
 
-**Error**: an entry of the kernel is unbiased with standard deviation `sqrt(2 / k) |g| |g'|` at most (2.2 % of the norms'
-product at k = 4096, half of it at four times k); see `projection` for the derivation and its exceptions. The kernel is
-a Gram matrix of rank `min(k, N C)`, so with more than k rows least squares needs a regularization.
+Memory: one batch's graph and output gradients, and 128 rows' features. All features, `N C k` numbers in
+the model's type, are kept in memory where they take less than a quarter of the bound, or else on disk.
+
+Error: an entry of the kernel is unbiased, with a standard deviation of at most `sqrt(2 / k) |g| |g'|`: 2.2 % of the
+norms' product at k = 4096, half of it at k = 16384. `projection` derives it and names the exceptions. The kernel is a
+Gram matrix of rank `min(k, N C)` at most, so with more than k rows kernel regression needs a regularization.
 """
 
 import contextlib
