@@ -99,8 +99,8 @@ class KernelOptions:
 def signs_of_projections(formula: Formula) -> str:
     """Why the engine `projected` has no sign formula."""
     return (
-        f"engine=projected has no formula {formula.value}: it needs the sign of every entry of a gradient, and a random "
-        "projection keeps none; pass formula sgd, or engine auto"
+        f"engine=projected has no formula {formula.value}: it needs the sign of every entry of a gradient, which a "
+        "random projection does not keep; pass formula sgd, or engine auto"
     )
 
 
@@ -364,7 +364,7 @@ class KernelComputation:
 
 
 def _place(kernel: torch.Tensor, block: torch.Tensor, rows: Bounds, columns: Bounds, symmetric: bool) -> None:
-    """Put a block `[kernels, n, c, n', c]` or `[kernels, n, c, n']` into a kernel; mirrored too where it is symmetric."""
+    """Put a block `[kernels, n, c, n', c]` or `[kernels, n, c, n']` into a kernel, a symmetric one twice."""
     (a, b), (p, q) = rows, columns
     kernel[:, a:b, :, p:q] = block
     if symmetric and rows != columns:

@@ -156,8 +156,8 @@ def longest_row(rows: ExampleRows) -> int:
 def measure(engine, rows: ExampleRows, fixed: int = 0, class_diagonal: bool = False) -> Needs:
     """What one example takes, measured on the longest row; with `class_diagonal` scalars are multiplied one by one."""
     longest = longest_row(rows)
-    watch = saved_bytes(engine.model) if engine.keeps_graph else contextlib.nullcontext({})
-    with watch as saved:
+    with contextlib.ExitStack() as stack:
+        saved = stack.enter_context(saved_bytes(engine.model)) if engine.keeps_graph else {}
         side = engine.side(rows, [[longest]])
     row = engine.contraction.row_bytes(side.largest() * (1 if class_diagonal else side.scalars), engine.dtype)
     # the gradients of the outputs come on top of what the graph keeps

@@ -136,8 +136,8 @@ class _Store:
             yield
         except OSError as error:
             raise InputError(
-                f"the {self.what} cannot be written to {self.folder} ({error.strerror or error}); pass kernel_dir with "
-                "a folder that is writable and has room: finished blocks are kept"
+                f"the {self.what} cannot be written to {self.folder} ({error.strerror or error}); "
+                "pass kernel_dir with a folder that is writable and has room: finished blocks are kept"
             ) from error
 
     def _description(self) -> dict[str, Any] | None:
@@ -221,12 +221,13 @@ class FeatureStore(_Store):
     tensor = "features"
     edges: list[Bounds]
 
-    def cut(self, edges: list[Bounds]) -> None:
-        """Take the chunks that the folder holds, or else these."""
+    def cut(self, edges: list[Bounds]) -> list[Bounds]:
+        """Take the chunks that the folder holds, or else these; which it is."""
         stored = self._stored_cut()
         self.edges = edges if stored is None else [(first, last) for first, last in stored["chunks"]]
         if stored is None:
             self._describe({"chunks": edges})
+        return self.edges
 
     def get(self, i: int) -> torch.Tensor | None:
         """The finished chunk `[rows, c, k]`, mapped from its file, or `None`.
