@@ -126,7 +126,7 @@ class KernelSource:
             chunks = self._everywhere(
                 lambda: FeatureStore(self._folder, about, args.overwrite_kernels and first, first)
             )
-            edges = _at_first(args, lambda: chunks.cut(cut_rows(len(rows))))
+            edges = _at_first(args, lambda: chunks.cut(cut_rows(len(rows), args.world_size)))
             if not first:
                 chunks.cut(edges)
             self.computation.projected.project(rows, chunks, args.process_index, args.world_size, self._quiet)
@@ -139,14 +139,15 @@ class KernelSource:
         """Send every chunk to the processes that do not see it: those without a common folder."""
         args = self.args
         self.trainer.accelerator.wait_for_everyone()
-        for i, (first, last) in enumerate(chunks.edges):
+        for i in range(len(chunks.edges)):
             owner = i % args.world_size
             found = chunks.get(i)
             missing = self.trainer.accelerator.reduce(torch.tensor(float(found is None), device=args.device))
             if missing == 0:
                 continue
-            shape = (last - first, self.computation.projected.scalars, self.options.dimension)
-            sent = self._send(torch.zeros(shape, dtype=self.computation.dtype) if found is None else found, owner)
+            shape: list = [None if found is None else tuple(found.shape)]
+            broadcast_object_list(shape, from_process=owner)
+            sent = self._send(torch.zeros(shape[0], dtype=self.computation.dtype) if found is None else found, owner)
             if found is None:
                 chunks.put(i, sent)
 

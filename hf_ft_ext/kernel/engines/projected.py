@@ -191,8 +191,9 @@ class ProjectedEngine:
         return found
 
 
-def cut_rows(rows: int, most: int = CHUNK_ROWS) -> list[tuple[int, int]]:
-    """Chunks of `rows` rows as (first, last exclusive)."""
+def cut_rows(rows: int, processes: int = 1) -> list[tuple[int, int]]:
+    """Chunks of `rows` rows as (first, last exclusive), at least one for each process while there are rows."""
+    most = min(CHUNK_ROWS, -(-rows // processes))
     return [(first, min(first + most, rows)) for first in range(0, rows, most)]
 
 
