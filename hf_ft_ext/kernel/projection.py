@@ -48,7 +48,7 @@ from hf_ft_ext.per_example.forms import Form, Outer, Rows
 
 _WRITTEN_OUT = 2  # entries that are added to their places in the time of k/entry of a token's two transforms
 _TOKENS = 64  # transforms at a time on a CPU: what stays in its cache
-_ENTRIES = 2**22  # written out at a time
+_ENTRIES = 2**20  # written out at a time
 
 
 @dataclass(frozen=True)

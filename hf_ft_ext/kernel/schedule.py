@@ -80,6 +80,13 @@ class Plan:
     first_parts: list[list[Bounds]]
     second_parts: list[list[Bounds]]
 
+    @classmethod
+    def of_blocks(
+        cls, first: list[Bounds], second: list[Bounds], batch_size: int = 1, scratch_bytes: int = 1
+    ) -> "Plan":
+        """Blocks that fit into memory as they are."""
+        return cls(first, second, batch_size, scratch_bytes, [[b] for b in first], [[b] for b in second])
+
     def parts(self, i: int, j: int, symmetric: bool) -> Iterator[tuple[Bounds, Bounds, bool]]:
         """The parts of block (i, j), and whether both are the same rows.
 
@@ -210,8 +217,10 @@ def make_plan(
         largest = [max(sum(sizes[a:b]) for a, b in side) for sizes, side in zip((left, right), edges, strict=True)]
         one_side = lengths2 is None and len(edges[0]) == 1
         fits = (largest[0] if one_side else sum(largest)) <= room
+        if fits:
+            return Plan.of_blocks(*edges, batch, scratch)
         parts = [
-            [[bounds] if fits else _split_within(bounds, sizes, room / 2) for bounds in side]
+            [_split_within(bounds, sizes, room / 2) for bounds in side]
             for sizes, side in zip((left, right), edges, strict=True)
         ]
         return Plan(*edges, batch, scratch, *parts)
@@ -223,7 +232,7 @@ def make_plan(
         first = _split(left, room / 2, len(left))
         held = max(sum(left[a:b]) for a, b in first)
         second = _split(right, room - held, min(block_rows or _MOST_ROWS, -(-len(right) // processes)))
-    return Plan(first, second, batch, scratch, [[bounds] for bounds in first], [[bounds] for bounds in second])
+    return Plan.of_blocks(first, second, batch, scratch)
 
 
 def _split_within(bounds: Bounds, sizes: Sequence[float], room: float) -> list[Bounds]:

@@ -169,7 +169,7 @@ class KernelStore(_Store):
         if stored is not None:
             first, second = ([tuple(bounds) for bounds in stored[side]] for side in ("first", "second"))
             edges = first, second
-        self._cut = make(edges)
+        self._cut = make(edges) if edges is None or not self.finished() else Plan.of_blocks(*edges)
         if stored is None:
             self._describe({"first": self._cut.first, "second": self._cut.second})
         return self._cut

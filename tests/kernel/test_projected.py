@@ -225,11 +225,12 @@ def test_features_beyond_the_bound_of_memory_are_kept_on_disk(monkeypatch):
     monkeypatch.setattr(projected, "_SHARE_OF_FEATURES", 1e-9)
     found = empirical_ntk(model, LEFT, RIGHT, engine="projected", dimension=64)
     assert len(folders) == 3 + 4 and not any(folder.exists() for folder in folders)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-def test_memory_is_bounded_and_said(caplog):
+def test_memory_is_bounded_and_said(caplog, monkeypatch):
     model = family("bert")
+    monkeypatch.setattr(Projection, "scratch_bytes", lambda self: 0)  # more than a tiny model's rows
     with pytest.raises(InputError, match=r"one example takes .* pass at least (.*), or shorten") as error:
         projected_gradients(model, LEFT, 64, memory_gb=1e-6)
     least = float(str(error.value).split("at least ")[1].split(",")[0])
@@ -264,8 +265,8 @@ def test_a_gradient_that_is_not_finite_is_named():
 
     rows = {key: value.masked_fill(value == 59, 58) for key, value in LEFT.items()}
     assert projected_gradients(family("bert"), rows, 8, function=function).isfinite().all()
-    rows["input_ids"][3, 1] = 59
-    with pytest.raises(InputError, match=r"the gradient of .* for example 3 \(from 0\) is NaN or infinite"):
+    rows["input_ids"][4, 1] = 59  # not one of the rows of middling lengths that the rules are tried on
+    with pytest.raises(InputError, match=r"the gradient of .* for example 4 \(from 0\) is NaN or infinite"):
         projected_gradients(family("bert"), rows, 8, function=function)
 
 
