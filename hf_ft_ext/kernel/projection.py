@@ -37,7 +37,7 @@ process, device and dtype.
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -297,15 +297,27 @@ def _with_gradient(group: list[_Tokens]) -> tuple[torch.Tensor | None, list[_Tok
     most = int(used.sum(1).max())
     if most == 0:
         return None, []
-    if used.all():
-        return columns, group
-    order = (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, :most, None]
-    unused = ~used[:, :, None].take_along_dim(order, 1)
-    columns = columns.take_along_dim(order, 1).masked_fill(unused, 0)
-    chosen = [
-        _Tokens(t.name, t.scalar, t.rows.take_along_dim(order, 1).masked_fill(unused, 0), columns, used) for t in group
-    ]
-    return columns, chosen
+    kept = _kept_tokens(used, most)
+    columns = kept(columns)
+    return columns, [_Tokens(t.name, t.scalar, kept(t.rows), columns, used) for t in group]
+
+
+def _kept_tokens(used: torch.Tensor, most: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """From vectors `[n, t, width]` to those of the used tokens, zero where an example has fewer than `most`."""
+    n, t = used.shape
+    complete = bool(used.all())
+    order = (~used).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # used tokens first, in their order
+    places = (order + t * torch.arange(n, device=used.device)[:, None]).flatten()
+    unused = ~used if most == t else ~used.flatten()[places].view(n, most)
+
+    def kept(values: torch.Tensor) -> torch.Tensor:
+        if most < t:
+            values = values.flatten(0, 1).index_select(0, places).view(n, most, -1)
+        if complete or values.sum().isfinite():  # a gradient of zero times any finite number is zero
+            return values
+        return values.masked_fill(unused[:, :, None], 0)
+
+    return kept
 
 
 @contextlib.contextmanager
