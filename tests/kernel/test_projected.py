@@ -27,6 +27,7 @@ from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.projection import Projection, matrix_shape, read_in_common
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.store import DESCRIPTION, FeatureStore
+from hf_ft_ext.per_example.forms import Dense, Outer
 from hf_ft_ext.per_example.gradients import logits
 
 LEFT, RIGHT = batch(5), batch(7, 11, seed=1)
@@ -77,6 +78,24 @@ def test_features_are_the_gradients_times_one_matrix(model_type, dimension, writ
     own = Projection(shapes, dimension, 0, torch.device("cpu"), torch.float64, common)
     expected = gradients @ matrix(own, parameters)
     torch.testing.assert_close(found.flatten(0, 1), expected, rtol=0, atol=1e-10 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("written_out", [0, 1000])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("counts", [(2, 1), (3, 1), (1, 0)])
+def test_what_tokens_without_gradient_read_does_not_matter(counts, transposed, written_out, monkeypatch):
+    """Of padding, or where only the first position is read, activations may be NaN."""
+    monkeypatch.setattr(projection_module, "_WRITTEN_OUT", written_out)
+    monkeypatch.setattr(projection_module, "_TOKENS", 2)
+    generator = torch.Generator().manual_seed(0)
+    inputs, grads = (torch.randn(2, 3, width, dtype=torch.float64, generator=generator) for width in (5, 4))
+    used = torch.arange(2, -1, -1) < torch.tensor(counts)[:, None]  # the last tokens
+    grads = grads * used[..., None]
+    own = Projection({"w": (5, 4) if transposed else (4, 5)}, 7, 0, torch.device("cpu"), torch.float64)
+    expected = own(2, [{"w": [Dense(Outer(inputs, grads, transposed).dense())]}])
+    found = own(2, [{"w": [Outer(inputs.masked_fill(~used[..., None], torch.nan), grads, transposed)]}])
+    torch.testing.assert_close(found, expected)
+    assert found.any()
 
 
 def parts_of(model, inputs):
