@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from hf_ft_ext.arguments import Gradients
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.formulas import Formula
-from hf_ft_ext.kernel.ntk import Engine, KernelOptions, signs_of_projections
+from hf_ft_ext.kernel.ntk import DIMENSION, Engine, KernelOptions, signs_of_projections
 from hf_ft_ext.kernel.solvers import Solver, SolverOptions
 from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
 from hf_ft_ext.training.completion import chosen
@@ -104,7 +104,7 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         },
     )
     kernel_dimension: int = field(
-        default=4096,
+        default=DIMENSION,
         metadata={
             "help": "projected: numbers that the gradient of a scalar is projected to, above 0; the error of an entry "
             "is at most sqrt(2 / kernel_dimension) of the gradients' norms."
@@ -215,6 +215,7 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
     def options(self, binary: bool, multi_label: bool = False) -> KernelOptions:
         """The kernel's part of the settings."""
         by_class = multi_label or Solver(self.kernel_solver).by_class
+        projected = self.kernel_engine == Engine.PROJECTED.value
         return KernelOptions(
             formula=self.kernel_formula,
             engine=self.kernel_engine,
@@ -226,8 +227,8 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             only_biases=self.only_biases,
             memory_gb=self.kernel_memory_gb,
             batch_size=self.per_device_eval_batch_size,
-            dimension=self.kernel_dimension,
-            seed=self.seed,
+            dimension=self.kernel_dimension if projected else None,
+            seed=self.seed if projected else None,
         )
 
     def solver_options(self, regularization: float, regression: bool, multi_label: bool = False) -> SolverOptions:

@@ -24,6 +24,8 @@ from hf_ft_ext.per_example.state import Batch, computing_in, evaluating, support
 
 logger = logging.getLogger(__name__)
 
+DIMENSION = 4096  # of engine `projected`
+
 
 class Engine(enum.StrEnum):
     """How a kernel is computed: all but `projected` give the same.
@@ -63,8 +65,8 @@ class KernelOptions:
         memory_gb: bound of memory above the loaded model, in 10^9 bytes; `None` = half of what is free.
         batch_size: examples in a forward pass, at most.
         block_rows: examples of the second side that are computed and stored together; `None` = up to 128.
-        dimension: of engine `projected`: k, numbers that the gradient of a scalar is projected to.
-        seed: of engine `projected`: of the projection.
+        dimension: engine `projected` alone: k, numbers that the gradient of a scalar is projected to; `None` = 4096.
+        seed: engine `projected` alone: of the projection; `None` = 0.
     """
 
     formula: Formula = Formula.SGD
@@ -78,8 +80,8 @@ class KernelOptions:
     memory_gb: float | None = None
     batch_size: int = 16
     block_rows: int | None = None
-    dimension: int = 4096
-    seed: int = 0
+    dimension: int | None = None
+    seed: int | None = None
 
     def __post_init__(self):
         for name, kind in (("formula", Formula), ("engine", Engine)):
@@ -92,8 +94,19 @@ class KernelOptions:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name}={value} must be above 0")
-        if self.engine is Engine.PROJECTED and self.formula.signs:
+        if self.engine is not Engine.PROJECTED:
+            for name in ("dimension", "seed"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name} is of engine=projected, not {self.engine.value}; leave it out")
+            return
+        if self.formula.signs:
             raise InputError(signs_of_projections(self.formula))
+        if self.block_rows is not None:
+            raise InputError(
+                "block_rows is of the exact engines: engine=projected keeps rows, not blocks; leave it out"
+            )
+        object.__setattr__(self, "dimension", DIMENSION if self.dimension is None else self.dimension)
+        object.__setattr__(self, "seed", self.seed or 0)
 
 
 def signs_of_projections(formula: Formula) -> str:
@@ -150,7 +163,7 @@ def empirical_ntk(
 def projected_gradients(
     model: nn.Module,
     batches: Batch | Iterable[Batch],
-    dimension: int = 4096,
+    dimension: int = DIMENSION,
     seed: int = 0,
     *,
     function: Function | None = None,
@@ -177,8 +190,8 @@ def projected_gradients(
     Raises:
         InputError: as `empirical_ntk`.
     """
-    options = {"engine": Engine.PROJECTED, "dimension": dimension, "seed": seed, **options}
-    computation = KernelComputation(model, KernelOptions(**options), function)
+    projected = {"engine": Engine.PROJECTED, "dimension": dimension, "seed": seed}
+    computation = KernelComputation(model, KernelOptions(**projected, **options), function)
     rows = ExampleRows(batches, _pad_token(model))
     chunks = MemoryChunks(cut_rows(len(rows)))
     computation.projected.project(rows, chunks, disable_tqdm=disable_tqdm)
@@ -242,7 +255,7 @@ class KernelComputation:
 
         Args:
             blocks: finished blocks are taken from there and new ones left there; not with engine `projected`, whose
-                features are kept instead (see `project`).
+                features are kept instead (see `ProjectedEngine.project`).
             process, processes: this process and how many share the work.
             send: from a block and the process that has it to that block on every process.
         """

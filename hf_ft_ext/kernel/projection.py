@@ -46,7 +46,7 @@ from torch import nn
 
 from hf_ft_ext.per_example.forms import Form, Outer, Rows
 
-_WRITTEN_OUT = 2  # entries that are added to their places in the time of k/entry of a token's two transforms
+_WRITTEN_OUT = 2  # a gradient is written out if it has at most so many entries for each token and place: it is quicker
 _TOKENS = 64  # transforms at a time on a CPU: what stays in its cache
 _ENTRIES = 2**20  # written out at a time
 
@@ -122,7 +122,8 @@ class Projection:
                 for form in forms:
                     if isinstance(form, Outer):
                         tokens = _tokens(name, scalar, form)
-                        key = (tokens.columns.data_ptr(), tokens.columns.shape, self._shared.get(name, name))
+                        read = tokens.columns
+                        key = (read.data_ptr(), read.shape, read.stride(), self._shared.get(name, name))
                         groups.setdefault(key, []).append(tokens)
                     elif isinstance(form, Rows):
                         self._add_table(total[:, scalar], name, form)

@@ -271,11 +271,14 @@ def test_memory_is_bounded_and_said(caplog, monkeypatch):
         ({"formula": "signgd"}, "engine=projected has no formula signgd: .* pass formula sgd, or engine auto"),
         ({"formula": "asymmetric_signgd"}, "engine=projected has no formula asymmetric_signgd"),
         ({"dimension": 0}, "dimension=0 must be above 0"),
+        ({"block_rows": 2}, "block_rows is of the exact engines"),
+        ({"engine": "auto", "dimension": 64}, "dimension is of engine=projected, not auto"),
+        ({"engine": "jacobian", "seed": 1}, "seed is of engine=projected, not jacobian"),
     ],
 )
 def test_options_that_cannot_work(options, message):
     with pytest.raises(InputError, match=message):
-        empirical_ntk(family("bert"), LEFT, engine="projected", **options)
+        empirical_ntk(family("bert"), LEFT, **{"engine": "projected", **options})
 
 
 def test_a_gradient_that_is_not_finite_is_named():

@@ -94,7 +94,7 @@ class ProjectedEngine:
     ):
         self.model, self.parameters, self.dtype = model, parameters, dtype
         self.memory_gb, self.batch_size, self._fixed_bytes = memory_gb, batch_size, fixed_bytes
-        self.scalars = 0
+        self.scalars, self._memory = 0, 0.0
         self.examples = ExampleGradients(model, function, parameters, dtype)
         self.device = next(iter(parameters.values())).device
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -155,7 +155,8 @@ class ProjectedEngine:
             yield
 
     def _bound(self, processes: int) -> float:
-        return memory_bound(self.memory_gb, self.device, processes)
+        self._memory = self._memory or memory_bound(self.memory_gb, self.device, processes)
+        return self._memory
 
     def _batch_size(self, rows: ExampleRows, bound: float) -> int:
         """Rows of a forward pass that fit into `bound`, measured on the longest row."""
