@@ -26,6 +26,7 @@ from .gradientless.spsa import SPSA as SPSA
 from .gradientless.trainer import GradientlessTrainer as GradientlessTrainer
 from .kernel.arguments import KernelTrainingArguments as KernelTrainingArguments
 from .kernel.ntk import empirical_ntk as empirical_ntk
+from .kernel.ntk import projected_gradients as projected_gradients
 from .kernel.trainer import KernelTrainer as KernelTrainer
 from .linear_probe import fit_linear_head as fit_linear_head
 from .linearhead.arguments import LinearHeadTrainingArguments as LinearHeadTrainingArguments

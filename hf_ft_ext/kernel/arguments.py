@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from hf_ft_ext.arguments import Gradients
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.formulas import Formula
-from hf_ft_ext.kernel.ntk import Engine, KernelOptions
+from hf_ft_ext.kernel.ntk import DIMENSION, Engine, KernelOptions, signs_of_projections
 from hf_ft_ext.kernel.solvers import Solver, SolverOptions
 from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
 from hf_ft_ext.training.completion import chosen
@@ -19,6 +19,7 @@ _OF_MODEL_RUNS = (
 )  # fmt: skip
 # Settings of one solver -> the solvers that read it.
 _ONLY_OF_SOLVERS = {"kernel_gamma": ("asym",), "kernel_lambda": ("asym",), "kernel_svm_c": ("svr", "svc")}
+_WITHOUT_PROJECTION = "kernel_dimension is of kernel_engine=projected; pass that engine too, or leave it out"
 
 
 @dataclass
@@ -97,12 +98,24 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         default=Engine.AUTO.value,
         metadata={
             "help": "auto: layer by layer, examples one by one where a layer has no rule. structured: refuse such "
-            "layers. jacobian: full Jacobians, the plain reference.",
+            "layers. jacobian: full Jacobians, the plain reference. projected: random projections of the gradients, "
+            "for many rows; formula sgd.",
             "choices": [engine.value for engine in Engine],
         },
     )
-    kernel_memory_gb: float = field(
-        default=4.0, metadata={"help": "Bound of memory above the loaded model, in 10^9 bytes, above 0."}
+    kernel_dimension: int = field(
+        default=DIMENSION,
+        metadata={
+            "help": "projected: numbers that the gradient of a scalar is projected to, above 0; the error of an entry "
+            "is at most sqrt(2 / kernel_dimension) of the gradients' norms."
+        },
+    )
+    kernel_memory_gb: float | None = field(
+        default=None,
+        metadata={
+            "help": "Bound of memory above the loaded model, in 10^9 bytes, above 0; none = half of what is free at "
+            "the start."
+        },
     )
     kernel_dir: str | None = field(
         default=None,
@@ -135,9 +148,15 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             if getattr(self, name) not in [member.value for member in kind]:
                 choices = ", ".join(member.value for member in kind)
                 raise InputError(f"{name}={getattr(self, name)!r}; choose from: {choices}")
-        for name in ("kernel_gamma", "kernel_svm_c", "f0_scaling", "kernel_memory_gb"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name}={getattr(self, name)} must be a number above 0")
+        for name in ("kernel_gamma", "kernel_svm_c", "f0_scaling", "kernel_memory_gb", "kernel_dimension"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"{name}={value} must be a number above 0")
+        if self.kernel_engine == Engine.PROJECTED.value:
+            if Formula(self.kernel_formula).signs:
+                raise InputError(signs_of_projections(Formula(self.kernel_formula)))
+        elif chosen(self, "kernel_dimension"):
+            raise InputError(_WITHOUT_PROJECTION)
         if not 0 <= self.kernel_lambda <= 1:
             raise InputError(f"kernel_lambda={self.kernel_lambda} is no share in [0, 1]; pass 0.5, say")
         self._check_regularization()
@@ -189,11 +208,14 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         for name, solvers in _ONLY_OF_SOLVERS.items():
             if name in given and self.kernel_solver not in solvers:
                 raise InputError(_of_another_solver(name, self.kernel_solver))
+        if "kernel_dimension" in given and self.kernel_engine != Engine.PROJECTED.value:
+            raise InputError(_WITHOUT_PROJECTION)
         super().check_given(given)
 
     def options(self, binary: bool, multi_label: bool = False) -> KernelOptions:
         """The kernel's part of the settings."""
         by_class = multi_label or Solver(self.kernel_solver).by_class
+        projected = self.kernel_engine == Engine.PROJECTED.value
         return KernelOptions(
             formula=self.kernel_formula,
             engine=self.kernel_engine,
@@ -205,6 +227,8 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             only_biases=self.only_biases,
             memory_gb=self.kernel_memory_gb,
             batch_size=self.per_device_eval_batch_size,
+            dimension=self.kernel_dimension if projected else None,
+            seed=self.seed if projected else None,
         )
 
     def solver_options(self, regularization: float, regression: bool, multi_label: bool = False) -> SolverOptions:

@@ -1,8 +1,8 @@
-"""`empirical_ntk`: the empirical neural tangent kernel of any transformers model."""
+"""`empirical_ntk` and `projected_gradients`: the empirical neural tangent kernel of any transformers model."""
 
 import enum
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,39 +12,42 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.engines.jacobian import JacobianEngine
+from hf_ft_ext.kernel.engines.projected import MemoryChunks, ProjectedEngine, cut_rows
 from hf_ft_ext.kernel.engines.structured import StructuredEngine
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.parameters import kernel_parameters
 from hf_ft_ext.kernel.rows import ExampleRows
-from hf_ft_ext.kernel.schedule import Plan, make_plan, measure
+from hf_ft_ext.kernel.schedule import Bounds, Edges, Plan, batch_overhead, make_plan, measure, memory_bound
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.gradients import logits
 from hf_ft_ext.per_example.state import Batch, computing_in, evaluating, supports_float64
 
 logger = logging.getLogger(__name__)
 
-# What a batch costs beside its tokens, in tokens: as measured with the demo encoder; a GPU waits for many launches.
-_CPU_BATCH, _OTHER_BATCH = 64, 4096
+DIMENSION = 4096  # of engine `projected`
 
 
 class Engine(enum.StrEnum):
-    """How a kernel is computed; all give the same.
+    """How a kernel is computed: all but `projected` give the same.
 
     AUTO: `structured`, and autograd example by example for parameters that no rule covers. Use this.
     STRUCTURED: per-layer contraction only; refuses a model with a parameter that no rule covers, so that nobody
         waits for the slow way without knowing.
     JACOBIAN: Jacobians in full by `torch.func`, one matrix product. For comparison, and for small models of any kind.
+    PROJECTED: gradients randomly projected to `dimension` numbers: every row passes once, and entries of the kernel
+        have a random error of at most `sqrt(2 / dimension)` of the norms' product. For many rows; formula `sgd` alone.
     """
 
     AUTO = "auto"
     STRUCTURED = "structured"
     JACOBIAN = "jacobian"
+    PROJECTED = "projected"
 
 
 class Blocks(Protocol):
     """Where finished blocks are kept (see `store`)."""
 
-    def plan(self, make) -> Plan: ...
+    def plan(self, make: Callable[[Edges | None], Plan]) -> Plan: ...
     def get(self, i: int, j: int) -> torch.Tensor | None: ...
     def put(self, i: int, j: int, block: torch.Tensor) -> None: ...
 
@@ -59,9 +62,11 @@ class KernelOptions:
         binary_classification: one scalar `f_1 - f_0` in place of two logits.
         class_diagonal: only products of a scalar with the same one (`diagonal_axes` of neural-tangents).
         parameters, exclude_embeddings, exclude_head, only_biases: see `kernel_parameters`.
-        memory_gb: bound of memory above the loaded model, in 10^9 bytes.
+        memory_gb: bound of memory above the loaded model, in 10^9 bytes; `None` = half of what is free.
         batch_size: examples in a forward pass, at most.
         block_rows: examples of the second side that are computed and stored together; `None` = up to 128.
+        dimension: engine `projected` alone: k, numbers that the gradient of a scalar is projected to; `None` = 4096.
+        seed: engine `projected` alone: of the projection; `None` = 0.
     """
 
     formula: Formula = Formula.SGD
@@ -72,9 +77,11 @@ class KernelOptions:
     exclude_embeddings: bool = False
     exclude_head: bool = False
     only_biases: bool = False
-    memory_gb: float = 4.0
+    memory_gb: float | None = None
     batch_size: int = 16
     block_rows: int | None = None
+    dimension: int | None = None
+    seed: int | None = None
 
     def __post_init__(self):
         for name, kind in (("formula", Formula), ("engine", Engine)):
@@ -83,10 +90,31 @@ class KernelOptions:
                 object.__setattr__(self, name, kind(value))
             except ValueError:
                 raise InputError(f"{name}={value!r}; choose from: {', '.join(k.value for k in kind)}") from None
-        for name in ("memory_gb", "batch_size", "block_rows"):
+        for name in ("memory_gb", "batch_size", "block_rows", "dimension"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"{name}={value} must be above 0")
+        if self.engine is not Engine.PROJECTED:
+            for name in ("dimension", "seed"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name} is of engine=projected, not {self.engine.value}; leave it out")
+            return
+        if self.formula.signs:
+            raise InputError(signs_of_projections(self.formula))
+        if self.block_rows is not None:
+            raise InputError(
+                "block_rows is of the exact engines: engine=projected keeps rows, not blocks; leave it out"
+            )
+        object.__setattr__(self, "dimension", DIMENSION if self.dimension is None else self.dimension)
+        object.__setattr__(self, "seed", self.seed or 0)
+
+
+def signs_of_projections(formula: Formula) -> str:
+    """Why the engine `projected` has no sign formula."""
+    return (
+        f"engine=projected has no formula {formula.value}: it needs the sign of every entry of a gradient, which a "
+        "random projection does not keep; pass formula sgd, or engine auto"
+    )
 
 
 def empirical_ntk(
@@ -115,7 +143,7 @@ def empirical_ntk(
         batches1: mappings from input names to tensors, or one such mapping; labels are ignored.
         batches2: the other side; `None` = the kernel of `batches1` with itself, computed once per pair.
         function: from model and batch to scalars `[n]` or `[n, C]`; default: the logits.
-        options: the other fields of `KernelOptions`.
+        options: the other fields of `KernelOptions`; with `engine="projected"` among them `dimension` and `seed`.
 
     Returns:
         `[N1, C, N2, C]`, with `class_diagonal` `[N1, C, N2]`; for `asymmetric_signgd` `[2, N1, ...]`, the second being
@@ -126,11 +154,52 @@ def empirical_ntk(
             memory, or a kernel that holds NaN.
     """
     computation = KernelComputation(model, KernelOptions(formula, engine, **options), function)
-    pad = getattr(getattr(model, "config", None), "pad_token_id", 0)
-    rows1 = ExampleRows(batches1, pad)
-    rows2 = None if batches2 is None else ExampleRows(batches2, pad)
+    rows1 = ExampleRows(batches1, _pad_token(model))
+    rows2 = None if batches2 is None else ExampleRows(batches2, _pad_token(model))
     kernel = computation.run(rows1, rows2, disable_tqdm=disable_tqdm)
     return kernel if computation.options.formula.kernels == 2 else kernel[0]
+
+
+def projected_gradients(
+    model: nn.Module,
+    batches: Batch | Iterable[Batch],
+    dimension: int = DIMENSION,
+    seed: int = 0,
+    *,
+    function: Function | None = None,
+    disable_tqdm: bool = True,
+    **options,
+) -> torch.Tensor:
+    """The gradients of each example's scalars, randomly projected: `[N, C, dimension]` on the CPU.
+
+    `<P g, P g'>` is an unbiased estimate of `<g, g'>` with standard deviation `sqrt(2 / dimension) |g| |g'|` at most,
+    for gradients of this call and of any other with the same parameters, dimension and seed: the projection
+    does not depend on batches, order, dtype, device or process. See `hf_ft_ext.kernel.projection` for what it is.
+
+    Args:
+        model, function: as for `empirical_ntk`.
+        batches: as `batches1` there.
+        dimension: k.
+        seed: of the projection.
+        options: `parameters`, `exclude_embeddings`, `exclude_head`, `only_biases`, `binary_classification`,
+            `memory_gb` and `batch_size` of `KernelOptions`.
+
+    Returns:
+        In float64 for a model in float64, else in float32.
+
+    Raises:
+        InputError: as `empirical_ntk`.
+    """
+    projected = {"engine": Engine.PROJECTED, "dimension": dimension, "seed": seed}
+    computation = KernelComputation(model, KernelOptions(**projected, **options), function)
+    rows = ExampleRows(batches, _pad_token(model))
+    chunks = MemoryChunks(cut_rows(len(rows)))
+    computation.projected.project(rows, chunks, disable_tqdm=disable_tqdm)
+    return torch.cat([chunks.get(i) for i in range(len(chunks.edges))])
+
+
+def _pad_token(model: nn.Module) -> int | None:
+    return getattr(getattr(model, "config", None), "pad_token_id", 0)
 
 
 class KernelComputation:
@@ -159,8 +228,15 @@ class KernelComputation:
         dtype = torch.float64 if options.formula.signs or first.dtype == torch.float64 else torch.float32
         wider = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.dtype != dtype]
         self._wider_bytes = sum(t.numel() * dtype.itemsize for t in wider)
-        kind = JacobianEngine if options.engine is Engine.JACOBIAN else StructuredEngine
-        self.engine = kind(model, self.function, self.parameters, options.formula, dtype)
+        self.dtype = dtype
+        self.projected: ProjectedEngine | None = None  # in place of `engine`
+        if options.engine is Engine.PROJECTED:
+            projection = options.dimension, options.seed, dtype
+            budget = options.memory_gb, options.batch_size, self._wider_bytes
+            self.projected = ProjectedEngine(model, self.function, self.parameters, *projection, *budget)
+        else:
+            kind = JacobianEngine if options.engine is Engine.JACOBIAN else StructuredEngine
+            self.engine = kind(model, self.function, self.parameters, options.formula, dtype)
         self._ready = False
 
     def run(
@@ -171,24 +247,28 @@ class KernelComputation:
         process: int = 0,
         processes: int = 1,
         disable_tqdm: bool = True,
+        send: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """The kernel `[kernels, N1, C, N2, C]` (`class_diagonal`: without the last axis).
 
-        With several processes this process's blocks, zero elsewhere.
+        With several processes and no `send` this process's blocks, zero elsewhere.
 
         Args:
-            blocks: finished blocks are taken from there and new ones left there.
+            blocks: finished blocks are taken from there and new ones left there; not with engine `projected`, whose
+                features are kept instead (see `ProjectedEngine.project`).
             process, processes: this process and how many share the work.
+            send: from a block and the process that has it to that block on every process.
         """
-        with evaluating(self.model), computing_in(self.model, self.engine.dtype, only_weights=True):  # for all batches
-            return self._run(rows1, rows2, blocks, process, processes, disable_tqdm)
+        if self.projected is not None:
+            return self.projected.kernel(rows1, rows2, self.options.class_diagonal, disable_tqdm)[None]
+        with evaluating(self.model), computing_in(self.model, self.dtype, only_weights=True):  # for all batches
+            return self._run(rows1, rows2, blocks, process, processes, disable_tqdm, send)
 
-    def _run(self, rows1, rows2, blocks, process: int, processes: int, disable_tqdm: bool) -> torch.Tensor:
-        def make() -> Plan:
-            return self._plan(rows1, rows2, processes)
+    def _run(self, rows1, rows2, blocks, process: int, processes: int, disable_tqdm: bool, send) -> torch.Tensor:
+        def make(edges: Edges | None) -> Plan:
+            return self._plan(rows1, rows2, processes, edges)
 
-        plan = blocks.plan(make) if blocks else make()
-        self.engine.contraction.max_bytes = plan.scratch_bytes
+        plan = blocks.plan(make) if blocks else make(None)
         symmetric = rows2 is None
         pairs = [(i, j) for i in range(len(plan.first)) for j in range(len(plan.second)) if not symmetric or i <= j]
         mine = pairs[process::processes]
@@ -196,27 +276,28 @@ class KernelComputation:
         for i, j, block in self._blocks(mine, plan, rows1, rows2, blocks, disable_tqdm):
             if total is None:
                 total = self._zeros(rows1, rows2, block.shape[2])
-            (a, b), (p, q) = plan.first[i], plan.second[j]
-            total[:, a:b, :, p:q] = block
-            if symmetric and i != j:
-                mirrored = block.permute(0, 3, 2, 1) if block.ndim == 4 else block.permute(0, 3, 4, 1, 2)
-                total[:, p:q, :, a:b] = mirrored.flip(0) if len(mirrored) == 2 else mirrored
+            _place(total, block, plan.first[i], plan.second[j], symmetric)
         if total is None:  # more processes than blocks
             total = self._zeros(rows1, rows2, self._scalars(rows1))
+        if send is not None and processes > 1:  # block by block: the kernel may be larger than a device's memory
+            for number, (i, j) in enumerate(pairs):
+                (a, b), (p, q) = plan.first[i], plan.second[j]
+                block = send(total[:, a:b, :, p:q].contiguous(), number % processes)
+                _place(total, block, plan.first[i], plan.second[j], symmetric)
         return total
 
     def _zeros(self, rows1: ExampleRows, rows2: ExampleRows | None, c: int) -> torch.Tensor:
         shape = (self.options.formula.kernels, len(rows1), c, len(rows2 or rows1), c)
         return torch.zeros(shape[:-1] if self.options.class_diagonal else shape, dtype=torch.float64)
 
-    def _plan(self, rows1: ExampleRows, rows2: ExampleRows | None, processes: int) -> Plan:
+    def _plan(self, rows1: ExampleRows, rows2: ExampleRows | None, processes: int, edges: Edges | None = None) -> Plan:
         self._prepare(rows1)
         longer = rows1 if rows2 is None or max(rows1.lengths) >= max(rows2.lengths) else rows2
         options = self.options
         needs = measure(self.engine, longer, self._wider_bytes, options.class_diagonal)
         lengths2 = None if rows2 is None else rows2.lengths
-        sizes = options.memory_gb, options.batch_size, options.block_rows
-        return make_plan(needs, rows1.lengths, lengths2, *sizes, processes)
+        sizes = memory_bound(options.memory_gb, self.engine.device, processes), options.batch_size, options.block_rows
+        return make_plan(needs, rows1.lengths, lengths2, *sizes, processes, edges)
 
     def _prepare(self, rows: ExampleRows) -> None:
         if self._ready:
@@ -234,28 +315,34 @@ class KernelComputation:
         return self.engine.side(rows, [[0]]).scalars
 
     def _blocks(self, pairs, plan: Plan, rows1, rows2, blocks: Blocks | None, disable_tqdm: bool) -> Iterator[tuple]:
-        held: tuple[int, object] | None = None
+        held: tuple[Bounds, object] | None = None
         for i, j in tqdm(pairs, desc="kernel blocks", disable=disable_tqdm):
             block = blocks.get(i, j) if blocks else None
             if block is None:
                 self._prepare(rows1)
-                if held is None or held[0] != i:
-                    held = None  # before the next one is made
-                    held = (i, self._side(rows1, plan.first[i], plan))
-                same = rows2 is None and i == j
-                block = self._block(held[1], None if same else rows2 or rows1, plan, i, j)
+                self.engine.contraction.max_bytes = plan.scratch_bytes
+                for part1, part2, same in plan.parts(i, j, symmetric=rows2 is None):
+                    if held is None or held[0] != part1:
+                        held = None  # before the next one is made
+                        held = (part1, self._side(rows1, part1, plan))
+                    found = self._block(held[1], None if same else rows2 or rows1, plan, part1, part2)
+                    if (part1, part2) == (plan.first[i], plan.second[j]):
+                        block = found
+                        continue
+                    if block is None:
+                        block = _zeros_like(found, plan.first[i], plan.second[j])
+                    _place(block, found, *plan.within(i, j, part1, part2), symmetric=rows2 is None and i == j)
                 if blocks:
                     blocks.put(i, j, block)
             yield i, j, block
 
-    def _block(self, left, rows: ExampleRows | None, plan: Plan, i: int, j: int) -> torch.Tensor:
+    def _block(self, left, rows: ExampleRows | None, plan: Plan, part1: Bounds, part2: Bounds) -> torch.Tensor:
         """Between `left` and rows of the other side, or `left` itself; nothing of the other side outlives it."""
-        right = left if rows is None else self._side(rows, plan.second[j], plan)
-        return self._kernel(left, right, plan.first[i][0], plan.second[j][0])
+        right = left if rows is None else self._side(rows, part2, plan)
+        return self._kernel(left, right, part1[0], part2[0])
 
-    def _side(self, rows: ExampleRows, bounds: tuple[int, int], plan: Plan):
-        overhead = _CPU_BATCH if self.engine.device.type == "cpu" else _OTHER_BATCH
-        return self.engine.side(rows, rows.by_length(*bounds, plan.batch_size, overhead))
+    def _side(self, rows: ExampleRows, bounds: Bounds, plan: Plan):
+        return self.engine.side(rows, rows.by_length(*bounds, plan.batch_size, batch_overhead(self.engine.device)))
 
     def _kernel(self, left, right, first: int, second: int) -> torch.Tensor:
         found = self._diagonal(left, right) if self.options.class_diagonal else self.engine.kernels(left, right)
@@ -287,6 +374,21 @@ class KernelComputation:
                         "model in float32"
                     )
         return "the kernel is not finite although every gradient is: its numbers overflow; scale the logits down"
+
+
+def _place(kernel: torch.Tensor, block: torch.Tensor, rows: Bounds, columns: Bounds, symmetric: bool) -> None:
+    """Put a block `[kernels, n, c, n', c]` or `[kernels, n, c, n']` into a kernel, a symmetric one twice."""
+    (a, b), (p, q) = rows, columns
+    kernel[:, a:b, :, p:q] = block
+    if symmetric and rows != columns:
+        mirrored = block.permute(0, 3, 2, 1) if block.ndim == 4 else block.permute(0, 3, 4, 1, 2)
+        kernel[:, p:q, :, a:b] = mirrored.flip(0) if len(mirrored) == 2 else mirrored  # the flip of the flip
+
+
+def _zeros_like(part: torch.Tensor, rows: Bounds, columns: Bounds) -> torch.Tensor:
+    """A block of these rows and columns for parts like `part`."""
+    shape = part.shape
+    return part.new_zeros(shape[0], rows[1] - rows[0], shape[2], columns[1] - columns[0], *shape[4:])
 
 
 def _difference(values: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Where a trainer's kernels come from: computed block by block and kept, or read from the authors' files."""
+"""Where a trainer's kernels come from: computed part by part and kept, or read from the authors' files."""
 
 import contextlib
 import logging
@@ -9,16 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast, broadcast_object_list
 from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_rows import batches_in_order, for_collator, labels_of
 from hf_ft_ext.kernel import store
-from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
+from hf_ft_ext.kernel.engines.projected import Chunks, cut_rows, features_product
+from hf_ft_ext.kernel.ntk import Engine, KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
-from hf_ft_ext.kernel.schedule import Plan
-from hf_ft_ext.kernel.store import KernelStore
+from hf_ft_ext.kernel.schedule import Edges, Plan
+from hf_ft_ext.kernel.store import FeatureStore, KernelStore
 from hf_ft_ext.per_example.state import evaluating
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class KernelSource:
         self.trainer, self.args, self.options = trainer, trainer.args, options
         self.computation = KernelComputation(trainer.model, options)
         self._rows: dict[int, tuple[Any, ExampleRows]] = {}
+        self._features: dict[str, Chunks] = {}  # by the rows' hash
         self._model_hash: str | None = None
 
     def rows(self, dataset: Any) -> ExampleRows:
@@ -59,14 +61,15 @@ class KernelSource:
         else:
             rows1 = self.rows(train)
             rows2 = None if dataset is train else self.rows(dataset)
-            kernel = self._computed(rows1, rows2)
+            kernel = (
+                self._computed(rows1, rows2) if self.computation.projected is None else self._product(rows1, rows2)
+            )
         if self.args.export_kernels is not None and self.args.process_index == 0:
             store.write_kernel(self.args.export_kernels, split, self._task(), kernel, labels_of(dataset))
         return kernel.numpy()
 
     def _computed(self, rows1: ExampleRows, rows2: ExampleRows | None) -> torch.Tensor:
-        args = self.args
-        folder = Path(args.kernel_dir or Path(args.output_dir) / "kernels")
+        args, folder = self.args, self._folder
         first = args.process_index == 0
         about, computation = self._about(rows1, rows2), self.computation
         if self.options.class_diagonal:
@@ -77,23 +80,85 @@ class KernelSource:
                 about["class_diagonal"] = True
         blocks = self._everywhere(lambda: KernelStore(folder, about, args.overwrite_kernels and first, first))
         shared = _SharedPlan(blocks, args) if args.world_size > 1 else blocks
-        found = computation.run(
-            rows1, rows2, shared, args.process_index, args.world_size, args.disable_tqdm or not args.should_log
-        )
-        if args.world_size > 1:
-            found = self.trainer.accelerator.reduce(found.to(args.device), reduction="sum").cpu()
-        return found
+        return computation.run(rows1, rows2, shared, args.process_index, args.world_size, self._quiet, self._send)
+
+    @property
+    def _folder(self) -> Path:
+        return Path(self.args.kernel_dir or Path(self.args.output_dir) / "kernels")
+
+    @property
+    def _quiet(self) -> bool:
+        return self.args.disable_tqdm or not self.args.should_log
+
+    def _send(self, tensor: torch.Tensor, process: int) -> torch.Tensor:
+        """`tensor` as `process` has it, on every process."""
+        return broadcast(tensor.to(self.args.device), from_process=process).cpu()
 
     def _about(self, rows1: ExampleRows, rows2: ExampleRows | None) -> dict[str, Any]:
-        if self._model_hash is None:
-            self._model_hash = store.model_hash(self.trainer.model)
-        options = self.options
         return {
-            "model": self._model_hash,
+            "model": self._hash_of_model(),
             "first": store.rows_hash(rows1),
             "second": None if rows2 is None else store.rows_hash(rows2),
-            "formula": options.formula.value,
-            "engine": "jacobian" if options.engine.value == "jacobian" else "structured",
+            "formula": self.options.formula.value,
+            "engine": "jacobian" if self.options.engine is Engine.JACOBIAN else "structured",
+            "binary_classification": self.options.binary_classification,
+            "parameters": sorted(self.computation.parameters),
+        }
+
+    def _hash_of_model(self) -> str:
+        if self._model_hash is None:
+            self._model_hash = store.model_hash(self.trainer.model)
+        return self._model_hash
+
+    # --- engine `projected` -----------------------------------------------------------------------------
+
+    def _product(self, rows1: ExampleRows, rows2: ExampleRows | None) -> torch.Tensor:
+        """The kernel of projected gradients, which are kept for each set of rows."""
+        left = self._projected(rows1)
+        right = None if rows2 is None else self._projected(rows2)
+        return features_product(left, right, self.options.class_diagonal)[None]
+
+    def _projected(self, rows: ExampleRows) -> Chunks:
+        """The projected gradients of `rows`: what the folder holds, and the rest computed, each process its share."""
+        args, about = self.args, self._about_features(rows)
+        if about["rows"] not in self._features:
+            first = args.process_index == 0
+            chunks = self._everywhere(
+                lambda: FeatureStore(self._folder, about, args.overwrite_kernels and first, first)
+            )
+            edges = _at_first(args, lambda: chunks.cut(cut_rows(len(rows), args.world_size)))
+            if not first:
+                chunks.cut(edges)
+            self.computation.projected.project(rows, chunks, args.process_index, args.world_size, self._quiet)
+            if args.world_size > 1:
+                self._exchange(chunks)
+            self._features[about["rows"]] = chunks
+        return self._features[about["rows"]]
+
+    def _exchange(self, chunks: FeatureStore) -> None:
+        """Send every chunk to the processes that do not see it: those without a common folder."""
+        args = self.args
+        self.trainer.accelerator.wait_for_everyone()
+        for i in range(len(chunks.edges)):
+            owner = i % args.world_size
+            found = chunks.get(i)
+            missing = self.trainer.accelerator.reduce(torch.tensor(float(found is None), device=args.device))
+            if missing == 0:
+                continue
+            shape: list = [None if found is None else tuple(found.shape)]
+            broadcast_object_list(shape, from_process=owner)
+            sent = self._send(torch.zeros(shape[0], dtype=self.computation.dtype) if found is None else found, owner)
+            if found is None:
+                chunks.put(i, sent)
+
+    def _about_features(self, rows: ExampleRows) -> dict[str, Any]:
+        options = self.options
+        return {
+            "model": self._hash_of_model(),
+            "rows": store.rows_hash(rows),
+            "engine": Engine.PROJECTED.value,
+            "dimension": options.dimension,
+            "seed": options.seed,
             "binary_classification": options.binary_classification,
             "parameters": sorted(self.computation.parameters),
         }
@@ -155,9 +220,9 @@ class _SharedPlan:
         self._blocks, self._args = blocks, args
         self.get, self.put = blocks.get, blocks.put
 
-    def plan(self, make: Callable[[], Plan]) -> Plan:
-        cut = _at_first(self._args, lambda: self._blocks.plan(make))
-        return self._blocks.plan(lambda: cut)
+    def plan(self, make: Callable[[Edges | None], Plan]) -> Plan:
+        plan = _at_first(self._args, lambda: self._blocks.plan(make))
+        return self._blocks.plan(lambda edges: plan)
 
 
 def _at_first(args: TrainingArguments, find: Callable[[], Any]) -> Any:

@@ -25,6 +25,7 @@ SETTINGS = {
     "signgd": {"kernel_formula": "signgd", "kernel_regularization": "auto"},
     "asym": {"kernel_formula": "asymmetric_signgd", "kernel_solver": "asym"},
     "svc": {"kernel_solver": "svc", "binary_classification": False},  # class by class
+    "projected": {"kernel_engine": "projected", "kernel_dimension": 300, "kernel_regularization": "1e-3"},
 }
 
 

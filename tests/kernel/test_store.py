@@ -59,11 +59,65 @@ def test_killed_ten_times_a_run_ends_with_the_same_bits(tmp_path, formula, secon
     assert computed == 0 and torch.equal(again, whole)
 
 
-def test_another_budget_continues_in_the_same_cut(tmp_path):
-    whole, _ = run(tmp_path / "whole")
-    run(tmp_path / "cut", 2)
-    kernel, computed = run(tmp_path / "cut", memory_gb=0.5, batch_size=3)
-    assert torch.equal(kernel, whole) and computed == 3
+def finished_blocks(folder):
+    return {path.name: load_file(path)["kernel"] for path in folder.glob("*/block-*.safetensors")}
+
+
+@pytest.mark.parametrize(
+    "formula, second, options",
+    [("sgd", RIGHT, {}), ("asymmetric_signgd", None, {}), ("sgd", RIGHT, {"class_diagonal": True})],
+)
+def test_another_budget_keeps_finished_blocks_and_is_honoured(tmp_path, formula, second, options):
+    """As after running out of memory: blocks of the first run stay, and the rest take the new bound and batch size."""
+    about = {**ABOUT, **options, "second": None if second is None else "b"}
+    options = {"formula": formula, **options}
+
+    def computation(**sizes):
+        return KernelComputation(family("bert").double(), KernelOptions(block_rows=3, **options, **sizes))
+
+    whole = computation(batch_size=4).run(LEFT, second, KernelStore(tmp_path / "whole", about))
+    blocks = finished_blocks(tmp_path / "whole")
+    cut = KernelStore(tmp_path / "cut", about)
+    computation().run(LEFT, second, cut)
+    kept = sorted(cut.folder.glob("block-*"))
+    for path in kept[2:]:
+        path.unlink()
+    first = {path: path.read_bytes() for path in kept[:2]}
+    with pytest.raises(InputError, match="pass at least") as error:
+        computation(memory_gb=1e-6).run(LEFT, second, KernelStore(tmp_path / "cut", about))
+    least = float(str(error.value).split("at least ")[1].split(",")[0])
+    small = computation(memory_gb=least)
+    sides, side = [], small.engine.side
+    small.engine.side = lambda rows, batches: sides.append(batches) or side(rows, batches)
+    found = small.run(LEFT, second, KernelStore(tmp_path / "cut", about))
+    assert sides and all(len(batches) == 1 == len(batches[0]) for batches in sides)  # one row at a time
+    assert {path: path.read_bytes() for path in first} == first
+    assert finished_blocks(tmp_path / "cut").keys() == blocks.keys()
+    torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-9 * whole.abs().max().item())
+
+
+def test_the_batch_size_of_now_is_taken(tmp_path):
+    computation = KernelComputation(family("bert"), KernelOptions(block_rows=5, batch_size=4))
+    computation.run(LEFT, RIGHT, KernelStore(tmp_path, ABOUT))
+    for path in KernelStore(tmp_path, ABOUT).folder.glob("block-*"):
+        path.unlink()
+    computation = KernelComputation(family("bert"), KernelOptions(block_rows=2, batch_size=2))
+    plans, side = [], computation.engine.side
+    computation.engine.side = lambda rows, batches: plans.append(max(map(len, batches))) or side(rows, batches)
+    computation.run(LEFT, RIGHT, KernelStore(tmp_path, ABOUT))
+    assert max(plans) == 2 and len(finished_blocks(tmp_path)) == 2
+
+
+def test_a_folder_of_an_older_version_serves(tmp_path):
+    """Its description says the batch size and memory of that run too."""
+    whole, _ = run(tmp_path)
+    path = KernelStore(tmp_path, ABOUT).folder / store.DESCRIPTION
+    description = json.loads(path.read_text())
+    description["plan"] |= {"batch_size": 3, "scratch_bytes": 1000}
+    description["check"] = store._check(description["about"], description["plan"])
+    path.write_text(json.dumps(description))
+    again, computed = run(tmp_path)
+    assert computed == 0 and torch.equal(again, whole)
 
 
 def test_the_folder_is_named_after_the_content(tmp_path):

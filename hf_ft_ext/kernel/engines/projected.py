@@ -1,0 +1,254 @@
+"""Engine `projected`: a kernel of random projections of the gradients, for many rows.
+
+Every row passes once, forward and backward. Its gradient is projected to k numbers per scalar, its features (see
+`hf_ft_ext.kernel.projection`), and the kernel is one product of features. Features do not depend on what they
+are multiplied with: those of training rows, once computed, serve every later evaluation set.
+
+When to use it: from several hundred rows on, where the exact engine takes too long (its cost grows with rows times
+rows), and whenever new rows come one set after the other. Formula `sgd` alone: a projection does not keep the signs
+of a gradient's entries. For few rows use `structured`, which is exact.
+
+Cost, for N rows of T tokens in all and C scalars: N forward passes and C N backward passes without weights' gradients;
+the projection, `O(C T k log k)` for each linear layer; the product, `O(N1 N2 C^2 k)`.
+
+Memory: one batch's graph and output gradients, and 128 rows' features. All features, `N C k` numbers in
+the model's type, are kept in memory where they take less than a quarter of the bound, or else on disk.
+
+Error: an entry of the kernel is unbiased, with a standard deviation of at most `sqrt(2 / k) |g| |g'|`: 2.2 % of the
+norms' product at k = 4096, half of it at k = 16384. `projection` derives it and names the exceptions. The kernel is a
+Gram matrix of rank `min(k, N C)` at most, so with more than k rows kernel regression needs a regularization.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.kernel.projection import Projection, read_in_common
+from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.kernel.schedule import batch_overhead, longest_row, memory_bound, refuse_too_little, saved_bytes
+from hf_ft_ext.kernel.store import FeatureStore
+from hf_ft_ext.per_example.capture import Function
+from hf_ft_ext.per_example.forms import Form, dense
+from hf_ft_ext.per_example.gradients import ExampleGradients, Part
+from hf_ft_ext.per_example.state import computing_in, evaluating
+
+CHUNK_ROWS = 128  # rows whose features are computed and kept together: what an interrupted run may lose
+_SHARE_OF_FEATURES = 0.25  # of the bound of memory; more features than that are kept on disk
+
+
+class Chunks(Protocol):
+    """Where features are kept: `[rows, c, k]` for the rows of each chunk."""
+
+    edges: list[tuple[int, int]]
+
+    def get(self, i: int) -> torch.Tensor | None: ...
+    def put(self, i: int, features: torch.Tensor) -> None: ...
+
+
+class MemoryChunks:
+    """Features in memory."""
+
+    def __init__(self, edges: list[tuple[int, int]]):
+        self.edges = edges
+        self._features: dict[int, torch.Tensor] = {}
+
+    def get(self, i: int) -> torch.Tensor | None:
+        """Chunk i, or `None`."""
+        return self._features.get(i)
+
+    def put(self, i: int, features: torch.Tensor) -> None:
+        """Keep chunk i."""
+        self._features[i] = features
+
+
+class ProjectedEngine:
+    """Computes features.
+
+    Args:
+        model, function, parameters: as for `ExampleGradients`.
+        dimension, seed: of the projection.
+        dtype: type to compute gradients and features in.
+        memory_gb: bound of memory, in 10^9 bytes; `None` = half of what is free.
+        batch_size: rows of a forward pass, at most.
+        fixed_bytes: of `memory_gb`, what is taken whatever the rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        function: Function,
+        parameters: dict[str, nn.Parameter],
+        dimension: int,
+        seed: int,
+        dtype: torch.dtype,
+        memory_gb: float | None = None,
+        batch_size: int = 16,
+        fixed_bytes: int = 0,
+    ):
+        self.model, self.parameters, self.dtype = model, parameters, dtype
+        self.memory_gb, self.batch_size, self._fixed_bytes = memory_gb, batch_size, fixed_bytes
+        self.scalars, self._memory = 0, 0.0
+        self.examples = ExampleGradients(model, function, parameters, dtype)
+        self.device = next(iter(parameters.values())).device
+        shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+        common = read_in_common(model, parameters)
+        self.projection = Projection(shapes, dimension, seed, self.device, dtype, common)
+
+    def kernel(
+        self, rows1: ExampleRows, rows2: ExampleRows | None, class_diagonal: bool, disable_tqdm: bool = True
+    ) -> torch.Tensor:
+        """The kernel `[N1, C, N2, C]` of rows whose features nobody keeps; see `features_product`."""
+        with tempfile.TemporaryDirectory(prefix="projected-gradients-") as folder:
+            kept = []
+            for number, rows in enumerate((rows1, rows2)):
+                if rows is not None:
+                    kept.append(self._chunks(rows, Path(folder) / str(number)))
+                    self.project(rows, kept[-1], disable_tqdm=disable_tqdm)
+            return features_product(kept[0], kept[1] if rows2 is not None else None, class_diagonal)
+
+    def _chunks(self, rows: ExampleRows, folder: Path) -> Chunks:
+        """Room for features: in memory, or in `folder` where they would take more than a share of the bound."""
+        edges = cut_rows(len(rows))
+        with self._computing(rows):
+            size = len(rows) * self.scalars * self.projection.dimension * self.dtype.itemsize
+        if size <= _SHARE_OF_FEATURES * self._bound(1) * 1e9:
+            return MemoryChunks(edges)
+        store = FeatureStore(folder, {"dimension": self.projection.dimension})
+        store.cut(edges)
+        return store
+
+    def project(
+        self, rows: ExampleRows, chunks: Chunks, process: int = 0, processes: int = 1, disable_tqdm: bool = True
+    ) -> None:
+        """Compute the features of this process's share of the chunks that are missing, and keep them.
+
+        Raises:
+            InputError: too little memory, or a gradient that is not finite.
+        """
+        mine = [i for i in range(len(chunks.edges))[process::processes] if chunks.get(i) is None]
+        if not mine:
+            return
+        with self._computing(rows):
+            size = self._batch_size(rows, self._bound(processes))
+            overhead = batch_overhead(self.device)
+            for i in tqdm(mine, desc="projected gradients", disable=disable_tqdm):
+                first, last = chunks.edges[i]
+                chunks.put(i, self.features(rows, first, rows.by_length(first, last, size, overhead)))
+
+    @contextlib.contextmanager
+    def _computing(self, rows: ExampleRows) -> Iterator[None]:
+        """The model in the state for gradients, rules tried."""
+        with evaluating(self.model), computing_in(self.model, self.dtype, only_weights=True):
+            if not self.scalars:
+                middle = len(rows) // 2
+                order = sorted(range(len(rows)), key=lambda i: rows.lengths[i])
+                few = rows.batch(order[middle : middle + 2] or order, self.device)
+                self.examples.prepare(few)
+                self.scalars = next(self.examples(few)).scalars.shape[1]
+            yield
+
+    def _bound(self, processes: int) -> float:
+        self._memory = self._memory or memory_bound(self.memory_gb, self.device, processes)
+        return self._memory
+
+    def _batch_size(self, rows: ExampleRows, bound: float) -> int:
+        """Rows of a forward pass that fit into `bound`, measured on the longest row."""
+        with saved_bytes(self.model) as saved:
+            (part,) = self.examples(rows.batch([longest_row(rows)], self.device))
+        features = 3 * self.scalars * self.projection.dimension * self.dtype.itemsize  # spectrum and sums
+        factors = {t.data_ptr(): t.nbytes for by_name in part.gradients for t in _tensors(by_name.values())}
+        # the graph, the gradients of the outputs while a backward pass runs, and what the projection reads
+        example = 2 * sum(saved.values()) + sum(factors.values()) + features
+        chunk = min(CHUNK_ROWS, len(rows)) * features
+        fixed = self._fixed_bytes + self.projection.scratch_bytes() + chunk
+        refuse_too_little(bound, fixed + example, "one example")
+        return max(1, min(self.batch_size, int((1e9 * bound - fixed) // example)))
+
+    def features(self, rows: ExampleRows, first: int, batches: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Features `[rows, c, k]` on the CPU of the rows in `batches`, which are those from `first` on.
+
+        Raises:
+            InputError: a gradient is not finite.
+        """
+        found: torch.Tensor | None = None
+        for indices in batches:
+            for part in self.examples(rows.batch(indices, self.device)):
+                here = torch.tensor(indices[part.first : part.first + len(part.scalars)]) - first
+                values = self.projection(len(here), part.gradients)
+                if not values.isfinite().all():
+                    raise InputError(_explained(part, (here + first).tolist()))
+                if found is None:
+                    found = torch.empty(sum(map(len, batches)), *values.shape[1:], dtype=values.dtype)
+                found[here] = values.cpu()
+                del part, values  # before the next batch runs
+        assert found is not None
+        return found
+
+
+def cut_rows(rows: int, processes: int = 1) -> list[tuple[int, int]]:
+    """Chunks of `rows` rows as (first, last exclusive), at least one for each process while there are rows."""
+    most = min(CHUNK_ROWS, -(-rows // processes))
+    return [(first, min(first + most, rows)) for first in range(0, rows, most)]
+
+
+def features_product(left: Chunks, right: Chunks | None, class_diagonal: bool) -> torch.Tensor:
+    """The kernel `[N1, C, N2, C]` in float64 of two sides' features, two chunks at a time.
+
+    Args:
+        right: `None` = the kernel of `left` with itself.
+        class_diagonal: products of a scalar with the same one alone: `[N1, C, N2]`.
+    """
+    other = left if right is None else right
+    kernel: torch.Tensor | None = None
+    for i, (a, b) in enumerate(left.edges):
+        mine = _chunk(left, i)
+        if kernel is None:
+            shape = (left.edges[-1][1], mine.shape[1], other.edges[-1][1], mine.shape[1])
+            kernel = torch.empty(shape[:-1] if class_diagonal else shape, dtype=torch.float64)
+        for j, (p, q) in enumerate(other.edges):
+            if right is None and j < i:
+                continue
+            theirs = mine if right is None and i == j else _chunk(other, j)
+            # K = F F'^T
+            if class_diagonal:
+                block = torch.bmm(mine.transpose(0, 1), theirs.permute(1, 2, 0)).transpose(0, 1)
+            else:
+                block = (mine.flatten(0, 1) @ theirs.flatten(0, 1).T).view(*mine.shape[:2], *theirs.shape[:2])
+            kernel[a:b, :, p:q] = block
+            if right is None and i != j:
+                kernel[p:q, :, a:b] = block.permute(2, 1, 0) if class_diagonal else block.permute(2, 3, 0, 1)
+    assert kernel is not None
+    return kernel
+
+
+def _chunk(chunks: Chunks, i: int) -> torch.Tensor:
+    found = chunks.get(i)
+    if found is None:
+        raise InputError(f"chunk {i} of the projected gradients is gone; run again")
+    return found.double()
+
+
+def _tensors(forms: Iterable[list[Form]]) -> Iterator[torch.Tensor]:
+    for found in forms:
+        for form in found:
+            yield from (value for value in vars(form).values() if isinstance(value, torch.Tensor))
+
+
+def _explained(part: Part, rows: list[int]) -> str:
+    """Which example and which parameter made a projection NaN or infinite."""
+    for by_name in part.gradients:
+        for name, forms in by_name.items():
+            for at, row in enumerate(rows):
+                if not dense([form[at : at + 1] for form in forms]).isfinite().all():
+                    return (
+                        f"the gradient of {name} for example {row} (from 0) is NaN or infinite; look at this row and "
+                        "this layer's weights, or load the model in float32"
+                    )
+    return "projected gradients are not finite although every gradient is: they overflow; scale the logits down"

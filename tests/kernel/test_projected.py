@@ -1,0 +1,435 @@
+"""Engine `projected`: against exact kernels and a dense matrix; determinism; the store; the trainer."""
+
+import json
+import logging
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, batch, family
+from kernel_runs import make
+from peft import LoraConfig, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Dataset
+
+from hf_ft_ext import InputError, empirical_ntk, projected_gradients
+from hf_ft_ext.kernel import projection as projection_module
+from hf_ft_ext.kernel.arguments import KernelTrainingArguments
+from hf_ft_ext.kernel.engines import projected
+from hf_ft_ext.kernel.engines.projected import MemoryChunks, ProjectedEngine, cut_rows, features_product
+from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
+from hf_ft_ext.kernel.projection import Projection, matrix_shape, read_in_common
+from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.kernel.store import DESCRIPTION, FeatureStore
+from hf_ft_ext.per_example.forms import Dense, Outer
+from hf_ft_ext.per_example.gradients import logits
+
+LEFT, RIGHT = batch(5), batch(7, 11, seed=1)
+ABOUT = {"rows": "a", "dimension": 64}
+
+
+def whole_gradients(model, inputs):
+    """One row and logit at a time, by autograd: `[n * c, p]`, and where each parameter begins."""
+    parameters = dict(model.named_parameters())
+    model.eval()
+    found = []
+    for i in range(len(inputs["input_ids"])):
+        keep = int(inputs["attention_mask"][i].sum())
+        scalars = model(**{key: value[i : i + 1, :keep] for key, value in inputs.items()}).logits.reshape(-1)
+        for scalar in scalars:
+            grads = torch.autograd.grad(scalar, list(parameters.values()), retain_graph=True, allow_unused=True)
+            some = zip(grads, parameters.values(), strict=True)
+            found.append(torch.cat([torch.zeros(p.numel()).to(p) if g is None else g.reshape(-1) for g, p in some]))
+    return torch.stack(found), parameters
+
+
+def matrix(projection, parameters):
+    """The projection written out, `[p, k]`: one gradient entry at a time, by the definition in the module."""
+    k, rows = projection.dimension, []
+    for name, parameter in parameters.items():
+        height, width = matrix_shape(parameter.shape)
+        places = projection.places(name)
+        columns = range(width) if places.columns is None else places.columns.tolist()
+        for r in range(height):
+            for c, column in enumerate(columns):
+                row = torch.zeros(k, dtype=torch.float64)
+                row[(int(places.rows[r]) + column) % k] = float(places.row_signs[r] * places.column_signs[c])
+                rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("written_out", [0, 2, 1000])
+@pytest.mark.parametrize("model_type, dimension", [("bert", 64), ("gpt2", 11), ("deberta-v2", 30)])
+def test_features_are_the_gradients_times_one_matrix(model_type, dimension, written_out, monkeypatch):
+    """Whatever the form of a gradient, transformed or written out, and for fewer places than rows or columns."""
+    monkeypatch.setattr(projection_module, "_WRITTEN_OUT", written_out)
+    model = family(model_type).double()
+    gradients, parameters = whole_gradients(model, LEFT)
+    found = projected_gradients(model, LEFT, dimension)
+    assert found.shape == (5, 2, dimension) and found.dtype == torch.float64
+    shapes = {name: p.shape for name, p in parameters.items()}
+    common = read_in_common(model, parameters)
+    own = Projection(shapes, dimension, 0, torch.device("cpu"), torch.float64, common)
+    expected = gradients @ matrix(own, parameters)
+    torch.testing.assert_close(found.flatten(0, 1), expected, rtol=0, atol=1e-10 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("written_out", [0, 1000])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("counts", [(2, 1), (3, 1), (1, 0)])
+def test_what_tokens_without_gradient_read_does_not_matter(counts, transposed, written_out, monkeypatch):
+    """Of padding, or where only the first position is read, activations may be NaN."""
+    monkeypatch.setattr(projection_module, "_WRITTEN_OUT", written_out)
+    monkeypatch.setattr(projection_module, "_TOKENS", 2)
+    generator = torch.Generator().manual_seed(0)
+    inputs, grads = (torch.randn(2, 3, width, dtype=torch.float64, generator=generator) for width in (5, 4))
+    used = torch.arange(2, -1, -1) < torch.tensor(counts)[:, None]  # the last tokens
+    grads = grads * used[..., None]
+    own = Projection({"w": (5, 4) if transposed else (4, 5)}, 7, 0, torch.device("cpu"), torch.float64)
+    expected = own(2, [{"w": [Dense(Outer(inputs, grads, transposed).dense())]}])
+    found = own(2, [{"w": [Outer(inputs.masked_fill(~used[..., None], torch.nan), grads, transposed)]}])
+    torch.testing.assert_close(found, expected)
+    assert found.any()
+
+
+def parts_of(model, inputs):
+    """The factored gradients of rows, once for every seed."""
+    rows, parameters = ExampleRows(inputs), dict(model.named_parameters())
+    engine = ProjectedEngine(model, logits, parameters, 8, 0, torch.float64)
+    return engine, list(engine.examples(rows.batch(range(len(rows)))))
+
+
+def features_of(engine, parts, dimension, seed):
+    common = read_in_common(engine.model, engine.parameters)
+    own = Projection(engine_shapes(engine), dimension, seed, engine.device, torch.float64, common)
+    return torch.cat([own(len(part.scalars), part.gradients) for part in parts]).flatten(0, 1)
+
+
+def engine_shapes(engine):
+    return {name: parameter.shape for name, parameter in engine.parameters.items()}
+
+
+@pytest.mark.parametrize("model_type", ["bert", "albert", "gpt2", "llama", "deberta-v2"])
+def test_kernels_are_unbiased_and_their_error_falls_like_one_over_the_root(model_type):
+    """The mean over seeds is the exact kernel; entries deviate by at most sqrt((|g|^2 |g'|^2 + <g, g'>^2) / k)."""
+    model, seeds = family(model_type).double(), 24
+    engine, parts = parts_of(model, LEFT)
+    exact = empirical_ntk(model, LEFT).reshape(10, 10)
+    size = exact.diagonal()
+    bound = size[:, None] * size + exact.square()
+    errors = {}
+    for dimension in (64, 1024):
+        kernels = [f @ f.T for f in (features_of(engine, parts, dimension, seed) for seed in range(seeds))]
+        found = torch.stack(kernels)
+        deviation = (bound / dimension).sqrt()
+        bias = (found.mean(0) - exact) / (deviation / seeds**0.5)
+        assert bias.abs().max() < 4.5 and bias.square().mean() < 2.5  # entries depend on each other
+        errors[dimension] = (found - exact).square().mean(0).sum().sqrt()
+        ratio = errors[dimension] / (bound / dimension).sum().sqrt()
+        assert 0.5 < ratio < 1.35
+    assert 2.5 < errors[64] / errors[1024] < 6.4  # 4 = sqrt(1024 / 64)
+
+
+def test_a_layer_that_dominates_has_no_larger_error():
+    """Separate projections of activations and output gradients would be off by k^(-1/4): 2 / 8 + 2 / 8 at k = 64."""
+    torch.manual_seed(0)
+    layer, dimension, seeds = nn.Linear(48, 40, bias=False).double(), 64, 60
+    inputs = {"x": torch.randn(2, 1, 48, dtype=torch.float64)}
+    weights = torch.randn(40, dtype=torch.float64)
+
+    def function(model, given):
+        return (model(given["x"]) * weights).sum((1, 2))
+
+    exact = empirical_ntk(layer, inputs, function=function).reshape(2, 2)
+    bound = exact.diagonal()[:, None] * exact.diagonal() + exact.square()
+    squares = torch.zeros(2, 2, dtype=torch.float64)
+    for seed in range(seeds):
+        found = empirical_ntk(
+            layer, inputs, engine="projected", function=function, dimension=dimension, seed=seed
+        ).reshape(2, 2)
+        squares += (found - exact).square() / seeds
+    assert (squares / (bound / dimension)).mean() < 1.5
+
+
+# --- the same projection whatever the circumstances ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", sorted(FAMILIES))
+def test_batches_order_padding_and_dtype_do_not_matter(model_type):
+    model = family(model_type).double()
+    whole = projected_gradients(model, RIGHT, 96, seed=3)
+    size = whole.abs().max().item()
+    for batch_size in (1, 3):
+        found = projected_gradients(model, RIGHT, 96, seed=3, batch_size=batch_size)
+        torch.testing.assert_close(found, whole, rtol=0, atol=1e-10 * size)
+    order = torch.tensor([4, 0, 6, 2, 1, 5, 3])
+    found = projected_gradients(model, {key: value[order] for key, value in RIGHT.items()}, 96, seed=3)
+    torch.testing.assert_close(found, whole[order], rtol=0, atol=1e-10 * size)
+    assert torch.equal(projected_gradients(model, RIGHT, 96, seed=3), whole)
+    assert not torch.allclose(projected_gradients(model, RIGHT, 96, seed=4), whole, rtol=0.1, atol=0.1 * size)
+    narrow = projected_gradients(model.float(), RIGHT, 96, seed=3)
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), whole, rtol=0, atol=1e-4 * size)
+
+
+def test_another_process_projects_alike():
+    """Places and signs of this seed, as every process, machine and version of torch has them."""
+    own = Projection({"a.weight": (3, 2), "b": (4,)}, 5, 7, torch.device("cpu"), torch.float64)
+    weight, bias = own.places("a.weight"), own.places("b")
+    found = [weight.rows.tolist(), weight.row_signs.tolist(), weight.column_signs.tolist(), bias.column_signs.tolist()]
+    code = (
+        "import json, torch; from hf_ft_ext.kernel.projection import Projection\n"
+        "p = Projection({'b': (4,), 'a.weight': (3, 2)}, 5, 7, torch.device('cpu'), torch.float32)\n"
+        "w, b = p.places('a.weight'), p.places('b')\n"
+        "print(json.dumps([x.tolist() for x in (w.rows, w.row_signs, w.column_signs, b.column_signs)]))"
+    )
+    root = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "PYTHONHASHSEED": "5"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert json.loads(done.stdout) == found
+    assert found == [[2, 3, 0], [1.0, 1.0, -1.0], [-1.0, 1.0], [1.0, -1.0, -1.0, 1.0]]
+
+
+# --- options -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"binary_classification": True},
+        {"class_diagonal": True},
+        {"exclude_embeddings": True, "exclude_head": True},
+        {"only_biases": True},
+    ],
+)
+def test_kernels_of_many_dimensions_are_near_the_exact_ones(options):
+    model = family("roberta")
+    for right in (None, RIGHT):
+        exact = empirical_ntk(model, LEFT, right, **options)
+        found = empirical_ntk(model, LEFT, right, engine="projected", dimension=2**17, **options)
+        assert found.shape == exact.shape and found.dtype == torch.float64
+        assert (found - exact).norm() < 0.02 * exact.norm()
+
+
+def test_an_adapter_and_a_function_of_ones_own():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LoraConfig(
+            task_type=TaskType.SEQ_CLS, r=2, target_modules=["query", "value"], init_lora_weights=False
+        )
+        model = get_peft_model(family("bert"), config).double()
+
+    def norms(model, batch):
+        return model(**batch).logits.square().sum(1)
+
+    exact = empirical_ntk(model, LEFT, function=norms)
+    found = empirical_ntk(model, LEFT, engine="projected", dimension=2**16, function=norms)
+    assert found.shape == (5, 1, 5, 1) and (found - exact).norm() < 0.02 * exact.norm()
+
+
+def test_features_beyond_the_bound_of_memory_are_kept_on_disk(monkeypatch):
+    model = family("bert")
+    expected = empirical_ntk(model, LEFT, RIGHT, engine="projected", dimension=64)
+    folders = []
+    kept = FeatureStore.put
+    monkeypatch.setattr(FeatureStore, "put", lambda store, *chunk: folders.append(store.folder) or kept(store, *chunk))
+    monkeypatch.setattr(projected, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(projected, "_SHARE_OF_FEATURES", 1e-9)
+    found = empirical_ntk(model, LEFT, RIGHT, engine="projected", dimension=64)
+    assert len(folders) == 3 + 4 and not any(folder.exists() for folder in folders)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+
+
+def test_memory_is_bounded_and_said(caplog, monkeypatch):
+    model = family("bert")
+    monkeypatch.setattr(Projection, "scratch_bytes", lambda self: 0)  # more than a tiny model's rows
+    with pytest.raises(InputError, match=r"one example takes .* pass at least (.*), or shorten") as error:
+        projected_gradients(model, LEFT, 64, memory_gb=1e-6)
+    least = float(str(error.value).split("at least ")[1].split(",")[0])
+    computation = KernelComputation(model, KernelOptions(engine="projected", dimension=64, memory_gb=least))
+    sizes, features = [], computation.projected.features
+    computation.projected.features = lambda rows, first, batches: (
+        sizes.extend(map(len, batches)) or features(rows, first, batches)
+    )
+    computation.run(ExampleRows(LEFT))
+    assert sizes == [1] * 5
+    with caplog.at_level(logging.INFO):
+        projected_gradients(model, LEFT, 64)
+    assert "half of the" in caplog.text and "that are free" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"formula": "signgd"}, "engine=projected has no formula signgd: .* pass formula sgd, or engine auto"),
+        ({"formula": "asymmetric_signgd"}, "engine=projected has no formula asymmetric_signgd"),
+        ({"dimension": 0}, "dimension=0 must be above 0"),
+        ({"block_rows": 2}, "block_rows is of the exact engines"),
+        ({"engine": "auto", "dimension": 64}, "dimension is of engine=projected, not auto"),
+        ({"engine": "jacobian", "seed": 1}, "seed is of engine=projected, not jacobian"),
+    ],
+)
+def test_options_that_cannot_work(options, message):
+    with pytest.raises(InputError, match=message):
+        empirical_ntk(family("bert"), LEFT, **{"engine": "projected", **options})
+
+
+def test_a_gradient_that_is_not_finite_is_named():
+    def function(model, given):
+        return model(**given).logits * torch.where((given["input_ids"] == 59).any(1), torch.inf, 1.0)[:, None]
+
+    rows = {key: value.masked_fill(value == 59, 58) for key, value in LEFT.items()}
+    assert projected_gradients(family("bert"), rows, 8, function=function).isfinite().all()
+    rows["input_ids"][4, 1] = 59  # not one of the rows of middling lengths that the rules are tried on
+    with pytest.raises(InputError, match=r"the gradient of .* for example 4 \(from 0\) is NaN or infinite"):
+        projected_gradients(family("bert"), rows, 8, function=function)
+
+
+# --- the store -----------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """As a signal would end the process: nothing may catch it."""
+
+
+def project(folder, chunks_before_death=None, rows=RIGHT, model=None, process=0, processes=1):
+    options = KernelOptions(engine="projected", dimension=64)
+    engine = KernelComputation(model or family("bert"), options).projected
+    features, left, computed = engine.features, [chunks_before_death], []
+
+    def mortal(rows, first, batches):
+        if left[0] == 0:
+            raise Killed
+        left[0] = None if left[0] is None else left[0] - 1
+        computed.append(first)
+        return features(rows, first, batches)
+
+    engine.features = mortal
+    store, rows = FeatureStore(folder, ABOUT), ExampleRows(rows)
+    store.cut(cut_rows(len(rows)))
+    try:
+        engine.project(rows, store, process, processes)
+    except Killed:
+        return None, len(computed)
+    return store, len(computed)
+
+
+def kept(store):
+    return torch.cat([store.get(i) for i in range(len(store.edges))])
+
+
+def test_killed_ten_times_projections_end_with_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setattr(projected, "CHUNK_ROWS", 1)
+    whole, chunks = project(tmp_path / "whole")
+    assert chunks == 7
+    generator, total, deaths = random.Random(0), 0, 0
+    for _ in range(10):
+        store, computed = project(tmp_path / "killed", generator.choice([0, 0, 1]))
+        total, deaths = total + computed, deaths + (store is None)
+        if generator.random() < 0.5:  # half a file, as a killed write leaves it
+            folder = FeatureStore(tmp_path / "killed", ABOUT).folder
+            (folder / ".features-00000.safetensors.1.tmp").write_bytes(b"half")
+    assert deaths == 10
+    store, computed = project(tmp_path / "killed")
+    assert total + computed == chunks and torch.equal(kept(store), kept(whole))  # no row was computed twice
+    assert project(tmp_path / "killed")[1] == 0
+
+
+def test_processes_share_the_chunks_and_a_cut_stays(tmp_path, monkeypatch):
+    monkeypatch.setattr(projected, "CHUNK_ROWS", 2)
+    whole, _ = project(tmp_path / "whole")
+    shares = [project(tmp_path / "shared", process=process, processes=3)[1] for process in range(3)]
+    assert shares == [2, 1, 1]
+    monkeypatch.setattr(projected, "CHUNK_ROWS", 5)
+    store, computed = project(tmp_path / "shared")
+    assert computed == 0 and store.edges == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    assert torch.equal(kept(store), kept(whole))
+    left = MemoryChunks(cut_rows(5))
+    left.put(0, kept(store)[:5])
+    expected = torch.einsum("iak,jbk->iajb", kept(store)[:5].double(), kept(store).double())
+    torch.testing.assert_close(features_product(left, store, False), expected)
+
+
+def test_damaged_and_foreign_chunks_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(projected, "CHUNK_ROWS", 4)
+    store, _ = project(tmp_path)
+    paths = sorted(store.folder.glob("features-*"))
+    content, other = paths[0].read_bytes(), load_file(paths[1])["features"]
+    paths[0].write_bytes(content[:-5])
+    with pytest.raises(InputError, match=r"chunk of projected gradients .*00000.* cannot be read .* delete the file"):
+        project(tmp_path)
+    save_file({"features": other}, paths[0], {"key": store.folder.name, "block": "0"})
+    with pytest.raises(
+        InputError, match=r"of another set of projected gradients: it holds \(3, 2, 64\), expected \(4"
+    ):
+        project(tmp_path)
+    paths[0].write_bytes(content)
+    paths[1].write_bytes(content)
+    with pytest.raises(InputError, match="expected"):
+        project(tmp_path)
+    description = store.folder / DESCRIPTION
+    description.write_text(description.read_text().replace("4,", "3,", 1))
+    with pytest.raises(InputError, match="is damaged"):
+        project(tmp_path)
+
+
+# --- the trainer ---------------------------------------------------------------------------------------------
+
+SETTINGS = {"kernel_engine": "projected", "kernel_dimension": 2048, "kernel_regularization": "1e-2"}
+
+
+class Reversed(Dataset):
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, i):
+        return self.data[len(self.data) - 1 - i]
+
+
+def test_the_trainer_keeps_projected_rows_and_predicts_as_with_the_exact_kernel(tmp_path, monkeypatch):
+    projections = []
+    features = ProjectedEngine.features
+    monkeypatch.setattr(
+        ProjectedEngine, "features", lambda self, *given: projections.append(1) or features(self, *given)
+    )
+    exact = make(tmp_path / "exact", kernel_regularization="1e-2")
+    exact.train()
+    expected = exact.predict(exact.eval_dataset).predictions
+    trainer = make(tmp_path / "run", kernel_dir=str(tmp_path / "kept"), **SETTINGS)
+    trainer.train()
+    found = trainer.predict(trainer.eval_dataset).predictions
+    assert len(projections) == 2 and len(list((tmp_path / "kept").iterdir())) == 2  # training rows, evaluation rows
+    assert np.abs(found - expected).max() < 0.25 * np.abs(expected).max()
+    again = make(tmp_path / "again", kernel_dir=str(tmp_path / "kept"), **SETTINGS)
+    again.train()
+    np.testing.assert_array_equal(again.predict(trainer.eval_dataset).predictions, found)
+    assert len(projections) == 2  # nothing was computed
+    rows = trainer.eval_dataset
+    np.testing.assert_allclose(again.predict(Reversed(rows)).predictions[::-1], found, rtol=1e-3, atol=1e-4)
+    assert len(projections) == 3  # new rows alone
+    other = make(tmp_path / "other", kernel_dir=str(tmp_path / "kept"), seed=5, **SETTINGS)
+    other.train()
+    assert len(projections) == 4  # another seed, another projection
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"kernel_engine": "projected", "kernel_formula": "signgd"}, "projected has no formula signgd"),
+        ({"kernel_engine": "projected", "kernel_dimension": 0}, "kernel_dimension=0 must be a number above 0"),
+        ({"kernel_dimension": 64}, "kernel_dimension is of kernel_engine=projected; pass that engine too"),
+    ],
+)
+def test_arguments_that_cannot_work(tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
+        KernelTrainingArguments(str(tmp_path), use_cpu=True, **settings).validate()
