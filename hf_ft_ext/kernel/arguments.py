@@ -7,7 +7,8 @@ from hf_ft_ext.arguments import Gradients
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.ntk import Engine, KernelOptions
-from hf_ft_ext.kernel.solvers import Solver, SolverOptions
+from hf_ft_ext.kernel.solution import Coupling
+from hf_ft_ext.kernel.solvers import FULL_UNKNOWNS, Solver, SolverOptions
 from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
 from hf_ft_ext.training.completion import chosen
 
@@ -55,6 +56,22 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         metadata={
             "help": "Times the operator norm of the matrix that is solved with, on its diagonal; auto = the best of 0 "
             "and 1e-6 to 1 on the evaluation data."
+        },
+    )
+    kernel_classes: str = field(
+        default=AUTO,
+        metadata={
+            "help": "How several classes enter lstsq, svr and logistic. full: all products of their scalars, one "
+            "system of N C unknowns. by_class: each class's own kernel. shared: one kernel, the mean over classes. "
+            f"auto = full up to {FULL_UNKNOWNS:,} unknowns, beyond that shared.",
+            "choices": [AUTO, *(coupling.value for coupling in Coupling)],
+        },
+    )
+    kernel_time: float | None = field(
+        default=None,
+        metadata={
+            "help": "lstsq with sgd and adjust_for_init: predict as the linearized model trained for this time by "
+            "gradient flow (learning rate times steps, on half the mean squared error), above 0; none = to the end."
         },
     )
     kernel_gamma: float = field(default=1.0, metadata={"help": "asym: weight of the errors, above 0."})
@@ -135,7 +152,12 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             if getattr(self, name) not in [member.value for member in kind]:
                 choices = ", ".join(member.value for member in kind)
                 raise InputError(f"{name}={getattr(self, name)!r}; choose from: {choices}")
-        for name in ("kernel_gamma", "kernel_svm_c", "f0_scaling", "kernel_memory_gb"):
+        if self.kernel_classes not in (AUTO, *Coupling):
+            choices = ", ".join((AUTO, *Coupling))
+            raise InputError(f"kernel_classes={self.kernel_classes!r}; choose from: {choices}")
+        for name in ("kernel_gamma", "kernel_svm_c", "f0_scaling", "kernel_memory_gb", "kernel_time"):
+            if getattr(self, name) is None:
+                continue
             if not 0 < getattr(self, name) < float("inf"):
                 raise InputError(f"{name}={getattr(self, name)} must be a number above 0")
         if not 0 <= self.kernel_lambda <= 1:
@@ -191,14 +213,13 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
                 raise InputError(_of_another_solver(name, self.kernel_solver))
         super().check_given(given)
 
-    def options(self, binary: bool, multi_label: bool = False) -> KernelOptions:
+    def options(self, binary: bool, coupling: Coupling = Coupling.FULL) -> KernelOptions:
         """The kernel's part of the settings."""
-        by_class = multi_label or Solver(self.kernel_solver).by_class
         return KernelOptions(
             formula=self.kernel_formula,
             engine=self.kernel_engine,
             binary_classification=binary,
-            class_diagonal=not binary and by_class and self.export_kernels is None,
+            class_diagonal=not binary and coupling is not Coupling.FULL and self.export_kernels is None,
             parameters=self.kernel_parameters,
             exclude_embeddings=self.exclude_embeddings,
             exclude_head=self.exclude_head,
@@ -207,7 +228,9 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             batch_size=self.per_device_eval_batch_size,
         )
 
-    def solver_options(self, regularization: float, regression: bool, multi_label: bool = False) -> SolverOptions:
+    def solver_options(
+        self, regularization: float, regression: bool, multi_label: bool = False, coupling: Coupling | None = None
+    ) -> SolverOptions:
         """The solver's part of the settings."""
         return SolverOptions(
             solver=Solver(self.kernel_solver),
@@ -217,6 +240,8 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             svm_c=self.kernel_svm_c,
             regression=regression,
             multi_label=multi_label,
+            coupling=coupling,
+            time=self.kernel_time,
         )
 
 

@@ -19,7 +19,9 @@ from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.schedule import Plan
 from hf_ft_ext.kernel.store import KernelStore
-from hf_ft_ext.per_example.state import evaluating
+from hf_ft_ext.kernel.training_side import TrainingRows
+from hf_ft_ext.per_example.capture import Function
+from hf_ft_ext.per_example.state import batch_in, computing_in, evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -30,22 +32,39 @@ class KernelSource:
     Args:
         trainer: its model, data, collator and arguments are used.
         options: of the kernel.
+        function: from model and batch to the scalars; `None` = the logits.
+        keep: whether finished blocks are kept on disk.
     """
 
-    def __init__(self, trainer: Trainer, options: KernelOptions):
-        self.trainer, self.args, self.options = trainer, trainer.args, options
-        self.computation = KernelComputation(trainer.model, options)
-        self._rows: dict[int, tuple[Any, ExampleRows]] = {}
+    def __init__(self, trainer: Trainer, options: KernelOptions, function: Function | None = None, keep: bool = True):
+        self.trainer, self.args, self.options, self.keep = trainer, trainer.args, options, keep
+        self.computation = KernelComputation(trainer.model, options, function)
+        self._training_rows: tuple[Any, ExampleRows] | None = None
+        self._other_rows: tuple[Any, ExampleRows] | None = None
         self._model_hash: str | None = None
 
     def rows(self, dataset: Any) -> ExampleRows:
-        """The collated rows of `dataset`."""
-        if id(dataset) not in self._rows:
-            data, collate = for_collator(self.trainer, dataset)
-            pad = getattr(self.trainer.model.config, "pad_token_id", 0)
-            batches = batches_in_order(data, collate, self.args.per_device_eval_batch_size)
-            self._rows[id(dataset)] = (dataset, ExampleRows(batches, pad))  # held, so that the id stays its own
-        return self._rows[id(dataset)][1]
+        """The collated rows of `dataset`.
+
+        Those of the training data stay; of other data the last set's do, until the next one or `forget`.
+        """
+        if isinstance(dataset, TrainingRows):
+            return dataset.rows
+        for known in (self._training_rows, self._other_rows):
+            if known is not None and known[0] is dataset:
+                return known[1]
+        data, collate = for_collator(self.trainer, dataset)
+        pad = getattr(self.trainer.model.config, "pad_token_id", 0)
+        rows = ExampleRows(batches_in_order(data, collate, self.args.per_device_eval_batch_size), pad)
+        if dataset is self.trainer.train_dataset:
+            self._training_rows = (dataset, rows)
+        else:
+            self._other_rows = (dataset, rows)
+        return rows
+
+    def forget(self) -> None:
+        """Let go of the rows that are not training data."""
+        self._other_rows = None
 
     def kernel(self, dataset: Any, split: str) -> np.ndarray:
         """`[kernels, N_train, C, N, C]` between the training data and `dataset`; see `KernelOptions.class_diagonal`.
@@ -66,6 +85,8 @@ class KernelSource:
 
     def _computed(self, rows1: ExampleRows, rows2: ExampleRows | None) -> torch.Tensor:
         args = self.args
+        if not self.keep:
+            return self._run(self.computation, rows1, rows2, _Unkept())
         folder = Path(args.kernel_dir or Path(args.output_dir) / "kernels")
         first = args.process_index == 0
         about, computation = self._about(rows1, rows2), self.computation
@@ -76,6 +97,17 @@ class KernelSource:
             else:
                 about["class_diagonal"] = True
         blocks = self._everywhere(lambda: KernelStore(folder, about, args.overwrite_kernels and first, first))
+        return self._run(computation, rows1, rows2, blocks)
+
+    def _run(
+        self,
+        computation: KernelComputation,
+        rows1: ExampleRows,
+        rows2: ExampleRows | None,
+        blocks: "KernelStore | _Unkept",
+    ) -> torch.Tensor:
+        """The kernel, by all processes."""
+        args = self.args
         shared = _SharedPlan(blocks, args) if args.world_size > 1 else blocks
         found = computation.run(
             rows1, rows2, shared, args.process_index, args.world_size, args.disable_tqdm or not args.should_log
@@ -138,20 +170,43 @@ class KernelSource:
             folder = Path(self.args.load_kernels).expanduser()
             with contextlib.suppress(InputError):
                 return store.read_logits(folder, split, self.args.kernel_task_name or find_task(folder, split))
-        rows, found = self.rows(dataset), []
-        model, device = self.trainer.model, self.args.device
-        with torch.no_grad(), evaluating(model):
-            for k in range(0, len(rows), self.args.per_device_eval_batch_size):
-                indices = range(k, min(k + self.args.per_device_eval_batch_size, len(rows)))
-                scalars = self.computation.function(model, rows.batch(indices, device))
-                found.append((scalars[:, None] if scalars.ndim == 1 else scalars).double().cpu())
-        return torch.cat(found).numpy()
+        return outputs_at_start(self.computation, self.rows(dataset), self.args.per_device_eval_batch_size)
+
+
+def outputs_at_start(computation: KernelComputation, rows: ExampleRows, batch_size: int) -> np.ndarray:
+    """The scalars `[N, C]` that the kernel is of, by the weights as they are, in the type that it is computed in."""
+    model, dtype, found = computation.model, computation.engine.dtype, []
+    device = next(iter(computation.parameters.values())).device
+    with torch.no_grad(), evaluating(model), computing_in(model, dtype):
+        for k in range(0, len(rows), batch_size):
+            batch = batch_in(rows.batch(range(k, min(k + batch_size, len(rows))), device), dtype)
+            scalars = computation.function(model, batch)
+            found.append((scalars[:, None] if scalars.ndim == 1 else scalars).double().cpu())
+    return torch.cat(found).numpy()
+
+
+class _Unkept:
+    """A store that keeps nothing but the cut."""
+
+    def __init__(self) -> None:
+        self._cut: Plan | None = None
+
+    def plan(self, make: Callable[[], Plan]) -> Plan:
+        if self._cut is None:
+            self._cut = make()
+        return self._cut
+
+    def get(self, i: int, j: int) -> torch.Tensor | None:
+        return None
+
+    def put(self, i: int, j: int, block: torch.Tensor) -> None:
+        return None
 
 
 class _SharedPlan:
     """A store whose cut the first process decides."""
 
-    def __init__(self, blocks: KernelStore, args: TrainingArguments):
+    def __init__(self, blocks: KernelStore | _Unkept, args: TrainingArguments):
         self._blocks, self._args = blocks, args
         self.get, self.put = blocks.get, blocks.put
 
