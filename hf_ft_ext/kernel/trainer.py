@@ -4,7 +4,7 @@ import contextlib
 import copy
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,10 +15,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, EvalPrediction, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS
+from hf_ft_ext.adapters.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_rows import labels_of
 from hf_ft_ext.kernel.arguments import AUTO, KernelTrainingArguments
@@ -31,8 +31,10 @@ from hf_ft_ext.kernel.saved import (
     SOLUTION,
     TRAINING,
     SavedKernel,
+    holds_kernel,
     load_model,
     weights_hash,
+    without_report,
 )
 from hf_ft_ext.kernel.solvers import (
     KernelModel,
@@ -167,6 +169,49 @@ class KernelTrainer(AtOnceTrainer):
         trainer.source = trainer._source(keep)
         return trainer
 
+    @classmethod
+    def holds_result(cls, folder: str | os.PathLike) -> bool:
+        """Whether `folder` holds a solved kernel, so that the launcher predicts with it."""
+        return holds_kernel(folder)
+
+    @classmethod
+    def load_finished(
+        cls,
+        folder: str | os.PathLike,
+        labels: Sequence[str] | None,
+        given: Mapping[str, Any],
+        load: Callable[[], tuple],
+    ) -> tuple[PreTrainedTokenizerBase, nn.Module]:
+        """Tokenizer and model of the solved kernel in `folder`.
+
+        Args:
+            labels: names of the data's labels, where it has any.
+            given: arguments that the user set by name.
+            load: loads a plain model from the folder.
+
+        Raises:
+            InputError: the data has other labels than the kernel; an option that an adapter's model cannot take.
+        """
+        folder = Path(folder)
+        saved = SavedKernel.read(folder)
+        own = AutoConfig.from_pretrained(folder)
+        names = [str(own.id2label[i]) for i in range(own.num_labels)]
+        if labels is not None and {name.lower() for name in names} != {name.lower() for name in labels}:
+            raise InputError(
+                f"the kernel in {str(folder)!r} was solved for the labels {', '.join(names[:10])}, but this data has "
+                f"{', '.join(labels[:10])}; pass data with these labels"
+            )
+        if not (folder / ADAPTER_CONFIG).is_file():
+            with without_report():
+                return load()
+        for name in ("attn_implementation", "dtype", "model_revision", "quantization", "tokenizer_name"):
+            if name in given:
+                raise InputError(
+                    f"{name}={given[name]}: the kernel in {str(folder)!r} is of an adapter, which is loaded as it was "
+                    "saved; leave it out"
+                )
+        return AutoTokenizer.from_pretrained(folder), load_model(folder, saved)
+
     def check_passed(self, passed: Mapping[str, Any]) -> None:
         super().check_passed(passed)
         if passed.get("preprocess_logits_for_metrics") is not None:
@@ -293,9 +338,9 @@ class KernelTrainer(AtOnceTrainer):
     def linearize(self, times: Sequence[float], dataset: Any = None, regularization: float = 0.0) -> np.ndarray:
         """Predictions of the linearized model, trained for each of `times` from the model's own outputs.
 
-        `f_t(x) = f_0(x) + K(x, X) M^-1 (I - exp(-M t / N)) (y - f_0(X))` with `M = K + r ||K|| I`: gradient flow on half
-        the mean squared error of the N training rows; `t` is the learning rate times the number of small steps. Infinity
-        gives kernel regression. All times share one eigendecomposition.
+        `f_t(x) = f_0(x) + K(x, X) M^-1 (I - exp(-M t / N)) (y - f_0(X))` with `M = K + r ||K|| I`: gradient flow on
+        half the mean squared error of the N training rows; `t` is the learning rate times the number of small steps.
+        Infinity gives kernel regression. All times share one eigendecomposition.
 
         Args:
             times: 0 or more each; 0 gives the model's own outputs.
