@@ -12,7 +12,10 @@ from hf_ft_ext.kernel.solvers import FULL_UNKNOWNS, Solver, SolverOptions
 from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
 from hf_ft_ext.training.completion import chosen
 
-AUTO = "auto"
+AUTO, LEAVE_ONE_OUT = "auto", "loo"
+# Of least squares whose rows cannot be left out at once: well-conditioned kernels predict as with 0, others predict noise
+# with 0 (docs/kernel.md).
+ASYMMETRIC_REGULARIZATION = 1e-3
 # The kernel is computed in the weights' own precision, by the model as it is, and predictions are made at once.
 _OF_MODEL_RUNS = (
     "batch_eval_metrics", "bf16", "eval_accumulation_steps", "fp16", "include_for_metrics", "label_smoothing_factor",
@@ -51,11 +54,13 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             "choices": [solver.value for solver in Solver],
         },
     )
-    kernel_regularization: str = field(
-        default="0",
+    kernel_regularization: str | None = field(
+        default=None,
         metadata={
-            "help": "Times the operator norm of the matrix that is solved with, on its diagonal; auto = the best of 0 "
-            "and 1e-6 to 1 on the evaluation data."
+            "help": "Times the operator norm of the matrix that is solved with, on its diagonal, 0 or more. loo = what "
+            "predicts each training row best by the others, from 1e-6 to 1 (lstsq, symmetric kernels). auto = the best "
+            "of 0 and 1e-6 to 1 on the evaluation data. none = loo for lstsq (asymmetric_signgd: "
+            f"{ASYMMETRIC_REGULARIZATION:g}); 0 for the others, which have penalties of their own, and with kernel_time."
         },
     )
     kernel_classes: str = field(
@@ -166,21 +171,26 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         self._check_together()
 
     def _check_regularization(self) -> None:
-        if self.kernel_regularization == AUTO:
-            if self.kernel_solver == Solver.LOGISTIC.value:
+        value = self.kernel_regularization
+        if value == AUTO and self.kernel_solver == Solver.LOGISTIC.value:
+            raise InputError(
+                "kernel_regularization=auto: logistic cross-validates its own penalty; pass a number, or leave it out"
+            )
+        if value == LEAVE_ONE_OUT:
+            least_squares = self.kernel_solver == Solver.LSTSQ.value and self.kernel_time is None
+            if not least_squares or self.kernel_formula == Formula.ASYMMETRIC_SIGNGD.value:
                 raise InputError(
-                    "kernel_regularization=auto: logistic cross-validates its own penalty; pass a number, or leave it "
-                    "out"
+                    "kernel_regularization=loo: rows can be left out at once with kernel_solver=lstsq, a symmetric "
+                    "kernel_formula and no kernel_time; pass auto or a number, or leave it out"
                 )
+        if value in (None, AUTO, LEAVE_ONE_OUT):
             return
         try:
-            value = float(self.kernel_regularization)
+            number = float(value)
         except ValueError:
-            value = -1.0
-        if not 0 <= value < float("inf"):
-            raise InputError(
-                f"kernel_regularization={self.kernel_regularization!r} is neither a number, 0 or more, nor auto"
-            )
+            number = -1.0
+        if not 0 <= number < float("inf"):
+            raise InputError(f"kernel_regularization={value!r} is neither a number, 0 or more, nor auto or loo")
 
     def _check_together(self) -> None:
         if self.kernel_peft_config and self.kernel_peft is None:
@@ -212,6 +222,17 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             if name in given and self.kernel_solver not in solvers:
                 raise InputError(_of_another_solver(name, self.kernel_solver))
         super().check_given(given)
+
+    @property
+    def regularization(self) -> float | str:
+        """The number that `kernel_regularization` stands for, or how it is to be chosen: `auto` or `loo`."""
+        if self.kernel_regularization in (AUTO, LEAVE_ONE_OUT):
+            return self.kernel_regularization
+        if self.kernel_regularization is not None:
+            return float(self.kernel_regularization)
+        if self.kernel_solver != Solver.LSTSQ.value or self.kernel_time is not None:
+            return 0.0
+        return ASYMMETRIC_REGULARIZATION if self.kernel_formula == Formula.ASYMMETRIC_SIGNGD.value else LEAVE_ONE_OUT
 
     def options(self, binary: bool, coupling: Coupling = Coupling.FULL) -> KernelOptions:
         """The kernel's part of the settings."""

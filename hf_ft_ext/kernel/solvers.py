@@ -4,7 +4,7 @@ import enum
 import logging
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,9 @@ from hf_ft_ext.kernel.solution import (
     LogisticSolution,
     PairwiseSolution,
     Solution,
+    arrays_of,
     features_of,
+    solution_of,
     view_of,
 )
 from hf_ft_ext.kernel.systems import GeneralMatrix, SymmetricMatrix, matrix_of
@@ -231,7 +233,9 @@ class KernelSystem:
             options = replace(options, regularization=regularization)
         if time is not None:
             options = replace(options, time=time)
-        model = KernelModel(options, self.scalars, _FITS[options.solver](self, options))
+        found = _FITS[options.solver](self, options)
+        # in the order in memory that a file gives back, so that products round the same
+        model = KernelModel(options, self.scalars, solution_of(found.kind, arrays_of(found)))
         if not quiet and options.solver in (Solver.LSTSQ, Solver.SVR):
             reports = [matrix.report(options.regularization) for matrix in self.matrices]
             size = self.matrices[0].size
@@ -244,19 +248,27 @@ class KernelSystem:
                 )  # fmt: skip
         return model
 
-    def leave_one_out(self, regularization: float) -> np.ndarray | None:
-        """Predictions `[N, C]` of each row by the others, less the start; `None` where that takes N solutions.
+    @property
+    def leaves_one_out(self) -> bool:
+        """Whether `leave_one_out` takes no further solutions: of least squares with symmetric kernels."""
+        least_squares_alone = self.options.solver is Solver.LSTSQ and self.options.time is None
+        return least_squares_alone and all(isinstance(matrix, SymmetricMatrix) for matrix in self.matrices)
 
-        Of least squares with symmetric kernels alone.
+    def leave_one_out(self, regularization: float) -> np.ndarray:
+        """Predictions `[N, C]` of each row by the solution of all others, less the start.
+
+        Args:
+            regularization: above 0 where the kernel is singular.
         """
-        if self.options.solver is not Solver.LSTSQ or self.options.time is not None:
-            return None
-        if not all(isinstance(matrix, SymmetricMatrix) for matrix in self.matrices):
-            return None
         if self.options.coupling is Coupling.BY_CLASS:
             columns = [m.leave_one_out(regularization, self.targets[:, [c]]) for c, m in enumerate(self.matrices)]
             return np.hstack(columns)
         return self.matrices[0].leave_one_out(regularization, self.targets)
+
+    def best_left_out(self, values: Sequence[float]) -> float:
+        """The one of `values`, above 0 each, whose squared error is least when each row is predicted by the others."""
+        errors = [float(np.mean((self.leave_one_out(value) - self.targets) ** 2)) for value in values]
+        return values[int(np.argmin(errors))]
 
     def coefficients(self, solve: Callable[..., np.ndarray]) -> np.ndarray:
         """`[N, C]` from `solve(matrix, targets)`, which takes and gives `[n, k]`."""

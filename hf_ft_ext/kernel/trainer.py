@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +17,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.utils import CONFIG_NAME
 
 from hf_ft_ext.adapters.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_rows import labels_of
-from hf_ft_ext.kernel.arguments import AUTO, KernelTrainingArguments
+from hf_ft_ext.kernel.arguments import (
+    ASYMMETRIC_REGULARIZATION,
+    AUTO,
+    LEAVE_ONE_OUT,
+    KernelTrainingArguments,
+)
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.parameters import kernel_parameters
 from hf_ft_ext.kernel.saved import (
@@ -62,6 +69,7 @@ from hf_ft_ext.training.sharing import FinishedRun, rerun_code
 logger = logging.getLogger(__name__)
 
 _GRID = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_LEFT_OUT = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 _SPLITS = {"eval": "dev", "test": "test"}  # the authors' names
 
 
@@ -118,6 +126,8 @@ class KernelTrainer(AtOnceTrainer):
     ):
         self.function = function
         super().__init__(model, args, *positional, **kwargs)
+        if function is not None:
+            self.label_names = ["labels"]  # whatever the model's forward takes
 
     @classmethod
     def from_folder(
@@ -264,13 +274,21 @@ class KernelTrainer(AtOnceTrainer):
 
     # --- training -------------------------------------------------------------------------------------
 
-    def solve(self) -> dict[str, float]:
-        """Compute the train kernel and fit the solver."""
+    def train(self, *positional: Any, **kwargs: Any) -> TrainOutput:
+        """As `AtOnceTrainer.train`.
+
+        Raises:
+            InputError: the trainer came from a folder.
+        """
         if isinstance(self.train_dataset, TrainingRows):
             raise InputError(
                 "this trainer came from a folder with a solved kernel and has no labels to solve with; make a "
                 "KernelTrainer with training data"
             )
+        return super().train(*positional, **kwargs)
+
+    def solve(self) -> dict[str, float]:
+        """Compute the train kernel and fit the solver."""
         labels = self._labels(self.train_dataset)
         scalars = int(np.prod(labels.shape[1:])) if self.regression else self.model.config.num_labels
         self.coupling = chosen_coupling(
@@ -296,10 +314,7 @@ class KernelTrainer(AtOnceTrainer):
         start = self._start(self.train_dataset, "train")
         options = self.args.solver_options(0.0, self.regression, self.multi_label, self.coupling)
         system = KernelSystem(options, kernel, labels, start)
-        if self.args.kernel_regularization == AUTO:
-            self.regularization = self._chosen(system)
-        else:
-            self.regularization = float(self.args.kernel_regularization)
+        self.regularization = self._regularization(system)
         self.solved = system.solve(self.regularization)
         metrics = {"train_loss": self.solved.loss(self.solved.predict(kernel, start), labels)}
         metrics["kernel_regularization"] = self.regularization
@@ -307,6 +322,18 @@ class KernelTrainer(AtOnceTrainer):
             if getattr(self.solved, name) is not None:
                 metrics[f"kernel_{name}"] = getattr(self.solved, name)
         return metrics
+
+    def _regularization(self, system: KernelSystem) -> float:
+        value = self.args.regularization
+        if value == AUTO:
+            return self._chosen(system)
+        if value != LEAVE_ONE_OUT:
+            return float(value)
+        if not system.leaves_one_out:  # a kernel from a file may be asymmetric whatever its formula
+            return ASYMMETRIC_REGULARIZATION
+        best = system.best_left_out(_LEFT_OUT)
+        logger.info("kernel_regularization: %g, by leaving out one training row after the other", best)
+        return best
 
     def _chosen(self, system: KernelSystem) -> float:
         """The regularization that predicts the evaluation data best: by accuracy, then by the solver's loss."""
@@ -506,17 +533,25 @@ class KernelTrainer(AtOnceTrainer):
         """Python that predicts with what was pushed."""
         if not run.has(COEFFICIENTS):  # the kernels came from files
             return rerun_code(run, {}, [])
-        return "\n".join(
-            (
-                "from hf_ft_ext import load_kernel",
-                "from huggingface_hub import snapshot_download",
-                "",
-                f"kernel = load_kernel(snapshot_download({run.repo_id!r}))",
-                "# rows as the run's data, put as its prompt where it has one (see docs/kernel.md)",
-                "batch = kernel.tokenizer(['a text', 'another one'], padding=True, return_tensors='pt')",
-                "print(kernel(batch).labels)",
-            )
-        )
+        lines = [
+            "from hf_ft_ext import load_kernel",
+            "from huggingface_hub import snapshot_download",
+            "",
+            f"kernel = load_kernel(snapshot_download({run.repo_id!r}))",
+            "batch = kernel.tokenizer(['a text', 'another one'], padding=True, return_tensors='pt')",
+            "print(kernel(batch).labels)",
+        ]
+        template = json.loads((run.folder / CONFIG_NAME).read_text(encoding="utf-8")).get("template")
+        if template is not None:  # a prompt model: each list holds one text of all rows
+            texts = 2 if "sent_1" in template else 1
+            length = (run.record.get("arguments") or {}).get("max_seq_length") or 128
+            lines[0] = "from hf_ft_ext import PromptEncoder, load_kernel"
+            lines[4:5] = [
+                f"encode = PromptEncoder(kernel.tokenizer, kernel.model.config.template, {texts}, {length})",
+                "rows = encode([" + ", ".join(["['a text', 'another one']"] * texts) + "])",
+                "batch = kernel.tokenizer.pad(rows, return_tensors='pt')",
+            ]
+        return "\n".join(lines)
 
     def trained_weights(self) -> list[TrainedWeight]:
         """The parameters that the kernel is over: no gradients kept, no moments."""
