@@ -13,8 +13,8 @@ from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
 from hf_ft_ext.training.completion import chosen
 
 AUTO, LEAVE_ONE_OUT = "auto", "loo"
-# Of least squares whose rows cannot be left out at once: well-conditioned kernels predict as with 0, others predict noise
-# with 0 (docs/kernel.md).
+# Of least squares whose rows cannot be left out at once: well-conditioned kernels predict as with 0, others predict
+# noise with 0 (docs/kernel.md).
 ASYMMETRIC_REGULARIZATION = 1e-3
 # The kernel is computed in the weights' own precision, by the model as it is, and predictions are made at once.
 _OF_MODEL_RUNS = (
@@ -58,9 +58,10 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         default=None,
         metadata={
             "help": "Times the operator norm of the matrix that is solved with, on its diagonal, 0 or more. loo = what "
-            "predicts each training row best by the others, from 1e-6 to 1 (lstsq, symmetric kernels). auto = the best "
-            "of 0 and 1e-6 to 1 on the evaluation data. none = loo for lstsq (asymmetric_signgd: "
-            f"{ASYMMETRIC_REGULARIZATION:g}); 0 for the others, which have penalties of their own, and with kernel_time."
+            "predicts each training row best by the others, from 1e-6 to 1 (lstsq, symmetric kernels). auto = the "
+            "best of 0 and 1e-6 to 1 on the evaluation data. none = loo for lstsq (asymmetric_signgd: "
+            f"{ASYMMETRIC_REGULARIZATION:g}); 0 for the others, which have penalties of their own, and with "
+            "kernel_time."
         },
     )
     kernel_classes: str = field(

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
-from hf_ft_ext.kernel.saved import SavedKernel, load_model
+from hf_ft_ext.kernel.saved import SavedKernel, load_model, load_tokenizer
 from hf_ft_ext.kernel.solution import Coupling
 from hf_ft_ext.kernel.solvers import Solver
 from hf_ft_ext.kernel.source import outputs_at_start
@@ -78,13 +78,13 @@ class KernelPredictor:
         Raises:
             InputError: there is none.
         """
-        try:
-            return AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError) as error:
+        tokenizer = load_tokenizer(self.folder)
+        if tokenizer is None:
             raise InputError(
                 f"{str(self.folder)!r} holds no tokenizer; save the trainer's processing_class there, or tokenize "
                 "with the model's own"
-            ) from error
+            )
+        return tokenizer
 
     def __call__(self, batches: Batch | Iterable[Batch]) -> KernelPrediction:
         """Predict the examples of one batch, or of several.

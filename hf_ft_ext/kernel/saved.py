@@ -20,7 +20,14 @@ from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hf_ft_ext.adapters.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hf_ft_ext.errors import InputError, first_line
@@ -241,6 +248,16 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     tensors = {name: tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items() if name != NOT_TRAINED}
     set_peft_model_state_dict(model, tensors)
     return model
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies in `folder`, if there is one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    # of a model's type alone transformers makes one without a vocabulary
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoConfig, EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import CONFIG_NAME
 
@@ -40,6 +40,7 @@ from hf_ft_ext.kernel.saved import (
     SavedKernel,
     holds_kernel,
     load_model,
+    load_tokenizer,
     weights_hash,
     without_report,
 )
@@ -170,8 +171,7 @@ class KernelTrainer(AtOnceTrainer):
             model = load_model(folder, saved)
         saved.fit_model(model, folder)
         if kwargs.get("processing_class") is None:
-            with contextlib.suppress(OSError, ValueError, KeyError):  # none was saved
-                kwargs["processing_class"] = AutoTokenizer.from_pretrained(folder)
+            kwargs["processing_class"] = load_tokenizer(folder)
         trainer = cls(model, args, function=function, **kwargs)
         saved.fit_model(trainer.model, folder)
         trainer.saved, trainer.solved, trainer.train_dataset = saved, saved.model, saved.training
@@ -220,7 +220,10 @@ class KernelTrainer(AtOnceTrainer):
                     f"{name}={given[name]}: the kernel in {str(folder)!r} is of an adapter, which is loaded as it was "
                     "saved; leave it out"
                 )
-        return AutoTokenizer.from_pretrained(folder), load_model(folder, saved)
+        tokenizer = load_tokenizer(folder)
+        if tokenizer is None:
+            raise InputError(f"{str(folder)!r} holds no tokenizer; copy its files from the run's folder too")
+        return tokenizer, load_model(folder, saved)
 
     def check_passed(self, passed: Mapping[str, Any]) -> None:
         super().check_passed(passed)

@@ -237,8 +237,8 @@ def test_the_linearized_model_is_that_of_gradient_descent(tmp_path):
         assert found.shape == (3, len(dataset), 1)
         np.testing.assert_allclose(found[0, :, 0], values.numpy(), rtol=1e-9)
         # a step is a step, not a flow: 1 - rate k and exp(-rate k) differ by (rate k)^2 / 2 each
-        np.testing.assert_allclose(found[1, :, 0], (values + change).numpy(), atol=0.02)
-        assert np.abs(found[1] - found[0]).max() > 0.1 < np.abs(found[1] - found[2]).max()
+        np.testing.assert_allclose(found[1, :, 0], (values + change).numpy(), atol=2e-3)
+        assert np.abs(found[1] - found[0]).max() > 0.03 < np.abs(found[1] - found[2]).max()
     np.testing.assert_allclose(found[2, :, 0], y.numpy(), atol=1e-6)  # the training rows, at the end
     solved = make(tmp_path, model, adjust_for_init=True, kernel_time=rate * steps)
     solved.train()
@@ -266,38 +266,28 @@ def test_outputs_at_the_start_are_computed_as_the_kernel_is(tmp_path, formula, d
     assert half.dtype == torch.bfloat16
 
 
-def test_evaluation_data_is_not_remembered(tmp_path):
-    trainer = make(tmp_path, kernel_regularization="1e-2", adjust_for_init=True)
+def test_rows_of_evaluation_data_are_not_remembered(tmp_path):
+    settings = {"kernel_regularization": "1e-2", "adjust_for_init": True}
+    trainer = make(tmp_path, **settings)
     trainer.train()
+    seen, rows_of = [], trainer.source.rows
 
-    seen = []
-    for seed in range(3):
-        rows = [
-            {key: row[key] for key in ("input_ids", "attention_mask", "labels")} for row in tiny_dataset(5, seed=seed)
-        ]
-        data = ListData(rows)
-        seen.append(weakref.ref(data))
-        alone = make(tmp_path / "alone", kernel_regularization="1e-2", adjust_for_init=True)
-        alone.train()
-        expected = alone.predict(tiny_dataset(5, seed=seed)).predictions
+    def watched(dataset):
+        rows = rows_of(dataset)
+        seen.append(weakref.ref(rows))
+        return rows
+
+    trainer.source.rows = watched
+    for seed in range(3):  # each one made where the last one lay, maybe
+        data = tiny_dataset(5, seed=seed).to_list()
+        fresh = make(tmp_path / "fresh", **settings)
+        fresh.train()
+        expected = fresh.predict(tiny_dataset(5, seed=seed)).predictions
         np.testing.assert_array_equal(trainer.predict(data).predictions, expected)
-        del data, rows
+        del data, fresh
     gc.collect()
-    assert [ref() for ref in seen] == [None] * 3
-    assert trainer.source.rows(trainer.train_dataset) is trainer.source.rows(trainer.train_dataset)
-
-
-class ListData(torch.utils.data.Dataset):
-    """A data set that a weak reference can watch."""
-
-    def __init__(self, rows):
-        self.rows = rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        return self.rows[i]
+    alive = {id(ref()) for ref in seen if ref() is not None}
+    assert alive == {id(rows_of(trainer.train_dataset))} and len(seen) > 4
 
 
 def test_the_authors_files_are_taken_and_written(tmp_path):

@@ -62,8 +62,9 @@ def same_predictions(folder: Path, trainer, evaluation, **options) -> None:
     computed = []
     run = again.source.computation.run
     again.source.computation.run = lambda first, second, *rest: computed.append(second) or run(first, second, *rest)
-    np.testing.assert_array_equal(again.predict(evaluation).predictions, wanted.predictions)
-    assert again.evaluate()["eval_loss"] == metrics["eval_loss"]
+    # all but the place in memory is the same, on which the last bit of a matrix product depends
+    np.testing.assert_allclose(again.predict(evaluation).predictions, wanted.predictions, rtol=1e-12, atol=1e-15)
+    assert again.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-12)
     assert len(computed) == 2 and None not in computed
     assert not (folder / "kernels").exists() or trainer.args.output_dir == str(folder)
     found = load_kernel(folder, batch_size=8, **options)(collated(evaluation))
