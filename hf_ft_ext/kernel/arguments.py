@@ -57,9 +57,9 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
     kernel_regularization: str | None = field(
         default=None,
         metadata={
-            "help": "Times the operator norm of the matrix that is solved with, on its diagonal, 0 or more. loo = what "
-            "predicts each training row best by the others, from 1e-6 to 1 (lstsq, symmetric kernels). auto = the "
-            "best of 0 and 1e-6 to 1 on the evaluation data. none = loo for lstsq (asymmetric_signgd: "
+            "help": "Times the operator norm of the matrix that is solved with, on its diagonal, 0 or more. loo = "
+            "what predicts each training row best by the others, from 1e-6 to 1 (lstsq, symmetric kernels). auto = "
+            "the best of 0 and 1e-6 to 1 on the evaluation data. none = loo for lstsq (asymmetric_signgd: "
             f"{ASYMMETRIC_REGULARIZATION:g}); 0 for the others, which have penalties of their own, and with "
             "kernel_time."
         },

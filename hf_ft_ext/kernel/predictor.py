@@ -18,6 +18,7 @@ from hf_ft_ext.kernel.saved import SavedKernel, load_model, load_tokenizer
 from hf_ft_ext.kernel.solution import Coupling
 from hf_ft_ext.kernel.solvers import Solver
 from hf_ft_ext.kernel.source import outputs_at_start
+from hf_ft_ext.kernel.training_side import TrainingRows
 from hf_ft_ext.metrics import probabilities
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.state import Batch
@@ -57,7 +58,12 @@ class KernelPredictor:
         memory_gb: float | None,
         batch_size: int,
     ):
-        self.folder, self.saved, self.model = folder, saved, model
+        if not isinstance(saved.training, TrainingRows):
+            raise InputError(
+                f"the kernel in {str(folder)!r} keeps its training data as {saved.training.kind}, from which "
+                "KernelTrainer.from_folder predicts"
+            )
+        self.folder, self.saved, self.model, self._rows = folder, saved, model, saved.training.rows
         self.batch_size, self._options = batch_size, saved.model.options
         settings = saved.arguments
         self._binary = bool(settings["binary_classification"])
@@ -96,14 +102,13 @@ class KernelPredictor:
             InputError: there is no example, or its inputs are not those of the training rows.
         """
         rows = ExampleRows(batches, self.saved.arguments.get("pad_token_id"))
-        training = self.saved.training.rows
-        own, wanted = set(rows.batch([0])), set(training.batch([0]))
+        own, wanted = set(rows.batch([0])), set(self._rows.batch([0]))
         if own != wanted:
             raise InputError(
                 f"the batches hold {', '.join(sorted(own))}, but the kernel was solved with rows of "
                 f"{', '.join(sorted(wanted))}; pass these"
             )
-        kernel = self._computation.run(training, rows, disable_tqdm=True).numpy()
+        kernel = self._computation.run(self._rows, rows, disable_tqdm=True).numpy()
         start = None
         if self.saved.arguments["adjust_for_init"]:
             start = outputs_at_start(self._computation, rows, self.batch_size) / self.saved.arguments["f0_scaling"]
@@ -125,7 +130,7 @@ class KernelPredictor:
         thresholds = getattr(self.model.config, "multi_label_thresholds", None)
         # scores around 0 are compared as the thresholds were chosen: as if a sigmoid made probabilities of them
         yes = scores >= 0 if thresholds is None else 1 / (1 + np.exp(-scores)) >= np.asarray(thresholds)
-        return [[names[c] for c in np.flatnonzero(row)] for row in yes]
+        return [[names[int(c)] for c in np.flatnonzero(row)] for row in yes]
 
 
 def load_kernel(

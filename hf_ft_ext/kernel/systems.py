@@ -137,7 +137,7 @@ class GeneralMatrix:
         threshold = self.size * np.finfo(float).eps
         factors, pivots, singular = scipy.linalg.lapack.dgetrf(matrix)
         if not singular:  # 1 / condition number, estimated in the 1-norm
-            reciprocal, _ = scipy.linalg.lapack.dgecon(factors, np.linalg.norm(matrix, 1))
+            reciprocal, _ = scipy.linalg.lapack.dgecon(factors, float(np.linalg.norm(matrix, 1)))
             singular = reciprocal <= threshold
         if singular:
             return scipy.linalg.lstsq(matrix, targets, cond=threshold)[0]
@@ -150,9 +150,10 @@ class GeneralMatrix:
 
 def _smallest(sizes: np.ndarray) -> float:
     """Singular values up to here are 0 to working precision (as in `numpy.linalg.matrix_rank`)."""
-    return float(sizes.max(initial=0.0)) * len(sizes) * np.finfo(float).eps
+    return float(sizes.max(initial=0.0) * len(sizes) * np.finfo(float).eps)
 
 
 def _report(sizes: np.ndarray) -> tuple[int, float]:
-    smallest = float(sizes.min())
-    return int(np.sum(sizes > _smallest(sizes))), float(sizes.max()) / smallest if smallest > 0 else float("inf")
+    """Rank and condition number by singular values."""
+    rank, smallest = int(np.sum(sizes > _smallest(sizes))), float(sizes.min())
+    return rank, float(sizes.max()) / smallest if smallest > 0 else float("inf")

@@ -70,7 +70,7 @@ from hf_ft_ext.training.sharing import FinishedRun, rerun_code
 logger = logging.getLogger(__name__)
 
 _GRID = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-_LEFT_OUT = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
+LEFT_OUT = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 _SPLITS = {"eval": "dev", "test": "test"}  # the authors' names
 
 
@@ -334,7 +334,7 @@ class KernelTrainer(AtOnceTrainer):
             return float(value)
         if not system.leaves_one_out:  # a kernel from a file may be asymmetric whatever its formula
             return ASYMMETRIC_REGULARIZATION
-        best = system.best_left_out(_LEFT_OUT)
+        best = system.best_left_out(LEFT_OUT)
         logger.info("kernel_regularization: %g, by leaving out one training row after the other", best)
         return best
 
@@ -490,11 +490,14 @@ class KernelTrainer(AtOnceTrainer):
 
     def _to_save(self) -> SavedKernel:
         arguments = {name: getattr(self.args, name) for name in _KEPT}
-        found = {"kernel_regularization": str(self.regularization), "kernel_classes": self.coupling.value}
-        found["binary_classification"] = self.binary
+        arguments |= {
+            "kernel_regularization": str(self.regularization),
+            "kernel_classes": self.coupling.value,
+            "binary_classification": self.binary,
+        }
         pad = getattr(getattr(self.model, "config", None), "pad_token_id", 0)
         return SavedKernel(
-            arguments={**arguments, **found, "pad_token_id": pad},
+            arguments={**arguments, "pad_token_id": pad},
             model=self.solved,
             training=TrainingRows(self.source.rows(self.train_dataset)),
             parameters=sorted(self.source.computation.parameters),

@@ -106,7 +106,7 @@ def load(
     if data_args.streaming:
         data.train = in_training_order(data.train, data_args.stream_buffer, args)
     choose_best_metric(run_args, args, data.metric_function(data_args.multi_label_threshold))
-    trainer_class = find_method(run_args.method).trainer_class()
+    trainer_class: Any = find_method(run_args.method).trainer_class()
     finished = _finished(trainer_class, model_args, args)
 
     def load_model() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
