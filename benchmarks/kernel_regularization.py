@@ -5,7 +5,8 @@ folder for each task, seed and kind of kernel:
 
     python benchmarks/kernel_regularization.py runs/exported/* --results benchmarks/results/kernel_regularization.json
 
-Prints one line for each folder: test accuracy and mean squared error for every value, and for the chosen one.
+Prints one line for each folder: test accuracy and mean squared error for every value, and which one was chosen; with
+more than two classes also the accuracy of every `kernel_classes`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.kernel.solution import Coupling
 from hf_ft_ext.kernel.solvers import KernelSystem, Solver, SolverOptions
 from hf_ft_ext.kernel.source import find_task
 from hf_ft_ext.kernel.store import read_kernel
@@ -41,11 +43,18 @@ def measured(folder: Path) -> dict:
         predicted = (scores[:, 0] > 0) if scores.shape[1] == 1 else scores.argmax(1)
         found[value] = {"accuracy": float(np.mean(predicted == truth)), "loss": model.loss(scores, truth)}
     chosen = system.best_left_out(LEFT_OUT)
+    couplings = {}
+    for coupling in Coupling if kernel.shape[2] > 1 else ():
+        other_system = KernelSystem(SolverOptions(Solver.LSTSQ, coupling=coupling), kernel, labels)
+        best = other_system.best_left_out(LEFT_OUT)
+        scores = other_system.solve(best, quiet=True).predict(other)
+        couplings[coupling.value] = {"chosen": best, "accuracy": float(np.mean(scores.argmax(1) == truth))}
     return {
         "unknowns": int(np.prod(kernel.shape[1:3])),
         "values": {f"{value:g}": result for value, result in found.items()},
         "chosen": chosen,
         "of the chosen": found[chosen],
+        "couplings": couplings,
         "seconds": round(time.perf_counter() - start, 3),
     }
 
@@ -64,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, result in results.items():
         columns = [f"{value}: {r['accuracy']:.3f} {r['loss']:.3g}" for value, r in result["values"].items()]
         print(f"{name} ({result['unknowns']} unknowns): {'; '.join(columns)}; loo {result['chosen']:g}")
+        for coupling, found in result["couplings"].items():
+            print(f"    kernel_classes={coupling}: loo {found['chosen']:g}, accuracy {found['accuracy']:.3f}")
     for key in ("accuracy", "loss"):
         names = results[next(iter(results))]["values"]
         means = {value: np.mean([r["values"][value][key] for r in results.values()]) for value in names}

@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from hf_ft_ext import empirical_ntk
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel import contract
+from hf_ft_ext.kernel import contraction
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.schedule import measure
@@ -53,7 +53,7 @@ def test_it_is_the_diagonal_of_the_whole_kernel(model_type, formula, symmetric, 
 
 @pytest.mark.parametrize("by_tokens", [True, False])
 def test_either_way_through_a_weight(by_tokens, monkeypatch):
-    monkeypatch.setattr(contract, "_tokens_are_cheaper", lambda left, right: by_tokens)
+    monkeypatch.setattr(contraction, "_tokens_are_cheaper", lambda left, right: by_tokens)
     assert_diagonal(family("bert").double(), RIGHT, "sgd")
 
 
