@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import CONFIG_NAME
 
 from hf_ft_ext.adapters.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.feature_rows import labels_of
 from hf_ft_ext.kernel.arguments import (
     ASYMMETRIC_REGULARIZATION,
@@ -72,16 +72,12 @@ logger = logging.getLogger(__name__)
 _GRID = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 LEFT_OUT = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 _SPLITS = {"eval": "dev", "test": "test"}  # the authors' names
-
-
-# What says how a kernel was solved, so that a saved one predicts the same; `seed` where weights are drawn from it.
+# What says how a kernel was solved, so that a saved one predicts the same.
 _KEPT = (
     "adjust_for_init", "binary_classification", "exclude_embeddings", "exclude_head", "f0_scaling", "kernel_classes",
     "kernel_formula", "kernel_gamma", "kernel_lambda", "kernel_parameters", "kernel_peft", "kernel_peft_config",
     "kernel_regularization", "kernel_solver", "kernel_svm_c", "kernel_time", "only_biases", "random_model_init",
-    "seed",
 )  # fmt: skip
-_DONE = ("kernel_peft", "kernel_peft_config", "random_model_init")  # of a saved model they are done already
 
 
 class KernelTrainer(AtOnceTrainer):
@@ -166,7 +162,8 @@ class KernelTrainer(AtOnceTrainer):
             )
         saved.check_function(function, folder)
         keep = args is not None
-        args = _as_saved(cls.arguments_class.complete(args), saved, folder, given or {})
+        args = cls.arguments_class(str(folder)) if args is None else cls.arguments_class.complete(args)
+        args = _as_saved(args, saved, folder, given or {})
         if model is None:
             model = load_model(folder, saved)
         saved.fit_model(model, folder)
@@ -204,7 +201,13 @@ class KernelTrainer(AtOnceTrainer):
         """
         folder = Path(folder)
         saved = SavedKernel.read(folder)
-        own = AutoConfig.from_pretrained(folder)
+        try:
+            own = AutoConfig.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"the configuration of the model in {str(folder)!r} cannot be read ({first_line(error)}); copy the "
+                "folder again"
+            ) from error
         names = [str(own.id2label[i]) for i in range(own.num_labels)]
         if labels is not None and {name.lower() for name in names} != {name.lower() for name in labels}:
             raise InputError(
@@ -370,7 +373,8 @@ class KernelTrainer(AtOnceTrainer):
 
         `f_t(x) = f_0(x) + K(x, X) M^-1 (I - exp(-M t / N)) (y - f_0(X))` with `M = K + r ||K|| I`: gradient flow on
         half the mean squared error of the N training rows; `t` is the learning rate times the number of small steps.
-        Infinity gives kernel regression. All times share one eigendecomposition.
+        Infinity gives kernel regression. All times share one eigendecomposition. Classes are coupled as the solver
+        couples them (see `kernel_classes`).
 
         Args:
             times: 0 or more each; 0 gives the model's own outputs.
@@ -398,6 +402,8 @@ class KernelTrainer(AtOnceTrainer):
         if bad := [time for time in times if not time >= 0]:
             raise InputError(f"times must be 0 or more, got {bad[0]}")
         data = self.eval_dataset if dataset is None else dataset
+        if data is None or isinstance(data, dict):
+            raise InputError("linearize predicts one data set, and there is none; pass dataset")
         labels, start = self._labels(self.train_dataset), self.source.start(self.train_dataset, "train")
         options = replace(
             self.solved.options, solver=Solver.LSTSQ, regularization=regularization, coupling=self.coupling, time=None
@@ -494,6 +500,7 @@ class KernelTrainer(AtOnceTrainer):
             "kernel_regularization": str(self.regularization),
             "kernel_classes": self.coupling.value,
             "binary_classification": self.binary,
+            "seed": self.args.seed,  # random_model_init drew from it
         }
         pad = getattr(getattr(self.model, "config", None), "pad_token_id", 0)
         return SavedKernel(
@@ -538,7 +545,10 @@ class KernelTrainer(AtOnceTrainer):
     def loading_code(cls, run: FinishedRun) -> str:
         """Python that predicts with what was pushed."""
         if not run.has(COEFFICIENTS):  # the kernels came from files
-            return rerun_code(run, {}, [])
+            if run.has(ADAPTER_CONFIG):  # drawn again from the seed, on the model that it was drawn for
+                return rerun_code(run, {"model_name_or_path": run.base or run.record["model"]}, [])
+            of_the_model = ("model_name_or_path", "model_revision", "tokenizer_name", "from_linearhead")
+            return rerun_code(run, dict.fromkeys(of_the_model), ["'--model_name_or_path', folder,"])
         lines = [
             "from hf_ft_ext import load_kernel",
             "from huggingface_hub import snapshot_download",
@@ -562,10 +572,10 @@ class KernelTrainer(AtOnceTrainer):
     def trained_weights(self) -> list[TrainedWeight]:
         """The parameters that the kernel is over: no gradients kept, no moments."""
         args = self.args
-        chosen = kernel_parameters(
+        parameters = kernel_parameters(
             self.model, args.kernel_parameters, args.exclude_embeddings, args.exclude_head, args.only_biases
         )
-        return [TrainedWeight(name, tuple(p.shape), p.numel(), 0, 0) for name, p in chosen.items()]
+        return [TrainedWeight(name, tuple(p.shape), p.numel(), 0, 0) for name, p in parameters.items()]
 
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:
@@ -585,14 +595,12 @@ def _as_saved(
     args = copy.copy(args)
     for name in _KEPT:
         value, passed = saved.arguments.get(name), getattr(args, name)
-        asked = name in given or (chosen(args, name) and name != "seed")
-        if asked and name != "seed" and str(passed) != str(value):
+        if (name in given or chosen(args, name)) and str(passed) != str(value):
             raise InputError(
                 f"{name}={passed} was passed, but the kernel in {str(folder)!r} was solved with {name}={value}; leave "
                 "it out, or solve anew from training data"
             )
-        if name != "seed":
-            setattr(args, name, value)
-    for name in _DONE:
-        setattr(args, name, {} if name == "kernel_peft_config" else None if name == "kernel_peft" else False)
+        setattr(args, name, value)
+    # the saved model has its adapter and its drawn weights already
+    args.kernel_peft, args.kernel_peft_config, args.random_model_init = None, {}, False
     return args
