@@ -44,7 +44,7 @@ def measured(folder: Path) -> dict:
         found[value] = {"accuracy": float(np.mean(predicted == truth)), "loss": model.loss(scores, truth)}
     chosen = system.best_left_out(LEFT_OUT)
     couplings = {}
-    for coupling in Coupling if kernel.shape[2] > 1 else ():
+    for coupling in (Coupling.FULL, Coupling.BY_CLASS, Coupling.SHARED) if kernel.shape[2] > 1 else ():
         other_system = KernelSystem(SolverOptions(Solver.LSTSQ, coupling=coupling), kernel, labels)
         best = other_system.best_left_out(LEFT_OUT)
         scores = other_system.solve(best, quiet=True).predict(other)

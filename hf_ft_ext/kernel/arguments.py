@@ -69,7 +69,8 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         metadata={
             "help": "How several classes enter lstsq, svr and logistic. full: all products of their scalars, one "
             "system of N C unknowns. by_class: each class's own kernel. shared: one kernel, the mean over classes. "
-            f"auto = full up to {FULL_UNKNOWNS:,} unknowns, beyond that shared.",
+            "pseudo: one kernel, of the logits summed with random signs (from seed), one backward pass a row. "
+            f"auto = full up to {FULL_UNKNOWNS:,} unknowns, beyond that pseudo.",
             "choices": [AUTO, *(coupling.value for coupling in Coupling)],
         },
     )
@@ -241,7 +242,9 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             formula=self.kernel_formula,
             engine=self.kernel_engine,
             binary_classification=binary,
-            class_diagonal=not binary and coupling is not Coupling.FULL and self.export_kernels is None,
+            class_diagonal=coupling in (Coupling.BY_CLASS, Coupling.SHARED)
+            and not binary
+            and self.export_kernels is None,
             parameters=self.kernel_parameters,
             exclude_embeddings=self.exclude_embeddings,
             exclude_head=self.exclude_head,

@@ -17,7 +17,7 @@ from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.saved import SavedKernel, load_model, load_tokenizer
 from hf_ft_ext.kernel.solution import Coupling
 from hf_ft_ext.kernel.solvers import Solver
-from hf_ft_ext.kernel.source import outputs_at_start
+from hf_ft_ext.kernel.source import outputs_at_start, pseudo_logit
 from hf_ft_ext.kernel.training_side import TrainingRows
 from hf_ft_ext.metrics import probabilities
 from hf_ft_ext.per_example.capture import Function
@@ -71,10 +71,12 @@ class KernelPredictor:
         options = KernelOptions(
             formula=settings["kernel_formula"],
             binary_classification=self._binary,
-            class_diagonal=not self._binary and self._options.coupling is not Coupling.FULL,
+            class_diagonal=self._options.coupling in (Coupling.BY_CLASS, Coupling.SHARED) and not self._binary,
             batch_size=batch_size,
             **memory,
         )
+        if self._options.coupling is Coupling.PSEUDO:
+            function = pseudo_logit(saved.model.scalars, settings["seed"])
         self._computation = KernelComputation(model, options, function)
 
     @cached_property

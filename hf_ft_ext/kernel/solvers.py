@@ -53,10 +53,10 @@ class Solver(enum.StrEnum):
 
 
 _COUPLINGS = {
-    Solver.LSTSQ: (Coupling.FULL, Coupling.BY_CLASS, Coupling.SHARED),
-    Solver.LOGISTIC: (Coupling.FULL, Coupling.SHARED),
-    Solver.SVR: (Coupling.FULL, Coupling.BY_CLASS, Coupling.SHARED),
-    Solver.SVC: (Coupling.SHARED,),
+    Solver.LSTSQ: (Coupling.FULL, Coupling.BY_CLASS, Coupling.SHARED, Coupling.PSEUDO),
+    Solver.LOGISTIC: (Coupling.FULL, Coupling.SHARED, Coupling.PSEUDO),
+    Solver.SVR: (Coupling.FULL, Coupling.BY_CLASS, Coupling.SHARED, Coupling.PSEUDO),
+    Solver.SVC: (Coupling.SHARED, Coupling.PSEUDO),
     Solver.ASYM: (Coupling.BY_CLASS,),
 }
 # Unknowns N C up to which all scalars are coupled unless something else is asked for: a matrix of 0.5 GB, whose
@@ -96,8 +96,13 @@ class SolverOptions:
         object.__setattr__(self, "coupling", Coupling(self.coupling or own))
 
 
-def chosen_coupling(solver: Solver, asked: str, multi_label: bool, rows: int, scalars: int) -> Coupling:
+def chosen_coupling(
+    solver: Solver, asked: str, multi_label: bool, rows: int, scalars: int, needs_logits: str | None = None
+) -> Coupling:
     """The coupling that `kernel_classes` asks for, `auto` by the number of unknowns.
+
+    Args:
+        needs_logits: the argument that needs each class's own scalar, so that `PSEUDO` is out; `None` = none does.
 
     Raises:
         InputError: the solver, or a task with several labels per row, works with another one.
@@ -109,6 +114,11 @@ def chosen_coupling(solver: Solver, asked: str, multi_label: bool, rows: int, sc
             )
         return Coupling.BY_CLASS
     if asked != "auto":
+        if asked == Coupling.PSEUDO and (needs_logits or scalars == 1):
+            cause = f"{needs_logits} needs each class's own" if needs_logits else "this task has but one"
+            raise InputError(
+                f"kernel_classes=pseudo adds the logits up to one scalar, and {cause}; pass shared, or auto"
+            )
         if asked not in solver.couplings:
             raise InputError(
                 f"kernel_classes={asked} is not for kernel_solver={solver.value}; choose from: auto, "
@@ -117,12 +127,13 @@ def chosen_coupling(solver: Solver, asked: str, multi_label: bool, rows: int, sc
         return Coupling(asked)
     coupling = solver.couplings[0]
     if coupling is Coupling.FULL and scalars > 1 and rows * scalars > FULL_UNKNOWNS:
+        instead = Coupling.SHARED if needs_logits else Coupling.PSEUDO
         logger.warning(
-            "%d rows times %d scalars are a system of %d unknowns, more than %d: one kernel for all of them, the mean "
-            "over their own, takes its place (kernel_classes=shared; pass full for the whole system)",
-            rows, scalars, rows * scalars, FULL_UNKNOWNS,
+            "%d rows times %d scalars are a system of %d unknowns, more than %d: one kernel for all classes takes its "
+            "place (kernel_classes=%s; pass full for the whole system)",
+            rows, scalars, rows * scalars, FULL_UNKNOWNS, instead.value,
         )  # fmt: skip
-        return Coupling.SHARED
+        return instead
     return coupling
 
 
@@ -186,15 +197,21 @@ class KernelSystem:
         labels: `[N]`, class ids or scores; scores `[N, C]` of several scalars; with several labels per row 0 and 1,
             `[N, C]`.
         start: the model's scalars at the start `[N, C]` (`adjust_for_init`), subtracted from the targets.
+        scalars: C; `None` = those of the kernel, which has a single one in `Coupling.PSEUDO`.
 
     Raises:
         InputError: labels that cannot be fitted (see `check_labels`), or of another shape than the kernel.
     """
 
     def __init__(
-        self, options: SolverOptions, kernel: np.ndarray, labels: np.ndarray, start: np.ndarray | None = None
+        self,
+        options: SolverOptions,
+        kernel: np.ndarray,
+        labels: np.ndarray,
+        start: np.ndarray | None = None,
+        scalars: int | None = None,
     ):
-        self.options, self.scalars, self.labels = options, kernel.shape[2], np.asarray(labels)
+        self.options, self.scalars, self.labels = options, scalars or kernel.shape[2], np.asarray(labels)
         self.kernel = view_of(kernel, options.coupling)
         self.targets = targets_of(options, self.labels, self.scalars)
         if start is not None:
@@ -274,7 +291,7 @@ class KernelSystem:
         """`[N, C]` from `solve(matrix, targets)`, which takes and gives `[n, k]`."""
         if self.options.coupling is Coupling.BY_CLASS:
             return np.hstack([solve(matrix, self.targets[:, [c]]) for c, matrix in enumerate(self.matrices)])
-        if self.options.coupling is Coupling.SHARED:
+        if self.options.coupling.one_kernel:
             return solve(self.matrices[0], self.targets)
         return solve(self.matrices[0], self.targets.reshape(-1, 1)).reshape(self.targets.shape)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.errors import InputError
@@ -21,7 +22,8 @@ from hf_ft_ext.kernel.schedule import Plan
 from hf_ft_ext.kernel.store import KernelStore
 from hf_ft_ext.kernel.training_side import TrainingRows
 from hf_ft_ext.per_example.capture import Function
-from hf_ft_ext.per_example.state import batch_in, computing_in, evaluating
+from hf_ft_ext.per_example.gradients import logits
+from hf_ft_ext.per_example.state import Batch, batch_in, computing_in, evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +36,19 @@ class KernelSource:
         options: of the kernel.
         function: from model and batch to the scalars; `None` = the logits.
         keep: whether finished blocks are kept on disk.
+        scalars: says what `function` gives, where that can be said in words: kernels on disk are found by it.
     """
 
-    def __init__(self, trainer: Trainer, options: KernelOptions, function: Function | None = None, keep: bool = True):
+    def __init__(
+        self,
+        trainer: Trainer,
+        options: KernelOptions,
+        function: Function | None = None,
+        keep: bool = True,
+        scalars: str | None = None,
+    ):
         self.trainer, self.args, self.options, self.keep = trainer, trainer.args, options, keep
+        self._scalars = scalars
         self.computation = KernelComputation(trainer.model, options, function)
         self._training_rows: tuple[Any, ExampleRows] | None = None
         self._other_rows: tuple[Any, ExampleRows] | None = None
@@ -128,6 +139,7 @@ class KernelSource:
             "engine": "jacobian" if options.engine.value == "jacobian" else "structured",
             "binary_classification": options.binary_classification,
             "parameters": sorted(self.computation.parameters),
+            **({} if self._scalars is None else {"scalars": self._scalars}),
         }
 
     def _everywhere(self, make: Callable[[], Any]) -> Any:
@@ -183,6 +195,18 @@ def outputs_at_start(computation: KernelComputation, rows: ExampleRows, batch_si
             scalars = computation.function(model, batch)
             found.append((scalars[:, None] if scalars.ndim == 1 else scalars).double().cpu())
     return torch.cat(found).numpy()
+
+
+def pseudo_logit(classes: int, seed: int) -> Function:
+    """The one scalar of `Coupling.PSEUDO`: `sum_c e_c f_c / sqrt(C)`, signs `e` drawn from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = 2.0 * torch.randint(2, (classes,), generator=generator) - 1
+
+    def function(model: nn.Module, batch: Batch) -> torch.Tensor:
+        values = logits(model, batch)
+        return values @ (signs / classes**0.5).to(values)
+
+    return function
 
 
 class _Unkept:

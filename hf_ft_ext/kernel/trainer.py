@@ -44,6 +44,7 @@ from hf_ft_ext.kernel.saved import (
     weights_hash,
     without_report,
 )
+from hf_ft_ext.kernel.solution import Coupling
 from hf_ft_ext.kernel.solvers import (
     KernelModel,
     KernelSystem,
@@ -52,7 +53,7 @@ from hf_ft_ext.kernel.solvers import (
     check_labels,
     chosen_coupling,
 )
-from hf_ft_ext.kernel.source import KernelSource
+from hf_ft_ext.kernel.source import KernelSource, pseudo_logit
 from hf_ft_ext.kernel.training_side import TrainingRows
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.models import seeded_init
@@ -299,14 +300,26 @@ class KernelTrainer(AtOnceTrainer):
         scalars = int(np.prod(labels.shape[1:])) if self.regression else self.model.config.num_labels
         self.coupling = chosen_coupling(
             Solver(self.args.kernel_solver), self.args.kernel_classes, self.multi_label, len(labels),
-            1 if self.binary else scalars,
+            1 if self.binary else scalars, self._needs_logits(),
         )  # fmt: skip
         self.saved = None
         self.source = self._source(keep=self.function is None)
         return self._solve(self.source.kernel(self.train_dataset, "train"), labels)
 
+    def _needs_logits(self) -> str | None:
+        """The argument, if there is one, that a kernel of one scalar for all classes cannot honour."""
+        names = ("adjust_for_init", "export_kernels", "load_kernels")
+        return (
+            "function"
+            if self.function is not None
+            else next((name for name in names if getattr(self.args, name)), None)
+        )
+
     def _source(self, keep: bool) -> KernelSource:
         options = self.args.options(self.binary, self.coupling)
+        if self.coupling is Coupling.PSEUDO:
+            classes, seed = self.model.config.num_labels, self.args.seed
+            return KernelSource(self, options, pseudo_logit(classes, seed), keep, f"pseudo {classes} {seed}")
         return KernelSource(self, options, self.function, keep and self.function is None)
 
     def _labels(self, dataset: Any) -> np.ndarray:
@@ -319,7 +332,8 @@ class KernelTrainer(AtOnceTrainer):
     def _solve(self, kernel: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         start = self._start(self.train_dataset, "train")
         options = self.args.solver_options(0.0, self.regression, self.multi_label, self.coupling)
-        system = KernelSystem(options, kernel, labels, start)
+        scalars = self.model.config.num_labels if self.coupling is Coupling.PSEUDO else None
+        system = KernelSystem(options, kernel, labels, start, scalars)
         self.regularization = self._regularization(system)
         self.solved = system.solve(self.regularization)
         metrics = {"train_loss": self.solved.loss(self.solved.predict(kernel, start), labels)}
@@ -399,6 +413,8 @@ class KernelTrainer(AtOnceTrainer):
             raise InputError(
                 "linearize needs the train kernel and the labels; call train() of a trainer that has them"
             )
+        if self.coupling is Coupling.PSEUDO:
+            raise InputError("linearize needs each class's own scalar; pass kernel_classes=shared, or another one")
         if bad := [time for time in times if not time >= 0]:
             raise InputError(f"times must be 0 or more, got {bad[0]}")
         data = self.eval_dataset if dataset is None else dataset
@@ -500,7 +516,7 @@ class KernelTrainer(AtOnceTrainer):
             "kernel_regularization": str(self.regularization),
             "kernel_classes": self.coupling.value,
             "binary_classification": self.binary,
-            "seed": self.args.seed,  # random_model_init drew from it
+            "seed": self.args.seed,  # random_model_init and kernel_classes=pseudo drew from it
         }
         pad = getattr(getattr(self.model, "config", None), "pad_token_id", 0)
         return SavedKernel(
@@ -601,6 +617,8 @@ def _as_saved(
                 "it out, or solve anew from training data"
             )
         setattr(args, name, value)
+    if saved.model.options.coupling is Coupling.PSEUDO:
+        args.seed = saved.arguments["seed"]  # its signs were drawn from it
     # the saved model has its adapter and its drawn weights already
     args.kernel_peft, args.kernel_peft_config, args.random_model_init = None, {}, False
     return args

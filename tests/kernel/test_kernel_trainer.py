@@ -205,6 +205,26 @@ def test_regularization_is_chosen_on_the_evaluation_data(tmp_path, caplog):
         nothing.train()
 
 
+def test_the_pseudo_kernel_is_the_shared_one_on_average(tmp_path):
+    data = {"train": tiny_dataset(9, num_labels=3), "evaluation": tiny_dataset(5, num_labels=3, seed=1)}
+    model, inputs = tiny_model(num_labels=3).double(), collated(data["train"])
+    inputs.pop("labels")
+    whole = empirical_ntk(model, inputs).numpy()
+    kernels = []
+    for seed in range(8):
+        trainer = make(tmp_path, model, **data, kernel_classes="pseudo", seed=seed)
+        trainer.train()
+        kernels.append(trainer.source.kernel(trainer.train_dataset, "train")[0, :, 0, :, 0])
+        assert trainer.predict(trainer.eval_dataset).predictions.shape == (5, 3)
+    # all signs of three classes: e and -e give the same kernel, so there are four
+    signs = [np.array([1, a, b]) for a in (-1, 1) for b in (-1, 1)]
+    expected = [np.einsum("a,iajb,b->ij", e, whole, e) / 3 for e in signs]
+    for kernel in kernels:
+        assert min(np.abs(kernel - one).max() for one in expected) <= 1e-9 * np.abs(whole).max()
+    np.testing.assert_allclose(sum(expected) / 4, np.einsum("icjc->ij", whole) / 3, rtol=1e-9, atol=1e-12)
+    assert len({round(float(kernel[0, 1]), 9) for kernel in kernels}) > 1
+
+
 def test_the_linearized_model_is_that_of_gradient_descent(tmp_path):
     """Full-batch gradient descent on the linearized model itself, its outputs by `torch.func.jvp`."""
     model = tiny_model().double()
@@ -328,7 +348,7 @@ def test_the_authors_files_are_taken_and_written(tmp_path):
         ({"kernel_solver": "asym"}, "which kernel_formula=sgd does not give"),
         ({"kernel_regularization": "loo", "kernel_solver": "svr"}, "pass auto or a number, or leave it out"),
         ({"kernel_regularization": "loo", "kernel_formula": "asymmetric_signgd"}, "rows can be left out at once with"),
-        ({"kernel_classes": "some"}, "kernel_classes='some'; choose from: auto, full, by_class, shared"),
+        ({"kernel_classes": "some"}, "kernel_classes='some'; choose from: auto, full, by_class, shared, pseudo"),
         ({"kernel_time": 0.0, "adjust_for_init": True}, "kernel_time=0.0 must be a number above 0"),
         ({"kernel_time": 1.0}, "pass adjust_for_init too"),
         ({"function": torch.sum, "kernel_dir": "x"}, "kernel_dir=x: kernels of a function of yours are not kept"),

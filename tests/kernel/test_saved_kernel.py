@@ -85,6 +85,7 @@ def same_predictions(folder: Path, trainer, evaluation, **options) -> None:
         ("two", {"kernel_formula": "asymmetric_signgd", "exclude_head": True, "kernel_regularization": "0.1"}),
         ("two", ASYM),
         ("three", {"kernel_classes": "shared"}),
+        ("three", {"kernel_classes": "pseudo", "seed": 3}),
         ("three", {"kernel_classes": "by_class", "kernel_solver": "svr"}),
         ("three", {"kernel_solver": "logistic", "kernel_formula": "signgd"}),
         ("three", {"kernel_solver": "svc"}),

@@ -75,6 +75,8 @@ def test_every_solver_takes_two_and_more_classes(solver, classes, scalars):
     kernels = 2 if solver is Solver.ASYM else 1
     kernel, labels, other, truth = problem(classes, scalars, kernels=kernels)
     for coupling in solver.couplings:
+        if coupling is Coupling.PSEUDO:  # of one scalar
+            continue
         model = solved(SolverOptions(solver, regularization=1e-3, coupling=coupling), kernel, labels)
         found = model.predict(other)
         assert found.shape == (40, scalars)
@@ -167,7 +169,7 @@ def test_a_singular_coupled_system_gives_the_least_norm():
     np.testing.assert_allclose(model.predict(both)[:, 0], expected, atol=1e-10)
 
 
-@pytest.mark.parametrize("coupling", Coupling)
+@pytest.mark.parametrize("coupling", [Coupling.FULL, Coupling.BY_CLASS, Coupling.SHARED])
 @pytest.mark.parametrize("r", [0.0, 1e-2])
 def test_support_vector_regression_is_that_of_scikit_learn(coupling, r):
     kernel, other = random_problem(3)
@@ -201,7 +203,7 @@ def test_support_vector_classification_is_that_of_scikit_learn(classes, scalars,
         np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("coupling", Solver.LOGISTIC.couplings)
+@pytest.mark.parametrize("coupling", [Coupling.FULL, Coupling.SHARED])
 @pytest.mark.parametrize("classes, scalars", [(2, 1), (2, 2), (3, 3)])
 def test_logistic_regression_is_that_of_scikit_learn(classes, scalars, coupling):
     kernel, other = random_problem(scalars)
@@ -259,14 +261,21 @@ def test_couplings_are_different_systems():
 
 def test_the_coupling_follows_solver_task_and_size(caplog):
     assert chosen_coupling(Solver.LSTSQ, "auto", False, 100, 6) is Coupling.FULL
-    assert chosen_coupling(Solver.LSTSQ, "auto", False, 600, 150) is Coupling.SHARED
-    assert "90000 unknowns" in caplog.text.replace(",", "") and "kernel_classes=shared" in caplog.text
+    assert chosen_coupling(Solver.LSTSQ, "auto", False, 600, 150) is Coupling.PSEUDO
+    assert "90000 unknowns" in caplog.text.replace(",", "") and "kernel_classes=pseudo" in caplog.text
+    assert chosen_coupling(Solver.LSTSQ, "auto", False, 600, 150, "adjust_for_init") is Coupling.SHARED
+    with pytest.raises(
+        InputError, match="adds the logits up to one scalar, and adjust_for_init needs each class's own"
+    ):
+        chosen_coupling(Solver.LSTSQ, "pseudo", False, 600, 150, "adjust_for_init")
+    with pytest.raises(InputError, match="and this task has but one"):
+        chosen_coupling(Solver.LSTSQ, "pseudo", False, 600, 1)
     assert chosen_coupling(Solver.LSTSQ, "full", False, 600, 150) is Coupling.FULL
     assert chosen_coupling(Solver.LSTSQ, "auto", False, 2 * FULL_UNKNOWNS, 1) is Coupling.FULL  # nothing to leave out
     assert chosen_coupling(Solver.SVC, "auto", False, 10, 3) is Coupling.SHARED
     assert chosen_coupling(Solver.SVR, "auto", True, 10, 3) is Coupling.BY_CLASS
     with pytest.raises(
-        InputError, match="kernel_classes=full is not for kernel_solver=svc; choose from: auto, shared"
+        InputError, match="kernel_classes=full is not for kernel_solver=svc; choose from: auto, shared, pseudo"
     ):
         chosen_coupling(Solver.SVC, "full", False, 10, 3)
     with pytest.raises(InputError, match="with several labels per row each label is solved by itself"):
@@ -297,6 +306,19 @@ def test_a_singular_asymmetric_kernel_gives_the_least_norm():
     expected = np.linalg.pinv(kernel[0, :, 0, :, 0].T) @ (2.0 * labels - 1)
     np.testing.assert_allclose(model.solution.coefficients[0, :, 0], expected, rtol=1e-6)
     assert model.rank == 5
+
+
+@pytest.mark.parametrize("solver", [Solver.LSTSQ, Solver.SVR, Solver.SVC, Solver.LOGISTIC])
+def test_one_scalar_serves_all_classes(solver):
+    """Of the same kernel `shared` and `pseudo` are the same problem."""
+    kernel, other = random_problem(3)
+    mean, across = (np.einsum("kicjc->kij", k)[:, :, None, :, None] / 3 for k in (kernel, other))
+    labels = np.arange(15) % 3
+    shared = solved(SolverOptions(solver, 0.1, svm_c=0.05, coupling=Coupling.SHARED), kernel, labels).predict(other)
+    options = SolverOptions(solver, 0.1, svm_c=0.05, coupling=Coupling.PSEUDO)
+    pseudo = KernelSystem(options, mean, labels, scalars=3).solve()
+    assert pseudo.scalars == 3 and pseudo.predict(across).shape == (9, 3)
+    np.testing.assert_allclose(pseudo.predict(across), shared, rtol=1e-6)
 
 
 # --- leaving one out and gradient flow -------------------------------------------------------------------
