@@ -204,7 +204,7 @@ def pseudo_logit(classes: int, seed: int) -> Function:
 
     def function(model: nn.Module, batch: Batch) -> torch.Tensor:
         values = logits(model, batch)
-        return values @ (signs / classes**0.5).to(values)
+        return values @ signs.to(values) / classes**0.5
 
     return function
 

@@ -168,9 +168,8 @@ def test_scalars_of_a_function(tmp_path, columns):
 
     config = tiny_model().config
     torch.manual_seed(0)
-    trainer = make(
-        tmp_path, BertModel(config).double(), rows(12, 0), rows(7, 1), function=scalars, adjust_for_init=True
-    )
+    settings = {"function": scalars, "adjust_for_init": True, "kernel_regularization": "1e-3"}
+    trainer = make(tmp_path, BertModel(config).double(), rows(12, 0), rows(7, 1), **settings)
     trainer.compute_metrics = None
     trainer.train()
     found = trainer.predict(trainer.eval_dataset)
