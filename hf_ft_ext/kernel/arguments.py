@@ -7,11 +7,15 @@ from hf_ft_ext.arguments import Gradients
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.ntk import DIMENSION, Engine, KernelOptions, signs_of_projections
-from hf_ft_ext.kernel.solvers import Solver, SolverOptions
+from hf_ft_ext.kernel.solution import Coupling
+from hf_ft_ext.kernel.solvers import FULL_UNKNOWNS, Solver, SolverOptions
 from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
 from hf_ft_ext.training.completion import chosen
 
-AUTO = "auto"
+AUTO, LEAVE_ONE_OUT = "auto", "loo"
+# Of least squares whose rows cannot be left out at once: well-conditioned kernels predict as with 0, others predict
+# noise with 0 (docs/kernel.md).
+ASYMMETRIC_REGULARIZATION = 1e-3
 # The kernel is computed in the weights' own precision, by the model as it is, and predictions are made at once.
 _OF_MODEL_RUNS = (
     "batch_eval_metrics", "bf16", "eval_accumulation_steps", "fp16", "include_for_metrics", "label_smoothing_factor",
@@ -26,8 +30,8 @@ _WITHOUT_PROJECTION = "kernel_dimension is of kernel_engine=projected; pass that
 class KernelTrainingArguments(AtOnceTrainingArguments):
     """`transformers.TrainingArguments` plus the settings of the kernel and of its solver.
 
-    What steers a training loop is refused: there is none. `per_device_eval_batch_size` is the number of
-    rows in a forward pass.
+    What steers a training loop is refused: there is none. A forward pass takes `per_device_eval_batch_size` rows at
+    most, or `per_device_train_batch_size` if that is set and smaller.
 
     Raises:
         InputError: a value out of range.
@@ -51,11 +55,31 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             "choices": [solver.value for solver in Solver],
         },
     )
-    kernel_regularization: str = field(
-        default="0",
+    kernel_regularization: str | None = field(
+        default=None,
         metadata={
-            "help": "Times the operator norm of the matrix that is solved with, on its diagonal; auto = the best of 0 "
-            "and 1e-6 to 1 on the evaluation data."
+            "help": "Times the operator norm of the matrix that is solved with, on its diagonal, 0 or more. loo = "
+            "what predicts each training row best by the others, from 1e-6 to 1 (lstsq, symmetric kernels). auto = "
+            "the best of 0 and 1e-6 to 1 on the evaluation data. none = loo for lstsq (asymmetric_signgd: "
+            f"{ASYMMETRIC_REGULARIZATION:g}); 0 for the others, which have penalties of their own, and with "
+            "kernel_time."
+        },
+    )
+    kernel_classes: str = field(
+        default=AUTO,
+        metadata={
+            "help": "How several classes enter lstsq, svr and logistic. full: all products of their scalars, one "
+            "system of N C unknowns. by_class: each class's own kernel. shared: one kernel, the mean over classes. "
+            "pseudo: one kernel, of the logits summed with random signs (from seed), one backward pass a row. "
+            f"auto = full up to {FULL_UNKNOWNS:,} unknowns, beyond that pseudo.",
+            "choices": [AUTO, *(coupling.value for coupling in Coupling)],
+        },
+    )
+    kernel_time: float | None = field(
+        default=None,
+        metadata={
+            "help": "lstsq with sgd and adjust_for_init: predict as the linearized model trained for this time by "
+            "gradient flow (learning rate times steps, on half the mean squared error), above 0; none = to the end."
         },
     )
     kernel_gamma: float = field(default=1.0, metadata={"help": "asym: weight of the errors, above 0."})
@@ -148,7 +172,8 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             if getattr(self, name) not in [member.value for member in kind]:
                 choices = ", ".join(member.value for member in kind)
                 raise InputError(f"{name}={getattr(self, name)!r}; choose from: {choices}")
-        for name in ("kernel_gamma", "kernel_svm_c", "f0_scaling", "kernel_memory_gb", "kernel_dimension"):
+        numbers = ("kernel_gamma", "kernel_svm_c", "f0_scaling", "kernel_memory_gb", "kernel_time", "kernel_dimension")
+        for name in numbers:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"{name}={value} must be a number above 0")
@@ -157,27 +182,35 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
                 raise InputError(signs_of_projections(Formula(self.kernel_formula)))
         elif chosen(self, "kernel_dimension"):
             raise InputError(_WITHOUT_PROJECTION)
+        if self.kernel_classes not in (AUTO, *Coupling):
+            choices = ", ".join((AUTO, *Coupling))
+            raise InputError(f"kernel_classes={self.kernel_classes!r}; choose from: {choices}")
         if not 0 <= self.kernel_lambda <= 1:
             raise InputError(f"kernel_lambda={self.kernel_lambda} is no share in [0, 1]; pass 0.5, say")
         self._check_regularization()
         self._check_together()
 
     def _check_regularization(self) -> None:
-        if self.kernel_regularization == AUTO:
-            if self.kernel_solver == Solver.LOGISTIC.value:
+        value = self.kernel_regularization
+        if value == AUTO and self.kernel_solver == Solver.LOGISTIC.value:
+            raise InputError(
+                "kernel_regularization=auto: logistic cross-validates its own penalty; pass a number, or leave it out"
+            )
+        if value == LEAVE_ONE_OUT:
+            least_squares = self.kernel_solver == Solver.LSTSQ.value and self.kernel_time is None
+            if not least_squares or self.kernel_formula == Formula.ASYMMETRIC_SIGNGD.value:
                 raise InputError(
-                    "kernel_regularization=auto: logistic cross-validates its own penalty; pass a number, or leave it "
-                    "out"
+                    "kernel_regularization=loo: rows can be left out at once with kernel_solver=lstsq, a symmetric "
+                    "kernel_formula and no kernel_time; pass auto or a number, or leave it out"
                 )
+        if value in (None, AUTO, LEAVE_ONE_OUT):
             return
         try:
-            value = float(self.kernel_regularization)
+            number = float(value)
         except ValueError:
-            value = -1.0
-        if not 0 <= value < float("inf"):
-            raise InputError(
-                f"kernel_regularization={self.kernel_regularization!r} is neither a number, 0 or more, nor auto"
-            )
+            number = -1.0
+        if not 0 <= number < float("inf"):
+            raise InputError(f"kernel_regularization={value!r} is neither a number, 0 or more, nor auto or loo")
 
     def _check_together(self) -> None:
         if self.kernel_peft_config and self.kernel_peft is None:
@@ -212,26 +245,40 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             raise InputError(_WITHOUT_PROJECTION)
         super().check_given(given)
 
-    def options(self, binary: bool, multi_label: bool = False) -> KernelOptions:
+    @property
+    def regularization(self) -> float | str:
+        """The number that `kernel_regularization` stands for, or how it is to be chosen: `auto` or `loo`."""
+        if self.kernel_regularization in (AUTO, LEAVE_ONE_OUT):
+            return self.kernel_regularization
+        if self.kernel_regularization is not None:
+            return float(self.kernel_regularization)
+        if self.kernel_solver != Solver.LSTSQ.value or self.kernel_time is not None:
+            return 0.0
+        return ASYMMETRIC_REGULARIZATION if self.kernel_formula == Formula.ASYMMETRIC_SIGNGD.value else LEAVE_ONE_OUT
+
+    def options(self, binary: bool, coupling: Coupling = Coupling.FULL) -> KernelOptions:
         """The kernel's part of the settings."""
-        by_class = multi_label or Solver(self.kernel_solver).by_class
         projected = self.kernel_engine == Engine.PROJECTED.value
         return KernelOptions(
             formula=self.kernel_formula,
             engine=self.kernel_engine,
             binary_classification=binary,
-            class_diagonal=not binary and by_class and self.export_kernels is None,
+            class_diagonal=coupling in (Coupling.BY_CLASS, Coupling.SHARED)
+            and not binary
+            and self.export_kernels is None,
             parameters=self.kernel_parameters,
             exclude_embeddings=self.exclude_embeddings,
             exclude_head=self.exclude_head,
             only_biases=self.only_biases,
             memory_gb=self.kernel_memory_gb,
-            batch_size=self.per_device_eval_batch_size,
+            batch_size=self.rows_per_pass,
             dimension=self.kernel_dimension if projected else None,
             seed=self.seed if projected else None,
         )
 
-    def solver_options(self, regularization: float, regression: bool, multi_label: bool = False) -> SolverOptions:
+    def solver_options(
+        self, regularization: float, regression: bool, multi_label: bool = False, coupling: Coupling | None = None
+    ) -> SolverOptions:
         """The solver's part of the settings."""
         return SolverOptions(
             solver=Solver(self.kernel_solver),
@@ -241,6 +288,8 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             svm_c=self.kernel_svm_c,
             regression=regression,
             multi_label=multi_label,
+            coupling=coupling,
+            time=self.kernel_time,
         )
 
 

@@ -44,7 +44,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from hf_ft_ext.per_example.forms import Form, Outer, Rows
+from hf_ft_ext.per_example.types import EmbeddingGradient, Gradient, LinearGradient
 
 _WRITTEN_OUT = 2  # a gradient is written out if it has at most so many entries for each token and place: it is quicker
 _TOKENS = 64  # transforms at a time on a CPU: what stays in its cache
@@ -109,26 +109,26 @@ class Projection:
         self._shared = dict(activations_of or {})
         self._places: dict[str, _Places] = {}
 
-    def __call__(self, n: int, gradients: Sequence[Mapping[str, list[Form]]]) -> torch.Tensor:
+    def __call__(self, n: int, gradients: Sequence[Mapping[str, list[Gradient]]]) -> torch.Tensor:
         """The projections `[n, c, k]` of n examples' gradients.
 
         Args:
-            gradients: for each of the c scalars the forms by parameter name, to be summed.
+            gradients: for each of the c scalars what the uses of each parameter give it, to be summed.
         """
         total = torch.zeros(n, len(gradients), self.dimension, dtype=self.dtype, device=self.device)
         groups: dict[tuple, list[_Tokens]] = {}
         for scalar, by_name in enumerate(gradients):
-            for name, forms in by_name.items():
-                for form in forms:
-                    if isinstance(form, Outer):
-                        tokens = _tokens(name, scalar, form)
+            for name, uses in by_name.items():
+                for use in uses:
+                    if isinstance(use, LinearGradient):
+                        tokens = _tokens(name, scalar, use)
                         read = tokens.columns
                         key = (read.data_ptr(), read.shape, read.stride(), self._shared.get(name, name))
                         groups.setdefault(key, []).append(tokens)
-                    elif isinstance(form, Rows):
-                        self._add_table(total[:, scalar], name, form)
+                    elif isinstance(use, EmbeddingGradient):
+                        self._add_table(total[:, scalar], name, use)
                     else:
-                        self._add_entries(total[:, scalar], name, form.dense())
+                        self._add_entries(total[:, scalar], name, use.dense())
         if groups:
             # rfft of length k keeps k // 2 + 1 of the frequencies: the others are their conjugates.
             kind = torch.complex128 if self.dtype == torch.float64 else torch.complex64
@@ -214,15 +214,15 @@ class Projection:
             with _in_order(self.device):
                 out.scatter_add_(1, index.expand(len(out), -1), signed.flatten(1))
 
-    def _add_table(self, out: torch.Tensor, name: str, form: Rows) -> None:
-        """Add rows of a table: `grads[n, t]` in row `ids[n, t]`."""
-        places, width = self.places(name), form.grads.shape[2]
-        step = max(1, _ENTRIES // (width * form.ids.shape[1]))
+    def _add_table(self, out: torch.Tensor, name: str, gradient: EmbeddingGradient) -> None:
+        """Add rows of a table: `output_gradients[n, t]` in row `ids[n, t]`."""
+        places, width = self.places(name), gradient.output_gradients.shape[2]
+        step = max(1, _ENTRIES // (width * gradient.ids.shape[1]))
         for first in range(0, len(out), step):
             some = slice(first, first + step)
-            ids = form.ids[some].clamp_min(0)
-            signs = places.row_signs[ids] * (form.ids[some] >= 0)
-            signed = form.grads[some] * signs[..., None] * places.column_signs
+            ids = gradient.ids[some].clamp_min(0)
+            signs = places.row_signs[ids] * (gradient.ids[some] >= 0)
+            signed = gradient.output_gradients[some] * signs[..., None] * places.column_signs
             index = places.at(places.rows[ids], self.dimension)
             with _in_order(self.device):
                 out[some].scatter_add_(1, index.flatten(1), signed.flatten(1))
@@ -280,10 +280,14 @@ def read_in_common(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
     return common
 
 
-def _tokens(name: str, scalar: int, form: Outer) -> _Tokens:
+def _tokens(name: str, scalar: int, gradient: LinearGradient) -> _Tokens:
     """The factors of a linear layer's gradient by the weight's own axes."""
-    rows, columns = (form.inputs, form.grads) if form.transposed else (form.grads, form.inputs)
-    n, used = len(form), (form.grads != 0).any(-1)
+    rows, columns = (
+        (gradient.activations, gradient.output_gradients)
+        if gradient.transposed
+        else (gradient.output_gradients, gradient.activations)
+    )
+    n, used = len(gradient), (gradient.output_gradients != 0).any(-1)
     return _Tokens(name, scalar, rows.expand(n, -1, -1), columns.expand(n, -1, -1), used)
 
 

@@ -10,17 +10,21 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_rows import batches_in_order, for_collator, labels_of
 from hf_ft_ext.kernel import store
-from hf_ft_ext.kernel.engines.projected import Chunks, cut_rows, features_product
+from hf_ft_ext.kernel.engines.projected import Chunks, MemoryChunks, cut_rows, features_product, read_chunk
 from hf_ft_ext.kernel.ntk import Engine, KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.schedule import Edges, Plan
 from hf_ft_ext.kernel.store import FeatureStore, KernelStore
-from hf_ft_ext.per_example.state import evaluating
+from hf_ft_ext.kernel.training_side import TrainingFeatures, TrainingRows
+from hf_ft_ext.per_example.capture import Function
+from hf_ft_ext.per_example.gradients import logits
+from hf_ft_ext.per_example.state import Batch, batch_in, computing_in, evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -31,23 +35,49 @@ class KernelSource:
     Args:
         trainer: its model, data, collator and arguments are used.
         options: of the kernel.
+        function: from model and batch to the scalars; `None` = the logits.
+        keep: whether finished blocks are kept on disk.
+        scalars: says what `function` gives, where that can be said in words: kernels on disk are found by it.
     """
 
-    def __init__(self, trainer: Trainer, options: KernelOptions):
-        self.trainer, self.args, self.options = trainer, trainer.args, options
-        self.computation = KernelComputation(trainer.model, options)
-        self._rows: dict[int, tuple[Any, ExampleRows]] = {}
-        self._features: dict[str, Chunks] = {}  # by the rows' hash
+    def __init__(
+        self,
+        trainer: Trainer,
+        options: KernelOptions,
+        function: Function | None = None,
+        keep: bool = True,
+        scalars: str | None = None,
+    ):
+        self.trainer, self.args, self.options, self.keep = trainer, trainer.args, options, keep
+        self._function, self._scalars = function, scalars
+        self.computation = KernelComputation(trainer.model, options, function)
+        self._training_rows: tuple[Any, ExampleRows] | None = None
+        self._other_rows: tuple[Any, ExampleRows] | None = None
+        self._training_features: tuple[Any, Chunks] | None = None  # of engine `projected`
         self._model_hash: str | None = None
 
     def rows(self, dataset: Any) -> ExampleRows:
-        """The collated rows of `dataset`."""
-        if id(dataset) not in self._rows:
-            data, collate = for_collator(self.trainer, dataset)
-            pad = getattr(self.trainer.model.config, "pad_token_id", 0)
-            batches = batches_in_order(data, collate, self.args.per_device_eval_batch_size)
-            self._rows[id(dataset)] = (dataset, ExampleRows(batches, pad))  # held, so that the id stays its own
-        return self._rows[id(dataset)][1]
+        """The collated rows of `dataset`.
+
+        Those of the training data stay; of other data the last set's do, until the next one or `forget`.
+        """
+        if isinstance(dataset, TrainingRows):
+            return dataset.rows
+        for known in (self._training_rows, self._other_rows):
+            if known is not None and known[0] is dataset:
+                return known[1]
+        data, collate = for_collator(self.trainer, dataset)
+        pad = getattr(self.trainer.model.config, "pad_token_id", 0)
+        rows = ExampleRows(batches_in_order(data, collate, self.args.rows_per_pass), pad)
+        if dataset is self.trainer.train_dataset:
+            self._training_rows = (dataset, rows)
+        else:
+            self._other_rows = (dataset, rows)
+        return rows
+
+    def forget(self) -> None:
+        """Let go of the rows that are not training data."""
+        self._other_rows = None
 
     def kernel(self, dataset: Any, split: str) -> np.ndarray:
         """`[kernels, N_train, C, N, C]` between the training data and `dataset`; see `KernelOptions.class_diagonal`.
@@ -59,26 +89,39 @@ class KernelSource:
         if self.args.load_kernels is not None:
             kernel = self._loaded(dataset, split)
         else:
-            rows1 = self.rows(train)
-            rows2 = None if dataset is train else self.rows(dataset)
-            kernel = (
-                self._computed(rows1, rows2) if self.computation.projected is None else self._product(rows1, rows2)
-            )
+            if self.computation.projected is None:
+                kernel = self._computed(self.rows(train), None if dataset is train else self.rows(dataset))
+            else:
+                kernel = self._product(dataset)
         if self.args.export_kernels is not None and self.args.process_index == 0:
             store.write_kernel(self.args.export_kernels, split, self._task(), kernel, labels_of(dataset))
         return kernel.numpy()
 
     def _computed(self, rows1: ExampleRows, rows2: ExampleRows | None) -> torch.Tensor:
         args, folder = self.args, self._folder
+        if not self.keep:
+            return self._run(self.computation, rows1, rows2, _Unkept())
         first = args.process_index == 0
         about, computation = self._about(rows1, rows2), self.computation
         if self.options.class_diagonal:
             if not args.overwrite_kernels and _at_first(args, lambda: KernelStore(folder, about).finished()):
                 # the whole kernel is there, of a solver that needs it
-                computation = KernelComputation(self.trainer.model, replace(self.options, class_diagonal=False))
+                options = replace(self.options, class_diagonal=False)
+                computation = KernelComputation(self.trainer.model, options, self._function)
             else:
                 about["class_diagonal"] = True
         blocks = self._everywhere(lambda: KernelStore(folder, about, args.overwrite_kernels and first, first))
+        return self._run(computation, rows1, rows2, blocks)
+
+    def _run(
+        self,
+        computation: KernelComputation,
+        rows1: ExampleRows,
+        rows2: ExampleRows | None,
+        blocks: "KernelStore | _Unkept",
+    ) -> torch.Tensor:
+        """The kernel, by all processes."""
+        args = self.args
         shared = _SharedPlan(blocks, args) if args.world_size > 1 else blocks
         return computation.run(rows1, rows2, shared, args.process_index, args.world_size, self._quiet, self._send)
 
@@ -103,6 +146,7 @@ class KernelSource:
             "engine": "jacobian" if self.options.engine is Engine.JACOBIAN else "structured",
             "binary_classification": self.options.binary_classification,
             "parameters": sorted(self.computation.parameters),
+            **({} if self._scalars is None else {"scalars": self._scalars}),
         }
 
     def _hash_of_model(self) -> str:
@@ -112,30 +156,47 @@ class KernelSource:
 
     # --- engine `projected` -----------------------------------------------------------------------------
 
-    def _product(self, rows1: ExampleRows, rows2: ExampleRows | None) -> torch.Tensor:
+    def _product(self, dataset: Any) -> torch.Tensor:
         """The kernel of projected gradients, which are kept for each set of rows."""
-        left = self._projected(rows1)
-        right = None if rows2 is None else self._projected(rows2)
-        return features_product(left, right, self.options.class_diagonal)[None]
+        train = self.trainer.train_dataset
+        right = None if dataset is train else self._projected(self.rows(dataset))
+        return features_product(self._projected_training(), right, self.options.class_diagonal)[None]
+
+    def _projected_training(self) -> Chunks:
+        train = self.trainer.train_dataset
+        if self._training_features is None or self._training_features[0] is not train:
+            saved = isinstance(train, TrainingFeatures)
+            chunks = MemoryChunks.of(train.features) if saved else self._projected(self.rows(train))
+            self._training_features = train, chunks
+        return self._training_features[1]
+
+    def training_side(self) -> TrainingRows | TrainingFeatures:
+        """What is to be kept of the training data so that new rows can be predicted."""
+        if self.computation.projected is None:
+            return TrainingRows(self.rows(self.trainer.train_dataset))
+        chunks = self._projected_training()
+        return TrainingFeatures(torch.cat([read_chunk(chunks, i) for i in range(len(chunks.edges))]))
 
     def _projected(self, rows: ExampleRows) -> Chunks:
         """The projected gradients of `rows`: what the folder holds, and the rest computed, each process its share."""
         args, about = self.args, self._about_features(rows)
-        if about["rows"] not in self._features:
-            first = args.process_index == 0
-            chunks = self._everywhere(
+        first = args.process_index == 0
+        cut = cut_rows(len(rows), args.world_size)
+        chunks: Chunks = MemoryChunks(cut)
+        if self.keep:
+            kept: FeatureStore = self._everywhere(
                 lambda: FeatureStore(self._folder, about, args.overwrite_kernels and first, first)
             )
-            edges = _at_first(args, lambda: chunks.cut(cut_rows(len(rows), args.world_size)))
+            edges = _at_first(args, lambda: kept.cut(cut))
             if not first:
-                chunks.cut(edges)
-            self.computation.projected.project(rows, chunks, args.process_index, args.world_size, self._quiet)
-            if args.world_size > 1:
-                self._exchange(chunks)
-            self._features[about["rows"]] = chunks
-        return self._features[about["rows"]]
+                kept.cut(edges)
+            chunks = kept
+        self.computation.projected.project(rows, chunks, args.process_index, args.world_size, self._quiet)
+        if args.world_size > 1:
+            self._exchange(chunks)
+        return chunks
 
-    def _exchange(self, chunks: FeatureStore) -> None:
+    def _exchange(self, chunks: Chunks) -> None:
         """Send every chunk to the processes that do not see it: those without a common folder."""
         args = self.args
         self.trainer.accelerator.wait_for_everyone()
@@ -161,6 +222,7 @@ class KernelSource:
             "seed": options.seed,
             "binary_classification": options.binary_classification,
             "parameters": sorted(self.computation.parameters),
+            **({} if self._scalars is None else {"scalars": self._scalars}),
         }
 
     def _everywhere(self, make: Callable[[], Any]) -> Any:
@@ -203,20 +265,55 @@ class KernelSource:
             folder = Path(self.args.load_kernels).expanduser()
             with contextlib.suppress(InputError):
                 return store.read_logits(folder, split, self.args.kernel_task_name or find_task(folder, split))
-        rows, found = self.rows(dataset), []
-        model, device = self.trainer.model, self.args.device
-        with torch.no_grad(), evaluating(model):
-            for k in range(0, len(rows), self.args.per_device_eval_batch_size):
-                indices = range(k, min(k + self.args.per_device_eval_batch_size, len(rows)))
-                scalars = self.computation.function(model, rows.batch(indices, device))
-                found.append((scalars[:, None] if scalars.ndim == 1 else scalars).double().cpu())
-        return torch.cat(found).numpy()
+        return outputs_at_start(self.computation, self.rows(dataset), self.args.rows_per_pass)
+
+
+def outputs_at_start(computation: KernelComputation, rows: ExampleRows, batch_size: int) -> np.ndarray:
+    """The scalars `[N, C]` that the kernel is of, by the weights as they are, in the type that it is computed in."""
+    model, dtype, found = computation.model, computation.dtype, []
+    device = next(iter(computation.parameters.values())).device
+    with torch.no_grad(), evaluating(model), computing_in(model, dtype):
+        for k in range(0, len(rows), batch_size):
+            batch = batch_in(rows.batch(range(k, min(k + batch_size, len(rows))), device), dtype)
+            scalars = computation.function(model, batch)
+            found.append((scalars[:, None] if scalars.ndim == 1 else scalars).double().cpu())
+    return torch.cat(found).numpy()
+
+
+def pseudo_logit(classes: int, seed: int) -> Function:
+    """The one scalar of `Coupling.PSEUDO`: `sum_c e_c f_c / sqrt(C)`, signs `e` drawn from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = 2.0 * torch.randint(2, (classes,), generator=generator) - 1
+
+    def function(model: nn.Module, batch: Batch) -> torch.Tensor:
+        values = logits(model, batch)
+        return values @ signs.to(values) / classes**0.5
+
+    return function
+
+
+class _Unkept:
+    """A store that keeps nothing but the cut."""
+
+    def __init__(self) -> None:
+        self._cut: Plan | None = None
+
+    def plan(self, make: Callable[[Edges | None], Plan]) -> Plan:
+        if self._cut is None:
+            self._cut = make(None)
+        return self._cut
+
+    def get(self, i: int, j: int) -> torch.Tensor | None:
+        return None
+
+    def put(self, i: int, j: int, block: torch.Tensor) -> None:
+        return None
 
 
 class _SharedPlan:
     """A store whose cut the first process decides."""
 
-    def __init__(self, blocks: KernelStore, args: TrainingArguments):
+    def __init__(self, blocks: KernelStore | _Unkept, args: TrainingArguments):
         self._blocks, self._args = blocks, args
         self.get, self.put = blocks.get, blocks.put
 

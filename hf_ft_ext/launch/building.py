@@ -5,6 +5,7 @@
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import logging
 import math
@@ -16,7 +17,15 @@ from typing import Any
 import numpy as np
 from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import SaveStrategy
 
 from hf_ft_ext.arguments import (
@@ -97,7 +106,16 @@ def load(
     if data_args.streaming:
         data.train = in_training_order(data.train, data_args.stream_buffer, args)
     choose_best_metric(run_args, args, data.metric_function(data_args.multi_label_threshold))
-    tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args, args=args)
+    trainer_class: Any = find_method(run_args.method).trainer_class()
+    finished = _finished(trainer_class, model_args, args)
+
+    def load_model() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+        return load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args, args=args)
+
+    if finished is None:
+        tokenizer, model = load_model()
+    else:
+        tokenizer, model = trainer_class.load_finished(finished, data.label_names, run_args.given, load_model)
     limit = model_max_length(model, tokenizer)
     kind = model.config.problem_type
     if data.label_names is None and data.problem_type != kind:  # no labels: the model knows what it predicts
@@ -113,7 +131,9 @@ def load(
     else:
         data = tokenize(data, tokenizer, data_args, label2id=model.config.label2id, model_max_length=limit)
     _start_from_linear_head(run_args, args, model, data, tokenizer)
-    trainer_class = find_method(run_args.method).trainer_class()
+    make_trainer: Callable[..., Trainer] = trainer_class
+    if finished is not None:
+        make_trainer = functools.partial(trainer_class.from_folder, finished, given=run_args.given)
 
     def build(args: MethodTrainingArguments) -> Trainer:
         patience = run_args.early_stopping_patience
@@ -125,7 +145,7 @@ def load(
         metrics.keys()  # raises now, not after training
         source = {"model_init": lambda: copy.deepcopy(model)} if run_args.hp_search else {"model": model}
         with _explained(args):
-            trainer = trainer_class(
+            trainer = make_trainer(
                 args=args,
                 train_dataset=data.train if args.do_train else None,
                 # Evaluation in training looks at the first validation set, as the metric names expect.
@@ -152,6 +172,14 @@ def load(
         return trainer
 
     return build, data
+
+
+def _finished(trainer_class: type, model_args: ModelArguments, args: MethodTrainingArguments) -> str | None:
+    """The folder to predict from, where the method's result is more than a model and there is to be no training."""
+    name = model_args.model_name_or_path
+    if args.do_train or name is None or not hasattr(trainer_class, "holds_result"):
+        return None
+    return os.path.expanduser(name) if trainer_class.holds_result(os.path.expanduser(name)) else None
 
 
 def _kept_thresholds(config: Any, data_args: DataArguments, args: MethodTrainingArguments) -> np.ndarray | None:

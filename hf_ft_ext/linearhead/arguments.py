@@ -12,8 +12,8 @@ from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
 class LinearHeadTrainingArguments(AtOnceTrainingArguments):
     """`transformers.TrainingArguments` plus the settings of linear probing.
 
-    What steers a training loop is refused: there is none. `per_device_eval_batch_size` is the number of
-    rows that the encoder takes at once.
+    What steers a training loop is refused: there is none. The encoder takes `per_device_eval_batch_size` rows at
+    once, or `per_device_train_batch_size` if that is set and smaller.
 
     Raises:
         InputError: a value out of range.

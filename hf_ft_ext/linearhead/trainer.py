@@ -67,7 +67,7 @@ class LinearHeadTrainer(AtOnceTrainer):
                     self.model,
                     dataset,
                     collate,
-                    batch_size=args.per_device_eval_batch_size,
+                    batch_size=args.rows_per_pass,
                     c=args.linearhead_c,
                     folds=args.linearhead_folds,
                     max_iter=args.linearhead_max_iter,

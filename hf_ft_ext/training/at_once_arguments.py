@@ -15,7 +15,7 @@ _OF_A_LOOP = (
     "gradient_accumulation_steps", "gradient_checkpointing", "hp_search", "ignore_data_skip", "label_smoothing_factor",
     "learning_rate", "load_best_model_at_end", "lr_scheduler_kwargs", "lr_scheduler_type", "max_grad_norm",
     "max_steps", "metric_for_best_model", "neftune_noise_alpha", "num_train_epochs", "optim", "optim_args",
-    "optim_target_modules", "per_device_train_batch_size", "resume_from_checkpoint", "save_only_model", "save_steps",
+    "optim_target_modules", "resume_from_checkpoint", "save_only_model", "save_steps",
     "save_strategy", "save_total_limit", "train_sampling_strategy", "warmup_steps", "weight_decay",
 )  # fmt: skip
 _ONE_STEP = 1  # what a plan and a progress bar count
@@ -44,6 +44,16 @@ class AtOnceTrainingArguments(MethodTrainingArguments):
     needs_all_rows: ClassVar[bool] = True
     instead_of_steps: ClassVar[str] = "this method has none"
     also_without_effect: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows of a forward pass, at most: the evaluation's batch size, or the training's if that is set and smaller.
+
+        Nothing that is computed depends on it.
+        """
+        if chosen(self, "per_device_train_batch_size"):
+            return min(self.per_device_train_batch_size, self.per_device_eval_batch_size)
+        return self.per_device_eval_batch_size
 
     def validate(self) -> None:
         names = (*_OF_A_LOOP, *self.also_without_effect)

@@ -5,6 +5,9 @@ Each trainer may answer, by attributes of its class that are all optional:
 - `own_files`: patterns of the files that the method writes beside model or adapter and tokenizer.
 - `shared_files`: those of them that go to the Hub.
 - `loading_code(run)`: a class method; Python that loads the result from the Hub, where that is no model or adapter.
+- `holds_result(folder)`, `load_finished(folder, labels, given, load)`, `from_folder(folder, args, ...)`: class methods
+  of a method whose result is more than a model: whether a folder holds one, tokenizer and model of it (`load` is the
+  launcher's own way), and a trainer that predicts with it.
 - `delta_code(run)`: a class method; Python that applies a small file of changes to the base model, or `None`.
 
 `hf_ft_ext.methods.hooks_of` gives the class to ask: where a finished run is pushed, or an old one deleted, there is no

@@ -16,12 +16,13 @@ STRAY = (
     "checkpoint-3/model.safetensors", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", ".hidden",
     "predictions.tsv", "x.log", "notes.txt", "secrets.json", "train.csv", "run.lock", "old.safetensors", "utils.py",
     "runs/events.out.tfevents.1.my-laptop.7.0", "wandb/run-1/config.yaml", "kernels/sgd/rows.safetensors.tmp",
+    "kernels/sgd/rows-0.safetensors", "kernels/sgd/kernel.json",
 )  # fmt: skip
-STORE = ("kernel_solution.json", "kernels/sgd/rows-0.safetensors", "kernels/sgd/kernel.json")
+SOLVED = ("kernel_solution.json", "kernel_solution.safetensors", "kernel_training.safetensors")
 OF_METHODS = {
     "sparse": ("sparse_delta.safetensors",),
     "fisher": ("entries_delta.safetensors", "adapter_plan.json", "adapter_plan.png"),
-    "kernel": STORE,
+    "kernel": SOLVED,
 }
 
 

@@ -8,7 +8,7 @@ from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from hf_ft_ext import KernelTrainer, KernelTrainingArguments
 
 
-def make(folder, model=None, train=None, evaluation=None, **settings) -> KernelTrainer:
+def make(folder, model=None, train=None, evaluation=None, function=None, **settings) -> KernelTrainer:
     settings = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False, **settings}
     return KernelTrainer(
         tiny_model() if model is None else model,
@@ -16,6 +16,7 @@ def make(folder, model=None, train=None, evaluation=None, **settings) -> KernelT
         train_dataset=tiny_dataset(12) if train is None else train,
         eval_dataset=tiny_dataset(7, seed=1) if evaluation is None else evaluation,
         processing_class=tiny_tokenizer(),
+        function=function,
         compute_metrics=lambda p: {"accuracy": float(np.mean(p.predictions.argmax(-1) == p.label_ids))},
     )
 

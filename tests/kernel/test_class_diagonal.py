@@ -12,11 +12,11 @@ from transformers import BertConfig, BertForMaskedLM
 
 from hf_ft_ext import empirical_ntk
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel import contraction as contract
+from hf_ft_ext.kernel import contraction
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.schedule import measure
-from hf_ft_ext.kernel.solvers import KernelModel, Solver, SolverOptions
+from hf_ft_ext.kernel.solvers import KernelSystem, Solver, SolverOptions
 from hf_ft_ext.kernel.store import KernelStore
 
 LEFT, RIGHT = batch(5), batch(7, 11, seed=1)
@@ -53,7 +53,7 @@ def test_it_is_the_diagonal_of_the_whole_kernel(model_type, formula, symmetric, 
 
 @pytest.mark.parametrize("by_tokens", [True, False])
 def test_either_way_through_a_weight(by_tokens, monkeypatch):
-    monkeypatch.setattr(contract, "_tokens_are_cheaper", lambda left, right: by_tokens)
+    monkeypatch.setattr(contraction, "_tokens_are_cheaper", lambda left, right: by_tokens)
     assert_diagonal(family("bert").double(), RIGHT, "sgd")
 
 
@@ -93,18 +93,18 @@ def test_solvers_by_class_say_the_same(solver):
     whole, cross = (np.stack([np.einsum("iap,jbp->iajb", a, np.tanh(b)), np.einsum("iap,jbp->iajb", np.tanh(a), b)])
                     for a, b in ((train, train), (train, other)))  # fmt: skip
     options = SolverOptions(solver, regularization=0.1, mix=0.3)
-    expected = KernelModel(options, whole, labels).predict(cross)
+    expected = KernelSystem(options, whole, labels).solve().predict(cross)
     parts = [np.einsum("kiaja->kiaj", kernel) for kernel in (whole, cross)]
-    np.testing.assert_array_equal(KernelModel(options, parts[0], labels).predict(parts[1]), expected)
-    with pytest.raises(InputError, match=r"kernel_solver=lstsq needs products of different classes too"):
-        KernelModel(SolverOptions(Solver.LSTSQ), parts[0], labels)
+    np.testing.assert_array_equal(KernelSystem(options, parts[0], labels).solve().predict(parts[1]), expected)
+    with pytest.raises(InputError, match=r"kernel_classes=full needs products of different classes too"):
+        KernelSystem(SolverOptions(Solver.LSTSQ), parts[0], labels)
 
 
 def test_each_class_is_regularized_by_its_own_norm():
     rng = np.random.default_rng(0)
     labels = np.arange(8) % 2
     kernel = rng.normal(size=(2, 8, 2, 8)) * np.array([1.0, 100.0])[:, None]
-    found = KernelModel(SolverOptions(Solver.ASYM, regularization=0.1, mix=1.0), kernel, labels).predict(kernel)
+    found = KernelSystem(SolverOptions(Solver.ASYM, 0.1, mix=1.0), kernel, labels).solve().predict(kernel)
     for c in range(2):
         y = np.where(labels == c, 1.0, -1.0)
         matrix = kernel[0, :, c]

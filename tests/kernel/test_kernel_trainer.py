@@ -1,9 +1,11 @@
 """KernelTrainer: what it predicts, where kernels come from, options, bad input, two processes."""
 
+import gc
 import json
 import logging
 import os
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,9 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 from hf_ft_ext import KernelTrainer, KernelTrainingArguments, empirical_ntk
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel import store
-from hf_ft_ext.kernel.solvers import KernelModel, SolverOptions
-from hf_ft_ext.kernel.trainer import NOT_TRAINED
+from hf_ft_ext.kernel.arguments import ASYMMETRIC_REGULARIZATION
+from hf_ft_ext.kernel.saved import NOT_TRAINED
+from hf_ft_ext.kernel.solvers import KernelSystem, SolverOptions
 from hf_ft_ext.training.plan import training_plan
 
 
@@ -34,8 +37,8 @@ def test_predictions_are_those_of_the_kernel_and_the_solver(tmp_path):
     model = tiny_model().double()
     kernel = empirical_ntk(model, train, binary_classification=True)[None].numpy()
     cross = empirical_ntk(model, train, other, binary_classification=True)[None].numpy()
-    expected = KernelModel(SolverOptions(solver=trainer.solved.options.solver, regularization=1e-3), kernel,
-                           train["labels"].numpy()).predict(cross)  # fmt: skip
+    options = SolverOptions(solver=trainer.solved.options.solver, regularization=1e-3)
+    expected = KernelSystem(options, kernel, train["labels"].numpy()).solve().predict(cross)
     result = trainer.predict(trainer.eval_dataset)
     np.testing.assert_allclose(result.predictions, np.hstack([-expected, expected]) / 2, rtol=1e-6)
     assert result.label_ids.tolist() == trainer.eval_dataset["labels"]
@@ -67,7 +70,7 @@ def test_a_plain_load_says_that_the_model_is_not_trained(tmp_path, adapter):
     trainer.train()
     trainer.save_model()
     assert NOT_TRAINED in reported(tmp_path / "out")
-    assert "predicts as before training" in trainer.loading_line()
+    assert trainer.loading_line() == f"load_kernel({str(tmp_path / 'out')!r})"
 
 
 def reported(folder) -> str:
@@ -141,6 +144,48 @@ def test_predictions_relative_to_the_start(tmp_path):
     np.testing.assert_allclose(predictions[:, 1] - predictions[:, 0], plain[:, 0] + found[:, 0] / 2, rtol=1e-9)
 
 
+def test_the_default_regularization(tmp_path):
+    for settings, expected in (
+        ({"kernel_regularization": "0"}, 0.0),
+        ({"kernel_formula": "asymmetric_signgd"}, ASYMMETRIC_REGULARIZATION),
+        ({"kernel_solver": "svr"}, 0.0),
+        ({"kernel_solver": "svc"}, 0.0),
+        ({"kernel_time": 3.0, "adjust_for_init": True}, 0.0),
+    ):
+        trainer = make(tmp_path, **settings)
+        assert trainer.train().metrics["kernel_regularization"] == trainer.regularization == expected
+    default, named = (
+        make(tmp_path, adjust_for_init=True),
+        make(tmp_path, adjust_for_init=True, kernel_regularization="loo"),
+    )
+    assert default.train().metrics["kernel_regularization"] == named.train().metrics["kernel_regularization"]
+    # the oracle: as many trainings as there are rows, each with the norm of the whole kernel
+    kernel = default.source.kernel(default.train_dataset, "train")[0, :, 0, :, 0]
+    start = default.source.start(default.train_dataset, "train")[:, 0]
+    y = 2.0 * np.array(default.train_dataset["labels"]) - 1 - start
+    errors = {}
+    for r in (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0):
+        matrix, residuals = kernel + r * np.linalg.norm(kernel, 2) * np.eye(12), []
+        for i in range(12):
+            rest = np.arange(12) != i
+            alpha = np.linalg.solve(matrix[np.ix_(rest, rest)], y[rest])
+            residuals.append(y[i] - kernel[rest, i] @ alpha)
+        errors[r] = np.mean(np.square(residuals))
+    assert default.regularization == min(errors, key=errors.get)
+
+
+def test_an_ill_conditioned_kernel_does_not_predict_noise(tmp_path):
+    """Of the classifier's bias and weight alone: rank 33 at most, and less to working precision."""
+    found = {}
+    for value in (None, "0"):
+        settings = {} if value is None else {"kernel_regularization": value}
+        data = {"train": tiny_dataset(60), "evaluation": tiny_dataset(40, seed=1)}
+        trainer = make(tmp_path, kernel_parameters="classifier", **data, **settings)
+        trainer.train()
+        found[value] = trainer.evaluate()["eval_loss"]
+    assert found[None] < 2 < found["0"]
+
+
 def test_regularization_is_chosen_on_the_evaluation_data(tmp_path, caplog):
     caplog.set_level("INFO", logger="hf_ft_ext")
     chosen = make(tmp_path, kernel_regularization="auto")
@@ -158,6 +203,111 @@ def test_regularization_is_chosen_on_the_evaluation_data(tmp_path, caplog):
     nothing.eval_dataset = None
     with pytest.raises(InputError, match="auto chooses on evaluation data"):
         nothing.train()
+
+
+def test_the_pseudo_kernel_is_the_shared_one_on_average(tmp_path):
+    data = {"train": tiny_dataset(9, num_labels=3), "evaluation": tiny_dataset(5, num_labels=3, seed=1)}
+    model, inputs = tiny_model(num_labels=3).double(), collated(data["train"])
+    inputs.pop("labels")
+    whole = empirical_ntk(model, inputs).numpy()
+    kernels = []
+    for seed in range(8):
+        trainer = make(tmp_path, model, **data, kernel_classes="pseudo", seed=seed)
+        trainer.train()
+        kernels.append(trainer.source.kernel(trainer.train_dataset, "train")[0, :, 0, :, 0])
+        assert trainer.predict(trainer.eval_dataset).predictions.shape == (5, 3)
+    # all signs of three classes: e and -e give the same kernel, so there are four
+    signs = [np.array([1, a, b]) for a in (-1, 1) for b in (-1, 1)]
+    expected = [np.einsum("a,iajb,b->ij", e, whole, e) / 3 for e in signs]
+    for kernel in kernels:
+        assert min(np.abs(kernel - one).max() for one in expected) <= 1e-9 * np.abs(whole).max()
+    np.testing.assert_allclose(sum(expected) / 4, np.einsum("icjc->ij", whole) / 3, rtol=1e-9, atol=1e-12)
+    assert len({round(float(kernel[0, 1]), 9) for kernel in kernels}) > 1
+
+
+def test_the_linearized_model_is_that_of_gradient_descent(tmp_path):
+    """Full-batch gradient descent on the linearized model itself, its outputs by `torch.func.jvp`."""
+    model = tiny_model().double()
+    trainer = make(tmp_path, model)
+    trainer.train()
+    train, other = collated(trainer.train_dataset), collated(trainer.eval_dataset)
+    y = 2.0 * train.pop("labels").double() - 1
+    other.pop("labels")
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    moved = {name: torch.zeros_like(p) for name, p in start.items()}
+    model.eval().set_attn_implementation("eager")
+
+    def scalars(batch):
+        def outputs(parameters):
+            logits = torch.func.functional_call(model, parameters, kwargs=dict(batch)).logits
+            return logits[:, 1] - logits[:, 0]
+
+        return outputs
+
+    kernel = trainer.source.kernel(trainer.train_dataset, "train")[0, :, 0, :, 0]
+    rate, steps = 0.02 * 12 / np.linalg.norm(kernel, 2), 150
+    for _ in range(steps):
+        values, change = torch.func.jvp(scalars(train), (start,), (moved,))
+        _, pull = torch.func.vjp(scalars(train), start)
+        gradient = pull((values + change - y) / 12)[0]  # of 1 / (2 N) sum (f - y)^2
+        moved = {name: moved[name] - rate * gradient[name] for name in moved}
+    for dataset, batch in ((trainer.eval_dataset, other), (trainer.train_dataset, train)):
+        values, change = torch.func.jvp(scalars(batch), (start,), (moved,))
+        found = trainer.linearize([0.0, rate * steps, np.inf], dataset)
+        assert found.shape == (3, len(dataset), 1)
+        np.testing.assert_allclose(found[0, :, 0], values.numpy(), rtol=1e-9)
+        # a step is a step, not a flow: 1 - rate k and exp(-rate k) differ by (rate k)^2 / 2 each
+        np.testing.assert_allclose(found[1, :, 0], (values + change).numpy(), atol=2e-3)
+        assert np.abs(found[1] - found[0]).max() > 0.03 < np.abs(found[1] - found[2]).max()
+    np.testing.assert_allclose(found[2, :, 0], y.numpy(), atol=1e-6)  # the training rows, at the end
+    solved = make(tmp_path, model, adjust_for_init=True, kernel_time=rate * steps)
+    solved.train()
+    margin = np.diff(solved.predict(solved.eval_dataset).predictions, axis=1)
+    np.testing.assert_allclose(margin, trainer.linearize([rate * steps])[0], rtol=1e-9)
+    with pytest.raises(InputError, match="times must be 0 or more, got -1"):
+        trainer.linearize([-1])
+    signs = make(tmp_path, kernel_formula="signgd")
+    with pytest.raises(InputError, match="gradient flow is training by sgd, and kernel_formula=signgd"):
+        signs.linearize([1.0])
+
+
+@pytest.mark.parametrize("formula, dtype", [("sgd", torch.float32), ("signgd", torch.float64)])
+def test_outputs_at_the_start_are_computed_as_the_kernel_is(tmp_path, formula, dtype):
+    half = tiny_model().to(torch.bfloat16)
+    trainer = make(tmp_path, half, kernel_formula=formula, adjust_for_init=True)
+    trainer.train()
+    batch = {key: value for key, value in collated(trainer.eval_dataset).items() if key != "labels"}
+    with torch.no_grad():
+        wide = tiny_model().to(torch.bfloat16).to(dtype).eval()(**batch).logits.double()
+        narrow = tiny_model().to(torch.bfloat16).eval()(**batch).logits.double()
+    found = trainer.source.start(trainer.eval_dataset, "dev")[:, 0]
+    np.testing.assert_allclose(found, (wide[:, 1] - wide[:, 0]).numpy(), rtol=1e-4, atol=1e-7)
+    assert np.abs(found - (narrow[:, 1] - narrow[:, 0]).numpy()).max() > 1e-5
+    assert half.dtype == torch.bfloat16
+
+
+def test_rows_of_evaluation_data_are_not_remembered(tmp_path):
+    settings = {"kernel_regularization": "1e-2", "adjust_for_init": True}
+    trainer = make(tmp_path, **settings)
+    trainer.train()
+    seen, rows_of = [], trainer.source.rows
+
+    def watched(dataset):
+        rows = rows_of(dataset)
+        seen.append(weakref.ref(rows))
+        return rows
+
+    trainer.source.rows = watched
+    for seed in range(3):  # each one made where the last one lay, maybe
+        data = tiny_dataset(5, seed=seed).to_list()
+        fresh = make(tmp_path / "fresh", **settings)
+        fresh.train()
+        expected = fresh.predict(tiny_dataset(5, seed=seed)).predictions
+        np.testing.assert_array_equal(trainer.predict(data).predictions, expected)
+        del data, fresh
+    gc.collect()
+    alive = {id(ref()) for ref in seen if ref() is not None}
+    assert alive == {id(rows_of(trainer.train_dataset))} and len(seen) > 4
 
 
 def test_the_authors_files_are_taken_and_written(tmp_path):
@@ -196,6 +346,14 @@ def test_the_authors_files_are_taken_and_written(tmp_path):
         ({"kernel_peft_config": {"r": 1}}, "kernel_peft_config needs kernel_peft"),
         ({"kernel_peft_config": "{"}, "is no JSON"),
         ({"kernel_solver": "asym"}, "which kernel_formula=sgd does not give"),
+        ({"kernel_regularization": "loo", "kernel_solver": "svr"}, "pass auto or a number, or leave it out"),
+        ({"kernel_regularization": "loo", "kernel_formula": "asymmetric_signgd"}, "rows can be left out at once with"),
+        ({"kernel_classes": "some"}, "kernel_classes='some'; choose from: auto, full, by_class, shared, pseudo"),
+        ({"kernel_time": 0.0, "adjust_for_init": True}, "kernel_time=0.0 must be a number above 0"),
+        ({"kernel_time": 1.0}, "pass adjust_for_init too"),
+        ({"function": torch.sum, "kernel_dir": "x"}, "kernel_dir=x: kernels of a function of yours are not kept"),
+        ({"function": torch.sum, "kernel_solver": "svc"}, "kernel_solver=svc classifies, but the task is regression"),
+        ({"function": torch.sum, "binary_classification": True}, "but the task has scores"),
         ({"kernel_parameters": "none at all"}, "no trainable parameter is left"),
     ],
 )

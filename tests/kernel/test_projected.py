@@ -27,8 +27,8 @@ from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.projection import Projection, matrix_shape, read_in_common
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.store import DESCRIPTION, FeatureStore
-from hf_ft_ext.per_example.forms import Dense, Outer
 from hf_ft_ext.per_example.gradients import logits
+from hf_ft_ext.per_example.types import DenseGradient, LinearGradient
 
 LEFT, RIGHT = batch(5), batch(7, 11, seed=1)
 ABOUT = {"rows": "a", "dimension": 64}
@@ -92,8 +92,8 @@ def test_what_tokens_without_gradient_read_does_not_matter(counts, transposed, w
     used = torch.arange(2, -1, -1) < torch.tensor(counts)[:, None]  # the last tokens
     grads = grads * used[..., None]
     own = Projection({"w": (5, 4) if transposed else (4, 5)}, 7, 0, torch.device("cpu"), torch.float64)
-    expected = own(2, [{"w": [Dense(Outer(inputs, grads, transposed).dense())]}])
-    found = own(2, [{"w": [Outer(inputs.masked_fill(~used[..., None], torch.nan), grads, transposed)]}])
+    expected = own(2, [{"w": [DenseGradient(LinearGradient(inputs, grads, transposed).dense())]}])
+    found = own(2, [{"w": [LinearGradient(inputs.masked_fill(~used[..., None], torch.nan), grads, transposed)]}])
     torch.testing.assert_close(found, expected)
     assert found.any()
 

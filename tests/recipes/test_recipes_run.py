@@ -11,7 +11,7 @@ from test_recipes import COMPARISONS, RECIPES, name_of
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import run_glue
-from hf_ft_ext import PromptForSequenceClassification
+from hf_ft_ext import PromptForSequenceClassification, load_kernel
 from hf_ft_ext.demo.dataset import demo_dataset
 from hf_ft_ext.launch import results
 from hf_ft_ext.launch.recipes import read_recipe
@@ -115,7 +115,12 @@ def test_shortened_recipes_train_evaluate_save_and_load(
     assert trainer.state.global_step == (1 if method in AT_ONCE else STEPS)
     if "--do_predict" in words:
         assert len(Path("out/predictions.tsv").read_text().splitlines()) == 1 + 8
-    if method == "kernel":  # the model is the start; what was solved is found again
+    if method == "kernel":  # the model is the start; what was solved predicts, and kernels are found again
+        predictor = load_kernel("out")
+        batch = next(iter(trainer.get_eval_dataloader()))
+        found = predictor({key: value for key, value in batch.items() if key != "labels"}).logits
+        wanted = trainer.predict(trainer.eval_dataset).predictions[: len(found)]
+        torch.testing.assert_close(found, torch.from_numpy(wanted), rtol=1e-4, atol=1e-4)
         assert run_glue.main([*words, "--kernel_dir", "out/kernels", "--output_dir", "again"]) == 0
         again = json.loads(Path("again/run.json").read_text())
         assert again["metrics"]["eval_loss"] == record["metrics"]["eval_loss"]

@@ -59,7 +59,7 @@ def test_fisher_and_lora_take_an_optimizer_class(tmp_path):
 LOOP_ONLY = {
     "eval_strategy": "epoch", "save_strategy": "epoch", "learning_rate": 1e-3, "max_steps": 9, "save_steps": 7,
     "num_train_epochs": 1, "lr_scheduler_type": "cosine", "weight_decay": 0.1, "gradient_accumulation_steps": 2,
-    "optim": "sgd", "warmup_steps": 3, "per_device_train_batch_size": 4, "metric_for_best_model": "accuracy",
+    "optim": "sgd", "warmup_steps": 3, "metric_for_best_model": "accuracy",
 }  # fmt: skip
 
 
@@ -75,6 +75,21 @@ def test_at_once_trainers_refuse_what_steers_a_loop(tmp_path, name, argument):
     setattr(late, argument, value)
     with pytest.raises(InputError, match=message):
         make(name, late)
+
+
+@pytest.mark.parametrize("name", AT_ONCE)
+def test_at_once_trainers_take_at_most_the_smaller_batch_size_of_rows(tmp_path, name):
+    sizes = []
+
+    def shape(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+
+    for given, most in (({}, 8), ({"per_device_train_batch_size": 3}, 3), ({"per_device_train_batch_size": 50}, 8)):
+        trainer = make(name, classes(name)[0](str(tmp_path / str(most)), **PLAIN, **QUICK[name], **given))
+        with trainer.model.register_forward_pre_hook(shape, with_kwargs=True):
+            trainer.train()
+        assert max(size for size in sizes if size != SAMPLE) == most
+        sizes.clear()
 
 
 @pytest.mark.parametrize("name", AT_ONCE)

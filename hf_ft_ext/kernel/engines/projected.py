@@ -35,9 +35,9 @@ from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.schedule import batch_overhead, longest_row, memory_bound, refuse_too_little, saved_bytes
 from hf_ft_ext.kernel.store import FeatureStore
 from hf_ft_ext.per_example.capture import Function
-from hf_ft_ext.per_example.forms import Form, dense
 from hf_ft_ext.per_example.gradients import ExampleGradients, Part
 from hf_ft_ext.per_example.state import computing_in, evaluating
+from hf_ft_ext.per_example.types import Gradient, dense
 
 CHUNK_ROWS = 128  # rows whose features are computed and kept together: what an interrupted run may lose
 _SHARE_OF_FEATURES = 0.25  # of the bound of memory; more features than that are kept on disk
@@ -58,6 +58,14 @@ class MemoryChunks:
     def __init__(self, edges: list[tuple[int, int]]):
         self.edges = edges
         self._features: dict[int, torch.Tensor] = {}
+
+    @classmethod
+    def of(cls, features: torch.Tensor) -> "MemoryChunks":
+        """Chunks of features `[N, c, k]` that are there."""
+        chunks = cls(cut_rows(len(features)))
+        for i, (first, last) in enumerate(chunks.edges):
+            chunks.put(i, features[first:last])
+        return chunks
 
     def get(self, i: int) -> torch.Tensor | None:
         """Chunk i, or `None`."""
@@ -208,14 +216,14 @@ def features_product(left: Chunks, right: Chunks | None, class_diagonal: bool) -
     other = left if right is None else right
     kernel: torch.Tensor | None = None
     for i, (a, b) in enumerate(left.edges):
-        mine = _chunk(left, i)
+        mine = read_chunk(left, i).double()
         if kernel is None:
             shape = (left.edges[-1][1], mine.shape[1], other.edges[-1][1], mine.shape[1])
             kernel = torch.empty(shape[:-1] if class_diagonal else shape, dtype=torch.float64)
         for j, (p, q) in enumerate(other.edges):
             if right is None and j < i:
                 continue
-            theirs = mine if right is None and i == j else _chunk(other, j)
+            theirs = mine if right is None and i == j else read_chunk(other, j).double()
             # K = F F'^T
             if class_diagonal:
                 block = torch.bmm(mine.transpose(0, 1), theirs.permute(1, 2, 0)).transpose(0, 1)
@@ -228,25 +236,30 @@ def features_product(left: Chunks, right: Chunks | None, class_diagonal: bool) -
     return kernel
 
 
-def _chunk(chunks: Chunks, i: int) -> torch.Tensor:
+def read_chunk(chunks: Chunks, i: int) -> torch.Tensor:
+    """The features of chunk i.
+
+    Raises:
+        InputError: they are gone.
+    """
     found = chunks.get(i)
     if found is None:
         raise InputError(f"chunk {i} of the projected gradients is gone; run again")
-    return found.double()
+    return found
 
 
-def _tensors(forms: Iterable[list[Form]]) -> Iterator[torch.Tensor]:
-    for found in forms:
-        for form in found:
-            yield from (value for value in vars(form).values() if isinstance(value, torch.Tensor))
+def _tensors(gradients: Iterable[list[Gradient]]) -> Iterator[torch.Tensor]:
+    for uses in gradients:
+        for use in uses:
+            yield from (value for value in vars(use).values() if isinstance(value, torch.Tensor))
 
 
 def _explained(part: Part, rows: list[int]) -> str:
     """Which example and which parameter made a projection NaN or infinite."""
     for by_name in part.gradients:
-        for name, forms in by_name.items():
+        for name, uses in by_name.items():
             for at, row in enumerate(rows):
-                if not dense([form[at : at + 1] for form in forms]).isfinite().all():
+                if not dense([use[at : at + 1] for use in uses]).isfinite().all():
                     return (
                         f"the gradient of {name} for example {row} (from 0) is NaN or infinite; look at this row and "
                         "this layer's weights, or load the model in float32"

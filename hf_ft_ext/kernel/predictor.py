@@ -1,0 +1,181 @@
+"""`load_kernel`: a solved kernel as a plain object that takes batches and gives predictions."""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.kernel.engines.projected import MemoryChunks, cut_rows, features_product
+from hf_ft_ext.kernel.ntk import Engine, KernelComputation, KernelOptions
+from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.kernel.saved import SavedKernel, load_model, load_tokenizer
+from hf_ft_ext.kernel.solution import Coupling
+from hf_ft_ext.kernel.solvers import Solver
+from hf_ft_ext.kernel.source import outputs_at_start, pseudo_logit
+from hf_ft_ext.kernel.training_side import TrainingFeatures
+from hf_ft_ext.metrics import probabilities
+from hf_ft_ext.per_example.capture import Function
+from hf_ft_ext.per_example.state import Batch
+
+
+@dataclass(frozen=True)
+class KernelPrediction:
+    """What a solved kernel says of some examples.
+
+    Attributes:
+        logits: `[n, classes]` in float64, of two classes too; a regression's numbers `[n, C]`. Least squares and
+            support vectors give scores: their order counts, not their softmax.
+        labels: name of the class of each example, by the model's `id2label`; with several labels per row the names of
+            each; `None` in a regression.
+        probabilities: `[n, classes]` with `kernel_solver=logistic`, else `None`.
+    """
+
+    logits: torch.Tensor
+    labels: list[str] | list[list[str]] | None
+    probabilities: torch.Tensor | None
+
+
+class KernelPredictor:
+    """A solved kernel that predicts; `load_kernel` makes it.
+
+    Attributes:
+        model: the model that the kernel is of, unchanged by solving.
+        saved: the solution, the training rows and the settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        saved: SavedKernel,
+        model: nn.Module,
+        function: Function | None,
+        memory_gb: float | None,
+        batch_size: int,
+    ):
+        self.folder, self.saved, self.model = folder, saved, model
+        self.batch_size, self._options = batch_size, saved.model.options
+        settings = saved.arguments
+        self._binary = bool(settings["binary_classification"])
+        projected = isinstance(saved.training, TrainingFeatures)
+        options = KernelOptions(
+            formula=settings["kernel_formula"],
+            binary_classification=self._binary,
+            class_diagonal=self._options.coupling in (Coupling.BY_CLASS, Coupling.SHARED) and not self._binary,
+            batch_size=batch_size,
+            memory_gb=memory_gb,
+            engine=Engine.PROJECTED if projected else Engine.AUTO,
+            dimension=settings["kernel_dimension"] if projected else None,
+            seed=settings["seed"] if projected else None,
+        )
+        if self._options.coupling is Coupling.PSEUDO:
+            function = pseudo_logit(saved.model.scalars, settings["seed"])
+        self._computation = KernelComputation(model, options, function)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that lies in the folder.
+
+        Raises:
+            InputError: there is none.
+        """
+        tokenizer = load_tokenizer(self.folder)
+        if tokenizer is None:
+            raise InputError(
+                f"{str(self.folder)!r} holds no tokenizer; save the trainer's processing_class there, or tokenize "
+                "with the model's own"
+            )
+        return tokenizer
+
+    def __call__(self, batches: Batch | Iterable[Batch]) -> KernelPrediction:
+        """Predict the examples of one batch, or of several.
+
+        Args:
+            batches: mappings from input names to tensors, on any device; labels are ignored.
+
+        Raises:
+            InputError: there is no example, or its inputs are not those of the training rows.
+        """
+        rows = ExampleRows(batches, self.saved.arguments.get("pad_token_id"))
+        kernel = self._kernel(rows).numpy()
+        start = None
+        if self.saved.arguments["adjust_for_init"]:
+            start = outputs_at_start(self._computation, rows, self.batch_size) / self.saved.arguments["f0_scaling"]
+        scores = self.saved.model.predict(kernel, start)
+        if self._options.regression:
+            return KernelPrediction(torch.from_numpy(scores), None, None)
+        if scores.shape[1] == 1 and not self._options.multi_label:
+            scores = np.hstack([-scores, scores]) / 2
+        config = self.model.config
+        shares = None
+        if self._options.solver is Solver.LOGISTIC:
+            shares = torch.from_numpy(probabilities(scores, config.problem_type))
+        return KernelPrediction(torch.from_numpy(scores), self._names(scores), shares)
+
+    def _kernel(self, rows: ExampleRows) -> torch.Tensor:
+        """`[kernels, N, C, n, C]` between the training data and `rows`."""
+        training = self.saved.training
+        if isinstance(training, TrainingFeatures):
+            chunks = MemoryChunks(cut_rows(len(rows)))
+            self._computation.projected.project(rows, chunks)
+            return features_product(
+                MemoryChunks.of(training.features), chunks, self._computation.options.class_diagonal
+            )[None]
+        own, wanted = set(rows.batch([0])), set(training.rows.batch([0]))
+        if own != wanted:
+            raise InputError(
+                f"the batches hold {', '.join(sorted(own))}, but the kernel was solved with rows of "
+                f"{', '.join(sorted(wanted))}; pass these"
+            )
+        return self._computation.run(training.rows, rows, disable_tqdm=True)
+
+    def _names(self, scores: np.ndarray) -> list[str] | list[list[str]]:
+        names = {int(i): str(name) for i, name in self.model.config.id2label.items()}
+        if not self._options.multi_label:
+            return [names[int(i)] for i in scores.argmax(1)]
+        thresholds = getattr(self.model.config, "multi_label_thresholds", None)
+        # scores around 0 are compared as the thresholds were chosen: as if a sigmoid made probabilities of them
+        yes = scores >= 0 if thresholds is None else 1 / (1 + np.exp(-scores)) >= np.asarray(thresholds)
+        return [[names[int(c)] for c in np.flatnonzero(row)] for row in yes]
+
+
+def load_kernel(
+    folder: str | os.PathLike,
+    *,
+    model: nn.Module | None = None,
+    function: Function | None = None,
+    device: torch.device | str | None = None,
+    memory_gb: float | None = None,
+    batch_size: int = 16,
+) -> KernelPredictor:
+    """Load a solved kernel: an object that takes tokenized batches and gives logits, labels and probabilities.
+
+    `load_kernel(folder)(batch).labels` predicts what the trainer that solved the kernel predicts. Each call runs all
+    training rows again, forward and backward, to compute their kernel with the new ones: pass many examples at once.
+    (With projected gradients the training rows' are in the folder, and only the new rows run.)
+
+    Args:
+        folder: what `KernelTrainer.save_model`, or a run of the launcher with `--method kernel`, left.
+        model: the model that was solved with; `None` = from the folder.
+        function: the scalars' function, if the kernel was solved with one.
+        device: where the model runs; `None` = where it is loaded, the CPU.
+        memory_gb: bound of memory above the loaded model, in 10^9 bytes; `None` = as `empirical_ntk`.
+        batch_size: examples in a forward pass, at most.
+
+    Raises:
+        InputError: the folder holds no solved kernel, a damaged one, or one of another model.
+    """
+    path = Path(folder).expanduser()
+    saved = SavedKernel.read(path)
+    saved.check_function(function, path)
+    model = load_model(path, saved) if model is None else model
+    saved.fit_model(model, path)
+    if device is not None:
+        model.to(device)
+    return KernelPredictor(path, saved, model.eval(), function, memory_gb, batch_size)

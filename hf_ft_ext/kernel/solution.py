@@ -1,0 +1,192 @@
+"""What solvers leave: coefficients that predict from the kernel with the training rows, and their form on disk.
+
+Every solver ends in coefficients of the training rows, so none is needed to predict.
+"""
+
+import enum
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+
+from hf_ft_ext.errors import InputError
+
+
+class Coupling(enum.StrEnum):
+    """Which products of scalars a solver sees, with kernels `K[i, a, j, b]` of scalar a and scalar b.
+
+    FULL: all of them, as one system of N C unknowns: what gradient descent couples. Time grows with (N C)^3.
+    BY_CLASS: each scalar's own kernel `K[i, c, j, c]`, C systems of N unknowns.
+    SHARED: one kernel for all classes, the mean over c of `K[i, c, j, c]`, one system of N unknowns: the full kernel
+        is near it times the identity.
+    PSEUDO: as SHARED, from the kernel of a single scalar, `sum_c e_c f_c / sqrt(C)`, so that a row takes one backward
+        pass in place of C. With random signs `e` its mean is the shared kernel, and it stays apart from 0 where a
+        head's rows add up to 0 (Mohamadi et al., ICML 2023, arXiv 2206.12543, with all signs 1).
+    """
+
+    FULL = "full"
+    BY_CLASS = "by_class"
+    SHARED = "shared"
+    PSEUDO = "pseudo"
+
+    @property
+    def one_kernel(self) -> bool:
+        """Whether one kernel `[N, N]` serves all classes."""
+        return self in (Coupling.SHARED, Coupling.PSEUDO)
+
+
+def view_of(kernel: np.ndarray, coupling: Coupling) -> np.ndarray:
+    """The part of a kernel that enters: `[kernels, N, C, M, C]`, `[kernels, N, C, M]` or `[kernels, N, M]`.
+
+    Args:
+        kernel: `[kernels, N, C, M, C]`; `[kernels, N, C, M]` where scalars are not coupled; C = 1 for `PSEUDO`.
+
+    Raises:
+        InputError: products of different scalars are needed and not there.
+    """
+    if coupling is Coupling.FULL:
+        if kernel.ndim == 4 and kernel.shape[2] == 1:  # of one scalar there is nothing else
+            return kernel[..., None]
+        if kernel.ndim == 4:
+            raise InputError(
+                f"kernel_classes=full needs products of different classes too, which this kernel of shape "
+                f"{kernel.shape} lacks; compute it with class_diagonal=False, or pass kernel_classes=shared"
+            )
+        return kernel
+    diagonal = kernel if kernel.ndim == 4 else np.einsum("kicjc->kicj", kernel)
+    return diagonal if coupling is Coupling.BY_CLASS else diagonal.mean(2)
+
+
+@dataclass(frozen=True)
+class LinearSolution:
+    """`f_c(x) = sum_k sum_i coefficients[k, i, c] K_k(i, x) + intercept[c]`, by the products that the coupling takes.
+
+    Attributes:
+        coefficients: `[kernels, N, C]`.
+        intercept: `[C]`.
+    """
+
+    kind: ClassVar[str] = "linear"
+    coefficients: np.ndarray
+    intercept: np.ndarray
+
+    def predict(self, kernel: np.ndarray) -> np.ndarray:
+        """`[M, C]` of a kernel in the form that `view_of` gives."""
+        scores = np.broadcast_to(self.intercept, (kernel.shape[3 if kernel.ndim > 3 else 2], len(self.intercept)))
+        for part, coefficients in zip(kernel, self.coefficients, strict=False):
+            scores = scores + _sums(part, coefficients)
+        return scores
+
+    @property
+    def rows(self) -> int:
+        """Training rows N."""
+        return self.coefficients.shape[1]
+
+
+def _sums(kernel: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    if kernel.ndim == 2:  # [N, M], shared: sum_i a[i, c] K[i, m]
+        return kernel.T @ coefficients
+    n, c, m = kernel.shape[:3]
+    if kernel.ndim == 3:  # [N, C, M], by class: sum_i a[i, c] K[i, c, m]
+        return np.stack([kernel[:, scalar].T @ coefficients[:, scalar] for scalar in range(c)], 1)
+    # [N, C, M, C], full: sum_i sum_a a[i, a] K[i, a, m, c]
+    return (kernel.reshape(n * c, m * c).T @ coefficients.reshape(-1)).reshape(m, c)
+
+
+@dataclass(frozen=True)
+class PairwiseSolution:
+    """Support vector classification of three and more classes: one decision for each pair of classes, then votes.
+
+    Attributes:
+        dual: `[C - 1, N]`: of a row of class c, its coefficient against each other class, in their order.
+        classes: class of each row, `[N]`.
+        intercept: `[C (C - 1) / 2]`, pairs in the order (0, 1), (0, 2), ..., (1, 2), ...
+    """
+
+    kind: ClassVar[str] = "pairwise"
+    dual: np.ndarray
+    classes: np.ndarray
+    intercept: np.ndarray
+
+    def predict(self, kernel: np.ndarray) -> np.ndarray:
+        """Votes of the pairs' decisions with their confidences below one vote, `[M, C]`, of `[1, N, M]`."""
+        count = len(self.dual) + 1
+        # parts[c][d]: sum over rows of class c of their coefficient in row d of `dual`
+        parts = [self.dual[:, self.classes == c] @ kernel[0][self.classes == c] for c in range(count)]
+        votes, confidence = np.zeros((kernel.shape[2], count)), np.zeros((kernel.shape[2], count))
+        pair = 0
+        for a in range(count):
+            for b in range(a + 1, count):
+                decision = parts[a][b - 1] + parts[b][a] + self.intercept[pair]  # above 0: class a
+                votes[:, a] += decision >= 0
+                votes[:, b] += decision < 0
+                confidence[:, a] += decision
+                confidence[:, b] -= decision
+                pair += 1
+        # the confidences are squeezed into (-1/3, 1/3), so that they order equal votes and change no others
+        return votes + confidence / (3 * (np.abs(confidence) + 1))
+
+    @property
+    def rows(self) -> int:
+        """Training rows N."""
+        return len(self.classes)
+
+
+@dataclass(frozen=True)
+class LogisticSolution:
+    """Logarithms of class probabilities, of kernel rows as features.
+
+    Attributes:
+        weights: `[C, features]`; features are all products of an example with the training rows.
+        intercept: `[C]`.
+        training_rows: N, `[1]`.
+    """
+
+    kind: ClassVar[str] = "logistic"
+    weights: np.ndarray
+    intercept: np.ndarray
+    training_rows: np.ndarray
+
+    def predict(self, kernel: np.ndarray) -> np.ndarray:
+        """`[M, C]` of a kernel in the form that `view_of` gives."""
+        scores = features_of(kernel) @ self.weights.T + self.intercept
+        return scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)  # log softmax
+
+    @property
+    def rows(self) -> int:
+        """Training rows N."""
+        return int(self.training_rows[0])
+
+
+def features_of(kernel: np.ndarray) -> np.ndarray:
+    """Each example's kernel rows: `[M, N C C]` of a full kernel, `[M, N]` of a shared one."""
+    if kernel.ndim == 3:
+        return kernel[0].T
+    n, c, m = kernel.shape[1:4]
+    return kernel[0].transpose(2, 0, 1, 3).reshape(m, n * c * c)
+
+
+Solution = LinearSolution | PairwiseSolution | LogisticSolution
+_KINDS = {kind.kind: kind for kind in (LinearSolution, PairwiseSolution, LogisticSolution)}
+
+
+def arrays_of(solution: Solution) -> dict[str, np.ndarray]:
+    """The arrays that make up a solution, by name."""
+    return {f.name: np.ascontiguousarray(getattr(solution, f.name)) for f in fields(solution)}
+
+
+def solution_of(kind: str, arrays: dict[str, Any]) -> Solution:
+    """The solution that `arrays_of` took apart.
+
+    Raises:
+        InputError: no solution of this kind is made of these arrays.
+    """
+    if kind not in _KINDS:
+        raise InputError(f"a kernel solution of kind {kind!r} is unknown; it needs a newer version of hf_ft_ext")
+    wanted = {f.name for f in fields(_KINDS[kind])}
+    if arrays.keys() != wanted:
+        raise InputError(
+            f"the coefficients of the kernel are {', '.join(sorted(arrays)) or 'missing'}, expected "
+            f"{', '.join(sorted(wanted))}; save the solved kernel again"
+        )
+    return _KINDS[kind](**arrays)
