@@ -1,5 +1,6 @@
 """Settings and fixtures of the whole suite: offline, CPU, quiet."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -8,11 +9,28 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("WANDB_DISABLED", "true")
 
+import datasets.arrow_dataset
+import datasets.fingerprint
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Take the imported libraries out of the garbage collector: each run calls it, and it goes through all objects."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _unhashed_datasets():
+    """Data sets get random names: the hash of a function and its tokenizer costs more than the function on few rows."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module, name in ((datasets.fingerprint, "update_fingerprint"), (datasets.arrow_dataset, "generate_fingerprint")):
+            patched.setattr(module, name, lambda *_: datasets.fingerprint.generate_random_fingerprint())
+        yield
 
 
 @pytest.fixture(scope="session")
