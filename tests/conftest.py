@@ -19,17 +19,22 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
-    """Take the imported libraries out of the garbage collector: each run calls it, and it goes through all objects."""
+    """Hide the libraries from the garbage collector: every training run ends with a collection, of all objects."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _unhashed_datasets():
-    """Data sets get random names: the hash of a function and its tokenizer costs more than the function on few rows."""
+    """Data sets get random fingerprints: hashing a function and its tokenizer costs more than few rows do."""
+    names = (
+        "fingerprint.update_fingerprint",
+        "arrow_dataset.update_fingerprint",
+        "arrow_dataset.generate_fingerprint",
+    )
     with pytest.MonkeyPatch.context() as patched:
-        for module, name in ((datasets.fingerprint, "update_fingerprint"), (datasets.arrow_dataset, "generate_fingerprint")):
-            patched.setattr(module, name, lambda *_: datasets.fingerprint.generate_random_fingerprint())
+        for name in names:
+            patched.setattr(f"datasets.{name}", lambda *_: datasets.fingerprint.generate_random_fingerprint())
         yield
 
 
