@@ -1,9 +1,16 @@
-"""Settings and fixtures of the whole suite: offline, CPU, quiet."""
+"""Settings and fixtures of the whole suite: offline, CPU, quiet, nothing left in the user's caches."""
 
+import atexit
 import gc
 import os
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
+if "datasets" not in sys.modules:  # a cache of this process alone: `pytest -n` has several
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="hf_ft_ext-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
