@@ -6,6 +6,7 @@ start from nothing, such as a test of what is imported.
 
 import contextlib
 import faulthandler
+import logging
 import os
 import runpy
 import signal
@@ -199,6 +200,7 @@ def _child(main: Main, argv: list[str], folder: Path, logs: list[Path], fault) -
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
         faulthandler.enable(sys.stderr)
+        logging.getLogger().handlers.clear()  # those of pytest
         os.chdir(folder)
         # Its semaphore is shared by all forks, and one of them may have been killed while holding it.
         TqdmDefaultWriteLock.acquire = TqdmDefaultWriteLock.release = lambda *_, **__: None

@@ -37,7 +37,6 @@ def ends(act):
             act()
 
     def install() -> None:
-        logging.getLogger().handlers.clear()  # those of pytest
         run._run = fake
 
     return install
