@@ -21,8 +21,22 @@ import datasets.fingerprint
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
+from transformers import Trainer
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of modules that start the launcher or a trainer, for `make test-fast`."""
+    marked = {module: _starts_runs(module) for module in {item.module for item in items}}
+    for item in items:
+        if marked[item.module]:
+            item.add_marker("run")
+
+
+def _starts_runs(module) -> bool:
+    trainers = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Trainer))
+    return any(hasattr(module, name) for name in ("run_glue", "METHODS")) or next(trainers, None) is not None
 
 
 def pytest_collection_finish() -> None:
