@@ -236,9 +236,12 @@ def parse_arguments(
         sys.stdout.write(list_methods() if name is None else Parser(find_method(name)).help_text(everything))
         raise SystemExit(0)
 
-    from hf_ft_ext.launch.defaults import complete_arguments  # imports `Trainer`, which --help does without
+    method = find_method(RunArguments.method if name is None else name)
 
-    parser = Parser(find_method(RunArguments.method if name is None else name))
+    # imports `Trainer`, which --help and a misspelt method do without
+    from hf_ft_ext.launch.defaults import complete_arguments
+
+    parser = Parser(method)
     given = parser.given(argv, recipe)
     run_args, model_args, data_args, training_args = parser.build(given)
     run_args.given = given
