@@ -7,14 +7,26 @@ CORES = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-oldest faults quality clean
+# As many tests at a time as there are cores; WORKERS=0 runs all in one process, where a debugger works.
+WORKERS ?= $(CORES)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: demo test test-fast coverage test-oldest faults quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(CORES) run_glue.py recipes/demo/sparse.yaml
 
 test: $(VENV)/.test $(VENV)/.trl
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+# For the inner loop: no runs of the launcher or of a trainer.
+test-fast: $(VENV)/.test
+	$(PYTEST) -m "not slow and not run" $(PYTEST_ARGS)
+
+# Lines and branches, forks and commands included; which ones are missed: htmlcov/index.html.
+coverage: $(VENV)/.test $(VENV)/.trl
+	$(PYTEST) --cov --cov-report=term:skip-covered --cov-report=html $(PYTEST_ARGS)
 
 # Some 1,200 injected faults, about an hour on one core; FAULTS='--count 4' does a fifth of them.
 faults: $(VENV)/.test
@@ -31,10 +43,10 @@ test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
-	$(VENV)-oldest/bin/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(VENV)-oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage* htmlcov
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; pass PYTHON=...")'

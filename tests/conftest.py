@@ -1,18 +1,62 @@
-"""Settings and fixtures of the whole suite: offline, CPU, quiet."""
+"""Settings and fixtures of the whole suite: offline, CPU, quiet, nothing left in the user's caches."""
 
+import atexit
+import gc
 import os
+import shutil
+import sys
+import tempfile
 from pathlib import Path
 
+if "datasets" not in sys.modules:  # a cache of this process alone: `pytest -n` has several
+    os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="hf_ft_ext-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("WANDB_DISABLED", "true")
 
+import datasets.arrow_dataset
+import datasets.fingerprint
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
+from transformers import Trainer
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of modules that start the launcher or a trainer, for `make test-fast`."""
+    marked = {module: _starts_runs(module) for module in {item.module for item in items}}
+    for item in items:
+        if marked[item.module]:
+            item.add_marker("run")
+
+
+def _starts_runs(module) -> bool:
+    trainers = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Trainer))
+    return any(hasattr(module, name) for name in ("run_glue", "METHODS")) or next(trainers, None) is not None
+
+
+def pytest_collection_finish() -> None:
+    """Hide the libraries from the garbage collector: every training run ends with a collection, of all objects."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _unhashed_datasets():
+    """Data sets get random fingerprints: hashing a function and its tokenizer costs more than few rows do."""
+    names = (
+        "fingerprint.update_fingerprint",
+        "arrow_dataset.update_fingerprint",
+        "arrow_dataset.generate_fingerprint",
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        for name in names:
+            patched.setattr(f"datasets.{name}", lambda *_: datasets.fingerprint.generate_random_fingerprint())
+        yield
 
 
 @pytest.fixture(scope="session")

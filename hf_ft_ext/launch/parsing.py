@@ -60,7 +60,7 @@ class Parser(HfArgumentParser):
         self._action_groups.sort(key=lambda group: order.get(group.title, len(order)))
 
     def _add_dataclass_arguments(self, dtype: type) -> None:
-        hints = get_type_hints(dtype)
+        hints, own = get_type_hints(dtype), {field.name for field in own_fields(dtype)}
         groups: dict[str, Any] = {}
         for original in fields(dtype):
             if not original.init:
@@ -68,7 +68,7 @@ class Parser(HfArgumentParser):
             field = copy.copy(original)
             field.type = hints[field.name]
             self.hints[field.name] = field.type
-            title = self._group_title(dtype, field)
+            title = self._group_title(dtype, field.name in own)
             if title not in groups:
                 groups[title] = self.add_argument_group(title)
             before = len(self._actions)
@@ -108,10 +108,9 @@ class Parser(HfArgumentParser):
             )
         return self.format_help()
 
-    def _group_title(self, dtype: Any, field: Any) -> str:
+    def _group_title(self, dtype: Any, own: bool) -> str:
         if not issubclass(dtype, TrainingArguments):
             return dtype._argument_group_name
-        own = field.name in {f.name for f in own_fields(dtype)}
         return self._own if own else _TRAINING
 
     def error(self, message: str) -> NoReturn:
@@ -237,9 +236,12 @@ def parse_arguments(
         sys.stdout.write(list_methods() if name is None else Parser(find_method(name)).help_text(everything))
         raise SystemExit(0)
 
-    from hf_ft_ext.launch.defaults import complete_arguments  # imports `Trainer`, which --help does without
+    method = find_method(RunArguments.method if name is None else name)
 
-    parser = Parser(find_method(RunArguments.method if name is None else name))
+    # imports `Trainer`, which --help and a misspelt method do without
+    from hf_ft_ext.launch.defaults import complete_arguments
+
+    parser = Parser(method)
     given = parser.given(argv, recipe)
     run_args, model_args, data_args, training_args = parser.build(given)
     run_args.given = given

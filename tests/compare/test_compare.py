@@ -4,13 +4,13 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from processes import Fork, wait_for
 from run_records import run_record
 from tiny import text_dataset
 
@@ -20,9 +20,11 @@ from hf_ft_ext.compare.settings import read_comparison
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.parsing import parse_arguments
 from hf_ft_ext.methods import METHODS
+from hf_ft_ext.report import charts
 
 ROOT = Path(__file__).resolve().parents[2]
-REAL_COMMAND = process.COMMAND  # before the fixture puts a stand-in in its place
+# Before the fixture puts stand-ins in their place.
+REAL = {"hf_ft_ext.compare.process.COMMAND": process.COMMAND, "hf_ft_ext.report.charts.draw": charts.draw}
 RECORD = run_record("X", 0, 0.5)
 # Stands in for run_glue.py: quick, and told by the learning rate what becomes of it.
 LAUNCHER = f"""
@@ -63,6 +65,7 @@ def _elsewhere(tmp_path, monkeypatch):
     fake = tmp_path / "launcher.py"
     fake.write_text(LAUNCHER)
     monkeypatch.setattr("hf_ft_ext.compare.process.COMMAND", (sys.executable, str(fake)))
+    monkeypatch.setattr("hf_ft_ext.report.charts.draw", lambda *_: None)  # a second each; tests/report looks at them
 
 
 def recipe(text: str) -> str:
@@ -287,31 +290,23 @@ def test_the_time_limit(monkeypatch):
     assert "s were left of --max_minutes; this method took 1 s before" in page
 
 
-@pytest.mark.slow
 def test_a_stopped_comparison_ends_its_run_and_writes_its_report():
-    code = (
-        "import sys; from pathlib import Path; import hf_ft_ext.compare.process as process\n"
-        "process.COMMAND = (sys.executable, 'launcher.py')\n"
-        "from hf_ft_ext.compare.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    )
     path = recipe("variants:\n  good: {method: full}\n  stuck: {method: full, learning_rate: 5}\n")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    running = subprocess.Popen(
-        [sys.executable, "-c", code, path], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    comparison = Fork(main, [path], Path.cwd())
     log = Path("runs/compare-demo/runs/stuck-seed42.log")
     for _ in range(600):
         if log.exists() and "some output" in log.read_text():
             break
         time.sleep(0.1)
-    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-    running.send_signal(signal.SIGTERM)
-    out, err = running.communicate(timeout=60)
-    assert running.returncode == 130, err
-    assert "interrupted" in err and "Traceback" not in err
+    children = Path(f"/proc/{comparison.pid}/task/{comparison.pid}/children").read_text().split()
+    os.kill(comparison.pid, signal.SIGTERM)
+    wait_for([comparison], 60)
+    ended = comparison.ended()
+    assert ended.status == 130, ended.err
+    assert "interrupted" in ended.err and ended.clean
     assert children and not any(Path(f"/proc/{child}").exists() for child in children)
     assert states() == {("good", 42): "done", ("stuck", 42): "not started"}
-    assert "good" in out and Path("runs/compare-demo/report.html").exists()
+    assert "good" in ended.out and Path("runs/compare-demo/report.html").exists()
 
 
 def test_pictures_are_asked_for_before_the_runs(monkeypatch, capsys):
@@ -321,18 +316,18 @@ def test_pictures_are_asked_for_before_the_runs(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_real_runs(monkeypatch, tiny_bert_dir):
-    """The launcher itself: two methods, one of them refused by the data."""
-    monkeypatch.setattr("hf_ft_ext.compare.process.COMMAND", REAL_COMMAND)
+def test_a_real_run(monkeypatch, tiny_bert_dir):
+    """The launcher itself, and the report's picture of it."""
+    for name, value in REAL.items():
+        monkeypatch.setattr(name, value)
     text_dataset(24, seed=0).select_columns(["sentence", "label"]).to_csv("train.csv")
     text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("dev.csv")
-    path = recipe("variants:\n  full: {}\n  bad: {method: full, label_column: none}\n")
     argv = [
-        path, "--model_name_or_path", tiny_bert_dir, "--train_file", "train.csv", "--validation_file", "dev.csv",
-        "--max_seq_length", "16", "--use_cpu", "--max_steps", "2", "--output_dir", "out",
+        "--methods", "full", "--model_name_or_path", tiny_bert_dir, "--train_file", "train.csv", "--validation_file",
+        "dev.csv", "--max_seq_length", "16", "--use_cpu", "--max_steps", "2", "--output_dir", "out",
     ]  # fmt: skip
-    assert main(argv) == 1
-    assert states("out") == {("full", 42): "done", ("bad", 42): "failed"}
+    assert main(argv) == 0
+    assert states("out") == {("full", 42): "done"}
     record = json.loads(Path("out/runs/full-seed42/run.json").read_text())
     page = Path("out/report.html").read_text()
-    assert f"{record['metrics']['eval_accuracy']:.4f}" in page and "label_column" in page
+    assert f"{record['metrics']['eval_accuracy']:.4f}" in page and "<svg" in page

@@ -42,7 +42,7 @@ def lines(rows):
             json.dumps({key: {str(i): row[key] for i, row in enumerate(ROWS)} for key in ROWS[0]}),
             "one object that holds columns",
         ),
-        (gzip.compress(lines(ROWS).encode()), ""),
+        (gzip.compress(lines(ROWS).encode(), mtime=0), ""),
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])

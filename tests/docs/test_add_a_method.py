@@ -1,14 +1,13 @@
 """The worked example of docs/add-a-method.md: its files as a package, through the launcher and its tests."""
 
 import logging
-import os
 import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 from blocks import EXAMPLE, ROOT, blocks_of
-from processes import finished
+from processes import launch
 from tiny import text_dataset
 
 import run_glue
@@ -57,28 +56,20 @@ def test_the_method_runs_through_the_launcher(entered, package, tiny_bert_dir, m
 
 
 @pytest.mark.slow
-def test_the_launchers_matrix_and_the_pages_own_tests_pass(package):
+def test_the_launchers_matrix_and_the_pages_own_tests_pass(entered, package):
     (command,) = [b.code for b in blocks_of(EXAMPLE) if b.language == "bash" and b.code.startswith("pytest")]
     matrix, own, *options = command.partition("#")[0].split()[1:]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (package, ROOT, ROOT / "tests")))}
-    words = [
-        str(ROOT / matrix),
-        str(package / own),
-        *options,
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        str(ROOT),
-    ]
-    done = finished(
-        [sys.executable, "-m", "pytest", "-c", str(ROOT / "setup.cfg"), *words],
-        cwd=ROOT, env=environment, timeout=200,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-    passed = int(done.stdout.rpartition(" passed")[0].split()[-1])
-    assert passed >= 7, done.stdout[-500:]
+    words = ["-c", str(ROOT / "setup.cfg"), "--rootdir", str(ROOT), "-q", "-x", "-p", "no:cacheprovider"]
+    words += ["-p", "no:xdist", str(ROOT / matrix), str(package / own), *options]
+
+    def run_pytest(argv: list[str]) -> int:
+        sys.modules.pop(Path(matrix).stem, None)  # its parameters are the methods of the moment it is imported
+        return pytest.main(argv)
+
+    ended = launch(words, package, main=run_pytest, seconds=300)
+    assert ended.status == 0, ended.out[-3000:] + ended.err[-2000:]
+    passed = int(ended.out.rpartition(" passed")[0].split()[-1])
+    assert passed >= 7, ended.out[-500:]
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 from random import Random
 
-from forked import Ended, launch
 from outcomes import Fault, Unbroken, finished, new_folder, shown
+from processes import Ended, launch
 from workload import AT_ONCE, differences
 
 KINDS = ("damaged checkpoint", "damaged cache", "damaged model")

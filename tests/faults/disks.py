@@ -6,8 +6,8 @@ import subprocess
 from pathlib import Path
 from random import Random
 
-from forked import launch
 from outcomes import Fault, Unbroken, new_folder, recover, shown
+from processes import launch
 from workload import differences
 
 from hf_ft_ext.training.checkpoints import checkpoint_folders, fault_of, read_seal

@@ -5,9 +5,9 @@ import re
 import signal
 from random import Random
 
-from forked import launch
 from kills import Events
 from outcomes import Fault, Unbroken, finished, new_folder, recover, shown
+from processes import launch
 from workload import IN_STEPS, differences
 
 KINDS = ("SIGTERM", "SIGINT")

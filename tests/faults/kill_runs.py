@@ -2,9 +2,9 @@
 
 from random import Random
 
-from forked import launch
 from kills import draw
 from outcomes import Fault, Unbroken, finished, new_folder, recover, shown
+from processes import launch
 from workload import differences
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from random import Random
 
 import torch
-from forked import launch
 from outcomes import Fault, Unbroken, finished, new_folder, shown
+from processes import launch
 from safetensors.torch import load_file, save_file
 from workload import AT_ONCE
 

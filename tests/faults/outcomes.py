@@ -5,8 +5,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from forked import Ended, launch
 from kills import counted, read_counts
+from processes import Ended, launch
 from workload import Workload, results
 
 import run_glue

@@ -1,59 +1,17 @@
 """Two processes, one of which dies: the other ends with an error, soon, and both go on from what was saved."""
 
 import copy
-import os
 import signal
-import socket
-import threading
 import time
-from collections.abc import Callable
 from random import Random
 
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from forked import Ended, launch
 from kills import Events, kill
 from outcomes import Fault, Unbroken, finished, new_folder, shown
+from processes import launch_two
 from workload import differences
-
-import run_glue
 
 KINDS = ("rank dies",)
 BOUND = 60  # seconds from the death of one process to the end of the other
-
-
-def as_rank(rank: int, world: int, port: int, fault: Callable[[], None] | None = None) -> Callable[[], None]:
-    """What makes a fork one of `world` processes, and installs `fault` in it."""
-
-    def install() -> None:
-        about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        os.environ.update({key: str(value) for key, value in about.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-        AcceleratorState._reset_state(True)  # this process may have been a single one before
-        PartialState._reset_state()
-        GradientState._reset_state()
-        if fault is not None:
-            fault()
-
-    return install
-
-
-def launch_two(argv: list[str], folder, faults=(None, None), seconds: float = 90, main=run_glue.main) -> list[Ended]:
-    """Run `main(argv)` as two processes in `folder`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ended: list[Ended | None] = [None, None]
-
-    def run(rank: int) -> None:
-        fault = as_rank(rank, 2, port, faults[rank])
-        ended[rank] = launch(argv, folder, fault, seconds=seconds, main=main, log=f".{rank}")
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return ended
 
 
 def lose_one_and_recover(unbroken: Unbroken, kind: str, seed: int) -> Fault:

@@ -14,9 +14,9 @@ import kill_runs
 import nan_runs
 import pytest
 import ranks
-from forked import launch
 from kills import Events
 from outcomes import new_folder, recover
+from processes import launch, launch_two
 from tiny import tiny_model, tiny_tokenizer
 from workload import differences
 
@@ -196,8 +196,8 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(unbroken):
     run = ranks.two(unbroken("full"))
     folder = new_folder(run, "signal", 0)
     send = Events("work", 130, lambda: os.kill(os.getpid(), signal.SIGTERM)).install
-    ended = ranks.launch_two(run.workload.argv, folder, (None, send))
+    ended = launch_two(run.workload.argv, folder, (None, send))
     assert [e.status for e in ended] == [143, 143], [e.err[-1000:] for e in ended]
     assert sum("stopped by SIGTERM" in e.err for e in ended) == 1
-    assert [e.status for e in ranks.launch_two(run.workload.resumed, folder)] == [0, 0]
+    assert [e.status for e in launch_two(run.workload.resumed, folder)] == [0, 0]
     assert not differences(folder, run.folder)

@@ -8,9 +8,8 @@ import tempfile
 import time
 
 import pytest
-from forked import Ended
 from kills import kill
-from ranks import launch_two
+from processes import Ended, launch_two
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from workload import Workload
 
@@ -23,7 +22,7 @@ LOST = RuntimeError("[../pair.cc:534] Connection closed by peer [127.0.0.1]:42")
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(processes, "_TOGETHER", 0.3)
+    monkeypatch.setattr(processes, "_TOGETHER", 0.6)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
@@ -38,7 +37,6 @@ def ends(act):
             act()
 
     def install() -> None:
-        logging.getLogger().handlers.clear()  # those of pytest
         run._run = fake
 
     return install

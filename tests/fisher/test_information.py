@@ -1,15 +1,12 @@
 """Fisher sums equal those of one backward pass per example, whatever the adapter, the batch and the labels."""
 
 import contextlib
-import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
 from probes import KINDS, TARGETS, adapted, batched, plain_way, rows
-from processes import finished
+from processes import two_ranks
 from tiny import tiny_model
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -276,15 +273,8 @@ torch.distributed.destroy_process_group()
 @pytest.mark.parametrize("split", ["even", "uneven"])
 def test_two_processes_equal_one(tmp_path, split):
     torch.manual_seed(0)
-    root = Path(__file__).resolve().parents[2]
     (tmp_path / "ranks.py").write_text(RANKS.replace("found =", "torch.manual_seed(0)\nfound =", 1))
-    paths = (root, root / "tests", root / "tests" / "fisher")
-    done = finished(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-         str(tmp_path / "ranks.py"), str(tmp_path), split], timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks(tmp_path / "ranks.py", str(tmp_path), split)
     torch.manual_seed(0)
     expected = fisher_information(adapted("bert", ["lora", "prefix"]), batched(rows(), 6), progress=False)
     for rank in (0, 1):

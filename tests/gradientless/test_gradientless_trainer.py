@@ -1,7 +1,5 @@
 """GradientlessTrainer: what moves, what is saved, and that splits, processes and resumes change nothing."""
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +7,7 @@ import torch
 from gradientless_ranks import one_process
 from heads import FAMILIES, changed, family, make, weights
 from peft import PeftModel
-from processes import finished
+from processes import two_ranks
 from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
 
@@ -284,13 +282,4 @@ def test_the_plan_counts_no_gradients(tmp_path):
 @pytest.mark.slow
 def test_two_processes_take_the_decisions_of_one(tmp_path):
     one_process(tmp_path)
-    root = Path(__file__).resolve().parents[2]
-    script = Path(__file__).with_name("gradientless_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = (root, root / "tests", script.parent)
-    done = finished(
-        [*command, str(script), str(tmp_path)],
-        timeout=180,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks(Path(__file__).with_name("gradientless_ranks.py"), str(tmp_path))

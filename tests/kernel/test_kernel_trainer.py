@@ -4,7 +4,6 @@ import gc
 import json
 import logging
 import os
-import sys
 import weakref
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_runs import SETTINGS, make, run
-from processes import finished
+from processes import two_ranks
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -413,12 +412,4 @@ def test_plain_arguments_and_the_plan(tmp_path):
 def test_two_processes_give_what_one_gives(tmp_path):
     for name in SETTINGS:
         np.save(tmp_path / f"{name}.npy", run(tmp_path / name, name)[1])
-    root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    paths = (root, root / "tests", Path(__file__).parent)
-    done = finished(
-        [*command, str(Path(__file__).with_name("kernel_ranks.py")), str(tmp_path)],
-        timeout=180,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks(Path(__file__).with_name("kernel_ranks.py"), str(tmp_path))

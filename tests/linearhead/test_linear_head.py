@@ -1,8 +1,6 @@
 """Linear heads of whole models: what is written, what stays, what is saved, as a method and as a start."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +9,7 @@ import torch
 from classifiers import classifier_rows, tiny_classifier
 from datasets import Dataset
 from peft import PeftModel
-from processes import finished
+from processes import two_ranks
 from sklearn.linear_model import LogisticRegression
 from tiny import CONFIGS, text_dataset, tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
 from transformers import (
@@ -276,16 +274,7 @@ def test_a_start_that_cannot_be_made(launch, capsys):
 def test_two_processes_get_the_first_one_s_head(launch):
     settings = ("--method", "linearhead", "--feature_cache_gb", "0", *PROMPT, "--do_predict")
     assert launch(*settings, "--output_dir", "one") == 0
-    root = Path(run_glue.__file__).parent
-    done = finished(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *(str(root / "run_glue.py"), *SHARED, *settings, "--output_dir", "two"),
-        ],
-        timeout=150,
-        env={**os.environ, "PYTHONPATH": str(root)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks(run_glue.main, *SHARED, *settings, "--output_dir", "two")
     one, two = (json.loads(Path(name, "run.json").read_text()) for name in ("one", "two"))
     assert (one["world_size"], two["world_size"]) == (1, 2)
     assert one["metrics"]["eval_accuracy"] == two["metrics"]["eval_accuracy"]

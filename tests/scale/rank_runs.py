@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -87,9 +86,9 @@ def result(trainer) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone().contiguous() for name, value in trainer.model.state_dict().items()}
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    folder, carried = Path(sys.argv[1]), {}
+def run_all(argv: list[str]) -> None:
+    """Train every variant, as one of two processes, into the folder `argv[0]`."""
+    folder, carried = Path(argv[0]), {}
     for name in VARIANTS:
         trainer, counts = make(folder, name, 2), Carried()
         trainer.add_callback(counts)
@@ -99,5 +98,4 @@ if __name__ == "__main__":
         if trainer.is_world_process_zero():
             save_file(ended, folder / f"{name}.safetensors")
             (folder / "carried.json").write_text(json.dumps(carried))
-    trainer.accelerator.wait_for_everyone()  # gloo's threads abort a process that exits while they hold tensors
     trainer.accelerator.end_training()

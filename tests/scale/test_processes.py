@@ -4,20 +4,17 @@ The byte counts are those of the table in `docs/scaling.md`.
 """
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import finished
-from rank_runs import ROWS, STEPS, VARIANTS, make, result
+from processes import two_ranks
+from rank_runs import ROWS, STEPS, VARIANTS, make, result, run_all
 from safetensors.torch import load_file
 
 from hf_ft_ext.methods import METHODS
 from hf_ft_ext.training.plan import trained_weights
 
-HERE = Path(__file__).resolve().parent
 pytestmark = pytest.mark.slow
 DDP = [name for name, (method, _) in VARIANTS.items() if method in ("full", "lora", "sparse", "fisher")]
 HIDDEN, INNER, LAYERS, HEAD = 32, 48, 2, 66  # of the tiny model
@@ -27,14 +24,7 @@ HIDDEN, INNER, LAYERS, HEAD = 32, 48, 2, 66  # of the tiny model
 def two(tmp_path_factory) -> Path:
     """The folder that a run of all variants on two processes leaves."""
     folder = tmp_path_factory.mktemp("two")
-    paths = os.pathsep.join(map(str, (HERE.parents[1], HERE.parent, HERE)))
-    done = finished(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *(str(HERE / "rank_runs.py"), str(folder)),
-        ], timeout=300, env={**os.environ, "PYTHONPATH": paths},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks(run_all, str(folder), seconds=300)
     return folder
 
 

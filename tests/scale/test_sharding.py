@@ -2,15 +2,13 @@
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from processes import finished
+from accelerate.commands.launch import launch_command, launch_command_parser
+from processes import Ended, two_ranks
 from safetensors.torch import load_file
 from tiny import text_dataset, tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
@@ -101,24 +99,26 @@ def words(method: str, batch: int, output: str) -> list[str]:
     ]  # fmt: skip
 
 
-def sharded(place: Path, method: str, config: str) -> subprocess.CompletedProcess:
-    """The launcher under `accelerate launch` with the configuration, on two processes."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
+def sharded(place: Path, method: str, config: str, monkeypatch) -> list[Ended]:
+    """The launcher under `accelerate launch` with the configuration, on two processes.
+
+    `accelerate launch` sets the environment; where it would have torch start two new processes, two forks go on.
+    """
     layer = ("--fsdp_transformer_layer_cls_to_wrap", "BertLayer") if config == "fsdp2" else ()
-    return finished(
-        [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{config}.yaml")),
-            *("--main_process_port", "0", *layer, str(Path(__file__).with_name("sharded_launch.py"))),
-            *words(method, 4, f"{config}-{method}"),
-        ],
-        cwd=place, env=environment, timeout=240,
-    )  # fmt: skip
+    script = str(Path(__file__).with_name("sharded_launch.py"))
+    argv = ["--config_file", str(CONFIGS / f"{config}.yaml"), "--main_process_port", "0", *layer, script]
+    args = launch_command_parser().parse_args([*argv, *words(method, 4, f"{config}-{method}")])
+    found = []
+
+    def start(run) -> None:
+        assert int(run.nproc_per_node) == 2 and run.training_script == script
+        found.extend(two_ranks(Path(script), *run.training_script_args, folder=place))
+
+    with monkeypatch.context() as patched:
+        patched.setenv("DS_ACCELERATOR", "cpu")
+        patched.setattr("torch.distributed.run.run", start)
+        launch_command(args)
+    return found
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:
@@ -131,9 +131,9 @@ def saved(folder: Path) -> dict[str, torch.Tensor]:
 def check(place: Path, monkeypatch, method: str, config: str) -> None:
     monkeypatch.chdir(place)
     assert run_glue.main([*words(method, 8, f"one-{method}"), "--use_cpu", "--overwrite_output_dir"]) == 0
-    done = sharded(place, method, config)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"spread by DistributedType.{'FSDP' if config == 'fsdp2' else 'DEEPSPEED'}" in done.stdout
+    both = sharded(place, method, config, monkeypatch)
+    kind = "FSDP" if config == "fsdp2" else "DEEPSPEED"
+    assert all(f"spread by DistributedType.{kind}" in ended.out for ended in both)
     one, two = (saved(place / f"{name}-{method}") for name in ("one", config))
     assert one.keys() == two.keys()
     assert all(torch.allclose(one[key], two[key], atol=2e-6) for key in one)

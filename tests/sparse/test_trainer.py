@@ -1,12 +1,10 @@
 """SparseTrainer: what it trains, what it saves, and that splits, processes and resumes change nothing."""
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import finished
+from processes import two_ranks
 from sparse_trainer import INPUTS, OPTIONS, assert_close, make, reference_gradients, weights
 from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
 from torch import nn
@@ -150,17 +148,7 @@ def test_counts_name_the_trained_entries(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_hold_the_same_weights_supports_and_bases(tmp_path):
-    root = Path(__file__).resolve().parents[2]
-    script = Path(__file__).with_name("two_ranks.py")
-    done = finished(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *(str(script), str(tmp_path)),
-        ],
-        timeout=120,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (root, root / "tests")))},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    two_ranks(Path(__file__).with_name("two_ranks.py"), str(tmp_path))
 
 
 # --- the pre-pass ----------------------------------------------------------------------------------
