@@ -86,10 +86,10 @@ def test_at_once_trainers_take_at_most_the_smaller_batch_size_of_rows(tmp_path, 
         sizes.append(len(kwargs["input_ids"]))
 
     for given, most in (({}, 8), ({"per_device_train_batch_size": 3}, 3), ({"per_device_train_batch_size": 50}, 8)):
-        trainer = make(name, classes(name)[0](str(tmp_path / str(most)), **PLAIN, **QUICK[name], **given))
+        trainer = make(name, classes(name)[0](str(tmp_path / f"{len(given)} {most}"), **PLAIN, **QUICK[name], **given))
         with trainer.model.register_forward_pre_hook(shape, with_kwargs=True):
             trainer.train()
-        assert max(size for size in sizes if size != SAMPLE) == most
+        assert most // 2 < max(size for size in sizes if size != SAMPLE) <= most
         sizes.clear()
 
 
