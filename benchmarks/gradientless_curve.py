@@ -22,9 +22,9 @@ from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.data.preprocess import tokenize
 from hf_ft_ext.feature_cache import cached_features
 from hf_ft_ext.features import HeadReader
-from hf_ft_ext.gradientless.adam import HeadAdam
-from hf_ft_ext.gradientless.evaluation import HeadEvaluation
-from hf_ft_ext.gradientless.objective import make_objective
+from hf_ft_ext.full.head_adam import HeadAdam
+from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation
+from hf_ft_ext.gradientless.scoring.objectives import make_objective
 from hf_ft_ext.models import seeded_init
 
 _GLD = {"lr": 7.5e-3, "weight_decay": 0.05, "options": "1x1", "sampling_size": "2h"}

@@ -6,14 +6,14 @@ from typing import ClassVar
 
 from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.direct_search import DEFAULT_BUDGET
 from hf_ft_ext.gradientless.no_gradients import refuse_gradients
-from hf_ft_ext.gradientless.objective import F1, LOSS, OBJECTIVES
-from hf_ft_ext.gradientless.options import parse_options
-from hf_ft_ext.gradientless.parallel import DATA, MODES
-from hf_ft_ext.gradientless.selection import ALL as ALL_ENTRIES
-from hf_ft_ext.gradientless.selection import FISHER, RANDOM, SELECTIONS
-from hf_ft_ext.gradientless.spsa import ADAM, MOMENTUM, RULES, SGD
+from hf_ft_ext.gradientless.optimizers.direct_search import DEFAULT_BUDGET
+from hf_ft_ext.gradientless.optimizers.exchange import DATA, MODES
+from hf_ft_ext.gradientless.optimizers.options import parse_options
+from hf_ft_ext.gradientless.optimizers.selection import ALL as ALL_ENTRIES
+from hf_ft_ext.gradientless.optimizers.selection import FISHER, RANDOM, SELECTIONS
+from hf_ft_ext.gradientless.optimizers.spsa import ADAM, MOMENTUM, RULES, SGD
+from hf_ft_ext.gradientless.scoring.objectives import F1, LOSS, OBJECTIVES
 
 METHODS = GLD, SPSA, ADAM_BASELINE = ("gld", "spsa", "adam")
 FISHER_FORMS = DIVERGENCE, GRADIENT = ("divergence", "gradient")

@@ -5,14 +5,13 @@ import logging
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.adam import HeadAdam
 from hf_ft_ext.gradientless.arguments import ADAM_BASELINE, GLD, GradientlessTrainingArguments
-from hf_ft_ext.gradientless.base import GradientFreeOptimizer
-from hf_ft_ext.gradientless.direct_search import DirectSearch
-from hf_ft_ext.gradientless.objective import F1, MATTHEWS, Objective
-from hf_ft_ext.gradientless.parallel import DATA
-from hf_ft_ext.gradientless.selection import ALL
-from hf_ft_ext.gradientless.spsa import SPSA
+from hf_ft_ext.gradientless.optimizers.base import GradientFreeOptimizer
+from hf_ft_ext.gradientless.optimizers.direct_search import DirectSearch
+from hf_ft_ext.gradientless.optimizers.exchange import DATA
+from hf_ft_ext.gradientless.optimizers.selection import ALL
+from hf_ft_ext.gradientless.optimizers.spsa import SPSA
+from hf_ft_ext.gradientless.scoring.objectives import F1, MATTHEWS, Objective
 from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.sharding import refuse_sharding
 
@@ -51,7 +50,13 @@ def build_optimizer(
             **shared,
         )
     if args.search_method == ADAM_BASELINE:
-        return HeadAdam(parameters, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, **shared)
+        from hf_ft_ext.full.head_adam import HeadAdam  # a baseline of another method: not loaded by any search
+
+        betas, rates = (
+            (args.adam_beta1, args.adam_beta2),
+            {"lr": args.learning_rate, "weight_decay": args.weight_decay},
+        )
+        return HeadAdam(parameters, betas=betas, eps=args.adam_epsilon, **rates)
     return SPSA(
         parameters,
         model,

@@ -21,14 +21,14 @@ from hf_ft_ext.gradientless.arguments import (
     GradientlessTrainingArguments,
 )
 from hf_ft_ext.gradientless.build import build_optimizer, refuse_misfits
-from hf_ft_ext.gradientless.evaluation import HeadEvaluation, StepEvaluation
-from hf_ft_ext.gradientless.frozen import collates_alike, feature_rows, find_reader, reader_of_batch
-from hf_ft_ext.gradientless.objective import F1, LOSS, Objective, make_objective, of_the_user
-from hf_ft_ext.gradientless.parallel import CANDIDATES, SharedCandidates, SharedData
-from hf_ft_ext.gradientless.rows import FeatureRows, train_dataloader
-from hf_ft_ext.gradientless.selection import FISHER
+from hf_ft_ext.gradientless.optimizers.exchange import CANDIDATES, SharedCandidates, SharedData
+from hf_ft_ext.gradientless.optimizers.selection import FISHER
+from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation, StepEvaluation
+from hf_ft_ext.gradientless.scoring.features import collates_alike, feature_rows, find_reader, reader_of_batch
+from hf_ft_ext.gradientless.scoring.full_models import model_loss, objective_of_logits, rows_of, with_same_masks
+from hf_ft_ext.gradientless.scoring.objectives import F1, LOSS, Objective, make_objective, of_the_user
+from hf_ft_ext.gradientless.scoring.rows import FeatureRows, train_dataloader
 from hf_ft_ext.gradientless.targets import searched_parameters
-from hf_ft_ext.gradientless.whole import model_loss, objective_of_logits, rows_of, with_same_masks
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.prompts.model import is_prompt_model
@@ -165,7 +165,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         if self._own_loader() and not self._looked_for_features:
             self._make_evaluation(batches[0])
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if isinstance(optimizer.exchange, SharedData):
+        if isinstance(getattr(optimizer, "exchange", None), SharedData):
             optimizer.exchange.weight = float(sum(rows_of(batch) for batch in batches))
         # Here, not in the loop's step(): there the batches are gone, and the loss is wanted before.
         with self._scoring():
@@ -273,6 +273,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     def _share_work(self) -> None:
         if self.args.world_size == 1:
             return
+        if self.args.search_method == ADAM_BASELINE:
+            raise InputError("search_method=adam is a baseline for one process; start it with one")
         accelerator = self.accelerator
 
         def total(values: torch.Tensor) -> torch.Tensor:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import torch
 
-from hf_ft_ext.kernel.formulas import Formula, product, sign_product, sign_type, signs
 from hf_ft_ext.kernel.engines.records import Matrix, Table, Vector, joined_tables
 from hf_ft_ext.kernel.engines.stacks import joined
+from hf_ft_ext.kernel.formulas import Formula, product, sign_product, sign_type, signs
 
 
 class Scratch:

@@ -11,12 +11,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.engines.jacobian import JacobianEngine
-from hf_ft_ext.kernel.parameters import kernel_parameters
-from hf_ft_ext.kernel.schedule import Plan, make_plan, measure
-from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.engines.structured import StructuredEngine
+from hf_ft_ext.kernel.formulas import Formula
+from hf_ft_ext.kernel.parameters import kernel_parameters
+from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.kernel.schedule import Plan, make_plan, measure
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.gradients import logits
 from hf_ft_ext.per_example.state import Batch, computing_in, evaluating, supports_float64

@@ -16,8 +16,8 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_rows import batches_in_order, for_collator, labels_of
 from hf_ft_ext.kernel import store
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
-from hf_ft_ext.kernel.schedule import Plan
 from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.kernel.schedule import Plan
 from hf_ft_ext.kernel.store import KernelStore
 from hf_ft_ext.per_example.state import evaluating
 

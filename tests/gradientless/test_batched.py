@@ -4,10 +4,10 @@ import pytest
 import torch
 from heads import READABLE, family, padded_batch, reader_of
 
-from hf_ft_ext.gradientless import batched, evaluation
-from hf_ft_ext.gradientless.direct_search import DirectSearch, Looped
-from hf_ft_ext.gradientless.evaluation import HeadEvaluation
-from hf_ft_ext.gradientless.objective import make_objective
+from hf_ft_ext.gradientless.optimizers.direct_search import DirectSearch, Sequential
+from hf_ft_ext.gradientless.scoring import batched_heads, evaluation
+from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation
+from hf_ft_ext.gradientless.scoring.objectives import make_objective
 
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0])
 
@@ -52,7 +52,7 @@ def test_batched_search_takes_the_decisions_of_one_by_one(model_type, settings, 
         losses = []
         for _ in range(6):
             scoring.stale = True
-            losses.append(optimizer.step(scoring.closure, Looped(alone) if looped else scoring))
+            losses.append(optimizer.step(scoring.closure, Sequential(alone) if looped else scoring))
         assert not scoring.looped
         results.append((losses, [p.detach().clone() for p in model.parameters()]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
@@ -76,7 +76,7 @@ def test_the_passes_leave_the_head_as_it_was():
 def test_small_memory_splits_the_candidates(monkeypatch):
     losses = []
     for limit in (2**22, 500):
-        monkeypatch.setattr(batched, "_ROWS", limit)
+        monkeypatch.setattr(batched_heads, "_ROWS", limit)
         scoring = evaluation_of(family("roberta"))
         optimizer = DirectSearch(scoring.reader.head_parameters().values(), lr=0.1, sampling_size=40)
         losses.append([optimizer.step(scoring.closure, scoring) for _ in range(5)])
@@ -109,4 +109,4 @@ def test_a_head_that_calls_a_module_twice_is_evaluated_one_by_one(monkeypatch):
 
 
 def _refuse(self, features):
-    raise batched.CannotBatch("a module of the head runs twice")
+    raise batched_heads.CannotBatch("a module of the head runs twice")

@@ -8,7 +8,7 @@ from torch import nn
 
 import run_glue
 from hf_ft_ext import GradientlessTrainer, GradientlessTrainingArguments, InputError, LoraTrainingArguments
-from hf_ft_ext.gradientless.options import parse_options
+from hf_ft_ext.gradientless.optimizers.options import parse_options
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from tiny import tiny_model
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.perturb import PerturbedUse
-from hf_ft_ext.gradientless.spsa import SPSA, direction, rounded_at_random
+from hf_ft_ext.gradientless.optimizers.perturb import PerturbedUse
+from hf_ft_ext.gradientless.optimizers.spsa import SPSA, direction, rounded_at_random
 
 IDS = torch.arange(5, 25).view(2, 10)
 LABELS = torch.tensor([0, 1])

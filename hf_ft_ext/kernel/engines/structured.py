@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from hf_ft_ext.kernel.contraction import Contraction
-from hf_ft_ext.kernel.formulas import Formula, sign_scale
 from hf_ft_ext.kernel.engines.records import Matrix, Record, RecordMaker, Table, Vector
-from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.engines.stacks import Stacks
+from hf_ft_ext.kernel.formulas import Formula, sign_scale
+from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.gradients import ExampleGradients
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from hf_ft_ext.features import HeadReader
-from hf_ft_ext.gradientless.batched import BatchedHead, CannotBatch, chunks
-from hf_ft_ext.gradientless.candidates import Candidates, Place, read_places, write_places
-from hf_ft_ext.gradientless.direct_search import Looped
-from hf_ft_ext.gradientless.importance import divergence_scores, gradient_scores
-from hf_ft_ext.gradientless.objective import Objective
+from hf_ft_ext.gradientless.optimizers.candidates import Candidates, IndexView, read_views, write_views
+from hf_ft_ext.gradientless.optimizers.direct_search import Sequential
+from hf_ft_ext.gradientless.scoring.batched_heads import BatchedHead, CannotBatch, chunks
+from hf_ft_ext.gradientless.scoring.importance import divergence_scores, gradient_scores
+from hf_ft_ext.gradientless.scoring.objectives import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -67,18 +67,18 @@ class HeadEvaluation:
         self.stale = False
         return torch.cat(logits)
 
-    def __call__(self, places: list[Place], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
-        key = tuple(id(place.parameter) for place in places)
+    def __call__(self, views: list[IndexView], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
+        key = tuple(id(view.parameter) for view in views)
         if key not in self.looped:
             try:
-                return self._batched(key, places, candidates, rows)
+                return self._batched(key, views, candidates, rows)
             except CannotBatch as error:
                 logger.info("candidates are evaluated one by one: %s", error)
                 self.looped.add(key)
         self.stale = True
-        return Looped(lambda: self.objective(self.plain_logits(), self.labels))(places, candidates, rows)
+        return Sequential(lambda: self.objective(self.plain_logits(), self.labels))(views, candidates, rows)
 
-    def _batched(self, key, places: list[Place], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
+    def _batched(self, key, views: list[IndexView], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
         if self.stale:
             self._begin()
         widest = max(call.out.numel() // len(call.out) for call in self.heads[0].calls.values())
@@ -86,22 +86,22 @@ class HeadEvaluation:
         losses = []
         for part in parts:
             logits = [
-                head.logits(places, candidates, part) for head, _ in zip(self.heads, self.micro_batches, strict=False)
+                head.logits(views, candidates, part) for head, _ in zip(self.heads, self.micro_batches, strict=False)
             ]
             logits = logits[0] if len(logits) == 1 else torch.cat(logits, 1)
             if key not in self.checked:
-                self._check(key, places, candidates, part, logits)
+                self._check(key, views, candidates, part, logits)
             losses.append(self.objective(logits, self.labels))
         self._rows = rows if len(parts) == 1 else ()
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
-    def _check(self, key, places, candidates, rows, logits) -> None:
-        saved = read_places(places)
+    def _check(self, key, views, candidates, rows, logits) -> None:
+        saved = read_views(views)
         try:
-            write_places(places, candidates.row(rows[-1]))
+            write_views(views, candidates.row(rows[-1]))
             expected = self.plain_logits()
         finally:
-            write_places(places, saved)
+            write_views(views, saved)
         size = max(1.0, float(expected.abs().max()))
         if not torch.allclose(logits[-1].float(), expected.float(), rtol=0, atol=_CLOSE * size, equal_nan=True):
             names = ", ".join(self.names[i] for i in key)
@@ -119,10 +119,15 @@ class HeadEvaluation:
 
     def importance(self, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Importance of each entry of `parameter` for the logits of this step's rows (float32, flat)."""
-        name = self.names[id(parameter)]
         if self.fisher == "gradient":
-            return gradient_scores(self, parameter)
-        return divergence_scores(self, parameter, name, generator)
+            problem = self.reader.model.config.problem_type
+            return gradient_scores(self.reader.logits, self.micro_batches, problem, parameter)
+        if self.stale:
+            self._begin()
+        heads = self.heads[: len(self.micro_batches)]
+        scores = divergence_scores(heads, self.plain_logits(), parameter, generator)
+        self.stale = True  # the heads have seen moved entries
+        return scores
 
 
 class StepEvaluation:
@@ -162,12 +167,12 @@ class StepEvaluation:
         self._load()
         return self.head.differentiable()
 
-    def __call__(self, places: list[Place], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
-        self.in_head = self.head is not None and all(id(place.parameter) in self.head.names for place in places)
+    def __call__(self, views: list[IndexView], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
+        self.in_head = self.head is not None and all(id(view.parameter) in self.head.names for view in views)
         if not self.in_head:
-            return Looped(self.whole)(places, candidates, rows)
+            return Sequential(self.whole)(views, candidates, rows)
         self._load()
-        return self.head(places, candidates, rows)
+        return self.head(views, candidates, rows)
 
     def _load(self) -> None:
         if not self.fresh:

@@ -9,9 +9,9 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.base import Closure, GradientFreeOptimizer
-from hf_ft_ext.gradientless.groups import check_block
-from hf_ft_ext.gradientless.perturb import PerturbedUse
+from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer
+from hf_ft_ext.gradientless.optimizers.groups import check_block
+from hf_ft_ext.gradientless.optimizers.perturb import PerturbedUse
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from hf_ft_ext.gradientless.objective import Objective
+from hf_ft_ext.gradientless.scoring.objectives import Objective
 
 Batch = Mapping[str, torch.Tensor]
 
