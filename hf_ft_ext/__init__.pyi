@@ -22,8 +22,11 @@ from .full.signgd import SignGD as SignGD
 from .full.trainer import FullTrainer as FullTrainer
 from .gradientless.arguments import GradientlessTrainingArguments as GradientlessTrainingArguments
 from .gradientless.optimizers.direct_search import DirectSearch as DirectSearch
+from .gradientless.optimizers.nodes import NodePerturbation as NodePerturbation
 from .gradientless.optimizers.spsa import SPSA as SPSA
 from .gradientless.trainer import GradientlessTrainer as GradientlessTrainer
+from .gradientless.trajectory import apply_trajectory as apply_trajectory
+from .gradientless.trajectory import save_trajectory as save_trajectory
 from .kernel.arguments import KernelTrainingArguments as KernelTrainingArguments
 from .kernel.ntk import empirical_ntk as empirical_ntk
 from .kernel.trainer import KernelTrainer as KernelTrainer

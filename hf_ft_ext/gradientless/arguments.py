@@ -60,9 +60,9 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
     search_method: str = field(
         default=GLD,
         metadata={
-            "help": "gld: direct search. spsa: simultaneous perturbation (MeZO and its successors, see search_direction, "
-            "search_estimate, search_update). node: node perturbation of a head on cached features. adam: Adam by "
-            "gradients of the head, on the same features, to compare with.",
+            "help": "gld: direct search. spsa: simultaneous perturbation (MeZO and its successors, see "
+            "search_direction, search_estimate, search_update). node: node perturbation of a head on cached features. "
+            "adam: Adam by gradients of the head, on the same features, to compare with.",
             "choices": METHODS,
         },
     )
@@ -125,15 +125,15 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
     search_directions: int | None = field(
         default=None,
         metadata={
-            "help": "SPSA, node: directions per step, their mean is taken; none = 1 (two-sided, forward), 8 (one-sided, "
+            "help": "SPSA, node: directions a step, their mean is taken; none = 1 (two-sided, forward), 8 (one-sided, "
             "population), 4 (node)."
         },
     )
     search_direction: str = field(
         default=GAUSSIAN,
         metadata={
-            "help": "SPSA: gaussian; rademacher (+1 and -1); lozo, subzero (low-rank matrices, added to layer outputs: no "
-            "weight is copied); rademacher-outer (rank one, of +1 and -1).",
+            "help": "SPSA: gaussian; rademacher (+1 and -1); lozo, subzero (low-rank matrices, added to outputs: "
+            "no weight is copied); rademacher-outer (rank one, of +1 and -1).",
             "choices": KINDS,
         },
     )
@@ -164,9 +164,9 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
     search_update: str | None = field(
         default=None,
         metadata={
-            "help": "SPSA, node: sgd, sign, momentum, adam (adam_beta1, adam_beta2, adam_epsilon); SPSA: rms (divided by "
-            "the root of the slopes' mean square), conservative (the best of minus, stay, plus); none = sgd (spsa), "
-            "adam (node).",
+            "help": "SPSA, node: sgd, sign, momentum, adam (adam_beta1, adam_beta2, adam_epsilon); SPSA: rms (divided "
+            "by the root of the slopes' mean square), conservative (the best of minus, stay, plus); none = sgd "
+            "(spsa), adam (node).",
             "choices": RULES,
         },
     )
@@ -176,16 +176,16 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
     search_moments: str | None = field(
         default=None,
         metadata={
-            "help": "SPSA: momentum is made anew from seeds and slopes (replay: slow, no memory) or kept as large as the "
-            "weights (buffer); none = replay; adam always has buffers.",
+            "help": "SPSA: momentum is made anew from seeds and slopes (replay: slow, no memory) or kept as large as "
+            "the weights (buffer); none = replay; adam always has buffers.",
             "choices": MOMENTS,
         },
     )
     search_carry: bool = field(
         default=False,
         metadata={
-            "help": "SPSA: with 16-bit weights, keep what rounding leaves out for the next step: 2 bytes a weight more, "
-            "and no noise of rounding."
+            "help": "SPSA: with 16-bit weights, keep what rounding leaves out for the next step: 2 bytes a weight "
+            "more, and no noise of rounding."
         },
     )
     search_candidates_per_forward: int = field(
@@ -406,8 +406,8 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
         betas = (self.adam_beta1, self.adam_beta2)
         try:
             if self.search_method == NODE:
-                NodePerturbation([torch.zeros(1)], update=self.search_update, momentum=self.search_momentum, betas=betas,
-                                 eps=self.search_eps, num_directions=self.search_directions)  # fmt: skip
+                NodePerturbation([torch.zeros(1)], update=self.search_update, momentum=self.search_momentum,
+                                 betas=betas, eps=self.search_eps, num_directions=self.search_directions)  # fmt: skip
                 return
             directions = Directions(
                 self.search_direction, self.search_block, self.search_rank, self.search_renew, None, self.search_small

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.spsa import SPSA
+from hf_ft_ext.gradientless.optimizers.spsa import SPSA, sample_sum
 
 FILE = "trajectory.safetensors"
 _FORMAT = "hf_ft_ext trajectory 1"
@@ -62,6 +62,7 @@ def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) 
         "carry": optimizer.rounding.carry,
         "unseen": sorted(optimizer.use.unseen),
         "seed": optimizer.first_seed,
+        "start": optimizer.start,
     }
     kind = numpy.float64 if optimizer.double else numpy.float32
     slopes = numpy.array([slopes for slopes, _ in optimizer.record], dtype=kind)
@@ -102,8 +103,10 @@ def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
     named = dict(base.named_parameters())
     missing = [name for group in about["groups"] for name in group if name not in named]
     if missing:
-        raise InputError(f"the trajectory moves {missing[0]}, and {type(base).__name__} has no such parameter; pass the "
-                         "model that the search started from")  # fmt: skip
+        raise InputError(
+            f"the trajectory moves {missing[0]}, and {type(base).__name__} has no such parameter; pass the model that "
+            "the search started from"
+        )
     groups = [
         {"params": [named[name] for name in names], "weight_decay": decay}
         for names, decay in zip(about["groups"], about["weight_decay"], strict=True)
@@ -113,6 +116,11 @@ def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
         raise InputError(
             f"the trajectory is of {about['types'][0]} weights, and these are {types[0]}; load the model with "
             f"dtype={about['types'][0]}"
+        )
+    if sample_sum(parameter for group in groups for parameter in group["params"]) != about["start"]:
+        raise InputError(
+            "these are not the weights that the search started from; pass the same base model, with its head made from "
+            "the same seed"
         )
     directions = dict(about["directions"])
     optimizer = SPSA(

@@ -1,7 +1,7 @@
-"""A search written out plainly, in float64, with every direction as a tensor of the weights' size: the oracle of `SPSA`.
+"""A search written out plainly, in float64, every direction a tensor of the weights' size: the oracle of `SPSA`.
 
-It shares one thing with the package: the random numbers, taken from `Directions` as whole tensors or whole factors. All
-else, the perturbation of the stored weights, the slopes and the rules, is written here from the papers' formulas.
+It shares one thing with the package: the random numbers, taken from `Directions` as whole tensors or whole factors.
+All else, the perturbation of the stored weights, the slopes and the rules, is written here from the papers' formulas.
 """
 
 import math
@@ -73,7 +73,8 @@ class DenseSearch:
         slopes = self.slopes(loss_of, zs)
         estimate = []
         for i, p in enumerate(self.params):
-            factor = 1 / self.directions.rank if self.directions.kind == "lozo" and p.ndim == 2 else 1.0
+            low_rank = self.directions.kind == "lozo" and p.ndim == 2 and min(p.shape) >= self.directions.rank
+            factor = 1 / self.directions.rank if low_rank else 1.0
             estimate.append(sum(g * z[i] for g, z in zip(slopes, zs, strict=True)) * factor / self.n)
         decay = 1 - self.lr * self.options.get("weight_decay", 0.0)
         if self.rule == "conservative":

@@ -1,7 +1,7 @@
 """Random directions of a search, made anew from seeds wherever they are needed: dense, masked, in blocks, or low-rank.
 
-A direction has one part for each searched tensor. A dense part is made chunk by chunk, each chunk from a seed of its own,
-so that no part of a large tensor has to exist as a whole. A low-rank part of a matrix is a pair of factors.
+A direction has one part for each searched tensor. A dense part is made chunk by chunk, each chunk from a seed of its
+own, so that no part of a large tensor has to exist as a whole. A low-rank part of a matrix is a pair of factors.
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,7 +39,7 @@ class Directions:
     | `gaussian` | standard normal entries | MeZO, arXiv 2305.17333 |
     | `rademacher` | entries +1 and -1 | FZOO, arXiv 2506.09034 |
     | `lozo` | `U V^T`, both normal; `U` new each step, `V` every `renew` steps | LOZO, arXiv 2410.07698 |
-    | `subzero` | `U S V^T`, `U` and `V` orthonormal, new every `renew` steps; `S` normal, new each | SubZero, 2410.08989 |
+    | `subzero` | `U S V^T`; `S` normal, new each step; `U`, `V` orthonormal, kept | SubZero, arXiv 2410.08989 |
     | `rademacher-outer` | `u v^T` with entries +1 and -1: its entries are +1 and -1 as well | |
 
     Tensors that are no matrices, and matrices smaller than the rank, get a dense part of a low-rank direction too:

@@ -1,6 +1,7 @@
 """Estimates of the gradient from losses: which perturbed losses a step needs, and one slope for each direction.
 
-The estimate is the mean over the directions of slope times direction (low-rank directions have a scale, see `directions`).
+The estimate is the mean over the directions of slope times direction (low-rank directions have a scale, see
+`directions`).
 """
 
 from collections.abc import Sequence
@@ -21,11 +22,13 @@ class Estimate:
     | kind | slope of direction `z_i` | losses per step | source |
     | --- | --- | --- | --- |
     | `two-sided` | `(L(theta + eps z_i) - L(theta - eps z_i)) / (2 eps)` | 2 n | SPSA; MeZO, arXiv 2305.17333 |
-    | `one-sided` | `(L_i - L(theta)) / sigma`, `L_i = L(theta + eps z_i)`, sigma their standard deviation | n + 1 | FZOO, arXiv 2506.09034 |
+    | `one-sided` | `(L_i - L(theta)) / sigma` | n + 1 | FZOO, arXiv 2506.09034 |
     | `population` | `(L_i - mean) / deviation`, divided by n: z-scores | n | Qiu et al., arXiv 2509.24372 |
     | `forward` | the derivative along `z_i`, by forward-mode differentiation | n | Baydin et al., arXiv 2202.08587 |
 
-    Slopes of `one-sided` and `population` have no unit of the loss: the learning rate is the length of the step.
+    `L_i = L(theta + eps z_i)`, and sigma is their standard deviation. Slopes of `one-sided` and `population` do not have
+    the unit of the loss: the learning rate is the length of the step. (FZOO's estimate has a factor `1 / eps` more, and
+    the population's step is called alpha: both are in the learning rate here.)
 
     Args:
         kind: one of `ESTIMATES`.

@@ -18,8 +18,8 @@ class NodePerturbation(GradientFreeOptimizer):
     """Node perturbation: every row of a batch has a slope of its own, and its features say where it belongs.
 
     A linear layer's gradient is a sum over the rows, `G = sum_b d_b x_b^T / rows`: its right factors are the layer's
-    inputs, and only the `d_b`, as long as the layer has outputs, are unknown. In a step, for each linear layer by itself,
-    for each of `num_directions` directions `z_b` with entries +1 and -1, drawn for each row:
+    inputs, and only the `d_b`, as long as the layer has outputs, are unknown. In a step, for each linear layer by
+    itself, for each of `num_directions` directions `z_b` with entries +1 and -1, drawn for each row:
     `s_b = (loss_b(y_b + eps z_b) - loss_b(y_b)) / eps`; then `d_b` is the mean of `s_b z_b`. A layer with no more
     outputs than directions takes the unit vectors instead, so that `d_b` is exact to order eps. Losses only, no
     derivative; but the objective has to be a mean over the rows.
@@ -35,8 +35,8 @@ class NodePerturbation(GradientFreeOptimizer):
         seed: of the private generator.
 
     Raises:
-        InputError: a value out of range; in `step`: no `evaluate` with `nodes` and `node_losses`, a parameter that is in
-            no linear layer of the head, or a loss that is not finite.
+        InputError: a value out of range; in `step`: no `evaluate` with `nodes` and `node_losses`, a parameter that is
+            in no linear layer of the head, or a loss that is not finite.
 
     Source: node perturbation (Werfel, Xie and Seung, NIPS 2003); activity perturbation (Ren et al., arXiv 2210.03310),
     there with forward gradients instead of losses.
@@ -72,7 +72,7 @@ class NodePerturbation(GradientFreeOptimizer):
         self.buffers: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def evaluations_per_step(self) -> int:
-        """Losses of the batch that one step evaluates, at most: those of each layer, and one at the present weights."""
+        """Losses of the batch that one step evaluates at most: some for each layer, one at the present weights."""
         layers = sum(parameter.ndim > 1 for parameter in self.searched)
         return 1 + self.num_directions * max(1, layers)
 
@@ -82,8 +82,9 @@ class NodePerturbation(GradientFreeOptimizer):
 
         Args:
             closure: returns the loss of the batch at the present weights.
-            evaluate: has `nodes()`, which gives for each linear layer `(module, inputs [rows, in], outputs [rows, out])`,
-                and `node_losses(module, outputs [n, rows, out])` -> losses `[n, rows]`, as `HeadEvaluation` does.
+            evaluate: has `nodes()`, which gives for each linear layer `(module, inputs [rows, in], outputs [rows,
+                out])`, and `node_losses(module, outputs [n, rows, out])` -> losses `[n, rows]`, as `HeadEvaluation`
+                does.
         """
         if self._already_taken(closure):
             return None
@@ -134,8 +135,8 @@ class NodePerturbation(GradientFreeOptimizer):
         missing = [self.searched[i] for i in range(len(self.searched)) if i not in estimates]
         if missing:
             raise InputError(
-                f"a searched tensor of shape {tuple(missing[0].shape)} is in no linear layer of the head, whose outputs "
-                "could be perturbed; search other tensors (search_target), or use SPSA"
+                f"a searched tensor of shape {tuple(missing[0].shape)} is in no linear layer of the head, whose "
+                "outputs could be perturbed; search other tensors (search_target), or use SPSA"
             )
 
     def _move(self, estimates: dict[int, torch.Tensor]) -> None:

@@ -1,8 +1,8 @@
 """Forward passes with perturbed weights: the stored weights are never touched, and no second model exists.
 
-While a module's forward runs, each searched parameter that it owns is replaced by a perturbed copy, dropped right after.
-A low-rank change of a linear layer or an embedding needs no copy: `x (W + L R^T)^T = x W^T + (x R) L^T` is added to the
-layer's output. Several perturbations can run as one forward pass over the batch repeated that many times.
+While a module's forward runs, each searched parameter that it owns is replaced by a perturbed copy, dropped right
+after. A low-rank change of a linear layer or an embedding needs no copy: `x (W + L R^T)^T = x W^T + (x R) L^T` is
+added to the layer's output. Several perturbations can run as one forward pass over the batch repeated that many times.
 """
 
 import contextlib

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -29,9 +30,9 @@ _NO_MOMENTS = ("sgd", "sign", "rms", "conservative")
 class SPSA(GradientFreeOptimizer):
     """Simultaneous perturbation (MeZO and its successors): one number per direction says how far all weights move.
 
-    A step draws `num_directions` directions (see `Directions`), finds a slope for each from losses at perturbed weights
-    (see `Estimate`), and moves the weights by the mean of slope times direction (see `Update`). Directions are made anew
-    from seeds wherever they are needed.
+    A step draws `num_directions` directions (see `Directions`), finds a slope for each from losses at perturbed
+    weights (see `Estimate`), and moves the weights by the mean of slope times direction (see `Update`). Directions
+    are made anew from seeds wherever they are needed.
 
     The perturbed weights are made where a forward uses them and dropped behind it, so the stored weights do not
     drift in any type, and no second copy of the model exists. Low-rank directions are added to the outputs of linear
@@ -61,8 +62,8 @@ class SPSA(GradientFreeOptimizer):
             the batch. Their activations are in memory at the same time.
 
     Raises:
-        InputError: a value out of range, or two that contradict each other; a parameter that `module` does not hold; in
-            `step`: the loss is not finite.
+        InputError: a value out of range, or two that contradict each other; a parameter that `module` does not hold;
+            in `step`: the loss is not finite.
 
     Source: SPSA (Spall 1992); MeZO, arXiv 2305.17333, whose +eps, -2 eps, +eps on the stored weights drifts
     (3.9 % after 100 steps in bfloat16).
@@ -112,8 +113,8 @@ class SPSA(GradientFreeOptimizer):
             )
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed)
         self.searched = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.directions = Directions(direction, max(block, 1), rank, renew, masks, small)
         check_block(block, self.searched)
-        self.directions = Directions(direction, block, rank, renew, masks, small)
         self.directions.prepare(self.searched)
         check_replay(self.directions, self.rule)
         self.use = PerturbedForward(module, self.searched, self.directions)
@@ -127,7 +128,7 @@ class SPSA(GradientFreeOptimizer):
         self.history: deque[tuple[list[Draw], list[float]]] = deque(maxlen=self.rule.replayed - 1)
         self.double = any(parameter.dtype == torch.float64 for parameter in self.searched)
         self.record: list[tuple[list[float], list[float]]] = []  # slopes and rates of each step
-        self.first_seed = seed
+        self.first_seed, self.start = seed, sample_sum(self.searched)
         self.batches = candidates_per_forward > 1
         self.checked = False
 
@@ -229,8 +230,8 @@ class SPSA(GradientFreeOptimizer):
         tolerance = _CLOSE_IN_16_BITS if small else _CLOSE
         if not torch.allclose(losses, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
             raise CannotBatch(
-                f"losses of the repeated batch differ by {float((losses - expected).abs().max()):.2g} from those of one "
-                "after the other"
+                f"losses of the repeated batch differ by {float((losses - expected).abs().max()):.2g} from those of "
+                "one after the other"
             )
         self.checked = True
 
@@ -375,6 +376,7 @@ class SPSA(GradientFreeOptimizer):
             "unseen": sorted(self.use.unseen),
             "record": [slopes, rates],
             "first_seed": self.first_seed,
+            "start": self.start,
         }
 
     def _load_own_state(self, state: dict) -> None:
@@ -396,13 +398,23 @@ class SPSA(GradientFreeOptimizer):
         self.directions.thresholds, self.use.unseen = state["thresholds"], set(state["unseen"])
         slopes, rates = (part.tolist() for part in state["record"])
         self.record = list(zip(slopes, rates, strict=True))
-        self.first_seed = state["first_seed"]
+        self.first_seed, self.start = state["first_seed"], state["start"]
+
+
+def sample_sum(parameters: Iterable[torch.Tensor]) -> int:
+    """A checksum of up to 64 entries of each tensor: whether two models start alike."""
+    total = 0
+    for parameter in parameters:
+        flat = parameter.detach().view(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].cpu().contiguous()
+        total = zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), total)
+    return total
 
 
 def check_replay(directions: Directions, rule: Update) -> None:
     """Raise an `InputError` if earlier directions would have to be made anew and cannot be."""
     if directions.moving_mask and rule.replays:
         raise InputError(
-            f"small={directions.small} looks at the present weights, so directions of earlier steps cannot be made anew; "
-            "pass moments=buffer"
+            f"small={directions.small} looks at the present weights, so directions of earlier steps cannot be made "
+            "anew; pass moments=buffer"
         )

@@ -25,12 +25,12 @@ class Update:
     | `rms` | `theta -= lr G / (sqrt(s) + adam_eps)`, `s` the running mean of the squared slopes | one number |
     | `conservative` | the best of `theta - lr G`, `theta`, `theta + lr G` on this batch: 3 losses more | none |
 
-    Momentum is one of directions, as in ZO-Bench (arXiv 2402.11592): `m` is the sum of old directions, each with its own
-    slope. `moments="replay"` makes the last `replayed` directions anew in each step and keeps their seeds and slopes:
-    what is left out has at most `REPLAY_TOLERANCE` of the weight of all. `moments="buffer"` keeps `m`, as large as the
-    weights, and is faster. One-dimensional tensors always have a buffer. Of low-rank directions with a lasting right
-    factor, `m` is a left factor: exact while the right one stays, and projected onto the next one by least squares
-    (LOZO-M, arXiv 2410.07698, which averages with `1 - momentum` before the new slope).
+    Momentum is one of directions, as in ZO-Bench (arXiv 2402.11592): `m` is the sum of old directions, each with its
+    own slope. `moments="replay"` makes the last `replayed` directions anew in each step and keeps their seeds and
+    slopes: what is left out has at most `REPLAY_TOLERANCE` of the weight of all. `moments="buffer"` keeps `m`, as
+    large as the weights, and is faster. One-dimensional tensors always have a buffer. Of low-rank directions with a
+    lasting right factor, `m` is a left factor: exact while the right one stays, and projected onto the next one by
+    least squares (LOZO-M, arXiv 2410.07698, which averages with `1 - momentum` before the new slope).
 
     Args:
         rule: one of `RULES`.
@@ -62,15 +62,15 @@ class Update:
             raise InputError(f"moments={moments} is about update=momentum or adam, not {rule}; leave it out")
         if moments == REPLAY and rule == ADAM:
             raise InputError(
-                f"moments=replay cannot keep adam's second moments: with beta2={betas[1]} they reach back thousands of "
-                "steps; pass moments=buffer, or update=rms"
+                f"moments=replay cannot keep adam's second moments: with beta2={betas[1]} they reach back thousands "
+                "of steps; pass moments=buffer, or update=rms"
             )
         self.rule, self.momentum, self.betas, self.adam_eps = rule, momentum, tuple(betas), adam_eps
         self.moments = moments or (REPLAY if rule == MOMENTUM else BUFFER)
         if self.replays and self.replayed > MOST_REPLAYED:
             raise InputError(
-                f"momentum={momentum} would make {self.replayed} directions anew in each step; pass moments=buffer, or "
-                "a smaller factor"
+                f"momentum={momentum} would make {self.replayed} directions anew in each step; pass moments=buffer, "
+                "or a smaller factor"
             )
 
     @property
@@ -118,8 +118,8 @@ class Update:
 class Rounding:
     """Changing weights of 16 bits by less than half a unit in the last place.
 
-    Without `carry`, a chunk is rounded up or down at random with the right mean; the noise of many steps is larger than
-    their sum at small rates. With it, what rounding leaves out is kept for the next step, 2 bytes an entry.
+    Without `carry`, a chunk is rounded up or down at random with the right mean; the noise of many steps is larger
+    than their sum at small rates. With it, what rounding leaves out is kept for the next step, 2 bytes an entry.
     One-dimensional tensors always keep it, in float32. Weights of 32 and 64 bits need none of this.
     """
 

@@ -31,8 +31,8 @@ class HeadEvaluation:
         names: the head's searched parameters, name by `id`.
         objective: of all micro-batches' logits together.
         fisher: `"divergence"` or `"gradient"`: what `importance` measures.
-        of_rows: objective of each row, `[..., rows, classes]` -> `[..., rows]`, whose mean is `objective`; `None` = there
-            is none. For `node_losses`.
+        of_rows: objective of each row, `[..., rows, classes]` -> `[..., rows]`, whose mean is `objective`; `None` =
+            there is none. For `node_losses`.
     """
 
     def __init__(
@@ -145,8 +145,8 @@ class HeadEvaluation:
         """Losses `[n, rows]` where `module` gives `outputs` (`[n, rows, out]`)."""
         if self.of_rows is None:
             raise InputError(
-                "node perturbation needs the loss of each row, and this objective is known for whole batches only; use "
-                "search_method=spsa or gld"
+                "node perturbation needs the loss of each row, and this objective is known for whole batches only; "
+                "use search_method=spsa or gld"
             )
         sizes = [len(features) for features, _ in self.micro_batches]
         logits = []
