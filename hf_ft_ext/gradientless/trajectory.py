@@ -61,6 +61,7 @@ def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) 
         "moments": rule.moments,
         "carry": optimizer.rounding.carry,
         "unseen": sorted(optimizer.use.unseen),
+        "late": optimizer.late,
         "seed": optimizer.first_seed,
         "start": optimizer.start,
     }
@@ -119,8 +120,8 @@ def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
         )
     if sample_sum(parameter for group in groups for parameter in group["params"]) != about["start"]:
         raise InputError(
-            "these are not the weights that the search started from; pass the same base model, with its head made from "
-            "the same seed"
+            "these are not the weights that the search started from; pass the same base model, with its head made "
+            "from the same seed"
         )
     directions = dict(about["directions"])
     optimizer = SPSA(
@@ -129,7 +130,7 @@ def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
         moments=about["moments"] if about["update"] in ("momentum", "adam") else None, carry=about["carry"],
         seed=about["seed"], max_evaluations=2**62, **directions,
     )  # fmt: skip
-    optimizer.repeat(list(zip(slopes.tolist(), rates.tolist(), strict=True)), about["unseen"])
+    optimizer.repeat(list(zip(slopes.tolist(), rates.tolist(), strict=True)), about["unseen"], about["late"])
     return base
 
 

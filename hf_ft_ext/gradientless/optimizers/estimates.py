@@ -26,9 +26,9 @@ class Estimate:
     | `population` | `(L_i - mean) / deviation`, divided by n: z-scores | n | Qiu et al., arXiv 2509.24372 |
     | `forward` | the derivative along `z_i`, by forward-mode differentiation | n | Baydin et al., arXiv 2202.08587 |
 
-    `L_i = L(theta + eps z_i)`, and sigma is their standard deviation. Slopes of `one-sided` and `population` do not have
-    the unit of the loss: the learning rate is the length of the step. (FZOO's estimate has a factor `1 / eps` more, and
-    the population's step is called alpha: both are in the learning rate here.)
+    `L_i = L(theta + eps z_i)`, and sigma is their standard deviation. Slopes of `one-sided` and `population` do not
+    have the unit of the loss: the learning rate is the length of the step. (FZOO's estimate has a factor `1 / eps`
+    more, and the population's step is called alpha: both are in the learning rate here.)
 
     Args:
         kind: one of `ESTIMATES`.

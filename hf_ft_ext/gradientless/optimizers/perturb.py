@@ -39,6 +39,7 @@ class PerturbedForward:
     Attributes:
         missing: numbers of the parameters that no module holds.
         unseen: numbers of the parameters that no forward has read so far.
+        elsewhere: numbers of those that another module than their own reads.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[torch.Tensor], directions: Directions):
@@ -60,6 +61,20 @@ class PerturbedForward:
         self.rows: int | None = None
         self.tangent = False
         self.weights: Sequence[float] | None = None
+        self.elsewhere: set[int] = set()
+
+    def read_elsewhere(self, number: int) -> None:
+        """Perturb this parameter while the whole model runs: another module than its own reads it.
+
+        DeBERTa's encoder, for one, takes the weight of an embedding that is never called.
+        """
+        self.elsewhere.add(number)
+        self.unseen.discard(number)
+        for owner in list(self.owners):
+            if number in owner.names.values() and owner.user is not self.module:
+                own = {name: i for name, i in owner.names.items() if i == number}
+                owner.names = {name: i for name, i in owner.names.items() if i != number}
+                self.owners.append(_Owner(self, self.module, owner.holder, own, on_output=False))
 
     @contextlib.contextmanager
     def weighted(self, weights: Sequence[float]) -> Iterator[None]:
@@ -184,11 +199,18 @@ class PerturbedForward:
 class _Owner:
     """One module that holds searched parameters, and how its forward is made to see them perturbed."""
 
-    def __init__(self, forward: PerturbedForward, user: nn.Module, holder: nn.Module, names: dict[str, int]):
+    def __init__(
+        self,
+        forward: PerturbedForward,
+        user: nn.Module,
+        holder: nn.Module,
+        names: dict[str, int],
+        on_output: bool | None = None,
+    ):
         self.forward, self.user, self.holder, self.names = forward, user, holder, names
         self.stored: dict[str, torch.Tensor] = {}
         self.original: Callable | None = None
-        self.on_output = self._on_output()
+        self.on_output = self._on_output() if on_output is None else on_output
 
     def _on_output(self) -> bool:
         """Whether a change of the weight can be added to the output instead."""
@@ -200,6 +222,8 @@ class _Owner:
 
     def install(self, handles: list, split: bool) -> None:
         self.copied = {name: i for name, i in self.names.items() if not (self.on_output and name == "weight")}
+        if not self.names:
+            return
         if self.copied:
             handles.append(self.user.register_forward_pre_hook(self._enter))
             handles.append(self.user.register_forward_hook(self._leave, always_call=True))
@@ -270,8 +294,7 @@ class _Owner:
         pairs = [self.forward.factors(weight, number, c) if c else None for c in combinations]
         first = next(pair for pair in pairs if pair is not None)
         pairs = [(torch.zeros_like(first[0]), first[1]) if pair is None else pair for pair in pairs]
-        left = torch.stack([pair[0] for pair in pairs]).to(output.dtype)
-        right = torch.stack([pair[1] for pair in pairs]).to(output.dtype)
+        left, right = (_stacked([pair[side] for pair in pairs]).to(output.dtype) for side in (0, 1))
         n, x = len(active), args[0]
         if self.forward.tangent:
             x = forward_ad.unpack_dual(x).primal
@@ -296,6 +319,12 @@ class _Owner:
             left, right = right, left
         inputs = x.to(left.dtype).reshape(n, -1, x.shape[-1])
         return torch.bmm(torch.bmm(inputs, right), left.transpose(1, 2)).view(*x.shape[:-1], -1)
+
+
+def _stacked(factors: list[torch.Tensor]) -> torch.Tensor:
+    """Factors of unequal rank as one tensor, with columns of zeros."""
+    rank = max(factor.shape[1] for factor in factors)
+    return torch.stack([nn.functional.pad(factor, [0, rank - factor.shape[1]]) for factor in factors])
 
 
 def _joined(results: list[Any], repeat: int) -> Any:

@@ -131,6 +131,7 @@ class SPSA(GradientFreeOptimizer):
         self.first_seed, self.start = seed, sample_sum(self.searched)
         self.batches = candidates_per_forward > 1
         self.checked = False
+        self.late: list[int] = []  # tensors that move from the second step on
 
     def evaluations_per_step(self) -> int:
         """Losses that one step evaluates."""
@@ -158,6 +159,8 @@ class SPSA(GradientFreeOptimizer):
             losses = self._losses(self.estimate.perturbations(draws), closure, evaluate)
             mean, slopes = self._checked_current(losses.mean()), self.estimate.slopes(losses)
         if self.steps == 1 and self.use.unseen:
+            self._look_elsewhere(closure)
+        if self.steps == 1 and self.use.unseen:
             logger.warning(
                 "%d searched tensors are read by no module's forward: they are not perturbed; leave them out",
                 len(self.use.unseen),
@@ -170,6 +173,24 @@ class SPSA(GradientFreeOptimizer):
         self.record.append((found, rates))
         self._move(draws, found, rates)
         return mean
+
+    def _look_elsewhere(self, closure: Closure) -> None:
+        """Find which of the tensors that their own modules do not read change the loss all the same.
+
+        They are perturbed, and move, from the second step on.
+        """
+        draw = Draw(mixed(self.first_seed, 1), self.basis)
+        here = self.exchange.combine(torch.tensor([float(closure())], dtype=torch.float64))
+        self.evaluations += 1
+        for number in sorted(self.use.unseen):
+            self.use.read_elsewhere(number)
+            with self.use.weighted([float(i == number) for i in range(len(self.searched))]):
+                loss = torch.tensor([self.perturbed_loss(closure, [(draw, 1.0)])], dtype=torch.float64)
+            self.evaluations += 1
+            if torch.equal(self.exchange.combine(loss), here):
+                self.use.elsewhere.discard(number)
+                self.use.unseen.add(number)
+        self.late = sorted(self.use.elsewhere)
 
     def _number(self, value: Any) -> float:
         """As it is recorded: 4 bytes, 8 for weights of 8 bytes."""
@@ -278,7 +299,8 @@ class SPSA(GradientFreeOptimizer):
             still = self.rule.rule in _NO_MOMENTS and decay == 1 and not (lr and any(slopes))
             for parameter in group["params"]:
                 number += 1
-                if not still and number not in self.use.unseen:
+                waits = number in self.use.unseen or (self.steps == 1 and number in self.late)
+                if not still and not waits:
                     self._move_tensor(parameter.detach(), number, estimate, lr, decay)
         if self.rule.replays:
             self.history.appendleft((draws, slopes))
@@ -345,14 +367,17 @@ class SPSA(GradientFreeOptimizer):
     # --- trajectory --------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def repeat(self, record: Sequence[tuple[list[float], list[float]]], unseen: Iterable[int] = ()) -> None:
+    def repeat(
+        self, record: Sequence[tuple[list[float], list[float]]], unseen: Iterable[int] = (), late: Iterable[int] = ()
+    ) -> None:
         """Take recorded steps again, without a loss: the weights end bit for bit where the recorded run's did.
 
         Args:
             record: slopes and rates of each step.
             unseen: numbers of the tensors that no forward read in the recorded run.
+            late: numbers of those that moved from its second step on.
         """
-        self.use.unseen = set(unseen)
+        self.use.unseen, self.late = set(unseen), list(late)
         for slopes, rates in record:
             self.steps += 1
             self.record.append((slopes, rates))
@@ -374,6 +399,7 @@ class SPSA(GradientFreeOptimizer):
             "history": [[[[draw.seed, draw.basis] for draw in draws], list(slopes)] for draws, slopes in self.history],
             "thresholds": self.directions.thresholds,
             "unseen": sorted(self.use.unseen),
+            "late": list(self.late),
             "record": [slopes, rates],
             "first_seed": self.first_seed,
             "start": self.start,
@@ -396,6 +422,9 @@ class SPSA(GradientFreeOptimizer):
         for draws, slopes in state["history"]:
             self.history.append(([Draw(*draw) for draw in draws], list(slopes)))
         self.directions.thresholds, self.use.unseen = state["thresholds"], set(state["unseen"])
+        self.late = list(state["late"])
+        for number in self.late:
+            self.use.read_elsewhere(number)
         slopes, rates = (part.tolist() for part in state["record"])
         self.record = list(zip(slopes, rates, strict=True))
         self.first_seed, self.start = state["first_seed"], state["start"]
