@@ -180,14 +180,18 @@ class SPSA(GradientFreeOptimizer):
         They are perturbed, and move, from the second step on.
         """
         draw = Draw(mixed(self.first_seed, 1), self.basis)
-        here = self.exchange.combine(torch.tensor([float(closure())], dtype=torch.float64))
-        self.evaluations += 1
+
+        def loss_with(number: int | None) -> torch.Tensor:
+            # large, as a tensor may have little effect, and losses are float32 numbers
+            with self.use.weighted([100.0 * (i == number) for i in range(len(self.searched))]):
+                loss = self.perturbed_loss(closure, [(draw, 1.0)])
+            self.evaluations += 1
+            return self.exchange.combine(torch.tensor([loss], dtype=torch.float64))
+
+        here = loss_with(None)
         for number in sorted(self.use.unseen):
             self.use.read_elsewhere(number)
-            with self.use.weighted([float(i == number) for i in range(len(self.searched))]):
-                loss = torch.tensor([self.perturbed_loss(closure, [(draw, 1.0)])], dtype=torch.float64)
-            self.evaluations += 1
-            if torch.equal(self.exchange.combine(loss), here):
+            if torch.equal(loss_with(number), here):
                 self.use.elsewhere.discard(number)
                 self.use.unseen.add(number)
         self.late = sorted(self.use.elsewhere)
