@@ -96,8 +96,8 @@ def run(task: Task, method: str, rate: float, seed: int, passes: int, points: in
     generator, order, used, seconds, found = torch.Generator().manual_seed(seed), [], 0, 0.0, []
     while True:
         if used >= passes * len(found) / points:
-            found.append({"passes": used, "dev": task.accuracy(model, task.dev), "test": task.accuracy(model, task.test),
-                          "seconds": round(seconds, 1)})  # fmt: skip
+            scores = {"dev": task.accuracy(model, task.dev), "test": task.accuracy(model, task.test)}
+            found.append({"passes": used, **scores, "seconds": round(seconds, 1)})
             if len(found) > points:
                 return found
         start = time.process_time()
