@@ -50,7 +50,8 @@ def test_accumulation_over_rows_of_unequal_length_equals_one_batch(tmp_path, kin
     for other, losses in ends[1:]:
         assert losses == pytest.approx(ends[0][1], rel=1e-6)
         for name, value in ends[0][0].items():
-            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-7, msg=name)
+            # losses are float32 numbers, so slopes differ by some 1e-5; weighting by rows made a difference of 0.03
+            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_counts_by_its_label_tokens():
@@ -84,10 +85,8 @@ def test_a_users_objective_of_tokens_takes_micro_batches_of_unequal_length(tmp_p
             result = {k: torch.tensor([r[k] + [pad[k]] * (longest - len(r[k])) for r in batch]) for k in pad}
             return {**result, "attention_mask": (result["input_ids"] > 0).long()}
 
-        args = GradientlessTrainingArguments(
-            str(tmp_path), **{**OPTIONS, **SPSA_ALL, "max_steps": 2}, per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulation,
-        )  # fmt: skip
+        batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+        args = GradientlessTrainingArguments(str(tmp_path), **{**OPTIONS, **SPSA_ALL, **batches})
         trainer = GradientlessTrainer(model, args, train_dataset=rows, data_collator=collate, objective=loss)
         trainer.train()
         ends.append(weights(trainer))
