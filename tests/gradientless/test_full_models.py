@@ -3,6 +3,7 @@
 import pytest
 import torch
 from heads import FAMILIES, OPTIONS, changed, family, make, weights
+from peft import PeftModel
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from torch import nn
 from torch.nn import functional
@@ -117,6 +118,24 @@ def test_masks_say_which_entries_move(tmp_path):
         GradientlessTrainer(tiny_model(), trainer.args, masks={"nothing": mask}).create_optimizer()
     with pytest.raises(InputError, match="masks are for search_method=spsa, not gld"):
         GradientlessTrainer(tiny_model(), make(tmp_path).args, masks={name: mask})
+
+
+def test_a_frozen_base_learns_an_adapter_in_the_shape_of_lora(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    options = {**SPSA_ALL, "search_peft": "lora", "search_target": "lora_B|modules_to_save", "learning_rate": 0.05}
+    trainer = make(tmp_path / "out", base, search_candidates_per_forward=2, max_steps=5, **options)
+    before = weights(trainer)
+    trainer.train()
+    moved = changed(trainer, before)
+    assert trainer.optimizer.optimizer.batches  # both signs in one forward pass
+    assert moved and all("lora_B" in name or "modules_to_save" in name for name in moved)
+    trainer.save_model()
+    fresh = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "out").eval()
+    batch = {"input_ids": torch.arange(5, 25).view(2, 10)}
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, trainer.model.eval()(**batch).logits)
 
 
 def test_trls_metrics_keep_their_names(tmp_path):
