@@ -74,7 +74,9 @@ def load(args: argparse.Namespace):
     data_args.max_seq_length = 64
     data = tokenize(load_data(data_args), tokenizer, data_args)
     with seeded_init(0):
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(data.label_names)).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=len(data.label_names), dtype=torch.float32
+        ).eval()
     collate, splits = DataCollatorWithPadding(tokenizer), []
     reader = None
     for rows in (data.train, next(iter(data.validation.values()))):

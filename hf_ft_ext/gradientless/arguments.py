@@ -276,18 +276,20 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
 
     def _set_defaults(self) -> None:
         """What depends on the method, where nothing was passed; another method, as a trial may set it, has another."""
-        node, several = self.search_method == NODE, self.search_estimate in (ONE_SIDED, POPULATION)
-        defaults = {
-            "search_eps": 1e-2 if node else 1e-3,
-            "search_directions": 4 if node else 8 if several else 1,
-            "search_update": ADAM if node else SGD,
-        }
         before = getattr(self, "_defaults_set", {})
-        for name, value in defaults.items():
+        for name, value in self._method_defaults().items():
             if getattr(self, name) is None or getattr(self, name) == before.get(name):
                 setattr(self, name, value)
                 before = {**before, name: value}
         self._defaults_set = before
+
+    def _method_defaults(self) -> dict[str, float | int | str]:
+        node, several = self.search_method == NODE, self.search_estimate in (ONE_SIDED, POPULATION)
+        return {
+            "search_eps": 1e-2 if node else 1e-3,
+            "search_directions": 4 if node else 8 if several else 1,
+            "search_update": ADAM if node else SGD,
+        }
 
     def _searched_kind(self) -> str:
         if self.search_peft is not None:
@@ -357,9 +359,10 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
                     "one of them out"
                 )
         if self.search_method in (GLD, ADAM_BASELINE):
+            own_defaults = {**defaults, **self._method_defaults()}
             for name in _SHARED_BY_SPSA_AND_NODE:
                 given = getattr(self, name)
-                if given != defaults[name] and given != self._defaults_set.get(name):
+                if given != own_defaults[name]:
                     raise InputError(
                         f"{name}={given} is about search_method=spsa or node, not {self.search_method}; leave one of "
                         "them out"

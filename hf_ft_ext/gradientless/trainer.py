@@ -143,9 +143,9 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             if self.args.search_method == ADAM_BASELINE:  # searches round without loss: see SPSA, DirectSearch
                 warn_of_lost_updates(self.searched)
             self.model.requires_grad_(False)  # so that nothing keeps room for gradients
+            self._start_alike()
             self.optimizer = build_optimizer(self.args, self.model, self.searched, self.masks)
             self._micro_batches: list[dict[str, torch.Tensor]] = []
-            self._start_alike()
             if not self._own_loader():
                 self._make_evaluation()
             self._share_work()

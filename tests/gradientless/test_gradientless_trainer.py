@@ -67,7 +67,7 @@ def test_searches_the_head_and_saves_the_plain_model(tmp_path, model_type):
 @pytest.mark.parametrize("method", METHODS)
 def test_learns(tmp_path, method):
     options = {"max_steps": 40, **WHOLE, "learning_rate": 0.3, **METHODS[method]}
-    options["learning_rate"] = {"spsa": 0.1, "spsa-adam": 0.1, "lozo-m": 0.1, "fzoo": 0.1, "node": 0.05}.get(
+    options["learning_rate"] = {"spsa": 0.1, "spsa-adam": 0.01, "lozo-m": 0.02, "fzoo": 0.1, "node": 0.05}.get(
         method, options["learning_rate"]
     )
     trainer = make(tmp_path, **options)

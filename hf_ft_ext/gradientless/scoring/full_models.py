@@ -83,6 +83,8 @@ def model_loss(
     counted = [(batch, weight) for batch, weight in zip(batches, weights, strict=True) if weight]
 
     def mean(loss_of: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
+        if not counted:  # no label token: nothing to learn, and nothing that counts among other processes
+            return torch.zeros(())
         return sum(loss_of(batch) * weight for batch, weight in counted) / sum(weights)
 
     def repeated(n: int) -> torch.Tensor:
