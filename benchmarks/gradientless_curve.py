@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from hf_ft_ext import SPSA, DirectSearch, NodePerturbation, demo_encoder
@@ -22,6 +21,7 @@ from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.data.preprocess import tokenize
 from hf_ft_ext.feature_cache import cached_features
+from hf_ft_ext.feature_rows import read_in_order
 from hf_ft_ext.features import HeadReader
 from hf_ft_ext.full.head_adam import HeadAdam
 from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation
@@ -78,12 +78,13 @@ def load(args: argparse.Namespace):
             name, num_labels=len(data.label_names), dtype=torch.float32
         ).eval()
     collate, splits = DataCollatorWithPadding(tokenizer), []
-    reader = None
+    sample = data.train.remove_columns("labels")
+    reader = HeadReader.find(model, dict(collate([sample[i] for i in range(8)])))
     for rows in (data.train, next(iter(data.validation.values()))):
         inputs = rows.remove_columns("labels")
-        loader = DataLoader(inputs, batch_size=64, collate_fn=collate)
-        reader = reader or HeadReader.find(model, dict(next(iter(loader))))
-        features = cached_features(reader, rows, lambda loader=loader: map(dict, loader))
+        features = cached_features(
+            reader, rows, lambda start, inputs=inputs: read_in_order(reader.features, inputs, collate, 64, start=start)
+        )
         splits.append((torch.as_tensor(features[:]), torch.as_tensor(rows["labels"][:])))
     return reader, splits
 
