@@ -15,8 +15,9 @@ from transformers import (
     DataCollatorForLanguageModeling,
 )
 
-from hf_ft_ext import SPSA, GradientlessTrainer, GradientlessTrainingArguments, InputError
+from hf_ft_ext import SPSA, GradientlessTrainer, GradientlessTrainingArguments, InputError, apply_trajectory
 from hf_ft_ext.gradientless.scoring.full_models import weight_of
+from hf_ft_ext.training.sharing import FinishedRun
 
 SPSA_ALL = {"search_method": "spsa", "search_target": "all", "learning_rate": 1e-2, "search_eps": 1e-2}
 
@@ -137,6 +138,24 @@ def test_a_frozen_base_learns_an_adapter_in_the_shape_of_lora(tmp_path):
     batch = {"input_ids": torch.arange(5, 25).view(2, 10)}
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, trainer.model.eval()(**batch).logits)
+
+
+def test_a_resumed_run_leaves_the_trajectory_of_the_whole_run(tmp_path):
+    options = {**SPSA_ALL, "search_trajectory": True, "search_direction": "lozo", "search_renew": 3, "max_steps": 6}
+    saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
+    make(tmp_path / "a", **options, **saving).train()
+    resumed = make(tmp_path / "b", tiny_model(seed=3), **options, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    resumed.save_model()
+    again = apply_trajectory(tiny_model(), tmp_path / "b")
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    record = {"labels": ["no", "yes"], "arguments": {"seed": 7}}
+    code = GradientlessTrainer.delta_code(FinishedRun(tmp_path / "b", record, "me/run", "you/base"))
+    assert "set_seed(7)" in code and "apply_trajectory(base, snapshot_download('me/run'" in code
+    assert GradientlessTrainer.delta_code(FinishedRun(tmp_path, record, "me/run", "you/base")) is None
+    fitted = {**record, "arguments": {"from_linearhead": True}}
+    assert GradientlessTrainer.delta_code(FinishedRun(tmp_path / "b", fitted, "me/run", "you/base")) is None
 
 
 def test_trls_metrics_keep_their_names(tmp_path):
