@@ -227,7 +227,7 @@ class _Owner:
         if self.copied:
             handles.append(self.user.register_forward_pre_hook(self._enter))
             handles.append(self.user.register_forward_hook(self._leave, always_call=True))
-        if self.on_output:
+        if self.on_output and "weight" in self.names:
             handles.append(self.user.register_forward_hook(self._add_to_output))
         if self.copied and split:
             self.original = self.user.forward
