@@ -70,7 +70,7 @@ def train(model, optimizer, steps, scheduler=None):
         def closure(x=x):
             return (model(x).squeeze(-1) - x.sin().sum(-1)).square().mean()
 
-        if hasattr(optimizer, "generator"):
+        if hasattr(optimizer, "step_ahead"):
             optimizer.step(closure)
         else:
             optimizer.zero_grad()
