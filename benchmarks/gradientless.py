@@ -30,8 +30,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_ft_ext import SPSA, DirectSearch
 from hf_ft_ext.features import HeadReader
-from hf_ft_ext.gradientless.evaluation import HeadEvaluation
-from hf_ft_ext.gradientless.objective import make_objective
+from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation
+from hf_ft_ext.gradientless.scoring.objectives import make_objective
 from hf_ft_ext.training.resources import PeakMemory
 
 _MIB = 2**20

@@ -10,21 +10,22 @@ import json
 import math
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
-from hf_ft_ext import SPSA, DirectSearch, demo_encoder
+from hf_ft_ext import SPSA, DirectSearch, NodePerturbation, demo_encoder
 from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.data.preprocess import tokenize
 from hf_ft_ext.feature_cache import cached_features
+from hf_ft_ext.feature_rows import read_in_order
 from hf_ft_ext.features import HeadReader
-from hf_ft_ext.gradientless.adam import HeadAdam
-from hf_ft_ext.gradientless.evaluation import HeadEvaluation
-from hf_ft_ext.gradientless.objective import make_objective
+from hf_ft_ext.full.head_adam import HeadAdam
+from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation
+from hf_ft_ext.gradientless.scoring.objectives import make_objective, row_losses
 from hf_ft_ext.models import seeded_init
 
 _GLD = {"lr": 7.5e-3, "weight_decay": 0.05, "options": "1x1", "sampling_size": "2h"}
@@ -46,6 +47,9 @@ VARIANTS = {
     "gld-512-few": (DirectSearch, {**_FREE, "lr": 4e-2, "sampling_size": 256}, 512, 0.1),
     "spsa": (SPSA, {"lr": 1e-3, "num_directions": 4}, 64, 0.1),
     "spsa-1024": (SPSA, {"lr": 2e-2, "num_directions": 4}, 1024, 0.1),
+    "node-64": (NodePerturbation, {"lr": 1e-4, "num_directions": 8}, 64, 0.1),
+    "node-256": (NodePerturbation, {"lr": 1e-4, "num_directions": 4}, 256, 0.1),
+    "node-256-fast": (NodePerturbation, {"lr": 3e-4, "num_directions": 4}, 256, 0.03),
     "adam": (HeadAdam, {"lr": 1e-4}, 64, 0.1),
     "adam-256": (HeadAdam, {"lr": 1e-4}, 256, 0.1),
 }
@@ -70,14 +74,17 @@ def load(args: argparse.Namespace):
     data_args.max_seq_length = 64
     data = tokenize(load_data(data_args), tokenizer, data_args)
     with seeded_init(0):
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(data.label_names)).eval()
+        model = AutoModelForSequenceClassification.from_pretrained(
+            name, num_labels=len(data.label_names), dtype=torch.float32
+        ).eval()
     collate, splits = DataCollatorWithPadding(tokenizer), []
-    reader = None
+    sample = data.train.remove_columns("labels")
+    reader = HeadReader.find(model, dict(collate([sample[i] for i in range(8)])))
     for rows in (data.train, next(iter(data.validation.values()))):
         inputs = rows.remove_columns("labels")
-        loader = DataLoader(inputs, batch_size=64, collate_fn=collate)
-        reader = reader or HeadReader.find(model, dict(next(iter(loader))))
-        features = cached_features(reader, rows, lambda loader=loader: map(dict, loader))
+        features = cached_features(
+            reader, rows, lambda start, inputs=inputs: read_in_order(reader.features, inputs, collate, 64, start=start)
+        )
         splits.append((torch.as_tensor(features[:]), torch.as_tensor(rows["labels"][:])))
     return reader, splits
 
@@ -98,9 +105,14 @@ def run(name: str, seed: int, reader: HeadReader, splits, args: argparse.Namespa
     if settings.get("sampling_size") == "2h":
         settings["sampling_size"] = 2 * reader.hidden
     extra = {"module": reader.model} if optimizer_class is SPSA else {}
-    optimizer = optimizer_class(list(head.values()), seed=seed, **extra, **settings)
+    if optimizer_class is not HeadAdam:
+        extra["seed"] = seed
+    optimizer = optimizer_class(list(head.values()), **extra, **settings)
     scoring = HeadEvaluation(
-        reader, {id(p): n for n, p in head.items()}, make_objective("loss", None, reader.model.config.num_labels)
+        reader,
+        {id(p): n for n, p in head.items()},
+        make_objective("loss", None, reader.model.config.num_labels),
+        of_rows=partial(row_losses, problem_type=None),
     )
     rate, seconds, points, step = settings["lr"], 0.0, [], 0
     order = iter(())

@@ -21,9 +21,12 @@ from .full.arguments import FullTrainingArguments as FullTrainingArguments
 from .full.signgd import SignGD as SignGD
 from .full.trainer import FullTrainer as FullTrainer
 from .gradientless.arguments import GradientlessTrainingArguments as GradientlessTrainingArguments
-from .gradientless.direct_search import DirectSearch as DirectSearch
-from .gradientless.spsa import SPSA as SPSA
+from .gradientless.optimizers.direct_search import DirectSearch as DirectSearch
+from .gradientless.optimizers.nodes import NodePerturbation as NodePerturbation
+from .gradientless.optimizers.spsa import SPSA as SPSA
 from .gradientless.trainer import GradientlessTrainer as GradientlessTrainer
+from .gradientless.trajectory import apply_trajectory as apply_trajectory
+from .gradientless.trajectory import save_trajectory as save_trajectory
 from .kernel.arguments import KernelTrainingArguments as KernelTrainingArguments
 from .kernel.ntk import empirical_ntk as empirical_ntk
 from .kernel.ntk import projected_gradients as projected_gradients

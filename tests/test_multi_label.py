@@ -28,7 +28,7 @@ from hf_ft_ext import (
     metric_function,
 )
 from hf_ft_ext.full.trainer import l2_loss
-from hf_ft_ext.gradientless.objective import make_objective
+from hf_ft_ext.gradientless.scoring.objectives import make_objective
 from hf_ft_ext.hub.card import model_card
 
 NAMES = ["anger", "fear", "joy"]

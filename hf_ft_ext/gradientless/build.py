@@ -1,18 +1,19 @@
 """From arguments to the optimizer, and what a trainer refuses."""
 
 import logging
+from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.adam import HeadAdam
-from hf_ft_ext.gradientless.arguments import ADAM_BASELINE, GLD, GradientlessTrainingArguments
-from hf_ft_ext.gradientless.base import GradientFreeOptimizer
-from hf_ft_ext.gradientless.direct_search import DirectSearch
-from hf_ft_ext.gradientless.objective import F1, MATTHEWS, Objective
-from hf_ft_ext.gradientless.parallel import DATA
-from hf_ft_ext.gradientless.selection import ALL
-from hf_ft_ext.gradientless.spsa import SPSA
+from hf_ft_ext.gradientless.arguments import ADAM_BASELINE, GLD, NODE, SPSA_METHOD, GradientlessTrainingArguments
+from hf_ft_ext.gradientless.optimizers.direct_search import DirectSearch
+from hf_ft_ext.gradientless.optimizers.exchange import DATA
+from hf_ft_ext.gradientless.optimizers.nodes import NodePerturbation
+from hf_ft_ext.gradientless.optimizers.selection import ALL
+from hf_ft_ext.gradientless.optimizers.spsa import SPSA
+from hf_ft_ext.gradientless.scoring.objectives import F1, MATTHEWS, Objective
 from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.sharding import refuse_sharding
 
@@ -20,15 +21,26 @@ logger = logging.getLogger(__name__)
 
 
 def build_optimizer(
-    args: GradientlessTrainingArguments, model: nn.Module, searched: dict[str, nn.Parameter]
-) -> GradientFreeOptimizer:
+    args: GradientlessTrainingArguments,
+    model: nn.Module,
+    searched: dict[str, nn.Parameter],
+    masks_by_name: Mapping[str, torch.Tensor] | None = None,
+) -> torch.optim.Optimizer:
     """The optimizer that `args` describe, over `searched`.
+
+    Args:
+        masks_by_name: which entries of a searched parameter may move; one without a mask moves as a whole.
 
     Raises:
         InputError: a value that the parameters do not fit.
     """
     shared = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
     parameters = list(searched.values())
+    masks = None
+    if masks_by_name is not None:
+        if unknown := [name for name in masks_by_name if name not in searched]:
+            raise InputError(f"masks: {unknown[0]} is not searched; leave it out, or change search_target")
+        masks = [masks_by_name.get(name, torch.ones_like(p, dtype=torch.bool)) for name, p in searched.items()]
     if args.search_method == GLD:
         size = args.search_sampling_size
         largest = sum(p.numel() for p in parameters) if args.search_pool else max(p.numel() for p in parameters)
@@ -51,28 +63,57 @@ def build_optimizer(
             **shared,
         )
     if args.search_method == ADAM_BASELINE:
+        from hf_ft_ext.full.head_adam import HeadAdam  # a baseline of another method: not loaded by any search
+
+        del shared["seed"]
         return HeadAdam(parameters, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, **shared)
+    rule = {
+        "num_directions": args.search_directions,
+        "update": args.search_update,
+        "momentum": args.search_momentum,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "adam_eps": args.adam_epsilon,
+        **shared,
+    }
+    if args.search_method == NODE:
+        return NodePerturbation(parameters, eps=args.search_eps, **rule)
     return SPSA(
         parameters,
         model,
         eps=args.search_eps,
-        num_directions=args.search_directions,
         block=args.search_block,
-        update=args.search_update,
-        momentum=args.search_momentum,
-        betas=(args.adam_beta1, args.adam_beta2),
-        adam_eps=args.adam_epsilon,
         max_evaluations=args.max_evaluations_per_step,
-        **shared,
+        direction=args.search_direction,
+        rank=args.search_rank,
+        renew=args.search_renew,
+        small=args.search_small,
+        masks=masks,
+        estimate=args.search_estimate,
+        moments=args.search_moments,
+        carry=args.search_carry,
+        candidates_per_forward=args.search_candidates_per_forward,
+        **rule,
     )
 
 
-def refuse_misfits(args: GradientlessTrainingArguments, objective: Objective | None) -> None:
+def refuse_misfits(
+    args: GradientlessTrainingArguments, objective: Objective | None, masks: Mapping[str, torch.Tensor] | None
+) -> None:
     """Options that cannot be honoured are errors, not silence.
 
     Raises:
         InputError: one of them was passed.
     """
+    if masks is not None and args.search_method != SPSA_METHOD:
+        raise InputError(f"masks are for search_method=spsa, not {args.search_method}; leave them out")
+    if args.search_method == NODE:
+        if objective is not None:
+            raise InputError("objective is known for whole batches, and search_method=node needs the loss of each row")
+        if args.world_size > 1:
+            raise InputError(
+                "search_method=node finds a direction for each row, which would all have to cross; start one process, "
+                "or use search_method=spsa"
+            )
     refuse_sharding(args, "a search")
     refuse_label_names(args)
     if objective is not None and args.search_objective != "loss":

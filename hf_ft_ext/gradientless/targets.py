@@ -2,6 +2,7 @@
 
 import re
 
+import torch
 from peft import PeftModel
 from torch import nn
 
@@ -34,14 +35,30 @@ def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Pa
         found = {name: p for name, p in named.items() if id(p) in head and (p.requires_grad or inner is model)}
     else:
         found = {name: p for name, p in named.items() if re.search(target, name)}
-    if is_quantized(model) and (packed := [name for name, p in found.items() if type(p) is not nn.Parameter]):
+    packed = [name for name, p in found.items() if _is_packed(p, is_quantized(model))]
+    if not packed and target == "all" and is_quantized(model):
+        packed = _packed_buffers(model)
+    if packed:
         raise InputError(
             f"search_target={target!r} takes in {packed[0]}, which is quantized and cannot be searched; search the "
             "head, or the parameters of an adapter (search_peft)"
         )
-    found = {name: p for name, p in found.items() if p.is_floating_point() and p.numel()}
+    found = {name: p for name, p in found.items() if p.numel()}
     if not found:
         kinds = dict.fromkeys(fold_layer_numbers(name) for name in named)
         shown = ", ".join(list(kinds)[-12:])
         raise InputError(f"search_target={target!r} leaves nothing to search; parameters here: {shown}")
     return found
+
+
+def _is_packed(parameter: nn.Parameter, quantized: bool) -> bool:
+    """Whether a parameter holds no weights that can be added to: integers, 8-bit floats, a quantizer's own class."""
+    plain = parameter.is_floating_point() and parameter.element_size() >= 2
+    return not plain or (quantized and type(parameter) is not nn.Parameter)
+
+
+def _packed_buffers(model: nn.Module) -> list[str]:
+    """Names of integer matrices that some quantizers keep as buffers in place of weights."""
+    return [
+        name for name, b in model.named_buffers() if b.ndim == 2 and b.dtype in (torch.int32, torch.int8, torch.uint8)
+    ]

@@ -2,11 +2,13 @@
 
 import contextlib
 import functools
+import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from peft import PeftModel
 from torch import nn
 from transformers import TrainingArguments
@@ -21,14 +23,23 @@ from hf_ft_ext.gradientless.arguments import (
     GradientlessTrainingArguments,
 )
 from hf_ft_ext.gradientless.build import build_optimizer, refuse_misfits
-from hf_ft_ext.gradientless.evaluation import HeadEvaluation, StepEvaluation
-from hf_ft_ext.gradientless.frozen import collates_alike, feature_rows, find_reader, reader_of_batch
-from hf_ft_ext.gradientless.objective import F1, LOSS, Objective, make_objective, of_the_user
-from hf_ft_ext.gradientless.parallel import CANDIDATES, SharedCandidates, SharedData
-from hf_ft_ext.gradientless.rows import FeatureRows, train_dataloader
-from hf_ft_ext.gradientless.selection import FISHER
+from hf_ft_ext.gradientless.optimizers.exchange import CANDIDATES, SharedCandidates, SharedData
+from hf_ft_ext.gradientless.optimizers.selection import FISHER
+from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation, StepEvaluation
+from hf_ft_ext.gradientless.scoring.features import collates_alike, feature_rows, find_reader, reader_of_batch
+from hf_ft_ext.gradientless.scoring.full_models import (
+    FullObjective,
+    model_loss,
+    objective_of_logits,
+    rows_of,
+    weight_of,
+    with_same_masks,
+)
+from hf_ft_ext.gradientless.scoring.objectives import F1, LOSS, Objective, make_objective, of_the_user, row_losses
+from hf_ft_ext.gradientless.scoring.rows import FeatureRows, train_dataloader
 from hf_ft_ext.gradientless.targets import searched_parameters
-from hf_ft_ext.gradientless.whole import model_loss, objective_of_logits, rows_of, with_same_masks
+from hf_ft_ext.gradientless.trajectory import FILE as TRAJECTORY
+from hf_ft_ext.gradientless.trajectory import save_trajectory
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.prompts.model import is_prompt_model
@@ -38,6 +49,7 @@ from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, has_own_loss, overridden
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.precision import warn_of_lost_updates
+from hf_ft_ext.training.sharing import FinishedRun, delta_code
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +65,10 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `GradientlessTrainingArguments`.
         objective: `objective(logits [rows, classes], labels [rows])` -> a number to minimise, in place of
-            `search_objective`; it needs no derivative. The logits are those of a whole optimizer step.
+            `search_objective`; it needs no derivative. The logits are those of a whole optimizer step; where rows are
+            sequences of unequal lengths, padded at the end (labels -100).
+        masks: which entries of searched parameters may move: bool tensors by name, such as a FISH mask's, for
+            search_method=spsa.
 
     Raises:
         InputError: nothing to search, or an option that this method cannot honour.
@@ -69,13 +84,14 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         args: TrainingArguments | None = None,
         *positional,
         objective: Objective | None = None,
+        masks: Mapping[str, torch.Tensor] | None = None,
         **kwargs,
     ):
-        self.objective = objective
+        self.objective, self.masks = objective, masks
         super().__init__(model, args, *positional, **kwargs)
 
     def check_arguments(self) -> None:
-        refuse_misfits(self.args, self.objective)
+        refuse_misfits(self.args, self.objective, self.masks)
         super().check_arguments()
         if self._own_loader() and self.args.world_size > 1 and self.args.candidate_parallel == CANDIDATES:
             raise InputError(
@@ -91,6 +107,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         if self.args.search_objective == F1:
             self._named_objective(model)  # raises where it does not fit, before any training
         self._searched = list(searched_parameters(model, self.args.search_target))
+        if isinstance(model, PeftModel):
+            self.args.set_rate_for_adapter()
         head = self.args.search_target in (None, HEAD) and not isinstance(model, PeftModel)
         if head and is_prompt_model(model) and not model.config.untied_words:
             logger.info(
@@ -125,7 +143,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             if self.args.search_method == ADAM_BASELINE:  # searches round without loss: see SPSA, DirectSearch
                 warn_of_lost_updates(self.searched)
             self.model.requires_grad_(False)  # so that nothing keeps room for gradients
-            self.optimizer = build_optimizer(self.args, self.model, self.searched)
+            self._start_alike()
+            self.optimizer = build_optimizer(self.args, self.model, self.searched, self.masks)
             self._micro_batches: list[dict[str, torch.Tensor]] = []
             if not self._own_loader():
                 self._make_evaluation()
@@ -156,8 +175,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Keep the micro-batch; with the last one of a step, hand the step to the optimizer. Returns its loss."""
-        if self.model.training != self.args.search_dropout:
-            self.model.train(self.args.search_dropout)
+        self._set_dropout()
         self._micro_batches.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -165,24 +183,41 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         if self._own_loader() and not self._looked_for_features:
             self._make_evaluation(batches[0])
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
-        if isinstance(optimizer.exchange, SharedData):
-            optimizer.exchange.weight = float(sum(rows_of(batch) for batch in batches))
+        if isinstance(getattr(optimizer, "exchange", None), SharedData):
+            optimizer.exchange.weight = self._weight_of(batches)
         # Here, not in the loop's step(): there the batches are gone, and the loss is wanted before.
         with self._scoring():
             loss = optimizer.step_ahead(*self._closure_and_evaluation(batches))
         return self.finite_loss(torch.tensor(loss, dtype=torch.float32, device=self.args.device))
+
+    def _weight_of(self, batches: list[dict[str, torch.Tensor]]) -> float:
+        """What this process's mean loss counts among those of all processes."""
+        if not self._by_model_loss():
+            return float(sum(map(rows_of, batches)))
+        return sum(weight_of(batch, self._predicts_tokens()) for batch in batches)
+
+    def _set_dropout(self) -> None:
+        """Dropout off, but for `search_dropout`.
+
+        Beside an overridden `compute_loss` the model itself counts as training, without its modules: trl's trainers
+        name metrics by that.
+        """
+        if self.model.training != self.args.search_dropout:
+            self.model.train(self.args.search_dropout)
+        if has_own_loss(self):
+            self.model.training = True
 
     def _closure_and_evaluation(self, batches: list[dict[str, torch.Tensor]]) -> tuple:
         evaluation = self._evaluation
         if self._rows is not None:
             evaluation.load([(batch["features"], batch["labels"]) for batch in batches])
             return evaluation.closure, evaluation
-        whole = self._whole_objective(batches)
+        full = self._full_objective(batches)
 
         def read() -> list[tuple[torch.Tensor, torch.Tensor]]:
             return [(self._reader.features(batch), batch["labels"]) for batch in batches]
 
-        step = StepEvaluation(evaluation, whole, read, self._all_in_head())
+        step = StepEvaluation(evaluation, full, read, self._all_in_head())
         return step.closure, step
 
     @contextlib.contextmanager
@@ -190,13 +225,27 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             yield
 
-    def _whole_objective(self, batches: list[dict[str, torch.Tensor]]) -> Callable[[], torch.Tensor]:
+    def _full_objective(self, batches: list[dict[str, torch.Tensor]]) -> FullObjective:
         if self._by_model_loss():
-            evaluate = model_loss(lambda batch: self.compute_loss(self.model, dict(batch)), batches)
+            losses_of = self._language_losses if self._predicts_tokens() and not has_own_loss(self) else None
+            compute = functools.partial(_loss_of, self)
+            full = model_loss(compute, batches, self._predicts_tokens(), losses_of)
         else:
-            evaluate = objective_of_logits(self.model, self._objective_function(), batches)
-        seed = self.state.global_step + self.args.seed
-        return with_same_masks(evaluate, seed) if self.args.search_dropout else evaluate
+            function = self._named_objective(self._inner()) if self.objective is None else self.objective
+            full = objective_of_logits(self.model, function, batches)
+        if not self.args.search_dropout:
+            return full
+        # One mask for all candidates: they cannot be rows of one forward pass.
+        return FullObjective(with_same_masks(full.value, self.state.global_step + self.args.seed))
+
+    def _predicts_tokens(self) -> bool:
+        return type(self._inner()).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+
+    def _language_losses(self, inputs: dict[str, Any], labels: torch.Tensor, n: int) -> torch.Tensor:
+        """Losses `[n]` of a causal language model on a batch repeated `n` times."""
+        model = self._inner()
+        logits = self.model(**inputs).logits.view(n, *labels.shape, -1)
+        return torch.stack([model.loss_function(one, labels, vocab_size=one.shape[-1]) for one in logits])
 
     def _by_model_loss(self) -> bool:
         """Whether the loss is the model's own or the user's, which only `compute_loss` knows."""
@@ -266,13 +315,25 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         head = head_parameters(self.model)
         names = {id(p): name for name, p in self.searched.items() if name in head}
         fisher = self.args.search_fisher or DIVERGENCE
-        self._evaluation = HeadEvaluation(self._reader, names, self._objective_function(), fisher)
+        of_rows = None
+        if self.objective is None and self.args.search_objective == LOSS:
+            problem, smoothing = self._inner().config.problem_type, self.args.label_smoothing_factor
+            of_rows = functools.partial(row_losses, problem_type=problem, smoothing=smoothing)
+        self._evaluation = HeadEvaluation(self._reader, names, self._objective_function(), fisher, of_rows)
 
     # --- processes ---------------------------------------------------------------------------------
+
+    def _start_alike(self) -> None:
+        """All processes start from the weights of the first one: a head that each draws itself differs."""
+        if self.args.world_size > 1:
+            for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
+                broadcast(tensor.data)
 
     def _share_work(self) -> None:
         if self.args.world_size == 1:
             return
+        if self.args.search_method == ADAM_BASELINE:
+            raise InputError("search_method=adam is a baseline for one process; start it with one")
         accelerator = self.accelerator
 
         def total(values: torch.Tensor) -> torch.Tensor:
@@ -283,7 +344,27 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         else:
             self.optimizer.exchange = SharedData(total)
 
-    # --- what is said about it ---------------------------------------------------------------------
+    # --- what is saved and logged --------------------------------------------------------------------
+
+    own_files = shared_files = (TRAJECTORY,)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.args.search_trajectory and self.args.should_save and optimizer is not None:
+            save_trajectory(optimizer, self.model, output_dir or self.args.output_dir)
+
+    @classmethod
+    def delta_code(cls, run: FinishedRun) -> str | None:
+        """Python that repeats the search from its trajectory; `None` where its start cannot be made again."""
+        arguments = run.record.get("arguments") or {}
+        if arguments.get("from_linearhead") or arguments.get("search_peft"):
+            return None
+        code = delta_code(run, TRAJECTORY, "apply_trajectory")
+        if code is None:
+            return None
+        start = f"from transformers import set_seed\n\nset_seed({arguments.get('seed', 42)})  # of the new head"
+        return f"{start}\n{code}"
 
     def trained_weights(self) -> list[TrainedWeight]:
         """The searched tensors: no gradients; moments with `search_method=adam` only."""
@@ -312,3 +393,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None) -> None:
         return None
+
+
+def _loss_of(trainer: GradientlessTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The mean loss of a batch, as `compute_loss` of `trainer` finds it."""
+    return trainer.compute_loss(trainer.model, dict(batch))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast
 from heads import make
 from tiny import tiny_model
 
@@ -14,6 +15,15 @@ SETTINGS = {
     "gld": {"search_options": "2x1", "weight_decay": 0.01},
     "none": {"search_options": "none"},
     "spsa": {"search_method": "spsa", "search_directions": 3, "learning_rate": 0.01},
+    "lozo-m": {
+        "search_method": "spsa",
+        "search_direction": "lozo",
+        "search_update": "momentum",
+        "search_target": "all",
+        "learning_rate": 0.01,
+        "search_eps": 0.01,
+    },
+    "fzoo": {"search_method": "spsa", "search_estimate": "one-sided", "search_directions": 3, "learning_rate": 0.01},
     "encoder": {"search_target": r"layer\.1\.output\.dense|classifier", "learning_rate": 0.1},
 }
 
@@ -32,6 +42,16 @@ def check_resumed(folder: Path, name: str, mode: str) -> None:
     unbroken = trained(folder, name, mode, 2, **saving).model.state_dict()
     resumed = trained(folder, name, mode, 2, resume=str(folder / "checkpoint-3"), **saving).model.state_dict()
     assert all(torch.equal(resumed[key], value) for key, value in unbroken.items()), f"{mode} {name} resumed"
+
+
+def check_other_starts(folder: Path, name: str) -> None:
+    """Processes whose heads were drawn from different seeds start, and end, with the weights of the first one."""
+    rank = PartialState().process_index
+    trainer = make(folder, tiny_model(seed=rank).double(), max_steps=2, **SETTINGS[name])
+    trainer.train()
+    for key, value in trainer.model.state_dict().items():
+        first = broadcast(value.clone(), from_process=0)
+        assert torch.equal(first, value), f"{name}, {key}: processes differ"
 
 
 def one_process(folder: Path) -> None:
@@ -54,6 +74,8 @@ if __name__ == "__main__":
                 torch.testing.assert_close(state[key], value, rtol=1e-6, atol=1e-8, msg=f"{mode} {name}: {key}")
     for name in ("gld", "spsa"):
         check_resumed(folder / name, name, "candidates")
+    for name in ("gld", "spsa", "lozo-m"):
+        check_other_starts(folder, name)
     PartialState().wait_for_everyone()
     time.sleep(0.5)  # gloo's threads abort a process that exits while they hold tensors
     PartialState().destroy_process_group()

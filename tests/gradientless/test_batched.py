@@ -1,13 +1,16 @@
 """All candidates at once give what each alone gives, for the heads of many families."""
 
+from functools import partial
+
 import pytest
 import torch
 from heads import READABLE, family, padded_batch, reader_of
 
-from hf_ft_ext.gradientless import batched, evaluation
-from hf_ft_ext.gradientless.direct_search import DirectSearch, Looped
-from hf_ft_ext.gradientless.evaluation import HeadEvaluation
-from hf_ft_ext.gradientless.objective import make_objective
+from hf_ft_ext import InputError, NodePerturbation
+from hf_ft_ext.gradientless.optimizers.direct_search import DirectSearch, Sequential
+from hf_ft_ext.gradientless.scoring import batched_heads, evaluation
+from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation
+from hf_ft_ext.gradientless.scoring.objectives import make_objective, row_losses
 
 LABELS = torch.tensor([0, 1, 1, 0, 1, 0])
 
@@ -52,7 +55,7 @@ def test_batched_search_takes_the_decisions_of_one_by_one(model_type, settings, 
         losses = []
         for _ in range(6):
             scoring.stale = True
-            losses.append(optimizer.step(scoring.closure, Looped(alone) if looped else scoring))
+            losses.append(optimizer.step(scoring.closure, Sequential(alone) if looped else scoring))
         assert not scoring.looped
         results.append((losses, [p.detach().clone() for p in model.parameters()]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
@@ -76,7 +79,7 @@ def test_the_passes_leave_the_head_as_it_was():
 def test_small_memory_splits_the_candidates(monkeypatch):
     losses = []
     for limit in (2**22, 500):
-        monkeypatch.setattr(batched, "_ROWS", limit)
+        monkeypatch.setattr(batched_heads, "_ROWS", limit)
         scoring = evaluation_of(family("roberta"))
         optimizer = DirectSearch(scoring.reader.head_parameters().values(), lr=0.1, sampling_size=40)
         losses.append([optimizer.step(scoring.closure, scoring) for _ in range(5)])
@@ -109,4 +112,71 @@ def test_a_head_that_calls_a_module_twice_is_evaluated_one_by_one(monkeypatch):
 
 
 def _refuse(self, features):
-    raise batched.CannotBatch("a module of the head runs twice")
+    raise batched_heads.CannotBatch("a module of the head runs twice")
+
+
+@pytest.mark.parametrize("model_type", READABLE)
+def test_node_perturbation_finds_the_gradient(model_type):
+    """With many directions, the estimate is the gradient by backward; a layer of few outputs has it at once."""
+    model = family(model_type).double()
+    reader = reader_of(model)
+    head = reader.head_parameters()
+    features = reader.features(padded_batch()).detach()
+    labels = torch.tensor([0, 1, 1, 0, 1, 0])
+    names = {id(p): name for name, p in head.items()}
+    scoring = HeadEvaluation(
+        reader, names, make_objective("loss", None, 2), of_rows=partial(row_losses, problem_type=None)
+    )
+    scoring.load([(features[:4], labels[:4]), (features[4:], labels[4:])])
+    loss = torch.nn.functional.cross_entropy(reader.logits(features), labels)
+    gradients = torch.autograd.grad(loss, list(head.values()))
+    before = [p.detach().clone() for p in head.values()]
+    try:
+        optimizer = NodePerturbation(head.values(), lr=1.0, eps=1e-5, num_directions=3000, update="sgd")
+        assert optimizer.step(scoring.closure, scoring) == pytest.approx(float(loss))
+    except InputError as error:
+        assert "in no linear layer of the head" in str(error)  # a normalisation belongs to this head
+        return
+    for p, start, gradient in zip(head.values(), before, gradients, strict=True):
+        estimate = start - p.detach()
+        small = p.shape[0] <= 3000
+        assert small
+        torch.testing.assert_close(estimate, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_node_perturbation_with_few_directions_is_right_on_average():
+    model = family("bert").double()
+    reader = reader_of(model)
+    head = reader.head_parameters()
+    features, labels = reader.features(padded_batch()).detach(), torch.tensor([0, 1, 1, 0, 1, 0])
+    names = {id(p): name for name, p in head.items()}
+    scoring = HeadEvaluation(
+        reader, names, make_objective("loss", None, 2), of_rows=partial(row_losses, problem_type=None)
+    )
+    (gradient,) = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(reader.logits(features), labels), [head["bert.pooler.dense.weight"]]
+    )
+    total, start = torch.zeros_like(gradient), {name: p.detach().clone() for name, p in head.items()}
+    optimizer = NodePerturbation(head.values(), lr=1.0, eps=1e-4, num_directions=4, update="sgd")
+    for _ in range(300):
+        scoring.load([(features, labels)])
+        optimizer.step(scoring.closure, scoring)
+        total += start["bert.pooler.dense.weight"] - head["bert.pooler.dense.weight"].detach()
+        for name, p in head.items():
+            p.detach().copy_(start[name])
+    cosine = torch.nn.functional.cosine_similarity(total.flatten(), gradient.flatten(), dim=0)
+    assert cosine > 0.9 and float(total.norm() / 300 / gradient.norm()) == pytest.approx(1, abs=0.25)
+
+
+def test_node_perturbation_needs_losses_of_rows():
+    model = family("bert")
+    with pytest.raises(InputError, match="node perturbation needs the losses of single rows"):
+        NodePerturbation(model.classifier.parameters()).step(lambda: 0.0)
+    for options, message in (
+        ({"lr": -1}, "lr=-1 is below 0"),
+        ({"eps": 0}, "eps=0 is no size of a perturbation"),
+        ({"num_directions": 0}, "num_directions=0 leaves nothing to compare"),
+        ({"update": "conservative"}, "update=conservative is not for node perturbation; choose from: sgd, sign"),
+    ):
+        with pytest.raises(InputError, match=message):
+            NodePerturbation(model.classifier.parameters(), **options)

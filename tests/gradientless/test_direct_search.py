@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.direct_search import DirectSearch
-from hf_ft_ext.gradientless.selection import random_subset
+from hf_ft_ext.gradientless.optimizers.direct_search import DirectSearch
+from hf_ft_ext.gradientless.optimizers.selection import random_subset
 
 
 def net(dtype=torch.float64, seed=0):
@@ -167,7 +167,7 @@ def test_sampled_entries_alone_change_and_are_chosen_anew():
     touched = []
     for x, y in batches(6):
         optimizer.step(closure_of(model, x, y))
-        touched.append(set(optimizer.sites[0].places[0].indices.tolist()))
+        touched.append(set(optimizer.blocks[0].views[0].indices.tolist()))
     assert touched[0] == touched[1] == touched[2] != touched[3] == touched[4] == touched[5]
     changed = set((model[0].weight.detach() != before).flatten().nonzero().flatten().tolist())
     assert changed and changed <= touched[0] | touched[3]
@@ -179,7 +179,7 @@ def test_magnitude_takes_the_largest():
     largest = model[0].weight.detach().abs().flatten().topk(5).indices.sort().values
     (x, y), *_ = batches(1)
     optimizer.step(closure_of(model, x, y))
-    assert torch.equal(optimizer.sites[0].places[0].indices, largest)
+    assert torch.equal(optimizer.blocks[0].views[0].indices, largest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -241,14 +241,14 @@ def test_a_loaded_state_continues_bit_for_bit(options, pool):
 def test_pool_spreads_one_choice_over_all_tensors():
     model = net()
     optimizer = DirectSearch(model.parameters(), lr=0.1, pool=True, sampling_size=20)
-    assert len(optimizer.sites) == 1 and optimizer.evaluations_per_step() == 6
+    assert len(optimizer.blocks) == 1 and optimizer.evaluations_per_step() == 6
     first = None
     for x, y in batches(40):
         first = first or closure_of(model, x, y)().item()
         optimizer.step(closure_of(model, x, y))
-        places = optimizer.sites[0].places
-        assert sum(place.size for place in places) == 20
-    assert len({id(place.parameter) for place in places}) > 1
+        views = optimizer.blocks[0].views
+        assert sum(view.size for view in views) == 20
+    assert len({id(view.parameter) for view in views}) > 1
     assert closure_of(model, x, y)().item() < first
 
 
@@ -274,7 +274,7 @@ def test_a_scheduler_drives_the_radius():
     for x, y in batches(2):
         optimizer.step(closure_of(model, x, y))
         schedule.step()
-    assert optimizer.sites[0].scales()[0] == [0.1 / 2**k for k in range(5)]
+    assert optimizer.blocks[0].scales()[0] == [0.1 / 2**k for k in range(5)]
 
 
 def test_global_random_state_is_left_alone():
@@ -300,7 +300,7 @@ def test_candidates_that_are_not_finite_are_rejected_and_counted():
 def test_large_tensors_are_drawn_row_by_row(monkeypatch):
     results = []
     for limit in (2**20, 1):
-        monkeypatch.setattr("hf_ft_ext.gradientless.candidates._BLOCK", limit)
+        monkeypatch.setattr("hf_ft_ext.gradientless.optimizers.candidates._BLOCK", limit)
         model = net()
         optimizer = DirectSearch(model.parameters(), lr=0.1, options="2x1", weight_decay=0.01, sampling_size=8)
         (x, y), *_ = batches(1)
@@ -360,7 +360,7 @@ def test_other_bad_input(caplog):
     with pytest.raises(InputError, match=r"a tensor of shape \(5, 8\) .* pass contiguous"):
         DirectSearch([model[0].weight.detach().T])
     two = DirectSearch(model.parameters())
-    with pytest.raises(ValueError, match="the state is of 1 searched sites, this optimizer has 4"):
+    with pytest.raises(ValueError, match="the state is of 1 searched blocks, this optimizer has 4"):
         state = DirectSearch([model[0].bias]).state_dict()
         state["param_groups"] = two.state_dict()["param_groups"]
         two.load_state_dict(state)

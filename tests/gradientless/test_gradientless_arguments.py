@@ -8,13 +8,13 @@ from torch import nn
 
 import run_glue
 from hf_ft_ext import GradientlessTrainer, GradientlessTrainingArguments, InputError, LoraTrainingArguments
-from hf_ft_ext.gradientless.options import parse_options
+from hf_ft_ext.gradientless.optimizers.options import parse_options
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"search_method": "cma"}, "search_method='cma' is unknown; choose from: gld, spsa, adam"),
+        ({"search_method": "cma"}, "search_method='cma' is unknown; choose from: gld, spsa, node, adam"),
         ({"search_candidates": 0}, "search_candidates=0 leaves nothing to compare; pass 1 or more"),
         ({"search_sampling_size": 0}, "search_sampling_size=0 leaves nothing to search; pass 1 or more"),
         ({"search_sampling_steps": 0}, "search_sampling_steps=0 leaves nothing"),
@@ -24,13 +24,52 @@ from hf_ft_ext.gradientless.options import parse_options
         ({"search_block": 0}, "search_block=0 leaves nothing to compare"),
         ({"search_block": 32}, "search_block=32 ties neighbours, and search_selection=random tears them apart; pass"),
         ({"search_method": "adam", "search_block": 2}, "search_block=2 is about noise, and adam draws none"),
+        ({"search_direction": "lozo"}, "search_direction=lozo is about search_method=spsa, not gld"),
+        ({"search_method": "node", "search_carry": True}, "search_carry=True is about search_method=spsa, not node"),
+        (
+            {"search_method": "spsa", "search_rank": 4},
+            "search_rank=4 is about direction=lozo or subzero, not gaussian",
+        ),
+        (
+            {"search_method": "spsa", "search_direction": "lozo", "search_block": 2},
+            "search_direction=lozo makes whole",
+        ),
+        (
+            {"search_method": "spsa", "search_estimate": "one-sided", "search_directions": 1},
+            "search_directions=1 has no deviation of its losses for one-sided; pass 2 or more",
+        ),
+        (
+            {"search_method": "spsa", "search_update": "momentum", "search_small": 0.5},
+            "search_small=0.5 looks at the present weights",
+        ),
+        (
+            {"search_method": "spsa", "search_moments": "buffer"},
+            "search_moments=buffer is about update=momentum or adam",
+        ),
+        (
+            {"search_method": "spsa", "search_estimate": "both"},
+            "search_estimate='both' is unknown; choose from: two-sided",
+        ),
+        (
+            {"search_method": "spsa", "search_estimate": "forward", "search_objective": "accuracy"},
+            "search_estimate=forward differentiates, and search_objective=accuracy has no derivative",
+        ),
+        (
+            {"search_method": "spsa", "search_dropout": True, "search_candidates_per_forward": 2},
+            "search_dropout draws one mask for all candidates",
+        ),
+        (
+            {"search_method": "node", "search_update": "rms"},
+            "search_update=rms is not for node perturbation; choose from",
+        ),
+        ({"search_method": "node", "search_objective": "accuracy"}, "search_method=node needs the loss of each row"),
         ({"search_fisher": "gradient"}, "search_fisher=gradient needs search_selection=fisher"),
         ({"search_objective": "recall"}, "search_objective='recall' is unknown; choose from: loss, accuracy, f1"),
         ({"search_target": "("}, r"search_target='\(' is no regular expression"),
-        ({"search_eps": 0.1}, "search_eps=0.1 is about search_method=spsa, not gld; leave one of them out"),
+        ({"search_eps": 0.1}, "search_eps=0.1 is about search_method=spsa or node, not gld; leave one of them out"),
         ({"search_method": "spsa", "search_pool": True}, "search_pool=True is about search_method=gld, not spsa"),
         ({"search_method": "spsa", "search_momentum": 0.5}, "search_momentum=0.5 needs search_update=momentum"),
-        ({"adam_beta1": 0.5}, "adam_beta1=0.5 needs search_update=adam"),
+        ({"adam_beta1": 0.5}, "adam_beta1=0.5 needs search_update=adam or rms"),
         ({"search_peft_config": {"r": 1}}, "search_peft_config needs search_peft; name a peft method"),
         ({"search_method": "adam", "search_objective": "f1"}, "search_method=adam needs the loss's derivative"),
         ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 clips gradients, and a search has none; leave it out or pass 0"),
@@ -51,12 +90,23 @@ def test_bad_arguments(tmp_path, options, message):
 
 
 def test_rates_have_defaults_of_their_own(tmp_path):
-    def rate(method):
-        args = GradientlessTrainingArguments(str(tmp_path), search_method=method, use_cpu=True, report_to="none")
-        return args.learning_rate
+    def rate(method, **options):
+        return GradientlessTrainingArguments(
+            str(tmp_path), search_method=method, use_cpu=True, report_to="none", **options
+        ).learning_rate
 
-    assert [rate(method) for method in ("gld", "spsa", "adam")] == [5e-3, 1e-6, 1e-3]
+    assert [rate(method) for method in ("gld", "node", "adam")] == [5e-3, 1e-4, 1e-3]
+    assert [rate("spsa", **o) for o in ({}, {"search_peft": "lora"}, {"search_target": "all"})] == [1e-2, 1e-4, 1e-6]
+    assert rate("spsa", search_target="all", search_estimate="one-sided") == 1e-5
+    assert rate("spsa", search_update="adam") == 1e-3
     assert (parse_options("3x2"), parse_options((1, 1)), parse_options("none")) == ((3, 2), (1, 1), None)
+
+
+def test_the_default_rate_of_a_head_learns(tmp_path):
+    trainer = make(tmp_path, search_method="spsa", max_steps=30, learning_rate=None, per_device_train_batch_size=32)
+    before = trainer.evaluate(trainer.train_dataset)["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < before - 1e-4  # at 1e-6, before: 1e-7
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,19 @@ METHODS = {
     "pool": {"search_pool": True, "search_sampling_size": 100},
     "spsa": {"search_method": "spsa", "search_directions": 2, "learning_rate": 0.01},
     "spsa-adam": {"search_method": "spsa", "search_update": "adam", "learning_rate": 0.01},
+    "lozo-m": {
+        "search_method": "spsa",
+        "search_direction": "lozo",
+        "search_update": "momentum",
+        "learning_rate": 0.01,
+    },
+    "fzoo": {
+        "search_method": "spsa",
+        "search_estimate": "one-sided",
+        "search_direction": "rademacher-outer",
+        "learning_rate": 0.01,
+    },
+    "node": {"search_method": "node", "learning_rate": 0.01},
     "adam": {"search_method": "adam", "learning_rate": 0.01},
 }
 
@@ -52,7 +65,9 @@ def test_searches_the_head_and_saves_the_plain_model(tmp_path, model_type):
 @pytest.mark.parametrize("method", METHODS)
 def test_learns(tmp_path, method):
     options = {"max_steps": 40, **WHOLE, "learning_rate": 0.3, **METHODS[method]}
-    options["learning_rate"] = {"spsa": 0.1, "spsa-adam": 0.1}.get(method, options["learning_rate"])
+    options["learning_rate"] = {"spsa": 0.1, "spsa-adam": 0.01, "lozo-m": 0.02, "fzoo": 0.1, "node": 0.05}.get(
+        method, options["learning_rate"]
+    )
     trainer = make(tmp_path, **options)
     first = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     trainer.train()
@@ -174,9 +189,10 @@ def test_dropout_draws_one_mask_for_all_candidates_of_a_step(tmp_path):
     state = torch.get_rng_state()
     trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())))
     assert trainer.model.training and len(set(losses[0])) == 1
-    quiet = float(trainer._whole_objective([trainer.data_collator([trainer.train_dataset[0]])])())
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    quiet = float(trainer._full_objective([batch]).value())
     trainer.state.global_step = 1
-    assert quiet != float(trainer._whole_objective([trainer.data_collator([trainer.train_dataset[0]])])())
+    assert quiet != float(trainer._full_objective([batch]).value())
     del state
 
 

@@ -5,9 +5,9 @@ import torch
 from heads import family
 from test_batched import evaluation_of
 
-from hf_ft_ext.gradientless.direct_search import DirectSearch
-from hf_ft_ext.gradientless.importance import henze_penrose
-from hf_ft_ext.gradientless.objective import classification_loss
+from hf_ft_ext.gradientless.optimizers.direct_search import DirectSearch
+from hf_ft_ext.gradientless.scoring.importance import henze_penrose
+from hf_ft_ext.gradientless.scoring.objectives import classification_loss
 
 
 def plain_divergence(before, after):
@@ -81,5 +81,5 @@ def test_the_most_important_entries_are_searched(fisher):
     optimizer = DirectSearch([parameter], selection="fisher", sampling_size=5, sampling_steps=4, seed=2)
     scores = scoring.importance(parameter, torch.Generator().manual_seed(2))
     optimizer.step(scoring.closure, scoring)
-    chosen = optimizer.sites[0].places[0].indices
+    chosen = optimizer.blocks[0].views[0].indices
     assert scores[chosen].min() >= scores.sort(descending=True).values[4]

@@ -5,12 +5,16 @@ import math
 
 import pytest
 import torch
+from dense_oracle import DenseSearch
 from tiny import tiny_model
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.perturb import PerturbedUse
-from hf_ft_ext.gradientless.spsa import SPSA, direction, rounded_at_random
+from hf_ft_ext.gradientless.optimizers import directions as directions_module
+from hf_ft_ext.gradientless.optimizers.directions import Directions, Draw
+from hf_ft_ext.gradientless.optimizers.perturb import PerturbedForward
+from hf_ft_ext.gradientless.optimizers.spsa import SPSA
+from hf_ft_ext.gradientless.optimizers.updates import rounded_at_random
 
 IDS = torch.arange(5, 25).view(2, 10)
 LABELS = torch.tensor([0, 1])
@@ -29,47 +33,156 @@ def closure_of(model):
     return lambda: (model(x.to(model[0].weight.dtype)).squeeze(-1).double() - x.sin().sum(-1)).square().mean()
 
 
-def seeds_of(seed, steps, directions=1):
-    generator = torch.Generator().manual_seed(seed)
-    return [[int(torch.randint(2**62, (), generator=generator)) for _ in range(directions)] for _ in range(steps)]
+def draws_of(seed, steps, directions=1, renew=None):
+    """The directions that an optimizer with this seed draws, step by step."""
+    generator, basis, result = torch.Generator().manual_seed(seed), 0, []
+    for t in range(steps):
+        if renew and t % renew == 0:
+            basis = int(torch.randint(2**62, (), generator=generator))
+        seeds = [int(torch.randint(2**62, (), generator=generator)) for _ in range(directions)]
+        result.append([Draw(seed, basis) for seed in seeds])
+    return result
 
 
-@pytest.mark.parametrize("update", ["sgd", "momentum", "adam"])
-@pytest.mark.parametrize("directions, weight_decay", [(1, 0.0), (3, 0.1)])
-def test_follows_the_formula(update, directions, weight_decay):
-    ours, plain = net(), net()
-    lr, eps = 1e-2, 1e-3
-    settings = {"update": update, "num_directions": directions, "weight_decay": weight_decay}
-    optimizer = SPSA(ours.parameters(), ours, lr=lr, eps=eps, seed=5, **settings)
+def whole_direction(directions, model, draw):
+    """The direction as one tensor for each parameter."""
+    parts = []
+    for i, p in enumerate(model.parameters()):
+        if directions.has_factors(p.shape):
+            left, right = directions.factors(p.shape, i, draw, p.dtype, p.device)
+            parts.append(left @ right.T)
+        else:
+            parts.append(directions.dense(p.detach().view(-1), i, draw, slice(0, p.numel())).view(p.shape))
+    return parts
+
+
+class Quadratic(nn.Module):
+    """`sum of scale * weight^2` in 200 dimensions, scales from 0.03 to 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((200,), 0.1, dtype=torch.double))
+        self.scales = torch.logspace(-1.5, 0, 200, dtype=torch.double)
+
+    def forward(self):
+        return (self.scales * self.weight.square()).sum()
+
+
+def run_both(steps=50, lr=0.02, weight_decay=0.0, model=net, **settings):
+    """The weights of `SPSA` and of the oracle after the same steps, and how far the oracle has moved."""
+    ours, plain = model(), model()
+    optimizer = SPSA(ours.parameters(), ours, lr=lr, seed=5, weight_decay=weight_decay, **{"eps": 1e-3, **settings})
+    oracle = DenseSearch(
+        [p.detach() for p in plain.parameters()], optimizer.directions, 5, lr, optimizer.eps,
+        optimizer.num_directions, optimizer.update, optimizer.estimate.kind, weight_decay=weight_decay,
+    )  # fmt: skip
     closure, loss_of = closure_of(ours), closure_of(plain)
-    first, second = [0.0] * directions, [0.0] * directions
-    for t, seeds in enumerate(seeds_of(5, 6, directions), start=1):
+    for _ in range(steps):
         optimizer.step(closure)
-        with torch.no_grad():
-            z = [[direction(p, seed, i) for i, p in enumerate(plain.parameters())] for seed in seeds]
-            lengths = []
-            for d in range(directions):
-                losses = []
-                for sign in (1, -1):
-                    for p, part in zip(plain.parameters(), z[d], strict=True):
-                        p.add_(sign * eps * part)
-                    losses.append(loss_of().item())
-                    for p, part in zip(plain.parameters(), z[d], strict=True):
-                        p.sub_(sign * eps * part)
-                g = (losses[0] - losses[1]) / (2 * eps)
-                if update == "momentum":
-                    first[d] = 0.9 * first[d] + g
-                    g = first[d]
-                elif update == "adam":
-                    first[d], second[d] = 0.9 * first[d] + 0.1 * g, 0.999 * second[d] + 0.001 * g * g
-                    g = first[d] / (1 - 0.9**t) / (math.sqrt(second[d] / (1 - 0.999**t)) + 1e-8)
-                lengths.append(g)
-            for i, p in enumerate(plain.parameters()):
-                p.mul_(1 - lr * weight_decay)
-                for d in range(directions):
-                    p.sub_(lr * lengths[d] * z[d][i] / directions)
+        oracle.step(loss_of)
+    return ours, plain, optimizer, oracle
+
+
+RULES = {
+    "sgd": {}, "sign": {"lr": 2e-3}, "momentum": {"lr": 5e-3}, "adam": {}, "rms": {}, "conservative": {},
+    "momentum-buffer": {"lr": 5e-3, "moments": "buffer"},
+}  # fmt: skip
+DIRECTIONS = {
+    "gaussian": {}, "rademacher": {"direction": "rademacher"}, "rademacher-outer": {"direction": "rademacher-outer"},
+    "lozo": {"direction": "lozo", "rank": 2, "renew": 60}, "subzero": {"direction": "subzero", "rank": 2, "renew": 20},
+    "small": {"small": 0.7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("direction", "rule"),
+    [(direction, rule) for direction in ("gaussian", "lozo") for rule in RULES]
+    + [(direction, rule) for direction in list(DIRECTIONS)[1:] for rule in ("sgd", "adam") if direction != "lozo"],
+)
+def test_every_rule_on_every_direction_equals_the_dense_oracle(rule, direction, monkeypatch):
+    if direction in ("gaussian", "lozo"):
+        monkeypatch.setattr(directions_module, "CHUNK", 1000)
+    settings = {**RULES[rule], **DIRECTIONS[direction]}
+    ours, plain, optimizer, oracle = run_both(update=rule.partition("-")[0], num_directions=2, **settings)
+    for a, b, start in zip(ours.parameters(), plain.parameters(), oracle.start, strict=True):
+        assert (b - start).abs().max() > 1e-4
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert optimizer.evaluations == oracle.evaluations
+
+
+@pytest.mark.parametrize("estimate", ["two-sided", "one-sided", "population"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_every_estimate_equals_the_dense_oracle(estimate, weight_decay):
+    settings = {
+        "lr": 0.005,
+        "num_directions": 3,
+        "direction": "lozo",
+        "estimate": estimate,
+        "weight_decay": weight_decay,
+    }
+    ours, plain, _, oracle = run_both(**settings)
+    for a, b, start in zip(ours.parameters(), plain.parameters(), oracle.start, strict=True):
+        assert (b - start).abs().max() > 1e-3
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_replayed_momentum_leaves_out_what_the_tolerance_allows():
+    ours, plain, optimizer, _ = run_both(steps=90, lr=2e-3, update="momentum", momentum=0.9)
+    assert (
+        optimizer.rule.replayed == 66 and 0.9**66 <= 1e-3 < 0.9**65
+    )  # directions of 24 steps are left out at the end
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+    assert len(optimizer.history) == 65
+
+
+def test_momentum_of_low_rank_directions_is_projected_by_least_squares():
+    model = nn.Linear(6, 5, bias=False).double()
+    optimizer = SPSA(model.parameters(), model, lr=0.0, direction="lozo", rank=2, renew=2, update="momentum")
+    x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    for _ in range(2):
+        optimizer.step(lambda: model(x).square().mean())
+    weight, factor = model.weight, optimizer.buffers[0][0].clone()
+    _, before = optimizer.directions.factors(weight.shape, 0, Draw(0, optimizer.basis), weight.dtype, weight.device)
+    optimizer.step(lambda: model(x).square().mean())
+    (slope,), _ = optimizer.record[-1]
+    draw = draws_of(0, 3, renew=2)[-1][0]
+    left, right = optimizer.directions.factors(weight.shape, 0, draw, weight.dtype, weight.device)
+    # the N that brings N right^T nearest to factor before^T
+    nearest = torch.linalg.lstsq(right, before @ factor.T).solution.T
+    torch.testing.assert_close(optimizer.buffers[0][0], 0.9 * nearest + slope * left / 2, rtol=1e-9, atol=1e-12)
+
+
+def test_momentum_and_adam_are_no_worse_than_sgd_on_a_quadratic():
+    """200 dimensions, equal evaluations, each rule at its best rate."""
+
+    def final(rule, lr, seed, **settings):
+        model = Quadratic()
+        optimizer = SPSA(model.parameters(), model, lr=lr, eps=1e-4, update=rule, seed=seed, **settings)
+        for _ in range(400):
+            optimizer.step(model)
+        return float(model().detach())
+
+    best = {}
+    for rule, rates, settings in (
+        ("sgd", (2e-3, 4e-3), {}),
+        ("momentum", (2e-4, 4e-4), {"moments": "buffer"}),
+        ("adam", (5e-4, 1e-3), {"betas": (0.9, 0.99)}),
+    ):
+        best[rule] = min(final(rule, lr, 0, **settings) for lr in rates)
+    assert best["momentum"] < 2 * best["sgd"] and best["adam"] < 2 * best["sgd"], best
+
+
+def test_the_forward_gradient_is_the_derivative_along_the_direction():
+    for kind in ("gaussian", "lozo"):
+        model = net()
+        closure = closure_of(model)
+        gradient = torch.autograd.grad(closure(), list(model.parameters()))
+        optimizer = SPSA(model.parameters(), model, lr=0.0, estimate="forward", num_directions=2, direction=kind)
+        optimizer.step(closure)
+        for slope, draw in zip(optimizer.record[0][0], draws_of(0, 1, 2, optimizer.directions.renew)[0], strict=True):
+            z = whole_direction(optimizer.directions, model, draw)
+            assert slope == pytest.approx(sum(float((g * part).sum()) for g, part in zip(gradient, z, strict=True)))
 
 
 def test_the_slope_is_that_of_the_gradient_on_average():
@@ -78,11 +191,11 @@ def test_the_slope_is_that_of_the_gradient_on_average():
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(closure(), list(model.parameters()))])
     optimizer = SPSA(model.parameters(), model, eps=1e-4)
     for seed in range(5):
-        z = torch.cat([direction(p, seed, i).flatten() for i, p in enumerate(model.parameters())])
+        draw = Draw(seed, 0)
+        z = torch.cat([part.flatten() for part in whole_direction(optimizer.directions, model, draw)])
         with torch.no_grad():
-            slope = (
-                optimizer.perturbed_loss(closure, seed, 1.0) - optimizer.perturbed_loss(closure, seed, -1.0)
-            ) / 2e-4
+            above, below = (optimizer.perturbed_loss(closure, [(draw, sign * 1e-4)]) for sign in (1, -1))
+            slope = (above - below) / 2e-4
         assert slope == pytest.approx(float(gradient @ z), rel=1e-4)
 
 
@@ -145,9 +258,10 @@ def test_every_weight_of_a_model_is_perturbed_where_it_is_used(model_type):
     expected = tiny_model(model_type).eval()
     optimizer = SPSA(model.parameters(), model, eps=1e-2)
     with torch.no_grad():
-        seen = optimizer.perturbed_loss(lambda: model(input_ids=IDS, labels=LABELS).loss, 3, 1.0)
-        for i, p in enumerate(expected.parameters()):
-            p.add_(direction(p, 3, i), alpha=1e-2)
+        draw = Draw(3, 4)
+        seen = optimizer.perturbed_loss(lambda: model(input_ids=IDS, labels=LABELS).loss, [(draw, 1e-2)])
+        for p, part in zip(expected.parameters(), whole_direction(optimizer.directions, expected, draw), strict=True):
+            p.add_(part, alpha=1e-2)
         assert seen == pytest.approx(expected(input_ids=IDS, labels=LABELS).loss.item(), rel=1e-5)
     assert not optimizer.use.unseen
 
@@ -167,8 +281,8 @@ def test_shared_weights_and_modules_used_twice_are_perturbed_alike():
     stored, seed, x = weight.detach().clone(), 7, torch.ones(1, 4).double()
     optimizer = SPSA([weight], model, eps=0.1)
     with torch.no_grad():
-        moved = stored + 0.1 * direction(weight, seed, 0)
-        loss = optimizer.perturbed_loss(lambda: model(x), seed, 1.0)
+        moved = stored + 0.1 * whole_direction(optimizer.directions, model, Draw(seed, 0))[0]
+        loss = optimizer.perturbed_loss(lambda: model(x), [(Draw(seed, 0), 0.1)])
     assert loss == pytest.approx(float((x @ moved.T @ moved.T @ moved.T).sum()), rel=1e-9)
     assert torch.equal(weight, stored) and model.b.weight is model.a.weight is weight
 
@@ -187,12 +301,20 @@ def test_weights_are_put_back_when_the_forward_fails():
     assert not model[0]._forward_hooks and not model[0]._forward_pre_hooks
 
 
-@pytest.mark.parametrize("update", ["sgd", "adam"])
-def test_a_loaded_state_continues_bit_for_bit(update):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"update": "adam"}, {"update": "momentum"}, {"update": "momentum", "moments": "buffer", "carry": True},
+        {"update": "momentum", "direction": "lozo", "renew": 3}, {"update": "rms", "direction": "subzero", "rank": 2},
+        {"estimate": "one-sided", "direction": "rademacher", "small": 0.5}, {"update": "conservative"},
+    ],
+)  # fmt: skip
+def test_a_loaded_state_continues_bit_for_bit(settings, dtype):
     def make(model):
-        return SPSA(model.parameters(), model, lr=1e-2, update=update, num_directions=2, seed=2)
+        return SPSA(model.parameters(), model, lr=1e-2, num_directions=2, seed=2, **settings)
 
-    model = net(torch.float32)
+    model = net(dtype)
     optimizer = make(model)
     for _ in range(4):
         optimizer.step(closure_of(model))
@@ -202,7 +324,7 @@ def test_a_loaded_state_continues_bit_for_bit(update):
         optimizer.step(closure_of(model))
     file.seek(0)
     saved = torch.load(file, weights_only=True)
-    other = net(torch.float32)
+    other = net(dtype)
     other.load_state_dict(saved["model"])
     resumed = make(other)
     resumed.load_state_dict(saved["optimizer"])
@@ -211,7 +333,7 @@ def test_a_loaded_state_continues_bit_for_bit(update):
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="another method or number of directions"):
-        SPSA(other.parameters(), other).load_state_dict(saved["optimizer"])
+        SPSA(other.parameters(), other, num_directions=5).load_state_dict(saved["optimizer"])
 
 
 def test_global_random_state_is_left_alone():
@@ -230,7 +352,7 @@ def test_tensors_that_no_forward_reads_are_named(caplog):
     optimizer.step(closure_of(model))
     assert "2 searched tensors are read by no module's forward" in caplog.text
     assert torch.equal(extra.weight, before)
-    assert not PerturbedUse(whole, list(model.parameters())).missing
+    assert not PerturbedForward(whole, list(model.parameters()), Directions()).missing
 
 
 @pytest.mark.parametrize(
@@ -242,9 +364,27 @@ def test_tensors_that_no_forward_reads_are_named(caplog):
         ({"num_directions": 6_000}, "would need 12,000 evaluations, more than max_evaluations_per_step=10,000"),
         ({"block": 0}, "block=0 holds no entry"),
         ({"block": 7}, r"blocks of 7 do not divide the \d+ entries"),
-        ({"update": "lion"}, "update='lion' is unknown; choose from: sgd, momentum, adam"),
-        ({"momentum": 1.0}, r"momentum=1.0 is no factor in \[0, 1\)"),
-        ({"betas": (0.9, 2)}, r"betas\[1\]=2 is no factor"),
+        ({"update": "lion"}, "update='lion' is unknown; choose from: sgd, sign, momentum, adam, rms, conservative"),
+        ({"momentum": 1.0}, r"momentum=1.0 must be in \[0, 1\)"),
+        ({"betas": (0.9, 2)}, r"betas\[1\]=2 must be in \[0, 1\)"),
+        ({"direction": "cauchy"}, "direction='cauchy' is unknown; choose from: gaussian, rademacher, lozo, subzero"),
+        ({"estimate": "both"}, "estimate='both' is unknown; choose from: two-sided, one-sided, population, forward"),
+        ({"estimate": "one-sided"}, "num_directions=1 has no deviation of its losses for one-sided; pass 2 or more"),
+        ({"rank": 2}, "rank=2 is about direction=lozo or subzero, not gaussian"),
+        ({"direction": "lozo", "rank": 0}, "rank=0 must be 1 or more"),
+        ({"direction": "lozo", "block": 2}, "direction=lozo makes whole matrices, which blocks of entries would tear"),
+        ({"direction": "subzero", "small": 0.5}, "direction=subzero makes whole matrices, which masks would tear"),
+        ({"small": 1.5}, r"small=1.5 must be in \(0, 1\]"),
+        ({"small": 0.5, "block": 2}, "block=2 ties neighbours, and a mask tears them apart"),
+        (
+            {"masks": [torch.ones(3, dtype=torch.bool)]},
+            "masks must be boolean tensors of the searched tensors' shapes",
+        ),
+        ({"moments": "buffer"}, "moments=buffer is about update=momentum or adam, not sgd"),
+        ({"update": "adam", "moments": "replay"}, "moments=replay cannot keep adam's second moments"),
+        ({"update": "momentum", "momentum": 0.999}, "momentum=0.999 would make 6905 directions anew in each step"),
+        ({"update": "momentum", "small": 0.5}, "small=0.5 looks at the present weights, so directions of earlier"),
+        ({"candidates_per_forward": 0}, "candidates_per_forward=0 must be 1 or more"),
         ({"adam_eps": 0}, "adam_eps=0 cannot keep a division finite"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1 is below 0"),
     ],

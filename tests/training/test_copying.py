@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hf_ft_ext import SPSA, DirectSearch, InputError, SignGD, SparseAdamW
-from hf_ft_ext.gradientless.adam import HeadAdam
-from hf_ft_ext.gradientless.parallel import SharedData
+from hf_ft_ext.full.head_adam import HeadAdam
+from hf_ft_ext.gradientless.optimizers.exchange import SharedData
 from hf_ft_ext.sparse.basis import Basis
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
@@ -70,7 +70,7 @@ def train(model, optimizer, steps, scheduler=None):
         def closure(x=x):
             return (model(x).squeeze(-1) - x.sin().sum(-1)).square().mean()
 
-        if hasattr(optimizer, "generator"):
+        if hasattr(optimizer, "step_ahead"):
             optimizer.step(closure)
         else:
             optimizer.zero_grad()

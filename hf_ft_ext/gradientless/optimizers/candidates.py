@@ -9,7 +9,7 @@ _BLOCK = 2**20  # entries; what is larger is drawn row by row, so that one candi
 
 
 @dataclass(frozen=True)
-class Place:
+class IndexView:
     """Entries of one tensor: flat `indices`, ascending, or `None` for all of them."""
 
     parameter: torch.Tensor
@@ -33,18 +33,18 @@ class Place:
             flat[self.indices] = values.to(flat.dtype)
 
 
-def read_places(places: list[Place]) -> torch.Tensor:
-    """The entries of all places, one behind the other."""
-    return places[0].read() if len(places) == 1 else torch.cat([place.read() for place in places])
+def read_views(views: list[IndexView]) -> torch.Tensor:
+    """The entries of all views, one behind the other."""
+    return views[0].read() if len(views) == 1 else torch.cat([view.read() for view in views])
 
 
-def write_places(places: list[Place], values: torch.Tensor) -> None:
-    """Set the entries of all places from `values`, as `read_places` orders them."""
-    if len(places) == 1:
-        places[0].write(values)
+def write_views(views: list[IndexView], values: torch.Tensor) -> None:
+    """Set the entries of all views from `values`, as `read_views` orders them."""
+    if len(views) == 1:
+        views[0].write(values)
         return
-    for place, part in zip(places, values.split([place.size for place in places]), strict=True):
-        place.write(part)
+    for view, part in zip(views, values.split([view.size for view in views]), strict=True):
+        view.write(part)
 
 
 class Candidates:

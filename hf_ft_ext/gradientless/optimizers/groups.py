@@ -5,14 +5,14 @@ import logging
 import torch
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.options import parse_options
-from hf_ft_ext.gradientless.selection import ALL, RANDOM, SELECTIONS
+from hf_ft_ext.gradientless.optimizers.options import parse_options
+from hf_ft_ext.gradientless.optimizers.selection import ALL, RANDOM, SELECTIONS
 
 logger = logging.getLogger(__name__)
 
 
 def evaluations(group: dict) -> int:
-    """Losses that one site of the group evaluates in a step, at most."""
+    """Losses that one block of the group evaluates in a step, at most."""
     options, k = parse_options(group["options"]), group["num_candidates"]
     return k if options is None else options[0] ** options[1] * (k + 1) + 1
 

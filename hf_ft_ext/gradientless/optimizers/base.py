@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.parallel import Alone
+from hf_ft_ext.gradientless.optimizers.exchange import SingleProcess
 from hf_ft_ext.training.copying import CopiedInFull
 
 Closure = Callable[[], float | torch.Tensor]
@@ -31,7 +31,7 @@ class GradientFreeOptimizer(CopiedInFull):
         super().__init__(params, defaults)
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = self.evaluations = self.rejected = 0
-        self.exchange = Alone()
+        self.exchange = SingleProcess()
         self._ahead = False
         for group in self.param_groups:
             for parameter in group["params"]:

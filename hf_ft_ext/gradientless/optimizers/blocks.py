@@ -1,15 +1,15 @@
-"""A site: the entries that are searched together, usually some of one tensor, with their options."""
+"""A block: the entries that are searched together, usually some of one tensor, with their options."""
 
 import math
 
 import torch
 
-from hf_ft_ext.gradientless.candidates import Candidates, Place, read_places, write_places
-from hf_ft_ext.gradientless.options import OptionTree, parse_options
-from hf_ft_ext.gradientless.selection import select_indices
+from hf_ft_ext.gradientless.optimizers.candidates import Candidates, IndexView, read_views, write_views
+from hf_ft_ext.gradientless.optimizers.options import OptionTree, parse_options
+from hf_ft_ext.gradientless.optimizers.selection import select_indices
 
 
-class Site:
+class ParameterBlock:
     """One unit of the search: a tensor, or all tensors of a group as one pool.
 
     Args:
@@ -17,15 +17,15 @@ class Site:
         group: the parameter group; its values are read anew in every step, so schedulers work.
 
     Attributes:
-        places: the entries that candidates may change (those that noise is added to and those of kept options).
+        views: the entries that candidates may change (those that noise is added to and those of kept options).
         positions: which of them get noise now; `None` = all.
         tree: the options, `None` without options.
-        age: steps that the site has seen.
+        age: steps that the block has seen.
     """
 
     def __init__(self, parameters: list[torch.Tensor], group: dict):
         self.parameters, self.group = parameters, group
-        self.places = [Place(parameter, None) for parameter in parameters]
+        self.views = [IndexView(parameter, None) for parameter in parameters]
         self.positions: torch.Tensor | None = None
         self.tree: OptionTree | None = None
         self.age = 0
@@ -42,7 +42,7 @@ class Site:
             group = self.group
             chosen = select_indices(self.parameters, group["sampling_size"], group["selection"], generator, importance)
             if chosen is None:
-                self.places, self.positions = [Place(p, None) for p in self.parameters], None
+                self.views, self.positions = [IndexView(p, None) for p in self.parameters], None
             elif self.tree is None:
                 self.positions = None
                 self._spread(chosen)
@@ -53,25 +53,25 @@ class Site:
     def _spread(self, chosen: torch.Tensor) -> None:
         """Places from ascending positions in the concatenation of all tensors."""
         if len(self.parameters) == 1:
-            self.places = [Place(self.parameters[0], chosen)]
+            self.views = [IndexView(self.parameters[0], chosen)]
             return
-        self.places, start = [], 0
+        self.views, start = [], 0
         for parameter in self.parameters:
             inside = (chosen >= start) & (chosen < start + parameter.numel())
             if inside.any():
-                self.places.append(Place(parameter, chosen[inside] - start))
+                self.views.append(IndexView(parameter, chosen[inside] - start))
             start += parameter.numel()
 
     def _flat_positions(self) -> torch.Tensor:
-        """The places' entries as ascending positions in the concatenation of all tensors."""
+        """The views' entries as ascending positions in the concatenation of all tensors."""
         starts, start = {}, 0
         for parameter in self.parameters:
             starts[id(parameter)] = start
             start += parameter.numel()
         parts = [
-            starts[id(place.parameter)]
-            + (torch.arange(place.size, device=self.device) if place.indices is None else place.indices)
-            for place in self.places
+            starts[id(view.parameter)]
+            + (torch.arange(view.size, device=self.device) if view.indices is None else view.indices)
+            for view in self.views
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
@@ -105,7 +105,7 @@ class Site:
         Without options: K candidates around the tensor. With options: for each leaf, the leaf itself and K
         candidates around it.
         """
-        here = read_places(self.places).to(self.compute)[None]
+        here = read_views(self.views).to(self.compute)[None]
         scales, vectors = self.scales()
         own: tuple[float, ...] = ()
         if self.tree is None:
@@ -126,21 +126,21 @@ class Site:
         return Candidates(starts, start, scale, noise, self.positions, seed, self.dtype, self.group["block"])
 
     def norms(self, candidates: Candidates) -> tuple[torch.Tensor, float]:
-        """2-norm of the whole site with each candidate in place (float64, `[n]`), and as it is."""
+        """2-norm of the whole block with each candidate in place (float64, `[n]`), and as it is."""
         rest = math.fsum(float(torch.linalg.vector_norm(p.detach(), dtype=self.compute)) ** 2 for p in self.parameters)
-        squares = candidates.squares(read_places(self.places))  # summed alike, so that no change makes no difference
+        squares = candidates.squares(read_views(self.views))  # summed alike, so that no change makes no difference
         norms = (rest - squares[-1] + squares).clamp(min=0).sqrt()
         return norms[:-1], float(norms[-1])
 
     def move(self, values: torch.Tensor) -> None:
-        write_places(self.places, values)
+        write_views(self.views, values)
 
     # --- state -------------------------------------------------------------------------------------
 
     def state(self) -> dict:
         return {
             "age": self.age,
-            "entries": None if all(place.indices is None for place in self.places) else self._flat_positions(),
+            "entries": None if all(view.indices is None for view in self.views) else self._flat_positions(),
             "positions": self.positions,
             "tree": None if self.tree is None else self.tree.state(),
         }

@@ -26,7 +26,7 @@ def parse_options(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 class OptionTree:
-    """Options of one site: `levels[j]` holds the changes of level `j + 1`, each relative to its parent.
+    """Options of one block: `levels[j]` holds the changes of level `j + 1`, each relative to its parent.
 
     Level `j + 1` has `product(widths[: j + 1])` rows; the children of row `i` are rows `i * width` and on. All rows
     are on the same entries (`u` of them). A new tree holds one option on each level that changes nothing.

@@ -4,13 +4,16 @@ import logging
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
+from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import HeadReader
-from hf_ft_ext.gradientless.batched import BatchedHead, CannotBatch, chunks
-from hf_ft_ext.gradientless.candidates import Candidates, Place, read_places, write_places
-from hf_ft_ext.gradientless.direct_search import Looped
-from hf_ft_ext.gradientless.importance import divergence_scores, gradient_scores
-from hf_ft_ext.gradientless.objective import Objective
+from hf_ft_ext.gradientless.optimizers.candidates import Candidates, IndexView, read_views, write_views
+from hf_ft_ext.gradientless.optimizers.direct_search import Sequential
+from hf_ft_ext.gradientless.scoring.batched_heads import BatchedHead, CannotBatch, chunks
+from hf_ft_ext.gradientless.scoring.full_models import FullObjective
+from hf_ft_ext.gradientless.scoring.importance import divergence_scores, gradient_scores
+from hf_ft_ext.gradientless.scoring.objectives import Objective
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +31,20 @@ class HeadEvaluation:
         names: the head's searched parameters, name by `id`.
         objective: of all micro-batches' logits together.
         fisher: `"divergence"` or `"gradient"`: what `importance` measures.
+        of_rows: objective of each row, `[..., rows, classes]` -> `[..., rows]`, whose mean is `objective`; `None` =
+            there is none. For `node_losses`.
     """
 
-    def __init__(self, reader: HeadReader, names: dict[int, str], objective: Objective, fisher: str = "divergence"):
+    def __init__(
+        self,
+        reader: HeadReader,
+        names: dict[int, str],
+        objective: Objective,
+        fisher: str = "divergence",
+        of_rows: Objective | None = None,
+    ):
         self.reader, self.names, self.objective, self.fisher = reader, names, objective, fisher
+        self.of_rows = of_rows
         self.heads: list[BatchedHead] = []
         self.checked: set[tuple[int, ...]] = set()
         self.looped: set[tuple[int, ...]] = set()
@@ -67,18 +80,18 @@ class HeadEvaluation:
         self.stale = False
         return torch.cat(logits)
 
-    def __call__(self, places: list[Place], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
-        key = tuple(id(place.parameter) for place in places)
+    def __call__(self, views: list[IndexView], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
+        key = tuple(id(view.parameter) for view in views)
         if key not in self.looped:
             try:
-                return self._batched(key, places, candidates, rows)
+                return self._batched(key, views, candidates, rows)
             except CannotBatch as error:
                 logger.info("candidates are evaluated one by one: %s", error)
                 self.looped.add(key)
         self.stale = True
-        return Looped(lambda: self.objective(self.plain_logits(), self.labels))(places, candidates, rows)
+        return Sequential(lambda: self.objective(self.plain_logits(), self.labels))(views, candidates, rows)
 
-    def _batched(self, key, places: list[Place], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
+    def _batched(self, key, views: list[IndexView], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
         if self.stale:
             self._begin()
         widest = max(call.out.numel() // len(call.out) for call in self.heads[0].calls.values())
@@ -86,27 +99,61 @@ class HeadEvaluation:
         losses = []
         for part in parts:
             logits = [
-                head.logits(places, candidates, part) for head, _ in zip(self.heads, self.micro_batches, strict=False)
+                head.logits(views, candidates, part) for head, _ in zip(self.heads, self.micro_batches, strict=False)
             ]
             logits = logits[0] if len(logits) == 1 else torch.cat(logits, 1)
             if key not in self.checked:
-                self._check(key, places, candidates, part, logits)
+                self._check(key, views, candidates, part, logits)
             losses.append(self.objective(logits, self.labels))
         self._rows = rows if len(parts) == 1 else ()
         return losses[0] if len(losses) == 1 else torch.cat(losses)
 
-    def _check(self, key, places, candidates, rows, logits) -> None:
-        saved = read_places(places)
+    def _check(self, key, views, candidates, rows, logits) -> None:
+        saved = read_views(views)
         try:
-            write_places(places, candidates.row(rows[-1]))
+            write_views(views, candidates.row(rows[-1]))
             expected = self.plain_logits()
         finally:
-            write_places(places, saved)
+            write_views(views, saved)
         size = max(1.0, float(expected.abs().max()))
         if not torch.allclose(logits[-1].float(), expected.float(), rtol=0, atol=_CLOSE * size, equal_nan=True):
             names = ", ".join(self.names[i] for i in key)
             raise CannotBatch(f"the head does not treat rows one by one below {names}")
         self.checked.add(key)
+
+    def nodes(self) -> list[tuple[nn.Linear, torch.Tensor, torch.Tensor]]:
+        """The head's linear layers in their order: module, inputs `[rows, in]` and outputs `[rows, out]`."""
+        if self.stale:
+            try:
+                self._begin()
+            except CannotBatch as error:
+                raise InputError(
+                    f"node perturbation cannot follow this head: {error}; use search_method=spsa"
+                ) from None
+        result = []
+        heads = self.heads[: len(self.micro_batches)]
+        for module in heads[0].modules.values():
+            if type(module) is nn.Linear and id(module) in heads[0].calls:
+                calls = [head.calls[id(module)] for head in heads]
+                x, out = (torch.cat([t.reshape(len(call.out), -1) for call, t in pairs]) for pairs in (
+                    [(call, call.x) for call in calls], [(call, call.out) for call in calls]
+                ))  # fmt: skip
+                result.append((heads[0].calls[id(module)].position, module, x, out))
+        return [(module, x, out) for _, module, x, out in sorted(result, key=lambda node: node[0])]
+
+    def node_losses(self, module: nn.Linear, outputs: torch.Tensor) -> torch.Tensor:
+        """Losses `[n, rows]` where `module` gives `outputs` (`[n, rows, out]`)."""
+        if self.of_rows is None:
+            raise InputError(
+                "node perturbation needs the loss of each row, and this objective is known for whole batches only; "
+                "use search_method=spsa or gld"
+            )
+        sizes = [len(features) for features, _ in self.micro_batches]
+        logits = []
+        for head, part in zip(self.heads, outputs.split(sizes, 1), strict=False):
+            shape = head.calls[id(module)].out.shape[1:]
+            logits.append(head.logits_from(module, part.reshape(-1, *shape), len(outputs)))
+        return self.of_rows(torch.cat(logits, 1), self.labels)
 
     def moved(self, row: int | None) -> None:
         """The tensor has moved to candidate `row` of those evaluated last, or elsewhere."""
@@ -119,10 +166,15 @@ class HeadEvaluation:
 
     def importance(self, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         """Importance of each entry of `parameter` for the logits of this step's rows (float32, flat)."""
-        name = self.names[id(parameter)]
         if self.fisher == "gradient":
-            return gradient_scores(self, parameter)
-        return divergence_scores(self, parameter, name, generator)
+            problem = self.reader.model.config.problem_type
+            return gradient_scores(self.reader.logits, self.micro_batches, problem, parameter)
+        if self.stale:
+            self._begin()
+        heads = self.heads[: len(self.micro_batches)]
+        scores = divergence_scores(heads, self.plain_logits(), parameter, generator)
+        self.stale = True  # the heads have seen moved entries
+        return scores
 
 
 class StepEvaluation:
@@ -130,7 +182,7 @@ class StepEvaluation:
 
     Args:
         head: of the searched head parameters; `None` = every candidate runs the whole model.
-        whole: the objective of the step by forward passes of the whole model.
+        full: the objective of the step by forward passes of the whole model.
         features: makes features and labels of the step's micro-batches.
         all_in_head: nothing but the head is searched, so the encoder need not run for the present weights either.
     """
@@ -138,11 +190,11 @@ class StepEvaluation:
     def __init__(
         self,
         head: HeadEvaluation | None,
-        whole: Callable[[], torch.Tensor],
+        full: FullObjective,
         features: Callable[[], Sequence[tuple[torch.Tensor, torch.Tensor]]] | None,
         all_in_head: bool,
     ):
-        self.head, self.whole, self.features = head, whole, features
+        self.head, self.full, self.features = head, full, features
         self.all_in_head = head is not None and all_in_head
         self.fresh = self.in_head = False
         if head is not None:
@@ -151,23 +203,44 @@ class StepEvaluation:
     def closure(self) -> float:
         """The objective at the present weights."""
         if not self.all_in_head:
-            return float(self.whole())
+            return float(self.full.value())
         self._load()
         return self.head.closure()
 
     def differentiable(self) -> torch.Tensor:
         """The same as a tensor that gradients can be taken of."""
         if not self.all_in_head:
-            return self.whole()
+            return self.full.value()
         self._load()
         return self.head.differentiable()
 
-    def __call__(self, places: list[Place], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
-        self.in_head = self.head is not None and all(id(place.parameter) in self.head.names for place in places)
-        if not self.in_head:
-            return Looped(self.whole)(places, candidates, rows)
+    def nodes(self) -> list[tuple[nn.Linear, torch.Tensor, torch.Tensor]]:
+        """See `HeadEvaluation.nodes`."""
+        if not self.all_in_head:
+            raise InputError(
+                "node perturbation is for a head that reads one vector per row, and this search is not of that kind; "
+                "use search_method=spsa or gld"
+            )
         self._load()
-        return self.head(places, candidates, rows)
+        return self.head.nodes()
+
+    def node_losses(self, module: nn.Linear, outputs: torch.Tensor) -> torch.Tensor:
+        """See `HeadEvaluation.node_losses`."""
+        return self.head.node_losses(module, outputs)
+
+    def repeated(self, n: int) -> torch.Tensor | None:
+        """Objectives `[n]` of the batch repeated `n` times in one forward pass; `None` where that cannot be.
+
+        A search in the head on its features is not repeated: its forward is the head's.
+        """
+        return None if self.full.repeated is None or self.all_in_head else self.full.repeated(n)
+
+    def __call__(self, views: list[IndexView], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
+        self.in_head = self.head is not None and all(id(view.parameter) in self.head.names for view in views)
+        if not self.in_head:
+            return Sequential(self.full.value)(views, candidates, rows)
+        self._load()
+        return self.head(views, candidates, rows)
 
     def _load(self) -> None:
         if not self.fresh:

@@ -1,17 +1,12 @@
 """How much each entry of a head's tensor matters: by the logits' divergence when it is perturbed, or by gradients."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from hf_ft_ext.gradientless.batched import BatchedHead, Call, on_rows
-from hf_ft_ext.gradientless.objective import classification_loss
-
-if TYPE_CHECKING:
-    from hf_ft_ext.gradientless.evaluation import HeadEvaluation
+from hf_ft_ext.gradientless.scoring.batched_heads import BatchedHead, Call, on_rows
+from hf_ft_ext.gradientless.scoring.objectives import classification_loss
 
 _NUMBERS = 2**17  # distances at a time: half a MiB, so that they stay in the processor's cache
 
@@ -55,25 +50,25 @@ def _nearest_other(points: torch.Tensor) -> torch.Tensor:
 
 
 def divergence_scores(
-    evaluation: HeadEvaluation, parameter: torch.Tensor, name: str, generator: torch.Generator
+    heads: Sequence[BatchedHead], before: torch.Tensor, parameter: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
     """Divergence of the logits of this step's rows when entry `i` alone is moved by `N(0, max|theta|)`: `[numel]`.
 
     The thesis's "Fisher importance", for many entries at once.
+
+    Args:
+        heads: one for each micro-batch, after a pass at the present weights; each needs a new one afterwards.
+        before: logits of all rows at the present weights, `[rows, classes]`.
     """
     parameter = parameter.detach()
     noise = torch.randn(parameter.numel(), generator=generator).to(parameter.device, parameter.dtype)
     noise *= parameter.abs().max()
-    if evaluation.stale:
-        evaluation._begin()
-    before = evaluation.plain_logits().float()
+    before = before.float()
     scores = torch.empty(parameter.numel(), device=parameter.device)
-    heads = evaluation.heads[: len(evaluation.micro_batches)]
     movers = [_Moved(head, parameter, noise) for head in heads]
     for entries in movers[0].parts():
         after = torch.cat([mover.logits(entries) for mover in movers], 1).float()
         scores[entries] = henze_penrose(before, after)
-    evaluation.stale = True
     return scores
 
 
@@ -161,21 +156,28 @@ def _flat(call: Call) -> torch.Tensor:
     return call.out.reshape(len(call.out), -1)
 
 
-def gradient_scores(evaluation: HeadEvaluation, parameter: torch.Tensor) -> torch.Tensor:
+def gradient_scores(
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    problem_type: str | None,
+    parameter: torch.Tensor,
+) -> torch.Tensor:
     """Mean over this step's rows of the squared gradient of the row's loss: `[numel]`.
 
     The diagonal of the empirical Fisher information, by one backward pass through the head per row.
+
+    Args:
+        logits_of: the head: features `[rows, ...]` -> logits `[rows, classes]`.
+        micro_batches: features and labels of this step's rows.
+        problem_type: of the model's configuration.
     """
     total, rows, trains = torch.zeros(parameter.numel(), device=parameter.device), 0, parameter.requires_grad
-    problem = evaluation.reader.model.config.problem_type
     parameter.requires_grad_(True)
     try:
         with torch.enable_grad():
-            for features, labels in evaluation.micro_batches:
+            for features, labels in micro_batches:
                 for i in range(len(features)):
-                    loss = classification_loss(
-                        evaluation.reader.logits(features[i : i + 1]), labels[i : i + 1], problem
-                    )
+                    loss = classification_loss(logits_of(features[i : i + 1]), labels[i : i + 1], problem_type)
                     (gradient,) = torch.autograd.grad(loss, [parameter])
                     total += gradient.detach().float().flatten().square()
                     rows += 1

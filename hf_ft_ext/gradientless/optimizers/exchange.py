@@ -10,7 +10,7 @@ MODES = DATA, CANDIDATES = ("data", "candidates")
 SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Alone:
+class SingleProcess:
     """One process evaluates everything."""
 
     def mine(self, n: int) -> range:
@@ -22,7 +22,7 @@ class Alone:
         return losses
 
 
-class _Shared(Alone):
+class _Shared(SingleProcess):
     """Work on several processes, which are the same for a copy of the optimizer and cannot be written to a file."""
 
     def __deepcopy__(self, memo: dict) -> "_Shared":

@@ -13,12 +13,10 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 
 from hf_ft_ext.features import HeadReader
-from hf_ft_ext.gradientless.candidates import Candidates, Place
+from hf_ft_ext.gradientless.optimizers.candidates import Candidates, IndexView
 
 _ROWS = 2**22  # numbers in the widest layer's output that one evaluation may make: 16 MiB in float32
-# glibc hands free memory back beyond twice the largest block it has seen freed (up to 32 MiB), and every step would
-# take its few MiB anew, page by page: a quarter of its time. One such block, never written to, ends that.
-_KEPT = 2**25 - 2**16
+_FREED_ONCE = 2**25 - 2**16  # bytes, just below the largest block that glibc's allocator learns from
 _SPARSE = 8  # a linear layer with less than one entry in so many changed takes the sparse product
 
 
@@ -34,6 +32,16 @@ class Call:
         self.columns: torch.Tensor | None = None  # x transposed, made when first needed
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks of up to 32 MiB for the next step instead of giving them back to the system.
+
+    Its threshold for giving memory back is twice the largest block that it has seen freed. Without this, each step
+    gets its few MiB anew, page by page: a quarter of the step's time (`benchmarks/gradientless.py`, variant `none`).
+    The block is never written to, so it costs no memory.
+    """
+    torch.empty(_FREED_ONCE, dtype=torch.uint8)
+
+
 class BatchedHead:
     """Evaluates candidates of a head's tensors on the features of one micro-batch.
 
@@ -43,7 +51,7 @@ class BatchedHead:
     """
 
     def __init__(self, reader: HeadReader, names: dict[int, str]):
-        torch.empty(_KEPT, dtype=torch.uint8)
+        keep_freed_memory()
         self.reader = reader
         model = reader.model
         owners = {name.rpartition(".")[0] for name in dict(reader.head_parameters())}
@@ -67,9 +75,9 @@ class BatchedHead:
 
         return self._run(record, features.shape[0])
 
-    def logits(self, places: Sequence[Place], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
+    def logits(self, views: Sequence[IndexView], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
         """Logits of these candidates: `[len(rows), batch rows, classes]`."""
-        n, changed = len(rows), self._changes(places, candidates, rows)
+        n, changed = len(rows), self._changes(views, candidates, rows)
         first = min(self.calls[key].position for key in changed)
 
         def changed_output(module: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
@@ -125,32 +133,34 @@ class BatchedHead:
 
     # --- one module --------------------------------------------------------------------------------
 
-    def _changes(self, places: Sequence[Place], candidates: Candidates, rows: Sequence[int]) -> dict[int, "_Changed"]:
+    def _changes(
+        self, views: Sequence[IndexView], candidates: Candidates, rows: Sequence[int]
+    ) -> dict[int, "_Changed"]:
         values = candidates.block() if len(rows) == len(candidates) else candidates.block()[list(rows)]
         changed: dict[int, _Changed] = {}
-        parts = values.split([place.size for place in places], dim=1) if len(places) > 1 else [values]
-        for place, part in zip(places, parts, strict=True):
-            owner, name = self.owner[id(place.parameter)]
+        parts = values.split([view.size for view in views], dim=1) if len(views) > 1 else [values]
+        for view, part in zip(views, parts, strict=True):
+            owner, name = self.owner[id(view.parameter)]
             if id(owner) not in self.calls:
                 raise CannotBatch("a searched tensor is not part of the head's forward")
-            changed.setdefault(id(owner), _Changed()).parts[name] = (place, part)
+            changed.setdefault(id(owner), _Changed()).parts[name] = (view, part)
         return changed
 
     def _on_known_input(self, module: nn.Module, call: Call, changed: "_Changed", n: int) -> torch.Tensor:
         """Output of `module` for its recorded input, `[n * rows, ...]`."""
         out = call.out
         if type(module) is nn.Linear and len(changed.parts) == 1 and out.numel() == len(out) * out.shape[-1]:
-            ((name, (place, values)),) = changed.parts.items()
+            ((name, (view, values)),) = changed.parts.items()
             flat = out.reshape(len(out), -1)
             if name == "bias":
                 whole = changed.whole()["bias"]
                 return (flat - module.bias + whole[:, None]).view(-1, *out.shape[1:])
             if (
-                place.indices is not None
-                and place.size * _SPARSE < place.parameter.numel()
+                view.indices is not None
+                and view.size * _SPARSE < view.parameter.numel()
                 and flat.dtype in (torch.float32, torch.float64)
             ):
-                product = _sparse_product(call, place, values, n).add_(flat.t()[:, None])
+                product = _sparse_product(call, view, values, n).add_(flat.t()[:, None])
                 return product.flatten(1).t().view(-1, *out.shape[1:])
             x = call.x.reshape(len(out), -1)
             weights = changed.whole()["weight"]
@@ -162,21 +172,21 @@ class BatchedHead:
 
 
 class _Changed:
-    """The changed parameters of one module: name -> (place, values `[n, u]`)."""
+    """The changed parameters of one module: name -> (view, values `[n, u]`)."""
 
     def __init__(self):
-        self.parts: dict[str, tuple[Place, torch.Tensor]] = {}
+        self.parts: dict[str, tuple[IndexView, torch.Tensor]] = {}
 
     def whole(self) -> dict[str, torch.Tensor]:
         """Each changed parameter in full: `[n, *shape]`."""
         result = {}
-        for name, (place, values) in self.parts.items():
-            parameter = place.parameter.detach()
-            if place.indices is None:
+        for name, (view, values) in self.parts.items():
+            parameter = view.parameter.detach()
+            if view.indices is None:
                 result[name] = values.view(-1, *parameter.shape)
                 continue
             full = parameter.view(1, -1).repeat(len(values), 1)
-            full[:, place.indices] = values
+            full[:, view.indices] = values
             result[name] = full.view(-1, *parameter.shape)
         return result
 
@@ -195,14 +205,14 @@ def on_rows(module: nn.Module, x: torch.Tensor, parameters: dict[str, torch.Tens
             module.__dict__["forward"] = forward
 
 
-def _sparse_product(call: Call, place: Place, values: torch.Tensor, n: int) -> torch.Tensor:
+def _sparse_product(call: Call, view: IndexView, values: torch.Tensor, n: int) -> torch.Tensor:
     """`x @ (changed weight - weight)^T` for each candidate, `[out, n, rows]`.
 
     A bag of rows of `x^T` for each output and candidate. Entries are sorted by output; within an output they are put
     candidate by candidate, so that bags are stretches of them and rows come last: what is added to the product and
     follows it walks through memory in order.
     """
-    weight, indices = place.parameter.detach(), place.indices
+    weight, indices = view.parameter.detach(), view.indices
     outputs, inputs = weight.shape
     if call.columns is None:
         call.columns = call.x.reshape(len(call.out), -1).t().contiguous()

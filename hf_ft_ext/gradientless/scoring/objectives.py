@@ -102,19 +102,26 @@ def classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None, smoothing: float = 0.0
 ) -> torch.Tensor:
     """Mean loss over the rows: squared error, cross-entropy or binary cross-entropy, by the problem."""
+    return row_losses(logits, labels, problem_type, smoothing).mean(-1)
+
+
+def row_losses(
+    logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None, smoothing: float = 0.0
+) -> torch.Tensor:
+    """Loss of each row: logits `[..., rows, classes]` -> `[..., rows]`."""
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     if problem_type == "regression" or (problem_type is None and logits.shape[-1] == 1):
         labels = labels.to(logits.dtype).reshape(logits.shape[-2], -1)
-        return (logits - labels).square().mean((-1, -2))
+        return (logits - labels).square().mean(-1)
     if problem_type == MULTI_LABEL or (problem_type is None and labels.is_floating_point()):
         labels = labels.to(logits.dtype).expand_as(logits)
-        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean((-1, -2))
+        return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
     likely = logits.log_softmax(-1)
     index = labels.view(-1, 1).expand(*likely.shape[:-1], 1)
     losses = -likely.gather(-1, index)[..., 0]
     if smoothing:
         losses = (1 - smoothing) * losses - smoothing * likely.mean(-1)
-    return losses.mean(-1)
+    return losses
 
 
 def _counts(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:

@@ -7,13 +7,13 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.base import Closure, GradientFreeOptimizer
-from hf_ft_ext.gradientless.candidates import Candidates, Place, read_places, write_places
-from hf_ft_ext.gradientless.groups import check_group, evaluations, warn_of_sampling_size
-from hf_ft_ext.gradientless.selection import RANDOM
-from hf_ft_ext.gradientless.site import Site
+from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer
+from hf_ft_ext.gradientless.optimizers.blocks import ParameterBlock
+from hf_ft_ext.gradientless.optimizers.candidates import Candidates, IndexView, read_views, write_views
+from hf_ft_ext.gradientless.optimizers.groups import check_group, evaluations, warn_of_sampling_size
+from hf_ft_ext.gradientless.optimizers.selection import RANDOM
 
-Evaluate = Callable[[list[Place], Candidates, range], torch.Tensor]
+Evaluate = Callable[[list[IndexView], Candidates, range], torch.Tensor]
 DEFAULT_BUDGET = 10_000
 
 
@@ -90,12 +90,12 @@ class DirectSearch(GradientFreeOptimizer):
             "block": block,
         }
         super().__init__(params, defaults, seed)
-        self.sites: list[Site] = []
+        self.blocks: list[ParameterBlock] = []
         for group in self.param_groups:
             check_group(group)
             members = [group["params"]] if group["pool"] else [[p] for p in group["params"]]
-            self.sites += [Site(parameters, group) for parameters in members]
-            warn_of_sampling_size(group, max(site.total for site in self.sites[-len(members) :]))
+            self.blocks += [ParameterBlock(parameters, group) for parameters in members]
+            warn_of_sampling_size(group, max(block.total for block in self.blocks[-len(members) :]))
         if (needed := self.evaluations_per_step()) > max_evaluations:
             raise InputError(
                 f"a step would need {needed:,} evaluations, more than max_evaluations_per_step={max_evaluations:,}; "
@@ -104,7 +104,7 @@ class DirectSearch(GradientFreeOptimizer):
 
     def evaluations_per_step(self) -> int:
         """Losses that one step evaluates at most, over all tensors."""
-        return 1 + sum(evaluations(site.group) for site in self.sites)
+        return 1 + sum(evaluations(block.group) for block in self.blocks)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None, evaluate: Evaluate | None = None) -> float | None:
@@ -112,8 +112,8 @@ class DirectSearch(GradientFreeOptimizer):
 
         Args:
             closure: returns the loss of the batch at the present weights.
-            evaluate: `evaluate(places, candidates, rows)` -> losses `[len(rows)]` of these candidates of these
-                places, weights left as they were; `None` = one call of `closure` per candidate. If it has a method
+            evaluate: `evaluate(views, candidates, rows)` -> losses `[len(rows)]` of these candidates of these
+                views, weights left as they were; `None` = one call of `closure` per candidate. If it has a method
                 `moved(row)`, that is called after each move, with the candidate that the tensor moved to or `None`
                 if it is none of them.
         """
@@ -121,20 +121,20 @@ class DirectSearch(GradientFreeOptimizer):
             return None
         self.steps += 1
         before = loss = self._current_loss(closure)
-        evaluate = Looped(closure) if evaluate is None else evaluate
-        for site in self.sites:
-            loss = self._search(site, loss, evaluate)
+        evaluate = Sequential(closure) if evaluate is None else evaluate
+        for block in self.blocks:
+            loss = self._search(block, loss, evaluate)
         return before
 
-    def _search(self, site: Site, loss: float | None, evaluate: Evaluate) -> float | None:
-        """Search one site; `loss` is that of the present weights, `None` if unknown. Returns it as it is after."""
-        site.renew(self.generator, getattr(evaluate, "importance", None))
-        site.ensure_tree(sum(place.size for place in site.places))
-        candidates = site.candidates(self._draw_seed(), with_unmoved=loss is None)
-        losses = self._evaluate(evaluate, site, candidates)
+    def _search(self, block: ParameterBlock, loss: float | None, evaluate: Evaluate) -> float | None:
+        """Search one block; `loss` is that of the present weights, `None` if unknown. Returns it as it is after."""
+        block.renew(self.generator, getattr(evaluate, "importance", None))
+        block.ensure_tree(sum(view.size for view in block.views))
+        candidates = block.candidates(self._draw_seed(), with_unmoved=loss is None)
+        losses = self._evaluate(evaluate, block, candidates)
         objective, penalty = losses.clone(), 0.0
-        if weight := float(site.group["weight_decay"]):
-            norms, norm = site.norms(candidates)
+        if weight := float(block.group["weight_decay"]):
+            norms, norm = block.norms(candidates)
             objective += weight * norms.cpu()
             penalty = weight * norm
         bad = ~objective.isfinite()
@@ -147,28 +147,28 @@ class DirectSearch(GradientFreeOptimizer):
         objective = objective[shift:]
         best = int(objective.argmin())
         improves = float(objective[best]) < loss + penalty
-        if site.tree is None:
+        if block.tree is None:
             if improves:
-                site.move(candidates.row(best + shift))
-                _tell(evaluate, best + shift)
+                block.move(candidates.row(best + shift))
+                _accept(evaluate, best + shift)
                 loss = float(losses[best + shift])
             return loss
-        return self._use_options(site, candidates, losses, objective, shift, improves, loss, evaluate)
+        return self._use_options(block, candidates, losses, objective, shift, improves, loss, evaluate)
 
-    def _evaluate(self, evaluate: Evaluate, site: Site, candidates: Candidates) -> torch.Tensor:
+    def _evaluate(self, evaluate: Evaluate, block: ParameterBlock, candidates: Candidates) -> torch.Tensor:
         n, rows = len(candidates), self.exchange.mine(len(candidates))
         losses = torch.zeros(n, dtype=torch.float64)
         if len(rows):
-            losses[rows.start : rows.stop : rows.step] = evaluate(site.places, candidates, rows).double().cpu()
+            losses[rows.start : rows.stop : rows.step] = evaluate(block.views, candidates, rows).double().cpu()
         self.evaluations += n
         return self.exchange.combine(losses)
 
     @staticmethod
-    def _use_options(site, candidates, losses, objective, shift, improves, loss, evaluate) -> float | None:
-        tree, per_leaf = site.tree, len(objective) // site.tree.n_leaves
+    def _use_options(block, candidates, losses, objective, shift, improves, loss, evaluate) -> float | None:
+        tree, per_leaf = block.tree, len(objective) // block.tree.n_leaves
         by_leaf = objective.view(tree.n_leaves, per_leaf)
         first = tree.first_of(int(objective.argmin()) // per_leaf)
-        values = candidates.block()[shift:].to(site.compute)
+        values = candidates.block()[shift:].to(block.compute)
         leaves = candidates.starts[candidates.starts.shape[0] - tree.n_leaves :]
         changes = values.view(tree.n_leaves, per_leaf, -1) - leaves[:, None]
         keep = min(tree.per_level, per_leaf)
@@ -184,51 +184,52 @@ class DirectSearch(GradientFreeOptimizer):
         is_leaf, moves = len(tree.levels) == 1, bool((option != 0).any())
         row = shift + first * per_leaf if is_leaf else None
         if moves:
-            site.move(read_places(site.places).to(site.compute) + option)
+            block.move(read_views(block.views).to(block.compute) + option)
         tree.advance(first, children)
         if moves:
-            _tell(evaluate, row)
+            _accept(evaluate, row)
             loss = float(losses[row]) if is_leaf and math.isfinite(losses[row]) else None
         return loss
 
     def _own_state(self) -> dict:
-        return {**super()._own_state(), "sites": [site.state() for site in self.sites]}
+        return {**super()._own_state(), "blocks": [block.state() for block in self.blocks]}
 
     def _load_own_state(self, state: dict) -> None:
-        if len(state["sites"]) != len(self.sites):
+        saved_blocks = state["blocks"] if "blocks" in state else state["sites"]  # checkpoints of earlier versions
+        if len(saved_blocks) != len(self.blocks):
             raise ValueError(
-                f"the state is of {len(state['sites'])} searched sites, this optimizer has {len(self.sites)}; it is "
+                f"the state is of {len(saved_blocks)} searched blocks, this optimizer has {len(self.blocks)}; it is "
                 "of another model or another search"
             )
         super()._load_own_state(state)
-        for site, group in zip(self.sites, self._groups_of_sites(), strict=True):
-            site.group = group
-        for site, saved in zip(self.sites, state["sites"], strict=True):
-            site.load(saved)
+        for block, group in zip(self.blocks, self._groups_of_blocks(), strict=True):
+            block.group = group
+        for block, saved in zip(self.blocks, saved_blocks, strict=True):
+            block.load(saved)
 
-    def _groups_of_sites(self) -> list[dict]:
+    def _groups_of_blocks(self) -> list[dict]:
         # torch replaces the group dictionaries when it loads a state
         return [group for group in self.param_groups for _ in (range(1) if group["pool"] else group["params"])]
 
 
-class Looped:
+class Sequential:
     """Candidates one after the other: written, evaluated by `closure`, put back bit for bit."""
 
     def __init__(self, closure: Closure):
         self.closure = closure
 
-    def __call__(self, places: list[Place], candidates: Candidates, rows: range) -> torch.Tensor:
-        saved = read_places(places)
+    def __call__(self, views: list[IndexView], candidates: Candidates, rows: range) -> torch.Tensor:
+        saved = read_views(views)
         losses = []
         try:
             for row in rows:
-                write_places(places, candidates.row(row))
+                write_views(views, candidates.row(row))
                 losses.append(float(self.closure()))
         finally:
-            write_places(places, saved)
+            write_views(views, saved)
         return torch.tensor(losses, dtype=torch.float64)
 
 
-def _tell(evaluate: Evaluate, row: int | None) -> None:
+def _accept(evaluate: Evaluate, row: int | None) -> None:
     if hasattr(evaluate, "moved"):
         evaluate.moved(row)

@@ -1,0 +1,130 @@
+"""The objective of one step by forward passes of the whole model."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from hf_ft_ext.gradientless.scoring.objectives import Objective
+
+Batch = Mapping[str, torch.Tensor]
+_LABELS, _IGNORED = ("labels", "shift_labels"), -100
+
+
+@dataclass
+class FullObjective:
+    """The objective of a step's micro-batches.
+
+    Attributes:
+        value: at the present weights, one number as a tensor.
+        repeated: `repeated(n)` -> values `[n]`, float, of the batch repeated `n` times along the first dimension of
+            all inputs, repetition by repetition, in one forward pass a micro-batch; `None` where that cannot be.
+    """
+
+    value: Callable[[], torch.Tensor]
+    repeated: Callable[[int], torch.Tensor] | None = None
+
+
+def rows_of(batch: Batch) -> int:
+    """Rows of a collated batch."""
+    return len(next(iter(batch.values())))
+
+
+def weight_of(batch: Batch, shifted: bool) -> float:
+    """What the mean loss of a batch counts in the mean over several: its label tokens, or its rows.
+
+    Args:
+        shifted: the model predicts each token from those before it, so the first label of a row is not used.
+    """
+    labels = batch.get("shift_labels")
+    shifted = shifted and labels is None
+    labels = batch.get("labels") if labels is None else labels
+    if not isinstance(labels, torch.Tensor) or labels.ndim < 2 or labels.is_floating_point():
+        return float(rows_of(batch))
+    return float((labels[..., 1:] if shifted else labels).ne(_IGNORED).sum())
+
+
+def objective_of_logits(model: nn.Module, objective: Objective, batches: Sequence[Batch]) -> FullObjective:
+    """`objective` of the logits of all micro-batches together, padded to the longest where rows are sequences.
+
+    Padded labels are -100, padded logits 0.
+    """
+    labels = _joined([batch["labels"] for batch in batches], 0)
+    inputs = [{key: value for key, value in batch.items() if key not in _LABELS} for batch in batches]
+
+    def value() -> torch.Tensor:
+        return torch.as_tensor(objective(_joined([model(**batch).logits for batch in inputs], 0), labels))
+
+    def repeated(n: int) -> torch.Tensor:
+        parts = [model(**repeat(batch, n)).logits for batch in inputs]
+        logits = _joined([part.view(n, -1, *part.shape[1:]) for part in parts], 1)
+        return torch.stack([torch.as_tensor(objective(one, labels)) for one in logits])
+
+    return FullObjective(value, repeated)
+
+
+def model_loss(
+    compute: Callable[[Batch], torch.Tensor],
+    batches: Sequence[Batch],
+    shifted: bool,
+    losses_of: Callable[[Mapping[str, Any], torch.Tensor, int], torch.Tensor] | None = None,
+) -> FullObjective:
+    """Mean of the micro-batches' own losses, by label tokens (by rows where a row has one label).
+
+    Args:
+        compute: a batch's own mean loss.
+        shifted: see `weight_of`.
+        losses_of: `losses_of(inputs, labels, n)` -> losses `[n]` of repeated inputs; `None` = not known.
+    """
+    weights = [weight_of(batch, shifted) for batch in batches]
+    counted = [(batch, weight) for batch, weight in zip(batches, weights, strict=True) if weight]
+
+    def mean(loss_of: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
+        if not counted:  # no label token: nothing to learn, and nothing that counts among other processes
+            return torch.zeros(())
+        return sum(loss_of(batch) * weight for batch, weight in counted) / sum(weights)
+
+    def repeated(n: int) -> torch.Tensor:
+        def losses(batch: Batch) -> torch.Tensor:
+            inputs = {key: value for key, value in batch.items() if key not in _LABELS}
+            return losses_of(repeat(inputs, n), batch["labels"], n)
+
+        return mean(losses)
+
+    return FullObjective(lambda: mean(compute), None if losses_of is None else repeated)
+
+
+def repeat(batch: Batch, n: int) -> dict[str, Any]:
+    """The batch `n` times over, repetition by repetition; what has no rows stays."""
+    rows, result = rows_of(batch), {}
+    for key, value in batch.items():
+        by_rows = isinstance(value, torch.Tensor) and value.ndim and len(value) == rows
+        result[key] = value.repeat(n, *[1] * (value.ndim - 1)) if by_rows else value
+    return result
+
+
+def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """The parts along `dim`; where they are of unequal length in the dimension behind, padded at the end."""
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].ndim > dim + 1 and len({part.shape[dim + 1] for part in parts}) > 1:
+        longest, trailing = max(part.shape[dim + 1] for part in parts), parts[0].ndim - dim - 2
+        value = 0 if parts[0].is_floating_point() else _IGNORED
+        parts = [functional.pad(p, [0, 0] * trailing + [0, longest - p.shape[dim + 1]], value=value) for p in parts]
+    return torch.cat(parts, dim)
+
+
+def with_same_masks(evaluate: Callable[[], torch.Tensor], seed: int) -> Callable[[], torch.Tensor]:
+    """`evaluate`, with dropout drawing from `seed` every time; the global random state is put back."""
+
+    def evaluate_so() -> torch.Tensor:
+        with torch.random.fork_rng():
+            torch.random.default_generator.manual_seed(seed)
+            if torch.cuda.is_available():
+                torch.cuda.manual_seed_all(seed)
+            return evaluate()
+
+    return evaluate_so

@@ -1,0 +1,168 @@
+"""A search as its trajectory: slopes and rates of each step; the directions come from one seed.
+
+Some 5 bytes a step: 20,000 steps of one direction are below 0.1 MB, for a model of any size.
+"""
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.gradientless.optimizers.spsa import SPSA, sample_sum
+
+FILE = "trajectory.safetensors"
+_FORMAT = "hf_ft_ext trajectory 1"
+
+
+def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) -> Path:
+    """Write all steps that `optimizer` has taken.
+
+    Args:
+        optimizer: a search, from its first step on (resumed or not).
+        model: the model that it searched; the file names the searched parameters.
+        path: a file, or a folder that gets `trajectory.safetensors`.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: a parameter that `model` has not; masks, which no seed makes.
+    """
+    if optimizer.directions.masks is not None:
+        raise InputError("masks that were passed are in no trajectory; save the model, or take small=...")
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = []
+    for group in optimizer.param_groups:
+        if any(id(parameter) not in names for parameter in group["params"]):
+            raise InputError(
+                "the search changes parameters that the model does not have; pass the model it was made for"
+            )
+        groups.append([names[id(parameter)] for parameter in group["params"]])
+    rule = optimizer.rule
+    about = {
+        "groups": groups,
+        "types": [str(parameter.dtype).removeprefix("torch.") for parameter in optimizer.searched],
+        "device": optimizer.searched[0].device.type,
+        "weight_decay": [float(group["weight_decay"]) for group in optimizer.param_groups],
+        "directions": optimizer.directions.settings(),
+        "num_directions": optimizer.num_directions,
+        "update": optimizer.update,
+        "momentum": rule.momentum,
+        "betas": list(rule.betas),
+        "adam_eps": rule.adam_eps,
+        "moments": rule.moments,
+        "carry": optimizer.rounding.carry,
+        "unseen": sorted(optimizer.use.unseen),
+        "late": optimizer.late,
+        "seed": optimizer.first_seed,
+        "start": optimizer.start,
+    }
+    kind = numpy.float64 if optimizer.double else numpy.float32
+    slopes = numpy.array([slopes for slopes, _ in optimizer.record], dtype=kind)
+    rates = numpy.array([rates for _, rates in optimizer.record], dtype=kind)
+    tensors = {
+        "slopes": torch.from_numpy(slopes.reshape(len(slopes), optimizer.num_directions)),
+        "rates": _packed(rates.reshape(len(rates), len(groups))),
+        "about": torch.frombuffer(bytearray(zlib.compress(json.dumps(about).encode(), 9)), dtype=torch.uint8),
+    }
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={"format": _FORMAT})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+@torch.no_grad()
+def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Take the steps of a trajectory again on the model that it started from, without data and without a loss.
+
+    The weights end bit for bit where the search's did, on the same kind of device with the same version of torch.
+
+    Args:
+        base: the model as it was before the search, its head included; changed in place.
+        path: the file of `save_trajectory`, or its folder.
+
+    Returns:
+        `base`.
+
+    Raises:
+        InputError: the file is no trajectory, or it is of other parameters or of other types.
+    """
+    about, slopes, rates = _read(path)
+    named = dict(base.named_parameters())
+    missing = [name for group in about["groups"] for name in group if name not in named]
+    if missing:
+        raise InputError(
+            f"the trajectory moves {missing[0]}, and {type(base).__name__} has no such parameter; pass the model that "
+            "the search started from"
+        )
+    groups = [
+        {"params": [named[name] for name in names], "weight_decay": decay}
+        for names, decay in zip(about["groups"], about["weight_decay"], strict=True)
+    ]
+    types = [str(parameter.dtype).removeprefix("torch.") for group in groups for parameter in group["params"]]
+    if types != about["types"]:
+        raise InputError(
+            f"the trajectory is of {about['types'][0]} weights, and these are {types[0]}; load the model with "
+            f"dtype={about['types'][0]}"
+        )
+    if sample_sum(parameter for group in groups for parameter in group["params"]) != about["start"]:
+        raise InputError(
+            "these are not the weights that the search started from; pass the same base model, with its head made "
+            "from the same seed"
+        )
+    directions = dict(about["directions"])
+    optimizer = SPSA(
+        groups, base, direction=directions.pop("kind"), num_directions=about["num_directions"],
+        update=about["update"], momentum=about["momentum"], betas=tuple(about["betas"]), adam_eps=about["adam_eps"],
+        moments=about["moments"] if about["update"] in ("momentum", "adam") else None, carry=about["carry"],
+        seed=about["seed"], max_evaluations=2**62, **directions,
+    )  # fmt: skip
+    optimizer.repeat(list(zip(slopes.tolist(), rates.tolist(), strict=True)), about["unseen"], about["late"])
+    return base
+
+
+def _read(path: str | os.PathLike) -> tuple[dict[str, Any], torch.Tensor, numpy.ndarray]:
+    path = Path(path)
+    path = path / FILE if path.is_dir() else path
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("format") != _FORMAT:
+                raise InputError(f"{path} is no trajectory of a search; pass a file that save_trajectory wrote")
+            tensors = {name: file.get_tensor(name) for name in ("slopes", "rates", "about")}
+        about = json.loads(zlib.decompress(tensors["about"].numpy().tobytes()))
+        shape = (len(tensors["slopes"]), len(about["groups"]))
+        rates = _unpacked(tensors["rates"], shape, tensors["slopes"].numpy().dtype)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; pass the file or folder of a trajectory") from None
+    except (SafetensorError, zlib.error, KeyError, ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read as a trajectory: {error}") from None
+    return about, tensors["slopes"], rates
+
+
+def _packed(rates: numpy.ndarray) -> torch.Tensor:
+    """Rates as compressed differences of their bits: a schedule's change little from step to step."""
+    bits = rates.view(numpy.int64 if rates.dtype == numpy.float64 else numpy.int32)
+    differences = numpy.diff(bits, axis=0, prepend=numpy.zeros((1, bits.shape[1]), bits.dtype))
+    # Bytes of like significance side by side compress better.
+    planes = differences.T.copy().view(numpy.uint8).reshape(-1, bits.itemsize).T.copy()
+    return torch.frombuffer(bytearray(zlib.compress(planes.tobytes(), 9)), dtype=torch.uint8)
+
+
+def _unpacked(packed: torch.Tensor, shape: tuple[int, int], dtype: numpy.dtype) -> numpy.ndarray:
+    kind = numpy.dtype(numpy.int64 if dtype == numpy.float64 else numpy.int32)
+    planes = numpy.frombuffer(zlib.decompress(packed.numpy().tobytes()), numpy.uint8).reshape(kind.itemsize, -1)
+    differences = planes.T.copy().view(kind).reshape(shape[1], shape[0]).T
+    return numpy.cumsum(differences, axis=0, dtype=kind).view(dtype)

@@ -1,0 +1,252 @@
+"""Searches that run the whole model: language models, token objectives, masks, trl's trainer, 16-bit weights."""
+
+import pytest
+import torch
+from heads import FAMILIES, OPTIONS, changed, family, make, weights
+from peft import PeftModel
+from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from torch import nn
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorForLanguageModeling,
+)
+
+from hf_ft_ext import SPSA, GradientlessTrainer, GradientlessTrainingArguments, InputError, apply_trajectory
+from hf_ft_ext.gradientless.scoring.full_models import weight_of
+from hf_ft_ext.training.sharing import FinishedRun
+
+SPSA_ALL = {"search_method": "spsa", "search_target": "all", "learning_rate": 1e-2, "search_eps": 1e-2}
+
+
+def language_model(kind="llama", seed=0):
+    shared = {"vocab_size": len(tiny_tokenizer()), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = AutoConfig.for_model(kind, max_position_embeddings=64, **shared, **FAMILIES[kind])
+        return AutoModelForCausalLM.from_config(config).double()
+
+
+def trainer_of(folder, model, dataset, collator, kind=GradientlessTrainer, **options):
+    args = GradientlessTrainingArguments(str(folder), **{**OPTIONS, **SPSA_ALL, "max_steps": 3, **options})
+    return kind(model, args, train_dataset=dataset, data_collator=collator, processing_class=tiny_tokenizer())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("candidates", [1, 2])
+def test_accumulation_over_rows_of_unequal_length_equals_one_batch(tmp_path, kind, candidates):
+    dataset = tiny_dataset(8, length=12).remove_columns("labels")
+    ends = []
+    for size, accumulation in ((8, 1), (2, 4), (1, 8)):
+        trainer = trainer_of(
+            tmp_path, language_model(kind), dataset, DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False),
+            per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, logging_steps=1,
+            search_candidates_per_forward=candidates,
+        )  # fmt: skip
+        before = weights(trainer)
+        trainer.train()
+        assert changed(trainer, before) and trainer.optimizer.optimizer.batches == (candidates > 1)
+        ends.append((weights(trainer), [log["loss"] for log in trainer.state.log_history if "loss" in log]))
+    for other, losses in ends[1:]:
+        assert losses == pytest.approx(ends[0][1], rel=1e-6)
+        for name, value in ends[0][0].items():
+            # losses are float32 numbers, so slopes differ by some 1e-5; weighting by rows made a difference of 0.03
+            torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_counts_by_its_label_tokens():
+    labels = torch.tensor([[5, 6, 7, -100], [8, -100, -100, -100]])
+    batch = {"input_ids": labels, "labels": labels}
+    assert weight_of(batch, shifted=True) == 2 and weight_of(batch, shifted=False) == 4
+    assert weight_of({**batch, "shift_labels": labels}, shifted=True) == 4
+    assert weight_of({"input_ids": labels, "labels": torch.tensor([0, 1])}, True) == 2
+    assert weight_of({"input_ids": labels, "labels": torch.rand(2, 5)}, False) == 2
+
+
+def test_a_users_objective_of_tokens_takes_micro_batches_of_unequal_length(tmp_path):
+    seen = []
+
+    def loss(logits, labels):
+        seen.append((tuple(logits.shape), tuple(labels.shape), int(labels.ne(-100).sum())))
+        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+    config = family("bert").config
+    config.num_labels = 3
+    ends = []
+    for size, accumulation in ((4, 1), (1, 4)):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForTokenClassification.from_config(config).double()
+        rows = [{"input_ids": list(range(5, 5 + k)), "labels": [i % 3 for i in range(k)]} for k in (4, 7, 5, 9)]
+
+        def collate(batch):
+            longest = max(len(row["input_ids"]) for row in batch)
+            pad = {"input_ids": 0, "labels": -100}
+            result = {k: torch.tensor([r[k] + [pad[k]] * (longest - len(r[k])) for r in batch]) for k in pad}
+            return {**result, "attention_mask": (result["input_ids"] > 0).long()}
+
+        batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 2}
+        args = GradientlessTrainingArguments(str(tmp_path), **{**OPTIONS, **SPSA_ALL, **batches})
+        trainer = GradientlessTrainer(model, args, train_dataset=rows, data_collator=collate, objective=loss)
+        trainer.train()
+        ends.append(weights(trainer))
+    assert {shape for shape, *_ in seen} == {(4, 9, 3)} and {count for *_, count in seen} == {25}
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-6, atol=1e-8)
+
+
+def test_masks_say_which_entries_move(tmp_path):
+    name = "bert.encoder.layer.0.output.dense.weight"
+    mask = torch.zeros(32, 48, dtype=torch.bool)
+    mask[3, ::2] = True
+    options = {**SPSA_ALL, "search_target": r"layer\.0\.output\.dense", "feature_cache_gb": 0.0}
+    trainer = make(tmp_path, **options)
+    masked = GradientlessTrainer(
+        tiny_model(),
+        trainer.args,
+        train_dataset=tiny_dataset(16),
+        processing_class=tiny_tokenizer(),
+        masks={name: mask},
+    )
+    before = weights(masked)
+    masked.train()
+    moved = weights(masked)[name] != before[name]
+    assert torch.equal(moved, mask)
+    assert changed(masked, before) == {name, name.replace("weight", "bias")}
+    with pytest.raises(InputError, match="masks: nothing is not searched; leave it out, or change search_target"):
+        GradientlessTrainer(tiny_model(), trainer.args, masks={"nothing": mask}).create_optimizer()
+    with pytest.raises(InputError, match="masks are for search_method=spsa, not gld"):
+        GradientlessTrainer(tiny_model(), make(tmp_path).args, masks={name: mask})
+
+
+def test_a_frozen_base_learns_an_adapter_in_the_shape_of_lora(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    options = {**SPSA_ALL, "search_peft": "lora", "search_target": "lora_B|modules_to_save", "learning_rate": 0.05}
+    trainer = make(tmp_path / "out", base, search_candidates_per_forward=2, max_steps=5, **options)
+    before = weights(trainer)
+    trainer.train()
+    moved = changed(trainer, before)
+    assert trainer.optimizer.optimizer.batches  # both signs in one forward pass
+    assert moved and all("lora_B" in name or "modules_to_save" in name for name in moved)
+    trainer.save_model()
+    fresh = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "out").eval()
+    batch = {"input_ids": torch.arange(5, 25).view(2, 10)}
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, trainer.model.eval()(**batch).logits)
+
+
+def test_a_resumed_run_leaves_the_trajectory_of_the_whole_run(tmp_path):
+    options = {**SPSA_ALL, "search_trajectory": True, "search_direction": "lozo", "search_renew": 3, "max_steps": 6}
+    saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear"}
+    make(tmp_path / "a", **options, **saving).train()
+    resumed = make(tmp_path / "b", tiny_model(seed=3), **options, **saving)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4"))
+    resumed.save_model()
+    again = apply_trajectory(tiny_model(), tmp_path / "b")
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    record = {"labels": ["no", "yes"], "arguments": {"seed": 7}}
+    code = GradientlessTrainer.delta_code(FinishedRun(tmp_path / "b", record, "me/run", "you/base"))
+    assert "set_seed(7)" in code and "apply_trajectory(base, snapshot_download('me/run'" in code
+    assert GradientlessTrainer.delta_code(FinishedRun(tmp_path, record, "me/run", "you/base")) is None
+    fitted = {**record, "arguments": {"from_linearhead": True}}
+    assert GradientlessTrainer.delta_code(FinishedRun(tmp_path / "b", fitted, "me/run", "you/base")) is None
+
+
+def test_trls_metrics_keep_their_names(tmp_path):
+    trl = pytest.importorskip("trl")
+
+    class Search(GradientlessTrainer, trl.SFTTrainer):
+        pass
+
+    model = language_model().float()
+    model.config.attention_dropout = 0.5
+    dropped = []
+    model.model.layers[0].mlp.register_forward_hook(lambda module, *_: dropped.append(module.training))
+    args = trl.SFTConfig(
+        str(tmp_path), max_steps=2, logging_steps=1, use_cpu=True, report_to="none", save_strategy="no", bf16=False,
+        disable_tqdm=True, per_device_train_batch_size=2, activation_checkpointing=False,
+    )  # fmt: skip
+    args = GradientlessTrainingArguments.complete(args, search_method="spsa", search_target="all")
+    rows = tiny_dataset(8).remove_columns("labels")
+    trainer = Search(model, args, train_dataset=rows, processing_class=tiny_tokenizer())
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2 and "mean_token_accuracy" in logs[0] and not any(k.startswith("eval_") for k in logs[0])
+    assert dropped and not any(dropped)
+
+
+@pytest.mark.parametrize("packed", ["buffer", "integers", "float8"])
+def test_quantized_weights_are_not_left_out_silently(tmp_path, packed):
+    model = tiny_model()
+    dense = model.bert.encoder.layer[0].output.dense
+    if packed == "buffer":
+        del dense.weight
+        dense.register_buffer("qweight", torch.zeros(32, 6, dtype=torch.int32))
+        model.is_quantized = True
+        model._hf_peft_config_loaded = True
+    elif packed == "integers":
+        dense.weight = nn.Parameter(torch.zeros(32, 48, dtype=torch.int8), requires_grad=False)
+    else:
+        dense.weight = nn.Parameter(dense.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(
+        InputError, match=r"search_target='all' takes in .*layer\.0\.output\.dense\.q?weight, which is"
+    ):
+        make(tmp_path, model, search_method="spsa", search_target="all")
+
+
+# --- 16-bit weights ----------------------------------------------------------------------------------------------
+
+
+class Fixed(nn.Module):
+    """Its loss has the same slope along every direction, whatever the weights are: a walk of known length."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.matrix = nn.Parameter((0.02 * torch.randn(64, 64, generator=generator)).to(dtype))
+        self.vector = nn.Parameter((1 + 0.02 * torch.randn(64, generator=generator)).to(dtype))
+        self.toward = torch.randn(64, 64, generator=generator)
+
+    def forward(self):
+        return (self.matrix.float() * self.toward).sum() + (self.vector.float() * self.toward[0]).sum()
+
+
+@pytest.mark.parametrize("carry", [False, True])
+def test_at_a_small_rate_16_bit_weights_move_as_float32_does(carry):
+    ends = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Fixed(dtype)
+        start = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+        optimizer = SPSA(model.parameters(), model, lr=1e-7, eps=0.1, carry=carry)
+        for _ in range(200):
+            optimizer.step(model)
+        exact = {name: p.detach().float() - start[name] for name, p in model.named_parameters()}
+        for i, (name, p) in enumerate(model.named_parameters()):
+            if i in optimizer.rounding.kept:
+                exact[name] += optimizer.rounding.kept[i].view(p.shape).float()
+        ends[dtype] = exact
+    for name, kept in (("matrix", carry), ("vector", True)):
+        wanted, got = ends[torch.float32][name], ends[torch.bfloat16][name]
+        error = float((got - wanted).norm() / wanted.norm())
+        # With what rounding leaves out the walk is float32's; without, noise of rounding is many times as long.
+        assert error < 0.2 if kept else error > 2, (name, error)
+        # In the mean it is right either way: along the way of float32 they went as far.
+        assert float((got * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.2 if kept else 0.9)
+
+
+def test_the_update_of_a_large_16_bit_tensor_needs_one_chunk(monkeypatch):
+    from hf_ft_ext.gradientless.optimizers import updates
+
+    model = nn.Embedding(3000, 1024).to(torch.bfloat16)
+    largest = []
+    original = updates.rounded_at_random
+    monkeypatch.setattr(updates, "rounded_at_random", lambda x, *a: largest.append(x.numel()) or original(x, *a))
+    optimizer = SPSA(model.parameters(), model, lr=1.0, eps=0.1)
+    optimizer.step(lambda: model(torch.arange(8)).float().sum())
+    assert len(largest) == 3 and max(largest) <= 2**20

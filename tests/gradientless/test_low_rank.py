@@ -1,0 +1,193 @@
+"""Low-rank directions on layer outputs, several candidates in one forward pass, and trajectories."""
+
+import copy
+
+import pytest
+import torch
+from heads import FAMILIES, family, padded_batch
+from tiny import CONFIGS
+from torch import nn
+
+from hf_ft_ext import SPSA, InputError, apply_trajectory, save_trajectory
+from hf_ft_ext.gradientless.optimizers.directions import Draw
+from hf_ft_ext.gradientless.optimizers.perturb import CannotBatch, PerturbedForward
+from hf_ft_ext.gradientless.scoring.full_models import objective_of_logits, repeat
+from hf_ft_ext.gradientless.scoring.objectives import make_objective
+
+KINDS = ("lozo", "subzero", "rademacher-outer", "gaussian")
+LABELS = torch.tensor([0, 1, 1, 0, 1, 0])
+
+
+def search(model, kind="lozo", **settings):
+    rank = {"rank": 2} if kind in ("lozo", "subzero") else {}
+    return SPSA(model.parameters(), model, direction=kind, **rank, **settings)
+
+
+def moved_copy(model, optimizer, combination):
+    """A copy of the model with the combination added to its weights, each direction written out."""
+    result = copy.deepcopy(model)
+    with torch.no_grad():
+        for i, p in enumerate(result.parameters()):
+            for draw, factor in combination:
+                if optimizer.directions.has_factors(p.shape):
+                    left, right = optimizer.directions.factors(p.shape, i, draw, p.dtype, p.device)
+                    p.add_(left @ right.T, alpha=factor)
+                else:
+                    z = optimizer.directions.dense(p.view(-1).clone(), i, draw, slice(0, p.numel()))
+                    p.add_(z.view(p.shape), alpha=factor)
+    return result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_type", [*CONFIGS, *FAMILIES])
+def test_candidates_of_one_forward_pass_are_models_of_their_own(model_type, kind):
+    model, batch = family(model_type).double(), padded_batch()
+    optimizer = search(model, kind)
+    if model_type == "deberta-v2":  # its encoder reads an embedding that is never called
+        optimizer.step(lambda: model(**batch, labels=LABELS).loss)
+        assert optimizer.late and not optimizer.use.unseen
+    combinations = [[(Draw(1, 9), 0.05)], [], [(Draw(1, 9), -0.05)], [(Draw(2, 9), 0.05), (Draw(3, 9), 0.02)]]
+    with torch.no_grad():
+        expected = [moved_copy(model, optimizer, c)(**batch).logits for c in combinations]
+        for combination, logits in zip(combinations, expected, strict=True):
+            with optimizer.use(combination):
+                torch.testing.assert_close(model(**batch).logits, logits, rtol=1e-9, atol=1e-11)
+        with optimizer.use(*combinations):
+            try:
+                at_once = model(**repeat(batch, 4)).logits.view(4, len(LABELS), -1)
+            except CannotBatch:
+                assert model_type == "deberta-v2"  # relative positions are no rows
+                return
+    torch.testing.assert_close(at_once, torch.stack(expected), rtol=1e-9, atol=1e-11)
+    assert (expected[0] - expected[1]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("at_once", [2, 3, 6])
+def test_one_forward_pass_and_one_after_the_other_take_the_same_steps(kind, at_once):
+    ends = []
+    for candidates in (1, at_once):
+        model = family("bert").double()
+        batches = [{**padded_batch(), "labels": LABELS}, {**padded_batch(6, 1), "labels": LABELS}]
+        full = objective_of_logits(model, make_objective("loss", None, 2), batches)
+        optimizer = search(model, kind, num_directions=3, lr=1e-2, candidates_per_forward=candidates)
+        for _ in range(4):
+            optimizer.step(lambda full=full: float(full.value()), full)
+        assert optimizer.batches == (candidates > 1) and optimizer.evaluations == 24
+        ends.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+def test_a_model_that_mixes_rows_is_evaluated_one_by_one(caplog):
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.layer(x - x.mean(0))
+
+    caplog.set_level("INFO", logger="hf_ft_ext")
+    model = Centred().double()
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+
+    class Twice:
+        def repeated(self, n):
+            rows = x.repeat(n, 1) * torch.arange(1, 1 + n * len(x))[:, None]
+            return torch.stack([part.square().sum() for part in model(rows).chunk(n)])
+
+    optimizer = search(model, candidates_per_forward=2, eps=0.1)
+    optimizer.step(lambda: model(x).square().sum(), Twice())
+    assert not optimizer.batches and "candidates are evaluated one by one: losses of the repeated" in caplog.text
+
+
+def test_low_rank_directions_copy_no_matrix(monkeypatch):
+    copied = []
+    original = PerturbedForward.perturbed
+    monkeypatch.setattr(
+        PerturbedForward, "perturbed", lambda self, p, i: copied.append(tuple(p.shape)) or original(self, p, i)
+    )
+    model = family("llama")
+    optimizer = search(model, eps=0.1)
+    optimizer.step(lambda: model(**padded_batch(), labels=LABELS).loss)
+    assert copied and all(len(shape) == 1 for shape in copied) and not optimizer.use.unseen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_search_learns(dtype):
+    model = family("bert").to(dtype)
+    batch = {**padded_batch(), "labels": torch.ones(6, dtype=torch.long)}
+    optimizer = search(model, "lozo", lr=1e-2, eps=1e-2, num_directions=4)
+    first = float(model(**batch).loss.detach())
+    for _ in range(40):
+        optimizer.step(lambda: model(**batch).loss)
+    assert float(model(**batch).loss.detach()) < first - 0.03
+
+
+# --- trajectories -----------------------------------------------------------------------------------------------
+
+SEARCHES = {
+    "mezo": {}, "momentum": {"update": "momentum"}, "adam": {"update": "adam", "weight_decay": 0.1},
+    "lozo-m": {"direction": "lozo", "rank": 2, "renew": 3, "update": "momentum"},
+    "subzero": {"direction": "subzero", "rank": 2, "renew": 4},
+    "fzoo": {"direction": "rademacher", "estimate": "one-sided"},
+    "es": {"estimate": "population"}, "sparse": {"small": 0.5}, "rms": {"update": "rms"},
+    "conservative": {"update": "conservative"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_trajectory_ends_bit_for_bit_where_the_search_did(tmp_path, name, dtype):
+    model, base = family("roberta").to(dtype), family("roberta").to(dtype)
+    groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
+              {"params": [p for p in model.parameters() if p.ndim < 2], "lr": 3e-3}]  # fmt: skip
+    optimizer = SPSA(groups, model, lr=1e-3, eps=1e-2, seed=4, num_directions=2, **SEARCHES[name])
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=8)
+    batch = {**padded_batch(), "labels": LABELS}
+    for _ in range(8):
+        optimizer.step(lambda: model(**batch).loss)
+        schedule.step()
+    file = save_trajectory(optimizer, model, tmp_path)
+    assert apply_trajectory(base, file) is base
+    moved = 0
+    for (key, value), (_, expected) in zip(base.state_dict().items(), model.state_dict().items(), strict=True):
+        assert torch.equal(value, expected), key
+        moved += int(not torch.equal(expected, family("roberta").to(dtype).state_dict()[key])) if moved < 3 else 0
+    assert moved == 3 or (name == "conservative" and dtype == torch.bfloat16)  # all moves are below rounding there
+
+
+def test_twenty_thousand_steps_are_below_a_tenth_of_a_megabyte(tmp_path):
+    model = family("bert")
+    optimizer = SPSA(model.parameters(), model)
+    generator = torch.Generator().manual_seed(0)
+    for t in range(20_000):
+        slope = torch.randn((), generator=generator).item()
+        optimizer.record.append(([slope], [1e-6 * (1 - t / 20_000)]))
+    assert save_trajectory(optimizer, model, tmp_path / "file.safetensors").stat().st_size < 100_000
+
+
+def test_what_no_trajectory_fits_is_refused(tmp_path):
+    model = family("bert")
+    optimizer = SPSA(model.parameters(), model)
+    optimizer.step(lambda: model(**padded_batch(), labels=LABELS).loss)
+    save_trajectory(optimizer, model, tmp_path)
+    with pytest.raises(InputError, match=r"the trajectory moves bert\..*, and Distil.* has no such parameter"):
+        apply_trajectory(family("distilbert"), tmp_path)
+    with pytest.raises(
+        InputError, match="the trajectory is of float32 weights, and these are float64; load the model"
+    ):
+        apply_trajectory(family("bert").double(), tmp_path)
+    with pytest.raises(InputError, match="these are not the weights that the search started from"):
+        apply_trajectory(family("bert", seed=1), tmp_path)
+    with pytest.raises(InputError, match="does not exist; pass the file or folder of a trajectory"):
+        apply_trajectory(model, tmp_path / "nothing")
+    (tmp_path / "broken").write_bytes(b"x" * 40)
+    with pytest.raises(InputError, match="cannot be read as a trajectory"):
+        apply_trajectory(model, tmp_path / "broken")
+    with pytest.raises(InputError, match="the search changes parameters that the model does not have"):
+        save_trajectory(optimizer, family("bert"), tmp_path)
+    masks = [torch.ones_like(p, dtype=torch.bool) for p in model.parameters()]
+    with pytest.raises(InputError, match="masks that were passed are in no trajectory"):
+        save_trajectory(SPSA(model.parameters(), model, masks=masks), model, tmp_path)
