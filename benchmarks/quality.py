@@ -1,4 +1,4 @@
-"""Quality of several methods on one task, learning rates tuned equally: runs `run_glue.py`, reads `run.json`.
+"""Quality of several methods on one or more tasks, learning rates tuned equally: runs `run_glue.py`, reads `run.json`.
 
     python benchmarks/quality.py --output_dir runs/quality-cola --task_name cola \
         --rates full=1e-4,3e-4,1e-3 lora=1e-3,3e-3,1e-2 sparse=1e-4,3e-4,1e-3 \
@@ -6,172 +6,317 @@
     python benchmarks/quality.py benchmarks/studies/sparse.yaml --output_dir runs/quality-sst2 --task_name sst2 \
         --seeds 1 2 3 -- --dataset_name path/to/glue --max_train_samples 4000
 
-A study file is a mapping from the name of a variant to its arguments (`method` and what that method takes), with
-a list of learning rates as `learning_rate`; arguments under `all` go to every variant, unless it sets them to null.
-For each variant every learning rate (unless there is one only) is tried for `--tune_epochs` with the first seed; the
-best one by the task's primary metric on the validation set (ties: by its loss) is then run for `--epochs` with every
-seed. A variant with `max_steps` takes as many in both; one without a learning rate has nothing to try. Each run is a
-process of its own; runs that are there already (with the same command) are not repeated, so an interrupted study
-continues, and several processes can share one with `--only`. What follows `--` goes to `run_glue.py` as it is. The
-table goes to standard output and to `table.md` in the output folder.
+A study file is a mapping from the name of a variant to its arguments (`method` and what that method takes), with a list
+of learning rates as `learning_rate`; arguments under `all` go to every variant, unless it sets them to null, and those
+under `tasks` to the runs of that task.
+For each variant every learning rate (unless there is one only) is tried for `--tune_epochs` (or `--tune_steps`) with the
+first seed; the best one by the task's primary metric on the validation set (ties: by its loss) is then run for `--epochs`
+with every seed. A variant with `max_steps` takes as many in both; one without a learning rate has nothing to try.
 
     python benchmarks/quality.py benchmarks/studies/kernel.yaml --few_shot --output_dir runs/few --task_name sst2 \
         --seeds 13 21 42 87 100 -- --dataset_name path/to/glue --num_k 16 --few_shot_split k-shot-1k-test
 
 With `--few_shot` a seed draws the data too, every learning rate is run in full with every seed, the run that is best
-on the dev split counts, and what counts of it is the test score. Weights are deleted once a run is recorded.
+on the dev split counts, and what counts of it is the test score.
+
+Every variant has one seed before any has two. Each run is a process of its own, `--workers` of them at a time with their
+share of the threads. Runs that are there already (with the same command) are not repeated, so an interrupted study
+continues; a run that fails is named and left out. `table.md` in the output folder and the result file (`--result`, see
+`results.py`) are written after every run: the study can be stopped at any time. Weights are deleted once a run is
+recorded. What follows `--` goes to `run_glue.py` as it is.
 """
 
 import argparse
+import multiprocessing
+import os
 import shlex
+import signal
 import statistics
 import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import results
+import torch
 import yaml
 
-from hf_ft_ext.compare.process import log_of, run_or_find
+from hf_ft_ext.compare.process import Outcome, log_of, run_or_find
 from hf_ft_ext.data.tasks import get_task
 from hf_ft_ext.metrics import primary_key
 
-
-def run(folder: Path, words: list[str]) -> dict:
-    """The run record of `run_glue.py` with `words`, from `folder` if it was run before."""
-    outcome = run_or_find(folder, words)
-    if outcome.record is None:
-        raise SystemExit(f"run_glue.py {shlex.join(words)} failed: {outcome.reason}; see {log_of(folder)}")
-    return outcome.record
+_MIB = 2**20
 
 
-def few_shot_records(args: argparse.Namespace, name: str, rates: list[str | None], words, score: str) -> list[dict]:
-    """For each seed the record of the run that is best on the dev split."""
-    best = []
-    for seed in args.seeds:
-        found = []
-        for rate in rates:
-            folder = args.output_dir / "-".join(filter(None, (name, str(seed), rate)))
-            record = run(folder, [*words(rate, seed, args.epochs, folder), "--do_predict"])
-            for weights in folder.glob("*.safetensors"):
-                weights.unlink()
-            found.append((record["metrics"][score], -record["metrics"]["eval_loss"], len(found), record))
-        best.append(max(found)[-1])
-        test = best[-1]["metrics"][score.replace("eval", "test", 1)]
-        print(f"{name} lr {rates[max(found)[2]]}, seed {seed}: test {test:.4f}", flush=True)
-    return best
+@dataclass
+class Variant:
+    """One method with its settings on one task, and the records of its runs so far.
+
+    Attributes:
+        score: key of the metric that chooses among rates.
+        report: key of the metric of the table.
+        tried: record by rate, of the runs that the rate is chosen by; with `--few_shot` by (rate, seed).
+        records: record by seed.
+        failed: what failed, as the launcher said it.
+    """
+
+    name: str
+    task: str
+    settings: dict
+    rates: list[str | None]
+    folder: Path
+    score: str
+    report: str
+    tried: dict = field(default_factory=dict)
+    records: dict[int, dict] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+    def best(self, seed: int | None = None) -> str | None:
+        """The rate of the best run that was tried; with `seed` among those of that seed."""
+
+        def quality(rate: str | None) -> tuple[float, float]:
+            record = self.tried.get(rate if seed is None else (rate, seed))
+            if record is None:
+                return float("-inf"), 0.0
+            return record["metrics"][self.score], -record["metrics"]["eval_loss"]
+
+        return max(self.rates, key=quality)
 
 
-def study(args: argparse.Namespace, passed_on: list[str]) -> list[dict]:
-    """Tune, then train: one row per variant."""
-    score = f"eval_{primary_key(get_task(args.task_name).metric)}"
-    report = args.report or score
-    rows = []
-    for method, arguments in args.variants.items():
-        settings = {key: value for key, value in arguments.items() if value is not None}
-        settings["task_name"] = args.task_name
-        rates = settings.pop("learning_rate", [None])
-        same_length = "max_steps" in settings or args.tune_epochs == args.epochs
+@dataclass(frozen=True)
+class Job:
+    """A run that is to be there: of which variant, at which rate and seed, and the launcher's words."""
 
-        def words(rate: str, seed: int, epochs: float, folder: Path, settings: dict = settings) -> list[str]:
-            own = {**settings, "seed": seed, "output_dir": folder, "save_strategy": "no", "disable_tqdm": True}
-            if args.data_seeds or args.few_shot:
-                own["data_seed"] = seed
-            if rate is not None:
-                own["learning_rate"] = rate
-                own |= {} if "max_steps" in settings else {"num_train_epochs": epochs}
-            return [word for key, value in own.items() for word in (f"--{key}", str(value))] + [
-                "--overwrite_output_dir",
-                *passed_on,
-            ]
+    variant: Variant
+    rate: str | None
+    seed: int
+    folder: Path
+    words: list[str]
+    tuning: bool = False
 
-        if args.few_shot:
-            records = few_shot_records(args, method, rates, words, score)
-            test = score.replace("eval", "test", 1)
-            rows.append({"method": method, "rate": "by seed", "score": test, "tuned": {}, "records": records})
-            continue
-        tuned, losses, tried = {}, {}, {}
-        for rate in rates if len(rates) > 1 else ():  # nothing to choose from one
-            folder = args.output_dir / f"{method}-tune-{rate}"
-            tried[rate] = run(folder, words(rate, args.seeds[0], args.tune_epochs, folder))
-            metrics = tried[rate]["metrics"]
-            tuned[rate], losses[rate] = metrics[score], metrics["eval_loss"]
-            print(f"{method} lr {rate}, {args.tune_epochs:g} epoch: {score} {tuned[rate]:.4f}", flush=True)
-        best = max(rates, key=lambda rate: (tuned.get(rate, 0), -losses.get(rate, 0)))
-        records = []
+
+def stages(variants: list[Variant], args: argparse.Namespace, passed_on: list[str]) -> Iterator[list[Job]]:
+    """Jobs that can run beside each other, stage by stage: the tries, then seed by seed."""
+
+    def job(variant: Variant, rate: str | None, seed: int, folder: str, length: dict, tuning: bool = False) -> Job:
+        path = variant.folder / folder
+        own = {**variant.settings, "task_name": variant.task, "seed": seed, "output_dir": path}
+        own |= {"save_strategy": "no", "disable_tqdm": True}
+        if args.data_seeds or args.few_shot:
+            own["data_seed"] = seed
+        if rate is not None:
+            own["learning_rate"] = rate
+            own |= {} if "max_steps" in variant.settings else length
+        words = [word for key, value in own.items() for word in (f"--{key}", str(value))]
+        words += ["--overwrite_output_dir", *(["--do_predict"] if args.few_shot else []), *passed_on]
+        return Job(variant, rate, seed, path, words, tuning)
+
+    whole = {"num_train_epochs": args.epochs}
+    tune = {"num_train_epochs": args.tune_epochs} if args.tune_steps is None else {"max_steps": args.tune_steps}
+    if args.few_shot:
         for seed in args.seeds:
-            folder = args.output_dir / f"{method}-{seed}"
-            if same_length and seed == args.seeds[0] and best in tried:
-                records.append(tried[best])  # that very run
+            yield [
+                job(variant, rate, seed, "-".join(filter(None, (variant.name, str(seed), rate))), whole, tuning=True)
+                for variant in variants
+                for rate in variant.rates
+            ]
+        return
+    yield [
+        job(variant, rate, args.seeds[0], f"{variant.name}-tune-{rate}", tune, tuning=True)
+        for variant in variants
+        if len(variant.rates) > 1  # nothing to choose from one
+        for rate in variant.rates
+    ]
+    for seed in args.seeds:
+        jobs = []
+        for variant in variants:
+            best = variant.best()
+            same = "max_steps" in variant.settings or tune == whole
+            if same and seed == args.seeds[0] and best in variant.tried:
+                variant.records[seed] = variant.tried[best]  # that very run
             else:
-                records.append(run(folder, words(best, seed, args.epochs, folder)))
-            print(f"{method} lr {best}, seed {seed}: {report} {records[-1]['metrics'][report]:.4f}", flush=True)
-        rows.append({"method": method, "rate": best, "score": report, "tuned": tuned, "records": records})
-    return rows
+                jobs.append(job(variant, best, seed, f"{variant.name}-{seed}", whole))
+        yield jobs
 
 
-def table(rows: list[dict]) -> str:
-    """Markdown: one line per variant, mean and standard deviation over seeds."""
+def study(variants: list[Variant], args: argparse.Namespace, passed_on: list[str]) -> None:
+    """Run what is missing, and write the tables after every run."""
+    threads = max(args.threads // args.workers, 1)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, context, _begin, (threads,)) as pool:
+        for jobs in stages(variants, args, passed_on):
+            running = {pool.submit(run_or_find, job.folder, job.words): job for job in jobs}
+            for done in as_completed(running):
+                _accept(running[done], done.result(), args)
+                write(variants, args)
+    write(variants, args)
 
-    def spread(values: list[float], digits: int) -> str:
-        if None in values:  # nothing was trained
+
+def _begin(threads: int) -> None:
+    """In a worker: runs take `threads`, and a stopped study stops them (`run_or_find` ends its run)."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+
+
+def _accept(job: Job, outcome: Outcome, args: argparse.Namespace) -> None:
+    """Take the record of a finished run to its variant."""
+    variant, record = job.variant, outcome.record
+    where = f"{variant.task} {job.folder.name}"
+    if record is None:
+        variant.failed.append(f"{where}: {outcome.reason}; see {log_of(job.folder)}")
+        print(f"FAILED {variant.failed[-1]}", flush=True)
+        return
+    for weights in job.folder.rglob("*.safetensors"):
+        weights.unlink()
+    if not job.tuning:
+        variant.records[job.seed] = record
+    elif args.few_shot:
+        variant.tried[job.rate, job.seed] = record
+        if all((rate, job.seed) in variant.tried for rate in variant.rates):
+            variant.records[job.seed] = variant.tried[variant.best(job.seed), job.seed]
+    else:
+        variant.tried[job.rate] = record
+    shown = variant.score if job.tuning and not args.few_shot else variant.report
+    print(f"{where}: {shown} {record['metrics'][shown]:.4f}, {outcome.seconds:.0f} s", flush=True)
+
+
+# --- what is written ----------------------------------------------------------------------------------
+
+
+def write(variants: list[Variant], args: argparse.Namespace) -> None:
+    """`table.md`, and the result file if one is asked for."""
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "table.md").write_text(table(variants))
+    if args.result:
+        results.save(args.result, [row for variant in variants for row in measured(variant)], args.command)
+
+
+def quantities(variant: Variant) -> dict[str, dict[int, float]]:
+    """By quantity and seed: the score, seconds and peak memory (every preparation included), parameters, bytes."""
+    found: dict[str, dict[int, float]] = {}
+    for seed, record in sorted(variant.records.items()):
+        trained = record["train_seconds"] is not None
+        values = {
+            "score": record["metrics"][variant.report],
+            "seconds": record["train_seconds"] + record["preparation_seconds"] if trained else None,
+            "preparation seconds": record["preparation_seconds"],
+            "peak MiB": None if record["peak_memory_bytes"] is None else record["peak_memory_bytes"] / _MIB,
+            "trained parameters": record["trainable_parameters"],
+            "saved MB": record["artefact_bytes"] / 1e6,
+        }
+        for name, value in values.items():
+            if value is not None:
+                found.setdefault(name, {})[seed] = value
+    return found
+
+
+def measured(variant: Variant) -> Iterator[dict]:
+    """The variant's rows of a result file."""
+    for quantity, values in quantities(variant).items():
+        row = {"task": variant.task, "variant": variant.name, "quantity": quantity, "metric": variant.report}
+        yield {"what": f"{variant.name} on {variant.task}", **row, **results.over_seeds(values)}
+
+
+def table(variants: list[Variant]) -> str:
+    """Markdown: per task one line per variant, mean and standard deviation over seeds."""
+    lines = []
+    for task in dict.fromkeys(variant.task for variant in variants):
+        mine = [variant for variant in variants if variant.task == task]
+        lines += [
+            f"{task}: {mine[0].report}",
+            "",
+            "| variant | score | lr (tried) | seconds | preparation s | peak MiB | trained | saved MB | seeds |",
+            "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        lines += [f"| {' | '.join(_cells(variant))} |" for variant in mine if variant.records]
+        lines += ["", *(f"failed: {text}" for variant in mine for text in variant.failed), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _cells(variant: Variant) -> list[str]:
+    found = quantities(variant)
+
+    def spread(name: str, digits: int) -> str:
+        values = list(found.get(name, {}).values())
+        if not values:  # nothing was trained
             return "-"
         deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{deviation}"
+        return f"{statistics.mean(values):,.{digits}f}{deviation}"
 
-    lines = [
-        f"| variant | {rows[0]['score']} | lr (tried) | train s | preparation s | peak MiB | trainable | saved MB |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        records = row["records"]
-        tried = ", ".join(f"{rate}: {value:.3f}" for rate, value in row["tuned"].items())
-        cells = [
-            row["method"],
-            spread([r["metrics"][row["score"]] for r in records], 4),
-            f"{row['rate']} ({tried})" if tried else row["rate"] or "-",
-            spread([r["train_seconds"] for r in records], 1),
-            spread([r["preparation_seconds"] for r in records], 1),
-            spread([None if (peak := r["peak_memory_bytes"]) is None else peak / 2**20 for r in records], 0),
-            f"{records[0]['trainable_parameters']:,}",
-            f"{records[0]['artefact_bytes'] / 1e6:.1f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    by_seed = any(isinstance(key, tuple) for key in variant.tried)
+    tried = ", ".join(
+        f"{rate}: {record['metrics'][variant.score]:.3f}"
+        for rate, record in ({} if by_seed else variant.tried).items()
+    )
+    rate = "by seed" if by_seed and len(variant.rates) > 1 else variant.best() or "-"
+    return [
+        variant.name, spread("score", 4), f"{rate} ({tried})" if tried else rate, spread("seconds", 1),
+        spread("preparation seconds", 1), spread("peak MiB", 0), spread("trained parameters", 0),
+        spread("saved MB", 1), str(len(variant.records)),
+    ]  # fmt: skip
 
 
-def variants_of(args: argparse.Namespace) -> dict[str, dict]:
-    """Arguments by name of variant, from the study file or from `--rates`."""
+# --- what is asked for ----------------------------------------------------------------------------------
+
+
+def variants_of(args: argparse.Namespace) -> list[Variant]:
+    """The variants of every task, from the study file or from `--rates`."""
     if (args.study is None) == (args.rates is None):
         raise SystemExit("pass a study file or --rates, one of the two")
+    tasks: dict[str, dict] = {}
     if args.study is None:
         split = (item.partition("=") for item in args.rates)
-        return {method: {"method": method, "learning_rate": rates.split(",")} for method, _, rates in split}
-    study = yaml.safe_load(args.study.read_text())
-    shared = study.pop("all", {})
-    if unknown := set(args.only or ()) - study.keys():
-        raise SystemExit(f"{args.study} has no variant {sorted(unknown)[0]!r}; it has {', '.join(study)}")
-    return {name: {**shared, **own} for name, own in study.items() if not args.only or name in args.only}
+        named = {method: {"method": method, "learning_rate": rates.split(",")} for method, _, rates in split}
+    else:
+        named = yaml.safe_load(args.study.read_text())
+        shared, tasks = named.pop("all", {}), named.pop("tasks", {})
+        if unknown := set(args.only or ()) - named.keys():
+            raise SystemExit(f"{args.study} has no variant {sorted(unknown)[0]!r}; it has {', '.join(named)}")
+        named = {name: {**shared, **own} for name, own in named.items() if not args.only or name in args.only}
+    found = []
+    wanted = args.task_name or list(tasks)
+    if not wanted:
+        raise SystemExit("pass --task_name, or a study file with tasks")
+    for task in wanted:
+        folder = args.output_dir / task if len(wanted) > 1 else args.output_dir
+        score = f"eval_{primary_key(get_task(task).metric)}"
+        report = args.report or (score.replace("eval", "test", 1) if args.few_shot else score)
+        for name, own in named.items():
+            settings = {key: value for key, value in {**own, **tasks.get(task, {})}.items() if value is not None}
+            rates = settings.pop("learning_rate", [None])
+            rates = rates if isinstance(rates, list) else [rates]
+            found.append(Variant(name, task, settings, rates, folder, score, report))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", type=Path, nargs="?", help="YAML file of variants")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="of a study file: these variants")
-    parser.add_argument("--task_name", required=True)
+    parser.add_argument("--task_name", nargs="+", help="none = the tasks of the study file")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--rates", nargs="+", metavar="METHOD=LR,LR,...", help="methods and their learning rates")
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--tune_epochs", type=float, default=1)
+    parser.add_argument("--tune_steps", type=int, help="in place of --tune_epochs")
     parser.add_argument("--few_shot", action="store_true", help="tune each seed on its own dev split: see above")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--data_seeds", action="store_true", help="the seeds choose the few-shot rows too")
     parser.add_argument("--report", metavar="METRIC", help="metric of the table; none = the one that chose the rate")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all runs together")
+    parser.add_argument("--result", metavar="NAME", help="result file to write to, results/NAME.json")
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
-    args.variants = variants_of(args)
-    text = table(study(args, words[cut + 1 :]))
-    (args.output_dir / "table.md").write_text(text)
-    print(text)
+    args.command = ["python", "benchmarks/quality.py", *words]
+    print(shlex.join(args.command), flush=True)
+    variants = variants_of(args)
+    study(variants, args, words[cut + 1 :])
+    print((args.output_dir / "table.md").read_text())
+    if failed := [text for variant in variants for text in variant.failed]:
+        raise SystemExit(f"{len(failed)} runs failed, the first: {failed[0]}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,118 @@
+"""Result files: what a benchmark measured, and under which conditions.
+
+`benchmarks/results/<name>.json` holds `rows`, each a mapping with at least `what` and `value`, and `runs`, the
+conditions (command, commit, versions, machine, date) that each row names by its number. All entries of a row that are
+not in `MEASURED` identify it. Saving a row again replaces it and other rows stay, so that a long study can write after
+every step and a partial file is valid. `tables.py` makes the tables of the pages from these files.
+"""
+
+import datetime
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_ft_ext.training.files import write_json
+from hf_ft_ext.training.record import library_versions
+
+FOLDER = Path(__file__).resolve().parent / "results"
+MEASURED = ("value", "low", "high", "deviation", "values", "seeds", "run")
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """Median and quartiles of repeated measurements: `value`, `low`, `high`, and the `values` themselves."""
+    if not values:
+        raise ValueError("a result needs at least one measured value")
+    low, high = (min(values), max(values)) if len(values) < 4 else _quartiles(values)
+    return {"value": statistics.median(values), "low": low, "high": high, "values": list(values)}
+
+
+def over_seeds(scores: dict[int, float]) -> dict[str, Any]:
+    """Mean and standard deviation (of a sample) of one score by seed; no deviation for a single seed."""
+    values = list(scores.values())
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"value": statistics.mean(values), "deviation": deviation, "values": values, "seeds": list(scores)}
+
+
+def conditions(command: Sequence[str] | None = None) -> dict[str, Any]:
+    """What a number depends on beside the code: the command, commit, versions, machine and day."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command)
+    return {
+        "command": shlex.join(words),
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": library_versions(),
+        "machine": {
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def read(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """The rows of a result file, each with its conditions under `run`; none if there is no such file."""
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [{**row, "run": content["runs"][row["run"]]} for row in content["rows"]]
+
+
+def save(
+    name: str, rows: Iterable[dict[str, Any]], command: Sequence[str] | None = None, folder: Path = FOLDER
+) -> Path:
+    """Add rows to a result file, in place of those that were measured before, and return its path."""
+    run = conditions(command)
+    kept = {_key(row): row for row in read(name, folder)}
+    for row in rows:
+        kept[_key(row)] = {**row, "run": run}
+    runs: list[dict[str, Any]] = []
+    written = []
+    for row in kept.values():
+        if row["run"] not in runs:
+            runs.append(row["run"])
+        written.append({**row, "run": runs.index(row["run"])})
+    path = folder / f"{name}.json"
+    write_json(path, {"runs": runs, "rows": written})
+    return path
+
+
+def _key(row: dict[str, Any]) -> str:
+    return json.dumps({key: value for key, value in row.items() if key not in MEASURED}, sort_keys=True)
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, third
+
+
+def _commit() -> str | None:
+    """The commit of the checkout, `+` behind it if files differ from it; `None` outside of git."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!docs")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

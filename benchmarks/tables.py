@@ -1,0 +1,115 @@
+"""Write the tables of README and docs anew from the result files: python benchmarks/tables.py
+
+A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`; `tables.yaml` says which rows of which
+files it shows and how:
+
+    NAME:
+      rows: {file: fisher, quantity: time}     # rows of results/fisher.json whose entries are these
+      columns: {what: "{what}", ratio: "{value:.2f} ({low:.2f}-{high:.2f})"}
+    OTHER:
+      rows: {file: study}
+      lines: "{method}"                        # one line per value of it, in the order of the file
+      across: "{task}"                         # one column per value of it
+      cell: "{value:.1f} ± {deviation:.1f}"
+      first: method                            # heading of the first column
+
+A value that is missing is an empty cell. A line below each table says when and on which machine it was measured.
+"""
+
+import re
+import string
+from pathlib import Path
+from typing import Any
+
+import results
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/*.md")
+_BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n)(.*?)(<!-- end of results -->)", flags=re.DOTALL)
+
+
+class _Gaps(string.Formatter):
+    """Formats what there is: an empty text for a row that lacks a value."""
+
+    def filled(self, form: str, row: dict[str, Any]) -> str:
+        names = [name for _, name, _, _ in self.parse(form) if name is not None]
+        if any(row.get(name) is None for name in names):
+            short = form.partition(" ")[0]  # the value without its spread
+            return self.filled(short, row) if short != form else ""
+        return self.format(form, **row)
+
+
+def specifications() -> dict[str, dict[str, Any]]:
+    """The tables that `tables.yaml` describes, by name."""
+    return yaml.safe_load((Path(__file__).parent / "tables.yaml").read_text(encoding="utf-8")) or {}
+
+
+def table(specification: dict[str, Any], folder: Path = results.FOLDER) -> str:
+    """One table as Markdown, and a line about the conditions."""
+    wanted = dict(specification["rows"])
+    rows = []
+    for name in _listed(wanted.pop("file")):
+        found = results.read(name, folder)
+        rows += [row for row in found if all(row.get(key) in _listed(value) for key, value in wanted.items())]
+    lines = _crossed(specification, rows) if "across" in specification else _plain(specification, rows)
+    return "\n".join([*lines, "", _conditions(rows), ""])
+
+
+def rewritten(text: str, folder: Path = results.FOLDER) -> str:
+    """A page with its tables made anew.
+
+    Raises:
+        KeyError: a marker names a table that `tables.yaml` does not describe.
+    """
+    known = specifications()
+    return _BLOCK.sub(lambda found: found[1] + table(known[found[2]], folder) + found[4], text)
+
+
+def names_in(text: str) -> list[str]:
+    """Names of the tables that a page has."""
+    return [found[2] for found in _BLOCK.finditer(text)]
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _plain(specification: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    columns = specification["columns"]
+    lines = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)])]
+    return lines + [_line([_Gaps().filled(form, row) for form in columns.values()]) for row in rows]
+
+
+def _crossed(specification: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    cells: dict[str, dict[str, str]] = {}
+    heads: dict[str, None] = {}
+    for row in rows:
+        line, head = (_Gaps().filled(specification[key], row) for key in ("lines", "across"))
+        heads[head] = None
+        cells.setdefault(line, {})[head] = _Gaps().filled(specification["cell"], row)
+    lines = [_line([specification["first"], *heads]), _line(["---", *["---:"] * len(heads)])]
+    return lines + [_line([line, *(found.get(head, "") for head in heads)]) for line, found in cells.items()]
+
+
+def _line(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _conditions(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "Not measured yet."
+    said = []
+    for row in rows:
+        run, machine = row["run"], row["run"]["machine"]
+        where = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} threads"
+        text = f"{run['date']}, {where}, torch {run['versions']['torch']}: `{run['command']}`"
+        if text not in said:
+            said.append(text)
+    return "Measured " + "; ".join(said) + "."
+
+
+if __name__ == "__main__":
+    for pattern in PAGES:
+        for page in sorted(ROOT.glob(pattern)):
+            page.write_text(rewritten(page.read_text(encoding="utf-8")), encoding="utf-8")

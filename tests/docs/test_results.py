@@ -1,0 +1,94 @@
+"""Result files and the tables that are made from them."""
+
+import sys
+
+import pytest
+from blocks import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import results
+import tables
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TIMES = [
+    {"what": "ours", "against": "theirs", "quantity": "time", **results.summary([0.5, 0.7, 0.6, 0.9, 0.8])},
+    {"what": "ours", "against": "theirs", "quantity": "memory", "value": 0.25},
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_result_files(page):
+    text = page.read_text()
+    assert text.count("<!-- results:") == text.count("<!-- end of results -->") == len(tables.names_in(text))
+    assert tables.rewritten(text) == text, "run python benchmarks/tables.py"
+
+
+def test_every_described_table_stands_on_a_page_and_every_file_is_shown():
+    specifications = tables.specifications()
+    shown = [name for page in PAGES for name in tables.names_in(page.read_text())]
+    assert sorted(set(shown)) == sorted(specifications)
+    files = {name for found in specifications.values() for name in tables._listed(found["rows"]["file"])}
+    assert files == {path.stem for path in results.FOLDER.glob("*.json")}
+
+
+def test_every_row_says_how_it_was_measured():
+    for path in results.FOLDER.glob("*.json"):
+        for row in results.read(path.stem):
+            assert row["run"]["command"] and row["run"]["date"] and row["run"]["machine"]["cores"]
+            assert isinstance(row["value"], int | float)
+
+
+def test_median_and_quartiles():
+    found = results.summary([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (found["value"], found["low"], found["high"]) == (3.0, 2.0, 4.0)
+    found = results.summary([3.0, 1.0, 2.0])
+    assert (found["value"], found["low"], found["high"]) == (2.0, 1.0, 3.0)
+    with pytest.raises(ValueError, match="at least one"):
+        results.summary([])
+
+
+def test_mean_and_deviation_over_seeds():
+    found = results.over_seeds({1: 0.8, 2: 0.9})
+    assert found["value"] == pytest.approx(0.85) and found["deviation"] == pytest.approx(0.0707107)
+    assert results.over_seeds({1: 0.8})["deviation"] is None
+
+
+def test_a_row_measured_again_replaces_the_old_one_and_others_stay(tmp_path):
+    results.save("some", TIMES, ["first"], tmp_path)
+    results.save("some", [{**TIMES[1], "value": 0.2}], ["second"], tmp_path)
+    rows = results.read("some", tmp_path)
+    assert [row["value"] for row in rows] == [0.7, 0.2]
+    assert [row["run"]["command"] for row in rows] == ["first", "second"]
+    assert results.read("other", tmp_path) == []
+
+
+def test_a_list_of_rows_as_a_table(tmp_path):
+    results.save("some", TIMES, ["python", "measure.py"], tmp_path)
+    columns = {"what": "{what}", "ratio": "{value:.2f} ({low:.2f}-{high:.2f})"}
+    text = tables.table({"rows": {"file": "some", "quantity": "time"}, "columns": columns}, tmp_path)
+    assert text.startswith("| what | ratio |\n| --- | ---: |\n| ours | 0.70 (0.60-0.80) |\n\nMeasured ")
+    assert text.endswith(": `python measure.py`.\n")
+    text = tables.table({"rows": {"file": "some", "quantity": ["time", "memory"]}, "columns": columns}, tmp_path)
+    assert "| ours | 0.25 |" in text  # without a spread
+    assert "Not measured yet." in tables.table({"rows": {"file": "none"}, "columns": columns}, tmp_path)
+
+
+def test_rows_crossed_by_task(tmp_path):
+    scores = [
+        {"method": "lora", "task": "sst2", **results.over_seeds({1: 84.0, 2: 85.0})},
+        {"method": "full", "task": "sst2", **results.over_seeds({1: 86.0})},
+        {"method": "lora", "task": "rte", **results.over_seeds({1: 60.0, 2: 62.0})},
+    ]
+    results.save("study", scores, ["study.py"], tmp_path)
+    cell = "{value:.1f} ± {deviation:.1f}"
+    specification = {
+        "rows": {"file": "study"},
+        "lines": "{method}",
+        "across": "{task}",
+        "first": "method",
+        "cell": cell,
+    }
+    lines = tables.table(specification, tmp_path).splitlines()
+    assert lines[:4] == [
+        "|  | sst2 | rte |", "| --- | ---: | ---: |", "| lora | 84.5 ± 0.7 | 61.0 ± 1.4 |", "| full | 86.0 |  |",
+    ]  # fmt: skip
