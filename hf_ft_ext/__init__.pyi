@@ -4,6 +4,7 @@ from .adapters.bottleneck.config import BottleneckConfig as BottleneckConfig
 from .adapters.layer_prefix.config import LayerPrefixConfig as LayerPrefixConfig
 from .adapters.layer_prefix.model import keep_projection as keep_projection
 from .adapters.mixture.config import LayerMixtureConfig as LayerMixtureConfig
+from .adapters.sparse_grad.config import SparseGradConfig as SparseGradConfig
 from .data.few_shot import few_shot_data as few_shot_data
 from .demo.dataset import demo_dataset as demo_dataset
 from .demo.encoder import demo_encoder as demo_encoder

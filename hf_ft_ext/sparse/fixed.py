@@ -1,6 +1,5 @@
 """A support that is chosen once: the entries, the few columns of the basis that they need, and their gradient."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -115,18 +114,6 @@ class FixedSupport:
         else:
             left, right = self.out_columns, block @ self.in_columns.T
         weight.addmm_(left.to(weight.dtype), right.to(weight.dtype))
-
-
-def block_shape(n_params: int, n_out: int, n_in: int) -> tuple[int, int]:
-    """Rows and columns `(r, c)` of the block that holds at least `n_params` entries at the least cost.
-
-    Per token the values' gradient takes `out r + in c` multiplications: least at equal parts, `r : c = in : out`.
-    The narrower side also makes folding changes into the weight cheaper (a 3072 x 768 weight: half of what a square
-    block takes).
-    """
-    rows = min(max(round(math.sqrt(n_params * n_in / n_out)), math.ceil(n_params / n_in)), n_out)
-    columns = math.ceil(n_params / rows)
-    return math.ceil(n_params / columns), columns
 
 
 def _columns(basis: Basis, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
