@@ -15,6 +15,11 @@ def plain_name(name: str) -> str:
     return re.sub(r"(^|\.)base_layer(?=\.|$)", "", name).removeprefix(".")
 
 
+def shown_name(name: str) -> str:
+    """The same for people: without what peft puts before a wrapped model's names."""
+    return plain_name(name).removeprefix("base_model.model.")
+
+
 def split_layer(name: str, layers_pattern: str | Iterable[str] | None = None) -> tuple[int, str] | None:
     """Number of the layer that a module belongs to and the module's name within it; `None` outside of layers.
 

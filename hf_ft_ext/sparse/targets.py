@@ -26,7 +26,7 @@ def find_targets(model: nn.Module, pattern: str | None = None) -> dict[str, nn.L
     """
     if pattern is None:
         return {name: _linear(name, model) for name in _by_structure(model)}
-    linear_kinds = linear_kinds(model)
+    known = ", ".join(linear_kinds(model))
     try:
         expression = re.compile(pattern)
     except re.error as error:
@@ -35,16 +35,14 @@ def find_targets(model: nn.Module, pattern: str | None = None) -> dict[str, nn.L
     # A pattern that names a block matches everything below it: containers are passed over.
     leaves = {name: module for name, module in matched.items() if not any(True for _ in module.children())}
     if not leaves:
-        raise InputError(
-            f"sparse_target_modules={pattern!r} matches no layer; linear layers here: {', '.join(linear_kinds)}"
-        )
+        raise InputError(f"sparse_target_modules={pattern!r} matches no layer; linear layers here: {known}")
     for name, module in leaves.items():
         if type(module).__name__ == "SparseGradLinear":
             raise _converted(name)
         if not is_plain_linear(module):
             raise InputError(
                 f"sparse_target_modules={pattern!r} matches {name}, a {type(module).__name__}; SparseGrad trains "
-                f"nn.Linear, Conv1D only: narrow the pattern to some of: {', '.join(linear_kinds)}"
+                f"nn.Linear, Conv1D only: narrow the pattern to some of: {known}"
             )
     return leaves
 

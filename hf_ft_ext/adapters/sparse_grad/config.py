@@ -33,13 +33,11 @@ class SparseGradConfig(PeftConfig):
 
     density: float | None = field(
         default=None,
-        metadata={
-            "help": f"Share of each weight's entries that train, in (0, 1]; none and no `n_params` = {DEFAULT_DENSITY}."
-        },
+        metadata={"help": f"Share of each weight that trains, in (0, 1]; none and no `n_params` = {DEFAULT_DENSITY}."},
     )
     n_params: int | None = field(
         default=None,
-        metadata={"help": "Entries of each weight that train, instead of a share; rounded up to a block."},
+        metadata={"help": "Entries of each weight that train, instead of a share, rounded up to a block."},
     )
     init: Init = field(
         default=GRADIENT,
@@ -86,7 +84,7 @@ class SparseGradConfig(PeftConfig):
             raise InputError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
         if self.density is not None and self.n_params is not None:
             raise InputError(
-                f"density={self.density} and n_params={self.n_params} both say how many entries train; pass one of them"
+                f"density={self.density} and n_params={self.n_params} both say how many entries train; pass one"
             )
         if self.density is not None and not 0 < self.density <= 1:
             raise InputError(f"density must be in (0, 1], got {self.density}")
@@ -109,9 +107,7 @@ class SparseGradConfig(PeftConfig):
         else:
             count = round((DEFAULT_DENSITY if self.density is None else self.density) * size)
         if count < 1:
-            raise InputError(
-                f"density={self.density} leaves no trainable entry in {name}, a weight of {size}; raise it"
-            )
+            raise InputError(f"density={self.density} leaves nothing to train in {name}, a weight of {size}; raise it")
         if count > size:
             raise InputError(f"n_params={count} is more than the {size} entries of {name}; lower it")
         return block_shape(count, n_out, n_in)

@@ -104,7 +104,7 @@ def _add_change(y: torch.Tensor, narrow: torch.Tensor, d: torch.Tensor, v: torch
 
 
 class AddedChange(torch.autograd.Function):
-    """`y + x U D^T V^T` for the output `y` of any layer (quantized, nested, with hooks); gradients for `y`, `x`, `D`."""
+    """`y + x U D^T V^T` for the output `y` of any layer, quantized or nested; gradients for `y`, `x` and `D`."""
 
     @staticmethod
     def forward(ctx, y, x, values, out_columns, in_columns):
@@ -128,10 +128,8 @@ class AddedChange(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_values = (narrow_grads.T @ narrow.to(dtype)).to(values.dtype)
         if ctx.needs_input_grad[1]:
-            if d.shape[0] <= d.shape[1]:
-                grad_x = narrow_grads @ (u @ d.T).T
-            else:
-                grad_x = (narrow_grads @ d) @ u.T
+            by_rows = d.shape[0] <= d.shape[1]
+            grad_x = narrow_grads @ (u @ d.T).T if by_rows else (narrow_grads @ d) @ u.T
             grad_x = grad_x.view(*grad_output.shape[:-1], u.shape[0]).to(ctx.x_dtype)
         return grad_output, grad_x, grad_values, None, None
 

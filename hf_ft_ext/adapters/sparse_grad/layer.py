@@ -47,7 +47,7 @@ class SparseGradColumns(nn.Module):
 
 
 class SparseGradLayer(nn.Module, BaseTunerLayer):
-    """`y = W x + V_r D U_c^T x` around a linear layer of any kind: `nn.Linear`, `Conv1D`, quantized, or an adapter's."""
+    """`y = W x + V_r D U_c^T x` around a linear layer: `nn.Linear`, `Conv1D`, quantized, or one with adapters."""
 
     adapter_layer_names = ("sparse_grad_values",)
     other_param_names = ("sparse_grad_columns",)

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from torch import nn
 
-from hf_ft_ext.adapters.layers import names_by_layer, plain_name, split_layer
+from hf_ft_ext.adapters.layers import names_by_layer, plain_name, shown_name, split_layer
 from hf_ft_ext.adapters.sparse_grad.config import PER_KIND, SVD, SparseGradConfig
 from hf_ft_ext.adapters.sparse_grad.layer import SparseGradColumns, SparseGradLayer, new_columns, singular_vectors
 from hf_ft_ext.adapters.sparse_grad.subspace import seed_of
@@ -82,8 +82,8 @@ class SparseGradModel(LayerTuner):
             base = layer.get_base_layer()
             if layer.quantization_backend is not None or not base.weight.is_floating_point():
                 raise InputError(
-                    f"{plain_name(name)} is quantized ({type(base).__name__}), and a merged weight would be rounded to "
-                    "its format; keep the adapter, or load the base without quantization and merge there"
+                    f"{shown_name(name)} is quantized ({type(base).__name__}), and a merged weight would be rounded "
+                    "to its format; keep the adapter, or load the base without quantization and merge there"
                 )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

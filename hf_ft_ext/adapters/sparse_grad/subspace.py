@@ -14,52 +14,53 @@ class Sketch:
     all there are, `Omega` is the identity and the result is exact.
 
     Args:
-        n: rows of `S`.
+        omega: the test matrix of `random_test_matrix`, shape (n, columns). Sketches of equal size may share it.
         k: how many leading eigenvectors are wanted, 1 to n.
-        seed: of the private generator that draws `Omega`.
-        dtype, device: of the sketch; at least float32.
 
-    Source: the single-view sketch of Tropp, Yurtsever, Udell and Cevher 2017 (arXiv 1706.05736), algorithm 3.
+    Source: the single-pass sketch of Tropp, Yurtsever, Udell and Cevher 2017 (arXiv 1706.05736), algorithm 3.
     """
 
-    def __init__(self, n: int, k: int, seed: int, dtype: torch.dtype, device: torch.device):
-        self.n, self.k, self.seed = n, k, seed
-        self.columns = min(n, k + OVERSAMPLING)
-        self.sum = torch.zeros(n, self.columns, dtype=torch.promote_types(dtype, torch.float32), device=device)
-
-    def test_matrix(self) -> torch.Tensor:
-        """`Omega`, shape (n, columns), orthonormal; drawn anew at each call, so that nobody has to keep it."""
-        if self.columns == self.n:
-            return torch.eye(self.n, dtype=self.sum.dtype, device=self.sum.device)
-        gaussian = random_matrix(self.n, self.columns, self.seed, self.sum.dtype)
-        return torch.linalg.qr(gaussian.to(self.sum.device)).Q
+    def __init__(self, omega: torch.Tensor, k: int):
+        self.omega, self.k = omega, k
+        self.sum = torch.zeros_like(omega)
 
     def add(self, product: torch.Tensor) -> None:
         """Add `G (G^T Omega)`, shape (n, columns)."""
         self.sum += product
 
-    def leading(self) -> torch.Tensor:
+    def leading(self, seed: int) -> torch.Tensor:
         """The `k` leading eigenvectors of `S`, shape (n, k), by falling eigenvalue, in the dtype of the sketch.
 
-        Directions in which `S` is zero are filled up with any orthonormal ones.
+        Directions in which `S` is zero are filled up with random orthonormal ones.
         """
-        y, omega = self.sum.double(), self.test_matrix().double()
-        # A small shift keeps the Cholesky factor below from breaking down: S + nu I has the same eigenvectors.
-        nu = max(float(y.norm()) * torch.finfo(self.sum.dtype).eps, torch.finfo(torch.float64).tiny ** 0.5)
+        y, omega = self.sum.double(), self.omega.double()
+        scale = float(y.norm())
+        if scale == 0:
+            return random_columns(len(y), self.k, seed, self.sum.dtype).to(self.sum.device)
+        # Omega^T (S + nu I) Omega needs a Cholesky factor; a small nu leaves the eigenvectors as they are.
+        nu = scale * torch.finfo(self.sum.dtype).eps
         y = y + nu * omega
         inner = omega.T @ y
-        # Nystroem: S ~ Y (Omega^T Y)^-1 Y^T = E E^T with E = Y C^-T, C C^T = Omega^T Y.
+        # Nystroem: S ~ Y (Omega^T Y)^-1 Y^T = E E^T with E = Y C^-T, where C C^T = Omega^T Y.
         factor, failed = torch.linalg.cholesky_ex((inner + inner.T) / 2)
-        if int(failed):  # not definite to rounding: the same by eigenvalues, the negative ones left out
+        if int(failed):  # not definite to rounding: the same by eigenvalues, without those that are rounding alone
             values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
-            kept = values > values[-1] * self.n * torch.finfo(self.sum.dtype).eps
+            kept = values > values[-1] * len(y) * torch.finfo(self.sum.dtype).eps
             root = y @ (vectors[:, kept] / values[kept].sqrt())
         else:
             root = torch.linalg.solve_triangular(factor, y.T, upper=False).T
         vectors = torch.linalg.svd(root, full_matrices=False).U[:, : self.k]
         if vectors.shape[1] < self.k:
-            vectors = completed(vectors, self.k, self.seed)
+            vectors = completed(vectors, self.k, seed)
         return vectors.to(self.sum.dtype)
+
+
+def random_test_matrix(n: int, k: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`Omega` for `k` leading eigenvectors: orthonormal, shape (n, min(n, k + 10)), at least float32."""
+    dtype, columns = torch.promote_types(dtype, torch.float32), min(n, k + OVERSAMPLING)
+    if columns == n:
+        return torch.eye(n, dtype=dtype, device=device)
+    return random_columns(n, columns, seed, dtype).to(device)
 
 
 def completed(vectors: torch.Tensor, k: int, seed: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ Fits = Callable[[nn.Module], bool]
 
 
 def can_be_adapted(module: nn.Module) -> bool:
-    """Whether a SparseGrad adapter fits beside a module: a linear layer, plain, quantized, or with adapters already."""
+    """Whether a SparseGrad adapter fits beside a module: a linear layer, plain, quantized, or with adapters."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if is_plain_linear(base):
         return True
