@@ -48,6 +48,7 @@ class Parser(HfArgumentParser):
         arguments = method.arguments_class()
         self._name = method.name
         self._own = f"method {method.name}: {method.help}"
+        self._advanced = f"method {method.name}, advanced: for studies of the method itself"
         super().__init__(
             (RunArguments, ModelArguments, DataArguments, arguments),
             allow_abbrev=False,
@@ -55,7 +56,7 @@ class Parser(HfArgumentParser):
             usage=f"run_glue.py [recipe.yaml] [--method {{{','.join(METHODS)}}}] [--argument value ...]",
             formatter_class=_HelpFormatter,
         )
-        titles = [self._own, *(t._argument_group_name for t in (RunArguments, ModelArguments, DataArguments))]
+        titles = [self._own, self._advanced, *(t._argument_group_name for t in (RunArguments, ModelArguments, DataArguments))]
         order = {title: position for position, title in enumerate(titles)}
         self._action_groups.sort(key=lambda group: order.get(group.title, len(order)))
 
@@ -112,6 +113,8 @@ class Parser(HfArgumentParser):
         if not issubclass(dtype, TrainingArguments):
             return dtype._argument_group_name
         own = field.name in {f.name for f in own_fields(dtype)}
+        if own and field.metadata.get("advanced"):
+            return self._advanced
         return self._own if own else _TRAINING
 
     def error(self, message: str) -> NoReturn:

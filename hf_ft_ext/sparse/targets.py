@@ -1,6 +1,7 @@
 """Which linear layers SparseGrad converts."""
 
 import re
+from collections.abc import Callable
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -11,7 +12,9 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.structure.targets import is_plain_linear
 
 
-def find_targets(model: nn.Module, pattern: str | None = None) -> dict[str, nn.Linear | Conv1D]:
+def find_targets(
+    model: nn.Module, pattern: str | None = None, fits: Callable[[nn.Module], bool] = is_plain_linear
+) -> dict[str, nn.Linear | Conv1D]:
     """Names and modules of the layers to convert.
 
     Args:
@@ -19,6 +22,7 @@ def find_targets(model: nn.Module, pattern: str | None = None) -> dict[str, nn.L
         pattern: regular expression searched in dotted module names; `None` = the linear layers of every layer's
             feed-forward, found by structure. Where no feed-forward has any (experts as three-dimensional tensors), the
             linear layers of the attentions, with a warning.
+        fits: whether a matched module can be taken.
 
     Raises:
         InputError: a malformed or unmatched pattern, a matched layer that is not linear, or a model without linear
@@ -39,10 +43,10 @@ def find_targets(model: nn.Module, pattern: str | None = None) -> dict[str, nn.L
     for name, module in leaves.items():
         if type(module).__name__ == "SparseGradLinear":
             raise _converted(name)
-        if not is_plain_linear(module):
+        if not fits(module):
             raise InputError(
                 f"sparse_target_modules={pattern!r} matches {name}, a {type(module).__name__}; SparseGrad trains "
-                f"nn.Linear, Conv1D only: narrow the pattern to some of: {known}"
+                f"linear layers only: narrow the pattern to some of: {known}"
             )
     return leaves
 

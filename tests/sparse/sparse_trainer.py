@@ -19,7 +19,9 @@ OPTIONS = {
 
 
 def make(folder, model=None, dataset=None, **options):
+    """A trainer as published (`dynamic`), unless `options` say otherwise."""
     model = model or tiny_model()
+    options.setdefault("sparse_support", "dynamic")
     if not sparse_layers(model) and "sparse_n_params" not in options and "sparse_threshold" not in options:
         options.setdefault("sparse_density", 0.1)
     steps = options.pop("sparse_basis_steps", 3)

@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_ft_ext.adapters.layers import plain_name, shown_name
+from hf_ft_ext.adapters.sparse_grad.config import DEFAULT_GRADIENTS
 from hf_ft_ext.adapters.sparse_grad.layer import SparseGradColumns, SparseGradLayer
 from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns, sparse_grad_layers
 from hf_ft_ext.adapters.sparse_grad.subspace import Sketch, random_test_matrix, seed_of
@@ -25,7 +26,6 @@ from hf_ft_ext.per_example.state import only_trainable
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_GRADIENTS = 30
 Loss = Callable[[nn.Module, Any], torch.Tensor]
 
 

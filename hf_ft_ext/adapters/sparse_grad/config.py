@@ -13,6 +13,7 @@ Init = Literal["gradient", "random", "svd"]
 INITS = GRADIENT, RANDOM, SVD = ("gradient", "random", "svd")
 SCOPES = PER_KIND, PER_LAYER = ("kind", "layer")
 DEFAULT_DENSITY = 0.012  # 28,000 of 768 x 3072 entries, the source's setting for BERT-base
+DEFAULT_GRADIENTS = 30
 
 
 @dataclass

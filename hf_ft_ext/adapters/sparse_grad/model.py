@@ -7,14 +7,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_quantization_kwargs
 from torch import nn
 
-from hf_ft_ext.adapters.layers import names_by_layer, plain_name, shown_name, split_layer
+from hf_ft_ext.adapters.layers import fold_layer_numbers, names_by_layer, plain_name, shown_name, split_layer
 from hf_ft_ext.adapters.sparse_grad.config import PER_KIND, SVD, SparseGradConfig
 from hf_ft_ext.adapters.sparse_grad.layer import SparseGradColumns, SparseGradLayer, new_columns, singular_vectors
 from hf_ft_ext.adapters.sparse_grad.subspace import seed_of
 from hf_ft_ext.adapters.sparse_grad.targets import can_be_adapted, feed_forward_linears, linear_kinds
 from hf_ft_ext.adapters.tuner import LayerTuner, refuse_nested_targets, refuse_unfit_layers
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.training.plan import fold_layer_numbers
 
 _COLUMNS = ("out_columns", "in_columns")
 

@@ -8,11 +8,11 @@ from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_ft_ext.adapters.layers import fold_layer_numbers
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.structure.find import find_structure
 from hf_ft_ext.structure.parts import Structure
 from hf_ft_ext.structure.targets import is_plain_linear
-from hf_ft_ext.training.plan import fold_layer_numbers
 
 logger = logging.getLogger(__name__)
 
