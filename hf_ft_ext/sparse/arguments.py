@@ -218,8 +218,8 @@ class SparseTrainingArguments(MethodTrainingArguments):
             )
         if self.sparse_basis == SVD and not self.as_adapter:
             raise InputError(
-                f"sparse_basis=svd is for structured support as an adapter, and {self.not_an_adapter_by} makes the run "
-                "convert layers instead; leave one of them out"
+                f"sparse_basis=svd is for structured support as an adapter, and {self.not_an_adapter_by} makes the "
+                "run convert layers instead; leave one of them out"
             )
         combination = f"sparse_support={self.sparse_support} with sparse_basis={self.sparse_basis}"
         if self.sparse_basis_steps is not None and not self.needs_gradients:

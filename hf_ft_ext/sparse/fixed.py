@@ -1,6 +1,7 @@
 """A support that is chosen once: the entries, the few columns of the basis that they need, and their gradient."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -52,6 +53,13 @@ class FixedSupport:
         entries = None if block else torch.linspace(0, r * c - 1, n_params, device=weight.device).long()
         sides = (None, None) if identity else (weight.new_zeros(n_out, r), weight.new_zeros(n_in, c))
         return cls(rows, columns, entries, *sides)
+
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace each tensor by what `function` gives: `nn.Module.to` and the like move a support with its layer."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                setattr(self, field.name, function(value))
 
     @property
     def size(self) -> int:

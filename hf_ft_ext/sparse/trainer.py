@@ -21,7 +21,7 @@ from hf_ft_ext.sparse.convert import convert_to_sparse, freeze_rest, sparse_laye
 from hf_ft_ext.sparse.delta import DELTA_FILE, save_delta
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
-from hf_ft_ext.sparse.optimizer import SparseAdamW
+from hf_ft_ext.sparse.optimizer import SparseAdamW, restore_supports
 from hf_ft_ext.sparse.prepare import prepare_layers, refresh_supports
 from hf_ft_ext.sparse.sparsity import SparsityWatch
 from hf_ft_ext.training.finite import StopAtNaN
@@ -159,6 +159,21 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
 
     def _preparation_is_saved(self) -> bool:
         return self._resumed_from is not None and os.path.isfile(os.path.join(self._resumed_from, _OPTIMIZER_STATE))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        layers = [layer for layer in sparse_layers(self.model).values() if layer.values is not None]
+        path = os.path.join(self.state.best_model_checkpoint, _OPTIMIZER_STATE)
+        if layers and os.path.isfile(path):
+            # The weights are the best model's; values and supports of that step make its delta.
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            restore_supports(layers, state["supports"])
+        elif any(layer.earlier for layer in layers):
+            logger.warning(
+                "%s holds no optimizer state (save_only_model), so that the best model's delta is not known after "
+                "refreshes of the basis; save_delta and export_lora describe the last step's supports.",
+                self.state.best_model_checkpoint,
+            )
 
     def save_for_sharing(self, folder: str) -> None:
         """Write the delta beside the model where the support is fixed: small, and all that the base model lacks."""

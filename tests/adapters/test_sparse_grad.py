@@ -98,7 +98,7 @@ def test_only_the_narrow_inputs_are_saved(n_out, n_in):
     x = torch.randn(1000, n_in, dtype=torch.float64)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         layer(x.requires_grad_())
-    r, c = layer.sparse_grad_values["default"].shape
+    c = layer.sparse_grad_values["default"].shape[1]
     assert sum(size for size in sizes if size >= 1000) == 1000 * c < x.numel()
 
 
@@ -243,26 +243,24 @@ def test_the_pre_pass_changes_nothing_but_columns():
     assert all(layer.sparse_grad_columns["default"].ready for _, layer in sparse_grad_layers(model))
 
 
+def count_runs(module):
+    runs = []
+    module.register_forward_pre_hook(lambda *_: runs.append(1))
+    return runs
+
+
 def test_checkpointing_and_an_own_loss_give_the_same_columns():
     batches = [labelled(seed=seed) for seed in range(2)]
     found = []
     for checkpointed in (False, True):
         model = adapted("bert", n_params=6)
+        runs = count_runs(model.base_model.model.bert.encoder.layer[0].attention)
         if checkpointed:
             model.gradient_checkpointing_enable()
-        recomputed = []
-        for module in model.modules():
-            if hasattr(module, "_gradient_checkpointing_func"):
-                inner = module._gradient_checkpointing_func
-
-                def watch(*args, inner=inner, **kwargs):
-                    recomputed.append(1)
-                    return inner(*args, **kwargs)
-
-                module._gradient_checkpointing_func = watch
         loss = None if not checkpointed else lambda model, rows: 3 * model(**rows).loss
         compute_bases(model, batches, loss)
-        assert bool(recomputed) == checkpointed
+        # The first forward pass only counts how often layers run; checkpointing recomputes the two others.
+        assert len(runs) == (5 if checkpointed else 3)
         found.append([layer.sparse_grad_columns["default"].out_columns for _, layer in sparse_grad_layers(model)])
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one.abs(), two.abs(), rtol=1e-6, atol=1e-8)

@@ -1,9 +1,9 @@
 """The gradient pre-pass: the leading HOSVD directions of some batches' gradients, within the memory of training.
 
-For gradients `G_1 ... G_n` (out x in) of a layer, or of all layers of a kind, the HOSVD factors are the eigenvectors of
-`sum G G^T` and `sum G^T G`. Only the leading r and c of them are kept, so only `sum G (G^T Omega)` is summed up, with
-r + 10 columns (`subspace`). A layer's gradient comes from its inputs and output gradients in the middle of the backward
-pass; at most one exists at a time. Base weights need no gradient, so they may be quantized.
+For gradients `G_1 ... G_n` (out x in) of a layer, or of all layers of a kind, the HOSVD factors are the eigenvectors
+of `sum G G^T` and `sum G^T G`. Only the leading r and c of them are kept, so only `sum G (G^T Omega)` is summed up,
+with r + 10 columns (`subspace`). A layer's gradient comes from its inputs and output gradients in the middle of the
+backward pass; at most one exists at a time. Base weights need no gradient, so they may be quantized.
 """
 
 import contextlib
@@ -137,8 +137,8 @@ class _Sketches:
     def _take(self, name: str, sketch: Sketch, product: torch.Tensor) -> None:
         if not torch.isfinite(product).all():
             raise InputError(
-                f"the gradient of {shown_name(name)} is not finite in batch {self.batch} of the pre-pass; look for bad "
-                "rows or labels in the training data, or load the model in float32"
+                f"the gradient of {shown_name(name)} is not finite in batch {self.batch} of the pre-pass; look for "
+                "bad rows or labels in the training data, or load the model in float32"
             )
         sketch.add(product)
 
