@@ -31,7 +31,7 @@ NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
 def structured(folder, model=None, **options):
-    return make(folder, model, sparse_support="structured", **options)
+    return make(folder, model, adapter=True, **{"sparse_support": "structured", **options})
 
 
 def logits(model):
@@ -114,7 +114,7 @@ def test_the_best_model_comes_back_and_is_what_is_saved(tmp_path, kind):
     }[kind]
     # A rate at which the last epoch is not the best one.
     best = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "learning_rate": 0.3}
-    trainer = make(tmp_path, num_train_epochs=4, **{"sparse_support": "structured", **options}, **best)
+    trainer = structured(tmp_path, num_train_epochs=4, **options, **best)
     trainer.train()
     assert not trainer.state.best_model_checkpoint.endswith(f"-{trainer.state.global_step}")
     losses = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
@@ -180,7 +180,7 @@ def test_an_optimizer_class_is_taken_and_an_optimizer_refused(tmp_path):
 
 def test_weight_decay_leaves_biases_and_norms_out(tmp_path):
     for options in ({}, {"sparse_support": "structured"}, {"sparse_support": "static"}):
-        trainer = make(tmp_path, weight_decay=0.1, **options)
+        trainer = make(tmp_path, adapter=True, weight_decay=0.1, **options)
         trainer.create_optimizer()
         names = {id(p): name for name, p in trainer.model.named_parameters()}
         decays = {names[id(p)] for g in trainer.optimizer.param_groups if g["weight_decay"] for p in g["params"]}

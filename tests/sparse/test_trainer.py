@@ -126,7 +126,9 @@ def test_plain_arguments_are_completed_and_foreign_ones_refused(tmp_path):
 
 
 def test_model_init_converts_each_new_model(tmp_path):
-    args = SparseTrainingArguments(output_dir=str(tmp_path), sparse_basis_steps=2, **OPTIONS)
+    args = SparseTrainingArguments(
+        output_dir=str(tmp_path), sparse_support="dynamic", sparse_basis_steps=2, **OPTIONS
+    )
     trainer = SparseTrainer(
         args=args, model_init=lambda: tiny_model(), train_dataset=tiny_dataset(16), processing_class=tiny_tokenizer()
     )
@@ -246,7 +248,7 @@ def test_bad_arguments(tmp_path, options, message):
 
 
 def test_refused_options(tmp_path):
-    with pytest.raises(InputError, match="optim='adafactor' has no sparse form; use adamw_torch"):
+    with pytest.raises(InputError, match="optim='adafactor' has no sparse form for converted layers; use adamw_torch"):
         make(tmp_path, optim="adafactor")
     args = SparseTrainingArguments(output_dir=str(tmp_path), **OPTIONS)
     model = tiny_model()
@@ -257,7 +259,8 @@ def test_refused_options(tmp_path):
     with pytest.raises(InputError, match="carries PEFT adapters"):
         SparseTrainer(model, args)
     with pytest.raises(InputError, match="needs a train_dataset"):
-        trainer = SparseTrainer(tiny_model(), args)
+        trainer = make(tmp_path)
+        trainer.train_dataset = None
         compute_layer_bases(trainer, sparse_layers(trainer.model), 1)
 
 
@@ -265,8 +268,13 @@ def test_user_converted_model_is_taken_as_it_is(tmp_path):
     model = tiny_model()
     convert_to_sparse(model, n_params=3, target_modules=r"pooler\.dense")
     trainer = make(tmp_path, model)
-    assert [type(m) for m in sparse_layers(trainer.model).values()] != [nn.Linear]
-    assert list(sparse_layers(trainer.model)) == ["bert.pooler.dense"]
+    linear = [name for name, module in trainer.model.named_modules() if type(module) is nn.Linear]
+    assert list(sparse_layers(trainer.model)) == ["bert.pooler.dense"] and "bert.pooler.dense" not in linear
+    before = weights(trainer)
+    trainer.train()
+    changed = (trainer.model.bert.pooler.dense.weight - before["bert.pooler.dense.weight"]).abs() > 0
+    assert 0 < changed.sum() <= 32 * 32
+    assert not torch.equal(trainer.model.classifier.weight, before["classifier.weight"])
 
 
 @pytest.mark.parametrize("options", [{"support": "structured"}, {"basis": "none"}])

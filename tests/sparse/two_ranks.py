@@ -41,6 +41,7 @@ if __name__ == "__main__":
         per_device_train_batch_size=4,
         learning_rate=5e-3,
         sparse_density=0.05,
+        sparse_support="dynamic",
         sparse_basis_steps=3,
         sparse_basis_refresh_steps=4,
         save_strategy="no",

@@ -43,7 +43,7 @@ def trainer_on(folder, method: str, quantization: str | None = None, model=None,
     ("method", "settings", "message"),
     [
         ("full", {}, "plain fine-tuning changes the model's weights, and they are quantized"),
-        ("sparse", {}, "sparse training changes"),
+        ("sparse", {"sparse_support": "dynamic"}, "sparse training with sparse_support=dynamic changes"),
         ("fisher", {"fisher_mode": "mask"}, "a mask trains entries of"),
         ("kernel", {}, "a kernel is computed in float32 or float64 from"),
         ("kernel", {"kernel_peft": "lora"}, "a kernel is computed in float32 or float64 from"),
@@ -72,6 +72,7 @@ def test_a_missing_library_is_one_line(folder, monkeypatch):
     ("method", "settings"),
     [
         ("lora", {"max_steps": 3}),
+        ("sparse", {"max_steps": 3, "sparse_basis_steps": 2}),
         ("full", {"max_steps": 3, "peft": "ia3"}),
         ("fisher", {"max_steps": 3, "fisher_examples": 4}),
         ("gradientless", {"max_steps": 3}),
