@@ -10,6 +10,7 @@ from .demo.dataset import demo_dataset as demo_dataset
 from .demo.encoder import demo_encoder as demo_encoder
 from .entries.delta import load_entries as load_entries
 from .entries.delta import save_entries as save_entries
+from .entries.export import export_shira as export_shira
 from .entries.layer import attach_entries as attach_entries
 from .entries.layer import merge_entries as merge_entries
 from .errors import InputError as InputError

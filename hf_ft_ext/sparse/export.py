@@ -21,7 +21,7 @@ from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS, name_base_in, save_base_c
 from hf_ft_ext.adapters.layers import shown_name
 from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.peft_models import task_type_of
+from hf_ft_ext.peft_models import saved_by_peft, task_type_of
 from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
@@ -59,7 +59,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, max_rank: int | Non
         saved = _saved_with_adapter(base, model.active_adapter)
     else:
         base, factors, transposed = model, *_converted_factors(model)
-        names = _trained_modules(model, sparse_layers(model))
+        names = sorted({*_trained_modules(model, sparse_layers(model)), *saved_by_peft(model)})
         saved = {name: model.get_submodule(name).state_dict() for name in names}
     error, worst = 0.0, ""
     for name, (a, b) in factors.items():
