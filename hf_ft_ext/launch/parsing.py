@@ -113,7 +113,7 @@ class Parser(HfArgumentParser):
         if not issubclass(dtype, TrainingArguments):
             return dtype._argument_group_name
         own = field.name in {f.name for f in own_fields(dtype)}
-        if own and field.metadata.get("advanced"):
+        if own and field.name in dtype.advanced_fields:
             return self._advanced
         return self._own if own else _TRAINING
 

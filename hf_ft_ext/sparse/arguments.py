@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from hf_ft_ext.adapters.sparse_grad.config import DEFAULT_DENSITY, PER_KIND, PER_LAYER, SCOPES
 from hf_ft_ext.adapters.sparse_grad.config import DEFAULT_GRADIENTS as DEFAULT_BASIS_STEPS
@@ -26,6 +27,10 @@ class SparseTrainingArguments(MethodTrainingArguments):
     """
 
     _argument_group_name = "sparse"
+    advanced_fields: ClassVar[tuple[str, ...]] = (
+        "sparse_basis_orientation", "sparse_basis_refresh_steps", "sparse_moments", "sparse_skip_leading",
+        "sparse_show_steps",
+    )  # fmt: skip
 
     sparse_density: float | None = field(
         default=None,
@@ -75,7 +80,6 @@ class SparseTrainingArguments(MethodTrainingArguments):
             "help": "tucker: the input side is rotated by the HOSVD factor. published: by its transpose, as the "
             "authors' code does.",
             "choices": ORIENTATIONS,
-            "advanced": True,
         },
     )
     sparse_basis_scope: str | None = field(
@@ -98,7 +102,6 @@ class SparseTrainingArguments(MethodTrainingArguments):
         metadata={
             "help": "Compute the hosvd basis anew after every so many optimizer steps, weights and moments carried "
             "over. With dynamic support from the gradients since, else from another pre-pass. 0 = never.",
-            "advanced": True,
         },
     )
     sparse_moments: str = field(
@@ -107,7 +110,6 @@ class SparseTrainingArguments(MethodTrainingArguments):
             "help": "Adam's moments with dynamic support. own: of the entries of the latest step, the others start "
             "anew when they come back. dense: of all entries, as published, which takes as much memory as AdamW.",
             "choices": MOMENTS,
-            "advanced": True,
         },
     )
     sparse_skip_leading: float = field(
@@ -115,7 +117,6 @@ class SparseTrainingArguments(MethodTrainingArguments):
         metadata={
             "help": "With structured support and a hosvd basis: share of the leading directions of each side that the "
             "block leaves out, in [0, 1); 0.25 puts it at the end of the first quarter of the spectrum.",
-            "advanced": True,
         },
     )
     sparse_show_steps: int = field(
@@ -123,7 +124,6 @@ class SparseTrainingArguments(MethodTrainingArguments):
         metadata={
             "help": "Measure how sparse the gradients are, raw and in a basis, before training and after every so "
             "many steps; values (sparsity.json) and pictures go to the output folder. Needs matplotlib. 0 = never.",
-            "advanced": True,
         },
     )
     sparse_train_rest: str | None = field(

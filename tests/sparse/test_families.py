@@ -113,18 +113,18 @@ def test_causal_language_model_in_user_code(tmp_path):
     args = SparseTrainingArguments(
         str(tmp_path),
         num_train_epochs=20,
-        learning_rate=1e-2,
+        learning_rate=5e-2,
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
         save_strategy="no",
-        sparse_support="structured",
+        sparse_density=0.3,
         sparse_basis_steps=2,
     )
     trainer = SparseTrainer(model, args, train_dataset=rows, eval_dataset=rows, data_collator=collate)
     before, frozen = trainer.evaluate()["eval_loss"], weights(trainer)
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] < 0.8 * before
+    assert trainer.evaluate()["eval_loss"] < 0.9 * before
     changed = {name for name, value in weights(trainer).items() if not torch.equal(value, frozen[name])}
     assert changed and all(".sparse_grad_values." in name for name in changed)
     trainer.save_model()

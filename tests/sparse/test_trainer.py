@@ -126,9 +126,7 @@ def test_plain_arguments_are_completed_and_foreign_ones_refused(tmp_path):
 
 
 def test_model_init_converts_each_new_model(tmp_path):
-    args = SparseTrainingArguments(
-        output_dir=str(tmp_path), sparse_support="dynamic", sparse_basis_steps=2, **OPTIONS
-    )
+    args = SparseTrainingArguments(output_dir=str(tmp_path), sparse_support="dynamic", sparse_basis_steps=2, **OPTIONS)
     trainer = SparseTrainer(
         args=args, model_init=lambda: tiny_model(), train_dataset=tiny_dataset(16), processing_class=tiny_tokenizer()
     )
