@@ -56,7 +56,8 @@ class Parser(HfArgumentParser):
             usage=f"run_glue.py [recipe.yaml] [--method {{{','.join(METHODS)}}}] [--argument value ...]",
             formatter_class=_HelpFormatter,
         )
-        titles = [self._own, self._advanced, *(t._argument_group_name for t in (RunArguments, ModelArguments, DataArguments))]
+        shared = (RunArguments, ModelArguments, DataArguments)
+        titles = [self._own, self._advanced, *(t._argument_group_name for t in shared)]
         order = {title: position for position, title in enumerate(titles)}
         self._action_groups.sort(key=lambda group: order.get(group.title, len(order)))
 
