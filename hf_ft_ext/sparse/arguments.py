@@ -135,7 +135,7 @@ class SparseTrainingArguments(MethodTrainingArguments):
         },
     )
     learning_rate: float = field(
-        default=None,  # type: ignore[assignment]
+        default=None,
         metadata={
             "help": f"Initial learning rate of the optimizer; none = {RATE_OF_FEW} with structured support, else "
             f"{RATE_OF_ALL}."
@@ -151,8 +151,8 @@ class SparseTrainingArguments(MethodTrainingArguments):
             ("sparse_moments", MOMENTS),
         ):
             if getattr(self, name) not in known:
-                known = tuple(value for value in known if value is not None)
-                raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from: {', '.join(known)}")
+                choices = ", ".join(value for value in known if value is not None)
+                raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from: {choices}")
         if self.learning_rate is None:
             self.learning_rate = RATE_OF_FEW if self.sparse_support == STRUCTURED else RATE_OF_ALL
         if self.sparse_basis_orientation == PUBLISHED and self.sparse_basis != HOSVD:

@@ -191,9 +191,9 @@ def _fill(sums: list[_Sketches], seed: int) -> None:
         )
     while sums:
         sketches = sums.pop(0)  # its sketches go before the next ones are decomposed
-        names = plain_name(sketches.layers[0][0])
+        first = plain_name(sketches.layers[0][0])
         sides = [
-            sketch.leading(seed_of(seed, names, side))
+            sketch.leading(seed_of(seed, first, side))
             for sketch, side in ((sketches.out, "out"), (sketches.inp, "in"))
         ]
         sketches.columns.fill(*sides)
