@@ -84,6 +84,17 @@ def test_output_and_gradients_are_those_of_the_changed_weight(monkeypatch, rows,
     assert base.weight.grad is None and torch.equal(w, (base.weight.T if kind == "conv1d" else base.weight))
 
 
+@pytest.mark.parametrize("kind", ["linear", "hooked"])
+@pytest.mark.parametrize("observed", [False, True])
+def test_outputs_can_be_changed_in_place(kind, observed):
+    layer = make_layer(6, 4, 4, kind)
+    if observed:
+        layer.observe("default", lambda x, g: None)
+    y = layer(torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True))
+    y += 1  # as Falcon does
+    y.sum().backward()
+
+
 def test_many_tokens_go_by_weight_and_few_by_product():
     shape = {"values": torch.zeros(84, 334), "n_out": 3072, "n_in": 768}
     for backward in (False, True):
@@ -294,10 +305,12 @@ def test_any_loop_and_optimizer_train_it(tmp_path, optimizer):
     compute_bases(model, [labelled(seed=seed) for seed in range(3)])
     base = {name: p.clone() for name, p in model.named_parameters() if "base_layer" in name}
     rows = labelled()
-    steps = optimizer((p for p in model.parameters() if p.requires_grad), lr=0.02)
+    rate = 0.5 if optimizer is torch.optim.SGD else 0.02
+    steps = optimizer((p for p in model.parameters() if p.requires_grad), lr=rate)
+    model.eval()  # without dropout
     losses = []
     for _ in range(15):
-        loss = model.train()(**rows).loss
+        loss = model(**rows).loss
         losses.append(loss.item())
         loss.backward()
         steps.step()

@@ -60,13 +60,18 @@ class ChangedLinear(torch.autograd.Function):
         trains = ctx.needs_input_grad[3]
         narrow = flat @ u if trains or not by_weight else None
         bias = None if bias is None else bias.to(dtype)
-        if by_weight:
-            y = torch.nn.functional.linear(flat, _changed(weight, d, v, u), bias)
+        # The output is no view: some models change it in place (Falcon), which autograd refuses for views.
+        y = x.new_empty(*x.shape[:-1], n_out)
+        rows = y.view(-1, n_out)
+        used = _changed(weight, d, v, u) if by_weight else weight.to(dtype)
+        if bias is None:
+            torch.mm(flat, used.T, out=rows)
         else:
-            y = torch.nn.functional.linear(flat, weight.to(dtype), bias)
-            _add_change(y, narrow, d, v)
+            torch.addmm(bias, flat, used.T, out=rows)
+        if not by_weight:
+            _add_change(rows, narrow, d, v)
         ctx.save_for_backward(narrow if trains else None, weight, values, out_columns, in_columns)
-        return y.view(*x.shape[:-1], n_out)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -113,9 +118,9 @@ class AddedChange(torch.autograd.Function):
         narrow = flat @ u
         ctx.save_for_backward(narrow, values, out_columns, in_columns)
         ctx.x_dtype = x.dtype
-        result = y.reshape(-1, y.shape[-1]).clone()
-        _add_change(result, narrow, d, v)
-        return result.view(y.shape)
+        result = y.clone(memory_format=torch.contiguous_format)
+        _add_change(result.view(-1, y.shape[-1]), narrow, d, v)
+        return result
 
     @staticmethod
     @once_differentiable
@@ -145,7 +150,7 @@ class Observed(torch.autograd.Function):
     def forward(ctx, y, x, probe, observe: Callable[[torch.Tensor, torch.Tensor], None]):
         ctx.save_for_backward(x)
         ctx.observe = observe
-        return y.view_as(y)
+        return y.clone()
 
     @staticmethod
     @once_differentiable
