@@ -8,6 +8,12 @@ it comes and takes their eigenvectors. One process per way, in turn. Reported: s
 ratios within a round), the peak of memory above the imports, and the largest principal angle between the leading
 subspaces of the two, `--leading` directions on either side, in float64 on a smaller stack. The gradients are random
 ones with a falling spectrum, drawn one by one. At the default size the stacked SVD needs about 13 GB.
+
+    python benchmarks/basis.py --real
+
+The energy of real gradients that the structured block's directions keep: the leading eigenvectors of the full Gram
+sums against those of the sketches that a SparseGrad adapter takes (`compute_bases`). Demo encoder and task, 30 batches
+of 16 rows; mean over the layers of a kind, with the smallest.
 """
 
 import argparse
@@ -67,6 +73,57 @@ def angles(leading: int) -> tuple[float, float]:
     return tuple(largest_angle(a[:, :leading], b[:, :leading]) for a, b in zip(ours, theirs, strict=True))
 
 
+def real_energy(model_name: str | None, batches: int = 30, rows: int = 16) -> str:
+    """A table of the energy kept on both sides, by the full HOSVD and by sketches."""
+    from peft import get_peft_model
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+    from hf_ft_ext import SparseGradConfig, compute_bases, demo_dataset, demo_encoder
+    from hf_ft_ext.adapters.layers import fold_layer_numbers, shown_name
+    from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
+
+    name = model_name or demo_encoder()
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    data = demo_dataset()["train"].shuffle(seed=0).select(range(batches * rows))
+    data = data.map(
+        lambda row: {**tokenizer(row["sentence"]), "labels": row["label"]}, remove_columns=data.column_names
+    )
+    collate = DataCollatorWithPadding(tokenizer)
+    batch_list = [dict(collate([data[i] for i in range(s, s + rows)])) for s in range(0, batches * rows, rows)]
+    torch.manual_seed(0)
+    base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
+    lines = ["| scope | layers | side | full HOSVD | sketches |", "| --- | --- | --- | ---: | ---: |"]
+    for scope in ("layer", "kind"):
+        model = get_peft_model(base, SparseGradConfig(task_type="SEQ_CLS", scope=scope))
+        compute_bases(model, batch_list)
+        layers = {shown_name(layer_name): layer for layer_name, layer in sparse_grad_layers(model)}
+        columns = {layer_name: layer.sparse_grad_columns["default"] for layer_name, layer in layers.items()}
+        base = model.unload()
+        sums: dict[int, list[torch.Tensor]] = {}
+        for batch in batch_list:
+            base.eval().zero_grad()
+            for layer_name in layers:
+                base.get_submodule(layer_name).weight.requires_grad_(True)
+            base(**batch).loss.backward()
+            for layer_name in layers:
+                gradient = base.get_submodule(layer_name).weight.grad
+                parts = (gradient @ gradient.T, gradient.T @ gradient)
+                found = sums.setdefault(id(columns[layer_name]), [torch.zeros_like(part) for part in parts])
+                for total, part in zip(found, parts, strict=True):
+                    total += part
+        kept: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        for layer_name, found in columns.items():
+            for side, gram, chosen in zip(("out", "in"), sums[id(found)], found.buffers(), strict=True):
+                values = torch.linalg.eigvalsh(gram.double()).flip(0)
+                best = (values[: chosen.shape[1]].sum() / values.sum()).item()
+                ours = ((chosen.double().T @ gram.double() @ chosen.double()).trace() / values.sum()).item()
+                kept.setdefault((fold_layer_numbers(layer_name), side), []).append((best, ours))
+        for (kind, side), pairs in kept.items():
+            cells = [f"{statistics.mean(p):.4f} (from {min(p):.4f})" for p in zip(*pairs, strict=True)]
+            lines.append(f"| {scope} | {kind} | {side} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def measure(way: str, args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads)
     memory = PeakMemory()
@@ -89,10 +146,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--leading", type=int, default=16)
+    parser.add_argument("--real", action="store_true", help="the energy kept on real gradients, nothing else")
+    parser.add_argument("--model", help="with --real: another model than the demo encoder")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
         print(json.dumps(measure(args.way, args)))
+        return
+    if args.real:
+        print(real_energy(args.model))
         return
     results: dict[str, list[dict]] = {way: [] for way in WAYS}
     for number in range(args.repeats):

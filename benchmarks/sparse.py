@@ -6,9 +6,14 @@
 
 Every variant runs in a process of its own; the variants take turns, `--repeats` times over, so that a slow
 minute of the machine meets all of them. Reported: the median step, its ratio to `full` and to `lora` (median of the
-ratios within a round, with their range), peak memory above the loaded model (RSS; CUDA: allocated), and the bytes
+ratios within a round, with their quartiles), peak memory above the loaded model (RSS; CUDA: allocated), and the bytes
 of optimizer state, of gradients and of what autograd saves for the backward pass. Models have random weights, bases
 are random: neither changes the cost. The table goes to standard output and, with `--output`, to a file.
+
+`adapter`: the PEFT adapter of `--method sparse`, a basis per layer. `adapter-product` and `adapter-weight` meet the
+change of a weight in one way alone. `structured-head`: the same block in a converted layer, folded into the weight.
+`prepass-layer`, `prepass-kind`: the gradient pre-pass of the adapter; its "step" is one of `--gradients` gradients,
+with its share of the decomposition at the end, and its "state" the columns that are kept.
 """
 
 import argparse
@@ -26,7 +31,8 @@ from published_sparse import PublishedLinear
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from hf_ft_ext import SparseAdamW, convert_to_sparse
+from hf_ft_ext import SparseAdamW, SparseGradConfig, compute_bases, convert_to_sparse
+from hf_ft_ext.adapters.sparse_grad import functions
 from hf_ft_ext.sparse.basis import Basis, by_columns, cheaper_rotation
 from hf_ft_ext.sparse.convert import freeze_rest
 from hf_ft_ext.sparse.fixed import FixedSupport
@@ -82,6 +88,12 @@ def optimizers_of(variant: str, model: nn.Module, k: int, tokens: int) -> tuple[
         if variant == "lora-rest":  # as in the authors' baseline: all that is not an MLP weight trains too
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_("base_layer.weight" not in name)
+    elif variant.startswith(("adapter", "prepass")):
+        kind, _, way = variant.partition("-")
+        if kind == "adapter" and way:
+            functions.by_weight_is_cheaper = lambda *_, **__: way == "weight"
+        init, scope = ("gradient", way) if kind == "prepass" else ("random", "layer")
+        model = get_peft_model(model, SparseGradConfig(task_type="SEQ_CLS", n_params=k, init=init, scope=scope))
     elif variant == "published":
         targets = find_targets(model)
         bases = random_bases(list(targets.values()))
@@ -147,6 +159,8 @@ def measure(variant: str, args: argparse.Namespace) -> dict:
     model, memory = build(args), PeakMemory()
     before = memory.level()
     model, optimizers = optimizers_of(variant, model, SIZES[args.size][2], args.batch * args.length)
+    if variant.startswith("prepass"):
+        return measure_prepass(model, before, memory, args)
     # Weights and factors are there anyway; only what the forward pass makes counts as saved.
     there = [*model.parameters(), *(v for module in model.modules() for v in factors_of(module))]
     known = {tensor.untyped_storage().data_ptr() for tensor in there}
@@ -193,6 +207,23 @@ def measure(variant: str, args: argparse.Namespace) -> dict:
     }
 
 
+def measure_prepass(model: nn.Module, before: int, memory: PeakMemory, args: argparse.Namespace) -> dict:
+    """The gradient pre-pass: seconds of one gradient, everything at the end included."""
+    ids = torch.randint(5, 1000, (args.batch, args.length), device=args.device)
+    labels = torch.randint(0, 2, (args.batch,), device=args.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    compute_bases(model, [batch])  # warm
+    memory.reset()
+    start = time.perf_counter()
+    compute_bases(model, [batch] * args.gradients, gradients=args.gradients)
+    if args.device != "cpu":
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - start) / args.gradients
+    columns = {b.data_ptr(): b.numel() * b.element_size() for n, b in model.named_buffers() if "columns" in n}
+    return {"seconds": seconds, "peak": memory.bytes() - before, "state": sum(columns.values()), "gradients": 0,
+            "saved": 0}  # fmt: skip
+
+
 def table(results: dict[str, list[dict]]) -> str:
     """Markdown; ratios are taken round by round."""
 
@@ -200,7 +231,10 @@ def table(results: dict[str, list[dict]]) -> str:
         if to not in results:
             return ""
         values = [a["seconds"] / b["seconds"] for a, b in zip(results[variant], results[to], strict=True)]
-        return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+        if len(values) == 1:
+            return f"{values[0]:.2f}"
+        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
     lines = [
         "| variant | step s | x full | x lora | x published | peak MiB | state MiB | gradients MiB | saved MiB |",
@@ -220,6 +254,7 @@ def table(results: dict[str, list[dict]]) -> str:
 VARIANTS = [
     *("full", "lora", "lora-rest", "published", "meprop", "dynamic", "dynamic-head"),
     *("static", "static-head", "structured", "structured-head", "square-head"),  # square: as many rows as columns
+    *("adapter", "adapter-product", "adapter-weight", "prepass-layer", "prepass-kind"),
 ]
 
 
@@ -230,6 +265,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3, help="measured steps per process (after two others)")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--gradients", type=int, default=30, help="of the pre-pass")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model")
     parser.add_argument(

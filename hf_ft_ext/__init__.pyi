@@ -4,11 +4,13 @@ from .adapters.bottleneck.config import BottleneckConfig as BottleneckConfig
 from .adapters.layer_prefix.config import LayerPrefixConfig as LayerPrefixConfig
 from .adapters.layer_prefix.model import keep_projection as keep_projection
 from .adapters.mixture.config import LayerMixtureConfig as LayerMixtureConfig
+from .adapters.sparse_grad.config import SparseGradConfig as SparseGradConfig
 from .data.few_shot import few_shot_data as few_shot_data
 from .demo.dataset import demo_dataset as demo_dataset
 from .demo.encoder import demo_encoder as demo_encoder
 from .entries.delta import load_entries as load_entries
 from .entries.delta import save_entries as save_entries
+from .entries.export import export_shira as export_shira
 from .entries.layer import attach_entries as attach_entries
 from .entries.layer import merge_entries as merge_entries
 from .errors import InputError as InputError

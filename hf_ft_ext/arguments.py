@@ -357,10 +357,12 @@ class MethodTrainingArguments(TrainingArguments):
     Attributes:
         needs_all_rows: whether the method looks at the training data as a whole, so that no stream will do.
         json_fields: the method's own mappings, which the command line gives as JSON.
+        advanced_fields: arguments that only studies of the method need, a group of their own in `--help`.
     """
 
     needs_all_rows: ClassVar[bool] = False
     json_fields: ClassVar[tuple[str, ...]] = ()
+    advanced_fields: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self):
         self._read_json()

@@ -47,6 +47,13 @@ def task_type_of(model: nn.Module) -> TaskType | None:
     return None
 
 
+def saved_by_peft(model: nn.Module) -> list[str]:
+    """Names of the heads that peft looks for in every adapter's file of a classifier, whether they trained or not."""
+    if task_type_of(model) not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+        return []
+    return [name for name, _ in model.named_children() if name in _SAVED_BY_PEFT]
+
+
 def carries_adapters(model: nn.Module) -> bool:
     """Whether a model is wrapped by peft, or some of its modules are."""
     return hasattr(model, "peft_config") or any(isinstance(module, BaseTunerLayer) for module in model.modules())

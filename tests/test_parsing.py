@@ -283,6 +283,8 @@ def test_help_shows_choices(capsys):
         "--save_strategy {no,steps,epoch,best}", "inverse_sqrt, reduce_lr_on_plateau",
     ):  # fmt: skip
         assert shown in text
+    advanced = text.index("method sparse, advanced")
+    assert text.index("--sparse_support") < advanced < text.index("--sparse_moments") < text.index("--dry_run")
     assert "{1,2}" in shown_help(capsys, "--help", "--method", "fisher")[0]
     path = recipe("method: kernel\n")
     assert shown_help(capsys, path, "--help=all")[1] > shown_help(capsys, path, "--help")[1]

@@ -53,7 +53,8 @@ IN_STEPS = tuple(method for method in METHODS if method not in AT_ONCE)
 SGD = ("--optim", "sgd", "--learning_rate", "0.1", "--logging_steps", "1")
 OPTIMIZER = {
     "sparse": (
-        "--learning_rate", "1e-2", "--adam_epsilon", "1e-2", "--sparse_density", "1.0", "--logging_steps", "1",
+        "--sparse_support", "dynamic", "--learning_rate", "1e-2", "--adam_epsilon", "1e-2", "--sparse_density", "1.0",
+        "--logging_steps", "1",
     ),
     "gradientless": ("--learning_rate", "0.1", "--logging_steps", "1"),
 }  # fmt: skip

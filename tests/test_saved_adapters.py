@@ -48,6 +48,7 @@ METHODS = {
     "full-prefix": (FullTrainer, FullTrainingArguments, {"peft": "prefix_tuning",
                                                          "peft_config": {"num_virtual_tokens": 3}}),
     "gradientless": (GradientlessTrainer, GradientlessTrainingArguments, {"search_peft": "lora"}),
+    "sparse": (SparseTrainer, SparseTrainingArguments, {"sparse_basis_steps": 2, "sparse_density": 0.2}),
     "sparse-export": (SparseTrainer, SparseTrainingArguments,
                       {"sparse_support": "structured", "sparse_train_rest": "head"}),
 }  # fmt: skip

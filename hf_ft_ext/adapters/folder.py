@@ -18,7 +18,7 @@ import json
 import os
 from pathlib import Path
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -37,13 +37,17 @@ def name_base(model: PeftModel) -> None:
 
     The revision is that of `model.loaded_from` (see `load_tokenizer_and_model`), where there is one.
     """
-    base = model.get_base_model()
     for config in model.peft_config.values():
-        name = config.base_model_name_or_path or getattr(base, "name_or_path", None)
-        if name and os.path.isdir(name):
-            config.base_model_name_or_path = os.path.abspath(name)
-        elif config.revision is None and (revision := _loaded_from(base).get("revision")) != "main":
-            config.revision = revision
+        name_base_in(config, model.get_base_model())
+
+
+def name_base_in(config: PeftConfig, base: nn.Module) -> None:
+    """The same in one adapter's configuration."""
+    name = config.base_model_name_or_path or getattr(base, "name_or_path", None)
+    if name and os.path.isdir(name):
+        config.base_model_name_or_path = os.path.abspath(name)
+    elif config.revision is None and (revision := _loaded_from(base).get("revision")) != "main":
+        config.revision = revision
 
 
 def _loaded_from(base: nn.Module) -> dict:
@@ -59,12 +63,17 @@ def save_configuration(model: PeftModel, folder: str | os.PathLike) -> None:
     Args:
         folder: where `PeftModel.save_pretrained` wrote the adapter.
     """
-    folder, base = Path(folder), model.get_base_model()
+    revision = next(iter(model.peft_config.values())).revision
+    save_base_configuration(model.get_base_model(), folder, revision)
+
+
+def save_base_configuration(base: nn.Module, folder: str | os.PathLike, revision: str | None) -> None:
+    """The same for the base model `base`, of which the adapter in `folder` says that it is of `revision`."""
+    folder = Path(folder)
     config = copy.deepcopy(base.config)
     config.architectures = [type(base).__name__]
     config.dtype = str(base.dtype).removeprefix("torch.")
     write_text(folder / CONFIG_NAME, config.to_json_string())
-    revision = next(iter(model.peft_config.values())).revision
     files = weight_files(getattr(base, "name_or_path", None), revision, _loaded_from(base).get("cache_dir"))
     if not files or hasattr(type(base), "from_adapter"):  # a prompt model finds its base by itself
         for path in local_files(folder):

@@ -15,6 +15,16 @@ def plain_name(name: str) -> str:
     return re.sub(r"(^|\.)base_layer(?=\.|$)", "", name).removeprefix(".")
 
 
+def shown_name(name: str) -> str:
+    """The same for people: without what peft puts before a wrapped model's names."""
+    return plain_name(name).removeprefix("base_model.model.")
+
+
+def fold_layer_numbers(name: str) -> str:
+    """`encoder.layer.3.output.dense` -> `encoder.layer.*.output.dense`: the kind of a layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
 def split_layer(name: str, layers_pattern: str | Iterable[str] | None = None) -> tuple[int, str] | None:
     """Number of the layer that a module belongs to and the module's name within it; `None` outside of layers.
 

@@ -32,12 +32,15 @@ def register_adapters() -> None:
     from hf_ft_ext.adapters.layer_prefix.model import LayerPrefixModel
     from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig
     from hf_ft_ext.adapters.mixture.model import LayerMixtureModel
+    from hf_ft_ext.adapters.sparse_grad.config import SparseGradConfig
+    from hf_ft_ext.adapters.sparse_grad.model import SparseGradModel
     from hf_ft_ext.adapters.table import AdapterType
 
     for kind, config, tuner in (
         (AdapterType.BOTTLENECK, BottleneckConfig, BottleneckModel),
         (AdapterType.LAYER_PREFIX, LayerPrefixConfig, LayerPrefixModel),
         (AdapterType.LAYER_MIXTURE, LayerMixtureConfig, LayerMixtureModel),
+        (AdapterType.SPARSE_GRAD, SparseGradConfig, SparseGradModel),
     ):
         known = PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(kind, config)
         if known is not config:

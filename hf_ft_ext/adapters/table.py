@@ -9,3 +9,4 @@ class AdapterType(str, enum.Enum):  # noqa: UP042 (peft's own types are of this 
     BOTTLENECK = "BOTTLENECK"
     LAYER_PREFIX = "LAYER_PREFIX"
     LAYER_MIXTURE = "LAYER_MIXTURE"
+    SPARSE_GRAD = "SPARSE_GRAD"

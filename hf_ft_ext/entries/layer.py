@@ -22,16 +22,17 @@ class _Read(torch.autograd.Function):
     """The weight as it is; its gradient goes to the chosen entries."""
 
     @staticmethod
-    def forward(ctx, values, weight, indices):
+    def forward(ctx, values, weight, indices, entries):
         ctx.save_for_backward(indices)
-        ctx.dtype = values.dtype
+        ctx.dtype, ctx.entries = values.dtype, entries
         return weight.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         (indices,) = ctx.saved_tensors
-        return gradient.reshape(-1)[indices].to(ctx.dtype), None, None
+        ctx.entries.may_have_changed = True  # a step follows
+        return gradient.reshape(-1)[indices].to(ctx.dtype), None, None, None
 
 
 class Entries(nn.Module):
@@ -42,6 +43,8 @@ class Entries(nn.Module):
     Attributes:
         values: shape (k,), in single precision at least.
         indices: flat positions in the weight, shape (k,), rising.
+        initial: the values before training, shape (k,).
+        may_have_changed: whether gradients have come since the values were last compared with the weight.
         base_hash: SHA-256 of the weight before training.
     """
 
@@ -51,28 +54,39 @@ class Entries(nn.Module):
         self.values = nn.Parameter(flat[indices].to(torch.promote_types(weight.dtype, torch.float32)))
         self.register_buffer("indices", indices, persistent=False)
         self.base_hash = tensor_hash(weight)
-        self._folded = self.values.detach().clone()
+        self.initial = self._folded = self.values.detach().clone()
+        self.may_have_changed = False
+        self._version = self.values._version
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         self.fold(weight)
-        return _Read.apply(self.values, weight, self.indices)
+        return _Read.apply(self.values, weight, self.indices, self)
 
-    def fold(self, weight: torch.Tensor) -> None:
+    def fold(self, weight: torch.Tensor, compare: bool = False) -> None:
         """Bring values into `weight` if they have changed.
 
-        The values are compared, because fused optimizers change a tensor without counting it as a new version; and
-        nothing is written without need, because a graph may hold the weight.
+        They are compared where they may have changed: after a backward pass (fused optimizers change a tensor
+        without counting it as a new version) or as a new version. A comparison waits for the device, so it is not
+        made at each read; and nothing is written without need, because a graph may hold the weight.
+
+        Args:
+            compare: in any case.
         """
-        values = self.values.detach()
-        if self._folded.device != values.device or not torch.equal(values, self._folded):
+        values, version = self.values.detach(), self.values._version
+        moved = self._folded.device != values.device
+        if not (compare or moved or self.may_have_changed or version != self._version):
+            return
+        if moved or not torch.equal(values, self._folded):
             weight.view(-1)[self.indices] = values.to(weight.dtype)
             self._folded = values.clone()
+        self.may_have_changed, self._version = False, version
 
     def take(self, weight: torch.Tensor) -> None:
         """Take the values from `weight`, which somebody else has changed."""
         with torch.no_grad():
             self.values.copy_(weight.reshape(-1)[self.indices])
         self._folded = self.values.detach().clone()
+        self.may_have_changed, self._version = False, self.values._version
 
     def _save_to_state_dict(self, *args, **kwargs) -> None:
         pass
@@ -130,7 +144,7 @@ def _attach(module: nn.Module, name: str, indices: torch.Tensor) -> None:
 def _fold_first(name: str):
     def hook(module: nn.Module, prefix: str, keep_vars: bool) -> None:
         if f"{name}{_SUFFIX}" in module._modules:
-            module._modules[f"{name}{_SUFFIX}"].fold(module._buffers[name])
+            module._modules[f"{name}{_SUFFIX}"].fold(module._buffers[name], compare=True)
 
     return hook
 
@@ -153,7 +167,7 @@ def weights_with_entries(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, 
     for name, entries in entries_of(model).items():
         owner, _, own = name.rpartition(".")
         weight = model.get_submodule(owner)._buffers[own]
-        entries.fold(weight)
+        entries.fold(weight, compare=True)
         yield name, weight, entries
 
 

@@ -1,5 +1,6 @@
 """Arguments of `--method full`."""
 
+import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -10,6 +11,7 @@ from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 
 OPTIMIZERS = ADAM, SGD, SIGNGD = ("adam", "sgd", "signgd")
+_SIGNS = "sign=true"
 
 
 @dataclass
@@ -23,8 +25,9 @@ class FullTrainingArguments(MethodTrainingArguments):
     optimizer: str | None = field(
         default=None,
         metadata={
-            "help": "Rule of the steps, in place of `optim`. adam: AdamW (without weight decay, Adam). sgd: plain "
-            "gradient descent. signgd: steps of the learning rate along the gradient's signs.",
+            "help": "Old name of `optim`. adam is `--optim adamw_torch_fused` (without weight decay, Adam), sgd "
+            "`--optim sgd`, signgd (steps of the learning rate along the gradient's signs) `--optim sgd --optim_args "
+            "sign=true`.",
             "choices": OPTIMIZERS,
         },
     )
@@ -52,6 +55,11 @@ class FullTrainingArguments(MethodTrainingArguments):
     def validate(self) -> None:
         if self.optimizer is not None:
             self._set_optim()
+        if "sign" in _options(self.optim_args) and self.optim != OptimizerNames.SGD:
+            raise InputError(
+                f"optim_args={self.optim_args} makes sgd follow the gradient's signs, and optim="
+                f"{getattr(self.optim, 'value', self.optim)}; pass optim=sgd, or leave optim_args out"
+            )
         if self.fix_layers < 0:
             raise InputError(f"fix_layers={self.fix_layers} is no number of layers; pass 0 or more")
         if self.peft_config and self.peft is None:
@@ -76,6 +84,17 @@ class FullTrainingArguments(MethodTrainingArguments):
         if self.optim not in (default, ours, wanted[self.optimizer]):
             raise InputError(_both(self.optimizer, getattr(self.optim, "value", self.optim)))
         self.optim = self._optim_set = wanted[self.optimizer]
+        if self.optimizer == SIGNGD:
+            self.optim_args = _SIGNS
+        elif self.optim_args == _SIGNS:
+            self.optim_args = None
+        said = f"optim={self.optim.value}" + (f", optim_args={_SIGNS}" if self.optimizer == SIGNGD else "")
+        warnings.warn(f"optimizer={self.optimizer} is now {said}", FutureWarning, stacklevel=2)
+
+    @property
+    def sign_descent(self) -> bool:
+        """Whether steps follow the gradient's signs: `optim=sgd` with `optim_args="sign=true"`."""
+        return self.optim == OptimizerNames.SGD and _options(self.optim_args).get("sign", "").lower() == "true"
 
     @property
     def gradients(self) -> Gradients:
@@ -85,6 +104,12 @@ class FullTrainingArguments(MethodTrainingArguments):
         if "optim" in given and "optimizer" in given:
             raise InputError(_both(given["optimizer"], given["optim"]))
         super().check_given(given)
+
+
+def _options(optim_args: str | None) -> dict[str, str]:
+    """`name=value` pairs of `optim_args`, as transformers writes them: with commas between."""
+    pairs = (pair.partition("=") for pair in (optim_args or "").replace(" ", "").split(","))
+    return {name: value for name, _, value in pairs if name}
 
 
 def _both(optimizer: str, optim: str) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.full.arguments import SIGNGD, FullTrainingArguments
+from hf_ft_ext.full.arguments import FullTrainingArguments
 from hf_ft_ext.full.freeze import fix_layers
 from hf_ft_ext.full.signgd import SignGD
 from hf_ft_ext.peft_models import PREFIX_TUNING, wrap_with_peft
@@ -70,7 +70,7 @@ class FullTrainer(StopAtNaN, MethodTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """`SignGD` where it was chosen, at the rate that the arguments have now; else `Trainer`'s own."""
-        if self.args.optimizer != SIGNGD or self.optimizer is not None:
+        if not self.args.sign_descent or self.optimizer is not None:
             return super().create_optimizer(model)
         settings = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
         self.optimizer_cls_and_kwargs = (SignGD, settings)

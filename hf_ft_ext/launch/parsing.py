@@ -48,6 +48,7 @@ class Parser(HfArgumentParser):
         arguments = method.arguments_class()
         self._name = method.name
         self._own = f"method {method.name}: {method.help}"
+        self._advanced = f"method {method.name}, advanced: for studies of the method itself"
         super().__init__(
             (RunArguments, ModelArguments, DataArguments, arguments),
             allow_abbrev=False,
@@ -55,7 +56,8 @@ class Parser(HfArgumentParser):
             usage=f"run_glue.py [recipe.yaml] [--method {{{','.join(METHODS)}}}] [--argument value ...]",
             formatter_class=_HelpFormatter,
         )
-        titles = [self._own, *(t._argument_group_name for t in (RunArguments, ModelArguments, DataArguments))]
+        shared = (RunArguments, ModelArguments, DataArguments)
+        titles = [self._own, self._advanced, *(t._argument_group_name for t in shared)]
         order = {title: position for position, title in enumerate(titles)}
         self._action_groups.sort(key=lambda group: order.get(group.title, len(order)))
 
@@ -68,7 +70,7 @@ class Parser(HfArgumentParser):
             field = copy.copy(original)
             field.type = hints[field.name]
             self.hints[field.name] = field.type
-            title = self._group_title(dtype, field.name in own)
+            title = self._group_title(dtype, field.name, own)
             if title not in groups:
                 groups[title] = self.add_argument_group(title)
             before = len(self._actions)
@@ -108,10 +110,12 @@ class Parser(HfArgumentParser):
             )
         return self.format_help()
 
-    def _group_title(self, dtype: Any, own: bool) -> str:
+    def _group_title(self, dtype: Any, name: str, own: set[str]) -> str:
         if not issubclass(dtype, TrainingArguments):
             return dtype._argument_group_name
-        return self._own if own else _TRAINING
+        if name not in own:
+            return _TRAINING
+        return self._advanced if name in dtype.advanced_fields else self._own
 
     def error(self, message: str) -> NoReturn:
         raise InputError(re.sub(r"argument (--\w+)/--\S+:", r"\1:", message))

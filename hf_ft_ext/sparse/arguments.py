@@ -2,17 +2,20 @@
 
 import importlib.util
 from dataclasses import dataclass, field
+from typing import ClassVar
 
-from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.adapters.sparse_grad.config import DEFAULT_DENSITY, PER_KIND, PER_LAYER, SCOPES
+from hf_ft_ext.adapters.sparse_grad.config import DEFAULT_GRADIENTS as DEFAULT_BASIS_STEPS
+from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 
 SUPPORTS = DYNAMIC, STATIC, STRUCTURED = ("dynamic", "static", "structured")
-BASES = HOSVD, NONE, RANDOM = ("hosvd", "none", "random")
+BASES = HOSVD, NONE, RANDOM, SVD = ("hosvd", "none", "random", "svd")
+RESTS = ALL, HEAD, NOTHING = ("all", "head", "none")
 ORIENTATIONS = TUCKER, PUBLISHED = ("tucker", "published")
-SCOPES = PER_KIND, PER_LAYER = ("kind", "layer")
 MOMENTS = OWN, DENSE = ("own", "dense")
-DEFAULT_BASIS_STEPS = 30
-DEFAULT_DENSITY = 0.012  # 28,000 of 768 x 3072 entries, the source's setting for BERT-base
+# Where little trains, it has to move far: the rate that the study in docs/sparse.md found, for a 384-wide encoder.
+RATE_OF_FEW, RATE_OF_ALL = 1e-3, 5e-5
 
 
 @dataclass
@@ -24,6 +27,10 @@ class SparseTrainingArguments(MethodTrainingArguments):
     """
 
     _argument_group_name = "sparse"
+    advanced_fields: ClassVar[tuple[str, ...]] = (
+        "sparse_basis_orientation", "sparse_basis_refresh_steps", "sparse_moments", "sparse_skip_leading",
+        "sparse_show_steps",
+    )  # fmt: skip
 
     sparse_density: float | None = field(
         default=None,
@@ -51,18 +58,19 @@ class SparseTrainingArguments(MethodTrainingArguments):
         },
     )
     sparse_support: str = field(
-        default=DYNAMIC,
+        default=STRUCTURED,
         metadata={
-            "help": "Which entries train. dynamic: the largest of each step's gradient (as published). static: those "
-            "of the largest mean energy in the pre-pass, fixed. structured: a fixed block of the strongest rows and "
-            "columns, the cheapest by far.",
+            "help": "Which entries train. structured: a fixed block of the strongest rows and columns, as a PEFT "
+            "adapter: the cheapest by far. dynamic: the largest of each step's gradient (as published). static: those "
+            "of the largest mean energy in the pre-pass, fixed.",
             "choices": SUPPORTS,
         },
     )
     sparse_basis: str = field(
         default=HOSVD,
         metadata={
-            "help": "hosvd: from gradients. none: no rotation (MeProp). random: random factors (a control).",
+            "help": "hosvd: from gradients. none: no rotation (MeProp). random: random factors, no pre-pass. svd: "
+            "singular vectors of the weights, with structured support, no pre-pass.",
             "choices": BASES,
         },
     )
@@ -74,10 +82,11 @@ class SparseTrainingArguments(MethodTrainingArguments):
             "choices": ORIENTATIONS,
         },
     )
-    sparse_basis_scope: str = field(
-        default=PER_KIND,
+    sparse_basis_scope: str | None = field(
+        default=None,
         metadata={
-            "help": "kind: layers of one kind share a basis (as published). layer: each has its own.",
+            "help": "kind: layers of one kind share a basis (as published). layer: each has its own. none = layer "
+            "with structured support, else kind.",
             "choices": SCOPES,
         },
     )
@@ -92,7 +101,7 @@ class SparseTrainingArguments(MethodTrainingArguments):
         default=0,
         metadata={
             "help": "Compute the hosvd basis anew after every so many optimizer steps, weights and moments carried "
-            "over. With dynamic support from the gradients since, else from another pre-pass. 0 = never."
+            "over. With dynamic support from the gradients since, else from another pre-pass. 0 = never.",
         },
     )
     sparse_moments: str = field(
@@ -107,21 +116,29 @@ class SparseTrainingArguments(MethodTrainingArguments):
         default=0.0,
         metadata={
             "help": "With structured support and a hosvd basis: share of the leading directions of each side that the "
-            "block leaves out, in [0, 1); 0.25 puts it at the end of the first quarter of the spectrum."
+            "block leaves out, in [0, 1); 0.25 puts it at the end of the first quarter of the spectrum.",
         },
     )
     sparse_show_steps: int = field(
         default=0,
         metadata={
             "help": "Measure how sparse the gradients are, raw and in a basis, before training and after every so "
-            "many steps; values (sparsity.json) and pictures go to the output folder. Needs matplotlib. 0 = never."
+            "many steps; values (sparsity.json) and pictures go to the output folder. Needs matplotlib. 0 = never.",
         },
     )
-    sparse_train_rest: str = field(
-        default="all",
+    sparse_train_rest: str | None = field(
+        default=None,
         metadata={
-            "help": "What else trains: all other parameters (as published), head only, none, or a regular expression "
-            "searched in parameter names (the head trains too)."
+            "help": "What else trains: head (and whatever came without pretrained weights), all other parameters (as "
+            "published), none, or a regular expression searched in parameter names (the head trains too). none given "
+            "= head with structured support, else all."
+        },
+    )
+    learning_rate: float = field(
+        default=None,
+        metadata={
+            "help": f"Initial learning rate of the optimizer; none = {RATE_OF_FEW} with structured support, else "
+            f"{RATE_OF_ALL}."
         },
     )
 
@@ -130,11 +147,14 @@ class SparseTrainingArguments(MethodTrainingArguments):
             ("sparse_support", SUPPORTS),
             ("sparse_basis", BASES),
             ("sparse_basis_orientation", ORIENTATIONS),
-            ("sparse_basis_scope", SCOPES),
+            ("sparse_basis_scope", (None, *SCOPES)),
             ("sparse_moments", MOMENTS),
         ):
             if getattr(self, name) not in known:
-                raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from: {', '.join(known)}")
+                choices = ", ".join(value for value in known if value is not None)
+                raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from: {choices}")
+        if self.learning_rate is None:
+            self.learning_rate = RATE_OF_FEW if self.sparse_support == STRUCTURED else RATE_OF_ALL
         if self.sparse_basis_orientation == PUBLISHED and self.sparse_basis != HOSVD:
             raise InputError(
                 f"sparse_basis_orientation=published is about the hosvd basis, but sparse_basis={self.sparse_basis}; "
@@ -196,11 +216,57 @@ class SparseTrainingArguments(MethodTrainingArguments):
                 f"sparse_moments=dense is for sparse_support=dynamic, not {self.sparse_support}, whose entries never "
                 "change; leave one of them out"
             )
+        if self.sparse_basis == SVD and not self.as_adapter:
+            raise InputError(
+                f"sparse_basis=svd is for structured support as an adapter, and {self.not_an_adapter_by} makes the "
+                "run convert layers instead; leave one of them out"
+            )
         combination = f"sparse_support={self.sparse_support} with sparse_basis={self.sparse_basis}"
         if self.sparse_basis_steps is not None and not self.needs_gradients:
             raise InputError(f"{combination} looks at no gradients before training; leave sparse_basis_steps out")
         if self.sparse_basis_scope == PER_LAYER and self.sparse_basis == NONE and self.sparse_support != STRUCTURED:
             raise InputError(f"{combination} has nothing that layers could share; leave sparse_basis_scope out")
+
+    @property
+    def not_an_adapter_by(self) -> str | None:
+        """The setting by which layers are converted in place (`SparseGradLinear`), or `None`: an adapter goes beside.
+
+        An adapter has one fixed block in each weight, and its file has no room for all other parameters.
+        """
+        converting = {
+            "sparse_support": self.sparse_support != STRUCTURED,
+            "sparse_basis": self.sparse_basis == NONE,
+            "sparse_train_rest": self.train_rest not in (HEAD, NOTHING),
+            "sparse_basis_orientation": self.sparse_basis_orientation != TUCKER,
+            "sparse_basis_refresh_steps": bool(self.sparse_basis_refresh_steps),
+            "sparse_skip_leading": bool(self.sparse_skip_leading),
+            "sparse_show_steps": bool(self.sparse_show_steps),
+        }
+        name = next((name for name, converts in converting.items() if converts), None)
+        return None if name is None else f"{name}={getattr(self, name)}"
+
+    @property
+    def as_adapter(self) -> bool:
+        """Whether training goes through a PEFT adapter (`SparseGradConfig`) rather than converted layers."""
+        return self.not_an_adapter_by is None
+
+    @property
+    def train_rest(self) -> str:
+        """What trains besides, the default filled in."""
+        if self.sparse_train_rest is not None:
+            return self.sparse_train_rest
+        return HEAD if self.sparse_support == STRUCTURED else ALL
+
+    @property
+    def basis_scope(self) -> str:
+        """Which layers share a basis, the default filled in."""
+        if self.sparse_basis_scope is not None:
+            return self.sparse_basis_scope
+        return PER_LAYER if self.sparse_support == STRUCTURED else PER_KIND
+
+    @property
+    def gradients(self) -> Gradients:
+        return Gradients.ADAPTERS if self.as_adapter else Gradients.WEIGHTS
 
     @property
     def needs_gradients(self) -> bool:

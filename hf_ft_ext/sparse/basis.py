@@ -5,6 +5,7 @@ singular vectors of its unfoldings, that is the eigenvectors of `sum G G^T` (out
 (in x in): the stack is never kept and no tall matrix is decomposed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,11 @@ class Basis:
     @property
     def ready(self) -> bool:
         return self.identity or self.out_factor is not None
+
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace the factors by what `function` gives, stored by columns as before."""
+        if self.out_factor is not None:
+            self.out_factor, self.in_factor = (function(f.T).T for f in (self.out_factor, self.in_factor))
 
     def rotate(self, gradient: torch.Tensor) -> torch.Tensor:
         """`V^T G U` of a weight gradient `G`, shape (out, in)."""

@@ -29,7 +29,7 @@ def convert_to_sparse(
 
     Args:
         n_params: entries of each weight that train (dynamic support: in one step). Structured support rounds up
-            to a block of rows and columns (`fixed.block_shape`).
+            to a block of rows and columns (`block_shape`).
         density: the same as a share of the weight, in (0, 1]; default 0.012.
         target_modules: regular expression over module names; default: the linear layers of all feed-forwards, found by
             structure (`find_targets`).

@@ -1,7 +1,7 @@
 """A support that is chosen once: the entries, the few columns of the basis that they need, and their gradient."""
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -53,6 +53,13 @@ class FixedSupport:
         entries = None if block else torch.linspace(0, r * c - 1, n_params, device=weight.device).long()
         sides = (None, None) if identity else (weight.new_zeros(n_out, r), weight.new_zeros(n_in, c))
         return cls(rows, columns, entries, *sides)
+
+    def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Replace each tensor by what `function` gives: `nn.Module.to` and the like move a support with its layer."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                setattr(self, field.name, function(value))
 
     @property
     def size(self) -> int:
@@ -115,18 +122,6 @@ class FixedSupport:
         else:
             left, right = self.out_columns, block @ self.in_columns.T
         weight.addmm_(left.to(weight.dtype), right.to(weight.dtype))
-
-
-def block_shape(n_params: int, n_out: int, n_in: int) -> tuple[int, int]:
-    """Rows and columns `(r, c)` of the block that holds at least `n_params` entries at the least cost.
-
-    Per token the values' gradient takes `out r + in c` multiplications: least at equal parts, `r : c = in : out`.
-    The narrower side also makes folding changes into the weight cheaper (a 3072 x 768 weight: half of what a square
-    block takes).
-    """
-    rows = min(max(round(math.sqrt(n_params * n_in / n_out)), math.ceil(n_params / n_in)), n_out)
-    columns = math.ceil(n_params / rows)
-    return math.ceil(n_params / columns), columns
 
 
 def _columns(basis: Basis, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

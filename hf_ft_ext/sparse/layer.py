@@ -7,8 +7,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from hf_ft_ext.adapters.sparse_grad.config import block_shape
 from hf_ft_ext.sparse.basis import ACTIVATIONS, Basis
-from hf_ft_ext.sparse.fixed import FixedSupport, block_shape
+from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.training.files import tensor_hash
 
 
@@ -215,6 +216,17 @@ class SparseGradLinear(nn.Linear):
         rotated = gradient if self.basis.rotates == ACTIVATIONS else self.basis.rotate(gradient)
         return rotated if indices is None else rotated.flatten()[indices.long()]
 
+    def _apply(self, fn, recurse=True):
+        # Supports and factors are shared by layers, so they are no buffers. A second call finds them moved already.
+        super()._apply(fn, recurse)
+        for part in (self.basis, self.support, *(support for support, _ in self.earlier)):
+            if part is not None:
+                part.apply(fn)
+        self.earlier = [(support, fn(change)) for support, change in self.earlier]
+        if self.initial is not None:
+            self.initial = fn(self.initial)
+        return self
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(f"{prefix}values", None)
@@ -227,6 +239,9 @@ class SparseGradLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
         if f"{prefix}values" in missing_keys:
             missing_keys.remove(f"{prefix}values")
+        if self.support is not None and f"{prefix}weight" in state_dict:
+            with torch.no_grad():  # the values are entries of the weight that has just been loaded
+                self.values.copy_(self.support.pick(self.support.block_of(self.weight)))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, n_params={self.n_params}"

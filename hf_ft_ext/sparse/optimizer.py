@@ -13,7 +13,7 @@ from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.moments import corrected, turn_moments
 from hf_ft_ext.sparse.refresh import RunningSums
-from hf_ft_ext.sparse.support import above, carry_over, top_k
+from hf_ft_ext.sparse.support import above, agreed, carry_over, top_k
 from hf_ft_ext.training.copying import CopiedInFull
 
 _NOT_READY = "the {part} of {kind} has not been computed; run `prepare_layers` or load a state"
@@ -128,7 +128,8 @@ class SparseAdamW(CopiedInFull, torch.optim.AdamW):
         weight, state = layer.weight, self.state[layer.weight]
         rotated = layer.value_gradient()
         self._running.see(layer.kind, rotated)
-        support = top_k(rotated, layer.n_params) if layer.threshold is None else above(rotated, layer.threshold)
+        chosen = top_k(rotated, layer.n_params) if layer.threshold is None else above(rotated, layer.threshold)
+        support = agreed(chosen)
         gradient = rotated.flatten()[support.long()].to(weight.dtype)
         step, exp_avg, exp_avg_sq = self._moments_at(support, state, weight)
         step += 1
@@ -222,9 +223,14 @@ class SparseAdamW(CopiedInFull, torch.optim.AdamW):
                 _fill_basis(layer, bases[layer.kind])
         if self._running and "running" in state_dict:
             self._running.load_state_dict(state_dict["running"], self.param_groups[0]["params"][0].device)
-        shared: dict[tuple, FixedSupport] = {}
-        for layer, support in zip(self._fixed, supports, strict=False):
-            _fill_support(layer, support, shared)
+        restore_supports(self._fixed, supports)
+
+
+def restore_supports(layers: Iterable[SparseGradLinear], saved: list[dict[str, Any]]) -> None:
+    """Give layers with fixed support what an optimizer's state holds as `supports`; shared ones are shared again."""
+    shared: dict[tuple, FixedSupport] = {}
+    for layer, support in zip(layers, saved, strict=False):
+        _fill_support(layer, support, shared)
 
 
 def _fill_basis(layer: SparseGradLinear, saved: dict) -> None:

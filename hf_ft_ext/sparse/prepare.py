@@ -1,13 +1,18 @@
 """From a converted model to one that can train: bases and, where it is fixed, the support."""
 
+import functools
 import logging
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast
+from torch import nn
 from transformers import Trainer
 
+from hf_ft_ext.adapters.sparse_grad.bases import compute_bases as adapter_bases
 from hf_ft_ext.sparse.arguments import (
     DYNAMIC,
     HOSVD,
@@ -77,10 +82,25 @@ def refresh_supports(
             turn_fixed_moments(state, layer.earlier[-1][0], layer.support)
 
 
-def compute_bases(
+@functools.wraps(adapter_bases)
+def compute_bases(model: nn.Module | Trainer, batches: Iterable[Any], *positional: Any, **settings: Any) -> None:
+    """That of the adapters. The old form, `compute_bases(trainer, layers, steps)`, is `compute_layer_bases`."""
+    if not isinstance(model, Trainer):
+        adapter_bases(model, batches, *positional, **settings)
+        return
+    warnings.warn(
+        "compute_bases(trainer, layers, steps) is now hf_ft_ext.sparse.prepare.compute_layer_bases; "
+        "compute_bases(model, batches) is for SparseGradConfig adapters",
+        FutureWarning,
+        stacklevel=2,
+    )
+    compute_layer_bases(model, batches, *positional, **settings)
+
+
+def compute_layer_bases(
     trainer: Trainer, layers: Mapping[str, SparseGradLinear], steps: int, orientation: str = TUCKER
 ) -> None:
-    """Fill the bases of `layers` from the gradients of `steps` training batches, weights unchanged.
+    """Fill the bases of converted layers from the gradients of `steps` training batches, weights unchanged.
 
     Args:
         orientation: `"tucker"`, or `"published"`: the input side rotated by the transposed factor.

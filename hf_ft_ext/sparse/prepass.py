@@ -151,6 +151,23 @@ def _batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:
         yield [collate(examples[i : i + micro]) for i in range(0, len(examples), micro)]
 
 
+def own_micro_batches(trainer: Trainer, count: int) -> Iterator[dict]:
+    """This process's part of `count` micro-batches of training data, one at least.
+
+    Together the processes read the same rows as one process would; where the trainer's data loader or sampler was
+    overridden, each reads its own loader. No global generator is used.
+    """
+    args = trainer.args
+    if draws_own_batches(trainer):
+        yield from loader_batches(trainer, -(-count // args.world_size))
+        return
+    count = max(count, args.world_size)
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="pre-pass")
+    for number, examples in enumerate(_examples(trainer, count, args.train_batch_size, draw=0)):
+        if number % args.world_size == args.process_index:
+            yield collate(examples)
+
+
 def _examples(trainer: Trainer, steps: int, batch_size: int, draw: int) -> Iterator[list]:
     dataset = trainer.train_dataset
     if hasattr(dataset, "__len__"):

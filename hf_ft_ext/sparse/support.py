@@ -42,6 +42,22 @@ def _candidates(magnitude: torch.Tensor, k: int) -> torch.Tensor | None:
     return candidates if k <= candidates.numel() <= magnitude.numel() // 2 else None
 
 
+def agreed(support: torch.Tensor) -> torch.Tensor:
+    """The first process's support, on every process.
+
+    All processes choose from the same averaged gradient; on unlike processors it may differ in the last bit.
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return support
+    if torch.distributed.get_world_size() == 1:
+        return support
+    count = torch.tensor(len(support), device=support.device)
+    torch.distributed.broadcast(count, 0)  # with a threshold the number of entries may differ too
+    result = support if len(support) == int(count) else support.new_empty(int(count))
+    torch.distributed.broadcast(result, 0)
+    return result
+
+
 def carry_over(old: torch.Tensor | None, new: torch.Tensor, *states: torch.Tensor) -> list[torch.Tensor]:
     """Per-entry `states` of the support `old`, for the support `new`.
 

@@ -1,9 +1,11 @@
-"""`SparseTrainer`: a Trainer that fine-tunes MLP layers by SparseGrad and all else by AdamW."""
+"""`SparseTrainer`: a Trainer that fine-tunes MLP layers by SparseGrad."""
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
-from typing import ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -11,13 +13,15 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.training_args import OptimizerNames
 
+from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.sparse.adapter import add_sparse_grad, choose_columns, columns_of, has_sparse_grad
 from hf_ft_ext.sparse.arguments import DENSE, DYNAMIC, NONE, STATIC, STRUCTURED, SparseTrainingArguments
 from hf_ft_ext.sparse.convert import convert_to_sparse, freeze_rest, sparse_layers
 from hf_ft_ext.sparse.delta import DELTA_FILE, save_delta
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
-from hf_ft_ext.sparse.optimizer import SparseAdamW
+from hf_ft_ext.sparse.optimizer import SparseAdamW, restore_supports
 from hf_ft_ext.sparse.prepare import prepare_layers, refresh_supports
 from hf_ft_ext.sparse.sparsity import SparsityWatch
 from hf_ft_ext.training.finite import StopAtNaN
@@ -29,16 +33,21 @@ from hf_ft_ext.training.resources import preparation
 from hf_ft_ext.training.sharding import refuse_sharding
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
 
+logger = logging.getLogger(__name__)
+
 _OPTIMIZER_STATE = "optimizer.pt"  # transformers' name for it
 
 
 class SparseTrainer(StopAtNaN, MethodTrainer):
     """`transformers.Trainer` with SparseGrad on the MLP layers.
 
-    The model is converted in place when the trainer is made. `train()` first takes the gradients of
-    `sparse_basis_steps` batches, computes the bases and chooses the support if it is a fixed one; a resumed run
-    loads them instead.
-    `save_model` and checkpoints leave an ordinary model that `from_pretrained` loads.
+    `train()` first takes the gradients of `sparse_basis_steps` batches and computes the bases; a resumed run loads
+    them instead.
+
+    With structured support the model gets a `SparseGradConfig` adapter: weights stay as they are (quantized, if they
+    are), any optimizer of `optim` trains it, `save_model` and checkpoints leave a PEFT adapter. Otherwise, and with
+    settings that an adapter has no room for (`SparseTrainingArguments.not_an_adapter_by`), the model is converted in
+    place, and what is saved is an ordinary model that `from_pretrained` loads.
 
     Args:
         model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
@@ -62,8 +71,19 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
         args = self.args
         refuse_sharding(args, "sparse training")
         super().check_arguments()
-        if args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
-            raise InputError(f"optim={args.optim.value!r} has no sparse form; use adamw_torch or adamw_torch_fused")
+        if not args.as_adapter:
+            self._check_optim()
+
+    def _check_optim(self) -> None:
+        if self.args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
+            raise InputError(
+                f"optim={self.args.optim.value!r} has no sparse form for converted layers; use adamw_torch or "
+                "adamw_torch_fused, or structured support, whose adapter any optimizer trains"
+            )
+
+    def _check_optimizers(self, optimizer: Any, scheduler: Any, factory: Any) -> None:
+        # An adapter takes any optimizer class; an optimizer made before does not hold what it adds.
+        super()._check_optimizers(optimizer, scheduler, None if self.args.as_adapter else factory)
 
     def apply_arguments(self) -> None:
         super().apply_arguments()
@@ -77,9 +97,19 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         args = self.args
-        refuse_quantized(model, "sparse training changes")
+        if has_sparse_grad(model):
+            _check_settled(args)
+            declare_mean_loss(model)
+            return model
+        if args.as_adapter and not sparse_layers(model):
+            declare_mean_loss(model)
+            return add_sparse_grad(model, args)
+        self._check_optim()
+        refuse_quantized(model, f"sparse training with {args.not_an_adapter_by} changes")
         if hasattr(model, "peft_config"):
             raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
+        if args.sparse_support == STRUCTURED and not sparse_layers(model):
+            logger.info("%s converts layers in place: the whole model is saved.", args.not_an_adapter_by)
         if converted := sparse_layers(model):
             _check_converted(converted, args)
         else:
@@ -90,10 +120,10 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
                 args.sparse_target_modules,
                 args.sparse_support,
                 args.sparse_basis,
-                args.sparse_basis_scope,
+                args.basis_scope,
                 args.sparse_threshold,
             )
-        freeze_rest(model, args.sparse_train_rest)
+        freeze_rest(model, args.train_rest)
         declare_mean_loss(model)
         return model
 
@@ -105,7 +135,12 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
         return super().train(resume_from_checkpoint, *positional, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """`SparseAdamW` over all trained parameters, after the pre-pass that it needs."""
+        """The optimizer over all trained parameters, after the pre-pass; `SparseAdamW` for converted layers."""
+        if has_sparse_grad(self.model):
+            if not all(columns.ready for columns in columns_of(self.model)):
+                with preparation(self):
+                    choose_columns(self)
+            return super().create_optimizer(model)
         if self.optimizer is None:
             _, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             layers = sparse_layers(self.model)
@@ -125,9 +160,24 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
     def _preparation_is_saved(self) -> bool:
         return self._resumed_from is not None and os.path.isfile(os.path.join(self._resumed_from, _OPTIMIZER_STATE))
 
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        layers = [layer for layer in sparse_layers(self.model).values() if layer.values is not None]
+        path = os.path.join(self.state.best_model_checkpoint, _OPTIMIZER_STATE)
+        if layers and os.path.isfile(path):
+            # The weights are the best model's; values and supports of that step make its delta.
+            state = torch.load(path, map_location=self.args.device, weights_only=True)
+            restore_supports(layers, state["supports"])
+        elif any(layer.earlier for layer in layers):
+            logger.warning(
+                "%s holds no optimizer state (save_only_model), so that the best model's delta is not known after "
+                "refreshes of the basis; save_delta and export_lora describe the last step's supports.",
+                self.state.best_model_checkpoint,
+            )
+
     def save_for_sharing(self, folder: str) -> None:
         """Write the delta beside the model where the support is fixed: small, and all that the base model lacks."""
-        if self.args.sparse_support != DYNAMIC:
+        if self.args.sparse_support != DYNAMIC and not has_sparse_grad(self.model):
             save_delta(self.model, folder)
 
     @classmethod
@@ -138,6 +188,16 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:
         """Stand-ins, of the right size, for supports that are not chosen yet: memory can be measured with them."""
+        if has_sparse_grad(self.model):
+            unready = [columns for columns in columns_of(self.model) if not columns.ready]
+            for columns in unready:
+                columns.ready = True
+            try:
+                yield
+            finally:
+                for columns in unready:
+                    columns.ready = False
+            return
         waiting = [
             layer for layer in sparse_layers(self.model).values() if layer.values is not None and layer.support is None
         ]
@@ -151,6 +211,8 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
 
     def trained_weights(self) -> list[TrainedWeight]:
         """What training changes: per converted weight its updated entries, all other parameters in full."""
+        if has_sparse_grad(self.model):
+            return self._adapter_weights()
         layers = sparse_layers(self.model)
         rows, kinds = [], set()
         for name, parameter in self.model.named_parameters():
@@ -176,6 +238,24 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
             rows.append(TrainedWeight(f"{owner}.weight", shape, layer.n_params, parameter.numel() * size, state))
         return rows
 
+    def _adapter_weights(self) -> list[TrainedWeight]:
+        rows, counted = [], set()
+        columns = {
+            f"{name}.sparse_grad_values.{self.model.active_adapter}": columns
+            for columns, layers in layers_by_columns(self.model, self.model.active_adapter)
+            for name, _ in layers
+        }
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            row = TrainedWeight.dense(name, parameter)
+            if name in columns and id(columns[name]) not in counted:  # shared columns count once
+                counted.add(id(columns[name]))
+                size = sum(buffer.numel() * buffer.element_size() for buffer in columns[name].buffers())
+                row = replace(row, state_bytes=row.state_bytes + size)
+            rows.append(row)
+        return rows
+
 
 class _RefreshSupports(TrainerCallback):
     """Chooses fixed supports anew after every `sparse_basis_refresh_steps` steps."""
@@ -188,6 +268,19 @@ class _RefreshSupports(TrainerCallback):
         if step % args.sparse_basis_refresh_steps == 0 and step < state.max_steps:
             trainer = self.trainer
             refresh_supports(trainer, sparse_layers(trainer.model), args, trainer.optimizer)
+
+
+def _check_settled(args: SparseTrainingArguments) -> None:
+    """A model that comes with a SparseGrad adapter has its own configuration."""
+    settled = ("sparse_density", "sparse_n_params", "sparse_target_modules", "sparse_basis_scope", "sparse_train_rest")
+    if given := [name for name in settled if getattr(args, name) is not None]:
+        raise InputError(
+            f"the model has a SparseGrad adapter, which settled {given[0]}; leave it out, or pass the base model"
+        )
+    if not args.as_adapter:
+        raise InputError(
+            f"the model has a SparseGrad adapter, and {args.not_an_adapter_by} is for the plain model; leave it out"
+        )
 
 
 def _check_converted(layers: dict[str, SparseGradLinear], args: SparseTrainingArguments) -> None:

@@ -60,6 +60,7 @@ def trial_copy(model: nn.Module) -> nn.Module:
     """
     tensors = [*model.parameters(), *model.buffers()]
     shared: dict[int, torch.Tensor] = {id(t): _without_memory(t) if t.is_meta else t for t in tensors}
+    shared |= _eight_bit_states(model)
     other = copy.deepcopy(model, shared).eval()
     for module in other.modules():
         if isinstance(module, BaseTunerLayer):
@@ -72,3 +73,19 @@ def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
     shape = tensor.shape[1:] if tensor.dim() > 2 else ()  # kernels of grouped products want one expert's strides
     real = torch.full(shape, value, dtype=tensor.dtype).expand(tensor.shape)
     return nn.Parameter(real, requires_grad=False) if isinstance(tensor, nn.Parameter) else real
+
+
+def _eight_bit_states(model: nn.Module) -> dict[int, torch.Tensor]:
+    """Scales and weights of bitsandbytes' 8-bit layers, by `id`, moved to where the layers' first pass puts them.
+
+    That pass takes them from the weight into the layer's own state. In a copy that shares the weight, it would leave
+    the layer itself without any, and its results wrong.
+    """
+    found = {}
+    for module in model.modules():
+        if hasattr(module, "init_8bit_state"):
+            if getattr(module.weight, "CB", None) is not None:
+                module.init_8bit_state()
+            tensors = (getattr(module.state, name, None) for name in ("CB", "SCB"))
+            found |= {id(tensor): tensor for tensor in tensors if isinstance(tensor, torch.Tensor)}
+    return found

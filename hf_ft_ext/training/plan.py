@@ -1,7 +1,6 @@
 """What a Trainer is about to train, in how many steps, and an estimate of the memory it takes."""
 
 import contextlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from hf_ft_ext.adapters.layers import fold_layer_numbers
 from hf_ft_ext.training.sharding import entries, whole_shape
 
 _MIB = 2**20
@@ -88,11 +88,6 @@ class TrainingPlan:
         if self.steps is not None:
             lines.append(f"steps: {self.steps:,} of {self.batch_size} examples")
         return "\n".join(lines)
-
-
-def fold_layer_numbers(name: str) -> str:
-    """`encoder.layer.3.output.dense` -> `encoder.layer.*.output.dense`: the kind of a layer."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def align(rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -8,8 +8,9 @@ It needs the gated Llama-2 weights (or any other model with Llama's layer names)
 arguments of `SparseTrainingArguments` work; the defaults below are the source's (arXiv 2410.07383 and its repository's
 llama_ft): learning rate 9e-5, cosine schedule, 50 warm-up steps, batch 2 with 32-fold accumulation, one epoch, bf16,
 512 tokens, all else frozen. Which layers "every third" are and how many entries train is not published: here layers 0,
-3, 6 ... and 1.2 % of each weight. Structured support is ours; it is what keeps memory at LoRA's. The merged model goes
-to `--output_dir`; `AutoModelForCausalLM.from_pretrained` loads it.
+3, 6 ... and 1.2 % of each weight. Structured support is ours; it is what keeps memory at LoRA's. A PEFT adapter goes
+to `--output_dir` (with dynamic support the whole model); `AutoModelForCausalLM.from_pretrained` loads it after
+`import hf_ft_ext`.
 """
 
 import re

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.helpers import check_if_peft_model
-from zoo import ADAPTERS, ALL, MODELS, inputs, logits, small
+from zoo import ADAPTERS, ALL, MERGEABLE, MODELS, inputs, logits, small
 
 from hf_ft_ext.errors import InputError
 
@@ -41,7 +41,7 @@ def step(model) -> None:
         (kind, name)
         for kind in MODELS
         for name in ALL
-        if kind == "bert" or name in ("pfeiffer", "projected", "mixture")
+        if kind == "bert" or name in ("pfeiffer", "projected", "sparse", "mixture")
     ],
 )
 def test_trains_saves_loads_and_comes_off(tmp_path, kind, name):
@@ -105,7 +105,7 @@ def test_chosen_layers_only(name):
     assert all("layer_prefix_embedding" in n or "layer_prefix_hidden" in n for n in set(names) - set(layered))
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if name not in MERGEABLE])
 def test_merging_is_refused_before_anything_changes(name):
     model = attach(small("bert"), name)
     before = logits(model)
@@ -113,6 +113,37 @@ def test_merging_is_refused_before_anything_changes(name):
         with pytest.raises(InputError, match=r"cannot be merged into .*unload\(\)"):
             merge()
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
+@pytest.mark.parametrize("name", MERGEABLE)
+def test_merging_and_back(tmp_path, name, kind):
+    model = attach(small(kind), name)
+    plain, adapted = logits(small(kind)), logits(model)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-5, atol=1e-6)
+    with model.disable_adapter():  # takes the change out of the weights
+        torch.testing.assert_close(logits(model), plain, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-5, atol=1e-6)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), adapted, rtol=1e-5, atol=1e-6)
+    merged = model.merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(type(merged).from_pretrained(tmp_path)), adapted, rtol=1e-5, atol=1e-6)
+    assert {n for n, _ in merged.named_parameters()} == {n for n, _ in small(kind).named_parameters()}
+
+
+@pytest.mark.parametrize("name", MERGEABLE)
+def test_a_merge_that_is_not_finite_changes_nothing(name):
+    model = attach(small("bert"), name)
+    values = next(p for n, p in model.named_parameters() if "values" in n)
+    with torch.no_grad():
+        values[0, 0] = torch.inf
+    before = {n: p.clone() for n, p in model.named_parameters() if "base_layer" in n}
+    with pytest.raises(ValueError, match="adapter default seems to be broken"):
+        model.merge_adapter(safe_merge=True)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -140,7 +171,7 @@ def test_metadata_and_model_card(tmp_path):
         model = attach(small("bert"), name)
         model.save_pretrained(folder)
         config = json.loads((folder / "adapter_config.json").read_text())
-        assert config["peft_type"] in ("BOTTLENECK", "LAYER_PREFIX", "LAYER_MIXTURE")
+        assert config["peft_type"] in ("BOTTLENECK", "LAYER_PREFIX", "LAYER_MIXTURE", "SPARSE_GRAD")
         assert "peft" in (folder / "README.md").read_text() and check_if_peft_model(str(folder))
         assert type(PeftConfig.from_pretrained(folder)) is type(model.peft_config["default"])
         assert model.get_model_status().enabled is True

@@ -5,7 +5,7 @@ from peft import LoraConfig
 from tiny import CONFIGS, tiny_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from hf_ft_ext import BottleneckConfig, LayerMixtureConfig, LayerPrefixConfig
+from hf_ft_ext import BottleneckConfig, LayerMixtureConfig, LayerPrefixConfig, SparseGradConfig
 
 _SMALL = {"vocab_size": 45, "max_position_embeddings": 64, "pad_token_id": 0}
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, **_SMALL}
@@ -29,8 +29,12 @@ ADAPTERS = {
         placement="parallel", bottleneck_size=5, init_std=0.3, scaling=4.0, **kw
     ),
     "prefix": lambda **kw: LayerPrefixConfig(prefix_length=3, init_std=1.0, **kw),
+    "sparse": lambda **kw: SparseGradConfig(density=0.1, init="random", init_std=0.3, **kw),
+    "sparse-shared": lambda **kw: SparseGradConfig(n_params=60, init="svd", scope="kind", init_std=0.3, **kw),
     "projected": lambda **kw: LayerPrefixConfig(prefix_length=3, projection_size=6, **kw),
 }
+
+MERGEABLE = ("sparse", "sparse-shared")
 
 
 def small(kind: str, seed: int = 0, **config):

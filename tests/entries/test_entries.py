@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from peft import PeftModel
 from tiny import tiny_model
 from transformers import AutoModelForSequenceClassification
 
-from hf_ft_ext import attach_entries, load_entries, merge_entries, save_entries
+from hf_ft_ext import attach_entries, convert_to_sparse, export_shira, load_entries, merge_entries, save_entries
 from hf_ft_ext.entries.choice import at_random, largest
 from hf_ft_ext.entries.layer import entries_of
 from hf_ft_ext.errors import InputError
@@ -194,3 +195,80 @@ def test_random_entries_are_different_ones_of_all_tensors():
     assert 120 < len(chosen["a"]) < 280 and int(chosen["b"].max()) < 9000 and int(chosen["b"].max()) > 8900
     assert torch.equal(chosen["b"], at_random(shapes, 2000, 0)["b"])
     assert not torch.equal(chosen["b"][:50], at_random(shapes, 2000, 1)["b"][:50])
+
+
+def test_values_are_compared_once_a_step_and_not_at_each_read(monkeypatch):
+    model = entered()
+    train(model, 1)
+    compared = []
+    equal = torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(a) or equal(a, b))
+    for _ in range(3):  # evaluation
+        loss(model)
+    assert len(compared) == len(CHOSEN)
+    loss(model).backward()
+    loss(model).backward()  # accumulation: nothing has changed, but may have
+    assert len(compared) == 2 * len(CHOSEN)
+    with torch.no_grad():
+        for entries in entries_of(model).values():
+            entries.values += 1
+    before = len(compared)
+    changed = loss(model)
+    assert len(compared) == before + len(CHOSEN) and not torch.equal(changed, loss(tiny_model().eval()))
+
+
+# --- SHiRA -------------------------------------------------------------------------------------------
+
+WEIGHTS = {
+    "bert.encoder.layer.0.output.dense.weight": torch.tensor([0, 700, 31]),
+    "bert.encoder.layer.1.attention.self.query.weight": torch.arange(90),  # more than in + out = 64
+    "bert.encoder.layer.1.output.LayerNorm.weight": torch.tensor([1, 2]),  # no linear layer: saved in full
+}
+
+
+def shira_logits(folder):
+    loaded = PeftModel.from_pretrained(tiny_model(), folder).eval()
+    assert loaded.peft_config["default"].peft_type == "SHIRA"
+    return loaded(**BATCH).logits
+
+
+def test_entries_of_linear_weights_become_a_shira_adapter(tmp_path):
+    model = tiny_model()
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("classifier"))
+    attach_entries(model, WEIGHTS)
+    train(model.eval())
+    export_shira(model, tmp_path)
+    expected = model(**BATCH).logits
+    torch.testing.assert_close(shira_logits(tmp_path), expected, rtol=1e-5, atol=1e-6)
+    assert (expected - tiny_model().eval()(**BATCH).logits).abs().max() > 1e-3
+
+
+def test_static_support_without_a_basis_becomes_a_shira_adapter(tmp_path):
+    from hf_ft_ext.sparse.basis import Basis
+    from hf_ft_ext.sparse.fixed import FixedSupport
+    from hf_ft_ext.sparse.optimizer import SparseAdamW
+
+    model = tiny_model().requires_grad_(False).eval()
+    layers = convert_to_sparse(model, n_params=70, support="static", basis="none")
+    for seed, layer in enumerate(layers.values()):
+        chosen = torch.randperm(layer.weight.numel(), generator=torch.Generator().manual_seed(seed))[:70].sort().values
+        layer.set_support(FixedSupport.of_entries(Basis(identity=True), chosen, layer.in_features))
+    optimizer = SparseAdamW([layer.values for layer in layers.values()], layers.values(), lr=0.05)
+    for _ in range(3):
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.fresh_parameters = ()
+    export_shira(model, tmp_path)
+    expected = model(**BATCH).logits
+    torch.testing.assert_close(shira_logits(tmp_path), expected, rtol=1e-5, atol=1e-6)
+    assert (expected - tiny_model().eval()(**BATCH).logits).abs().max() > 1e-3
+
+
+def test_what_shira_has_no_place_for(tmp_path):
+    with pytest.raises(InputError, match="no entries of linear weights train, and SHiRA holds those alone"):
+        export_shira(tiny_model(), tmp_path)
+    model = entered()
+    with pytest.raises(InputError, match=r"the bias of bert\.encoder\.layer\.0\.output\.dense trained beside entries"):
+        export_shira(model, tmp_path)

@@ -57,7 +57,7 @@ def test_adam_and_sgd_are_transformers_own(tmp_path):
 
 
 def test_signgd_moves_every_entry_by_the_rate(tmp_path):
-    trainer = make(tmp_path, optimizer="signgd", max_steps=1, learning_rate=1e-3)
+    trainer = make(tmp_path, optim="sgd", optim_args="sign=true", max_steps=1, learning_rate=1e-3)
     before = weights(trainer)
     trainer.train()
     step = (weights(trainer)["classifier.weight"] - before["classifier.weight"]).abs()
@@ -72,9 +72,19 @@ def test_nothing_given_is_transformers_trainer(tmp_path):
     assert FullTrainer(tiny_model(), TrainingArguments(str(tmp_path), use_cpu=True)).args.optimizer is None
 
 
+@pytest.mark.parametrize(
+    ("old", "optim", "signs"),
+    [("adam", "adamw_torch_fused", False), ("sgd", "sgd", False), ("signgd", "sgd", True)],
+)
+def test_the_old_name_of_optim_works_and_warns(tmp_path, old, optim, signs):
+    with pytest.warns(FutureWarning, match=f"optimizer={old} is now optim={optim}"):
+        args = FullTrainingArguments(str(tmp_path), optimizer=old)
+    assert (args.optim.value, args.sign_descent) == (optim, signs)
+
+
 @pytest.mark.parametrize("model_type", CONFIGS)
 def test_low_layers_and_embeddings_freeze(tmp_path, model_type):
-    trainer = make(tmp_path, tiny_model(model_type), fix_layers=1, optimizer="sgd", learning_rate=1.0)
+    trainer = make(tmp_path, tiny_model(model_type), fix_layers=1, optim="sgd", learning_rate=1.0)
     before = weights(trainer)
     trainer.train()
     moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
@@ -102,7 +112,7 @@ def test_squared_loss(tmp_path):
     for size, accumulation in ((8, 1), (2, 4)):
         trainer = make(
             tmp_path, l2_loss=True, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation,
-            logging_steps=1, optimizer="sgd", learning_rate=0.1,
+            logging_steps=1, optim="sgd", learning_rate=0.1,
         )  # fmt: skip
         trainer.train()
         losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
@@ -124,6 +134,7 @@ def test_a_peft_method_trains_instead(tmp_path):
     ("options", "message"),
     [
         ({"optimizer": "adam", "optim": "adafactor"}, "optimizer=adam and optim=adafactor both choose the optimizer"),
+        ({"optim_args": "sign=true"}, r"optim_args=sign=true makes sgd follow the gradient's signs, and optim=adamw"),
         ({"optimizer": "lion"}, "optimizer='lion' is unknown; choose from: adam, sgd, signgd"),
         ({"fix_layers": -1}, "fix_layers=-1 is no number of layers"),
         ({"peft_config": {"r": 1}}, "peft_config needs peft"),

@@ -31,7 +31,8 @@ QUICK = {
     "gradientless": ["--feature_cache_dir", "features"],
 }
 MASK = ["--fisher_mode", "mask", "--fisher_keep_ratio", "0.1", "--fisher_examples", "8"]
-STRUCTURED = [*QUICK["sparse"], "--sparse_support", "structured", "--sparse_train_rest", "head"]
+# Layers converted in place: the whole model is saved, and a delta beside it.
+STRUCTURED = [*QUICK["sparse"], "--sparse_support", "structured", "--sparse_train_rest", "LayerNorm"]
 NO_LOOP = ("linearhead", "kernel")
 
 

@@ -23,7 +23,7 @@ TEMPLATE = "*cls**sent_0*_it_was*mask*.*sep+*"
 PROMPT = ("--few_shot_type", "prompt", "--template", TEMPLATE, "--mapping", "{'0': 'bad', '1': 'good'}")
 METHODS = {
     "full": (),
-    "signgd": ("--method", "full", "--optimizer", "signgd", "--fix_layers", "1"),
+    "signgd": ("--method", "full", "--optim", "sgd", "--optim_args", "sign=true", "--fix_layers", "1"),
     "prefix": ("--method", "full", "--peft", "prefix_tuning", "--peft_config", '{"num_virtual_tokens": 2}'),
     "lora": (),
     "sparse": ("--sparse_basis_steps", "2", "--sparse_density", "0.2"),

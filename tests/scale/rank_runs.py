@@ -26,7 +26,7 @@ VARIANTS = {
     "full": ("full", SGD),
     "full-fixed-layers": ("full", {"fix_layers": 1, **SGD}),
     "lora": ("lora", SGD),
-    "sparse-dynamic": ("sparse", {"sparse_density": 1.0, **SPARSE}),
+    "sparse-dynamic": ("sparse", {"sparse_support": "dynamic", "sparse_density": 1.0, **SPARSE}),
     "sparse-static": ("sparse", {"sparse_support": "static", "sparse_density": 0.1, **SPARSE}),
     "sparse-structured": ("sparse", {"sparse_support": "structured", "sparse_density": 0.1, **SPARSE}),
     "fisher-select": ("fisher", {"fisher_examples": 8, "fisher_candidate_settings": PREFIX, **SGD}),

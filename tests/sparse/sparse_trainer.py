@@ -3,7 +3,7 @@
 import torch
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 
-from hf_ft_ext import SparseTrainer, SparseTrainingArguments, sparse_layers
+from hf_ft_ext import SparseTrainer, SparseTrainingArguments, convert_to_sparse, sparse_layers
 
 INPUTS = {"input_ids": torch.arange(5, 25).view(2, 10)}
 OPTIONS = {
@@ -18,10 +18,26 @@ OPTIONS = {
 }
 
 
-def make(folder, model=None, dataset=None, **options):
+def make(folder, model=None, dataset=None, adapter=False, **options):
+    """A trainer as published (`dynamic`), unless `options` say otherwise.
+
+    Structured support is that of converted layers with all else training, unless `adapter`.
+    """
     model = model or tiny_model()
+    options.setdefault("sparse_support", "dynamic")
     if not sparse_layers(model) and "sparse_n_params" not in options and "sparse_threshold" not in options:
         options.setdefault("sparse_density", 0.1)
+    if options["sparse_support"] == "structured" and not adapter:
+        options.setdefault("sparse_train_rest", "all")
+        if not sparse_layers(model):
+            convert_to_sparse(
+                model,
+                options.pop("sparse_n_params", None),
+                options.pop("sparse_density", None),
+                support="structured",
+                basis=options.get("sparse_basis", "hosvd"),
+                basis_scope=options.get("sparse_basis_scope", "kind"),
+            )
     steps = options.pop("sparse_basis_steps", 3)
     args = SparseTrainingArguments(output_dir=str(folder), **{**OPTIONS, **options})
     if args.needs_gradients:

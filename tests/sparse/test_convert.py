@@ -66,7 +66,7 @@ def test_regex_picks_layers():
         ({"n_params": 0}, "no trainable entry"),
         ({"density": 1e-9}, "density=1e-09 leaves no trainable entry in .*; raise it"),
         ({"target_modules": "no_such_layer"}, "'no_such_layer' matches no layer; linear layers here: .*classifier"),
-        ({"target_modules": "LayerNorm"}, "matches .*LayerNorm, a LayerNorm; SparseGrad trains nn.Linear"),
+        ({"target_modules": "LayerNorm"}, "matches .*LayerNorm, a LayerNorm; SparseGrad trains linear layers"),
         ({"target_modules": "("}, r"sparse_target_modules='\(' is no regular expression"),
     ],
 )
@@ -138,5 +138,5 @@ def test_models_without_linear_layers_to_convert(model, message):
 
 def test_layers_that_are_no_linear_are_refused():
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["dense"]))
-    with pytest.raises(InputError, match=r"matches .*dense.*, a \w+; SparseGrad trains nn.Linear"):
+    with pytest.raises(InputError, match=r"matches .*dense.*, a \w+; SparseGrad trains linear layers"):
         convert_to_sparse(model.base_model.model, target_modules=r"layer\.\d+\.output\.dense|lora_dropout")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from hf_ft_ext.adapters.sparse_grad.config import block_shape
 from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT, Basis
-from hf_ft_ext.sparse.fixed import FixedSupport, block_shape
+from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer import SparseAdamW
 

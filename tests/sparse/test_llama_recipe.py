@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from test_families import build
 from tiny import tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -59,9 +60,10 @@ def test_trains_up_and_down_of_every_third_layer_only(recipe, inputs, tmp_path, 
     options += ["--warmup_steps", "0", "--learning_rate", "1e-2", "--gradient_accumulation_steps", "2"]
     recipe.main([*inputs, *options, "--report_to", "none", "--num_train_epochs", "3"])
     printed = capsys.readouterr().out
-    assert "model.layers.*.mlp.up_proj.weight" in printed and "eval_loss" in printed
+    assert "model.layers.*.mlp.up_proj.sparse_grad_values" in printed and "eval_loss" in printed
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
-    after = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    after = PeftModel.from_pretrained(base, out).merge_and_unload().state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"}
 

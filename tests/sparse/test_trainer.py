@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 from hf_ft_ext import InputError, LoraTrainingArguments, SparseAdamW, SparseTrainer, SparseTrainingArguments
 from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT
 from hf_ft_ext.sparse.convert import convert_to_sparse, sparse_layers
-from hf_ft_ext.sparse.prepare import compute_bases
+from hf_ft_ext.sparse.prepare import compute_layer_bases
 from hf_ft_ext.training.plan import trained_weights, training_plan
 
 
@@ -124,7 +124,7 @@ def test_plain_arguments_are_completed_and_foreign_ones_refused(tmp_path):
 
 
 def test_model_init_converts_each_new_model(tmp_path):
-    args = SparseTrainingArguments(output_dir=str(tmp_path), sparse_basis_steps=2, **OPTIONS)
+    args = SparseTrainingArguments(output_dir=str(tmp_path), sparse_support="dynamic", sparse_basis_steps=2, **OPTIONS)
     trainer = SparseTrainer(
         args=args, model_init=lambda: tiny_model(), train_dataset=tiny_dataset(16), processing_class=tiny_tokenizer()
     )
@@ -159,7 +159,7 @@ def test_pre_pass_sums_the_gradients_of_its_batches(tmp_path):
     layers = sparse_layers(trainer.model)
     before = weights(trainer)
     state = torch.get_rng_state()
-    compute_bases(trainer, layers, steps=3)
+    compute_layer_bases(trainer, layers, steps=3)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in weights(trainer).items())
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
@@ -179,7 +179,7 @@ def test_pre_pass_sums_the_gradients_of_its_batches(tmp_path):
 def test_pre_pass_is_the_same_in_micro_batches(tmp_path, options):
     whole, split = make(tmp_path), make(tmp_path, **options)
     for trainer in (whole, split):
-        compute_bases(trainer, sparse_layers(trainer.model), steps=3)
+        compute_layer_bases(trainer, sparse_layers(trainer.model), steps=3)
     for a, b in zip(sparse_layers(whole.model).values(), sparse_layers(split.model).values(), strict=True):
         overlap = (a.basis.out_factor[:, :3].T @ b.basis.out_factor[:, :3]).abs()
         torch.testing.assert_close(overlap, torch.eye(3), rtol=0, atol=1e-3)
@@ -189,14 +189,14 @@ def test_pre_pass_chooses_where_to_rotate_from_the_tokens(tmp_path):
     short = make(tmp_path, per_device_train_batch_size=1, dataset=tiny_dataset(32, length=5))
     long = make(tmp_path, per_device_train_batch_size=16)
     for trainer, expected in ((short, ACTIVATIONS), (long, GRADIENT)):
-        compute_bases(trainer, sparse_layers(trainer.model), steps=2)
+        compute_layer_bases(trainer, sparse_layers(trainer.model), steps=2)
         assert {layer.basis.rotates for layer in sparse_layers(trainer.model).values()} == {expected}
 
 
 def test_pre_pass_longer_than_the_data_repeats_them_and_says_so(tmp_path, caplog):
     trainer = make(tmp_path, dataset=tiny_dataset(12))
     with caplog.at_level("INFO", logger="hf_ft_ext"):
-        compute_bases(trainer, sparse_layers(trainer.model), steps=5)
+        compute_layer_bases(trainer, sparse_layers(trainer.model), steps=5)
     assert "5 pre-pass batches of 8 go over the 12 training rows more than once" in caplog.text
 
 
@@ -234,7 +234,7 @@ def test_bad_arguments(tmp_path, options, message):
 
 
 def test_refused_options(tmp_path):
-    with pytest.raises(InputError, match="optim='adafactor' has no sparse form; use adamw_torch"):
+    with pytest.raises(InputError, match="optim='adafactor' has no sparse form for converted layers; use adamw_torch"):
         make(tmp_path, optim="adafactor")
     args = SparseTrainingArguments(output_dir=str(tmp_path), **OPTIONS)
     model = tiny_model()
@@ -245,16 +245,22 @@ def test_refused_options(tmp_path):
     with pytest.raises(InputError, match="carries PEFT adapters"):
         SparseTrainer(model, args)
     with pytest.raises(InputError, match="needs a train_dataset"):
-        trainer = SparseTrainer(tiny_model(), args)
-        compute_bases(trainer, sparse_layers(trainer.model), 1)
+        trainer = make(tmp_path)
+        trainer.train_dataset = None
+        compute_layer_bases(trainer, sparse_layers(trainer.model), 1)
 
 
 def test_user_converted_model_is_taken_as_it_is(tmp_path):
     model = tiny_model()
     convert_to_sparse(model, n_params=3, target_modules=r"pooler\.dense")
     trainer = make(tmp_path, model)
-    assert [type(m) for m in sparse_layers(trainer.model).values()] != [nn.Linear]
-    assert list(sparse_layers(trainer.model)) == ["bert.pooler.dense"]
+    linear = [name for name, module in trainer.model.named_modules() if type(module) is nn.Linear]
+    assert list(sparse_layers(trainer.model)) == ["bert.pooler.dense"] and "bert.pooler.dense" not in linear
+    before = weights(trainer)
+    trainer.train()
+    changed = (trainer.model.bert.pooler.dense.weight - before["bert.pooler.dense.weight"]).abs() > 0
+    assert 0 < changed.sum() <= 32 * 32
+    assert not torch.equal(trainer.model.classifier.weight, before["classifier.weight"])
 
 
 @pytest.mark.parametrize("options", [{"support": "structured"}, {"basis": "none"}])

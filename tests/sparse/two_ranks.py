@@ -1,5 +1,6 @@
 """Run by `test_trainer.py` on two processes: trains, and fails where the processes hold different weights."""
 
+import os
 import sys
 import time
 
@@ -33,6 +34,26 @@ def check_own_loader(trainer):
         torch.testing.assert_close(gradient, model.get_submodule(name).weight.grad, rtol=1e-4, atol=1e-7)
 
 
+def check_equal(tensors):
+    for tensor in tensors:
+        both = gather(tensor.detach().reshape(1, -1).contiguous())
+        assert both.shape[0] == 2 and torch.equal(both[0], both[1]), tensor.shape
+
+
+def check_adapter(folder, reference):
+    """Processes with seeds of their own choose equal columns and train equal values, and the base has none of it."""
+    rank = int(os.environ["RANK"])
+    args = SparseTrainingArguments(
+        folder, max_steps=4, per_device_train_batch_size=4, sparse_density=0.2, sparse_basis_steps=3, seed=42 + rank,
+        save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = SparseTrainer(reference(), args, train_dataset=tiny_dataset(32), processing_class=tiny_tokenizer())
+    trainer.train()
+    columns = [b for name, b in trainer.model.named_buffers() if "sparse_grad_columns" in name]
+    assert columns and all(b.any() for b in columns)
+    check_equal([*columns, *trainer.model.parameters()])
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     args = SparseTrainingArguments(
@@ -41,8 +62,10 @@ if __name__ == "__main__":
         per_device_train_batch_size=4,
         learning_rate=5e-3,
         sparse_density=0.05,
+        sparse_support="dynamic",
         sparse_basis_steps=3,
         sparse_basis_refresh_steps=4,
+        seed=42 + int(os.environ["RANK"]),  # seeds of their own
         save_strategy="no",
         report_to="none",
         use_cpu=True,
@@ -54,12 +77,10 @@ if __name__ == "__main__":
     layers = sparse_layers(trainer.model).values()
     states = [trainer.optimizer.optimizer.state[layer.weight]["indices"] for layer in layers]
     bases = [layer.basis.out_factor.contiguous() for layer in layers]
-    for tensor in [*states, *bases, *(p.detach() for p in trainer.model.parameters())]:
-        both = gather(tensor.reshape(1, -1).contiguous())
-        assert both.shape[0] == 2 and torch.equal(both[0], both[1]), tensor.shape
+    check_equal([*states, *bases, *trainer.model.parameters()])
+    check_adapter(sys.argv[1], tiny_model)
     check_own_loader(OwnLoader(tiny_model(), args, processing_class=tiny_tokenizer()))
     # gloo's threads abort a process that exits while they still hold a collective's tensors
-    del tensor, both
     trainer.accelerator.wait_for_everyone()
     time.sleep(0.5)
     trainer.accelerator.end_training()

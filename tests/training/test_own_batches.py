@@ -49,7 +49,8 @@ def make(kind, arguments, folder, model=None, dataset=OTHER, trainer=None, **opt
 
 
 def sparse(folder, kind=SparseTrainer, **options):
-    return make(kind, SparseTrainingArguments, folder, sparse_density=0.2, sparse_basis_steps=3, **options)
+    options = {"sparse_support": "dynamic", "sparse_density": 0.2, "sparse_basis_steps": 3, **options}
+    return make(kind, SparseTrainingArguments, folder, **options)
 
 
 # --- sparse -------------------------------------------------------------------------------------------------

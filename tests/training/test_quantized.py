@@ -4,14 +4,17 @@ import importlib.util
 
 import pytest
 import torch
+from peft import PeftModel
 from test_models import data
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
+from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
 from hf_ft_ext.arguments import ModelArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.methods import METHODS
 from hf_ft_ext.models import load_tokenizer_and_model
+from hf_ft_ext.structure.find import find_structure
 
 QUICK = {"output_dir": "out", "use_cpu": True, "do_train": True, "report_to": [], "disable_tqdm": True}
 
@@ -43,7 +46,7 @@ def trainer_on(folder, method: str, quantization: str | None = None, model=None,
     ("method", "settings", "message"),
     [
         ("full", {}, "plain fine-tuning changes the model's weights, and they are quantized"),
-        ("sparse", {}, "sparse training changes"),
+        ("sparse", {"sparse_support": "dynamic"}, "sparse training with sparse_support=dynamic changes"),
         ("fisher", {"fisher_mode": "mask"}, "a mask trains entries of"),
         ("kernel", {}, "a kernel is computed in float32 or float64 from"),
         ("kernel", {"kernel_peft": "lora"}, "a kernel is computed in float32 or float64 from"),
@@ -72,6 +75,7 @@ def test_a_missing_library_is_one_line(folder, monkeypatch):
     ("method", "settings"),
     [
         ("lora", {"max_steps": 3}),
+        ("sparse", {"max_steps": 3, "sparse_basis_steps": 2}),
         ("full", {"max_steps": 3, "peft": "ia3"}),
         ("fisher", {"max_steps": 3, "fisher_examples": 4}),
         ("gradientless", {"max_steps": 3}),
@@ -95,6 +99,46 @@ def test_adapters_and_heads_train_on_a_quantized_base(folder, method, settings, 
         with torch.no_grad():
             theirs = AutoModelForSequenceClassification.from_pretrained("out")(**batch).logits
             assert torch.allclose(model(**batch).logits, theirs, atol=2e-3)
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_reading_the_structure_leaves_a_quantized_model_as_it_is(folder, quantization):
+    pytest.importorskip("bitsandbytes")
+    batch = {"input_ids": torch.arange(5, 25).view(2, 10)}
+    logits = []
+    for read in (False, True):
+        arguments = ModelArguments(model_name_or_path=str(folder), quantization=quantization)
+        _, model = load_tokenizer_and_model(arguments, data("a", "b"), seed=0)
+        if read:
+            find_structure(model)
+        with torch.no_grad():
+            logits.append(model.eval()(**batch).logits)
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("quantization", ["8bit", "4bit"])
+def test_sparse_grad_on_a_quantized_base_equals_the_dequantized_computation(folder, quantization):
+    pytest.importorskip("bitsandbytes")
+    trainer = trainer_on(folder, "sparse", quantization, max_steps=3, sparse_basis_steps=2, learning_rate=1e-2)
+    trainer.train()
+    for _, layer in sparse_grad_layers(trainer.model):
+        x = torch.randn(5, layer.in_features)
+        with torch.no_grad():
+            added = layer(x) - layer.base_layer(x)
+        change = layer.get_delta_weight("default")
+        assert change.abs().max() > 0
+        # bitsandbytes' 8-bit product gives 16 bits
+        torch.testing.assert_close(added, x @ change.T, rtol=1e-2, atol=2e-3 if quantization == "8bit" else 1e-5)
+        weight = layer.oriented_weight().float()
+        torch.testing.assert_close(layer.base_layer(x), x @ weight.T + layer.bias, rtol=0.1, atol=0.05)
+    trainer.save_model()
+    arguments = ModelArguments(model_name_or_path=str(folder), quantization=quantization)
+    _, base = load_tokenizer_and_model(arguments, data("a", "b"), seed=0)
+    loaded, batch = PeftModel.from_pretrained(base, "out"), {"input_ids": torch.arange(5, 25).view(2, 10)}
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**batch).logits, trainer.model.eval()(**batch).logits)
+    with pytest.raises(InputError, match=r"dense is quantized \(Linear\w+\), and a merged weight would be rounded"):
+        trainer.model.merge_adapter()
 
 
 def test_an_evaluation_does_not_cut_the_gradients(folder):

@@ -1,0 +1,1 @@
+"""Structured SparseGrad as a PEFT method: a trained block of each weight in a basis chosen from gradients."""

@@ -1,0 +1,160 @@
+"""The products of a structured SparseGrad layer: `y = W x + V_r D U_c^T x` and its gradients.
+
+Rows are tokens: `x` (tokens, in), `g = dL/dy` (tokens, out), `V` (out, r), `U` (in, c), `D` (r, c). For the backward
+pass only the narrow `x U` is kept, not `x`:
+
+    dL/dD = (g V)^T (x U),    dL/dx = g W + (g V) D U^T
+
+The change of the weight can be met in two ways, and each pass takes the one with fewer multiplications:
+
+- by product: `x U`, `D` and `V` one after the other beside `x W^T`; it costs per token.
+- by weight: `W + V D U^T` is formed, used in one product and dropped; it costs the same for any number of tokens.
+
+Both depend on `W` and `D` alone, so nothing has to be undone when an adapter is switched off or saved.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def change_of_weight(values: torch.Tensor, out_columns: torch.Tensor, in_columns: torch.Tensor) -> torch.Tensor:
+    """`V D U^T`, shape (out, in)."""
+    left, right = _thin_factors(values, out_columns, in_columns)
+    return left @ right.T
+
+
+def _thin_factors(values: torch.Tensor, out_columns: torch.Tensor, in_columns: torch.Tensor) -> tuple:
+    """`(L, R)` with `L R^T = V D U^T` and as few columns as the narrower side of `D`."""
+    if values.shape[0] <= values.shape[1]:
+        return out_columns, in_columns @ values.T
+    return out_columns @ values, in_columns
+
+
+def by_weight_is_cheaper(tokens: int, values: torch.Tensor, n_out: int, n_in: int, backward: bool) -> bool:
+    """Whether forming the changed weight takes fewer multiplications than the products of so many tokens."""
+    r, c = values.shape
+    # Forward: x U is there for the gradient of D; (x U) D^T V^T, or (x U) (V D)^T. Backward: the same from g V.
+    if backward:
+        per_token, once = (r * n_in, r * c * n_in) if r <= c else (r * c + c * n_in, 0)
+    else:
+        per_token, once = (c * r + r * n_out, 0) if r <= c else (c * n_out, n_out * r * c)
+    form = n_out * n_in * min(r, c) + r * c * (n_in if r <= c else n_out)
+    # Besides, the weight is read, written and read again once: about as slow as this many multiplications per entry.
+    return form + _COPY * n_out * n_in < tokens * per_token + once
+
+
+_COPY = 32
+
+
+class ChangedLinear(torch.autograd.Function):
+    """`y = x (W + V D U^T)^T + b` of a frozen floating-point `W` (out, in) and `b`; gradients for `x` and `D`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, values, out_columns, in_columns):
+        n_out, n_in = weight.shape
+        flat, dtype = x.reshape(-1, n_in), x.dtype
+        d, v, u = (part.to(dtype) for part in (values, out_columns, in_columns))
+        by_weight = by_weight_is_cheaper(len(flat), values, n_out, n_in, backward=False)
+        trains = ctx.needs_input_grad[3]
+        narrow = flat @ u if trains or not by_weight else None
+        bias = None if bias is None else bias.to(dtype)
+        # The output is no view: some models change it in place (Falcon), which autograd refuses for views.
+        y = x.new_empty(*x.shape[:-1], n_out)
+        rows = y.view(-1, n_out)
+        used = _changed(weight, d, v, u) if by_weight else weight.to(dtype)
+        if bias is None:
+            torch.mm(flat, used.T, out=rows)
+        else:
+            torch.addmm(bias, flat, used.T, out=rows)
+        if not by_weight:
+            _add_change(rows, narrow, d, v)
+        ctx.save_for_backward(narrow if trains else None, weight, values, out_columns, in_columns)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        narrow, weight, values, out_columns, in_columns = ctx.saved_tensors
+        n_out, n_in = weight.shape
+        grads, dtype = grad_output.reshape(-1, n_out), grad_output.dtype
+        d, v, u = (part.to(dtype) for part in (values, out_columns, in_columns))
+        grad_x = grad_values = None
+        narrow_grads = grads @ v
+        if ctx.needs_input_grad[3]:
+            grad_values = (narrow_grads.T @ narrow.to(dtype)).to(values.dtype)  # (g V)^T (x U)
+        if ctx.needs_input_grad[0]:
+            if by_weight_is_cheaper(len(grads), values, n_out, n_in, backward=True):
+                grad_x = grads @ _changed(weight, d, v, u)
+            else:
+                grad_x = grads @ weight.to(dtype)
+                _add_change(grad_x, narrow_grads, d.T, u)
+            grad_x = grad_x.view(*grad_output.shape[:-1], n_in)
+        return grad_x, None, None, grad_values, None, None
+
+
+def _changed(weight: torch.Tensor, d: torch.Tensor, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """`W + V D U^T` as a new tensor."""
+    left, right = _thin_factors(d, v, u)
+    return torch.addmm(weight.to(d.dtype), left, right.T)
+
+
+def _add_change(y: torch.Tensor, narrow: torch.Tensor, d: torch.Tensor, v: torch.Tensor) -> None:
+    """`y += narrow D^T V^T` in place, for `narrow` (tokens, c), `D` (r, c) and `V` (out, r)."""
+    if d.shape[0] <= d.shape[1]:
+        y.addmm_(narrow @ d.T, v.T)
+    else:
+        y.addmm_(narrow, (v @ d).T)
+
+
+class AddedChange(torch.autograd.Function):
+    """`y + x U D^T V^T` for the output `y` of any layer, quantized or nested; gradients for `y`, `x` and `D`."""
+
+    @staticmethod
+    def forward(ctx, y, x, values, out_columns, in_columns):
+        flat = x.reshape(-1, x.shape[-1]).to(y.dtype)
+        d, v, u = (part.to(y.dtype) for part in (values, out_columns, in_columns))
+        narrow = flat @ u
+        ctx.save_for_backward(narrow, values, out_columns, in_columns)
+        ctx.x_dtype = x.dtype
+        result = y.clone(memory_format=torch.contiguous_format)
+        _add_change(result.view(-1, y.shape[-1]), narrow, d, v)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        narrow, values, out_columns, in_columns = ctx.saved_tensors
+        grads, dtype = grad_output.reshape(-1, grad_output.shape[-1]), grad_output.dtype
+        d, v, u = (part.to(dtype) for part in (values, out_columns, in_columns))
+        narrow_grads = grads @ v
+        grad_x = grad_values = None
+        if ctx.needs_input_grad[2]:
+            grad_values = (narrow_grads.T @ narrow.to(dtype)).to(values.dtype)
+        if ctx.needs_input_grad[1]:
+            by_rows = d.shape[0] <= d.shape[1]
+            grad_x = narrow_grads @ (u @ d.T).T if by_rows else (narrow_grads @ d) @ u.T
+            grad_x = grad_x.view(*grad_output.shape[:-1], u.shape[0]).to(ctx.x_dtype)
+        return grad_output, grad_x, grad_values, None, None
+
+
+class Observed(torch.autograd.Function):
+    """`y` as it is; in the backward pass `observe(x, g)` gets the layer's inputs and output gradients.
+
+    Args:
+        probe: a parameter that trains, so that there is a backward pass at all; it gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, y, x, probe, observe: Callable[[torch.Tensor, torch.Tensor], None]):
+        ctx.save_for_backward(x)
+        ctx.observe = observe
+        return y.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        (x,) = ctx.saved_tensors
+        ctx.observe(x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1]))
+        return grad_output, None, None, None

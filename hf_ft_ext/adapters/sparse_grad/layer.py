@@ -1,0 +1,263 @@
+"""A linear layer with structured SparseGrad adapters beside it."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_ft_ext.adapters.sparse_grad.config import RANDOM, SparseGradConfig
+from hf_ft_ext.adapters.sparse_grad.functions import AddedChange, ChangedLinear, Observed, change_of_weight
+from hf_ft_ext.adapters.sparse_grad.subspace import OVERSAMPLING, random_columns, seed_of
+from hf_ft_ext.errors import InputError
+
+Observer = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+class SparseGradColumns(nn.Module):
+    """The orthonormal columns `V_r` (out, r) and `U_c` (in, c) of an adapter; one module for all layers that share it.
+
+    Attributes:
+        ready: whether they have been chosen; they are zero before.
+    """
+
+    out_columns: torch.Tensor
+    in_columns: torch.Tensor
+
+    def __init__(self, n_out: int, n_in: int, block: tuple[int, int], dtype: torch.dtype, device: torch.device):
+        super().__init__()
+        self.register_buffer("out_columns", torch.zeros(n_out, block[0], dtype=dtype, device=device))
+        self.register_buffer("in_columns", torch.zeros(n_in, block[1], dtype=dtype, device=device))
+        self.ready = False
+
+    @torch.no_grad()
+    def fill(self, out_columns: torch.Tensor, in_columns: torch.Tensor) -> None:
+        """Take over chosen columns, in the dtype and on the device that there are."""
+        self.out_columns.copy_(out_columns)
+        self.in_columns.copy_(in_columns)
+        self.ready = True
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        # A file that was written before the columns were chosen holds zeros.
+        self.ready = not self.out_columns.is_meta and bool(self.out_columns.any())
+
+
+class SparseGradLayer(nn.Module, BaseTunerLayer):
+    """`y = W x + V_r D U_c^T x` around a linear layer: `nn.Linear`, `Conv1D`, quantized, or one with adapters."""
+
+    adapter_layer_names = ("sparse_grad_values",)
+    other_param_names = ("sparse_grad_columns",)
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: SparseGradConfig,
+        columns: SparseGradColumns,
+        **quantization,
+    ):
+        super().__init__()
+        self.base_layer = base_layer
+        base = self.get_base_layer()
+        self.in_features, self.out_features = _get_in_out_features(base)
+        self.sparse_grad_values = nn.ParameterDict()  # D, shape (r, c)
+        self.sparse_grad_columns = nn.ModuleDict()
+        self.quantization_backend = resolve_quantization_backend(base, **quantization)
+        self.merged_adapters = []
+        self._disable_adapters = False
+        self._observers: dict[str, Observer] = {}
+        self.update_layer(adapter_name, config, columns)
+        self._active_adapter = adapter_name
+
+    def update_layer(self, adapter_name: str, config: SparseGradConfig, columns: SparseGradColumns) -> None:
+        """Add an adapter with these columns."""
+        shape = (columns.out_columns.shape[1], columns.in_columns.shape[1])
+        values = torch.zeros(shape, dtype=columns.out_columns.dtype, device=columns.out_columns.device)
+        if config.init_std:
+            nn.init.normal_(values, std=config.init_std)
+        self.sparse_grad_values[adapter_name] = nn.Parameter(values)
+        self.sparse_grad_columns[adapter_name] = columns
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    # --- forward ----------------------------------------------------------------------------------
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [] if self.disable_adapters or self.merged else self._adapters_in_use()
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        for name in names:
+            self._check_ready(name)
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if len(names) == 1 and names[0] not in self._observers and not args and not kwargs and self._is_plain(x):
+            weight = self.base_layer.weight
+            weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
+            columns = self.sparse_grad_columns[names[0]]
+            values = self.sparse_grad_values[names[0]]
+            return ChangedLinear.apply(
+                x, weight, self.base_layer.bias, values, columns.out_columns, columns.in_columns
+            )
+        result = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            columns, values = self.sparse_grad_columns[name], self.sparse_grad_values[name]
+            if name in self._observers:
+                result = AddedChange.apply(result, x, values.detach(), columns.out_columns, columns.in_columns)
+                result = Observed.apply(result, x, values, self._observers[name])
+            else:
+                result = AddedChange.apply(result, x, values, columns.out_columns, columns.in_columns)
+        return result
+
+    def _adapters_in_use(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.sparse_grad_values]
+
+    def _check_ready(self, name: str) -> None:
+        trains = torch.is_grad_enabled() and self.training and self.sparse_grad_values[name].requires_grad
+        if trains and not self.sparse_grad_columns[name].ready and name not in self._observers:
+            raise InputError(
+                f"the SparseGrad adapter {name!r} has no columns yet, so nothing would train; call "
+                "compute_bases(model, batches) before training, or choose init='random' or 'svd'"
+            )
+
+    def _is_plain(self, x: torch.Tensor) -> bool:
+        """Whether the base layer is a frozen `x W^T + b` that nobody watches or offloads."""
+        base = self.base_layer
+        if type(base) not in (nn.Linear, Conv1D) or "forward" in vars(base):
+            return False
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            return False
+        weight, bias = base.weight, base.bias
+        if type(weight) not in (nn.Parameter, torch.Tensor) or not weight.is_floating_point():
+            return False
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        return not trains and (weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type))
+
+    # --- columns ----------------------------------------------------------------------------------
+
+    def observe(self, adapter_name: str, observer: Observer | None) -> None:
+        """Hand inputs (tokens, in) and output gradients (tokens, out) to `observer` at each backward pass.
+
+        While somebody observes, the adapter's values get no gradient. `None` ends it.
+        """
+        if observer is None:
+            self._observers.pop(adapter_name, None)
+        else:
+            self._observers[adapter_name] = observer
+
+    def oriented_weight(self) -> torch.Tensor:
+        """The base weight, shape (out, in), dequantized if need be."""
+        weight = self.get_base_weight().detach()
+        return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
+
+    # --- merging ----------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        """`V_r D U_c^T`, shape (out, in), in float32 or wider."""
+        columns, values = self.sparse_grad_columns[adapter], self.sparse_grad_values[adapter].detach()
+        dtype = torch.promote_types(values.dtype, torch.float32)
+        return change_of_weight(values.to(dtype), columns.out_columns.to(dtype), columns.in_columns.to(dtype))
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' changes to the base weight.
+
+        Args:
+            safe_merge: raise a `ValueError` and change nothing where the result would not be finite.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.sparse_grad_values:
+                continue
+            self._add_to_weight(self.get_delta_weight(name), safe_merge, name)
+            self.merged_adapters.append(name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Take merged changes out of the base weight again, to rounding."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.sparse_grad_values:
+                self._add_to_weight(-self.get_delta_weight(name), False, name)
+
+    def _add_to_weight(self, change: torch.Tensor, safe: bool, name: str) -> None:
+        base = self.get_base_layer()
+        change = change.T if isinstance(base, Conv1D) else change
+        weight = base.weight.data
+        result = (weight.to(change.dtype) + change).to(weight.dtype)
+        if safe and not torch.isfinite(result).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        base.weight.data = result
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        reference = next(self.get_base_layer().parameters(), None)
+        values = self.sparse_grad_values[adapter_name]
+        if reference is None or values.is_meta or reference.is_meta:
+            return
+        device = reference.device if device is None else device
+        values.data = values.data.to(device)
+        self.sparse_grad_columns[adapter_name].to(device)
+
+    def __repr__(self) -> str:
+        return "sparse_grad." + super().__repr__()
+
+
+def new_columns(base: nn.Module, name: str, config: SparseGradConfig) -> SparseGradColumns:
+    """Columns for a linear layer: random ones if `config` says so, else zero until they are computed.
+
+    Args:
+        base: the layer, for its shape, device and number format.
+        name: of the layer or its kind; random columns depend on it.
+    """
+    n_in, n_out = _get_in_out_features(base)
+    block = config.block(n_out, n_in, name)
+    reference = next(base.parameters(), None)
+    device = torch.device("cpu") if reference is None else reference.device
+    columns = SparseGradColumns(n_out, n_in, block, compute_dtype(base), device)
+    if config.init == RANDOM and device.type != "meta":
+        seeds = [seed_of(config.seed, name, side) for side in ("out", "in")]
+        sides = zip((n_out, n_in), block, seeds, strict=True)
+        columns.fill(*(random_columns(n, k, seed, torch.float64) for n, k, seed in sides))
+    return columns
+
+
+def singular_vectors(weights: list[torch.Tensor], block: tuple[int, int], seed: int) -> tuple[torch.Tensor, ...]:
+    """Leading singular vectors, shapes (out, r) and (in, c), of weights (out, in) stacked along the other side.
+
+    For one weight they are the directions that PiSSA starts from (Meng et al. 2024, arXiv 2404.02948).
+    """
+    return tuple(
+        _leading(sides, k, seed) for k, sides in zip(block, (weights, [weight.T for weight in weights]), strict=True)
+    )
+
+
+def _leading(weights: list[torch.Tensor], k: int, seed: int) -> torch.Tensor:
+    """The `k` leading eigenvectors of `sum W W^T` by subspace iteration: weights have a slowly falling spectrum."""
+    dtype = torch.promote_types(weights[0].dtype, torch.float32)
+    weights = [weight.to(dtype) for weight in weights]
+    n = weights[0].shape[0]
+    span = random_columns(n, min(n, k + OVERSAMPLING), seed, dtype).to(weights[0].device)
+    for _ in range(_POWER_STEPS):
+        span = torch.linalg.qr(sum(weight @ (weight.T @ span) for weight in weights)).Q
+    # Rayleigh-Ritz within the span: eigenvectors of Q^T (sum W W^T) Q.
+    inner = sum((weight.T @ span).T @ (weight.T @ span) for weight in weights)
+    vectors = torch.linalg.eigh(inner.double()).eigenvectors.flip(1)[:, :k]
+    return span @ vectors.to(dtype)
+
+
+_POWER_STEPS = 4
+
+
+def compute_dtype(base: nn.Module) -> torch.dtype:
+    """The floating-point format that a linear layer computes in."""
+    declared = getattr(base, "compute_dtype", None)
+    if isinstance(declared, torch.dtype):  # bitsandbytes, 4 bits
+        return declared
+    floating = (p.dtype for p in base.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    return next(floating, torch.float32)

@@ -1,0 +1,157 @@
+"""The tuner of structured SparseGrad adapters."""
+
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_quantization_kwargs
+from torch import nn
+
+from hf_ft_ext.adapters.layers import fold_layer_numbers, names_by_layer, plain_name, shown_name, split_layer
+from hf_ft_ext.adapters.sparse_grad.config import PER_KIND, SVD, SparseGradConfig
+from hf_ft_ext.adapters.sparse_grad.layer import SparseGradColumns, SparseGradLayer, new_columns, singular_vectors
+from hf_ft_ext.adapters.sparse_grad.subspace import seed_of
+from hf_ft_ext.adapters.sparse_grad.targets import can_be_adapted, feed_forward_linears, linear_kinds
+from hf_ft_ext.adapters.tuner import LayerTuner, refuse_nested_targets, refuse_unfit_layers
+from hf_ft_ext.errors import InputError
+
+_COLUMNS = ("out_columns", "in_columns")
+
+
+class SparseGradModel(LayerTuner):
+    """Puts `SparseGradLayer`s around linear layers of a model; see `SparseGradConfig`."""
+
+    prefix = "sparse_grad_"
+    tuner_layer_cls = SparseGradLayer
+
+    def _prepare_model(self, peft_config: SparseGradConfig, model: nn.Module) -> None:
+        layers = names_by_layer(model, peft_config.layers_pattern)
+        refuse_unfit_layers(model, "sparse_grad", peft_config.layers_to_transform, list(layers))
+        if peft_config.target_modules is None:
+            names = feed_forward_linears(model, can_be_adapted, "target_modules", "stay frozen")
+            peft_config.target_modules = within_layers(model, [plain_name(name) for name in names])
+        refuse_nested_targets(model, "sparse_grad", peft_config)
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
+        name = plain_name(current_key)
+        if not can_be_adapted(target):
+            kind = type(target.get_base_layer() if isinstance(target, BaseTunerLayer) else target).__name__
+            raise InputError(
+                f"{name} is a {kind}, and SparseGrad trains linear layers; narrow target_modules to some of: "
+                f"{', '.join(linear_kinds(self.model))}"
+            )
+        columns = self._columns(adapter_name, peft_config, target, name)
+        if isinstance(target, SparseGradLayer):
+            target.update_layer(adapter_name, peft_config, columns)
+            return
+        layer = SparseGradLayer(target, adapter_name, peft_config, columns, **get_quantization_kwargs(self.model))
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _columns(self, adapter_name: str, config: SparseGradConfig, target: nn.Module, name: str) -> SparseGradColumns:
+        """The columns of a layer: new ones, or those of another layer of its kind."""
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if config.scope != PER_KIND:
+            return new_columns(base, name, config)
+        kind = kind_of(name, base)
+        for other, layer in sparse_grad_layers(self.model):
+            if adapter_name in layer.sparse_grad_columns and kind_of(other, layer.get_base_layer()) == kind:
+                return layer.sparse_grad_columns[adapter_name]
+        return new_columns(base, kind, config)
+
+    @torch.no_grad()
+    def _post_injection_hook(self, model: nn.Module, config: SparseGradConfig, adapter_name: str) -> None:
+        if config.init != SVD:
+            return
+        for columns, layers in layers_by_columns(model, adapter_name):
+            if not columns.out_columns.is_meta and not layers[0][1].weight.is_meta:
+                block = (columns.out_columns.shape[1], columns.in_columns.shape[1])
+                weights = [layer.oriented_weight() for _, layer in layers]
+                columns.fill(*singular_vectors(weights, block, seed_of(config.seed, plain_name(layers[0][0]))))
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if any(adapter_name in layer.merged_adapters for _, layer in sparse_grad_layers(self.model)):
+            self.unmerge_adapter()
+        super().delete_adapter(adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name, layer in sparse_grad_layers(self.model):
+            base = layer.get_base_layer()
+            if layer.quantization_backend is not None or not base.weight.is_floating_point():
+                raise InputError(
+                    f"{shown_name(name)} is quantized ({type(base).__name__}), and a merged weight would be rounded "
+                    "to its format; keep the adapter, or load the base without quantization and merge there"
+                )
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_merge_allowed()
+        super().merge_adapter(adapter_names, safe_merge)
+
+    # --- files ------------------------------------------------------------------------------------
+
+    @classmethod
+    def _to_save(cls, model, config, adapter_name, state_dict):
+        """Columns that several layers share are saved once, under the first of them."""
+        dropped = set()
+        for names in _sharing(model, adapter_name):
+            dropped |= {_key(name, adapter_name, part) for name in names[1:] for part in _COLUMNS}
+        return {key: tensor for key, tensor in state_dict.items() if key not in dropped}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        found = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        for first, *others in _sharing(model, adapter_name):
+            for part in _COLUMNS:
+                tensor = found.get(_key(first, adapter_name, part))
+                if tensor is not None:
+                    found |= {_key(name, adapter_name, part): tensor for name in others}
+        return found
+
+
+def sparse_grad_layers(model: nn.Module) -> Iterator[tuple[str, SparseGradLayer]]:
+    """Name and module of each layer with SparseGrad adapters."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseGradLayer))
+
+
+def kind_of(name: str, base: nn.Module) -> str:
+    """Layers of one kind: equal names but for layer numbers, equal shapes."""
+    shape = "x".join(map(str, base.weight.shape)) if hasattr(base, "weight") else ""
+    return f"{fold_layer_numbers(plain_name(name))} {shape}"
+
+
+def within_layers(model: nn.Module, names: list[str]) -> list[str]:
+    """Names within a layer that reach exactly the modules `names`; whole names where there are none."""
+    places = [split_layer(name) for name in names]
+    if all(place is not None for place in places):
+        within = sorted({place[1] for place in places})
+        plain = (plain_name(name) for name, _ in model.named_modules())
+        reached = {name for name in plain if (place := split_layer(name)) is not None and place[1] in within}
+        if reached == set(names):
+            return within
+    return sorted(names)
+
+
+def layers_by_columns(
+    model: nn.Module, adapter_name: str
+) -> list[tuple[SparseGradColumns, list[tuple[str, SparseGradLayer]]]]:
+    """Each set of columns of an adapter, and names and modules of the layers that have it, in the model's order."""
+    groups: dict[int, tuple[SparseGradColumns, list[tuple[str, SparseGradLayer]]]] = {}
+    for name, layer in sparse_grad_layers(model):
+        if adapter_name in layer.sparse_grad_columns:
+            columns = layer.sparse_grad_columns[adapter_name]
+            groups.setdefault(id(columns), (columns, []))[1].append((name, layer))
+    return list(groups.values())
+
+
+def _sharing(model: nn.Module, adapter_name: str) -> list[list[str]]:
+    """Names of the layers that share columns of this adapter; those with their own left out."""
+    groups = [[name for name, _ in layers] for _, layers in layers_by_columns(model, adapter_name)]
+    return [names for names in groups if len(names) > 1]
+
+
+def _key(name: str, adapter_name: str, part: str) -> str:
+    return f"{name}.sparse_grad_columns.{adapter_name}.{part}"

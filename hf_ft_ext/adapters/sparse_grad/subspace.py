@@ -1,0 +1,88 @@
+"""Leading eigenvectors of a sum of squares that is never formed: a randomized range finder with a small sketch."""
+
+import hashlib
+
+import torch
+
+OVERSAMPLING = 10
+
+
+class Sketch:
+    """`Y = S Omega` of a positive semidefinite `S = sum_i G_i G_i^T`, shape (n, n), and its leading eigenvectors.
+
+    `S` is given by products alone: `add` takes `G_i (G_i^T Omega)`. The sketch has `k + 10` columns; where that is
+    all there are, `Omega` is the identity and the result is exact.
+
+    Args:
+        omega: the test matrix of `random_test_matrix`, shape (n, columns). Sketches of equal size may share it.
+        k: how many leading eigenvectors are wanted, 1 to n.
+
+    Source: the single-pass sketch of Tropp, Yurtsever, Udell and Cevher 2017 (arXiv 1706.05736), algorithm 3.
+    """
+
+    def __init__(self, omega: torch.Tensor, k: int):
+        self.omega, self.k = omega, k
+        self.sum = torch.zeros_like(omega)
+
+    def add(self, product: torch.Tensor) -> None:
+        """Add `G (G^T Omega)`, shape (n, columns)."""
+        self.sum += product
+
+    def leading(self, seed: int) -> torch.Tensor:
+        """The `k` leading eigenvectors of `S`, shape (n, k), by falling eigenvalue, in the dtype of the sketch.
+
+        Directions in which `S` is zero are filled up with random orthonormal ones.
+        """
+        y, omega = self.sum.double(), self.omega.double()
+        scale = float(y.norm())
+        if scale == 0:
+            return random_columns(len(y), self.k, seed, self.sum.dtype).to(self.sum.device)
+        # Omega^T (S + nu I) Omega needs a Cholesky factor; a small nu leaves the eigenvectors as they are.
+        nu = scale * torch.finfo(self.sum.dtype).eps
+        y = y + nu * omega
+        inner = omega.T @ y
+        # Nystroem: S ~ Y (Omega^T Y)^-1 Y^T = E E^T with E = Y C^-T, where C C^T = Omega^T Y.
+        factor, failed = torch.linalg.cholesky_ex((inner + inner.T) / 2)
+        if int(failed):  # not definite to rounding: the same by eigenvalues, without those that are rounding alone
+            values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
+            kept = values > values[-1] * len(y) * torch.finfo(self.sum.dtype).eps
+            root = y @ (vectors[:, kept] / values[kept].sqrt())
+        else:
+            root = torch.linalg.solve_triangular(factor, y.T, upper=False).T
+        vectors = torch.linalg.svd(root, full_matrices=False).U[:, : self.k]
+        if vectors.shape[1] < self.k:
+            vectors = completed(vectors, self.k, seed)
+        return vectors.to(self.sum.dtype)
+
+
+def random_test_matrix(n: int, k: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`Omega` for `k` leading eigenvectors: orthonormal, shape (n, min(n, k + 10)), at least float32."""
+    dtype, columns = torch.promote_types(dtype, torch.float32), min(n, k + OVERSAMPLING)
+    if columns == n:
+        return torch.eye(n, dtype=dtype, device=device)
+    return random_columns(n, columns, seed, dtype).to(device)
+
+
+def completed(vectors: torch.Tensor, k: int, seed: int) -> torch.Tensor:
+    """Orthonormal columns filled up to `k` with random ones that are orthogonal to them."""
+    n, found = vectors.shape
+    more = random_matrix(n, k - found, seed + 1, vectors.dtype).to(vectors.device)
+    for _ in range(2):  # once more against rounding
+        more -= vectors @ (vectors.T @ more)
+    return torch.cat([vectors, torch.linalg.qr(more).Q], 1)
+
+
+def random_columns(n: int, k: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """`k` random orthonormal columns of length `n`, on the CPU."""
+    return torch.linalg.qr(random_matrix(n, k, seed, torch.float64)).Q.to(dtype)
+
+
+def random_matrix(n: int, k: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """A Gaussian matrix from a generator of its own, on the CPU."""
+    return torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def seed_of(*parts: object) -> int:
+    """A seed that is the same in every process for the same parts."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")

@@ -1,0 +1,96 @@
+"""`--method sparse` with structured support: a `SparseGradConfig` adapter on the model, and its columns."""
+
+import logging
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, Trainer
+
+from hf_ft_ext.adapters.layers import plain_name
+from hf_ft_ext.adapters.sparse_grad.bases import compute_bases
+from hf_ft_ext.adapters.sparse_grad.config import GRADIENT, SparseGradConfig
+from hf_ft_ext.adapters.sparse_grad.config import RANDOM as RANDOM_COLUMNS
+from hf_ft_ext.adapters.sparse_grad.config import SVD as SINGULAR_VECTORS
+from hf_ft_ext.adapters.sparse_grad.layer import SparseGradColumns
+from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns, within_layers
+from hf_ft_ext.adapters.sparse_grad.targets import can_be_adapted
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.models import seeded_init
+from hf_ft_ext.peft_models import carries_adapters, task_type_of, trained_in_full
+from hf_ft_ext.sparse.arguments import HOSVD, NOTHING, RANDOM, SVD, SparseTrainingArguments
+from hf_ft_ext.sparse.prepass import own_micro_batches
+from hf_ft_ext.sparse.targets import find_targets
+from hf_ft_ext.training.precision import train_in_float32
+
+logger = logging.getLogger(__name__)
+
+_INITS = {HOSVD: GRADIENT, RANDOM: RANDOM_COLUMNS, SVD: SINGULAR_VECTORS}
+
+
+def has_sparse_grad(model: object) -> bool:
+    """Whether a model's active adapter is a SparseGrad adapter."""
+    return isinstance(model, PeftModel) and isinstance(model.active_peft_config, SparseGradConfig)
+
+
+def add_sparse_grad(model: PreTrainedModel, args: SparseTrainingArguments) -> PeftModel:
+    """Wrap a model with the SparseGrad adapter that `args` describe.
+
+    The head, and whatever came without pretrained weights, is saved with the adapter, and trains unless
+    `sparse_train_rest` is `none`.
+
+    Raises:
+        InputError: the model carries other adapters, or nothing to adapt was found.
+    """
+    if carries_adapters(model):
+        raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
+    targets = None
+    if args.sparse_target_modules is not None:
+        found = find_targets(model, args.sparse_target_modules, can_be_adapted)
+        targets = within_layers(model, [plain_name(name) for name in found])
+    config = SparseGradConfig(
+        task_type=task_type_of(model),
+        density=args.sparse_density,
+        n_params=args.sparse_n_params,
+        init=_INITS[args.sparse_basis],
+        scope=args.basis_scope,
+        seed=args.seed,
+        target_modules=targets,
+        modules_to_save=trained_in_full(model) or None,
+    )
+    with seeded_init(args.seed):
+        wrapped = train_in_float32(get_peft_model(model, config))
+    if args.train_rest == NOTHING:
+        for name, parameter in wrapped.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.requires_grad_(False)
+    # Every process has the same columns; DistributedDataParallel would send them around in every step.
+    ignored = [name for name, _ in wrapped.named_buffers() if ".sparse_grad_columns." in name]
+    wrapped._ddp_params_and_buffers_to_ignore = [*getattr(wrapped, "_ddp_params_and_buffers_to_ignore", []), *ignored]
+    return wrapped
+
+
+def columns_of(model: PeftModel) -> list[SparseGradColumns]:
+    """The sets of columns of the active adapter."""
+    return [columns for columns, _ in layers_by_columns(model, model.active_adapter)]
+
+
+def choose_columns(trainer: Trainer) -> None:
+    """The gradient pre-pass, on `sparse_basis_steps` micro-batches of the trainer's training data.
+
+    Raises:
+        InputError: a gradient is not finite, or there is no training data.
+    """
+    args = trainer.args
+
+    def loss(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+        with trainer.compute_loss_context_manager():
+            return trainer.compute_loss(model, trainer._prepare_inputs(batch))
+
+    compute_bases(
+        trainer.model,
+        own_micro_batches(trainer, args.basis_steps),
+        loss,
+        gradients=max(1, -(-args.basis_steps // args.world_size)),
+        seed=0,  # equal on all processes, whatever their `seed`
+        progress=not args.disable_tqdm and trainer.is_world_process_zero(),
+    )
