@@ -22,6 +22,7 @@ FEW_SHOT_SPLITS = ("k-shot", "k-shot-10x", "k-shot-1k-test")
 QUOTINGS = ("auto", "none", "minimal", "backslash")
 PROBLEM_TYPES = ("single_label_classification", "regression")
 SAMPLES = FIRST, RANDOM, STRATIFIED = ("first", "random", "stratified")
+WORD_SCORINGS = ("first_token", "sequence", "sequence_mean")
 FEW_SHOT_TYPES = FINETUNE, PROMPT, PROMPT_DEMO = ("finetune", "prompt", "prompt-demo")
 
 
@@ -153,8 +154,9 @@ class FewShotArguments:
     few_shot_type: str = field(
         default="finetune",
         metadata={
-            "help": "finetune: a classification head. prompt: the masked-LM head says the class, as a word at the "
-            "mask of a template. prompt-demo: the same with labelled examples in the context.",
+            "help": "finetune: a classification head. prompt: the language-model head says the class, as a word at "
+            "the mask of a template (masked), at its end (causal) or in the decoder. prompt-demo: the same with "
+            "labelled examples in the context.",
             "choices": FEW_SHOT_TYPES,
         },
     )
@@ -167,6 +169,22 @@ class FewShotArguments:
         metadata={
             "help": "Prompts: a label word for each label, as JSON or Python: {'negative': 'terrible', 'positive': "
             "'great'}; label ids may stand for names; none = the task's own."
+        },
+    )
+    word_scoring: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts of causal models and encoder-decoders: what a label word's logit is. first_token: of its "
+            "first token; sequence: log probability of all its tokens; sequence_mean: the same divided by their "
+            "number; none = first_token, or sequence where each row has options of its own (copa).",
+            "choices": WORD_SCORINGS,
+        },
+    )
+    calibrate: bool = field(
+        default=False,
+        metadata={
+            "help": "Prompts: subtract the logits of the template around an empty text, which show what words the "
+            "model prefers anyway."
         },
     )
     first_sent_limit: int | None = field(
@@ -215,7 +233,9 @@ class DataArguments(FewShotArguments):
 
     task_name: str | None = field(
         default=None,
-        metadata={"help": "A GLUE task, a task of the few-shot suite, or `demo`; none and no data given = `demo`."},
+        metadata={
+            "help": "A task of GLUE, SuperGLUE or the few-shot suite, or `demo`; none and no data given = `demo`."
+        },
     )
     dataset_name: str | None = field(
         default=None,

@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import SaveStrategy
 
 from hf_ft_ext.arguments import (
@@ -131,7 +138,7 @@ def load(
                 # Evaluation in training looks at the first validation set, as the metric names expect.
                 eval_dataset=next(iter(data.validation.values()), None),
                 processing_class=tokenizer,
-                data_collator=ContextCollator(tokenizer) if data_args.few_shot_type == PROMPT_DEMO else None,
+                data_collator=ContextCollator(tokenizer) if _needs_context_collator(model, data_args) else None,
                 compute_metrics=metrics,
                 callbacks=[
                     ResourceMonitor(),
@@ -152,6 +159,10 @@ def load(
         return trainer
 
     return build, data
+
+
+def _needs_context_collator(model: PreTrainedModel, data_args: DataArguments) -> bool:
+    return data_args.few_shot_type == PROMPT_DEMO or (is_prompt_model(model) and model.config.words is None)
 
 
 def _kept_thresholds(config: Any, data_args: DataArguments, args: MethodTrainingArguments) -> np.ndarray | None:
