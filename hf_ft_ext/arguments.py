@@ -34,6 +34,9 @@ def own_fields(arguments: type) -> list[Field]:
     return [f for f in fields(arguments) if f.init and (f.name not in inherited or inherited[f.name] != f.default)]
 
 
+TASK_TYPES = SEQUENCE_CLASSIFICATION, CAUSAL_LM, SEQ2SEQ_LM = ("sequence_classification", "causal_lm", "seq2seq_lm")
+
+
 @dataclass
 class RunArguments:
     """What the launcher does with the run as a whole."""
@@ -41,6 +44,14 @@ class RunArguments:
     _argument_group_name = "run"
 
     method: str = field(default="sparse", metadata={"help": "Fine-tuning method (see `--help` without a method)."})
+    task_type: str = field(
+        default=SEQUENCE_CLASSIFICATION,
+        metadata={
+            "help": "What the model does. causal_lm: it goes on with a text (language modelling, instruction tuning); "
+            "seq2seq_lm: the same by an encoder-decoder, from prompt to completion. Needs the `trl` extra.",
+            "choices": TASK_TYPES,
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Replace the run that `output_dir` holds: its checkpoints and run.json are deleted."},
@@ -226,7 +237,36 @@ class FewShotArguments:
 
 
 @dataclass
-class DataArguments(FewShotArguments):
+class LanguageArguments:
+    """Language modelling: parts of `DataArguments`."""
+
+    packing: bool = field(
+        default=False,
+        metadata={"help": "causal_lm: put several rows into one sequence of max_seq_length tokens (trl's packing)."},
+    )
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "causal_lm: take the loss over the completion alone; none = with prompt and completion, not with "
+            "text and messages."
+        },
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={"help": "messages: file of a chat template, or folder of a tokenizer that has one; none = its own."},
+    )
+    predict_with_generate: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluate by generated texts too: exact_match, f1, rouge1, rouge2, rougeL against the completion."
+        },
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "Most tokens of a generated text."})
+    num_beams: int = field(default=1, metadata={"help": "Beams of the generation; 1 = the likeliest token each time."})
+
+
+@dataclass
+class DataArguments(LanguageArguments, FewShotArguments):
     """Which data to train, evaluate and predict on."""
 
     _argument_group_name = "data"

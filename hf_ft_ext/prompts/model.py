@@ -121,7 +121,7 @@ class PromptForSequenceClassification(PreTrainedModel):
                 place that the model can read, or a model without language-model head (or without its weights).
         """
         if isinstance(language_model, str):
-            language_model = _load_language_model(language_model, **kwargs)
+            language_model = load_language_model(language_model, **kwargs)
         inner, name = language_model.config, language_model.name_or_path or type(language_model).__name__
         reading = reading_of(inner, name)
         if bounds is not None and len(words or ()) != 2:
@@ -197,7 +197,7 @@ class PromptForSequenceClassification(PreTrainedModel):
             for part in _OF_THE_PROMPT:  # a run may change all of them
                 setattr(model.config, part, getattr(config, part))
         else:
-            model = cls._around(_load_language_model(name, **{"dtype": config.dtype, **kwargs}), config)
+            model = cls._around(load_language_model(name, **{"dtype": config.dtype, **kwargs}), config)
         if config.untied_words:
             model.untie_label_words()
         return model.eval()
@@ -389,7 +389,9 @@ class PromptForSequenceClassification(PreTrainedModel):
             logits = low + (high - low) * logits.softmax(-1)[:, 1:]
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
-        hidden, attentions = (outputs.get(name, outputs.get(f"decoder_{name}")) for name in ("hidden_states", "attentions"))
+        hidden, attentions = (
+            outputs.get(name, outputs.get(f"decoder_{name}")) for name in ("hidden_states", "attentions")
+        )
         return SequenceClassifierOutput(loss, logits, hidden, attentions)
 
     def _decoder_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -556,7 +558,16 @@ def _prompt_of(folder: Path) -> PromptConfig:
     raise InputError(f"{str(folder)!r} holds no {PROMPT_FILE}: it is no adapter of a prompt model; check the path")
 
 
-def _load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:
+def load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:
+    """The pretrained language model of whichever kind `name` is.
+
+    Args:
+        name: Hub id or folder.
+        kwargs: for `from_pretrained`; `config` if it is loaded already.
+
+    Raises:
+        InputError: it is no language model, or its weights lack the head.
+    """
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, **kwargs)
     kind = reading_of(config, name).auto_class
     model, info = kind.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
