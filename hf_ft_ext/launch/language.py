@@ -81,8 +81,8 @@ def check_language_options(run_args: RunArguments) -> None:
     if run_args.method in _CLASSES_ONLY:
         raise InputError(
             f"--task_type {run_args.task_type}: method {run_args.method} solves for class scores, and a language "
-            "model writes text; pass --method full, lora, sparse, gradientless or fisher, or --few_shot_type prompt for "
-            "classes"
+            "model writes text; pass --method full, lora, sparse, gradientless or fisher, or --few_shot_type prompt "
+            "to choose classes"
         )
     refused = {
         "from_linearhead": "fits a classification head", "prediction_probabilities": "is about classes",

@@ -5,20 +5,20 @@ and articles, the best over a row's references. ROUGE-1, -2 and -L are F-measure
 without stemming, the best over a row's references. All are 0 to 1, higher is better, means over the rows.
 """
 
+import functools
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hf_ft_ext.errors import InputError
 
-GENERATION_METRICS = ("exact_match", "f1", "rouge1", "rouge2", "rougeL")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def generation_metrics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """The scores of `GENERATION_METRICS`, by name.
+    """`exact_match`, `f1`, `rouge1`, `rouge2` and `rougeL`.
 
     Args:
         predictions: generated texts, one a row.
@@ -32,19 +32,12 @@ def generation_metrics(predictions: Sequence[str], references: Sequence[Sequence
             f"generation metrics need one list of references a row, got {len(predictions)} predictions and "
             f"{len(references)} lists"
         )
-    sums = dict.fromkeys(GENERATION_METRICS, 0.0)
+    sums = dict.fromkeys(_SCORES, 0.0)
     for row, (prediction, accepted) in enumerate(zip(predictions, references, strict=True)):
         if not accepted:
             raise InputError(f"row {row} has no reference to score its generated text by; fill or remove it")
-        words = _words(prediction)
-        for name, score in (
-            ("exact_match", lambda text: float(_normalized(prediction) == _normalized(text))),
-            ("f1", lambda text: _f1(_normalized(prediction).split(), _normalized(text).split())),
-            ("rouge1", lambda text: _ngram_f(words, _words(text), 1)),
-            ("rouge2", lambda text: _ngram_f(words, _words(text), 2)),
-            ("rougeL", lambda text: _lcs_f(words, _words(text))),
-        ):
-            sums[name] += max(score(text) for text in accepted)
+        for name, score in _SCORES.items():
+            sums[name] += max(score(prediction, text) for text in accepted)
     return {name: total / len(predictions) for name, total in sums.items()}
 
 
@@ -56,18 +49,25 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def _f1(found: list[str], wanted: list[str]) -> float:
+def _exact_match(prediction: str, reference: str) -> float:
+    return float(_normalized(prediction) == _normalized(reference))
+
+
+def _f1(prediction: str, reference: str) -> float:
+    found, wanted = _normalized(prediction).split(), _normalized(reference).split()
     if not found or not wanted:
         return float(found == wanted)
     return _f_measure(sum((Counter(found) & Counter(wanted)).values()), len(found), len(wanted))
 
 
-def _ngram_f(found: list[str], wanted: list[str], n: int) -> float:
-    grams = [Counter(zip(*(words[i:] for i in range(n)), strict=False)) for words in (found, wanted)]
+def _rouge_n(prediction: str, reference: str, n: int) -> float:
+    both = _words(prediction), _words(reference)
+    grams = [Counter(zip(*(words[i:] for i in range(n)), strict=False)) for words in both]
     return _f_measure(sum((grams[0] & grams[1]).values()), *(sum(counts.values()) for counts in grams))
 
 
-def _lcs_f(found: list[str], wanted: list[str]) -> float:
+def _rouge_l(prediction: str, reference: str) -> float:
+    found, wanted = _words(prediction), _words(reference)
     # longest common subsequence, one row of the table at a time
     row = [0] * (len(wanted) + 1)
     for word in found:
@@ -81,3 +81,12 @@ def _lcs_f(found: list[str], wanted: list[str]) -> float:
 def _f_measure(common: int, found: int, wanted: int) -> float:
     # 2 P R / (P + R) with P = common / found and R = common / wanted
     return 2 * common / (found + wanted) if common else 0.0
+
+
+_SCORES: dict[str, Callable[[str, str], float]] = {
+    "exact_match": _exact_match,
+    "f1": _f1,
+    "rouge1": functools.partial(_rouge_n, n=1),
+    "rouge2": functools.partial(_rouge_n, n=2),
+    "rougeL": _rouge_l,
+}

@@ -127,8 +127,8 @@ def generate_texts(
     room = None if context is None else context - (0 if both else settings.max_new_tokens)
     if room is not None and room < 1:
         raise InputError(
-            f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in the model's {context} positions; "
-            f"pass --max_new_tokens {context // 2}"
+            f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in the model's {context} "
+            f"positions; pass --max_new_tokens {context // 2}"
         )
     rows = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     if room is not None:

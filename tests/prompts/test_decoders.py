@@ -15,6 +15,7 @@ from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
+from hf_ft_ext.prompts.readout import sequence_scores
 from hf_ft_ext.prompts.words import answer_tokens, word_tokens
 
 TEMPLATE = "*cls**sent_0*_It_was*mask*.*sep+*"
@@ -233,7 +234,7 @@ def test_words_that_begin_alike_are_named():
     tokenizer = subword_tokenizer("bytes")
     network = decoder("gpt2", len(tokenizer))
     with pytest.raises(
-        InputError, match="'great' and 'dull' begin with the same token .*' '.*--word_scoring sequence"
+        InputError, match=r"'great' and 'dull' begin with the same token .*' '.*--word_scoring sequence"
     ):
         PromptForSequenceClassification.from_language_model(network, tokenizer, TEMPLATE, ["great", "dull"])
     model = PromptForSequenceClassification.from_language_model(
@@ -264,11 +265,7 @@ def test_what_cannot_be_scored_is_refused():
 
 
 def test_an_impossible_token_gives_minus_infinity_and_no_nan():
-    model, tokenizer = prompt_model("gpt2", "sequence", ["bad", "brilliant film"])
-    with torch.no_grad():
-        logits = torch.full((2, 3, 5), 0.0)
-        logits[0, 0, 1] = -math.inf
-    from hf_ft_ext.prompts.readout import sequence_scores
-
+    logits = torch.zeros(2, 3, 5)
+    logits[0, 0, 1] = -math.inf
     scores = sequence_scores(logits, torch.tensor([[[1, -100, -100], [2, 3, 4]]]), mean=False)
     assert scores[0, 0] == -math.inf and scores[0, 1] == pytest.approx(3 * math.log(1 / 5))
