@@ -50,6 +50,7 @@ from hf_ft_ext.training.language import (
     Perplexity,
     generate_texts,
     report_long_rows,
+    room_for_prompts,
 )
 from hf_ft_ext.training.resources import ResourceMonitor
 
@@ -139,6 +140,8 @@ def load(
     _check_chat_template(data, tokenizer, data_args)
     context = model_max_length(model, tokenizer)
     length = _length(data_args, context)
+    if writes:
+        room_for_prompts(context, data_args.max_new_tokens, shared=causal)
     kind = find_method(run_args.method).trainer_class()
     if causal:
         from trl import SFTTrainer

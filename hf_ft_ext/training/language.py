@@ -106,6 +106,25 @@ class Generation:
     batch_size: int = 8
 
 
+def room_for_prompts(context: int | None, max_new_tokens: int, shared: bool) -> int | None:
+    """Tokens that a prompt may have; `None` = no limit known.
+
+    Args:
+        context: positions that the model has.
+        shared: whether prompt and generated text share them, as in a causal model.
+
+    Raises:
+        InputError: none is left.
+    """
+    room = None if context is None else context - (max_new_tokens if shared else 0)
+    if room is not None and room < 1:
+        raise InputError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's {context} positions; pass "
+            f"--max_new_tokens {context // 2}"
+        )
+    return room
+
+
 @torch.no_grad()
 def generate_texts(
     trainer: Any, prompts: Sequence[Any], settings: Generation, context: int | None = None
@@ -124,12 +143,7 @@ def generate_texts(
     if tokenizer.pad_token is None:
         raise InputError("generation pads prompts to one length, and the tokenizer has no padding token; set one")
     both = getattr(model.config, "is_encoder_decoder", False)
-    room = None if context is None else context - (0 if both else settings.max_new_tokens)
-    if room is not None and room < 1:
-        raise InputError(
-            f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in the model's {context} "
-            f"positions; pass --max_new_tokens {context // 2}"
-        )
+    room = room_for_prompts(context, settings.max_new_tokens, shared=not both)
     rows = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     if room is not None:
         longer = sum(len(ids) > room for ids in rows)
