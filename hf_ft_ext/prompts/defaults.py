@@ -113,12 +113,14 @@ DECODER_PROMPTS: dict[str, TaskPrompt] = {
 
 
 def known_prompt(task: Task, reading: Reading) -> TaskPrompt | None:
-    """The task's own prompt for a model that is read so, if it has one."""
-    own = PROMPTS.get(task.name)
-    return own if reading is Reading.MASK else DECODER_PROMPTS.get(task.name, own)
+    """The task's own prompt for a model that is read so, if it has one; SuperGLUE's serve for a mask too."""
+    first, second = (PROMPTS, DECODER_PROMPTS) if reading is Reading.MASK else (DECODER_PROMPTS, PROMPTS)
+    return first.get(task.name) or second.get(task.name)
 
 
-def task_prompt(task: Task, reading: Reading, template: str | None, mapping: dict | str | None) -> TaskPrompt | None:
+def task_prompt(
+    task: Task, template: str | None, mapping: dict | str | None, reading: Reading = Reading.MASK
+) -> TaskPrompt | None:
     """The task's own prompt; `None` where it has none and the user gave all that is needed.
 
     Raises:

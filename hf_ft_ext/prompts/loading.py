@@ -84,7 +84,7 @@ def load_prompt_model(
 
 def _load_fresh(name, config, tokenizer, data: TaskData, data_args: DataArguments, **hub):
     reading = reading_of(config, name)
-    prompt = task_prompt(data.task, reading, data_args.template, data_args.mapping)
+    prompt = task_prompt(data.task, data_args.template, data_args.mapping, reading)
     template = prompt.template if data_args.template is None else data_args.template
     # before the weights are loaded
     parse_template(template, len(data.text_columns), reading)

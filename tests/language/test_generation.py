@@ -108,7 +108,7 @@ def test_what_cannot_be_generated():
     tokenizer = subword_tokenizer("byte-level")
     trainer = stand_in(decoder("gpt2", len(tokenizer)), tokenizer)
     with pytest.raises(
-        InputError, match="max_new_tokens=128 leaves no room .* 128 positions; pass --max_new_tokens 64"
+        InputError, match=r"max_new_tokens=128 leaves no room .* 128 positions; pass --max_new_tokens 64"
     ):
         generate_texts(trainer, ["a"], Generation(max_new_tokens=128), 128)
     with pytest.raises(InputError, match="no chat template that makes a text of them; pass --chat_template_path"):
