@@ -211,7 +211,18 @@ def _known_task(data_args: DataArguments, task: LanguageTask | None) -> Task:
 
 
 def _open(data_args: DataArguments, task: Task, cache_dir: str | None, token: str | None) -> dict[str, Dataset]:
-    """As `open_source`; JSON files as they are, since messages are nested."""
+    """As `open_source`; JSON files and local folders as they are, since messages and answers are nested."""
+    folder = Path(data_args.dataset_name).expanduser() if data_args.dataset_name else None
+    if folder is not None and folder.is_dir():
+        try:
+            return load_dataset(
+                str(folder.resolve()), data_args.dataset_config_name or task.hub_config, cache_dir=cache_dir
+            )
+        except READ_ERRORS as error:
+            raise InputError(
+                f"cannot read data set folder {data_args.dataset_name!r} ({reason(error)}); pass a folder that holds "
+                "csv, json or parquet files, or whose README.md lists them"
+            ) from error
     files = {option: getattr(data_args, option) for option in ("train_file", "validation_file", "test_file")}
     files = {option: name for option, name in files.items() if name}
     suffixes = {option: data_suffix(Path(name).expanduser()) for option, name in files.items()}

@@ -14,8 +14,8 @@ from hf_ft_ext import empirical_ntk
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel import contract
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
-from hf_ft_ext.kernel.schedule import measure
 from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.kernel.schedule import measure
 from hf_ft_ext.kernel.solvers import KernelModel, Solver, SolverOptions
 from hf_ft_ext.kernel.store import KernelStore
 

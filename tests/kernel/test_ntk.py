@@ -23,8 +23,8 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel import contract
 from hf_ft_ext.kernel.formulas import Formula, sign_product, sign_scale, signs
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
-from hf_ft_ext.kernel.schedule import make_plan, measure
 from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.kernel.schedule import make_plan, measure
 
 FORMULAS = [formula.value for formula in Formula]
 LEFT, RIGHT = batch(5), batch(7, 11, seed=1)

@@ -56,7 +56,7 @@ def launch(folder, family, method, out, *more, task="prompt"):
     data = {"prompt": ("train.jsonl", "test.jsonl"), "language": ("pairs.jsonl", "pairs.jsonl")}[task]
     language = ("--task_type", "seq2seq_lm" if family == "t5" else "causal_lm", "--predict_with_generate",
                 "--max_new_tokens", "3")  # fmt: skip
-    steps = () if method == "kernel" else ("--max_steps", "4", "--save_steps", "2", "--warmup_steps", "0")
+    steps = () if method == "kernel" else ("--max_steps", "4", "--warmup_steps", "0")
     status = run_glue.main(
         [
             "--model_name_or_path", str(folder / family), "--method", method, *METHODS[method],
@@ -130,11 +130,10 @@ def test_a_decoder_writes_text_with_every_method(folder, tmp_path, family, metho
 @pytest.mark.parametrize("task", ["prompt", "language"])
 @pytest.mark.parametrize(("family", "method"), list(zip(DECODERS, TRAINED, strict=True)))
 def test_a_resumed_run_equals_an_unbroken_one(folder, tmp_path, family, method, task):
-    launch(folder, family, method, tmp_path / "whole", task=task)
-    launch(
-        folder, family, method, tmp_path / "resumed", "--resume_from_checkpoint",
-        str(tmp_path / "whole" / "checkpoint-2"), task=task,
-    )  # fmt: skip
+    saving = ("--save_steps", "2")
+    launch(folder, family, method, tmp_path / "whole", *saving, task=task)
+    last = ("--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-2"))
+    launch(folder, family, method, tmp_path / "resumed", *saving, *last, task=task)
     whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
     assert whole and whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -189,6 +189,18 @@ def test_a_task_of_another_form_is_refused(tmp_path):
         load_language_data(DataArguments())
 
 
+def test_a_folder_of_json_keeps_nested_columns(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text(json.dumps(SQUAD) + "\n")
+    data = load_language_data(DataArguments(task_name="squad", dataset_name=str(tmp_path / "data")))
+    assert data.train[0]["references"] == ["in France", "France"]
+    (tmp_path / "data" / "train.jsonl").write_text("{no json")
+    with pytest.raises(
+        InputError, match="cannot read data set folder .*pass a folder that holds csv, json or parquet"
+    ):
+        load_language_data(DataArguments(dataset_name=str(tmp_path / "data")))
+
+
 def test_own_columns_take_trls_names(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"question": "q", "answer": "a", "note": "n"}) + "\n")
     file = str(tmp_path / "a.jsonl")
