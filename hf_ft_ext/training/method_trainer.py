@@ -1,5 +1,6 @@
 """What the trainers of all methods share: completed arguments, checks before training, trials of a search."""
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -61,6 +62,7 @@ class MethodTrainer(Trainer):
         if isinstance(model, str):
             model = load_by_name(model, args)
             if getattr(args, "model_init_kwargs", None) is not None:
+                self.args = args = copy.copy(args)
                 args.model_init_kwargs = None  # they are spent; trl warns of those of a loaded model
         if model is not None:
             check_loss(args, model)
