@@ -1,7 +1,8 @@
 """Write the tables of arguments and of public names on these pages anew, from the code: python docs/argument_tables.py
 
 A table stands between `<!-- arguments: NAME -->` and `<!-- end of arguments -->`, where NAME is a method; `run`,
-`model`, `data`, `language` or `few_shot`; the class of an adapter's configuration; or `names`, for what `hf_ft_ext` exports.
+`model`, `data`, `language` or `few_shot`; the class of an adapter's configuration; or `names`, for what `hf_ft_ext`
+exports.
 """
 
 import inspect

@@ -45,6 +45,7 @@ class LanguageData:
         validation: by split name, in order.
         test: by split name, in order.
         origins: of every split, by role and name.
+        tokenized: validation rows of an encoder-decoder; trl tokenises those of a causal model by itself.
     """
 
     task: Task
@@ -53,6 +54,7 @@ class LanguageData:
     validation: dict[str, Dataset]
     test: dict[str, Dataset]
     origins: Origins = field(default_factory=dict)
+    tokenized: dict[str, Dataset] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

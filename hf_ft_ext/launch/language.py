@@ -156,7 +156,7 @@ def load(
 
     def build(args: MethodTrainingArguments) -> Trainer:
         # what trl's arguments are made of, see MethodTrainer._complete
-        own = {"max_length": length, "packing": data_args.packing, "eval_packing": False}
+        own: dict[str, Any] = {"max_length": length, "packing": data_args.packing, "eval_packing": False}
         own |= {"completion_only_loss": data_args.completion_only_loss}
         own |= {"chat_template_path": data_args.chat_template_path, "pad_token": tokenizer.pad_token}
         for name, value in own.items() if causal else ():
@@ -204,7 +204,7 @@ class LanguageRun:
 
     def rows_of_loss(self, name: str, rows: Dataset) -> Dataset:
         """What `Trainer.evaluate` takes for the split `name`: trl tokenises by itself."""
-        return getattr(self.data, "tokenized", {}).get(name, rows)
+        return self.data.tokenized.get(name, rows)
 
     def scored_texts(self, trainer: Trainer, rows: Dataset, prefix: str) -> tuple[list[dict], dict[str, float]]:
         """Generated texts of a split, and their scores where every row has a reference."""

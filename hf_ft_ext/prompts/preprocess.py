@@ -41,7 +41,7 @@ def tokenize_prompts(
     """
     encoder = prompt_encoder(data, tokenizer, data_args, config, model_max_length)
     length = encoder.max_length
-    options = ()
+    options: tuple[int, ...] = ()
     if config.words is None and config.word_scoring != FIRST_TOKEN:
         options = tuple(data.text_columns.index(column) for column in data.task.options)
         if not options:

@@ -2,6 +2,7 @@
 
 import inspect
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ class Reading(StrEnum):
     DECODER = "decoder"
 
     @property
-    def auto_class(self) -> type:
+    def auto_class(self) -> Any:
         """The Auto class that loads such a language model."""
         return {
             Reading.MASK: AutoModelForMaskedLM,

@@ -195,9 +195,7 @@ def test_a_folder_of_json_keeps_nested_columns(tmp_path):
     data = load_language_data(DataArguments(task_name="squad", dataset_name=str(tmp_path / "data")))
     assert data.train[0]["references"] == ["in France", "France"]
     (tmp_path / "data" / "train.jsonl").write_text("{no json")
-    with pytest.raises(
-        InputError, match=r"cannot read data set folder .*pass a folder that holds csv"
-    ):
+    with pytest.raises(InputError, match=r"cannot read data set folder .*pass a folder that holds csv"):
         load_language_data(DataArguments(dataset_name=str(tmp_path / "data")))
 
 
