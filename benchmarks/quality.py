@@ -6,12 +6,13 @@
     python benchmarks/quality.py benchmarks/studies/sparse.yaml --output_dir runs/quality-sst2 --task_name sst2 \
         --seeds 1 2 3 -- --dataset_name path/to/glue --max_train_samples 4000
 
-A study file is a mapping from the name of a variant to its arguments (`method` and what that method takes), with a list
-of learning rates as `learning_rate`; arguments under `all` go to every variant, unless it sets them to null, and those
-under `tasks` to the runs of that task.
-For each variant every learning rate (unless there is one only) is tried for `--tune_epochs` (or `--tune_steps`) with the
-first seed; the best one by the task's primary metric on the validation set (ties: by its loss) is then run for `--epochs`
-with every seed. A variant with `max_steps` takes as many in both; one without a learning rate has nothing to try.
+A study file is a mapping from the name of a variant to its arguments (`method` and what that method takes), with a
+list of learning rates as `learning_rate`; arguments under `all` go to every variant, unless it sets them to null, and
+those under `tasks` to the runs of that task.
+For each variant every learning rate (unless there is one only) is tried for `--tune_epochs` (or `--tune_steps`) with
+the first seed; the best one by the task's primary metric on the validation set (ties: by its loss) is then run for
+`--epochs` with every seed. A variant with `max_steps` takes as many in both; one without a learning rate has nothing
+to try.
 
     python benchmarks/quality.py benchmarks/studies/kernel.yaml --few_shot --output_dir runs/few --task_name sst2 \
         --seeds 13 21 42 87 100 -- --dataset_name path/to/glue --num_k 16 --few_shot_split k-shot-1k-test
@@ -19,8 +20,8 @@ with every seed. A variant with `max_steps` takes as many in both; one without a
 With `--few_shot` a seed draws the data too, every learning rate is run in full with every seed, the run that is best
 on the dev split counts, and what counts of it is the test score.
 
-Every variant has one seed before any has two. Each run is a process of its own, `--workers` of them at a time with their
-share of the threads. Runs that are there already (with the same command) are not repeated, so an interrupted study
+Every variant has one seed before any has two. Each run is a process of its own, `--workers` of them at a time with
+their share of the threads. Runs that are there already (with the same command) are not repeated, so an interrupted study
 continues; a run that fails is named and left out. `table.md` in the output folder and the result file (`--result`, see
 `results.py`) are written after every run: the study can be stopped at any time. Weights are deleted once a run is
 recorded. What follows `--` goes to `run_glue.py` as it is.

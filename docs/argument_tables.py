@@ -1,7 +1,8 @@
 """Write the tables of arguments and of public names on these pages anew, from the code: python docs/argument_tables.py
 
 A table stands between `<!-- arguments: NAME -->` and `<!-- end of arguments -->`, where NAME is a method; `run`,
-`model`, `data` or `few_shot`; the class of an adapter's configuration; or `names`, for what `hf_ft_ext` exports.
+`model`, `data`, `language` or `few_shot`; the class of an adapter's configuration; or `names`, for what `hf_ft_ext`
+exports.
 """
 
 import inspect
@@ -12,7 +13,14 @@ from pathlib import Path
 from peft import PeftConfig
 
 import hf_ft_ext
-from hf_ft_ext.arguments import DataArguments, FewShotArguments, ModelArguments, RunArguments, own_fields
+from hf_ft_ext.arguments import (
+    DataArguments,
+    FewShotArguments,
+    LanguageArguments,
+    ModelArguments,
+    RunArguments,
+    own_fields,
+)
 from hf_ft_ext.methods import METHODS
 
 FOLDER = Path(__file__).resolve().parent
@@ -22,12 +30,13 @@ _BLOCK = re.compile(r"(<!-- arguments: (\w+) -->\n)(.*?)(<!-- end of arguments -
 def fields_of(name: str) -> list[Field]:
     """The arguments of a method or of a group that all methods share."""
     if name == "data":
-        shared = {field.name for field in own_fields(FewShotArguments)}
+        shared = {field.name for group in (FewShotArguments, LanguageArguments) for field in own_fields(group)}
         return [field for field in own_fields(DataArguments) if field.name not in shared]
     if name in hf_ft_ext.__all__:  # the fields of peft's own base class need no page of ours
         shared = {field.name for field in fields(PeftConfig)}
         return [field for field in fields(getattr(hf_ft_ext, name)) if field.name not in shared]
     groups = {"run": RunArguments, "model": ModelArguments, "few_shot": FewShotArguments}
+    groups["language"] = LanguageArguments
     return own_fields(groups[name] if name in groups else METHODS[name].arguments_class())
 
 

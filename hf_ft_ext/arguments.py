@@ -22,6 +22,7 @@ FEW_SHOT_SPLITS = ("k-shot", "k-shot-10x", "k-shot-1k-test")
 QUOTINGS = ("auto", "none", "minimal", "backslash")
 PROBLEM_TYPES = ("single_label_classification", "regression")
 SAMPLES = FIRST, RANDOM, STRATIFIED = ("first", "random", "stratified")
+WORD_SCORINGS = ("first_token", "sequence", "sequence_mean")
 FEW_SHOT_TYPES = FINETUNE, PROMPT, PROMPT_DEMO = ("finetune", "prompt", "prompt-demo")
 
 
@@ -33,6 +34,9 @@ def own_fields(arguments: type) -> list[Field]:
     return [f for f in fields(arguments) if f.init and (f.name not in inherited or inherited[f.name] != f.default)]
 
 
+TASK_TYPES = SEQUENCE_CLASSIFICATION, CAUSAL_LM, SEQ2SEQ_LM = ("sequence_classification", "causal_lm", "seq2seq_lm")
+
+
 @dataclass
 class RunArguments:
     """What the launcher does with the run as a whole."""
@@ -40,6 +44,14 @@ class RunArguments:
     _argument_group_name = "run"
 
     method: str = field(default="sparse", metadata={"help": "Fine-tuning method (see `--help` without a method)."})
+    task_type: str = field(
+        default=SEQUENCE_CLASSIFICATION,
+        metadata={
+            "help": "What the model does. causal_lm: it goes on with a text (language modelling, instruction tuning); "
+            "seq2seq_lm: the same by an encoder-decoder, from prompt to completion. Needs the `trl` extra.",
+            "choices": TASK_TYPES,
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False,
         metadata={"help": "Replace the run that `output_dir` holds: its checkpoints and run.json are deleted."},
@@ -153,8 +165,9 @@ class FewShotArguments:
     few_shot_type: str = field(
         default="finetune",
         metadata={
-            "help": "finetune: a classification head. prompt: the masked-LM head says the class, as a word at the "
-            "mask of a template. prompt-demo: the same with labelled examples in the context.",
+            "help": "finetune: a classification head. prompt: the language-model head says the class, as a word at "
+            "the mask of a template (masked), at its end (causal) or in the decoder. prompt-demo: the same with "
+            "labelled examples in the context.",
             "choices": FEW_SHOT_TYPES,
         },
     )
@@ -167,6 +180,22 @@ class FewShotArguments:
         metadata={
             "help": "Prompts: a label word for each label, as JSON or Python: {'negative': 'terrible', 'positive': "
             "'great'}; label ids may stand for names; none = the task's own."
+        },
+    )
+    word_scoring: str | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts of causal models and encoder-decoders: what a label word's logit is. first_token: of its "
+            "first token; sequence: log probability of all its tokens; sequence_mean: the same divided by their "
+            "number; none = first_token, or sequence where each row has options of its own (copa).",
+            "choices": WORD_SCORINGS,
+        },
+    )
+    calibrate: bool = field(
+        default=False,
+        metadata={
+            "help": "Prompts: subtract the logits of the template around an empty text, which show what words the "
+            "model prefers anyway."
         },
     )
     first_sent_limit: int | None = field(
@@ -208,14 +237,45 @@ class FewShotArguments:
 
 
 @dataclass
-class DataArguments(FewShotArguments):
+class LanguageArguments:
+    """Language modelling: parts of `DataArguments`."""
+
+    packing: bool = field(
+        default=False,
+        metadata={"help": "causal_lm: put several rows into one sequence of max_seq_length tokens (trl's packing)."},
+    )
+    completion_only_loss: bool | None = field(
+        default=None,
+        metadata={
+            "help": "causal_lm: take the loss over the completion alone; none = with prompt and completion, not with "
+            "text and messages."
+        },
+    )
+    chat_template_path: str | None = field(
+        default=None,
+        metadata={"help": "messages: file of a chat template, or folder of a tokenizer that has one; none = its own."},
+    )
+    predict_with_generate: bool = field(
+        default=False,
+        metadata={
+            "help": "Evaluate by generated texts too: exact_match, f1, rouge1, rouge2, rougeL against the completion."
+        },
+    )
+    max_new_tokens: int = field(default=64, metadata={"help": "Most tokens of a generated text."})
+    num_beams: int = field(default=1, metadata={"help": "Beams of the generation; 1 = the likeliest token each time."})
+
+
+@dataclass
+class DataArguments(LanguageArguments, FewShotArguments):
     """Which data to train, evaluate and predict on."""
 
     _argument_group_name = "data"
 
     task_name: str | None = field(
         default=None,
-        metadata={"help": "A GLUE task, a task of the few-shot suite, or `demo`; none and no data given = `demo`."},
+        metadata={
+            "help": "A task of GLUE, SuperGLUE or the few-shot suite, or `demo`; none and no data given = `demo`."
+        },
     )
     dataset_name: str | None = field(
         default=None,

@@ -1,4 +1,4 @@
-"""Loading a pretrained model with a classification or prompt head, and its tokenizer."""
+"""Loading a pretrained model with a classification, prompt or language-model head, and its tokenizer."""
 
 import contextlib
 import logging
@@ -21,12 +21,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_ft_ext.arguments import FINETUNE, DataArguments, MethodTrainingArguments, ModelArguments
+from hf_ft_ext.arguments import (
+    CAUSAL_LM,
+    FINETUNE,
+    SEQ2SEQ_LM,
+    DataArguments,
+    MethodTrainingArguments,
+    ModelArguments,
+)
 from hf_ft_ext.demo.encoder import DEMO_HUB_ID, DEMO_NAME, demo_encoder
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import load_prompt_model
+from hf_ft_ext.prompts.model import load_language_model
+from hf_ft_ext.prompts.readout import Reading, reading_of
 from hf_ft_ext.training.finite import first_not_finite
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.quantized import keep_differentiable
@@ -69,19 +78,7 @@ def load_tokenizer_and_model(
         InputError: the model or tokenizer cannot be found, read, or used for classification.
     """
     name = demo_encoder() if model_args.model_name_or_path is None else model_args.model_name_or_path
-    name = _checked_name(name)
-    if os.path.isdir(name) and model_args.model_revision != _NEWEST:
-        raise InputError(
-            f"model_revision={model_args.model_revision!r} is about a model of the Hub, and {name!r} is a local "
-            "folder; leave it out, or pass the Hub id"
-        )
-    hub = {
-        "cache_dir": model_args.cache_dir,
-        "token": model_args.token,
-        "trust_remote_code": model_args.trust_remote_code,
-    }
-    with _explained(name, "configuration"):
-        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, **hub)
+    name, config, hub = _name_and_config(name, model_args)
     data_args = DataArguments() if data_args is None else data_args
     as_prompt = data_args.few_shot_type != FINETUNE or isinstance(config, PromptConfig)
     if not as_prompt:
@@ -117,6 +114,62 @@ def load_tokenizer_and_model(
     settle_dtype(model, model_args.dtype, args, stored, name)
     model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
     _warn_of_renamed_labels(model, own_names, name)
+    return _fitted_together(tokenizer, model, name)
+
+
+def _name_and_config(name: str, model_args: ModelArguments) -> tuple[str, PreTrainedConfig, dict[str, Any]]:
+    """The folder or Hub id, its configuration, and what `from_pretrained` is told about the Hub."""
+    name = _checked_name(name)
+    if os.path.isdir(name) and model_args.model_revision != _NEWEST:
+        raise InputError(
+            f"model_revision={model_args.model_revision!r} is about a model of the Hub, and {name!r} is a local "
+            "folder; leave it out, or pass the Hub id"
+        )
+    hub = {
+        "cache_dir": model_args.cache_dir,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    with _explained(name, "configuration"):
+        return name, AutoConfig.from_pretrained(name, revision=model_args.model_revision, **hub), hub
+
+
+def load_tokenizer_and_language_model(
+    model_args: ModelArguments, task_type: str, args: MethodTrainingArguments | None = None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load the tokenizer and a causal language model, or an encoder-decoder for `seq2seq_lm`.
+
+    Args:
+        model_args: which model.
+        task_type: `causal_lm` or `seq2seq_lm`.
+        args: says what gradients change and where; none = all weights train, on the CPU.
+
+    Raises:
+        InputError: the model or tokenizer cannot be found or read, or is of another kind.
+    """
+    if model_args.model_name_or_path is None:
+        raise InputError(f"--task_type {task_type} needs a language model; pass one with --model_name_or_path")
+    name, config, hub = _name_and_config(model_args.model_name_or_path, model_args)
+    wanted = Reading.LAST if task_type == CAUSAL_LM else Reading.DECODER
+    reading = reading_of(config, name)
+    if reading is not wanted:
+        kinds = {
+            Reading.MASK: "a masked language model",
+            Reading.LAST: "causal",
+            Reading.DECODER: "an encoder-decoder",
+        }
+        other = {Reading.LAST: f"--task_type {CAUSAL_LM}", Reading.DECODER: f"--task_type {SEQ2SEQ_LM}"}.get(
+            reading, "--few_shot_type prompt"
+        )
+        raise InputError(f"--task_type {task_type}: model {name!r} is {kinds[reading]}; pass another one, or {other}")
+    stored = getattr(config, "dtype", None)
+    options = weight_options(model_args, config, args, name, as_prompt=True)
+    tokenizer = _load_tokenizer(model_args, name, hub)
+    with _explained(name, "weights"):
+        model = load_language_model(name, config=config, revision=model_args.model_revision, **hub, **options)
+    model.fresh_parameters = frozenset()
+    settle_dtype(model, model_args.dtype, args, stored, name)
+    model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
     return _fitted_together(tokenizer, model, name)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
     PreTrainedConfig,
@@ -18,6 +17,7 @@ from transformers import (
 from hf_ft_ext.arguments import AUTO, Gradients, MethodTrainingArguments, ModelArguments
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.features import encoder_path
+from hf_ft_ext.prompts.readout import reading_of
 from hf_ft_ext.training.precision import HALF
 from hf_ft_ext.training.quantized import is_quantized
 
@@ -38,7 +38,7 @@ def weight_options(
         config: of the model.
         args: says what gradients change and where; none = all weights train, on the CPU.
         name: of the model, for messages.
-        as_prompt: whether the masked language model is what is loaded.
+        as_prompt: whether the language model is what is loaded.
 
     Raises:
         InputError: the model, the method or this environment cannot honour an option.
@@ -144,8 +144,8 @@ def _device(args: MethodTrainingArguments | None) -> torch.device:
 
 def _skeleton(config: PreTrainedConfig, name: str, as_prompt: bool, model_args: ModelArguments) -> nn.Module:
     """The model without weights: it says whether the attention works, and what lies outside the encoder."""
-    kind = AutoModelForMaskedLM if as_prompt else AutoModelForSequenceClassification
     config = getattr(config, "masked_lm", config)
+    kind = reading_of(config, name).auto_class if as_prompt else AutoModelForSequenceClassification
     asked = model_args.attn_implementation
     settings = {} if asked is None else {"attn_implementation": asked}
     try:

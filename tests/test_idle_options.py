@@ -9,13 +9,14 @@ from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
 from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.defaults import RULES
+from hf_ft_ext.launch.language import check_language_options
 from hf_ft_ext.prompts.loading import check_prompt_options
 
 # Options that act in every run that can have them (or whose refusal needs the data or the model: tested there).
 ALWAYS = set(
-    "method overwrite_output_dir dry_run hp_search from_linearhead model_name_or_path tokenizer_name cache_dir token "
-    "trust_remote_code dtype attn_implementation quantization num_k few_shot_type task_name dataset_name train_file "
-    "validation_file test_file text_columns label_column positive_label "
+    "method task_type overwrite_output_dir dry_run hp_search from_linearhead model_name_or_path tokenizer_name "
+    "cache_dir token trust_remote_code dtype attn_implementation quantization num_k few_shot_type task_name "
+    "dataset_name train_file validation_file test_file text_columns label_column positive_label "
     "multi_label_threshold max_seq_length pad_to_max_length streaming".split()
 )
 IDLE = [
@@ -52,6 +53,15 @@ IDLE = [
     ("other_sent_limit", ["5"], "pass --few_shot_type prompt, or leave it out"),
     ("truncate_head", [], "pass --few_shot_type prompt, or leave it out"),
     ("untie_words", [], "pass --few_shot_type prompt, or leave it out"),
+    ("word_scoring", ["sequence"], "pass --few_shot_type prompt, or leave it out"),
+    ("calibrate", [], "pass --few_shot_type prompt, or leave it out"),
+    ("packing", [], "is about language modelling; pass --task_type causal_lm too"),
+    ("completion_only_loss", ["true"], "is about language modelling; pass --task_type causal_lm too"),
+    ("chat_template_path", ["x"], "is about language modelling; pass --task_type causal_lm too"),
+    ("predict_with_generate", [], "is about language modelling; pass --task_type causal_lm too"),
+    ("predict_with_generate", ["--task_type", "causal_lm", "--do_train"], "does not evaluate; add --do_eval"),
+    ("max_new_tokens", ["5", "--do_eval"], "this run writes none; add --predict_with_generate or --do_predict"),
+    ("num_beams", ["5", "--do_eval"], "this run writes none; add --predict_with_generate or --do_predict"),
     ("num_demo", ["2"], "pass --few_shot_type prompt-demo, or leave it out"),
     ("num_demo", ["2", "--few_shot_type", "prompt"], "pass --few_shot_type prompt-demo, or leave it out"),
     ("num_sample", ["2"], "pass --few_shot_type prompt-demo, or leave it out"),
@@ -70,9 +80,10 @@ def test_an_option_without_effect_is_refused(name, words, message, tiny_bert_dir
     from hf_ft_ext.models import load_tokenizer_and_model
 
     with pytest.raises(InputError, match=f"{name}.*{message}"):
-        _, model_args, data_args, args = parse(
+        run_args, model_args, data_args, args = parse(
             "--method", "full", "--model_name_or_path", tiny_bert_dir, f"--{name}", *words
         )
+        check_language_options(run_args)
         check_prompt_options(data_args)
         data = load_data(data_args)
         load_tokenizer_and_model(model_args, data, seed=0, args=args, data_args=data_args)

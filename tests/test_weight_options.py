@@ -76,7 +76,7 @@ def test_prompt_models_follow_the_same_options(tmp_path):
     prompt = DataArguments(
         few_shot_type="prompt", template="*cls**sent_0*_it*mask*.*sep+*", mapping="{0:'bad',1:'good'}"
     )
-    task = SimpleNamespace(name="own")
+    task = SimpleNamespace(name="own", options=())
     rows = SimpleNamespace(**vars(data("a", "b")), task=task, text_columns=("text",))
     for args, expected in ((None, SINGLE), (arguments(GradientlessTrainingArguments), HALF)):
         model_args = ModelArguments(model_name_or_path=str(tmp_path), attn_implementation="eager")

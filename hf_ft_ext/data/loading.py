@@ -89,6 +89,10 @@ def load_data(
     for _, name, data in roles:
         if not len(data):
             raise InputError(f"split '{name}' holds no rows; check the data")
+    if task is not None and task.prepare is not None:
+        if stream is not None:
+            raise InputError(f"--streaming: task '{task.name}' puts its rows together first; leave --streaming out")
+        roles = [(role, name, task.prepare(data)) for role, name, data in roles]
     given = data_args.label_column or []
     label_columns = [given] if isinstance(given, str) else list(given)
     if len(label_columns) > 1:  # each column is a label

@@ -82,6 +82,7 @@ class _PlainEncoder:
 
     def __init__(self, tokenizer, data_args: DataArguments, model_max_length: int | None, texts: int):
         length = check_length(tokenizer, data_args, model_max_length)
+        texts = min(texts, 2)
         least = tokenizer.num_special_tokens_to_add(texts == 2) + texts
         if length < least:
             raise InputError(f"--max_seq_length {length} leaves no room for text; pass {least} or more")
@@ -93,6 +94,8 @@ class _PlainEncoder:
         self.logged: set[str] = set()  # splits
 
     def __call__(self, columns: list[list[str]], split: str, indices: list[int]) -> dict[str, list]:
+        if len(columns) > 2:  # tokenizers put two texts together: the others go behind the second
+            columns = [columns[0], [" ".join(texts) for texts in zip(*columns[1:], strict=True)]]
         encoded = dict(self.tokenizer(*columns, **self.options))
         # A model takes no sequence of length 0: tokenizers without special tokens (GPT-2) give one for an empty text.
         for row, ids in enumerate(encoded["input_ids"]):

@@ -1,7 +1,10 @@
-"""The tasks that the launcher knows by name: GLUE, the few-shot suite, the demo. One table."""
+"""The tasks that the launcher knows by name: GLUE, SuperGLUE, the few-shot suite, the demo. One table."""
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from datasets import Dataset
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
@@ -17,7 +20,7 @@ class Task:
     """
 
     name: str
-    text_columns: tuple[tuple[str, ...], ...]  # candidates, each of one or two columns
+    text_columns: tuple[tuple[str, ...], ...]  # candidates, each of one column or several
     label_names: tuple[str, ...] | None  # None: regression, or own data whose labels are read from it
     hub_id: str | None = None
     hub_config: str | None = None
@@ -29,9 +32,13 @@ class Task:
     test_splits: tuple[str, ...] = ("test",)
     bounds: tuple[float, float] | None = None  # ends of a regression's scale
     positive_label: str | None = None  # the class that F1, precision and recall are about; None: not settled
+    options: tuple[str, ...] = ()  # text columns that hold each row's own answers, one for each label
+    prepare: Callable[[Dataset], Dataset] | None = None  # puts what other columns say into the text columns
 
 
 GLUE_ID = "nyu-mll/glue"
+SUPERGLUE_ID = "aps/super_glue"
+_FALSE_TRUE = ("False", "True")
 _NLI = ("entailment", "neutral", "contradiction")
 _POLARITY = ("negative", "positive")
 _TEXT = (("text",), ("sentence",))
@@ -41,6 +48,33 @@ _SPELT = ("label_text", "label", "labels")
 
 def _glue(name: str, columns: tuple[str, ...], label_names: tuple[str, ...] | None, **kwargs) -> Task:
     return Task(name, (columns,), label_names, hub_id=GLUE_ID, hub_config=name, **kwargs)
+
+
+def _superglue(name: str, columns: tuple[str, ...], label_names: tuple[str, ...], **kwargs) -> Task:
+    return Task(name, (columns,), label_names, hub_id=SUPERGLUE_ID, hub_config=name, **kwargs)
+
+
+def _copa_premise(data: Dataset) -> Dataset:
+    """The premise without its stop and with the word that leads to an answer: "because" to a cause, "so" to an effect.
+
+    The options go on in the same sentence, so they begin in lower case.
+    """
+    if not {"premise", "question", "choice1", "choice2"} <= set(data.column_names):
+        return data
+
+    def convert(batch: dict[str, list]) -> dict[str, list]:
+        links = {"cause": " because", "effect": " so"}
+        unknown = set(batch["question"]) - set(links)
+        if unknown:
+            raise InputError(f"column 'question' of copa holds {unknown.pop()!r}; it is either 'cause' or 'effect'")
+        lower = [[text[:1].lower() + text[1:] for text in batch[column]] for column in ("choice1", "choice2")]
+        premises = [
+            text.rstrip().removesuffix(".") + links[kind]
+            for text, kind in zip(batch["premise"], batch["question"], strict=True)
+        ]
+        return {"premise": premises, "choice1": lower[0], "choice2": lower[1]}
+
+    return data.map(convert, batched=True, keep_in_memory=True)
 
 
 _PAIR = ("sentence1", "sentence2")
@@ -102,6 +136,26 @@ _TASKS = (
     ),
     Task("snli", (("premise", "hypothesis"),), _NLI, hub_id="stanfordnlp/snli"),
     Task("ag_news", (("text",), ("description",)), ("World", "Sports", "Business", "Sci/Tech"), "fancyzhx/ag_news"),
+    _superglue(
+        "boolq",
+        ("passage", "question"),
+        _FALSE_TRUE,
+        positive_label="True",
+        label_aliases={"no": "False", "yes": "True"},
+    ),
+    _superglue("cb", ("premise", "hypothesis"), ("entailment", "contradiction", "neutral")),
+    _superglue(
+        "copa",
+        ("premise", "choice1", "choice2"),
+        ("choice1", "choice2"),
+        options=("choice1", "choice2"),
+        prepare=_copa_premise,
+    ),
+    _superglue(
+        "multirc", ("paragraph", "question", "answer"), _FALSE_TRUE, metric="accuracy_f1", positive_label="True"
+    ),
+    _superglue("wic", ("sentence1", "sentence2", "word"), _FALSE_TRUE, positive_label="True"),
+    _superglue("wsc", ("text", "span1_text", "span2_text"), _FALSE_TRUE, positive_label="True"),
     Task("demo", (("sentence",),), _POLARITY, positive_label="positive"),
 )
 TASKS = {task.name: task for task in _TASKS}
@@ -114,7 +168,9 @@ def get_task(name: str) -> Task:
         InputError: unknown name; the message says which names come near.
     """
     key = name.lower().replace("-", "_")
-    key = {"sst_2": "sst2", "sts_b": "stsb", "sst_5": "sst5", "agnews": "ag_news"}.get(key, key)
+    key = {
+        "sst_2": "sst2", "sts_b": "stsb", "sst_5": "sst5", "agnews": "ag_news", "commitmentbank": "cb",
+    }.get(key, key)  # fmt: skip
     if key not in TASKS:
         near = difflib.get_close_matches(key, TASKS, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""

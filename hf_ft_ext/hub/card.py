@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from hf_ft_ext.arguments import CAUSAL_LM, SEQ2SEQ_LM
 from hf_ft_ext.data.origins import ALL, DRAWN
 from hf_ft_ext.data.tasks import TASKS
 from hf_ft_ext.demo.encoder import DEMO_HUB_ID, DEMO_NAME
@@ -19,7 +20,7 @@ from hf_ft_ext.methods import METHODS, hooks_of
 from hf_ft_ext.metrics import SCORES
 from hf_ft_ext.training.privacy import is_foreign_path, last_part, without_secrets
 from hf_ft_ext.training.sharing import FinishedRun, of_the_machine
-from hf_ft_ext.training.text import code_span, share_text, shell_command
+from hf_ft_ext.training.text import code_span, prompt_text, share_text, shell_command
 
 _HERE = Path(__file__).parent
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -54,7 +55,7 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
     evaluations = _evaluations(record)
     results = [
         EvalResult(
-            task_type="text-classification",
+            task_type=hub_task(record),
             dataset_type=dataset or public["task"],
             dataset_name=public["task"],
             dataset_config=config,
@@ -75,7 +76,7 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
         base_model_relation=("adapter" if is_adapter else "finetune") if base else None,
         datasets=[dataset] if dataset else None,
         library_name="peft" if is_adapter else "transformers",
-        pipeline_tag="text-classification",
+        pipeline_tag=hub_task(record),
         tags=["hf_ft_ext", public["method"], public["task"]],
         metrics=sorted({result.metric_type for result in results}) or None,
         eval_results=results or None,
@@ -95,6 +96,7 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
         evaluations=evaluations,
         training_rows=_training_rows(record),
         labels=record.get("labels"),
+        generations=[{**text, "prompt": prompt_text(text["prompt"])} for text in record.get("generations") or ()],
         thresholds=_telling_thresholds(record),
         chosen_thresholds=_chose_thresholds(record),
         snippet=loading_snippet(run, trainer, record),
@@ -105,6 +107,12 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
         papers=_papers(trainer),
     )
     return str(card).rstrip() + "\n"
+
+
+def hub_task(record: dict[str, Any]) -> str:
+    """The Hub's name for what the model of a run does."""
+    names = {CAUSAL_LM: "text-generation", SEQ2SEQ_LM: "text2text-generation"}
+    return names.get(record.get("task_type"), "text-classification")
 
 
 def _chose_thresholds(record: dict[str, Any]) -> bool:

@@ -151,7 +151,7 @@ def load(
                 # Evaluation in training looks at the first validation set, as the metric names expect.
                 eval_dataset=next(iter(data.validation.values()), None),
                 processing_class=tokenizer,
-                data_collator=ContextCollator(tokenizer) if data_args.few_shot_type == PROMPT_DEMO else None,
+                data_collator=ContextCollator(tokenizer) if _needs_context_collator(model, data_args) else None,
                 compute_metrics=metrics,
                 callbacks=[
                     ResourceMonitor(),
@@ -180,6 +180,10 @@ def _finished(trainer_class: type, model_args: ModelArguments, args: MethodTrain
     if args.do_train or name is None or not hasattr(trainer_class, "holds_result"):
         return None
     return os.path.expanduser(name) if trainer_class.holds_result(os.path.expanduser(name)) else None
+
+
+def _needs_context_collator(model: PreTrainedModel, data_args: DataArguments) -> bool:
+    return data_args.few_shot_type == PROMPT_DEMO or (is_prompt_model(model) and model.config.words is None)
 
 
 def _kept_thresholds(config: Any, data_args: DataArguments, args: MethodTrainingArguments) -> np.ndarray | None:

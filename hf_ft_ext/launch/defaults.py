@@ -13,6 +13,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_ft_ext.arguments import (
     PROMPT_DEMO,
+    SEQUENCE_CLASSIFICATION,
     DataArguments,
     MethodTrainingArguments,
     ModelArguments,
@@ -82,9 +83,10 @@ def task_label(data_args: DataArguments) -> str:
 
 def _fill_in(run_args, model_args, data_args, training_args) -> None:
     filled_in = []
-    if model_args.model_name_or_path is None:
+    classifies = run_args.task_type == SEQUENCE_CLASSIFICATION  # the demo's model and task are for it
+    if model_args.model_name_or_path is None and classifies:
         filled_in.append("the demo encoder")
-    if not any((data_args.task_name, data_args.dataset_name, *own_files(data_args))):
+    if classifies and not any((data_args.task_name, data_args.dataset_name, *own_files(data_args))):
         data_args.task_name = DEMO
         filled_in.append("the demo task")
     if not any(step in run_args.given for step in STEPS):
@@ -177,6 +179,18 @@ RULES: dict[str, Rule] = {
     "prediction_probabilities": Rule(
         lambda c: not c.training.do_predict,
         "adds columns to predictions.tsv, and this run does not predict; add --do_predict",
+    ),
+    "max_new_tokens": Rule(
+        lambda c: not c.data.predict_with_generate and not c.training.do_predict,
+        "is about generated texts, and this run writes none; add --predict_with_generate or --do_predict",
+    ),
+    "num_beams": Rule(
+        lambda c: not c.data.predict_with_generate and not c.training.do_predict,
+        "is about generated texts, and this run writes none; add --predict_with_generate or --do_predict",
+    ),
+    "predict_with_generate": Rule(
+        lambda c: not c.training.do_eval,
+        "is about evaluation, and this run does not evaluate; add --do_eval",
     ),
     "metric": Rule(
         lambda c: not c.evaluates and not c.training.do_predict,

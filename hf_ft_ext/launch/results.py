@@ -23,6 +23,7 @@ from hf_ft_ext.data.origins import data_source
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.defaults import task_label
+from hf_ft_ext.launch.language import LanguageRun, loading_class, write_predictions
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction, best_thresholds, probabilities
 from hf_ft_ext.models import model_label, model_source
 from hf_ft_ext.prompts.model import is_prompt_model
@@ -65,9 +66,18 @@ def evaluate_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
     for position, (name, data) in enumerate(splits.items()):
         suffix = split_suffix(position, name)
         prefix = "_".join(filter(None, ("eval", suffix)))
+        language = language_of(trainer)
+        rows = data if language is None else language.rows_of_loss(name, data)
         with _set(trainer.args, dataloader_drop_last=False):  # meant for training; transformers drops rows here too
-            metrics |= trainer.evaluate(eval_dataset=data, metric_key_prefix=prefix)
+            metrics |= trainer.evaluate(eval_dataset=rows, metric_key_prefix=prefix)
+        if language is not None and language.data_args.predict_with_generate:
+            metrics |= language.scored_texts(trainer, data, prefix)[1]
     return metrics
+
+
+def language_of(trainer: Trainer) -> LanguageRun | None:
+    """What a run of a language model does besides losses; `None` for classifiers."""
+    return getattr(trainer, "language", None)
 
 
 def keep_thresholds(config: Any, thresholds: np.ndarray | float | None) -> None:
@@ -101,6 +111,8 @@ def settle_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
 def predict_all(trainer: Trainer, splits: dict[str, Any], with_probabilities: bool = False) -> dict[str, float]:
     """Write `predictions.tsv` (`predictions_mm.tsv`, ...) for every split; metrics where there are labels.
 
+    A language model writes `predictions.jsonl` instead, with the texts it generates.
+
     Columns: `index` (row of the split, from 0), `prediction` (label name; several labels: names with `|` between
     them; regression: number) and, if wanted, `probability_<label>` for each label.
     """
@@ -108,6 +120,12 @@ def predict_all(trainer: Trainer, splits: dict[str, Any], with_probabilities: bo
     for position, (name, data) in enumerate(splits.items()):
         suffix = split_suffix(position, name)
         prefix = "_".join(filter(None, ("test", suffix)))
+        if (language := language_of(trainer)) is not None:
+            texts, scores = language.scored_texts(trainer, data, prefix)
+            metrics |= scores
+            if trainer.is_world_process_zero():
+                write_predictions(trainer.args.output_dir, suffix, texts)
+            continue
         # What shall shorten training would shuffle or drop these rows.
         in_order = {
             "train_sampling_strategy": "sequential",
@@ -146,6 +164,11 @@ def loading_line(trainer: Trainer) -> str:
     if hasattr(trainer, "loading_line"):  # a method whose result is more than a model
         return trainer.loading_line()
     folder = trainer.args.output_dir
+    if language_of(trainer) is not None:
+        is_adapter = isinstance(trainer.model, PeftModel)
+        inner = trainer.model.get_base_model() if is_adapter else trainer.model
+        kind = loading_class(inner)
+        return f"{kind.replace('Auto', 'AutoPeft', 1) if is_adapter else kind}.from_pretrained({folder!r})"
     prompt = is_prompt_model(trainer.model)
     if not isinstance(trainer.model, PeftModel):
         name = "PromptForSequenceClassification" if prompt else "AutoModelForSequenceClassification"
@@ -172,8 +195,11 @@ def record_run(
     data: TaskData,
 ) -> str:
     """Write `run.json` and return the run's last table; for the first process."""
-    scoring = scoring_of(trainer)
+    scoring, language = scoring_of(trainer), language_of(trainer)
     chooses = scoring.get("primary_metric")
+    if language is not None:
+        chooses = "f1" if language.data_args.predict_with_generate else "perplexity"
+        scoring["generations"] = language.sample or None
     record = write_run_record(
         trainer.args.output_dir,
         method=run_args.method,
@@ -186,7 +212,8 @@ def record_run(
         trainable_parameters=sum(weight.trained for weight in trained_weights(trainer)),
         total_parameters=sum(entries(parameter) for parameter in trainer.model.parameters()),
         arguments=recorded_arguments(run_args.given),
-        labels=_label_names(trainer.model.config),
+        labels=None if language is not None else _label_names(trainer.model.config),
+        task_type=run_args.task_type,
         **scoring,
         load=loading_line(trainer) if trainer.args.do_train else None,
         device=trainer.args.device,

@@ -73,7 +73,8 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
 
     run_args, model_args, data_args, args = parse_arguments(argv)
 
-    from hf_ft_ext.launch import building, folder, results, sharing  # after --help has been answered
+    from hf_ft_ext.arguments import SEQUENCE_CLASSIFICATION
+    from hf_ft_ext.launch import building, folder, language, results, sharing  # after --help has been answered
     from hf_ft_ext.launch.interruption import SaveAndStop
     from hf_ft_ext.structure.table import parts_table
     from hf_ft_ext.training.plan import training_plan
@@ -81,7 +82,9 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
     if args.disable_tqdm or args.process_index > 0:
         silence_bars()
     sharing.prepare(run_args, args)
-    build_trainer, data = building.load(run_args, model_args, data_args, args, [SaveAndStop(signals)])
+    language.check_language_options(run_args)
+    load = building.load if run_args.task_type == SEQUENCE_CLASSIFICATION else language.load
+    build_trainer, data = load(run_args, model_args, data_args, args, [SaveAndStop(signals)])
     trainer = build_trainer(args)
     signals.check()
     if args.world_size > 1:

@@ -1,15 +1,29 @@
-"""Batches of rows with several contexts each."""
+"""Batches of rows with several contexts, or options of their own."""
 
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DataCollatorWithPadding
+
+from hf_ft_ext.prompts.readout import IGNORED
 
 
 class ContextCollator(DataCollatorWithPadding):
-    """`DataCollatorWithPadding` that also takes rows of several contexts: `[rows, contexts, length]`."""
+    """`DataCollatorWithPadding` that also takes rows of several contexts, `[rows, contexts, length]`.
+
+    `option_ids` of the rows become `[rows, options, longest]`, filled with -100.
+    """
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if "option_ids" in features[0]:
+            features = [dict(row) for row in features]
+            options = [torch.as_tensor(row.pop("option_ids")) for row in features]
+            longest = max(tokens.shape[-1] for tokens in options)
+            batch = self(features)
+            wide = [nn.functional.pad(tokens, (0, longest - tokens.shape[-1]), value=IGNORED) for tokens in options]
+            batch["option_ids"] = torch.stack(wide)
+            return batch
         ids = features[0]["input_ids"]
         if not len(ids) or (not isinstance(ids[0], list | tuple) and getattr(ids, "ndim", 1) == 1):
             return super().__call__(features)

@@ -1,4 +1,4 @@
-"""`PromptConfig`: a masked language model's configuration, with a template and label words."""
+"""`PromptConfig`: a language model's configuration, with a template and label words."""
 
 from typing import Any, ClassVar
 
@@ -10,11 +10,17 @@ class PromptConfig(PreTrainedConfig):
     """Configuration of `PromptForSequenceClassification`.
 
     Attributes:
-        masked_lm: configuration of the masked language model.
+        masked_lm: configuration of the language model, masked or not.
         template: see `parse_template`.
-        words: label words by label id; of a regression: at the lower and at the upper end.
-        word_ids: their tokens.
-        mask_token_id: token whose position is read.
+        reading: which position is read: "mask", "last" (causal) or "decoder" (encoder-decoder).
+        word_scoring: "first_token", "sequence" or "sequence_mean".
+        words: label words by label id; of a regression: at the lower and at the upper end; `None` = each row has
+            options of its own.
+        word_ids: their first tokens.
+        word_sequences: all tokens of each.
+        word_bias: subtracted from the logits (see `PromptForSequenceClassification.calibrate`).
+        mask_token_id: token at the answer's place in the row; `None` = the row ends there.
+        decoder_prefix: decoder tokens in front of the answer.
         bounds: ends of a regression's scale.
         untied_words: the label words' output rows are a layer of their own (`[words, hidden]`).
     """
@@ -26,6 +32,11 @@ class PromptConfig(PreTrainedConfig):
     template: str = ""
     words: list[str] | None = None
     word_ids: list[int] | None = None
+    word_sequences: list[list[int]] | None = None
+    word_bias: list[float] | None = None
+    reading: str = "mask"
+    word_scoring: str = "first_token"
+    decoder_prefix: list[int] | None = None
     mask_token_id: int | None = None
     bounds: list[float] | None = None
     untied_words: bool = False
@@ -33,7 +44,7 @@ class PromptConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
-        # peft asks this class for the configuration of an adapter's base, which may be a plain masked LM
+        # peft asks this class for the configuration of an adapter's base, which may be a plain language model
         found, unused = super().get_config_dict(*args, **kwargs)
         if found.get("model_type", cls.model_type) != cls.model_type:
             found = {"model_type": cls.model_type, "masked_lm": found}
@@ -43,7 +54,7 @@ class PromptConfig(PreTrainedConfig):
         return self.masked_lm
 
     def __getattr__(self, name: str) -> Any:
-        # Sizes and the like (hidden_size, vocab_size, max_position_embeddings) are those of the masked LM.
+        # Sizes and the like (hidden_size, vocab_size, max_position_embeddings) are those of the language model.
         inner = self.__dict__.get("masked_lm")
         if name.startswith("_") or not isinstance(inner, PreTrainedConfig) or name == "masked_lm":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -1,9 +1,13 @@
-"""Templates, label words and lengths of the known tasks, as LM-BFF has them."""
+"""Templates, label words and lengths of the known tasks: LM-BFF's for masked language models, MeZO's for decoders.
+
+Sources: Gao et al., ACL 2021 (arXiv 2012.15723); Malladi et al., NeurIPS 2023 (arXiv 2305.17333), Table 14.
+"""
 
 from dataclasses import dataclass
 
 from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.prompts.readout import Reading
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,59 @@ PROMPTS: dict[str, TaskPrompt] = {
 }
 
 
-def task_prompt(task: Task, template: str | None, mapping: dict | str | None) -> TaskPrompt | None:
+_NO_YES = {"False": "No", "True": "Yes"}
+# Where the masked template has text behind the mask, or MeZO another one; else `PROMPTS` serves for decoders too.
+DECODER_PROMPTS: dict[str, TaskPrompt] = {
+    "rte": TaskPrompt('*cls**sent_0*\nDoes this mean that "*sent_1*" is true? Yes or No?\n*mask*', _YES,
+                      max_seq_length=256),
+    "qnli": TaskPrompt('*cls**sent_0*\nDoes this sentence answer it: "*sent_1*"? Yes or No?\n*mask*',
+                       {"not_entailment": "No", "entailment": "Yes"}, max_seq_length=256),
+    "mrpc": TaskPrompt('*cls**sent_0*\nDoes this mean the same as "*sent_1*"? Yes or No?\n*mask*',
+                       {"not_equivalent": "No", "equivalent": "Yes"}, max_seq_length=256),
+    "qqp": TaskPrompt('*cls**sent_0*\nDoes this ask the same as "*sent_1*"? Yes or No?\n*mask*',
+                      {"not_duplicate": "No", "duplicate": "Yes"}, max_seq_length=256),
+    "stsb": TaskPrompt('*cls**sent_0*\nDoes this mean the same as "*sent_1*"? Yes or No?\n*mask*',
+                       {"0": "No", "1": "Yes"}, max_seq_length=256),
+    "mnli": TaskPrompt('*cls*Suppose *sent_0* Can we infer that "*sent_1*"? Yes, No, or Maybe?\n*mask*', _NLI,
+                       max_seq_length=256),
+    "snli": TaskPrompt('*cls*Suppose *sent_0* Can we infer that "*sent_1*"? Yes, No, or Maybe?\n*mask*', _NLI,
+                       max_seq_length=256),
+    "trec": TaskPrompt("*cls**sent_0*\nThe answer is about:*mask*", _TREC, 110),
+    "ag_news": TaskPrompt("*cls**sent_0*\nThe topic of this article is*mask*", _NEWS, 240, None, 256),
+    "cb": TaskPrompt('*cls*Suppose *sent_0* Can we infer that "*sent_1*"? Yes, No, or Maybe?\n*mask*', _NLI,
+                     max_seq_length=512),
+    "boolq": TaskPrompt("*cls**sent_0* *sent_1*?\n*mask*", _NO_YES, max_seq_length=512),
+    "wsc": TaskPrompt(
+        '*cls**sent_0*\nIn the previous sentence, does the pronoun "*sent_2*" refer to *sent_1*? Yes or No?\n*mask*',
+        _NO_YES, max_seq_length=256,
+    ),
+    "wic": TaskPrompt(
+        '*cls*Does the word "*sent_2*" have the same meaning in these two sentences? Yes, No?\n*sent_0*\n*sent_1*\n'
+        "*mask*", _NO_YES, max_seq_length=256,
+    ),
+    "multirc": TaskPrompt(
+        '*cls**sent_0*\nQuestion: *sent_1*\nI found this answer "*sent_2*". Is that correct? Yes or No?\n*mask*',
+        _NO_YES, max_seq_length=512,
+    ),
+    "copa": TaskPrompt("*cls**sent_0**mask*", {}),
+}  # fmt: skip
+
+
+def known_prompt(task: Task, reading: Reading) -> TaskPrompt | None:
+    """The task's own prompt for a model that is read so, if it has one; SuperGLUE's serve for a mask too."""
+    first, second = (PROMPTS, DECODER_PROMPTS) if reading is Reading.MASK else (DECODER_PROMPTS, PROMPTS)
+    return first.get(task.name) or second.get(task.name)
+
+
+def task_prompt(
+    task: Task, template: str | None, mapping: dict | str | None, reading: Reading = Reading.MASK
+) -> TaskPrompt | None:
     """The task's own prompt; `None` where it has none and the user gave all that is needed.
 
     Raises:
         InputError: it has none, and a template or a mapping is missing.
     """
-    found = PROMPTS.get(task.name)
+    found = known_prompt(task, reading)
     if found is None and (template is None or mapping is None):
         missing = [option for option, value in (("--template", template), ("--mapping", mapping)) if value is None]
         raise InputError(

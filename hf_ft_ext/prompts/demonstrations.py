@@ -1,4 +1,4 @@
-"""Demonstrations: labelled training rows behind a row, in the same template with the label word at the mask."""
+"""Demonstrations: labelled training rows beside a row, in the same template with the label word at the mask."""
 
 import hashlib
 from collections.abc import Sequence as Rows
@@ -14,6 +14,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.encode import Ids, PromptEncoder
+from hf_ft_ext.prompts.readout import Reading
 from hf_ft_ext.prompts.similarity import similarities
 
 DEFAULT_SEED = 13
@@ -21,7 +22,7 @@ TRAIN = "train"
 
 
 class DemonstrationRows:
-    """Rows by a template, followed by `num_demo` training rows of each class.
+    """Rows by a template, followed by `num_demo` training rows of each class; of a decoder, preceded by them.
 
     A training row has one context, an evaluation row `num_sample` of them (nested lists), whose logits the model
     averages. Which rows are drawn depends on the data seed, the split, the row and the context alone; a training row
@@ -66,7 +67,8 @@ class DemonstrationRows:
         ids = {str(name).lower(): i for name, i in config.label2id.items()}
         order = [ids.get(str(name).lower(), i) for i, name in enumerate(names)]
         self.classes = {names[i]: np.flatnonzero(labels == i) for i in np.argsort(order)}
-        words = [config.word_ids[order[label]] for label in labels]
+        tokens = config.word_sequences or [[token] for token in config.word_ids]
+        words = [tokens[order[label]] for label in labels]
         for name, rows in self.classes.items():
             if len(rows) < self.num_demo + 1:
                 raise InputError(
@@ -75,7 +77,7 @@ class DemonstrationRows:
                 )
         self.blocks = self._blocks(words)
 
-    def _blocks(self, words: list[int]) -> list[tuple[Ids, Ids]]:
+    def _blocks(self, words: list[Ids]) -> list[tuple[Ids, Ids]]:
         """Tokens and segments of each training row as a demonstration, without the template's start token."""
         encoder = self.encoder
         other, first = encoder.other_limit, encoder.first_limit
@@ -84,14 +86,30 @@ class DemonstrationRows:
             texts = encoder.text_ids([self.data.train[column][:] for column in self.data.text_columns])
         finally:
             encoder.first_limit = first
-        start = {encoder.tokenizer.cls_token_id, encoder.tokenizer.bos_token_id}
         blocks = []
         for row, word in zip(zip(*texts, strict=True), words, strict=True):
             ids, segments = encoder.join(row, encoder.max_length)
-            skip = int(bool(ids) and ids[0] in start)
-            ids = [word if i == encoder.mask_id else i for i in ids[skip:]]
-            blocks.append((ids, segments[skip:]))
+            skip = self._start_tokens(ids)
+            ids, segments = ids[skip:], segments[skip:]
+            if encoder.mask_id is None:
+                end = encoder.end_tokens  # an encoder-decoder's end token closes the whole row, not a demonstration
+                ids = [*ids[: len(ids) - end], *word, *encoder.tail]
+                segments = [0] * len(ids)
+            else:
+                place = ids.index(encoder.mask_id)
+                ids[place : place + 1] = word
+                segments[place : place + 1] = [segments[place]] * len(word)
+            blocks.append((ids, segments))
         return blocks
+
+    def _start_tokens(self, ids: Ids) -> int:
+        """How many tokens in front belong to the row as a whole."""
+        encoder = self.encoder
+        if encoder.reading is not Reading.MASK:
+            count = len(encoder.start)
+            return count if ids[:count] == encoder.start else 0
+        start = {encoder.tokenizer.cls_token_id, encoder.tokenizer.bos_token_id}
+        return int(bool(ids) and ids[0] in start)
 
     def __call__(self, columns: Rows[list[str]], split: str, indices: list[int]) -> dict[str, list]:
         texts = list(zip(*self.encoder.text_ids(columns), strict=True))
@@ -149,6 +167,11 @@ class DemonstrationRows:
                 "--other_sent_limit or --num_demo, or a higher --max_seq_length"
             )
         ids, segments = encoder.join(texts, room)
+        if encoder.reading is not Reading.MASK:  # the row comes last, since its end is read
+            skip = self._start_tokens(ids)
+            shown = [token for row in demonstrations for token in self.blocks[row][0]]
+            ids = [*ids[:skip], *shown, *ids[skip:]]
+            return ids, [0] * len(ids)
         last = encoder.last_segment
         for row in demonstrations:
             ids += self.blocks[row][0]

@@ -1,11 +1,14 @@
 """Tokenising rows by a template: each part of all rows in one call, joined by template."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.prompts.template import CLS, MASK, SEP, Literal, Sentence, Special, parse_template
+from hf_ft_ext.prompts.readout import Reading
+from hf_ft_ext.prompts.template import CLS, MASK, SEP, Literal, Part, Sentence, Special, parse_template
+from hf_ft_ext.prompts.words import tokens_behind
 
 Ids = list[int]
 
@@ -25,6 +28,8 @@ class PromptEncoder:
         first_sent_limit: most tokens of text 0, or none.
         other_sent_limit: most tokens of any other text, or none.
         truncate_head: cut beginnings, not ends.
+        reading: how the model is read, see `Reading`. A row of a causal model ends where the answer goes; `*cls*` is
+            then what the tokenizer itself puts in front of a text, and `*sep*` a line break.
 
     Raises:
         InputError: the template cannot be read, the tokenizer lacks one of its special tokens, or the template's own
@@ -40,31 +45,51 @@ class PromptEncoder:
         first_sent_limit: int | None = None,
         other_sent_limit: int | None = None,
         truncate_head: bool = False,
+        reading: str | Reading = Reading.MASK,
     ):
         for name, limit in (("first_sent_limit", first_sent_limit), ("other_sent_limit", other_sent_limit)):
             if limit is not None and limit < 1:
                 raise InputError(f"{name}={limit} leaves nothing of the text; pass 1 or more")
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
         self.first_limit, self.other_limit, self.truncate_head = first_sent_limit, other_sent_limit, truncate_head
-        self.mask_id = special_id(tokenizer, MASK)
+        self.reading = Reading(reading)
+        parts = parse_template(template, texts, self.reading.value)
+        self.mask_id = answer_id(tokenizer, parts, self.reading)  # stands at the answer's place in the row
+        self.start, end = own_special_ids(tokenizer)
         # fixed[i] comes before sentences[i]; the last fixed part ends the row
         self.sentences: list[Sentence] = []
         self.fixed: list[Ids] = [[]]
         self.segments: list[list[int]] = [[]]  # of the fixed tokens
         self.sentence_segments: list[int] = []
+        # what demonstrations have behind their label word, and rows of a model that answers at the end have not
+        self.tail: Ids = []
+        self.end_tokens = 0
         segment = 0
-        for part in parse_template(template, texts):
+        answered = False
+        if self.reading is not Reading.MASK:
+            parts = _spaces_to_the_right(parts)
+        for part in parts:
             if isinstance(part, Sentence):
                 self.sentences.append(part)
                 self.sentence_segments.append(segment)
                 self.fixed.append([])
                 self.segments.append([])
                 continue
-            ids = literal_ids(tokenizer, part) if isinstance(part, Literal) else [special_id(tokenizer, part.name)]
+            if part == Special(MASK) and self.mask_id is None:
+                answered = True
+                continue
+            ids = self._fixed_ids(part)
+            if answered:
+                self.tail += ids
+                continue
             self.fixed[-1] += ids
             self.segments[-1] += [segment] * len(ids)
             if isinstance(part, Special) and part.next_segment:
                 segment = 1  # models have two token types
+        if self.reading is Reading.DECODER:  # the encoder reads whole texts, which end in its own token
+            self.end_tokens = len(end)
+            self.fixed[-1] += end
+            self.segments[-1] += [segment] * len(end)
         self.last_segment = segment
         self.overhead = sum(map(len, self.fixed))
         if self.overhead + len(self.sentences) > max_length:
@@ -73,6 +98,18 @@ class PromptEncoder:
                 f"{max_length} no sentence limit can keep the mask and a text; pass --max_seq_length "
                 f"{self.overhead + 8 * len(self.sentences)} or more, or a shorter template"
             )
+
+    def _fixed_ids(self, part: Part) -> Ids:
+        if self.reading is Reading.MASK:
+            literal = isinstance(part, Literal)
+            return literal_ids(self.tokenizer, part) if literal else [special_id(self.tokenizer, part.name)]
+        if isinstance(part, Special):
+            if part.name == CLS:
+                return list(self.start)
+            return tokens_behind(self.tokenizer, ["\n"])[0] if part.name == SEP else [self.mask_id]
+        if len(self.fixed) == 1 and len(self.fixed[0]) <= len(self.start):  # it begins the row
+            return self.tokenizer(part.text, add_special_tokens=False)["input_ids"]
+        return tokens_behind(self.tokenizer, [part.text])[0]
 
     def check_limits(self, first_sent_limit: int | None, other_sent_limit: int | None) -> None:
         """Refuse limits, set by the user, that `max_seq_length` would cut again.
@@ -94,22 +131,27 @@ class PromptEncoder:
         """Tokens of each of the template's texts, within its limit: `[texts of the template][rows]`."""
         result = []
         for sentence in self.sentences:
-            texts = sentence.texts(columns[sentence.index])
-            ids = self.tokenizer(
-                texts,
-                add_special_tokens=False,
-                truncation=False,
-                padding=False,
-                return_attention_mask=False,
-                return_token_type_ids=False,
-                verbose=False,
-            )["input_ids"]
+            ids = self._ids_of_texts(sentence.texts(columns[sentence.index]), first=len(result) == 0)
             limit = self.first_limit if sentence.index == 0 else self.other_limit
             if limit is not None:
                 ids = [row[-limit:] for row in ids] if self.truncate_head else [row[:limit] for row in ids]
             mask = self.mask_id
-            result.append([self._without_mask(row) if mask in row else row for row in ids])
+            result.append([self._without_mask(row) if mask is not None and mask in row else row for row in ids])
         return result
+
+    def _ids_of_texts(self, texts: list[str], first: bool) -> list[Ids]:
+        begins = first and len(self.fixed[0]) <= len(self.start)
+        if self.reading is not Reading.MASK and not begins:
+            return tokens_behind(self.tokenizer, texts)
+        return self.tokenizer(
+            texts,
+            add_special_tokens=False,
+            truncation=False,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
 
     def _without_mask(self, ids: Ids) -> Ids:
         """A mask token that the text itself contains would make two."""
@@ -161,6 +203,63 @@ class PromptEncoder:
             zeros = {n: [0] * n for n in set(lengths)}
             result["token_type_ids"] = [zeros[n] for n in lengths] if segments is None else segments
         return result
+
+
+def answer_context(parts: Sequence[Part]) -> str:
+    """The template's text in front of the answer, as far as it decides about a space there: "" = it begins a line."""
+    before = list(parts[: parts.index(Special(MASK))])
+    last = before[-1] if before else None
+    if isinstance(last, Literal):
+        return last.text[:-1] or "a" if last.text.endswith(" ") else last.text
+    return "a" if isinstance(last, Sentence) else ""
+
+
+def _spaces_to_the_right(parts: Sequence[Part]) -> list[Part]:
+    """Move a space at the end of the template's text to what follows, as tokenizers of decoders have it."""
+    moved: list[Part] = []
+    for i, part in enumerate(parts):
+        follows = parts[i + 1] if i + 1 < len(parts) else None
+        if isinstance(part, Literal) and part.text.endswith(" ") and follows is not None:
+            part = Literal(part.text[:-1])  # in front of the answer, its word brings the space along
+        before = parts[i - 1] if i else None
+        if isinstance(part, Sentence) and isinstance(before, Literal) and before.text.endswith(" "):
+            part = replace(part, space=True)
+        if part != Literal(""):
+            moved.append(part)
+    return moved
+
+
+def own_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:
+    """What the tokenizer itself puts before and behind a text: OPT a start token, GPT-2 nothing, T5 an end token."""
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return list(whole[:start]), list(whole[start + len(bare) :])
+    return [], []
+
+
+_SENTINEL = "<extra_id_0>"  # T5's mark for a gap in its text
+
+
+def answer_id(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part], reading: Reading) -> int | None:
+    """The token that stands at the answer's place in a row; `None` = the row ends there.
+
+    Raises:
+        InputError: the model needs one there and its tokenizer has none.
+    """
+    if reading is Reading.MASK:
+        return special_id(tokenizer, MASK)
+    behind = [part for part in parts[parts.index(Special(MASK)) + 1 :] if not isinstance(part, Special)]
+    words = any(isinstance(p, Sentence) or any(c.isalnum() for c in p.text) for p in behind)
+    if reading is Reading.LAST or not words:
+        return None
+    sentinel = tokenizer.convert_tokens_to_ids(_SENTINEL)
+    if sentinel is None or sentinel == tokenizer.unk_token_id:
+        raise InputError(
+            f"the template goes on behind *mask*, and the tokenizer {tokenizer.name_or_path!r} has no {_SENTINEL} to "
+            "stand for a gap; put *mask* last"
+        )
+    return sentinel
 
 
 def shorten(texts: Sequence[Ids], excess: int, head: bool) -> list[Ids]:

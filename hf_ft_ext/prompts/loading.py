@@ -1,9 +1,10 @@
-"""From arguments and data to a prompt model: fresh from a masked language model, or saved before."""
+"""From arguments and data to a prompt model: fresh from a language model, or saved before."""
 
 import logging
 from dataclasses import fields
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_ft_ext.arguments import FINETUNE, PROMPT_DEMO, DataArguments, FewShotArguments
@@ -13,11 +14,16 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.defaults import task_prompt
-from hf_ft_ext.prompts.model import PromptForSequenceClassification, check_masked_lm
-from hf_ft_ext.prompts.template import parse_template
-from hf_ft_ext.prompts.words import parse_mapping, word_ids
+from hf_ft_ext.prompts.encode import PromptEncoder, answer_context
+from hf_ft_ext.prompts.model import PromptForSequenceClassification, check_word_scoring
+from hf_ft_ext.prompts.readout import Reading, reading_of
+from hf_ft_ext.prompts.template import Sentence, parse_template
+from hf_ft_ext.prompts.words import FIRST_TOKEN, parse_mapping, word_tokens
 
-_OF_PROMPTS = ("template", "mapping", "first_sent_limit", "other_sent_limit", "truncate_head", "untie_words")
+_OF_PROMPTS = (
+    "template", "mapping", "word_scoring", "calibrate", "first_sent_limit", "other_sent_limit", "truncate_head",
+    "untie_words",
+)  # fmt: skip
 _OF_DEMONSTRATIONS = ("num_demo", "num_sample", "demo_filter", "demo_filter_model")
 
 logger = logging.getLogger(__name__)
@@ -68,15 +74,39 @@ def load_prompt_model(
             "leave --few_shot_type out, or pass a model with a classification head"
         )
     if isinstance(config, PromptConfig):
-        return _load_saved(name, config, tokenizer, data, data_args, **hub)
-    check_masked_lm(config, name)
-    prompt = task_prompt(data.task, data_args.template, data_args.mapping)
+        model = _load_saved(name, config, tokenizer, data, data_args, **hub)
+    else:
+        model = _load_fresh(name, config, tokenizer, data, data_args, **hub)
+    if data_args.calibrate:
+        _calibrate(model, tokenizer, data_args)
+    return model
+
+
+def _load_fresh(name, config, tokenizer, data: TaskData, data_args: DataArguments, **hub):
+    reading = reading_of(config, name)
+    prompt = task_prompt(data.task, data_args.template, data_args.mapping, reading)
     template = prompt.template if data_args.template is None else data_args.template
-    parse_template(template, len(data.text_columns))  # before the weights are loaded
-    labels = _labels(data)
-    words = parse_mapping(prompt.words if data_args.mapping is None else data_args.mapping, labels)
-    logger.info("Prompt: %s, label words: %s.", template, ", ".join(words))
-    return PromptForSequenceClassification.from_masked_lm(
+    # before the weights are loaded
+    parse_template(template, len(data.text_columns), reading)
+    labels, words = _labels(data), None
+    scoring = data_args.word_scoring or FIRST_TOKEN
+    check_word_scoring(scoring, reading, data_args.untie_words)
+    if data.task.options and data_args.mapping is None:
+        if reading is Reading.MASK:
+            raise InputError(
+                f"each row of task {data.task.name!r} has options of its own, which the one mask of a masked language "
+                "model cannot name; pass a causal language model or an encoder-decoder, or leave --few_shot_type out"
+            )
+        if data_args.few_shot_type == PROMPT_DEMO:
+            raise InputError(
+                f"each row of task {data.task.name!r} has options of its own, and demonstrations show label words; "
+                "pass --few_shot_type prompt"
+            )
+        logger.info("Prompt: %s, followed by each of the row's options.", template)
+    else:
+        words = parse_mapping(prompt.words if data_args.mapping is None else data_args.mapping, labels)
+        logger.info("Prompt: %s, label words: %s.", template, ", ".join(words))
+    return PromptForSequenceClassification.from_language_model(
         name,
         tokenizer,
         template,
@@ -84,9 +114,30 @@ def load_prompt_model(
         labels,
         bounds=label_bounds(data) if labels is None else None,
         untie_words=data_args.untie_words,
+        word_scoring=scoring,
         config=config,
         **hub,
     )
+
+
+def _calibrate(model: PromptForSequenceClassification, tokenizer: PreTrainedTokenizerBase, data_args) -> None:
+    """Subtract what the model says about the template around an empty text."""
+    if data_args.few_shot_type == PROMPT_DEMO:
+        raise InputError(
+            "--calibrate: with demonstrations every row has a context of its own; leave one of the two out"
+        )
+    config = model.config
+    texts = 1 + max(p.index for p in parse_template(config.template) if isinstance(p, Sentence))
+    encoder = PromptEncoder(tokenizer, config.template, texts, 10_000, reading=config.reading)
+    ids = encoder([[""]] * texts)["input_ids"]
+    if not ids[0]:
+        raise InputError(
+            f"calibrate: template {config.template!r} is nothing but the row's text, so nothing is left without it; "
+            "leave --calibrate out"
+        )
+    device = model.get_input_embeddings().weight.device
+    bias = model.calibrate(torch.tensor(ids, device=device))
+    logger.info("Calibrated: %s.", ", ".join(f"{w} {b:.3f}" for w, b in zip(config.words, bias, strict=True)))
 
 
 def _labels(data: TaskData) -> list[str] | None:
@@ -104,7 +155,10 @@ def _labels(data: TaskData) -> list[str] | None:
 def _load_saved(name, config, tokenizer, data: TaskData, data_args: DataArguments, **hub):
     model = PromptForSequenceClassification.from_pretrained(name, config=config, **hub)
     template = config.template if data_args.template is None else data_args.template
-    parse_template(template, len(data.text_columns))
+    parts = parse_template(template, len(data.text_columns), config.reading)
+    if data_args.word_scoring is not None:
+        check_word_scoring(data_args.word_scoring, Reading(config.reading), config.untied_words)
+        config.word_scoring = data_args.word_scoring
     if (config.problem_type == REGRESSION) != (data.problem_type == REGRESSION):
         raise InputError(f"model {name!r} was saved for {config.problem_type}, but this data is {data.problem_type}")
     if data_args.mapping is not None:
@@ -115,7 +169,6 @@ def _load_saved(name, config, tokenizer, data: TaskData, data_args: DataArgument
             )
         labels = _labels(data)
         config.words = parse_mapping(data_args.mapping, labels)
-        config.word_ids = word_ids(tokenizer, config.words)
         if labels is not None:
             config.id2label = dict(enumerate(labels))
             config.label2id = {label: i for i, label in enumerate(labels)}
@@ -126,6 +179,12 @@ def _load_saved(name, config, tokenizer, data: TaskData, data_args: DataArgument
                 f"model {name!r} was saved with words for the labels {', '.join(config.label2id)}, but this data has "
                 f"{', '.join(data.label_names)}; pass --mapping, or another model"
             )
+    if (data_args.mapping or data_args.word_scoring or data_args.template) and config.words is not None:
+        # a word's tokens depend on what stands before it, and whether they suffice on how they are read
+        before = None if config.reading == Reading.MASK else answer_context(parts)
+        config.word_sequences = word_tokens(tokenizer, config.words, before, config.word_scoring)
+        config.word_ids = [tokens[0] for tokens in config.word_sequences]
+        config.word_bias = None
     model.config.template = template
     if data_args.untie_words:
         model.untie_label_words()

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from datasets import Sequence
+from datasets import Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
 from hf_ft_ext.arguments import PROMPT_DEMO, DataArguments
@@ -11,8 +11,13 @@ from hf_ft_ext.data.preprocess import check_length, column_type, tokenize
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.configuration import PromptConfig
-from hf_ft_ext.prompts.defaults import PROMPTS, TaskPrompt
-from hf_ft_ext.prompts.encode import PromptEncoder
+from hf_ft_ext.prompts.defaults import TaskPrompt, known_prompt
+from hf_ft_ext.prompts.encode import Ids, PromptEncoder, answer_context
+from hf_ft_ext.prompts.readout import Reading, padded_words
+from hf_ft_ext.prompts.template import parse_template
+from hf_ft_ext.prompts.words import FIRST_TOKEN, answer_tokens
+
+_OPTION_TOKENS = 64  # most tokens of a row's own option
 
 
 def tokenize_prompts(
@@ -36,7 +41,15 @@ def tokenize_prompts(
     """
     encoder = prompt_encoder(data, tokenizer, data_args, config, model_max_length)
     length = encoder.max_length
-    rows: Any = _PromptRows(encoder, length if data_args.pad_to_max_length else None)
+    options: tuple[int, ...] = ()
+    if config.words is None and config.word_scoring != FIRST_TOKEN:
+        options = tuple(data.text_columns.index(column) for column in data.task.options)
+        if not options:
+            raise InputError(
+                f"the model was made for rows with options of their own, and {data.task.name!r} has none; pass the "
+                "--task_name that it was trained on, or --mapping"
+            )
+    rows: Any = _PromptRows(encoder, length if data_args.pad_to_max_length else None, options)
     if data_args.few_shot_type == PROMPT_DEMO:
         from hf_ft_ext.prompts.demonstrations import DemonstrationRows
 
@@ -52,7 +65,7 @@ def prompt_encoder(
     model_max_length: int | None = None,
 ) -> PromptEncoder:
     """The encoder of the model's template, with the limits of the arguments or of the task."""
-    task = PROMPTS.get(data.task.name) or TaskPrompt(config.template, {})
+    task = known_prompt(data.task, Reading(config.reading)) or TaskPrompt(config.template, {})
     length = data_args.max_seq_length
     if length is None:
         length = task.max_seq_length * (2 if data_args.few_shot_type == PROMPT_DEMO else 1)
@@ -62,25 +75,60 @@ def prompt_encoder(
     own = task.first_sent_limit, task.other_sent_limit
     first, other = (mine if yours is None else yours for yours, mine in zip(given, own, strict=True))
     encoder = PromptEncoder(
-        tokenizer, config.template, len(data.text_columns), length, first, other, data_args.truncate_head
+        tokenizer,
+        config.template,
+        len(data.text_columns),
+        length - _room_for_words(config, data_args),
+        first,
+        other,
+        data_args.truncate_head,
+        config.reading,
     )
     encoder.check_limits(*given)
     return encoder
 
 
-class _PromptRows:
-    """Rows by a template, without demonstrations."""
+def _room_for_words(config: PromptConfig, data_args: DataArguments) -> int:
+    """Positions that label words scored as sequences take behind the row, of a causal model."""
+    if config.reading != Reading.LAST or config.word_scoring == FIRST_TOKEN:
+        return 0
+    if config.words is None:
+        return min(_OPTION_TOKENS, (data_args.max_seq_length or _OPTION_TOKENS * 4) // 4)
+    return max(map(len, config.word_sequences)) - 1
 
-    def __init__(self, encoder: PromptEncoder, padded: int | None):
+
+class _PromptRows:
+    """Rows by a template, without demonstrations.
+
+    Args:
+        padded: length of every row; `None` = as long as it is.
+        options: texts of a row that are its answers; they become `option_ids`, filled with `IGNORED`.
+    """
+
+    def __init__(self, encoder: PromptEncoder, padded: int | None, options: tuple[int, ...] = ()):
         if padded is not None and encoder.tokenizer.pad_token is None:
             raise InputError("--pad_to_max_length needs a padding token, but the tokenizer has none; leave it out")
-        self.encoder, self.padded = encoder, padded
+        self.encoder, self.padded, self.options = encoder, padded, options
+        self.context = answer_context(parse_template(encoder.template)) if options else ""
 
     def __call__(self, columns: list[list[str]], split: str, indices: list[int]) -> dict[str, list]:
         encoded = self.encoder(columns)
         if self.padded is not None:
             encoded = dict(self.encoder.tokenizer.pad(encoded, padding="max_length", max_length=self.padded))
+        if self.options:
+            texts = zip(*(columns[i] for i in self.options), strict=True)
+            encoded["option_ids"] = [self._option_ids(row, split, i) for row, i in zip(texts, indices, strict=True)]
         return encoded
 
+    def _option_ids(self, texts: tuple[str, ...], split: str, index: int) -> list[Ids]:
+        tokens = [answer_tokens(self.encoder.tokenizer, text, self.context)[:_OPTION_TOKENS] for text in texts]
+        if not all(tokens):
+            raise InputError(
+                f"row {index} of split '{split}' has an option without tokens: {texts[tokens.index([])]!r}; fill or "
+                "remove it"
+            )
+        return padded_words(tokens).tolist()
+
     def features(self, split: str) -> dict[str, Any]:
-        return {name: Sequence(column_type(name)) for name in self.encoder.columns([[0]], None)}
+        columns = {name: Sequence(column_type(name)) for name in self.encoder.columns([[0]], None)}
+        return {**columns, "option_ids": Sequence(Sequence(Value("int32")))} if self.options else columns

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.prompts.readout import Reading
 
 CLS, SEP, MASK = "cls", "sep", "mask"
 _SENTENCE = re.compile(r"(?P<space>\+?)sent(?P<first>[lu]?)(?P<cut>-?)_(?P<index>\d+)")
@@ -48,16 +49,18 @@ class Sentence:
 Part = Literal | Special | Sentence
 
 
-def parse_template(template: str, texts: int | None = None) -> list[Part]:
+def parse_template(template: str, texts: int | None = None, reading: str = Reading.MASK.value) -> list[Part]:
     """Split a template into its parts.
 
     Markers stand between asterisks: `cls`, `mask`, `sep`, `sep+` (a separator that also starts the next segment),
     `sent_i` (text i of the row), `sent-_i` (without its last character), `sentl_i` (first letter in lower case),
     `sentu_i` (in upper case); a `+` in front of a text's marker puts a space there. Outside of asterisks there is
-    plain text, in which `_` stands for a space.
+    plain text, in which `_` stands for a space and `\\n` for the start of a new line.
 
     Args:
         texts: how many texts a row has; `None` = do not check.
+        reading: how the model is read (see `Reading`). A causal model answers where the row ends: behind the mask
+            there may be special tokens and punctuation alone, which rows leave out and demonstrations keep.
 
     Raises:
         InputError: asterisks without a partner, an unknown marker, no mask or several, no text, or a text that the
@@ -74,7 +77,7 @@ def parse_template(template: str, texts: int | None = None) -> list[Part]:
     for i, piece in enumerate(pieces):
         if i % 2 == 0:
             if piece:
-                parts.append(Literal(piece.replace("_", " ")))
+                parts.append(Literal(piece.replace("_", " ").replace("\\n", "\n")))
         else:
             parts.append(_marker(piece, template))
     masks = sum(part == Special(MASK) for part in parts)
@@ -90,7 +93,22 @@ def parse_template(template: str, texts: int | None = None) -> list[Part]:
             f"template {template!r} names text {max(indices)}, but the rows of this data have {has}, counted from 0; "
             "take it out, or pass --text_columns"
         )
+    if reading == Reading.LAST.value and (behind := _behind_answer(parts)) is not None:
+        raise InputError(
+            f"template {template!r} has {behind} behind *mask*; a causal language model reads from left to right and "
+            "answers at the end: put *mask* last (*cls**sent_0*_It_was*mask*), or pass a masked language model"
+        )
     return parts
+
+
+def _behind_answer(parts: list[Part]) -> str | None:
+    """The first text of the row or word of the template behind the mask; `None` = special tokens and punctuation."""
+    for part in parts[parts.index(Special(MASK)) + 1 :]:
+        if isinstance(part, Sentence):
+            return f"text {part.index}"
+        if isinstance(part, Literal) and any(character.isalnum() for character in part.text):
+            return repr(part.text.strip())
+    return None
 
 
 def _marker(name: str, template: str) -> Part:

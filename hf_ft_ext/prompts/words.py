@@ -1,16 +1,21 @@
-"""Label words: from a mapping to one word, and one token, for each label."""
+"""Label words: from a mapping to one word for each label, and to its tokens."""
 
 import ast
 import json
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_ft_ext.arguments import WORD_SCORINGS
 from hf_ft_ext.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 _NO_SPACE = "<[.,"  # words that begin so stand without a space before them
 BOUNDS = ("0", "1")  # the labels of a regression's mapping: lower and upper end of the scale
+FIRST_TOKEN, SEQUENCE, SEQUENCE_MEAN = WORD_SCORINGS
 _EXAMPLE = "{'negative': 'terrible', 'positive': 'great'}"
 
 
@@ -109,3 +114,85 @@ def word_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[i
             )
         ids.append(token)
     return ids
+
+
+def word_tokens(
+    tokenizer: PreTrainedTokenizerBase, words: Sequence[str], before: str | None, scoring: str = FIRST_TOKEN
+) -> list[list[int]]:
+    """All tokens of each label word.
+
+    Args:
+        before: the template's text in front of the answer, of a model that writes the word behind it; `None` = a
+            masked language model, whose words are one token each.
+        scoring: with "first_token" the first tokens have to differ.
+
+    Raises:
+        InputError: as `word_ids`; two words that begin with the same token, and are told apart by it alone; a word
+            that has no tokens.
+    """
+    if before is None:
+        return [[token] for token in word_ids(tokenizer, words)]
+    found: list[list[int]] = []
+    for word in words:
+        tokens = answer_tokens(tokenizer, word, before)
+        if not tokens or tokens == [tokenizer.unk_token_id]:
+            raise InputError(f"label word {word!r} is unknown to this tokenizer; choose another word (--mapping)")
+        for other, its in zip(words, found, strict=False):
+            if its == tokens:
+                raise InputError(
+                    f"label words {other!r} and {word!r} are the same tokens for this tokenizer; choose words that "
+                    "differ (--mapping)"
+                )
+            if scoring == FIRST_TOKEN and its[0] == tokens[0]:
+                shared = tokenizer.convert_ids_to_tokens(tokens[0])
+                raise InputError(
+                    f"label words {other!r} and {word!r} begin with the same token for this tokenizer ({shared!r}), "
+                    "and the first token says the class; pass --word_scoring sequence, or choose other words "
+                    "(--mapping)"
+                )
+        found.append(tokens)
+    longer = [word for word, tokens in zip(words, found, strict=True) if len(tokens) > 1]
+    if longer and scoring == FIRST_TOKEN:
+        logger.info("Several tokens, of which the first is read: %s (--word_scoring sequence reads all).", longer)
+    return found
+
+
+def answer_tokens(tokenizer: PreTrainedTokenizerBase, word: str, before: str) -> list[int]:
+    """Tokens of an answer behind the text `before`: with a space between the two unless a new line begins there."""
+    space = "" if not before or before[-1].isspace() or word[:1] in _NO_SPACE else " "
+    leads = ("\n", "a") if before.endswith("\n") else ("a", "\n")
+    return tokens_behind(tokenizer, [space + word], leads)[0]
+
+
+def tokens_behind(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], leads: Sequence[str] = ("a", "\n")
+) -> list[list[int]]:
+    """Tokens of texts that go on behind another text, without special tokens.
+
+    SentencePiece tokenizers (Llama, T5) put a space before every text that they are given by itself. So the texts are
+    tokenised behind a letter, or a line break where that melts with the text, and what belongs to it is taken off.
+    """
+    alone = [list(ids) for ids in _plain_ids(tokenizer, texts)]
+    found: list[list[int] | None] = [None] * len(texts)
+    for lead in leads:
+        own = _plain_ids(tokenizer, [lead])[0]
+        open_rows = [i for i, ids in enumerate(found) if ids is None]
+        if not open_rows:
+            break
+        longer = _plain_ids(tokenizer, [lead + texts[i] for i in open_rows])
+        for i, ids in zip(open_rows, longer, strict=True):
+            if list(ids[: len(own)]) == list(own):
+                found[i] = list(ids[len(own) :])
+    return [ids if own is None else own for ids, own in zip(alone, found, strict=True)]
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    return tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        truncation=False,
+        padding=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]

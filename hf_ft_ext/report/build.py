@@ -14,7 +14,7 @@ from hf_ft_ext.report import charts, curves
 from hf_ft_ext.report.read import Found, Missing, find_runs
 from hf_ft_ext.report.rows import Number, Row, Section, pareto_front, sections
 from hf_ft_ext.training.files import write_text
-from hf_ft_ext.training.text import code_span, share_text
+from hf_ft_ext.training.text import code_span, prompt_text, share_text
 
 HTML, MARKDOWN = "report.html", "report.md"
 _MANY_ROWS = 60  # a picture of more rows is no picture
@@ -114,6 +114,7 @@ def _shown(section: Section, output_dir: Path, number: int) -> dict[str, Any]:
         "best": rows[0] if rows[0].quality is not None else None,
         "seeds": sorted({seed for row in rows for seed in row.seeds}),
         "highlights": _highlights(rows),
+        "generations": [(row.name, row.first["generations"]) for row in rows if row.first.get("generations")],
     }
 
 
@@ -175,7 +176,7 @@ def _environment(escape: bool) -> jinja2.Environment:
     )
     environment.filters |= {
         "quality": quality_text, "number": number_text, "bytes": bytes_text, "count": count_text, "seed": seed_text,
-        "cell": _cell, "code": code_span,
+        "cell": _cell, "code": code_span, "prompt": prompt_text,
     }  # fmt: skip
     return environment
 

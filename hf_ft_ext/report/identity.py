@@ -13,7 +13,7 @@ _BESIDES = {
     "method", "seed", "logging_steps", "logging_strategy", "logging_first_step", "save_strategy", "save_steps",
     "save_total_limit", "do_train", "do_eval", "do_predict", "task_name", "dataset_name", "dataset_config_name",
     "dataset_revision", "train_file", "validation_file", "test_file", "model_name_or_path", "max_predict_samples",
-    "prediction_probabilities",
+    "prediction_probabilities", "task_type", "predict_with_generate",
 }  # fmt: skip
 OF_THE_DATA = (
     "max_train_samples", "max_eval_samples", "num_k", "few_shot_split", "few_shot_type", "max_seq_length", "data_seed",

@@ -24,6 +24,7 @@ _OPTIONAL: dict[str, tuple[type, ...]] = {
     "peak_memory_bytes": _NUMBER, "trainable_parameters": _NUMBER, "total_parameters": _NUMBER,
     "artefact_bytes": _NUMBER, "world_size": (int,), "versions": (dict,), "arguments": (dict,), "data": (dict,),
     "model_source": (dict,), "device": (str,), "quality": (str,), "labels": (list,),
+    "task_type": (str,), "generations": (list,),
 }  # fmt: skip
 _KINDS = {dict: "an object", list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false"}
 _ENTRY = ("variant", "seed", "folder", "log", "state", "reason", "seconds", "command")

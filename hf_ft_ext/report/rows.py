@@ -82,6 +82,11 @@ class Row:
     def quality(self) -> Number | None:
         return Number.of(run.record["metrics"].get(self.metric) for run in self.runs)
 
+    @property
+    def rank(self) -> float:
+        """The mean quality as a number that is higher the better: of a perplexity, its negative."""
+        return -self.quality.mean if lower_is_better(self.metric) else self.quality.mean
+
     @cached_property
     def memory(self) -> Number | None:
         """MiB."""
@@ -173,14 +178,17 @@ def pareto_front(rows: Iterable[Row], cost: str) -> list[Row]:
     front = []
     for price, row in points:
         beaten = any(
-            other.quality.mean >= row.quality.mean
-            and its.mean <= price.mean
-            and (other.quality.mean > row.quality.mean or its.mean < price.mean)
+            other.rank >= row.rank and its.mean <= price.mean and (other.rank > row.rank or its.mean < price.mean)
             for its, other in points
         )
         if not beaten:
             front.append((price.mean, row))
     return [row for _, row in sorted(front, key=lambda pair: pair[0])]
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a lower value of `metric` (`eval_perplexity`) is the better one."""
+    return metric.rpartition("_")[2] in ("perplexity", "loss")
 
 
 def quality_key(run: Run) -> str | None:
@@ -229,7 +237,7 @@ def _section(about: tuple[str, str, str, str, str], heading: str, runs: list[Run
         counted, remarks = _one_for_each_seed(members)
         row = Row(names[key], counted, metric, _notes(members[0], firsts), (*remarks, *_mixtures(counted)))
         rows.append(row)
-    rows.sort(key=lambda row: (row.quality is None, -row.quality.mean if row.quality else 0.0, row.name))
+    rows.sort(key=lambda row: (row.quality is None, -row.rank if row.quality else 0.0, row.name))
     return Section(task, model, metric, rows, data, heading)
 
 

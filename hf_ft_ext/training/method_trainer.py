@@ -1,5 +1,6 @@
 """What the trainers of all methods share: completed arguments, checks before training, trials of a search."""
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -12,6 +13,7 @@ from transformers.trainer_utils import BestRun, HPSearchBackend, TrainOutput, de
 
 from hf_ft_ext.arguments import MethodTrainingArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.training.by_name import load_by_name
 from hf_ft_ext.training.checks import check_loss, check_training_arguments
 from hf_ft_ext.training.quantized import quantized_base
 
@@ -42,12 +44,9 @@ class MethodTrainer(Trainer):
     no_optimizer: ClassVar[str | None] = None
     no_optimizer_class: ClassVar[bool] = False
 
-    def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
-        if isinstance(model, str):
-            raise InputError(
-                f"{type(self).__name__} takes a loaded model, and model={model!r} is a name; pass "
-                f"AutoModelForSequenceClassification.from_pretrained({model!r}), or the class that fits the task"
-            )
+    def __init__(
+        self, model: nn.Module | str | None = None, args: TrainingArguments | None = None, *positional, **kwargs
+    ):
         args = self._complete(args)
         self.args = args
         passed = self._by_name(model, args, positional, kwargs)
@@ -60,6 +59,11 @@ class MethodTrainer(Trainer):
             )
         self.check_passed(passed)
         self.check_arguments()
+        if isinstance(model, str):
+            model = load_by_name(model, args)
+            if getattr(args, "model_init_kwargs", None) is not None:
+                self.args = args = copy.copy(args)
+                args.model_init_kwargs = None  # they are spent; trl warns of those of a loaded model
         if model is not None:
             check_loss(args, model)
             model = self.prepare_model(model)

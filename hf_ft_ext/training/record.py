@@ -59,6 +59,8 @@ def write_run_record(
     primary_metric: str | None = None,
     positive_label: str | None = None,
     thresholds: dict[str, float] | None = None,
+    task_type: str = "sequence_classification",
+    generations: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write `run.json` into `output_dir` and return its content.
 
@@ -77,6 +79,8 @@ def write_run_record(
         primary_metric: key, without prefix, of the metric that chooses the best model.
         positive_label: name of the class that F1, precision and recall are about.
         thresholds: of several labels per row: the probability by label from which on it is predicted.
+        task_type: "sequence_classification", "causal_lm" or "seq2seq_lm".
+        generations: a few generated texts: `prompt`, `prediction`, `references`.
 
     Seconds are wall-clock, memory and artefact sizes are bytes.
     """
@@ -111,6 +115,8 @@ def write_run_record(
         "data": data,
         "model_source": model_source,
         "quality": quality,
+        "task_type": task_type,
+        "generations": generations,
     }
     write_json(Path(output_dir) / RUN_RECORD, record)
     return record

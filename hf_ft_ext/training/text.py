@@ -32,6 +32,13 @@ def code_span(text: Any) -> str:
     return f"{fence}{space}{text}{space}{fence}"
 
 
+def prompt_text(prompt: Any) -> str:
+    """A prompt on one line: a text, or the turns of a dialogue."""
+    if not isinstance(prompt, str):
+        prompt = " ".join(f"{turn.get('role')}: {turn.get('content')}" for turn in prompt)
+    return " ".join(prompt.split())
+
+
 def shell_command(words: Iterable[Any]) -> str:
     """A recorded command as a line for a shell, without secrets; a Python file is run with `python`."""
     shown = without_secrets([str(word) for word in words])

@@ -2,16 +2,17 @@
 
 import pytest
 
-from hf_ft_ext.data.tasks import GLUE_ID, TASKS, get_task
+from hf_ft_ext.data.tasks import GLUE_ID, SUPERGLUE_ID, TASKS, get_task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import check_metric
 
 GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
+SUPERGLUE = ("boolq", "cb", "copa", "multirc", "wic", "wsc")
 FEW_SHOT = ("mr", "cr", "mpqa", "subj", "trec", "sst5", "snli", "ag_news")
 
 
 def test_all_tasks_are_there_and_consistent():
-    assert set(TASKS) == {*GLUE, *FEW_SHOT, "demo"}
+    assert set(TASKS) == {*GLUE, *SUPERGLUE, *FEW_SHOT, "demo"}
     for name, task in TASKS.items():
         assert task.name == name
         assert len({len(columns) for columns in task.text_columns}) == 1
@@ -19,6 +20,7 @@ def test_all_tasks_are_there_and_consistent():
         assert (task.label_names is None) == (task.problem_type == "regression")
         check_metric(task.metric, task.problem_type, len(task.label_names) if task.label_names else None)
     assert all(TASKS[name].hub_id == GLUE_ID and TASKS[name].hub_config == name for name in GLUE)
+    assert all(TASKS[name].hub_id == SUPERGLUE_ID and TASKS[name].hub_config == name for name in SUPERGLUE)
     assert all(TASKS[name].hub_id.count("/") == 1 for name in FEW_SHOT)
 
 

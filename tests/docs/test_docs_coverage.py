@@ -54,7 +54,7 @@ def test_tables_follow_a_changed_argument(monkeypatch):
 def test_every_method_and_group_has_one_table():
     found = [name for page in DOCS.glob("*.md") for name in tables().tables_in(page.read_text())]
     configs = [name for name in hf_ft_ext.__all__ if name.endswith("Config") and name != "PromptConfig"]
-    assert sorted(found) == sorted([*METHODS, "run", "model", "data", "few_shot", "names", *configs])
+    assert sorted(found) == sorted([*METHODS, "run", "model", "data", "few_shot", "language", "names", *configs])
 
 
 def test_every_public_name_and_argument_appears():

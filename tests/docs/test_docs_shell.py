@@ -13,13 +13,16 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from blocks import BLOCKS, EXAMPLE, PAGES, ROOT, Block, blocks_of
+from decoders import save_decoder
 from offline import write_glue, write_model
 
 import run_glue
+from hf_ft_ext.arguments import SEQUENCE_CLASSIFICATION
 from hf_ft_ext.compare.settings import read_comparison
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.parsing import parse_arguments
@@ -236,9 +239,14 @@ def test_all_code_stands_in_fenced_blocks_of_a_known_language(page):
 NOT_DRY = ("--adapter_plan", "--help", "--dry_run", "--push_to_hub")
 
 
-def dry_run_words(words: list[str], model: str, glue: str) -> list[str]:
+def dry_run_words(words: list[str], model: str, glue: str, language: Path) -> list[str]:
     """The command with local stand-ins for what it would load, to be run dry."""
-    _, model_args, data_args, _ = parse_arguments(words)
+    run_args, model_args, data_args, _ = parse_arguments(words)
+    if run_args.task_type != SEQUENCE_CLASSIFICATION:
+        words = [*words, "--model_name_or_path", str(language / run_args.task_type)]
+        if data_args.task_name is not None:
+            words += ["--dataset_name", str(language / data_args.task_name)]
+        return [*words, "--use_cpu", "--dry_run", "--disable_tqdm", "true", "--max_seq_length", "64"]
     if model_args.model_name_or_path is not None:
         words = [*words, "--model_name_or_path", model]
     if data_args.task_name not in (None, "demo"):
@@ -259,8 +267,22 @@ def launches() -> list[Command]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> tuple[str, str]:
-    return write_model(tmp_path_factory.mktemp("model"), "roberta"), write_glue(tmp_path_factory.mktemp("glue"))
+def world(tmp_path_factory) -> tuple[str, str, Path]:
+    model = write_model(tmp_path_factory.mktemp("model"), "roberta")
+    return model, write_glue(tmp_path_factory.mktemp("glue")), write_language(tmp_path_factory.mktemp("language"))
+
+
+def write_language(root: Path) -> Path:
+    """Tiny language models by task type, and data folders by task."""
+    save_decoder(root / "causal_lm", "llama")
+    save_decoder(root / "seq2seq_lm", "t5")
+    turn = {"message_id": "a", "parent_id": None, "role": "assistant", "text": "a great plot"}
+    question = {"title": "A film", "context": "it was great", "question": "was it?", "answers": {"text": ["great"]}}
+    for task, row in (("openassistant", turn), ("squad", question)):
+        (root / task).mkdir()
+        for split in ("train", "validation"):
+            (root / task / f"{split}.jsonl").write_text("\n".join([json.dumps(row)] * 8))
+    return root
 
 
 @pytest.mark.slow
@@ -274,6 +296,9 @@ def test_launches_get_as_far_as_the_first_step(command, world, tmp_path, monkeyp
     for name in ("train", "dev"):  # files that some commands name
         (tmp_path / f"{name}.csv").write_text("\n".join(rows))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lists))
+    pair = json.dumps({"prompt": "the film was", "completion": " great"})
+    for name in ("rows", "held-out"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([pair] * 8))
     (tmp_path / "scores.py").write_text("def cost(y_true, y_pred):\n    return float((y_true != y_pred).sum())\n")
     words = command.words
     words = at_home(launch_command_parser().parse_args(words[2:]).training_script_args)

@@ -10,13 +10,14 @@ from prompt_models import FAMILIES, TEMPLATE, batch, masked_lm, prompt_model
 from safetensors import safe_open
 from tiny import tiny_model, tiny_tokenizer
 from torch.func import functional_call, grad, jacrev, vmap
-from transformers import AutoModelForSequenceClassification, GPT2Config, T5Config
+from transformers import AutoModelForSequenceClassification, GPT2Config, T5Config, ViTConfig
 
 from hf_ft_ext import InputError, PromptConfig, PromptForSequenceClassification
 from hf_ft_ext.adapters.folder import save_configuration
 from hf_ft_ext.features import HeadReader, head_parameters
 from hf_ft_ext.peft_models import wrap_with_peft
-from hf_ft_ext.prompts.model import PROMPT_FILE, check_masked_lm
+from hf_ft_ext.prompts.model import PROMPT_FILE
+from hf_ft_ext.prompts.readout import reading_of
 
 WORDS = ["bad", "good"]
 
@@ -223,13 +224,14 @@ def test_rows_without_one_mask_are_refused(inputs, message):
         prompt_model()(**inputs)
 
 
-def test_models_without_a_masked_lm_head(tmp_path):
-    with pytest.raises(InputError, match="model 'x' is of type 'gpt2', which has no masked-LM head over its encoder"):
-        check_masked_lm(GPT2Config(), "x")
-    with pytest.raises(InputError, match="of type 't5', which has no masked-LM head"):
-        check_masked_lm(T5Config(), "x")
+def test_models_without_a_language_model_head(tmp_path):
+    with pytest.raises(InputError, match="model 'x' is of type 'vit', for which transformers has no language model"):
+        reading_of(ViTConfig(), "x")
+    assert reading_of(GPT2Config(), "x") == "last" and reading_of(T5Config(), "x") == "decoder"
     tiny_model("bert").save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"have no masked-LM head \(cls\.predictions.* is missing\); pass the pretr"):
+    with pytest.raises(
+        InputError, match=r"have no language-model head \(cls\.predictions.* is missing\); pass the pretr"
+    ):
         PromptForSequenceClassification.from_masked_lm(str(tmp_path), tiny_tokenizer(), TEMPLATE, WORDS)
     with pytest.raises(InputError, match="a regression has two words, but 3 were passed: a, bad, good"):
         PromptForSequenceClassification.from_masked_lm(

@@ -187,7 +187,7 @@ def test_accumulated_loss_equals_that_of_one_batch(tmp_path):
         (("--first_sent_limit", "30"), PROMPT, "first_sent_limit=30 cannot keep the mask"),
         (("--max_seq_length", "6"), PROMPT, "no sentence limit can keep the mask"),
         (("--num_k", "30"), PROMPT, r"num_k=30 needs 60 rows .* class '\d' has"),
-        (("--model_name_or_path", "head"), PROMPT, "have no masked-LM head"),
+        (("--model_name_or_path", "head"), PROMPT, "have no language-model head"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_before_training(launch, capsys, argv, prompt, message):

@@ -5,7 +5,8 @@ from tiny import tiny_tokenizer
 
 from hf_ft_ext.data.tasks import TASKS
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.prompts.defaults import PROMPTS, task_prompt
+from hf_ft_ext.prompts.defaults import PROMPTS, known_prompt, task_prompt
+from hf_ft_ext.prompts.readout import Reading
 from hf_ft_ext.prompts.template import Literal, Sentence, Special, parse_template
 from hf_ft_ext.prompts.words import parse_mapping, word_ids
 
@@ -30,10 +31,15 @@ def test_forms_of_a_text():
     assert Sentence(0, first="u").texts(["aB"]) == ["AB"]
 
 
+@pytest.mark.parametrize("reading", ["mask", "last", "decoder"])
 @pytest.mark.parametrize("task", [name for name in TASKS if name != "wnli"])
-def test_every_task_has_a_prompt_for_its_labels(task):
-    prompt, known = PROMPTS[task], TASKS[task]
-    assert parse_template(prompt.template, len(known.text_columns[0]))
+def test_every_task_has_a_prompt_for_its_labels(task, reading):
+    known = TASKS[task]
+    prompt = known_prompt(known, Reading(reading))
+    assert parse_template(prompt.template, len(known.text_columns[0]), reading)
+    if known.options:
+        assert set(known.options) < set(known.text_columns[0]) and len(known.options) == len(known.label_names)
+        return
     words = parse_mapping(prompt.words, known.label_names)
     assert len(words) == len(known.label_names or (0, 1))
 

@@ -51,7 +51,6 @@ def test_every_folder_has_shortened_recipes_and_nothing_else_is_there():
         name_of(path) for path in RECIPES
     }
     assert others == {
-        "sparse/llama2_openassistant.py",
         *(f"fisher/plans/{task}.json" for task in ("mnli", "mrpc", "sst2")),
     }
     for method in METHODS:

@@ -31,4 +31,4 @@ def test_quick_starts_and_the_search():
     for model in ("bert", "roberta"):
         assert found[f"quickstart-{model}-cola"]["sparse_threshold"] == 1e-3
         assert found[f"optimize-{model}-base{'-uncased' if model == 'bert' else ''}-cola"]["hp_search"] == 40
-    assert (FOLDER / "llama2_openassistant.py").is_file()  # run by test_llama_recipe.py
+    assert found["llama2-openassistant"]["sparse_support"] == "structured"  # run by tests/language

@@ -150,7 +150,7 @@ def test_arguments_that_are_none_are_refused(tmp_path):
             make(name, other)
         with pytest.raises(InputError, match=r"args is a dict; pass .* or other TrainingArguments"):
             make(name, {"output_dir": str(tmp_path)})
-        with pytest.raises(InputError, match="takes a loaded model, and model='bert' is a name"):
+        with pytest.raises(InputError, match="model='bert' is a name, and nothing can be loaded from it"):
             make(name, folder=tmp_path, model="bert")
 
 

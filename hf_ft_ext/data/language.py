@@ -1,0 +1,312 @@
+"""Data of language modelling and instruction tuning: text, prompt and completion, or messages."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset
+
+from hf_ft_ext.arguments import STRATIFIED, DataArguments
+from hf_ft_ext.data.origins import Origins, final_origins, whole_splits
+from hf_ft_ext.data.samples import check_sampling, draw_text, sampled
+from hf_ft_ext.data.sources import FORMATS, READ_ERRORS, open_source, reason
+from hf_ft_ext.data.splits import find_roles
+from hf_ft_ext.data.tasks import SUPERGLUE_ID, Task
+from hf_ft_ext.data.text_files import data_suffix
+from hf_ft_ext.errors import InputError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+REFERENCES = "references"  # column of all answers that count as right, where a row has several
+
+
+class Form(StrEnum):
+    """What a row is made of."""
+
+    TEXT = "text"
+    PROMPT = "prompt and completion"
+    MESSAGES = "messages"
+
+
+_COLUMNS = {Form.TEXT: ("text",), Form.PROMPT: ("prompt", "completion"), Form.MESSAGES: ("messages",)}
+
+
+@dataclass
+class LanguageData:
+    """The data of a language-modelling run, in trl's columns.
+
+    Attributes:
+        task: the task's, or one made for own data.
+        form: what all rows are made of.
+        train: may be missing, as may the others.
+        validation: by split name, in order.
+        test: by split name, in order.
+        origins: of every split, by role and name.
+        tokenized: validation rows of an encoder-decoder; trl tokenises those of a causal model by itself.
+    """
+
+    task: Task
+    form: Form
+    train: Dataset | None
+    validation: dict[str, Dataset]
+    test: dict[str, Dataset]
+    origins: Origins = field(default_factory=dict)
+    tokenized: dict[str, Dataset] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LanguageTask:
+    """A task whose answers are written, not chosen.
+
+    Attributes:
+        hub_id: of the data set.
+        prepare: from its rows to ours.
+        hub_config: configuration of the data set.
+    """
+
+    hub_id: str
+    prepare: Callable[[Dataset], Dataset]
+    hub_config: str | None = None
+
+
+def _rows_from(convert: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Dataset], Dataset]:
+    def prepare(data: Dataset) -> Dataset:
+        try:
+            return data.map(convert, remove_columns=data.column_names, keep_in_memory=True)
+        except KeyError as error:
+            raise InputError(
+                f"the data has no column {error}, which this task needs; its columns are "
+                f"{', '.join(data.column_names)}: leave --task_name out and pass prompt and completion"
+            ) from error
+
+    return prepare
+
+
+def _answered(prompt: str, answers: Sequence[str]) -> dict[str, Any]:
+    answers = list(dict.fromkeys(text for text in answers if text.strip()))
+    # a test split without answers keeps its prompts
+    return {"prompt": prompt, "completion": f" {answers[0]}" if answers else "", REFERENCES: answers}
+
+
+def _squad(row: dict[str, Any]) -> dict[str, Any]:
+    prompt = f"Title: {row['title']}\nContext: {row['context']}\nQuestion: {row['question'].strip()}\nAnswer:"
+    return _answered(prompt, row["answers"]["text"])
+
+
+def _drop(row: dict[str, Any]) -> dict[str, Any]:
+    prompt = f"Passage: {row['passage']}\nQuestion: {row['question'].strip()}\nAnswer:"
+    return _answered(prompt, row["answers_spans"]["spans"])
+
+
+def _record(row: dict[str, Any]) -> dict[str, Any]:
+    prompt = f'{row["passage"]}\n{row["query"]}\nQuestion: What is the "@placeholder"?\nAnswer:'
+    return _answered(prompt, row["answers"])
+
+
+def _dialogues(messages: Dataset) -> Dataset:
+    """One text for each reply of the assistant: all turns from the first prompt to it."""
+    missing = {"message_id", "parent_id", "role", "text"} - set(messages.column_names)
+    if missing:
+        raise InputError(
+            f"the data has no column '{min(missing)}' but {', '.join(messages.column_names)}; openassistant needs the "
+            "message trees of OpenAssistant/oasst1"
+        )
+    known = {row["message_id"]: row for row in messages}
+
+    def texts() -> Iterator[str]:
+        for row in known.values():
+            if row["role"] != "assistant":
+                continue
+            turns = [row]
+            while (parent := known.get(turns[0]["parent_id"])) is not None:
+                turns.insert(0, parent)
+            yield "\n".join(f"{'Assistant' if t['role'] == 'assistant' else 'User'}: {t['text']}" for t in turns)
+
+    return Dataset.from_dict({"text": list(texts())})
+
+
+# Prompts of MeZO (Malladi et al., NeurIPS 2023, arXiv 2305.17333); dialogues as SparseGrad's LLaMA-2 run has them.
+LANGUAGE_TASKS: dict[str, LanguageTask] = {
+    "squad": LanguageTask("rajpurkar/squad", _rows_from(_squad)),
+    "drop": LanguageTask("ucinlp/drop", _rows_from(_drop)),
+    "record": LanguageTask(SUPERGLUE_ID, _rows_from(_record), "record"),
+    "openassistant": LanguageTask("OpenAssistant/oasst1", _dialogues),
+}
+
+
+def load_language_data(
+    data_args: DataArguments, *, cache_dir: str | None = None, token: str | None = None, data_seed: int | None = None
+) -> LanguageData:
+    """Load rows of text, of prompt and completion, or of messages.
+
+    The data comes from own files, `dataset_name` or the Hub id of a task of `LANGUAGE_TASKS`. Columns beside those of
+    the form are dropped, `references` kept.
+
+    Args:
+        data_args: what to load.
+        cache_dir: where downloads and converted files are kept; none = the Hub's cache.
+        token: Hub access token.
+        data_seed: of `sample`; `None` = 13.
+
+    Raises:
+        InputError: the data cannot be read, has columns of no form or of two, or a row without text.
+    """
+    task = None
+    if data_args.task_name is not None:
+        if data_args.task_name not in LANGUAGE_TASKS:
+            raise InputError(
+                f"task {data_args.task_name!r} is not one of language modelling"
+                f"{did_you_mean(data_args.task_name, LANGUAGE_TASKS)}; those are {', '.join(LANGUAGE_TASKS)}: leave "
+                "--task_type or --task_name out"
+            )
+        task = LANGUAGE_TASKS[data_args.task_name]
+    for option in ("label_column", "positive_label", "multi_label_threshold", "problem_type", "num_k", "metric"):
+        if getattr(data_args, option) is not None:
+            raise InputError(
+                f"--{option} {getattr(data_args, option)} is about classes, and a language model writes text; leave "
+                "it out, or --task_type"
+            )
+    if data_args.streaming or data_args.pad_to_max_length:
+        option = "streaming" if data_args.streaming else "pad_to_max_length"
+        raise InputError(f"--{option} is not for --task_type causal_lm and seq2seq_lm; leave it out")
+    check_sampling(data_args)
+    if data_args.sample == STRATIFIED:
+        raise InputError("--sample stratified keeps the shares of classes, and rows of text have none; pass random")
+    known = _known_task(data_args, task)
+    roles = find_roles(_open(data_args, known, cache_dir, token), known, data_args)
+    splits: dict[str, dict[str, Dataset]] = {"train": {}, "validation": {}, "test": {}}
+    form = None
+    for role, name, rows in roles:
+        rows = rows if task is None else task.prepare(rows)
+        found, rows = _in_our_columns(name, rows, data_args.text_columns)
+        if form not in (None, found):
+            raise InputError(f"split '{name}' has rows of {found}, another split of {form}; all splits need one form")
+        form = found
+        _check_rows(name, rows, form, answers=role != "test")
+        splits[role][name] = rows
+    data = LanguageData(known, form, splits["train"].get("train"), splits["validation"], splits["test"])
+    data.origins = whole_splits(data)
+    if data.train is not None:
+        data.train = sampled("train", data.train, data_args, data_seed)
+    data.validation = {n: sampled(n, rows, data_args, data_seed) for n, rows in data.validation.items()}
+    limit = data_args.max_predict_samples
+    for name, rows in data.test.items():
+        data.test[name] = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    return replace(data, origins=final_origins(data, draw_text(data_args, data_seed), data_args.train_split or ()))
+
+
+def _known_task(data_args: DataArguments, task: LanguageTask | None) -> Task:
+    file = data_args.train_file or data_args.validation_file or data_args.test_file
+    if task is not None:
+        name, hub_id, config = data_args.task_name, task.hub_id, task.hub_config
+    elif not file and data_args.dataset_name is None:
+        raise InputError(
+            "language modelling needs data: pass --train_file, --dataset_name, or --task_name "
+            f"({', '.join(LANGUAGE_TASKS)})"
+        )
+    else:
+        name, hub_id, config = Path(file).stem if file else Path(data_args.dataset_name).name, None, None
+    return Task(name, (("text",),), None, hub_id=hub_id, hub_config=config, metric="perplexity")
+
+
+def _open(data_args: DataArguments, task: Task, cache_dir: str | None, token: str | None) -> dict[str, Dataset]:
+    """As `open_source`; JSON files and local folders as they are, since messages and answers are nested."""
+    folder = Path(data_args.dataset_name).expanduser() if data_args.dataset_name else None
+    if folder is not None and folder.is_dir():
+        try:
+            return load_dataset(
+                str(folder.resolve()), data_args.dataset_config_name or task.hub_config, cache_dir=cache_dir
+            )
+        except READ_ERRORS as error:
+            raise InputError(
+                f"cannot read data set folder {data_args.dataset_name!r} ({reason(error)}); pass a folder that holds "
+                "csv, json or parquet files, or whose README.md lists them"
+            ) from error
+    files = {option: getattr(data_args, option) for option in ("train_file", "validation_file", "test_file")}
+    files = {option: name for option, name in files.items() if name}
+    suffixes = {option: data_suffix(Path(name).expanduser()) for option, name in files.items()}
+    if data_args.dataset_name or not files or any(FORMATS.get(suffix) != "json" for suffix in suffixes.values()):
+        return open_source(data_args, task, cache_dir=cache_dir, token=token)
+    splits = {}
+    for option, name in files.items():
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise InputError(f"--{option} {name}: there is no such file; check the path")
+        try:
+            splits[option.removesuffix("_file")] = load_dataset(
+                "json", data_files={"train": str(path.resolve())}, split="train", cache_dir=cache_dir
+            )
+        except READ_ERRORS as error:
+            raise InputError(
+                f"cannot read --{option} {name} ({reason(error)}); pass one JSON object a line"
+            ) from error
+    return splits
+
+
+def _in_our_columns(split: str, rows: Dataset, wanted: Sequence[str] | None) -> tuple[Form, Dataset]:
+    """The form of the rows, and the rows with its columns alone.
+
+    Args:
+        wanted: `text_columns`: one column of text or messages, or those of prompt and completion.
+    """
+    columns = rows.column_names
+    if wanted:
+        for column in wanted:
+            if column not in columns:
+                raise InputError(f"split '{split}' has no column '{column}' but {', '.join(columns)}; check "
+                                 "--text_columns")  # fmt: skip
+        if len(wanted) > 2 or len(set(wanted)) < len(wanted):
+            raise InputError(
+                f"--text_columns {' '.join(wanted)}: pass one column of text or messages, or those of prompt and "
+                "completion"
+            )
+        form = Form.PROMPT if len(wanted) == 2 else Form.TEXT
+        if len(wanted) == 1 and len(rows) and not isinstance(rows[0][wanted[0]], str | None):
+            form = Form.MESSAGES
+    else:
+        found = [form for form, names in _COLUMNS.items() if set(names) <= set(columns)]
+        if not found:
+            raise InputError(
+                f"split '{split}' has the columns {', '.join(columns)}, and language modelling needs text, prompt and "
+                "completion, or messages; rename them, or pass --text_columns"
+            )
+        if len(found) > 1:
+            ways = " or ".join(f"--text_columns {' '.join(_COLUMNS[form])}" for form in found)
+            raise InputError(
+                f"split '{split}' has columns of two forms, {found[0]} and {found[1]}; say which to take: {ways}"
+            )
+        form, wanted = found[0], _COLUMNS[found[0]]
+    kept = [*wanted, *([REFERENCES] if REFERENCES in columns else [])]
+    rows = rows.select_columns(kept)
+    renamed = {old: new for old, new in zip(wanted, _COLUMNS[form], strict=True) if old != new}
+    return form, rows.rename_columns(renamed) if renamed else rows
+
+
+def _check_rows(split: str, rows: Dataset, form: Form, answers: bool) -> None:
+    if not len(rows):
+        raise InputError(f"split '{split}' holds no rows; check the data")
+    needed = [name for name in _COLUMNS[form] if answers or name != "completion"]
+    for name in needed:
+        for number, value in enumerate(rows[name]):
+            if value is None or not len(value):
+                raise InputError(f"column '{name}' of split '{split}' has nothing in row {number}; fill or remove it")
+
+
+def prompt_and_references(row: dict[str, Any], form: Form) -> tuple[Any, list[str]]:
+    """What a generation starts from, and the texts that count as right; none where they are unknown.
+
+    Of messages it is all turns before the last one of the assistant.
+    """
+    if form is Form.PROMPT:
+        completion = row["completion"]
+        if isinstance(completion, list):  # conversational
+            completion = completion[-1]["content"]
+        accepted = row.get(REFERENCES) or ([completion] if completion else [])
+        return row["prompt"], [text.strip() for text in accepted]
+    messages = list(row["messages"])
+    if messages[-1]["role"] == "assistant":
+        return messages[:-1], [messages[-1]["content"].strip()]
+    return messages, []

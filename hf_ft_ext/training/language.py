@@ -1,0 +1,195 @@
+"""What trainers of language models have besides: perplexity, counted truncation, generated texts."""
+
+import copy
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_ft_ext.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+logger = logging.getLogger(__name__)
+
+
+class Perplexity(_Trainer):
+    """For a `Trainer` of a language model (before it in the bases): evaluation gives the perplexity.
+
+    It is `exp` of the mean loss over all tokens that count, each token once. (`eval_loss` is transformers' mean over
+    the rows of each batch's mean, in which the tokens of short batches weigh more.) With several processes the rows
+    that fill up the last batch count too.
+    """
+
+    _sums: torch.Tensor | None = None  # of losses and tokens, float64, during an evaluation
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if self._sums is not None and result[0] is not None and "labels" in inputs:
+            # an encoder-decoder predicts every label, a causal model all but the first
+            labels = inputs["labels"] if isinstance(self, Seq2SeqTrainer) else inputs["labels"][:, 1:]
+            tokens = (labels != -100).sum().double().cpu()
+            if tokens:
+                self._sums += torch.stack([result[0].detach().double().cpu() * tokens, tokens])
+        return result
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
+        self._sums = torch.zeros(2, dtype=torch.float64)
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            loss, tokens = torch.tensor(gather_object([self._sums.tolist()]), dtype=torch.float64).sum(0).tolist()
+        finally:
+            self._sums = None
+        if tokens:
+            mean = loss / tokens
+            output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(mean) if mean < 700 else math.inf
+        return output
+
+
+class CountedTruncation(_Trainer):
+    """For trl's `SFTTrainer` (before it in the bases): rows that are cut to `max_length` are counted, and logged."""
+
+    def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        if args.max_length is not None and not packing and isinstance(dataset, Dataset):
+            whole = copy.copy(args)
+            whole.max_length, whole.shuffle_dataset = None, False
+            dataset = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+            report_long_rows([len(ids) for ids in dataset["input_ids"]], args.max_length, dataset_name)
+        prepared = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        if isinstance(dataset, Dataset) and not len(prepared):
+            raise InputError(
+                f"max_seq_length={args.max_length}: no row of the {dataset_name} data has a token of its completion "
+                "left; pass a higher --max_seq_length, or shorten the prompts"
+            )
+        if isinstance(dataset, Dataset) and not packing and len(prepared) < len(dataset):
+            logger.warning(
+                "%d of %d rows of the %s data are left out: their prompts alone fill max_seq_length=%d.",
+                len(dataset) - len(prepared), len(dataset), dataset_name, args.max_length,
+            )  # fmt: skip
+        return prepared
+
+
+def report_long_rows(lengths: Sequence[int], limit: int, name: str) -> int:
+    """Count rows beyond `limit` tokens, log how many there are, and return the number."""
+    longer = sum(length > limit for length in lengths)
+    if longer:
+        logger.warning(
+            "%d of %d rows of the %s data are longer than %d tokens (the longest has %d) and are cut; pass a higher "
+            "--max_seq_length to keep them whole.",
+            longer, len(lengths), name, limit, max(lengths),
+        )  # fmt: skip
+    return longer
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How texts are generated: greedily, or by beams.
+
+    Attributes:
+        max_new_tokens: most tokens of a text.
+        num_beams: 1 = greedy.
+        batch_size: rows at a time.
+    """
+
+    max_new_tokens: int = 64
+    num_beams: int = 1
+    batch_size: int = 8
+
+
+def room_for_prompts(context: int | None, max_new_tokens: int, shared: bool) -> int | None:
+    """Tokens that a prompt may have; `None` = no limit known.
+
+    Args:
+        context: positions that the model has.
+        shared: whether prompt and generated text share them, as in a causal model.
+
+    Raises:
+        InputError: none is left.
+    """
+    room = None if context is None else context - (max_new_tokens if shared else 0)
+    if room is not None and room < 1:
+        raise InputError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's {context} positions; pass "
+            f"--max_new_tokens {context // 2}"
+        )
+    return room
+
+
+@torch.no_grad()
+def generate_texts(
+    trainer: Any, prompts: Sequence[Any], settings: Generation, context: int | None = None
+) -> list[str]:
+    """What the trainer's model writes behind each prompt; every process does its share and gets all.
+
+    Args:
+        prompts: texts, or lists of messages.
+        context: positions that the model has; a longer prompt loses its beginning.
+
+    Raises:
+        InputError: no room for a prompt, no token to pad with, or messages without a chat template.
+    """
+    tokenizer: PreTrainedTokenizerBase = trainer.processing_class
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if tokenizer.pad_token is None:
+        raise InputError("generation pads prompts to one length, and the tokenizer has no padding token; set one")
+    both = getattr(model.config, "is_encoder_decoder", False)
+    room = room_for_prompts(context, settings.max_new_tokens, shared=not both)
+    rows = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    if room is not None:
+        longer = sum(len(ids) > room for ids in rows)
+        if longer:
+            logger.warning(
+                "%d of %d prompts lose their beginning: %d tokens are left for them.", longer, len(rows), room
+            )
+        rows = [ids[-room:] for ids in rows]
+    rank, world = trainer.args.process_index, trainer.args.world_size
+    mine = range(rank, len(rows), world)
+    training, side = model.training, tokenizer.padding_side
+    model.eval()
+    tokenizer.padding_side = "right" if both else "left"
+    found: list[tuple[int, str]] = []
+    try:
+        for start in range(0, len(mine), settings.batch_size):
+            indices = mine[start : start + settings.batch_size]
+            batch = tokenizer.pad({"input_ids": [rows[i] for i in indices]}, return_tensors="pt").to(
+                trainer.args.device
+            )
+            ids = model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=settings.max_new_tokens,
+                num_beams=settings.num_beams,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            new = ids if both else ids[:, batch["input_ids"].shape[1] :]
+            found += zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
+    finally:
+        tokenizer.padding_side = side
+        model.train(training)
+    texts = dict(gather_object(found))
+    return [texts[i].strip() for i in range(len(rows))]
+
+
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    if tokenizer.chat_template is None:
+        raise InputError(NO_CHAT_TEMPLATE)
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+NO_CHAT_TEMPLATE = (
+    "the data has messages, and the tokenizer has no chat template that makes a text of them; pass "
+    "--chat_template_path, a tokenizer with one, or the data as prompt and completion"
+)

@@ -1,0 +1,214 @@
+"""Generated texts and their scores."""
+
+import itertools
+import json
+import re
+import types
+
+import pytest
+import torch
+from decoders import decoder, save_decoder, subword_tokenizer
+
+import run_glue
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.metrics.generation import generation_metrics
+from hf_ft_ext.training.language import Generation, generate_texts, report_long_rows
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "exact", "f1"),
+    [
+        ("The Eiffel Tower.", ["eiffel tower"], 1, 1),
+        ("a tower in Paris", ["Eiffel tower", "the tower of Paris"], 0, 2 / 3),
+        ("", ["Paris"], 0, 0),
+        ("in 1889", ["1889", "the year 1889"], 0, 2 / 3),
+    ],
+)
+def test_exact_match_and_f1_are_squads(prediction, references, exact, f1):
+    scores = generation_metrics([prediction], [references])
+    assert scores["exact_match"] == exact and scores["f1"] == pytest.approx(f1)
+
+
+def common_subsequence(left, right):
+    """The longest, by trying all subsequences of `left`."""
+    for n in range(len(left), 0, -1):
+        for picked in itertools.combinations(left, n):
+            rest = iter(right)
+            if all(word in rest for word in picked):
+                return n
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference"),
+    [
+        ("the police killed the gunman", "police killed the gunman"),
+        ("the gunman kill police", "police kill the gunman"),
+        ("a b a b c", "b a a b c c"),
+        ("none of it", "something else"),
+    ],
+)
+def test_rouge_by_counting_everything(prediction, reference):
+    scores = generation_metrics([prediction], [[reference]])
+    p, r = prediction.split(), reference.split()
+    for n in (1, 2):
+        left, right = ([tuple(w[i : i + n]) for i in range(len(w) - n + 1)] for w in (p, r))
+        common = 0
+        rest = list(right)
+        for gram in left:
+            if gram in rest:
+                rest.remove(gram)
+                common += 1
+        precision, recall = common / len(left), common / len(right)
+        wanted = 2 * precision * recall / (precision + recall) if common else 0
+        assert scores[f"rouge{n}"] == pytest.approx(wanted)
+    common = common_subsequence(p, r)
+    assert scores["rougeL"] == pytest.approx(2 * common / (len(p) + len(r)))
+
+
+def test_scores_are_means_of_the_best_reference_of_each_row():
+    scores = generation_metrics(["x", "a good one"], [["x", "y"], ["no", "good one"]])
+    assert scores["exact_match"] == 1.0  # an article does not count
+    assert generation_metrics(["x", "y"], [["x"], ["z"]])["rouge1"] == 0.5
+    with pytest.raises(InputError, match="row 1 has no reference to score its generated text by"):
+        generation_metrics(["x", "y"], [["x"], []])
+    with pytest.raises(InputError, match="got 1 predictions and 2 lists"):
+        generation_metrics(["x"], [["x"], ["y"]])
+
+
+def stand_in(model, tokenizer):
+    """What `generate_texts` reads of a trainer."""
+    accelerator = types.SimpleNamespace(unwrap_model=lambda model: model)
+    args = types.SimpleNamespace(process_index=0, world_size=1, device=torch.device("cpu"))
+    return types.SimpleNamespace(model=model, processing_class=tokenizer, accelerator=accelerator, args=args)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+@torch.no_grad()
+def test_texts_are_the_likeliest_tokens_one_by_one(family):
+    tokenizer = subword_tokenizer({"gpt2": "byte-level", "llama": "llama", "t5": "unigram"}[family])
+    tokenizer.padding_side = "right"
+    model = decoder(family, len(tokenizer))
+    prompts = ["a film", "we hated the dull scene, but not the ending", "it was"]
+    found = generate_texts(stand_in(model, tokenizer), prompts, Generation(max_new_tokens=6, batch_size=2))
+    for prompt, text in zip(prompts, found, strict=True):
+        ids, new = tokenizer(prompt)["input_ids"], []
+        while len(new) < 6 and tokenizer.eos_token_id not in new:
+            if family == "t5":
+                fed = torch.tensor([[0, *new]])
+                logits = model(input_ids=torch.tensor([ids]), decoder_input_ids=fed).logits
+            else:
+                logits = model(input_ids=torch.tensor([[*ids, *new]])).logits
+            new.append(int(logits[0, -1].argmax()))
+        assert text == tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert tokenizer.padding_side == "right"
+
+
+def test_what_cannot_be_generated():
+    tokenizer = subword_tokenizer("byte-level")
+    trainer = stand_in(decoder("gpt2", len(tokenizer)), tokenizer)
+    with pytest.raises(
+        InputError, match=r"max_new_tokens=128 leaves no room .* 128 positions; pass --max_new_tokens 64"
+    ):
+        generate_texts(trainer, ["a"], Generation(max_new_tokens=128), 128)
+    with pytest.raises(InputError, match="no chat template that makes a text of them; pass --chat_template_path"):
+        generate_texts(trainer, [[{"role": "user", "content": "a"}]], Generation())
+    tokenizer.pad_token = None
+    with pytest.raises(InputError, match="the tokenizer has no padding token; set one"):
+        generate_texts(trainer, ["a"], Generation())
+
+
+def test_long_rows_are_counted(caplog):
+    caplog.set_level("WARNING")
+    assert report_long_rows([3, 9, 12], 8, "train") == 2
+    assert "2 of 3 rows of the train data are longer than 8 tokens (the longest has 12)" in caplog.text
+    assert report_long_rows([3, 8], 8, "train") == 0
+
+
+# --- bad input through the launcher ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("language")
+    save_decoder(root / "gpt2", "gpt2")
+    save_decoder(root / "t5", "t5")
+    rows = [
+        {"prompt": "the film was", "completion": " great"},
+        {"prompt": "a dull plot and", "completion": " end"},
+    ]
+    chat = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    forms = {
+        "pairs": rows, "text": [{"text": "a film"}] * 2, "chat": chat * 2,
+        "two": [{**row, "text": "x"} for row in rows], "none": [{"words": "x"}], "gap": [{"text": "x"}, {"text": ""}],
+        "mixed": [{"prompt": "a", "completion": None}, *rows],
+    }  # fmt: skip
+    for name, lines in forms.items():
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("chat", (), "the data has messages, and the tokenizer has no chat template .* pass --chat_template_path"),
+        ("two", (), "columns of two forms, text and prompt and completion; say which .*--text_columns text or --text"),
+        ("none", (), "has the columns words, and language modelling needs text, prompt and completion, or messages"),
+        ("gap", (), "column 'text' of split 'train' has nothing in row 1; fill or remove it"),
+        ("mixed", (), "column 'completion' of split 'train' has nothing in row 0"),
+        ("text", ("--predict_with_generate",), "--predict_with_generate goes on from a prompt, and rows of text"),
+        ("text", ("--chat_template_path", "x"), "is about messages, and the data has text; leave it out"),
+        ("pairs", ("--max_new_tokens", "5"), "is about generated texts, and this run writes none"),
+        ("pairs", ("--predict_with_generate", "--max_new_tokens", "128"), "leaves no room for a prompt"),
+        ("pairs", ("--predict_with_generate", "--max_new_tokens", "0"), "max_new_tokens must be 1 or more, got 0"),
+        ("pairs", ("--max_seq_length", "129"), "more than the model can take .128 tokens.; pass --max_seq_length 128"),
+        ("pairs", ("--max_seq_length", "2"), "no row of the train data has a token of its completion left"),
+        ("pairs", ("--method", "kernel"), "method kernel solves for class scores, and a language model writes text"),
+        ("pairs", ("--method", "linearhead"), "method linearhead solves for class scores"),
+        ("pairs", ("--metric", "f1"), "--metric f1 is about classes, and a language model writes text"),
+        ("pairs", ("--text_columns", "prompt", "answer"), "split 'train' has no column 'answer' but prompt"),
+        ("pairs", ("--task_name", "squat"), "task 'squat' is not one of language modelling; did you mean 'squad'"),
+        ("pairs", ("--metric_for_best_model", "f1", "--eval_strategy", "steps"), "a language model has: loss, perpl"),
+        ("pairs", ("--few_shot_type", "prompt"), "--few_shot_type prompt says a class by a word"),
+        ("pairs", ("--sample", "stratified", "--max_train_samples", "1"), "keeps the shares of classes"),
+        ("pairs", ("--streaming", "--max_steps", "1"), "--streaming is not for --task_type causal_lm"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_in_one_line_before_training(folder, tmp_path, capsys, data, options, message):
+    file = str(folder / f"{data}.jsonl")
+    method = () if "--method" in options else ("--method", "full")
+    status = run_glue.main(
+        [
+            "--task_type", "causal_lm", "--model_name_or_path", str(folder / "gpt2"), "--train_file", file,
+            "--validation_file", file, "--use_cpu", "--output_dir", str(tmp_path / "out"), *method, *options,
+        ]
+    )  # fmt: skip
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and error.startswith("error: "), error
+    assert re.search(message, error), error
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "data", "message"),
+    [
+        (
+            "t5",
+            "causal_lm",
+            "pairs",
+            "model '.*t5' is an encoder-decoder; pass another one, or --task_type seq2",
+        ),
+        ("gpt2", "seq2seq_lm", "pairs", "model '.*gpt2' is causal; pass another one, or --task_type causal_lm"),
+        ("t5", "seq2seq_lm", "text", "writes a completion to a prompt, and the data has text"),
+    ],
+)
+def test_the_model_has_to_be_of_the_task_s_kind(folder, tmp_path, capsys, model, task, data, message):
+    file = str(folder / f"{data}.jsonl")
+    status = run_glue.main(
+        [
+            "--task_type", task, "--model_name_or_path", str(folder / model), "--train_file", file, "--do_train",
+            "--use_cpu", "--output_dir", str(tmp_path / "out"), "--method", "full",
+        ]
+    )  # fmt: skip
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and re.search(message, error), error

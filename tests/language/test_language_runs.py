@@ -1,0 +1,139 @@
+"""Every method on every family of decoders, as a classifier by prompt and as a language model, by the launcher."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from decoders import DECODERS, save_decoder
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, PeftModel
+from safetensors.torch import load_file
+from tiny import text_dataset
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+import run_glue
+from hf_ft_ext import PromptEncoder, PromptForSequenceClassification
+
+METHODS = {
+    "full": (),
+    "lora": (),
+    "sparse": ("--sparse_basis_steps", "2", "--sparse_density", "0.2"),
+    "gradientless": ("--search_method", "spsa", "--search_target", "all"),
+    "fisher": ("--fisher_examples", "4"),
+    "kernel": (),
+}
+TRAINED = [method for method in METHODS if method != "kernel"]  # it takes no steps
+TEMPLATE = "*cls**sent_0*_it_was*mask*.*sep+*"
+PROMPT = ("--few_shot_type", "prompt", "--template", TEMPLATE, "--mapping", "{'no': 'bad', 'yes': 'great'}")
+PAIRS = [("the film was", " great"), ("a dull plot, and", " not the ending"), ("we hated it and really", " bad")]
+_LOADERS = {
+    "PromptForSequenceClassification": PromptForSequenceClassification, "PeftModel": PeftModel,
+    "AutoModelForCausalLM": AutoModelForCausalLM, "AutoModelForSeq2SeqLM": AutoModelForSeq2SeqLM,
+    "AutoPeftModelForCausalLM": AutoPeftModelForCausalLM, "AutoPeftModelForSeq2SeqLM": AutoPeftModelForSeq2SeqLM,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Models of all families, classified sentences, and prompts with completions."""
+    root = tmp_path_factory.mktemp("decoders")
+    for family in DECODERS:
+        save_decoder(root / family, family)
+    for name, rows, seed in (("train", 24, 0), ("test", 6, 1)):
+        data = text_dataset(rows, seed=seed)
+        labels = [data.features["label"].names[i] for i in data["label"]]
+        lines = [{"sentence": s, "label": label} for s, label in zip(data["sentence"], labels, strict=True)]
+        (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    pairs = [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS * 4]
+    (root / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    return root
+
+
+def launch(folder, family, method, out, *more, task="prompt"):
+    data = {"prompt": ("train.jsonl", "test.jsonl"), "language": ("pairs.jsonl", "pairs.jsonl")}[task]
+    language = ("--task_type", "seq2seq_lm" if family == "t5" else "causal_lm", "--predict_with_generate",
+                "--max_new_tokens", "3")  # fmt: skip
+    steps = () if method == "kernel" else ("--max_steps", "4", "--warmup_steps", "0")
+    status = run_glue.main(
+        [
+            "--model_name_or_path", str(folder / family), "--method", method, *METHODS[method],
+            "--train_file", str(folder / data[0]), "--validation_file", str(folder / data[1]),
+            "--test_file", str(folder / data[1]), "--max_seq_length", "48", "--use_cpu", "--disable_tqdm", "true",
+            "--do_train", "--do_eval", "--do_predict", "--output_dir", str(out), *steps,
+            *(PROMPT if task == "prompt" else language), *more,
+        ]
+    )  # fmt: skip
+    assert status == 0
+    return json.loads((Path(out) / "run.json").read_text())
+
+
+def weights(folder):
+    return {k: v for path in Path(folder).glob("*model.safetensors") for k, v in load_file(path).items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_decoder_classifies_by_prompt_with_every_method(folder, tmp_path, family, method):
+    record = launch(folder, family, method, tmp_path)
+    assert 0 <= record["metrics"]["eval_accuracy"] <= 1 and record["labels"] == ["no", "yes"]
+    with open(tmp_path / "predictions.tsv", encoding="utf-8") as file:
+        predicted = [row["prediction"] for row in csv.DictReader(file, delimiter="\t")]
+    if method == "kernel":  # its result is more than a model
+        assert len(predicted) == 6
+        return
+    model = eval(record["load"], _LOADERS).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / family)
+    config = model.get_base_model().config if isinstance(model, PeftModel) else model.config
+    texts = [json.loads(line)["sentence"] for line in (folder / "test.jsonl").read_text().splitlines()]
+    rows = PromptEncoder(tokenizer, config.template, 1, 48, reading=config.reading)([texts])
+    with torch.no_grad():
+        logits = model(**tokenizer.pad(rows, return_tensors="pt")).logits
+    assert [config.id2label[i] for i in logits.argmax(-1).tolist()] == predicted
+
+
+def mean_loss(model, tokenizer, both):
+    """Mean negative log-likelihood of the completions' tokens, one row at a time, by plain forward passes."""
+    total, count = 0.0, 0
+    for prompt, completion in PAIRS:
+        if both:
+            ids, answer = tokenizer(prompt)["input_ids"], tokenizer(completion.strip())["input_ids"]
+            fed = [model.config.decoder_start_token_id, *answer[:-1]]
+            logits = model(input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([fed])).logits[0]
+        else:
+            ids = tokenizer(prompt)["input_ids"]
+            whole = tokenizer(prompt + completion + tokenizer.eos_token)["input_ids"]
+            answer = whole[len(ids) :]
+            logits = model(input_ids=torch.tensor([whole])).logits[0, len(ids) - 1 : -1]
+        total += float(functional.cross_entropy(logits.double(), torch.tensor(answer), reduction="sum"))
+        count += len(answer)
+    return total / count
+
+
+@pytest.mark.parametrize("method", TRAINED)
+@pytest.mark.parametrize("family", DECODERS)
+def test_a_decoder_writes_text_with_every_method(folder, tmp_path, family, method):
+    record = launch(folder, family, method, tmp_path, task="language")
+    assert record["task_type"] == ("seq2seq_lm" if family == "t5" else "causal_lm") and record["labels"] is None
+    assert record["quality"] == "eval_f1" and len(record["generations"]) == 5
+    lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 12 and json.loads(lines[1])["references"] == ["not the ending"]
+    model = eval(record["load"], _LOADERS).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / family)
+    with torch.no_grad():
+        loss = mean_loss(model, tokenizer, family == "t5")
+    assert record["metrics"]["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+@pytest.mark.parametrize("task", ["prompt", "language"])
+@pytest.mark.parametrize(("family", "method"), list(zip(DECODERS, TRAINED, strict=True)))
+def test_a_resumed_run_equals_an_unbroken_one(folder, tmp_path, family, method, task):
+    saving = ("--save_steps", "2")
+    launch(folder, family, method, tmp_path / "whole", *saving, task=task)
+    last = ("--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-2"))
+    launch(folder, family, method, tmp_path / "resumed", *saving, *last, task=task)
+    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    assert whole and whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -1,0 +1,271 @@
+"""Prompts of decoders: rows, logits and label words against the language model itself, one row and one word a time."""
+
+import math
+
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from decoders import DECODERS, TOKENIZER_OF, decoder, subword_tokenizer, word_tokenizer
+from transformers import AutoModelForSequenceClassification
+
+from hf_ft_ext import PromptEncoder, PromptForSequenceClassification
+from hf_ft_ext.arguments import DataArguments
+from hf_ft_ext.data.task_data import TaskData
+from hf_ft_ext.data.tasks import Task
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.prompts.collator import ContextCollator
+from hf_ft_ext.prompts.preprocess import tokenize_prompts
+from hf_ft_ext.prompts.readout import sequence_scores
+from hf_ft_ext.prompts.words import answer_tokens, word_tokens
+
+TEMPLATE = "*cls**sent_0*_It_was*mask*.*sep+*"
+ROWS = ["a great film", "we hated the dull scene, but not the ending!", "a cast"]
+WORDS = ["bad", "great"]
+RENDERED = {
+    TEMPLATE: "{0} It was",
+    '*cls**sent_0*\nDoes this mean that "*sent_1*" is true?\n*mask*': '{0}\nDoes this mean that "{1}" is true?\n',
+    "*cls*Question:_*sent_0*._Yes?_*mask*": "Question: {0}. Yes?",
+    "*cls**sent_1**+sent_0*\\nNo:*mask*": "{1} {0}\nNo:",
+}
+
+
+def rows_of(model, tokenizer, texts=None, template=TEMPLATE, **options):
+    encoder = PromptEncoder(tokenizer, template, 1, 120, reading=model.config.reading, **options)
+    return encoder([list(texts or ROWS)])
+
+
+def padded(rows, tokenizer, side):
+    tokenizer.padding_side = side
+    return dict(tokenizer.pad(rows, return_tensors="pt"))
+
+
+def prompt_model(family, scoring="first_token", words=WORDS, **settings):
+    tokenizer = subword_tokenizer(TOKENIZER_OF[family])
+    model = PromptForSequenceClassification.from_language_model(
+        decoder(family, len(tokenizer)),
+        tokenizer,
+        TEMPLATE,
+        list(words),
+        ["no", "yes"],
+        word_scoring=scoring,
+        **settings,
+    )
+    return model, tokenizer
+
+
+def log_probability(network, ids, tokens, start):
+    """`log p(tokens | ids)` by one forward pass of the language model for each token, without padding or mask."""
+    total = 0.0
+    for j, token in enumerate(tokens):
+        if start is None:
+            logits = network(input_ids=torch.tensor([[*ids, *tokens[:j]]])).logits
+        else:
+            logits = network(
+                input_ids=torch.tensor([ids]), decoder_input_ids=torch.tensor([[start, *tokens[:j]]])
+            ).logits
+        total += float(logits[0, -1].double().log_softmax(-1)[token])
+    return total
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama", "unigram", "bytes"])
+@pytest.mark.parametrize("template", RENDERED)
+def test_rows_are_the_tokens_of_the_whole_text(kind, template):
+    tokenizer = subword_tokenizer(kind)
+    encoder = PromptEncoder(tokenizer, template, 2, 200, reading="last")
+    first, second = "a great film", "dull and great"
+    ids = encoder([[first], [second]])["input_ids"][0]
+    whole = tokenizer(RENDERED[template].format(first, second))["input_ids"]
+    if kind in ("unigram", "bytes"):  # their end token follows the answer
+        assert whole[-1] == tokenizer.eos_token_id
+        whole = whole[:-1]
+    assert ids == whole
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama", "unigram", "bytes"])
+def test_label_words_are_the_tokens_that_follow_the_text(kind):
+    tokenizer = subword_tokenizer(kind)
+    for before, word, text in (("It was", "great", "a It was great"), ("?\n", "Yes", "a?\nYes"), ("?", "No", "a? No")):
+        whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = answer_tokens(tokenizer, word, before)
+        assert whole[-len(tokens) :] == tokens
+        assert tokenizer.decode(tokens).strip() == word
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("scoring", ["first_token", "sequence", "sequence_mean"])
+@pytest.mark.parametrize("family", DECODERS)
+@torch.no_grad()
+def test_logits_are_those_of_the_language_model_row_by_row(family, scoring, side):
+    words = WORDS if scoring == "first_token" else ["brilliant film", "dull", "not the ending"]
+    model, tokenizer = prompt_model(family, scoring, words)
+    model.double()
+    rows = rows_of(model, tokenizer)
+    logits = model(**padded(rows, tokenizer, side)).logits
+    tokens = word_tokens(tokenizer, words, "a", scoring)
+    start = model.config.masked_lm.decoder_start_token_id if family == "t5" else None
+    network = decoder(family, len(tokenizer)).double()
+    for row, ids in enumerate(rows["input_ids"]):
+        scores = [log_probability(network, ids, t[:1] if scoring == "first_token" else t, start) for t in tokens]
+        if scoring == "sequence_mean":
+            scores = [score / len(t) for score, t in zip(scores, tokens, strict=True)]
+        if scoring == "first_token":  # raw logits: the same up to a constant of the row
+            scores = [score - scores[0] for score in scores]
+            found = logits[row] - logits[row, 0]
+        else:
+            found = logits[row]
+        assert found.tolist() == pytest.approx(scores, abs=1e-5)
+
+
+def test_a_gap_within_the_row_is_t5s_sentinel():
+    tokenizer = subword_tokenizer("unigram")
+    template = "*cls**sent_0*?*mask*,*+sentl_1**sep+*"
+    model = PromptForSequenceClassification.from_language_model(
+        decoder("t5", len(tokenizer)), tokenizer, template, WORDS, ["no", "yes"]
+    )
+    gap = tokenizer.convert_tokens_to_ids("<extra_id_0>")
+    assert model.config.decoder_prefix == [0, gap]
+    rows = PromptEncoder(tokenizer, template, 2, 60, reading="decoder")([["a film"], ["It was"]])
+    assert rows["input_ids"][0].count(gap) == 1 and rows["input_ids"][0][-1] == tokenizer.eos_token_id
+    with torch.no_grad():
+        ids = torch.tensor(rows["input_ids"])
+        network = decoder("t5", len(tokenizer))
+        expected = network(input_ids=ids, decoder_input_ids=torch.tensor([[0, gap]])).logits[0, 1]
+        assert torch.allclose(model(input_ids=ids).logits[0], expected[model.config.word_ids], atol=1e-5)
+
+
+@pytest.mark.parametrize("scoring", ["first_token", "sequence_mean"])
+@pytest.mark.parametrize("family", DECODERS)
+@torch.no_grad()
+def test_a_saved_model_loads_with_its_prompt(family, scoring, tmp_path):
+    model, tokenizer = prompt_model(family, scoring)
+    batch = padded(rows_of(model, tokenizer), tokenizer, "left")
+    model.calibrate(torch.tensor(rows_of(model, tokenizer, [""])["input_ids"]))
+    model.save_pretrained(tmp_path)
+    for kind in (PromptForSequenceClassification, AutoModelForSequenceClassification):
+        loaded = kind.from_pretrained(tmp_path)
+        assert loaded.config.template == TEMPLATE and loaded.config.words == WORDS
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+@torch.no_grad()
+def test_calibration_leaves_a_row_without_content_undecided(family):
+    model, tokenizer = prompt_model(family)
+    batch, empty = padded(rows_of(model, tokenizer), tokenizer, "right"), rows_of(model, tokenizer, [""])["input_ids"]
+    before, bias = model(**batch).logits, model(input_ids=torch.tensor(empty)).logits
+    model.calibrate(torch.tensor(empty))
+    assert torch.allclose(model(input_ids=torch.tensor(empty)).logits, torch.zeros(1, 2), atol=1e-6)
+    assert torch.allclose(model(**batch).logits, before - bias, atol=1e-6)
+
+
+@torch.no_grad()
+def test_untied_words_keep_the_logits_of_a_decoder():
+    model, tokenizer = prompt_model("qwen3")
+    batch = padded(rows_of(model, tokenizer), tokenizer, "left")
+    before = model(**batch).logits
+    layer = model.untie_label_words()
+    assert layer.weight.shape == (2, 16)
+    assert torch.allclose(model(**batch).logits, before, atol=1e-6)
+
+
+def data_of(columns, labels, task=None):
+    features = Features({**dict.fromkeys(columns, Value("string")), "label": ClassLabel(names=["no", "yes"])})
+    rows = Dataset.from_dict({**columns, "label": labels}, features=features)
+    task = task or Task("own", (tuple(columns),), ("no", "yes"))
+    return TaskData(task, rows, {"dev": rows}, {}, ["no", "yes"], task.problem_type, "accuracy", tuple(columns))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_demonstrations_stand_in_front_of_the_row(family):
+    model, tokenizer = prompt_model(family)
+    data = data_of({"sentence": ["a film", "a cast", "a scene", "the plot"]}, [0, 1, 0, 1])
+    data_args = DataArguments(few_shot_type="prompt-demo", num_sample=1, max_seq_length=100)
+    rows = tokenize_prompts(data, tokenizer, data_args, model.config, 120)
+    text = tokenizer.decode(rows.validation["dev"][0]["input_ids"], skip_special_tokens=True)
+    shown, _, own = "".join(text.split()).rpartition("afilmItwas")
+    assert own == ""  # the answer is what comes next
+    assert shown.count("Itwasbad.") == 1 and shown.count("Itwasgreat.") == 1
+    ids = rows.validation["dev"][0]["input_ids"]
+    start, end = [1] if family == "llama" else [], [2] if family == "t5" else []
+    assert ids[: len(start)] == start and ids.count(1) == len(start) and ids[len(ids) - len(end) :] == end
+
+
+@pytest.mark.parametrize("family", ["opt", "t5"])
+@torch.no_grad()
+def test_rows_with_options_of_their_own_are_scored_as_in_a_loop(family):
+    tokenizer = subword_tokenizer(TOKENIZER_OF[family])
+    task = Task("copa", (("premise", "first", "second"),), ("no", "yes"), options=("first", "second"))
+    columns = {
+        "premise": ["a film so", "the cast"],
+        "first": ["it was great", "dull"],
+        "second": ["no", "we hated it"],
+    }
+    data = data_of(columns, [0, 1], task)
+    model = PromptForSequenceClassification.from_language_model(
+        decoder(family, len(tokenizer)), tokenizer, "*cls**sent_0**mask*", None, ["no", "yes"]
+    ).double()
+    rows = tokenize_prompts(data, tokenizer, DataArguments(few_shot_type="prompt"), model.config, 120).train
+    logits = model(**ContextCollator(tokenizer)(list(rows))).logits
+    network, start = decoder(family, len(tokenizer)).double(), 0 if family == "t5" else None
+    for row in range(2):
+        ids = tokenizer(columns["premise"][row])["input_ids"]
+        options = [answer_tokens(tokenizer, columns[c][row], "a") for c in ("first", "second")]
+        scores = [log_probability(network, ids, tokens, start) for tokens in options]
+        assert logits[row].tolist() == pytest.approx(scores, abs=1e-5)
+
+
+# --- bad input -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("*cls**sent_0*_It_was", "has no mask; put \\*mask\\* in it once"),
+        ("*cls**sent_0*?*mask*,*+sentl_1**sep+*", "has text 1 behind \\*mask\\*; a causal language model"),
+        ("*cls**sent_0*_It_was*mask*_indeed.", "has 'indeed.' behind \\*mask\\*.*put \\*mask\\* last"),
+    ],
+)
+def test_a_decoder_answers_at_the_end(template, reason):
+    with pytest.raises(InputError, match=reason):
+        PromptEncoder(subword_tokenizer("byte-level"), template, 2, 60, reading="last")
+
+
+def test_words_that_begin_alike_are_named():
+    tokenizer = subword_tokenizer("bytes")
+    network = decoder("gpt2", len(tokenizer))
+    with pytest.raises(
+        InputError, match=r"'great' and 'dull' begin with the same token .*' '.*--word_scoring sequence"
+    ):
+        PromptForSequenceClassification.from_language_model(network, tokenizer, TEMPLATE, ["great", "dull"])
+    model = PromptForSequenceClassification.from_language_model(
+        network, tokenizer, TEMPLATE, ["great", "dull"], word_scoring="sequence"
+    )
+    assert [len(tokens) for tokens in model.config.word_sequences] == [6, 5]
+
+
+def test_the_same_tokens_for_two_words_are_no_choice():
+    with pytest.raises(InputError, match="'GREAT' and 'great' are the same tokens"):
+        word_tokens(word_tokenizer(), ["GREAT", "great"], "a", "sequence")
+    with pytest.raises(InputError, match="'terrific' is unknown to this tokenizer"):
+        word_tokens(word_tokenizer(), ["terrific", "great"], "a")
+
+
+def test_what_cannot_be_scored_is_refused():
+    with pytest.raises(InputError, match="word_scoring='all' is unknown; choose from: first_token"):
+        prompt_model("gpt2", "all")
+    with pytest.raises(InputError, match="untie_words keeps those of the label words"):
+        prompt_model("gpt2", "sequence", untie_words=True)
+    with pytest.raises(InputError, match="encoder-decoder's head is scaled"):
+        prompt_model("t5", untie_words=True)
+    model, tokenizer = prompt_model("gpt2")
+    rows = padded(rows_of(model, tokenizer), tokenizer, "right")
+    rows["attention_mask"] = rows["attention_mask"][:, None, None]
+    with pytest.raises(InputError, match="attention mask \\[rows, length\\], got \\[3, 1, 1"):
+        model(**rows)
+
+
+def test_an_impossible_token_gives_minus_infinity_and_no_nan():
+    logits = torch.zeros(2, 3, 5)
+    logits[0, 0, 1] = -math.inf
+    scores = sequence_scores(logits, torch.tensor([[[1, -100, -100], [2, 3, 4]]]), mean=False)
+    assert scores[0, 0] == -math.inf and scores[0, 1] == pytest.approx(3 * math.log(1 / 5))
