@@ -90,10 +90,10 @@ class DemonstrationRows:
         for row, word in zip(zip(*texts, strict=True), words, strict=True):
             ids, segments = encoder.join(row, encoder.max_length)
             skip = self._start_tokens(ids)
-            ids, segments = ids[skip:], segments[skip:]
+            last = len(ids) - encoder.end_tokens  # an encoder-decoder's end token closes the whole row
+            ids, segments = ids[skip:last], segments[skip:last]
             if encoder.mask_id is None:
-                end = encoder.end_tokens  # an encoder-decoder's end token closes the whole row, not a demonstration
-                ids = [*ids[: len(ids) - end], *word, *encoder.tail]
+                ids = [*ids, *word, *encoder.tail]
                 segments = [0] * len(ids)
             else:
                 place = ids.index(encoder.mask_id)

@@ -455,6 +455,12 @@ class PromptForSequenceClassification(PreTrainedModel):
             return_dict=True,
         )
 
+    def trial_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What made-up rows need besides token ids `[rows, length]`: options, where each row has its own."""
+        if self.config.word_scoring == FIRST_TOKEN or self.config.words is not None:
+            return {}
+        return {"option_ids": ids[:, : self.config.num_labels, None]}
+
     @torch.no_grad()
     def calibrate(self, input_ids: torch.Tensor) -> list[float]:
         """Subtract from all logits those of a row without content, from now on; return them.

@@ -17,7 +17,10 @@ def trial_device(model: nn.Module) -> torch.device:
 
 
 def trial_rows(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches that `model` may take, the likeliest first: ids `[2, 16]` with mask, decoder ids too, one row."""
+    """Batches that `model` may take, the likeliest first: ids `[2, 16]` with mask, decoder ids too, one row.
+
+    A model whose rows have more than token ids says so in `trial_inputs(ids)`.
+    """
     config = getattr(model, "config", None)
     device = trial_device(model)
     if getattr(model, "main_input_name", "input_ids") == "pixel_values":
@@ -27,6 +30,8 @@ def trial_rows(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         return
     ids = _token_ids(model, config).to(device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if hasattr(model, "trial_inputs"):
+        batch |= model.trial_inputs(ids)
     yield batch
     yield {**batch, "decoder_input_ids": ids}
     yield {name: value[:1] for name, value in batch.items()}  # without a padding token a decoder takes one row
