@@ -21,10 +21,10 @@ With `--few_shot` a seed draws the data too, every learning rate is run in full 
 on the dev split counts, and what counts of it is the test score.
 
 Every variant has one seed before any has two. Each run is a process of its own, `--workers` of them at a time with
-their share of the threads. Runs that are there already (with the same command) are not repeated, so an interrupted study
-continues; a run that fails is named and left out. `table.md` in the output folder and the result file (`--result`, see
-`results.py`) are written after every run: the study can be stopped at any time. Weights are deleted once a run is
-recorded. What follows `--` goes to `run_glue.py` as it is.
+their share of the threads. Runs that are there already (with the same command) are not repeated, so an interrupted
+study continues; a run that fails is named and left out. `table.md` in the output folder and the result file
+(`--result`, see `results.py`) are written after every run: the study can be stopped at any time. Weights are deleted
+once a run is recorded. What follows `--` goes to `run_glue.py` as it is.
 """
 
 import argparse
