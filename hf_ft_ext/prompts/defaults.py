@@ -1,6 +1,8 @@
 """Templates, label words and lengths of the known tasks: LM-BFF's for masked language models, MeZO's for decoders.
 
-Sources: Gao et al., ACL 2021 (arXiv 2012.15723); Malladi et al., NeurIPS 2023 (arXiv 2305.17333), Table 14.
+Sources: Gao et al., ACL 2021 (arXiv 2012.15723); for decoders rte, cb, boolq, wsc, wic, multirc and copa as in
+princeton-nlp/MeZO, large_models/templates.py (Malladi et al., NeurIPS 2023, arXiv 2305.17333). It has none for qnli,
+mrpc, qqp, stsb, mnli, snli, trec and ag_news: those here are this package's own, in the same style.
 """
 
 from dataclasses import dataclass

@@ -230,14 +230,6 @@ def test_kernel(case, together):
 
 
 SQUARE = ("bart", "funnel", "mpnet", "opt", "squeezebert", "t5", "xlnet")
-WRONG = {
-    "bart": "Fisher's hooks take the one row of position embeddings for a row of the batch",
-    "funnel": "Fisher's hooks take the heads of r_s_bias for rows",
-}
-FISHER_SQUARE = [
-    pytest.param(kind, marks=pytest.mark.xfail(strict=True, reason=WRONG[kind])) if kind in WRONG else kind
-    for kind in SQUARE
-]
 
 
 @pytest.mark.parametrize("kind", SQUARE)
@@ -248,7 +240,7 @@ def test_kernel_of_as_many_rows_as_tokens(kind):
     assert relative_error(empirical_ntk(model, batch), expected) <= 1e-9
 
 
-@pytest.mark.parametrize("kind", FISHER_SQUARE)
+@pytest.mark.parametrize("kind", SQUARE)
 def test_fisher_information_of_as_many_rows_as_tokens(kind):
     model, batch = square(kind)
     found = fisher_information(model, [batch], progress=False)
@@ -347,18 +339,8 @@ class OneRowAtATime(nn.Module):
         return SequenceClassifierOutput(loss=loss_of(logits, labels), logits=logits)
 
 
-ONE_OF_ALL = pytest.mark.xfail(strict=True, reason="one row of ids counts as that of all: it is repeated for each")
-
-
-@pytest.mark.parametrize(
-    "what, marked",
-    [
-        pytest.param("fisher", 0, marks=ONE_OF_ALL),
-        ("fisher", 3),
-        ("kernel", 0),
-        pytest.param("kernel", 3, marks=ONE_OF_ALL),  # the trial's rows do not reach the table
-    ],
-)
+@pytest.mark.parametrize("what", ["fisher", "kernel"])
+@pytest.mark.parametrize("marked", [0, 3])  # the trial's rows reach the table, or do not
 def test_an_embedding_that_runs_on_one_row_of_the_batch(what, marked):
     rows = ragged_rows((6, 4, 5, 3), labels=2)
     rows["input_ids"] %= 60
