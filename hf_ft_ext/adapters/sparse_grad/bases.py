@@ -70,7 +70,7 @@ def compute_bases(
         raise InputError("compute_bases got no batch, and every gradient needs one; pass some training batches")
     batches = itertools.islice(itertools.chain([first], batches), gradients)
     device = next(model.parameters()).device
-    values = {f"{name}.sparse_grad_values.{adapter_name}" for name, _ in sparse_grad_layers(model)}
+    values = [layer.sparse_grad_values[adapter_name] for _, layers in groups for _, layer in layers]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(_accelerators(model)))
         stack.enter_context(_without_dropout(model))
