@@ -257,11 +257,14 @@ class Capture:
         if names <= self.failed:
             return
         try:
-            if not call.noted:
+            gradients: dict[str, Gradient] = {}
+            if call.noted:
+                self._check_layout(call)
+                with torch.no_grad(), self._mode():
+                    gradients = self._by_rule(call, grad) if owner.rule else self._call_again(call, grad)
+            elif grad.any():
                 raise _NotSplit
-            self._check_layout(call)
-            with torch.no_grad(), self._mode():
-                gradients = self._by_rule(call, grad) if owner.rule else self._call_again(call, grad)
+            # else nothing: dL/dW is linear in dL/dy, and dL/dy = 0 (of lora_A while lora_B is zero)
         except torch.OutOfMemoryError:
             raise
         except (_NotSplit, *RULE_ERRORS):

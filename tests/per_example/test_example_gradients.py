@@ -99,6 +99,25 @@ def test_adapters(config, covered):
     assert (examples.uncovered == []) == covered
 
 
+def test_a_fresh_lora_goes_by_rules_although_half_of_its_gradients_are_zero_in_the_trial():
+    """While lora_B is zero nothing of lora_A can be compared, and nothing needs to be."""
+    model = get_peft_model(family("bert"), LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query"]))
+    examples = assert_equal(model.double(), batch())
+    assert examples.uncovered == []
+    parts = list(examples(batch(seed=1)))
+    assert len(parts) == 1 and examples.uncovered == []
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    # now lora_A has gradients, whose rule was never compared
+    found = gathered(examples, batch(seed=2))
+    expected = plain(model, examples.function, batch(seed=2), examples.parameters)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    assert examples.uncovered and all("lora_A" in name for name in examples.uncovered)
+
+
 def test_tied_weights_and_single_scalars():
     """Embedding and decoder of a masked LM are one parameter, used as a table and as a linear layer."""
     with torch.random.fork_rng():
