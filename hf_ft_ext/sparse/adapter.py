@@ -90,7 +90,7 @@ def choose_columns(trainer: Trainer) -> None:
         trainer.model,
         own_micro_batches(trainer, args.basis_steps),
         loss,
-        gradients=max(1, -(-args.basis_steps // args.world_size)),
+        gradients=args.basis_steps,
         seed=0,  # equal on all processes, whatever their `seed`
         progress=not args.disable_tqdm and trainer.is_world_process_zero(),
     )

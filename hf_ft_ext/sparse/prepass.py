@@ -152,20 +152,20 @@ def _batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:
 
 
 def own_micro_batches(trainer: Trainer, count: int) -> Iterator[dict]:
-    """This process's part of `count` micro-batches of training data, one at least.
+    """This process's part of each of `count` micro-batches of training data.
 
-    Together the processes read the same rows as one process would; where the trainer's data loader or sampler was
-    overridden, each reads its own loader. No global generator is used.
+    Together the processes read the same rows as one process with their batch sizes' sum would; where the trainer's
+    data loader or sampler was overridden, each reads its own loader. No global generator is used.
     """
     args = trainer.args
     if draws_own_batches(trainer):
-        yield from loader_batches(trainer, -(-count // args.world_size))
+        yield from loader_batches(trainer, count)
         return
-    count = max(count, args.world_size)
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="pre-pass")
-    for number, examples in enumerate(_examples(trainer, count, args.train_batch_size, draw=0)):
-        if number % args.world_size == args.process_index:
-            yield collate(examples)
+    for examples in _examples(trainer, count, args.train_batch_size * args.world_size, draw=0):
+        share = -(-len(examples) // args.world_size)
+        mine = examples[args.process_index * share :][:share]
+        yield collate(mine or examples[:share])  # with fewer rows than processes some are read twice
 
 
 def _examples(trainer: Trainer, steps: int, batch_size: int, draw: int) -> Iterator[list]:

@@ -56,6 +56,8 @@ def test_two_processes_end_where_one_does(two, one, name):
     assert ours.keys() == theirs.keys()
     tolerances = {"gradientless": {"rtol": 1e-7, "atol": 1e-9}, "kernel": {"atol": 1e-7}}
     exact = tolerances.get(VARIANTS[name][0], {"atol": 2e-6})
+    if name == "sparse-structured":
+        exact = {"atol": 2e-4}  # eigenvectors of sums in another order
     for key, value in theirs.items():
         assert torch.allclose(ours[key], value, **exact), f"{key}: {(ours[key] - value).abs().max():.2g}"
     if "predictions" not in ours:
@@ -67,10 +69,16 @@ def test_two_processes_end_where_one_does(two, one, name):
 
 @pytest.mark.parametrize("name", DDP)
 def test_a_step_carries_the_gradients_of_what_trains(two, one, name):
-    """All-reduce: gradients, and one int32 per tensor that says which were used. Broadcast: the position buffers."""
+    """All-reduce: gradients, and one int32 per tensor that says which were used. Broadcast: the position buffers.
+
+    A support that is chosen in each step goes from the first process to the others: an int32 per entry and its size.
+    """
     weights = trained_weights(one(name))
     gradients = sum(weight.gradient_bytes for weight in weights)
-    assert carried(two, name)["step"] == {"all_reduce": gradients + 4 * len(weights), "broadcast": 2 * 64 * 8}
+    sent = {"all_reduce": gradients + 4 * len(weights), "broadcast": 2 * 64 * 8}
+    if name == "sparse-dynamic":
+        sent["broadcast"] += 4 * 2 * LAYERS * HIDDEN * INNER + 8 * 2 * LAYERS
+    assert carried(two, name)["step"] == sent
 
 
 def test_a_fixed_support_carries_its_entries_only(two, one):
@@ -105,5 +113,6 @@ def test_what_crosses_once(two, one):
     candidates = sum(sum(by_layer.values()) for by_layer in one("fisher-select").plan.parameters.values())
     assert carried(two, "fisher-select")["once"]["all_reduce"] >= 4 * candidates > 0
     assert 4 * total <= carried(two, "full")["once"]["broadcast"] <= 4 * total + 2048  # DDP's start: the weights
-    assert carried(two, "kernel")["once"]["all_reduce"] == 8 * ROWS**2
+    # block by block, of a symmetric kernel one of each pair
+    assert 4 * ROWS**2 < carried(two, "kernel")["once"]["broadcast"] < 8 * ROWS**2
     assert 4 * HEAD < carried(two, "linearhead")["once"]["broadcast"] < 4 * HEAD + 2048

@@ -33,7 +33,11 @@ VARIANTS = {
     "prefix": ("full", {"peft": "prefix_tuning", "peft_config": {"num_virtual_tokens": 3}, **SGD}, FLOAT32, 0.05),
     "ia3": ("full", {"peft": "ia3", **SGD}, FLOAT32, 0.05),
     "lora": ("lora", SGD, FLOAT32, 0.05),
-    "sparse": ("sparse", {"sparse_basis_steps": 2, "sparse_density": 0.2, "learning_rate": 1e-2}, FLOAT32, 1e-6),
+    "sparse": (
+        "sparse", {"sparse_support": "dynamic", "sparse_basis_steps": 2, "sparse_density": 0.2, "learning_rate": 1e-2},
+        FLOAT32, 1e-6,
+    ),
+    "sparse adapter": ("sparse", {"sparse_basis": "random", "sparse_density": 0.2, **SGD}, FLOAT32, 0.05),
     "fisher": ("fisher", {"fisher_examples": 4, **SGD}, FLOAT32, 0.05),
     "bottleneck": ("fisher", {"fisher_mode": "single", "fisher_candidates": ["bottleneck"], **SGD}, FLOAT32, 0.05),
     "mask": ("fisher", {"fisher_mode": "mask", "fisher_mask": "random", **SGD}, FLOAT32, 1e-6),

@@ -47,8 +47,8 @@ def compute_bases(
     Args:
         model: from `get_peft_model(model, SparseGradConfig(...))`, or with such adapters injected.
         batches: what `loss` takes, each of which gives one gradient; mappings of tensors are moved to the model's
-            device. Over several processes (`torch.distributed`), each brings its own batches and all get the same
-            columns.
+            device. Over several processes (`torch.distributed`), each brings its own batches, equally many, and a
+            gradient is the mean over the processes, as in a training step; all get the same columns.
         loss: `loss(model, batch)`, a scalar tensor; `None` = `model(**batch).loss`.
         gradients: how many batches are read at most, on each process; the source takes 30.
         adapter_name: which adapter; `None` = the active one.
@@ -127,12 +127,14 @@ class _Sketches:
 
     def _add(self, name: str, gradient: torch.Tensor) -> None:
         for sketch, side in ((self.out, gradient), (self.inp, gradient.T)):
-            self._take(name, sketch, side @ (side.T @ sketch.omega))  # G G^T Omega
+            # G G^T Omega, G the mean over processes
+            self._take(name, sketch, _over_processes(side @ _over_processes(side.T @ sketch.omega)))
 
     def _add_rows(self, name: str, x: torch.Tensor, g: torch.Tensor) -> None:
         # G = g^T x, so G G^T Omega = g^T (x (x^T (g Omega))).
-        self._take(name, self.out, g.T @ (x @ (x.T @ (g @ self.out.omega))))
-        self._take(name, self.inp, x.T @ (g @ (g.T @ (x @ self.inp.omega))))
+        out, inp = _over_processes(x.T @ (g @ self.out.omega)), _over_processes(g.T @ (x @ self.inp.omega))
+        self._take(name, self.out, _over_processes(g.T @ (x @ out)))
+        self._take(name, self.inp, _over_processes(x.T @ (g @ inp)))
 
     def _take(self, name: str, sketch: Sketch, product: torch.Tensor) -> None:
         if not torch.isfinite(product).all():
@@ -174,10 +176,6 @@ def _observed(sums: list[_Sketches], adapter_name: str) -> Iterator[None]:
 
 def _fill(sums: list[_Sketches], seed: int) -> None:
     """The leading eigenvectors of the summed sketches become the columns, one set after the other."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if several:
-        for sketch in (sketch for sketches in sums for sketch in (sketches.out, sketches.inp)):
-            torch.distributed.all_reduce(sketch.sum)
     without = [sketches.layers for sketches in sums if not sketches.out.sum.any()]
     if len(without) == len(sums):
         raise InputError(
@@ -197,9 +195,23 @@ def _fill(sums: list[_Sketches], seed: int) -> None:
             for sketch, side in ((sketches.out, "out"), (sketches.inp, "in"))
         ]
         sketches.columns.fill(*sides)
-        if several:  # every process decomposes the same sums; this keeps the columns equal to the last bit
+        if _processes() > 1:  # all decompose the same sums; this keeps the columns equal to the last bit
             torch.distributed.broadcast(sketches.columns.out_columns, 0)
             torch.distributed.broadcast(sketches.columns.in_columns, 0)
+
+
+def _processes() -> int:
+    here = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if here else 1
+
+
+def _over_processes(part: torch.Tensor) -> torch.Tensor:
+    """The mean of all processes' parts: products with the mean gradient are means of products."""
+    if _processes() == 1:
+        return part
+    part = part.contiguous()
+    torch.distributed.all_reduce(part)
+    return part / _processes()
 
 
 def _calls(model: nn.Module, groups: list, forward: Callable[[], Any]) -> dict[str, int]:
