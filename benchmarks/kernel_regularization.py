@@ -3,7 +3,7 @@
 Kernels come from runs with `--export_kernels FOLDER --do_predict` (`train_kernels_*.pt`, `test_kernels_*.pt`), one
 folder for each task, seed and kind of kernel:
 
-    python benchmarks/kernel_regularization.py runs/exported/* --results benchmarks/results/kernel_regularization.json
+    python benchmarks/kernel_regularization.py runs/exported/* --results benchmarks/kernel_regularization.json
 
 Prints one line for each folder: test accuracy and mean squared error for every value, and which one was chosen; with
 more than two classes also the accuracy of every `kernel_classes`.

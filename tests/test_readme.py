@@ -1,7 +1,6 @@
 """The README's example trains, and it names the methods. Its commands and links: tests/docs."""
 
 import pytest
-import torch
 from blocks import ROOT, blocks_of
 from transformers import AutoModelForSequenceClassification
 
@@ -17,12 +16,10 @@ def test_python_example_trains_and_saves(tmp_path, monkeypatch, tiny_bert_dir, c
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_ft_ext.demo_encoder", lambda: tiny_bert_dir)
     monkeypatch.setattr("hf_ft_ext.demo_dataset", lambda: demo_dataset(train_rows=40, validation_rows=20))
-    before = AutoModelForSequenceClassification.from_pretrained(tiny_bert_dir)
     exec(compile(code, "README.md", "exec"), {})
     assert "eval_loss" in capsys.readouterr().out
     after = AutoModelForSequenceClassification.from_pretrained("runs/mine")
-    name = "bert.encoder.layer.0.output.dense.weight"
-    assert not torch.equal(after.get_parameter(name), before.get_parameter(name))
+    assert any("sparse_grad_values" in name and p.any() for name, p in after.named_parameters())
     assert len([line for line in code.splitlines() if line and not line.startswith(("from", "import"))]) <= 12
 
 

@@ -90,5 +90,5 @@ def test_rows_crossed_by_task(tmp_path):
     }
     lines = tables.table(specification, tmp_path).splitlines()
     assert lines[:4] == [
-        "|  | sst2 | rte |", "| --- | ---: | ---: |", "| lora | 84.5 ± 0.7 | 61.0 ± 1.4 |", "| full | 86.0 |  |",
+        "| method | sst2 | rte |", "| --- | ---: | ---: |", "| lora | 84.5 ± 0.7 | 61.0 ± 1.4 |", "| full | 86.0 |  |",
     ]  # fmt: skip

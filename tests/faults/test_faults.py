@@ -114,7 +114,7 @@ def test_without_a_seal_files_speak_for_themselves(unbroken, tmp_path, file, how
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--method", "sparse"), "was written by method 'full', not 'sparse'"),
+        (("--method", "sparse"), "holds a whole model, but method 'sparse' trains an adapter"),
         (("--model_name_or_path", "wide"), "is of another model or other settings: its .* has shape"),
         (("--optim", "sgd"), "the optimizer's state in .* does not fit|is of another"),
     ],

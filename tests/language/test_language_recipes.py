@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from decoders import save_decoder
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import run_glue
@@ -44,7 +45,8 @@ def test_the_llama_run_trains_up_and_down_of_every_third_layer_only(tmp_path):
     record = json.loads((out / "run.json").read_text())
     assert record["quality"] == "eval_perplexity" and record["task"] == "openassistant"
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
-    after = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    after = PeftModel.from_pretrained(base, out).merge_and_unload().state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     layers = [f"model.layers.{i}.mlp.{part}_proj.weight" for i in (0, 3) for part in ("up", "down")]
     assert changed == set(layers)
