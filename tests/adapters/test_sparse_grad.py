@@ -381,6 +381,12 @@ def test_adapters_that_are_not_in_use(change, message):
         compute_bases(changed, [labelled()])
 
 
+def test_a_loss_without_gradient_is_refused():
+    model = adapted()
+    with pytest.raises(InputError, match=r"BertForSequenceClassification has no gradient with dropout off.*random"):
+        compute_bases(model.get_base_model(), [labelled()], lambda model, batch: model(**batch).loss.detach())
+
+
 def test_batches_that_give_no_gradient():
     model = adapted()
     with pytest.raises(InputError, match="compute_bases got no batch"):

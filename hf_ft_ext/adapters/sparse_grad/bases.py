@@ -82,6 +82,11 @@ def compute_bases(
                 sketches.batch += 1
             with torch.enable_grad(), _observed(sums, adapter_name):
                 value = loss(model, _moved(batch, device))
+                if not value.requires_grad:
+                    raise InputError(
+                        f"the loss of {type(model).__name__} has no gradient with dropout off, so none reaches the "
+                        "layers with SparseGrad adapters; choose init='random' (--sparse_basis random)"
+                    )
                 value.backward()
             for sketches in sums:
                 sketches.end_batch()
