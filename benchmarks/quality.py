@@ -186,7 +186,7 @@ def _accept(job: Job, outcome: Outcome, args: argparse.Namespace) -> None:
 
 
 def write(variants: list[Variant], args: argparse.Namespace) -> None:
-    """`table.md`, and the result file if one is asked for."""
+    """Write `table.md`, and the result file that `--result` names."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "table.md").write_text(table(variants))
     if args.result:

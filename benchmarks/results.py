@@ -60,7 +60,7 @@ def conditions(command: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 def read(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """The rows of a result file, each with its conditions under `run`; none if there is no such file."""
+    """The rows of a result file, each with its conditions under `run`; an empty list if the file does not exist."""
     path = folder / f"{name}.json"
     if not path.exists():
         return []

@@ -1,8 +1,8 @@
 """A solved kernel in a folder: coefficients, training side and settings beside the model that the kernel is of.
 
 Files: `kernel_solution.json` (settings, hashes), `kernel_solution.safetensors` (coefficients) and
-`kernel_training.safetensors` (the training rows' inputs). No labels and no texts are kept, but token ids are texts to
-whoever has the tokenizer.
+`kernel_training.safetensors` (the training rows' inputs). No labels and no texts are kept, but token ids
+can be decoded with the tokenizer.
 """
 
 import contextlib

@@ -46,7 +46,7 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
 
     With structured support the model gets a `SparseGradConfig` adapter: weights stay as they are (quantized, if they
     are), any optimizer of `optim` trains it, `save_model` and checkpoints leave a PEFT adapter. Otherwise, and with
-    settings that an adapter has no room for (`SparseTrainingArguments.not_an_adapter_by`), the model is converted in
+    settings that the adapter does not support (`SparseTrainingArguments.not_an_adapter_by`), the model is converted in
     place, and what is saved is an ordinary model that `from_pretrained` loads.
 
     Args:

@@ -60,7 +60,7 @@ class ChangedLinear(torch.autograd.Function):
         trains = ctx.needs_input_grad[3]
         narrow = flat @ u if trains or not by_weight else None
         bias = None if bias is None else bias.to(dtype)
-        # The output is no view: some models change it in place (Falcon), which autograd refuses for views.
+        # Not a view: some models (Falcon) change the output in place, which autograd forbids for views.
         y = x.new_empty(*x.shape[:-1], n_out)
         rows = y.view(-1, n_out)
         used = _changed(weight, d, v, u) if by_weight else weight.to(dtype)
