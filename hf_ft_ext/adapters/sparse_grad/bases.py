@@ -131,9 +131,11 @@ class _Sketches:
         return 2 * tokens * (n_out + n_in) * width < tokens * n_out * n_in + 2 * n_out * n_in * width
 
     def _add(self, name: str, gradient: torch.Tensor) -> None:
-        for sketch, side in ((self.out, gradient), (self.inp, gradient.T)):
-            # G G^T Omega, G the mean over processes
-            self._take(name, sketch, _over_processes(side @ _over_processes(side.T @ sketch.omega)))
+        # G G^T Omega and G^T G Omega, G the mean over processes. The exchanges are those of `_add_rows`, in its order:
+        # processes with other numbers of tokens may take the other way.
+        out, inp = _over_processes(gradient.T @ self.out.omega), _over_processes(gradient @ self.inp.omega)
+        self._take(name, self.out, _over_processes(gradient @ out))
+        self._take(name, self.inp, _over_processes(gradient.T @ inp))
 
     def _add_rows(self, name: str, x: torch.Tensor, g: torch.Tensor) -> None:
         # G = g^T x, so G G^T Omega = g^T (x (x^T (g Omega))).
