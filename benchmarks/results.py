@@ -46,7 +46,7 @@ def conditions(command: Sequence[str] | None = None) -> dict[str, Any]:
     """What a number depends on beside the code: the command, commit, versions, machine and day."""
     words = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command)
     return {
-        "command": shlex.join(words),
+        "command": shlex.join(_without_folders(words)),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": library_versions(),
@@ -94,6 +94,11 @@ def _key(row: dict[str, Any]) -> str:
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return first, third
+
+
+def _without_folders(words: Sequence[str]) -> list[str]:
+    """The words with absolute paths cut to their last part: where data lies on one machine helps nobody else."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in words]
 
 
 def _commit() -> str | None:

@@ -92,3 +92,8 @@ def test_rows_crossed_by_task(tmp_path):
     assert lines[:4] == [
         "| method | sst2 | rte |", "| --- | ---: | ---: |", "| lora | 84.5 ± 0.7 | 61.0 ± 1.4 |", "| full | 86.0 |  |",
     ]  # fmt: skip
+
+
+def test_a_command_names_no_folder_of_this_machine(tmp_path):
+    command = results.conditions(["sparse.py", "--data", str(tmp_path / "glue"), "--rate", "1e-3"])["command"]
+    assert command == "sparse.py --data glue --rate 1e-3"
