@@ -156,6 +156,23 @@ def test_positions_without_gradient_are_skipped_and_nothing_else():
     assert not any("forward" in vars(module) for module in model)
 
 
+@pytest.mark.parametrize("kept", [slice(0, 1), slice(None)])
+def test_large_products_in_single_precision(kept):
+    """Beyond some size they are another library's; gradients that come in another order in memory included."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 1024), nn.Linear(1024, 512, bias=False)).requires_grad_(False)
+    drawn = torch.randn(64, 4, 96, dtype=torch.double)
+    found = []
+    for dtype, context in ((torch.double, contextlib.nullcontext()), (torch.float, skipping_zero_rows(model))):
+        x = drawn.to(dtype).requires_grad_()
+        with context:
+            outputs = model.to(dtype)(x)
+            (outputs.transpose(0, 1)[kept] ** 2).sum().backward()
+        found.append((outputs.double(), x.grad.double()))
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+
+
 def test_gradient_checkpointing_changes_nothing():
     model = adapted("bert", ["lora", "prefix"]).train()
     expected = fisher_information(model, batched(rows(), 4), progress=False)
