@@ -164,7 +164,7 @@ def test_large_products_in_single_precision(kept):
     drawn = torch.randn(64, 4, 96, dtype=torch.double)
     found = []
     for dtype, context in ((torch.double, contextlib.nullcontext()), (torch.float, skipping_zero_rows(model))):
-        x = drawn.to(dtype).requires_grad_()
+        x = drawn.to(dtype, copy=True).requires_grad_()
         with context:
             outputs = model.to(dtype)(x)
             (outputs.transpose(0, 1)[kept] ** 2).sum().backward()
