@@ -3,6 +3,7 @@
     python benchmarks/fisher.py --threads 1                       # time: pre-pass and forward
     python benchmarks/fisher.py --threads 1 --only memory
     python benchmarks/fisher.py --only counts
+    python benchmarks/fisher.py --threads 1 --result fisher       # results/fisher.json, for docs/fisher.md; all parts
 
 Pre-pass: 64 examples of 128 tokens, prefix with its network, bottleneck and LoRA in all 12 layers. `published` is one
 backward pass per example with dense gradients of all that the candidates train; ours gives the same sums. Variants
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import results
 import torch
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -76,7 +78,7 @@ def prepared(args, use: Callable):
         return use(probe, names, examples(args.examples, args.length))
 
 
-def prepass(args) -> None:
+def prepass(args) -> list[dict]:
     def use(probe, names, rows):
         ways = {
             "published": lambda: published(probe, rows, names),
@@ -98,11 +100,23 @@ def prepass(args) -> None:
             print(f"  {name}: {statistics.median(values):.2f} s")
         print(f"  ratio: {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); "
               f"largest relative difference of the sums (float32): {worst:.1e}")  # fmt: skip
+        about = {"what": "pre-pass", "examples": args.examples, **shape(args)}
+        rows = [
+            {**about, "variant": name, "quantity": "s", **results.summary(values)} for name, values in seconds.items()
+        ]
+        rows.append({**about, "variant": "ours", "quantity": "time / published", **results.summary(ratios)})
+        rows.append({**about, "variant": "ours", "quantity": "largest difference of the sums", "value": worst})
+        return rows
 
-    prepared(args, use)
+    return prepared(args, use)
 
 
-def forward(args) -> None:
+def shape(args) -> dict:
+    """What rows of the result file have in common."""
+    return {"layers": args.layers, "length": args.length, "batch": args.batch}
+
+
+def forward(args) -> list[dict]:
     batch = {k: v for k, v in batches(examples(args.batch, args.length), args.batch)[0].items() if k != "labels"}
     models = {"plain": roberta(args.layers)}
     for name, kinds in TABLES.items():
@@ -116,9 +130,14 @@ def forward(args) -> None:
                 if i:
                     seconds[name].append(time.process_time() - start)
     print(f"forward pass, {args.batch} x {args.length} tokens: median of pairwise ratios to the plain model")
+    rows = []
     for name in models:
         ratios = [a / b for a, b in zip(seconds[name], seconds["plain"], strict=True)]
         print(f"  {name}: {statistics.median(ratios):.3f}")
+        if name != "plain":
+            about = {"what": "forward", "plan": name, **shape(args), "quantity": "time / plain"}
+            rows.append({**about, **results.summary(ratios)})
+    return rows
 
 
 def adapted(kinds: list[str], layers: int = 12, folded: bool = True):
@@ -132,8 +151,9 @@ def adapted(kinds: list[str], layers: int = 12, folded: bool = True):
     return get_peft_model(roberta(layers), plan.config(modules_to_save=["classifier"]))
 
 
-def counts(args) -> None:
+def counts(args) -> list[dict]:
     print("plan: trained (of it the classifier), share of the model; added at inference, share")
+    rows = []
     for name, kinds in TABLES.items():
         with torch.device("meta"):
             base = sum(p.numel() for p in roberta().parameters())
@@ -143,15 +163,26 @@ def counts(args) -> None:
             inference = adapted(kinds)
             added = sum(p.numel() for p in inference.parameters() if p.requires_grad) - head
         print(f"  {name}: {trained:,} ({head:,}), {100 * trained / base:.2f} %; {added:,}, {100 * added / base:.3f} %")
+        found = {"trained": trained, "of the model, %": 100 * trained / base}
+        found |= {"added at inference": added, "added, of the model, %": 100 * added / base}
+        about = {"what": "counts", "plan": name}
+        rows += [{**about, "quantity": quantity, "value": round(value, 3)} for quantity, value in found.items()]
+    return rows
 
 
-def memory(args) -> None:
+def memory(args) -> list[dict]:
     """Peak memory of each way, in a process of its own: pre-pass published and ours, and a training step."""
+    count, rows = 16, []  # the peak does not depend on how many there are
     for way in ("published", "ours", "training step"):
-        words = [sys.executable, __file__, "--measure", way, "--examples", "16", "--batch", str(args.batch)]
-        words += ["--threads", str(args.threads), "--length", str(args.length), "--layers", str(args.layers)]
+        words = [sys.executable, __file__, "--measure", way, "--examples", str(count)]
+        for name in ("batch", "threads", "length", "layers"):
+            words += [f"--{name}", str(getattr(args, name))]
         done = subprocess.run(words, capture_output=True, text=True, check=True)
-        print(f"  {way}: {json.loads(done.stdout.splitlines()[-1]) / 2**20:,.0f} MiB above the model")
+        peak = json.loads(done.stdout.splitlines()[-1])
+        print(f"  {way}: {peak / 2**20:,.0f} MiB above the model")
+        about = {"what": "pre-pass", "examples": count, **shape(args)}
+        rows.append({**about, "variant": way, "quantity": "peak GiB", "value": peak / 2**30})
+    return rows
 
 
 def measure(args) -> None:
@@ -189,6 +220,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--forwards", type=int, default=7)
     parser.add_argument("--only", choices=("prepass", "forward", "counts", "memory"))
+    parser.add_argument("--result", metavar="NAME", help="result file to write to, results/NAME.json; memory too")
     parser.add_argument("--measure", choices=("published", "ours", "training step"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -196,8 +228,10 @@ def main() -> None:
         measure(args)
         return
     for name, part in (("prepass", prepass), ("forward", forward), ("counts", counts), ("memory", memory)):
-        if args.only in (None, name) and (name != "memory" or args.only == name):
-            part(args)
+        if args.only in (None, name) and (name != "memory" or args.only == name or args.result):
+            rows = part(args)
+            if args.result:
+                results.save(args.result, rows, ["python", "benchmarks/fisher.py", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ roberta-base`: random weights of that shape, random rows). Every variant runs in
 threads, in turns, `--repeats` times over; seconds are those of the process's CPU (CUDA: of the wall), ratios medians
 within a round with their range, memory the peak above the loaded model (RSS; CUDA: allocated). The published algorithm
 takes as long for each training row as for another, and for each batch of test rows too: it is run on
-`--published_rows` x `--published_test` rows and the time multiplied up, which the table says.
+`--published_rows` x `--published_test` rows and the time multiplied up, which the table says. `--result NAME` writes
+the rows of `results/NAME.json` after every round, for the tables of docs/kernel.md (there NAME is `kernel`).
 """
 
 import argparse
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import time
 
+import results
 import torch
 from published_kernel import full_jacobians, published
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
@@ -102,10 +104,27 @@ def ratio(rounds: list[dict], to: list[dict], key: str) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 
 
-def table(results: dict[tuple[str, str], list[dict]]) -> str:
+def rows_of(measured: dict[tuple[str, str], list[dict]], args: argparse.Namespace) -> list[dict]:
+    """Rows of the result file: each variant's time and memory, and their ratios to ours in the same round."""
+    setting = {"size": args.size, "rows": f"{args.train} x {args.test}", "length": args.length}
+    setting |= {"batch": args.batch, "memory_gb": args.memory_gb, "device": args.device}
+    rows = []
+    for (formula, variant), rounds in measured.items():
+        quantities = {"s": [r["seconds"] for r in rounds], "peak GB": [r["peak"] / 1e9 for r in rounds]}
+        ours = measured.get((formula, "structured"))
+        if ours is not None and variant != "structured":
+            pairs = list(zip(rounds, ours, strict=True))
+            quantities["time / ours"] = [theirs["seconds"] / mine["seconds"] for theirs, mine in pairs]
+            quantities["memory / ours"] = [theirs["peak"] / mine["peak"] for theirs, mine in pairs]
+        about = {"what": f"{formula}, {variant}", "formula": formula, "variant": variant, **setting}
+        rows += [{**about, "quantity": name, **results.summary(values)} for name, values in quantities.items()]
+    return rows
+
+
+def table(measured: dict[tuple[str, str], list[dict]]) -> str:
     lines = ["| formula | variant | s | peak MB | time / structured | memory / structured |", "|" + " --- |" * 6]
-    for (formula, variant), rounds in results.items():
-        ours = results.get((formula, "structured"), rounds)
+    for (formula, variant), rounds in measured.items():
+        ours = measured.get((formula, "structured"), rounds)
         seconds = statistics.median(r["seconds"] for r in rounds)
         scaled = f" (measured x {rounds[0]['factor']:.4g})" if rounds[0]["factor"] > 1 else ""
         peak = statistics.median(r["peak"] for r in rounds) / 1e6
@@ -132,7 +151,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--output")
+    parser.add_argument("--result", metavar="NAME", help="result file to write to, results/NAME.json")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -141,9 +160,9 @@ def main() -> None:
         return
     if args.size == "minilm" and args.data is None:
         raise SystemExit("pass --data with a folder that holds sst2, or --size roberta-base")
-    results: dict[tuple[str, str], list[dict]] = {(f, v): [] for f in args.formulas for v in args.variants}
+    measured: dict[tuple[str, str], list[dict]] = {(f, v): [] for f in args.formulas for v in args.variants}
     for number in range(args.repeats):
-        for (formula, variant), rounds in results.items():
+        for (formula, variant), rounds in measured.items():
             words = [sys.executable, __file__, "--worker", variant, formula]
             passed = [(key, getattr(args, key, None)) for key in _PASSED]
             words += [f"--{key}={value}" for key, value in passed if value is not None]
@@ -152,11 +171,9 @@ def main() -> None:
                 raise SystemExit(f"{variant} {formula} failed:\n{done.stderr[-2000:]}")
             rounds.append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1}, {formula}, {variant}: {rounds[-1]}", file=sys.stderr)
-    text = f"{args.train} x {args.test} rows, {args.threads} threads, {args.repeats} rounds\n\n{table(results)}\n"
-    print(text)
-    if args.output:
-        with open(args.output, "w") as file:
-            file.write(text)
+        if args.result:
+            results.save(args.result, rows_of(measured, args), ["python", "benchmarks/kernel.py", *sys.argv[1:]])
+    print(f"{args.train} x {args.test} rows, {args.threads} threads, {args.repeats} rounds\n\n{table(measured)}\n")
 
 
 if __name__ == "__main__":

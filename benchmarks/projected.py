@@ -12,17 +12,20 @@ every `--every`-th row and multiplied up; seconds of the process's CPU, memory t
 CUDA: seconds of the wall, allocated). `error`: the Frobenius norm of the kernel's error relative to the kernel's, root
 mean square over `--seeds` projections, beside what `hf_ft_ext.kernel.projection` predicts for it.
 `accuracy`: kernel regression (`lstsq`) with the regularization chosen on 200 rows that are neither trained nor
-tested on; the linear head and fine-tuning see the same rows.
+tested on; the linear head and fine-tuning see the same rows. `--result NAME` writes the rows of `results/NAME.json`,
+for the tables of docs/kernel.md (there NAME is `projected`).
 """
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import numpy as np
+import results
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, Trainer
@@ -83,6 +86,14 @@ def single_rows(model: nn.Module, rows: ExampleRows, indices: range) -> None:
         torch.autograd.grad(logits[0, 1] - logits[0, 0], parameters, allow_unused=True)
 
 
+def quantities(about: dict[str, Any], values: dict[str, Any]) -> list[dict]:
+    """Rows of a result file, one for each quantity: numbers, or what `results.summary` and the like give."""
+    return [
+        {**about, "quantity": name, **(value if isinstance(value, dict) else {"value": value})}
+        for name, value in values.items()
+    ]
+
+
 def measure_time(args: argparse.Namespace) -> list[dict]:
     model = build(args.size).to(args.device)
     for parameter in model.parameters():
@@ -110,19 +121,11 @@ def measure_time(args: argparse.Namespace) -> list[dict]:
         single += (
             seconds(lambda rows=rows, indices=indices: single_rows(model, rows, indices)) / len(indices) * len(rows)
         )
-    return [
-        {
-            "what": "time",
-            "size": args.size,
-            "rows": f"{args.train} x {args.test}",
-            "dimension": args.dimension,
-            "seconds": projected,
-            "single_row_seconds": single,
-            "ratio": projected / single,
-            "peak_mb": peak / 1e6,
-            "memory_gb": args.memory_gb,
-        }
-    ]
+    tokens = 0 if args.size == "minilm" else args.length  # real rows have a length each
+    about = {"what": "time", "size": args.size, "rows": f"{args.train} x {args.test}", "tokens": tokens}
+    about |= {"dimension": args.dimension, "memory_gb": args.memory_gb, "batch": args.batch, "device": args.device}
+    found = {"s": projected, "s, single rows": single, "time / single rows": projected / single}
+    return quantities(about, {**found, "peak GB": peak / 1e9})
 
 
 def measure_error(args: argparse.Namespace) -> list[dict]:
@@ -140,8 +143,9 @@ def measure_error(args: argparse.Namespace) -> list[dict]:
             errors.append(float((a @ b.T - exact).norm() / exact.norm()))
         sizes = a.square().sum(1)[:, None] * b.square().sum(1)  # |g|^2 |g'|^2, estimated
         bound = float(((sizes + exact.square()) / k).sum().sqrt() / exact.norm())
-        found.append({"what": "error", "rows": f"{args.train} x {args.test}", "dimension": k, "bound": bound})
-        found[-1] |= {"error": float(np.sqrt(np.mean(np.square(errors)))), "errors": errors}
+        about = {"what": "error", "rows": f"{args.train} x {args.test}", "dimension": k}
+        error = {"value": 100 * float(np.sqrt(np.mean(np.square(errors)))), "values": [100 * e for e in errors]}
+        found += quantities(about, {"error, %": error, "predicted, %": 100 * bound})
     return found
 
 
@@ -180,9 +184,10 @@ def measure_accuracy(args: argparse.Namespace) -> list[dict]:
             start = time.process_time()
             trainer.train()
             accuracy = trainer.predict(test).metrics["test_accuracy"]
-        row = {"what": "accuracy", "method": name, "rows": f"{args.train} x {len(test)}", "accuracy": accuracy}
-        found.append({**row, "seconds": time.process_time() - start})
-        print(json.dumps(found[-1]), flush=True)
+        about = {"what": "accuracy", "method": name, "rows": f"{args.train} x {len(test)}"}
+        rows = quantities(about, {"accuracy, %": 100 * accuracy, "s": time.process_time() - start})
+        found.extend(rows)
+        print(json.dumps(rows), flush=True)
 
     solved = {"kernel_solver": "lstsq", "kernel_regularization": "auto", "per_device_eval_batch_size": args.batch}
     solved |= {"kernel_memory_gb": args.memory_gb}
@@ -214,7 +219,7 @@ def main() -> None:
     parser.add_argument("--memory_gb", type=float, default=4.0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", help="JSON file for the results")
+    parser.add_argument("--result", metavar="NAME", help="result file to write to, results/NAME.json")
     args = parser.parse_args()
     if args.data is None and (args.size == "minilm" or args.what != "time"):
         raise SystemExit("pass --data with a folder that holds sst2 (time: or --size roberta-base)")
@@ -224,8 +229,8 @@ def main() -> None:
     found = {"time": measure_time, "error": measure_error, "accuracy": measure_accuracy}[args.what](args)
     for row in found:
         print(json.dumps(row))
-    if args.output:
-        Path(args.output).write_text(json.dumps(found, indent=2) + "\n")
+    if args.result:
+        results.save(args.result, found, ["python", "benchmarks/projected.py", *sys.argv[1:]])
 
 
 if __name__ == "__main__":
