@@ -21,11 +21,8 @@ import numpy as np
 import results
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel.solution import Coupling
-from hf_ft_ext.kernel.solvers import KernelSystem, Solver, SolverOptions
-from hf_ft_ext.kernel.source import find_task
-from hf_ft_ext.kernel.store import read_kernel
-from hf_ft_ext.kernel.trainer import LEFT_OUT
+from hf_ft_ext.kernel.solvers import LEFT_OUT, Coupling, KernelSystem, Solver, SolverOptions
+from hf_ft_ext.kernel.store import find_task, read_kernel
 
 VALUES = (0.0, *LEFT_OUT)
 LEFT_ONE_OUT = "loo"  # in the place of a value: the one that leaving a row out chooses

@@ -29,13 +29,15 @@ class Contraction:
 
     Args:
         formula: which products are taken.
-        max_bytes: for gradient rows multiplied out, both sides together.
+
+    Attributes:
+        max_bytes: for gradient rows multiplied out, both sides together; set it as memory allows.
     """
 
     _CHUNK = 2**18  # entries between product and sign
 
-    def __init__(self, formula: Formula, max_bytes: int):
-        self.formula, self.max_bytes, self.scratch = formula, max_bytes, Scratch()
+    def __init__(self, formula: Formula):
+        self.formula, self.max_bytes, self.scratch = formula, 2**28, Scratch()
         self._shared: tuple | None = None
 
     def row_bytes(self, entries: int, dtype: torch.dtype) -> int:
