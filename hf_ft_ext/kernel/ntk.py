@@ -334,6 +334,7 @@ def pseudo_logit(classes: int, seed: int) -> Function:
 
     def function(model: nn.Module, batch: Batch) -> torch.Tensor:
         values = logits(model, batch)
+        # sum_c e_c f_c / sqrt(C)
         return values @ signs.to(values) / classes**0.5
 
     return function

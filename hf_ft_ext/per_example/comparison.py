@@ -47,6 +47,7 @@ def differing(
         if name not in errors and name not in failed:  # a hook saw it and autograd did not, or the reverse
             by_rule = largest(dense(found[name])) if name in found else 0.0
             errors[name] = abs(by_rule - sizes[name])
+    # |found - expected| <= tol |expected| + tol^2 max |all|, by largest entries
     return {n for n, error in errors.items() if not error <= tolerance * (sizes[n] + tolerance * top)}
 
 
@@ -56,6 +57,7 @@ def _error(gradients: list[Gradient], expected: torch.Tensor) -> float:
         ids = torch.cat([gradient.ids[0] for gradient in gradients])
         read, places = ids.clamp_min(0).unique(return_inverse=True)
         grads = torch.cat([gradient.output_gradients[0] for gradient in gradients]) * (ids >= 0)[:, None]
+        # rows that were read: sums over their tokens; elsewhere the gradient must be 0
         found = grads.new_zeros(len(read), expected.shape[1]).index_add_(0, places, grads)
         there = expected.index_select(0, read)
         entries = expected

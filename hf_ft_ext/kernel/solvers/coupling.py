@@ -48,5 +48,6 @@ def view_of(kernel: np.ndarray, coupling: Coupling) -> np.ndarray:
                 f"{kernel.shape} lacks; compute it with class_diagonal=False, or pass kernel_classes=shared"
             )
         return kernel
+    # K[i, c, j, c], and its mean over c
     diagonal = kernel if kernel.ndim == 4 else np.einsum("kicjc->kicj", kernel)
     return diagonal if coupling is Coupling.BY_CLASS else diagonal.mean(2)

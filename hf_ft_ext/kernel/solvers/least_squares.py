@@ -21,8 +21,10 @@ def least_squares(system: KernelProblem, options: SolverOptions) -> LinearSoluti
     """
     r, rows = options.regularization, len(system.targets)
     if options.time is None or options.time == math.inf:
+        # alpha = (K + r n I)^-1 y
         alpha = system.coefficients(lambda matrix, y: matrix.solve(r, y))
     elif all(isinstance(matrix, SymmetricMatrix) for matrix in system.matrices):
+        # alpha = M^-1 (I - exp(-M t / N)) y
         alpha = system.coefficients(lambda matrix, y: matrix.flow(r, y, options.time / rows))
     else:
         raise InputError("gradient flow needs a symmetric kernel, which this one is not; pass a kernel of formula sgd")
@@ -39,6 +41,7 @@ def coupled_least_squares(system: KernelProblem, options: SolverOptions) -> Line
     for c, matrix in enumerate(system.matrices):
         targets = system.targets[:, c]
         signs = targets if options.multi_label or system.scalars == 1 else 2 * targets - 1
+        # H = D (K + r n I) D; the matrices are transposed
         alpha, beta = _coupled(signs[:, None] * matrix.regularized(options.regularization).T * signs, options.gamma)
         alphas.append(options.mix * signs * alpha)
         betas.append((1 - options.mix) * signs * beta)
@@ -55,9 +58,12 @@ def _coupled(h: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray]:
     import scipy.linalg
 
     u, s, vt = scipy.linalg.svd(h)
+    # p = U^T 1, q = V^T 1
     p, q = u.sum(0), vt.sum(1)
     below = 1 / gamma - s
     zero = np.abs(below) <= 2 * len(s) * np.finfo(float).eps * (1 / gamma + s.max())
+    # a + b = (p + q) / (1/gamma + s) and a - b = (p - q) / (1/gamma - s), 0 where it is singular
     total = (p + q) / (1 / gamma + s)
     difference = np.where(zero, 0.0, (p - q) / np.where(zero, 1.0, below))
+    # alpha = U a, beta = V b
     return u @ (total + difference) / 2, vt.T @ (total - difference) / 2

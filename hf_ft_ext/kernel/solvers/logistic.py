@@ -33,6 +33,7 @@ def logistic_regression(system: KernelProblem, options: SolverOptions) -> Linear
     if len(weights) == 1:
         if system.scalars == 1:  # log p_1 - log p_0 = w x + b
             return LinearSolution(weights.T[None], intercept)
+        # log p_0 = 0 and log p_1 = w x + b up to the softmax's normalization
         weights, intercept = np.vstack([np.zeros_like(weights), weights]), np.append(0.0, intercept)
     return LogisticSolution(weights, intercept, np.array([kernel.shape[1]]))
 
@@ -43,6 +44,7 @@ def _cross_validated(features: np.ndarray, labels: np.ndarray, matrix: np.ndarra
     from sklearn.linear_model import LogisticRegressionCV
     from threadpoolctl import threadpool_limits
 
+    # 1 / mean_i |K_ii|
     scale = 1 / max(float(np.mean(np.abs(matrix.diagonal()))), np.finfo(float).tiny)
     fewest = int(np.unique(labels, return_counts=True)[1].min())
     if fewest < 2:
@@ -56,4 +58,5 @@ def _cross_validated(features: np.ndarray, labels: np.ndarray, matrix: np.ndarra
     with warnings.catch_warnings(), threadpool_limits(1):  # as in `hf_ft_ext.linear_fit`
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(scale * features, labels)
+    # w^T (scale x) = (scale w)^T x
     return scale * model.coef_, model.intercept_.copy()

@@ -103,6 +103,7 @@ class LogisticSolution:
 
     def predict(self, kernel: np.ndarray) -> np.ndarray:
         """`[M, C]` of a kernel in the form that `view_of` gives."""
+        # f_c = <w_c, x> + b_c
         scores = features_of(kernel) @ self.weights.T + self.intercept
         return scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)  # log softmax
 

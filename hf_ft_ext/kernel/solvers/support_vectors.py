@@ -22,6 +22,7 @@ def support_vector_regression(system: KernelProblem, options: SolverOptions) -> 
         regularized = matrix.regularized(options.regularization)
         found = np.zeros_like(targets)
         for column in range(targets.shape[1]):
+            # f(x) = sum_i dual_i K(i, x) + b, with dual_i = 0 but for support vectors
             svm = SVR(kernel="precomputed", C=options.svm_c).fit(regularized, targets[:, column])
             found[svm.support_, column] = svm.dual_coef_[0]
             intercepts.append(float(svm.intercept_[0]))
@@ -71,5 +72,6 @@ def _of_scalars(coefficients: np.ndarray, intercept: float, scalars: int) -> Lin
     """A two-class margin as one scalar, or as two that differ by it."""
     if scalars == 1:
         return LinearSolution(coefficients[None, :, None], np.array([intercept]))
+    # f_1 = -f_0 = (sum_i a_i K(i, x) + b) / 2
     both = np.stack([-coefficients, coefficients], 1) / 2
     return LinearSolution(both[None], np.array([-intercept, intercept]) / 2)

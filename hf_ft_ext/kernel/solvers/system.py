@@ -86,6 +86,7 @@ class KernelSystem(KernelProblem):
 
     def best_left_out(self, values: Sequence[float]) -> float:
         """The one of `values`, above 0 each, whose squared error is least when each row is predicted by the others."""
+        # 1/N sum_i |f_(-i)(x_i) - y_i|^2, with f_(-i) solved without row i
         errors = [float(np.mean((self.leave_one_out(value) - self.targets) ** 2)) for value in values]
         return values[int(np.argmin(errors))]
 
