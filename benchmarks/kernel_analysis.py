@@ -24,7 +24,6 @@ import numpy as np
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_rows import batches_in_order, for_collator
-from hf_ft_ext.kernel import pictures
 from hf_ft_ext.kernel.analysis import (
     agreements,
     between_classes,
@@ -32,6 +31,7 @@ from hf_ft_ext.kernel.analysis import (
     class_contrast,
     linearization,
     linearization_error,
+    pictures,
     scores_by_seed,
 )
 from hf_ft_ext.kernel.store import read_kernel

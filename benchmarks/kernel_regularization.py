@@ -3,91 +3,112 @@
 Kernels come from runs with `--export_kernels FOLDER --do_predict` (`train_kernels_*.pt`, `test_kernels_*.pt`), one
 folder for each task, seed and kind of kernel:
 
-    python benchmarks/kernel_regularization.py runs/exported/* --results benchmarks/kernel_regularization.json
+    python benchmarks/kernel_regularization.py runs/exported/* --result kernel_regularization
 
 Prints one line for each folder: test accuracy and mean squared error for every value, and which one was chosen; with
-more than two classes also the accuracy of every `kernel_classes`.
+more than two classes also the accuracy of every `kernel_classes`. `--result NAME` writes these rows, and their means
+over all kernels, to `results/NAME.json`, for the tables of docs/kernel.md.
 """
 
 import argparse
-import platform
+import statistics
 import sys
-import time
-from importlib.metadata import version
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import results
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel.solution import Coupling
-from hf_ft_ext.kernel.solvers import KernelSystem, Solver, SolverOptions
-from hf_ft_ext.kernel.source import find_task
-from hf_ft_ext.kernel.store import read_kernel
-from hf_ft_ext.kernel.trainer import LEFT_OUT
-from hf_ft_ext.training.files import write_json
+from hf_ft_ext.kernel.solvers import LEFT_OUT, Coupling, KernelSystem, Solver, SolverOptions
+from hf_ft_ext.kernel.store import find_task, read_kernel
 
 VALUES = (0.0, *LEFT_OUT)
+LEFT_ONE_OUT = "loo"  # in the place of a value: the one that leaving a row out chooses
+ACCURACY, LOSS = "test accuracy, %", "mean squared error"
+MEAN = "mean over kernels"
+
+Row = dict[str, Any]
 
 
-def measured(folder: Path) -> dict:
-    """Test accuracy and mean squared error by regularization, and which one leaving a row out chooses."""
+def measured(folder: Path) -> list[Row]:
+    """Rows of one kernel: test accuracy and mean squared error by regularization, and by the one that is chosen."""
     task = find_task(folder, "train")
     kernel, labels = (tensor.numpy() for tensor in read_kernel(folder, "train", task))
     other, truth = (tensor.numpy() for tensor in read_kernel(folder, "test", task))
-    start = time.perf_counter()
+    about = {"what": "regularization", "kernel": folder.name, "unknowns": int(np.prod(kernel.shape[1:3]))}
     system = KernelSystem(SolverOptions(Solver.LSTSQ), kernel, labels)
-    found = {}
-    for value in VALUES:
-        model = system.solve(value, quiet=True)
+
+    def rows_of(regularization: float, name: str) -> list[Row]:
+        model = system.solve(regularization, quiet=True)
         scores = model.predict(other)
         predicted = (scores[:, 0] > 0) if scores.shape[1] == 1 else scores.argmax(1)
-        found[value] = {"accuracy": float(np.mean(predicted == truth)), "loss": model.loss(scores, truth)}
+        found = {ACCURACY: 100 * float(np.mean(predicted == truth)), LOSS: model.loss(scores, truth)}
+        return [{**about, "regularization": name, "quantity": key, "value": value} for key, value in found.items()]
+
+    rows = [row for value in VALUES for row in rows_of(value, f"{value:g}")]
     chosen = system.best_left_out(LEFT_OUT)
-    couplings = {}
+    rows += rows_of(chosen, LEFT_ONE_OUT)
+    rows.append({**about, "regularization": LEFT_ONE_OUT, "quantity": "chosen", "value": chosen})
     for coupling in (Coupling.FULL, Coupling.BY_CLASS, Coupling.SHARED) if kernel.shape[2] > 1 else ():
         other_system = KernelSystem(SolverOptions(Solver.LSTSQ, coupling=coupling), kernel, labels)
         best = other_system.best_left_out(LEFT_OUT)
         scores = other_system.solve(best, quiet=True).predict(other)
-        couplings[coupling.value] = {"chosen": best, "accuracy": float(np.mean(scores.argmax(1) == truth))}
-    return {
-        "unknowns": int(np.prod(kernel.shape[1:3])),
-        "values": {f"{value:g}": result for value, result in found.items()},
-        "chosen": chosen,
-        "of the chosen": found[chosen],
-        "couplings": couplings,
-        "seconds": round(time.perf_counter() - start, 3),
-    }
+        found = {ACCURACY: 100 * float(np.mean(scores.argmax(1) == truth)), "chosen": best}
+        of_classes = {**about, "what": "classes", "kernel_classes": coupling.value}
+        rows += [{**of_classes, "quantity": key, "value": value} for key, value in found.items()]
+    return rows
+
+
+def means(rows: Iterable[Row]) -> list[Row]:
+    """Rows of the means over kernels, for each regularization and each measure."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if row["what"] == "regularization" and row["kernel"] != MEAN and row["quantity"] in (ACCURACY, LOSS):
+            values.setdefault((row["regularization"], row["quantity"]), []).append(row["value"])
+    about = {"what": "regularization", "kernel": MEAN}
+    return [
+        {**about, "regularization": regularization, "quantity": quantity, "value": statistics.mean(found)}
+        for (regularization, quantity), found in values.items()
+    ]
+
+
+def shown(rows: list[Row]) -> str:
+    """One line for a kernel, or for the means."""
+    lines = [row for row in rows if row["quantity"] == ACCURACY and row["what"] == "regularization"]
+    losses = {row["regularization"]: row["value"] for row in rows if row["quantity"] == LOSS}
+    columns = [f"{r['regularization']}: {r['value']:.1f} {losses[r['regularization']]:.3g}" for r in lines]
+    columns += [
+        f"kernel_classes={row['kernel_classes']}: {row['value']:.1f}"
+        for row in rows
+        if row["what"] == "classes" and row["quantity"] == ACCURACY
+    ]
+    return f"{rows[0]['kernel']}: {'; '.join(columns)}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
+    words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--results", type=Path, help="JSON file for all numbers.")
-    options = parser.parse_args(argv)
+    parser.add_argument("--result", metavar="NAME", help="result file to write to, results/NAME.json")
+    options = parser.parse_args(words)
+    found: list[Row] = []
     try:
-        results = {folder.name: measured(folder) for folder in options.folders}
+        for folder in options.folders:
+            rows = measured(folder)
+            print(shown(rows), flush=True)
+            found += rows
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    for name, result in results.items():
-        columns = [f"{value}: {r['accuracy']:.3f} {r['loss']:.3g}" for value, r in result["values"].items()]
-        print(f"{name} ({result['unknowns']} unknowns): {'; '.join(columns)}; loo {result['chosen']:g}")
-        for coupling, found in result["couplings"].items():
-            print(f"    kernel_classes={coupling}: loo {found['chosen']:g}, accuracy {found['accuracy']:.3f}")
-    for key in ("accuracy", "loss"):
-        names = results[next(iter(results))]["values"]
-        means = {value: np.mean([r["values"][value][key] for r in results.values()]) for value in names}
-        chosen = np.mean([r["of the chosen"][key] for r in results.values()])
-        print(f"mean {key}:", "; ".join(f"{v}: {mean:.4g}" for v, mean in means.items()), f"; loo: {chosen:.4g}")
-    if options.results:
-        about = {
-            "command": "python benchmarks/kernel_regularization.py FOLDERS --results FILE",
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": {name: version(name) for name in ("numpy", "scipy", "torch", "transformers")},
-            "processor": platform.machine(),
-        }
-        write_json(options.results, {**about, "kernels": results})
+    if options.result:
+        command = ["python", "benchmarks/kernel_regularization.py", *words]
+        results.save(options.result, found, command)
+        found = results.read(options.result)  # those measured before too
+        results.save(options.result, means(found), command)
+    print(shown(means(found)))
     return 0
 
 

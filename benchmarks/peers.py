@@ -10,12 +10,15 @@ two of them would bring another torch along, and parts that are not used here):
     python benchmarks/peers.py --config path/to/config.json --train 8 --test 16
     python benchmarks/peers.py --small                             # a few seconds: does everything run?
     python benchmarks/peers.py --families                          # whose kernels are right on which models
+    python benchmarks/peers.py --repeats 5 --result peers          # writes results/peers.json, for docs/peers.md
+    python benchmarks/peers.py --families --result peers_families
 
 What is computed: `K[i, j] = <d s(x_i), d s(x_j)>` between `--train` and `--test` rows, the scalar being
 `s = f_1 - f_0` of a BERT classifier with two labels, over the parameters that the package at hand covers. Beside each
 package runs `empirical_ntk` over the same parameters, and everything is compared with one backward pass per row.
 Seconds are those of the process's CPU, memory the peak of the resident set above the level before; ratios are medians
-over the rounds with their quartiles. A package that is missing or fails says why, and the others go on.
+over the rounds with their quartiles. A package that is missing or fails says why, and the others go on; it has no rows
+in the result file.
 """
 
 import argparse
@@ -25,7 +28,6 @@ import gc
 import io
 import json
 import re
-import statistics
 import sys
 import time
 import warnings
@@ -33,6 +35,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import results
 import torch
 from published_kernel import prepared
 from torch import nn
@@ -45,6 +48,7 @@ MINILM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6,
 SMALL = {**MINILM, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 500}
 ENCODER_WEIGHTS = r"bert\.encoder\..*dense\.weight|self\.(query|key|value)\.weight"
 ALL = r"."
+OURS = "this package"
 
 Rows = dict[str, torch.Tensor]
 
@@ -246,13 +250,6 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-def quartiles(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.3g}"
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return f"{middle:.3g} ({low:.3g}-{high:.3g})"
-
-
 def installed(name: str) -> str:
     try:
         return f"{name} {version(name)}"
@@ -268,7 +265,7 @@ def compare(name: str, args: argparse.Namespace, model: nn.Module, left: Rows, r
     """
     peer, pattern = PEERS[name]
     ways = {"ours": ours(pattern), name: peer, "autograd": autograd(pattern)}
-    rounds = []
+    rounds: list[dict] = []
     for kernel in ways.values():  # imports, and what is only made once
         measure(kernel, model, *({key: value[:2] for key, value in rows.items()} for rows in (left, right)), 1)
     for _ in range(args.repeats):
@@ -281,20 +278,25 @@ def compare(name: str, args: argparse.Namespace, model: nn.Module, left: Rows, r
     return rounds
 
 
-def line(name: str, rounds: list[dict], covered: int, total: int) -> str:
-    """A row of the table."""
-    cells = [installed(name), f"{covered / 1e6:.3g} of {total / 1e6:.3g} M"]
-    for way in ("ours", name):
-        cells.append(f"{statistics.median(r[way]['seconds'] for r in rounds):.3g}")
-        cells.append(f"{statistics.median(r[way]['bytes'] for r in rounds) / 1e6:,.0f}")
-    for key in ("seconds", "bytes"):
-        cells.append(quartiles([r[name][key] / r["ours"][key] for r in rounds]))
-    cells.append(quartiles([r["autograd"]["seconds"] / r["ours"]["seconds"] for r in rounds]))
-    cells += [f"{max(r['errors'][way] for r in rounds):.0e}" for way in ("ours", name)]
-    return "| " + " | ".join(cells) + " |"
+def rows_of(name: str, rounds: list[dict], covered: int, args: argparse.Namespace) -> list[dict]:
+    """Rows of the result file: one package and ours over the same `covered` parameters."""
+    about = {"what": "time", "package": installed(name), "model": args.config or ("small" if args.small else "MiniLM")}
+    about |= {"rows": f"{args.train} x {args.test}", "length": args.length, "ragged": args.ragged, "batch": args.batch}
+    found: dict[str, dict] = {"parameters, M": {"value": covered / 1e6}}
+    for way, said in (("ours", "ours, "), (name, "")):
+        found[f"{said}s"] = results.summary([r[way]["seconds"] for r in rounds])
+        found[f"{said}GB"] = results.summary([r[way]["bytes"] / 1e9 for r in rounds])
+    for key, said in (("seconds", "time / ours"), ("bytes", "memory / ours")):
+        found[said] = results.summary([r[name][key] / r["ours"][key] for r in rounds])
+    found["one by one, time / ours"] = results.summary(
+        [r["autograd"]["seconds"] / r["ours"]["seconds"] for r in rounds]
+    )
+    for way, said in (("ours", "our error"), (name, "its error")):
+        found[said] = {"value": max(r["errors"][way] for r in rounds)}
+    return [{**about, "quantity": quantity, **values} for quantity, values in found.items()]
 
 
-def families() -> None:
+def families(save: Callable[[list[dict]], None]) -> None:
     """Print, for tiny classifiers of many families, the error of each package's kernel, or what it raised.
 
     In float64, or float32 where the model itself takes no other: mixtures of experts. Rows are ragged and come as a
@@ -303,11 +305,9 @@ def families() -> None:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
     from classifiers import DIFFERENT, perturb, ragged_rows, tiny_classifier
 
-    ways = {"ours": ours(ALL), "dattri-llm": dattri_llm, "opacus": opacus}
-    print("| family | " + " | ".join(ways) + " |\n|" + " --- |" * (len(ways) + 1))
+    ways = {OURS: ours(ALL), installed("dattri-llm"): dattri_llm, installed("opacus"): opacus}
     for kind in DIFFERENT:
         rows = {key: value for key, value in ragged_rows().items() if key != "labels"}
-        cells = []
         dtype = torch.float64
         model = without_dropout(perturb(tiny_classifier(kind)).to(dtype))
         try:
@@ -315,16 +315,23 @@ def families() -> None:
         except RuntimeError:
             dtype = torch.float32
             expected = autograd(ALL)(model.to(dtype), rows, rows, 1)
-        for kernel in ways.values():
+        if not expected.isfinite().all():
+            print(f"{kind}: the model itself gives NaN for these rows", flush=True)
+            continue
+        found: dict[str, float | str] = {}
+        for package, kernel in ways.items():
             model = without_dropout(perturb(tiny_classifier(kind)).to(dtype))
             try:
                 with contextlib.redirect_stderr(io.StringIO()):
-                    cells.append(f"{relative_error(kernel(model, rows, rows, 3), expected):.0e}")
+                    kernel_found = kernel(model, rows, rows, 3)
+                finite = bool(kernel_found.isfinite().all())
+                found[package] = relative_error(kernel_found, expected) if finite else "not finite"
             except Exception as error:  # is the answer
-                cells.append(type(error).__name__)
-                print(f"{kind}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr)
-        precision = "" if dtype == torch.float64 else " (float32)"
-        print(f"| {kind}{precision} | " + " | ".join(cells) + " |", flush=True)
+                found[package] = f"{type(error).__name__}: {str(error)[:300]}"
+        family = kind if dtype == torch.float64 else f"{kind} (float32)"
+        print(f"{family}: {found}", flush=True)
+        about = {"what": "families", "family": family, "quantity": "error"}
+        save([{**about, "package": name, "value": error} for name, error in found.items() if isinstance(error, float)])
 
 
 def without_dropout(model: nn.Module) -> nn.Module:
@@ -332,12 +339,6 @@ def without_dropout(model: nn.Module) -> nn.Module:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
-
-
-COLUMNS = (
-    "package", "parameters", "ours, s", "ours, MB", "package, s", "package, MB", "time / ours", "memory / ours",
-    "one by one, time / ours", "our error", "its error",
-)  # fmt: skip
 
 
 def main() -> None:
@@ -353,29 +354,30 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="rows of a pass, where the package lets one choose")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--result", metavar="NAME", help="result file to write to, results/NAME.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore")
+
+    def save(rows: list[dict]) -> None:
+        if args.result:
+            results.save(args.result, rows, ["python", "benchmarks/peers.py", *sys.argv[1:]])
+
     if args.families:
-        families()
+        families(save)
         return
     model, left, right = build(args)
-    total = sum(p.numel() for p in model.parameters())
-    lines, failures = [], []
     for name in args.peers:
         try:
             rounds = compare(name, args, model, left, right)
         except Exception as error:  # the others go on
-            failures.append(f"{installed(name)} cannot run here: {type(error).__name__}: {str(error)[:500]}")
+            print(f"{installed(name)} cannot run here: {type(error).__name__}: {str(error)[:500]}")
             continue
-        covered = sum(p.numel() for p in chosen(model, PEERS[name][1]).values())
-        lines.append(line(name, rounds, covered, total))
-    rows = "half to all" if args.ragged else "all"
-    print(
-        f"{args.train} x {args.test} rows of {args.length} tokens ({rows} of them real), {args.threads} threads, "
-        f"{args.repeats} rounds, torch {torch.__version__}, {installed('transformers')}\n"
-    )
-    print("\n".join(["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS), *lines, "", *failures]))
+        rows = rows_of(name, rounds, sum(p.numel() for p in chosen(model, PEERS[name][1]).values()), args)
+        for row in rows:
+            spread = f" ({row['low']:.3g}-{row['high']:.3g})" if "low" in row else ""
+            print(f"{row['package']}: {row['quantity']}: {row['value']:.3g}{spread}", flush=True)
+        save(rows)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ random rows of `--length` tokens). `time`: projected gradients of all rows and t
 single rows by autograd (one forward and backward pass each, without padding, all parameters), which are measured on
 every `--every`-th row and multiplied up; seconds of the process's CPU, memory the peak above the loaded model (RSS;
 CUDA: seconds of the wall, allocated). `error`: the Frobenius norm of the kernel's error relative to the kernel's, root
-mean square over `--seeds` projections, beside what `hf_ft_ext.kernel.projection` predicts for it.
+mean square over `--seeds` projections, beside what `hf_ft_ext.kernel.engines.projection` predicts for it.
 `accuracy`: kernel regression (`lstsq`) with the regularization chosen on 200 rows that are neither trained nor
 tested on; the linear head and fine-tuning see the same rows. `--result NAME` writes the rows of `results/NAME.json`,
 for the tables of docs/kernel.md (there NAME is `projected`).

@@ -102,7 +102,8 @@ def _conditions(rows: list[dict[str, Any]]) -> str:
     said = []
     for row in rows:
         run, machine = row["run"], row["run"]["machine"]
-        where = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} threads"
+        threads = machine["threads"] and f", {machine['threads']} threads"  # some old files do not say
+        where = machine["accelerator"] or f"{machine['processor']}{threads or ''}"
         text = f"{run['date']}, {where}, torch {run['versions']['torch']}: `{run['command']}`"
         if text not in said:
             said.append(text)

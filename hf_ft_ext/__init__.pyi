@@ -32,8 +32,8 @@ from .gradientless.trajectory import save_trajectory as save_trajectory
 from .kernel.arguments import KernelTrainingArguments as KernelTrainingArguments
 from .kernel.ntk import empirical_ntk as empirical_ntk
 from .kernel.ntk import projected_gradients as projected_gradients
-from .kernel.predictor import KernelPredictor as KernelPredictor
-from .kernel.predictor import load_kernel as load_kernel
+from .kernel.saved.predictor import KernelPredictor as KernelPredictor
+from .kernel.saved.predictor import load_kernel as load_kernel
 from .kernel.trainer import KernelTrainer as KernelTrainer
 from .linear_probe import fit_linear_head as fit_linear_head
 from .linearhead.arguments import LinearHeadTrainingArguments as LinearHeadTrainingArguments

@@ -21,8 +21,7 @@ from hf_ft_ext.fisher.losses import (
     refuse_expectation,
 )
 from hf_ft_ext.per_example.gradients import ExampleGradients
-from hf_ft_ext.per_example.state import evaluating, without_cache
-from hf_ft_ext.per_example.trial import batch_size
+from hf_ft_ext.per_example.state import batch_size, evaluating, without_cache
 from hf_ft_ext.per_example.types import (
     Gradient,
     LinearGradient,

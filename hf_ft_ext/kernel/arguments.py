@@ -6,9 +6,8 @@ from typing import Any, ClassVar
 from hf_ft_ext.arguments import Gradients
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.formulas import Formula
-from hf_ft_ext.kernel.ntk import DIMENSION, Engine, KernelOptions, signs_of_projections
-from hf_ft_ext.kernel.solution import Coupling
-from hf_ft_ext.kernel.solvers import FULL_UNKNOWNS, Solver, SolverOptions
+from hf_ft_ext.kernel.options import DIMENSION, Engine, KernelOptions, signs_of_projections
+from hf_ft_ext.kernel.solvers import FULL_UNKNOWNS, Coupling, Solver, SolverOptions
 from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
 from hf_ft_ext.training.completion import chosen
 

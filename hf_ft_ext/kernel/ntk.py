@@ -1,11 +1,10 @@
 """`empirical_ntk` and `projected_gradients`: the empirical neural tangent kernel of any transformers model."""
 
-import enum
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm.auto import tqdm
@@ -15,33 +14,14 @@ from hf_ft_ext.kernel.engines.jacobian import JacobianEngine
 from hf_ft_ext.kernel.engines.projected import MemoryChunks, ProjectedEngine, cut_rows
 from hf_ft_ext.kernel.engines.structured import StructuredEngine
 from hf_ft_ext.kernel.formulas import Formula
-from hf_ft_ext.kernel.parameters import kernel_parameters
+from hf_ft_ext.kernel.options import DIMENSION, Engine, KernelOptions, kernel_parameters
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.schedule import Bounds, Edges, Plan, batch_overhead, make_plan, measure, memory_bound
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.gradients import logits
-from hf_ft_ext.per_example.state import Batch, computing_in, evaluating, supports_float64
+from hf_ft_ext.per_example.state import Batch, batch_in, computing_in, evaluating, supports_float64
 
 logger = logging.getLogger(__name__)
-
-DIMENSION = 4096  # of engine `projected`
-
-
-class Engine(enum.StrEnum):
-    """How a kernel is computed: all but `projected` give the same.
-
-    AUTO: `structured`, and autograd example by example for parameters that no rule covers. Use this.
-    STRUCTURED: per-layer contraction only; refuses a model with a parameter that no rule covers, so that nobody
-        waits for the slow way without knowing.
-    JACOBIAN: Jacobians in full by `torch.func`, one matrix product. For comparison, and for small models of any kind.
-    PROJECTED: gradients randomly projected to `dimension` numbers: every row passes once, and entries of the kernel
-        have a random error of at most `sqrt(2 / dimension)` of the norms' product. For many rows; formula `sgd` alone.
-    """
-
-    AUTO = "auto"
-    STRUCTURED = "structured"
-    JACOBIAN = "jacobian"
-    PROJECTED = "projected"
 
 
 class Blocks(Protocol):
@@ -50,71 +30,6 @@ class Blocks(Protocol):
     def plan(self, make: Callable[[Edges | None], Plan]) -> Plan: ...
     def get(self, i: int, j: int) -> torch.Tensor | None: ...
     def put(self, i: int, j: int, block: torch.Tensor) -> None: ...
-
-
-@dataclass(frozen=True)
-class KernelOptions:
-    """What a kernel is taken of, and how much may be used for it.
-
-    Attributes:
-        formula: see `Formula`.
-        engine: see `Engine`.
-        binary_classification: one scalar `f_1 - f_0` in place of two logits.
-        class_diagonal: only products of a scalar with the same one (`diagonal_axes` of neural-tangents).
-        parameters, exclude_embeddings, exclude_head, only_biases: see `kernel_parameters`.
-        memory_gb: bound of memory above the loaded model, in 10^9 bytes; `None` = half of what is free.
-        batch_size: examples in a forward pass, at most.
-        block_rows: examples of the second side that are computed and stored together; `None` = up to 128.
-        dimension: engine `projected` alone: k, numbers that the gradient of a scalar is projected to; `None` = 4096.
-        seed: engine `projected` alone: of the projection; `None` = 0.
-    """
-
-    formula: Formula = Formula.SGD
-    engine: Engine = Engine.AUTO
-    binary_classification: bool = False
-    class_diagonal: bool = False
-    parameters: str | None = None
-    exclude_embeddings: bool = False
-    exclude_head: bool = False
-    only_biases: bool = False
-    memory_gb: float | None = None
-    batch_size: int = 16
-    block_rows: int | None = None
-    dimension: int | None = None
-    seed: int | None = None
-
-    def __post_init__(self):
-        for name, kind in (("formula", Formula), ("engine", Engine)):
-            value = getattr(self, name)
-            try:
-                object.__setattr__(self, name, kind(value))
-            except ValueError:
-                raise InputError(f"{name}={value!r}; choose from: {', '.join(k.value for k in kind)}") from None
-        for name in ("memory_gb", "batch_size", "block_rows", "dimension"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{name}={value} must be above 0")
-        if self.engine is not Engine.PROJECTED:
-            for name in ("dimension", "seed"):
-                if getattr(self, name) is not None:
-                    raise InputError(f"{name} is of engine=projected, not {self.engine.value}; leave it out")
-            return
-        if self.formula.signs:
-            raise InputError(signs_of_projections(self.formula))
-        if self.block_rows is not None:
-            raise InputError(
-                "block_rows is of the exact engines: engine=projected keeps rows, not blocks; leave it out"
-            )
-        object.__setattr__(self, "dimension", DIMENSION if self.dimension is None else self.dimension)
-        object.__setattr__(self, "seed", self.seed or 0)
-
-
-def signs_of_projections(formula: Formula) -> str:
-    """Why the engine `projected` has no sign formula."""
-    return (
-        f"engine=projected has no formula {formula.value}: it needs the sign of every entry of a gradient, which a "
-        "random projection does not keep; pass formula sgd, or engine auto"
-    )
 
 
 def empirical_ntk(
@@ -174,7 +89,7 @@ def projected_gradients(
 
     `<P g, P g'>` is an unbiased estimate of `<g, g'>` with standard deviation `sqrt(2 / dimension) |g| |g'|` at most,
     for gradients of this call and of any other with the same parameters, dimension and seed: the projection
-    does not depend on batches, order, dtype, device or process. See `hf_ft_ext.kernel.projection` for what it is.
+    does not depend on batches, order, dtype, device or process. `hf_ft_ext.kernel.engines.projection` says what it is.
 
     Args:
         model, function: as for `empirical_ntk`.
@@ -398,3 +313,28 @@ def _difference(values: torch.Tensor) -> torch.Tensor:
             "leave it out, or use a model of two classes"
         )
     return values[:, 1] - values[:, 0]
+
+
+def outputs_at_start(computation: KernelComputation, rows: ExampleRows, batch_size: int) -> np.ndarray:
+    """The scalars `[N, C]` that the kernel is of, by the weights as they are, in the type that it is computed in."""
+    model, dtype, found = computation.model, computation.dtype, []
+    device = next(iter(computation.parameters.values())).device
+    with torch.no_grad(), evaluating(model), computing_in(model, dtype):
+        for k in range(0, len(rows), batch_size):
+            batch = batch_in(rows.batch(range(k, min(k + batch_size, len(rows))), device), dtype)
+            scalars = computation.function(model, batch)
+            found.append((scalars[:, None] if scalars.ndim == 1 else scalars).double().cpu())
+    return torch.cat(found).numpy()
+
+
+def pseudo_logit(classes: int, seed: int) -> Function:
+    """The one scalar of `Coupling.PSEUDO`: `sum_c e_c f_c / sqrt(C)`, signs `e` drawn from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    signs = 2.0 * torch.randint(2, (classes,), generator=generator) - 1
+
+    def function(model: nn.Module, batch: Batch) -> torch.Tensor:
+        values = logits(model, batch)
+        # sum_c e_c f_c / sqrt(C)
+        return values @ signs.to(values) / classes**0.5
+
+    return function

@@ -6,8 +6,7 @@ import torch
 from torch.nn import functional
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.per_example.state import Batch
-from hf_ft_ext.per_example.trial import batch_size
+from hf_ft_ext.per_example.state import Batch, batch_size
 
 _LABELS = ("labels", "label")
 

@@ -9,8 +9,7 @@ from torch import nn
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.gradients import ExampleGradients
-from hf_ft_ext.per_example.state import Batch
-from hf_ft_ext.per_example.trial import batch_size
+from hf_ft_ext.per_example.state import Batch, batch_size
 from hf_ft_ext.per_example.types import Gradient, dense, squared_norms
 
 

@@ -13,13 +13,15 @@ from hf_ft_ext.per_example.capture import Capture, Function, Owner, Receiver
 from hf_ft_ext.per_example.state import (
     Batch,
     batch_in,
+    batch_size,
     computing_in,
     evaluating,
     only_trainable,
+    rows,
     supports_float64,
     without_cache,
 )
-from hf_ft_ext.per_example.trial import NotFinite, Shortcuts, Trial, batch_size, rows, tolerance_of, without
+from hf_ft_ext.per_example.trial import NotFinite, Shortcuts, Trial, tolerance_of, without
 from hf_ft_ext.per_example.types import Gradient
 
 logger = logging.getLogger(__name__)

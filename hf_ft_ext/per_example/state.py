@@ -1,4 +1,4 @@
-"""States that a model is put into for exact gradients, and brought back from."""
+"""Batches, and the states that a model is put into for exact gradients and brought back from."""
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
@@ -9,6 +9,25 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 Batch = Mapping[str, torch.Tensor]
+
+
+def row(batch: Batch, i: int) -> Batch:
+    """One example as a batch."""
+    return rows(batch, i, i + 1)
+
+
+def rows(batch: Batch, first: int, last: int) -> Batch:
+    """The examples `first` to `last` (exclusive); what has no row per example stays."""
+    n = batch_size(batch)
+    return {
+        key: value[first:last] if isinstance(value, torch.Tensor) and value.ndim and len(value) == n else value
+        for key, value in batch.items()
+    }
+
+
+def batch_size(batch: Batch) -> int:
+    """Examples in `batch`."""
+    return next(len(value) for value in batch.values() if isinstance(value, torch.Tensor) and value.ndim)
 
 
 @contextlib.contextmanager

@@ -38,6 +38,14 @@ def test_every_row_says_how_it_was_measured():
             assert isinstance(row["value"], int | float)
 
 
+def test_means_of_kernels_are_those_of_the_rows():
+    rows = [row for row in results.read("kernel_regularization") if row["what"] == "regularization"]
+    for row in [row for row in rows if row["kernel"] == "mean over kernels"]:
+        same = [other for other in rows if all(other[key] == row[key] for key in ("regularization", "quantity"))]
+        values = [other["value"] for other in same if other is not row]
+        assert len(values) == 23 and row["value"] == pytest.approx(sum(values) / 23)
+
+
 def test_median_and_quartiles():
     found = results.summary([5.0, 1.0, 2.0, 4.0, 3.0])
     assert (found["value"], found["low"], found["high"]) == (3.0, 2.0, 4.0)

@@ -1,5 +1,6 @@
 """What the analysis commands compute, and that they draw."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -25,14 +26,18 @@ from hf_ft_ext.per_example.types import dense
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def main(words):
-    """The command, from its script."""
+def script(name):
+    """The module of a script."""
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        from kernel_analysis import main as command
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(BENCHMARKS))
-    return command(words)
+
+
+def main(words):
+    """The command, from its script."""
+    return script("kernel_analysis").main(words)
 
 
 def test_kernels_by_class():
@@ -106,3 +111,32 @@ def test_a_kernel_is_drawn(tmp_path, capsys):
     assert main(["heatmap", str(other)]) == 2
     assert "needs the train kernel" in capsys.readouterr().err
     assert main(["heatmap", "x.pt"]) == 2
+
+
+def test_regularizations_of_kernels_and_their_means(tmp_path):
+    module = script("kernel_regularization")
+    truth, rows = np.array([0, 1, 1, 0, 1]), []
+    for seed in (0, 1):
+        gradients = np.random.default_rng(seed).normal(size=(11, 4))
+        train, test = (gradients[:6] @ part.T for part in (gradients[:6], gradients[6:]))
+        labels = np.array([0, 1, 0, 1, 0, 1])
+        folder = tmp_path / f"kernel{seed}"
+        for split, kernel, of_split in (("train", train, labels), ("test", test, truth)):
+            write_kernel(
+                folder, split, "sst2", torch.from_numpy(kernel)[None, :, None, :, None], torch.tensor(of_split)
+            )
+        found = module.measured(folder)
+        rows += found
+        by_value = {(row["regularization"], row["quantity"]): row["value"] for row in found}
+        for value in ("0.001", "0.1"):  # (K + r |K| I) a = y
+            matrix = train + float(value) * np.linalg.norm(train, 2) * np.eye(6)
+            scores = test.T @ np.linalg.solve(matrix, 2.0 * labels - 1)
+            assert by_value[value, module.LOSS] == pytest.approx(np.mean((scores - (2 * truth - 1)) ** 2))
+            assert by_value[value, module.ACCURACY] == pytest.approx(100 * np.mean((scores > 0) == truth))
+        assert by_value["loo", module.LOSS] == by_value[f"{by_value['loo', 'chosen']:g}", module.LOSS]
+    means = module.means(rows)
+    assert len(means) == 2 * (len(module.VALUES) + 1)
+    for row in means:
+        same = [r["value"] for r in rows if all(r[key] == row[key] for key in ("regularization", "quantity"))]
+        assert len(same) == 2 and row["value"] == pytest.approx(sum(same) / 2)
+    assert module.means([*rows, *means]) == means  # a file that holds means already

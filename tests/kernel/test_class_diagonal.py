@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from hf_ft_ext import empirical_ntk
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel import contraction
+from hf_ft_ext.kernel.engines import contraction
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.schedule import measure

@@ -20,7 +20,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from hf_ft_ext import empirical_ntk
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel import contraction as contract
+from hf_ft_ext.kernel.engines import contraction as contract
 from hf_ft_ext.kernel.formulas import Formula, sign_product, sign_scale, signs
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows

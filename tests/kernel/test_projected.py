@@ -19,12 +19,12 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hf_ft_ext import InputError, empirical_ntk, projected_gradients
-from hf_ft_ext.kernel import projection as projection_module
 from hf_ft_ext.kernel.arguments import KernelTrainingArguments
 from hf_ft_ext.kernel.engines import projected
+from hf_ft_ext.kernel.engines import projection as projection_module
 from hf_ft_ext.kernel.engines.projected import MemoryChunks, ProjectedEngine, cut_rows, features_product
+from hf_ft_ext.kernel.engines.projection import Projection, matrix_shape, read_in_common
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
-from hf_ft_ext.kernel.projection import Projection, matrix_shape, read_in_common
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.store import DESCRIPTION, FeatureStore
 from hf_ft_ext.per_example.gradients import logits
@@ -184,7 +184,7 @@ def test_another_process_projects_alike():
     weight, bias = own.places("a.weight"), own.places("b")
     found = [weight.rows.tolist(), weight.row_signs.tolist(), weight.column_signs.tolist(), bias.column_signs.tolist()]
     code = (
-        "import json, torch; from hf_ft_ext.kernel.projection import Projection\n"
+        "import json, torch; from hf_ft_ext.kernel.engines.projection import Projection\n"
         "p = Projection({'b': (4,), 'a.weight': (3, 2)}, 5, 7, torch.device('cpu'), torch.float32)\n"
         "w, b = p.places('a.weight'), p.places('b')\n"
         "print(json.dumps([x.tolist() for x in (w.rows, w.row_signs, w.column_signs, b.column_signs)]))"

@@ -8,18 +8,22 @@ from sklearn.svm import SVC, SVR
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.formulas import Formula
-from hf_ft_ext.kernel.solution import Coupling, arrays_of, solution_of
 from hf_ft_ext.kernel.solvers import (
     FULL_UNKNOWNS,
+    Coupling,
+    GeneralMatrix,
     KernelModel,
     KernelSystem,
     Solver,
     SolverOptions,
+    SymmetricMatrix,
+    arrays_of,
     check_combination,
     check_labels,
     chosen_coupling,
+    matrix_of,
+    solution_of,
 )
-from hf_ft_ext.kernel.systems import GeneralMatrix, SymmetricMatrix, matrix_of
 
 GRID = (0.0, 1e-6, 1e-4, 1e-2, 1.0)
 

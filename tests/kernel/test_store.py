@@ -12,7 +12,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel import store
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
-from hf_ft_ext.kernel.store import KernelStore
+from hf_ft_ext.kernel.store import KernelStore, parts
 
 LEFT, RIGHT = ExampleRows(batch(5)), ExampleRows(batch(9, 11, seed=1))
 ABOUT = {"model": "a", "data": "b"}
@@ -114,7 +114,7 @@ def test_a_folder_of_an_older_version_serves(tmp_path):
     path = KernelStore(tmp_path, ABOUT).folder / store.DESCRIPTION
     description = json.loads(path.read_text())
     description["plan"] |= {"batch_size": 3, "scratch_bytes": 1000}
-    description["check"] = store._check(description["about"], description["plan"])
+    description["check"] = parts._check(description["about"], description["plan"])
     path.write_text(json.dumps(description))
     again, computed = run(tmp_path)
     assert computed == 0 and torch.equal(again, whole)

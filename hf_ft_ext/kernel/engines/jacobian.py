@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hf_ft_ext.kernel.contraction import Contraction
-from hf_ft_ext.kernel.formulas import Formula, sign_scale
+from hf_ft_ext.kernel.engines.base import ExactEngine
+from hf_ft_ext.kernel.formulas import sign_scale
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.state import batch_in, computing_in, evaluating, only_trainable
@@ -64,29 +64,11 @@ class JacobianSide:
         return max(value.shape[1] for value in self.values.values())
 
 
-class JacobianEngine:
-    """Computes sides and their kernels. Arguments as for `StructuredEngine`."""
+class JacobianEngine(ExactEngine[JacobianSide]):
+    """Computes Jacobians in full, and their kernels. Arguments as for `ExactEngine`."""
 
     keeps_graph = False
-    uncovered = ()
-
-    def __init__(
-        self,
-        model: nn.Module,
-        function: Function,
-        parameters: dict[str, nn.Parameter],
-        formula: Formula,
-        dtype: torch.dtype,
-        max_bytes: int = 2**28,
-    ):
-        self.model, self.function, self.parameters = model, function, parameters
-        self.formula, self.dtype = formula, dtype
-        self.contraction = Contraction(formula, max_bytes)
-        self.device = next(iter(parameters.values())).device
-        self._vectorized = True
-
-    def prepare(self, rows: ExampleRows) -> None:
-        """Nothing to find out."""
+    _vectorized = True  # until the model turns out to have no vmap
 
     def side(self, rows: ExampleRows, batches: Sequence[Sequence[int]]) -> JacobianSide:
         """The Jacobians of `batches` (positions in `rows`)."""
@@ -128,19 +110,10 @@ class JacobianEngine:
             rows = [one({key: value[i] for key, value in batch.items()}) for i in range(n)]
         return {name: torch.stack([row[name] for row in rows]) for name in self.parameters}
 
-    def kernels(self, left: JacobianSide, right: JacobianSide) -> torch.Tensor:
-        """`[kernels, n, c, n', c]` in float64, examples in the sides' orders."""
-        shape = (self.formula.kernels, left.rows, right.rows)
-        total = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        for name in self.parameters:
-            total += self.of_parameter(left, right, name)
-        c = left.scalars
-        return total.view(shape[0], left.rows // c, c, right.rows // c, c).cpu()
-
-    def of_parameter(self, left: JacobianSide, right: JacobianSide, name: str) -> torch.Tensor:
-        """What one parameter adds: `[kernels, rows, rows']`."""
+    def add(self, left: JacobianSide, right: JacobianSide, name: str, total: torch.Tensor) -> None:
+        """Add `J_p J'_p^T` of the parameter p."""
         views = [self.contraction.views(side.values[name], side.scale) for side in (left, right)]
-        return torch.stack(self.contraction.multiply(*views))
+        total += torch.stack(self.contraction.multiply(*views))
 
 
 class _Wrapped(nn.Module):

@@ -202,6 +202,7 @@ def _squared_norms(activations: torch.Tensor, grads: torch.Tensor) -> torch.Tens
     """Of one example's rows `[c]`: `sum over tokens t, s of <a_t, a_s> <g_t, g_s>`, or the rows in full if cheaper."""
     grads = grads.transpose(0, 1)
     if len(activations) > min(activations.shape[1], grads.shape[2]):
+        # |G|^2 with G = sum_t g_t a_t^T
         return (grads.mT @ activations).square().sum((1, 2))
     return ((grads @ grads.mT) * (activations @ activations.T)).sum((1, 2))
 
@@ -215,6 +216,7 @@ def _embedding(gradients: list[list[EmbeddingGradient | LinearGradient] | None])
             keys.append(ids * (len(gradient) * c) + examples * c + scalar)
             values.append(grads)
             total = len(gradient) * c
+    # entries of one table row, example and scalar have one key, and add up
     unique, inverse = torch.unique(torch.cat(keys), return_inverse=True)
     summed = values[0].new_zeros(len(unique), values[0].shape[1]).index_add_(0, inverse, torch.cat(values))
     kept = summed.any(1)

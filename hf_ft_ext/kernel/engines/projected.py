@@ -1,7 +1,7 @@
 """Engine `projected`: a kernel of random projections of the gradients, for many rows.
 
 Every row passes once, forward and backward. Its gradient is projected to k numbers per scalar, its features (see
-`hf_ft_ext.kernel.projection`), and the kernel is one product of features. Features do not depend on what they
+`hf_ft_ext.kernel.engines.projection`), and the kernel is one product of features. Features do not depend on what they
 are multiplied with: those of training rows, once computed, serve every later evaluation set.
 
 When to use it: from several hundred rows on, where the exact engine takes too long (its cost grows with rows times
@@ -30,7 +30,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel.projection import Projection, read_in_common
+from hf_ft_ext.kernel.engines.projection import Projection, read_in_common
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.schedule import batch_overhead, longest_row, memory_bound, refuse_too_little, saved_bytes
 from hf_ft_ext.kernel.store import FeatureStore

@@ -3,16 +3,15 @@
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from torch import nn
 
-from hf_ft_ext.kernel.contraction import Contraction
+from hf_ft_ext.kernel.engines.base import ExactEngine
 from hf_ft_ext.kernel.engines.packed import Packed, PackedDense, PackedEmbedding, PackedLinear, Packer
 from hf_ft_ext.kernel.engines.stacks import Stacks
-from hf_ft_ext.kernel.formulas import Formula, sign_scale
+from hf_ft_ext.kernel.formulas import sign_scale
 from hf_ft_ext.kernel.rows import ExampleRows
-from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.gradients import ExampleGradients
 
 
@@ -72,32 +71,15 @@ class StructuredSide:
         return max((matrix.size for matrix in matrices), default=1)
 
 
-class StructuredEngine:
-    """Computes sides and their kernels.
-
-    Args:
-        model, function, parameters: as for `ExampleGradients`.
-        formula: which kernel.
-        dtype: type to compute gradients in.
-        max_bytes: see `Contraction`.
-    """
+class StructuredEngine(ExactEngine[StructuredSide]):
+    """Computes packed gradients, and their kernels. Arguments as for `ExactEngine`."""
 
     keeps_graph = True
 
-    def __init__(
-        self,
-        model: nn.Module,
-        function: Function,
-        parameters: dict[str, nn.Parameter],
-        formula: Formula,
-        dtype: torch.dtype,
-        max_bytes: int = 2**28,
-    ):
-        self.model, self.formula, self.dtype = model, formula, dtype
-        self.examples = ExampleGradients(model, function, parameters, dtype)
-        self.contraction = Contraction(formula, max_bytes)
-        self.device = next(iter(parameters.values())).device
-        self.parameters = parameters
+    @cached_property
+    def examples(self) -> ExampleGradients:
+        """The gradients of single examples, in factors."""
+        return ExampleGradients(self.model, self.function, self.parameters, self.dtype)
 
     def prepare(self, rows: ExampleRows) -> None:
         """Try the rules on two rows of middling lengths."""
@@ -138,22 +120,8 @@ class StructuredEngine:
                 norms += _squared_norms(record, len(norms))
         return norms
 
-    def kernels(self, left: StructuredSide, right: StructuredSide) -> torch.Tensor:
-        """`[kernels, n, c, n', c]` in float64, examples in the sides' orders; it may hold NaN."""
-        shape = (self.formula.kernels, left.rows, right.rows)
-        total = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        for name in sorted(left.records.keys() & right.records.keys()):
-            self._contract(left, right, name, total)
-        c = left.scalars
-        return total.view(shape[0], left.rows // c, c, right.rows // c, c).cpu()
-
-    def of_parameter(self, left: StructuredSide, right: StructuredSide, name: str) -> torch.Tensor:
-        """What one parameter adds: `[kernels, rows, rows']`."""
-        total = torch.zeros(self.formula.kernels, left.rows, right.rows, dtype=torch.float64, device=self.device)
-        self._contract(left, right, name, total)
-        return total
-
-    def _contract(self, left: StructuredSide, right: StructuredSide, name: str, total: torch.Tensor) -> None:
+    def add(self, left: StructuredSide, right: StructuredSide, name: str, total: torch.Tensor) -> None:
+        """Add the products of one parameter's gradients, from what its layer read and gave."""
         sides = (left, right)
         complete = all(len(side.records[name]) == len(side.starts) for side in sides)
         if not complete:  # some batch has no gradient at all for this parameter

@@ -10,21 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_rows import batches_in_order, for_collator, labels_of
 from hf_ft_ext.kernel import store
 from hf_ft_ext.kernel.engines.projected import Chunks, MemoryChunks, cut_rows, features_product, read_chunk
-from hf_ft_ext.kernel.ntk import Engine, KernelComputation, KernelOptions
+from hf_ft_ext.kernel.ntk import KernelComputation, outputs_at_start
+from hf_ft_ext.kernel.options import Engine, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
+from hf_ft_ext.kernel.saved.training_side import TrainingFeatures, TrainingRows
 from hf_ft_ext.kernel.schedule import Edges, Plan
 from hf_ft_ext.kernel.store import FeatureStore, KernelStore
-from hf_ft_ext.kernel.training_side import TrainingFeatures, TrainingRows
 from hf_ft_ext.per_example.capture import Function
-from hf_ft_ext.per_example.gradients import logits
-from hf_ft_ext.per_example.state import Batch, batch_in, computing_in, evaluating
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +236,7 @@ class KernelSource:
 
     def _loaded(self, dataset: Any, split: str) -> torch.Tensor:
         folder = Path(self.args.load_kernels).expanduser()
-        task = self.args.kernel_task_name or find_task(folder, split)
+        task = self.args.kernel_task_name or store.find_task(folder, split)
         kernel, labels = store.read_kernel(folder, split, task)
         n1, n2 = len(self.trainer.train_dataset), len(dataset)
         c = 1 if self.options.binary_classification else self.trainer.model.config.num_labels
@@ -264,32 +262,8 @@ class KernelSource:
         if self.args.load_kernels is not None:
             folder = Path(self.args.load_kernels).expanduser()
             with contextlib.suppress(InputError):
-                return store.read_logits(folder, split, self.args.kernel_task_name or find_task(folder, split))
+                return store.read_logits(folder, split, self.args.kernel_task_name or store.find_task(folder, split))
         return outputs_at_start(self.computation, self.rows(dataset), self.args.rows_per_pass)
-
-
-def outputs_at_start(computation: KernelComputation, rows: ExampleRows, batch_size: int) -> np.ndarray:
-    """The scalars `[N, C]` that the kernel is of, by the weights as they are, in the type that it is computed in."""
-    model, dtype, found = computation.model, computation.dtype, []
-    device = next(iter(computation.parameters.values())).device
-    with torch.no_grad(), evaluating(model), computing_in(model, dtype):
-        for k in range(0, len(rows), batch_size):
-            batch = batch_in(rows.batch(range(k, min(k + batch_size, len(rows))), device), dtype)
-            scalars = computation.function(model, batch)
-            found.append((scalars[:, None] if scalars.ndim == 1 else scalars).double().cpu())
-    return torch.cat(found).numpy()
-
-
-def pseudo_logit(classes: int, seed: int) -> Function:
-    """The one scalar of `Coupling.PSEUDO`: `sum_c e_c f_c / sqrt(C)`, signs `e` drawn from `seed`."""
-    generator = torch.Generator().manual_seed(seed)
-    signs = 2.0 * torch.randint(2, (classes,), generator=generator) - 1
-
-    def function(model: nn.Module, batch: Batch) -> torch.Tensor:
-        values = logits(model, batch)
-        return values @ signs.to(values) / classes**0.5
-
-    return function
 
 
 class _Unkept:
@@ -336,17 +310,3 @@ def _at_first(args: TrainingArguments, find: Callable[[], Any]) -> Any:
     if isinstance(outcome[0], InputError):
         raise outcome[0]
     return outcome[0]
-
-
-def find_task(folder: Path, split: str) -> str:
-    """The task whose kernels `folder` holds for `split`, by the files' names.
-
-    Raises:
-        InputError: none, or several.
-    """
-    prefix = f"{split}_kernels_"
-    tasks = sorted(path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*.pt"))
-    if len(tasks) != 1:
-        there = f"holds kernels of several tasks ({', '.join(tasks)})" if tasks else f"holds no {prefix}<task>.pt"
-        raise InputError(f"load_kernels: {folder} {there}; pass the files of one task, or kernel_task_name")
-    return tasks[0]

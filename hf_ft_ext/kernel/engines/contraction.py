@@ -29,13 +29,15 @@ class Contraction:
 
     Args:
         formula: which products are taken.
-        max_bytes: for gradient rows multiplied out, both sides together.
+
+    Attributes:
+        max_bytes: for gradient rows multiplied out, both sides together; set it as memory allows.
     """
 
     _CHUNK = 2**18  # entries between product and sign
 
-    def __init__(self, formula: Formula, max_bytes: int):
-        self.formula, self.max_bytes, self.scratch = formula, max_bytes, Scratch()
+    def __init__(self, formula: Formula):
+        self.formula, self.max_bytes, self.scratch = formula, 2**28, Scratch()
         self._shared: tuple | None = None
 
     def row_bytes(self, entries: int, dtype: torch.dtype) -> int:
@@ -54,10 +56,11 @@ class Contraction:
 
     def multiply(self, left: tuple[torch.Tensor, ...], right: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         """The products of two sides' views: `[rows, rows']` for each kernel of the formula."""
-        if self.formula is Formula.SGD:
+        if self.formula is Formula.SGD:  # J J'^T
             return [product(left[0], right[0])]
-        if self.formula is Formula.SIGNGD:
+        if self.formula is Formula.SIGNGD:  # sign(J) sign(J')^T
             return [sign_product(left[0], right[0])]
+        # sign(J) J'^T, and its flip J sign(J')^T
         return [product(left[1], right[0]), product(left[0], right[1])]
 
     def vectors(
@@ -123,9 +126,9 @@ class Contraction:
         for inputs, grads in examples:
             for scalar in range(c):
                 g = grads[:, scalar]
-                if raw is not None:
+                if raw is not None:  # G = sum_t g_t x_t^T
                     torch.mm(g.T, inputs, out=raw[row].view(height, width))
-                if sign is not None:
+                if sign is not None:  # sign(G) = trunc(clamp(scale G, -1, 1)), see `formulas.sign_scale`
                     g = g * scale[first + row]
                     target = sign[row].view(height, width)
                     for top in range(0, height, step):  # what stays in the cache between product and sign
@@ -147,10 +150,12 @@ class Contraction:
         while done < n:
             b = _Tokens(right, done, done + step)
             x = self._input_products(a, b)
+            # <g_t, g_s>, times <x_t, x_s>
             g = (a.output_gradients.flatten(0, 1) @ b.output_gradients.flatten(0, 1).T).view(
                 len(a.activations), c, len(b.activations), c
             )
             g.mul_(x[:, None, :, None])
+            # sums over the tokens t of each example of the left side, then over the tokens s of the right one
             part = g.new_zeros(a.n, c * len(b.activations) * c).index_add_(0, a.examples, g.flatten(1))
             part = part.view(a.n * c, len(b.activations), c)
             part = part.new_zeros(a.n * c, b.n, c).index_add_(1, b.examples, part)
@@ -198,6 +203,7 @@ def _tokens_are_cheaper(left: Sequence[PackedLinear], right: Sequence[PackedLine
     width_in, width_out = left[0].activations.shape[1], left[0].output_gradients.shape[2]
     tokens1, tokens2 = (sum(matrix.tokens for matrix in side) for side in (left, right))
     n1, n2 = (sum(len(matrix.counts) for matrix in side) for side in (left, right))
+    # over entries: the products of rows, and each row multiplied out; over tokens: both products and the sums
     entries = c * c * n1 * n2 * size + c * size * (tokens1 + tokens2)
     return tokens1 * tokens2 * (c * c * (width_out + 16) + width_in) < entries
 

@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.engines.projected import MemoryChunks, cut_rows, features_product
-from hf_ft_ext.kernel.ntk import Engine, KernelComputation, KernelOptions
+from hf_ft_ext.kernel.ntk import KernelComputation, outputs_at_start, pseudo_logit
+from hf_ft_ext.kernel.options import Engine, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
-from hf_ft_ext.kernel.saved import SavedKernel, load_model, load_tokenizer
-from hf_ft_ext.kernel.solution import Coupling
-from hf_ft_ext.kernel.solvers import Solver
-from hf_ft_ext.kernel.source import outputs_at_start, pseudo_logit
-from hf_ft_ext.kernel.training_side import TrainingFeatures
+from hf_ft_ext.kernel.saved.model import load_model, load_tokenizer
+from hf_ft_ext.kernel.saved.record import SavedKernel
+from hf_ft_ext.kernel.saved.training_side import TrainingFeatures
+from hf_ft_ext.kernel.solvers import Coupling, Solver
 from hf_ft_ext.metrics import probabilities
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.state import Batch
@@ -110,8 +110,7 @@ class KernelPredictor:
         scores = self.saved.model.predict(kernel, start)
         if self._options.regression:
             return KernelPrediction(torch.from_numpy(scores), None, None)
-        if scores.shape[1] == 1 and not self._options.multi_label:
-            scores = np.hstack([-scores, scores]) / 2
+        scores = self.saved.model.class_scores(scores)
         config = self.model.config
         shares = None
         if self._options.solver is Solver.LOGISTIC:

@@ -94,8 +94,10 @@ class SymmetricMatrix:
         vectors, inverses = self.eigen[1], self._inverses(r)
         rows, scalars = targets.shape
         if rows == self.size:
+            # one scalar a row: residual (G y)_i / G_ii with G = Q diag(1 / (l + r n)) Q^T
             diagonal = np.einsum("ik,k,ik->i", vectors, inverses, vectors)
             return targets - self.solve(r, targets) / diagonal[:, None]
+        # several: G_ii = Q_i diag(1 / (l + r n)) Q_i^T, residual G_ii^-1 (G y)_i
         parts = vectors.reshape(rows, scalars, -1)
         blocks = np.einsum("iak,k,ibk->iab", parts, inverses, parts, optimize=True)
         solution = self.solve(r, targets.reshape(-1, 1)).reshape(rows, scalars)
@@ -135,6 +137,7 @@ class GeneralMatrix:
 
         matrix = self.regularized(r)
         threshold = self.size * np.finfo(float).eps
+        # P L U = K + r n I
         factors, pivots, singular = scipy.linalg.lapack.dgetrf(matrix)
         if not singular:  # 1 / condition number, estimated in the 1-norm
             reciprocal, _ = scipy.linalg.lapack.dgecon(factors, float(np.linalg.norm(matrix, 1)))

@@ -5,41 +5,23 @@ Files: `kernel_solution.json` (settings, hashes), `kernel_solution.safetensors` 
 can be decoded with the tokenizer.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 
-from hf_ft_ext.adapters.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hf_ft_ext.errors import InputError, first_line
-from hf_ft_ext.kernel.solution import Coupling, arrays_of, solution_of
-from hf_ft_ext.kernel.solvers import KernelModel, SolverOptions
-from hf_ft_ext.kernel.training_side import KINDS, TrainingSide
-from hf_ft_ext.models import seeded_init
+from hf_ft_ext.kernel.saved.training_side import KINDS, TrainingSide
+from hf_ft_ext.kernel.solvers import Coupling, KernelModel, SolverOptions, arrays_of, solution_of
 from hf_ft_ext.per_example.capture import Function
-from hf_ft_ext.prompts.configuration import PromptConfig
-from hf_ft_ext.prompts.model import PROMPT_FILE, PromptForSequenceClassification
 from hf_ft_ext.training.files import replacing, tensor_hash, write_json
-from hf_ft_ext.training.precision import train_in_float32
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +32,13 @@ FILES = (SOLUTION, COEFFICIENTS, TRAINING)
 # A tensor under this name lies in the weights' file. No model has it, so every plain load reports it.
 NOT_TRAINED = "this_model_alone_predicts_as_before_training.the_kernel_predicts.see_kernel_solution_json"
 _FORMAT = 1
+# What says how a kernel was solved, so that a saved one predicts the same.
+KEPT = (
+    "adjust_for_init", "binary_classification", "exclude_embeddings", "exclude_head", "f0_scaling", "kernel_classes",
+    "kernel_dimension", "kernel_formula", "kernel_gamma", "kernel_lambda", "kernel_parameters", "kernel_peft",
+    "kernel_peft_config", "kernel_regularization", "kernel_solver", "kernel_svm_c", "kernel_time", "only_biases",
+    "random_model_init",
+)  # fmt: skip
 _NEEDED = ("format", "arguments", "solver", "solution", "scalars", "parameters", "weights", "training", "files")
 
 
@@ -195,88 +184,6 @@ def weights_hash(model: nn.Module) -> str:
         values = tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize < 4 else tensor
         digest.update(f"{name} {tensor_hash(values)}\n".encode())
     return digest.hexdigest()
-
-
-def load_model(folder: str | Path, saved: SavedKernel) -> PreTrainedModel | PeftModel:
-    """The model that the kernel in `folder` is of: a classifier, a prompt model, or one of these with an adapter.
-
-    Raises:
-        InputError: it cannot be loaded from the folder alone.
-    """
-    folder = Path(folder)
-    try:
-        with without_report():
-            if (folder / ADAPTER_CONFIG).is_file():
-                return with_adapter(load_base(folder, saved), folder)
-            config = AutoConfig.from_pretrained(folder)
-            return _class_of(config).from_pretrained(folder, config=config)
-    except InputError:
-        raise
-    except Exception as error:  # of many kinds: transformers', peft's, safetensors'
-        raise InputError(
-            f"the model of the kernel in {str(folder)!r} cannot be loaded from there ({first_line(error)}); load it "
-            "yourself and pass model="
-        ) from error
-
-
-def load_base(folder: Path, saved: SavedKernel) -> PreTrainedModel:
-    """The base model of the adapter in `folder`, with the labels that it was trained for."""
-    peft_config = PeftConfig.from_pretrained(folder)
-    if (folder / PROMPT_FILE).is_file() or isinstance(AutoConfig.from_pretrained(folder), PromptConfig):
-        base = PromptForSequenceClassification.from_adapter(folder)
-    else:
-        config = AutoConfig.from_pretrained(folder)
-        name = peft_config.base_model_name_or_path
-        if not name:
-            raise InputError(
-                f"the adapter in {str(folder)!r} names no base model; load the model yourself and pass model="
-            )
-        base = _class_of(config).from_pretrained(
-            name, config=config, revision=peft_config.revision or "main", ignore_mismatched_sizes=True
-        )
-    if saved.arguments.get("random_model_init"):  # the adapter's file does not hold the base's weights
-        with seeded_init(saved.arguments["seed"]):
-            base = type(base)(base.config)
-    return base
-
-
-def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """The adapter of `folder` on its base model, trainable, in the number format that it was saved from."""
-    config = PeftConfig.from_pretrained(folder)
-    config.inference_mode = False
-    model = train_in_float32(get_peft_model(base, config))
-    tensors = {name: tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items() if name != NOT_TRAINED}
-    set_peft_model_state_dict(model, tensors)
-    return model
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies in `folder`, if there is one."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    # of a model's type alone transformers makes one without a vocabulary
-    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
-
-
-@contextlib.contextmanager
-def without_report() -> Iterator[None]:
-    """transformers' loading report does not name the tensor that warns whoever loads the model alone."""
-    before = PreTrainedModel._keys_to_ignore_on_load_unexpected
-    PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or []), NOT_TRAINED.replace(".", r"\.")]
-    try:
-        yield
-    finally:
-        PreTrainedModel._keys_to_ignore_on_load_unexpected = before
-
-
-def _class_of(config: PreTrainedConfig) -> Any:
-    """The class of a saved model."""
-    if isinstance(config, PromptConfig):
-        return PromptForSequenceClassification
-    name = next(iter(getattr(config, "architectures", None) or ()), "")
-    return getattr(transformers, name, AutoModelForSequenceClassification)
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""What a kernel is taken of: formula, engine, scalars and parameters."""
+
+import enum
+import re
+from dataclasses import dataclass
+
+from torch import nn
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.features import encoder_path
+from hf_ft_ext.kernel.formulas import Formula
+
+DIMENSION = 4096  # of engine `projected`
+
+
+class Engine(enum.StrEnum):
+    """How a kernel is computed: all but `projected` give the same.
+
+    AUTO: `structured`, and autograd example by example for parameters that no rule covers. Use this.
+    STRUCTURED: per-layer contraction only; refuses a model with a parameter that no rule covers, so that nobody
+        waits for the slow way without knowing.
+    JACOBIAN: Jacobians in full by `torch.func`, one matrix product. For comparison, and for small models of any kind.
+    PROJECTED: gradients randomly projected to `dimension` numbers: every row passes once, and entries of the kernel
+        have a random error of at most `sqrt(2 / dimension)` of the norms' product. For many rows; formula `sgd` alone.
+    """
+
+    AUTO = "auto"
+    STRUCTURED = "structured"
+    JACOBIAN = "jacobian"
+    PROJECTED = "projected"
+
+
+@dataclass(frozen=True)
+class KernelOptions:
+    """What a kernel is taken of, and how much may be used for it.
+
+    Attributes:
+        formula: see `Formula`.
+        engine: see `Engine`.
+        binary_classification: one scalar `f_1 - f_0` in place of two logits.
+        class_diagonal: only products of a scalar with the same one (`diagonal_axes` of neural-tangents).
+        parameters, exclude_embeddings, exclude_head, only_biases: see `kernel_parameters`.
+        memory_gb: bound of memory above the loaded model, in 10^9 bytes; `None` = half of what is free.
+        batch_size: examples in a forward pass, at most.
+        block_rows: examples of the second side that are computed and stored together; `None` = up to 128.
+        dimension: engine `projected` alone: k, numbers that the gradient of a scalar is projected to; `None` = 4096.
+        seed: engine `projected` alone: of the projection; `None` = 0.
+    """
+
+    formula: Formula = Formula.SGD
+    engine: Engine = Engine.AUTO
+    binary_classification: bool = False
+    class_diagonal: bool = False
+    parameters: str | None = None
+    exclude_embeddings: bool = False
+    exclude_head: bool = False
+    only_biases: bool = False
+    memory_gb: float | None = None
+    batch_size: int = 16
+    block_rows: int | None = None
+    dimension: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self):
+        for name, kind in (("formula", Formula), ("engine", Engine)):
+            value = getattr(self, name)
+            try:
+                object.__setattr__(self, name, kind(value))
+            except ValueError:
+                raise InputError(f"{name}={value!r}; choose from: {', '.join(k.value for k in kind)}") from None
+        for name in ("memory_gb", "batch_size", "block_rows", "dimension"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name}={value} must be above 0")
+        if self.engine is not Engine.PROJECTED:
+            for name in ("dimension", "seed"):
+                if getattr(self, name) is not None:
+                    raise InputError(f"{name} is of engine=projected, not {self.engine.value}; leave it out")
+            return
+        if self.formula.signs:
+            raise InputError(signs_of_projections(self.formula))
+        if self.block_rows is not None:
+            raise InputError(
+                "block_rows is of the exact engines: engine=projected keeps rows, not blocks; leave it out"
+            )
+        object.__setattr__(self, "dimension", DIMENSION if self.dimension is None else self.dimension)
+        object.__setattr__(self, "seed", self.seed or 0)
+
+
+def signs_of_projections(formula: Formula) -> str:
+    """Why the engine `projected` has no sign formula."""
+    return (
+        f"engine=projected has no formula {formula.value}: it needs the sign of every entry of a gradient, which a "
+        "random projection does not keep; pass formula sgd, or engine auto"
+    )
+
+
+def kernel_parameters(
+    model: nn.Module,
+    pattern: str | None = None,
+    exclude_embeddings: bool = False,
+    exclude_head: bool = False,
+    only_biases: bool = False,
+) -> dict[str, nn.Parameter]:
+    """The chosen parameters by name: those that require gradients, so of a PEFT model the adapter's.
+
+    Args:
+        pattern: regular expression that has to be found in a parameter's name.
+        exclude_embeddings: leave out all embedding tables (and with a table the decoder that is tied to it), and what
+            is named after them, as the published code does: the norm of BERT's embeddings, for example.
+        exclude_head: leave out what lies outside the base model.
+        only_biases: only parameters whose last name is `bias`.
+
+    Raises:
+        InputError: no regular expression, or nothing is left.
+    """
+    chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not chosen:
+        raise InputError("the model has no trainable parameter to take a kernel over; unfreeze some")
+    if pattern is not None:
+        try:
+            chosen = {name: p for name, p in chosen.items() if re.search(pattern, name)}
+        except re.error as error:
+            raise InputError(f"kernel_parameters={pattern!r} is no regular expression: {error}") from None
+    if exclude_embeddings:
+        tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        chosen = {name: p for name, p in chosen.items() if id(p) not in tables and "embed" not in name}
+    if exclude_head:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        path = encoder_path(inner)
+        if path is None:
+            raise InputError(f"exclude_head: {type(inner).__name__} does not say which part is its base model")
+        body = {id(p) for p in inner.get_submodule(path).parameters()}
+        chosen = {name: p for name, p in chosen.items() if id(p) in body}
+    if only_biases:
+        chosen = {name: p for name, p in chosen.items() if name.rpartition(".")[2] == "bias"}
+    if not chosen:
+        settings = {
+            "kernel_parameters": pattern,
+            "exclude_embeddings": exclude_embeddings,
+            "exclude_head": exclude_head,
+            "only_biases": only_biases,
+        }
+        given = ", ".join(f"{key}={value!r}" for key, value in settings.items() if value)
+        raise InputError(f"{given}: no trainable parameter is left; some are {', '.join(_some(model))}")
+    return chosen
+
+
+def _some(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.requires_grad][-3:]

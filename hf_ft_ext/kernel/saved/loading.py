@@ -1,0 +1,173 @@
+"""Trainers and plain code from the folder of a solved kernel."""
+
+import copy
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers.utils import CONFIG_NAME
+
+from hf_ft_ext.adapters.folder import ADAPTER_CONFIG
+from hf_ft_ext.errors import InputError, first_line
+from hf_ft_ext.kernel.arguments import KernelTrainingArguments
+from hf_ft_ext.kernel.options import Engine
+from hf_ft_ext.kernel.saved.model import load_model, load_tokenizer, without_report
+from hf_ft_ext.kernel.saved.record import COEFFICIENTS, KEPT, SavedKernel
+from hf_ft_ext.kernel.saved.training_side import TrainingFeatures
+from hf_ft_ext.kernel.solvers import Coupling
+from hf_ft_ext.per_example.capture import Function
+from hf_ft_ext.training.completion import chosen
+from hf_ft_ext.training.sharing import FinishedRun, rerun_code
+
+
+class Predicts(Protocol):
+    """A trainer that takes a solved kernel in the place of training."""
+
+    model: Any
+
+    def take(self, saved: SavedKernel, keep: bool) -> None: ...
+
+
+def load_trainer(
+    kind: Callable[..., Predicts],
+    folder: str | Path,
+    args: TrainingArguments | None,
+    arguments_class: type[KernelTrainingArguments],
+    model: nn.Module | None,
+    function: Function | None,
+    given: Mapping[str, Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    """A trainer of the class `kind` that predicts by the kernel in `folder`; see `KernelTrainer.from_folder`.
+
+    Args:
+        arguments_class: the trainer's class of arguments.
+        kwargs: more arguments of the trainer.
+
+    Raises:
+        InputError: the folder holds no solved kernel, a damaged one, or one of another model; `args` that differ.
+    """
+    folder = Path(folder).expanduser()
+    saved = SavedKernel.read(folder)
+    if kwargs.get("train_dataset") is not None:
+        raise InputError(
+            f"the kernel in {str(folder)!r} is solved and predicts by its own rows; leave train_dataset out, or "
+            "make a KernelTrainer with it to solve anew"
+        )
+    saved.check_function(function, folder)
+    own = arguments_class(str(folder)) if args is None else arguments_class.complete(args)
+    own = _as_saved(own, saved, folder, given)
+    if model is None:
+        model = load_model(folder, saved)
+    saved.fit_model(model, folder)
+    if kwargs.get("processing_class") is None:
+        kwargs["processing_class"] = load_tokenizer(folder)
+    trainer = kind(model, own, function=function, **kwargs)
+    saved.fit_model(trainer.model, folder)
+    trainer.take(saved, keep=args is not None)
+    return trainer
+
+
+def load_finished(
+    folder: str | Path,
+    labels: Sequence[str] | None,
+    given: Mapping[str, Any],
+    load: Callable[[], tuple],
+) -> tuple[PreTrainedTokenizerBase, nn.Module]:
+    """Tokenizer and model of the solved kernel in `folder`; see `KernelTrainer.load_finished`.
+
+    Raises:
+        InputError: the data has other labels than the kernel; an option that an adapter's model cannot take.
+    """
+    folder = Path(folder)
+    saved = SavedKernel.read(folder)
+    try:
+        own = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the configuration of the model in {str(folder)!r} cannot be read ({first_line(error)}); copy the "
+            "folder again"
+        ) from error
+    names = [str(own.id2label[i]) for i in range(own.num_labels)]
+    if labels is not None and {name.lower() for name in names} != {name.lower() for name in labels}:
+        raise InputError(
+            f"the kernel in {str(folder)!r} was solved for the labels {', '.join(names[:10])}, but this data has "
+            f"{', '.join(labels[:10])}; pass data with these labels"
+        )
+    if not (folder / ADAPTER_CONFIG).is_file():
+        with without_report():
+            return load()
+    for name in ("attn_implementation", "dtype", "model_revision", "quantization", "tokenizer_name"):
+        if name in given:
+            raise InputError(
+                f"{name}={given[name]}: the kernel in {str(folder)!r} is of an adapter, which is loaded as it was "
+                "saved; leave it out"
+            )
+    tokenizer = load_tokenizer(folder)
+    if tokenizer is None:
+        raise InputError(f"{str(folder)!r} holds no tokenizer; copy its files from the run's folder too")
+    return tokenizer, load_model(folder, saved)
+
+
+def loading_code(run: FinishedRun) -> str:
+    """Python that predicts with the solved kernel of a run that was pushed."""
+    if not run.has(COEFFICIENTS):  # the kernels came from files
+        if run.has(ADAPTER_CONFIG):  # drawn again from the seed, on the model that it was drawn for
+            return rerun_code(run, {"model_name_or_path": run.base or run.record["model"]}, [])
+        of_the_model = ("model_name_or_path", "model_revision", "tokenizer_name", "from_linearhead")
+        return rerun_code(run, dict.fromkeys(of_the_model), ["'--model_name_or_path', folder,"])
+    lines = [
+        "from hf_ft_ext import load_kernel",
+        "from huggingface_hub import snapshot_download",
+        "",
+        f"kernel = load_kernel(snapshot_download({run.repo_id!r}))",
+        "batch = kernel.tokenizer(['a text', 'another one'], padding=True, return_tensors='pt')",
+        "print(kernel(batch).labels)",
+    ]
+    template = json.loads((run.folder / CONFIG_NAME).read_text(encoding="utf-8")).get("template")
+    if template is not None:  # a prompt model: each list holds one text of all rows
+        texts = 2 if "sent_1" in template else 1
+        length = (run.record.get("arguments") or {}).get("max_seq_length") or 128
+        lines[0] = "from hf_ft_ext import PromptEncoder, load_kernel"
+        lines[4:5] = [
+            f"encode = PromptEncoder(kernel.tokenizer, kernel.model.config.template, {texts}, {length})",
+            "rows = encode([" + ", ".join(["['a text', 'another one']"] * texts) + "])",
+            "batch = kernel.tokenizer.pad(rows, return_tensors='pt')",
+        ]
+    return "\n".join(lines)
+
+
+def _as_saved(
+    args: KernelTrainingArguments, saved: SavedKernel, folder: Path, given: Mapping[str, Any]
+) -> KernelTrainingArguments:
+    """A copy of `args` with what the saved kernel was solved with.
+
+    Raises:
+        InputError: the user set another value.
+    """
+    args = copy.copy(args)
+    projected = isinstance(saved.training, TrainingFeatures)
+    if projected != (args.kernel_engine == Engine.PROJECTED.value):
+        if "kernel_engine" in given or chosen(args, "kernel_engine"):
+            kind = "projected gradients" if projected else "an exact kernel"
+            raise InputError(
+                f"kernel_engine={args.kernel_engine} was passed, but the kernel in {str(folder)!r} was solved with "
+                f"{kind}; leave it out, or solve anew from training data"
+            )
+        args.kernel_engine = Engine.PROJECTED.value
+    for name in KEPT:
+        value, passed = saved.arguments.get(name), getattr(args, name)
+        if (name in given or chosen(args, name)) and str(passed) != str(value):
+            raise InputError(
+                f"{name}={passed} was passed, but the kernel in {str(folder)!r} was solved with {name}={value}; leave "
+                "it out, or solve anew from training data"
+            )
+        setattr(args, name, value)
+    if projected or saved.model.options.coupling is Coupling.PSEUDO:
+        args.seed = saved.arguments["seed"]  # the projection, or the signs, were drawn from it
+    # the saved model has its adapter and its drawn weights already
+    args.kernel_peft, args.kernel_peft_config, args.random_model_init = None, {}, False
+    return args

@@ -1,0 +1,108 @@
+"""The model of a solved kernel, from its folder: a classifier, a prompt model, or one of these with an adapter."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_ft_ext.adapters.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from hf_ft_ext.errors import InputError, first_line
+from hf_ft_ext.kernel.saved.record import NOT_TRAINED, SavedKernel
+from hf_ft_ext.models import seeded_init
+from hf_ft_ext.prompts.configuration import PromptConfig
+from hf_ft_ext.prompts.model import PROMPT_FILE, PromptForSequenceClassification
+from hf_ft_ext.training.precision import train_in_float32
+
+
+def load_model(folder: str | Path, saved: SavedKernel) -> PreTrainedModel | PeftModel:
+    """The model that the kernel in `folder` is of: a classifier, a prompt model, or one of these with an adapter.
+
+    Raises:
+        InputError: it cannot be loaded from the folder alone.
+    """
+    folder = Path(folder)
+    try:
+        with without_report():
+            if (folder / ADAPTER_CONFIG).is_file():
+                return with_adapter(load_base(folder, saved), folder)
+            config = AutoConfig.from_pretrained(folder)
+            return _class_of(config).from_pretrained(folder, config=config)
+    except InputError:
+        raise
+    except Exception as error:  # of many kinds: transformers', peft's, safetensors'
+        raise InputError(
+            f"the model of the kernel in {str(folder)!r} cannot be loaded from there ({first_line(error)}); load it "
+            "yourself and pass model="
+        ) from error
+
+
+def load_base(folder: Path, saved: SavedKernel) -> PreTrainedModel:
+    """The base model of the adapter in `folder`, with the labels that it was trained for."""
+    peft_config = PeftConfig.from_pretrained(folder)
+    if (folder / PROMPT_FILE).is_file() or isinstance(AutoConfig.from_pretrained(folder), PromptConfig):
+        base = PromptForSequenceClassification.from_adapter(folder)
+    else:
+        config = AutoConfig.from_pretrained(folder)
+        name = peft_config.base_model_name_or_path
+        if not name:
+            raise InputError(
+                f"the adapter in {str(folder)!r} names no base model; load the model yourself and pass model="
+            )
+        base = _class_of(config).from_pretrained(
+            name, config=config, revision=peft_config.revision or "main", ignore_mismatched_sizes=True
+        )
+    if saved.arguments.get("random_model_init"):  # the adapter's file does not hold the base's weights
+        with seeded_init(saved.arguments["seed"]):
+            base = type(base)(base.config)
+    return base
+
+
+def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """The adapter of `folder` on its base model, trainable, in the number format that it was saved from."""
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = False
+    model = train_in_float32(get_peft_model(base, config))
+    tensors = {name: tensor for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items() if name != NOT_TRAINED}
+    set_peft_model_state_dict(model, tensors)
+    return model
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies in `folder`, if there is one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    # of a model's type alone transformers makes one without a vocabulary
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+
+
+@contextlib.contextmanager
+def without_report() -> Iterator[None]:
+    """transformers' loading report does not name the tensor that warns whoever loads the model alone."""
+    before = PreTrainedModel._keys_to_ignore_on_load_unexpected
+    PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or []), NOT_TRAINED.replace(".", r"\.")]
+    try:
+        yield
+    finally:
+        PreTrainedModel._keys_to_ignore_on_load_unexpected = before
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    """The class of a saved model."""
+    if isinstance(config, PromptConfig):
+        return PromptForSequenceClassification
+    name = next(iter(getattr(config, "architectures", None) or ()), "")
+    return getattr(transformers, name, AutoModelForSequenceClassification)

@@ -1,0 +1,62 @@
+"""Logistic regression on kernel rows as features, its penalty by cross-validation."""
+
+import warnings
+
+import numpy as np
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.kernel.solvers.options import SolverOptions
+from hf_ft_ext.kernel.solvers.problem import KernelProblem
+from hf_ft_ext.kernel.solvers.solution import LinearSolution, LogisticSolution, features_of
+from hf_ft_ext.kernel.solvers.targets import check_both
+
+
+def logistic_regression(system: KernelProblem, options: SolverOptions) -> LinearSolution | LogisticSolution:
+    """Logistic regression on kernel rows, its penalty by cross-validation; of several labels one for each label.
+
+    Features are divided by the mean of the kernel's diagonal: kernels of the formulas differ by many powers of
+    ten, and so would the meaning of the penalty.
+    """
+    kernel = system.kernel[:1]
+    if options.multi_label:
+        columns = []
+        for c, matrix in enumerate(system.matrices):
+            check_both(system.labels[:, c] > 0.5, "logistic", f"label {c}")
+            features = matrix.regularized(options.regularization)  # [example, training row]
+            weights, intercept = _cross_validated(features, system.labels[:, c] > 0.5, features)
+            columns.append((weights[0], intercept[0]))
+        coefficients, intercepts = zip(*columns, strict=True)
+        return LinearSolution(np.stack(coefficients, 1)[None], np.array(intercepts))
+    matrix = system.matrices[0]
+    regularized = matrix.regularized(options.regularization).T
+    weights, intercept = _cross_validated(features_of(regularized.reshape(kernel.shape)), system.labels, regularized)
+    if len(weights) == 1:
+        if system.scalars == 1:  # log p_1 - log p_0 = w x + b
+            return LinearSolution(weights.T[None], intercept)
+        # log p_0 = 0 and log p_1 = w x + b up to the softmax's normalization
+        weights, intercept = np.vstack([np.zeros_like(weights), weights]), np.append(0.0, intercept)
+    return LogisticSolution(weights, intercept, np.array([kernel.shape[1]]))
+
+
+def _cross_validated(features: np.ndarray, labels: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weights `[classes or 1, features]` of unscaled features, and intercepts."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegressionCV
+    from threadpoolctl import threadpool_limits
+
+    # 1 / mean_i |K_ii|
+    scale = 1 / max(float(np.mean(np.abs(matrix.diagonal()))), np.finfo(float).tiny)
+    fewest = int(np.unique(labels, return_counts=True)[1].min())
+    if fewest < 2:
+        raise InputError(
+            "kernel_solver=logistic cross-validates, but a class has a single example; pass kernel_solver=lstsq"
+        )
+    model = LogisticRegressionCV(
+        Cs=np.logspace(-4, 8, 13), cv=min(5, fewest), max_iter=10_000, l1_ratios=(0,), scoring="neg_log_loss",
+        use_legacy_attributes=False,
+    )  # fmt: skip
+    with warnings.catch_warnings(), threadpool_limits(1):  # as in `hf_ft_ext.linear_fit`
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model.fit(scale * features, labels)
+    # w^T (scale x) = (scale w)^T x
+    return scale * model.coef_, model.intercept_.copy()

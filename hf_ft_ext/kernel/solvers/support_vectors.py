@@ -1,0 +1,77 @@
+"""Support vector regression and classification, by libsvm."""
+
+import numpy as np
+
+from hf_ft_ext.kernel.solvers.matrices import SymmetricMatrix
+from hf_ft_ext.kernel.solvers.options import SolverOptions
+from hf_ft_ext.kernel.solvers.problem import KernelProblem
+from hf_ft_ext.kernel.solvers.solution import LinearSolution, PairwiseSolution
+from hf_ft_ext.kernel.solvers.targets import check_both
+
+
+def support_vector_regression(system: KernelProblem, options: SolverOptions) -> LinearSolution:
+    """`min 1/2 alpha^T K alpha + C sum_i max(0, |f(x_i) - y_i| - 0.1)`, by libsvm, with `K + r n I`.
+
+    All scalars share an intercept where they are coupled, and have one each where they are not.
+    """
+    from sklearn.svm import SVR
+
+    intercepts: list[float] = []
+
+    def solve(matrix: SymmetricMatrix, targets: np.ndarray) -> np.ndarray:
+        regularized = matrix.regularized(options.regularization)
+        found = np.zeros_like(targets)
+        for column in range(targets.shape[1]):
+            # f(x) = sum_i dual_i K(i, x) + b, with dual_i = 0 but for support vectors
+            svm = SVR(kernel="precomputed", C=options.svm_c).fit(regularized, targets[:, column])
+            found[svm.support_, column] = svm.dual_coef_[0]
+            intercepts.append(float(svm.intercept_[0]))
+        return found
+
+    coefficients = system.coefficients(solve)
+    return LinearSolution(coefficients[None], np.broadcast_to(intercepts, (coefficients.shape[1],)).copy())
+
+
+def support_vector_classification(system: KernelProblem, options: SolverOptions) -> LinearSolution | PairwiseSolution:
+    """libsvm's classifier with the kernel summed over classes; with several labels per row one for each label."""
+    if options.multi_label:
+        columns = [
+            _margin(matrix.regularized(options.regularization), system.labels[:, c] > 0.5, options, f"label {c}")
+            for c, matrix in enumerate(system.matrices)
+        ]
+        coefficients, intercepts = zip(*columns, strict=True)
+        return LinearSolution(np.stack(coefficients, 1)[None], np.array(intercepts))
+    # The view is the mean over classes: the sum is it times C, and so are the coefficients of the mean.
+    factor = system.scalars
+    matrix = factor * system.matrices[0].regularized(options.regularization)
+    if len(np.unique(system.labels)) == 2:
+        coefficients, intercept = _margin(matrix, system.labels == system.labels.max(), options)
+        return _of_scalars(factor * coefficients, intercept, system.scalars)
+    from sklearn.svm import SVC
+
+    svm = SVC(kernel="precomputed", C=options.svm_c).fit(matrix, system.labels)
+    dual = np.zeros((len(svm.dual_coef_), len(matrix)))
+    dual[:, svm.support_] = factor * svm.dual_coef_
+    return PairwiseSolution(dual, system.labels.astype(np.int64), svm.intercept_.copy())
+
+
+def _margin(
+    matrix: np.ndarray, positive: np.ndarray, options: SolverOptions, name: str = "the data"
+) -> tuple[np.ndarray, float]:
+    """Coefficients `[N]` and intercept of a two-class support vector machine; above 0 is positive."""
+    from sklearn.svm import SVC
+
+    check_both(positive, "svc", name)
+    svm = SVC(kernel="precomputed", C=options.svm_c).fit(matrix, positive)
+    coefficients = np.zeros(len(matrix))
+    coefficients[svm.support_] = svm.dual_coef_[0]
+    return coefficients, float(svm.intercept_[0])
+
+
+def _of_scalars(coefficients: np.ndarray, intercept: float, scalars: int) -> LinearSolution:
+    """A two-class margin as one scalar, or as two that differ by it."""
+    if scalars == 1:
+        return LinearSolution(coefficients[None, :, None], np.array([intercept]))
+    # f_1 = -f_0 = (sum_i a_i K(i, x) + b) / 2
+    both = np.stack([-coefficients, coefficients], 1) / 2
+    return LinearSolution(both[None], np.array([-intercept, intercept]) / 2)

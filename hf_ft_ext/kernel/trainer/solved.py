@@ -1,0 +1,265 @@
+"""`SolvedKernelTrainer`: a Trainer with a solved kernel, which predicts, is saved in a folder and made from one."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.feature_rows import labels_of
+from hf_ft_ext.kernel.arguments import KernelTrainingArguments
+from hf_ft_ext.kernel.ntk import pseudo_logit
+from hf_ft_ext.kernel.saved.loading import load_finished, load_trainer, loading_code
+from hf_ft_ext.kernel.saved.record import (
+    COEFFICIENTS,
+    FILES,
+    KEPT,
+    NOT_TRAINED,
+    SOLUTION,
+    TRAINING,
+    SavedKernel,
+    holds_kernel,
+    weights_hash,
+)
+from hf_ft_ext.kernel.solvers import Coupling, KernelModel, Solver
+from hf_ft_ext.kernel.trainer.source import KernelSource
+from hf_ft_ext.per_example.capture import Function
+from hf_ft_ext.training.at_once import AtOnceTrainer
+from hf_ft_ext.training.files import replacing, write_json
+from hf_ft_ext.training.sharing import FinishedRun
+
+_SPLITS = {"eval": "dev", "test": "test"}  # the authors' names
+
+
+class SolvedKernelTrainer(AtOnceTrainer):
+    """A Trainer with a solved kernel: predictions, and the folder that they can be made from again.
+
+    Attributes:
+        function: gives the scalars that the kernel is of; `None` = the logits.
+        solved: the fitted solver; `None` = nothing was solved yet.
+        saved: what of it is in a folder.
+        source: the kernels with other data.
+        coupling, regularization: by which it was solved.
+        binary, regression, multi_label: what kind of task it is.
+    """
+
+    own_files: ClassVar[tuple[str, ...]] = FILES  # an old store serves the next run
+    shared_files: ClassVar[tuple[str, ...]] = FILES
+    arguments_class = KernelTrainingArguments
+
+    function: Function | None = None
+    solved: KernelModel | None = None
+    saved: SavedKernel | None = None
+    source: KernelSource
+    coupling: Coupling
+    regularization = 0.0
+    binary: bool
+    regression: bool
+    multi_label: bool
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | os.PathLike,
+        args: TrainingArguments | None = None,
+        *,
+        model: nn.Module | None = None,
+        function: Function | None = None,
+        given: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """A trainer that predicts by the kernel that `save_model` left in `folder`, without training data.
+
+        `predict` and `evaluate` compute the kernel between the saved training rows and the new ones; the train kernel
+        is not needed. Without `args` nothing is written to disk.
+
+        Args:
+            args: as for the trainer; what says how the kernel was solved may be left out and must not differ.
+            model: the model that was solved with; `None` = from the folder.
+            function: as for the trainer; needed if the kernel was solved with one, which no folder can hold.
+            given: arguments that the user set by name.
+            kwargs: as for `Trainer`, but for the training data. `processing_class` is the tokenizer in the folder
+                unless another one is passed.
+
+        Raises:
+            InputError: the folder holds no solved kernel, a damaged one, or one of another model; `args` that differ.
+        """
+        return load_trainer(cls, folder, args, cls.arguments_class, model, function, given or {}, kwargs)
+
+    @classmethod
+    def holds_result(cls, folder: str | os.PathLike) -> bool:
+        """Whether `folder` holds a solved kernel, so that the launcher predicts with it."""
+        return holds_kernel(folder)
+
+    @classmethod
+    def load_finished(
+        cls,
+        folder: str | os.PathLike,
+        labels: Sequence[str] | None,
+        given: Mapping[str, Any],
+        load: Callable[[], tuple],
+    ) -> tuple[PreTrainedTokenizerBase, nn.Module]:
+        """Tokenizer and model of the solved kernel in `folder`.
+
+        Args:
+            labels: names of the data's labels, where it has any.
+            given: arguments that the user set by name.
+            load: loads a plain model from the folder.
+
+        Raises:
+            InputError: the data has other labels than the kernel; an option that an adapter's model cannot take.
+        """
+        return load_finished(folder, labels, given, load)
+
+    def take(self, saved: SavedKernel, keep: bool) -> None:
+        """Predict by a solved kernel, in the place of training; with `keep` kernels go to `kernel_dir`."""
+        self.saved, self.solved, self.train_dataset = saved, saved.model, saved.training
+        self.regularization, self.coupling = saved.model.options.regularization, saved.model.options.coupling
+        self.source = self._source(keep)
+
+    def _source(self, keep: bool) -> KernelSource:
+        options = self.args.options(self.binary, self.coupling)
+        if self.coupling is Coupling.PSEUDO:
+            classes, seed = self.model.config.num_labels, self.args.seed
+            return KernelSource(self, options, pseudo_logit(classes, seed), keep, f"pseudo {classes} {seed}")
+        return KernelSource(self, options, self.function, keep and self.function is None)
+
+    def _start(self, dataset: Any, split: str) -> np.ndarray | None:
+        """What the model says at the start, scaled, if predictions are to be relative to it."""
+        return self.source.start(dataset, split) / self.args.f0_scaling if self.args.adjust_for_init else None
+
+    # --- evaluation -----------------------------------------------------------------------------------
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Predict by the kernel between the training data and the data loader's data set, in its order.
+
+        Raises:
+            InputError: nothing was solved yet.
+        """
+        if self.solved is None:
+            raise InputError(
+                "a kernel predicts from training data, and none was solved yet: call train() first, or add --do_train"
+            )
+        dataset = dataloader.dataset
+        if not hasattr(dataset, "__len__"):
+            raise InputError("a kernel needs data of known length, and this is a stream; pass a data set")
+        split = _SPLITS.get(metric_key_prefix, metric_key_prefix)
+        predictions = self.solved.predict(self.source.kernel(dataset, split), self._start(dataset, split))
+        self.source.forget()
+        try:
+            labels = labels_of(dataset).numpy()
+        except InputError:
+            labels = None
+        metrics = {}
+        shown = self.solved.class_scores(predictions)
+        if labels is not None:
+            metrics["loss"] = self.solved.loss(predictions, labels)
+            if self.compute_metrics is not None and not prediction_loss_only:
+                metrics |= self.compute_metrics(EvalPrediction(predictions=shown, label_ids=labels))
+        metrics = {f"{metric_key_prefix}_{key}": float(value) for key, value in metrics.items()}
+        output = None if prediction_loss_only else shown
+        return EvalLoopOutput(output, None if prediction_loss_only else labels, metrics, len(shown))
+
+    # --- what is kept of it ---------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model that the kernel is of, as it is, with the solution and the training rows.
+
+        `from_folder` and `load_kernel` predict from what is saved. The weights' file holds one tensor more, whose name
+        says that the model alone is untrained: transformers reports unknown tensors, so whoever loads the folder as a
+        plain model reads it. Kernels that were read from files (`load_kernels`) may be of another model: then the
+        record alone is written.
+        """
+        super().save_model(output_dir, _internal_call)
+        if self.solved is None or not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.load_kernels is None:
+            if self.saved is None:
+                self.saved = self._to_save()
+            self.saved.write(folder)
+            return
+        for name in (COEFFICIENTS, TRAINING):  # of an earlier solution
+            (folder / name).unlink(missing_ok=True)
+        write_json(folder / SOLUTION, {**self._about(), "rank": self.solved.rank, "condition": self.solved.condition})
+
+    def _about(self) -> dict[str, Any]:
+        """What a reader of the saved record wants to know first."""
+        args = self.args
+        return {
+            "kernel_formula": args.kernel_formula,
+            "kernel_solver": args.kernel_solver,
+            "kernel_regularization": self.regularization,
+            "training_rows": len(self.train_dataset),
+            "binary_classification": self.binary,
+            "adjust_for_init": args.adjust_for_init,
+        }
+
+    def _to_save(self) -> SavedKernel:
+        arguments = {name: getattr(self.args, name) for name in KEPT}
+        arguments |= {
+            "kernel_regularization": str(self.regularization),
+            "kernel_classes": self.coupling.value,
+            "binary_classification": self.binary,
+            "seed": self.args.seed,  # random_model_init, kernel_classes=pseudo and the projection drew from it
+        }
+        pad = getattr(getattr(self.model, "config", None), "pad_token_id", 0)
+        return SavedKernel(
+            arguments={**arguments, "pad_token_id": pad},
+            model=self.solved,
+            training=self.source.training_side(),
+            parameters=sorted(self.source.computation.parameters),
+            weights=weights_hash(self.model),
+            function=None if self.function is None else getattr(self.function, "__qualname__", repr(self.function)),
+            about=self._about(),
+        )
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether a softmax or sigmoid of the predictions is a probability: least squares and SVMs give scores."""
+        return Solver(self.args.kernel_solver) is Solver.LOGISTIC
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.solved is None:
+            return super()._save(output_dir, state_dict)
+        mark = {NOT_TRAINED: torch.zeros(1)}
+        if not isinstance(self.model, PeftModel):
+            weights = self.model.state_dict() if state_dict is None else state_dict
+            return super()._save(output_dir, {**weights, **mark})
+        super()._save(output_dir, state_dict)
+        path = Path(output_dir or self.args.output_dir) / ADAPTER_WEIGHTS
+        if self.args.should_save and path.is_file():  # peft keeps the adapter's own tensors only
+            tensors = load_file(path)
+            with replacing(path) as temporary:
+                save_file({**tensors, **mark}, temporary, metadata={"format": "pt"})
+
+    def loading_line(self) -> str:
+        """How to predict: the saved model is the one the kernel is of, as it was."""
+        folder = self.args.output_dir
+        if self.args.load_kernels is not None:
+            return "the same command: the kernels come from load_kernels, and the model predicts as before training"
+        if self.function is not None:
+            return f"KernelTrainer.from_folder({folder!r}, function=...)"
+        return f"load_kernel({folder!r})"
+
+    @classmethod
+    def loading_code(cls, run: FinishedRun) -> str:
+        """Python that predicts with what was pushed."""
+        return loading_code(run)

@@ -1,0 +1,275 @@
+"""`KernelTrainer`: a Trainer that solves the task with the model's kernel instead of fine-tuning it."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer_utils import TrainOutput
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.feature_rows import labels_of
+from hf_ft_ext.kernel.arguments import ASYMMETRIC_REGULARIZATION, AUTO, LEAVE_ONE_OUT
+from hf_ft_ext.kernel.formulas import Formula
+from hf_ft_ext.kernel.options import kernel_parameters
+from hf_ft_ext.kernel.saved.training_side import TrainingFeatures, TrainingRows
+from hf_ft_ext.kernel.solvers import (
+    GRID,
+    LEFT_OUT,
+    Coupling,
+    KernelSystem,
+    Solver,
+    check_combination,
+    check_labels,
+    chosen_coupling,
+)
+from hf_ft_ext.kernel.trainer.solved import SolvedKernelTrainer
+from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
+from hf_ft_ext.models import seeded_init
+from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.per_example.capture import Function
+from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.method_trainer import overridden
+from hf_ft_ext.training.plan import TrainedWeight
+from hf_ft_ext.training.quantized import refuse_quantized
+
+logger = logging.getLogger(__name__)
+
+
+class KernelTrainer(SolvedKernelTrainer):
+    """`transformers.Trainer` whose `train()` computes the train kernel and solves the task with it.
+
+    The model's weights stay as they are. `evaluate` and `predict` compute the kernel between the training data and
+    the data given and return the solver's predictions with the usual metrics; `eval_loss` is the solver's (see
+    `KernelModel.loss`). Kernels are kept on disk block by block
+    (`kernel_dir`), so an interrupted run continues and a repeated one computes nothing. `save_model` keeps the
+    solution with the training rows: `from_folder` gives a trainer that predicts without training data.
+
+    Args:
+        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
+            defaults of `KernelTrainingArguments`. A PEFT model's kernel is over its trainable parameters.
+        function: from model and batch to the scalars of each example, `[n]` or `[n, C]`, in the place of the logits;
+            labels are numbers, `[N]` or `[N, C]`, and a regression is solved. Their kernels stay in memory: nothing
+            on disk could tell two functions apart.
+
+    Raises:
+        InputError: combinations of formula, solver and task that cannot work; in `train`: a class without rows.
+
+    Source: Malladi et al., ICML 2023, arXiv 2210.05643.
+    """
+
+    solution = "a kernel"
+    start_over = "run again with the same kernel_dir, and finished blocks are found there"
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *positional: Any,
+        function: Function | None = None,
+        **kwargs: Any,
+    ):
+        self.function = function
+        super().__init__(model, args, *positional, **kwargs)
+        if function is not None:
+            self.label_names = ["labels"]  # whatever the model's forward takes
+
+    def check_passed(self, passed: Mapping[str, Any]) -> None:
+        super().check_passed(passed)
+        if passed.get("preprocess_logits_for_metrics") is not None:
+            raise InputError("a kernel predicts without the model's outputs; leave preprocess_logits_for_metrics out")
+
+    def check_arguments(self) -> None:
+        super().check_arguments()
+        if overridden(self, "prediction_step"):
+            raise InputError(
+                f"{type(self).__name__} overrides prediction_step, and a kernel predicts all rows at once; leave it "
+                "out"
+            )
+        args = self.args
+        if self.function is not None:
+            for name in ("kernel_dir", "load_kernels", "export_kernels"):
+                if getattr(args, name) is not None:
+                    raise InputError(
+                        f"{name}={getattr(args, name)}: kernels of a function of yours are not kept in files, which "
+                        "could not tell two functions apart; leave it out"
+                    )
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        self.solved = self.saved = None
+        args = self.args
+        declare_mean_loss(model)
+        refuse_quantized(model, "a kernel is computed in float32 or float64 from")
+        if getattr(model, "is_activation_checkpointing", False):
+            raise InputError(
+                "gradient checkpointing is on, which runs modules twice; call model.gradient_checkpointing_disable()"
+            )
+        if args.random_model_init:
+            with seeded_init(args.seed):
+                model = type(model)(model.config).to(next(model.parameters()).device)
+        if args.kernel_peft is not None:
+            model = wrap_with_peft(model, args.kernel_peft, args.kernel_peft_config, args.seed, "kernel_peft")
+        config = getattr(model, "config", None)
+        problem, classes = getattr(config, "problem_type", None), getattr(config, "num_labels", 1)
+        self.regression = self.function is not None or problem == REGRESSION or classes == 1
+        self.multi_label = problem == MULTI_LABEL and not self.regression
+        if args.binary_classification is None:
+            self.binary = not self.regression and not self.multi_label and classes == 2
+        else:
+            self.binary = args.binary_classification
+        check_combination(
+            Solver(args.kernel_solver), Formula(args.kernel_formula), self.regression, args.adjust_for_init,
+            classes, self.binary, self.multi_label, args.kernel_time,
+        )  # fmt: skip
+        kernel_parameters(model, args.kernel_parameters, args.exclude_embeddings, args.exclude_head, args.only_biases)
+        return model
+
+    # --- training -------------------------------------------------------------------------------------
+
+    def train(self, *positional: Any, **kwargs: Any) -> TrainOutput:
+        """As `AtOnceTrainer.train`.
+
+        Raises:
+            InputError: the trainer came from a folder.
+        """
+        if isinstance(self.train_dataset, (TrainingRows, TrainingFeatures)):
+            raise InputError(
+                "this trainer came from a folder with a solved kernel and has no labels to solve with; make a "
+                "KernelTrainer with training data"
+            )
+        return super().train(*positional, **kwargs)
+
+    def solve(self) -> dict[str, float]:
+        """Compute the train kernel and fit the solver."""
+        labels = self._labels(self.train_dataset)
+        scalars = int(np.prod(labels.shape[1:])) if self.regression else self.model.config.num_labels
+        self.coupling = chosen_coupling(
+            Solver(self.args.kernel_solver), self.args.kernel_classes, self.multi_label, len(labels),
+            1 if self.binary else scalars, self._needs_logits(),
+        )  # fmt: skip
+        self.saved = None
+        self.source = self._source(keep=self.function is None)
+        return self._solve(self.source.kernel(self.train_dataset, "train"), labels)
+
+    def _needs_logits(self) -> str | None:
+        """The argument, if there is one, that a kernel of one scalar for all classes cannot honour."""
+        names = ("adjust_for_init", "export_kernels", "load_kernels")
+        return (
+            "function"
+            if self.function is not None
+            else next((name for name in names if getattr(self.args, name)), None)
+        )
+
+    def _labels(self, dataset: Any) -> np.ndarray:
+        labels = labels_of(dataset).numpy()
+        if not self.regression and not self.multi_label:
+            config = self.model.config
+            check_labels(labels, [str(config.id2label[i]) for i in range(config.num_labels)])
+        return labels
+
+    def _solve(self, kernel: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        start = self._start(self.train_dataset, "train")
+        options = self.args.solver_options(0.0, self.regression, self.multi_label, self.coupling)
+        scalars = self.model.config.num_labels if self.coupling is Coupling.PSEUDO else None
+        system = KernelSystem(options, kernel, labels, start, scalars)
+        self.regularization = self._regularization(system)
+        self.solved = system.solve(self.regularization)
+        metrics = {"train_loss": self.solved.loss(self.solved.predict(kernel, start), labels)}
+        metrics["kernel_regularization"] = self.regularization
+        for name in ("rank", "condition"):
+            if getattr(self.solved, name) is not None:
+                metrics[f"kernel_{name}"] = getattr(self.solved, name)
+        return metrics
+
+    def _regularization(self, system: KernelSystem) -> float:
+        value = self.args.regularization
+        if value == AUTO:
+            return self._chosen(system)
+        if value != LEAVE_ONE_OUT:
+            return float(value)
+        if not system.leaves_one_out:  # a kernel from a file may be asymmetric whatever its formula
+            return ASYMMETRIC_REGULARIZATION
+        best = system.best_left_out(LEFT_OUT)
+        logger.info("kernel_regularization: %g, by leaving out one training row after the other", best)
+        return best
+
+    def _chosen(self, system: KernelSystem) -> float:
+        """The regularization that predicts the evaluation data best: by accuracy, then by the solver's loss."""
+        data = self.eval_dataset
+        if data is None or isinstance(data, dict):
+            raise InputError(
+                "kernel_regularization=auto chooses on evaluation data; pass one eval_dataset, or a number"
+            )
+        truth = labels_of(data).numpy()
+        best = system.best_on(self.source.kernel(data, "dev"), truth, self._start(data, "dev"))
+        logger.info(
+            "kernel_regularization: %g, the best of %s on the evaluation data", best, ", ".join(map(str, GRID))
+        )
+        return best
+
+    def linearize(self, times: Sequence[float], dataset: Any = None, regularization: float = 0.0) -> np.ndarray:
+        """Predictions of the linearized model, trained for each of `times` from the model's own outputs.
+
+        `f_t(x) = f_0(x) + K(x, X) M^-1 (I - exp(-M t / N)) (y - f_0(X))` with `M = K + r ||K|| I`: gradient flow on
+        half the mean squared error of the N training rows; `t` is the learning rate times the number of small steps.
+        Infinity gives kernel regression. All times share one eigendecomposition. Classes are coupled as the solver
+        couples them (see `kernel_classes`).
+
+        Args:
+            times: 0 or more each; 0 gives the model's own outputs.
+            dataset: rows to predict, such as `trainer.train_dataset`; `None` = the evaluation data.
+            regularization: r, relative to the operator norm of `K`, 0 or more.
+
+        Returns:
+            `[times, rows, C]`: with two classes one scalar, the difference of the logits (see
+            `binary_classification`), that was fitted to -1 and 1.
+
+        Raises:
+            InputError: no gradient flow on the squared loss: another formula than `sgd`; a trainer from a folder; a
+                negative time.
+
+        Source: Lee et al. 2019, arXiv 1902.06720, equations 10 and 11.
+        """
+        if Formula(self.args.kernel_formula) is not Formula.SGD:
+            raise InputError(
+                f"gradient flow is training by sgd, and kernel_formula={self.args.kernel_formula}; pass sgd"
+            )
+        if self.solved is None or isinstance(self.train_dataset, (TrainingRows, TrainingFeatures)):
+            raise InputError(
+                "linearize needs the train kernel and the labels; call train() of a trainer that has them"
+            )
+        if self.coupling is Coupling.PSEUDO:
+            raise InputError("linearize needs each class's own scalar; pass kernel_classes=shared, or another one")
+        if bad := [time for time in times if not time >= 0]:
+            raise InputError(f"times must be 0 or more, got {bad[0]}")
+        data = self.eval_dataset if dataset is None else dataset
+        if data is None or isinstance(data, dict):
+            raise InputError("linearize predicts one data set, and there is none; pass dataset")
+        labels, start = self._labels(self.train_dataset), self.source.start(self.train_dataset, "train")
+        options = replace(
+            self.solved.options, solver=Solver.LSTSQ, regularization=regularization, coupling=self.coupling, time=None
+        )
+        system = KernelSystem(options, self.source.kernel(self.train_dataset, "train"), labels, start)
+        kernel, begin = self.source.kernel(data, "linearize"), self.source.start(data, "linearize")
+        self.source.forget()
+        found = [system.solve(quiet=True, time=float(time)).predict(kernel, begin) for time in times]
+        return np.stack(found)
+
+    def trained_weights(self) -> list[TrainedWeight]:
+        """The parameters that the kernel is over: no gradients kept, no moments."""
+        args = self.args
+        parameters = kernel_parameters(
+            self.model, args.kernel_parameters, args.exclude_embeddings, args.exclude_head, args.only_biases
+        )
+        return [TrainedWeight(name, tuple(p.shape), p.numel(), 0, 0) for name, p in parameters.items()]
+
+    @contextlib.contextmanager
+    def planning(self) -> Iterator[None]:
+        """No training step keeps anything for a backward pass."""
+        with torch.no_grad():
+            yield
