@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_ft_ext import AdapterPlan
 from hf_ft_ext.fisher.mask_names import MASKS
-from hf_ft_ext.launch.recipes import read_recipe
+from hf_ft_ext.recipes.reading import read_recipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "fisher"
 SEEDS = {"sst2": ["111", "11", "22"], "mrpc": ["11", "22", "88"], "mnli": ["11", "22", "88"]}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_ft_ext.launch.recipes import read_recipe
+from hf_ft_ext.recipes.reading import read_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "recipes"

@@ -14,7 +14,7 @@ import run_glue
 from hf_ft_ext import PromptForSequenceClassification, load_kernel
 from hf_ft_ext.demo.dataset import demo_dataset
 from hf_ft_ext.launch import results
-from hf_ft_ext.launch.recipes import read_recipe
+from hf_ft_ext.recipes.reading import read_recipe
 
 DEMOS = [
     path

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_ft_ext.launch.recipes import read_recipe
+from hf_ft_ext.recipes.reading import read_recipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "sparse"
 TASKS = {"cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"}
