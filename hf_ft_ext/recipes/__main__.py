@@ -68,7 +68,7 @@ def _matching(file: Path, words: list[str]) -> list[tuple[str, ...]]:
     recipe = load(file)
     base, rows = base_of(recipe, str(file)), expanded_rows(recipe, str(file))
     experiments = {f"{file}#{name}": row for name, row in rows.items()} or {str(file): base}
-    found = []
+    found: list[tuple[str, ...]] = []
     for address, settings in experiments.items():
         if all(_matches(word, address, settings) for word in words):
             own = {key: value for key, value in settings.items() if not rows or base.get(key) != value}

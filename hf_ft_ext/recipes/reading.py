@@ -93,6 +93,6 @@ def _moved(path: Path, row: str | None) -> tuple[Path, str]:
 
 def _tables_near(path: Path) -> Iterator[Path]:
     folder = path.parent
-    if folder.with_suffix(".yaml").is_file():
-        yield folder.with_suffix(".yaml")
+    if Path(f"{folder}.yaml").is_file():
+        yield Path(f"{folder}.yaml")
     yield from sorted((folder if folder.is_dir() else folder.parent).glob("*.yaml"))

@@ -92,8 +92,8 @@ def test_a_row_is_chosen_by_address_or_argument_and_the_command_line_wins(table)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["table.yaml#sst2-16-smal"], r"no row 'sst2-16-smal'; the nearest are: sst2-16-small, .*`hf-ft-ext recipes table"),
-        (["table.yaml#xyzzy"], "no row 'xyzzy'; the first are: sst2-16-small, sst2-64-small, rte-16-small .*lists all 6"),
+        (["table.yaml#sst2-16-smal"], r"no row 'sst2-16-smal'; the nearest are: sst2-16-small, .*`hf-ft-ext recipes"),
+        (["table.yaml#xyzzy"], "no row 'xyzzy'; the first are: sst2-16-small, sst2-64-small, .*lists all 6"),
         (["table.yaml"], "is a table of 6 rows; name one, for example table.yaml#sst2-16-small"),
         (["plain.yaml#one"], "plain.yaml is one experiment without rows; leave #one out"),
         (["table.yaml#a", "--recipe_row", "b"], "names the row 'a', --recipe_row 'b'; pass one of the two"),

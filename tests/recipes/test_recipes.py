@@ -1,4 +1,4 @@
-"""Every recipe and every row of one is valid, and each file says how to run it. Tests of a method check what is there."""
+"""Every experiment is valid and each file says how to run it. What is there is checked by the tests of the methods."""
 
 import functools
 import shlex
