@@ -100,7 +100,9 @@ def _size(file: Path) -> str:
     if "variants" in recipe:
         return "comparison"
     rows = expanded_rows(recipe, str(file))
-    return f"{len(rows)} rows" if rows else "1 run"
+    if not rows:
+        return "1 run"
+    return f"{len(rows)} rows" if len(rows) > 1 else "1 row"
 
 
 def _title(file: Path) -> str:
