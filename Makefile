@@ -11,7 +11,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 WORKERS ?= $(CORES)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-fast coverage test-oldest faults quality clean
+.PHONY: demo docs test test-fast coverage test-oldest faults quality clean
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -38,6 +38,11 @@ quality: $(VENV)/.quality
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site of the documentation, in site/; offline, and a warning is an error. To read it with its search:
+# python -m http.server --directory site
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # The lowest versions that setup.cfg allows, in an environment of their own.
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
@@ -46,7 +51,7 @@ test-oldest:
 	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest build *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage* htmlcov
+	rm -rf $(VENV) $(VENV)-oldest build site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage* htmlcov
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; pass PYTHON=...")'
@@ -64,4 +69,9 @@ $(VENV)/.%: setup.cfg pyproject.toml constraints.txt $(VENV)/.torch
 
 $(VENV)/.quality: setup.cfg constraints.txt | $(BIN)/python
 	$(INSTALL) ruff mypy
+	touch $@
+
+# The pages of the public names are made from the source, so the package itself is not installed.
+$(VENV)/.docs: setup.cfg constraints.txt | $(BIN)/python
+	$(INSTALL) mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@

@@ -1,4 +1,4 @@
-"""The console script `hf-ft-ext`, also `python -m hf_ft_ext`: train, compare, report, push."""
+"""The console script `hf-ft-ext`, also `python -m hf_ft_ext`: train, compare, report, recipes, push."""
 
 import sys
 
@@ -8,6 +8,7 @@ _COMMANDS = {
     "train": "fine-tune a model with one of the methods (what run_glue.py does)",
     "compare": "run several methods, each in a process of its own, and report on them side by side",
     "report": "write the report of runs that are there already",
+    "recipes": "list, filter and print recipes: the experiments of the papers, by name",
     "push": "push a finished run to the Hub, with its model card",
 }
 _USAGE = "\n".join(
@@ -38,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         from hf_ft_ext.compare.__main__ import main as run
     elif name == "report":
         from hf_ft_ext.report.__main__ import main as run
+    elif name == "recipes":
+        from hf_ft_ext.recipes.__main__ import main as run
     elif name == "push":
         from hf_ft_ext.hub.__main__ import main as run
     else:

@@ -44,6 +44,12 @@ class RunArguments:
     _argument_group_name = "run"
 
     method: str = field(default="sparse", metadata={"help": "Fine-tuning method (see `--help` without a method)."})
+    recipe_row: str | None = field(
+        default=None,
+        metadata={
+            "help": "Row of a recipe that is a table, in place of `recipe.yaml#ROW`; `hf-ft-ext recipes` lists them."
+        },
+    )
     task_type: str = field(
         default=SEQUENCE_CLASSIFICATION,
         metadata={

@@ -140,10 +140,11 @@ def list_methods() -> str:
     width = max(map(len, METHODS))
     return "\n".join(
         (
-            "usage: run_glue.py [recipe.yaml] [--method NAME] [--argument value ...]",
+            "usage: run_glue.py [recipe.yaml[#ROW]] [--method NAME] [--argument value ...]",
             "",
             "Fine-tune a sequence classifier. Without arguments: method sparse on the demo model and task.",
             "A recipe is a YAML file of `argument: value` lines; the command line wins over it.",
+            "`recipe.yaml#ROW` is one row of a table of experiments; `hf-ft-ext recipes` lists them.",
             "",
             "methods:",
             *(f"  {method.name:<{width}}  {method.help}" for method in METHODS.values()),

@@ -10,8 +10,8 @@ from transformers import Trainer, TrainingArguments
 from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments, own_fields
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.parsing import parse_arguments
-from hf_ft_ext.launch.recipes import read_recipe
 from hf_ft_ext.methods import METHODS, list_methods, only_help_wanted
+from hf_ft_ext.recipes.reading import read_recipe
 
 
 @pytest.fixture(autouse=True)

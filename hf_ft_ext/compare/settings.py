@@ -15,8 +15,8 @@ from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.launch.defaults import DEMO
 from hf_ft_ext.launch.folder import folder_name
 from hf_ft_ext.launch.parsing import parse_arguments
-from hf_ft_ext.launch.recipes import read_recipe
 from hf_ft_ext.methods import METHODS, find_method
+from hf_ft_ext.recipes.reading import read_recipe
 from hf_ft_ext.training.privacy import hide_tokens
 
 USAGE = "hf-ft-ext compare [recipe.yaml] [--methods A,B] [--seeds N] [--argument value ...]"

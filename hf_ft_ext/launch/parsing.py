@@ -11,8 +11,9 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
-from hf_ft_ext.launch.recipes import checked, read_recipe
+from hf_ft_ext.launch.values import checked
 from hf_ft_ext.methods import METHODS, Method, find_method, list_methods
+from hf_ft_ext.recipes.reading import read_recipe
 from hf_ft_ext.training.privacy import hide_tokens
 
 _CHOICES_AS_PLACEHOLDER = 10  # longer lists stand behind the help text
@@ -53,7 +54,7 @@ class Parser(HfArgumentParser):
             (RunArguments, ModelArguments, DataArguments, arguments),
             allow_abbrev=False,
             add_help=False,
-            usage=f"run_glue.py [recipe.yaml] [--method {{{','.join(METHODS)}}}] [--argument value ...]",
+            usage=f"run_glue.py [recipe.yaml[#ROW]] [--method {{{','.join(METHODS)}}}] [--argument value ...]",
             formatter_class=_HelpFormatter,
         )
         shared = (RunArguments, ModelArguments, DataArguments)
@@ -202,11 +203,12 @@ def _plain(value: Any) -> str:
 
 
 class _First(argparse.ArgumentParser):
-    """Finds the method and a wish for help before the method's own parser can be built."""
+    """Finds the method, the recipe's row and a wish for help before the method's own parser can be built."""
 
     def __init__(self):
         super().__init__(add_help=False, allow_abbrev=False)
         self.add_argument("--method")
+        self.add_argument("--recipe_row")
         self.add_argument("-h", "--help", nargs="?", const="short")
 
     def error(self, message: str) -> NoReturn:
@@ -216,7 +218,7 @@ class _First(argparse.ArgumentParser):
 def parse_arguments(
     argv: list[str] | None = None,
 ) -> tuple[RunArguments, ModelArguments, DataArguments, MethodTrainingArguments]:
-    """Parse `[recipe.yaml] [--argument value ...]`; the command line wins over the recipe.
+    """Parse `[recipe.yaml[#ROW]] [--argument value ...]`; the command line wins over the recipe.
 
     Args:
         argv: the words after the program's name; `None` = those of this process.
@@ -230,8 +232,9 @@ def parse_arguments(
         SystemExit: `--help`, or `--help all`, was asked for and printed (status 0).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    recipe = read_recipe(argv.pop(0)) if argv and not argv[0].startswith("-") else {}
+    address = argv.pop(0) if argv and not argv[0].startswith("-") else None
     first, _ = _First().parse_known_args(argv)
+    recipe = _recipe(address, first.recipe_row)
     name = first.method if first.method is not None else recipe.get("method")
     if name is not None and not isinstance(name, str):
         name = checked("method", name, str)
@@ -240,15 +243,33 @@ def parse_arguments(
         sys.stdout.write(list_methods() if name is None else Parser(find_method(name)).help_text(everything))
         raise SystemExit(0)
 
-    method = find_method(RunArguments.method if name is None else name)
+    return arguments_of(Parser(find_method(RunArguments.method if name is None else name)), argv, recipe)
 
+
+def arguments_of(
+    parser: Parser, argv: list[str], recipe: dict[str, Any]
+) -> tuple[RunArguments, ModelArguments, DataArguments, MethodTrainingArguments]:
+    """The arguments that a recipe's settings and the words `argv` make, by the parser of their method.
+
+    Returns and raises as `parse_arguments` does.
+    """
     # imports `Trainer`, which --help and a misspelt method do without
     from hf_ft_ext.launch.defaults import complete_arguments
 
-    parser = Parser(method)
     given = parser.given(argv, recipe)
     run_args, model_args, data_args, training_args = parser.build(given)
     run_args.given = given
     training_args.check_given(given)
     complete_arguments(run_args, model_args, data_args, training_args)
     return run_args, model_args, data_args, training_args
+
+
+def _recipe(address: str | None, row: str | None) -> dict[str, Any]:
+    if address is None:
+        if row is not None:
+            raise InputError(f"--recipe_row {row} needs a recipe; pass the path of its YAML file first")
+        return {}
+    recipe = read_recipe(address, row)
+    if "recipe_row" in recipe:
+        raise InputError("recipe_row in a recipe chooses nothing; pass recipe.yaml#ROW or --recipe_row ROW")
+    return recipe

@@ -27,6 +27,7 @@ from hf_ft_ext.compare.settings import read_comparison
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.parsing import parse_arguments
 from hf_ft_ext.methods import METHODS
+from hf_ft_ext.recipes.reading import read_rows
 
 LANGUAGES = {"python", "bash", "text", "toml", "yaml"}
 SUBCOMMANDS = {("hf", "auth", "login"), (".ci/run",)}  # nothing to parse
@@ -42,12 +43,17 @@ class Command:
 
     @property
     def words(self) -> list[str]:
-        return shlex.split(self.text, comments=True)
+        return _words(self.text)
+
+
+def _words(line: str) -> list[str]:
+    """The words of a command; a comment starts at a `#` that stands before a word, as in bash."""
+    return shlex.split(re.sub(r"(^|\s)#.*", "", line))
 
 
 def commands_of(block: Block) -> list[Command]:
     lines = block.code.replace("\\\n", " ").splitlines()
-    return [Command(block, line.strip()) for line in lines if shlex.split(line, comments=True)]
+    return [Command(block, line.strip()) for line in lines if _words(line)]
 
 
 COMMANDS = [command for block in BLOCKS if block.language == "bash" for command in commands_of(block)]
@@ -62,7 +68,7 @@ def at_home(words: list[str]) -> list[str]:
     found = []
     for word in words:
         if word.startswith(OWN_FOLDERS) and word not in example_files():
-            assert (ROOT / word).exists(), f"{word} is not there"
+            assert (ROOT / word.partition("#")[0]).exists(), f"{word} is not there"
             word = str(ROOT / word)
         found.append(word)
     return found
@@ -185,6 +191,7 @@ def test_commands_are_taken_by_their_programs(command, tmp_path, monkeypatch, ca
         "accelerate launch run_glue.py --method fulll",
         "accelerate launch --no_such_option run_glue.py --method full",
         "accelerate launch run_glue.py recipes/demo/no-such.yaml",
+        "accelerate launch run_glue.py recipes/kernel/demo.yaml#no-such",
         "python run_glue.py --method sparse --sparse_densty 0.1",
         "python run_glue.py --method full --max_steps 10 --hp_search 2 --resume_from_checkpoint true",
         "hf-ft-ext compare --methods full,lorra",
@@ -221,7 +228,8 @@ def test_yaml_blocks_are_recipes(tmp_path, monkeypatch):
     assert recipes
     for block in recipes:
         (tmp_path / "recipe.yaml").write_text(block.code)
-        parse_arguments(["recipe.yaml", "--use_cpu"])
+        for row in read_rows("recipe.yaml") or [None]:
+            parse_arguments(["recipe.yaml", "--use_cpu", *(["--recipe_row", row] if row else [])])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_ft_ext import AdapterPlan
 from hf_ft_ext.fisher.mask_names import MASKS
-from hf_ft_ext.launch.recipes import read_recipe
+from hf_ft_ext.recipes.reading import read_rows
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "fisher"
 SEEDS = {"sst2": ["111", "11", "22"], "mrpc": ["11", "22", "88"], "mnli": ["11", "22", "88"]}
@@ -17,9 +17,9 @@ RATES = {"adapter": 1e-4, "lora": 5e-4, "prefix": 2e-4, "fishpal": 5e-4, "publis
 
 @pytest.mark.parametrize("task", SEEDS)
 def test_the_thesis_is_complete(task):
+    rows, text = read_rows(FOLDER / "roberta-base.yaml"), (FOLDER / "roberta-base.yaml").read_text()
     for name, rate in RATES.items():
-        path = FOLDER / "roberta-base" / f"{task}-{name}.yaml"
-        recipe, text = read_recipe(path), path.read_text()
+        recipe = rows[f"{task}-{name}"]
         assert (recipe["learning_rate"], recipe["num_train_epochs"], recipe["per_device_train_batch_size"]) == (
             rate, 10, 16,
         )  # fmt: skip
@@ -31,9 +31,9 @@ def test_the_thesis_is_complete(task):
         assert recipe["max_seq_length"] == 128 and str(recipe["seed"]) == SEEDS[task][0]
         assert f"{', '.join(SEEDS[task])}" in text
         if name != "published":
-            assert (FOLDER / "demo" / f"{task}-{name}.yaml").is_file()
-    masks = {read_recipe(p)["fisher_mask"] for p in (FOLDER / "roberta-base").glob(f"{task}-mask-*.yaml")}
-    assert masks == set(MASKS)
+            assert f"{task}-{name}" in read_rows(FOLDER / "demo.yaml")
+    assert {name.removeprefix(f"{task}-mask-") for name in rows if name.startswith(f"{task}-mask-")} == set(MASKS)
+    assert all(rows[f"{task}-mask-{mask}"]["fisher_mask"] == mask for mask in MASKS)
 
 
 @pytest.mark.parametrize(

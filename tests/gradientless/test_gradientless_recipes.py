@@ -4,19 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from hf_ft_ext.launch.recipes import read_recipe
+from hf_ft_ext.recipes.reading import read_rows
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "gradientless"
-RECIPES = sorted(path for path in FOLDER.rglob("*.yaml") if "mezo" not in path.parts)  # see tests/prompts
+STUDIES = ("distilbert-base-cased", "demo")
 
 
-def settings(folder: str) -> dict[str, dict]:
-    return {path.stem: read_recipe(path) for path in (FOLDER / folder).glob("*.yaml")}
-
-
-@pytest.mark.parametrize("folder", ["distilbert-base-cased", "demo"])
-def test_the_thesis_is_complete(folder):
-    found = settings(folder)
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_thesis_is_complete(study):
+    found = read_rows(FOLDER / f"{study}.yaml")
     values = {key: [recipe.get(key) for recipe in found.values()] for key in ("learning_rate", "search_candidates")}
     assert {2.5e-3, 5e-3, 1e-2, 7.5e-3} <= set(values["learning_rate"])
     assert {1, 5, 9} <= set(values["search_candidates"])
@@ -38,10 +34,10 @@ def test_the_thesis_is_complete(folder):
     preferred = found["preferred"]
     assert (preferred["learning_rate"], preferred["weight_decay"]) == (7.5e-3, 0.05)
     assert {found[f"adam-{n}"]["search_method"] for n in (64, 256)} == {"adam"}
-    steps = 80_000 if folder != "demo" else 4_000
+    steps = 80_000 if study != "demo" else 4_000
     assert preferred["max_steps"] == steps and found["adam-256"]["max_steps"] == steps // 2
 
 
 def test_all_are_of_one_task_and_seed():
-    for recipe in map(read_recipe, RECIPES):
+    for recipe in [row for study in STUDIES for row in read_rows(FOLDER / f"{study}.yaml").values()]:
         assert (recipe["method"], recipe["task_name"], recipe["seed"]) == ("gradientless", "sst2", 42)

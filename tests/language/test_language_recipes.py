@@ -52,11 +52,16 @@ def test_the_llama_run_trains_up_and_down_of_every_third_layer_only(tmp_path):
     assert changed == set(layers)
 
 
-def test_mezo_on_squad_runs(tmp_path):
+@pytest.mark.parametrize(
+    "address",
+    [*(f"gradientless/mezo/opt.yaml#opt-13b-squad-{way}" for way in ("all", "lora", "prefix")),
+     *(f"full/mezo/opt.yaml#opt-13b-squad-{way}" for way in ("lora", "prefix"))],
+)  # fmt: skip
+def test_the_opt_runs_on_squad(tmp_path, address):
     save_decoder(tmp_path / "model", "opt")
     status = run_glue.main(
         [
-            str(RECIPES / "gradientless" / "mezo" / "opt-squad.yaml"), "--model_name_or_path", str(tmp_path / "model"),
+            str(RECIPES / address), "--model_name_or_path", str(tmp_path / "model"),
             "--dataset_name", write_rows(tmp_path / "data", [SQUAD] * 4), "--output_dir", str(tmp_path / "out"),
             "--max_steps", "2", "--use_cpu", "--disable_tqdm", "true", "--max_new_tokens", "4",
         ]

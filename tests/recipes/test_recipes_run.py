@@ -7,19 +7,21 @@ import pytest
 import torch
 from offline import write_classifier, write_glue, write_model
 from peft import PeftModel
-from test_recipes import COMPARISONS, RECIPES, name_of
+from test_recipes import COMPARISONS, FILES, FOLDER, experiments
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import run_glue
 from hf_ft_ext import PromptForSequenceClassification, load_kernel
 from hf_ft_ext.demo.dataset import demo_dataset
 from hf_ft_ext.launch import results
-from hf_ft_ext.launch.recipes import read_recipe
+from hf_ft_ext.recipes.reading import read_recipe
 
 DEMOS = [
-    path
-    for path in RECIPES
-    if path.parent != COMPARISONS and "demo" in (path.parent.name, read_recipe(path)["task_name"])
+    address
+    for file in FILES
+    if file.parent != COMPARISONS
+    for address, settings in experiments(file).items()
+    if file.stem == "demo" or settings["task_name"] == "demo"
 ]
 AT_ONCE = ("linearhead", "kernel")  # no steps to cut
 STEPS = 2
@@ -47,7 +49,7 @@ def classifier(tmp_path_factory, model) -> str:
 
 @pytest.fixture(scope="module")
 def glue(tmp_path_factory) -> str:
-    tasks = {read_recipe(path)["task_name"] for path in DEMOS}
+    tasks = {read_recipe(address)["task_name"] for address in DEMOS}
     return write_glue(tmp_path_factory.mktemp("glue"), tasks)
 
 
@@ -62,10 +64,10 @@ def trainers(monkeypatch) -> list:
     return found
 
 
-def words_of(recipe: Path, model: str, glue: str) -> list[str]:
+def words_of(recipe: str, model: str, glue: str) -> list[str]:
     """The command line that shortens the recipe further."""
     settings = read_recipe(recipe)
-    words = [str(recipe), "--model_name_or_path", model, "--use_cpu", "--disable_tqdm", "true", "--output_dir", "out"]
+    words = [recipe, "--model_name_or_path", model, "--use_cpu", "--disable_tqdm", "true", "--output_dir", "out"]
     words += ["--do_train", "--do_eval", "--report_to", "none", "--logging_steps", "1"]
     words += () if settings["method"] in AT_ONCE else ("--max_steps", str(STEPS))
     if "num_k" not in settings:
@@ -98,7 +100,7 @@ def _is_refused(name: str, settings: dict) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", DEMOS, ids=name_of)
+@pytest.mark.parametrize("recipe", DEMOS, ids=lambda address: address.removeprefix(f"{FOLDER}/"))
 def test_shortened_recipes_train_evaluate_save_and_load(
     recipe, model, classifier, glue, trainers, tmp_path, monkeypatch, capsys
 ):

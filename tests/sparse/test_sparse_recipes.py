@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_ft_ext.launch.recipes import read_recipe
+from hf_ft_ext.recipes.reading import read_recipe, read_rows
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "sparse"
 TASKS = {"cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli"}
@@ -14,7 +14,9 @@ SIZES = {"bert-base-uncased": (28_000, 7), "roberta-base": (28_000, 7), "roberta
 
 @pytest.mark.parametrize("model", SIZES)
 def test_the_glue_benchmark_is_complete(model):
-    found = {path.stem: read_recipe(path) for path in (FOLDER / model).glob("*.yaml")}
+    rows = read_rows(FOLDER / "glue.yaml")
+    assert len(rows) == len(SIZES) * len(TASKS) * len(WAYS) == 108
+    found = {name.removeprefix(f"{model}-"): row for name, row in rows.items() if name.startswith(model)}
     assert set(found) == {f"{task}-{way}" for task in TASKS for way in WAYS}
     entries, rank = SIZES[model]
     for name, recipe in found.items():
@@ -27,8 +29,8 @@ def test_the_glue_benchmark_is_complete(model):
 
 
 def test_quick_starts_and_the_search():
-    found = {path.stem: read_recipe(path) for path in FOLDER.glob("*.yaml")}
+    found = read_rows(FOLDER / "cola.yaml")
     for model in ("bert", "roberta"):
         assert found[f"quickstart-{model}-cola"]["sparse_threshold"] == 1e-3
         assert found[f"optimize-{model}-base{'-uncased' if model == 'bert' else ''}-cola"]["hp_search"] == 40
-    assert found["llama2-openassistant"]["sparse_support"] == "structured"  # run by tests/language
+    assert read_recipe(FOLDER / "llama2-openassistant.yaml")["sparse_support"] == "structured"  # run by tests/language

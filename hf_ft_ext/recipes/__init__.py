@@ -1,0 +1,1 @@
+"""Recipes: YAML files of arguments, and tables of such with one row for each experiment."""
