@@ -34,7 +34,7 @@ from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import load_prompt_model
-from hf_ft_ext.prompts.model import load_language_model
+from hf_ft_ext.prompts.making import load_language_model
 from hf_ft_ext.prompts.readout import Reading, reading_of
 from hf_ft_ext.training.finite import first_not_finite
 from hf_ft_ext.training.loss_scale import declare_mean_loss

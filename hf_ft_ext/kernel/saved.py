@@ -36,8 +36,8 @@ from hf_ft_ext.kernel.solvers import KernelModel, SolverOptions
 from hf_ft_ext.kernel.training_side import KINDS, TrainingSide
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.per_example.capture import Function
-from hf_ft_ext.prompts.configuration import PromptConfig
-from hf_ft_ext.prompts.model import PROMPT_FILE, PromptForSequenceClassification
+from hf_ft_ext.prompts.configuration import PROMPT_FILE, PromptConfig
+from hf_ft_ext.prompts.model import PromptForSequenceClassification
 from hf_ft_ext.training.files import replacing, tensor_hash, write_json
 from hf_ft_ext.training.precision import train_in_float32
 
