@@ -32,7 +32,7 @@ from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.results import THRESHOLDS, keep_thresholds
 from hf_ft_ext.launch.search import require_optuna
-from hf_ft_ext.launch.trainers import check_made, explained, run_callbacks
+from hf_ft_ext.launch.trainers import check_made, check_place, explained, run_callbacks
 from hf_ft_ext.launch.validation import (
     check_probabilities,
     check_scoring,
@@ -93,6 +93,7 @@ def load(
         tokenizer, model = load_model()
     else:
         tokenizer, model = trainer_class.load_finished(finished, data.label_names, run_args.given, load_model)
+    check_place(model, args, trainer_class)
     limit = model_max_length(model, tokenizer)
     kind = model.config.problem_type
     if data.label_names is None and data.problem_type != kind:  # no labels: the model knows what it predicts

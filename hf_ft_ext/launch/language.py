@@ -37,7 +37,7 @@ from hf_ft_ext.arguments import (
 from hf_ft_ext.data.language import Form, LanguageData, load_language_data, prompt_and_references
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.search import require_optuna
-from hf_ft_ext.launch.trainers import check_made, explained, run_callbacks
+from hf_ft_ext.launch.trainers import check_made, check_place, explained, run_callbacks
 from hf_ft_ext.launch.validation import check_splits
 from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics.generation import generation_metrics
@@ -139,11 +139,12 @@ def load(
         )
     tokenizer, model = load_tokenizer_and_language_model(model_args, run_args.task_type, args=args)
     _check_chat_template(data, tokenizer, data_args)
+    kind = find_method(run_args.method).trainer_class()
+    check_place(model, args, kind)
     context = model_max_length(model, tokenizer)
     length = _length(data_args, context)
     if writes:
         room_for_prompts(context, data_args.max_new_tokens, shared=causal)
-    kind = find_method(run_args.method).trainer_class()
     if causal:
         from trl import SFTTrainer
 

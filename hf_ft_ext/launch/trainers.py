@@ -3,9 +3,9 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 
-from hf_ft_ext.arguments import MethodTrainingArguments, RunArguments
+from hf_ft_ext.arguments import Gradients, MethodTrainingArguments, RunArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.hub.push import is_of_the_hub, reason
 from hf_ft_ext.launch.folder import not_writable
@@ -13,6 +13,8 @@ from hf_ft_ext.launch.sharing import prepare_branch
 from hf_ft_ext.launch.validation import check_checkpoint, check_optimizer
 from hf_ft_ext.training.batches import check_full_batch
 from hf_ft_ext.training.checkpoints import SealCheckpoints
+from hf_ft_ext.training.method_trainer import MethodTrainer
+from hf_ft_ext.training.placement import check_placement
 from hf_ft_ext.training.resources import ResourceMonitor
 
 
@@ -30,6 +32,12 @@ def run_callbacks(
     patience = run_args.early_stopping_patience
     early_stopping = [EarlyStoppingCallback(patience)] if patience and args.do_train else []
     return [ResourceMonitor(), *savers, *early_stopping, SealCheckpoints(run_args.method), *callbacks]
+
+
+def check_place(model: PreTrainedModel, args: MethodTrainingArguments, kind: type[MethodTrainer]) -> None:
+    """Refuse a model that `device_map` has put where the method cannot take it; see `check_placement`."""
+    unchanged = not args.do_train and kind.several_devices and args.gradients is Gradients.WEIGHTS
+    check_placement(model, kind.several_devices, unchanged)
 
 
 def check_made(trainer: Trainer, method: str) -> Trainer:

@@ -43,6 +43,14 @@ _OF_THE_PROMPT = (
     "template", "words", "word_ids", "word_sequences", "word_scoring", "word_bias", "mask_token_id", "decoder_prefix",
     "id2label", "label2id",
 )  # fmt: skip
+# what transformers, peft and accelerate ask a model that was loaded in few bits
+_OF_A_QUANTIZED_MODEL = (
+    "is_quantized",
+    "hf_quantizer",
+    "quantization_method",
+    "is_loaded_in_8bit",
+    "is_loaded_in_4bit",
+)
 
 
 class PromptForSequenceClassification(PreTrainedModel):
@@ -176,6 +184,11 @@ class PromptForSequenceClassification(PreTrainedModel):
             model = cls(config)
         model._adopt(masked_lm)
         model._renew_ties()
+        for name in _OF_A_QUANTIZED_MODEL:
+            if hasattr(masked_lm, name):
+                setattr(model, name, getattr(masked_lm, name))
+        if getattr(masked_lm, "hf_device_map", None) is not None:  # Trainer moves no model that has one
+            model.hf_device_map = {f"masked_lm.{name}".strip("."): d for name, d in masked_lm.hf_device_map.items()}
         return model
 
     def _adopt(self, language_model: PreTrainedModel) -> None:
