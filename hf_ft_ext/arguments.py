@@ -17,7 +17,7 @@ from hf_ft_ext.training.completion import complete_training_arguments
 DEFAULT_LENGTH = 128
 AUTO = "auto"
 DTYPES = (AUTO, "float32", "bfloat16", "float16")
-QUANTIZATIONS = ("8bit", "4bit")
+QUANTIZATIONS = BITSANDBYTES_8BIT, BITSANDBYTES_4BIT, TORCHAO_8BIT = ("8bit", "4bit", "torchao-8bit")
 FEW_SHOT_SPLITS = ("k-shot", "k-shot-10x", "k-shot-1k-test")
 QUOTINGS = ("auto", "none", "minimal", "backslash")
 PROBLEM_TYPES = ("single_label_classification", "regression")
@@ -133,9 +133,17 @@ class ModelArguments:
     quantization: str | None = field(
         default=None,
         metadata={
-            "help": "Load the frozen weights in 8 or 4 bits (bitsandbytes, `quantization` extra), the head in full: "
-            "for adapters, linear probing and searches in the head; none = as stored.",
+            "help": "Load the frozen weights in 8 or 4 bits (bitsandbytes, `quantization` extra) or in torchao's 8 "
+            "bits (`torchao` extra), the head in full: for adapters, linear probing and searches in the head; none = "
+            "as stored.",
             "choices": QUANTIZATIONS,
+        },
+    )
+    device_map: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the weights go, of one process: auto, balanced, balanced_low_0 or sequential (over its "
+            "accelerators), a device such as cuda:1, or JSON of modules to devices; none = the process's own device."
         },
     )
 

@@ -34,10 +34,11 @@ from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import load_prompt_model
-from hf_ft_ext.prompts.model import load_language_model
+from hf_ft_ext.prompts.making import load_language_model
 from hf_ft_ext.prompts.readout import Reading, reading_of
 from hf_ft_ext.training.finite import first_not_finite
 from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.placement import check_map
 from hf_ft_ext.training.quantized import keep_differentiable
 from hf_ft_ext.training.saving import plain_outputs
 from hf_ft_ext.training.sharding import whole_shape
@@ -90,6 +91,7 @@ def load_tokenizer_and_model(
         with _explained(name, "weights"):
             revision = model_args.model_revision
             model = load_prompt_model(name, config, tokenizer, data, data_args, revision=revision, **hub, **options)
+        check_map(options.get("device_map"), model.masked_lm, name)
         model.fresh_parameters = frozenset()
         if model_args.attn_implementation is not None:  # making the model around it sets the default again
             model.masked_lm.set_attn_implementation(model_args.attn_implementation)
@@ -110,6 +112,7 @@ def load_tokenizer_and_model(
             **hub,
             **options,
         )
+    check_map(options.get("device_map"), model, name)
     _check_loaded(model, info, name, trained_labels)
     settle_dtype(model, model_args.dtype, args, stored, name)
     model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
@@ -167,6 +170,7 @@ def load_tokenizer_and_language_model(
     tokenizer = _load_tokenizer(model_args, name, hub)
     with _explained(name, "weights"):
         model = load_language_model(name, config=config, revision=model_args.model_revision, **hub, **options)
+    check_map(options.get("device_map"), model, name)
     model.fresh_parameters = frozenset()
     settle_dtype(model, model_args.dtype, args, stored, name)
     model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}

@@ -8,7 +8,10 @@ import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+)
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -119,6 +122,11 @@ def wrap_with_peft(
             f"{option}={kind} moves ranks between layers by a call after each step, which a Trainer does not make, "
             f"and adds a penalty to the loss in evaluation too; choose another method, such as {option}=lora"
         )
+    if known[kind.lower()] == PeftType.PREFIX_TUNING and is_prompt_model(model) and model.config.reading == "decoder":
+        raise InputError(
+            f"{option}={kind} puts keys and values in front of a decoder's tokens, and the encoder that reads the row "
+            f"would get none; use lora, ia3 or another method of peft that changes layers"
+        )
     tokens = {field.name for field in fields(config_class)} & {"num_virtual_tokens"}
     if tokens and settings.get("num_virtual_tokens") is None:
         raise InputError(
@@ -133,9 +141,7 @@ def wrap_with_peft(
     settings = _with_targets(model, method, config_class, settings, [] if asked is not None else heads)
     inner = model.config.masked_lm if is_prompt_model(model) else model.config
     if "num_virtual_tokens" in {field.name for field in fields(config_class)} and not _sizes_known_to_peft(model):
-        sizes = {"num_layers": "num_hidden_layers", "token_dim": "hidden_size"}
-        sizes["num_attention_heads"] = "num_attention_heads"
-        settings = {**{name: getattr(inner, own, None) for name, own in sizes.items()}, **settings}
+        settings = {**_sizes_of_virtual_tokens(inner, method), **settings}
     try:
         config = config_class(**{"task_type": task_type_of(model), **settings})
         with seeded_init(seed):
@@ -159,6 +165,20 @@ def _sizes_known_to_peft(model: PreTrainedModel) -> bool:
     return not is_prompt_model(model) and bool(names & {"hidden_size", "n_embd", "d_model"})
 
 
+def _sizes_of_virtual_tokens(config: Any, method: PeftType) -> dict[str, int | None]:
+    """What peft reads off the configuration of other models."""
+    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    shared = getattr(config, "num_key_value_heads", None)
+    if method == PeftType.PREFIX_TUNING and shared is not None:  # keys and values of groups of queries
+        size = getattr(config, "head_dim", None) or hidden // heads
+        heads, hidden = shared, size * shared
+    return {
+        "num_layers": getattr(config, "num_hidden_layers", None),
+        "token_dim": hidden,
+        "num_attention_heads": heads,
+    }
+
+
 def _with_targets(
     model: PreTrainedModel, method: PeftType, config_class: type, settings: dict[str, Any], heads: list[str]
 ) -> dict[str, Any]:
@@ -168,7 +188,11 @@ def _with_targets(
     if not any(settings.get(name) for name in ("target_modules", "target_parameters")):
         if table is not None and "target_modules" in known:
             settings["target_modules"] = default_targets(model, table, architecture(model))
-        elif method == PeftType.IA3 and architecture(model) not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
+        elif method == PeftType.IA3 and architecture(model) in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
+            kind = architecture(model)  # peft itself does not look into a prompt model
+            settings["target_modules"] = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[kind]
+            settings["feedforward_modules"] = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[kind]
+        elif method == PeftType.IA3:
             attention, down = key_value_and_down(find_structure(model))
             names = [name for name, _ in model.named_modules()]
             settings["feedforward_modules"] = endings(names, down)
@@ -185,6 +209,8 @@ def _check_prompt(model: PeftModel, kind: str, option: str) -> None:
     prompt = [p for p in model.prompt_encoder.parameters() if p.requires_grad]
     with torch.enable_grad(), evaluating(base):
         for batch in trial_rows(base):
+            if "attention_mask" not in batch:  # all rows of a training have one
+                continue
             try:
                 output = model(**batch)
                 logits = output.logits if hasattr(output, "logits") else output[0]

@@ -1,7 +1,8 @@
-"""In which form a model's weights are loaded: number format, attention, quantization."""
+"""In which form a model's weights are loaded, and where: number format, attention, quantization, devices."""
 
 import copy
 import importlib.util
+import json
 import logging
 from typing import Any
 
@@ -12,9 +13,17 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    TorchAoConfig,
 )
 
-from hf_ft_ext.arguments import AUTO, Gradients, MethodTrainingArguments, ModelArguments
+from hf_ft_ext.arguments import (
+    AUTO,
+    BITSANDBYTES_8BIT,
+    TORCHAO_8BIT,
+    Gradients,
+    MethodTrainingArguments,
+    ModelArguments,
+)
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.features import encoder_path
 from hf_ft_ext.prompts.readout import reading_of
@@ -22,6 +31,8 @@ from hf_ft_ext.training.precision import HALF
 from hf_ft_ext.training.quantized import is_quantized
 
 logger = logging.getLogger(__name__)
+
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' ways over several devices
 
 
 def weight_options(
@@ -32,7 +43,8 @@ def weight_options(
     *,
     as_prompt: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of `from_pretrained`: `dtype`, and where asked for `attn_implementation`, `quantization_config`.
+    """Arguments of `from_pretrained`: `dtype`, and where asked for `attn_implementation`, `quantization_config`,
+    `device_map`.
 
     Args:
         config: of the model.
@@ -44,13 +56,12 @@ def weight_options(
         InputError: the model, the method or this environment cannot honour an option.
     """
     options: dict[str, Any] = {"dtype": wanted_dtype(model_args.dtype, args, getattr(config, "dtype", None))}
+    if model_args.device_map is not None:
+        options["device_map"] = _device_map(model_args.device_map, args)
     if model_args.attn_implementation is None and model_args.quantization is None:
         return options
-    if model_args.quantization is not None and importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(
-            f"quantization={model_args.quantization} needs bitsandbytes: pip install "
-            '"hf_ft_ext[quantization]", or leave it out'
-        )
+    if model_args.quantization is not None:
+        _check_installed(model_args.quantization)
     if model_args.quantization is not None and getattr(config, "quantization_config", None) is not None:
         raise InputError(
             f"model {name!r} is quantized already; leave out quantization={model_args.quantization}, or pass the "
@@ -62,9 +73,9 @@ def weight_options(
     if model_args.quantization is not None:
         if model_args.dtype == AUTO:  # what stays outside the quantized layers, as QLoRA has it
             options["dtype"] = torch.float32
-        options["quantization_config"] = _bitsandbytes(model_args.quantization, skeleton, options["dtype"], args)
+        options["quantization_config"] = _quantizer(model_args.quantization, skeleton, options["dtype"], args)
         device = _device(args)
-        if device.type != "cpu":
+        if device.type != "cpu" and model_args.device_map is None:
             options["device_map"] = {"": device}
     return options
 
@@ -161,9 +172,50 @@ def _skeleton(config: PreTrainedConfig, name: str, as_prompt: bool, model_args: 
         raise InputError(f"model {name!r} cannot be quantized: {reason}; leave quantization out") from error
 
 
-def _bitsandbytes(
-    bits: str, skeleton: nn.Module, dtype: torch.dtype | str, args: MethodTrainingArguments | None
-) -> BitsAndBytesConfig:
+def _device_map(wanted: str, args: MethodTrainingArguments | None) -> str | dict[str, Any]:
+    """What `from_pretrained` takes as `device_map`."""
+    if args is not None and args.world_size > 1:
+        raise InputError(
+            f"device_map={wanted} spreads a model over the devices of one process, and this run has "
+            f"{args.world_size} processes, each with the whole model; leave it out, or start one process"
+        )
+    if wanted in _SPREADS:
+        return wanted
+    try:
+        parts = json.loads(wanted) if wanted.startswith("{") else {"": wanted}
+    except ValueError as error:
+        raise InputError(f"device_map={wanted!r} is no JSON: {error}") from None
+    return {part: _place(place) for part, place in parts.items()}
+
+
+def _place(place: str | int) -> str | int:
+    """The place itself, once it is known to be there."""
+    if place == "disk":
+        return place
+    try:
+        device = torch.device(place)
+        known = [] if device.type == "cpu" else list(range(torch.get_device_module(device).device_count()))
+    except (RuntimeError, TypeError, AttributeError):
+        raise InputError(
+            f"device_map: {place!r} is no device; pass {', '.join(_SPREADS)}, a device such as cuda:0, or JSON of "
+            "modules to devices"
+        ) from None
+    if device.type != "cpu" and (device.index or 0) not in known:
+        raise InputError(f"device_map: there is no device {place!r} here ({len(known)} of its kind); pass another one")
+    return place
+
+
+def _check_installed(quantization: str) -> None:
+    package, extra = ("torchao", "torchao") if quantization == TORCHAO_8BIT else ("bitsandbytes", "quantization")
+    if importlib.util.find_spec(package) is None:
+        raise InputError(
+            f'quantization={quantization} needs {package}: pip install "hf_ft_ext[{extra}]", or leave it out'
+        )
+
+
+def _quantizer(
+    quantization: str, skeleton: nn.Module, dtype: torch.dtype | str, args: MethodTrainingArguments | None
+) -> BitsAndBytesConfig | TorchAoConfig:
     """Everything outside the encoder, and its pooler, stay in full: they are what trains, or come untrained."""
     path = encoder_path(skeleton) or ""
     encoder = skeleton.get_submodule(path)
@@ -171,7 +223,11 @@ def _bitsandbytes(
         name for name, module in skeleton.named_children() if name != path and any(True for _ in module.parameters())
     ]
     kept += [f"{path}.{name}".strip(".") for name, _ in encoder.named_children() if "pooler" in name]
-    if bits == "8bit":
+    if quantization == TORCHAO_8BIT:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=kept)
+    if quantization == BITSANDBYTES_8BIT:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     compute = torch.float32 if dtype == AUTO else dtype
     if args is not None and (args.bf16 or args.fp16):

@@ -392,7 +392,7 @@ def test_hyperparameter_search(launch):
 
 
 def test_search_without_optuna(launch, monkeypatch, capsys):
-    monkeypatch.setattr("hf_ft_ext.launch.building.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("hf_ft_ext.launch.search.importlib.util.find_spec", lambda name: None)
     assert launch("--hp_search", "2") == 2
     assert 'pip install "hf_ft_ext[hp]"' in capsys.readouterr().err
 

@@ -1,18 +1,21 @@
-"""`--dtype`, `--attn_implementation`, `--model_revision`: honoured, or refused in one line."""
+"""`--dtype`, `--attn_implementation`, `--device_map`, `--model_revision`: honoured, or refused in one line."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from test_models import data
-from tiny import tiny_masked_lm, tiny_model, tiny_tokenizer
+from tiny import tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
 
-from hf_ft_ext.arguments import DataArguments, ModelArguments
+from hf_ft_ext.arguments import DataArguments, Gradients, ModelArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.full.arguments import FullTrainingArguments
 from hf_ft_ext.gradientless.arguments import GradientlessTrainingArguments
 from hf_ft_ext.lora.arguments import LoraTrainingArguments
+from hf_ft_ext.methods import METHODS
 from hf_ft_ext.models import load_tokenizer_and_model
+from hf_ft_ext.training.placement import check_placement
 from hf_ft_ext.weight_options import wanted_dtype
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -102,3 +105,64 @@ def test_a_local_folder_has_no_revision(folder):
     ):
         load(folder, model_revision="v2")
     load(folder, model_revision="main")  # the default, written out
+
+
+# --- where the weights go ---------------------------------------------------------------------------------
+
+PARTS = ("embeddings", "encoder.layer.0", "encoder.layer.1", "pooler")
+SPREAD = json.dumps({**{f"bert.{part}": "cpu" for part in PARTS}, "bert.encoder.layer.1": "disk", "classifier": "cpu"})
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", SPREAD])
+def test_a_model_is_the_same_wherever_its_weights_are(folder, device_map):
+    batch = {"input_ids": torch.arange(5, 25).view(2, 10)}
+    args = arguments(FullTrainingArguments, train=False)
+    plain, placed = load(folder, args, dtype="float32"), load(folder, args, dtype="float32", device_map=device_map)
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(**batch).logits, placed.eval()(**batch).logits)
+    offloaded = [name for name, p in placed.named_parameters() if p.is_meta]
+    assert bool(offloaded) == (device_map == SPREAD)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "message"),
+    [
+        ("gpu", "device_map: 'gpu' is no device; pass auto, balanced, balanced_low_0, sequential, a device such as"),
+        ("{bert: 0}", "device_map='{bert: 0}' is no JSON: Expecting property name"),
+        (
+            '{"roberta": "cpu", "": "cpu"}',
+            "names 'roberta', and model .* has no such part; its parts are bert",
+        ),
+        ("cuda:9", "there is no device 'cuda:9' here .*pass another one"),
+    ],
+)
+def test_a_place_that_does_not_exist_is_one_line(folder, device_map, message):
+    with pytest.raises(InputError, match=message):
+        load(folder, device_map=device_map)
+
+
+def test_a_spread_model_wants_one_process(folder):
+    args = SimpleNamespace(world_size=2, do_train=True, gradients=Gradients.WEIGHTS, device=torch.device("cpu"))
+    with pytest.raises(InputError, match=r"device_map=auto spreads a model .* this run has 2 processes"):
+        load(folder, args, device_map="auto")
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        (("cpu", "disk"), r"keeps parts of the model on disk .*\(cpu, disk\), so they cannot train"),
+        ((0, 1), "spreads the model over 0, 1, and this method keeps what it computes on one device"),
+    ],
+)
+def test_who_trains_a_spread_model(tmp_path, monkeypatch, method, devices, message):
+    kind = METHODS[method]
+    args = kind.arguments_class()(str(tmp_path), use_cpu=True, report_to=[])
+    model = tiny_model()
+    trainer = kind.trainer_class()(model, args, train_dataset=tiny_dataset(8), processing_class=tiny_tokenizer())
+    model.hf_device_map = {"bert": devices[0], "classifier": devices[1]}
+    if devices == (0, 1) and kind.trainer_class().several_devices:
+        check_placement(trainer.model, several=True)
+        return
+    with pytest.raises(InputError, match=message):
+        trainer.train()

@@ -32,6 +32,7 @@ class FullTrainer(StopAtNaN, MethodTrainer):
     """
 
     arguments_class = FullTrainingArguments
+    several_devices = True
 
     def check_passed(self, passed: Mapping[str, Any]) -> None:
         if self.args.peft is not None or self.args.fix_layers:

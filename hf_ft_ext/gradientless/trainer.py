@@ -75,6 +75,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     """
 
     arguments_class = GradientlessTrainingArguments
+    several_devices = True
     no_optimizer = "makes its own optimizer (see search_method)"
     no_optimizer_class = True
 

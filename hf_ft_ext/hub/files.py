@@ -20,7 +20,7 @@ from transformers.tokenization_utils_base import (
 
 from hf_ft_ext.adapters.folder import local_files
 from hf_ft_ext.methods import hooks_of
-from hf_ft_ext.prompts.model import PROMPT_FILE
+from hf_ft_ext.prompts.configuration import PROMPT_FILE
 from hf_ft_ext.training.privacy import hide_tokens, is_foreign_path, last_part, without_paths
 from hf_ft_ext.training.record import RUN_RECORD, TRAINER_STATE
 from hf_ft_ext.training.sharing import matching

@@ -1,32 +1,22 @@
-"""From arguments to data, model and trainer: everything that can fail on bad input, before any training.
+"""From arguments to data, model and trainer: everything that can fail on bad input, before any training."""
 
-`--hp_search` makes trainers the same way, for learning rate and batch size by Optuna.
-"""
-
-import contextlib
 import copy
 import functools
-import importlib.util
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
 from transformers import (
     DataCollatorWithPadding,
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
 )
-from transformers.trainer_utils import SaveStrategy
 
 from hf_ft_ext.arguments import (
     FINETUNE,
@@ -40,15 +30,10 @@ from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.data.preprocess import tokenize
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.hub.push import is_of_the_hub, reason
-from hf_ft_ext.launch.folder import (
-    not_writable,
-)
 from hf_ft_ext.launch.results import THRESHOLDS, keep_thresholds
-from hf_ft_ext.launch.sharing import prepare_branch
+from hf_ft_ext.launch.search import require_optuna
+from hf_ft_ext.launch.trainers import check_made, check_place, explained, run_callbacks
 from hf_ft_ext.launch.validation import (
-    check_checkpoint,
-    check_optimizer,
     check_probabilities,
     check_scoring,
     check_splits,
@@ -64,17 +49,9 @@ from hf_ft_ext.prompts.loading import check_prompt_options
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
 from hf_ft_ext.prompts.saving import SavePrompt
-from hf_ft_ext.training.batches import check_full_batch
-from hf_ft_ext.training.checkpoints import SealCheckpoints
-from hf_ft_ext.training.files import write_json
 from hf_ft_ext.training.quantized import move
-from hf_ft_ext.training.resources import ResourceMonitor
 
 logger = logging.getLogger(__name__)
-
-RESULT_FILE = "hp_search.json"
-LEARNING_RATES = (1e-6, 1e-1)  # the range in which SparseGrad's authors searched
-BATCH_SIZES = (16, 32)
 
 BuildTrainer = Callable[[MethodTrainingArguments], Trainer]
 
@@ -116,6 +93,7 @@ def load(
         tokenizer, model = load_model()
     else:
         tokenizer, model = trainer_class.load_finished(finished, data.label_names, run_args.given, load_model)
+    check_place(model, args, trainer_class)
     limit = model_max_length(model, tokenizer)
     kind = model.config.problem_type
     if data.label_names is None and data.problem_type != kind:  # no labels: the model knows what it predicts
@@ -136,16 +114,14 @@ def load(
         make_trainer = functools.partial(trainer_class.from_folder, finished, given=run_args.given)
 
     def build(args: MethodTrainingArguments) -> Trainer:
-        patience = run_args.early_stopping_patience
-        early_stopping = [EarlyStoppingCallback(patience)] if patience and args.do_train else []
-        # A search needs a new model per trial; otherwise the loaded one is trained.
         metrics = data.metric_function(data_args.multi_label_threshold)
         if thresholds is not None:
             metrics.thresholds = thresholds
         metrics.keys()  # raises now, not after training
-        source = {"model_init": lambda: copy.deepcopy(model)} if run_args.hp_search else {"model": model}
-        with _explained(args):
+        savers = [SavePrompt()] if is_prompt_model(model) else []
+        with explained(args):
             trainer = make_trainer(
+                model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
                 args=args,
                 train_dataset=data.train if args.do_train else None,
                 # Evaluation in training looks at the first validation set, as the metric names expect.
@@ -153,23 +129,10 @@ def load(
                 processing_class=tokenizer,
                 data_collator=ContextCollator(tokenizer) if _needs_context_collator(model, data_args) else None,
                 compute_metrics=metrics,
-                callbacks=[
-                    ResourceMonitor(),
-                    *([SavePrompt()] if is_prompt_model(model) else []),
-                    *early_stopping,
-                    SealCheckpoints(run_args.method),
-                    *callbacks,
-                ],
-                **source,
+                callbacks=run_callbacks(run_args, args, callbacks, savers),
             )
-        prepare_branch(trainer)
         check_probabilities(run_args, trainer, metrics)
-        if args.do_train:
-            if not args.needs_all_rows:
-                check_full_batch(args, data.train)
-            check_optimizer(trainer)
-        check_checkpoint(trainer, run_args.method)
-        return trainer
+        return check_made(trainer, run_args.method)
 
     return build, data
 
@@ -219,24 +182,6 @@ def _start_from_linear_head(run_args: RunArguments, args: MethodTrainingArgument
         )
 
 
-@contextlib.contextmanager
-def _explained(args: MethodTrainingArguments):
-    """Turn what `Trainer` refuses into an `InputError`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    except Exception as error:
-        path = getattr(error, "filename", None)
-        if isinstance(error, OSError) and path is not None and str(args.output_dir).startswith(str(path)):
-            raise not_writable(args.output_dir, error) from error
-        if not (args.push_to_hub and is_of_the_hub(error)):
-            raise
-        raise InputError(f"--push_to_hub: the Hub repository cannot be made: {reason(error)}") from error
-
-
 def in_training_order(stream: IterableDataset, buffer: int, args: MethodTrainingArguments) -> IterableDataset:
     """Shuffle a stream within a buffer of so many rows, anew in every pass, unless `args` want its own order.
 
@@ -247,69 +192,3 @@ def in_training_order(stream: IterableDataset, buffer: int, args: MethodTraining
     if args.train_sampling_strategy == "sequential":
         return stream
     return stream.shuffle(seed=args.seed if args.data_seed is None else args.data_seed, buffer_size=buffer)
-
-
-def require_optuna() -> None:
-    """Raise an `InputError` if Optuna is not installed."""
-    if importlib.util.find_spec("optuna") is None:
-        raise InputError('--hp_search needs Optuna: pip install "hf_ft_ext[hp]", or leave --hp_search out')
-
-
-def search_hyperparameters(
-    build_trainer: Callable[[TrainingArguments], Trainer], args: TrainingArguments, n_trials: int
-) -> dict[str, Any]:
-    """Try `n_trials` pairs of learning rate and batch size, set the best in `args`, write `hp_search.json`.
-
-    Trials run on `args` without checkpoints and are compared by `args.metric_for_best_model` at their end.
-    The sampler is seeded from `args.seed`.
-
-    Args:
-        build_trainer: makes a trainer, with a `model_init`, from arguments.
-
-    Returns:
-        The best values by argument name.
-    """
-    require_optuna()
-    import optuna
-
-    trial_args = copy.copy(args)
-    trial_args.save_strategy, trial_args.load_best_model_at_end = SaveStrategy.NO, False
-    trial_args.push_to_hub = False
-    if args.metric_for_best_model is None:  # --prediction_loss_only leaves nothing else to compare
-        args.metric_for_best_model, args.greater_is_better = "loss", False
-    key = "eval_" + args.metric_for_best_model.removeprefix("eval_")
-    worst = -math.inf if args.greater_is_better else math.inf
-    trials: dict[int, dict[str, Any]] = {}
-
-    def space(trial) -> dict[str, Any]:
-        values = {
-            "learning_rate": trial.suggest_float("learning_rate", *LEARNING_RATES, log=True),
-            "per_device_train_batch_size": trial.suggest_categorical("per_device_train_batch_size", BATCH_SIZES),
-        }
-        trials[trial.number] = dict(values)
-        return values
-
-    def objective(metrics: dict[str, float]) -> float:
-        value = metrics[key] if math.isfinite(metrics[key]) else worst  # a diverged trial must lose, not end it all
-        trials[max(trials)][key] = value
-        return value
-
-    trainer = build_trainer(trial_args)
-    best = trainer.hyperparameter_search(
-        hp_space=space,
-        compute_objective=objective,
-        n_trials=n_trials,
-        direction="maximize" if args.greater_is_better else "minimize",
-        backend="optuna",
-        sampler=optuna.samplers.TPESampler(seed=args.seed),
-        pruner=optuna.pruners.NopPruner(),
-    )
-    found = [best.hyperparameters if best is not None else None]  # only the first process knows
-    broadcast_object_list(found)
-    for name, value in found[0].items():
-        setattr(args, name, value)
-    if trainer.is_world_process_zero():
-        record = {"metric": key, "best": found[0], "trials": [{"trial": n, **trials[n]} for n in sorted(trials)]}
-        write_json(os.path.join(args.output_dir, RESULT_FILE), record)
-    logger.info("Best of %d trials: %s", n_trials, found[0])
-    return found[0]

@@ -4,6 +4,7 @@ Data preparation, packing and the loss are trl's `SFTTrainer`, of an encoder-dec
 run's trainer is the method's with one of these behind it.
 """
 
+import copy
 import importlib.util
 import json
 import logging
@@ -16,7 +17,6 @@ from datasets import Dataset
 from torch.nn import functional
 from transformers import (
     DataCollatorForSeq2Seq,
-    EarlyStoppingCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
@@ -36,12 +36,12 @@ from hf_ft_ext.arguments import (
 )
 from hf_ft_ext.data.language import Form, LanguageData, load_language_data, prompt_and_references
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.launch.sharing import prepare_branch
-from hf_ft_ext.launch.validation import check_checkpoint, check_optimizer, check_splits
+from hf_ft_ext.launch.search import require_optuna
+from hf_ft_ext.launch.trainers import check_made, check_place, explained, run_callbacks
+from hf_ft_ext.launch.validation import check_splits
 from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics.generation import generation_metrics
 from hf_ft_ext.models import load_tokenizer_and_language_model, model_max_length
-from hf_ft_ext.training.checkpoints import SealCheckpoints
 from hf_ft_ext.training.files import write_text
 from hf_ft_ext.training.language import (
     NO_CHAT_TEMPLATE,
@@ -52,7 +52,6 @@ from hf_ft_ext.training.language import (
     report_long_rows,
     room_for_prompts,
 )
-from hf_ft_ext.training.resources import ResourceMonitor
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +85,9 @@ def check_language_options(run_args: RunArguments) -> None:
             "to choose classes"
         )
     refused = {
-        "from_linearhead": "fits a classification head", "prediction_probabilities": "is about classes",
-        "hp_search": "compares metrics of classes",
-    }  # fmt: skip
+        "from_linearhead": "fits a classification head",
+        "prediction_probabilities": "is about classes",
+    }
     for name, reason in refused.items():
         if given.get(name):
             raise InputError(f"--{name} {reason}; leave it out, or --task_type {run_args.task_type}")
@@ -116,6 +115,8 @@ def load(
     Raises:
         InputError: something that the user passed cannot work.
     """
+    if run_args.hp_search:
+        require_optuna()
     check_numbers(data_args)
     with args.main_process_first(desc="loading data"):  # downloads happen once
         data = load_language_data(
@@ -138,11 +139,12 @@ def load(
         )
     tokenizer, model = load_tokenizer_and_language_model(model_args, run_args.task_type, args=args)
     _check_chat_template(data, tokenizer, data_args)
+    kind = find_method(run_args.method).trainer_class()
+    check_place(model, args, kind)
     context = model_max_length(model, tokenizer)
     length = _length(data_args, context)
     if writes:
         room_for_prompts(context, data_args.max_new_tokens, shared=causal)
-    kind = find_method(run_args.method).trainer_class()
     if causal:
         from trl import SFTTrainer
 
@@ -161,10 +163,9 @@ def load(
         own |= {"chat_template_path": data_args.chat_template_path, "pad_token": tokenizer.pad_token}
         for name, value in own.items() if causal else ():
             setattr(args, name, value)
-        patience = run_args.early_stopping_patience
-        try:
+        with explained(args):
             trainer = trainer_class(
-                model=model,
+                model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
                 args=args,
                 # trl wants training rows even where nothing trains
                 train_dataset=train if args.do_train else evaluated if causal else None,
@@ -172,21 +173,10 @@ def load(
                 processing_class=tokenizer,
                 data_collator=None if causal else DataCollatorForSeq2Seq(tokenizer, model),
                 compute_loss_func=None if causal else token_loss,
-                callbacks=[
-                    ResourceMonitor(),
-                    *([EarlyStoppingCallback(patience)] if patience and args.do_train else []),
-                    SealCheckpoints(run_args.method),
-                    *callbacks,
-                ],
+                callbacks=run_callbacks(run_args, args, callbacks),
             )
-        except ValueError as error:
-            raise error if isinstance(error, InputError) else InputError(str(error)) from error
         trainer.language = LanguageRun(data, data_args, context)
-        prepare_branch(trainer)
-        if args.do_train:
-            check_optimizer(trainer)
-        check_checkpoint(trainer, run_args.method)
-        return trainer
+        return check_made(trainer, run_args.method)
 
     return build, data
 
@@ -298,7 +288,8 @@ def _choose_best_metric(run_args: RunArguments, args: MethodTrainingArguments) -
     chosen = run_args.given.get("metric_for_best_model")
     if chosen is not None and chosen.removeprefix("eval_") not in ("loss", "perplexity"):
         raise InputError(f"metric_for_best_model cannot be {chosen!r}; a language model has: loss, perplexity")
-    if args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST or chosen is not None:
+    compares = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST or run_args.hp_search
+    if compares or chosen is not None:
         args.metric_for_best_model = chosen or "loss"
         if "greater_is_better" not in run_args.given:
             args.greater_is_better = False

@@ -20,6 +20,8 @@ _CHOICES_AS_PLACEHOLDER = 10  # longer lists stand behind the help text
 _CHOICES_SHOWN = 20  # still longer ones (optimizers) appear where a wrong one is refused
 _TRAINING = "training (transformers.TrainingArguments)"
 _EVERYTHING = "all"  # `--help all`
+# what users may know from elsewhere -> why it is not here
+_GONE = {"low_cpu_mem_usage": "transformers 5 always loads a model without a second copy of its weights"}
 # What most people set among the arguments of transformers; `--help` shows these, `--help all` shows all.
 _MOST_USED = frozenset(
     """
@@ -158,6 +160,8 @@ class Parser(HfArgumentParser):
         for method in METHODS.values():
             if key in {f.name for f in fields(method.arguments_class()) if f.init}:
                 return f": it belongs to method {method.name!r}; pass --method {method.name} or leave it out"
+        if key in _GONE:
+            return f": {_GONE[key]}; leave it out"
         near = did_you_mean(key, self.hints).replace("'", f"'{dashes}", 1)
         return near or "; `--help` lists all arguments"
 

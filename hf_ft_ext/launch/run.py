@@ -74,7 +74,7 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
     run_args, model_args, data_args, args = parse_arguments(argv)
 
     from hf_ft_ext.arguments import SEQUENCE_CLASSIFICATION
-    from hf_ft_ext.launch import building, folder, language, results, sharing  # after --help has been answered
+    from hf_ft_ext.launch import building, folder, language, results, search, sharing  # after --help has been answered
     from hf_ft_ext.launch.interruption import SaveAndStop
     from hf_ft_ext.structure.table import parts_table
     from hf_ft_ext.training.plan import training_plan
@@ -102,7 +102,7 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
     signals.output_dir = args.output_dir
     with folder.explained(args.output_dir):
         if run_args.hp_search:
-            building.search_hyperparameters(build_trainer, args, run_args.hp_search)
+            search.search_hyperparameters(build_trainer, args, run_args.hp_search)
             trainer = build_trainer(args)
             if args.world_size > 1:
                 keep(trainer)

@@ -31,6 +31,7 @@ class LoraTrainer(StopAtNaN, MethodTrainer):
     """
 
     arguments_class = LoraTrainingArguments
+    several_devices = True
     no_optimizer = "adds the parameters that train, which an optimizer made before does not hold"
 
     def training_step(self, model: nn.Module, *positional, **kwargs) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import DataCollatorWithPadding
 
-from hf_ft_ext.prompts.readout import IGNORED
+from hf_ft_ext.prompts.sequences import IGNORED
 
 
 class ContextCollator(DataCollatorWithPadding):

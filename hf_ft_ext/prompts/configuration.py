@@ -1,9 +1,16 @@
 """`PromptConfig`: a language model's configuration, with a template and label words."""
 
+import json
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
+from transformers.utils import CONFIG_NAME
+
+from hf_ft_ext.errors import InputError
+
+PROMPT_FILE = "prompt_config.json"  # beside an adapter; a whole model has it all in its config.json
 
 
 class PromptConfig(PreTrainedConfig):
@@ -59,3 +66,13 @@ class PromptConfig(PreTrainedConfig):
         if name.startswith("_") or not isinstance(inner, PreTrainedConfig) or name == "masked_lm":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(inner, name)
+
+
+def saved_prompt(folder: Path) -> PromptConfig:
+    """The prompt model's configuration beside an adapter."""
+    for name in (PROMPT_FILE, CONFIG_NAME):
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            if found.get("model_type") == PromptConfig.model_type:
+                return PromptConfig.from_dict(found)
+    raise InputError(f"{str(folder)!r} holds no {PROMPT_FILE}: it is no adapter of a prompt model; check the path")

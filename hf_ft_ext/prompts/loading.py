@@ -15,10 +15,10 @@ from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.defaults import task_prompt
 from hf_ft_ext.prompts.encode import PromptEncoder, answer_context
-from hf_ft_ext.prompts.model import PromptForSequenceClassification, check_word_scoring
+from hf_ft_ext.prompts.model import PromptForSequenceClassification
 from hf_ft_ext.prompts.readout import Reading, reading_of
 from hf_ft_ext.prompts.template import Sentence, parse_template
-from hf_ft_ext.prompts.words import FIRST_TOKEN, parse_mapping, word_tokens
+from hf_ft_ext.prompts.words import FIRST_TOKEN, check_word_scoring, parse_mapping, word_tokens
 
 _OF_PROMPTS = (
     "template", "mapping", "word_scoring", "calibrate", "first_sent_limit", "other_sent_limit", "truncate_head",

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,32 +19,38 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.utils import CONFIG_NAME
 
 from hf_ft_ext.adapters.folder import is_adapter_without_weights
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
-from hf_ft_ext.prompts.configuration import PromptConfig
-from hf_ft_ext.prompts.encode import answer_context, answer_id
+from hf_ft_ext.metrics import REGRESSION
+from hf_ft_ext.prompts.configuration import PromptConfig, saved_prompt
+from hf_ft_ext.prompts.making import load_language_model, prompt_config
 from hf_ft_ext.prompts.readout import (
     Reading,
     add_position_ids,
     has_one_head,
+    inputs_of_decoder,
+    keep_mask_position,
     last_positions,
-    padded_words,
     reading_of,
-    rows_with_words,
-    sequence_scores,
     take_positions,
 )
-from hf_ft_ext.prompts.template import parse_template
-from hf_ft_ext.prompts.words import FIRST_TOKEN, SEQUENCE_MEAN, WORD_SCORINGS, word_tokens
+from hf_ft_ext.prompts.sequences import sequence_logits
+from hf_ft_ext.prompts.word_rows import set_word_rows
+from hf_ft_ext.prompts.words import FIRST_TOKEN, check_word_scoring
 
-PROMPT_FILE = "prompt_config.json"  # beside an adapter; a whole model has it all in its config.json
 _OF_THE_PROMPT = (
     "template", "words", "word_ids", "word_sequences", "word_scoring", "word_bias", "mask_token_id", "decoder_prefix",
     "id2label", "label2id",
 )  # fmt: skip
+# what transformers, peft and accelerate ask a model that was loaded in few bits
+_OF_A_QUANTIZED_MODEL = (
+    "is_quantized",
+    "hf_quantizer",
+    "quantization_method",
+    "is_loaded_in_8bit",
+    "is_loaded_in_4bit",
+)
 
 
 class PromptForSequenceClassification(PreTrainedModel):
@@ -122,40 +127,7 @@ class PromptForSequenceClassification(PreTrainedModel):
         """
         if isinstance(language_model, str):
             language_model = load_language_model(language_model, **kwargs)
-        inner, name = language_model.config, language_model.name_or_path or type(language_model).__name__
-        reading = reading_of(inner, name)
-        if bounds is not None and len(words or ()) != 2:
-            raise InputError(f"a regression has two words, but {len(words)} were passed: {', '.join(words)}")
-        parts = parse_template(template, reading=reading.value)
-        check_word_scoring(word_scoring, reading, untie_words)
-        if words is None:
-            if reading is Reading.MASK or not labels:
-                raise InputError(
-                    "without words each row brings its own options, which needs a causal language model or an "
-                    "encoder-decoder, and label names; pass words"
-                )
-            tokens, names = None, list(labels)
-            word_scoring = word_scoring if word_scoring != FIRST_TOKEN else "sequence"
-        else:
-            before = None if reading is Reading.MASK else answer_context(parts)
-            tokens, names = word_tokens(tokenizer, words, before, word_scoring), list(labels or words)
-        config = PromptConfig(
-            masked_lm=inner,
-            template=template,
-            reading=reading.value,
-            word_scoring=word_scoring,
-            words=None if words is None else list(words),
-            word_ids=None if tokens is None else [token[0] for token in tokens],
-            word_sequences=tokens,
-            mask_token_id=answer_id(tokenizer, parts, reading),
-            decoder_prefix=_decoder_prefix(inner, tokenizer, parts, name) if reading is Reading.DECODER else None,
-            bounds=None if bounds is None else list(bounds),
-            pad_token_id=tokenizer.pad_token_id,
-            problem_type=CLASSIFICATION if bounds is None else REGRESSION,
-            id2label=dict(enumerate(names)) if bounds is None else {0: "LABEL_0"},
-            label2id={label: i for i, label in enumerate(names)} if bounds is None else {"LABEL_0": 0},
-            dtype=language_model.dtype,
-        )
+        config = prompt_config(language_model, tokenizer, template, words, labels, bounds, untie_words, word_scoring)
         model = cls._around(language_model, config)
         if untie_words:
             model.untie_label_words()
@@ -188,7 +160,7 @@ class PromptForSequenceClassification(PreTrainedModel):
         Raises:
             InputError: the folder has no such file, or the adapter does not name its base model.
         """
-        config = _prompt_of(Path(folder))
+        config = saved_prompt(Path(folder))
         name = PeftConfig.from_pretrained(folder).base_model_name_or_path
         if not name:
             raise InputError(f"the adapter in {str(folder)!r} names no base model; make it with from_language_model")
@@ -212,6 +184,11 @@ class PromptForSequenceClassification(PreTrainedModel):
             model = cls(config)
         model._adopt(masked_lm)
         model._renew_ties()
+        for name in _OF_A_QUANTIZED_MODEL:
+            if hasattr(masked_lm, name):
+                setattr(model, name, getattr(masked_lm, name))
+        if getattr(masked_lm, "hf_device_map", None) is not None:  # Trainer moves no model that has one
+            model.hf_device_map = {f"masked_lm.{name}".strip("."): d for name, d in masked_lm.hf_device_map.items()}
         return model
 
     def _adopt(self, language_model: PreTrainedModel) -> None:
@@ -223,7 +200,7 @@ class PromptForSequenceClassification(PreTrainedModel):
             )
         reading, body = Reading(self.config.reading), self._body()
         if reading is Reading.MASK:
-            hook = functools.partial(_keep_mask_position, self.config.mask_token_id)
+            hook = functools.partial(keep_mask_position, self.config.mask_token_id)
             body.register_forward_hook(hook, with_kwargs=True)
         elif reading is Reading.LAST:
             body.register_forward_pre_hook(add_position_ids, with_kwargs=True)
@@ -295,27 +272,8 @@ class PromptForSequenceClassification(PreTrainedModel):
         return self.masked_lm.get_output_embeddings()
 
     def _own_rows(self, copy_rows: bool) -> None:
-        old, path = self.masked_lm.get_output_embeddings(), self.decoder_path.removeprefix("masked_lm.")
-        holder = self.masked_lm.get_submodule(path.rpartition(".")[0])
-        # Some heads keep the vocabulary's bias beside the layer, tied to it or added behind it.
-        loose = getattr(holder, "bias", None)
-        loose = loose if isinstance(loose, nn.Parameter) and loose.shape == old.weight.shape[:1] else None
-        bias = old.bias if old.bias is not None else loose
-        rows = self.config.word_ids
-        new = nn.Linear(
-            old.in_features, len(rows), bias=bias is not None, device=old.weight.device, dtype=old.weight.dtype
-        )
-        if copy_rows:
-            with torch.no_grad():
-                new.weight.copy_(old.weight[rows])
-                if bias is not None:
-                    new.bias.copy_(bias[rows])
-        self.masked_lm.set_submodule(path, new)
-        if loose is not None:
-            if old.bias is None:  # it is added in the head's forward
-                holder.bias, new.bias = new.bias, None
-            else:
-                del holder.bias
+        path = self.decoder_path.removeprefix("masked_lm.")
+        set_word_rows(self.masked_lm, path, self.config.word_ids, copy_rows)
 
     def _renew_ties(self) -> None:
         self.masked_lm.all_tied_weights_keys = self.masked_lm.get_expanded_tied_weights_keys(all_submodels=False)
@@ -366,7 +324,7 @@ class PromptForSequenceClassification(PreTrainedModel):
             contexts = input_ids.shape[1]
             inputs = {key: v.flatten(0, 1) if torch.is_tensor(v) and v.ndim == 3 else v for key, v in inputs.items()}
         if self.config.word_scoring == FIRST_TOKEN:
-            outputs = self.masked_lm(**inputs, **self._decoder_inputs(inputs), return_dict=True)
+            outputs = self.masked_lm(**inputs, **inputs_of_decoder(self.config, inputs), return_dict=True)
             logits = outputs.logits
             if self.config.reading == Reading.LAST.value and logits.shape[1] > 1:  # its head goes another way
                 ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
@@ -375,7 +333,7 @@ class PromptForSequenceClassification(PreTrainedModel):
             if not self.config.untied_words:
                 logits = logits[:, self.config.word_ids]
         else:
-            logits, outputs = self._sequence_logits(inputs, option_ids)
+            logits, outputs = sequence_logits(self, inputs, option_ids)
         if self.config.word_bias is not None:
             logits = logits - torch.tensor(self.config.word_bias, dtype=logits.dtype, device=logits.device)
         regression = self.config.problem_type == REGRESSION
@@ -393,67 +351,6 @@ class PromptForSequenceClassification(PreTrainedModel):
             outputs.get(name, outputs.get(f"decoder_{name}")) for name in ("hidden_states", "attentions")
         )
         return SequenceClassifierOutput(loss, logits, hidden, attentions)
-
-    def _decoder_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What a causal model or an encoder-decoder gets besides the rows."""
-        if self.config.reading == Reading.MASK.value:
-            return {}
-        # keys and values are of no use behind the one position that is read
-        own = {} if "past_key_values" in inputs or "use_cache" in inputs else {"use_cache": False}
-        if self.config.reading == Reading.DECODER.value and "decoder_input_ids" not in inputs:
-            first = next(value for key, value in inputs.items() if key in ("input_ids", "inputs_embeds"))
-            own["decoder_input_ids"] = torch.tensor(self.config.decoder_prefix, device=first.device).expand(
-                first.shape[0], -1
-            )
-        return own
-
-    def _sequence_logits(self, inputs: dict[str, Any], options: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
-        """Log probabilities of whole label words, or of the rows' own options: `[rows, words]`, and the outputs."""
-        ids = inputs.pop("input_ids", None)
-        if ids is None or "past_key_values" in inputs:
-            raise InputError(
-                "label words are scored as sequences behind the rows' tokens, so virtual tokens (prefix and prompt "
-                "tuning) and inputs_embeds do not go with it; pass word_scoring=first_token, or use LoRA"
-            )
-        if options is None:
-            if self.config.word_sequences is None:
-                raise InputError("each row has options of its own here; pass them as option_ids")
-            options = padded_words(self.config.word_sequences, ids.device)
-        words = options if options.ndim == 3 else options[None].expand(ids.shape[0], -1, -1)
-        if len(words) != ids.shape[0]:  # several contexts of each row
-            words = words.repeat_interleave(ids.shape[0] // len(words), 0)
-        mean = self.config.word_scoring == SEQUENCE_MEAN
-        if self.config.reading == Reading.DECODER.value:
-            outputs = self._behind_decoder_start(ids, inputs, words)
-        else:
-            wide_ids, wide_mask, positions = rows_with_words(ids, inputs.pop("attention_mask", None), words)
-            inputs.pop("position_ids", None)  # they are counted anew, the words included
-            self._positions = positions
-            try:
-                outputs = self.masked_lm(
-                    input_ids=wide_ids, attention_mask=wide_mask, **{"use_cache": False, **inputs}, return_dict=True
-                )
-            finally:
-                self._positions = None
-            if outputs.logits.shape[1] != positions.shape[1]:
-                outputs.logits = take_positions(outputs.logits, positions)
-        return sequence_scores(outputs.logits[:, -words.shape[-1] :], words, mean), outputs
-
-    def _behind_decoder_start(self, ids: torch.Tensor, inputs: dict[str, Any], words: torch.Tensor) -> Any:
-        """The encoder once a row, the decoder once a word."""
-        count = words.shape[1]
-        mask = inputs.pop("attention_mask", None)
-        encoded = self.masked_lm.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)
-        encoded.last_hidden_state = encoded.last_hidden_state.repeat_interleave(count, 0)
-        prefix = torch.tensor(self.config.decoder_prefix, device=ids.device).expand(ids.shape[0] * count, -1)
-        fed = torch.cat([prefix, words.flatten(0, 1)[:, :-1].clamp(min=0)], 1)
-        return self.masked_lm(
-            encoder_outputs=encoded,
-            attention_mask=None if mask is None else mask.repeat_interleave(count, 0),
-            decoder_input_ids=fed,
-            **{"use_cache": False, **inputs},
-            return_dict=True,
-        )
 
     def trial_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """What made-up rows need besides token ids `[rows, length]`: options, where each row has its own."""
@@ -494,97 +391,6 @@ class PromptForSequenceClassification(PreTrainedModel):
 
 def _class_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits.float(), labels.reshape(-1))
-
-
-def _keep_mask_position(mask_token_id: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-    """Forward hook of the encoder: its last hidden state becomes that of the mask position, `[rows, 1, hidden]`."""
-    ids = kwargs.get("input_ids", args[0] if args else None)
-    if ids is None:
-        raise InputError("a prompt model finds its mask in input_ids; pass them, not inputs_embeds")
-    is_mask = ids == mask_token_id
-    _check_one_mask(is_mask)
-    position = is_mask.to(torch.int8).argmax(-1)
-    hidden = output.last_hidden_state
-    index = position[:, None, None].expand(-1, 1, hidden.shape[-1])
-    output.last_hidden_state = torch.take_along_dim(hidden, index, 1)
-    return output
-
-
-def _check_one_mask(is_mask: torch.Tensor) -> None:
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(is_mask):
-        return  # values cannot be looked at there
-    count = is_mask.sum(-1)
-    if bool((count != 1).any()):
-        row = int((count != 1).nonzero()[0, 0])
-        raise InputError(
-            f"row {row} of the batch has {int(count[row])} mask tokens, but a prompt model reads one; tokenise the "
-            "rows by the model's template (PromptEncoder)"
-        )
-
-
-def check_word_scoring(word_scoring: str, reading: Reading, untie_words: bool) -> None:
-    """Refuse a way of scoring label words that the model or another option rules out.
-
-    Raises:
-        InputError: an unknown one, or sequences with a masked language model or untied words.
-    """
-    if word_scoring not in WORD_SCORINGS:
-        raise InputError(f"word_scoring={word_scoring!r} is unknown; choose from: {', '.join(WORD_SCORINGS)}")
-    if word_scoring == FIRST_TOKEN:
-        return
-    if reading is Reading.MASK:
-        raise InputError(
-            f"word_scoring={word_scoring} reads several tokens, and a masked language model's mask is one; pass "
-            "first_token, or a causal language model"
-        )
-    if untie_words:
-        raise InputError(
-            f"word_scoring={word_scoring} needs the output rows of the whole vocabulary, and untie_words keeps "
-            "those of the label words; leave out one of the two"
-        )
-
-
-def _decoder_prefix(config: Any, tokenizer: PreTrainedTokenizerBase, parts: list, name: str) -> list[int]:
-    """Decoder tokens in front of the answer: the start token, then the sentinel of the template, if it has one."""
-    start = config.decoder_start_token_id
-    start = getattr(config, "bos_token_id", None) if start is None else start
-    if start is None:
-        raise InputError(f"model {name!r} does not say with which token its decoder starts (decoder_start_token_id)")
-    sentinel = answer_id(tokenizer, parts, Reading.DECODER)
-    return [start] if sentinel is None else [start, sentinel]
-
-
-def _prompt_of(folder: Path) -> PromptConfig:
-    """The prompt model's configuration beside an adapter."""
-    for name in (PROMPT_FILE, CONFIG_NAME):
-        if (folder / name).is_file():
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
-            if found.get("model_type") == PromptConfig.model_type:
-                return PromptConfig.from_dict(found)
-    raise InputError(f"{str(folder)!r} holds no {PROMPT_FILE}: it is no adapter of a prompt model; check the path")
-
-
-def load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:
-    """The pretrained language model of whichever kind `name` is.
-
-    Args:
-        name: Hub id or folder.
-        kwargs: for `from_pretrained`; `config` if it is loaded already.
-
-    Raises:
-        InputError: it is no language model, or its weights lack the head.
-    """
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, **kwargs)
-    kind = reading_of(config, name).auto_class
-    model, info = kind.from_pretrained(name, config=config, output_loading_info=True, **kwargs)
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    missing = sorted(set(info["missing_keys"]) - tied)
-    if missing:
-        raise InputError(
-            f"the weights of model {name!r} have no language-model head ({missing[0]} is missing); pass the "
-            "pretrained language model itself, not a classifier or sentence encoder made of it"
-        )
-    return model
 
 
 def is_prompt_model(model: nn.Module) -> bool:

@@ -13,7 +13,8 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.defaults import TaskPrompt, known_prompt
 from hf_ft_ext.prompts.encode import Ids, PromptEncoder, answer_context
-from hf_ft_ext.prompts.readout import Reading, padded_words
+from hf_ft_ext.prompts.readout import Reading
+from hf_ft_ext.prompts.sequences import padded_words
 from hf_ft_ext.prompts.template import parse_template
 from hf_ft_ext.prompts.words import FIRST_TOKEN, answer_tokens
 

@@ -19,8 +19,6 @@ from transformers import (
 
 from hf_ft_ext.errors import InputError
 
-IGNORED = -100  # padding of label words and of a row's options
-
 
 class Reading(StrEnum):
     """The position whose vocabulary logits are read.
@@ -70,6 +68,32 @@ def reading_of(config: PreTrainedConfig, name: str) -> Reading:
 # --- one position of the network -----------------------------------------------------------------------
 
 
+def keep_mask_position(mask_token_id: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    """Forward hook of the encoder: its last hidden state becomes that of the mask position, `[rows, 1, hidden]`."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if ids is None:
+        raise InputError("a prompt model finds its mask in input_ids; pass them, not inputs_embeds")
+    is_mask = ids == mask_token_id
+    _check_one_mask(is_mask)
+    position = is_mask.to(torch.int8).argmax(-1)
+    hidden = output.last_hidden_state
+    index = position[:, None, None].expand(-1, 1, hidden.shape[-1])
+    output.last_hidden_state = torch.take_along_dim(hidden, index, 1)
+    return output
+
+
+def _check_one_mask(is_mask: torch.Tensor) -> None:
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(is_mask):
+        return  # values cannot be looked at there
+    count = is_mask.sum(-1)
+    if bool((count != 1).any()):
+        row = int((count != 1).nonzero()[0, 0])
+        raise InputError(
+            f"row {row} of the batch has {int(count[row])} mask tokens, but a prompt model reads one; tokenise the "
+            "rows by the model's template (PromptEncoder)"
+        )
+
+
 def last_positions(attention_mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
     """Position of each row's last token that is no padding, whichever side the padding is on: `[rows]`.
 
@@ -111,72 +135,22 @@ def add_position_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     return args, {**kwargs, "position_ids": positions[:, -length:]}
 
 
+def inputs_of_decoder(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a causal model or an encoder-decoder gets besides the rows."""
+    if config.reading == Reading.MASK.value:
+        return {}
+    # keys and values are of no use behind the one position that is read
+    own = {} if "past_key_values" in inputs or "use_cache" in inputs else {"use_cache": False}
+    if config.reading == Reading.DECODER.value and "decoder_input_ids" not in inputs:
+        first = next(value for key, value in inputs.items() if key in ("input_ids", "inputs_embeds"))
+        own["decoder_input_ids"] = torch.tensor(config.decoder_prefix, device=first.device).expand(first.shape[0], -1)
+    return own
+
+
 def take_positions(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """`[rows, positions, hidden]` of `[rows, length, hidden]` by positions `[rows]` or `[rows, positions]`."""
     index = positions.reshape(len(positions), -1)[..., None].expand(-1, -1, hidden.shape[-1])
     return torch.take_along_dim(hidden, index, 1)
-
-
-# --- whole sequences -----------------------------------------------------------------------------------
-
-
-def padded_words(words: list[list[int]], device: torch.device | None = None) -> torch.Tensor:
-    """Tokens of the label words, `[words, longest]`, filled with `IGNORED`."""
-    longest = max(map(len, words))
-    rows = [word + [IGNORED] * (longest - len(word)) for word in words]
-    return torch.tensor(rows, device=device)
-
-
-def rows_with_words(
-    ids: torch.Tensor, attention_mask: torch.Tensor | None, words: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each row once for each word, the word behind its last token.
-
-    The last token of a word is predicted and never read, so it is left out.
-
-    Args:
-        ids: `[rows, length]`.
-        attention_mask: `[rows, length]`, or `None`.
-        words: `[rows, words, longest]`, filled with `IGNORED`.
-
-    Returns:
-        Ids and attention mask, `[rows x words, length + longest - 1]`, and the positions that predict the word's
-        tokens, `[rows x words, longest]`.
-    """
-    rows, count, longest = words.shape
-    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
-    last = last_positions(mask, ids)
-    behind = torch.arange(longest, device=ids.device)
-    positions = last[:, None, None] + behind.expand(rows, count, longest)  # token j is predicted at last + j
-    room = ids.new_zeros(rows, longest - 1)
-    wide_ids = torch.cat([ids, room], 1)[:, None].expand(-1, count, -1)
-    wide_mask = torch.cat([mask, room.to(mask.dtype)], 1)[:, None].expand(-1, count, -1)
-    if longest > 1:
-        fed, where = words[..., :-1], positions[..., 1:]
-        # what lies behind the end of a shorter word stays padding
-        real = (words[..., 1:] != IGNORED).to(mask.dtype)
-        wide_ids = wide_ids.scatter(2, where, fed.clamp(min=0))
-        wide_mask = wide_mask.scatter(2, where, real)
-    return wide_ids.flatten(0, 1), wide_mask.flatten(0, 1), positions.flatten(0, 1)
-
-
-def sequence_scores(logits: torch.Tensor, words: torch.Tensor, mean: bool) -> torch.Tensor:
-    """Log probability of each word, `sum_j log p(w_j | row, w_1 .. w_(j-1))`: `[rows, words]`, float32.
-
-    Args:
-        logits: of the vocabulary, `[rows x words, longest, vocabulary]`.
-        words: `[rows, words, longest]`, filled with `IGNORED`.
-        mean: divide by the number of tokens.
-    """
-    tokens = words.flatten(0, 1)
-    counted = tokens != IGNORED
-    log_p = logits.float().log_softmax(-1)
-    of_tokens = torch.take_along_dim(log_p, tokens.clamp(min=0)[..., None], -1)[..., 0]
-    # torch.where, not a product: an impossible token's -inf must not become NaN where it is not counted
-    score = torch.where(counted, of_tokens, torch.zeros_like(of_tokens)).sum(-1)
-    if mean:
-        score = score / counted.sum(-1).clamp(min=1)
-    return score.unflatten(0, words.shape[:2])
 
 
 def has_one_head(model: PreTrainedModel) -> bool:

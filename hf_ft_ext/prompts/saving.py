@@ -6,7 +6,8 @@ from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_ft_ext.prompts.model import PROMPT_FILE, is_prompt_model
+from hf_ft_ext.prompts.configuration import PROMPT_FILE
+from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.files import write_json
 
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_ft_ext.arguments import WORD_SCORINGS
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.prompts.readout import Reading
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,28 @@ def _python_pairs(mapping: str) -> list[tuple[Any, Any]] | None:
 
 def _listed(labels: Sequence[str]) -> str:
     return ", ".join(map(str, labels))
+
+
+def check_word_scoring(word_scoring: str, reading: Reading, untie_words: bool) -> None:
+    """Refuse a way of scoring label words that the model or another option rules out.
+
+    Raises:
+        InputError: an unknown one, or sequences with a masked language model or untied words.
+    """
+    if word_scoring not in WORD_SCORINGS:
+        raise InputError(f"word_scoring={word_scoring!r} is unknown; choose from: {', '.join(WORD_SCORINGS)}")
+    if word_scoring == FIRST_TOKEN:
+        return
+    if reading is Reading.MASK:
+        raise InputError(
+            f"word_scoring={word_scoring} reads several tokens, and a masked language model's mask is one; pass "
+            "first_token, or a causal language model"
+        )
+    if untie_words:
+        raise InputError(
+            f"word_scoring={word_scoring} needs the output rows of the whole vocabulary, and untie_words keeps "
+            "those of the label words; leave out one of the two"
+        )
 
 
 def word_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:

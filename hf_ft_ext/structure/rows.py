@@ -68,6 +68,8 @@ def trial_copy(model: nn.Module) -> nn.Module:
     shared |= _eight_bit_states(model)
     other = copy.deepcopy(model, shared).eval()
     for module in other.modules():
+        # Whoever replaces a module's own forward (trl's fused head, accelerate's hooks) has bound it to the original.
+        vars(module).pop("forward", None)
         if isinstance(module, BaseTunerLayer):
             module._disable_adapters = True
     return other

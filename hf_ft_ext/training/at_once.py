@@ -14,6 +14,7 @@ from hf_ft_ext.feature_rows import LABELS, SAMPLE, for_collator
 from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.devices import refuse_data_parallel
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, overridden
+from hf_ft_ext.training.placement import check_placement
 from hf_ft_ext.training.precision import refuse_fp16_on_cpu
 from hf_ft_ext.training.quantized import move
 from hf_ft_ext.training.saving import CompleteSaves
@@ -106,6 +107,7 @@ class AtOnceTrainer(CompleteSaves, MethodTrainer):
         if self.train_dataset is None or not hasattr(self.train_dataset, "__len__"):
             raise InputError(f"{self.solution} needs a training data set of known length; pass train_dataset")
         self._refuse_early_stopping(self.callback_handler.callbacks)
+        check_placement(self.model, self.several_devices)
         self._check_collator()
         self.is_in_train = True
         self.apply_trial(trial)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 @contextlib.contextmanager
@@ -39,8 +40,12 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def tensor_hash(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's type, shape and bytes."""
-    tensor = tensor.detach().cpu().contiguous()
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    if is_traceable_wrapper_subclass(tensor):  # a quantizer's own kind of tensor: what it is made of
+        for name in tensor.detach().__tensor_flatten__()[0]:
+            digest.update(f"{name} {tensor_hash(getattr(tensor, name))}".encode())
+        return digest.hexdigest()
+    tensor = tensor.detach().cpu().contiguous()
     digest.update(tensor.view(torch.uint8).numpy() if tensor.ndim else tensor[None].view(torch.uint8).numpy())
     return digest.hexdigest()
 

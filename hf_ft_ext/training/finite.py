@@ -8,6 +8,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.training.batches import check_full_batch
 from hf_ft_ext.training.devices import refuse_data_parallel
 from hf_ft_ext.training.precision import refuse_fp16_on_cpu, warn_of_lost_updates
+from hf_ft_ext.training.quantized import holds_numbers
 from hf_ft_ext.training.refusals import explained_refusal
 from hf_ft_ext.training.saving import CompleteSaves
 
@@ -83,6 +84,6 @@ def _plain(model: nn.Module) -> nn.Module:
 def first_not_finite(model: nn.Module) -> str | None:
     """Name of the first parameter that holds something else than numbers, or `None`."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
+        if parameter.is_floating_point() and holds_numbers(parameter) and not bool(torch.isfinite(parameter).all()):
             return name
     return None

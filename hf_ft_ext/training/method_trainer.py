@@ -15,6 +15,7 @@ from hf_ft_ext.arguments import MethodTrainingArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.training.by_name import load_by_name
 from hf_ft_ext.training.checks import check_loss, check_training_arguments
+from hf_ft_ext.training.placement import check_placement
 from hf_ft_ext.training.quantized import quantized_base
 
 _PACKAGE = __name__.partition(".")[0]
@@ -35,6 +36,7 @@ class MethodTrainer(Trainer):
         arguments_class: of the method's arguments.
         no_optimizer: why the trainer cannot take a ready-made optimizer; `None` if it can.
         no_optimizer_class: whether it cannot take `optimizer_cls_and_kwargs` either.
+        several_devices: whether it trains a model that `device_map` has spread over accelerators.
 
     Raises:
         InputError: arguments or objects that the method cannot honour.
@@ -43,6 +45,7 @@ class MethodTrainer(Trainer):
     arguments_class: ClassVar[type[MethodTrainingArguments]]
     no_optimizer: ClassVar[str | None] = None
     no_optimizer_class: ClassVar[bool] = False
+    several_devices: ClassVar[bool] = False
 
     def __init__(
         self, model: nn.Module | str | None = None, args: TrainingArguments | None = None, *positional, **kwargs
@@ -115,6 +118,7 @@ class MethodTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *positional, **kwargs
     ) -> TrainOutput:
+        check_placement(self.model, self.several_devices)
         self.apply_trial(trial)
         return super().train(resume_from_checkpoint, trial, *positional, **kwargs)
 

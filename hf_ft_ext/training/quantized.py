@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from hf_ft_ext.errors import InputError
 
@@ -13,6 +14,17 @@ def is_quantized(model: nn.Module | None) -> bool:
     """Whether transformers loaded the model, or what PEFT wraps in it, with a `quantization_config`."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return bool(getattr(inner, "is_quantized", False))
+
+
+def holds_numbers(tensor: torch.Tensor) -> bool:
+    """Whether the entries of a tensor can be looked at here.
+
+    Not those that `device_map` fetches for each forward pass, nor those of a quantizer's own kind of tensor (torchao),
+    which does matrix products alone. A tensor that lies on several processes can.
+    """
+    if tensor.is_meta:
+        return False
+    return not is_traceable_wrapper_subclass(tensor) or hasattr(tensor, "full_tensor")
 
 
 def refuse_quantized(model: nn.Module | None, reason: str) -> None:

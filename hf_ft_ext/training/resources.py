@@ -12,6 +12,8 @@ from accelerate.utils import gather
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from hf_ft_ext.training.quantized import holds_numbers
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -179,7 +181,8 @@ class ResourceMonitor(TrainerCallback, ExportableState):
             here = [parameter.device for parameter in model.parameters() if parameter.device.type == args.device.type]
             self.memory = PeakMemory(args.device, *here)  # `device_map` may have spread the model
             for parameter in model.parameters():
-                parameter.detach().sum()  # weights may be mapped from a file and not resident yet
+                if holds_numbers(parameter):
+                    parameter.detach().sum()  # weights may be mapped from a file and not resident yet
             self._before = self.memory.level()
 
     def on_init_end(

@@ -15,7 +15,7 @@ from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
-from hf_ft_ext.prompts.readout import sequence_scores
+from hf_ft_ext.prompts.sequences import sequence_scores
 from hf_ft_ext.prompts.words import answer_tokens, word_tokens
 
 TEMPLATE = "*cls**sent_0*_It_was*mask*.*sep+*"

@@ -16,7 +16,7 @@ from hf_ft_ext import InputError, PromptConfig, PromptForSequenceClassification
 from hf_ft_ext.adapters.folder import save_configuration
 from hf_ft_ext.features import HeadReader, head_parameters
 from hf_ft_ext.peft_models import wrap_with_peft
-from hf_ft_ext.prompts.model import PROMPT_FILE
+from hf_ft_ext.prompts.configuration import PROMPT_FILE
 from hf_ft_ext.prompts.readout import reading_of
 
 WORDS = ["bad", "good"]

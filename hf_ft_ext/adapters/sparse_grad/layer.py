@@ -152,6 +152,11 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
     def oriented_weight(self) -> torch.Tensor:
         """The base weight, shape (out, in), dequantized if need be."""
         weight = self.get_base_weight().detach()
+        if not weight.is_floating_point():
+            raise InputError(
+                f"the weight of a {type(self.get_base_layer()).__name__} cannot be read: peft does not know how to "
+                "dequantize it; choose init='gradient' or 'random'"
+            )
         return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
 
     # --- merging ----------------------------------------------------------------------------------

@@ -24,6 +24,8 @@ def can_be_adapted(module: nn.Module) -> bool:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if is_plain_linear(base):
         return True
+    if isinstance(base, nn.Linear) and not base.weight.is_floating_point():  # of a quantizer that peft does not know
+        return True
     backend = resolve_quantization_backend(base, get_apply_tensor_subclass=lambda: None)
     return backend is not None and backend.layer_type == "linear"
 

@@ -100,7 +100,7 @@ def load_finished(
     if not (folder / ADAPTER_CONFIG).is_file():
         with without_report():
             return load()
-    for name in ("attn_implementation", "dtype", "model_revision", "quantization", "tokenizer_name"):
+    for name in ("attn_implementation", "device_map", "dtype", "model_revision", "quantization", "tokenizer_name"):
         if name in given:
             raise InputError(
                 f"{name}={given[name]}: the kernel in {str(folder)!r} is of an adapter, which is loaded as it was "

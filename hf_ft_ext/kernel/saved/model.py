@@ -21,8 +21,8 @@ from hf_ft_ext.adapters.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.kernel.saved.record import NOT_TRAINED, SavedKernel
 from hf_ft_ext.models import seeded_init
-from hf_ft_ext.prompts.configuration import PromptConfig
-from hf_ft_ext.prompts.model import PROMPT_FILE, PromptForSequenceClassification
+from hf_ft_ext.prompts.configuration import PROMPT_FILE, PromptConfig
+from hf_ft_ext.prompts.model import PromptForSequenceClassification
 from hf_ft_ext.training.precision import train_in_float32
 
 

@@ -1,0 +1,120 @@
+"""Label words, or a row's own options, scored as whole sequences: the log probability of all their tokens."""
+
+from typing import Any
+
+import torch
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.prompts.readout import Reading, last_positions, take_positions
+from hf_ft_ext.prompts.words import SEQUENCE_MEAN
+
+IGNORED = -100  # padding of label words and of a row's options
+
+
+def sequence_logits(model: Any, inputs: dict[str, Any], options: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
+    """Log probabilities of whole label words, or of the rows' own options: `[rows, words]`, and the outputs."""
+    ids = inputs.pop("input_ids", None)
+    if ids is None or "past_key_values" in inputs:
+        raise InputError(
+            "label words are scored as sequences behind the rows' tokens, so virtual tokens (prefix and prompt "
+            "tuning) and inputs_embeds do not go with it; pass word_scoring=first_token, or use LoRA"
+        )
+    if options is None:
+        if model.config.word_sequences is None:
+            raise InputError("each row has options of its own here; pass them as option_ids")
+        options = padded_words(model.config.word_sequences, ids.device)
+    words = options if options.ndim == 3 else options[None].expand(ids.shape[0], -1, -1)
+    if len(words) != ids.shape[0]:  # several contexts of each row
+        words = words.repeat_interleave(ids.shape[0] // len(words), 0)
+    mean = model.config.word_scoring == SEQUENCE_MEAN
+    if model.config.reading == Reading.DECODER.value:
+        outputs = _behind_decoder_start(model, ids, inputs, words)
+    else:
+        wide_ids, wide_mask, positions = rows_with_words(ids, inputs.pop("attention_mask", None), words)
+        inputs.pop("position_ids", None)  # they are counted anew, the words included
+        model._positions = positions
+        try:
+            outputs = model.masked_lm(
+                input_ids=wide_ids, attention_mask=wide_mask, **{"use_cache": False, **inputs}, return_dict=True
+            )
+        finally:
+            model._positions = None
+        if outputs.logits.shape[1] != positions.shape[1]:
+            outputs.logits = take_positions(outputs.logits, positions)
+    return sequence_scores(outputs.logits[:, -words.shape[-1] :], words, mean), outputs
+
+
+def _behind_decoder_start(model: Any, ids: torch.Tensor, inputs: dict[str, Any], words: torch.Tensor) -> Any:
+    """The encoder once a row, the decoder once a word."""
+    count = words.shape[1]
+    mask = inputs.pop("attention_mask", None)
+    encoded = model.masked_lm.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)
+    encoded.last_hidden_state = encoded.last_hidden_state.repeat_interleave(count, 0)
+    prefix = torch.tensor(model.config.decoder_prefix, device=ids.device).expand(ids.shape[0] * count, -1)
+    fed = torch.cat([prefix, words.flatten(0, 1)[:, :-1].clamp(min=0)], 1)
+    return model.masked_lm(
+        encoder_outputs=encoded,
+        attention_mask=None if mask is None else mask.repeat_interleave(count, 0),
+        decoder_input_ids=fed,
+        **{"use_cache": False, **inputs},
+        return_dict=True,
+    )
+
+
+def padded_words(words: list[list[int]], device: torch.device | None = None) -> torch.Tensor:
+    """Tokens of the label words, `[words, longest]`, filled with `IGNORED`."""
+    longest = max(map(len, words))
+    rows = [word + [IGNORED] * (longest - len(word)) for word in words]
+    return torch.tensor(rows, device=device)
+
+
+def rows_with_words(
+    ids: torch.Tensor, attention_mask: torch.Tensor | None, words: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each row once for each word, the word behind its last token.
+
+    The last token of a word is predicted and never read, so it is left out.
+
+    Args:
+        ids: `[rows, length]`.
+        attention_mask: `[rows, length]`, or `None`.
+        words: `[rows, words, longest]`, filled with `IGNORED`.
+
+    Returns:
+        Ids and attention mask, `[rows x words, length + longest - 1]`, and the positions that predict the word's
+        tokens, `[rows x words, longest]`.
+    """
+    rows, count, longest = words.shape
+    mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+    last = last_positions(mask, ids)
+    behind = torch.arange(longest, device=ids.device)
+    positions = last[:, None, None] + behind.expand(rows, count, longest)  # token j is predicted at last + j
+    room = ids.new_zeros(rows, longest - 1)
+    wide_ids = torch.cat([ids, room], 1)[:, None].expand(-1, count, -1)
+    wide_mask = torch.cat([mask, room.to(mask.dtype)], 1)[:, None].expand(-1, count, -1)
+    if longest > 1:
+        fed, where = words[..., :-1], positions[..., 1:]
+        # what lies behind the end of a shorter word stays padding
+        real = (words[..., 1:] != IGNORED).to(mask.dtype)
+        wide_ids = wide_ids.scatter(2, where, fed.clamp(min=0))
+        wide_mask = wide_mask.scatter(2, where, real)
+    return wide_ids.flatten(0, 1), wide_mask.flatten(0, 1), positions.flatten(0, 1)
+
+
+def sequence_scores(logits: torch.Tensor, words: torch.Tensor, mean: bool) -> torch.Tensor:
+    """Log probability of each word, `sum_j log p(w_j | row, w_1 .. w_(j-1))`: `[rows, words]`, float32.
+
+    Args:
+        logits: of the vocabulary, `[rows x words, longest, vocabulary]`.
+        words: `[rows, words, longest]`, filled with `IGNORED`.
+        mean: divide by the number of tokens.
+    """
+    tokens = words.flatten(0, 1)
+    counted = tokens != IGNORED
+    log_p = logits.float().log_softmax(-1)
+    of_tokens = torch.take_along_dim(log_p, tokens.clamp(min=0)[..., None], -1)[..., 0]
+    # torch.where, not a product: an impossible token's -inf must not become NaN where it is not counted
+    score = torch.where(counted, of_tokens, torch.zeros_like(of_tokens)).sum(-1)
+    if mean:
+        score = score / counted.sum(-1).clamp(min=1)
+    return score.unflatten(0, words.shape[:2])
