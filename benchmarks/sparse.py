@@ -35,6 +35,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_ft_ext import SparseAdamW, SparseGradConfig, compute_bases, convert_to_sparse
 from hf_ft_ext.adapters.sparse_grad import functions
+from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns
 from hf_ft_ext.sparse.basis import Basis, by_columns, cheaper_rotation
 from hf_ft_ext.sparse.convert import freeze_rest
 from hf_ft_ext.sparse.fixed import FixedSupport
@@ -215,6 +216,8 @@ def measure_prepass(model: nn.Module, before: int, memory: PeakMemory, args: arg
     labels = torch.randint(0, 2, (args.batch,), device=args.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     compute_bases(model, [batch])  # warm
+    for columns, _ in layers_by_columns(model, "default"):
+        columns.ready = False  # as before training
     memory.reset()
     start = time.perf_counter()
     compute_bases(model, [batch] * args.gradients, gradients=args.gradients)
