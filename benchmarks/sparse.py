@@ -8,7 +8,8 @@ Every variant runs in a process of its own; the variants take turns, `--repeats`
 minute of the machine meets all of them. Reported: the median step, its ratio to `full` and to `lora` (median of the
 ratios within a round, with their quartiles), peak memory above the loaded model (RSS; CUDA: allocated), and the bytes
 of optimizer state, of gradients and of what autograd saves for the backward pass. Models have random weights, bases
-are random: neither changes the cost. The table goes to standard output and, with `--output`, to a file.
+are random: neither changes the cost. The table goes to standard output. With `--save`, ratios to LoRA go to
+`results/sparse_step.json` and that of pre-passes to `results/sparse_prepass.json`, for the tables of docs/sparse.md.
 
 `adapter`: the PEFT adapter of `--method sparse`, a basis per layer. `adapter-product` and `adapter-weight` meet the
 change of a weight in one way alone. `structured-head`: the same block in a converted layer, folded into the weight.
@@ -25,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import results as result_files
 import torch
 from peft import LoraConfig, get_peft_model
 from published_sparse import PublishedLinear
@@ -33,6 +35,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_ft_ext import SparseAdamW, SparseGradConfig, compute_bases, convert_to_sparse
 from hf_ft_ext.adapters.sparse_grad import functions
+from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns
 from hf_ft_ext.sparse.basis import Basis, by_columns, cheaper_rotation
 from hf_ft_ext.sparse.convert import freeze_rest
 from hf_ft_ext.sparse.fixed import FixedSupport
@@ -213,6 +216,8 @@ def measure_prepass(model: nn.Module, before: int, memory: PeakMemory, args: arg
     labels = torch.randint(0, 2, (args.batch,), device=args.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     compute_bases(model, [batch])  # warm
+    for columns, _ in layers_by_columns(model, "default"):
+        columns.ready = False  # as before training
     memory.reset()
     start = time.perf_counter()
     compute_bases(model, [batch] * args.gradients, gradients=args.gradients)
@@ -222,6 +227,30 @@ def measure_prepass(model: nn.Module, before: int, memory: PeakMemory, args: arg
     columns = {b.data_ptr(): b.numel() * b.element_size() for n, b in model.named_buffers() if "columns" in n}
     return {"seconds": seconds, "peak": memory.bytes() - before, "state": sum(columns.values()), "gradients": 0,
             "saved": 0}  # fmt: skip
+
+
+def rows_beside_lora(results: dict[str, list[dict]], args: argparse.Namespace) -> dict[str, list[dict]]:
+    """Rows of the result files by file name: each variant's numbers and their ratios to LoRA's of the same round."""
+    setting = {"model": args.size, "dtype": args.dtype, "tokens": f"{args.batch} x {args.length}"}
+    setting |= {} if args.attention_dropout is None else {"attention_dropout": args.attention_dropout}
+    rows: dict[str, list[dict]] = {"sparse_step": [], "sparse_prepass": []}
+    for variant, rounds in results.items():
+        pairs = list(zip(rounds, results["lora"], strict=True))
+        found = {
+            "s": result_files.summary([r["seconds"] for r in rounds]),
+            "time / LoRA": result_files.summary([r["seconds"] / lora["seconds"] for r, lora in pairs]),
+            "peak GiB": {"value": statistics.median(r["peak"] for r in rounds) / 2**30},
+        }
+        if variant.startswith("prepass"):
+            kept = [r["peak"] / (lora["peak"] + r["state"]) for r, lora in pairs]
+            found["peak / (LoRA + columns)"] = {"value": statistics.median(kept)}
+        else:
+            found["peak / LoRA"] = {"value": statistics.median(r["peak"] / lora["peak"] for r, lora in pairs)}
+            found["saved GiB"] = {"value": rounds[0]["saved"] / 2**30}
+            found["saved / LoRA"] = {"value": rounds[0]["saved"] / results["lora"][0]["saved"]}
+        file = "sparse_prepass" if variant.startswith("prepass") else "sparse_step"
+        rows[file] += [{**setting, "variant": variant, "quantity": name, **values} for name, values in found.items()]
+    return rows
 
 
 def table(results: dict[str, list[dict]]) -> str:
@@ -275,12 +304,15 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
-    parser.add_argument("--output")
+    parser.add_argument("--save", action="store_true", help="write result files; the variants must include lora")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         print(json.dumps(measure(args.worker, args)))
         return
+    if args.save and "lora" not in args.variants:
+        parser.error("--save compares with LoRA; add lora to --variants")
+    torch.set_num_threads(args.threads)  # the result files say so
     results: dict[str, list[dict]] = {variant: [] for variant in args.variants}
     for number in range(args.repeats):
         for variant in args.variants:
@@ -295,11 +327,11 @@ def main() -> None:
     )
     if args.attention_dropout is not None:
         head += f", attention dropout {args.attention_dropout:g}"
-    text = f"{head}\n\n{table(results)}\n"
-    print(text)
-    if args.output:
-        with open(args.output, "w") as file:
-            file.write(text)
+    print(f"{head}\n\n{table(results)}\n")
+    if args.save:
+        for name, rows in rows_beside_lora(results, args).items():
+            if rows:
+                result_files.save(name, rows)
 
 
 if __name__ == "__main__":

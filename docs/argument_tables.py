@@ -34,7 +34,10 @@ def fields_of(name: str) -> list[Field]:
         return [field for field in own_fields(DataArguments) if field.name not in shared]
     if name in hf_ft_ext.__all__:  # the fields of peft's own base class need no page of ours
         shared = {field.name for field in fields(PeftConfig)}
-        return [field for field in fields(getattr(hf_ft_ext, name)) if field.name not in shared]
+        config = getattr(hf_ft_ext, name)
+        found = [field for field in fields(config) if field.name not in shared]
+        own = list(config.__annotations__)
+        return sorted(found, key=lambda field: own.index(field.name) if field.name in own else len(own))
     groups = {"run": RunArguments, "model": ModelArguments, "few_shot": FewShotArguments}
     groups["language"] = LanguageArguments
     return own_fields(groups[name] if name in groups else METHODS[name].arguments_class())

@@ -30,7 +30,7 @@ from hf_ft_ext.training.method_trainer import MethodTrainer
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.quantized import refuse_quantized
 from hf_ft_ext.training.resources import preparation
-from hf_ft_ext.training.sharding import refuse_sharding
+from hf_ft_ext.training.sharding import DEEPSPEED, refuse_sharding, sharding
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
 
     def check_arguments(self) -> None:
         args = self.args
-        refuse_sharding(args, "sparse training")
+        if not args.as_adapter or sharding(args) == DEEPSPEED:
+            refuse_sharding(args, "sparse training")
         super().check_arguments()
         if not args.as_adapter:
             self._check_optim()

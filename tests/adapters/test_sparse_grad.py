@@ -7,6 +7,7 @@ import torch
 from families import FAMILIES, batch, family
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from spans import principal_angle
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from zoo import inputs, logits, small
@@ -33,12 +34,6 @@ def adapted(kind="bert", seed=0, dtype=torch.float64, **config):
 
 def labelled(n=5, seed=0):
     return {**batch(n, seed=seed), "labels": torch.arange(n) % 2}
-
-
-def principal_angle(a, b):
-    """The largest angle between two spans of orthonormal columns, in radians."""
-    residual = b - a @ (a.T @ b)
-    return torch.linalg.matrix_norm(residual.double(), 2).clamp(max=1).asin().item()
 
 
 # --- one layer ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -28,10 +29,10 @@ VARIANTS = {
     "lora": ("lora", SGD),
     "sparse-dynamic": ("sparse", {"sparse_support": "dynamic", "sparse_density": 1.0, **SPARSE}),
     "sparse-static": ("sparse", {"sparse_support": "static", "sparse_density": 0.1, **SPARSE}),
-    # few columns, of more gradients than they are: the last ones of a longer spectrum are rounding
+    # all rows: two batches' gradients are of lower rank than the columns are many
     "sparse-structured": (
         "sparse",
-        {"sparse_support": "structured", "sparse_density": 0.02, **SPARSE, "sparse_basis_steps": 8},
+        {"sparse_support": "structured", "sparse_density": 0.1, **SPARSE, "sparse_basis_steps": ROWS // 8},
     ),
     "fisher-select": ("fisher", {"fisher_examples": 8, "fisher_candidate_settings": PREFIX, **SGD}),
     "fisher-mask": ("fisher", {"fisher_mode": "mask", "fisher_examples": 8, "fisher_keep_ratio": 0.05, **SGD}),
@@ -102,4 +103,7 @@ def run_all(argv: list[str]) -> None:
         if trainer.is_world_process_zero():
             save_file(ended, folder / f"{name}.safetensors")
             (folder / "carried.json").write_text(json.dumps(carried))
+    # gloo's threads abort or hang a process that ends while they still hold a collective's tensors
+    trainer.accelerator.wait_for_everyone()
+    time.sleep(0.5)
     trainer.accelerator.end_training()

@@ -11,6 +11,7 @@ import torch
 from processes import two_ranks
 from rank_runs import ROWS, STEPS, VARIANTS, make, result, run_all
 from safetensors.torch import load_file
+from spans import principal_angle, with_changes
 
 from hf_ft_ext.methods import METHODS
 from hf_ft_ext.training.plan import trained_weights
@@ -52,19 +53,21 @@ def test_every_method_has_a_variant():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_processes_end_where_one_does(two, one, name):
-    theirs, ours = load_file(two / f"{name}.safetensors"), result(one(name))
+    theirs, ours = with_changes(load_file(two / f"{name}.safetensors")), with_changes(result(one(name)))
     assert ours.keys() == theirs.keys()
     tolerances = {"gradientless": {"rtol": 1e-7, "atol": 1e-9}, "kernel": {"atol": 1e-7}}
     exact = tolerances.get(VARIANTS[name][0], {"atol": 2e-6})
-    if name == "sparse-structured":
-        exact = {"atol": 2e-4}  # eigenvectors of sums in another order
     for key, value in theirs.items():
+        if "_columns." in key:  # eigenvectors of sums in another order may turn within their span
+            assert principal_angle(ours[key], value) < 1e-3, key
+            continue
         assert torch.allclose(ours[key], value, **exact), f"{key}: {(ours[key] - value).abs().max():.2g}"
     if "predictions" not in ours:
         trainer = make(two / "start", name, 1)
         getattr(trainer, "prepare", lambda: None)()
-        start = trainer.model.state_dict()
-        assert any(not torch.allclose(ours[key], start[key], atol=1e-3) for key in ours if key in start)
+        start = with_changes(trainer.model.state_dict())
+        there = [key for key in ours if key in start and "_columns." not in key]
+        assert any(not torch.allclose(ours[key], start[key], atol=1e-3) for key in there)
 
 
 @pytest.mark.parametrize("name", DDP)

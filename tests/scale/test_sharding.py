@@ -1,4 +1,4 @@
-"""FSDP2 and DeepSpeed: `full` and `lora` train as one process does, every other method refuses before training."""
+"""FSDP2 and DeepSpeed: what trains whole modules or adapters does as one process, every other method refuses."""
 
 import importlib.util
 import json
@@ -10,6 +10,7 @@ import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
 from processes import Ended, two_ranks
 from safetensors.torch import load_file
+from spans import principal_angle, with_changes
 from tiny import text_dataset, tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
@@ -22,7 +23,8 @@ from hf_ft_ext.training.sharding import sharding
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 SHARDS = ("full", "lora")
-QUICK = {"kernel": {"kernel_regularization": "1e-2"}, "sparse": {"sparse_density": 0.2}}
+FSDP_TOO = (*SHARDS, "sparse")  # its adapter; converted layers refuse
+QUICK = {"kernel": {"kernel_regularization": "1e-2"}, "sparse": {"sparse_support": "dynamic"}}
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in SHARDS])
@@ -39,6 +41,13 @@ def test_a_method_that_needs_whole_weights_refuses(tmp_path, monkeypatch, method
         METHODS[method].trainer_class()(
             tiny_model(), args, train_dataset=tiny_dataset(8), processing_class=tiny_tokenizer()
         )
+
+
+def test_a_sparse_adapter_takes_fsdp_alone(tmp_path):
+    args = METHODS["sparse"].arguments_class()(str(tmp_path), use_cpu=True, report_to="none")
+    args.deepspeed = "zero.json"
+    with pytest.raises(InputError, match=r"sparse training needs whole weights .*DeepSpeed spreads them"):
+        METHODS["sparse"].trainer_class()(tiny_model(), args, train_dataset=tiny_dataset(8))
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
@@ -91,11 +100,12 @@ def place(tmp_path_factory) -> Path:
 
 
 def words(method: str, batch: int, output: str) -> list[str]:
+    own = ["--sparse_basis_steps", "4"] if method == "sparse" else []
     return [
         "--method", method, "--model_name_or_path", "model", "--train_file", "train.csv", "--validation_file",
         "dev.csv", "--max_seq_length", "16", "--max_steps", "3", "--adam_epsilon", "1e-2", "--learning_rate", "1e-2",
         "--per_device_train_batch_size", str(batch), "--logging_steps", "1", "--disable_tqdm", "true",
-        "--output_dir", output, "--report_to", "none",
+        "--output_dir", output, "--report_to", "none", *own,
     ]  # fmt: skip
 
 
@@ -124,7 +134,7 @@ def sharded(place: Path, method: str, config: str, monkeypatch) -> list[Ended]:
 def saved(folder: Path) -> dict[str, torch.Tensor]:
     """The weights as users load them: under ZeRO-3 transformers writes some of BERT's by their old names."""
     if (folder / "adapter_model.safetensors").exists():
-        return load_file(folder / "adapter_model.safetensors")
+        return with_changes(load_file(folder / "adapter_model.safetensors"))
     return AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
 
 
@@ -136,7 +146,11 @@ def check(place: Path, monkeypatch, method: str, config: str) -> None:
     assert all(f"spread by DistributedType.{kind}" in ended.out for ended in both)
     one, two = (saved(place / f"{name}-{method}") for name in ("one", config))
     assert one.keys() == two.keys()
-    assert all(torch.allclose(one[key], two[key], atol=2e-6) for key in one)
+    for key, value in one.items():
+        if "_columns." in key:  # beyond the first, these few rows' gradients have less energy than rounding
+            assert principal_angle(value[:, :1], two[key][:, :1]) < 1e-3, key
+        else:
+            assert torch.allclose(value, two[key], atol=2e-6), key
     first, second = (json.loads((place / f"{name}-{method}" / "run.json").read_text()) for name in ("one", config))
     for key in ("trainable_parameters", "total_parameters"):
         assert first[key] == second[key], key
@@ -145,7 +159,7 @@ def check(place: Path, monkeypatch, method: str, config: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", SHARDS)
+@pytest.mark.parametrize("method", FSDP_TOO)
 def test_fsdp2_gives_what_one_process_gives(place, monkeypatch, method):
     check(place, monkeypatch, method, "fsdp2")
 

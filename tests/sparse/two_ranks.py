@@ -3,13 +3,20 @@
 import os
 import sys
 import time
+from unittest import mock
 
 import torch
 from accelerate.utils import gather
+from peft import get_peft_model
+from spans import principal_angle
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from hf_ft_ext import SparseTrainer, SparseTrainingArguments, sparse_layers
+from hf_ft_ext import SparseGradConfig, SparseTrainer, SparseTrainingArguments, compute_bases, sparse_layers
+from hf_ft_ext.adapters.sparse_grad.bases import _Sketches
+from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
 from hf_ft_ext.sparse.prepass import visit_gradients
 
 
@@ -54,6 +61,71 @@ def check_adapter(folder, reference):
     check_equal([*columns, *trainer.model.parameters()])
 
 
+def ragged(rank, seed):
+    """A batch of so many rows and tokens that either process takes another way to the sums of the pre-pass."""
+    shape = ((2, 6), (8, 16))[rank]
+    ids = torch.randint(5, 30, shape, generator=torch.Generator().manual_seed(10 * seed + rank))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(shape[0]) % 2}
+
+
+def mean_loss(model, seed):
+    return sum(model(**ragged(rank, seed)).loss for rank in range(2)) / 2
+
+
+def without_dropout():
+    return tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).double()
+
+
+def layers_of(adapted):
+    """The layers with adapters by their names in the plain model."""
+    return {name.removeprefix("base_model.model."): layer for name, layer in sparse_grad_layers(adapted)}
+
+
+def check_ragged_bases():
+    """The columns are the leading directions of the mean gradients, by one plain backward pass for each batch."""
+    rank, plain = int(os.environ["RANK"]), without_dropout()
+    adapted = get_peft_model(without_dropout(), SparseGradConfig(task_type="SEQ_CLS", n_params=4))
+    with mock.patch.object(_Sketches, "_add_rows", autospec=True, side_effect=_Sketches._add_rows) as rows:
+        compute_bases(adapted, [ragged(rank, seed) for seed in range(3)])
+    assert rows.called == (rank == 0)
+    sums = dict.fromkeys(layers_of(adapted), (0, 0))
+    for seed in range(3):
+        plain.zero_grad()
+        mean_loss(plain, seed).backward()
+        for name, (out, inp) in sums.items():
+            g = plain.get_submodule(name).weight.grad
+            sums[name] = (out + g @ g.T, inp + g.T @ g)
+    for name, layer in layers_of(adapted).items():
+        for gram, found in zip(sums[name], layer.sparse_grad_columns["default"].buffers(), strict=True):
+            assert principal_angle(found, torch.linalg.eigh(gram).eigenvectors.flip(1)[:, : found.shape[1]]) < 1e-2
+
+
+def check_fully_sharded():
+    """FSDP2: columns are those of whole weights, and values those of a process that takes the mean loss."""
+    rank, config = int(os.environ["RANK"]), {"task_type": "SEQ_CLS", "n_params": 4}
+    alone, sharded = (get_peft_model(without_dropout(), SparseGradConfig(**config)) for _ in range(2))
+    mesh = init_device_mesh("cpu", (2,))
+    for block in (*sharded.base_model.model.bert.encoder.layer, sharded):
+        fully_shard(block, mesh=mesh)
+    for model in (alone, sharded):
+        compute_bases(model, [ragged(rank, seed) for seed in range(3)])
+    for name, layer in layers_of(alone).items():
+        ours, theirs = (found.sparse_grad_columns["default"] for found in (layer, layers_of(sharded)[name]))
+        for one, two in zip(ours.buffers(), theirs.buffers(), strict=True):
+            assert principal_angle(one, two) < 1e-6
+        ours.fill(theirs.out_columns, theirs.in_columns)  # signs may differ
+    for model, loss in ((alone, mean_loss), (sharded, lambda model, seed: model(**ragged(rank, seed)).loss)):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        for seed in range(3):
+            optimizer.zero_grad()
+            loss(model, seed).backward()
+            optimizer.step()
+    for name, layer in layers_of(alone).items():
+        values = layer.sparse_grad_values["default"]
+        assert values.abs().max() > 1e-6
+        torch.testing.assert_close(layers_of(sharded)[name].sparse_grad_values["default"].full_tensor(), values)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     args = SparseTrainingArguments(
@@ -79,6 +151,8 @@ if __name__ == "__main__":
     bases = [layer.basis.out_factor.contiguous() for layer in layers]
     check_equal([*states, *bases, *trainer.model.parameters()])
     check_adapter(sys.argv[1], tiny_model)
+    check_ragged_bases()
+    check_fully_sharded()
     check_own_loader(OwnLoader(tiny_model(), args, processing_class=tiny_tokenizer()))
     # gloo's threads abort a process that exits while they still hold a collective's tensors
     trainer.accelerator.wait_for_everyone()

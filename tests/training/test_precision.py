@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from spans import principal_angle, with_changes
 from test_models import data
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
@@ -37,7 +38,7 @@ VARIANTS = {
         "sparse", {"sparse_support": "dynamic", "sparse_basis_steps": 2, "sparse_density": 0.2, "learning_rate": 1e-2},
         FLOAT32, 1e-6,
     ),
-    "sparse adapter": ("sparse", {"sparse_basis": "random", "sparse_density": 0.2, **SGD}, FLOAT32, 0.05),
+    "sparse adapter": ("sparse", {"sparse_basis_steps": 8, "sparse_density": 0.1, **SGD}, FLOAT32, 0.05),
     "fisher": ("fisher", {"fisher_examples": 4, **SGD}, FLOAT32, 0.05),
     "bottleneck": ("fisher", {"fisher_mode": "single", "fisher_candidates": ["bottleneck"], **SGD}, FLOAT32, 0.05),
     "mask": ("fisher", {"fisher_mode": "mask", "fisher_mask": "random", **SGD}, FLOAT32, 1e-6),
@@ -81,14 +82,19 @@ def train(folder: Path, variant: str, output_dir: Path):
     return trainer
 
 
+def saved_by(trainer) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in Path(trainer.args.output_dir).glob("*model.safetensors"):
+        found |= load_file(file)
+    return found
+
+
 def changes(trainer, folder: Path) -> torch.Tensor:
     """All changes of what was trained, in one vector; adapters start from the same draw."""
-    saved = {}
-    for file in Path(trainer.args.output_dir).glob("*model.safetensors"):
-        saved |= load_file(file)
+    saved = with_changes(saved_by(trainer))
     start = load_file(folder / "model.safetensors")
     parts = []
-    for name in sorted(saved):
+    for name in sorted(name for name in saved if "_columns." not in name):
         base = next((start[key].float() for key in start if name.endswith(key)), 0.0)
         parts.append((saved[name].float() - base).flatten())
     return torch.cat(parts)
@@ -96,13 +102,14 @@ def changes(trainer, folder: Path) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def in_float32(checkpoints, tmp_path_factory):
-    """`variant -> changes, evaluation loss` of a run on the float32 checkpoint, each made once."""
+    """`variant -> changes, evaluation loss, saved tensors` of a run on the float32 checkpoint, each made once."""
     done = {}
 
     def get(variant: str):
         if variant not in done:
             trainer = train(checkpoints["float32"], variant, tmp_path_factory.mktemp("reference"))
-            done[variant] = changes(trainer, checkpoints["float32"]), trainer.evaluate()["eval_loss"]
+            loss = trainer.evaluate()["eval_loss"]
+            done[variant] = changes(trainer, checkpoints["float32"]), loss, with_changes(saved_by(trainer))
         return done[variant]
 
     return get
@@ -112,12 +119,17 @@ def in_float32(checkpoints, tmp_path_factory):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_trains_saves_and_loads_as_in_float32(checkpoints, in_float32, variant, stored, tmp_path):
     _, _, kept, tolerance = VARIANTS[variant]
-    expected, loss = in_float32(variant)
+    expected, loss, reference = in_float32(variant)
     trainer = train(checkpoints[stored], variant, tmp_path)
     found = changes(trainer, checkpoints[stored])
     assert float(expected.norm()) > 0 and float(found.norm()) > 0
     if tolerance is not None:
         assert float((found - expected).norm() / expected.norm()) < tolerance
+    for name, tensor in with_changes(saved_by(trainer)).items():
+        if "_columns." in name:
+            assert principal_angle(reference[name], tensor.float()) < 0.1
+        elif "sparse_grad_values" in name:
+            assert float((tensor - reference[name]).norm() / reference[name].norm()) < tolerance
     assert trainer.evaluate()["eval_loss"] == pytest.approx(loss, abs=0.02)
 
     wanted = torch.float32 if kept == FLOAT32 else getattr(torch, stored)

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from peft import PeftConfig
 from transformers.activations import ACT2FN
 
+from hf_ft_ext.adapters.settings import TargetedConfig
 from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.errors import InputError
 
@@ -14,7 +14,7 @@ DEFAULT_SIZE = 64
 
 
 @dataclass
-class BottleneckConfig(PeftConfig):
+class BottleneckConfig(TargetedConfig):
     """Bottleneck adapters: `x + scaling * up(activation(down(x)))` in a layer.
 
     Placements:
@@ -65,14 +65,6 @@ class BottleneckConfig(PeftConfig):
             "whole names; none = by placement."
         },
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "The same, left out."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layers."})
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, where the first number in names is not it."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that train in full and are saved with the adapter."}
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,8 +90,6 @@ class BottleneckConfig(PeftConfig):
             raise InputError(f"activation={self.activation!r} is unknown to transformers; pass relu, gelu, silu, ...")
         if self.init_weights not in (True, "zero"):
             raise InputError(f"init_weights={self.init_weights!r} is unknown; pass true or zero")
-        if isinstance(self.target_modules, set):
-            self.target_modules = sorted(self.target_modules)
 
     def width(self, hidden: int) -> int:
         """Width of the bottleneck beside `hidden` features."""

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from peft import PeftConfig
-
+from hf_ft_ext.adapters.settings import TargetedConfig
 from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.errors import InputError
 
 
 @dataclass
-class LayerPrefixConfig(PeftConfig):
+class LayerPrefixConfig(TargetedConfig):
     """Trained keys and values in front of the attention's own, in chosen layers (Li and Liang 2021, arXiv 2101.00190).
 
     With `projection_size`, what trains is an embedding and a two-layer network that makes the keys and values of it:
@@ -36,14 +35,6 @@ class LayerPrefixConfig(PeftConfig):
             "names; none = every self-attention."
         },
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "The same, left out."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layers."})
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, where the first number in names is not it."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that train in full and are saved with the adapter."}
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,8 +45,6 @@ class LayerPrefixConfig(PeftConfig):
             raise InputError(f"projection_size={self.projection_size} is no width; pass 1 or more, or none")
         if not 0 <= self.dropout < 1:
             raise InputError(f"dropout={self.dropout} is no share in [0, 1); pass 0.1, say")
-        if isinstance(self.target_modules, set):
-            self.target_modules = sorted(self.target_modules)
 
     def to_dict(self) -> dict:
         values = super().to_dict()

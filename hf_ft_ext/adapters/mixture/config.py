@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from hf_ft_ext.adapters.settings import LayeredConfig
 from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.errors import InputError, did_you_mean
 
@@ -16,7 +17,7 @@ _OF_THE_MIXTURE = ("modules_to_save", "layers_to_transform")
 
 
 @dataclass
-class LayerMixtureConfig(PeftConfig):
+class LayerMixtureConfig(LayeredConfig):
     """Which adapter each layer gets: `layers` maps a layer to names in `kinds`, `kinds` a name to its peft settings.
 
     One `PeftModel` of this type holds LoRA in one layer, a bottleneck in the next and a prefix in a third; it saves,
@@ -32,12 +33,6 @@ class LayerMixtureConfig(PeftConfig):
 
     kinds: dict[str, Any] = field(default_factory=dict, metadata={"help": "Name -> settings with `peft_type`."})
     layers: dict[str, Any] = field(default_factory=dict, metadata={"help": "Layer -> name(s) of kinds."})
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, where the first number in names is not it."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that train in full and are saved with the adapter."}
-    )
 
     def __post_init__(self):
         super().__post_init__()

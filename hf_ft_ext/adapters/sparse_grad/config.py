@@ -4,8 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from peft import PeftConfig
-
+from hf_ft_ext.adapters.settings import TargetedConfig
 from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.errors import InputError
 
@@ -17,7 +16,7 @@ DEFAULT_GRADIENTS = 30
 
 
 @dataclass
-class SparseGradConfig(PeftConfig):
+class SparseGradConfig(TargetedConfig):
     """Structured SparseGrad: `y = W x + V_r D U_c^T x` in each target layer.
 
     `D`, shape (r, c), trains from zero. The orthonormal columns `V_r`, shape (out, r), and `U_c`, shape (in, c), stay
@@ -67,14 +66,6 @@ class SparseGradConfig(PeftConfig):
             "over whole names; none = those of all feed-forwards, found by structure."
         },
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "The same, left out."})
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layers."})
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, where the first number in names is not it."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that train in full and are saved with the adapter."}
-    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -93,8 +84,6 @@ class SparseGradConfig(PeftConfig):
             raise InputError(f"n_params must be 1 or more, got {self.n_params}")
         if not self.init_std >= 0:
             raise InputError(f"init_std must be 0 or more, got {self.init_std}")
-        if isinstance(self.target_modules, set):
-            self.target_modules = sorted(self.target_modules)
 
     def block(self, n_out: int, n_in: int, name: str) -> tuple[int, int]:
         """Rows and columns `(r, c)` of the trained block of a weight of shape (out, in).

@@ -58,7 +58,7 @@ class ChangedLinear(torch.autograd.Function):
         d, v, u = (part.to(dtype) for part in (values, out_columns, in_columns))
         by_weight = by_weight_is_cheaper(len(flat), values, n_out, n_in, backward=False)
         trains = ctx.needs_input_grad[3]
-        narrow = flat @ u if trains or not by_weight else None
+        narrow = _narrowed(flat, u) if trains or not by_weight else None
         bias = None if bias is None else bias.to(dtype)
         # Not a view: some models (Falcon) change the output in place, which autograd forbids for views.
         y = x.new_empty(*x.shape[:-1], n_out)
@@ -81,7 +81,7 @@ class ChangedLinear(torch.autograd.Function):
         grads, dtype = grad_output.reshape(-1, n_out), grad_output.dtype
         d, v, u = (part.to(dtype) for part in (values, out_columns, in_columns))
         grad_x = grad_values = None
-        narrow_grads = grads @ v
+        narrow_grads = _narrowed(grads, v)
         if ctx.needs_input_grad[3]:
             grad_values = (narrow_grads.T @ narrow.to(dtype)).to(values.dtype)  # (g V)^T (x U)
         if ctx.needs_input_grad[0]:
@@ -92,6 +92,11 @@ class ChangedLinear(torch.autograd.Function):
                 _add_change(grad_x, narrow_grads, d.T, u)
             grad_x = grad_x.view(*grad_output.shape[:-1], n_in)
         return grad_x, None, None, grad_values, None, None
+
+
+def _narrowed(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """`rows columns`, as the transpose of a product: with few columns, CPUs are up to 1.4 times faster that way."""
+    return (columns.T @ rows.T).T
 
 
 def _changed(weight: torch.Tensor, d: torch.Tensor, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -115,7 +120,7 @@ class AddedChange(torch.autograd.Function):
     def forward(ctx, y, x, values, out_columns, in_columns):
         flat = x.reshape(-1, x.shape[-1]).to(y.dtype)
         d, v, u = (part.to(y.dtype) for part in (values, out_columns, in_columns))
-        narrow = flat @ u
+        narrow = _narrowed(flat, u)
         ctx.save_for_backward(narrow, values, out_columns, in_columns)
         ctx.x_dtype = x.dtype
         result = y.clone(memory_format=torch.contiguous_format)
@@ -128,7 +133,7 @@ class AddedChange(torch.autograd.Function):
         narrow, values, out_columns, in_columns = ctx.saved_tensors
         grads, dtype = grad_output.reshape(-1, grad_output.shape[-1]), grad_output.dtype
         d, v, u = (part.to(dtype) for part in (values, out_columns, in_columns))
-        narrow_grads = grads @ v
+        narrow_grads = _narrowed(grads, v)
         grad_x = grad_values = None
         if ctx.needs_input_grad[2]:
             grad_values = (narrow_grads.T @ narrow.to(dtype)).to(values.dtype)

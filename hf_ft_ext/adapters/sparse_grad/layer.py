@@ -106,11 +106,12 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         result = self.base_layer(x, *args, **kwargs)
         for name in names:
             columns, values = self.sparse_grad_columns[name], self.sparse_grad_values[name]
-            if name in self._observers:
-                result = AddedChange.apply(result, x, values.detach(), columns.out_columns, columns.in_columns)
-                result = Observed.apply(result, x, values, self._observers[name])
-            else:
-                result = AddedChange.apply(result, x, values, columns.out_columns, columns.in_columns)
+            observer = self._observers.get(name)
+            if observer is None or columns.ready:  # the first pre-pass finds them zero
+                trained = values if observer is None else values.detach()
+                result = AddedChange.apply(result, x, trained, columns.out_columns, columns.in_columns)
+            if observer is not None:
+                result = Observed.apply(result, x, values, observer)
         return result
 
     def _adapters_in_use(self) -> list[str]:
