@@ -69,7 +69,7 @@ def build(args: argparse.Namespace) -> tuple[torch.nn.Module, FullObjective]:
     auto, kind, layers, options = SHAPES[args.shape]
     config = AutoConfig.for_model(kind, num_hidden_layers=args.layers or layers, **options)
     model = auto.from_config(config, dtype=DTYPES[args.dtype]).eval().requires_grad_(False)
-    ids = torch.randint(5, 1000, (args.batch, args.length))
+    ids = torch.randint(5, config.vocab_size, (args.batch, args.length))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if auto is AutoModelForCausalLM:
         return model, model_loss(lambda inputs: model(**inputs).loss, [{**batch, "labels": ids}], shifted=True)

@@ -185,6 +185,17 @@ def test_the_forward_gradient_is_the_derivative_along_the_direction():
             assert slope == pytest.approx(sum(float((g * part).sum()) for g, part in zip(gradient, z, strict=True)))
 
 
+def test_signs_are_fair_and_independent():
+    values = torch.empty(100_003)
+    first, second = (
+        Directions("rademacher").dense(values, 0, Draw(seed, 0), slice(0, len(values))) for seed in (1, 2)
+    )
+    assert set(first.tolist()) == {-1.0, 1.0}
+    others = {"mean": torch.ones_like(first), "other seed": second, **{k: first.roll(k) for k in (1, 8, 64)}}
+    for name, other in others.items():
+        assert abs((first * other).mean()) < 4 / len(values) ** 0.5, name
+
+
 def test_the_slope_is_that_of_the_gradient_on_average():
     model = net()
     closure = closure_of(model)

@@ -4,6 +4,7 @@ A direction has one part for each searched tensor. A dense part is made chunk by
 own, so that no part of a large tensor has to exist as a whole. A low-rank part of a matrix is a pair of factors.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -161,9 +162,10 @@ class Directions:
         return z
 
     def chunks(self, parameter: torch.Tensor) -> Iterator[slice]:
-        """The flat tensor in parts that are made and changed one after the other."""
+        """The flat tensor in parts that are made and changed one after the other: of a matrix whole rows."""
         size = parameter.numel()
-        unit = parameter.shape[1] if self.has_factors(parameter.shape) else self.block
+        by_rows = parameter.ndim == 2 and self.block == 1
+        unit = parameter.shape[1] if by_rows else self.block
         step = max(unit, CHUNK // unit * unit)
         for start in range(0, size, step):
             yield slice(start, min(size, start + step))
@@ -205,5 +207,15 @@ def _normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dty
 
 
 def _signs(size: int, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-    bits = torch.randint(0, 2, (size,), generator=generator, device=generator.device, dtype=torch.int8)
-    return bits.to(dtype).mul_(2).sub_(1)
+    """Entries +1 and -1, one for each random bit: a drawn number is good for 64 of them."""
+    words = torch.empty(-(-size // 64), dtype=torch.int64, device=generator.device)
+    words.random_(-(2**63), None, generator=generator)
+    table = _signs_of_bytes(dtype, generator.device)
+    return table.index_select(0, words.view(torch.uint8).int()).view(-1)[:size]
+
+
+@functools.cache
+def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`[256, 8]`: for each byte, +1 and -1 for its bits."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return (2 * bits - 1).to(device, dtype)
