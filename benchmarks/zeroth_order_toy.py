@@ -4,8 +4,8 @@
 
 A quadratic (200 dimensions, condition 1,000) and a logistic regression (100 dimensions, 400 rows). For each rule the
 objective above its least value after `--evaluations` losses, mean of `--seeds`, at the best of the rates and of two
-schedules: constant, and falling to nothing. The rates are a grid of half powers of ten, made twice as fine around the
-best one. Rows go to `results/zeroth-order-toy.json` as each rule ends (see `results.py`).
+schedules: constant, and falling to nothing. The rates are powers of ten, then halfway between around the best one,
+twice. Rows go to `results/zeroth-order-toy.json` as each rule ends (see `results.py`).
 """
 
 import argparse
@@ -90,38 +90,40 @@ def end_of_run(problem: nn.Module, settings: dict, lr: float, schedule: str, see
 
 
 def best_rate(
-    problem: nn.Module, settings: dict, schedule: str, args: argparse.Namespace
+    problem: nn.Module, settings: dict, schedule: str, tried: list[float], args: argparse.Namespace
 ) -> tuple[float, list[float]]:
-    """The best rate and the ends of its runs, by seed."""
+    """Exponent of the best rate and the ends of its runs, by seed: from `tried`, by halving steps around the best."""
     ends: dict[float, list[float]] = {}
 
-    def try_rates(exponents: list[float]) -> float:
+    def best_of(exponents: list[float]) -> float:
         for e in exponents:
             if e not in ends:
                 runs = range(args.seeds)
                 ends[e] = [end_of_run(problem, settings, 10**e, schedule, seed, args.evaluations) for seed in runs]
         return min(ends, key=lambda e: statistics.mean(ends[e]))
 
-    best = try_rates([-e / 2 for e in range(-2, 10)])
-    best = try_rates([best - 0.25, best + 0.25])
-    return 10**best, ends[best]
+    best = best_of(tried)
+    for step in (0.5, 0.25):
+        best = best_of([best - step, best + step])
+    return best, ends[best]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=PROBLEMS)
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--evaluations", type=int, default=4000, help="of each run")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--evaluations", type=int, default=2000, help="of each run")
     parser.add_argument("--result", default="zeroth-order-toy", help="name of the result file")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for name in args.problems:
         problem, sgd = PROBLEMS[name](), None
         for rule in ["sgd", *(rule for rule in args.rules if rule != "sgd")]:
-            found = {schedule: best_rate(problem, RULES[rule], schedule, args) for schedule in SCHEDULES}
+            found = {"constant": best_rate(problem, RULES[rule], "constant", [1.0, 0.0, -1.0, -2.0, -3.0, -4.0], args)}
+            found["linear"] = best_rate(problem, RULES[rule], "linear", [found["constant"][0]], args)
             schedule = min(found, key=lambda one: statistics.mean(found[one][1]))
-            rate, ends = found[schedule]
+            ends = found[schedule][1]
             end = statistics.mean(ends)
             sgd = end if rule == "sgd" else sgd
             row = {"what": rule, "problem": name, "evaluations": args.evaluations}
@@ -130,10 +132,9 @@ def main() -> None:
                 {**row, "measure": "of sgd's", "value": end / sgd},
             ]
             results.save(args.result, rows)
-            means = {schedule: f"{statistics.mean(e):.3g} at {lr:.2g}" for schedule, (lr, e) in found.items()}
-            print(
-                name, rule, f"{end / sgd:.2f} of sgd's,", schedule, f"{rate:.2g};", means, file=sys.stderr, flush=True
-            )
+            means = {schedule: f"{statistics.mean(e):.3g} at {10**lr:.2g}" for schedule, (lr, e) in found.items()}
+            share = f"{end / sgd:.2f} of sgd's"
+            print(name, rule, share, schedule, means, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

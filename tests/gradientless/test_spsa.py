@@ -196,6 +196,22 @@ def test_signs_are_fair_and_independent():
         assert abs((first * other).mean()) < 4 / len(values) ** 0.5, name
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "lozo", "subzero", "rademacher-outer"])
+def test_slope_times_direction_is_the_gradient_on_average(kind):
+    directions = Directions(kind, rank=2 if kind in ("lozo", "subzero") else None)
+    gradient = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    total = torch.zeros_like(gradient)
+    for seed in range(3000):
+        draw = Draw(seed, seed + 10_000)
+        if directions.has_factors(gradient.shape):
+            left, right = directions.factors(gradient.shape, 0, draw, gradient.dtype, gradient.device)
+            z = left @ right.T
+        else:
+            z = directions.dense(gradient.view(-1), 0, draw, slice(0, 12)).view(4, 3)
+        total += (gradient * z).sum() * z * directions.scale(gradient.shape)
+    assert float((total / 3000 - gradient).norm() / gradient.norm()) < 0.2
+
+
 def test_the_slope_is_that_of_the_gradient_on_average():
     model = net()
     closure = closure_of(model)

@@ -40,8 +40,11 @@ class Directions:
     | `gaussian` | standard normal entries | MeZO, arXiv 2305.17333 |
     | `rademacher` | entries +1 and -1 | FZOO, arXiv 2506.09034 |
     | `lozo` | `U V^T`, both normal; `U` new each step, `V` every `renew` steps | LOZO, arXiv 2410.07698 |
-    | `subzero` | `U S V^T`; `S` normal, new each step; `U`, `V` orthonormal, kept | SubZero, arXiv 2410.08989 |
+    | `subzero` | `sqrt(out in) / rank U S V^T`; `S` normal, new; `U`, `V` orthonormal | SubZero, arXiv 2410.08989 |
     | `rademacher-outer` | `u v^T` with entries +1 and -1: its entries are +1 and -1 as well | |
+
+    Entries have mean 0, and variance 1 but for `lozo` (its rank), so `eps` and the learning rate mean the same for all
+    kinds; for `subzero` the factor in front sees to it, as in its authors' code (zimingyy/SubZero).
 
     Tensors that are no matrices, and matrices smaller than the rank, get a dense part of a low-rank direction too:
     normal, for `rademacher-outer` of signs.
@@ -130,10 +133,11 @@ class Directions:
             return _signs(rows, new, dtype).view(-1, 1), _signs(columns, new, dtype).view(-1, 1)
         if self.kind == LOZO:
             return _normal((rows, self.rank), new, dtype), _normal((columns, self.rank), kept, dtype)
-        # U and V: orthonormal factors of normal matrices. Z = U S V^T.
+        # U and V: orthonormal factors of normal matrices. Z = sqrt(out in) / rank U S V^T.
         u = torch.linalg.qr(_normal((rows, self.rank), kept, dtype)).Q
         v = torch.linalg.qr(_normal((columns, self.rank), kept, dtype)).Q
-        return u @ _normal((self.rank, self.rank), new, dtype), v
+        s = _normal((self.rank, self.rank), new, dtype).mul_((rows * columns) ** 0.5 / self.rank)
+        return u @ s, v
 
     def right_stays(self) -> bool:
         """Whether all directions of a step share the right factor."""

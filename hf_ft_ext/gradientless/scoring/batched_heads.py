@@ -6,6 +6,7 @@ layer of which few entries change is not run again either: the changes alone are
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -69,7 +70,7 @@ class BatchedHead:
         def record(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
             if id(module) in self.calls:
                 raise CannotBatch("a module of the head runs twice")
-            out = type(module).forward(module, x)
+            out = self._own[id(module)](x)
             self.calls[id(module)] = Call(len(self.calls), x, out)
             return out
 
@@ -104,7 +105,7 @@ class BatchedHead:
                 return call.out
             out = changed_output(module, x)
             if out is None:
-                out = type(module).forward(module, x)
+                out = self._own[id(module)](x)
             self.latest[id(module)] = (None if call.position == first else x, out)
             return out
 
@@ -122,6 +123,9 @@ class BatchedHead:
 
     def _run(self, forward: Callable[[nn.Module, torch.Tensor], torch.Tensor], rows: int) -> torch.Tensor:
         modules = self.modules.values()
+        replaced = {id(module): module.__dict__.get("forward") for module in modules}
+        # a search of perturbed weights may have put its own there
+        self._own = {id(module): replaced[id(module)] or partial(type(module).forward, module) for module in modules}
         for module in modules:
             # an instance attribute is found before the class's method, and goes without a trace
             module.__dict__["forward"] = lambda x, module=module: forward(module, x)
@@ -130,6 +134,8 @@ class BatchedHead:
         finally:
             for module in modules:
                 del module.__dict__["forward"]
+                if replaced[id(module)] is not None:
+                    module.__dict__["forward"] = replaced[id(module)]
 
     # --- one module --------------------------------------------------------------------------------
 
