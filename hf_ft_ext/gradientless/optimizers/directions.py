@@ -132,11 +132,11 @@ class Directions:
         if self.kind == OUTER:
             return _signs(rows, new, dtype).view(-1, 1), _signs(columns, new, dtype).view(-1, 1)
         if self.kind == LOZO:
-            return _normal((rows, self.rank), new, dtype), _normal((columns, self.rank), kept, dtype)
+            return _normal_matrix(rows, self.rank, new, dtype), _normal_matrix(columns, self.rank, kept, dtype)
         # U and V: orthonormal factors of normal matrices. Z = sqrt(out in) / rank U S V^T.
-        u = torch.linalg.qr(_normal((rows, self.rank), kept, dtype)).Q
-        v = torch.linalg.qr(_normal((columns, self.rank), kept, dtype)).Q
-        s = _normal((self.rank, self.rank), new, dtype).mul_((rows * columns) ** 0.5 / self.rank)
+        u = torch.linalg.qr(_normal_matrix(rows, self.rank, kept, dtype)).Q
+        v = torch.linalg.qr(_normal_matrix(columns, self.rank, kept, dtype)).Q
+        s = _normal_matrix(self.rank, self.rank, new, dtype).mul_((rows * columns) ** 0.5 / self.rank)
         return u @ s, v
 
     def right_stays(self) -> bool:
@@ -156,14 +156,19 @@ class Directions:
         dtype, size = compute_type(values.dtype), part.stop - part.start
         generator = _generator(values.device, draw.seed, number, part.start)
         draws = _signs if self.kind in (RADEMACHER, OUTER) else _normal
-        z = draws((size // self.block,) if draws is _normal else size // self.block, generator, dtype)
-        if self.block > 1:
-            z = z.repeat_interleave(self.block)
+        movable = self._movable(values, number, part)
+        if movable is not None:  # numbers are drawn for those entries alone
+            return torch.zeros(size, dtype=dtype, device=values.device).masked_scatter_(
+                movable, draws(int(movable.sum()), generator, dtype)
+            )
+        z = draws(size // self.block, generator, dtype)
+        return z if self.block == 1 else z.repeat_interleave(self.block)
+
+    def _movable(self, values: torch.Tensor, number: int, part: slice) -> torch.Tensor | None:
+        """Which entries of a chunk may move; `None` = all."""
         if self.masks is not None:
-            z.mul_(self.masks[number].view(-1)[part].to(z.device))
-        elif self.thresholds is not None:
-            z.mul_(values.abs() <= self.thresholds[number])
-        return z
+            return self.masks[number].view(-1)[part].to(values.device)
+        return None if self.thresholds is None else values.abs() <= self.thresholds[number]
 
     def chunks(self, parameter: torch.Tensor) -> Iterator[slice]:
         """The flat tensor in parts that are made and changed one after the other: of a matrix whole rows."""
@@ -206,8 +211,12 @@ def _generator(device: torch.device, seed: int, number: int, start: int = 0) -> 
     return torch.Generator(device).manual_seed(mixed(seed, number, start))
 
 
-def _normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+def _normal(size: int, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(size, generator=generator, dtype=dtype, device=generator.device)
+
+
+def _normal_matrix(rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    return _normal(rows * columns, generator, dtype).view(rows, columns)
 
 
 def _signs(size: int, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
