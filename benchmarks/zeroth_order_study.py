@@ -33,19 +33,19 @@ from hf_ft_ext.models import load_tokenizer_and_model
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
 
 FOLDERS = {"sst2": "glue", "subj": "fewshot", "trec": "fewshot"}
-GRID = (0.1, 0.3, 1.0, 3.0)
+GRID = (0.3, 1.0, 3.0)
 # name -> (base rate, settings of SPSA; `None` = Adam by gradients)
 METHODS = {
-    "mezo": (1e-4, {}),
-    "fzoo": (3e-4, {"direction": "rademacher", "estimate": "one-sided", "num_directions": 8}),
-    "fzoo-outer": (3e-4, {"direction": "rademacher-outer", "estimate": "one-sided", "num_directions": 8}),
-    "lozo": (1e-4, {"direction": "lozo"}),
-    "lozo-m": (1e-5, {"direction": "lozo", "update": "momentum"}),
-    "subzero": (1e-4, {"direction": "subzero"}),
-    "sparse-mezo": (3e-4, {"small": 0.25}),
-    "population": (3e-4, {"estimate": "population", "num_directions": 16}),
-    "forward": (1e-4, {"estimate": "forward"}),
-    "adam": (1e-4, None),
+    "mezo": (3e-5, {}),
+    "lozo": (3e-5, {"direction": "lozo"}),
+    "fzoo": (1e-3, {"direction": "rademacher", "estimate": "one-sided", "num_directions": 8}),
+    "adam": (3e-5, None),
+    "subzero": (3e-5, {"direction": "subzero"}),
+    "lozo-m": (3e-6, {"direction": "lozo", "update": "momentum"}),
+    "sparse-mezo": (1e-4, {"small": 0.25}),
+    "fzoo-outer": (1e-3, {"direction": "rademacher-outer", "estimate": "one-sided", "num_directions": 8}),
+    "population": (1e-3, {"estimate": "population", "num_directions": 16}),
+    "forward": (3e-5, {"estimate": "forward"}),
 }
 
 
