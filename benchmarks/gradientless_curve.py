@@ -47,9 +47,9 @@ VARIANTS = {
     "gld-512-few": (DirectSearch, {**_FREE, "lr": 4e-2, "sampling_size": 256}, 512, 0.1),
     "spsa": (SPSA, {"lr": 1e-3, "num_directions": 4}, 64, 0.1),
     "spsa-1024": (SPSA, {"lr": 2e-2, "num_directions": 4}, 1024, 0.1),
-    "node-64": (NodePerturbation, {"lr": 1e-4, "num_directions": 8}, 64, 0.1),
-    "node-256": (NodePerturbation, {"lr": 1e-4, "num_directions": 4}, 256, 0.1),
-    "node-256-fast": (NodePerturbation, {"lr": 3e-4, "num_directions": 4}, 256, 0.03),
+    "node-signs-256": (NodePerturbation, {"lr": 3e-4, "num_directions": 4, "directions": "signs"}, 256, 0.03),
+    "node": (NodePerturbation, {"lr": 1e-4}, 64, 0.1),
+    "node-256": (NodePerturbation, {"lr": 1e-4}, 256, 0.1),
     "adam": (HeadAdam, {"lr": 1e-4}, 64, 0.1),
     "adam-256": (HeadAdam, {"lr": 1e-4}, 256, 0.1),
 }

@@ -23,7 +23,7 @@ from hf_ft_ext.gradientless.optimizers.directions import KINDS, Directions
 from hf_ft_ext.gradientless.optimizers.estimates import ESTIMATES, FORWARD, Estimate
 from hf_ft_ext.gradientless.optimizers.exchange import MODES
 from hf_ft_ext.gradientless.optimizers.moves import check_replay
-from hf_ft_ext.gradientless.optimizers.nodes import NodePerturbation
+from hf_ft_ext.gradientless.optimizers.nodes import NODE_DIRECTIONS, NodePerturbation
 from hf_ft_ext.gradientless.optimizers.options import parse_options
 from hf_ft_ext.gradientless.optimizers.selection import ALL as ALL_ENTRIES
 from hf_ft_ext.gradientless.optimizers.selection import FISHER, SELECTIONS
@@ -45,6 +45,7 @@ _ONLY = {
          "search_moments", "search_carry", "search_candidates_per_forward", "search_trajectory"),
         SPSA_METHOD,
     ),
+    "search_node_directions": NODE,
 }  # fmt: skip
 _SHARED_BY_SPSA_AND_NODE = ("search_eps", "search_directions", "search_update", "search_momentum")
 
@@ -59,6 +60,7 @@ def check_values(args: "GradientlessTrainingArguments") -> None:
         ("search_direction", KINDS),
         ("search_estimate", ESTIMATES),
         ("search_moments", (None, *MOMENTS)),
+        ("search_node_directions", (None, *NODE_DIRECTIONS)),
         ("search_objective", OBJECTIVES),
         ("candidate_parallel", MODES),
     ):

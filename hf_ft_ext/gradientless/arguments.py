@@ -22,6 +22,7 @@ from hf_ft_ext.gradientless.optimizers.direct_search import DEFAULT_BUDGET
 from hf_ft_ext.gradientless.optimizers.directions import GAUSSIAN, KINDS
 from hf_ft_ext.gradientless.optimizers.estimates import ESTIMATES, ONE_SIDED, POPULATION, TWO_SIDED
 from hf_ft_ext.gradientless.optimizers.exchange import DATA, MODES
+from hf_ft_ext.gradientless.optimizers.nodes import NODE_DIRECTIONS
 from hf_ft_ext.gradientless.optimizers.selection import RANDOM, SELECTIONS
 from hf_ft_ext.gradientless.optimizers.updates import ADAM, MOMENTS, RMS, RULES, SGD, SIGN
 from hf_ft_ext.gradientless.scoring.objectives import F1, LOSS, OBJECTIVES
@@ -123,6 +124,14 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
             "help": "SPSA: gaussian; rademacher (+1 and -1); lozo, subzero (low-rank matrices, added to outputs: "
             "no weight is copied); rademacher-outer (rank one, of +1 and -1).",
             "choices": KINDS,
+        },
+    )
+    search_node_directions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Node: next-layer (directions in the span of the rows of the next linear layer) or signs (+1 and "
+            "-1 at random); none = next-layer.",
+            "choices": NODE_DIRECTIONS,
         },
     )
     search_rank: int | None = field(

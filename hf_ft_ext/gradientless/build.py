@@ -11,7 +11,7 @@ from hf_ft_ext.gradientless.arguments import GradientlessTrainingArguments
 from hf_ft_ext.gradientless.choices import ADAM_BASELINE, GLD, NODE, SPSA_METHOD
 from hf_ft_ext.gradientless.optimizers.direct_search import DirectSearch
 from hf_ft_ext.gradientless.optimizers.exchange import DATA
-from hf_ft_ext.gradientless.optimizers.nodes import NodePerturbation
+from hf_ft_ext.gradientless.optimizers.nodes import NEXT_LAYER, NodePerturbation
 from hf_ft_ext.gradientless.optimizers.selection import ALL
 from hf_ft_ext.gradientless.optimizers.spsa import SPSA
 from hf_ft_ext.gradientless.scoring.objectives import F1, MATTHEWS, Objective
@@ -77,7 +77,8 @@ def build_optimizer(
         **shared,
     }
     if args.search_method == NODE:
-        return NodePerturbation(parameters, eps=args.search_eps, **rule)
+        directions = args.search_node_directions or NEXT_LAYER
+        return NodePerturbation(parameters, eps=args.search_eps, directions=directions, **rule)
     return SPSA(
         parameters,
         model,

@@ -58,6 +58,7 @@ from hf_ft_ext.gradientless.optimizers.options import parse_options
             {"search_method": "spsa", "search_masks": "run", "search_trajectory": True},
             "search_trajectory holds seeds, which make no masks",
         ),
+        ({"search_node_directions": "signs"}, "search_node_directions=signs is about search_method=node, not gld"),
         ({"search_masks": "run"}, "search_masks=run is about search_method=spsa, not gld"),
         (
             {"search_method": "spsa", "search_estimate": "both"},

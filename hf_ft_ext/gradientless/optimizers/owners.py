@@ -52,7 +52,8 @@ class Owner:
     def install(self, handles: list, split: bool) -> None:
         if not self.names:
             return
-        chunked = self.chunked and not self.forward.tangent
+        # a forward of the instance's own, as accelerate's that moves inputs between devices, is kept
+        chunked = self.chunked and not self.forward.tangent and "forward" not in self.user.__dict__
         self.copied = {
             name: i for name, i in self.names.items() if not ((self.on_output or chunked) and name == "weight")
         }
@@ -181,22 +182,31 @@ class Owner:
                 raise CannotBatch(f"{type(module).__name__} does not get one input for each row")
             change = self._change(x.expand(n, *x.shape[1:]), left, right)
             return (output + change).repeat_interleave(self.forward.rows, 0)
-        change = self._change(x, left, right).view(output.shape)
         if self.forward.tangent:
+            change = self._change(x, left, right).view(output.shape)
             return output + forward_ad.make_dual(torch.zeros_like(change), change)
-        return output.add_(change) if not output.requires_grad else output + change
+        before, after = self._factored(x, left, right)
+        if output.requires_grad or not output.is_contiguous():
+            output = output.clone(memory_format=torch.contiguous_format)
+        output.view(n, -1, output.shape[-1]).baddbmm_(before, after)  # one pass over the output
+        return output
 
     def _change(self, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """`(x R) L^T` for each of the `n` candidates: `x` `[n * rows, ...]` -> `[n * rows, ..., out]`."""
+        change = torch.bmm(*self._factored(x, left, right))
+        shape = x.shape if isinstance(self.holder, nn.Embedding) else x.shape[:-1]
+        return change.view(*shape, -1)
+
+    def _factored(self, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x R` and `L^T`: `[n, tokens, rank]` and `[n, rank, out]`."""
         n = len(left)
         if isinstance(self.holder, nn.Embedding):  # the weight is [words, width]: rows of L, times R^T
             words = x.reshape(n, -1)
             rows = torch.stack([one[ids] for one, ids in zip(left, words, strict=True)])
-            return torch.bmm(rows, right.transpose(1, 2)).view(*x.shape, -1)
+            return rows, right.transpose(1, 2)
         if isinstance(self.holder, Conv1D):  # stored as [in, out]
             left, right = right, left
-        inputs = x.to(left.dtype).reshape(n, -1, x.shape[-1])
-        return torch.bmm(torch.bmm(inputs, right), left.transpose(1, 2)).view(*x.shape[:-1], -1)
+        return torch.bmm(x.to(left.dtype).reshape(n, -1, x.shape[-1]), right), left.transpose(1, 2)
 
 
 def _plain_kind(module: nn.Module) -> type | None:
