@@ -101,7 +101,7 @@ def measure(variant: str, args: argparse.Namespace) -> dict:
         memory = PeakMemory()
         before = memory.level()
         memory.reset()
-        for _ in range(2):
+        for _ in range(args.steps):
             step()
         return {"peak": memory.bytes() - before, "losses": losses}
     step()  # the first one checks whether candidates can run at once
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--layers", type=int, help="none = those of the shape")
     parser.add_argument("--of_layers", type=int, help="--memory: extrapolated to this number, from --layers")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps per process")
+    parser.add_argument("--steps", type=int, default=3, help="steps per process, with --memory all of them")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--result", default="zeroth-order", help="name of the result file")
