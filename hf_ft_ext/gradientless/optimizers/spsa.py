@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.gradientless.freed_memory import keep_freed_memory
 from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer
 from hf_ft_ext.gradientless.optimizers.directions import GAUSSIAN, Directions, Draw, mixed
 from hf_ft_ext.gradientless.optimizers.estimates import FORWARD, TWO_SIDED, Estimate
@@ -115,6 +116,7 @@ class SPSA(GradientFreeOptimizer):
         check_block(block, self.searched)
         self.directions.prepare(self.searched)
         check_replay(self.directions, rule)
+        keep_freed_memory()
         self.use = PerturbedForward(module, self.searched, self.directions)
         if self.use.missing:
             shape = tuple(self.searched[self.use.missing[0]].shape)

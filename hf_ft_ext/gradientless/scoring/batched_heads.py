@@ -14,10 +14,10 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 
 from hf_ft_ext.features import HeadReader
+from hf_ft_ext.gradientless.freed_memory import keep_freed_memory
 from hf_ft_ext.gradientless.optimizers.candidates import Candidates, IndexView
 
 _ROWS = 2**22  # numbers in the widest layer's output that one evaluation may make: 16 MiB in float32
-_FREED_ONCE = 2**25 - 2**16  # bytes, just below the largest block that glibc's allocator learns from
 _SPARSE = 8  # a linear layer with less than one entry in so many changed takes the sparse product
 
 
@@ -31,16 +31,6 @@ class Call:
     def __init__(self, position: int, x: torch.Tensor, out: torch.Tensor):
         self.position, self.x, self.out = position, x, out
         self.columns: torch.Tensor | None = None  # x transposed, made when first needed
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks of up to 32 MiB for the next step instead of giving them back to the system.
-
-    Its threshold for giving memory back is twice the largest block that it has seen freed. Without this, each step
-    gets its few MiB anew, page by page: a quarter of the step's time (`benchmarks/gradientless.py`, variant `none`).
-    The block is never written to, so it costs no memory.
-    """
-    torch.empty(_FREED_ONCE, dtype=torch.uint8)
 
 
 class BatchedHead:
