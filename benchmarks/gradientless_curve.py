@@ -23,10 +23,10 @@ from hf_ft_ext.data.preprocess import tokenize
 from hf_ft_ext.feature_cache import cached_features
 from hf_ft_ext.feature_rows import read_in_order
 from hf_ft_ext.features import HeadReader
-from hf_ft_ext.full.head_adam import HeadAdam
 from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation
 from hf_ft_ext.gradientless.scoring.objectives import make_objective, row_losses
 from hf_ft_ext.models import seeded_init
+from hf_ft_ext.training.head_adam import HeadAdam
 
 _GLD = {"lr": 7.5e-3, "weight_decay": 0.05, "options": "1x1", "sampling_size": "2h"}
 _FREE = {**_GLD, "options": None, "weight_decay": 0.0}
@@ -47,9 +47,9 @@ VARIANTS = {
     "gld-512-few": (DirectSearch, {**_FREE, "lr": 4e-2, "sampling_size": 256}, 512, 0.1),
     "spsa": (SPSA, {"lr": 1e-3, "num_directions": 4}, 64, 0.1),
     "spsa-1024": (SPSA, {"lr": 2e-2, "num_directions": 4}, 1024, 0.1),
-    "node-64": (NodePerturbation, {"lr": 1e-4, "num_directions": 8}, 64, 0.1),
-    "node-256": (NodePerturbation, {"lr": 1e-4, "num_directions": 4}, 256, 0.1),
-    "node-256-fast": (NodePerturbation, {"lr": 3e-4, "num_directions": 4}, 256, 0.03),
+    "node-signs-256": (NodePerturbation, {"lr": 3e-4, "num_directions": 4, "directions": "signs"}, 256, 0.03),
+    "node": (NodePerturbation, {"lr": 1e-4}, 64, 0.1),
+    "node-256": (NodePerturbation, {"lr": 1e-4}, 256, 0.1),
     "adam": (HeadAdam, {"lr": 1e-4}, 64, 0.1),
     "adam-256": (HeadAdam, {"lr": 1e-4}, 256, 0.1),
 }

@@ -1,25 +1,27 @@
-"""Zeroth-order methods on prompts with a masked language model: accuracy against forward passes.
+"""Zeroth-order methods on prompts with a masked language model: accuracy and loss against forward passes.
 
-    python benchmarks/zeroth_order_study.py --model path/to/masked-lm --data path/to/data --output study.json
-    python benchmarks/zeroth_order_study.py --output study.json --table
+    python benchmarks/zeroth_order_study.py --model path/to/masked-lm --data path/to/data --runs study.json
 
-`--data` holds `glue` (sst2) and `fewshot` (subj, trec). For each task, number of shots and method, the rate is chosen
-from `GRID` times the method's base rate by the dev accuracy of one run (data seed 13) with `--tuning` of the forward
-passes; then each seed runs with it. All methods get the same number of forward passes of a batch; Adam's forward and
-backward count as one each. Each finished run is in the output file at once: the study continues where it was left, and
-the table shows what there is. `passes to MeZO's accuracy`: the first measured point at which a method's mean accuracy
-is MeZO's at the end, as a share of the budget.
+`--data` holds `glue` (sst2) and `fewshot` (subj, trec). All weights are searched. For each task, number of shots and
+method, the rate is the one of `GRID` times the method's base rate with the lowest dev loss after one run (data seed
+13) with the share `--tuning` of the forward passes; then each seed runs with it. All methods get the same number of
+forward passes of a batch; Adam's forward and backward count as one each. First every method has one seed of one task,
+then the next task, and so on. Each finished run is in `--runs` at once: the study continues where it was left, and its
+rows in `results/zeroth-order-study.json` are those of the runs so far (see `results.py`). "passes to MeZO": the first
+measured point at which a method's mean is at least as good as MeZO's at the end, as a share of the budget.
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
+import results
 import torch
+from torch.nn import functional
 from transformers import DataCollatorWithPadding
 
 from hf_ft_ext import SPSA
@@ -31,19 +33,19 @@ from hf_ft_ext.models import load_tokenizer_and_model
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
 
 FOLDERS = {"sst2": "glue", "subj": "fewshot", "trec": "fewshot"}
-GRID = (0.1, 0.3, 1.0, 3.0)
+GRID = (0.3, 1.0, 3.0)
 # name -> (base rate, settings of SPSA; `None` = Adam by gradients)
 METHODS = {
-    "mezo": (1e-4, {}),
-    "fzoo": (3e-4, {"direction": "rademacher", "estimate": "one-sided", "num_directions": 8}),
-    "fzoo-outer": (3e-4, {"direction": "rademacher-outer", "estimate": "one-sided", "num_directions": 8}),
-    "lozo": (1e-4, {"direction": "lozo"}),
-    "lozo-m": (1e-5, {"direction": "lozo", "update": "momentum"}),
-    "subzero": (1e-2, {"direction": "subzero"}),
-    "sparse-mezo": (3e-4, {"small": 0.25}),
-    "population": (3e-4, {"estimate": "population", "num_directions": 16}),
-    "forward": (1e-4, {"estimate": "forward"}),
-    "adam": (1e-4, None),
+    "mezo": (3e-5, {}),
+    "lozo": (3e-5, {"direction": "lozo"}),
+    "fzoo": (1e-3, {"direction": "rademacher", "estimate": "one-sided", "num_directions": 8}),
+    "adam": (3e-5, None),
+    "subzero": (3e-5, {"direction": "subzero"}),
+    "lozo-m": (3e-6, {"direction": "lozo", "update": "momentum"}),
+    "sparse-mezo": (1e-4, {"small": 0.25}),
+    "fzoo-outer": (1e-3, {"direction": "rademacher-outer", "estimate": "one-sided", "num_directions": 8}),
+    "population": (1e-3, {"estimate": "population", "num_directions": 16}),
+    "forward": (3e-5, {"estimate": "forward"}),
 }
 
 
@@ -74,17 +76,20 @@ class Task:
         return dict(self.collate(kept))
 
     @torch.no_grad()
-    def accuracy(self, model: torch.nn.Module, rows: list) -> float:
-        right = 0
+    def scores(self, model: torch.nn.Module, rows: list) -> tuple[float, float]:
+        """Accuracy and mean loss."""
+        right, loss = 0, 0.0
         for start in range(0, len(rows), 64):
             batch = self.batch(rows[start : start + 64])
             labels = batch.pop("labels")
-            right += int((model(**batch).logits.argmax(-1) == labels).sum())
-        return right / len(rows)
+            logits = model(**batch).logits
+            right += int((logits.argmax(-1) == labels).sum())
+            loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
+        return right / len(rows), loss / len(rows)
 
 
 def run(task: Task, method: str, rate: float, seed: int, passes: int, points: int, batch_size: int) -> list[dict]:
-    """Points of forward passes, dev and test accuracy, seconds."""
+    """Points of forward passes, accuracy and loss of dev and test rows; without `points`, those of dev at the end."""
     settings = METHODS[method][1]
     model = task.model()
     if settings is None:
@@ -95,9 +100,10 @@ def run(task: Task, method: str, rate: float, seed: int, passes: int, points: in
     objective = make_objective("loss", None, model.config.num_labels)
     generator, order, used, seconds, found = torch.Generator().manual_seed(seed), [], 0, 0.0, []
     while True:
-        if used >= passes * len(found) / points:
-            scores = {"dev": task.accuracy(model, task.dev), "test": task.accuracy(model, task.test)}
-            found.append({"passes": used, **scores, "seconds": round(seconds, 1)})
+        if used >= passes * len(found) / max(1, points) and (points or used >= passes):
+            found.append({"passes": used, "seconds": round(seconds, 1)})
+            for name, rows in (("dev", task.dev), ("test", task.test))[: 2 if points else 1]:
+                found[-1][name], found[-1][f"{name} loss"] = task.scores(model, rows)
             if len(found) > points:
                 return found
         start = time.process_time()
@@ -115,108 +121,96 @@ def run(task: Task, method: str, rate: float, seed: int, passes: int, points: in
             try:
                 optimizer.step(full.value, full)
             except ValueError:  # the loss is not finite: the rate is too large
-                chance = [{**found[0], "passes": passes, "diverged": True}] * (points + 1 - len(found))
-                return found + chance
+                bad = {"passes": passes, "diverged": True, "dev": 0.0, "test": 0.0}
+                return found + [{**bad, "dev loss": math.inf, "test loss": math.inf}] * (points + 1 - len(found))
             used += optimizer.evaluations - before
         seconds += time.process_time() - start
 
 
 def study(args: argparse.Namespace) -> None:
-    path = Path(args.output)
-    results = json.loads(path.read_text()) if path.exists() else {"about": {}, "runs": {}}
-    results["about"] = {
-        "passes": args.passes, "tuning": args.tuning, "batch": args.batch, "test_rows": args.test_rows,
-        "torch": torch.__version__, "command": " ".join(sys.argv),
-    }  # fmt: skip
+    path = Path(args.runs)
+    content = json.loads(path.read_text()) if path.exists() else {"settings": {}, "runs": {}}
+    settings = {name: getattr(args, name) for name in ("passes", "tuning", "points", "batch", "test_rows")}
+    if content["settings"] not in ({}, settings):
+        raise SystemExit(f"{path} is of a study with {content['settings']}; pass the same, or another --runs")
+    content["settings"] = settings
+    tasks: dict[tuple, Task] = {}
 
-    def finished(key: str, make) -> list[dict]:
-        if key not in results["runs"]:
-            results["runs"][key] = make()
+    def finished(key: str, task: tuple, method: str, rate: float, seed: int, passes: int, points: int) -> list[dict]:
+        if key not in content["runs"]:
+            if task not in tasks:
+                tasks[task] = Task(args, *task)
+            content["runs"][key] = run(tasks[task], method, rate, seed, passes, points, args.batch)
             temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(results))
+            temporary.write_text(json.dumps(content))
             os.replace(temporary, path)
-            print(key, results["runs"][key][-1], flush=True)
-        return results["runs"][key]
+            print(key, f"rate {rate:.2g}", content["runs"][key][-1], flush=True)
+        return content["runs"][key]
 
-    for shots in args.shots:
-        for name in args.tasks:
-            tasks: dict[int, Task] = {}
-
-            def task_of(seed: int, name=name, shots=shots, tasks=tasks) -> Task:
-                if seed not in tasks:
-                    tasks[seed] = Task(args, name, shots, seed)
-                return tasks[seed]
-
-            for method in args.methods:
-                base, scores = METHODS[method][0], {}
-                for factor in GRID:
+    for seed in args.seeds:
+        for shots in args.shots:
+            for name in args.tasks:
+                for method in args.methods:
+                    base, losses = METHODS[method][0], {}
                     passes = int(args.tuning * args.passes)
-                    points = finished(
-                        f"{name} {shots} {method} tuning {factor}",
-                        lambda f=factor, m=method, b=base, p=passes: run(task_of(13), m, b * f, 13, p, 2, args.batch),
-                    )
-                    scores[factor] = points[-1]["dev"]
-                best = max(scores, key=scores.__getitem__)
-                for seed in args.seeds:
-                    finished(
-                        f"{name} {shots} {method} seed {seed}",
-                        lambda s=seed, m=method, r=base * best: run(
-                            task_of(s), m, r, s, args.passes, args.points, args.batch
-                        ),
-                    )
+                    for factor in GRID:
+                        key = f"{name} {shots} {method} tuning {factor}"
+                        end = finished(key, (name, shots, 13), method, base * factor, 13, passes, 0)[-1]
+                        losses[factor] = end["dev loss"]
+                    rate = base * min(losses, key=losses.__getitem__)
+                    key = f"{name} {shots} {method} seed {seed}"
+                    finished(key, (name, shots, seed), method, rate, seed, args.passes, args.points)
+                    results.save(args.result, rows_of(content))
 
 
-def table(results: dict) -> str:
-    """What there is so far."""
-    runs: dict[tuple[str, str, str], list[list[dict]]] = {}
-    for key, points in results["runs"].items():
-        task, shots, method, kind, _ = key.split()
+def rows_of(content: dict) -> list[dict]:
+    """Rows of the result file from the runs so far."""
+    runs: dict[tuple[str, str, str], dict[int, list[dict]]] = {}
+    for key, points in content["runs"].items():
+        task, shots, method, kind, number = key.split()
         if kind == "seed":
-            runs.setdefault((task, shots, method), []).append(points)
-    lines = [
-        "| task | shots | method | seeds | accuracy | passes to MeZO's accuracy |",
-        "| --- | ---: | --- | ---: | ---: | ---: |",
-    ]
+            runs.setdefault((task, shots, method), {})[int(number)] = points
+    rows = []
     for (task, shots, method), found in runs.items():
-        ends = [points[-1]["test"] for points in found]
-        spread = f" ± {100 * statistics.stdev(ends):.1f}" if len(ends) > 1 else ""
+        about = {"task": task, "shots": int(shots), "method": method, "passes": content["settings"]["passes"]}
+        for name, scale in (("test", 100), ("test loss", 1)):
+            ends = {seed: scale * points[-1][name] for seed, points in found.items()}
+            measure = {"test": "accuracy", "test loss": "loss"}[name]
+            rows.append({**about, "measure": measure, **results.over_seeds(ends)})
+            start = statistics.mean(points[0][name] for points in found.values())
+            rows.append({**about, "measure": f"{measure} before", "value": scale * start})
         mezo = runs.get((task, shots, "mezo"))
-        share = ""
-        if mezo:
-            goal = statistics.mean(points[-1]["test"] for points in mezo)
-            for at in zip(*found, strict=False):
-                if statistics.mean(point["test"] for point in at) >= goal:
-                    share = f"{100 * at[0]['passes'] / results['about']['passes']:.0f} %"
+        if mezo is None:
+            continue
+        for name, better in (("test", 1), ("test loss", -1)):
+            goal = better * statistics.mean(points[-1][name] for points in mezo.values())
+            for at in zip(*found.values(), strict=False):
+                if better * statistics.mean(point[name] for point in at) >= goal:
+                    share = 100 * at[0]["passes"] / content["settings"]["passes"]
+                    measure = "accuracy" if name == "test" else "loss"
+                    rows.append({**about, "measure": f"passes to MeZO's {measure}, %", "value": share})
                     break
-            else:
-                share = "not reached"
-        mean = f"{100 * statistics.mean(ends):.1f}{spread}"
-        lines.append(f"| {task} | {shots} | {method} | {len(ends)} | {mean} | {share} |")
-    return "\n".join(lines)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder or Hub id of a masked language model")
-    parser.add_argument("--data", help="folder with glue and fewshot")
-    parser.add_argument("--output", required=True, help="JSON file; a study that is there continues")
+    parser.add_argument("--model", required=True, help="folder or Hub id of a masked language model")
+    parser.add_argument("--data", required=True, help="folder with glue and fewshot")
+    parser.add_argument("--runs", required=True, help="JSON file of all runs; a study that is there continues")
     parser.add_argument("--tasks", nargs="+", default=list(FOLDERS), choices=FOLDERS)
     parser.add_argument("--shots", type=int, nargs="+", default=[16, 512])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[13, 21, 42])
     parser.add_argument("--passes", type=int, default=20_000, help="forward passes of a batch in each run")
     parser.add_argument("--tuning", type=float, default=0.2, help="share of the passes in a run that chooses the rate")
-    parser.add_argument("--points", type=int, default=20, help="evaluations per run")
+    parser.add_argument("--points", type=int, default=20, help="evaluations per run, beside the one at the start")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--test_rows", type=int, default=500)
-    parser.add_argument("--table", action="store_true", help="print the table of what there is, and stop")
+    parser.add_argument("--result", default="zeroth-order-study", help="name of the result file")
     args = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    if not args.table:
-        if args.model is None or args.data is None:
-            parser.error("pass --model and --data")
-        study(args)
-    print(table(json.loads(Path(args.output).read_text())))
+    study(args)
 
 
 if __name__ == "__main__":

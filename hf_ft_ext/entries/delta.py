@@ -51,8 +51,18 @@ def read_indices(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
     Raises:
         InputError: there is no delta, or it cannot be read.
     """
+    return read_choice(folder)[0]
+
+
+def read_choice(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """What trained for the delta in `folder`: flat indices by parameter name, and names of what trained in full.
+
+    Raises:
+        InputError: there is no delta, or it cannot be read.
+    """
     _, _, tensors = read_delta(folder, DELTA_FILE, _FORMAT, "save_entries")
-    return {name.removeprefix("indices."): t for name, t in tensors.items() if name.startswith("indices.")}
+    indices = {name.removeprefix("indices."): t for name, t in tensors.items() if name.startswith("indices.")}
+    return indices, [name.removeprefix("rest.") for name in tensors if name.startswith("rest.")]
 
 
 def load_entries(model: nn.Module, folder: str | os.PathLike) -> nn.Module:

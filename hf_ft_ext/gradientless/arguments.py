@@ -1,49 +1,38 @@
 """Arguments of `--method gradientless`."""
 
-import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import ClassVar
-
-import torch
 
 from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.gradientless.argument_checks import check_together, check_values
+from hf_ft_ext.gradientless.choices import (
+    ADAM_BASELINE,
+    ADAPTER,
+    ALL,
+    FISHER_FORMS,
+    GLD,
+    HEAD,
+    METHODS,
+    NODE,
+    SPSA_METHOD,
+)
 from hf_ft_ext.gradientless.no_gradients import refuse_gradients
 from hf_ft_ext.gradientless.optimizers.direct_search import DEFAULT_BUDGET
-from hf_ft_ext.gradientless.optimizers.directions import GAUSSIAN, KINDS, Directions
-from hf_ft_ext.gradientless.optimizers.estimates import ESTIMATES, FORWARD, ONE_SIDED, POPULATION, TWO_SIDED, Estimate
+from hf_ft_ext.gradientless.optimizers.directions import GAUSSIAN, KINDS
+from hf_ft_ext.gradientless.optimizers.estimates import ESTIMATES, ONE_SIDED, POPULATION, TWO_SIDED
 from hf_ft_ext.gradientless.optimizers.exchange import DATA, MODES
-from hf_ft_ext.gradientless.optimizers.nodes import NodePerturbation
-from hf_ft_ext.gradientless.optimizers.options import parse_options
-from hf_ft_ext.gradientless.optimizers.selection import ALL as ALL_ENTRIES
-from hf_ft_ext.gradientless.optimizers.selection import FISHER, RANDOM, SELECTIONS
-from hf_ft_ext.gradientless.optimizers.spsa import check_replay
-from hf_ft_ext.gradientless.optimizers.updates import ADAM, MOMENTS, MOMENTUM, RMS, RULES, SGD, SIGN, Update
+from hf_ft_ext.gradientless.optimizers.nodes import NODE_DIRECTIONS
+from hf_ft_ext.gradientless.optimizers.selection import RANDOM, SELECTIONS
+from hf_ft_ext.gradientless.optimizers.updates import ADAM, MOMENTS, RMS, RULES, SGD, SIGN
 from hf_ft_ext.gradientless.scoring.objectives import F1, LOSS, OBJECTIVES
 
-METHODS = GLD, SPSA_METHOD, NODE, ADAM_BASELINE = ("gld", "spsa", "node", "adam")
-FISHER_FORMS = DIVERGENCE, GRADIENT = ("divergence", "gradient")
-HEAD, ALL, TRAINABLE, ADAPTER = "head", "all", "trainable", "adapter"
 # GLD: the thesis's plain radius. Node perturbation: Adam's on such heads. Adam: torch's.
 _RATES = {GLD: 5e-3, NODE: 1e-4, ADAM_BASELINE: 1e-3}
 # SPSA: MeZO's for all weights and for LoRA; a head's slopes are a thousand times smaller.
 _SLOPE_RATES = {HEAD: 1e-2, ADAPTER: 1e-4, ALL: 1e-6}
 # Where the step's length does not depend on the slopes: the rate is about the change of an entry.
 _LENGTH_RATES = {HEAD: 1e-3, ADAPTER: 1e-4, ALL: 1e-5}
-# Which search looks at an argument; set for another one, it is an error.
-_ONLY = {
-    **dict.fromkeys(
-        ("search_candidates", "search_options", "search_selection", "search_sampling_size", "search_sampling_steps",
-         "search_antithetic", "search_pool"),
-        GLD,
-    ),
-    **dict.fromkeys(
-        ("search_direction", "search_rank", "search_renew", "search_small", "search_estimate", "search_moments",
-         "search_carry", "search_candidates_per_forward", "search_trajectory"),
-        SPSA_METHOD,
-    ),
-}  # fmt: skip
-_SHARED_BY_SPSA_AND_NODE = ("search_eps", "search_directions", "search_update", "search_momentum")
 
 
 @dataclass
@@ -137,6 +126,14 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
             "choices": KINDS,
         },
     )
+    search_node_directions: str | None = field(
+        default=None,
+        metadata={
+            "help": "Node: next-layer (directions in the span of the rows of the next linear layer) or signs (+1 and "
+            "-1 at random); none = next-layer.",
+            "choices": NODE_DIRECTIONS,
+        },
+    )
     search_rank: int | None = field(
         default=None, metadata={"help": "SPSA: rank of lozo (none = 2) and subzero (none = 32)."}
     )
@@ -151,6 +148,13 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
         metadata={
             "help": "SPSA: move only the entries of each tensor that are among this share of smallest magnitude "
             "(Sparse-MeZO: 0.25); none = all."
+        },
+    )
+    search_masks: str | None = field(
+        default=None,
+        metadata={
+            "help": "SPSA: folder of a finished run of --method fisher --fisher_mode mask. The entries that it chose "
+            "move, and the tensors that it trained in full (the classifier); nothing else."
         },
     )
     search_estimate: str = field(
@@ -266,8 +270,8 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
     def validate(self) -> None:
         self._set_defaults()
         self._set_rate(self._searched_kind())
-        self._check_values()
-        self._check_together()
+        check_values(self)
+        check_together(self)
         refuse_gradients(self)
 
     @property
@@ -277,13 +281,14 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
     def _set_defaults(self) -> None:
         """What depends on the method, where nothing was passed; another method, as a trial may set it, has another."""
         before = getattr(self, "_defaults_set", {})
-        for name, value in self._method_defaults().items():
+        for name, value in self.method_defaults().items():
             if getattr(self, name) is None or getattr(self, name) == before.get(name):
                 setattr(self, name, value)
                 before = {**before, name: value}
         self._defaults_set = before
 
-    def _method_defaults(self) -> dict[str, float | int | str]:
+    def method_defaults(self) -> dict[str, float | int | str]:
+        """Values of arguments whose default depends on the search."""
         node, several = self.search_method == NODE, self.search_estimate in (ONE_SIDED, POPULATION)
         return {
             "search_eps": 1e-2 if node else 1e-3,
@@ -294,7 +299,7 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
     def _searched_kind(self) -> str:
         if self.search_peft is not None:
             return ADAPTER
-        return HEAD if self.search_target in (None, HEAD) else ALL
+        return HEAD if self.search_target in (None, HEAD) and self.search_masks is None else ALL
 
     def set_rate_for_adapter(self) -> None:
         """The default rate where a model with adapters was passed, which the arguments do not know."""
@@ -310,126 +315,6 @@ class GradientlessTrainingArguments(MethodTrainingArguments):
         else:
             rate = _RATES.get(self.search_method, 0.0)
         self.learning_rate = self._rate_set = rate
-
-    def _check_values(self) -> None:
-        for name, known in (
-            ("search_method", METHODS),
-            ("search_selection", SELECTIONS),
-            ("search_fisher", (None, *FISHER_FORMS)),
-            ("search_update", RULES),
-            ("search_direction", KINDS),
-            ("search_estimate", ESTIMATES),
-            ("search_moments", (None, *MOMENTS)),
-            ("search_objective", OBJECTIVES),
-            ("candidate_parallel", MODES),
-        ):
-            if getattr(self, name) not in known:
-                choices = ", ".join(filter(None, known))
-                raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from: {choices}")
-        for name in (
-            "search_candidates",
-            "search_sampling_steps",
-            "search_block",
-            "search_directions",
-            "search_candidates_per_forward",
-            "max_evaluations_per_step",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}={getattr(self, name)} leaves nothing to compare; pass 1 or more")
-        if self.search_sampling_size is not None and self.search_sampling_size < 1:
-            raise InputError(
-                f"search_sampling_size={self.search_sampling_size} leaves nothing to search; pass 1 or more"
-            )
-        for name in ("learning_rate", "weight_decay", "feature_cache_gb"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"{name}={getattr(self, name)} is below 0; pass 0 or more")
-        parse_options(self.search_options)
-        if self.search_target not in (None, HEAD, ALL, TRAINABLE):
-            try:
-                re.compile(self.search_target)
-            except re.error as error:
-                raise InputError(f"search_target={self.search_target!r} is no regular expression: {error}") from None
-
-    def _check_together(self) -> None:
-        defaults = {f.name: f.default for f in fields(GradientlessTrainingArguments)}
-        for name, method in _ONLY.items():
-            if self.search_method != method and getattr(self, name) != defaults[name]:
-                raise InputError(
-                    f"{name}={getattr(self, name)} is about search_method={method}, not {self.search_method}; leave "
-                    "one of them out"
-                )
-        if self.search_method in (GLD, ADAM_BASELINE):
-            own_defaults = {**defaults, **self._method_defaults()}
-            for name in _SHARED_BY_SPSA_AND_NODE:
-                given = getattr(self, name)
-                if given != own_defaults[name]:
-                    raise InputError(
-                        f"{name}={given} is about search_method=spsa or node, not {self.search_method}; leave one of "
-                        "them out"
-                    )
-        if self.search_method in (SPSA_METHOD, NODE):
-            self._check_matrix()
-        if self.search_momentum != defaults["search_momentum"] and self.search_update != MOMENTUM:
-            raise InputError(f"search_momentum={self.search_momentum} needs search_update=momentum; leave it out")
-        adam = self.search_update in (ADAM, RMS) or self.search_method == ADAM_BASELINE
-        own = {f.name: f.default for f in fields(MethodTrainingArguments)}
-        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-            if getattr(self, name) != own[name] and not adam:
-                raise InputError(f"{name}={getattr(self, name)} needs search_update=adam or rms; leave it out")
-        if self.search_fisher is not None and self.search_selection != FISHER:
-            raise InputError(f"search_fisher={self.search_fisher} needs search_selection=fisher; leave it out")
-        if self.search_selection == ALL_ENTRIES and self.search_sampling_size is not None:
-            raise InputError(
-                f"search_selection=all takes every entry; leave search_sampling_size={self.search_sampling_size} out"
-            )
-        if self.search_block > 1 and self.search_method in (ADAM_BASELINE, NODE):
-            why = "adam draws none" if self.search_method == ADAM_BASELINE else "node draws it for outputs"
-            raise InputError(f"search_block={self.search_block} is about noise, and {why}; leave it out")
-        if self.search_block > 1 and self.search_method == GLD and self.search_selection != ALL_ENTRIES:
-            raise InputError(
-                f"search_block={self.search_block} ties neighbours, and search_selection={self.search_selection} "
-                "tears them apart; pass --search_selection all"
-            )
-        if self.search_peft_config and self.search_peft is None:
-            raise InputError("search_peft_config needs search_peft; name a peft method, such as lora")
-        if self.search_positive_label is not None and self.search_objective != F1:
-            raise InputError(
-                f"search_positive_label={self.search_positive_label!r} is about search_objective=f1, not "
-                f"{self.search_objective}; leave one of them out"
-            )
-        if self.search_method == NODE and (self.search_objective != LOSS or self.search_dropout):
-            raise InputError("search_method=node needs the loss of each row with dropout off; leave the objective out")
-        if self.search_method == ADAM_BASELINE and (self.search_objective != LOSS or self.search_dropout):
-            raise InputError(
-                "search_method=adam needs the loss's derivative with dropout off; leave the objective out"
-            )
-
-    def _check_matrix(self) -> None:
-        """Direction, estimate and update together, as the optimizer itself checks them."""
-        betas = (self.adam_beta1, self.adam_beta2)
-        try:
-            if self.search_method == NODE:
-                NodePerturbation([torch.zeros(1)], update=self.search_update, momentum=self.search_momentum,
-                                 betas=betas, eps=self.search_eps, num_directions=self.search_directions)  # fmt: skip
-                return
-            directions = Directions(
-                self.search_direction, self.search_block, self.search_rank, self.search_renew, None, self.search_small
-            )
-            Estimate(self.search_estimate, self.search_eps, self.search_directions)
-            rule = Update(self.search_update, self.search_momentum, betas, self.adam_epsilon, self.search_moments)
-            check_replay(directions, rule)
-        except InputError as error:
-            raise InputError(f"search_{str(error).replace('num_directions', 'directions')}") from None
-        if self.search_estimate == FORWARD and self.search_objective != LOSS:
-            raise InputError(
-                f"search_estimate=forward differentiates, and search_objective={self.search_objective} has no "
-                "derivative; use two-sided"
-            )
-        if self.search_candidates_per_forward > 1 and self.search_dropout:
-            raise InputError(
-                "search_dropout draws one mask for all candidates, which cannot be rows of one forward pass; leave "
-                "search_candidates_per_forward out"
-            )
 
     def take_positive_label(self, name: str | None) -> bool:
         """The class that `search_objective=f1` is about, unless the user named another one."""

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.arguments import ADAM_BASELINE, GLD, NODE, SPSA_METHOD, GradientlessTrainingArguments
+from hf_ft_ext.gradientless.arguments import GradientlessTrainingArguments
+from hf_ft_ext.gradientless.choices import ADAM_BASELINE, GLD, NODE, SPSA_METHOD
 from hf_ft_ext.gradientless.optimizers.direct_search import DirectSearch
 from hf_ft_ext.gradientless.optimizers.exchange import DATA
-from hf_ft_ext.gradientless.optimizers.nodes import NodePerturbation
+from hf_ft_ext.gradientless.optimizers.nodes import NEXT_LAYER, NodePerturbation
 from hf_ft_ext.gradientless.optimizers.selection import ALL
 from hf_ft_ext.gradientless.optimizers.spsa import SPSA
 from hf_ft_ext.gradientless.scoring.objectives import F1, MATTHEWS, Objective
@@ -63,7 +64,7 @@ def build_optimizer(
             **shared,
         )
     if args.search_method == ADAM_BASELINE:
-        from hf_ft_ext.full.head_adam import HeadAdam  # a baseline of another method: not loaded by any search
+        from hf_ft_ext.training.head_adam import HeadAdam  # a baseline: not loaded by any search
 
         del shared["seed"]
         return HeadAdam(parameters, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, **shared)
@@ -76,7 +77,8 @@ def build_optimizer(
         **shared,
     }
     if args.search_method == NODE:
-        return NodePerturbation(parameters, eps=args.search_eps, **rule)
+        directions = args.search_node_directions or NEXT_LAYER
+        return NodePerturbation(parameters, eps=args.search_eps, directions=directions, **rule)
     return SPSA(
         parameters,
         model,
@@ -96,16 +98,18 @@ def build_optimizer(
     )
 
 
-def refuse_misfits(
-    args: GradientlessTrainingArguments, objective: Objective | None, masks: Mapping[str, torch.Tensor] | None
-) -> None:
+def refuse_misfits(args: GradientlessTrainingArguments, objective: Objective | None, masks_given: bool) -> None:
     """Options that cannot be honoured are errors, not silence.
 
     Raises:
         InputError: one of them was passed.
     """
-    if masks is not None and args.search_method != SPSA_METHOD:
+    if masks_given and args.search_method != SPSA_METHOD:
         raise InputError(f"masks are for search_method=spsa, not {args.search_method}; leave them out")
+    if masks_given and args.search_masks is not None:
+        raise InputError("masks and search_masks both say which entries move; leave one of them out")
+    if masks_given and args.search_trajectory:
+        raise InputError("search_trajectory holds seeds, which make no masks; leave it out")
     if args.search_method == NODE:
         if objective is not None:
             raise InputError("objective is known for whole batches, and search_method=node needs the loss of each row")

@@ -6,6 +6,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from hf_ft_ext.entries.delta import read_choice
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import head_parameters
 from hf_ft_ext.training.plan import fold_layer_numbers
@@ -49,6 +50,29 @@ def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Pa
         shown = ", ".join(list(kinds)[-12:])
         raise InputError(f"search_target={target!r} leaves nothing to search; parameters here: {shown}")
     return found
+
+
+def masks_of_run(model: nn.Module, folder: str) -> tuple[list[str], dict[str, torch.Tensor]]:
+    """What a run with chosen entries trained: names of parameters, in the model's order, and masks of some of them.
+
+    Args:
+        folder: of a finished run of `--method fisher --fisher_mode mask`, or one that `save_entries` wrote to.
+
+    Raises:
+        InputError: there is no such run, or it is of another model.
+    """
+    indices, in_full = read_choice(folder)
+    named = dict(model.named_parameters())
+    for name in (*indices, *in_full):
+        if name not in named:
+            raise InputError(f"search_masks={folder!r} is of another model: {type(model).__name__} has no {name}")
+    masks = {}
+    for name, entries in indices.items():
+        if len(entries) and int(entries.max()) >= named[name].numel():
+            raise InputError(f"search_masks={folder!r} is of another model: {name} has fewer entries here")
+        masks[name] = torch.zeros(named[name].shape, dtype=torch.bool)
+        masks[name].view(-1)[entries.long()] = True
+    return [name for name in named if name in indices or name in in_full], masks
 
 
 def _is_packed(parameter: nn.Parameter, quantized: bool) -> bool:

@@ -16,13 +16,9 @@ from transformers.trainer_utils import TrainOutput
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import HeadReader, head_parameters
-from hf_ft_ext.gradientless.arguments import (
-    ADAM_BASELINE,
-    DIVERGENCE,
-    HEAD,
-    GradientlessTrainingArguments,
-)
+from hf_ft_ext.gradientless.arguments import GradientlessTrainingArguments
 from hf_ft_ext.gradientless.build import build_optimizer, refuse_misfits
+from hf_ft_ext.gradientless.choices import ADAM_BASELINE, DIVERGENCE, HEAD
 from hf_ft_ext.gradientless.optimizers.exchange import CANDIDATES, SharedCandidates, SharedData
 from hf_ft_ext.gradientless.optimizers.selection import FISHER
 from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation, StepEvaluation
@@ -37,7 +33,7 @@ from hf_ft_ext.gradientless.scoring.full_models import (
 )
 from hf_ft_ext.gradientless.scoring.objectives import F1, LOSS, Objective, make_objective, of_the_user, row_losses
 from hf_ft_ext.gradientless.scoring.rows import FeatureRows, train_dataloader
-from hf_ft_ext.gradientless.targets import searched_parameters
+from hf_ft_ext.gradientless.targets import masks_of_run, searched_parameters
 from hf_ft_ext.gradientless.trajectory import FILE as TRAJECTORY
 from hf_ft_ext.gradientless.trajectory import save_trajectory
 from hf_ft_ext.metrics import REGRESSION
@@ -88,11 +84,11 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         masks: Mapping[str, torch.Tensor] | None = None,
         **kwargs,
     ):
-        self.objective, self.masks = objective, masks
+        self.objective, self.masks, self._masks_given = objective, masks, masks is not None
         super().__init__(model, args, *positional, **kwargs)
 
     def check_arguments(self) -> None:
-        refuse_misfits(self.args, self.objective, self.masks)
+        refuse_misfits(self.args, self.objective, self._masks_given)
         super().check_arguments()
         if self._own_loader() and self.args.world_size > 1 and self.args.candidate_parallel == CANDIDATES:
             raise InputError(
@@ -107,7 +103,10 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             model = wrap_with_peft(model, self.args.search_peft, settings, self.args.seed, "search_peft")
         if self.args.search_objective == F1:
             self._named_objective(model)  # raises where it does not fit, before any training
-        self._searched = list(searched_parameters(model, self.args.search_target))
+        if self.args.search_masks is None:
+            self._searched = list(searched_parameters(model, self.args.search_target))
+        else:
+            self._searched, self.masks = masks_of_run(model, self.args.search_masks)
         if isinstance(model, PeftModel):
             self.args.set_rate_for_adapter()
         head = self.args.search_target in (None, HEAD) and not isinstance(model, PeftModel)

@@ -46,7 +46,7 @@ def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) 
                 "the search changes parameters that the model does not have; pass the model it was made for"
             )
         groups.append([names[id(parameter)] for parameter in group["params"]])
-    rule = optimizer.rule
+    rule = optimizer.moves.rule
     about = {
         "groups": groups,
         "types": [str(parameter.dtype).removeprefix("torch.") for parameter in optimizer.searched],
@@ -59,7 +59,7 @@ def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) 
         "betas": list(rule.betas),
         "adam_eps": rule.adam_eps,
         "moments": rule.moments,
-        "carry": optimizer.rounding.carry,
+        "carry": optimizer.moves.rounding.carry,
         "unseen": sorted(optimizer.use.unseen),
         "late": optimizer.late,
         "seed": optimizer.first_seed,

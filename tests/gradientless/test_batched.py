@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from heads import READABLE, family, padded_batch, reader_of
+from transformers import AutoModelForSequenceClassification
 
 from hf_ft_ext import InputError, NodePerturbation
 from hf_ft_ext.gradientless.optimizers.direct_search import DirectSearch, Sequential
@@ -157,7 +158,8 @@ def test_node_perturbation_with_few_directions_is_right_on_average():
         torch.nn.functional.cross_entropy(reader.logits(features), labels), [head["bert.pooler.dense.weight"]]
     )
     total, start = torch.zeros_like(gradient), {name: p.detach().clone() for name, p in head.items()}
-    optimizer = NodePerturbation(head.values(), lr=1.0, eps=1e-4, num_directions=4, update="sgd")
+    settings = {"num_directions": 4, "directions": "signs", "update": "sgd"}
+    optimizer = NodePerturbation(head.values(), lr=1.0, eps=1e-4, **settings)
     for _ in range(300):
         scoring.load([(features, labels)])
         optimizer.step(scoring.closure, scoring)
@@ -168,6 +170,34 @@ def test_node_perturbation_with_few_directions_is_right_on_average():
     assert cosine > 0.9 and float(total.norm() / 300 / gradient.norm()) == pytest.approx(1, abs=0.25)
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+def test_node_perturbation_along_the_next_layer_finds_the_gradient_in_its_span(classes):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = family("bert").config
+        config.num_labels = classes
+        model = AutoModelForSequenceClassification.from_config(config).double().eval().requires_grad_(False)
+    reader, labels = reader_of(model), torch.tensor([0, 1, 1, 0, 1, 0])
+    features = reader.features(padded_batch()).detach()
+    dense, after = model.bert.pooler.dense, model.classifier.weight
+    names = {id(dense.weight): "bert.pooler.dense.weight", id(dense.bias): "bert.pooler.dense.bias"}
+    scoring = HeadEvaluation(
+        reader, names, make_objective("loss", None, classes), of_rows=partial(row_losses, problem_type=None)
+    )
+    scoring.load([(features, labels)])
+    outputs = (features @ dense.weight.T + dense.bias).requires_grad_(True)
+    loss = torch.nn.functional.cross_entropy(outputs.tanh() @ after.T + model.classifier.bias, labels)
+    (d,) = torch.autograd.grad(loss, outputs)
+    projection = torch.linalg.pinv(after) @ after
+    start, expected = dense.weight.clone(), projection @ d.T @ features
+    optimizer = NodePerturbation([dense.weight, dense.bias], lr=1.0, eps=1e-6, num_directions=classes, update="sgd")
+    optimizer.step(scoring.closure, scoring)
+    torch.testing.assert_close(start - dense.weight, expected, rtol=1e-4, atol=1e-8)
+    exact = d.T @ features
+    assert float((expected * exact).sum() / expected.norm() / exact.norm()) > 0.95
+    assert optimizer.evaluations == 1 + classes
+
+
 def test_node_perturbation_needs_losses_of_rows():
     model = family("bert")
     with pytest.raises(InputError, match="node perturbation needs the losses of single rows"):
@@ -176,6 +206,7 @@ def test_node_perturbation_needs_losses_of_rows():
         ({"lr": -1}, "lr=-1 is below 0"),
         ({"eps": 0}, "eps=0 is no size of a perturbation"),
         ({"num_directions": 0}, "num_directions=0 leaves nothing to compare"),
+        ({"directions": "both"}, "directions='both' is unknown; choose from: next-layer, signs"),
         ({"update": "conservative"}, "update=conservative is not for node perturbation; choose from: sgd, sign"),
     ):
         with pytest.raises(InputError, match=message):

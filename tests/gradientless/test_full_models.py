@@ -15,7 +15,16 @@ from transformers import (
     DataCollatorForLanguageModeling,
 )
 
-from hf_ft_ext import SPSA, GradientlessTrainer, GradientlessTrainingArguments, InputError, apply_trajectory
+from hf_ft_ext import (
+    SPSA,
+    FisherTrainer,
+    FisherTrainingArguments,
+    GradientlessTrainer,
+    GradientlessTrainingArguments,
+    InputError,
+    apply_trajectory,
+)
+from hf_ft_ext.entries.delta import read_choice
 from hf_ft_ext.gradientless.scoring.full_models import weight_of
 from hf_ft_ext.training.sharing import FinishedRun
 
@@ -200,6 +209,38 @@ def test_quantized_weights_are_not_left_out_silently(tmp_path, packed):
         make(tmp_path, model, search_method="spsa", search_target="all")
 
 
+def test_the_entries_of_a_fisher_run_are_what_a_search_moves(tmp_path):
+    fisher = FisherTrainer(
+        tiny_model(),
+        FisherTrainingArguments(
+            str(tmp_path / "fisher"), fisher_mode="mask", fisher_mask="random", fisher_keep_ratio=0.05, max_steps=1,
+            use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        ),
+        train_dataset=tiny_dataset(16),
+        processing_class=tiny_tokenizer(),
+    )  # fmt: skip
+    fisher.train()
+    fisher.save_model()
+    options = {**SPSA_ALL, "search_target": None, "search_masks": str(tmp_path / "fisher"), "feature_cache_gb": 0.0}
+    trainer = make(tmp_path / "search", **options)
+    before = weights(trainer)
+    trainer.train()
+    chosen, in_full = read_choice(tmp_path / "fisher")
+    assert len(chosen) > 5 and in_full == ["classifier.bias", "classifier.weight"]
+    for name, value in weights(trainer).items():
+        moved = (value != before[name]).flatten()
+        expected = torch.zeros_like(moved)
+        expected[slice(None) if name in in_full else chosen.get(name, torch.zeros(0)).long()] = True
+        assert torch.equal(moved, expected), name
+    other = tiny_model("distilbert")
+    with pytest.raises(InputError, match=r"search_masks=.* is of another model: Distil.* has no bert\."):
+        make(tmp_path / "other", other, **options)
+    with pytest.raises(InputError, match=r"holds no entries_delta\.safetensors"):
+        make(tmp_path / "other", **{**options, "search_masks": str(tmp_path)})
+    with pytest.raises(InputError, match="masks and search_masks both say which entries move"):
+        GradientlessTrainer(tiny_model(), trainer.args, masks={})
+
+
 # --- 16-bit weights ----------------------------------------------------------------------------------------------
 
 
@@ -228,8 +269,8 @@ def test_at_a_small_rate_16_bit_weights_move_as_float32_does(carry):
             optimizer.step(model)
         exact = {name: p.detach().float() - start[name] for name, p in model.named_parameters()}
         for i, (name, p) in enumerate(model.named_parameters()):
-            if i in optimizer.rounding.kept:
-                exact[name] += optimizer.rounding.kept[i].view(p.shape).float()
+            if i in optimizer.moves.rounding.kept:
+                exact[name] += optimizer.moves.rounding.kept[i].view(p.shape).float()
         ends[dtype] = exact
     for name, kept in (("matrix", carry), ("vector", True)):
         wanted, got = ends[torch.float32][name], ends[torch.bfloat16][name]

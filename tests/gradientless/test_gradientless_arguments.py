@@ -47,6 +47,20 @@ from hf_ft_ext.gradientless.optimizers.options import parse_options
             "search_moments=buffer is about update=momentum or adam",
         ),
         (
+            {"search_method": "spsa", "search_masks": "run", "search_target": "all"},
+            "search_target=all and search_masks both say what is searched",
+        ),
+        (
+            {"search_method": "spsa", "search_masks": "run", "search_direction": "lozo"},
+            "search_direction=lozo makes whole matrices, which masks would tear",
+        ),
+        (
+            {"search_method": "spsa", "search_masks": "run", "search_trajectory": True},
+            "search_trajectory holds seeds, which make no masks",
+        ),
+        ({"search_node_directions": "signs"}, "search_node_directions=signs is about search_method=node, not gld"),
+        ({"search_masks": "run"}, "search_masks=run is about search_method=spsa, not gld"),
+        (
             {"search_method": "spsa", "search_estimate": "both"},
             "search_estimate='both' is unknown; choose from: two-sided",
         ),

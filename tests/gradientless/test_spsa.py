@@ -129,11 +129,11 @@ def test_every_estimate_equals_the_dense_oracle(estimate, weight_decay):
 def test_replayed_momentum_leaves_out_what_the_tolerance_allows():
     ours, plain, optimizer, _ = run_both(steps=90, lr=2e-3, update="momentum", momentum=0.9)
     assert (
-        optimizer.rule.replayed == 66 and 0.9**66 <= 1e-3 < 0.9**65
+        optimizer.moves.rule.replayed == 66 and 0.9**66 <= 1e-3 < 0.9**65
     )  # directions of 24 steps are left out at the end
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
-    assert len(optimizer.history) == 65
+    assert len(optimizer.moves.history) == 65
 
 
 def test_momentum_of_low_rank_directions_is_projected_by_least_squares():
@@ -142,7 +142,7 @@ def test_momentum_of_low_rank_directions_is_projected_by_least_squares():
     x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     for _ in range(2):
         optimizer.step(lambda: model(x).square().mean())
-    weight, factor = model.weight, optimizer.buffers[0][0].clone()
+    weight, factor = model.weight, optimizer.moves.buffers[0][0].clone()
     _, before = optimizer.directions.factors(weight.shape, 0, Draw(0, optimizer.basis), weight.dtype, weight.device)
     optimizer.step(lambda: model(x).square().mean())
     (slope,), _ = optimizer.record[-1]
@@ -150,7 +150,7 @@ def test_momentum_of_low_rank_directions_is_projected_by_least_squares():
     left, right = optimizer.directions.factors(weight.shape, 0, draw, weight.dtype, weight.device)
     # the N that brings N right^T nearest to factor before^T
     nearest = torch.linalg.lstsq(right, before @ factor.T).solution.T
-    torch.testing.assert_close(optimizer.buffers[0][0], 0.9 * nearest + slope * left / 2, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(optimizer.moves.buffers[0][0], 0.9 * nearest + slope * left / 2, rtol=1e-9, atol=1e-12)
 
 
 def test_momentum_and_adam_are_no_worse_than_sgd_on_a_quadratic():
@@ -183,6 +183,33 @@ def test_the_forward_gradient_is_the_derivative_along_the_direction():
         for slope, draw in zip(optimizer.record[0][0], draws_of(0, 1, 2, optimizer.directions.renew)[0], strict=True):
             z = whole_direction(optimizer.directions, model, draw)
             assert slope == pytest.approx(sum(float((g * part).sum()) for g, part in zip(gradient, z, strict=True)))
+
+
+def test_signs_are_fair_and_independent():
+    values = torch.empty(100_003)
+    first, second = (
+        Directions("rademacher").dense(values, 0, Draw(seed, 0), slice(0, len(values))) for seed in (1, 2)
+    )
+    assert set(first.tolist()) == {-1.0, 1.0}
+    others = {"mean": torch.ones_like(first), "other seed": second, **{k: first.roll(k) for k in (1, 8, 64)}}
+    for name, other in others.items():
+        assert abs((first * other).mean()) < 4 / len(values) ** 0.5, name
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher", "lozo", "subzero", "rademacher-outer"])
+def test_slope_times_direction_is_the_gradient_on_average(kind):
+    directions = Directions(kind, rank=2 if kind in ("lozo", "subzero") else None)
+    gradient = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    total = torch.zeros_like(gradient)
+    for seed in range(3000):
+        draw = Draw(seed, seed + 10_000)
+        if directions.has_factors(gradient.shape):
+            left, right = directions.factors(gradient.shape, 0, draw, gradient.dtype, gradient.device)
+            z = left @ right.T
+        else:
+            z = directions.dense(gradient.view(-1), 0, draw, slice(0, 12)).view(4, 3)
+        total += (gradient * z).sum() * z * directions.scale(gradient.shape)
+    assert float((total / 3000 - gradient).norm() / gradient.norm()) < 0.2
 
 
 def test_the_slope_is_that_of_the_gradient_on_average():

@@ -4,6 +4,7 @@ A direction has one part for each searched tensor. A dense part is made chunk by
 own, so that no part of a large tensor has to exist as a whole. A low-rank part of a matrix is a pair of factors.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -39,8 +40,11 @@ class Directions:
     | `gaussian` | standard normal entries | MeZO, arXiv 2305.17333 |
     | `rademacher` | entries +1 and -1 | FZOO, arXiv 2506.09034 |
     | `lozo` | `U V^T`, both normal; `U` new each step, `V` every `renew` steps | LOZO, arXiv 2410.07698 |
-    | `subzero` | `U S V^T`; `S` normal, new each step; `U`, `V` orthonormal, kept | SubZero, arXiv 2410.08989 |
+    | `subzero` | `sqrt(out in) / rank U S V^T`; `S` normal, new; `U`, `V` orthonormal | SubZero, arXiv 2410.08989 |
     | `rademacher-outer` | `u v^T` with entries +1 and -1: its entries are +1 and -1 as well | |
+
+    Entries have mean 0, and variance 1 but for `lozo` (its rank), so `eps` and the learning rate mean the same for all
+    kinds; for `subzero` the factor in front sees to it, as in its authors' code (zimingyy/SubZero).
 
     Tensors that are no matrices, and matrices smaller than the rank, get a dense part of a low-rank direction too:
     normal, for `rademacher-outer` of signs.
@@ -128,11 +132,12 @@ class Directions:
         if self.kind == OUTER:
             return _signs(rows, new, dtype).view(-1, 1), _signs(columns, new, dtype).view(-1, 1)
         if self.kind == LOZO:
-            return _normal((rows, self.rank), new, dtype), _normal((columns, self.rank), kept, dtype)
-        # U and V: orthonormal factors of normal matrices. Z = U S V^T.
-        u = torch.linalg.qr(_normal((rows, self.rank), kept, dtype)).Q
-        v = torch.linalg.qr(_normal((columns, self.rank), kept, dtype)).Q
-        return u @ _normal((self.rank, self.rank), new, dtype), v
+            return _normal_matrix(rows, self.rank, new, dtype), _normal_matrix(columns, self.rank, kept, dtype)
+        # U and V: orthonormal factors of normal matrices. Z = sqrt(out in) / rank U S V^T.
+        u = torch.linalg.qr(_normal_matrix(rows, self.rank, kept, dtype)).Q
+        v = torch.linalg.qr(_normal_matrix(columns, self.rank, kept, dtype)).Q
+        s = _normal_matrix(self.rank, self.rank, new, dtype).mul_((rows * columns) ** 0.5 / self.rank)
+        return u @ s, v
 
     def right_stays(self) -> bool:
         """Whether all directions of a step share the right factor."""
@@ -151,19 +156,25 @@ class Directions:
         dtype, size = compute_type(values.dtype), part.stop - part.start
         generator = _generator(values.device, draw.seed, number, part.start)
         draws = _signs if self.kind in (RADEMACHER, OUTER) else _normal
-        z = draws((size // self.block,) if draws is _normal else size // self.block, generator, dtype)
-        if self.block > 1:
-            z = z.repeat_interleave(self.block)
+        movable = self._movable(values, number, part)
+        if movable is not None:  # numbers are drawn for those entries alone
+            return torch.zeros(size, dtype=dtype, device=values.device).masked_scatter_(
+                movable, draws(int(movable.sum()), generator, dtype)
+            )
+        z = draws(size // self.block, generator, dtype)
+        return z if self.block == 1 else z.repeat_interleave(self.block)
+
+    def _movable(self, values: torch.Tensor, number: int, part: slice) -> torch.Tensor | None:
+        """Which entries of a chunk may move; `None` = all."""
         if self.masks is not None:
-            z.mul_(self.masks[number].view(-1)[part].to(z.device))
-        elif self.thresholds is not None:
-            z.mul_(values.abs() <= self.thresholds[number])
-        return z
+            return self.masks[number].view(-1)[part].to(values.device)
+        return None if self.thresholds is None else values.abs() <= self.thresholds[number]
 
     def chunks(self, parameter: torch.Tensor) -> Iterator[slice]:
-        """The flat tensor in parts that are made and changed one after the other."""
+        """The flat tensor in parts that are made and changed one after the other: of a matrix whole rows."""
         size = parameter.numel()
-        unit = parameter.shape[1] if self.has_factors(parameter.shape) else self.block
+        by_rows = parameter.ndim == 2 and self.block == 1
+        unit = parameter.shape[1] if by_rows else self.block
         step = max(unit, CHUNK // unit * unit)
         for start in range(0, size, step):
             yield slice(start, min(size, start + step))
@@ -200,10 +211,24 @@ def _generator(device: torch.device, seed: int, number: int, start: int = 0) -> 
     return torch.Generator(device).manual_seed(mixed(seed, number, start))
 
 
-def _normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(shape, generator=generator, dtype=dtype, device=generator.device)
+def _normal(size: int, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(size, generator=generator, dtype=dtype, device=generator.device)
+
+
+def _normal_matrix(rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    return _normal(rows * columns, generator, dtype).view(rows, columns)
 
 
 def _signs(size: int, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-    bits = torch.randint(0, 2, (size,), generator=generator, device=generator.device, dtype=torch.int8)
-    return bits.to(dtype).mul_(2).sub_(1)
+    """Entries +1 and -1, one for each random bit: a drawn number is good for 64 of them."""
+    words = torch.empty(-(-size // 64), dtype=torch.int64, device=generator.device)
+    words.random_(-(2**63), None, generator=generator)
+    table = _signs_of_bytes(dtype, generator.device)
+    return table.index_select(0, words.view(torch.uint8).int()).view(-1)[:size]
+
+
+@functools.cache
+def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """`[256, 8]`: for each byte, +1 and -1 for its bits."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return (2 * bits - 1).to(device, dtype)

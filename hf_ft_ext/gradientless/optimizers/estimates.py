@@ -27,8 +27,9 @@ class Estimate:
     | `forward` | the derivative along `z_i`, by forward-mode differentiation | n | Baydin et al., arXiv 2202.08587 |
 
     `L_i = L(theta + eps z_i)`, and sigma is their standard deviation. Slopes of `one-sided` and `population` do not
-    have the unit of the loss: the learning rate is the length of the step. (FZOO's estimate has a factor `1 / eps`
-    more, and the population's step is called alpha: both are in the learning rate here.)
+    have the unit of the loss: the learning rate is the length of the step. FZOO's paper has a factor `1 / eps` more;
+    its authors' code (DKmiyan/FZOO) leaves it out, as here, so that the rates of its scripts can be used. That code
+    divides by n, not n - 1, in sigma. The step of a population is called alpha in the paper.
 
     Args:
         kind: one of `ESTIMATES`.

@@ -12,6 +12,7 @@ from hf_ft_ext.gradientless.optimizers.directions import compute_type
 from hf_ft_ext.gradientless.optimizers.updates import ADAM, MOMENTUM, RULES, SGD, SIGN, Update
 
 NODE_RULES = SGD, SIGN, MOMENTUM, ADAM
+NODE_DIRECTIONS = NEXT_LAYER, SIGNS = ("next-layer", "signs")
 
 
 class NodePerturbation(GradientFreeOptimizer):
@@ -19,16 +20,26 @@ class NodePerturbation(GradientFreeOptimizer):
 
     A linear layer's gradient is a sum over the rows, `G = sum_b d_b x_b^T / rows`: its right factors are the layer's
     inputs, and only the `d_b`, as long as the layer has outputs, are unknown. In a step, for each linear layer by
-    itself, for each of `num_directions` directions `z_b` with entries +1 and -1, drawn for each row:
-    `s_b = (loss_b(y_b + eps z_b) - loss_b(y_b)) / eps`; then `d_b` is the mean of `s_b z_b`. A layer with no more
-    outputs than directions takes the unit vectors instead, so that `d_b` is exact to order eps. Losses only, no
-    derivative; but the objective has to be a mean over the rows.
+    itself, for each of `num_directions` directions `z_b`: `s_b = (loss_b(y_b + eps z_b) - loss_b(y_b)) / eps`. Losses
+    only, no derivative; but the objective has to be a mean over the rows.
+
+    | directions of a layer | `d_b` |
+    | --- | --- |
+    | `signs`: entries +1 and -1, drawn for each row | the mean of `s_b z_b` |
+    | `next-layer`: orthonormal, in the span of the rows of the next linear layer | `sum of s_b z_b`: the part in it |
+    | no more outputs than directions: unit vectors | `sum of s_b z_b`: exact to order eps |
+
+    What a layer's output does to the loss it does through the next layer, so but for the activation in between `d_b`
+    lies in the span of its rows: two for two classes, of hundreds of outputs. `next-layer` therefore has hardly any
+    noise, but a bias where the activation is not linear. The last layer, and one without such a successor, takes
+    `signs`.
 
     Args:
         params: weights and biases of linear layers, or groups of them (`lr` and `weight_decay` can be set per group).
         lr: learning rate, 0 or more.
         eps: size of the perturbation of a layer's outputs, above 0.
         num_directions: per layer and step, 1 or more.
+        directions: `"next-layer"` or `"signs"`.
         update: `"sgd"`, `"sign"`, `"momentum"` or `"adam"`, on the estimate of the gradient.
         momentum, betas, adam_eps: of the rule.
         weight_decay: decoupled, 0 or more.
@@ -48,6 +59,7 @@ class NodePerturbation(GradientFreeOptimizer):
         lr: float = 1e-4,
         eps: float = 1e-2,
         num_directions: int = 4,
+        directions: str = NEXT_LAYER,
         update: str = ADAM,
         momentum: float = 0.9,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -62,11 +74,13 @@ class NodePerturbation(GradientFreeOptimizer):
             raise InputError(f"eps={eps} is no size of a perturbation; pass a number above 0, such as 1e-2")
         if num_directions < 1:
             raise InputError(f"num_directions={num_directions} leaves nothing to compare; pass 1 or more")
+        if directions not in NODE_DIRECTIONS:
+            raise InputError(f"directions={directions!r} is unknown; choose from: {', '.join(NODE_DIRECTIONS)}")
         if update in RULES and update not in NODE_RULES:
             raise InputError(f"update={update} is not for node perturbation; choose from: {', '.join(NODE_RULES)}")
         self.rule = Update(update, momentum, betas, adam_eps, "buffer" if update in (MOMENTUM, ADAM) else None)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed)
-        self.eps, self.num_directions = eps, num_directions
+        self.eps, self.num_directions, self.kind = eps, num_directions, directions
         self.searched = [parameter for group in self.param_groups for parameter in group["params"]]
         self.numbers = {id(parameter): i for i, parameter in enumerate(self.searched)}
         self.buffers: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -97,11 +111,14 @@ class NodePerturbation(GradientFreeOptimizer):
         loss = self._checked_current(float(closure()))
         self.evaluations += 1
         estimates: dict[int, torch.Tensor] = {}
-        for module, x, out in evaluate.nodes():
+        nodes = list(evaluate.nodes())
+        following = [module for module, _, _ in nodes[1:]] + [None]
+        for (module, x, out), successor in zip(nodes, following, strict=True):
             weight, bias = self.numbers.get(id(module.weight)), self.numbers.get(id(module.bias))
             if weight is None and bias is None:
                 continue
-            d = self._output_gradients(lambda outs, module=module: evaluate.node_losses(module, outs), out)
+            span = self._span(successor, out)
+            d = self._output_gradients(lambda outs, module=module: evaluate.node_losses(module, outs), out, span)
             if weight is not None:
                 estimates[weight] = d.t() @ x.to(d.dtype) / len(d)  # G = sum_b d_b x_b^T / rows
             if bias is not None:
@@ -112,14 +129,31 @@ class NodePerturbation(GradientFreeOptimizer):
             evaluate.moved(None)
         return loss
 
-    def _output_gradients(self, losses_of: Callable[[torch.Tensor], torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    def _span(self, successor: torch.nn.Linear | None, out: torch.Tensor) -> torch.Tensor | None:
+        """Orthonormal rows `[n, out]` in the span of the next layer's weight; `None` where signs are drawn instead."""
+        width = out.shape[1]
+        if self.kind != NEXT_LAYER or successor is None or successor.weight.shape[1] != width:
+            return None
+        rows = successor.weight.detach().to(compute_type(out.dtype))
+        if len(rows) >= width:
+            return None
+        if len(rows) > self.num_directions:  # some of the span, at random
+            mix = torch.randn(self.num_directions, len(rows), generator=self.generator, dtype=rows.dtype)
+            rows = mix.to(rows.device) @ rows
+        return torch.linalg.qr(rows.t()).Q.t()
+
+    def _output_gradients(
+        self, losses_of: Callable[[torch.Tensor], torch.Tensor], out: torch.Tensor, span: torch.Tensor | None
+    ) -> torch.Tensor:
         """The estimate of `d loss_b / d y_b` for each row: `[rows, out]`."""
         rows, width = out.shape
         dtype = compute_type(out.dtype)
         here = losses_of(out[None])[0]
+        scale = 1.0
         if width <= self.num_directions:
             z = torch.eye(width, dtype=dtype, device=out.device)[:, None].expand(width, rows, width)
-            scale = 1.0
+        elif span is not None:
+            z = span[:, None].expand(len(span), rows, width)
         else:
             bits = torch.randint(0, 2, (self.num_directions, rows, width), generator=self.generator, dtype=torch.int8)
             z = bits.to(out.device, dtype).mul_(2).sub_(1)

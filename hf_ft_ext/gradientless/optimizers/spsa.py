@@ -3,7 +3,6 @@
 import logging
 import math
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,18 +12,19 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.gradientless.freed_memory import keep_freed_memory
 from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer
-from hf_ft_ext.gradientless.optimizers.directions import GAUSSIAN, Directions, Draw, compute_type, mixed
+from hf_ft_ext.gradientless.optimizers.directions import GAUSSIAN, Directions, Draw, mixed
 from hf_ft_ext.gradientless.optimizers.estimates import FORWARD, TWO_SIDED, Estimate
 from hf_ft_ext.gradientless.optimizers.groups import check_block
+from hf_ft_ext.gradientless.optimizers.moves import Moves, check_replay
 from hf_ft_ext.gradientless.optimizers.perturb import CannotBatch, Combination, PerturbedForward
-from hf_ft_ext.gradientless.optimizers.updates import BUFFER, CONSERVATIVE, MOMENTUM, RMS, SGD, Rounding, Update
+from hf_ft_ext.gradientless.optimizers.updates import CONSERVATIVE, SGD, Rounding, Update
 
 logger = logging.getLogger(__name__)
 
 # Losses of several candidates at once may differ from those of one after the other by so much of their size.
 _CLOSE, _CLOSE_IN_16_BITS = 1e-4, 3e-2
-_NO_MOMENTS = ("sgd", "sign", "rms", "conservative")
 
 
 class SPSA(GradientFreeOptimizer):
@@ -103,8 +103,7 @@ class SPSA(GradientFreeOptimizer):
             raise InputError(f"candidates_per_forward={candidates_per_forward} must be 1 or more")
         self.eps, self.num_directions, self.block, self.update = eps, num_directions, block, update
         self.estimate = Estimate(estimate, eps, num_directions)
-        self.rule = Update(update, momentum, betas, adam_eps, moments)
-        self.rounding = Rounding(carry)
+        rule = Update(update, momentum, betas, adam_eps, moments)
         self.candidates_per_forward = candidates_per_forward
         if self.evaluations_per_step() > max_evaluations:
             raise InputError(
@@ -116,16 +115,14 @@ class SPSA(GradientFreeOptimizer):
         self.directions = Directions(direction, max(block, 1), rank, renew, masks, small)
         check_block(block, self.searched)
         self.directions.prepare(self.searched)
-        check_replay(self.directions, self.rule)
+        check_replay(self.directions, rule)
+        keep_freed_memory()
         self.use = PerturbedForward(module, self.searched, self.directions)
         if self.use.missing:
             shape = tuple(self.searched[self.use.missing[0]].shape)
             raise InputError(f"a parameter of shape {shape} belongs to no part of the module; pass the one it is in")
         self.basis = 0  # seed of what lasts
-        self.second = 0.0  # running mean of squared slopes
-        self.buffers: dict[int, tuple[torch.Tensor, ...]] = {}
-        self.factor_basis: dict[int, int] = {}  # the basis that a factor of momentum belongs to
-        self.history: deque[tuple[list[Draw], list[float]]] = deque(maxlen=self.rule.replayed - 1)
+        self.moves = Moves(self.use, self.searched, rule, Rounding(carry))
         self.double = any(parameter.dtype == torch.float64 for parameter in self.searched)
         self.record: list[tuple[list[float], list[float]]] = []  # slopes and rates of each step
         self.first_seed, self.start = seed, sample_sum(self.searched)
@@ -286,87 +283,10 @@ class SPSA(GradientFreeOptimizer):
         losses = torch.where(losses.isfinite(), losses, torch.full_like(losses, math.inf))
         return (0.0, 1.0, -1.0)[int(losses.argmin())]
 
-    # --- moving ------------------------------------------------------------------------------------
-
     def _move(self, draws: list[Draw], slopes: list[float], rates: list[float]) -> None:
         """Move all tensors by the estimate that these slopes make."""
-        estimate = [(draw, slope / len(draws)) for draw, slope in zip(draws, slopes, strict=True)]
-        if self.rule.rule == RMS:
-            mean = sum(slope**2 for slope in slopes) / len(slopes)
-            self.second = self.rule.betas[1] * self.second + (1 - self.rule.betas[1]) * mean
-            root = math.sqrt(self.second / (1 - self.rule.betas[1] ** self.steps)) + self.rule.adam_eps
-        else:
-            root = 1.0
-        number = -1
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            decay, lr = 1 - rate * float(group["weight_decay"]), rate / root
-            still = self.rule.rule in _NO_MOMENTS and decay == 1 and not (lr and any(slopes))
-            for parameter in group["params"]:
-                number += 1
-                waits = number in self.use.unseen or (self.steps == 1 and number in self.late)
-                if not still and not waits:
-                    self._move_tensor(parameter.detach(), number, estimate, lr, decay)
-        if self.rule.replays:
-            self.history.appendleft((draws, slopes))
-
-    def _move_tensor(
-        self, parameter: torch.Tensor, number: int, estimate: Combination, lr: float, decay: float
-    ) -> None:
-        directions, scale = self.directions, self.directions.scale(parameter.shape)
-        combination = [(draw, slope * scale) for draw, slope in estimate]
-        low_rank, buffers = directions.has_factors(parameter.shape), self._buffers(parameter, number)
-        if low_rank and self.rule.rule == MOMENTUM and self.rule.moments != BUFFER and directions.right_stays():
-            left, right = self._factor_momentum(parameter, number, combination)
-        else:
-            if self.rule.replays and not buffers:
-                combination = [*combination, *self._replayed(scale)]
-            left, right = self.use.factors(parameter, number, combination) if low_rank else (None, None)
-        seed = mixed(estimate[0][0].seed, number)
-        for part in directions.chunks(parameter):
-            exact = self.rounding.exact(parameter, number, part)
-            if low_rank:
-                rows = slice(part.start // parameter.shape[1], part.stop // parameter.shape[1])
-                gradient = (left[rows] @ right.t()).view(-1)
-            else:
-                gradient = self.use.dense(parameter.view(-1)[part], number, combination, part)
-            if decay != 1:
-                exact.mul_(decay)
-            self.rule.apply(exact, gradient, lr, self.steps, [buffer[part] for buffer in buffers])
-            self.rounding.store(parameter, number, part, exact, mixed(seed, 0, part.start) ^ 1)
-
-    def _replayed(self, scale: float) -> Iterable[tuple[Draw, float]]:
-        """`sum over j >= 1 of momentum^j g_(t-j) z_(t-j)`, of the steps that are kept."""
-        for age, (draws, slopes) in enumerate(self.history, start=1):
-            weight = self.rule.momentum**age * scale / len(draws)
-            for draw, slope in zip(draws, slopes, strict=True):
-                yield draw, weight * slope
-
-    def _buffers(self, parameter: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
-        names = self.rule.buffers()
-        needed = self.rule.moments == BUFFER or parameter.ndim < 2
-        if not names or not needed:
-            return ()
-        if number not in self.buffers:
-            kind = compute_type(parameter.dtype)
-            size = parameter.numel()
-            self.buffers[number] = tuple(torch.zeros(size, dtype=kind, device=parameter.device) for _ in names)
-        return self.buffers[number]
-
-    def _factor_momentum(
-        self, parameter: torch.Tensor, number: int, combination: Combination
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Momentum of a matrix as a left factor to the present right one."""
-        left, right = self.use.factors(parameter, number, combination)
-        if number not in self.buffers:
-            self.buffers[number] = (torch.zeros_like(left),)
-        elif self.factor_basis[number] != self.basis:
-            old = Draw(0, self.factor_basis[number])
-            _, before = self.directions.factors(parameter.shape, number, old, left.dtype, left.device)
-            # The nearest N V_new^T to N_old V_old^T: N = N_old V_old^T V_new (V_new^T V_new)^-1
-            overlap = torch.linalg.solve(right.t() @ right, right.t() @ before).t()
-            self.buffers[number] = (self.buffers[number][0] @ overlap,)
-        self.factor_basis[number] = self.basis
-        return self.buffers[number][0].mul_(self.rule.momentum).add_(left), right
+        waiting = self.use.unseen | (set(self.late) if self.steps == 1 else set())
+        self.moves.take(self.steps, self.basis, draws, slopes, rates, self.param_groups, waiting)
 
     # --- trajectory --------------------------------------------------------------------------------
 
@@ -396,11 +316,7 @@ class SPSA(GradientFreeOptimizer):
             **super()._own_state(),
             "kind": [self.directions.kind, self.estimate.kind, self.update, self.num_directions],
             "basis": self.basis,
-            "second": self.second,
-            "buffers": {number: list(buffers) for number, buffers in self.buffers.items()},
-            "factor_basis": dict(self.factor_basis),
-            "carried": dict(self.rounding.kept),
-            "history": [[[[draw.seed, draw.basis] for draw in draws], list(slopes)] for draws, slopes in self.history],
+            **self.moves.state(),
             "thresholds": self.directions.thresholds,
             "unseen": sorted(self.use.unseen),
             "late": list(self.late),
@@ -417,14 +333,8 @@ class SPSA(GradientFreeOptimizer):
                 "same arguments"
             )
         super()._load_own_state(state)
-        self.basis, self.second = state["basis"], state["second"]
-        devices = [parameter.device for parameter in self.searched]
-        self.buffers = {i: tuple(b.to(devices[i]).clone() for b in found) for i, found in state["buffers"].items()}
-        self.factor_basis = dict(state["factor_basis"])
-        self.rounding.kept = {i: kept.to(devices[i]).clone() for i, kept in state["carried"].items()}
-        self.history.clear()
-        for draws, slopes in state["history"]:
-            self.history.append(([Draw(*draw) for draw in draws], list(slopes)))
+        self.basis = state["basis"]
+        self.moves.load_state(state)
         self.directions.thresholds, self.use.unseen = state["thresholds"], set(state["unseen"])
         self.late = list(state["late"])
         for number in self.late:
@@ -442,12 +352,3 @@ def sample_sum(parameters: Iterable[torch.Tensor]) -> int:
         sample = flat[:: max(1, flat.numel() // 64)][:64].cpu().contiguous()
         total = zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), total)
     return total
-
-
-def check_replay(directions: Directions, rule: Update) -> None:
-    """Raise an `InputError` if earlier directions would have to be made anew and cannot be."""
-    if directions.moving_mask and rule.replays:
-        raise InputError(
-            f"small={directions.small} looks at the present weights, so directions of earlier steps cannot be made "
-            "anew; pass moments=buffer"
-        )

@@ -1,0 +1,187 @@
+"""What `GradientlessTrainingArguments` refuses: values out of range, and values that contradict each other."""
+
+import re
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+import torch
+
+from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.gradientless.choices import (
+    ADAM_BASELINE,
+    ALL,
+    FISHER_FORMS,
+    GLD,
+    HEAD,
+    METHODS,
+    NODE,
+    SPSA_METHOD,
+    TRAINABLE,
+)
+from hf_ft_ext.gradientless.optimizers.directions import KINDS, Directions
+from hf_ft_ext.gradientless.optimizers.estimates import ESTIMATES, FORWARD, Estimate
+from hf_ft_ext.gradientless.optimizers.exchange import MODES
+from hf_ft_ext.gradientless.optimizers.moves import check_replay
+from hf_ft_ext.gradientless.optimizers.nodes import NODE_DIRECTIONS, NodePerturbation
+from hf_ft_ext.gradientless.optimizers.options import parse_options
+from hf_ft_ext.gradientless.optimizers.selection import ALL as ALL_ENTRIES
+from hf_ft_ext.gradientless.optimizers.selection import FISHER, SELECTIONS
+from hf_ft_ext.gradientless.optimizers.updates import ADAM, MOMENTS, MOMENTUM, RMS, RULES, Update
+from hf_ft_ext.gradientless.scoring.objectives import F1, LOSS, OBJECTIVES
+
+if TYPE_CHECKING:
+    from hf_ft_ext.gradientless.arguments import GradientlessTrainingArguments
+
+# Which search looks at an argument; set for another one, it is an error.
+_ONLY = {
+    **dict.fromkeys(
+        ("search_candidates", "search_options", "search_selection", "search_sampling_size", "search_sampling_steps",
+         "search_antithetic", "search_pool"),
+        GLD,
+    ),
+    **dict.fromkeys(
+        ("search_direction", "search_rank", "search_renew", "search_small", "search_masks", "search_estimate",
+         "search_moments", "search_carry", "search_candidates_per_forward", "search_trajectory"),
+        SPSA_METHOD,
+    ),
+    "search_node_directions": NODE,
+}  # fmt: skip
+_SHARED_BY_SPSA_AND_NODE = ("search_eps", "search_directions", "search_update", "search_momentum")
+
+
+def check_values(args: "GradientlessTrainingArguments") -> None:
+    """Raise an `InputError` for a value out of range."""
+    for name, known in (
+        ("search_method", METHODS),
+        ("search_selection", SELECTIONS),
+        ("search_fisher", (None, *FISHER_FORMS)),
+        ("search_update", RULES),
+        ("search_direction", KINDS),
+        ("search_estimate", ESTIMATES),
+        ("search_moments", (None, *MOMENTS)),
+        ("search_node_directions", (None, *NODE_DIRECTIONS)),
+        ("search_objective", OBJECTIVES),
+        ("candidate_parallel", MODES),
+    ):
+        if getattr(args, name) not in known:
+            choices = ", ".join(filter(None, known))
+            raise InputError(f"{name}={getattr(args, name)!r} is unknown; choose from: {choices}")
+    for name in (
+        "search_candidates",
+        "search_sampling_steps",
+        "search_block",
+        "search_directions",
+        "search_candidates_per_forward",
+        "max_evaluations_per_step",
+    ):
+        if getattr(args, name) < 1:
+            raise InputError(f"{name}={getattr(args, name)} leaves nothing to compare; pass 1 or more")
+    if args.search_sampling_size is not None and args.search_sampling_size < 1:
+        raise InputError(f"search_sampling_size={args.search_sampling_size} leaves nothing to search; pass 1 or more")
+    for name in ("learning_rate", "weight_decay", "feature_cache_gb"):
+        if not getattr(args, name) >= 0:
+            raise InputError(f"{name}={getattr(args, name)} is below 0; pass 0 or more")
+    parse_options(args.search_options)
+    if args.search_target not in (None, HEAD, ALL, TRAINABLE):
+        try:
+            re.compile(args.search_target)
+        except re.error as error:
+            raise InputError(f"search_target={args.search_target!r} is no regular expression: {error}") from None
+
+
+def check_together(args: "GradientlessTrainingArguments") -> None:
+    """Raise an `InputError` for a value that the chosen search does not look at, or that contradicts another one."""
+    defaults = {f.name: f.default for f in fields(args)}
+    for name, method in _ONLY.items():
+        if args.search_method != method and getattr(args, name) != defaults[name]:
+            raise InputError(
+                f"{name}={getattr(args, name)} is about search_method={method}, not {args.search_method}; leave "
+                "one of them out"
+            )
+    if args.search_method in (GLD, ADAM_BASELINE):
+        own_defaults = {**defaults, **args.method_defaults()}
+        for name in _SHARED_BY_SPSA_AND_NODE:
+            given = getattr(args, name)
+            if given != own_defaults[name]:
+                raise InputError(
+                    f"{name}={given} is about search_method=spsa or node, not {args.search_method}; leave one of "
+                    "them out"
+                )
+    if args.search_method in (SPSA_METHOD, NODE):
+        _check_matrix(args)
+    if args.search_momentum != defaults["search_momentum"] and args.search_update != MOMENTUM:
+        raise InputError(f"search_momentum={args.search_momentum} needs search_update=momentum; leave it out")
+    adam = args.search_update in (ADAM, RMS) or args.search_method == ADAM_BASELINE
+    own = {f.name: f.default for f in fields(MethodTrainingArguments)}
+    for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+        if getattr(args, name) != own[name] and not adam:
+            raise InputError(f"{name}={getattr(args, name)} needs search_update=adam or rms; leave it out")
+    if args.search_fisher is not None and args.search_selection != FISHER:
+        raise InputError(f"search_fisher={args.search_fisher} needs search_selection=fisher; leave it out")
+    if args.search_selection == ALL_ENTRIES and args.search_sampling_size is not None:
+        raise InputError(
+            f"search_selection=all takes every entry; leave search_sampling_size={args.search_sampling_size} out"
+        )
+    if args.search_block > 1 and args.search_method in (ADAM_BASELINE, NODE):
+        why = "adam draws none" if args.search_method == ADAM_BASELINE else "node draws it for outputs"
+        raise InputError(f"search_block={args.search_block} is about noise, and {why}; leave it out")
+    if args.search_block > 1 and args.search_method == GLD and args.search_selection != ALL_ENTRIES:
+        raise InputError(
+            f"search_block={args.search_block} ties neighbours, and search_selection={args.search_selection} "
+            "tears them apart; pass --search_selection all"
+        )
+    if args.search_peft_config and args.search_peft is None:
+        raise InputError("search_peft_config needs search_peft; name a peft method, such as lora")
+    if args.search_positive_label is not None and args.search_objective != F1:
+        raise InputError(
+            f"search_positive_label={args.search_positive_label!r} is about search_objective=f1, not "
+            f"{args.search_objective}; leave one of them out"
+        )
+    if args.search_method == NODE and (args.search_objective != LOSS or args.search_dropout):
+        raise InputError("search_method=node needs the loss of each row with dropout off; leave the objective out")
+    if args.search_method == ADAM_BASELINE and (args.search_objective != LOSS or args.search_dropout):
+        raise InputError("search_method=adam needs the loss's derivative with dropout off; leave the objective out")
+
+
+def _check_matrix(args: "GradientlessTrainingArguments") -> None:
+    """Direction, estimate and update together, as the optimizer itself checks them."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    try:
+        if args.search_method == NODE:
+            NodePerturbation([torch.zeros(1)], update=args.search_update, momentum=args.search_momentum,
+                             betas=betas, eps=args.search_eps, num_directions=args.search_directions)  # fmt: skip
+            return
+        directions = Directions(
+            args.search_direction,
+            args.search_block,
+            args.search_rank,
+            args.search_renew,
+            None if args.search_masks is None else (),
+            args.search_small,
+        )
+        Estimate(args.search_estimate, args.search_eps, args.search_directions)
+        rule = Update(args.search_update, args.search_momentum, betas, args.adam_epsilon, args.search_moments)
+        check_replay(directions, rule)
+    except InputError as error:
+        raise InputError(f"search_{str(error).replace('num_directions', 'directions')}") from None
+    if args.search_masks is not None:
+        for name in ("search_target", "search_peft"):
+            if getattr(args, name) is not None:
+                raise InputError(
+                    f"{name}={getattr(args, name)} and search_masks both say what is searched; leave one of them out"
+                )
+        if args.search_trajectory:
+            raise InputError(
+                "search_trajectory holds seeds, which make no masks; leave it out: the saved model holds the result"
+            )
+    if args.search_estimate == FORWARD and args.search_objective != LOSS:
+        raise InputError(
+            f"search_estimate=forward differentiates, and search_objective={args.search_objective} has no "
+            "derivative; use two-sided"
+        )
+    if args.search_candidates_per_forward > 1 and args.search_dropout:
+        raise InputError(
+            "search_dropout draws one mask for all candidates, which cannot be rows of one forward pass; leave "
+            "search_candidates_per_forward out"
+        )
