@@ -88,13 +88,13 @@ def autograd(pattern: str) -> Callable:
         def gradients(row: Rows) -> tuple[torch.Tensor, ...]:
             return torch.autograd.grad(scalars(model, row)[0], parameters, allow_unused=True, materialize_grads=True)
 
-        mine = [gradients(row) for row in batches(left, 1)]
-        found = torch.zeros(len(mine), len(right["input_ids"]), dtype=torch.float64)
-        for j, row in enumerate(batches(right, 1)):
-            theirs = [g.flatten().double() for g in gradients(row)]  # sums of 10^7 products are wrong in float32
-            for i, part in enumerate(mine):
-                found[i, j] = sum(a.flatten().double() @ b for a, b in zip(part, theirs, strict=True))
-        return found
+        def vector(row: Rows) -> torch.Tensor:
+            return torch.cat([g.flatten().double() for g in gradients(row)])  # sums of 10^7 products need float64
+
+        mine = torch.empty(len(left["input_ids"]), sum(p.numel() for p in parameters), dtype=torch.float64)
+        for i, row in enumerate(batches(left, 1)):
+            mine[i] = vector(row)
+        return torch.stack([mine @ vector(row) for row in batches(right, 1)], 1)
 
     return kernel
 

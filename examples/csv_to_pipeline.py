@@ -1,6 +1,6 @@
 """From a csv of your own to a served model: train with the launcher, load a `pipeline`, answer requests.
 
-Run it from anywhere, offline, with the `demo` extra; about half a minute on two cores:
+Run it from anywhere, offline, with the `demo` extra; under a minute on two cores:
 
     python examples/csv_to_pipeline.py --output_dir runs/csv-to-pipeline
 

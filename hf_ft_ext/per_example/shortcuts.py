@@ -87,7 +87,7 @@ class _Linear(torch.autograd.Function):
             rows = flat.any(1).nonzero().squeeze(1)
             if len(rows) <= _FEW * len(flat):
                 result = flat.new_zeros(len(flat), weight.shape[1])
-                result[rows] = _product(flat[rows], weight.t())
+                result[rows] = flat[rows] @ weight  # oneDNN would compile for each number of rows
                 return result.view(*gradient.shape[:-1], -1), None, None
         # flat: as a batch of matrices, a gradient whose memory is in another order would be multiplied one by one
         return _product(flat, weight.t()).view(*gradient.shape[:-1], -1), None, None

@@ -53,7 +53,7 @@ def test_csv_to_pipeline(script, tmp_path):
 def test_trainer_with_callbacks(script, tmp_path, monkeypatch):
     pytest.importorskip("tensorboard")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")  # the script sets it; taken back afterwards
-    metrics = script("trainer_with_callbacks").main(["--output_dir", str(tmp_path), "--rows", "64"])
+    metrics = script("trainer_with_callbacks").main(["--output_dir", str(tmp_path), "--rows", "40"])
     assert 0 <= metrics["eval_accuracy"] <= 1
     assert list((tmp_path / "logs").rglob("events.out.tfevents.*"))
     state = json.loads(next(tmp_path.glob("checkpoint-*/trainer_state.json")).read_text())
