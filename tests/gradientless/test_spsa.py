@@ -170,7 +170,7 @@ def test_momentum_and_adam_are_no_worse_than_sgd_on_a_quadratic():
         ("adam", (4e-3, 8e-3), {"betas": (0.9, 0.99)}),
     ):
         best[rule] = min(final(rule, lr, 0, **settings) for lr in rates)
-    assert best["momentum"] < 2 * best["sgd"] and best["adam"] < 2 * best["sgd"], best
+    assert best["momentum"] < 1.3 * best["sgd"] and best["adam"] < 1.3 * best["sgd"], best
 
 
 def test_the_forward_gradient_is_the_derivative_along_the_direction():
@@ -428,5 +428,8 @@ def test_other_bad_input():
         SPSA(net().parameters(), model)
     with pytest.raises(InputError, match=r"call step\(closure\)"):
         SPSA(model.parameters(), model).step()
+    with pytest.raises(InputError, match=r"a tensor of shape \(2, 2\) is offloaded: it is on no device"):
+        offloaded = nn.Linear(2, 2, device="meta")
+        SPSA(offloaded.parameters(), offloaded)
     with pytest.raises(InputError, match="the loss at the present weights is nan in step 1"):
         SPSA(model.parameters(), model).step(lambda: math.nan)
