@@ -106,6 +106,9 @@ class Directions:
                     "masks must be boolean tensors of the searched tensors' shapes, one for each, in their order; got "
                     f"{len(shapes)} for {len(wanted)} tensors"
                 )
+            self.masks = [
+                mask.to(parameter.device).contiguous() for mask, parameter in zip(self.masks, parameters, strict=True)
+            ]
 
     @property
     def moving_mask(self) -> bool:
@@ -167,7 +170,7 @@ class Directions:
     def _movable(self, values: torch.Tensor, number: int, part: slice) -> torch.Tensor | None:
         """Which entries of a chunk may move; `None` = all."""
         if self.masks is not None:
-            return self.masks[number].view(-1)[part].to(values.device)
+            return self.masks[number].view(-1)[part]
         return None if self.thresholds is None else values.abs() <= self.thresholds[number]
 
     def chunks(self, parameter: torch.Tensor) -> Iterator[slice]:
