@@ -122,6 +122,18 @@ def test_a_model_that_mixes_rows_is_evaluated_one_by_one(caplog):
 
 
 @pytest.mark.parametrize("kind", ["lozo", "gaussian"])
+def test_layers_that_are_called_by_keyword_are_perturbed(kind):
+    model = nn.Linear(6, 5).double()
+    optimizer, x = search(model, kind), torch.ones(3, 6, dtype=torch.double)
+    combination = [(Draw(1, 2), 0.1)]
+    with torch.no_grad():
+        plain, expected = model(x), moved_copy(model, optimizer, combination)(x)
+        with optimizer.use(combination):
+            torch.testing.assert_close(model(input=x), expected)
+    assert (expected - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["lozo", "gaussian"])
 def test_no_matrix_of_a_linear_layer_or_embedding_is_copied(kind, monkeypatch):
     copied = []
     original = PerturbedForward.perturbed
