@@ -9,6 +9,8 @@ the machine meets all of them. Ratios are taken within a round: median and range
 neither they nor the data change the cost. The head is BERT's pooler and classifier (384 x 384 and 384 x 2, with
 biases: four tensors), 768 entries of the large matrix in each step, K = 5, batch 64.
 
+Rows go to `results/gradientless.json`, of `--curve` to `results/gradientless-curve.json` (see `results.py`).
+
 `--memory`: peak (RSS above the loaded model; CUDA: allocated) of some steps on a model of 125 M parameters against
 evaluation of the same batch; the bound is that evaluation plus the largest searched tensor.
 `--curve`: accuracy on a real task against seconds (see gradientless_curve.py).
@@ -22,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import results
 import torch
 from gradientless_curve import add_curve_arguments, curve
 from published_gradientless import PublishedSearch
@@ -112,11 +115,13 @@ def measure_time(variant: str, args: argparse.Namespace) -> dict:
     step, n = step_of(variant, args), max(2, args.steps // 50) if slow else args.steps
     for _ in range(2 if slow else 20):
         step()
+    # other work on a shared machine changes the processor time of one thread little
+    clock = time.process_time if args.threads == 1 else time.perf_counter
     seconds = []
     for _ in range(n):
-        start = time.perf_counter()
+        start = clock()
         step()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return {"seconds": statistics.median(seconds), "mean": statistics.mean(seconds)}
 
 
@@ -152,20 +157,36 @@ def ratio(rounds: list[dict], to: list[dict], key: str) -> str:
     return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 
 
-def time_table(results: dict[str, list[dict]]) -> str:
-    compared = [name for name in ("published-1x1", "adam") if name in results]
+def time_table(found: dict[str, list[dict]]) -> str:
+    compared = [name for name in ("published-1x1", "adam") if name in found]
     lines = [f"| variant | step ms | {' | '.join(f'x {name}' for name in compared)} |"]
     lines.append("| --- |" + " ---: |" * (1 + len(compared)))
-    for variant, rounds in results.items():
+    for variant, rounds in found.items():
         step = f"{1e3 * statistics.median(r['seconds'] for r in rounds):.2f}"
-        lines.append(f"| {' | '.join([variant, step, *(ratio(rounds, results[to], 'seconds') for to in compared)])} |")
+        lines.append(f"| {' | '.join([variant, step, *(ratio(rounds, found[to], 'seconds') for to in compared)])} |")
     return "\n".join(lines)
 
 
-def memory_table(results: dict[str, list[dict]]) -> str:
+def result_rows(rounds_of: dict[str, list[dict]], args: argparse.Namespace) -> list[dict]:
+    """Rows of the result file: times, and their ratios within a round."""
+    rows = []
+    for variant, rounds in rounds_of.items():
+        about = {"what": variant, "quantity": "memory" if args.memory else "time"}
+        if args.memory:
+            rows.append({**about, "measure": "MiB", **results.summary([r["peak"] / _MIB for r in rounds])})
+            continue
+        rows.append({**about, "measure": "ms a step", **results.summary([1e3 * r["seconds"] for r in rounds])})
+        for to in ("published-1x1", "published-3x2", "adam"):
+            if to in rounds_of:
+                ratios = [a["seconds"] / b["seconds"] for a, b in zip(rounds, rounds_of[to], strict=True)]
+                rows.append({**about, "measure": f"of {to}", **results.summary(ratios)})
+    return rows
+
+
+def memory_table(found: dict[str, list[dict]]) -> str:
     lines = ["| variant | peak MiB | evaluation + largest tensor MiB |", "| --- | ---: | ---: |"]
-    evaluation = statistics.median(r["peak"] for r in results["evaluation"])
-    for variant, rounds in results.items():
+    evaluation = statistics.median(r["peak"] for r in found["evaluation"])
+    for variant, rounds in found.items():
         peak, largest = statistics.median(r["peak"] for r in rounds), rounds[0]["largest"]
         lines.append(f"| {variant} | {peak / _MIB:,.1f} | {(evaluation + largest) / _MIB:,.1f} |")
     return "\n".join(lines)
@@ -193,17 +214,18 @@ def main() -> None:
     if args.worker:
         print(json.dumps(measure(args.worker, args)))
         return
-    results: dict[str, list[dict]] = {variant: [] for variant in args.variants or (MEMORY if args.memory else STEPS)}
+    found: dict[str, list[dict]] = {variant: [] for variant in args.variants or (MEMORY if args.memory else STEPS)}
     for number in range(args.repeats):
-        for variant in results:
+        for variant in found:
             words = [sys.executable, __file__, "--worker", variant, *(["--memory"] if args.memory else [])]
             words += [f"--{key}={getattr(args, key)}" for key in ("batch", "length", "steps", "threads")]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(f"{variant} failed:\n{done.stderr[-2000:]}")
-            results[variant].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {number + 1}, {variant}: {results[variant][-1]}", file=sys.stderr)
-    text = f"batch {args.batch}, {args.threads} threads, {args.repeats} rounds\n\n{make_table(results)}\n"
+            found[variant].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"round {number + 1}, {variant}: {found[variant][-1]}", file=sys.stderr)
+        results.save("gradientless", result_rows(found, args))
+    text = f"batch {args.batch}, {args.threads} threads, {args.repeats} rounds\n\n{make_table(found)}\n"
     print(text)
     if args.output:
         with open(args.output, "w") as file:

@@ -13,6 +13,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import results as result_files
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
@@ -158,6 +159,7 @@ def curve(args: argparse.Namespace) -> str:
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(results))
+            result_files.save("gradientless-curve", rows_of(results, args))
     if args.picture:
         draw(results, Path(args.picture))
     lines = ["| variant | accuracy at the end | best | seconds | ms a step |", "| --- | ---: | ---: | ---: | ---: |"]
@@ -170,6 +172,24 @@ def curve(args: argparse.Namespace) -> str:
         each = 1e3 * seconds / max(1, math.floor(statistics.mean(point["step"] for point in last)))
         lines.append(f"| {name} | {statistics.mean(ends):.4f}{error} | {best:.4f} | {seconds:.1f} | {each:.2f} |")
     return "\n".join(lines)
+
+
+def rows_of(results: dict[str, dict[int, list[dict]]], args: argparse.Namespace) -> list[dict]:
+    """Rows of the result file: the ends of the runs so far."""
+    rows = []
+    for name, runs in results.items():
+        about = {
+            "what": name,
+            "rows": args.max_rows or "all",
+            "seconds": args.seconds,
+            "steps": None if args.seconds else args.steps,
+        }
+        for measure, scale in (("accuracy", 100), ("loss", 1)):
+            ends = {seed: scale * points[-1][measure] for seed, points in runs.items()}
+            rows.append({**about, "measure": measure, **result_files.over_seeds(ends)})
+        steps = {seed: points[-1]["step"] for seed, points in runs.items()}
+        rows.append({**about, "measure": "steps taken", **result_files.over_seeds(steps)})
+    return rows
 
 
 def draw(results: dict[str, dict[int, list[dict]]], path: Path) -> None:

@@ -7,9 +7,9 @@
 
 RoBERTa-base's shape (125 M parameters, random weights, a classifier) or TinyLlama's (1.1 B with all 22 layers, a
 language model), 16 rows of 64 tokens, all weights searched. Every variant runs in a process of its own; the variants
-take turns, `--repeats` times over. Ratios are taken within a round. `per loss`: a step's time by the losses that it
-takes. `--memory`: the most above the loaded model. `--of_layers n`: memory measured with `--layers` and with twice as
-many, and from both for a model of `n` layers.
+take turns, `--repeats` times over. Ratios are taken within a round; with one thread, seconds are processor time. `per
+loss`: a step's time by the losses that it takes. `--memory`: the most above the loaded model. `--of_layers n`: memory
+measured with `--layers` and with twice as many, and from both for a model of `n` layers.
 
 The rows go to `results/zeroth-order.json` after each round (see `results.py`), a variant's earlier ones are replaced.
 """
@@ -105,11 +105,13 @@ def measure(variant: str, args: argparse.Namespace) -> dict:
             step()
         return {"peak": memory.bytes() - before, "losses": losses}
     step()  # the first one checks whether candidates can run at once
+    # other work on a shared machine changes the processor time of one thread little
+    clock = time.process_time if args.threads == 1 else time.perf_counter
     seconds = []
     for _ in range(args.steps):
-        start = time.perf_counter()
+        start = clock()
         step()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return {"seconds": statistics.median(seconds), "losses": losses}
 
 

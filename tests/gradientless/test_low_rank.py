@@ -82,6 +82,22 @@ def test_one_forward_pass_and_one_after_the_other_take_the_same_steps(kind, at_o
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["lozo", "gaussian"])
+def test_a_model_whose_modules_get_no_rows_is_evaluated_one_by_one(kind):
+    """DeBERTa's relative positions go through linear layers, once for all rows."""
+    ends = []
+    for candidates in (1, 2):
+        model = family("deberta-v2").double()
+        full = objective_of_logits(model, make_objective("loss", None, 2), [{**padded_batch(), "labels": LABELS}])
+        optimizer = search(model, kind, lr=1e-2, candidates_per_forward=candidates)
+        for _ in range(2):
+            optimizer.step(lambda full=full: float(full.value()), full)
+        assert not optimizer.batches
+        ends.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
 def test_a_model_that_mixes_rows_is_evaluated_one_by_one(caplog):
     class Centred(nn.Module):
         def __init__(self):
@@ -103,6 +119,18 @@ def test_a_model_that_mixes_rows_is_evaluated_one_by_one(caplog):
     optimizer = search(model, candidates_per_forward=2, eps=0.1)
     optimizer.step(lambda: model(x).square().sum(), Twice())
     assert not optimizer.batches and "candidates are evaluated one by one: losses of the repeated" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["lozo", "gaussian"])
+def test_layers_that_are_called_by_keyword_are_perturbed(kind):
+    model = nn.Linear(6, 5).double()
+    optimizer, x = search(model, kind), torch.ones(3, 6, dtype=torch.double)
+    combination = [(Draw(1, 2), 0.1)]
+    with torch.no_grad():
+        plain, expected = model(x), moved_copy(model, optimizer, combination)(x)
+        with optimizer.use(combination):
+            torch.testing.assert_close(model(input=x), expected)
+    assert (expected - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["lozo", "gaussian"])

@@ -35,6 +35,11 @@ class GradientFreeOptimizer(CopiedInFull):
         self._ahead = False
         for group in self.param_groups:
             for parameter in group["params"]:
+                if parameter.device.type == "meta":
+                    raise InputError(
+                        f"a tensor of shape {tuple(parameter.shape)} is offloaded: it is on no device but while its "
+                        "module runs, and cannot be searched; load the model onto one device, or in 16 bits"
+                    )
                 if not (parameter.is_floating_point() and parameter.is_contiguous()):
                     raise InputError(
                         f"a tensor of shape {tuple(parameter.shape)} and type {parameter.dtype} cannot be searched; "

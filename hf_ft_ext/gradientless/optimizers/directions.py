@@ -15,8 +15,9 @@ from hf_ft_ext.errors import InputError
 KINDS = GAUSSIAN, RADEMACHER, LOZO, SUBZERO, OUTER = ("gaussian", "rademacher", "lozo", "subzero", "rademacher-outer")
 LOW_RANK = (LOZO, SUBZERO, OUTER)
 DEFAULT_RANK, DEFAULT_RENEW = {LOZO: 2, SUBZERO: 32, OUTER: 1}, {LOZO: 50, SUBZERO: 1000}
-# Entries made or changed at a time. The update of 16-bit weights needs about 30 bytes per entry: 30 MB for a chunk.
-CHUNK = 2**20
+# Entries made or changed at a time. The update of 16-bit weights needs about 30 bytes per entry: 8 MB, and 30 MB on an
+# accelerator, where small chunks cost more calls than memory is worth.
+CHUNK, CHUNK_ON_ACCELERATORS = 2**18, 2**20
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,9 @@ class Directions:
                     "masks must be boolean tensors of the searched tensors' shapes, one for each, in their order; got "
                     f"{len(shapes)} for {len(wanted)} tensors"
                 )
+            self.masks = [
+                mask.to(parameter.device).contiguous() for mask, parameter in zip(self.masks, parameters, strict=True)
+            ]
 
     @property
     def moving_mask(self) -> bool:
@@ -167,7 +171,7 @@ class Directions:
     def _movable(self, values: torch.Tensor, number: int, part: slice) -> torch.Tensor | None:
         """Which entries of a chunk may move; `None` = all."""
         if self.masks is not None:
-            return self.masks[number].view(-1)[part].to(values.device)
+            return self.masks[number].view(-1)[part]
         return None if self.thresholds is None else values.abs() <= self.thresholds[number]
 
     def chunks(self, parameter: torch.Tensor) -> Iterator[slice]:
@@ -175,7 +179,8 @@ class Directions:
         size = parameter.numel()
         by_rows = parameter.ndim == 2 and self.block == 1
         unit = parameter.shape[1] if by_rows else self.block
-        step = max(unit, CHUNK // unit * unit)
+        most = CHUNK if parameter.device.type == "cpu" else CHUNK_ON_ACCELERATORS
+        step = max(unit, most // unit * unit)
         for start in range(0, size, step):
             yield slice(start, min(size, start + step))
 

@@ -61,7 +61,7 @@ class Owner:
             handles.append(self.user.register_forward_pre_hook(self._enter))
             handles.append(self.user.register_forward_hook(self._leave, always_call=True))
         if self.on_output:
-            handles.append(self.user.register_forward_hook(self._add_to_output))
+            handles.append(self.user.register_forward_hook(self._add_to_output, with_kwargs=True))
         forward = self.user.forward
         if chunked:
             by_chunks = self._embedding_by_chunks if isinstance(self.holder, nn.Embedding) else self._linear_by_chunks
@@ -84,29 +84,29 @@ class Owner:
 
     # --- weights made and used chunk by chunk --------------------------------------------------------
 
-    def _linear_by_chunks(self, original: Callable, x: torch.Tensor) -> torch.Tensor:
-        """`x (W + change)^T + bias`, some rows of `W` at a time."""
+    def _linear_by_chunks(self, original: Callable, input: torch.Tensor) -> torch.Tensor:
+        """`x (W + change)^T + bias`, some rows of `W` at a time; `input` is the name that the layer has for `x`."""
         weight, number, combination = self._weight()
         if not combination:
-            return original(x)
+            return original(input)
         bias, out = self.holder.bias, None
         for part in self.forward.directions.chunks(weight):
             rows = _rows(part, weight)
             moved = self.forward.moved(weight, number, combination, part).view(-1, weight.shape[1])
-            y = functional.linear(x, moved, None if bias is None else bias[rows])
+            y = functional.linear(input, moved, None if bias is None else bias[rows])
             if len(moved) == len(weight):
                 return y
             out = y.new_empty(*y.shape[:-1], len(weight)) if out is None else out
             out[..., rows] = y
         return out
 
-    def _embedding_by_chunks(self, original: Callable, ids: torch.Tensor) -> torch.Tensor:
-        """The rows of the weight at `ids`, and what is added to them; chunks that hold none of them are not made."""
+    def _embedding_by_chunks(self, original: Callable, input: torch.Tensor) -> torch.Tensor:
+        """The rows of the weight at `input`, and what is added to them; chunks that hold none of them are not made."""
         weight, number, combination = self._weight()
-        out = original(ids)
+        out = original(input)
         if not combination:
             return out
-        flat, found = ids.reshape(-1), out.view(-1, weight.shape[1])
+        flat, found = input.reshape(-1), out.view(-1, weight.shape[1])
         for part in self.forward.directions.chunks(weight):
             rows = _rows(part, weight)
             here = ((flat >= rows.start) & (flat < rows.stop)).nonzero()[:, 0]
@@ -164,7 +164,7 @@ class Owner:
 
     # --- changes added to the output -----------------------------------------------------------------
 
-    def _add_to_output(self, module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    def _add_to_output(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
         number, weight, active = self.names["weight"], self.holder._parameters["weight"], self.forward.active
         self.forward.unseen.discard(number)
         combinations = [self.forward.combinations[candidate] for candidate in active]
@@ -174,7 +174,7 @@ class Owner:
         first = next(pair for pair in pairs if pair is not None)
         pairs = [(torch.zeros_like(first[0]), first[1]) if pair is None else pair for pair in pairs]
         left, right = (_stacked([pair[side] for pair in pairs]).to(output.dtype) for side in (0, 1))
-        n, x = len(active), args[0]
+        n, x = len(active), args[0] if args else next(iter(kwargs.values()))
         if self.forward.tangent:
             x = forward_ad.unpack_dual(x).primal
         if n > 1 and len(x) != n * self.forward.rows:

@@ -240,7 +240,10 @@ class SPSA(GradientFreeOptimizer):
             if not self.checked:
                 self._check_batching(combinations, closure, losses)
             return losses
-        except CannotBatch as error:
+        except (CannotBatch, RuntimeError, ValueError, IndexError) as error:
+            # What fails for another reason fails one by one too.
+            if self.checked and not isinstance(error, CannotBatch):
+                raise
             logger.info("candidates are evaluated one by one: %s", error)
             self.batches = False
             return None

@@ -6,7 +6,6 @@ layer of which few entries change is not run again either: the changes alone are
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 from torch import nn
@@ -60,7 +59,7 @@ class BatchedHead:
         def record(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
             if id(module) in self.calls:
                 raise CannotBatch("a module of the head runs twice")
-            out = self._own[id(module)](x)
+            out = self._plain(module, x)
             self.calls[id(module)] = Call(len(self.calls), x, out)
             return out
 
@@ -95,7 +94,7 @@ class BatchedHead:
                 return call.out
             out = changed_output(module, x)
             if out is None:
-                out = self._own[id(module)](x)
+                out = self._plain(module, x)
             self.latest[id(module)] = (None if call.position == first else x, out)
             return out
 
@@ -113,9 +112,7 @@ class BatchedHead:
 
     def _run(self, forward: Callable[[nn.Module, torch.Tensor], torch.Tensor], rows: int) -> torch.Tensor:
         modules = self.modules.values()
-        replaced = {id(module): module.__dict__.get("forward") for module in modules}
-        # a search of perturbed weights may have put its own there
-        self._own = {id(module): replaced[id(module)] or partial(type(module).forward, module) for module in modules}
+        self._replaced = {id(m): m.__dict__["forward"] for m in modules if "forward" in m.__dict__}
         for module in modules:
             # an instance attribute is found before the class's method, and goes without a trace
             module.__dict__["forward"] = lambda x, module=module: forward(module, x)
@@ -124,8 +121,13 @@ class BatchedHead:
         finally:
             for module in modules:
                 del module.__dict__["forward"]
-                if replaced[id(module)] is not None:
-                    module.__dict__["forward"] = replaced[id(module)]
+                if id(module) in self._replaced:
+                    module.__dict__["forward"] = self._replaced[id(module)]
+
+    def _plain(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """What the module gives: by its class, or by a forward that a search with perturbed weights put there."""
+        forward = self._replaced.get(id(module))
+        return type(module).forward(module, x) if forward is None else forward(x)
 
     # --- one module --------------------------------------------------------------------------------
 
