@@ -67,6 +67,8 @@ def build(args: argparse.Namespace) -> nn.Module:
     model_type, options, _ = SIZES[args.size]
     if args.attention_dropout is not None:
         options = options | {"attention_probs_dropout_prob": args.attention_dropout}
+    if args.layers is not None:
+        options = options | {"num_hidden_layers": args.layers}
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **options)
     dtype = getattr(torch, args.dtype)
@@ -232,7 +234,7 @@ def measure_prepass(model: nn.Module, before: int, memory: PeakMemory, args: arg
 def rows_beside_lora(results: dict[str, list[dict]], args: argparse.Namespace) -> dict[str, list[dict]]:
     """Rows of the result files by file name: each variant's numbers and their ratios to LoRA's of the same round."""
     setting = {"model": args.size, "dtype": args.dtype, "tokens": f"{args.batch} x {args.length}"}
-    setting |= {} if args.attention_dropout is None else {"attention_dropout": args.attention_dropout}
+    setting |= {name: value for name in ("attention_dropout", "layers") if (value := getattr(args, name)) is not None}
     rows: dict[str, list[dict]] = {"sparse_step": [], "sparse_prepass": []}
     for variant, rounds in results.items():
         pairs = list(zip(rounds, results["lora"], strict=True))
@@ -290,6 +292,7 @@ VARIANTS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="minilm")
+    parser.add_argument("--layers", type=int, help="another depth than the size's, to see what a layer adds")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3, help="measured steps per process (after two others)")
@@ -325,6 +328,8 @@ def main() -> None:
     head = (
         f"{args.size}, {args.dtype}, batch {args.batch} x {args.length}, {args.threads} threads, {args.repeats} rounds"
     )
+    if args.layers is not None:
+        head += f", {args.layers} layers"
     if args.attention_dropout is not None:
         head += f", attention dropout {args.attention_dropout:g}"
     print(f"{head}\n\n{table(results)}\n")
