@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 import results as result_files
 import torch
@@ -60,7 +59,7 @@ SIZES = {
         140_000,
     ),
 }
-Step = Callable[[], None]
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def build(args: argparse.Namespace) -> nn.Module:
@@ -161,6 +160,7 @@ def factors_of(module: nn.Module) -> list[torch.Tensor]:
 def measure(variant: str, args: argparse.Namespace) -> dict:
     """Steps of one variant in this process."""
     torch.set_num_threads(args.threads)
+    now = CLOCKS[args.clock]
     model, memory = build(args), PeakMemory()
     before = memory.level()
     model, optimizers = optimizers_of(variant, model, SIZES[args.size][2], args.batch * args.length)
@@ -197,11 +197,11 @@ def measure(variant: str, args: argparse.Namespace) -> dict:
     memory.reset()
     seconds = []
     for _ in range(args.steps):
-        start = time.perf_counter()
+        start = now()
         finish(forward())
         if args.device != "cpu":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now() - start)
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     return {
         "seconds": statistics.median(seconds),
@@ -217,15 +217,16 @@ def measure_prepass(model: nn.Module, before: int, memory: PeakMemory, args: arg
     ids = torch.randint(5, 1000, (args.batch, args.length), device=args.device)
     labels = torch.randint(0, 2, (args.batch,), device=args.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    now = CLOCKS[args.clock]
     compute_bases(model, [batch])  # warm
     for columns, _ in layers_by_columns(model, "default"):
         columns.ready = False  # as before training
     memory.reset()
-    start = time.perf_counter()
+    start = now()
     compute_bases(model, [batch] * args.gradients, gradients=args.gradients)
     if args.device != "cpu":
         torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / args.gradients
+    seconds = (now() - start) / args.gradients
     columns = {b.data_ptr(): b.numel() * b.element_size() for n, b in model.named_buffers() if "columns" in n}
     return {"seconds": seconds, "peak": memory.bytes() - before, "state": sum(columns.values()), "gradients": 0,
             "saved": 0}  # fmt: skip
@@ -234,6 +235,7 @@ def measure_prepass(model: nn.Module, before: int, memory: PeakMemory, args: arg
 def rows_beside_lora(results: dict[str, list[dict]], args: argparse.Namespace) -> dict[str, list[dict]]:
     """Rows of the result files by file name: each variant's numbers and their ratios to LoRA's of the same round."""
     setting = {"model": args.size, "dtype": args.dtype, "tokens": f"{args.batch} x {args.length}"}
+    setting |= {} if args.clock == "wall" else {"clock": args.clock}
     setting |= {name: value for name in ("attention_dropout", "layers") if (value := getattr(args, name)) is not None}
     rows: dict[str, list[dict]] = {"sparse_step": [], "sparse_prepass": []}
     for variant, rounds in results.items():
@@ -306,6 +308,9 @@ def main() -> None:
         help="with 0 the CPU's attention keeps no probabilities for the backward pass; default: the model's",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="processor: where other work shares the cores; CPU only"
+    )
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--save", action="store_true", help="write result files; the variants must include lora")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
