@@ -13,7 +13,8 @@ ones with a falling spectrum, drawn one by one. At the default size the stacked 
 
 The energy of real gradients that the structured block's directions keep: the leading eigenvectors of the full Gram
 sums against those of the sketches that a SparseGrad adapter takes (`compute_bases`). Demo encoder and task, 30 batches
-of 16 rows; mean over the layers of a kind, with the smallest.
+of 16 rows; mean over the layers of a kind. And the largest angle, in radians, between the leading quarter of the full
+directions and the span of the sketched ones. Written to `results/sparse_basis.json`.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import time
 
+import results as result_files
 import torch
 
 from hf_ft_ext.sparse.basis import GramSums
@@ -73,8 +75,8 @@ def angles(leading: int) -> tuple[float, float]:
     return tuple(largest_angle(a[:, :leading], b[:, :leading]) for a, b in zip(ours, theirs, strict=True))
 
 
-def real_energy(model_name: str | None, batches: int = 30, rows: int = 16) -> str:
-    """A table of the energy kept on both sides, by the full HOSVD and by sketches."""
+def real_energy(model_name: str | None, batches: int = 30, rows: int = 16) -> list[dict]:
+    """Rows of a result file: the energy that the full HOSVD and sketches keep on both sides, and the angle between."""
     from peft import get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
@@ -92,7 +94,7 @@ def real_energy(model_name: str | None, batches: int = 30, rows: int = 16) -> st
     batch_list = [dict(collate([data[i] for i in range(s, s + rows)])) for s in range(0, batches * rows, rows)]
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
-    lines = ["| scope | layers | side | full HOSVD | sketches |", "| --- | --- | --- | ---: | ---: |"]
+    found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for scope in ("layer", "kind"):
         model = get_peft_model(base, SparseGradConfig(task_type="SEQ_CLS", scope=scope))
         compute_bases(model, batch_list)
@@ -108,20 +110,32 @@ def real_energy(model_name: str | None, batches: int = 30, rows: int = 16) -> st
             for layer_name in layers:
                 gradient = base.get_submodule(layer_name).weight.grad
                 parts = (gradient @ gradient.T, gradient.T @ gradient)
-                found = sums.setdefault(id(columns[layer_name]), [torch.zeros_like(part) for part in parts])
-                for total, part in zip(found, parts, strict=True):
+                totals = sums.setdefault(id(columns[layer_name]), [torch.zeros_like(part) for part in parts])
+                for total, part in zip(totals, parts, strict=True):
                     total += part
-        kept: dict[tuple[str, str], list[tuple[float, float]]] = {}
-        for layer_name, found in columns.items():
-            for side, gram, chosen in zip(("out", "in"), sums[id(found)], found.buffers(), strict=True):
-                values = torch.linalg.eigvalsh(gram.double()).flip(0)
-                best = (values[: chosen.shape[1]].sum() / values.sum()).item()
-                ours = ((chosen.double().T @ gram.double() @ chosen.double()).trace() / values.sum()).item()
-                kept.setdefault((fold_layer_numbers(layer_name), side), []).append((best, ours))
-        for (kind, side), pairs in kept.items():
-            cells = [f"{statistics.mean(p):.4f} (from {min(p):.4f})" for p in zip(*pairs, strict=True)]
-            lines.append(f"| {scope} | {kind} | {side} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        one_each = {id(chosen): (layer_name, chosen) for layer_name, chosen in columns.items()}
+        for layer_name, chosen in one_each.values():
+            for side, gram, sketched in zip(("out", "in"), sums[id(chosen)], chosen.buffers(), strict=True):
+                values, vectors = torch.linalg.eigh(gram.double())
+                k, sketched = sketched.shape[1], sketched.double()
+                leading = vectors.flip(1)[:, : max(k // 4, 1)]
+                measured = {
+                    "energy, full HOSVD": values.flip(0)[:k].sum() / values.sum(),
+                    "energy, sketches": (sketched.T @ gram.double() @ sketched).trace() / values.sum(),
+                    "angle of the leading quarter": torch.tensor(largest_angle(sketched, leading)),
+                }
+                cells = found.setdefault((scope, fold_layer_numbers(layer_name), side), {})
+                for quantity, value in measured.items():
+                    cells.setdefault(quantity, []).append(float(value))
+    return [
+        {"scope": scope, "layers": kind, "side": side, "quantity": quantity, **over_layers(values)}
+        for (scope, kind, side), cells in found.items()
+        for quantity, values in cells.items()
+    ]
+
+
+def over_layers(values: list[float]) -> dict:
+    return {"value": statistics.mean(values), "low": min(values), "high": max(values), "values": values}
 
 
 def measure(way: str, args: argparse.Namespace) -> dict:
@@ -154,7 +168,11 @@ def main() -> None:
         print(json.dumps(measure(args.way, args)))
         return
     if args.real:
-        print(real_energy(args.model))
+        torch.set_num_threads(args.threads)
+        rows = real_energy(args.model)
+        for row in rows:
+            print({key: value for key, value in row.items() if key != "values"})
+        result_files.save("sparse_basis", rows)
         return
     results: dict[str, list[dict]] = {way: [] for way in WAYS}
     for number in range(args.repeats):

@@ -197,10 +197,9 @@ def quantities(variant: Variant) -> dict[str, dict[int, float]]:
     """By quantity and seed: the score, seconds and peak memory (every preparation included), parameters, bytes."""
     found: dict[str, dict[int, float]] = {}
     for seed, record in sorted(variant.records.items()):
-        trained = record["train_seconds"] is not None
         values = {
             "score": record["metrics"][variant.report],
-            "seconds": record["train_seconds"] + record["preparation_seconds"] if trained else None,
+            "seconds": record["train_seconds"],  # preparation included
             "preparation seconds": record["preparation_seconds"],
             "peak MiB": None if record["peak_memory_bytes"] is None else record["peak_memory_bytes"] / _MIB,
             "trained parameters": record["trainable_parameters"],

@@ -24,7 +24,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 
 import results as result_files
 import torch
@@ -60,13 +59,15 @@ SIZES = {
         140_000,
     ),
 }
-Step = Callable[[], None]
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def build(args: argparse.Namespace) -> nn.Module:
     model_type, options, _ = SIZES[args.size]
     if args.attention_dropout is not None:
         options = options | {"attention_probs_dropout_prob": args.attention_dropout}
+    if args.layers is not None:
+        options = options | {"num_hidden_layers": args.layers}
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **options)
     dtype = getattr(torch, args.dtype)
@@ -159,6 +160,7 @@ def factors_of(module: nn.Module) -> list[torch.Tensor]:
 def measure(variant: str, args: argparse.Namespace) -> dict:
     """Steps of one variant in this process."""
     torch.set_num_threads(args.threads)
+    now = CLOCKS[args.clock]
     model, memory = build(args), PeakMemory()
     before = memory.level()
     model, optimizers = optimizers_of(variant, model, SIZES[args.size][2], args.batch * args.length)
@@ -195,11 +197,11 @@ def measure(variant: str, args: argparse.Namespace) -> dict:
     memory.reset()
     seconds = []
     for _ in range(args.steps):
-        start = time.perf_counter()
+        start = now()
         finish(forward())
         if args.device != "cpu":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(now() - start)
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     return {
         "seconds": statistics.median(seconds),
@@ -215,15 +217,16 @@ def measure_prepass(model: nn.Module, before: int, memory: PeakMemory, args: arg
     ids = torch.randint(5, 1000, (args.batch, args.length), device=args.device)
     labels = torch.randint(0, 2, (args.batch,), device=args.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    now = CLOCKS[args.clock]
     compute_bases(model, [batch])  # warm
     for columns, _ in layers_by_columns(model, "default"):
         columns.ready = False  # as before training
     memory.reset()
-    start = time.perf_counter()
+    start = now()
     compute_bases(model, [batch] * args.gradients, gradients=args.gradients)
     if args.device != "cpu":
         torch.cuda.synchronize()
-    seconds = (time.perf_counter() - start) / args.gradients
+    seconds = (now() - start) / args.gradients
     columns = {b.data_ptr(): b.numel() * b.element_size() for n, b in model.named_buffers() if "columns" in n}
     return {"seconds": seconds, "peak": memory.bytes() - before, "state": sum(columns.values()), "gradients": 0,
             "saved": 0}  # fmt: skip
@@ -232,7 +235,8 @@ def measure_prepass(model: nn.Module, before: int, memory: PeakMemory, args: arg
 def rows_beside_lora(results: dict[str, list[dict]], args: argparse.Namespace) -> dict[str, list[dict]]:
     """Rows of the result files by file name: each variant's numbers and their ratios to LoRA's of the same round."""
     setting = {"model": args.size, "dtype": args.dtype, "tokens": f"{args.batch} x {args.length}"}
-    setting |= {} if args.attention_dropout is None else {"attention_dropout": args.attention_dropout}
+    setting |= {} if args.clock == "wall" else {"clock": args.clock}
+    setting |= {name: value for name in ("attention_dropout", "layers") if (value := getattr(args, name)) is not None}
     rows: dict[str, list[dict]] = {"sparse_step": [], "sparse_prepass": []}
     for variant, rounds in results.items():
         pairs = list(zip(rounds, results["lora"], strict=True))
@@ -290,6 +294,7 @@ VARIANTS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="minilm")
+    parser.add_argument("--layers", type=int, help="another depth than the size's, to see what a layer adds")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3, help="measured steps per process (after two others)")
@@ -303,6 +308,9 @@ def main() -> None:
         help="with 0 the CPU's attention keeps no probabilities for the backward pass; default: the model's",
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="processor: where other work shares the cores; CPU only"
+    )
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--save", action="store_true", help="write result files; the variants must include lora")
     parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
@@ -325,6 +333,8 @@ def main() -> None:
     head = (
         f"{args.size}, {args.dtype}, batch {args.batch} x {args.length}, {args.threads} threads, {args.repeats} rounds"
     )
+    if args.layers is not None:
+        head += f", {args.layers} layers"
     if args.attention_dropout is not None:
         head += f", attention dropout {args.attention_dropout:g}"
     print(f"{head}\n\n{table(results)}\n")

@@ -135,6 +135,7 @@ def _attach(module: nn.Module, name: str, indices: torch.Tensor) -> None:
     def read(self: nn.Module) -> torch.Tensor:
         return self._modules[f"{name}{_SUFFIX}"](self._buffers[name])
 
+    # torch's parametrize makes a class for the module as well, and renames the weight in `state_dict()`.
     kind = type(module)
     module.__class__ = type(kind.__name__, (kind,), {name: property(read), "__module__": kind.__module__, _MADE: True})
     module.register_state_dict_pre_hook(_fold_first(name))

@@ -86,6 +86,19 @@ def test_accumulation_equals_one_large_batch(tmp_path):
     assert max((value - before[name]).abs().max() for name, value in weights(whole).items()) > 1e-3
 
 
+@pytest.mark.parametrize("support", ["dynamic", "static", "structured"])
+def test_weight_decay_leaves_biases_and_norms_out(tmp_path, support):
+    adapter = support == "structured"
+    trainer = make(tmp_path, sparse_support=support, sparse_basis="random", adapter=adapter, weight_decay=0.1)
+    if adapter:
+        trainer.model.get_base_model().bert.embeddings.requires_grad_(True)
+    groups = trainer.create_optimizer().param_groups
+    names = {id(p): name for name, p in trainer.model.named_parameters()}
+    decays = {names[id(p)]: group["weight_decay"] == 0.1 for group in groups for p in group["params"]}
+    assert decays == {name: not ("bias" in name or "LayerNorm" in name) for name in decays}
+    assert {True, False} == set(decays.values())
+
+
 def test_best_model_is_loaded_at_the_end(tmp_path):
     trainer = make(tmp_path, save_strategy="epoch", eval_strategy="epoch", load_best_model_at_end=True)
     trainer.train()

@@ -1,15 +1,17 @@
 """Quantized base models: adapters and heads train on them, whatever needs the weights refuses."""
 
+import copy
 import importlib.util
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from test_models import data
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForSequenceClassification
 
+from hf_ft_ext import SparseGradConfig, compute_bases
 from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
 from hf_ft_ext.arguments import ModelArguments
 from hf_ft_ext.errors import InputError
@@ -144,6 +146,42 @@ def test_sparse_grad_on_a_quantized_base_equals_the_dequantized_computation(fold
         assert torch.equal(loaded.eval()(**batch).logits, trainer.model.eval()(**batch).logits)
     with pytest.raises(InputError, match=r"dense is quantized \(Linear\w*\), and a merged weight would be rounded"):
         trainer.model.merge_adapter()
+
+
+def test_sparse_grad_on_torchao_weights_trains_as_on_dequantized_ones(tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    plain = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+    def in_encoder(module, name):
+        return isinstance(module, torch.nn.Linear) and "encoder" in name
+
+    bases = [copy.deepcopy(plain) for _ in range(3)]
+    for base in bases[:2]:
+        quantization.quantize_(base, quantization.Int8WeightOnlyConfig(), filter_fn=in_encoder)
+    for name, module in bases[2].named_modules():
+        if in_encoder(module, name):
+            module.weight.data = bases[0].get_submodule(name).weight.dequantize().clone()
+    rows = {"input_ids": torch.arange(5, 25).view(2, 10), "labels": torch.tensor([0, 1])}
+    models = [get_peft_model(base, SparseGradConfig(task_type="SEQ_CLS", density=0.1)) for base in bases[::2]]
+    compute_bases(models[0], [rows] * 2)
+    columns = {name: tensor for name, tensor in models[0].state_dict().items() if "_columns." in name}
+    models[1].load_state_dict(columns, strict=False)
+    for model in models:
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(**rows).loss.backward()
+            optimizer.step()
+    quantized, dequantized = (model.state_dict() for model in models)
+    values = [name for name in quantized if "sparse_grad_values" in name]
+    assert all(quantized[name].abs().max() > 1e-4 for name in values)
+    for name in values:
+        torch.testing.assert_close(quantized[name], dequantized[name], rtol=1e-4, atol=1e-7)
+    models[0].save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(bases[1], tmp_path)
+    assert torch.equal(loaded.eval()(**rows).logits, models[0].eval()(**rows).logits)
+    with pytest.raises(InputError, match=r"is quantized .*, and a merged weight would be rounded"):
+        models[0].merge_adapter()
 
 
 def test_an_evaluation_does_not_cut_the_gradients(folder):

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.adapters.sparse_grad.config import RANDOM, SparseGradConfig
 from hf_ft_ext.adapters.sparse_grad.functions import AddedChange, ChangedLinear, Observed, change_of_weight
 from hf_ft_ext.adapters.sparse_grad.subspace import OVERSAMPLING, random_columns, seed_of
+from hf_ft_ext.adapters.sparse_grad.targets import quantization_of
 from hf_ft_ext.errors import InputError
 
 Observer = Callable[[torch.Tensor, torch.Tensor], None]
@@ -58,7 +58,6 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         config: SparseGradConfig,
         columns: SparseGradColumns,
-        **quantization,
     ):
         super().__init__()
         self.base_layer = base_layer
@@ -66,7 +65,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = _get_in_out_features(base)
         self.sparse_grad_values = nn.ParameterDict()  # D, shape (r, c)
         self.sparse_grad_columns = nn.ModuleDict()
-        self.quantization_backend = resolve_quantization_backend(base, **quantization)
+        self.quantization_backend = quantization_of(base)
         self.merged_adapters = []
         self._disable_adapters = False
         self._observers: dict[str, Observer] = {}

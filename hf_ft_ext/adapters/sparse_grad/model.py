@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_quantization_kwargs
 from torch import nn
 
 from hf_ft_ext.adapters.layers import fold_layer_numbers, names_by_layer, plain_name, shown_name, split_layer
@@ -44,7 +43,7 @@ class SparseGradModel(LayerTuner):
         if isinstance(target, SparseGradLayer):
             target.update_layer(adapter_name, peft_config, columns)
             return
-        layer = SparseGradLayer(target, adapter_name, peft_config, columns, **get_quantization_kwargs(self.model))
+        layer = SparseGradLayer(target, adapter_name, peft_config, columns)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,8 +27,14 @@ def can_be_adapted(module: nn.Module) -> bool:
         return True
     if isinstance(base, nn.Linear) and not base.weight.is_floating_point():  # of a quantizer that peft does not know
         return True
-    backend = resolve_quantization_backend(base, get_apply_tensor_subclass=lambda: None)
+    backend = quantization_of(base)
     return backend is not None and backend.layer_type == "linear"
+
+
+def quantization_of(base: nn.Module) -> QuantizationBackend | None:
+    """peft's knowledge of a quantized layer's format; `None` for a layer that is not quantized."""
+    # What peft wants for torchao serves merging alone, and quantized weights are not merged into.
+    return resolve_quantization_backend(base, get_apply_tensor_subclass=lambda: None)
 
 
 def linear_kinds(model: nn.Module) -> list[str]:
