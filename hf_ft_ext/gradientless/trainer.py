@@ -41,7 +41,7 @@ from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.batches import check_full_batch
 from hf_ft_ext.training.finite import StopAtNaN
-from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.loss_scale import declare_mean_loss, predicts_next_tokens
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, has_own_loss, overridden
 from hf_ft_ext.training.plan import TrainedWeight
 from hf_ft_ext.training.precision import warn_of_lost_updates
@@ -239,7 +239,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         return FullObjective(with_same_masks(full.value, self.state.global_step + self.args.seed))
 
     def _predicts_tokens(self) -> bool:
-        return type(self._inner()).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+        return predicts_next_tokens(self.model)
 
     def _language_losses(self, inputs: dict[str, Any], labels: torch.Tensor, n: int) -> torch.Tensor:
         """Losses `[n]` of a causal language model on a batch repeated `n` times."""

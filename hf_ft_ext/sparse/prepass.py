@@ -15,6 +15,7 @@ from hf_ft_ext.features import evaluating
 from hf_ft_ext.sparse.basis import GRADIENT
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.training.loader_batches import draws_own_batches, loader_batches
+from hf_ft_ext.training.loss_scale import predicts_next_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,8 @@ def _batch_gradient(
     Args:
         over_processes: the batch lies on all processes, a part on each.
     """
-    sizes = [_label_count(batch) for batch in micro_batches]
+    shifted = predicts_next_tokens(trainer.model)
+    sizes = [_label_count(batch, shifted) for batch in micro_batches]
     labels = float(sum(sizes))
     if over_processes and trainer.args.world_size > 1:
         labels = trainer.accelerator.reduce(torch.tensor(labels, device=trainer.args.device)).item()
@@ -126,12 +128,18 @@ def _batch_gradient(
     return total
 
 
-def _label_count(batch: dict) -> int:
-    """Labels that a micro-batch's mean loss runs over: its weight in the mean over the whole batch."""
+def _label_count(batch: dict, shifted: bool) -> int:
+    """Labels that a micro-batch's mean loss runs over: its weight in the mean over the whole batch.
+
+    Args:
+        shifted: each token is predicted from those before it, so the first label of a row does not count.
+    """
     labels = batch.get("labels")
     if labels is None:
         return len(next(iter(batch.values())))
-    return int((labels != -100).sum()) if labels.ndim > 1 and not labels.is_floating_point() else len(labels)
+    if labels.ndim < 2 or labels.is_floating_point():
+        return len(labels)
+    return int(((labels[:, 1:] if shifted else labels) != -100).sum())
 
 
 def _loader_batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:

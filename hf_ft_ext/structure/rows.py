@@ -68,8 +68,9 @@ def trial_copy(model: nn.Module) -> nn.Module:
     shared |= _eight_bit_states(model)
     other = copy.deepcopy(model, shared).eval()
     for module in other.modules():
-        # Whoever replaces a module's own forward (trl's fused head, accelerate's hooks) has bound it to the original.
-        vars(module).pop("forward", None)
+        # A wrapper around the forward of the original (trl's fused head, accelerate's hooks) would run the original.
+        if hasattr(vars(module).get("forward"), "__wrapped__"):
+            del module.forward
         if isinstance(module, BaseTunerLayer):
             module._disable_adapters = True
     return other

@@ -28,6 +28,8 @@ METHODS = {
 TRAINED = [method for method in METHODS if method != "kernel"]  # it takes no steps
 TEMPLATE = "*cls**sent_0*_it_was*mask*.*sep+*"
 PROMPT = ("--few_shot_type", "prompt", "--template", TEMPLATE, "--mapping", "{'no': 'bad', 'yes': 'great'}")
+STEPS = ("--do_train", "--do_eval", "--do_predict")
+SAVING = ("--save_steps", "2")
 PAIRS = [("the film was", " great"), ("a dull plot, and", " not the ending"), ("we hated it and really", " bad")]
 _LOADERS = {
     "PromptForSequenceClassification": PromptForSequenceClassification, "PeftModel": PeftModel,
@@ -52,22 +54,33 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def launch(folder, family, method, out, *more, task="prompt"):
+def launch(folder, family, method, out, *more, task="prompt", steps=STEPS, prompt=PROMPT):
     data = {"prompt": ("train.jsonl", "test.jsonl"), "language": ("pairs.jsonl", "pairs.jsonl")}[task]
-    language = ("--task_type", "seq2seq_lm" if family == "t5" else "causal_lm", "--predict_with_generate",
-                "--max_new_tokens", "3")  # fmt: skip
-    steps = () if method == "kernel" else ("--max_steps", "4", "--warmup_steps", "0")
+    language = ("--task_type", "seq2seq_lm" if family == "t5" else "causal_lm")
+    if "--do_eval" in steps:
+        language = (*language, "--predict_with_generate", "--max_new_tokens", "3")
+    options = METHODS[method] if "--do_train" in steps else ()
+    many = () if method == "kernel" else ("--max_steps", "4", "--warmup_steps", "0")
     status = run_glue.main(
         [
-            "--model_name_or_path", str(folder / family), "--method", method, *METHODS[method],
+            "--model_name_or_path", str(folder / family), "--method", method, *options,
             "--train_file", str(folder / data[0]), "--validation_file", str(folder / data[1]),
             "--test_file", str(folder / data[1]), "--max_seq_length", "48", "--use_cpu", "--disable_tqdm", "true",
-            "--do_train", "--do_eval", "--do_predict", "--output_dir", str(out), *steps,
-            *(PROMPT if task == "prompt" else language), *more,
+            *steps, "--output_dir", str(out), *many,
+            *(prompt if task == "prompt" else language), *more,
         ]
     )  # fmt: skip
     assert status == 0
     return json.loads((Path(out) / "run.json").read_text())
+
+
+def resumes_as_it_went_on(folder, family, method, out, task) -> None:
+    """Fail unless a run from the checkpoint in the middle of the run in `out` ends with the same bits."""
+    last = ("--resume_from_checkpoint", str(out / "checkpoint-2"), *SAVING)
+    launch(folder, family, method, out / "resumed", *last, task=task, steps=("--do_train",))
+    whole, resumed = weights(out), weights(out / "resumed")
+    assert whole and whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 def weights(folder):
@@ -77,12 +90,14 @@ def weights(folder):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_decoder_classifies_by_prompt_with_every_method(folder, tmp_path, family, method):
-    record = launch(folder, family, method, tmp_path)
+    record = launch(folder, family, method, tmp_path, *(SAVING if method != "kernel" else ()))
     assert 0 <= record["metrics"]["eval_accuracy"] <= 1 and record["labels"] == ["no", "yes"]
     with open(tmp_path / "predictions.tsv", encoding="utf-8") as file:
         predicted = [row["prediction"] for row in csv.DictReader(file, delimiter="\t")]
     if method == "kernel":  # its result is more than a model
         assert len(predicted) == 6
+        launch(folder, tmp_path, method, tmp_path / "again", steps=("--do_predict",), prompt=())
+        assert (tmp_path / "again" / "predictions.tsv").read_text() == (tmp_path / "predictions.tsv").read_text()
         return
     model = eval(record["load"], _LOADERS).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder / family)
@@ -92,6 +107,7 @@ def test_a_decoder_classifies_by_prompt_with_every_method(folder, tmp_path, fami
     with torch.no_grad():
         logits = model(**tokenizer.pad(rows, return_tensors="pt")).logits
     assert [config.id2label[i] for i in logits.argmax(-1).tolist()] == predicted
+    resumes_as_it_went_on(folder, family, method, tmp_path, "prompt")
 
 
 def mean_loss(model, tokenizer, both):
@@ -115,7 +131,7 @@ def mean_loss(model, tokenizer, both):
 @pytest.mark.parametrize("method", TRAINED)
 @pytest.mark.parametrize("family", DECODERS)
 def test_a_decoder_writes_text_with_every_method(folder, tmp_path, family, method):
-    record = launch(folder, family, method, tmp_path, task="language")
+    record = launch(folder, family, method, tmp_path, *SAVING, task="language")
     assert record["task_type"] == ("seq2seq_lm" if family == "t5" else "causal_lm") and record["labels"] is None
     assert record["quality"] == "eval_f1" and len(record["generations"]) == 5
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
@@ -125,15 +141,15 @@ def test_a_decoder_writes_text_with_every_method(folder, tmp_path, family, metho
     with torch.no_grad():
         loss = mean_loss(model, tokenizer, family == "t5")
     assert record["metrics"]["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    resumes_as_it_went_on(folder, family, method, tmp_path, "language")
 
 
-@pytest.mark.parametrize("task", ["prompt", "language"])
-@pytest.mark.parametrize(("family", "method"), list(zip(DECODERS, TRAINED, strict=True)))
-def test_a_resumed_run_equals_an_unbroken_one(folder, tmp_path, family, method, task):
-    saving = ("--save_steps", "2")
-    launch(folder, family, method, tmp_path / "whole", *saving, task=task)
-    last = ("--resume_from_checkpoint", str(tmp_path / "whole" / "checkpoint-2"))
-    launch(folder, family, method, tmp_path / "resumed", *saving, *last, task=task)
-    whole, resumed = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
-    assert whole and whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+def test_hyperparameters_are_searched_by_the_loss(folder, tmp_path):
+    pytest.importorskip("optuna")
+    launch(folder, "gpt2", "sparse", tmp_path, "--hp_search", "2", task="language", steps=("--do_train", "--do_eval"))
+    found = json.loads((tmp_path / "hp_search.json").read_text())
+    losses = [trial["eval_loss"] for trial in found["trials"]]
+    assert found["metric"] == "eval_loss" and len(losses) == 2
+    best = found["trials"][losses.index(min(losses))]
+    assert found["best"] == {name: best[name] for name in found["best"]}
+    assert json.loads((tmp_path / "run.json").read_text())["metrics"]["eval_loss"] == pytest.approx(min(losses))

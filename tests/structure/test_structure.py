@@ -1,6 +1,7 @@
 """What is found in a model equals what its source says; the model stays as it was; bad input."""
 
 import copy
+import functools
 from types import MethodType
 
 import pytest
@@ -153,6 +154,14 @@ def test_names_do_not_decide():
     assert (block.query, block.value) == (
         ("bert.encoder.layer.0.attention.self.value",), ("bert.encoder.layer.0.attention.self.query",),
     )  # fmt: skip
+
+
+def test_a_wrapped_forward_is_looked_through():
+    """trl's fused head wraps a model's forward, and a copy of the wrapper would run the model itself."""
+    model, plain = tiny_model(), find_structure(tiny_model())
+    inner = model.forward
+    model.forward = functools.wraps(inner)(lambda *args, **kwargs: inner(*args, **kwargs))
+    assert find_structure(model) == plain
 
 
 def _swapped(attention, hidden_states, *args, **kwargs):

@@ -1,0 +1,66 @@
+"""Language models on two processes end where one process does: each method and task, the families in turn."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+from cells import VARIANTS, make, result
+from decoders import TOKENIZER_OF, subword_tokenizer
+from processes import two_ranks
+from safetensors.torch import load_file, save_file
+
+# method -> family of its prompt, and of its language modelling (the kernel has none)
+CELLS = {
+    "full": ("opt", "llama"),
+    "lora": ("llama", "t5"),
+    "sparse": ("qwen3", "gpt2"),
+    "sparse-dynamic": ("gpt2", "qwen3"),
+    "fisher": ("t5", "llama"),
+    "spsa": ("gpt2", "opt"),
+    "kernel": ("llama", None),
+}
+RUNS = [
+    (name, family, task)
+    for name, pair in CELLS.items()
+    for family, task in zip(pair, ("prompt", "language"), strict=True)
+    if family is not None
+]
+
+
+def run_all(argv: list[str]) -> None:
+    """Train every cell, as one of two processes, into the folder `argv[0]`."""
+    for number, (name, family, task) in enumerate(RUNS):
+        trainer = make(Path(argv[0]) / "run", name, family, task, batch=2, accumulation=2, steps=2)
+        trainer.train()
+        ended = result(trainer)
+        if trainer.is_world_process_zero():
+            save_file(ended, Path(argv[0]) / f"{number}.safetensors")
+    trainer.accelerator.end_training()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    for kind in TOKENIZER_OF.values():  # a unigram tokenizer comes out otherwise in each process that trains one
+        subword_tokenizer(kind)
+    two_ranks(run_all, str(folder), seconds=300)
+    return folder
+
+
+def test_every_method_has_a_cell():
+    assert set(CELLS) == set(VARIANTS)
+
+
+@pytest.mark.parametrize("number", range(len(RUNS)), ids=["-".join(run) for run in RUNS])
+def test_two_processes_end_where_one_does(two, tmp_path, number):
+    name, family, task = RUNS[number]
+    trainer = make(tmp_path, name, family, task, batch=4, accumulation=2, steps=2)
+    before = {key: p.detach().clone() for key, p in trainer.model.named_parameters()}
+    trainer.train()
+    ours, theirs = result(trainer), load_file(two / f"{number}.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert torch.allclose(ours[key], value, rtol=0, atol=1e-6), f"{key}: {(ours[key] - value).abs().max():.2g}"
+    assert any(key not in before or not torch.equal(before[key], value) for key, value in ours.items())
