@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from hf_ft_ext.argument_completion import chosen
 from hf_ft_ext.arguments import Gradients
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.options import DIMENSION, Engine, KernelOptions, signs_of_projections
 from hf_ft_ext.kernel.solvers import FULL_UNKNOWNS, Coupling, Solver, SolverOptions
 from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
-from hf_ft_ext.training.completion import chosen
 
 AUTO, LEAVE_ONE_OUT = "auto", "loo"
 # Of least squares whose rows cannot be left out at once: well-conditioned kernels predict as with 0, others predict

@@ -22,12 +22,12 @@ from hf_ft_ext.data.multi_label import SEPARATOR
 from hf_ft_ext.data.origins import data_source
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.files import write_json, write_text
 from hf_ft_ext.launch.defaults import task_label
 from hf_ft_ext.launch.language import LanguageRun, loading_class, write_predictions
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction, best_thresholds, probabilities
 from hf_ft_ext.models import model_label, model_source
 from hf_ft_ext.prompts.model import is_prompt_model
-from hf_ft_ext.training.files import write_json, write_text
 from hf_ft_ext.training.plan import align, trained_weights
 from hf_ft_ext.training.privacy import hide_tokens, is_secret, without_secrets
 from hf_ft_ext.training.record import RUN_RECORD, write_run_record

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import CONFIG_NAME
 
 from hf_ft_ext.adapters.folder import ADAPTER_CONFIG
+from hf_ft_ext.argument_completion import chosen
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.kernel.arguments import KernelTrainingArguments
 from hf_ft_ext.kernel.options import Engine
@@ -19,7 +20,6 @@ from hf_ft_ext.kernel.saved.record import COEFFICIENTS, KEPT, SavedKernel
 from hf_ft_ext.kernel.saved.training_side import TrainingFeatures
 from hf_ft_ext.kernel.solvers import Coupling
 from hf_ft_ext.per_example.capture import Function
-from hf_ft_ext.training.completion import chosen
 from hf_ft_ext.training.sharing import FinishedRun, rerun_code
 
 

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.errors import InputError, first_line
+from hf_ft_ext.files import replacing, tensor_hash, write_json
 from hf_ft_ext.kernel.saved.training_side import KINDS, TrainingSide
 from hf_ft_ext.kernel.solvers import Coupling, KernelModel, SolverOptions, arrays_of, solution_of
 from hf_ft_ext.per_example.capture import Function
-from hf_ft_ext.training.files import replacing, tensor_hash, write_json
 
 logger = logging.getLogger(__name__)
 
