@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,7 +34,7 @@ class Predicts(Protocol):
 
 def load_trainer(
     kind: Callable[..., Predicts],
-    folder: str | Path,
+    folder: str | os.PathLike,
     args: TrainingArguments | None,
     arguments_class: type[KernelTrainingArguments],
     model: nn.Module | None,
@@ -72,7 +73,7 @@ def load_trainer(
 
 
 def load_finished(
-    folder: str | Path,
+    folder: str | os.PathLike,
     labels: Sequence[str] | None,
     given: Mapping[str, Any],
     load: Callable[[], tuple],

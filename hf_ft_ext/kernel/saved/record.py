@@ -8,6 +8,7 @@ can be decoded with the tokenizer.
 import hashlib
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,7 @@ class SavedKernel:
             parameter.requires_grad_(name in set(self.parameters))
 
 
-def holds_kernel(folder: str | Path) -> bool:
+def holds_kernel(folder: str | os.PathLike) -> bool:
     """Whether a local folder holds a solved kernel."""
     return (Path(folder).expanduser() / SOLUTION).is_file()
 
