@@ -11,7 +11,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 WORKERS ?= $(CORES)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo docs test test-fast coverage test-oldest faults quality clean
+.PHONY: demo docs test test-fast coverage test-oldest faults quality imports clean
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -36,7 +36,12 @@ faults: $(VENV)/.test
 quality: $(VENV)/.quality
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
+
+# Which package imports which, in imports.svg; the layers stand in pyproject.toml.
+imports: $(VENV)/.quality
+	$(BIN)/python docs/import_graph.py imports.svg
 
 # The site of the documentation, in site/; offline, and a warning is an error. To read it with its search:
 # python -m http.server --directory site
@@ -68,7 +73,7 @@ $(VENV)/.%: setup.cfg pyproject.toml constraints.txt $(VENV)/.torch
 	touch $@
 
 $(VENV)/.quality: setup.cfg constraints.txt | $(BIN)/python
-	$(INSTALL) ruff mypy
+	$(INSTALL) ruff mypy import-linter
 	touch $@
 
 # The pages of the public names are made from the source, so the package itself is not installed.

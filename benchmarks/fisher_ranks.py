@@ -23,6 +23,7 @@ from hf_ft_ext import FisherTrainer, FisherTrainingArguments
 from hf_ft_ext.arguments import DataArguments, ModelArguments
 from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.data.preprocess import tokenize
+from hf_ft_ext.files import write_json
 from hf_ft_ext.fisher.candidates import layers_of, make_candidates
 from hf_ft_ext.fisher.criteria import CRITERIA
 from hf_ft_ext.fisher.plan import AdapterPlan
@@ -30,7 +31,6 @@ from hf_ft_ext.fisher.prepass import prepass_batches
 from hf_ft_ext.fisher.selection import select_adapters, settings_of
 from hf_ft_ext.metrics import primary_key
 from hf_ft_ext.models import load_tokenizer_and_model, model_max_length
-from hf_ft_ext.training.files import write_json
 
 
 def main() -> None:

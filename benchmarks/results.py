@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hf_ft_ext.training.files import write_json
+from hf_ft_ext.files import write_json
 from hf_ft_ext.training.record import library_versions
 
 FOLDER = Path(__file__).resolve().parent / "results"

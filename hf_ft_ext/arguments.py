@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
+from hf_ft_ext.argument_completion import complete_training_arguments
 from hf_ft_ext.errors import InputError, did_you_mean
-from hf_ft_ext.training.completion import complete_training_arguments
 
 DEFAULT_LENGTH = 128
 AUTO = "auto"

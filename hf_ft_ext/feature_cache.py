@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.features import HeadReader, head_parameters
-from hf_ft_ext.training.files import replacing, tensor_hash
+from hf_ft_ext.files import replacing, tensor_hash
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ class HeadReader:
     Use `HeadReader.find`, which tries.
     """
 
-    def __init__(self, model: nn.Module, read: Callable[[torch.Tensor, Batch], torch.Tensor]):
+    def __init__(self, model: nn.Module, read: "Callable[[torch.Tensor, _Context], torch.Tensor]"):
         self.model, self.read = model, read
         holder, _, self.prefix = encoder_path(model).rpartition(".")
         self.holder = model.get_submodule(holder)

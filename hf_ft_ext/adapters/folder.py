@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from hf_ft_ext.training.files import replacing, write_json, write_text
+from hf_ft_ext.files import replacing, write_json, write_text
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -93,15 +93,16 @@ def load_data(
         if stream is not None:
             raise InputError(f"--streaming: task '{task.name}' puts its rows together first; leave --streaming out")
         roles = [(role, name, task.prepare(data)) for role, name, data in roles]
-    given = data_args.label_column or []
-    label_columns = [given] if isinstance(given, str) else list(given)
+    named = data_args.label_column
+    label_columns = [named] if isinstance(named, str) else list(named or [])
     if len(label_columns) > 1:  # each column is a label
         other = roles[0][2].remove_columns([c for c in roles[0][2].column_names if c in label_columns])
         text_columns = _find_text(other, data_args.text_columns, None, task)
         label_column = None
     else:
-        text_columns = _find_text(roles[0][2], data_args.text_columns, data_args.label_column, task)
-        label_column = _find_label(roles, data_args.label_column, task)
+        label_column = label_columns[0] if label_columns else None
+        text_columns = _find_text(roles[0][2], data_args.text_columns, label_column, task)
+        label_column = _find_label(roles, label_column, task)
         label_columns = [label_column] if label_column is not None else []
     for column in label_columns:
         if column in text_columns:

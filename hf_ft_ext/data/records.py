@@ -1,7 +1,7 @@
 """JSON files as rows: one object a line, a list of objects, or one object that holds the rows."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -77,7 +77,7 @@ class Records:
                 raise Unreadable(f"entry {number} of its list is {type(row).__name__} instead of an object", _CURE)
             yield row
 
-    def kinds(self, text: Sequence[str], limit: int | None = None) -> dict[str, str]:
+    def kinds(self, text: Collection[str], limit: int | None = None) -> dict[str, str]:
         """The type of every column: a name of `datasets.Value`, `LIST_OF` such a name, `NESTED`, or "" for nulls only.
 
         A column `text` that holds texts and numbers is text.

@@ -1,7 +1,7 @@
 """Delimited files (csv, tsv) as rows of text, and what type each of their columns has."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from hf_ft_ext.data.dialect import AUTO, Dialect, find_dialect, rows
@@ -49,7 +49,7 @@ class Table:
             else:
                 raise Unreadable(f"line {number} has {len(fields)} fields, not {dialect.width}", "correct it")
 
-    def kinds(self, text: Sequence[str], limit: int | None = None) -> dict[str, str]:
+    def kinds(self, text: Collection[str], limit: int | None = None) -> dict[str, str]:
         """The type that every column's values allow: `TEXT`, `FLOAT`, `INT`, or `UNKNOWN` where all are missing.
 
         Args:

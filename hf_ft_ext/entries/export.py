@@ -16,8 +16,8 @@ from torch import nn
 from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS, name_base_in, save_base_configuration
 from hf_ft_ext.entries.layer import weights_with_entries
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.files import replacing
 from hf_ft_ext.peft_models import saved_by_peft, task_type_of
-from hf_ft_ext.training.files import replacing
 
 Changes = dict[str, tuple[torch.Tensor, torch.Tensor]]
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.training.files import tensor_hash
+from hf_ft_ext.files import tensor_hash
 
 _SUFFIX = "_entries"
 _MADE = "_made_for_entries"

@@ -153,7 +153,8 @@ class FisherTrainingArguments(MethodTrainingArguments):
                 raise InputError(f"{name}={value} is too few; pass 1 or more, or leave it out")
         if self.fisher_keep_ratio is not None and not 0 < self.fisher_keep_ratio < 1:
             raise InputError(f"fisher_keep_ratio={self.fisher_keep_ratio} is no share in (0, 1); pass 0.005, say")
-        for name, rate in (self.fisher_learning_rates or {}).items():
+        rates = self.fisher_learning_rates
+        for name, rate in rates.items() if isinstance(rates, dict) else ():
             if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
                 raise InputError(f"fisher_learning_rates: {name!r} has the rate {rate!r}; pass a number from 0 on")
         self._check_together(self._changed())

@@ -174,9 +174,9 @@ class FisherScalars:
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Scalars `[n, c]`."""
         if isinstance(self.loss, WholeLoss):
-            return self.loss.compute(model, batch).reshape(1, 1)
+            return self.loss.compute(model, dict(batch)).reshape(1, 1)
         if self.loss is not None:
-            return self.loss(model(**batch), batch)[:, None]
+            return self.loss(model(**batch), dict(batch))[:, None]
         # without labels: the model's own loss would cost, and average
         logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
         if self.labels == TRUE:

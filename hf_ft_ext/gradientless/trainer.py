@@ -241,7 +241,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     def _predicts_tokens(self) -> bool:
         return predicts_next_tokens(self.model)
 
-    def _language_losses(self, inputs: dict[str, Any], labels: torch.Tensor, n: int) -> torch.Tensor:
+    def _language_losses(self, inputs: Mapping[str, Any], labels: torch.Tensor, n: int) -> torch.Tensor:
         """Losses `[n]` of a causal language model on a batch repeated `n` times."""
         model = self._inner()
         logits = self.model(**inputs).logits.view(n, *labels.shape, -1)

@@ -13,10 +13,10 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import BadRequestError, HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
 from hf_ft_ext.errors import InputError, PushError, first_line
+from hf_ft_ext.files import write_text
 from hf_ft_ext.hub.card import base_model, model_card
 from hf_ft_ext.hub.files import ADAPTER_CONFIG, CARD, left_out, public_content, shared_files
 from hf_ft_ext.methods import hooks_of
-from hf_ft_ext.training.files import write_text
 from hf_ft_ext.training.privacy import is_foreign_path, last_part
 from hf_ft_ext.training.record import RUN_RECORD
 

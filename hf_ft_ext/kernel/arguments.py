@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from hf_ft_ext.argument_completion import chosen
 from hf_ft_ext.arguments import Gradients
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.formulas import Formula
-from hf_ft_ext.kernel.options import DIMENSION, Engine, KernelOptions, signs_of_projections
+from hf_ft_ext.kernel.options import DIMENSION, Engine, KernelOptions, as_engine, as_formula, signs_of_projections
 from hf_ft_ext.kernel.solvers import FULL_UNKNOWNS, Coupling, Solver, SolverOptions
 from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
-from hf_ft_ext.training.completion import chosen
 
 AUTO, LEAVE_ONE_OUT = "auto", "loo"
 # Of least squares whose rows cannot be left out at once: well-conditioned kernels predict as with 0, others predict
@@ -259,8 +259,8 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         """The kernel's part of the settings."""
         projected = self.kernel_engine == Engine.PROJECTED.value
         return KernelOptions(
-            formula=self.kernel_formula,
-            engine=self.kernel_engine,
+            formula=as_formula(self.kernel_formula),
+            engine=as_engine(self.kernel_engine),
             binary_classification=binary,
             class_diagonal=coupling in (Coupling.BY_CLASS, Coupling.SHARED)
             and not binary

@@ -14,7 +14,7 @@ from hf_ft_ext.kernel.engines.jacobian import JacobianEngine
 from hf_ft_ext.kernel.engines.projected import MemoryChunks, ProjectedEngine, cut_rows
 from hf_ft_ext.kernel.engines.structured import StructuredEngine
 from hf_ft_ext.kernel.formulas import Formula
-from hf_ft_ext.kernel.options import DIMENSION, Engine, KernelOptions, kernel_parameters
+from hf_ft_ext.kernel.options import DIMENSION, Engine, KernelOptions, as_engine, as_formula, kernel_parameters
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.schedule import Bounds, Edges, Plan, batch_overhead, make_plan, measure, memory_bound
 from hf_ft_ext.per_example.capture import Function
@@ -68,7 +68,7 @@ def empirical_ntk(
         InputError: an option that cannot work, a model whose gradients per example are not defined, too little
             memory, or a kernel that holds NaN.
     """
-    computation = KernelComputation(model, KernelOptions(formula, engine, **options), function)
+    computation = KernelComputation(model, KernelOptions(as_formula(formula), as_engine(engine), **options), function)
     rows1 = ExampleRows(batches1, _pad_token(model))
     rows2 = None if batches2 is None else ExampleRows(batches2, _pad_token(model))
     kernel = computation.run(rows1, rows2, disable_tqdm=disable_tqdm)
@@ -105,8 +105,8 @@ def projected_gradients(
     Raises:
         InputError: as `empirical_ntk`.
     """
-    projected = {"engine": Engine.PROJECTED, "dimension": dimension, "seed": seed}
-    computation = KernelComputation(model, KernelOptions(**projected, **options), function)
+    kernel_options = KernelOptions(engine=Engine.PROJECTED, dimension=dimension, seed=seed, **options)
+    computation = KernelComputation(model, kernel_options, function)
     rows = ExampleRows(batches, _pad_token(model))
     chunks = MemoryChunks(cut_rows(len(rows)))
     computation.projected.project(rows, chunks, disable_tqdm=disable_tqdm)

@@ -3,6 +3,7 @@
 import enum
 import re
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import nn
 
@@ -10,6 +11,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import encoder_path
 from hf_ft_ext.kernel.formulas import Formula
 
+Choice = TypeVar("Choice", bound=enum.Enum)
 DIMENSION = 4096  # of engine `projected`
 
 
@@ -62,12 +64,8 @@ class KernelOptions:
     seed: int | None = None
 
     def __post_init__(self):
-        for name, kind in (("formula", Formula), ("engine", Engine)):
-            value = getattr(self, name)
-            try:
-                object.__setattr__(self, name, kind(value))
-            except ValueError:
-                raise InputError(f"{name}={value!r}; choose from: {', '.join(k.value for k in kind)}") from None
+        object.__setattr__(self, "formula", as_formula(self.formula))
+        object.__setattr__(self, "engine", as_engine(self.engine))
         for name in ("memory_gb", "batch_size", "block_rows", "dimension"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -85,6 +83,31 @@ class KernelOptions:
             )
         object.__setattr__(self, "dimension", DIMENSION if self.dimension is None else self.dimension)
         object.__setattr__(self, "seed", self.seed or 0)
+
+
+def as_formula(value: str | Formula) -> Formula:
+    """The formula of this name.
+
+    Raises:
+        InputError: there is none.
+    """
+    return _member(Formula, "formula", value)
+
+
+def as_engine(value: str | Engine) -> Engine:
+    """The engine of this name.
+
+    Raises:
+        InputError: there is none.
+    """
+    return _member(Engine, "engine", value)
+
+
+def _member(kind: type[Choice], name: str, value: str) -> Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        raise InputError(f"{name}={value!r}; choose from: {', '.join(k.value for k in kind)}") from None
 
 
 def signs_of_projections(formula: Formula) -> str:

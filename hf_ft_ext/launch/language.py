@@ -36,13 +36,13 @@ from hf_ft_ext.arguments import (
 )
 from hf_ft_ext.data.language import Form, LanguageData, load_language_data, prompt_and_references
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.files import write_text
 from hf_ft_ext.launch.search import require_optuna
 from hf_ft_ext.launch.trainers import check_made, check_place, explained, run_callbacks
 from hf_ft_ext.launch.validation import check_splits
 from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics.generation import generation_metrics
 from hf_ft_ext.models import load_tokenizer_and_language_model, model_max_length
-from hf_ft_ext.training.files import write_text
 from hf_ft_ext.training.language import (
     NO_CHAT_TEMPLATE,
     CountedTruncation,

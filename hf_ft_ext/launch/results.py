@@ -18,16 +18,17 @@ from transformers.utils import CONFIG_NAME
 
 from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
+from hf_ft_ext.data.language import LanguageData
 from hf_ft_ext.data.multi_label import SEPARATOR
 from hf_ft_ext.data.origins import data_source
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.files import write_json, write_text
 from hf_ft_ext.launch.defaults import task_label
 from hf_ft_ext.launch.language import LanguageRun, loading_class, write_predictions
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction, best_thresholds, probabilities
 from hf_ft_ext.models import model_label, model_source
 from hf_ft_ext.prompts.model import is_prompt_model
-from hf_ft_ext.training.files import write_json, write_text
 from hf_ft_ext.training.plan import align, trained_weights
 from hf_ft_ext.training.privacy import hide_tokens, is_secret, without_secrets
 from hf_ft_ext.training.record import RUN_RECORD, write_run_record
@@ -192,7 +193,7 @@ def record_run(
     run_args: RunArguments,
     model_args: ModelArguments,
     data_args: DataArguments,
-    data: TaskData,
+    data: TaskData | LanguageData,
 ) -> str:
     """Write `run.json` and return the run's last table; for the first process."""
     scoring, language = scoring_of(trainer), language_of(trainer)
@@ -224,7 +225,7 @@ def record_run(
     return final_table(record, trainer)
 
 
-def _splits(args: TrainingArguments, data: TaskData) -> dict[str, dict[str, Any]]:
+def _splits(args: TrainingArguments, data: TaskData | LanguageData) -> dict[str, dict[str, Any]]:
     """Which rows the run trained on (`train`), and which ones each prefix of its metrics is of (`eval`, `test_mm`)."""
     used = []
     if args.do_train:

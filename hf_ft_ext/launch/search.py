@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.training.files import write_json
+from hf_ft_ext.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from hf_ft_ext.launch.processes import Process, another_failed
 
@@ -51,7 +51,7 @@ class Signals:
         self.raised: int | None = None
         self.output_dir: str | None = None
         self._owner = os.getpid()
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}  # handlers as `signal.signal` returns them
 
     def __enter__(self) -> "Signals":
         if threading.current_thread() is threading.main_thread():  # others may not set handlers

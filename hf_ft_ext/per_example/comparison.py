@@ -53,10 +53,11 @@ def differing(
 
 def _error(gradients: list[Gradient], expected: torch.Tensor) -> float:
     """Largest difference between one example's gradient by rules and autograd's, which may be sparse by rows."""
-    if all(isinstance(gradient, EmbeddingGradient) for gradient in gradients):  # a table is nearly all zero
-        ids = torch.cat([gradient.ids[0] for gradient in gradients])
+    tables = [gradient for gradient in gradients if isinstance(gradient, EmbeddingGradient)]
+    if len(tables) == len(gradients):  # a table is nearly all zero
+        ids = torch.cat([gradient.ids[0] for gradient in tables])
         read, places = ids.clamp_min(0).unique(return_inverse=True)
-        grads = torch.cat([gradient.output_gradients[0] for gradient in gradients]) * (ids >= 0)[:, None]
+        grads = torch.cat([gradient.output_gradients[0] for gradient in tables]) * (ids >= 0)[:, None]
         # rows that were read: sums over their tokens; elsewhere the gradient must be 0
         found = grads.new_zeros(len(read), expected.shape[1]).index_add_(0, places, grads)
         there = expected.index_select(0, read)
@@ -67,8 +68,9 @@ def _error(gradients: list[Gradient], expected: torch.Tensor) -> float:
         return max(largest(found - there), float(elsewhere.abs()))
     expected = expected.to_dense()
     expected = expected.to(torch.promote_types(expected.dtype, torch.float32))
-    if all(isinstance(gradient, LinearGradient) and gradient.shape == expected.shape for gradient in gradients):
-        for gradient in gradients:
+    linear = [g for g in gradients if isinstance(g, LinearGradient) and g.shape == expected.shape]
+    if len(linear) == len(gradients):
+        for gradient in linear:
             gradient.subtract_from(expected)  # dropped anyway
         return largest(expected)
     found = dense(gradients)[0]

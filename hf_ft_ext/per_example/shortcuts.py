@@ -14,12 +14,12 @@ from torch.autograd.function import once_differentiable
 
 def last_feed_forward(model: nn.Module) -> nn.Module | None:
     """The last module of `model` with such a part that is run in one piece; `None` if there is none."""
-    found = None
+    found: nn.Module | None = None
     for module in model.modules():
         part = getattr(type(module), "feed_forward_chunk", None)
         if part is not None and len(inspect.signature(part).parameters) == 2:  # self, and one input
             found = module
-    if found is None or getattr(found, "chunk_size_feed_forward", 0) or getattr(found, "seq_len_dim", 1) != 1:
+    if found is None or bool(getattr(found, "chunk_size_feed_forward", 0)) or getattr(found, "seq_len_dim", 1) != 1:
         return None
     return found
 

@@ -176,17 +176,18 @@ def squared_norms(gradients: Sequence[Gradient], numbers: int = 2**24) -> torch.
 
 def join_uses(gradients: Sequence[Gradient]) -> Sequence[Gradient]:
     """Several uses of one weight as one, their tokens one after the other, where all are of one factored kind."""
-    first = gradients[0]
     if len(gradients) == 1:
         return gradients
-    if all(isinstance(gradient, LinearGradient) and gradient.transposed == first.transposed for gradient in gradients):
-        activations = [gradient.activations.expand(len(gradient), -1, -1) for gradient in gradients]
-        output_gradients = [gradient.output_gradients for gradient in gradients]
-        return [LinearGradient(torch.cat(activations, 1), torch.cat(output_gradients, 1), first.transposed)]
-    if all(isinstance(gradient, EmbeddingGradient) for gradient in gradients):
-        ids = torch.cat([gradient.ids for gradient in gradients], 1)
-        output_gradients = [gradient.output_gradients for gradient in gradients]
-        return [EmbeddingGradient(ids, torch.cat(output_gradients, 1), first.rows)]
+    linear = [gradient for gradient in gradients if isinstance(gradient, LinearGradient)]
+    if len(linear) == len(gradients) and len({gradient.transposed for gradient in linear}) == 1:
+        activations = [gradient.activations.expand(len(gradient), -1, -1) for gradient in linear]
+        output_gradients = [gradient.output_gradients for gradient in linear]
+        return [LinearGradient(torch.cat(activations, 1), torch.cat(output_gradients, 1), linear[0].transposed)]
+    tables = [gradient for gradient in gradients if isinstance(gradient, EmbeddingGradient)]
+    if len(tables) == len(gradients):
+        ids = torch.cat([gradient.ids for gradient in tables], 1)
+        output_gradients = [gradient.output_gradients for gradient in tables]
+        return [EmbeddingGradient(ids, torch.cat(output_gradients, 1), tables[0].rows)]
     return gradients
 
 

@@ -99,10 +99,11 @@ class PromptEncoder:
                 f"{self.overhead + 8 * len(self.sentences)} or more, or a shorter template"
             )
 
-    def _fixed_ids(self, part: Part) -> Ids:
+    def _fixed_ids(self, part: Literal | Special) -> Ids:
         if self.reading is Reading.MASK:
-            literal = isinstance(part, Literal)
-            return literal_ids(self.tokenizer, part) if literal else [special_id(self.tokenizer, part.name)]
+            if isinstance(part, Literal):
+                return literal_ids(self.tokenizer, part)
+            return [special_id(self.tokenizer, part.name)]
         if isinstance(part, Special):
             if part.name == CLS:
                 return list(self.start)

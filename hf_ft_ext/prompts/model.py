@@ -86,10 +86,11 @@ class PromptForSequenceClassification(PreTrainedModel):
 
     def __init__(self, config: PromptConfig):
         super().__init__(config)
-        reading = reading_of(config.masked_lm, config.masked_lm.name_or_path or config.masked_lm.model_type)
+        inner = config.get_text_config()
+        reading = reading_of(inner, inner.name_or_path or inner.model_type)
         if config.untied_words:
-            config.masked_lm.tie_word_embeddings = False
-        self._adopt(reading.auto_class.from_config(config.masked_lm))
+            inner.tie_word_embeddings = False
+        self._adopt(reading.auto_class.from_config(inner))
         if config.untied_words:
             self._own_rows(copy_rows=False)
         self.post_init()

@@ -6,9 +6,9 @@ from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_ft_ext.files import write_json
 from hf_ft_ext.prompts.configuration import PROMPT_FILE
 from hf_ft_ext.prompts.model import is_prompt_model
-from hf_ft_ext.training.files import write_json
 
 
 class SavePrompt(TrainerCallback):

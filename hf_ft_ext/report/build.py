@@ -10,10 +10,10 @@ from typing import Any
 
 import jinja2
 
+from hf_ft_ext.files import write_text
 from hf_ft_ext.report import charts, curves
 from hf_ft_ext.report.read import Found, Missing, find_runs
 from hf_ft_ext.report.rows import Number, Row, Section, pareto_front, sections
-from hf_ft_ext.training.files import write_text
 from hf_ft_ext.training.text import code_span, prompt_text, share_text
 
 HTML, MARKDOWN = "report.html", "report.md"

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
+from hf_ft_ext.files import replacing
 from hf_ft_ext.report.rows import Row, pareto_front
-from hf_ft_ext.training.files import replacing
 
 # Told apart by people with any kind of colour vision, and by shape as well.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a5195", "#6b6b6b")

@@ -5,7 +5,7 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -158,7 +158,7 @@ def sections(runs: Iterable[Run]) -> list[Section]:
     return [_section(about, _heading(about, facts), part) for about, (_, _, part) in zip(facts, parts, strict=True)]
 
 
-def _heading(about: tuple[str, ...], everyone: list[tuple[str, ...]]) -> str:
+def _heading(about: tuple[str, ...], everyone: Sequence[tuple[str, ...]]) -> str:
     """Task and model; the model's place, the data set and the metric where they differ among sections of these two."""
     alike = [other for other in everyone if other[:2] == about[:2]]
     further = [fact for fact, values in zip(about, zip(*alike, strict=True), strict=True) if len(set(values)) > 1]

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, Trainer
 
 from hf_ft_ext.adapters.layers import plain_name
 from hf_ft_ext.adapters.sparse_grad.bases import compute_bases
-from hf_ft_ext.adapters.sparse_grad.config import GRADIENT, SparseGradConfig
+from hf_ft_ext.adapters.sparse_grad.config import GRADIENT, PER_KIND, PER_LAYER, Init, SparseGradConfig
 from hf_ft_ext.adapters.sparse_grad.config import RANDOM as RANDOM_COLUMNS
 from hf_ft_ext.adapters.sparse_grad.config import SVD as SINGULAR_VECTORS
 from hf_ft_ext.adapters.sparse_grad.layer import SparseGradColumns
@@ -24,7 +24,7 @@ from hf_ft_ext.training.precision import train_in_float32
 
 logger = logging.getLogger(__name__)
 
-_INITS = {HOSVD: GRADIENT, RANDOM: RANDOM_COLUMNS, SVD: SINGULAR_VECTORS}
+_INITS: dict[str, Init] = {HOSVD: GRADIENT, RANDOM: RANDOM_COLUMNS, SVD: SINGULAR_VECTORS}
 
 
 def has_sparse_grad(model: object) -> bool:
@@ -52,7 +52,7 @@ def add_sparse_grad(model: PreTrainedModel, args: SparseTrainingArguments) -> Pe
         density=args.sparse_density,
         n_params=args.sparse_n_params,
         init=_INITS[args.sparse_basis],
-        scope=args.basis_scope,
+        scope=PER_KIND if args.basis_scope == PER_KIND else PER_LAYER,
         seed=args.seed,
         target_modules=targets,
         modules_to_save=trained_in_full(model) or None,

@@ -19,13 +19,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.files import tensor_hash
 from hf_ft_ext.sparse.basis import Basis, by_columns
 from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.difference import Difference, differences
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.training.delta_files import check_parameters, other_weights, read_delta, write_delta
-from hf_ft_ext.training.files import tensor_hash
 
 DELTA_FILE = "sparse_delta.safetensors"
 _FORMAT = "hf_ft_ext sparse delta 3"

@@ -21,11 +21,11 @@ from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS, name_base_in, save_base_c
 from hf_ft_ext.adapters.layers import shown_name
 from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.files import replacing
 from hf_ft_ext.peft_models import saved_by_peft, task_type_of
 from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
-from hf_ft_ext.training.files import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.adapters.sparse_grad.config import block_shape
+from hf_ft_ext.files import tensor_hash
 from hf_ft_ext.sparse.basis import ACTIVATIONS, Basis
 from hf_ft_ext.sparse.fixed import FixedSupport
-from hf_ft_ext.training.files import tensor_hash
 
 
 class SparseLinearFunction(torch.autograd.Function):

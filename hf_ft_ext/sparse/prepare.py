@@ -94,7 +94,7 @@ def compute_bases(model: nn.Module | Trainer, batches: Iterable[Any], *positiona
         FutureWarning,
         stacklevel=2,
     )
-    compute_layer_bases(model, batches, *positional, **settings)
+    compute_layer_bases(model, dict(batches), *positional, **settings)
 
 
 def compute_layer_bases(

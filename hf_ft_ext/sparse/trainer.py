@@ -23,7 +23,7 @@ from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer import SparseAdamW, restore_supports
 from hf_ft_ext.sparse.prepare import prepare_layers, refresh_supports
-from hf_ft_ext.sparse.sparsity import SparsityWatch
+from hf_ft_ext.sparse.sparsity_watch import SparsityWatch
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import MethodTrainer

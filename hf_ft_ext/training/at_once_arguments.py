@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from hf_ft_ext.argument_completion import chosen
 from hf_ft_ext.arguments import MethodTrainingArguments
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.training.completion import chosen
 
 # What steers a training loop, its evaluations or its checkpoints.
 _OF_A_LOOP = (

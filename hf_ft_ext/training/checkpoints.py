@@ -24,7 +24,7 @@ from transformers.utils import CONFIG_NAME
 
 from hf_ft_ext.adapters.layer_prefix.model import keep_projection
 from hf_ft_ext.errors import InputError, first_line
-from hf_ft_ext.training.files import tensor_hash, write_json
+from hf_ft_ext.files import tensor_hash, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.training.files import replacing, tensor_hash
+from hf_ft_ext.files import replacing, tensor_hash
 
 _CHECK = "check"
 

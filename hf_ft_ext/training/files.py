@@ -1,60 +1,9 @@
-"""Our own files: written to a temporary name and renamed, so that no reader sees half a file; hashes of weights."""
+"""The former place of `hf_ft_ext.files`."""
 
-import contextlib
-import hashlib
-import json
-import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import warnings
 
-import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from hf_ft_ext.files import replacing, tensor_hash, write_json, write_text
 
+__all__ = ["replacing", "tensor_hash", "write_json", "write_text"]
 
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary name beside `path`; what was written there takes the place of `path` if all went well."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write `text` (UTF-8) to `path` in one step: a crash leaves the old file or the new one."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", newline="")
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write `value` as indented JSON; non-finite floats become `null` (JSON has no NaN)."""
-    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def tensor_hash(tensor: torch.Tensor) -> str:
-    """SHA-256 of a tensor's type, shape and bytes."""
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    if is_traceable_wrapper_subclass(tensor):  # a quantizer's own kind of tensor: what it is made of
-        for name in tensor.detach().__tensor_flatten__()[0]:
-            digest.update(f"{name} {tensor_hash(getattr(tensor, name))}".encode())
-        return digest.hexdigest()
-    tensor = tensor.detach().cpu().contiguous()
-    digest.update(tensor.view(torch.uint8).numpy() if tensor.ndim else tensor[None].view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _finite(value: Any) -> Any:
-    if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value
+warnings.warn("hf_ft_ext.training.files has moved to hf_ft_ext.files", DeprecationWarning, stacklevel=2)

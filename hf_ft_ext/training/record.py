@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from hf_ft_ext.adapters.folder import local_files
+from hf_ft_ext.files import write_json
 from hf_ft_ext.training.devices import device_name
-from hf_ft_ext.training.files import write_json
 from hf_ft_ext.training.resources import ResourceMonitor
 
 RUN_RECORD = "run.json"

@@ -7,10 +7,10 @@ from test_families import build, inputs
 from tiny import tiny_model
 
 from hf_ft_ext import InputError, load_delta, merge_sparse, save_delta
+from hf_ft_ext.files import tensor_hash
 from hf_ft_ext.sparse.basis import Basis
 from hf_ft_ext.sparse.delta import DELTA_FILE
 from hf_ft_ext.sparse.difference import differences
-from hf_ft_ext.training.files import tensor_hash
 
 MODES = [
     {"sparse_support": "structured", "sparse_train_rest": "head"},

@@ -2,15 +2,21 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from hf_ft_ext.adapters.settings import TargetedConfig
 from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.errors import InputError
 
 Init = Literal["gradient", "random", "svd"]
-INITS = GRADIENT, RANDOM, SVD = ("gradient", "random", "svd")
-SCOPES = PER_KIND, PER_LAYER = ("kind", "layer")
+GRADIENT: Final = "gradient"
+RANDOM: Final = "random"
+SVD: Final = "svd"
+INITS: tuple[Init, ...] = (GRADIENT, RANDOM, SVD)
+Scope = Literal["kind", "layer"]
+PER_KIND: Final = "kind"
+PER_LAYER: Final = "layer"
+SCOPES: tuple[Scope, ...] = (PER_KIND, PER_LAYER)
 DEFAULT_DENSITY = 0.012  # 28,000 of 768 x 3072 entries, the source's setting for BERT-base
 DEFAULT_GRADIENTS = 30
 
@@ -47,7 +53,7 @@ class SparseGradConfig(TargetedConfig):
             "choices": INITS,
         },
     )
-    scope: Literal["kind", "layer"] = field(
+    scope: Scope = field(
         default=PER_LAYER,
         metadata={
             "help": "layer: each layer has columns of its own. kind: layers of equal name (but for numbers) and shape "

@@ -1,7 +1,7 @@
 """`DirectSearch`: gradientless descent (GLD), plain or with options."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -218,7 +218,7 @@ class Sequential:
     def __init__(self, closure: Closure):
         self.closure = closure
 
-    def __call__(self, views: list[IndexView], candidates: Candidates, rows: range) -> torch.Tensor:
+    def __call__(self, views: list[IndexView], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
         saved = read_views(views)
         losses = []
         try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 
@@ -134,12 +135,9 @@ class Packer:
             gradients: for each scalar what the uses of the parameter give it, `None` for a scalar that does not
                 depend on it.
         """
-        kinds = [gradient for found in gradients for gradient in found or ()]
-        if all(isinstance(g, LinearGradient) and g.transposed == kinds[0].transposed for g in kinds):
+        if _of_linear_layers(gradients):
             return self._linear(name, gradients)
-        if any(isinstance(g, EmbeddingGradient) for g in kinds) and all(
-            isinstance(g, EmbeddingGradient) or (isinstance(g, LinearGradient) and not g.transposed) for g in kinds
-        ):
+        if _of_a_table(gradients):
             return _embedding(gradients)
         values = [None if found is None else dense(found).flatten(1) for found in gradients]
         size = next(value for value in values if value is not None)
@@ -205,6 +203,24 @@ def _squared_norms(activations: torch.Tensor, grads: torch.Tensor) -> torch.Tens
         # |G|^2 with G = sum_t g_t a_t^T
         return (grads.mT @ activations).square().sum((1, 2))
     return ((grads @ grads.mT) * (activations @ activations.T)).sum((1, 2))
+
+
+def _of_linear_layers(gradients: list[list[Gradient] | None]) -> TypeGuard[list[list[LinearGradient] | None]]:
+    """Whether all uses are linear layers that hold the weight in one orientation."""
+    uses = [gradient for found in gradients for gradient in found or ()]
+    linear = [gradient for gradient in uses if isinstance(gradient, LinearGradient)]
+    return len(linear) == len(uses) and len({gradient.transposed for gradient in linear}) <= 1
+
+
+def _of_a_table(
+    gradients: list[list[Gradient] | None],
+) -> TypeGuard[list[list[EmbeddingGradient | LinearGradient] | None]]:
+    """Whether the uses are look-ups, beside them at most linear layers with one row of the weight per output."""
+    uses = [gradient for found in gradients for gradient in found or ()]
+    return any(isinstance(gradient, EmbeddingGradient) for gradient in uses) and all(
+        isinstance(gradient, EmbeddingGradient) or (isinstance(gradient, LinearGradient) and not gradient.transposed)
+        for gradient in uses
+    )
 
 
 def _embedding(gradients: list[list[EmbeddingGradient | LinearGradient] | None]) -> PackedEmbedding:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import CONFIG_NAME
 
 from hf_ft_ext.adapters.folder import ADAPTER_CONFIG
+from hf_ft_ext.argument_completion import chosen
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.kernel.arguments import KernelTrainingArguments
 from hf_ft_ext.kernel.options import Engine
@@ -19,7 +21,6 @@ from hf_ft_ext.kernel.saved.record import COEFFICIENTS, KEPT, SavedKernel
 from hf_ft_ext.kernel.saved.training_side import TrainingFeatures
 from hf_ft_ext.kernel.solvers import Coupling
 from hf_ft_ext.per_example.capture import Function
-from hf_ft_ext.training.completion import chosen
 from hf_ft_ext.training.sharing import FinishedRun, rerun_code
 
 
@@ -33,7 +34,7 @@ class Predicts(Protocol):
 
 def load_trainer(
     kind: Callable[..., Predicts],
-    folder: str | Path,
+    folder: str | os.PathLike,
     args: TrainingArguments | None,
     arguments_class: type[KernelTrainingArguments],
     model: nn.Module | None,
@@ -72,7 +73,7 @@ def load_trainer(
 
 
 def load_finished(
-    folder: str | Path,
+    folder: str | os.PathLike,
     labels: Sequence[str] | None,
     given: Mapping[str, Any],
     load: Callable[[], tuple],

@@ -8,6 +8,7 @@ can be decoded with the tokenizer.
 import hashlib
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.errors import InputError, first_line
+from hf_ft_ext.files import replacing, tensor_hash, write_json
 from hf_ft_ext.kernel.saved.training_side import KINDS, TrainingSide
 from hf_ft_ext.kernel.solvers import Coupling, KernelModel, SolverOptions, arrays_of, solution_of
 from hf_ft_ext.per_example.capture import Function
-from hf_ft_ext.training.files import replacing, tensor_hash, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class SavedKernel:
             parameter.requires_grad_(name in set(self.parameters))
 
 
-def holds_kernel(folder: str | Path) -> bool:
+def holds_kernel(folder: str | os.PathLike) -> bool:
     """Whether a local folder holds a solved kernel."""
     return (Path(folder).expanduser() / SOLUTION).is_file()
 

@@ -79,10 +79,11 @@ class KernelSystem(KernelProblem):
         Args:
             regularization: above 0 where the kernel is singular.
         """
+        symmetric = [matrix for matrix in self.matrices if isinstance(matrix, SymmetricMatrix)]
         if self.options.coupling is Coupling.BY_CLASS:
-            columns = [m.leave_one_out(regularization, self.targets[:, [c]]) for c, m in enumerate(self.matrices)]
+            columns = [m.leave_one_out(regularization, self.targets[:, [c]]) for c, m in enumerate(symmetric)]
             return np.hstack(columns)
-        return self.matrices[0].leave_one_out(regularization, self.targets)
+        return symmetric[0].leave_one_out(regularization, self.targets)
 
     def best_left_out(self, values: Sequence[float]) -> float:
         """The one of `values`, above 0 each, whose squared error is least when each row is predicted by the others."""

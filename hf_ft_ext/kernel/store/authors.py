@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hf_ft_ext.errors import InputError, first_line
-from hf_ft_ext.training.files import replacing
+from hf_ft_ext.files import replacing
 
 
 def read_foreign(path: str | Path, names: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.errors import InputError, first_line
+from hf_ft_ext.files import replacing, tensor_hash, write_json
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.schedule import Bounds, Edges, Plan
-from hf_ft_ext.training.files import replacing, tensor_hash, write_json
 
 logger = logging.getLogger(__name__)
 

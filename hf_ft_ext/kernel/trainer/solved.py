@@ -17,6 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.feature_rows import labels_of
+from hf_ft_ext.files import replacing, write_json
 from hf_ft_ext.kernel.arguments import KernelTrainingArguments
 from hf_ft_ext.kernel.ntk import pseudo_logit
 from hf_ft_ext.kernel.saved.loading import load_finished, load_trainer, loading_code
@@ -35,7 +36,6 @@ from hf_ft_ext.kernel.solvers import Coupling, KernelModel, Solver
 from hf_ft_ext.kernel.trainer.source import KernelSource
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.training.at_once import AtOnceTrainer
-from hf_ft_ext.training.files import replacing, write_json
 from hf_ft_ext.training.sharing import FinishedRun
 
 _SPLITS = {"eval": "dev", "test": "test"}  # the authors' names
