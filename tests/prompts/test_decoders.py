@@ -13,6 +13,7 @@ from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.peft_models import wrap_with_peft
 from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
 from hf_ft_ext.prompts.sequences import sequence_scores
@@ -212,6 +213,23 @@ def test_rows_with_options_of_their_own_are_scored_as_in_a_loop(family):
         options = [answer_tokens(tokenizer, columns[c][row], "a") for c in ("first", "second")]
         scores = [log_probability(network, ids, tokens, start) for tokens in options]
         assert logits[row].tolist() == pytest.approx(scores, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ia3", "prefix_tuning"])
+@pytest.mark.parametrize("family", DECODERS)
+def test_peft_finds_its_way_into_a_prompt_model(family, kind):
+    model, tokenizer = prompt_model(family)
+    settings = {"num_virtual_tokens": 2} if kind == "prefix_tuning" else None
+    if kind == "prefix_tuning" and family == "t5":
+        with pytest.raises(InputError, match=r"puts keys and values in front of a decoder's tokens.*use lora"):
+            wrap_with_peft(model, kind, settings, 0)
+        return
+    wrapped = wrap_with_peft(model, kind, settings, 0)
+    wrapped(**padded(rows_of(model, tokenizer), tokenizer, "left"), labels=torch.tensor([0, 1, 0])).loss.backward()
+    trained = [p for p in wrapped.parameters() if p.requires_grad]
+    reached = [p for p in trained if p.grad is not None and p.grad.any()]
+    # T5's decoder attends to the one position that there is, whatever its keys are
+    assert len(reached) == len(trained) - (2 if family == "t5" else 0)
 
 
 # --- bad input -------------------------------------------------------------------------------------------
