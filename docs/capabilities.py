@@ -11,7 +11,7 @@ import yaml
 FOLDER = Path(__file__).parent
 PAGE = FOLDER / "scaling.md"
 START, END = "<!-- capabilities -->\n", "<!-- end of capabilities -->"
-ANSWERS = ("works", "refused", "untested")
+ANSWERS = ("works", "refused")
 
 
 def read() -> list[dict[str, Any]]:
@@ -19,7 +19,7 @@ def read() -> list[dict[str, Any]]:
     return yaml.safe_load((FOLDER / "capabilities.yaml").read_text(encoding="utf-8"))
 
 
-def answer(cell: dict[str, str | None]) -> str:
+def answer(cell: dict[str, str]) -> str:
     """The one of `ANSWERS` that a cell gives."""
     (found,) = (name for name in ANSWERS if name in cell)
     return found
@@ -34,7 +34,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _shown(cell: dict[str, str | None]) -> str:
+def _shown(cell: dict[str, str]) -> str:
     return f"{answer(cell)} ({cell['but']})" if cell.get("but") else answer(cell)
 
 
