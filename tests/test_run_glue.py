@@ -265,6 +265,14 @@ def test_bf16_works_or_is_refused(launch, no_dropout, method, capsys):
     assert {tensor.dtype for tensor in weights("half").values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "sparse", "fisher"])
+def test_activation_checkpointing_changes_nothing(launch, no_dropout, method):
+    options = ("--model_name_or_path", no_dropout, "--do_train", *IN_TWO_STEPS.get(method, TWO_STEPS))
+    assert launch(*options, "--output_dir", "one", method=method) == 0
+    assert launch(*options, "--activation_checkpointing", "--output_dir", "two", method=method) == 0
+    assert same_to_rounding("one", "two", no_dropout)
+
+
 COMPILED = ("--torch_compile", "--torch_compile_backend", "eager")  # the graphs, without the minutes that code takes
 NOT_COMPILED = {
     "gradientless": "torch_compile does not see weights that change between evaluations",

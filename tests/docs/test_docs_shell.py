@@ -20,6 +20,8 @@ from accelerate.commands.launch import launch_command_parser
 from blocks import BLOCKS, EXAMPLE, PAGES, ROOT, Block, blocks_of
 from decoders import save_decoder
 from offline import write_glue, write_model
+from tensorboard.plugins.core.core_plugin import CorePluginLoader
+from tensorboard.program import TensorBoard
 
 import run_glue
 from hf_ft_ext.arguments import SEQUENCE_CLASSIFICATION
@@ -173,6 +175,8 @@ def check(command: Command, monkeypatch) -> None:
         check_pip(words[2:])
     elif words[0] == "pytest":
         at_home(words[1:])
+    elif words[0] == "tensorboard":
+        TensorBoard([CorePluginLoader()]).configure(words)
     else:
         raise AssertionError(f"{command.block.name}: nothing here knows the command {words[0]!r}; add a check for it")
 

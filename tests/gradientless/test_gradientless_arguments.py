@@ -87,7 +87,11 @@ from hf_ft_ext.gradientless.optimizers.options import parse_options
         ({"search_peft_config": {"r": 1}}, "search_peft_config needs search_peft; name a peft method"),
         ({"search_method": "adam", "search_objective": "f1"}, "search_method=adam needs the loss's derivative"),
         ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 clips gradients, and a search has none; leave it out or pass 0"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing saves memory of a backward pass"),
+        pytest.param(
+            {"gradient_checkpointing": True},
+            "gradient_checkpointing saves memory of a backward pass",
+            id="gradient_checkpointing",
+        ),
         ({"optim": "adafactor"}, "optim='adafactor' needs gradients; leave it out: search_method says"),
         ({"fp16": True}, "fp16 scales gradients, and a search has none; use bf16"),
         ({"torch_compile": True}, "torch_compile does not see weights that change"),

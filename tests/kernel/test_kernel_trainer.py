@@ -270,19 +270,26 @@ def test_the_linearized_model_is_that_of_gradient_descent(tmp_path):
         signs.linearize([1.0])
 
 
-@pytest.mark.parametrize("formula, dtype", [("sgd", torch.float32), ("signgd", torch.float64)])
-def test_outputs_at_the_start_are_computed_as_the_kernel_is(tmp_path, formula, dtype):
-    half = tiny_model().to(torch.bfloat16)
+@pytest.mark.parametrize(
+    ("formula", "dtype", "stored"),
+    [
+        ("sgd", torch.float32, torch.bfloat16),
+        pytest.param("sgd", torch.float32, torch.float16, id="float16"),
+        ("signgd", torch.float64, torch.bfloat16),
+    ],
+)
+def test_outputs_at_the_start_are_computed_as_the_kernel_is(tmp_path, formula, dtype, stored):
+    half = tiny_model().to(stored)
     trainer = make(tmp_path, half, kernel_formula=formula, adjust_for_init=True)
     trainer.train()
     batch = {key: value for key, value in collated(trainer.eval_dataset).items() if key != "labels"}
     with torch.no_grad():
-        wide = tiny_model().to(torch.bfloat16).to(dtype).eval()(**batch).logits.double()
-        narrow = tiny_model().to(torch.bfloat16).eval()(**batch).logits.double()
+        wide = tiny_model().to(stored).to(dtype).eval()(**batch).logits.double()
+        narrow = tiny_model().to(stored).eval()(**batch).logits.double()
     found = trainer.source.start(trainer.eval_dataset, "dev")[:, 0]
     np.testing.assert_allclose(found, (wide[:, 1] - wide[:, 0]).numpy(), rtol=1e-4, atol=1e-7)
     assert np.abs(found - (narrow[:, 1] - narrow[:, 0]).numpy()).max() > 1e-5
-    assert half.dtype == torch.bfloat16
+    assert half.dtype == stored
 
 
 def test_rows_of_evaluation_data_are_not_remembered(tmp_path):

@@ -163,8 +163,13 @@ def folder(tmp_path_factory):
         ("pairs", ("--predict_with_generate", "--max_new_tokens", "0"), "max_new_tokens must be 1 or more, got 0"),
         ("pairs", ("--max_seq_length", "129"), "more than the model can take .128 tokens.; pass --max_seq_length 128"),
         ("pairs", ("--max_seq_length", "2"), "no row of the train data has a token of its completion left"),
-        ("pairs", ("--method", "kernel"), "method kernel solves for class scores, and a language model writes text"),
-        ("pairs", ("--method", "linearhead"), "method linearhead solves for class scores"),
+        pytest.param(
+            "pairs", ("--method", "kernel"), "method kernel solves for class scores, and a language model writes text",
+            id="kernel",
+        ),
+        pytest.param(
+            "pairs", ("--method", "linearhead"), "method linearhead solves for class scores", id="linearhead"
+        ),
         ("pairs", ("--metric", "f1"), "--metric f1 is about classes, and a language model writes text"),
         ("pairs", ("--text_columns", "prompt", "answer"), "split 'train' has no column 'answer' but prompt"),
         ("pairs", ("--task_name", "squat"), "task 'squat' is not one of language modelling; did you mean 'squad'"),

@@ -59,6 +59,7 @@ def trainer_on(folder, method: str, quantization: str | None = None, model=None,
         ("kernel", {}, "a kernel is computed in float32 or float64 from"),
         ("kernel", {"kernel_peft": "lora"}, "a kernel is computed in float32 or float64 from"),
     ],
+    ids=["full", "sparse", "fisher", "kernel", "kernel-lora"],
 )
 def test_methods_that_need_the_weights_refuse(method, settings, message):
     model = tiny_model()
@@ -88,6 +89,7 @@ def test_a_missing_library_is_one_line(folder, monkeypatch, quantization):
         ("gradientless", {"max_steps": 3}),
         ("linearhead", {"linearhead_c": 1.0}),
     ],
+    ids=["lora", "sparse", "full", "fisher", "gradientless", "linearhead"],
 )
 def test_adapters_and_heads_train_on_a_quantized_base(folder, method, settings, quantization):
     pytest.importorskip(PACKAGES[quantization])

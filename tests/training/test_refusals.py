@@ -61,6 +61,7 @@ LOOP_ONLY = {
     "eval_strategy": "epoch", "save_strategy": "epoch", "learning_rate": 1e-3, "max_steps": 9, "save_steps": 7,
     "num_train_epochs": 1, "lr_scheduler_type": "cosine", "weight_decay": 0.1, "gradient_accumulation_steps": 2,
     "optim": "sgd", "warmup_steps": 3, "metric_for_best_model": "accuracy",
+    "activation_checkpointing": True, "resume_from_checkpoint": "checkpoint-3",
 }  # fmt: skip
 
 
