@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 
+import results as result_files
 import torch
 from gradientless_curve import add_curve_arguments, curve
 from published_gradientless import PublishedSearch
@@ -171,6 +172,26 @@ def memory_table(results: dict[str, list[dict]]) -> str:
     return "\n".join(lines)
 
 
+def rows_of(measured: dict[str, list[dict]], args: argparse.Namespace) -> list[dict]:
+    """Rows of the result file: each variant's step or peak, and its ratios within a round."""
+    key, unit, of = ("peak", "peak MiB", _MIB) if args.memory else ("seconds", "step ms", 1e-3)
+    compared = ("evaluation",) if args.memory else ("published-1x1", "published-3x2", "adam")
+    rows = []
+    for variant, rounds in measured.items():
+        quantities = {unit: [r[key] / of for r in rounds]}
+        for other in compared:
+            if other in measured and other != variant:
+                pairs = zip(rounds, measured[other], strict=True)
+                quantities[f"{key} / {other}"] = [a[key] / b[key] for a, b in pairs if b[key] > 0]
+        about = {"what": variant, "batch": args.batch, "length": args.length}
+        rows += [
+            {**about, "quantity": name, **result_files.summary(values)}
+            for name, values in quantities.items()
+            if values
+        ]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true")
@@ -182,6 +203,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variants", nargs="+")
     parser.add_argument("--output")
+    parser.add_argument("--result", metavar="NAME", help="result file to write to, results/NAME.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     add_curve_arguments(parser)
     args = parser.parse_args()
@@ -205,6 +227,9 @@ def main() -> None:
             print(f"round {number + 1}, {variant}: {results[variant][-1]}", file=sys.stderr)
     text = f"batch {args.batch}, {args.threads} threads, {args.repeats} rounds\n\n{make_table(results)}\n"
     print(text)
+    if args.result:
+        command = ["python", "benchmarks/gradientless.py", *sys.argv[1:]]
+        result_files.save(args.result, rows_of(results, args), command)
     if args.output:
         with open(args.output, "w") as file:
             file.write(text)
