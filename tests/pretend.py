@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("lazy", 0)
@@ -43,19 +43,27 @@ class PretendTensor(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func is torch.Tensor.numpy or func is torch.Tensor.__array__:
             raise TypeError(f"can't convert {DEVICE} device type tensor to numpy. Use Tensor.cpu() to copy it first")
-        if func is torch.Tensor.data.__set__:
+        if func == torch.Tensor.data.__set__:
             target, value = args
             if not (isinstance(target, PretendTensor) and isinstance(value, PretendTensor)):
                 raise RuntimeError("incompatible tensor type: data of a tensor set to one of another device")
             target.held = value.held
-        if func in (torch.Tensor.untyped_storage, torch.Tensor.data_ptr):  # who shares memory with whom
-            return func(args[0].held)
         with torch._C.DisableTorchFunctionSubclass():  # the usual way makes results of `.cpu()` such tensors too
             return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         return _run(func, args, kwargs or {})
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """That of `held`: who shares memory with whom."""
+        return self.held.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def tolist(self) -> list:
+        return self.held.tolist()
 
     def __repr__(self, **_: Any) -> str:
         return f"PretendTensor({self.held!r})"
@@ -115,8 +123,25 @@ def _run(func: Any, args: tuple, kwargs: dict) -> Any:
         return found
     # torch has no sparse tensors of this device type: gradients of embeddings are dense instead
     found = tree_map(lambda v: PretendTensor(v.to_dense()) if isinstance(v, torch.Tensor) else v, found)
-    with torch._C.DisableTorchFunctionSubclass():
-        return return_and_correct_aliasing(func, args, kwargs, found) if here else found
+    changed = _changed(func, args, kwargs)
+    if changed is None:
+        return found
+    if changed.shape != changed.held.shape:
+        raise NotImplementedError(
+            f"{func} changes the shape of a tensor in place, which `PretendTensor` does not follow"
+        )
+    return changed
+
+
+def _changed(func: Any, args: tuple, kwargs: dict) -> PretendTensor | None:
+    """The argument that an operation in place, or with `out`, changes and returns."""
+    returns = func._schema.returns
+    if not returns or returns[0].alias_info is None or not returns[0].alias_info.is_write:
+        return None
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            return kwargs[argument.name] if argument.name in kwargs else args[i]
+    return None
 
 
 def _refuse_mixing(func: Any, args: tuple, leaves: list, here: list) -> None:
