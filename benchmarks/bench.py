@@ -13,6 +13,7 @@ longer than what is left is stopped; what it measured before stays. `--data` is 
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -107,14 +108,18 @@ class Run:
         print(f"{name}: {' '.join(Path(word).name for word in command[1:])}", flush=True)
         start = time.monotonic()
         environment = {**os.environ, "HF_FT_EXT_RESULTS": str(self.folder)}
+        # a session of its own, so that the processes which a script starts end with it
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, start_new_session=True)
         try:
-            done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, timeout=self.left())
+            process.wait(self.left())
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             print(f"{name}: stopped, no time left", flush=True)
             return False
         self.seconds[name], self.repeats[name] = time.monotonic() - start, repeats
-        print(f"{name}: {self.seconds[name]:.0f} s, exit status {done.returncode}", flush=True)
-        return done.returncode == 0
+        print(f"{name}: {self.seconds[name]:.0f} s, exit status {process.returncode}", flush=True)
+        return process.returncode == 0
 
     def noisy(self, name: str) -> list[dict]:
         files = [file for file in MEASUREMENTS[name].files if (self.folder / f"{file}.json").exists()]
