@@ -11,7 +11,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 WORKERS ?= $(CORES)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo docs test test-fast coverage test-oldest faults quality imports clean
+.PHONY: demo docs test test-fast test-gpu bench bench-gpu coverage test-oldest faults quality imports clean
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -23,6 +23,18 @@ test: $(VENV)/.test $(VENV)/.trl
 # For the inner loop: no runs of the launcher or of a trainer.
 test-fast: $(VENV)/.test
 	$(PYTEST) -m "not slow and not run" $(PYTEST_ARGS)
+
+# What needs a CUDA device; all other targets hide it.
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+# Every performance row of the pages, in at most 40 minutes; BENCH='--data path/to/glue' for those on real rows.
+bench: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py $(BENCH)
+
+# All methods on a CUDA card: right or wrong, time, memory; at most ten minutes.
+bench-gpu: $(VENV)/.test
+	$(BIN)/python benchmarks/accelerator.py $(BENCH)
 
 # Lines and branches, forks and commands included; which ones are missed: htmlcov/index.html.
 coverage: $(VENV)/.test $(VENV)/.trl

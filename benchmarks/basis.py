@@ -153,6 +153,24 @@ def measure(way: str, args: argparse.Namespace) -> dict:
     return {"seconds": time.perf_counter() - started - drawing, "peak": memory.bytes() - before}
 
 
+def rows_of(measured: dict[str, list[dict]], args: argparse.Namespace) -> list[dict]:
+    """Rows of the result file: seconds and peak of each way, and their ratios to the stacked SVD's in a round."""
+    about = {"shape": "{} x {}".format(*args.shape), "gradients": args.gradients}
+    rows = []
+    for way, rounds in measured.items():
+        pairs = list(zip(rounds, measured[WAYS[0]], strict=True))
+        quantities = {"s": [r["seconds"] for r in rounds], "peak MiB": [r["peak"] / 2**20 for r in rounds]}
+        if way != WAYS[0]:
+            quantities["time / stacked SVD"] = [a["seconds"] / b["seconds"] for a, b in pairs]
+            quantities["memory / stacked SVD"] = [a["peak"] / b["peak"] for a, b in pairs if b["peak"] > 0]
+        rows += [
+            {"what": way, "quantity": name, **about, **result_files.summary(values)}
+            for name, values in quantities.items()
+            if values
+        ]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=2, default=(768, 3072), metavar=("OUT", "IN"))
@@ -162,6 +180,7 @@ def main() -> None:
     parser.add_argument("--leading", type=int, default=16)
     parser.add_argument("--real", action="store_true", help="the energy kept on real gradients, nothing else")
     parser.add_argument("--model", help="with --real: another model than the demo encoder")
+    parser.add_argument("--result", metavar="NAME", help="result file to write to, results/NAME.json")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.way:
@@ -189,6 +208,8 @@ def main() -> None:
             cells.append(f"{statistics.median(r[key] for r in rounds) / unit:,.1f}")
             cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
         print(f"| {' | '.join(cells)} |")
+    if args.result:
+        result_files.save(args.result, rows_of(results, args), ["python", "benchmarks/basis.py", *sys.argv[1:]])
     out, inp = angles(args.leading)
     print(f"\nlargest principal angle, {args.leading} leading directions, float64: {out:.1e} (out), {inp:.1e} (in)")
 

@@ -9,7 +9,8 @@ the machine meets all of them. Ratios are taken within a round: median and range
 neither they nor the data change the cost. The head is BERT's pooler and classifier (384 x 384 and 384 x 2, with
 biases: four tensors), 768 entries of the large matrix in each step, K = 5, batch 64.
 
-Rows go to `results/gradientless.json`, of `--curve` to `results/gradientless-curve.json` (see `results.py`).
+`--result NAME` writes the rows to `results/NAME.json` (in the page: `gradientless`); `--curve` writes
+`results/gradientless-curve.json`.
 
 `--memory`: peak (RSS above the loaded model; CUDA: allocated) of some steps on a model of 125 M parameters against
 evaluation of the same batch; the bound is that evaluation plus the largest searched tensor.
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--variants", nargs="+")
     parser.add_argument("--output")
+    parser.add_argument("--result", metavar="NAME", help="result file to write to, results/NAME.json")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     add_curve_arguments(parser)
     args = parser.parse_args()
@@ -224,7 +226,10 @@ def main() -> None:
                 raise SystemExit(f"{variant} failed:\n{done.stderr[-2000:]}")
             found[variant].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1}, {variant}: {found[variant][-1]}", file=sys.stderr)
-        results.save("gradientless", result_rows(found, args))
+        if args.result:
+            results.save(
+                args.result, result_rows(found, args), ["python", "benchmarks/gradientless.py", *sys.argv[1:]]
+            )
     text = f"batch {args.batch}, {args.threads} threads, {args.repeats} rounds\n\n{make_table(found)}\n"
     print(text)
     if args.output:

@@ -23,8 +23,10 @@ import torch
 from hf_ft_ext.files import write_json
 from hf_ft_ext.training.record import library_versions
 
-FOLDER = Path(__file__).resolve().parent / "results"
-MEASURED = ("value", "low", "high", "deviation", "values", "seeds", "run")
+# Trials of a benchmark write elsewhere.
+FOLDER = Path(os.environ.get("HF_FT_EXT_RESULTS") or Path(__file__).resolve().parent / "results")
+MEASURED = ("value", "low", "high", "deviation", "values", "seeds", "noisy", "run")
+STEADY = 0.1  # quartiles within this share of the median
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
@@ -85,6 +87,27 @@ def save(
     path = folder / f"{name}.json"
     write_json(path, {"runs": runs, "rows": written})
     return path
+
+
+def is_noisy(row: dict[str, Any]) -> bool:
+    """Whether a quartile of a row is further than 10 % from the median."""
+    if row.get("low") is None or row.get("high") is None:
+        return False
+    return max(row["high"] - row["value"], row["value"] - row["low"]) > STEADY * abs(row["value"])
+
+
+def mark_noisy(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """Say in a result file which rows are noisy (`noisy: true`), and return these."""
+    path = folder / f"{name}.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    found = []
+    for row in content["rows"]:
+        row.pop("noisy", None)
+        if is_noisy(row):
+            row["noisy"] = True
+            found.append(row)
+    write_json(path, content)
+    return found
 
 
 def _key(row: dict[str, Any]) -> str:

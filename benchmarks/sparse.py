@@ -44,6 +44,12 @@ from hf_ft_ext.training.resources import PeakMemory
 _MIB = 2**20
 # model type, configuration, entries per weight (the source's 28,000 of 768 x 3072, and the same share)
 SIZES = {
+    "small": (  # to try the script
+        "roberta",
+        {"vocab_size": 1000, "max_position_embeddings": 130, "hidden_size": 32, "intermediate_size": 48}
+        | {"num_hidden_layers": 2, "num_attention_heads": 2},
+        60,
+    ),
     "minilm": ("bert", {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}, 7_000),
     "roberta-base": ("roberta", {"vocab_size": 50_265, "max_position_embeddings": 514}, 28_000),
     "roberta-large": (

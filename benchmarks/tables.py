@@ -107,7 +107,9 @@ def _conditions(rows: list[dict[str, Any]]) -> str:
         text = f"{run['date']}, {where}, torch {run['versions']['torch']}: `{run['command']}`"
         if text not in said:
             said.append(text)
-    return "Measured " + "; ".join(said) + "."
+    noisy = sum(bool(row.get("noisy")) for row in rows)
+    spread = f" Quartiles of {noisy} of the {len(rows)} values are further than 10 % from the median." if noisy else ""
+    return "Measured " + "; ".join(said) + "." + spread
 
 
 if __name__ == "__main__":

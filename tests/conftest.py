@@ -1,7 +1,8 @@
-"""Settings and fixtures of the whole suite: offline, CPU, quiet, nothing left in the user's caches."""
+"""Settings and fixtures of the whole suite: offline, on the CPU, quiet, nothing left in the user's caches."""
 
 import atexit
 import gc
+import itertools
 import os
 import shutil
 import sys
@@ -13,7 +14,10 @@ if "datasets" not in sys.modules:  # a cache of this process alone: `pytest -n` 
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Tests run on the CPU, also where there is a GPU, but for those with the marker `gpu`:
+# `pytest -m gpu`, without -n, runs them alone.
+if ("-m", "gpu") not in itertools.pairwise(sys.argv):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("WANDB_DISABLED", "true")
 
 import datasets.arrow_dataset
@@ -27,11 +31,13 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of modules that start the launcher or a trainer, for `make test-fast`."""
+    """Mark the tests of modules that start the launcher or a trainer, for `make test-fast`; skip what needs a GPU."""
     marked = {module: _starts_runs(module) for module in {item.module for item in items}}
     for item in items:
         if marked[item.module]:
             item.add_marker("run")
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and `pytest -m gpu` without -n"))
 
 
 def _starts_runs(module) -> bool:

@@ -1,0 +1,53 @@
+"""`benchmarks/bench.py`: what it runs, repeats and stops."""
+
+import argparse
+import sys
+import time
+
+from blocks import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench
+import results
+
+
+class Recorded(bench.Run):
+    """Writes rows that are noisy until a measurement has 12 repetitions."""
+
+    def __init__(self, folder, minutes: float = 40, data: str | None = None):
+        super().__init__(argparse.Namespace(budget_minutes=minutes, data=data, small=False), folder)
+        self.commands: list[tuple[str, int]] = []
+
+    def measure(self, name: str, repeats: int) -> bool:
+        self.commands.append((name, repeats))
+        self.seconds[name], self.repeats[name] = 1.0, repeats
+        high = 1.2 if name == "basis" and repeats < 12 else 1.05
+        for file in bench.MEASUREMENTS[name].files:
+            row = {"what": name, "value": 1.0, "low": 0.99, "high": high}
+            results.save(file, [row], ["some"], self.folder)
+        return name != "fisher"
+
+
+def test_noisy_measurements_run_again_with_more_repetitions(tmp_path):
+    run = Recorded(tmp_path)
+    assert bench.measure_all(run, ["startup", "kernel", "basis", "fisher"]) == ["fisher"]
+    assert run.commands == [("startup", 5), ("basis", 3), ("fisher", 3), ("basis", 6), ("basis", 12)]
+    assert run.noisy("basis") == []
+
+
+def test_rows_that_stay_noisy_say_so(tmp_path):
+    run = Recorded(tmp_path, minutes=1.5 / 60)
+    bench.measure_all(run, ["basis"])
+    assert run.commands == [("basis", 3)]  # twice the repetitions would take two seconds
+    assert [row["noisy"] for row in run.noisy("basis")] == [True]
+    assert results.read("basis", tmp_path)[0]["noisy"]
+
+
+def test_a_script_that_takes_too_long_is_stopped_with_its_children(tmp_path, monkeypatch):
+    (tmp_path / "slow.py").write_text("import subprocess\nsubprocess.run(['sleep', '60'])\n")
+    monkeypatch.setattr(bench, "HERE", tmp_path)
+    monkeypatch.setitem(bench.MEASUREMENTS, "slow", bench.Measurement("slow", (), "", ""))
+    run = bench.Run(argparse.Namespace(budget_minutes=0.5 / 60, data=None, small=False), tmp_path)
+    start = time.monotonic()
+    assert bench.measure_all(run, ["slow"]) == ["slow"]
+    assert time.monotonic() - start < 30 and run.seconds == {}
