@@ -21,6 +21,7 @@ from transformers import BertConfig, BertForMaskedLM
 from hf_ft_ext import empirical_ntk
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.engines import contraction as contract
+from hf_ft_ext.kernel.engines import packed
 from hf_ft_ext.kernel.formulas import Formula, sign_product, sign_scale, signs
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
@@ -143,6 +144,28 @@ def test_weights_by_tokens_and_by_entries(by_tokens, formula, monkeypatch):
         model = family(model_type).double()
         expected = empirical_ntk(model, LEFT, RIGHT, formula, "jacobian")
         assert_near(empirical_ntk(model, LEFT, RIGHT, formula), expected, formula)
+
+
+@pytest.mark.parametrize("max_bytes", [2**28, 2**13])
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("model_type", ["bert", "gpt2", "albert"])
+def test_products_of_all_examples_at_once_as_on_an_accelerator(model_type, formula, max_bytes, monkeypatch):
+    """Ragged rows and several scalars, gradients by autograd; with little memory a few examples at a time."""
+    model = family(model_type).double()
+    expected = plain(model, LEFT, RIGHT, formula, {})
+    monkeypatch.setattr(contract, "_tokens_are_cheaper", lambda left, right: False)
+    for module in (contract, packed):
+        monkeypatch.setattr(module, "launches_cost", lambda tensor: True)
+    computation = KernelComputation(model, KernelOptions(formula, batch_size=4))
+    contraction = contract.Contraction.matrices
+
+    def bounded(self, *args):
+        self.max_bytes = max_bytes
+        contraction(self, *args)
+
+    monkeypatch.setattr(contract.Contraction, "matrices", bounded)
+    found = computation.run(ExampleRows(LEFT), ExampleRows(RIGHT))
+    assert_near(found if len(found) == 2 else found[0], expected, formula)
 
 
 def test_the_cheaper_way_is_taken():

@@ -1,10 +1,18 @@
 """Products of two sides' gradient rows, one parameter at a time, in the cheaper of the ways there are."""
 
+import functools
 from collections.abc import Sequence
 
 import torch
 
-from hf_ft_ext.kernel.engines.packed import PackedDense, PackedEmbedding, PackedLinear, join_embeddings
+from hf_ft_ext.kernel.engines.packed import (
+    PackedDense,
+    PackedEmbedding,
+    PackedLinear,
+    join_embeddings,
+    launches_cost,
+    padded,
+)
 from hf_ft_ext.kernel.engines.stacks import joined
 from hf_ft_ext.kernel.formulas import Formula, product, sign_product, sign_type, signs
 
@@ -103,27 +111,41 @@ class Contraction:
             self._by_tokens(left, right, out[0])
             return
         c, size, like = left[0].scalars, left[0].size, left[0].output_gradients
-        share = max(self.max_bytes // (2 * c * self.row_bytes(size, like.dtype)), 1)
-        sides = [[example for matrix in side for example in matrix.examples()] for side in (left, right)]
-        for i in range(0, len(sides[0]), share):
-            a = self._written("left", sides[0][i : i + share], i * c, scales[0])
-            for j in range(0, len(sides[1]), share):
-                b = self._written("right", sides[1][j : j + share], j * c, scales[1])
+        at_once = launches_cost(like)
+        row_bytes = self.row_bytes(size, like.dtype)
+        if at_once and self.formula is Formula.SIGNGD:
+            row_bytes += size * like.dtype.itemsize  # the rows that the signs are of
+        share = max(self.max_bytes // (2 * c * row_bytes), 1)
+        written = self._written_at_once if at_once else self._written
+        counts = [sum(len(matrix.counts) for matrix in side) for side in (left, right)]
+        for i in range(0, counts[0], share):
+            a = written("left", _Tokens(left, i, i + share), i * c, scales[0])
+            for j in range(0, counts[1], share):
+                b = written("right", _Tokens(right, j, j + share), j * c, scales[1])
                 for total, part in zip(out, self.multiply(a, b), strict=True):
                     total[i * c : i * c + part.shape[0], j * c : j * c + part.shape[1]] += part
 
-    def _written(self, name: str, examples: list, first: int, scale: torch.Tensor | None) -> tuple:
+    def _written_at_once(self, name: str, tokens: "_Tokens", first: int, scale: torch.Tensor | None) -> tuple:
+        """As `_written`, in one product: an accelerator would wait for one launch after the other."""
+        inputs, grads = (padded(part, tokens.counts) for part in (tokens.activations, tokens.output_gradients))
+        n, _, c, height = grads.shape
+        rows = self.scratch.take(name, n * c, height * inputs.shape[2], inputs, grads.dtype)
+        # G = sum_t g_t x_t^T for all examples and scalars; positions that are padded add 0
+        torch.bmm(grads.flatten(2).mT, inputs, out=rows.view(n, c * height, -1))
+        return self.views(rows, None if scale is None else scale[first : first + n * c])
+
+    def _written(self, name: str, tokens: "_Tokens", first: int, scale: torch.Tensor | None) -> tuple:
         """The views of the examples' gradient rows, multiplied out; `first`: row of the first of them."""
-        inputs, grads = examples[0]
-        c, width, height = grads.shape[1], inputs.shape[1], grads.shape[2]
-        rows, size, dtype = len(examples) * c, width * height, grads.dtype
-        raw = None if self.formula is Formula.SIGNGD else self.scratch.take(name, rows, size, inputs, dtype)
-        kind = sign_type(inputs.device) if self.formula is Formula.SIGNGD else dtype
-        sign = None if scale is None else self.scratch.take(f"{name} signs", rows, size, inputs, kind)
+        all_inputs, all_grads = tokens.activations, tokens.output_gradients
+        c, width, height = all_grads.shape[1], all_inputs.shape[1], all_grads.shape[2]
+        rows, size, dtype = tokens.n * c, width * height, all_grads.dtype
+        raw = None if self.formula is Formula.SIGNGD else self.scratch.take(name, rows, size, all_inputs, dtype)
+        kind = sign_type(all_inputs.device) if self.formula is Formula.SIGNGD else dtype
+        sign = None if scale is None else self.scratch.take(f"{name} signs", rows, size, all_inputs, kind)
         step = height if scale is None else -(-height // -(-size // self._CHUNK))  # even parts
-        chunk = self.scratch.take("chunk", step, width, inputs, dtype)
+        chunk = self.scratch.take("chunk", step, width, all_inputs, dtype)
         row = 0
-        for inputs, grads in examples:
+        for inputs, grads in zip(*(part.split(tokens.counts) for part in (all_inputs, all_grads)), strict=True):
             for scalar in range(c):
                 g = grads[:, scalar]
                 if raw is not None:  # G = sum_t g_t x_t^T
@@ -192,9 +214,13 @@ class _Tokens:
                 counts += matrix.counts[lo:hi]
         self.held, self.key = inputs, tuple((part.data_ptr(), len(part)) for part in inputs)
         self.activations, self.output_gradients = joined(inputs), joined(grads)
-        self.n = len(counts)
+        self.n, self.counts = len(counts), counts
+
+    @functools.cached_property
+    def examples(self) -> torch.Tensor:
+        """Which example each token is of."""
         device = self.activations.device
-        self.examples = torch.arange(self.n, device=device).repeat_interleave(torch.tensor(counts, device=device))
+        return torch.arange(self.n, device=device).repeat_interleave(torch.tensor(self.counts, device=device))
 
 
 def _tokens_are_cheaper(left: Sequence[PackedLinear], right: Sequence[PackedLinear]) -> bool:

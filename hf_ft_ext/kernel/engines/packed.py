@@ -168,7 +168,9 @@ class Packer:
             self._kept[key] = self.stacks.put(f"{name} activations", together.flatten(0, 1), places)
         kept, grads, norms = self._kept[key], self.stacks.put(name, grads.flatten(0, 1), places), None
         counts = used.sum(1).tolist()
-        if self.norms:
+        if self.norms and launches_cost(grads):
+            norms = _all_squared_norms(padded(kept, counts), padded(grads, counts))
+        elif self.norms:
             norms = torch.cat(
                 [_squared_norms(a, g) for a, g in zip(kept.split(counts), grads.split(counts), strict=True)]
             )
@@ -203,6 +205,28 @@ def _squared_norms(activations: torch.Tensor, grads: torch.Tensor) -> torch.Tens
         # |G|^2 with G = sum_t g_t a_t^T
         return (grads.mT @ activations).square().sum((1, 2))
     return ((grads @ grads.mT) * (activations @ activations.T)).sum((1, 2))
+
+
+def _all_squared_norms(activations: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+    """The same for all examples, `[n, tokens, in]` and `[n, tokens, c, out]`: `[n * c]`, over pairs of tokens."""
+    grads = grads.transpose(1, 2)
+    return ((grads @ grads.mT) * (activations @ activations.mT)[:, None]).sum((2, 3)).flatten()
+
+
+def launches_cost(tensor: torch.Tensor) -> bool:
+    """Whether many small products cost more than one product that is larger than it need be."""
+    return tensor.device.type != "cpu"
+
+
+def padded(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Tokens `[tokens, ...]` of examples, one after the other, as `[n, longest, ...]` with zeros at the ends."""
+    n, longest = len(counts), max(counts, default=0)
+    lengths = torch.tensor(counts)
+    # token k of the examples' i-th: k counted from the example's start, behind i rows of `longest`
+    shifts = longest * torch.arange(n) - (lengths.cumsum(0) - lengths)
+    places = torch.arange(len(values)) + shifts.repeat_interleave(lengths)
+    rows = values.new_zeros(n * longest, *values.shape[1:])
+    return rows.index_copy_(0, places.to(values.device), values).view(n, longest, *values.shape[1:])
 
 
 def _of_linear_layers(gradients: list[list[Gradient] | None]) -> TypeGuard[list[list[LinearGradient] | None]]:
