@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from hf_ft_ext.products import linear
+
 # --- the last layer's feed-forward part for the first position alone --------------------------------
 # transformers runs this part through `apply_chunking_to_forward`, so it takes each position by itself.
 
@@ -49,25 +51,6 @@ def first_position_only(layer: nn.Module | None) -> Iterator[None]:
 
 _STRIDE = 64  # columns that a first look skips
 _FEW = 0.5  # share of positions up to which picking them pays
-_LARGE = 2**24  # multiplications from which oneDNN's start-up is small beside the product
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x W^T + b`, `[n, in]` times `[out, in]`: by oneDNN where that is faster.
-
-    torch takes MKL for single precision, which is 10 % slower than oneDNN on processors with AVX-512 that are not
-    Intel's, and as fast on Intel's. The operator is the one that `torch.compile` calls; without it MKL serves.
-    """
-    by_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    if (
-        by_onednn is None
-        or x.dtype is not torch.float32
-        or weight.dtype is not torch.float32
-        or not torch.backends.mkldnn.enabled
-        or len(x) * weight.numel() < _LARGE
-    ):
-        return nn.functional.linear(x, weight, bias)
-    return by_onednn(x, weight, bias, "none", [], "")
 
 
 class _Linear(torch.autograd.Function):
@@ -76,7 +59,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(weight)
-        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        return linear(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -90,7 +73,7 @@ class _Linear(torch.autograd.Function):
                 result[rows] = flat[rows] @ weight  # oneDNN would compile for each number of rows
                 return result.view(*gradient.shape[:-1], -1), None, None
         # flat: as a batch of matrices, a gradient whose memory is in another order would be multiplied one by one
-        return _product(flat, weight.t()).view(*gradient.shape[:-1], -1), None, None
+        return linear(flat, weight.t()).view(*gradient.shape[:-1], -1), None, None
 
 
 @contextmanager

@@ -90,6 +90,29 @@ def test_outputs_can_be_changed_in_place(kind, observed):
     y.sum().backward()
 
 
+@pytest.mark.parametrize("by_weight", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_large_layers_in_single_precision(by_weight, bias, monkeypatch):
+    """Sizes at which products are another library's; in-place changes of the output are allowed as always."""
+    monkeypatch.setattr(functions, "by_weight_is_cheaper", lambda *args, **kwargs: by_weight)
+    torch.manual_seed(0)
+    parts = {"x": torch.randn(8, 64, 192), "w": torch.randn(512, 192), "b": torch.randn(512), "d": torch.randn(5, 7)}
+    parts |= {"v": torch.linalg.qr(torch.randn(512, 5))[0], "u": torch.linalg.qr(torch.randn(192, 7))[0]}
+    exact = {name: part.double() for name, part in parts.items()}
+    for one in (parts, exact):
+        one["x"].requires_grad_(), one["d"].requires_grad_()
+    x, w, b, d, v, u = exact.values()
+    expected = x @ (w + v @ d @ u.T).T + (b if bias else 0)
+    (expected**2).sum().backward()
+    x, w, b, d, v, u = parts.values()
+    found = functions.ChangedLinear.apply(x, w, b if bias else None, d, v, u)
+    (found**2).sum().backward()
+    pairs = [(found, expected), (x.grad, exact["x"].grad), (d.grad, exact["d"].grad)]
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=1e-5 * float(theirs.abs().max()))
+    functions.ChangedLinear.apply(x, w, None, d, v, u).add_(1.0)  # Falcon does
+
+
 def test_many_tokens_go_by_weight_and_few_by_product():
     shape = {"values": torch.zeros(84, 334), "n_out": 3072, "n_in": 768}
     for backward in (False, True):

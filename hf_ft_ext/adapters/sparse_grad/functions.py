@@ -18,6 +18,8 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
+from hf_ft_ext.products import linear, onednn_is_faster
+
 
 def change_of_weight(values: torch.Tensor, out_columns: torch.Tensor, in_columns: torch.Tensor) -> torch.Tensor:
     """`V D U^T`, shape (out, in)."""
@@ -60,16 +62,16 @@ class ChangedLinear(torch.autograd.Function):
         trains = ctx.needs_input_grad[3]
         narrow = _narrowed(flat, u) if trains or not by_weight else None
         bias = None if bias is None else bias.to(dtype)
-        # Not a view: some models (Falcon) change the output in place, which autograd forbids for views.
-        y = x.new_empty(*x.shape[:-1], n_out)
-        rows = y.view(-1, n_out)
         used = _changed(weight, d, v, u) if by_weight else weight.to(dtype)
-        if bias is None:
-            torch.mm(flat, used.T, out=rows)
+        # Not a view: some models (Falcon) change the output in place, which autograd forbids for views.
+        if onednn_is_faster(x, used):
+            y = linear(x, used, bias)
         else:
-            torch.addmm(bias, flat, used.T, out=rows)
+            y = x.new_empty(*x.shape[:-1], n_out)
+            rows = y.view(-1, n_out)
+            torch.mm(flat, used.T, out=rows) if bias is None else torch.addmm(bias, flat, used.T, out=rows)
         if not by_weight:
-            _add_change(rows, narrow, d, v)
+            _add_change(y.view(-1, n_out), narrow, d, v)
         ctx.save_for_backward(narrow if trains else None, weight, values, out_columns, in_columns)
         return y
 
@@ -86,9 +88,9 @@ class ChangedLinear(torch.autograd.Function):
             grad_values = (narrow_grads.T @ narrow.to(dtype)).to(values.dtype)  # (g V)^T (x U)
         if ctx.needs_input_grad[0]:
             if by_weight_is_cheaper(len(grads), values, n_out, n_in, backward=True):
-                grad_x = grads @ _changed(weight, d, v, u)
+                grad_x = linear(grads, _changed(weight, d, v, u).T)
             else:
-                grad_x = grads @ weight.to(dtype)
+                grad_x = linear(grads, weight.to(dtype).T)
                 _add_change(grad_x, narrow_grads, d.T, u)
             grad_x = grad_x.view(*grad_output.shape[:-1], n_in)
         return grad_x, None, None, grad_values, None, None
