@@ -10,7 +10,6 @@ from hf_ft_ext.arguments import PROMPT_DEMO, DataArguments
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.collator import ContextCollator
-from hf_ft_ext.prompts.demonstrations import DemonstrationRows
 from hf_ft_ext.prompts.model import PromptForSequenceClassification
 from hf_ft_ext.prompts.preprocess import prompt_encoder
 
@@ -50,6 +49,8 @@ def calibrate(
             "it; leave --calibrate out"
         )
     if data_args.few_shot_type == PROMPT_DEMO:
+        from hf_ft_ext.prompts.demonstrations import DemonstrationRows
+
         unfiltered = replace(data_args, demo_filter=1.0, demo_filter_model=None)
         rows = DemonstrationRows(encoder, data, unfiltered, model.config, data_seed)(empty, CONTENT_FREE, [0])
     row = {name: column[0] for name, column in rows.items()}

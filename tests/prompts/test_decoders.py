@@ -279,6 +279,9 @@ def test_the_same_tokens_for_two_words_are_no_choice():
         word_tokens(word_tokenizer(), ["GREAT", "great"], "a", "sequence")
     with pytest.raises(InputError, match="'terrific' is unknown to this tokenizer"):
         word_tokens(word_tokenizer(), ["terrific", "great"], "a")
+    # SentencePiece's tokens are a space and the unknown token
+    with pytest.raises(InputError, match="'日' is unknown to this tokenizer"):
+        word_tokens(subword_tokenizer("unigram"), ["great", "日"], "It was")
 
 
 def test_what_cannot_be_scored_is_refused():
