@@ -209,7 +209,7 @@ class FewShotArguments:
         default=False,
         metadata={
             "help": "Prompts: subtract the logits of the template around an empty text, which show what words the "
-            "model prefers anyway."
+            "model prefers anyway; with demonstrations, their mean over num_sample contexts."
         },
     )
     first_sent_limit: int | None = field(

@@ -67,8 +67,17 @@ def trained_in_full(model: PreTrainedModel) -> list[str]:
 
     A prompt model's head is pretrained: only label words' rows that linear probing has written count. So is a
     language model's.
+
+    Raises:
+        InputError: the model is none of transformers, so nobody knows its head.
     """
-    prefix = model.base_model_prefix
+    prefix = getattr(model, "base_model_prefix", None)
+    if prefix is None:
+        raise InputError(
+            f"{type(model).__name__} is not a transformers model, so its head is unknown; add the adapter to it "
+            "yourself (model.add_adapter or peft's get_peft_model; with SparseGradConfig call compute_bases(model, "
+            "batches, loss) before training) and train with its own trainer"
+        )
     names = [
         name for name, module in model.named_children() if name != prefix and any(True for _ in module.parameters())
     ]

@@ -1,6 +1,7 @@
 """Data of language modelling and instruction tuning: text, prompt and completion, or messages."""
 
 import logging
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -264,7 +265,7 @@ def _in_our_columns(split: str, rows: Dataset, wanted: Sequence[str] | None) -> 
                 "completion"
             )
         form = Form.PROMPT if len(wanted) == 2 else Form.TEXT
-        if len(wanted) == 1 and len(rows) and not isinstance(rows[0][wanted[0]], str | None):
+        if len(wanted) == 1 and len(rows) and isinstance(rows[0][wanted[0]], list):
             form = Form.MESSAGES
     else:
         found = [form for form, names in _COLUMNS.items() if set(names) <= set(columns)]
@@ -291,8 +292,44 @@ def _check_rows(split: str, rows: Dataset, form: Form, answers: bool) -> None:
     needed = [name for name in _COLUMNS[form] if answers or name != "completion"]
     for name in needed:
         for number, value in enumerate(rows[name]):
-            if value is None or not len(value):
-                raise InputError(f"column '{name}' of split '{split}' has nothing in row {number}; fill or remove it")
+            _check_value(f"column '{name}' of split '{split}'", number, value, form)
+    if form is Form.PROMPT and answers and len({isinstance(rows[0][name], str) for name in needed}) > 1:
+        raise InputError(
+            f"split '{split}' has text in one of prompt and completion and messages in the other; pass both as text, "
+            "or both as messages"
+        )
+    for number, value in enumerate(rows[REFERENCES] if REFERENCES in rows.column_names else ()):
+        if value is not None and not (isinstance(value, list) and all(isinstance(text, str) for text in value)):
+            raise InputError(
+                f"column '{REFERENCES}' of split '{split}' holds lists of texts, and row {number} has "
+                f"{reprlib.repr(value)}; pass ['an answer', 'another'], or leave the column out"
+            )
+
+
+def _check_value(column: str, number: int, value: Any, form: Form) -> None:
+    """Refuse what is neither text nor messages, as the form asks for."""
+    if value is None or (isinstance(value, str | list) and not value):
+        raise InputError(f"{column} has nothing in row {number}; fill or remove it")
+    if isinstance(value, str) and form is not Form.MESSAGES:
+        return
+    if not isinstance(value, list) or form is Form.TEXT:
+        wanted = "messages" if form is Form.MESSAGES else "text"
+        raise InputError(
+            f"{column} needs {wanted}, and row {number} has {reprlib.repr(value)}; convert it, or choose another "
+            "column (--text_columns)"
+        )
+    if not all(map(_is_message, value)):
+        raise InputError(
+            f"{column} has a message in row {number} that is not one with role and content as texts, such as "
+            "{'role': 'user', 'content': 'a question'}; rename or fill its keys"
+        )
+
+
+def _is_message(message: Any) -> bool:
+    """Whether chat templates can take it: a call of tools may have no content."""
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        return False
+    return isinstance(message.get("content"), str) or bool(message.get("tool_calls"))
 
 
 def prompt_and_references(row: dict[str, Any], form: Form) -> tuple[Any, list[str]]:
@@ -308,5 +345,6 @@ def prompt_and_references(row: dict[str, Any], form: Form) -> tuple[Any, list[st
         return row["prompt"], [text.strip() for text in accepted]
     messages = list(row["messages"])
     if messages[-1]["role"] == "assistant":
-        return messages[:-1], [messages[-1]["content"].strip()]
+        answer = messages[-1].get("content")
+        return messages[:-1], [answer.strip()] if answer else []
     return messages, []

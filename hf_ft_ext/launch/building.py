@@ -44,6 +44,7 @@ from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics import default_metrics
 from hf_ft_ext.metrics.thresholds import AUTO as AUTO_THRESHOLD
 from hf_ft_ext.models import load_tokenizer_and_model, model_max_length
+from hf_ft_ext.prompts.calibration import calibrate
 from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.prompts.loading import check_prompt_options
 from hf_ft_ext.prompts.model import is_prompt_model
@@ -87,7 +88,10 @@ def load(
     finished = _finished(trainer_class, model_args, args)
 
     def load_model() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-        return load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args, args=args)
+        tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args, args=args)
+        if data_args.calibrate:
+            calibrate(model, tokenizer, data, data_args, model_max_length(model, tokenizer), args.data_seed)
+        return tokenizer, model
 
     if finished is None:
         tokenizer, model = load_model()

@@ -197,7 +197,7 @@ RULES: dict[str, Rule] = {
         "is about evaluation, and this run does not evaluate; add --do_eval",
     ),
     "num_sample": Rule(
-        lambda c: not c.evaluates and not c.training.do_predict,
+        lambda c: not c.evaluates and not c.training.do_predict and not c.data.calibrate,
         "is about evaluation, and this run does not evaluate; add --do_eval",
     ),
     "stream_buffer": Rule(

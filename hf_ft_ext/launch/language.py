@@ -49,8 +49,10 @@ from hf_ft_ext.training.language import (
     Generation,
     Perplexity,
     generate_texts,
+    prompt_ids,
     report_long_rows,
     room_for_prompts,
+    template_errors,
 )
 
 logger = logging.getLogger(__name__)
@@ -132,10 +134,11 @@ def load(
             "messages"
         )
     causal = run_args.task_type == CAUSAL_LM
-    if not causal and data.form is not Form.PROMPT:
+    if not causal and (data.form is not Form.PROMPT or _is_chat(data)):
         raise InputError(
-            f"--task_type seq2seq_lm writes a completion to a prompt, and the data has {data.form}; pass columns "
-            "prompt and completion (--text_columns), or --task_type causal_lm"
+            "--task_type seq2seq_lm writes a completion to a prompt, both texts, and the data has "
+            f"{Form.MESSAGES if _is_chat(data) else data.form}; pass columns prompt and completion (--text_columns), "
+            "or --task_type causal_lm"
         )
     tokenizer, model = load_tokenizer_and_language_model(model_args, run_args.task_type, args=args)
     _check_chat_template(data, tokenizer, data_args)
@@ -163,7 +166,7 @@ def load(
         own |= {"chat_template_path": data_args.chat_template_path, "pad_token": tokenizer.pad_token}
         for name, value in own.items() if causal else ():
             setattr(args, name, value)
-        with explained(args):
+        with explained(args), template_errors():
             trainer = trainer_class(
                 model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
                 args=args,
@@ -176,6 +179,7 @@ def load(
                 callbacks=run_callbacks(run_args, args, callbacks),
             )
         trainer.language = LanguageRun(data, data_args, context)
+        _check_prompts(data, trainer.processing_class, args, data_args)
         return check_made(trainer, run_args.method)
 
     return build, data
@@ -257,9 +261,14 @@ def check_numbers(data_args: DataArguments) -> None:
             raise InputError(f"{name} must be 1 or more, got {getattr(data_args, name)}")
 
 
-def _check_chat_template(data: LanguageData, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> None:
+def _is_chat(data: LanguageData) -> bool:
+    """Whether rows are messages, or prompts and completions of messages."""
     rows = data.train if data.train is not None else next(iter({**data.validation, **data.test}.values()))
-    chat = data.form is Form.MESSAGES or (data.form is Form.PROMPT and not isinstance(rows[0]["prompt"], str))
+    return data.form is Form.MESSAGES or (data.form is Form.PROMPT and not isinstance(rows[0]["prompt"], str))
+
+
+def _check_chat_template(data: LanguageData, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> None:
+    chat = _is_chat(data)
     if chat and tokenizer.chat_template is None and data_args.chat_template_path is None:
         raise InputError(NO_CHAT_TEMPLATE)
     path = data_args.chat_template_path
@@ -267,6 +276,17 @@ def _check_chat_template(data: LanguageData, tokenizer: PreTrainedTokenizerBase,
         raise InputError(f"--chat_template_path {path} is about messages, and the data has {data.form}; leave it out")
     if path is not None and not os.path.exists(os.path.expanduser(path)):
         raise InputError(f"--chat_template_path {path}: there is no such file or folder; check the path")
+
+
+def _check_prompts(
+    data: LanguageData, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DataArguments
+) -> None:
+    """Try the chat template, before training, on all dialogues that will be gone on with."""
+    evaluated = data.validation if data_args.predict_with_generate else {}
+    predicted = data.test if args.do_predict else {}
+    for rows in (*evaluated.values(), *predicted.values()) if _is_chat(data) else ():
+        for row in rows:
+            prompt_ids(tokenizer, prompt_and_references(row, data.form)[0])
 
 
 def _length(data_args: DataArguments, context: int | None) -> int:

@@ -4,7 +4,6 @@ import logging
 from dataclasses import fields
 from typing import Any
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from hf_ft_ext.arguments import FINETUNE, PROMPT_DEMO, DataArguments, FewShotArguments
@@ -14,10 +13,10 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.defaults import task_prompt
-from hf_ft_ext.prompts.encode import PromptEncoder, answer_context
+from hf_ft_ext.prompts.encode import answer_context
 from hf_ft_ext.prompts.model import PromptForSequenceClassification
 from hf_ft_ext.prompts.readout import Reading, reading_of
-from hf_ft_ext.prompts.template import Sentence, parse_template
+from hf_ft_ext.prompts.template import parse_template
 from hf_ft_ext.prompts.words import FIRST_TOKEN, check_word_scoring, parse_mapping, word_tokens
 
 _OF_PROMPTS = (
@@ -74,12 +73,8 @@ def load_prompt_model(
             "leave --few_shot_type out, or pass a model with a classification head"
         )
     if isinstance(config, PromptConfig):
-        model = _load_saved(name, config, tokenizer, data, data_args, **hub)
-    else:
-        model = _load_fresh(name, config, tokenizer, data, data_args, **hub)
-    if data_args.calibrate:
-        _calibrate(model, tokenizer, data_args)
-    return model
+        return _load_saved(name, config, tokenizer, data, data_args, **hub)
+    return _load_fresh(name, config, tokenizer, data, data_args, **hub)
 
 
 def _load_fresh(name, config, tokenizer, data: TaskData, data_args: DataArguments, **hub):
@@ -118,26 +113,6 @@ def _load_fresh(name, config, tokenizer, data: TaskData, data_args: DataArgument
         config=config,
         **hub,
     )
-
-
-def _calibrate(model: PromptForSequenceClassification, tokenizer: PreTrainedTokenizerBase, data_args) -> None:
-    """Subtract what the model says about the template around an empty text."""
-    if data_args.few_shot_type == PROMPT_DEMO:
-        raise InputError(
-            "--calibrate: with demonstrations every row has a context of its own; leave one of the two out"
-        )
-    config = model.config
-    texts = 1 + max(p.index for p in parse_template(config.template) if isinstance(p, Sentence))
-    encoder = PromptEncoder(tokenizer, config.template, texts, 10_000, reading=config.reading)
-    ids = encoder([[""]] * texts)["input_ids"]
-    if not ids[0]:
-        raise InputError(
-            f"calibrate: template {config.template!r} is nothing but the row's text, so nothing is left without it; "
-            "leave --calibrate out"
-        )
-    device = model.get_input_embeddings().weight.device
-    bias = model.calibrate(torch.tensor(ids, device=device))
-    logger.info("Calibrated: %s.", ", ".join(f"{w} {b:.3f}" for w, b in zip(config.words, bias, strict=True)))
 
 
 def _labels(data: TaskData) -> list[str] | None:

@@ -11,19 +11,14 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from torch import nn
-from torch.nn import functional
-from transformers import (
-    AutoConfig,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_ft_ext.adapters.folder import is_adapter_without_weights
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig, saved_prompt
+from hf_ft_ext.prompts.losses import class_loss, scale_loss
 from hf_ft_ext.prompts.making import load_language_model, prompt_config
 from hf_ft_ext.prompts.readout import (
     Reading,
@@ -342,7 +337,7 @@ class PromptForSequenceClassification(PreTrainedModel):
             logits = logits.unflatten(0, (-1, contexts)).mean(1)
         loss = None
         if labels is not None:
-            loss = self._scale_loss(logits, labels) if regression else _class_loss(logits, labels)
+            loss = scale_loss(logits, labels, self.config.bounds) if regression else class_loss(logits, labels)
         if regression:
             low, high = self.config.bounds
             logits = low + (high - low) * logits.softmax(-1)[:, 1:]
@@ -360,14 +355,17 @@ class PromptForSequenceClassification(PreTrainedModel):
         return {"option_ids": ids[:, : self.config.num_labels, None]}
 
     @torch.no_grad()
-    def calibrate(self, input_ids: torch.Tensor) -> list[float]:
+    def calibrate(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs: torch.Tensor
+    ) -> list[float]:
         """Subtract from all logits those of a row without content, from now on; return them.
 
         A language model prefers some words whatever the row says. The logits of the template with an empty text show
         by how much (contextual calibration).
 
         Args:
-            input_ids: of the template around an empty text, `[1, length]`.
+            input_ids: of the template around an empty text, `[1, length]`, or `[1, contexts, length]` for a mean.
+            attention_mask, inputs: for `forward`; without a mask there is no padding.
 
         Raises:
             InputError: each row has options of its own, so that there is nothing common to subtract.
@@ -378,20 +376,11 @@ class PromptForSequenceClassification(PreTrainedModel):
             raise InputError("calibrate is about label words of classes, and this is a regression; leave it out")
         training, self.config.word_bias = self.training, None
         self.eval()
-        logits = self(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits[0]
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        logits = self(input_ids=input_ids, attention_mask=mask, **inputs).logits[0]
         self.train(training)
         self.config.word_bias = logits.float().tolist()
         return self.config.word_bias
-
-    def _scale_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        low, high = self.config.bounds
-        place = ((labels.float().reshape(-1) - low) / (high - low)).clamp(0, 1)
-        target = torch.stack([1 - place, place], -1)
-        return functional.kl_div(logits.float().log_softmax(-1), target, reduction="batchmean")
-
-
-def _class_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(logits.float(), labels.reshape(-1))
 
 
 def is_prompt_model(model: nn.Module) -> bool:

@@ -158,7 +158,8 @@ def word_tokens(
     found: list[list[int]] = []
     for word in words:
         tokens = answer_tokens(tokenizer, word, before)
-        if not tokens or tokens == [tokenizer.unk_token_id]:
+        unknown = tokenizer.unk_token_id in tokens and word != tokenizer.unk_token
+        if not tokens or unknown:  # SentencePiece puts a space in front of an unknown character
             raise InputError(f"label word {word!r} is unknown to this tokenizer; choose another word (--mapping)")
         for other, its in zip(words, found, strict=False):
             if its == tokens:

@@ -1,19 +1,21 @@
 """What trainers of language models have besides: perplexity, counted truncation, generated texts."""
 
+import contextlib
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from hf_ft_ext.errors import InputError
+from hf_ft_ext.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -144,7 +146,7 @@ def generate_texts(
         raise InputError("generation pads prompts to one length, and the tokenizer has no padding token; set one")
     both = getattr(model.config, "is_encoder_decoder", False)
     room = room_for_prompts(context, settings.max_new_tokens, shared=not both)
-    rows = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     if room is not None:
         longer = sum(len(ids) > room for ids in rows)
         if longer:
@@ -181,12 +183,35 @@ def generate_texts(
     return [texts[i].strip() for i in range(len(rows))]
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+    """Tokens that a generation starts from.
+
+    Raises:
+        InputError: messages, and no chat template that takes them.
+    """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     if tokenizer.chat_template is None:
         raise InputError(NO_CHAT_TEMPLATE)
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+    if not prompt:
+        raise InputError(
+            "a row of messages is nothing but an answer, so there is no prompt to go on from; put the user's message "
+            "in front, or remove the row"
+        )
+    with template_errors():
+        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+@contextlib.contextmanager
+def template_errors() -> Iterator[None]:
+    """Raise what a chat template says of itself or of a dialogue as an `InputError`."""
+    try:
+        yield
+    except TemplateError as error:
+        raise InputError(
+            f"the chat template does not take this data: {first_line(error)}; change the messages, or pass another "
+            "one (--chat_template_path)"
+        ) from error
 
 
 NO_CHAT_TEMPLATE = (

@@ -141,8 +141,17 @@ def folder(tmp_path_factory):
     forms = {
         "pairs": rows, "text": [{"text": "a film"}] * 2, "chat": chat * 2,
         "two": [{**row, "text": "x"} for row in rows], "none": [{"words": "x"}], "gap": [{"text": "x"}, {"text": ""}],
-        "mixed": [{"prompt": "a", "completion": None}, *rows],
+        "mixed": [{"prompt": "a", "completion": None}, *rows], "numbers": [{"text": 1}],
+        "strings": [{"messages": ["a", "b"]}], "keys": [{"messages": [{"from": "user", "value": "a"}]}],
+        "silent": [{"messages": [{"role": "user", "content": None}]}],
+        "answer": [{"messages": chat[0]["messages"][1:]}],
+        "halves": [{"prompt": "a", "completion": chat[0]["messages"]}],
+        "scores": [{**row, "references": "great"} for row in rows],
+        "turns": [{"prompt": chat[0]["messages"][:1], "completion": chat[0]["messages"][1:]}],
     }  # fmt: skip
+    (root / "strict.jinja").write_text("{{ raise_exception('only system may begin') }}")
+    (root / "broken.jinja").write_text("{% for m in messages %}{{ m.content ")
+    (root / "plain.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     for name, lines in forms.items():
         (root / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return root
@@ -156,6 +165,15 @@ def folder(tmp_path_factory):
         ("none", (), "has the columns words, and language modelling needs text, prompt and completion, or messages"),
         ("gap", (), "column 'text' of split 'train' has nothing in row 1; fill or remove it"),
         ("mixed", (), "column 'completion' of split 'train' has nothing in row 0"),
+        ("numbers", (), "column 'text' of split 'train' needs text, and row 0 has 1; convert it"),
+        ("strings", (), "has a message in row 0 that is not one with role and content as texts, such as"),
+        ("keys", (), "has a message in row 0 that is not one with role and content"),
+        ("silent", (), "has a message in row 0 that is not one with role and content"),
+        ("halves", (), "has text in one of prompt and completion and messages in the other; pass both"),
+        ("scores", (), "column 'references' of split 'train' holds lists of texts, and row 0 has 'great'"),
+        ("chat", ("--chat_template_path", "strict.jinja"), "does not take this data: only system may begin; change"),
+        ("chat", ("--chat_template_path", "broken.jinja"), "does not take this data: unexpected end of template"),
+        ("answer", ("--chat_template_path", "plain.jinja", "--predict_with_generate"), "nothing but an answer, so"),
         ("text", ("--predict_with_generate",), "--predict_with_generate goes on from a prompt, and rows of text"),
         ("text", ("--chat_template_path", "x"), "is about messages, and the data has text; leave it out"),
         ("pairs", ("--max_new_tokens", "5"), "is about generated texts, and this run writes none"),
@@ -179,7 +197,8 @@ def folder(tmp_path_factory):
         ("pairs", ("--streaming", "--max_steps", "1"), "--streaming is not for --task_type causal_lm"),
     ],
 )  # fmt: skip
-def test_bad_input_ends_in_one_line_before_training(folder, tmp_path, capsys, data, options, message):
+def test_bad_input_ends_in_one_line_before_training(folder, tmp_path, capsys, monkeypatch, data, options, message):
+    monkeypatch.chdir(folder)
     file = str(folder / f"{data}.jsonl")
     method = () if "--method" in options else ("--method", "full")
     status = run_glue.main(
@@ -204,7 +223,8 @@ def test_bad_input_ends_in_one_line_before_training(folder, tmp_path, capsys, da
             "model '.*t5' is an encoder-decoder; pass another one, or --task_type seq2",
         ),
         ("gpt2", "seq2seq_lm", "pairs", "model '.*gpt2' is causal; pass another one, or --task_type causal_lm"),
-        ("t5", "seq2seq_lm", "text", "writes a completion to a prompt, and the data has text"),
+        ("t5", "seq2seq_lm", "text", "writes a completion to a prompt, both texts, and the data has text"),
+        ("t5", "seq2seq_lm", "turns", "writes a completion to a prompt, both texts, and the data has messages"),
     ],
 )
 def test_the_model_has_to_be_of_the_task_s_kind(folder, tmp_path, capsys, model, task, data, message):

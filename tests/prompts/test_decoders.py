@@ -14,6 +14,7 @@ from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.prompts.calibration import calibrate
 from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
 from hf_ft_ext.prompts.sequences import sequence_scores
@@ -191,6 +192,18 @@ def test_demonstrations_stand_in_front_of_the_row(family):
     assert ids[: len(start)] == start and ids.count(1) == len(start) and ids[len(ids) - len(end) :] == end
 
 
+@torch.no_grad()
+def test_calibration_with_demonstrations_reads_the_end_of_each_context():
+    model, tokenizer = prompt_model("gpt2")
+    data = data_of({"sentence": ["a film", "a cast", "a film", "a cast"]}, [0, 1, 0, 1])  # one text for each class
+    data_args = DataArguments(few_shot_type="prompt-demo", num_sample=2, max_seq_length=100)
+    calibrate(model, tokenizer, data, data_args)
+    ids = tokenizer("a film It was bad.\na cast It was great.\n It was", return_tensors="pt")["input_ids"]
+    words = [tokenizer(f" {word}")["input_ids"][0] for word in WORDS]
+    expected = decoder("gpt2", len(tokenizer))(input_ids=ids).logits[0, -1, words]
+    assert torch.allclose(torch.tensor(model.config.word_bias), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("family", ["opt", "t5"])
 @torch.no_grad()
 def test_rows_with_options_of_their_own_are_scored_as_in_a_loop(family):
@@ -266,6 +279,9 @@ def test_the_same_tokens_for_two_words_are_no_choice():
         word_tokens(word_tokenizer(), ["GREAT", "great"], "a", "sequence")
     with pytest.raises(InputError, match="'terrific' is unknown to this tokenizer"):
         word_tokens(word_tokenizer(), ["terrific", "great"], "a")
+    # SentencePiece's tokens are a space and the unknown token
+    with pytest.raises(InputError, match="'日' is unknown to this tokenizer"):
+        word_tokens(subword_tokenizer("unigram"), ["great", "日"], "It was")
 
 
 def test_what_cannot_be_scored_is_refused():

@@ -1,5 +1,6 @@
 """Demonstrations: which rows, in what form, averaged how."""
 
+import hashlib
 import re
 
 import numpy as np
@@ -15,6 +16,7 @@ from hf_ft_ext.data.tasks import TASKS, Task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.prompts import demonstrations, similarity
+from hf_ft_ext.prompts.calibration import calibrate
 from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import check_prompt_options
@@ -171,3 +173,37 @@ def test_options_of_demonstrations_need_demonstrations():
         with pytest.raises(InputError, match=f"--{next(iter(options))} .* is about prompts, .* pass .* prompt-demo"):
             check_prompt_options(DataArguments(few_shot_type="prompt", **options))
     check_prompt_options(DataArguments(few_shot_type="prompt-demo", num_demo=2, template="x"))
+
+
+@pytest.mark.parametrize("num_sample", [1, 3])
+@torch.no_grad()
+def test_calibration_subtracts_the_mean_over_contexts_of_an_empty_text(num_sample):
+    model = prompt_model()
+    rows = Dataset.from_dict({"sentence": TEXTS, "label": LABELS})
+    task = TASKS["sst2"]
+    names = ["label bad", "label good"]
+    data = TaskData(task, rows, {}, {}, names, task.problem_type, task.metric, ("sentence",))
+    arguments = DataArguments(
+        few_shot_type="prompt-demo",
+        num_sample=num_sample,
+        max_seq_length=60,
+        demo_filter=0.5,
+        demo_filter_model="none",
+    )
+    ids = torch.tensor([tiny_tokenizer()("the film it was [MASK] .")["input_ids"]])
+    before = model(input_ids=ids).logits
+    calibrate(model, tiny_tokenizer(), data, arguments, data_seed=7)
+    # by hand: each context as one text, without padding
+    network, words = masked_lm(), tiny_tokenizer().convert_tokens_to_ids(["bad", "good"])
+    total = torch.zeros(2)
+    for sample in range(num_sample):
+        context = "[CLS] it was [MASK] . [SEP]"
+        for label, word in enumerate(["bad", "good"]):
+            pool = [text for text, own in zip(TEXTS, LABELS, strict=True) if own == label]
+            number = hashlib.sha256(f"7 content-free 0 {sample} {label} 0".encode()).digest()[:8]
+            context += f" {pool[int.from_bytes(number) % len(pool)]} it was {word} . [SEP]"
+        tokens = tiny_tokenizer()(context, add_special_tokens=False)["input_ids"]
+        place = tokens.index(tiny_tokenizer().mask_token_id)
+        total += network(input_ids=torch.tensor([tokens])).logits[0, place, words]
+    assert torch.allclose(torch.tensor(model.config.word_bias), total / num_sample, atol=1e-5)
+    assert torch.allclose(model(input_ids=ids).logits, before - total / num_sample, atol=1e-5)

@@ -97,6 +97,14 @@ def test_zero_shot_needs_no_training(launch):
     assert not Path("out/model.safetensors").exists()
 
 
+def test_calibration_with_demonstrations_is_saved_with_the_model(launch):
+    demo = ("--few_shot_type", "prompt-demo", *PROMPT[2:], "--calibrate", "--num_sample", "2")
+    options = ("--method", "full", "--do_train", "--max_steps", "1", "--max_seq_length", "60", "--output_dir", "out")
+    assert launch(*options, prompt=demo) == 0
+    bias = json.loads(Path("out/config.json").read_text())["word_bias"]
+    assert len(bias) == 2 and bias[0] != bias[1]
+
+
 def test_a_saved_prompt_model_is_used_with_its_prompt(launch, capsys):
     first = ("--method", "full", "--do_train", "--do_predict", "--max_steps", "3", "--learning_rate", "1e-2")
     assert launch(*first, "--output_dir", "out") == 0

@@ -15,7 +15,9 @@ from hf_ft_ext import (
     LayerMixtureConfig,
     LayerPrefixConfig,
     SignGD,
+    SparseGradConfig,
     SparseTrainer,
+    compute_bases,
 )
 
 trl = pytest.importorskip("trl")
@@ -30,6 +32,7 @@ ADAPTERS = {
         kinds={"low": LoraConfig(r=2, target_modules=["q_proj"]), "bottleneck": BottleneckConfig(bottleneck_size=4)},
         layers={0: ["low"], 1: ["bottleneck"]},
     ),
+    "sparse_grad": SparseGradConfig(density=0.2),
 }
 
 
@@ -87,6 +90,8 @@ def test_our_adapters_in_sft(llama, tokenizer, tmp_path, adapter):
         AutoModelForCausalLM.from_pretrained(llama), args, train_dataset=TEXTS, processing_class=tokenizer,
         peft_config=ADAPTERS[adapter],
     )  # fmt: skip
+    if adapter == "sparse_grad":
+        compute_bases(trainer.model, trainer.get_train_dataloader(), gradients=2)
     with torch.enable_grad():
         trainer.train()
     trainer.save_model()
@@ -98,13 +103,46 @@ def test_our_adapters_in_sft(llama, tokenizer, tmp_path, adapter):
     assert not torch.allclose(base(input_ids=ids).logits, logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("adapter", ["bottleneck", "mixture"])
+def test_sparse_grad_columns_in_sft_are_the_leading_directions(llama, tokenizer, tmp_path):
+    pairs = PAIRS.rename_column("chosen", "completion").remove_columns("rejected")
+    config = SparseGradConfig(n_params=6, target_modules=["model.layers.1.mlp.up_proj"])
+    args = settings(trl.SFTConfig, tmp_path, max_length=16, completion_only_loss=True)
+    trainer = trl.SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(llama), args, train_dataset=pairs, processing_class=tokenizer,
+        peft_config=config,
+    )  # fmt: skip
+    with pytest.raises(InputError, match=r"no columns yet, so nothing would train; call compute_bases"):
+        trainer.train()
+    batches = list(trainer.get_train_dataloader())[:2]
+    compute_bases(trainer.model, batches, gradients=2)
+    # Leading eigenvectors of sum G G^T and sum G^T G, G the gradients of the plain model's completion-only loss.
+    plain = AutoModelForCausalLM.from_pretrained(llama).eval()
+    weight = plain.model.layers[1].mlp.up_proj.weight
+    gradients = []
+    for batch in batches:
+        logits = plain(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+        gradients.append(torch.autograd.grad(loss, weight)[0].double())
+        assert (batch["labels"] == -100).any()
+    layer = next(module for module in trainer.model.modules() if hasattr(module, "sparse_grad_columns"))
+    columns = layer.sparse_grad_columns["default"]
+    for own, total in (
+        (columns.out_columns, sum(g @ g.T for g in gradients)),
+        (columns.in_columns, sum(g.T @ g for g in gradients)),
+    ):
+        leading = torch.linalg.eigh(total).eigenvectors[:, -own.shape[1] :]
+        assert torch.allclose(own.double() @ own.double().T, leading @ leading.T, atol=1e-4)
+
+
+@pytest.mark.parametrize("adapter", ["bottleneck", "mixture", "sparse_grad"])
 def test_our_adapters_in_dpo(llama, tokenizer, tmp_path, adapter):
     args = settings(trl.DPOConfig, tmp_path, max_length=32, learning_rate=1e-1)
     trainer = trl.DPOTrainer(
         AutoModelForCausalLM.from_pretrained(llama), args=args, train_dataset=PAIRS, processing_class=tokenizer,
         peft_config=ADAPTERS[adapter],
     )  # fmt: skip
+    if adapter == "sparse_grad":  # the loss is the trainer's: the model itself has none for pairs
+        compute_bases(trainer.model, trainer.get_train_dataloader(), trainer.compute_loss, gradients=2)
     trainer.train()
     trainer.save_model()
     assert AutoPeftModelForCausalLM.from_pretrained(tmp_path).peft_config["default"].peft_type is not None

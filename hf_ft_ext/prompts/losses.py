@@ -1,0 +1,23 @@
+"""The losses of prompt models, from the logits of the label words."""
+
+import torch
+from torch.nn import functional
+
+
+def class_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy over the label words. `logits`: `[rows, words]`; `labels`: `[rows]`, class ids."""
+    return functional.cross_entropy(logits.float(), labels.reshape(-1))
+
+
+def scale_loss(logits: torch.Tensor, labels: torch.Tensor, bounds: tuple[float, float]) -> torch.Tensor:
+    """Mean over rows of `KL(target || softmax(logits))`; the label's place on the scale is the target of word 1.
+
+    Args:
+        logits: `[rows, 2]`, of the words of the lower and the upper end.
+        labels: `[rows]`, numbers.
+        bounds: the ends of the scale, in the labels' units.
+    """
+    low, high = bounds
+    place = ((labels.float().reshape(-1) - low) / (high - low)).clamp(0, 1)
+    target = torch.stack([1 - place, place], -1)
+    return functional.kl_div(logits.float().log_softmax(-1), target, reduction="batchmean")
