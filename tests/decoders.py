@@ -35,6 +35,24 @@ DECODERS = {
         "decoder_start_token_id": 0, "dropout_rate": 0.0,
     },
 }  # fmt: skip
+_SEQ2SEQ = {
+    "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "dropout": 0.0,
+    "forced_eos_token_id": 2, **_SIZE,
+}  # fmt: skip
+_NEOX = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, **_SIZE,
+}  # fmt: skip
+# of other ways to know positions, to scale logits and to begin: fewer tests
+OTHER_DECODERS = {
+    "gemma2": {**_LLAMA, "head_dim": 8, "sliding_window": 64},
+    "phi": {**_NEOX, "partial_rotary_factor": 0.5},
+    "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neox": {**_NEOX, "rotary_pct": 0.5},
+    "bart": {**_SEQ2SEQ, "decoder_start_token_id": 2},
+    "pegasus": {**_SEQ2SEQ, "decoder_start_token_id": 0},
+}
+ENCODER_DECODERS = ("t5", "bart", "pegasus")
 TEXT = ["a film with a great plot and a brilliant cast: it was great.", "we hated the dull scene, but not the ending!"]
 _CORPUS = [
     *TEXT,
@@ -47,7 +65,8 @@ def decoder(family: str, vocab_size: int = 320, seed: int = 0, **config):
     """A language model of two small layers with biases that are not 0; the same seed gives the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        config = AutoConfig.for_model(family, vocab_size=vocab_size, **{**DECODERS[family], **config})
+        sizes = {**DECODERS, **OTHER_DECODERS}[family]
+        config = AutoConfig.for_model(family, vocab_size=vocab_size, **{**sizes, **config})
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = kind.from_config(config)
         with torch.no_grad():
@@ -99,7 +118,11 @@ def subword_tokenizer(kind: str, **settings) -> PreTrainedTokenizerBase:
     )
 
 
-TOKENIZER_OF = {"opt": "byte-level", "llama": "llama", "qwen3": "byte-level", "gpt2": "byte-level", "t5": "unigram"}
+TOKENIZER_OF = {
+    "opt": "byte-level", "llama": "llama", "qwen3": "byte-level", "gpt2": "byte-level", "t5": "unigram",
+    "gemma2": "llama", "phi": "byte-level", "bloom": "byte-level", "gpt_neox": "byte-level", "bart": "byte-level",
+    "pegasus": "unigram",
+}  # fmt: skip
 
 
 def word_tokenizer(more: tuple[str, ...] = (), **settings) -> PreTrainedTokenizerFast:

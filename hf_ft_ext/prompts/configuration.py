@@ -60,6 +60,11 @@ class PromptConfig(PreTrainedConfig):
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         return self.masked_lm
 
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        # transformers refuses to save those that no field declares; the language model's own (Bart's
+        # forced_eos_token_id), which `__getattr__` shows, are declared there
+        return {name: value for name, value in super()._get_generation_parameters().items() if name in vars(self)}
+
     def __getattr__(self, name: str) -> Any:
         # Sizes and the like (hidden_size, vocab_size, max_position_embeddings) are those of the language model.
         inner = self.__dict__.get("masked_lm")

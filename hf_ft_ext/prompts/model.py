@@ -27,6 +27,7 @@ from hf_ft_ext.prompts.readout import (
     inputs_of_decoder,
     keep_mask_position,
     last_positions,
+    padding_behind,
     reading_of,
     take_positions,
 )
@@ -40,12 +41,8 @@ _OF_THE_PROMPT = (
 )  # fmt: skip
 # what transformers, peft and accelerate ask a model that was loaded in few bits
 _OF_A_QUANTIZED_MODEL = (
-    "is_quantized",
-    "hf_quantizer",
-    "quantization_method",
-    "is_loaded_in_8bit",
-    "is_loaded_in_4bit",
-)
+    "is_quantized", "hf_quantizer", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit",
+)  # fmt: skip
 
 
 class PromptForSequenceClassification(PreTrainedModel):
@@ -319,6 +316,7 @@ class PromptForSequenceClassification(PreTrainedModel):
         if input_ids is not None and input_ids.ndim == 3:
             contexts = input_ids.shape[1]
             inputs = {key: v.flatten(0, 1) if torch.is_tensor(v) and v.ndim == 3 else v for key, v in inputs.items()}
+        inputs = padding_behind(self.config, inputs)
         if self.config.word_scoring == FIRST_TOKEN:
             outputs = self.masked_lm(**inputs, **inputs_of_decoder(self.config, inputs), return_dict=True)
             logits = outputs.logits
@@ -360,8 +358,7 @@ class PromptForSequenceClassification(PreTrainedModel):
     ) -> list[float]:
         """Subtract from all logits those of a row without content, from now on; return them.
 
-        A language model prefers some words whatever the row says. The logits of the template with an empty text show
-        by how much (contextual calibration).
+        They show what words the language model prefers whatever the row says (contextual calibration).
 
         Args:
             input_ids: of the template around an empty text, `[1, length]`, or `[1, contexts, length]` for a mean.

@@ -135,6 +135,27 @@ def add_position_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     return args, {**kwargs, "position_ids": positions[:, -length:]}
 
 
+def padding_behind(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The rows of an encoder-decoder with all padding behind them; those of other models as they are.
+
+    An encoder with learned positions (Bart, Pegasus) counts columns, and takes no `position_ids`: padding in front
+    would change its output.
+    """
+    mask = inputs.get("attention_mask")
+    if config.reading != Reading.DECODER.value or mask is None or mask.ndim != 2:
+        return inputs
+    length = mask.shape[1]
+    first = mask.ne(0).to(torch.uint8).argmax(-1, keepdim=True)
+    order = (torch.arange(length, device=mask.device) + first) % length  # [rows, length]
+    moved = {}
+    for name, value in inputs.items():
+        if name in ("input_ids", "attention_mask", "token_type_ids"):
+            moved[name] = torch.take_along_dim(value, order, 1)
+        elif name == "inputs_embeds":
+            moved[name] = torch.take_along_dim(value, order[..., None], 1)
+    return {**inputs, **moved}
+
+
 def inputs_of_decoder(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[str, Any]:
     """What a causal model or an encoder-decoder gets besides the rows."""
     if config.reading == Reading.MASK.value:

@@ -5,20 +5,24 @@ told apart from sound ones here, whether a seal is there (sizes and SHA-256 of a
 Trainers, the files have to speak for themselves.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
@@ -219,7 +223,7 @@ def check_fits(folder: str | os.PathLike, model: nn.Module, method: str) -> None
             wanted = get_peft_model_state_dict(model)
         files = [path for path in (Path(folder) / "adapter_model.safetensors",) if path.is_file()]
     else:
-        wanted = model.state_dict()
+        wanted = saved_form(model)
         files = sorted(Path(folder).glob("model*.safetensors"))
     if not files:
         return  # pickled weights, or shards of FSDP: transformers reads or refuses them
@@ -234,6 +238,33 @@ def check_fits(folder: str | os.PathLike, model: nn.Module, method: str) -> None
             raise _other_model(folder, f"its {name} has shape {shapes[name]}, here {tuple(tensor.shape)}")
     if unknown := sorted(shapes.keys() - wanted.keys()):
         raise _other_model(folder, f"this one has no {unknown[0]}")
+
+
+def saved_form(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A model's weights as `save_pretrained` writes them.
+
+    transformers renames or splits those of some models: GPT-NeoX's head, Mixtral's experts.
+    """
+    weights = dict(model.state_dict())
+    return revert_weight_conversion(model, weights) if isinstance(model, PreTrainedModel) else weights
+
+
+@contextlib.contextmanager
+def loads_saved_form(model: nn.Module, folder: str | os.PathLike) -> Iterator[None]:
+    """Within, `model.load_state_dict` takes the weights of `folder` in the form that `saved_form` gives.
+
+    `Trainer` passes a file's weights on under the file's names and skips those that the model does not know.
+    """
+    if not isinstance(model, PreTrainedModel) or saved_form(model).keys() == model.state_dict().keys():
+        yield
+        return
+    weights = type(model).from_pretrained(folder).state_dict()  # converted, a second copy on the CPU
+    plain = model.load_state_dict
+    model.load_state_dict = lambda state_dict, *args, **kwargs: plain(weights, *args, **kwargs)
+    try:
+        yield
+    finally:
+        del model.load_state_dict
 
 
 def check_labels(folder: str | os.PathLike, model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from hf_ft_ext.adapters.folder import name_base, save_configuration
-from hf_ft_ext.training.checkpoints import check_labels
+from hf_ft_ext.training.checkpoints import check_labels, loads_saved_form
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,14 @@ class CompleteSaves(_Trainer):
         return model
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        check_labels(resume_from_checkpoint, self.model if model is None else model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        loaded = self.model if model is None else model
+        check_labels(resume_from_checkpoint, loaded)
+        with loads_saved_form(loaded, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with loads_saved_form(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.model
