@@ -143,7 +143,7 @@ class At:
         self.device, self.devices = torch.device(device), [torch.device(d) for d in devices or (device,)]
 
     def parameters(self):
-        return iter([SimpleNamespace(device=d, detach=lambda: torch.zeros(1)) for d in self.devices])
+        return iter([SimpleNamespace(device=d, is_meta=False, detach=lambda: torch.zeros(1)) for d in self.devices])
 
 
 @pytest.mark.parametrize(
