@@ -16,8 +16,8 @@ from hf_ft_ext.prompts.loading import check_prompt_options
 ALWAYS = set(
     "method recipe_row task_type overwrite_output_dir dry_run hp_search from_linearhead model_name_or_path "
     "tokenizer_name cache_dir token trust_remote_code dtype attn_implementation quantization device_map num_k "
-    "few_shot_type task_name dataset_name train_file validation_file test_file text_columns label_column positive_label "
-    "multi_label_threshold max_seq_length pad_to_max_length streaming".split()
+    "few_shot_type task_name dataset_name train_file validation_file test_file text_columns label_column "
+    "positive_label multi_label_threshold max_seq_length pad_to_max_length streaming".split()
 )
 IDLE = [
     ("max_train_samples", ["5", "--do_eval"], "this run does not train; add --do_train"),

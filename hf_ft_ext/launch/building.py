@@ -40,7 +40,7 @@ from hf_ft_ext.launch.validation import (
     choose_best_metric,
 )
 from hf_ft_ext.linear_probe import fit_linear_head, prepare_linear_head
-from hf_ft_ext.methods import find_method
+from hf_ft_ext.methods import find_method, hooks_of
 from hf_ft_ext.metrics import default_metrics
 from hf_ft_ext.metrics.thresholds import AUTO as AUTO_THRESHOLD
 from hf_ft_ext.models import load_tokenizer_and_model, model_max_length
@@ -51,6 +51,7 @@ from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
 from hf_ft_ext.prompts.saving import SavePrompt
 from hf_ft_ext.training.quantized import move
+from hf_ft_ext.training.record import recorded_method
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ def load(
         data.train = in_training_order(data.train, data_args.stream_buffer, args)
     choose_best_metric(run_args, args, data.metric_function(data_args.multi_label_threshold))
     trainer_class: Any = find_method(run_args.method).trainer_class()
-    finished = _finished(trainer_class, model_args, args)
+    finished = _finished(run_args.method, model_args, args)
 
     def load_model() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args, args=args)
@@ -141,12 +142,28 @@ def load(
     return build, data
 
 
-def _finished(trainer_class: type, model_args: ModelArguments, args: MethodTrainingArguments) -> str | None:
-    """The folder to predict from, where the method's result is more than a model and there is to be no training."""
-    name = model_args.model_name_or_path
-    if args.do_train or name is None or not hasattr(trainer_class, "holds_result"):
+def _finished(method: str, model_args: ModelArguments, args: MethodTrainingArguments) -> str | None:
+    """The folder to predict from, where the method's result is more than a model and there is to be no training.
+
+    Raises:
+        InputError: the folder holds such a result of another method, whose model alone would predict untrained.
+    """
+    if args.do_train or model_args.model_name_or_path is None:
         return None
-    return os.path.expanduser(name) if trainer_class.holds_result(os.path.expanduser(name)) else None
+    folder = os.path.expanduser(model_args.model_name_or_path)
+    if _holds_result(find_method(method).trainer_class(), folder):
+        return folder
+    other = recorded_method(folder)
+    if other not in (None, method) and _holds_result(hooks_of(other), folder):
+        raise InputError(
+            f"model_name_or_path={folder!r} is the result of --method {other}, and the model in it is untrained; pass "
+            f"--method {other} too, in place of {method}"
+        )
+    return None
+
+
+def _holds_result(trainer_class: type | None, folder: str) -> bool:
+    return hasattr(trainer_class, "holds_result") and trainer_class.holds_result(folder)
 
 
 def _needs_context_collator(model: PreTrainedModel, data_args: DataArguments) -> bool:

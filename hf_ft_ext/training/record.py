@@ -1,6 +1,7 @@
 """`run.json`: what a run was, what it reached and what it cost. Reports read nothing else."""
 
 import importlib.metadata
+import json
 import os
 import platform
 from pathlib import Path
@@ -35,6 +36,16 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
             continue
     return versions
+
+
+def recorded_method(folder: str | os.PathLike) -> str | None:
+    """The method of the run whose record lies in `folder`; `None` if there is none that can be read."""
+    try:
+        record = json.loads((Path(folder) / RUN_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    method = record.get("method") if isinstance(record, dict) else None
+    return method if isinstance(method, str) else None
 
 
 def write_run_record(

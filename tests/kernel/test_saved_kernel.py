@@ -277,6 +277,11 @@ def test_the_launcher_predicts_from_the_folder_of_a_run(launch, words, capsys, c
     assert "kernel_formula=signgd was passed, but the kernel in 'out' was solved with kernel_formula=sgd" in (
         capsys.readouterr().err
     )
+    # another method would predict with the untrained model
+    assert launch("--model_name_or_path", "out", "--method", "full", "--output_dir", "third") == 2
+    assert "model_name_or_path='out' is the result of --method kernel, and the model in it is untrained; pass" in (
+        capsys.readouterr().err
+    )
     with open("test.csv", "a") as file:
         file.write("the film,maybe\n")
     assert launch("--model_name_or_path", "out", "--output_dir", "third") == 2
