@@ -96,8 +96,8 @@ def test_large_layers_in_single_precision(by_weight, bias, monkeypatch):
     """Sizes at which products are another library's; in-place changes of the output are allowed as always."""
     monkeypatch.setattr(functions, "by_weight_is_cheaper", lambda *args, **kwargs: by_weight)
     torch.manual_seed(0)
-    parts = {"x": torch.randn(8, 64, 192), "w": torch.randn(512, 192), "b": torch.randn(512), "d": torch.randn(5, 7)}
-    parts |= {"v": torch.linalg.qr(torch.randn(512, 5))[0], "u": torch.linalg.qr(torch.randn(192, 7))[0]}
+    parts = {"x": torch.randn(8, 16, 512), "w": torch.randn(640, 512), "b": torch.randn(640), "d": torch.randn(5, 7)}
+    parts |= {"v": torch.linalg.qr(torch.randn(640, 5))[0], "u": torch.linalg.qr(torch.randn(512, 7))[0]}
     exact = {name: part.double() for name, part in parts.items()}
     for one in (parts, exact):
         one["x"].requires_grad_(), one["d"].requires_grad_()

@@ -160,8 +160,8 @@ def test_positions_without_gradient_are_skipped_and_nothing_else():
 def test_large_products_in_single_precision(kept):
     """Beyond some size they are another library's; gradients that come in another order in memory included."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(96, 1024), nn.Linear(1024, 512, bias=False)).requires_grad_(False)
-    drawn = torch.randn(64, 4, 96, dtype=torch.double)
+    model = nn.Sequential(nn.Linear(512, 640), nn.Linear(640, 512, bias=False)).requires_grad_(False)
+    drawn = torch.randn(64, 4, 512, dtype=torch.double)
     found = []
     for dtype, context in ((torch.double, contextlib.nullcontext()), (torch.float, skipping_zero_rows(model))):
         x = drawn.to(dtype, copy=True).requires_grad_()
