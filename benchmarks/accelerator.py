@@ -106,7 +106,7 @@ def rows_like(count: int, length: int, device: torch.device) -> dict[str, torch.
 
 
 def attempt(what: str, measure: Callable[[], list[Row]], device: torch.device, budget: Budget) -> list[Row]:
-    """The rows of a measurement, none if there is no time or memory for it."""
+    """The rows of a measurement; an empty list if time or memory runs out."""
     if not budget.allows(what):
         return []
     try:

@@ -120,7 +120,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _without_folders(words: Sequence[str]) -> list[str]:
-    """The words with absolute paths cut to their last part: where data lies on one machine helps nobody else."""
+    """The command with absolute paths shortened to their last part, as they differ from machine to machine."""
     return [Path(word).name if Path(word).is_absolute() else word for word in words]
 
 

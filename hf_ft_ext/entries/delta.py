@@ -49,7 +49,7 @@ def read_indices(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
     """Which entries a delta in `folder` is about: parameter name -> flat indices.
 
     Raises:
-        InputError: there is no delta, or it cannot be read.
+        InputError: the folder holds no delta, or a damaged one.
     """
     return read_choice(folder)[0]
 
@@ -58,7 +58,7 @@ def read_choice(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], lis
     """What trained for the delta in `folder`: flat indices by parameter name, and names of what trained in full.
 
     Raises:
-        InputError: there is no delta, or it cannot be read.
+        InputError: the folder holds no delta, or a damaged one.
     """
     _, _, tensors = read_delta(folder, DELTA_FILE, _FORMAT, "save_entries")
     indices = {name.removeprefix("indices."): t for name, t in tensors.items() if name.startswith("indices.")}

@@ -59,7 +59,7 @@ def masks_of_run(model: nn.Module, folder: str) -> tuple[list[str], dict[str, to
         folder: of a finished run of `--method fisher --fisher_mode mask`, or one that `save_entries` wrote to.
 
     Raises:
-        InputError: there is no such run, or it is of another model.
+        InputError: the folder holds no masks, or those of another model.
     """
     indices, in_full = read_choice(folder)
     named = dict(model.named_parameters())
