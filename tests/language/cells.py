@@ -25,8 +25,7 @@ ROWS = {
 # SGD, or AdamW with a large epsilon: a small one turns gradients that are rounding noise into steps of full size.
 SGD = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
 SPARSE = {"adam_epsilon": 1e-2, "learning_rate": 0.1}
-# wide steps: trl's loss is float32 in a float64 model, and its rounding is divided by the step
-# transformers takes logits to float32 for a language model's loss, so its rounding comes divided by search_eps.
+# Wide steps: transformers computes a language model's loss in float32, and that rounding is divided by the step.
 SPSA = {"search_method": "spsa", "search_target": "all", "search_eps": 0.1, "learning_rate": 1e-2}
 # name -> method, arguments
 VARIANTS = {
