@@ -17,11 +17,11 @@ from transformers import AutoTokenizer, DataCollatorWithPadding
 from hf_ft_ext.arguments import PROMPT, DataArguments, ModelArguments
 from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.data.preprocess import tokenize
-from hf_ft_ext.linear_probe import fit_linear_head
+from hf_ft_ext.features.linear_probe import fit_linear_head
 from hf_ft_ext.models import load_tokenizer_and_model
 from hf_ft_ext.prompts.configuration import PromptConfig
-from hf_ft_ext.prompts.defaults import PROMPTS
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
+from hf_ft_ext.prompts.templates.defaults import PROMPTS
 
 
 def seconds(run) -> float:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hf_ft_ext.files import write_json
-from hf_ft_ext.training.record import library_versions
+from hf_ft_ext.training.runs.record import library_versions
 
 # Trials of a benchmark write elsewhere.
 FOLDER = Path(os.environ.get("HF_FT_EXT_RESULTS") or Path(__file__).resolve().parent / "results")

@@ -19,8 +19,8 @@ from hf_ft_ext import (
     select_adapters,
     sparse_layers,
 )
+from hf_ft_ext.features.linear_probe import LinearHead
 from hf_ft_ext.kernel.formulas import Formula
-from hf_ft_ext.linear_probe import LinearHead
 from hf_ft_ext.methods import METHODS, Method, find_method
 
 

@@ -8,11 +8,11 @@ import torch
 from tiny import tiny_dataset, tiny_model
 from torch import nn
 
-from hf_ft_ext import feature_cache
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.feature_cache import cached_features, data_fingerprint, encoder_hash
-from hf_ft_ext.feature_rows import inputs_of, read_in_order
 from hf_ft_ext.features import HeadReader, head_parameters
+from hf_ft_ext.features import cache as feature_cache
+from hf_ft_ext.features.cache import cached_features, data_fingerprint, encoder_hash
+from hf_ft_ext.features.rows import inputs_of, read_in_order
 
 
 def batch(rows=6):

@@ -7,7 +7,7 @@ from peft import PeftModel
 from tiny import tiny_model, tiny_tokenizer
 
 from hf_ft_ext import FullTrainer, FullTrainingArguments, InputError
-from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.models.peft import wrap_with_peft
 
 SETTINGS = {"target_modules": ["key"], "feedforward_modules": []}
 

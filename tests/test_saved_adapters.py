@@ -27,7 +27,7 @@ from hf_ft_ext.arguments import ModelArguments
 from hf_ft_ext.hub.push import shared_files
 from hf_ft_ext.launch.results import loading_line
 from hf_ft_ext.models import load_tokenizer_and_model
-from hf_ft_ext.sparse.export import export_lora
+from hf_ft_ext.sparse.saved.export import export_lora
 
 NAMES = ["k0 é", 'k"1']
 SMALL = {"prefix": {"projection_size": 6}, "bottleneck": {"bottleneck_size": 5}, "lora": {"r": 3}}

@@ -15,8 +15,8 @@ from hf_ft_ext.gradientless.arguments import GradientlessTrainingArguments
 from hf_ft_ext.lora.arguments import LoraTrainingArguments
 from hf_ft_ext.methods import METHODS
 from hf_ft_ext.models import load_tokenizer_and_model
-from hf_ft_ext.training.placement import check_placement
-from hf_ft_ext.weight_options import wanted_dtype
+from hf_ft_ext.models.weight_options import wanted_dtype
+from hf_ft_ext.training.weights.placement import check_placement
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 

@@ -14,7 +14,7 @@ from torch import nn
 from hf_ft_ext.entries.layer import Entries, weights_with_entries
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.files import tensor_hash
-from hf_ft_ext.training.delta_files import check_parameters, other_weights, read_delta, write_delta
+from hf_ft_ext.training.saved.delta_files import check_parameters, other_weights, read_delta, write_delta
 
 DELTA_FILE = "entries_delta.safetensors"
 _FORMAT = "hf_ft_ext entries 1"

@@ -17,7 +17,7 @@ from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS, name_base_in, save_base_c
 from hf_ft_ext.entries.layer import weights_with_entries
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.files import replacing
-from hf_ft_ext.peft_models import saved_by_peft, task_type_of
+from hf_ft_ext.models.peft import saved_by_peft, task_type_of
 
 Changes = dict[str, tuple[torch.Tensor, torch.Tensor]]
 

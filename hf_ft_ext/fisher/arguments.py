@@ -8,14 +8,23 @@ from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.criteria import CRITERIA, NEEDS_TOTALS
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
-from hf_ft_ext.fisher.losses import LABELS, TRUE
-from hf_ft_ext.fisher.mask_names import MASKS, SCORED
+from hf_ft_ext.fisher.losses import EXPECTED, LABELS, TRUE
 
 MODES = SELECT, SINGLE, RANDOM, MASK = ("select", "single", "random", "mask")
 DEFAULT_EXAMPLES = {SELECT: 64, MASK: 1024}
 DEFAULT_KEEP_RATIO = 0.005
 DEFAULT_MASK = "label-square"
 HEAD = "head"
+
+# FISH masks: name -> which labels, which power of the gradient
+SCORED = {
+    "label-square": (TRUE, 2),
+    "label-absolute": (TRUE, 1),
+    "expect-square": (EXPECTED, 2),
+    "expect-absolute": (EXPECTED, 1),
+}
+RANDOM_MASK, BIAS_MASK = "random", "bias"
+MASKS = (*SCORED, RANDOM_MASK, BIAS_MASK)
 
 # What each argument is about, where it is not about all modes.
 _ONLY_IN = {

@@ -12,12 +12,12 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from hf_ft_ext.adapters import AdapterType
 from hf_ft_ext.adapters.bottleneck.config import BottleneckConfig
 from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
 from hf_ft_ext.adapters.layer_prefix.layer import SHARED, PrefixLayer
 from hf_ft_ext.adapters.layers import plain_name, split_layer
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig, limited_to_layers, settings_of
-from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.errors import InputError, did_you_mean, first_line
 from hf_ft_ext.features import evaluating
 from hf_ft_ext.models import seeded_init

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_ft_ext.adapters.table import AdapterType
+from hf_ft_ext.adapters import AdapterType
 from hf_ft_ext.errors import InputError, did_you_mean
 
 # The thesis's factors, by peft type. It also leaves `lora_A` out, whose gradient is zero as long as `lora_B` is.

@@ -8,10 +8,10 @@ from torch import nn
 
 from hf_ft_ext.entries.choice import at_random, largest
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.fisher.arguments import BIAS_MASK, RANDOM_MASK, SCORED
 from hf_ft_ext.fisher.information import fisher_information
 from hf_ft_ext.fisher.losses import Loss
-from hf_ft_ext.fisher.mask_names import BIAS, RANDOM, SCORED
-from hf_ft_ext.peft_models import trained_in_full
+from hf_ft_ext.models.peft import trained_in_full
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +75,13 @@ def choose_entries(
             f"{quantized[0]} is quantized ({body[quantized[0]].dtype}), and entries of it cannot train; load the "
             "model in floating point, or train adapters on it (fisher_mode=single with lora)"
         )
-    if mask == BIAS:
+    if mask == BIAS_MASK:
         chosen = {name: torch.arange(p.numel()) for name, p in body.items() if name.rpartition(".")[2] == "bias"}
         if not chosen:
             raise InputError(f"{type(model).__name__} has no biases to train; take another fisher_mask")
         return chosen
     kept = kept_entries(model, keep_ratio)
-    if mask == RANDOM:
+    if mask == RANDOM_MASK:
         return at_random({name: p.shape for name, p in body.items()}, kept, seed)
     labels, power = SCORED[mask]
     scores = fisher_information(model, data, body, labels=labels, power=power, loss=loss, progress=progress)

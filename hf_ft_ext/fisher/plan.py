@@ -13,7 +13,7 @@ from torch import nn
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.files import tensor_hash, write_json
-from hf_ft_ext.peft_models import task_type_of
+from hf_ft_ext.models.peft import task_type_of
 
 PLAN_FILE = "adapter_plan.json"
 _FORMAT = "hf_ft_ext adapter plan 1"

@@ -18,29 +18,28 @@ from hf_ft_ext.adapters.layer_prefix.model import keep_projection
 from hf_ft_ext.entries.delta import DELTA_FILE, read_indices, save_entries
 from hf_ft_ext.entries.layer import attach_entries, entries_of
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.fisher.arguments import HEAD, MASK, PLAN_SETTINGS, RANDOM, SELECT, FisherTrainingArguments
+from hf_ft_ext.fisher.arguments import HEAD, MASK, PLAN_SETTINGS, RANDOM, SCORED, SELECT, FisherTrainingArguments
 from hf_ft_ext.fisher.candidates import explained, fitting, layers_of, make_candidates
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
 from hf_ft_ext.fisher.losses import WholeLoss
 from hf_ft_ext.fisher.mask import choose_entries
-from hf_ft_ext.fisher.mask_names import SCORED
 from hf_ft_ext.fisher.pictures import PICTURE_FILE, draw_if_possible
 from hf_ft_ext.fisher.plan import PLAN_FILE, AdapterPlan, model_fingerprint
 from hf_ft_ext.fisher.prepass import prepass_batches
 from hf_ft_ext.fisher.rates import split_by_rate
 from hf_ft_ext.fisher.selection import random_choice, select_adapters, settings_of, sizes
 from hf_ft_ext.models import seeded_init
-from hf_ft_ext.peft_models import task_type_of, trained_in_full
+from hf_ft_ext.models.peft import task_type_of, trained_in_full
 from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import MethodTrainer, has_own_loss
-from hf_ft_ext.training.plan import TrainedWeight
-from hf_ft_ext.training.precision import train_in_float32
-from hf_ft_ext.training.quantized import move, refuse_quantized
-from hf_ft_ext.training.resources import preparation
-from hf_ft_ext.training.sharding import refuse_sharding
+from hf_ft_ext.training.runs.plan import TrainedWeight
+from hf_ft_ext.training.runs.resources import preparation
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
+from hf_ft_ext.training.weights.precision import train_in_float32
+from hf_ft_ext.training.weights.quantized import move, refuse_quantized
+from hf_ft_ext.training.weights.sharding import refuse_sharding
 
 logger = logging.getLogger(__name__)
 

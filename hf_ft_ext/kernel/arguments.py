@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from hf_ft_ext.argument_completion import chosen
 from hf_ft_ext.arguments import Gradients
+from hf_ft_ext.arguments.completion import chosen
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.options import DIMENSION, Engine, KernelOptions, as_engine, as_formula, signs_of_projections

@@ -10,12 +10,12 @@ from peft import PeftModel
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.feature_rows import SAMPLE, batches_in_order, for_collator
-from hf_ft_ext.linear_probe import LinearHead, find_last_layer, fit_linear_head, prepare_linear_head
+from hf_ft_ext.features.linear_probe import LinearHead, find_last_layer, fit_linear_head, prepare_linear_head
+from hf_ft_ext.features.rows import SAMPLE, batches_in_order, for_collator
 from hf_ft_ext.linearhead.arguments import LinearHeadTrainingArguments
 from hf_ft_ext.training.at_once import AtOnceTrainer
 from hf_ft_ext.training.loss_scale import declare_mean_loss
-from hf_ft_ext.training.plan import TrainedWeight
+from hf_ft_ext.training.runs.plan import TrainedWeight
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import pytest
 from datasets import load_dataset
 
 from hf_ft_ext.arguments import DataArguments
-from hf_ft_ext.data import own_files
+from hf_ft_ext.data.files import own_files
 from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.errors import InputError
 

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_ft_ext import AdapterPlan
-from hf_ft_ext.fisher.mask_names import MASKS
+from hf_ft_ext.fisher.arguments import MASKS
 from hf_ft_ext.recipes.reading import read_rows
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "fisher"

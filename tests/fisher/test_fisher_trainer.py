@@ -14,9 +14,9 @@ from hf_ft_ext.adapters.bottleneck.layer import BottleneckLayer
 from hf_ft_ext.adapters.layer_prefix.layer import PrefixLayer
 from hf_ft_ext.entries.layer import entries_of
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.fisher.arguments import MASKS
 from hf_ft_ext.fisher.mask import kept_entries
-from hf_ft_ext.fisher.mask_names import MASKS
-from hf_ft_ext.training.plan import training_plan
+from hf_ft_ext.training.runs.plan import training_plan
 
 SMALL = {"prefix": {"projection_size": 6}, "bottleneck": {"bottleneck_size": 5}, "lora": {"r": 3}}
 CHOICE = {0: "prefix", 1: "bottleneck", 2: None, 3: "lora"}

@@ -16,7 +16,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.candidates import default_candidates, make_candidates, modules_of, probing
 from hf_ft_ext.fisher.pictures import draw_plan
 from hf_ft_ext.fisher.selection import choose, random_choice, sizes
-from hf_ft_ext.peft_models import task_type_of
+from hf_ft_ext.models.peft import task_type_of
 
 SMALL = {
     "prefix": LayerPrefixConfig(prefix_length=3, projection_size=6),

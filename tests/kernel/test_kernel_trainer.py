@@ -21,7 +21,7 @@ from hf_ft_ext.kernel import store
 from hf_ft_ext.kernel.arguments import ASYMMETRIC_REGULARIZATION
 from hf_ft_ext.kernel.saved import NOT_TRAINED
 from hf_ft_ext.kernel.solvers import KernelSystem, SolverOptions
-from hf_ft_ext.training.plan import training_plan
+from hf_ft_ext.training.runs.plan import training_plan
 
 
 def collated(dataset):

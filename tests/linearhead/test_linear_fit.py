@@ -7,7 +7,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.linear_fit import GRID, fit_classes, fit_numbers, fit_place
+from hf_ft_ext.features.linear_fit import GRID, fit_classes, fit_numbers, fit_place
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(60, 5)) * [1, 10, 0.1, 1, 1] + 3
@@ -81,7 +81,7 @@ def test_one_row_of_a_class_leaves_no_cross_validation(caplog):
 
 def test_many_rows_are_tuned_on_some(monkeypatch):
     labels, seen = (X[:, 0] > 3).astype(int), []
-    monkeypatch.setattr("hf_ft_ext.linear_fit.TUNING_ROWS", 30)
+    monkeypatch.setattr("hf_ft_ext.features.linear_fit.TUNING_ROWS", 30)
     original = LogisticRegression.fit
     monkeypatch.setattr(
         LogisticRegression, "fit", lambda self, x, *a, **k: seen.append(len(x)) or original(self, x, *a, **k)

@@ -31,7 +31,7 @@ from hf_ft_ext import (
 )
 from hf_ft_ext.lora.arguments import LoraTrainingArguments
 from hf_ft_ext.lora.trainer import add_lora
-from hf_ft_ext.training.plan import training_plan
+from hf_ft_ext.training.runs.plan import training_plan
 
 COLLATE = DataCollatorWithPadding(tiny_tokenizer())
 

@@ -9,8 +9,8 @@ from tiny import tiny_model
 from hf_ft_ext import InputError, load_delta, merge_sparse, save_delta
 from hf_ft_ext.files import tensor_hash
 from hf_ft_ext.sparse.basis import Basis
-from hf_ft_ext.sparse.delta import DELTA_FILE
-from hf_ft_ext.sparse.difference import differences
+from hf_ft_ext.sparse.saved.delta import DELTA_FILE
+from hf_ft_ext.sparse.saved.difference import differences
 
 MODES = [
     {"sparse_support": "structured", "sparse_train_rest": "head"},

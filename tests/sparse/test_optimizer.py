@@ -10,7 +10,7 @@ from torch import nn
 from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT, Basis
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer import SparseAdamW
-from hf_ft_ext.sparse.support import carry_over, top_k
+from hf_ft_ext.sparse.optimizer.support import carry_over, top_k
 
 N_OUT, N_IN = 6, 5
 

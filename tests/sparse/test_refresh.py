@@ -15,9 +15,9 @@ from transformers import TrainerCallback
 from hf_ft_ext import InputError, SparseAdamW, SparseTrainingArguments, prepare_layers, sparse_layers
 from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT, Basis, GramSums
 from hf_ft_ext.sparse.fixed import FixedSupport
-from hf_ft_ext.sparse.moments import rotate_moments, turn_fixed_moments
-from hf_ft_ext.sparse.refresh import RunningSums
-from hf_ft_ext.training.plan import training_plan
+from hf_ft_ext.sparse.optimizer.moments import rotate_moments, turn_fixed_moments
+from hf_ft_ext.sparse.optimizer.refresh import RunningSums
+from hf_ft_ext.training.runs.plan import training_plan
 
 
 def orthonormal(n, seed):

@@ -23,7 +23,7 @@ from hf_ft_ext.lora.arguments import LoraTrainingArguments
 from hf_ft_ext.lora.trainer import LoraTrainer
 from hf_ft_ext.methods import METHODS
 from hf_ft_ext.models import load_tokenizer_and_model
-from hf_ft_ext.training.precision import train_in_float32
+from hf_ft_ext.training.weights.precision import train_in_float32
 
 FLOAT32, STORED = "float32", "stored"
 SGD = {"optim": "sgd", "learning_rate": 0.1}  # AdamW turns rounding noise into steps of full size

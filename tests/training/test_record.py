@@ -10,9 +10,9 @@ from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.files import write_json, write_text
-from hf_ft_ext.training.plan import fold_layer_numbers, training_plan
-from hf_ft_ext.training.record import artefact_bytes, write_run_record
-from hf_ft_ext.training.resources import ResourceMonitor
+from hf_ft_ext.training.runs.plan import fold_layer_numbers, training_plan
+from hf_ft_ext.training.runs.record import artefact_bytes, write_run_record
+from hf_ft_ext.training.runs.resources import ResourceMonitor
 
 
 def test_record_holds_everything_a_report_needs(tmp_path):

@@ -7,7 +7,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainingArguments
 
 from hf_ft_ext import InputError
-from hf_ft_ext.feature_rows import SAMPLE
+from hf_ft_ext.features.rows import SAMPLE
 from hf_ft_ext.methods import METHODS
 
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_ft_ext import FullTrainer, FullTrainingArguments, InputError, PromptForSequenceClassification
-from hf_ft_ext.training.checkpoints import check_fits
+from hf_ft_ext.training.saved.checkpoints import check_fits
 
 IDS = [[5, 9, 30, 7, 12, 8], [6, 9, 31, 40, 11, 10]] * 4
 MIXTRAL = {

@@ -9,9 +9,9 @@ import torch
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from hf_ft_ext.training.devices import device_name
-from hf_ft_ext.training.record import write_run_record
-from hf_ft_ext.training.resources import PeakMemory, ResourceMonitor, find_monitor, preparation
+from hf_ft_ext.training.runs.record import write_run_record
+from hf_ft_ext.training.runs.resources import PeakMemory, ResourceMonitor, find_monitor, preparation
+from hf_ft_ext.training.weights.devices import device_name
 
 
 def make(folder, monitor, callbacks=(), **options):
@@ -130,7 +130,7 @@ class FakeDevices:
 @pytest.fixture
 def gpus(monkeypatch):
     fake = FakeDevices(3)
-    monkeypatch.setattr("hf_ft_ext.training.resources._module", lambda device: fake)
+    monkeypatch.setattr("hf_ft_ext.training.runs.resources._module", lambda device: fake)
     return fake
 
 
@@ -201,7 +201,7 @@ def test_device_name_is_that_of_the_run(monkeypatch):
 
 
 def test_of_several_processes_the_largest_memory_counts(monkeypatch):
-    monkeypatch.setattr("hf_ft_ext.training.resources.gather", lambda mine: torch.cat([mine, mine + 5]))
+    monkeypatch.setattr("hf_ft_ext.training.runs.resources.gather", lambda mine: torch.cat([mine, mine + 5]))
     at, monitor, state = At("cpu"), ResourceMonitor(), TrainerState()
     at.world_size = 2
     monitor.on_train_begin(at, state, None, model=at)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import CONFIG_NAME
 
 from hf_ft_ext.adapters.folder import ADAPTER_CONFIG
-from hf_ft_ext.argument_completion import chosen
+from hf_ft_ext.arguments.completion import chosen
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.kernel.arguments import KernelTrainingArguments
 from hf_ft_ext.kernel.options import Engine

@@ -23,7 +23,7 @@ from hf_ft_ext.kernel.saved.record import NOT_TRAINED, SavedKernel
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.prompts.configuration import PROMPT_FILE, PromptConfig
 from hf_ft_ext.prompts.model import PromptForSequenceClassification
-from hf_ft_ext.training.precision import train_in_float32
+from hf_ft_ext.training.weights.precision import train_in_float32
 
 
 def load_model(folder: str | Path, saved: SavedKernel) -> PreTrainedModel | PeftModel:

@@ -55,7 +55,7 @@ def _cross_validated(features: np.ndarray, labels: np.ndarray, matrix: np.ndarra
         Cs=np.logspace(-4, 8, 13), cv=min(5, fewest), max_iter=10_000, l1_ratios=(0,), scoring="neg_log_loss",
         use_legacy_attributes=False,
     )  # fmt: skip
-    with warnings.catch_warnings(), threadpool_limits(1):  # as in `hf_ft_ext.linear_fit`
+    with warnings.catch_warnings(), threadpool_limits(1):  # as in `hf_ft_ext.features.linear_fit`
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(scale * features, labels)
     # w^T (scale x) = (scale w)^T x

@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.feature_rows import labels_of
+from hf_ft_ext.features.rows import labels_of
 from hf_ft_ext.files import replacing, write_json
 from hf_ft_ext.kernel.arguments import KernelTrainingArguments
 from hf_ft_ext.kernel.ntk import pseudo_logit

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.feature_rows import labels_of
+from hf_ft_ext.features.rows import labels_of
 from hf_ft_ext.kernel.arguments import ASYMMETRIC_REGULARIZATION, AUTO, LEAVE_ONE_OUT
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.options import kernel_parameters
@@ -31,12 +31,12 @@ from hf_ft_ext.kernel.solvers import (
 from hf_ft_ext.kernel.trainer.solved import SolvedKernelTrainer
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.models import seeded_init
-from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import overridden
-from hf_ft_ext.training.plan import TrainedWeight
-from hf_ft_ext.training.quantized import refuse_quantized
+from hf_ft_ext.training.runs.plan import TrainedWeight
+from hf_ft_ext.training.weights.quantized import refuse_quantized
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.feature_rows import batches_in_order, for_collator, labels_of
+from hf_ft_ext.features.rows import batches_in_order, for_collator, labels_of
 from hf_ft_ext.kernel import store
 from hf_ft_ext.kernel.engines.projected import Chunks, MemoryChunks, cut_rows, features_product, read_chunk
 from hf_ft_ext.kernel.ntk import KernelComputation, outputs_at_start
