@@ -28,7 +28,7 @@ from hf_ft_ext.kernel.saved import NOT_TRAINED
 from hf_ft_ext.launch.results import split_suffix, without_secrets
 from hf_ft_ext.methods import METHODS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Small and quick, by argument name; methods with work before the first step get less of it.
 QUICK = {
     "sparse": ("--sparse_basis_steps", "2", "--sparse_density", "0.2"),
