@@ -147,7 +147,8 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
     def observe(self, adapter_name: str, observer: Observe | None) -> None:
         """Hand inputs (tokens, in) and output gradients (tokens, out) to `observer` at each backward pass.
 
-        Tokens whose output gradient is zero may be left out. While somebody observes, the adapter's values get no gradient. `None` ends it.
+        Tokens whose output gradient is zero may be left out. While somebody observes, the adapter's values get no
+        gradient. `None` ends it.
         """
         if observer is None:
             self._observers.pop(adapter_name, None)
