@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.adapters.layers import plain_name, shown_name
 from hf_ft_ext.adapters.sparse_grad.config import DEFAULT_GRADIENTS
+from hf_ft_ext.adapters.sparse_grad.functions import narrowed
 from hf_ft_ext.adapters.sparse_grad.layer import SparseGradColumns, SparseGradLayer
 from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns, sparse_grad_layers
 from hf_ft_ext.adapters.sparse_grad.subspace import Sketch, random_test_matrix, seed_of
@@ -134,15 +135,17 @@ class _Sketches:
     def _add(self, name: str, gradient: torch.Tensor) -> None:
         # G G^T Omega and G^T G Omega, G the mean over processes. The exchanges are those of `_add_rows`, in its order:
         # processes with other numbers of tokens may take the other way.
-        out, inp = _over_processes(gradient.T @ self.out.omega), _over_processes(gradient @ self.inp.omega)
-        self._take(name, self.out, _over_processes(gradient @ out))
-        self._take(name, self.inp, _over_processes(gradient.T @ inp))
+        out = _over_processes(narrowed(gradient.T, self.out.omega))
+        inp = _over_processes(narrowed(gradient, self.inp.omega))
+        self._take(name, self.out, _over_processes(narrowed(gradient, out)))
+        self._take(name, self.inp, _over_processes(narrowed(gradient.T, inp)))
 
     def _add_rows(self, name: str, x: torch.Tensor, g: torch.Tensor) -> None:
         # G = g^T x, so G G^T Omega = g^T (x (x^T (g Omega))).
-        out, inp = _over_processes(x.T @ (g @ self.out.omega)), _over_processes(g.T @ (x @ self.inp.omega))
-        self._take(name, self.out, _over_processes(g.T @ (x @ out)))
-        self._take(name, self.inp, _over_processes(x.T @ (g @ inp)))
+        out = _over_processes(narrowed(x.T, narrowed(g, self.out.omega)))
+        inp = _over_processes(narrowed(g.T, narrowed(x, self.inp.omega)))
+        self._take(name, self.out, _over_processes(narrowed(g.T, narrowed(x, out))))
+        self._take(name, self.inp, _over_processes(narrowed(x.T, narrowed(g, inp))))
 
     def _take(self, name: str, sketch: Sketch, product: torch.Tensor) -> None:
         if not torch.isfinite(product).all():
