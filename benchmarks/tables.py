@@ -1,8 +1,8 @@
 """Write everything measured in README and docs anew from the result files: python benchmarks/tables.py
 
 That is the page of all measurements (`page.py`), README's picture and table (`overview.py`) and the tables of the
-other pages. One of these stands between `<!-- results: NAME -->` and `<!-- end of results -->`; `tables.yaml` says which rows of which
-files it shows and how:
+other pages. Such a table stands between `<!-- results: NAME -->` and `<!-- end of results -->`; `tables.yaml` says
+which rows of which files it shows and how:
 
     NAME:
       rows: {file: fisher, quantity: time}     # rows of results/fisher.json whose entries are these
