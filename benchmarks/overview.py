@@ -89,19 +89,32 @@ def study(folder: Path = results.FOLDER) -> tuple[str, list[Variant], list[dict[
 
 
 def choice(folder: Path = results.FOLDER) -> tuple[list[str], list[dict[str, Any]]]:
-    """The lines of the table "which method", and the rows that it shows."""
-    _, variants, rows = study(folder)
-    lines = [
-        f"| you want | `--method` | {' | '.join(COLUMNS)} | what it is |",
-        "| --- | --- |" + " ---: |" * len(COLUMNS) + " --- |",
-    ]
+    """The lines of the table "which method" with a sentence above, and the rows that it shows."""
+    name, variants, rows = study(folder)
+    shown = {method: _first(method, variants) for method in description()["methods"]}
+    measured = [variant for variant in shown.values() if variant is not None]
+    columns = {head: column for head, column in COLUMNS.items() if any(_cell(v, *column) for v in measured)}
+    lines = []
+    if rows:
+        empty = " Empty: not measured there." if len(measured) < len(shown) else ""
+        lines = [
+            f"{description()['files'][name]} on {description()['task']}; a run's whole training, its peak above the "
+            f"loaded model.{empty}",
+            "",
+        ]
+    heads = ["you want", "`--method`", *columns, "what it is"]
+    lines += [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * len(columns) + " --- |"]
     for method, about in description()["methods"].items():
-        mine = [variant for variant in variants if variant.method == method]
-        order = {name: place for place, name in enumerate(about["variants"])}
-        shown = min(mine, key=lambda variant: order.get(variant.name, len(order)), default=None)
-        cells = [_cell(shown, *column) for column in COLUMNS.values()]
-        lines.append(f"| {about['wanted']} | `{method}` | {' | '.join(cells)} | {about['about'].strip()} |")
+        cells = [_cell(shown[method], *column) for column in columns.values()]
+        lines.append(f"| {' | '.join([about['wanted'], f'`{method}`', *cells, about['about'].strip()])} |")
     return lines, rows
+
+
+def _first(method: str, variants: list[Variant]) -> Variant | None:
+    """The variant that stands for a method: the first one in its list, else the first of the study."""
+    order = {name: place for place, name in enumerate(description()["methods"][method]["variants"])}
+    mine = [variant for variant in variants if variant.method == method]
+    return min(mine, key=lambda variant: order.get(variant.name, len(order)), default=None)
 
 
 def _cell(variant: Variant | None, quantity: str, scale: float, form: str) -> str:

@@ -3,8 +3,8 @@
     python docs/notebooks.py              # writes examples/*.ipynb, without outputs
     python docs/notebooks.py --execute    # runs them in folders of their own; nothing is written
 
-A notebook has the script's docstring as text, then its imports, each function, and a call of `main`. jupytext makes the
-cells, nbclient runs them: `pip install "hf_ft_ext[notebooks]"`, or `make notebooks`.
+A notebook has the script's docstring as text, then its imports, each function, and a call of `main`. jupytext writes
+them, nbclient runs them: `pip install "hf_ft_ext[notebooks]"`, or `make notebooks`.
 """
 
 import argparse

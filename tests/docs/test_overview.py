@@ -75,10 +75,18 @@ def test_table_has_a_line_for_each_method(tmp_path):
     results.save("base_size", rows(variants), ["x"], tmp_path)
     lines, shown = overview.choice(tmp_path)
     assert len(shown) == 8
-    cells = {re.search(r"`(\w+)`", line)[1]: line.split(" | ") for line in lines[2:]}
+    assert lines[0].startswith("An encoder of") and lines[2].startswith(
+        "| you want | `--method` | score, % | peak MiB |"
+    )
+    cells = {re.search(r"`(\w+)`", line)[1]: line.split(" | ") for line in lines[4:]}
     assert set(cells) == set(METHODS)
-    assert cells["sparse"][2:5] == ["90.0 ± 1.4", "", "80"]  # the first name of the list, though others come before it
-    assert cells["linearhead"][2] == "70.0 ± 1.4" and cells["full"][2:6] == ["", "", "", ""]
+    assert cells["sparse"][2:4] == ["90.0 ± 1.4", "80"]  # the first name of the list, though others come before it
+    assert cells["linearhead"][2] == "70.0 ± 1.4" and cells["full"][2:4] == ["", ""]
+
+
+def test_without_measurements_the_table_has_its_words(tmp_path):
+    lines, shown = overview.choice(tmp_path)
+    assert shown == [] and lines[0] == "| you want | `--method` | what it is |" and len(lines) == 2 + len(METHODS)
 
 
 def test_names_cover_no_point_and_no_other_name(tmp_path):
