@@ -25,6 +25,7 @@ ENOUGH = 4  # variants: a file with fewer gives way to one with more
 
 # Of the picture. Text is large against the width, so that it can be read on a phone.
 WIDTH, HEIGHT = 480, 360
+SHOWN = 560  # pixels, where a page is wide enough
 LEFT, RIGHT, TOP, BOTTOM = 50, 14, 34, 46
 SIZE = 13
 COLOURS = {
@@ -98,8 +99,8 @@ def choice(folder: Path = results.FOLDER) -> tuple[list[str], list[dict[str, Any
     if rows:
         empty = " Empty: not measured there." if len(measured) < len(shown) else ""
         lines = [
-            f"{description()['files'][name]} on {description()['task']}; a run's whole training, its peak above the "
-            f"loaded model.{empty}",
+            f"{description()['files'][name]} on {description()['task']}. Peak: above the loaded model, over the whole "
+            f"run.{empty}",
             "",
         ]
     heads = ["you want", "`--method`", *columns, "what it is"]
@@ -177,8 +178,9 @@ def picture(folder: Path = results.FOLDER) -> str:
     for variant, (x, y, anchor) in zip(points, _labels(points, [place(v) for v in points]), strict=True):
         parts.append(_text(x, y, variant.name, anchor, COLOURS[variant.method], "bold"))
     font = f"font-family=\"system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif\" font-size=\"{SIZE}\""
+    size = f'width="{SHOWN}" height="{SHOWN * HEIGHT // WIDTH}"'
     return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {font} role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {size} {font} role="img">',
         f"<title>{escape(title)} against peak memory</title>",
         f'<rect width="{WIDTH}" height="{HEIGHT}" rx="8" fill="#fff"/>', *parts, "</svg>\n",
     ])  # fmt: skip
