@@ -178,5 +178,5 @@ def test_bad_input():
         list(example_gradients(model, labelled(), loss, ["classifier.wait"]))
     with pytest.raises(InputError, match="parameters is empty"):
         list(example_norms(model, labelled(), loss, []))
-    with pytest.raises(InputError, match="has to give one scalar per example"):
+    with pytest.raises(InputError, match="has to return one scalar per example"):
         list(example_norms(model, labelled(), lambda model, inputs: loss(model, inputs).mean()))

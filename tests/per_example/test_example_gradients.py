@@ -247,8 +247,8 @@ def test_numbers_drawn_to_no_effect_do_not_matter():
 @pytest.mark.parametrize(
     "layer, message",
     [
-        (Counting(), "other outputs for the same batch"),
-        (Noisy(), "other outputs for the same batch.*remove what draws random numbers"),
+        (Counting(), "different outputs for the same batch"),
+        (Noisy(), "different outputs for the same batch.*remove what draws random numbers"),
         (nn.BatchNorm1d(8, track_running_stats=False), r"other examples of its batch \(layer\)"),
     ],
 )
@@ -259,7 +259,7 @@ def test_models_without_gradients_per_example(layer, message):
 
 def test_more_bad_input():
     model = family("bert")
-    with pytest.raises(InputError, match="has to give one scalar per example"):
+    with pytest.raises(InputError, match="has to return one scalar per example"):
         list(ExampleGradients(model, lambda model, batch: model(**batch).logits.sum())(batch()))
     with pytest.raises(InputError, match="all are frozen"):
         ExampleGradients(family("bert").requires_grad_(False))
