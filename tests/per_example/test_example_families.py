@@ -191,7 +191,7 @@ def case(request) -> Iterator[Case]:
     yield Case(kind, model, batch, rows, 1e-4 if experts else 1e-9, jacobians, fisher)
 
 
-def test_every_parameter_has_a_gradient(case):
+def test_every_parameter_has_a_nonzero_gradient(case):
     """Else the comparisons below would say nothing of it. And rows differ, as do logits."""
     jacobians = case.jacobians[True]
     parameters = trained(case.model)
@@ -341,7 +341,7 @@ class OneRowAtATime(nn.Module):
 
 @pytest.mark.parametrize("what", ["fisher", "kernel"])
 @pytest.mark.parametrize("marked", [0, 3])  # the trial's rows reach the table, or do not
-def test_an_embedding_that_runs_on_one_row_of_the_batch(what, marked):
+def test_embedding_that_runs_on_one_row_for_the_batch(what, marked):
     rows = ragged_rows((6, 4, 5, 3), labels=2)
     rows["input_ids"] %= 60
     rows["input_ids"][rows["input_ids"] == Partial.MARK] = 8
