@@ -13,17 +13,18 @@ from hf_ft_ext.fisher.losses import EXPECTED, LABELS, TRUE
 MODES = SELECT, SINGLE, RANDOM, MASK = ("select", "single", "random", "mask")
 DEFAULT_EXAMPLES = {SELECT: 64, MASK: 1024}
 DEFAULT_KEEP_RATIO = 0.005
-# Masks that are chosen by gradients: name -> which labels, and which power of the gradient.
-SCORED_MASKS = {
+DEFAULT_MASK = "label-square"
+HEAD = "head"
+
+# FISH masks: name -> which labels, which power of the gradient
+SCORED = {
     "label-square": (TRUE, 2),
     "label-absolute": (TRUE, 1),
     "expect-square": (EXPECTED, 2),
     "expect-absolute": (EXPECTED, 1),
 }
 RANDOM_MASK, BIAS_MASK = "random", "bias"
-MASKS = (*SCORED_MASKS, RANDOM_MASK, BIAS_MASK)
-DEFAULT_MASK = "label-square"
-HEAD = "head"
+MASKS = (*SCORED, RANDOM_MASK, BIAS_MASK)
 
 # Argument -> the modes that it applies to; arguments that are not listed apply to all modes.
 _ONLY_IN = {
@@ -209,7 +210,7 @@ class FisherTrainingArguments(MethodTrainingArguments):
                 "gradients: in expectation over the model's own labels they are zero, so scores would be rounding "
                 "noise; pass fisher_criterion=mean or thesis, or leave fisher_labels out"
             )
-        if self.fisher_mode == MASK and self.mask not in SCORED_MASKS:
+        if self.fisher_mode == MASK and self.mask not in SCORED:
             for name in ("fisher_examples", "fisher_batch_size"):
                 if name in given:
                     raise InputError(f"fisher_mask={self.mask} does not use gradients; leave {name} out")

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_ft_ext.entries.choice import at_random, largest
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.fisher.arguments import BIAS_MASK, RANDOM_MASK, SCORED_MASKS
+from hf_ft_ext.fisher.arguments import BIAS_MASK, RANDOM_MASK, SCORED
 from hf_ft_ext.fisher.information import fisher_information
 from hf_ft_ext.fisher.losses import Loss
 from hf_ft_ext.peft_models import trained_in_full
@@ -90,7 +90,7 @@ def choose_entries(
         )
     if mask == RANDOM_MASK:
         return at_random({name: p.shape for name, p in body.items()}, kept, seed)
-    labels, power = SCORED_MASKS[mask]
+    labels, power = SCORED[mask]
     scores = fisher_information(model, data, body, labels=labels, power=power, loss=loss, progress=progress)
     if not any(score.any() for score in scores.values()):
         raise InputError("every gradient is exactly zero, so no entries can be chosen; check the classifier's weights "

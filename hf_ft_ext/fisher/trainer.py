@@ -18,7 +18,7 @@ from hf_ft_ext.adapters.layer_prefix.model import keep_projection
 from hf_ft_ext.entries.delta import DELTA_FILE, read_indices, save_entries
 from hf_ft_ext.entries.layer import attach_entries, entries_of
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.fisher.arguments import HEAD, MASK, PLAN_SETTINGS, RANDOM, SCORED_MASKS, SELECT, FisherTrainingArguments
+from hf_ft_ext.fisher.arguments import HEAD, MASK, PLAN_SETTINGS, RANDOM, SCORED, SELECT, FisherTrainingArguments
 from hf_ft_ext.fisher.candidates import as_input_error, fitting, layers_of, make_candidates
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
 from hf_ft_ext.fisher.losses import ModelLoss
@@ -105,7 +105,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
     def _needs_prepass(self) -> bool:
         """Whether a pre-pass computes gradients of training examples, which needs labels."""
         if self.args.fisher_mode == MASK:
-            return self.args.mask in SCORED_MASKS
+            return self.args.mask in SCORED
         return self.args.fisher_mode == SELECT and self._given_plan is None
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
@@ -207,7 +207,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
             chosen = read_indices(self._resumed_from)
         else:
             batches: Sequence[dict[str, torch.Tensor]] = ()
-            if args.mask in SCORED_MASKS:
+            if args.mask in SCORED:
                 batches = prepass_batches(self, args.examples, args.fisher_batch_size)
             chosen = choose_entries(
                 model, args.mask, args.keep_ratio, batches, args.seed, not args.disable_tqdm, self._user_loss()

@@ -168,7 +168,7 @@ class ProjectedEngine:
         return self._memory
 
     def _batch_size(self, rows: ExampleRows, bound: float) -> int:
-        """Largest number of rows whose forward pass fits into `bound`, measured on the longest row."""
+        """Rows of a forward pass that fit into `bound`, measured on the longest row."""
         with saved_bytes(self.model) as saved:
             (part,) = self.examples(rows.batch([longest_row(rows)], self.device))
         features = 3 * self.scalars * self.projection.dimension * self.dtype.itemsize  # spectrum and sums

@@ -141,7 +141,7 @@ class Projection:
         return total
 
     def scratch_bytes(self) -> int:
-        """Approximate temporary memory of a call."""
+        """About what a call takes beside its arguments and its result."""
         wide = 2 * self.dtype.itemsize
         return 3 * self._token_step() * self.dimension * wide + 3 * _ENTRIES * 8
 
