@@ -1,4 +1,4 @@
-"""Training chosen entries: gradients, updates, files, what stays small, bad input."""
+"""Training chosen entries: gradients, updates, files, memory, bad input."""
 
 import pytest
 import torch

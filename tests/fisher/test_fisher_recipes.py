@@ -1,4 +1,4 @@
-"""The thesis's runs are recipes, its tables plans that the method reads."""
+"""The thesis's runs are recipes, and its tables are plans that the method reads."""
 
 from pathlib import Path
 

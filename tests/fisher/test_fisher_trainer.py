@@ -1,4 +1,4 @@
-"""FisherTrainer: what trains, what is saved and loads, rates, masks, resume, two processes."""
+"""FisherTrainer: trained parameters, saving and loading, rates, masks, resuming, two processes."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Fisher sums equal those of one backward pass per example, whatever the adapter, the batch and the labels."""
+"""Fisher sums equal those of one backward pass per example, for all adapters, batches and labels."""
 
 import contextlib
 
@@ -158,7 +158,7 @@ def test_positions_without_gradient_are_skipped_and_nothing_else():
 
 @pytest.mark.parametrize("kept", [slice(0, 1), slice(None)])
 def test_large_products_in_single_precision(kept):
-    """Beyond some size they are another library's; gradients that come in another order in memory included."""
+    """Large products use another library; gradients in another memory order are tested too."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 640), nn.Linear(640, 512, bias=False)).requires_grad_(False)
     drawn = torch.randn(64, 4, 512, dtype=torch.double)

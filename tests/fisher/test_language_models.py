@@ -1,4 +1,4 @@
-"""Language models: each example's own loss, adapters chosen by it, and a trainer that trains and saves them."""
+"""Language models: the loss of each example, selection by it, training and saving."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def causal(kind: str):
 
 
 def texts(n: int = 6) -> list[dict]:
-    """Texts of different lengths, one in a batch; the first tokens of some are a question that counts for nothing."""
+    """Texts of different lengths, one in a batch; in some, labels of the first tokens are ignored."""
     generator = torch.Generator().manual_seed(0)
     examples = []
     for i in range(n):

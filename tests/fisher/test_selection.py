@@ -1,4 +1,4 @@
-"""Choosing adapters: criteria as formulas, budgets, plans as files, pictures, bad input."""
+"""Selection of adapters: formulas of the criteria, budgets, plan files, plots, bad input."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""What the analysis commands compute, and that they draw."""
+"""The analysis commands: results and plots."""
 
 import importlib
 import json

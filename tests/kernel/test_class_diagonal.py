@@ -1,4 +1,4 @@
-"""Kernels of each scalar with itself alone, and the two solvers that need no more."""
+"""Kernels of each scalar with itself, and the two solvers that need only these."""
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def test_class_diagonal_by_tokens_and_by_entries(by_tokens, monkeypatch):
 
 @pytest.mark.parametrize("formula", ["sgd", "asymmetric_signgd"])
 def test_scalars_that_share_no_parameters(formula):
-    """Of a tied decoder each scalar reads its own word's row, and an unused token's row is read by none."""
+    """In a tied decoder each scalar reads its own word's row; no scalar reads the row of an unused token."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16

@@ -1,4 +1,4 @@
-"""KernelTrainer: what it predicts, where kernels come from, options, bad input, two processes."""
+"""KernelTrainer: predictions, sources of kernels, options, bad input, two processes."""
 
 import gc
 import json
@@ -73,7 +73,7 @@ def test_plain_load_reports_that_the_model_is_not_trained(tmp_path, adapter):
 
 
 def reported(folder) -> str:
-    """What transformers logs when it loads `folder`."""
+    """The log of transformers while it loads `folder`."""
     records = []
     logger = logging.getLogger("transformers.modeling_utils")
     handler = logging.Handler()
@@ -174,7 +174,7 @@ def test_the_default_regularization(tmp_path):
 
 
 def test_an_ill_conditioned_kernel_does_not_predict_noise(tmp_path):
-    """Of the classifier's bias and weight alone: rank 33 at most, and less to working precision."""
+    """The kernel over the classifier only: its rank is at most 33, and less to working precision."""
     found = {}
     for value in (None, "0"):
         settings = {} if value is None else {"kernel_regularization": value}

@@ -57,7 +57,7 @@ PAIRS = [
 
 
 def assert_near(found, expected, formula, tolerance=1e-10):
-    """Equal to `tolerance` relative to the largest entry; sign kernels, whole numbers, exactly."""
+    """Equal up to `tolerance` relative to the largest entry; sign kernels are integers and must be equal."""
     assert found.shape == expected.shape and found.dtype == torch.float64
     if formula == "signgd":
         assert torch.equal(found, expected) and torch.equal(found, found.round())
@@ -318,7 +318,7 @@ def test_memory_limit_is_kept_and_too_little_is_refused():
 
 @pytest.mark.parametrize("right", [None, RIGHT])
 def test_one_set_of_gradient_rows_per_side_is_in_memory(right):
-    """One block of either side, and of a batch nothing but its records once the next one runs."""
+    """One block of each side is in memory, and only the packed gradients of earlier batches."""
     computation = KernelComputation(family("bert"), KernelOptions(block_rows=2, batch_size=1))
     engine, sides, parts = computation.engine, [], []
     side = engine.gradient_rows
@@ -347,7 +347,7 @@ def test_one_set_of_gradient_rows_per_side_is_in_memory(right):
 @pytest.mark.parametrize("engine", ["structured", "jacobian"])
 @pytest.mark.parametrize("model_type, formula", [("bert", "sgd"), ("albert", "signgd"), ("gpt2", "asymmetric_signgd")])
 def test_memory_estimate_bounds_every_row(model_type, formula, engine):
-    """Records grow with a row's tokens, and blocks of many short rows are as large as those of few long ones."""
+    """Stored gradients grow with a row's tokens: blocks of many short rows are as large as those of few long ones."""
     rows = ExampleRows(batch(9, 30, seed=2))
     computation = KernelComputation(family(model_type), KernelOptions(formula, engine))
     computation.engine.prepare(rows)

@@ -67,7 +67,7 @@ def matrix(projection, parameters):
 @pytest.mark.parametrize("written_out", [0, 2, 1000])
 @pytest.mark.parametrize("model_type, dimension", [("bert", 64), ("gpt2", 11), ("deberta-v2", 30)])
 def test_features_are_the_gradients_times_one_matrix(model_type, dimension, written_out, monkeypatch):
-    """Whatever the form of a gradient, transformed or written out, and for fewer places than rows or columns."""
+    """For transformed and full gradients, and for fewer buckets than rows or columns."""
     monkeypatch.setattr(projection_module, "_DENSE_LIMIT", written_out)
     model = family(model_type).double()
     gradients, parameters = whole_gradients(model, LEFT)
@@ -84,7 +84,7 @@ def test_features_are_the_gradients_times_one_matrix(model_type, dimension, writ
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("counts", [(2, 1), (3, 1), (1, 0)])
 def test_activations_of_tokens_without_gradient_are_ignored(counts, transposed, written_out, monkeypatch):
-    """Of padding, or where only the first position is read, activations may be NaN."""
+    """Activations may be NaN for padding, or where only the first position is read."""
     monkeypatch.setattr(projection_module, "_DENSE_LIMIT", written_out)
     monkeypatch.setattr(projection_module, "_TOKENS", 2)
     generator = torch.Generator().manual_seed(0)
@@ -179,7 +179,7 @@ def test_projection_does_not_depend_on_batches_order_padding_or_dtype(model_type
 
 
 def test_projection_is_the_same_in_another_process():
-    """Places and signs of this seed, as every process, machine and version of torch has them."""
+    """Buckets and signs of this seed are the same in every process, on every machine, in every version of torch."""
     own = Projection({"a.weight": (3, 2), "b": (4,)}, 5, 7, torch.device("cpu"), torch.float64)
     weight, bias = own.buckets("a.weight"), own.buckets("b")
     found = [weight.rows.tolist(), weight.row_signs.tolist(), weight.column_signs.tolist(), bias.column_signs.tolist()]
@@ -299,7 +299,7 @@ def test_a_gradient_that_is_not_finite_is_named():
 
 
 class Killed(BaseException):
-    """As a signal would end the process: nothing may catch it."""
+    """Ends the process like a signal: nothing may catch it."""
 
 
 def project(folder, chunks_before_death=None, rows=RIGHT, model=None, process=0, processes=1):

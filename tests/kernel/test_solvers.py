@@ -1,4 +1,4 @@
-"""Solvers against their formulas, several classes and labels, grids, and combinations that cannot work."""
+"""Solvers against their formulas, several classes and labels, grids, and invalid combinations."""
 
 import numpy as np
 import pytest
@@ -232,7 +232,7 @@ def test_logistic_regression_is_that_of_scikit_learn(classes, scalars, coupling)
 
 
 def test_several_labels_are_solved_separately():
-    """Every solver: the columns are those of as many two-class problems with one scalar."""
+    """For every solver the columns equal those of separate two-class problems with one scalar."""
     kernel, other = random_problem(3)
     labels = np.random.default_rng(0).integers(0, 2, (15, 3))
     labels[:2], labels[2:4] = 0, 1
@@ -312,7 +312,7 @@ def test_a_singular_asymmetric_kernel_gives_the_least_norm():
 
 @pytest.mark.parametrize("solver", [Solver.LSTSQ, Solver.SVR, Solver.SVC, Solver.LOGISTIC])
 def test_one_scalar_serves_all_classes(solver):
-    """Of the same kernel `shared` and `pseudo` are the same problem."""
+    """With the same kernel, `shared` and `pseudo` are the same problem."""
     kernel, other = random_problem(3)
     mean, across = (np.einsum("kicjc->kij", k)[:, :, None, :, None] / 3 for k in (kernel, other))
     labels = np.arange(15) % 3
@@ -358,7 +358,7 @@ def test_leave_one_out_equals_solving_without_the_row(scalars, coupling):
 @pytest.mark.parametrize("scalars", [1, 3])
 @pytest.mark.parametrize("r", [0.0, 0.1])
 def test_gradient_flow_equals_the_integrated_differential_equation(scalars, r):
-    """d f(x) / dt = -1/N K(x, X) (f(X) - y), and a pull to the start: integrated by Runge and Kutta."""
+    """d f(x) / dt = -1/N K(x, X) (f(X) - y), plus the regularization: integrated by Runge-Kutta."""
     kernel, other = random_problem(scalars, n=6)
     labels = np.arange(6) % max(scalars, 2)
     y = (np.eye(3)[labels] if scalars == 3 else 2.0 * labels[:, None] - 1).reshape(-1)

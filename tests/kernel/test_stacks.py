@@ -1,4 +1,4 @@
-"""TokenBuffers: rows of several batches next to one another in memory, and what becomes of batches that differ."""
+"""TokenBuffers: rows of several batches stored contiguously, and batches of other shapes."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_rows_of_every_token_are_joined_without_a_copy(chunk, monkeypatch):
 
 
 def test_small_buffers_share_large_chunks(monkeypatch):
-    """What lives as long as a side does not lie between what a batch leaves behind."""
+    """Long-lived buffers come from large chunks, so that they do not fragment the heap."""
     monkeypatch.setattr("hf_ft_ext.kernel.engines.buffers._CHUNK", 256)
     buffers, sources = TokenBuffers(4, 4), [*batches(4, 4, width=3), *batches(4, width=40), *batches(4, 4, width=5)]
     sources[1] = sources[1].double()

@@ -19,7 +19,7 @@ ABOUT = {"model": "a", "data": "b"}
 
 
 class Killed(BaseException):
-    """As a signal would end the process: nothing may catch it."""
+    """Ends the process like a signal: nothing may catch it."""
 
 
 def run(folder, blocks_before_death=None, formula="sgd", second=RIGHT, **options):
@@ -68,7 +68,7 @@ def finished_blocks(folder):
     [("sgd", RIGHT, {}), ("asymmetric_signgd", None, {}), ("sgd", RIGHT, {"class_diagonal": True})],
 )
 def test_new_memory_limit_applies_and_keeps_finished_blocks(tmp_path, formula, second, options):
-    """As after running out of memory: blocks of the first run stay, and the rest take the new bound and batch size."""
+    """As after running out of memory: finished blocks stay, and the others use the new limit and batch size."""
     about = {**ABOUT, **options, "second": None if second is None else "b"}
     options = {"formula": formula, **options}
 
@@ -111,7 +111,7 @@ def test_current_batch_size_is_used_for_stored_blocks(tmp_path):
 
 
 def test_folder_of_an_older_version_is_read(tmp_path):
-    """Its description says the batch size and memory of that run too."""
+    """Its description also holds the batch size and memory of that run."""
     whole, _ = run(tmp_path)
     path = KernelStore(tmp_path, ABOUT).folder / store.DESCRIPTION
     description = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""The fits behind a linear head, against scikit-learn called plainly and against optimality conditions."""
+"""The fits of a linear head, against direct calls of scikit-learn and optimality conditions."""
 
 import numpy as np
 import pytest

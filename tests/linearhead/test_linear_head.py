@@ -1,4 +1,4 @@
-"""Linear heads of whole models: what is written, what stays, what is saved, as a method and as a start."""
+"""Linear heads of full models: changed and unchanged weights, saving, as a method and as an initialization."""
 
 import json
 from pathlib import Path

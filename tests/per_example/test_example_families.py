@@ -192,7 +192,7 @@ def case(request) -> Iterator[Case]:
 
 
 def test_every_parameter_has_a_nonzero_gradient(case):
-    """Else the comparisons below would say nothing of it. And rows differ, as do logits."""
+    """Otherwise the comparisons below would not test it. Gradients differ between rows and between logits."""
     jacobians = case.jacobians[True]
     parameters = trained(case.model)
     parts = jacobians.split([p.numel() for p in parameters.values()], 2)
@@ -234,7 +234,7 @@ SQUARE = ("bart", "funnel", "mpnet", "opt", "squeezebert", "t5", "xlnet")
 
 @pytest.mark.parametrize("kind", SQUARE)
 def test_kernel_of_as_many_rows_as_tokens(kind):
-    """Where tokens come first (XLNet), or both are one axis (OPT), sizes alone do not tell one from the other."""
+    """If tokens come first (XLNet), or share an axis with the rows (OPT), sizes cannot distinguish them."""
     model, batch = square(kind)
     expected = kernel_of(torch.stack([jacobian(model, row) for row in one_by_one(batch)]))
     assert relative_error(empirical_ntk(model, batch), expected) <= 1e-9
@@ -323,7 +323,7 @@ def of_each_row(output, batch) -> torch.Tensor:
 
 
 class OneRowAtATime(nn.Module):
-    """Marked rows, and they alone, add a row of a table: it may run on one row of a batch, which is not all's."""
+    """Only marked rows add a row of a table, so it may run on one row that does not belong to the whole batch."""
 
     def __init__(self):
         super().__init__()

@@ -100,7 +100,7 @@ def test_adapters(config, covered):
 
 
 def test_a_fresh_lora_goes_by_rules_although_half_of_its_gradients_are_zero_in_the_trial():
-    """While lora_B is zero nothing of lora_A can be compared, and nothing needs to be."""
+    """While lora_B is zero, the gradient of lora_A is zero: its rule cannot be compared, and need not be."""
     model = get_peft_model(family("bert"), LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query"]))
     examples = assert_equal(model.double(), batch())
     assert examples.uncovered == []
@@ -212,7 +212,7 @@ class Noisy(nn.Module):
 
 
 class Drawing(nn.Module):
-    """Draws numbers that change nothing."""
+    """Draws random numbers without using them."""
 
     def forward(self, x):
         torch.rand(1)
@@ -220,7 +220,7 @@ class Drawing(nn.Module):
 
 
 class Counting(nn.Module):
-    """Another output at each call, with no number drawn from torch."""
+    """Gives a different output at each call without drawing random numbers from torch."""
 
     def __init__(self):
         super().__init__()
@@ -373,7 +373,7 @@ def test_parameters_that_only_some_scalars_or_rows_depend_on():
 
 
 def summed(examples, inputs):
-    """Sums of what a stream hands on: for each scalar `[*shape]` by name."""
+    """Sums of the streamed gradients: for each scalar `[*shape]` by name."""
     sums = [{name: torch.zeros_like(p) for name, p in examples.parameters.items()} for _ in range(2)]
 
     def receive(name, gradients, scalar, first):
@@ -415,7 +415,7 @@ def test_use_that_only_a_later_batch_and_one_scalar_have():
 
 
 class InPlace(nn.Module):
-    """Multiplies what its lowest module gave in place, as CTRL does."""
+    """Scales the output of its embedding in place, as CTRL does."""
 
     def __init__(self):
         super().__init__()
@@ -428,14 +428,14 @@ class InPlace(nn.Module):
 
 
 class ScaledRows(nn.Embedding):
-    """Rows times a factor, read behind an offset."""
+    """Scaled rows, read with an offset."""
 
     def forward(self, input_ids):
         return super().forward(input_ids + 2) * torch.tensor(2.5, dtype=self.weight.dtype)
 
 
 class Twisted(nn.Embedding):
-    """More than a product of rows and factors."""
+    """Does more than scale rows."""
 
     def forward(self, input_ids):
         return torch.sin(super().forward(input_ids))
