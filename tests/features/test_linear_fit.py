@@ -1,4 +1,4 @@
-"""The fits behind a linear head, against scikit-learn called plainly and against optimality conditions."""
+"""The fits of a linear head, against direct calls of scikit-learn and optimality conditions."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_the_strength_is_chosen_by_the_loss_on_rows_left_out():
     np.testing.assert_array_equal(again.weight, signal.weight)
 
 
-def test_strengths_past_the_best_are_left_out(monkeypatch):
+def test_strengths_after_the_best_are_skipped(monkeypatch):
     random = np.random.default_rng(1)
     x = random.normal(size=(80, 6))
     labels = (x[:, 0] + 2 * random.normal(size=80) > 0).astype(int)
@@ -79,7 +79,7 @@ def test_one_row_of_a_class_leaves_no_cross_validation(caplog):
     assert "too few rows of a class for cross-validation: C = 1" in caplog.text
 
 
-def test_many_rows_are_tuned_on_some(monkeypatch):
+def test_cross_validation_uses_a_sample_of_many_rows(monkeypatch):
     labels, seen = (X[:, 0] > 3).astype(int), []
     monkeypatch.setattr("hf_ft_ext.features.linear_fit.TUNING_ROWS", 30)
     original = LogisticRegression.fit
@@ -95,12 +95,12 @@ def test_a_class_without_rows_is_refused():
         fit_classes(X, np.zeros(60, int), ["a", "b"])
 
 
-def test_an_iteration_limit_is_said(caplog):
+def test_iteration_limit_is_logged(caplog):
     fit_classes(X, (X[:, 0] > 3).astype(int), ["a", "b"], c=1e4, max_iter=2)
     assert "stopped after 2 iterations, before it converged" in caplog.text
 
 
-def test_numbers_equal_a_plain_ridge_regression():
+def test_regression_equals_a_plain_ridge_regression():
     labels = X @ np.array([1.0, 0.2, 3.0, 0.0, -1.0]) + 0.1 * RANDOM.normal(size=60)
     fit = fit_numbers(X, labels.astype(np.float32), c=0.5)
     scaled = (X - X.mean(0)) / X.std(0)
@@ -121,7 +121,7 @@ def test_a_place_on_a_scale_minimises_the_cross_entropy():
     assert fit_place(X, place).chosen
 
 
-def test_constant_features_do_no_harm():
+def test_constant_features_give_finite_weights():
     x = np.concatenate([X, np.full((60, 1), 7.0)], 1)
     fit = fit_classes(x, (X[:, 0] > 3).astype(int), ["a", "b"], c=1.0)
     assert np.isfinite(fit.weight).all() and np.isfinite(fit.bias).all()

@@ -1,4 +1,4 @@
-"""The thesis's runs are recipes, its tables plans that the method reads."""
+"""The thesis's runs are recipes, and its tables are plans that the method reads."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ RATES = {"adapter": 1e-4, "lora": 5e-4, "prefix": 2e-4, "fishpal": 5e-4, "publis
 
 
 @pytest.mark.parametrize("task", SEEDS)
-def test_the_thesis_is_complete(task):
+def test_recipes_of_the_thesis_are_complete(task):
     rows, text = read_rows(FOLDER / "roberta-base.yaml"), (FOLDER / "roberta-base.yaml").read_text()
     for name, rate in RATES.items():
         recipe = rows[f"{task}-{name}"]

@@ -1,4 +1,4 @@
-"""The training side of a solved kernel: what has to be kept of the training data so that others can be predicted."""
+"""The training data of a solved kernel, in the form that is needed to predict new rows."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -12,12 +12,12 @@ _VALUES, _SHAPES = "values", "shapes"
 
 
 class TrainingRows:
-    """The inputs of the training rows, from which an exact kernel's other side is computed again.
+    """The inputs of the training rows, from which exact kernels with new rows are computed.
 
-    It stands in the place of a trainer's training data set: it has a length, and its `rows` are ready.
+    A trainer from a folder has this object as its `train_dataset`: it has a length and collated `rows`.
 
     Args:
-        rows: the training data's.
+        rows: the rows of the training data.
     """
 
     kind: ClassVar[str] = "rows"
@@ -29,9 +29,9 @@ class TrainingRows:
         return len(self.rows)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """For each input the values of all rows, one after the other in their own type, and each row's shape.
+        """For each input, the concatenated values of all rows in their own type, and each row's shape.
 
-        Padding at the right is left out.
+        Padding at the right is removed.
         """
         rows = [self.rows.batch([i]) for i in range(len(self.rows))]
         tensors = {}
@@ -43,10 +43,10 @@ class TrainingRows:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], pad_token_id: int | None) -> "TrainingRows":
-        """The rows that `tensors` took apart.
+        """Make the rows from the result of `tensors`.
 
         Raises:
-            InputError: the tensors are of something else.
+            InputError: the tensors do not describe training rows.
         """
         names = sorted(key.removesuffix(f".{_SHAPES}") for key in tensors if key.endswith(f".{_SHAPES}"))
         columns: dict[str, list[torch.Tensor]] = {}
@@ -65,9 +65,9 @@ class TrainingRows:
 
 
 class TrainingFeatures:
-    """The projected gradients of the training rows, for engine `projected`: new rows are multiplied with them.
+    """The projected gradients of the training rows, from which engine `projected` computes kernels with new rows.
 
-    It stands in the place of a trainer's training data set.
+    A trainer from a folder has this object as its `train_dataset`.
 
     Args:
         features: `[N, C, k]`.
@@ -82,15 +82,15 @@ class TrainingFeatures:
         return len(self.features)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The features as they are."""
+        """The features, by name."""
         return {"features": self.features}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], pad_token_id: int | None) -> "TrainingFeatures":
-        """The features that `tensors` named.
+        """Make the features from the result of `tensors`.
 
         Raises:
-            InputError: the tensors are of something else.
+            InputError: the tensors do not hold features.
         """
         features = tensors.get("features")
         if features is None or features.ndim != 3:
@@ -98,6 +98,6 @@ class TrainingFeatures:
         return cls(features)
 
 
-# What a solved kernel keeps of its training data; one class for each way to compute a kernel with new rows.
-TrainingSide = TrainingRows | TrainingFeatures
-KINDS: dict[str, type[TrainingSide]] = {kind.kind: kind for kind in (TrainingRows, TrainingFeatures)}
+# The forms of the training data: one for the exact engines, one for engine `projected`.
+TrainingData = TrainingRows | TrainingFeatures
+KINDS: dict[str, type[TrainingData]] = {kind.kind: kind for kind in (TrainingRows, TrainingFeatures)}
