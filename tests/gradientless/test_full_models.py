@@ -128,7 +128,7 @@ def test_masks_say_which_entries_move(tmp_path):
     assert changed(masked, before) == {name, name.replace("weight", "bias")}
     with pytest.raises(InputError, match="masks: nothing is not searched; leave it out, or change search_target"):
         GradientlessTrainer(tiny_model(), trainer.args, masks={"nothing": mask}).create_optimizer()
-    with pytest.raises(InputError, match="masks are for search_method=spsa, not gld"):
+    with pytest.raises(InputError, match="masks apply to search_method=spsa, not to gld"):
         GradientlessTrainer(tiny_model(), make(tmp_path).args, masks={name: mask})
 
 
@@ -205,7 +205,7 @@ def test_quantized_weights_are_not_left_out_silently(tmp_path, packed):
     else:
         dense.weight = nn.Parameter(dense.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(
-        InputError, match=r"search_target='all' takes in .*layer\.0\.output\.dense\.q?weight, which is"
+        InputError, match=r"search_target='all' includes .*layer\.0\.output\.dense\.q?weight, which is"
     ):
         make(tmp_path, model, search_method="spsa", search_target="all")
 
@@ -238,7 +238,7 @@ def test_the_entries_of_a_fisher_run_are_what_a_search_moves(tmp_path):
         make(tmp_path / "other", other, **options)
     with pytest.raises(InputError, match=r"holds no entries_delta\.safetensors"):
         make(tmp_path / "other", **{**options, "search_masks": str(tmp_path)})
-    with pytest.raises(InputError, match="masks and search_masks both say which entries move"):
+    with pytest.raises(InputError, match="masks and search_masks both select the entries to change"):
         GradientlessTrainer(tiny_model(), trainer.args, masks={})
 
 

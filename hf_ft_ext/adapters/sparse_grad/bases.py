@@ -39,7 +39,7 @@ def compute_bases(
     seed: int = 0,
     progress: bool = False,
 ) -> None:
-    """Choose the columns of a SparseGrad adapter from the gradients of some batches, at the present weights.
+    """Choose the columns of a SparseGrad adapter from the gradients of some batches, at the current weights.
 
     Weights, gradients, and the state of torch's generators stay as they are; dropout is off. Gradient checkpointing
     and mixed precision work as in training.
