@@ -204,7 +204,7 @@ def edit(values, **changes):
         (lambda v: edit(v, format="other"), "is no adapter plan of this version"),
         (lambda v: edit(v, choise={}), "has an unknown entry 'choise'; did you mean 'choice'"),
         (lambda v: edit(v, choice=None), "has no choice: a mapping is needed"),
-        (lambda v: edit(v, choice={"0": "lore"}), "layer 0 is to get 'lore'; did you mean 'lora'"),
+        (lambda v: edit(v, choice={"0": "lore"}), "layer 0: kind 'lore' is not defined; did you mean 'lora'"),
         (lambda v: edit(v, choice={"first": "lora"}), "'first' is no number of a layer"),
         (lambda v: edit(v, model={"model_type": "roberta"}), "is for a model with model_type='roberta', and this one"),
         (lambda v: edit(v, model={"layers": 12}), "is for a model with layers=12, and this one has 2"),

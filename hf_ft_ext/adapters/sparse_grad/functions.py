@@ -5,12 +5,13 @@ pass only the narrow `x U` is kept, not `x`:
 
     dL/dD = (g V)^T (x U),    dL/dx = g W + (g V) D U^T
 
-The change of the weight can be met in two ways, and each pass takes the one with fewer multiplications:
+The change of the weight can be applied in two ways, and each pass takes the one with fewer multiplications:
 
-- by product: `x U`, `D` and `V` one after the other beside `x W^T`; it costs per token.
-- by weight: `W + V D U^T` is formed, used in one product and dropped; it costs the same for any number of tokens.
+- by product: `x W^T + ((x U) D^T) V^T`; the additional cost grows with the number of tokens.
+- by weight: `W + V D U^T` is computed, used in one product and dropped; the additional cost does not depend on the
+  number of tokens.
 
-Both depend on `W` and `D` alone, so nothing has to be undone when an adapter is switched off or saved.
+Neither changes `W`, so nothing has to be undone when an adapter is disabled or saved.
 """
 
 from collections.abc import Callable
@@ -28,22 +29,23 @@ def change_of_weight(values: torch.Tensor, out_columns: torch.Tensor, in_columns
 
 
 def _thin_factors(values: torch.Tensor, out_columns: torch.Tensor, in_columns: torch.Tensor) -> tuple:
-    """`(L, R)` with `L R^T = V D U^T` and as few columns as the narrower side of `D`."""
+    """`(L, R)` with `L R^T = V D U^T` and min(r, c) columns each."""
     if values.shape[0] <= values.shape[1]:
         return out_columns, in_columns @ values.T
     return out_columns @ values, in_columns
 
 
 def by_weight_is_cheaper(tokens: int, values: torch.Tensor, n_out: int, n_in: int, backward: bool) -> bool:
-    """Whether forming the changed weight takes fewer multiplications than the products of so many tokens."""
+    """Whether forming `W + V D U^T` costs fewer multiplications than the products for so many tokens."""
     r, c = values.shape
-    # Forward: x U is there for the gradient of D; (x U) D^T V^T, or (x U) (V D)^T. Backward: the same from g V.
+    # Forward: x U is computed in any case, for the gradient of D; then ((x U) D^T) V^T, or (x U) (V D)^T.
+    # Backward: g V is computed in any case; then the same with U and V exchanged.
     if backward:
         per_token, once = (r * n_in, r * c * n_in) if r <= c else (r * c + c * n_in, 0)
     else:
         per_token, once = (c * r + r * n_out, 0) if r <= c else (c * n_out, n_out * r * c)
     form = n_out * n_in * min(r, c) + r * c * (n_in if r <= c else n_out)
-    # Besides, the weight is read, written and read again once: about as slow as this many multiplications per entry.
+    # The weight is also read, written and read again once: about as slow as `_COPY` multiplications per entry.
     return form + _COPY * n_out * n_in < tokens * per_token + once
 
 
@@ -63,7 +65,7 @@ class ChangedLinear(torch.autograd.Function):
         narrow = _narrowed(flat, u) if trains or not by_weight else None
         bias = None if bias is None else bias.to(dtype)
         used = _changed(weight, d, v, u) if by_weight else weight.to(dtype)
-        # Not a view: some models (Falcon) change the output in place, which autograd forbids for views.
+        # The output must not be a view: some models (Falcon) change it in place, which autograd forbids for views.
         if onednn_is_faster(x, used):
             y = linear(x, used, bias)
         else:
@@ -97,7 +99,7 @@ class ChangedLinear(torch.autograd.Function):
 
 
 def _narrowed(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """`rows columns`, as the transpose of a product: with few columns, CPUs are up to 1.4 times faster that way."""
+    """`rows @ columns`, as the transpose of a product: up to 1.4 times faster on CPUs if there are few columns."""
     return (columns.T @ rows.T).T
 
 
@@ -116,7 +118,7 @@ def _add_change(y: torch.Tensor, narrow: torch.Tensor, d: torch.Tensor, v: torch
 
 
 class AddedChange(torch.autograd.Function):
-    """`y + x U D^T V^T` for the output `y` of any layer, quantized or nested; gradients for `y`, `x` and `D`."""
+    """`y + x U D^T V^T` for the output `y` of any layer (quantized, or with adapters); gradients for `y`, `x`, `D`."""
 
     @staticmethod
     def forward(ctx, y, x, values, out_columns, in_columns):
@@ -138,8 +140,8 @@ class AddedChange(torch.autograd.Function):
         narrow_grads = _narrowed(grads, v)
         grad_x = grad_values = None
         if ctx.needs_input_grad[2]:
-            grad_values = (narrow_grads.T @ narrow.to(dtype)).to(values.dtype)
-        if ctx.needs_input_grad[1]:
+            grad_values = (narrow_grads.T @ narrow.to(dtype)).to(values.dtype)  # (g V)^T (x U)
+        if ctx.needs_input_grad[1]:  # (g V) D U^T
             by_rows = d.shape[0] <= d.shape[1]
             grad_x = narrow_grads @ (u @ d.T).T if by_rows else (narrow_grads @ d) @ u.T
             grad_x = grad_x.view(*grad_output.shape[:-1], u.shape[0]).to(ctx.x_dtype)
@@ -147,10 +149,10 @@ class AddedChange(torch.autograd.Function):
 
 
 class Observed(torch.autograd.Function):
-    """`y` as it is; in the backward pass `observe(x, g)` gets the layer's inputs and output gradients.
+    """The identity on `y`; in the backward pass it calls `observe(x, g)` with the layer's inputs and output gradients.
 
     Args:
-        probe: a parameter that trains, so that there is a backward pass at all; it gets no gradient.
+        probe: a trainable parameter, so that there is a backward pass at all; it gets no gradient.
     """
 
     @staticmethod

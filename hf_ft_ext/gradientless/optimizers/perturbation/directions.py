@@ -41,7 +41,7 @@ class Directions:
     | `gaussian` | standard normal entries | | MeZO, arXiv 2305.17333 |
     | `rademacher` | entries +1 and -1 | | FZOO, arXiv 2506.09034 |
     | `lozo` | `U V^T`, both normal | `V` | LOZO, arXiv 2410.07698 |
-    | `subzero` | `sqrt(out in) / rank U S V^T`, `S` normal, others orthonormal | `U`, `V` | SubZero, arXiv 2410.08989 |
+    | `subzero` | `sqrt(out in) / rank U S V^T`; `S` normal; `U`, `V` orthonormal | `U`, `V` | SubZero, 2410.08989 |
     | `rademacher-outer` | `u v^T` with entries +1 and -1: its entries are +1 and -1 | | |
 
     All other factors and entries are drawn in each step.
