@@ -1,4 +1,4 @@
-"""What was found in a model, as a table for people."""
+"""The parts of a model as a text table."""
 
 import re
 
@@ -12,7 +12,7 @@ _HEADER = ("part", "where", "what it is", "why")
 
 
 def structure_table(structure: Structure) -> str:
-    """One line per kind of layer and part: names (layer numbers folded), and by what they were recognized."""
+    """A table with one line per kind of layer and part: names with `*` for layer numbers, kind, and reason."""
     rows: list[tuple[str, ...]] = [_HEADER]
     kinds: dict[tuple[tuple[str, ...], ...], list[Layer]] = {}
     for layer in structure.layers:
@@ -25,14 +25,14 @@ def structure_table(structure: Structure) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER) - 1)]
     lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
     if not structure.layers:
-        lines = ["no repeated layers: nothing that feeds forward or attends stands in a list of modules"]
+        lines = ["no repeated layers: no feed-forward or attention is in a list of modules"]
     lines.append(f"embeddings (looked up by token or position): {_list(structure.embeddings)}")
     lines.append(f"head (outside of the base model): {_list(structure.head)}")
     return "\n".join(lines)
 
 
 def parts_table(model: nn.Module) -> str:
-    """The table of `model`, or why there is none."""
+    """The table of `model`, or the reason why its structure cannot be found."""
     try:
         return structure_table(find_structure(model))
     except InputError as error:
@@ -59,7 +59,7 @@ def _attention_rows(block: Attention, kinds: dict[str, str]) -> list[tuple[str, 
         ("key", block.key, "right in the first product of activations"),
         ("value", block.value, "reaches the output past the softmax"),
         ("output", block.output, "reads the product"),
-        ("other", block.other, "feeds or gates the others alone"),
+        ("other", block.other, "only feeds or gates the others"),
     )
     roles: dict[tuple[str, ...], list[tuple[str, str]]] = {}
     for role, names, why in reasons:

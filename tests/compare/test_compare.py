@@ -148,15 +148,15 @@ def test_what_a_method_has_not_is_left_out_and_said():
     ("argv", "message"),
     [
         (["--methods", "fulll"], "unknown method 'fulll'; did you mean 'full'.*choose from: full, lora"),
-        (["--methods", ","], "names none; choose from"),
+        (["--methods", ","], "is empty; choose from"),
         (["--methods", "full,full"], "names 'full' twice"),
-        (["--seeds", "0"], "seeds='0' is neither a number of seeds"),
-        (["--seeds", "1,1"], "list of different ones"),
-        (["--seeds", "x"], "seeds='x'"),
-        (["--max_minutes", "-1"], "max_minutes='-1' leaves no time"),
-        (["--max_minutes", "nan"], "leaves no time"),
+        (["--seeds", "0"], "seeds must be a number of seeds .*, got '0'"),
+        (["--seeds", "1,1"], "list of different seeds"),
+        (["--seeds", "x"], "got 'x'"),
+        (["--max_minutes", "-1"], "max_minutes must be above 0 .*, got '-1'"),
+        (["--max_minutes", "nan"], "max_minutes must be above 0"),
         (["--task_name", "sst"], "unknown task 'sst'; did you mean sst5 or sst2"),
-        (["--methods", "full", "--lora_r", "4"], "lora_r belongs to method 'lora', which is not compared"),
+        (["--methods", "full", "--lora_r", "4"], "lora_r belongs to method 'lora', which is not in this comparison"),
         (["--learning_rat", "4"], "unknown argument 'learning_rat'; did you mean 'learning_rate'"),
         (["--method", "full"], "method is set by the comparison.*--methods"),
         (["--seed", "1"], "seed is set by the comparison.*pass --seeds"),
@@ -164,7 +164,7 @@ def test_what_a_method_has_not_is_left_out_and_said():
         (["--methods", "lora", "--lora_r", "0"], "lora: lora_r=0 is no rank"),
         (["--learning_rate", "fast"], "full: .*learning_rate.*fast"),
         (["stray.yaml"], "is not a file"),
-        (["--methods", "full", "lora"], "unexpected word 'lora'"),
+        (["--methods", "full", "lora"], "unexpected argument 'lora'"),
     ],
 )
 def test_bad_input_ends_before_the_first_run(argv, message, capsys):
@@ -179,7 +179,7 @@ def test_bad_input_ends_before_the_first_run(argv, message, capsys):
         ("variants: [full]", "must be a mapping"),
         ("variants: {a: {method: fulll}}", "unknown method 'fulll'; did you mean 'full'"),
         ("variants: {a: {lora_r: 4}}", "unknown method 'a'"),
-        ("variants: {a/b: {method: full}}", "'a/b' would name a folder"),
+        ("variants: {a/b: {method: full}}", "'a/b' is used as a folder name"),
         ("variants: {a: {method: full, seed: 3}}", "seed is set by the comparison"),
         ("variants: {a: {method: full, lora_r: 3}}", "a: unknown argument '--lora_r'.*belongs to method 'lora'"),
         ("variants: {a: {method: gradientless, optim: sgd}}", "a: optim='sgd' needs gradients"),
@@ -287,7 +287,7 @@ def test_the_time_limit(monkeypatch):
     }  # fmt: skip
     page = Path("runs/compare-demo/report.html").read_text()
     assert "at the end of --max_minutes" in page
-    assert "s were left of --max_minutes; this method took 1 s before" in page
+    assert "s of --max_minutes were left; this method took 1 s before" in page
 
 
 def test_a_stopped_comparison_ends_its_run_and_writes_its_report():

@@ -226,7 +226,7 @@ def test_plans_that_cannot_work(tmp_path, change, message):
     [
         (["lorra"], None, "candidate 'lorra' is unknown; did you mean 'lora'"),
         (["lora", "lora"], None, "candidate 'lora' is named twice"),
-        (["prompt_tuning"], None, "prompt_tuning puts its parameters before the model .*cannot be limited to layers"),
+        (["prompt_tuning"], None, "prompt_tuning adds its parameters to the inputs .*cannot be limited to layers"),
         (["vera"], None, "vera shares parameters between layers"),
         (None, {"lora": 8}, "candidate 'lora' has the settings 8; pass a mapping"),
         (None, {"lora": {"rank": 8}}, "kind 'lora': .*rank"),

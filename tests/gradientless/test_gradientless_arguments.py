@@ -114,7 +114,7 @@ from hf_ft_ext.gradientless.optimizers.options import parse_options
         ),
         pytest.param(
             {"gradient_checkpointing": True},
-            "gradient_checkpointing saves memory of a backward pass",
+            "gradient_checkpointing saves memory of the backward pass",
             id="gradient_checkpointing",
         ),
         ({"optim": "adafactor"}, "optim='adafactor' needs gradients; leave it out: search_method selects"),

@@ -46,11 +46,11 @@ def test_a_repeated_run_is_no_second_seed(tmp_path, capsys):
     (section,) = found(tmp_path)
     (row,) = section.rows
     assert row.seeds == [1, 2] and row.quality == Number(pytest.approx(0.8), pytest.approx(0.1414, abs=1e-4))
-    assert row.remarks == (f"seed 1 ran 2 times and counts once: {tmp_path / 'r2'}, the latest",)
+    assert row.remarks == (f"seed 1 ran 2 times; only the latest run counts: {tmp_path / 'r2'}",)
     assert main([str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 0
-    assert "full: seed 1 ran 2 times and counts once" in capsys.readouterr().out
+    assert "full: seed 1 ran 2 times; only the latest run counts" in capsys.readouterr().out
     for page in ("report.html", "report.md"):
-        assert "seed 1 ran 2 times and counts once" in (tmp_path / "out" / page).read_text()
+        assert "seed 1 ran 2 times; only the latest run counts" in (tmp_path / "out" / page).read_text()
 
 
 def test_the_same_command_twice_has_no_deviation(tmp_path):
@@ -134,10 +134,10 @@ def test_other_devices_and_versions_of_a_rows_seeds_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("[1, 2]", "it holds a list, not an object"),
+        ("[1, 2]", "it contains a list, not an object"),
         ('"method task model seed metrics command"', "it holds a text, not an object"),
         ("3", "it holds a number"),
-        ("{}", "it lacks 'method'; is it another program's?"),
+        ("{}", "it has no 'method'; is it of another program?"),
         ("{", "Expecting property name"),
         ("[" * 100_000, "recursion"),
         (b"\xff\xfe", "codec can't decode"),

@@ -34,7 +34,7 @@ class SparseGradConfig(TargetedConfig):
     Raises:
         InputError: a value out of range, or two that contradict each other.
 
-    Source: Chekalina et al., EMNLP 2024, arXiv 2410.07383, there with entries selected in each step, not a fixed block.
+    Source: Chekalina et al., EMNLP 2024, arXiv 2410.07383, which selects entries in each step, not a fixed block.
     """
 
     density: float | None = field(

@@ -47,7 +47,7 @@ class SparseGradColumns(nn.Module):
 
 
 class SparseGradLayer(nn.Module, BaseTunerLayer):
-    """`y = W x + V_r D U_c^T x` for a linear layer: `nn.Linear`, `Conv1D`, a quantized one, or one with adapters."""
+    """`y = W x + V_r D U_c^T x` for a linear layer (`nn.Linear`, `Conv1D`, quantized, or with adapters)."""
 
     adapter_layer_names = ("sparse_grad_values",)
     other_param_names = ("sparse_grad_columns",)
@@ -125,7 +125,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
             )
 
     def _is_plain(self, x: torch.Tensor) -> bool:
-        """Whether the base layer is a frozen `x W^T + b` without hooks or a replaced forward (offloading)."""
+        """Whether the base layer is a frozen `x W^T + b` without hooks and with its own forward."""
         base = self.base_layer
         if type(base) not in (nn.Linear, Conv1D) or "forward" in vars(base):
             return False
@@ -154,8 +154,8 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         weight = self.get_base_weight().detach()
         if not weight.is_floating_point():
             raise InputError(
-                f"the weight of a {type(self.get_base_layer()).__name__} cannot be read, as peft cannot dequantize it; "
-                "choose init='gradient' or 'random'"
+                f"the weight of a {type(self.get_base_layer()).__name__} cannot be read, as peft cannot dequantize "
+                "it; choose init='gradient' or 'random'"
             )
         return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
 
