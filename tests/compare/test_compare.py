@@ -149,7 +149,7 @@ def test_what_a_method_has_not_is_left_out_and_said():
     [
         (["--methods", "fulll"], "unknown method 'fulll'; did you mean 'full'.*choose from: full, lora"),
         (["--methods", ","], "is empty; choose from"),
-        (["--methods", "full,full"], "names 'full' twice"),
+        (["--methods", "full,full"], "contains 'full' twice"),
         (["--seeds", "0"], "seeds must be a number of seeds .*, got '0'"),
         (["--seeds", "1,1"], "list of different seeds"),
         (["--seeds", "x"], "got 'x'"),
@@ -161,7 +161,7 @@ def test_what_a_method_has_not_is_left_out_and_said():
         (["--method", "full"], "method is set by the comparison.*--methods"),
         (["--seed", "1"], "seed is set by the comparison.*pass --seeds"),
         (["--push_to_hub"], "push_to_hub is set by the comparison"),
-        (["--methods", "lora", "--lora_r", "0"], "lora: lora_r=0 is no rank"),
+        (["--methods", "lora", "--lora_r", "0"], "lora: lora_r must be 1 or more"),
         (["--learning_rate", "fast"], "full: .*learning_rate.*fast"),
         (["stray.yaml"], "is not a file"),
         (["--methods", "full", "lora"], "unexpected argument 'lora'"),

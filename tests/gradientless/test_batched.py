@@ -212,3 +212,33 @@ def test_node_perturbation_needs_losses_of_rows():
     ):
         with pytest.raises(InputError, match=message):
             NodePerturbation(model.classifier.parameters(), **options)
+
+
+class SumOfOutputs:
+    """An `evaluate` whose loss of a row is the sum of the layer's outputs, so that each output gradient is 1."""
+
+    def __init__(self, layer):
+        self.layer, self.x = layer, torch.ones(8, layer.in_features, dtype=layer.weight.dtype)
+
+    def nodes(self):
+        return [(self.layer, self.x, torch.zeros(8, self.layer.out_features, dtype=self.x.dtype))]
+
+    def node_losses(self, module, outputs):
+        return outputs.float().sum(-1)
+
+
+def test_node_perturbation_of_16_bit_weights_keeps_small_updates():
+    layers = [torch.nn.Linear(64, 2, dtype=torch.bfloat16) for _ in range(2)]
+    optimizers = []
+    for layer in layers:
+        torch.nn.init.ones_(layer.weight)
+        settings = {"lr": 1e-4, "eps": 1.0, "num_directions": 2, "update": "sgd"}
+        optimizers.append(NodePerturbation(layer.parameters(), **settings))
+    for _ in range(200):  # each step is a fortieth of the distance to the next bfloat16 number
+        optimizers[0].step(lambda: 0.0, SumOfOutputs(layers[0]))
+    assert float(1 - layers[0].weight.float().mean()) == pytest.approx(200 * 1e-4, rel=0.15)
+    layers[1].load_state_dict(layers[0].state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for layer, optimizer in zip(layers, optimizers, strict=True):
+        optimizer.step(lambda: 0.0, SumOfOutputs(layer))
+    assert torch.equal(layers[0].weight, layers[1].weight) and torch.equal(layers[0].bias, layers[1].bias)

@@ -135,8 +135,8 @@ def test_other_devices_and_versions_of_a_rows_seeds_are_named(tmp_path):
     ("content", "reason"),
     [
         ("[1, 2]", "it contains a list, not an object"),
-        ('"method task model seed metrics command"', "it holds a text, not an object"),
-        ("3", "it holds a number"),
+        ('"method task model seed metrics command"', "it contains a text, not an object"),
+        ("3", "it contains a number"),
         ("{}", "it has no 'method'; is it of another program?"),
         ("{", "Expecting property name"),
         ("[" * 100_000, "recursion"),
