@@ -61,7 +61,7 @@ def test_parallel_reads_the_feed_forwards_input(kind, name):
         torch.testing.assert_close(layer(x), layer.base_layer(x) + extra)
 
 
-def test_the_start_is_near_the_model_or_exactly_it():
+def test_the_initial_output_is_near_or_equal_to_the_base_model():
     plain = logits(small("bert"))
     near = logits(get_peft_model(small("bert"), BottleneckConfig()))
     assert 0 < (near - plain).abs().max() < 0.02
@@ -115,7 +115,7 @@ def test_targets_by_name_in_the_layer_or_by_expression():
         ({"init_weights": "ones"}, "init_weights='ones' is unknown"),
     ],
 )
-def test_values_that_cannot_work(settings, message):
+def test_invalid_values_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         BottleneckConfig(**settings)
 

@@ -21,7 +21,7 @@ def adapted(kind="bert", model=None, **settings):
     return get_peft_model(model, LayerPrefixConfig(**settings))
 
 
-def test_attention_written_out():
+def test_prefix_attention_equals_the_written_out_formula():
     model = adapted()
     layer = next(m for m in model.modules() if isinstance(m, PrefixLayer))
     base = layer.base_layer
@@ -116,7 +116,7 @@ def test_the_thesis_sizes():
     assert sum(p.numel() for n, p in model.named_parameters() if "layer_prefix_" in n) == 9_857_024
 
 
-def test_several_prefixes_stand_one_after_the_other():
+def test_several_prefixes_are_concatenated():
     model = adapted()
     one = logits(model)
     model.add_adapter("other", LayerPrefixConfig(prefix_length=2, init_std=1.0))
@@ -133,7 +133,7 @@ def test_several_prefixes_stand_one_after_the_other():
         ({"dropout": -1}, r"dropout must be in \[0, 1\), got -1"),
     ],
 )
-def test_values_that_cannot_work(settings, message):
+def test_invalid_values_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         LayerPrefixConfig(**settings)
 

@@ -144,7 +144,7 @@ def test_copies_are_whole_and_independent(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_layers_say_their_features(name):
+def test_layers_have_in_and_out_features(name):
     layers = [m for m in attach(small("bert"), name).modules() if isinstance(m, BaseTunerLayer)]
     assert layers
     for layer in layers:

@@ -84,12 +84,12 @@ def test_what_cannot_be_merged_is_refused_by_name():
         ({"lora": {}}, {"first": "lora"}, "'first' is not a layer number"),
     ],
 )
-def test_configurations_that_cannot_work(kinds, layers, message):
+def test_invalid_configurations_are_refused(kinds, layers, message):
     with pytest.raises(InputError, match=message):
         LayerMixtureConfig(kinds=kinds, layers=layers)
 
 
-def test_models_that_it_does_not_fit():
+def test_unsuitable_models_are_refused():
     with pytest.raises(InputError, match="the mixture names layer 9, and BertForSequenceClassification has layers 0"):
         get_peft_model(small("bert"), LayerMixtureConfig(kinds=KINDS, layers={9: "lora"}))
     config = LayerMixtureConfig(kinds={"lora": {"target_modules": ["qkv"]}}, layers={1: "lora"})

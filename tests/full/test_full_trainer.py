@@ -64,7 +64,7 @@ def test_signgd_moves_every_entry_by_the_rate(tmp_path):
     torch.testing.assert_close(step, torch.full_like(step, 1e-3), rtol=1e-2, atol=0)
 
 
-def test_nothing_given_is_transformers_trainer(tmp_path):
+def test_defaults_equal_transformers_trainer(tmp_path):
     ours, plain = make(tmp_path), make(tmp_path, trainer_class=Trainer, arguments=TrainingArguments)
     for trainer in (ours, plain):
         trainer.train()

@@ -41,7 +41,7 @@ def test_the_head_alone_gives_the_logits_of_the_model(model_type):
 @pytest.mark.parametrize(
     ("settings", "micro_batches"), [({}, 1), ({}, 3), ({"options": "2x2"}, 1), ({"pool": True}, 1)]
 )
-def test_batched_search_takes_the_decisions_of_one_by_one(model_type, settings, micro_batches):
+def test_batched_candidates_equal_sequential_ones(model_type, settings, micro_batches):
     results = []
     for looped in (False, True):
         model = family(model_type).double()
@@ -65,7 +65,7 @@ def test_batched_search_takes_the_decisions_of_one_by_one(model_type, settings, 
     assert results[0][0][-1] < results[0][0][0]
 
 
-def test_the_passes_leave_the_head_as_it_was():
+def test_evaluation_does_not_change_the_head():
     model = family("bert")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     scoring = evaluation_of(model)

@@ -133,7 +133,7 @@ class PlainSearch:
 
 @pytest.mark.parametrize("options", [None, (1, 1), (3, 1), (2, 2), (3, 2), (1, 3)])
 @pytest.mark.parametrize("size, weight_decay, antithetic", [(None, 0.0, False), (7, 0.05, False), (7, 0.0, True)])
-def test_takes_the_decisions_of_the_plain_form(options, size, weight_decay, antithetic):
+def test_equals_the_plain_implementation(options, size, weight_decay, antithetic):
     ours, plain = net(), net()
     settings = {"lr": 3.0, "weight_decay": weight_decay, "antithetic": antithetic}
     optimizer = DirectSearch(
@@ -149,7 +149,7 @@ def test_takes_the_decisions_of_the_plain_form(options, size, weight_decay, anti
 
 
 @pytest.mark.parametrize("options", [None, (1, 1), (3, 2)])
-def test_learns(options):
+def test_direct_search_lowers_the_loss(options):
     model = net()
     optimizer = DirectSearch(model.parameters(), lr=0.1, options=options, sampling_size=16)
     (x, y), *_ = batches(1)
@@ -253,7 +253,7 @@ def test_pool_spreads_one_choice_over_all_tensors():
 
 
 @pytest.mark.parametrize(("options", "pool"), [(None, False), ("2x2", True)])
-def test_entries_of_a_block_move_alike(options, pool):
+def test_entries_of_a_block_change_equally(options, pool):
     model = nn.Linear(6, 4, bias=False).double()
     before = model.weight.detach().clone()
     optimizer = DirectSearch(model.parameters(), lr=0.1, options=options, selection="all", block=3, pool=pool)

@@ -171,7 +171,7 @@ def test_the_default_rate_of_a_head_learns(tmp_path):
         ({"search_peft": "lora", "search_peft_config": "{r"}, "is no JSON"),
     ],
 )
-def test_what_the_model_does_not_fit_is_refused(tmp_path, options, message):
+def test_arguments_that_do_not_fit_the_model_are_refused(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         make(tmp_path, **options).train()
 
@@ -253,7 +253,7 @@ def test_a_module_without_a_base_model_needs_a_target(tmp_path):
         (["--search_method", "gldd"], "search_method cannot be 'gldd'; did you mean 'gld'"),
     ],
 )
-def test_the_launcher_says_so_in_one_line(tmp_path, monkeypatch, capsys, words, message):
+def test_the_launcher_prints_errors_in_one_line(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     assert run_glue.main(["--method", "gradientless", *words, "--use_cpu"]) == 2
     error = capsys.readouterr().err

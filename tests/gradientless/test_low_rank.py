@@ -42,7 +42,7 @@ def moved_copy(model, optimizer, combination):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model_type", [*CONFIGS, *FAMILIES])
-def test_candidates_of_one_forward_pass_are_models_of_their_own(model_type, kind, monkeypatch):
+def test_candidates_of_one_forward_pass_equal_separate_models(model_type, kind, monkeypatch):
     monkeypatch.setattr(directions_module, "CHUNK", 400)  # several chunks of each matrix
     model, batch = family(model_type).double(), padded_batch()
     optimizer = search(model, kind)
@@ -67,7 +67,7 @@ def test_candidates_of_one_forward_pass_are_models_of_their_own(model_type, kind
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("at_once", [2, 3, 6])
-def test_one_forward_pass_and_one_after_the_other_take_the_same_steps(kind, at_once):
+def test_batched_and_separate_forward_passes_take_the_same_steps(kind, at_once):
     ends = []
     for candidates in (1, at_once):
         model = family("bert").double()
@@ -200,7 +200,7 @@ def test_twenty_thousand_steps_are_below_a_tenth_of_a_megabyte(tmp_path):
     assert save_trajectory(optimizer, model, tmp_path / "file.safetensors").stat().st_size < 100_000
 
 
-def test_what_no_trajectory_fits_is_refused(tmp_path):
+def test_unsuitable_models_and_files_of_a_trajectory_are_refused(tmp_path):
     model = family("bert")
     optimizer = SPSA(model.parameters(), model)
     optimizer.step(lambda: model(**padded_batch(), labels=LABELS).loss)

@@ -224,7 +224,7 @@ def test_the_slope_is_that_of_the_gradient_on_average():
         assert slope == pytest.approx(float(gradient @ z), rel=1e-4)
 
 
-def test_entries_of_a_block_move_alike():
+def test_entries_of_a_block_change_equally():
     model = nn.Linear(6, 4, bias=False).double()
     before = model.weight.detach().clone()
     optimizer = SPSA(model.parameters(), model, lr=0.05, block=3)
@@ -235,7 +235,7 @@ def test_entries_of_a_block_move_alike():
     torch.testing.assert_close(moved, moved[:, :1].expand(-1, 3), rtol=0, atol=1e-12)
 
 
-def test_learns():
+def test_spsa_lowers_the_loss():
     model = net(torch.float32)
     closure = closure_of(model)
     first = closure().item()

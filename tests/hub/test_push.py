@@ -262,7 +262,7 @@ def test_a_push_that_fails_after_training_loses_nothing(hub, base, capsys, patte
 
 
 @pytest.mark.parametrize(("pattern", "status", "message"), REFUSALS)
-def test_refusals_say_why_and_leave_the_run(hub, tiny_bert_dir, capsys, pattern, status, message):
+def test_refusals_give_the_reason_and_keep_the_run(hub, tiny_bert_dir, capsys, pattern, status, message):
     folder = model_run("out", tiny_bert_dir)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     hub.faults.append(Fault(pattern, status))
@@ -275,7 +275,7 @@ def test_refusals_say_why_and_leave_the_run(hub, tiny_bert_dir, capsys, pattern,
 @pytest.mark.parametrize(
     ("pattern", "status"), [("commit", 409), ("commit", 500), ("PUT", BROKEN), ("validate-yaml", 502), ("create", 503)]
 )
-def test_what_fails_for_a_moment_is_tried_again(hub, pattern, status, tiny_bert_dir):
+def test_temporary_failures_are_retried(hub, pattern, status, tiny_bert_dir):
     folder = model_run("again", tiny_bert_dir)
     hub.faults.append(Fault(pattern, status, times=1))
     push_run(folder, "me/again")
@@ -341,7 +341,7 @@ def test_commands_in_messages_keep_names_with_spaces_whole(hub, tiny_bert_dir, c
     assert "hf-ft-ext push 'my run' --hub_model_id me/x" in capsys.readouterr().err
 
 
-def test_a_hub_that_is_gone(hub, capsys, tiny_bert_dir):
+def test_an_unreachable_hub(hub, capsys, tiny_bert_dir):
     folder = model_run("lonely", tiny_bert_dir)
     hub.shutdown()
     hub.server_close()

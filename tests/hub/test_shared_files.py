@@ -62,7 +62,7 @@ def test_code_of_a_model_is_shared_and_links_are_not(tiny_bert_dir, tmp_path):
     assert {"modeling_x.py", "parts.py"} <= shared and not shared & {"stray.py", "vocab.json", "../private.txt"}
 
 
-def test_what_stays_is_named_and_can_be_included(hub, tiny_bert_dir, caplog):
+def test_files_left_out_are_listed_and_can_be_included(hub, tiny_bert_dir, caplog):
     folder = model_run("mine", tiny_bert_dir)
     put(folder, "figure.png", "notes.txt", "checkpoint-3/x", "training_args.bin")
     (folder / "README.md").write_text("---\nlicense: mit\n---\nmine")

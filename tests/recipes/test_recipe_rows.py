@@ -102,7 +102,7 @@ def test_a_row_is_chosen_by_address_or_argument_and_the_command_line_wins(table)
         (["nowhere.yaml#a"], "'nowhere.yaml' is not a file"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_an_address(table, words, message):
+def test_invalid_addresses_are_refused(table, words, message):
     table(GRID)
     table("method: full", "plain.yaml")
     table("method: full\nrecipe_row: one", "chooses.yaml")
@@ -128,7 +128,7 @@ def test_what_is_wrong_with_an_address(table, words, message):
         ("max-steps: 1\nmax_steps: 1\nrows: {one: {}}", "sets 'max_steps' twice"),
     ],
 )
-def test_what_is_wrong_with_a_table(table, text, message):
+def test_invalid_tables_are_refused(table, text, message):
     text = text.replace("{yes:", '{"yes":')
     with pytest.raises(InputError, match=f"(?s){message}"):
         read_rows(table(text))
@@ -195,7 +195,7 @@ def test_the_command_prints_a_row_as_a_recipe_of_its_own(table, capsys):
         (["--folder", "empty"], "no recipes in 'empty'; pass --folder"),
     ],
 )
-def test_what_the_command_cannot_find(table, capsys, words, message):
+def test_the_command_reports_what_it_cannot_find(table, capsys, words, message):
     table(GRID, "recipes/grid.yaml")
     assert console(["recipes", *words]) == 2
     assert message in capsys.readouterr().err

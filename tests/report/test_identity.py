@@ -115,7 +115,7 @@ def test_one_data_set_in_two_places_is_one(tmp_path):
     assert section.rows[0].seeds == [1, 2]
 
 
-def test_what_goes_elsewhere_or_is_only_shown_makes_no_other_row(tmp_path):
+def test_output_options_do_not_split_rows(tmp_path):
     mine = {"output_dir": "a", "kernel_dir": "k", "logging_steps": 3, "hub_model_id": "x", "report_to": "none"}
     theirs = {"output_dir": "b", "save_strategy": "no", "hub_token": "t"}
     write_all(tmp_path, run_record("full", 1, 0.5, arguments=mine), run_record("full", 2, 0.7, arguments=theirs))
@@ -151,7 +151,7 @@ def test_other_devices_and_versions_of_a_rows_seeds_are_named(tmp_path):
         ({"versions": 3}, "its 'versions' is a number"),
     ],
 )
-def test_foreign_and_broken_records_cost_one_line_each(tmp_path, capsys, content, reason):
+def test_unreadable_records_are_reported_in_one_line(tmp_path, capsys, content, reason):
     write_run(tmp_path / "ours", run_record("full", 1, 0.5))
     bad = tmp_path / "theirs"
     bad.mkdir()
@@ -166,7 +166,7 @@ def test_foreign_and_broken_records_cost_one_line_each(tmp_path, capsys, content
 @pytest.mark.parametrize(
     "content", ["[]", "{", '{"runs": 3, "seconds": 1}', '{"runs": [{}], "seconds": 1}', '{"a": 1}']
 )
-def test_a_foreign_comparison_costs_one_line_too(tmp_path, content):
+def test_an_unreadable_comparison_is_reported_in_one_line(tmp_path, content):
     (tmp_path / "comparison.json").write_text(content)
     (missing,) = find_runs([tmp_path]).missing
     assert "comparison.json cannot be read" in missing.reason
