@@ -198,7 +198,7 @@ def _variant(name: str, settings: dict[str, Any], defaults: dict[str, Words], sh
     _refuse_reserved(own)
     left_out: dict[str, str] = {}
 
-    def honoured(words: Words, remember: bool) -> Words:
+    def supported(words: Words, remember: bool) -> Words:
         kept = {}
         for key, group in words.items():
             if _field(method, key) is None:
@@ -210,8 +210,8 @@ def _variant(name: str, settings: dict[str, Any], defaults: dict[str, Words], sh
                 left_out[key] = reason
         return kept
 
-    words = honoured(defaults.get(_SHARED, {}), remember=False) | defaults.get(method, {})
-    words |= honoured(shared, remember=True) | own | honoured(line, remember=True)
+    words = supported(defaults.get(_SHARED, {}), remember=False) | defaults.get(method, {})
+    words |= supported(shared, remember=True) | own | supported(line, remember=True)
     words.setdefault("save_strategy", ["--save_strategy", "no"])
     words.setdefault("disable_tqdm", ["--disable_tqdm", "true"])
     if "logging_strategy" not in words:

@@ -22,7 +22,7 @@ class FullTrainer(StopAtNaN, MethodTrainer):
     """`transformers.Trainer` with SignGD, frozen lowest layers, a squared loss, or a peft method as options.
 
     Args:
-        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
+        model, args, and all others: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `FullTrainingArguments`.
 
     Raises:

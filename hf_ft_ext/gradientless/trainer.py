@@ -58,7 +58,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     step (see `feature_cache_gb`), and all candidates of a tensor are evaluated at once.
 
     Args:
-        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
+        model, args, and all others: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `GradientlessTrainingArguments`.
         objective: `objective(logits [rows, classes], labels [rows])` -> a number to minimise, in place of
             `search_objective`; it needs no derivative. The logits are those of a whole optimizer step. If rows are

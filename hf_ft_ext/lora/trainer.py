@@ -23,7 +23,7 @@ class LoraTrainer(StopAtNaN, MethodTrainer):
     `PeftModel.from_pretrained(base, folder)` returns the trained model's logits.
 
     Args:
-        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
+        model, args, and all others: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `LoraTrainingArguments`.
 
     Raises:

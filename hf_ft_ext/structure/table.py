@@ -76,14 +76,14 @@ def _feed_forward_rows(block: FeedForward, kinds: dict[str, str]) -> list[tuple[
     back = f", {block.inner} to {block.width}"
     rows = []
     if block.gate == block.up:
-        rows.append(("  feed-forward gate+up", _names(block.up), _kinds(block.up, kinds) + shape, "feeds down alone"))
+        rows.append(("  feed-forward gate+up", _names(block.up), _kinds(block.up, kinds) + shape, "read by down only"))
     else:
         for role, names in (("gate", block.gate), ("up", block.up)):
-            why = "feeds down alone" + (", activated" if role == "gate" else "")
+            why = "read by down only" + (", activated" if role == "gate" else "")
             if names:
                 rows.append((f"  feed-forward {role}", _names(names), _kinds(names, kinds) + shape, why))
     rows.append(
-        ("  feed-forward down", _names(block.down), _kinds(block.down, kinds) + back, "gives the layer's width")
+        ("  feed-forward down", _names(block.down), _kinds(block.down, kinds) + back, "returns the layer's width")
     )
     return rows
 
