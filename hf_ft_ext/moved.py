@@ -70,7 +70,7 @@ MOVED = {
 def serve_former_names() -> None:
     """Let imports of the names in `MOVED` succeed; calling it again changes nothing."""
     if not any(isinstance(finder, _FormerNames) for finder in sys.meta_path):
-        sys.meta_path.append(_FormerNames())  # the last one: it is asked for what no other finder knows
+        sys.meta_path.insert(0, _FormerNames())  # before others, which may know an older copy of the package
 
 
 class _FormerNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):

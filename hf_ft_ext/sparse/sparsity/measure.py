@@ -1,7 +1,7 @@
 """How sparse gradients are: the energy in their largest entries, raw and in a basis, layer by layer, while training.
 
 The question behind SparseGrad: if 1 % of the entries of `V^T G U` hold most of `||G||^2`, training them alone loses
-little. It is measured in three coordinate systems (`sparsity_watch` does so while training): the raw
+little. It is measured in three coordinate systems (`watch` does so while training): the raw
 gradient, the basis of the gradients before training, and a basis computed at the very step (as a refresh would).
 """
 

@@ -1,4 +1,4 @@
-"""Pictures of how sparse gradients are (`sparsity_watch.SparsityWatch`)."""
+"""Pictures of how sparse gradients are (`watch.SparsityWatch`)."""
 
 import re
 from collections.abc import Mapping

@@ -13,7 +13,7 @@ import yaml
 
 import hf_ft_ext
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def setup() -> configparser.ConfigParser:

@@ -6,8 +6,7 @@ import importlib.util
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from test_models import data
-from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from tiny import labels_only, tiny_dataset, tiny_model, tiny_tokenizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import AutoModelForSequenceClassification
 
@@ -45,7 +44,7 @@ def trainer_on(folder, method: str, quantization: str | None = None, model=None,
     args = method.arguments_class()(**QUICK, **settings)
     if model is None:
         arguments = ModelArguments(model_name_or_path=str(folder), quantization=quantization)
-        _, model = load_tokenizer_and_model(arguments, data("a", "b"), seed=0, args=args)
+        _, model = load_tokenizer_and_model(arguments, labels_only("a", "b"), seed=0, args=args)
     rows = {"train_dataset": tiny_dataset(16), "eval_dataset": tiny_dataset(8, seed=1)}
     return method.trainer_class()(model, args, processing_class=tiny_tokenizer(), **rows)
 
@@ -117,7 +116,7 @@ def test_reading_the_structure_leaves_a_quantized_model_as_it_is(folder, quantiz
     logits = []
     for read in (False, True):
         arguments = ModelArguments(model_name_or_path=str(folder), quantization=quantization)
-        _, model = load_tokenizer_and_model(arguments, data("a", "b"), seed=0)
+        _, model = load_tokenizer_and_model(arguments, labels_only("a", "b"), seed=0)
         if read:
             find_structure(model)
         with torch.no_grad():
@@ -142,7 +141,7 @@ def test_sparse_grad_on_a_quantized_base_equals_the_dequantized_computation(fold
         torch.testing.assert_close(layer.base_layer(x), x @ weight.T + layer.bias, rtol=0.1, atol=0.05)
     trainer.save_model()
     arguments = ModelArguments(model_name_or_path=str(folder), quantization=quantization)
-    _, base = load_tokenizer_and_model(arguments, data("a", "b"), seed=0)
+    _, base = load_tokenizer_and_model(arguments, labels_only("a", "b"), seed=0)
     loaded, batch = PeftModel.from_pretrained(base, "out"), {"input_ids": torch.arange(5, 25).view(2, 10)}
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**batch).logits, trainer.model.eval()(**batch).logits)

@@ -11,7 +11,7 @@ import pytest
 
 import hf_ft_ext
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_name_of_the_stub_can_be_imported():

@@ -9,8 +9,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from spans import principal_angle, with_changes
-from test_models import data
-from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from tiny import labels_only, tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from hf_ft_ext.arguments import ModelArguments
@@ -73,7 +72,7 @@ def train(folder: Path, variant: str, output_dir: Path):
         **steps, **settings,
     )  # fmt: skip
     arguments = ModelArguments(model_name_or_path=str(folder))
-    tokenizer, model = load_tokenizer_and_model(arguments, data("a", "b"), seed=0, args=args)
+    tokenizer, model = load_tokenizer_and_model(arguments, labels_only("a", "b"), seed=0, args=args)
     trainer = method.trainer_class()(
         model, args, train_dataset=tiny_dataset(24), eval_dataset=tiny_dataset(12, seed=1), processing_class=tokenizer
     )

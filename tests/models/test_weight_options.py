@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_models import data
-from tiny import tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
+from tiny import labels_only, tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
 
 from hf_ft_ext.arguments import DataArguments, Gradients, ModelArguments
 from hf_ft_ext.errors import InputError
@@ -31,7 +30,7 @@ def folder(tmp_path_factory) -> str:
 
 def load(folder, args=None, data_args=None, **options):
     arguments = ModelArguments(model_name_or_path=str(folder), **options)
-    return load_tokenizer_and_model(arguments, data("a", "b"), seed=0, args=args, data_args=data_args)[1]
+    return load_tokenizer_and_model(arguments, labels_only("a", "b"), seed=0, args=args, data_args=data_args)[1]
 
 
 def arguments(kind, train=True, **settings):
@@ -80,7 +79,7 @@ def test_prompt_models_follow_the_same_options(tmp_path):
         few_shot_type="prompt", template="*cls**sent_0*_it*mask*.*sep+*", mapping="{0:'bad',1:'good'}"
     )
     task = SimpleNamespace(name="own", options=())
-    rows = SimpleNamespace(**vars(data("a", "b")), task=task, text_columns=("text",))
+    rows = SimpleNamespace(**vars(labels_only("a", "b")), task=task, text_columns=("text",))
     for args, expected in ((None, SINGLE), (arguments(GradientlessTrainingArguments), HALF)):
         model_args = ModelArguments(model_name_or_path=str(tmp_path), attn_implementation="eager")
         _, model = load_tokenizer_and_model(model_args, rows, seed=0, args=args, data_args=prompt)

@@ -9,7 +9,7 @@ import pytest
 
 from hf_ft_ext.methods import METHODS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HEAVY = "{'datasets', 'evaluate', 'matplotlib', 'optuna', 'pandas', 'scipy', 'sklearn'}"
 
 

@@ -19,6 +19,7 @@ from datasets import Features, Value
 from huggingface_hub.utils import are_progress_bars_disabled
 from peft import PeftModel
 from processes import finished, two_ranks
+from quick import AT_ONCE, QUICK
 from safetensors.torch import load_file
 from tiny import text_dataset, tiny_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
@@ -28,22 +29,7 @@ from hf_ft_ext.kernel.saved import NOT_TRAINED
 from hf_ft_ext.launch.results import split_suffix, without_secrets
 from hf_ft_ext.methods import METHODS
 
-ROOT = Path(__file__).resolve().parents[1]
-# Small and quick, by argument name; methods with work before the first step get less of it.
-QUICK = {
-    "sparse": ("--sparse_basis_steps", "2", "--sparse_density", "0.2"),
-    "gradientless": ("--feature_cache_dir", "features"),
-    "linearhead": ("--feature_cache_dir", "features"),
-    "fisher": (
-        "--fisher_examples",
-        "6",
-        "--fisher_candidate_settings",
-        json.dumps({"prefix": {"projection_size": 8}}),
-    ),
-    "kernel": ("--kernel_regularization", "1e-2"),
-}
-
-AT_ONCE = ("linearhead", "kernel")  # methods without a training loop: no steps, no learning rate, no checkpoints
+ROOT = Path(__file__).resolve().parents[2]
 KEEPS_WEIGHTS = ("kernel",)  # what it learns is no weight: the saved model is the start
 IN_STEPS = tuple(method for method in METHODS if method not in AT_ONCE)
 

