@@ -1,7 +1,7 @@
-"""peft's `AutoPeftModelForSequenceClassification` with the trained labels.
+"""Let peft's `AutoPeftModelForSequenceClassification` load the labels that the adapter was trained with.
 
-It loads an adapter's base model by the base's own configuration: a head of another size then raises, and other label
-names stay. Where the adapter's folder holds the trained model's `config.json`, that one is taken instead.
+It loads an adapter's base model with the base's own configuration. A head of another size then raises an error, and
+label names are those of the base. Here, a `config.json` in the adapter's folder is used instead.
 """
 
 import functools
@@ -15,7 +15,10 @@ _DONE = "_hf_ft_ext_reads_configuration"
 
 
 def read_configuration_beside_adapters() -> None:
-    """Let `AutoPeftModelForSequenceClassification.from_pretrained` use a `config.json` beside the adapter; once."""
+    """Patch `AutoPeftModelForSequenceClassification.from_pretrained` to use a `config.json` beside the adapter.
+
+    Calling it again has no effect.
+    """
     from peft import AutoPeftModelForSequenceClassification as AutoClass
 
     if getattr(AutoClass, _DONE, False):
@@ -38,21 +41,21 @@ def read_configuration_beside_adapters() -> None:
 
 
 class _Base:
-    """Stands for the class that loads an adapter's base model, and hands it the trained configuration."""
+    """Stands in for the class that loads an adapter's base model, and passes it the trained configuration."""
 
     def __init__(self, target: Any, config: PreTrainedConfig, adapter: str):
         self._target, self._config, self._adapter = target, config, adapter
 
     def from_pretrained(self, name: str, **kwargs: Any) -> PreTrainedModel:
         model_class = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(self._config)]
-        if hasattr(model_class, "from_adapter"):  # a base that is made of another model
+        if hasattr(model_class, "from_adapter"):  # a base that is built from another model (prompts)
             return model_class.from_adapter(self._adapter)
         kwargs.setdefault("ignore_mismatched_sizes", True)  # the adapter brings the head
         return self._target.from_pretrained(name, config=self._config, **kwargs)
 
 
 def _configuration(name: str, own: dict[str, Any], kwargs: dict[str, Any]) -> PreTrainedConfig | None:
-    """The configuration of a sequence classifier in the folder or repository `name`, if there is one."""
+    """The configuration of a sequence classifier in the folder or repository `name`; `None` if there is none."""
     hub = {key: kwargs[key] for key in (*_OF_THE_HUB, "revision") if kwargs.get(key) is not None}
     try:
         config = AutoConfig.from_pretrained(name, **hub, **own)

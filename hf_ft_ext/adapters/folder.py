@@ -1,16 +1,16 @@
-"""The folder of a saved adapter: the trained model's configuration, and where the base model's weights lie.
+"""Write the folder of a saved adapter: the trained model's configuration, and an index of the base model's weights.
 
 How the libraries find the base model and its labels (transformers 5.23, peft 0.21):
 
 - `AutoModelForSequenceClassification.from_pretrained(folder)` and `pipeline(model=folder)`: a local folder with a
-  `config.json` is taken for a complete model, so configuration and base weights are read there, then the adapter is
-  added. Without one, both come from the adapter's base model, whose labels may be others.
+  `config.json` is read like a complete model: configuration and base weights from there, then the adapter is added.
+  Without a `config.json`, both come from the adapter's base model, which may have other labels.
 - `AutoPeftModelForSequenceClassification.from_pretrained(folder)` reads the base model's configuration only; see
   `hf_ft_ext.adapters.auto`.
-- `PeftModel.from_pretrained(base, folder)` takes the configuration of `base`.
+- `PeftModel.from_pretrained(base, folder)` uses the configuration of `base`.
 
-So the folder gets a `config.json` with the trained labels and an index of weights (as of a sharded model) that names
-the base model's files where they are, and a small file with the head, which takes the place of the base's own.
+So the folder gets three files: a `config.json` with the trained labels, an index of weights (as for a sharded model)
+with the paths of the base model's files, and a small file with the trained head, which replaces that of the base.
 """
 
 import copy
@@ -29,20 +29,21 @@ from hf_ft_ext.files import replacing, write_json, write_text
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HEAD_FILE = "model-head.safetensors"
-_INSIDE = ("base_model.model.", "base_model.")  # what peft puts before a wrapped model's names; the latter of prompts
+_INSIDE = ("base_model.model.", "base_model.")  # peft's prefixes of a wrapped model's names; the second: prompt tuning
 
 
 def name_base(model: PeftModel) -> None:
-    """Name the base model so that the adapter loads from everywhere: a folder by absolute path, a Hub id by revision.
+    """Set the base model's name so that the adapter loads from any working directory.
 
-    The revision is that of `model.loaded_from` (see `load_tokenizer_and_model`), where there is one.
+    A folder is set as an absolute path, a Hub id with its revision (from `model.loaded_from`, see
+    `load_tokenizer_and_model`).
     """
     for config in model.peft_config.values():
         name_base_in(config, model.get_base_model())
 
 
 def name_base_in(config: PeftConfig, base: nn.Module) -> None:
-    """The same in one adapter's configuration."""
+    """As `name_base`, for the configuration of one adapter."""
     name = config.base_model_name_or_path or getattr(base, "name_or_path", None)
     if name and os.path.isdir(name):
         config.base_model_name_or_path = os.path.abspath(name)
@@ -55,10 +56,10 @@ def _loaded_from(base: nn.Module) -> dict:
 
 
 def save_configuration(model: PeftModel, folder: str | os.PathLike) -> None:
-    """Write the configuration of the model in `model`, and the index of its base weights, beside a saved adapter.
+    """Write the configuration of the wrapped model, and the index of its base weights, beside a saved adapter.
 
-    No index is written where the base's weights are not in local safetensors files (a model made from a
-    configuration, pickled weights): then `PeftModel.from_pretrained` with the base model is the way to load.
+    No index is written if the base's weights are not in local safetensors files (a model built from a configuration,
+    or pickled weights). Load such an adapter by `PeftModel.from_pretrained` with the base model.
 
     Args:
         folder: where `PeftModel.save_pretrained` wrote the adapter.
@@ -68,14 +69,14 @@ def save_configuration(model: PeftModel, folder: str | os.PathLike) -> None:
 
 
 def save_base_configuration(base: nn.Module, folder: str | os.PathLike, revision: str | None) -> None:
-    """The same for the base model `base`, of which the adapter in `folder` says that it is of `revision`."""
+    """As `save_configuration`, for the base model itself and the `revision` in the adapter's configuration."""
     folder = Path(folder)
     config = copy.deepcopy(base.config)
     config.architectures = [type(base).__name__]
     config.dtype = str(base.dtype).removeprefix("torch.")
     write_text(folder / CONFIG_NAME, config.to_json_string())
     files = weight_files(getattr(base, "name_or_path", None), revision, _loaded_from(base).get("cache_dir"))
-    if not files or hasattr(type(base), "from_adapter"):  # a prompt model finds its base by itself
+    if not files or hasattr(type(base), "from_adapter"):  # a prompt model loads its base itself
         for path in local_files(folder):
             path.unlink()
         return
@@ -85,12 +86,12 @@ def save_base_configuration(base: nn.Module, folder: str | os.PathLike, revision
     if head:
         with replacing(folder / HEAD_FILE) as temporary:
             save_file(head, temporary, metadata={"format": "pt"})
-        where |= dict.fromkeys(head, HEAD_FILE)  # read last: relative names sort behind absolute paths
+        where |= dict.fromkeys(head, HEAD_FILE)  # read last, as relative names sort after absolute paths
     write_json(folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": {}, "weight_map": where})
 
 
 def local_files(folder: str | os.PathLike) -> list[Path]:
-    """Files in an adapter's folder that are of use on this machine alone: the index of base weights and the head."""
+    """Files in an adapter's folder that are valid on this machine only: the index of base weights and the head."""
     folder = Path(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
         return []
@@ -98,7 +99,7 @@ def local_files(folder: str | os.PathLike) -> list[Path]:
 
 
 def weight_files(name: str | None, revision: str | None = None, cache_dir: str | None = None) -> list[Path]:
-    """Local safetensors files of a model by absolute path; empty if there are none.
+    """Absolute paths of the local safetensors files of a model; empty if there are none.
 
     Args:
         name: a folder, or a Hub id whose files are in the cache.
@@ -133,7 +134,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _head(adapter: Path, base: nn.Module, shapes: dict[str, tuple[int, ...]]) -> dict:
-    """The parameters that trained in full and that the base's files lack or hold in another shape."""
+    """The fully trained parameters that are missing in the base's files or have another shape there."""
     if not adapter.is_file():
         return {}
     prefix = f"{getattr(base, 'base_model_prefix', '')}."
@@ -149,7 +150,7 @@ def _head(adapter: Path, base: nn.Module, shapes: dict[str, tuple[int, ...]]) ->
 
 
 def is_adapter_without_weights(folder: str | os.PathLike) -> bool:
-    """Whether a local folder holds an adapter, and no weights of a whole model or index of them."""
+    """Whether a local folder holds an adapter, but neither weights of a full model nor an index of them."""
     folder = Path(folder)
     whole = any(next(folder.glob(pattern), None) for pattern in ("model*.safetensors*", "pytorch_model*.bin*"))
     return (folder / ADAPTER_CONFIG).is_file() and not whole

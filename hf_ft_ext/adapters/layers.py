@@ -1,4 +1,4 @@
-"""Where a module lies: the layer's number and the module's name within the layer."""
+"""Parse module names: the layer's number, and the module's name within the layer."""
 
 import re
 from collections import defaultdict
@@ -11,22 +11,22 @@ _NUMBERED = re.compile(r"(?P<stack>.*?[^.]*)\.(?P<index>\d+)\.(?P<rest>.+)")
 
 
 def plain_name(name: str) -> str:
-    """`name` as it is in the model without adapters: the steps into wrapped modules left out."""
+    """`name` as in the model without adapters: without the `base_layer` parts of wrapped modules."""
     return re.sub(r"(^|\.)base_layer(?=\.|$)", "", name).removeprefix(".")
 
 
 def shown_name(name: str) -> str:
-    """The same for people: without what peft puts before a wrapped model's names."""
+    """As `plain_name`, without peft's prefix of a wrapped model: for messages."""
     return plain_name(name).removeprefix("base_model.model.")
 
 
 def fold_layer_numbers(name: str) -> str:
-    """`encoder.layer.3.output.dense` -> `encoder.layer.*.output.dense`: the kind of a layer."""
+    """Replace layer numbers: `encoder.layer.3.output.dense` -> `encoder.layer.*.output.dense`."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def split_layer(name: str, layers_pattern: str | Iterable[str] | None = None) -> tuple[int, str] | None:
-    """Number of the layer that a module belongs to and the module's name within it; `None` outside of layers.
+    """Return the number of a module's layer and the module's name within it; `None` for a module outside of layers.
 
     Args:
         name: dotted name; the first number in it is the layer's, as in peft.
@@ -44,7 +44,7 @@ def split_layer(name: str, layers_pattern: str | Iterable[str] | None = None) ->
 
 
 def names_by_layer(model: nn.Module, layers_pattern: str | Iterable[str] | None = None) -> dict[int, list[str]]:
-    """For each layer the plain names, within it, of its modules, in the model's order."""
+    """For each layer, the names of its modules within the layer, in the model's order."""
     found: dict[int, list[str]] = defaultdict(list)
     for name, _ in model.named_modules():
         place = split_layer(plain_name(name), layers_pattern)
@@ -54,16 +54,16 @@ def names_by_layer(model: nn.Module, layers_pattern: str | Iterable[str] | None 
 
 
 def matches(config, name: str) -> bool | _ExcludedModule:
-    """Whether our configuration targets the module called `name` (a plain name).
+    """Whether the configuration targets the module called `name` (a plain name).
 
-    `target_modules`: a regular expression over whole names, or a list of names, whole or within a layer
-    (`output.dense` is a module of that very name in a layer, not `attention.output.dense`).
+    `target_modules` is a regular expression that matches full names, or a list of names. A name in the list is a full
+    name or the complete name within a layer: `output.dense` does not match `attention.output.dense`.
     """
     place = split_layer(name, config.layers_pattern)
     if any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in config.modules_to_save or ()):
         return False
     if _named(config.exclude_modules, name, place):
-        return _ExcludedModule()  # false too, and peft does not warn that nothing was excluded
+        return _ExcludedModule()  # falsy; tells peft that exclude_modules had an effect, so it does not warn
     return _named(config.target_modules, name, place) and in_layers(config, place)
 
 

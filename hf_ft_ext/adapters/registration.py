@@ -1,10 +1,10 @@
-"""Registers our tuners with peft, without importing peft before the user's code does.
+"""Register our tuners with peft, without importing peft before the user's code does.
 
-`import hf_ft_ext` is all that a process needs before `PeftModel.from_pretrained`: if peft is imported already, the
-tuners are registered at once; if not, right after its first import. Registration never breaks either import: if this
-peft does not fit, it warns and leaves our adapters out.
+After `import hf_ft_ext`, `PeftModel.from_pretrained` loads our adapters. If peft is imported already, the tuners are
+registered at once, otherwise right after its first import. Registration never breaks either import: with an
+incompatible version of peft, it warns, and our adapters are not available.
 
-peft's own `register_peft_method` takes members of peft's enum `PeftType` alone, so it cannot serve other packages.
+peft's own `register_peft_method` accepts members of peft's enum `PeftType` only, so other packages cannot use it.
 """
 
 import importlib.abc
@@ -15,13 +15,13 @@ from types import ModuleType
 
 
 def register_adapters() -> None:
-    """Enter our adapter types in peft's tables; calling it again changes nothing.
+    """Add our adapter types to peft's mappings; calling it again has no effect.
 
-    From then on `AutoPeftModelForSequenceClassification` reads the configuration beside an adapter, too.
+    Also lets `AutoPeftModelForSequenceClassification` read the configuration beside an adapter.
 
     Raises:
         RuntimeError: peft has a method of the same name.
-        ImportError, AttributeError: this version of peft lacks what our tuners build on.
+        ImportError, AttributeError: this version of peft lacks classes that our tuners build on.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
@@ -45,18 +45,18 @@ def register_adapters() -> None:
         known = PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(kind, config)
         if known is not config:
             raise RuntimeError(
-                f"peft has a method {kind.value} of its own ({known.__module__}); install an older peft or a newer "
-                "hf_ft_ext"
+                f"this version of peft has its own method {kind.value} ({known.__module__}); install an older peft or "
+                "a newer hf_ft_ext"
             )
         PEFT_TYPE_TO_TUNER_MAPPING[kind] = tuner
-        # A mixture's parameters have the prefixes of its kinds. Without an entry, transformers tries all prefixes.
+        # A mixture's parameters have the prefixes of its kinds. Without an entry here, transformers tries all of them.
         if kind != AdapterType.LAYER_MIXTURE:
             PEFT_TYPE_TO_PREFIX_MAPPING[kind] = tuner.prefix
     read_configuration_beside_adapters()
 
 
 def register_when_peft_is_there() -> None:
-    """Register our adapters now, or right after peft's first import."""
+    """Register our adapters now if peft is imported, else right after its first import."""
     peft = sys.modules.get("peft")
     if peft is not None and not getattr(peft.__spec__, "_initializing", False):
         _register_or_warn()
@@ -67,7 +67,7 @@ def register_when_peft_is_there() -> None:
 def _register_or_warn() -> None:
     try:
         register_adapters()
-    except Exception as error:  # whatever it is, the user's `import peft` must succeed
+    except Exception as error:  # of any kind: the user's `import peft` must succeed
         version = getattr(sys.modules.get("peft"), "__version__", "unknown")
         warnings.warn(
             f"the adapters of hf_ft_ext are not available with peft {version} ({type(error).__name__}: {error}); "
@@ -77,12 +77,12 @@ def _register_or_warn() -> None:
 
 
 class _AfterPeft(importlib.abc.MetaPathFinder):
-    """Finds peft as the other finders do, and registers our adapters after its import."""
+    """Finds peft by the other finders, and registers our adapters after its import."""
 
     def find_spec(self, fullname: str, path=None, target: ModuleType | None = None):
         if fullname != "peft":
             return None
-        # Others may only ask whether peft is there, so this finder stays until it has been imported.
+        # A caller may only check whether peft is installed, so this finder stays until peft has been imported.
         others = (finder for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, (finder.find_spec(fullname, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
@@ -95,13 +95,13 @@ class _Loader(importlib.abc.Loader):
         self._loader, self._finder = loader, finder
 
     def __getattr__(self, name: str):
-        return getattr(self.__dict__["_loader"], name)  # resources, source and the like
+        return getattr(self.__dict__["_loader"], name)  # resources, source, ...
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self._loader  # as if we had not been here
+        module.__spec__.loader = module.__loader__ = self._loader  # leave no trace in the imported module
         self._loader.exec_module(module)
         if self._finder in sys.meta_path:
             sys.meta_path.remove(self._finder)

@@ -1,4 +1,4 @@
-"""What the configurations of our adapters share: which layers and modules of a model they are about."""
+"""Base classes of our adapters' configurations: the layers and modules that get an adapter."""
 
 from dataclasses import dataclass, field
 
@@ -7,25 +7,28 @@ from peft import PeftConfig
 
 @dataclass
 class LayeredConfig(PeftConfig):
-    """Configuration of an adapter that sits in layers."""
+    """Configuration of an adapter in the layers of a model."""
 
     layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers, where the first number in names is not it."}
+        default=None,
+        metadata={"help": "Name of the list of layers, if the first number in module names is not the layer's."},
     )
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules that train in full and are saved with the adapter."}
+        default=None, metadata={"help": "Modules that are trained in full and saved with the adapter."}
     )
 
 
 @dataclass
 class TargetedConfig(LayeredConfig):
-    """Configuration of an adapter that sits beside chosen modules of chosen layers."""
+    """Configuration of an adapter at selected modules of selected layers."""
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules that get no adapter, named as in `target_modules`."}
     )
-    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Only these layers."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Layers that get an adapter, counted from 0; none = all."}
+    )
 
     def __post_init__(self):
         super().__post_init__()

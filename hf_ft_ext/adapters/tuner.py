@@ -1,4 +1,4 @@
-"""What our tuners share beyond peft's `BaseTuner`: matching by layer, modules that are no linear layers, refusals."""
+"""Base class of our tuners, on top of peft's `BaseTuner`: targets by layer and of any class, checks."""
 
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -13,16 +13,17 @@ from hf_ft_ext.errors import InputError
 
 
 class LayerTuner(BaseTuner):
-    """A tuner whose targets are modules of the model's layers, of any class.
+    """A tuner whose targets are modules of any class in the model's layers.
 
-    `cannot_merge` says, in words for the user, why its adapters cannot be merged; `None` = they can.
+    Attributes:
+        cannot_merge: for error messages: why its adapters cannot be merged; `None` = they can.
     """
 
     cannot_merge: str | None = None
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (peft's form; targets are found by structure)
 
     def _prepare_adapter_config(self, peft_config, model_config: dict):
-        return peft_config  # `_prepare_model` has the model to look at
+        return peft_config  # `_prepare_model` sets the defaults: it has the model
 
     @staticmethod
     def _check_target_module_exists(peft_config, key: str) -> bool:
@@ -38,9 +39,9 @@ class LayerTuner(BaseTuner):
                         module.to(reference.device)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out; if it was the only active one, the first of the others becomes active.
+        """Delete an adapter; if it was the only active one, the first of the others becomes active.
 
-        peft takes the new active adapter from the first layer, which may have none of the others.
+        peft takes the new active adapter from the first layer only, which may have none of the others.
         """
         if adapter_name not in self.peft_config:
             raise InputError(f"there is no adapter {adapter_name!r}; this model has: {', '.join(self.peft_config)}")
@@ -60,7 +61,7 @@ class LayerTuner(BaseTuner):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         if self.cannot_merge is not None:
-            raise InputError(f"{self.cannot_merge}; keep it as an adapter, or take it off with unload()")
+            raise InputError(f"{self.cannot_merge}; keep it as an adapter, or remove it with unload()")
 
     # --- files ------------------------------------------------------------------------------------
 
@@ -68,11 +69,11 @@ class LayerTuner(BaseTuner):
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         found = cls._to_save(model, config, adapter_name, found)
-        return {_name_alone(model, key, adapter_name): tensor for key, tensor in found.items()}
+        return {_name_without_others(model, key, adapter_name): tensor for key, tensor in found.items()}
 
     @classmethod
     def _to_save(cls, model: nn.Module, config, adapter_name: str, state_dict: dict) -> dict:
-        """What of an adapter's tensors, by their names in `model`, goes into its file."""
+        """The tensors of an adapter that are saved, by their names in `model`."""
         return state_dict
 
     @classmethod
@@ -81,7 +82,8 @@ class LayerTuner(BaseTuner):
         for key in model.state_dict():
             if ".base_layer." in key and f".{adapter_name}." in f"{key}.":
                 name = cls._remove_adapter_name_from_key(key, adapter_name)
-                alone = cls._remove_adapter_name_from_key(_name_alone(model, key, adapter_name), adapter_name)
+                alone = _name_without_others(model, key, adapter_name)
+                alone = cls._remove_adapter_name_from_key(alone, adapter_name)
                 here |= {alone: name, _PEFT + alone: _PEFT + name}  # files have peft's prefix, the model may not
         state_dict = {here.get(key, key): tensor for key, tensor in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(
@@ -92,10 +94,10 @@ class LayerTuner(BaseTuner):
 _PEFT = "base_model.model."
 
 
-def _name_alone(model: nn.Module, key: str, adapter_name: str) -> str:
-    """The name that the parameter `key` of an adapter has in a model that holds this adapter alone.
+def _name_without_others(model: nn.Module, key: str, adapter_name: str) -> str:
+    """The name that the parameter `key` of an adapter has in a model with this adapter only.
 
-    Where another adapter wraps a module around the parameter's owner, the owner's path has one `base_layer` more.
+    If another adapter wraps a module around the parameter's owner, the owner's path has one more `base_layer`.
     """
     if ".base_layer." not in key:
         return key
@@ -113,9 +115,9 @@ def _name_alone(model: nn.Module, key: str, adapter_name: str) -> str:
 
 
 class OwnParts:
-    """Mixin of our layers: their parts follow the wrapped module, of any class, in device and dtype.
+    """Mixin of our layers: the adapter's parts get the device and dtype of the wrapped module, of any class.
 
-    peft's own looks for `weight` or `qweight` of the wrapped module, which an attention or a block lacks.
+    peft's own method needs a `weight` or `qweight` of the wrapped module, which an attention or a block lacks.
     """
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
@@ -123,7 +125,7 @@ class OwnParts:
 
 
 def refuse_unfit_layers(model: nn.Module, kind: str, layers: int | list[int] | None, known: list[int]) -> None:
-    """Raise an `InputError` where `layers_to_transform` names layers that the model does not have."""
+    """Raise an `InputError` if `layers_to_transform` contains layers that the model does not have."""
     if layers is None:
         return
     wanted = [layers] if isinstance(layers, int) else layers
@@ -132,12 +134,12 @@ def refuse_unfit_layers(model: nn.Module, kind: str, layers: int | list[int] | N
         shown = f"{known[0]} to {known[-1]}" if known else "none"
         raise InputError(
             f"{kind}: layers_to_transform={wanted} names layer {missing[0]}, and {type(model).__name__} has layers "
-            f"{shown}; pass some of those"
+            f"{shown}; pass layers of this range"
         )
 
 
 def refuse_nested_targets(model: nn.Module, kind: str, config) -> None:
-    """Raise an `InputError` where the configuration targets a module and another module inside of it."""
+    """Raise an `InputError` if the configuration targets a module and another module inside of it."""
     targeted: set[str] = set()
     for name, _ in model.named_modules():
         name = plain_name(name)
@@ -158,9 +160,9 @@ def _owners(name: str) -> list[str]:
 
 
 def like_base_layer(layer: BaseTunerLayer, adapter_name: str, device=None) -> None:
-    """Move an adapter to the device and floating-point type of the module that it is at, whatever that module is.
+    """Move an adapter to the device and floating-point type of the module that it wraps, of any class.
 
-    Parts on the meta device stay there: `low_cpu_mem_usage` fills them later.
+    Parts on the meta device stay there; peft fills them later (`low_cpu_mem_usage`).
     """
     reference = next(layer.get_base_layer().parameters(), None)
     if reference is None:

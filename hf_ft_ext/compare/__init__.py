@@ -1,1 +1,1 @@
-"""`hf-ft-ext compare`: several methods on one task, each run a process of its own, and a report."""
+"""`hf-ft-ext compare`: run several methods on one task, each run in a separate process, and write a report."""

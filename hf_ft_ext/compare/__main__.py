@@ -10,14 +10,14 @@ from hf_ft_ext.errors import InputError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare; 0 = every run ended well or was kept out by the time limit, 1 = some failed, 2 = bad input."""
+    """Run the comparison; return 0 if no run failed (the time limit may skip some), 1 if one did, 2 for bad input."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_ft_ext.compare").setLevel(logging.INFO)
     start = time.monotonic()
     from hf_ft_ext.training.weights.devices import seeing_one_device
 
     try:
-        with seeing_one_device():  # for the checks of arguments here
+        with seeing_one_device():  # the arguments are checked in this process, as if in a run
             return _compare(sys.argv[1:] if argv is None else argv, start)
     except InputError as error:
         sys.stderr.write(f"error: {error}\n")
@@ -34,7 +34,7 @@ def _compare(argv: list[str], start: float) -> int:
             for variant in comparison.variants:
                 print(shell_command(["run_glue.py", *comparison.words(variant, seed)]))
         return 0
-    if importlib.util.find_spec("matplotlib") is None:  # said now, not after hours of training
+    if importlib.util.find_spec("matplotlib") is None:  # checked before hours of training
         raise InputError('the report\'s pictures need matplotlib: pip install "hf_ft_ext[pictures]"')
 
     from hf_ft_ext.compare.runs import run_all

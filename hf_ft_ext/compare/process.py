@@ -1,4 +1,4 @@
-"""A run of the launcher in a process of its own: started, bounded in time, found again when it was done before."""
+"""Run the launcher in a separate process, with a time limit; a run that was finished before is not repeated."""
 
 import json
 import os
@@ -15,22 +15,22 @@ from hf_ft_ext.training.runs.record import RUN_RECORD
 from hf_ft_ext.training.sharing.privacy import split_secrets, without_secrets
 from hf_ft_ext.training.weights.devices import one_device
 
-PROGRAM = ("hf-ft-ext", "train")  # how a run that is started here calls itself in its record
+PROGRAM = ("hf-ft-ext", "train")  # the command in the records of runs started here
 COMMAND = (sys.executable, "-m", "hf_ft_ext", "train")
-_PACKAGES = str(Path(hf_ft_ext.__file__).resolve().parents[1])  # a checkout need not be installed
+_PACKAGES = str(Path(hf_ft_ext.__file__).resolve().parents[1])  # on PYTHONPATH, as a checkout may not be installed
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
 _GRACE = 10  # seconds from SIGTERM to SIGKILL
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """The result of a run.
 
     Attributes:
         state: `done`, `failed` or `stopped` (by the time limit).
         record: the content of `run.json`; `None` unless done.
-        reason: why it failed, in one line; empty if it did not.
-        seconds: wall-clock seconds of the process; 0 if the run was found.
+        reason: why it failed or was stopped, in one line; else empty.
+        seconds: wall-clock seconds of the process; 0 for a run that was finished before.
     """
 
     state: str
@@ -40,12 +40,12 @@ class Outcome:
 
 
 def find_run(folder: Path, words: list[str]) -> dict[str, Any] | None:
-    """The record of the run in `folder` if it was finished with exactly the launcher's arguments `words`."""
+    """The record of the run in `folder`, if it was finished with exactly the arguments `words`; else `None`."""
     try:
         record = json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))
         done, wanted = arguments_of(record["command"]), words
         return record if _without_tokens(done) == _without_tokens(wanted) else None
-    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged: it is run again
+    except (OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one: run again
         return None
 
 
@@ -55,20 +55,20 @@ def arguments_of(command: list[str]) -> list[str]:
 
 
 def _without_tokens(words: list[str]) -> list[str]:
-    """The words but for access tokens, which change no result."""
+    """The arguments without access tokens, which do not affect results."""
     return without_secrets(split_secrets(words)[0])
 
 
 def run_or_find(folder: Path, words: list[str], seconds: float | None = None) -> Outcome:
-    """Run the launcher with `words` in a process of its own, unless `folder` holds that very run.
+    """Run the launcher with the arguments `words` in a separate process, unless `folder` contains that finished run.
 
-    Output and errors go to `<folder>.log`. The run sees one accelerator (see `one_device`). If this process is
-    interrupted, the run is ended with it. An access token goes by the environment: every user of a machine sees the
-    words of a process.
+    Output and errors are written to `<folder>.log`. The run uses one accelerator (see `one_device`). If this process
+    is interrupted, the run is terminated too. An access token is passed by the environment, as the arguments of a
+    process are visible to all users of a machine.
 
     Args:
-        folder: the run's `output_dir`, which `words` name.
-        seconds: end the run after so many; `None` = no limit.
+        folder: the run's `output_dir`, also in `words`.
+        seconds: time limit; `None` = no limit.
     """
     if (found := find_run(folder, words)) is not None:
         return Outcome(DONE, found)
@@ -87,7 +87,7 @@ def run_or_find(folder: Path, words: list[str], seconds: float | None = None) ->
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
-            start_new_session=True,  # so that its data workers end with it
+            start_new_session=True,  # so that its data workers can be terminated with it
         )
         try:
             process.wait(seconds)
@@ -102,7 +102,7 @@ def run_or_find(folder: Path, words: list[str], seconds: float | None = None) ->
 
 
 def log_of(folder: Path) -> Path:
-    """Where the output of the run in `folder` goes."""
+    """The log file of the run in `folder`."""
     return folder.with_name(f"{folder.name}.log")
 
 
@@ -117,11 +117,11 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _reason(status: int, log: Path) -> str:
-    """The launcher's own message, or the last line of the log."""
+    """The launcher's error message, or the last line of the log."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    said = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
+    message = next((line for line in reversed(lines) if line.startswith("error: ")), lines[-1] if lines else "")
     if status < 0:
         name = signal.Signals(-status).name
         hint = " (out of memory?)" if -status == signal.SIGKILL else ""
-        return f"ended by {name}{hint}" + (f"; last line: {said}" if said else "")
-    return said.removeprefix("error: ") or f"ended with status {status} and left no {RUN_RECORD}"
+        return f"ended by {name}{hint}" + (f"; last line: {message}" if message else "")
+    return message.removeprefix("error: ") or f"ended with status {status} and wrote no {RUN_RECORD}"

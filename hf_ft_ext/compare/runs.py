@@ -1,4 +1,4 @@
-"""All runs of a comparison, one after the other, and `comparison.json`: what became of each."""
+"""Run all runs of a comparison one after the other, and write the state of each to `comparison.json`."""
 
 import logging
 import shlex
@@ -12,19 +12,19 @@ from hf_ft_ext.training.sharing.privacy import without_secrets
 
 logger = logging.getLogger(__name__)
 
-_REPORT_SECONDS = 10  # kept back of the time limit for the report
+_REPORT_SECONDS = 10  # part of the time limit that is reserved for the report
 INTERRUPTED = 130
 
 
 def run_all(comparison: Comparison, start: float) -> int:
     """Run every variant with every seed, write `comparison.json` after each, and return the exit status.
 
-    All variants have their first seed before one has its second, so that a time limit leaves something of each. A
-    run that fails does not keep the others from running; a run is not started if one of its variant took longer than
-    what is left of the time.
+    All variants run with the first seed before any runs with the second, so that a time limit leaves results of each.
+    If a run fails, the others still run. A run is not started if an earlier one of its variant took longer than the
+    remaining time.
 
     Args:
-        start: when the comparison began, by `time.monotonic`.
+        start: start of the comparison, by `time.monotonic`.
     """
     limit = None if comparison.max_minutes is None else 60 * comparison.max_minutes - _REPORT_SECONDS
     entries: dict[tuple[str, int], dict] = {
@@ -46,7 +46,7 @@ def run_all(comparison: Comparison, start: float) -> int:
                 _write(comparison, entries, time.monotonic() - start)
                 logger.info("%s, seed %d: %s", variant.name, seed, outcome.reason or outcome.state)
     except KeyboardInterrupt:
-        logger.warning("interrupted: the report shows what was finished; the same command continues")
+        logger.warning("interrupted: the report shows the finished runs; start the same command again to continue")
         _write(comparison, entries, time.monotonic() - start)
         return INTERRUPTED
     return int(any(entry["state"] == FAILED for entry in entries.values()))
@@ -58,7 +58,7 @@ def _one(comparison: Comparison, variant: Variant, seed: int, left: float | None
         return Outcome(DONE, found)
     if left is not None and left <= expected:
         took = f"; this method took {expected:.0f} s before" if expected else ""
-        return Outcome(NOT_STARTED, reason=f"{max(left, 0):.0f} s were left of --max_minutes{took}")
+        return Outcome(NOT_STARTED, reason=f"only {max(left, 0):.0f} s of --max_minutes were left{took}")
     logger.info("%s, seed %d: started, output in %s", variant.name, seed, log_of(folder))
     outcome = run_or_find(folder, words, left)
     if outcome.state == STOPPED:

@@ -1,4 +1,4 @@
-"""What is compared: from the command line and a recipe to the launcher's words for each variant and seed."""
+"""Read a comparison from the command line and a recipe: the launcher's arguments for each variant and seed."""
 
 import argparse
 import functools
@@ -22,17 +22,17 @@ from hf_ft_ext.training.sharing.privacy import hide_tokens
 USAGE = "hf-ft-ext compare [recipe.yaml] [--methods A,B] [--seeds N] [--argument value ...]"
 FIRST_SEED = 42
 _SHARED = "all"
-_LOGGED = "0.04"  # share of a run's steps after which the loss is logged
+_LOGGED = "0.04"  # logging_steps: log the loss after every 4 % of a run's steps
 _OWN_KEYS = ("methods", "seeds", "max_minutes", "output_dir", "variants")
-# Set for each run by the comparison itself.
+# Arguments that the comparison sets for each run, and what to use instead.
 _RESERVED = {
-    "method": "the variants of a recipe name it, or --methods",
+    "method": "pass --methods, or set it in the variants of a recipe",
     "seed": "pass --seeds",
     "overwrite_output_dir": "finished runs with the same command are kept, others are replaced",
     "resume_from_checkpoint": "start the comparison again: finished runs are not repeated",
-    "push_to_hub": "repeat the run to share with its command from the report, and --push_to_hub",
+    "push_to_hub": "run the command of the run to share from the report again, with --push_to_hub",
 }
-Words = dict[str, list[str]]  # launcher's argument -> its words, the name first
+Words = dict[str, list[str]]  # name of a launcher argument -> its words on the command line, --name first
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Variant:
     """A method with its settings: one row of the report.
 
     Attributes:
-        left_out: what the user set for all methods and this one cannot honour, with the reason.
+        left_out: arguments that were set for all methods and that this one does not support, with the reason.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one call compares."""
+    """The variants, seeds and options of one comparison."""
 
     task: str
     variants: list[Variant]
@@ -71,11 +71,11 @@ class Comparison:
 
 
 def read_comparison(argv: list[str]) -> Comparison:
-    """Parse `[recipe.yaml] [--argument value ...]`; the command line wins over the recipe, both over the defaults.
+    """Parse `[recipe.yaml] [--argument value ...]`; the command line overrides the recipe, both override defaults.
 
     Raises:
-        InputError: anything that cannot work, found before a run starts.
-        SystemExit: `--help` was asked for and printed.
+        InputError: invalid input; all runs are checked before the first one starts.
+        SystemExit: `--help` was printed.
     """
     argv = list(argv)
     recipe = read_recipe(argv.pop(0)) if argv and not argv[0].startswith("-") else {}
@@ -115,21 +115,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="hf-ft-ext compare",
         usage=USAGE,
-        description="Run several methods on the same data, each run a process of its own, and write report.html, "
-        "report.md and pictures. Finished runs are not repeated, so an interrupted comparison continues.",
-        epilog="All other arguments are the launcher's (`run_glue.py --help`) and go to every method that has them. A "
-        "recipe is a YAML file of these arguments; `variants` in it maps names to settings of their own, `method` "
-        "among them.",
+        description="Run several methods on the same data, each run in a separate process, and write report.html, "
+        "report.md and pictures. Finished runs are not repeated, so an interrupted comparison can be continued.",
+        epilog="All other arguments are those of the launcher (`run_glue.py --help`) and are passed to every method "
+        "that has them. A recipe is a YAML file of these arguments; `variants` in it maps names to their settings, "
+        "including `method`.",
         allow_abbrev=False,
     )
     names = ",".join(METHODS)
-    parser.add_argument("--methods", help=f"Which to compare, with commas between: {names}, or variants of the recipe")
-    parser.add_argument("--seeds", help=f"How many, from {FIRST_SEED} on; or the seeds, with commas between")
+    parser.add_argument("--methods", help=f"Methods, separated by commas: {names}, or variants of the recipe")
+    parser.add_argument("--seeds", help=f"Number of seeds, counted from {FIRST_SEED}; or seeds separated by commas")
     parser.add_argument(
-        "--max_minutes", help="Start no run that would not end in this time, and stop one that does not"
+        "--max_minutes", help="Time limit: skip runs that are expected to exceed it, and stop a run that does"
     )
-    parser.add_argument("--output_dir", help="For the runs and the report (default: runs/compare-TASK)")
-    parser.add_argument("--dry_run", action="store_true", default=None, help="Print the commands and stop")
+    parser.add_argument("--output_dir", help="Folder of the runs and the report (default: runs/compare-TASK)")
+    parser.add_argument("--dry_run", action="store_true", default=None, help="Print the commands without running them")
     return parser
 
 
@@ -145,7 +145,7 @@ def _grouped(rest: list[str]) -> Words:
             groups[name] = [word]
         elif name is None:
             raise InputError(
-                f"unexpected word {hide_tokens(word)!r}: a recipe goes first, values go behind their --argument"
+                f"unexpected argument {hide_tokens(word)!r}: put a recipe first, and values after their --argument"
             )
         else:
             groups[name].append(word)
@@ -153,7 +153,7 @@ def _grouped(rest: list[str]) -> Words:
 
 
 def _words(key: str, value: Any) -> list[str]:
-    """A recipe's line as words of the command line."""
+    """A setting of a recipe as words of the command line."""
     if isinstance(value, bool):
         value = str(value).lower()
     elif isinstance(value, dict):
@@ -165,7 +165,7 @@ def _words(key: str, value: Any) -> list[str]:
 
 
 def _chosen(methods: Any, variants: Any) -> dict[str, dict[str, Any]]:
-    """Settings by name of variant, in the order in which they were asked for."""
+    """Settings of each chosen variant, by name, in the given order."""
     if not isinstance(variants, dict) or not all(isinstance(v, dict | None) for v in variants.values()):
         raise InputError("variants of a comparison's recipe must be a mapping: name: {method: ..., argument: value}")
     if methods is None:
@@ -174,19 +174,19 @@ def _chosen(methods: Any, variants: Any) -> dict[str, dict[str, Any]]:
         names = methods if isinstance(methods, list) else str(methods).split(",")
         names = [str(name).strip() for name in names if str(name).strip()]
     if not names:
-        raise InputError(f"methods={methods!r} names none; choose from: {', '.join({**variants, **METHODS})}")
+        raise InputError(f"methods={methods!r} is empty; choose from: {', '.join({**variants, **METHODS})}")
     if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"methods names {twice[0]!r} twice; give a second variant a name of its own in a recipe")
+        raise InputError(f"methods contains {twice[0]!r} twice; give the second variant another name in a recipe")
     chosen = {}
     for name in names:
         if name not in variants and name not in METHODS:
             known = {**variants, **METHODS}
             raise InputError(f"unknown method {name!r}{did_you_mean(name, known)}; choose from: {', '.join(known)}")
         if folder_name(name) != name:
-            raise InputError(f"variant {name!r} would name a folder; use letters, digits, '.', '_' and '-' only")
+            raise InputError(f"variant {name!r} is used as a folder name; use letters, digits, '.', '_' and '-' only")
         chosen[name] = {"method": name, **(variants.get(name) or {})}
         if chosen[name]["method"] not in METHODS:
-            find_method(str(chosen[name]["method"]))  # says which one is near
+            find_method(str(chosen[name]["method"]))  # raises, with a suggestion
     return chosen
 
 
@@ -198,11 +198,11 @@ def _variant(name: str, settings: dict[str, Any], defaults: dict[str, Words], sh
     _refuse_reserved(own)
     left_out: dict[str, str] = {}
 
-    def honoured(words: Words, remember: bool) -> Words:
+    def supported(words: Words, remember: bool) -> Words:
         kept = {}
         for key, group in words.items():
             if _field(method, key) is None:
-                continue  # another method's, or unknown: the caller looks
+                continue  # of another method, or unknown: see `_refuse_unknown`
             reason = _refusal(method, _field(method, key))
             if reason is None:
                 kept[key] = group
@@ -210,8 +210,8 @@ def _variant(name: str, settings: dict[str, Any], defaults: dict[str, Words], sh
                 left_out[key] = reason
         return kept
 
-    words = honoured(defaults.get(_SHARED, {}), remember=False) | defaults.get(method, {})
-    words |= honoured(shared, remember=True) | own | honoured(line, remember=True)
+    words = supported(defaults.get(_SHARED, {}), remember=False) | defaults.get(method, {})
+    words |= supported(shared, remember=True) | own | supported(line, remember=True)
     words.setdefault("save_strategy", ["--save_strategy", "no"])
     words.setdefault("disable_tqdm", ["--disable_tqdm", "true"])
     if "logging_strategy" not in words:
@@ -226,18 +226,18 @@ def _fields(method: str) -> frozenset[str]:
 
 
 def _field(method: str, key: str) -> str | None:
-    """The argument of `method` that `key` sets; argparse has `no_x` for a boolean `x` too."""
+    """The argument of `method` that `key` sets, or `None`; `no_x` sets a boolean `x`, as in argparse."""
     return next((name for name in (key, key.removeprefix("no_")) if name in _fields(method)), None)
 
 
 @functools.cache
 def _refusal(method: str, name: str) -> str | None:
-    """Why `method` cannot honour an argument at all; `None` if it can."""
+    """The reason why `method` does not support an argument; `None` if it does."""
     try:
         find_method(method).arguments_class()("unused").check_given({name: "any value"})
     except InputError as error:
         return str(error).replace(f"{name}=any value ", "").replace("; leave it out", "")
-    except (TypeError, ValueError, AttributeError):  # it looks at the value, so the name alone is no reason
+    except (TypeError, ValueError, AttributeError):  # the check needs a valid value, so the argument is supported
         return None
     return None
 
@@ -254,7 +254,7 @@ def _refuse_unknown(words: Words, variants: list[Variant]) -> None:
             owner = next((name for name in METHODS if _field(name, key) is not None), None)
             if owner is not None:
                 raise InputError(
-                    f"{key} belongs to method {owner!r}, which is not compared; add it, or leave {key} out"
+                    f"{key} belongs to method {owner!r}, which is not in this comparison; add it, or leave {key} out"
                 )
             known = {name for variant in variants for name in _fields(variant.method)} | set(_OWN_KEYS)
             raise InputError(f"unknown argument {key!r}{did_you_mean(key, known)}; see `run_glue.py --help`")
@@ -292,7 +292,7 @@ def _seeds(given: Any) -> list[int]:
         seeds = []
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
         raise InputError(
-            f"seeds={given!r} is neither a number of seeds, 1 or more, nor a list of different ones such as 13,21,42"
+            f"seeds must be a number of seeds (1 or more) or a list of different seeds such as 13,21,42, got {given!r}"
         )
     return seeds
 
@@ -305,5 +305,5 @@ def _minutes(given: Any) -> float | None:
     except (TypeError, ValueError):
         minutes = 0.0
     if not minutes > 0:
-        raise InputError(f"max_minutes={given!r} leaves no time; pass a number above 0, or leave it out for no limit")
+        raise InputError(f"max_minutes must be above 0 (leave it out for no limit), got {given!r}")
     return minutes

@@ -16,7 +16,7 @@ _SIGNS = "sign=true"
 
 @dataclass
 class FullTrainingArguments(MethodTrainingArguments):
-    """`transformers.TrainingArguments` plus what fine-tuning is compared by.
+    """`transformers.TrainingArguments` plus options of fine-tuning: frozen layers, squared loss, a peft method.
 
     Raises:
         InputError: a value out of range, or two that contradict each other.
@@ -25,19 +25,21 @@ class FullTrainingArguments(MethodTrainingArguments):
     optimizer: str | None = field(
         default=None,
         metadata={
-            "help": "Old name of `optim`. adam is `--optim adamw_torch_fused` (without weight decay, Adam), sgd "
-            "`--optim sgd`, signgd (steps of the learning rate along the gradient's signs) `--optim sgd --optim_args "
-            "sign=true`.",
+            "help": "Old name of `optim`. adam: `--optim adamw_torch_fused` (Adam, without weight decay). sgd: "
+            "`--optim sgd`. signgd: `--optim sgd --optim_args sign=true` (each entry changes by the learning rate, "
+            "along the gradient's sign).",
             "choices": OPTIMIZERS,
         },
     )
     fix_layers: int = field(
         default=0,
-        metadata={"help": "Freeze the input embeddings and so many of the lowest layers; 0 = train everything."},
+        metadata={"help": "Freeze the input embeddings and this number of lowest layers; 0 = train everything."},
     )
     l2_loss: bool = field(
         default=False,
-        metadata={"help": "Classes: squared distance of the logits from 0 and 1 in place of the cross-entropy."},
+        metadata={
+            "help": "Classification: squared distance between logits and one-hot labels instead of cross-entropy."
+        },
     )
     peft: str | None = field(
         default=None,
@@ -57,17 +59,17 @@ class FullTrainingArguments(MethodTrainingArguments):
             self._set_optim()
         if "sign" in _options(self.optim_args) and self.optim != OptimizerNames.SGD:
             raise InputError(
-                f"optim_args={self.optim_args} makes sgd follow the gradient's signs, and optim="
+                f"optim_args={self.optim_args} needs optim=sgd, but optim is "
                 f"{getattr(self.optim, 'value', self.optim)}; pass optim=sgd, or leave optim_args out"
             )
         if self.fix_layers < 0:
-            raise InputError(f"fix_layers={self.fix_layers} is no number of layers; pass 0 or more")
+            raise InputError(f"fix_layers must be 0 or more, got {self.fix_layers}")
         if self.peft_config and self.peft is None:
-            raise InputError("peft_config needs peft; name a method of peft, such as prefix_tuning")
+            raise InputError("peft_config needs peft; pass a method of peft, such as peft=prefix_tuning")
         if self.fix_layers and self.peft is not None:
             raise InputError(
-                f"peft={self.peft} freezes the model, and fix_layers={self.fix_layers} layers of it once more; leave "
-                "one of them out"
+                f"peft={self.peft} freezes the whole model, so fix_layers={self.fix_layers} has no effect; leave one "
+                "of them out"
             )
         if self.l2_loss and self.label_smoothing_factor:
             raise InputError(
@@ -79,7 +81,7 @@ class FullTrainingArguments(MethodTrainingArguments):
             raise InputError(f"optimizer={self.optimizer!r} is unknown; choose from: {', '.join(OPTIMIZERS)}")
         default = next(f.default for f in fields(TrainingArguments) if f.name == "optim")
         wanted = {ADAM: OptimizerNames.ADAMW_TORCH_FUSED, SGD: OptimizerNames.SGD, SIGNGD: OptimizerNames.SGD}
-        # Set here before, for another optimizer: a hyperparameter search changes that.
+        # A value that was set here before may be replaced: a hyperparameter search changes `optimizer`.
         ours = getattr(self, "_optim_set", None)
         if self.optim not in (default, ours, wanted[self.optimizer]):
             raise InputError(_both(self.optimizer, getattr(self.optim, "value", self.optim)))
@@ -107,7 +109,7 @@ class FullTrainingArguments(MethodTrainingArguments):
 
 
 def _options(optim_args: str | None) -> dict[str, str]:
-    """`name=value` pairs of `optim_args`, as transformers writes them: with commas between."""
+    """The `name=value` pairs of `optim_args`, separated by commas as in transformers."""
     pairs = (pair.partition("=") for pair in (optim_args or "").replace(" ", "").split(","))
     return {name: value for name, _, value in pairs if name}
 

@@ -9,8 +9,8 @@ from hf_ft_ext.features import encoder_path
 def fix_layers(model: nn.Module, count: int) -> list[str]:
     """Freeze the `count` lowest layers and the input embeddings; return the names of the parameters.
 
-    The layers are the longest list of modules in the encoder; the embeddings are what the encoder holds before it.
-    Output embeddings that are tied to them freeze with them.
+    The layers are the longest list of modules in the encoder; the embeddings are the parameters before it. Output
+    embeddings that are tied to the input embeddings are frozen too.
 
     Raises:
         InputError: no such list, or one with fewer layers.
@@ -22,7 +22,8 @@ def fix_layers(model: nn.Module, count: int) -> list[str]:
     total = 0 if name is None else len(lists[name])
     if count > total:
         raise InputError(
-            f"fix_layers={count}, but {type(model).__name__} has {total} layers with weights of their own; pass fewer"
+            f"fix_layers={count}, but {type(model).__name__} has {total} layers with separate weights; pass at most "
+            f"{total}"
         )
     own = [parameter for parameter, _ in encoder.named_parameters()]
     first = next(i for i, parameter in enumerate(own) if parameter.startswith(f"{name}."))

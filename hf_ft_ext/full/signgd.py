@@ -19,18 +19,18 @@ class SignGD(torch.optim.Optimizer):
     Raises:
         InputError: a value out of range.
 
-    Source: Malladi et al., ICML 2023 (arXiv 2210.05643), where it stands for Adam early in training.
+    Source: Malladi et al., ICML 2023 (arXiv 2210.05643), as a model of Adam early in training.
     """
 
     def __init__(self, params: ParamsT, lr: float = 1e-5, weight_decay: float = 0.0):
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not value >= 0:
-                raise InputError(f"{name}={value} is below 0; pass 0 or more")
+                raise InputError(f"{name} must be 0 or more, got {value}")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take a step by the gradients there are; a gradient of 0 moves nothing."""
+        """Take a step by the current gradients; entries with gradient 0 do not change (except by weight decay)."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -38,6 +38,7 @@ class SignGD(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
+                    # theta = theta (1 - lr * weight_decay) - lr sign(g)
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(parameter.grad.sign(), alpha=-float(group["lr"]))
         return loss

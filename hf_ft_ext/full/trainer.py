@@ -1,4 +1,4 @@
-"""`FullTrainer`: a Trainer for plain fine-tuning, with the choices of the kernel paper."""
+"""`FullTrainer`: a Trainer for plain fine-tuning, with the options of Malladi et al. 2023."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,14 +19,14 @@ from hf_ft_ext.training.weights.quantized import refuse_quantized
 
 
 class FullTrainer(StopAtNaN, MethodTrainer):
-    """`transformers.Trainer` with a choice of optimizer, frozen low layers, squared loss, or a peft method.
+    """`transformers.Trainer` with SignGD, frozen lowest layers, a squared loss, or a peft method as options.
 
     Args:
-        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
+        model, args, and all others: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `FullTrainingArguments`.
 
     Raises:
-        InputError: an option that the model cannot honour, or that contradicts what was passed.
+        InputError: an option that the model does not support, or that contradicts another argument.
 
     Source: the settings of Malladi et al., ICML 2023 (arXiv 2210.05643), princeton-nlp/LM-Kernel-FT.
     """
@@ -36,7 +36,7 @@ class FullTrainer(StopAtNaN, MethodTrainer):
 
     def check_passed(self, passed: Mapping[str, Any]) -> None:
         if self.args.peft is not None or self.args.fix_layers:
-            super().check_passed(passed)  # else trl may wrap the model
+            super().check_passed(passed)  # without these options, trl may wrap the model itself
         ready = (passed.get("optimizers") or (None,))[0] is not None
         if self.args.optimizer is not None and (ready or passed.get("optimizer_cls_and_kwargs") is not None):
             raise InputError(
@@ -44,8 +44,8 @@ class FullTrainer(StopAtNaN, MethodTrainer):
             )
         if ready and self.args.peft is not None:
             raise InputError(
-                f"optimizers: peft={self.args.peft} freezes the model and adds parameters, which an optimizer made "
-                "before does not hold; pass optimizer_cls_and_kwargs, or leave it out"
+                f"optimizers: peft={self.args.peft} freezes the model and adds parameters, which an optimizer created "
+                "before does not contain; pass optimizer_cls_and_kwargs, or leave it out"
             )
         if self.args.l2_loss and passed.get("compute_loss_func") is not None:
             raise InputError("l2_loss and compute_loss_func are two losses; pass one of them")
@@ -65,12 +65,12 @@ class FullTrainer(StopAtNaN, MethodTrainer):
         trained = {id(p) for p in self.model.parameters() if p.requires_grad}
         if not any(id(p) in trained for group in self.optimizer.param_groups for p in group["params"]):
             raise InputError(
-                "optimizers: the optimizer holds none of the parameters that train; make it from the model that is "
-                "passed, or pass optimizer_cls_and_kwargs"
+                "optimizers: the optimizer contains none of the trainable parameters; create it from the same model, "
+                "or pass optimizer_cls_and_kwargs"
             )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """`SignGD` where it was chosen, at the rate that the arguments have now; else `Trainer`'s own."""
+        """Create `SignGD` if it was chosen, with the current learning rate; else `Trainer`'s optimizer."""
         if not self.args.sign_descent or self.optimizer is not None:
             return super().create_optimizer(model)
         settings = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
@@ -78,11 +78,11 @@ class FullTrainer(StopAtNaN, MethodTrainer):
         try:
             return super().create_optimizer(model)
         finally:
-            self.optimizer_cls_and_kwargs = None  # the next trial of a search has another rate
+            self.optimizer_cls_and_kwargs = None  # the next trial of a search may have another learning rate
 
     @property
     def gives_probabilities(self) -> bool:
-        """Whether a softmax or sigmoid of the logits is a probability: with a squared loss they are scores."""
+        """Whether softmax or sigmoid of the logits are probabilities; with a squared loss, logits are plain scores."""
         return not self.args.l2_loss
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
@@ -90,7 +90,10 @@ class FullTrainer(StopAtNaN, MethodTrainer):
         declare_mean_loss(model)
         config = getattr(model, "config", None)
         if args.l2_loss and getattr(config, "problem_type", None) == "regression":
-            raise InputError("l2_loss is for classes, and this task is a regression, whose loss it is; leave it out")
+            raise InputError(
+                "l2_loss is for classification, and this task is regression, which uses a squared loss anyway; leave "
+                "it out"
+            )
         if args.fix_layers:
             fix_layers(model, args.fix_layers)
         if args.peft is None and not hasattr(model, "get_base_model"):
@@ -98,7 +101,7 @@ class FullTrainer(StopAtNaN, MethodTrainer):
         if args.peft is not None:
             if args.peft.lower() == PREFIX_TUNING and args.gradient_checkpointing:
                 raise InputError(
-                    "peft=prefix_tuning hands keys and values to the layers, and gradient_checkpointing drops them; "
+                    "peft=prefix_tuning passes keys and values to the layers, and gradient_checkpointing drops them; "
                     "leave one of the two out"
                 )
             model = wrap_with_peft(model, args.peft, args.peft_config, args.seed)
@@ -106,14 +109,15 @@ class FullTrainer(StopAtNaN, MethodTrainer):
 
 
 def l2_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
-    """Mean squared distance of the logits from the one-hot labels, or from -1 and 1 for each of several labels.
+    """Mean squared distance between logits and one-hot labels; for several labels per row, from targets -1 and 1.
 
-    A label is predicted from a logit of 0 on (a sigmoid of 0.5), which has to lie between the two targets.
+    With several labels per row, a label is predicted if its logit is 0 or more (a sigmoid of 0.5), so 0 has to lie
+    between the two targets.
 
     Args:
         outputs: with `logits` `[rows, classes]`.
         labels: class ids `[rows]`, or several labels per row, 0 and 1 `[rows, labels]`.
-        num_items_in_batch: entries of `labels` in the whole step, of which these are a part.
+        num_items_in_batch: number of entries of `labels` in the whole optimizer step; `None` = this batch is all.
     """
     logits = outputs["logits"].float()
     if labels.ndim == 2 and labels.shape == logits.shape:

@@ -1,4 +1,4 @@
-"""What `GradientlessTrainingArguments` refuses: values out of range, and values that contradict each other."""
+"""Checks of `GradientlessTrainingArguments`: values out of range, and options that contradict each other."""
 
 import re
 from dataclasses import fields
@@ -30,7 +30,7 @@ from hf_ft_ext.gradientless.search_arguments import (
     SearchArguments,
 )
 
-# Which search looks at an argument; set for another one, it is an error.
+# Arguments that only one search method uses: setting one with another method is an error.
 _ONLY = {
     **dict.fromkeys(
         ("search_candidates", "search_options", "search_selection", "search_sampling_size", "search_sampling_steps",
@@ -73,27 +73,27 @@ def check_values(args: SearchArguments) -> None:
         "max_evaluations_per_step",
     ):
         if getattr(args, name) < 1:
-            raise InputError(f"{name}={getattr(args, name)} leaves nothing to compare; pass 1 or more")
+            raise InputError(f"{name} must be 1 or more, got {getattr(args, name)}")
     if args.search_sampling_size is not None and args.search_sampling_size < 1:
-        raise InputError(f"search_sampling_size={args.search_sampling_size} leaves nothing to search; pass 1 or more")
+        raise InputError(f"search_sampling_size must be 1 or more, got {args.search_sampling_size}")
     for name in ("learning_rate", "weight_decay", "feature_cache_gb"):
         if not getattr(args, name) >= 0:
-            raise InputError(f"{name}={getattr(args, name)} is below 0; pass 0 or more")
+            raise InputError(f"{name} must be 0 or more, got {getattr(args, name)}")
     parse_options(args.search_options)
     if args.search_target not in (None, HEAD, ALL, TRAINABLE):
         try:
             re.compile(args.search_target)
         except re.error as error:
-            raise InputError(f"search_target={args.search_target!r} is no regular expression: {error}") from None
+            raise InputError(f"search_target={args.search_target!r} is not a regular expression: {error}") from None
 
 
 def check_together(args: SearchArguments) -> None:
-    """Raise an `InputError` for a value that the chosen search does not look at, or that contradicts another one."""
+    """Raise an `InputError` for an option that the chosen search does not use, or that contradicts another one."""
     defaults = {f.name: f.default for f in fields(args)}
     for name, method in _ONLY.items():
         if args.search_method != method and getattr(args, name) != defaults[name]:
             raise InputError(
-                f"{name}={getattr(args, name)} is about search_method={method}, not {args.search_method}; leave "
+                f"{name}={getattr(args, name)} applies to search_method={method}, not to {args.search_method}; leave "
                 "one of them out"
             )
     if args.search_method in (GLD, ADAM_BASELINE):
@@ -102,7 +102,7 @@ def check_together(args: SearchArguments) -> None:
             given = getattr(args, name)
             if given != own_defaults[name]:
                 raise InputError(
-                    f"{name}={given} is about search_method=spsa or node, not {args.search_method}; leave one of "
+                    f"{name}={given} applies to search_method=spsa or node, not to {args.search_method}; leave one of "
                     "them out"
                 )
     if args.search_method in (SPSA_METHOD, NODE):
@@ -118,31 +118,39 @@ def check_together(args: SearchArguments) -> None:
         raise InputError(f"search_fisher={args.search_fisher} needs search_selection=fisher; leave it out")
     if args.search_selection == ALL_ENTRIES and args.search_sampling_size is not None:
         raise InputError(
-            f"search_selection=all takes every entry; leave search_sampling_size={args.search_sampling_size} out"
+            f"search_selection=all changes every entry; leave search_sampling_size={args.search_sampling_size} out"
         )
     if args.search_block > 1 and args.search_method in (ADAM_BASELINE, NODE):
-        why = "adam draws none" if args.search_method == ADAM_BASELINE else "node draws it for outputs"
-        raise InputError(f"search_block={args.search_block} is about noise, and {why}; leave it out")
+        why = "adam draws none" if args.search_method == ADAM_BASELINE else "node perturbs outputs instead"
+        raise InputError(
+            f"search_block={args.search_block} groups entries of a weight perturbation, and {why}; leave it out"
+        )
     if args.search_block > 1 and args.search_method == GLD and args.search_selection != ALL_ENTRIES:
         raise InputError(
-            f"search_block={args.search_block} ties neighbours, and search_selection={args.search_selection} "
-            "tears them apart; pass --search_selection all"
+            f"search_block={args.search_block} changes consecutive entries together, and search_selection="
+            f"{args.search_selection} selects single ones; pass --search_selection all"
         )
     if args.search_peft_config and args.search_peft is None:
-        raise InputError("search_peft_config needs search_peft; name a peft method, such as lora")
+        raise InputError("search_peft_config needs search_peft; pass a peft method, such as search_peft=lora")
     if args.search_positive_label is not None and args.search_objective != F1:
         raise InputError(
-            f"search_positive_label={args.search_positive_label!r} is about search_objective=f1, not "
+            f"search_positive_label={args.search_positive_label!r} applies to search_objective=f1, not to "
             f"{args.search_objective}; leave one of them out"
         )
     if args.search_method == NODE and (args.search_objective != LOSS or args.search_dropout):
-        raise InputError("search_method=node needs the loss of each row with dropout off; leave the objective out")
+        raise InputError(
+            "search_method=node needs the loss of each row with dropout off; leave search_objective and "
+            "search_dropout out"
+        )
     if args.search_method == ADAM_BASELINE and (args.search_objective != LOSS or args.search_dropout):
-        raise InputError("search_method=adam needs the loss's derivative with dropout off; leave the objective out")
+        raise InputError(
+            "search_method=adam needs the derivative of the loss with dropout off; leave search_objective and "
+            "search_dropout out"
+        )
 
 
 def _check_matrix(args: SearchArguments) -> None:
-    """Direction, estimate and update together, as the optimizer itself checks them."""
+    """Check direction, estimate and update together, by the optimizer's own checks."""
     betas = (args.adam_beta1, args.adam_beta2)
     try:
         if args.search_method == NODE:
@@ -166,19 +174,21 @@ def _check_matrix(args: SearchArguments) -> None:
         for name in ("search_target", "search_peft"):
             if getattr(args, name) is not None:
                 raise InputError(
-                    f"{name}={getattr(args, name)} and search_masks both say what is searched; leave one of them out"
+                    f"{name}={getattr(args, name)} and search_masks both select what is searched; leave one of them "
+                    "out"
                 )
         if args.search_trajectory:
             raise InputError(
-                "search_trajectory holds seeds, which make no masks; leave it out: the saved model holds the result"
+                "search_trajectory stores seeds, and search_masks cannot be recomputed from a seed; leave "
+                "search_trajectory out and use the saved model"
             )
     if args.search_estimate == FORWARD and args.search_objective != LOSS:
         raise InputError(
             f"search_estimate=forward differentiates, and search_objective={args.search_objective} has no "
-            "derivative; use two-sided"
+            "derivative; pass search_estimate=two-sided"
         )
     if args.search_candidates_per_forward > 1 and args.search_dropout:
         raise InputError(
-            "search_dropout draws one mask for all candidates, which cannot be rows of one forward pass; leave "
-            "search_candidates_per_forward out"
+            "search_dropout needs the same dropout mask for all candidates, and rows of one forward pass have "
+            "different masks; leave search_candidates_per_forward out"
         )

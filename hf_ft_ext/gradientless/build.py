@@ -1,4 +1,4 @@
-"""From arguments to the optimizer, and what a trainer refuses."""
+"""Build the optimizer from the arguments, and refuse unsupported combinations."""
 
 import logging
 from collections.abc import Mapping
@@ -27,13 +27,14 @@ def build_optimizer(
     searched: dict[str, nn.Parameter],
     masks_by_name: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimizer that `args` describe, over `searched`.
+    """Return the optimizer that `args` describe, over the parameters `searched`.
 
     Args:
-        masks_by_name: which entries of a searched parameter may move; one without a mask moves as a whole.
+        masks_by_name: entries of a searched parameter that may change (bool, by name); a parameter without a mask
+            may change everywhere.
 
     Raises:
-        InputError: a value that the parameters do not fit.
+        InputError: a value that does not fit the parameters.
     """
     shared = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
     parameters = list(searched.values())
@@ -64,7 +65,7 @@ def build_optimizer(
             **shared,
         )
     if args.search_method == ADAM_BASELINE:
-        from hf_ft_ext.gradientless.optimizers.head_adam import HeadAdam  # a baseline: not loaded by any search
+        from hf_ft_ext.gradientless.optimizers.head_adam import HeadAdam  # imported here: only the baseline needs it
 
         del shared["seed"]
         return HeadAdam(parameters, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, **shared)
@@ -99,24 +100,27 @@ def build_optimizer(
 
 
 def refuse_misfits(args: GradientlessTrainingArguments, objective: Objective | None, masks_given: bool) -> None:
-    """Options that cannot be honoured are errors, not silence.
+    """Refuse combinations of arguments, objective and masks that the search does not support.
 
     Raises:
-        InputError: one of them was passed.
+        InputError: such a combination was passed.
     """
     if masks_given and args.search_method != SPSA_METHOD:
-        raise InputError(f"masks are for search_method=spsa, not {args.search_method}; leave them out")
+        raise InputError(f"masks apply to search_method=spsa, not to {args.search_method}; leave them out")
     if masks_given and args.search_masks is not None:
-        raise InputError("masks and search_masks both say which entries move; leave one of them out")
+        raise InputError("masks and search_masks both select the entries to change; leave one of them out")
     if masks_given and args.search_trajectory:
-        raise InputError("search_trajectory holds seeds, which make no masks; leave it out")
+        raise InputError("search_trajectory stores seeds, and masks cannot be recomputed from a seed; leave it out")
     if args.search_method == NODE:
         if objective is not None:
-            raise InputError("objective is known for whole batches, and search_method=node needs the loss of each row")
+            raise InputError(
+                "objective returns one value per batch, and search_method=node needs the loss of each row; leave "
+                "objective out, or pass search_method=spsa or gld"
+            )
         if args.world_size > 1:
             raise InputError(
-                "search_method=node finds a direction for each row, which would all have to cross; start one process, "
-                "or use search_method=spsa"
+                "search_method=node estimates a gradient for each row, and exchanging these between processes is not "
+                "supported; start one process, or use search_method=spsa"
             )
     refuse_sharding(args, "a search")
     refuse_label_names(args)
@@ -128,6 +132,6 @@ def refuse_misfits(args: GradientlessTrainingArguments, objective: Objective | N
     if args.world_size > 1 and args.candidate_parallel == DATA and (named or objective is not None):
         what = "the objective" if objective is not None else f"search_objective={args.search_objective}"
         raise InputError(
-            f"{what} of a batch is no mean over its parts, and each process has one; pass --candidate_parallel "
-            "candidates"
+            f"{what} of a batch is not the mean over its parts, and each process has one part; pass "
+            "--candidate_parallel candidates"
         )

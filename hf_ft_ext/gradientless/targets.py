@@ -1,4 +1,4 @@
-"""What is searched: names of parameters, from `search_target`."""
+"""Find the parameters to search, from `search_target` or the masks of a finished run."""
 
 import re
 
@@ -14,14 +14,14 @@ from hf_ft_ext.training.weights.quantized import is_quantized
 
 
 def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Parameter]:
-    """The searched parameters by name, in the model's order; shared ones once.
+    """Return the searched parameters by name, in the model's order; a shared parameter appears once.
 
     Args:
-        target: `head`, `all`, `trainable`, or a regular expression; `None` = the head, or what is trainable in a PEFT
-            model.
+        target: `head`, `all`, `trainable`, or a regular expression; `None` = the head, or the trainable parameters of
+            a PEFT model.
 
     Raises:
-        InputError: there are none.
+        InputError: no parameter matches, or one that does is quantized.
     """
     named = dict(model.named_parameters())
     if target is None:
@@ -41,25 +41,28 @@ def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Pa
         packed = _packed_buffers(model)
     if packed:
         raise InputError(
-            f"search_target={target!r} takes in {packed[0]}, which is quantized and cannot be searched; search the "
+            f"search_target={target!r} includes {packed[0]}, which is quantized and cannot be searched; search the "
             "head, or the parameters of an adapter (search_peft)"
         )
     found = {name: p for name, p in found.items() if p.numel()}
     if not found:
         kinds = dict.fromkeys(fold_layer_numbers(name) for name in named)
         shown = ", ".join(list(kinds)[-12:])
-        raise InputError(f"search_target={target!r} leaves nothing to search; parameters here: {shown}")
+        raise InputError(f"search_target={target!r} matches no parameter; parameters of this model: {shown}")
     return found
 
 
 def masks_of_run(model: nn.Module, folder: str) -> tuple[list[str], dict[str, torch.Tensor]]:
-    """What a run with chosen entries trained: names of parameters, in the model's order, and masks of some of them.
+    """Return what a run with selected entries trained.
 
     Args:
         folder: of a finished run of `--method fisher --fisher_mode mask`, or one that `save_entries` wrote to.
 
+    Returns:
+        Names of the trained parameters, in the model's order, and the masks of those that were not trained in full.
+
     Raises:
-        InputError: the folder holds no masks, or those of another model.
+        InputError: the folder holds no masks, or the masks of another model.
     """
     indices, in_full = read_choice(folder)
     named = dict(model.named_parameters())
@@ -76,13 +79,13 @@ def masks_of_run(model: nn.Module, folder: str) -> tuple[list[str], dict[str, to
 
 
 def _is_packed(parameter: nn.Parameter, quantized: bool) -> bool:
-    """Whether a parameter holds no weights that can be added to: integers, 8-bit floats, a quantizer's own class."""
+    """Whether a parameter is quantized storage: integers, 8-bit floats, or a class of the quantizer."""
     plain = parameter.is_floating_point() and parameter.element_size() >= 2
     return not plain or (quantized and type(parameter) is not nn.Parameter)
 
 
 def _packed_buffers(model: nn.Module) -> list[str]:
-    """Names of integer matrices that some quantizers keep as buffers in place of weights."""
+    """Names of integer matrices that some quantizers store as buffers instead of weights."""
     return [
         name for name, b in model.named_buffers() if b.ndim == 2 and b.dtype in (torch.int32, torch.int8, torch.uint8)
     ]

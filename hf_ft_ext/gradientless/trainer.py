@@ -1,4 +1,4 @@
-"""`GradientlessTrainer`: a Trainer whose weights move by comparing losses."""
+"""`GradientlessTrainer`: a Trainer that optimizes by comparing losses, without gradients."""
 
 import contextlib
 import functools
@@ -51,23 +51,23 @@ logger = logging.getLogger(__name__)
 
 
 class GradientlessTrainer(StopAtNaN, MethodTrainer):
-    """`transformers.Trainer` that searches: no backward pass, no gradients, no moments.
+    """`transformers.Trainer` for gradient-free search: no backward pass, no gradients, no optimizer moments.
 
-    Each optimizer step compares losses of the same batch under different weights, by `DirectSearch` or `SPSA`.
-    Dropout is off in the search. Where only the head is searched, the encoder runs once over the training data before
-    the first step (`feature_cache_gb`), and all candidates of a tensor are evaluated at once.
+    Each optimizer step compares losses of one batch under different weights (see `search_method`). Dropout is off
+    during the search. If only the head is searched, the encoder runs once over the training data before the first
+    step (see `feature_cache_gb`), and all candidates of a tensor are evaluated at once.
 
     Args:
-        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
+        model, args, and all others: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `GradientlessTrainingArguments`.
         objective: `objective(logits [rows, classes], labels [rows])` -> a number to minimise, in place of
-            `search_objective`; it needs no derivative. The logits are those of a whole optimizer step; where rows are
-            sequences of unequal lengths, padded at the end (labels -100).
-        masks: which entries of searched parameters may move: bool tensors by name, such as a FISH mask's, for
+            `search_objective`; it needs no derivative. The logits are those of a whole optimizer step. If rows are
+            sequences of unequal lengths, logits and labels are padded at the end (labels with -100).
+        masks: entries of the searched parameters that may change: bool tensors by name, such as a FISH mask; for
             search_method=spsa.
 
     Raises:
-        InputError: nothing to search, or an option that this method cannot honour.
+        InputError: nothing to search, or an option that this method does not support.
     """
 
     arguments_class = GradientlessTrainingArguments
@@ -92,8 +92,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         super().check_arguments()
         if self._own_loader() and self.args.world_size > 1 and self.args.candidate_parallel == CANDIDATES:
             raise InputError(
-                "candidate_parallel=candidates gives every process the whole batch, which an overridden "
-                "get_train_dataloader decides about; pass candidate_parallel=data"
+                "candidate_parallel=candidates gives every process the whole batch, which is not possible with an "
+                "overridden get_train_dataloader; pass candidate_parallel=data"
             )
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
@@ -102,7 +102,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             settings = self.args.search_peft_config
             model = wrap_with_peft(model, self.args.search_peft, settings, self.args.seed, "search_peft")
         if self.args.search_objective == F1:
-            self._named_objective(model)  # raises where it does not fit, before any training
+            self._named_objective(model)  # raises before training if f1 does not fit the model
         if self.args.search_masks is None:
             self._searched = list(searched_parameters(model, self.args.search_target))
         else:
@@ -112,8 +112,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         head = self.args.search_target in (None, HEAD) and not isinstance(model, PeftModel)
         if head and is_prompt_model(model) and not model.config.untied_words:
             logger.info(
-                "The label words' output rows are shared with the input embeddings, so they are no part of the head "
-                "and stay; untie_words gives them rows of their own to search."
+                "The output rows of the label words are tied to the input embeddings, so they are not searched; pass "
+                "untie_words to search separate rows."
             )
         self._reader: HeadReader | None = None
         self._rows: FeatureRows | None = None
@@ -137,13 +137,13 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
                 parameter.requires_grad_(trains)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The search over the searched parameters; every weight is frozen until `train` ends."""
+        """Create the optimizer of the searched parameters; all weights are frozen until `train` ends."""
         if self.optimizer is None:
             self._before = [(p, p.requires_grad) for p in self.model.parameters()]
-            if self.args.search_method == ADAM_BASELINE:  # searches round without loss: see SPSA, DirectSearch
+            if self.args.search_method == ADAM_BASELINE:  # the searches lose no 16-bit updates: see `Rounding`
                 warn_of_lost_updates(self.searched)
-            self.model.requires_grad_(False)  # so that nothing keeps room for gradients
-            self._start_alike()
+            self.model.requires_grad_(False)  # so that no memory is reserved for gradients
+            self._broadcast_weights()
             self.optimizer = build_optimizer(self.args, self.model, self.searched, self.masks)
             self._micro_batches: list[dict[str, torch.Tensor]] = []
             if not self._own_loader():
@@ -153,17 +153,17 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        # Without gradients there is nothing for DistributedDataParallel to do but to keep buckets for them.
+        # Without gradients, DistributedDataParallel would only allocate gradient buckets: prepare for evaluation.
         self.accelerator.prepare_model = functools.partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def _own_loader(self) -> bool:
-        """Whether the user decides what a training batch is: how the head reads is then found from the first one."""
+        """Whether the user overrides data loading; the head's inputs are then found from the first batch."""
         return overridden(self, *DATA_LOADING)
 
     def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        if not self.is_in_train or self._own_loader():  # called outside training, or overridden: the caller decides
+        if not self.is_in_train or self._own_loader():
             return super().get_train_dataloader()
-        # Rows of cached features have a loader of their own; check before the features are made.
+        # Cached features have their own loader; check the batch size before they are computed.
         check_full_batch(self.args, self.train_dataset)
         self._look_for_features()
         whole = self.args.candidate_parallel == CANDIDATES and self.args.world_size > 1
@@ -174,7 +174,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """Keep the micro-batch; with the last one of a step, hand the step to the optimizer. Returns its loss."""
+        """Collect the micro-batch; with the last one of a step, take the optimizer step and return its loss."""
         self._set_dropout()
         self._micro_batches.append(self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
@@ -185,22 +185,22 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(getattr(optimizer, "exchange", None), SharedData):
             optimizer.exchange.weight = self._weight_of(batches)
-        # Here, not in the loop's step(): there the batches are gone, and the loss is wanted before.
+        # The step is taken here, as the training loop's optimizer.step() has no batches and comes after the loss.
         with self._scoring():
             loss = optimizer.step_ahead(*self._closure_and_evaluation(batches))
         return self.finite_loss(torch.tensor(loss, dtype=torch.float32, device=self.args.device))
 
     def _weight_of(self, batches: list[dict[str, torch.Tensor]]) -> float:
-        """What this process's mean loss counts among those of all processes."""
+        """Weight of this process's mean loss in the mean over all processes."""
         if not self._by_model_loss():
             return float(sum(map(rows_of, batches)))
         return sum(weight_of(batch, self._predicts_tokens()) for batch in batches)
 
     def _set_dropout(self) -> None:
-        """Dropout off, but for `search_dropout`.
+        """Turn dropout off, or on with `search_dropout`.
 
-        Beside an overridden `compute_loss` the model itself counts as training, without its modules: trl's trainers
-        name metrics by that.
+        With an overridden `compute_loss`, `model.training` stays `True` on the model itself (not on its modules):
+        trl's trainers name their metrics by it.
         """
         if self.model.training != self.args.search_dropout:
             self.model.train(self.args.search_dropout)
@@ -235,7 +235,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             full = objective_of_logits(self.model, function, batches)
         if not self.args.search_dropout:
             return full
-        # One mask for all candidates: they cannot be rows of one forward pass.
+        # The same dropout mask for all candidates, so they run one by one, not as rows of one forward pass.
         return FullObjective(with_same_masks(full.value, self.state.global_step + self.args.seed))
 
     def _predicts_tokens(self) -> bool:
@@ -248,11 +248,11 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         return torch.stack([model.loss_function(one, labels, vocab_size=one.shape[-1]) for one in logits])
 
     def _by_model_loss(self) -> bool:
-        """Whether the loss is the model's own or the user's, which only `compute_loss` knows."""
+        """Whether the loss has to come from `compute_loss`: overridden, or not that of a sequence classifier."""
         own = has_own_loss(self)
         inner = self._inner()
         plain = type(inner).__name__.endswith("ForSequenceClassification")
-        # a prompt's regression compares the probabilities of two words, not numbers
+        # regression with a prompt compares the probabilities of two label words, not numbers
         plain = plain and not (is_prompt_model(inner) and inner.config.problem_type == REGRESSION)
         return self.objective is None and self.args.search_objective == LOSS and (own or not plain)
 
@@ -283,10 +283,10 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         return hasattr(model, "base_model_prefix") and set(self._searched) <= set(head_parameters(model))
 
     def _look_for_features(self, batch: dict[str, torch.Tensor] | None = None) -> None:
-        """Find how the head reads, and compute the features of all rows where nothing else can be in a batch.
+        """Find the head's inputs, and compute the features of all rows if batches contain exactly these rows.
 
         Args:
-            batch: a training batch to find it from; `None` = rows of `train_dataset`.
+            batch: a training batch to find the head's inputs from; `None` = use rows of `train_dataset`.
         """
         if self._looked_for_features or (self.train_dataset is None and batch is None):
             return
@@ -307,8 +307,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         self._look_for_features(batch)
         if self.args.search_selection == FISHER and (self._reader is None or not self._all_in_head()):
             raise InputError(
-                "search_selection=fisher is for tensors of a head that reads one vector per row, and this search is "
-                "not of that kind; select at random"
+                "search_selection=fisher needs a search of head tensors only, with a head that reads one vector per "
+                "row; pass search_selection=random"
             )
         if self._reader is None:
             return
@@ -323,8 +323,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     # --- processes ---------------------------------------------------------------------------------
 
-    def _start_alike(self) -> None:
-        """All processes start from the weights of the first one: a head that each draws itself differs."""
+    def _broadcast_weights(self) -> None:
+        """Copy the weights of the first process to all: a new head may be initialized differently on each."""
         if self.args.world_size > 1:
             for tensor in itertools.chain(self.model.parameters(), self.model.buffers()):
                 broadcast(tensor.data)
@@ -333,7 +333,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         if self.args.world_size == 1:
             return
         if self.args.search_method == ADAM_BASELINE:
-            raise InputError("search_method=adam is a baseline for one process; start it with one")
+            raise InputError("search_method=adam is a baseline for one process; start one process")
         accelerator = self.accelerator
 
         def total(values: torch.Tensor) -> torch.Tensor:
@@ -356,18 +356,18 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     @classmethod
     def delta_code(cls, run: FinishedRun) -> str | None:
-        """Python that repeats the search from its trajectory; `None` where its start cannot be made again."""
+        """Python code that repeats the search from its trajectory; `None` if the initial model cannot be rebuilt."""
         arguments = run.record.get("arguments") or {}
         if arguments.get("from_linearhead") or arguments.get("search_peft"):
             return None
         code = delta_code(run, TRAJECTORY, "apply_trajectory")
         if code is None:
             return None
-        start = f"from transformers import set_seed\n\nset_seed({arguments.get('seed', 42)})  # of the new head"
+        start = f"from transformers import set_seed\n\nset_seed({arguments.get('seed', 42)})  # initializes the head"
         return f"{start}\n{code}"
 
     def trained_weights(self) -> list[TrainedWeight]:
-        """The searched tensors: no gradients; moments with `search_method=adam` only."""
+        """List the searched tensors; gradients and moments only with `search_method=adam`."""
         moments = 2 if self.args.search_method == ADAM_BASELINE else 0
         rows = []
         for name, p in self.searched.items():
@@ -377,7 +377,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:
-        """Nothing is kept for a backward pass."""
+        """Run without gradients: a search stores nothing for a backward pass."""
         with torch.no_grad():
             yield
 
@@ -388,7 +388,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         super().log(logs, *positional, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # transformers counts by tokens, which features have not
+        # transformers counts tokens; batches of features have none
         return 0 if self._rows is not None else super().floating_point_ops(inputs)
 
     def _get_grad_norm(self, model, grad_norm=None) -> None:
@@ -396,5 +396,5 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
 
 def _loss_of(trainer: GradientlessTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The mean loss of a batch, as `compute_loss` of `trainer` finds it."""
+    """The mean loss of a batch, by `trainer.compute_loss`."""
     return trainer.compute_loss(trainer.model, dict(batch))

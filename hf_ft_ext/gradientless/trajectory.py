@@ -1,6 +1,6 @@
-"""A search as its trajectory: slopes and rates of each step; the directions come from one seed.
+"""Save an SPSA run as its trajectory: slopes and learning rates of each step, and the seed of the directions.
 
-Some 5 bytes a step: 20,000 steps of one direction are below 0.1 MB, for a model of any size.
+A step takes about 5 bytes: 20,000 steps with one direction are below 0.1 MB, for a model of any size.
 """
 
 import json
@@ -23,21 +23,21 @@ _FORMAT = "hf_ft_ext trajectory 1"
 
 
 def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) -> Path:
-    """Write all steps that `optimizer` has taken.
+    """Write all steps that `optimizer` has taken to a file.
 
     Args:
-        optimizer: a search, from its first step on (resumed or not).
+        optimizer: an `SPSA` search with all its steps since the first one (resumed or not).
         model: the model that it searched; the file names the searched parameters.
         path: a file, or a folder that gets `trajectory.safetensors`.
 
     Returns:
-        The file.
+        Path of the file.
 
     Raises:
-        InputError: a parameter that `model` has not; masks, which no seed makes.
+        InputError: a searched parameter that `model` does not have; a search with masks (no seed reproduces them).
     """
     if optimizer.directions.masks is not None:
-        raise InputError("masks that were passed are in no trajectory; save the model, or take small=...")
+        raise InputError("a trajectory cannot store masks; save the model, or search with small=... instead of masks")
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = []
     for group in optimizer.param_groups:
@@ -60,8 +60,8 @@ def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) 
         "adam_eps": rule.adam_eps,
         "moments": rule.moments,
         "carry": optimizer.moves.rounding.carry,
-        "unseen": sorted(optimizer.use.unseen),
-        "late": optimizer.late,
+        "unseen": sorted(optimizer.perturbed_forward.unread),
+        "late": optimizer.from_second_step,
         "seed": optimizer.first_seed,
         "start": optimizer.start,
     }
@@ -86,9 +86,9 @@ def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) 
 
 @torch.no_grad()
 def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
-    """Take the steps of a trajectory again on the model that it started from, without data and without a loss.
+    """Repeat the steps of a trajectory on the initial model, without data and without a loss.
 
-    The weights end bit for bit where the search's did, on the same kind of device with the same version of torch.
+    The final weights equal those of the search bit for bit, on the same kind of device and version of torch.
 
     Args:
         base: the model as it was before the search, its head included; changed in place.
@@ -98,15 +98,16 @@ def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
         `base`.
 
     Raises:
-        InputError: the file is no trajectory, or it is of other parameters or of other types.
+        InputError: the file is not a trajectory, or `base` has other parameters, types or values than the initial
+            model.
     """
     about, slopes, rates = _read(path)
     named = dict(base.named_parameters())
     missing = [name for group in about["groups"] for name in group if name not in named]
     if missing:
         raise InputError(
-            f"the trajectory moves {missing[0]}, and {type(base).__name__} has no such parameter; pass the model that "
-            "the search started from"
+            f"the trajectory changes {missing[0]}, and {type(base).__name__} has no such parameter; pass the model "
+            "that the search started from"
         )
     groups = [
         {"params": [named[name] for name in names], "weight_decay": decay}
@@ -120,8 +121,8 @@ def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
         )
     if sample_sum(parameter for group in groups for parameter in group["params"]) != about["start"]:
         raise InputError(
-            "these are not the weights that the search started from; pass the same base model, with its head made "
-            "from the same seed"
+            "these are not the weights that the search started from; pass the same base model, with its head "
+            "initialized from the same seed"
         )
     directions = dict(about["directions"])
     optimizer = SPSA(
@@ -140,7 +141,7 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], torch.Tensor, numpy.
     try:
         with safe_open(path, "pt") as file:
             if (file.metadata() or {}).get("format") != _FORMAT:
-                raise InputError(f"{path} is no trajectory of a search; pass a file that save_trajectory wrote")
+                raise InputError(f"{path} is not a trajectory of a search; pass a file that save_trajectory wrote")
             tensors = {name: file.get_tensor(name) for name in ("slopes", "rates", "about")}
         about = json.loads(zlib.decompress(tensors["about"].numpy().tobytes()))
         shape = (len(tensors["slopes"]), len(about["groups"]))
@@ -153,10 +154,10 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], torch.Tensor, numpy.
 
 
 def _packed(rates: numpy.ndarray) -> torch.Tensor:
-    """Rates as compressed differences of their bits: a schedule's change little from step to step."""
+    """Compress rates as differences of their bit patterns: a schedule changes little from step to step."""
     bits = rates.view(numpy.int64 if rates.dtype == numpy.float64 else numpy.int32)
     differences = numpy.diff(bits, axis=0, prepend=numpy.zeros((1, bits.shape[1]), bits.dtype))
-    # Bytes of like significance side by side compress better.
+    # Group bytes of equal significance: they compress better.
     planes = differences.T.copy().view(numpy.uint8).reshape(-1, bits.itemsize).T.copy()
     return torch.frombuffer(bytearray(zlib.compress(planes.tobytes(), 9)), dtype=torch.uint8)
 

@@ -1,1 +1,1 @@
-"""Sharing a run on the Hub: its files, a model card made from `run.json`, and errors that say what to do."""
+"""Push a run to the Hub: its files, and a model card written from `run.json`."""

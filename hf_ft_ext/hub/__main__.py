@@ -1,4 +1,4 @@
-"""`hf-ft-ext push`: push a run that is there."""
+"""`hf-ft-ext push`: push a finished run to the Hub."""
 
 import argparse
 import logging
@@ -9,19 +9,23 @@ from hf_ft_ext.errors import InputError, PushError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Push; 0 = done, 2 = there is nothing to push, 3 = the Hub refused or failed."""
+    """Push a run; return 0, 2 if there is nothing to push, or 3 if the Hub refused or failed."""
     parser = argparse.ArgumentParser(
         prog="hf-ft-ext push",
-        description="Push a finished run to the Hub, with a model card made from its record.",
+        description="Push a finished run to the Hub, with a model card written from its record.",
     )
     parser.add_argument("folder", type=Path, help="the run's output_dir")
     parser.add_argument("--hub_model_id", help="owner/name or name (default: the folder's name)")
-    parser.add_argument("--hub_token", help="access token (default: the one you logged in with)")
-    parser.add_argument("--hub_revision", help="branch, made if it does not exist (default: main)")
+    parser.add_argument("--hub_token", help="access token (default: the one of `hf auth login`)")
+    parser.add_argument("--hub_revision", help="branch, created if it does not exist (default: main)")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--keep_readme", action="store_true", help="push README.md as it is in the folder")
     parser.add_argument(
-        "--include", nargs="+", default=(), metavar="PATTERN", help="push these files of the folder too, such as *.png"
+        "--include",
+        nargs="+",
+        default=(),
+        metavar="PATTERN",
+        help="also push these files of the folder, such as *.png",
     )
     args = parser.parse_args(argv)
     logging.basicConfig(format="%(message)s")

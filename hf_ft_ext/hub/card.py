@@ -1,4 +1,4 @@
-"""The model card of a run, made from `run.json` and the files beside it."""
+"""Write the model card of a run from `run.json` and the files beside it."""
 
 import importlib.resources
 import math
@@ -24,27 +24,27 @@ from hf_ft_ext.training.sharing.text import code_span, prompt_text, share_text, 
 
 _HERE = Path(__file__).parent
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_METRIC_TYPES = {  # our key -> the Hub's name, where it is another one
+_METRIC_TYPES = {  # our key -> the Hub's name, if different
     "pearson": "pearsonr",
     "balanced_accuracy": "accuracy",
     "subset_accuracy": "accuracy",
     **{name: name.partition("_")[0] for name in SCORES if name.startswith(("f1_", "precision_", "recall_"))},
 }
 _NO_QUALITY = re.compile(r"loss|runtime|.*_per_second|.*_time|epoch")
-# Records of earlier versions say nothing of the splits: which one a metric's prefix stood for, and which arguments
-# made fewer rows of it.
+# For records of earlier versions, which do not have the splits: the split of each metric prefix, and the arguments
+# that reduce its rows.
 _EARLIER = {"eval": "validation", "eval_mm": "validation_mismatched", "test": "test", "test_mm": "test_mismatched"}
 _FEWER_ROWS = {"eval": ("num_k", "max_eval_samples"), "test": ("num_k", "max_predict_samples")}
 
 
 def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) -> str:
-    """The README.md of a Hub repository for the run in `folder`.
+    """Return the README.md of a Hub repository for the run in `folder`.
 
-    Results on all rows of a split are metadata (the model index), results on some of its rows stand in the text alone.
+    Results on all rows of a split are also metadata (the model index); results on some rows are in the text only.
 
     Args:
         record: the content of its `run.json`.
-        repo_id: the repository that the snippets load from.
+        repo_id: the repository that the code snippets load from.
     """
     folder = Path(folder)
     base, dataset, config = base_model(record), dataset_id(record), dataset_config(record)
@@ -110,24 +110,24 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
 
 
 def hub_task(record: dict[str, Any]) -> str:
-    """The Hub's name for what the model of a run does."""
+    """The Hub's name of the task of a run's model."""
     names = {CAUSAL_LM: "text-generation", SEQ2SEQ_LM: "text2text-generation"}
     return names.get(record.get("task_type"), "text-classification")
 
 
 def _chose_thresholds(record: dict[str, Any]) -> bool:
-    """Whether the thresholds of several labels were chosen on the first evaluation split."""
+    """Whether multi-label thresholds were chosen on the first evaluation split."""
     return (record.get("arguments") or {}).get("multi_label_threshold") == "auto"
 
 
 def _telling_thresholds(record: dict[str, Any]) -> dict[str, float] | None:
-    """The thresholds by label, where they are not the usual 0.5 of all."""
+    """The thresholds by label; `None` if all are 0.5."""
     thresholds = record.get("thresholds") or {}
     return thresholds if any(value != 0.5 for value in thresholds.values()) else None
 
 
 def _papers(trainer: type | None) -> list[dict[str, str]]:
-    """What the method's own `papers.yaml`, in its trainer's package, cites: `title`, `url` and, if known, `bibtex`."""
+    """The papers in the method's `papers.yaml`, in the package of its trainer: `title`, `url` and maybe `bibtex`."""
     package = "" if trainer is None else trainer.__module__.rpartition(".")[0]
     if not package:
         return []
@@ -143,7 +143,7 @@ def base_model(record: dict[str, Any]) -> str | None:
 
 
 def dataset_id(record: dict[str, Any]) -> str | None:
-    """Hub id of the data set; `None` for local data and the demo's."""
+    """Hub id of the data set; `None` for local data and the demo data."""
     if record.get("data"):
         return record["data"]["hub_id"]
     arguments = record.get("arguments") or {}
@@ -154,7 +154,7 @@ def dataset_id(record: dict[str, Any]) -> str | None:
 
 
 def dataset_config(record: dict[str, Any]) -> str | None:
-    """Configuration of the data set on the Hub, where it is one and the run names it."""
+    """Configuration of the data set on the Hub; `None` for other data, or if it has none."""
     if dataset_id(record) is None:
         return None
     if record.get("data"):
@@ -169,8 +169,10 @@ def _hub_id(name: str) -> str | None:
 
 
 def _evaluations(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """What was evaluated, in the order of the metrics: `split`, `rows` in words, whether they are its `whole`,
-    `metrics`."""
+    """The evaluations of a run, in the order of the metrics.
+
+    Each has `split`, `rows` (a text), `whole` (whether these are all rows of the split), and `metrics`.
+    """
     splits = (record.get("data") or {}).get("splits") or _earlier_splits(record)
     prefixes = sorted((key for key in splits if key != "train"), key=len, reverse=True)
     found: dict[str, dict[str, float]] = {}
@@ -201,7 +203,7 @@ def _earlier_splits(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def rows_text(split: dict[str, Any]) -> str:
-    """How many rows of a split were used, and how they were chosen; `split` as in `run.json`."""
+    """A text about the number of rows used of a split, and their choice; `split` as in `run.json`."""
     rows, of = split.get("rows"), split.get("source_rows")
     if rows is None:
         return f"some rows ({split['fewer']})" if split.get("fewer") else "all"
@@ -219,7 +221,7 @@ def _training_rows(record: dict[str, Any]) -> str | None:
 
 
 def _command(record: dict[str, Any]) -> list[str]:
-    """The run's command without what only this machine knows."""
+    """The run's command without arguments that are specific to this machine."""
     words, skip = [], False
     for word in without_secrets(record["command"]):
         if word.startswith("--"):

@@ -1,4 +1,4 @@
-"""The Python of a model card: the line that loads a run's result, made to load it from the Hub."""
+"""Write the Python code of a model card: the line that loads a run's result, changed to load it from the Hub."""
 
 import ast
 import json
@@ -13,26 +13,26 @@ from hf_ft_ext.hub.files import ADAPTER_CONFIG
 from hf_ft_ext.training.sharing import FinishedRun
 from hf_ft_ext.training.sharing.privacy import is_foreign_path, last_part, without_paths
 
-_LIBRARIES: tuple[ModuleType, ...] = (transformers, peft, hf_ft_ext)  # where the names in such a line come from
+_LIBRARIES: tuple[ModuleType, ...] = (transformers, peft, hf_ft_ext)  # that the names in such a line are imported from
 
 
 def loading_snippet(run: FinishedRun, trainer: type | None, record: dict[str, Any]) -> str:
-    """Python that loads the result from the Hub; the last line may be a comment where code alone cannot do it.
+    """Return Python code that loads the result from the Hub; the last line is a comment if code cannot do it alone.
 
     Args:
-        trainer: the method's, which may have an answer of its own (`loading_code`).
-        record: the content of `run.json` as it is, so that its folder is found in its line.
+        trainer: trainer class of the method, which may provide the code itself (`loading_code`).
+        record: the unchanged content of `run.json`, so that its folder is found in its loading line.
     """
     if hasattr(trainer, "loading_code"):
         return trainer.loading_code(run)
     folder = record.get("output_dir") or str(run.folder)
     line = record.get("load") or f"AutoModelForSequenceClassification.from_pretrained({folder!r})"
     libraries = _libraries(line)
-    if libraries is None:  # no code that stands by itself
+    if libraries is None:  # not a single expression
         from_hub = without_paths(line.replace(folder, "{folder}"))
         return _snippet(["from huggingface_hub import snapshot_download"], run, [f"# {from_hub}"], download=True)
-    download = bool(libraries["hf_ft_ext"])  # our classes know folders only
-    code = ast.unparse(_Moved(folder, run, download).visit(ast.parse(line, mode="eval")))
+    download = bool(libraries["hf_ft_ext"])  # our classes load from folders only
+    code = ast.unparse(_FromHub(folder, run, download).visit(ast.parse(line, mode="eval")))
     own_adapter = run.has(ADAPTER_CONFIG) and not download and not _is_of_peft(run)
     lines = [f"model = {code}"]
     if not download:
@@ -40,7 +40,7 @@ def loading_snippet(run: FinishedRun, trainer: type | None, record: dict[str, An
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({run.repo_id!r})")
     imports = [f"from {library} import {', '.join(sorted(names))}" for library, names in libraries.items() if names]
     if own_adapter:
-        imports.append("import hf_ft_ext  # makes this kind of adapter known to peft")
+        imports.append("import hf_ft_ext  # registers this kind of adapter with peft")
     if download:
         imports.append("from huggingface_hub import snapshot_download")
     return _snippet(imports, run, lines, download)
@@ -53,7 +53,7 @@ def _snippet(imports: list[str], run: FinishedRun, code: list[str], download: bo
 
 
 def _libraries(line: str) -> dict[str, set[str]] | None:
-    """The names that an expression needs, by library; `None` if it is no expression or has a name of none of them."""
+    """The names in an expression, by library; `None` if it is not an expression or has a name of another library."""
     try:
         tree = ast.parse(line, mode="eval")
     except SyntaxError:
@@ -68,8 +68,8 @@ def _libraries(line: str) -> dict[str, set[str]] | None:
     return found
 
 
-class _Moved(ast.NodeTransformer):
-    """Puts the repository in the place of the run's folder, and the Hub's base model in that of a local one."""
+class _FromHub(ast.NodeTransformer):
+    """Replaces the run's folder by the repository, and a local base model by the one on the Hub."""
 
     def __init__(self, folder: str, run: FinishedRun, download: bool):
         self.folder, self.run, self.download = folder, run, download

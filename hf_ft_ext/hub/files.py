@@ -1,4 +1,4 @@
-"""Which files of a run folder go to the Hub, and their text without what is of this machine alone."""
+"""Select the files of a run folder to push, and remove machine-specific values from their content."""
 
 import fnmatch
 import json
@@ -42,8 +42,8 @@ _TOKENIZER = (
 )  # fmt: skip
 _NEVER = (".*", "checkpoint-*", "run-*", "training_args.bin", "predictions*.tsv", "hp_search.json")
 _RUN = (CARD, RUN_RECORD, TRAINER_STATE)
-# Texts whose every path is of this machine; elsewhere only the values of keys that name files are looked at, because
-# a configuration holds the labels' names too.
+# Files in which every path is replaced. In other files, only values of keys for file names are, as a configuration
+# also contains label names, which may look like paths.
 _OF_THE_RUN = (RUN_RECORD, TRAINER_STATE)
 _FILE_KEYS = ("name_or_path", "_path", "_file", "_dir", "_folder", "checkpoint")
 
@@ -51,13 +51,13 @@ _FILE_KEYS = ("name_or_path", "_path", "_file", "_dir", "_folder", "checkpoint")
 def shared_files(
     folder: str | os.PathLike, record: dict[str, Any] | None = None, include: Iterable[str] = ()
 ) -> list[Path]:
-    """The files of a run that go to the Hub.
+    """Return the files of a run to push to the Hub.
 
-    These are weights, configurations, tokenizer, card, record and the trainer's state, the code of a model that brings
-    its own, and what the method's trainer names in `shared_files`.
+    These are weights, configurations, tokenizer, card, record and trainer state, the code files of a model with its
+    own code, and the files in `shared_files` of the method's trainer.
 
     Args:
-        record: the content of its `run.json`, which names the method; `None` = read it.
+        record: the content of its `run.json`, for the method; `None` = read it.
         include: patterns of further files, in the form of `pathlib.Path.glob`.
     """
     record = _read(Path(folder) / RUN_RECORD) if record is None else record
@@ -69,7 +69,7 @@ def shared_files(
 
 
 def left_out(folder: str | os.PathLike, shared: Iterable[Path]) -> list[str]:
-    """Names in `folder` of which nothing is shared, hidden ones and those of every run aside."""
+    """Names in `folder` that are not pushed, except hidden files and those that every run has (checkpoints, ...)."""
     folder = Path(folder)
     kept = {path.relative_to(folder).parts[0] for path in shared}
     names = {path.name for path in folder.iterdir()} - kept
@@ -77,17 +77,17 @@ def left_out(folder: str | os.PathLike, shared: Iterable[Path]) -> list[str]:
 
 
 def public_record(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without paths of this machine and access tokens; labels are left as they are."""
+    """The record without paths of this machine and access tokens; label names are kept unchanged."""
     cleaned = {key: value for key, value in record.items() if key != "labels"}
     cleaned = json.loads(hide_tokens(json.dumps(cleaned)))
     return without_paths(cleaned) | ({"labels": record["labels"]} if "labels" in record else {})
 
 
 def public_content(path: Path, folder: Path, replaced: dict[str, str]) -> bytes | None:
-    """The content to push in place of a file's own; `None` for a file that goes as it is.
+    """The content to push instead of the file's own; `None` to push the file unchanged.
 
     Args:
-        replaced: values for keys of the file, such as a Hub id for the base model of an adapter.
+        replaced: new values for keys of the file, such as a Hub id for the base model of an adapter.
     """
     name = path.relative_to(folder).as_posix()
     if path.suffix != ".json" or name in (FULL_TOKENIZER_FILE, "vocab.json", ADDED_TOKENS_FILE) or "index" in name:
@@ -108,7 +108,7 @@ def public_content(path: Path, folder: Path, replaced: dict[str, str]) -> bytes 
 
 
 def _named_files_cut(value: Any, key: str = "") -> Any:
-    """A JSON value, paths of this machine cut to their last part where a key says that it holds a file's name."""
+    """A JSON value in which paths of this machine are reduced to their last part, for keys of file names."""
     if isinstance(value, dict):
         return {name: _named_files_cut(item, name) for name, item in value.items()}
     if isinstance(value, list):
@@ -126,13 +126,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _vocabulary(folder: Path) -> tuple[str, ...]:
-    """Names of the files that the folder's kind of tokenizer keeps its vocabulary in."""
+    """Names of the vocabulary files of the folder's tokenizer class."""
     kind = getattr(transformers, str(_read(folder / TOKENIZER_CONFIG_FILE).get("tokenizer_class")), None)
     return tuple(name for name in (getattr(kind, "vocab_files_names", None) or {}).values() if name)
 
 
 def _code(folder: Path) -> set[Path]:
-    """The Python files of a model that brings its own code: those that a configuration names, and what they import."""
+    """The Python files of a model with its own code: those in `auto_map` of a configuration, and what they import."""
     files: set[Path] = set()
     for name in (CONFIG, TOKENIZER_CONFIG_FILE, ADAPTER_CONFIG):
         for value in (_read(folder / name).get("auto_map") or {}).values():

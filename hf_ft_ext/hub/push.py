@@ -1,4 +1,4 @@
-"""A run folder to a Hub repository: which files, in one commit, tried again where that can help."""
+"""Push a run folder to a Hub repository in one commit, with retries."""
 
 import json
 import logging
@@ -38,26 +38,26 @@ def push_run(
     include: Iterable[str] = (),
     message: str = "Push a run",
 ) -> str:
-    """Write the model card into the run folder and push what `shared_files` names, in one commit.
+    """Write the model card into the run folder and push `shared_files`, in one commit.
 
-    An adapter that names the demo encoder's folder is pushed with that model's Hub id in its place, and what is pushed
-    names no folders of this machine. Where the Hub or the connection fails for the moment, the push is tried three
-    times; what was uploaded is not uploaded again.
+    The base model of an adapter is pushed as its Hub id if it is the demo encoder, and pushed files contain no paths
+    of this machine. After a temporary failure of the Hub or the connection, the push is tried up to three times; files
+    that were uploaded already are not uploaded again.
 
     Args:
-        folder: what `run_glue.py` left: `run.json` and the saved model, adapter, delta or store.
-        repo_id: `owner/name`, or `name` alone for one of your own; made if it does not exist.
-        revision: a branch, made if it does not exist; `None` = main.
+        folder: output folder of `run_glue.py`: `run.json` and the saved model, adapter, delta or store.
+        repo_id: `owner/name`, or `name` for a repository of your own; created if it does not exist.
+        revision: a branch, created if it does not exist; `None` = main.
         private: whether a new repository is private; `None` = the owner's default.
-        write_card: whether to write README.md (over one that is there).
+        write_card: whether to write README.md (an existing one is replaced).
         include: patterns of further files in the folder, such as pictures that README.md shows.
 
     Returns:
         The repository's address.
 
     Raises:
-        InputError: the folder holds no finished run with a saved result, or `revision` cannot be a branch.
-        PushError: the Hub refused, or could not be reached. The folder is as it was, but for the card.
+        InputError: the folder has no finished run with a saved result, or `revision` cannot be a branch.
+        PushError: the Hub refused, or could not be reached. The folder does not change, except for the card.
     """
     folder = Path(folder)
     record = _record(folder)
@@ -69,10 +69,12 @@ def push_run(
         write_text(folder / CARD, model_card(folder, record, repo_id))
     files = shared_files(folder, record, include)
     if hooks_of(str(record["method"])) is None:
-        logger.warning("Method %r is not installed here: files of its own are not pushed", record["method"])
+        logger.warning(
+            "Method %r is not installed here, so its method-specific files are not pushed", record["method"]
+        )
     if names := left_out(folder, files):
         command = f"hf-ft-ext push {shlex.quote(str(folder))} --hub_model_id {shlex.quote(repo_id)}"
-        logger.info("Not pushed: %s. To push one of them: %s --include NAME", ", ".join(names), command)
+        logger.info("Not pushed: %s. To push a file of these too: %s --include NAME", ", ".join(names), command)
     _warn_of_local_base(record, folder)
     _tried(
         lambda: api.create_commit(
@@ -85,10 +87,10 @@ def push_run(
 
 
 def ensure_branch(repo_id: str, revision: str | None, token: str | None = None) -> None:
-    """Make the branch `revision` of a repository if it does not exist, as `hf upload` does.
+    """Create the branch `revision` of a repository if it does not exist, as `hf upload` does.
 
     Raises:
-        InputError: it is a tag, or no name for a branch.
+        InputError: it is a tag, or not a valid name of a branch.
     """
     if revision is None:
         return
@@ -103,14 +105,14 @@ def ensure_branch(repo_id: str, revision: str | None, token: str | None = None) 
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     except BadRequestError as error:
         raise InputError(
-            f"hub_revision {revision!r} is no branch of {repo_id} and cannot become one "
+            f"hub_revision {revision!r} is not a branch of {repo_id}, and the Hub cannot create it "
             f"({error.server_message or 'the Hub refuses its name'}); pass the name of a branch"
         ) from error
-    logger.info("Made the branch %r of %s", revision, repo_id)
+    logger.info("Created the branch %r of %s", revision, repo_id)
 
 
 def reason(error: BaseException) -> str:
-    """Why the Hub refused or failed, and what to do about it, in one line."""
+    """The reason why the Hub refused or failed, and the next action, in one line."""
     chain = list(_chain(error))
     first = first_line(error)
     if any(isinstance(link, OfflineModeIsEnabled) for link in chain):
@@ -126,17 +128,17 @@ def reason(error: BaseException) -> str:
         401: "the token is missing or not valid; log in with `hf auth login`, or pass --hub_token",
         403: "the token may not write there; use one with write permission, or another --hub_model_id",
         404: "there is no such repository or revision, or the token may not see it; check --hub_model_id",
-        409: "the repository was changed by somebody else at the same time; try again",
-        412: "the repository was changed by somebody else at the same time; try again",
-        429: "too many requests for now; try again later",
+        409: "the repository was changed by another user at the same time; try again",
+        412: "the repository was changed by another user at the same time; try again",
+        429: "too many requests; try again later",
     }.get(status)
     if advice is None:
-        advice = "the Hub has a fault of its own; try again later" if status >= 500 else first
+        advice = "the Hub has an internal error; try again later" if status >= 500 else first
     return f"the Hub answered {status}: {advice}"
 
 
 def is_of_the_hub(error: BaseException) -> bool:
-    """Whether the Hub's client or the network may have raised it (the client's HTTP library has errors of its own)."""
+    """Whether the Hub's client or the network may have raised it (the client's HTTP library has its own errors)."""
     return isinstance(error, OSError) or "httpx" in type(error).__module__
 
 
@@ -144,18 +146,20 @@ def _record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))
         if missing := [key for key in ("method", "task", "model", "metrics", "command") if key not in record]:
-            raise ValueError(f"it lacks {missing[0]!r}")
+            raise ValueError(f"it has no {missing[0]!r}")
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
-            f"{str(folder)!r} holds no finished run ({RUN_RECORD}: {error}); pass the output_dir of one"
+            f"{str(folder)!r} contains no finished run ({RUN_RECORD}: {error}); pass the output_dir of a run"
         ) from error
     if not any(path.suffix == ".safetensors" for path in shared_files(folder, record)):
-        raise InputError(f"{str(folder)!r} holds no saved model; it was an evaluation, and there is nothing to share")
+        raise InputError(
+            f"{str(folder)!r} contains no saved model, so there is nothing to push; pass a run that trained"
+        )
     return record
 
 
 def _operations(folder: Path, record: dict[str, Any], files: Iterable[Path]) -> list[CommitOperationAdd]:
-    """Additions for one commit; new ones for each try, because a commit marks those that it took."""
+    """Operations of one commit; created anew for each try, as a commit changes them."""
     operations = []
     for path in files:
         replaced = {}
@@ -167,7 +171,7 @@ def _operations(folder: Path, record: dict[str, Any], files: Iterable[Path]) -> 
 
 
 def _named_base(folder: Path) -> str:
-    """What the folder's adapter names as its base model."""
+    """The base model in the configuration of the folder's adapter."""
     return str(json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
 
 
@@ -175,15 +179,15 @@ def _warn_of_local_base(record: dict[str, Any], folder: Path) -> None:
     if (folder / ADAPTER_CONFIG).is_file() and base_model(record) is None:
         name = _named_base(folder)
         logger.warning(
-            "The adapter names a folder of this machine as its base model (%s): others cannot load it. Push that "
-            "model too, and train from its Hub id.", last_part(name) if is_foreign_path(name) else name,
+            "The base model of the adapter is a folder of this machine (%s), so others cannot load the adapter. Push "
+            "that model too, and train from its Hub id.", last_part(name) if is_foreign_path(name) else name,
         )  # fmt: skip
 
 
 def _tried(action: Callable[[], Any], folder: Path, repo_id: str) -> Any:
-    """The result of `action`, tried again where the Hub or the connection failed for the moment."""
+    """Return the result of `action`, with retries after temporary failures of the Hub or the connection."""
 
-    def say(state: tenacity.RetryCallState) -> None:
+    def log_retry(state: tenacity.RetryCallState) -> None:
         logger.warning(
             "Push to %s: %s. Next try in %g s.", repo_id, reason(state.outcome.exception()), state.next_action.sleep
         )
@@ -192,14 +196,14 @@ def _tried(action: Callable[[], Any], folder: Path, repo_id: str) -> Any:
         stop=tenacity.stop_after_attempt(_TRIES),
         wait=tenacity.wait_exponential(multiplier=_FIRST_WAIT, exp_base=4, max=_LONGEST_WAIT),
         retry=tenacity.retry_if_exception(_is_momentary),
-        before_sleep=say,
+        before_sleep=log_retry,
         reraise=True,
     )
     try:
         return tries(action)
     except InputError:
         raise
-    except Exception as error:  # whatever the client raises, the run is there: say so
+    except Exception as error:  # of any kind: tell the user that the run is complete and how to push it
         raise PushError(
             f"--push_to_hub: {reason(error)}. The result is complete in {str(folder)!r}; to push it: "
             f"hf-ft-ext push {shlex.quote(str(folder))} --hub_model_id {shlex.quote(repo_id)}"
@@ -231,6 +235,6 @@ def _status(chain: list[BaseException]) -> int | None:
 
 
 def _deepest(chain: list[BaseException]) -> str:
-    """The last cause that says something."""
-    said = [str(link).strip().splitlines()[0] for link in chain if str(link).strip()]
-    return said[-1] if said else type(chain[-1]).__name__
+    """The first line of the deepest cause with a message."""
+    messages = [str(link).strip().splitlines()[0] for link in chain if str(link).strip()]
+    return messages[-1] if messages else type(chain[-1]).__name__

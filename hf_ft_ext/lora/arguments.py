@@ -20,14 +20,15 @@ class LoraTrainingArguments(MethodTrainingArguments):
 
     lora_r: int = field(default=8, metadata={"help": "Rank of the adapters, 1 or more."})
     lora_alpha: float = field(
-        default=16, metadata={"help": "Scale of the adapters, above 0: what they add is multiplied by alpha / r."}
+        default=16, metadata={"help": "Scale of the adapters, above 0: their output is multiplied by alpha / r."}
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the adapters, in [0, 1)."})
     lora_target_modules: list[str] | None = field(
         default=None,
         metadata={
             "help": "Linear layers that get an adapter: the last parts of their dotted names, or one regular "
-            "expression over whole names, or `all-linear`; none = peft's table, or query and value, by structure."
+            "expression that matches full names, or `all-linear`; none = peft's defaults for the model type, else "
+            "query and value, found by structure."
         },
     )
     # FishPAL's rate for LoRA on GLUE; transformers' 5e-5 is meant for training all weights.
@@ -35,19 +36,19 @@ class LoraTrainingArguments(MethodTrainingArguments):
 
     def validate(self) -> None:
         if self.lora_r < 1:
-            raise InputError(f"lora_r={self.lora_r} is no rank; pass 1 or more")
+            raise InputError(f"lora_r must be 1 or more, got {self.lora_r}")
         if not self.lora_alpha > 0:
-            raise InputError(f"lora_alpha={self.lora_alpha} would leave the adapters without effect; pass more than 0")
+            raise InputError(f"lora_alpha must be above 0, got {self.lora_alpha}")
         if not 0 <= self.lora_dropout < 1:
-            raise InputError(f"lora_dropout={self.lora_dropout} is no share in [0, 1); pass 0.1, say")
+            raise InputError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
         targets = self.lora_target_modules
         if (pattern := self.lora_target_pattern) is not None:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise InputError(f"lora_target_modules={pattern!r} is no regular expression: {error}") from None
+                raise InputError(f"lora_target_modules={pattern!r} is not a regular expression: {error}") from None
         if targets is not None and ALL_LINEAR in targets and len(targets) > 1:
-            raise InputError(f"lora_target_modules={targets}: {ALL_LINEAR!r} already takes all; pass it alone")
+            raise InputError(f"lora_target_modules={targets}: {ALL_LINEAR!r} already includes all; pass it alone")
 
     @property
     def gradients(self) -> Gradients:
@@ -55,6 +56,6 @@ class LoraTrainingArguments(MethodTrainingArguments):
 
     @property
     def lora_target_pattern(self) -> str | None:
-        """The single regular expression that `lora_target_modules` holds, if it is one."""
+        """The regular expression in `lora_target_modules`; `None` if it is a list of names."""
         targets = self.lora_target_modules or []
         return targets[0] if len(targets) == 1 and not _PLAIN_NAME.fullmatch(targets[0]) else None

@@ -17,36 +17,36 @@ from hf_ft_ext.training.runs.plan import fold_layer_numbers
 
 
 class LoraTrainer(StopAtNaN, MethodTrainer):
-    """`transformers.Trainer` with LoRA adapters on the linear layers that `args` names.
+    """`transformers.Trainer` with LoRA adapters on linear layers (see `lora_target_modules`).
 
-    The model's head, and any other part that came without pretrained weights, trains in full and is saved
-    with the adapter: `PeftModel.from_pretrained(base, folder)` gives the trained model's logits.
+    The model's head, and any other part without pretrained weights, is trained in full and saved with the adapter:
+    `PeftModel.from_pretrained(base, folder)` returns the trained model's logits.
 
     Args:
-        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
+        model, args, and all others: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `LoraTrainingArguments`.
 
     Raises:
-        InputError: the model carries adapters already, no layer matches `lora_target_modules`, or `optimizers`.
+        InputError: the model has adapters already, no layer matches `lora_target_modules`, or `optimizers` was passed.
     """
 
     arguments_class = LoraTrainingArguments
     several_devices = True
-    no_optimizer = "adds the parameters that train, which an optimizer made before does not hold"
+    no_optimizer = "adds the trainable parameters, which an optimizer created before does not contain"
 
     def training_step(self, model: nn.Module, *positional, **kwargs) -> torch.Tensor:
-        """As `Trainer`'s; the first one checks that gradients reach the adapters.
+        """As `Trainer.training_step`; the first step checks that gradients reach the adapters.
 
         Raises:
-            InputError: they do not, so that the head alone would train.
+            InputError: no gradient reaches them, so that only the head would be trained.
         """
         loss = super().training_step(model, *positional, **kwargs)
         if self.state.global_step == 0 and not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             adapters = [p for n, p in self.model.named_parameters() if p.requires_grad and ".lora_" in n]
             if adapters and all(parameter.grad is None for parameter in adapters):
                 raise InputError(
-                    f"no gradient reaches the adapters in {type(self.model.get_base_model()).__name__}, whose layers "
-                    "make their gradients by themselves from inputs that train; use --method full or sparse"
+                    f"no gradient reaches the adapters in {type(self.model.get_base_model()).__name__}: its layers "
+                    "compute gradients themselves, and only for inputs that require them; use --method full or sparse"
                 )
         return loss
 
@@ -55,13 +55,13 @@ class LoraTrainer(StopAtNaN, MethodTrainer):
 
 
 def add_lora(model: PreTrainedModel, args: LoraTrainingArguments) -> PeftModel:
-    """Wrap a model with LoRA adapters, drawn from `args.seed`; everything else but a classifier's head is frozen.
+    """Wrap a model with LoRA adapters, initialized from `args.seed`; all else except a classifier's head is frozen.
 
     Raises:
         InputError: as for `LoraTrainer`.
     """
     if carries_adapters(model):
-        raise InputError("the model carries PEFT adapters already; pass the base model, or merge the adapters first")
+        raise InputError("the model has PEFT adapters already; pass the base model, or merge the adapters first")
     declare_mean_loss(model)
     targets = args.lora_target_modules
     settings: dict[str, Any] = {"r": args.lora_r, "lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout}
@@ -85,4 +85,4 @@ def _no_target(model: nn.Module, targets: list[str] | None, reason: str) -> str:
         else f"lora_target_modules={targets} cannot be used ({reason})"
     )
     shown = ", ".join(list(linear)[:12]) or "none"
-    return f"{cause}; pass lora_target_modules with (the last parts of) names of linear layers, here: {shown}"
+    return f"{cause}; pass lora_target_modules with (the last parts of) names of linear layers, some of: {shown}"

@@ -1,4 +1,4 @@
-"""Metrics: GLUE's as `evaluate.Metric` classes, scores of own data, the user's own; a Trainer's `compute_metrics`."""
+"""GLUE metrics, scikit-learn scores and the user's own metrics; `metric_function` returns a `compute_metrics`."""
 
 from hf_ft_ext.metrics.function import MetricFunction, default_metrics, metric_function
 from hf_ft_ext.metrics.glue import (

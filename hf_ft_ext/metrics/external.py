@@ -1,4 +1,4 @@
-"""Metrics from elsewhere: a function of the user's, or a metric of the `evaluate` library."""
+"""External metrics: a function of the user, or a metric of the `evaluate` library."""
 
 import contextlib
 import importlib
@@ -18,7 +18,7 @@ from hf_ft_ext.metrics.outputs import MULTI_LABEL, REGRESSION, Outputs, probabil
 
 External = Callable[[Outputs], dict[str, float]]
 
-# What a function of the user's may ask for, by the names of its parameters.
+# What a function of the user can get, by the names of its parameters.
 _PARAMETERS: dict[str, Callable[[Outputs], Any]] = {
     **dict.fromkeys(("predictions", "y_pred", "preds"), lambda outputs: outputs.predictions),
     **dict.fromkeys(("references", "y_true", "labels"), lambda outputs: outputs.references),
@@ -31,14 +31,14 @@ _RESERVED = {"loss", "runtime", "samples_per_second", "steps_per_second", "model
 
 
 def user_metric(name: str) -> External:
-    """A function named `module:function` or `file.py:function`, modules being looked for in the current folder too.
+    """Load the metric `module:function` or `file.py:function`; modules may be in the current folder.
 
-    It takes what its parameters are named after: `predictions` (or `y_pred`), `references` (`y_true`),
-    `probabilities`, `logits`, `label_names`; with a single parameter of another name it is a `compute_metrics` and
-    gets an `EvalPrediction`. It returns a number or a dictionary of numbers.
+    The function gets arguments by the names of its parameters: `predictions` (or `y_pred`), `references` (`y_true`),
+    `probabilities`, `logits`, `label_names`. A function with a single parameter of another name is used as a
+    `compute_metrics` and gets an `EvalPrediction`. It returns a number or a dictionary of numbers.
 
     Raises:
-        InputError: there is no such module or function, or its parameters say not what they want.
+        InputError: there is no such module or function, or its parameters have other names.
     """
     module, _, attribute = name.rpartition(":")
     try:
@@ -48,21 +48,23 @@ def user_metric(name: str) -> External:
                 function = getattr(function, part)
     except AttributeError as error:
         raise InputError(f"metric '{name}': {module} has no {attribute}; check the name") from error
-    except Exception as error:  # whatever the user's module raises
-        raise InputError(f"metric '{name}' cannot be imported ({type(error).__name__}: {error}); check it") from error
+    except Exception as error:  # the user's module may raise anything
+        raise InputError(
+            f"metric '{name}' cannot be imported ({type(error).__name__}: {error}); correct the module or its name"
+        ) from error
     if not callable(function):
         raise InputError(f"metric '{name}' is not a function but a {type(function).__name__}; pass module:function")
     return function_metric(function, name)
 
 
 def function_metric(function: Callable, name: str | None = None) -> External:
-    """As `user_metric`, of the function itself."""
+    """As `user_metric`, for the function itself."""
     name = name or getattr(function, "__name__", type(function).__name__)
     wanted = _wanted(function, name)
     key = getattr(function, "__name__", name.rpartition(":")[2])
 
     def compute(outputs: Outputs) -> dict[str, float]:
-        outputs = _without_gaps(outputs)
+        outputs = _with_valid_predictions(outputs)
         if wanted is None:
             result = function(EvalPrediction(predictions=outputs.logits, label_ids=outputs.references))
         else:
@@ -73,31 +75,31 @@ def function_metric(function: Callable, name: str | None = None) -> External:
 
 
 def evaluate_metric(name: str) -> External:
-    """A metric of the `evaluate` library: the path of its script or folder, or its name.
+    """Load a metric of the `evaluate` library, by the path of its script or folder, or by its name.
 
     Raises:
-        InputError: it cannot be loaded, for one because there is no network.
+        InputError: it cannot be loaded, for example without a network.
     """
     import evaluate
 
     try:
         metric = evaluate.load(str(Path(name).expanduser()) if "/" in name or name.startswith("~") else name)
-    except Exception as error:  # the Hub's, the file system's and the script's own
+    except Exception as error:  # of the Hub, the file system or the script
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"unknown metric '{name}': it is not one of ours, and evaluate cannot load it ({lines[0]}); without a "
-            "network pass the path of the metric's script"
+            f"unknown metric '{name}': it is not built in, and evaluate cannot load it ({lines[0]}); without a "
+            "network, pass the path of the metric's script"
         ) from error
     if not hasattr(metric, "compute"):
-        raise InputError(f"metric '{name}' of evaluate is a {type(metric).__name__}, not a metric; pass another")
+        raise InputError(f"metric '{name}' of evaluate is a {type(metric).__name__}, not a metric; pass another name")
 
     def compute(outputs: Outputs) -> dict[str, float]:
         if outputs.problem_type == MULTI_LABEL:
             raise InputError(
-                f"metric '{name}' of evaluate takes one label per row, but this is multi-label; use ours, such as "
-                "f1_micro, or a function (module:function)"
+                f"metric '{name}' of evaluate takes one label per row, but this is multi-label; use a built-in one, "
+                "such as f1_micro, or a function (module:function)"
             )
-        outputs = _without_gaps(outputs)
+        outputs = _with_valid_predictions(outputs)
         features = metric.features[0] if isinstance(metric.features, list) else metric.features
         given: dict[str, Any] = {"references": outputs.references}
         if "prediction_scores" in features:
@@ -111,7 +113,7 @@ def evaluate_metric(name: str) -> External:
 
 @contextlib.contextmanager
 def _current_folder() -> Iterator[None]:
-    """Modules of the current folder can be imported, as with `python -m`."""
+    """Context manager in which modules of the current folder can be imported, as with `python -m`."""
     added = str(Path.cwd())
     sys.path.insert(0, added)
     try:
@@ -142,8 +144,8 @@ def _wanted(function: Callable, name: str) -> list[str] | None:
         return None
     if unknown or positional or not needed:
         raise InputError(
-            f"metric '{name}' has the parameters {', '.join(p.name for p in parameters)}; name them after what they "
-            f"take ({', '.join(_PARAMETERS)}), or take one, an EvalPrediction"
+            f"metric '{name}' has the parameters {', '.join(p.name for p in parameters)}; use only the names "
+            f"{', '.join(_PARAMETERS)}, or a single parameter, which gets an EvalPrediction"
         )
     optional = ("probabilities", "label_names")
     return needed + [p.name for p in parameters if p.name in optional and p.name not in needed]
@@ -156,15 +158,15 @@ def _probabilities(outputs: Outputs) -> np.ndarray | None:
 
 
 def _scores(outputs: Outputs) -> np.ndarray | None:
-    """Probabilities; of two classes those of class 1 alone, as scikit-learn takes them."""
-    shares = _probabilities(outputs)
-    if shares is None or outputs.problem_type == MULTI_LABEL or shares.shape[1] > 2:
-        return shares
-    return shares[:, 1]
+    """Probabilities; for two classes only those of class 1, as scikit-learn expects them."""
+    found = _probabilities(outputs)
+    if found is None or outputs.problem_type == MULTI_LABEL or found.shape[1] > 2:
+        return found
+    return found[:, 1]
 
 
-def _without_gaps(outputs: Outputs) -> Outputs:
-    """Rows without a prediction get a wrong one, as libraries know no class -1."""
+def _with_valid_predictions(outputs: Outputs) -> Outputs:
+    """Give rows without a prediction (-1) a wrong class, as other libraries do not support class -1."""
     missing = outputs.predictions == -1
     if outputs.margins is None or outputs.problem_type == MULTI_LABEL or not missing.any():
         return outputs
@@ -184,7 +186,7 @@ def _numbers(result: Any, name: str, key: str) -> dict[str, float]:
                 "dictionary of numbers"
             )
         if label in _RESERVED:
-            raise InputError(f"metric '{name}' returned the key {label!r}, which is the trainer's own; rename it")
+            raise InputError(f"metric '{name}' returned the key {label!r}, which Trainer itself uses; rename it")
         found[str(label)] = float(value)
     if not found:
         raise InputError(f"metric '{name}' returned nothing; it must return a number, or a dictionary of numbers")

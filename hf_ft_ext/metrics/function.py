@@ -1,4 +1,4 @@
-"""`metric_function`: a Trainer's `compute_metrics` for metrics by name, bound to the names of the classes."""
+"""`metric_function`: make a Trainer's `compute_metrics` from metrics by name and the names of the classes."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -24,17 +24,17 @@ from hf_ft_ext.metrics.scores import MULTI_LABEL_METRICS, SCORES
 from hf_ft_ext.metrics.thresholds import as_thresholds, best_thresholds, parse_threshold
 
 Metric = str | Callable
-_SAMPLE = 48  # rows of the sample that tells a metric's keys
+_SAMPLE = 48  # rows of the random sample for finding a metric's keys
 
 logger = logging.getLogger(__name__)
 
 
 class MetricFunction:
-    """A Trainer's `compute_metrics`; see `metric_function`, which makes it.
+    """A Trainer's `compute_metrics`; created by `metric_function`.
 
     Attributes:
-        thresholds: of multi-label probabilities, or `None`: chosen anew on the data of each call.
-        names: of the metrics.
+        thresholds: for multi-label probabilities; `None` = chosen on the data of each call.
+        names: names of the metrics.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class MetricFunction:
         if certain:
             self._refuse_sided()
 
-    # --- what was asked for ---------------------------------------------------------------------------
+    # --- checks ---------------------------------------------------------------------------------------
 
     def _check(self, name: str, metric: Metric) -> None:
         known = METRICS | SCORES
@@ -106,18 +106,18 @@ class MetricFunction:
 
     @property
     def chosen_from_elsewhere(self) -> bool:
-        """Whether the metric that chooses the best model is not one of ours, so that its direction is not known."""
+        """Whether the metric that selects the best model is external, so that its direction is not known."""
         return self.names[0] in self._externals
 
     @property
     def reads_positive(self) -> bool:
-        """Whether a metric may depend on which class is the positive one."""
+        """Whether a metric may depend on the choice of the positive class."""
         return bool(self._externals) or any(self._needs_positive(name) for name in self.names)
 
     def _external_order(self, label_order: Sequence[str] | None) -> list[int] | None:
-        """Ids in the order in which metrics from elsewhere see the classes: the data's, the positive one of two last.
+        """Class ids in the order for external metrics: that of the data, with the positive one of two classes last.
 
-        It does not depend on the order that a model has.
+        It does not depend on the order of the classes in the model.
         """
         names = self.label_names
         if names is None:
@@ -130,7 +130,10 @@ class MetricFunction:
         return order
 
     def _refuse_sided(self) -> None:
-        """Refuse a metric from elsewhere that asks which of two classes is class 1 where nothing says so; once."""
+        """Refuse an external metric that depends on which of two classes is class 1, if the positive one is unknown.
+
+        Checked once, by evaluating it on a sample with both orders.
+        """
         if self._sides_checked or not self._externals or self._order is None or len(self._order) != 2:
             return
         self._sides_checked = True
@@ -156,13 +159,16 @@ class MetricFunction:
         for name in self.names:
             for key, value in self._scores(name, outputs).items():
                 if not np.isclose(scores.setdefault(key, value), value, equal_nan=True):
-                    raise InputError(f"metrics {', '.join(self.names)}: two give the key '{key}'; rename it in yours")
+                    raise InputError(
+                        f"metrics {', '.join(self.names)}: two of them return the key '{key}' with different values; "
+                        "rename it in yours"
+                    )
         if self._is_composite() and len(scores) > 1:
             scores["combined_score"] = float(np.mean(list(scores.values())))
         return scores
 
     def _is_composite(self) -> bool:
-        """Whether there is one metric, of GLUE, whose keys have a mean."""
+        """Whether the only metric is one of GLUE, for which GLUE reports the mean of its keys."""
         return len(self.names) == 1 and self.names[0] in METRICS and not self._externals
 
     def _outputs(self, logits: np.ndarray, labels: np.ndarray) -> Outputs:
@@ -187,8 +193,8 @@ class MetricFunction:
             about_one = self._needs_positive(name) and outputs.problem_type == CLASSIFICATION
             if about_one and self.label_names is None and count > 2:
                 raise InputError(
-                    f"metric '{name}' is about one class, the positive one, and here are {count}; pass label_names "
-                    "and positive_label, or take an average over the classes, such as f1_macro"
+                    f"metric '{name}' needs a positive class, and there are {count} classes; pass label_names and "
+                    "positive_label, or use an average over the classes, such as f1_macro"
                 )
             if about_one and outputs.positive is None:
                 outputs = replace(outputs, positive=positive_id(self.label_names, None, name))
@@ -201,13 +207,13 @@ class MetricFunction:
         return load_metric(name).compute(predictions=predictions, references=references)
 
     def keys(self, num_labels: int | None = None) -> list[str]:
-        """The keys that the metrics return, the one that chooses the best model first.
+        """The keys that the metrics return; the first one selects the best model.
 
         Args:
-            num_labels: where neither the names nor the metrics say it; 2 otherwise.
+            num_labels: number of classes, if `label_names` was not passed; `None` = 2.
 
         Raises:
-            InputError: a metric from elsewhere fails on a small sample.
+            InputError: an external metric fails on a small sample.
         """
         if self._keys is not None:
             return list(self._keys)
@@ -236,22 +242,22 @@ def metric_function(
     """Return a Trainer's `compute_metrics` for one or several metrics.
 
     The function takes logits `[rows, classes]` (classification), `[rows, labels]` (multi-label) or `[rows]` /
-    `[rows, 1]` (regression), alone or first in a tuple, and returns the metrics' keys. A single metric of several
-    keys adds their mean as `combined_score`, as GLUE reports it.
+    `[rows, 1]` (regression), alone or first in a tuple. It returns the keys of all metrics. A single GLUE metric with
+    several keys also returns their mean as `combined_score`, as GLUE reports it.
 
     Args:
-        metric: a name in `METRICS` or `SCORES`, `module:function` or `file.py:function`, the name or path of a metric
-            of `evaluate`, a function with parameters named after what they take (`predictions`, `references`,
-            `probabilities`, `logits`, `label_names`, or one `EvalPrediction`), or several of these.
+        metric: one or several of: a name in `METRICS` or `SCORES`; `module:function` or `file.py:function`; the name
+            or path of a metric of `evaluate`; a function, which gets arguments by the names of its parameters
+            (`predictions`, `references`, `probabilities`, `logits`, `label_names`, or one `EvalPrediction`).
         label_names: of the classes in the order of the logits, or a configuration's `id2label`. Without names, class
             1 of two is the positive one.
-        positive_label: name of the class that `f1`, `precision`, `recall`, `accuracy_f1` and `average_precision` are
-            about; `None` = the one that the names themselves show (`yes` of no and yes).
+        positive_label: name of the positive class of `f1`, `precision`, `recall`, `accuracy_f1` and
+            `average_precision`; `None` = inferred from the names (`yes` of no and yes).
         problem_type: as in a model's configuration; `None` = by the shapes of logits and labels.
-        threshold: multi-label: a label is predicted from this probability on; `auto` = for each label the one with
-            the best F1 on the data of the call, or what the attribute `thresholds` was set to.
-        label_order: names in the order in which metrics from elsewhere are to see the classes; `None` = by id. Of two
-            classes the positive one is class 1.
+        threshold: multi-label: a label is predicted if its probability is at least this; `auto` = for each label the
+            threshold with the best F1 on the data of the call, or the value of the attribute `thresholds`.
+        label_order: names of the classes in the order for external metrics; `None` = by id. Of two classes, the
+            positive one is class 1.
 
     Raises:
         InputError: an unknown name, a metric that does not fit the problem, a positive class that is needed and not
@@ -259,21 +265,21 @@ def metric_function(
     """
     metrics = [metric] if isinstance(metric, str) or callable(metric) else list(metric)
     if not metrics:
-        raise InputError("no metric was passed; name one or more")
+        raise InputError("no metric was passed; pass one or more")
     if isinstance(label_names, Mapping):
         label_names = [label_names[i] for i in sorted(label_names, key=int)]
     return MetricFunction(metrics, label_names, positive_label, problem_type, threshold, label_order)
 
 
 def default_metrics(problem_type: str) -> str | tuple[str, ...]:
-    """The metrics of own data for which none was named."""
+    """The default metrics for the user's own data."""
     if problem_type == MULTI_LABEL:
         return MULTI_LABEL_METRICS
     return "pearson_spearman" if problem_type == REGRESSION else "accuracy"
 
 
 def _implied(names: Sequence[str]) -> str | None:
-    """The problem type, where the metrics are for one alone."""
+    """The problem type, if all metrics with a known type share a single one; else `None`."""
     kinds = [{METRICS[n].problem_type} if n in METRICS else set(SCORES[n].problem_types) for n in names
              if n in METRICS or n in SCORES]  # fmt: skip
     common = set.intersection(*kinds) if kinds else set()
@@ -281,12 +287,12 @@ def _implied(names: Sequence[str]) -> str | None:
 
 
 def _swapped(ids: np.ndarray) -> np.ndarray:
-    """Ids of two classes exchanged; others (-1) stay."""
+    """Exchange the ids of two classes; others (-1) stay."""
     return np.where((ids == 0) | (ids == 1), 1 - ids, ids)
 
 
 def _sample(problem_type: str, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and labels that hold every class."""
+    """Random logits and labels in which every class occurs."""
     generator = np.random.default_rng(0)
     rows = max(_SAMPLE, 4 * count)
     if problem_type == REGRESSION:
@@ -295,7 +301,7 @@ def _sample(problem_type: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     logits = generator.normal(size=(rows, count))
     if problem_type == MULTI_LABEL:
         return logits, (generator.random((rows, count)) < 0.4).astype(np.float32)
-    # A class is the more frequent the lower its id, so that a metric that treats two differently shows it.
+    # Lower ids are more frequent, so that the result of a metric that treats two classes differently changes.
     labels = generator.choice(count, rows, p=np.arange(count, 0, -1) / (count * (count + 1) / 2))
     labels[:count] = np.arange(count)
     return logits, labels
@@ -306,7 +312,7 @@ def _tried(compute: Callable[[Outputs], dict[str, float]], name: str, outputs: O
         return compute(outputs)
     except InputError:
         raise
-    except Exception as error:  # whatever the metric raises
+    except Exception as error:  # an external metric may raise anything
         lines = str(error).strip().splitlines() or [""]
         raise InputError(
             f"metric '{name}' fails on {len(outputs.references)} rows ({type(error).__name__}: "

@@ -18,24 +18,24 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def generation_metrics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`exact_match`, `f1`, `rouge1`, `rouge2` and `rougeL`.
+    """Return `exact_match`, `f1`, `rouge1`, `rouge2` and `rougeL`, means over the rows.
 
     Args:
-        predictions: generated texts, one a row.
-        references: the texts that count as right, one or more a row.
+        predictions: generated texts, one per row.
+        references: the correct texts, one or more per row.
 
     Raises:
         InputError: no rows, another number of rows, or a row without a reference.
     """
     if not predictions or len(predictions) != len(references):
         raise InputError(
-            f"generation metrics need one list of references a row, got {len(predictions)} predictions and "
+            f"generation metrics need one list of references per row, got {len(predictions)} predictions and "
             f"{len(references)} lists"
         )
     sums = dict.fromkeys(_SCORES, 0.0)
     for row, (prediction, accepted) in enumerate(zip(predictions, references, strict=True)):
         if not accepted:
-            raise InputError(f"row {row} has no reference to score its generated text by; fill or remove it")
+            raise InputError(f"row {row} has no reference; add one, or remove the row")
         for name, score in _SCORES.items():
             sums[name] += max(score(prediction, text) for text in accepted)
     return {name: total / len(predictions) for name, total in sums.items()}

@@ -1,15 +1,15 @@
 """The GLUE metrics as `evaluate.Metric` classes that download nothing.
 
-Conventions where a score is undefined, the same for every metric here: it is 0.0, the value of a
-model that has learnt nothing, so that one bad evaluation never becomes the best checkpoint.
+An undefined score is 0.0, the value of a model that has learnt nothing, so that one bad evaluation never becomes the
+best checkpoint:
 
-- `matthews_correlation` is 0.0 where predictions or references hold one class only.
-- `f1` is 0.0 where neither holds the positive class.
-- `pearson` and `spearmanr` are 0.0 for constant predictions or references, for fewer than two
-  rows, and where a prediction is NaN or infinite.
-- A classification row whose logits hold a NaN counts as wrong (its predicted class is -1).
+- `matthews_correlation` is 0.0 if predictions or references contain one class only.
+- `f1` is 0.0 if neither contains the positive class.
+- `pearson` and `spearmanr` are 0.0 for constant predictions or references, for fewer than two rows, and if a
+  prediction is NaN or infinite.
+- A classification row with a NaN in its logits counts as wrong (its predicted class is -1).
 
-What own data is scored with besides: `hf_ft_ext.metrics.scores`.
+Further metrics for the user's own data: `hf_ft_ext.metrics.scores`.
 """
 
 import logging
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class _InMemoryMetric(evaluate.Metric):
-    """A metric that keeps its rows in memory: no cache folder, so processes cannot clash."""
+    """A metric that keeps its rows in memory: without a cache folder, processes cannot interfere."""
 
     _dtype = "int64"
     _summary = ""
@@ -37,7 +37,7 @@ class _InMemoryMetric(evaluate.Metric):
         super().__init__(config_name, **kwargs)
 
     def _build_data_dir(self):
-        # evaluate makes the folder even if nothing is ever written to it; a read-only home must do.
+        # evaluate creates the folder even if it never writes to it, which fails with a read-only home folder.
         return "" if self.keep_in_memory else super()._build_data_dir()
 
     def _info(self):
@@ -60,9 +60,9 @@ class _InMemoryMetric(evaluate.Metric):
 
 
 class Accuracy(_InMemoryMetric):
-    """Share of rows predicted right: key `accuracy`, 0 to 1. Predictions are class ids."""
+    """Fraction of correctly predicted rows: key `accuracy`, 0 to 1. Predictions are class ids."""
 
-    _summary = "Share of rows whose predicted class is the true one."
+    _summary = "Fraction of rows whose predicted class is the true one."
 
     def _scores(self, predictions, references):
         return {"accuracy": np.mean(predictions == references)}
@@ -71,10 +71,10 @@ class Accuracy(_InMemoryMetric):
 class AccuracyF1(_InMemoryMetric):
     """Accuracy and F1 of class 1, as GLUE scores MRPC and QQP: keys `accuracy`, `f1`, 0 to 1.
 
-    These are ids. `metric_function` binds the positive class by its name, whatever id it has.
+    Predictions and references are class ids. `metric_function` finds the positive class by its name instead.
 
     Raises:
-        InputError: the references hold another class than 0 and 1.
+        InputError: the references contain a class other than 0 and 1.
     """
 
     _summary = "Accuracy, and the harmonic mean of precision and recall of class 1."
@@ -84,8 +84,10 @@ class AccuracyF1(_InMemoryMetric):
 
         others = sorted(set(references.tolist()) - {0, 1})
         if others:
-            raise InputError(f"metric 'accuracy_f1' is for two classes, but the labels hold {others}; use 'accuracy'")
-        # Class 1 against the rest, so that a row without a prediction (-1) is a missed positive at most.
+            raise InputError(
+                f"metric 'accuracy_f1' is for two classes, but the labels contain {others}; use 'accuracy'"
+            )
+        # Class 1 against the rest, so that a row without a prediction (-1) counts as a false negative at most.
         f1 = f1_score(references == 1, predictions == 1, zero_division=0.0)
         return {"accuracy": np.mean(predictions == references), "f1": f1}
 
@@ -125,7 +127,7 @@ class PearsonSpearman(_InMemoryMetric):
         if bad or np.ptp(predictions) == 0 or np.ptp(references) == 0:
             return {"pearson": 0.0, "spearmanr": 0.0}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # nearly constant input: the value still is the best there is
+            warnings.simplefilter("ignore")  # about nearly constant input
             pearson = pearsonr(predictions, references).statistic
             spearman = spearmanr(predictions, references).statistic
         return {"pearson": np.nan_to_num(pearson), "spearmanr": np.nan_to_num(spearman)}
@@ -137,7 +139,7 @@ class MetricSpec:
 
     cls: type[evaluate.Metric]
     problem_type: str  # CLASSIFICATION or REGRESSION
-    primary: str  # the key by which the best model is chosen; higher is better for all
+    primary: str  # the key that selects the best model; higher is better for all
 
 
 METRICS = {
@@ -155,12 +157,12 @@ def _spec(name: str) -> MetricSpec:
 
 
 def load_metric(name: str) -> evaluate.Metric:
-    """Return a new metric by its name in `METRICS`; an unknown name is an `InputError`."""
+    """Return a new metric by its name in `METRICS`; raises `InputError` for an unknown name."""
     return _spec(name).cls()
 
 
 def primary_key(name: str) -> str:
-    """Return the key of the metric by which the best model is chosen, such as `matthews_correlation`."""
+    """Return the key of the metric that selects the best model, such as `matthews_correlation`."""
     return _spec(name).primary
 
 
@@ -181,7 +183,7 @@ def check_metric(name: str, problem_type: str, num_labels: int | None = None) ->
         is_, for_ = (kind.replace("single_label_", "") for kind in (problem_type, spec.problem_type))
         raise InputError(
             f"metric '{name}' is for {for_}, but this is {is_} (float labels mean regression, others "
-            f"classification); use {' or '.join(fitting)}, or store the labels in the other form"
+            f"classification); use {' or '.join(fitting)}, or change the type of the labels"
         )
     if name == "accuracy_f1" and num_labels is not None and num_labels != 2:
         raise InputError(f"metric 'accuracy_f1' is for two classes, but the data has {num_labels}; use 'accuracy'")

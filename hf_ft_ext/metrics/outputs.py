@@ -1,4 +1,4 @@
-"""What metrics are computed from: logits and labels in the form that each problem type asks for."""
+"""`Outputs`: predictions and labels of a data set in the form that metrics need, for each problem type."""
 
 import logging
 from collections.abc import Sequence
@@ -20,17 +20,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outputs:
-    """Predictions of some rows beside the truth.
+    """Predictions and true labels of some rows.
 
     Attributes:
-        problem_type: of the three.
-        predictions: class ids `[rows]` (-1 where the logits hold a NaN), 0 and 1 `[rows, labels]`, or numbers
+        problem_type: `CLASSIFICATION`, `REGRESSION` or `MULTI_LABEL`.
+        predictions: class ids `[rows]` (-1 if the logits contain a NaN), 0 and 1 `[rows, labels]`, or numbers
             `[rows]`.
-        references: the same of the truth.
-        margins: log-odds of each class or label, `[rows, classes]`, NaN where a logit is; `None` for a regression.
-        logits: as the model gave them.
-        positive: id of the positive class, where it is known.
-        names: of the classes by id, where they are known.
+        references: the true values in the same form.
+        margins: log-odds of each class or label, `[rows, classes]`, NaN for rows with a NaN logit; `None` for
+            regression.
+        logits: logits of the model.
+        positive: id of the positive class, if known.
+        names: names of the classes by id, if known.
     """
 
     problem_type: str
@@ -42,7 +43,7 @@ class Outputs:
     names: tuple[str, ...] | None = None
 
     def in_order(self, order: Sequence[int]) -> "Outputs":
-        """The same with class `order[0]` as id 0, `order[1]` as id 1, and so on."""
+        """Return the outputs with the classes reordered: class `order[0]` gets id 0, `order[1]` id 1, and so on."""
         order = np.asarray(order)
         new_ids = np.append(np.argsort(order), -1)  # the last entry is the new id of -1
         return replace(
@@ -57,9 +58,10 @@ class Outputs:
 
 
 def class_margins(logits: np.ndarray) -> np.ndarray:
-    """Log-odds of each class against all others, `[rows, classes]`: unlike probabilities they never round to 1.
+    """Log-odds of each class against all others, `[rows, classes]`; unlike probabilities they do not saturate at 1.
 
-    A logit of infinity gives infinity; rows that have no order of their own (NaN, infinity twice) give NaN.
+    `z_i - log sum_(j != i) exp(z_j)`. An infinite logit gives infinity; rows without an order of the classes (NaN, or
+    two infinite logits) give NaN.
     """
     logits = logits.astype(np.float64)
     found = np.empty_like(logits)
@@ -72,7 +74,7 @@ def class_margins(logits: np.ndarray) -> np.ndarray:
 
 
 def probabilities(logits: np.ndarray, problem_type: str) -> np.ndarray:
-    """Probabilities `[rows, classes]` of logits: softmax over classes, or a sigmoid for each label; in float64."""
+    """Probabilities `[rows, classes]` of logits: softmax over classes, or sigmoid of each label; in float64."""
     from scipy.special import expit, softmax
 
     logits = np.asarray(logits).astype(np.float64)
@@ -80,7 +82,7 @@ def probabilities(logits: np.ndarray, problem_type: str) -> np.ndarray:
 
 
 def problem_of(logits: np.ndarray, labels: np.ndarray) -> str:
-    """The problem type that logits and labels of these shapes belong to."""
+    """Infer the problem type from the shapes of logits and labels."""
     if labels.ndim == 2 and labels.shape[1] > 1:
         return MULTI_LABEL
     if logits.size == labels.size and (logits.ndim == 1 or logits.shape[-1] == 1):
@@ -97,14 +99,15 @@ def make_outputs(
     positive: int | None = None,
     names: tuple[str, ...] | None = None,
 ) -> Outputs:
-    """Outputs of logits and labels.
+    """Create `Outputs` from logits and labels.
 
     Args:
         name: of the metric, for messages.
-        thresholds: of multi-label probabilities, one for all labels or `[labels]`; a label is predicted from it on.
+        thresholds: multi-label: a label is predicted if its probability is at least this, one for all labels or
+            `[labels]`.
 
     Raises:
-        InputError: logits or labels have another shape than the problem type asks for.
+        InputError: logits or labels do not have the shape of the problem type.
     """
     if problem_type == REGRESSION:
         if logits.size != labels.size:
@@ -114,7 +117,7 @@ def make_outputs(
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise InputError(f"metric '{name}' needs logits [rows, classes], but got shape {logits.shape}")
     if names is not None and len(names) != logits.shape[1]:
-        raise InputError(f"metric '{name}' knows {len(names)} labels, but got logits of shape {logits.shape}")
+        raise InputError(f"metric '{name}' has {len(names)} label names, but got logits of shape {logits.shape}")
     broken = np.isnan(logits).any(axis=1)
     if broken.any():
         logger.warning("%d of %d rows have NaN logits and count as wrong", int(broken.sum()), len(broken))

@@ -1,4 +1,4 @@
-"""Which of two classes is the positive one: as named, or by what the names themselves say. Never by their order."""
+"""Find the positive class: by its name, or inferred from the names of two classes, never from their order."""
 
 import logging
 import re
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hf_ft_ext.errors import InputError, did_you_mean
 
-# Pairs of which the second one is the positive class wherever they are used.
+# Pairs of names (negative, positive) with a conventional meaning.
 _PAIRS = (
     ("0", "1"), ("-1", "1"), ("label_0", "label_1"), ("false", "true"), ("f", "t"), ("no", "yes"), ("n", "y"),
     ("neg", "pos"), ("negative", "positive"), ("unacceptable", "acceptable"), ("incorrect", "correct"),
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def evident_positive(names: Sequence[str]) -> str | None:
-    """The positive class of two by their names (`1` of 0 and 1, `spam` of `not_spam` and `spam`), or `None`."""
+    """Infer the positive class of two from their names: `1` of 0 and 1, `spam` of `not_spam` and `spam`; or `None`."""
     if len(names) != 2:
         return None
     first, second = (str(name).strip().lower() for name in names)
@@ -32,15 +32,15 @@ def evident_positive(names: Sequence[str]) -> str | None:
 
 
 def positive_id(names: Sequence[str] | None, wanted: str | None, metric: str) -> int:
-    """Id of the positive class.
+    """Return the id of the positive class.
 
     Args:
-        names: of the classes by id; `None` = unknown, so that ids are all there is: class 1.
-        wanted: its name, case aside where that leaves no doubt; `None` = the one that `evident_positive` finds.
-        metric: what needs it, for the message.
+        names: of the classes by id; `None` = unknown: then it is class 1.
+        wanted: its name, in any case of letters if that is unambiguous; `None` = inferred by `evident_positive`.
+        metric: the metric that needs it, for messages.
 
     Raises:
-        InputError: there is no such class, or the names do not say which it is.
+        InputError: there is no such class, or it cannot be inferred from the names.
     """
     if names is None:
         if wanted is not None:
@@ -51,10 +51,10 @@ def positive_id(names: Sequence[str] | None, wanted: str | None, metric: str) ->
     evident = evident_positive(names)
     if evident is None:
         shown = ", ".join(map(str, names[:10])) + (", ..." if len(names) > 10 else "")
-        other = "" if len(names) == 2 else ", or take an average over the classes, such as f1_macro"
+        other = "" if len(names) == 2 else ", or use an average over the classes, such as f1_macro"
         raise InputError(
-            f"metric '{metric}' is about one class, the positive one, and the labels do not say which of them it is: "
-            f"{shown}; name it with --positive_label (positive_label=){other}"
+            f"metric '{metric}' needs a positive class, which cannot be inferred from the labels {shown}; pass "
+            f"--positive_label (positive_label=){other}"
         )
     return list(names).index(evident)
 

@@ -1,7 +1,7 @@
-"""Scores of own data by name, as scikit-learn names its scorers: F1, precision, recall, areas, averages over classes.
+"""Scores by the names of scikit-learn's scorers: F1, precision, recall, areas under curves, averages over classes.
 
-Where a score is undefined it is 0.0, and rows with NaN logits count as wrong, as for the GLUE metrics. Averages over
-classes are over those that occur in the truth or the predictions, as scikit-learn takes them. Higher is better.
+An undefined score is 0.0, and rows with NaN logits count as wrong, as for the GLUE metrics. As in scikit-learn,
+averages are over the classes that occur in the true labels or the predictions. Higher is better.
 """
 
 import logging
@@ -23,9 +23,9 @@ class Score:
     """One row of `SCORES`.
 
     Attributes:
-        compute: the score of outputs.
-        problem_types: those that it is defined for.
-        positive: whether it is about one class, the positive one.
+        compute: returns the score of outputs.
+        problem_types: problem types for which it is defined.
+        positive: whether it needs a positive class.
     """
 
     compute: Callable[[Outputs], float]
@@ -62,7 +62,7 @@ def _subset_accuracy(outputs: Outputs) -> float:
 
 
 def _roc_auc(outputs: Outputs) -> float:
-    """Two classes: the area of either, which is the same. More, or labels: the mean of each against the rest."""
+    """Area under the ROC curve; for more than two classes or several labels, the mean of each against the rest."""
     return _area(outputs, "roc_auc_score")
 
 
@@ -82,12 +82,12 @@ def _area(outputs: Outputs, function: str) -> float:
     columns = [1] if outputs.problem_type == CLASSIFICATION and count == 2 else range(count)
     defined = [i for i in columns if truths[i].any() and not truths[i].all()]
     if not defined:
-        logger.warning("%s is not defined where all rows are of one class: it is set to 0.", function)
+        logger.warning("%s is not defined if all rows are of one class: it is set to 0.", function)
     return float(np.mean([_of_ranking(function, truths[i], outputs.margins[:, i]) for i in defined] or [0.0]))
 
 
 def _of_ranking(function: str, truth: np.ndarray, margins: np.ndarray) -> float:
-    """A score of the rows' order; a row without a margin is put at the wrong end of it."""
+    """A score of the order of rows by margin; a row without a margin (NaN) is put at the wrong end."""
     if not truth.any() or truth.all():
         return 0.0
     margins = np.where(np.isnan(margins), np.where(truth, -np.inf, np.inf), margins)
@@ -98,7 +98,7 @@ def _sklearn(function: str, *arrays: np.ndarray, **settings) -> float:
     import sklearn.metrics
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is undefined
+        warnings.simplefilter("ignore")  # about undefined scores
         return float(np.nan_to_num(getattr(sklearn.metrics, function)(*arrays, **settings)))
 
 
@@ -115,4 +115,4 @@ SCORES: dict[str, Score] = {
     "f1_samples": Score(_averaged("f1", "samples"), (MULTI_LABEL,)),
     "subset_accuracy": Score(_subset_accuracy, (MULTI_LABEL,)),
 }
-MULTI_LABEL_METRICS = ("f1_micro", "f1_macro", "subset_accuracy")  # the default; the first chooses the best model
+MULTI_LABEL_METRICS = ("f1_micro", "f1_macro", "subset_accuracy")  # defaults; the first selects the best model

@@ -1,4 +1,4 @@
-"""Thresholds of multi-label predictions: one number, or for each label the one with the best F1 on some data."""
+"""Thresholds of multi-label predictions: one for all labels, or for each label the one with the best F1."""
 
 import numpy as np
 
@@ -9,10 +9,10 @@ AUTO = "auto"
 
 
 def parse_threshold(value: str | float) -> float | None:
-    """A number between 0 and 1, or `None` for `auto`: chosen on data.
+    """Parse a threshold: a number between 0 and 1, or `auto` -> `None` (chosen on data).
 
     Raises:
-        InputError: neither.
+        InputError: another value.
     """
     if value == AUTO:
         return None
@@ -26,10 +26,10 @@ def parse_threshold(value: str | float) -> float | None:
 
 
 def best_thresholds(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """For each label the probability from which on predicting it gives the best F1: `[labels]`.
+    """For each label, the threshold of its probability with the best F1: `[labels]`.
 
-    Candidates lie halfway between the probabilities of neighbouring rows. Of equally good ones the nearest to 0.5 is
-    taken; a label that no row has keeps 0.5. Rows with NaN logits are left out.
+    Candidates are the midpoints between consecutive probabilities in sorted order. Of equally good ones, the nearest
+    to 0.5 is taken; a label that no row has gets 0.5. Rows with NaN logits are left out.
 
     Args:
         logits: `[rows, labels]`.
@@ -46,7 +46,7 @@ def _best(shares: np.ndarray, truth: np.ndarray) -> float:
     order = np.argsort(-shares, kind="stable")
     shares, hits = shares[order], np.cumsum(truth[order])
     last = np.flatnonzero(np.append(shares[:-1] != shares[1:], True))  # last row of each run of equal probabilities
-    f1 = 2 * hits[last] / (last + 1 + truth.sum())
+    f1 = 2 * hits[last] / (last + 1 + truth.sum())  # 2 TP / (predicted + true), with rows 0 to `last` predicted
     cuts = (shares[last] + np.append(shares, 0.0)[last + 1]) / 2
     cuts = np.clip(cuts, np.finfo(float).tiny, 1.0)
     best = np.flatnonzero(f1 >= f1.max() - 1e-12)
@@ -54,5 +54,5 @@ def _best(shares: np.ndarray, truth: np.ndarray) -> float:
 
 
 def as_thresholds(chosen: Thresholds | None) -> Thresholds:
-    """0.5 where nothing was chosen."""
+    """`chosen`, or 0.5 if it is `None`."""
     return 0.5 if chosen is None else chosen

@@ -1,1 +1,1 @@
-"""Recipes: YAML files of arguments, and tables of such with one row for each experiment."""
+"""Recipes: YAML files of arguments, or tables with one row for each experiment."""

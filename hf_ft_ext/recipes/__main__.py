@@ -12,21 +12,21 @@ from hf_ft_ext.recipes.reading import read_recipe, read_rows, split_address
 from hf_ft_ext.recipes.rows import base_of, expanded_rows
 from hf_ft_ext.recipes.yaml_files import load
 
-_CHECKOUT = Path(__file__).resolve().parents[2] / "recipes"  # where this package runs from its repository
+_CHECKOUT = Path(__file__).resolve().parents[2] / "recipes"  # exists if this package runs from its repository
 _DESCRIPTION = """\
-Without words: the recipe files, and how many experiments each holds.
-With words: the experiments whose address holds all of them; argument=value compares a setting instead.
-With a file: its rows. With one experiment, FILE.yaml#ROW: its settings as a plain recipe, ready to copy.
+Without arguments: list the recipe files and the number of experiments in each.
+With words: list the experiments whose address contains all words; argument=value matches a setting instead.
+With a file: list its rows. With one experiment, FILE.yaml#ROW: print its settings as a plain recipe to copy.
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """List what the words of `argv` ask for; 0 = done, 2 = nothing is found."""
+    """List or print recipes; return 0, or 2 if nothing is found."""
     parser = argparse.ArgumentParser(
         prog="hf-ft-ext recipes", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("words", nargs="*", metavar="WORD", help="for example: kernel sst2 num_k=16")
-    parser.add_argument("--folder", type=Path, help="where to look (default: ./recipes, else the repository's)")
+    parser.add_argument("--folder", type=Path, help="folder of recipes (default: ./recipes, else the repository's)")
     args = parser.parse_args(argv)
     try:
         for line in _lines(args.words, args.folder):
@@ -64,7 +64,7 @@ def _of_file(address: str, words: list[str]) -> list[str]:
 
 
 def _matching(file: Path, words: list[str]) -> list[tuple[str, ...]]:
-    """Address and own settings of each experiment of a file that all words match."""
+    """Address and row settings of each experiment of a file that matches all words."""
     recipe = load(file)
     base, rows = base_of(recipe, str(file)), expanded_rows(recipe, str(file))
     experiments = {f"{file}#{name}": row for name, row in rows.items()} or {str(file): base}
@@ -81,7 +81,7 @@ def _matches(word: str, address: str, settings: dict[str, Any]) -> bool:
     if not equals:
         return word in address
     found = _plain(settings.get(name))
-    return value in (found, found.rpartition("/")[2])  # a model's name, with and without its owner
+    return value in (found, found.rpartition("/")[2])  # a model's name, with or without its owner
 
 
 def _plain(value: Any) -> str:
@@ -89,7 +89,7 @@ def _plain(value: Any) -> str:
 
 
 def _hint(words: list[str], files: list[Path]) -> str:
-    """The name of an argument that is nearly one of a word's."""
+    """A suggestion for the first unknown argument name among the words."""
     known = {key for file in files for row in (read_rows(file) or {"": load(file)}).values() for key in row}
     names = [word.lstrip("-").partition("=")[0] for word in words if "=" in word]
     return next((did_you_mean(name, known) for name in names if name not in known), "")
@@ -106,7 +106,7 @@ def _size(file: Path) -> str:
 
 
 def _title(file: Path) -> str:
-    """The first sentence of a file's head."""
+    """The first comment line of a file."""
     first = file.read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip() if first.startswith("#") else ""
 

@@ -1,4 +1,4 @@
-"""From a recipe's address, `FILE.yaml` or `FILE.yaml#ROW`, to the arguments that it sets."""
+"""Read the arguments of a recipe from its address: `FILE.yaml` or `FILE.yaml#ROW`."""
 
 import difflib
 import logging
@@ -16,18 +16,18 @@ _SHOWN = 3  # rows that a message names
 
 
 def read_recipe(address: str | os.PathLike, row: str | None = None) -> dict[str, Any]:
-    """The arguments that a recipe sets, with their values as YAML reads them; `None` sets nothing.
+    """Return the arguments that a recipe sets, with values as YAML reads them; a value `None` sets nothing.
 
     Args:
-        address: path of a YAML file; behind a `#`, the row of a file that is a table.
-        row: the row, in place of `#ROW`.
+        address: path of a YAML file; for a table, followed by `#` and the row.
+        row: the row, instead of `#ROW`.
 
     Raises:
-        InputError: no such file or row, no row of a table, or a file that is not of a recipe's form.
+        InputError: no such file or row, a table without a row, or a file that is not a valid recipe.
     """
     path, named = split_address(address)
     if named is not None and row is not None and named != row:
-        raise InputError(f"{address} names the row {named!r}, --recipe_row {row!r}; pass one of the two")
+        raise InputError(f"{address} selects the row {named!r}, and --recipe_row {row!r}; pass one of the two")
     row = row if named is None else named
     if not path.is_file():
         path, row = _moved(path, row)
@@ -35,7 +35,7 @@ def read_recipe(address: str | os.PathLike, row: str | None = None) -> dict[str,
     rows = expanded_rows(recipe, str(path))
     if row is None and rows:
         raise InputError(
-            f"recipe {path} is a table of {len(rows)} rows; name one, for example {path}#{next(iter(rows))} "
+            f"recipe {path} is a table of {len(rows)} rows; choose one, for example {path}#{next(iter(rows))} "
             f"(`hf-ft-ext recipes {path}` lists them)"
         )
     if row is not None and row not in rows:
@@ -44,7 +44,7 @@ def read_recipe(address: str | os.PathLike, row: str | None = None) -> dict[str,
 
 
 def read_rows(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
-    """The arguments of every row of a table, by the row's name; nothing if the recipe is no table.
+    """Return the arguments of every row of a table, by the row's name; empty if the recipe is not a table.
 
     Raises:
         InputError: as for `read_recipe`.
@@ -56,7 +56,7 @@ def read_rows(path: str | os.PathLike) -> dict[str, dict[str, Any]]:
 
 
 def split_address(address: str | os.PathLike) -> tuple[Path, str | None]:
-    """The file and the row (or `None`) of an address. A file whose own name has a `#` is taken as it is."""
+    """Split an address into the file and the row (or `None`). A file with `#` in its own name is supported."""
     text = os.fspath(address)
     file, mark, row = text.rpartition("#")
     if not mark or Path(text).is_file():
@@ -70,7 +70,7 @@ def _no_file(path: Path) -> str:
 
 def _no_such_row(path: Path, row: str, names: list[str]) -> str:
     if not names:
-        return f"recipe {path} is one experiment without rows; leave #{row} out"
+        return f"recipe {path} is a single experiment without rows; leave #{row} out"
     near = difflib.get_close_matches(row, names, n=_SHOWN, cutoff=0.5)
     shown = ", ".join(near or names[:_SHOWN])
     which = "the nearest are" if near else "the first are"
@@ -78,11 +78,11 @@ def _no_such_row(path: Path, row: str, names: list[str]) -> str:
 
 
 def _moved(path: Path, row: str | None) -> tuple[Path, str]:
-    """The table and row that took the place of a file `FOLDER/NAME.yaml`; until 0.1 each experiment was one."""
+    """The table and row that replace a former file `FOLDER/NAME.yaml` (until 0.1, each experiment was a file)."""
     for table in _tables_near(path) if row is None else ():
         try:
             rows = expanded_rows(load(table), str(table))
-        except InputError:  # another file's fault
+        except InputError:  # an invalid recipe that was not asked for
             continue
         for name in (path.stem, f"{path.parent.name}-{path.stem}"):
             if name in rows:

@@ -1,19 +1,19 @@
-"""The rows of a recipe that is a table: each names the arguments of one experiment.
+"""Expand the rows of a recipe that is a table: each row has the arguments of one experiment.
 
-The settings of the file itself are the base of every row. `rows` is one of two things::
+The other settings of the file are the base of every row. `rows` has one of two forms::
 
-    rows:                                   # names, and what each sets
+    rows:                                   # a mapping: name of the row -> its settings
       small: {learning_rate: 1.0e-3}
 
-    row_name: "{task}-{k}"                  # lists of rows, named by their cells
-    columns:                                # left out: a column is named as the argument that it sets
-      task: task_name                       # the cell goes to another argument, or to [several, arguments]
-      k: {16: ..., 64: ...}                 # a cell stands for several settings
+    row_name: "{task}-{k}"                  # a list of rows, named by their cells
+    columns:                                # optional: without it, a column sets the argument of the same name
+      task: task_name                       # the cell sets another argument, or [several, arguments]
+      k: {16: ..., 64: ...}                 # each cell value stands for several settings
     rows:
       - [sst2, 16]                          # the cells in the order of `columns`
       - {task: [sst2, rte], k: [16, 64]}    # every combination
 
-Later columns win over earlier ones, all of them over the base; `argument: ~` (null) takes a setting out.
+Later columns override earlier ones, and all override the base; `argument: ~` (null) removes a setting.
 """
 
 import itertools
@@ -26,7 +26,7 @@ TABLE_KEYS = ("rows", "columns", "row_name")
 
 
 def base_of(recipe: dict[str, Any], where: str) -> dict[str, Any]:
-    """What the file itself sets, by the arguments' names, which may be spelt with '-'.
+    """The settings of the file outside of the table, by argument name ('-' in a name is read as '_').
 
     Raises:
         InputError: an argument is set in both spellings.
@@ -42,19 +42,19 @@ def base_of(recipe: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def expanded_rows(recipe: dict[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    """What each row sets together with the base, by the row's name; nothing if the recipe is no table.
+    """Return the settings of each row, the base included, by the row's name; empty if the recipe is not a table.
 
     Args:
-        recipe: the mapping of a file.
+        recipe: the content of a file.
         where: the file, for messages.
 
     Raises:
-        InputError: the table is not of the form that this module describes.
+        InputError: the table does not have the form that this module describes.
     """
     rows, columns = recipe.get("rows"), recipe.get("columns")
     if rows is None:
         if stray := [key for key in TABLE_KEYS if key in recipe]:
-            raise InputError(f"recipe {where} has {stray[0]} and no rows; add rows, or leave {stray[0]} out")
+            raise InputError(f"recipe {where} has {stray[0]} but no rows; add rows, or leave {stray[0]} out")
         return {}
     base = base_of(recipe, where)
     if isinstance(rows, dict):
@@ -65,7 +65,7 @@ def expanded_rows(recipe: dict[str, Any], where: str) -> dict[str, dict[str, Any
         raise InputError(f"columns of recipe {where} must be a mapping of names to what each sets, got {columns!r}")
     if not isinstance(recipe.get("row_name"), str):
         raise InputError(
-            f"recipe {where} has a list of rows; name them, for example row_name: '{{task_name}}-{{seed}}'"
+            f"recipe {where} has a list of rows without names; add for example row_name: '{{task_name}}-{{seed}}'"
         )
     found: dict[str, dict[str, Any]] = {}
     for number, row in enumerate(rows, start=1):
@@ -73,7 +73,7 @@ def expanded_rows(recipe: dict[str, Any], where: str) -> dict[str, dict[str, Any
         for cells in _cells(row, columns or {}, here):
             name = _name(recipe["row_name"], cells, here)
             if name in found:
-                raise InputError(f"{here} gives a second row the name {name!r}; row_name must tell all rows apart")
+                raise InputError(f"{here} has the same name as another row, {name!r}; make row_name unique")
             found[name] = _settings(cells, columns or {}, base, here)
     return found
 
@@ -90,7 +90,7 @@ def _named(rows: dict[str, Any], base: dict[str, Any], where: str) -> dict[str, 
 
 
 def _cells(row: Any, columns: dict[str, Any], here: str) -> Iterator[dict[str, Any]]:
-    """The cells of each row that one entry of the list stands for, in the order of `columns`."""
+    """Iterate over the rows of one entry of the list (every combination of its cells), in the order of `columns`."""
     if isinstance(row, list):
         if len(row) != len(columns):
             raise InputError(f"{here} has {len(row)} cells for {len(columns)} columns ({', '.join(columns)})")
@@ -119,7 +119,7 @@ def _settings(cells: dict[str, Any], columns: dict[str, Any], base: dict[str, An
             if not isinstance(target.get(str(cell)), dict):
                 raise InputError(
                     f"{here}: column {name!r} has no settings for {cell!r}{did_you_mean(cell, target)}; "
-                    f"it knows: {', '.join(target)}"
+                    f"it has: {', '.join(target)}"
                 )
             changes = target[str(cell)]
         else:
@@ -129,7 +129,7 @@ def _settings(cells: dict[str, Any], columns: dict[str, Any], base: dict[str, An
 
 
 def _changed(settings: dict[str, Any], changes: dict[str, Any], here: str) -> dict[str, Any]:
-    """The settings with the changes; `None` takes one out."""
+    """The settings with the changes applied; a value `None` removes a setting."""
     found = dict(settings)
     for key, value in changes.items():
         name = _argument(key)
@@ -138,7 +138,7 @@ def _changed(settings: dict[str, Any], changes: dict[str, Any], here: str) -> di
         elif name in found:
             del found[name]
         else:
-            raise InputError(f"{here}: `{key}: ~` takes out a setting that is not there; leave it out")
+            raise InputError(f"{here}: `{key}: ~` removes a setting that does not exist; leave it out")
     return found
 
 

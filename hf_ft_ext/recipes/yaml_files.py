@@ -1,4 +1,4 @@
-"""YAML as recipes are written in it."""
+"""Load YAML files of recipes: YAML 1.1 with stricter keys and more numbers."""
 
 import re
 from pathlib import Path
@@ -8,15 +8,15 @@ import yaml
 
 from hf_ft_ext.errors import InputError
 
-_HELPERS = (".", "_", "x-")  # top-level keys that start so set no argument
+_HELPERS = (".", "_", "x-")  # top-level keys with these prefixes set no argument
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with `1e-4` as a number (YAML 1.1 reads it as text), no key twice, and no anchor within itself.
+    """YAML loader that reads `1e-4` as a number (YAML 1.1: text), and refuses duplicate keys and recursive anchors.
 
-    Keys are checked when a mapping is composed. Later a merge (`<<: *anchor`) puts the merged mapping's keys beside
-    those of the mapping itself, and both may have the same one.
+    Keys are checked when a mapping is composed, before merges (`<<: *anchor`) add keys of other mappings, which may
+    be the same.
     """
 
     def __init__(self, stream):
@@ -75,13 +75,13 @@ _Loader.add_implicit_resolver(
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The mapping that the YAML file `path` holds; an empty file holds none.
+    """Return the mapping in the YAML file `path`; empty for an empty file.
 
-    Anchors, aliases and merge keys work. Top-level keys that start with `.`, `_` or `x-` are left out: they are the
-    place for what is merged elsewhere.
+    Anchors, aliases and merge keys work. Top-level keys that start with `.`, `_` or `x-` are left out: use them for
+    mappings that are merged elsewhere.
 
     Raises:
-        InputError: no valid YAML, a key twice, or something else than a mapping.
+        InputError: invalid YAML, a duplicate key, or something other than a mapping.
     """
     try:
         recipe = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
@@ -91,6 +91,6 @@ def load(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(recipe, dict):
         raise InputError(
-            f"recipe {path} holds a {type(recipe).__name__}; it needs lines of the form `argument: value`"
+            f"recipe {path} contains a {type(recipe).__name__}; it needs lines of the form `argument: value`"
         )
     return {key: value for key, value in recipe.items() if not key.startswith(_HELPERS)}

@@ -1,1 +1,1 @@
-"""`hf-ft-ext report`: tables and pictures out of run folders."""
+"""`hf-ft-ext report`: write tables and pictures from run folders."""

@@ -8,13 +8,15 @@ from hf_ft_ext.errors import InputError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write a report of run folders; 0 = done, 2 = there is nothing to report."""
+    """Write a report of run folders; return 0, or 2 if there is nothing to report."""
     parser = argparse.ArgumentParser(
         prog="hf-ft-ext report",
-        description="Write report.html, report.md and pictures of quality against memory and time out of run folders.",
+        description="Write report.html, report.md and pictures of quality against memory and time from run folders.",
     )
-    parser.add_argument("paths", nargs="+", help="run folders (runs/*), folders of them, or a comparison's folder")
-    parser.add_argument("--output_dir", type=Path, help="where the report goes (default: the one path, or reports)")
+    parser.add_argument(
+        "paths", nargs="+", help="run folders (runs/*), folders of run folders, or a comparison's folder"
+    )
+    parser.add_argument("--output_dir", type=Path, help="folder of the report (default: the single path, or reports)")
     parser.add_argument("--title", help="heading of the page")
     args = parser.parse_args(argv)
     output_dir = args.output_dir or (Path(args.paths[0]) if len(args.paths) == 1 else Path("reports"))

@@ -1,4 +1,4 @@
-"""The report: `report.html` (complete in itself), `report.md`, and the pictures as PNG."""
+"""Write the report: `report.html` (self-contained), `report.md`, and the pictures as PNG."""
 
 import datetime
 import os
@@ -17,19 +17,19 @@ from hf_ft_ext.report.rows import Number, Row, Section, pareto_front, sections
 from hf_ft_ext.training.sharing.text import code_span, prompt_text, share_text
 
 HTML, MARKDOWN = "report.html", "report.md"
-_MANY_ROWS = 60  # a picture of more rows is no picture
+_MANY_ROWS = 60  # more rows are not legible in a picture
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written."""
+    """A written report."""
 
     output_dir: Path
     sections: list[Section]
     missing: list[Missing]
 
     def summary(self) -> str:
-        """A few lines for the terminal: the rows, what is missing, where the page lies."""
+        """A few lines for the terminal: the rows, the missing runs, and the path of the page."""
         lines = []
         for section in self.sections:
             lines += ["", f"{section.heading}: {section.quality}"]
@@ -70,16 +70,16 @@ def write_report(
     return Report(output_dir, all_sections, found.missing)
 
 
-# --- what the templates show ------------------------------------------------------------------------
+# --- values for the templates -----------------------------------------------------------------------
 
 
 def _shown(section: Section, output_dir: Path, number: int) -> dict[str, Any]:
-    """A section's values; its pictures are written on the way."""
+    """Write the pictures of a section, and return its values for the templates."""
     rows = section.rows
     numbers = {row.name: number for number, row in enumerate(rows, 1)}
     fronts = {cost.attribute: pareto_front(rows, cost.attribute) for cost in charts.COSTS}
     several_seeds = any(len(row.runs) > 1 for row in rows)
-    front = "dashed: the Pareto front, of the rows that none beats in both"
+    front = "dashed: the Pareto front: rows that no other row beats in both"
     front += "; bars: one standard deviation over seeds" if several_seeds else ""
     pictures = []
     for cost in charts.COSTS if len(rows) <= _MANY_ROWS else ():
@@ -93,7 +93,7 @@ def _shown(section: Section, output_dir: Path, number: int) -> dict[str, Any]:
     figure = curves.draw(losses, numbers) if len(rows) <= _MANY_ROWS else None
     if figure is not None:
         path = output_dir / f"loss-curve{f'-{number}' if number else ''}.png"
-        under = "lines: the mean over seeds, where all of them were logged; faint: each seed"
+        under = "lines: the mean over seeds, at steps that all seeds logged; faint: each seed"
         about = f"training and evaluation loss by step, {section.task}"
         pictures.append(_picture(figure, path, "Loss", about, under if several_seeds else ""))
     values = [
@@ -119,7 +119,7 @@ def _shown(section: Section, output_dir: Path, number: int) -> dict[str, Any]:
 
 
 def _picture(figure: Any, path: Path, title: str, about: str, under: str) -> dict[str, str]:
-    """Write a figure as PNG; what the pages show of it."""
+    """Write a figure as PNG, and return its values for the templates."""
     charts.write_png(figure, path)
     width = "wide" if len(figure.axes) > 1 else ""
     return {"title": title, "svg": charts.svg(figure, about), "file": path.name, "about": about, "under": under,
@@ -127,7 +127,7 @@ def _picture(figure: Any, path: Path, title: str, about: str, under: str) -> dic
 
 
 def _highlights(rows: list[Row]) -> list[tuple[str, str, str]]:
-    """(what, which, how much) for the boxes at the top."""
+    """(title, row, value) of the boxes at the top."""
     scored = [row for row in rows if row.quality is not None]
     if not scored:
         return []
@@ -155,7 +155,7 @@ def _title(all_sections: list[Section]) -> str:
 def _facts(found: Found) -> str | None:
     if not found.run_seconds:
         return None
-    return f"The last call took {duration(found.seconds)}, {duration(found.run_seconds)} of it in its runs."
+    return f"The last comparison took {duration(found.seconds)}, {duration(found.run_seconds)} of it in its runs."
 
 
 def _versions(found: Found) -> str:

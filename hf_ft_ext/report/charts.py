@@ -1,4 +1,4 @@
-"""Quality against a cost, as a picture: SVG for the page, PNG for everything else."""
+"""Draw quality against a cost: SVG for the page, and PNG files."""
 
 import io
 import itertools
@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 from hf_ft_ext.files import replacing
 from hf_ft_ext.report.rows import Row, pareto_front
 
-# Told apart by people with any kind of colour vision, and by shape as well.
+# Distinguishable with any kind of colour vision, and also by marker.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a5195", "#6b6b6b")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 INK, _FAINT = "#1f2933", "#9aa5b1"
@@ -24,7 +24,7 @@ _LOG_FROM = 8.0  # costs that differ by more than this factor are drawn on a log
 LONGEST_NAME, _MOST_NAMES = 24, 12
 STYLE = {
     "svg.fonttype": "none",  # text stays text: small, sharp, searchable
-    "svg.hashsalt": "hf_ft_ext",  # the same runs give the same file
+    "svg.hashsalt": "hf_ft_ext",  # makes the file reproducible
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
     "axes.edgecolor": _FAINT,
@@ -37,7 +37,7 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What quality is drawn against: the attribute of `Row`, the axis's label, and the end of the file's name."""
+    """The x axis of a picture: attribute of `Row`, label of the axis, title, and end of the file name."""
 
     attribute: str
     label: str
@@ -52,7 +52,7 @@ COSTS = (
 
 
 def style(number: int) -> tuple[str, str]:
-    """Colour and marker of the row with this number; 64 rows differ."""
+    """Colour and marker of the row with this number; different for 64 rows."""
     return COLORS[number % len(COLORS)], _MARKERS[(number + number // len(COLORS)) % len(_MARKERS)]
 
 
@@ -60,7 +60,7 @@ def draw(rows: list[Row], numbers: dict[str, int], cost: Cost, quality_label: st
     """Points with error bars (one standard deviation over seeds) and the Pareto front as a line.
 
     Args:
-        numbers: the number of each row's name; it stands in the picture where the names are many or long.
+        numbers: number of each row, by name; shown instead of the names if these are many or long.
 
     Returns:
         The figure, or `None` if no row has both numbers.
@@ -127,7 +127,7 @@ def _scale(axes: Axes, costs: list[float]) -> None:
 
 
 def _lines(axes: Axes, rows: list[Row], cost: Cost, corners: list[tuple[float, float]]) -> list[Bbox]:
-    """Where the front and the error bars lie, in pixels."""
+    """Bounding boxes of the front's and the error bars' lines, in pixels."""
     ends = []
     for (x, y), (x2, y2) in itertools.pairwise(corners):
         ends += [((x, y), (x2, y)), ((x2, y), (x2, y2))]
@@ -145,8 +145,8 @@ def _lines(axes: Axes, rows: list[Row], cost: Cost, corners: list[tuple[float, f
 
 
 def _label(axes: Axes, points: list[tuple[float, float, str, bool]], lines: list[Bbox]) -> None:
-    """Write each name beside its point, where it covers least of the points, the names and the lines."""
-    canvas: Any = axes.figure.canvas  # of a backend that draws pixels
+    """Write each name beside its point, where it overlaps least with points, other names and lines."""
+    canvas: Any = axes.figure.canvas  # of a raster backend, which has a renderer
     renderer = canvas.get_renderer()
     frame = axes.get_window_extent(renderer)
     places = [axes.transData.transform(point[:2]) for point in points]
@@ -166,7 +166,7 @@ def _label(axes: Axes, points: list[tuple[float, float, str, bool]], lines: list
             choices.append((covered + 3 * outside, distance, rank, (dx, dy, ha, va), box))
         *_, (dx, dy, ha, va), box = min(choices, key=lambda choice: choice[:3])
         text.set(position=(dx, dy), horizontalalignment=ha, verticalalignment=va)
-        if abs(dx) + abs(dy) > 25:  # far from its point: say which one it is
+        if abs(dx) + abs(dy) > 25:  # far from its point: connect them by a line
             axes.annotate(
                 "", (x, y), xytext=(dx, dy), textcoords="offset points",
                 arrowprops={"arrowstyle": "-", "color": _FAINT, "linewidth": 0.8}, zorder=1,

@@ -1,4 +1,4 @@
-"""Loss by step, of training and of evaluation, out of the trainer's state that each run leaves."""
+"""Draw training and evaluation loss by step, from the trainer state of each run."""
 
 import json
 import math
@@ -19,21 +19,21 @@ from hf_ft_ext.report.rows import Row
 
 _STATE = "trainer_state.json"
 _LOG_FROM = 8.0  # steps or losses that differ by more than this factor are drawn on a logarithmic axis
-_MARKED = 25  # points from which on a line needs no markers
+_MARKED = 25  # lines with fewer points than this have markers
 
 Line = dict[int, float]  # loss by step
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The losses of a row: one line for each seed that logged any."""
+    """The losses of a row: one line for each seed with logged losses."""
 
     train: list[Line] = field(default_factory=list)
     evaluation: list[Line] = field(default_factory=list)
 
 
 def row_losses(row: Row) -> Losses:
-    """What the runs of a row logged; lines of a single point are kept, for it may be the evaluation at the end."""
+    """The logged losses of a row's runs; lines of a single point are kept (the evaluation at the end)."""
     found = [read_losses(run.folder) for run in row.runs]
     return Losses([train for train, _ in found if train], [evaluation for _, evaluation in found if evaluation])
 
@@ -41,8 +41,8 @@ def row_losses(row: Row) -> Losses:
 def read_losses(folder: Path) -> tuple[Line, Line]:
     """Training and evaluation loss by step from a run's trainer state, or that of its last checkpoint.
 
-    Both are empty where there is none, or it cannot be read. Losses that are not finite are left out; of a step that
-    was logged twice, as after a resumption, the last one counts.
+    Both are empty if there is none, or it cannot be read. Losses that are not finite are left out. If a step was
+    logged twice (after resuming), the last value is used.
     """
     train: Line = {}
     evaluation: Line = {}
@@ -56,7 +56,7 @@ def read_losses(folder: Path) -> tuple[Line, Line]:
 
 
 def mean_line(lines: list[Line]) -> Line:
-    """The mean at the steps that all lines have."""
+    """The mean over the lines, at the steps that all of them have."""
     if not lines:
         return {}
     shared = set(lines[0]).intersection(*lines[1:])
@@ -67,8 +67,8 @@ def draw(losses: dict[str, Losses], numbers: dict[str, int]) -> Figure | None:
     """The curves of all rows, training loss and evaluation loss side by side.
 
     Args:
-        losses: by the row's name.
-        numbers: the number of each row's name, which gives its colour and stands for long names.
+        losses: by row name.
+        numbers: number of each row, by name; it selects the colour and is shown instead of long names.
 
     Returns:
         The figure, or `None` if no line has two points.

@@ -1,4 +1,4 @@
-"""What makes two runs the same but for their seed: data, model, method and settings."""
+"""Decide whether two runs differ only in their seed: compare data, model, method and settings."""
 
 import json
 from typing import Any
@@ -7,9 +7,9 @@ from hf_ft_ext.data.tasks import TASKS
 from hf_ft_ext.report.read import Run
 from hf_ft_ext.training.sharing import of_the_machine
 
-# What does not change the result (what is logged, saved and evaluated beside), or what the seeds of a row differ in.
-# Model and data are compared by what they are, not by what was passed.
-_BESIDES = {
+# Arguments that do not affect the result (logging, saving, further evaluation), or that differ between the seeds of a
+# row. Model and data are compared by their identity (`model_of`, `source_of`), not by the arguments.
+_IGNORED = {
     "method", "seed", "logging_steps", "logging_strategy", "logging_first_step", "save_strategy", "save_steps",
     "save_total_limit", "do_train", "do_eval", "do_predict", "task_name", "dataset_name", "dataset_config_name",
     "dataset_revision", "train_file", "validation_file", "test_file", "model_name_or_path", "max_predict_samples",
@@ -23,13 +23,13 @@ NOT_RECORDED = "not recorded"
 
 
 def settings_of(run: Run) -> dict[str, Any]:
-    """The arguments that may change a run's result."""
+    """The arguments that may affect a run's result."""
     arguments = run.record["arguments"] or {}
-    return {key: value for key, value in arguments.items() if key not in _BESIDES and not of_the_machine(key)}
+    return {key: value for key, value in arguments.items() if key not in _IGNORED and not of_the_machine(key)}
 
 
 def rows_of(run: Run) -> dict[str, Any]:
-    """Which rows a run trained on and was evaluated on: their number and content, by what a reader calls them."""
+    """Number and content hash of the rows that a run was trained and evaluated on, by names for the report."""
     facts: dict[str, Any] = {
         "evaluation only": run.record["train_seconds"] is None,
         "processes": run.record["world_size"] or 1,
@@ -43,21 +43,21 @@ def rows_of(run: Run) -> dict[str, Any]:
 
 
 def traits_of(run: Run) -> str:
-    """All that two runs of one row have in common, as a text to compare; task, model and data set aside."""
+    """Settings and rows of a run as a text to compare; equal for the runs of one row (task, model and data aside)."""
     return json.dumps([settings_of(run), rows_of(run)], sort_keys=True, default=str)
 
 
 def model_of(run: Run) -> str:
-    """The model that a run started from: the folder it was read from, or its name."""
+    """The model that a run started from: its folder, or its name."""
     return (run.record["model_source"] or {}).get("folder") or run.record["model"]
 
 
 def source_of(run: Run) -> str:
-    """The data set of a run: Hub id, configuration and revision, folder, or files; empty for the demo's."""
+    """The data set of a run: Hub id, configuration and revision, folder, or files; empty for the demo data."""
     arguments, task = run.record["arguments"] or {}, TASKS.get(run.record["task"])
     options = ("train_file", "validation_file", "test_file")
     data = run.record["data"]
-    if data is None:  # of an earlier version: what was passed, and the task's own data set
+    if data is None:  # a record of an earlier version: use the arguments, or the task's own data set
         files = {option: arguments[option] for option in options if arguments.get(option)}
         name, config = arguments.get("dataset_name"), arguments.get("dataset_config_name")
         if not name and not files and task:
@@ -71,7 +71,7 @@ def source_of(run: Run) -> str:
 
 
 def evaluated_content(run: Run) -> str | None:
-    """Hash of the rows that the first set of metrics is of, where the record has it."""
+    """Hash of the rows of the first evaluation, if it is recorded."""
     splits = (run.record["data"] or {}).get("splits")
     split = splits.get("eval") if isinstance(splits, dict) else None
     return split.get("content") if isinstance(split, dict) else None

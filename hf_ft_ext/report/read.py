@@ -1,4 +1,4 @@
-"""Run folders as the report reads them: `run.json`, and `comparison.json` where a comparison left one."""
+"""Read run folders: `run.json`, and `comparison.json` of a comparison."""
 
 import json
 import os
@@ -35,9 +35,9 @@ class Run:
     """A finished run.
 
     Attributes:
-        record: the content of `run.json`, with `None` for optional keys that it lacks.
-        variant: its name in a comparison; `None` elsewhere.
-        seconds: wall-clock seconds of its process, start-up and evaluation included, where a comparison measured it.
+        record: the content of `run.json`, with `None` for missing optional keys.
+        variant: its name in a comparison; `None` outside of a comparison.
+        seconds: wall-clock seconds of its process, including start-up and evaluation, if a comparison measured it.
     """
 
     folder: Path
@@ -51,7 +51,7 @@ class Run:
 
     @property
     def modified(self) -> float:
-        """When its record was written, seconds since the epoch; 0 if the file is gone."""
+        """Modification time of its record, seconds since the epoch; 0 if the file does not exist."""
         try:
             return (self.folder / _RUN_RECORD).stat().st_mtime
         except OSError:
@@ -60,7 +60,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Missing:
-    """A run that is not there, and why; `command` is empty where nobody knows it."""
+    """A run without a result, and the reason; `command` is empty if it is not known."""
 
     name: str
     seed: int | None
@@ -72,21 +72,20 @@ class Missing:
 
 @dataclass
 class Found:
-    """All that was found under some paths."""
+    """The runs and missing runs under some paths."""
 
     runs: list[Run] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)  # variant -> argument -> reason
-    seconds: float = 0.0  # of the last calls of the comparisons, and of the runs that these calls made
-    run_seconds: float = 0.0
+    seconds: float = 0.0  # wall-clock seconds of the last calls of the comparisons
+    run_seconds: float = 0.0  # and of the runs in these calls
 
 
 def find_runs(paths: Iterable[str | os.PathLike]) -> Found:
     """Read the runs in `paths`: run folders, folders of run folders, or folders of comparisons.
 
-    A record that cannot be read, or another program's, does not keep the others out; it is among `missing`. A path
-    that is a file is left out, so that `runs/*` may hold logs beside run folders. A folder counts once, however often
-    it is found.
+    A record that cannot be read, or belongs to another program, is added to `missing`; the others are still read.
+    Paths of files are ignored, so that `runs/*` may include logs. A folder is read once, even if it is found twice.
 
     Raises:
         InputError: a path that does not exist, or no run at all.
@@ -99,7 +98,7 @@ def find_runs(paths: Iterable[str | os.PathLike]) -> Found:
             seen.add(path.resolve())
             folders.append(path)
     reader = _Reader(found)
-    # Comparisons first: they know the names of their runs.
+    # Comparisons first, as they have the names of their runs.
     for folder in sorted(folders, key=lambda folder: not (folder / COMPARISON).is_file()):
         if (folder / COMPARISON).is_file():
             reader.comparison(folder)
@@ -120,7 +119,7 @@ def find_runs(paths: Iterable[str | os.PathLike]) -> Found:
 
 
 class _Reader:
-    """Reads folders into `found`, each once."""
+    """Adds the runs of folders to `found`, each folder once."""
 
     def __init__(self, found: Found):
         self.found = found
@@ -139,7 +138,7 @@ class _Reader:
             entries, seconds = record["runs"], float(record["seconds"])
             for entry in entries:
                 if lacks := [key for key in _ENTRY if key not in entry]:
-                    raise ValueError(f"a run in it lacks {lacks[0]!r}")
+                    raise ValueError(f"one of its runs has no {lacks[0]!r}")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             reason = f"{COMPARISON} cannot be read ({error})"
             self.found.missing.append(Missing(str(folder), None, "unreadable", reason))
@@ -150,11 +149,11 @@ class _Reader:
 
     def _entry(self, folder: Path, entry: dict[str, Any]) -> None:
         self.found.left_out.setdefault(entry["variant"], entry.get("left_out") or {})
-        self.found.run_seconds += entry["seconds"]  # 0 for runs that an earlier call made
+        self.found.run_seconds += entry["seconds"]  # 0 for runs of an earlier call
         if entry["state"] == "done":
             self.run(folder / entry["folder"], entry["variant"], entry["seconds"] or None)
             return
-        self._is_new(folder / entry["folder"])  # what an earlier call left there is not what was asked for
+        self._is_new(folder / entry["folder"])  # marks it as read: a result of an earlier call there does not count
         log = str(folder / entry["log"]) if (folder / entry["log"]).is_file() else ""
         command = hide_tokens(entry["command"])
         command = f"python {command}" if command.startswith("run_glue.py") else command
@@ -175,16 +174,16 @@ class _Reader:
 
 
 def checked_record(value: Any) -> dict[str, Any]:
-    """The content of a `run.json`, optional keys that it lacks set to `None`.
+    """Check the content of a `run.json`, and set missing optional keys to `None`.
 
     Raises:
-        ValueError: it is not a record of ours: a key is missing, or its value of another kind.
+        ValueError: it is not a record of this package: a key is missing, or its value has another type.
     """
     if not isinstance(value, dict):
-        raise ValueError(f"it holds {_kind(value)}, not an object")
+        raise ValueError(f"it contains {_kind(value)}, not an object")
     for key, kinds in {**_NEEDED, **_OPTIONAL}.items():
         if key in _NEEDED and key not in value:
-            raise ValueError(f"it lacks {key!r}; is it another program's?")
+            raise ValueError(f"it has no {key!r}; is it of another program?")
         given = value.get(key)
         right = isinstance(given, kinds) and not isinstance(given, bool)
         if not right and not (key in _OPTIONAL and given is None):

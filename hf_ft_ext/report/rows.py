@@ -1,4 +1,4 @@
-"""From runs to the rows of a report: runs that differ in their seed alone are one row."""
+"""Group runs into the rows of a report: runs that differ only in their seed are one row."""
 
 import json
 import math
@@ -30,14 +30,14 @@ _COMPARED_LIBRARIES = ("hf_ft_ext", "torch", "transformers")
 
 @dataclass(frozen=True)
 class Number:
-    """Mean over seeds, and the sample's standard deviation where there are several."""
+    """Mean over seeds, and the sample standard deviation if there are several."""
 
     mean: float
     deviation: float | None = None
 
     @classmethod
     def of(cls, values: Iterable[Any]) -> "Number | None":
-        """`None` if one of the values is missing, no number or not finite."""
+        """Mean and deviation of `values`; `None` if one is missing, not a number or not finite."""
         values = list(values)
         if not values or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
             return None
@@ -49,11 +49,11 @@ class Row:
     """A method with its settings, over its seeds.
 
     Attributes:
-        name: the variant's name; the method's, with what distinguishes it, where no comparison gave one.
+        name: the variant's name in a comparison; otherwise the method's, with the settings that distinguish it.
         runs: one for each seed.
         metric: key of the quality in the records, such as `eval_accuracy`.
-        notes: where its data is not that of the other rows.
-        remarks: what else a reader of its numbers should know: seeds that ran twice, other devices or versions.
+        notes: differences between its data and that of the other rows.
+        remarks: further warnings: seeds that ran twice, different devices or versions.
     """
 
     name: str
@@ -84,12 +84,12 @@ class Row:
 
     @property
     def rank(self) -> float:
-        """The mean quality as a number that is higher the better: of a perplexity, its negative."""
+        """The mean quality, negated if lower is better (perplexity), for sorting."""
         return -self.quality.mean if lower_is_better(self.metric) else self.quality.mean
 
     @cached_property
     def memory(self) -> Number | None:
-        """MiB."""
+        """Peak memory in MiB."""
         number = self.number("peak_memory_bytes")
         scale = 2**20
         if number is None:
@@ -98,7 +98,7 @@ class Row:
 
     @cached_property
     def memory_holds_model(self) -> bool:
-        """Whether the memory is the whole peak: records of earlier versions did not take off the model on a GPU."""
+        """Whether the peak memory includes the model: earlier versions did not subtract it on a GPU."""
         return any(
             "peak_memory_kind" not in run.record and not str(run.record.get("device", "cpu")).startswith("cpu")
             for run in self.runs
@@ -119,8 +119,8 @@ class Section:
 
     Attributes:
         rows: best quality first; rows without one last.
-        data: the data set; empty where the task names it.
-        heading: task and model, and whatever else tells this section from the others.
+        data: the data set; empty if the task determines it.
+        heading: task and model, and further facts that distinguish this section from the others.
     """
 
     task: str
@@ -132,7 +132,7 @@ class Section:
 
     @property
     def quality(self) -> str:
-        """The metric's name for people: `matthews correlation` for `eval_matthews_correlation`."""
+        """The metric's name for the page: `matthews correlation` for `eval_matthews_correlation`."""
         return self.metric.removeprefix("eval_").replace("_", " ")
 
     @property
@@ -143,15 +143,15 @@ class Section:
 def sections(runs: Iterable[Run]) -> list[Section]:
     """Group runs by task, data set, model and metric, then by variant.
 
-    Data sets are the same if they are read from one place, or if the runs were evaluated on the same rows.
+    Data sets are the same if they have the same source, or if the runs were evaluated on the same rows.
     """
     groups: dict[tuple[str, str, str], list[Run]] = {}
-    place_of: dict[tuple, tuple[str, str, str]] = {}  # of rows that were evaluated on
+    key_of: dict[tuple, tuple[str, str, str]] = {}  # by the content of the evaluated rows
     for run in runs:
         key = (run.record["task"], model_of(run), source_of(run))
         content = evaluated_content(run)
         if content is not None:
-            key = place_of.setdefault((*key[:2], content), key)
+            key = key_of.setdefault((*key[:2], content), key)
         groups.setdefault(key, []).append(run)
     parts = [(key, metric, part) for key, group in groups.items() for metric, part in _by_metric(group).items()]
     facts = [(key[0], part[0].record["model"], key[1], key[2], metric) for key, metric, part in parts]
@@ -159,17 +159,17 @@ def sections(runs: Iterable[Run]) -> list[Section]:
 
 
 def _heading(about: tuple[str, ...], everyone: Sequence[tuple[str, ...]]) -> str:
-    """Task and model; the model's place, the data set and the metric where they differ among sections of these two."""
+    """Task and model; also the model's folder, data set and metric if they differ between sections of these two."""
     alike = [other for other in everyone if other[:2] == about[:2]]
     further = [fact for fact, values in zip(about, zip(*alike, strict=True), strict=True) if len(set(values)) > 1]
     return ", ".join(filter(None, dict.fromkeys([*about[:2], *further])))
 
 
 def pareto_front(rows: Iterable[Row], cost: str) -> list[Row]:
-    """The rows that no other one beats in quality and in `cost` (`memory`, `seconds`), cheapest first.
+    """The Pareto front of quality and `cost` (`memory` or `seconds`), cheapest row first.
 
-    A row is beaten by one that is at least as good in both and better in one, by the means over seeds. Rows whose
-    memory holds the model are left out of a front of memory if that of others does not.
+    A row is on the front if no other row is at least as good in both and better in one, by the means over seeds. For
+    memory, rows whose value includes the model are left out if there are rows whose value does not.
     """
     rows = list(rows)
     if cost == "memory":
@@ -187,20 +187,20 @@ def pareto_front(rows: Iterable[Row], cost: str) -> list[Row]:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a lower value of `metric` (`eval_perplexity`) is the better one."""
+    """Whether lower values of `metric` (`eval_perplexity`) are better."""
     return metric.rpartition("_")[2] in ("perplexity", "loss")
 
 
 def quality_key(run: Run) -> str | None:
     """Key of the quality in a record's metrics; `None` if it has none.
 
-    It is the key that the record names, the primary key of the metric that was passed, or the task's own. Where none
-    of them is among the metrics, it is the first primary key that is, or the first metric at all.
+    The first of these that is among the metrics: the key in the record, the primary key of the metric that was passed,
+    that of the task, any other primary key, any other metric.
     """
     record, metrics = run.record, run.record["metrics"]
     task = TASKS.get(record["task"])
     passed = (record["arguments"] or {}).get("metric")
-    passed = passed[0] if isinstance(passed, list) and passed else passed  # of several the first chooses
+    passed = passed[0] if isinstance(passed, list) and passed else passed  # the first one selects the best model
     keys = [record["quality"]]
     for name in (passed, task.metric if task else None, *METRICS, *MULTI_LABEL_METRICS):
         if name in METRICS:
@@ -212,7 +212,7 @@ def quality_key(run: Run) -> str | None:
 
 
 def _by_metric(runs: list[Run]) -> dict[str, list[Run]]:
-    """Runs by the metric that they can be compared by: most by the commonest one, others by their own."""
+    """Group runs by the metric to compare them by: the most frequent one, or their own if they lack it."""
     own = [quality_key(run) for run in runs]
     counts = Counter(key for key in own if key is not None)
     task = TASKS.get(runs[0].record["task"])
@@ -242,12 +242,12 @@ def _section(about: tuple[str, str, str, str, str], heading: str, runs: list[Run
 
 
 def _one_for_each_seed(runs: list[Run]) -> tuple[list[Run], list[str]]:
-    """The latest run of each seed, by seed, and what is said of the others: a repeated run is no other seed."""
+    """The latest run of each seed, and remarks about repeated runs (they do not count as further seeds)."""
     by_seed: dict[int, list[Run]] = {}
     for run in sorted(runs, key=lambda run: (run.modified, str(run.folder))):
         by_seed.setdefault(run.record["seed"], []).append(run)
     remarks = [
-        f"seed {seed} ran {len(same)} times and counts once: {same[-1].folder}, the latest"
+        f"seed {seed} ran {len(same)} times; only the latest run counts: {same[-1].folder}"
         for seed, same in sorted(by_seed.items())
         if len(same) > 1
     ]
@@ -255,7 +255,7 @@ def _one_for_each_seed(runs: list[Run]) -> tuple[list[Run], list[str]]:
 
 
 def _mixtures(runs: list[Run]) -> list[str]:
-    """In what else than their seed the runs of a row differ, so that their means are to be read with care."""
+    """Remarks about runs of a row on different devices or with different versions, whose mean may mislead."""
     remarks = []
     devices = sorted({str(run.record["device"]) for run in runs})
     if len(devices) > 1:
@@ -268,7 +268,7 @@ def _mixtures(runs: list[Run]) -> list[str]:
 
 
 def _notes(run: Run, everyone: list[Run]) -> tuple[str, ...]:
-    """What a row's data has that most rows have not."""
+    """Notes about a row's data where it differs from that of most rows."""
     notes = []
     own, others = settings_of(run), [settings_of(other) for other in everyone]
     for key in OF_THE_DATA:
@@ -279,10 +279,10 @@ def _notes(run: Run, everyone: list[Run]) -> tuple[str, ...]:
         return tuple(notes)
     facts, others = rows_of(run), [rows_of(other) for other in everyone]
     for prefix in ("train", "eval"):
-        told = [_rows_text(fact, prefix) for fact in (facts, *others)]
-        usual = statistics.mode(told[1:])
-        if told[0] != usual:
-            notes.append(f"{prefix}: {told[0]} (others: {usual})")
+        own_text, *texts = [_rows_text(fact, prefix) for fact in (facts, *others)]
+        usual = statistics.mode(texts)
+        if own_text != usual:
+            notes.append(f"{prefix}: {own_text} (others: {usual})")
     return tuple(notes)
 
 
@@ -292,7 +292,7 @@ def _rows_text(facts: dict[str, Any], prefix: str) -> str:
 
 
 def _names(groups: dict[tuple, list[Run]]) -> dict[tuple, str]:
-    """A variant's own name, or the method's with what its rows differ in: settings, else the data set, else rows."""
+    """Name of each row: the variant's or method's, with the settings (else data set, else rows) that differ."""
     names = {}
     for key in groups:
         base = key[0]
@@ -305,7 +305,7 @@ def _names(groups: dict[tuple, list[Run]]) -> dict[tuple, str]:
 
 
 def _telling(rivals: dict[tuple, Run]) -> tuple[dict[tuple, dict[str, Any]], list[str]]:
-    """Traits of rows that share a name, and the keys of those that tell them apart."""
+    """Settings and facts of rows that share a name, and the keys that distinguish them."""
     traits = {key: settings_of(run) for key, run in rivals.items()}
     shown = _differing(traits)
     for further in (lambda run: {"data": source_of(run)}, rows_of):
@@ -316,9 +316,9 @@ def _telling(rivals: dict[tuple, Run]) -> tuple[dict[tuple, dict[str, Any]], lis
 
 
 def _absent(key: str) -> str:
-    """What to show for a trait that a record lacks: an argument has its default, facts of rows are unknown.
+    """Text for a value that a record lacks: an argument has its default; facts of rows were not recorded.
 
-    The names of the latter have a space.
+    Names of facts contain a space.
     """
     return NOT_RECORDED if " " in key else "default"
 

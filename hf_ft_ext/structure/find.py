@@ -1,4 +1,4 @@
-"""`find_structure`: the parts of a model, from one trial pass."""
+"""`find_structure`: find the parts of a model by one traced forward pass."""
 
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
@@ -17,17 +17,17 @@ _found: WeakKeyDictionary[nn.Module, tuple[tuple, Structure]] = WeakKeyDictionar
 
 
 def find_structure(model: nn.Module) -> Structure:
-    """Layers, feed-forwards, attentions, head and embeddings of `model`, from what its modules do with two rows.
+    """Find layers, feed-forwards, attentions, head and embeddings of `model` by tracing a forward pass of two rows.
 
-    A copy that shares the tensors of `model` runs once, without gradients; `model` and the random state stay as they
-    are. Adapters are switched off for it, and names are those of the model without adapters. A model on the meta
-    device runs on stand-ins that take no memory.
+    A copy that shares the tensors of `model` runs once, without gradients; `model` and the random state do not change.
+    Adapters are disabled in the copy, and names are those of the model without adapters. For a model on the meta
+    device, the copy has substitute tensors that take no memory.
 
     Args:
-        model: a transformers model of any class, with or without peft's adapters.
+        model: a transformers model of any class, with or without peft adapters.
 
     Raises:
-        InputError: no trial rows pass through the model.
+        InputError: the model does not run on any of the trial rows.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     modules = tuple(_base_modules(model))
@@ -38,7 +38,7 @@ def find_structure(model: nn.Module) -> Structure:
 
 
 def _base_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, str]]:
-    """Names and classes of the modules of a model without adapters: what its structure depends on."""
+    """Names and classes of the modules of a model without adapters, which determine its structure."""
     if isinstance(module, BaseTunerLayer):
         yield from _base_modules(module.base_layer, name)
         return
@@ -63,23 +63,23 @@ def _find(model: nn.Module) -> Structure:
 
 
 def plain_name(name: str) -> str:
-    """`name` as it is in the model without adapters: the steps into wrapped modules left out."""
+    """`name` as in the model without adapters: without the parts that peft's wrappers add."""
     wrappers = ("base_layer", "original_module")
     return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def _trace(model: nn.Module) -> Trace:
     first: Exception | None = None
-    with trial_device(model):  # and not what the caller's `with torch.device(...)` says
+    with trial_device(model):  # takes precedence over a `with torch.device(...)` of the caller
         for batch in trial_rows(model):
             try:
                 return run(trial_copy(model), batch, plain_name)
-            except Exception as error:  # whatever a model's code raises on rows that it does not take
+            except Exception as error:  # a model may raise anything on inputs that it does not support
                 first = first or error
     reason = next(iter(str(first).strip().splitlines()), "") or type(first).__name__
     raise InputError(
         f"the parts of {type(model).__name__} cannot be found: it does not run on trial rows of token ids ({reason}); "
-        "name the layers by hand (sparse_target_modules, lora_target_modules, target_modules)"
+        "pass the names of the layers (sparse_target_modules, lora_target_modules, target_modules)"
     ) from first
 
 

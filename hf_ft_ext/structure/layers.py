@@ -1,4 +1,4 @@
-"""Which blocks stand together in a layer, and what of a layer an adapter can be put around."""
+"""Group attentions and feed-forwards into layers, and find the modules in a layer that an adapter can wrap."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -20,11 +20,11 @@ def find_layers(
     feed_forwards: list[FeedForward],
     modules: dict[str, nn.Module],
 ) -> tuple[Layer, ...]:
-    """Group blocks into layers, in the order in which these run.
+    """Group blocks into layers, in execution order.
 
-    A layer is an element of a list of modules: the innermost that holds an attention and a feed-forward, or where none
-    holds both, the outermost around a block. Parallel lists, one of attentions and one of feed-forwards, are taken
-    together (XLM). What stands in no list is in no layer.
+    A layer is an element of a list of modules: the innermost element that contains an attention and a feed-forward. If
+    there is none, it is the outermost element that contains a block. Two parallel lists, one of attentions and one of
+    feed-forwards, are combined (XLM). A block outside of all lists belongs to no layer.
     """
     blocks: list[Block] = [*attentions, *feed_forwards]
     kinds_of: dict[str, set[type]] = defaultdict(set)
@@ -66,13 +66,13 @@ def _layer(
 
 
 def _numbered_prefixes(names: Iterable[str]) -> list[str]:
-    """Elements of lists that hold all of `names`, the outermost first."""
+    """List elements that contain all of `names`, the outermost first."""
     parts = (_common(names) or "").split(".")
     return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
 
 
 def _common(names: Iterable[str]) -> str | None:
-    """The innermost module that holds all of `names` (of one alone: the module around it)."""
+    """The innermost module that contains all of `names` (for a single name: its parent)."""
     split = [name.split(".")[:-1] for name in names]
     shared = []
     for parts in zip(*split, strict=False):
@@ -83,7 +83,7 @@ def _common(names: Iterable[str]) -> str | None:
 
 
 def _parallel_lists(members: dict[str, list[Block]]) -> dict[str, str]:
-    """Element with attentions alone -> element of the same number, in a list beside it, with feed-forwards alone."""
+    """Map elements with attentions only to the element with feed-forwards only, of equal number in a sibling list."""
     kinds = {name: {type(block) for block in own} for name, own in members.items()}
     found = {}
     for name in members:
@@ -99,11 +99,11 @@ def _parallel_lists(members: dict[str, list[Block]]) -> dict[str, str]:
 def _with_module(
     block: FeedForward, all_of_layer: list[FeedForward], around: set[str], layer: str, trace: Trace, calls: Calls
 ) -> FeedForward:
-    """`block` with the largest module that reads what it reads and gives what it, or experts beside it, give.
+    """`block` with its module: the largest one with the block's inputs, and outputs of this block or its experts only.
 
-    Of a residual sum within the module, one part would come from outside of it.
+    A module that adds the residual is too large: part of its output comes from outside of it.
     """
-    sources = _direct(calls[(*block.up, *block.gate)[0]].paths)  # experts read a part of the tokens, from a copy
+    sources = _direct(calls[(*block.up, *block.gate)[0]].paths)  # by paths, as experts read copies of some tokens
     candidates: dict[str, ModuleCall] = {}
     for call in trace.modules:
         if call.name and call.name != layer and not layer.startswith(f"{call.name}.") and call.name not in candidates:
@@ -113,9 +113,9 @@ def _with_module(
         if block not in inside or any(unit.startswith(f"{name}.") for unit in around):
             continue
         downs = {unit for other in inside for unit in other.down}
-        given = _direct(call.outputs)
-        made_inside = all(unit.startswith(f"{name}.") for unit in given)  # a router may weigh what experts give
-        if given & downs and made_inside and _direct(call.inputs) == sources and call.width == block.width:
+        outputs = _direct(call.outputs)
+        computed_inside = all(unit.startswith(f"{name}.") for unit in outputs)  # including a router's weights
+        if outputs & downs and computed_inside and _direct(call.inputs) == sources and call.width == block.width:
             return replace(block, module=name)
     return block
 
@@ -127,7 +127,7 @@ def _direct(paths: Paths) -> set[str]:
 def _closing_norm(
     block: FeedForward, inside: list[str], trace: Trace, calls: Calls, modules: dict[str, nn.Module], around: set[str]
 ) -> str | None:
-    """The normalization, in the layer, of the sum of `block`'s output and something else, after all attentions."""
+    """The normalization, inside the layer and after all attentions, of the sum of `block`'s output and a residual."""
     order = calls[block.down[0]].order
     if any(calls[unit].order > order for unit in around):
         return None

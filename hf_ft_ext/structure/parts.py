@@ -1,19 +1,20 @@
-"""What a model consists of: layers, feed-forwards, attentions."""
+"""Data classes for the parts of a model: layers, feed-forwards, attentions."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """One feed-forward of a layer: projections by role, each a module's name (an expert tensor: a parameter's).
+    """One feed-forward of a layer: names of its projections (modules, or parameters of expert tensors) by role.
 
     Attributes:
-        up: read the feed-forward's input.
-        gate: read it too; their activated output multiplies that of `up`. A fused projection stands in both.
-        down: give the feed-forward's output.
-        width, inner: features of input and output, and between.
-        module: the largest module that is this feed-forward and nothing else; `None` = its projections stand in the
-            layer itself.
+        up: projections of the feed-forward's input.
+        gate: further projections of the input, whose activated output multiplies that of `up`. A fused projection is
+            in both.
+        down: projections that return the feed-forward's output.
+        width, inner: number of features of input and output, and of the intermediate state.
+        module: the largest module that contains only this feed-forward; `None` = its projections are direct children
+            of the layer.
     """
 
     up: tuple[str, ...]
@@ -25,21 +26,22 @@ class FeedForward:
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """All of them once, gate and up before down."""
+        """All projections once, gate and up before down."""
         return tuple(dict.fromkeys([*self.gate, *self.up, *self.down]))
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention (or another block that mixes positions) of a layer: projections by role.
+    """One attention (or another block that mixes positions) of a layer: names of its projections by role.
 
     Attributes:
-        query, key, value: whose outputs meet; a fused projection stands in several. Without query and key: what a
-            block without products of activations mixes.
-        output: read what the block mixed.
-        other: feed one of these, or gate the result.
-        cross: whether keys come from elsewhere than queries.
-        module: the smallest module that holds all of it.
+        query, key, value: projections whose outputs are multiplied with each other; a fused projection is in several
+            of them. A block without products of activations (a convolution or scan) has no query and key, and `value`
+            is the projection that it mixes.
+        output: projections of the mixed values.
+        other: projections whose output feeds only the others, or gates the result.
+        cross: whether keys come from another sequence than queries.
+        module: the smallest module that contains queries, keys and values.
     """
 
     query: tuple[str, ...]
@@ -52,7 +54,7 @@ class Attention:
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """All of them once."""
+        """All projections once."""
         return tuple(dict.fromkeys([*self.query, *self.key, *self.value, *self.other, *self.output]))
 
 
@@ -61,11 +63,11 @@ class Layer:
     """One of a model's repeated layers.
 
     Attributes:
-        name: dotted name; of layers whose parts stand in parallel lists (XLM), of the part that runs first.
-        number: the first number in the name, by which adapters know the layer.
-        runs: how often it runs in one pass; above 1 where layers share weights (ALBERT).
-        norm: the normalization that reads the sum of the last feed-forward's output and the residual, and ends the
-            layer; `None` where the layer normalizes first.
+        name: dotted name; for layers in parallel lists (XLM), that of the part that runs first.
+        number: the first number in the name, by which adapters select the layer.
+        runs: number of times that it runs in one forward pass; above 1 if layers share weights (ALBERT).
+        norm: the normalization at the end of the layer, of the sum of the last feed-forward's output and the residual;
+            `None` in a pre-norm layer.
     """
 
     name: str
@@ -82,10 +84,10 @@ class Structure:
 
     Attributes:
         model: name of the model's class.
-        layers: in the order in which they run.
-        embeddings: tables that the pass looked up.
-        head: what reads the last layer: names of modules outside of the base model.
-        kinds: projection -> name of its class, or `tensor` for a weight that stands in no linear layer.
+        layers: in execution order.
+        embeddings: names of the embedding tables that the forward pass uses.
+        head: names of the modules outside of the base model.
+        kinds: projection -> name of its class, or `tensor` for a weight that is not in a linear layer.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""From the trace of a pass to feed-forwards and attentions: who feeds whom decides, not what it is called."""
+"""Find feed-forwards and attentions in the trace of a forward pass, by data flow and not by names."""
 
 from collections import defaultdict
 
@@ -9,7 +9,7 @@ Calls = dict[str, Call]
 
 
 def first_calls(trace: Trace) -> Calls:
-    """The first use of each projection, in the order of the pass."""
+    """The first call of each projection, in execution order."""
     found: Calls = {}
     for call in trace.calls:
         found.setdefault(call.name, call)
@@ -17,12 +17,12 @@ def first_calls(trace: Trace) -> Calls:
 
 
 def find_attentions(trace: Trace) -> list[Attention]:
-    """Blocks whose outputs meet in products, each with the projections that read the result.
+    """Find groups of projections whose outputs are multiplied with each other, and the projections of the result.
 
-    A projection that reads a product of others is the block's output; it alone sees all that went into it. Of those,
-    a value reaches it on a way without an activation function, queries and keys through the softmax alone. What
-    stands on the left of the first product is the query. One projection that is mixed along positions by other means
-    (a convolution, a scan) is a block of its own.
+    A projection that reads a product of other projections' outputs is the block's output projection. Its inputs give
+    the roles: values reach it on a path without an activation function, queries and keys only through the softmax. The
+    query is the left operand of the first product, the key the right one. A single projection whose output is mixed
+    along positions in another way (a convolution, a scan) forms a block by itself.
     """
     calls = first_calls(trace)
     left, right = set(), set()
@@ -53,7 +53,7 @@ def find_attentions(trace: Trace) -> list[Attention]:
 
 
 def _mixed_alone(call: Call, calls: Calls) -> list[str]:
-    """The one projection that `call` reads mixed along positions, if it feeds nothing else: a state-space block."""
+    """The one projection whose output `call` reads mixed along positions: a state-space block; empty otherwise."""
     units = [unit for unit, path in call.paths.items() if path.mixed]
     if len(units) != 1 or len(call.paths) != 1 or units[0] not in calls:
         return []
@@ -64,9 +64,9 @@ def _mixed_alone(call: Call, calls: Calls) -> list[str]:
 def _roles(
     members: list[str], inputs: Paths, left: set[str], right: set[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
-    """Which of a block's members are query, key and value."""
+    """Return query, key and value among the members of a block."""
     direct = [m for m in members if inputs[m].direct]
-    if not direct or (len(direct) == len(members) > 1):  # no softmax: the value takes part in the fewest products
+    if not direct or (len(direct) == len(members) > 1):  # no softmax: the value is the one in the fewest products
         fewest = min(inputs[m].products for m in members)
         direct = [m for m in members if inputs[m].products == fewest]
     scored = [m for m in members if inputs[m].curved or m not in direct or len(members) == 1]
@@ -76,7 +76,7 @@ def _roles(
 
 
 def _feeders(members: list[str], calls: Calls, outputs: set[str]) -> set[str]:
-    """Projections whose output goes to members of a block alone: low-rank parts of queries and keys."""
+    """Projections whose output only members of the block read: low-rank factors of queries and keys."""
     readers: dict[str, set[str]] = defaultdict(set)
     for name, call in calls.items():
         for unit in call.paths:
@@ -92,24 +92,27 @@ def _feeders(members: list[str], calls: Calls, outputs: set[str]) -> set[str]:
 
 
 def _is_cross(query: tuple[str, ...], key: tuple[str, ...], calls: Calls, before: list[Attention]) -> bool:
-    """Whether keys read what other blocks' keys read too, and queries something else: the encoder's output."""
+    """Whether keys read another sequence than queries: one that was computed before the latest other attention.
+
+    This is the encoder's output in a decoder's cross-attention.
+    """
     reads = [{calls[name].reads for name in names} for names in (query, key)]
     if not (reads[0] and reads[1]) or reads[0] & reads[1]:
         return False
     others = [calls[name] for block in before for name in (*block.query, *block.key)]
     sources = {unit for name in key for unit in calls[name].paths}
     latest = max((call.order for call in others if call.reads not in reads[1]), default=0)
-    # The encoder's output was there before the layer's own attention ran.
+    # The encoder's output was computed before the layer's self-attention ran.
     written = max((calls[unit].order for unit in sources if unit in calls), default=0)
     return 0 < written < latest
 
 
 def find_feed_forwards(trace: Trace, attentions: list[Attention]) -> list[FeedForward]:
-    """Chains `down(activation(up(x)))`, gated or not, that give as many features as they read.
+    """Find chains `down(activation(up(x)))`, gated or not, with equal numbers of input and output features.
 
-    `down` reads `up` (and `gate`) and nothing else, so there is no residual sum between them, and no positions are
-    mixed on the way; `up` and `gate` read the same tensor; what `down` gives is added to what comes after and does not
-    only gate it.
+    `down` reads only `up` (and `gate`), without a residual sum or a mixing of positions in between. `up` and `gate`
+    read the same tensor. The output of `down` reaches a later projection or the output without an activation, so it is
+    not only a gate.
     """
     calls = first_calls(trace)
     read_directly = {unit for call in trace.calls for unit, path in call.paths.items() if path.direct}

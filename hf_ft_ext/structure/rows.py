@@ -1,4 +1,4 @@
-"""A few rows of made-up input that a model takes, and a copy of the model to run them through."""
+"""Synthetic inputs for a trial forward pass, and a copy of the model to run it."""
 
 import copy
 from collections.abc import Iterator
@@ -12,14 +12,15 @@ _SPECIAL = ("pad", "eos", "bos", "cls", "sep", "mask", "unk", "decoder_start")
 
 
 def trial_device(model: nn.Module) -> torch.device:
-    """Where a trial pass runs: on the model's device, or the CPU for a model without data."""
+    """The device of a trial pass: the model's, or the CPU for a model on the meta device."""
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
 def trial_rows(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches that `model` may take, the likeliest first: ids `[2, 16]` with mask, decoder ids too, one row.
+    """Iterate over batches that `model` may accept, the likeliest first.
 
-    A model whose rows have more than token ids says so in `trial_inputs(ids)`.
+    Token ids `[2, 16]` with attention mask; the same with decoder ids; one row; ids only. A model that needs more
+    inputs than token ids returns them from a method `trial_inputs(ids)`.
     """
     config = getattr(model, "config", None)
     device = trial_device(model)
@@ -34,12 +35,12 @@ def trial_rows(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         batch |= model.trial_inputs(ids)
     yield batch
     yield {**batch, "decoder_input_ids": ids}
-    yield {name: value[:1] for name, value in batch.items()}  # without a padding token a decoder takes one row
+    yield {name: value[:1] for name, value in batch.items()}  # a decoder without a padding token takes one row only
     yield {"input_ids": ids}
 
 
 def _token_ids(model: nn.Module, config) -> torch.Tensor:
-    """`[2, 16]`, ordinary tokens with an end token last: some heads read the class off it. A mask token if any."""
+    """Ids `[2, 16]` of ordinary tokens, with a mask token (if any) and an end token last, which some heads read."""
     try:
         size = model.get_input_embeddings().weight.shape[0]
     except (AttributeError, NotImplementedError):
@@ -58,17 +59,18 @@ def _token_ids(model: nn.Module, config) -> torch.Tensor:
 
 
 def trial_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` that shares its tensors, in evaluation mode, with adapters switched off.
+    """A copy of `model` that shares its tensors, in evaluation mode, with adapters disabled.
 
-    A trial pass may change what modules keep (BigBird leaves block-sparse attention after one short batch), hence a
-    copy. Tensors on the meta device become ones of stride 0, which take hardly any memory and let the pass run.
+    It is a copy because a forward pass may change the state of modules (BigBird turns block-sparse attention off after
+    a short batch). Tensors on the meta device are replaced by expanded tensors of stride 0, which take hardly any
+    memory.
     """
     tensors = [*model.parameters(), *model.buffers()]
     shared: dict[int, torch.Tensor] = {id(t): _without_memory(t) if t.is_meta else t for t in tensors}
     shared |= _eight_bit_states(model)
     other = copy.deepcopy(model, shared).eval()
     for module in other.modules():
-        # A wrapper around the forward of the original (trl's fused head, accelerate's hooks) would run the original.
+        # A wrapped forward (trl's fused head, accelerate's hooks) would call the forward of the original module.
         if hasattr(vars(module).get("forward"), "__wrapped__"):
             del module.forward
         if isinstance(module, BaseTunerLayer):
@@ -78,16 +80,16 @@ def trial_copy(model: nn.Module) -> nn.Module:
 
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
     value = 0.01 if tensor.is_floating_point() else 0
-    shape = tensor.shape[1:] if tensor.dim() > 2 else ()  # kernels of grouped products want one expert's strides
+    shape = tensor.shape[1:] if tensor.dim() > 2 else ()  # grouped matrix products need the strides of one expert
     real = torch.full(shape, value, dtype=tensor.dtype).expand(tensor.shape)
     return nn.Parameter(real, requires_grad=False) if isinstance(tensor, nn.Parameter) else real
 
 
 def _eight_bit_states(model: nn.Module) -> dict[int, torch.Tensor]:
-    """Scales and weights of bitsandbytes' 8-bit layers, by `id`, moved to where the layers' first pass puts them.
+    """Scales and weights of bitsandbytes' 8-bit layers, by `id`, after moving them into the layers' state.
 
-    That pass takes them from the weight into the layer's own state. In a copy that shares the weight, it would leave
-    the layer itself without any, and its results wrong.
+    The first forward pass of such a layer moves them from the weight into the layer's state. The pass of a copy that
+    shares the weight would remove them from the weight of the original layer, whose results would then be wrong.
     """
     found = {}
     for module in model.modules():

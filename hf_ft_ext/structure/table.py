@@ -1,4 +1,4 @@
-"""What was found in a model, as a table for people."""
+"""The parts of a model as a text table."""
 
 import re
 
@@ -12,7 +12,7 @@ _HEADER = ("part", "where", "what it is", "why")
 
 
 def structure_table(structure: Structure) -> str:
-    """One line per kind of layer and part: names (layer numbers folded), and by what they were recognized."""
+    """A table with one line per kind of layer and part: names with `*` for layer numbers, kind, and reason."""
     rows: list[tuple[str, ...]] = [_HEADER]
     kinds: dict[tuple[tuple[str, ...], ...], list[Layer]] = {}
     for layer in structure.layers:
@@ -25,14 +25,14 @@ def structure_table(structure: Structure) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(_HEADER) - 1)]
     lines = ["  ".join(cell.ljust(n) for cell, n in zip(row, [*widths, 0], strict=True)).rstrip() for row in rows]
     if not structure.layers:
-        lines = ["no repeated layers: nothing that feeds forward or attends stands in a list of modules"]
+        lines = ["no repeated layers: no feed-forward or attention is in a list of modules"]
     lines.append(f"embeddings (looked up by token or position): {_list(structure.embeddings)}")
     lines.append(f"head (outside of the base model): {_list(structure.head)}")
     return "\n".join(lines)
 
 
 def parts_table(model: nn.Module) -> str:
-    """The table of `model`, or why there is none."""
+    """The table of `model`, or the reason why its structure cannot be found."""
     try:
         return structure_table(find_structure(model))
     except InputError as error:
@@ -59,7 +59,7 @@ def _attention_rows(block: Attention, kinds: dict[str, str]) -> list[tuple[str, 
         ("key", block.key, "right in the first product of activations"),
         ("value", block.value, "reaches the output past the softmax"),
         ("output", block.output, "reads the product"),
-        ("other", block.other, "feeds or gates the others alone"),
+        ("other", block.other, "only feeds or gates the others"),
     )
     roles: dict[tuple[str, ...], list[tuple[str, str]]] = {}
     for role, names, why in reasons:
@@ -76,14 +76,14 @@ def _feed_forward_rows(block: FeedForward, kinds: dict[str, str]) -> list[tuple[
     back = f", {block.inner} to {block.width}"
     rows = []
     if block.gate == block.up:
-        rows.append(("  feed-forward gate+up", _names(block.up), _kinds(block.up, kinds) + shape, "feeds down alone"))
+        rows.append(("  feed-forward gate+up", _names(block.up), _kinds(block.up, kinds) + shape, "read by down only"))
     else:
         for role, names in (("gate", block.gate), ("up", block.up)):
-            why = "feeds down alone" + (", activated" if role == "gate" else "")
+            why = "read by down only" + (", activated" if role == "gate" else "")
             if names:
                 rows.append((f"  feed-forward {role}", _names(names), _kinds(names, kinds) + shape, why))
     rows.append(
-        ("  feed-forward down", _names(block.down), _kinds(block.down, kinds) + back, "gives the layer's width")
+        ("  feed-forward down", _names(block.down), _kinds(block.down, kinds) + back, "returns the layer's width")
     )
     return rows
 

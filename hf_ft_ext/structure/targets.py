@@ -1,4 +1,4 @@
-"""Default targets of methods that change some of a model's projections, by structure."""
+"""Default target modules (LoRA, IA3), by structure."""
 
 import logging
 from collections.abc import Iterable, Mapping
@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module computes `x W^T + b` from floating-point parameters `weight` and `bias`, and nothing else.
+    """Whether a module computes exactly `x W^T + b` from floating-point parameters `weight` and `bias`.
 
-    A subclass of `nn.Linear` is tried on random rows: some only write the product in another way (Falcon's).
+    A subclass of `nn.Linear` is tested on random rows: some compute the same product in another way (Falcon).
     """
     if type(module) in (nn.Linear, Conv1D):
         return module.weight.is_floating_point()
@@ -39,9 +39,10 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def query_and_value(structure: Structure) -> list[str]:
-    """Modules that give attention its queries and values, where LoRA goes by default.
+    """Query and value projections of the attentions, the default targets of LoRA.
 
-    A model without such modules (FNet has no attention, XLNet's are weights of their own) has its feed-forwards taken.
+    For a model without such modules (FNet has no attention, XLNet's projections are plain tensors), the projections of
+    the feed-forwards.
     """
     attention = [name for block in structure.attentions for name in (*block.query, *block.value)]
     feed_forward = [name for block in structure.feed_forwards for name in block.projections]
@@ -49,26 +50,26 @@ def query_and_value(structure: Structure) -> list[str]:
 
 
 def key_value_and_down(structure: Structure) -> tuple[list[str], list[str]]:
-    """Modules that give attention its keys and values, and those that end a feed-forward: where IA3 goes."""
+    """Key and value projections of the attentions, and down projections of the feed-forwards: the targets of IA3."""
     attention = [name for block in structure.attentions for name in (*block.key, *block.value)]
     down = [name for block in structure.feed_forwards for name in block.down]
     return _modules(attention, structure), _modules(down, structure)
 
 
 def _modules(names: Iterable[str], structure: Structure) -> list[str]:
-    """Those of `names` that are modules and no weights on their own, once each."""
+    """Those of `names` that are modules (not plain tensors), once each."""
     return [name for name in dict.fromkeys(names) if structure.kinds.get(name, "tensor") != "tensor"]
 
 
 def default_targets(
     model: nn.Module, table: Mapping[str, list[str] | str], kind: str | None
 ) -> list[str] | str | None:
-    """peft's own default targets for a model of type `kind`, as `table` has them, or queries and values by structure.
+    """Default targets: those of peft's `table` for a model of type `kind`, else query and value by structure.
 
-    An entry of the table that names no module of this model counts for nothing.
+    An entry of the table that matches no module of this model is ignored.
 
     Returns:
-        Names as peft takes them: the last parts of dotted names, as short as they can be. `None` = there are none.
+        Names as peft expects them: the last parts of dotted names, as short as possible; `None` if there are none.
     """
     known = table.get(kind) if kind else None
     names = [plain_name(name) for name, _ in model.named_modules()]
@@ -79,7 +80,7 @@ def default_targets(
 
 
 def endings(names: Iterable[str], wanted: Iterable[str]) -> list[str]:
-    """The shortest last parts of dotted names that pick exactly `wanted` out of `names`."""
+    """The shortest last parts of dotted names that select exactly `wanted` from `names`."""
     names, wanted = list(names), list(wanted)
     longest = max((name.count(".") + 1 for name in wanted), default=0)
     for parts in range(1, longest + 1):

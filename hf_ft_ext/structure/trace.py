@@ -1,8 +1,8 @@
-"""One trial pass through a model: which projection reads what, and which outputs meet in a product.
+"""Trace one forward pass: the inputs of each projection, and the products of projections' outputs.
 
-A projection is a linear layer, or a weight that is multiplied with activations by other means (the three-dimensional
-weights of experts, XLNet's `einsum`s). Every tensor of the pass carries the projections that it comes from, up to the
-last one on each way to it, and how it comes from them: `Path`.
+A projection is a linear layer, or a weight that is multiplied with activations in another way (the three-dimensional
+weights of experts, XLNet's `einsum`s). For each tensor of the pass, the tracer records the last projections on each
+path to it, and the operations in between: `Path`.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ _MIXES_POSITIONS = ("convolution", "fft", "cumsum", "logcumsumexp", "cumprod")
 
 @dataclass(frozen=True)
 class Path:
-    """How a tensor comes from a projection's output.
+    """How a tensor is computed from a projection's output, over all paths between them.
 
     Attributes:
-        direct: some way to it passes no activation function.
-        curved: some way to it passes one.
-        products, most: products with other activations on the way; the fewest and the most of all ways.
-        mixed: some way to it mixes positions by other means than products.
+        direct: some path has no activation function.
+        curved: some path has one.
+        products, most: smallest and largest number of products with other activations on a path.
+        mixed: some path mixes positions in another way than by products.
     """
 
     direct: bool = True
@@ -46,11 +46,11 @@ class Path:
     mixed: bool = False
 
     def multiplied(self, times: int = 1) -> "Path":
-        """The way on through a product."""
+        """The path continued through products with other activations."""
         return replace(self, products=self.products + times, most=self.most + times)
 
     def either(self, other: "Path") -> "Path":
-        """Both ways taken together."""
+        """The union of two sets of paths."""
         return Path(
             self.direct or other.direct,
             self.curved or other.curved,
@@ -65,7 +65,7 @@ Paths = dict[str, Path]
 
 @dataclass
 class _Flow:
-    """What a storage of the pass comes from: projections, or (no data yet) parameters."""
+    """Where the data of a storage comes from: projections, or (before it is combined with inputs) parameters."""
 
     paths: Paths
     data: bool = False
@@ -74,14 +74,14 @@ class _Flow:
 
 @dataclass(frozen=True)
 class Call:
-    """One use of a projection.
+    """One call of a projection.
 
     Attributes:
-        name: of the module, or of the weight where no linear layer holds it.
-        reads: the storage that it reads; equal numbers = the same input.
-        paths: what its input comes from.
-        width_in, width_out: features.
-        order: place in the pass.
+        name: of the module, or of the weight if it is not in a linear layer.
+        reads: id of the storage that it reads; equal ids = the same input.
+        paths: the projections that its input is computed from.
+        width_in, width_out: number of input and output features.
+        order: position in the forward pass.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Product:
-    """A product of activations: what its two operands come from (for attention as one operator: query and key)."""
+    """A product of activations: the paths of its two operands (of query and key, for a fused attention operator)."""
 
     left: Paths
     right: Paths
@@ -102,7 +102,7 @@ class Product:
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One call of a module: inputs and outputs are those of its first tensor."""
+    """One call of a module: paths of its first input tensor and its first output tensor."""
 
     name: str
     reads: int | None
@@ -115,11 +115,11 @@ class ModuleCall:
 
 @dataclass
 class Trace:
-    """What happened in a trial pass.
+    """The record of a trial pass.
 
     Attributes:
-        kinds: projection -> the module class, or `None` for a weight on its own.
-        embeddings: names of the tables that were looked up.
+        kinds: projection -> the module class, or `None` for a plain tensor.
+        embeddings: names of the embedding tables in use.
     """
 
     calls: list[Call] = field(default_factory=list)
@@ -130,9 +130,9 @@ class Trace:
 
 
 def is_projection(module: nn.Module) -> bool:
-    """Whether a module maps features to features, position by position: linear layers, convolutions of width 1.
+    """Whether a module maps features to features, position by position: a linear layer or a convolution of width 1.
 
-    Quantized and foreign linear layers say so by `in_features` and `out_features`.
+    Quantized and other linear layers are recognized by their `in_features` and `out_features`.
     """
     if isinstance(module, BaseTunerLayer):
         return is_projection(module.get_base_layer())
@@ -146,7 +146,7 @@ def is_projection(module: nn.Module) -> bool:
 
 
 def widths(module: nn.Module) -> tuple[int, int]:
-    """Features that a projection reads, and gives."""
+    """Number of input and output features of a projection."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(base, Conv1D):
         return base.nx, base.nf
@@ -156,13 +156,13 @@ def widths(module: nn.Module) -> tuple[int, int]:
 
 
 class Tracer(TorchDispatchMode):
-    """Follows the data of one pass through `model`, operator by operator; `trace` holds what it saw."""
+    """Follows the data of one forward pass through `model`, operator by operator, and records it in `trace`."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.trace = Trace()
         self._flows: dict[int, _Flow] = {}
-        self._alive: list[torch.UntypedStorage] = []  # an address must not come back for another storage
+        self._alive: list[torch.UntypedStorage] = []  # kept alive so that no address is reused for another storage
         self._inside = 0  # projections that are running
         self._order = 0
         for name, parameter in model.named_parameters():
@@ -252,7 +252,7 @@ class Tracer(TorchDispatchMode):
     def _own_weight(
         self, activations: _Flow, parameters: frozenset[str], tensor: torch.Tensor, matrix: torch.Tensor
     ) -> _Flow:
-        """A weight that no linear layer multiplies for the model."""
+        """Record the product with a weight that is not in a linear layer."""
         if self._inside:
             return _Flow({}, data=True)
         name = min(parameters)
@@ -280,7 +280,7 @@ class Tracer(TorchDispatchMode):
     # --- modules ------------------------------------------------------------------------------------
 
     def watch(self, model: nn.Module, plain_name) -> None:
-        """Hang hooks on all modules of `model`, which is thrown away afterwards."""
+        """Register hooks on all modules of `model`; they are never removed, so pass a temporary copy."""
         inner: set[nn.Module] = set()
         for name, module in model.named_modules():
             if module in inner:

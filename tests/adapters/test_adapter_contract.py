@@ -44,7 +44,7 @@ def step(model) -> None:
         if kind == "bert" or name in ("pfeiffer", "projected", "sparse", "mixture")
     ],
 )
-def test_trains_saves_loads_and_comes_off(tmp_path, kind, name):
+def test_train_save_load_and_unload(tmp_path, kind, name):
     model = small(kind)
     plain, frozen = logits(model), {n: p.clone() for n, p in model.named_parameters()}
     adapted = attach(model, name)

@@ -61,7 +61,7 @@ def test_parallel_reads_the_feed_forwards_input(kind, name):
         torch.testing.assert_close(layer(x), layer.base_layer(x) + extra)
 
 
-def test_the_start_is_near_the_model_or_exactly_it():
+def test_the_initial_output_is_near_or_equal_to_the_base_model():
     plain = logits(small("bert"))
     near = logits(get_peft_model(small("bert"), BottleneckConfig()))
     assert 0 < (near - plain).abs().max() < 0.02
@@ -106,16 +106,16 @@ def test_targets_by_name_in_the_layer_or_by_expression():
     ("settings", "message"),
     [
         ({"placement": "pfeifer"}, "placement='pfeifer' is unknown; choose from: pfeiffer, houlsby, parallel"),
-        ({"bottleneck_size": 4, "reduction_factor": 2}, "both say how wide the bottleneck is"),
-        ({"bottleneck_size": 0}, "bottleneck_size=0 is no width"),
-        ({"reduction_factor": 0}, "reduction_factor=0 is no factor"),
-        ({"dropout": 1.0}, "dropout=1.0 is no share"),
+        ({"bottleneck_size": 4, "reduction_factor": 2}, "both set the width of the bottleneck"),
+        ({"bottleneck_size": 0}, "bottleneck_size must be 1 or more, got 0"),
+        ({"reduction_factor": 0}, "reduction_factor must be above 0, such as 16, got 0"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"activation": "relux"}, "activation='relux' is unknown to transformers"),
         ({"layer_norm": "inside"}, "layer_norm='inside' is unknown"),
         ({"init_weights": "ones"}, "init_weights='ones' is unknown"),
     ],
 )
-def test_values_that_cannot_work(settings, message):
+def test_invalid_values_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         BottleneckConfig(**settings)
 
@@ -164,7 +164,7 @@ def test_places_by_structure(kind):
         config = BottleneckConfig(placement=placement, bottleneck_size=4, init_weights="zero")
         if places is None:
             with pytest.raises(
-                InputError, match=rf"no layers in which a bottleneck of placement '{placement}' has a pl"
+                InputError, match=rf"no layers that fit a bottleneck adapter of placement '{placement}'"
             ):
                 get_peft_model(model, config)
             continue
@@ -177,3 +177,14 @@ def test_places_by_structure(kind):
             torch.nn.init.normal_(layer.bottleneck_down["default"].weight)
             torch.nn.init.normal_(layer.bottleneck_up["default"].weight)
         assert not torch.allclose(wrapped(**rows).logits, before, atol=1e-4)
+
+
+def test_two_placements_at_one_normalization_are_both_added():
+    torch.manual_seed(0)
+    norm, x = torch.nn.LayerNorm(8), torch.randn(3, 8)
+    config = BottleneckConfig(bottleneck_size=2, init_std=0.4)
+    layer = BottleneckLayer(norm, "default", config, 8)
+    layer.update_layer("other", BottleneckConfig(placement="parallel", bottleneck_size=2, init_std=0.4))
+    layer.set_adapter(["default", "other"])
+    expected = norm(x + layer.adapter("default", norm(x))) + layer.adapter("other", x)
+    torch.testing.assert_close(layer(x), expected)

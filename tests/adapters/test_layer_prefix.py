@@ -21,7 +21,7 @@ def adapted(kind="bert", model=None, **settings):
     return get_peft_model(model, LayerPrefixConfig(**settings))
 
 
-def test_attention_written_out():
+def test_prefix_attention_equals_the_written_out_formula():
     model = adapted()
     layer = next(m for m in model.modules() if isinstance(m, PrefixLayer))
     base = layer.base_layer
@@ -105,7 +105,7 @@ def test_projections_are_folded_away_on_save_unless_training_goes_on(tmp_path, m
         assert any("layer_prefix_hidden" in n for n, p in loaded.named_parameters() if p.requires_grad) == parts
     model.load_adapter(tmp_path / "whole", "default", is_trainable=True)
     assert torch.equal(logits(model), expected)
-    with pytest.raises(InputError, match="holds a prefix's keys and values alone"):
+    with pytest.raises(InputError, match="holds only the keys and values of a prefix"):
         model.load_adapter(tmp_path / "folded", "default")
 
 
@@ -116,7 +116,7 @@ def test_the_thesis_sizes():
     assert sum(p.numel() for n, p in model.named_parameters() if "layer_prefix_" in n) == 9_857_024
 
 
-def test_several_prefixes_stand_one_after_the_other():
+def test_several_prefixes_are_concatenated():
     model = adapted()
     one = logits(model)
     model.add_adapter("other", LayerPrefixConfig(prefix_length=2, init_std=1.0))
@@ -128,12 +128,12 @@ def test_several_prefixes_stand_one_after_the_other():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prefix_length": 0}, "prefix_length=0 is no length"),
-        ({"projection_size": 0}, "projection_size=0 is no width"),
-        ({"dropout": -1}, "dropout=-1 is no share"),
+        ({"prefix_length": 0}, "prefix_length must be 1 or more, got 0"),
+        ({"projection_size": 0}, "projection_size must be 1 or more, or none, got 0"),
+        ({"dropout": -1}, r"dropout must be in \[0, 1\), got -1"),
     ],
 )
-def test_values_that_cannot_work(settings, message):
+def test_invalid_values_are_refused(settings, message):
     with pytest.raises(InputError, match=message):
         LayerPrefixConfig(**settings)
 
@@ -143,9 +143,9 @@ def test_models_that_a_prefix_cannot_reach():
         "deberta-v2", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=45
     )
     deberta = AutoModelForSequenceClassification.from_config(config)
-    with pytest.raises(InputError, match="DebertaV2ForSequenceClassification has no attention that goes through"):
+    with pytest.raises(InputError, match="DebertaV2ForSequenceClassification has no attention that uses"):
         get_peft_model(deberta, LayerPrefixConfig())
-    with pytest.raises(InputError, match=r"bert.encoder.layer.0.output.dense .*does not go through transformers"):
+    with pytest.raises(InputError, match=r"bert.encoder.layer.0.output.dense .*does not use transformers"):
         get_peft_model(small("bert"), LayerPrefixConfig(target_modules=["output.dense"]))
     with pytest.raises(InputError, match=r"names layer 5, .* has layers 0 to 1"):
         get_peft_model(small("bert"), LayerPrefixConfig(layers_to_transform=[5]))

@@ -144,7 +144,7 @@ def test_copies_are_whole_and_independent(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_layers_say_their_features(name):
+def test_layers_have_in_and_out_features(name):
     layers = [m for m in attach(small("bert"), name).modules() if isinstance(m, BaseTunerLayer)]
     assert layers
     for layer in layers:
@@ -189,7 +189,7 @@ def test_a_folded_prefix_loads_under_its_training_configuration(tmp_path, make):
         loaded = PeftModel.from_pretrained(small("bert"), tmp_path, **options)
         assert torch.equal(logits(loaded), logits(model))
         assert not [n for n, _ in loaded.named_parameters() if "hidden" in n]
-    with pytest.raises(InputError, match="holds a prefix's keys and values alone"):
+    with pytest.raises(InputError, match="holds only the keys and values of a prefix"):
         PeftModel.from_pretrained(small("bert"), tmp_path, config=make(6), is_trainable=True)
 
 

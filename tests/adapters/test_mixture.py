@@ -69,23 +69,27 @@ def test_what_cannot_be_merged_is_refused_by_name():
 @pytest.mark.parametrize(
     ("kinds", "layers", "message"),
     [
-        ({"prompt_tuning": {}}, {0: "prompt_tuning"}, "'prompt_tuning': prompt_tuning puts its parameters before"),
+        (
+            {"prompt_tuning": {}},
+            {0: "prompt_tuning"},
+            "'prompt_tuning': prompt_tuning adds its parameters to the inputs",
+        ),
         ({"vera": {}}, {0: "vera"}, "vera shares parameters between layers, so it cannot be limited to layers"),
         ({"layer_mixture": {}}, {}, "is a mixture itself"),
         ({"loro": {}}, {0: "loro"}, "peft has no method 'loro'; did you mean 'LORA'"),
         ({"lora": {"rank": 3}}, {0: "lora"}, "kind 'lora': .*rank"),
-        ({"lora": {"modules_to_save": ["classifier"]}}, {0: "lora"}, "sets modules_to_save=.*the whole mixture"),
-        ({"lora": {"bias": "all"}}, {0: "lora"}, "bias='all' trains biases of layers"),
-        ({"lora": {}}, {0: "lore"}, "layer 0 is to get 'lore'; did you mean 'lora'"),
-        ({"lora": {}}, {"first": "lora"}, "'first' is no number of a layer"),
+        ({"lora": {"modules_to_save": ["classifier"]}}, {0: "lora"}, "sets modules_to_save=.*only the mixture itself"),
+        ({"lora": {"bias": "all"}}, {0: "lora"}, "bias='all' would also train biases"),
+        ({"lora": {}}, {0: "lore"}, "layer 0: kind 'lore' is not defined; did you mean 'lora'"),
+        ({"lora": {}}, {"first": "lora"}, "'first' is not a layer number"),
     ],
 )
-def test_configurations_that_cannot_work(kinds, layers, message):
+def test_invalid_configurations_are_refused(kinds, layers, message):
     with pytest.raises(InputError, match=message):
         LayerMixtureConfig(kinds=kinds, layers=layers)
 
 
-def test_models_that_it_does_not_fit():
+def test_unsuitable_models_are_refused():
     with pytest.raises(InputError, match="the mixture names layer 9, and BertForSequenceClassification has layers 0"):
         get_peft_model(small("bert"), LayerMixtureConfig(kinds=KINDS, layers={9: "lora"}))
     config = LayerMixtureConfig(kinds={"lora": {"target_modules": ["qkv"]}}, layers={1: "lora"})

@@ -444,7 +444,7 @@ def test_training_before_the_columns_are_chosen_is_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.disable_adapter_layers(), r"'default' is not in use in .*\(switched off, merged"),
+        (lambda m: m.disable_adapter_layers(), r"'default' is not in use in .*\(disabled, merged"),
         (lambda m: m.merge_adapter(), r"not in use in .*; call model.set_adapter\('default'\) first"),
         (lambda m: m.unload(), "the model has no SparseGrad adapters; make it with get_peft_model"),
     ],
@@ -466,7 +466,7 @@ def test_batches_that_give_no_gradient():
     model = adapted()
     with pytest.raises(InputError, match="compute_bases got no batch"):
         compute_bases(model, [])
-    with pytest.raises(InputError, match=r"gives no loss for these batches; put labels into them, or pass loss"):
+    with pytest.raises(InputError, match=r"returns no loss for these batches; add labels to them, or pass loss"):
         compute_bases(model, [batch()])
     with pytest.raises(InputError, match="there is no SparseGrad adapter 'other'; this model has: default"):
         compute_bases(model, [labelled()], adapter_name="other")
@@ -485,7 +485,7 @@ def test_batches_that_give_no_gradient():
         ({"scope": "model"}, "scope must be one of kind, layer, got 'model'"),
         ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
         ({"n_params": 0}, "n_params must be 1 or more, got 0"),
-        ({"n_params": 1, "density": 0.1}, "both say how many entries train; pass one"),
+        ({"n_params": 1, "density": 0.1}, "both set the number of trained entries; pass one"),
         ({"init_std": -1.0}, "init_std must be 0 or more, got -1.0"),
     ],
 )
@@ -498,7 +498,7 @@ def test_bad_settings(settings, message):
     ("settings", "message"),
     [
         ({"n_params": 10**6}, r"n_params=1000000 is more than the 1536 entries of .*dense"),
-        ({"density": 1e-9}, "density=1e-09 leaves nothing to train in .*dense"),
+        ({"density": 1e-9}, "density=1e-09 leaves no entry to train in .*dense"),
         ({"target_modules": ["output.LayerNorm"]}, r"LayerNorm is a LayerNorm, and SparseGrad trains linear layers"),
     ],
 )

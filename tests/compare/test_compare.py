@@ -136,7 +136,7 @@ def test_another_model_has_the_methods_own_defaults(tiny_bert_dir):
         assert variant.words.keys() == {"model_name_or_path", "save_strategy", "disable_tqdm", "logging_steps"}
 
 
-def test_what_a_method_has_not_is_left_out_and_said():
+def test_unsupported_arguments_are_left_out_and_reported():
     comparison = read_comparison(["--methods", "full,gradientless", "--optim", "adafactor"])
     full, search = comparison.variants
     assert full.words["optim"] == ["--optim", "adafactor"] and not full.left_out
@@ -148,23 +148,23 @@ def test_what_a_method_has_not_is_left_out_and_said():
     ("argv", "message"),
     [
         (["--methods", "fulll"], "unknown method 'fulll'; did you mean 'full'.*choose from: full, lora"),
-        (["--methods", ","], "names none; choose from"),
-        (["--methods", "full,full"], "names 'full' twice"),
-        (["--seeds", "0"], "seeds='0' is neither a number of seeds"),
-        (["--seeds", "1,1"], "list of different ones"),
-        (["--seeds", "x"], "seeds='x'"),
-        (["--max_minutes", "-1"], "max_minutes='-1' leaves no time"),
-        (["--max_minutes", "nan"], "leaves no time"),
+        (["--methods", ","], "is empty; choose from"),
+        (["--methods", "full,full"], "contains 'full' twice"),
+        (["--seeds", "0"], "seeds must be a number of seeds .*, got '0'"),
+        (["--seeds", "1,1"], "list of different seeds"),
+        (["--seeds", "x"], "got 'x'"),
+        (["--max_minutes", "-1"], "max_minutes must be above 0 .*, got '-1'"),
+        (["--max_minutes", "nan"], "max_minutes must be above 0"),
         (["--task_name", "sst"], "unknown task 'sst'; did you mean sst5 or sst2"),
-        (["--methods", "full", "--lora_r", "4"], "lora_r belongs to method 'lora', which is not compared"),
+        (["--methods", "full", "--lora_r", "4"], "lora_r belongs to method 'lora', which is not in this comparison"),
         (["--learning_rat", "4"], "unknown argument 'learning_rat'; did you mean 'learning_rate'"),
         (["--method", "full"], "method is set by the comparison.*--methods"),
         (["--seed", "1"], "seed is set by the comparison.*pass --seeds"),
         (["--push_to_hub"], "push_to_hub is set by the comparison"),
-        (["--methods", "lora", "--lora_r", "0"], "lora: lora_r=0 is no rank"),
+        (["--methods", "lora", "--lora_r", "0"], "lora: lora_r must be 1 or more"),
         (["--learning_rate", "fast"], "full: .*learning_rate.*fast"),
         (["stray.yaml"], "is not a file"),
-        (["--methods", "full", "lora"], "unexpected word 'lora'"),
+        (["--methods", "full", "lora"], "unexpected argument 'lora'"),
     ],
 )
 def test_bad_input_ends_before_the_first_run(argv, message, capsys):
@@ -179,7 +179,7 @@ def test_bad_input_ends_before_the_first_run(argv, message, capsys):
         ("variants: [full]", "must be a mapping"),
         ("variants: {a: {method: fulll}}", "unknown method 'fulll'; did you mean 'full'"),
         ("variants: {a: {lora_r: 4}}", "unknown method 'a'"),
-        ("variants: {a/b: {method: full}}", "'a/b' would name a folder"),
+        ("variants: {a/b: {method: full}}", "'a/b' is used as a folder name"),
         ("variants: {a: {method: full, seed: 3}}", "seed is set by the comparison"),
         ("variants: {a: {method: full, lora_r: 3}}", "a: unknown argument '--lora_r'.*belongs to method 'lora'"),
         ("variants: {a: {method: gradientless, optim: sgd}}", "a: optim='sgd' needs gradients"),
@@ -226,7 +226,7 @@ def test_an_access_token_is_neither_printed_nor_kept_and_reaches_the_runs(words,
     assert main([path, "--token", "hf_another"]) == 0 and launches("full-seed42") == 1
 
 
-def test_failures_are_survived_shown_and_tried_again(capsys):
+def test_failed_runs_are_reported_and_repeated(capsys):
     path = recipe(VARIANTS)
     assert main([path]) == 1
     assert states() == {("good", 42): "done", **{(n, 42): "failed" for n in ("refused", "broken", "killed")}}
@@ -241,7 +241,7 @@ def test_failures_are_survived_shown_and_tried_again(capsys):
     assert launches("good-seed42") == 1
 
 
-def test_all_runs_may_fail(capsys):
+def test_a_comparison_of_failed_runs_only(capsys):
     assert main(["--methods", "full,lora", "--learning_rate", "1"]) == 1
     page = Path("runs/compare-demo/report.html").read_text()
     assert "no finished run" in page and page.count("learning_rate=1 cannot work") == 2
@@ -268,7 +268,7 @@ def test_only_what_is_missing_or_changed_is_run():
     assert [launches(f"{name}-seed{seed}") for seed in (42, 43) for name in ("full", "lora")] == [1, 2, 1, 2]
 
 
-def test_seeds_take_turns():
+def test_all_variants_run_one_seed_before_the_next():
     assert main(["--methods", "full,lora", "--seeds", "2"]) == 0
     folder = Path("runs/compare-demo/runs")
     order = sorted(folder.glob("*.log"), key=lambda path: path.stat().st_mtime_ns)
@@ -287,7 +287,7 @@ def test_the_time_limit(monkeypatch):
     }  # fmt: skip
     page = Path("runs/compare-demo/report.html").read_text()
     assert "at the end of --max_minutes" in page
-    assert "s were left of --max_minutes; this method took 1 s before" in page
+    assert "s of --max_minutes were left; this method took 1 s before" in page
 
 
 def test_a_stopped_comparison_ends_its_run_and_writes_its_report():
@@ -309,7 +309,7 @@ def test_a_stopped_comparison_ends_its_run_and_writes_its_report():
     assert "good" in ended.out and Path("runs/compare-demo/report.html").exists()
 
 
-def test_pictures_are_asked_for_before_the_runs(monkeypatch, capsys):
+def test_missing_matplotlib_is_refused_before_the_runs(monkeypatch, capsys):
     monkeypatch.setattr("hf_ft_ext.compare.__main__.importlib.util.find_spec", lambda name: None)
     assert main(["--methods", "full"]) == 2
     assert 'pip install "hf_ft_ext[pictures]"' in capsys.readouterr().err and not os.path.exists("runs")

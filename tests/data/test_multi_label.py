@@ -169,7 +169,7 @@ def test_thresholds_chosen_on_the_dev_split_hold_for_the_test(files):
         row["prediction"] for row in predictions()
     ]
     card = model_card("out", record, "me/x")
-    assert "predicted from this probability on" in card and "a little too good" in card
+    assert "predicted if its probability is at least" in card and "slightly optimistic" in card
     results = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
     assert {result["dataset"]["split"] for result in results} == {"test"}
     assert run_glue.main([*again, "--output_dir", "half", "--multi_label_threshold", "0.5"]) == 0
@@ -362,7 +362,7 @@ def test_a_search_on_f1_takes_the_tasks_positive_class():
     assert args.take_positive_label("spam") and args.search_positive_label == "spam"
     assert args.take_positive_label("ham") and args.search_positive_label == "spam"  # the user's own stays
     assert not GradientlessTrainingArguments("unused", use_cpu=True).take_positive_label("spam")
-    with pytest.raises(InputError, match="search_positive_label='spam' is about search_objective=f1, not loss"):
+    with pytest.raises(InputError, match="search_positive_label='spam' applies to search_objective=f1, not to loss"):
         GradientlessTrainingArguments("unused", search_positive_label="spam", use_cpu=True)
 
 
@@ -373,7 +373,7 @@ def test_a_search_on_f1_needs_the_positive_class_by_name(rows, tokenizer, tmp_pa
         model = tiny_model(id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
         return GradientlessTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
 
-    with pytest.raises(InputError, match=r"metric 'f1' is about one class.*ham, spam"):
+    with pytest.raises(InputError, match=r"metric 'f1' needs a positive class, .*ham, spam"):
         trainer()
     objective = trainer(search_positive_label="ham")._objective_function()
     logits, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1, 0, 0])

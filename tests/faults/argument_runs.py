@@ -14,7 +14,7 @@ import run_glue
 from hf_ft_ext.training.runs.resources import ResourceMonitor
 
 # The loss can only be known in training.
-_IN_TRAINING = ("the loss is", "the loss at the present weights", "holds NaN or infinity", "not finite")
+_IN_TRAINING = ("the loss is", "the loss at the current weights", "holds NaN or infinity", "not finite")
 
 
 class NotClean(AssertionError):

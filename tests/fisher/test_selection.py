@@ -227,7 +227,7 @@ def test_invalid_plans_are_refused(tmp_path, change, message):
     [
         (["lorra"], None, "candidate 'lorra' is unknown; did you mean 'lora'"),
         (["lora", "lora"], None, "candidate 'lora' is named twice"),
-        (["prompt_tuning"], None, "prompt_tuning puts its parameters before the model .*cannot be limited to layers"),
+        (["prompt_tuning"], None, "prompt_tuning adds its parameters to the inputs .*cannot be limited to layers"),
         (["vera"], None, "vera shares parameters between layers"),
         (None, {"lora": 8}, "settings of candidate 'lora' must be a mapping, .* got 8"),
         (None, {"lora": {"rank": 8}}, "kind 'lora': .*rank"),

@@ -64,7 +64,7 @@ def test_signgd_moves_every_entry_by_the_rate(tmp_path):
     torch.testing.assert_close(step, torch.full_like(step, 1e-3), rtol=1e-2, atol=0)
 
 
-def test_nothing_given_is_transformers_trainer(tmp_path):
+def test_defaults_equal_transformers_trainer(tmp_path):
     ours, plain = make(tmp_path), make(tmp_path, trainer_class=Trainer, arguments=TrainingArguments)
     for trainer in (ours, plain):
         trainer.train()
@@ -93,10 +93,12 @@ def test_low_layers_and_embeddings_freeze(tmp_path, model_type):
 
 
 def test_layers_that_are_not_there_cannot_freeze():
-    with pytest.raises(InputError, match="fix_layers=3, but BertForSequenceClassification has 2 layers with weights"):
+    with pytest.raises(
+        InputError, match="fix_layers=3, but BertForSequenceClassification has 2 layers with separate weights"
+    ):
         fix_layers(tiny_model(), 3)
     config = AlbertConfig(vocab_size=60, embedding_size=8, hidden_size=16, num_attention_heads=2, intermediate_size=16)
-    with pytest.raises(InputError, match="has 1 layers with weights of their own; pass fewer"):
+    with pytest.raises(InputError, match="has 1 layers with separate weights; pass at most 1"):
         fix_layers(AlbertForSequenceClassification(config), 2)
     assert not fix_layers(tiny_model(), 1)[0].startswith("encoder")
 
@@ -134,12 +136,12 @@ def test_a_peft_method_trains_instead(tmp_path):
     ("options", "message"),
     [
         ({"optimizer": "adam", "optim": "adafactor"}, "optimizer=adam and optim=adafactor both choose the optimizer"),
-        ({"optim_args": "sign=true"}, r"optim_args=sign=true makes sgd follow the gradient's signs, and optim=adamw"),
+        ({"optim_args": "sign=true"}, r"optim_args=sign=true needs optim=sgd, but optim is adamw"),
         ({"optimizer": "lion"}, "optimizer='lion' is unknown; choose from: adam, sgd, signgd"),
         ({"fix_layers": -1}, "fix_layers=-1 is no number of layers"),
         ({"peft_config": {"r": 1}}, "peft_config needs peft"),
         ({"peft": "lora", "peft_config": "{r: 1}"}, "peft_config='{r: 1}' is no JSON"),
-        ({"peft": "lora", "fix_layers": 1}, "peft=lora freezes the model, and fix_layers=1 layers of it once more"),
+        ({"peft": "lora", "fix_layers": 1}, "peft=lora freezes the whole model, so fix_layers=1 has no effect"),
         ({"l2_loss": True, "label_smoothing_factor": 0.1}, "l2_loss and label_smoothing_factor=0.1 are two losses"),
     ],
 )
@@ -154,7 +156,7 @@ def test_what_contradicts_the_trainer_s_own_arguments(tmp_path):
         make(tmp_path, optimizer="sgd", trainer={"optimizers": optimizers})
     with pytest.raises(InputError, match="l2_loss and compute_loss_func are two losses"):
         make(tmp_path, l2_loss=True, trainer={"compute_loss_func": l2_loss})
-    with pytest.raises(InputError, match="l2_loss is for classes, and this task is a regression"):
+    with pytest.raises(InputError, match="l2_loss is for classification, and this task is regression"):
         make(tmp_path, tiny_model(num_labels=1, problem_type="regression"), l2_loss=True, regression=True)
     with pytest.raises(InputError, match="optimizer=adam and optim=adamw_torch both choose the optimizer; pass one"):
         parse_arguments(["--method", "full", "--optimizer", "adam", "--optim", "adamw_torch"])

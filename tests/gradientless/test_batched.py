@@ -41,7 +41,7 @@ def test_the_head_alone_gives_the_logits_of_the_model(model_type):
 @pytest.mark.parametrize(
     ("settings", "micro_batches"), [({}, 1), ({}, 3), ({"options": "2x2"}, 1), ({"pool": True}, 1)]
 )
-def test_batched_search_takes_the_decisions_of_one_by_one(model_type, settings, micro_batches):
+def test_batched_candidates_equal_sequential_ones(model_type, settings, micro_batches):
     results = []
     for looped in (False, True):
         model = family(model_type).double()
@@ -57,7 +57,7 @@ def test_batched_search_takes_the_decisions_of_one_by_one(model_type, settings, 
         for _ in range(6):
             scoring.stale = True
             losses.append(optimizer.step(scoring.closure, Sequential(alone) if looped else scoring))
-        assert not scoring.looped
+        assert not scoring.sequential
         results.append((losses, [p.detach().clone() for p in model.parameters()]))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-9)
     for a, b in zip(results[0][1], results[1][1], strict=True):
@@ -65,7 +65,7 @@ def test_batched_search_takes_the_decisions_of_one_by_one(model_type, settings, 
     assert results[0][0][-1] < results[0][0][0]
 
 
-def test_the_passes_leave_the_head_as_it_was():
+def test_evaluation_does_not_change_the_head():
     model = family("bert")
     before = {name: value.clone() for name, value in model.state_dict().items()}
     scoring = evaluation_of(model)
@@ -80,7 +80,7 @@ def test_the_passes_leave_the_head_as_it_was():
 def test_small_memory_splits_the_candidates(monkeypatch):
     losses = []
     for limit in (2**22, 500):
-        monkeypatch.setattr(batched_heads, "_ROWS", limit)
+        monkeypatch.setattr(batched_heads, "_MAX_OUTPUT_ENTRIES", limit)
         scoring = evaluation_of(family("roberta"))
         optimizer = DirectSearch(scoring.reader.head_parameters().values(), lr=0.1, sampling_size=40)
         losses.append([optimizer.step(scoring.closure, scoring) for _ in range(5)])
@@ -96,9 +96,7 @@ def test_a_head_that_mixes_rows_is_evaluated_one_by_one(caplog):
     parameters = scoring.reader.head_parameters()
     optimizer = DirectSearch([parameters["pre_classifier.weight"]], lr=0.1, sampling_size=40)
     first = optimizer.step(scoring.closure, scoring)
-    assert (
-        "candidates are evaluated one by one: the head does not treat rows one by one below pre_class" in caplog.text
-    )
+    assert "candidates are evaluated one by one: batched logits of pre_class" in caplog.text
     for _ in range(5):
         last = optimizer.step(scoring.closure, scoring)
     assert last < first
@@ -109,7 +107,7 @@ def test_a_head_that_calls_a_module_twice_is_evaluated_one_by_one(monkeypatch):
     monkeypatch.setattr(evaluation.BatchedHead, "begin", _refuse)
     optimizer = DirectSearch(scoring.reader.head_parameters().values(), lr=0.1, sampling_size=40)
     losses = [optimizer.step(scoring.closure, scoring) for _ in range(6)]
-    assert losses[-1] < losses[0] and len(scoring.looped) == 4
+    assert losses[-1] < losses[0] and len(scoring.sequential) == 4
 
 
 def _refuse(self, features):
@@ -136,7 +134,7 @@ def test_node_perturbation_finds_the_gradient(model_type):
         optimizer = NodePerturbation(head.values(), lr=1.0, eps=1e-5, num_directions=3000, update="sgd")
         assert optimizer.step(scoring.closure, scoring) == pytest.approx(float(loss))
     except InputError as error:
-        assert "in no linear layer of the head" in str(error)  # a normalisation belongs to this head
+        assert "in no linear layer of the head" in str(error)  # the head contains a normalisation layer
         return
     for p, start, gradient in zip(head.values(), before, gradients, strict=True):
         estimate = start - p.detach()
@@ -200,14 +198,47 @@ def test_node_perturbation_along_the_next_layer_finds_the_gradient_in_its_span(c
 
 def test_node_perturbation_needs_losses_of_rows():
     model = family("bert")
-    with pytest.raises(InputError, match="node perturbation needs the losses of single rows"):
+    with pytest.raises(InputError, match="node perturbation needs the loss of each row for given layer outputs"):
         NodePerturbation(model.classifier.parameters()).step(lambda: 0.0)
     for options, message in (
-        ({"lr": -1}, "lr=-1 is below 0"),
-        ({"eps": 0}, "eps=0 is no size of a perturbation"),
-        ({"num_directions": 0}, "num_directions=0 leaves nothing to compare"),
+        ({"lr": -1}, "lr must be 0 or more, got -1"),
+        ({"eps": 0}, "eps must be a finite number above 0, such as 1e-2, got 0"),
+        ({"num_directions": 0}, "num_directions must be 1 or more, got 0"),
         ({"directions": "both"}, "directions='both' is unknown; choose from: next-layer, signs"),
-        ({"update": "conservative"}, "update=conservative is not for node perturbation; choose from: sgd, sign"),
+        (
+            {"update": "conservative"},
+            "update=conservative is not available for node perturbation; choose from: sgd, sign",
+        ),
     ):
         with pytest.raises(InputError, match=message):
             NodePerturbation(model.classifier.parameters(), **options)
+
+
+class SumOfOutputs:
+    """An `evaluate` whose loss of a row is the sum of the layer's outputs, so that each output gradient is 1."""
+
+    def __init__(self, layer):
+        self.layer, self.x = layer, torch.ones(8, layer.in_features, dtype=layer.weight.dtype)
+
+    def nodes(self):
+        return [(self.layer, self.x, torch.zeros(8, self.layer.out_features, dtype=self.x.dtype))]
+
+    def node_losses(self, module, outputs):
+        return outputs.float().sum(-1)
+
+
+def test_node_perturbation_of_16_bit_weights_keeps_small_updates():
+    layers = [torch.nn.Linear(64, 2, dtype=torch.bfloat16) for _ in range(2)]
+    optimizers = []
+    for layer in layers:
+        torch.nn.init.ones_(layer.weight)
+        settings = {"lr": 1e-4, "eps": 1.0, "num_directions": 2, "update": "sgd"}
+        optimizers.append(NodePerturbation(layer.parameters(), **settings))
+    for _ in range(200):  # each step is a fortieth of the distance to the next bfloat16 number
+        optimizers[0].step(lambda: 0.0, SumOfOutputs(layers[0]))
+    assert float(1 - layers[0].weight.float().mean()) == pytest.approx(200 * 1e-4, rel=0.15)
+    layers[1].load_state_dict(layers[0].state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    for layer, optimizer in zip(layers, optimizers, strict=True):
+        optimizer.step(lambda: 0.0, SumOfOutputs(layer))
+    assert torch.equal(layers[0].weight, layers[1].weight) and torch.equal(layers[0].bias, layers[1].bias)

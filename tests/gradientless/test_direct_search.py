@@ -133,7 +133,7 @@ class PlainSearch:
 
 @pytest.mark.parametrize("options", [None, (1, 1), (3, 1), (2, 2), (3, 2), (1, 3)])
 @pytest.mark.parametrize("size, weight_decay, antithetic", [(None, 0.0, False), (7, 0.05, False), (7, 0.0, True)])
-def test_takes_the_decisions_of_the_plain_form(options, size, weight_decay, antithetic):
+def test_equals_the_plain_implementation(options, size, weight_decay, antithetic):
     ours, plain = net(), net()
     settings = {"lr": 3.0, "weight_decay": weight_decay, "antithetic": antithetic}
     optimizer = DirectSearch(
@@ -149,7 +149,7 @@ def test_takes_the_decisions_of_the_plain_form(options, size, weight_decay, anti
 
 
 @pytest.mark.parametrize("options", [None, (1, 1), (3, 2)])
-def test_learns(options):
+def test_direct_search_lowers_the_loss(options):
     model = net()
     optimizer = DirectSearch(model.parameters(), lr=0.1, options=options, sampling_size=16)
     (x, y), *_ = batches(1)
@@ -253,7 +253,7 @@ def test_pool_spreads_one_choice_over_all_tensors():
 
 
 @pytest.mark.parametrize(("options", "pool"), [(None, False), ("2x2", True)])
-def test_entries_of_a_block_move_alike(options, pool):
+def test_entries_of_a_block_change_equally(options, pool):
     model = nn.Linear(6, 4, bias=False).double()
     before = model.weight.detach().clone()
     optimizer = DirectSearch(model.parameters(), lr=0.1, options=options, selection="all", block=3, pool=pool)
@@ -293,7 +293,7 @@ def test_candidates_that_are_not_finite_are_rejected_and_counted():
     optimizer.step(lambda: next(losses))
     assert optimizer.rejected == 2
     losses = iter([math.nan])
-    with pytest.raises(InputError, match="the loss at the present weights is nan in step 2; look for bad rows"):
+    with pytest.raises(InputError, match="the loss at the current weights is nan in step 2; look for bad rows"):
         optimizer.step(lambda: next(losses))
 
 
@@ -325,21 +325,21 @@ def test_random_subsets_are_sets_of_that_size(n, size):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"num_candidates": 0}, "num_candidates=0 leaves nothing to compare; pass 1 or more"),
-        ({"sampling_size": 0}, "sampling_size=0 leaves nothing to search"),
-        ({"sampling_steps": 0}, "sampling_steps=0 is no number of steps"),
+        ({"num_candidates": 0}, "num_candidates must be 1 or more, got 0"),
+        ({"sampling_size": 0}, "sampling_size must be 1 or more, got 0"),
+        ({"sampling_steps": 0}, "sampling_steps must be 1 or more, got 0"),
         ({"selection": "best"}, "selection='best' is unknown; choose from: all, random, magnitude, fisher"),
-        ({"lr": -1.0}, "lr=-1.0 is below 0"),
-        ({"weight_decay": -1.0}, "weight_decay=-1.0 is below 0"),
-        ({"options": "3y2"}, "options '3y2' are not of the form"),
-        ({"options": "0x2"}, "options '0x2' are not of the form"),
-        ({"options": "7x1"}, "options 7x1 keep 7 changes of the 6 that are scored"),
+        ({"lr": -1.0}, "lr must be 0 or more, got -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be 0 or more, got -1.0"),
+        ({"options": "3y2"}, "options must be 'none' or options per level x levels, such as '3x2', got '3y2'"),
+        ({"options": "0x2"}, "options must be 'none' or options per level x levels, such as '3x2', got '0x2'"),
+        ({"options": "7x1"}, "options=7x1 would keep 7 changes per leaf, but only 6 are evaluated"),
         ({"options": "5x9"}, r"would need 46,875,0\d\d evaluations, more than max_evaluations_per_step=10,000"),
-        ({"block": 0}, "block=0 holds no entry; pass 1 or more"),
-        ({"block": 2}, "block=2 ties neighbours, and selection 'random' tears them apart; select 'all'"),
-        ({"block": 7, "selection": "all"}, r"blocks of 7 do not divide the 40 entries of .* shape \(8, 5\)"),
-        ({"selection": "magnitude"}, "selection 'magnitude' needs a sampling_size"),
-        ({"selection": "all", "sampling_size": 3}, "selection 'all' takes every entry; leave sampling_size=3 out"),
+        ({"block": 0}, "block must be 1 or more, got 0"),
+        ({"block": 2}, "block=2 changes consecutive entries together, and selection='random' selects"),
+        ({"block": 7, "selection": "all"}, r"block=7 does not divide the 40 entries of .* shape \(8, 5\)"),
+        ({"selection": "magnitude"}, "selection='magnitude' needs a sampling_size"),
+        ({"selection": "all", "sampling_size": 3}, "selection='all' changes every entry; leave sampling_size=3 out"),
     ],
 )
 def test_bad_arguments(options, message):
@@ -360,9 +360,9 @@ def test_other_bad_input(caplog):
     with pytest.raises(InputError, match=r"a tensor of shape \(5, 8\) .* pass contiguous"):
         DirectSearch([model[0].weight.detach().T])
     two = DirectSearch(model.parameters())
-    with pytest.raises(ValueError, match="the state is of 1 searched blocks, this optimizer has 4"):
+    with pytest.raises(ValueError, match="the state has 1 parameter blocks, this optimizer has 4"):
         state = DirectSearch([model[0].bias]).state_dict()
         state["param_groups"] = two.state_dict()["param_groups"]
         two.load_state_dict(state)
-    with pytest.raises(ValueError, match="no state of DirectSearch"):
+    with pytest.raises(ValueError, match="is not a state of DirectSearch"):
         two.load_state_dict(torch.optim.SGD(model.parameters()).state_dict())

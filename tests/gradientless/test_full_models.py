@@ -108,7 +108,7 @@ def test_a_users_objective_of_tokens_takes_micro_batches_of_unequal_length(tmp_p
         torch.testing.assert_close(ends[1][name], value, rtol=1e-6, atol=1e-8)
 
 
-def test_masks_say_which_entries_move(tmp_path):
+def test_only_entries_of_the_masks_change(tmp_path):
     name = "bert.encoder.layer.0.output.dense.weight"
     mask = torch.zeros(32, 48, dtype=torch.bool)
     mask[3, ::2] = True
@@ -128,7 +128,7 @@ def test_masks_say_which_entries_move(tmp_path):
     assert changed(masked, before) == {name, name.replace("weight", "bias")}
     with pytest.raises(InputError, match="masks: nothing is not searched; leave it out, or change search_target"):
         GradientlessTrainer(tiny_model(), trainer.args, masks={"nothing": mask}).create_optimizer()
-    with pytest.raises(InputError, match="masks are for search_method=spsa, not gld"):
+    with pytest.raises(InputError, match="masks apply to search_method=spsa, not to gld"):
         GradientlessTrainer(tiny_model(), make(tmp_path).args, masks={name: mask})
 
 
@@ -205,12 +205,12 @@ def test_quantized_weights_are_not_left_out_silently(tmp_path, packed):
     else:
         dense.weight = nn.Parameter(dense.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
     with pytest.raises(
-        InputError, match=r"search_target='all' takes in .*layer\.0\.output\.dense\.q?weight, which is"
+        InputError, match=r"search_target='all' includes .*layer\.0\.output\.dense\.q?weight, which is"
     ):
         make(tmp_path, model, search_method="spsa", search_target="all")
 
 
-def test_the_entries_of_a_fisher_run_are_what_a_search_moves(tmp_path):
+def test_a_search_changes_only_the_entries_of_a_fisher_run(tmp_path):
     fisher = FisherTrainer(
         tiny_model(),
         FisherTrainingArguments(
@@ -238,7 +238,7 @@ def test_the_entries_of_a_fisher_run_are_what_a_search_moves(tmp_path):
         make(tmp_path / "other", other, **options)
     with pytest.raises(InputError, match=r"holds no entries_delta\.safetensors"):
         make(tmp_path / "other", **{**options, "search_masks": str(tmp_path)})
-    with pytest.raises(InputError, match="masks and search_masks both say which entries move"):
+    with pytest.raises(InputError, match="masks and search_masks both select the entries to change"):
         GradientlessTrainer(tiny_model(), trainer.args, masks={})
 
 
@@ -260,7 +260,7 @@ class Fixed(nn.Module):
 
 
 @pytest.mark.parametrize("carry", [False, True])
-def test_at_a_small_rate_16_bit_weights_move_as_float32_does(carry):
+def test_16_bit_updates_at_a_small_rate_equal_float32_on_average(carry):
     ends = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = Fixed(dtype)

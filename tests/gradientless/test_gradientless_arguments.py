@@ -15,51 +15,66 @@ from hf_ft_ext.gradientless.optimizers.options import parse_options
     ("options", "message"),
     [
         ({"search_method": "cma"}, "search_method='cma' is unknown; choose from: gld, spsa, node, adam"),
-        ({"search_candidates": 0}, "search_candidates=0 leaves nothing to compare; pass 1 or more"),
-        ({"search_sampling_size": 0}, "search_sampling_size=0 leaves nothing to search; pass 1 or more"),
-        ({"search_sampling_steps": 0}, "search_sampling_steps=0 leaves nothing"),
-        ({"search_options": "3*2"}, "options '3\\*2' are not of the form 'none', '1x1' or '3x2'"),
+        ({"search_candidates": 0}, "search_candidates must be 1 or more, got 0"),
+        ({"search_sampling_size": 0}, "search_sampling_size must be 1 or more, got 0"),
+        ({"search_sampling_steps": 0}, "search_sampling_steps must be 1 or more, got 0"),
+        (
+            {"search_options": "3*2"},
+            "options must be 'none' or options per level x levels, such as '3x2', got '3\\*2'",
+        ),
         ({"search_selection": "best"}, "search_selection='best' is unknown"),
-        ({"search_selection": "all", "search_sampling_size": 5}, "search_selection=all takes every entry; leave"),
-        ({"search_block": 0}, "search_block=0 leaves nothing to compare"),
-        ({"search_block": 32}, "search_block=32 ties neighbours, and search_selection=random tears them apart; pass"),
-        ({"search_method": "adam", "search_block": 2}, "search_block=2 is about noise, and adam draws none"),
-        ({"search_direction": "lozo"}, "search_direction=lozo is about search_method=spsa, not gld"),
-        ({"search_method": "node", "search_carry": True}, "search_carry=True is about search_method=spsa, not node"),
+        ({"search_selection": "all", "search_sampling_size": 5}, "search_selection=all changes every entry; leave"),
+        ({"search_block": 0}, "search_block must be 1 or more, got 0"),
+        (
+            {"search_block": 32},
+            "search_block=32 changes consecutive entries together, and search_selection=random selects",
+        ),
+        (
+            {"search_method": "adam", "search_block": 2},
+            "search_block=2 groups entries of a weight perturbation, and adam draws none",
+        ),
+        ({"search_direction": "lozo"}, "search_direction=lozo applies to search_method=spsa, not to gld"),
+        (
+            {"search_method": "node", "search_carry": True},
+            "search_carry=True applies to search_method=spsa, not to node",
+        ),
         (
             {"search_method": "spsa", "search_rank": 4},
-            "search_rank=4 is about direction=lozo or subzero, not gaussian",
+            "search_rank=4 applies to direction=lozo or subzero, not to gaussian",
         ),
         (
             {"search_method": "spsa", "search_direction": "lozo", "search_block": 2},
-            "search_direction=lozo makes whole",
+            "search_direction=lozo is low-rank and cannot be combined with blocks of entries",
         ),
         (
             {"search_method": "spsa", "search_estimate": "one-sided", "search_directions": 1},
-            "search_directions=1 has no deviation of its losses for one-sided; pass 2 or more",
+            "search_directions must be 2 or more for estimate=one-sided, .*, got 1",
         ),
         (
             {"search_method": "spsa", "search_update": "momentum", "search_small": 0.5},
-            "search_small=0.5 looks at the present weights",
+            "search_small=0.5 depends on the current weights",
         ),
         (
             {"search_method": "spsa", "search_moments": "buffer"},
-            "search_moments=buffer is about update=momentum or adam",
+            "search_moments=buffer applies to update=momentum or adam, not to sgd",
         ),
         (
             {"search_method": "spsa", "search_masks": "run", "search_target": "all"},
-            "search_target=all and search_masks both say what is searched",
+            "search_target=all and search_masks both select what is searched",
         ),
         (
             {"search_method": "spsa", "search_masks": "run", "search_direction": "lozo"},
-            "search_direction=lozo makes whole matrices, which masks would tear",
+            "search_direction=lozo is low-rank and cannot be combined with masks",
         ),
         (
             {"search_method": "spsa", "search_masks": "run", "search_trajectory": True},
-            "search_trajectory holds seeds, which make no masks",
+            "search_trajectory stores seeds, and search_masks cannot be recomputed",
         ),
-        ({"search_node_directions": "signs"}, "search_node_directions=signs is about search_method=node, not gld"),
-        ({"search_masks": "run"}, "search_masks=run is about search_method=spsa, not gld"),
+        (
+            {"search_node_directions": "signs"},
+            "search_node_directions=signs applies to search_method=node, not to gld",
+        ),
+        ({"search_masks": "run"}, "search_masks=run applies to search_method=spsa, not to gld"),
         (
             {"search_method": "spsa", "search_estimate": "both"},
             "search_estimate='both' is unknown; choose from: two-sided",
@@ -70,36 +85,46 @@ from hf_ft_ext.gradientless.optimizers.options import parse_options
         ),
         (
             {"search_method": "spsa", "search_dropout": True, "search_candidates_per_forward": 2},
-            "search_dropout draws one mask for all candidates",
+            "search_dropout needs the same dropout mask for all candidates",
         ),
         (
             {"search_method": "node", "search_update": "rms"},
-            "search_update=rms is not for node perturbation; choose from",
+            "search_update=rms is not available for node perturbation; choose from",
         ),
         ({"search_method": "node", "search_objective": "accuracy"}, "search_method=node needs the loss of each row"),
         ({"search_fisher": "gradient"}, "search_fisher=gradient needs search_selection=fisher"),
         ({"search_objective": "recall"}, "search_objective='recall' is unknown; choose from: loss, accuracy, f1"),
-        ({"search_target": "("}, r"search_target='\(' is no regular expression"),
-        ({"search_eps": 0.1}, "search_eps=0.1 is about search_method=spsa or node, not gld; leave one of them out"),
-        ({"search_method": "spsa", "search_pool": True}, "search_pool=True is about search_method=gld, not spsa"),
+        ({"search_target": "("}, r"search_target='\(' is not a regular expression"),
+        (
+            {"search_eps": 0.1},
+            "search_eps=0.1 applies to search_method=spsa or node, not to gld; leave one of them out",
+        ),
+        (
+            {"search_method": "spsa", "search_eps": 0.0},
+            "search_eps must be a finite number above 0, such as 1e-3, got 0.0",
+        ),
+        ({"search_method": "spsa", "search_pool": True}, "search_pool=True applies to search_method=gld, not to spsa"),
         ({"search_method": "spsa", "search_momentum": 0.5}, "search_momentum=0.5 needs search_update=momentum"),
         ({"adam_beta1": 0.5}, "adam_beta1=0.5 needs search_update=adam or rms"),
-        ({"search_peft_config": {"r": 1}}, "search_peft_config needs search_peft; name a peft method"),
-        ({"search_method": "adam", "search_objective": "f1"}, "search_method=adam needs the loss's derivative"),
-        ({"max_grad_norm": 1.0}, "max_grad_norm=1.0 clips gradients, and a search has none; leave it out or pass 0"),
+        ({"search_peft_config": {"r": 1}}, "search_peft_config needs search_peft; pass a peft method"),
+        ({"search_method": "adam", "search_objective": "f1"}, "search_method=adam needs the derivative of the loss"),
+        (
+            {"max_grad_norm": 1.0},
+            "max_grad_norm=1.0 clips gradients, and a search computes none; leave it out or pass 0",
+        ),
         pytest.param(
             {"gradient_checkpointing": True},
-            "gradient_checkpointing saves memory of a backward pass",
+            "gradient_checkpointing saves memory of the backward pass",
             id="gradient_checkpointing",
         ),
-        ({"optim": "adafactor"}, "optim='adafactor' needs gradients; leave it out: search_method says"),
-        ({"fp16": True}, "fp16 scales gradients, and a search has none; use bf16"),
-        ({"torch_compile": True}, "torch_compile does not see weights that change"),
-        ({"learning_rate": -1.0}, "learning_rate=-1.0 is below 0"),
-        ({"weight_decay": -1.0}, "weight_decay=-1.0 is below 0"),
-        ({"feature_cache_gb": -1.0}, "feature_cache_gb=-1.0 is below 0"),
+        ({"optim": "adafactor"}, "optim='adafactor' needs gradients; leave it out: search_method selects"),
+        ({"fp16": True}, "fp16 scales gradients, and a search computes none; pass bf16"),
+        ({"torch_compile": True}, "torch_compile does not support weights that change"),
+        ({"learning_rate": -1.0}, "learning_rate must be 0 or more, got -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be 0 or more, got -1.0"),
+        ({"feature_cache_gb": -1.0}, "feature_cache_gb must be 0 or more, got -1.0"),
         ({"candidate_parallel": "both"}, "candidate_parallel='both' is unknown; choose from: data, candidates"),
-        ({"max_evaluations_per_step": 0}, "max_evaluations_per_step=0 leaves nothing"),
+        ({"max_evaluations_per_step": 0}, "max_evaluations_per_step must be 1 or more, got 0"),
     ],
 )
 def test_bad_arguments(tmp_path, options, message):
@@ -132,21 +157,21 @@ def test_the_default_rate_of_a_head_learns(tmp_path):
     [
         (
             {"search_target": "nothing"},
-            r"search_target='nothing' leaves nothing to search; parameters here: .*cl",
+            r"search_target='nothing' matches no parameter; parameters of this model: .*cl",
         ),
         ({"search_options": "5x6"}, r"would need 375,0\d\d evaluations, more than max_evaluations_per_step=10,000"),
         ({"search_candidates": 5, "max_evaluations_per_step": 20}, "would need 29 evaluations, more than max_eval"),
         ({"search_method": "spsa", "search_directions": 9, "max_evaluations_per_step": 17}, "would need 18 eval"),
         (
             {"search_selection": "fisher", "search_target": r"output\.dense\.weight"},
-            "fisher is for tensors of a head",
+            "search_selection=fisher needs a search of head tensors only",
         ),
         ({"search_peft": "loda"}, "search_peft='loda' is no method of peft; choose from: .*lora"),
         ({"search_peft": "lora", "search_peft_config": {"rank": 1}}, "does not work: .*unexpected keyword"),
         ({"search_peft": "lora", "search_peft_config": "{r"}, "is no JSON"),
     ],
 )
-def test_what_the_model_does_not_fit_is_refused(tmp_path, options, message):
+def test_arguments_that_do_not_fit_the_model_are_refused(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         make(tmp_path, **options).train()
 
@@ -175,7 +200,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
     with torch.no_grad():
         model.bert.encoder.layer[0].output.dense.bias[0] = float("nan")
     trainer = make(tmp_path, model)
-    with pytest.raises(InputError, match="the loss at the present weights is nan in step 1; look for bad rows"):
+    with pytest.raises(InputError, match="the loss at the current weights is nan in step 1; look for bad rows"):
         trainer.train()
 
 
@@ -201,7 +226,7 @@ def test_two_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
 def test_metrics_of_parts_of_a_batch_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(GradientlessTrainingArguments, "world_size", property(lambda self: 2))
     for options in ({"search_objective": "f1"}, {"objective": lambda logits, labels: 0.0}):
-        with pytest.raises(InputError, match=r"no mean over its parts.*pass --candidate_parallel candidates"):
+        with pytest.raises(InputError, match=r"is not the mean over its parts.*pass --candidate_parallel candidates"):
             make(tmp_path, **options)
 
 
@@ -213,7 +238,7 @@ def test_labels_are_needed(tmp_path):
 
 
 def test_a_module_without_a_base_model_needs_a_target(tmp_path):
-    with pytest.raises(InputError, match="search_target='head' leaves nothing to search"):
+    with pytest.raises(InputError, match="search_target='head' matches no parameter"):
         GradientlessTrainer(
             nn.Linear(2, 2), GradientlessTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
         )
@@ -224,11 +249,11 @@ def test_a_module_without_a_base_model_needs_a_target(tmp_path):
     [
         (["--optim", "adamw_torch"], "optim='adamw_torch' needs gradients; leave it out"),
         (["--max_grad_norm", "0.5"], "max_grad_norm=0.5 clips gradients"),
-        (["--search_candidates", "0"], "search_candidates=0 leaves nothing"),
+        (["--search_candidates", "0"], "search_candidates must be 1 or more, got 0"),
         (["--search_method", "gldd"], "search_method cannot be 'gldd'; did you mean 'gld'"),
     ],
 )
-def test_the_launcher_says_so_in_one_line(tmp_path, monkeypatch, capsys, words, message):
+def test_the_launcher_prints_errors_in_one_line(tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     assert run_glue.main(["--method", "gradientless", *words, "--use_cpu"]) == 2
     error = capsys.readouterr().err

@@ -11,7 +11,7 @@ STUDIES = ("distilbert-base-cased", "demo")
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_the_thesis_is_complete(study):
+def test_recipes_cover_the_experiments_of_the_thesis(study):
     found = read_rows(FOLDER / f"{study}.yaml")
     values = {key: [recipe.get(key) for recipe in found.values()] for key in ("learning_rate", "search_candidates")}
     assert {2.5e-3, 5e-3, 1e-2, 7.5e-3} <= set(values["learning_rate"])
@@ -38,6 +38,6 @@ def test_the_thesis_is_complete(study):
     assert preferred["max_steps"] == steps and found["adam-256"]["max_steps"] == steps // 2
 
 
-def test_all_are_of_one_task_and_seed():
+def test_all_rows_have_one_task_and_seed():
     for recipe in [row for study in STUDIES for row in read_rows(FOLDER / f"{study}.yaml").values()]:
         assert (recipe["method"], recipe["task_name"], recipe["seed"]) == ("gradientless", "sst2", 42)

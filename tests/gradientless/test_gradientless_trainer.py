@@ -63,7 +63,7 @@ def test_searches_the_head_and_saves_the_plain_model(tmp_path, model_type):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_learns(tmp_path, method):
+def test_every_search_method_lowers_the_loss(tmp_path, method):
     options = {"max_steps": 40, **WHOLE, "learning_rate": 0.3, **METHODS[method]}
     options["learning_rate"] = {"spsa": 0.1, "spsa-adam": 0.01, "lozo-m": 0.02, "fzoo": 0.1, "node": 0.05}.get(
         method, options["learning_rate"]
@@ -103,7 +103,7 @@ def test_accumulation_equals_one_large_batch(tmp_path, method):
 
 @pytest.mark.parametrize("method", ["gld", "trees", "spsa"])
 @pytest.mark.parametrize("other", [{"feature_cache_gb": 0.0}, {"whole": True}])
-def test_features_in_each_step_and_whole_models_take_the_same_decisions(tmp_path, method, other, monkeypatch):
+def test_features_in_each_step_equal_forward_passes_of_the_whole_model(tmp_path, method, other, monkeypatch):
     results = []
     for settings in ({}, dict(other)):
         if settings.pop("whole", False):
@@ -286,7 +286,7 @@ def test_plain_arguments_are_completed(tmp_path, caplog):
     assert "learning_rate" in caplog.text and "max_grad_norm=0.0" in caplog.text
 
 
-def test_the_plan_counts_no_gradients(tmp_path):
+def test_the_memory_plan_counts_no_gradients(tmp_path):
     trainer = make(tmp_path)
     plan = training_plan(trainer)
     assert plan.trainable == sum(p.numel() for p in head_parameters(trainer.model).values())
@@ -296,6 +296,6 @@ def test_the_plan_counts_no_gradients(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_decisions_of_one(tmp_path):
+def test_two_processes_equal_one(tmp_path):
     one_process(tmp_path)
     two_ranks(Path(__file__).with_name("gradientless_ranks.py"), str(tmp_path))

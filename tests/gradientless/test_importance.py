@@ -26,7 +26,7 @@ def plain_divergence(before, after):
 
 
 @pytest.mark.parametrize("classes", [2, 3])
-def test_divergence_is_that_of_the_definition(classes):
+def test_divergence_equals_its_definition(classes):
     generator = torch.Generator().manual_seed(0)
     before = torch.randn(20, classes, generator=generator)
     after = before + torch.tensor([0.0, 0.01, 0.3, 1.0, 10.0])[:, None, None] * torch.randn(
@@ -39,7 +39,7 @@ def test_divergence_is_that_of_the_definition(classes):
 
 @pytest.mark.parametrize("model_type", ["bert", "modernbert", "albert", "gpt2"])
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_scores_are_those_of_one_entry_after_the_other(model_type, micro_batches):
+def test_batched_scores_equal_sequential_ones(model_type, micro_batches):
     scoring = evaluation_of(family(model_type).double(), micro_batches)
     for parameter in scoring.reader.head_parameters().values():
         flat = parameter.detach().view(-1)

@@ -42,20 +42,20 @@ def moved_copy(model, optimizer, combination):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model_type", [*CONFIGS, *FAMILIES])
-def test_candidates_of_one_forward_pass_are_models_of_their_own(model_type, kind, monkeypatch):
+def test_candidates_of_one_forward_pass_equal_separate_models(model_type, kind, monkeypatch):
     monkeypatch.setattr(directions_module, "CHUNK", 400)  # several chunks of each matrix
     model, batch = family(model_type).double(), padded_batch()
     optimizer = search(model, kind)
     if model_type == "deberta-v2":  # its encoder reads an embedding that is never called
         optimizer.step(lambda: model(**batch, labels=LABELS).loss)
-        assert optimizer.late and not optimizer.use.unseen
+        assert optimizer.from_second_step and not optimizer.perturbed_forward.unread
     combinations = [[(Draw(1, 9), 0.05)], [], [(Draw(1, 9), -0.05)], [(Draw(2, 9), 0.05), (Draw(3, 9), 0.02)]]
     with torch.no_grad():
         expected = [moved_copy(model, optimizer, c)(**batch).logits for c in combinations]
         for combination, logits in zip(combinations, expected, strict=True):
-            with optimizer.use(combination):
+            with optimizer.perturbed_forward(combination):
                 torch.testing.assert_close(model(**batch).logits, logits, rtol=1e-9, atol=1e-11)
-        with optimizer.use(*combinations):
+        with optimizer.perturbed_forward(*combinations):
             try:
                 at_once = model(**repeat(batch, 4)).logits.view(4, len(LABELS), -1)
             except CannotBatch:
@@ -67,7 +67,7 @@ def test_candidates_of_one_forward_pass_are_models_of_their_own(model_type, kind
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("at_once", [2, 3, 6])
-def test_one_forward_pass_and_one_after_the_other_take_the_same_steps(kind, at_once):
+def test_batched_and_separate_forward_passes_take_the_same_steps(kind, at_once):
     ends = []
     for candidates in (1, at_once):
         model = family("bert").double()
@@ -128,7 +128,7 @@ def test_layers_that_are_called_by_keyword_are_perturbed(kind):
     combination = [(Draw(1, 2), 0.1)]
     with torch.no_grad():
         plain, expected = model(x), moved_copy(model, optimizer, combination)(x)
-        with optimizer.use(combination):
+        with optimizer.perturbed_forward(combination):
             torch.testing.assert_close(model(input=x), expected)
     assert (expected - plain).abs().max() > 1e-3
 
@@ -143,7 +143,7 @@ def test_no_matrix_of_a_linear_layer_or_embedding_is_copied(kind, monkeypatch):
     model = family("llama")
     optimizer = search(model, kind, eps=0.1)
     optimizer.step(lambda: model(**padded_batch(), labels=LABELS).loss)
-    assert copied and all(len(shape) == 1 for shape in copied) and not optimizer.use.unseen
+    assert copied and all(len(shape) == 1 for shape in copied) and not optimizer.perturbed_forward.unread
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -200,12 +200,12 @@ def test_twenty_thousand_steps_are_below_a_tenth_of_a_megabyte(tmp_path):
     assert save_trajectory(optimizer, model, tmp_path / "file.safetensors").stat().st_size < 100_000
 
 
-def test_what_no_trajectory_fits_is_refused(tmp_path):
+def test_unsuitable_models_and_files_of_a_trajectory_are_refused(tmp_path):
     model = family("bert")
     optimizer = SPSA(model.parameters(), model)
     optimizer.step(lambda: model(**padded_batch(), labels=LABELS).loss)
     save_trajectory(optimizer, model, tmp_path)
-    with pytest.raises(InputError, match=r"the trajectory moves bert\..*, and Distil.* has no such parameter"):
+    with pytest.raises(InputError, match=r"the trajectory changes bert\..*, and Distil.* has no such parameter"):
         apply_trajectory(family("distilbert"), tmp_path)
     with pytest.raises(
         InputError, match="the trajectory is of float32 weights, and these are float64; load the model"
@@ -221,5 +221,5 @@ def test_what_no_trajectory_fits_is_refused(tmp_path):
     with pytest.raises(InputError, match="the search changes parameters that the model does not have"):
         save_trajectory(optimizer, family("bert"), tmp_path)
     masks = [torch.ones_like(p, dtype=torch.bool) for p in model.parameters()]
-    with pytest.raises(InputError, match="masks that were passed are in no trajectory"):
+    with pytest.raises(InputError, match="a trajectory cannot store masks"):
         save_trajectory(SPSA(model.parameters(), model, masks=masks), model, tmp_path)

@@ -85,7 +85,7 @@ def test_only_results_on_whole_splits_are_metadata_and_the_text_says_which_rows(
         "| train | 8 of 67,349, drawn (4 rows of each class, data_seed 13) | accuracy | 1.0000 |",
         "| validation | all 872 | f1 | 0.5000 |",
         "| test_mismatched | 5 of 9,847, the first ones | accuracy | 0.2000 |",
-        "Values on some rows of a split are left out of this card's metadata",
+        "Values on some rows of a split are not in this card's metadata",
         "| training rows | 8 of 67,349, drawn (4 rows of each class, data_seed 13) |",
     ):
         assert line in text

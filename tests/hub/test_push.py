@@ -234,7 +234,7 @@ REFUSALS = [
     ("commit", 500, "answered 500: the Hub has a fault of its own"),
     ("commit", 403, "answered 403: the token may not write there; use one with write permission"),
     ("preupload", 404, "answered 404: there is no such repository"),
-    ("commit", 409, "answered 409: the repository was changed by somebody else at the same time"),
+    ("commit", 409, "answered 409: the repository was changed by another user at the same time"),
     ("commit", 429, "answered 429: too many requests"),
     ("validate-yaml", 500, "answered 500: the Hub has a fault of its own"),
     ("lfs/objects/batch", 500, "answered 500: the Hub has a fault of its own"),
@@ -262,7 +262,7 @@ def test_a_push_that_fails_after_training_loses_nothing(hub, base, capsys, patte
 
 
 @pytest.mark.parametrize(("pattern", "status", "message"), REFUSALS)
-def test_refusals_say_why_and_leave_the_run(hub, tiny_bert_dir, capsys, pattern, status, message):
+def test_refusals_give_the_reason_and_keep_the_run(hub, tiny_bert_dir, capsys, pattern, status, message):
     folder = model_run("out", tiny_bert_dir)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     hub.faults.append(Fault(pattern, status))
@@ -275,7 +275,7 @@ def test_refusals_say_why_and_leave_the_run(hub, tiny_bert_dir, capsys, pattern,
 @pytest.mark.parametrize(
     ("pattern", "status"), [("commit", 409), ("commit", 500), ("PUT", BROKEN), ("validate-yaml", 502), ("create", 503)]
 )
-def test_what_fails_for_a_moment_is_tried_again(hub, pattern, status, tiny_bert_dir):
+def test_temporary_failures_are_retried(hub, pattern, status, tiny_bert_dir):
     folder = model_run("again", tiny_bert_dir)
     hub.faults.append(Fault(pattern, status, times=1))
     push_run(folder, "me/again")
@@ -306,7 +306,11 @@ def test_a_repository_that_cannot_be_made_ends_the_run_before_training(
     ("revision", "fault", "message"),
     [
         ("v1", None, "hub_revision 'v1' is a tag of me/out; pass a branch"),
-        ("refs/pr/7", None, r"hub_revision 'refs/pr/7' is no branch of me/out and cannot become one \(.*Invalid ref"),
+        (
+            "refs/pr/7",
+            None,
+            r"hub_revision 'refs/pr/7' is not a branch of me/out, and the Hub cannot create it \(.*Invalid ref",
+        ),
         ("new", Fault("branch/new", 403), "hub_revision new: the branch cannot be found or made: .* answered 403"),
         ("new", Fault("refs$", 500), "hub_revision new: the branch cannot be found or made: .* answered 500"),
     ],
@@ -326,7 +330,7 @@ def test_a_missing_branch_is_made_and_a_known_one_is_used(hub, tiny_bert_dir):
     repository = hub.repositories["me/out"]
     assert not repository.files and "model.safetensors" in repository.branches["try"]
     assert sum("/branch/" in line for line in hub.requests) == 1
-    with pytest.raises(InputError, match="is no branch of me/out and cannot become one"):
+    with pytest.raises(InputError, match="is not a branch of me/out, and the Hub cannot create it"):
         push_run(folder, "me/out", revision="not a branch")
 
 
@@ -337,7 +341,7 @@ def test_commands_in_messages_keep_names_with_spaces_whole(hub, tiny_bert_dir, c
     assert "hf-ft-ext push 'my run' --hub_model_id me/x" in capsys.readouterr().err
 
 
-def test_a_hub_that_is_gone(hub, capsys, tiny_bert_dir):
+def test_an_unreachable_hub(hub, capsys, tiny_bert_dir):
     folder = model_run("lonely", tiny_bert_dir)
     hub.shutdown()
     hub.server_close()
@@ -348,9 +352,9 @@ def test_a_hub_that_is_gone(hub, capsys, tiny_bert_dir):
 
 def test_nothing_to_push(tmp_path, capsys):
     assert push_main([str(tmp_path)]) == 2
-    assert "holds no finished run" in capsys.readouterr().err
+    assert "contains no finished run" in capsys.readouterr().err
     write_run(tmp_path / "evaluated", run_record("full", 1, 0.5))
-    with pytest.raises(InputError, match="holds no saved model; it was an evaluation"):
+    with pytest.raises(InputError, match="contains no saved model, so there is nothing to push"):
         push_run(tmp_path / "evaluated", "me/x")
     assert run_glue.main(["--method", "full", "--do_eval", "--push_to_hub", "--validation_file", "dev.csv"]) == 2
     assert "--push_to_hub shares what training leaves; add --do_train" in capsys.readouterr().err

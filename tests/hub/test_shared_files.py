@@ -62,7 +62,7 @@ def test_code_of_a_model_is_shared_and_links_are_not(tiny_bert_dir, tmp_path):
     assert {"modeling_x.py", "parts.py"} <= shared and not shared & {"stray.py", "vocab.json", "../private.txt"}
 
 
-def test_what_stays_is_named_and_can_be_included(hub, tiny_bert_dir, caplog):
+def test_files_left_out_are_listed_and_can_be_included(hub, tiny_bert_dir, caplog):
     folder = model_run("mine", tiny_bert_dir)
     put(folder, "figure.png", "notes.txt", "checkpoint-3/x", "training_args.bin")
     (folder / "README.md").write_text("---\nlicense: mit\n---\nmine")
@@ -70,7 +70,7 @@ def test_what_stays_is_named_and_can_be_included(hub, tiny_bert_dir, caplog):
     files = hub.repositories["me/mine"].files
     assert files["README.md"].endswith(b"mine") and not files.keys() & {"figure.png", "notes.txt"}
     command = "hf-ft-ext push mine --hub_model_id me/mine --include NAME"
-    assert f"Not pushed: figure.png, notes.txt. To push one of them: {command}" in caplog.text
+    assert f"Not pushed: figure.png, notes.txt. To push a file of these too: {command}" in caplog.text
     assert push_main([str(folder), "--include", "*.png"]) == 0
     assert "figure.png" in files and "notes.txt" not in files and files["README.md"].endswith(b"settings.\n")
 

@@ -70,7 +70,7 @@ def test_scores_are_means_of_the_best_reference_of_each_row():
     scores = generation_metrics(["x", "a good one"], [["x", "y"], ["no", "good one"]])
     assert scores["exact_match"] == 1.0  # an article does not count
     assert generation_metrics(["x", "y"], [["x"], ["z"]])["rouge1"] == 0.5
-    with pytest.raises(InputError, match="row 1 has no reference to score its generated text by"):
+    with pytest.raises(InputError, match="row 1 has no reference; add one"):
         generation_metrics(["x", "y"], [["x"], []])
     with pytest.raises(InputError, match="got 1 predictions and 2 lists"):
         generation_metrics(["x"], [["x"], ["y"]])

@@ -93,7 +93,7 @@ def test_values_of_every_kind():
         ("text_columns: []", "text_columns needs a list without gaps"),
         ("seed: {a: 1}", "seed takes no mapping"),
         ("lr_scheduler_type: linea", "lr_scheduler_type cannot be 'linea'; did you mean 'linear'"),
-        ("- a\n- b", "holds a list; it needs lines of the form"),
+        ("- a\n- b", "contains a list; it needs lines of the form"),
         ("a: [1", "is not valid YAML"),
         ("seed: 1\nseed: 2", "key 'seed' appears twice"),
         ("1: 2", "key 1 is not text"),

@@ -149,10 +149,10 @@ def test_best_model_is_loaded_at_the_end(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lora_r": 0}, "lora_r=0 is no rank; pass 1 or more"),
-        ({"lora_alpha": 0}, "lora_alpha=0 would leave"),
-        ({"lora_dropout": 1.0}, "lora_dropout=1.0 is no share"),
-        ({"lora_target_modules": ["all-linear", "query"]}, "already takes all; pass it alone"),
+        ({"lora_r": 0}, "lora_r must be 1 or more, got 0"),
+        ({"lora_alpha": 0}, "lora_alpha must be above 0, got 0"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
+        ({"lora_target_modules": ["all-linear", "query"]}, "already includes all; pass it alone"),
     ],
 )
 def test_values_out_of_range(tmp_path, values, message):
@@ -237,9 +237,9 @@ def test_targets_that_cannot_take_an_adapter(tmp_path):
 
 def test_adapters_on_adapters(tmp_path, tokenizer):
     wrapped = add_lora(tiny_model(), arguments(tmp_path))
-    with pytest.raises(InputError, match="carries PEFT adapters already"):
+    with pytest.raises(InputError, match="has PEFT adapters already"):
         trainer(tmp_path, tokenizer, wrapped)
-    with pytest.raises(InputError, match="carries PEFT adapters already"):
+    with pytest.raises(InputError, match="has PEFT adapters already"):
         trainer(tmp_path, tokenizer, wrapped.base_model.model)
 
 
@@ -249,5 +249,5 @@ def test_a_regular_expression_picks_layers(tmp_path):
     model = LoraTrainer(tiny_model(), args).model
     adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
     assert len(adapted) == 4 and not any("attention" in name for name in adapted)
-    with pytest.raises(InputError, match=r"lora_target_modules='\*' is no regular expression"):
+    with pytest.raises(InputError, match=r"lora_target_modules='\*' is not a regular expression"):
         LoraTrainingArguments(str(tmp_path), lora_target_modules=["*"])

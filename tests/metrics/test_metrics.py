@@ -87,7 +87,7 @@ def test_nearly_constant_predictions_raise_no_warning():
 def test_unusable_references_are_errors():
     with pytest.raises(InputError, match="1 of 2 true scores are NaN"):
         compute("pearson_spearman", [1.0, 2.0], [np.nan, 1.0])
-    with pytest.raises(InputError, match=r"two classes, but the labels hold \[2\]; use 'accuracy'"):
+    with pytest.raises(InputError, match=r"two classes, but the labels contain \[2\]; use 'accuracy'"):
         compute("accuracy_f1", [0, 1], [0, 2])
     with pytest.raises(InputError, match="no rows to score"):
         compute("accuracy", [], [])

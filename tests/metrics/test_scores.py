@@ -156,9 +156,9 @@ def test_the_positive_class_by_evidence(names, expected):
 
 
 def test_a_positive_class_that_is_not_known_is_asked_for():
-    with pytest.raises(InputError, match=r"'f1' is about one class.*ham, spam; name it with --positive_label"):
+    with pytest.raises(InputError, match=r"'f1' needs a positive class, .*ham, spam; pass --positive_label"):
         metric_function("f1", NAMES)
-    with pytest.raises(InputError, match=r"'precision' is about one class.*a, b, c.*f1_macro"):
+    with pytest.raises(InputError, match=r"'precision' needs a positive class.*a, b, c.*f1_macro"):
         metric_function("precision", THREE)
     with pytest.raises(InputError, match=r"positive_label='span' is not a label; did you mean 'spam'"):
         metric_function("f1", NAMES, positive_label="span")
@@ -171,14 +171,14 @@ def test_a_positive_class_that_is_not_known_is_asked_for():
 @pytest.mark.parametrize("name", ["f1", "precision", "recall", "average_precision"])
 def test_ids_without_names_are_enough_for_two_classes_only(name):
     logits, labels = np.random.default_rng(0).normal(size=(20, 3)), np.arange(20) % 3
-    with pytest.raises(InputError, match=f"metric '{name}' is about one class, the positive one, and here are 3"):
+    with pytest.raises(InputError, match=f"metric '{name}' needs a positive class, and there are 3 classes"):
         metric_function(name)(EvalPrediction(logits, labels))
     assert 0 <= metric_function(name)(EvalPrediction(logits[:, :2], labels % 2))[name] <= 1
 
 
 def test_an_area_of_one_class_is_zero_with_a_warning(caplog):
     scores = metric_function("roc_auc")(EvalPrediction(np.eye(2)[[0, 1, 1]], np.array([1, 1, 1])))
-    assert scores == {"roc_auc": 0.0} and "not defined where all rows are of one class" in caplog.text
+    assert scores == {"roc_auc": 0.0} and "not defined if all rows are of one class" in caplog.text
 
 
 def test_a_derived_positive_class_is_said(caplog):
@@ -203,7 +203,7 @@ def test_a_metric_must_fit_the_problem():
         metric_function("subset_accuracy", problem_type=CLASSIFICATION)
     with pytest.raises(InputError, match="'accuracy' needs one class per row, but got labels"):
         score(["accuracy", "f1_micro"], SCORES_OF_LABELS, LABELS, THREE)
-    with pytest.raises(InputError, match="knows 2 labels, but got logits of shape"):
+    with pytest.raises(InputError, match="has 2 label names, but got logits of shape"):
         score("accuracy", LOGITS3, TRUE3, NAMES)
     with pytest.raises(InputError, match="no metric was passed"):
         metric_function([])
@@ -263,7 +263,7 @@ def test_a_function_of_the_users_gets_what_its_parameters_ask_for(module, name):
 
 
 def test_a_function_sees_classes_in_one_order_whatever_the_models_is(module):
-    with pytest.raises(InputError, match="'ours_scores:share_of_ones' is about one class"):
+    with pytest.raises(InputError, match="'ours_scores:share_of_ones' needs a positive class"):
         score("ours_scores:share_of_ones")
     for order in ([0, 1], [1, 0]):
         names, labels = [NAMES[i] for i in order], np.array([order.index(i) for i in TRUE])
@@ -283,7 +283,9 @@ def test_metrics_that_clash_are_refused(module):
     def accuracy(predictions):
         return {"balanced_accuracy": -1.0}
 
-    with pytest.raises(InputError, match="two give the key 'balanced_accuracy'; rename it"):
+    with pytest.raises(
+        InputError, match="two of them return the key 'balanced_accuracy' with different values; rename it"
+    ):
         score(["balanced_accuracy", accuracy])
 
 
@@ -301,9 +303,9 @@ def test_functions_take_several_labels_per_row():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("ours_scores:odd", "has the parameters first, second; name them after what they take .predictions"),
+        ("ours_scores:odd", "has the parameters first, second; use only the names predictions"),
         ("ours_scores:text", "returned str for 'text'; it must return a number"),
-        ("ours_scores:loss", "returned the key 'loss', which is the trainer's own"),
+        ("ours_scores:loss", "returned the key 'loss', which Trainer itself uses"),
         ("ours_scores:broken", "fails on 48 rows .RuntimeError: no such luck"),
         ("ours_scores:missing", "ours_scores has no missing"),
         ("ours_scores:NUMBER", "is not a function but a int"),
@@ -338,7 +340,7 @@ def test_a_metric_of_evaluate_by_its_path(tmp_path):
     )
     found = score(str(folder), positive_label="ham")
     assert found["hit_rate"] == pytest.approx(sk.recall_score(TRUE, GUESS, pos_label=0))
-    with pytest.raises(InputError, match="is about one class"):
+    with pytest.raises(InputError, match="needs a positive class"):
         score(str(folder))
     with pytest.raises(InputError, match="takes one label per row, but this is multi-label"):
         score(str(folder), SCORES_OF_LABELS, LABELS, THREE)

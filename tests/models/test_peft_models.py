@@ -53,7 +53,9 @@ def test_prefix_tuning_where_it_does(kind):
 
 def test_prefix_tuning_and_gradient_checkpointing(tmp_path):
     args = FullTrainingArguments(str(tmp_path), peft="prefix_tuning", gradient_checkpointing=True, use_cpu=True)
-    with pytest.raises(InputError, match="hands keys and values to the layers, and gradient_checkpointing drops them"):
+    with pytest.raises(
+        InputError, match="passes keys and values to the layers, and gradient_checkpointing drops them"
+    ):
         FullTrainer(tiny_model(), args)
 
 

@@ -94,15 +94,15 @@ def test_a_row_is_chosen_by_address_or_argument_and_the_command_line_wins(table)
     [
         (["table.yaml#sst2-16-smal"], r"no row 'sst2-16-smal'; the nearest are: sst2-16-small, .*`hf-ft-ext recipes"),
         (["table.yaml#xyzzy"], "no row 'xyzzy'; the first are: sst2-16-small, sst2-64-small, .*lists all 6"),
-        (["table.yaml"], "is a table of 6 rows; name one, for example table.yaml#sst2-16-small"),
+        (["table.yaml"], "is a table of 6 rows; choose one, for example table.yaml#sst2-16-small"),
         (["plain.yaml#one"], "plain.yaml is one experiment without rows; leave #one out"),
-        (["table.yaml#a", "--recipe_row", "b"], "names the row 'a', --recipe_row 'b'; pass one of the two"),
+        (["table.yaml#a", "--recipe_row", "b"], "selects the row 'a', and --recipe_row 'b'; pass one of the two"),
         (["--recipe_row", "b"], "--recipe_row b needs a recipe"),
         (["chooses.yaml"], "recipe_row in a recipe chooses nothing"),
         (["nowhere.yaml#a"], "'nowhere.yaml' is not a file"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_an_address(table, words, message):
+def test_invalid_addresses_are_refused(table, words, message):
     table(GRID)
     table("method: full", "plain.yaml")
     table("method: full\nrecipe_row: one", "chooses.yaml")
@@ -117,18 +117,18 @@ def test_what_is_wrong_with_an_address(table, words, message):
         ("rows: {}", "rows of recipe table.yaml are empty"),
         ("rows: text", "must be a mapping of names to settings, or a list of rows"),
         ("rows: {one: 3}", "row 'one' of recipe table.yaml must be a mapping of arguments, got 3"),
-        ("rows: [{seed: 1}]", "has a list of rows; name them, for example row_name"),
-        ("row_name: '{seed}'\nrows: [{seed: [1, 1]}]", "row 1 .*gives a second row the name '1'"),
+        ("rows: [{seed: 1}]", "has a list of rows without names; add for example row_name"),
+        ("row_name: '{seed}'\nrows: [{seed: [1, 1]}]", "row 1 .*has the same name as another row, '1'"),
         ("row_name: '{sed}'\nrows: [{seed: 1}]", "row_name '{sed}' does not fit row 1 .*has: seed"),
         ("row_name: x\ncolumns: {a: seed}\nrows: [[1, 2]]", "row 1 .*has 2 cells for 1 columns \\(a\\)"),
         ("row_name: x\nrows: [3]", "row 1 .*must be a list of cells or a mapping"),
         ("row_name: x\ncolumns: [a]\nrows: [[1]]", "columns .*must be a mapping of names to what each sets"),
         ("row_name: x\ncolumns: {a: {yes: {seed: 1}}}\nrows: [[yess]]", "column 'a' has no settings for 'yess'"),
-        ("rows: {one: {seed: ~}}", "row 'one' .*`seed: ~` takes out a setting that is not there"),
+        ("rows: {one: {seed: ~}}", "row 'one' .*`seed: ~` removes a setting that does not exist"),
         ("max-steps: 1\nmax_steps: 1\nrows: {one: {}}", "sets 'max_steps' twice"),
     ],
 )
-def test_what_is_wrong_with_a_table(table, text, message):
+def test_invalid_tables_are_refused(table, text, message):
     text = text.replace("{yes:", '{"yes":')
     with pytest.raises(InputError, match=f"(?s){message}"):
         read_rows(table(text))
@@ -195,7 +195,7 @@ def test_the_command_prints_a_row_as_a_recipe_of_its_own(table, capsys):
         (["--folder", "empty"], "no recipes in 'empty'; pass --folder"),
     ],
 )
-def test_what_the_command_cannot_find(table, capsys, words, message):
+def test_the_command_reports_what_it_cannot_find(table, capsys, words, message):
     table(GRID, "recipes/grid.yaml")
     assert console(["recipes", *words]) == 2
     assert message in capsys.readouterr().err

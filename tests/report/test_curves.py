@@ -21,7 +21,7 @@ def write_state(folder: Path, content) -> None:
     (folder / "trainer_state.json").write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-def test_losses_are_read_by_step_and_the_last_word_on_a_step_counts(tmp_path):
+def test_losses_by_step_use_the_last_value_of_a_step(tmp_path):
     write_state(tmp_path, {"log_history": LOG})
     assert curves.read_losses(tmp_path) == ({5: 0.9, 10: 0.4}, {5: 0.8, 15: 0.3})
 

@@ -46,11 +46,11 @@ def test_a_repeated_run_is_no_second_seed(tmp_path, capsys):
     (section,) = found(tmp_path)
     (row,) = section.rows
     assert row.seeds == [1, 2] and row.quality == Number(pytest.approx(0.8), pytest.approx(0.1414, abs=1e-4))
-    assert row.remarks == (f"seed 1 ran 2 times and counts once: {tmp_path / 'r2'}, the latest",)
+    assert row.remarks == (f"seed 1 ran 2 times; only the latest run counts: {tmp_path / 'r2'}",)
     assert main([str(tmp_path), "--output_dir", str(tmp_path / "out")]) == 0
-    assert "full: seed 1 ran 2 times and counts once" in capsys.readouterr().out
+    assert "full: seed 1 ran 2 times; only the latest run counts" in capsys.readouterr().out
     for page in ("report.html", "report.md"):
-        assert "seed 1 ran 2 times and counts once" in (tmp_path / "out" / page).read_text()
+        assert "seed 1 ran 2 times; only the latest run counts" in (tmp_path / "out" / page).read_text()
 
 
 def test_the_same_command_twice_has_no_deviation(tmp_path):
@@ -115,7 +115,7 @@ def test_one_data_set_in_two_places_is_one(tmp_path):
     assert section.rows[0].seeds == [1, 2]
 
 
-def test_what_goes_elsewhere_or_is_only_shown_makes_no_other_row(tmp_path):
+def test_output_options_do_not_split_rows(tmp_path):
     mine = {"output_dir": "a", "kernel_dir": "k", "logging_steps": 3, "hub_model_id": "x", "report_to": "none"}
     theirs = {"output_dir": "b", "save_strategy": "no", "hub_token": "t"}
     write_all(tmp_path, run_record("full", 1, 0.5, arguments=mine), run_record("full", 2, 0.7, arguments=theirs))
@@ -134,10 +134,10 @@ def test_other_devices_and_versions_of_a_rows_seeds_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("[1, 2]", "it holds a list, not an object"),
-        ('"method task model seed metrics command"', "it holds a text, not an object"),
-        ("3", "it holds a number"),
-        ("{}", "it lacks 'method'; is it another program's?"),
+        ("[1, 2]", "it contains a list, not an object"),
+        ('"method task model seed metrics command"', "it contains a text, not an object"),
+        ("3", "it contains a number"),
+        ("{}", "it has no 'method'; is it of another program?"),
         ("{", "Expecting property name"),
         ("[" * 100_000, "recursion"),
         (b"\xff\xfe", "codec can't decode"),
@@ -151,7 +151,7 @@ def test_other_devices_and_versions_of_a_rows_seeds_are_named(tmp_path):
         ({"versions": 3}, "its 'versions' is a number"),
     ],
 )
-def test_foreign_and_broken_records_cost_one_line_each(tmp_path, capsys, content, reason):
+def test_unreadable_records_are_reported_in_one_line(tmp_path, capsys, content, reason):
     write_run(tmp_path / "ours", run_record("full", 1, 0.5))
     bad = tmp_path / "theirs"
     bad.mkdir()
@@ -166,7 +166,7 @@ def test_foreign_and_broken_records_cost_one_line_each(tmp_path, capsys, content
 @pytest.mark.parametrize(
     "content", ["[]", "{", '{"runs": 3, "seconds": 1}', '{"runs": [{}], "seconds": 1}', '{"a": 1}']
 )
-def test_a_foreign_comparison_costs_one_line_too(tmp_path, content):
+def test_an_unreadable_comparison_is_reported_in_one_line(tmp_path, content):
     (tmp_path / "comparison.json").write_text(content)
     (missing,) = find_runs([tmp_path]).missing
     assert "comparison.json cannot be read" in missing.reason

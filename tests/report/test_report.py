@@ -140,7 +140,7 @@ def test_damaged_records_do_not_keep_the_others_out(tmp_path, capsys):
     (tmp_path / "some.log").write_text("no run")
     assert main([*map(str, sorted(tmp_path.iterdir())), "--output_dir", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("run.json cannot be read") == 2 and "it lacks &#39;task&#39;" in page
+    assert page.count("run.json cannot be read") == 2 and "it has no &#39;task&#39;" in page
     assert "good-1: unreadable" in capsys.readouterr().out
 
 

@@ -65,7 +65,7 @@ def test_runs_say_what_they_ran_on_and_leave_a_curve(tiny_bert_dir, capsys, tmp_
     assert report(["out0", "out1", "--output_dir", "report"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"\n  full +\d\.\d{4}  ", printed) and "±" not in printed
-    assert "seed 42 ran 2 times and counts once: out1" in printed
+    assert "seed 42 ran 2 times; only the latest run counts: out1" in printed
     assert Path("report/loss-curve.png").exists()
 
 

@@ -125,7 +125,7 @@ def test_what_is_converted_where_feed_forwards_differ(kind, converted, warning, 
         ),
         (
             lambda: tiny_classifier("squeezebert"),
-            r"intermediate.conv1d \(Conv1d\).*name layers with sparse_target_modules",
+            r"intermediate.conv1d \(Conv1d\).*select layers with sparse_target_modules",
         ),
         (lambda: nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 2)), "the parts of Sequential cannot be found"),
         (lambda: get_peft_model(tiny_model(), LoraConfig()), "the model carries PEFT adapters; pass the base model"),

@@ -143,7 +143,7 @@ def test_attention_to_another_sequence_is_told_apart():
         assert all((word in block.output[0]) == block.cross for block in blocks)
 
 
-def test_names_do_not_decide():
+def test_module_names_do_not_matter():
     """A model whose modules carry other modules' names is read by what they do."""
     model = tiny_model()
     for layer in model.bert.encoder.layer:

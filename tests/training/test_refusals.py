@@ -37,7 +37,7 @@ def test_full_trainer_takes_an_optimizer_that_trains_the_model(tmp_path):
     make("full", folder=tmp_path, model=model, optimizers=(optimizer_of(model), None)).train()
     assert not torch.equal(model.classifier.weight, before)
     arguments, _ = classes("full")
-    with pytest.raises(InputError, match="the optimizer holds none of the parameters that train"):
+    with pytest.raises(InputError, match="the optimizer contains none of the trainable parameters"):
         make("full", folder=tmp_path, optimizers=(optimizer_of(tiny_model()), None))
     other = torch.optim.lr_scheduler.ConstantLR(optimizer_of(model))
     with pytest.raises(InputError, match="the scheduler steers another optimizer than the one that trains"):
@@ -45,7 +45,9 @@ def test_full_trainer_takes_an_optimizer_that_trains_the_model(tmp_path):
     with pytest.raises(InputError, match="model_init makes a new model for each training, whose parameters an opt"):
         make("full", folder=tmp_path, model_init=tiny_model, optimizers=(optimizer_of(model), None))
     adapters = arguments(str(tmp_path), peft="lora", **PLAIN)
-    with pytest.raises(InputError, match="peft=lora freezes the model and adds parameters, which an optimizer made"):
+    with pytest.raises(
+        InputError, match="peft=lora freezes the model and adds parameters, which an optimizer created"
+    ):
         make("full", adapters, model, optimizers=(optimizer_of(model), None))
 
 

@@ -16,14 +16,14 @@ INSIDE_NORM, ON_OUTPUT, BESIDE, BESIDE_RESIDUAL = ("inside norm", "on output", "
 
 
 class BottleneckLayer(OwnParts, nn.Module, BaseTunerLayer):
-    """A module of the model and, beside or after it, adapters `scaling * up(activation(down(x)))`.
+    """A module of the model with adapters `scaling * up(activation(down(x)))`, parallel to it or after it.
 
-    `mode` says how they meet:
-        inside norm: the module normalises a residual sum `s`; the layer gives `LN(s + adapter(LN(s)))`.
-        on output: `y + adapter(y)` of the module's output `y`.
-        beside: `y + adapter(x)` of its input `x`.
-        beside residual: the module adds an input of its own, `input_tensor`, at its end (BERT's output block): it gets
-            `input_tensor + adapter(input_tensor)`.
+    The mode of an adapter is how it is combined with the module's input `x` and output `y`:
+        inside norm: the module normalises a residual sum `s`; the result is `LN(s + adapter(LN(s)))`.
+        on output: `y + adapter(y)`.
+        beside: `y + adapter(x)`.
+        beside residual: the module adds its second input, `input_tensor`, to its result (BERT's output block). It is
+            called with `input_tensor + adapter(input_tensor)` instead.
     """
 
     adapter_layer_names = (
@@ -52,7 +52,7 @@ class BottleneckLayer(OwnParts, nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
-        """Add an adapter, newly drawn."""
+        """Add an adapter with new random weights."""
         width = config.width(self.hidden)
         down, up = nn.Linear(self.hidden, width), nn.Linear(width, self.hidden)
         nn.init.normal_(down.weight, std=config.init_std)
@@ -76,7 +76,7 @@ class BottleneckLayer(OwnParts, nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def adapter(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """What the adapter `name` adds where it reads `x`, in the dtype of `x`."""
+        """Output of the adapter `name` for the input `x`, in the dtype of `x`."""
         scaling, dropout = self.settings[name]
         dtype = x.dtype
         x = x.to(self.bottleneck_down[name].weight.dtype)
@@ -97,17 +97,18 @@ class BottleneckLayer(OwnParts, nn.Module, BaseTunerLayer):
         if before:
             (first, *rest), named = (args or (None,)), "input_tensor" in kwargs
             residual = kwargs["input_tensor"] if named else first
-            moved = residual + sum(self.adapter(name, residual) for name in before)
+            changed = residual + sum(self.adapter(name, residual) for name in before)
             if named:
-                kwargs["input_tensor"] = moved
+                kwargs["input_tensor"] = changed
             else:
-                args = (moved, *rest)
+                args = (changed, *rest)
         output = self.base_layer(x, *args, **kwargs)
         y = output[0] if isinstance(output, tuple) else output
         inside = [n for n in names if self.modes[n] == INSIDE_NORM]
-        if inside:
-            return self.base_layer(x + sum(self.adapter(name, y) for name in inside), *args, **kwargs)
-        added = [self.adapter(n, y if self.modes[n] == ON_OUTPUT else x) for n in names if n not in before]
+        if inside:  # LN(s + adapter(LN(s)))
+            output = y = self.base_layer(x + sum(self.adapter(name, y) for name in inside), *args, **kwargs)
+        others = [n for n in names if self.modes[n] in (ON_OUTPUT, BESIDE)]
+        added = [self.adapter(n, y if self.modes[n] == ON_OUTPUT else x) for n in others]
         if added:
             y = y + sum(added)
         return (y, *output[1:]) if isinstance(output, tuple) else y
@@ -129,7 +130,7 @@ def _as_module(activation) -> nn.Module:
 
 
 class Scale(nn.Module):
-    """Multiplies by one trained number."""
+    """Multiplies by one trained scalar."""
 
     def __init__(self, start: float):
         super().__init__()
@@ -140,22 +141,22 @@ class Scale(nn.Module):
 
 
 def mode_of(module: nn.Module, config: BottleneckConfig) -> str:
-    """How an adapter of this configuration meets `module`."""
+    """The mode of an adapter of this configuration at `module`; see `BottleneckLayer`."""
     if config.placement == PARALLEL:
         return BESIDE_RESIDUAL if "input_tensor" in inspect.signature(module.forward).parameters else BESIDE
     own = list(module.parameters(recurse=False))
     if own and all(p.dim() == 1 for p in own) and not any(True for _ in module.children()):
-        return INSIDE_NORM  # scales features and does nothing else: a normalization
+        return INSIDE_NORM  # only vectors as parameters and no submodules: a normalization
     if isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower():  # without parameters
         return INSIDE_NORM
     return ON_OUTPUT
 
 
 def width_of(module: nn.Module, config: BottleneckConfig, hidden: int | None) -> int:
-    """Features that an adapter at `module` reads and changes; `hidden` is the model's hidden size.
+    """Number of features of an adapter at `module`; `hidden` is the model's hidden size.
 
     Raises:
-        InputError: they are not known.
+        InputError: it cannot be found.
     """
     if config.placement != PARALLEL:
         if isinstance(module, nn.Linear):
@@ -169,7 +170,7 @@ def width_of(module: nn.Module, config: BottleneckConfig, hidden: int | None) ->
             return module.out_features
     if hidden is None:
         raise InputError(
-            f"a bottleneck at a {type(module).__name__} needs the model's hidden size, and its config has no "
-            "hidden_size; target a linear layer or a LayerNorm"
+            f"a bottleneck adapter at a {type(module).__name__} needs the model's hidden size, and the model's config "
+            "has no hidden_size; target a linear layer or a LayerNorm"
         )
     return hidden

@@ -14,7 +14,7 @@ from hf_ft_ext.structure.parts import FeedForward, Layer
 
 
 class BottleneckModel(LayerTuner):
-    """Puts `BottleneckLayer`s around modules of a model; see `BottleneckConfig`."""
+    """Wraps modules of a model in `BottleneckLayer`s; see `BottleneckConfig`."""
 
     prefix = "bottleneck_"
     tuner_layer_cls = BottleneckLayer
@@ -40,14 +40,14 @@ class BottleneckModel(LayerTuner):
 
 
 def default_targets(model: nn.Module, placement: str) -> list[str]:
-    """Names, within a layer (where those are ambiguous, whole names), of the modules that adapters go to.
+    """Return the modules that get an adapter: names within a layer, or full names if those are ambiguous.
 
-    `pfeiffer`: the normalization that ends the layer, else the feed-forward. `houlsby`: what gives the attention's
-    output, and the feed-forward. `parallel`: the feed-forward. Where the feed-forward's projections stand in the layer
-    itself, the last one takes its place.
+    `pfeiffer`: the normalization at the end of the layer, else the feed-forward. `houlsby`: the attention's output
+    projection and the feed-forward. `parallel`: the feed-forward. If the feed-forward is not a module of its own (its
+    projections are direct children of the layer), its last projection is used instead.
 
     Raises:
-        InputError: the model has no layers with a place for adapters of this placement.
+        InputError: no layer of the model has a module for this placement.
     """
     structure = find_structure(model)
     plain = {plain_name(name): module for name, module in model.named_modules()}
@@ -58,10 +58,10 @@ def default_targets(model: nn.Module, placement: str) -> list[str]:
     if not found:
         reason = ""
         if placement == PARALLEL and structure.feed_forwards:
-            reason = " (its feed-forwards consist of several modules, and an adapter stands beside one)"
+            reason = " (its feed-forwards are not single modules)"
         raise InputError(
-            f"{type(model).__name__} has no layers in which a bottleneck of placement {placement!r} has a "
-            f"place{reason}; pass target_modules, or choose another placement or adapter"
+            f"{type(model).__name__} has no layers that fit a bottleneck adapter of placement {placement!r}{reason}; "
+            "pass target_modules, or choose another placement or adapter"
         )
     within = sorted({split_layer(name)[1] for name in found})
     reached = {name for name in plain if (place := split_layer(name)) is not None and place[1] in within}
@@ -69,7 +69,7 @@ def default_targets(model: nn.Module, placement: str) -> list[str]:
 
 
 def _of_layer(layer: Layer, placement: str, modules: dict[str, nn.Module]) -> list[str]:
-    """Whole names of the modules of one layer that get an adapter."""
+    """Full names of the modules of one layer that get an adapter."""
     if placement == PFEIFFER and layer.norm is not None and split_layer(layer.norm) is not None:
         return [layer.norm]
     names = []
@@ -80,7 +80,7 @@ def _of_layer(layer: Layer, placement: str, modules: dict[str, nn.Module]) -> li
             return []
     for block in layer.feed_forwards if placement == HOULSBY else layer.feed_forwards[-1:]:
         places = [block.module, *block.down]
-        if placement == PARALLEL:  # where the layer normalizes first, that input is not the feed-forward's
+        if placement == PARALLEL:  # in a pre-norm layer, the residual input is not the feed-forward's input
             places = [block.module, *(_residual_block(block, modules) if layer.norm is not None else ())]
         place = next((name for name in places if name is not None and _is_place(name, modules)), None)
         if place is None:
@@ -90,11 +90,11 @@ def _of_layer(layer: Layer, placement: str, modules: dict[str, nn.Module]) -> li
 
 
 def _is_place(name: str, modules: dict[str, nn.Module]) -> bool:
-    """Whether adapters can be at this module: it is one, of a numbered layer, with features in the last dimension."""
+    """Whether the module can get an adapter: it is in a numbered layer and has features in the last dimension."""
     return name in modules and split_layer(name) is not None and not isinstance(modules[name], nn.Conv1d)
 
 
 def _residual_block(block: FeedForward, modules: dict[str, nn.Module]) -> list[str]:
-    """BERT's output block, which gets the feed-forward's input, to add it, as `input_tensor`."""
+    """BERT's output block, which adds the feed-forward's input, passed as `input_tensor`; empty for other models."""
     names = [name.rpartition(".")[0] for name in block.down]
     return [n for n in names if n in modules and "input_tensor" in inspect.signature(modules[n].forward).parameters]

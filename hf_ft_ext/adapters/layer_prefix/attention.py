@@ -1,8 +1,8 @@
 """Attention with a prefix, through transformers' attention interface.
 
-An attention module asks `self.config` which function it is to call. While a prefixed module runs, its `config` is a
-stand-in that names ours; ours puts the prefix in front of keys and values, opens the mask for it, and calls the
-function that the model uses. No other module notices, and the model's masks stay as they are.
+An attention module looks up its attention function by `self.config`. While a prefixed module runs, its `config` is
+replaced by a proxy that selects our function. That function puts the prefix in front of keys and values, extends the
+mask, and calls the function of the model. Other modules and the model's masks are not changed.
 """
 
 import inspect
@@ -22,13 +22,13 @@ SUPPORTED = EAGER, SDPA = ("eager", "sdpa")
 
 
 def uses_interface(module: nn.Module) -> bool:
-    """Whether `module` is an attention that calls what `ALL_ATTENTION_FUNCTIONS` holds for its config."""
+    """Whether `module` is an attention that gets its function from `ALL_ATTENTION_FUNCTIONS`."""
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
 class _Prefixed:
-    """A model's config that names our attention function and carries the prefix."""
+    """Proxy of a model's config that selects our attention function and holds the prefix."""
 
     def __init__(self, config, keys: torch.Tensor, values: torch.Tensor):
         self._config, self.prefix_keys, self.prefix_values = config, keys, values
@@ -45,12 +45,12 @@ class _Prefixed:
 
 @contextmanager
 def prefixed(attention: nn.Module, keys: torch.Tensor, values: torch.Tensor) -> Iterator[None]:
-    """Have `attention` see `keys` and `values`, `[batch, heads, length, size]`, before its own."""
+    """Put `keys` and `values`, `[batch, heads, length, size]`, in front of those of `attention`."""
     config = attention.config
     if config._attn_implementation not in SUPPORTED:
         raise InputError(
             f"a prefix works with attn_implementation eager and sdpa, and this model uses "
-            f"{config._attn_implementation!r}; load it with one of the two"
+            f"{config._attn_implementation!r}; load the model with one of the two"
         )
     attention.config = _Prefixed(config, keys, values)
     try:
@@ -67,7 +67,7 @@ def prefix_attention(
     attention_mask: torch.Tensor | None,
     **kwargs,
 ):
-    """An attention function of transformers that attends to the prefix too.
+    """Attention function with the interface of transformers that also attends to the prefix.
 
     Args:
         query: `[batch, heads, q, size]`; `key`, `value`: `[batch, key heads, k, size]`.
@@ -78,18 +78,21 @@ def prefix_attention(
     if keys.shape[0] != key.shape[0] or keys.shape[1] != key.shape[1] or keys.shape[3] != key.shape[3]:
         raise InputError(
             f"the prefix has the shape {tuple(keys.shape)} and the attention's keys {tuple(key.shape)} "
-            "([batch, heads, length, size]); this model's attention is not what its config says"
+            "([batch, heads, length, size]); the model's attention does not match its config, so choose another "
+            "adapter"
         )
     length, (q, k) = keys.shape[2], (query.shape[2], key.shape[2])
     if attention_mask is None:
         causal = kwargs.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        # With eager attention no mask means none; sdpa reads it as a causal one, counted from the first key on.
+        # Without a mask, eager attention is not causal. sdpa is (`is_causal`), but would count from the first key of
+        # the prefix, so pass the causal mask explicitly.
         if config.original == SDPA and causal and q > 1:
             attention_mask = torch.ones(q, k, dtype=torch.bool, device=key.device).tril(k - q)[None, None]
     if attention_mask is not None:
-        seen = attention_mask.dtype == torch.bool
-        attention_mask = nn.functional.pad(attention_mask[..., -k:], (length, 0), value=True if seen else 0.0)
+        # every query attends to the whole prefix: True in a boolean mask, 0 in a mask added to scores
+        visible = True if attention_mask.dtype == torch.bool else 0.0
+        attention_mask = nn.functional.pad(attention_mask[..., -k:], (length, 0), value=visible)
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (length, 0))
     key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
@@ -97,7 +100,7 @@ def prefix_attention(
 
 
 def _function(module: nn.Module, name: str) -> Callable:
-    if name == EAGER:  # each model file has its own
+    if name == EAGER:  # each model file defines its own
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[name]
 

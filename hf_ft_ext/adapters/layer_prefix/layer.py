@@ -10,14 +10,14 @@ from hf_ft_ext.adapters.layer_prefix.attention import prefixed
 from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
 from hf_ft_ext.adapters.tuner import OwnParts, like_base_layer
 
-SHARED = ("layer_prefix_embedding", "layer_prefix_hidden")  # parts that are one module in all layers of an adapter
+SHARED = ("layer_prefix_embedding", "layer_prefix_hidden")  # modules that all layers of an adapter share
 
 
 class Table(nn.Module):
-    """Trained rows `[length, width]`, given out for a batch.
+    """Trained rows `[length, width]`, returned for a batch.
 
-    With `per_example`, each example of the batch gets rows of its own in the graph, so that the gradient of what
-    comes out is the gradient per example.
+    With `per_example`, the output has a copy of the rows for each example of the batch, so that the gradient with
+    respect to the output is the gradient per example.
     """
 
     per_example = False
@@ -27,15 +27,15 @@ class Table(nn.Module):
         self.weight = nn.Parameter(torch.empty(length, width).normal_(std=std))
 
     def forward(self, batch: int) -> torch.Tensor:
-        """`[batch, length, width]`, or `[1, length, width]` where examples need not be told apart."""
+        """`[batch, length, width]` with `per_example`, else `[1, length, width]`."""
         return self.weight[None].expand(batch, -1, -1) if self.per_example else self.weight[None]
 
 
 @dataclass(frozen=True)
 class PrefixProjection:
-    """Embedding and first layer of the network that makes keys and values (Li and Liang 2021, section 4.3).
+    """Embedding and first layer of the network that computes keys and values (Li and Liang 2021, section 4.3).
 
-    All layers of an adapter hold the same two modules.
+    All layers of an adapter share the same two modules.
     """
 
     embedding: Table  # [length, hidden size]
@@ -43,15 +43,15 @@ class PrefixProjection:
 
     @classmethod
     def draw(cls, config: LayerPrefixConfig, width: int) -> "PrefixProjection":
-        """A new one for an attention of `width` features."""
+        """Create one with random weights for an attention of `width` features."""
         return cls(Table(config.prefix_length, width, 1.0), nn.Linear(width, config.projection_size))
 
 
 class PrefixLayer(OwnParts, nn.Module, BaseTunerLayer):
-    """A self-attention of the model, with prefixes; several active ones stand one after the other.
+    """A self-attention of the model with prefixes; several active ones are concatenated.
 
     Attributes:
-        heads, size: key heads of the attention, and features of each.
+        heads, size: number of key heads of the attention, and features of each head.
     """
 
     adapter_layer_names = ("layer_prefix_table", "layer_prefix_out", *SHARED)
@@ -73,10 +73,10 @@ class PrefixLayer(OwnParts, nn.Module, BaseTunerLayer):
         self._active_adapter = adapter_name
 
     def update_layer(self, adapter_name: str, config: LayerPrefixConfig, projection: PrefixProjection | None) -> None:
-        """Add a prefix, newly drawn.
+        """Add a prefix with new random weights.
 
         Args:
-            projection: the network that the layers of this adapter share; `None` = keys and values train themselves.
+            projection: the network that the layers of this adapter share; `None` = train keys and values directly.
         """
         width = 2 * self.heads * self.size
         if projection is None:
@@ -90,12 +90,15 @@ class PrefixLayer(OwnParts, nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def names(self) -> list[str]:
-        """The adapters of this layer that are on."""
+        """The active adapters of this layer."""
         known = self.layer_prefix_table.keys() | self.layer_prefix_out.keys()
         return [] if self.disable_adapters else [name for name in self.active_adapters if name in known]
 
     def rows(self, name: str, batch: int = 1) -> torch.Tensor:
-        """Keys, then values: `[batch or 1, length, 2 * heads * size]`."""
+        """Keys and values, concatenated: `[batch or 1, length, 2 * heads * size]`.
+
+        With a projection `out(tanh(hidden(embedding)))`.
+        """
         if name in self.layer_prefix_table:
             return self.layer_prefix_table[name](batch)
         out = self.layer_prefix_out[name]
@@ -103,13 +106,13 @@ class PrefixLayer(OwnParts, nn.Module, BaseTunerLayer):
         return out(projected.to(out.weight.device))  # layers may be on several devices
 
     def projection(self, name: str) -> PrefixProjection | None:
-        """What the prefixes of adapter `name` share with those of other layers; `None` without projection."""
+        """The modules that adapter `name` shares with other layers; `None` without projection."""
         if name not in self.layer_prefix_hidden:
             return None
         return PrefixProjection(self.layer_prefix_embedding[name], self.layer_prefix_hidden[name])
 
     def fold(self, name: str) -> None:
-        """Replace the projection of adapter `name` by the keys and values that it makes now."""
+        """Replace the projection of adapter `name` by the keys and values that it computes now."""
         with torch.no_grad():
             rows = self.rows(name)[0]
         table = Table(*rows.shape, std=0.0).to(rows.device, rows.dtype)
@@ -121,7 +124,7 @@ class PrefixLayer(OwnParts, nn.Module, BaseTunerLayer):
             del getattr(self, part)[name]
 
     def keys_and_values(self, name: str, batch: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two tensors `[batch, heads, length, size]`."""
+        """Keys and values of adapter `name`: two tensors `[batch, heads, length, size]`."""
         rows = self.rows(name, batch)
         rows = nn.functional.dropout(rows.expand(batch, -1, -1), self.dropout[name], self.training)
         keys, values = rows.view(batch, -1, 2, self.heads, self.size).permute(2, 0, 3, 1, 4)
@@ -143,17 +146,17 @@ class PrefixLayer(OwnParts, nn.Module, BaseTunerLayer):
         except AttributeError:
             if name == "base_layer":
                 raise
-            return getattr(self.base_layer, name)  # what the model asks its attention for
+            return getattr(self.base_layer, name)  # attributes that the model reads from its attention
 
 
 def hidden_size(attention: nn.Module) -> int:
-    """Features that an attention module reads and gives."""
+    """Number of input and output features of an attention module."""
     heads, size = key_heads(attention)
     return getattr(attention.config, "hidden_size", None) or heads * size
 
 
 def key_heads(attention: nn.Module) -> tuple[int, int]:
-    """Key heads of an attention module, and the features of each."""
+    """Number of key heads of an attention module, and features of each head."""
     config = attention.config
     heads = config.num_attention_heads
     size = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)

@@ -15,22 +15,22 @@ from hf_ft_ext.adapters.layers import plain_name, split_layer
 from hf_ft_ext.adapters.tuner import LayerTuner, refuse_nested_targets, refuse_unfit_layers
 from hf_ft_ext.errors import InputError
 
-_CROSS = ("cross", "encoder_attn", "encdec")  # attention to another sequence, by name
+_CROSS = ("cross", "encoder_attn", "encdec")  # parts of the names of cross-attentions
 
 
 class LayerPrefixModel(LayerTuner):
-    """Puts `PrefixLayer`s around attention modules; see `LayerPrefixConfig`."""
+    """Wraps attention modules in `PrefixLayer`s; see `LayerPrefixConfig`."""
 
     prefix = "layer_prefix_"
     tuner_layer_cls = PrefixLayer
-    cannot_merge = "a prefix changes what attention sees, not weights, and cannot be merged into them"
+    cannot_merge = "a prefix adds keys and values to the attention and cannot be merged into weights"
 
     def _prepare_model(self, peft_config: LayerPrefixConfig, model: nn.Module) -> None:
         found = attention_modules(model, peft_config.layers_pattern)
         if not found:
             raise InputError(
-                f"{type(model).__name__} has no attention that goes through transformers' attention interface, so a "
-                "prefix cannot reach it; choose another adapter"
+                f"{type(model).__name__} has no attention that uses transformers' attention interface, which a prefix "
+                "needs; choose another adapter"
             )
         refuse_unfit_layers(
             model, "prefix", peft_config.layers_to_transform, sorted({layer for layer, _ in found.values()})
@@ -43,8 +43,8 @@ class LayerPrefixModel(LayerTuner):
         base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
         if not uses_interface(base):
             raise InputError(
-                f"{plain_name(current_key)} ({type(base).__name__}) does not go through transformers' attention "
-                "interface, so a prefix cannot reach it; leave target_modules out, or choose another adapter"
+                f"{plain_name(current_key)} ({type(base).__name__}) does not use transformers' attention interface, "
+                "which a prefix needs; leave target_modules out, or choose another adapter"
             )
         projection = None
         if peft_config.projection_size is not None:
@@ -58,7 +58,7 @@ class LayerPrefixModel(LayerTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _projection(self, adapter_name: str, config: LayerPrefixConfig, attention: nn.Module) -> PrefixProjection:
-        """The network that the layers of `adapter_name` share: that of a layer which has it, else a new one."""
+        """The network that the layers of `adapter_name` share; created for the first layer."""
         for _, layer in prefix_layers(self.model):
             if (found := layer.projection(adapter_name)) is not None:
                 return found
@@ -87,7 +87,7 @@ def prefix_layers(model: nn.Module) -> Iterator[tuple[str, PrefixLayer]]:
 def saved_prefixes(
     model: nn.Module, config: LayerPrefixConfig, adapter_name: str, state: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """What is saved of an adapter's prefixes: the projection once, or the keys and values that it makes."""
+    """The saved tensors of an adapter's prefixes: the projection once, or the keys and values that it computes."""
     if config.projection_size is None:
         return state
     state = dict(state)
@@ -105,7 +105,7 @@ def saved_prefixes(
 def with_shared_projection(
     model: nn.Module, adapter_name: str, state: dict[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """`state` with the tensors of the projection, saved once, under the names of all layers that share it."""
+    """Copy the tensors of the projection, saved once, to the names of all layers that share it."""
     layers = _projected(model, adapter_name)
     result = dict(state)
     for part in SHARED:
@@ -118,29 +118,29 @@ def with_shared_projection(
 
 
 def _projected(model: nn.Module, adapter_name: str) -> list[tuple[str, PrefixLayer]]:
-    """The prefixed attentions whose keys and values of this adapter a projection makes."""
+    """Name and module of the prefixed attentions with a projection of this adapter."""
     return [(name, layer) for name, layer in prefix_layers(model) if layer.projection(adapter_name) is not None]
 
 
 def fold_to_load(
     model: nn.Module, config: PeftConfig, prefix: LayerPrefixConfig, adapter_name: str, state: dict[str, torch.Tensor]
 ) -> None:
-    """Fit a prefix with projection to a file that holds keys and values alone, where the adapter does not train.
+    """Replace a prefix's projection by keys and values if the file holds only these; for inference.
 
     Args:
-        config: of the adapter; it says whether it trains.
-        prefix: of the prefix: the same, or one kind of a mixture.
+        config: configuration of the adapter, with `inference_mode`.
+        prefix: configuration of the prefix: the same, or one kind of a mixture.
 
     Raises:
-        InputError: the adapter is to be trained on, and the projection is not in the file.
+        InputError: the adapter is loaded for training, and the file has no projection.
     """
     if prefix.projection_size is None or not any(".layer_prefix_table." in key for key in state):
         return
     if not config.inference_mode:
         raise InputError(
-            "this file holds a prefix's keys and values alone, and the model trains a projection that makes them; "
-            "load it into the base model with PeftModel.from_pretrained, or save inside keep_projection(model) what "
-            "training is to be resumed from"
+            "this file holds only the keys and values of a prefix, and the model trains a projection that computes "
+            "them; load it into the base model with PeftModel.from_pretrained, or, to resume training, save within "
+            "`with keep_projection(model)`"
         )
     for _, layer in _projected(model, adapter_name):
         layer.fold(adapter_name)
@@ -149,7 +149,7 @@ def fold_to_load(
 
 @contextmanager
 def keep_projection(model: nn.Module) -> Iterator[None]:
-    """What is saved inside holds the projections of prefixes, so that training can go on from it."""
+    """Context manager in which adapters are saved with the projections of prefixes, so that training can resume."""
     configs = [c for config in getattr(model, "peft_config", {}).values() for c in (config, *nested(config))]
     changed = [c for c in configs if not getattr(c, "saves_projection", False)]
     for config in changed:
@@ -162,12 +162,12 @@ def keep_projection(model: nn.Module) -> Iterator[None]:
 
 
 def nested(config) -> list:
-    """The configurations that a mixture of kinds consists of."""
+    """The configurations of the kinds of a mixture; empty for another adapter."""
     return list(config.configs.values()) if config.peft_type == AdapterType.LAYER_MIXTURE else []
 
 
 def attention_modules(model: nn.Module, layers_pattern=None) -> dict[str, tuple[int, str]]:
-    """Self-attentions that a prefix can reach: plain name -> number of the layer, name within it."""
+    """Self-attentions that support a prefix: plain name -> number of the layer, name within it."""
     found = {}
     for name, module in model.named_modules():
         name = plain_name(name)

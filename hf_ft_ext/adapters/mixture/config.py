@@ -1,4 +1,4 @@
-"""Configuration of a model whose layers carry adapters of several kinds."""
+"""Configuration of a model with adapters of several kinds in its layers."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -11,28 +11,32 @@ from hf_ft_ext.adapters import AdapterType
 from hf_ft_ext.adapters.settings import LayeredConfig
 from hf_ft_ext.errors import InputError, did_you_mean
 
-# What a tuner overrides if it keeps state beyond its layers, or looks at the model as a whole.
-_MAKES = ("__init__", "_pre_injection_hook", "_post_injection_hook", "inject_adapter")
+# Methods that a tuner overrides if it has state beyond its layers, or handles the model as a whole.
+_WHOLE_MODEL_METHODS = ("__init__", "_pre_injection_hook", "_post_injection_hook", "inject_adapter")
 _OF_THE_MIXTURE = ("modules_to_save", "layers_to_transform")
 
 
 @dataclass
 class LayerMixtureConfig(LayeredConfig):
-    """Which adapter each layer gets: `layers` maps a layer to names in `kinds`, `kinds` a name to its peft settings.
+    """Adapters of different kinds in different layers: `kinds` defines them, `layers` assigns them to layers.
 
-    One `PeftModel` of this type holds LoRA in one layer, a bottleneck in the next and a prefix in a third; it saves,
-    loads, switches on and off as one adapter.
+    One `PeftModel` of this type can have LoRA in one layer, a bottleneck in the next and a prefix in a third. It is
+    saved, loaded, enabled and disabled as one adapter.
 
     Attributes:
-        kinds: name -> settings of a peft configuration with its `peft_type`; configurations are taken too.
-        layers: number of the layer (a string, as JSON has it; numbers are taken too) -> names of kinds.
+        kinds: name -> settings of a peft configuration with its `peft_type`, or a configuration.
+        layers: number of the layer (as a string, for JSON, or an integer) -> name(s) of kinds.
 
     Raises:
         InputError: an unknown kind, or one that cannot be limited to layers.
     """
 
-    kinds: dict[str, Any] = field(default_factory=dict, metadata={"help": "Name -> settings with `peft_type`."})
-    layers: dict[str, Any] = field(default_factory=dict, metadata={"help": "Layer -> name(s) of kinds."})
+    kinds: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Name -> peft settings of this kind, with `peft_type`."}
+    )
+    layers: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "Number of the layer -> name(s) of its kinds."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -43,15 +47,15 @@ class LayerMixtureConfig(LayeredConfig):
         self.layers = {str(layer): _listed(names) for layer, names in self.layers.items()}
         for layer, names in self.layers.items():
             if not layer.isdigit():
-                raise InputError(f"layers={{{layer!r}: ...}}: {layer!r} is no number of a layer; count from 0")
+                raise InputError(f"layers={{{layer!r}: ...}}: {layer!r} is not a layer number; count from 0")
             for name in names:
                 if name not in self.configs:
                     raise InputError(
-                        f"layer {layer} is to get {name!r}{did_you_mean(name, self.configs)}; the kinds are: "
-                        f"{', '.join(self.configs) or 'none'}"
+                        f"layer {layer}: kind {name!r} is not defined{did_you_mean(name, self.configs)}; the kinds "
+                        f"are: {', '.join(self.configs) or 'none'}"
                     )
         self.kinds = {name: settings_of(config) for name, config in self.configs.items()}
-        self.target_modules = None  # peft reads it; each kind has its own
+        self.target_modules = None  # peft reads this attribute; each kind has its own
 
     def layers_of(self, kind: str) -> list[int]:
         """The layers that get this kind."""
@@ -60,7 +64,7 @@ class LayerMixtureConfig(LayeredConfig):
     def to_dict(self) -> dict:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         kinds = {name: settings_of(config) for name, config in self.configs.items()}
-        if not getattr(self, "saves_projection", False):  # what is saved are the keys and values that it made
+        if not getattr(self, "saves_projection", False):  # the file holds the resulting keys and values only
             for settings in kinds.values():
                 settings.pop("projection_size", None)
         return {**values, "kinds": kinds}
@@ -71,7 +75,7 @@ def _listed(names: str | list[str] | None) -> list[str]:
 
 
 def settings_of(config: PeftConfig) -> dict[str, Any]:
-    """What `config` says beyond the defaults of its class, in a form that JSON holds."""
+    """The settings of `config` that differ from the defaults of its class, as JSON values."""
     defaults = type(config)()
     values = {key: _plain(getattr(config, key, value)) for key, value in config.to_dict().items()}
     plain = {key: _plain(value) for key, value in defaults.to_dict().items()}
@@ -88,10 +92,10 @@ def _plain(value: Any) -> Any:
 
 
 def limited_to_layers(name: str, settings: PeftConfig | dict[str, Any]) -> PeftConfig:
-    """A fresh configuration of these settings, for layers that somebody else chooses.
+    """Create the configuration of a kind, without a choice of layers (the mixture assigns them).
 
     Raises:
-        InputError: unknown type or setting, or a kind that no layer can have to itself.
+        InputError: unknown type or setting, or a kind that cannot be limited to layers.
     """
     if isinstance(settings, PeftConfig):
         settings = settings_of(settings)
@@ -108,21 +112,22 @@ def limited_to_layers(name: str, settings: PeftConfig | dict[str, Any]) -> PeftC
     _refuse_unlimited(name, raw, config_class)
     if given := [key for key in _OF_THE_MIXTURE if settings.get(key) is not None]:
         raise InputError(
-            f"kind {name!r} sets {given[0]}={settings[given[0]]}, and here the whole mixture says so; leave it out"
+            f"kind {name!r} sets {given[0]}={settings[given[0]]}, which only the mixture itself can set; leave it out"
         )
     if settings.get("bias", "none") != "none":
-        raise InputError(f"kind {name!r}: bias={settings['bias']!r} trains biases of layers that are not its own; "
-                         "leave it out")  # fmt: skip
+        raise InputError(
+            f"kind {name!r}: bias={settings['bias']!r} would also train biases in layers of other kinds; leave it out"
+        )
     try:
         return config_class(**settings)
     except (TypeError, ValueError) as error:
         raise InputError(f"kind {name!r}: {error}") from error
 
 
-def _makes_more_than_layers(tuner: type) -> bool:
+def _handles_whole_model(tuner: type) -> bool:
     from peft.tuners.tuners_utils import BaseTuner
 
-    return any(getattr(tuner, name) is not getattr(BaseTuner, name) for name in _MAKES)
+    return any(getattr(tuner, name) is not getattr(BaseTuner, name) for name in _WHOLE_MODEL_METHODS)
 
 
 def _refuse_unlimited(name: str, kind: str, config_class: type[PeftConfig]) -> None:
@@ -136,11 +141,8 @@ def _refuse_unlimited(name: str, kind: str, config_class: type[PeftConfig]) -> N
     if kind.upper() == AdapterType.LAYER_MIXTURE:
         reason = "is a mixture itself"
     elif not (isinstance(tuner, type) and issubclass(tuner, BaseTuner)) or not limited:
-        reason = "puts its parameters before the model or into all layers at once"
-    elif not own and (
-        getattr(tuner, "uses_shared_state", False)
-        or any(getattr(tuner, n) is not getattr(BaseTuner, n) for n in _MAKES)
-    ):
+        reason = "adds its parameters to the inputs or to all layers at once"
+    elif not own and (getattr(tuner, "uses_shared_state", False) or _handles_whole_model(tuner)):
         reason = "shares parameters between layers"
     if reason is not None:
         raise InputError(

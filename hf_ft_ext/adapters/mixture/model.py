@@ -24,9 +24,9 @@ from hf_ft_ext.structure.targets import default_targets
 
 
 class LayerMixtureModel(LayerTuner):
-    """Adapters of several kinds in one model, each made by the tuner of its own kind."""
+    """Adapters of several kinds in one model, each created by the tuner of its kind."""
 
-    prefix = "layer_mixture_"  # no parameter has it: they are named as their kinds name them
+    prefix = "layer_mixture_"  # required by peft; parameters have the prefixes of their kinds
     tuner_layer_cls = BaseTunerLayer
 
     # --- making it --------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ class LayerMixtureModel(LayerTuner):
         self, model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False, state_dict: dict | None = None,
     ) -> None:  # fmt: skip
-        """Put the adapters of `adapter_name` into `model`; what peft's own does for one kind, for several."""
+        """Add the adapters of `adapter_name` to `model`: peft's method of this name, for several kinds."""
         config = self.peft_config[adapter_name]
         if not isinstance(config, LayerMixtureConfig):
             raise InputError(f"adapter {adapter_name!r} is a {config.peft_type}; this model takes LAYER_MIXTURE only")
@@ -44,7 +44,7 @@ class LayerMixtureModel(LayerTuner):
             shown = f"{min(known)} to {max(known)}" if known else "none"
             raise InputError(f"the mixture names layer {missing[0]}, and {type(model).__name__} has layers {shown}")
         before = [(p, p.requires_grad) for p in model.parameters()] if _has_adapters(model) else []
-        # Prefixes last: they go around an attention, and the names of what is inside would change under the others.
+        # Prefixes last: they wrap an attention, which changes the names of the modules inside it.
         kinds = sorted(config.configs, key=lambda kind: config.configs[kind].peft_type == AdapterType.LAYER_PREFIX)
         for kind in kinds:
             layers = config.layers_of(kind)
@@ -107,10 +107,10 @@ class LayerMixtureModel(LayerTuner):
             )
 
     def _tuner(self, model: nn.Module, adapter_name: str, config) -> BaseTuner:
-        """The tuner of a kind as it would be on this model, before it injects anything.
+        """The tuner of a kind for this model, before it injects anything.
 
-        peft's constructor injects into all layers at once, so the object is made without it. Kinds whose tuner does
-        more than `BaseTuner.__init__` are refused by the configuration (`limited_to_layers`).
+        peft's constructor injects into all layers at once, so the object is created without calling it. Kinds whose
+        tuner does more than `BaseTuner.__init__` are refused by the configuration (`limited_to_layers`).
         """
         tuner_class = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
         tuner = tuner_class.__new__(tuner_class)
@@ -122,7 +122,7 @@ class LayerMixtureModel(LayerTuner):
         return tuner
 
     def _create_and_replace(self, *args, **kwargs) -> None:
-        raise NotImplementedError("each kind's own tuner does that: see inject_adapter")
+        raise NotImplementedError("the tuner of each kind does this: see inject_adapter")
 
     # --- merging ----------------------------------------------------------------------------------
 
@@ -133,13 +133,13 @@ class LayerMixtureModel(LayerTuner):
                 tuner = PEFT_TYPE_TO_TUNER_MAPPING[settings.peft_type]
                 reason = getattr(tuner, "cannot_merge", None)
                 if reason is not None and config.layers_of(kind):
-                    raise InputError(f"kind {kind!r}: {reason}; keep it as an adapter, or take it off with unload()")
+                    raise InputError(f"kind {kind!r}: {reason}; keep it as an adapter, or remove it with unload()")
 
     def _unload_and_optionally_merge(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None):
         if merge:
             self._check_merge_allowed()
         config = self.model.peft_config
-        while True:  # adapters inside of a prefixed attention come to light once the prefix is off
+        while True:  # adapters inside a prefixed attention are found only after the prefix is removed
             BaseTuner._unload_and_optionally_merge(self, merge, progressbar, safe_merge, adapter_names)
             if not _has_adapters(self.model):
                 return self.model
@@ -170,7 +170,7 @@ def _has_adapters(model: nn.Module) -> bool:
 
 
 def _inside_adapter(name: str, plain: str, model: nn.Module) -> bool:
-    """Whether a module is an adapter's own part, or the wrapped module under a wrapper that was seen already."""
+    """Whether a module is part of an adapter, or the module inside a wrapper that was handled already."""
     if name.endswith("base_layer"):
         return True
     owner = ""

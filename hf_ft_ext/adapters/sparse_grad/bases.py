@@ -1,9 +1,9 @@
-"""The gradient pre-pass: the leading HOSVD directions of some batches' gradients, within the memory of training.
+"""The gradient pre-pass: the leading HOSVD directions of the gradients of some batches, within training memory.
 
 For gradients `G_1 ... G_n` (out x in) of a layer, or of all layers of a kind, the HOSVD factors are the eigenvectors
-of `sum G G^T` and `sum G^T G`. Only the leading r and c of them are kept, so only `sum G (G^T Omega)` is summed up,
-with r + 10 columns (`subspace`). A layer's gradient comes from its inputs and output gradients in the middle of the
-backward pass; at most one exists at a time. Base weights need no gradient, so they may be quantized.
+of `sum G G^T` and `sum G^T G`. Only the leading r and c of them are needed, so only the sketch `sum G (G^T Omega)`
+with r + 10 columns is accumulated (`subspace`). A layer's gradient is computed from its inputs and output gradients
+during the backward pass; at most one is in memory at a time. Base weights need no gradient, so they may be quantized.
 """
 
 import contextlib
@@ -42,24 +42,24 @@ def compute_bases(
     seed: int = 0,
     progress: bool = False,
 ) -> None:
-    """Choose the columns of a SparseGrad adapter from the gradients of some batches, at the present weights.
+    """Compute the columns of a SparseGrad adapter from the gradients of some batches, at the current weights.
 
-    Weights, gradients, and the state of torch's generators stay as they are; dropout is off. Gradient checkpointing
-    and mixed precision work as in training.
+    Weights, gradients, and the state of torch's generators do not change; dropout is off. Gradient checkpointing and
+    mixed precision work as in training.
 
     Args:
         model: from `get_peft_model(model, SparseGradConfig(...))`, or with such adapters injected.
-        batches: what `loss` takes, each of which gives one gradient; mappings of tensors are moved to the model's
-            device. Over several processes (`torch.distributed`), each brings its own batches, equally many, and a
-            gradient is the mean over the processes, as in a training step; all get the same columns.
+        batches: batches for `loss`, one gradient each; mappings of tensors are moved to the model's device. With
+            several processes (`torch.distributed`), each passes its own batches, the same number, and a gradient is
+            the mean over the processes, as in a training step; all get the same columns.
         loss: `loss(model, batch)`, a scalar tensor; `None` = `model(**batch).loss`.
-        gradients: how many batches are read at most, on each process; the source takes 30.
-        adapter_name: which adapter; `None` = the active one.
+        gradients: largest number of batches to read, on each process (30 in the source).
+        adapter_name: name of the adapter; `None` = the active one.
         seed: of the random sketches.
         progress: show a progress bar.
 
     Raises:
-        InputError: no such adapter, no batch, no loss, a gradient that is not finite, or none that reaches the layers.
+        InputError: no such adapter, no batch, no loss, a gradient that is not finite, or no gradient in these layers.
 
     Source: Chekalina et al., EMNLP 2024, arXiv 2410.07383, section 3.
     """
@@ -70,7 +70,7 @@ def compute_bases(
     batches = iter(batches)
     first = next(batches, None)
     if first is None:
-        raise InputError("compute_bases got no batch, and every gradient needs one; pass some training batches")
+        raise InputError("compute_bases got no batch, and it needs one for each gradient; pass some training batches")
     batches = itertools.islice(itertools.chain([first], batches), gradients)
     device = next(model.parameters()).device
     values = [layer.sparse_grad_values[adapter_name] for _, layers in groups for _, layer in layers]
@@ -97,7 +97,7 @@ def compute_bases(
 
 
 class _Sketches:
-    """The two sketches of a set of columns, over all gradients of the layers that have it."""
+    """The two sketches of a set of columns, over the gradients of all layers that share it."""
 
     def __init__(
         self, columns: SparseGradColumns, layers: list[tuple[str, SparseGradLayer]], out: Sketch, inp: Sketch
@@ -108,7 +108,10 @@ class _Sketches:
         self._pending: dict[str, torch.Tensor] = {}
 
     def observer(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
-        """What takes inputs (tokens, in) and output gradients (tokens, out) of the layer `name`."""
+        """Return a function that adds the gradient of the layer `name` from its inputs and output gradients.
+
+        They have shapes (tokens, in) and (tokens, out).
+        """
 
         def observe(x: torch.Tensor, g: torch.Tensor) -> None:
             if self.runs[name] > 1:  # a layer that runs several times has one gradient, the sum of its runs'
@@ -127,7 +130,7 @@ class _Sketches:
         self.runs.clear()
 
     def _rows_are_cheaper(self, tokens: int) -> bool:
-        """Whether products of all rows with the test matrices take fewer multiplications than forming `G = g^T x`."""
+        """Whether multiplying all rows by the test matrices costs less than forming `G = g^T x` first."""
         n_out, n_in = len(self.out.omega), len(self.inp.omega)
         width = self.out.omega.shape[1] + self.inp.omega.shape[1]
         return 2 * tokens * (n_out + n_in) * width < tokens * n_out * n_in + 2 * n_out * n_in * width
@@ -186,7 +189,7 @@ def _observed(sums: list[_Sketches], adapter_name: str) -> Iterator[None]:
 
 
 def _fill(sums: list[_Sketches], seed: int) -> None:
-    """The leading eigenvectors of the summed sketches become the columns, one set after the other."""
+    """Set the columns to the leading eigenvectors of the accumulated sketches, one set after the other."""
     without = [sketches.layers for sketches in sums if not sketches.out.sum.any()]
     if len(without) == len(sums):
         raise InputError(
@@ -199,14 +202,14 @@ def _fill(sums: list[_Sketches], seed: int) -> None:
             "No gradient reached %d layers in the pre-pass (%s, ...); their columns are random.", len(names), names[0]
         )
     while sums:
-        sketches = sums.pop(0)  # its sketches go before the next ones are decomposed
+        sketches = sums.pop(0)  # frees its sketches before the next ones are decomposed
         first = plain_name(sketches.layers[0][0])
         sides = [
             sketch.leading(seed_of(seed, first, side))
             for sketch, side in ((sketches.out, "out"), (sketches.inp, "in"))
         ]
         sketches.columns.fill(*sides)
-        if _processes() > 1:  # all decompose the same sums; this keeps the columns equal to the last bit
+        if _processes() > 1:  # all decompose the same sums; broadcasting makes the columns bit-identical
             torch.distributed.broadcast(sketches.columns.out_columns, 0)
             torch.distributed.broadcast(sketches.columns.in_columns, 0)
 
@@ -217,7 +220,7 @@ def _processes() -> int:
 
 
 def _over_processes(part: torch.Tensor) -> torch.Tensor:
-    """The mean of all processes' parts: products with the mean gradient are means of products."""
+    """The mean over the processes: a product with the mean gradient is the mean of the products."""
     if _processes() == 1:
         return part
     part = part.contiguous()
@@ -246,7 +249,7 @@ def _count_run(runs: Counter[str], name: str, *_: Any) -> None:
 
 @contextlib.contextmanager
 def _without_dropout(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, but for modules that recompute their activations: they do so in training mode alone."""
+    """Evaluation mode, except for modules with activation checkpointing, which recompute in training mode only."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:
@@ -261,7 +264,7 @@ def _own_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     value = model(**batch).loss
     if value is None:
         raise InputError(
-            f"{type(model).__name__} gives no loss for these batches; put labels into them, or pass loss(model, batch)"
+            f"{type(model).__name__} returns no loss for these batches; add labels to them, or pass loss(model, batch)"
         )
     return value
 
@@ -292,6 +295,6 @@ def _check_adapter(model: nn.Module, adapter_name: str, groups: list) -> None:
     for name, layer in (named for _, layers in groups for named in layers):
         if layer.disable_adapters or layer.merged or adapter_name not in layer.active_adapters:
             raise InputError(
-                f"the adapter {adapter_name!r} is not in use in {shown_name(name)} (switched off, merged, or another "
+                f"the adapter {adapter_name!r} is not in use in {shown_name(name)} (disabled, merged, or another "
                 f"one is active); call model.set_adapter({adapter_name!r}) first"
             )

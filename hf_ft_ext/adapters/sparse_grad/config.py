@@ -25,30 +25,33 @@ DEFAULT_GRADIENTS = 30
 class SparseGradConfig(TargetedConfig):
     """Structured SparseGrad: `y = W x + V_r D U_c^T x` in each target layer.
 
-    `D`, shape (r, c), trains from zero. The orthonormal columns `V_r`, shape (out, r), and `U_c`, shape (in, c), stay
-    as they are. The base weight is not touched, whatever its number format or quantization.
+    `D`, shape (r, c), is trained, starting from zero. The orthonormal columns `V_r`, shape (out, r), and `U_c`, shape
+    (in, c), are fixed. The base weight does not change; it may have any number format or be quantized.
 
-    With `init="gradient"`, call `compute_bases(model, batches)` before training: it takes the columns from gradients
-    (`SparseTrainer` does that by itself).
+    With `init="gradient"`, call `compute_bases(model, batches)` before training: it computes the columns from
+    gradients (`SparseTrainer` does so automatically).
 
     Raises:
         InputError: a value out of range, or two that contradict each other.
 
-    Source: Chekalina et al., EMNLP 2024, arXiv 2410.07383, with a fixed block in place of entries chosen at each step.
+    Source: Chekalina et al., EMNLP 2024, arXiv 2410.07383, which selects entries in each step, not a fixed block.
     """
 
     density: float | None = field(
         default=None,
-        metadata={"help": f"Share of each weight that trains, in (0, 1]; none and no `n_params` = {DEFAULT_DENSITY}."},
+        metadata={
+            "help": "Fraction of each weight that is trained, in (0, 1]; none = by `n_params`, else "
+            f"{DEFAULT_DENSITY}."
+        },
     )
     n_params: int | None = field(
         default=None,
-        metadata={"help": "Entries of each weight that train, instead of a share, rounded up to a block."},
+        metadata={"help": "Number of trained entries of each weight, instead of `density`, rounded up to a block."},
     )
     init: Init = field(
         default=GRADIENT,
         metadata={
-            "help": "Where the columns come from. gradient: the leading HOSVD directions of gradients, from "
+            "help": "Source of the columns. gradient: the leading HOSVD directions of gradients, from "
             "compute_bases. random: random orthonormal columns. svd: the leading singular vectors of the weights.",
             "choices": INITS,
         },
@@ -56,20 +59,21 @@ class SparseGradConfig(TargetedConfig):
     scope: Scope = field(
         default=PER_LAYER,
         metadata={
-            "help": "layer: each layer has columns of its own. kind: layers of equal name (but for numbers) and shape "
-            "share them, and they are saved once.",
+            "help": "layer: each layer has its own columns. kind: layers with equal names (apart from numbers) and "
+            "shapes share columns, which are saved once.",
             "choices": SCOPES,
         },
     )
     seed: int = field(default=0, metadata={"help": "Seed of random columns and of random sketches."})
     init_std: float = field(
-        default=0.0, metadata={"help": "D starts as N(0, init_std); 0 = zero, so that training starts at the base."}
+        default=0.0,
+        metadata={"help": "Standard deviation of the initial D; 0 = zero, so that the start equals the base model."},
     )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Linear layers that get an adapter: names within a layer, whole names, or one regular expression "
-            "over whole names; none = those of all feed-forwards, found by structure."
+            "help": "Linear layers that get an adapter: names within a layer, full names, or one regular expression "
+            "that matches full names; none = those of all feed-forwards, found by structure."
         },
     )
 
@@ -82,7 +86,7 @@ class SparseGradConfig(TargetedConfig):
             raise InputError(f"scope must be one of {', '.join(SCOPES)}, got {self.scope!r}")
         if self.density is not None and self.n_params is not None:
             raise InputError(
-                f"density={self.density} and n_params={self.n_params} both say how many entries train; pass one"
+                f"density={self.density} and n_params={self.n_params} both set the number of trained entries; pass one"
             )
         if self.density is not None and not 0 < self.density <= 1:
             raise InputError(f"density must be in (0, 1], got {self.density}")
@@ -103,16 +107,19 @@ class SparseGradConfig(TargetedConfig):
         else:
             count = round((DEFAULT_DENSITY if self.density is None else self.density) * size)
         if count < 1:
-            raise InputError(f"density={self.density} leaves nothing to train in {name}, a weight of {size}; raise it")
+            raise InputError(
+                f"density={self.density} leaves no entry to train in {name}, a weight of {size} entries; raise it"
+            )
         if count > size:
             raise InputError(f"n_params={count} is more than the {size} entries of {name}; lower it")
         return block_shape(count, n_out, n_in)
 
 
 def block_shape(n_params: int, n_out: int, n_in: int) -> tuple[int, int]:
-    """Rows and columns `(r, c)` of the block that holds at least `n_params` entries at the least cost.
+    """Rows and columns `(r, c)` of the cheapest block with at least `n_params` entries.
 
-    Per token the gradient of the block takes `out r + in c` multiplications: least at equal parts, `r : c = in : out`.
+    Per token the gradient of the block takes `out r + in c` multiplications. With `r c` fixed this is smallest for
+    `out r = in c`, so `r = sqrt(n_params in / out)`.
     """
     rows = min(max(round(math.sqrt(n_params * n_in / n_out)), math.ceil(n_params / n_in)), n_out)
     columns = math.ceil(n_params / rows)

@@ -5,10 +5,11 @@ pass only the narrow `x U` is kept, not `x`:
 
     dL/dD = (g V)^T (x U),    dL/dx = g W + (g V) D U^T
 
-The change of the weight can be met in two ways, and each pass takes the one with fewer multiplications:
+The change of the weight can be applied in two ways, and each pass takes the one with fewer multiplications:
 
-- by product: `x U`, `D` and `V` one after the other beside `x W^T`; it costs per token.
-- by weight: `W + V D U^T` is formed, used in one product and dropped; it costs the same for any number of tokens.
+- by product: `x W^T + ((x U) D^T) V^T`; the additional cost grows with the number of tokens.
+- by weight: `W + V D U^T` is computed, used in one product and dropped; the additional cost does not depend on the
+  number of tokens.
 
 Both depend on `W` and `D` alone, so nothing has to be undone when an adapter is switched off or saved.
 
@@ -31,22 +32,23 @@ def change_of_weight(values: torch.Tensor, out_columns: torch.Tensor, in_columns
 
 
 def _thin_factors(values: torch.Tensor, out_columns: torch.Tensor, in_columns: torch.Tensor) -> tuple:
-    """`(L, R)` with `L R^T = V D U^T` and as few columns as the narrower side of `D`."""
+    """`(L, R)` with `L R^T = V D U^T` and min(r, c) columns each."""
     if values.shape[0] <= values.shape[1]:
         return out_columns, in_columns @ values.T
     return out_columns @ values, in_columns
 
 
 def by_weight_is_cheaper(tokens: int, values: torch.Tensor, n_out: int, n_in: int, backward: bool) -> bool:
-    """Whether forming the changed weight takes fewer multiplications than the products of so many tokens."""
+    """Whether forming `W + V D U^T` costs fewer multiplications than the products for so many tokens."""
     r, c = values.shape
-    # Forward: x U is there for the gradient of D; (x U) D^T V^T, or (x U) (V D)^T. Backward: the same from g V.
+    # Forward: x U is computed in any case, for the gradient of D; then ((x U) D^T) V^T, or (x U) (V D)^T.
+    # Backward: g V is computed in any case; then the same with U and V exchanged.
     if backward:
         per_token, once = (r * n_in, r * c * n_in) if r <= c else (r * c + c * n_in, 0)
     else:
         per_token, once = (c * r + r * n_out, 0) if r <= c else (c * n_out, n_out * r * c)
     form = n_out * n_in * min(r, c) + r * c * (n_in if r <= c else n_out)
-    # Besides, the weight is read, written and read again once: about as slow as this many multiplications per entry.
+    # The weight is also read, written and read again once: about as slow as `_COPY` multiplications per entry.
     return form + _COPY * n_out * n_in < tokens * per_token + once
 
 
@@ -155,7 +157,7 @@ def _add_change(y: torch.Tensor, narrow: torch.Tensor, d: torch.Tensor, v: torch
 
 
 class AddedChange(torch.autograd.Function):
-    """`y + x U D^T V^T` for the output `y` of any layer, quantized or nested; gradients for `y`, `x` and `D`."""
+    """`y + x U D^T V^T` for the output `y` of any layer (quantized, or with adapters); gradients for `y`, `x`, `D`."""
 
     @staticmethod
     def forward(ctx, y, x, values, out_columns, in_columns):
@@ -177,15 +179,15 @@ class AddedChange(torch.autograd.Function):
         narrow_grads = narrowed(grads, v)
         grad_x = grad_values = None
         if ctx.needs_input_grad[2]:
-            grad_values = (narrow_grads.T @ narrow.to(dtype)).to(values.dtype)
-        if ctx.needs_input_grad[1]:
+            grad_values = (narrow_grads.T @ narrow.to(dtype)).to(values.dtype)  # (g V)^T (x U)
+        if ctx.needs_input_grad[1]:  # (g V) D U^T
             by_rows = d.shape[0] <= d.shape[1]
             grad_x = narrow_grads @ (u @ d.T).T if by_rows else (narrow_grads @ d) @ u.T
             grad_x = grad_x.view(*grad_output.shape[:-1], u.shape[0]).to(ctx.x_dtype)
         return grad_output, grad_x, grad_values, None, None
 
 
-Observe = Callable[[torch.Tensor, torch.Tensor], None]
+Observer = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class ObservedLinear(torch.autograd.Function):
@@ -198,7 +200,7 @@ class ObservedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, probe, observe: Observe):
+    def forward(ctx, x, weight, bias, probe, observe: Observer):
         ctx.save_for_backward(x, weight)
         ctx.observe = observe
         return _new_output(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -218,7 +220,7 @@ class Observed(torch.autograd.Function):
     """`y` as it is, the output of any layer; the backward pass is observed, as in `ObservedLinear`."""
 
     @staticmethod
-    def forward(ctx, y, x, probe, observe: Observe):
+    def forward(ctx, y, x, probe, observe: Observer):
         ctx.save_for_backward(x)
         ctx.observe = observe
         return y.clone()
@@ -231,7 +233,7 @@ class Observed(torch.autograd.Function):
         return grad_output, None, None, None
 
 
-def _observe(observe: Observe, x: torch.Tensor, grad_output: torch.Tensor) -> tuple:
+def _observe(observe: Observer, x: torch.Tensor, grad_output: torch.Tensor) -> tuple:
     """Number of tokens, the output gradients that `observe` was given, and their indices if some were left out."""
     flat, grads = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
     tokens, kept = len(grads), tokens_with_gradient(grads, wait=True)

@@ -1,4 +1,4 @@
-"""A linear layer with structured SparseGrad adapters beside it."""
+"""A linear layer with structured SparseGrad adapters."""
 
 import warnings
 
@@ -11,7 +11,7 @@ from hf_ft_ext.adapters.sparse_grad.config import RANDOM, SparseGradConfig
 from hf_ft_ext.adapters.sparse_grad.functions import (
     AddedChange,
     ChangedLinear,
-    Observe,
+    Observer,
     Observed,
     ObservedLinear,
     change_of_weight,
@@ -22,10 +22,10 @@ from hf_ft_ext.errors import InputError
 
 
 class SparseGradColumns(nn.Module):
-    """The orthonormal columns `V_r` (out, r) and `U_c` (in, c) of an adapter; one module for all layers that share it.
+    """The orthonormal columns `V_r` (out, r) and `U_c` (in, c) of an adapter; layers may share one module.
 
     Attributes:
-        ready: whether they have been chosen; they are zero before.
+        ready: whether the columns have been set; they are zero before.
     """
 
     out_columns: torch.Tensor
@@ -39,19 +39,19 @@ class SparseGradColumns(nn.Module):
 
     @torch.no_grad()
     def fill(self, out_columns: torch.Tensor, in_columns: torch.Tensor) -> None:
-        """Take over chosen columns, in the dtype and on the device that there are."""
+        """Set the columns, converted to the dtype and device of the buffers."""
         self.out_columns.copy_(out_columns)
         self.in_columns.copy_(in_columns)
         self.ready = True
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        # A file that was written before the columns were chosen holds zeros.
+        # A file that was written before the columns were set holds zeros.
         self.ready = not self.out_columns.is_meta and bool(self.out_columns.any())
 
 
 class SparseGradLayer(nn.Module, BaseTunerLayer):
-    """`y = W x + V_r D U_c^T x` around a linear layer: `nn.Linear`, `Conv1D`, quantized, or one with adapters."""
+    """`y = W x + V_r D U_c^T x` for a linear layer (`nn.Linear`, `Conv1D`, quantized, or with adapters)."""
 
     adapter_layer_names = ("sparse_grad_values",)
     other_param_names = ("sparse_grad_columns",)
@@ -72,7 +72,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = quantization_of(base)
         self.merged_adapters = []
         self._disable_adapters = False
-        self._observers: dict[str, Observe] = {}
+        self._observers: dict[str, Observer] = {}
         self.update_layer(adapter_name, config, columns)
         self._active_adapter = adapter_name
 
@@ -111,7 +111,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         for name in names:
             columns, values = self.sparse_grad_columns[name], self.sparse_grad_values[name]
             observer = self._observers.get(name)
-            if observer is None or columns.ready:
+            if observer is None or columns.ready:  # in the first pre-pass, the columns are still zero
                 trained = values if observer is None else values.detach()
                 result = AddedChange.apply(result, x, trained, columns.out_columns, columns.in_columns)
             if observer is not None:
@@ -130,7 +130,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
             )
 
     def _is_plain(self, x: torch.Tensor) -> bool:
-        """Whether the base layer is a frozen `x W^T + b` that nobody watches or offloads."""
+        """Whether the base layer is a frozen `x W^T + b` without hooks and with its own forward."""
         base = self.base_layer
         if type(base) not in (nn.Linear, Conv1D) or "forward" in vars(base):
             return False
@@ -144,11 +144,11 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
 
     # --- columns ----------------------------------------------------------------------------------
 
-    def observe(self, adapter_name: str, observer: Observe | None) -> None:
-        """Hand inputs (tokens, in) and output gradients (tokens, out) to `observer` at each backward pass.
+    def observe(self, adapter_name: str, observer: Observer | None) -> None:
+        """Call `observer` with inputs (tokens, in) and output gradients (tokens, out) in each backward pass.
 
-        Tokens whose output gradient is zero may be left out. While somebody observes, the adapter's values get no
-        gradient. `None` ends it.
+        Tokens whose output gradient is zero may be left out. With an observer, the adapter's values get no gradient.
+        `None` removes the observer.
         """
         if observer is None:
             self._observers.pop(adapter_name, None)
@@ -160,8 +160,8 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         weight = self.get_base_weight().detach()
         if not weight.is_floating_point():
             raise InputError(
-                f"the weight of a {type(self.get_base_layer()).__name__} cannot be read: peft does not know how to "
-                "dequantize it; choose init='gradient' or 'random'"
+                f"the weight of a {type(self.get_base_layer()).__name__} cannot be read, as peft cannot dequantize "
+                "it; choose init='gradient' or 'random'"
             )
         return weight.T if isinstance(self.get_base_layer(), Conv1D) else weight
 
@@ -178,7 +178,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         """Add the adapters' changes to the base weight.
 
         Args:
-            safe_merge: raise a `ValueError` and change nothing where the result would not be finite.
+            safe_merge: raise a `ValueError` and change nothing if the result would not be finite.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.sparse_grad_values:
@@ -188,7 +188,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take merged changes out of the base weight again, to rounding."""
+        """Subtract merged changes from the base weight again (up to rounding)."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -220,7 +220,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
 
 
 def new_columns(base: nn.Module, name: str, config: SparseGradConfig) -> SparseGradColumns:
-    """Columns for a linear layer: random ones if `config` says so, else zero until they are computed.
+    """Create columns for a linear layer: random ones with `init="random"`, else zero until they are computed.
 
     Args:
         base: the layer, for its shape, device and number format.
@@ -239,7 +239,7 @@ def new_columns(base: nn.Module, name: str, config: SparseGradConfig) -> SparseG
 
 
 def singular_vectors(weights: list[torch.Tensor], block: tuple[int, int], seed: int) -> tuple[torch.Tensor, ...]:
-    """Leading singular vectors, shapes (out, r) and (in, c), of weights (out, in) stacked along the other side.
+    """Leading left and right singular vectors, (out, r) and (in, c), of several weights (out, in) stacked.
 
     For one weight they are the directions that PiSSA starts from (Meng et al. 2024, arXiv 2404.02948).
     """
@@ -249,7 +249,7 @@ def singular_vectors(weights: list[torch.Tensor], block: tuple[int, int], seed: 
 
 
 def _leading(weights: list[torch.Tensor], k: int, seed: int) -> torch.Tensor:
-    """The `k` leading eigenvectors of `sum W W^T` by subspace iteration: weights have a slowly falling spectrum."""
+    """The `k` leading eigenvectors of `sum W W^T` by subspace iteration, as the spectrum of weights decays slowly."""
     dtype = torch.promote_types(weights[0].dtype, torch.float32)
     weights = [weight.to(dtype) for weight in weights]
     n = weights[0].shape[0]
@@ -266,7 +266,7 @@ _POWER_STEPS = 4
 
 
 def compute_dtype(base: nn.Module) -> torch.dtype:
-    """The floating-point format that a linear layer computes in."""
+    """The floating-point type in which a linear layer computes."""
     declared = getattr(base, "compute_dtype", None)
     if isinstance(declared, torch.dtype):  # bitsandbytes, 4 bits
         return declared

@@ -18,7 +18,7 @@ _COLUMNS = ("out_columns", "in_columns")
 
 
 class SparseGradModel(LayerTuner):
-    """Puts `SparseGradLayer`s around linear layers of a model; see `SparseGradConfig`."""
+    """Wraps linear layers of a model in `SparseGradLayer`s; see `SparseGradConfig`."""
 
     prefix = "sparse_grad_"
     tuner_layer_cls = SparseGradLayer
@@ -80,8 +80,8 @@ class SparseGradModel(LayerTuner):
             base = layer.get_base_layer()
             if layer.quantization_backend is not None or not base.weight.is_floating_point():
                 raise InputError(
-                    f"{shown_name(name)} is quantized ({type(base).__name__}), and a merged weight would be rounded "
-                    "to its format; keep the adapter, or load the base without quantization and merge there"
+                    f"{shown_name(name)} is quantized ({type(base).__name__}), and merging would round the weight to "
+                    "its format; keep the adapter, or load the base without quantization and merge there"
                 )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -92,7 +92,7 @@ class SparseGradModel(LayerTuner):
 
     @classmethod
     def _to_save(cls, model, config, adapter_name, state_dict):
-        """Columns that several layers share are saved once, under the first of them."""
+        """Save columns that several layers share once, under the first of them."""
         dropped = set()
         for names in _sharing(model, adapter_name):
             dropped |= {_key(name, adapter_name, part) for name in names[1:] for part in _COLUMNS}
@@ -117,13 +117,13 @@ def sparse_grad_layers(model: nn.Module) -> Iterator[tuple[str, SparseGradLayer]
 
 
 def kind_of(name: str, base: nn.Module) -> str:
-    """Layers of one kind: equal names but for layer numbers, equal shapes."""
+    """The kind of a layer: its name without layer numbers, and its shape."""
     shape = "x".join(map(str, base.weight.shape)) if hasattr(base, "weight") else ""
     return f"{fold_layer_numbers(plain_name(name))} {shape}"
 
 
 def within_layers(model: nn.Module, names: list[str]) -> list[str]:
-    """Names within a layer that reach exactly the modules `names`; whole names where there are none."""
+    """Names within a layer that match exactly the modules `names`; full names if there are none."""
     places = [split_layer(name) for name in names]
     if all(place is not None for place in places):
         within = sorted({place[1] for place in places})
@@ -137,7 +137,7 @@ def within_layers(model: nn.Module, names: list[str]) -> list[str]:
 def layers_by_columns(
     model: nn.Module, adapter_name: str
 ) -> list[tuple[SparseGradColumns, list[tuple[str, SparseGradLayer]]]]:
-    """Each set of columns of an adapter, and names and modules of the layers that have it, in the model's order."""
+    """Each set of columns of an adapter, with names and modules of the layers that share it, in the model's order."""
     groups: dict[int, tuple[SparseGradColumns, list[tuple[str, SparseGradLayer]]]] = {}
     for name, layer in sparse_grad_layers(model):
         if adapter_name in layer.sparse_grad_columns:
@@ -147,7 +147,7 @@ def layers_by_columns(
 
 
 def _sharing(model: nn.Module, adapter_name: str) -> list[list[str]]:
-    """Names of the layers that share columns of this adapter; those with their own left out."""
+    """Groups of names of the layers that share columns of this adapter; without layers that have their own."""
     groups = [[name for name, _ in layers] for _, layers in layers_by_columns(model, adapter_name)]
     return [names for names in groups if len(names) > 1]
 

@@ -1,4 +1,4 @@
-"""Leading eigenvectors of a sum of squares that is never formed: a randomized range finder with a small sketch."""
+"""Leading eigenvectors of `sum_i G_i G_i^T` without forming it: a randomized sketch."""
 
 import hashlib
 
@@ -10,12 +10,12 @@ OVERSAMPLING = 10
 class Sketch:
     """`Y = S Omega` of a positive semidefinite `S = sum_i G_i G_i^T`, shape (n, n), and its leading eigenvectors.
 
-    `S` is given by products alone: `add` takes `G_i (G_i^T Omega)`. The sketch has `k + 10` columns; where that is
-    all there are, `Omega` is the identity and the result is exact.
+    `S` is given by products only: `add` takes `G_i (G_i^T Omega)`. The sketch has `k + 10` columns. If `n` is not
+    larger than that, `Omega` is the identity and the result is exact.
 
     Args:
         omega: the test matrix of `random_test_matrix`, shape (n, columns). Sketches of equal size may share it.
-        k: how many leading eigenvectors are wanted, 1 to n.
+        k: number of leading eigenvectors, 1 to n.
 
     Source: the single-pass sketch of Tropp, Yurtsever, Udell and Cevher 2017 (arXiv 1706.05736), algorithm 3.
     """
@@ -29,21 +29,21 @@ class Sketch:
         self.sum += product
 
     def leading(self, seed: int) -> torch.Tensor:
-        """The `k` leading eigenvectors of `S`, shape (n, k), by falling eigenvalue, in the dtype of the sketch.
+        """The `k` leading eigenvectors of `S`, shape (n, k), by decreasing eigenvalue, in the dtype of the sketch.
 
-        Directions in which `S` is zero are filled up with random orthonormal ones.
+        If `S` has a lower rank, random orthonormal columns are added.
         """
         y, omega = self.sum.double(), self.omega.double()
         scale = float(y.norm())
         if scale == 0:
             return random_columns(len(y), self.k, seed, self.sum.dtype).to(self.sum.device)
-        # Omega^T (S + nu I) Omega needs a Cholesky factor; a small nu leaves the eigenvectors as they are.
+        # A small shift nu makes Omega^T (S + nu I) Omega positive definite; S + nu I has the eigenvectors of S.
         nu = scale * torch.finfo(self.sum.dtype).eps
         y = y + nu * omega
         inner = omega.T @ y
         # Nystroem: S ~ Y (Omega^T Y)^-1 Y^T = E E^T with E = Y C^-T, where C C^T = Omega^T Y.
         factor, failed = torch.linalg.cholesky_ex((inner + inner.T) / 2)
-        if int(failed):  # not definite to rounding: the same by eigenvalues, without those that are rounding alone
+        if int(failed):  # not definite, by rounding: use eigenvalues, without those at the level of rounding
             values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
             kept = values > values[-1] * len(y) * torch.finfo(self.sum.dtype).eps
             root = y @ (vectors[:, kept] / values[kept].sqrt())
@@ -64,10 +64,10 @@ def random_test_matrix(n: int, k: int, seed: int, dtype: torch.dtype, device: to
 
 
 def completed(vectors: torch.Tensor, k: int, seed: int) -> torch.Tensor:
-    """Orthonormal columns filled up to `k` with random ones that are orthogonal to them."""
+    """Extend orthonormal columns to `k`, with random ones that are orthogonal to them."""
     n, found = vectors.shape
     more = random_matrix(n, k - found, seed + 1, vectors.dtype).to(vectors.device)
-    for _ in range(2):  # once more against rounding
+    for _ in range(2):  # Gram-Schmidt, twice against rounding
         more -= vectors @ (vectors.T @ more)
     return torch.cat([vectors, torch.linalg.qr(more).Q], 1)
 
@@ -78,11 +78,11 @@ def random_columns(n: int, k: int, seed: int, dtype: torch.dtype) -> torch.Tenso
 
 
 def random_matrix(n: int, k: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
-    """A Gaussian matrix from a generator of its own, on the CPU."""
+    """A Gaussian matrix from a private generator, on the CPU."""
     return torch.randn(n, k, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def seed_of(*parts: object) -> int:
-    """A seed that is the same in every process for the same parts."""
+    """A seed derived from `parts`, the same in every process."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "big")

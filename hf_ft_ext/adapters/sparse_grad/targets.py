@@ -1,4 +1,4 @@
-"""Which linear layers SparseGrad trains: those of the feed-forwards, found by structure."""
+"""The linear layers that SparseGrad trains by default: those of the feed-forwards, found by structure."""
 
 import logging
 from collections.abc import Callable
@@ -21,37 +21,38 @@ Fits = Callable[[nn.Module], bool]
 
 
 def can_be_adapted(module: nn.Module) -> bool:
-    """Whether a SparseGrad adapter fits beside a module: a linear layer, plain, quantized, or with adapters."""
+    """Whether a module supports a SparseGrad adapter: a linear layer, plain, quantized, or with adapters."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if is_plain_linear(base):
         return True
-    if isinstance(base, nn.Linear) and not base.weight.is_floating_point():  # of a quantizer that peft does not know
+    if isinstance(base, nn.Linear) and not base.weight.is_floating_point():  # a quantizer that peft does not support
         return True
     backend = quantization_of(base)
     return backend is not None and backend.layer_type == "linear"
 
 
 def quantization_of(base: nn.Module) -> QuantizationBackend | None:
-    """peft's knowledge of a quantized layer's format; `None` for a layer that is not quantized."""
-    # What peft wants for torchao serves merging alone, and quantized weights are not merged into.
+    """peft's backend for a quantized layer; `None` for a layer that is not quantized."""
+    # peft needs this argument for merging into torchao weights only, and quantized weights are not merged here.
     return resolve_quantization_backend(base, get_apply_tensor_subclass=lambda: None)
 
 
 def linear_kinds(model: nn.Module) -> list[str]:
-    """Names of a model's linear layers, layer numbers folded."""
+    """Names of a model's linear layers, with `*` for layer numbers."""
     found = {fold_layer_numbers(name) for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     return sorted(found)
 
 
 def feed_forward_linears(model: nn.Module, fits: Fits, option: str, rest: str) -> list[str]:
-    """Names of the linear layers of all feed-forwards.
+    """Return the names of the linear layers of all feed-forwards.
 
-    Where no feed-forward has any (experts as three-dimensional tensors), those of the attentions, with a warning.
+    If no feed-forward has any (such as experts stored as three-dimensional tensors), return those of the attentions,
+    with a warning.
 
     Args:
-        fits: whether the method can take a module.
-        option: the argument that names layers instead, for messages.
-        rest: what becomes of parts of the feed-forwards that do not fit, for messages: "stay frozen".
+        fits: whether the method supports a module.
+        option: the argument that selects layers explicitly, for messages.
+        rest: what happens to parts of the feed-forwards that are not supported, for messages: "stay frozen".
 
     Raises:
         InputError: there are none.
@@ -76,14 +77,14 @@ def feed_forward_linears(model: nn.Module, fits: Fits, option: str, rest: str) -
             reason = f"its feed-forwards ({left_out}) are not linear layers"
         shown = ", ".join(linear_kinds(model)) or "none"
         raise InputError(
-            f"{structure.model} has nothing that SparseGrad trains by default: {reason}, and its attentions have no "
-            f"linear layers either; name layers with {option}, a regular expression over: {shown}"
+            f"{structure.model} has no layers that SparseGrad trains by default: {reason}, and its attentions have no "
+            f"linear layers either; select layers with {option}, a regular expression that matches some of: {shown}"
         )
     found = f"The feed-forwards of {structure.model} are {left_out}"
     if not left_out:
         found = f"No feed-forward was found in {structure.model}"
     logger.warning(
-        "%s, and SparseGrad trains linear layers: it takes the attentions' %s instead. Name others with %s.",
+        "%s, and SparseGrad trains linear layers: it trains %s of the attentions instead. Select others with %s.",
         found,
         ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in instead)),
         option,
@@ -97,7 +98,7 @@ def _fitting(names: list[str], model: nn.Module, fits: Fits) -> list[str]:
 
 
 def _described(names: list[str], structure: Structure, model: nn.Module) -> str:
-    """What these projections are, layer numbers folded: `mlp.experts.down_proj (tensor 8x64x32)`."""
+    """Names and kinds of these projections, for messages: `mlp.experts.down_proj (tensor 8x64x32)`."""
     found = {}
     for name in names:
         kind = structure.kinds.get(name, "tensor")

@@ -1,7 +1,9 @@
-"""What the gradient-free optimizers share: a private generator, a step that can be handed over, counts."""
+"""Base class of the gradient-free optimizers: private generator, step before the training loop's own, counts."""
 
 import math
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -11,21 +13,21 @@ from hf_ft_ext.training.copying import CopiedInFull
 
 Closure = Callable[[], float | torch.Tensor]
 _OWN_STATE = "search"
-_FREED_ONCE = 2**25 - 2**16  # bytes, just below the largest block that glibc's allocator learns from
+_FREED_ONCE = 2**25 - 2**16  # bytes, just below glibc's DEFAULT_MMAP_THRESHOLD_MAX (32 MiB)
 
 
 class GradientFreeOptimizer(CopiedInFull):
-    """An optimizer that looks at losses only.
+    """An optimizer that uses losses only.
 
-    `step(closure)` evaluates `closure()`, the loss at the present weights, as often as the method needs. For training
-    loops that call `step()` without arguments (transformers' does), `step_ahead` takes the step before, and the
-    loop's call does nothing.
+    `step(closure)` evaluates `closure()`, the loss at the current weights, as often as the method needs. Some training
+    loops (that of transformers) call `step()` without a closure. There, call `step_ahead(closure)` before: the next
+    `step()` then does nothing.
 
     Attributes:
-        steps: steps taken.
-        evaluations: losses evaluated so far, candidates one by one.
-        rejected: candidates whose loss was NaN or infinite; such a candidate is never taken.
-        exchange: how several processes share the work (see `parallel`).
+        steps: number of steps taken.
+        evaluations: number of losses evaluated so far, each candidate counted.
+        rejected: number of candidates with a NaN or infinite loss; such a candidate is never accepted.
+        exchange: how several processes share the work (see `exchange`).
     """
 
     def __init__(self, params, defaults: dict, seed: int = 0):
@@ -38,8 +40,8 @@ class GradientFreeOptimizer(CopiedInFull):
             for parameter in group["params"]:
                 if parameter.device.type == "meta":
                     raise InputError(
-                        f"a tensor of shape {tuple(parameter.shape)} is offloaded: it is on no device but while its "
-                        "module runs, and cannot be searched; load the model onto one device, or in 16 bits"
+                        f"a tensor of shape {tuple(parameter.shape)} is offloaded (on the meta device) and cannot be "
+                        "searched; load the model onto one device, or in 16 bits"
                     )
                 if not (parameter.is_floating_point() and parameter.is_contiguous()):
                     raise InputError(
@@ -48,19 +50,19 @@ class GradientFreeOptimizer(CopiedInFull):
                     )
 
     def step_ahead(self, closure: Closure, evaluate: Callable | None = None) -> float:
-        """Take the step now; the next `step()` without arguments does nothing. Returns what the step returns."""
+        """Take the step now, so that the next `step()` without a closure does nothing; return the step's result."""
         loss = self.step(closure, evaluate)
         self._ahead = True
         return loss
 
     def _already_taken(self, closure: Closure | None) -> bool:
-        """Whether this is the call that follows `step_ahead`; without a closure and without that, an error."""
+        """Whether this call of `step` follows `step_ahead`; raises `InputError` without a closure and `step_ahead`."""
         if closure is not None:
             return False
         if not self._ahead:
             raise InputError(
                 f"{type(self).__name__} compares losses: call step(closure) with a function that returns the loss of "
-                "the batch at the present weights"
+                "the batch at the current weights"
             )
         self._ahead = False
         return True
@@ -75,7 +77,7 @@ class GradientFreeOptimizer(CopiedInFull):
         loss = float(loss)
         if not math.isfinite(loss):
             raise InputError(
-                f"the loss at the present weights is {loss} in step {self.steps}; look for bad rows or labels, lower "
+                f"the loss at the current weights is {loss} in step {self.steps}; look for bad rows or labels, lower "
                 "the learning rate, or load the model in float32"
             )
         return loss
@@ -98,27 +100,37 @@ class GradientFreeOptimizer(CopiedInFull):
         self.steps, self.evaluations, self.rejected = state["steps"], state["evaluations"], state["rejected"]
 
     def state_dict(self) -> dict:
-        """torch's state dict plus `search`: all that the next step depends on."""
+        """torch's state dict plus the entry `search`: everything else that the next step depends on."""
         return {**super().state_dict(), _OWN_STATE: self._own_state()}
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load it; the next step is the one that the saved optimizer would have taken.
+        """Load a saved state; the next step equals the one that the saved optimizer would have taken.
 
         Raises:
             ValueError: the state is of other parameters or of another optimizer.
         """
         if _OWN_STATE not in state_dict:
-            raise ValueError(f"this is no state of {type(self).__name__}: it has no {_OWN_STATE!r} part")
+            raise ValueError(f"this is not a state of {type(self).__name__}: it has no entry {_OWN_STATE!r}")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != _OWN_STATE})
         self._load_own_state(state_dict[_OWN_STATE])
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks of up to 32 MiB for the next step instead of giving them back to the system.
+def report_accepted(evaluate: Any, row: int | None) -> None:
+    """Call `evaluate.accepted(row)` if it exists: a tensor now equals candidate `row` (`None`: none of them)."""
+    if hasattr(evaluate, "accepted"):
+        evaluate.accepted(row)
+    elif hasattr(evaluate, "moved"):
+        warnings.warn("the method `moved` of an `evaluate` is now called `accepted`", FutureWarning, stacklevel=3)
+        evaluate.moved(row)
 
-    Its threshold for giving memory back is twice the largest block that it has seen freed. Without this, each step of
-    a head on cached features gets its few MiB anew, page by page: a quarter of its time (`benchmarks/gradientless.py`,
-    variant `none`); and so does each chunk of weights that `SPSA` makes. The block is never written to, so it costs
-    no memory. Other allocators do not notice.
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks of up to 32 MiB for the next step instead of returning them to the system.
+
+    glibc returns memory above a dynamic threshold: twice the size of the largest block freed so far. Allocating and
+    freeing one block of almost 32 MiB raises it. Otherwise each step of a head on cached features maps its few MiB
+    again, page by page, which takes a quarter of its time (`benchmarks/gradientless.py`, variant `none`); the same
+    holds for each chunk of weights that `SPSA` computes. The block is never written to, so it costs no memory. Other
+    allocators are not affected.
     """
     torch.empty(_FREED_ONCE, dtype=torch.uint8)

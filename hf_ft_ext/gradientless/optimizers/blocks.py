@@ -1,4 +1,4 @@
-"""A block: the entries that are searched together, usually some of one tensor, with their options."""
+"""`ParameterBlock`: entries that are searched together (usually of one tensor), with their options."""
 
 import math
 
@@ -10,17 +10,17 @@ from hf_ft_ext.gradientless.optimizers.selection import select_indices
 
 
 class ParameterBlock:
-    """One unit of the search: a tensor, or all tensors of a group as one pool.
+    """One unit of the search: a tensor, or all tensors of a group together (`pool`).
 
     Args:
-        parameters: one tensor, or those of the pool.
-        group: the parameter group; its values are read anew in every step, so schedulers work.
+        parameters: one tensor, or all tensors of the group.
+        group: the parameter group; its values are read in every step, so that schedulers work.
 
     Attributes:
-        views: the entries that candidates may change (those that noise is added to and those of kept options).
-        positions: which of them get noise now; `None` = all.
-        tree: the options, `None` without options.
-        age: steps that the block has seen.
+        views: the entries that candidates may change: those that get noise, and those that kept options change.
+        positions: the entries of `views` that get noise in this step; `None` = all.
+        tree: the tree of options; `None` without options.
+        age: number of steps of this block.
     """
 
     def __init__(self, parameters: list[torch.Tensor], group: dict):
@@ -37,7 +37,7 @@ class ParameterBlock:
     # --- entries -----------------------------------------------------------------------------------
 
     def renew(self, generator: torch.Generator, importance) -> None:
-        """Choose the entries anew if it is time to; options keep those that they change."""
+        """Select new entries every `sampling_steps` steps; entries that options change stay in `views`."""
         if self.age % self.group["sampling_steps"] == 0:
             group = self.group
             chosen = select_indices(self.parameters, group["sampling_size"], group["selection"], generator, importance)
@@ -51,7 +51,7 @@ class ParameterBlock:
         self.age += 1
 
     def _spread(self, chosen: torch.Tensor) -> None:
-        """Places from ascending positions in the concatenation of all tensors."""
+        """Set `views` from ascending positions in the concatenation of all tensors."""
         if len(self.parameters) == 1:
             self.views = [IndexView(self.parameters[0], chosen)]
             return
@@ -76,6 +76,7 @@ class ParameterBlock:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _join(self, chosen: torch.Tensor) -> None:
+        """Set `views` to the union of the `chosen` positions and those that options change."""
         used = self.tree.used()
         kept = used.nonzero().flatten()
         earlier = self._flat_positions()[kept]
@@ -87,23 +88,30 @@ class ParameterBlock:
     # --- candidates --------------------------------------------------------------------------------
 
     def scales(self) -> tuple[list[float], list[int]]:
-        """Factor and noise vector of each of the K candidates of one start: `R / 2^k`."""
+        """Radius and index of the noise vector of each of the K candidates around one starting point.
+
+        Candidate `k` is `theta + R / 2^k z_k`; antithetic: `theta +- R / 2^k z_k` for `k = 0 .. K/2 - 1`.
+        """
         k, radius = self.group["num_candidates"], float(self.group["lr"])
         if not self.group["antithetic"]:
             return [radius * 2.0**-i for i in range(k)], list(range(k))
         return [(-radius if i % 2 else radius) * 2.0 ** -(i // 2) for i in range(k)], [i // 2 for i in range(k)]
 
     def ensure_tree(self, size: int) -> None:
-        """Make the tree of the group's options, once the number of entries is known."""
+        """Create the tree of options, if the group has options and there is no tree yet."""
         options = parse_options(self.group["options"])
         if options is not None and self.tree is None:
             self.tree = OptionTree(*options, size, self.compute, self.device)
 
     def candidates(self, seed: int, with_unmoved: bool) -> Candidates:
-        """Candidates of this step; the first one is the unmoved tensor if `with_unmoved`.
+        """Candidates of this step.
 
-        Without options: K candidates around the tensor. With options: for each leaf, the leaf itself and K
+        Without options: K candidates around the current tensor. With options: for each leaf, the leaf itself and K
         candidates around it.
+
+        Args:
+            seed: of the noise.
+            with_unmoved: put the current tensor itself first.
         """
         here = read_views(self.views).to(self.compute)[None]
         scales, vectors = self.scales()
@@ -126,10 +134,16 @@ class ParameterBlock:
         return Candidates(starts, start, scale, noise, self.positions, seed, self.dtype, self.group["block"])
 
     def norms(self, candidates: Candidates) -> tuple[torch.Tensor, float]:
-        """2-norm of the whole block with each candidate in place (float64, `[n]`), and as it is."""
-        rest = math.fsum(float(torch.linalg.vector_norm(p.detach(), dtype=self.compute)) ** 2 for p in self.parameters)
-        squares = candidates.squares(read_views(self.views))  # summed alike, so that no change makes no difference
-        norms = (rest - squares[-1] + squares).clamp(min=0).sqrt()
+        """2-norm of the whole block with each candidate in place (float64, `[n]`), and at the current weights.
+
+        `||theta'||^2 = ||theta||^2 - sum of theta_i^2 + sum of theta'_i^2` over the entries `i` of `views`.
+        """
+        total = math.fsum(
+            float(torch.linalg.vector_norm(p.detach(), dtype=self.compute)) ** 2 for p in self.parameters
+        )
+        # The last row are the current entries, summed in the same way: an unchanged candidate has the same norm.
+        squares = candidates.squares(read_views(self.views))
+        norms = (total - squares[-1] + squares).clamp(min=0).sqrt()
         return norms[:-1], float(norms[-1])
 
     def move(self, values: torch.Tensor) -> None:

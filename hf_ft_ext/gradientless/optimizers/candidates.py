@@ -1,16 +1,16 @@
-"""Candidate values of the entries that a search looks at, in one block or one by one."""
+"""Candidate values of the searched entries, computed in one block or one by one."""
 
 import itertools
 from dataclasses import dataclass
 
 import torch
 
-_BLOCK = 2**20  # entries; what is larger is drawn row by row, so that one candidate exists at a time
+_BLOCK = 2**20  # entries; larger sets of candidates are computed row by row, one candidate at a time
 
 
 @dataclass(frozen=True)
 class IndexView:
-    """Entries of one tensor: flat `indices`, ascending, or `None` for all of them."""
+    """Entries of one tensor: ascending flat `indices`, or `None` for all entries."""
 
     parameter: torch.Tensor
     indices: torch.Tensor | None
@@ -25,7 +25,7 @@ class IndexView:
         return flat.clone() if self.indices is None else flat[self.indices]
 
     def write(self, values: torch.Tensor) -> None:
-        """Set the entries; what `read` gave is put back bit for bit."""
+        """Set the entries; writing what `read` returned restores them bit for bit."""
         flat = self.parameter.detach().view(-1)
         if self.indices is None:
             flat.copy_(values)
@@ -34,12 +34,12 @@ class IndexView:
 
 
 def read_views(views: list[IndexView]) -> torch.Tensor:
-    """The entries of all views, one behind the other."""
+    """The entries of all views, concatenated."""
     return views[0].read() if len(views) == 1 else torch.cat([view.read() for view in views])
 
 
 def write_views(views: list[IndexView], values: torch.Tensor) -> None:
-    """Set the entries of all views from `values`, as `read_views` orders them."""
+    """Set the entries of all views from `values`, in the order of `read_views`."""
     if len(views) == 1:
         views[0].write(values)
         return
@@ -50,18 +50,18 @@ def write_views(views: list[IndexView], values: torch.Tensor) -> None:
 class Candidates:
     """`n` candidates for the same entries: row `i` is `starts[start[i]] + scale[i] * noise[i]`.
 
-    The noise is standard normal, on the entries `positions` only, and comes from a seed: small sets are made in one
-    block, of large ones any row can be made by itself.
+    The noise is standard normal on the entries `positions` and zero elsewhere. It is drawn from a seed: small sets of
+    candidates are computed in one block, rows of large sets one at a time.
 
     Args:
-        starts: `[S, u]`, in the type of the computation.
-        start: for each candidate its row of `starts`.
-        scale: for each candidate the factor of its noise; 0 leaves the start as it is.
-        noise: for each candidate which of the noise vectors it takes (antithetic pairs take the same).
+        starts: `[S, u]`: starting points, in the type of the computation.
+        start: for each candidate, its row of `starts`.
+        scale: for each candidate, the factor of its noise; 0 = the starting point itself.
+        noise: for each candidate, the index of its noise vector (the same for an antithetic pair).
         positions: entries that get noise, as positions in a row (int64); `None` = all.
         seed: of the noise.
-        dtype: of the values, that of the parameters.
-        block: consecutive entries that get the same noise.
+        dtype: of the candidates: that of the parameters.
+        block: number of consecutive entries that get the same noise.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Candidates:
         return len(self.start)
 
     def _normal(self, *rows: int, seed: int) -> torch.Tensor:
-        # drawn on the CPU: the same on every device and process
+        # drawn on the CPU, so that it is the same on every device and in every process
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(*rows, self.drawn // self.block_size, generator=generator, dtype=self.starts.dtype)
         return noise.repeat_interleave(self.block_size, -1).to(self.starts.device)
@@ -123,7 +123,7 @@ class Candidates:
         return values.to(self.dtype)
 
     def squares(self, present: torch.Tensor) -> torch.Tensor:
-        """Sum of squares of each candidate's entries and of `present` (`[u]`): float64, `[n + 1]`."""
+        """Sum of squares of each candidate's entries, then of `present` (`[u]`): float64, `[n + 1]`."""
         if self.in_block:
             return torch.cat([self.block(), present[None]]).double().square().sum(1)
         rows = itertools.chain(map(self.row, range(len(self))), [present])

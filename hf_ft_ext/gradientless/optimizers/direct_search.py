@@ -7,7 +7,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer
+from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, report_accepted
 from hf_ft_ext.gradientless.optimizers.blocks import ParameterBlock
 from hf_ft_ext.gradientless.optimizers.candidates import Candidates, IndexView, read_views, write_views
 from hf_ft_ext.gradientless.optimizers.groups import check_group, evaluations, warn_of_sampling_size
@@ -18,21 +18,23 @@ DEFAULT_BUDGET = 10_000
 
 
 class DirectSearch(GradientFreeOptimizer):
-    """Direct search: each tensor in turn keeps the best of some random changes to some of its entries.
+    """Gradientless descent (GLD): each tensor in turn takes the best of several random changes to some of its entries.
 
-    In a step, for each tensor theta: choose `sampling_size` entries (anew every `sampling_steps` steps); draw
-    candidates `theta + R / 2^k * z_k`, `k = 0 .. K-1`, `z_k` standard normal on these entries; the objective is
-    `loss + weight_decay * ||theta||_2`.
+    In a step, for each tensor theta:
 
-    `options=None`: theta becomes the best of {theta, candidates}. `options=(m, l)`: candidates become options, kept
-    as a tree of `l` levels with `m` options below each node. On the next batch, the `K` candidates around each leaf,
-    and the leaf itself, are scored; theta moves to the first-level option below which the lowest objective lies, if
-    it is lower than that of the unmoved tensor, and the option's subtree, with the `m` best candidates of each leaf as
-    its new last level, becomes the tree. Else theta stays, the `m` best of the changes that were just drawn become
-    its options, and their children are drawn anew. So a change found on one batch moves the tensor only if it, or
-    what it leads to, helps on a later one.
+    1. Select `sampling_size` entries (again every `sampling_steps` steps).
+    2. Draw candidates `theta + R / 2^k * z_k`, `k = 0 .. K-1`, with `z_k` standard normal on these entries.
+    3. Evaluate `objective = loss + weight_decay * ||theta||_2` for each candidate.
+    4. `options=None`: theta becomes the best of {theta, candidates}.
 
-    A candidate is written into the chosen entries, evaluated, and the saved entries are put back: rejected
+    With `options=(m, l)`, a change found on one batch is accepted only if it, or a change built on it, helps on a
+    later batch. Changes are kept as a tree of `l` levels with `m` options below each node. Step 3 evaluates each leaf
+    and `K` candidates around it. Theta moves to the first-level option whose subtree has the lowest objective, if this
+    is lower than that of theta itself. The option's subtree becomes the tree, with the `m` best candidates of each
+    leaf as its new last level. Otherwise theta stays, the `m` best of the changes just drawn become its options, and
+    their children are drawn again.
+
+    A candidate is written into the selected entries and evaluated, then the saved entries are restored: rejected
     candidates leave the weights bit-identical in any floating-point type.
 
     Args:
@@ -42,20 +44,21 @@ class DirectSearch(GradientFreeOptimizer):
         options: `None`, `(m, l)` or text such as `"3x2"`.
         selection: `"all"`, `"random"`, `"magnitude"` (largest |theta|) or `"fisher"` (needs an `evaluate` with
             `importance(parameter, generator)`).
-        sampling_size: entries per tensor and step; `None` = all. Smaller tensors are searched
-            whole; if all are smaller, a warning says so.
-        sampling_steps: steps after which entries are chosen anew.
+        sampling_size: number of entries per tensor; `None` = all. Smaller tensors are searched in full; a warning is
+            logged if all tensors are smaller.
+        sampling_steps: number of steps after which entries are selected again.
         weight_decay: weight of the norm in the objective, 0 or more.
-        antithetic: candidates in pairs `+R/2^k z_k`, `-R/2^k z_k`, `k = 0 .. K/2 - 1`.
-        pool: one pool of entries over all tensors of the group instead of tensor after tensor.
-        block: consecutive entries of a tensor that get the same noise: a search in fewer numbers, such as one per
-            attention head. Needs `selection="all"`, and has to divide the size of every tensor.
+        antithetic: draw candidates in pairs `+R/2^k z_k`, `-R/2^k z_k`, `k = 0 .. K/2 - 1`.
+        pool: search all tensors of the group together, as one flat vector, instead of one after the other.
+        block: number of consecutive entries of a tensor that get the same noise. This reduces the number of searched
+            parameters, for example to one per attention head. Needs `selection="all"`, and has to divide the size of
+            every tensor.
         seed: of the private generator.
-        max_evaluations: most evaluations that one step may need.
+        max_evaluations: largest number of evaluations that one step may need.
 
     Raises:
         InputError: a value out of range; a step that needs more than `max_evaluations`; in `step`: the loss at the
-            present weights is not finite.
+            current weights is not finite.
 
     Source: gradientless descent (Golovin et al., arXiv 1911.06317) as changed by the thesis "Gradientless finetuning"
     (coslu/gradientless-finetuning), whose code keeps all K + 1 changes as options after a step without a move.
@@ -99,23 +102,23 @@ class DirectSearch(GradientFreeOptimizer):
         if (needed := self.evaluations_per_step()) > max_evaluations:
             raise InputError(
                 f"a step would need {needed:,} evaluations, more than max_evaluations_per_step={max_evaluations:,}; "
-                "take fewer options, candidates or tensors, or raise it"
+                "use fewer options, candidates or tensors, or raise max_evaluations_per_step"
             )
 
     def evaluations_per_step(self) -> int:
-        """Losses that one step evaluates at most, over all tensors."""
+        """Largest number of losses that one step evaluates, over all tensors."""
         return 1 + sum(evaluations(block.group) for block in self.blocks)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None, evaluate: Evaluate | None = None) -> float | None:
-        """Search every tensor once; return the loss before.
+        """Search every tensor once; return the loss before the step.
 
         Args:
-            closure: returns the loss of the batch at the present weights.
-            evaluate: `evaluate(views, candidates, rows)` -> losses `[len(rows)]` of these candidates of these
-                views, weights left as they were; `None` = one call of `closure` per candidate. If it has a method
-                `moved(row)`, that is called after each move, with the candidate that the tensor moved to or `None`
-                if it is none of them.
+            closure: returns the loss of the batch at the current weights.
+            evaluate: `evaluate(views, candidates, rows)` -> losses `[len(rows)]` of these candidates; it leaves the
+                weights unchanged. `None` = one call of `closure` per candidate. If it has a method `accepted(row)`,
+                this is called after each change of a tensor, with the index of the accepted candidate, or `None` if
+                the new value is not among the candidates.
         """
         if self._already_taken(closure):
             return None
@@ -127,13 +130,20 @@ class DirectSearch(GradientFreeOptimizer):
         return before
 
     def _search(self, block: ParameterBlock, loss: float | None, evaluate: Evaluate) -> float | None:
-        """Search one block; `loss` is that of the present weights, `None` if unknown. Returns it as it is after."""
+        """Search one block.
+
+        Args:
+            loss: at the current weights; `None` if unknown.
+
+        Returns:
+            The loss after the search of this block; `None` if unknown.
+        """
         block.renew(self.generator, getattr(evaluate, "importance", None))
         block.ensure_tree(sum(view.size for view in block.views))
         candidates = block.candidates(self._draw_seed(), with_unmoved=loss is None)
         losses = self._evaluate(evaluate, block, candidates)
         objective, penalty = losses.clone(), 0.0
-        if weight := float(block.group["weight_decay"]):
+        if weight := float(block.group["weight_decay"]):  # objective = loss + weight_decay * ||theta||_2
             norms, norm = block.norms(candidates)
             objective += weight * norms.cpu()
             penalty = weight * norm
@@ -150,7 +160,7 @@ class DirectSearch(GradientFreeOptimizer):
         if block.tree is None:
             if improves:
                 block.move(candidates.row(best + shift))
-                _accept(evaluate, best + shift)
+                report_accepted(evaluate, best + shift)
                 loss = float(losses[best + shift])
             return loss
         return self._use_options(block, candidates, losses, objective, shift, improves, loss, evaluate)
@@ -165,29 +175,31 @@ class DirectSearch(GradientFreeOptimizer):
 
     @staticmethod
     def _use_options(block, candidates, losses, objective, shift, improves, loss, evaluate) -> float | None:
+        """Move the tensor to the best first-level option, or restart the tree; return the loss, `None` if unknown."""
         tree, per_leaf = block.tree, len(objective) // block.tree.n_leaves
         by_leaf = objective.view(tree.n_leaves, per_leaf)
         first = tree.first_of(int(objective.argmin()) // per_leaf)
         values = candidates.block()[shift:].to(block.compute)
         leaves = candidates.starts[candidates.starts.shape[0] - tree.n_leaves :]
-        changes = values.view(tree.n_leaves, per_leaf, -1) - leaves[:, None]
+        changes = values.view(tree.n_leaves, per_leaf, -1) - leaves[:, None]  # relative to their leaf
         keep = min(tree.per_level, per_leaf)
-        if not improves:
+        if not improves:  # the m best of the changes just drawn are the new first level
             order = objective.argsort(stable=True)[:keep]
             tree.restart(changes.flatten(0, 1)[order])
             return loss
-        share = tree.n_leaves // tree.widths[0]
+        share = tree.n_leaves // tree.widths[0]  # leaves below each first-level option
         below = slice(first * share, (first + 1) * share)
         order = by_leaf[below].argsort(dim=1, stable=True)[:, :keep]
         children = changes[below].gather(1, order[..., None].expand(-1, -1, changes.shape[-1]).to(changes.device))
         option = tree.levels[0][first]
         is_leaf, moves = len(tree.levels) == 1, bool((option != 0).any())
+        # With one level, the option is a leaf, and the first candidate of its group is the leaf itself.
         row = shift + first * per_leaf if is_leaf else None
         if moves:
             block.move(read_views(block.views).to(block.compute) + option)
         tree.advance(first, children)
         if moves:
-            _accept(evaluate, row)
+            report_accepted(evaluate, row)
             loss = float(losses[row]) if is_leaf and math.isfinite(losses[row]) else None
         return loss
 
@@ -195,11 +207,11 @@ class DirectSearch(GradientFreeOptimizer):
         return {**super()._own_state(), "blocks": [block.state() for block in self.blocks]}
 
     def _load_own_state(self, state: dict) -> None:
-        saved_blocks = state["blocks"] if "blocks" in state else state["sites"]  # checkpoints of earlier versions
+        saved_blocks = state["blocks"] if "blocks" in state else state["sites"]  # "sites" in older checkpoints
         if len(saved_blocks) != len(self.blocks):
             raise ValueError(
-                f"the state is of {len(saved_blocks)} searched blocks, this optimizer has {len(self.blocks)}; it is "
-                "of another model or another search"
+                f"the state has {len(saved_blocks)} parameter blocks, this optimizer has {len(self.blocks)}; load the "
+                "state of the same model and search settings"
             )
         super()._load_own_state(state)
         for block, group in zip(self.blocks, self._groups_of_blocks(), strict=True):
@@ -208,12 +220,12 @@ class DirectSearch(GradientFreeOptimizer):
             block.load(saved)
 
     def _groups_of_blocks(self) -> list[dict]:
-        # torch replaces the group dictionaries when it loads a state
+        # torch replaces the group dictionaries when it loads a state, so the blocks need the new ones
         return [group for group in self.param_groups for _ in (range(1) if group["pool"] else group["params"])]
 
 
 class Sequential:
-    """Candidates one after the other: written, evaluated by `closure`, put back bit for bit."""
+    """Evaluate candidates one after the other: write, call `closure`, restore the entries bit for bit."""
 
     def __init__(self, closure: Closure):
         self.closure = closure
@@ -228,8 +240,3 @@ class Sequential:
         finally:
             write_views(views, saved)
         return torch.tensor(losses, dtype=torch.float64)
-
-
-def _accept(evaluate: Evaluate, row: int | None) -> None:
-    if hasattr(evaluate, "moved"):
-        evaluate.moved(row)

@@ -1,4 +1,4 @@
-"""Several processes at one search: who evaluates what, and how the losses come together. Scalars only."""
+"""Share the evaluations of a search between processes and combine the losses; only scalars are exchanged."""
 
 from collections.abc import Callable
 
@@ -14,16 +14,16 @@ class SingleProcess:
     """One process evaluates everything."""
 
     def mine(self, n: int) -> range:
-        """Which of `n` candidates this process evaluates."""
+        """Indices of the candidates, of `n`, that this process evaluates."""
         return range(n)
 
     def combine(self, losses: torch.Tensor) -> torch.Tensor:
-        """All candidates' losses (float64, shape `[n]`) from this process's, zero where it did not look."""
+        """Losses of all candidates (float64, `[n]`), from this process's (zero where it did not evaluate)."""
         return losses
 
 
 class _Shared(SingleProcess):
-    """Work on several processes, which are the same for a copy of the optimizer and cannot be written to a file."""
+    """Base of exchanges between several processes: shared by copies of the optimizer, and refused by pickle."""
 
     def __deepcopy__(self, memo: dict) -> "_Shared":
         return self
@@ -35,11 +35,13 @@ class _Shared(SingleProcess):
 
 
 class SharedData(_Shared):
-    """Every process scores every candidate on its own part of the batch; the losses are averaged.
+    """Every process evaluates all candidates on its own part of the batch; losses are averaged over the processes.
+
+    `loss = sum_p weight_p loss_p / sum_p weight_p`.
 
     Args:
-        total: sums a tensor over the processes, the same result on each.
-        weight: rows of this process's part, set for each batch.
+        total: all-reduce: sums a tensor over the processes.
+        weight: rows or label tokens of this process's part, set for each batch.
     """
 
     def __init__(self, total: SumOverRanks, weight: float = 1.0):
@@ -51,10 +53,11 @@ class SharedData(_Shared):
 
 
 class SharedCandidates(_Shared):
-    """Every process has the whole batch and scores its share of the candidates.
+    """Every process has the whole batch and evaluates its share of the candidates.
 
     Args:
-        total: sums a tensor over the processes, the same result on each.
+        total: all-reduce: sums a tensor over the processes.
+        rank, world: index of this process and number of processes.
     """
 
     def __init__(self, total: SumOverRanks, rank: int, world: int):

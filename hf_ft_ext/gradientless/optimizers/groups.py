@@ -1,4 +1,4 @@
-"""Settings of a parameter group of `DirectSearch`: what they cost, and what cannot work."""
+"""Cost and checks of the settings of a `DirectSearch` parameter group."""
 
 import logging
 
@@ -12,54 +12,56 @@ logger = logging.getLogger(__name__)
 
 
 def evaluations(group: dict) -> int:
-    """Losses that one block of the group evaluates in a step, at most."""
+    """Largest number of losses that one block of the group evaluates in a step.
+
+    Without options K; with options m^l leaves, each with itself and K candidates, and the current tensor.
+    """
     options, k = parse_options(group["options"]), group["num_candidates"]
     return k if options is None else options[0] ** options[1] * (k + 1) + 1
 
 
 def check_group(group: dict) -> None:
-    """Raise an `InputError` if a value is out of range or two contradict each other."""
-    if group["num_candidates"] < 1:
-        raise InputError(f"num_candidates={group['num_candidates']} leaves nothing to compare; pass 1 or more")
-    if group["sampling_size"] is not None and group["sampling_size"] < 1:
-        raise InputError(f"sampling_size={group['sampling_size']} leaves nothing to search; pass 1 or more")
-    if group["sampling_steps"] < 1:
-        raise InputError(f"sampling_steps={group['sampling_steps']} is no number of steps; pass 1 or more")
+    """Raise an `InputError` if a value is out of range or two settings contradict each other."""
+    for name in ("num_candidates", "sampling_size", "sampling_steps"):
+        if group[name] is not None and group[name] < 1:
+            raise InputError(f"{name} must be 1 or more, got {group[name]}")
     if group["selection"] not in SELECTIONS:
         raise InputError(f"selection={group['selection']!r} is unknown; choose from: {', '.join(SELECTIONS)}")
     check_block(group["block"], group["params"])
     if group["block"] > 1 and group["selection"] != ALL:
-        raise InputError(f"block={group['block']} ties neighbours, and selection {group['selection']!r} tears them "
-                         "apart; select 'all'")  # fmt: skip
+        raise InputError(
+            f"block={group['block']} changes consecutive entries together, and selection={group['selection']!r} "
+            "selects single ones; pass selection='all'"
+        )
     for name in ("lr", "weight_decay"):
         if not group[name] >= 0:
-            raise InputError(f"{name}={group[name]} is below 0; pass 0 or more")
+            raise InputError(f"{name} must be 0 or more, got {group[name]}")
     if group["selection"] == ALL and group["sampling_size"] is not None:
-        raise InputError(f"selection 'all' takes every entry; leave sampling_size={group['sampling_size']} out")
+        raise InputError(f"selection='all' changes every entry; leave sampling_size={group['sampling_size']} out")
     options = parse_options(group["options"])
     if options is not None and options[0] > group["num_candidates"] + 1:
         raise InputError(
-            f"options {options[0]}x{options[1]} keep {options[0]} changes of the {group['num_candidates'] + 1} that "
-            "are scored; take fewer options or more candidates"
+            f"options={options[0]}x{options[1]} would keep {options[0]} changes per leaf, but only "
+            f"{group['num_candidates'] + 1} are evaluated; use fewer options or more candidates"
         )
     if group["selection"] != ALL and group["sampling_size"] is None and group["selection"] != RANDOM:
-        raise InputError(f"selection {group['selection']!r} needs a sampling_size; pass one, or select 'all'")
+        raise InputError(f"selection={group['selection']!r} needs a sampling_size; pass one, or selection='all'")
 
 
 def check_block(block: int, parameters: list[torch.Tensor]) -> None:
-    """Raise an `InputError` if blocks of `block` entries do not fill the tensors."""
+    """Raise an `InputError` if `block` does not divide the size of every tensor."""
     if block < 1:
-        raise InputError(f"block={block} holds no entry; pass 1 or more")
+        raise InputError(f"block must be 1 or more, got {block}")
     for parameter in parameters:
         if parameter.numel() % block:
             raise InputError(
-                f"blocks of {block} do not divide the {parameter.numel()} entries of a searched tensor of shape "
-                f"{tuple(parameter.shape)}; take another size, or search fewer tensors"
+                f"block={block} does not divide the {parameter.numel()} entries of a searched tensor of shape "
+                f"{tuple(parameter.shape)}; pass another size, or search fewer tensors"
             )
 
 
 def warn_of_sampling_size(group: dict, largest: int) -> None:
-    """Say so if no tensor has as many entries as are to be sampled."""
+    """Log a warning if `sampling_size` exceeds the size of every tensor."""
     if group["sampling_size"] is not None and group["sampling_size"] > largest:
         logger.warning(
             "sampling_size=%d is more than the %d entries of the largest tensor: all entries are searched",

@@ -1,4 +1,4 @@
-"""`HeadAdam`: Adam by gradients, called like a search; what a search of a head on cached features is compared with."""
+"""`HeadAdam`: Adam with gradients behind the interface of a search; the baseline for searches of a head."""
 
 import math
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from hf_ft_ext.training.copying import CopiedInFull
 
 
 class HeadAdam(CopiedInFull):
-    """AdamW behind the calls of a search: `step(closure)` takes the gradient of the closure's loss itself.
+    """AdamW behind the interface of a search: `step(closure)` computes the gradient of the closure's loss itself.
 
-    The closure has to return a tensor that depends on the parameters. Not for production: a baseline.
+    The closure has to return a tensor that depends on the parameters. A baseline for comparisons, not for production.
 
     Args:
         params: parameters or groups.
@@ -20,7 +20,7 @@ class HeadAdam(CopiedInFull):
 
     Attributes:
         steps, evaluations: steps taken, one evaluation each.
-        rejected: always 0; a search counts candidates there.
+        rejected: always 0 (a search counts rejected candidates).
 
     Raises:
         InputError: in `step`: the loss is not finite, or there is no closure.
@@ -45,7 +45,7 @@ class HeadAdam(CopiedInFull):
         return loss
 
     def step(self, closure: Callable | None = None, evaluate=None) -> float | None:
-        """One update; return the loss before it.
+        """Take one AdamW step; return the loss before it.
 
         Args:
             closure: returns the loss of the batch.
@@ -56,7 +56,7 @@ class HeadAdam(CopiedInFull):
             return None
         if closure is None:
             raise InputError(
-                "HeadAdam takes gradients itself: call step(closure), with a function that returns the loss"
+                "HeadAdam computes gradients itself: call step(closure) with a function that returns the loss"
             )
         self.steps += 1
         self.evaluations += 1
@@ -71,7 +71,7 @@ class HeadAdam(CopiedInFull):
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise InputError(
-                        f"the loss at the present weights is {value} in step {self.steps}; look for bad rows or "
+                        f"the loss at the current weights is {value} in step {self.steps}; look for bad rows or "
                         "labels, lower the learning rate, or load the model in float32"
                     )
                 gradients = torch.autograd.grad(loss, parameters)
@@ -85,7 +85,7 @@ class HeadAdam(CopiedInFull):
         return value
 
     def state_dict(self) -> dict:
-        """torch's state dict plus Adam's own and the counts."""
+        """torch's state dict plus the state of AdamW and the counts."""
         counts = {"steps": self.steps, "evaluations": self.evaluations}
         return {**super().state_dict(), "adam": self.adam.state_dict(), "counts": counts}
 

@@ -1,5 +1,6 @@
-"""`NodePerturbation`: a search of a head that perturbs the outputs of its linear layers row by row."""
+"""`NodePerturbation`: search of a head by perturbing the outputs of its linear layers, row by row."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,41 +8,42 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer
-from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type
-from hf_ft_ext.gradientless.optimizers.perturbation.updates import ADAM, MOMENTUM, RULES, SGD, SIGN, Update
+from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, report_accepted
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type, mixed
+from hf_ft_ext.gradientless.optimizers.perturbation.updates import ADAM, MOMENTUM, RULES, SGD, SIGN, Rounding, Update
 
 NODE_RULES = SGD, SIGN, MOMENTUM, ADAM
 NODE_DIRECTIONS = NEXT_LAYER, SIGNS = ("next-layer", "signs")
 
 
 class NodePerturbation(GradientFreeOptimizer):
-    """Node perturbation: every row of a batch has a slope of its own, and its features say where it belongs.
+    """Node perturbation: estimate the gradient of each row with respect to a layer's outputs from losses.
 
-    A linear layer's gradient is a sum over the rows, `G = sum_b d_b x_b^T / rows`: its right factors are the layer's
-    inputs, and only the `d_b`, as long as the layer has outputs, are unknown. In a step, for each linear layer by
-    itself, for each of `num_directions` directions `z_b`: `s_b = (loss_b(y_b + eps z_b) - loss_b(y_b)) / eps`. Losses
-    only, no derivative; but the objective has to be a mean over the rows.
+    The gradient of a linear layer is a sum over the rows, `G = sum_b d_b x_b^T / rows`. The inputs `x_b` are known;
+    only the output gradients `d_b = d loss_b / d y_b` have to be estimated. In a step, for each linear layer by itself
+    and each of `num_directions` directions `z_b`, the slope is `s_b = (loss_b(y_b + eps z_b) - loss_b(y_b)) / eps`.
+    This needs no derivative, but an objective that is a mean over the rows.
 
-    | directions of a layer | `d_b` |
+    | directions of a layer | estimate of `d_b` |
     | --- | --- |
-    | `signs`: entries +1 and -1, drawn for each row | the mean of `s_b z_b` |
-    | `next-layer`: orthonormal, in the span of the rows of the next linear layer | `sum of s_b z_b`: the part in it |
+    | `signs`: entries +1 and -1, drawn for each row | the mean of `s_b z_b`: unbiased to order eps |
+    | `next-layer`: orthonormal, in the row space of the next linear layer | `sum of s_b z_b`: projection of `d_b` |
     | no more outputs than directions: unit vectors | `sum of s_b z_b`: exact to order eps |
 
-    What a layer's output does to the loss it does through the next layer, so but for the activation in between `d_b`
-    lies in the span of its rows: two for two classes, of hundreds of outputs. `next-layer` therefore has hardly any
-    noise, but a bias where the activation is not linear. The last layer, and one without such a successor, takes
+    A layer's output affects the loss only through the next layer. Without an activation in between, `d_b` lies in the
+    row space of that layer: two dimensions of hundreds for two classes. `next-layer` therefore has little variance,
+    but a bias if the activation is not linear. The last layer, and a layer without a matching next layer, uses
     `signs`.
 
     Args:
         params: weights and biases of linear layers, or groups of them (`lr` and `weight_decay` can be set per group).
         lr: learning rate, 0 or more.
         eps: size of the perturbation of a layer's outputs, above 0.
-        num_directions: per layer and step, 1 or more.
+        num_directions: number of directions per layer and step, 1 or more.
         directions: `"next-layer"` or `"signs"`.
-        update: `"sgd"`, `"sign"`, `"momentum"` or `"adam"`, on the estimate of the gradient.
-        momentum, betas, adam_eps: of the rule.
+        update: `"sgd"`, `"sign"`, `"momentum"` or `"adam"`, on the estimate of the gradient. 16-bit weights are
+            rounded stochastically (see `Rounding`).
+        momentum, betas, adam_eps: parameters of the update rule.
         weight_decay: decoupled, 0 or more.
         seed: of the private generator.
 
@@ -69,43 +71,46 @@ class NodePerturbation(GradientFreeOptimizer):
     ):
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not value >= 0:
-                raise InputError(f"{name}={value} is below 0; pass 0 or more")
-        if not eps > 0:
-            raise InputError(f"eps={eps} is no size of a perturbation; pass a number above 0, such as 1e-2")
+                raise InputError(f"{name} must be 0 or more, got {value}")
+        if not (eps > 0 and math.isfinite(eps)):
+            raise InputError(f"eps must be a finite number above 0, such as 1e-2, got {eps}")
         if num_directions < 1:
-            raise InputError(f"num_directions={num_directions} leaves nothing to compare; pass 1 or more")
+            raise InputError(f"num_directions must be 1 or more, got {num_directions}")
         if directions not in NODE_DIRECTIONS:
             raise InputError(f"directions={directions!r} is unknown; choose from: {', '.join(NODE_DIRECTIONS)}")
         if update in RULES and update not in NODE_RULES:
-            raise InputError(f"update={update} is not for node perturbation; choose from: {', '.join(NODE_RULES)}")
+            raise InputError(
+                f"update={update} is not available for node perturbation; choose from: {', '.join(NODE_RULES)}"
+            )
         self.rule = Update(update, momentum, betas, adam_eps, "buffer" if update in (MOMENTUM, ADAM) else None)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed)
         self.eps, self.num_directions, self.kind = eps, num_directions, directions
         self.searched = [parameter for group in self.param_groups for parameter in group["params"]]
         self.numbers = {id(parameter): i for i, parameter in enumerate(self.searched)}
         self.buffers: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.rounding = Rounding(carry=False)
 
     def evaluations_per_step(self) -> int:
-        """Losses of the batch that one step evaluates at most: some for each layer, one at the present weights."""
+        """Largest number of losses of a step: `num_directions` for each layer, and one at the current weights."""
         layers = sum(parameter.ndim > 1 for parameter in self.searched)
         return 1 + self.num_directions * max(1, layers)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None, evaluate: Any = None) -> float | None:
-        """Perturb each layer's outputs, compare, move all layers; return the loss before.
+        """Estimate the gradients of all layers and update them; return the loss before the step.
 
         Args:
-            closure: returns the loss of the batch at the present weights.
-            evaluate: has `nodes()`, which gives for each linear layer `(module, inputs [rows, in], outputs [rows,
-                out])`, and `node_losses(module, outputs [n, rows, out])` -> losses `[n, rows]`, as `HeadEvaluation`
-                does.
+            closure: returns the loss of the batch at the current weights.
+            evaluate: an object like `HeadEvaluation`, with two methods. `nodes()` returns for each linear layer
+                `(module, inputs [rows, in], outputs [rows, out])`; `node_losses(module, outputs [n, rows, out])`
+                returns losses `[n, rows]`.
         """
         if self._already_taken(closure):
             return None
         if not hasattr(evaluate, "node_losses"):
             raise InputError(
-                "node perturbation needs the losses of single rows behind each layer; pass an `evaluate` with `nodes` "
-                "and `node_losses`, such as HeadEvaluation, or use SPSA"
+                "node perturbation needs the loss of each row for given layer outputs; pass an `evaluate` with "
+                "`nodes` and `node_losses`, such as HeadEvaluation, or use SPSA"
             )
         self.steps += 1
         loss = self._checked_current(float(closure()))
@@ -122,22 +127,21 @@ class NodePerturbation(GradientFreeOptimizer):
             if weight is not None:
                 estimates[weight] = d.t() @ x.to(d.dtype) / len(d)  # G = sum_b d_b x_b^T / rows
             if bias is not None:
-                estimates[bias] = d.mean(0)
+                estimates[bias] = d.mean(0)  # sum_b d_b / rows
         self._check_found(estimates)
-        self._move(estimates)
-        if hasattr(evaluate, "moved"):
-            evaluate.moved(None)
+        self._update(estimates)
+        report_accepted(evaluate, None)
         return loss
 
     def _span(self, successor: torch.nn.Linear | None, out: torch.Tensor) -> torch.Tensor | None:
-        """Orthonormal rows `[n, out]` in the span of the next layer's weight; `None` where signs are drawn instead."""
+        """Orthonormal rows `[n, out]` in the row space of the next layer's weight; `None` to draw signs instead."""
         width = out.shape[1]
         if self.kind != NEXT_LAYER or successor is None or successor.weight.shape[1] != width:
             return None
         rows = successor.weight.detach().to(compute_type(out.dtype))
         if len(rows) >= width:
             return None
-        if len(rows) > self.num_directions:  # some of the span, at random
+        if len(rows) > self.num_directions:  # a random subspace of the row space
             mix = torch.randn(self.num_directions, len(rows), generator=self.generator, dtype=rows.dtype)
             rows = mix.to(rows.device) @ rows
         return torch.linalg.qr(rows.t()).Q.t()
@@ -148,7 +152,7 @@ class NodePerturbation(GradientFreeOptimizer):
         """The estimate of `d loss_b / d y_b` for each row: `[rows, out]`."""
         rows, width = out.shape
         dtype = compute_type(out.dtype)
-        here = losses_of(out[None])[0]
+        unperturbed = losses_of(out[None])[0]
         scale = 1.0
         if width <= self.num_directions:
             z = torch.eye(width, dtype=dtype, device=out.device)[:, None].expand(width, rows, width)
@@ -158,22 +162,25 @@ class NodePerturbation(GradientFreeOptimizer):
             bits = torch.randint(0, 2, (self.num_directions, rows, width), generator=self.generator, dtype=torch.int8)
             z = bits.to(out.device, dtype).mul_(2).sub_(1)
             scale = 1 / self.num_directions
-        slopes = (losses_of((out + self.eps * z).to(out.dtype)) - here) / self.eps
+        # s_b = (loss_b(y_b + eps z_b) - loss_b(y_b)) / eps
+        slopes = (losses_of((out + self.eps * z).to(out.dtype)) - unperturbed) / self.eps
         self.evaluations += len(z)
         bad = ~slopes.isfinite()
         self.rejected += int(bad.any(1).sum())
         slopes = torch.where(bad, torch.zeros_like(slopes), slopes).to(dtype)
-        return torch.einsum("qb,qbo->bo", slopes, z) * scale
+        return torch.einsum("qb,qbo->bo", slopes, z) * scale  # d_b = sum over directions of s_b z_b
 
     def _check_found(self, estimates: dict[int, torch.Tensor]) -> None:
         missing = [self.searched[i] for i in range(len(self.searched)) if i not in estimates]
         if missing:
             raise InputError(
-                f"a searched tensor of shape {tuple(missing[0].shape)} is in no linear layer of the head, whose "
-                "outputs could be perturbed; search other tensors (search_target), or use SPSA"
+                f"a searched tensor of shape {tuple(missing[0].shape)} is in no linear layer of the head, so node "
+                "perturbation cannot search it; search other tensors (search_target), or use SPSA"
             )
 
-    def _move(self, estimates: dict[int, torch.Tensor]) -> None:
+    def _update(self, estimates: dict[int, torch.Tensor]) -> None:
+        narrow = any(parameter.element_size() == 2 for parameter in self.searched)
+        seed = self._draw_seed() if narrow else 0  # of the stochastic rounding
         number = -1
         for group in self.param_groups:
             lr, decay = float(group["lr"]), float(group["weight_decay"])
@@ -182,18 +189,20 @@ class NodePerturbation(GradientFreeOptimizer):
                 estimate = estimates[number].flatten()
                 if number not in self.buffers:
                     self.buffers[number] = tuple(torch.zeros_like(estimate) for _ in self.rule.buffers())
-                flat = parameter.detach().view(-1)
-                exact = flat.to(estimate.dtype) if flat.dtype != estimate.dtype else flat
+                everything = slice(0, parameter.numel())
+                exact = self.rounding.exact(parameter, number, everything)
                 if lr * decay:
                     exact.mul_(1 - lr * decay)
                 self.rule.apply(exact, estimate, lr, self.steps, self.buffers[number])
-                if exact is not flat:
-                    flat.copy_(exact)
+                self.rounding.store(parameter, number, everything, exact, mixed(seed, number))
 
     def _own_state(self) -> dict:
-        return {**super()._own_state(), "buffers": {i: list(found) for i, found in self.buffers.items()}}
+        buffers = {i: list(found) for i, found in self.buffers.items()}
+        return {**super()._own_state(), "buffers": buffers, "carried": dict(self.rounding.kept)}
 
     def _load_own_state(self, state: dict) -> None:
         super()._load_own_state(state)
         devices = [parameter.device for parameter in self.searched]
         self.buffers = {i: tuple(b.to(devices[i]).clone() for b in found) for i, found in state["buffers"].items()}
+        carried = state.get("carried", {})  # not in older checkpoints
+        self.rounding.kept = {i: kept.to(devices[i]).clone() for i, kept in carried.items()}

@@ -1,4 +1,4 @@
-"""Options: changes that were found on earlier batches, kept as a tree until a later batch confirms one."""
+"""Options of GLD: changes found on earlier batches, kept as a tree until a later batch confirms one."""
 
 import re
 
@@ -10,10 +10,10 @@ NONE = "none"
 
 
 def parse_options(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
-    """`"3x2"` -> (3 options per level, 2 levels); `"none"` or `None`: candidates move the tensor at once.
+    """Parse options: `"3x2"` -> (3 options per level, 2 levels); `"none"` or `None` -> `None` (accept at once).
 
     Raises:
-        InputError: another form, or a number below 1.
+        InputError: another format, or a number below 1.
     """
     if text is None or text == NONE:
         return None
@@ -21,20 +21,20 @@ def parse_options(text: str | tuple[int, int] | None) -> tuple[int, int] | None:
         text = "x".join(map(str, text))
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None or "0" in match.groups():
-        raise InputError(f"options {text!r} are not of the form 'none', '1x1' or '3x2' (options per level x levels)")
+        raise InputError(f"options must be 'none' or options per level x levels, such as '3x2', got {text!r}")
     return int(match[1]), int(match[2])
 
 
 class OptionTree:
-    """Options of one block: `levels[j]` holds the changes of level `j + 1`, each relative to its parent.
+    """Tree of options of one block: `levels[j]` holds the changes of level `j + 1`, each relative to its parent.
 
-    Level `j + 1` has `product(widths[: j + 1])` rows; the children of row `i` are rows `i * width` and on. All rows
-    are on the same entries (`u` of them). A new tree holds one option on each level that changes nothing.
+    Level `j + 1` has `product(widths[: j + 1])` rows; the children of row `i` start at row `i * widths[j + 1]` of the
+    next level. All rows hold changes of the same `u` entries. A new tree holds one zero change on each level.
 
     Args:
-        per_level: most options that a node keeps (m).
-        depth: levels (l).
-        size: entries (u).
+        per_level: largest number of options below a node (m).
+        depth: number of levels (l).
+        size: number of entries (u).
     """
 
     def __init__(self, per_level: int, depth: int, size: int, dtype: torch.dtype, device: torch.device):
@@ -43,7 +43,7 @@ class OptionTree:
         self.levels = [torch.zeros(1, size, dtype=dtype, device=device) for _ in range(depth)]
 
     def leaves(self) -> torch.Tensor:
-        """What each leaf adds to the unmoved tensor, its ancestors' changes included: `[leaves, u]`."""
+        """Change of each leaf relative to the current tensor, the sum over its path from the root: `[leaves, u]`."""
         sums = self.levels[0]
         for width, level in zip(self.widths[1:], self.levels[1:], strict=True):
             sums = sums.repeat_interleave(width, 0) + level if width > 1 else sums + level
@@ -54,14 +54,14 @@ class OptionTree:
         return self.levels[-1].shape[0]
 
     def first_of(self, leaf: int) -> int:
-        """The first-level option that `leaf` descends from."""
+        """Index of the first-level option above `leaf`."""
         return leaf * self.widths[0] // self.n_leaves
 
     def advance(self, first: int, children: torch.Tensor) -> None:
-        """The tensor has moved to option `first`: its subtree is the tree now, with `children` as last level.
+        """Replace the tree by the subtree of option `first`, which the tensor has moved to.
 
         Args:
-            children: for each leaf below `first`, its best candidates: `[leaves, m, u]`.
+            children: the new last level: the best candidates of each leaf below `first`, `[leaves, m, u]`.
         """
         levels = []
         for level in self.levels[1:]:
@@ -71,17 +71,17 @@ class OptionTree:
         self.widths = [*self.widths[1:], children.shape[1]]
 
     def restart(self, options: torch.Tensor) -> None:
-        """The tensor has not moved: `options` (`[m, u]`) are its first level, their children are drawn anew."""
+        """Start again with `options` (`[m, u]`) as first level; below each one, a single zero change per level."""
         depth = len(self.levels)
         self.levels = [options] + [torch.zeros_like(options) for _ in range(depth - 1)]
         self.widths = [options.shape[0]] + [1] * (depth - 1)
 
     def used(self) -> torch.Tensor:
-        """Which of the entries some option changes: bool, `[u]`."""
+        """Whether any option changes an entry: bool, `[u]`."""
         return torch.stack([(level != 0).any(0) for level in self.levels]).any(0)
 
     def place_in(self, size: int, positions: torch.Tensor, kept: torch.Tensor) -> None:
-        """Go over to other entries: column `kept[i]` becomes column `positions[i]` of `size`."""
+        """Change to another set of `size` entries: column `kept[i]` becomes column `positions[i]`."""
         for j, level in enumerate(self.levels):
             wider = level.new_zeros(level.shape[0], size)
             wider[:, positions] = level[:, kept]

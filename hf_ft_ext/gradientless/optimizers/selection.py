@@ -1,4 +1,4 @@
-"""Which entries of a tensor a search looks at."""
+"""Select the entries of a tensor that a search changes."""
 
 from collections.abc import Callable, Sequence
 
@@ -16,16 +16,16 @@ def select_indices(
     generator: torch.Generator,
     importance: Callable[[torch.Tensor, torch.Generator], torch.Tensor] | None = None,
 ) -> torch.Tensor | None:
-    """Ascending positions (int64, `[size]`) of the chosen entries in the tensors laid end to end; `None` = all.
+    """Return ascending positions (int64, `[size]`) of the selected entries in the concatenated tensors; `None` = all.
 
     Args:
-        size: how many; `None`, or as many as there are, = all.
-        selection: `all`; `random`: without replacement; `magnitude`: the largest; `fisher`: those of the largest
+        size: number of entries; `None`, or at least the number of all entries, = all.
+        selection: `all`; `random`: without replacement; `magnitude`: the largest; `fisher`: those of largest
             `importance`.
         importance: `importance(parameter, generator)` -> one score per entry; for `fisher`.
 
     Raises:
-        InputError: `fisher` without scores.
+        InputError: `fisher` without `importance`.
     """
     n, device = sum(parameter.numel() for parameter in parameters), parameters[0].device
     if selection == ALL or size is None or size >= n:
@@ -34,8 +34,8 @@ def select_indices(
         return random_subset(n, size, generator).to(device)
     if selection == FISHER and importance is None:
         raise InputError(
-            "selection 'fisher' ranks entries by what they do to the logits, which a closure does not show; pass an "
-            "`evaluate` that has `importance(parameter, generator)`, or select at random"
+            "selection='fisher' ranks entries by their effect on the logits, which a closure does not return; pass an "
+            "`evaluate` that has `importance(parameter, generator)`, or use selection='random'"
         )
     if selection == MAGNITUDE:
         scores = [parameter.detach().abs().flatten() for parameter in parameters]
@@ -45,9 +45,9 @@ def select_indices(
 
 
 def random_subset(n: int, size: int, generator: torch.Generator) -> torch.Tensor:
-    """`size` different numbers below `n`, ascending, every set equally likely.
+    """Draw `size` different numbers below `n`, ascending; every subset is equally likely.
 
-    Costs time and memory of `size`, not of `n`: numbers are drawn until enough of them differ.
+    Time and memory grow with `size`, not with `n`: numbers are drawn until enough of them differ.
     """
     if size > n // 2:
         return torch.randperm(n, generator=generator)[:size].sort().values

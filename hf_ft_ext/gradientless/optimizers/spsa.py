@@ -1,4 +1,4 @@
-"""`SPSA`: simultaneous perturbation: any of the directions, estimates and updates of zeroth-order fine-tuning."""
+"""`SPSA`: simultaneous perturbation, with the directions, estimates and updates of zeroth-order fine-tuning."""
 
 import logging
 import math
@@ -24,24 +24,24 @@ from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination
 
 logger = logging.getLogger(__name__)
 
-# Losses of several candidates at once may differ from those of one after the other by so much of their size.
+# Relative and absolute tolerance between the losses of one batched forward pass and of separate ones.
 _CLOSE, _CLOSE_IN_16_BITS = 1e-4, 3e-2
 
 
 class SPSA(GradientFreeOptimizer):
-    """Simultaneous perturbation (MeZO and its successors): one number per direction says how far all weights move.
+    """Simultaneous perturbation (MeZO and its successors): estimate the slope of the loss along random directions.
 
-    A step draws `num_directions` directions (see `Directions`), finds a slope for each from losses at perturbed
-    weights (see `Estimate`), and moves the weights by the mean of slope times direction (see `Update`). Directions
-    are made anew from seeds wherever they are needed.
+    A step draws `num_directions` directions `z_i` (see `Directions`), estimates the slope along each from losses at
+    perturbed weights (see `Estimate`), and updates the weights with `G = 1/n sum_i slope_i z_i` (see `Update`).
+    Directions are recomputed from seeds when they are needed.
 
-    The perturbed weights are made where a forward uses them and dropped behind it, so the stored weights do not
-    drift in any type, and no second copy of the model exists. Low-rank directions are added to the outputs of linear
-    layers and embeddings, and copy no weight at all. The update goes through each tensor in chunks. That of 16-bit
-    weights is rounded up or down at random with the right mean: to the nearest, most updates would be lost (see
-    `Rounding`).
+    Perturbed weights exist only while a module's forward uses them, so the stored weights do not drift in any type,
+    and there is no second copy of the model. The effect of low-rank directions is added to the outputs of linear
+    layers and embeddings, without copying a weight. Updates are computed in chunks of each tensor. 16-bit weights are
+    rounded stochastically: rounding to nearest would lose most updates (see `Rounding`).
 
-    Every step is recorded, as its slopes and rates: `save_trajectory` writes them, `apply_trajectory` repeats them.
+    Slopes and learning rates of all steps are recorded: `save_trajectory` writes them, and `apply_trajectory` repeats
+    the run from them.
 
     Args:
         params: parameters or groups (`lr` and `weight_decay` can be set per group).
@@ -49,25 +49,26 @@ class SPSA(GradientFreeOptimizer):
         lr: learning rate, 0 or more.
         eps: size of the perturbation, above 0.
         num_directions: directions per step, 1 or more.
-        block: consecutive entries of a tensor that move alike: `z` has one number for each block, so the search is in
-            fewer numbers, such as one per attention head. Has to divide the size of every tensor.
+        block: number of consecutive entries of a tensor with the same `z`. This reduces the number of searched
+            parameters, for example to one per attention head. Has to divide the size of every tensor.
         update: the rule of `Update`.
-        momentum, betas, adam_eps, moments: of the rule.
+        momentum, betas, adam_eps, moments: parameters of the rule.
         weight_decay: decoupled, 0 or more: `theta *= 1 - lr * weight_decay`.
         seed: of the private generator.
-        max_evaluations: most evaluations that one step may need.
+        max_evaluations: largest number of evaluations that one step may need.
         direction, rank, renew, masks, small: of `Directions`; `masks` in the order of the parameters.
-        estimate: `"two-sided"`, `"one-sided"`, `"population"` or `"forward"` (whose closure returns a tensor).
-        carry: keep what rounding leaves out of 16-bit weights: 2 bytes an entry more, no noise of rounding.
-        candidates_per_forward: perturbations that run as one forward pass, 1 or more; needs an `evaluate` that repeats
-            the batch. Their activations are in memory at the same time.
+        estimate: `"two-sided"`, `"one-sided"`, `"population"` or `"forward"` (with a closure that returns a tensor).
+        carry: keep the rounding error of 16-bit weights for the next step (2 more bytes per entry) instead of
+            rounding stochastically.
+        candidates_per_forward: number of perturbations that run as one forward pass, 1 or more; needs an `evaluate`
+            that repeats the batch. Their activations are in memory at the same time.
 
     Raises:
         InputError: a value out of range, or two that contradict each other; a parameter that `module` does not hold;
             in `step`: the loss is not finite.
 
-    Source: SPSA (Spall 1992); MeZO, arXiv 2305.17333, whose +eps, -2 eps, +eps on the stored weights drifts
-    (3.9 % after 100 steps in bfloat16).
+    Source: SPSA (Spall 1992); MeZO, arXiv 2305.17333. MeZO adds +eps, -2 eps, +eps to the stored weights, which drift
+    by rounding (3.9 % after 100 steps in bfloat16).
     """
 
     def __init__(
@@ -97,11 +98,9 @@ class SPSA(GradientFreeOptimizer):
     ):
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not value >= 0:
-                raise InputError(f"{name}={value} is below 0; pass 0 or more")
-        if not (eps > 0 and math.isfinite(eps)):
-            raise InputError(f"eps={eps} is no size of a perturbation; pass a number above 0, such as 1e-3")
+                raise InputError(f"{name} must be 0 or more, got {value}")
         if candidates_per_forward < 1:
-            raise InputError(f"candidates_per_forward={candidates_per_forward} must be 1 or more")
+            raise InputError(f"candidates_per_forward must be 1 or more, got {candidates_per_forward}")
         self.eps, self.num_directions, self.block, self.update = eps, num_directions, block, update
         self.estimate = Estimate(estimate, eps, num_directions)
         rule = Update(update, momentum, betas, adam_eps, moments)
@@ -109,7 +108,7 @@ class SPSA(GradientFreeOptimizer):
         if self.evaluations_per_step() > max_evaluations:
             raise InputError(
                 f"a step would need {self.evaluations_per_step():,} evaluations, more than max_evaluations_per_step="
-                f"{max_evaluations:,}; take fewer directions, or raise it"
+                f"{max_evaluations:,}; use fewer directions, or raise max_evaluations_per_step"
             )
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed)
         self.searched = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -118,34 +117,36 @@ class SPSA(GradientFreeOptimizer):
         self.directions.prepare(self.searched)
         check_replay(self.directions, rule)
         keep_freed_memory()
-        self.use = PerturbedForward(module, self.searched, self.directions)
-        if self.use.missing:
-            shape = tuple(self.searched[self.use.missing[0]].shape)
-            raise InputError(f"a parameter of shape {shape} belongs to no part of the module; pass the one it is in")
-        self.basis = 0  # seed of what lasts
-        self.moves = Moves(self.use, self.searched, rule, Rounding(carry))
+        self.perturbed_forward = PerturbedForward(module, self.searched, self.directions)
+        if self.perturbed_forward.missing:
+            shape = tuple(self.searched[self.perturbed_forward.missing[0]].shape)
+            raise InputError(
+                f"a parameter of shape {shape} is in no part of the module; pass the module that contains it"
+            )
+        self.basis = 0  # seed of the factors that are kept for several steps
+        self.moves = Moves(self.perturbed_forward, self.searched, rule, Rounding(carry))
         self.double = any(parameter.dtype == torch.float64 for parameter in self.searched)
-        self.record: list[tuple[list[float], list[float]]] = []  # slopes and rates of each step
+        self.record: list[tuple[list[float], list[float]]] = []  # slopes and learning rates of each step
         self.first_seed, self.start = seed, sample_sum(self.searched)
         self.batches = candidates_per_forward > 1
         self.checked = False
-        self.late: list[int] = []  # tensors that move from the second step on
+        self.from_second_step: list[int] = []  # numbers of the tensors that are updated from the second step on
 
     def evaluations_per_step(self) -> int:
-        """Losses that one step evaluates."""
+        """Number of losses that one step evaluates."""
         return self.estimate.evaluations() + (3 if self.update == CONSERVATIVE else 0)
 
     # --- a step ------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None, evaluate: Callable | None = None) -> float | None:
-        """Perturb, compare, move; return the mean of all losses that the estimate took.
+        """Estimate the gradient and update the weights; return the mean of the losses of the estimate.
 
         Args:
-            closure: returns the loss of the batch, by a forward of the module.
-            evaluate: what a trainer hands over. Of it, `repeated(n)` is used where several candidates run as one
-                forward pass (the losses `[n]` of the batch repeated `n` times), and `differentiable()` in place of
-                `closure` by `estimate="forward"`.
+            closure: returns the loss of the batch, by a forward pass of the module.
+            evaluate: an object with optional methods. `repeated(n)` returns the losses `[n]` of the batch repeated `n`
+                times, for several candidates in one forward pass. `differentiable()` replaces `closure` with
+                `estimate="forward"`.
         """
         if self._already_taken(closure):
             return None
@@ -156,12 +157,12 @@ class SPSA(GradientFreeOptimizer):
         else:
             losses = self._losses(self.estimate.perturbations(draws), closure, evaluate)
             mean, slopes = self._checked_current(losses.mean()), self.estimate.slopes(losses)
-        if self.steps == 1 and self.use.unseen:
+        if self.steps == 1 and self.perturbed_forward.unread:
             self._look_elsewhere(closure)
-        if self.steps == 1 and self.use.unseen:
+        if self.steps == 1 and self.perturbed_forward.unread:
             logger.warning(
-                "%d searched tensors are read by no module's forward: they are not perturbed; leave them out",
-                len(self.use.unseen),
+                "%d searched tensors are read by no forward pass, so they are not searched; leave them out",
+                len(self.perturbed_forward.unread),
             )
         rates = [self._number(group["lr"]) for group in self.param_groups]
         found = [self._number(slope) for slope in slopes]
@@ -173,29 +174,29 @@ class SPSA(GradientFreeOptimizer):
         return mean
 
     def _look_elsewhere(self, closure: Closure) -> None:
-        """Find which of the tensors that their own modules do not read change the loss all the same.
+        """Find tensors that are not read by their own module but affect the loss.
 
-        They are perturbed, and move, from the second step on.
+        They are perturbed and updated from the second step on.
         """
         draw = Draw(mixed(self.first_seed, 1), self.basis)
 
         def loss_with(number: int | None) -> torch.Tensor:
-            # large, as a tensor may have little effect, and losses are float32 numbers
-            with self.use.weighted([100.0 * (i == number) for i in range(len(self.searched))]):
+            # a large perturbation, as one tensor may have little effect on a float32 loss
+            with self.perturbed_forward.weighted([100.0 * (i == number) for i in range(len(self.searched))]):
                 loss = self.perturbed_loss(closure, [(draw, 1.0)])
             self.evaluations += 1
             return self.exchange.combine(torch.tensor([loss], dtype=torch.float64))
 
-        here = loss_with(None)
-        for number in sorted(self.use.unseen):
-            self.use.read_elsewhere(number)
-            if torch.equal(loss_with(number), here):
-                self.use.elsewhere.discard(number)
-                self.use.unseen.add(number)
-        self.late = sorted(self.use.elsewhere)
+        unperturbed = loss_with(None)
+        for number in sorted(self.perturbed_forward.unread):
+            self.perturbed_forward.read_elsewhere(number)
+            if torch.equal(loss_with(number), unperturbed):
+                self.perturbed_forward.elsewhere.discard(number)
+                self.perturbed_forward.unread.add(number)
+        self.from_second_step = sorted(self.perturbed_forward.elsewhere)
 
     def _number(self, value: Any) -> float:
-        """As it is recorded: 4 bytes, 8 for weights of 8 bytes."""
+        """Round to the type of the record: float32, or float64 for float64 weights."""
         return float(value) if self.double else float(torch.tensor(float(value), dtype=torch.float32))
 
     def _draws(self) -> list[Draw]:
@@ -205,7 +206,7 @@ class SPSA(GradientFreeOptimizer):
         return [Draw(self._draw_seed(), self.basis) for _ in range(self.num_directions)]
 
     def _losses(self, combinations: Sequence[Combination], closure: Closure, evaluate: Any) -> torch.Tensor:
-        """Loss of each combination, from all processes: float64."""
+        """Loss of each combination, over all processes: float64."""
         losses = torch.zeros(len(combinations), dtype=torch.float64)
         mine = list(self.exchange.mine(len(combinations)))
         repeated = getattr(evaluate, "repeated", None) if self.batches else None
@@ -222,27 +223,27 @@ class SPSA(GradientFreeOptimizer):
         return self.exchange.combine(losses)
 
     def perturbed_loss(self, closure: Closure, combination: Combination) -> float:
-        """The closure's loss with all searched weights moved by the combination wherever they are used."""
+        """The closure's loss with the combination added to the searched weights."""
         if not combination:
             return float(closure())
-        with self.use(combination):
+        with self.perturbed_forward(combination):
             return float(closure())
 
     def _losses_at_once(
         self, combinations: Sequence[Combination], closure: Closure, repeated: Callable
     ) -> torch.Tensor | None:
-        """The same for several combinations in one forward pass; `None`, once and for all, where that cannot be."""
+        """Losses of several combinations in one forward pass; `None` if that is not possible (not tried again)."""
         try:
-            with self.use(*combinations):
+            with self.perturbed_forward(*combinations):
                 losses = repeated(len(combinations))
             if losses is None:
-                raise CannotBatch("the objective is known for whole batches only")
+                raise CannotBatch("the objective is defined for whole batches only")
             losses = losses.double().cpu()
             if not self.checked:
                 self._check_batching(combinations, closure, losses)
             return losses
         except (CannotBatch, RuntimeError, ValueError, IndexError) as error:
-            # What fails for another reason fails one by one too.
+            # Other errors are not specific to the batched pass: separate passes would raise them too.
             if self.checked and not isinstance(error, CannotBatch):
                 raise
             logger.info("candidates are evaluated one by one: %s", error)
@@ -257,14 +258,14 @@ class SPSA(GradientFreeOptimizer):
         if not torch.allclose(losses, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
             raise CannotBatch(
                 f"losses of the repeated batch differ by {float((losses - expected).abs().max()):.2g} from those of "
-                "one after the other"
+                "separate forward passes"
             )
         self.checked = True
 
     def _forward_slopes(self, draws: Sequence[Draw], closure: Callable) -> tuple[float, torch.Tensor]:
         slopes, losses = torch.zeros(2, len(draws), dtype=torch.float64)
         for i in self.exchange.mine(len(draws)):
-            with self.use.along(draws[i]):
+            with self.perturbed_forward.along(draws[i]):
                 loss = closure()
                 if not isinstance(loss, torch.Tensor):
                     raise InputError("estimate=forward needs a closure that returns the loss as a tensor")
@@ -277,35 +278,39 @@ class SPSA(GradientFreeOptimizer):
         self, draws: Sequence[Draw], slopes: Sequence[float], rates: Sequence[float], closure: Closure, evaluate: Any
     ) -> float:
         """1 if `theta - lr G` has the lowest loss on this batch, 0 if `theta` has, -1 if `theta + lr G` has."""
+        # change = -G = -1/n sum_i slope_i z_i, multiplied below by lr (and LOZO's 1 / rank) for each tensor
         change = [(draw, -slope / len(draws)) for draw, slope in zip(draws, slopes, strict=True)]
         opposite = [(draw, -factor) for draw, factor in change]
         members = [len(group["params"]) for group in self.param_groups]
         spread = [rate for rate, n in zip(rates, members, strict=True) for _ in range(n)]
         steps = [rate * self.directions.scale(p.shape) for rate, p in zip(spread, self.searched, strict=True)]
-        with self.use.weighted(steps):
+        with self.perturbed_forward.weighted(steps):
             losses = self._losses([[], change, opposite], closure, evaluate)
         losses = torch.where(losses.isfinite(), losses, torch.full_like(losses, math.inf))
         return (0.0, 1.0, -1.0)[int(losses.argmin())]
 
     def _move(self, draws: list[Draw], slopes: list[float], rates: list[float]) -> None:
-        """Move all tensors by the estimate that these slopes make."""
-        waiting = self.use.unseen | (set(self.late) if self.steps == 1 else set())
+        """Update all tensors with the gradient estimate of these slopes."""
+        waiting = self.perturbed_forward.unread | (set(self.from_second_step) if self.steps == 1 else set())
         self.moves.take(self.steps, self.basis, draws, slopes, rates, self.param_groups, waiting)
 
     # --- trajectory --------------------------------------------------------------------------------
 
     @torch.no_grad()
     def repeat(
-        self, record: Sequence[tuple[list[float], list[float]]], unseen: Iterable[int] = (), late: Iterable[int] = ()
+        self,
+        record: Sequence[tuple[list[float], list[float]]],
+        unread: Iterable[int] = (),
+        from_second_step: Iterable[int] = (),
     ) -> None:
-        """Take recorded steps again, without a loss: the weights end bit for bit where the recorded run's did.
+        """Repeat recorded steps without a loss; the final weights equal those of the recorded run bit for bit.
 
         Args:
-            record: slopes and rates of each step.
-            unseen: numbers of the tensors that no forward read in the recorded run.
-            late: numbers of those that moved from its second step on.
+            record: slopes and learning rates of each step.
+            unread: numbers of the tensors that no forward pass read in the recorded run.
+            from_second_step: numbers of the tensors that it updated from the second step on.
         """
-        self.use.unseen, self.late = set(unseen), list(late)
+        self.perturbed_forward.unread, self.from_second_step = set(unread), list(from_second_step)
         for slopes, rates in record:
             self.steps += 1
             self.record.append((slopes, rates))
@@ -322,8 +327,8 @@ class SPSA(GradientFreeOptimizer):
             "basis": self.basis,
             **self.moves.state(),
             "thresholds": self.directions.thresholds,
-            "unseen": sorted(self.use.unseen),
-            "late": list(self.late),
+            "unseen": sorted(self.perturbed_forward.unread),
+            "late": list(self.from_second_step),
             "record": [slopes, rates],
             "first_seed": self.first_seed,
             "start": self.start,
@@ -339,17 +344,17 @@ class SPSA(GradientFreeOptimizer):
         super()._load_own_state(state)
         self.basis = state["basis"]
         self.moves.load_state(state)
-        self.directions.thresholds, self.use.unseen = state["thresholds"], set(state["unseen"])
-        self.late = list(state["late"])
-        for number in self.late:
-            self.use.read_elsewhere(number)
+        self.directions.thresholds, self.perturbed_forward.unread = state["thresholds"], set(state["unseen"])
+        self.from_second_step = list(state["late"])
+        for number in self.from_second_step:
+            self.perturbed_forward.read_elsewhere(number)
         slopes, rates = (part.tolist() for part in state["record"])
         self.record = list(zip(slopes, rates, strict=True))
         self.first_seed, self.start = state["first_seed"], state["start"]
 
 
 def sample_sum(parameters: Iterable[torch.Tensor]) -> int:
-    """A checksum of up to 64 entries of each tensor: whether two models start alike."""
+    """Checksum of up to 64 entries of each tensor, to compare the initial weights of two models."""
     total = 0
     for parameter in parameters:
         flat = parameter.detach().view(-1)

@@ -1,8 +1,8 @@
-"""All candidates of a head's tensor in one evaluation of the head.
+"""Evaluate all candidates of a head's tensor in one pass through the head.
 
-The candidates become rows: the module that owns the searched tensor gives `candidates x rows` rows instead of
-`rows`, what comes before it in the head is not computed again, and what comes after works on more rows. A linear
-layer of which few entries change is not run again either: the changes alone are multiplied with its input.
+The candidates become rows: the module that owns the searched tensor returns `candidates x rows` rows instead of
+`rows`. Modules before it in the head keep their recorded outputs, and modules after it run on the larger batch. If
+only few entries of a linear layer change, only the changes are multiplied with its input.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,20 +16,20 @@ from hf_ft_ext.features import HeadReader
 from hf_ft_ext.gradientless.optimizers.base import keep_freed_memory
 from hf_ft_ext.gradientless.optimizers.candidates import Candidates, IndexView
 
-_ROWS = 2**22  # numbers in the widest layer's output that one evaluation may make: 16 MiB in float32
-_SPARSE = 8  # a linear layer with less than one entry in so many changed takes the sparse product
+_MAX_OUTPUT_ENTRIES = 2**22  # of the widest layer in one evaluation: 16 MiB in float32
+_SPARSE = 8  # use the sparse product if fewer than 1/8 of the entries of a linear layer change
 
 
 class CannotBatch(Exception):
-    """This head, or this parameter of it, has to be evaluated candidate by candidate."""
+    """This head, or this parameter of it, has to be evaluated one candidate at a time."""
 
 
 class Call:
-    """What one module of the head got and gave in the pass at the present weights."""
+    """Input and output of one module of the head in the pass at the current weights."""
 
     def __init__(self, position: int, x: torch.Tensor, out: torch.Tensor):
         self.position, self.x, self.out = position, x, out
-        self.columns: torch.Tensor | None = None  # x transposed, made when first needed
+        self.columns: torch.Tensor | None = None  # x transposed, computed when first needed
 
 
 class BatchedHead:
@@ -37,7 +37,7 @@ class BatchedHead:
 
     Args:
         reader: runs the head.
-        names: the searched parameters' names by `id`.
+        names: name of each searched parameter, by `id`.
     """
 
     def __init__(self, reader: HeadReader, names: dict[int, str]):
@@ -53,7 +53,7 @@ class BatchedHead:
     # --- passes ------------------------------------------------------------------------------------
 
     def begin(self, features: torch.Tensor) -> torch.Tensor:
-        """Pass at the present weights; the logits `[rows, classes]`."""
+        """Run the head at the current weights and record each module's call; return the logits `[rows, classes]`."""
         self.features, self.calls = features, {}
 
         def record(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ class BatchedHead:
         return self._run(record, features.shape[0])
 
     def logits(self, views: Sequence[IndexView], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
-        """Logits of these candidates: `[len(rows), batch rows, classes]`."""
+        """Logits of the candidates `rows`: `[len(rows), batch rows, classes]`."""
         n, changed = len(rows), self._changes(views, candidates, rows)
         first = min(self.calls[key].position for key in changed)
 
@@ -76,16 +76,16 @@ class BatchedHead:
                 return None
             if call.position == first:
                 return self._on_known_input(module, call, changed[id(module)], n)
-            return on_rows(module, x.view(n, -1, *x.shape[1:]), changed[id(module)].whole())
+            return on_rows(module, x.view(n, -1, *x.shape[1:]), changed[id(module)].full())
 
         return self._replay(changed_output, first, n)
 
     def logits_from(self, module: nn.Module, out: torch.Tensor, n: int) -> torch.Tensor:
-        """Logits `[n, batch rows, classes]` where `module` gives `out` (`[n * batch rows, ...]`)."""
+        """Logits `[n, batch rows, classes]` if `module` returns `out` (`[n * batch rows, ...]`)."""
         return self._replay(lambda other, x: out if other is module else None, self.calls[id(module)].position, n)
 
     def _replay(self, changed_output: Callable, first: int, n: int) -> torch.Tensor:
-        """Pass in which the modules before position `first` give what they gave."""
+        """Run the head; modules before position `first` return their recorded outputs."""
         self.latest: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
 
         def replay(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -101,8 +101,8 @@ class BatchedHead:
         batch = self.features.shape[0]
         return self._run(replay, n * batch).view(n, batch, -1)
 
-    def moved(self, row: int) -> None:
-        """The present weights are now those of candidate `row` of those evaluated last."""
+    def accept(self, row: int) -> None:
+        """Update the recorded calls: the weights are now those of candidate `row` of the last evaluation."""
         batch = self.features.shape[0]
         part = slice(row * batch, (row + 1) * batch)
         for key, (x, out) in self.latest.items():
@@ -114,7 +114,7 @@ class BatchedHead:
         modules = self.modules.values()
         self._replaced = {id(m): m.__dict__["forward"] for m in modules if "forward" in m.__dict__}
         for module in modules:
-            # an instance attribute is found before the class's method, and goes without a trace
+            # an instance attribute takes precedence over the class's method, and is removed afterwards
             module.__dict__["forward"] = lambda x, module=module: forward(module, x)
         try:
             return self.reader.logits(self.features, rows)
@@ -125,7 +125,7 @@ class BatchedHead:
                     module.__dict__["forward"] = self._replaced[id(module)]
 
     def _plain(self, module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        """What the module gives: by its class, or by a forward that a search with perturbed weights put there."""
+        """Output of the module by its class's forward, or by the forward that `PerturbedForward` installed."""
         forward = self._replaced.get(id(module))
         return type(module).forward(module, x) if forward is None else forward(x)
 
@@ -151,22 +151,25 @@ class BatchedHead:
             ((name, (view, values)),) = changed.parts.items()
             flat = out.reshape(len(out), -1)
             if name == "bias":
-                whole = changed.whole()["bias"]
-                return (flat - module.bias + whole[:, None]).view(-1, *out.shape[1:])
+                # y - b + b', for each candidate's bias b'
+                biases = changed.full()["bias"]
+                return (flat - module.bias + biases[:, None]).view(-1, *out.shape[1:])
             if (
                 view.indices is not None
                 and view.size * _SPARSE < view.parameter.numel()
                 and flat.dtype in (torch.float32, torch.float64)
             ):
+                # y + x (W' - W)^T
                 product = _sparse_product(call, view, values, n).add_(flat.t()[:, None])
                 return product.flatten(1).t().view(-1, *out.shape[1:])
+            # x W'^T + b for all candidates as one product: their weights stacked along the outputs
             x = call.x.reshape(len(out), -1)
-            weights = changed.whole()["weight"]
+            weights = changed.full()["weight"]
             product = functional.linear(x, weights.flatten(0, 1)).view(len(x), n, -1).transpose(0, 1)
             if module.bias is not None:
                 product = product + module.bias
             return product.reshape(-1, *out.shape[1:])
-        return on_rows(module, call.x.expand(n, *call.x.shape), changed.whole())
+        return on_rows(module, call.x.expand(n, *call.x.shape), changed.full())
 
 
 class _Changed:
@@ -175,8 +178,8 @@ class _Changed:
     def __init__(self):
         self.parts: dict[str, tuple[IndexView, torch.Tensor]] = {}
 
-    def whole(self) -> dict[str, torch.Tensor]:
-        """Each changed parameter in full: `[n, *shape]`."""
+    def full(self) -> dict[str, torch.Tensor]:
+        """Each changed parameter with all its entries: `[n, *shape]`."""
         result = {}
         for name, (view, values) in self.parts.items():
             parameter = view.parameter.detach()
@@ -191,7 +194,7 @@ class _Changed:
 
 def on_rows(module: nn.Module, x: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
     """Output of `module` with the `n` sets of parameters on `x` (`[n, rows, ...]`): `[n * rows, ...]`."""
-    forward = module.__dict__.pop("forward", None)  # functional_call has to find the module's own
+    forward = module.__dict__.pop("forward", None)  # functional_call has to use the forward of the class
 
     def call(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         return functional_call(module, parameters, (x,))
@@ -206,9 +209,9 @@ def on_rows(module: nn.Module, x: torch.Tensor, parameters: dict[str, torch.Tens
 def _sparse_product(call: Call, view: IndexView, values: torch.Tensor, n: int) -> torch.Tensor:
     """`x @ (changed weight - weight)^T` for each candidate, `[out, n, rows]`.
 
-    A bag of rows of `x^T` for each output and candidate. Entries are sorted by output; within an output they are put
-    candidate by candidate, so that bags are stretches of them and rows come last: what is added to the product and
-    follows it walks through memory in order.
+    Computed by `embedding_bag` with one bag per output `o` and candidate `i`: the sum over the changed entries
+    `(o, j)` of `change_i[o, j] * x^T[j]`. Entries are sorted by output, and within an output by candidate, so that
+    each bag is contiguous and the result has the batch rows last.
     """
     weight, indices = view.parameter.detach(), view.indices
     outputs, inputs = weight.shape
@@ -216,11 +219,12 @@ def _sparse_product(call: Call, view: IndexView, values: torch.Tensor, n: int) -
         call.columns = call.x.reshape(len(call.out), -1).t().contiguous()
     change = values - weight.view(-1)[indices]
     device = indices.device
+    # start and number of the changed entries of each output
     edges = torch.searchsorted(indices, torch.arange(0, weight.numel() + 1, inputs, device=device))
     start, length = edges[:-1], edges.diff()
     candidate = torch.arange(n, device=device)
     output = indices // inputs
-    # entry e of candidate i goes to n * start + i * length + (e - start)
+    # entry e of candidate i goes to position n * start + i * length + (e - start)
     first = (n - 1) * start[output] + torch.arange(len(indices), device=device)
     order = (first + candidate[:, None] * length[output]).flatten()
     product = functional.embedding_bag(
@@ -234,6 +238,6 @@ def _sparse_product(call: Call, view: IndexView, values: torch.Tensor, n: int) -
 
 
 def chunks(rows: Sequence[int], batch: int, width: int) -> list[Sequence[int]]:
-    """`rows` in parts of which one evaluation keeps within memory."""
-    size = max(1, _ROWS // max(1, batch * width))
+    """Split `rows` so that one evaluation stays within `_MAX_OUTPUT_ENTRIES`."""
+    size = max(1, _MAX_OUTPUT_ENTRIES // max(1, batch * width))
     return [rows[i : i + size] for i in range(0, len(rows), size)]

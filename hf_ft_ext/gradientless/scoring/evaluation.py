@@ -1,4 +1,4 @@
-"""Scoring the candidates of one step: by the head on its features where that is all, else by the whole model."""
+"""Evaluate the candidates of one step: by the head on its features if only the head is searched, else by the model."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -17,22 +17,22 @@ from hf_ft_ext.gradientless.scoring.objectives import Objective
 
 logger = logging.getLogger(__name__)
 
-_CLOSE = 1e-3  # logits of the batched head may differ from the plain one's by this share of their size
+_CLOSE = 1e-3  # tolerance between logits of the batched and the plain head, relative to the largest logit
 
 
 class HeadEvaluation:
     """`closure` and `evaluate` of a search, on the features of one step's micro-batches.
 
-    All candidates are evaluated at once (see `batched`). The first batched logits of each tensor are compared with
-    those of the plain head; a tensor that does not pass is evaluated candidate by candidate from then on.
+    All candidates are evaluated at once (see `BatchedHead`). The first batched logits of each tensor are compared
+    with those of the plain head; if they differ, the candidates of this tensor are evaluated one by one from then on.
 
     Args:
         reader: runs the head.
-        names: the head's searched parameters, name by `id`.
-        objective: of all micro-batches' logits together.
+        names: name of each searched parameter of the head, by `id`.
+        objective: of the logits of all micro-batches together.
         fisher: `"divergence"` or `"gradient"`: what `importance` measures.
-        of_rows: objective of each row, `[..., rows, classes]` -> `[..., rows]`, whose mean is `objective`; `None` =
-            there is none. For `node_losses`.
+        of_rows: objective of each row, `[..., rows, classes]` -> `[..., rows]`, with mean `objective`; `None` if the
+            objective is not a mean over rows. For `node_losses`.
     """
 
     def __init__(
@@ -47,11 +47,11 @@ class HeadEvaluation:
         self.of_rows = of_rows
         self.heads: list[BatchedHead] = []
         self.checked: set[tuple[int, ...]] = set()
-        self.looped: set[tuple[int, ...]] = set()
+        self.sequential: set[tuple[int, ...]] = set()
         self.micro_batches: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def load(self, micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Take the features and labels of the next step."""
+        """Set the features and labels of the next step."""
         self.micro_batches = list(micro_batches)
         self.labels = torch.cat([labels for _, labels in micro_batches])
         while len(self.heads) < len(micro_batches):
@@ -60,11 +60,11 @@ class HeadEvaluation:
         self._rows: Sequence[int] = ()
 
     def plain_logits(self) -> torch.Tensor:
-        """Logits of the whole step at the present weights: `[rows, classes]`."""
+        """Logits of the whole step at the current weights: `[rows, classes]`."""
         return torch.cat([self.reader.logits(features) for features, _ in self.micro_batches])
 
     def closure(self) -> float:
-        """The objective at the present weights."""
+        """The objective at the current weights."""
         try:
             logits = self._begin()
         except CannotBatch:
@@ -72,7 +72,7 @@ class HeadEvaluation:
         return float(self.objective(logits, self.labels))
 
     def differentiable(self) -> torch.Tensor:
-        """The same as a tensor that gradients can be taken of."""
+        """The objective at the current weights as a differentiable tensor."""
         return self.objective(self.plain_logits(), self.labels)
 
     def _begin(self) -> torch.Tensor:
@@ -82,12 +82,12 @@ class HeadEvaluation:
 
     def __call__(self, views: list[IndexView], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
         key = tuple(id(view.parameter) for view in views)
-        if key not in self.looped:
+        if key not in self.sequential:
             try:
                 return self._batched(key, views, candidates, rows)
             except CannotBatch as error:
                 logger.info("candidates are evaluated one by one: %s", error)
-                self.looped.add(key)
+                self.sequential.add(key)
         self.stale = True
         return Sequential(lambda: self.objective(self.plain_logits(), self.labels))(views, candidates, rows)
 
@@ -118,17 +118,17 @@ class HeadEvaluation:
         size = max(1.0, float(expected.abs().max()))
         if not torch.allclose(logits[-1].float(), expected.float(), rtol=0, atol=_CLOSE * size, equal_nan=True):
             names = ", ".join(self.names[i] for i in key)
-            raise CannotBatch(f"the head does not treat rows one by one below {names}")
+            raise CannotBatch(f"batched logits of {names} differ from those of the plain head: it mixes rows")
         self.checked.add(key)
 
     def nodes(self) -> list[tuple[nn.Linear, torch.Tensor, torch.Tensor]]:
-        """The head's linear layers in their order: module, inputs `[rows, in]` and outputs `[rows, out]`."""
+        """The head's linear layers in execution order: module, inputs `[rows, in]` and outputs `[rows, out]`."""
         if self.stale:
             try:
                 self._begin()
             except CannotBatch as error:
                 raise InputError(
-                    f"node perturbation cannot follow this head: {error}; use search_method=spsa"
+                    f"node perturbation does not support this head: {error}; use search_method=spsa"
                 ) from None
         result = []
         heads = self.heads[: len(self.micro_batches)]
@@ -142,10 +142,10 @@ class HeadEvaluation:
         return [(module, x, out) for _, module, x, out in sorted(result, key=lambda node: node[0])]
 
     def node_losses(self, module: nn.Linear, outputs: torch.Tensor) -> torch.Tensor:
-        """Losses `[n, rows]` where `module` gives `outputs` (`[n, rows, out]`)."""
+        """Losses `[n, rows]` if `module` returns `outputs` (`[n, rows, out]`)."""
         if self.of_rows is None:
             raise InputError(
-                "node perturbation needs the loss of each row, and this objective is known for whole batches only; "
+                "node perturbation needs the loss of each row, and this objective is defined for whole batches only; "
                 "use search_method=spsa or gld"
             )
         sizes = [len(features) for features, _ in self.micro_batches]
@@ -155,17 +155,17 @@ class HeadEvaluation:
             logits.append(head.logits_from(module, part.reshape(-1, *shape), len(outputs)))
         return self.of_rows(torch.cat(logits, 1), self.labels)
 
-    def moved(self, row: int | None) -> None:
-        """The tensor has moved to candidate `row` of those evaluated last, or elsewhere."""
+    def accepted(self, row: int | None) -> None:
+        """Note that the tensor now equals candidate `row` of the last evaluation (`None`: none of them)."""
         if self.stale or row is None or row not in self._rows:
             self.stale = True
             return
         position = list(self._rows).index(row)
         for head, _ in zip(self.heads, self.micro_batches, strict=False):
-            head.moved(position)
+            head.accept(position)
 
     def importance(self, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Importance of each entry of `parameter` for the logits of this step's rows (float32, flat)."""
+        """Importance of each entry of `parameter` on this step's rows: float32, `[numel]`."""
         if self.fisher == "gradient":
             problem = self.reader.model.config.problem_type
             return gradient_scores(self.reader.logits, self.micro_batches, problem, parameter)
@@ -173,18 +173,18 @@ class HeadEvaluation:
             self._begin()
         heads = self.heads[: len(self.micro_batches)]
         scores = divergence_scores(heads, self.plain_logits(), parameter, generator)
-        self.stale = True  # the heads have seen moved entries
+        self.stale = True  # the recorded calls are those of perturbed entries
         return scores
 
 
 class StepEvaluation:
-    """`closure` and `evaluate` where the encoder runs in the step: features are made once, when the head's turn comes.
+    """`closure` and `evaluate` if the encoder runs in every step; features are computed when first needed.
 
     Args:
-        head: of the searched head parameters; `None` = every candidate runs the whole model.
+        head: evaluates the searched head parameters; `None` = every candidate runs the whole model.
         full: the objective of the step by forward passes of the whole model.
-        features: makes features and labels of the step's micro-batches.
-        all_in_head: nothing but the head is searched, so the encoder need not run for the present weights either.
+        features: computes features and labels of the step's micro-batches.
+        all_in_head: only the head is searched, so `closure` runs on the features too.
     """
 
     def __init__(
@@ -201,14 +201,14 @@ class StepEvaluation:
             self.importance = self._importance
 
     def closure(self) -> float:
-        """The objective at the present weights."""
+        """The objective at the current weights."""
         if not self.all_in_head:
             return float(self.full.value())
         self._load()
         return self.head.closure()
 
     def differentiable(self) -> torch.Tensor:
-        """The same as a tensor that gradients can be taken of."""
+        """The objective at the current weights as a differentiable tensor."""
         if not self.all_in_head:
             return self.full.value()
         self._load()
@@ -218,7 +218,7 @@ class StepEvaluation:
         """See `HeadEvaluation.nodes`."""
         if not self.all_in_head:
             raise InputError(
-                "node perturbation is for a head that reads one vector per row, and this search is not of that kind; "
+                "node perturbation needs a search of head tensors only, with a head that reads one vector per row; "
                 "use search_method=spsa or gld"
             )
         self._load()
@@ -229,9 +229,9 @@ class StepEvaluation:
         return self.head.node_losses(module, outputs)
 
     def repeated(self, n: int) -> torch.Tensor | None:
-        """Objectives `[n]` of the batch repeated `n` times in one forward pass; `None` where that cannot be.
+        """Objectives `[n]` of the batch repeated `n` times in one forward pass; `None` if that is not supported.
 
-        A search in the head on its features is not repeated: its forward is the head's.
+        A search of the head alone does not use it: `closure` runs the head, not the whole model.
         """
         return None if self.full.repeated is None or self.all_in_head else self.full.repeated(n)
 
@@ -247,10 +247,10 @@ class StepEvaluation:
             self.head.load(self.features())
             self.fresh = True
 
-    def moved(self, row: int | None) -> None:
-        """The tensor has moved to candidate `row` of those evaluated last, or elsewhere."""
+    def accepted(self, row: int | None) -> None:
+        """Note that the tensor now equals candidate `row` of the last evaluation (`None`: none of them)."""
         if self.in_head:
-            self.head.moved(row)
+            self.head.accepted(row)
         else:
             self.fresh = False
 

@@ -1,4 +1,4 @@
-"""A frozen encoder runs once: how the head reads it, and the features of the training data."""
+"""Find the features that the head reads, and compute them once for all training data (the encoder is frozen)."""
 
 import logging
 
@@ -18,7 +18,7 @@ _PADDING = (DataCollatorWithPadding, DefaultDataCollator, ContextCollator)
 
 
 def find_reader(trainer: Trainer) -> HeadReader | None:
-    """How the head of `trainer.model` reads; `None` (and a message) if candidates have to run the whole model."""
+    """Return the reader of the head's inputs; `None` (and a log line) if candidates have to run the whole model."""
     if not hasattr(trainer.train_dataset, "__len__"):
         logger.info("streamed training data: every candidate runs the whole model")
         return None
@@ -27,7 +27,7 @@ def find_reader(trainer: Trainer) -> HeadReader | None:
 
 
 def reader_of_batch(trainer: Trainer, batch: dict[str, torch.Tensor]) -> HeadReader | None:
-    """The same, found from a training batch."""
+    """As `find_reader`, from a training batch."""
     reader = HeadReader.find(trainer.model, inputs_of(batch, trainer.args.device))
     if reader is None:
         name = type(trainer.model).__name__
@@ -36,10 +36,10 @@ def reader_of_batch(trainer: Trainer, batch: dict[str, torch.Tensor]) -> HeadRea
 
 
 def collates_alike(trainer: Trainer) -> bool:
-    """Whether a row gives the same inputs and label each time, and the label that stands in the data set.
+    """Whether the collator returns each row unchanged: the same inputs each time, and the label of the data set.
 
-    Known of transformers' padding collators and ours. Another one may mask tokens at random or make the labels, so
-    the encoder runs on each batch as it is (a message says so).
+    This holds for transformers' padding collators and ours. Another one may mask tokens at random or create the
+    labels, so the encoder runs on each batch in every step (with a log line).
     """
     if type(trainer.data_collator) in _PADDING or trainer.data_collator is default_data_collator:
         return True
@@ -49,9 +49,9 @@ def collates_alike(trainer: Trainer) -> bool:
 
 
 def feature_rows(trainer: Trainer, reader: HeadReader) -> FeatureRows | None:
-    """Features and labels of the training data; `None` (and a message) if they exceed `feature_cache_gb`.
+    """Features and labels of the training data; `None` (and a log line) if they exceed `feature_cache_gb`.
 
-    The first process of a machine computes them, the others wait and read its file.
+    The first process of a machine computes them; the others wait and read its file.
 
     Raises:
         InputError: the cache cannot be read or written, or a row has no label.

@@ -19,9 +19,10 @@ class FullObjective:
     """The objective of a step's micro-batches.
 
     Attributes:
-        value: at the present weights, one number as a tensor.
+        value: returns the objective at the current weights as a scalar tensor.
         repeated: `repeated(n)` -> values `[n]`, float, of the batch repeated `n` times along the first dimension of
-            all inputs, repetition by repetition, in one forward pass a micro-batch; `None` where that cannot be.
+            all inputs (the whole batch, then the whole batch again), in one forward pass per micro-batch; `None` if
+            that is not supported.
     """
 
     value: Callable[[], torch.Tensor]
@@ -29,12 +30,12 @@ class FullObjective:
 
 
 def rows_of(batch: Batch) -> int:
-    """Rows of a collated batch."""
+    """Number of rows of a collated batch."""
     return len(next(iter(batch.values())))
 
 
 def weight_of(batch: Batch, shifted: bool) -> float:
-    """What the mean loss of a batch counts in the mean over several: its label tokens, or its rows.
+    """Weight of a batch's mean loss in the mean over several batches: its number of label tokens, or of rows.
 
     Args:
         shifted: the model predicts each token from those before it, so the first label of a row is not used.
@@ -48,9 +49,9 @@ def weight_of(batch: Batch, shifted: bool) -> float:
 
 
 def objective_of_logits(model: nn.Module, objective: Objective, batches: Sequence[Batch]) -> FullObjective:
-    """`objective` of the logits of all micro-batches together, padded to the longest where rows are sequences.
+    """`objective` of the logits of all micro-batches together.
 
-    Padded labels are -100, padded logits 0.
+    If rows are sequences, they are padded to the longest one: labels with -100, logits with 0.
     """
     labels = _joined([batch["labels"] for batch in batches], 0)
     inputs = [{key: value for key, value in batch.items() if key not in _LABELS} for batch in batches]
@@ -72,18 +73,18 @@ def model_loss(
     shifted: bool,
     losses_of: Callable[[Mapping[str, Any], torch.Tensor, int], torch.Tensor] | None = None,
 ) -> FullObjective:
-    """Mean of the micro-batches' own losses, by label tokens (by rows where a row has one label).
+    """Mean of the micro-batches' losses, weighted by label tokens (by rows if each row has one label).
 
     Args:
-        compute: a batch's own mean loss.
+        compute: returns the mean loss of a batch.
         shifted: see `weight_of`.
-        losses_of: `losses_of(inputs, labels, n)` -> losses `[n]` of repeated inputs; `None` = not known.
+        losses_of: `losses_of(inputs, labels, n)` -> losses `[n]` of repeated inputs; `None` if not supported.
     """
     weights = [weight_of(batch, shifted) for batch in batches]
     counted = [(batch, weight) for batch, weight in zip(batches, weights, strict=True) if weight]
 
     def mean(loss_of: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
-        if not counted:  # no label token: nothing to learn, and nothing that counts among other processes
+        if not counted:  # no label token in this step: loss 0, and weight 0 among the processes
             return torch.zeros(())
         return sum(loss_of(batch) * weight for batch, weight in counted) / sum(weights)
 
@@ -98,7 +99,7 @@ def model_loss(
 
 
 def repeat(batch: Batch, n: int) -> dict[str, Any]:
-    """The batch `n` times over, repetition by repetition; what has no rows stays."""
+    """Repeat the batch `n` times along its rows; values that are not per row stay as they are."""
     rows, result = rows_of(batch), {}
     for key, value in batch.items():
         by_rows = isinstance(value, torch.Tensor) and value.ndim and len(value) == rows
@@ -107,7 +108,7 @@ def repeat(batch: Batch, n: int) -> dict[str, Any]:
 
 
 def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """The parts along `dim`; where they are of unequal length in the dimension behind, padded at the end."""
+    """Concatenate along `dim`; parts of unequal length in the next dimension are padded at the end."""
     if len(parts) == 1:
         return parts[0]
     if parts[0].ndim > dim + 1 and len({part.shape[dim + 1] for part in parts}) > 1:
@@ -118,13 +119,13 @@ def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
 
 
 def with_same_masks(evaluate: Callable[[], torch.Tensor], seed: int) -> Callable[[], torch.Tensor]:
-    """`evaluate`, with dropout drawing from `seed` every time; the global random state is put back."""
+    """Return `evaluate` with dropout drawn from `seed` in every call; the global random state is restored."""
 
-    def evaluate_so() -> torch.Tensor:
+    def evaluate_with_seed() -> torch.Tensor:
         with torch.random.fork_rng():
             torch.random.default_generator.manual_seed(seed)
             if torch.cuda.is_available():
                 torch.cuda.manual_seed_all(seed)
             return evaluate()
 
-    return evaluate_so
+    return evaluate_with_seed

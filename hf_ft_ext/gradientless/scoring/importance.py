@@ -1,4 +1,4 @@
-"""How much each entry of a head's tensor matters: by the logits' divergence when it is perturbed, or by gradients."""
+"""Importance of each entry of a head's tensor: divergence of the logits when it is perturbed, or squared gradients."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,18 +8,18 @@ from torch import nn
 from hf_ft_ext.gradientless.scoring.batched_heads import BatchedHead, Call, on_rows
 from hf_ft_ext.gradientless.scoring.objectives import classification_loss
 
-_NUMBERS = 2**17  # distances at a time: half a MiB, so that they stay in the processor's cache
+_MAX_DISTANCES = 2**17  # computed at a time: half a MiB in float32, which fits the processor's cache
 
 
 def henze_penrose(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """Divergence of two samples by the errors of a 1-nearest-neighbour classifier that tells them apart.
+    """Henze-Penrose divergence of two samples, from the errors of a 1-nearest-neighbour classifier between them.
 
-    `D = 1 - (M + N) / (2 M N) * errors` with `M = N = rows`: 1 if every point's neighbour is of its own sample, -1 if
-    none is. A neighbour of the other sample counts only if it is strictly nearer than all of its own.
+    `D = 1 - (M + N) / (2 M N) * errors` with `M = N = rows`: 1 if the nearest neighbour of every point is in its own
+    sample, -1 if that of none is. On a tie, the neighbour of the point's own sample counts.
 
     Args:
         before: `[rows, classes]`.
-        after: `[n, rows, classes]`: `n` second samples, each compared with `before`.
+        after: `[n, rows, classes]`: `n` samples, each compared with `before`.
 
     Returns:
         `[n]`.
@@ -27,15 +27,19 @@ def henze_penrose(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     rows = len(before)
     own = _nearest_other(before[None])[0]
     result = []
-    for part in after.split(max(1, _NUMBERS // rows**2)):
+    for part in after.split(max(1, _MAX_DISTANCES // rows**2)):
         across = _distances(before.expand_as(part), part)
+        # errors: points whose nearest neighbour is in the other sample. D = 1 - errors / rows, as M = N = rows.
         errors = (across.amin(2) < own).sum(1) + (across.amin(1) < _nearest_other(part)).sum(1)
         result.append(1 - errors.to(before.dtype) / rows)
     return torch.cat(result)
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Squared distances `[n, rows, rows]`, by differences: the norms' formula would lose small ones."""
+    """Squared distances `[n, rows, rows]`: sum over classes of `(x - y)^2`.
+
+    `|x|^2 + |y|^2 - 2 x y` would lose small distances to rounding.
+    """
     result = None
     for x, y in zip(a.unbind(-1), b.unbind(-1), strict=True):
         difference = (x[:, :, None] - y[:, None]).square_()
@@ -52,28 +56,33 @@ def _nearest_other(points: torch.Tensor) -> torch.Tensor:
 def divergence_scores(
     heads: Sequence[BatchedHead], before: torch.Tensor, parameter: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
-    """Divergence of the logits of this step's rows when entry `i` alone is moved by `N(0, max|theta|)`: `[numel]`.
+    """Divergence of this step's logits when entry `i` alone is perturbed by `N(0, max|theta|^2)`: `[numel]`.
 
-    The thesis's "Fisher importance", for many entries at once.
+    The "Fisher importance" of the thesis "Gradientless finetuning" (Coslu), computed for many entries at once.
 
     Args:
-        heads: one for each micro-batch, after a pass at the present weights; each needs a new one afterwards.
-        before: logits of all rows at the present weights, `[rows, classes]`.
+        heads: one for each micro-batch, after `begin` at the current weights; each needs a new `begin` afterwards.
+        before: logits of all rows at the current weights, `[rows, classes]`.
     """
     parameter = parameter.detach()
     noise = torch.randn(parameter.numel(), generator=generator).to(parameter.device, parameter.dtype)
     noise *= parameter.abs().max()
     before = before.float()
     scores = torch.empty(parameter.numel(), device=parameter.device)
-    movers = [_Moved(head, parameter, noise) for head in heads]
-    for entries in movers[0].parts():
-        after = torch.cat([mover.logits(entries) for mover in movers], 1).float()
+    perturbed = [_PerturbedEntries(head, parameter, noise) for head in heads]
+    for entries in perturbed[0].parts():
+        after = torch.cat([one.logits(entries) for one in perturbed], 1).float()
         scores[entries] = henze_penrose(before, after)
     return scores
 
 
-class _Moved:
-    """Logits of one micro-batch when single entries of one parameter are moved."""
+class _PerturbedEntries:
+    """Logits of one micro-batch with single entries of one parameter perturbed by `noise`.
+
+    Three ways, from fast to general. A parameter of the last linear layer changes one logit. A parameter of the linear
+    layer before the last changes one of its outputs; if that reaches only one input of the last layer (an activation
+    or dropout in between), the logits follow from this input. For all others the head runs with each perturbed copy.
+    """
 
     def __init__(self, head: BatchedHead, parameter: torch.Tensor, noise: torch.Tensor):
         self.head, self.parameter, self.noise = head, parameter, noise
@@ -85,13 +94,13 @@ class _Moved:
         self.last = self.at[len(self.order) - 1]
         linear = type(self.module) is nn.Linear and type(self.last) is nn.Linear
         self.is_last = linear and self.module is self.last
-        self.is_before_last = linear and self.call.position == len(self.order) - 2 and self._columns_are_apart()
+        self.is_before_last = linear and self.call.position == len(self.order) - 2 and self._is_elementwise()
 
     def _is(self, owner: tuple[nn.Module, str]) -> bool:
         return owner[0]._parameters[owner[1]].data_ptr() == self.parameter.data_ptr()
 
     def parts(self):
-        """The entries, in parts that one call of `logits` takes."""
+        """Split the entries into the groups that `logits` evaluates at once."""
         n, outputs = self.parameter.numel(), self.parameter.shape[0]
         every = torch.arange(n, device=self.parameter.device)
         if self.is_before_last:  # one entry of each output at a time
@@ -100,10 +109,10 @@ class _Moved:
         return every.split(256 if self.is_last else 16)
 
     def logits(self, entries: torch.Tensor) -> torch.Tensor:
-        """`[len(entries), rows, classes]`."""
+        """Logits with each of `entries` perturbed by itself: `[len(entries), rows, classes]`."""
         if self.is_last or self.is_before_last:
             out, steps = self._linear(entries)
-            if self.is_last:
+            if self.is_last:  # logits[:, out] += steps
                 base = _flat(self.call).expand(len(entries), -1, -1).clone()
                 base[torch.arange(len(entries), device=base.device), :, out] += steps.t()
                 return base
@@ -111,7 +120,10 @@ class _Moved:
         return self._by_rows(entries)
 
     def _linear(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each entry the output that it changes, and by how much, row by row: `[rows, n]`."""
+        """For each entry, the output that it changes (`[n]`), and its change in each row (`[rows, n]`).
+
+        Weight entry `(o, i)` changes output `o` by `x_i * noise`; bias entry `o` changes it by `noise`.
+        """
         rows = len(self.call.out)
         if self.name == "bias":
             return entries, self.noise[entries].expand(rows, -1)
@@ -119,12 +131,16 @@ class _Moved:
         return entries // inputs, self.call.x.reshape(rows, -1)[:, entries % inputs] * self.noise[entries]
 
     def _through_last(self, out: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:
-        """All outputs moved at once: what lies between two linear layers works on each by itself."""
+        """Logits with each output `out` changed by itself, from one pass in which all of them change.
+
+        `logits + (a'_o - a_o) W_last[:, o]^T`, where `a` is the input of the last layer. As `a` is an elementwise
+        function of the outputs, changing all of them at once gives each `a'_o`.
+        """
         last = self.head.calls[id(self.last)]
         flat = _flat(self.call).clone()
         flat[:, out] += steps
-        moved = self._input_of_last(flat)
-        change = moved[:, out] - last.x.reshape(len(moved), -1)[:, out]
+        inputs = self._input_of_last(flat)
+        change = inputs[:, out] - last.x.reshape(len(inputs), -1)[:, out]
         weight = self.last.weight.detach()[:, out]
         return _flat(last) + change.t()[:, :, None] * weight.t()[:, None]
 
@@ -133,14 +149,14 @@ class _Moved:
         x, _ = self.head.latest[id(self.last)]
         return x.reshape(len(flat), -1)
 
-    def _columns_are_apart(self) -> bool:
-        """Whether output `j` of the module reaches only input `j` of the last layer."""
+    def _is_elementwise(self) -> bool:
+        """Whether output `j` reaches only input `j` of the last layer, tested by changing every other output."""
         flat, x = _flat(self.call), self.head.calls[id(self.last)].x
         if x.numel() != len(flat) * flat.shape[1]:
             return False
-        moved = flat.clone()
-        moved[:, ::2] += 0.5 * (1 + flat.abs().amax())
-        found = self._input_of_last(moved)
+        changed = flat.clone()
+        changed[:, ::2] += 0.5 * (1 + flat.abs().amax())
+        found = self._input_of_last(changed)
         return torch.equal(found[:, 1::2], x.reshape(len(flat), -1)[:, 1::2])
 
     def _by_rows(self, entries: torch.Tensor) -> torch.Tensor:
@@ -162,9 +178,9 @@ def gradient_scores(
     problem_type: str | None,
     parameter: torch.Tensor,
 ) -> torch.Tensor:
-    """Mean over this step's rows of the squared gradient of the row's loss: `[numel]`.
+    """Diagonal of the empirical Fisher information: mean over the rows of the squared gradient of their loss.
 
-    The diagonal of the empirical Fisher information, by one backward pass through the head per row.
+    `[numel]`, by one backward pass through the head per row.
 
     Args:
         logits_of: the head: features `[rows, ...]` -> logits `[rows, classes]`.
@@ -179,7 +195,7 @@ def gradient_scores(
                 for i in range(len(features)):
                     loss = classification_loss(logits_of(features[i : i + 1]), labels[i : i + 1], problem_type)
                     (gradient,) = torch.autograd.grad(loss, [parameter])
-                    total += gradient.detach().float().flatten().square()
+                    total += gradient.detach().float().flatten().square()  # F_i = mean of (d loss / d theta_i)^2
                     rows += 1
     finally:
         parameter.requires_grad_(trains)

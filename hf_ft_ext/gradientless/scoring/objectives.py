@@ -1,4 +1,4 @@
-"""What a search minimises: a loss or a metric, of logits."""
+"""Objectives that a search minimises: a loss, or one minus a metric, as functions of logits and labels."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -21,21 +21,21 @@ def make_objective(
     label_names: Sequence[str] | None = None,
     positive_label: str | None = None,
 ) -> Objective:
-    """A function of logits `[..., rows, classes]` and labels `[rows]` that is low where the model is good: `[...]`.
+    """Return an objective to minimise: logits `[..., rows, classes]`, labels `[rows]` -> `[...]`.
 
-    With several labels per row, labels are 0 and 1, `[rows, classes]`; accuracy is the share of rows whose labels are
-    all right and f1 is that of all rows' labels together (micro), a label being predicted where its logit is above 0.
+    With several labels per row, `labels` are 0 or 1, `[rows, classes]`. A label is predicted if its logit is 0 or
+    more. Accuracy is then the fraction of rows with all labels correct, and f1 is micro-averaged over all labels.
 
     Args:
-        name: `loss`: the one that transformers' classification heads take for `problem_type`; `accuracy`, `f1`
-            (of the positive class of two), `matthews`: one minus the metric, which needs no derivative.
-        problem_type: of the model's configuration; `None` is read off the labels, as transformers does.
+        name: `loss`: the loss of transformers' classification heads for `problem_type`; `accuracy`, `f1` (of the
+            positive class of two), `matthews`: one minus the metric.
+        problem_type: of the model's configuration; `None` = inferred from the labels, as transformers does.
         smoothing: label smoothing of the loss.
         label_names: by id; without them class 1 of two is the positive one.
-        positive_label: of f1; `None` = the one that the names show.
+        positive_label: of f1; `None` = inferred from the names.
 
     Raises:
-        InputError: unknown name, a metric that does not fit the labels, or a positive class that is not known.
+        InputError: unknown name, a metric that does not fit the labels, or an unknown positive class.
     """
     if name not in OBJECTIVES:
         raise InputError(f"search_objective={name!r} is unknown; choose from: {', '.join(OBJECTIVES)}")
@@ -54,15 +54,15 @@ def make_objective(
 
     def one_minus(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         value = 1 - metric(logits.argmax(-1), labels, logits.shape[-1])
-        # a row without finite logits has no class
+        # argmax of a logit that is not finite is meaningless: such a candidate is rejected
         return torch.where(logits.isfinite().flatten(-2).all(-1), value, torch.full_like(value, torch.nan))
 
     return one_minus
 
 
 def positive_class(label_names: Sequence[str] | None, positive_label: str | None) -> int:
-    """Id of the class that f1 is about; raises `InputError` where it is not known."""
-    from hf_ft_ext.metrics import positive_id  # here, as the arguments need this file for names only
+    """Id of the positive class of f1; raises `InputError` if it is not known."""
+    from hf_ft_ext.metrics import positive_id  # imported here: the arguments module needs only names of this one
 
     return positive_id(label_names, positive_label, "f1")
 
@@ -75,20 +75,21 @@ def _of_labels(name: str) -> Objective:
         )
 
     def one_minus(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        predicted, truth = logits >= 0, labels > 0.5  # a probability of 0.5 and more
+        predicted, truth = logits >= 0, labels > 0.5  # logit 0 is probability 0.5
         if name == ACCURACY:
             value = (predicted == truth).all(-1).double().mean(-1)
         else:
-            both = (predicted & truth).double().sum((-1, -2))
+            # F1 = 2 TP / (predicted + true)
+            true_positives = (predicted & truth).double().sum((-1, -2))
             total = predicted.double().sum((-1, -2)) + truth.double().sum()
-            value = torch.where(total > 0, 2 * both / total.clamp(min=1), torch.zeros_like(total))
+            value = torch.where(total > 0, 2 * true_positives / total.clamp(min=1), torch.zeros_like(total))
         return torch.where(logits.isfinite().flatten(-2).all(-1), 1 - value, torch.full_like(value, torch.nan))
 
     return one_minus
 
 
 def of_the_user(function: Callable[[torch.Tensor, torch.Tensor], float]) -> Objective:
-    """`function` of logits `[rows, classes]` and labels, for any number of candidates' logits at once."""
+    """Extend the user's `function` of logits `[rows, classes]` and labels to logits `[n, rows, classes]`."""
 
     def objective(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if logits.ndim == 2:
@@ -101,7 +102,7 @@ def of_the_user(function: Callable[[torch.Tensor, torch.Tensor], float]) -> Obje
 def classification_loss(
     logits: torch.Tensor, labels: torch.Tensor, problem_type: str | None, smoothing: float = 0.0
 ) -> torch.Tensor:
-    """Mean loss over the rows: squared error, cross-entropy or binary cross-entropy, by the problem."""
+    """Mean loss over the rows: squared error, cross-entropy or binary cross-entropy, by problem type."""
     return row_losses(logits, labels, problem_type, smoothing).mean(-1)
 
 
@@ -116,11 +117,11 @@ def row_losses(
     if problem_type == MULTI_LABEL or (problem_type is None and labels.is_floating_point()):
         labels = labels.to(logits.dtype).expand_as(logits)
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
-    likely = logits.log_softmax(-1)
-    index = labels.view(-1, 1).expand(*likely.shape[:-1], 1)
-    losses = -likely.gather(-1, index)[..., 0]
-    if smoothing:
-        losses = (1 - smoothing) * losses - smoothing * likely.mean(-1)
+    log_probabilities = logits.log_softmax(-1)
+    index = labels.view(-1, 1).expand(*log_probabilities.shape[:-1], 1)
+    losses = -log_probabilities.gather(-1, index)[..., 0]
+    if smoothing:  # (1 - s) * cross-entropy + s * mean over the classes of -log p, as transformers' LabelSmoother
+        losses = (1 - smoothing) * losses - smoothing * log_probabilities.mean(-1)
     return losses
 
 
@@ -136,14 +137,17 @@ def _accuracy(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> to
 
 def _f1(predicted: torch.Tensor, labels: torch.Tensor, classes: int, positive: int) -> torch.Tensor:
     counts = _counts(predicted, labels, classes)
-    both = counts[..., positive, :].sum(-1) + counts[..., :, positive].sum(-1)
-    return torch.where(both > 0, 2 * counts[..., positive, positive] / both.clamp(min=1), torch.zeros_like(both))
+    # F1 = 2 TP / (predicted positive + truly positive)
+    total = counts[..., positive, :].sum(-1) + counts[..., :, positive].sum(-1)
+    return torch.where(total > 0, 2 * counts[..., positive, positive] / total.clamp(min=1), torch.zeros_like(total))
 
 
 def _matthews(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
     counts = _counts(predicted, labels, classes)
-    n, right = counts.sum((-1, -2)), counts.diagonal(dim1=-2, dim2=-1).sum(-1)
-    said, true = counts.sum(-1), counts.sum(-2)
-    spread = ((n**2 - said.square().sum(-1)) * (n**2 - true.square().sum(-1))).sqrt()
-    value = (right * n - (said * true).sum(-1)) / spread.clamp(min=1e-12)
-    return torch.where(spread > 0, value, torch.zeros_like(value))
+    # Multi-class Matthews correlation: (c n - sum_k p_k t_k) / sqrt((n^2 - sum_k p_k^2) (n^2 - sum_k t_k^2)), with c
+    # correct predictions of n, and class k predicted p_k times and true t_k times.
+    n, correct = counts.sum((-1, -2)), counts.diagonal(dim1=-2, dim2=-1).sum(-1)
+    predicted, true = counts.sum(-1), counts.sum(-2)
+    norm = ((n**2 - predicted.square().sum(-1)) * (n**2 - true.square().sum(-1))).sqrt()
+    value = (correct * n - (predicted * true).sum(-1)) / norm.clamp(min=1e-12)
+    return torch.where(norm > 0, value, torch.zeros_like(value))

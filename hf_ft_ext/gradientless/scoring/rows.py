@@ -1,4 +1,4 @@
-"""Batches of features and labels, and batches that every process gets whole."""
+"""Data loaders of cached features, and of batches that every process reads as a whole."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +12,10 @@ from hf_ft_ext.features.rows import LABELS, batches_in_order, for_collator
 
 
 class FeatureRows(Dataset):
-    """Rows of a feature table with their labels; a batch is fetched at once, without a collator.
+    """Data set of cached features and labels; a batch is fetched at once, without a collator.
 
     Args:
-        features: `[rows, hidden]`, in memory or mapped.
+        features: `[rows, hidden]`, in memory or memory-mapped.
         labels: `[rows]`.
     """
 
@@ -34,16 +34,16 @@ class FeatureRows(Dataset):
 
 
 def in_order(trainer: Trainer, dataset: Any, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Collated batches of all rows in their order, on the model's device; every process gets them all."""
+    """Iterate over collated batches of all rows in order, on the model's device; every process gets all of them."""
     return batches_in_order(*for_collator(trainer, dataset), batch_size, trainer.args.device)
 
 
 def train_dataloader(trainer: Trainer, features: FeatureRows | None, whole_batches: bool) -> DataLoader:
-    """The training dataloader, in the order that `Trainer` draws.
+    """The training dataloader, in the order of `Trainer`'s sampler.
 
     Args:
-        features: rows to draw from; `None` = the training data themselves.
-        whole_batches: every process gets the rows of all of them, in the order that one process would see.
+        features: rows to load; `None` = the training data themselves.
+        whole_batches: every process gets the rows of all processes, in the order of a single-process run.
     """
     args, order = trainer.args, trainer._get_train_sampler(trainer.train_dataset)
     if features is None:

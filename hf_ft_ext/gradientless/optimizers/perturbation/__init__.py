@@ -1,1 +1,1 @@
-"""Random directions, losses of perturbed weights, and what a step makes of them: the parts of `SPSA`."""
+"""The parts of `SPSA`: random directions, forward passes with perturbed weights, slopes, and updates."""

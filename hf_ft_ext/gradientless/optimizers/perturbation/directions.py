@@ -1,7 +1,7 @@
-"""Random directions of a search, made anew from seeds wherever they are needed: dense, masked, in blocks, or low-rank.
+"""Random directions of a search: dense, masked, in blocks, or low-rank. They are recomputed from seeds when needed.
 
-A direction has one part for each searched tensor. A dense part is made chunk by chunk, each chunk from a seed of its
-own, so that no part of a large tensor has to exist as a whole. A low-rank part of a matrix is a pair of factors.
+A direction has one part for each searched tensor. A dense part is generated chunk by chunk, each chunk from its own
+seed, so that a large tensor's part never has to be in memory as a whole. A low-rank part of a matrix is two factors.
 """
 
 import functools
@@ -15,18 +15,18 @@ from hf_ft_ext.errors import InputError
 KINDS = GAUSSIAN, RADEMACHER, LOZO, SUBZERO, OUTER = ("gaussian", "rademacher", "lozo", "subzero", "rademacher-outer")
 LOW_RANK = (LOZO, SUBZERO, OUTER)
 DEFAULT_RANK, DEFAULT_RENEW = {LOZO: 2, SUBZERO: 32, OUTER: 1}, {LOZO: 50, SUBZERO: 1000}
-# Entries made or changed at a time. The update of 16-bit weights needs about 30 bytes per entry: 8 MB, and 30 MB on an
-# accelerator, where small chunks cost more calls than memory is worth.
+# Entries generated or updated at a time. Updating 16-bit weights takes about 30 bytes per entry: 8 MB per chunk, and
+# 30 MB on an accelerator, where the launches of many small chunks would take more time.
 CHUNK, CHUNK_ON_ACCELERATORS = 2**18, 2**20
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What a direction is made from.
+    """The seeds of a direction.
 
     Attributes:
-        seed: of what is new in every step.
-        basis: seed of what stays for some steps: LOZO's `V`, SubZero's `U` and `V`.
+        seed: of the part that is drawn in every step.
+        basis: of the part that is kept for several steps: LOZO's `V`, SubZero's `U` and `V`.
     """
 
     seed: int
@@ -34,31 +34,34 @@ class Draw:
 
 
 class Directions:
-    """How directions are drawn.
+    """Draws random directions.
 
-    | kind | part of a matrix `[out, in]` | source |
-    | --- | --- | --- |
-    | `gaussian` | standard normal entries | MeZO, arXiv 2305.17333 |
-    | `rademacher` | entries +1 and -1 | FZOO, arXiv 2506.09034 |
-    | `lozo` | `U V^T`, both normal; `U` new each step, `V` every `renew` steps | LOZO, arXiv 2410.07698 |
-    | `subzero` | `sqrt(out in) / rank U S V^T`; `S` normal, new; `U`, `V` orthonormal | SubZero, arXiv 2410.08989 |
-    | `rademacher-outer` | `u v^T` with entries +1 and -1: its entries are +1 and -1 as well | |
+    | kind | part of a matrix `[out, in]` | drawn every `renew` steps | source |
+    | --- | --- | --- | --- |
+    | `gaussian` | standard normal entries | | MeZO, arXiv 2305.17333 |
+    | `rademacher` | entries +1 and -1 | | FZOO, arXiv 2506.09034 |
+    | `lozo` | `U V^T`, both normal | `V` | LOZO, arXiv 2410.07698 |
+    | `subzero` | `sqrt(out in) / rank U S V^T`; `S` normal; `U`, `V` orthonormal | `U`, `V` | SubZero, 2410.08989 |
+    | `rademacher-outer` | `u v^T` with entries +1 and -1: its entries are +1 and -1 | | |
 
-    Entries have mean 0, and variance 1 but for `lozo` (its rank), so `eps` and the learning rate mean the same for all
-    kinds; for `subzero` the factor in front sees to it, as in its authors' code (zimingyy/SubZero).
+    All other factors and entries are drawn in each step.
 
-    Tensors that are no matrices, and matrices smaller than the rank, get a dense part of a low-rank direction too:
-    normal, for `rademacher-outer` of signs.
+    Entries have mean 0 and variance 1 (`lozo`: variance `rank`), so `eps` and the learning rate have the same meaning
+    for all kinds. The factor of `subzero` is that of its authors' code (zimingyy/SubZero).
+
+    With a low-rank kind, tensors that are not matrices and matrices smaller than the rank get a dense part: normal, or
+    signs for `rademacher-outer`.
 
     Args:
         kind: one of `KINDS`.
-        block: consecutive entries of a tensor that get the same number; dense kinds only.
+        block: number of consecutive entries of a tensor that get the same value; dense kinds only.
         rank: of the low-rank kinds, 1 or more; `None` = 2 (lozo), 32 (subzero), always 1 (rademacher-outer).
-        renew: steps after which what stays is drawn anew, 1 or more; `None` = 50 (lozo), 1,000 (subzero).
-        masks: for each tensor which entries may move: bool, of its shape; `None` = all. Dense kinds only.
-        small: share of each tensor's entries that may move, in (0, 1]: those whose magnitude is at most the threshold
-            that this share of the entries is below at the start (Sparse-MeZO, arXiv 2402.15751, which fixes the
-            threshold too, and looks at the present values in each step). Dense kinds only.
+        renew: draw `V` (lozo) or `U` and `V` (subzero) again every so many steps, 1 or more; `None` = 50 (lozo), 1,000
+            (subzero).
+        masks: for each tensor the entries that may change: bool, of its shape; `None` = all. Dense kinds only.
+        small: fraction of each tensor's entries that may change, in (0, 1]. The threshold is the magnitude that this
+            fraction of the entries does not exceed at the start; in each step, entries whose current magnitude is at
+            most the threshold change (Sparse-MeZO, arXiv 2402.15751). Dense kinds only.
     """
 
     def __init__(
@@ -74,25 +77,28 @@ class Directions:
             raise InputError(f"direction={kind!r} is unknown; choose from: {', '.join(KINDS)}")
         for name, value in (("rank", rank), ("renew", renew)):
             if value is not None and value < 1:
-                raise InputError(f"{name}={value} must be 1 or more")
+                raise InputError(f"{name} must be 1 or more, got {value}")
             if value is not None and kind not in (LOZO, SUBZERO):
-                raise InputError(f"{name}={value} is about direction=lozo or subzero, not {kind}; leave it out")
+                raise InputError(f"{name}={value} applies to direction=lozo or subzero, not to {kind}; leave it out")
         if small is not None and not 0 < small <= 1:
-            raise InputError(f"small={small} must be in (0, 1]: the share of each tensor's entries that may move")
+            raise InputError(f"small must be in (0, 1] (a fraction of each tensor's entries), got {small}")
         if kind in LOW_RANK and (block > 1 or masks is not None or small is not None):
             what = "blocks of entries" if block > 1 else "masks"
-            raise InputError(f"direction={kind} makes whole matrices, which {what} would tear apart; use gaussian")
+            raise InputError(f"direction={kind} is low-rank and cannot be combined with {what}; use gaussian")
         if block > 1 and (masks is not None or small is not None):
-            raise InputError(f"block={block} ties neighbours, and a mask tears them apart; leave one of them out")
+            raise InputError(
+                f"block={block} changes consecutive entries together, and a mask selects single ones; leave one of "
+                "them out"
+            )
         if masks is not None and small is not None:
-            raise InputError("masks and small both say which entries may move; pass one of them")
+            raise InputError("masks and small both select the entries that may change; pass one of them")
         self.kind, self.block, self.masks, self.small = kind, block, masks, small
         self.low_rank = kind in LOW_RANK
         self.rank, self.renew = rank or DEFAULT_RANK.get(kind), renew or DEFAULT_RENEW.get(kind)
         self.thresholds: list[float] | None = None
 
     def prepare(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Look at the searched tensors at the start: thresholds of `small`, shapes of `masks`.
+        """Compute the thresholds of `small` and check `masks`, once for the searched tensors.
 
         Raises:
             InputError: masks that do not fit the tensors.
@@ -104,8 +110,8 @@ class Directions:
             wanted = [tuple(parameter.shape) for parameter in parameters]
             if shapes != wanted or any(mask.dtype != torch.bool for mask in self.masks):
                 raise InputError(
-                    "masks must be boolean tensors of the searched tensors' shapes, one for each, in their order; got "
-                    f"{len(shapes)} for {len(wanted)} tensors"
+                    "masks must be one boolean tensor for each searched tensor, in their order and of their shapes; "
+                    f"got {len(shapes)} masks for {len(wanted)} tensors"
                 )
             self.masks = [
                 mask.to(parameter.device).contiguous() for mask, parameter in zip(self.masks, parameters, strict=True)
@@ -113,46 +119,46 @@ class Directions:
 
     @property
     def moving_mask(self) -> bool:
-        """Whether which entries may move depends on the present weights."""
+        """Whether the entries that may change depend on the current weights."""
         return self.small is not None
 
     def has_factors(self, shape: Sequence[int]) -> bool:
-        """Whether the part of a tensor of this shape is a pair of factors."""
+        """Whether the part of a tensor of this shape is low-rank, given by two factors."""
         return self.low_rank and len(shape) == 2 and min(shape) >= self.rank
 
     def scale(self, shape: Sequence[int]) -> float:
-        """What slope times direction is multiplied with in the estimate of the gradient of such a tensor.
+        """Factor of `slope * direction` in the gradient estimate of a tensor of this shape.
 
-        `E[<G, U V^T> U V^T] = rank G` for normal factors (LOZO, Eq. 4); 1 otherwise.
+        `1 / rank` for normal factors, as `E[<G, U V^T> U V^T] = rank G` (LOZO, Eq. 4); 1 otherwise.
         """
         return 1 / self.rank if self.kind == LOZO and self.has_factors(shape) else 1.0
 
     def factors(
         self, shape: Sequence[int], number: int, draw: Draw, dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Left `[out, rank]` and right `[in, rank]` factor of the part of matrix `number`: `left @ right.T`."""
+        """Left `[out, rank]` and right `[in, rank]` factor of the part of matrix `number`: `Z = left @ right.T`."""
         rows, columns = shape
         new, kept = _generator(device, draw.seed, number), _generator(device, draw.basis, number)
-        if self.kind == OUTER:
+        if self.kind == OUTER:  # Z = u v^T
             return _signs(rows, new, dtype).view(-1, 1), _signs(columns, new, dtype).view(-1, 1)
-        if self.kind == LOZO:
+        if self.kind == LOZO:  # Z = U V^T
             return _normal_matrix(rows, self.rank, new, dtype), _normal_matrix(columns, self.rank, kept, dtype)
-        # U and V: orthonormal factors of normal matrices. Z = sqrt(out in) / rank U S V^T.
+        # SubZero: Z = sqrt(out in) / rank U S V^T, with U and V the Q factors of normal matrices
         u = torch.linalg.qr(_normal_matrix(rows, self.rank, kept, dtype)).Q
         v = torch.linalg.qr(_normal_matrix(columns, self.rank, kept, dtype)).Q
         s = _normal_matrix(self.rank, self.rank, new, dtype).mul_((rows * columns) ** 0.5 / self.rank)
         return u @ s, v
 
     def right_stays(self) -> bool:
-        """Whether all directions of a step share the right factor."""
+        """Whether the right factor is kept for several steps, so that all directions of a step share it."""
         return self.kind in (LOZO, SUBZERO)
 
     def dense(self, values: torch.Tensor, number: int, draw: Draw, part: slice) -> torch.Tensor:
         """A chunk of the dense part of tensor `number`.
 
         Args:
-            values: the tensor's present entries in this chunk, flat, in its own type.
-            part: where the chunk lies in the flat tensor; one of `chunks`.
+            values: the tensor's current entries in this chunk, flat, in its own type.
+            part: slice of the flat tensor; one of `chunks`.
 
         Returns:
             Flat, in `compute_type`.
@@ -161,7 +167,7 @@ class Directions:
         generator = _generator(values.device, draw.seed, number, part.start)
         draws = _signs if self.kind in (RADEMACHER, OUTER) else _normal
         movable = self._movable(values, number, part)
-        if movable is not None:  # numbers are drawn for those entries alone
+        if movable is not None:  # random numbers are drawn for these entries only
             return torch.zeros(size, dtype=dtype, device=values.device).masked_scatter_(
                 movable, draws(int(movable.sum()), generator, dtype)
             )
@@ -169,13 +175,13 @@ class Directions:
         return z if self.block == 1 else z.repeat_interleave(self.block)
 
     def _movable(self, values: torch.Tensor, number: int, part: slice) -> torch.Tensor | None:
-        """Which entries of a chunk may move; `None` = all."""
+        """The entries of a chunk that may change (bool); `None` = all."""
         if self.masks is not None:
             return self.masks[number].view(-1)[part]
         return None if self.thresholds is None else values.abs() <= self.thresholds[number]
 
     def chunks(self, parameter: torch.Tensor) -> Iterator[slice]:
-        """The flat tensor in parts that are made and changed one after the other: of a matrix whole rows."""
+        """Split the flat tensor into the parts that are generated and updated one by one (full rows of a matrix)."""
         size = parameter.numel()
         by_rows = parameter.ndim == 2 and self.block == 1
         unit = parameter.shape[1] if by_rows else self.block
@@ -185,7 +191,7 @@ class Directions:
             yield slice(start, min(size, start + step))
 
     def settings(self) -> dict:
-        """What the constructor takes, without masks."""
+        """The constructor's arguments, without masks."""
         kept = self.kind in (LOZO, SUBZERO)
         return {
             "kind": self.kind,
@@ -197,18 +203,18 @@ class Directions:
 
 
 def compute_type(dtype: torch.dtype) -> torch.dtype:
-    """The type that tensors of `dtype` are changed in."""
+    """The type in which updates of tensors of `dtype` are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def threshold(parameter: torch.Tensor, share: float) -> float:
-    """The magnitude that `share` of the entries do not exceed."""
-    flat = parameter.detach().abs().flatten()
-    return float(flat.float().kthvalue(max(1, round(share * flat.numel()))).values)
+    """The magnitude that a fraction `share` of the entries does not exceed."""
+    flat = parameter.detach().abs().flatten().to(compute_type(parameter.dtype))
+    return float(flat.kthvalue(max(1, round(share * flat.numel()))).values)
 
 
 def mixed(seed: int, number: int, start: int = 0) -> int:
-    """A seed of its own for each tensor and chunk."""
+    """Derive the seed of a tensor's chunk from a seed, the tensor's number and the chunk's start."""
     return (seed + number * 0x9E3779B97F4A7C15 + start * 0xD1B54A32D192ED03) % 2**62
 
 
@@ -225,7 +231,7 @@ def _normal_matrix(rows: int, columns: int, generator: torch.Generator, dtype: t
 
 
 def _signs(size: int, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-    """Entries +1 and -1, one for each random bit: a drawn number is good for 64 of them."""
+    """Random entries +1 and -1, from the bits of random 64-bit integers."""
     words = torch.empty(-(-size // 64), dtype=torch.int64, device=generator.device)
     words.random_(-(2**63), None, generator=generator)
     table = _signs_of_bytes(dtype, generator.device)
@@ -234,6 +240,6 @@ def _signs(size: int, generator: torch.Generator, dtype: torch.dtype) -> torch.T
 
 @functools.cache
 def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`[256, 8]`: for each byte, +1 and -1 for its bits."""
+    """Table `[256, 8]`: for each byte, +1 for its set bits and -1 for the others."""
     bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
     return (2 * bits - 1).to(device, dtype)

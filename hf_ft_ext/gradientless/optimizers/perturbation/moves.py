@@ -1,4 +1,4 @@
-"""What one step of `SPSA` does to the weights, tensor by tensor and chunk by chunk, and the state it needs."""
+"""The weight update of `SPSA`, tensor by tensor and chunk by chunk, and its state."""
 
 import math
 from collections import deque
@@ -17,24 +17,26 @@ _NO_MOMENTS = ("sgd", "sign", "rms", "conservative")
 
 
 class Moves:
-    """Moves the searched tensors by `sum of slope times direction`, under a rule.
+    """Updates the searched tensors by the gradient estimate `G = 1/n sum_i slope_i z_i`, with an update rule.
 
     Args:
-        use: makes the directions of a combination.
+        perturbed_forward: computes directions and their sums.
         searched: the tensors, in the order of their numbers.
-        rule: what a step does with the estimate of the gradient.
-        rounding: how 16-bit weights take small changes.
+        rule: the update rule.
+        rounding: how small changes of 16-bit weights are rounded.
 
     Attributes:
-        second: running mean of the squared slopes.
-        buffers: moments by number of the tensor, flat; of a momentum in factors the left one.
-        factor_basis: the basis that a factor of momentum belongs to.
-        history: draws and slopes of the steps before, the latest first, for `replay`.
+        second: running mean of the squared slopes (rule `rms`).
+        buffers: moments by number of the tensor, flat; the left factor of a low-rank momentum.
+        factor_basis: the basis seed of each low-rank momentum.
+        history: draws and slopes of the previous steps, the latest first, for `replay`.
     """
 
-    def __init__(self, use: PerturbedForward, searched: Sequence[torch.Tensor], rule: Update, rounding: Rounding):
-        self.use, self.searched, self.rule, self.rounding = use, searched, rule, rounding
-        self.directions: Directions = use.directions
+    def __init__(
+        self, perturbed_forward: PerturbedForward, searched: Sequence[torch.Tensor], rule: Update, rounding: Rounding
+    ):
+        self.perturbed_forward, self.searched, self.rule, self.rounding = perturbed_forward, searched, rule, rounding
+        self.directions: Directions = perturbed_forward.directions
         self.second = 0.0
         self.buffers: dict[int, tuple[torch.Tensor, ...]] = {}
         self.factor_basis: dict[int, int] = {}
@@ -48,17 +50,17 @@ class Moves:
         slopes: list[float],
         rates: list[float],
         groups: Sequence[dict[str, Any]],
-        waiting: set[int],
+        skipped: set[int],
     ) -> None:
-        """Move all tensors.
+        """Take the update of one step.
 
         Args:
-            step: steps taken, this one included.
-            basis: seed of what lasts.
+            step: number of this step, from 1.
+            basis: seed of the factors that are kept for several steps.
             draws, slopes: of this step's directions.
-            rates: of the groups.
-            groups: of the optimizer.
-            waiting: numbers of the tensors that stay.
+            rates: learning rate of each group.
+            groups: parameter groups of the optimizer.
+            skipped: numbers of the tensors that are not updated in this step.
         """
         self.step, self.basis = step, basis
         estimate = [(draw, slope / len(draws)) for draw, slope in zip(draws, slopes, strict=True)]
@@ -66,21 +68,24 @@ class Moves:
         number = -1
         for group, rate in zip(groups, rates, strict=True):
             decay, lr = 1 - rate * float(group["weight_decay"]), rate / root
-            still = self.rule.rule in _NO_MOMENTS and decay == 1 and not (lr and any(slopes))
+            unchanged = self.rule.rule in _NO_MOMENTS and decay == 1 and not (lr and any(slopes))
             for parameter in group["params"]:
                 number += 1
-                if not still and number not in waiting:
-                    self._move_tensor(parameter.detach(), number, estimate, lr, decay)
+                if not unchanged and number not in skipped:
+                    self._update_tensor(parameter.detach(), number, estimate, lr, decay)
         if self.rule.replays:
             self.history.appendleft((draws, slopes))
 
     def _root(self, slopes: Sequence[float]) -> float:
-        """Root of the running mean of the squared slopes, with bias correction."""
+        """Root of the running mean of the squared slopes, with bias correction.
+
+        `s_t = beta s_(t-1) + (1 - beta) mean_i slope_i^2`; `sqrt(s_t / (1 - beta^t)) + adam_eps`.
+        """
         beta = self.rule.betas[1]
         self.second = beta * self.second + (1 - beta) * sum(slope**2 for slope in slopes) / len(slopes)
         return math.sqrt(self.second / (1 - beta**self.step)) + self.rule.adam_eps
 
-    def _move_tensor(
+    def _update_tensor(
         self, parameter: torch.Tensor, number: int, estimate: Combination, lr: float, decay: float
     ) -> None:
         directions, scale = self.directions, self.directions.scale(parameter.shape)
@@ -91,7 +96,7 @@ class Moves:
         else:
             if self.rule.replays and not buffers:
                 combination = [*combination, *self._replayed(scale)]
-            left, right = self.use.factors(parameter, number, combination) if low_rank else (None, None)
+            left, right = self.perturbed_forward.factors(parameter, number, combination) if low_rank else (None, None)
         seed = mixed(estimate[0][0].seed, number)
         for part in directions.chunks(parameter):
             exact = self.rounding.exact(parameter, number, part)
@@ -99,20 +104,21 @@ class Moves:
                 rows = slice(part.start // parameter.shape[1], part.stop // parameter.shape[1])
                 gradient = (left[rows] @ right.t()).view(-1)
             else:
-                gradient = self.use.dense(parameter.view(-1)[part], number, combination, part)
-            if decay != 1:
+                gradient = self.perturbed_forward.dense(parameter.view(-1)[part], number, combination, part)
+            if decay != 1:  # decoupled weight decay: theta *= 1 - lr * weight_decay
                 exact.mul_(decay)
             self.rule.apply(exact, gradient, lr, self.step, [buffer[part] for buffer in buffers])
             self.rounding.store(parameter, number, part, exact, mixed(seed, 0, part.start) ^ 1)
 
     def _replayed(self, scale: float) -> Iterable[tuple[Draw, float]]:
-        """`sum over j >= 1 of momentum^j g_(t-j) z_(t-j)`, of the steps that are kept."""
+        """Terms of `sum over j >= 1 of momentum^j G_(t-j)`, `G` the gradient estimate of each stored step."""
         for age, (draws, slopes) in enumerate(self.history, start=1):
             weight = self.rule.momentum**age * scale / len(draws)
             for draw, slope in zip(draws, slopes, strict=True):
                 yield draw, weight * slope
 
     def _buffers(self, parameter: torch.Tensor, number: int) -> tuple[torch.Tensor, ...]:
+        """Moment buffers of a tensor, flat; empty if the rule has none or recomputes them (`replay`)."""
         names = self.rule.buffers()
         needed = self.rule.moments == BUFFER or parameter.ndim < 2
         if not names or not needed:
@@ -126,23 +132,24 @@ class Moves:
     def _factor_momentum(
         self, parameter: torch.Tensor, number: int, combination: Combination
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Momentum of a matrix as a left factor to the present right one."""
-        left, right = self.use.factors(parameter, number, combination)
+        """Momentum of a matrix as factors: `m = N V^T`, with `N` kept and `V` the current right factor (LOZO-M)."""
+        left, right = self.perturbed_forward.factors(parameter, number, combination)
         if number not in self.buffers:
             self.buffers[number] = (torch.zeros_like(left),)
         elif self.factor_basis[number] != self.basis:
             old = Draw(0, self.factor_basis[number])
             _, before = self.directions.factors(parameter.shape, number, old, left.dtype, left.device)
-            # The nearest N V_new^T to N_old V_old^T: N = N_old V_old^T V_new (V_new^T V_new)^-1
+            # V was drawn again. Least squares: N V_new^T nearest to N_old V_old^T is
+            # N = N_old V_old^T V_new (V_new^T V_new)^-1
             overlap = torch.linalg.solve(right.t() @ right, right.t() @ before).t()
             self.buffers[number] = (self.buffers[number][0] @ overlap,)
         self.factor_basis[number] = self.basis
-        return self.buffers[number][0].mul_(self.rule.momentum).add_(left), right
+        return self.buffers[number][0].mul_(self.rule.momentum).add_(left), right  # N = momentum N + U
 
     # --- state -------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What the next step depends on."""
+        """The state that the next step depends on."""
         return {
             "second": self.second,
             "buffers": {number: list(buffers) for number, buffers in self.buffers.items()},
@@ -152,7 +159,7 @@ class Moves:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take what `state` gave, or an optimizer's state with it inside."""
+        """Load what `state` returned, or an optimizer's state that contains these entries."""
         devices = [parameter.device for parameter in self.searched]
         self.second, self.factor_basis = state["second"], dict(state["factor_basis"])
         self.buffers = {i: tuple(b.to(devices[i]).clone() for b in found) for i, found in state["buffers"].items()}
@@ -163,9 +170,9 @@ class Moves:
 
 
 def check_replay(directions: Directions, rule: Update) -> None:
-    """Raise an `InputError` if earlier directions would have to be made anew and cannot be."""
+    """Raise an `InputError` if momentum has to recompute earlier directions and `directions` cannot."""
     if directions.moving_mask and rule.replays:
         raise InputError(
-            f"small={directions.small} looks at the present weights, so directions of earlier steps cannot be made "
-            "anew; pass moments=buffer"
+            f"small={directions.small} depends on the current weights, so directions of earlier steps cannot be "
+            "recomputed for momentum; pass moments=buffer"
         )

@@ -14,17 +14,24 @@ from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination, 
 
 
 class CannotBatch(Exception):
-    """These perturbations have to run one after the other."""
+    """These perturbations cannot run as one forward pass and have to run one after the other."""
 
 
-class Owner:
-    """One module that holds searched parameters, and how its forward is made to see them perturbed.
+class ModulePatch:
+    """Patches the forward of one module, so that it uses perturbed values of the searched parameters it holds.
 
-    | parameter | way |
+    | parameter | how it is perturbed |
     | --- | --- |
     | weight of a linear layer or embedding, low-rank direction | the change is added to the output |
-    | weight of a linear layer or embedding, dense direction | made and used chunk by chunk |
-    | all else | replaced by a copy while the forward runs |
+    | weight of a linear layer or embedding, dense direction | computed and applied chunk by chunk |
+    | all others | replaced by a copy while the forward runs |
+
+    Args:
+        forward: computes the perturbed values.
+        user: the module whose forward reads the parameters.
+        holder: the module that holds the parameters (a parameter container, or `user` itself).
+        names: number of each searched parameter, by its name in `holder`.
+        by_weight: whether the weight of a linear layer or embedding may take the first two ways.
     """
 
     def __init__(
@@ -46,7 +53,7 @@ class Owner:
     def install(self, handles: list, split: bool) -> None:
         if not self.names:
             return
-        # a forward of the instance's own, as accelerate's that moves inputs between devices, is kept
+        # a forward set on the instance (such as accelerate's, which moves inputs between devices) is kept
         chunked = self.chunked and not self.forward.tangent and "forward" not in self.user.__dict__
         self.copied = {
             name: i for name, i in self.names.items() if not ((self.on_output or chunked) and name == "weight")
@@ -76,26 +83,26 @@ class Owner:
                 del self.user.__dict__["forward"]
             self.original = None
 
-    # --- weights made and used chunk by chunk --------------------------------------------------------
+    # --- weights perturbed chunk by chunk ------------------------------------------------------------
 
     def _linear_by_chunks(self, original: Callable, input: torch.Tensor) -> torch.Tensor:
-        """`x (W + change)^T + bias`, some rows of `W` at a time; `input` is the name that the layer has for `x`."""
+        """`x (W + change)^T + bias`, some rows of `W` at a time (`input` is the layer's own argument name)."""
         weight, number, combination = self._weight()
         if not combination:
             return original(input)
         bias, out = self.holder.bias, None
         for part in self.forward.directions.chunks(weight):
             rows = _rows(part, weight)
-            moved = self.forward.moved(weight, number, combination, part).view(-1, weight.shape[1])
-            y = functional.linear(input, moved, None if bias is None else bias[rows])
-            if len(moved) == len(weight):
+            perturbed = self.forward.perturbed_chunk(weight, number, combination, part).view(-1, weight.shape[1])
+            y = functional.linear(input, perturbed, None if bias is None else bias[rows])
+            if len(perturbed) == len(weight):
                 return y
             out = y.new_empty(*y.shape[:-1], len(weight)) if out is None else out
             out[..., rows] = y
         return out
 
     def _embedding_by_chunks(self, original: Callable, input: torch.Tensor) -> torch.Tensor:
-        """The rows of the weight at `input`, and what is added to them; chunks that hold none of them are not made."""
+        """Rows `input` of the perturbed weight; chunks without any of these rows are not computed."""
         weight, number, combination = self._weight()
         out = original(input)
         if not combination:
@@ -111,27 +118,28 @@ class Owner:
         return out
 
     def _weight(self) -> tuple[torch.Tensor, int, Combination]:
-        """The stored weight, its number, and what the one active candidate adds to it."""
+        """The stored weight, its number, and the combination of the one active candidate."""
         (candidate,) = self.forward.active
-        self.forward.unseen.discard(self.names["weight"])
+        self.forward.unread.discard(self.names["weight"])
         return self.holder._parameters["weight"].detach(), self.names["weight"], self.forward.combinations[candidate]
 
     # --- parameters replaced by copies ---------------------------------------------------------------
 
     def _enter(self, *_: Any) -> None:
-        if self.stored or len(self.forward.active) != 1:  # called from within its own forward, or one by one later
+        # skip a recursive call, and a forward over several candidates (`_one_by_one` enters for each)
+        if self.stored or len(self.forward.active) != 1:
             return
         self.stored = {name: self.holder._parameters[name] for name in self.copied}
         for name, number in self.copied.items():
             self.holder._parameters[name] = self.forward.perturbed(self.stored[name], number)
-        self.forward.unseen.difference_update(self.copied.values())
+        self.forward.unread.difference_update(self.copied.values())
 
     def _leave(self, *_: Any) -> None:
         self.holder._parameters.update(self.stored)
         self.stored = {}
 
     def _one_by_one(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
-        """The module's forward on the rows of each active candidate by itself."""
+        """Run the module's forward separately on the rows of each active candidate."""
         active = self.forward.active
         if len(active) == 1:
             return original(*args, **kwargs)
@@ -139,7 +147,7 @@ class Owner:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim]
         by_rows = bool(tensors) and len(tensors[0]) == total
         if not by_rows and not (tensors and len(tensors[0]) == 1):
-            raise CannotBatch(f"{type(self.user).__name__} does not get one input for each row")
+            raise CannotBatch(f"the inputs of {type(self.user).__name__} have no dimension of rows")
         results = []
         for position, candidate in enumerate(active):
             rows = slice(position * self.forward.rows, (position + 1) * self.forward.rows)
@@ -159,8 +167,9 @@ class Owner:
     # --- changes added to the output -----------------------------------------------------------------
 
     def _add_to_output(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
+        """`y + (x R) L^T` for the low-rank change `L R^T` of each active candidate, on its rows."""
         number, weight, active = self.names["weight"], self.holder._parameters["weight"], self.forward.active
-        self.forward.unseen.discard(number)
+        self.forward.unread.discard(number)
         combinations = [self.forward.combinations[candidate] for candidate in active]
         if not any(combinations):
             return output
@@ -173,7 +182,7 @@ class Owner:
             x = forward_ad.unpack_dual(x).primal
         if n > 1 and len(x) != n * self.forward.rows:
             if len(x) != 1:
-                raise CannotBatch(f"{type(module).__name__} does not get one input for each row")
+                raise CannotBatch(f"the inputs of {type(module).__name__} have no dimension of rows")
             change = self._change(x.expand(n, *x.shape[1:]), left, right)
             return (output + change).repeat_interleave(self.forward.rows, 0)
         if self.forward.tangent:
@@ -194,17 +203,17 @@ class Owner:
     def _factored(self, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`x R` and `L^T`: `[n, tokens, rank]` and `[n, rank, out]`."""
         n = len(left)
-        if isinstance(self.holder, nn.Embedding):  # the weight is [words, width]: rows of L, times R^T
+        if isinstance(self.holder, nn.Embedding):  # weight [tokens, width]: a one-hot x selects rows of L, times R^T
             words = x.reshape(n, -1)
             rows = torch.stack([one[ids] for one, ids in zip(left, words, strict=True)])
             return rows, right.transpose(1, 2)
-        if isinstance(self.holder, Conv1D):  # stored as [in, out]
+        if isinstance(self.holder, Conv1D):  # weight stored as [in, out]: the factors change places
             left, right = right, left
         return torch.bmm(x.to(left.dtype).reshape(n, -1, x.shape[-1]), right), left.transpose(1, 2)
 
 
 def _plain_kind(module: nn.Module) -> type | None:
-    """Linear layer, embedding or `Conv1D`, if its forward does what the class says and nothing else."""
+    """`nn.Linear`, `nn.Embedding` or `Conv1D` if the module runs this class's own forward; else `None`."""
     for kind in (nn.Linear, nn.Embedding, Conv1D):
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return None if getattr(module, "max_norm", None) is not None else kind
@@ -212,25 +221,25 @@ def _plain_kind(module: nn.Module) -> type | None:
 
 
 def _rows(part: slice, weight: torch.Tensor) -> slice:
-    """The rows of a matrix that a chunk of it, flat, is made of."""
+    """The rows of a matrix in a chunk of the flat matrix."""
     return slice(part.start // weight.shape[1], part.stop // weight.shape[1])
 
 
 def _stacked(factors: list[torch.Tensor]) -> torch.Tensor:
-    """Factors of unequal rank as one tensor, with columns of zeros."""
+    """Stack factors of unequal rank as one tensor, padded with zero columns."""
     rank = max(factor.shape[1] for factor in factors)
     return torch.stack([nn.functional.pad(factor, [0, rank - factor.shape[1]]) for factor in factors])
 
 
 def _joined(results: list[Any], repeat: int) -> Any:
-    """Outputs of the candidates one behind the other; what was computed once for all rows is repeated for each."""
+    """Concatenate the outputs of the candidates along the rows; an output for all rows at once is repeated per row."""
     first = results[0]
     if first is None:
         return None
     if isinstance(first, torch.Tensor):
         if repeat > 1 and len(first) != 1:
-            raise CannotBatch("a module's output is not by rows")
+            raise CannotBatch("an output of a module has no dimension of rows")
         return torch.cat([result.repeat_interleave(repeat, 0) if repeat > 1 else result for result in results])
     if type(first) in (tuple, list):
         return type(first)(_joined(list(parts), repeat) for parts in zip(*results, strict=True))
-    raise CannotBatch(f"a module gives a {type(first).__name__}")
+    raise CannotBatch(f"a module returns a {type(first).__name__}")

@@ -1,9 +1,9 @@
-"""Forward passes with perturbed weights: the stored weights are never touched, and no second model exists.
+"""Forward passes with perturbed weights, without changing the stored weights and without a second model.
 
-While a module's forward runs, each searched parameter that it owns is replaced by a perturbed copy, dropped right
-after. The weights of linear layers and embeddings, where most of a model is, are never copied as a whole (see
-`owners`): dense changes are made and used chunk by chunk; a low-rank one, `x (W + L R^T)^T = x W^T + (x R) L^T`, is
-added to the layer's output. Several perturbations can run as one forward pass over the batch repeated that many times.
+While a module's forward runs, each searched parameter that it owns is replaced by a perturbed copy, which is dropped
+afterwards. The weights of linear layers and embeddings, which are most of a model, are never copied in full (see
+`owners`). Dense changes are computed and applied chunk by chunk. A low-rank change is added to the layer's output:
+`x (W + L R^T)^T = x W^T + (x R) L^T`. Several perturbations can run as one forward pass over the repeated batch.
 """
 
 import contextlib
@@ -16,85 +16,85 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw
-from hf_ft_ext.gradientless.optimizers.perturbation.owners import CannotBatch, Owner
+from hf_ft_ext.gradientless.optimizers.perturbation.owners import CannotBatch, ModulePatch
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination, PerturbedWeights
 
 
 class PerturbedForward(PerturbedWeights):
-    """Lets a module's forward see perturbed weights.
+    """Context manager in which the forward of a model uses perturbed weights.
 
-    A parameter that several modules share is perturbed alike in all of them.
+    A parameter that several modules share has the same perturbation in all of them.
 
     Args:
         module: the model.
-        parameters: those to perturb; the number of a parameter in this list goes to the directions.
+        parameters: the parameters to perturb; a parameter's number is its position in this list.
         directions: how directions are drawn.
 
     Attributes:
         missing: numbers of the parameters that no module holds.
-        elsewhere: numbers of those that another module than their own reads.
+        elsewhere: numbers of the parameters that are read by a module other than their own.
     """
 
     def __init__(self, module: nn.Module, parameters: Sequence[torch.Tensor], directions: Directions):
         super().__init__(directions, len(parameters))
         self.module = module
         number = {id(parameter): i for i, parameter in enumerate(parameters)}
-        self.owners: list[Owner] = []
+        self.patches: list[ModulePatch] = []
         for name, holder in module.named_modules():
             names = {key: number[id(p)] for key, p in holder._parameters.items() if id(p) in number}
             if names:
-                # containers have no forward: their parameters are read in that of the module around them
+                # parameter containers have no forward: the module that contains them reads their parameters
                 inside = isinstance(holder, nn.ParameterDict | nn.ParameterList)
                 user = module.get_submodule(name.rpartition(".")[0]) if inside else holder
-                self.owners.append(Owner(self, user, holder, names))
-        found = {i for owner in self.owners for i in owner.names.values()}
+                self.patches.append(ModulePatch(self, user, holder, names))
+        found = {i for patch in self.patches for i in patch.names.values()}
         self.missing = sorted(set(number.values()) - found)
         self.elsewhere: set[int] = set()
 
     def read_elsewhere(self, number: int) -> None:
-        """Perturb this parameter while the whole model runs: another module than its own reads it.
+        """Perturb this parameter while the whole model runs, as a module other than its own reads it.
 
-        DeBERTa's encoder, for one, takes the weight of an embedding that is never called.
+        Example: DeBERTa's encoder uses the weight of an embedding module that is never called.
         """
         self.elsewhere.add(number)
-        self.unseen.discard(number)
-        for owner in list(self.owners):
-            if number in owner.names.values() and owner.user is not self.module:
-                own = {name: i for name, i in owner.names.items() if i == number}
-                owner.names = {name: i for name, i in owner.names.items() if i != number}
-                self.owners.append(Owner(self, self.module, owner.holder, own, by_weight=False))
+        self.unread.discard(number)
+        for patch in list(self.patches):
+            if number in patch.names.values() and patch.user is not self.module:
+                own = {name: i for name, i in patch.names.items() if i == number}
+                patch.names = {name: i for name, i in patch.names.items() if i != number}
+                self.patches.append(ModulePatch(self, self.module, patch.holder, own, by_weight=False))
 
     @contextlib.contextmanager
     def __call__(self, *combinations: Combination) -> Iterator[None]:
-        """Within, forwards see the weights plus the combination.
+        """Within this context, forward passes use the weights plus the combination.
 
-        With several, the forward of the model has to run over the batch repeated so many times, along the first
-        dimension of all inputs, repetition by repetition.
+        With `n` combinations, run the model on the batch repeated `n` times along the first dimension of all inputs
+        (the whole batch, then the whole batch again).
 
         Raises:
-            CannotBatch: in the forward: a module does not treat the repeated rows one by one.
+            CannotBatch: in the forward pass: a module does not process the repeated rows independently.
         """
         self.combinations, self.active, self.rows = combinations, range(len(combinations)), None
         handles: list[Any] = []
         try:
             if len(combinations) > 1:
                 handles.append(self.module.register_forward_pre_hook(self._count_rows, with_kwargs=True))
-            for owner in self.owners:
-                owner.install(handles, split=len(combinations) > 1)
+            for patch in self.patches:
+                patch.install(handles, split=len(combinations) > 1)
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            for owner in self.owners:
-                owner.restore()
+            for patch in self.patches:
+                patch.restore()
             self.combinations = self.active = ()
 
     @contextlib.contextmanager
     def along(self, draw: Draw) -> Iterator[None]:
-        """Within, weights are dual numbers whose tangent is the direction: forward-mode differentiation.
+        """Within this context, weights are dual numbers with the direction as tangent (forward-mode differentiation).
 
-        `forward_ad.unpack_dual(loss).tangent` is then the loss's derivative along it. Fused attention kernels have no
-        forward derivative, so attention is computed by the plain formula.
+        `forward_ad.unpack_dual(loss).tangent` is then the derivative of the loss along the direction. Attention uses
+        torch's math kernel, as the fused kernels have no forward-mode derivative.
         """
         self.tangent = True
         try:
@@ -107,5 +107,5 @@ class PerturbedForward(PerturbedWeights):
         values = [*args, *kwargs.values()]
         total = next((len(value) for value in values if isinstance(value, torch.Tensor) and value.ndim), 0)
         if total % len(self.combinations):
-            raise CannotBatch(f"{total} rows are no {len(self.combinations)} repetitions of a batch")
+            raise CannotBatch(f"{total} rows are not a batch repeated {len(self.combinations)} times")
         self.rows = total // len(self.combinations)

@@ -1,4 +1,4 @@
-"""What a perturbation makes of the weights: a parameter, or a chunk of it, plus directions with their factors."""
+"""Perturbed values of parameters: the stored value plus a sum of directions, each times a factor."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -8,12 +8,12 @@ import torch.autograd.forward_ad as forward_ad
 
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw, compute_type
 
-# What is added to the weights: directions with their factors.
+# What is added to the weights: `sum of factor * direction`, as pairs of direction and factor.
 Combination = Sequence[tuple[Draw, float]]
 
 
 class PerturbedWeights:
-    """Perturbed values of parameters, by the number of the parameter and the candidates that are active.
+    """Computes perturbed values of parameters for the active candidate.
 
     Args:
         directions: how directions are drawn.
@@ -21,15 +21,15 @@ class PerturbedWeights:
 
     Attributes:
         combinations: what each candidate adds to the weights.
-        active: the candidates that the present forward pass is about.
-        rows: rows of the batch, where several candidates run as one forward pass over its repetitions.
+        active: indices of the candidates that the current forward pass evaluates.
+        rows: rows of the batch, if several candidates run as one forward pass over the repeated batch.
         tangent: whether perturbed weights are dual numbers, for forward-mode differentiation.
-        unseen: numbers of the parameters that no forward has read so far.
+        unread: numbers of the parameters that no forward pass has read so far.
     """
 
     def __init__(self, directions: Directions, count: int):
         self.directions = directions
-        self.unseen = set(range(count))
+        self.unread = set(range(count))
         self.combinations: Sequence[Combination] = ()
         self.active: Sequence[int] = ()
         self.rows: int | None = None
@@ -38,7 +38,7 @@ class PerturbedWeights:
 
     @contextlib.contextmanager
     def weighted(self, weights: Sequence[float]) -> Iterator[None]:
-        """Within, what combinations add to tensor `i` is multiplied with `weights[i]`."""
+        """Within this context, the change of tensor `i` is multiplied by `weights[i]`."""
         self.weights = weights
         try:
             yield
@@ -47,7 +47,7 @@ class PerturbedWeights:
 
     @contextlib.contextmanager
     def only(self, candidate: int) -> Iterator[None]:
-        """Within, a forward pass is about one of the candidates."""
+        """Within this context, forward passes evaluate this candidate only."""
         before, self.active = self.active, [candidate]
         try:
             yield
@@ -55,7 +55,7 @@ class PerturbedWeights:
             self.active = before
 
     def perturbed(self, parameter: torch.Tensor, number: int) -> torch.Tensor:
-        """The parameter plus the active combination's part of it; with `tangent` a dual number."""
+        """The parameter plus the active candidate's change of it; with `tangent` a dual number."""
         (candidate,) = self.active
         combination = self.combinations[candidate]
         if not combination:
@@ -67,16 +67,18 @@ class PerturbedWeights:
             return forward_ad.make_dual(parameter.detach(), tangent)
         result = torch.empty_like(parameter)
         for part in self.directions.chunks(parameter):
-            result.view(-1)[part] = self.moved(parameter, number, combination, part)
+            result.view(-1)[part] = self.perturbed_chunk(parameter, number, combination, part)
         return result
 
-    def moved(self, parameter: torch.Tensor, number: int, combination: Combination, part: slice) -> torch.Tensor:
-        """A chunk of the parameter plus the combination's part of it: flat, in the parameter's type."""
+    def perturbed_chunk(
+        self, parameter: torch.Tensor, number: int, combination: Combination, part: slice
+    ) -> torch.Tensor:
+        """A chunk of the parameter plus the combination's change of it: flat, in the parameter's type."""
         change = self._change(parameter, number, combination, part)
         return change.add_(parameter.detach().view(-1)[part]).to(parameter.dtype)
 
     def _change(self, parameter: torch.Tensor, number: int, combination: Combination, part: slice) -> torch.Tensor:
-        """What the combination adds to a chunk: `sum of factor * z`."""
+        """The combination's change of a chunk: `sum of factor * z`, flat."""
         if not self.directions.has_factors(parameter.shape):
             return self.dense(parameter.detach().view(-1)[part], number, combination, part)
         left, right = self.factors(parameter, number, combination)
@@ -84,7 +86,11 @@ class PerturbedWeights:
         return (left[rows] @ right.t()).view(-1)
 
     def dense(self, values: torch.Tensor, number: int, combination: Combination, part: slice) -> torch.Tensor:
-        """`sum of factor * z` on a chunk of a tensor, whose present entries there are `values`."""
+        """`sum of factor * z` on a chunk of a tensor with dense directions.
+
+        Args:
+            values: the current entries of this chunk.
+        """
         weight, total = self._weight(number), None
         for draw, factor in combination:
             z = self.directions.dense(values, number, draw, part)
@@ -97,7 +103,10 @@ class PerturbedWeights:
     def factors(
         self, parameter: torch.Tensor, number: int, combination: Combination
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors `[out, r]`, `[in, r]` of the sum over a combination."""
+        """Factors `L` `[out, r]` and `R` `[in, r]` of `sum of factor * z = L R^T` over a combination.
+
+        With a common right factor, `L = sum of factor * left`; otherwise left and right factors are concatenated.
+        """
         dtype, shape = compute_type(parameter.dtype), parameter.shape
         pairs = [self.directions.factors(shape, number, draw, dtype, parameter.device) for draw, _ in combination]
         weight = self._weight(number)
