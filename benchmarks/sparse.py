@@ -42,7 +42,7 @@ from hf_ft_ext.sparse.basis import Basis, by_columns, cheaper_rotation
 from hf_ft_ext.sparse.convert import freeze_rest
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.targets import find_targets
-from hf_ft_ext.training.resources import PeakMemory
+from hf_ft_ext.training.runs.resources import PeakMemory
 
 _MIB = 2**20
 # model type, configuration, entries per weight (the source's 28,000 of 768 x 3072, and the same share)

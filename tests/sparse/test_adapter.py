@@ -26,7 +26,7 @@ from hf_ft_ext import (
 from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
 from hf_ft_ext.sparse.adapter import choose_columns, columns_of
 from hf_ft_ext.sparse.prepass import _examples
-from hf_ft_ext.training.plan import training_plan
+from hf_ft_ext.training.runs.plan import training_plan
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
