@@ -12,6 +12,7 @@ which rows of which files it shows and how:
       lines: "{method}"                        # one line per value of it, in the order of the file
       across: "{task}"                         # one column per value of it
       cell: "{value:.1f} ± {deviation:.1f}"
+      cells: {mnli: "{value:.2f}"}             # other formats of some columns, if any
       first: method                            # heading of the first column
 
 `methods: true` in place of columns stands for the table of `overview.py`. A value that is missing is an empty cell. A
@@ -104,7 +105,8 @@ def _crossed(specification: dict[str, Any], rows: list[dict[str, Any]]) -> list[
     for row in rows:
         line, head = (filled(specification[key], row) for key in ("lines", "across"))
         heads[head] = None
-        cells.setdefault(line, {})[head] = filled(specification["cell"], row)
+        cell = specification.get("cells", {}).get(head, specification["cell"])
+        cells.setdefault(line, {})[head] = filled(cell, row)
     lines = [_line([specification["first"], *heads]), _line(["---", *["---:"] * len(heads)])]
     return lines + [_line([line, *(found.get(head, "") for head in heads)]) for line, found in cells.items()]
 

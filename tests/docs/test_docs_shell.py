@@ -121,8 +121,8 @@ def check_python(words: list[str], monkeypatch) -> None:
         script = at_home([program])[0]
         monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
         own, cut, others = _cut(at_home(rest))
-        if script.endswith("argument_tables.py"):
-            assert not rest  # run by the test of the tables
+        if script.endswith("tables.py"):
+            assert not rest  # run by the tests of the tables
             return
         check_program(lambda: runpy.run_path(script, run_name="__main__"), [script, *own, *cut, *others], monkeypatch)
         if cut:  # what follows is the launcher's

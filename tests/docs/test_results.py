@@ -122,6 +122,8 @@ def test_rows_crossed_by_task(tmp_path):
     assert lines[:4] == [
         "| method | sst2 | rte |", "| --- | ---: | ---: |", "| lora | 84.5 ± 0.7 | 61.0 ± 1.4 |", "| full | 86.0 |  |",
     ]  # fmt: skip
+    lines = tables.table({**specification, "cells": {"rte": "{value:.0f}"}}, tmp_path).splitlines()
+    assert lines[2] == "| lora | 84.5 ± 0.7 | 61 |"
 
 
 def test_a_command_names_no_folder_of_this_machine(tmp_path):
