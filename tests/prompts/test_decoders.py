@@ -250,7 +250,7 @@ def test_peft_finds_its_way_into_a_prompt_model(family, kind):
     wrapped = wrap_with_peft(model, kind, settings, 0)
     wrapped(**padded(rows_of(model, tokenizer), tokenizer, "left"), labels=torch.tensor([0, 1, 0])).loss.backward()
     trained = [p for p in wrapped.parameters() if p.requires_grad]
-    reached = [p for p in trained if p.grad is not None and p.grad.any()]
+    reached = [p for p in trained if p.grad is not None and p.grad.abs().max() > 1e-7]  # what is zero may be rounded
     # T5's decoder attends to the one position that there is, whatever its keys are
     assert len(reached) == len(trained) - (2 if family == "t5" else 0)
 
