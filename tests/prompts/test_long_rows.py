@@ -1,4 +1,4 @@
-"""Rows longer than `max_seq_length`: counted and logged, never without the place of the answer or a part of an option."""
+"""Rows longer than `max_seq_length` are counted and logged; the place of the answer and the options stay whole."""
 
 import logging
 
@@ -67,8 +67,8 @@ def test_cut_rows_are_counted_and_keep_the_place_of_the_answer(family, head, cap
         rows = tokenize_prompts(data_of([SHORT, LONG, SHORT, LONG]), tokenizer, args, model.config).train["input_ids"]
     lost, room = "beginning" if head else "end", 25 if family == "opt" else 30  # the words take 6 tokens
     assert messages_of(caplog) == [
-        f"2 of 4 rows of the {name} data are longer than {room} tokens with the template (the longest has {len(whole)}): "
-        f"their texts lose their {lost}. Pass a higher --max_seq_length to keep them whole."
+        f"2 of 4 rows of the {name} data are longer than {room} tokens with the template (the longest has "
+        f"{len(whole)}): their texts lose their {lost}. Pass a higher --max_seq_length to keep them whole."
         for name in ("train", "dev")
     ]
     short, long = rows[0], rows[1]
@@ -99,9 +99,7 @@ def test_limits_on_texts_are_counted(caplog):
 def test_rows_beside_demonstrations_are_counted_once(family, caplog):
     model, tokenizer = model_of(family)
     texts = [SHORT, SHORT, SHORT, SHORT, LONG * 2]
-    args = DataArguments(
-        few_shot_type="prompt-demo", num_sample=3, max_seq_length=90, other_sent_limit=12, num_demo=1
-    )
+    args = DataArguments(few_shot_type="prompt-demo", num_sample=3, max_seq_length=90, other_sent_limit=12, num_demo=1)
     with caplog.at_level(logging.WARNING, LOGGER):
         rows = tokenize_prompts(data_of(texts), tokenizer, args, model.config).validation["dev"]["input_ids"]
     assert all(len(context) <= 90 for row in rows for context in row)
@@ -157,7 +155,8 @@ def test_an_option_that_leaves_no_room_is_refused():
     model, tokenizer = model_of("gpt2", None, template="*cls**sent_0**mask*")
     data = data_of([SHORT] * 2, {"first": ["no", LONG], "second": ["yes", "no"]}, COPA)
     tokens = len(tokenizer(f" {LONG}")["input_ids"])
-    with pytest.raises(InputError, match=rf"row 1 of split 'train' has an option of {tokens} tokens, .*max_seq_length=40"):
+    message = rf"row 1 of split 'train' has an option of {tokens} tokens, .*max_seq_length=40"
+    with pytest.raises(InputError, match=message):
         tokenize_prompts(data, tokenizer, DataArguments(max_seq_length=40), model.config)
 
 
@@ -166,8 +165,9 @@ def test_a_long_passage_leaves_the_question_whole(name):
     """As in MeZO, which cuts the beginning: a question without its end cannot be answered."""
     tokenizer = subword_tokenizer("bytes")
     prompt, task = DECODER_PROMPTS[name], TASKS[name]
+    words, network = list(prompt.words.values()), decoder("gpt2", len(tokenizer))
     model = PromptForSequenceClassification.from_language_model(
-        decoder("gpt2", len(tokenizer)), tokenizer, prompt.template, list(prompt.words.values()), word_scoring="sequence"
+        network, tokenizer, prompt.template, words, word_scoring="sequence"
     )
     columns = dict(zip(task.text_columns[0], ["long passage " * 60, "the question", "the answer"], strict=False))
     columns = {key: [value] for key, value in columns.items()}
