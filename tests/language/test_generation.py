@@ -194,7 +194,7 @@ def folder(tmp_path_factory):
         ("pairs", ("--metric_for_best_model", "f1", "--eval_strategy", "steps"), "a language model has: loss, perpl"),
         ("pairs", ("--few_shot_type", "prompt"), "--few_shot_type prompt says a class by a word"),
         ("pairs", ("--sample", "stratified", "--max_train_samples", "1"), "keeps the shares of classes"),
-        ("pairs", ("--streaming", "--max_steps", "1"), "--streaming: rows of a language model are checked and counted"),
+        ("pairs", ("--streaming", "--max_steps", "1"), "--streaming: rows of a language model are checked"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_line_before_training(folder, tmp_path, capsys, monkeypatch, data, options, message):
