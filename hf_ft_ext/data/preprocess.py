@@ -161,6 +161,23 @@ def check_length(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, m
     return length
 
 
+def own_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer itself puts before and behind a text: OPT a start token, GPT-2 nothing, T5 an end token."""
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return list(whole[:start]), list(whole[start + len(bare) :])
+    return [], []
+
+
+def without_beginning(ids: list[int], length: int, start: list[int]) -> list[int]:
+    """The last tokens of a prompt, behind the `start` that the tokenizer puts in front of a text: `length` at most."""
+    if len(ids) <= length:
+        return ids
+    kept = start if ids[: len(start)] == start and len(start) < length else []
+    return [*kept, *ids[len(ids) - length + len(kept) :]]
+
+
 def _label_order(
     names: list[str] | None, label2id: dict[str, int] | None
 ) -> tuple[list[str] | None, list[int] | None]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_ft_ext.data.preprocess import own_special_ids
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.readout import Reading
 from hf_ft_ext.prompts.template import CLS, MASK, SEP, Literal, Part, Sentence, Special, parse_template
@@ -286,15 +287,6 @@ def _spaces_to_the_right(parts: Sequence[Part]) -> list[Part]:
         if part != Literal(""):
             moved.append(part)
     return moved
-
-
-def own_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:
-    """What the tokenizer itself puts before and behind a text: OPT a start token, GPT-2 nothing, T5 an end token."""
-    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    for start in range(len(whole) - len(bare) + 1):
-        if bare and whole[start : start + len(bare)] == bare:
-            return list(whole[:start]), list(whole[start + len(bare) :])
-    return [], []
 
 
 _SENTINEL = "<extra_id_0>"  # T5's mark for a gap in its text
