@@ -284,6 +284,19 @@ def test_words_that_begin_alike_are_named():
     assert [len(tokens) for tokens in model.config.word_sequences] == [6, 5]
 
 
+@pytest.mark.parametrize("words", [["great", "great film"], ["great film", "great"]])
+def test_a_word_that_begins_another_is_named(words, caplog):
+    tokenizer = word_tokenizer()
+    with caplog.at_level("WARNING", "hf_ft_ext.prompts"):
+        word_tokens(tokenizer, words, "a", "sequence_mean")
+        assert "begin those of" not in caplog.text
+        word_tokens(tokenizer, words, "a", "sequence")
+    assert "The tokens of label word 'great' begin those of 'great film'" in caplog.text
+    caplog.clear()
+    word_tokens(tokenizer, ["great film", "great plot"], "a", "sequence")
+    assert "begin those of" not in caplog.text
+
+
 def test_the_same_tokens_for_two_words_are_no_choice():
     with pytest.raises(InputError, match="'GREAT' and 'great' are the same tokens"):
         word_tokens(word_tokenizer(), ["GREAT", "great"], "a", "sequence")
