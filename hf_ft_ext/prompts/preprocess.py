@@ -113,7 +113,8 @@ class _PromptRows:
         self.context = answer_context(parse_template(encoder.template)) if options else ""
 
     def __call__(self, columns: list[list[str]], split: str, indices: list[int]) -> dict[str, list]:
-        options, behind = [], None
+        options: list[list[Ids]] = []
+        behind: list[int] | None = None
         if self.options:
             texts = zip(*(columns[i] for i in self.options), strict=True)
             options = [self._option_ids(row, split, i) for row, i in zip(texts, indices, strict=True)]

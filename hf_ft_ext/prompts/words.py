@@ -189,8 +189,8 @@ def _warn_of_beginning(words: Sequence[str], found: list[list[int]], word: str, 
         (short, a), (long, b) = sorted([(other, its), (word, tokens)], key=lambda pair: len(pair[1]))
         if b[: len(a)] == a:
             logger.warning(
-                "The tokens of label word %r begin those of %r, whose probability as a sequence is never the higher of "
-                "the two: without --calibrate it is never chosen. Pass --word_scoring sequence_mean, or other words.",
+                "The tokens of label word %r begin those of %r, whose probability as a sequence is never the higher "
+                "one: without --calibrate it is never chosen. Pass --word_scoring sequence_mean, or other words.",
                 short, long,
             )  # fmt: skip
 

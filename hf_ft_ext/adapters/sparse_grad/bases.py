@@ -192,15 +192,18 @@ class _Sketches:
         """What takes inputs (tokens, in) and output gradients (tokens, out) of the layer `name`."""
 
         def observe(x: torch.Tensor, g: torch.Tensor) -> None:
+            dtype = self.out.sum.dtype
             again = name in self._runs_again and not self._accumulated  # sums of products take any number of runs
-            if not again and self._rows_are_cheaper(len(x)):
-                gradient = _Rows(x.to(self.out.sum.dtype), g.to(self.out.sum.dtype))
-            else:
-                gradient = _Formed((g.T @ x.to(g.dtype)).to(self.out.sum.dtype))
             if again:
-                formed = gradient.gradient
+                formed = (g.T @ x.to(g.dtype)).to(dtype)
                 self._pending[name] = self._pending[name] + formed if name in self._pending else formed
-            elif self._accumulated:
+                return
+            gradient: _Formed | _Rows
+            if self._rows_are_cheaper(len(x)):
+                gradient = _Rows(x.to(dtype), g.to(dtype))
+            else:
+                gradient = _Formed((g.T @ x.to(g.dtype)).to(dtype))
+            if self._accumulated:
                 self._accumulate(name, gradient)
             else:
                 self._add(name, gradient)
