@@ -18,7 +18,7 @@ from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.prompts.defaults import DECODER_PROMPTS
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
 
-LOGGER = "hf_ft_ext.prompts.encode"
+LOGGER = PromptEncoder.__module__
 TEMPLATE = "*cls**sent_0*_it_was*mask*"
 SHORT, LONG = "a film", "a great film and the plot was dull and very bad and the cast was great " * 4
 FAMILIES = {"bert": "masked", "llama": "llama", "gpt2": "byte-level", "t5": "unigram", "opt": "bytes"}
