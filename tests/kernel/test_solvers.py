@@ -1,4 +1,4 @@
-"""Solvers against their formulas, several classes and labels, grids, and combinations that cannot work."""
+"""Solvers against their formulas, several classes and labels, grids, and invalid combinations."""
 
 import numpy as np
 import pytest
@@ -120,7 +120,7 @@ def plain_asym(kernel, other, labels, r, gamma, mix):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("scalars", [1, 3])
-def test_a_grid_from_one_system_equals_solving_each_value_anew(scalars, symmetric):
+def test_grid_from_one_system_equals_separate_solutions(scalars, symmetric):
     kernel, other = random_problem(scalars, symmetric=symmetric)
     labels = np.arange(15) % max(scalars, 2)
     targets = np.eye(3)[labels] if scalars == 3 else 2.0 * labels[:, None] - 1
@@ -151,7 +151,7 @@ def test_a_grid_takes_one_decomposition(monkeypatch):
 
 
 @pytest.mark.parametrize("r", GRID)
-def test_the_coupled_system_is_the_published_one(r):
+def test_coupled_system_equals_the_published_one(r):
     kernel, other = random_problem(3, symmetric=False)
     labels, gamma, mix = np.arange(15) % 3, 0.7, 0.3
     system = KernelSystem(SolverOptions(Solver.ASYM, gamma=gamma, mix=mix), kernel, labels)
@@ -231,8 +231,8 @@ def test_logistic_regression_is_that_of_scikit_learn(classes, scalars, coupling)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_several_labels_are_solved_each_by_itself():
-    """Every solver: the columns are those of as many two-class problems with one scalar."""
+def test_several_labels_are_solved_separately():
+    """For every solver the columns equal those of separate two-class problems with one scalar."""
     kernel, other = random_problem(3)
     labels = np.random.default_rng(0).integers(0, 2, (15, 3))
     labels[:2], labels[2:4] = 0, 1
@@ -247,7 +247,7 @@ def test_several_labels_are_solved_each_by_itself():
         assert 0 <= model.loss(model.predict(kernel), labels) < model.loss(-model.predict(kernel), labels)
     labels[:, 1] = 1
     for solver in (Solver.SVC, Solver.LOGISTIC):
-        with pytest.raises(InputError, match=f"{solver.value} tells two kinds of rows apart, and of label 1 all"):
+        with pytest.raises(InputError, match=f"{solver.value} separates two classes .* the same value of label 1"):
             solved(SolverOptions(solver, multi_label=True), kernel, labels)
 
 
@@ -268,25 +268,23 @@ def test_the_coupling_follows_solver_task_and_size(caplog):
     assert chosen_coupling(Solver.LSTSQ, "auto", False, 600, 150) is Coupling.PSEUDO
     assert "90000 unknowns" in caplog.text.replace(",", "") and "kernel_classes=pseudo" in caplog.text
     assert chosen_coupling(Solver.LSTSQ, "auto", False, 600, 150, "adjust_for_init") is Coupling.SHARED
-    with pytest.raises(
-        InputError, match="adds the logits up to one scalar, and adjust_for_init needs each class's own"
-    ):
+    with pytest.raises(InputError, match="sums the logits to one scalar, but adjust_for_init needs each class's own"):
         chosen_coupling(Solver.LSTSQ, "pseudo", False, 600, 150, "adjust_for_init")
-    with pytest.raises(InputError, match="and this task has but one"):
+    with pytest.raises(InputError, match="but this task has only one"):
         chosen_coupling(Solver.LSTSQ, "pseudo", False, 600, 1)
     assert chosen_coupling(Solver.LSTSQ, "full", False, 600, 150) is Coupling.FULL
     assert chosen_coupling(Solver.LSTSQ, "auto", False, 2 * FULL_UNKNOWNS, 1) is Coupling.FULL  # nothing to leave out
     assert chosen_coupling(Solver.SVC, "auto", False, 10, 3) is Coupling.SHARED
     assert chosen_coupling(Solver.SVR, "auto", True, 10, 3) is Coupling.BY_CLASS
     with pytest.raises(
-        InputError, match="kernel_classes=full is not for kernel_solver=svc; choose from: auto, shared, pseudo"
+        InputError, match="kernel_classes=full does not work with kernel_solver=svc; choose from: auto, shared, pseudo"
     ):
         chosen_coupling(Solver.SVC, "full", False, 10, 3)
-    with pytest.raises(InputError, match="with several labels per row each label is solved by itself"):
+    with pytest.raises(InputError, match="with several labels per row each label is solved separately"):
         chosen_coupling(Solver.LSTSQ, "full", True, 10, 3)
 
 
-def test_many_classes_are_solved_without_a_matrix_of_all_unknowns():
+def test_many_classes_are_solved_without_the_full_matrix():
     rng = np.random.default_rng(0)
     n, classes = 300, 150
     labels = np.arange(n) % classes
@@ -314,7 +312,7 @@ def test_a_singular_asymmetric_kernel_gives_the_least_norm():
 
 @pytest.mark.parametrize("solver", [Solver.LSTSQ, Solver.SVR, Solver.SVC, Solver.LOGISTIC])
 def test_one_scalar_serves_all_classes(solver):
-    """Of the same kernel `shared` and `pseudo` are the same problem."""
+    """With the same kernel, `shared` and `pseudo` are the same problem."""
     kernel, other = random_problem(3)
     mean, across = (np.einsum("kicjc->kij", k)[:, :, None, :, None] / 3 for k in (kernel, other))
     labels = np.arange(15) % 3
@@ -329,7 +327,7 @@ def test_one_scalar_serves_all_classes(solver):
 
 
 @pytest.mark.parametrize("scalars, coupling", [(1, "full"), (3, "full"), (3, "by_class"), (3, "shared")])
-def test_leaving_one_out_equals_solving_without_the_row(scalars, coupling):
+def test_leave_one_out_equals_solving_without_the_row(scalars, coupling):
     kernel, _ = random_problem(scalars)
     labels, r = np.arange(15) % max(scalars, 2), 0.05
     options = SolverOptions(Solver.LSTSQ, coupling=coupling)
@@ -359,8 +357,8 @@ def test_leaving_one_out_equals_solving_without_the_row(scalars, coupling):
 
 @pytest.mark.parametrize("scalars", [1, 3])
 @pytest.mark.parametrize("r", [0.0, 0.1])
-def test_gradient_flow_is_the_integral_of_its_equation(scalars, r):
-    """d f(x) / dt = -1/N K(x, X) (f(X) - y), and a pull to the start: integrated by Runge and Kutta."""
+def test_gradient_flow_equals_the_integrated_differential_equation(scalars, r):
+    """d f(x) / dt = -1/N K(x, X) (f(X) - y), plus the regularization: integrated by Runge-Kutta."""
     kernel, other = random_problem(scalars, n=6)
     labels = np.arange(6) % max(scalars, 2)
     y = (np.eye(3)[labels] if scalars == 3 else 2.0 * labels[:, None] - 1).reshape(-1)
@@ -389,7 +387,7 @@ def test_gradient_flow_is_the_integral_of_its_equation(scalars, r):
     np.testing.assert_allclose(system.solve(time=0.0).predict(other), 0, atol=1e-12)
 
 
-def test_gradient_flow_on_a_singular_kernel_leaves_the_null_space_alone():
+def test_gradient_flow_does_not_move_in_the_null_space():
     kernel, labels, other, _ = problem(2, 1)  # rank 6 of 24
     found = solved(SolverOptions(Solver.LSTSQ, time=1e12), kernel, labels).predict(other)
     np.testing.assert_allclose(found, solved(SolverOptions(Solver.LSTSQ), kernel, labels).predict(other), rtol=1e-2)
@@ -419,7 +417,7 @@ def test_an_asymmetric_kernel_is_fitted_by_its_columns():
     np.testing.assert_allclose(model.predict(kernel), 2.0 * labels[:, None] - 1, atol=1e-10)
 
 
-def test_rounding_of_float32_leaves_a_kernel_symmetric():
+def test_kernel_with_float32_rounding_counts_as_symmetric():
     features = np.random.default_rng(0).normal(size=(20, 30)).astype(np.float32)
     matrix = (features @ features.T).astype(float)
     assert isinstance(matrix_of(matrix * (1 + 1e-7 * np.tri(20))), SymmetricMatrix)
@@ -428,7 +426,7 @@ def test_rounding_of_float32_leaves_a_kernel_symmetric():
 
 @pytest.mark.parametrize("solver", [Solver.LSTSQ, Solver.SVR])
 @pytest.mark.parametrize("scalars", [1, 2])
-def test_scores(solver, scalars):
+def test_regression_fits_scores(solver, scalars):
     rng = np.random.default_rng(0)
     train, test, weights = rng.normal(size=(40, 5)), rng.normal(size=(30, 5)), rng.normal(size=(5, scalars))
     kernel, other = (np.einsum("ij,ab->iajb", train @ x.T, np.eye(scalars))[None] for x in (train, test))
@@ -438,11 +436,11 @@ def test_scores(solver, scalars):
     for c in range(scalars):
         assert np.corrcoef(model.predict(other)[:, c], truth[:, c])[0, 1] > 0.99
     assert model.loss(model.predict(other), truth) < 0.1 * scalars
-    with pytest.raises(InputError, match=f"each row has {scalars + 1} labels, but the kernel is of {scalars} scalars"):
+    with pytest.raises(InputError, match=f"each row has {scalars + 1} labels, but the kernel has {scalars} scalars"):
         solved(options, kernel, np.zeros((40, scalars + 1)))
 
 
-def test_predictions_relative_to_the_start():
+def test_initial_outputs_are_subtracted_and_added():
     kernel, labels, other, _ = problem(2, 2)
     start, begin = np.random.default_rng(1).normal(size=(24, 2)), np.ones((40, 2))
     kernel = kernel + np.eye(48).reshape(1, 24, 2, 24, 2)  # of full rank
@@ -451,7 +449,7 @@ def test_predictions_relative_to_the_start():
     np.testing.assert_allclose(model.predict(other, begin) - model.predict(other), 1, rtol=1e-10)
 
 
-def test_an_ill_conditioned_kernel_is_said_to_be_one(caplog):
+def test_ill_conditioned_kernel_is_warned_about(caplog):
     kernel, labels, other, _ = problem(2, 1, n=24)  # rank 6
     model = solved(SolverOptions(Solver.LSTSQ), kernel, labels)
     assert model.rank == 6 and model.condition > 1e12
@@ -459,7 +457,7 @@ def test_an_ill_conditioned_kernel_is_said_to_be_one(caplog):
     assert np.isfinite(model.predict(other)).all()
 
 
-def test_a_solution_is_its_arrays():
+def test_solution_is_restored_from_its_arrays():
     kernel, other = random_problem(3)
     for solver in Solver:
         model = solved(SolverOptions(solver, 1e-2, svm_c=0.05), kernel, np.arange(15) % 3)
@@ -478,24 +476,24 @@ def test_a_solution_is_its_arrays():
     [
         ({"solver": Solver.LOGISTIC, "regression": True}, "logistic classifies, but the task is regression; pass"),
         ({"solver": Solver.SVC, "regression": True}, "kernel_solver=svc classifies"),
-        ({"solver": Solver.ASYM}, "needs|solves with a kernel and its flip, which kernel_formula=sgd does not give"),
+        ({"solver": Solver.ASYM}, "needs a kernel and its flip, which kernel_formula=sgd does not give"),
         ({"solver": Solver.SVR, "formula": Formula.ASYMMETRIC_SIGNGD}, "svr needs a symmetric kernel"),
-        ({"solver": Solver.SVC, "adjust_for_init": True}, "predicts classes, from which the logits at the start"),
+        ({"solver": Solver.SVC, "adjust_for_init": True}, "fits classes, from which the model's initial logits"),
         ({"binary": True, "classes": 3}, "binary_classification needs two classes, but the task has 3 classes"),
         ({"binary": True, "regression": True}, "but the task has scores"),
         ({"time": 2.0, "formula": Formula.SIGNGD, "adjust_for_init": True}, "not lstsq and signgd"),
-        ({"time": 2.0, "solver": Solver.SVR, "adjust_for_init": True}, "kernel_time=2 is about gradient flow"),
-        ({"time": 2.0}, "training starts from the model's own outputs; pass adjust_for_init too"),
+        ({"time": 2.0, "solver": Solver.SVR, "adjust_for_init": True}, "kernel_time=2 means gradient flow"),
+        ({"time": 2.0}, "gradient flow starts from the model's own outputs; pass adjust_for_init too"),
     ],
 )
-def test_combinations_that_cannot_work(options, message):
+def test_invalid_combinations_are_refused(options, message):
     defaults = {"solver": Solver.LSTSQ, "formula": Formula.SGD, "regression": False, "adjust_for_init": False}
     with pytest.raises(InputError, match=message):
         check_combination(**{**defaults, "classes": 2, "binary": False, **options})
 
 
-def test_labels_that_cannot_be_learnt():
-    with pytest.raises(InputError, match="no example of 'b', 'd'; a kernel method learns only"):
+def test_labels_that_cannot_be_fitted_are_refused():
+    with pytest.raises(InputError, match="no example of 'b', 'd'; a kernel method can only predict"):
         check_labels(np.array([0, 2, 2]), ["a", "b", "c", "d"])
     kernel, _, _, _ = problem(2, 1, n=3)
     with pytest.raises(InputError, match="a class has a single example; pass kernel_solver=lstsq"):

@@ -15,8 +15,8 @@ from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.data.tasks import TASKS, Task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.collator import ContextCollator
-from hf_ft_ext.prompts.defaults import DECODER_PROMPTS
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
+from hf_ft_ext.prompts.templates.defaults import DECODER_PROMPTS
 
 LOGGER = PromptEncoder.__module__
 TEMPLATE = "*cls**sent_0*_it_was*mask*"

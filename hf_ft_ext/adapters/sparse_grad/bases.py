@@ -10,8 +10,10 @@ The gradient `G = sum_i G_i` of several micro-batches exists at no time. They pa
 """
 
 import contextlib
+import functools
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.adapters.layers import plain_name, shown_name
 from hf_ft_ext.adapters.sparse_grad.config import DEFAULT_GRADIENTS
+from hf_ft_ext.adapters.sparse_grad.functions import narrowed
 from hf_ft_ext.adapters.sparse_grad.layer import SparseGradColumns, SparseGradLayer
 from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns, sparse_grad_layers
 from hf_ft_ext.adapters.sparse_grad.subspace import Sketch, random_test_matrix, seed_of
@@ -101,12 +104,12 @@ def bases_from_steps(
         stack.enter_context(torch.random.fork_rng(_accelerators(model)))
         stack.enter_context(_without_dropout(model))
         stack.enter_context(only_trainable(model, values))
-        calls = _calls(model, groups, lambda: loss(model, _moved(first[0], device)))
-        sums = _sketches(groups, calls, adapter_name, seed)
+        sums = _sketches(groups, seed)
 
         def pass_on(batch: Any) -> None:
             with torch.enable_grad(), _observed(sums, adapter_name):
-                value = loss(model, _moved(batch, device))
+                with _runs_counted(sums):
+                    value = loss(model, _moved(batch, device))
                 if not value.requires_grad:
                     raise InputError(
                         f"the loss of {type(model).__name__} has no gradient with dropout off, so none reaches the "
@@ -135,10 +138,10 @@ class _Formed(NamedTuple):
     gradient: torch.Tensor
 
     def times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return self.gradient @ matrix
+        return narrowed(self.gradient, matrix)
 
     def transposed_times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return self.gradient.T @ matrix
+        return narrowed(self.gradient.T, matrix)
 
 
 class _Rows(NamedTuple):
@@ -148,10 +151,10 @@ class _Rows(NamedTuple):
     g: torch.Tensor
 
     def times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return self.g.T @ (self.x @ matrix)
+        return narrowed(self.g.T, narrowed(self.x, matrix))
 
     def transposed_times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return self.x.T @ (self.g @ matrix)
+        return narrowed(self.x.T, narrowed(self.g, matrix))
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -161,13 +164,11 @@ class _Sketches:
     """The two sketches of a set of columns, over all gradients of the layers that have it."""
 
     def __init__(
-        self, columns: SparseGradColumns, layers: list[tuple[str, SparseGradLayer]], calls: Mapping[str, int],
-        out: Sketch, inp: Sketch,
-    ):  # fmt: skip
+        self, columns: SparseGradColumns, layers: list[tuple[str, SparseGradLayer]], out: Sketch, inp: Sketch
+    ):
         self.columns, self.layers, self.out, self.inp = columns, layers, out, inp
         self.step = -1
-        # A layer that runs several times in a forward pass has one gradient, the sum of its runs'.
-        self._runs_again = {name for name, _ in layers if calls.get(name, 0) > 1}
+        self.runs: Counter[str] = Counter()  # of each layer in the forward pass of this batch
         self._pending: dict[str, torch.Tensor] = {}
         self._accumulated = False
         self._sums: dict[str, Pair] = {}  # of products, over the micro-batches of a pass
@@ -183,6 +184,7 @@ class _Sketches:
     def end_step(self) -> None:
         for name in list(self._pending):
             self._add(name, _Formed(self._pending.pop(name)))
+        self.runs.clear()
         if self._accumulated:
             for name, (out, inp) in self._over_processes_and_layers().items():
                 self._take(name, self.out, out)
@@ -193,8 +195,8 @@ class _Sketches:
 
         def observe(x: torch.Tensor, g: torch.Tensor) -> None:
             dtype = self.out.sum.dtype
-            again = name in self._runs_again and not self._accumulated  # sums of products take any number of runs
-            if again:
+            # A layer that runs several times has one gradient, the sum of its runs'; sums of products take any number.
+            if self.runs[name] > 1 and not self._accumulated:
                 formed = (g.T @ x.to(g.dtype)).to(dtype)
                 self._pending[name] = self._pending[name] + formed if name in self._pending else formed
                 return
@@ -254,7 +256,7 @@ class _Sketches:
         sketch.add(product)
 
 
-def _sketches(groups: list, calls: Mapping[str, int], adapter_name: str, seed: int) -> list[_Sketches]:
+def _sketches(groups: list, seed: int) -> list[_Sketches]:
     test_matrices: dict[tuple, torch.Tensor] = {}  # shared by all layers of a size
 
     def omega(columns: torch.Tensor) -> torch.Tensor:
@@ -267,7 +269,7 @@ def _sketches(groups: list, calls: Mapping[str, int], adapter_name: str, seed: i
     found = []
     for columns, layers in groups:
         sides = (columns.out_columns, columns.in_columns)
-        found.append(_Sketches(columns, layers, calls, *(Sketch(omega(side), side.shape[1]) for side in sides)))
+        found.append(_Sketches(columns, layers, *(Sketch(omega(side), side.shape[1]) for side in sides)))
     return found
 
 
@@ -323,20 +325,23 @@ def _over_processes(part: torch.Tensor) -> torch.Tensor:
     return part / _processes()
 
 
-def _calls(model: nn.Module, groups: list, forward: Callable[[], Any]) -> dict[str, int]:
-    """How often each layer runs in a forward pass."""
-    counts: dict[str, int] = {}
+@contextlib.contextmanager
+def _runs_counted(sums: list[_Sketches]) -> Iterator[None]:
+    """Count how often each layer runs within: in a forward pass, not in what a backward pass recomputes."""
     hooks = []
-    for name, layer in (named for _, layers in groups for named in layers):
-        hook = layer.register_forward_pre_hook(lambda *_, name=name: counts.update({name: counts.get(name, 0) + 1}))
-        hooks.append(hook)
+    for sketches in sums:
+        for name, layer in sketches.layers:
+            count = functools.partial(_count_run, sketches.runs, name)
+            hooks.append(layer.register_forward_pre_hook(count))
     try:
-        with torch.no_grad():
-            forward()
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return counts
+
+
+def _count_run(runs: Counter[str], name: str, *_: Any) -> None:
+    runs[name] += 1
 
 
 @contextlib.contextmanager
