@@ -64,7 +64,8 @@ class Logistic(nn.Module):
 
 PROBLEMS = {"quadratic": Quadratic, "logistic": Logistic}
 RULES = {
-    "sgd": {}, "sign": {"update": "sign"}, "momentum": {"update": "momentum", "moments": "buffer"},
+    "sgd": {}, "sign": {"update": "sign"}, "sign-rademacher": {"update": "sign", "direction": "rademacher"},
+    "momentum": {"update": "momentum", "moments": "buffer"},
     "adam": {"update": "adam", "betas": (0.9, 0.99)}, "rms": {"update": "rms"},
     "conservative": {"update": "conservative"}, "rademacher": {"direction": "rademacher"},
     "one-sided": {"estimate": "one-sided", "num_directions": 8},

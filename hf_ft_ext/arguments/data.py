@@ -82,9 +82,14 @@ class FewShotArguments:
         default=None,
         metadata={"help": "Prompts: most tokens of any other text, those of demonstrations too; none = the task's."},
     )
-    truncate_head: bool = field(
-        default=False,
-        metadata={"help": "Prompts: what is too long loses the beginning of its texts, not the end. The mask stays."},
+    truncate_head: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts: what is too long loses the beginning of its texts, not the end. The mask stays. none = "
+            "the task's own: the beginning in MeZO's tasks of several texts, whose questions come last, else the end.",
+            "nargs": "?",
+            "const": True,
+        },
     )
     untie_words: bool = field(
         default=False,

@@ -170,9 +170,13 @@ def load_language_data(
                 f"--{option} {getattr(data_args, option)} is about classes, and a language model writes text; leave "
                 "it out, or --task_type"
             )
-    if data_args.streaming or data_args.pad_to_max_length:
-        option = "streaming" if data_args.streaming else "pad_to_max_length"
-        raise InputError(f"--{option} is not for --task_type causal_lm and seq2seq_lm; leave it out")
+    if data_args.streaming:
+        raise InputError(
+            "--streaming: rows of a language model are checked and counted before training, so they cannot be a "
+            "stream; leave it out: data sets are read from disk by memory mapping, and need not fit into memory"
+        )
+    if data_args.pad_to_max_length:
+        raise InputError("--pad_to_max_length is not for --task_type causal_lm and seq2seq_lm; leave it out")
     check_sampling(data_args)
     if data_args.sample == STRATIFIED:
         raise InputError("--sample stratified keeps the shares of classes, and rows of text have none; pass random")

@@ -29,6 +29,9 @@ class RowEncoder(Protocol):
     def features(self, split: str) -> dict[str, Any]:
         """Names and types of the columns."""
 
+    def report(self, split: str, so_far: bool) -> None:
+        """Log what is known of the rows of `split`: after all of them, or with `so_far` after some of a stream."""
+
 
 def tokenize(
     data: TaskData,
@@ -130,6 +133,9 @@ class _PlainEncoder:
         # Probing one row tells which columns this tokenizer returns, so that labels get their type from the start.
         return {name: Sequence(column_type(name)) for name in self.tokenizer(*[["a"]] * self.texts, **self.options)}
 
+    def report(self, split: str, so_far: bool) -> None:
+        """Nothing: texts without tokens are logged when they come."""
+
 
 def column_type(name: str) -> Value:
     """Type of the entries of a tokenised column."""
@@ -153,6 +159,23 @@ def check_length(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, m
                 f"--max_seq_length {limit} or less"
             )
     return length
+
+
+def own_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer itself puts before and behind a text: OPT a start token, GPT-2 nothing, T5 an end token."""
+    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return list(whole[:start]), list(whole[start + len(bare) :])
+    return [], []
+
+
+def without_beginning(ids: list[int], length: int, start: list[int]) -> list[int]:
+    """The last tokens of a prompt, behind the `start` that the tokenizer puts in front of a text: `length` at most."""
+    if len(ids) <= length:
+        return ids
+    kept = start if ids[: len(start)] == start and len(start) < length else []
+    return [*kept, *ids[len(ids) - length + len(kept) :]]
 
 
 def _label_order(
@@ -181,6 +204,8 @@ def _tokenize_split(
     regression, several = data.problem_type == REGRESSION, data.problem_type == MULTI_LABEL
     positions = None if new_ids is None else [new_ids.index(i) for i in range(len(new_ids))]  # old id of each new one
 
+    streamed = isinstance(rows, IterableDataset)
+
     def convert(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         texts = [batch[column] for column in data.text_columns]
         for column, values in zip(data.text_columns, texts, strict=True):
@@ -197,6 +222,8 @@ def _tokenize_split(
                 encoded["labels"] = [[row[i] for i in positions] for row in labels]
             else:
                 encoded["labels"] = [new_ids[label] for label in labels] if new_ids and not regression else labels
+        if streamed:
+            encoder.report(split, so_far=True)
         return encoded
 
     features = encoder.features(split)
@@ -205,6 +232,8 @@ def _tokenize_split(
             ml.feature(len(data.label_names)) if several else Value("float32" if regression else "int64")
         )
     options = {"batched": True, "with_indices": True, "remove_columns": rows.column_names}
-    if isinstance(rows, IterableDataset):
+    if streamed:
         return rows.map(convert, batch_size=_STREAMED, features=Features(features), **options)
-    return rows.map(convert, features=Features(features), keep_in_memory=True, desc=f"Tokenizing {split}", **options)
+    made = rows.map(convert, features=Features(features), keep_in_memory=True, desc=f"Tokenizing {split}", **options)
+    encoder.report(split, so_far=False)
+    return made

@@ -29,7 +29,9 @@ def calibrate(
     """Subtract from all logits, from now on, those of the template around empty texts.
 
     With demonstrations the empty texts stand in `num_sample` contexts, drawn as those of a row to evaluate (without
-    `demo_filter`, which has no text to compare), and the mean of their logits is subtracted.
+    `demo_filter`, which has no text to compare), and the mean of their logits is subtracted: one bias for the model.
+    The source has the same demonstrations for all rows, and so for the content-free text; it also averages over three
+    of these ("N/A", "[MASK]" and the empty text).
 
     Args:
         data_seed: of the demonstrations.

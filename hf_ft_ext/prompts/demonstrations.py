@@ -84,8 +84,12 @@ class DemonstrationRows:
         try:
             encoder.first_limit = other  # a demonstration's texts are all "other" texts
             texts = encoder.text_ids([self.data.train[column][:] for column in self.data.text_columns])
+            encoder.cut.rows = len(words)
+            for row in zip(*texts, strict=True):
+                encoder.cut.add_row(encoder.length(row), encoder.max_length)
         finally:
             encoder.first_limit = first
+        encoder.report_cut_rows("demonstration")
         blocks = []
         for row, word in zip(zip(*texts, strict=True), words, strict=True):
             ids, segments = encoder.join(row, encoder.max_length)
@@ -124,16 +128,23 @@ class DemonstrationRows:
         ids, segments = [], []
         for position, index in enumerate(indices):
             pools = self._pools(split, index, None if kept is None else kept[position])
-            for sample in range(samples):
-                one = self._context(texts[position], self._draw(pools, split, index, sample), split, index)
+            drawn = [self._draw(pools, split, index, sample) for sample in range(samples)]
+            shown = max(sum(len(self.blocks[row][0]) for row in rows) for rows in drawn)
+            self.encoder.cut.add_row(self.encoder.length(texts[position]) + shown, self.encoder.max_length)
+            for rows in drawn:
+                one = self._context(texts[position], rows, split, index)
                 ids.append(one[0])
                 segments.append(one[1])
+        self.encoder.cut.rows += len(indices)
         result = self.encoder.columns(ids, segments)
         if samples > 1:
             result = {
                 name: [rows[i : i + samples] for i in range(0, len(rows), samples)] for name, rows in result.items()
             }
         return result
+
+    def report(self, split: str, so_far: bool) -> None:
+        self.encoder.report_cut_rows(split, so_far)
 
     def _pools(self, split: str, index: int, similarity: np.ndarray | None) -> list[np.ndarray]:
         """Rows of each class that may be drawn."""

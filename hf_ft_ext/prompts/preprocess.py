@@ -18,8 +18,6 @@ from hf_ft_ext.prompts.templates.encode import Ids, PromptEncoder, answer_contex
 from hf_ft_ext.prompts.templates.template import parse_template
 from hf_ft_ext.prompts.templates.words import FIRST_TOKEN, answer_tokens
 
-_OPTION_TOKENS = 64  # most tokens of a row's own option
-
 
 def tokenize_prompts(
     data: TaskData,
@@ -72,6 +70,7 @@ def prompt_encoder(
         length = task.max_seq_length * (2 if data_args.few_shot_type == PROMPT_DEMO else 1)
         length = min(length, model_max_length or length, tokenizer.model_max_length)
     length = check_length(tokenizer, replace(data_args, max_seq_length=length), model_max_length)
+    head = task.truncate_head if data_args.truncate_head is None else data_args.truncate_head
     given = data_args.first_sent_limit, data_args.other_sent_limit
     own = task.first_sent_limit, task.other_sent_limit
     first, other = (mine if yours is None else yours for yours, mine in zip(given, own, strict=True))
@@ -79,22 +78,23 @@ def prompt_encoder(
         tokenizer,
         config.template,
         len(data.text_columns),
-        length - _room_for_words(config, data_args),
+        length - _room_for_words(config),
         first,
         other,
-        data_args.truncate_head,
+        head,
         config.reading,
     )
     encoder.check_limits(*given)
     return encoder
 
 
-def _room_for_words(config: PromptConfig, data_args: DataArguments) -> int:
-    """Positions that label words scored as sequences take behind the row, of a causal model."""
-    if config.reading != Reading.LAST or config.word_scoring == FIRST_TOKEN:
+def _room_for_words(config: PromptConfig) -> int:
+    """Positions that label words scored as sequences take behind the row, of a causal model.
+
+    The last token of a word is predicted and never read. A row's own options take room of that row alone.
+    """
+    if config.reading != Reading.LAST or config.word_scoring == FIRST_TOKEN or config.words is None:
         return 0
-    if config.words is None:
-        return min(_OPTION_TOKENS, (data_args.max_seq_length or _OPTION_TOKENS * 4) // 4)
     return max(map(len, config.word_sequences)) - 1
 
 
@@ -113,22 +113,39 @@ class _PromptRows:
         self.context = answer_context(parse_template(encoder.template)) if options else ""
 
     def __call__(self, columns: list[list[str]], split: str, indices: list[int]) -> dict[str, list]:
-        encoded = self.encoder(columns)
+        options: list[list[Ids]] = []
+        behind: list[int] | None = None
+        if self.options:
+            texts = zip(*(columns[i] for i in self.options), strict=True)
+            options = [self._option_ids(row, split, i) for row, i in zip(texts, indices, strict=True)]
+            if self.encoder.reading is Reading.LAST:  # the options of an encoder-decoder go to its decoder
+                behind = [max(map(len, tokens)) - 1 for tokens in options]
+        encoded = self.encoder(columns, behind)
         if self.padded is not None:
             encoded = dict(self.encoder.tokenizer.pad(encoded, padding="max_length", max_length=self.padded))
         if self.options:
-            texts = zip(*(columns[i] for i in self.options), strict=True)
-            encoded["option_ids"] = [self._option_ids(row, split, i) for row, i in zip(texts, indices, strict=True)]
+            encoded["option_ids"] = [padded_words(tokens).tolist() for tokens in options]
         return encoded
 
     def _option_ids(self, texts: tuple[str, ...], split: str, index: int) -> list[Ids]:
-        tokens = [answer_tokens(self.encoder.tokenizer, text, self.context)[:_OPTION_TOKENS] for text in texts]
+        tokens = [answer_tokens(self.encoder.tokenizer, text, self.context) for text in texts]
         if not all(tokens):
             raise InputError(
                 f"row {index} of split '{split}' has an option without tokens: {texts[tokens.index([])]!r}; fill or "
                 "remove it"
             )
-        return padded_words(tokens).tolist()
+        # cut options could be told apart no more, or chosen for their length
+        longest, encoder = max(map(len, tokens)), self.encoder
+        row = encoder.overhead + len(encoder.sentences) if encoder.reading is Reading.LAST else 0
+        if row + longest - 1 > encoder.max_length:
+            raise InputError(
+                f"row {index} of split '{split}' has an option of {longest} tokens, which leaves no room for the row "
+                f"in max_seq_length={encoder.max_length}; pass a higher --max_seq_length, or shorten the option"
+            )
+        return tokens
+
+    def report(self, split: str, so_far: bool) -> None:
+        self.encoder.report_cut_rows(split, so_far)
 
     def features(self, split: str) -> dict[str, Any]:
         columns = {name: Sequence(column_type(name)) for name in self.encoder.columns([[0]], None)}

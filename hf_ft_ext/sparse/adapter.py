@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer
 
 from hf_ft_ext.adapters.layers import plain_name
-from hf_ft_ext.adapters.sparse_grad.bases import compute_bases
+from hf_ft_ext.adapters.sparse_grad.bases import bases_from_steps
 from hf_ft_ext.adapters.sparse_grad.config import GRADIENT, PER_KIND, PER_LAYER, Init, SparseGradConfig
 from hf_ft_ext.adapters.sparse_grad.config import RANDOM as RANDOM_COLUMNS
 from hf_ft_ext.adapters.sparse_grad.config import SVD as SINGULAR_VECTORS
@@ -18,7 +18,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.models.peft import carries_adapters, task_type_of, trained_in_full
 from hf_ft_ext.sparse.arguments import HOSVD, NOTHING, RANDOM, SVD, SparseTrainingArguments
-from hf_ft_ext.sparse.prepass import own_micro_batches
+from hf_ft_ext.sparse.prepass import own_steps
 from hf_ft_ext.sparse.targets import find_targets
 from hf_ft_ext.training.weights.precision import train_in_float32
 
@@ -75,21 +75,23 @@ def columns_of(model: PeftModel) -> list[SparseGradColumns]:
 
 
 def choose_columns(trainer: Trainer) -> None:
-    """The gradient pre-pass, on `sparse_basis_steps` micro-batches of the trainer's training data.
+    """The gradient pre-pass, on the batches of `sparse_basis_steps` optimizer steps of the trainer's training data.
 
     Raises:
         InputError: a gradient is not finite, or there is no training data.
     """
     args = trainer.args
 
-    def loss(model: torch.nn.Module, batch: dict) -> torch.Tensor:
+    def loss(model: torch.nn.Module, weighted: tuple[dict, float]) -> torch.Tensor:
+        batch, weight = weighted
         with trainer.compute_loss_context_manager():
-            return trainer.compute_loss(model, trainer._prepare_inputs(batch))
+            return weight * trainer.compute_loss(model, trainer._prepare_inputs(batch))
 
-    compute_bases(
+    bases_from_steps(
         trainer.model,
-        own_micro_batches(trainer, args.basis_steps),
+        own_steps(trainer, args.basis_steps),
         loss,
+        accumulated=args.gradient_accumulation_steps > 1,
         gradients=args.basis_steps,
         seed=0,  # equal on all processes, whatever their `seed`
         progress=not args.disable_tqdm and trainer.is_world_process_zero(),

@@ -159,21 +159,35 @@ def _batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:
         yield [collate(examples[i : i + micro]) for i in range(0, len(examples), micro)]
 
 
-def own_micro_batches(trainer: Trainer, count: int) -> Iterator[dict]:
-    """This process's part of each of `count` micro-batches of training data.
+def own_steps(trainer: Trainer, count: int) -> Iterator[list[tuple[dict, float]]]:
+    """This process's micro-batches of each of `count` optimizer steps, with weights for their mean losses.
 
     Together the processes read the same rows as one process with their batch sizes' sum would; where the trainer's
-    data loader or sampler was overridden, each reads its own loader. No global generator is used.
+    data loader or sampler was overridden, each reads its own loader. The gradient of a step is that of the mean loss
+    over all of its labels: the sum of the weighted ones here, and the mean over processes. No global generator is
+    used.
     """
     args = trainer.args
+    shifted = predicts_next_tokens(trainer.model)
+    for batches in _own_batches(trainer, count):
+        sizes = [_label_count(batch, shifted) for batch in batches]
+        labels = float(sum(sizes))
+        if args.world_size > 1:
+            labels = trainer.accelerator.reduce(torch.tensor(labels, device=args.device)).item()
+        yield [(batch, size * args.world_size / max(labels, 1.0)) for batch, size in zip(batches, sizes, strict=True)]
+
+
+def _own_batches(trainer: Trainer, count: int) -> Iterator[list[dict]]:
+    args = trainer.args
     if draws_own_batches(trainer):
-        yield from loader_batches(trainer, count)
+        yield from _loader_batches(trainer, count, draw=0)
         return
+    micro = args.train_batch_size
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="pre-pass")
-    for examples in _examples(trainer, count, args.train_batch_size * args.world_size, draw=0):
+    for examples in _examples(trainer, count, trainer.get_total_train_batch_size(args), draw=0):
         share = -(-len(examples) // args.world_size)
-        mine = examples[args.process_index * share :][:share]
-        yield collate(mine or examples[:share])  # with fewer rows than processes some are read twice
+        mine = examples[args.process_index * share :][:share] or examples[:share]  # few rows: some are read twice
+        yield [collate(mine[i : i + micro]) for i in range(0, len(mine), micro)]
 
 
 def _examples(trainer: Trainer, steps: int, batch_size: int, draw: int) -> Iterator[list]:

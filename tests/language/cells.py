@@ -31,8 +31,12 @@ SPSA = {"search_method": "spsa", "search_target": "all", "search_eps": 0.1, "lea
 VARIANTS = {
     "full": ("full", SGD),
     "lora": ("lora", {"lora_r": 2, **SGD}),
-    # columns from gradients are those of micro-batches, so they differ with their size: random ones do not
-    "sparse": ("sparse", {"sparse_density": 0.05, **SPARSE, "sparse_basis": "random"}),
+    "sparse": ("sparse", {"sparse_density": 0.05, "sparse_basis_steps": 4, **SPARSE}),
+    "sparse-kind": (
+        "sparse",
+        {"sparse_density": 0.05, "sparse_basis_steps": 4, "sparse_basis_scope": "kind", **SPARSE},
+    ),
+    "sparse-random": ("sparse", {"sparse_density": 0.05, "sparse_basis": "random", **SPARSE}),
     "sparse-dynamic": (
         "sparse",
         {"sparse_support": "dynamic", "sparse_density": 1.0, "sparse_basis_steps": 2, **SPARSE},

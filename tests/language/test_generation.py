@@ -7,10 +7,12 @@ import types
 
 import pytest
 import torch
+from datasets import Dataset
 from decoders import decoder, save_decoder, subword_tokenizer
 
 import run_glue
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.launch.language.building import encoder_decoder_rows
 from hf_ft_ext.launch.language.trainers import Generation, generate_texts, report_long_rows
 from hf_ft_ext.metrics.generation import generation_metrics
 
@@ -104,6 +106,37 @@ def test_texts_are_the_likeliest_tokens_one_by_one(family):
     assert tokenizer.padding_side == "right"
 
 
+@torch.no_grad()
+def test_a_causal_model_goes_on_from_the_prompt_not_from_behind_its_end():
+    tokenizer = subword_tokenizer("bytes")  # puts an end token behind every text
+    model = decoder("gpt2", len(tokenizer))
+    (found,) = generate_texts(stand_in(model, tokenizer), ["a film"], Generation(max_new_tokens=5))
+    ids = [ord(letter) + 3 for letter in "a film"]  # ByT5's tokens: bytes behind three special ones
+    for _ in range(5):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    assert found == tokenizer.decode(ids[6:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize(("kind", "start", "end"), [("llama", [1], []), ("unigram", [], [2]), ("byte-level", [], [])])
+def test_long_prompts_lose_their_beginning_but_for_the_start_token(kind, start, end):
+    tokenizer = subword_tokenizer(kind)
+    text = "we hated the dull scene, but not the ending! " * 3 + "it was"
+    whole = tokenizer(text)["input_ids"]
+    if kind != "llama":  # an encoder-decoder's
+        data = Dataset.from_dict({"prompt": [text, "it was"], "completion": ["great", "great"]})
+        rows = encoder_decoder_rows("train", data, tokenizer, 12)["input_ids"]
+        assert rows[0] == whole[-12:] and rows[1] == tokenizer("it was")["input_ids"]
+        assert rows[0][12 - len(end) :] == end
+    asked = []
+    trainer = stand_in(decoder("llama", len(tokenizer)), tokenizer)
+    trainer.model.generate = lambda input_ids, **_: asked.extend(input_ids.tolist()) or input_ids
+    generate_texts(trainer, [text], Generation(max_new_tokens=8), context=20)
+    bare = whole[: len(whole) - len(end)]
+    assert asked == [[*start, *bare[len(bare) - 12 + len(start) :]]]
+
+
 def test_what_cannot_be_generated():
     tokenizer = subword_tokenizer("byte-level")
     trainer = stand_in(decoder("gpt2", len(tokenizer)), tokenizer)
@@ -194,7 +227,7 @@ def folder(tmp_path_factory):
         ("pairs", ("--metric_for_best_model", "f1", "--eval_strategy", "steps"), "a language model has: loss, perpl"),
         ("pairs", ("--few_shot_type", "prompt"), "--few_shot_type prompt says a class by a word"),
         ("pairs", ("--sample", "stratified", "--max_train_samples", "1"), "keeps the shares of classes"),
-        ("pairs", ("--streaming", "--max_steps", "1"), "--streaming is not for --task_type causal_lm"),
+        ("pairs", ("--streaming", "--max_steps", "1"), "--streaming: rows of a language model are checked"),
     ],
 )  # fmt: skip
 def test_bad_input_ends_in_one_line_before_training(folder, tmp_path, capsys, monkeypatch, data, options, message):

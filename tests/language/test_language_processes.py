@@ -16,6 +16,8 @@ CELLS = {
     "full": ("opt", "llama"),
     "lora": ("llama", "t5"),
     "sparse": ("qwen3", "gpt2"),
+    "sparse-kind": ("t5", "llama"),
+    "sparse-random": ("opt", None),
     "sparse-dynamic": ("gpt2", "qwen3"),
     "fisher": ("t5", "llama"),
     "spsa": ("gpt2", "opt"),

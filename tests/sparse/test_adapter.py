@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import re
 
 import pytest
 import torch
@@ -216,21 +217,31 @@ def test_a_causal_language_model_with_chosen_layers(tmp_path):
     assert torch.equal(loaded.eval()(**batch).logits, trainer.model.eval()(**batch).logits)
 
 
-def test_the_pre_pass_takes_micro_batches_of_the_training_data(tmp_path):
-    trainer = structured(tmp_path, per_device_train_batch_size=4, sparse_density=0.9)  # exact sketches
+@pytest.mark.parametrize("scope", ["layer", "kind"])
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2), (1, 4)])
+def test_the_pre_pass_takes_the_batches_of_optimizer_steps(tmp_path, scope, batch, accumulation):
+    trainer = structured(
+        tmp_path, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulation, sparse_density=0.9,
+        sparse_basis_scope=scope,
+    )  # fmt: skip
     choose_columns(trainer)
     order = torch.randperm(32, generator=torch.Generator().manual_seed(42)).tolist()
     base = tiny_model().eval()
     sums = {}
+
+    def group_of(name):
+        return re.sub(r"\.\d+\.", ".", name) if scope == "kind" else name
+
     for i in range(3):
         base.zero_grad()
         base(**trainer.data_collator([tiny_dataset(32)[row] for row in order[4 * i : 4 * i + 4]])).loss.backward()
         for name, _ in sparse_grad_layers(trainer.model):
             gradient = base.get_submodule(name.removeprefix("base_model.model.")).weight.grad.double()
-            sums[name] = sums.get(name, 0) + gradient @ gradient.T
+            group = group_of(name)
+            sums[group] = sums.get(group, 0) + gradient @ gradient.T
     for name, layer in sparse_grad_layers(trainer.model):
         found = layer.sparse_grad_columns["default"].out_columns.double()[:, :3]
-        leading = torch.linalg.eigh(sums[name]).eigenvectors.flip(1)[:, :3]
+        leading = torch.linalg.eigh(sums[group_of(name)]).eigenvectors.flip(1)[:, :3]
         torch.testing.assert_close((leading.T @ found).abs(), torch.eye(3).double(), rtol=0, atol=2e-2)
 
 

@@ -4,6 +4,9 @@ For gradients `G_1 ... G_n` (out x in) of a layer, or of all layers of a kind, t
 of `sum G G^T` and `sum G^T G`. Only the leading r and c of them are needed, so only the sketch `sum G (G^T Omega)`
 with r + 10 columns is accumulated (`subspace`). A layer's gradient is computed from its inputs and output gradients
 during the backward pass; at most one is in memory at a time. Base weights need no gradient, so they may be quantized.
+
+The gradient `G = sum_i G_i` of several micro-batches is never formed. They pass twice: the first time for
+`P = sum_i G_i^T Omega`, the second time for `G (G^T Omega) = sum_i G_i P`.
 """
 
 import contextlib
@@ -11,8 +14,8 @@ import functools
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -63,15 +66,38 @@ def compute_bases(
 
     Source: Chekalina et al., EMNLP 2024, arXiv 2410.07383, section 3.
     """
+    bases_from_steps(
+        model, ([batch] for batch in batches), loss, False, gradients=gradients, adapter_name=adapter_name, seed=seed,
+        progress=progress,
+    )  # fmt: skip
+
+
+def bases_from_steps(
+    model: nn.Module,
+    steps: Iterable[Sequence[Any]],
+    loss: Loss | None,
+    accumulated: bool,
+    *,
+    gradients: int = DEFAULT_GRADIENTS,
+    adapter_name: str | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> None:
+    """As `compute_bases`, each gradient from the micro-batches of an optimizer step, whose losses are added up.
+
+    Args:
+        steps: micro-batches of one step each; over several processes a gradient is the mean of theirs.
+        accumulated: whether any step of any process has several; they pass twice.
+    """
     adapter_name = _active_adapter(model) if adapter_name is None else adapter_name
     groups = layers_by_columns(model, adapter_name)
     _check_adapter(model, adapter_name, groups)
     loss = _own_loss if loss is None else loss
-    batches = iter(batches)
-    first = next(batches, None)
+    steps = iter(steps)
+    first = next(steps, None)
     if first is None:
         raise InputError("compute_bases got no batch, and it needs one for each gradient; pass some training batches")
-    batches = itertools.islice(itertools.chain([first], batches), gradients)
+    steps = itertools.islice(itertools.chain([first], steps), gradients)
     device = next(model.parameters()).device
     values = [layer.sparse_grad_values[adapter_name] for _, layers in groups for _, layer in layers]
     with contextlib.ExitStack() as stack:
@@ -79,9 +105,8 @@ def compute_bases(
         stack.enter_context(_without_dropout(model))
         stack.enter_context(only_trainable(model, values))
         sums = _sketches(groups, seed)
-        for batch in tqdm(batches, total=gradients, desc="gradient basis", disable=not progress):
-            for sketches in sums:
-                sketches.batch += 1
+
+        def pass_on(batch: Any) -> None:
             with torch.enable_grad(), _observed(sums, adapter_name):
                 with _runs_counted(sums):
                     value = loss(model, _moved(batch, device))
@@ -91,9 +116,48 @@ def compute_bases(
                         "layers with SparseGrad adapters; choose init='random' (--sparse_basis random)"
                     )
                 value.backward()
+
+        for step in tqdm(steps, total=gradients, desc="gradient basis", disable=not progress):
             for sketches in sums:
-                sketches.end_batch()
+                sketches.begin_step(accumulated)
+            for batch in step:
+                pass_on(batch)
+            if accumulated:
+                for sketches in sums:
+                    sketches.begin_second_pass()
+                for batch in step:
+                    pass_on(batch)
+            for sketches in sums:
+                sketches.end_step()
     _fill(sums, seed)
+
+
+class _Formed(NamedTuple):
+    """A gradient (out, in)."""
+
+    gradient: torch.Tensor
+
+    def times(self, matrix: torch.Tensor) -> torch.Tensor:
+        return narrowed(self.gradient, matrix)
+
+    def transposed_times(self, matrix: torch.Tensor) -> torch.Tensor:
+        return narrowed(self.gradient.T, matrix)
+
+
+class _Rows(NamedTuple):
+    """A gradient `g^T x` by its inputs (tokens, in) and output gradients (tokens, out)."""
+
+    x: torch.Tensor
+    g: torch.Tensor
+
+    def times(self, matrix: torch.Tensor) -> torch.Tensor:
+        return narrowed(self.g.T, narrowed(self.x, matrix))
+
+    def transposed_times(self, matrix: torch.Tensor) -> torch.Tensor:
+        return narrowed(self.x.T, narrowed(self.g, matrix))
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Sketches:
@@ -103,9 +167,28 @@ class _Sketches:
         self, columns: SparseGradColumns, layers: list[tuple[str, SparseGradLayer]], out: Sketch, inp: Sketch
     ):
         self.columns, self.layers, self.out, self.inp = columns, layers, out, inp
-        self.batch = -1
+        self.step = -1
         self.runs: Counter[str] = Counter()  # of each layer in the forward pass of this batch
         self._pending: dict[str, torch.Tensor] = {}
+        self._accumulated = False
+        self._sums: dict[str, Pair] = {}  # of products, over the micro-batches of a pass
+        self._projected: dict[str, Pair] | None = None  # G^T Omega_out and G Omega_in, in a second pass
+
+    def begin_step(self, accumulated: bool) -> None:
+        self.step += 1
+        self._accumulated, self._sums, self._projected = accumulated, {}, None
+
+    def begin_second_pass(self) -> None:
+        self._projected, self._sums = self._over_processes_and_layers(), {}
+
+    def end_step(self) -> None:
+        for name in list(self._pending):
+            self._add(name, _Formed(self._pending.pop(name)))
+        self.runs.clear()
+        if self._accumulated:
+            for name, (out, inp) in self._over_processes_and_layers().items():
+                self._take(name, self.out, out)
+                self._take(name, self.inp, inp)
 
     def observer(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
         """Return a function that adds the gradient of the layer `name` from its inputs and output gradients.
@@ -114,20 +197,23 @@ class _Sketches:
         """
 
         def observe(x: torch.Tensor, g: torch.Tensor) -> None:
-            if self.runs[name] > 1:  # a layer that runs several times has one gradient, the sum of its runs'
-                gradient = (g.T @ x.to(g.dtype)).to(self.out.sum.dtype)
-                self._pending[name] = self._pending[name] + gradient if name in self._pending else gradient
-            elif self._rows_are_cheaper(len(x)):
-                self._add_rows(name, x.to(self.out.sum.dtype), g.to(self.out.sum.dtype))
+            dtype = self.out.sum.dtype
+            # A layer that runs several times has one gradient, the sum of its runs'; sums of products take any number.
+            if self.runs[name] > 1 and not self._accumulated:
+                formed = (g.T @ x.to(g.dtype)).to(dtype)
+                self._pending[name] = self._pending[name] + formed if name in self._pending else formed
+                return
+            gradient: _Formed | _Rows
+            if self._rows_are_cheaper(len(x)):
+                gradient = _Rows(x.to(dtype), g.to(dtype))
             else:
-                self._add(name, (g.T @ x.to(g.dtype)).to(self.out.sum.dtype))
+                gradient = _Formed((g.T @ x.to(g.dtype)).to(dtype))
+            if self._accumulated:
+                self._accumulate(name, gradient)
+            else:
+                self._add(name, gradient)
 
         return observe
-
-    def end_batch(self) -> None:
-        for name in list(self._pending):
-            self._add(name, self._pending.pop(name))
-        self.runs.clear()
 
     def _rows_are_cheaper(self, tokens: int) -> bool:
         """Whether multiplying all rows by the test matrices costs less than forming `G = g^T x` first."""
@@ -135,25 +221,39 @@ class _Sketches:
         width = self.out.omega.shape[1] + self.inp.omega.shape[1]
         return 2 * tokens * (n_out + n_in) * width < tokens * n_out * n_in + 2 * n_out * n_in * width
 
-    def _add(self, name: str, gradient: torch.Tensor) -> None:
-        # G G^T Omega and G^T G Omega, G the mean over processes. The exchanges are those of `_add_rows`, in its order:
-        # processes with other numbers of tokens may take the other way.
-        out = _over_processes(narrowed(gradient.T, self.out.omega))
-        inp = _over_processes(narrowed(gradient, self.inp.omega))
-        self._take(name, self.out, _over_processes(narrowed(gradient, out)))
-        self._take(name, self.inp, _over_processes(narrowed(gradient.T, inp)))
+    def _add(self, name: str, gradient: _Formed | _Rows) -> None:
+        # G G^T Omega and G^T G Omega, G the mean over processes, in the same order on all of them
+        out = _over_processes(gradient.transposed_times(self.out.omega))
+        inp = _over_processes(gradient.times(self.inp.omega))
+        self._take(name, self.out, _over_processes(gradient.times(out)))
+        self._take(name, self.inp, _over_processes(gradient.transposed_times(inp)))
 
-    def _add_rows(self, name: str, x: torch.Tensor, g: torch.Tensor) -> None:
-        # G = g^T x, so G G^T Omega = g^T (x (x^T (g Omega))).
-        out = _over_processes(narrowed(x.T, narrowed(g, self.out.omega)))
-        inp = _over_processes(narrowed(g.T, narrowed(x, self.inp.omega)))
-        self._take(name, self.out, _over_processes(narrowed(g.T, narrowed(x, out))))
-        self._take(name, self.inp, _over_processes(narrowed(x.T, narrowed(g, inp))))
+    def _accumulate(self, name: str, gradient: _Formed | _Rows) -> None:
+        if self._projected is None:
+            products = gradient.transposed_times(self.out.omega), gradient.times(self.inp.omega)
+        else:
+            out, inp = self._projected[name]
+            products = gradient.times(out), gradient.transposed_times(inp)
+        before = self._sums.get(name)
+        self._sums[name] = products if before is None else (before[0] + products[0], before[1] + products[1])
+
+    def _over_processes_and_layers(self) -> dict[str, Pair]:
+        """The sums of a pass, 0 for a layer that no token of this process went through."""
+        n_out, n_in = len(self.out.omega), len(self.inp.omega)
+        rows_out, rows_in = (n_in, n_out) if self._projected is None else (n_out, n_in)
+        found = {}
+        for name, _ in self.layers:
+            if name not in self._sums:
+                out = self.out.sum.new_zeros(rows_out, self.out.omega.shape[1])
+                self._sums[name] = out, self.inp.sum.new_zeros(rows_in, self.inp.omega.shape[1])
+            out, inp = self._sums[name]
+            found[name] = _over_processes(out), _over_processes(inp)
+        return found
 
     def _take(self, name: str, sketch: Sketch, product: torch.Tensor) -> None:
         if not torch.isfinite(product).all():
             raise InputError(
-                f"the gradient of {shown_name(name)} is not finite in batch {self.batch} of the pre-pass; look for "
+                f"the gradient of {shown_name(name)} is not finite in batch {self.step} of the pre-pass; look for "
                 "bad rows or labels in the training data, or load the model in float32"
             )
         sketch.add(product)

@@ -35,6 +35,7 @@ from hf_ft_ext.arguments import (
     RunArguments,
 )
 from hf_ft_ext.data.language import Form, LanguageData, load_language_data, prompt_and_references
+from hf_ft_ext.data.preprocess import own_special_ids, without_beginning
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.files import write_text
 from hf_ft_ext.launch.language.trainers import (
@@ -226,14 +227,18 @@ def write_predictions(folder: str, suffix: str, found: list[dict[str, Any]]) -> 
 
 
 def encoder_decoder_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
-    """`input_ids` and `attention_mask` of the prompts, `labels` of the completions, each of `limit` tokens at most."""
+    """`input_ids` and `attention_mask` of the prompts, `labels` of the completions, each of `limit` tokens at most.
+
+    A longer prompt loses its beginning, as in generation: questions come last. A longer completion loses its end.
+    """
     lengths: list[int] = []
+    start, _ = own_special_ids(tokenizer)
 
     def convert(batch: dict[str, list]) -> dict[str, list]:
         prompts = tokenizer(batch["prompt"])["input_ids"]
         answers = tokenizer(text_target=[text.strip() for text in batch["completion"]])["input_ids"]
         lengths.extend(max(len(p), len(a)) for p, a in zip(prompts, answers, strict=True))
-        prompts = [ids[:limit] for ids in prompts]
+        prompts = [without_beginning(ids, limit, start) for ids in prompts]
         return {
             "input_ids": prompts,
             "attention_mask": [[1] * len(ids) for ids in prompts],

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, Seq2SeqTrainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from hf_ft_ext.data.preprocess import own_special_ids, without_beginning
 from hf_ft_ext.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def generate_texts(
 
     Args:
         prompts: texts, or lists of messages.
-        context: positions that the model has; a longer prompt loses its beginning.
+        context: positions that the model has; a longer prompt loses its beginning, but for a start token.
 
     Raises:
         InputError: no room for a prompt, no token to pad with, or messages without a chat template.
@@ -146,14 +147,17 @@ def generate_texts(
         raise InputError("generation pads prompts to one length, and the tokenizer has no padding token; set one")
     both = getattr(model.config, "is_encoder_decoder", False)
     room = room_for_prompts(context, settings.max_new_tokens, shared=not both)
+    start, end = own_special_ids(tokenizer)
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    if end and not both:  # a causal model would go on behind the end of the text; chat templates put none there
+        rows = [ids[: -len(end)] if isinstance(p, str) else ids for ids, p in zip(rows, prompts, strict=True)]
     if room is not None:
         longer = sum(len(ids) > room for ids in rows)
         if longer:
             logger.warning(
                 "%d of %d prompts lose their beginning: %d tokens are left for them.", longer, len(rows), room
             )
-        rows = [ids[-room:] for ids in rows]
+        rows = [without_beginning(ids, room, start) for ids in rows]
     rank, world = trainer.args.process_index, trainer.args.world_size
     mine = range(rank, len(rows), world)
     training, side = model.training, tokenizer.padding_side

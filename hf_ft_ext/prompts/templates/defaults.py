@@ -22,6 +22,7 @@ class TaskPrompt:
         first_sent_limit: most tokens of the first text, or none.
         other_sent_limit: most tokens of any other text, or none.
         max_seq_length: tokens of a row; with demonstrations twice as many.
+        truncate_head: what is too long loses its beginning, as in MeZO: the question, which comes last, stays whole.
     """
 
     template: str
@@ -29,6 +30,7 @@ class TaskPrompt:
     first_sent_limit: int | None = None
     other_sent_limit: int | None = None
     max_seq_length: int = 128
+    truncate_head: bool = False
 
 
 _IT_WAS = "*cls**sent_0*_It_was*mask*.*sep+*"
@@ -80,27 +82,27 @@ _NO_YES = {"False": "No", "True": "Yes"}
 # Where the masked template has text behind the mask, or MeZO another one; else `PROMPTS` serves for decoders too.
 DECODER_PROMPTS: dict[str, TaskPrompt] = {
     "rte": TaskPrompt('*cls**sent_0*\nDoes this mean that "*sent_1*" is true? Yes or No?\n*mask*', _YES,
-                      max_seq_length=256),
+                      max_seq_length=256, truncate_head=True),
     "qnli": TaskPrompt('*cls**sent_0*\nDoes this sentence answer it: "*sent_1*"? Yes or No?\n*mask*',
                        {"not_entailment": "No", "entailment": "Yes"}, max_seq_length=256),
     "mrpc": TaskPrompt('*cls**sent_0*\nDoes this mean the same as "*sent_1*"? Yes or No?\n*mask*',
-                       {"not_equivalent": "No", "equivalent": "Yes"}, max_seq_length=256),
+                       {"not_equivalent": "No", "equivalent": "Yes"}, max_seq_length=256, truncate_head=True),
     "qqp": TaskPrompt('*cls**sent_0*\nDoes this ask the same as "*sent_1*"? Yes or No?\n*mask*',
-                      {"not_duplicate": "No", "duplicate": "Yes"}, max_seq_length=256),
+                      {"not_duplicate": "No", "duplicate": "Yes"}, max_seq_length=256, truncate_head=True),
     "stsb": TaskPrompt('*cls**sent_0*\nDoes this mean the same as "*sent_1*"? Yes or No?\n*mask*',
-                       {"0": "No", "1": "Yes"}, max_seq_length=256),
+                       {"0": "No", "1": "Yes"}, max_seq_length=256, truncate_head=True),
     "mnli": TaskPrompt('*cls*Suppose *sent_0* Can we infer that "*sent_1*"? Yes, No, or Maybe?\n*mask*', _NLI,
-                       max_seq_length=256),
+                       max_seq_length=256, truncate_head=True),
     "snli": TaskPrompt('*cls*Suppose *sent_0* Can we infer that "*sent_1*"? Yes, No, or Maybe?\n*mask*', _NLI,
-                       max_seq_length=256),
+                       max_seq_length=256, truncate_head=True),
     "trec": TaskPrompt("*cls**sent_0*\nThe answer is about:*mask*", _TREC, 110),
     "ag_news": TaskPrompt("*cls**sent_0*\nThe topic of this article is*mask*", _NEWS, 240, None, 256),
     "cb": TaskPrompt('*cls*Suppose *sent_0* Can we infer that "*sent_1*"? Yes, No, or Maybe?\n*mask*', _NLI,
-                     max_seq_length=512),
-    "boolq": TaskPrompt("*cls**sent_0* *sent_1*?\n*mask*", _NO_YES, max_seq_length=512),
+                     max_seq_length=512, truncate_head=True),
+    "boolq": TaskPrompt("*cls**sent_0* *sent_1*?\n*mask*", _NO_YES, max_seq_length=512, truncate_head=True),
     "wsc": TaskPrompt(
         '*cls**sent_0*\nIn the previous sentence, does the pronoun "*sent_2*" refer to *sent_1*? Yes or No?\n*mask*',
-        _NO_YES, max_seq_length=256,
+        _NO_YES, max_seq_length=256, truncate_head=True,
     ),
     "wic": TaskPrompt(
         '*cls*Does the word "*sent_2*" have the same meaning in these two sentences? Yes, No?\n*sent_0*\n*sent_1*\n'
@@ -108,7 +110,7 @@ DECODER_PROMPTS: dict[str, TaskPrompt] = {
     ),
     "multirc": TaskPrompt(
         '*cls**sent_0*\nQuestion: *sent_1*\nI found this answer "*sent_2*". Is that correct? Yes or No?\n*mask*',
-        _NO_YES, max_seq_length=512,
+        _NO_YES, max_seq_length=512, truncate_head=True,
     ),
     "copa": TaskPrompt("*cls**sent_0**mask*", {}),
 }  # fmt: skip

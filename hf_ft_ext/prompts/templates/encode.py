@@ -1,16 +1,44 @@
 """Tokenising rows by a template: each part of all rows in one call, joined by template."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_ft_ext.data.preprocess import own_special_ids
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.readout import Reading
 from hf_ft_ext.prompts.templates.template import CLS, MASK, SEP, Literal, Part, Sentence, Special, parse_template
 from hf_ft_ext.prompts.templates.words import tokens_behind
 
 Ids = list[int]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CutRows:
+    """Count of the rows whose texts lost tokens.
+
+    Attributes:
+        rows: all rows so far.
+        long: those that the row's length cut.
+        limited: those with a text that a limit on texts cut.
+        longest: tokens of the longest row before it was cut.
+        logged: cut rows that the log has told of.
+    """
+
+    rows: int = 0
+    long: int = 0
+    limited: int = 0
+    longest: int = 0
+    logged: int = 0
+
+    def add_row(self, length: int, room: int) -> None:
+        """Count a row of `length` tokens that may have `room`."""
+        self.longest = max(self.longest, length)
+        self.long += length > room
 
 
 class PromptEncoder:
@@ -52,6 +80,7 @@ class PromptEncoder:
                 raise InputError(f"{name}={limit} leaves nothing of the text; pass 1 or more")
         self.tokenizer, self.template, self.max_length = tokenizer, template, max_length
         self.first_limit, self.other_limit, self.truncate_head = first_sent_limit, other_sent_limit, truncate_head
+        self.cut = CutRows()
         self.reading = Reading(reading)
         parts = parse_template(template, texts, self.reading.value)
         self.mask_id = answer_id(tokenizer, parts, self.reading)  # stands at the answer's place in the row
@@ -131,13 +160,16 @@ class PromptEncoder:
     def text_ids(self, columns: Sequence[list[str]]) -> list[list[Ids]]:
         """Tokens of each of the template's texts, within its limit: `[texts of the template][rows]`."""
         result = []
+        limited: set[int] = set()  # rows
         for sentence in self.sentences:
             ids = self._ids_of_texts(sentence.texts(columns[sentence.index]), first=len(result) == 0)
             limit = self.first_limit if sentence.index == 0 else self.other_limit
             if limit is not None:
+                limited.update(i for i, row in enumerate(ids) if len(row) > limit)
                 ids = [row[-limit:] for row in ids] if self.truncate_head else [row[:limit] for row in ids]
             mask = self.mask_id
             result.append([self._without_mask(row) if mask is not None and mask in row else row for row in ids])
+        self.cut.limited += len(limited)
         return result
 
     def _ids_of_texts(self, texts: list[str], first: bool) -> list[Ids]:
@@ -167,7 +199,7 @@ class PromptEncoder:
             texts: tokens of each of the template's texts.
             room: at least `overhead` and one token per text.
         """
-        excess = self.overhead + sum(map(len, texts)) - room
+        excess = self.length(texts) - room
         if excess > 0:
             texts = shorten(texts, excess, self.truncate_head)
         ids, segments = list(self.fixed[0]), list(self.segments[0])
@@ -178,21 +210,48 @@ class PromptEncoder:
             segments += self.segments[i + 1]
         return ids, segments
 
-    def __call__(self, columns: Sequence[list[str]]) -> dict[str, list[Ids]]:
+    def __call__(self, columns: Sequence[list[str]], behind: Sequence[int] | None = None) -> dict[str, list[Ids]]:
         """`input_ids`, `attention_mask` and, if the tokenizer gives them, `token_type_ids` of all rows.
 
         Args:
             columns: one list of texts per text of the rows, all of one length.
+            behind: tokens that will follow each row and count in its `max_length`; none = no such tokens.
         """
-        texts = self.text_ids(columns)
-        if len(texts) == 1 and not self.last_segment:  # the common case, without a call per row
-            before, after = self.fixed
-            room = self.max_length - self.overhead
-            cut = slice(-room, None) if self.truncate_head else slice(room)
-            ids = [before + (row if len(row) <= room else row[cut]) + after for row in texts[0]]
-            return self.columns(ids, None)
-        joined = [self.join(row, self.max_length) for row in zip(*texts, strict=True)]
+        joined = []
+        for i, texts in enumerate(zip(*self.text_ids(columns), strict=True)):
+            room = self.max_length - (0 if behind is None else behind[i])
+            self.cut.add_row(self.length(texts), room)
+            joined.append(self.join(texts, room))
+        self.cut.rows += len(joined)
         return self.columns([ids for ids, _ in joined], [segments for _, segments in joined])
+
+    def length(self, texts: Sequence[Ids]) -> int:
+        """Tokens of a row that is not cut."""
+        return self.overhead + sum(map(len, texts))
+
+    def report_cut_rows(self, name: str, so_far: bool = False) -> None:
+        """Log how many rows of the split `name` lost tokens, if any did, and count anew.
+
+        Args:
+            so_far: the split goes on (a stream): log when the count has doubled, and go on counting.
+        """
+        cut, lost = self.cut, "beginning" if self.truncate_head else "end"
+        if so_far and cut.long + cut.limited < max(1, 2 * cut.logged):
+            return
+        rows = f"{cut.rows} rows{' so far' if so_far else ''} of the {name} data"
+        if cut.long:
+            logger.warning(
+                "%d of %s are longer than %d tokens with the template (the longest has %d): their texts lose their "
+                "%s. Pass a higher --max_seq_length to keep them whole.",
+                cut.long, rows, self.max_length, cut.longest, lost,
+            )  # fmt: skip
+        if cut.limited:
+            limits = {"first_sent_limit": self.first_limit, "other_sent_limit": self.other_limit}
+            given = " or ".join(f"{option}={limit}" for option, limit in limits.items() if limit is not None)
+            logger.warning("%d of %s have a text beyond %s, which loses its %s.", cut.limited, rows, given, lost)
+        cut.logged = cut.long + cut.limited
+        if not so_far:
+            self.cut = CutRows()
 
     def columns(self, ids: list[Ids], segments: list[Ids] | None) -> dict[str, list[Ids]]:
         """The columns of rows from their tokens and segments (`None` = all 0)."""
@@ -228,15 +287,6 @@ def _spaces_to_the_right(parts: Sequence[Part]) -> list[Part]:
         if part != Literal(""):
             moved.append(part)
     return moved
-
-
-def own_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[Ids, Ids]:
-    """What the tokenizer itself puts before and behind a text: OPT a start token, GPT-2 nothing, T5 an end token."""
-    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
-    for start in range(len(whole) - len(bare) + 1):
-        if bare and whole[start : start + len(bare)] == bare:
-            return list(whole[:start]), list(whole[start + len(bare) :])
-    return [], []
 
 
 _SENTINEL = "<extra_id_0>"  # T5's mark for a gap in its text

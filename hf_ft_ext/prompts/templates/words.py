@@ -174,11 +174,25 @@ def word_tokens(
                     "and the first token says the class; pass --word_scoring sequence, or choose other words "
                     "(--mapping)"
                 )
+        if scoring == SEQUENCE:
+            _warn_of_beginning(words, found, word, tokens)
         found.append(tokens)
     longer = [word for word, tokens in zip(words, found, strict=True) if len(tokens) > 1]
     if longer and scoring == FIRST_TOKEN:
         logger.info("Several tokens, of which the first is read: %s (--word_scoring sequence reads all).", longer)
     return found
+
+
+def _warn_of_beginning(words: Sequence[str], found: list[list[int]], word: str, tokens: list[int]) -> None:
+    """Log where one word's tokens begin another's: `p(a b) = p(a) p(b | a)` is never above `p(a)`."""
+    for other, its in zip(words, found, strict=False):
+        (short, a), (long, b) = sorted([(other, its), (word, tokens)], key=lambda pair: len(pair[1]))
+        if b[: len(a)] == a:
+            logger.warning(
+                "The tokens of label word %r begin those of %r, whose probability as a sequence is never the higher "
+                "one: without --calibrate it is never chosen. Pass --word_scoring sequence_mean, or other words.",
+                short, long,
+            )  # fmt: skip
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, word: str, before: str) -> list[int]:
