@@ -11,9 +11,9 @@ from hf_ft_ext.adapters.sparse_grad.config import RANDOM, SparseGradConfig
 from hf_ft_ext.adapters.sparse_grad.functions import (
     AddedChange,
     ChangedLinear,
-    Observer,
     Observed,
     ObservedLinear,
+    Observer,
     change_of_weight,
 )
 from hf_ft_ext.adapters.sparse_grad.subspace import OVERSAMPLING, random_columns, seed_of
