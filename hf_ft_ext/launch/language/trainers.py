@@ -165,8 +165,8 @@ def generate_texts(
     tokenizer.padding_side = "right" if both else "left"
     found: list[tuple[int, str]] = []
     try:
-        for start in range(0, len(mine), settings.batch_size):
-            indices = mine[start : start + settings.batch_size]
+        for first in range(0, len(mine), settings.batch_size):
+            indices = mine[first : first + settings.batch_size]
             batch = tokenizer.pad({"input_ids": [rows[i] for i in indices]}, return_tensors="pt").to(
                 trainer.args.device
             )
