@@ -27,7 +27,10 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from transformers import Trainer
 
+from hf_ft_ext.fisher import pictures
+
 torch.set_num_threads(1)
+_draw_plan = pictures.draw_plan
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -63,6 +66,20 @@ def _unhashed_datasets():
         for name in names:
             patched.setattr(f"datasets.{name}", lambda *_: datasets.fingerprint.generate_random_fingerprint())
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_pictures():
+    """Runs leave an empty file for the picture of their plan: drawing takes longer than a tiny model's training."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pictures, "draw_plan", lambda plan, folder: Path(folder, pictures.PICTURE_FILE).touch())
+        yield
+
+
+@pytest.fixture
+def drawn_pictures(monkeypatch):
+    """Pictures of plans are drawn, as a user's are."""
+    monkeypatch.setattr(pictures, "draw_plan", _draw_plan)
 
 
 @pytest.fixture(scope="session")

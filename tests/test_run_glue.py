@@ -86,6 +86,35 @@ def no_dropout(tmp_path, tokenizer) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, tokenizer) -> str:
+    """One layer without dropout: where the number of layers does not matter."""
+    folder = tmp_path_factory.mktemp("small")
+    tiny_model(num_hidden_layers=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def plain_runs(tmp_path_factory) -> Path:
+    """A folder for one plain run of each method on `small`, to compare others with."""
+    return tmp_path_factory.mktemp("plain")
+
+
+@pytest.fixture
+def plain(launch, small, plain_runs):
+    """`plain(method) -> output folder, options` of a plain run of two steps, made once."""
+
+    def run(method: str) -> tuple[Path, tuple[str, ...]]:
+        options = ("--model_name_or_path", small, "--do_train", "--do_eval", *IN_TWO_STEPS.get(method, TWO_STEPS))
+        folder = plain_runs / method
+        if not folder.exists():
+            assert launch(*options, "--output_dir", str(folder), method=method) == 0
+        return folder, options
+
+    return run
+
+
 @pytest.fixture
 def launch(files, tiny_bert_dir):
     def _launch(*argv: str, method: str = "full", data=None) -> int:
@@ -252,25 +281,23 @@ def test_accumulation_equals_the_large_batch(launch, no_dropout, method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_bf16_works_or_is_refused(launch, no_dropout, method, capsys):
-    options = ("--model_name_or_path", no_dropout, "--do_train", "--do_eval", *IN_TWO_STEPS.get(method, TWO_STEPS))
-    assert launch(*options, "--output_dir", "plain", method=method) == 0
+def test_bf16_works_or_is_refused(launch, plain, method, capsys):
+    folder, options = plain(method)
     if method == "kernel":  # its precision is that of the weights
         assert launch(*options, "--bf16", "--output_dir", "half", method=method) == 2
         assert "bf16=True steers a training loop, and method kernel has none" in capsys.readouterr().err
         return
     assert launch(*options, "--bf16", "--output_dir", "half", method=method) == 0
-    plain, half = (json.loads(Path(name, "run.json").read_text())["metrics"] for name in ("plain", "half"))
-    assert half["eval_loss"] != plain["eval_loss"] and half["eval_loss"] == pytest.approx(plain["eval_loss"], abs=0.02)
+    wide, half = (json.loads(Path(name, "run.json").read_text())["metrics"] for name in (folder, "half"))
+    assert half["eval_loss"] != wide["eval_loss"] and half["eval_loss"] == pytest.approx(wide["eval_loss"], abs=0.02)
     assert {tensor.dtype for tensor in weights("half").values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "sparse", "fisher"])
-def test_activation_checkpointing_changes_nothing(launch, no_dropout, method):
-    options = ("--model_name_or_path", no_dropout, "--do_train", *IN_TWO_STEPS.get(method, TWO_STEPS))
-    assert launch(*options, "--output_dir", "one", method=method) == 0
+def test_activation_checkpointing_changes_nothing(launch, plain, small, method):
+    folder, options = plain(method)
     assert launch(*options, "--activation_checkpointing", "--output_dir", "two", method=method) == 0
-    assert same_to_rounding("one", "two", no_dropout)
+    assert same_to_rounding(folder, "two", small)
 
 
 COMPILED = ("--torch_compile", "--torch_compile_backend", "eager")  # the graphs, without the minutes that code takes
@@ -288,18 +315,17 @@ def test_torch_compile_is_refused(launch, method, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in NOT_COMPILED])
-def test_torch_compile_changes_nothing(launch, no_dropout, method):
-    options = ("--model_name_or_path", no_dropout, "--do_train", "--do_eval", *IN_TWO_STEPS.get(method, TWO_STEPS))
-    assert launch(*options, "--output_dir", "plain", method=method) == 0
+def test_torch_compile_changes_nothing(launch, plain, method):
+    folder, options = plain(method)
     torch._dynamo.reset()  # other runs of this process count towards its limit of recompilations
     torch._dynamo.utils.counters.clear()
     assert launch(*options, *COMPILED, "--output_dir", "compiled", method=method) == 0
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    ours, theirs = weights("compiled"), weights("plain")
+    ours, theirs = weights("compiled"), weights(folder)
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=2e-6) for name in ours)
-    plain, compiled = (json.loads(Path(name, "run.json").read_text())["metrics"] for name in ("plain", "compiled"))
-    assert compiled["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-5)
+    losses = [json.loads(Path(name, "run.json").read_text())["metrics"]["eval_loss"] for name in (folder, "compiled")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
 def test_best_model_by_the_primary_metric(launch):
@@ -477,17 +503,20 @@ def python(*argv: str) -> subprocess.CompletedProcess:
     return finished([sys.executable, *argv], timeout=240, env=environment)
 
 
-def test_help_and_an_error_as_commands():
-    shown = python(str(ROOT / "run_glue.py"), "--help")
-    assert shown.returncode == 0 and all(name in shown.stdout for name in METHODS) and len(shown.stdout) < 2000
+def test_help_and_an_error_as_commands(capsys):
+    assert run_glue.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in METHODS) and len(shown) < 2000
     failed = python(str(ROOT / "run_glue.py"), "--method", "fulll")
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr.splitlines()[-1].startswith("error: unknown method 'fulll'; did you mean 'full'?")
     assert "Traceback" not in failed.stderr and "usage" not in failed.stderr
 
 
+# What each method's training computes on two processes: tests/scale/test_processes.py. Here: the launcher around a loop,
+# a stream that is shared out, and predictions of all rows at once.
 @pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["full", "lora", "kernel"])
 def test_two_processes_give_what_one_gives(launch, files, method, no_dropout):
     options = ["--model_name_or_path", no_dropout, "--do_train", "--do_eval", "--do_predict"]
     sizes = [()] * 2
