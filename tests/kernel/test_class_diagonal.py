@@ -161,7 +161,7 @@ def test_a_finished_kernel_knows_its_blocks(tmp_path):
     about = {"model": "a", "second": None}
     computation = KernelComputation(family("bert"), KernelOptions(block_rows=2))
     assert not KernelStore(tmp_path, about).finished()
-    computation.run(ExampleRows(LEFT), None, KernelStore(tmp_path, about))
+    computation.run(ExampleRows(batch(5)), None, KernelStore(tmp_path, about))
     store = KernelStore(tmp_path, about)
     assert store.finished() and len(list(store.folder.glob("block-*"))) == 6
     (store.folder / "block-00001-00002.safetensors").unlink()
