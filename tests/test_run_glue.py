@@ -513,7 +513,7 @@ def test_help_and_an_error_as_commands(capsys):
     assert "Traceback" not in failed.stderr and "usage" not in failed.stderr
 
 
-# What each method's training computes on two processes: tests/scale/test_processes.py. Here: the launcher around a loop,
+# What each method computes on two processes: tests/scale/test_processes.py. Here: the launcher around a loop,
 # a stream that is shared out, and predictions of all rows at once.
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora", "kernel"])

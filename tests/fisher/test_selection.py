@@ -33,7 +33,9 @@ def plan_of(model=None, data=None, candidates=SMALL, **settings) -> AdapterPlan:
 
 def test_scores_written_out():
     model = tiny_model().double()
-    plans = {criterion: plan_of(model, criterion=criterion) for criterion in ("thesis", "mean", "decrease", "agreement")}
+    plans = {
+        criterion: plan_of(model, criterion=criterion) for criterion in ("thesis", "mean", "decrease", "agreement")
+    }
     with probing(model, SMALL, [0, 1], 42) as probe:
         for module in modules_of(probe, SMALL):
             names = [*module.parameters, *module.shared]

@@ -17,7 +17,6 @@ from hf_ft_ext.launch import results
 from hf_ft_ext.recipes.reading import read_recipe
 
 
-
 def kind_of(settings: dict) -> tuple:
     """What a recipe has beside its numbers and its task: which arguments, and those that are words.
 
