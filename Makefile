@@ -11,7 +11,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 WORKERS ?= $(CORES)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: demo docs test test-fast test-gpu bench bench-gpu coverage test-oldest faults quality imports clean
+.PHONY: demo docs test test-fast test-gpu bench bench-gpu coverage test-oldest faults notebooks quality imports clean
 
 demo: $(VENV)/.demo
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -44,6 +44,11 @@ coverage: $(VENV)/.test $(VENV)/.trl
 faults: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/faults/campaign.py $(FAULTS)
 	ARGUMENT_EXAMPLES=150 $(BIN)/python -m pytest tests/faults/test_arguments.py
+
+# The notebooks of examples/ are written from the scripts beside them, then run without the Hub, in some minutes.
+notebooks: $(VENV)/.demo $(VENV)/.test $(VENV)/.trl $(VENV)/.notebooks
+	$(BIN)/python docs/notebooks.py
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/notebooks.py --execute
 
 quality: $(VENV)/.quality
 	$(BIN)/ruff check .

@@ -41,7 +41,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from hf_ft_ext import SPSA, empirical_ntk, projected_gradients
 from hf_ft_ext.fisher.candidates import default_candidates, layers_of, modules_of, probing
 from hf_ft_ext.fisher.information import gradient_sums
-from hf_ft_ext.training.resources import PeakMemory
+from hf_ft_ext.training.runs.resources import PeakMemory
 
 Row = dict[str, Any]
 CPU = torch.device("cpu")

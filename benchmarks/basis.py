@@ -28,7 +28,7 @@ import results as result_files
 import torch
 
 from hf_ft_ext.sparse.basis import GramSums
-from hf_ft_ext.training.resources import PeakMemory
+from hf_ft_ext.training.runs.resources import PeakMemory
 
 WAYS = ("stacked-svd", "gram-eigh")
 

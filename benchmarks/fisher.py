@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from hf_ft_ext.fisher.candidates import default_candidates, layers_of, modules_of, probing
 from hf_ft_ext.fisher.information import gradient_sums
 from hf_ft_ext.fisher.plan import AdapterPlan
-from hf_ft_ext.training.resources import PeakMemory
+from hf_ft_ext.training.runs.resources import PeakMemory
 
 P, B, L = "prefix", "bottleneck", "lora"
 TABLES = {"sst2": [P] * 5 + [B] * 5 + [L] * 2, "mrpc, mnli": [P, B, L, L, *[B] * 6, L, L]}

@@ -36,7 +36,7 @@ from hf_ft_ext import SPSA, DirectSearch
 from hf_ft_ext.features import HeadReader
 from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation
 from hf_ft_ext.gradientless.scoring.objectives import make_objective
-from hf_ft_ext.training.resources import PeakMemory
+from hf_ft_ext.training.runs.resources import PeakMemory
 
 _MIB = 2**20
 MINILM = ("bert", {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6})

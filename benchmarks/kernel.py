@@ -27,7 +27,7 @@ from published_kernel import full_jacobians, published
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_ft_ext import demo_encoder, empirical_ntk
-from hf_ft_ext.training.resources import PeakMemory
+from hf_ft_ext.training.runs.resources import PeakMemory
 
 FORMULAS = ["sgd", "signgd", "asymmetric_signgd"]
 VARIANTS = ["published", "jacobians", "structured"]

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.feature_rows import batches_in_order, for_collator
+from hf_ft_ext.features.rows import batches_in_order, for_collator
 from hf_ft_ext.kernel.analysis import (
     agreements,
     between_classes,

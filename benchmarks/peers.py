@@ -42,7 +42,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_ft_ext import empirical_ntk
-from hf_ft_ext.training.resources import PeakMemory
+from hf_ft_ext.training.runs.resources import PeakMemory
 
 MINILM = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 12}
 SMALL = {**MINILM, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "vocab_size": 500}

@@ -42,7 +42,7 @@ from hf_ft_ext import (
     projected_gradients,
 )
 from hf_ft_ext.kernel.rows import ExampleRows
-from hf_ft_ext.training.resources import PeakMemory
+from hf_ft_ext.training.runs.resources import PeakMemory
 
 DEV_ROWS = 200
 

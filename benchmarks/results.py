@@ -18,11 +18,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hf_ft_ext.files import write_json
-from hf_ft_ext.training.record import library_versions
-
 # Trials of a benchmark write elsewhere.
 FOLDER = Path(os.environ.get("HF_FT_EXT_RESULTS") or Path(__file__).resolve().parent / "results")
 MEASURED = ("value", "low", "high", "deviation", "values", "seeds", "noisy", "run")
@@ -46,6 +41,10 @@ def over_seeds(scores: dict[int, float]) -> dict[str, Any]:
 
 def conditions(command: Sequence[str] | None = None) -> dict[str, Any]:
     """What a number depends on beside the code: the command, commit, versions, machine and day."""
+    import torch
+
+    from hf_ft_ext.training.runs.record import library_versions
+
     words = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command)
     return {
         "command": shlex.join(_without_folders(words)),
@@ -74,6 +73,8 @@ def save(
     name: str, rows: Iterable[dict[str, Any]], command: Sequence[str] | None = None, folder: Path = FOLDER
 ) -> Path:
     """Add rows to a result file, in place of those that were measured before, and return its path."""
+    from hf_ft_ext.files import write_json
+
     run = conditions(command)
     kept = {_key(row): row for row in read(name, folder)}
     for row in rows:
@@ -98,6 +99,8 @@ def is_noisy(row: dict[str, Any]) -> bool:
 
 def mark_noisy(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
     """Say in a result file which rows are noisy (`noisy: true`), and return these."""
+    from hf_ft_ext.files import write_json
+
     path = folder / f"{name}.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     found = []

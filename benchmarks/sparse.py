@@ -15,6 +15,9 @@ are random: neither changes the cost. The table goes to standard output. With `-
 change of a weight in one way alone. `structured-head`: the same block in a converted layer, folded into the weight.
 `prepass-layer`, `prepass-kind`: the gradient pre-pass of the adapter; its "step" is one of `--gradients` gradients,
 with its share of the decomposition at the end, and its "state" the columns that are kept.
+
+Models that are too large to be measured: `--layers 1 2 3` measures depths of one, two and three layers, and the peak
+at the model's own depth is that of the line through them.
 """
 
 import argparse
@@ -39,7 +42,7 @@ from hf_ft_ext.sparse.basis import Basis, by_columns, cheaper_rotation
 from hf_ft_ext.sparse.convert import freeze_rest
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.targets import find_targets
-from hf_ft_ext.training.resources import PeakMemory
+from hf_ft_ext.training.runs.resources import PeakMemory
 
 _MIB = 2**20
 # model type, configuration, entries per weight (the source's 28,000 of 768 x 3072, and the same share)
@@ -73,7 +76,7 @@ def build(args: argparse.Namespace) -> nn.Module:
     if args.attention_dropout is not None:
         options = options | {"attention_probs_dropout_prob": args.attention_dropout}
     if args.layers is not None:
-        options = options | {"num_hidden_layers": args.layers}
+        options = options | {"num_hidden_layers": args.layers[0]}
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **options)
     dtype = getattr(torch, args.dtype)
@@ -242,7 +245,8 @@ def rows_beside_lora(results: dict[str, list[dict]], args: argparse.Namespace) -
     """Rows of the result files by file name: each variant's numbers and their ratios to LoRA's of the same round."""
     setting = {"model": args.size, "dtype": args.dtype, "tokens": f"{args.batch} x {args.length}"}
     setting |= {} if args.clock == "wall" else {"clock": args.clock}
-    setting |= {name: value for name in ("attention_dropout", "layers") if (value := getattr(args, name)) is not None}
+    setting |= {} if args.attention_dropout is None else {"attention_dropout": args.attention_dropout}
+    setting |= {} if args.layers is None else {"layers": args.layers[0]}
     rows: dict[str, list[dict]] = {"sparse_step": [], "sparse_prepass": []}
     for variant, rounds in results.items():
         pairs = list(zip(rounds, results["lora"], strict=True))
@@ -300,7 +304,7 @@ VARIANTS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="minilm")
-    parser.add_argument("--layers", type=int, help="another depth than the size's, to see what a layer adds")
+    parser.add_argument("--layers", type=int, nargs="+", help="other depths than the size's, each measured")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--steps", type=int, default=3, help="measured steps per process (after two others)")
@@ -327,27 +331,65 @@ def main() -> None:
     if args.save and "lora" not in args.variants:
         parser.error("--save compares with LoRA; add lora to --variants")
     torch.set_num_threads(args.threads)  # the result files say so
+    depths, peaks = args.layers or [None], {}
+    for depth in depths:
+        args.layers = None if depth is None else [depth]
+        results = measured(args)
+        peaks[depth] = {name: statistics.median(r["peak"] for r in rounds) for name, rounds in results.items()}
+        print(f"{heading(args)}\n\n{table(results)}\n")
+        if args.save:
+            save(rows_beside_lora(results, args))
+    if len(depths) > 1:
+        whole = peaks_of_the_whole(peaks, args)
+        for row in whole:
+            print(f"{row['variant']}, {row['layers']} layers by a line: {row['value']:.2f} GiB")
+        if args.save:
+            save({"sparse_prepass": [row for row in whole if row["variant"].startswith("prepass")]})
+
+
+def measured(args: argparse.Namespace) -> dict[str, list[dict]]:
+    """All rounds of all variants, each in a process of its own."""
+    depth = [] if args.layers is None else ["--layers", str(args.layers[0])]
     results: dict[str, list[dict]] = {variant: [] for variant in args.variants}
     for number in range(args.repeats):
         for variant in args.variants:
-            words = [sys.executable, __file__, *sys.argv[1:], "--worker", variant]
+            words = [sys.executable, __file__, *sys.argv[1:], *depth, "--worker", variant]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(f"{variant} failed:\n{done.stderr[-2000:]}")
             results[variant].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1}, {variant}: {results[variant][-1]['seconds']:.3f} s", file=sys.stderr)
+    return results
+
+
+def heading(args: argparse.Namespace) -> str:
     head = (
         f"{args.size}, {args.dtype}, batch {args.batch} x {args.length}, {args.threads} threads, {args.repeats} rounds"
     )
     if args.layers is not None:
-        head += f", {args.layers} layers"
+        head += f", {args.layers[0]} layers"
     if args.attention_dropout is not None:
         head += f", attention dropout {args.attention_dropout:g}"
-    print(f"{head}\n\n{table(results)}\n")
-    if args.save:
-        for name, rows in rows_beside_lora(results, args).items():
-            if rows:
-                result_files.save(name, rows)
+    return head
+
+
+def save(rows: dict[str, list[dict]]) -> None:
+    for name, found in rows.items():
+        if found:
+            result_files.save(name, found)
+
+
+def peaks_of_the_whole(peaks: dict[int, dict[str, float]], args: argparse.Namespace) -> list[dict]:
+    """Rows of a result file: each variant's peak at the model's own depth, by a line through the measured depths."""
+    model_type, options, _ = SIZES[args.size]
+    layers = AutoConfig.for_model(model_type, **options).num_hidden_layers
+    setting = {"model": args.size, "dtype": args.dtype, "tokens": f"{args.batch} x {args.length}", "layers": layers}
+    setting |= {"quantity": "peak GiB", "from": f"{', '.join(map(str, peaks))} layers"}
+    rows = []
+    for variant in args.variants:
+        line = statistics.linear_regression(list(peaks), [found[variant] for found in peaks.values()])
+        rows.append({**setting, "variant": variant, "value": (line.intercept + line.slope * layers) / 2**30})
+    return rows
 
 
 if __name__ == "__main__":

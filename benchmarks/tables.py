@@ -1,7 +1,8 @@
-"""Write the tables of README and docs anew from the result files: python benchmarks/tables.py
+"""Write everything measured in README and docs anew from the result files: python benchmarks/tables.py
 
-A table stands between `<!-- results: NAME -->` and `<!-- end of results -->`; `tables.yaml` says which rows of which
-files it shows and how:
+That is the page of all measurements (`page.py`), README's picture and table (`overview.py`) and the tables of the
+other pages. Such a table stands between `<!-- results: NAME -->` and `<!-- end of results -->`; `tables.yaml` says
+which rows of which files it shows and how:
 
     NAME:
       rows: {file: fisher, quantity: time}     # rows of results/fisher.json whose entries are these
@@ -13,7 +14,8 @@ files it shows and how:
       cell: "{value:.1f} ± {deviation:.1f}"
       first: method                            # heading of the first column
 
-A value that is missing is an empty cell. A line below each table says when and on which machine it was measured.
+`methods: true` in place of columns stands for the table of `overview.py`. A value that is missing is an empty cell. A
+line below each table says when and on which machine it was measured.
 """
 
 import re
@@ -21,6 +23,7 @@ import string
 from pathlib import Path
 from typing import Any
 
+import overview
 import results
 import yaml
 
@@ -47,13 +50,27 @@ def specifications() -> dict[str, dict[str, Any]]:
 
 def table(specification: dict[str, Any], folder: Path = results.FOLDER) -> str:
     """One table as Markdown, and a line about the conditions."""
+    if "methods" in specification:
+        lines, rows = overview.choice(folder)
+    else:
+        rows = rows_of(specification, folder)
+        lines = _crossed(specification, rows) if "across" in specification else _plain(specification, rows)
+    return "\n".join([*lines, "", _conditions(rows), ""])
+
+
+def rows_of(specification: dict[str, Any], folder: Path = results.FOLDER) -> list[dict[str, Any]]:
+    """The rows that a table shows, in the order of the files."""
     wanted = dict(specification["rows"])
     rows = []
     for name in _listed(wanted.pop("file")):
         found = results.read(name, folder)
         rows += [row for row in found if all(row.get(key) in _listed(value) for key, value in wanted.items())]
-    lines = _crossed(specification, rows) if "across" in specification else _plain(specification, rows)
-    return "\n".join([*lines, "", _conditions(rows), ""])
+    return rows
+
+
+def filled(form: str, row: dict[str, Any]) -> str:
+    """A format with the entries of a row; an empty text where one is missing."""
+    return _Gaps().filled(form, row)
 
 
 def rewritten(text: str, folder: Path = results.FOLDER) -> str:
@@ -78,16 +95,16 @@ def _listed(value: Any) -> list:
 def _plain(specification: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     columns = specification["columns"]
     lines = [_line(columns), _line(["---", *["---:"] * (len(columns) - 1)])]
-    return lines + [_line([_Gaps().filled(form, row) for form in columns.values()]) for row in rows]
+    return lines + [_line([filled(form, row) for form in columns.values()]) for row in rows]
 
 
 def _crossed(specification: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     cells: dict[str, dict[str, str]] = {}
     heads: dict[str, None] = {}
     for row in rows:
-        line, head = (_Gaps().filled(specification[key], row) for key in ("lines", "across"))
+        line, head = (filled(specification[key], row) for key in ("lines", "across"))
         heads[head] = None
-        cells.setdefault(line, {})[head] = _Gaps().filled(specification["cell"], row)
+        cells.setdefault(line, {})[head] = filled(specification["cell"], row)
     lines = [_line([specification["first"], *heads]), _line(["---", *["---:"] * len(heads)])]
     return lines + [_line([line, *(found.get(head, "") for head in heads)]) for line, found in cells.items()]
 
@@ -112,7 +129,16 @@ def _conditions(rows: list[dict[str, Any]]) -> str:
     return "Measured " + "; ".join(said) + "." + spread
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Write all tables, the page of all measurements and the README's picture."""
+    import page  # it uses this module
+
+    page.write()
+    overview.write()
     for pattern in PAGES:
-        for page in sorted(ROOT.glob(pattern)):
-            page.write_text(rewritten(page.read_text(encoding="utf-8")), encoding="utf-8")
+        for path in sorted(ROOT.glob(pattern)):
+            path.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from hf_ft_ext import SPSA
 from hf_ft_ext.gradientless.scoring.full_models import FullObjective, model_loss, objective_of_logits
 from hf_ft_ext.gradientless.scoring.objectives import make_objective
-from hf_ft_ext.training.resources import PeakMemory
+from hf_ft_ext.training.runs.resources import PeakMemory
 
 _MIB = 2**20
 # auto class, model type, layers, configuration

@@ -14,6 +14,7 @@ from .entries.export import export_shira as export_shira
 from .entries.layer import attach_entries as attach_entries
 from .entries.layer import merge_entries as merge_entries
 from .errors import InputError as InputError
+from .features.linear_probe import fit_linear_head as fit_linear_head
 from .fisher.arguments import FisherTrainingArguments as FisherTrainingArguments
 from .fisher.information import fisher_information as fisher_information
 from .fisher.plan import AdapterPlan as AdapterPlan
@@ -35,7 +36,6 @@ from .kernel.ntk import projected_gradients as projected_gradients
 from .kernel.saved.predictor import KernelPredictor as KernelPredictor
 from .kernel.saved.predictor import load_kernel as load_kernel
 from .kernel.trainer import KernelTrainer as KernelTrainer
-from .linear_probe import fit_linear_head as fit_linear_head
 from .linearhead.arguments import LinearHeadTrainingArguments as LinearHeadTrainingArguments
 from .linearhead.trainer import LinearHeadTrainer as LinearHeadTrainer
 from .lora.arguments import LoraTrainingArguments as LoraTrainingArguments
@@ -50,22 +50,22 @@ from .per_example.types import DenseGradient as DenseGradient
 from .per_example.types import EmbeddingGradient as EmbeddingGradient
 from .per_example.types import LinearGradient as LinearGradient
 from .prompts.configuration import PromptConfig as PromptConfig
-from .prompts.encode import PromptEncoder as PromptEncoder
 from .prompts.model import PromptForSequenceClassification as PromptForSequenceClassification
+from .prompts.templates.encode import PromptEncoder as PromptEncoder
 from .sparse.arguments import SparseTrainingArguments as SparseTrainingArguments
 from .sparse.convert import convert_to_sparse as convert_to_sparse
 from .sparse.convert import merge_sparse as merge_sparse
 from .sparse.convert import sparse_layers as sparse_layers
-from .sparse.delta import load_delta as load_delta
-from .sparse.delta import save_delta as save_delta
-from .sparse.export import export_lora as export_lora
 from .sparse.layer import SparseGradLinear as SparseGradLinear
 from .sparse.optimizer import SparseAdamW as SparseAdamW
 from .sparse.prepare import compute_bases as compute_bases
 from .sparse.prepare import prepare_layers as prepare_layers
+from .sparse.saved.delta import load_delta as load_delta
+from .sparse.saved.delta import save_delta as save_delta
+from .sparse.saved.export import export_lora as export_lora
 from .sparse.trainer import SparseTrainer as SparseTrainer
 from .structure.find import find_structure as find_structure
-from .training.resources import ResourceMonitor as ResourceMonitor
+from .training.runs.resources import ResourceMonitor as ResourceMonitor
 
 __version__: str
 __all__: list[str]

@@ -8,7 +8,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from hf_ft_ext.data.tasks import TASKS
 from hf_ft_ext.metrics import REGRESSION
-from hf_ft_ext.prompts.defaults import PROMPTS
+from hf_ft_ext.prompts.templates.defaults import PROMPTS
 
 LENGTH = 256  # as long as the longest of the tasks' prompts
 ROWS = {"train": 300, "validation": 40, "test": 24}

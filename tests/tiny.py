@@ -1,5 +1,7 @@
 """Tiny models, a tiny tokenizer and tiny data, built in memory: the suite downloads nothing."""
 
+from types import SimpleNamespace
+
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -91,3 +93,11 @@ def text_dataset(n: int = 40, pair: bool = False, seed: int = 0) -> Dataset:
         {**dict.fromkeys(text, Value("string")), "label": ClassLabel(names=["no", "yes"]), "idx": Value("int32")}
     )
     return Dataset.from_dict({**text, "label": labels, "idx": list(range(n))}, features=features)
+
+
+def labels_only(*names: str, regression: bool = False):
+    """What loading a model reads of a run's data: names of labels, or that it is a regression."""
+    return SimpleNamespace(
+        label_names=None if regression or not names else list(names),
+        problem_type="regression" if regression else "single_label_classification",
+    )

@@ -25,6 +25,7 @@ def register_adapters() -> None:
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
+    from hf_ft_ext.adapters import AdapterType
     from hf_ft_ext.adapters.auto import read_configuration_beside_adapters
     from hf_ft_ext.adapters.bottleneck.config import BottleneckConfig
     from hf_ft_ext.adapters.bottleneck.model import BottleneckModel
@@ -34,7 +35,6 @@ def register_adapters() -> None:
     from hf_ft_ext.adapters.mixture.model import LayerMixtureModel
     from hf_ft_ext.adapters.sparse_grad.config import SparseGradConfig
     from hf_ft_ext.adapters.sparse_grad.model import SparseGradModel
-    from hf_ft_ext.adapters.table import AdapterType
 
     for kind, config, tuner in (
         (AdapterType.BOTTLENECK, BottleneckConfig, BottleneckModel),

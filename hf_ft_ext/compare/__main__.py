@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("hf_ft_ext.compare").setLevel(logging.INFO)
     start = time.monotonic()
-    from hf_ft_ext.training.devices import seeing_one_device
+    from hf_ft_ext.training.weights.devices import seeing_one_device
 
     try:
         with seeing_one_device():  # for the checks of arguments here
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _compare(argv: list[str], start: float) -> int:
     from hf_ft_ext.compare.settings import read_comparison
-    from hf_ft_ext.training.text import shell_command
+    from hf_ft_ext.training.sharing.text import shell_command
 
     comparison = read_comparison(argv)
     if comparison.dry_run:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import hf_ft_ext
-from hf_ft_ext.training.devices import one_device
-from hf_ft_ext.training.privacy import split_secrets, without_secrets
-from hf_ft_ext.training.record import RUN_RECORD
+from hf_ft_ext.training.runs.record import RUN_RECORD
+from hf_ft_ext.training.sharing.privacy import split_secrets, without_secrets
+from hf_ft_ext.training.weights.devices import one_device
 
 PROGRAM = ("hf-ft-ext", "train")  # how a run that is started here calls itself in its record
 COMMAND = (sys.executable, "-m", "hf_ft_ext", "train")

@@ -8,7 +8,7 @@ from hf_ft_ext.compare.process import DONE, FAILED, STOPPED, Outcome, find_run, 
 from hf_ft_ext.compare.settings import Comparison, Variant
 from hf_ft_ext.files import write_json
 from hf_ft_ext.report.read import COMPARISON, NOT_STARTED
-from hf_ft_ext.training.privacy import without_secrets
+from hf_ft_ext.training.sharing.privacy import without_secrets
 
 logger = logging.getLogger(__name__)
 

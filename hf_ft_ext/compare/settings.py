@@ -17,7 +17,7 @@ from hf_ft_ext.launch.folder import folder_name
 from hf_ft_ext.launch.parsing import parse_arguments
 from hf_ft_ext.methods import METHODS, find_method
 from hf_ft_ext.recipes.reading import read_recipe
-from hf_ft_ext.training.privacy import hide_tokens
+from hf_ft_ext.training.sharing.privacy import hide_tokens
 
 USAGE = "hf-ft-ext compare [recipe.yaml] [--methods A,B] [--seeds N] [--argument value ...]"
 FIRST_SEED = 42

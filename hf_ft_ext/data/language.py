@@ -11,12 +11,12 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from hf_ft_ext.arguments import STRATIFIED, DataArguments
+from hf_ft_ext.data.files.text_files import data_suffix
 from hf_ft_ext.data.origins import Origins, final_origins, whole_splits
 from hf_ft_ext.data.samples import check_sampling, draw_text, sampled
 from hf_ft_ext.data.sources import FORMATS, READ_ERRORS, open_source, reason
 from hf_ft_ext.data.splits import find_roles
 from hf_ft_ext.data.tasks import SUPERGLUE_ID, Task
-from hf_ft_ext.data.text_files import data_suffix
 from hf_ft_ext.errors import InputError, did_you_mean
 
 logger = logging.getLogger(__name__)

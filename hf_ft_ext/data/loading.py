@@ -14,8 +14,8 @@ from hf_ft_ext.arguments import PROBLEM_TYPES, QUOTINGS, DataArguments
 from hf_ft_ext.data import labels as lb
 from hf_ft_ext.data import multi_label as ml
 from hf_ft_ext.data.few_shot import few_shot_data, validation_is_test
+from hf_ft_ext.data.files.own_files import USUAL_TEXT
 from hf_ft_ext.data.origins import final_origins, whole_splits
-from hf_ft_ext.data.own_files import USUAL_TEXT
 from hf_ft_ext.data.samples import check_sampling, draw_text, sampled
 from hf_ft_ext.data.sources import open_source
 from hf_ft_ext.data.splits import find_roles
@@ -53,7 +53,7 @@ def load_data(
     - Converted files are cached; a file whose modification time has changed is read anew.
     - `streaming` leaves the training split where it is: its first rows stand for it in all checks, and rows behind
       them without text or a known label are skipped when they come. The other splits are read into memory.
-    - Values of csv, tsv and json files are taken as they are written: see `hf_ft_ext.data.own_files`.
+    - Values of csv, tsv and json files are taken as they are written: see `hf_ft_ext.data.files.own_files`.
 
     Args:
         data_args: what to load.

@@ -31,10 +31,10 @@ from huggingface_hub.errors import (
 )
 
 from hf_ft_ext.arguments import DataArguments
-from hf_ft_ext.data.dialect import AUTO, DEFAULT_DELIMITERS
-from hf_ft_ext.data.own_files import SUFFIXES, USUAL_TEXT, Reading, open_own_files
+from hf_ft_ext.data.files.dialect import AUTO, DEFAULT_DELIMITERS
+from hf_ft_ext.data.files.own_files import SUFFIXES, USUAL_TEXT, Reading, open_own_files
+from hf_ft_ext.data.files.text_files import data_suffix
 from hf_ft_ext.data.tasks import Task
-from hf_ft_ext.data.text_files import data_suffix
 from hf_ft_ext.demo.dataset import demo_dataset
 from hf_ft_ext.errors import InputError
 

@@ -1,1 +1,1 @@
-"""Training chosen entries of weights: k values and where they lie, nothing of a weight's size kept beside it."""
+"""Training of chosen entries of weights: only k values and their indices are stored in addition to the weights."""

@@ -1,14 +1,14 @@
-"""Which entries: the largest by a score, or random ones, over several tensors together."""
+"""Choice of entries over several tensors together: the largest by a score, or random ones."""
 
 import torch
 
 
 def largest(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
-    """Flat indices of the `k` largest scores of all tensors together, by tensor; tensors without any are left out."""
+    """Flat indices of the `k` largest scores of all tensors together, by tensor; tensors without any are omitted."""
     values, where, numbers = None, None, None
     for number, score in enumerate(scores.values()):
         top = score.reshape(-1).topk(min(k, score.numel()), sorted=False)
-        number = torch.full_like(top.indices, number)
+        number = torch.full_like(top.indices, number)  # which tensor each score is from
         if values is None:
             values, where, numbers = top.values, top.indices, number
             continue
@@ -20,16 +20,21 @@ def largest(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
 
 
 def at_random(shapes: dict[str, torch.Size], k: int, seed: int) -> dict[str, torch.Tensor]:
-    """Flat indices of `k` different entries of all tensors together, every one as likely as another."""
+    """Flat indices of `k` distinct entries of all tensors together, drawn uniformly; `k` is at most their number."""
     sizes = torch.tensor([shape.numel() for shape in shapes.values()])
     ends = sizes.cumsum(0)
     total = int(ends[-1])
     generator = torch.Generator().manual_seed(seed)
-    found = torch.empty(0, dtype=torch.long)
-    while len(found) < k:
-        more = torch.randint(total, (2 * (k - len(found)) + 16,), generator=generator)
-        found = torch.cat([found, more]).unique()
-    found = found[torch.randperm(len(found), generator=generator)[:k]]
+    if 2 * k > total:  # rejection would take long to find the last entries
+        found = torch.randperm(total, generator=generator)[:k]
+    else:
+        # Draw with replacement until there are at least k distinct entries: nothing of the tensors' size is needed.
+        found = torch.empty(0, dtype=torch.long)
+        while len(found) < k:
+            more = torch.randint(total, (2 * (k - len(found)) + 16,), generator=generator)
+            found = torch.cat([found, more]).unique()
+        found = found[torch.randperm(len(found), generator=generator)[:k]]
+    # Position in the concatenation of all tensors -> tensor, and position within it.
     numbers = torch.searchsorted(ends, found, right=True)
     return _by_tensor(list(shapes), found - (ends - sizes)[numbers], numbers)
 

@@ -1,6 +1,6 @@
-"""What training of chosen entries changed, as a small file that only its own base model takes.
+"""Delta files of trained entries: small, and only for the base model that training started from.
 
-`entries_delta.safetensors` holds indices and values of the entries, and in full every other parameter that trained.
+`entries_delta.safetensors` holds indices and values of the entries, and every other trained parameter in full.
 """
 
 import hashlib
@@ -14,17 +14,17 @@ from torch import nn
 from hf_ft_ext.entries.layer import Entries, weights_with_entries
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.files import tensor_hash
-from hf_ft_ext.training.delta_files import check_parameters, other_weights, read_delta, write_delta
+from hf_ft_ext.training.saved.delta_files import check_parameters, other_weights, read_delta, write_delta
 
 DELTA_FILE = "entries_delta.safetensors"
 _FORMAT = "hf_ft_ext entries 1"
 
 
 def save_entries(model: nn.Module, folder: str | os.PathLike) -> int:
-    """Write what trained of `model` into `folder` and return the file's size in bytes.
+    """Write the trained entries and parameters of `model` into `folder` and return the file's size in bytes.
 
     Raises:
-        InputError: neither entries nor anything else trains.
+        InputError: no entries and no parameters train.
     """
     tensors, hashes, inside = {}, {}, set()
     for name, weight, entries in weights_with_entries(model):
@@ -34,7 +34,7 @@ def save_entries(model: nn.Module, folder: str | os.PathLike) -> int:
         inside.add(id(entries.values))
     rest = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside}
     if not tensors and not rest:
-        raise InputError("nothing of the model trains, so there is no delta; attach_entries first")
+        raise InputError("no part of the model trains, so there is no delta; call attach_entries first")
     tensors |= {f"rest.{name}": p.detach().cpu().clone() for name, p in rest.items()}
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -46,7 +46,7 @@ def save_entries(model: nn.Module, folder: str | os.PathLike) -> int:
 
 
 def read_indices(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Which entries a delta in `folder` is about: parameter name -> flat indices.
+    """Return the entries of the delta in `folder`: parameter name -> flat indices.
 
     Raises:
         InputError: the folder holds no delta, or a damaged one.
@@ -55,7 +55,7 @@ def read_indices(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def read_choice(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """What trained for the delta in `folder`: flat indices by parameter name, and names of what trained in full.
+    """Return the entries of a delta (flat indices by parameter name), and the names of parameters trained in full.
 
     Raises:
         InputError: the folder holds no delta, or a damaged one.
@@ -69,13 +69,13 @@ def load_entries(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     """Apply the delta in `folder` to a plain model with the weights that training started from, in place.
 
     Returns:
-        The model, equal to the trained one bit for bit.
+        The model, bit for bit equal to the trained one.
 
     Raises:
-        InputError: there is no delta, it is damaged, or it belongs to another model, which is then unchanged.
+        InputError: there is no delta, it is damaged, or it belongs to another model. The model is then unchanged.
     """
     if any(isinstance(module, Entries) for module in model.modules()):
-        raise InputError("the model trains entries already; load the delta into the plain model")
+        raise InputError("the model already trains entries; load the delta into the plain model")
     path, metadata, tensors = read_delta(folder, DELTA_FILE, _FORMAT, "save_entries")
     chosen = {n.removeprefix("values."): t for n, t in tensors.items() if n.startswith("values.")}
     rest = {n.removeprefix("rest."): t for n, t in tensors.items() if n.startswith("rest.")}

@@ -1,8 +1,8 @@
-"""A weight of which only chosen entries train.
+"""`Entries`: train only chosen entries of a weight.
 
-The weight stays where it is, as a buffer of the module; a vector of the chosen entries is the parameter. Reading the
-weight brings changed values into it and connects it with them in the graph: the weight's gradient exists while the
-backward pass is at that weight, and its chosen entries are what is kept.
+The weight becomes a buffer of its module, and a vector of the chosen entries is the parameter. Reading the weight
+writes changed values into it and connects it with the vector in the autograd graph. The full gradient of the weight
+exists only during its backward step; only the chosen entries of it are kept.
 """
 
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.files import tensor_hash
 
 _SUFFIX = "_entries"
-_MADE = "_made_for_entries"
+_CLASS_MARK = "_made_for_entries"  # attribute of the classes that `_attach` makes
 
 
-class _Read(torch.autograd.Function):
-    """The weight as it is; its gradient goes to the chosen entries."""
+class _ReadWeight(torch.autograd.Function):
+    """Returns the weight unchanged; `dL/dvalues = (dL/dW)[indices]`."""
 
     @staticmethod
     def forward(ctx, values, weight, indices, entries):
@@ -31,20 +31,20 @@ class _Read(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, gradient):
         (indices,) = ctx.saved_tensors
-        ctx.entries.may_have_changed = True  # a step follows
+        ctx.entries.may_have_changed = True  # an optimizer step will follow
         return gradient.reshape(-1)[indices].to(ctx.dtype), None, None, None
 
 
 class Entries(nn.Module):
     """The trained entries of one weight.
 
-    Not part of any `state_dict()`: the weight that they are in is.
+    They are not part of the `state_dict()`, which holds the weight itself.
 
     Attributes:
-        values: shape (k,), in single precision at least.
-        indices: flat positions in the weight, shape (k,), rising.
+        values: shape (k,), in float32 or wider.
+        indices: flat positions in the weight, shape (k,), ascending.
         initial: the values before training, shape (k,).
-        may_have_changed: whether gradients have come since the values were last compared with the weight.
+        may_have_changed: whether there was a backward pass since the values were last compared with the weight.
         base_hash: SHA-256 of the weight before training.
     """
 
@@ -60,29 +60,29 @@ class Entries(nn.Module):
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         self.fold(weight)
-        return _Read.apply(self.values, weight, self.indices, self)
+        return _ReadWeight.apply(self.values, weight, self.indices, self)
 
     def fold(self, weight: torch.Tensor, compare: bool = False) -> None:
-        """Bring values into `weight` if they have changed.
+        """Write the values into `weight` if they have changed.
 
-        They are compared where they may have changed: after a backward pass (fused optimizers change a tensor
-        without counting it as a new version) or as a new version. A comparison waits for the device, so it is not
-        made at each read; and nothing is written without need, because a graph may hold the weight.
+        The values are compared only if they may have changed: after a backward pass (fused optimizers change a tensor
+        without a new version), or if their version is new. A comparison waits for the device, so it is not made at
+        each read. Nothing is written unless needed, because an autograd graph may hold the weight.
 
         Args:
-            compare: in any case.
+            compare: compare the values in any case.
         """
         values, version = self.values.detach(), self.values._version
-        moved = self._folded.device != values.device
-        if not (compare or moved or self.may_have_changed or version != self._version):
+        other_device = self._folded.device != values.device
+        if not (compare or other_device or self.may_have_changed or version != self._version):
             return
-        if moved or not torch.equal(values, self._folded):
+        if other_device or not torch.equal(values, self._folded):
             weight.view(-1)[self.indices] = values.to(weight.dtype)
             self._folded = values.clone()
         self.may_have_changed, self._version = False, version
 
-    def take(self, weight: torch.Tensor) -> None:
-        """Take the values from `weight`, which somebody else has changed."""
+    def read_from(self, weight: torch.Tensor) -> None:
+        """Update the values from `weight` after it was changed from outside, such as by `load_state_dict`."""
         with torch.no_grad():
             self.values.copy_(weight.reshape(-1)[self.indices])
         self._folded = self.values.detach().clone()
@@ -96,29 +96,37 @@ class Entries(nn.Module):
 
 
 def attach_entries(model: nn.Module, chosen: dict[str, torch.Tensor]) -> None:
-    """Train the entries at `chosen`, parameter name -> flat indices, of parameters that are then parameters no more.
+    """Let only chosen entries of parameters train; the parameters become buffers.
 
-    Names in `state_dict()` stay: what is saved is the plain model. Other parameters are left alone.
+    `state_dict()` keeps its names, so the plain model is saved. Other parameters do not change.
+
+    Args:
+        chosen: parameter name -> flat indices.
 
     Raises:
         InputError: an unknown parameter, one that several modules share, or indices out of range.
     """
-    owners: dict[int, list[str]] = {}
+    names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+        names.setdefault(id(parameter), []).append(name)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, indices in chosen.items():
         if name not in parameters:
             raise InputError(f"the model has no parameter {name!r}; pass names of model.named_parameters()")
-        if len(shared := owners[id(parameters[name])]) > 1:
+        if len(shared := names[id(parameters[name])]) > 1:
             other = next(n for n in shared if n != name)
-            raise InputError(f"{name} is also {other}; entries of shared weights cannot train alone: leave it out")
+            raise InputError(
+                f"{name} is also {other}; entries of shared weights cannot train separately: leave it out"
+            )
         if not len(indices) or int(indices.min()) < 0 or int(indices.max()) >= parameters[name].numel():
-            raise InputError(f"{name} has {parameters[name].numel()} entries; pass at least one index, from 0 on")
+            raise InputError(
+                f"{name} has {parameters[name].numel()} entries; pass at least one index, and only indices from 0 to "
+                f"{parameters[name].numel() - 1}"
+            )
     for name, indices in chosen.items():
         owner, _, own = name.rpartition(".")
         _attach(model.get_submodule(owner), own, indices)
-    # Every process makes the same changes to these buffers by itself.
+    # DDP need not synchronize these buffers: every process makes the same changes to them.
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
     buffers = [n for name in chosen for n in (name, f"{name}{_SUFFIX}.indices")]
     model._ddp_params_and_buffers_to_ignore = [*ignored, *buffers]
@@ -135,14 +143,16 @@ def _attach(module: nn.Module, name: str, indices: torch.Tensor) -> None:
     def read(self: nn.Module) -> torch.Tensor:
         return self._modules[f"{name}{_SUFFIX}"](self._buffers[name])
 
-    # torch's parametrize makes a class for the module as well, and renames the weight in `state_dict()`.
+    # A class per module, as in torch's parametrize, which would rename the weight in `state_dict()`.
     kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {name: property(read), "__module__": kind.__module__, _MADE: True})
-    module.register_state_dict_pre_hook(_fold_first(name))
-    module.register_load_state_dict_post_hook(_take_after(name))
+    module.__class__ = type(
+        kind.__name__, (kind,), {name: property(read), "__module__": kind.__module__, _CLASS_MARK: True}
+    )
+    module.register_state_dict_pre_hook(_fold_before_saving(name))
+    module.register_load_state_dict_post_hook(_read_after_loading(name))
 
 
-def _fold_first(name: str):
+def _fold_before_saving(name: str):
     def hook(module: nn.Module, prefix: str, keep_vars: bool) -> None:
         if f"{name}{_SUFFIX}" in module._modules:
             module._modules[f"{name}{_SUFFIX}"].fold(module._buffers[name], compare=True)
@@ -150,21 +160,21 @@ def _fold_first(name: str):
     return hook
 
 
-def _take_after(name: str):
+def _read_after_loading(name: str):
     def hook(module: nn.Module, incompatible) -> None:
         if f"{name}{_SUFFIX}" in module._modules:
-            module._modules[f"{name}{_SUFFIX}"].take(module._buffers[name])
+            module._modules[f"{name}{_SUFFIX}"].read_from(module._buffers[name])
 
     return hook
 
 
 def entries_of(model: nn.Module) -> dict[str, Entries]:
-    """The trained entries by the name of their weight."""
+    """Return the trained entries by the name of their weight."""
     return {name.removesuffix(_SUFFIX): m for name, m in model.named_modules() if isinstance(m, Entries)}
 
 
 def weights_with_entries(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Entries]]:
-    """Name, weight (up to date) and entries of each."""
+    """Yield name, current weight and entries of each weight with trained entries."""
     for name, entries in entries_of(model).items():
         owner, _, own = name.rpartition(".")
         weight = model.get_submodule(owner)._buffers[own]
@@ -173,12 +183,12 @@ def weights_with_entries(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, 
 
 
 def merge_entries(model: nn.Module) -> nn.Module:
-    """Make the weights plain parameters again, changed as trained, in place; returns the model."""
+    """Turn the weights into plain parameters again, with their trained values, in place; return the model."""
     for name, weight, _ in list(weights_with_entries(model)):
         owner, _, own = name.rpartition(".")
         module = model.get_submodule(owner)
         del module._modules[f"{own}{_SUFFIX}"], module._buffers[own]
         if not any(isinstance(child, Entries) for child in module.children()):
-            module.__class__ = next(kind for kind in type(module).__mro__ if not kind.__dict__.get(_MADE))
+            module.__class__ = next(kind for kind in type(module).__mro__ if not kind.__dict__.get(_CLASS_MARK))
         module._parameters[own] = nn.Parameter(weight, requires_grad=weight.is_floating_point())
     return model

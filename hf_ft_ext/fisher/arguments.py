@@ -8,8 +8,7 @@ from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.criteria import CRITERIA, NEEDS_TOTALS
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
-from hf_ft_ext.fisher.losses import LABELS, TRUE
-from hf_ft_ext.fisher.mask_names import MASKS, SCORED
+from hf_ft_ext.fisher.losses import EXPECTED, LABELS, TRUE
 
 MODES = SELECT, SINGLE, RANDOM, MASK = ("select", "single", "random", "mask")
 DEFAULT_EXAMPLES = {SELECT: 64, MASK: 1024}
@@ -17,7 +16,17 @@ DEFAULT_KEEP_RATIO = 0.005
 DEFAULT_MASK = "label-square"
 HEAD = "head"
 
-# What each argument is about, where it is not about all modes.
+# FISH masks: name -> which labels, which power of the gradient
+SCORED = {
+    "label-square": (TRUE, 2),
+    "label-absolute": (TRUE, 1),
+    "expect-square": (EXPECTED, 2),
+    "expect-absolute": (EXPECTED, 1),
+}
+RANDOM_MASK, BIAS_MASK = "random", "bias"
+MASKS = (*SCORED, RANDOM_MASK, BIAS_MASK)
+
+# Argument -> the modes that it applies to; arguments that are not listed apply to all modes.
 _ONLY_IN = {
     "adapter_plan": (SELECT,),
     "fisher_candidates": (SELECT, SINGLE, RANDOM),
@@ -32,18 +41,18 @@ _ONLY_IN = {
     "fisher_mask": (MASK,),
     "fisher_keep_ratio": (MASK,),
 }
-_SETTLED_BY_PLAN = (
+_FIXED_BY_PLAN = (
     "fisher_candidates", "fisher_candidate_settings", "fisher_criterion", "fisher_budget", "fisher_examples",
     "fisher_batch_size", "fisher_labels", "fisher_power",
 )  # fmt: skip
 
-# What an adapter plan depends on.
-PLAN_SETTINGS = ("fisher_mode", "adapter_plan", *_SETTLED_BY_PLAN, "seed")
+# The arguments that an adapter plan depends on.
+PLAN_SETTINGS = ("fisher_mode", "adapter_plan", *_FIXED_BY_PLAN, "seed")
 
 
 @dataclass
 class FisherTrainingArguments(MethodTrainingArguments):
-    """`transformers.TrainingArguments` plus what FishPAL and FISH masks need.
+    """`transformers.TrainingArguments` plus the settings of FishPAL and FISH masks.
 
     Raises:
         InputError: a value out of range, or two values that contradict each other.
@@ -52,20 +61,21 @@ class FisherTrainingArguments(MethodTrainingArguments):
     fisher_mode: str = field(
         default=SELECT,
         metadata={
-            "help": "select: a pre-pass picks each layer's adapter (FishPAL). single: one candidate in all layers. "
-            "random: a candidate at random in each layer. mask: chosen entries of the model's weights (FISH).",
+            "help": "select: a pre-pass selects an adapter for each layer (FishPAL). single: one candidate in all "
+            "layers. random: a random candidate in each layer. mask: selected entries of the model's weights (FISH).",
             "choices": MODES,
         },
     )
     adapter_plan: str | None = field(
         default=None,
-        metadata={"help": "A plan to train instead of a pre-pass: the adapter_plan.json of a run, edited or not."},
+        metadata={"help": "Adapter plan to use instead of a pre-pass: the adapter_plan.json of a run, edited or not."},
     )
     fisher_candidates: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of the adapters to choose from: prefix, bottleneck, lora, any method of peft that can be "
-            "limited to layers, or names of fisher_candidate_settings; none = the first three and the latter."
+            "help": "Adapters to choose from: prefix, bottleneck, lora, any method of peft that can be limited to "
+            "layers, or names of fisher_candidate_settings; none = the first three and those of "
+            "fisher_candidate_settings."
         },
     )
     fisher_candidate_settings: dict | str | None = field(
@@ -77,57 +87,62 @@ class FisherTrainingArguments(MethodTrainingArguments):
     fisher_criterion: str | None = field(
         default=None,
         metadata={
-            "help": "How modules are scored. thesis: mean squared gradient, times a factor per kind. mean: without "
-            "factors. decrease: expected decrease of the loss by a step of unit length. agreement: how far the "
-            f"gradients of different examples point the same way. none = {DEFAULT_CRITERION}, which is ours, not the "
-            "thesis's.",
+            "help": "Score of a module. thesis: mean squared gradient, times a factor per kind of adapter. mean: the "
+            "same without factors. decrease: expected decrease of the loss by a step of unit length. agreement: how "
+            f"well the gradients of different examples align. none = {DEFAULT_CRITERION}, which is this package's, "
+            "not the thesis's.",
             "choices": tuple(CRITERIA),
         },
     )
     fisher_budget: int | None = field(
         default=None,
-        metadata={"help": "Parameters that the adapters together may add at inference; layers may then get none."},
+        metadata={
+            "help": "Largest number of parameters that all adapters together add at inference; some layers may then "
+            "have no adapter."
+        },
     )
     fisher_examples: int | None = field(
         default=None,
         metadata={
-            "help": f"Training examples of the pre-pass; none = {DEFAULT_EXAMPLES[SELECT]} to choose adapters, "
+            "help": f"Training examples in the pre-pass; none = {DEFAULT_EXAMPLES[SELECT]} to select adapters, "
             f"{DEFAULT_EXAMPLES[MASK]} for a mask."
         },
     )
     fisher_batch_size: int = field(
-        default=8, metadata={"help": "Examples per pass of the pre-pass; the numbers do not depend on it."}
+        default=8,
+        metadata={"help": "Batch size of the pre-pass. It affects memory and time, but not the scores."},
     )
     fisher_labels: str = field(
         default=TRUE,
         metadata={
-            "help": "true: gradients of the loss with the true label. expected: over the model's own distribution of "
-            "labels; only with fisher_criterion mean or thesis.",
+            "help": "true: gradients of the loss with the true label. expected: expectation over the model's own "
+            "distribution of labels; only with fisher_criterion mean or thesis.",
             "choices": LABELS,
         },
     )
     fisher_power: int = field(
-        default=2, metadata={"help": "2: squared gradients. 1: absolute ones.", "choices": (1, 2)}
+        default=2, metadata={"help": "2: squared gradients. 1: absolute gradients.", "choices": (1, 2)}
     )
     fisher_learning_rates: dict | str | None = field(
         default=None,
         metadata={
             "help": f"Learning rates by candidate, and `{HEAD}` for the classifier (JSON on the command line), such "
-            'as {"prefix": 2e-4}; whoever is not named takes learning_rate.'
+            'as {"prefix": 2e-4}; all others have learning_rate.'
         },
     )
     fisher_mask: str | None = field(
         default=None,
         metadata={
-            "help": f"Which entries a mask keeps: those of the largest Fisher information by true labels or over the "
-            f"model's own, of squared or absolute gradients; random ones; or all biases. none = {DEFAULT_MASK}.",
+            "help": "Entries that train with a mask: those with the largest Fisher information (label-: true labels, "
+            "expect-: the model's own distribution; of squared or absolute gradients), random entries, or all biases. "
+            f"none = {DEFAULT_MASK}.",
             "choices": MASKS,
         },
     )
     fisher_keep_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "Share of all parameters that train with a mask, the classifier among them, in (0, 1); none = "
+            "help": "Share of all parameters that train with a mask, including the classifier, in (0, 1); none = "
             f"{DEFAULT_KEEP_RATIO}."
         },
     )
@@ -150,13 +165,15 @@ class FisherTrainingArguments(MethodTrainingArguments):
         for name in ("fisher_examples", "fisher_budget", "fisher_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"{name}={value} is too few; pass 1 or more, or leave it out")
+                raise InputError(f"{name} must be 1 or more, got {value}; or leave it out")
         if self.fisher_keep_ratio is not None and not 0 < self.fisher_keep_ratio < 1:
-            raise InputError(f"fisher_keep_ratio={self.fisher_keep_ratio} is no share in (0, 1); pass 0.005, say")
+            raise InputError(
+                f"fisher_keep_ratio must be in (0, 1), got {self.fisher_keep_ratio}; pass a value such as 0.005"
+            )
         rates = self.fisher_learning_rates
         for name, rate in rates.items() if isinstance(rates, dict) else ():
             if isinstance(rate, bool) or not isinstance(rate, int | float) or rate < 0:
-                raise InputError(f"fisher_learning_rates: {name!r} has the rate {rate!r}; pass a number from 0 on")
+                raise InputError(f"fisher_learning_rates: the rate of {name!r} must be 0 or more, got {rate!r}")
         self._check_together(self._changed())
 
     def _changed(self) -> list[str]:
@@ -164,41 +181,41 @@ class FisherTrainingArguments(MethodTrainingArguments):
         return [name for name in _ONLY_IN if getattr(self, name) != defaults[name]]
 
     def _check_together(self, given: list[str]) -> None:
-        """Refuse what was set and has no meaning beside the rest."""
+        """Refuse arguments that do not apply with the others."""
         for name in given:
             if self.fisher_mode not in _ONLY_IN[name]:
                 raise InputError(
-                    f"{name}={getattr(self, name)} is about fisher_mode={' or '.join(_ONLY_IN[name])}, not "
+                    f"{name}={getattr(self, name)} applies only to fisher_mode={' or '.join(_ONLY_IN[name])}, not "
                     f"{self.fisher_mode}; leave one of them out"
                 )
-            if self.adapter_plan is not None and name in _SETTLED_BY_PLAN:
+            if self.adapter_plan is not None and name in _FIXED_BY_PLAN:
                 raise InputError(
-                    f"adapter_plan settles what {name}={getattr(self, name)} is about; leave one of them out"
+                    f"adapter_plan already determines what {name}={getattr(self, name)} sets; leave one of them out"
                 )
         if self.fisher_mode == SINGLE and len(self.fisher_candidates or ()) != 1:
             raise InputError(
-                f"fisher_mode=single trains one candidate in all layers, and fisher_candidates is "
+                f"fisher_mode=single trains one candidate in all layers, but fisher_candidates is "
                 f"{self.fisher_candidates}; name one, such as lora"
             )
         criterion = self.fisher_criterion or DEFAULT_CRITERION
         if self.fisher_power != 2 and criterion in NEEDS_TOTALS:
             raise InputError(
-                f"fisher_power={self.fisher_power} is not for fisher_criterion={criterion}, which needs squared "
-                "gradients; take fisher_criterion=mean or thesis, or leave it out"
+                f"fisher_power={self.fisher_power} does not work with fisher_criterion={criterion}, which needs "
+                "squared gradients; pass fisher_criterion=mean or thesis, or leave fisher_power out"
             )
         selects = self.fisher_mode == SELECT and self.adapter_plan is None
         if selects and self.fisher_labels != TRUE and criterion in NEEDS_TOTALS:
             raise InputError(
-                f"fisher_labels={self.fisher_labels} is not for fisher_criterion={criterion}, which compares "
-                "gradients of examples: over the model's own labels their mean is zero, and scores would be rounding "
-                "noise; take fisher_criterion=mean or thesis, or leave fisher_labels out"
+                f"fisher_labels={self.fisher_labels} does not work with fisher_criterion={criterion}, which uses mean "
+                "gradients: in expectation over the model's own labels they are zero, so scores would be rounding "
+                "noise; pass fisher_criterion=mean or thesis, or leave fisher_labels out"
             )
         if self.fisher_mode == MASK and self.mask not in SCORED:
             for name in ("fisher_examples", "fisher_batch_size"):
                 if name in given:
-                    raise InputError(f"fisher_mask={self.mask} looks at no gradients; leave {name} out")
+                    raise InputError(f"fisher_mask={self.mask} does not use gradients; leave {name} out")
         if self.fisher_mode == MASK and self.mask == "bias" and "fisher_keep_ratio" in given:
-            raise InputError("fisher_mask=bias trains all biases, however many; leave fisher_keep_ratio out")
+            raise InputError("fisher_mask=bias trains all biases; leave fisher_keep_ratio out")
 
     def check_given(self, given: dict[str, Any]) -> None:
         super().check_given(given)
@@ -215,7 +232,7 @@ class FisherTrainingArguments(MethodTrainingArguments):
 
     @property
     def examples(self) -> int:
-        """Training examples of the pre-pass."""
+        """Number of training examples in the pre-pass."""
         return self.fisher_examples or DEFAULT_EXAMPLES[MASK if self.fisher_mode == MASK else SELECT]
 
     @property
@@ -225,12 +242,12 @@ class FisherTrainingArguments(MethodTrainingArguments):
 
 
 def _mapping(name: str, value: dict | str | None) -> dict | None:
-    """A mapping, which the command line gives as JSON."""
+    """Return `value` as a mapping, parsed from JSON if it is a string (from the command line)."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
             raise InputError(f"{name}={value!r} is not valid JSON ({error}); pass a mapping") from error
     if value is not None and not isinstance(value, dict):
-        raise InputError(f'{name}={value!r} is no mapping from names; pass one, such as {{"lora": ...}}')
+        raise InputError(f'{name} must be a mapping from names, such as {{"lora": ...}}, got {value!r}')
     return value

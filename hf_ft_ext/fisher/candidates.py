@@ -1,4 +1,4 @@
-"""The adapters that a layer may get, and what each layer's parameters of each are."""
+"""Candidate adapters for a layer, and their parameters in each layer of a model."""
 
 import logging
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from hf_ft_ext.adapters import AdapterType
 from hf_ft_ext.adapters.bottleneck.config import BottleneckConfig
 from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
 from hf_ft_ext.adapters.layer_prefix.layer import SHARED, PrefixLayer
 from hf_ft_ext.adapters.layers import plain_name, split_layer
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig, limited_to_layers, settings_of
-from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.errors import InputError, did_you_mean, first_line
 from hf_ft_ext.features import evaluating
 from hf_ft_ext.models import seeded_init
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 
 PREFIX, BOTTLENECK, LORA = ("prefix", "bottleneck", "lora")
 DEFAULTS = (PREFIX, BOTTLENECK, LORA)
-_STARTS = ("init_lora_weights", "init_weights")  # arguments of peft's configurations
-_HARMLESS = ("gaussian", "orthogonal", "eva", "zero")  # these leave the base weights as they are
+_INIT_FIELDS = ("init_lora_weights", "init_weights")  # fields of peft's configurations
+_INITS_KEEPING_BASE = ("gaussian", "orthogonal", "eva", "zero")  # these do not change the base weights
 
 
 def default_candidates() -> dict[str, PeftConfig]:
-    """The thesis's three: a prefix of 10 with a network 512 wide, a bottleneck of 48, LoRA of rank 8."""
+    """The thesis's candidates: a prefix of 10 with a projection of 512, a bottleneck of 48, LoRA of rank 8."""
     return {
         PREFIX: LayerPrefixConfig(prefix_length=10, projection_size=512),
         BOTTLENECK: BottleneckConfig(bottleneck_size=48),
@@ -42,25 +42,28 @@ def default_candidates() -> dict[str, PeftConfig]:
 
 
 def make_candidates(names: list[str] | None, settings: dict[str, Any] | None = None) -> dict[str, PeftConfig]:
-    """Candidates by name.
+    """Make candidates by name.
 
     Args:
-        names: of the defaults, of `settings`, or of peft's methods; `None` = the defaults and those of `settings`.
-        settings: name -> settings, with a `peft_type` where the name is none; those of a default change its own.
+        names: names of default candidates, of `settings`, or of peft's methods; `None` = the defaults and `settings`.
+        settings: name -> settings. A `peft_type` is needed unless the name is a default candidate or a method of peft.
+            Settings of a default candidate override its own.
 
     Raises:
-        InputError: an unknown name or setting, or a kind that cannot be limited to layers.
+        InputError: an unknown name or setting, or a type that cannot be limited to layers.
     """
     own = {name: settings_of(config) for name, config in default_candidates().items()}
     settings = settings or {}
     for name, values in settings.items():
         if not isinstance(values, dict):
-            raise InputError(f'candidate {name!r} has the settings {values!r}; pass a mapping, such as {{"r": 8}}')
+            raise InputError(
+                f'the settings of candidate {name!r} must be a mapping, such as {{"r": 8}}, got {values!r}'
+            )
         same = values.get("peft_type", own.get(name, {}).get("peft_type")) == own.get(name, {}).get("peft_type")
         own[name] = {**own.get(name, {}), **values} if same else values
     names = list(dict.fromkeys([*DEFAULTS, *settings])) if names is None else names
     if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"candidate {twice[0]!r} is named twice; give each a name of its own")
+        raise InputError(f"candidate {twice[0]!r} is named twice; use each name once")
     known = {str(getattr(t, "value", t)).lower() for t in PEFT_TYPE_TO_TUNER_MAPPING}
     for name in names:
         if name not in own and name.lower() not in known:
@@ -73,13 +76,13 @@ def make_candidates(names: list[str] | None, settings: dict[str, Any] | None = N
 
 
 @dataclass(frozen=True)
-class Module:
+class CandidateModule:
     """One candidate in one layer.
 
     Attributes:
-        parameters: names in the probing model of the layer's own parameters.
-        shared: names of parameters that the candidate's modules of all layers have together.
-        added: parameters that it adds to the model at inference.
+        parameters: names, in the probing model, of parameters that belong only to this layer.
+        shared: names of parameters that the candidate's modules in all layers share.
+        added: number of parameters that it adds to the model at inference.
     """
 
     candidate: str
@@ -90,12 +93,12 @@ class Module:
 
 
 def layers_of(model: nn.Module) -> list[int]:
-    """Numbers of the model's layers, found by structure.
+    """Return the indices of the model's layers, found by structure.
 
-    Layers of several stacks that have a number in common, such as those of an encoder and a decoder, count as one.
+    Layers with the same index in several stacks, such as an encoder and a decoder, count as one.
 
     Raises:
-        InputError: there are none.
+        InputError: the model has no layers.
     """
     found = sorted({layer.number for layer in find_structure(model).layers})
     if not found:
@@ -109,21 +112,20 @@ def layers_of(model: nn.Module) -> list[int]:
 def fitting(
     model: nn.Module, candidates: dict[str, PeftConfig], layers: list[int], seed: int
 ) -> dict[str, PeftConfig]:
-    """Those of `candidates` that can be put into every layer and let trial rows pass; the others are logged.
+    """Return the candidates with which the model runs when they are in every layer; the others are logged.
 
     Raises:
-        InputError: some do not fit and fewer than two remain to choose from, or one fits with default settings and not
-            with those that it has.
+        InputError: some do not fit and fewer than two remain, or one fits with default settings but not with its own.
     """
     reasons: dict[str, str] = {}
     defaults = {config.peft_type: config for config in default_candidates().values()}
     for name, config in candidates.items():
-        reason = _misfit(model, name, config, layers, seed)
+        reason = _misfit_reason(model, name, config, layers, seed)
         if reason is None:
             continue
         default = defaults.get(config.peft_type)
         changed = default is not None and settings_of(default) != settings_of(config)
-        if changed and _misfit(model, name, default, layers, seed) is None:
+        if changed and _misfit_reason(model, name, default, layers, seed) is None:
             raise InputError(f"candidate {name!r} cannot be used with these settings: {reason}")
         reasons[name] = reason
     for name, reason in reasons.items():
@@ -138,8 +140,8 @@ def fitting(
     return left
 
 
-def _misfit(model: nn.Module, name: str, config: PeftConfig, layers: list[int], seed: int) -> str | None:
-    """Why a candidate cannot be put into every layer of `model`, or `None` if it can."""
+def _misfit_reason(model: nn.Module, name: str, config: PeftConfig, layers: list[int], seed: int) -> str | None:
+    """Return why a candidate cannot be put into every layer of `model`, or `None` if it can."""
     try:
         with probing(model, {name: limited_to_layers(name, config)}, layers, seed) as probe:
             _try_rows(probe)
@@ -155,16 +157,16 @@ def _try_rows(probe: PeftModel) -> None:
             try:
                 probe(**batch)
                 return
-            except Exception as error:  # whatever a model's code raises where an adapter does not fit
+            except Exception as error:  # models raise many types if an adapter does not fit
                 first = first or error
     if isinstance(first, InputError):
         raise first
     reason = next(iter(str(first).splitlines()), "") or type(first).__name__
-    raise InputError(f"with it the model does not run ({reason})") from first
+    raise InputError(f"the model does not run with it ({reason})") from first
 
 
-def groups(candidates: dict[str, PeftConfig]) -> list[dict[str, PeftConfig]]:
-    """Candidates that can be in one model together: those of different types."""
+def compatible_groups(candidates: dict[str, PeftConfig]) -> list[dict[str, PeftConfig]]:
+    """Group candidates that can be in one model together: those of different peft types."""
     result: list[dict[str, PeftConfig]] = []
     for name, config in candidates.items():
         free = (group for group in result if all(c.peft_type != config.peft_type for c in group.values()))
@@ -177,32 +179,32 @@ def groups(candidates: dict[str, PeftConfig]) -> list[dict[str, PeftConfig]]:
 
 @contextmanager
 def probing(model: nn.Module, candidates: dict[str, PeftConfig], layers: list[int], seed: int) -> Iterator[PeftModel]:
-    """`model` with every candidate in every layer, drawn from `seed`; afterwards it is as it was."""
+    """Put every candidate into every layer of `model`, initialized from `seed`; restore the model afterwards."""
     trains = [(p, p.requires_grad) for p in model.parameters()]
-    before = [(p, p.detach().clone()) for p in model.parameters()] if _may_change_the_base(candidates) else []
+    before = [(p, p.detach().clone()) for p in model.parameters()] if _may_change_base_weights(candidates) else []
     kinds = {name: settings_of(config) for name, config in candidates.items()}
     config = LayerMixtureConfig(kinds=kinds, layers={layer: list(kinds) for layer in layers})
     try:
-        with explained(list(candidates)), seeded_init(seed):
+        with as_input_error(list(candidates)), seeded_init(seed):
             probe = get_peft_model(model, config)
         yield probe
     finally:
-        _take_off(model)
+        _remove_adapters(model)
         for parameter, values in before:
             parameter.data = values
         for parameter, trained in trains:
             parameter.requires_grad_(trained)
 
 
-def _may_change_the_base(candidates: dict[str, PeftConfig]) -> bool:
-    """Whether a candidate's start may take something out of the weights that it is put at (PiSSA, OLoRA, CorDA)."""
-    starts = [getattr(config, name, True) for config in candidates.values() for name in _STARTS]
-    return any(isinstance(start, str) and start not in _HARMLESS for start in starts)
+def _may_change_base_weights(candidates: dict[str, PeftConfig]) -> bool:
+    """Whether a candidate's initialization may change the base weights (PiSSA, OLoRA, CorDA)."""
+    starts = [getattr(config, name, True) for config in candidates.values() for name in _INIT_FIELDS]
+    return any(isinstance(start, str) and start not in _INITS_KEEPING_BASE for start in starts)
 
 
 @contextmanager
-def explained(names: list[str]) -> Iterator[None]:
-    """Turn what peft refuses while the candidates `names` are put into a model into an `InputError`."""
+def as_input_error(names: list[str]) -> Iterator[None]:
+    """Turn errors of peft while the candidates `names` are put into a model into an `InputError`."""
     try:
         yield
     except InputError:
@@ -215,8 +217,8 @@ def explained(names: list[str]) -> Iterator[None]:
         ) from error
 
 
-def _take_off(model: nn.Module) -> None:
-    """Take every adapter off, also where putting them on stopped half way."""
+def _remove_adapters(model: nn.Module) -> None:
+    """Remove every adapter from `model`, even if adding them failed half way."""
     while found := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
         owner, _, own = found[0].rpartition(".")
         setattr(model.get_submodule(owner), own, model.get_submodule(found[0]).base_layer)
@@ -224,8 +226,8 @@ def _take_off(model: nn.Module) -> None:
         del model.peft_config
 
 
-def modules_of(probe: nn.Module, candidates: dict[str, PeftConfig]) -> list[Module]:
-    """Each candidate's module in each layer of a `probing` model."""
+def modules_of(probe: nn.Module, candidates: dict[str, PeftConfig]) -> list[CandidateModule]:
+    """Return each candidate's module in each layer of a `probing` model."""
     by_class = {PEFT_TYPE_TO_TUNER_MAPPING[c.peft_type].tuner_layer_cls: name for name, c in candidates.items()}
     found: dict[tuple[int, str], list[str]] = {}
     added: dict[tuple[int, str], int] = {}
@@ -236,10 +238,7 @@ def modules_of(probe: nn.Module, candidates: dict[str, PeftConfig]) -> list[Modu
         place = split_layer(plain_name(name.removeprefix("base_model.model.")) + ".")
         if candidate is None or place is None:
             continue
-        others = (
-            "base_layer.",
-            *(f"{part}." for part in SHARED),
-        )  # the wrapped module, and what all layers have together
+        others = ("base_layer.", *(f"{part}." for part in SHARED))  # the wrapped module, and parts all layers share
         own = [(n, p) for n, p in module.named_parameters() if not n.startswith(others) and p.requires_grad]
         key = (place[0], candidate)
         found.setdefault(key, []).extend(f"{name}.{n}" for n, _ in own)
@@ -249,7 +248,7 @@ def modules_of(probe: nn.Module, candidates: dict[str, PeftConfig]) -> list[Modu
         added[key] = added.get(key, 0) + size
     shared = tuple(n for n, _ in probe.named_parameters() if any(f".{part}." in n for part in SHARED))
     return [
-        Module(
+        CandidateModule(
             candidate, layer, tuple(names),
             shared if candidates[candidate].peft_type == AdapterType.LAYER_PREFIX else (), added[layer, candidate],
         )

@@ -1,4 +1,4 @@
-"""How good a module in a layer looks before it is trained: numbers out of its gradients' sums."""
+"""Criteria: scores of a candidate in a layer before training, computed from sums of its gradients."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -6,23 +6,23 @@ from dataclasses import dataclass
 
 import torch
 
-from hf_ft_ext.adapters.table import AdapterType
+from hf_ft_ext.adapters import AdapterType
 from hf_ft_ext.errors import InputError, did_you_mean
 
-# The thesis's factors, by peft type. It also leaves `lora_A` out, whose gradient is zero as long as `lora_B` is.
+# The thesis's factors, by peft type. It also skips `lora_A`, whose gradient is zero as long as `lora_B` is zero.
 _THESIS_FACTORS = {AdapterType.LAYER_PREFIX.value: 10_000.0, AdapterType.BOTTLENECK.value: 5.0}
 _THESIS_LEFT_OUT = ".lora_A."
 
 
 @dataclass(frozen=True)
 class ModuleSums:
-    """What is known of one candidate in one layer.
+    """Sums over the n examples of the gradients `g_i` of one candidate in one layer.
 
     Attributes:
-        peft_type: its kind.
-        powers: per parameter name, the sum over examples of |gradient|^power.
-        totals: per parameter name, the sum of the gradients.
-        examples: how many examples.
+        peft_type: the candidate's peft type.
+        powers: `sum_i |g_i|^power`, by parameter name.
+        totals: `sum_i g_i`, by parameter name.
+        examples: n.
     """
 
     peft_type: str
@@ -32,37 +32,38 @@ class ModuleSums:
 
 
 def thesis(sums: ModuleSums) -> float:
-    """Mean of the summed squared gradients over the module's parameters, times the thesis's factor for its kind."""
+    """`factor * mean over parameters of sum_i g_i^2`, with the thesis's factor for the type, without `lora_A`."""
     kept = {name: value for name, value in sums.powers.items() if _THESIS_LEFT_OUT not in name}
     return _THESIS_FACTORS.get(sums.peft_type, 1.0) * _mean(kept.values())
 
 
 def mean(sums: ModuleSums) -> float:
-    """Mean of the summed squared gradients over the module's parameters; no factors, nothing left out."""
+    """`mean over parameters of sum_i g_i^2`, over all parameters of the module."""
     return _mean(sums.powers.values())
 
 
 def decrease(sums: ModuleSums) -> float:
-    """Expected decrease of the loss, to first order, by a gradient step of unit length: the mean gradient's norm.
+    """Expected decrease of the loss, to first order, by a step of unit length: the norm `|G|` of the mean gradient.
 
-    Estimated without bias: the squared norm of a mean over n examples is too large by the examples' scatter over n.
+    `|G|^2` is estimated without bias from products of different examples (see `_squared_mean`): the squared norm of
+    the sample mean would be too large by the variance of an example's gradient over n.
     """
-    return _root(sum(_signal(sums, name).sum().item() for name in sums.powers))
+    return _signed_root(sum(_squared_mean(sums, name).sum().item() for name in sums.powers))
 
 
 def agreement(sums: ModuleSums) -> float:
-    """How far gradients of examples point the same way: the mean product of two over the mean square of one.
+    """Alignment of the examples' gradients: `mean over i != j of <g_i, g_j>` divided by `mean over i of |g_i|^2`.
 
-    1 if all are equal, about 0 if they are unrelated, -1 / (examples - 1) at least. It is the part of the gradients
-    that a step can use, free of the parameters' scale and number, which differ from kind to kind: a factor whose
-    partner starts at zero changes neither product nor square.
+    It is 1 if all gradients are equal, about 0 if they are unrelated, and at least -1 / (n - 1). It does not depend on
+    the scale or number of the parameters, which differ between types of adapters. Parameters with zero gradient, such
+    as a factor whose partner starts at zero, change neither numerator nor denominator.
     """
-    scatter = sum(value.double().sum().item() for value in sums.powers.values()) / sums.examples
-    return sum(_signal(sums, name).sum().item() for name in sums.powers) / scatter if scatter else 0.0
+    square = sum(value.double().sum().item() for value in sums.powers.values()) / sums.examples  # mean_i |g_i|^2
+    return sum(_squared_mean(sums, name).sum().item() for name in sums.powers) / square if square else 0.0
 
 
-def _root(square: float) -> float:
-    """The root, with the sign of an estimate that noise has made negative."""
+def _signed_root(square: float) -> float:
+    """`sign(x) sqrt(|x|)`: noise may make the estimate of a square negative."""
     return math.copysign(abs(square) ** 0.5, square)
 
 
@@ -72,12 +73,13 @@ def _mean(values: Iterable[torch.Tensor]) -> float:
     return sum(value.double().sum().item() for value in values) / count if count else 0.0
 
 
-def _signal(sums: ModuleSums, name: str) -> torch.Tensor:
-    """Unbiased estimate of the squared mean gradient, per scalar."""
+def _squared_mean(sums: ModuleSums, name: str) -> torch.Tensor:
+    """Unbiased estimate of the squared mean gradient, `mean over i != j of g_i g_j`, entry by entry."""
     n = sums.examples
     if n < 2:
-        raise InputError(f"this criterion tells signal from noise, and {n} example has no scatter; take 2 or more")
+        raise InputError(f"this criterion compares gradients of different examples, but there is {n}; use 2 or more")
     total = sums.totals[name].double()
+    # sum over i != j of g_i g_j = (sum_i g_i)^2 - sum_i g_i^2
     return (total.square() - sums.powers[name].double()) / (n * (n - 1))
 
 
@@ -92,10 +94,10 @@ DEFAULT = "agreement"
 
 
 def find_criterion(name: str) -> Callable[[ModuleSums], float]:
-    """The criterion called `name`.
+    """Return the criterion called `name`.
 
     Raises:
-        InputError: there is none.
+        InputError: the name is unknown.
     """
     if name not in CRITERIA:
         raise InputError(f"criterion {name!r} is unknown{did_you_mean(name, CRITERIA)}; choose from: "

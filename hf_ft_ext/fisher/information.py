@@ -1,4 +1,4 @@
-"""The diagonal of the Fisher information: squared or absolute gradients per example, summed."""
+"""The diagonal of the Fisher information: sums over examples of squared or absolute gradients."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from hf_ft_ext.fisher.losses import (
     TRUE,
     FisherScalars,
     Loss,
-    WholeLoss,
+    ModelLoss,
     base_model,
     is_classifier,
     own_loss,
@@ -32,7 +32,7 @@ from hf_ft_ext.per_example.types import (
 )
 
 POWERS = (1, 2)
-_CHUNK = 2**20  # numbers of per-example gradients made at a time: they should not leave the processor's cache by far
+_CHUNK = 2**20  # values of per-example gradients at a time, so that they about fit into the processor's cache
 
 
 @dataclass
@@ -40,9 +40,9 @@ class GradientSums:
     """Sums over examples, per parameter.
 
     Attributes:
-        powers: name -> sum of `weight * |gradient|^power`, in the parameter's shape.
-        totals: name -> sum of `weight * gradient`; empty unless asked for.
-        examples: how many examples, over all processes.
+        powers: name -> `sum w |g|^power`, in the parameter's shape (see `FisherScalars` for the weights w).
+        totals: name -> `sum w g`; empty unless requested.
+        examples: number of examples of all processes.
     """
 
     powers: dict[str, torch.Tensor]
@@ -60,28 +60,28 @@ def fisher_information(
     loss: Loss | None = None,
     progress: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Sum over examples of the squared (or absolute) gradient of the example's loss, for each scalar parameter.
+    """Sum the squared (or absolute) gradients of each example's loss, for every entry of the parameters.
 
-    The values are those of one backward pass per example, at any batch size. Dropout is off. Each process passes its
-    own part of the data; the sums are those of all. The model is left as it was: mode, gradients, what requires them.
+    The values equal those of one backward pass per example and do not depend on the batch size. Dropout is off. Each
+    process passes its own part of the data; the sums are over all processes. Mode, gradients and `requires_grad` of
+    the model are restored.
 
     Args:
-        model: a sequence classifier, a language model or another model of transformers that gives a loss (or any
-            model, with `loss`), plain or with peft adapters.
-        dataloader: batches of model inputs, `labels` among them.
+        model: a sequence classifier, a language model or another transformers model that returns a loss (or any
+            model, with `loss`), with or without peft adapters.
+        dataloader: batches of model inputs, with `labels`.
         parameters: names; `None` = all that require gradients.
-        labels: `true`: the empirical Fisher information. `expected`: over the model's own distribution of labels; for
-            sequence classifiers.
+        labels: `true`: the empirical Fisher information. `expected`: the expectation over the model's own distribution
+            of labels; for sequence classifiers.
         power: 2, or 1 for absolute values.
-        loss: `loss(output, batch)` -> `[batch]`, in place of the model's; or a `WholeLoss`.
-        progress: show a bar (first process only).
+        loss: `loss(output, batch)` -> `[batch]`, used instead of the model's loss; or a `ModelLoss`.
+        progress: show a progress bar (first process only).
 
     Returns:
-        Name -> tensor of the parameter's shape, in single precision at least.
+        Name -> tensor of the parameter's shape, in float32 or wider.
 
     Raises:
-        InputError: labels missing or of a wrong kind, an unknown parameter or option, or gradients that are not
-            finite.
+        InputError: missing or unsuitable labels, an unknown parameter or option, or gradients that are not finite.
     """
     return gradient_sums(
         model, dataloader, parameters, labels=labels, power=power, loss=loss, progress=progress
@@ -99,7 +99,7 @@ def gradient_sums(
     totals: bool = False,
     progress: bool = True,
 ) -> GradientSums:
-    """`fisher_information`, and with `totals` the sums of the gradients themselves.
+    """Compute the sums of `fisher_information`, and with `totals` also the sums of the gradients themselves.
 
     Raises:
         InputError: as for `fisher_information`.
@@ -110,7 +110,7 @@ def gradient_sums(
     sums = GradientSums({n: _zeros(own[n]) for n in names}, {n: _zeros(own[n]) for n in names if totals}, 0)
     device = next(iter(own.values())).device
     engine: ExampleGradients | None = None
-    found = loss  # of a language model, once its first batch is there
+    found = loss  # for models other than classifiers, determined on the first batch
     for batch in tqdm(dataloader, desc="Fisher information", disable=not progress or _rank() > 0, leave=False):
         batch = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
         _check_batch(batch, labels, loss)
@@ -121,14 +121,14 @@ def gradient_sums(
         if engine is None:
             engine = ExampleGradients(
                 model, scalars, {name: own[name] for name in names}, wide_trial=False, mixing="one_by_one",
-                one_by_one=isinstance(scalars.loss, WholeLoss),
+                one_by_one=isinstance(scalars.loss, ModelLoss),
             )  # fmt: skip
         engine.function = scalars
-        engine.stream(batch, _Summing(sums, scalars))
+        engine.stream(batch, _Accumulator(sums, scalars))
         sums.examples += batch_size(batch)
     _reduce(sums, device)
     if sums.examples == 0:
-        raise InputError("the data loader gave no batch; a Fisher information needs examples")
+        raise InputError("the data loader gave no batch; pass at least one example")
     if bad := [name for name, value in sums.powers.items() if not torch.isfinite(value).all()]:
         raise InputError(
             f"the gradients of {bad[0]} are not finite; check the data and the model's precision (float16 overflows: "
@@ -137,8 +137,8 @@ def gradient_sums(
     return sums
 
 
-class _Summing:
-    """Adds an engine's gradients to sums, each weighted as the scalars say."""
+class _Accumulator:
+    """A receiver that adds per-example gradients to the sums, with the weights of the scalars."""
 
     def __init__(self, sums: GradientSums, scalars: FisherScalars):
         self.sums, self.scalars = sums, scalars
@@ -146,7 +146,7 @@ class _Summing:
     def __call__(self, name: str, gradients: list[Gradient], scalar: int, first: int) -> None:
         powers, totals = self.sums.powers[name], self.sums.totals.get(name)
         gradients = [share_activations(gradient) for gradient in join_uses(gradients)]
-        weights = self.scalars.weights  # of the examples that run now
+        weights = self.scalars.weights  # of the current batch
         weights = None if weights is None else weights[:, scalar].to(powers.dtype)
         squares = self.scalars.power == 2
         only = gradients[0]
@@ -158,7 +158,7 @@ class _Summing:
             if totals is not None:
                 totals += _weighted_sum(values, w)
             if len(values) == 1 and squares:
-                # nothing of its size is made
+                # w g^2, without a temporary tensor
                 powers.addcmul_(values[0], values[0], value=1.0 if w is None else w.item())
             else:
                 powers += _weighted_sum(values.square() if squares else values.abs(), w)
@@ -172,17 +172,17 @@ def _weighted_sum(values: torch.Tensor, weights: torch.Tensor | None) -> torch.T
 
 
 def _check_batch(batch: dict, labels: str, loss: Loss | None) -> None:
-    """Raise an `InputError` for ids or labels that no model takes."""
+    """Raise an `InputError` for unsuitable input ids or missing labels."""
     ids = batch.get("input_ids")
     if isinstance(ids, torch.Tensor) and ids.is_floating_point():
         raise InputError(
-            f"input_ids are {str(ids.dtype).removeprefix('torch.')} numbers; ids of tokens are integers: pass "
+            f"input_ids have dtype {str(ids.dtype).removeprefix('torch.')}, but token ids are integers: pass "
             "input_ids.long(), or inputs_embeds for embeddings"
         )
     if loss is None and labels == TRUE and batch.get("labels") is None:
         raise InputError(
-            f"a batch has no labels (it has {', '.join(batch)}), and labels='true' needs them; add them, or take the "
-            "expectation over the model's own: labels='expected'"
+            f"a batch has no labels (it has {', '.join(batch)}), but labels='true' needs them; add them, or pass "
+            "labels='expected' for the expectation over the model's own distribution"
         )
 
 
@@ -202,7 +202,7 @@ def _check(
     if unknown := [name for name in names if name not in own]:
         raise InputError(f"the model has no parameter {unknown[0]!r}; pass names of model.named_parameters()")
     if not names:
-        raise InputError("no parameter requires gradients; pass parameters, the names of those that matter")
+        raise InputError("no parameter requires gradients; pass the names of parameters")
     if not_float := [name for name in names if not own[name].is_floating_point()]:
         raise InputError(
             f"{not_float[0]} is quantized ({own[not_float[0]].dtype}) and has no gradient; the Fisher information of "
@@ -211,9 +211,8 @@ def _check(
     inner = base_model(model)
     if loss is None and not is_classifier(model) and not hasattr(inner, "config"):
         raise InputError(
-            f"{type(inner).__name__} is no sequence classifier or other model of transformers, so its loss per "
-            "example is not known; pass loss, a function of the model's output and the batch that gives one "
-            "number per example"
+            f"{type(inner).__name__} is not a transformers model, so its loss per example is not known; pass loss, a "
+            "function of the model's output and the batch that returns one value per example"
         )
     problem_type = problem_type_of(model, None) if loss is None and is_classifier(model) else None
     refuse_expectation(labels, power, problem_type, getattr(getattr(inner, "config", None), "num_labels", 1))
@@ -232,7 +231,7 @@ def _distributed() -> bool:
 
 
 def _reduce(sums: GradientSums, device: torch.device) -> None:
-    """The sums over all processes, on each."""
+    """Sum over all processes, on every process."""
     if not _distributed():
         return
     for values in (sums.powers, sums.totals):

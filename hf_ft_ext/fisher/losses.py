@@ -1,6 +1,7 @@
-"""Losses per example, and the draws of labels over which a Fisher information is an expectation."""
+"""Losses per example, and the scalars whose gradients a Fisher information sums."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,23 +13,30 @@ from hf_ft_ext.errors import InputError
 
 LABELS = TRUE, EXPECTED = ("true", "expected")
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = ("regression", "single_label_classification", "multi_label_classification")
-_IGNORED = -100  # a label that counts for nothing, as in transformers
+_IGNORED = -100  # the label of tokens that are ignored, as in transformers
 
 PerExampleLoss = Callable[[Any, dict], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class WholeLoss:
-    """A loss that runs the model by itself, such as a Trainer's `compute_loss`; one example at a time.
+class ModelLoss:
+    """A loss that runs the model itself, such as a Trainer's `compute_loss`; called with one example at a time.
 
     Attributes:
-        compute: `compute(model, batch)` -> the loss of a batch, a scalar.
+        compute: `compute(model, batch)` -> the scalar loss of a batch.
     """
 
     compute: Callable[[nn.Module, dict], torch.Tensor]
 
 
-Loss = PerExampleLoss | WholeLoss
+Loss = PerExampleLoss | ModelLoss
+
+
+def __getattr__(name: str) -> Any:
+    if name == "WholeLoss":
+        warnings.warn("hf_ft_ext.fisher.losses.WholeLoss is now ModelLoss", FutureWarning, stacklevel=2)
+        return ModelLoss
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -37,16 +45,16 @@ def base_model(model: nn.Module) -> nn.Module:
 
 
 def is_classifier(model: nn.Module) -> bool:
-    """Whether transformers' losses for sequence classifiers are the model's."""
+    """Whether the model has transformers' loss for sequence classifiers."""
     inner = base_model(model)
     return type(inner).__name__.endswith("ForSequenceClassification") and hasattr(inner, "config")
 
 
 def problem_type_of(model: nn.Module, labels: torch.Tensor | None) -> str:
-    """What a sequence classifier predicts, found out as transformers does: by its config, else by the labels.
+    """Return the problem type of a sequence classifier as transformers does: from its config, or from the labels.
 
     Raises:
-        InputError: labels of a kind that the model cannot learn.
+        InputError: the labels do not fit the problem type.
     """
     config = base_model(model).config
     problem = config.problem_type
@@ -58,30 +66,30 @@ def problem_type_of(model: nn.Module, labels: torch.Tensor | None) -> str:
         return problem
     if problem == SINGLE_LABEL and floating:
         raise InputError(
-            f"labels are {_named(labels)} numbers, and the model has {config.num_labels} classes; pass the numbers of "
-            "classes as integers, or set problem_type (regression, multi_label_classification) in the model's config"
+            f"labels have dtype {_dtype_name(labels)}, but the model has {config.num_labels} classes; pass class "
+            "indices as integers, or set problem_type (regression, multi_label_classification) in the model's config"
         )
     if problem == SINGLE_LABEL and labels.numel() != len(labels):
         raise InputError(
-            f"labels have the shape {tuple(labels.shape)}, and the model gives each example one of "
-            f"{config.num_labels} classes; pass one integer each, or set "
-            "problem_type=multi_label_classification in the model's config"
+            f"labels have shape {tuple(labels.shape)}, but the model predicts one of {config.num_labels} classes per "
+            "example; pass one integer per example, or set problem_type=multi_label_classification in the model's "
+            "config"
         )
     if problem == MULTI_LABEL and tuple(labels.shape[1:]) != (config.num_labels,):
         raise InputError(
-            f"labels have the shape {tuple(labels.shape)}, and a multi-label model with {config.num_labels} labels "
-            f"needs one 0 or 1 for each: [batch, {config.num_labels}]"
+            f"labels have shape {tuple(labels.shape)}, but a multi-label model with {config.num_labels} labels needs "
+            f"0 or 1 for each label: [batch, {config.num_labels}]"
         )
     return problem
 
 
-def _named(tensor: torch.Tensor) -> str:
+def _dtype_name(tensor: torch.Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
 def losses_of_logits(logits: torch.Tensor, labels: torch.Tensor, problem_type: str) -> torch.Tensor:
-    """The loss that the model would give each example alone: `[batch]`."""
-    if problem_type == REGRESSION:
+    """The model's loss of each example: `[batch]`."""
+    if problem_type == REGRESSION:  # mean over outputs of (f - y)^2
         return (logits.reshape(len(logits), -1) - labels.reshape(len(logits), -1).to(logits.dtype)).square().mean(1)
     if problem_type == SINGLE_LABEL:
         return nn.functional.cross_entropy(logits, labels.reshape(-1), reduction="none")
@@ -89,59 +97,59 @@ def losses_of_logits(logits: torch.Tensor, labels: torch.Tensor, problem_type: s
     return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
 
-# --- models with a label for each token ---------------------------------------------------------------
+# --- models with a label per token --------------------------------------------------------------------
 
 
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy, the mean over each example's labelled tokens: `[batch]`; labels of -100 count for nothing."""
+    """Cross-entropy, averaged over each example's labelled tokens: `[batch]`; labels of -100 are ignored."""
     losses = nn.functional.cross_entropy(
-        _single(logits).transpose(1, 2), labels, ignore_index=_IGNORED, reduction="none"
+        _at_least_float32(logits).transpose(1, 2), labels, ignore_index=_IGNORED, reduction="none"
     )
     return losses.sum(1) / (labels != _IGNORED).sum(1)
 
 
 def class_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of one class for each example: `[batch]`."""
-    return nn.functional.cross_entropy(_single(logits), labels.reshape(-1), reduction="none")
+    """Cross-entropy with one class per example: `[batch]`."""
+    return nn.functional.cross_entropy(_at_least_float32(logits), labels.reshape(-1), reduction="none")
 
 
 def next_token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """As `token_losses`, of a causal language model: position t predicts the label at t + 1."""
+    """As `token_losses`, for a causal language model: position t predicts the label at t + 1."""
     return token_losses(logits[:, :-1], labels[:, 1:])
 
 
-def _single(logits: torch.Tensor) -> torch.Tensor:
-    """In single precision at least, as transformers' language-model losses are."""
+def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
+    """Convert to float32 or wider, as transformers' language-model losses do."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss:
-    """The loss that a model which gives one itself gives each example alone.
+    """Return a loss per example that equals the loss which the model itself returns for a single example.
 
-    Of the usual forms the one that equals the model's own loss for the first example of `batch`, so that examples can
-    run together; where none does, the model's own loss, one example at a time.
+    If one of the usual formulas equals the model's loss on the first example of `batch`, it is used, so that examples
+    can run together. Otherwise the model's own loss is used, one example at a time.
 
     Raises:
-        InputError: the model gives no loss.
+        InputError: the model returns no loss.
     """
     one = {k: v[:1] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items()}
     with torch.no_grad():
         output = model(**one)
         if getattr(output, "loss", None) is None:
             raise InputError(
-                f"{type(base_model(model)).__name__} gives no loss, so its loss per example is not known; pass loss, "
-                "a function of the model's output and the batch that gives one number per example"
+                f"{type(base_model(model)).__name__} returns no loss, so its loss per example is not known; pass "
+                "loss, a function of the model's output and the batch that returns one value per example"
             )
         logits, labels = getattr(output, "logits", None), one.get("labels")
-        for form in _forms(logits, labels):
+        for form in _candidate_losses(logits, labels):
             ours, own = form(logits, labels).double(), output.loss.double().reshape(1)
             if torch.allclose(ours, own, rtol=1e-4 if logits.dtype.itemsize > 2 else 3e-2, atol=0.0):
                 return lambda output, batch, form=form: form(output.logits, batch["labels"])
-    return WholeLoss(lambda model, batch: model(**batch).loss)
+    return ModelLoss(lambda model, batch: model(**batch).loss)
 
 
-def _forms(logits: Any, labels: Any) -> tuple[Callable, ...]:
-    """The usual losses per example for logits and labels of these shapes."""
+def _candidate_losses(logits: Any, labels: Any) -> tuple[Callable, ...]:
+    """The usual losses per example that fit the shapes of logits and labels."""
     if not (isinstance(logits, torch.Tensor) and isinstance(labels, torch.Tensor)) or labels.is_floating_point():
         return ()
     if labels.ndim == 2 and logits.ndim == 3 and logits.shape[:2] == labels.shape:
@@ -153,18 +161,18 @@ def _forms(logits: Any, labels: Any) -> tuple[Callable, ...]:
 
 
 class FisherScalars:
-    """The scalars whose gradients a Fisher information is made of, as a function of model and batch.
+    """The scalars s and weights w of a Fisher information `sum_n sum_c w_nc |d s_nc / d theta|^power`.
 
-    A Fisher information is `sum_n sum_c w_nc |d s_nc / d theta|^power`.
+    An object is a function of model and batch that returns the scalars.
 
     Args:
         labels: `true`: the batch's labels. `expected`: the expectation over the model's own distribution.
         power: 2 or 1.
-        problem_type: of a sequence classifier, where `loss` is `None`.
-        loss: another loss, per example.
+        problem_type: problem type of a sequence classifier, if `loss` is `None`.
+        loss: loss per example, used instead of the model's.
 
     Attributes:
-        weights: `w` of the last batch, `[n, c]`; `None` = all 1.
+        weights: w of the last batch, `[n, c]`; `None` = all 1.
     """
 
     def __init__(self, labels: str, power: int, problem_type: str | None, loss: Loss | None):
@@ -173,11 +181,11 @@ class FisherScalars:
 
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Scalars `[n, c]`."""
-        if isinstance(self.loss, WholeLoss):
+        if isinstance(self.loss, ModelLoss):
             return self.loss.compute(model, dict(batch)).reshape(1, 1)
         if self.loss is not None:
             return self.loss(model(**batch), dict(batch))[:, None]
-        # without labels: the model's own loss would cost, and average
+        # Called without labels: the model would compute its own loss, averaged over the batch.
         logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
         if self.labels == TRUE:
             return losses_of_logits(logits, batch["labels"], self.problem_type)[:, None]
@@ -185,30 +193,32 @@ class FisherScalars:
 
     def _expected(self, logits: torch.Tensor) -> torch.Tensor:
         if self.problem_type == SINGLE_LABEL:
+            # E_y |d(-log p_y)/dtheta|^power = sum_k p_k |d(-log p_k)/dtheta|^power
             losses = -logits.log_softmax(-1)
-            self.weights = (-losses).detach().exp()  # p_k of -log p_k
+            self.weights = (-losses).detach().exp()
             return losses
         outputs = logits.reshape(len(logits), -1)
         n = outputs.shape[1]
         if self.problem_type == REGRESSION:
-            # The mean squared error is -log N(y; f, n/2) of n outputs, constants left out.
+            # The mean squared error over n outputs is -log N(y; f, n/2) up to a constant, so y ~ N(f, n/2).
+            # power 2: E (2 (f - y) / n)^2 = 2 / n. power 1 (n = 1): E |2 (f - y)| = 2 / sqrt(pi).
             factor = 2.0 / n if self.power == 2 else 2.0 / math.sqrt(math.pi)
             self.weights = torch.full_like(outputs.detach(), factor)
         else:
-            # The gradient in logit k is (p_k - y_k) / n; E (p_k - y_k)^2 = p_k (1 - p_k), and labels are independent.
+            # dL/df_k = (p_k - y_k) / n with independent labels y_k, and E (p_k - y_k)^2 = p_k (1 - p_k).
             shares = outputs.detach().sigmoid()
             self.weights = shares * (1 - shares) / n**2
         return outputs
 
 
 def refuse_expectation(labels: str, power: int, problem_type: str | None, outputs: int) -> None:
-    """Raise an `InputError` for an expectation over labels that has no closed form here."""
+    """Raise an `InputError` for an expectation over labels without a closed form."""
     if labels == EXPECTED and problem_type is None:
-        raise InputError("labels='expected' needs the model's distribution of labels, which is known of sequence "
-                         "classifiers alone and not of a loss of your own; take labels='true'")  # fmt: skip
+        raise InputError("labels='expected' needs the model's distribution of labels, which is known only for "
+                         "sequence classifiers with their own loss; pass labels='true'")  # fmt: skip
     many = problem_type == MULTI_LABEL or (problem_type == REGRESSION and outputs > 1)
     if labels == EXPECTED and power == 1 and many:
         raise InputError(
             f"the expected absolute gradient of a {problem_type} model with {outputs} outputs has no closed form; "
-            "take power=2 or the true labels"
+            "pass power=2, or labels='true'"
         )

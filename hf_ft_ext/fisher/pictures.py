@@ -1,4 +1,4 @@
-"""A plan as a heat map."""
+"""Plots of adapter plans."""
 
 import importlib.util
 import logging
@@ -15,15 +15,18 @@ PICTURE_FILE = "adapter_plan.png"
 
 
 def draw_plan(plan: AdapterPlan, path: str | os.PathLike) -> Path:
-    """Draw scores by layer and candidate as a PNG, the choice marked; a folder gets `adapter_plan.png`.
+    """Plot the scores by layer and candidate as a PNG, with the choice marked.
 
-    Colours are per layer from its lowest to its highest score, because that is what the choice compares.
+    Colours are scaled per layer from its lowest to its highest score, because candidates are compared within a layer.
+
+    Args:
+        path: the file, or a folder, in which it is called `adapter_plan.png`.
 
     Raises:
         InputError: the plan holds no scores, or matplotlib is not installed.
     """
     if not plan.scores:
-        raise InputError("the plan holds no scores to draw; only a pre-pass makes them (fisher_mode=select)")
+        raise InputError("the plan holds no scores to draw; only a pre-pass computes them (fisher_mode=select)")
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("matplotlib is not installed; run pip install 'hf_ft_ext[pictures]'")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -64,7 +67,7 @@ def draw_plan(plan: AdapterPlan, path: str | os.PathLike) -> Path:
 
 
 def draw_if_possible(plan: AdapterPlan, folder: str | os.PathLike) -> None:
-    """`draw_plan` into `folder` where matplotlib is installed."""
+    """Call `draw_plan` for `folder` if matplotlib is installed."""
     if importlib.util.find_spec("matplotlib") is None:
         logger.info("No picture of the plan: matplotlib is not installed (pip install 'hf_ft_ext[pictures]').")
         return

@@ -1,4 +1,4 @@
-"""A plan: which adapter each layer gets, and the numbers that say why. JSON, made to be read and edited."""
+"""`AdapterPlan`: the adapter of each layer, with scores. Stored as JSON that a user can read and edit."""
 
 import hashlib
 import json
@@ -13,7 +13,8 @@ from torch import nn
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.files import tensor_hash, write_json
-from hf_ft_ext.peft_models import task_type_of
+from hf_ft_ext.fisher.candidates import layers_of
+from hf_ft_ext.models.peft import task_type_of
 
 PLAN_FILE = "adapter_plan.json"
 _FORMAT = "hf_ft_ext adapter plan 1"
@@ -23,16 +24,16 @@ _SHAPE = ("model_type", "layers", "hidden_size")
 
 @dataclass
 class AdapterPlan:
-    """What each layer gets.
+    """The adapter of each layer.
 
     Attributes:
         choice: layer -> name of a candidate, or `None`.
-        candidates: name -> peft settings, `peft_type` among them.
-        scores: layer -> candidate -> score; empty in a plan that no scores led to.
-        parameters: layer -> candidate -> parameters it adds at inference.
-        criterion, settings: how the scores were made.
-        model: `model_type`, `layers`, `hidden_size`, and `weights`, a hash; what is absent is not checked.
-        data: a hash of the examples, and how many.
+        candidates: name -> peft settings with `peft_type`.
+        scores: layer -> candidate -> score; empty if the plan was made without scores.
+        parameters: layer -> candidate -> number of parameters that it adds at inference.
+        criterion, settings: how the scores were computed.
+        model: `model_type`, `layers`, `hidden_size`, and `weights`, a hash; missing entries are not checked.
+        data: a hash of the examples, and their number.
     """
 
     choice: dict[int, str | None]
@@ -55,18 +56,18 @@ class AdapterPlan:
         """Read a plan from a file, or from `adapter_plan.json` in a folder.
 
         Raises:
-            InputError: no such file, no JSON, no plan, or a choice among unknown candidates.
+            InputError: the file is missing, is not a valid plan, or chooses an unknown candidate.
         """
         path = Path(path).expanduser()
         path = path / PLAN_FILE if path.is_dir() else path
         if not path.is_file():
-            raise InputError(f"adapter plan {str(path)!r} is not a file; pass the {PLAN_FILE} that a run left")
+            raise InputError(f"adapter plan {str(path)!r} is not a file; pass the {PLAN_FILE} of a run")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"adapter plan {path} is not valid JSON: {error}") from error
         if not isinstance(values, dict) or values.pop("format", None) != _FORMAT:
-            raise InputError(f'{path} is no adapter plan of this version; it needs "format": "{_FORMAT}"')
+            raise InputError(f'{path} is not an adapter plan of this version; it needs "format": "{_FORMAT}"')
         known = {f.name for f in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise InputError(
@@ -74,54 +75,55 @@ class AdapterPlan:
                 f"have: {', '.join(sorted(known))}"
             )
         if missing := [name for name in ("choice", "candidates") if not isinstance(values.get(name), dict)]:
-            raise InputError(f"adapter plan {path} has no {missing[0]}: a mapping is needed")
+            raise InputError(f"adapter plan {path} has no mapping {missing[0]!r}; add it")
         if wrong := [name for name, value in values.items() if name != "criterion" and not isinstance(value, dict)]:
             raise InputError(
-                f"adapter plan {path}: {wrong[0]} is no mapping; make the plan anew (leave adapter_plan out)"
+                f"adapter plan {path}: {wrong[0]} is not a mapping; make a new plan (leave adapter_plan out)"
             )
         if wrong := [name for name, settings in values["candidates"].items() if not isinstance(settings, dict)]:
-            raise InputError(f"adapter plan {path}: the settings of candidate {wrong[0]!r} are no mapping")
+            raise InputError(f"adapter plan {path}: the settings of candidate {wrong[0]!r} must be a mapping")
         for name in ("choice", "scores", "parameters"):
             values[name] = {_layer(path, key): value for key, value in values.get(name, {}).items()}
         for layer, name in values["choice"].items():
-            if name is not None and name not in values["candidates"]:
+            if name is not None and (not isinstance(name, str) or name not in values["candidates"]):
                 raise InputError(
-                    f"adapter plan {path}: layer {layer} is to get {name!r}"
-                    f"{did_you_mean(name, values['candidates'])}; its candidates are: "
+                    f"adapter plan {path}: the choice for layer {layer} is {name!r}"
+                    f"{did_you_mean(str(name), values['candidates'])}; the candidates are: "
                     f"{', '.join(values['candidates']) or 'none'}"
                 )
         return cls(**values)
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise an `InputError` if the plan was made for a model of another kind, or names layers it has not."""
+        """Raise an `InputError` if the plan was made for another model type, or names layers that the model lacks."""
         own = model_fingerprint(model)
         for key in _SHAPE:
             if self.model.get(key) is not None and self.model[key] != own[key]:
                 raise InputError(
-                    f"the adapter plan is for a model with {key}={self.model[key]!r}, and this one has {own[key]!r}; "
+                    f"the adapter plan is for a model with {key}={self.model[key]!r}, but this one has {own[key]!r}; "
                     "make a plan for this model (leave adapter_plan out)"
                 )
-        if unknown := [layer for layer in self.choice if layer >= own["layers"]]:
+        layers = layers_of(model)
+        if unknown := [layer for layer in self.choice if layer not in layers]:
             raise InputError(
-                f"the adapter plan names layer {unknown[0]}, and the model has layers 0 to {own['layers'] - 1}; "
-                "take that line out of the plan"
+                f"the adapter plan names layer {unknown[0]}, but the model has layers {layers[0]} to {layers[-1]}; "
+                "remove that layer from the plan"
             )
         if not any(self.choice.values()):
-            raise InputError("the adapter plan chooses nothing for any layer; name a candidate for one at least")
+            raise InputError("the adapter plan chooses no adapter for any layer; name a candidate for at least one")
 
     def same_weights(self, model: nn.Module) -> bool:
-        """Whether the plan says of whose weights it was made, and they are the model's; true if it says nothing."""
+        """Whether the plan was made for the model's weights; true if the plan does not name any."""
         return self.model.get("weights") in (None, model_fingerprint(model)["weights"])
 
     def config(
         self, modules_to_save: list[str] | None = None, task_type: str | None = SAME_AS_THE_MODEL
     ) -> LayerMixtureConfig:
-        """The peft configuration of the chosen adapters, and of nothing else.
+        """The peft configuration of the chosen adapters only.
 
         Args:
             modules_to_save: modules that train in full and are saved with the adapters.
-            task_type: peft's; by default that of the model which the plan was made for (`SEQ_CLS` where it does not
-                say).
+            task_type: peft's task type; default: that of the model for which the plan was made, or `SEQ_CLS` if the
+                plan does not name one.
         """
         if task_type == SAME_AS_THE_MODEL:
             task_type = self.model.get("task_type", TaskType.SEQ_CLS.value)
@@ -135,14 +137,14 @@ class AdapterPlan:
 
     @property
     def added(self) -> int | None:
-        """Parameters that the chosen adapters add at inference, or `None` where the plan does not know."""
+        """Number of parameters that the chosen adapters add at inference, or `None` if the plan lacks it."""
         chosen = [(layer, name) for layer, name in self.choice.items() if name is not None]
         if any(name not in self.parameters.get(layer, {}) for layer, name in chosen):
             return None
         return sum(self.parameters[layer][name] for layer, name in chosen)
 
     def table(self) -> str:
-        """One line per layer: scores, the choice marked."""
+        """One line per layer: its scores, with the choice marked by an asterisk."""
         names = list(self.candidates)
         lines = []
         for layer, choice in sorted(self.choice.items()):
@@ -155,12 +157,12 @@ class AdapterPlan:
 
 def _layer(path: Path, key: str) -> int:
     if not str(key).isdigit():
-        raise InputError(f"adapter plan {path}: {key!r} is no number of a layer; count from 0")
+        raise InputError(f"adapter plan {path}: {key!r} is not a layer index; layers are numbered from 0")
     return int(key)
 
 
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """What a plan keeps of the model: its kind, its size, and a hash of its encoder's weights."""
+    """The entries of a plan that identify its model: type, size, and a hash of the encoder's weights."""
     config = getattr(model, "config", None)
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""The examples that a pre-pass looks at: this process's part of some training rows, in batches of like length."""
+"""The training examples of a pre-pass, in batches of similar length."""
 
 from typing import Any
 
@@ -12,12 +12,10 @@ from hf_ft_ext.training.method_trainer import overridden
 
 
 def prepass_batches(trainer: Trainer, examples: int, batch_size: int) -> list[dict[str, Any]]:
-    """Batches of `examples` training rows, drawn from the trainer's seed; all rows where there are fewer.
+    """Batch `examples` random training rows, drawn from the trainer's seed, or all rows if there are fewer.
 
-    Every process gets its part; a process without any gets no batch. Rows of like length share a batch, so that
-    little is padded.
-
-    Where the trainer's data loader was overridden, the examples are the first ones that it gives.
+    Every process gets its share, which may be empty. Rows of similar length share a batch, which keeps padding low.
+    If the trainer's data loader is overridden, the examples are the first ones that it gives.
 
     Raises:
         InputError: there is no training data.
@@ -38,7 +36,7 @@ def prepass_batches(trainer: Trainer, examples: int, batch_size: int) -> list[di
     else:
         first = [row for row, _ in zip(data, range(examples), strict=False)]
         rows = first[args.process_index :: args.world_size]
-    rows.sort(key=_length, reverse=True)  # the longest first: what does not fit into memory fails at once
+    rows.sort(key=_length, reverse=True)  # the longest first, so that running out of memory shows at once
     return [dict(collate(rows[i : i + batch_size])) for i in range(0, len(rows), batch_size)]
 
 

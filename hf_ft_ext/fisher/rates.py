@@ -1,4 +1,4 @@
-"""One learning rate per kind of adapter."""
+"""Learning rates by candidate."""
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -11,7 +11,7 @@ from hf_ft_ext.fisher.plan import AdapterPlan
 
 
 def candidate_of_parameters(model: nn.Module, plan: AdapterPlan) -> dict[int, str]:
-    """`id` of each adapter parameter -> the candidate that it belongs to."""
+    """Map the `id` of each adapter parameter to its candidate."""
     found: dict[int, str] = {}
     classes = {
         name: PEFT_TYPE_TO_TUNER_MAPPING[settings["peft_type"]].tuner_layer_cls
@@ -30,7 +30,10 @@ def candidate_of_parameters(model: nn.Module, plan: AdapterPlan) -> dict[int, st
 def split_by_rate(
     optimizer: torch.optim.Optimizer, model: nn.Module, plan: AdapterPlan | None, rates: dict[str, float]
 ) -> None:
-    """Give the parameters of each candidate in `rates`, and of the head, a group with that rate, before any step."""
+    """Split the optimizer's groups by candidate and head, and set their rates; call it before the first step.
+
+    Candidates that are not in `rates` keep the rate of their group.
+    """
     of = {} if plan is None else candidate_of_parameters(model, plan)
     groups = []
     for group in optimizer.param_groups:

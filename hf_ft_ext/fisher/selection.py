@@ -1,4 +1,4 @@
-"""Choosing an adapter for each layer."""
+"""Selection of an adapter for each layer."""
 
 import hashlib
 import logging
@@ -12,7 +12,15 @@ from torch import nn
 
 from hf_ft_ext.adapters.mixture.config import limited_to_layers, settings_of
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.fisher.candidates import Module, default_candidates, fitting, groups, layers_of, modules_of, probing
+from hf_ft_ext.fisher.candidates import (
+    CandidateModule,
+    compatible_groups,
+    default_candidates,
+    fitting,
+    layers_of,
+    modules_of,
+    probing,
+)
 from hf_ft_ext.fisher.criteria import DEFAULT, NEEDS_TOTALS, ModuleSums, find_criterion
 from hf_ft_ext.fisher.information import gradient_sums
 from hf_ft_ext.fisher.losses import TRUE, Loss
@@ -36,33 +44,34 @@ def select_adapters(
 ) -> AdapterPlan:
     """Score every candidate in every layer by its gradients before training, and choose one per layer.
 
-    FishPAL's selection (thesis, lucalila/fishpal). The default criterion, `agreement`, is ours; `thesis` is the one
-    that the thesis describes.
+    This is FishPAL's selection (thesis, lucalila/fishpal). The default criterion, `agreement`, is this package's;
+    `thesis` is the one of the thesis.
 
-    All candidates stand in the model at the same time, as far as they are of different kinds; afterwards the model is
-    as it was. A candidate that does not fit the model is left out with a warning, as long as two remain.
+    Candidates of different peft types are in the model at the same time; the model is restored afterwards. A candidate
+    that does not fit the model is dropped with a warning, as long as two remain.
 
     Args:
-        model: a plain sequence classifier or language model, or with `loss` another model.
-        data: batches of model inputs, `labels` among them; each process passes its own part.
-        candidates: peft configurations by name, or a list of them; `None` = the thesis's three.
+        model: a plain sequence classifier or language model, or any model with `loss`.
+        data: batches of model inputs with `labels`; each process passes its own part.
+        candidates: peft configurations by name, or a list of them; `None` = the three of the thesis.
         criterion: `thesis`, `mean`, `decrease` or `agreement`; see `hf_ft_ext.fisher.criteria`.
-        budget: parameters that all chosen adapters together may add at inference; layers may then stay without.
+        budget: largest number of parameters that all chosen adapters together add at inference; some layers may then
+            have no adapter.
         labels, power, loss, progress: as for `fisher_information`.
-        seed: what new adapters are drawn from.
+        seed: seed of the new adapters' initialization.
 
     Raises:
-        InputError: bad input, a budget that no module fits in, or gradients that are zero everywhere.
+        InputError: bad input, a budget below the smallest module, or gradients that are all zero.
     """
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise InputError("the model carries PEFT adapters already; pass the base model, or merge the adapters first")
     score = find_criterion(criterion)
     if criterion in NEEDS_TOTALS and power != 2:
-        raise InputError(f"criterion {criterion!r} needs squared gradients, and power={power}; leave power out")
+        raise InputError(f"criterion {criterion!r} needs squared gradients, but power={power}; leave power out")
     if criterion in NEEDS_TOTALS and labels != TRUE:
         raise InputError(
-            f"criterion {criterion!r} compares gradients of examples, and labels={labels!r} makes their mean zero "
-            "(the expected gradient of a log-likelihood is 0), so scores would be rounding noise; take "
+            f"criterion {criterion!r} uses the mean gradient, but labels={labels!r} makes it zero "
+            "(the expected gradient of a log-likelihood is 0), so scores would be rounding noise; pass "
             "labels='true', or criterion 'mean' or 'thesis'"
         )
     candidates = _named(candidates)
@@ -73,11 +82,11 @@ def select_adapters(
     scores: dict[int, dict[str, float]] = {layer: {} for layer in layers}
     parameters: dict[int, dict[str, int]] = {layer: {} for layer in layers}
     examples = 0
-    for group in groups(candidates):
+    for group in compatible_groups(candidates):
         with probing(model, group, layers, seed) as probe:
             modules = modules_of(probe, group)
             wanted = list(dict.fromkeys(n for m in modules for n in (*m.parameters, *m.shared)))
-            with _gradients_wanted(model):
+            with _explain_missing_gradients(model):
                 sums = gradient_sums(
                     probe, data, wanted, labels=labels, power=power, loss=loss,
                     totals=criterion in NEEDS_TOTALS, progress=progress,
@@ -90,8 +99,8 @@ def select_adapters(
     choice = choose(scores, parameters, budget)
     if not any(choice.values()):
         raise InputError(
-            f"by criterion {criterion!r} no module within the budget is worth having (no score is above 0: with "
-            f"{examples} examples there is more noise than signal); take more examples, or criterion 'mean'"
+            f"by criterion {criterion!r} no module within the budget has a score above 0 (with {examples} examples "
+            "there is more noise than signal); pass more examples, or criterion 'mean'"
         )
     return AdapterPlan(
         choice=choice,
@@ -106,16 +115,16 @@ def select_adapters(
 
 
 @contextmanager
-def _gradients_wanted(model: nn.Module) -> Iterator[None]:
-    """Turn torch's word for a loss that no adapter has a part in into an `InputError`."""
+def _explain_missing_gradients(model: nn.Module) -> Iterator[None]:
+    """Turn torch's error for a loss that does not depend on the adapters into an `InputError`."""
     try:
         yield
     except RuntimeError as error:
         if "does not require grad" not in str(error):
             raise
         raise InputError(
-            f"no gradient reaches adapters in {type(model).__name__}, whose layers make their gradients by themselves "
-            "from inputs that train; use another method, such as full or sparse"
+            f"no gradient reaches adapters in {type(model).__name__}, whose layers compute gradients in their own "
+            "backward pass and need inputs that require gradients; use another method, such as full or sparse"
         ) from error
 
 
@@ -133,7 +142,7 @@ def _named(candidates) -> dict[str, PeftConfig]:
     return {name: limited_to_layers(name, config) for name, config in candidates.items()}
 
 
-def _sums_of(module: Module, config: PeftConfig, sums) -> ModuleSums:
+def _sums_of(module: CandidateModule, config: PeftConfig, sums) -> ModuleSums:
     names = (*module.parameters, *module.shared)
     return ModuleSums(
         str(getattr(config.peft_type, "value", config.peft_type)),
@@ -146,10 +155,10 @@ def _sums_of(module: Module, config: PeftConfig, sums) -> ModuleSums:
 def _refuse_zero(powers: dict[str, torch.Tensor]) -> None:
     if not any(value.any() for value in powers.values()):
         raise InputError(
-            "every gradient is exactly zero, so there is nothing to choose by: the loss does not depend on the layers "
+            "every gradient is exactly zero, so no adapter can be chosen: the loss does not depend on the layers "
             "(a classifier whose weights are all zero), the model is already certain of every label, or its layers "
-            "make their gradients by themselves, as Reformer's do; check the classifier's weights and the labels, or "
-            "use another method"
+            "compute gradients in their own backward pass, as Reformer's do; check the classifier's weights and the "
+            "labels, or use another method"
         )
 
 
@@ -166,9 +175,10 @@ def data_fingerprint(batches: list[dict]) -> str:
 def choose(
     scores: dict[int, dict[str, float]], parameters: dict[int, dict[str, int]], budget: int | None
 ) -> dict[int, str | None]:
-    """The best candidate of each layer; under a budget, the choice with the largest sum of scores.
+    """Choose the best candidate of each layer; with a budget, the choice with the largest sum of scores.
 
-    Exact: a knapsack with one item per layer, solved over the undominated pairs of size and score.
+    With a budget it solves a knapsack problem with at most one item per layer exactly, by dynamic programming over the
+    Pareto-optimal pairs of size and score.
 
     Raises:
         InputError: no module fits into the budget.
@@ -178,10 +188,10 @@ def choose(
     smallest = min(size for own in parameters.values() for size in own.values())
     if budget < smallest:
         raise InputError(
-            f"budget={budget} parameters, and the smallest module of any layer has {smallest}; raise it, or add "
+            f"budget={budget} parameters, but the smallest module of any layer has {smallest}; raise it, or add "
             "smaller candidates"
         )
-    states: list[tuple[int, float, tuple]] = [(0, 0.0, ())]
+    states: list[tuple[int, float, tuple]] = [(0, 0.0, ())]  # Pareto-optimal (size, score, choices), ascending
     for layer, own in scores.items():
         options = [(0, 0.0, None), *((parameters[layer][name], value, name) for name, value in own.items())]
         grown = [
@@ -191,6 +201,7 @@ def choose(
             if size + more <= budget
         ]
         grown.sort(key=lambda state: (state[0], -state[1]))
+        # Keep a state only if its score is above that of every smaller state.
         states, best = [], -1.0
         for state in grown:
             if state[1] > best:
@@ -202,7 +213,7 @@ def choose(
 def random_choice(
     layers: list[int], candidates: list[str], parameters: dict[int, dict[str, int]], budget: int | None, seed: int
 ) -> dict[int, str | None]:
-    """A candidate at random for each layer; under a budget, layers in random order get what still fits."""
+    """Choose a random candidate for each layer; with a budget, layers in random order, among those that still fit."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(names: list[str]) -> str:
@@ -220,18 +231,18 @@ def random_choice(
     if not any(choice.values()):
         smallest = min(size for own in parameters.values() for size in own.values())
         raise InputError(
-            f"budget={budget} parameters, and the smallest module of any layer has {smallest}; raise it, or add "
+            f"budget={budget} parameters, but the smallest module of any layer has {smallest}; raise it, or add "
             "smaller candidates"
         )
     return choice
 
 
-def sizes(
+def added_parameters(
     model: nn.Module, candidates: dict[str, PeftConfig], layers: list[int], seed: int
 ) -> dict[int, dict[str, int]]:
-    """Parameters that each candidate adds in each layer at inference; the model is as before afterwards."""
+    """Count the parameters that each candidate adds in each layer at inference; the model is restored afterwards."""
     found: dict[int, dict[str, int]] = {layer: {} for layer in layers}
-    for group in groups(candidates):
+    for group in compatible_groups(candidates):
         with probing(model, group, layers, seed) as probe:
             for module in modules_of(probe, group):
                 found[module.layer][module.candidate] = module.added

@@ -1,4 +1,4 @@
-"""`FisherTrainer`: a Trainer that picks each layer's adapter, or the entries that train, by Fisher information."""
+"""`FisherTrainer`: a Trainer that selects each layer's adapter, or the entries that train, by Fisher information."""
 
 import json
 import logging
@@ -18,72 +18,71 @@ from hf_ft_ext.adapters.layer_prefix.model import keep_projection
 from hf_ft_ext.entries.delta import DELTA_FILE, read_indices, save_entries
 from hf_ft_ext.entries.layer import attach_entries, entries_of
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.fisher.arguments import HEAD, MASK, PLAN_SETTINGS, RANDOM, SELECT, FisherTrainingArguments
-from hf_ft_ext.fisher.candidates import explained, fitting, layers_of, make_candidates
+from hf_ft_ext.fisher.arguments import HEAD, MASK, PLAN_SETTINGS, RANDOM, SCORED, SELECT, FisherTrainingArguments
+from hf_ft_ext.fisher.candidates import as_input_error, fitting, layers_of, make_candidates
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
-from hf_ft_ext.fisher.losses import WholeLoss
+from hf_ft_ext.fisher.losses import ModelLoss
 from hf_ft_ext.fisher.mask import choose_entries
-from hf_ft_ext.fisher.mask_names import SCORED
 from hf_ft_ext.fisher.pictures import PICTURE_FILE, draw_if_possible
 from hf_ft_ext.fisher.plan import PLAN_FILE, AdapterPlan, model_fingerprint
 from hf_ft_ext.fisher.prepass import prepass_batches
 from hf_ft_ext.fisher.rates import split_by_rate
-from hf_ft_ext.fisher.selection import random_choice, select_adapters, settings_of, sizes
+from hf_ft_ext.fisher.selection import added_parameters, random_choice, select_adapters, settings_of
 from hf_ft_ext.models import seeded_init
-from hf_ft_ext.peft_models import task_type_of, trained_in_full
+from hf_ft_ext.models.peft import task_type_of, trained_in_full
 from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import MethodTrainer, has_own_loss
-from hf_ft_ext.training.plan import TrainedWeight
-from hf_ft_ext.training.precision import train_in_float32
-from hf_ft_ext.training.quantized import move, refuse_quantized
-from hf_ft_ext.training.resources import preparation
-from hf_ft_ext.training.sharding import refuse_sharding
+from hf_ft_ext.training.runs.plan import TrainedWeight
+from hf_ft_ext.training.runs.resources import preparation
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
+from hf_ft_ext.training.weights.precision import train_in_float32
+from hf_ft_ext.training.weights.quantized import move, refuse_quantized
+from hf_ft_ext.training.weights.sharding import refuse_sharding
 
 logger = logging.getLogger(__name__)
 
 
 class FisherTrainer(StopAtNaN, MethodTrainer):
-    """`transformers.Trainer` on a model that a Fisher pre-pass has shaped.
+    """`transformers.Trainer` that adapts the model by a Fisher pre-pass before training.
 
-    The method is FishPAL's (thesis, lucalila/fishpal): a score per layer chooses the adapter. The default score,
-    `agreement`, is ours and not the thesis's, which is `fisher_criterion="thesis"`. The model may be any that gives a
-    loss and fits the adapters: a sequence classifier, or a causal language model with labels for its tokens.
+    The method is FishPAL's (thesis, lucalila/fishpal): scores choose the adapter of each layer. The default score,
+    `agreement`, is this package's; the score of the thesis is `fisher_criterion="thesis"`. The model can be any that
+    returns a loss and fits the adapters: a sequence classifier, or a causal language model with labels for its tokens.
 
-    `train()` first looks at the gradients of some training examples (unless a plan, `fisher_mode` or the checkpoint
-    that it resumes from say what trains), then trains a model with the chosen adapters and no others, or the chosen
-    entries. The classifier trains in full. `save_model` and checkpoints leave one PEFT adapter that
+    `train()` first computes gradients of some training examples, unless a plan, `fisher_mode` or the resumed
+    checkpoint already determines what trains. Then it trains a model with only the chosen adapters, or the chosen
+    entries. The classifier trains in full. `save_model` and checkpoints write one PEFT adapter that
     `PeftModel.from_pretrained` loads after `import hf_ft_ext`; with a mask, the plain model and a small delta.
 
     Args:
-        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
+        model, args, and all other arguments: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `FisherTrainingArguments`.
 
     Attributes:
-        plan: which adapter each layer has, or `None` before `prepare()` and with a mask.
+        plan: the adapter of each layer; `None` before `prepare()`, and with a mask.
 
     Raises:
-        InputError: bad input, a plan that does not fit, or an option that this method cannot honour.
+        InputError: bad input, a plan that does not fit, or an option that this method does not support.
     """
 
     own_files: ClassVar[tuple[str, ...]] = (PLAN_FILE, PICTURE_FILE, DELTA_FILE)
     shared_files: ClassVar[tuple[str, ...]] = own_files
     arguments_class = FisherTrainingArguments
-    no_optimizer = "shapes the model before it makes the optimizer, so one made before trains nothing"
+    no_optimizer = "adapts the model before it makes the optimizer, so an optimizer made earlier would train nothing"
 
     def __init__(self, model: nn.Module | None = None, args: TrainingArguments | None = None, *positional, **kwargs):
         self.plan: AdapterPlan | None = None
         self._resumed_from: str | None = None
-        self._is_prepared: bool | None = None  # no data yet
+        self._is_prepared: bool | None = None  # None within __init__, where the data is not set yet
         self._planned_with: tuple | None = None
         self._drawn: tuple[str, str] | None = None
         super().__init__(model, args, *positional, **kwargs)
         self._is_prepared = False
         args = self.args
         if isinstance(args.resume_from_checkpoint, str) and os.path.isdir(args.resume_from_checkpoint):
-            self._resumed_from = args.resume_from_checkpoint  # named in the arguments, as the launcher does
+            self._resumed_from = args.resume_from_checkpoint  # set by the launcher
             self.prepare()
 
     def check_arguments(self) -> None:
@@ -91,11 +90,11 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         refuse_sharding(args, "the pre-pass")
         super().check_arguments()
         self._read_plan_settings()
-        if self._looks_at_gradients():
+        if self._needs_prepass():
             refuse_label_names(args)
 
     def _read_plan_settings(self) -> None:
-        """The given plan or the candidates, as the arguments have them now."""
+        """Read the given plan, the candidates and the rates from the current arguments."""
         args = self.args
         self._given_plan = None if args.adapter_plan is None else AdapterPlan.load(args.adapter_plan)
         self._rates: dict[str, float] = args.fisher_learning_rates or {}
@@ -104,8 +103,8 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
             self._candidates = make_candidates(args.fisher_candidates, args.fisher_candidate_settings)
         self._check_rates()
 
-    def _looks_at_gradients(self) -> bool:
-        """Whether there is a pre-pass over training examples and their labels."""
+    def _needs_prepass(self) -> bool:
+        """Whether a pre-pass computes gradients of training examples, which needs labels."""
         if self.args.fisher_mode == MASK:
             return self.args.mask in SCORED
         return self.args.fisher_mode == SELECT and self._given_plan is None
@@ -122,10 +121,10 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
             self._given_plan.check_model(model)
         return model
 
-    # --- shaping the model ------------------------------------------------------------------------
+    # --- adapting the model -----------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Shape the model: pre-pass, choice, adapters or entries. Once; `train()` does it if nobody has.
+        """Run the pre-pass and add the chosen adapters or entries. Later calls do nothing; `train()` calls it.
 
         Raises:
             InputError: as for the class.
@@ -133,7 +132,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         if self._is_prepared:
             return
         with preparation(self):
-            self.model = self.model_wrapped = self._shaped(self.model)
+            self.model = self.model_wrapped = self._adapted(self.model)
         self._is_prepared = True
         self._signature_columns = None
 
@@ -142,26 +141,26 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         if self._is_prepared is None:  # within __init__
             return model
         if self.args.adapter_plan is not None or self._planned_with != self._plan_settings(model):
-            self.plan = None  # it was made with other settings, such as those of the trial before
+            self.plan = None  # it was made with other settings, such as those of the previous trial
         with preparation(self):
-            model = self._shaped(move(model, self.args.device))
+            model = self._adapted(move(model, self.args.device))
         self._is_prepared = True
-        self._leave_plan()
+        self._write_plan()
         return model
 
-    def _shaped(self, model: nn.Module) -> nn.Module:
+    def _adapted(self, model: nn.Module) -> nn.Module:
         if self.args.fisher_mode == MASK:
             return self._with_entries(model)
         if self.plan is None:
             self._planned_with = self._plan_settings(model)
             self.plan = self._make_plan(model)
             logger.info("%s", self.plan.table())
-        with explained(sorted(self.plan.candidates)), seeded_init(self.args.seed):
+        with as_input_error(sorted(self.plan.candidates)), seeded_init(self.args.seed):
             config = self.plan.config(trained_in_full(model), task_type=task_type_of(model))
             return train_in_float32(get_peft_model(model, config))
 
     def _plan_settings(self, model: nn.Module) -> tuple:
-        """All that a plan depends on: when one of them changes, a new one is made."""
+        """Everything that a plan depends on; if it changes, a new plan is made."""
         settings = {name: getattr(self.args, name) for name in PLAN_SETTINGS}
         return (
             json.dumps(settings, sort_keys=True, default=str),
@@ -179,19 +178,19 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         if plan is not None:
             plan.check_model(model)
             if not plan.same_weights(model):
-                logger.warning("The adapter plan was made for other weights of the same shape; it is used as it is.")
+                logger.warning("The adapter plan was made for other weights of the same shape; it is used anyway.")
             return plan
         if args.fisher_mode == SELECT:
             batches = prepass_batches(self, args.examples, args.fisher_batch_size)
             return select_adapters(
                 model, batches, self._candidates, args.fisher_criterion or DEFAULT_CRITERION, args.fisher_budget,
-                labels=args.fisher_labels, power=args.fisher_power, loss=self._own_loss(), seed=args.seed,
+                labels=args.fisher_labels, power=args.fisher_power, loss=self._user_loss(), seed=args.seed,
                 progress=not args.disable_tqdm,
             )  # fmt: skip
         layers = layers_of(model)
         candidates = fitting(model, self._candidates, layers, args.seed)
         names = list(candidates)
-        parameters = sizes(model, candidates, layers, args.seed)
+        parameters = added_parameters(model, candidates, layers, args.seed)
         choice: dict[int, str | None] = dict.fromkeys(layers, names[0])
         if args.fisher_mode == RANDOM:
             choice = random_choice(layers, names, parameters, args.fisher_budget, args.seed)
@@ -212,7 +211,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
             if args.mask in SCORED:
                 batches = prepass_batches(self, args.examples, args.fisher_batch_size)
             chosen = choose_entries(
-                model, args.mask, args.keep_ratio, batches, args.seed, not args.disable_tqdm, self._own_loss()
+                model, args.mask, args.keep_ratio, batches, args.seed, not args.disable_tqdm, self._user_loss()
             )
         heads = trained_in_full(model)
         for name, parameter in model.named_parameters():
@@ -220,9 +219,9 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         attach_entries(model, chosen)
         return model
 
-    def _own_loss(self) -> WholeLoss | None:
-        """The user's loss, if `compute_loss` or `compute_loss_func` is one: what trains is chosen by it too."""
-        return WholeLoss(lambda model, batch: self.compute_loss(model, dict(batch))) if has_own_loss(self) else None
+    def _user_loss(self) -> ModelLoss | None:
+        """The user's loss, if `compute_loss` or `compute_loss_func` defines one; the pre-pass then uses it too."""
+        return ModelLoss(lambda model, batch: self.compute_loss(model, dict(batch))) if has_own_loss(self) else None
 
     def _check_rates(self) -> None:
         known = set(self._given_plan.candidates if self._given_plan is not None else self._candidates or ()) | {HEAD}
@@ -241,15 +240,15 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
             self._resumed_from = last
         if self.model_init is None:
             self.prepare()
-            self._leave_plan()
+            self._write_plan()
         return super().train(resume_from_checkpoint, *positional, **kwargs)
 
-    def _leave_plan(self) -> None:
+    def _write_plan(self) -> None:
         if self.plan is not None and self.args.should_save:
             self._save_plan(self.args.output_dir)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """As `Trainer`'s, and the projections of bottlenecks, which may sit at a LayerNorm without being one."""
+        """As `Trainer`'s, plus projections of bottlenecks, which `Trainer` would skip where they wrap a LayerNorm."""
         names = super().get_decay_parameter_names(model)
         known = set(names)
         projections = (
@@ -259,7 +258,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         return [*names, *(name for name in projections if name not in known)]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As `Trainer`'s, with a group of parameters for each learning rate."""
+        """As `Trainer`'s, with a parameter group for each learning rate."""
         made = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if made and self._rates:
@@ -269,7 +268,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
     # --- files ------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save what trained; checkpoints hold the projections of prefixes too, so that training can go on."""
+        """Save the trained parameters; checkpoints also hold the projections of prefixes, which resuming needs."""
         with keep_projection(self.model) if _internal_call else nullcontext():
             super().save_model(output_dir, _internal_call)
         if self.args.should_save:
@@ -278,7 +277,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
                 self._save_plan(folder, picture=not _internal_call)
             if self.args.fisher_mode == MASK and self._is_prepared:
                 size = save_entries(self.model, folder)
-                logger.info("what trained, by itself: %.2f MB in %s", size / 1e6, os.path.join(folder, DELTA_FILE))
+                logger.info("saved the trained entries: %.2f MB in %s", size / 1e6, os.path.join(folder, DELTA_FILE))
 
     def _save_plan(self, folder: str, picture: bool = True) -> None:
         os.makedirs(folder, exist_ok=True)
@@ -288,15 +287,15 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
             draw_if_possible(self.plan, folder)
             self._drawn = drawn
 
-    # --- what is said about it --------------------------------------------------------------------
+    # --- summaries --------------------------------------------------------------------------------
 
     @classmethod
     def delta_code(cls, run: FinishedRun) -> str | None:
-        """Python that applies the entries to the base model."""
+        """Return Python code that applies the entries to the base model."""
         return delta_code(run, DELTA_FILE, "load_entries")
 
     def trained_weights(self) -> list[TrainedWeight]:
-        """What training changes: adapters and classifier, or entries and classifier."""
+        """The weights that train: adapters and classifier, or entries and classifier."""
         self.prepare()
         weights = []
         inside = {f"{name}_entries.values": (name, entries) for name, entries in entries_of(self.model).items()}
@@ -319,7 +318,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
 def _plan_of_checkpoint(folder: str) -> AdapterPlan:
     if not os.path.isfile(os.path.join(folder, PLAN_FILE)):
         raise InputError(
-            f"checkpoint {folder!r} has no {PLAN_FILE}, so it is not of this method with adapters; resume with the "
-            "method that wrote it"
+            f"checkpoint {folder!r} has no {PLAN_FILE}, so this method did not write it with adapters; resume with "
+            "the method that wrote it"
         )
     return AdapterPlan.load(folder)

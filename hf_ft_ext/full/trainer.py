@@ -11,11 +11,11 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.full.arguments import FullTrainingArguments
 from hf_ft_ext.full.freeze import fix_layers
 from hf_ft_ext.full.signgd import SignGD
-from hf_ft_ext.peft_models import PREFIX_TUNING, wrap_with_peft
+from hf_ft_ext.models.peft import PREFIX_TUNING, wrap_with_peft
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import MethodTrainer, overridden
-from hf_ft_ext.training.quantized import refuse_quantized
+from hf_ft_ext.training.weights.quantized import refuse_quantized
 
 
 class FullTrainer(StopAtNaN, MethodTrainer):

@@ -2,13 +2,22 @@
 
 import re
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
 import torch
 
 from hf_ft_ext.arguments import MethodTrainingArguments
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.choices import (
+from hf_ft_ext.gradientless.optimizers.exchange import MODES
+from hf_ft_ext.gradientless.optimizers.nodes import NODE_DIRECTIONS, NodePerturbation
+from hf_ft_ext.gradientless.optimizers.options import parse_options
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import KINDS, Directions
+from hf_ft_ext.gradientless.optimizers.perturbation.estimates import ESTIMATES, FORWARD, Estimate
+from hf_ft_ext.gradientless.optimizers.perturbation.moves import check_replay
+from hf_ft_ext.gradientless.optimizers.perturbation.updates import ADAM, MOMENTS, MOMENTUM, RMS, RULES, Update
+from hf_ft_ext.gradientless.optimizers.selection import ALL as ALL_ENTRIES
+from hf_ft_ext.gradientless.optimizers.selection import FISHER, SELECTIONS
+from hf_ft_ext.gradientless.scoring.objectives import F1, LOSS, OBJECTIVES
+from hf_ft_ext.gradientless.search_arguments import (
     ADAM_BASELINE,
     ALL,
     FISHER_FORMS,
@@ -18,20 +27,8 @@ from hf_ft_ext.gradientless.choices import (
     NODE,
     SPSA_METHOD,
     TRAINABLE,
+    SearchArguments,
 )
-from hf_ft_ext.gradientless.optimizers.directions import KINDS, Directions
-from hf_ft_ext.gradientless.optimizers.estimates import ESTIMATES, FORWARD, Estimate
-from hf_ft_ext.gradientless.optimizers.exchange import MODES
-from hf_ft_ext.gradientless.optimizers.moves import check_replay
-from hf_ft_ext.gradientless.optimizers.nodes import NODE_DIRECTIONS, NodePerturbation
-from hf_ft_ext.gradientless.optimizers.options import parse_options
-from hf_ft_ext.gradientless.optimizers.selection import ALL as ALL_ENTRIES
-from hf_ft_ext.gradientless.optimizers.selection import FISHER, SELECTIONS
-from hf_ft_ext.gradientless.optimizers.updates import ADAM, MOMENTS, MOMENTUM, RMS, RULES, Update
-from hf_ft_ext.gradientless.scoring.objectives import F1, LOSS, OBJECTIVES
-
-if TYPE_CHECKING:
-    from hf_ft_ext.gradientless.arguments import GradientlessTrainingArguments
 
 # Which search looks at an argument; set for another one, it is an error.
 _ONLY = {
@@ -50,7 +47,7 @@ _ONLY = {
 _SHARED_BY_SPSA_AND_NODE = ("search_eps", "search_directions", "search_update", "search_momentum")
 
 
-def check_values(args: "GradientlessTrainingArguments") -> None:
+def check_values(args: SearchArguments) -> None:
     """Raise an `InputError` for a value out of range."""
     for name, known in (
         ("search_method", METHODS),
@@ -90,7 +87,7 @@ def check_values(args: "GradientlessTrainingArguments") -> None:
             raise InputError(f"search_target={args.search_target!r} is no regular expression: {error}") from None
 
 
-def check_together(args: "GradientlessTrainingArguments") -> None:
+def check_together(args: SearchArguments) -> None:
     """Raise an `InputError` for a value that the chosen search does not look at, or that contradicts another one."""
     defaults = {f.name: f.default for f in fields(args)}
     for name, method in _ONLY.items():
@@ -144,7 +141,7 @@ def check_together(args: "GradientlessTrainingArguments") -> None:
         raise InputError("search_method=adam needs the loss's derivative with dropout off; leave the objective out")
 
 
-def _check_matrix(args: "GradientlessTrainingArguments") -> None:
+def _check_matrix(args: SearchArguments) -> None:
     """Direction, estimate and update together, as the optimizer itself checks them."""
     betas = (args.adam_beta1, args.adam_beta2)
     try:

@@ -8,15 +8,15 @@ from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.arguments import GradientlessTrainingArguments
-from hf_ft_ext.gradientless.choices import ADAM_BASELINE, GLD, NODE, SPSA_METHOD
 from hf_ft_ext.gradientless.optimizers.direct_search import DirectSearch
 from hf_ft_ext.gradientless.optimizers.exchange import DATA
 from hf_ft_ext.gradientless.optimizers.nodes import NEXT_LAYER, NodePerturbation
 from hf_ft_ext.gradientless.optimizers.selection import ALL
 from hf_ft_ext.gradientless.optimizers.spsa import SPSA
 from hf_ft_ext.gradientless.scoring.objectives import F1, MATTHEWS, Objective
+from hf_ft_ext.gradientless.search_arguments import ADAM_BASELINE, GLD, NODE, SPSA_METHOD
 from hf_ft_ext.training.checks import refuse_label_names
-from hf_ft_ext.training.sharding import refuse_sharding
+from hf_ft_ext.training.weights.sharding import refuse_sharding
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def build_optimizer(
             **shared,
         )
     if args.search_method == ADAM_BASELINE:
-        from hf_ft_ext.training.head_adam import HeadAdam  # a baseline: not loaded by any search
+        from hf_ft_ext.gradientless.optimizers.head_adam import HeadAdam  # a baseline: not loaded by any search
 
         del shared["seed"]
         return HeadAdam(parameters, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, **shared)

@@ -9,8 +9,8 @@ from torch import nn
 from hf_ft_ext.entries.delta import read_choice
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import head_parameters
-from hf_ft_ext.training.plan import fold_layer_numbers
-from hf_ft_ext.training.quantized import is_quantized
+from hf_ft_ext.training.runs.plan import fold_layer_numbers
+from hf_ft_ext.training.weights.quantized import is_quantized
 
 
 def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Parameter]:

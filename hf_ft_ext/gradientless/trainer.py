@@ -18,7 +18,6 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import HeadReader, head_parameters
 from hf_ft_ext.gradientless.arguments import GradientlessTrainingArguments
 from hf_ft_ext.gradientless.build import build_optimizer, refuse_misfits
-from hf_ft_ext.gradientless.choices import ADAM_BASELINE, DIVERGENCE, HEAD
 from hf_ft_ext.gradientless.optimizers.exchange import CANDIDATES, SharedCandidates, SharedData
 from hf_ft_ext.gradientless.optimizers.selection import FISHER
 from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation, StepEvaluation
@@ -33,19 +32,20 @@ from hf_ft_ext.gradientless.scoring.full_models import (
 )
 from hf_ft_ext.gradientless.scoring.objectives import F1, LOSS, Objective, make_objective, of_the_user, row_losses
 from hf_ft_ext.gradientless.scoring.rows import FeatureRows, train_dataloader
+from hf_ft_ext.gradientless.search_arguments import ADAM_BASELINE, DIVERGENCE, HEAD
 from hf_ft_ext.gradientless.targets import masks_of_run, searched_parameters
 from hf_ft_ext.gradientless.trajectory import FILE as TRAJECTORY
 from hf_ft_ext.gradientless.trajectory import save_trajectory
 from hf_ft_ext.metrics import REGRESSION
-from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.prompts.model import is_prompt_model
-from hf_ft_ext.training.batches import check_full_batch
+from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss, predicts_next_tokens
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, has_own_loss, overridden
-from hf_ft_ext.training.plan import TrainedWeight
-from hf_ft_ext.training.precision import warn_of_lost_updates
+from hf_ft_ext.training.runs.plan import TrainedWeight
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
+from hf_ft_ext.training.weights.precision import warn_of_lost_updates
 
 logger = logging.getLogger(__name__)
 

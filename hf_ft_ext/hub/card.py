@@ -18,9 +18,9 @@ from hf_ft_ext.hub.code import loading_snippet
 from hf_ft_ext.hub.files import ADAPTER_CONFIG, public_record
 from hf_ft_ext.methods import METHODS, hooks_of
 from hf_ft_ext.metrics import SCORES
-from hf_ft_ext.training.privacy import is_foreign_path, last_part, without_secrets
 from hf_ft_ext.training.sharing import FinishedRun, of_the_machine
-from hf_ft_ext.training.text import code_span, prompt_text, share_text, shell_command
+from hf_ft_ext.training.sharing.privacy import is_foreign_path, last_part, without_secrets
+from hf_ft_ext.training.sharing.text import code_span, prompt_text, share_text, shell_command
 
 _HERE = Path(__file__).parent
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

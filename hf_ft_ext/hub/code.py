@@ -10,8 +10,8 @@ import transformers
 
 import hf_ft_ext
 from hf_ft_ext.hub.files import ADAPTER_CONFIG
-from hf_ft_ext.training.privacy import is_foreign_path, last_part, without_paths
 from hf_ft_ext.training.sharing import FinishedRun
+from hf_ft_ext.training.sharing.privacy import is_foreign_path, last_part, without_paths
 
 _LIBRARIES: tuple[ModuleType, ...] = (transformers, peft, hf_ft_ext)  # where the names in such a line come from
 

@@ -21,9 +21,9 @@ from transformers.tokenization_utils_base import (
 from hf_ft_ext.adapters.folder import local_files
 from hf_ft_ext.methods import hooks_of
 from hf_ft_ext.prompts.configuration import PROMPT_FILE
-from hf_ft_ext.training.privacy import hide_tokens, is_foreign_path, last_part, without_paths
-from hf_ft_ext.training.record import RUN_RECORD, TRAINER_STATE
+from hf_ft_ext.training.runs.record import RUN_RECORD, TRAINER_STATE
 from hf_ft_ext.training.sharing import matching
+from hf_ft_ext.training.sharing.privacy import hide_tokens, is_foreign_path, last_part, without_paths
 
 CARD = "README.md"
 ADAPTER_CONFIG = "adapter_config.json"

@@ -17,8 +17,8 @@ from hf_ft_ext.files import write_text
 from hf_ft_ext.hub.card import base_model, model_card
 from hf_ft_ext.hub.files import ADAPTER_CONFIG, CARD, left_out, public_content, shared_files
 from hf_ft_ext.methods import hooks_of
-from hf_ft_ext.training.privacy import is_foreign_path, last_part
-from hf_ft_ext.training.record import RUN_RECORD
+from hf_ft_ext.training.runs.record import RUN_RECORD
+from hf_ft_ext.training.sharing.privacy import is_foreign_path, last_part
 
 logger = logging.getLogger(__name__)
 

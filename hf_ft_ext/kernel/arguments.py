@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from hf_ft_ext.argument_completion import chosen
 from hf_ft_ext.arguments import Gradients
+from hf_ft_ext.arguments.completion import chosen
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.options import DIMENSION, Engine, KernelOptions, as_engine, as_formula, signs_of_projections
@@ -12,25 +12,25 @@ from hf_ft_ext.kernel.solvers import FULL_UNKNOWNS, Coupling, Solver, SolverOpti
 from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
 
 AUTO, LEAVE_ONE_OUT = "auto", "loo"
-# Of least squares whose rows cannot be left out at once: well-conditioned kernels predict as with 0, others predict
-# noise with 0 (docs/kernel.md).
+# Default for least squares without a closed form for leave-one-out. Well-conditioned kernels predict the same as with
+# 0; ill-conditioned ones predict noise with 0 (docs/kernel.md).
 ASYMMETRIC_REGULARIZATION = 1e-3
-# The kernel is computed in the weights' own precision, by the model as it is, and predictions are made at once.
+# Arguments without effect: the kernel has the weights' precision, and all predictions are made at once.
 _OF_MODEL_RUNS = (
     "batch_eval_metrics", "bf16", "eval_accumulation_steps", "fp16", "include_for_metrics", "label_smoothing_factor",
     "torch_compile", "torch_compile_backend", "torch_compile_mode",
 )  # fmt: skip
-# Settings of one solver -> the solvers that read it.
+# Argument -> the solvers that use it.
 _ONLY_OF_SOLVERS = {"kernel_gamma": ("asym",), "kernel_lambda": ("asym",), "kernel_svm_c": ("svr", "svc")}
-_WITHOUT_PROJECTION = "kernel_dimension is of kernel_engine=projected; pass that engine too, or leave it out"
+_WITHOUT_PROJECTION = "kernel_dimension applies only to kernel_engine=projected; pass that engine too, or leave it out"
 
 
 @dataclass
 class KernelTrainingArguments(AtOnceTrainingArguments):
     """`transformers.TrainingArguments` plus the settings of the kernel and of its solver.
 
-    What steers a training loop is refused: there is none. A forward pass takes `per_device_eval_batch_size` rows at
-    most, or `per_device_train_batch_size` if that is set and smaller.
+    Arguments of a training loop are refused, because there is none. A forward pass takes at most
+    `per_device_eval_batch_size` rows, or `per_device_train_batch_size` if that is set and smaller.
 
     Raises:
         InputError: a value out of range.
@@ -42,7 +42,8 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
     kernel_formula: str = field(
         default=Formula.SGD.value,
         metadata={
-            "help": "The update rule that the kernel stands for: sgd, signgd (early Adam), or asymmetric_signgd.",
+            "help": "The update rule that the kernel describes: sgd, signgd (Adam early in training), or "
+            "asymmetric_signgd.",
             "choices": [formula.value for formula in Formula],
         },
     )
@@ -50,27 +51,28 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         default=Solver.LSTSQ.value,
         metadata={
             "help": "lstsq: kernel regression. logistic: logistic regression on kernel rows, cross-validated. svr, "
-            "svc: support vectors. asym: the coupled system of asymmetric_signgd and its flip.",
+            "svc: support vector regression, classification. asym: the coupled system of asymmetric_signgd and its "
+            "flip.",
             "choices": [solver.value for solver in Solver],
         },
     )
     kernel_regularization: str | None = field(
         default=None,
         metadata={
-            "help": "Times the operator norm of the matrix that is solved with, on its diagonal, 0 or more. loo = "
-            "what predicts each training row best by the others, from 1e-6 to 1 (lstsq, symmetric kernels). auto = "
-            "the best of 0 and 1e-6 to 1 on the evaluation data. none = loo for lstsq (asymmetric_signgd: "
-            f"{ASYMMETRIC_REGULARIZATION:g}); 0 for the others, which have penalties of their own, and with "
+            "help": "r, 0 or more: r times the operator norm of the kernel matrix is added to its diagonal. loo = "
+            "chosen from 1e-6 to 1 by leave-one-out on the training rows (lstsq, symmetric kernels). auto = chosen "
+            "from 0 and 1e-6 to 1 on the evaluation data. none = loo for lstsq (asymmetric_signgd: "
+            f"{ASYMMETRIC_REGULARIZATION:g}); 0 for the other solvers, which have their own penalties, and with "
             "kernel_time."
         },
     )
     kernel_classes: str = field(
         default=AUTO,
         metadata={
-            "help": "How several classes enter lstsq, svr and logistic. full: all products of their scalars, one "
+            "help": "How lstsq, svr and logistic treat several classes. full: all products of their scalars, one "
             "system of N C unknowns. by_class: each class's own kernel. shared: one kernel, the mean over classes. "
-            "pseudo: one kernel, of the logits summed with random signs (from seed), one backward pass a row. "
-            f"auto = full up to {FULL_UNKNOWNS:,} unknowns, beyond that pseudo.",
+            "pseudo: one kernel, of the logits summed with random signs (from seed), with one backward pass per row. "
+            f"auto = full up to {FULL_UNKNOWNS:,} unknowns, pseudo beyond that.",
             "choices": [AUTO, *(coupling.value for coupling in Coupling)],
         },
     )
@@ -78,87 +80,102 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         default=None,
         metadata={
             "help": "lstsq with sgd and adjust_for_init: predict as the linearized model trained for this time by "
-            "gradient flow (learning rate times steps, on half the mean squared error), above 0; none = to the end."
+            "gradient flow (learning rate times steps, on half the mean squared error), above 0; none = until "
+            "convergence."
         },
     )
     kernel_gamma: float = field(default=1.0, metadata={"help": "asym: weight of the errors, above 0."})
     kernel_lambda: float = field(
-        default=0.5, metadata={"help": "asym: share of the kernel's prediction, in [0, 1]; the rest is its flip's."}
+        default=0.5,
+        metadata={"help": "asym: weight of the kernel's prediction, in [0, 1]; its flip's has the remaining weight."},
     )
     kernel_svm_c: float = field(default=1.0, metadata={"help": "svr, svc: the penalty C, above 0."})
     binary_classification: bool | None = field(
         default=None,
         metadata={
-            "help": "Take one scalar, the difference of two logits, in place of both; none = where there are two "
+            "help": "Use one scalar, the difference of the two logits, instead of both; none = yes if there are two "
             "classes."
         },
     )
     kernel_parameters: str | None = field(
-        default=None, metadata={"help": "Take the kernel over parameters whose name holds this regular expression."}
+        default=None, metadata={"help": "Take the kernel over parameters whose name matches this regular expression."}
     )
     exclude_embeddings: bool = field(
-        default=False, metadata={"help": "Leave embedding tables and what is named after them out of the kernel."}
+        default=False,
+        metadata={"help": "Leave embedding tables, and parameters with embed in their name, out of the kernel."},
     )
-    exclude_head: bool = field(default=False, metadata={"help": "Leave what lies outside the encoder out."})
+    exclude_head: bool = field(
+        default=False, metadata={"help": "Leave parameters outside the encoder out of the kernel."}
+    )
     only_biases: bool = field(default=False, metadata={"help": "Take the kernel over biases only."})
     kernel_peft: str | None = field(
         default=None,
-        metadata={"help": "Take the kernel over the parameters of a fresh peft method (lora, ...) and the head."},
+        metadata={"help": "Add a peft adapter (lora, ...) and take the kernel over its parameters and the head."},
     )
     kernel_peft_config: dict | str | None = field(
         default_factory=dict, metadata={"help": 'Settings of kernel_peft, as JSON: {"r": 8, "lora_alpha": 16}.'}
     )
     adjust_for_init: bool = field(
-        default=False, metadata={"help": "Fit the labels less the model's own outputs, and add these to predictions."}
+        default=False,
+        metadata={"help": "Subtract the model's own outputs from the targets, and add them to the predictions."},
     )
     f0_scaling: float = field(
         default=1.0, metadata={"help": "adjust_for_init: the model's own outputs are divided by this, above 0."}
     )
     random_model_init: bool = field(
-        default=False, metadata={"help": "Draw all weights anew from `seed`: what pretraining is worth to the kernel."}
+        default=False,
+        metadata={"help": "Initialize all weights at random from `seed`, to measure the effect of pretraining."},
     )
     kernel_engine: str = field(
         default=Engine.AUTO.value,
         metadata={
-            "help": "auto: layer by layer, examples one by one where a layer has no rule. structured: refuse such "
-            "layers. jacobian: full Jacobians, the plain reference. projected: random projections of the gradients, "
-            "for many rows; formula sgd.",
+            "help": "auto: layer by layer, and examples one by one if a layer has no rule. structured: refuse such "
+            "models. jacobian: full Jacobians, the reference. projected: random projections of the gradients, for "
+            "many rows; formula sgd.",
             "choices": [engine.value for engine in Engine],
         },
     )
     kernel_dimension: int = field(
         default=DIMENSION,
         metadata={
-            "help": "projected: numbers that the gradient of a scalar is projected to, above 0; the error of an entry "
-            "is at most sqrt(2 / kernel_dimension) of the gradients' norms."
+            "help": "projected: dimension of the projection of a scalar's gradient, above 0. The standard deviation "
+            "of an entry is at most sqrt(2 / kernel_dimension) times the product of the gradients' norms."
         },
     )
     kernel_memory_gb: float | None = field(
         default=None,
         metadata={
-            "help": "Bound of memory above the loaded model, in 10^9 bytes, above 0; none = half of what is free at "
-            "the start."
+            "help": "Memory limit above the loaded model, in 10^9 bytes, above 0; none = half of the memory that is "
+            "free at the start."
         },
     )
     kernel_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Where kernels are kept, block by block, in folders named after what they are of; none = "
-            "`kernels` in output_dir. An interrupted run finds its blocks there."
+            "help": "Folder for finished blocks of kernels, in subfolders named by a hash of model, data and options; "
+            "none = `kernels` in output_dir. An interrupted run continues from it."
         },
     )
-    overwrite_kernels: bool = field(default=False, metadata={"help": "Compute kernels anew that kernel_dir holds."})
+    overwrite_kernels: bool = field(
+        default=False, metadata={"help": "Compute kernels again even if kernel_dir holds them."}
+    )
     load_kernels: str | None = field(
         default=None,
-        metadata={"help": "Folder of the paper's authors' files, {split}_kernels_{task}.pt, to take kernels from."},
+        metadata={
+            "help": "Folder with kernels in the format of the paper's authors, {split}_kernels_{task}.pt, to load "
+            "instead of computing kernels."
+        },
     )
     export_kernels: str | None = field(
-        default=None, metadata={"help": "Folder to write kernels to in that same form, for others' analysis code."}
+        default=None, metadata={"help": "Folder to write kernels to in the same format, for other analysis code."}
     )
 
     kernel_task_name: str | None = field(
         default=None,
-        metadata={"help": "The task's name in those files; none = the only one there is, and `task` when writing."},
+        metadata={
+            "help": "Task name in the file names of load_kernels and export_kernels; none = the only task in the "
+            "folder when loading, `task` when writing."
+        },
     )
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = [*AtOnceTrainingArguments._VALID_DICT_FIELDS, "kernel_peft_config"]
@@ -175,7 +192,7 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         for name in numbers:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"{name}={value} must be a number above 0")
+                raise InputError(f"{name} must be above 0 and finite, got {value}")
         if self.kernel_engine == Engine.PROJECTED.value:
             if Formula(self.kernel_formula).signs:
                 raise InputError(signs_of_projections(Formula(self.kernel_formula)))
@@ -185,7 +202,7 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             choices = ", ".join((AUTO, *Coupling))
             raise InputError(f"kernel_classes={self.kernel_classes!r}; choose from: {choices}")
         if not 0 <= self.kernel_lambda <= 1:
-            raise InputError(f"kernel_lambda={self.kernel_lambda} is no share in [0, 1]; pass 0.5, say")
+            raise InputError(f"kernel_lambda must be in [0, 1], got {self.kernel_lambda}; pass a value such as 0.5")
         self._check_regularization()
         self._check_together()
 
@@ -193,14 +210,15 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         value = self.kernel_regularization
         if value == AUTO and self.kernel_solver == Solver.LOGISTIC.value:
             raise InputError(
-                "kernel_regularization=auto: logistic cross-validates its own penalty; pass a number, or leave it out"
+                "kernel_regularization=auto: the logistic solver cross-validates its own penalty; pass a number, or "
+                "leave it out"
             )
         if value == LEAVE_ONE_OUT:
             least_squares = self.kernel_solver == Solver.LSTSQ.value and self.kernel_time is None
             if not least_squares or self.kernel_formula == Formula.ASYMMETRIC_SIGNGD.value:
                 raise InputError(
-                    "kernel_regularization=loo: rows can be left out at once with kernel_solver=lstsq, a symmetric "
-                    "kernel_formula and no kernel_time; pass auto or a number, or leave it out"
+                    "kernel_regularization=loo needs kernel_solver=lstsq, a symmetric kernel_formula and no "
+                    "kernel_time; pass auto or a number, or leave it out"
                 )
         if value in (None, AUTO, LEAVE_ONE_OUT):
             return
@@ -209,17 +227,16 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         except ValueError:
             number = -1.0
         if not 0 <= number < float("inf"):
-            raise InputError(f"kernel_regularization={value!r} is neither a number, 0 or more, nor auto or loo")
+            raise InputError(f"kernel_regularization must be a number of 0 or more, auto or loo, got {value!r}")
 
     def _check_together(self) -> None:
         if self.kernel_peft_config and self.kernel_peft is None:
             raise InputError("kernel_peft_config needs kernel_peft; name a peft method, such as lora")
         if self.load_kernels is not None and (self.overwrite_kernels or self.random_model_init):
             name = "overwrite_kernels" if self.overwrite_kernels else "random_model_init"
-            raise InputError(f"load_kernels takes kernels from files and computes none; leave {name} out")
+            raise InputError(f"load_kernels reads kernels from files and computes none; leave {name} out")
         if self.f0_scaling != 1 and not self.adjust_for_init:
             raise InputError(f"f0_scaling={self.f0_scaling} needs adjust_for_init; pass both, or leave it out")
-
         for name, solvers in _ONLY_OF_SOLVERS.items():
             if self.kernel_solver not in solvers and chosen(self, name):
                 raise InputError(_of_another_solver(name, self.kernel_solver))
@@ -236,7 +253,7 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
 
     def check_given(self, given: dict[str, Any]) -> None:
         if self.random_model_init and given.get("from_linearhead"):
-            raise InputError("random_model_init would undo from_linearhead; leave one of the two out")
+            raise InputError("random_model_init would undo from_linearhead; pass only one of the two")
         for name, solvers in _ONLY_OF_SOLVERS.items():
             if name in given and self.kernel_solver not in solvers:
                 raise InputError(_of_another_solver(name, self.kernel_solver))
@@ -246,7 +263,7 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
 
     @property
     def regularization(self) -> float | str:
-        """The number that `kernel_regularization` stands for, or how it is to be chosen: `auto` or `loo`."""
+        """The value of `kernel_regularization` with its default: a number, or `auto` or `loo`."""
         if self.kernel_regularization in (AUTO, LEAVE_ONE_OUT):
             return self.kernel_regularization
         if self.kernel_regularization is not None:
@@ -256,7 +273,7 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         return ASYMMETRIC_REGULARIZATION if self.kernel_formula == Formula.ASYMMETRIC_SIGNGD.value else LEAVE_ONE_OUT
 
     def options(self, binary: bool, coupling: Coupling = Coupling.FULL) -> KernelOptions:
-        """The kernel's part of the settings."""
+        """The options of the kernel."""
         projected = self.kernel_engine == Engine.PROJECTED.value
         return KernelOptions(
             formula=as_formula(self.kernel_formula),
@@ -278,7 +295,7 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
     def solver_options(
         self, regularization: float, regression: bool, multi_label: bool = False, coupling: Coupling | None = None
     ) -> SolverOptions:
-        """The solver's part of the settings."""
+        """The options of the solver."""
         return SolverOptions(
             solver=Solver(self.kernel_solver),
             regularization=regularization,
@@ -293,4 +310,4 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
 
 
 def _of_another_solver(name: str, solver: str) -> str:
-    return f"{name} is of kernel_solver={' or '.join(_ONLY_OF_SOLVERS[name])}, not {solver}; leave it out"
+    return f"{name} applies only to kernel_solver={' or '.join(_ONLY_OF_SOLVERS[name])}, not {solver}; leave it out"

@@ -1,4 +1,4 @@
-"""The kernel of each update rule as a product of gradient rows, and when a gradient entry counts as zero."""
+"""The kernel of each update rule as a product of gradient rows, and the rule for gradient entries that are zero."""
 
 import enum
 
@@ -6,11 +6,11 @@ import torch
 
 
 class Formula(enum.StrEnum):
-    """Which update rule the kernel stands for (Malladi et al., ICML 2023, arXiv 2210.05643).
+    """The update rule that the kernel describes (Malladi et al., ICML 2023, arXiv 2210.05643).
 
     SGD: `<J, J'>`.
-    SIGNGD: `<sign J, sign J'>`, early Adam's kernel.
-    ASYMMETRIC_SIGNGD: `<sign J, J'>` together with its flip `<J, sign J'>`, as a first axis of two.
+    SIGNGD: `<sign J, sign J'>`, the kernel of Adam early in training.
+    ASYMMETRIC_SIGNGD: `<sign J, J'>` together with its flip `<J, sign J'>`, stacked on a first axis of length 2.
     """
 
     SGD = "sgd"
@@ -19,34 +19,34 @@ class Formula(enum.StrEnum):
 
     @property
     def signs(self) -> bool:
-        """Whether signs are taken, so that the gradients are computed in float64."""
+        """Whether the formula takes signs; the gradients are then computed in float64."""
         return self is not Formula.SGD
 
     @property
     def kernels(self) -> int:
-        """Kernels that come together: 2 for the asymmetric formula, else 1."""
+        """Number of kernels that the formula gives: 2 if it is asymmetric, otherwise 1."""
         return 2 if self is Formula.ASYMMETRIC_SIGNGD else 1
 
 
-# An entry of a gradient row J is zero for its sign if it is smaller than this times the row's Euclidean norm. In
-# float64, rounding leaves about 1e-18 of the norm where exact arithmetic gives 0 (an attention key's bias), and hardly
-# any other entry of a network's gradient is that small.
+# sign(J_k) = 0 if |J_k| < ZERO |J|, for a gradient row J with Euclidean norm |J|. In float64, rounding leaves about
+# 1e-18 |J| where exact arithmetic gives 0 (the bias of an attention key). Hardly any other entry is that small.
 ZERO = 1e-14
-_EXACT_SUM = 2**24  # sums of so many products of signs are exact in float32
+_EXACT_SUM = 2**24  # sums of up to 2^24 products of signs are exact in float32
 
 
 def sign_scale(squared_norms: torch.Tensor) -> torch.Tensor:
-    """Factors by which gradient rows `[rows, p]` are multiplied so that entries below 1 count as zero: `[rows]`."""
+    """Factors `1 / (ZERO |J|)` for gradient rows J, so that scaled entries below 1 count as zero: `[rows]`."""
     norms = squared_norms.clamp_min(0).sqrt()
     return torch.where(norms > 0, 1 / (ZERO * norms), 0.0)
 
 
 def signs(values: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """-1, 0 or 1 for each entry of the rows `values` `[rows, p]` (float64), as float32.
+    """Signs -1, 0 or 1 of the entries of `values` `[rows, p]` (float64), as float32.
 
     Args:
         scale: from `sign_scale`, `[rows]`.
     """
+    # trunc gives 0 for |J_k| / (ZERO |J|) < 1
     return (values * scale[:, None]).trunc_().clamp_(-1, 1).float()
 
 
@@ -61,11 +61,11 @@ def sign_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def sign_type(device: torch.device) -> torch.dtype:
-    """The type in which products of signs are quickest on `device`: int8 where the processor multiplies such."""
+    """The fastest type for products of signs on `device`: int8 where the processor supports it, else float32."""
     quick = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return torch.int8 if device.type == "cpu" and quick and hasattr(torch, "_int_mm") else torch.float32
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`left @ right.T` in float64, computed in the type that both have."""
+    """`left @ right.T`, computed in the operands' type and returned in float64."""
     return (left @ right.T).double()

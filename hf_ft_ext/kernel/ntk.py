@@ -16,7 +16,15 @@ from hf_ft_ext.kernel.engines.structured import StructuredEngine
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.options import DIMENSION, Engine, KernelOptions, as_engine, as_formula, kernel_parameters
 from hf_ft_ext.kernel.rows import ExampleRows
-from hf_ft_ext.kernel.schedule import Bounds, Edges, Plan, batch_overhead, make_plan, measure, memory_bound
+from hf_ft_ext.kernel.schedule import (
+    BlockSchedule,
+    Bounds,
+    Edges,
+    batch_overhead,
+    make_schedule,
+    measure,
+    memory_bound,
+)
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.gradients import logits
 from hf_ft_ext.per_example.state import Batch, batch_in, computing_in, evaluating, supports_float64
@@ -25,9 +33,9 @@ logger = logging.getLogger(__name__)
 
 
 class Blocks(Protocol):
-    """Where finished blocks are kept (see `store`)."""
+    """Storage for finished blocks (see `store`)."""
 
-    def plan(self, make: Callable[[Edges | None], Plan]) -> Plan: ...
+    def schedule(self, make: Callable[[Edges | None], BlockSchedule]) -> BlockSchedule: ...
     def get(self, i: int, j: int) -> torch.Tensor | None: ...
     def put(self, i: int, j: int, block: torch.Tensor) -> None: ...
 
@@ -43,30 +51,30 @@ def empirical_ntk(
     disable_tqdm: bool = True,
     **options,
 ) -> torch.Tensor:
-    """The kernel `[N1, C, N2, C]` between the examples of `batches1` and `batches2`, in float64 on the CPU.
+    """Compute the kernel `[N1, C, N2, C]` between the examples of `batches1` and `batches2`, in float64 on the CPU.
 
-    `K[i, a, j, b]` is the product of the gradients of scalar a of example i and scalar b of example j over the chosen
-    parameters; see `Formula`. Only the second side is run again for each block, and neither side's gradients are
-    ever held in full.
+    `K[i, a, j, b]` is the inner product of the gradients of scalar a of example i and scalar b of example j over the
+    chosen parameters; see `Formula` for the variants with signs. The kernel is computed in blocks: the second side
+    runs again for each block of the first, and at no time are all gradients in memory.
 
-    Signs are those of the gradient in float64 (weights of a narrower type are widened, which is exact); an entry
-    smaller than 1e-14 times the Euclidean norm of its gradient row over the chosen parameters counts as zero. So a
-    sign kernel does not depend on batch size, padding or engine.
+    Signs are those of the gradient in float64 (widening narrower weights is exact). An entry smaller than 1e-14 times
+    the Euclidean norm of its gradient row over the chosen parameters counts as zero. So a sign kernel does not depend
+    on batch size, padding or engine.
 
     Args:
-        model: any transformers model, or module that takes the batches; dropout is off.
+        model: any transformers model, or a module that takes the batches; dropout is off.
         batches1: mappings from input names to tensors, or one such mapping; labels are ignored.
-        batches2: the other side; `None` = the kernel of `batches1` with itself, computed once per pair.
-        function: from model and batch to scalars `[n]` or `[n, C]`; default: the logits.
-        options: the other fields of `KernelOptions`; with `engine="projected"` among them `dimension` and `seed`.
+        batches2: the second side; `None` = the kernel of `batches1` with itself, which computes each pair once.
+        function: maps model and batch to scalars `[n]` or `[n, C]`; default: the logits.
+        options: the other fields of `KernelOptions`; `dimension` and `seed` only with `engine="projected"`.
 
     Returns:
-        `[N1, C, N2, C]`, with `class_diagonal` `[N1, C, N2]`; for `asymmetric_signgd` `[2, N1, ...]`, the second being
-        the flip.
+        `[N1, C, N2, C]`, or `[N1, C, N2]` with `class_diagonal`. For `asymmetric_signgd` `[2, N1, ...]`: the kernel
+        and its flip.
 
     Raises:
-        InputError: an option that cannot work, a model whose gradients per example are not defined, too little
-            memory, or a kernel that holds NaN.
+        InputError: options that do not work together, a model whose per-example gradients are not defined, too little
+            memory, or a kernel with NaN.
     """
     computation = KernelComputation(model, KernelOptions(as_formula(formula), as_engine(engine), **options), function)
     rows1 = ExampleRows(batches1, _pad_token(model))
@@ -85,22 +93,23 @@ def projected_gradients(
     disable_tqdm: bool = True,
     **options,
 ) -> torch.Tensor:
-    """The gradients of each example's scalars, randomly projected: `[N, C, dimension]` on the CPU.
+    """Compute random projections of the gradients of each example's scalars: `[N, C, dimension]` on the CPU.
 
-    `<P g, P g'>` is an unbiased estimate of `<g, g'>` with standard deviation `sqrt(2 / dimension) |g| |g'|` at most,
-    for gradients of this call and of any other with the same parameters, dimension and seed: the projection
-    does not depend on batches, order, dtype, device or process. `hf_ft_ext.kernel.engines.projection` says what it is.
+    `<P g, P g'>` is an unbiased estimate of `<g, g'>` with a standard deviation of at most
+    `sqrt(2 / dimension) |g| |g'|`. Projections from different calls can be combined if parameters, dimension and seed
+    are the same: the projection does not depend on batches, order, dtype, device or process.
+    `hf_ft_ext.kernel.engines.projection` defines it.
 
     Args:
         model, function: as for `empirical_ntk`.
-        batches: as `batches1` there.
-        dimension: k.
-        seed: of the projection.
+        batches: as `batches1` of `empirical_ntk`.
+        dimension: k, the dimension of the projection.
+        seed: seed of the projection.
         options: `parameters`, `exclude_embeddings`, `exclude_head`, `only_biases`, `binary_classification`,
             `memory_gb` and `batch_size` of `KernelOptions`.
 
     Returns:
-        In float64 for a model in float64, else in float32.
+        float64 for a model in float64, otherwise float32.
 
     Raises:
         InputError: as `empirical_ntk`.
@@ -118,11 +127,12 @@ def _pad_token(model: nn.Module) -> int | None:
 
 
 class KernelComputation:
-    """One model's kernels under the same options.
+    """Computes kernels of one model under fixed options.
 
     Args:
-        model, options: what is computed.
-        function: as for `empirical_ntk`; refused together with `binary_classification`.
+        model, options: the model, and the options of its kernels.
+        function: as for `empirical_ntk`. With `binary_classification` it must return two scalars, whose difference
+            is used.
     """
 
     def __init__(self, model: nn.Module, options: KernelOptions, function: Function | None = None):
@@ -139,12 +149,14 @@ class KernelComputation:
         )
         first = next(iter(self.parameters.values()))
         if options.formula.signs and not supports_float64(first.device):
-            raise InputError(f"formula {options.formula.value} needs float64, which {first.device} lacks; use the CPU")
+            raise InputError(
+                f"formula {options.formula.value} needs float64, which {first.device} does not support; use the CPU"
+            )
         dtype = torch.float64 if options.formula.signs or first.dtype == torch.float64 else torch.float32
         wider = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.dtype != dtype]
         self._wider_bytes = sum(t.numel() * dtype.itemsize for t in wider)
         self.dtype = dtype
-        self.projected: ProjectedEngine | None = None  # in place of `engine`
+        self.projected: ProjectedEngine | None = None  # used instead of `engine`
         if options.engine is Engine.PROJECTED:
             projection = options.dimension, options.seed, dtype
             budget = options.memory_gb, options.batch_size, self._wider_bytes
@@ -164,55 +176,59 @@ class KernelComputation:
         disable_tqdm: bool = True,
         send: Callable[[torch.Tensor, int], torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The kernel `[kernels, N1, C, N2, C]` (`class_diagonal`: without the last axis).
+        """Compute the kernel `[kernels, N1, C, N2, C]` (`class_diagonal`: without the last axis).
 
-        With several processes and no `send` this process's blocks, zero elsewhere.
+        With several processes and no `send`, only this process's blocks are filled; the rest is zero.
 
         Args:
-            blocks: finished blocks are taken from there and new ones left there; not with engine `projected`, whose
-                features are kept instead (see `ProjectedEngine.project`).
-            process, processes: this process and how many share the work.
-            send: from a block and the process that has it to that block on every process.
+            blocks: storage to read finished blocks from and to write new ones to. Not used by engine `projected`,
+                which stores features instead (see `ProjectedEngine.project`).
+            process, processes: index of this process, and number of processes that share the work.
+            send: `send(block, owner)` broadcasts a block from process `owner` and returns it on every process.
         """
         if self.projected is not None:
             return self.projected.kernel(rows1, rows2, self.options.class_diagonal, disable_tqdm)[None]
-        with evaluating(self.model), computing_in(self.model, self.dtype, only_weights=True):  # for all batches
+        with evaluating(self.model), computing_in(self.model, self.dtype, only_weights=True):  # once, for all batches
             return self._run(rows1, rows2, blocks, process, processes, disable_tqdm, send)
 
     def _run(self, rows1, rows2, blocks, process: int, processes: int, disable_tqdm: bool, send) -> torch.Tensor:
-        def make(edges: Edges | None) -> Plan:
-            return self._plan(rows1, rows2, processes, edges)
+        def make(edges: Edges | None) -> BlockSchedule:
+            return self._schedule(rows1, rows2, processes, edges)
 
-        plan = blocks.plan(make) if blocks else make(None)
+        schedule = blocks.schedule(make) if blocks else make(None)
         symmetric = rows2 is None
-        pairs = [(i, j) for i in range(len(plan.first)) for j in range(len(plan.second)) if not symmetric or i <= j]
+        pairs = [
+            (i, j) for i in range(len(schedule.first)) for j in range(len(schedule.second)) if not symmetric or i <= j
+        ]
         mine = pairs[process::processes]
         total = None
-        for i, j, block in self._blocks(mine, plan, rows1, rows2, blocks, disable_tqdm):
+        for i, j, block in self._blocks(mine, schedule, rows1, rows2, blocks, disable_tqdm):
             if total is None:
                 total = self._zeros(rows1, rows2, block.shape[2])
-            _place(total, block, plan.first[i], plan.second[j], symmetric)
+            _insert(total, block, schedule.first[i], schedule.second[j], symmetric)
         if total is None:  # more processes than blocks
             total = self._zeros(rows1, rows2, self._scalars(rows1))
-        if send is not None and processes > 1:  # block by block: the kernel may be larger than a device's memory
+        if send is not None and processes > 1:  # block by block: the kernel may not fit into a device's memory
             for number, (i, j) in enumerate(pairs):
-                (a, b), (p, q) = plan.first[i], plan.second[j]
+                (a, b), (p, q) = schedule.first[i], schedule.second[j]
                 block = send(total[:, a:b, :, p:q].contiguous(), number % processes)
-                _place(total, block, plan.first[i], plan.second[j], symmetric)
+                _insert(total, block, schedule.first[i], schedule.second[j], symmetric)
         return total
 
     def _zeros(self, rows1: ExampleRows, rows2: ExampleRows | None, c: int) -> torch.Tensor:
         shape = (self.options.formula.kernels, len(rows1), c, len(rows2 or rows1), c)
         return torch.zeros(shape[:-1] if self.options.class_diagonal else shape, dtype=torch.float64)
 
-    def _plan(self, rows1: ExampleRows, rows2: ExampleRows | None, processes: int, edges: Edges | None = None) -> Plan:
+    def _schedule(
+        self, rows1: ExampleRows, rows2: ExampleRows | None, processes: int, edges: Edges | None = None
+    ) -> BlockSchedule:
         self._prepare(rows1)
         longer = rows1 if rows2 is None or max(rows1.lengths) >= max(rows2.lengths) else rows2
         options = self.options
         needs = measure(self.engine, longer, self._wider_bytes, options.class_diagonal)
         lengths2 = None if rows2 is None else rows2.lengths
         sizes = memory_bound(options.memory_gb, self.engine.device, processes), options.batch_size, options.block_rows
-        return make_plan(needs, rows1.lengths, lengths2, *sizes, processes, edges)
+        return make_schedule(needs, rows1.lengths, lengths2, *sizes, processes, edges)
 
     def _prepare(self, rows: ExampleRows) -> None:
         if self._ready:
@@ -227,42 +243,49 @@ class KernelComputation:
         self._ready = True
 
     def _scalars(self, rows: ExampleRows) -> int:
-        return self.engine.side(rows, [[0]]).scalars
+        return self.engine.gradient_rows(rows, [[0]]).scalars
 
-    def _blocks(self, pairs, plan: Plan, rows1, rows2, blocks: Blocks | None, disable_tqdm: bool) -> Iterator[tuple]:
+    def _blocks(
+        self, pairs, schedule: BlockSchedule, rows1, rows2, blocks: Blocks | None, disable_tqdm: bool
+    ) -> Iterator[tuple]:
         held: tuple[Bounds, object] | None = None
         for i, j in tqdm(pairs, desc="kernel blocks", disable=disable_tqdm):
             block = blocks.get(i, j) if blocks else None
             if block is None:
                 self._prepare(rows1)
-                self.engine.contraction.max_bytes = plan.scratch_bytes
-                for part1, part2, same in plan.parts(i, j, symmetric=rows2 is None):
+                self.engine.contraction.max_bytes = schedule.scratch_bytes
+                for part1, part2, same in schedule.parts(i, j, symmetric=rows2 is None):
                     if held is None or held[0] != part1:
-                        held = None  # before the next one is made
-                        held = (part1, self._side(rows1, part1, plan))
-                    found = self._block(held[1], None if same else rows2 or rows1, plan, part1, part2)
-                    if (part1, part2) == (plan.first[i], plan.second[j]):
+                        held = None  # free it before the next one is computed
+                        held = (part1, self._gradient_rows(rows1, part1, schedule))
+                    found = self._block(held[1], None if same else rows2 or rows1, schedule, part1, part2)
+                    if (part1, part2) == (schedule.first[i], schedule.second[j]):
                         block = found
                         continue
                     if block is None:
-                        block = _zeros_like(found, plan.first[i], plan.second[j])
-                    _place(block, found, *plan.within(i, j, part1, part2), symmetric=rows2 is None and i == j)
+                        block = _zeros_like(found, schedule.first[i], schedule.second[j])
+                    _insert(block, found, *schedule.within(i, j, part1, part2), symmetric=rows2 is None and i == j)
                 if blocks:
                     blocks.put(i, j, block)
             yield i, j, block
 
-    def _block(self, left, rows: ExampleRows | None, plan: Plan, part1: Bounds, part2: Bounds) -> torch.Tensor:
-        """Between `left` and rows of the other side, or `left` itself; nothing of the other side outlives it."""
-        right = left if rows is None else self._side(rows, part2, plan)
+    def _block(
+        self, left, rows: ExampleRows | None, schedule: BlockSchedule, part1: Bounds, part2: Bounds
+    ) -> torch.Tensor:
+        """The kernel between `left` and rows of the second side (`rows=None`: `left` itself), which are freed here."""
+        right = left if rows is None else self._gradient_rows(rows, part2, schedule)
         return self._kernel(left, right, part1[0], part2[0])
 
-    def _side(self, rows: ExampleRows, bounds: Bounds, plan: Plan):
-        return self.engine.side(rows, rows.by_length(*bounds, plan.batch_size, batch_overhead(self.engine.device)))
+    def _gradient_rows(self, rows: ExampleRows, bounds: Bounds, schedule: BlockSchedule):
+        return self.engine.gradient_rows(
+            rows, rows.by_length(*bounds, schedule.batch_size, batch_overhead(self.engine.device))
+        )
 
     def _kernel(self, left, right, first: int, second: int) -> torch.Tensor:
         found = self._diagonal(left, right) if self.options.class_diagonal else self.engine.kernels(left, right)
         if not found.isfinite().all():
-            raise InputError(self._explained(left, right))
+            raise InputError(self._not_finite_message(left, right))
+        # From the order of the batches back to the order of the examples.
         block = torch.empty_like(found)
         rows = torch.tensor(left.order)[:, None] - first
         columns = torch.tensor(right.order) - second
@@ -270,12 +293,12 @@ class KernelComputation:
         return block
 
     def _diagonal(self, left, right) -> torch.Tensor:
-        """`[kernels, n, c, n']`: each scalar's kernel by itself."""
+        """The kernels `K[i, c, j, c]` of each scalar with itself: `[kernels, n, c, n']`."""
         parts = [self.engine.kernels(left.of_scalar(a), right.of_scalar(a)) for a in range(left.scalars)]
         return torch.stack([part[:, :, 0, :, 0] for part in parts], 2)
 
-    def _explained(self, left, right) -> str:
-        """Which example and which parameter made a kernel NaN or infinite."""
+    def _not_finite_message(self, left, right) -> str:
+        """An error message that names the example and the parameter that made the kernel NaN or infinite."""
         for which, side in (("first", left), ("second", right)):
             for name in self.parameters:
                 if name not in side.names():
@@ -285,23 +308,24 @@ class KernelComputation:
                     row = int(bad.nonzero()[0, 0]) // side.scalars
                     return (
                         f"the kernel is not finite: the gradient of {name} for example {side.order[row]} (from 0) of "
-                        f"the {which} side is NaN or infinite; look at this row and this layer's weights, or load the "
+                        f"the {which} side is NaN or infinite; check this row and this layer's weights, or load the "
                         "model in float32"
                     )
-        return "the kernel is not finite although every gradient is: its numbers overflow; scale the logits down"
+        return "the kernel is not finite although every gradient is: its entries overflow; scale the logits down"
 
 
-def _place(kernel: torch.Tensor, block: torch.Tensor, rows: Bounds, columns: Bounds, symmetric: bool) -> None:
-    """Put a block `[kernels, n, c, n', c]` or `[kernels, n, c, n']` into a kernel, a symmetric one twice."""
+def _insert(kernel: torch.Tensor, block: torch.Tensor, rows: Bounds, columns: Bounds, symmetric: bool) -> None:
+    """Insert a block `[kernels, n, c, n', c]` or `[kernels, n, c, n']` into a kernel, mirrored too if `symmetric`."""
     (a, b), (p, q) = rows, columns
     kernel[:, a:b, :, p:q] = block
     if symmetric and rows != columns:
         mirrored = block.permute(0, 3, 2, 1) if block.ndim == 4 else block.permute(0, 3, 4, 1, 2)
-        kernel[:, p:q, :, a:b] = mirrored.flip(0) if len(mirrored) == 2 else mirrored  # the flip of the flip
+        # K[j, b, i, a] = K[i, a, j, b]; mirroring an asymmetric kernel gives its flip, <sign J', J> = <J, sign J'>
+        kernel[:, p:q, :, a:b] = mirrored.flip(0) if len(mirrored) == 2 else mirrored
 
 
 def _zeros_like(part: torch.Tensor, rows: Bounds, columns: Bounds) -> torch.Tensor:
-    """A block of these rows and columns for parts like `part`."""
+    """An empty block of these rows and columns, with the other axes of `part`."""
     shape = part.shape
     return part.new_zeros(shape[0], rows[1] - rows[0], shape[2], columns[1] - columns[0], *shape[4:])
 
@@ -310,13 +334,13 @@ def _difference(values: torch.Tensor) -> torch.Tensor:
     if values.ndim != 2 or values.shape[1] != 2:
         raise InputError(
             f"binary_classification takes the difference of two logits, but there are {tuple(values.shape)[1:] or 1}; "
-            "leave it out, or use a model of two classes"
+            "leave it out, or use a model with two classes"
         )
     return values[:, 1] - values[:, 0]
 
 
 def outputs_at_start(computation: KernelComputation, rows: ExampleRows, batch_size: int) -> np.ndarray:
-    """The scalars `[N, C]` that the kernel is of, by the weights as they are, in the type that it is computed in."""
+    """The kernel's scalars `[N, C]` at the model's current weights, computed in the kernel's dtype."""
     model, dtype, found = computation.model, computation.dtype, []
     device = next(iter(computation.parameters.values())).device
     with torch.no_grad(), evaluating(model), computing_in(model, dtype):
@@ -328,7 +352,7 @@ def outputs_at_start(computation: KernelComputation, rows: ExampleRows, batch_si
 
 
 def pseudo_logit(classes: int, seed: int) -> Function:
-    """The one scalar of `Coupling.PSEUDO`: `sum_c e_c f_c / sqrt(C)`, signs `e` drawn from `seed`."""
+    """The scalar of `Coupling.PSEUDO`: `sum_c e_c f_c / sqrt(C)`, with random signs `e` drawn from `seed`."""
     generator = torch.Generator().manual_seed(seed)
     signs = 2.0 * torch.randint(2, (classes,), generator=generator) - 1
 

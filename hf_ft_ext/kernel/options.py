@@ -1,4 +1,4 @@
-"""What a kernel is taken of: formula, engine, scalars and parameters."""
+"""Options of a kernel: formula, engine, scalars and parameters."""
 
 import enum
 import re
@@ -16,14 +16,15 @@ DIMENSION = 4096  # of engine `projected`
 
 
 class Engine(enum.StrEnum):
-    """How a kernel is computed: all but `projected` give the same.
+    """How a kernel is computed. All engines except `projected` give the same kernel.
 
-    AUTO: `structured`, and autograd example by example for parameters that no rule covers. Use this.
-    STRUCTURED: per-layer contraction only; refuses a model with a parameter that no rule covers, so that nobody
-        waits for the slow way without knowing.
-    JACOBIAN: Jacobians in full by `torch.func`, one matrix product. For comparison, and for small models of any kind.
-    PROJECTED: gradients randomly projected to `dimension` numbers: every row passes once, and entries of the kernel
-        have a random error of at most `sqrt(2 / dimension)` of the norms' product. For many rows; formula `sgd` alone.
+    AUTO: `structured`, with autograd example by example for parameters that no rule covers. The default.
+    STRUCTURED: per-layer contraction only. It refuses a model with a parameter that no rule covers, instead of
+        running its examples one by one, which is slow.
+    JACOBIAN: full Jacobians by `torch.func` and one matrix product. For comparison, and for small models of any kind.
+    PROJECTED: random projections of the gradients to `dimension` values. Each row runs once. Entries of the kernel
+        have a random error with a standard deviation of at most `sqrt(2 / dimension)` times the product of the
+        gradients' norms. For many rows; formula `sgd` only.
     """
 
     AUTO = "auto"
@@ -34,19 +35,20 @@ class Engine(enum.StrEnum):
 
 @dataclass(frozen=True)
 class KernelOptions:
-    """What a kernel is taken of, and how much may be used for it.
+    """Options of a kernel, and limits for its computation.
 
     Attributes:
         formula: see `Formula`.
         engine: see `Engine`.
-        binary_classification: one scalar `f_1 - f_0` in place of two logits.
-        class_diagonal: only products of a scalar with the same one (`diagonal_axes` of neural-tangents).
+        binary_classification: use the single scalar `f_1 - f_0` instead of two logits.
+        class_diagonal: compute only products of a scalar with itself, `K[i, c, j, c]` (`diagonal_axes` of
+            neural-tangents).
         parameters, exclude_embeddings, exclude_head, only_biases: see `kernel_parameters`.
-        memory_gb: bound of memory above the loaded model, in 10^9 bytes; `None` = half of what is free.
-        batch_size: examples in a forward pass, at most.
-        block_rows: examples of the second side that are computed and stored together; `None` = up to 128.
-        dimension: engine `projected` alone: k, numbers that the gradient of a scalar is projected to; `None` = 4096.
-        seed: engine `projected` alone: of the projection; `None` = 0.
+        memory_gb: memory limit above the loaded model, in 10^9 bytes; `None` = half of the free memory.
+        batch_size: largest number of examples in a forward pass.
+        block_rows: examples of the second side in one stored block; `None` = up to 128.
+        dimension: only for engine `projected`: k, the dimension of the projection; `None` = 4096.
+        seed: only for engine `projected`: seed of the projection; `None` = 0.
     """
 
     formula: Formula = Formula.SGD
@@ -73,13 +75,13 @@ class KernelOptions:
         if self.engine is not Engine.PROJECTED:
             for name in ("dimension", "seed"):
                 if getattr(self, name) is not None:
-                    raise InputError(f"{name} is of engine=projected, not {self.engine.value}; leave it out")
+                    raise InputError(f"{name} applies only to engine=projected, not {self.engine.value}; leave it out")
             return
         if self.formula.signs:
             raise InputError(signs_of_projections(self.formula))
         if self.block_rows is not None:
             raise InputError(
-                "block_rows is of the exact engines: engine=projected keeps rows, not blocks; leave it out"
+                "block_rows applies only to the exact engines: engine=projected stores rows, not blocks; leave it out"
             )
         object.__setattr__(self, "dimension", DIMENSION if self.dimension is None else self.dimension)
         object.__setattr__(self, "seed", self.seed or 0)
@@ -111,10 +113,10 @@ def _member(kind: type[Choice], name: str, value: str) -> Choice:
 
 
 def signs_of_projections(formula: Formula) -> str:
-    """Why the engine `projected` has no sign formula."""
+    """The message that refuses a sign formula for the engine `projected`."""
     return (
-        f"engine=projected has no formula {formula.value}: it needs the sign of every entry of a gradient, which a "
-        "random projection does not keep; pass formula sgd, or engine auto"
+        f"engine=projected does not support formula {formula.value}: the formula needs the sign of every gradient "
+        "entry, which a random projection does not keep; pass formula sgd, or engine auto"
     )
 
 
@@ -125,17 +127,17 @@ def kernel_parameters(
     exclude_head: bool = False,
     only_biases: bool = False,
 ) -> dict[str, nn.Parameter]:
-    """The chosen parameters by name: those that require gradients, so of a PEFT model the adapter's.
+    """Select parameters by name among those that require gradients (in a PEFT model, the adapter's).
 
     Args:
-        pattern: regular expression that has to be found in a parameter's name.
-        exclude_embeddings: leave out all embedding tables (and with a table the decoder that is tied to it), and what
-            is named after them, as the published code does: the norm of BERT's embeddings, for example.
-        exclude_head: leave out what lies outside the base model.
-        only_biases: only parameters whose last name is `bias`.
+        pattern: keep only parameters whose name this regular expression matches (`re.search`).
+        exclude_embeddings: drop embedding tables (with the decoders tied to them) and, as in the published code, all
+            parameters with "embed" in their name, such as the norm of BERT's embeddings.
+        exclude_head: drop parameters outside the base model.
+        only_biases: keep only parameters whose last name component is `bias`.
 
     Raises:
-        InputError: no regular expression, or nothing is left.
+        InputError: an invalid regular expression, or no parameter is left.
     """
     chosen = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not chosen:
@@ -144,7 +146,7 @@ def kernel_parameters(
         try:
             chosen = {name: p for name, p in chosen.items() if re.search(pattern, name)}
         except re.error as error:
-            raise InputError(f"kernel_parameters={pattern!r} is no regular expression: {error}") from None
+            raise InputError(f"kernel_parameters={pattern!r} is not a valid regular expression: {error}") from None
     if exclude_embeddings:
         tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
         chosen = {name: p for name, p in chosen.items() if id(p) not in tables and "embed" not in name}

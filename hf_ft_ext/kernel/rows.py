@@ -1,4 +1,4 @@
-"""The examples of one side of a kernel: rows of tensors, put together to batches without needless padding."""
+"""`ExampleRows`: the examples of one side of a kernel, which can be batched with little padding."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,20 +12,20 @@ _LABELS = ("labels", "label")
 
 
 class ExampleRows:
-    """Examples one by one, in their order.
+    """Examples as single rows, in their order.
 
     Args:
         batches: one batch, or an iterable of batches (mappings from names to tensors whose first axis is the example).
-            Labels are set aside. Rows of batches with fewer tokens are padded at the right when they meet longer ones:
-            `input_ids` with `pad_token_id`, all else with 0.
+            Labels are stored separately. In a batch with longer rows, shorter ones are padded at the right:
+            `input_ids` with `pad_token_id`, other inputs with 0.
         pad_token_id: see above.
 
     Attributes:
-        labels: of all rows, or `None`.
-        lengths: tokens of each row up to the last that is no padding.
+        labels: labels of all rows, or `None`.
+        lengths: tokens of each row, up to the last token that is not padding.
 
     Raises:
-        InputError: there is no row, or batches differ in their inputs.
+        InputError: there are no rows, or batches have different inputs.
     """
 
     def __init__(self, batches: Batch | Iterable[Batch], pad_token_id: int | None = 0):
@@ -37,7 +37,7 @@ class ExampleRows:
             inputs = {key: value for key, value in batch.items() if key not in _LABELS}
             self._rows += [{key: value[i] for key, value in inputs.items()} for i in range(batch_size(inputs))]
         if not self._rows:
-            raise InputError("there are no examples to compute a kernel of; pass at least one")
+            raise InputError("there are no examples to compute a kernel for; pass at least one")
         if any(row.keys() != self._rows[0].keys() for row in self._rows):
             raise InputError(f"the batches hold different inputs; all need {', '.join(self._rows[0])}")
         self.labels = torch.cat(labels) if labels else None
@@ -47,22 +47,27 @@ class ExampleRows:
         return len(self._rows)
 
     def batch(self, indices: Sequence[int], device: torch.device | None = None) -> dict[str, torch.Tensor]:
-        """The rows `indices` as one batch, as long as the longest of them needs."""
+        """Return the rows `indices` as one batch, padded to the longest of them."""
         rows = [self._rows[i] for i in indices]
         keep = max(self.lengths[i] for i in indices)
         return {key: self._stacked(key, [row[key] for row in rows], rows, keep).to(device) for key in rows[0]}
 
     def by_length(self, first: int, last: int, size: int, overhead: int = 0) -> list[list[int]]:
-        """Positions of the rows `first` to `last` (exclusive) in groups of up to `size`, of similar lengths.
+        """Group the rows `first` to `last` (exclusive) into batches of up to `size` rows of similar lengths.
 
-        The longest come first: what is kept of groups adds up while what a pass takes shrinks.
+        The grouping minimizes the total cost: tokens with padding, plus `overhead` per batch. The longest rows come
+        first, so that peak memory stays low: stored gradients grow while the passes get smaller.
 
         Args:
-            overhead: what a group costs beside its tokens, in tokens; the sum over all groups, padding included, is
-                the least there is.
+            overhead: fixed cost of a batch, in tokens.
+
+        Returns:
+            For each batch, the positions of its rows.
         """
         order = sorted(range(first, last), key=lambda i: (self.lengths[i], i))
-        best: list[tuple[int, int]] = [(0, 0)]  # of the first k rows: cost, and where their last group begins
+        # best[k] = (cost, start of the last batch) of the cheapest grouping of the k shortest rows:
+        # cost[k] = min over b of cost[b] + overhead + (k - b) * length[k - 1]
+        best: list[tuple[int, int]] = [(0, 0)]
         for k in range(1, len(order) + 1):
             longest = self.lengths[order[k - 1]]
             begins = range(max(k - size, 0), k)
@@ -87,7 +92,7 @@ class ExampleRows:
 
     @staticmethod
     def _tokens(row: dict[str, torch.Tensor]) -> int:
-        """Tokens of a row with its padding; -1 for inputs that have none."""
+        """Tokens of a row including padding; -1 if the inputs have no token axis."""
         tokens = row.get("attention_mask", row.get("input_ids"))
         return len(tokens) if tokens is not None and tokens.ndim == 1 else -1
 

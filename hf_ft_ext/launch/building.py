@@ -30,6 +30,7 @@ from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.data.preprocess import tokenize
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.features.linear_probe import fit_linear_head, prepare_linear_head
 from hf_ft_ext.launch.results import THRESHOLDS, keep_thresholds
 from hf_ft_ext.launch.search import require_optuna
 from hf_ft_ext.launch.trainers import check_made, check_place, explained, run_callbacks
@@ -39,7 +40,6 @@ from hf_ft_ext.launch.validation import (
     check_splits,
     choose_best_metric,
 )
-from hf_ft_ext.linear_probe import fit_linear_head, prepare_linear_head
 from hf_ft_ext.methods import find_method, hooks_of
 from hf_ft_ext.metrics import default_metrics
 from hf_ft_ext.metrics.thresholds import AUTO as AUTO_THRESHOLD
@@ -50,8 +50,8 @@ from hf_ft_ext.prompts.loading import check_prompt_options
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
 from hf_ft_ext.prompts.saving import SavePrompt
-from hf_ft_ext.training.quantized import move
-from hf_ft_ext.training.record import recorded_method
+from hf_ft_ext.training.runs.record import recorded_method
+from hf_ft_ext.training.weights.quantized import move
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.files import write_json
 from hf_ft_ext.methods import METHODS, hooks_of
 from hf_ft_ext.prompts.configuration import PROMPT_FILE
-from hf_ft_ext.training.checkpoints import SEAL, checkpoint_folders, fault_of, last_sound_checkpoint
-from hf_ft_ext.training.record import RUN_RECORD, TRAINER_STATE
+from hf_ft_ext.training.runs.record import RUN_RECORD, TRAINER_STATE
+from hf_ft_ext.training.saved.checkpoints import SEAL, checkpoint_folders, fault_of, last_sound_checkpoint
 
 logger = logging.getLogger(__name__)
 

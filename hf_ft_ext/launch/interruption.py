@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from hf_ft_ext.launch.stopping import Interrupted, Signals
-from hf_ft_ext.training.checkpoints import last_sound_checkpoint
+from hf_ft_ext.training.saved.checkpoints import last_sound_checkpoint
 
 
 class SaveAndStop(TrainerCallback):

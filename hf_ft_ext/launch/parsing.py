@@ -14,7 +14,7 @@ from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.launch.values import checked
 from hf_ft_ext.methods import METHODS, Method, find_method, list_methods
 from hf_ft_ext.recipes.reading import read_recipe
-from hf_ft_ext.training.privacy import hide_tokens
+from hf_ft_ext.training.sharing.privacy import hide_tokens
 
 _CHOICES_AS_PLACEHOLDER = 10  # longer lists stand behind the help text
 _CHOICES_SHOWN = 20  # still longer ones (optimizers) appear where a wrong one is refused

@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainingArguments
 from transformers.utils import CONFIG_NAME
 
-from hf_ft_ext.adapters.table import AdapterType
+from hf_ft_ext.adapters import AdapterType
 from hf_ft_ext.arguments import DataArguments, ModelArguments, RunArguments
 from hf_ft_ext.data.language import LanguageData
 from hf_ft_ext.data.multi_label import SEPARATOR
@@ -29,11 +29,11 @@ from hf_ft_ext.launch.language import LanguageRun, loading_class, write_predicti
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction, best_thresholds, probabilities
 from hf_ft_ext.models import model_label, model_source
 from hf_ft_ext.prompts.model import is_prompt_model
-from hf_ft_ext.training.plan import align, trained_weights
-from hf_ft_ext.training.privacy import hide_tokens, is_secret, without_secrets
-from hf_ft_ext.training.record import RUN_RECORD, write_run_record
-from hf_ft_ext.training.resources import find_monitor
-from hf_ft_ext.training.sharding import entries
+from hf_ft_ext.training.runs.plan import align, trained_weights
+from hf_ft_ext.training.runs.record import RUN_RECORD, write_run_record
+from hf_ft_ext.training.runs.resources import find_monitor
+from hf_ft_ext.training.sharing.privacy import hide_tokens, is_secret, without_secrets
+from hf_ft_ext.training.weights.sharding import entries
 
 logger = logging.getLogger(__name__)
 

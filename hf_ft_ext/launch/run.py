@@ -77,7 +77,7 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
     from hf_ft_ext.launch import building, folder, language, results, search, sharing  # after --help has been answered
     from hf_ft_ext.launch.interruption import SaveAndStop
     from hf_ft_ext.structure.table import parts_table
-    from hf_ft_ext.training.plan import training_plan
+    from hf_ft_ext.training.runs.plan import training_plan
 
     if args.disable_tqdm or args.process_index > 0:
         silence_bars()

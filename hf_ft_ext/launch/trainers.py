@@ -11,11 +11,11 @@ from hf_ft_ext.hub.push import is_of_the_hub, reason
 from hf_ft_ext.launch.folder import not_writable
 from hf_ft_ext.launch.sharing import prepare_branch
 from hf_ft_ext.launch.validation import check_checkpoint, check_optimizer
-from hf_ft_ext.training.batches import check_full_batch
-from hf_ft_ext.training.checkpoints import SealCheckpoints
+from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.method_trainer import MethodTrainer
-from hf_ft_ext.training.placement import check_placement
-from hf_ft_ext.training.resources import ResourceMonitor
+from hf_ft_ext.training.runs.resources import ResourceMonitor
+from hf_ft_ext.training.saved.checkpoints import SealCheckpoints
+from hf_ft_ext.training.weights.placement import check_placement
 
 
 def run_callbacks(

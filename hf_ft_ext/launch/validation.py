@@ -15,9 +15,9 @@ from hf_ft_ext.arguments import PROMPT_DEMO, DataArguments, MethodTrainingArgume
 from hf_ft_ext.data.multi_label import SEPARATOR
 from hf_ft_ext.errors import InputError, did_you_mean, first_line
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction
-from hf_ft_ext.training.checkpoints import check_fits, steps_done
-from hf_ft_ext.training.devices import refuse_data_parallel
-from hf_ft_ext.training.sharding import refuse_sharding_on_cpu
+from hf_ft_ext.training.saved.checkpoints import check_fits, steps_done
+from hf_ft_ext.training.weights.devices import refuse_data_parallel
+from hf_ft_ext.training.weights.sharding import refuse_sharding_on_cpu
 
 _MANY = math.inf
 _SEEDS = 2**32 - 1  # numpy takes no larger ones

@@ -6,7 +6,7 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.training.privacy import is_secret
+from hf_ft_ext.training.sharing.privacy import is_secret
 
 _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 

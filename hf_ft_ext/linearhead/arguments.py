@@ -12,8 +12,8 @@ from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
 class LinearHeadTrainingArguments(AtOnceTrainingArguments):
     """`transformers.TrainingArguments` plus the settings of linear probing.
 
-    What steers a training loop is refused: there is none. The encoder takes `per_device_eval_batch_size` rows at
-    once, or `per_device_train_batch_size` if that is set and smaller.
+    Arguments of a training loop are refused, because there is none. A forward pass of the encoder takes
+    `per_device_eval_batch_size` rows, or `per_device_train_batch_size` if that is set and smaller.
 
     Raises:
         InputError: a value out of range.
@@ -24,36 +24,39 @@ class LinearHeadTrainingArguments(AtOnceTrainingArguments):
     linearhead_c: float | None = field(
         default=None,
         metadata={
-            "help": "Inverse regularisation strength, above 0, for features scaled to variance 1; none = chosen by "
-            "cross-validation (numbers: by leaving each row out)."
+            "help": "Inverse regularization strength, above 0, for features scaled to variance 1; none = chosen by "
+            "cross-validation (in regression, by leave-one-out)."
         },
     )
-    linearhead_folds: int = field(default=5, metadata={"help": "Parts of the cross-validation, 2 or more."})
+    linearhead_folds: int = field(default=5, metadata={"help": "Folds of the cross-validation, 2 or more."})
     linearhead_max_iter: int = field(
-        default=1000, metadata={"help": "Most iterations of the logistic regression's solver."}
+        default=1000, metadata={"help": "Largest number of iterations of the logistic regression's solver."}
     )
     feature_cache_gb: float = field(
         default=4.0,
         metadata={
-            "help": "What the head reads is kept on disk if it takes no more than this many GB; 0 = in memory only."
+            "help": "Cache the features that the head reads on disk if they take at most this many GB; 0 = keep them "
+            "in memory."
         },
     )
     feature_cache_dir: str | None = field(
-        default=None, metadata={"help": "Where features are kept; none = beside the Hub's cache."}
+        default=None, metadata={"help": "Folder of the feature cache; none = next to the Hub's cache."}
     )
 
     def validate(self) -> None:
         super().validate()
         if self.linearhead_c is not None and not 0 < self.linearhead_c < float("inf"):
-            raise InputError(f"linearhead_c={self.linearhead_c} is no strength; pass a number above 0, such as 1")
+            raise InputError(
+                f"linearhead_c must be above 0 and finite, got {self.linearhead_c}; pass a value such as 1"
+            )
         if self.linearhead_folds < 2:
-            raise InputError(f"linearhead_folds={self.linearhead_folds} leaves no row out; pass 2 or more")
+            raise InputError(f"linearhead_folds must be 2 or more, got {self.linearhead_folds}")
         if self.linearhead_max_iter < 1:
             raise InputError(
-                f"linearhead_max_iter={self.linearhead_max_iter} lets the solver do nothing; pass 100, say"
+                f"linearhead_max_iter must be 1 or more, got {self.linearhead_max_iter}; pass a value such as 1000"
             )
         if not self.feature_cache_gb >= 0:
-            raise InputError(f"feature_cache_gb={self.feature_cache_gb} is below 0; pass 0 or more")
+            raise InputError(f"feature_cache_gb must be 0 or more, got {self.feature_cache_gb}")
 
     @property
     def gradients(self) -> Gradients:

@@ -10,32 +10,32 @@ from peft import PeftModel
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.feature_rows import SAMPLE, batches_in_order, for_collator
-from hf_ft_ext.linear_probe import LinearHead, find_last_layer, fit_linear_head, prepare_linear_head
+from hf_ft_ext.features.linear_probe import LinearHead, find_last_layer, fit_linear_head, prepare_linear_head
+from hf_ft_ext.features.rows import SAMPLE, batches_in_order, for_collator
 from hf_ft_ext.linearhead.arguments import LinearHeadTrainingArguments
 from hf_ft_ext.training.at_once import AtOnceTrainer
 from hf_ft_ext.training.loss_scale import declare_mean_loss
-from hf_ft_ext.training.plan import TrainedWeight
+from hf_ft_ext.training.runs.plan import TrainedWeight
 
 logger = logging.getLogger(__name__)
 
 
 class LinearHeadTrainer(AtOnceTrainer):
-    """`transformers.Trainer` whose `train()` fits the model's last layer by logistic or linear regression.
+    """`transformers.Trainer` whose `train()` fits the model's last layer by logistic or ridge regression.
 
-    The encoder runs once over the training data; no step is taken. In a prompt model the label words' output rows are
-    fitted, untied from the input embeddings. Evaluation, prediction and saving are those of `Trainer`: the result is
-    an ordinary model.
+    The encoder runs once over the training data, and there are no optimizer steps. In a prompt model the output rows
+    of the label words are untied from the input embeddings and fitted. Evaluation, prediction and saving are those of
+    `Trainer`: the result is an ordinary model.
 
     Args:
-        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
+        model, args, and all other arguments: as for `Trainer`. Other `TrainingArguments` are completed with the
             defaults of `LinearHeadTrainingArguments`.
 
     Raises:
-        InputError: a model with PEFT adapters, an optimizer passed; in `train`: a class without rows, a model without
-            a linear last layer, a checkpoint to resume from.
+        InputError: a model with PEFT adapters, or an optimizer; in `train`: a class without rows, a model without a
+            linear last layer, or a checkpoint to resume from.
 
-    Source: Kumar et al., ICLR 2022 (linear probing as a start, arXiv 2202.10054); LM-Kernel-FT's linear head.
+    Source: Kumar et al., ICLR 2022, arXiv 2202.10054 (linear probing before fine-tuning); LM-Kernel-FT's linear head.
     """
 
     solution = "a linear head"
@@ -52,12 +52,12 @@ class LinearHeadTrainer(AtOnceTrainer):
 
     def solve(self) -> dict[str, float]:
         """Fit the head."""
-        self._fit_everywhere()
+        self._fit_on_all_processes()
         fit = self.fitted.fit
         return {"train_loss": fit.loss, "train_score": fit.score, "c": fit.c}
 
-    def _fit_everywhere(self) -> None:
-        """The first process fits; the others take its weights, or its refusal."""
+    def _fit_on_all_processes(self) -> None:
+        """Fit on the first process and broadcast its weights; its `InputError` is raised on every process."""
         args = self.args
         outcome: list = [None]
         if args.process_index == 0:
@@ -88,7 +88,7 @@ class LinearHeadTrainer(AtOnceTrainer):
                 parameter.data.copy_(broadcast(parameter.data))
 
     def trained_weights(self) -> list[TrainedWeight]:
-        """The last layer: no gradients, no moments."""
+        """The parameters of the last layer; they have no gradients and no moments."""
         prepare_linear_head(self.model)
         name = self.fitted.layer if self.fitted else self._last_layer()
         layer = self.model.get_submodule(name)
@@ -103,6 +103,6 @@ class LinearHeadTrainer(AtOnceTrainer):
 
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:
-        """Nothing is kept for a backward pass."""
+        """Disable autograd: there is no backward pass."""
         with torch.no_grad():
             yield

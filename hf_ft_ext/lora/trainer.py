@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.lora.arguments import ALL_LINEAR, LoraTrainingArguments
-from hf_ft_ext.peft_models import carries_adapters, wrap_with_peft
+from hf_ft_ext.models.peft import carries_adapters, wrap_with_peft
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import MethodTrainer
-from hf_ft_ext.training.plan import fold_layer_numbers
+from hf_ft_ext.training.runs.plan import fold_layer_numbers
 
 
 class LoraTrainer(StopAtNaN, MethodTrainer):

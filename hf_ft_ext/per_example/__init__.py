@@ -1,1 +1,1 @@
-"""Gradients of each example by itself, for a scalar of each example: shared by the methods that need them."""
+"""Per-example gradients: for each example, the gradient of its own scalar. Used by the kernel and Fisher methods."""

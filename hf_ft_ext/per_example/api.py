@@ -1,4 +1,4 @@
-"""`example_gradients` and `example_norms`: gradients of each example of any transformers model, for your own code."""
+"""`example_gradients` and `example_norms`: per-example gradients of any transformers model, for your own code."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class BatchGradients:
     """Gradients of the examples of one batch.
 
     Attributes:
-        scalars: what was differentiated: `[n, c]`.
+        scalars: the differentiated scalars: `[n, c]`.
         gradients: parameter name -> `[n, *shape]`, or `[n, c, *shape]` if there are several scalars.
     """
 
@@ -28,14 +28,15 @@ class BatchGradients:
 
 @dataclass(frozen=True)
 class FactoredGradients:
-    """Gradients of some examples of a batch, in factors.
+    """Gradients of some examples of a batch, as factors.
+
+    A batch yields one object, or one object per example where some parameter has no rule.
 
     Attributes:
-        first: position in the batch of the first of them; a batch comes in one piece, or in one for each example where
-            a parameter has no rule.
-        scalars: what was differentiated: `[n, c]`.
-        gradients: for each of the c scalars, parameter name -> what each use of the parameter gives:
-            `LinearGradient`, `EmbeddingGradient` or `DenseGradient`, to be summed; absent is 0.
+        first: position in the batch of the first of these examples.
+        scalars: the differentiated scalars: `[n, c]`.
+        gradients: for each of the c scalars, parameter name -> one `LinearGradient`, `EmbeddingGradient` or
+            `DenseGradient` per use of the parameter. The gradient is their sum. An absent parameter has gradient 0.
     """
 
     first: int
@@ -52,28 +53,28 @@ def example_gradients(
     factored: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Iterator[BatchGradients | FactoredGradients]:
-    """Yield the gradients of each example, batch by batch; what `vmap(grad)` gives, at about a batch's backward pass.
+    """Yield the gradients of each example, batch by batch.
 
-    Linear layers' gradients come from their activations and output gradients (Goodfellow 2015, arXiv 1510.01799); each
-    kind of module's rule is compared with autograd on the first batch, and what no rule covers runs example
-    by example.
-    Dropout is off, and the model is left as it was. Gradients of half-precision models come in float32.
+    The result equals `vmap(grad)`, at about the cost of one backward pass over the batch. The gradient of a linear
+    layer is computed from its activations and output gradients (Goodfellow 2015, arXiv 1510.01799). The first batch
+    compares the rule of each module with autograd; if no rule covers a parameter, the examples run one by one.
+    Dropout is off, and the model's state is restored afterwards. Half-precision models give float32 gradients.
 
     Args:
-        model: any transformers model, with adapters or without, or a module that takes the batches.
+        model: any transformers model, with or without adapters, or a module that takes the batches.
         batches: mappings from input names to tensors with a row per example, or one such mapping.
-        function: `function(model, batch)` -> one scalar per example `[n]`, or several `[n, c]`; each may depend on its
-            own example alone. Default: the logits, labels left out.
+        function: `function(model, batch)` -> one scalar per example `[n]`, or several `[n, c]`; each may depend only
+            on its own example. Default: the logits, without passing labels to the model.
         parameters: names; `None` = all that require gradients.
-        factored: give the factors (`FactoredGradients`) and write nothing out; a model of p parameters takes n * p
-            numbers otherwise.
+        factored: yield the factors (`FactoredGradients`) instead of full gradients, which take n * p values for p
+            parameters.
         dtype: type to compute in; `None` = the model's own.
 
     Yields:
-        For each batch `BatchGradients`, or with `factored` one or more `FactoredGradients`.
+        One `BatchGradients` for each batch; with `factored`, one or more `FactoredGradients`.
 
     Raises:
-        InputError: an unknown parameter, or a model or function whose gradients per example are not defined.
+        InputError: an unknown parameter, or a model or function whose per-example gradients are not defined.
     """
     engine = _engine(model, function, parameters, dtype)
     for batch in _batches(batches, engine):
@@ -82,7 +83,7 @@ def example_gradients(
             for part in parts:
                 yield FactoredGradients(part.first, part.scalars, part.gradients)
         else:
-            yield _whole(engine, parts, batch_size(batch))
+            yield _dense_batch(engine, parts, batch_size(batch))
 
 
 def example_norms(
@@ -94,18 +95,18 @@ def example_norms(
     by_parameter: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Iterator[torch.Tensor | dict[str, torch.Tensor]]:
-    """Yield the Euclidean norm of each example's gradient, batch by batch, without writing gradients out.
+    """Yield the Euclidean norm of each example's gradient, batch by batch, without materializing the gradients.
 
-    A linear layer's norm is that of products over pairs of tokens,
-    `|sum_t g_t a_t^T|^2 = sum_ts <g_t, g_s> <a_t, a_s>` (the "ghost norm", Li et al. 2022, arXiv 2110.05679), where
-    that is cheaper; nothing is kept for the whole model.
+    The norm of a linear layer's gradient is computed over pairs of tokens where that is cheaper,
+    `|sum_t g_t a_t^T|^2 = sum_ts <g_t, g_s> <a_t, a_s>` (the "ghost norm", Li et al. 2022, arXiv 2110.05679). The
+    backward pass frees each parameter's gradient before it reaches the next one.
 
     Args:
         model, batches, function, parameters, dtype: as for `example_gradients`.
-        by_parameter: one norm for each parameter instead of that over all of them.
+        by_parameter: yield one norm per parameter instead of one over all parameters.
 
     Yields:
-        For each batch `[n]`, or `[n, c]` if there are several scalars; with `by_parameter` name -> such a tensor.
+        For each batch `[n]`, or `[n, c]` if there are several scalars; with `by_parameter`, name -> such a tensor.
 
     Raises:
         InputError: as for `example_gradients`.
@@ -117,7 +118,7 @@ def example_norms(
         squares: dict[tuple[str, int], torch.Tensor] = {}
 
         def receive(name, gradients, scalar, first):
-            found = squared_norms(gradients).clamp_min(0)  # below zero by rounding only
+            found = squared_norms(gradients).clamp_min(0)  # negative only by rounding
             total = squares.setdefault((name, scalar), found.new_zeros(n))  # noqa: B023
             total[first : first + len(found)] += found
 
@@ -128,11 +129,12 @@ def example_norms(
         finally:
             engine.function = counted
         norms = _norms(engine, squares, n, columns[-1])
+        # |G|^2 = sum over parameters p of |G_p|^2
         yield norms if by_parameter else torch.stack(list(norms.values())).square().sum(0).sqrt()
 
 
 def _counting(function: Function, columns: list[int]) -> Function:
-    """`function`, noting how many scalars of an example it gives."""
+    """`function`, which also appends the number of scalars per example to `columns`."""
 
     def counting(model: nn.Module, batch: Batch) -> torch.Tensor:
         scalars = function(model, batch)
@@ -179,8 +181,8 @@ def _batches(batches: Batch | Iterable[Batch], engine: ExampleGradients) -> Iter
         yield {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-def _whole(engine: ExampleGradients, parts: Iterator, n: int) -> BatchGradients:
-    """All parts of a batch, multiplied out."""
+def _dense_batch(engine: ExampleGradients, parts: Iterator, n: int) -> BatchGradients:
+    """The full gradients of a batch, assembled from its parts."""
     scalars: list[torch.Tensor] = []
     values: dict[str, torch.Tensor] = {}
     for part in parts:

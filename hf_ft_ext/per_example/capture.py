@@ -1,4 +1,4 @@
-"""One forward pass and a backward pass per scalar, in which hooks hand on each parameter's gradients as they come."""
+"""`Capture`: one forward pass and one backward pass per scalar, whose hooks compute each parameter's gradients."""
 
 import contextlib
 from collections import defaultdict
@@ -14,83 +14,84 @@ from hf_ft_ext.per_example.rules import Rule, expands_for_examples, rows_and_fac
 from hf_ft_ext.per_example.state import Batch, float64_stays, in_float64_mode, only_trainable
 from hf_ft_ext.per_example.types import DenseGradient, Gradient
 
-# From model and batch to one scalar per example, `[n]`, or several, `[n, c]`.
+# Maps model and batch to one scalar per example, `[n]`, or several, `[n, c]`.
 Function = Callable[[nn.Module, Batch], torch.Tensor]
-# Takes the name of a parameter, what its uses give it (to be summed), the number of the scalar, and the first example.
+# Takes a parameter's name, one gradient per use of it (to be summed), the scalar's index, and the first example.
 Receiver = Callable[[str, list[Gradient], int, int], None]
 
-# What a rule raises that was made for another kind of input; the parameter goes row by row then.
+# What a rule may raise on inputs that it was not written for. The parameter's gradients are then taken row by row.
 RULE_ERRORS = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, ArithmeticError)
 
 
 @dataclass(eq=False)
-class Owner:
-    """A module whose calls give the gradients of parameters.
+class HookedModule:
+    """A module with hooks, from whose calls the gradients of its parameters are computed.
 
     Attributes:
         path: its name in the model.
         module: the module.
-        rule: from its input and output gradient to gradients per example; `None`: the module is called again for each
-            example alone.
+        rule: maps its input and output gradient to per-example gradients; `None` = the module is called again for
+            each example separately.
         names: name of each parameter within the module -> its name in the model.
-        tried: whether it was compared with autograd: an example that depends on it was among those of the trial.
-        layouts: of the calls that were tried; a call of another layout has no gradients of single examples.
+        verified: whether the rule was compared with autograd. It is false if the trial's examples do not depend on
+            the module.
+        layouts: shapes of the calls that were verified. Calls with other layouts are not trusted.
     """
 
     path: str
     module: nn.Module
     rule: Rule | None
     names: dict[str, str]
-    tried: bool = False
+    verified: bool = False
     layouts: list[Any] = field(default_factory=list)
 
 
 @dataclass(eq=False)
 class _Call:
-    owner: Owner
+    hooked: HookedModule
     index: int
-    noted: bool = False  # what its gradients need is there
+    recorded: bool = False  # whether everything that its gradients need is stored
     inputs: torch.Tensor | None = None
-    factors: torch.Tensor | None = None  # of an embedding that multiplies the rows that it reads
-    leaves: list[Any] | None = None  # all arguments, where the module is called again
+    factors: torch.Tensor | None = None  # factors of an embedding that scales its rows
+    leaves: list[Any] | None = None  # all arguments, for modules that are called again
     layout: Any = None
 
 
-class _NotSplit(Exception):
-    """The module's first axis does not count the examples in a way that was tried."""
+class _NotPerExample(Exception):
+    """The first axis of the module's tensors does not index the examples in a verified layout."""
 
 
 class Capture:
-    """Gradients of the examples of one batch by the owners' rules, and by autograd for `direct`.
+    """Computes the gradients of one batch's examples: by the modules' rules, and by autograd for `direct`.
 
     Args:
-        owners: modules with rules.
-        direct: parameters, by name, that require gradients themselves; only for a batch of one example.
+        hooked_modules: modules with rules.
+        direct: parameters, by name, whose gradients autograd computes; only for a batch of one example.
         n: examples in the batch.
-        receive: gets a parameter's gradients as soon as the last of its uses has its own, and keeps them or not.
-        expand: embeddings that run on one row for the whole batch give it n times.
-        trial: take calls of any layout and note them.
+        receive: called with a parameter's gradients as soon as all its uses have theirs.
+        expand: repeat the output of an embedding that runs on one row for the whole batch n times.
+        trial: accept calls of any layout and record the layouts.
 
     Attributes:
-        failed: names of parameters whose rule failed, for some scalar.
-        handed_on: name and scalar of what `receive` got.
+        failed: names of parameters whose rule failed for some scalar.
+        delivered: (name, scalar) pairs that were passed to `receive`.
     """
 
     def __init__(
         self,
-        owners: list[Owner],
+        hooked_modules: list[HookedModule],
         direct: dict[str, nn.Parameter],
         n: int,
         receive: Receiver,
         expand: bool = True,
         trial: bool = False,
     ):
-        self.owners, self.direct, self.n, self.receive = owners, direct, n, receive
+        self.hooked_modules, self.direct, self.n, self.receive = hooked_modules, direct, n, receive
         self.expand, self.trial = expand, trial
         self.failed: set[str] = set()
-        self.handed_on: set[tuple[str, int]] = set()
+        self.delivered: set[tuple[str, int]] = set()
         self._calls: list[_Call] = []
-        self._lowest: list[torch.Tensor] = []  # where the graph begins
+        self._graph_inputs: list[torch.Tensor] = []  # leaves of the graph
         self._mode: Callable = contextlib.nullcontext
         self._paused = False
         self._scalar = 0
@@ -99,208 +100,211 @@ class Capture:
         self._found: dict[str, list[tuple[int, Gradient]]] = defaultdict(list)
 
     def run(self, model: nn.Module, batch: Batch, function: Function, check: Callable | None = None) -> torch.Tensor:
-        """The scalars `[n, c]`, detached; their gradients go to `receive`.
+        """Return the scalars `[n, c]`, detached, and pass their gradients to `receive`.
 
-        The model must be in the state that is wanted: evaluation mode, only `direct` requiring gradients.
+        The caller puts the model into evaluation mode and lets only `direct` require gradients.
 
         Args:
             check: called with the scalars before the first backward pass; it may raise.
         """
         self._mode = float64_stays if in_float64_mode() else contextlib.nullcontext
-        with torch.enable_grad(), self._recording():
+        with torch.enable_grad(), self._hooks():
             scalars = function(model, batch)
         scalars = scalars[:, None] if scalars.ndim == 1 else scalars
         if check is not None:
             check(scalars)
-        sources = [*self._lowest, *self.direct.values()]
+        sources = [*self._graph_inputs, *self.direct.values()]
         if not scalars.requires_grad or not sources:
             return scalars.detach()
         c = scalars.shape[1]
         for self._scalar in range(c):
             self._last = self._scalar + 1 == c
-            self._begin()
+            self._begin_backward()
             grads = torch.autograd.grad(
                 scalars[:, self._scalar].sum(), sources, retain_graph=not self._last, allow_unused=True
             )
-            for name in list(self._found):  # some uses have no part in this scalar
-                self._hand_on(name)
-            for name, grad in zip(self.direct, grads[len(self._lowest) :], strict=True):
+            for name in list(self._found):  # this scalar does not depend on some uses of the parameter
+                self._deliver(name)
+            for name, grad in zip(self.direct, grads[len(self._graph_inputs) :], strict=True):
                 if grad is not None:
-                    self.receive(name, [DenseGradient(_wide(grad.detach().to_dense())[None])], self._scalar, 0)
+                    self.receive(
+                        name, [DenseGradient(_at_least_float32(grad.detach().to_dense())[None])], self._scalar, 0
+                    )
         return scalars.detach()
 
     # --- forward pass -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _recording(self) -> Iterator[None]:
-        expanding = [owner.module for owner in self.owners if expands_for_examples(owner.module)]
+    def _hooks(self) -> Iterator[None]:
+        expanding = [hooked.module for hooked in self.hooked_modules if expands_for_examples(hooked.module)]
         with contextlib.ExitStack() as stack:
-            for owner in self.owners:
-                stack.callback(owner.module.register_forward_hook(self._hook(owner), with_kwargs=True).remove)
+            for hooked in self.hooked_modules:
+                stack.callback(hooked.module.register_forward_hook(self._hook(hooked), with_kwargs=True).remove)
             for module in expanding:
                 module.per_example = True
                 stack.callback(delattr, module, "per_example")
             yield
 
-    def _hook(self, owner: Owner) -> Callable:
+    def _hook(self, hooked: HookedModule) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
             if self._paused or not torch.is_grad_enabled():
                 return None
             is_tuple = isinstance(output, tuple) and len(output) > 0
             output, *rest = output if is_tuple else (output,)
             if not isinstance(output, torch.Tensor) or not output.ndim or not output.is_floating_point():
-                self.failed |= set(owner.names.values())
+                self.failed |= set(hooked.names.values())
                 return None
-            call, given = _Call(owner, len(self._calls)), output
+            call, given = _Call(hooked, len(self._calls)), output
             self._calls.append(call)
-            # A failure here matters only if a gradient arrives.
-            with contextlib.suppress(_NotSplit, *RULE_ERRORS):
-                if owner.tried or self.trial:
-                    given = self._note(call, args, kwargs, output, is_tuple)
-                    call.noted = True
-            given = self._watched(call, given, args)
+            # A failure here matters only if the output gets a gradient.
+            with contextlib.suppress(_NotPerExample, *RULE_ERRORS):
+                if hooked.verified or self.trial:
+                    given = self._record(call, args, kwargs, output, is_tuple)
+                    call.recorded = True
+            given = self._with_gradient_hook(call, given, args)
             if given is output:
                 return None
             return (given, *rest) if is_tuple else given
 
         return hook
 
-    def _watched(self, call: _Call, output: torch.Tensor, args: tuple) -> torch.Tensor:
-        """`output` with a hook on its gradient; where no parameter below requires one, the graph begins here."""
-        lowest = not output.requires_grad
-        if lowest:
+    def _with_gradient_hook(self, call: _Call, output: torch.Tensor, args: tuple) -> torch.Tensor:
+        """Return `output` with a hook on its gradient; if it requires none, it becomes a leaf of the graph."""
+        starts_graph = not output.requires_grad
+        if starts_graph:
             output = output.detach().requires_grad_(True)
-            self._lowest.append(output)
+            self._graph_inputs.append(output)
         elif any(output is argument for argument in args):
             output = output.view_as(output)  # other modules may read the argument too
-        output.register_hook(lambda grad: self._arrived(call, grad.detach()))
-        return output.clone() if lowest else output  # the model may change it in place, which leaves do not allow
+        output.register_hook(lambda grad: self._on_output_gradient(call, grad.detach()))
+        return output.clone() if starts_graph else output  # the model may change it in place; a leaf forbids that
 
-    def _note(self, call: _Call, args: tuple, kwargs: dict, output: torch.Tensor, is_tuple: bool) -> torch.Tensor:
-        """Keep of a call what its gradients need; its output, a row for each example."""
-        owner = call.owner
-        if owner.rule is None:
-            self._note_arguments(call, args, kwargs, output)
+    def _record(self, call: _Call, args: tuple, kwargs: dict, output: torch.Tensor, is_tuple: bool) -> torch.Tensor:
+        """Store what the call's gradients need, and return its output with one row per example."""
+        hooked = call.hooked
+        if hooked.rule is None:
+            self._record_arguments(call, args, kwargs, output)
             return output
         if is_tuple:
-            raise _NotSplit
-        if expands_for_examples(owner.module):
+            raise _NotPerExample
+        if expands_for_examples(hooked.module):
             inputs = output
-        elif isinstance(owner.module, nn.Embedding) and type(owner.module).forward is not nn.Embedding.forward:
-            inputs, call.factors = rows_and_factors(owner.module, args, kwargs)
+        elif isinstance(hooked.module, nn.Embedding) and type(hooked.module).forward is not nn.Embedding.forward:
+            inputs, call.factors = rows_and_factors(hooked.module, args, kwargs)
         else:
             inputs = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(inputs, torch.Tensor) or not inputs.ndim or len(inputs) != len(output):
-            raise _NotSplit
-        # Position and token-type ids often come as one row, and the sum with the word embeddings broadcasts it: the
-        # gradient of such a module's output would be summed over the examples.
-        one_for_all = isinstance(owner.module, nn.Embedding) and len(inputs) == 1 and inputs.ndim > 1
+            raise _NotPerExample
+        # Position and token-type ids often come as one row that is broadcast to the batch. The gradient of such an
+        # output would be summed over the examples, so the row is repeated per example.
+        one_for_all = isinstance(hooked.module, nn.Embedding) and len(inputs) == 1 and inputs.ndim > 1
         if one_for_all and self.expand and self.n > 1:
             inputs, output = (tensor.expand(self.n, *tensor.shape[1:]) for tensor in (inputs, output))
             if call.factors is not None:
                 call.factors = call.factors.expand(self.n, *call.factors.shape[1:])
-        # The first axis counts examples, or examples and their tokens (OPT's feed-forward part).
+        # The first axis holds the examples, or examples times tokens (OPT's feed-forward part).
         if len(inputs) % self.n:
-            raise _NotSplit
+            raise _NotPerExample
         call.layout = (inputs.ndim, output.ndim, len(inputs) != self.n, one_for_all)
         call.inputs = inputs.detach()
         return output
 
-    def _note_arguments(self, call: _Call, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-        """Keep all arguments, and which of them have a row per example."""
+    def _record_arguments(self, call: _Call, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        """Store all arguments of the call, and which of them have a row per example."""
         leaves, spec = tree_flatten((args, kwargs))
         rows = tuple(i for i, leaf in enumerate(leaves) if self._has_rows(leaf))
         if len(output) != self.n or not rows:
-            raise _NotSplit
+            raise _NotPerExample
         call.leaves = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         call.layout = (spec, rows)
 
     def _check_layout(self, call: _Call) -> None:
-        """Raise `_NotSplit` if the trial knows no call of this layout; what has a row per example is as it was there.
+        """Raise `_NotPerExample` if the trial saw no call of this layout.
 
-        So an axis that is as long as the batch by accident is not taken for the examples.
+        The trial decides which arguments have a row per example. So an axis that happens to be as long as the batch
+        is not mistaken for the examples.
         """
-        known = call.owner.layouts
+        known = call.hooked.layouts
         if self.trial:
             known.append(call.layout)
-        if call.owner.rule is None:
+        if call.hooked.rule is None:
             spec, rows = call.layout
-            tried = {other_rows for other, other_rows in known if other == spec}
-            if len(tried) != 1 or not set(*tried) <= set(rows):
-                raise _NotSplit
-            call.layout = (spec, *tried)
+            verified = {other_rows for other, other_rows in known if other == spec}
+            if len(verified) != 1 or not set(*verified) <= set(rows):
+                raise _NotPerExample
+            call.layout = (spec, *verified)
             return
         ndim, out, flat, one_for_all = call.layout
         alike = [call.layout]
-        if self.n == 1:  # one example alone does not tell one row for all from one row for each
+        if self.n == 1:  # with one example, one row for the batch and one row per example look the same
             alike.append((ndim, out, flat, not one_for_all))
-        if not flat:  # examples of one token
+        if not flat:  # examples of one token look the same as flattened tokens
             alike += [(ndim, out, True, shared) for _, _, _, shared in alike]
         if not any(layout in known for layout in alike):
-            raise _NotSplit
+            raise _NotPerExample
 
     def _has_rows(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == self.n
 
     # --- backward pass ------------------------------------------------------------------------------
 
-    def _begin(self) -> None:
+    def _begin_backward(self) -> None:
         self._pending = defaultdict(int)
         for call in self._calls:
-            for name in call.owner.names.values():
+            for name in call.hooked.names.values():
                 self._pending[name] += 1
         self._found.clear()
 
-    def _arrived(self, call: _Call, grad: torch.Tensor) -> None:
-        owner = call.owner
-        names = set(owner.names.values())
+    def _on_output_gradient(self, call: _Call, grad: torch.Tensor) -> None:
+        hooked = call.hooked
+        names = set(hooked.names.values())
         if names <= self.failed:
             return
         try:
             gradients: dict[str, Gradient] = {}
-            if call.noted:
+            if call.recorded:
                 self._check_layout(call)
                 with torch.no_grad(), self._mode():
-                    gradients = self._by_rule(call, grad) if owner.rule else self._call_again(call, grad)
+                    gradients = self._by_rule(call, grad) if hooked.rule else self._call_again(call, grad)
             elif grad.any():
-                raise _NotSplit
-            # else nothing: dL/dW is linear in dL/dy, and dL/dy = 0 (of lora_A while lora_B is zero)
+                raise _NotPerExample
+            # Otherwise the gradient is 0: dL/dW is linear in dL/dy, and dL/dy = 0 (lora_A while lora_B is zero).
         except torch.OutOfMemoryError:
             raise
-        except (_NotSplit, *RULE_ERRORS):
+        except (_NotPerExample, *RULE_ERRORS):
             self.failed |= names
             return
         if self._last:
             call.inputs = call.factors = call.leaves = None
-        for own, name in owner.names.items():
+        for own, name in hooked.names.items():
             self._pending[name] -= 1
             if own in gradients:
                 self._found[name].append((call.index, gradients[own]))
             if not self._pending[name]:
-                self._hand_on(name)
+                self._deliver(name)
 
-    def _hand_on(self, name: str) -> None:
+    def _deliver(self, name: str) -> None:
         found = self._found.pop(name, None)
         if found and name not in self.failed:
             found.sort(key=lambda use: use[0])  # in the order of the forward pass
-            self.handed_on.add((name, self._scalar))
+            self.delivered.add((name, self._scalar))
             self.receive(name, [gradient for _, gradient in found], self._scalar, 0)
 
     def _by_rule(self, call: _Call, grad: torch.Tensor) -> dict[str, Gradient]:
-        inputs, grad = _wide(call.inputs), _wide(grad)
-        if call.factors is not None:
+        inputs, grad = _at_least_float32(call.inputs), _at_least_float32(grad)
+        if call.factors is not None:  # y_t = f_t * W[id_t], so dL/dW[id_t] = f_t * dL/dy_t
             grad = grad * call.factors.to(grad.dtype)
-        if len(inputs) != self.n:  # examples and tokens in one axis
+        if len(inputs) != self.n:  # [n * tokens, ...] to [n, tokens, ...]
             inputs, grad = (x.reshape(self.n, -1, *x.shape[1:]) for x in (inputs, grad))
-        return call.owner.rule(call.owner.module, inputs, grad)
+        return call.hooked.rule(call.hooked.module, inputs, grad)
 
     def _call_again(self, call: _Call, grad: torch.Tensor) -> dict[str, Gradient]:
-        """The module called for each example alone, with autograd's gradients of its parameters."""
-        module, own = call.owner.module, dict(call.owner.module.named_parameters(remove_duplicate=False))
-        parameters = [own[name] for name in call.owner.names]
+        """Call the module for each example separately, and take its parameters' gradients from autograd."""
+        module, own = call.hooked.module, dict(call.hooked.module.named_parameters(remove_duplicate=False))
+        parameters = [own[name] for name in call.hooked.names]
         totals: list[torch.Tensor | None] = [None] * len(parameters)
         spec, sliced = call.layout
-        self._paused = True  # what the module's parts do now is no call of the model's
+        self._paused = True  # the hooks of submodules must ignore these calls
         try:
             with only_trainable(module, parameters), torch.enable_grad():
                 for i in range(self.n):
@@ -311,6 +315,7 @@ class Capture:
                     output = module.forward(*args, **kwargs)
                     output = output[0] if isinstance(output, tuple) else output
                     if output.requires_grad:
+                        # dL/dtheta = (dy/dtheta)^T dL/dy, for example i alone
                         found = torch.autograd.grad(
                             output, parameters, grad[i : i + 1].to(output.dtype), allow_unused=True
                         )
@@ -319,7 +324,7 @@ class Capture:
             self._paused = False
         return {
             name: DenseGradient(total)
-            for name, total in zip(call.owner.names, totals, strict=True)
+            for name, total in zip(call.hooked.names, totals, strict=True)
             if total is not None
         }
 
@@ -329,10 +334,10 @@ def _add_rows(totals: list[torch.Tensor | None], found: tuple, i: int, n: int) -
         if gradient is None:
             continue
         if totals[k] is None:
-            totals[k] = _wide(gradient).new_zeros(n, *gradient.shape)
+            totals[k] = _at_least_float32(gradient).new_zeros(n, *gradient.shape)
         totals[k][i] = gradient
 
 
-def _wide(values: torch.Tensor) -> torch.Tensor:
-    """In single precision at least: products of half-precision gradients are summed in it."""
+def _at_least_float32(values: torch.Tensor) -> torch.Tensor:
+    """Return `values` in float32 or wider, in which products of half-precision gradients are summed."""
     return values.to(torch.promote_types(values.dtype, torch.float32)) if values.is_floating_point() else values

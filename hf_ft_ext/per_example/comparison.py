@@ -1,4 +1,4 @@
-"""Gradients by rules against autograd's, parameter by parameter, without all gradients at once in memory."""
+"""Compares gradients by rules with autograd's, one parameter at a time to save memory."""
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -10,7 +10,7 @@ from torch import nn
 from hf_ft_ext.per_example.types import EmbeddingGradient, Gradient, LinearGradient, dense, largest
 
 
-def differing(
+def differing_parameters(
     parameters: Mapping[str, nn.Parameter],
     scalar: torch.Tensor,
     found: dict[str, list[Gradient]],
@@ -18,15 +18,16 @@ def differing(
     failed: Collection[str],
     sizes: dict[str, float],
 ) -> set[str]:
-    """Names of the parameters whose gradients by rules, for the first example, are not the gradient of `scalar`.
+    """Return the names of parameters whose gradient by rules differs from autograd's, for the first example.
 
     Args:
-        parameters: those to look at, which require gradients.
-        scalar: of the first example, with its graph; it is used up.
-        found: by name; a parameter that is absent is said to have gradient 0.
-        tolerance: of the largest entry of a parameter's gradient, and its square of the largest of all.
-        failed: names to pass over.
-        sizes: gets the largest entry of each parameter's gradient by autograd.
+        parameters: those to compare; they require gradients.
+        scalar: the first example's scalar with its graph, which the call frees.
+        found: gradients by rules, by name; an absent parameter has gradient 0 by the rules.
+        tolerance: relative to the largest entry of the parameter's gradient; its square is relative to the largest
+            entry of all gradients.
+        failed: names to skip.
+        sizes: receives the largest entry of each parameter's gradient by autograd.
     """
     errors: dict[str, float] = {}
     sizes |= dict.fromkeys(parameters, 0.0)
@@ -37,14 +38,14 @@ def differing(
         if name not in failed and name in found:
             try:
                 errors[name] = _error(found[name], expected)
-            except (IndexError, RuntimeError, TypeError):  # a rule made for other inputs: ids that are no ids, say
+            except (IndexError, RuntimeError, TypeError):  # the rule expects other inputs, such as token ids
                 errors[name] = inf
 
     with _each_gradient(parameters, compare):
         scalar.backward()
     top = max(sizes.values(), default=0.0)
     for name in parameters:
-        if name not in errors and name not in failed:  # a hook saw it and autograd did not, or the reverse
+        if name not in errors and name not in failed:  # only the hooks or only autograd found a gradient
             by_rule = largest(dense(found[name])) if name in found else 0.0
             errors[name] = abs(by_rule - sizes[name])
     # |found - expected| <= tol |expected| + tol^2 max |all|, by largest entries
@@ -52,13 +53,13 @@ def differing(
 
 
 def _error(gradients: list[Gradient], expected: torch.Tensor) -> float:
-    """Largest difference between one example's gradient by rules and autograd's, which may be sparse by rows."""
+    """Return the largest difference between one example's gradient by rules and autograd's (dense or row-sparse)."""
     tables = [gradient for gradient in gradients if isinstance(gradient, EmbeddingGradient)]
-    if len(tables) == len(gradients):  # a table is nearly all zero
+    if len(tables) == len(gradients):  # compare the rows that were read: the others are zero
         ids = torch.cat([gradient.ids[0] for gradient in tables])
         read, places = ids.clamp_min(0).unique(return_inverse=True)
         grads = torch.cat([gradient.output_gradients[0] for gradient in tables]) * (ids >= 0)[:, None]
-        # rows that were read: sums over their tokens; elsewhere the gradient must be 0
+        # Rows that were read: sum over their tokens. Elsewhere the gradient must be 0.
         found = grads.new_zeros(len(read), expected.shape[1]).index_add_(0, places, grads)
         there = expected.index_select(0, read)
         entries = expected
@@ -71,7 +72,7 @@ def _error(gradients: list[Gradient], expected: torch.Tensor) -> float:
     linear = [g for g in gradients if isinstance(g, LinearGradient) and g.shape == expected.shape]
     if len(linear) == len(gradients):
         for gradient in linear:
-            gradient.subtract_from(expected)  # dropped anyway
+            gradient.subtract_from(expected)  # in place: the caller does not use `expected` again
         return largest(expected)
     found = dense(gradients)[0]
     if found.shape != expected.shape:
@@ -81,7 +82,7 @@ def _error(gradients: list[Gradient], expected: torch.Tensor) -> float:
 
 @contextlib.contextmanager
 def sparse_tables(model: nn.Module) -> Iterator[None]:
-    """Embeddings give gradients of the rows that they read: a table may be most of a model."""
+    """Make embeddings give row-sparse gradients, because a dense one may be as large as most of the model."""
     tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and not (m.sparse or m.scale_grad_by_freq)]
     for table in tables:
         table.sparse = True
@@ -96,7 +97,7 @@ def sparse_tables(model: nn.Module) -> Iterator[None]:
 def _each_gradient(
     parameters: Mapping[str, nn.Parameter], look: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
-    """In a backward pass, hand each gradient to `look` and drop it: they never exist all at once."""
+    """Pass each gradient of a backward pass to `look` and free it, so that they never exist all at once."""
     before = {name: parameter.grad for name, parameter in parameters.items()}
 
     def hook(name: str) -> Callable[[nn.Parameter], None]:

@@ -1,4 +1,4 @@
-"""`ExampleGradients`: gradients of scalars of each example, by rules that were tried, and by autograd for the rest."""
+"""`ExampleGradients`: per-example gradients by verified rules, and by autograd where no rule holds."""
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError, first_line
-from hf_ft_ext.per_example.capture import Capture, Function, Owner, Receiver
+from hf_ft_ext.per_example.capture import Capture, Function, HookedModule, Receiver
 from hf_ft_ext.per_example.state import (
     Batch,
     batch_in,
@@ -21,12 +21,12 @@ from hf_ft_ext.per_example.state import (
     supports_float64,
     without_cache,
 )
-from hf_ft_ext.per_example.trial import NotFinite, Shortcuts, Trial, tolerance_of, without
+from hf_ft_ext.per_example.trial import NotFinite, Shortcuts, Trial, tolerance_of, without_parameters
 from hf_ft_ext.per_example.types import Gradient
 
 logger = logging.getLogger(__name__)
 
-_TRIAL_TOKENS = 16  # enough to see which rules hold
+_TRIAL_TOKENS = 16  # enough to verify the rules
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class Part:
     """Gradients of some examples of a batch.
 
     Attributes:
-        first: position of the first of them in the batch.
+        first: position in the batch of the first of these examples.
         scalars: `[n, c]`.
-        gradients: for each of the c scalars, gradients by parameter name, to be summed (`types.dense`); a parameter
-            that is absent has gradient 0.
+        gradients: for each of the c scalars, one gradient per use of each parameter, by name; their sum
+            (`types.dense`) is the parameter's gradient. An absent parameter has gradient 0.
     """
 
     first: int
@@ -46,39 +46,39 @@ class Part:
 
 
 class ExampleGradients:
-    """Gradients of scalars of each example with respect to chosen parameters.
+    """Computes gradients of each example's scalars with respect to chosen parameters.
 
-    A forward and one backward pass per scalar over the whole batch, in which no weight's gradient is computed: hooks
-    keep what each module read and meet the gradients of what it gave, and a rule per kind of module says how they make
-    up the gradients of its parameters (Linear, GPT-2's Conv1D, Embedding, norms; tied weights and modules used several
-    times add up). A module without a rule, such as an adapter that uses its parts' weights without calling them, is
-    called again for each example alone.
+    One forward pass and one backward pass per scalar run over the whole batch, and no weight gradient is computed in
+    them. Hooks store the inputs of each module and receive the gradients of its outputs. A rule per kind of module
+    (Linear, GPT-2's Conv1D, Embedding, norms) combines them to per-example gradients of its parameters. Gradients of
+    tied weights, and of modules that are used several times, are summed. A module without a rule is called again for
+    each example separately; an adapter that uses its parts' weights without calling the parts is one.
 
-    On the first batch every rule is compared with autograd: the gradient of one example, for a random combination of
-    its scalars, beside another example that differs and counts otherwise. Every parameter whose rule differs or fails
-    is `uncovered`. A rule that could not be compared, because that example does not depend on the module, makes its
-    parameters uncovered as soon as a batch depends on it. Where there are uncovered parameters, examples run one by
-    one, so that autograd's own gradient of them is the example's; no parameter is left out. Where a
-    classifier reads the first position alone, so does the last layer's feed-forward part.
+    On the first batch every rule is compared with autograd: for one example, for a random combination of its scalars,
+    in a batch with a second, different example whose scalars have another weight. A parameter whose rule differs or
+    fails is `uncovered`. If the compared example does not depend on a module, its rule stays unverified, and its
+    parameters become uncovered as soon as a batch depends on it. If there are uncovered parameters, examples run one
+    by one, so that autograd's gradient is the example's own. So no parameter is left out. If a classifier
+    reads only the first position, the last layer's feed-forward part runs on that position only.
 
-    Call it with a batch for `Part`s, or `stream` a batch to a receiver, which keeps nothing for the whole model.
+    Call the object with a batch to get `Part`s, or `stream` a batch to a receiver to avoid keeping all gradients.
 
     Args:
-        model: it is run in evaluation mode and left as it was.
-        function: `function(model, batch)` -> one scalar per example `[n]`, or several `[n, c]`, each depending on its
-            own example only. Default: the logits of `model(**batch)`, labels left out.
+        model: it runs in evaluation mode, and its state is restored.
+        function: `function(model, batch)` -> one scalar per example `[n]`, or several `[n, c]`; each may depend only
+            on its own example. Default: the logits of `model(**batch)` without labels.
         parameters: the chosen ones by name; default: all that require gradients.
-        dtype: type to compute in; `None` = the model's own. In float64 nothing inside falls back to float32. Gradients
-            of half-precision models come in float32.
-        wide_trial: compare in float64 where the model runs in it, so that even small differences are seen; else in
-            the model's own type, which takes no second copy of the weights.
-        one_by_one: run examples one by one and take all gradients from autograd, for a function that is not defined
-            for several examples (a trainer's `compute_loss`). Nothing is compared then.
-        mixing: what to do about a model whose outputs for an example depend on the rest of its batch: `refuse` it, or
-            run examples `one_by_one`, so that each is alone in its batch.
+        dtype: type to compute in; `None` = the model's own. In float64, casts to float32 inside the model are
+            suppressed. Half-precision models give float32 gradients.
+        wide_trial: compare in float64 where the model runs in it, so that small differences are detected; otherwise
+            in the model's own type, which needs no second copy of the weights.
+        one_by_one: run examples one by one and take all gradients from autograd, without any comparison. For a
+            function that is not defined for several examples (a trainer's `compute_loss`).
+        mixing: how to treat a model whose outputs for an example depend on the rest of the batch: `refuse` it, or
+            run examples `one_by_one`, so that each is the only one in its batch.
 
     Attributes:
-        uncovered: names of the parameters that no rule covers, once a batch was seen.
+        uncovered: names of the parameters that no rule covers; `None` before the first batch.
     """
 
     def __init__(
@@ -95,19 +95,19 @@ class ExampleGradients:
         self.model, self.function = model, function or logits
         chosen = dict(parameters or {n: p for n, p in model.named_parameters() if p.requires_grad})
         if not chosen:
-            raise InputError("there is no parameter to take gradients of: all are frozen; pass some, or unfreeze them")
+            raise InputError("there are no parameters to differentiate: all are frozen; pass some, or unfreeze them")
         self.parameters = chosen
         wide = next(iter(chosen.values())).dtype == torch.float64
         self.dtype = torch.float64 if dtype is None and wide else dtype
         self.wide_trial, self.mixing = wide_trial, mixing
-        self._owners: list[Owner] = []
-        self._shortcuts = Shortcuts(skip=not one_by_one)
+        self._hooked_modules: list[HookedModule] = []
+        self._shortcuts = Shortcuts(skip_zero_gradients=not one_by_one)
         self.uncovered: list[str] | None = list(chosen) if one_by_one else None
 
     # --- gradients ----------------------------------------------------------------------------------
 
     def __call__(self, batch: Batch) -> Iterator[Part]:
-        """The gradients of `batch`, in one part, or one per example where a parameter is uncovered.
+        """Yield the gradients of `batch`: in one part, or in one per example if a parameter is uncovered.
 
         Raises:
             InputError: as `prepare`.
@@ -117,21 +117,21 @@ class ExampleGradients:
         while first < n:
             last = first + 1 if self.uncovered else n
             collected = _Collected()
-            # no state of the model is held while the caller works with a part
+            # The model's state is restored before the caller gets the part.
             scalars, capture = self._pass(rows(batch, first, last), collected.receive)
-            if failed := capture.failed:  # once more, with autograd's gradients of these
-                self._uncover(failed)
+            if failed := capture.failed:  # run again, with autograd's gradients of these parameters
+                self._mark_uncovered(failed)
                 continue
             yield Part(first, scalars, collected.gradients(scalars.shape[1]))
             del collected
             first = last
 
     def stream(self, batch: Batch, receive: Receiver) -> None:
-        """Hand each parameter's gradients to `receive(name, gradients, scalar, first)` in the backward pass.
+        """Pass each parameter's gradients to `receive(name, gradients, scalar, first)` during the backward pass.
 
-        They come as soon as the last use of the parameter has its gradient, and are not kept. `gradients` are those of
-        the examples from `first` on, to be summed (`types.dense`). A parameter that a scalar does not depend on, or an
-        example that runs alone, may be left out: its gradient is 0.
+        The call comes as soon as all uses of the parameter have their gradients, which are freed afterwards.
+        `gradients` holds one gradient per use, for the examples from `first` on; their sum (`types.dense`) is the
+        parameter's. If a scalar does not depend on a parameter, there may be no call: the gradient is 0.
 
         Raises:
             InputError: as `prepare`.
@@ -140,26 +140,26 @@ class ExampleGradients:
         n, first = batch_size(batch), 0
         while first < n:
             last = first + 1 if self.uncovered else n
-            _, capture = self._pass(rows(batch, first, last), _shifted(receive, first))
-            if capture.failed:  # only these are still to be done
+            _, capture = self._pass(rows(batch, first, last), _with_offset(receive, first))
+            if capture.failed:  # only these parameters are missing
                 direct = {name: self.parameters[name] for name in capture.failed}
                 for i in range(first, last):
-                    rest = _shifted(receive, i, capture.handed_on)
+                    rest = _with_offset(receive, i, capture.delivered)
                     self._run(rows(batch, i, i + 1), [], direct, rest)
-                self._uncover(capture.failed)
+                self._mark_uncovered(capture.failed)
             first = last
 
     def _pass(self, batch: Batch, receive: Receiver) -> tuple[torch.Tensor, Capture]:
-        """Scalars, and what became of the gradients: a parameter may turn out to have no rule."""
+        """Run `batch`; the returned capture lists parameters whose rule failed in this batch."""
         direct = {name: self.parameters[name] for name in self.uncovered}
-        return self._run(batch, without(self._owners, direct), direct, receive)
+        return self._run(batch, without_parameters(self._hooked_modules, direct), direct, receive)
 
     def _run(
-        self, batch: Batch, owners: list[Owner], direct: dict[str, nn.Parameter], receive: Receiver
+        self, batch: Batch, hooked_modules: list[HookedModule], direct: dict[str, nn.Parameter], receive: Receiver
     ) -> tuple[torch.Tensor, Capture]:
         def check(scalars: torch.Tensor) -> None:
-            if self._shortcuts.short is not None and not scalars.isfinite().all():
-                raise _OtherPositionsRead
+            if self._shortcuts.first_position_layer is not None and not scalars.isfinite().all():
+                raise _ReadsOtherPositions
 
         with (
             evaluating(self.model),
@@ -169,57 +169,57 @@ class ExampleGradients:
         ):
             batch = batch_in(batch, self.dtype)
             while True:
-                capture = Capture(owners, direct, batch_size(batch), receive, self._shortcuts.expand)
+                capture = Capture(hooked_modules, direct, batch_size(batch), receive, self._shortcuts.expand)
                 try:
-                    with self._shortcuts.used(self.model):
+                    with self._shortcuts.applied(self.model):
                         return capture.run(self.model, batch, self.function, check), capture
-                except _OtherPositionsRead:
-                    self._shortcuts.short = None
+                except _ReadsOtherPositions:
+                    self._shortcuts.first_position_layer = None
 
-    def _uncover(self, names: set[str]) -> None:
-        """Parameters whose gradients are autograd's from here on."""
+    def _mark_uncovered(self, names: set[str]) -> None:
+        """Take the gradients of these parameters from autograd from now on."""
         new = [name for name in names if name not in self.uncovered]
         if new:
-            logger.info("no rule for the gradients of %s (and %d more) in a later batch: examples run one by one",
+            logger.info("no rule covers %s (and %d more parameters) in a later batch: examples now run one by one",
                         new[0], len(new) - 1)  # fmt: skip
         self.uncovered = [name for name in self.parameters if name in {*self.uncovered, *names}]
 
     # --- the trial on a few rows --------------------------------------------------------------------
 
     def prepare(self, batch: Batch) -> None:
-        """Find out, on two rows of `batch`, which rules hold; done by the first batch unless called before.
+        """Verify the rules on two rows of `batch`. The first batch does this unless it was done before.
 
         Raises:
-            InputError: the model draws random numbers in evaluation mode, mixes the examples of a batch, or gives
-                something else than finite scalars.
+            InputError: the model draws random numbers in evaluation mode, mixes the examples of a batch, or does not
+                give finite scalars.
         """
         if self.uncovered is not None:
             return
         few = _two_rows(batch)
-        trial = self._tried(few)
+        trial = self._run_trial(few)
         if trial.uncovered is None and self.mixing == "refuse":
-            raise InputError(self._mixing())
-        self._owners, self._shortcuts = trial.owners, trial.shortcuts
+            raise InputError(self._mixing_message())
+        self._hooked_modules, self._shortcuts = trial.hooked_modules, trial.shortcuts
         self.uncovered = list(self.parameters) if trial.uncovered is None else trial.uncovered
         if self.uncovered:
             logger.info(
-                "no rule for the gradients of %d parameters (%s, ...): examples run one by one",
+                "no rule covers %d parameters (%s, ...): examples run one by one",
                 len(self.uncovered),
                 self.uncovered[0],
             )
 
-    def _tried(self, few: Batch) -> Trial:
-        """A trial on short inputs, or in full where the model or the function does not bear them."""
+    def _run_trial(self, few: Batch) -> Trial:
+        """Run the trial on shortened inputs, or on full ones if the model or the function fails on short ones."""
         device = next(iter(self.parameters.values())).device
         own = next(iter(self.parameters.values())).dtype if self.dtype is None else self.dtype
         types = [self.dtype]
         if self.wide_trial:
             types = [torch.float64, torch.float32] if supports_float64(device) else [torch.float32]
         short = _shortened(few)
-        # Some models fail in float64 alone (products of expert weights, masks that overflow), others on short inputs.
-        ways = [(dtype, inputs) for dtype in types for inputs in ((few,) if short is None else (short, few))]
-        for number, (dtype, inputs) in enumerate(ways):
-            last = number + 1 == len(ways)
+        # Some models fail only in float64 (products of expert weights, masks that overflow), others on short inputs.
+        attempts = [(dtype, inputs) for dtype in types for inputs in ((few,) if short is None else (short, few))]
+        for number, (dtype, inputs) in enumerate(attempts):
+            last = number + 1 == len(attempts)
             trial = Trial(self.model, self.function, self.parameters)
             try:
                 with evaluating(self.model), without_cache(self.model), computing_in(self.model, dtype):
@@ -228,25 +228,25 @@ class ExampleGradients:
             except (AssertionError, RuntimeError, LookupError, ValueError) as error:
                 if not last and (isinstance(error, NotFinite) or not isinstance(error, InputError)):
                     continue
-                if isinstance(error, AssertionError):  # Reformer recomputes activations, in training mode alone
+                if isinstance(error, AssertionError):  # Reformer recomputes activations in training mode only
                     raise InputError(
                         f"{type(self.model).__name__} gives no gradients in evaluation mode ({first_line(error)}), "
-                        "and dropout makes those of training mode random; choose another model"
+                        "and dropout makes the gradients of training mode random; choose another model"
                     ) from error
                 raise
-        raise AssertionError("there is at least one way")
+        raise AssertionError("there is at least one attempt")
 
-    def _mixing(self) -> str:
+    def _mixing_message(self) -> str:
         mixing = [n for n, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         named = f" ({', '.join(mixing[:3])})" if mixing else ""
         return (
-            f"the outputs of an example depend on the other examples of its batch{named}: gradients per example are "
+            f"the outputs of an example depend on the other examples of its batch{named}: per-example gradients are "
             "not defined; remove such modules or freeze their statistics"
         )
 
 
-class _OtherPositionsRead(Exception):
-    pass
+class _ReadsOtherPositions(Exception):
+    """The scalars depend on positions that `first_position_only` replaced by NaN."""
 
 
 class _Collected:
@@ -263,18 +263,18 @@ class _Collected:
         return [self._pieces.pop(scalar, {}) for scalar in range(scalars)]
 
 
-def _shifted(receive: Receiver, start: int, done: Collection[tuple[str, int]] = ()) -> Receiver:
-    """`receive` for examples from `start` on, without the names and scalars that it has got."""
+def _with_offset(receive: Receiver, start: int, done: Collection[tuple[str, int]] = ()) -> Receiver:
+    """Wrap `receive` for examples from `start` on, skipping the (name, scalar) pairs in `done`."""
 
-    def shifted(name: str, gradients: list[Gradient], scalar: int, first: int) -> None:
+    def with_offset(name: str, gradients: list[Gradient], scalar: int, first: int) -> None:
         if (name, scalar) not in done:
             receive(name, gradients, scalar, start + first)
 
-    return shifted
+    return with_offset
 
 
 def logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """The logits of `model(**batch)`, labels left out: `[n, classes]`."""
+    """Return the logits of `model(**batch)`, called without labels: `[n, classes]`."""
     return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
 
 
@@ -291,7 +291,7 @@ def trimmed(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def _two_rows(batch: Batch) -> Batch:
-    """The first row of a batch, and the one that differs from it in most places."""
+    """Return the first row of a batch and the row that differs from it in the most positions."""
     n = batch_size(batch)
     different = torch.zeros(n)
     for key, value in batch.items():
@@ -305,7 +305,7 @@ def _two_rows(batch: Batch) -> Batch:
 
 
 def _shortened(few: Batch) -> Batch | None:
-    """The first tokens of long texts; `None` where a text is short or begins with padding."""
+    """Cut long texts to their first tokens; return `None` if the texts are short or one begins with padding."""
     mask = few.get("attention_mask")
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[1] <= _TRIAL_TOKENS:
         return None

@@ -1,4 +1,4 @@
-"""What a module's activations and output gradients say about the gradients of its parameters, example by example."""
+"""Rules: per-example gradients of a module's parameters from its inputs and output gradients."""
 
 from collections.abc import Callable
 
@@ -9,16 +9,16 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.per_example.types import DenseGradient, EmbeddingGradient, Gradient, LinearGradient
 
-# From the module, its input `[n, ...]` and the gradient of its output `[n, ...]` to gradients by the parameter's own
-# name.
+# Maps the module, its input `[n, ...]` and the gradient of its output `[n, ...]` to gradients by the parameter's name
+# within the module.
 Rule = Callable[[nn.Module, torch.Tensor, torch.Tensor], dict[str, Gradient]]
 
 
 def find_rule(module: nn.Module) -> Rule | None:
-    """The rule for `module`, or `None` where there is none.
+    """Return the rule for `module`, or `None` if there is none.
 
-    A rule is an offer: `ExampleGradients` tries each on real data and takes none that gives another gradient than
-    autograd, so a subclass that computes something else does no harm.
+    `ExampleGradients` verifies each rule on real data and discards it if it differs from autograd. So it is safe to
+    return a rule for a subclass that computes something else.
     """
     own = {name for name, _ in module.named_parameters(recurse=False)}
     if isinstance(module, Conv1D):
@@ -37,10 +37,10 @@ def find_rule(module: nn.Module) -> Rule | None:
 
 
 def expands_for_examples(module: nn.Module) -> bool:
-    """Whether a module gives each example a copy of its one parameter in the graph if its `per_example` is true.
+    """Return whether a module can repeat its one parameter per example in the graph (while `per_example` is true).
 
-    This is a protocol: the module's class has `per_example = False`, and one parameter, `weight`. Ours of it are the
-    rows of prefixes.
+    This is a protocol: the module's class has `per_example = False` and a single parameter, `weight`. In this package
+    the rows of prefixes implement it.
     """
     own = [name for name, _ in module.named_parameters()]
     return getattr(type(module), "per_example", None) is False and own == ["weight"]
@@ -69,7 +69,7 @@ def _affine(module: nn.Module, inputs: torch.Tensor, grads: torch.Tensor, transp
 
 
 def _embedding(module: nn.Embedding, inputs: torch.Tensor, grads: torch.Tensor) -> dict[str, Gradient]:
-    """`dL/dW[i]` is the sum of `dL/dy_t` over the tokens t with id i."""
+    """`dL/dW[i] = sum over tokens t with id i of dL/dy_t`."""
     ids = inputs.reshape(len(inputs), -1)
     if module.padding_idx is not None:  # torch gives this row no gradient
         ids = torch.where(ids == module.padding_idx, -1, ids)
@@ -77,16 +77,16 @@ def _embedding(module: nn.Embedding, inputs: torch.Tensor, grads: torch.Tensor) 
 
 
 def rows_and_factors(module: nn.Embedding, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows that a subclass of `nn.Embedding` reads for these inputs, and the factors that it multiplies them with.
+    """Find the rows that a subclass of `nn.Embedding` reads for these inputs, and the factors that scale them.
 
-    Position embeddings make ids of a mask or of a length (BART, OPT), others scale the rows (Gemma). Both are read off
-    two calls, with a table that holds the number of each row, and with a table of ones.
+    Position embeddings compute ids from a mask or a length (BART, OPT); others scale the rows (Gemma). Two calls with
+    substitute tables recover both: `W[i] = i + 1` gives `f_t * (id_t + 1)`, and `W[i] = 1` gives `f_t`.
 
     Returns:
         ids `[n, tokens]`, factors `[n, tokens, width]`.
 
     Raises:
-        ValueError: the output is no product of rows of the table with factors.
+        ValueError: the output is not a product of table rows and factors.
     """
     weight = module._parameters["weight"]
     rows, width = weight.shape
@@ -101,26 +101,27 @@ def rows_and_factors(module: nn.Embedding, args: tuple, kwargs: dict) -> tuple[t
     numbered, factors = outputs
     ids = (numbered[..., 0] / factors[..., 0]).round().long() - 1
     if not torch.allclose((ids[..., None] + 1) * factors, numbered, rtol=1e-9):
-        raise ValueError(f"{type(module).__name__} does more than reading rows and multiplying them")
+        raise ValueError(f"{type(module).__name__} does more than read rows and scale them")
     return ids, factors
 
 
 def _expanded(module: nn.Module, inputs: torch.Tensor, grads: torch.Tensor) -> dict[str, Gradient]:
-    """Each example had a copy of the parameter: the gradient of what came out is its gradient."""
+    """Each example has its own copy of the parameter, so the output gradient is the gradient."""
     return {"weight": DenseGradient(grads)}
 
 
 def _norm(module: nn.Module, inputs: torch.Tensor, grads: torch.Tensor) -> dict[str, Gradient]:
-    """Any norm that is affine in its weight and bias: the slope in the weight is its output at 1 less that at 0.
+    """Any norm that is affine in its weight and bias: `y(w) = y(0) + w * (y(1) - y(0))`.
 
-    So variants (root mean square, 1 + weight, an upcast inside) need no formula of their own.
+    So `dL/dw = sum_t g_t * (y_t(1) - y_t(0))` and `dL/db = sum_t g_t`. Variants (root mean square, 1 + weight, an
+    upcast inside) need no formula of their own.
     """
     width = grads.shape[-1]
     found: dict[str, Gradient] = {}
     if getattr(module, "bias", None) is not None:
         found["bias"] = DenseGradient(_tokens(grads, width).sum(1))
     if module.weight is not None:
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm):  # y(1) - y(0) is the normalized input
             slope = functional.layer_norm(inputs, module.normalized_shape, eps=module.eps)
         else:
             at = [_output_at(module, value, inputs) for value in (1.0, 0.0)]

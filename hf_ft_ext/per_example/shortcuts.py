@@ -1,4 +1,4 @@
-"""What a forward and backward pass can leave out where a classifier reads one position: the rest has no gradient."""
+"""Shortcuts for classifiers that read one position: the other positions of the last layer have zero gradient."""
 
 import inspect
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from torch.autograd.function import once_differentiable
 
 from hf_ft_ext.products import linear
 
-# --- the last layer's feed-forward part for the first position alone --------------------------------
-# transformers runs this part through `apply_chunking_to_forward`, so it takes each position by itself.
+# --- the last layer's feed-forward part on the first position only ----------------------------------
+# transformers runs this part through `apply_chunking_to_forward`, so it treats each position independently.
 
 
 def last_feed_forward(model: nn.Module) -> nn.Module | None:
-    """The last module of `model` with such a part that is run in one piece; `None` if there is none."""
+    """Return the last module of `model` with an unchunked `feed_forward_chunk`, or `None` if there is none."""
     found: nn.Module | None = None
     for module in model.modules():
         part = getattr(type(module), "feed_forward_chunk", None)
@@ -28,14 +28,14 @@ def last_feed_forward(model: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def first_position_only(layer: nn.Module | None) -> Iterator[None]:
-    """Inside, `layer` gives NaN for all positions but the first: who reads one of them cannot fail to notice."""
+    """Inside, `layer` returns NaN for all positions but the first, so reading another position shows in the result."""
     if layer is None:
         yield
         return
     full = layer.feed_forward_chunk
 
     def first(hidden: torch.Tensor) -> torch.Tensor:
-        read = full(hidden[:, :1].contiguous())  # torch takes other ways, with other rounding, for slices
+        read = full(hidden[:, :1].contiguous())  # torch rounds differently for non-contiguous slices
         return torch.cat(
             [read, read.new_full((*hidden.shape[:1], hidden.shape[1] - 1, *read.shape[2:]), torch.nan)], 1
         )
@@ -49,12 +49,12 @@ def first_position_only(layer: nn.Module | None) -> Iterator[None]:
 
 # --- frozen linear layers that skip positions whose gradient is zero ----------------------------------
 
-_STRIDE = 64  # columns that a first look skips
-_FEW = 0.5  # share of positions up to which picking them pays
+_STRIDE = 64  # the first check looks at every 64th column
+_FEW = 0.5  # up to this share of non-zero positions, selecting them is cheaper
 
 
 class _Linear(torch.autograd.Function):
-    """`x W^T + b` of a frozen layer; the same gradient of `x` as autograd's."""
+    """`y = x W^T + b` of a frozen layer, with `dL/dx = dL/dy W` for the positions where `dL/dy` is not zero."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -70,17 +70,17 @@ class _Linear(torch.autograd.Function):
             rows = flat.any(1).nonzero().squeeze(1)
             if len(rows) <= _FEW * len(flat):
                 result = flat.new_zeros(len(flat), weight.shape[1])
-                result[rows] = flat[rows] @ weight  # oneDNN would compile for each number of rows
+                result[rows] = flat[rows] @ weight  # not `linear`: oneDNN would compile for each number of rows
                 return result.view(*gradient.shape[:-1], -1), None, None
-        # flat: as a batch of matrices, a gradient whose memory is in another order would be multiplied one by one
+        # Flattened: torch would multiply a batch of matrices in another memory order one by one.
         return linear(flat, weight.t()).view(*gradient.shape[:-1], -1), None, None
 
 
 @contextmanager
 def skipping_zero_rows(model: nn.Module) -> Iterator[None]:
-    """Inside, plain linear layers of `model` whose parameters need no gradient skip positions without gradient.
+    """Inside, frozen plain linear layers of `model` skip positions whose output gradient is zero.
 
-    On the CPU alone: elsewhere the look at the gradient costs more than the product.
+    This applies on the CPU only: elsewhere checking the gradient costs more than the product.
     """
     changed = []
     for module in model.modules():
@@ -99,7 +99,7 @@ def skipping_zero_rows(model: nn.Module) -> Iterator[None]:
 
 def _forward(module: nn.Linear):
     def forward(input: torch.Tensor) -> torch.Tensor:
-        trains = any(p.requires_grad for p in module.parameters())  # it may since it was changed
+        trains = any(p.requires_grad for p in module.parameters())  # may have changed since the forward was replaced
         if trains or not (torch.is_grad_enabled() and input.requires_grad):
             return nn.functional.linear(input, module.weight, module.bias)
         return _Linear.apply(input, module.weight, module.bias)

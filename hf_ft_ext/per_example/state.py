@@ -1,4 +1,4 @@
-"""Batches, and the states that a model is put into for exact gradients and brought back from."""
+"""Batches, and context managers that put a model into a state for exact gradients and restore it."""
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
@@ -17,7 +17,7 @@ def row(batch: Batch, i: int) -> Batch:
 
 
 def rows(batch: Batch, first: int, last: int) -> Batch:
-    """The examples `first` to `last` (exclusive); what has no row per example stays."""
+    """Return the examples `first` to `last` (exclusive); inputs without a row per example stay as they are."""
     n = batch_size(batch)
     return {
         key: value[first:last] if isinstance(value, torch.Tensor) and value.ndim and len(value) == n else value
@@ -32,7 +32,7 @@ def batch_size(batch: Batch) -> int:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Dropout off; afterwards every module is in the mode it had."""
+    """Put the model into evaluation mode; restore the mode of every module afterwards."""
     modes = [(module, module.training) for module in model.modules() if module.training]
     for module, _ in modes:
         module.training = False
@@ -45,7 +45,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """Decoders make no cache of keys and values."""
+    """Disable the key-value cache of decoders."""
     config = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
     if before:
@@ -59,7 +59,7 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_trainable(model: nn.Module, parameters: Collection[nn.Parameter]) -> Iterator[None]:
-    """Only these parameters require gradients; afterwards those that did before."""
+    """Let only these parameters require gradients; restore the flags afterwards."""
     chosen = {id(parameter) for parameter in parameters}
     before = [(p, p.requires_grad) for p in model.parameters() if p.requires_grad != (id(p) in chosen)]
     for parameter, flag in before:
@@ -73,10 +73,10 @@ def only_trainable(model: nn.Module, parameters: Collection[nn.Parameter]) -> It
 
 @contextlib.contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype | None, only_weights: bool = False) -> Iterator[None]:
-    """Weights and buffers in `dtype` (`None`: as they are); afterwards the old ones, untouched, are back.
+    """Convert weights and buffers to `dtype` (`None`: leave them); restore the original tensors afterwards.
 
-    In float64 nothing inside the model falls back to float32, as norms and softmax of some models otherwise do; this
-    watches every call of torch, so around work that is not the model's ask for `only_weights`.
+    In float64, casts to float32 inside the model (norms and softmax of some models) are suppressed. That intercepts
+    every torch call, so pass `only_weights` around code that does more than run the model.
     """
     if dtype is None:
         yield
@@ -94,7 +94,7 @@ def computing_in(model: nn.Module, dtype: torch.dtype | None, only_weights: bool
 
 
 def batch_in(batch: Batch, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """`batch` with its floating-point inputs in `dtype` (`None`: as they are)."""
+    """Return `batch` with its floating-point inputs in `dtype` (`None`: unchanged)."""
     converted = {}
     for key, value in batch.items():
         floating = isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -113,15 +113,15 @@ def in_float64_mode() -> bool:
 
 
 def float64_stays() -> contextlib.AbstractContextManager:
-    """Inside, nothing falls back from float64 to float32.
+    """Inside, casts from float64 to float32 are suppressed.
 
-    Hooks of a backward pass run outside of the modes of the code that started it, and have to enter it anew.
+    Hooks of a backward pass run outside the modes of the code that started it, so they have to enter this one again.
     """
     return contextlib.nullcontext() if in_float64_mode() else _Float64Stays()
 
 
 class _Float64Stays(TorchFunctionMode):
-    """Leaves out casts from float64 to float32."""
+    """Suppresses casts from float64 to float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

@@ -1,4 +1,4 @@
-"""Which rule holds for which parameter, found out by comparing one example's gradients with autograd's."""
+"""`Trial`: verifies the rules by comparing one example's gradients with autograd's."""
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping
@@ -8,19 +8,19 @@ import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.per_example.capture import Capture, Function, Owner
-from hf_ft_ext.per_example.comparison import differing, sparse_tables
+from hf_ft_ext.per_example.capture import Capture, Function, HookedModule
+from hf_ft_ext.per_example.comparison import differing_parameters, sparse_tables
 from hf_ft_ext.per_example.rules import find_rule
 from hf_ft_ext.per_example.shortcuts import first_position_only, last_feed_forward, skipping_zero_rows
 from hf_ft_ext.per_example.state import Batch, only_trainable, row
 from hf_ft_ext.per_example.types import Gradient
 
-# What the second example counts in the trial's backward pass: a rule that mixes the two examples is noticed even where
-# they are equal.
-_SECOND = -1.7
-# Relative differences beyond which a rule's gradient is another one than autograd's.
+# Weight of the second example in the trial's backward pass (the first has 1). A rule that mixes the two examples then
+# fails even where the examples are equal.
+_SECOND_WEIGHT = -1.7
+# Largest relative difference between a rule's gradient and autograd's that is explained by rounding.
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-2}
-_HALF = 0.2
+_HALF_PRECISION_TOLERANCE = 0.2
 # Modules that only hold others, and are never called.
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -31,75 +31,79 @@ class NotFinite(InputError):
 
 @dataclass
 class Shortcuts:
-    """How a model is run, as far as it bears it.
+    """Shortcuts for running a model; the trial disables those that the model does not support.
 
     Attributes:
         expand: see `Capture`.
-        skip: frozen linear layers skip positions without gradient.
-        short: the layer whose feed-forward part runs on the first position alone.
+        skip_zero_gradients: frozen linear layers skip positions whose output gradient is zero.
+        first_position_layer: the layer whose feed-forward part runs on the first position only.
     """
 
     expand: bool = True
-    skip: bool = True
-    short: nn.Module | None = None
+    skip_zero_gradients: bool = True
+    first_position_layer: nn.Module | None = None
 
     @contextlib.contextmanager
-    def used(self, model: nn.Module) -> Iterator[None]:
-        """Inside, `model` runs so."""
-        with first_position_only(self.short), skipping_zero_rows(model) if self.skip else contextlib.nullcontext():
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """Run `model` with these shortcuts inside."""
+        with (
+            first_position_only(self.first_position_layer),
+            skipping_zero_rows(model) if self.skip_zero_gradients else contextlib.nullcontext(),
+        ):
             yield
 
 
 @dataclass
 class Trial:
-    """Comparison with autograd, on two examples.
+    """Comparison of the rules with autograd, on two examples.
 
-    Every parameter begins with the rule for its module; where that fails, the module is called again for each example
-    alone, then the module around it. What is left is `uncovered`.
+    Each parameter starts with the rule for its module. If that fails, the module is called again for each example
+    separately; if that fails too, the module around it is. Parameters for which everything fails are `uncovered`.
 
     Attributes:
         model, function, parameters: as for `ExampleGradients`.
-        shortcuts: how the model is run; afterwards the ways that it bears.
-        owners: after `run`, those whose rules hold.
-        uncovered: after `run`, names of the parameters without a rule that holds; `None` if an example's outputs
-            are others in the batch than alone.
+        shortcuts: how the model runs; after `run`, only shortcuts that the model supports are on.
+        hooked_modules: after `run`, the modules whose rules hold.
+        uncovered: after `run`, names of the parameters that no rule covers; `None` if an example's outputs in the
+            batch differ from its outputs alone.
     """
 
     model: nn.Module
     function: Function
     parameters: Mapping[str, nn.Parameter]
     shortcuts: Shortcuts = field(default_factory=Shortcuts)
-    owners: list[Owner] = field(default_factory=list)
+    hooked_modules: list[HookedModule] = field(default_factory=list)
     uncovered: list[str] | None = None
 
     def run(self, few: Batch, tolerance: float) -> None:
-        """Try all rules on the two examples of `few`.
+        """Verify all rules on the two examples of `few`.
 
-        A forward pass costs about as much as it takes to read the weights, so none is made only to be compared.
+        With so few rows a forward pass is bound by reading the weights, so passes serve several comparisons.
 
         Raises:
-            InputError: the model draws random numbers, or the function does not give scalars of each example.
-            NotFinite: its scalars are not finite.
+            InputError: the model draws random numbers, or the function does not give scalars per example.
+            NotFinite: the scalars are not finite.
         """
-        self.shortcuts.short = last_feed_forward(self.model)
+        self.shortcuts.first_position_layer = last_feed_forward(self.model)
         self._run(few, tolerance)
-        if self.uncovered != [] and self.shortcuts.short is not None:  # maybe only for NaN that nobody reads
-            self.shortcuts.short = None
+        if self.uncovered != [] and self.shortcuts.first_position_layer is not None:
+            # The NaN at other positions may have caused the failure: try again without this shortcut.
+            self.shortcuts.first_position_layer = None
             self._run(few, tolerance)
 
     def _run(self, few: Batch, tolerance: float) -> None:
-        self.owners, self.uncovered = [], None
+        self.hooked_modules, self.uncovered = [], None
         together = self._outputs(few)
-        if self.shortcuts.short is not None and not together.isfinite().all():
+        if self.shortcuts.first_position_layer is not None and not together.isfinite().all():
             return
         _check(together)
         weights = _combination(together)
-        pending = first_owners(self.model, self.parameters)
-        missing = set(self.parameters) - {name for owner in pending for name in owner.names.values()}
+        pending = initial_modules(self.model, self.parameters)
+        missing = set(self.parameters) - {name for hooked in pending for name in hooked.names.values()}
         uncovered = set(missing)
         compared = False
         while pending or not compared:
-            wanted = {name: self.parameters[name] for owner in pending for name in owner.names.values()}
+            wanted = {name: self.parameters[name] for hooked in pending for name in hooked.names.values()}
             combined, found, failed = self._by_rules(few, weights, pending)
             if not torch.equal(_weighted(together, weights), combined):
                 self._refuse_random(few, together)
@@ -112,61 +116,65 @@ class Trial:
                             alone = torch.cat([first, self.function(self.model, row(few, 1))])
                         if not (together - alone).abs().max() <= tolerance * (1 + together.abs().max()):
                             return
-                except ValueError:  # a norm over the batch refuses a batch of one
+                except ValueError:  # a batch norm refuses a batch of one
                     return
                 scalar = _weighted(first, weights)[0, 0]
                 sizes: dict[str, float] = {}
                 if scalar.requires_grad:
-                    failed |= differing(wanted, scalar, found, tolerance, failed, sizes)
-            self.owners += settled(pending, failed, sizes)
-            pending, hopeless = self._next_owners(pending, failed)
-            uncovered |= hopeless
+                    failed |= differing_parameters(wanted, scalar, found, tolerance, failed, sizes)
+            self.hooked_modules += keep_verified(pending, failed, sizes)
+            pending, exhausted = self._next_modules(pending, failed)
+            uncovered |= exhausted
         if uncovered:
-            # Examples run one by one for these, and then autograd gives the others that a module would be called
-            # again for.
-            uncovered |= {name for owner in self.owners if owner.rule is None for name in owner.names.values()}
-            self.owners = without(self.owners, uncovered)
+            # Examples run one by one for these. Then autograd also gives the parameters of modules that would be
+            # called again, at no extra cost.
+            uncovered |= {
+                name for hooked in self.hooked_modules if hooked.rule is None for name in hooked.names.values()
+            }
+            self.hooked_modules = without_parameters(self.hooked_modules, uncovered)
         self.uncovered = [name for name in self.parameters if name in uncovered]
 
-    def _next_owners(self, owners: list[Owner], failed: set[str]) -> tuple[list[Owner], set[str]]:
-        """What to try next for the failed parameters, and those for which nothing is left."""
+    def _next_modules(
+        self, hooked_modules: list[HookedModule], failed: set[str]
+    ) -> tuple[list[HookedModule], set[str]]:
+        """Return the modules to try next for the failed parameters, and the parameters with none left to try."""
         places: dict[str, dict[str, None]] = {}
-        hopeless: set[str] = set()
-        for owner in owners:
-            for name in owner.names.values():
+        exhausted: set[str] = set()
+        for hooked in hooked_modules:
+            for name in hooked.names.values():
                 if name in failed:
-                    path = owner.path if owner.rule else parent(self.model, owner.path)
+                    path = hooked.path if hooked.rule else parent(self.model, hooked.path)
                     if path is None:
-                        hopeless.add(name)
+                        exhausted.add(name)
                     else:
                         places.setdefault(name, {})[path] = None
         grouped: dict[str, dict[str, str]] = {}
         for name, paths in places.items():
-            if name in hopeless:
+            if name in exhausted:
                 continue
             for path in paths:
                 module = self.model.get_submodule(path)
                 for own, parameter in module.named_parameters():
                     if parameter is self.parameters[name]:
                         grouped.setdefault(path, {})[own] = name
-        return [Owner(p, self.model.get_submodule(p), None, names) for p, names in grouped.items()], hopeless
+        return [HookedModule(p, self.model.get_submodule(p), None, names) for p, names in grouped.items()], exhausted
 
     def _refuse_random(self, few: Batch, together: torch.Tensor) -> None:
         if not torch.equal(together, self._outputs(few)):
             raise InputError(
-                f"{type(self.model).__name__} gives other outputs for the same batch in evaluation mode; "
+                f"{type(self.model).__name__} gives different outputs for the same batch in evaluation mode; "
                 "remove what draws random numbers"
             )
 
     def _outputs(self, few: Batch) -> torch.Tensor:
-        with torch.no_grad(), first_position_only(self.shortcuts.short):
+        with torch.no_grad(), first_position_only(self.shortcuts.first_position_layer):
             return self.function(self.model, few)
 
     def _by_rules(
-        self, few: Batch, weights: torch.Tensor, owners: list[Owner]
+        self, few: Batch, weights: torch.Tensor, hooked_modules: list[HookedModule]
     ) -> tuple[torch.Tensor, dict[str, list[Gradient]], set[str]]:
-        """Combined scalars, the first example's gradients by name, and the names that can have none."""
-        seeds = torch.tensor([1.0, _SECOND])
+        """Return the combined scalars, the first example's gradients by name, and the names whose rule failed."""
+        seeds = torch.tensor([1.0, _SECOND_WEIGHT])
 
         def function(model: nn.Module, batch: Batch) -> torch.Tensor:
             combined = _weighted(self.function(model, batch), weights)
@@ -180,31 +188,32 @@ class Trial:
             def receive(name: str, gradients: list[Gradient], scalar: int, first: int) -> None:
                 found[name] = [gradient[:1] for gradient in gradients]  # noqa: B023
 
-            for owner in owners:
-                owner.layouts.clear()
-            capture = Capture(owners, {}, 2, receive, self.shortcuts.expand, trial=True)
+            for hooked in hooked_modules:
+                hooked.layouts.clear()
+            capture = Capture(hooked_modules, {}, 2, receive, self.shortcuts.expand, trial=True)
             try:
-                with only_trainable(self.model, ()), self.shortcuts.used(self.model):
+                with only_trainable(self.model, ()), self.shortcuts.applied(self.model):
                     capture.run(self.model, few, function)
                 return scalars[0], found, capture.failed
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError:
-                # The model itself repeats what an embedding gives, or changes a linear layer's output in place.
-                if self.shortcuts.expand and self.shortcuts.skip:
-                    self.shortcuts.skip = False
+                # A shortcut failed: the model itself repeats an embedding's output, or changes a linear layer's
+                # output in place. Try the other combinations.
+                if self.shortcuts.expand and self.shortcuts.skip_zero_gradients:
+                    self.shortcuts.skip_zero_gradients = False
                 elif self.shortcuts.expand:
-                    self.shortcuts.skip, self.shortcuts.expand = True, False
-                elif self.shortcuts.skip:
-                    self.shortcuts.skip = False
+                    self.shortcuts.skip_zero_gradients, self.shortcuts.expand = True, False
+                elif self.shortcuts.skip_zero_gradients:
+                    self.shortcuts.skip_zero_gradients = False
                 else:
                     raise
 
 
-def first_owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[Owner]:
-    """For each module with chosen parameters its rule, or the module that is to be called again."""
+def initial_modules(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> list[HookedModule]:
+    """Return each module with chosen parameters and its rule, or the module to call again where there is no rule."""
     name_of = {id(parameter): name for name, parameter in parameters.items()}
-    ruled: list[Owner] = []
+    ruled: list[HookedModule] = []
     again: dict[str, dict[str, str]] = {}
     for path, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
@@ -213,72 +222,74 @@ def first_owners(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> li
             continue
         rule = find_rule(module)
         if rule is not None:
-            ruled.append(Owner(path, module, rule, names))
+            ruled.append(HookedModule(path, module, rule, names))
             continue
         called = path if not isinstance(module, _CONTAINERS) else parent(model, path)
         if called:
             inside = f"{path.removeprefix(called).removeprefix('.')}." if called != path else ""
             again.setdefault(called, {}).update({inside + key: name for key, name in names.items()})
-    by_rule = {name for owner in ruled for name in owner.names.values()}
-    again_owners = [Owner(path, model.get_submodule(path), None, names) for path, names in again.items()]
-    return ruled + without(again_owners, by_rule)
+    by_rule = {name for hooked in ruled for name in hooked.names.values()}
+    called_again = [HookedModule(path, model.get_submodule(path), None, names) for path, names in again.items()]
+    return ruled + without_parameters(called_again, by_rule)
 
 
 def parent(model: nn.Module, path: str) -> str | None:
-    """The module around the one at `path`, as long as it is part of a layer and not a stack of layers."""
+    """Return the path of the module around the one at `path`, or `None` if that is more than a layer."""
     while path:
         path = path.rpartition(".")[0]
         module = model.get_submodule(path)
         if isinstance(module, _CONTAINERS):
             if isinstance(module, nn.ModuleList):
-                return None  # the list of layers, or of experts: what is around it is more than a layer
+                return None  # a list of layers or experts: the module around it is more than a layer
             continue
         stack = any(isinstance(child, nn.ModuleList) for child in module.children())
         return None if stack or not path else path
     return None
 
 
-def settled(owners: list[Owner], failed: Collection[str], sizes: Mapping[str, float]) -> list[Owner]:
-    """The owners of the parameters whose rules hold.
+def keep_verified(
+    hooked_modules: list[HookedModule], failed: Collection[str], sizes: Mapping[str, float]
+) -> list[HookedModule]:
+    """Return the modules without the failed parameters, and mark which of them were compared.
 
-    Where the example does not depend on a module at all nothing was compared: a batch that depends on it makes its
-    parameters uncovered.
+    If the example does not depend on a module, nothing was compared: its parameters become uncovered as soon as a
+    batch depends on it.
     """
-    for owner in owners:
-        owner.tried = any(sizes.get(name, 0.0) > 0 for name in owner.names.values() if name not in failed)
-    return without(owners, failed)
+    for hooked in hooked_modules:
+        hooked.verified = any(sizes.get(name, 0.0) > 0 for name in hooked.names.values() if name not in failed)
+    return without_parameters(hooked_modules, failed)
 
 
-def without(owners: list[Owner], names: Collection[str]) -> list[Owner]:
-    """The owners, of the other parameters alone."""
+def without_parameters(hooked_modules: list[HookedModule], names: Collection[str]) -> list[HookedModule]:
+    """Return the modules without the parameters `names`; modules with no parameter left are dropped."""
     left = []
-    for owner in owners:
-        kept = {own: name for own, name in owner.names.items() if name not in names}
-        if len(kept) == len(owner.names):
-            left.append(owner)
+    for hooked in hooked_modules:
+        kept = {own: name for own, name in hooked.names.items() if name not in names}
+        if len(kept) == len(hooked.names):
+            left.append(hooked)
         elif kept:
-            left.append(Owner(owner.path, owner.module, owner.rule, kept, owner.tried, owner.layouts))
+            left.append(HookedModule(hooked.path, hooked.module, hooked.rule, kept, hooked.verified, hooked.layouts))
     return left
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """Relative difference that rounding explains."""
-    return TOLERANCE.get(dtype, _HALF)
+    """Return the relative difference that rounding in `dtype` explains."""
+    return TOLERANCE.get(dtype, _HALF_PRECISION_TOLERANCE)
 
 
 def _check(outputs: torch.Tensor) -> None:
     if outputs.ndim not in (1, 2) or len(outputs) != 2:
         raise InputError(
-            f"the function gave shape {tuple(outputs.shape)} for 2 examples; it has to give one scalar "
+            f"the function returned shape {tuple(outputs.shape)} for 2 examples; it has to return one scalar "
             "per example [n], or several [n, c]"
         )
     if not outputs.isfinite().all():
-        raise NotFinite("the model's outputs are not finite (NaN or infinite); look for bad weights, or load "
-                        "the model in float32 or bfloat16 (float16 overflows)")  # fmt: skip
+        raise NotFinite("the model's outputs are not finite (NaN or infinite); check the weights, or load the model "
+                        "in float32 or bfloat16 (float16 overflows)")  # fmt: skip
 
 
 def _combination(scalars: torch.Tensor) -> torch.Tensor:
-    """Random weights of the scalars of an example, none near 0: `[c]`."""
+    """Draw random weights for the scalars of an example, none near 0: `[c]`."""
     count = 1 if scalars.ndim == 1 else scalars.shape[1]
     if count == 1:
         return scalars.new_ones(1)

@@ -1,4 +1,4 @@
-"""Types for the gradients of one parameter, one per example, kept in factors until somebody needs them in full."""
+"""Types for per-example gradients of one parameter, stored as factors until the full gradients are needed."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ class LinearGradient:
     """Gradients of a linear layer's weight: `dL_n/dW = sum_t g_nt a_nt^T`.
 
     Attributes:
-        activations: `a`, what the layer read: `[n, tokens, in]`, or `[1, tokens, in]` if all examples have the same.
-        output_gradients: `g`, gradients of what the layer gave: `[n, tokens, out]`.
-        transposed: the weight is `[in, out]` (GPT-2's Conv1D) instead of `[out, in]`.
+        activations: `a`, the layer's input: `[n, tokens, in]`, or `[1, tokens, in]` if all examples share it.
+        output_gradients: `g`, the gradients of the layer's output: `[n, tokens, out]`.
+        transposed: whether the weight is `[in, out]` (GPT-2's Conv1D) instead of `[out, in]`.
     """
 
     activations: torch.Tensor
@@ -23,22 +23,23 @@ class LinearGradient:
     def dense(self) -> torch.Tensor:
         """The weight's gradients: `[n, out, in]`, or `[n, in, out]`."""
         left, right = self._factors()
-        return torch.bmm(left.mT, right)
+        return torch.bmm(left.mT, right)  # sum_t g_t a_t^T (transposed: sum_t a_t g_t^T)
 
     def squared_norms(self) -> torch.Tensor:
-        """Squared Euclidean norm of each example's gradient, `[n]`; by products over pairs of tokens if that is less.
+        """Squared Euclidean norm of each example's gradient, `[n]`; over pairs of tokens if that is cheaper.
 
         `|sum_t g_t a_t^T|^2 = sum_ts <g_t, g_s> <a_t, a_s>` (the "ghost norm" of Li et al. 2022, arXiv 2110.05679).
         """
         tokens, width_out = self.output_gradients.shape[1:]
         width_in = self.activations.shape[-1]
         if tokens * (width_in + width_out) > width_in * width_out:
-            return torch.cat([part.dense().square().sum((1, 2)) for part in self._singly()])
+            return torch.cat([part.dense().square().sum((1, 2)) for part in self._one_by_one()])
         activations = self.activations @ self.activations.mT  # <a_t, a_s>
+        # sum_ts <g_t, g_s> <a_t, a_s>
         return (self.output_gradients @ self.output_gradients.mT).mul_(activations).sum((1, 2))
 
     def subtract_from(self, total: torch.Tensor) -> None:
-        """Take the first example's gradient from `total` (of `shape`) without writing it out."""
+        """Subtract the first example's gradient from `total` (of `shape`) in place, without materializing it."""
         left, right = self._factors()
         total.addmm_(left[0].mT, right[0], alpha=-1)
 
@@ -46,23 +47,23 @@ class LinearGradient:
         activations = self.activations.expand(len(self), -1, -1)
         return (activations, self.output_gradients) if self.transposed else (self.output_gradients, activations)
 
-    def _singly(self) -> Iterator["LinearGradient"]:
+    def _one_by_one(self) -> Iterator["LinearGradient"]:
         return (self[i : i + 1] for i in range(len(self)))
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The weight's."""
+        """The weight's shape."""
         left, right = self._factors()
         return left.shape[-1], right.shape[-1]
 
     @property
     def shared(self) -> bool:
-        """Whether all examples have the same activations."""
+        """Whether all examples share their activations."""
         return len(self.activations) == 1 < len(self.output_gradients)
 
     @property
     def size(self) -> int:
-        """Numbers that `dense` makes for each example."""
+        """Values that `dense` allocates for each example."""
         return self.activations.shape[-1] * self.output_gradients.shape[-1]
 
     def __getitem__(self, rows: slice) -> "LinearGradient":
@@ -75,10 +76,10 @@ class LinearGradient:
 
 @dataclass(frozen=True)
 class EmbeddingGradient:
-    """Gradients of an embedding's table: `output_gradients[n, t]` added to row `ids[n, t]`.
+    """Gradients of an embedding table: `dL_n/dW[i] = sum over tokens t with ids[n, t] = i of output_gradients[n, t]`.
 
     Attributes:
-        ids: `[n, tokens]`; -1 adds nothing.
+        ids: `[n, tokens]`; tokens with id -1 are ignored.
         output_gradients: `[n, tokens, width]`.
         rows: rows of the table.
     """
@@ -96,16 +97,13 @@ class EmbeddingGradient:
         return table[:, : self.rows]
 
     def squared_norms(self) -> torch.Tensor:
-        """Squared Euclidean norm of each example's gradient: `[n]`.
-
-        `sum_ts [id_t = id_s] <g_t, g_s>`: tokens of one row of the table add up before they are squared.
-        """
+        """Squared Euclidean norm of each example's gradient, `sum_ts [id_t = id_s] <g_t, g_s>`: `[n]`."""
         same = (self.ids[:, :, None] == self.ids[:, None]) & (self.ids >= 0)[:, None]
         return (self.output_gradients @ self.output_gradients.mT).mul_(same).sum((1, 2))
 
     @property
     def size(self) -> int:
-        """Numbers that `dense` makes for each example."""
+        """Values that `dense` allocates for each example."""
         return self.rows * self.output_gradients.shape[-1]
 
     def __getitem__(self, rows: slice) -> "EmbeddingGradient":
@@ -131,7 +129,7 @@ class DenseGradient:
 
     @property
     def size(self) -> int:
-        """Numbers that `dense` makes for each example: none, they are there."""
+        """Values that `dense` allocates for each example: none."""
         return 0
 
     def __getitem__(self, rows: slice) -> "DenseGradient":
@@ -145,7 +143,7 @@ Gradient = LinearGradient | EmbeddingGradient | DenseGradient
 
 
 def dense(gradients: Iterable[Gradient]) -> torch.Tensor:
-    """The sum of what several uses of one parameter give it: `[n, *shape]`."""
+    """Sum the gradients from all uses of one parameter: `[n, *shape]`."""
     first, *others = gradients
     total = first.dense()
     for gradient in others:
@@ -154,7 +152,7 @@ def dense(gradients: Iterable[Gradient]) -> torch.Tensor:
 
 
 def dense_in_chunks(gradients: Sequence[Gradient], numbers: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """First example and `dense` of some examples at a time, so that at most about `numbers` are made at once."""
+    """Yield first example and `dense` gradients of chunks of examples, each of up to about `numbers` values."""
     n = len(gradients[0])
     size = max(gradient.size for gradient in gradients)
     step = max(1, numbers // size) if size else n
@@ -163,10 +161,10 @@ def dense_in_chunks(gradients: Sequence[Gradient], numbers: int) -> Iterator[tup
 
 
 def squared_norms(gradients: Sequence[Gradient], numbers: int = 2**24) -> torch.Tensor:
-    """Squared Euclidean norm `[n]` of the sum of what several uses of one parameter give it.
+    """Squared Euclidean norm `[n]` of the summed gradients from all uses of one parameter.
 
-    Nothing of the parameter's size is written out for linear layers and embeddings; for uses of different kinds (a
-    table that is tied to a decoder), some examples at a time are, up to about `numbers` entries.
+    If all uses are linear layers, or all are embeddings, the factors suffice. Otherwise (a table that is tied to a
+    decoder) full gradients are computed for a chunk of examples at a time, of up to about `numbers` values.
     """
     joined = join_uses(gradients)
     if len(joined) == 1:
@@ -175,7 +173,7 @@ def squared_norms(gradients: Sequence[Gradient], numbers: int = 2**24) -> torch.
 
 
 def join_uses(gradients: Sequence[Gradient]) -> Sequence[Gradient]:
-    """Several uses of one weight as one, their tokens one after the other, where all are of one factored kind."""
+    """Join the uses of one weight along the token axis into one gradient, if all are of the same factored type."""
     if len(gradients) == 1:
         return gradients
     linear = [gradient for gradient in gradients if isinstance(gradient, LinearGradient)]
@@ -192,9 +190,9 @@ def join_uses(gradients: Sequence[Gradient]) -> Sequence[Gradient]:
 
 
 def share_activations(gradient: Gradient) -> Gradient:
-    """A linear layer's gradient with its activations once if all examples have the same (a prefix's network).
+    """Store the activations of a linear layer only once if all examples share them (a prefix's network).
 
-    Beyond few tokens nothing is won by knowing (`squares_of_shared`), so it is not looked for.
+    With many tokens `squares_of_shared` is not cheaper, so the check is skipped.
     """
     if not isinstance(gradient, LinearGradient) or len(gradient) < 2 or gradient.shared:
         return gradient
@@ -208,23 +206,23 @@ def share_activations(gradient: Gradient) -> Gradient:
 
 
 def squares_of_shared(gradient: LinearGradient, weights: torch.Tensor | float) -> torch.Tensor:
-    """`sum_n w_n (dL_n/dW)^2`, entry by entry, where all examples have the same activations `a`.
+    """`sum_n w_n (dL_n/dW)^2`, entry by entry, for activations `a` that all examples share.
 
-    `sum_n w_n (sum_t g_nt a_t)^2 = sum_ts (sum_n w_n g_nt g_ns) a_t a_s`: one product over pairs of tokens, and no
-    example's gradient is made.
+    `sum_n w_n (sum_t g_nt a_t)^2 = sum_ts (sum_n w_n g_nt g_ns) a_t a_s`: one product over pairs of tokens, without
+    any example's full gradient.
 
     Args:
-        weights: `[n]`, or one number for all.
+        weights: `[n]`, or one value for all.
     """
     a, g = gradient.activations[0], gradient.output_gradients
     weighted = g * weights.to(g.dtype)[:, None, None] if isinstance(weights, torch.Tensor) else g * weights
     pairs = (weighted[:, :, None] * g[:, None]).sum(0).flatten(0, 1)  # sum_n w_n g_nt g_ns: [tokens^2, out]
-    squares = (pairs.mT @ (a[:, None] * a[None]).flatten(0, 1)).clamp_min_(0)  # below zero by rounding only
+    squares = (pairs.mT @ (a[:, None] * a[None]).flatten(0, 1)).clamp_min_(0)  # negative only by rounding
     return squares.mT if gradient.transposed else squares
 
 
 def largest(tensor: torch.Tensor) -> float:
-    """The largest absolute value; NaN if there is one, 0 of nothing. Nothing of the tensor's size is made."""
+    """The largest absolute value, without a temporary tensor; NaN if the tensor holds one, 0 if it is empty."""
     if not tensor.numel():
         return 0.0
     low, high = tensor.aminmax()

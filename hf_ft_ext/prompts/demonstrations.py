@@ -13,9 +13,9 @@ from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
-from hf_ft_ext.prompts.encode import Ids, PromptEncoder
 from hf_ft_ext.prompts.readout import Reading
 from hf_ft_ext.prompts.similarity import similarities
+from hf_ft_ext.prompts.templates.encode import Ids, PromptEncoder
 
 DEFAULT_SEED = 13
 TRAIN = "train"

@@ -12,12 +12,12 @@ from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
-from hf_ft_ext.prompts.defaults import task_prompt
-from hf_ft_ext.prompts.encode import answer_context
 from hf_ft_ext.prompts.model import PromptForSequenceClassification
 from hf_ft_ext.prompts.readout import Reading, reading_of
-from hf_ft_ext.prompts.template import parse_template
-from hf_ft_ext.prompts.words import FIRST_TOKEN, check_word_scoring, parse_mapping, word_tokens
+from hf_ft_ext.prompts.templates.defaults import task_prompt
+from hf_ft_ext.prompts.templates.encode import answer_context
+from hf_ft_ext.prompts.templates.template import parse_template
+from hf_ft_ext.prompts.templates.words import FIRST_TOKEN, check_word_scoring, parse_mapping, word_tokens
 
 _OF_PROMPTS = (
     "template", "mapping", "word_scoring", "calibrate", "first_sent_limit", "other_sent_limit", "truncate_head",

@@ -8,10 +8,10 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
-from hf_ft_ext.prompts.encode import answer_context, answer_id
 from hf_ft_ext.prompts.readout import Reading, reading_of
-from hf_ft_ext.prompts.template import parse_template
-from hf_ft_ext.prompts.words import FIRST_TOKEN, check_word_scoring, word_tokens
+from hf_ft_ext.prompts.templates.encode import answer_context, answer_id
+from hf_ft_ext.prompts.templates.template import parse_template
+from hf_ft_ext.prompts.templates.words import FIRST_TOKEN, check_word_scoring, word_tokens
 
 
 def load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:

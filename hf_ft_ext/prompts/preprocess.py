@@ -11,12 +11,12 @@ from hf_ft_ext.data.preprocess import check_length, column_type, tokenize
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.configuration import PromptConfig
-from hf_ft_ext.prompts.defaults import TaskPrompt, known_prompt
-from hf_ft_ext.prompts.encode import Ids, PromptEncoder, answer_context
 from hf_ft_ext.prompts.readout import Reading
 from hf_ft_ext.prompts.sequences import padded_words
-from hf_ft_ext.prompts.template import parse_template
-from hf_ft_ext.prompts.words import FIRST_TOKEN, answer_tokens
+from hf_ft_ext.prompts.templates.defaults import TaskPrompt, known_prompt
+from hf_ft_ext.prompts.templates.encode import Ids, PromptEncoder, answer_context
+from hf_ft_ext.prompts.templates.template import parse_template
+from hf_ft_ext.prompts.templates.words import FIRST_TOKEN, answer_tokens
 
 _OPTION_TOKENS = 64  # most tokens of a row's own option
 

@@ -6,7 +6,7 @@ import torch
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.readout import Reading, last_positions, take_positions
-from hf_ft_ext.prompts.words import SEQUENCE_MEAN
+from hf_ft_ext.prompts.templates.words import SEQUENCE_MEAN
 
 IGNORED = -100  # padding of label words and of a row's options
 

@@ -14,7 +14,7 @@ from hf_ft_ext.files import write_text
 from hf_ft_ext.report import charts, curves
 from hf_ft_ext.report.read import Found, Missing, find_runs
 from hf_ft_ext.report.rows import Number, Row, Section, pareto_front, sections
-from hf_ft_ext.training.text import code_span, prompt_text, share_text
+from hf_ft_ext.training.sharing.text import code_span, prompt_text, share_text
 
 HTML, MARKDOWN = "report.html", "report.md"
 _MANY_ROWS = 60  # a picture of more rows is no picture

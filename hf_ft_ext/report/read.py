@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.training.privacy import hide_tokens
-from hf_ft_ext.training.text import shell_command
+from hf_ft_ext.training.sharing.privacy import hide_tokens
+from hf_ft_ext.training.sharing.text import shell_command
 
 COMPARISON = "comparison.json"
 NOT_STARTED = "not started"

@@ -16,11 +16,11 @@ from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns, within_layer
 from hf_ft_ext.adapters.sparse_grad.targets import can_be_adapted
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.models import seeded_init
-from hf_ft_ext.peft_models import carries_adapters, task_type_of, trained_in_full
+from hf_ft_ext.models.peft import carries_adapters, task_type_of, trained_in_full
 from hf_ft_ext.sparse.arguments import HOSVD, NOTHING, RANDOM, SVD, SparseTrainingArguments
 from hf_ft_ext.sparse.prepass import own_micro_batches
 from hf_ft_ext.sparse.targets import find_targets
-from hf_ft_ext.training.precision import train_in_float32
+from hf_ft_ext.training.weights.precision import train_in_float32
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from hf_ft_ext.sparse.arguments import DEFAULT_DENSITY, DYNAMIC, HOSVD, NONE, PE
 from hf_ft_ext.sparse.basis import Basis
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.targets import find_targets
-from hf_ft_ext.training.plan import fold_layer_numbers
+from hf_ft_ext.training.runs.plan import fold_layer_numbers
 
 
 def convert_to_sparse(

@@ -27,9 +27,9 @@ from hf_ft_ext.sparse.arguments import (
 from hf_ft_ext.sparse.basis import GramSums, by_columns, cheaper_rotation
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
-from hf_ft_ext.sparse.moments import turn_fixed_moments
+from hf_ft_ext.sparse.optimizer.moments import turn_fixed_moments
+from hf_ft_ext.sparse.optimizer.support import top_k
 from hf_ft_ext.sparse.prepass import visit_gradients
-from hf_ft_ext.sparse.support import top_k
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ def visit_gradients(
     present weights, dropout off. Whole batches are shared out over the processes: what is summed up in `visit` and
     then over processes is the same to rounding for any number of processes and any split into micro-batches. No
     global generator is used; the batches come from a private one seeded with `args.seed`, the same in each call
-    with the same `draw`.
+    with the same `draw`. Where training groups rows by length, so do the batches.
 
     Where the trainer's data loader or sampler was overridden, the batches are those that it gives: each process reads
     its part of every step's batch, as in training, and the gradients are summed over processes.
@@ -190,9 +190,27 @@ def _examples(trainer: Trainer, steps: int, batch_size: int, draw: int) -> Itera
             )
         rounds = -(-steps * batch_size // len(dataset))
         order = torch.cat([torch.randperm(len(dataset), generator=generator) for _ in range(rounds)]).tolist()
+        order = order[: steps * batch_size]
+        if trainer.args.train_sampling_strategy == _BY_LENGTH:
+            order = _longest_first(trainer, order)
         for i in range(steps):
             yield [dataset[row] for row in order[i * batch_size : (i + 1) * batch_size]]
         return
     stream = itertools.chain.from_iterable(itertools.repeat(dataset))  # a short stream is read again
     for _ in range(steps):
         yield list(itertools.islice(stream, batch_size))
+
+
+def _longest_first(trainer: Trainer, order: list[int]) -> list[int]:
+    """Row numbers by falling length, so that batches hold rows of similar length, as those of training do."""
+    dataset, column = trainer.train_dataset, trainer.args.length_column_name
+    tokens = "input_ids" if trainer.processing_class is None else trainer.processing_class.model_input_names[0]
+
+    def length(row: int) -> int:
+        example = dataset[row]
+        return example[column] if column in example else len(example[tokens])
+
+    return sorted(order, key=length, reverse=True)
+
+
+_BY_LENGTH = "group_by_length"  # of transformers' train_sampling_strategy

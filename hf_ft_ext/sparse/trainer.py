@@ -18,20 +18,20 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.sparse.adapter import add_sparse_grad, choose_columns, columns_of, has_sparse_grad
 from hf_ft_ext.sparse.arguments import DENSE, DYNAMIC, NONE, STATIC, STRUCTURED, SparseTrainingArguments
 from hf_ft_ext.sparse.convert import convert_to_sparse, freeze_rest, sparse_layers
-from hf_ft_ext.sparse.delta import DELTA_FILE, save_delta
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer import SparseAdamW, restore_supports
 from hf_ft_ext.sparse.prepare import prepare_layers, refresh_supports
-from hf_ft_ext.sparse.sparsity_watch import SparsityWatch
+from hf_ft_ext.sparse.saved.delta import DELTA_FILE, save_delta
+from hf_ft_ext.sparse.sparsity.watch import SparsityWatch
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import MethodTrainer
-from hf_ft_ext.training.plan import TrainedWeight
-from hf_ft_ext.training.quantized import refuse_quantized
-from hf_ft_ext.training.resources import preparation
-from hf_ft_ext.training.sharding import DEEPSPEED, refuse_sharding, sharding
+from hf_ft_ext.training.runs.plan import TrainedWeight
+from hf_ft_ext.training.runs.resources import preparation
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
+from hf_ft_ext.training.weights.quantized import refuse_quantized
+from hf_ft_ext.training.weights.sharding import DEEPSPEED, refuse_sharding, sharding
 
 logger = logging.getLogger(__name__)
 

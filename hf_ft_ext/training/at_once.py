@@ -10,15 +10,15 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import TrainOutput, set_seed, speed_metrics
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.feature_rows import LABELS, SAMPLE, for_collator
+from hf_ft_ext.features.rows import LABELS, SAMPLE, for_collator
 from hf_ft_ext.training.checks import refuse_label_names
-from hf_ft_ext.training.devices import refuse_data_parallel
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, overridden
-from hf_ft_ext.training.placement import check_placement
-from hf_ft_ext.training.precision import refuse_fp16_on_cpu
-from hf_ft_ext.training.quantized import move
-from hf_ft_ext.training.saving import CompleteSaves
-from hf_ft_ext.training.sharding import refuse_sharding
+from hf_ft_ext.training.saved.saving import CompleteSaves
+from hf_ft_ext.training.weights.devices import refuse_data_parallel
+from hf_ft_ext.training.weights.placement import check_placement
+from hf_ft_ext.training.weights.precision import refuse_fp16_on_cpu
+from hf_ft_ext.training.weights.quantized import move
+from hf_ft_ext.training.weights.sharding import refuse_sharding
 
 # Hooks of a training loop: whoever overrides one expects that it is called.
 _HOOKS = (

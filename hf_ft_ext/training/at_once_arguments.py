@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from hf_ft_ext.argument_completion import chosen
 from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.arguments.completion import chosen
 from hf_ft_ext.errors import InputError
 
 # What steers a training loop, its evaluations or its checkpoints.

@@ -1,5 +1,7 @@
 """Checks of transformers' own arguments that hold for every method: what would be ignored, or end in a traceback."""
 
+from typing import Any
+
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
@@ -8,7 +10,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.metrics import REGRESSION
-from hf_ft_ext.training.sharding import refuse_sharding_on_cpu
+from hf_ft_ext.training.weights.sharding import refuse_sharding_on_cpu
 
 _PACKAGES = {"azure_ml": "azureml-core mlflow", "comet_ml": "comet_ml", "flyte": "flytekit"}
 _NOT_LISTED = ("flyte",)  # transformers does not look for it
@@ -81,4 +83,22 @@ def refuse_label_names(args: TrainingArguments) -> None:
         raise InputError(
             f"label_names={args.label_names}: this method reads the labels as `labels`; rename the column, and leave "
             "label_names out"
+        )
+
+
+def check_full_batch(args: TrainingArguments, dataset: Any) -> None:
+    """Raise `InputError` if `dataloader_drop_last` drops every batch: training would do nothing and look finished.
+
+    Args:
+        args: batch size, number of processes and `dataloader_drop_last` are read.
+        dataset: the training data; one of unknown length passes.
+    """
+    if not args.dataloader_drop_last or not hasattr(dataset, "__len__"):
+        return
+    rows, batch = len(dataset), args.train_batch_size * args.world_size
+    if 0 < rows < batch:
+        size = f"a batch of {batch}" + (f" over {args.world_size} processes" if args.world_size > 1 else "")
+        raise InputError(
+            f"dataloader_drop_last drops every batch: the training data has {rows} rows, fewer than {size}; pass a "
+            f"per_device_train_batch_size of {max(1, rows // args.world_size)} or less, or leave it out"
         )

@@ -5,12 +5,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.training.batches import check_full_batch
-from hf_ft_ext.training.devices import refuse_data_parallel
-from hf_ft_ext.training.precision import refuse_fp16_on_cpu, warn_of_lost_updates
-from hf_ft_ext.training.quantized import holds_numbers
+from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.refusals import explained_refusal
-from hf_ft_ext.training.saving import CompleteSaves
+from hf_ft_ext.training.saved.saving import CompleteSaves
+from hf_ft_ext.training.weights.devices import refuse_data_parallel
+from hf_ft_ext.training.weights.precision import refuse_fp16_on_cpu, warn_of_lost_updates
+from hf_ft_ext.training.weights.quantized import holds_numbers
 
 _PATIENCE_FP16 = 20  # loss scaling skips single steps by itself and lowers its factor
 

@@ -15,8 +15,8 @@ from hf_ft_ext.arguments import MethodTrainingArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.training.by_name import load_by_name
 from hf_ft_ext.training.checks import check_loss, check_training_arguments
-from hf_ft_ext.training.placement import check_placement
-from hf_ft_ext.training.quantized import quantized_base
+from hf_ft_ext.training.weights.placement import check_placement
+from hf_ft_ext.training.weights.quantized import quantized_base
 
 _PACKAGE = __name__.partition(".")[0]
 DATA_LOADING = ("get_train_dataloader", "_get_dataloader")  # hooks that decide what a training batch is

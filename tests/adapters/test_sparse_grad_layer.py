@@ -1,5 +1,7 @@
 """One layer with a SparseGrad adapter: output, gradients, what is kept for the backward pass."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -52,11 +54,68 @@ def test_output_and_gradients_are_those_of_the_changed_weight(monkeypatch, rows,
     assert base.weight.grad is None and torch.equal(w, (base.weight.T if kind == "conv1d" else base.weight))
 
 
+def with_padding(tokens, width):
+    """Output gradients that are zero for the last two thirds of each row's tokens, or for all of them."""
+    g = torch.randn(4, tokens, width, dtype=torch.float64)
+    g[:, max(tokens // 3, 1) :] = 0
+    return g if tokens > 1 else torch.zeros_like(g)
+
+
+@pytest.mark.parametrize("tokens", [9, 1])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "hooked"])
+def test_tokens_without_a_gradient_are_left_out(kind, tokens):
+    layer = make_layer(12, 40, 12, kind)
+    values, columns = layer.sparse_grad_values["default"], layer.sparse_grad_columns["default"]
+    x, g = torch.randn(4, tokens, 40, dtype=torch.float64, requires_grad=True), with_padding(tokens, 12)
+    with mock.patch.object(functions, "linear", wraps=functions.linear) as product:
+        layer(x).backward(g)
+    rows = int(g.any(2).sum())
+    assert kind == "hooked" or [len(call.args[0]) for call in product.call_args_list] == [rows]
+
+    weight = layer.base_layer.weight.T if kind == "conv1d" else layer.base_layer.weight
+    change = torch.einsum("or,rc,ic->oi", columns.out_columns, values, columns.in_columns)
+    wanted = (2 if kind == "hooked" else 1) * weight + change
+    torch.testing.assert_close(x.grad, torch.einsum("abo,oi->abi", g, wanted), rtol=1e-10, atol=1e-10)
+    wanted = torch.einsum("or,abo,abi,ic->rc", columns.out_columns, g, x, columns.in_columns)
+    torch.testing.assert_close(values.grad, wanted, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "hooked"])
+def test_observed_tokens_are_those_with_a_gradient(kind):
+    layer, seen = make_layer(12, 40, 12, kind), []
+    layer.sparse_grad_columns["default"].ready = False  # as before the pre-pass
+    layer.observe("default", lambda x, g: seen.append((x, g)))
+    x, g = torch.randn(4, 9, 40, dtype=torch.float64, requires_grad=True), with_padding(9, 12)
+    y = layer(x)
+    y.backward(g)
+    weight = layer.base_layer.weight.T if kind == "conv1d" else layer.base_layer.weight
+    scale = 2 if kind == "hooked" else 1
+    torch.testing.assert_close(y, scale * (x @ weight.T + layer.base_layer.bias), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(x.grad, scale * g @ weight, rtol=1e-10, atol=1e-10)
+    ((rows, grads),) = seen
+    assert len(rows) == len(grads) == 4 * 3
+    torch.testing.assert_close(grads.T @ rows, torch.einsum("abo,abi->oi", g, x), rtol=1e-10, atol=1e-10)
+    assert layer.sparse_grad_values["default"].grad is None
+
+
+def test_most_tokens_with_a_gradient_are_all_taken():
+    g = torch.randn(100, 40)
+    g[:20] = 0
+    assert functions.tokens_with_gradient(g) is None
+    g[:60, ::2] = 0  # of half of the features: those that are looked at first, and not all there are
+    assert functions.tokens_with_gradient(g) is None
+    g[:60] = 0
+    assert functions.tokens_with_gradient(g).tolist() == list(range(60, 100))
+    g[3, 1] = float("nan")
+    assert functions.tokens_with_gradient(g).tolist() == [3, *range(60, 100)]
+
+
 @pytest.mark.parametrize("kind", ["linear", "hooked"])
 @pytest.mark.parametrize("observed", [False, True])
 def test_outputs_can_be_changed_in_place(kind, observed):
     layer = make_layer(6, 4, 4, kind)
     if observed:
+        layer.sparse_grad_columns["default"].ready = False  # as before the pre-pass
         layer.observe("default", lambda x, g: None)
     y = layer(torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True))
     y += 1  # as Falcon does

@@ -301,7 +301,7 @@ def write_language(root: Path) -> Path:
 @pytest.mark.parametrize("command", launches(), ids=lambda command: f"{command.block.name}-{command.text[:60]}")
 def test_launches_get_as_far_as_the_first_step(command, world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_ft_ext.models.demo_encoder", lambda: world[0])
+    monkeypatch.setattr("hf_ft_ext.models.loading.demo_encoder", lambda: world[0])
     rows = ["subject,body,kind,toxic,insult,threat"]
     rows += [f"good film,the plot {i},{('ham', 'spam')[i % 2]},{i % 2},{i % 3 // 2},{i % 5 // 4}" for i in range(20)]
     lists = [json.dumps({"text": f"the plot {i}", "labels": ["a", "b", "c"][: i % 4]}) for i in range(20)]

@@ -6,6 +6,7 @@ import pytest
 from blocks import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import page as whole_page
 import results
 import tables
 
@@ -23,12 +24,33 @@ def test_tables_are_those_of_the_result_files(page):
     assert tables.rewritten(text) == text, "run python benchmarks/tables.py"
 
 
+def test_the_page_of_all_measurements_is_that_of_the_result_files():
+    assert whole_page.PAGE.read_text() == whole_page.page(), "run python benchmarks/tables.py"
+
+
 def test_every_described_table_stands_on_a_page_and_every_file_is_shown():
     specifications = tables.specifications()
     shown = [name for page in PAGES for name in tables.names_in(page.read_text())]
     assert sorted(set(shown)) == sorted(specifications)
     files = {name for found in specifications.values() for name in tables._listed(found["rows"]["file"])}
-    assert files == {path.stem for path in results.FOLDER.glob("*.json")}
+    for section in whole_page.sections():
+        files |= {entry["row"]["file"] for entry in section.get("ratios", ())}
+        files |= {found["rows"]["file"] for found in section.get("tables", ())}
+    assert files >= {path.stem for path in results.FOLDER.glob("*.json")}
+
+
+def test_lines_of_the_page_appear_once_they_are_measured(tmp_path):
+    row = {"what": "gram-eigh", "quantity": "time / stacked SVD", "shape": "4 x 6", "gradients": 3}
+    assert "SparseGrad's basis" not in whole_page.page(tmp_path)
+    results.save("basis", [{**row, **results.summary([0.25])}], ["python", "basis.py"], tmp_path)
+    text = whole_page.page(tmp_path)
+    assert "| SparseGrad's basis from Gram sums, 3 gradients of 4 x 6 | 0.250 | stacked SVDs" in text  # one round
+    assert "[basis](../benchmarks/results/basis.json)" in text and "`python basis.py`" in text
+    results.save("basis", [{**row, **results.summary([0.2, 0.25, 0.6]), "noisy": True}], ["x"], tmp_path)
+    assert "| 0.250 (0.200-0.600) (noisy) |" in whole_page.page(tmp_path)
+    results.save("basis", [{**row, "shape": "8 x 6", "value": 0.1}], ["x"], tmp_path)
+    with pytest.raises(ValueError, match="2 rows have the entries"):
+        whole_page.page(tmp_path)
 
 
 def test_every_row_says_how_it_was_measured():

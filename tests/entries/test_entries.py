@@ -1,4 +1,4 @@
-"""Training chosen entries: gradients, updates, files, what stays small, bad input."""
+"""Training chosen entries: gradients, updates, files, memory, bad input."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def train(model, steps: int = 3) -> None:
         optimizer.step()
 
 
-def test_gradients_and_state_are_of_the_entries_alone():
+def test_gradients_and_optimizer_state_have_the_size_of_the_entries():
     model, dense = entered(), tiny_model().eval()
     loss(dense).backward()
     loss(model).backward()
@@ -61,7 +61,7 @@ def test_gradients_and_state_are_of_the_entries_alone():
     assert sum(t.numel() for t in state) == 2 * 9
 
 
-def test_only_the_entries_move_and_names_stay(tmp_path):
+def test_only_the_entries_change_and_names_stay(tmp_path):
     model, before = entered(), tiny_model().state_dict()
     assert model.state_dict().keys() == before.keys()
     train(model)
@@ -83,7 +83,7 @@ def test_only_the_entries_move_and_names_stay(tmp_path):
     assert torch.equal(merged(**BATCH).logits, expected)
 
 
-def test_it_is_dense_training_with_a_mask():
+def test_training_equals_dense_training_with_a_mask():
     model, dense = entered(), tiny_model().eval()
     own = dict(dense.named_parameters())
     sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -116,7 +116,7 @@ def test_small_changes_are_not_lost_in_half_precision():
     assert after.dtype == torch.bfloat16 and (after != weight)[weight != 0].all()
 
 
-def test_loading_weights_brings_the_values_along():
+def test_loading_weights_updates_the_values():
     model = entered()
     other = tiny_model(seed=3).state_dict()
     assert not any(model.load_state_dict(other))
@@ -136,7 +136,7 @@ def test_the_delta_is_small_and_exact(tmp_path):
         assert torch.equal(value, model.state_dict()[name])
 
 
-def test_deltas_that_do_not_fit(tmp_path):
+def test_deltas_that_do_not_fit_are_refused(tmp_path):
     model = entered()
     save_entries(model, tmp_path)
     plain = tiny_model(seed=1)
@@ -147,7 +147,7 @@ def test_deltas_that_do_not_fit(tmp_path):
         load_entries(tiny_model("roberta"), tmp_path)
     with pytest.raises(InputError, match=r"classifier\.\w+ has another shape here \(the label count"):
         load_entries(tiny_model(num_labels=3), tmp_path)
-    with pytest.raises(InputError, match="trains entries already; load the delta into the plain model"):
+    with pytest.raises(InputError, match="already trains entries; load the delta into the plain model"):
         load_entries(entered(), tmp_path)
     with pytest.raises(InputError, match=r"holds no entries_delta\.safetensors"):
         load_entries(plain, tmp_path / "none")
@@ -155,7 +155,7 @@ def test_deltas_that_do_not_fit(tmp_path):
     with pytest.raises(InputError, match=r"cannot be read .*copy it anew"):
         load_entries(plain, tmp_path)
     assert all(torch.equal(p, before[n]) for n, p in plain.named_parameters())
-    with pytest.raises(InputError, match="nothing of the model trains"):
+    with pytest.raises(InputError, match="no part of the model trains"):
         save_entries(tiny_model().requires_grad_(False), tmp_path)
 
 
@@ -163,11 +163,14 @@ def test_deltas_that_do_not_fit(tmp_path):
     ("chosen", "message"),
     [
         ({"bert.none": torch.tensor([0])}, r"the model has no parameter 'bert\.none'"),
-        ({"classifier.bias": torch.tensor([2])}, r"classifier\.bias has 2 entries; pass at least one index"),
+        (
+            {"classifier.bias": torch.tensor([2])},
+            r"classifier\.bias has 2 entries; pass at least one index, and only indices from 0 to 1",
+        ),
         ({"classifier.bias": torch.tensor([], dtype=torch.long)}, r"classifier\.bias has 2 entries"),
     ],
 )
-def test_entries_that_are_not_there(chosen, message):
+def test_unknown_entries_are_refused(chosen, message):
     with pytest.raises(InputError, match=message):
         attach_entries(tiny_model(), chosen)
 
@@ -179,7 +182,7 @@ def test_shared_weights_are_refused():
         attach_entries(model, {"bert.encoder.layer.0.output.dense.weight": torch.tensor([0])})
 
 
-def test_the_largest_of_all_tensors_together():
+def test_largest_entries_over_all_tensors():
     generator = torch.Generator().manual_seed(0)
     scores = {"a": torch.rand(7, 3, generator=generator), "b": torch.rand(5, generator=generator), "c": torch.zeros(4)}
     every = sorted(((v.item(), n, i) for n, t in scores.items() for i, v in enumerate(t.flatten())), reverse=True)
@@ -188,13 +191,21 @@ def test_the_largest_of_all_tensors_together():
         assert {(n, i) for n, t in chosen.items() for i in t.tolist()} == {(n, i) for _, n, i in every[:k]}
 
 
-def test_random_entries_are_different_ones_of_all_tensors():
+def test_random_entries_are_distinct_over_all_tensors():
     shapes = {"a": torch.Size([100, 10]), "b": torch.Size([9000])}
     chosen = at_random(shapes, 2000, 0)
     assert sum(len(t) for t in chosen.values()) == 2000 and all(len(t.unique()) == len(t) for t in chosen.values())
     assert 120 < len(chosen["a"]) < 280 and int(chosen["b"].max()) < 9000 and int(chosen["b"].max()) > 8900
     assert torch.equal(chosen["b"], at_random(shapes, 2000, 0)["b"])
     assert not torch.equal(chosen["b"][:50], at_random(shapes, 2000, 1)["b"][:50])
+
+
+@pytest.mark.parametrize("k", [7, 8])
+def test_random_entries_can_be_nearly_all_or_all(k):
+    chosen = at_random({"a": torch.Size([5]), "b": torch.Size([3])}, k, 0)
+    pairs = {(name, i) for name, indices in chosen.items() for i in indices.tolist()}
+    assert len(pairs) == sum(len(indices) for indices in chosen.values()) == k
+    assert pairs <= {("a", i) for i in range(5)} | {("b", i) for i in range(3)}
 
 
 def test_values_are_compared_once_a_step_and_not_at_each_read(monkeypatch):
@@ -266,9 +277,11 @@ def test_static_support_without_a_basis_becomes_a_shira_adapter(tmp_path):
     assert (expected - tiny_model().eval()(**BATCH).logits).abs().max() > 1e-3
 
 
-def test_what_shira_has_no_place_for(tmp_path):
-    with pytest.raises(InputError, match="no entries of linear weights train, and SHiRA holds those alone"):
+def test_models_that_shira_does_not_support_are_refused(tmp_path):
+    with pytest.raises(InputError, match="no entries of linear weights train, but SHiRA supports only those"):
         export_shira(tiny_model(), tmp_path)
     model = entered()
-    with pytest.raises(InputError, match=r"the bias of bert\.encoder\.layer\.0\.output\.dense trained beside entries"):
+    with pytest.raises(
+        InputError, match=r"the bias of bert\.encoder\.layer\.0\.output\.dense trained in addition to entries"
+    ):
         export_shira(model, tmp_path)

@@ -28,7 +28,7 @@ def script(encoder, monkeypatch):
     rows = demo_dataset(train_rows=64, validation_rows=24)
     for name, value in (("demo_encoder", lambda: encoder), ("demo_dataset", lambda: rows)):
         monkeypatch.setattr(f"hf_ft_ext.{name}", value)
-    monkeypatch.setattr("hf_ft_ext.models.demo_encoder", lambda: encoder)
+    monkeypatch.setattr("hf_ft_ext.models.loading.demo_encoder", lambda: encoder)
 
     def load(name: str):
         spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")

@@ -11,7 +11,7 @@ from unittest import mock
 from workload import AT_ONCE, Workload
 
 import run_glue
-from hf_ft_ext.training.resources import ResourceMonitor
+from hf_ft_ext.training.runs.resources import ResourceMonitor
 
 # The loss can only be known in training.
 _IN_TRAINING = ("the loss is", "the loss at the present weights", "holds NaN or infinity", "not finite")

@@ -10,7 +10,7 @@ from outcomes import Fault, Unbroken, new_folder, recover, shown
 from processes import launch
 from workload import differences
 
-from hf_ft_ext.training.checkpoints import checkpoint_folders, fault_of, read_seal
+from hf_ft_ext.training.saved.checkpoints import checkpoint_folders, fault_of, read_seal
 
 KINDS = ("full disk", "file too large")
 

@@ -10,7 +10,7 @@ from bad_files import write_bad_files
 from workload import AT_ONCE, Workload
 
 import run_glue
-from hf_ft_ext.training.resources import ResourceMonitor
+from hf_ft_ext.training.runs.resources import ResourceMonitor
 
 TABLE = [
     line.split(" => ")

@@ -10,8 +10,8 @@ from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from hf_ft_ext import attach_entries, load_delta, load_entries, save_entries
 from hf_ft_ext.entries.delta import DELTA_FILE as ENTRIES
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.sparse.delta import DELTA_FILE as SPARSE
-from hf_ft_ext.sparse.delta import save_delta
+from hf_ft_ext.sparse.saved.delta import DELTA_FILE as SPARSE
+from hf_ft_ext.sparse.saved.delta import save_delta
 from hf_ft_ext.sparse.trainer import SparseTrainer, SparseTrainingArguments
 
 

@@ -23,7 +23,7 @@ from workload import differences
 import run_glue
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.folder import checkpoint_to_resume
-from hf_ft_ext.training.checkpoints import SEAL, checkpoint_folders, fault_of, last_sound_checkpoint
+from hf_ft_ext.training.saved.checkpoints import SEAL, checkpoint_folders, fault_of, last_sound_checkpoint
 
 
 def assert_recovered(fault):

@@ -5,8 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from quick import AT_ONCE, QUICK
 from safetensors.torch import load_file
-from test_run_glue import AT_ONCE, QUICK
 from tiny import text_dataset, tiny_model, tiny_tokenizer
 
 from hf_ft_ext.methods import METHODS

@@ -1,4 +1,4 @@
-"""Adapters, rows and the plain way to a Fisher information, for its tests."""
+"""Adapters, rows and a reference Fisher information for the tests."""
 
 import torch
 from peft import get_peft_model

@@ -1,4 +1,4 @@
-"""The thesis's runs are recipes, its tables plans that the method reads."""
+"""The thesis's runs are recipes, and its tables are plans that the method reads."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from hf_ft_ext import AdapterPlan
-from hf_ft_ext.fisher.mask_names import MASKS
+from hf_ft_ext.fisher.arguments import MASKS
 from hf_ft_ext.recipes.reading import read_rows
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes" / "fisher"
@@ -16,7 +16,7 @@ RATES = {"adapter": 1e-4, "lora": 5e-4, "prefix": 2e-4, "fishpal": 5e-4, "publis
 
 
 @pytest.mark.parametrize("task", SEEDS)
-def test_the_thesis_is_complete(task):
+def test_recipes_of_the_thesis_are_complete(task):
     rows, text = read_rows(FOLDER / "roberta-base.yaml"), (FOLDER / "roberta-base.yaml").read_text()
     for name, rate in RATES.items():
         recipe = rows[f"{task}-{name}"]

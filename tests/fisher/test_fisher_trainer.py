@@ -1,4 +1,4 @@
-"""FisherTrainer: what trains, what is saved and loads, rates, masks, resume, two processes."""
+"""FisherTrainer: trained parameters, saving and loading, rates, masks, resuming, two processes."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from tiny import tiny_dataset, tiny_model, tiny_tokenizer
+from tiny import tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
 from hf_ft_ext import AdapterPlan, FisherTrainer, FisherTrainingArguments, load_entries
@@ -14,9 +14,9 @@ from hf_ft_ext.adapters.bottleneck.layer import BottleneckLayer
 from hf_ft_ext.adapters.layer_prefix.layer import PrefixLayer
 from hf_ft_ext.entries.layer import entries_of
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.fisher.mask import kept_entries
-from hf_ft_ext.fisher.mask_names import MASKS
-from hf_ft_ext.training.plan import training_plan
+from hf_ft_ext.fisher.arguments import MASKS
+from hf_ft_ext.fisher.mask import choose_entries, kept_entries
+from hf_ft_ext.training.runs.plan import training_plan
 
 SMALL = {"prefix": {"projection_size": 6}, "bottleneck": {"bottleneck_size": 5}, "lora": {"r": 3}}
 CHOICE = {0: "prefix", 1: "bottleneck", 2: None, 3: "lora"}
@@ -103,7 +103,7 @@ def test_only_the_chosen_modules_are_in_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["roberta", "distilbert"])
-def test_other_families(tmp_path, kind):
+def test_other_families_train_and_save(tmp_path, kind):
     trainer = make(tmp_path, tiny_model(kind))
     trainer.train()
     trainer.save_model()
@@ -151,7 +151,7 @@ def test_one_candidate_everywhere_and_random_ones(tmp_path):
     assert choices[0] != choices[1] or choices[1] != choices[2]
 
 
-def test_a_rate_for_each_kind(tmp_path):
+def test_each_candidate_has_its_learning_rate(tmp_path):
     rates = {"prefix": 2e-4, "bottleneck": 1e-4, "head": 3e-3}
     trainer = make(tmp_path / "out", adapter_plan=mixed(tmp_path), fisher_learning_rates=rates, weight_decay=0.1,
                    lr_scheduler_type="constant")  # fmt: skip
@@ -244,7 +244,7 @@ def test_masks_train_chosen_entries_and_save_a_plain_model(tmp_path, mask):
     assert sum(w.trained for w in trainer.trained_weights()) == count + 66
 
 
-def test_a_mask_keeps_the_largest(tmp_path):
+def test_mask_keeps_the_entries_with_the_largest_information(tmp_path):
     from hf_ft_ext import fisher_information
     from hf_ft_ext.fisher.mask import body_parameters
     from hf_ft_ext.fisher.prepass import prepass_batches
@@ -275,62 +275,66 @@ def test_a_masked_run_resumes(tmp_path):
         ({"fisher_mode": "chose"}, "fisher_mode='chose' is unknown; choose from: select"),
         ({"fisher_criterion": "best"}, "fisher_criterion='best' is unknown"),
         ({"fisher_mask": "label"}, "fisher_mask='label' is unknown"),
-        ({"fisher_examples": 0}, "fisher_examples=0 is too few"),
-        ({"fisher_budget": -1}, "fisher_budget=-1 is too few"),
-        ({"fisher_mode": "mask", "fisher_keep_ratio": 1.5}, "fisher_keep_ratio=1.5 is no share"),
-        ({"fisher_mode": "mask", "fisher_budget": 10}, "fisher_budget=10 is about fisher_mode=select or random, not"),
-        ({"fisher_mask": "bias"}, "fisher_mask=bias is about fisher_mode=mask, not select"),
-        ({"fisher_mode": "single"}, "fisher_mode=single trains one candidate in all layers, and .* is None"),
+        ({"fisher_examples": 0}, "fisher_examples must be 1 or more, got 0"),
+        ({"fisher_budget": -1}, "fisher_budget must be 1 or more, got -1"),
+        ({"fisher_mode": "mask", "fisher_keep_ratio": 1.5}, r"fisher_keep_ratio must be in \(0, 1\), got 1.5"),
+        (
+            {"fisher_mode": "mask", "fisher_budget": 10},
+            "fisher_budget=10 applies only to fisher_mode=select or random, not",
+        ),
+        ({"fisher_mask": "bias"}, "fisher_mask=bias applies only to fisher_mode=mask, not select"),
+        ({"fisher_mode": "single"}, "fisher_mode=single trains one candidate in all layers, but .* is None"),
         ({"fisher_mode": "single", "fisher_candidates": ["lora", "ia3"]}, "fisher_mode=single trains one candidate"),
-        ({"adapter_plan": "p.json", "fisher_budget": 9}, "adapter_plan settles what fisher_budget=9 is about"),
-        ({"fisher_power": 1}, "fisher_power=1 is not for fisher_criterion=agreement"),
+        ({"adapter_plan": "p.json", "fisher_budget": 9}, "adapter_plan already determines what fisher_budget=9 sets"),
+        ({"fisher_power": 1}, "fisher_power=1 does not work with fisher_criterion=agreement"),
         (
             {"fisher_labels": "expected"},
-            "fisher_labels=expected is not for fisher_criterion=agreement, which compares",
+            "fisher_labels=expected does not work with fisher_criterion=agreement, which uses mean",
         ),
         (
             {"fisher_labels": "expected", "fisher_criterion": "decrease"},
-            "fisher_labels=expected is not for fisher_criterion=decrease.*fisher_criterion=mean or thesis",
+            "fisher_labels=expected does not work with fisher_criterion=decrease.*fisher_criterion=mean or thesis",
         ),
         (
             {"fisher_mode": "mask", "fisher_mask": "bias", "fisher_examples": 9},
-            "looks at no gradients; leave fisher_ex",
+            "does not use gradients; leave fisher_ex",
         ),
-        ({"fisher_mode": "mask", "fisher_mask": "bias", "fisher_keep_ratio": 0.1}, "bias trains all biases, however"),
-        ({"fisher_learning_rates": {"lora": "high"}}, "'lora' has the rate 'high'; pass a number"),
+        (
+            {"fisher_mode": "mask", "fisher_mask": "bias", "fisher_keep_ratio": 0.1},
+            "bias trains all biases; leave fisher_keep_ratio out",
+        ),
+        ({"fisher_learning_rates": {"lora": "high"}}, "the rate of 'lora' must be 0 or more, got 'high'"),
         ({"fisher_learning_rates": "lora=3"}, "fisher_learning_rates='lora=3' is not valid JSON"),
-        ({"fisher_candidate_settings": "[1]"}, "is no mapping from names"),
+        ({"fisher_candidate_settings": "[1]"}, "must be a mapping from names"),
     ],
 )
-def test_arguments_that_cannot_work(tmp_path, settings, message):
+def test_invalid_arguments_are_refused(tmp_path, settings, message):
     with pytest.raises(InputError, match=message):
         FisherTrainingArguments(str(tmp_path), **settings)
 
 
-def test_given_arguments_without_meaning_are_refused_at_their_default_too(tmp_path):
+def test_arguments_without_effect_are_refused_even_at_their_default(tmp_path):
     args = FisherTrainingArguments(str(tmp_path), fisher_mode="mask")
-    with pytest.raises(
-        InputError, match=r"fisher_batch_size=8 is about|fisher_labels=true is about fisher_mode=select"
-    ):
+    with pytest.raises(InputError, match=r"fisher_labels=true applies only to fisher_mode=select"):
         args.check_given({"fisher_mode": "mask", "fisher_labels": "true"})
 
 
 def test_bad_input_ends_before_training(tmp_path):
     with pytest.raises(InputError, match=r"adapter plan 'none\.json' is not a file"):
         make(tmp_path, adapter_plan="none.json")
-    with pytest.raises(InputError, match="the adapter plan is for a model with layers=4, and this one has 2"):
+    with pytest.raises(InputError, match="the adapter plan is for a model with layers=4, but this one has 2"):
         make(tmp_path, tiny_model(), adapter_plan=mixed(tmp_path))
     trainer = make(tmp_path / "out", adapter_plan=mixed(tmp_path))
     trainer.prepare()
     with pytest.raises(InputError, match="carries PEFT adapters already"):
         make(tmp_path, trainer.model)
-    with pytest.raises(InputError, match=r"has no adapter_plan\.json, so it is not of this method"):
+    with pytest.raises(InputError, match=r"has no adapter_plan\.json, so this method did not write it"):
         make(tmp_path).train(resume_from_checkpoint=str(tmp_path))
     with pytest.raises(InputError, match="a batch has no labels"):
         make(tmp_path, data=tiny_dataset().remove_columns("labels")).train()
     with pytest.raises(InputError, match=r"the pre-pass needs training data; pass train_dataset"):
         FisherTrainer(tiny_model(), arguments(tmp_path)).prepare()
-    with pytest.raises(InputError, match=r"fisher_keep_ratio=1e-05 of \d+ parameters is 0, and the head takes 66"):
+    with pytest.raises(InputError, match=r"fisher_keep_ratio=1e-05 of \d+ parameters is 0, but the head has 66"):
         make(tmp_path, fisher_mode="mask", fisher_keep_ratio=1e-5).prepare()
 
 
@@ -346,3 +350,11 @@ def test_masks_of_quantized_models_and_models_without_biases_are_refused(tmp_pat
             module.bias = None
     with pytest.raises(InputError, match="BertForSequenceClassification has no biases to train"):
         make(tmp_path, model, fisher_mode="mask", fisher_mask="bias").prepare()
+
+
+@pytest.mark.parametrize("mask", ["random", "label-square"])
+def test_a_mask_larger_than_the_unshared_weights_is_refused(mask):
+    """The tied table is most of this model, and its entries cannot train: 0.9 of all parameters are not available."""
+    model = tiny_masked_lm(vocab_size=2000)
+    with pytest.raises(InputError, match=r"asks for \d+ entries besides the head, but a mask can choose from \d+ "):
+        choose_entries(model, mask, 0.9, (), seed=0, progress=False)

@@ -1,4 +1,4 @@
-"""Fisher sums equal those of one backward pass per example, whatever the adapter, the batch and the labels."""
+"""Fisher sums equal those of one backward pass per example, for all adapters, batches and labels."""
 
 import contextlib
 
@@ -31,7 +31,7 @@ def trained(model) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model_type", TARGETS)
-def test_each_kind_equals_the_plain_way(model_type, kind):
+def test_each_adapter_equals_one_backward_pass_per_example(model_type, kind):
     model = adapted(model_type, [kind])
     names = trained(model)
     expected = plain_way(model, rows(), names)
@@ -105,7 +105,7 @@ def test_several_labels_per_example():
         fisher_information(model, batched(examples, 4), names, labels="expected", power=1)
 
 
-def test_the_batch_does_not_matter_and_neither_does_its_order():
+def test_sums_do_not_depend_on_batch_size_or_order():
     model = adapted("bert", ["lora", "prefix"])
     one, two, six = (fisher_information(model, batched(rows(), n), progress=False) for n in (1, 2, 6))
     same(two, one)
@@ -113,7 +113,7 @@ def test_the_batch_does_not_matter_and_neither_does_its_order():
     same(fisher_information(model, batched(rows()[::-1], 4), progress=False), one)
 
 
-def test_nothing_is_left_changed():
+def test_model_state_is_restored():
     model = adapted("bert", ["lora", "bottleneck", "prefix"]).train()
     model.base_model.model.bert.encoder.layer[0].eval()
     model(**rows()[0]).loss.backward()
@@ -158,7 +158,7 @@ def test_positions_without_gradient_are_skipped_and_nothing_else():
 
 @pytest.mark.parametrize("kept", [slice(0, 1), slice(None)])
 def test_large_products_in_single_precision(kept):
-    """Beyond some size they are another library's; gradients that come in another order in memory included."""
+    """Large products use another library; gradients in another memory order are tested too."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(512, 640), nn.Linear(640, 512, bias=False)).requires_grad_(False)
     drawn = torch.randn(64, 4, 512, dtype=torch.double)
@@ -200,7 +200,7 @@ def test_a_weight_that_is_used_without_its_module_being_called():
     same(found, plain_way(model, rows(), names))
 
 
-def test_a_loss_of_ones_own_and_totals():
+def test_user_loss_and_totals():
     model = tiny_model().double()
     names = ["classifier.weight", "bert.encoder.layer.1.output.LayerNorm.weight"]
 
@@ -229,26 +229,26 @@ def test_a_loss_of_ones_own_and_totals():
         ({"dataloader": []}, "the data loader gave no batch"),
         (
             {"dataloader": [{**rows()[0], "input_ids": rows()[0]["input_ids"].float()}]},
-            "input_ids are float32 numbers",
+            "input_ids have dtype float32",
         ),
         (
             {"dataloader": [{**rows()[0], "labels": torch.tensor([1.0])}]},
-            "labels are float32 numbers, and .*2 classes",
+            "labels have dtype float32, but .*2 classes",
         ),
         (
             {"dataloader": [{**rows()[0], "labels": torch.tensor([[0, 1]])}]},
-            r"labels have the shape \(1, 2\), and the",
+            r"labels have shape \(1, 2\), but the",
         ),
         (
             {"model": tiny_model(problem_type="multi_label_classification", num_labels=3)},
-            r"labels have the shape \(1,\), and a multi-label model with 3 labels needs .*\[batch, 3\]",
+            r"labels have shape \(1,\), but a multi-label model with 3 labels needs .*\[batch, 3\]",
         ),
-        ({"model": tiny_model().bert}, "BertModel gives no loss.*pass loss"),
+        ({"model": tiny_model().bert}, "BertModel returns no loss.*pass loss"),
         ({"dataloader": [{k: v for k, v in rows()[0].items() if k != "labels"}]}, "a batch has no labels .*expected"),
-        ({"model": nn.Linear(2, 2)}, "Linear is no sequence classifier.* pass loss"),
+        ({"model": nn.Linear(2, 2)}, "Linear is not a transformers model.* pass loss"),
     ],
 )
-def test_bad_input(settings, message):
+def test_bad_input_is_refused(settings, message):
     settings = {"model": tiny_model(), "dataloader": rows(), "progress": False, **settings}
     with pytest.raises(InputError, match=message):
         fisher_information(**settings)
@@ -267,7 +267,7 @@ def test_gradients_that_are_not_finite_and_quantized_weights():
         fisher_information(model, rows(), ["classifier.weight"], progress=False)
 
 
-def test_half_precision_sums_in_single():
+def test_half_precision_gradients_are_summed_in_float32():
     model = get_peft_model(tiny_model().bfloat16(), BottleneckConfig(bottleneck_size=4))
     found = fisher_information(model, rows(), progress=False)
     assert {v.dtype for v in found.values()} == {torch.float32} and all(v.isfinite().all() for v in found.values())
@@ -309,7 +309,7 @@ def feed_forward_positions(model, layer: int) -> list[int]:
     return seen
 
 
-def test_the_last_feed_forward_part_runs_on_the_position_that_is_read():
+def test_last_feed_forward_part_runs_on_the_first_position_only():
     model = adapted("bert", ["lora", "bottleneck", "prefix"])
     inner = model.get_base_model()
     last, first = feed_forward_positions(inner, 1), feed_forward_positions(inner, 0)
@@ -337,7 +337,7 @@ class MeanForSequenceClassification(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def test_a_head_that_reads_all_positions_gets_them():
+def test_head_that_reads_all_positions_is_exact():
     model = MeanForSequenceClassification(tiny_model().double())
     seen = feed_forward_positions(model, 1)
     names = ["bert.encoder.layer.1.output.dense.weight", "classifier.weight"]
@@ -346,7 +346,7 @@ def test_a_head_that_reads_all_positions_gets_them():
     same(found, plain_way(model, rows(), names))
 
 
-def test_a_head_that_begins_to_read_all_positions_gets_them_from_there():
+def test_head_that_starts_to_read_all_positions_is_exact():
     model = MeanForSequenceClassification(tiny_model().double())
     names = ["bert.encoder.layer.1.output.dense.weight", "classifier.weight"]
 
@@ -363,7 +363,7 @@ def test_a_head_that_begins_to_read_all_positions_gets_them_from_there():
     same(found, {name: expected[name] + rest[name] for name in names})
 
 
-def test_a_norm_behind_the_last_layer_is_not_spoilt():
+def test_norm_after_the_last_layer_is_exact():
     class NormedForSequenceClassification(MeanForSequenceClassification):
         def __init__(self, model):
             super().__init__(model)

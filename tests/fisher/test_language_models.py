@@ -1,4 +1,4 @@
-"""Language models: each example's own loss, adapters chosen by it, and a trainer that trains and saves them."""
+"""Language models: the loss of each example, selection by it, training and saving."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from hf_ft_ext import FisherTrainer, FisherTrainingArguments, fisher_information, select_adapters
-from hf_ft_ext.fisher.losses import WholeLoss, own_loss
+from hf_ft_ext.fisher.losses import ModelLoss, own_loss
 from hf_ft_ext.fisher.prepass import prepass_batches
 
 SIZES = {"vocab_size": 60, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -39,7 +39,7 @@ def causal(kind: str):
 
 
 def texts(n: int = 6) -> list[dict]:
-    """Texts of different lengths, one in a batch; the first tokens of some are a question that counts for nothing."""
+    """Texts of different lengths, one in a batch; in some, labels of the first tokens are ignored."""
     generator = torch.Generator().manual_seed(0)
     examples = []
     for i in range(n):
@@ -84,14 +84,14 @@ def assert_same(found: dict, expected: dict) -> None:
 
 
 @pytest.mark.parametrize("kind", CAUSAL)
-def test_a_causal_model_is_judged_by_its_own_loss_of_each_text(kind):
+def test_causal_model_uses_its_own_loss_per_text(kind):
     model = causal(kind).double()
     expected = one_by_one(model, texts())
-    assert not isinstance(own_loss(model, padded(texts(), 3)[0]), WholeLoss)  # examples run together
+    assert not isinstance(own_loss(model, padded(texts(), 3)[0]), ModelLoss)  # examples run together
     assert_same(fisher_information(model, padded(texts(), 3), progress=False), expected)
 
 
-def test_models_with_other_losses_for_tokens():
+def test_translation_and_token_classification_use_their_own_loss():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         translator = AutoModelForSeq2SeqLM.from_config(
@@ -109,7 +109,7 @@ def test_models_with_other_losses_for_tokens():
     assert_same(fisher_information(tagger.double(), padded(examples, 3), progress=False), one_by_one(tagger, examples))
 
 
-def test_a_loss_of_another_form_takes_one_example_at_a_time():
+def test_unusual_loss_runs_one_example_at_a_time():
     class Smoothed(type(causal("gpt2"))):
         def forward(self, *args, labels=None, **kwargs):
             output = super().forward(*args, labels=labels, **kwargs)
@@ -117,7 +117,7 @@ def test_a_loss_of_another_form_takes_one_example_at_a_time():
             return output
 
     model = Smoothed(CAUSAL["gpt2"]()).double()
-    assert isinstance(own_loss(model, padded(texts(), 3)[0]), WholeLoss)
+    assert isinstance(own_loss(model, padded(texts(), 3)[0]), ModelLoss)
     examples = padded(texts(), 1)
     assert_same(fisher_information(model, padded(texts(), 3), progress=False), one_by_one(model, examples))
 

@@ -1,4 +1,4 @@
-"""Choosing adapters: criteria as formulas, budgets, plans as files, pictures, bad input."""
+"""Selection of adapters: formulas of the criteria, budgets, plan files, plots, bad input."""
 
 import functools
 import itertools
@@ -16,8 +16,8 @@ from hf_ft_ext import AdapterPlan, BottleneckConfig, LayerPrefixConfig, select_a
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.candidates import default_candidates, make_candidates, modules_of, probing
 from hf_ft_ext.fisher.pictures import draw_plan
-from hf_ft_ext.fisher.selection import choose, random_choice, sizes
-from hf_ft_ext.peft_models import task_type_of
+from hf_ft_ext.fisher.selection import added_parameters, choose, random_choice
+from hf_ft_ext.models.peft import task_type_of
 
 SMALL = {
     "prefix": LayerPrefixConfig(prefix_length=3, projection_size=6),
@@ -31,7 +31,7 @@ def plan_of(model=None, data=None, candidates=SMALL, **settings) -> AdapterPlan:
     return select_adapters(model, batched(rows(), 4) if data is None else data, candidates, progress=False, **settings)
 
 
-def test_scores_written_out():
+def test_scores_equal_the_written_out_formulas():
     model = tiny_model().double()
     plans = {
         criterion: plan_of(model, criterion=criterion) for criterion in ("thesis", "mean", "decrease", "agreement")
@@ -66,7 +66,7 @@ def test_scores_written_out():
             assert plan.choice[layer] == max(own, key=own.get)
 
 
-def test_the_model_is_as_before_and_the_choice_repeats():
+def test_model_is_restored_and_the_choice_is_reproducible():
     model = tiny_model()
     before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
     random = torch.get_rng_state()
@@ -91,7 +91,7 @@ _STARTS = [
 
 
 @pytest.mark.parametrize("settings", _STARTS, ids=str)
-def test_no_start_of_a_candidate_stays_in_the_base_weights(settings):
+def test_initialization_of_candidates_does_not_change_base_weights(settings):
     model = tiny_model()
     before = {n: p.clone() for n, p in model.named_parameters()}
     candidates = make_candidates(["own"], {"own": {"peft_type": "lora", "target_modules": ["query"], **settings}})
@@ -100,7 +100,7 @@ def test_no_start_of_a_candidate_stays_in_the_base_weights(settings):
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_a_plan_knows_the_task_of_its_model(tmp_path):
+def test_plan_stores_the_task_type_of_its_model(tmp_path):
     plan = plan_of(tiny_model())
     assert plan.config().task_type == "SEQ_CLS" and plan.config(task_type="CAUSAL_LM").task_type == "CAUSAL_LM"
     plan.save(tmp_path)
@@ -110,7 +110,7 @@ def test_a_plan_knows_the_task_of_its_model(tmp_path):
     assert task_type_of(tiny_model().bert) is None
 
 
-def test_candidates_of_one_kind_and_of_others_of_peft():
+def test_candidates_of_the_same_type_and_of_other_peft_methods():
     targets = ["query", "value"]
     candidates = [LoraConfig(r=2), LoraConfig(r=8), *(
         make_candidates([name], {name: {"target_modules": targets}})[name] for name in ("loha", "lokr")
@@ -125,7 +125,7 @@ def test_candidates_of_one_kind_and_of_others_of_peft():
     assert set(plan_of(candidates=ia3).scores[1]) == {"ia3", "dora"}
 
 
-def test_a_budget_is_kept_and_used_best():
+def test_budget_is_kept_and_used_optimally():
     scores = {0: {"a": 5.0, "b": 3.0}, 1: {"a": 4.0, "b": 3.5}, 2: {"a": 1.0, "b": 0.9}}
     size = {layer: {"a": 10, "b": 6} for layer in scores}
     for budget in range(6, 31):
@@ -141,21 +141,21 @@ def test_a_budget_is_kept_and_used_best():
     assert choose(scores, size, None) == {0: "a", 1: "a", 2: "a"}
     plan = plan_of(budget=500, criterion="mean")
     assert plan.added is not None and plan.added <= 500 and None in plan.choice.values()
-    with pytest.raises(InputError, match="budget=5 parameters, and the smallest module of any layer has 192"):
+    with pytest.raises(InputError, match="budget=5 parameters, but the smallest module of any layer has 192"):
         plan_of(budget=5)
 
 
-def test_a_budget_that_nothing_is_worth():
+def test_budget_without_positive_scores_is_refused():
     data = [{**batch, "labels": torch.arange(len(batch["labels"])) % 2} for batch in batched(rows(4), 4)]
     plan = plan_of(data=data, criterion="agreement")
     assert max(score for own in plan.scores.values() for score in own.values()) < 0  # opposite labels, equal texts
-    with pytest.raises(InputError, match=r"no module within the budget is worth having .* take more examples"):
+    with pytest.raises(InputError, match=r"no module within the budget has a score above 0 .* pass more examples"):
         plan_of(data=data, criterion="agreement", budget=5000)
 
 
 def test_random_choices_keep_the_budget_and_depend_on_the_seed():
     model = tiny_model(num_hidden_layers=6)
-    size = sizes(model, SMALL, list(range(6)), 42)
+    size = added_parameters(model, SMALL, list(range(6)), 42)
     choices = [random_choice(list(range(6)), list(SMALL), size, 1000, seed) for seed in range(20)]
     spent = [sum(size[layer][name] for layer, name in choice.items() if name) for choice in choices]
     assert max(spent) <= 1000 and min(spent) > 1000 - 192 and len({str(choice) for choice in choices}) > 10
@@ -207,19 +207,20 @@ def edit(values, **changes):
     ("change", "message"),
     [
         (lambda v: "no json", "is not valid JSON"),
-        (lambda v: [], "is no adapter plan of this version"),
-        (lambda v: edit(v, format="other"), "is no adapter plan of this version"),
+        (lambda v: [], "is not an adapter plan of this version"),
+        (lambda v: edit(v, format="other"), "is not an adapter plan of this version"),
         (lambda v: edit(v, choise={}), "has an unknown entry 'choise'; did you mean 'choice'"),
-        (lambda v: edit(v, choice=None), "has no choice: a mapping is needed"),
-        (lambda v: edit(v, choice={"0": "lore"}), "layer 0 is to get 'lore'; did you mean 'lora'"),
-        (lambda v: edit(v, choice={"first": "lora"}), "'first' is no number of a layer"),
-        (lambda v: edit(v, model={"model_type": "roberta"}), "is for a model with model_type='roberta', and this one"),
-        (lambda v: edit(v, model={"layers": 12}), "is for a model with layers=12, and this one has 2"),
-        (lambda v: edit(v, choice={"5": "lora"}), "names layer 5, and the model has layers 0 to 1"),
-        (lambda v: edit(v, choice={"0": None}), "chooses nothing for any layer"),
+        (lambda v: edit(v, choice=None), "has no mapping 'choice'"),
+        (lambda v: edit(v, choice={"0": "lore"}), "the choice for layer 0 is 'lore'; did you mean 'lora'"),
+        (lambda v: edit(v, choice={"0": ["lora"]}), r"the choice for layer 0 is \['lora'\]"),
+        (lambda v: edit(v, choice={"first": "lora"}), "'first' is not a layer index"),
+        (lambda v: edit(v, model={"model_type": "roberta"}), "is for a model with model_type='roberta', but this one"),
+        (lambda v: edit(v, model={"layers": 12}), "is for a model with layers=12, but this one has 2"),
+        (lambda v: edit(v, choice={"5": "lora"}), "names layer 5, but the model has layers 0 to 1"),
+        (lambda v: edit(v, choice={"0": None}), "chooses no adapter for any layer"),
     ],
 )
-def test_plans_that_cannot_work(tmp_path, change, message):
+def test_invalid_plans_are_refused(tmp_path, change, message):
     path = tmp_path / "adapter_plan.json"
     some_plan().save(path)
     changed = change(json.loads(path.read_text()))
@@ -235,11 +236,11 @@ def test_plans_that_cannot_work(tmp_path, change, message):
         (["lora", "lora"], None, "candidate 'lora' is named twice"),
         (["prompt_tuning"], None, "prompt_tuning puts its parameters before the model .*cannot be limited to layers"),
         (["vera"], None, "vera shares parameters between layers"),
-        (None, {"lora": 8}, "candidate 'lora' has the settings 8; pass a mapping"),
+        (None, {"lora": 8}, "settings of candidate 'lora' must be a mapping, .* got 8"),
         (None, {"lora": {"rank": 8}}, "kind 'lora': .*rank"),
     ],
 )
-def test_candidates_that_cannot_work(names, settings, message):
+def test_invalid_candidates_are_refused(names, settings, message):
     with pytest.raises(InputError, match=message):
         make_candidates(names, settings)
 
@@ -251,19 +252,19 @@ def test_the_default_candidates_and_their_settings():
     assert changed["prefix"].projection_size == 512 and changed["bottleneck"].bottleneck_size == 48
 
 
-def test_models_and_gradients_that_cannot_be_chosen_by():
+def test_unsupported_models_and_options_are_refused():
     with pytest.raises(InputError, match="criterion 'thesys' is unknown; did you mean 'thesis'"):
         plan_of(criterion="thesys")
-    with pytest.raises(InputError, match="criterion 'decrease' needs squared gradients, and power=1"):
+    with pytest.raises(InputError, match="criterion 'decrease' needs squared gradients, but power=1"):
         plan_of(criterion="decrease", power=1)
     for criterion in ("agreement", "decrease"):
         with pytest.raises(
-            InputError, match=f"criterion '{criterion}' compares .* labels='expected' makes their mean zero"
+            InputError, match=f"criterion '{criterion}' uses the mean gradient, but labels='expected' makes it zero"
         ):
             plan_of(criterion=criterion, labels="expected")
     with pytest.raises(InputError, match="no candidates to choose from"):
         plan_of(candidates=[])
-    with pytest.raises(InputError, match="1 example has no scatter; take 2 or more"):
+    with pytest.raises(InputError, match="compares gradients of different examples, but there is 1; use 2 or more"):
         plan_of(data=rows(1), criterion="agreement")
     message = (
         r"too few of the candidates fit DebertaV2\w+ \(prefix: .*\).*--fisher_candidates, or .*--fisher_candidate_s"
@@ -299,7 +300,7 @@ def test_a_candidate_that_does_not_fit_is_left_out_with_one_line(caplog):
 
 
 @pytest.mark.parametrize("kind", ["mpnet", "t5", "funnel", "xlm", "albert", "mixtral"])
-def test_families_outside_of_any_table(kind):
+def test_selection_on_other_families(kind):
     model = tiny_classifier(kind)
     before = model(**classifier_rows()).logits
     plan = plan_of(model, [classifier_rows()])
@@ -307,7 +308,15 @@ def test_families_outside_of_any_table(kind):
     torch.testing.assert_close(model(**classifier_rows()).logits, before)
 
 
-def test_a_model_without_layers():
+def test_plan_of_an_encoder_decoder_with_a_longer_decoder_fits_its_model():
+    """`num_hidden_layers` of BART's configuration counts the encoder's layers only."""
+    model = tiny_classifier("bart", encoder_layers=1, decoder_layers=3)
+    plan = plan_of(model, [classifier_rows()])
+    assert sorted(plan.choice) == [0, 1, 2]
+    plan.check_model(model)
+
+
+def test_model_without_layers_is_refused():
     with pytest.raises(InputError, match="Bag has no repeated layers, so there is nothing to choose adapters for"):
         plan_of(Bag())
 

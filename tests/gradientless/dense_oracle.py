@@ -26,7 +26,7 @@ class DenseSearch:
         return int(torch.randint(2**62, (), generator=self.generator))
 
     def directions_of_the_step(self):
-        from hf_ft_ext.gradientless.optimizers.directions import Draw
+        from hf_ft_ext.gradientless.optimizers.perturbation.directions import Draw
 
         if self.directions.renew and (self.t - 1) % self.directions.renew == 0:
             self.basis = self._seed()

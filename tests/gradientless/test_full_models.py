@@ -25,7 +25,7 @@ from hf_ft_ext import (
     apply_trajectory,
 )
 from hf_ft_ext.entries.delta import read_choice
-from hf_ft_ext.gradientless.optimizers.directions import CHUNK
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import CHUNK
 from hf_ft_ext.gradientless.scoring.full_models import weight_of
 from hf_ft_ext.training.sharing import FinishedRun
 
@@ -283,7 +283,7 @@ def test_at_a_small_rate_16_bit_weights_move_as_float32_does(carry):
 
 
 def test_the_update_of_a_large_16_bit_tensor_needs_one_chunk(monkeypatch):
-    from hf_ft_ext.gradientless.optimizers import updates
+    from hf_ft_ext.gradientless.optimizers.perturbation import updates
 
     model = nn.Embedding(3000, 1024).to(torch.bfloat16)
     largest = []

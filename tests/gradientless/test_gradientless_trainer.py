@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from hf_ft_ext import GradientlessTrainer, GradientlessTrainingArguments
 from hf_ft_ext.features import head_parameters
-from hf_ft_ext.training.plan import trained_weights, training_plan
+from hf_ft_ext.training.runs.plan import trained_weights, training_plan
 
 INPUTS = {"input_ids": torch.arange(5, 25).view(2, 10)}
 METHODS = {

@@ -9,9 +9,9 @@ from tiny import CONFIGS
 from torch import nn
 
 from hf_ft_ext import SPSA, InputError, apply_trajectory, save_trajectory
-from hf_ft_ext.gradientless.optimizers import directions as directions_module
-from hf_ft_ext.gradientless.optimizers.directions import Draw
-from hf_ft_ext.gradientless.optimizers.perturb import CannotBatch, PerturbedForward
+from hf_ft_ext.gradientless.optimizers.perturbation import directions as directions_module
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import Draw
+from hf_ft_ext.gradientless.optimizers.perturbation.perturb import CannotBatch, PerturbedForward
 from hf_ft_ext.gradientless.scoring.full_models import objective_of_logits, repeat
 from hf_ft_ext.gradientless.scoring.objectives import make_objective
 

@@ -8,11 +8,11 @@ from dense_oracle import DenseSearch
 from tiny import tiny_model
 from torch import nn
 
-from hf_ft_ext.gradientless.optimizers import directions as directions_module
-from hf_ft_ext.gradientless.optimizers.directions import Directions, Draw
-from hf_ft_ext.gradientless.optimizers.perturb import PerturbedForward
+from hf_ft_ext.gradientless.optimizers.perturbation import directions as directions_module
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw
+from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
+from hf_ft_ext.gradientless.optimizers.perturbation.updates import rounded_at_random
 from hf_ft_ext.gradientless.optimizers.spsa import SPSA
-from hf_ft_ext.gradientless.optimizers.updates import rounded_at_random
 
 IDS = torch.arange(5, 25).view(2, 10)
 LABELS = torch.tensor([0, 1])

@@ -9,7 +9,7 @@ from run_records import run_record
 
 from hf_ft_ext.hub.card import model_card
 from hf_ft_ext.methods import METHODS, Method
-from hf_ft_ext.training.text import code_span, share_text
+from hf_ft_ext.training.sharing.text import code_span, share_text
 
 
 def metadata_of(text: str) -> dict:

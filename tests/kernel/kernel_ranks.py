@@ -1,4 +1,4 @@
-"""Run by `test_kernel_trainer.py` on two processes, which have to end where one did."""
+"""Run by `test_kernel_trainer.py` on two processes; the result must equal that of one process."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What the analysis commands compute, and that they draw."""
+"""The analysis commands: results and plots."""
 
 import importlib
 import json
@@ -40,7 +40,7 @@ def main(words):
     return script("kernel_analysis").main(words)
 
 
-def test_kernels_by_class():
+def test_by_class_sorts_and_normalizes_a_kernel():
     kernel = np.zeros((3, 1, 3, 1))
     kernel[:, 0, :, 0] = [[4, 1, 2], [1, 1, 0.5], [2, 0.5, 4]]
     matrix, labels = by_class(kernel, np.array([1, 0, 1]))
@@ -49,7 +49,7 @@ def test_kernels_by_class():
     assert class_contrast(matrix, labels) == (0.5, 0.375)
 
 
-def test_the_expansion_is_the_gradient_times_the_change():
+def test_linearization_equals_the_gradient_times_the_change():
     start, trained = family("bert"), family("bert")
     with torch.no_grad():
         for p in trained.parameters():
@@ -69,7 +69,7 @@ def test_the_expansion_is_the_gradient_times_the_change():
     expected = linearization_error(change - change.mean(1)[:, None], slope - slope.mean(1)[:, None])
     assert linearization_error(between_classes(change), between_classes(shifted)) == pytest.approx(expected)
     assert np.array_equal(between_classes(change[:, :1]), change[:, :1])
-    with pytest.raises(InputError, match="the two models have other parameters"):
+    with pytest.raises(InputError, match="the two models have different parameters"):
         linearization(start, family("roberta"), inputs)
 
 
@@ -88,7 +88,7 @@ def study(tmp_path):
     return tmp_path
 
 
-def test_studies_are_compared(study, capsys):
+def test_scores_and_agreements_of_studies_are_printed(study, capsys):
     assert scores_by_seed(study, ["a", "b"]) == {"a": [0.6, 0.8], "b": [0.5, 0.6]}  # the best on the dev split
     assert main(["compare", str(study), "--names", "a", "b"]) == 0
     assert "a: 0.7000 ± 0.1414 (2 seeds)" in capsys.readouterr().out
@@ -100,7 +100,7 @@ def test_studies_are_compared(study, capsys):
     assert "holds no finished run of c" in capsys.readouterr().err
 
 
-def test_a_kernel_is_drawn(tmp_path, capsys):
+def test_heat_map_of_a_kernel_is_written(tmp_path, capsys):
     features = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     kernel, labels = (features @ features.T)[None, :, None, :, None], torch.arange(6) % 2
     path = write_kernel(tmp_path, "train", "sst-2", kernel, labels)

@@ -1,4 +1,4 @@
-"""Kernels of each scalar with itself alone, and the two solvers that need no more."""
+"""Kernels of each scalar with itself, and the two solvers that need only these."""
 
 import numpy as np
 import pytest
@@ -47,19 +47,19 @@ def assert_diagonal(model, right, formula, **options):
         ("roberta", "sgd", False, {"binary_classification": True}),
     ],
 )
-def test_it_is_the_diagonal_of_the_whole_kernel(model_type, formula, symmetric, options, engine):
+def test_class_diagonal_equals_the_diagonal_of_the_full_kernel(model_type, formula, symmetric, options, engine):
     assert_diagonal(family(model_type).double(), None if symmetric else RIGHT, formula, engine=engine, **options)
 
 
 @pytest.mark.parametrize("by_tokens", [True, False])
-def test_either_way_through_a_weight(by_tokens, monkeypatch):
+def test_class_diagonal_by_tokens_and_by_entries(by_tokens, monkeypatch):
     monkeypatch.setattr(contraction, "_tokens_are_cheaper", lambda left, right: by_tokens)
     assert_diagonal(family("bert").double(), RIGHT, "sgd")
 
 
 @pytest.mark.parametrize("formula", ["sgd", "asymmetric_signgd"])
 def test_scalars_that_share_no_parameters(formula):
-    """Of a tied decoder each scalar reads its own word's row, and an unused token's row is read by none."""
+    """In a tied decoder each scalar reads its own word's row; no scalar reads the row of an unused token."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
@@ -75,7 +75,7 @@ def test_scalars_that_share_no_parameters(formula):
     assert_diagonal(BertForMaskedLM(config).double(), RIGHT, formula, function=words)
 
 
-def test_rows_are_multiplied_out_one_scalar_at_a_time():
+def test_memory_estimate_counts_one_scalar_at_a_time():
     computation = KernelComputation(family("bert"), KernelOptions("signgd"))
     rows = ExampleRows(LEFT)
     computation.engine.prepare(rows)
@@ -86,7 +86,7 @@ def test_rows_are_multiplied_out_one_scalar_at_a_time():
 
 
 @pytest.mark.parametrize("solver", [Solver.SVC, Solver.ASYM])
-def test_solvers_by_class_say_the_same(solver):
+def test_solvers_by_class_predict_the_same_from_the_diagonal(solver):
     rng = np.random.default_rng(0)
     labels = np.arange(15) % 3
     train, other = (rng.normal(size=(n, 3, 40)) for n in (15, 6))
@@ -125,7 +125,7 @@ def shapes(folder) -> set[tuple[int, ...]]:
     return {tuple(load_file(path)["kernel"].shape) for path in folder.glob("kernels/*/block-*.safetensors")}
 
 
-def test_a_run_computes_what_its_solver_needs(tmp_path, monkeypatch):
+def test_trainer_computes_only_the_products_that_its_solver_needs(tmp_path, monkeypatch):
     alone = three(tmp_path / "alone")
     alone.train()
     metrics = alone.evaluate()
@@ -136,7 +136,9 @@ def test_a_run_computes_what_its_solver_needs(tmp_path, monkeypatch):
     whole.evaluate()
     assert shapes(tmp_path / "whole") == {(1, 12, 3, 12, 3), (1, 12, 3, 6, 3)}
     with monkeypatch.context() as patch:
-        patch.setattr("hf_ft_ext.kernel.engines.structured.StructuredEngine.side", None)  # nothing may be computed
+        patch.setattr(
+            "hf_ft_ext.kernel.engines.structured.StructuredEngine.gradient_rows", None
+        )  # nothing may be computed
         after = three(tmp_path / "whole")
         after.train()
         assert after.evaluate()["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-5)
@@ -148,7 +150,7 @@ def test_a_run_computes_what_its_solver_needs(tmp_path, monkeypatch):
     assert loaded.solved.predict(loaded.source.kernel(loaded.train_dataset, "train")).shape == (12, 3)
 
 
-def test_an_unfinished_whole_kernel_is_left_alone(tmp_path):
+def test_unfinished_full_kernel_is_not_used(tmp_path):
     whole = three(tmp_path, "lstsq", kernel_regularization="1e-3")
     whole.train()
     (block,) = tmp_path.glob("kernels/*/block-00000-00000.safetensors")
@@ -157,7 +159,7 @@ def test_an_unfinished_whole_kernel_is_left_alone(tmp_path):
     assert shapes(tmp_path) == {(1, 12, 3, 12)} and not block.exists()
 
 
-def test_a_finished_kernel_knows_its_blocks(tmp_path):
+def test_finished_is_true_once_every_block_exists(tmp_path):
     about = {"model": "a", "second": None}
     computation = KernelComputation(family("bert"), KernelOptions(block_rows=2))
     assert not KernelStore(tmp_path, about).finished()

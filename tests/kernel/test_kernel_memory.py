@@ -1,22 +1,21 @@
-"""Rows, batches and blocks of a kernel: what is held at a time, and what cannot be computed."""
+"""Rows, batches and blocks of a kernel: what is held at a time, and what is refused."""
 
 import weakref
 
 import pytest
 import torch
 from families import batch, family
+from test_ntk import LEFT, RIGHT
 from torch import nn
 
 from hf_ft_ext import empirical_ntk
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
-from hf_ft_ext.kernel.schedule import make_plan, measure
-
-LEFT, RIGHT = batch(5), batch(7, 11, seed=1)
+from hf_ft_ext.kernel.schedule import make_schedule, measure
 
 
-def test_batches_and_padding_do_not_matter():
+def test_kernel_does_not_depend_on_batches_and_padding():
     model = family("roberta").double()
     whole = empirical_ntk(model, RIGHT, LEFT)
     parts = [{key: value[i : i + 1] for key, value in RIGHT.items()} for i in range(7)]
@@ -30,7 +29,7 @@ def test_batches_and_padding_do_not_matter():
 
 
 @pytest.mark.parametrize("size, overhead, cost", [(2, 0, 28), (3, 5, 47), (7, 5, 45), (7, 100, 170)])
-def test_batches_are_those_of_least_padding(size, overhead, cost):
+def test_batches_have_the_least_padding(size, overhead, cost):
     """`cost`: the least over all ways to cut the lengths in order (each was tried)."""
     lengths = [3, 10, 2, 1, 7, 2, 3]
     rows = ExampleRows([{"input_ids": torch.ones(1, n, dtype=torch.long)} for n in lengths])
@@ -42,7 +41,7 @@ def test_batches_are_those_of_least_padding(size, overhead, cost):
     assert [i for group in reversed(rows.by_length(2, 5, size, overhead)) for i in group] == [3, 2, 4]
 
 
-def test_memory_is_bounded_and_too_little_is_refused():
+def test_memory_limit_is_kept_and_too_little_is_refused():
     model = family("bert").double()
     whole = empirical_ntk(model, LEFT, RIGHT)
     with pytest.raises(InputError, match=r"one pair of examples takes .* pass at least (.*), or shorten") as error:
@@ -50,24 +49,24 @@ def test_memory_is_bounded_and_too_little_is_refused():
     least = float(str(error.value).split("at least ")[1].split(",")[0])
     computation = KernelComputation(model, KernelOptions(memory_gb=least))
     tokens = []
-    side = computation.engine.side
+    side = computation.engine.gradient_rows
 
     def watched(rows, batches):
         tokens.append(sum(rows.lengths[i] for indices in batches for i in indices))
         assert all(len(indices) == 1 for indices in batches)
         return side(rows, batches)
 
-    computation.engine.side = watched
+    computation.engine.gradient_rows = watched
     torch.testing.assert_close(computation.run(ExampleRows(LEFT), ExampleRows(RIGHT))[0], whole)
     assert len(tokens) > 5 and max(tokens) <= max(*ExampleRows(LEFT).lengths, *ExampleRows(RIGHT).lengths)
 
 
 @pytest.mark.parametrize("right", [None, RIGHT])
-def test_no_more_is_held_than_was_planned(right):
-    """One block of either side, and of a batch nothing but its records once the next one runs."""
+def test_one_set_of_gradient_rows_per_side_is_in_memory(right):
+    """One block of each side is in memory, and only the packed gradients of earlier batches."""
     computation = KernelComputation(family("bert"), KernelOptions(block_rows=2, batch_size=1))
     engine, sides, parts = computation.engine, [], []
-    side = engine.side
+    side = engine.gradient_rows
 
     def alive(references):
         return sum(reference() is not None for reference in references)
@@ -85,25 +84,25 @@ def test_no_more_is_held_than_was_planned(right):
                 parts.append(weakref.ref(part))
                 yield part
 
-    engine.side, engine.examples.__class__ = watched, Watched
+    engine.gradient_rows, engine.examples.__class__ = watched, Watched
     computation.run(ExampleRows(LEFT), None if right is None else ExampleRows(right))
     assert len(sides) >= 4 and len(parts) > len(sides)
 
 
 @pytest.mark.parametrize("engine", ["structured", "jacobian"])
 @pytest.mark.parametrize("model_type, formula", [("bert", "sgd"), ("albert", "signgd"), ("gpt2", "asymmetric_signgd")])
-def test_no_row_keeps_more_than_is_planned_for_it(model_type, formula, engine):
-    """Records grow with a row's tokens, and blocks of many short rows are as large as those of few long ones."""
+def test_memory_estimate_bounds_every_row(model_type, formula, engine):
+    """Stored gradients grow with a row's tokens: blocks of many short rows are as large as those of few long ones."""
     rows = ExampleRows(batch(9, 30, seed=2))
     computation = KernelComputation(family(model_type), KernelOptions(formula, engine))
     computation.engine.prepare(rows)
     needs = measure(computation.engine, rows)
-    planned = needs.records(rows.lengths)
-    kept = [computation.engine.side(rows, [[i]]).bytes() for i in range(len(rows))]
-    assert all(k <= 1.05 * p for k, p in zip(kept, planned, strict=True)) and max(kept) == needs.record
+    planned = needs.examples(rows.lengths)
+    kept = [computation.engine.gradient_rows(rows, [[i]]).bytes() for i in range(len(rows))]
+    assert all(k <= 1.05 * p for k, p in zip(kept, planned, strict=True)) and max(kept) == needs.example
     assert sum(planned) <= 1.1 * sum(kept)
-    room = 2.5 * needs.record
-    plan = make_plan(needs, rows.lengths, rows.lengths[:4], (needs.least + 4 * needs.record) / 1e9, 16, None)
+    room = 2.5 * needs.example
+    plan = make_schedule(needs, rows.lengths, rows.lengths[:4], (needs.least + 4 * needs.example) / 1e9, 16, None)
     assert [a for a, _ in plan.first] + [9] == [0] + [b for _, b in plan.first]
     for blocks in (plan.first, plan.second):
         assert all(sum(planned[a:b]) <= room for a, b in blocks)
@@ -115,18 +114,18 @@ def test_no_row_keeps_more_than_is_planned_for_it(model_type, formula, engine):
         ({"formula": "sng"}, "formula='sng'; choose from: sgd, signgd"),
         ({"engine": "fast"}, "engine='fast'; choose from: auto, structured"),
         ({"memory_gb": 0}, "memory_gb=0 must be above 0"),
-        ({"parameters": "("}, "is no regular expression"),
+        ({"parameters": "("}, "is not a valid regular expression"),
         ({"parameters": "nothing"}, "kernel_parameters='nothing': no trainable parameter is left; some are .*classif"),
         ({"binary_classification": True, "num_labels": 3}, r"difference of two logits, but there are \(3,\)"),
     ],
 )
-def test_options_that_cannot_work(options, message):
+def test_invalid_options_are_refused(options, message):
     model = family("bert", num_labels=options.pop("num_labels", 2))
     with pytest.raises(InputError, match=message):
         empirical_ntk(model, LEFT, RIGHT, **options)
 
 
-def test_models_and_data_that_cannot_work():
+def test_unsupported_models_and_data_are_refused():
     with pytest.raises(InputError, match=r"engine=structured has no rule for \d+ parameters .*engine=auto"):
         empirical_ntk(family("deberta-v2"), LEFT, RIGHT, "sgd", "structured")
     with pytest.raises(InputError, match="no trainable parameter to take a kernel over"):

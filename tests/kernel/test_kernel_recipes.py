@@ -1,4 +1,4 @@
-"""The paper's experiments have recipes. That they are valid: tests/recipes."""
+"""The paper's experiments have recipes. tests/recipes checks that the recipes are valid."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""KernelTrainer: what it predicts, where kernels come from, options, two processes."""
+"""KernelTrainer: predictions, sources of kernels, options, bad input, two processes."""
 
 import gc
 import json
@@ -21,7 +21,7 @@ from hf_ft_ext.kernel import store
 from hf_ft_ext.kernel.arguments import ASYMMETRIC_REGULARIZATION
 from hf_ft_ext.kernel.saved import NOT_TRAINED
 from hf_ft_ext.kernel.solvers import KernelSystem, SolverOptions
-from hf_ft_ext.training.plan import training_plan
+from hf_ft_ext.training.runs.plan import training_plan
 
 
 def collated(dataset):
@@ -47,7 +47,7 @@ def test_predictions_are_those_of_the_kernel_and_the_solver(tmp_path):
     assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
 
 
-def test_what_is_saved_loads_and_says_what_was_solved(tmp_path):
+def test_saved_model_loads_with_a_record_of_the_solution(tmp_path):
     trainer = make(tmp_path)
     trainer.train()
     trainer.save_model()
@@ -60,7 +60,7 @@ def test_what_is_saved_loads_and_says_what_was_solved(tmp_path):
 
 
 @pytest.mark.parametrize("adapter", [None, "lora"])
-def test_a_plain_load_says_that_the_model_is_not_trained(tmp_path, adapter):
+def test_plain_load_reports_that_the_model_is_not_trained(tmp_path, adapter):
     tiny_model().save_pretrained(tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     trainer = make(tmp_path / "out", base, kernel_peft=adapter)
@@ -73,7 +73,7 @@ def test_a_plain_load_says_that_the_model_is_not_trained(tmp_path, adapter):
 
 
 def reported(folder) -> str:
-    """What transformers logs when it loads `folder`."""
+    """The log of transformers while it loads `folder`."""
     records = []
     logger = logging.getLogger("transformers.modeling_utils")
     handler = logging.Handler()
@@ -92,7 +92,7 @@ def test_a_second_run_computes_nothing(tmp_path, monkeypatch):
     first = make(tmp_path)
     first.train()
     metrics = first.evaluate()
-    monkeypatch.setattr("hf_ft_ext.kernel.engines.structured.StructuredEngine.side", None)
+    monkeypatch.setattr("hf_ft_ext.kernel.engines.structured.StructuredEngine.gradient_rows", None)
     again = make(tmp_path)
     again.train()
     assert again.evaluate()["eval_loss"] == metrics["eval_loss"]
@@ -128,7 +128,7 @@ def test_three_classes_and_scores_and_random_weights_and_adapters(tmp_path):
     assert all("lora" in name or "classifier" in name or "pooler" in name for name in names)
 
 
-def test_predictions_relative_to_the_start(tmp_path):
+def test_adjust_for_init_adds_the_initial_outputs(tmp_path):
     settings = {"adjust_for_init": True, "f0_scaling": 2.0, "kernel_regularization": "1e-2"}
     trainer = make(tmp_path, tiny_model().double(), **settings)
     trainer.train()
@@ -174,7 +174,7 @@ def test_the_default_regularization(tmp_path):
 
 
 def test_an_ill_conditioned_kernel_does_not_predict_noise(tmp_path):
-    """Of the classifier's bias and weight alone: rank 33 at most, and less to working precision."""
+    """The kernel over the classifier only: its rank is at most 33, and less to working precision."""
     found = {}
     for value in (None, "0"):
         settings = {} if value is None else {"kernel_regularization": value}
@@ -224,7 +224,7 @@ def test_the_pseudo_kernel_is_the_shared_one_on_average(tmp_path):
     assert len({round(float(kernel[0, 1]), 9) for kernel in kernels}) > 1
 
 
-def test_the_linearized_model_is_that_of_gradient_descent(tmp_path):
+def test_linearized_model_matches_gradient_descent(tmp_path):
     """Full-batch gradient descent on the linearized model itself, its outputs by `torch.func`."""
     model = tiny_model().double()
     trainer = make(tmp_path, model)
@@ -268,7 +268,7 @@ def test_the_linearized_model_is_that_of_gradient_descent(tmp_path):
     with pytest.raises(InputError, match="times must be 0 or more, got -1"):
         trainer.linearize([-1])
     signs = make(tmp_path, kernel_formula="signgd")
-    with pytest.raises(InputError, match="gradient flow is training by sgd, and kernel_formula=signgd"):
+    with pytest.raises(InputError, match="linearize describes training by sgd, but kernel_formula=signgd"):
         signs.linearize([1.0])
 
 
@@ -294,7 +294,7 @@ def test_outputs_at_the_start_are_computed_as_the_kernel_is(tmp_path, formula, d
     assert half.dtype == stored
 
 
-def test_rows_of_evaluation_data_are_not_remembered(tmp_path):
+def test_rows_of_evaluation_data_are_freed(tmp_path):
     settings = {"kernel_regularization": "1e-2", "adjust_for_init": True}
     trainer = make(tmp_path, **settings)
     trainer.train()
@@ -318,7 +318,7 @@ def test_rows_of_evaluation_data_are_not_remembered(tmp_path):
     assert alive == {id(rows_of(trainer.train_dataset))} and len(seen) > 4
 
 
-def test_the_authors_files_are_taken_and_written(tmp_path):
+def test_authors_files_are_loaded_and_exported(tmp_path):
     trainer = make(tmp_path / "a", export_kernels=str(tmp_path / "files"), kernel_task_name="sst-2")
     trainer.train()
     metrics = trainer.evaluate()

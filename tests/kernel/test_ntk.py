@@ -56,7 +56,7 @@ PAIRS = [
 
 
 def assert_near(found, expected, formula, tolerance=1e-10):
-    """Equal to `tolerance` relative to the largest entry; sign kernels, whole numbers, exactly."""
+    """Equal up to `tolerance` relative to the largest entry; sign kernels are integers and must be equal."""
     assert found.shape == expected.shape and found.dtype == torch.float64
     if formula == "signgd":
         assert torch.equal(found, expected) and torch.equal(found, found.round())
@@ -118,7 +118,7 @@ def test_structured_equals_jacobian(model_type, formula, options):
     assert_near(narrow, expected, None, 1e-4 if formula == "sgd" else 1e-6)
 
 
-def test_families_are_all_there():
+def test_pairs_cover_all_families():
     assert {model_type for model_type, _, _ in PAIRS} == set(FAMILIES) and len(FAMILIES) == 9
 
 
@@ -142,7 +142,7 @@ def test_a_kernel_with_itself_is_computed_once_per_pair(formula):
 
 @pytest.mark.parametrize("by_tokens", [True, False])
 @pytest.mark.parametrize("formula", ["sgd", "asymmetric_signgd"])
-def test_weights_by_tokens_and_by_entries(by_tokens, formula, monkeypatch):
+def test_linear_layers_by_tokens_and_by_entries(by_tokens, formula, monkeypatch):
     monkeypatch.setattr(contract, "_tokens_are_cheaper", lambda left, right: by_tokens)
     for model_type in ("albert", "gpt2"):
         model = family(model_type).double()
@@ -158,20 +158,20 @@ def test_products_of_all_examples_at_once_as_on_an_accelerator(model_type, formu
     model, expected = written_out(model_type, formula)
     monkeypatch.setattr(contract, "_tokens_are_cheaper", lambda left, right: False)
     for module in (contract, packed):
-        monkeypatch.setattr(module, "launches_cost", lambda tensor: True)
+        monkeypatch.setattr(module, "batching_pays", lambda tensor: True)
     computation = KernelComputation(model, KernelOptions(formula, batch_size=4))
-    contraction = contract.Contraction.matrices
+    contraction = contract.Contraction.add_linear
 
     def bounded(self, *args):
         self.max_bytes = max_bytes
         contraction(self, *args)
 
-    monkeypatch.setattr(contract.Contraction, "matrices", bounded)
+    monkeypatch.setattr(contract.Contraction, "add_linear", bounded)
     found = computation.run(ExampleRows(FEW_LEFT), ExampleRows(FEW_RIGHT))
     assert_near(found if len(found) == 2 else found[0], expected, formula)
 
 
-def test_the_cheaper_way_is_taken():
+def test_cheaper_contraction_is_chosen():
     def side(n, tokens, width_in, width_out):
         counts = [tokens] * n
         return [
@@ -239,18 +239,18 @@ def test_gradients_that_are_zero_up_to_rounding_have_no_sign(model_type):
     computation = KernelComputation(model, KernelOptions(formula="signgd"))
     rows = ExampleRows(LEFT)
     computation._prepare(rows)
-    side = computation.engine.side(rows, [[0, 1, 2, 3, 4]])
+    side = computation.engine.gradient_rows(rows, [[0, 1, 2, 3, 4]])
     keys = [name for name in computation.parameters if name.endswith(("key.bias", "k_lin.bias"))]
     assert len(keys) == 2
     for name in keys:
-        ((_, record),) = side.records[name]
+        ((_, record),) = side.packed[name]
         assert record.values.any()  # rounding leaves something
         assert not computation.engine.of_parameter(side, side, name).any()
         query = name.replace("key", "query").replace("k_lin", "q_lin")
         assert computation.engine.of_parameter(side, side, query)[0].diagonal().eq(16).all()
 
 
-def test_the_rule_for_zero():
+def test_sign_threshold_for_zero():
     rows = torch.tensor([[1.0, -2.0, 0.9e-14, 1.1e-13], [0, 0, 0, 0]], dtype=torch.float64)
     scale = sign_scale(rows.square().sum(1))
     assert signs(rows, scale).tolist() == [[1, -1, 0, 1], [0, 0, 0, 0]]
@@ -263,7 +263,7 @@ def test_products_of_signs_are_exact_beyond_float32(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float32])
-def test_both_types_of_signs_give_the_same(kind, monkeypatch):
+def test_int8_and_float32_signs_give_the_same(kind, monkeypatch):
     model = family("roberta")
     expected = empirical_ntk(model, LEFT, RIGHT, "signgd", "jacobian")
     monkeypatch.setattr(contract, "sign_type", lambda device: kind)

@@ -1,4 +1,4 @@
-"""Engine `projected`: against exact kernels and a dense matrix; determinism; memory; options."""
+"""Engine `projected`: against exact kernels and a dense matrix; determinism; the store; the trainer."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from hf_ft_ext import InputError, empirical_ntk, projected_gradients
 from hf_ft_ext.kernel.engines import projected
 from hf_ft_ext.kernel.engines import projection as projection_module
 from hf_ft_ext.kernel.engines.projected import ProjectedEngine
-from hf_ft_ext.kernel.engines.projection import Projection, matrix_shape, read_in_common
+from hf_ft_ext.kernel.engines.projection import Projection, matrix_shape, shared_activations
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.store import FeatureStore
@@ -47,7 +47,7 @@ def matrix(projection, parameters):
     k, rows = projection.dimension, []
     for name, parameter in parameters.items():
         height, width = matrix_shape(parameter.shape)
-        places = projection.places(name)
+        places = projection.buckets(name)
         columns = range(width) if places.columns is None else places.columns.tolist()
         for r in range(height):
             for c, column in enumerate(columns):
@@ -60,14 +60,14 @@ def matrix(projection, parameters):
 @pytest.mark.parametrize("written_out", [0, 2, 1000])
 @pytest.mark.parametrize("model_type, dimension", [("bert", 64), ("gpt2", 11), ("deberta-v2", 30)])
 def test_features_are_the_gradients_times_one_matrix(model_type, dimension, written_out, monkeypatch):
-    """Whatever the form of a gradient, transformed or written out, and for fewer places than rows or columns."""
-    monkeypatch.setattr(projection_module, "_WRITTEN_OUT", written_out)
+    """For transformed and full gradients, and for fewer buckets than rows or columns."""
+    monkeypatch.setattr(projection_module, "_DENSE_LIMIT", written_out)
     model = family(model_type).double()
     gradients, parameters = whole_gradients(model, LEFT)
     found = projected_gradients(model, LEFT, dimension)
     assert found.shape == (5, 2, dimension) and found.dtype == torch.float64
     shapes = {name: p.shape for name, p in parameters.items()}
-    common = read_in_common(model, parameters)
+    common = shared_activations(model, parameters)
     own = Projection(shapes, dimension, 0, torch.device("cpu"), torch.float64, common)
     expected = gradients @ matrix(own, parameters)
     torch.testing.assert_close(found.flatten(0, 1), expected, rtol=0, atol=1e-10 * expected.abs().max().item())
@@ -76,9 +76,9 @@ def test_features_are_the_gradients_times_one_matrix(model_type, dimension, writ
 @pytest.mark.parametrize("written_out", [0, 1000])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("counts", [(2, 1), (3, 1), (1, 0)])
-def test_what_tokens_without_gradient_read_does_not_matter(counts, transposed, written_out, monkeypatch):
-    """Of padding, or where only the first position is read, activations may be NaN."""
-    monkeypatch.setattr(projection_module, "_WRITTEN_OUT", written_out)
+def test_activations_of_tokens_without_gradient_are_ignored(counts, transposed, written_out, monkeypatch):
+    """Activations may be NaN for padding, or where only the first position is read."""
+    monkeypatch.setattr(projection_module, "_DENSE_LIMIT", written_out)
     monkeypatch.setattr(projection_module, "_TOKENS", 2)
     generator = torch.Generator().manual_seed(0)
     inputs, grads = (torch.randn(2, 3, width, dtype=torch.float64, generator=generator) for width in (5, 4))
@@ -99,7 +99,7 @@ def parts_of(model, inputs):
 
 
 def features_of(engine, parts, dimension, seed):
-    common = read_in_common(engine.model, engine.parameters)
+    common = shared_activations(engine.model, engine.parameters)
     own = Projection(engine_shapes(engine), dimension, seed, engine.device, torch.float64, common)
     return torch.cat([own(len(part.scalars), part.gradients) for part in parts]).flatten(0, 1)
 
@@ -154,7 +154,7 @@ def test_a_layer_that_dominates_has_no_larger_error():
 
 
 @pytest.mark.parametrize("model_type", sorted(FAMILIES))
-def test_batches_order_padding_and_dtype_do_not_matter(model_type):
+def test_projection_does_not_depend_on_batches_order_padding_or_dtype(model_type):
     model = family(model_type).double()
     whole = projected_gradients(model, RIGHT, 96, seed=3)
     size = whole.abs().max().item()
@@ -171,15 +171,15 @@ def test_batches_order_padding_and_dtype_do_not_matter(model_type):
     torch.testing.assert_close(narrow.double(), whole, rtol=0, atol=1e-4 * size)
 
 
-def test_another_process_projects_alike():
-    """Places and signs of this seed, as every process, machine and version of torch has them."""
+def test_projection_is_the_same_in_another_process():
+    """Buckets and signs of this seed are the same in every process, on every machine, in every version of torch."""
     own = Projection({"a.weight": (3, 2), "b": (4,)}, 5, 7, torch.device("cpu"), torch.float64)
-    weight, bias = own.places("a.weight"), own.places("b")
+    weight, bias = own.buckets("a.weight"), own.buckets("b")
     found = [weight.rows.tolist(), weight.row_signs.tolist(), weight.column_signs.tolist(), bias.column_signs.tolist()]
     code = (
         "import json, torch; from hf_ft_ext.kernel.engines.projection import Projection\n"
         "p = Projection({'b': (4,), 'a.weight': (3, 2)}, 5, 7, torch.device('cpu'), torch.float32)\n"
-        "w, b = p.places('a.weight'), p.places('b')\n"
+        "w, b = p.buckets('a.weight'), p.buckets('b')\n"
         "print(json.dumps([x.tolist() for x in (w.rows, w.row_signs, w.column_signs, b.column_signs)]))"
     )
     root = Path(__file__).resolve().parents[2]
@@ -211,7 +211,7 @@ def test_kernels_of_many_dimensions_are_near_the_exact_ones(options):
         assert (found - exact).norm() < 0.02 * exact.norm()
 
 
-def test_an_adapter_and_a_function_of_ones_own():
+def test_projection_of_an_adapter_and_of_a_user_function():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = LoraConfig(
@@ -227,7 +227,7 @@ def test_an_adapter_and_a_function_of_ones_own():
     assert found.shape == (5, 1, 5, 1) and (found - exact).norm() < 0.02 * exact.norm()
 
 
-def test_features_beyond_the_bound_of_memory_are_kept_on_disk(monkeypatch):
+def test_features_beyond_the_memory_limit_are_stored_on_disk(monkeypatch):
     model = family("bert")
     expected = empirical_ntk(model, LEFT, RIGHT, engine="projected", dimension=64)
     folders = []
@@ -240,7 +240,7 @@ def test_features_beyond_the_bound_of_memory_are_kept_on_disk(monkeypatch):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-def test_memory_is_bounded_and_said(caplog, monkeypatch):
+def test_memory_limit_is_kept_and_logged(caplog, monkeypatch):
     model = family("bert")
     monkeypatch.setattr(Projection, "scratch_bytes", lambda *_: 0)  # more than a tiny model's rows
     with pytest.raises(InputError, match=r"one example takes .* pass at least (.*), or shorten") as error:
@@ -255,21 +255,24 @@ def test_memory_is_bounded_and_said(caplog, monkeypatch):
     assert sizes == [1] * 5
     with caplog.at_level(logging.INFO):
         projected_gradients(model, LEFT, 64)
-    assert "half of the" in caplog.text and "that are free" in caplog.text
+    assert "half of the" in caplog.text and "GB free on" in caplog.text
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"formula": "signgd"}, "engine=projected has no formula signgd: .* pass formula sgd, or engine auto"),
-        ({"formula": "asymmetric_signgd"}, "engine=projected has no formula asymmetric_signgd"),
+        (
+            {"formula": "signgd"},
+            "engine=projected does not support formula signgd: .* pass formula sgd, or engine auto",
+        ),
+        ({"formula": "asymmetric_signgd"}, "engine=projected does not support formula asymmetric_signgd"),
         ({"dimension": 0}, "dimension=0 must be above 0"),
-        ({"block_rows": 2}, "block_rows is of the exact engines"),
-        ({"engine": "auto", "dimension": 64}, "dimension is of engine=projected, not auto"),
-        ({"engine": "jacobian", "seed": 1}, "seed is of engine=projected, not jacobian"),
+        ({"block_rows": 2}, "block_rows applies only to the exact engines"),
+        ({"engine": "auto", "dimension": 64}, "dimension applies only to engine=projected, not auto"),
+        ({"engine": "jacobian", "seed": 1}, "seed applies only to engine=projected, not jacobian"),
     ],
 )
-def test_options_that_cannot_work(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(InputError, match=message):
         empirical_ntk(family("bert"), LEFT, **{"engine": "projected", **options})
 

@@ -23,7 +23,7 @@ ABOUT = {"rows": "a", "dimension": 64}
 
 
 class Killed(BaseException):
-    """As a signal would end the process: nothing may catch it."""
+    """Ends the process like a signal: nothing may catch it."""
 
 
 def project(folder, chunks_before_death=None, rows=RIGHT, model=None, process=0, processes=1):
@@ -69,7 +69,7 @@ def test_killed_ten_times_projections_end_with_the_same_bits(tmp_path, monkeypat
     assert project(tmp_path / "killed")[1] == 0
 
 
-def test_processes_share_the_chunks_and_a_cut_stays(tmp_path, monkeypatch):
+def test_processes_share_chunks_and_keep_their_row_ranges(tmp_path, monkeypatch):
     monkeypatch.setattr(projected, "CHUNK_ROWS", 2)
     whole, _ = project(tmp_path / "whole")
     shares = [project(tmp_path / "shared", process=process, processes=3)[1] for process in range(3)]
@@ -94,7 +94,7 @@ def test_damaged_and_foreign_chunks_are_refused(tmp_path, monkeypatch):
         project(tmp_path)
     save_file({"features": other}, paths[0], {"key": store.folder.name, "block": "0"})
     with pytest.raises(
-        InputError, match=r"of another set of projected gradients: it holds \(3, 2, 64\), expected \(4"
+        InputError, match=r"belongs to another set of projected gradients: it holds \(3, 2, 64\), expected \(4"
     ):
         project(tmp_path)
     paths[0].write_bytes(content)
@@ -152,11 +152,11 @@ def test_the_trainer_keeps_projected_rows_and_predicts_as_with_the_exact_kernel(
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"kernel_engine": "projected", "kernel_formula": "signgd"}, "projected has no formula signgd"),
-        ({"kernel_engine": "projected", "kernel_dimension": 0}, "kernel_dimension=0 must be a number above 0"),
-        ({"kernel_dimension": 64}, "kernel_dimension is of kernel_engine=projected; pass that engine too"),
+        ({"kernel_engine": "projected", "kernel_formula": "signgd"}, "projected does not support formula signgd"),
+        ({"kernel_engine": "projected", "kernel_dimension": 0}, "kernel_dimension must be above 0 and finite, got 0"),
+        ({"kernel_dimension": 64}, "kernel_dimension applies only to kernel_engine=projected; pass that engine too"),
     ],
 )
-def test_arguments_that_cannot_work(tmp_path, settings, message):
+def test_invalid_arguments_are_refused(tmp_path, settings, message):
     with pytest.raises(InputError, match=message):
         KernelTrainingArguments(str(tmp_path), use_cpu=True, **settings).validate()

@@ -130,7 +130,7 @@ def test_predictions_from_a_folder_equal_those_of_the_trainer_that_solved(tmp_pa
 
 
 @pytest.mark.parametrize("solved, passed", [({}, PROJECTED), (PROJECTED, {"kernel_engine": "jacobian"})])
-def test_engines_that_do_not_fit_what_was_solved_are_refused(tmp_path, solved, passed):
+def test_engines_that_differ_from_the_solved_kernel_are_refused(tmp_path, solved, passed):
     tiny_model().save_pretrained(tmp_path / "base")
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
     trainer = make(tmp_path / "out", base, **solved)
@@ -141,7 +141,7 @@ def test_engines_that_do_not_fit_what_was_solved_are_refused(tmp_path, solved, p
         KernelTrainer.from_folder(tmp_path / "out", args)
 
 
-def test_it_can_be_saved_again_and_moved(tmp_path):
+def test_solved_kernel_can_be_saved_again_and_moved(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
     trainer = make(tmp_path / "out", AutoModelForSequenceClassification.from_pretrained(tmp_path / "base"), **LORA)
     trainer.train()
@@ -174,7 +174,7 @@ def test_prompt_models_and_models_in_bfloat16(tmp_path):
 
 
 @pytest.mark.parametrize("columns", [1, 2])
-def test_scalars_of_a_function(tmp_path, columns):
+def test_kernel_of_a_user_function_is_saved_and_loaded(tmp_path, columns):
     """Any scalars of any module: the first hidden entries of a base model at the first position."""
 
     def scalars(model, batch):
@@ -219,14 +219,14 @@ def test_scalars_of_a_function(tmp_path, columns):
 
     trainer.save_model()
     with pytest.raises(
-        InputError, match=r"scalars of a function \(.*scalars\), which no file holds; pass it as function"
+        InputError, match=r"scalars of a function \(.*scalars\), which is not saved with it; pass it as function"
     ):
         KernelTrainer.from_folder(tmp_path)
-    with pytest.raises(InputError, match="which no file holds"):
+    with pytest.raises(InputError, match="which is not saved with it"):
         load_kernel(tmp_path, model=trainer.model)
     same_predictions(tmp_path, trainer, trainer.eval_dataset, function=scalars)
     wrong = make(tmp_path / "x", base, tiny_dataset(12), function=lambda m, b: m(**b).last_hidden_state[:, 0, :3])
-    with pytest.raises(InputError, match="each row has 1 labels, but the kernel is of 3 scalars an example"):
+    with pytest.raises(InputError, match="each row has 1 labels, but the kernel has 3 scalars per example"):
         wrong.train()
 
 
@@ -327,21 +327,21 @@ def other_weights(folder):
             "holds no solved kernel .there is no kernel_solution.json.; pass the",
         ),
         (lambda f: (f / SOLUTION).write_text("{"), "kernel_solution.json cannot be read"),
-        (lambda f: (f / SOLUTION).write_text("[]"), "it is no JSON object"),
+        (lambda f: (f / SOLUTION).write_text("[]"), "it is not a JSON object"),
         (lambda f: damage_json(f, format=...), "was saved without its coefficients"),
-        (lambda f: damage_json(f, format=99), "is of format 99, and this version of hf_ft_ext reads 1"),
+        (lambda f: damage_json(f, format=99), "has format 99, but this version of hf_ft_ext reads 1"),
         (lambda f: damage_json(f, scalars=...), "kernel_solution.json lacks 'scalars'"),
         (lambda f: damage_json(f, solution="tree"), "kind 'tree' is unknown"),
         (lambda f: damage_json(f, solver={"solver": "lstsq"}), "does not describe a solved kernel"),
-        (lambda f: damage_json(f, parameters=["none"]), "is over parameters that this model lacks .none"),
+        (lambda f: damage_json(f, parameters=["none"]), "needs parameters that this model lacks .none"),
         (lambda f: (f / TRAINING).unlink(), "lacks kernel_training.safetensors, without which its kernel cannot"),
-        (lambda f: flip(f / TRAINING), "kernel_training.safetensors is damaged or of another run"),
-        (lambda f: flip(f / COEFFICIENTS), "kernel_solution.safetensors is damaged or of another run"),
+        (lambda f: flip(f / TRAINING), "kernel_training.safetensors is damaged or from another run"),
+        (lambda f: flip(f / COEFFICIENTS), "kernel_solution.safetensors is damaged or from another run"),
         (other_weights, "the weights of this model are not those that the kernel in"),
         (lambda f: (f / "model.safetensors").unlink(), "the model of the kernel in .* cannot be loaded from there"),
     ],
 )
-def test_damaged_and_foreign_folders(tmp_path, finished, harm, message):
+def test_damaged_and_foreign_folders_are_refused(tmp_path, finished, harm, message):
     shutil.copytree(finished, tmp_path / "copy")
     harm(tmp_path / "copy")
     with pytest.raises(InputError, match=message):
@@ -350,12 +350,12 @@ def test_damaged_and_foreign_folders(tmp_path, finished, harm, message):
         KernelTrainer.from_folder(tmp_path / "copy")
 
 
-def test_uses_of_a_folder_that_cannot_work(tmp_path, finished):
+def test_invalid_uses_of_a_folder_are_refused(tmp_path, finished):
     with pytest.raises(InputError, match="weights of this model are not those"):
         load_kernel(finished, model=tiny_model(seed=5))
     with pytest.raises(InputError, match="leave train_dataset out"):
         KernelTrainer.from_folder(finished, train_dataset=tiny_dataset(4))
-    with pytest.raises(InputError, match="is of the model's logits; leave function out"):
+    with pytest.raises(InputError, match="was solved for the model's logits; leave function out"):
         load_kernel(finished, function=torch.sum)
     args = KernelTrainingArguments(str(tmp_path), kernel_solver="svr", report_to="none", use_cpu=True)
     with pytest.raises(InputError, match=r"kernel_solver=svr was passed, but the kernel in .* was solved .*=lstsq"):

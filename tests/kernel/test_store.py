@@ -19,7 +19,7 @@ ABOUT = {"model": "a", "data": "b"}
 
 
 class Killed(BaseException):
-    """As a signal would end the process: nothing may catch it."""
+    """Ends the process like a signal: nothing may catch it."""
 
 
 def run(folder, blocks_before_death=None, formula="sgd", second=RIGHT, **options):
@@ -67,8 +67,8 @@ def finished_blocks(folder):
     "formula, second, options",
     [("sgd", RIGHT, {}), ("asymmetric_signgd", None, {}), ("sgd", RIGHT, {"class_diagonal": True})],
 )
-def test_another_budget_keeps_finished_blocks_and_is_honoured(tmp_path, formula, second, options):
-    """As after running out of memory: blocks of the first run stay, and the rest take the new bound and batch size."""
+def test_new_memory_limit_applies_and_keeps_finished_blocks(tmp_path, formula, second, options):
+    """As after running out of memory: finished blocks stay, and the others use the new limit and batch size."""
     about = {**ABOUT, **options, "second": None if second is None else "b"}
     options = {"formula": formula, **options}
 
@@ -87,8 +87,8 @@ def test_another_budget_keeps_finished_blocks_and_is_honoured(tmp_path, formula,
         computation(memory_gb=1e-6).run(LEFT, second, KernelStore(tmp_path / "cut", about))
     least = float(str(error.value).split("at least ")[1].split(",")[0])
     small = computation(memory_gb=least)
-    sides, side = [], small.engine.side
-    small.engine.side = lambda rows, batches: sides.append(batches) or side(rows, batches)
+    sides, side = [], small.engine.gradient_rows
+    small.engine.gradient_rows = lambda rows, batches: sides.append(batches) or side(rows, batches)
     found = small.run(LEFT, second, KernelStore(tmp_path / "cut", about))
     assert sides and all(len(batches) == 1 == len(batches[0]) for batches in sides)  # one row at a time
     assert {path: path.read_bytes() for path in first} == first
@@ -96,20 +96,22 @@ def test_another_budget_keeps_finished_blocks_and_is_honoured(tmp_path, formula,
     torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-9 * whole.abs().max().item())
 
 
-def test_the_batch_size_of_now_is_taken(tmp_path):
+def test_current_batch_size_is_used_for_stored_blocks(tmp_path):
     computation = KernelComputation(family("bert"), KernelOptions(block_rows=5, batch_size=4))
     computation.run(LEFT, RIGHT, KernelStore(tmp_path, ABOUT))
     for path in KernelStore(tmp_path, ABOUT).folder.glob("block-*"):
         path.unlink()
     computation = KernelComputation(family("bert"), KernelOptions(block_rows=2, batch_size=2))
-    plans, side = [], computation.engine.side
-    computation.engine.side = lambda rows, batches: plans.append(max(map(len, batches))) or side(rows, batches)
+    plans, side = [], computation.engine.gradient_rows
+    computation.engine.gradient_rows = lambda rows, batches: (
+        plans.append(max(map(len, batches))) or side(rows, batches)
+    )
     computation.run(LEFT, RIGHT, KernelStore(tmp_path, ABOUT))
     assert max(plans) == 2 and len(finished_blocks(tmp_path)) == 2
 
 
-def test_a_folder_of_an_older_version_serves(tmp_path):
-    """Its description says the batch size and memory of that run too."""
+def test_folder_of_an_older_version_is_read(tmp_path):
+    """Its description also holds the batch size and memory of that run."""
     whole, _ = run(tmp_path)
     path = KernelStore(tmp_path, ABOUT).folder / store.DESCRIPTION
     description = json.loads(path.read_text())
@@ -136,7 +138,7 @@ def test_the_folder_is_named_after_the_content(tmp_path):
     assert KernelStore(tmp_path, ABOUT).folder != KernelStore(tmp_path, {**ABOUT, "data": "c"}).folder
 
 
-def test_overwriting_computes_anew(tmp_path):
+def test_overwriting_computes_again(tmp_path):
     run(tmp_path)
     assert run(tmp_path)[1] == 0
     KernelStore(tmp_path, ABOUT, overwrite=True)
@@ -149,10 +151,12 @@ def test_a_foreign_description_is_refused(tmp_path):
     description = json.loads(path.read_text())
     description["about"]["model"] = "other"
     path.write_text(json.dumps(description))
-    with pytest.raises(InputError, match=r"is of something else .model: 'other', not 'a'.; pass overwrite_kernels"):
+    with pytest.raises(
+        InputError, match=r"belongs to something else .model: 'other', not 'a'.; pass overwrite_kernels"
+    ):
         KernelStore(tmp_path, ABOUT)
     path.write_text("{")
-    with pytest.raises(InputError, match="is no description of a kernel"):
+    with pytest.raises(InputError, match="is not a description of a kernel"):
         KernelStore(tmp_path, ABOUT)
 
 
@@ -167,11 +171,11 @@ def test_damaged_blocks_are_refused(tmp_path):
     kernel = load_file(folder / "block-00000-00000.safetensors")["kernel"]
     save_file({"kernel": kernel[..., :1, :]}, path, {"key": folder.name})
     with pytest.raises(
-        InputError, match=r"is of another kernel: it holds \(1, 5, 2, 1, 2\), expected \[kernels, 5, c"
+        InputError, match=r"belongs to another kernel: it holds \(1, 5, 2, 1, 2\), expected \[kernels, 5, c"
     ):
         run(tmp_path)
     save_file({"kernel": kernel}, path, {"key": "other"})
-    with pytest.raises(InputError, match="is of another kernel"):
+    with pytest.raises(InputError, match="belongs to another kernel"):
         run(tmp_path)
     path.write_bytes(content)
     assert run(tmp_path)[1] == 0
@@ -186,7 +190,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
 # --- the authors' files --------------------------------------------------------------------------------
 
 
-def test_the_authors_form_comes_back(tmp_path):
+def test_authors_files_are_read_back(tmp_path):
     kernel, labels = torch.rand(1, 4, 1, 3, 1, dtype=torch.float64), torch.tensor([0, 1, 1])
     path = store.write_kernel(tmp_path, "dev", "sst-2", kernel, labels)
     assert path.name == "dev_kernels_sst-2.pt"
@@ -206,13 +210,13 @@ def test_the_authors_form_comes_back(tmp_path):
     "content, message",
     [
         (torch.ones(3), "does not hold the two tensors"),
-        ((torch.ones(4, 2, 3, 1), torch.ones(3)), r"a kernel has shape .*, not \(1, 4, 2, 3, 1\)"),
+        ((torch.ones(4, 2, 3, 1), torch.ones(3)), r"a kernel must have shape .*, got \(1, 4, 2, 3, 1\)"),
         ((torch.ones(4, 1, 3, 1), torch.ones(2)), "3 examples but 2 labels; the file is damaged"),
         (b"", "cannot be read as tensors"),
         (None, "there is no file"),
     ],
 )
-def test_files_that_are_none_of_theirs(tmp_path, content, message):
+def test_invalid_authors_files_are_refused(tmp_path, content, message):
     path = tmp_path / "dev_kernels_x.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Linear heads of whole models: what is written, what stays, what is saved, as a method and as a start."""
+"""Linear heads of full models: changed and unchanged weights, saving, as a method and as an initialization."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ from hf_ft_ext import (
 )
 from hf_ft_ext.lora.arguments import LoraTrainingArguments
 from hf_ft_ext.lora.trainer import add_lora
-from hf_ft_ext.training.plan import training_plan
+from hf_ft_ext.training.runs.plan import training_plan
 
 COLLATE = DataCollatorWithPadding(tiny_tokenizer())
 
@@ -82,7 +82,7 @@ def test_only_the_last_layer_changes_and_fits(tmp_path, kind, cached):
     assert torch.equal(loaded(**inputs).logits, model.eval()(**inputs).logits)
 
 
-def test_it_is_the_logistic_regression_of_what_the_layer_reads(tmp_path):
+def test_head_equals_a_logistic_regression_of_its_features(tmp_path):
     model, data = tiny_model("bert").eval(), tiny_dataset(64)
     head = fit_linear_head(model, data, COLLATE, c=0.3)
     read = []
@@ -140,18 +140,18 @@ def test_model_init_and_plan(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"linearhead_c": 0.0}, "linearhead_c=0.0 is no strength; pass a number above 0"),
-        ({"linearhead_folds": 1}, "linearhead_folds=1 leaves no row out; pass 2 or more"),
-        ({"linearhead_max_iter": 0}, "linearhead_max_iter=0 lets the solver do nothing"),
-        ({"feature_cache_gb": -1.0}, "feature_cache_gb=-1.0 is below 0"),
+        ({"linearhead_c": 0.0}, "linearhead_c must be above 0 and finite, got 0.0"),
+        ({"linearhead_folds": 1}, "linearhead_folds must be 2 or more, got 1"),
+        ({"linearhead_max_iter": 0}, "linearhead_max_iter must be 1 or more, got 0"),
+        ({"feature_cache_gb": -1.0}, "feature_cache_gb must be 0 or more, got -1.0"),
     ],
 )
-def test_bad_arguments(tmp_path, options, message):
+def test_bad_arguments_are_refused(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         make(tmp_path, **options)
 
 
-def test_what_cannot_be_honoured_is_refused(tmp_path):
+def test_unsupported_uses_are_refused(tmp_path):
     with pytest.raises(InputError, match="resume_from_checkpoint=True: a linear head is found at once"):
         make(tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(InputError, match="leave `optimizers` out"):
@@ -200,7 +200,7 @@ PROMPT = (
 )  # fmt: skip
 
 
-def test_a_prompt_s_head_is_untied_and_leaves_the_embeddings(launch):
+def test_prompt_head_is_untied_and_embeddings_do_not_change(launch):
     assert launch("--method", "linearhead", "--feature_cache_gb", "0", *PROMPT, "--output_dir", "out") == 0
     model = PromptForSequenceClassification.from_pretrained("out")
     assert model.config.untied_words and model.get_output_embeddings().weight.shape == (2, 32)
@@ -263,7 +263,7 @@ def test_a_run_that_started_from_a_linear_head_resumes(launch, method):
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-def test_a_start_that_cannot_be_made(launch, capsys):
+def test_invalid_starts_are_refused(launch, capsys):
     assert launch("--method", "linearhead", "--from_linearhead", "--output_dir", "a") == 2
     assert "method linearhead fits that head itself; leave it out" in capsys.readouterr().err
     assert launch("--method", "full", "--from_linearhead", "--do_train", "false", "--output_dir", "a") == 2
@@ -271,7 +271,7 @@ def test_a_start_that_cannot_be_made(launch, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_get_the_first_one_s_head(launch):
+def test_two_processes_get_the_head_of_the_first(launch):
     settings = ("--method", "linearhead", "--feature_cache_gb", "0", *PROMPT, "--do_predict")
     assert launch(*settings, "--output_dir", "one") == 0
     two_ranks(run_glue.main, *SHARED, *settings, "--output_dir", "two")

@@ -100,7 +100,7 @@ def test_gradients_equal_those_of_opacus():
 
 
 @pytest.mark.parametrize("model_type", ["mpnet", "deberta-v2", "albert"])
-def test_models_with_parameters_without_a_rule(model_type):
+def test_uncovered_parameters_equal_torch_func(model_type):
     model = family(model_type).double() if model_type != "mpnet" else mpnet()
     expected = plain(model, labelled())
     (found,) = example_gradients(model, labelled(), loss)
@@ -164,7 +164,7 @@ def test_tied_weights_have_one_norm():
         torch.testing.assert_close(norms[name], value.flatten(1).norm(dim=1), rtol=1e-8, atol=1e-12)
 
 
-def test_adapters_in_half_precision_come_in_single():
+def test_half_precision_adapters_give_float32_gradients():
     config = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query"])
     model = get_peft_model(family("bert"), config).to(torch.bfloat16)
     (found,) = example_gradients(model, labelled(), loss)
@@ -172,11 +172,11 @@ def test_adapters_in_half_precision_come_in_single():
     assert all("lora" in name or "classifier" in name for name in found.gradients)
 
 
-def test_bad_input():
+def test_bad_input_is_refused():
     model = family("bert")
     with pytest.raises(InputError, match=r"no parameter 'classifier.wait'; did you mean 'classifier.weight'"):
         list(example_gradients(model, labelled(), loss, ["classifier.wait"]))
     with pytest.raises(InputError, match="parameters is empty"):
         list(example_norms(model, labelled(), loss, []))
-    with pytest.raises(InputError, match="has to give one scalar per example"):
+    with pytest.raises(InputError, match="has to return one scalar per example"):
         list(example_norms(model, labelled(), lambda model, inputs: loss(model, inputs).mean()))

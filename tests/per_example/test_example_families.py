@@ -191,8 +191,8 @@ def case_of(kind: str) -> Case:
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_every_parameter_has_a_gradient(kind):
-    """Else the comparisons below would say nothing of it. And rows differ, as do logits."""
+def test_every_parameter_has_a_nonzero_gradient(kind):
+    """Otherwise the comparisons below would not test it. Gradients differ between rows and between logits."""
     case = case_of(kind)
     jacobians = case.jacobians[True]
     parameters = trained(case.model)
@@ -244,7 +244,7 @@ def test_kernel(kind, together):
 
 @pytest.mark.parametrize("kind", SQUARE)
 def test_kernel_of_as_many_rows_as_tokens(kind):
-    """Where tokens come first (XLNet), or both are one axis (OPT), sizes alone do not tell one from the other."""
+    """If tokens come first (XLNet), or share an axis with the rows (OPT), sizes cannot distinguish them."""
     model, batch = square(kind)
     expected = kernel_of(torch.stack([jacobian(model, row) for row in one_by_one(batch)]))
     assert relative_error(empirical_ntk(model, batch), expected) <= 1e-9
@@ -333,7 +333,7 @@ def of_each_row(output, batch) -> torch.Tensor:
 
 
 class OneRowAtATime(nn.Module):
-    """Marked rows, and they alone, add a row of a table: it may run on one row of a batch, which is not all's."""
+    """Only marked rows add a row of a table, so it may run on one row that does not belong to the whole batch."""
 
     def __init__(self):
         super().__init__()
@@ -351,7 +351,7 @@ class OneRowAtATime(nn.Module):
 
 @pytest.mark.parametrize("what", ["fisher", "kernel"])
 @pytest.mark.parametrize("marked", [0, 3])  # the trial's rows reach the table, or do not
-def test_an_embedding_that_runs_on_one_row_of_the_batch(what, marked):
+def test_embedding_that_runs_on_one_row_for_the_batch(what, marked):
     rows = ragged_rows((6, 4, 5, 3), labels=2)
     rows["input_ids"] %= 60
     rows["input_ids"][rows["input_ids"] == Partial.MARK] = 8

@@ -1,7 +1,4 @@
-"""Gradients of each example: every family against autograd on single examples, what no rule covers, bad input.
-
-What shows in later batches alone: `test_later_batches.py`.
-"""
+"""Gradients of each example: every family against autograd on single examples, what no rule covers, bad input."""
 
 import pytest
 import torch
@@ -57,7 +54,7 @@ def test_adapters(config, covered):
 
 
 def test_a_fresh_lora_goes_by_rules_although_half_of_its_gradients_are_zero_in_the_trial():
-    """While lora_B is zero nothing of lora_A can be compared, and nothing needs to be."""
+    """While lora_B is zero, the gradient of lora_A is zero: its rule cannot be compared, and need not be."""
     model = get_peft_model(family("bert"), LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["query"]))
     examples = assert_equal(model.double(), batch())
     assert examples.uncovered == []
@@ -94,7 +91,7 @@ def test_tied_weights_and_single_scalars():
     assert part.scalars.shape == (5, 1) and len(part.gradients) == 1
 
 
-def test_float32_is_near_and_a_wider_type_is_undone():
+def test_float32_is_close_and_conversion_to_float64_is_undone():
     model = family("roberta")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     narrow, wide = (gathered(ExampleGradients(model, dtype=dtype), batch()) for dtype in (None, torch.float64))
@@ -138,7 +135,7 @@ class Scaled(nn.Module):
         nn.Sequential(nn.RMSNorm(8), nn.Tanh()),
     ],
 )
-def test_a_module_without_a_true_rule_is_called_again(layer):
+def test_module_with_a_wrong_rule_is_called_again(layer):
     assert assert_equal(Layered(layer).double(), batch()).uncovered == []
 
 
@@ -169,7 +166,7 @@ class Noisy(nn.Module):
 
 
 class Drawing(nn.Module):
-    """Draws numbers that change nothing."""
+    """Draws random numbers without using them."""
 
     def forward(self, x):
         torch.rand(1)
@@ -177,7 +174,7 @@ class Drawing(nn.Module):
 
 
 class Counting(nn.Module):
-    """Another output at each call, with no number drawn from torch."""
+    """Gives a different output at each call without drawing random numbers from torch."""
 
     def __init__(self):
         super().__init__()
@@ -189,7 +186,7 @@ class Counting(nn.Module):
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "gpt2"])
-def test_the_trial_makes_no_pass_that_another_one_stands_for(model_type):
+def test_trial_makes_no_redundant_pass(model_type):
     """Two rows twice, without a graph and by the rules; the first alone with its graph, the second without."""
     model, sizes = family(model_type), []
     model.register_forward_hook(lambda module, args, output: sizes.append(len(output.logits)))
@@ -197,26 +194,26 @@ def test_the_trial_makes_no_pass_that_another_one_stands_for(model_type):
     assert sizes == [2, 2, 1, 1]
 
 
-def test_numbers_drawn_to_no_effect_do_not_matter():
+def test_random_numbers_without_effect_are_allowed():
     assert assert_equal(Layered(Drawing()).double(), batch()).uncovered == []
 
 
 @pytest.mark.parametrize(
     "layer, message",
     [
-        (Counting(), "other outputs for the same batch"),
-        (Noisy(), "other outputs for the same batch.*remove what draws random numbers"),
+        (Counting(), "different outputs for the same batch"),
+        (Noisy(), "different outputs for the same batch.*remove what draws random numbers"),
         (nn.BatchNorm1d(8, track_running_stats=False), r"other examples of its batch \(layer\)"),
     ],
 )
-def test_models_without_gradients_per_example(layer, message):
+def test_models_without_per_example_gradients_are_refused(layer, message):
     with pytest.raises(InputError, match=message):
         list(ExampleGradients(Layered(layer))(batch()))
 
 
-def test_more_bad_input():
+def test_bad_input_is_refused():
     model = family("bert")
-    with pytest.raises(InputError, match="has to give one scalar per example"):
+    with pytest.raises(InputError, match="has to return one scalar per example"):
         list(ExampleGradients(model, lambda model, batch: model(**batch).logits.sum())(batch()))
     with pytest.raises(InputError, match="all are frozen"):
         ExampleGradients(family("bert").requires_grad_(False))
@@ -247,7 +244,7 @@ class Normed(nn.Module):
         return type("Output", (), {"logits": self.classifier(hidden[:, 0])})
 
 
-def test_the_last_feed_forward_part_runs_on_the_position_that_is_read():
+def test_last_feed_forward_part_runs_on_the_first_position_only():
     model = family("bert").double()
     seen = feed_forward_positions(model)
     examples = ExampleGradients(model)
@@ -257,7 +254,7 @@ def test_the_last_feed_forward_part_runs_on_the_position_that_is_read():
     assert assert_equal(normed, batch()).uncovered == []  # its norm of what nobody reads would not be finite
 
 
-def test_who_reads_other_positions_from_the_second_batch_on_gets_them():
+def test_other_positions_read_from_the_second_batch_on_are_computed():
     model = family("bert").double()
     names = ["bert.encoder.layer.1.output.dense.weight", "classifier.weight", "bert.embeddings.word_embeddings.weight"]
     parameters = {name: p for name, p in model.named_parameters() if name in names}

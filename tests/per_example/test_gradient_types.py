@@ -25,7 +25,7 @@ def ids(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_shared_activations_are_those_of_every_example(transposed):
+def test_shared_activations_are_found_only_if_all_examples_share_them(transposed):
     x, g = draw(1, 3, 4), draw(5, 3, 2)
     written_out = LinearGradient(x.expand(5, -1, -1), g, transposed)
     shared = share_activations(written_out)
@@ -74,7 +74,7 @@ def test_uses_of_one_weight_join_to_their_sum_and_its_norm(uses):
         ([DenseGradient(draw(5, 9))], 1, [5]),  # there already
     ],
 )
-def test_chunks_make_no_more_than_asked_for(gradients, numbers, steps):
+def test_chunks_keep_the_limit_of_values(gradients, numbers, steps):
     found = list(dense_in_chunks(gradients, numbers))
     assert [len(values) for _, values in found] == steps
     assert [first for first, _ in found] == [sum(steps[:i]) for i in range(len(steps))]

@@ -1,4 +1,4 @@
-"""Parameters, uses and axes that the trial's rows do not tell of: right in every later batch too."""
+"""Parameters, uses and axes that the trial's rows do not show: right in every later batch too."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ class Routed(nn.Module):
         return SequenceClassifierOutput(logits=logits)
 
 
-def test_parameters_that_other_scalars_or_rows_alone_depend_on():
+def test_parameters_that_only_some_scalars_or_rows_depend_on():
     torch.manual_seed(0)
     model = Routed().double()
     plain_rows = torch.randint(8, 60, (3, 5))
@@ -50,7 +50,7 @@ def test_parameters_that_other_scalars_or_rows_alone_depend_on():
 
 
 def summed(examples, inputs):
-    """Sums of what a stream hands on: for each scalar `[*shape]` by name."""
+    """Sums of the streamed gradients: for each scalar `[*shape]` by name."""
     sums = [{name: torch.zeros_like(p) for name, p in examples.parameters.items()} for _ in range(2)]
 
     def receive(name, gradients, scalar, first):
@@ -77,7 +77,7 @@ class SecondUse(nn.Module):
         return SequenceClassifierOutput(logits=torch.stack([x.square().sum(1), y.exp().sum(1)], 1))
 
 
-def test_a_use_that_a_later_batch_and_one_scalar_alone_have():
+def test_use_that_only_a_later_batch_and_one_scalar_have():
     torch.manual_seed(0)
     model = SecondUse().double()
     first = torch.randint(8, 60, (3, 5))
@@ -92,7 +92,7 @@ def test_a_use_that_a_later_batch_and_one_scalar_alone_have():
 
 
 class InPlace(nn.Module):
-    """Multiplies what its lowest module gave in place, as CTRL does."""
+    """Scales the output of its embedding in place, as CTRL does."""
 
     def __init__(self):
         super().__init__()
@@ -105,14 +105,14 @@ class InPlace(nn.Module):
 
 
 class ScaledRows(nn.Embedding):
-    """Rows times a factor, read behind an offset."""
+    """Scaled rows, read with an offset."""
 
     def forward(self, input_ids):
         return super().forward(input_ids + 2) * torch.tensor(2.5, dtype=self.weight.dtype)
 
 
 class Twisted(nn.Embedding):
-    """More than a product of rows and factors."""
+    """Does more than scale rows."""
 
     def forward(self, input_ids):
         return torch.sin(super().forward(input_ids))

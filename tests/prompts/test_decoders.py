@@ -21,12 +21,12 @@ from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.prompts.calibration import calibrate
 from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
 from hf_ft_ext.prompts.sequences import sequence_scores
-from hf_ft_ext.prompts.words import answer_tokens, word_tokens
+from hf_ft_ext.prompts.templates.words import answer_tokens, word_tokens
 
 TEMPLATE = "*cls**sent_0*_It_was*mask*.*sep+*"
 ROWS = ["a great film", "we hated the dull scene, but not the ending!", "a cast"]

@@ -11,8 +11,8 @@ from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.data.tasks import TASKS
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.configuration import PromptConfig
-from hf_ft_ext.prompts.encode import PromptEncoder, shorten
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
+from hf_ft_ext.prompts.templates.encode import PromptEncoder, shorten
 
 IT_WAS = "*cls**sent_0*_it_was*mask*.*sep+*"
 PAIR = "*cls**sent-_0*,*mask*,*+sentl_1**sep+*"

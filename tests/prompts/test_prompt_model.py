@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, T5Confi
 from hf_ft_ext import InputError, PromptConfig, PromptForSequenceClassification
 from hf_ft_ext.adapters.folder import save_configuration
 from hf_ft_ext.features import HeadReader, head_parameters
-from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.prompts.configuration import PROMPT_FILE
 from hf_ft_ext.prompts.readout import reading_of
 

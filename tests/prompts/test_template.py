@@ -5,10 +5,10 @@ from tiny import tiny_tokenizer
 
 from hf_ft_ext.data.tasks import TASKS
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.prompts.defaults import PROMPTS, known_prompt, task_prompt
 from hf_ft_ext.prompts.readout import Reading
-from hf_ft_ext.prompts.template import Literal, Sentence, Special, parse_template
-from hf_ft_ext.prompts.words import parse_mapping, word_ids
+from hf_ft_ext.prompts.templates.defaults import PROMPTS, known_prompt, task_prompt
+from hf_ft_ext.prompts.templates.template import Literal, Sentence, Special, parse_template
+from hf_ft_ext.prompts.templates.words import parse_mapping, word_ids
 
 POLARITY = ("negative", "positive")
 

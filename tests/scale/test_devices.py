@@ -9,7 +9,7 @@ from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 import run_glue
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.methods import METHODS
-from hf_ft_ext.training.devices import _VISIBLE, one_device, seeing_one_device
+from hf_ft_ext.training.weights.devices import _VISIBLE, one_device, seeing_one_device
 
 QUICK = {"kernel": {"kernel_regularization": "1e-2"}, "sparse": {"sparse_density": 0.2}}
 

@@ -65,7 +65,7 @@ def mix_in_the_optimizer(monkeypatch):
 
 
 def mix_in_directions(monkeypatch):
-    from hf_ft_ext.gradientless.optimizers import directions
+    from hf_ft_ext.gradientless.optimizers.perturbation import directions
 
     monkeypatch.setattr(directions, "_generator", lambda device, *_: torch.Generator().manual_seed(1))
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from spans import principal_angle, with_changes
 
 from hf_ft_ext.methods import METHODS
-from hf_ft_ext.training.plan import trained_weights
+from hf_ft_ext.training.runs.plan import trained_weights
 
 pytestmark = pytest.mark.slow
 DDP = [name for name, (method, _) in VARIANTS.items() if method in ("full", "lora", "sparse", "fisher")]

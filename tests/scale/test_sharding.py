@@ -17,8 +17,8 @@ from transformers import AutoModelForSequenceClassification
 import run_glue
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.methods import METHODS
-from hf_ft_ext.training.plan import TrainedWeight
-from hf_ft_ext.training.sharding import sharding
+from hf_ft_ext.training.runs.plan import TrainedWeight
+from hf_ft_ext.training.weights.sharding import sharding
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

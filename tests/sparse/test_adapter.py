@@ -25,7 +25,8 @@ from hf_ft_ext import (
 )
 from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
 from hf_ft_ext.sparse.adapter import choose_columns, columns_of
-from hf_ft_ext.training.plan import training_plan
+from hf_ft_ext.sparse.prepass import _examples
+from hf_ft_ext.training.runs.plan import training_plan
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
@@ -231,6 +232,20 @@ def test_the_pre_pass_takes_micro_batches_of_the_training_data(tmp_path):
         found = layer.sparse_grad_columns["default"].out_columns.double()[:, :3]
         leading = torch.linalg.eigh(sums[name]).eigenvectors.flip(1)[:, :3]
         torch.testing.assert_close((leading.T @ found).abs(), torch.eye(3).double(), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_pre_pass_batches_hold_rows_of_similar_length_where_training_groups_them(tmp_path, column):
+    trainer = structured(tmp_path, per_device_train_batch_size=4, train_sampling_strategy="group_by_length")
+    rows = torch.randperm(32, generator=torch.Generator().manual_seed(42)).tolist()[:12]
+    length = {row: len(trainer.train_dataset[row]["input_ids"]) for row in range(32)}
+    if column:
+        length = {row: -row for row in range(32)}
+        trainer.train_dataset = trainer.train_dataset.add_column("length", list(length.values()))
+    wanted = sorted((length[row] for row in rows), reverse=True)
+    assert len(set(wanted)) > 3
+    found = [example for examples in _examples(trainer, 3, 4, draw=0) for example in examples]
+    assert [example["length"] if column else len(example["input_ids"]) for example in found] == wanted
 
 
 def test_the_plan_before_the_pre_pass_counts_activations_and_state(tmp_path):

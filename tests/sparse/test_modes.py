@@ -14,7 +14,7 @@ from hf_ft_ext import (
     prepare_layers,
     sparse_layers,
 )
-from hf_ft_ext.training.plan import trained_weights, training_plan
+from hf_ft_ext.training.runs.plan import trained_weights, training_plan
 
 MODES = [
     {"sparse_support": support, "sparse_basis": basis}

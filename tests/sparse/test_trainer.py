@@ -14,7 +14,7 @@ from hf_ft_ext import InputError, LoraTrainingArguments, SparseAdamW, SparseTrai
 from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT
 from hf_ft_ext.sparse.convert import convert_to_sparse, sparse_layers
 from hf_ft_ext.sparse.prepare import compute_layer_bases
-from hf_ft_ext.training.plan import trained_weights, training_plan
+from hf_ft_ext.training.runs.plan import trained_weights, training_plan
 
 
 @pytest.mark.parametrize("model_type", CONFIGS)

@@ -87,7 +87,8 @@ def check_ragged_bases():
     adapted = get_peft_model(without_dropout(), SparseGradConfig(task_type="SEQ_CLS", n_params=4))
     with mock.patch.object(_Sketches, "_add_rows", autospec=True, side_effect=_Sketches._add_rows) as rows:
         compute_bases(adapted, [ragged(rank, seed) for seed in range(3)])
-    assert rows.called == (rank == 0)
+    # Four layers, three batches; in the last two layers one token of each row has a gradient, which is few anyway.
+    assert rows.call_count == (12, 6)[rank]
     sums = dict.fromkeys(layers_of(adapted), (0, 0))
     for seed in range(3):
         plain.zero_grad()

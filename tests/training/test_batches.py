@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 import hf_ft_ext
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.training.batches import check_full_batch
+from hf_ft_ext.training.checks import check_full_batch
 
 
 @pytest.mark.parametrize("name", ["Full", "Lora", "Sparse", "Fisher", "Gradientless"])

@@ -19,7 +19,7 @@ from hf_ft_ext.entries.layer import entries_of
 from hf_ft_ext.fisher.prepass import prepass_batches
 from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.prepass import visit_gradients
-from hf_ft_ext.training.plan import training_plan
+from hf_ft_ext.training.runs.plan import training_plan
 
 PLAIN = {
     "use_cpu": True, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "max_steps": 2,

@@ -7,7 +7,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainingArguments
 
 from hf_ft_ext import InputError
-from hf_ft_ext.feature_rows import SAMPLE
+from hf_ft_ext.features.rows import SAMPLE
 from hf_ft_ext.methods import METHODS
 
 
@@ -140,8 +140,8 @@ def test_kernel_refuses_what_its_predictions_ignore(tmp_path):
     for options, message in (
         ({"eval_do_concat_batches": False}, "eval_do_concat_batches=false: a kernel predicts all rows at once"),
         ({"bf16": True}, "bf16=True steers"),
-        ({"kernel_gamma": 2.0}, "kernel_gamma is of kernel_solver=asym, not lstsq"),
-        ({"kernel_svm_c": 2.0}, "kernel_svm_c is of kernel_solver=svr or svc, not lstsq"),
+        ({"kernel_gamma": 2.0}, "kernel_gamma applies only to kernel_solver=asym, not lstsq"),
+        ({"kernel_svm_c": 2.0}, "kernel_svm_c applies only to kernel_solver=svr or svc, not lstsq"),
     ):
         with pytest.raises(InputError, match=message):
             own(str(tmp_path), **PLAIN, **options)

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers.activations import ACT2FN
 
+from hf_ft_ext.adapters import AdapterType
 from hf_ft_ext.adapters.settings import TargetedConfig
-from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.errors import InputError
 
 PLACEMENTS = PFEIFFER, HOULSBY, PARALLEL = ("pfeiffer", "houlsby", "parallel")

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from hf_ft_ext.adapters import AdapterType
 from hf_ft_ext.adapters.settings import TargetedConfig
-from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.errors import InputError
 
 

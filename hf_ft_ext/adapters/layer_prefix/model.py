@@ -7,11 +7,11 @@ import torch
 from peft import PeftConfig
 from torch import nn
 
+from hf_ft_ext.adapters import AdapterType
 from hf_ft_ext.adapters.layer_prefix.attention import uses_interface
 from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
 from hf_ft_ext.adapters.layer_prefix.layer import SHARED, PrefixLayer, PrefixProjection, hidden_size
 from hf_ft_ext.adapters.layers import plain_name, split_layer
-from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.adapters.tuner import LayerTuner, refuse_nested_targets, refuse_unfit_layers
 from hf_ft_ext.errors import InputError
 

@@ -7,8 +7,8 @@ from typing import Any
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from hf_ft_ext.adapters import AdapterType
 from hf_ft_ext.adapters.settings import LayeredConfig
-from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.errors import InputError, did_you_mean
 
 # What a tuner overrides if it keeps state beyond its layers, or looks at the model as a whole.

@@ -13,11 +13,11 @@ from peft.utils.integrations import init_empty_weights
 from peft.utils.other import set_additional_trainable_modules
 from torch import nn
 
+from hf_ft_ext.adapters import AdapterType
 from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
 from hf_ft_ext.adapters.layer_prefix.model import fold_to_load, saved_prefixes, with_shared_projection
 from hf_ft_ext.adapters.layers import names_by_layer, plain_name, split_layer
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig
-from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.adapters.tuner import LayerTuner
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.structure.targets import default_targets

@@ -7,8 +7,10 @@ backward pass; at most one exists at a time. Base weights need no gradient, so t
 """
 
 import contextlib
+import functools
 import itertools
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.adapters.layers import plain_name, shown_name
 from hf_ft_ext.adapters.sparse_grad.config import DEFAULT_GRADIENTS
+from hf_ft_ext.adapters.sparse_grad.functions import narrowed
 from hf_ft_ext.adapters.sparse_grad.layer import SparseGradColumns, SparseGradLayer
 from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns, sparse_grad_layers
 from hf_ft_ext.adapters.sparse_grad.subspace import Sketch, random_test_matrix, seed_of
@@ -75,13 +78,13 @@ def compute_bases(
         stack.enter_context(torch.random.fork_rng(_accelerators(model)))
         stack.enter_context(_without_dropout(model))
         stack.enter_context(only_trainable(model, values))
-        calls = _calls(model, groups, lambda: loss(model, _moved(first, device)))
-        sums = _sketches(groups, calls, adapter_name, seed)
+        sums = _sketches(groups, seed)
         for batch in tqdm(batches, total=gradients, desc="gradient basis", disable=not progress):
             for sketches in sums:
                 sketches.batch += 1
             with torch.enable_grad(), _observed(sums, adapter_name):
-                value = loss(model, _moved(batch, device))
+                with _runs_counted(sums):
+                    value = loss(model, _moved(batch, device))
                 if not value.requires_grad:
                     raise InputError(
                         f"the loss of {type(model).__name__} has no gradient with dropout off, so none reaches the "
@@ -97,20 +100,18 @@ class _Sketches:
     """The two sketches of a set of columns, over all gradients of the layers that have it."""
 
     def __init__(
-        self, columns: SparseGradColumns, layers: list[tuple[str, SparseGradLayer]], calls: Mapping[str, int],
-        out: Sketch, inp: Sketch,
-    ):  # fmt: skip
+        self, columns: SparseGradColumns, layers: list[tuple[str, SparseGradLayer]], out: Sketch, inp: Sketch
+    ):
         self.columns, self.layers, self.out, self.inp = columns, layers, out, inp
         self.batch = -1
-        # A layer that runs several times in a forward pass has one gradient, the sum of its runs'.
-        self._runs_again = {name for name, _ in layers if calls.get(name, 0) > 1}
+        self.runs: Counter[str] = Counter()  # of each layer in the forward pass of this batch
         self._pending: dict[str, torch.Tensor] = {}
 
     def observer(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
         """What takes inputs (tokens, in) and output gradients (tokens, out) of the layer `name`."""
 
         def observe(x: torch.Tensor, g: torch.Tensor) -> None:
-            if name in self._runs_again:
+            if self.runs[name] > 1:  # a layer that runs several times has one gradient, the sum of its runs'
                 gradient = (g.T @ x.to(g.dtype)).to(self.out.sum.dtype)
                 self._pending[name] = self._pending[name] + gradient if name in self._pending else gradient
             elif self._rows_are_cheaper(len(x)):
@@ -123,6 +124,7 @@ class _Sketches:
     def end_batch(self) -> None:
         for name in list(self._pending):
             self._add(name, self._pending.pop(name))
+        self.runs.clear()
 
     def _rows_are_cheaper(self, tokens: int) -> bool:
         """Whether products of all rows with the test matrices take fewer multiplications than forming `G = g^T x`."""
@@ -133,15 +135,17 @@ class _Sketches:
     def _add(self, name: str, gradient: torch.Tensor) -> None:
         # G G^T Omega and G^T G Omega, G the mean over processes. The exchanges are those of `_add_rows`, in its order:
         # processes with other numbers of tokens may take the other way.
-        out, inp = _over_processes(gradient.T @ self.out.omega), _over_processes(gradient @ self.inp.omega)
-        self._take(name, self.out, _over_processes(gradient @ out))
-        self._take(name, self.inp, _over_processes(gradient.T @ inp))
+        out = _over_processes(narrowed(gradient.T, self.out.omega))
+        inp = _over_processes(narrowed(gradient, self.inp.omega))
+        self._take(name, self.out, _over_processes(narrowed(gradient, out)))
+        self._take(name, self.inp, _over_processes(narrowed(gradient.T, inp)))
 
     def _add_rows(self, name: str, x: torch.Tensor, g: torch.Tensor) -> None:
         # G = g^T x, so G G^T Omega = g^T (x (x^T (g Omega))).
-        out, inp = _over_processes(x.T @ (g @ self.out.omega)), _over_processes(g.T @ (x @ self.inp.omega))
-        self._take(name, self.out, _over_processes(g.T @ (x @ out)))
-        self._take(name, self.inp, _over_processes(x.T @ (g @ inp)))
+        out = _over_processes(narrowed(x.T, narrowed(g, self.out.omega)))
+        inp = _over_processes(narrowed(g.T, narrowed(x, self.inp.omega)))
+        self._take(name, self.out, _over_processes(narrowed(g.T, narrowed(x, out))))
+        self._take(name, self.inp, _over_processes(narrowed(x.T, narrowed(g, inp))))
 
     def _take(self, name: str, sketch: Sketch, product: torch.Tensor) -> None:
         if not torch.isfinite(product).all():
@@ -152,7 +156,7 @@ class _Sketches:
         sketch.add(product)
 
 
-def _sketches(groups: list, calls: Mapping[str, int], adapter_name: str, seed: int) -> list[_Sketches]:
+def _sketches(groups: list, seed: int) -> list[_Sketches]:
     test_matrices: dict[tuple, torch.Tensor] = {}  # shared by all layers of a size
 
     def omega(columns: torch.Tensor) -> torch.Tensor:
@@ -165,7 +169,7 @@ def _sketches(groups: list, calls: Mapping[str, int], adapter_name: str, seed: i
     found = []
     for columns, layers in groups:
         sides = (columns.out_columns, columns.in_columns)
-        found.append(_Sketches(columns, layers, calls, *(Sketch(omega(side), side.shape[1]) for side in sides)))
+        found.append(_Sketches(columns, layers, *(Sketch(omega(side), side.shape[1]) for side in sides)))
     return found
 
 
@@ -221,20 +225,23 @@ def _over_processes(part: torch.Tensor) -> torch.Tensor:
     return part / _processes()
 
 
-def _calls(model: nn.Module, groups: list, forward: Callable[[], Any]) -> dict[str, int]:
-    """How often each layer runs in a forward pass."""
-    counts: dict[str, int] = {}
+@contextlib.contextmanager
+def _runs_counted(sums: list[_Sketches]) -> Iterator[None]:
+    """Count how often each layer runs within: in a forward pass, not in what a backward pass recomputes."""
     hooks = []
-    for name, layer in (named for _, layers in groups for named in layers):
-        hook = layer.register_forward_pre_hook(lambda *_, name=name: counts.update({name: counts.get(name, 0) + 1}))
-        hooks.append(hook)
+    for sketches in sums:
+        for name, layer in sketches.layers:
+            count = functools.partial(_count_run, sketches.runs, name)
+            hooks.append(layer.register_forward_pre_hook(count))
     try:
-        with torch.no_grad():
-            forward()
+        yield
     finally:
         for hook in hooks:
             hook.remove()
-    return counts
+
+
+def _count_run(runs: Counter[str], name: str, *_: Any) -> None:
+    runs[name] += 1
 
 
 @contextlib.contextmanager

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from hf_ft_ext.adapters import AdapterType
 from hf_ft_ext.adapters.settings import TargetedConfig
-from hf_ft_ext.adapters.table import AdapterType
 from hf_ft_ext.errors import InputError
 
 Init = Literal["gradient", "random", "svd"]

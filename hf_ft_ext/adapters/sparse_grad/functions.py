@@ -11,6 +11,9 @@ The change of the weight can be met in two ways, and each pass takes the one wit
 - by weight: `W + V D U^T` is formed, used in one product and dropped; it costs the same for any number of tokens.
 
 Both depend on `W` and `D` alone, so nothing has to be undone when an adapter is switched off or saved.
+
+Tokens whose output gradient is zero add nothing to either gradient. Where there are many, as padding and in the last
+layer of a model that reads out one token, the backward pass leaves them out.
 """
 
 from collections.abc import Callable
@@ -60,16 +63,10 @@ class ChangedLinear(torch.autograd.Function):
         d, v, u = (part.to(dtype) for part in (values, out_columns, in_columns))
         by_weight = by_weight_is_cheaper(len(flat), values, n_out, n_in, backward=False)
         trains = ctx.needs_input_grad[3]
-        narrow = _narrowed(flat, u) if trains or not by_weight else None
+        narrow = narrowed(flat, u) if trains or not by_weight else None
         bias = None if bias is None else bias.to(dtype)
         used = _changed(weight, d, v, u) if by_weight else weight.to(dtype)
-        # Not a view: some models (Falcon) change the output in place, which autograd forbids for views.
-        if onednn_is_faster(x, used):
-            y = linear(x, used, bias)
-        else:
-            y = x.new_empty(*x.shape[:-1], n_out)
-            rows = y.view(-1, n_out)
-            torch.mm(flat, used.T, out=rows) if bias is None else torch.addmm(bias, flat, used.T, out=rows)
+        y = _new_output(x, used, bias)
         if not by_weight:
             _add_change(y.view(-1, n_out), narrow, d, v)
         ctx.save_for_backward(narrow if trains else None, weight, values, out_columns, in_columns)
@@ -83,7 +80,10 @@ class ChangedLinear(torch.autograd.Function):
         grads, dtype = grad_output.reshape(-1, n_out), grad_output.dtype
         d, v, u = (part.to(dtype) for part in (values, out_columns, in_columns))
         grad_x = grad_values = None
-        narrow_grads = _narrowed(grads, v)
+        tokens, kept = len(grads), tokens_with_gradient(grads)
+        if kept is not None:
+            grads, narrow = grads[kept], None if narrow is None else narrow[kept]
+        narrow_grads = narrowed(grads, v)
         if ctx.needs_input_grad[3]:
             grad_values = (narrow_grads.T @ narrow.to(dtype)).to(values.dtype)  # (g V)^T (x U)
         if ctx.needs_input_grad[0]:
@@ -92,11 +92,50 @@ class ChangedLinear(torch.autograd.Function):
             else:
                 grad_x = linear(grads, weight.to(dtype).T)
                 _add_change(grad_x, narrow_grads, d.T, u)
-            grad_x = grad_x.view(*grad_output.shape[:-1], n_in)
+            grad_x = _spread(grad_x, kept, tokens).view(*grad_output.shape[:-1], n_in)
         return grad_x, None, None, grad_values, None, None
 
 
-def _narrowed(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def tokens_with_gradient(grads: torch.Tensor, wait: bool = False) -> torch.Tensor | None:
+    """Indices of the rows of `grads`, shape (tokens, features), that are not zero; `None` where they are most.
+
+    Args:
+        wait: ask on accelerators too, which have to finish all earlier work to answer.
+    """
+    known = type(grads) is torch.Tensor and (wait or grads.device.type == "cpu")
+    if not known or not grads.numel() or torch.compiler.is_compiling():
+        return None
+    # Some columns first: where they show a gradient in most rows, that is all that is read.
+    some = grads[:, :: max(grads.shape[1] // _PROBED, 1)]
+    most = _MOST * len(grads)
+    if int((some != 0).any(1).sum()) > most:
+        return None
+    kept = (grads != 0).any(1).nonzero().squeeze(1)
+    return kept if len(kept) <= most else None
+
+
+_PROBED = 16  # columns
+_MOST = 0.75
+
+
+def _spread(kept_rows: torch.Tensor, kept: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    """The rows at their places `kept` among zeros, shape (tokens, features)."""
+    if kept is None:
+        return kept_rows
+    return kept_rows.new_zeros(tokens, kept_rows.shape[1]).index_copy_(0, kept, kept_rows)
+
+
+def _new_output(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x W^T + b`, not as a view: some models (Falcon) change it in place, which autograd forbids for views."""
+    if onednn_is_faster(x, weight):
+        return linear(x, weight, bias)
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    flat, rows = x.reshape(-1, x.shape[-1]), y.view(-1, len(weight))
+    torch.mm(flat, weight.T, out=rows) if bias is None else torch.addmm(bias, flat, weight.T, out=rows)
+    return y
+
+
+def narrowed(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """`rows columns`, as the transpose of a product: with few columns, CPUs are up to 1.4 times faster that way."""
     return (columns.T @ rows.T).T
 
@@ -122,7 +161,7 @@ class AddedChange(torch.autograd.Function):
     def forward(ctx, y, x, values, out_columns, in_columns):
         flat = x.reshape(-1, x.shape[-1]).to(y.dtype)
         d, v, u = (part.to(y.dtype) for part in (values, out_columns, in_columns))
-        narrow = _narrowed(flat, u)
+        narrow = narrowed(flat, u)
         ctx.save_for_backward(narrow, values, out_columns, in_columns)
         ctx.x_dtype = x.dtype
         result = y.clone(memory_format=torch.contiguous_format)
@@ -135,7 +174,7 @@ class AddedChange(torch.autograd.Function):
         narrow, values, out_columns, in_columns = ctx.saved_tensors
         grads, dtype = grad_output.reshape(-1, grad_output.shape[-1]), grad_output.dtype
         d, v, u = (part.to(dtype) for part in (values, out_columns, in_columns))
-        narrow_grads = _narrowed(grads, v)
+        narrow_grads = narrowed(grads, v)
         grad_x = grad_values = None
         if ctx.needs_input_grad[2]:
             grad_values = (narrow_grads.T @ narrow.to(dtype)).to(values.dtype)
@@ -146,15 +185,40 @@ class AddedChange(torch.autograd.Function):
         return grad_output, grad_x, grad_values, None, None
 
 
-class Observed(torch.autograd.Function):
-    """`y` as it is; in the backward pass `observe(x, g)` gets the layer's inputs and output gradients.
+Observe = Callable[[torch.Tensor, torch.Tensor], None]
+
+
+class ObservedLinear(torch.autograd.Function):
+    """`y = x W^T + b` of a frozen floating-point `W` (out, in) and `b`; the backward pass is `observe`d.
 
     Args:
         probe: a parameter that trains, so that there is a backward pass at all; it gets no gradient.
+        observe: gets inputs (tokens, in) and output gradients (tokens, out), tokens without a gradient left out
+            where they are many.
     """
 
     @staticmethod
-    def forward(ctx, y, x, probe, observe: Callable[[torch.Tensor, torch.Tensor], None]):
+    def forward(ctx, x, weight, bias, probe, observe: Observe):
+        ctx.save_for_backward(x, weight)
+        ctx.observe = observe
+        return _new_output(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        x, weight = ctx.saved_tensors
+        rows, grads, kept = _observe(ctx.observe, x, grad_output)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _spread(linear(grads, weight.to(grads.dtype).T), kept, rows).view(x.shape)
+        return grad_x, None, None, None, None
+
+
+class Observed(torch.autograd.Function):
+    """`y` as it is, the output of any layer; the backward pass is observed, as in `ObservedLinear`."""
+
+    @staticmethod
+    def forward(ctx, y, x, probe, observe: Observe):
         ctx.save_for_backward(x)
         ctx.observe = observe
         return y.clone()
@@ -163,5 +227,15 @@ class Observed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         (x,) = ctx.saved_tensors
-        ctx.observe(x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1]))
+        _observe(ctx.observe, x, grad_output)
         return grad_output, None, None, None
+
+
+def _observe(observe: Observe, x: torch.Tensor, grad_output: torch.Tensor) -> tuple:
+    """Number of tokens, the output gradients that `observe` was given, and their indices if some were left out."""
+    flat, grads = x.reshape(-1, x.shape[-1]), grad_output.reshape(-1, grad_output.shape[-1])
+    tokens, kept = len(grads), tokens_with_gradient(grads, wait=True)
+    if kept is not None:
+        flat, grads = flat[kept], grads[kept]
+    observe(flat, grads)
+    return tokens, grads, kept

@@ -1,7 +1,6 @@
 """A linear layer with structured SparseGrad adapters beside it."""
 
 import warnings
-from collections.abc import Callable
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -9,12 +8,17 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.adapters.sparse_grad.config import RANDOM, SparseGradConfig
-from hf_ft_ext.adapters.sparse_grad.functions import AddedChange, ChangedLinear, Observed, change_of_weight
+from hf_ft_ext.adapters.sparse_grad.functions import (
+    AddedChange,
+    ChangedLinear,
+    Observe,
+    Observed,
+    ObservedLinear,
+    change_of_weight,
+)
 from hf_ft_ext.adapters.sparse_grad.subspace import OVERSAMPLING, random_columns, seed_of
 from hf_ft_ext.adapters.sparse_grad.targets import quantization_of
 from hf_ft_ext.errors import InputError
-
-Observer = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 class SparseGradColumns(nn.Module):
@@ -68,7 +72,7 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = quantization_of(base)
         self.merged_adapters = []
         self._disable_adapters = False
-        self._observers: dict[str, Observer] = {}
+        self._observers: dict[str, Observe] = {}
         self.update_layer(adapter_name, config, columns)
         self._active_adapter = adapter_name
 
@@ -94,19 +98,20 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
             self._check_ready(name)
         if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if len(names) == 1 and names[0] not in self._observers and not args and not kwargs and self._is_plain(x):
-            weight = self.base_layer.weight
+        if len(names) == 1 and not args and not kwargs and self._is_plain(x):
+            weight, bias = self.base_layer.weight, self.base_layer.bias
             weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
-            columns = self.sparse_grad_columns[names[0]]
-            values = self.sparse_grad_values[names[0]]
-            return ChangedLinear.apply(
-                x, weight, self.base_layer.bias, values, columns.out_columns, columns.in_columns
-            )
+            columns, values = self.sparse_grad_columns[names[0]], self.sparse_grad_values[names[0]]
+            observer = self._observers.get(names[0])
+            if observer is None:
+                return ChangedLinear.apply(x, weight, bias, values, columns.out_columns, columns.in_columns)
+            if not columns.ready:  # the first pre-pass finds them zero
+                return ObservedLinear.apply(x, weight, bias, values, observer)
         result = self.base_layer(x, *args, **kwargs)
         for name in names:
             columns, values = self.sparse_grad_columns[name], self.sparse_grad_values[name]
             observer = self._observers.get(name)
-            if observer is None or columns.ready:  # the first pre-pass finds them zero
+            if observer is None or columns.ready:
                 trained = values if observer is None else values.detach()
                 result = AddedChange.apply(result, x, trained, columns.out_columns, columns.in_columns)
             if observer is not None:
@@ -139,10 +144,11 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
 
     # --- columns ----------------------------------------------------------------------------------
 
-    def observe(self, adapter_name: str, observer: Observer | None) -> None:
+    def observe(self, adapter_name: str, observer: Observe | None) -> None:
         """Hand inputs (tokens, in) and output gradients (tokens, out) to `observer` at each backward pass.
 
-        While somebody observes, the adapter's values get no gradient. `None` ends it.
+        Tokens whose output gradient is zero may be left out. While somebody observes, the adapter's values get no
+        gradient. `None` ends it.
         """
         if observer is None:
             self._observers.pop(adapter_name, None)

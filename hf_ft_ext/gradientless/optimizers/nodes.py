@@ -8,8 +8,8 @@ from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer
-from hf_ft_ext.gradientless.optimizers.directions import compute_type
-from hf_ft_ext.gradientless.optimizers.updates import ADAM, MOMENTUM, RULES, SGD, SIGN, Update
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type
+from hf_ft_ext.gradientless.optimizers.perturbation.updates import ADAM, MOMENTUM, RULES, SGD, SIGN, Update
 
 NODE_RULES = SGD, SIGN, MOMENTUM, ADAM
 NODE_DIRECTIONS = NEXT_LAYER, SIGNS = ("next-layer", "signs")

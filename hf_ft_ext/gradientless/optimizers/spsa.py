@@ -12,14 +12,15 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.freed_memory import keep_freed_memory
-from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer
-from hf_ft_ext.gradientless.optimizers.directions import GAUSSIAN, Directions, Draw, mixed
-from hf_ft_ext.gradientless.optimizers.estimates import FORWARD, TWO_SIDED, Estimate
+from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, keep_freed_memory
 from hf_ft_ext.gradientless.optimizers.groups import check_block
-from hf_ft_ext.gradientless.optimizers.moves import Moves, check_replay
-from hf_ft_ext.gradientless.optimizers.perturb import CannotBatch, Combination, PerturbedForward
-from hf_ft_ext.gradientless.optimizers.updates import CONSERVATIVE, SGD, Rounding, Update
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import GAUSSIAN, Directions, Draw, mixed
+from hf_ft_ext.gradientless.optimizers.perturbation.estimates import FORWARD, TWO_SIDED, Estimate
+from hf_ft_ext.gradientless.optimizers.perturbation.moves import Moves, check_replay
+from hf_ft_ext.gradientless.optimizers.perturbation.owners import CannotBatch
+from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
+from hf_ft_ext.gradientless.optimizers.perturbation.updates import CONSERVATIVE, SGD, Rounding, Update
+from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination
 
 logger = logging.getLogger(__name__)
 

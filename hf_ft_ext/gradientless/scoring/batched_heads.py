@@ -13,7 +13,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional
 
 from hf_ft_ext.features import HeadReader
-from hf_ft_ext.gradientless.freed_memory import keep_freed_memory
+from hf_ft_ext.gradientless.optimizers.base import keep_freed_memory
 from hf_ft_ext.gradientless.optimizers.candidates import Candidates, IndexView
 
 _ROWS = 2**22  # numbers in the widest layer's output that one evaluation may make: 16 MiB in float32

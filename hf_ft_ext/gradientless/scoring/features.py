@@ -5,12 +5,12 @@ import logging
 import torch
 from transformers import DataCollatorWithPadding, DefaultDataCollator, Trainer, default_data_collator
 
-from hf_ft_ext.feature_cache import cached_features, feature_bytes
-from hf_ft_ext.feature_rows import SAMPLE, for_collator, inputs_of, labels_of, read_in_order
 from hf_ft_ext.features import HeadReader
+from hf_ft_ext.features.cache import cached_features, feature_bytes
+from hf_ft_ext.features.rows import SAMPLE, for_collator, inputs_of, labels_of, read_in_order
 from hf_ft_ext.gradientless.scoring.rows import FeatureRows, in_order
 from hf_ft_ext.prompts.collator import ContextCollator
-from hf_ft_ext.training.resources import preparation
+from hf_ft_ext.training.runs.resources import preparation
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
-from hf_ft_ext.feature_rows import LABELS, batches_in_order, for_collator
+from hf_ft_ext.features.rows import LABELS, batches_in_order, for_collator
 
 
 class FeatureRows(Dataset):

@@ -1,4 +1,4 @@
-"""What the kernel view of fine-tuning rests on: contrast of classes, linearity of training, agreement of rules."""
+"""Checks of the kernel view of fine-tuning: contrast of classes, linearity of training, agreement of predictions."""
 
 import csv
 import json
@@ -20,19 +20,20 @@ _SCORES = ("accuracy", "f1", "matthews_correlation", "pearson")
 
 
 def by_class(kernel: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A kernel `[N, C, N, C]` summed over equal scalars and scaled to a diagonal of 1, rows and columns by class.
+    """Sum a kernel `[N, C, N, C]` over equal scalars, scale its diagonal to 1, and sort its rows by class.
 
     Returns:
         `[N, N]` in the order of the labels, and the sorted labels.
     """
     order = np.argsort(labels, kind="stable")
+    # S[i, j] = sum_c K[i, c, j, c], divided by sqrt(S[i, i] S[j, j])
     matrix = np.einsum("icjc->ij", kernel)[np.ix_(order, order)]
     size = np.sqrt(np.abs(matrix.diagonal()))
     return matrix / size[:, None] / size, np.asarray(labels)[order]
 
 
 def class_contrast(matrix: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Mean off-diagonal entry of a kernel within classes and between them."""
+    """Mean off-diagonal entry of a kernel within classes, and between classes."""
     same = labels[:, None] == labels
     off = ~np.eye(len(labels), dtype=bool)
     return float(matrix[same & off].mean()), float(matrix[~same].mean())
@@ -42,26 +43,26 @@ def class_contrast(matrix: np.ndarray, labels: np.ndarray) -> tuple[float, float
 def linearization(
     start: nn.Module, trained: nn.Module, batch: Batch, function: Function | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How the scalars of `batch` changed in training, and what the first-order expansion at the start says.
+    """The change of the scalars of `batch` in training, and its first-order expansion at the start.
 
     Args:
-        start, trained: the model before and after; the same class, parameters of the same names.
+        start, trained: the model before and after training; the same class, with the same parameter names.
         batch: examples.
-        function: from model and batch to scalars; default: the logits.
+        function: maps model and batch to scalars; default: the logits.
 
     Returns:
-        `f(trained) - f(start)` and `<grad f(start), trained - start>`, both `[n, c]`; the slope is a central
+        `f(trained) - f(start)` and `<grad f(start), trained - start>`, both `[n, c]`; the latter is a central
         difference along the change, in float64.
 
     Raises:
-        InputError: the models have other parameters.
+        InputError: the models have different parameters.
     """
     function = function or logits
     after = {name: p.detach() for name, p in trained.named_parameters()}
     if after.keys() != dict(start.named_parameters()).keys() or any(
         after[name].shape != p.shape for name, p in start.named_parameters()
     ):
-        raise InputError("the two models have other parameters; pass the model that training started from")
+        raise InputError("the two models have different parameters; pass the model that training started from")
     batch = batch_in({key: value for key, value in batch.items() if key != "labels"}, torch.float64)
     with evaluating(start), computing_in(start, torch.float64):
         before = {name: p.data for name, p in start.named_parameters()}
@@ -73,6 +74,7 @@ def linearization(
             return found[:, None] if found.ndim == 1 else found
 
         try:
+            # <grad f, d> = (f(theta + h d) - f(theta - h d)) / (2 h) + O(h^2), with d = trained - start
             slope = (at(_STEP) - at(-_STEP)) / (2 * _STEP)
             change = at(1.0) - at(0.0)
         finally:
@@ -82,26 +84,26 @@ def linearization(
 
 
 def linearization_error(change: np.ndarray, slope: np.ndarray) -> float:
-    """Mean squared difference relative to the mean squared change; 0 = fully linear."""
+    """Mean squared difference relative to the mean squared change; 0 means that training was linear."""
     return float(np.mean((change - slope) ** 2) / np.mean(change**2))
 
 
 def between_classes(values: np.ndarray) -> np.ndarray:
-    """Logits `[n, c]` less their mean over classes, on which no prediction depends; one scalar stays as it is."""
+    """Logits `[n, c]` minus their mean over classes, which does not affect predictions; one scalar is unchanged."""
     return values - values.mean(1, keepdims=True) if values.shape[1] > 1 else values
 
 
 def scores_by_seed(folder: Path, names: Sequence[str]) -> dict[str, list[float]]:
-    """For each variant the test scores of its seeds (of several runs of a seed, the one best on the dev split).
+    """The test scores of each variant, one per seed (the run that is best on the dev split, if a seed has several).
 
     Raises:
-        InputError: a variant has no runs there.
+        InputError: a variant has no runs in `folder`.
     """
     return {name: [run["score"] for run in _runs(folder, name).values()] for name in names}
 
 
 def agreements(folder: Path, names: Sequence[str]) -> np.ndarray:
-    """Share of test rows that two variants predict alike, mean over their common seeds: `[names, names]`.
+    """Share of test rows for which two variants predict the same, averaged over common seeds: `[names, names]`.
 
     Raises:
         InputError: a variant has no runs, or two have no seed in common.

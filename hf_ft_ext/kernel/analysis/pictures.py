@@ -1,4 +1,4 @@
-"""Pictures of kernels and of what they are compared with (the `pictures` extra)."""
+"""Plots of kernels and of comparisons with fine-tuning (the `pictures` extra)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ def _figure(width: float, height: float) -> tuple[Figure, matplotlib.axes.Axes]:
 
 
 def heat_map(kernel: np.ndarray, labels: np.ndarray, path: Path) -> None:
-    """A kernel `[N, N]` scaled to a diagonal of 1, rows and columns by class, with lines between the classes."""
+    """Plot a kernel `[N, N]` with a diagonal of 1 and rows sorted by class, with lines between the classes."""
     figure, axes = _figure(5.4, 4.6)
     image = axes.imshow(kernel, cmap="viridis", vmin=float(kernel.min()), vmax=1, interpolation="nearest")
     figure.colorbar(image, ax=axes, label="kernel, diagonal scaled to 1")
@@ -34,7 +34,7 @@ def heat_map(kernel: np.ndarray, labels: np.ndarray, path: Path) -> None:
 
 
 def scatter(predicted: np.ndarray, actual: np.ndarray, error: float, path: Path) -> None:
-    """What the expansion says of each logit's change against the change, `[n, c]` each; on the line it is right."""
+    """Plot the actual change of each logit against the change by the expansion, `[n, c]` each."""
     figure, axes = _figure(4.8, 4.4)
     ends = [float(min(predicted.min(), actual.min())), float(max(predicted.max(), actual.max()))]
     axes.plot(ends, ends, color="#7f7f7f", linewidth=1, label="linear")
@@ -49,7 +49,7 @@ def scatter(predicted: np.ndarray, actual: np.ndarray, error: float, path: Path)
 
 
 def bars(scores: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Mean of each variant's scores with their standard deviation and the single seeds."""
+    """Plot the mean and standard deviation of each variant's scores, and the scores of the single seeds."""
     figure, axes = _figure(1.2 + 1.0 * len(scores), 4.2)
     for place, values in enumerate(scores.values()):
         spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
@@ -64,7 +64,7 @@ def bars(scores: Mapping[str, Sequence[float]], path: Path) -> None:
 
 
 def matrix(values: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """Shares in [0, 1] between variants, written into the fields."""
+    """Plot a matrix of shares in [0, 1] between variants, with the values in its cells."""
     figure, axes = _figure(2.4 + 0.8 * len(names), 1.8 + 0.8 * len(names))
     axes.imshow(values, cmap="Blues", vmin=0.5, vmax=1.2)
     for i, row in enumerate(values):
@@ -72,5 +72,5 @@ def matrix(values: np.ndarray, names: Sequence[str], path: Path) -> None:
             axes.text(j, i, f"{value:.2f}", ha="center", va="center")
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(names)), names)
-    axes.set_title("share of test rows predicted alike")
+    axes.set_title("share of test rows with the same prediction")
     figure.savefig(path, dpi=130)

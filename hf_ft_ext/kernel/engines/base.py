@@ -1,4 +1,4 @@
-"""What the exact engines have in common: gradient rows of some examples, and their products by parameter."""
+"""`ExactEngine`: base class of the exact engines. A kernel is a sum over parameters of products of gradient rows."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,25 +12,27 @@ from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.per_example.capture import Function
 
-Side = TypeVar("Side", bound=Any)  # gradient rows of some examples: `JacobianSide` or `StructuredSide`
+GradientRows = TypeVar("GradientRows", bound=Any)  # `JacobianRows` or `StructuredRows`
 
 
-class ExactEngine(ABC, Generic[Side]):
-    """Computes sides, the gradient rows of some examples, and the kernels of two sides.
+class ExactEngine(ABC, Generic[GradientRows]):
+    """Computes the gradient rows of examples, and the kernels between two sets of gradient rows.
+
+    A gradient row is the gradient of one scalar of one example.
 
     Args:
-        model: it is run in evaluation mode and left as it was.
-        function: from model and batch to scalars `[n]` or `[n, c]`, each depending on its own example only.
+        model: it runs in evaluation mode, and its state is restored.
+        function: maps model and batch to scalars `[n]` or `[n, c]`, each depending only on its own example.
         parameters: the chosen ones by name.
-        formula: which kernel.
+        formula: the kernel's formula.
         dtype: type to compute gradients in.
 
     Attributes:
-        keeps_graph: whether a side takes a graph of several examples at a time.
-        uncovered: names of the parameters without a rule, after `prepare`.
+        builds_batch_graph: whether `gradient_rows` builds an autograd graph for a whole batch.
+        uncovered: names of the parameters that no rule covers, after `prepare`.
     """
 
-    keeps_graph: ClassVar[bool]
+    builds_batch_graph: ClassVar[bool]
 
     def __init__(
         self,
@@ -50,31 +52,31 @@ class ExactEngine(ABC, Generic[Side]):
         return ()
 
     def prepare(self, rows: ExampleRows) -> None:
-        """Find out from `rows` how the model is run."""
+        """Verify on `rows` how the model can be run."""
 
     @abstractmethod
-    def side(self, rows: ExampleRows, batches: Sequence[Sequence[int]]) -> Side:
+    def gradient_rows(self, rows: ExampleRows, batches: Sequence[Sequence[int]]) -> GradientRows:
         """The gradient rows of `batches` (positions in `rows`)."""
 
     @abstractmethod
-    def add(self, left: Side, right: Side, name: str, total: torch.Tensor) -> None:
-        """Add what the parameter `name` gives to `total` `[kernels, rows, rows']`."""
+    def add(self, left: GradientRows, right: GradientRows, name: str, total: torch.Tensor) -> None:
+        """Add the contribution of the parameter `name` to `total` `[kernels, rows, rows']`."""
 
-    def kernels(self, left: Side, right: Side) -> torch.Tensor:
-        """`[kernels, n, c, n', c]` in float64, examples in the sides' orders; it may hold NaN."""
+    def kernels(self, left: GradientRows, right: GradientRows) -> torch.Tensor:
+        """The kernels `[kernels, n, c, n', c]` in float64, examples in the order of the rows; may hold NaN."""
         total = self._zeros(left, right)
-        # K = sum over parameters p of <d f / d p, d f' / d p>; a parameter that one side lacks has gradient 0
+        # K = sum over parameters p of <df/dp, df'/dp>; a parameter that is missing on one side has gradient 0
         for name in sorted(left.names() & right.names()):
             self.add(left, right, name, total)
         c = left.scalars
         return total.view(len(total), left.rows // c, c, right.rows // c, c).cpu()
 
-    def of_parameter(self, left: Side, right: Side, name: str) -> torch.Tensor:
-        """What one parameter adds: `[kernels, rows, rows']`."""
+    def of_parameter(self, left: GradientRows, right: GradientRows, name: str) -> torch.Tensor:
+        """The contribution of one parameter: `[kernels, rows, rows']`."""
         total = self._zeros(left, right)
         self.add(left, right, name, total)
         return total
 
-    def _zeros(self, left: Side, right: Side) -> torch.Tensor:
+    def _zeros(self, left: GradientRows, right: GradientRows) -> torch.Tensor:
         shape = (self.formula.kernels, left.rows, right.rows)
         return torch.zeros(shape, dtype=torch.float64, device=self.device)

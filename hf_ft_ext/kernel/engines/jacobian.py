@@ -1,15 +1,15 @@
-"""Engine `jacobian`: every Jacobian in full by `torch.func`, and one matrix product; the plain reference.
+"""Engine `jacobian`: full Jacobians by `torch.func`, and one matrix product. The reference for other engines.
 
-When to use it: to check the other engines, and for small modules of any kind. `structured` gives the same and is
-several times as fast.
+When to use it: to check the other engines, and for small modules of any kind. `structured` gives the same kernel and
+is several times as fast.
 
-Cost, for N1 and N2 rows of C scalars and P parameters: one forward and C backward passes with all weights' gradients
-for each row, those of the second side again for every block of the first; the product, `O(N1 N2 C^2 P)`. Where `vmap`
-takes the model (eager attention is set for it) a batch's rows run together, else one by one.
+Cost, for N1 and N2 rows of C scalars and P parameters: one forward and C backward passes with all weight gradients
+for each row, repeated for the second side with every block of the first; the product takes `O(N1 N2 C^2 P)`. If
+`vmap` supports the model (with eager attention), the rows of a batch run together, otherwise one by one.
 
-Memory: C P numbers for each row of a block's two sides. Tokens matter to the passes alone.
+Memory: C P values for each row of a block's two sides. The number of tokens matters only to the passes.
 
-Error: none but rounding; signs are taken in float64 by the rule of `formulas.ZERO`.
+Error: rounding only; signs are taken in float64 by the rule of `formulas.ZERO`.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class JacobianSide:
+class JacobianRows:
     """Jacobians of some examples: `[rows, entries]` by parameter; `order` and `scale` as for the structured engine."""
 
     order: list[int]
@@ -42,17 +42,17 @@ class JacobianSide:
     def rows(self) -> int:
         return len(self.order) * self.scalars
 
-    def of_scalar(self, scalar: int) -> "JacobianSide":
+    def of_scalar(self, scalar: int) -> "JacobianRows":
         """The rows of one scalar."""
         values = {name: value[scalar :: self.scalars] for name, value in self.values.items()}
-        return JacobianSide(self.order, 1, values, None if self.scale is None else self.scale[scalar :: self.scalars])
+        return JacobianRows(self.order, 1, values, None if self.scale is None else self.scale[scalar :: self.scalars])
 
     def bytes(self) -> int:
         """Memory of the Jacobians."""
         return sum(value.nbytes for value in self.values.values())
 
-    def same_bytes(self, length: int) -> int:
-        """The part that is no less for an example of fewer tokens: all."""
+    def constant_bytes(self, length: int) -> int:
+        """The part that does not depend on the number of tokens: all of it."""
         return self.bytes()
 
     def names(self) -> set[str]:
@@ -64,18 +64,18 @@ class JacobianSide:
         return max(value.shape[1] for value in self.values.values())
 
 
-class JacobianEngine(ExactEngine[JacobianSide]):
+class JacobianEngine(ExactEngine[JacobianRows]):
     """Computes Jacobians in full, and their kernels. Arguments as for `ExactEngine`."""
 
-    keeps_graph = False
-    _vectorized = True  # until the model turns out to have no vmap
+    builds_batch_graph = False
+    _vectorized = True  # until vmap fails for the model
 
-    def side(self, rows: ExampleRows, batches: Sequence[Sequence[int]]) -> JacobianSide:
+    def gradient_rows(self, rows: ExampleRows, batches: Sequence[Sequence[int]]) -> JacobianRows:
         """The Jacobians of `batches` (positions in `rows`)."""
         parts = [self._jacobians(rows.batch(indices, self.device)) for indices in batches]
         values = {name: torch.cat([part[name].flatten(0, 1).flatten(1) for part in parts]) for name in self.parameters}
         order = [i for indices in batches for i in indices]
-        side = JacobianSide(order, len(next(iter(values.values()))) // len(order), values)
+        side = JacobianRows(order, len(next(iter(values.values()))) // len(order), values)
         if self.formula.signs:
             side.scale = sign_scale(sum(value.square().sum(1) for value in values.values()))
         return side
@@ -94,6 +94,7 @@ class JacobianEngine(ExactEngine[JacobianSide]):
 
             def one(example: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
                 example = {key: value[None] for key, value in example.items()}
+                # J[c] = e_c^T df/dtheta: one vector-Jacobian product per scalar
                 scalars, pull = torch.func.vjp(
                     lambda given: torch.func.functional_call(wrapped, given, (example,)).reshape(-1), values
                 )
@@ -103,21 +104,21 @@ class JacobianEngine(ExactEngine[JacobianSide]):
             if self._vectorized:
                 try:
                     return torch.func.vmap(one)(batch)
-                except (RuntimeError, ValueError) as error:  # code that branches on data has no vmap
-                    logger.info("torch.func.vmap does not take this model (%s): one example at a time", error)
+                except (RuntimeError, ValueError) as error:  # vmap does not support code that branches on data
+                    logger.info("torch.func.vmap does not support this model (%s): one example at a time", error)
                     self._vectorized = False
             n = len(next(iter(batch.values())))
             rows = [one({key: value[i] for key, value in batch.items()}) for i in range(n)]
         return {name: torch.stack([row[name] for row in rows]) for name in self.parameters}
 
-    def add(self, left: JacobianSide, right: JacobianSide, name: str, total: torch.Tensor) -> None:
+    def add(self, left: JacobianRows, right: JacobianRows, name: str, total: torch.Tensor) -> None:
         """Add `J_p J'_p^T` of the parameter p."""
         views = [self.contraction.views(side.values[name], side.scale) for side in (left, right)]
         total += torch.stack(self.contraction.multiply(*views))
 
 
 class _Wrapped(nn.Module):
-    """A function of a model as a module, so that `functional_call` can exchange the model's parameters."""
+    """Wraps a function of a model as a module, so that `functional_call` can replace the model's parameters."""
 
     def __init__(self, model: nn.Module, function: Function):
         super().__init__()
@@ -129,7 +130,7 @@ class _Wrapped(nn.Module):
 
 @contextlib.contextmanager
 def _eager_attention(model: nn.Module) -> Iterator[None]:
-    """Plain attention, whose mask code does not branch on data, where the model has it."""
+    """Switch to eager attention if the model supports it: its mask code does not branch on data."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = getattr(getattr(inner, "config", None), "_attn_implementation", None)
     if before in (None, "eager") or not hasattr(inner, "set_attn_implementation"):

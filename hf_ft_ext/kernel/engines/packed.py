@@ -1,4 +1,4 @@
-"""Gradients of one batch and one parameter, packed: all scalars together, tokens without gradient left out."""
+"""Packed gradients of one batch and one parameter: all scalars together, without tokens whose gradient is zero."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -6,22 +6,22 @@ from typing import TypeGuard
 
 import torch
 
-from hf_ft_ext.kernel.engines.stacks import Stacks
+from hf_ft_ext.kernel.engines.buffers import TokenBuffers
 from hf_ft_ext.per_example.types import EmbeddingGradient, Gradient, LinearGradient, dense
 
-_LOOKED_AT = 8  # columns
+_CHECKED_COLUMNS = 8
 
 
 @dataclass
 class PackedLinear:
-    """`sum_t g_ts a_t^T` over an example's tokens: gradients of a weight that need not be multiplied out.
+    """Gradients of a linear layer's weight as factors: `dL_nc/dW = sum_t g_tc a_t^T` over the tokens of example n.
 
     Attributes:
-        activations: `a`, `[tokens, in]`, of all examples one after the other; tokens without gradient are left out.
+        activations: `a`, `[tokens, in]`, of all examples one after the other, without tokens whose gradient is zero.
         output_gradients: `g`, `[tokens, c, out]`, for the c scalars.
-        counts: tokens of each example.
-        transposed: the weight is `[in, out]`; the kernel does not depend on it.
-        squared_norms: of each row (example, scalar), `[n * c]`; `None` unless asked for.
+        counts: number of tokens of each example.
+        transposed: the weight is `[in, out]`; this does not change the kernel.
+        squared_norms: squared norm of each row (example, scalar), `[n * c]`; `None` unless requested.
     """
 
     activations: torch.Tensor
@@ -54,7 +54,7 @@ class PackedLinear:
         return PackedLinear(self.activations, grads, self.counts, self.transposed, norms)
 
     def dense(self, shape: torch.Size, n: int) -> "PackedDense":
-        """The gradients multiplied out; arguments as for embeddings."""
+        """The full gradients; arguments as for embeddings."""
         rows = [torch.einsum("tco,ti->coi", grads, activations) for activations, grads in self.examples()]
         values = torch.cat(rows).mT if self.transposed else torch.cat(rows)
         return PackedDense(values.flatten(1))
@@ -66,11 +66,11 @@ class PackedLinear:
 
 @dataclass
 class PackedEmbedding:
-    """Rows of a table's gradient where they are not zero.
+    """The non-zero rows of an embedding table's gradients.
 
     Attributes:
-        ids: `[e]`, row of the table, ascending.
-        rows: `[e]`, which example and scalar: example * c + scalar.
+        ids: `[e]`, rows of the table, ascending.
+        rows: `[e]`, index of example and scalar: example * c + scalar.
         values: `[e, width]`.
     """
 
@@ -87,15 +87,15 @@ class PackedEmbedding:
         return [self.ids, self.rows, self.values]
 
     def dense(self, shape: torch.Size, n: int) -> "PackedDense":
-        """The gradients of a table of this shape, zeros written out, for n rows (examples times scalars)."""
+        """The full gradients of a table of this shape, for n rows (examples times scalars)."""
         values = self.values.new_zeros(n, *shape)
-        values[self.rows, self.ids] = self.values  # each pair of row and id stands once
+        values[self.rows, self.ids] = self.values  # each pair of row and id occurs once
         return PackedDense(values.flatten(1))
 
 
 @dataclass
 class PackedDense:
-    """Gradients in full: `[n * c, size]`."""
+    """Full gradients: `[n * c, size]`."""
 
     values: torch.Tensor
 
@@ -115,16 +115,16 @@ Packed = PackedLinear | PackedEmbedding | PackedDense
 
 
 class Packer:
-    """Packs the gradients of one batch; activations that several layers read are kept once.
+    """Packs the gradients of one batch; activations that several layers share are stored once.
 
     Args:
         n: examples in the batch.
-        norms: whether linear layers need their rows' norms.
-        stacks: where linear layers' tokens are put.
+        norms: whether to compute the squared norms of linear layers' rows.
+        buffers: buffers for the tokens of linear layers.
     """
 
-    def __init__(self, n: int, norms: bool, stacks: Stacks):
-        self.n, self.norms, self.stacks = n, norms, stacks
+    def __init__(self, n: int, norms: bool, buffers: TokenBuffers):
+        self.n, self.norms, self.buffers = n, norms, buffers
         self._kept: dict[tuple, torch.Tensor] = {}
 
     def __call__(self, name: str, gradients: list[list[Gradient] | None]) -> Packed:
@@ -132,7 +132,7 @@ class Packer:
 
         Args:
             name: the parameter's.
-            gradients: for each scalar what the uses of the parameter give it, `None` for a scalar that does not
+            gradients: for each scalar, one gradient per use of the parameter; `None` for a scalar that does not
                 depend on it.
         """
         if _of_linear_layers(gradients):
@@ -145,7 +145,7 @@ class Packer:
         return PackedDense(stacked.flatten(0, 1))
 
     def _linear(self, name: str, gradients: list[list[LinearGradient] | None]) -> PackedLinear:
-        """Uses of a weight are more tokens of it."""
+        """Pack a linear layer's weight; several uses of it are joined along the token axis."""
         uses = _uses(gradients)
         activations = [use.expand(self.n, -1, -1) for use in uses.values()]
         key = tuple(uses)
@@ -165,10 +165,10 @@ class Packer:
         places = used.flatten().nonzero()[:, 0]
         key = (*key, used.cpu().numpy().tobytes())
         if key not in self._kept:
-            self._kept[key] = self.stacks.put(f"{name} activations", together.flatten(0, 1), places)
-        kept, grads, norms = self._kept[key], self.stacks.put(name, grads.flatten(0, 1), places), None
+            self._kept[key] = self.buffers.put(f"{name} activations", together.flatten(0, 1), places)
+        kept, grads, norms = self._kept[key], self.buffers.put(name, grads.flatten(0, 1), places), None
         counts = used.sum(1).tolist()
-        if self.norms and launches_cost(grads):
+        if self.norms and batching_pays(grads):
             norms = _all_squared_norms(padded(kept, counts), padded(grads, counts))
         elif self.norms:
             norms = torch.cat(
@@ -178,7 +178,7 @@ class Packer:
 
 
 def _uses(gradients: list[list[LinearGradient] | None]) -> dict[tuple, torch.Tensor]:
-    """The activations of each use that some scalar depends on, by address; a scalar may depend on some alone."""
+    """The activations of all uses that any scalar depends on, by address; a scalar may depend on only some of them."""
     return {_address(g.activations): g.activations for found in gradients for g in found or ()}
 
 
@@ -187,19 +187,20 @@ def _address(tensor: torch.Tensor) -> tuple:
 
 
 def _used(grads: torch.Tensor) -> torch.Tensor:
-    """Which tokens of `[n, tokens, c, out]` have a gradient, NaN included: `[n, tokens]`.
+    """Which tokens of `[n, tokens, c, out]` have a non-zero gradient (or NaN): `[n, tokens]`.
 
-    Of padding, and in the last layer of all but the token that the head reads, gradients are exactly zero.
+    Gradients are exactly zero for padding, and in the last layer for all tokens that the head does not read.
     """
     rows = grads.flatten(0, 1).flatten(1)
-    used = (rows[:, :: max(rows.shape[1] // _LOOKED_AT, 1)] != 0).any(1)  # says yes to most
+    # A few columns identify most of the used tokens; only the remaining tokens are checked in full.
+    used = (rows[:, :: max(rows.shape[1] // _CHECKED_COLUMNS, 1)] != 0).any(1)
     rest = (~used).nonzero()[:, 0]
     used[rest] = rows.index_select(0, rest).abs_().amax(1) != 0  # several times as fast as `any`
     return used.view(grads.shape[:2])
 
 
 def _squared_norms(activations: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
-    """Of one example's rows `[c]`: `sum over tokens t, s of <a_t, a_s> <g_t, g_s>`, or the rows in full if cheaper."""
+    """Squared norms `[c]` of one example's rows: `sum_ts <a_t, a_s> <g_t, g_s>`, or from full rows if cheaper."""
     grads = grads.transpose(0, 1)
     if len(activations) > min(activations.shape[1], grads.shape[2]):
         # |G|^2 with G = sum_t g_t a_t^T
@@ -208,21 +209,21 @@ def _squared_norms(activations: torch.Tensor, grads: torch.Tensor) -> torch.Tens
 
 
 def _all_squared_norms(activations: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
-    """The same for all examples, `[n, tokens, in]` and `[n, tokens, c, out]`: `[n * c]`, over pairs of tokens."""
+    """`sum_ts <a_t, a_s> <g_t, g_s>` for all examples, `[n, tokens, in]` and `[n, tokens, c, out]`: `[n * c]`."""
     grads = grads.transpose(1, 2)
     return ((grads @ grads.mT) * (activations @ activations.mT)[:, None]).sum((2, 3)).flatten()
 
 
-def launches_cost(tensor: torch.Tensor) -> bool:
-    """Whether many small products cost more than one product that is larger than it need be."""
+def batching_pays(tensor: torch.Tensor) -> bool:
+    """Whether one padded, batched product is faster than many small products (on accelerators)."""
     return tensor.device.type != "cpu"
 
 
 def padded(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Tokens `[tokens, ...]` of examples, one after the other, as `[n, longest, ...]` with zeros at the ends."""
+    """Pad the tokens `[tokens, ...]` of consecutive examples to `[n, longest, ...]` with zeros."""
     n, longest = len(counts), max(counts, default=0)
     lengths = torch.tensor(counts)
-    # token k of the examples' i-th: k counted from the example's start, behind i rows of `longest`
+    # Token k of example i moves to i * longest + k.
     shifts = longest * torch.arange(n) - (lengths.cumsum(0) - lengths)
     places = torch.arange(len(values)) + shifts.repeat_interleave(lengths)
     rows = values.new_zeros(n * longest, *values.shape[1:])
@@ -230,7 +231,7 @@ def padded(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
 
 
 def _of_linear_layers(gradients: list[list[Gradient] | None]) -> TypeGuard[list[list[LinearGradient] | None]]:
-    """Whether all uses are linear layers that hold the weight in one orientation."""
+    """Whether all uses are linear layers with the weight in the same orientation."""
     uses = [gradient for found in gradients for gradient in found or ()]
     linear = [gradient for gradient in uses if isinstance(gradient, LinearGradient)]
     return len(linear) == len(uses) and len({gradient.transposed for gradient in linear}) <= 1
@@ -239,7 +240,7 @@ def _of_linear_layers(gradients: list[list[Gradient] | None]) -> TypeGuard[list[
 def _of_a_table(
     gradients: list[list[Gradient] | None],
 ) -> TypeGuard[list[list[EmbeddingGradient | LinearGradient] | None]]:
-    """Whether the uses are look-ups, beside them at most linear layers with one row of the weight per output."""
+    """Whether the weight is an embedding table, possibly tied to linear layers with one row per output."""
     uses = [gradient for found in gradients for gradient in found or ()]
     return any(isinstance(gradient, EmbeddingGradient) for gradient in uses) and all(
         isinstance(gradient, EmbeddingGradient) or (isinstance(gradient, LinearGradient) and not gradient.transposed)
@@ -256,7 +257,7 @@ def _embedding(gradients: list[list[EmbeddingGradient | LinearGradient] | None])
             keys.append(ids * (len(gradient) * c) + examples * c + scalar)
             values.append(grads)
             total = len(gradient) * c
-    # entries of one table row, example and scalar have one key, and add up
+    # Entries with the same table row, example and scalar have the same key and are summed.
     unique, inverse = torch.unique(torch.cat(keys), return_inverse=True)
     summed = values[0].new_zeros(len(unique), values[0].shape[1]).index_add_(0, inverse, torch.cat(values))
     kept = summed.any(1)
@@ -265,20 +266,21 @@ def _embedding(gradients: list[list[EmbeddingGradient | LinearGradient] | None])
 
 
 def _entries(gradient: EmbeddingGradient | LinearGradient) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows of the table `[e]`, their gradients `[e, width]`, the examples they belong to `[e]`."""
+    """Rows of the table `[e]`, their gradients `[e, width]`, and the indices of their examples `[e]`."""
     grads, n = gradient.output_gradients, len(gradient)
     if isinstance(gradient, EmbeddingGradient):
         examples = torch.arange(n, device=grads.device)[:, None].expand_as(gradient.ids)
         used = gradient.ids >= 0
         return gradient.ids[used], grads[used], examples[used]
-    columns = (grads != 0).any(0).any(0).nonzero()[:, 0]  # of a tied decoder: the label words
+    columns = (grads != 0).any(0).any(0).nonzero()[:, 0]  # outputs with a gradient: the label words of a prompt model
+    # dL/dW[i] = sum_t g_ti a_t
     grads = torch.bmm(grads[..., columns].mT, gradient.activations.expand(n, -1, -1))  # [n, columns, width]
     examples = torch.arange(n, device=columns.device)[:, None].expand(-1, len(columns))
     return columns.expand(n, -1).reshape(-1), grads.flatten(0, 1), examples.reshape(-1)
 
 
 def join_embeddings(tables: Sequence[PackedEmbedding], offsets: Sequence[int]) -> PackedEmbedding:
-    """Several batches' tables as one; `offsets` are added to their rows."""
+    """Join the gradients of several batches; `offsets` are added to their row indices."""
     ids = torch.cat([table.ids for table in tables])
     order = ids.argsort(stable=True)
     rows = torch.cat([table.rows + offset for table, offset in zip(tables, offsets, strict=True)])

@@ -1,22 +1,23 @@
 """Engine `projected`: a kernel of random projections of the gradients, for many rows.
 
-Every row passes once, forward and backward. Its gradient is projected to k numbers per scalar, its features (see
-`hf_ft_ext.kernel.engines.projection`), and the kernel is one product of features. Features do not depend on what they
-are multiplied with: those of training rows, once computed, serve every later evaluation set.
+Every row runs once, forward and backward. Its gradient is projected to k values per scalar, its features (see
+`hf_ft_ext.kernel.engines.projection`), and the kernel is one product of features. The features of a row do not depend
+on other rows: those of the training rows are computed once and serve every later evaluation set.
 
 When to use it: from several hundred rows on, where the exact engine takes too long (its cost grows with rows times
-rows), and whenever new rows come one set after the other. Formula `sgd` alone: a projection does not keep the signs
-of a gradient's entries. For few rows use `structured`, which is exact.
+rows), and when new rows arrive in several sets. Formula `sgd` only: a projection does not keep the signs of gradient
+entries. For few rows use `structured`, which is exact.
 
-Cost, for N rows of T tokens in all and C scalars: N forward passes and C N backward passes without weights' gradients;
-the projection, `O(C T k log k)` for each linear layer; the product, `O(N1 N2 C^2 k)`.
+Cost, for N rows with T tokens in total and C scalars: N forward passes and C N backward passes without weight
+gradients; `O(C T k log k)` for the projection of each linear layer; `O(N1 N2 C^2 k)` for the product.
 
-Memory: one batch's graph and output gradients, and 128 rows' features. All features, `N C k` numbers in
-the model's type, are kept in memory where they take less than a quarter of the bound, or else on disk.
+Memory: the graph and output gradients of one batch, and the features of 128 rows. All features, `N C k` values in
+the model's type, are stored in memory if they take less than a quarter of the memory limit, otherwise on disk.
 
 Error: an entry of the kernel is unbiased, with a standard deviation of at most `sqrt(2 / k) |g| |g'|`: 2.2 % of the
-norms' product at k = 4096, half of it at k = 16384. `projection` derives it and names the exceptions. The kernel is a
-Gram matrix of rank `min(k, N C)` at most, so with more than k rows kernel regression needs a regularization.
+product of the norms at k = 4096, half of that at k = 16384. `projection` derives the bound and lists the exceptions.
+The kernel is a Gram matrix of rank at most `min(k, N C)`, so kernel regression on more than k rows needs
+regularization.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel.engines.projection import Projection, read_in_common
+from hf_ft_ext.kernel.engines.projection import Projection, shared_activations
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.schedule import batch_overhead, longest_row, memory_bound, refuse_too_little, saved_bytes
 from hf_ft_ext.kernel.store import FeatureStore
@@ -39,12 +40,12 @@ from hf_ft_ext.per_example.gradients import ExampleGradients, Part
 from hf_ft_ext.per_example.state import computing_in, evaluating
 from hf_ft_ext.per_example.types import Gradient, dense
 
-CHUNK_ROWS = 128  # rows whose features are computed and kept together: what an interrupted run may lose
-_SHARE_OF_FEATURES = 0.25  # of the bound of memory; more features than that are kept on disk
+CHUNK_ROWS = 128  # rows whose features are stored together; an interrupted run loses at most one chunk
+_SHARE_OF_FEATURES = 0.25  # largest share of the memory limit for features; larger ones are stored on disk
 
 
 class Chunks(Protocol):
-    """Where features are kept: `[rows, c, k]` for the rows of each chunk."""
+    """Storage for features: `[rows, c, k]` for the rows of each chunk."""
 
     edges: list[tuple[int, int]]
 
@@ -61,7 +62,7 @@ class MemoryChunks:
 
     @classmethod
     def of(cls, features: torch.Tensor) -> "MemoryChunks":
-        """Chunks of features `[N, c, k]` that are there."""
+        """Divide existing features `[N, c, k]` into chunks."""
         chunks = cls(cut_rows(len(features)))
         for i, (first, last) in enumerate(chunks.edges):
             chunks.put(i, features[first:last])
@@ -72,20 +73,20 @@ class MemoryChunks:
         return self._features.get(i)
 
     def put(self, i: int, features: torch.Tensor) -> None:
-        """Keep chunk i."""
+        """Store chunk i."""
         self._features[i] = features
 
 
 class ProjectedEngine:
-    """Computes features.
+    """Computes features, the projected gradients of examples.
 
     Args:
         model, function, parameters: as for `ExampleGradients`.
-        dimension, seed: of the projection.
+        dimension, seed: dimension and seed of the projection.
         dtype: type to compute gradients and features in.
-        memory_gb: bound of memory, in 10^9 bytes; `None` = half of what is free.
-        batch_size: rows of a forward pass, at most.
-        fixed_bytes: of `memory_gb`, what is taken whatever the rows.
+        memory_gb: memory limit, in 10^9 bytes; `None` = half of the free memory.
+        batch_size: largest number of rows in a forward pass.
+        fixed_bytes: the part of `memory_gb` that is used regardless of the rows.
     """
 
     def __init__(
@@ -106,13 +107,13 @@ class ProjectedEngine:
         self.examples = ExampleGradients(model, function, parameters, dtype)
         self.device = next(iter(parameters.values())).device
         shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-        common = read_in_common(model, parameters)
+        common = shared_activations(model, parameters)
         self.projection = Projection(shapes, dimension, seed, self.device, dtype, common)
 
     def kernel(
         self, rows1: ExampleRows, rows2: ExampleRows | None, class_diagonal: bool, disable_tqdm: bool = True
     ) -> torch.Tensor:
-        """The kernel `[N1, C, N2, C]` of rows whose features nobody keeps; see `features_product`."""
+        """Compute the kernel `[N1, C, N2, C]` with temporary features; see `features_product`."""
         with tempfile.TemporaryDirectory(prefix="projected-gradients-") as folder:
             kept = []
             for number, rows in enumerate((rows1, rows2)):
@@ -122,7 +123,7 @@ class ProjectedEngine:
             return features_product(kept[0], kept[1] if rows2 is not None else None, class_diagonal)
 
     def _chunks(self, rows: ExampleRows, folder: Path) -> Chunks:
-        """Room for features: in memory, or in `folder` where they would take more than a share of the bound."""
+        """Storage for features: in memory, or in `folder` if they exceed their share of the memory limit."""
         edges = cut_rows(len(rows))
         with self._computing(rows):
             size = len(rows) * self.scalars * self.projection.dimension * self.dtype.itemsize
@@ -135,7 +136,7 @@ class ProjectedEngine:
     def project(
         self, rows: ExampleRows, chunks: Chunks, process: int = 0, processes: int = 1, disable_tqdm: bool = True
     ) -> None:
-        """Compute the features of this process's share of the chunks that are missing, and keep them.
+        """Compute and store the features of the missing chunks in this process's share.
 
         Raises:
             InputError: too little memory, or a gradient that is not finite.
@@ -152,7 +153,7 @@ class ProjectedEngine:
 
     @contextlib.contextmanager
     def _computing(self, rows: ExampleRows) -> Iterator[None]:
-        """The model in the state for gradients, rules tried."""
+        """Put the model into the state for gradients, and verify the rules once."""
         with evaluating(self.model), computing_in(self.model, self.dtype, only_weights=True):
             if not self.scalars:
                 middle = len(rows) // 2
@@ -173,7 +174,7 @@ class ProjectedEngine:
             (part,) = self.examples(rows.batch([longest], self.device))
         features = 3 * self.scalars * self.projection.dimension * self.dtype.itemsize  # spectrum and sums
         factors = {t.data_ptr(): t.nbytes for by_name in part.gradients for t in _tensors(by_name.values())}
-        # the graph, the gradients of the outputs while a backward pass runs, and what the projection reads
+        # The graph, the output gradients during the backward pass, the factors, and the features.
         example = 2 * sum(saved.values()) + sum(factors.values()) + features
         chunk = min(CHUNK_ROWS, len(rows)) * features
 
@@ -186,7 +187,7 @@ class ProjectedEngine:
         return max(size for size in range(1, most + 1) if size == 1 or needed(size) <= 1e9 * bound)
 
     def features(self, rows: ExampleRows, first: int, batches: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Features `[rows, c, k]` on the CPU of the rows in `batches`, which are those from `first` on.
+        """Compute features `[rows, c, k]` on the CPU for the rows in `batches`, which start at row `first`.
 
         Raises:
             InputError: a gradient is not finite.
@@ -197,27 +198,27 @@ class ProjectedEngine:
                 here = torch.tensor(indices[part.first : part.first + len(part.scalars)]) - first
                 values = self.projection(len(here), part.gradients)
                 if not values.isfinite().all():
-                    raise InputError(_explained(part, (here + first).tolist()))
+                    raise InputError(_not_finite_message(part, (here + first).tolist()))
                 if found is None:
                     found = torch.empty(sum(map(len, batches)), *values.shape[1:], dtype=values.dtype)
                 found[here] = values.cpu()
-                del part, values  # before the next batch runs
+                del part, values  # free them before the next batch runs
         assert found is not None
         return found
 
 
 def cut_rows(rows: int, processes: int = 1) -> list[tuple[int, int]]:
-    """Chunks of `rows` rows as (first, last exclusive), at least one for each process while there are rows."""
+    """Divide `rows` rows into chunks (first, last exclusive): at least one per process if there are enough rows."""
     most = min(CHUNK_ROWS, -(-rows // processes))
     return [(first, min(first + most, rows)) for first in range(0, rows, most)]
 
 
 def features_product(left: Chunks, right: Chunks | None, class_diagonal: bool) -> torch.Tensor:
-    """The kernel `[N1, C, N2, C]` in float64 of two sides' features, two chunks at a time.
+    """Compute the kernel `[N1, C, N2, C]` in float64 from the features of both sides, two chunks at a time.
 
     Args:
         right: `None` = the kernel of `left` with itself.
-        class_diagonal: products of a scalar with the same one alone: `[N1, C, N2]`.
+        class_diagonal: only products of a scalar with itself: `[N1, C, N2]`.
     """
     other = left if right is None else right
     kernel: torch.Tensor | None = None
@@ -243,14 +244,14 @@ def features_product(left: Chunks, right: Chunks | None, class_diagonal: bool) -
 
 
 def read_chunk(chunks: Chunks, i: int) -> torch.Tensor:
-    """The features of chunk i.
+    """Return the features of chunk i.
 
     Raises:
-        InputError: they are gone.
+        InputError: the chunk is missing.
     """
     found = chunks.get(i)
     if found is None:
-        raise InputError(f"chunk {i} of the projected gradients is gone; run again")
+        raise InputError(f"chunk {i} of the projected gradients is missing; run again")
     return found
 
 
@@ -260,14 +261,14 @@ def _tensors(gradients: Iterable[list[Gradient]]) -> Iterator[torch.Tensor]:
             yield from (value for value in vars(use).values() if isinstance(value, torch.Tensor))
 
 
-def _explained(part: Part, rows: list[int]) -> str:
-    """Which example and which parameter made a projection NaN or infinite."""
+def _not_finite_message(part: Part, rows: list[int]) -> str:
+    """An error message that names the example and the parameter that made a projection NaN or infinite."""
     for by_name in part.gradients:
         for name, uses in by_name.items():
             for at, row in enumerate(rows):
                 if not dense([use[at : at + 1] for use in uses]).isfinite().all():
                     return (
-                        f"the gradient of {name} for example {row} (from 0) is NaN or infinite; look at this row and "
+                        f"the gradient of {name} for example {row} (from 0) is NaN or infinite; check this row and "
                         "this layer's weights, or load the model in float32"
                     )
     return "projected gradients are not finite although every gradient is: they overflow; scale the logits down"

@@ -1,6 +1,6 @@
-"""A solved kernel in a folder: `record` (what is written), `training_side`, `model`, and what comes from it again.
+"""A solved kernel in a folder: `record` reads and writes the files, `training_data` and `model` their parts.
 
-`loading` makes trainers and `predictor` plain objects that predict.
+`loading` makes a trainer from a folder, and `predictor` a plain object that predicts.
 """
 
 from hf_ft_ext.kernel.saved.model import load_model, load_tokenizer, without_report

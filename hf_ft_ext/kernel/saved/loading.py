@@ -1,4 +1,4 @@
-"""Trainers and plain code from the folder of a solved kernel."""
+"""Make a trainer, or code that predicts, from the folder of a solved kernel."""
 
 import copy
 import json
@@ -12,20 +12,20 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.utils import CONFIG_NAME
 
 from hf_ft_ext.adapters.folder import ADAPTER_CONFIG
-from hf_ft_ext.argument_completion import chosen
+from hf_ft_ext.arguments.completion import chosen
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.kernel.arguments import KernelTrainingArguments
 from hf_ft_ext.kernel.options import Engine
 from hf_ft_ext.kernel.saved.model import load_model, load_tokenizer, without_report
 from hf_ft_ext.kernel.saved.record import COEFFICIENTS, KEPT, SavedKernel
-from hf_ft_ext.kernel.saved.training_side import TrainingFeatures
+from hf_ft_ext.kernel.saved.training_data import TrainingFeatures
 from hf_ft_ext.kernel.solvers import Coupling
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.training.sharing import FinishedRun, rerun_code
 
 
 class Predicts(Protocol):
-    """A trainer that takes a solved kernel in the place of training."""
+    """A trainer that can use a solved kernel instead of training."""
 
     model: Any
 
@@ -42,21 +42,21 @@ def load_trainer(
     given: Mapping[str, Any],
     kwargs: dict[str, Any],
 ) -> Any:
-    """A trainer of the class `kind` that predicts by the kernel in `folder`; see `KernelTrainer.from_folder`.
+    """Make a trainer of the class `kind` that predicts with the kernel in `folder`; see `KernelTrainer.from_folder`.
 
     Args:
         arguments_class: the trainer's class of arguments.
-        kwargs: more arguments of the trainer.
+        kwargs: further arguments of the trainer.
 
     Raises:
-        InputError: the folder holds no solved kernel, a damaged one, or one of another model; `args` that differ.
+        InputError: the folder holds no solved kernel, a damaged one, or one of another model; or `args` that differ.
     """
     folder = Path(folder).expanduser()
     saved = SavedKernel.read(folder)
     if kwargs.get("train_dataset") is not None:
         raise InputError(
-            f"the kernel in {str(folder)!r} is solved and predicts by its own rows; leave train_dataset out, or "
-            "make a KernelTrainer with it to solve anew"
+            f"the kernel in {str(folder)!r} is solved and predicts with its own training rows; leave train_dataset "
+            "out, or make a KernelTrainer with it to solve again"
         )
     saved.check_function(function, folder)
     own = arguments_class(str(folder)) if args is None else arguments_class.complete(args)
@@ -78,10 +78,10 @@ def load_finished(
     given: Mapping[str, Any],
     load: Callable[[], tuple],
 ) -> tuple[PreTrainedTokenizerBase, nn.Module]:
-    """Tokenizer and model of the solved kernel in `folder`; see `KernelTrainer.load_finished`.
+    """Load tokenizer and model of the solved kernel in `folder`; see `KernelTrainer.load_finished`.
 
     Raises:
-        InputError: the data has other labels than the kernel; an option that an adapter's model cannot take.
+        InputError: the data has other labels than the kernel, or an option does not apply to a model with an adapter.
     """
     folder = Path(folder)
     saved = SavedKernel.read(folder)
@@ -104,8 +104,8 @@ def load_finished(
     for name in ("attn_implementation", "device_map", "dtype", "model_revision", "quantization", "tokenizer_name"):
         if name in given:
             raise InputError(
-                f"{name}={given[name]}: the kernel in {str(folder)!r} is of an adapter, which is loaded as it was "
-                "saved; leave it out"
+                f"{name}={given[name]}: the model of the kernel in {str(folder)!r} has an adapter, and is loaded as "
+                "it was saved; leave it out"
             )
     tokenizer = load_tokenizer(folder)
     if tokenizer is None:
@@ -114,9 +114,9 @@ def load_finished(
 
 
 def loading_code(run: FinishedRun) -> str:
-    """Python that predicts with the solved kernel of a run that was pushed."""
-    if not run.has(COEFFICIENTS):  # the kernels came from files
-        if run.has(ADAPTER_CONFIG):  # drawn again from the seed, on the model that it was drawn for
+    """Return Python code that predicts with the solved kernel of a run on the Hub."""
+    if not run.has(COEFFICIENTS):  # the kernels were loaded from files
+        if run.has(ADAPTER_CONFIG):  # the adapter is drawn again from the seed, on its base model
             return rerun_code(run, {"model_name_or_path": run.base or run.record["model"]}, [])
         of_the_model = ("model_name_or_path", "model_revision", "tokenizer_name", "from_linearhead")
         return rerun_code(run, dict.fromkeys(of_the_model), ["'--model_name_or_path', folder,"])
@@ -129,7 +129,7 @@ def loading_code(run: FinishedRun) -> str:
         "print(kernel(batch).labels)",
     ]
     template = json.loads((run.folder / CONFIG_NAME).read_text(encoding="utf-8")).get("template")
-    if template is not None:  # a prompt model: each list holds one text of all rows
+    if template is not None:  # a prompt model: each list holds one text for every row
         texts = 2 if "sent_1" in template else 1
         length = (run.record.get("arguments") or {}).get("max_seq_length") or 128
         lines[0] = "from hf_ft_ext import PromptEncoder, load_kernel"
@@ -144,10 +144,10 @@ def loading_code(run: FinishedRun) -> str:
 def _as_saved(
     args: KernelTrainingArguments, saved: SavedKernel, folder: Path, given: Mapping[str, Any]
 ) -> KernelTrainingArguments:
-    """A copy of `args` with what the saved kernel was solved with.
+    """Copy `args` with the settings that the saved kernel was solved with.
 
     Raises:
-        InputError: the user set another value.
+        InputError: the user set a different value.
     """
     args = copy.copy(args)
     projected = isinstance(saved.training, TrainingFeatures)
@@ -156,7 +156,7 @@ def _as_saved(
             kind = "projected gradients" if projected else "an exact kernel"
             raise InputError(
                 f"kernel_engine={args.kernel_engine} was passed, but the kernel in {str(folder)!r} was solved with "
-                f"{kind}; leave it out, or solve anew from training data"
+                f"{kind}; leave it out, or solve again from training data"
             )
         args.kernel_engine = Engine.PROJECTED.value
     for name in KEPT:
@@ -164,11 +164,11 @@ def _as_saved(
         if (name in given or chosen(args, name)) and str(passed) != str(value):
             raise InputError(
                 f"{name}={passed} was passed, but the kernel in {str(folder)!r} was solved with {name}={value}; leave "
-                "it out, or solve anew from training data"
+                "it out, or solve again from training data"
             )
         setattr(args, name, value)
     if projected or saved.model.options.coupling is Coupling.PSEUDO:
-        args.seed = saved.arguments["seed"]  # the projection, or the signs, were drawn from it
-    # the saved model has its adapter and its drawn weights already
+        args.seed = saved.arguments["seed"]  # the projection, or the random signs, depend on it
+    # The saved model already has its adapter and its random weights.
     args.kernel_peft, args.kernel_peft_config, args.random_model_init = None, {}, False
     return args

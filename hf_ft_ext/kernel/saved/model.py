@@ -1,4 +1,4 @@
-"""The model of a solved kernel, from its folder: a classifier, a prompt model, or one of these with an adapter."""
+"""Load the model of a solved kernel from its folder: a classifier or prompt model, with or without an adapter."""
 
 import contextlib
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ from hf_ft_ext.kernel.saved.record import NOT_TRAINED, SavedKernel
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.prompts.configuration import PROMPT_FILE, PromptConfig
 from hf_ft_ext.prompts.model import PromptForSequenceClassification
-from hf_ft_ext.training.precision import train_in_float32
+from hf_ft_ext.training.weights.precision import train_in_float32
 
 
 def load_model(folder: str | Path, saved: SavedKernel) -> PreTrainedModel | PeftModel:
-    """The model that the kernel in `folder` is of: a classifier, a prompt model, or one of these with an adapter.
+    """Load the model of the kernel in `folder`: a classifier or prompt model, with or without an adapter.
 
     Raises:
-        InputError: it cannot be loaded from the folder alone.
+        InputError: the model cannot be loaded from the folder.
     """
     folder = Path(folder)
     try:
@@ -41,7 +41,7 @@ def load_model(folder: str | Path, saved: SavedKernel) -> PreTrainedModel | Peft
             return _class_of(config).from_pretrained(folder, config=config)
     except InputError:
         raise
-    except Exception as error:  # of many kinds: transformers', peft's, safetensors'
+    except Exception as error:  # transformers, peft and safetensors raise many types
         raise InputError(
             f"the model of the kernel in {str(folder)!r} cannot be loaded from there ({first_line(error)}); load it "
             "yourself and pass model="
@@ -49,7 +49,7 @@ def load_model(folder: str | Path, saved: SavedKernel) -> PreTrainedModel | Peft
 
 
 def load_base(folder: Path, saved: SavedKernel) -> PreTrainedModel:
-    """The base model of the adapter in `folder`, with the labels that it was trained for."""
+    """Load the base model of the adapter in `folder`, with the labels of the adapter's task."""
     peft_config = PeftConfig.from_pretrained(folder)
     if (folder / PROMPT_FILE).is_file() or isinstance(AutoConfig.from_pretrained(folder), PromptConfig):
         base = PromptForSequenceClassification.from_adapter(folder)
@@ -63,14 +63,14 @@ def load_base(folder: Path, saved: SavedKernel) -> PreTrainedModel:
         base = _class_of(config).from_pretrained(
             name, config=config, revision=peft_config.revision or "main", ignore_mismatched_sizes=True
         )
-    if saved.arguments.get("random_model_init"):  # the adapter's file does not hold the base's weights
+    if saved.arguments.get("random_model_init"):  # the adapter's file does not hold the weights of the base model
         with seeded_init(saved.arguments["seed"]):
             base = type(base)(base.config)
     return base
 
 
 def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """The adapter of `folder` on its base model, trainable, in the number format that it was saved from."""
+    """Put the adapter in `folder` on its base model, trainable, in the dtype that it had when it was saved."""
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode = False
     model = train_in_float32(get_peft_model(base, config))
@@ -80,18 +80,18 @@ def with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies in `folder`, if there is one."""
+    """Load the tokenizer in `folder`, or return `None` if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    # of a model's type alone transformers makes one without a vocabulary
+    # Without tokenizer files transformers makes one without a vocabulary, from the model type.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 @contextlib.contextmanager
 def without_report() -> Iterator[None]:
-    """transformers' loading report does not name the tensor that warns whoever loads the model alone."""
+    """Keep the tensor `NOT_TRAINED` out of transformers' loading report, because here the kernel predicts."""
     before = PreTrainedModel._keys_to_ignore_on_load_unexpected
     PreTrainedModel._keys_to_ignore_on_load_unexpected = [*(before or []), NOT_TRAINED.replace(".", r"\.")]
     try:

@@ -1,4 +1,4 @@
-"""`load_kernel`: a solved kernel as a plain object that takes batches and gives predictions."""
+"""`load_kernel`: a solved kernel as a plain object that maps batches to predictions."""
 
 import os
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from hf_ft_ext.kernel.options import Engine, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.saved.model import load_model, load_tokenizer
 from hf_ft_ext.kernel.saved.record import SavedKernel
-from hf_ft_ext.kernel.saved.training_side import TrainingFeatures
+from hf_ft_ext.kernel.saved.training_data import TrainingFeatures
 from hf_ft_ext.kernel.solvers import Coupling, Solver
 from hf_ft_ext.metrics import probabilities
 from hf_ft_ext.per_example.capture import Function
@@ -27,14 +27,14 @@ from hf_ft_ext.per_example.state import Batch
 
 @dataclass(frozen=True)
 class KernelPrediction:
-    """What a solved kernel says of some examples.
+    """Predictions of a solved kernel.
 
     Attributes:
-        logits: `[n, classes]` in float64, of two classes too; a regression's numbers `[n, C]`. Least squares and
-            support vectors give scores: their order counts, not their softmax.
-        labels: name of the class of each example, by the model's `id2label`; with several labels per row the names of
-            each; `None` in a regression.
-        probabilities: `[n, classes]` with `kernel_solver=logistic`, else `None`.
+        logits: `[n, classes]` in float64, also with two classes; in a regression the predicted values `[n, C]`. Least
+            squares and support vectors give scores whose order matters; their softmax is not a probability.
+        labels: the class name of each example by the model's `id2label`; a list of names with several labels per row;
+            `None` in a regression.
+        probabilities: `[n, classes]` with `kernel_solver=logistic`, otherwise `None`.
     """
 
     logits: torch.Tensor
@@ -43,10 +43,10 @@ class KernelPrediction:
 
 
 class KernelPredictor:
-    """A solved kernel that predicts; `load_kernel` makes it.
+    """A solved kernel that predicts; made by `load_kernel`.
 
     Attributes:
-        model: the model that the kernel is of, unchanged by solving.
+        model: the model whose kernel was solved; solving does not change it.
         saved: the solution, the training rows and the settings.
     """
 
@@ -80,7 +80,7 @@ class KernelPredictor:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that lies in the folder.
+        """The tokenizer in the folder.
 
         Raises:
             InputError: there is none.
@@ -94,13 +94,13 @@ class KernelPredictor:
         return tokenizer
 
     def __call__(self, batches: Batch | Iterable[Batch]) -> KernelPrediction:
-        """Predict the examples of one batch, or of several.
+        """Predict the examples of one or more batches.
 
         Args:
             batches: mappings from input names to tensors, on any device; labels are ignored.
 
         Raises:
-            InputError: there is no example, or its inputs are not those of the training rows.
+            InputError: there are no examples, or their inputs differ from those of the training rows.
         """
         rows = ExampleRows(batches, self.saved.arguments.get("pad_token_id"))
         kernel = self._kernel(rows).numpy()
@@ -139,9 +139,9 @@ class KernelPredictor:
         if not self._options.multi_label:
             return [names[int(i)] for i in scores.argmax(1)]
         thresholds = getattr(self.model.config, "multi_label_thresholds", None)
-        # scores around 0 are compared as the thresholds were chosen: as if a sigmoid made probabilities of them
-        yes = scores >= 0 if thresholds is None else 1 / (1 + np.exp(-scores)) >= np.asarray(thresholds)
-        return [[names[int(c)] for c in np.flatnonzero(row)] for row in yes]
+        # The thresholds were chosen for sigmoid(score), which also applies to scores that are no logits.
+        chosen = scores >= 0 if thresholds is None else 1 / (1 + np.exp(-scores)) >= np.asarray(thresholds)
+        return [[names[int(c)] for c in np.flatnonzero(row)] for row in chosen]
 
 
 def load_kernel(
@@ -153,19 +153,19 @@ def load_kernel(
     memory_gb: float | None = None,
     batch_size: int = 16,
 ) -> KernelPredictor:
-    """Load a solved kernel: an object that takes tokenized batches and gives logits, labels and probabilities.
+    """Load a solved kernel as an object that maps tokenized batches to logits, labels and probabilities.
 
     `load_kernel(folder)(batch).labels` predicts what the trainer that solved the kernel predicts. Each call runs all
-    training rows again, forward and backward, to compute their kernel with the new ones: pass many examples at once.
-    (With projected gradients the training rows' are in the folder, and only the new rows run.)
+    training rows again, forward and backward, to compute their kernel with the new rows: pass many examples at once.
+    With projected gradients only the new rows run, because the folder holds those of the training rows.
 
     Args:
-        folder: what `KernelTrainer.save_model`, or a run of the launcher with `--method kernel`, left.
-        model: the model that was solved with; `None` = from the folder.
-        function: the scalars' function, if the kernel was solved with one.
-        device: where the model runs; `None` = where it is loaded, the CPU.
-        memory_gb: bound of memory above the loaded model, in 10^9 bytes; `None` = as `empirical_ntk`.
-        batch_size: examples in a forward pass, at most.
+        folder: written by `KernelTrainer.save_model`, or by the launcher with `--method kernel`.
+        model: the model that the kernel was solved with; `None` = load it from the folder.
+        function: the function of the scalars, if the kernel was solved with one.
+        device: device of the model; `None` = the CPU, where it is loaded.
+        memory_gb: memory limit above the loaded model, in 10^9 bytes; `None` = as `empirical_ntk`.
+        batch_size: largest number of examples in a forward pass.
 
     Raises:
         InputError: the folder holds no solved kernel, a damaged one, or one of another model.

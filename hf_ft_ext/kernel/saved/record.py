@@ -1,8 +1,8 @@
-"""A solved kernel in a folder: coefficients, training side and settings beside the model that the kernel is of.
+"""`SavedKernel`: the files of a solved kernel, stored in the folder of its model.
 
 Files: `kernel_solution.json` (settings, hashes), `kernel_solution.safetensors` (coefficients) and
-`kernel_training.safetensors` (the training rows' inputs). No labels and no texts are kept, but token ids
-can be decoded with the tokenizer.
+`kernel_training.safetensors` (inputs of the training rows). Labels and texts are not stored, but the token ids can be
+decoded with the tokenizer.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from torch import nn
 
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.files import replacing, tensor_hash, write_json
-from hf_ft_ext.kernel.saved.training_side import KINDS, TrainingSide
+from hf_ft_ext.kernel.saved.training_data import KINDS, TrainingData
 from hf_ft_ext.kernel.solvers import Coupling, KernelModel, SolverOptions, arrays_of, solution_of
 from hf_ft_ext.per_example.capture import Function
 
@@ -30,10 +30,10 @@ SOLUTION = "kernel_solution.json"
 COEFFICIENTS = "kernel_solution.safetensors"
 TRAINING = "kernel_training.safetensors"
 FILES = (SOLUTION, COEFFICIENTS, TRAINING)
-# A tensor under this name lies in the weights' file. No model has it, so every plain load reports it.
+# The weights file holds a tensor with this name. No model has it, so transformers reports it in every plain load.
 NOT_TRAINED = "this_model_alone_predicts_as_before_training.the_kernel_predicts.see_kernel_solution_json"
 _FORMAT = 1
-# What says how a kernel was solved, so that a saved one predicts the same.
+# The arguments that a saved kernel needs to predict the same.
 KEPT = (
     "adjust_for_init", "binary_classification", "exclude_embeddings", "exclude_head", "f0_scaling", "kernel_classes",
     "kernel_dimension", "kernel_formula", "kernel_gamma", "kernel_lambda", "kernel_parameters", "kernel_peft",
@@ -45,28 +45,28 @@ _NEEDED = ("format", "arguments", "solver", "solution", "scalars", "parameters",
 
 @dataclass
 class SavedKernel:
-    """A solved kernel without the model that it is of.
+    """A solved kernel without its neural network.
 
     Attributes:
-        arguments: fields of `KernelTrainingArguments` that say what was solved, with `seed`.
+        arguments: the fields of `KernelTrainingArguments` in `KEPT`, and `seed`.
         model: the fitted solver.
-        training: what is kept of the training data.
-        parameters: names of the parameters that the kernel is over.
-        weights: `weights_hash` of the model.
-        function: name of the user's function that gives the scalars; `None` = the logits.
-        about: more for the reader of the file.
+        training: the training data, in the form that predicting needs.
+        parameters: names of the parameters that the kernel is taken over.
+        weights: `weights_hash` of the neural network.
+        function: name of the user's function of the scalars; `None` = the logits.
+        about: further entries for a human reader of the file.
     """
 
     arguments: dict[str, Any]
     model: KernelModel
-    training: TrainingSide
+    training: TrainingData
     parameters: list[str]
     weights: str
     function: str | None
     about: dict[str, Any]
 
     def write(self, folder: str | Path) -> None:
-        """Write the files into `folder`, the description last, so that what is described is there."""
+        """Write the files into `folder`, the description last, so that every file it names exists."""
         folder = Path(folder)
         arrays = {name: torch.from_numpy(array) for name, array in arrays_of(self.model.solution).items()}
         for name, tensors in ((COEFFICIENTS, arrays), (TRAINING, self.training.tensors())):
@@ -92,10 +92,10 @@ class SavedKernel:
 
     @classmethod
     def read(cls, folder: str | Path) -> "SavedKernel":
-        """What `write` left.
+        """Read what `write` wrote.
 
         Raises:
-            InputError: the folder holds no solved kernel, one that cannot predict by itself, or a damaged one.
+            InputError: the folder holds no solved kernel, one without coefficients, or a damaged one.
         """
         folder = Path(folder)
         record = _record(folder)
@@ -104,7 +104,7 @@ class SavedKernel:
                 raise InputError(f"{str(folder)!r} lacks {name}, without which its kernel cannot predict; copy it too")
             if _file_hash(folder / name) != record["files"].get(name):
                 raise InputError(
-                    f"{folder / name} is damaged or of another run: its hash is not the one in {SOLUTION}; copy the "
+                    f"{folder / name} is damaged or from another run: its hash is not the one in {SOLUTION}; copy the "
                     "folder again, or solve the kernel again"
                 )
         arrays = {key: tensor.numpy() for key, tensor in _tensors(folder / COEFFICIENTS).items()}
@@ -123,7 +123,7 @@ class SavedKernel:
         model.rank, model.condition = record.get("rank"), record.get("condition")
         if len(training) != model.solution.rows:
             raise InputError(
-                f"{str(folder)!r} holds {len(training)} training rows, but coefficients of {model.solution.rows}; "
+                f"{str(folder)!r} holds {len(training)} training rows, but coefficients for {model.solution.rows}; "
                 "copy the folder again, or solve the kernel again"
             )
         about = {key: value for key, value in record.items() if key not in (*_NEEDED, "function")}
@@ -133,36 +133,36 @@ class SavedKernel:
         )  # fmt: skip
 
     def check_function(self, function: Function | None, folder: str | Path) -> None:
-        """Refuse a missing function, or one where the kernel is of the logits.
+        """Check that a function is passed if and only if the kernel was solved with one.
 
         Raises:
-            InputError: see above.
+            InputError: the function is missing, or the kernel is that of the logits.
         """
         if function is None and self.function is not None:
             raise InputError(
-                f"the kernel in {str(folder)!r} is of the scalars of a function ({self.function}), which no file "
-                "holds; pass it as function="
+                f"the kernel in {str(folder)!r} was solved for the scalars of a function ({self.function}), which is "
+                "not saved with it; pass it as function="
             )
         if function is not None and self.function is None:
-            raise InputError(f"the kernel in {str(folder)!r} is of the model's logits; leave function out")
+            raise InputError(f"the kernel in {str(folder)!r} was solved for the model's logits; leave function out")
 
     def fit_model(self, model: nn.Module, folder: str | Path) -> None:
-        """Let the parameters that the kernel is over, and no others, require gradients.
+        """Check that the model is the kernel's, and let only the kernel's parameters require gradients.
 
         Raises:
-            InputError: the model is not the one that the kernel is of.
+            InputError: the model is another one, or has other weights.
         """
         own = dict(model.named_parameters())
         missing = [name for name in self.parameters if name not in own]
         if missing:
             raise InputError(
-                f"the kernel in {str(folder)!r} is over parameters that this model lacks ({missing[0]}, ...); pass "
+                f"the kernel in {str(folder)!r} needs parameters that this model lacks ({missing[0]}, ...); pass "
                 "the model that it was solved with"
             )
         if weights_hash(model) != self.weights:
             raise InputError(
                 f"the weights of this model are not those that the kernel in {str(folder)!r} was solved with, and its "
-                "coefficients fit no others; pass that model as it was, in the same number format"
+                "coefficients are valid only for those; pass that model unchanged, in the same dtype"
             )
         for name, parameter in own.items():
             parameter.requires_grad_(name in set(self.parameters))
@@ -174,9 +174,9 @@ def holds_kernel(folder: str | os.PathLike) -> bool:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 over names and values of weights and buffers; 16-bit ones as the float32 values that they stand for.
+    """SHA-256 over names and values of weights and buffers; 16-bit values are hashed as float32.
 
-    peft's copies of the modules that an adapter replaces are left out: nothing reads them.
+    peft's unused copies of the modules that an adapter replaces are skipped.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
@@ -197,7 +197,7 @@ def _record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({first_line(error)}); copy the folder again") from error
     if record.get("format") is None:
@@ -207,7 +207,7 @@ def _record(folder: Path) -> dict[str, Any]:
         )
     if record["format"] != _FORMAT:
         raise InputError(
-            f"{path} is of format {record['format']}, and this version of hf_ft_ext reads {_FORMAT}; install the "
+            f"{path} has format {record['format']}, but this version of hf_ft_ext reads {_FORMAT}; install the "
             "version that wrote it"
         )
     if missing := [key for key in _NEEDED if key not in record]:

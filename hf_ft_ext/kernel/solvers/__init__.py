@@ -1,11 +1,12 @@
-"""Solvers: from a train kernel and labels to coefficients that predict by the kernel with the training rows.
+"""Solvers: fit a task with a train kernel and labels; the result predicts from the kernel with the training rows.
 
-`options` says which solver and how, `coupling` which products of several scalars it sees, `targets` what is fitted.
-`matrices` decomposes what is solved with, `least_squares`, `support_vectors` and `logistic` solve; `system` brings
-these together. What they leave is a `solution`, and with the options a `model`, which predicts without a solver.
+`options` holds the settings, `coupling` selects the products of scalars that a solver uses, `targets` defines the
+fitted targets. `matrices` decomposes the kernel matrix; `least_squares`, `support_vectors` and `logistic` solve;
+`system` combines them. The result is a `solution`; together with the options it is a `model`, which predicts without a
+solver.
 
-scipy and scikit-learn are imported where they solve: the arguments need this package for its names only, and loading
-both takes a quarter of the time that `--help` takes.
+scipy and scikit-learn are imported only where they solve. The arguments import this package for its names, and loading
+both libraries would add a quarter to the time of `--help`.
 """
 
 from hf_ft_ext.kernel.solvers.coupling import Coupling, view_of

@@ -1,4 +1,4 @@
-"""Which products of an example's scalars a solver sees."""
+"""`Coupling`: which products of an example's scalars a solver uses."""
 
 import enum
 
@@ -8,15 +8,15 @@ from hf_ft_ext.errors import InputError
 
 
 class Coupling(enum.StrEnum):
-    """Which products of scalars a solver sees, with kernels `K[i, a, j, b]` of scalar a and scalar b.
+    """Which products of scalars a solver uses, for kernels `K[i, a, j, b]` of scalar a and scalar b.
 
-    FULL: all of them, as one system of N C unknowns: what gradient descent couples. Time grows with (N C)^3.
-    BY_CLASS: each scalar's own kernel `K[i, c, j, c]`, C systems of N unknowns.
-    SHARED: one kernel for all classes, the mean over c of `K[i, c, j, c]`, one system of N unknowns: the full kernel
-        is near it times the identity.
-    PSEUDO: as SHARED, from the kernel of a single scalar, `sum_c e_c f_c / sqrt(C)`, so that a row takes one backward
-        pass in place of C. With random signs `e` its mean is the shared kernel, and it stays apart from 0 where a
-        head's rows add up to 0 (Mohamadi et al., ICML 2023, arXiv 2206.12543, with all signs 1).
+    FULL: all of them, as one system of N C unknowns, as gradient descent couples them. Time grows with (N C)^3.
+    BY_CLASS: each scalar's own kernel `K[i, c, j, c]`, as C systems of N unknowns.
+    SHARED: one kernel for all classes, `mean_c K[i, c, j, c]`, as one system of N unknowns. The full kernel is close
+        to this kernel times the identity.
+    PSEUDO: as SHARED, with the kernel of the single scalar `sum_c e_c f_c / sqrt(C)`, so that a row takes one
+        backward pass instead of C. Over random signs `e` its mean is the shared kernel. Mohamadi et al. (ICML 2023,
+        arXiv 2206.12543) take all signs 1; the encoder's part of that kernel is 0 if the rows of a head sum to 0.
     """
 
     FULL = "full"
@@ -31,16 +31,16 @@ class Coupling(enum.StrEnum):
 
 
 def view_of(kernel: np.ndarray, coupling: Coupling) -> np.ndarray:
-    """The part of a kernel that enters: `[kernels, N, C, M, C]`, `[kernels, N, C, M]` or `[kernels, N, M]`.
+    """The part of a kernel that a coupling uses: `[kernels, N, C, M, C]`, `[kernels, N, C, M]` or `[kernels, N, M]`.
 
     Args:
-        kernel: `[kernels, N, C, M, C]`; `[kernels, N, C, M]` where scalars are not coupled; C = 1 for `PSEUDO`.
+        kernel: `[kernels, N, C, M, C]`, or `[kernels, N, C, M]` for uncoupled scalars; C = 1 for `PSEUDO`.
 
     Raises:
-        InputError: products of different scalars are needed and not there.
+        InputError: the coupling needs products of different scalars, which the kernel does not hold.
     """
     if coupling is Coupling.FULL:
-        if kernel.ndim == 4 and kernel.shape[2] == 1:  # of one scalar there is nothing else
+        if kernel.ndim == 4 and kernel.shape[2] == 1:  # a single scalar has no products with others
             return kernel[..., None]
         if kernel.ndim == 4:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Logistic regression on kernel rows as features, its penalty by cross-validation."""
+"""Logistic regression with kernel rows as features, and a cross-validated penalty."""
 
 import warnings
 
@@ -12,10 +12,10 @@ from hf_ft_ext.kernel.solvers.targets import check_both
 
 
 def logistic_regression(system: KernelProblem, options: SolverOptions) -> LinearSolution | LogisticSolution:
-    """Logistic regression on kernel rows, its penalty by cross-validation; of several labels one for each label.
+    """Fit a logistic regression on kernel rows with a cross-validated penalty; in multi-label tasks one per label.
 
-    Features are divided by the mean of the kernel's diagonal: kernels of the formulas differ by many powers of
-    ten, and so would the meaning of the penalty.
+    Features are divided by the mean absolute diagonal entry of the kernel, so that the penalty has the same meaning
+    for all formulas, whose kernels differ by many orders of magnitude.
     """
     kernel = system.kernel[:1]
     if options.multi_label:
@@ -39,7 +39,7 @@ def logistic_regression(system: KernelProblem, options: SolverOptions) -> Linear
 
 
 def _cross_validated(features: np.ndarray, labels: np.ndarray, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights `[classes or 1, features]` of unscaled features, and intercepts."""
+    """Return weights `[classes or 1, features]` for the unscaled features, and intercepts."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegressionCV
     from threadpoolctl import threadpool_limits
@@ -49,13 +49,13 @@ def _cross_validated(features: np.ndarray, labels: np.ndarray, matrix: np.ndarra
     fewest = int(np.unique(labels, return_counts=True)[1].min())
     if fewest < 2:
         raise InputError(
-            "kernel_solver=logistic cross-validates, but a class has a single example; pass kernel_solver=lstsq"
+            "kernel_solver=logistic uses cross-validation, but a class has a single example; pass kernel_solver=lstsq"
         )
     model = LogisticRegressionCV(
         Cs=np.logspace(-4, 8, 13), cv=min(5, fewest), max_iter=10_000, l1_ratios=(0,), scoring="neg_log_loss",
         use_legacy_attributes=False,
     )  # fmt: skip
-    with warnings.catch_warnings(), threadpool_limits(1):  # as in `hf_ft_ext.linear_fit`
+    with warnings.catch_warnings(), threadpool_limits(1):  # as in `hf_ft_ext.features.linear_fit`
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(scale * features, labels)
     # w^T (scale x) = (scale w)^T x

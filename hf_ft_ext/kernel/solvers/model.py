@@ -1,4 +1,4 @@
-"""`KernelModel`: a fitted solver, which predicts by the kernel with the training rows."""
+"""`KernelModel`: a fitted solver, which predicts from the kernel with the training rows."""
 
 import numpy as np
 
@@ -13,10 +13,10 @@ class KernelModel:
     """A fitted solver, without the train kernel that it was fitted on.
 
     Attributes:
-        options: which solver and how.
-        scalars: C, scalars of an example.
+        options: the solver and its settings.
+        scalars: C, the scalars per example.
         solution: its coefficients.
-        rank, condition: numerical rank of the regularised kernel matrix and its condition number (`lstsq`, `svr`).
+        rank, condition: numerical rank and condition number of the regularized kernel matrix (`lstsq`, `svr`).
     """
 
     def __init__(self, options: SolverOptions, scalars: int, solution: Solution):
@@ -25,23 +25,24 @@ class KernelModel:
         self.condition: float | None = None
 
     def predict(self, kernel: np.ndarray, start: np.ndarray | None = None) -> np.ndarray:
-        """Predictions `[M, C]` for a kernel `[kernels, N, C, M, C]`; of one scalar in classification the sign decides.
+        """Predict `[M, C]` from a kernel `[kernels, N, C, M, C]`.
 
-        Where scalars are not coupled, `[kernels, N, C, M]` too.
+        For uncoupled scalars a kernel `[kernels, N, C, M]` works too. In binary classification with one scalar, its
+        sign gives the class.
 
         Args:
-            start: the model's scalars at the start `[M, C]`, added.
+            start: the model's scalars before training `[M, C]`, which are added.
         """
         if kernel.shape[1] != self.solution.rows:
             raise InputError(
                 f"a kernel with {kernel.shape[1]} training rows does not fit a solution of {self.solution.rows}; pass "
-                "the kernel with the rows that were solved for"
+                "the kernel with the rows that the solution was fitted on"
             )
         found = self.solution.predict(view_of(kernel, self.options.coupling))
         return found if start is None else found + start
 
     def targets(self, labels: np.ndarray) -> np.ndarray:
-        """`[N, C]`: scores, -1 and 1, or one-hot."""
+        """Targets `[N, C]` for labels: scores, -1 and 1, or one-hot."""
         return targets_of(self.options, labels, self.scalars)
 
     def loss(self, predictions: np.ndarray, labels: np.ndarray) -> float:
@@ -49,9 +50,9 @@ class KernelModel:
         return loss_of(self.options, predictions, labels, self.scalars)
 
     def accuracy(self, predictions: np.ndarray, labels: np.ndarray) -> float:
-        """Share of right predictions: see `accuracy_of`."""
+        """Share of correct predictions: see `accuracy_of`."""
         return accuracy_of(self.options, predictions, labels)
 
     def class_scores(self, predictions: np.ndarray) -> np.ndarray:
-        """`[N, classes]` of predictions: see `class_scores`."""
+        """Scores `[N, classes]` from predictions: see `class_scores`."""
         return class_scores(self.options, predictions)

@@ -1,4 +1,4 @@
-"""Which solver solves the task with a kernel, how, and which combinations of settings work."""
+"""Solvers of a task with a kernel, their settings, and the check of combinations."""
 
 import enum
 import logging
@@ -14,11 +14,11 @@ logger = logging.getLogger(__name__)
 class Solver(enum.StrEnum):
     """How the task is solved with the kernel.
 
-    LSTSQ: least squares on one-hot targets (or -1 and 1; scores in regression): kernel regression. Any task.
-    LOGISTIC: logistic regression on kernel rows as features, its penalty chosen by cross-validation. Classification.
+    LSTSQ: kernel regression, least squares on one-hot targets (or -1 and 1; scores in regression). Any task.
+    LOGISTIC: logistic regression with kernel rows as features and a cross-validated penalty. Classification.
     SVR: support vector regression on the same targets as LSTSQ. Any task; symmetric kernels.
     SVC: support vector classification with the kernel summed over classes. Symmetric kernels.
-    ASYM: the coupled least squares SVM of an asymmetric kernel and its flip, one class against the rest.
+    ASYM: the coupled least-squares SVM of an asymmetric kernel and its flip, one class against the rest.
     """
 
     LSTSQ = "lstsq"
@@ -29,7 +29,7 @@ class Solver(enum.StrEnum):
 
     @property
     def couplings(self) -> tuple[Coupling, ...]:
-        """The couplings that the solver works with, the first one its own."""
+        """The couplings that the solver supports; the first is its default."""
         return _COUPLINGS[self]
 
 
@@ -40,7 +40,7 @@ _COUPLINGS = {
     Solver.SVC: (Coupling.SHARED, Coupling.PSEUDO),
     Solver.ASYM: (Coupling.BY_CLASS,),
 }
-# Unknowns N C up to which all scalars are coupled unless something else is asked for: a matrix of 0.5 GB, whose
+# Largest number of unknowns N C for which all scalars are coupled by default: a matrix of 0.5 GB, whose
 # eigendecomposition takes minutes on one core.
 FULL_UNKNOWNS = 8192
 
@@ -51,14 +51,14 @@ class SolverOptions:
 
     Attributes:
         solver: see `Solver`.
-        regularization: times the operator norm of the matrix that is solved with, on its diagonal.
-        gamma: of `asym`, weight of the errors.
-        mix: of `asym`, share of the kernel's prediction; the rest is the flip's.
+        regularization: r; `r ||K||` (operator norm) is added to the diagonal of the solved matrix.
+        gamma: for `asym`: weight of the errors.
+        mix: for `asym`: weight of the kernel's prediction; the flip's has `1 - mix`.
         svm_c: penalty C of `svr` and `svc`.
-        regression: targets are scores.
-        multi_label: targets are -1 and 1 for each of several labels; every label is solved by itself.
-        coupling: see `Coupling`; `None` = the solver's own, and `BY_CLASS` with several labels per row.
-        time: of `lstsq`, where gradient flow stops (see `least_squares`); `None` = never.
+        regression: whether targets are scores.
+        multi_label: whether targets are -1 and 1 for each of several labels; each label is solved separately.
+        coupling: see `Coupling`; `None` = the solver's default, or `BY_CLASS` with several labels per row.
+        time: for `lstsq`: the time at which gradient flow stops (see `least_squares`); `None` = never.
     """
 
     solver: Solver = Solver.LOGISTIC
@@ -80,29 +80,28 @@ class SolverOptions:
 def chosen_coupling(
     solver: Solver, asked: str, multi_label: bool, rows: int, scalars: int, needs_logits: str | None = None
 ) -> Coupling:
-    """The coupling that `kernel_classes` asks for, `auto` by the number of unknowns.
+    """Return the coupling that `kernel_classes` names; `auto` decides by the number of unknowns.
 
     Args:
-        needs_logits: the argument that needs each class's own scalar, so that `PSEUDO` is out; `None` = none does.
+        needs_logits: an argument that needs each class's own scalar, which rules out `PSEUDO`; `None` = no such
+            argument.
 
     Raises:
-        InputError: the solver, or a task with several labels per row, works with another one.
+        InputError: the solver, or a task with several labels per row, does not support the coupling.
     """
     if multi_label:
         if asked not in ("auto", Coupling.BY_CLASS):
             raise InputError(
-                f"kernel_classes={asked}: with several labels per row each label is solved by itself; leave it out"
+                f"kernel_classes={asked}: with several labels per row each label is solved separately; leave it out"
             )
         return Coupling.BY_CLASS
     if asked != "auto":
         if asked == Coupling.PSEUDO and (needs_logits or scalars == 1):
-            cause = f"{needs_logits} needs each class's own" if needs_logits else "this task has but one"
-            raise InputError(
-                f"kernel_classes=pseudo adds the logits up to one scalar, and {cause}; pass shared, or auto"
-            )
+            cause = f"{needs_logits} needs each class's own" if needs_logits else "this task has only one"
+            raise InputError(f"kernel_classes=pseudo sums the logits to one scalar, but {cause}; pass shared, or auto")
         if asked not in solver.couplings:
             raise InputError(
-                f"kernel_classes={asked} is not for kernel_solver={solver.value}; choose from: auto, "
+                f"kernel_classes={asked} does not work with kernel_solver={solver.value}; choose from: auto, "
                 f"{', '.join(solver.couplings)}"
             )
         return Coupling(asked)
@@ -110,8 +109,8 @@ def chosen_coupling(
     if coupling is Coupling.FULL and scalars > 1 and rows * scalars > FULL_UNKNOWNS:
         instead = Coupling.SHARED if needs_logits else Coupling.PSEUDO
         logger.warning(
-            "%d rows times %d scalars are a system of %d unknowns, more than %d: one kernel for all classes takes its "
-            "place (kernel_classes=%s; pass full for the whole system)",
+            "%d rows times %d scalars are a system of %d unknowns, more than %d: one kernel is used for all classes "
+            "instead (kernel_classes=%s; pass full for the full system)",
             rows, scalars, rows * scalars, FULL_UNKNOWNS, instead.value,
         )  # fmt: skip
         return instead
@@ -128,10 +127,10 @@ def check_combination(
     multi_label: bool = False,
     time: float | None = None,
 ) -> None:
-    """Refuse what cannot work, before any kernel is computed.
+    """Refuse combinations of settings that do not work, before any kernel is computed.
 
     Raises:
-        InputError: the combination cannot work.
+        InputError: the combination does not work.
     """
     name = f"kernel_solver={solver.value}"
     if regression and solver not in (Solver.LSTSQ, Solver.SVR):
@@ -141,7 +140,7 @@ def check_combination(
         raise InputError(f"binary_classification needs two classes, but the task has {kind}; leave it out")
     if solver is Solver.ASYM and formula is not Formula.ASYMMETRIC_SIGNGD:
         raise InputError(
-            f"{name} solves with a kernel and its flip, which kernel_formula={formula.value} does not give; pass "
+            f"{name} needs a kernel and its flip, which kernel_formula={formula.value} does not give; pass "
             "kernel_formula=asymmetric_signgd or another solver"
         )
     if solver in (Solver.SVR, Solver.SVC) and formula is Formula.ASYMMETRIC_SIGNGD:
@@ -151,16 +150,16 @@ def check_combination(
         )
     if adjust_for_init and solver in (Solver.SVC, Solver.LOGISTIC):
         raise InputError(
-            f"{name} predicts classes, from which the logits at the start cannot be subtracted; leave "
+            f"{name} fits classes, from which the model's initial logits cannot be subtracted; leave "
             "adjust_for_init out, or pass kernel_solver=lstsq"
         )
     if time is not None and (solver is not Solver.LSTSQ or formula is not Formula.SGD):
         raise InputError(
-            f"kernel_time={time:g} is about gradient flow on the squared loss: it needs kernel_solver=lstsq and "
+            f"kernel_time={time:g} means gradient flow on the squared loss: it needs kernel_solver=lstsq and "
             f"kernel_formula=sgd, not {solver.value} and {formula.value}"
         )
     if time is not None and not adjust_for_init:
         raise InputError(
-            f"kernel_time={time:g}: training starts from the model's own outputs; pass adjust_for_init too, or leave "
-            "kernel_time out"
+            f"kernel_time={time:g}: gradient flow starts from the model's own outputs; pass adjust_for_init too, or "
+            "leave kernel_time out"
         )

@@ -1,4 +1,4 @@
-"""`KernelProblem`: a train kernel with its targets, as the linear systems that solvers solve."""
+"""`KernelProblem`: the linear systems of a train kernel and its targets."""
 
 from collections.abc import Callable
 
@@ -11,19 +11,19 @@ from hf_ft_ext.kernel.solvers.targets import targets_of
 
 
 class KernelProblem:
-    """A train kernel with its targets: the linear systems that solvers solve.
+    """The linear systems of a train kernel and its targets.
 
     Args:
-        options: which solver and how; see `SolverOptions`.
-        kernel: of the train examples with themselves, `[kernels, N, C, N, C]`; where scalars are not coupled (see
-            `Coupling`) one without the last axis too (see `KernelOptions.class_diagonal`).
-        labels: `[N]`, class ids or scores; scores `[N, C]` of several scalars; with several labels per row 0 and 1,
-            `[N, C]`.
-        start: the model's scalars at the start `[N, C]` (`adjust_for_init`), subtracted from the targets.
-        scalars: C; `None` = those of the kernel, which has a single one in `Coupling.PSEUDO`.
+        options: see `SolverOptions`.
+        kernel: the train kernel `[kernels, N, C, N, C]`. For uncoupled scalars (see `Coupling`) it may lack the last
+            axis (see `KernelOptions.class_diagonal`).
+        labels: class ids or scores `[N]`; scores `[N, C]` of several scalars; 0 and 1 `[N, C]` for several labels per
+            row.
+        start: the model's scalars before training `[N, C]` (`adjust_for_init`), subtracted from the targets.
+        scalars: C; `None` = that of the kernel. `Coupling.PSEUDO` needs it, because its kernel has one scalar.
 
     Raises:
-        InputError: labels that cannot be fitted (see `check_labels`), or of another shape than the kernel.
+        InputError: the labels' shape does not fit the kernel.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class KernelProblem:
 
     @property
     def matrices(self) -> list[SymmetricMatrix | GeneralMatrix]:
-        """The systems' matrices: one of `[N C, N C]` (full) or `[N, N]` (shared), or C of `[N, N]` (by class).
+        """The matrices of the systems: one `[N C, N C]` (full) or `[N, N]` (shared), or C of `[N, N]` (by class).
 
-        Transposed: with `f(x_j) = sum_i alpha_i K[i, j]` row j of the system is column j of the kernel.
+        They are K^T: with `f(x_j) = sum_i alpha_i K[i, j]`, row j of the system is column j of the kernel.
         """
         if self._matrices is None:
             kernel = self.kernel[0]
@@ -60,7 +60,7 @@ class KernelProblem:
         return self._matrices
 
     def coefficients(self, solve: Callable[..., np.ndarray]) -> np.ndarray:
-        """`[N, C]` from `solve(matrix, targets)`, which takes and gives `[n, k]`."""
+        """Solve all systems with `solve(matrix, targets)`, which takes and returns `[n, k]`: `[N, C]`."""
         if self.options.coupling is Coupling.BY_CLASS:
             return np.hstack([solve(matrix, self.targets[:, [c]]) for c, matrix in enumerate(self.matrices)])
         if self.options.coupling.one_kernel:

@@ -1,6 +1,6 @@
-"""What solvers leave: coefficients that predict from the kernel with the training rows, and their form on disk.
+"""Solutions: coefficients that predict from the kernel with the training rows, and their form on disk.
 
-Every solver ends in coefficients of the training rows, so none is needed to predict.
+Every solver results in coefficients of the training rows, so predicting needs no solver.
 """
 
 from dataclasses import dataclass, fields
@@ -13,7 +13,7 @@ from hf_ft_ext.errors import InputError
 
 @dataclass(frozen=True)
 class LinearSolution:
-    """`f_c(x) = sum_k sum_i coefficients[k, i, c] K_k(i, x) + intercept[c]`, by the products that the coupling takes.
+    """`f_c(x) = sum_k sum_i coefficients[k, i, c] K_k(i, x) + intercept[c]`, over the products of the coupling.
 
     Attributes:
         coefficients: `[kernels, N, C]`.
@@ -49,12 +49,12 @@ def _sums(kernel: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PairwiseSolution:
-    """Support vector classification of three and more classes: one decision for each pair of classes, then votes.
+    """Support vector classification of three or more classes: one decision per pair of classes, then a vote.
 
     Attributes:
-        dual: `[C - 1, N]`: of a row of class c, its coefficient against each other class, in their order.
+        dual: `[C - 1, N]`: for a row of class c, its coefficients against the other classes, in their order.
         classes: class of each row, `[N]`.
-        intercept: `[C (C - 1) / 2]`, pairs in the order (0, 1), (0, 2), ..., (1, 2), ...
+        intercept: `[C (C - 1) / 2]`, for the pairs (0, 1), (0, 2), ..., (1, 2), ...
     """
 
     kind: ClassVar[str] = "pairwise"
@@ -63,21 +63,22 @@ class PairwiseSolution:
     intercept: np.ndarray
 
     def predict(self, kernel: np.ndarray) -> np.ndarray:
-        """Votes of the pairs' decisions with their confidences below one vote, `[M, C]`, of `[1, N, M]`."""
+        """Return votes plus confidences of less than one vote, `[M, C]`, for a kernel `[1, N, M]`."""
         count = len(self.dual) + 1
-        # parts[c][d]: sum over rows of class c of their coefficient in row d of `dual`
+        # parts[c][d] = sum over rows i of class c of dual[d, i] K(i, x)
         parts = [self.dual[:, self.classes == c] @ kernel[0][self.classes == c] for c in range(count)]
         votes, confidence = np.zeros((kernel.shape[2], count)), np.zeros((kernel.shape[2], count))
         pair = 0
         for a in range(count):
             for b in range(a + 1, count):
-                decision = parts[a][b - 1] + parts[b][a] + self.intercept[pair]  # above 0: class a
+                # f_ab(x) = sum_i dual_i K(i, x) + b_ab; positive for class a
+                decision = parts[a][b - 1] + parts[b][a] + self.intercept[pair]
                 votes[:, a] += decision >= 0
                 votes[:, b] += decision < 0
                 confidence[:, a] += decision
                 confidence[:, b] -= decision
                 pair += 1
-        # the confidences are squeezed into (-1/3, 1/3), so that they order equal votes and change no others
+        # Confidences are mapped into (-1/3, 1/3), so that they only break ties between equal votes.
         return votes + confidence / (3 * (np.abs(confidence) + 1))
 
     @property
@@ -88,10 +89,10 @@ class PairwiseSolution:
 
 @dataclass(frozen=True)
 class LogisticSolution:
-    """Logarithms of class probabilities, of kernel rows as features.
+    """Log class probabilities of a logistic regression with kernel rows as features.
 
     Attributes:
-        weights: `[C, features]`; features are all products of an example with the training rows.
+        weights: `[C, features]`; the features are all products of an example with the training rows.
         intercept: `[C]`.
         training_rows: N, `[1]`.
     """
@@ -114,7 +115,7 @@ class LogisticSolution:
 
 
 def features_of(kernel: np.ndarray) -> np.ndarray:
-    """Each example's kernel rows: `[M, N C C]` of a full kernel, `[M, N]` of a shared one."""
+    """Each example's kernel row as features: `[M, N C C]` for a full kernel, `[M, N]` for a shared one."""
     if kernel.ndim == 3:
         return kernel[0].T
     n, c, m = kernel.shape[1:4]
@@ -126,15 +127,15 @@ _KINDS = {kind.kind: kind for kind in (LinearSolution, PairwiseSolution, Logisti
 
 
 def arrays_of(solution: Solution) -> dict[str, np.ndarray]:
-    """The arrays that make up a solution, by name."""
+    """The arrays of a solution, by name."""
     return {f.name: np.ascontiguousarray(getattr(solution, f.name)) for f in fields(solution)}
 
 
 def solution_of(kind: str, arrays: dict[str, Any]) -> Solution:
-    """The solution that `arrays_of` took apart.
+    """Make a solution from the result of `arrays_of`.
 
     Raises:
-        InputError: no solution of this kind is made of these arrays.
+        InputError: the kind is unknown, or it needs other arrays.
     """
     if kind not in _KINDS:
         raise InputError(f"a kernel solution of kind {kind!r} is unknown; it needs a newer version of hf_ft_ext")

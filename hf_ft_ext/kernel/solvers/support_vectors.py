@@ -1,4 +1,4 @@
-"""Support vector regression and classification, by libsvm."""
+"""Support vector regression and classification with libsvm."""
 
 import numpy as np
 
@@ -10,9 +10,9 @@ from hf_ft_ext.kernel.solvers.targets import check_both
 
 
 def support_vector_regression(system: KernelProblem, options: SolverOptions) -> LinearSolution:
-    """`min 1/2 alpha^T K alpha + C sum_i max(0, |f(x_i) - y_i| - 0.1)`, by libsvm, with `K + r n I`.
+    """`min 1/2 alpha^T M alpha + C sum_i max(0, |f(x_i) - y_i| - 0.1)` with `M = K + r n I`, by libsvm.
 
-    All scalars share an intercept where they are coupled, and have one each where they are not.
+    Coupled scalars share one intercept; uncoupled scalars have one each.
     """
     from sklearn.svm import SVR
 
@@ -22,7 +22,7 @@ def support_vector_regression(system: KernelProblem, options: SolverOptions) -> 
         regularized = matrix.regularized(options.regularization)
         found = np.zeros_like(targets)
         for column in range(targets.shape[1]):
-            # f(x) = sum_i dual_i K(i, x) + b, with dual_i = 0 but for support vectors
+            # f(x) = sum_i dual_i K(i, x) + b, with dual_i = 0 except for support vectors
             svm = SVR(kernel="precomputed", C=options.svm_c).fit(regularized, targets[:, column])
             found[svm.support_, column] = svm.dual_coef_[0]
             intercepts.append(float(svm.intercept_[0]))
@@ -33,7 +33,7 @@ def support_vector_regression(system: KernelProblem, options: SolverOptions) -> 
 
 
 def support_vector_classification(system: KernelProblem, options: SolverOptions) -> LinearSolution | PairwiseSolution:
-    """libsvm's classifier with the kernel summed over classes; with several labels per row one for each label."""
+    """Fit libsvm's classifier with the kernel summed over classes; one for each label of a multi-label task."""
     if options.multi_label:
         columns = [
             _margin(matrix.regularized(options.regularization), system.labels[:, c] > 0.5, options, f"label {c}")
@@ -41,7 +41,8 @@ def support_vector_classification(system: KernelProblem, options: SolverOptions)
         ]
         coefficients, intercepts = zip(*columns, strict=True)
         return LinearSolution(np.stack(coefficients, 1)[None], np.array(intercepts))
-    # The view is the mean over classes: the sum is it times C, and so are the coefficients of the mean.
+    # The matrix holds the mean over classes. sum_c K_c = C mean_c K_c, so coefficients of the sum, times C, are
+    # coefficients of the mean.
     factor = system.scalars
     matrix = factor * system.matrices[0].regularized(options.regularization)
     if len(np.unique(system.labels)) == 2:
@@ -58,7 +59,7 @@ def support_vector_classification(system: KernelProblem, options: SolverOptions)
 def _margin(
     matrix: np.ndarray, positive: np.ndarray, options: SolverOptions, name: str = "the data"
 ) -> tuple[np.ndarray, float]:
-    """Coefficients `[N]` and intercept of a two-class support vector machine; above 0 is positive."""
+    """Coefficients `[N]` and intercept of a two-class support vector machine; values above 0 mean positive."""
     from sklearn.svm import SVC
 
     check_both(positive, "svc", name)

@@ -18,7 +18,7 @@ from hf_ft_ext.kernel.solvers.support_vectors import support_vector_classificati
 
 logger = logging.getLogger(__name__)
 
-# Regularizations to choose among: on evaluation data, and by leaving out one training row after the other.
+# Candidate regularizations: for the choice on evaluation data, and for leave-one-out.
 GRID = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 LEFT_OUT = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 
@@ -32,10 +32,10 @@ _FITS: dict[Solver, Callable[[KernelProblem, SolverOptions], Solution]] = {
 
 
 class KernelSystem(KernelProblem):
-    """A train kernel with its targets, to be solved under one or several regularizations.
+    """A train kernel with its targets, which can be solved under several regularizations.
 
     Norms and decompositions are computed once, when they are first needed. Arguments and errors as for
-    `KernelProblem`; the options' `regularization` is that of `solve` without another one.
+    `KernelProblem`; the `regularization` of the options is the default of `solve`.
     """
 
     def solve(
@@ -44,8 +44,8 @@ class KernelSystem(KernelProblem):
         """The fitted solver.
 
         Args:
-            regularization, time: in the place of the options' own.
-            quiet: no report of rank and condition number, and no warning about them.
+            regularization, time: used instead of those of the options.
+            quiet: do not compute rank and condition number, and do not warn about them.
         """
         options = self.options
         if regularization is not None:
@@ -53,7 +53,7 @@ class KernelSystem(KernelProblem):
         if time is not None:
             options = replace(options, time=time)
         found = _FITS[options.solver](self, options)
-        # in the order in memory that a file gives back, so that products round the same
+        # Same memory layout as after loading from a file, so that products round the same.
         model = KernelModel(options, self.scalars, solution_of(found.kind, arrays_of(found)))
         if not quiet and options.solver in (Solver.LSTSQ, Solver.SVR):
             reports = [matrix.report(options.regularization) for matrix in self.matrices]
@@ -61,23 +61,23 @@ class KernelSystem(KernelProblem):
             model.rank, model.condition = min(reports, key=lambda report: (report[0], -report[1]))
             if model.rank < size:
                 logger.warning(
-                    "the kernel matrix is ill-conditioned: rank %d of %d, condition number %.2g; the solution is the "
-                    "one of least norm, and kernel_regularization (auto, or 1e-4, say) makes it stable",
+                    "the kernel matrix is ill-conditioned: rank %d of %d, condition number %.2g; the solution of "
+                    "least norm is used; pass kernel_regularization (auto, or a value such as 1e-4) for a stable one",
                     model.rank, size, model.condition,
                 )  # fmt: skip
         return model
 
     @property
     def leaves_one_out(self) -> bool:
-        """Whether `leave_one_out` takes no further solutions: of least squares with symmetric kernels."""
+        """Whether `leave_one_out` has a closed form: for least squares with symmetric kernels."""
         least_squares_alone = self.options.solver is Solver.LSTSQ and self.options.time is None
         return least_squares_alone and all(isinstance(matrix, SymmetricMatrix) for matrix in self.matrices)
 
     def leave_one_out(self, regularization: float) -> np.ndarray:
-        """Predictions `[N, C]` of each row by the solution of all others, less the start.
+        """Predict each row with the solution of all other rows: `[N, C]`, without the model's initial scalars.
 
         Args:
-            regularization: above 0 where the kernel is singular.
+            regularization: above 0 if the kernel is singular.
         """
         symmetric = [matrix for matrix in self.matrices if isinstance(matrix, SymmetricMatrix)]
         if self.options.coupling is Coupling.BY_CLASS:
@@ -86,19 +86,19 @@ class KernelSystem(KernelProblem):
         return symmetric[0].leave_one_out(regularization, self.targets)
 
     def best_left_out(self, values: Sequence[float]) -> float:
-        """The one of `values`, above 0 each, whose squared error is least when each row is predicted by the others."""
-        # 1/N sum_i |f_(-i)(x_i) - y_i|^2, with f_(-i) solved without row i
+        """The one of `values` (all above 0) with the least squared leave-one-out error."""
+        # 1/(N C) sum_i |f_(-i)(x_i) - y_i|^2, with f_(-i) fitted without row i
         errors = [float(np.mean((self.leave_one_out(value) - self.targets) ** 2)) for value in values]
         return values[int(np.argmin(errors))]
 
     def best_on(
         self, kernel: np.ndarray, labels: np.ndarray, start: np.ndarray | None = None, values: Sequence[float] = GRID
     ) -> float:
-        """The one of `values` that predicts other rows best: by accuracy, then by the solver's loss.
+        """The one of `values` that predicts evaluation rows best: by accuracy, then by the solver's loss.
 
         Args:
-            kernel, start: as for `KernelModel.predict`.
-            labels: of those rows.
+            kernel, start: as for `KernelModel.predict`, for the evaluation rows.
+            labels: their labels.
         """
         results = []
         for value in values:

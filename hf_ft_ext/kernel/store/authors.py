@@ -1,4 +1,4 @@
-"""The files of the kernel paper's authors: kernels and logits by split and task, read and written."""
+"""Kernels and logits in the file format of Malladi et al. 2023 (LM-Kernel-FT), by split and task."""
 
 from pathlib import Path
 
@@ -9,23 +9,23 @@ from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.files import replacing
 
 
-def read_foreign(path: str | Path, names: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A pair of tensors from a `.pt` file of the paper's authors: `(kernel, labels)` or `(logits, labels)`.
+def read_pair(path: str | Path, names: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Read a pair of tensors from a `.pt` file: `(kernel, labels)` or `(logits, labels)`.
 
-    Read with `weights_only=True`: nothing in the file is executed.
+    It is read with `weights_only=True`, so that nothing in the file is executed.
 
     Args:
-        names: what the two are, for messages.
+        names: names of the two tensors, for messages.
 
     Raises:
-        InputError: there is no such file, it is truncated, or it holds something else.
+        InputError: the file is missing or truncated, or it holds something else.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no file {path}; load_kernels needs one per split and task")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds, among them pickle's and zip's
+    except Exception as error:  # torch raises many types, pickle's and zip's among them
         reason = first_line(error)
         raise InputError(f"{path} cannot be read as tensors ({reason}); download or compute it again") from error
     if not (isinstance(found, list | tuple) and len(found) == 2 and all(isinstance(t, torch.Tensor) for t in found)):
@@ -34,35 +34,37 @@ def read_foreign(path: str | Path, names: tuple[str, str]) -> tuple[torch.Tensor
 
 
 def read_kernel(folder: str | Path, split: str, task: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Kernel `[kernels, N1, C, N2, C]` in float64 and labels `[N2]` as class ids, from the authors' file.
+    """Read the kernel `[kernels, N1, C, N2, C]` in float64, and labels `[N2]` as class ids or scores.
 
     Raises:
-        InputError: as `read_foreign`, or a kernel of another shape.
+        InputError: as `read_pair`, or a kernel of another shape.
     """
     path = Path(folder) / kernel_file(split, task)
-    kernel, labels = read_foreign(path, ("kernel", "labels"))
+    kernel, labels = read_pair(path, ("kernel", "labels"))
     if kernel.ndim == 4:
         kernel = kernel[None]
     labels = labels.reshape(-1)
     if kernel.ndim != 5 or kernel.shape[0] not in (1, 2) or kernel.shape[2] != kernel.shape[4]:
-        raise InputError(f"{path}: a kernel has shape [N1, C, N2, C] or [2, N1, C, N2, C], not {tuple(kernel.shape)}")
+        raise InputError(
+            f"{path}: a kernel must have shape [N1, C, N2, C] or [2, N1, C, N2, C], got {tuple(kernel.shape)}"
+        )
     if kernel.shape[3] != len(labels):
         raise InputError(f"{path}: {kernel.shape[3]} examples but {len(labels)} labels; the file is damaged")
     if kernel.shape[2] == 1 and labels.is_floating_point() and set(labels.unique().tolist()) <= {-1.0, 1.0}:
         labels = (labels + 1) // 2
-    return kernel.double(), labels.double() if _scores(labels) else labels.long()
+    return kernel.double(), labels.double() if _are_scores(labels) else labels.long()
 
 
-def _scores(labels: torch.Tensor) -> bool:
+def _are_scores(labels: torch.Tensor) -> bool:
     return labels.is_floating_point() and not torch.equal(labels, labels.round())
 
 
 def write_kernel(folder: str | Path, split: str, task: str, kernel: torch.Tensor, labels: torch.Tensor) -> Path:
-    """Write kernel and labels in the authors' form, for their analysis code; returns the file.
+    """Write kernel and labels in the authors' format, for their analysis code, and return the path.
 
     Args:
         kernel: `[kernels, N1, C, N2, C]`.
-        labels: `[N2]`, class ids; with one scalar they become -1 and 1, as the authors' are.
+        labels: `[N2]`, class ids; with one scalar they are written as -1 and 1, as in the authors' files.
     """
     path = Path(folder) / kernel_file(split, task)
     if kernel.shape[2] == 1 and not labels.is_floating_point():
@@ -73,26 +75,26 @@ def write_kernel(folder: str | Path, split: str, task: str, kernel: torch.Tensor
 
 
 def kernel_file(split: str, task: str) -> str:
-    """The authors' name of a kernel file."""
+    """The authors' file name of a kernel."""
     return f"{split}_kernels_{task}.pt"
 
 
 def logits_file(split: str, task: str) -> str:
-    """The authors' name of a file of logits."""
+    """The authors' file name of logits."""
     return f"{split}_logits_{task}.pt"
 
 
 def read_logits(folder: str | Path, split: str, task: str) -> np.ndarray:
-    """Logits at the start `[N, C]` from the authors' file."""
-    logits, _ = read_foreign(Path(folder) / logits_file(split, task), ("logits", "labels"))
+    """Read the logits before training `[N, C]` from the authors' file."""
+    logits, _ = read_pair(Path(folder) / logits_file(split, task), ("logits", "labels"))
     return (logits[:, None] if logits.ndim == 1 else logits).double().numpy()
 
 
 def find_task(folder: Path, split: str) -> str:
-    """The task whose kernels `folder` holds for `split`, by the files' names.
+    """Find the task whose kernels `folder` holds for `split`, from the file names.
 
     Raises:
-        InputError: none, or several.
+        InputError: there are no kernels, or kernels of several tasks.
     """
     prefix = f"{split}_kernels_"
     tasks = sorted(path.stem.removeprefix(prefix) for path in folder.glob(f"{prefix}*.pt"))

@@ -1,4 +1,4 @@
-"""Kernels and projected gradients on disk: parts in safetensors, a description in JSON, a folder named by content."""
+"""Kernels and projected gradients on disk: safetensors and a JSON description, in a folder named by a hash."""
 
 import contextlib
 import hashlib
@@ -17,12 +17,13 @@ from torch import nn
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.files import replacing, tensor_hash, write_json
 from hf_ft_ext.kernel.rows import ExampleRows
-from hf_ft_ext.kernel.schedule import Bounds, Edges, Plan
+from hf_ft_ext.kernel.schedule import BlockSchedule, Bounds, Edges
 
 logger = logging.getLogger(__name__)
 
 DESCRIPTION = "kernel.json"
-# `architectures` is what the weights were saved from: saving a model changes it, and the class is hashed by itself.
+# Fields of the configuration that do not affect gradients. `architectures` changes when a model is saved; the class
+# of the model is hashed separately.
 _NOT_ABOUT_GRADIENTS = ("_name_or_path", "architectures", "transformers_version", "id2label", "label2id")
 
 
@@ -41,7 +42,7 @@ def model_hash(model: nn.Module) -> str:
 
 
 def rows_hash(rows: ExampleRows) -> str:
-    """SHA-256 over the inputs of all rows, padding at the right left out."""
+    """SHA-256 over the inputs of all rows, without padding at the right."""
     digest = hashlib.sha256()
     for i in range(len(rows)):
         for key, value in sorted(rows.batch([i]).items()):
@@ -50,25 +51,25 @@ def rows_hash(rows: ExampleRows) -> str:
 
 
 class _Store:
-    """A folder of finished parts of something, named by a hash of what it is of.
+    """A folder of finished parts of a result, named by a hash of everything that the result depends on.
 
-    An interrupted computation finds its parts again, cut at the same rows whatever memory or processes there are now,
-    and loses at most the part it was in. Another model, other data, another formula or template never meet the same
-    folder.
+    An interrupted computation finds its finished parts again and loses at most the part that it was computing. The
+    parts keep their row ranges even if memory or the number of processes have changed. Another model, other data,
+    another formula or template have another folder.
 
     Args:
-        folder: where such folders are kept.
-        about: what the content is of, as JSON values.
-        overwrite: delete what is there.
-        write: whether this process may delete and write the description (the first one of a machine).
+        folder: the parent folder.
+        about: everything that the content depends on, as JSON values.
+        overwrite: delete existing parts.
+        write: whether this process may delete parts and write the description (the first one of a machine).
 
     Raises:
-        InputError: the folder's description is of something else or no description.
+        InputError: the folder's description is invalid, or describes something else.
     """
 
     what = "kernel"  # in messages
     part = "kernel block"
-    tensor = "kernel"  # its name in a part's file
+    tensor = "kernel"  # name of the tensor in a part's file
 
     def __init__(self, folder: str | Path, about: dict[str, Any], overwrite: bool = False, write: bool = True):
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
@@ -78,18 +79,18 @@ class _Store:
         found = self._description()
         if found is not None and found.get("about") != about:
             raise InputError(
-                f"the {self.what} in {self.folder} is of something else "
+                f"the {self.what} in {self.folder} belongs to something else "
                 f"({_difference(found.get('about', {}), about)}); pass overwrite_kernels, or another kernel_dir"
             )
 
     def _stored_cut(self) -> dict[str, Any] | None:
-        """The cut that the folder holds."""
+        """The division into parts that the folder describes, or `None`."""
         found = self._description()
         if found is None:
             return None
         if found.get("check") != _check(found["about"], found["plan"]):
             raise InputError(
-                f"{self.folder / DESCRIPTION} is damaged: its check does not fit what it says; delete the folder"
+                f"{self.folder / DESCRIPTION} is damaged: its checksum does not fit its content; delete the folder"
             )
         return found["plan"]
 
@@ -100,7 +101,7 @@ class _Store:
                 write_json(self.folder / DESCRIPTION, description)
 
     def _read(self, path: Path) -> tuple[torch.Tensor, dict[str, str]] | None:
-        """A part and its metadata, mapped from its file, or `None`."""
+        """A part, memory-mapped from its file, and its metadata; `None` if it does not exist."""
         if not path.exists():
             return None
         try:
@@ -113,11 +114,17 @@ class _Store:
             ) from error
 
     def _check_part(self, path: Path, metadata: dict[str, str], held: tuple, expected: str, number: str) -> None:
-        """Refuse a part of something else; `expected`: its shape, empty if it has it; `number`: which part it is."""
+        """Refuse a part that belongs elsewhere.
+
+        Args:
+            held: its shape.
+            expected: the expected shape, or "" if it is the same.
+            number: its expected number.
+        """
         if metadata.get("key") != self.folder.name or expected:
             raise InputError(
-                f"the {self.part} {path} is of another {self.what}: it holds {held}, expected {expected or held} of "
-                f"{self.folder.name}; delete the file and run again"
+                f"the {self.part} {path} belongs to another {self.what}: it holds {held}, expected "
+                f"{expected or held} of {self.folder.name}; delete the file and run again"
             )
         if metadata.get("block") != number:
             raise InputError(
@@ -136,7 +143,7 @@ class _Store:
         except OSError as error:
             raise InputError(
                 f"the {self.what} cannot be written to {self.folder} ({error.strerror or error}); "
-                "pass kernel_dir with a folder that is writable and has room: finished blocks are kept"
+                "pass kernel_dir with a writable folder that has enough space: finished blocks stay"
             ) from error
 
     def _description(self) -> dict[str, Any] | None:
@@ -146,35 +153,38 @@ class _Store:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is no description of a kernel ({error}); delete the folder") from error
+            raise InputError(f"{path} is not a description of a kernel ({error}); delete the folder") from error
         if not (
             isinstance(found, dict) and isinstance(found.get("about"), dict) and isinstance(found.get("plan"), dict)
         ):
-            raise InputError(f"{path} is no description of a kernel (about and plan are missing); delete the folder")
+            raise InputError(
+                f"{path} is not a description of a kernel (about and plan are missing); delete the folder"
+            )
         return found
 
 
 class KernelStore(_Store):
-    """The blocks of one kernel, finished ones on disk.
+    """The finished blocks of one kernel on disk.
 
-    Their edges stay; batch size and memory are those of the running computation. Arguments as for `_Store`.
+    The row ranges of the blocks are fixed by the first run; batch size and memory limit are those of the current
+    computation. Arguments as for `_Store`.
     """
 
-    _cut: Plan | None = None
+    _cut: BlockSchedule | None = None
 
-    def plan(self, make: Callable[[Edges | None], Plan]) -> Plan:
-        """The plan that `make` gives for the edges of the blocks that the folder holds, or for `None`."""
+    def schedule(self, make: Callable[[Edges | None], BlockSchedule]) -> BlockSchedule:
+        """Return the schedule that `make` gives for the row ranges in the folder, or for `None` if it is new."""
         stored, edges = self._stored_cut(), None
         if stored is not None:
             first, second = ([tuple(bounds) for bounds in stored[side]] for side in ("first", "second"))
             edges = first, second
-        self._cut = make(edges) if edges is None or not self.finished() else Plan.of_blocks(*edges)
+        self._cut = make(edges) if edges is None or not self.finished() else BlockSchedule.of_blocks(*edges)
         if stored is None:
             self._describe({"first": self._cut.first, "second": self._cut.second})
         return self._cut
 
     def finished(self) -> bool:
-        """Whether every block is there."""
+        """Whether every block exists."""
         found = self._description()
         if found is None:
             return False
@@ -183,10 +193,10 @@ class KernelStore(_Store):
         return all(self._path(i, j).exists() for i in range(first) for j in range(i if symmetric else 0, second))
 
     def get(self, i: int, j: int) -> torch.Tensor | None:
-        """The finished block, or `None`.
+        """Return the finished block (i, j), or `None`.
 
         Raises:
-            InputError: its file is truncated or of another kernel.
+            InputError: its file is truncated or belongs to another kernel.
         """
         found = self._read(self._path(i, j))
         if found is None:
@@ -202,7 +212,7 @@ class KernelStore(_Store):
         return block
 
     def put(self, i: int, j: int, block: torch.Tensor) -> None:
-        """Keep a finished block."""
+        """Store a finished block."""
         self._keep(self._path(i, j), block, f"{i} {j}")
 
     def _path(self, i: int, j: int) -> Path:
@@ -212,7 +222,7 @@ class KernelStore(_Store):
 class FeatureStore(_Store):
     """Projected gradients `[N, C, k]` of one set of rows, chunk by chunk on disk (see `engines.projected.Chunks`).
 
-    Arguments as for `_Store`; `about` is of these rows alone, so that they serve every kernel with other rows.
+    Arguments as for `_Store`. `about` describes only these rows, so that the features serve kernels with any others.
     """
 
     what = "set of projected gradients"
@@ -221,7 +231,7 @@ class FeatureStore(_Store):
     edges: list[Bounds]
 
     def cut(self, edges: list[Bounds]) -> list[Bounds]:
-        """Take the chunks that the folder holds, or else these; which it is."""
+        """Use the chunks that the folder describes, or `edges` if it is new; return those that are used."""
         stored = self._stored_cut()
         self.edges = edges if stored is None else [(first, last) for first, last in stored["chunks"]]
         if stored is None:
@@ -229,10 +239,10 @@ class FeatureStore(_Store):
         return self.edges
 
     def get(self, i: int) -> torch.Tensor | None:
-        """The finished chunk `[rows, c, k]`, mapped from its file, or `None`.
+        """Return the finished chunk `[rows, c, k]`, memory-mapped from its file, or `None`.
 
         Raises:
-            InputError: its file is truncated or of other gradients.
+            InputError: its file is truncated or belongs to other gradients.
         """
         found = self._read(self._path(i))
         if found is None:
@@ -246,7 +256,7 @@ class FeatureStore(_Store):
         return features
 
     def put(self, i: int, features: torch.Tensor) -> None:
-        """Keep a finished chunk."""
+        """Store a finished chunk."""
         self._keep(self._path(i), features, str(i))
 
     def _path(self, i: int) -> Path:
@@ -254,7 +264,7 @@ class FeatureStore(_Store):
 
 
 def _check(about: dict[str, Any], plan: dict[str, Any]) -> str:
-    """Of a description, so that a digit that changed does not move the edge of a block."""
+    """Checksum of a description, so that a damaged one cannot shift the row ranges of blocks."""
     return hashlib.sha256(json.dumps([about, plan], sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -1,4 +1,4 @@
-"""`KernelTrainer` (`solving`), what it does once a kernel is solved (`solved`), where kernels come from (`source`)."""
+"""`KernelTrainer`: `solving` fits the task, `solved` predicts and saves, `source` computes or loads kernels."""
 
 from hf_ft_ext.kernel.trainer.solving import KernelTrainer
 

@@ -1,4 +1,4 @@
-"""`SolvedKernelTrainer`: a Trainer with a solved kernel, which predicts, is saved in a folder and made from one."""
+"""`SolvedKernelTrainer`: a Trainer that predicts with a solved kernel, saves it to a folder and loads it from one."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.feature_rows import labels_of
+from hf_ft_ext.features.rows import labels_of
 from hf_ft_ext.files import replacing, write_json
 from hf_ft_ext.kernel.arguments import KernelTrainingArguments
 from hf_ft_ext.kernel.ntk import pseudo_logit
@@ -42,18 +42,18 @@ _SPLITS = {"eval": "dev", "test": "test"}  # the authors' names
 
 
 class SolvedKernelTrainer(AtOnceTrainer):
-    """A Trainer with a solved kernel: predictions, and the folder that they can be made from again.
+    """A Trainer with a solved kernel: it predicts, and saves and loads the solved kernel.
 
     Attributes:
-        function: gives the scalars that the kernel is of; `None` = the logits.
+        function: function of the kernel's scalars; `None` = the logits.
         solved: the fitted solver; `None` = nothing was solved yet.
-        saved: what of it is in a folder.
-        source: the kernels with other data.
-        coupling, regularization: by which it was solved.
-        binary, regression, multi_label: what kind of task it is.
+        saved: the solved kernel as it is saved in a folder.
+        source: computes kernels with other data.
+        coupling, regularization: those that the kernel was solved with.
+        binary, regression, multi_label: the kind of task.
     """
 
-    own_files: ClassVar[tuple[str, ...]] = FILES  # an old store serves the next run
+    own_files: ClassVar[tuple[str, ...]] = FILES  # without kernel_dir, whose blocks the next run can use
     shared_files: ClassVar[tuple[str, ...]] = FILES
     arguments_class = KernelTrainingArguments
 
@@ -78,27 +78,27 @@ class SolvedKernelTrainer(AtOnceTrainer):
         given: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """A trainer that predicts by the kernel that `save_model` left in `folder`, without training data.
+        """Make a trainer that predicts with the kernel that `save_model` wrote to `folder`, without training data.
 
         `predict` and `evaluate` compute the kernel between the saved training rows and the new ones; the train kernel
         is not needed. Without `args` nothing is written to disk.
 
         Args:
-            args: as for the trainer; what says how the kernel was solved may be left out and must not differ.
-            model: the model that was solved with; `None` = from the folder.
-            function: as for the trainer; needed if the kernel was solved with one, which no folder can hold.
+            args: as for the trainer. Settings that the kernel was solved with may be omitted, and must not differ.
+            model: the model that the kernel was solved with; `None` = load it from the folder.
+            function: as for the trainer; required if the kernel was solved with one, because it is not saved.
             given: arguments that the user set by name.
-            kwargs: as for `Trainer`, but for the training data. `processing_class` is the tokenizer in the folder
-                unless another one is passed.
+            kwargs: as for `Trainer`, except the training data. `processing_class` defaults to the tokenizer in the
+                folder.
 
         Raises:
-            InputError: the folder holds no solved kernel, a damaged one, or one of another model; `args` that differ.
+            InputError: the folder holds no solved kernel, a damaged one, or one of another model; or `args` differ.
         """
         return load_trainer(cls, folder, args, cls.arguments_class, model, function, given or {}, kwargs)
 
     @classmethod
     def holds_result(cls, folder: str | os.PathLike) -> bool:
-        """Whether `folder` holds a solved kernel, so that the launcher predicts with it."""
+        """Whether `folder` holds a solved kernel, with which the launcher then predicts."""
         return holds_kernel(folder)
 
     @classmethod
@@ -109,20 +109,21 @@ class SolvedKernelTrainer(AtOnceTrainer):
         given: Mapping[str, Any],
         load: Callable[[], tuple],
     ) -> tuple[PreTrainedTokenizerBase, nn.Module]:
-        """Tokenizer and model of the solved kernel in `folder`.
+        """Load tokenizer and model of the solved kernel in `folder`.
 
         Args:
-            labels: names of the data's labels, where it has any.
+            labels: names of the data's labels, if it has any.
             given: arguments that the user set by name.
             load: loads a plain model from the folder.
 
         Raises:
-            InputError: the data has other labels than the kernel; an option that an adapter's model cannot take.
+            InputError: the data has other labels than the kernel, or an option does not apply to a model with an
+                adapter.
         """
         return load_finished(folder, labels, given, load)
 
     def take(self, saved: SavedKernel, keep: bool) -> None:
-        """Predict by a solved kernel, in the place of training; with `keep` kernels go to `kernel_dir`."""
+        """Predict with a saved kernel instead of training; with `keep`, store computed kernels in `kernel_dir`."""
         self.saved, self.solved, self.train_dataset = saved, saved.model, saved.training
         self.regularization, self.coupling = saved.model.options.regularization, saved.model.options.coupling
         self.source = self._source(keep)
@@ -135,7 +136,7 @@ class SolvedKernelTrainer(AtOnceTrainer):
         return KernelSource(self, options, self.function, keep and self.function is None)
 
     def _start(self, dataset: Any, split: str) -> np.ndarray | None:
-        """What the model says at the start, scaled, if predictions are to be relative to it."""
+        """The model's scaled outputs before training with `adjust_for_init`, otherwise `None`."""
         return self.source.start(dataset, split) / self.args.f0_scaling if self.args.adjust_for_init else None
 
     # --- evaluation -----------------------------------------------------------------------------------
@@ -148,18 +149,18 @@ class SolvedKernelTrainer(AtOnceTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Predict by the kernel between the training data and the data loader's data set, in its order.
+        """Predict with the kernel between the training data and the data loader's data set, in its order.
 
         Raises:
             InputError: nothing was solved yet.
         """
         if self.solved is None:
             raise InputError(
-                "a kernel predicts from training data, and none was solved yet: call train() first, or add --do_train"
+                "a kernel predicts from training data, but none was solved yet: call train() first, or add --do_train"
             )
         dataset = dataloader.dataset
         if not hasattr(dataset, "__len__"):
-            raise InputError("a kernel needs data of known length, and this is a stream; pass a data set")
+            raise InputError("a kernel needs data of known length, but this is a stream; pass a data set")
         split = _SPLITS.get(metric_key_prefix, metric_key_prefix)
         predictions = self.solved.predict(self.source.kernel(dataset, split), self._start(dataset, split))
         self.source.forget()
@@ -177,15 +178,15 @@ class SolvedKernelTrainer(AtOnceTrainer):
         output = None if prediction_loss_only else shown
         return EvalLoopOutput(output, None if prediction_loss_only else labels, metrics, len(shown))
 
-    # --- what is kept of it ---------------------------------------------------------------------------
+    # --- saving ---------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model that the kernel is of, as it is, with the solution and the training rows.
+        """Save the unchanged model, the solution and the training rows.
 
-        `from_folder` and `load_kernel` predict from what is saved. The weights' file holds one tensor more, whose name
-        says that the model alone is untrained: transformers reports unknown tensors, so whoever loads the folder as a
-        plain model reads it. Kernels that were read from files (`load_kernels`) may be of another model: then the
-        record alone is written.
+        `from_folder` and `load_kernel` predict from this folder. The weights file holds one extra tensor, whose name
+        says that the model itself is not trained: transformers reports unknown tensors when the folder is loaded as a
+        plain model. Kernels from files (`load_kernels`) may belong to another model, so then only a record of the
+        settings is written.
         """
         super().save_model(output_dir, _internal_call)
         if self.solved is None or not self.args.should_save:
@@ -196,12 +197,12 @@ class SolvedKernelTrainer(AtOnceTrainer):
                 self.saved = self._to_save()
             self.saved.write(folder)
             return
-        for name in (COEFFICIENTS, TRAINING):  # of an earlier solution
+        for name in (COEFFICIENTS, TRAINING):  # remove those of an earlier solution
             (folder / name).unlink(missing_ok=True)
         write_json(folder / SOLUTION, {**self._about(), "rank": self.solved.rank, "condition": self.solved.condition})
 
     def _about(self) -> dict[str, Any]:
-        """What a reader of the saved record wants to know first."""
+        """The main settings, for a human reader of the saved record."""
         args = self.args
         return {
             "kernel_formula": args.kernel_formula,
@@ -218,13 +219,13 @@ class SolvedKernelTrainer(AtOnceTrainer):
             "kernel_regularization": str(self.regularization),
             "kernel_classes": self.coupling.value,
             "binary_classification": self.binary,
-            "seed": self.args.seed,  # random_model_init, kernel_classes=pseudo and the projection drew from it
+            "seed": self.args.seed,  # random_model_init, kernel_classes=pseudo and the projection depend on it
         }
         pad = getattr(getattr(self.model, "config", None), "pad_token_id", 0)
         return SavedKernel(
             arguments={**arguments, "pad_token_id": pad},
             model=self.solved,
-            training=self.source.training_side(),
+            training=self.source.training_data(),
             parameters=sorted(self.source.computation.parameters),
             weights=weights_hash(self.model),
             function=None if self.function is None else getattr(self.function, "__qualname__", repr(self.function)),
@@ -233,7 +234,7 @@ class SolvedKernelTrainer(AtOnceTrainer):
 
     @property
     def gives_probabilities(self) -> bool:
-        """Whether a softmax or sigmoid of the predictions is a probability: least squares and SVMs give scores."""
+        """Whether softmax or sigmoid of the predictions are probabilities; least squares and SVMs give scores."""
         return Solver(self.args.kernel_solver) is Solver.LOGISTIC
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -245,21 +246,21 @@ class SolvedKernelTrainer(AtOnceTrainer):
             return super()._save(output_dir, {**weights, **mark})
         super()._save(output_dir, state_dict)
         path = Path(output_dir or self.args.output_dir) / ADAPTER_WEIGHTS
-        if self.args.should_save and path.is_file():  # peft keeps the adapter's own tensors only
+        if self.args.should_save and path.is_file():  # peft saves only the adapter's own tensors
             tensors = load_file(path)
             with replacing(path) as temporary:
                 save_file({**tensors, **mark}, temporary, metadata={"format": "pt"})
 
     def loading_line(self) -> str:
-        """How to predict: the saved model is the one the kernel is of, as it was."""
+        """One line that says how to predict: the saved model itself is not trained."""
         folder = self.args.output_dir
         if self.args.load_kernels is not None:
-            return "the same command: the kernels come from load_kernels, and the model predicts as before training"
+            return "the same command: the kernels come from load_kernels, and the model itself is not trained"
         if self.function is not None:
             return f"KernelTrainer.from_folder({folder!r}, function=...)"
         return f"load_kernel({folder!r})"
 
     @classmethod
     def loading_code(cls, run: FinishedRun) -> str:
-        """Python that predicts with what was pushed."""
+        """Return Python code that predicts with a run on the Hub."""
         return loading_code(run)

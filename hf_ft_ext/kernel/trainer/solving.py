@@ -1,4 +1,4 @@
-"""`KernelTrainer`: a Trainer that solves the task with the model's kernel instead of fine-tuning it."""
+"""`KernelTrainer`: a Trainer that solves the task with the model's kernel instead of fine-tuning the model."""
 
 import contextlib
 import logging
@@ -13,11 +13,11 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import TrainOutput
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.feature_rows import labels_of
+from hf_ft_ext.features.rows import labels_of
 from hf_ft_ext.kernel.arguments import ASYMMETRIC_REGULARIZATION, AUTO, LEAVE_ONE_OUT
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.options import kernel_parameters
-from hf_ft_ext.kernel.saved.training_side import TrainingFeatures, TrainingRows
+from hf_ft_ext.kernel.saved.training_data import TrainingFeatures, TrainingRows
 from hf_ft_ext.kernel.solvers import (
     GRID,
     LEFT_OUT,
@@ -31,12 +31,12 @@ from hf_ft_ext.kernel.solvers import (
 from hf_ft_ext.kernel.trainer.solved import SolvedKernelTrainer
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.models import seeded_init
-from hf_ft_ext.peft_models import wrap_with_peft
+from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import overridden
-from hf_ft_ext.training.plan import TrainedWeight
-from hf_ft_ext.training.quantized import refuse_quantized
+from hf_ft_ext.training.runs.plan import TrainedWeight
+from hf_ft_ext.training.weights.quantized import refuse_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -44,27 +44,27 @@ logger = logging.getLogger(__name__)
 class KernelTrainer(SolvedKernelTrainer):
     """`transformers.Trainer` whose `train()` computes the train kernel and solves the task with it.
 
-    The model's weights stay as they are. `evaluate` and `predict` compute the kernel between the training data and
-    the data given and return the solver's predictions with the usual metrics; `eval_loss` is the solver's (see
-    `KernelModel.loss`). Kernels are kept on disk block by block
-    (`kernel_dir`), so an interrupted run continues and a repeated one computes nothing. `save_model` keeps the
-    solution with the training rows: `from_folder` gives a trainer that predicts without training data.
+    The model's weights do not change. `evaluate` and `predict` compute the kernel between the training data and the
+    given data, and return the solver's predictions with the usual metrics; `eval_loss` is the solver's loss (see
+    `KernelModel.loss`). Kernels are stored on disk block by block (`kernel_dir`), so an interrupted run continues, and
+    a repeated run computes nothing. `save_model` stores the solution with the training rows: `from_folder` makes a
+    trainer that predicts without training data.
 
     Args:
-        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
-            defaults of `KernelTrainingArguments`. A PEFT model's kernel is over its trainable parameters.
-        function: from model and batch to the scalars of each example, `[n]` or `[n, C]`, in the place of the logits;
-            labels are numbers, `[N]` or `[N, C]`, and a regression is solved. Their kernels stay in memory: nothing
-            on disk could tell two functions apart.
+        model, args, and all other arguments: as for `Trainer`. Other `TrainingArguments` are completed with the
+            defaults of `KernelTrainingArguments`. The kernel of a PEFT model is taken over its trainable parameters.
+        function: maps model and batch to the scalars of each example, `[n]` or `[n, C]`, which replace the logits.
+            Labels are then numbers, `[N]` or `[N, C]`, and a regression is solved. These kernels stay in memory,
+            because files could not distinguish two functions.
 
     Raises:
-        InputError: combinations of formula, solver and task that cannot work; in `train`: a class without rows.
+        InputError: combinations of formula, solver and task that do not work; in `train`: a class without rows.
 
     Source: Malladi et al., ICML 2023, arXiv 2210.05643.
     """
 
     solution = "a kernel"
-    start_over = "run again with the same kernel_dir, and finished blocks are found there"
+    start_over = "run again with the same kernel_dir: finished blocks are reused"
 
     def __init__(
         self,
@@ -77,27 +77,29 @@ class KernelTrainer(SolvedKernelTrainer):
         self.function = function
         super().__init__(model, args, *positional, **kwargs)
         if function is not None:
-            self.label_names = ["labels"]  # whatever the model's forward takes
+            self.label_names = ["labels"]  # independent of the signature of the model's forward
 
     def check_passed(self, passed: Mapping[str, Any]) -> None:
         super().check_passed(passed)
         if passed.get("preprocess_logits_for_metrics") is not None:
-            raise InputError("a kernel predicts without the model's outputs; leave preprocess_logits_for_metrics out")
+            raise InputError(
+                "a kernel does not predict from the model's outputs; leave preprocess_logits_for_metrics out"
+            )
 
     def check_arguments(self) -> None:
         super().check_arguments()
         if overridden(self, "prediction_step"):
             raise InputError(
-                f"{type(self).__name__} overrides prediction_step, and a kernel predicts all rows at once; leave it "
-                "out"
+                f"{type(self).__name__} overrides prediction_step, which a kernel does not call: it predicts all rows "
+                "at once; leave it out"
             )
         args = self.args
         if self.function is not None:
             for name in ("kernel_dir", "load_kernels", "export_kernels"):
                 if getattr(args, name) is not None:
                     raise InputError(
-                        f"{name}={getattr(args, name)}: kernels of a function of yours are not kept in files, which "
-                        "could not tell two functions apart; leave it out"
+                        f"{name}={getattr(args, name)}: kernels of a user's function are not stored in files, which "
+                        "could not distinguish two functions; leave it out"
                     )
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
@@ -107,7 +109,8 @@ class KernelTrainer(SolvedKernelTrainer):
         refuse_quantized(model, "a kernel is computed in float32 or float64 from")
         if getattr(model, "is_activation_checkpointing", False):
             raise InputError(
-                "gradient checkpointing is on, which runs modules twice; call model.gradient_checkpointing_disable()"
+                "gradient checkpointing is on, which runs modules twice; call "
+                "model.gradient_checkpointing_disable() first"
             )
         if args.random_model_init:
             with seeded_init(args.seed):
@@ -139,7 +142,7 @@ class KernelTrainer(SolvedKernelTrainer):
         """
         if isinstance(self.train_dataset, (TrainingRows, TrainingFeatures)):
             raise InputError(
-                "this trainer came from a folder with a solved kernel and has no labels to solve with; make a "
+                "this trainer was made from a folder with a solved kernel and has no labels to solve with; make a "
                 "KernelTrainer with training data"
             )
         return super().train(*positional, **kwargs)
@@ -157,13 +160,11 @@ class KernelTrainer(SolvedKernelTrainer):
         return self._solve(self.source.kernel(self.train_dataset, "train"), labels)
 
     def _needs_logits(self) -> str | None:
-        """The argument, if there is one, that a kernel of one scalar for all classes cannot honour."""
+        """The name of an argument that needs each class's own scalar (see `chosen_coupling`), or `None`."""
+        if self.function is not None:
+            return "function"
         names = ("adjust_for_init", "export_kernels", "load_kernels")
-        return (
-            "function"
-            if self.function is not None
-            else next((name for name in names if getattr(self.args, name)), None)
-        )
+        return next((name for name in names if getattr(self.args, name)), None)
 
     def _labels(self, dataset: Any) -> np.ndarray:
         labels = labels_of(dataset).numpy()
@@ -192,18 +193,18 @@ class KernelTrainer(SolvedKernelTrainer):
             return self._chosen(system)
         if value != LEAVE_ONE_OUT:
             return float(value)
-        if not system.leaves_one_out:  # a kernel from a file may be asymmetric whatever its formula
+        if not system.leaves_one_out:  # a kernel from a file may be asymmetric with any formula
             return ASYMMETRIC_REGULARIZATION
         best = system.best_left_out(LEFT_OUT)
-        logger.info("kernel_regularization: %g, by leaving out one training row after the other", best)
+        logger.info("kernel_regularization: %g, chosen by leave-one-out on the training rows", best)
         return best
 
     def _chosen(self, system: KernelSystem) -> float:
-        """The regularization that predicts the evaluation data best: by accuracy, then by the solver's loss."""
+        """Choose the regularization that predicts the evaluation data best: by accuracy, then by the solver's loss."""
         data = self.eval_dataset
         if data is None or isinstance(data, dict):
             raise InputError(
-                "kernel_regularization=auto chooses on evaluation data; pass one eval_dataset, or a number"
+                "kernel_regularization=auto chooses on evaluation data; pass a single eval_dataset, or a number"
             )
         truth = labels_of(data).numpy()
         best = system.best_on(self.source.kernel(data, "dev"), truth, self._start(data, "dev"))
@@ -213,35 +214,34 @@ class KernelTrainer(SolvedKernelTrainer):
         return best
 
     def linearize(self, times: Sequence[float], dataset: Any = None, regularization: float = 0.0) -> np.ndarray:
-        """Predictions of the linearized model, trained for each of `times` from the model's own outputs.
+        """Predict as the linearized model, trained for each of `times` from the model's own outputs.
 
         `f_t(x) = f_0(x) + K(x, X) M^-1 (I - exp(-M t / N)) (y - f_0(X))` with `M = K + r ||K|| I`: gradient flow on
-        half the mean squared error of the N training rows; `t` is the learning rate times the number of small steps.
-        Infinity gives kernel regression. All times share one eigendecomposition. Classes are coupled as the solver
-        couples them (see `kernel_classes`).
+        half the mean squared error of the N training rows, where `t` is the learning rate times the number of small
+        steps. An infinite time gives kernel regression. All times share one eigendecomposition. Classes are coupled
+        as in the solver (see `kernel_classes`).
 
         Args:
-            times: 0 or more each; 0 gives the model's own outputs.
+            times: each 0 or more; 0 gives the model's own outputs.
             dataset: rows to predict, such as `trainer.train_dataset`; `None` = the evaluation data.
-            regularization: r, relative to the operator norm of `K`, 0 or more.
+            regularization: r, 0 or more, relative to the operator norm of `K`.
 
         Returns:
-            `[times, rows, C]`: with two classes one scalar, the difference of the logits (see
-            `binary_classification`), that was fitted to -1 and 1.
+            `[times, rows, C]`. With two classes C is 1: the difference of the logits (see `binary_classification`),
+            fitted to -1 and 1.
 
         Raises:
-            InputError: no gradient flow on the squared loss: another formula than `sgd`; a trainer from a folder; a
-                negative time.
+            InputError: a formula other than `sgd`, a trainer from a folder, or a negative time.
 
         Source: Lee et al. 2019, arXiv 1902.06720, equations 10 and 11.
         """
         if Formula(self.args.kernel_formula) is not Formula.SGD:
             raise InputError(
-                f"gradient flow is training by sgd, and kernel_formula={self.args.kernel_formula}; pass sgd"
+                f"linearize describes training by sgd, but kernel_formula={self.args.kernel_formula}; pass sgd"
             )
         if self.solved is None or isinstance(self.train_dataset, (TrainingRows, TrainingFeatures)):
             raise InputError(
-                "linearize needs the train kernel and the labels; call train() of a trainer that has them"
+                "linearize needs the train kernel and the labels; use a trainer with training data, and call train()"
             )
         if self.coupling is Coupling.PSEUDO:
             raise InputError("linearize needs each class's own scalar; pass kernel_classes=shared, or another one")
@@ -249,7 +249,7 @@ class KernelTrainer(SolvedKernelTrainer):
             raise InputError(f"times must be 0 or more, got {bad[0]}")
         data = self.eval_dataset if dataset is None else dataset
         if data is None or isinstance(data, dict):
-            raise InputError("linearize predicts one data set, and there is none; pass dataset")
+            raise InputError("linearize predicts a single data set, but there is none; pass dataset")
         labels, start = self._labels(self.train_dataset), self.source.start(self.train_dataset, "train")
         options = replace(
             self.solved.options, solver=Solver.LSTSQ, regularization=regularization, coupling=self.coupling, time=None
@@ -261,7 +261,7 @@ class KernelTrainer(SolvedKernelTrainer):
         return np.stack(found)
 
     def trained_weights(self) -> list[TrainedWeight]:
-        """The parameters that the kernel is over: no gradients kept, no moments."""
+        """The parameters that the kernel is taken over; they have no stored gradients and no moments."""
         args = self.args
         parameters = kernel_parameters(
             self.model, args.kernel_parameters, args.exclude_embeddings, args.exclude_head, args.only_biases
@@ -270,6 +270,6 @@ class KernelTrainer(SolvedKernelTrainer):
 
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:
-        """No training step keeps anything for a backward pass."""
+        """Disable autograd: there is no training step whose backward pass needs memory."""
         with torch.no_grad():
             yield

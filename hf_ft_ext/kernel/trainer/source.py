@@ -1,4 +1,4 @@
-"""Where a trainer's kernels come from: computed part by part and kept, or read from the authors' files."""
+"""`KernelSource`: a trainer's kernels, computed and stored in parts, or read from the authors' files."""
 
 import contextlib
 import logging
@@ -13,14 +13,14 @@ from accelerate.utils import broadcast, broadcast_object_list
 from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.feature_rows import batches_in_order, for_collator, labels_of
+from hf_ft_ext.features.rows import batches_in_order, for_collator, labels_of
 from hf_ft_ext.kernel import store
 from hf_ft_ext.kernel.engines.projected import Chunks, MemoryChunks, cut_rows, features_product, read_chunk
 from hf_ft_ext.kernel.ntk import KernelComputation, outputs_at_start
 from hf_ft_ext.kernel.options import Engine, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
-from hf_ft_ext.kernel.saved.training_side import TrainingFeatures, TrainingRows
-from hf_ft_ext.kernel.schedule import Edges, Plan
+from hf_ft_ext.kernel.saved.training_data import TrainingFeatures, TrainingRows
+from hf_ft_ext.kernel.schedule import BlockSchedule, Edges
 from hf_ft_ext.kernel.store import FeatureStore, KernelStore
 from hf_ft_ext.per_example.capture import Function
 
@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 
 
 class KernelSource:
-    """Kernels between a trainer's training data and other data, the model's outputs, and labels.
+    """Provides kernels between a trainer's training data and other data, and the model's outputs before training.
 
     Args:
         trainer: its model, data, collator and arguments are used.
-        options: of the kernel.
-        function: from model and batch to the scalars; `None` = the logits.
-        keep: whether finished blocks are kept on disk.
-        scalars: says what `function` gives, where that can be said in words: kernels on disk are found by it.
+        options: options of the kernel.
+        function: maps model and batch to the scalars; `None` = the logits.
+        keep: whether to store finished blocks on disk.
+        scalars: a description of `function` that identifies it, so that its kernels can be stored on disk.
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class KernelSource:
         self.computation = KernelComputation(trainer.model, options, function)
         self._training_rows: tuple[Any, ExampleRows] | None = None
         self._other_rows: tuple[Any, ExampleRows] | None = None
-        self._training_features: tuple[Any, Chunks] | None = None  # of engine `projected`
+        self._training_features: tuple[Any, Chunks] | None = None  # only for engine `projected`
         self._model_hash: str | None = None
 
     def rows(self, dataset: Any) -> ExampleRows:
         """The collated rows of `dataset`.
 
-        Those of the training data stay; of other data the last set's do, until the next one or `forget`.
+        Rows of the training data are cached. Rows of other data are cached until the next data set, or `forget`.
         """
         if isinstance(dataset, TrainingRows):
             return dataset.rows
@@ -74,14 +74,14 @@ class KernelSource:
         return rows
 
     def forget(self) -> None:
-        """Let go of the rows that are not training data."""
+        """Free the cached rows that are not training data."""
         self._other_rows = None
 
     def kernel(self, dataset: Any, split: str) -> np.ndarray:
         """`[kernels, N_train, C, N, C]` between the training data and `dataset`; see `KernelOptions.class_diagonal`.
 
         Raises:
-            InputError: as `empirical_ntk`, `KernelStore` and `read_kernel`; a loaded kernel of other sizes.
+            InputError: as `empirical_ntk`, `KernelStore` and `read_kernel`; a loaded kernel of another size.
         """
         train = self.trainer.train_dataset
         if self.args.load_kernels is not None:
@@ -98,17 +98,17 @@ class KernelSource:
     def _computed(self, rows1: ExampleRows, rows2: ExampleRows | None) -> torch.Tensor:
         args, folder = self.args, self._folder
         if not self.keep:
-            return self._run(self.computation, rows1, rows2, _Unkept())
+            return self._run(self.computation, rows1, rows2, _NoStore())
         first = args.process_index == 0
         about, computation = self._about(rows1, rows2), self.computation
         if self.options.class_diagonal:
-            if not args.overwrite_kernels and _at_first(args, lambda: KernelStore(folder, about).finished()):
-                # the whole kernel is there, of a solver that needs it
+            if not args.overwrite_kernels and _on_first_process(args, lambda: KernelStore(folder, about).finished()):
+                # An earlier run stored the kernel with all products of classes: use it.
                 options = replace(self.options, class_diagonal=False)
                 computation = KernelComputation(self.trainer.model, options, self._function)
             else:
                 about["class_diagonal"] = True
-        blocks = self._everywhere(lambda: KernelStore(folder, about, args.overwrite_kernels and first, first))
+        blocks = self._on_every_process(lambda: KernelStore(folder, about, args.overwrite_kernels and first, first))
         return self._run(computation, rows1, rows2, blocks)
 
     def _run(
@@ -116,11 +116,11 @@ class KernelSource:
         computation: KernelComputation,
         rows1: ExampleRows,
         rows2: ExampleRows | None,
-        blocks: "KernelStore | _Unkept",
+        blocks: "KernelStore | _NoStore",
     ) -> torch.Tensor:
-        """The kernel, by all processes."""
+        """Compute the kernel with all processes."""
         args = self.args
-        shared = _SharedPlan(blocks, args) if args.world_size > 1 else blocks
+        shared = _SharedSchedule(blocks, args) if args.world_size > 1 else blocks
         return computation.run(rows1, rows2, shared, args.process_index, args.world_size, self._quiet, self._send)
 
     @property
@@ -132,7 +132,7 @@ class KernelSource:
         return self.args.disable_tqdm or not self.args.should_log
 
     def _send(self, tensor: torch.Tensor, process: int) -> torch.Tensor:
-        """`tensor` as `process` has it, on every process."""
+        """Broadcast `tensor` from `process` to every process."""
         return broadcast(tensor.to(self.args.device), from_process=process).cpu()
 
     def _about(self, rows1: ExampleRows, rows2: ExampleRows | None) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class KernelSource:
     # --- engine `projected` -----------------------------------------------------------------------------
 
     def _product(self, dataset: Any) -> torch.Tensor:
-        """The kernel of projected gradients, which are kept for each set of rows."""
+        """The kernel from projected gradients, which are stored for each set of rows."""
         train = self.trainer.train_dataset
         right = None if dataset is train else self._projected(self.rows(dataset))
         return features_product(self._projected_training(), right, self.options.class_diagonal)[None]
@@ -168,24 +168,24 @@ class KernelSource:
             self._training_features = train, chunks
         return self._training_features[1]
 
-    def training_side(self) -> TrainingRows | TrainingFeatures:
-        """What is to be kept of the training data so that new rows can be predicted."""
+    def training_data(self) -> TrainingRows | TrainingFeatures:
+        """The training data in the form that is needed to predict new rows."""
         if self.computation.projected is None:
             return TrainingRows(self.rows(self.trainer.train_dataset))
         chunks = self._projected_training()
         return TrainingFeatures(torch.cat([read_chunk(chunks, i) for i in range(len(chunks.edges))]))
 
     def _projected(self, rows: ExampleRows) -> Chunks:
-        """The projected gradients of `rows`: what the folder holds, and the rest computed, each process its share."""
+        """The projected gradients of `rows`: read from the folder, or computed, with the work shared by processes."""
         args, about = self.args, self._about_features(rows)
         first = args.process_index == 0
         cut = cut_rows(len(rows), args.world_size)
         chunks: Chunks = MemoryChunks(cut)
         if self.keep:
-            kept: FeatureStore = self._everywhere(
+            kept: FeatureStore = self._on_every_process(
                 lambda: FeatureStore(self._folder, about, args.overwrite_kernels and first, first)
             )
-            edges = _at_first(args, lambda: kept.cut(cut))
+            edges = _on_first_process(args, lambda: kept.cut(cut))
             if not first:
                 kept.cut(edges)
             chunks = kept
@@ -195,7 +195,7 @@ class KernelSource:
         return chunks
 
     def _exchange(self, chunks: Chunks) -> None:
-        """Send every chunk to the processes that do not see it: those without a common folder."""
+        """Send chunks to the processes that do not have them, because they do not share the folder."""
         args = self.args
         self.trainer.accelerator.wait_for_everyone()
         for i in range(len(chunks.edges)):
@@ -223,10 +223,10 @@ class KernelSource:
             **({} if self._scalars is None else {"scalars": self._scalars}),
         }
 
-    def _everywhere(self, make: Callable[[], Any]) -> Any:
-        """`make()` on every process, the first one before the others; a refusal by the first is everybody's."""
+    def _on_every_process(self, make: Callable[[], Any]) -> Any:
+        """Call `make()` on every process, on the first one first; its `InputError` is raised on all of them."""
         made: list = []
-        _at_first(self.args, lambda: made.append(make()))
+        _on_first_process(self.args, lambda: made.append(make()))
         return made[0] if made else make()
 
     # --- the authors' files ---------------------------------------------------------------------------
@@ -245,20 +245,20 @@ class KernelSource:
             raise InputError(
                 f"{folder / store.kernel_file(split, task)} holds a kernel of shape {tuple(kernel.shape)}, but "
                 f"kernel_formula={self.options.formula.value} with {n1} training and {n2} other rows and {c} scalars "
-                f"needs {wanted}; pass the data and options that it was made with"
+                f"needs {wanted}; pass the data and options that it was computed with"
             )
         own = labels_of(dataset)
         if not own.is_floating_point() and not torch.equal(own.long(), labels.long()):
             raise InputError(
                 f"{folder / store.kernel_file(split, task)} has other labels than the {split} data; pass the data "
-                "that it was made with, in the same order"
+                "that it was computed with, in the same order"
             )
         return kernel
 
     # --- outputs at the start ---------------------------------------------------------------------------
 
     def start(self, dataset: Any, split: str) -> np.ndarray:
-        """The model's scalars `[N, C]`, in the type that kernels are computed in or from the authors' file."""
+        """The model's scalars before training `[N, C]`: from the authors' file, or computed in the kernel's dtype."""
         if self.args.load_kernels is not None:
             folder = Path(self.args.load_kernels).expanduser()
             with contextlib.suppress(InputError):
@@ -266,13 +266,13 @@ class KernelSource:
         return outputs_at_start(self.computation, self.rows(dataset), self.args.rows_per_pass)
 
 
-class _Unkept:
-    """A store that keeps nothing but the cut."""
+class _NoStore:
+    """Stands in for a store when blocks are not stored; keeps only the schedule."""
 
     def __init__(self) -> None:
-        self._cut: Plan | None = None
+        self._cut: BlockSchedule | None = None
 
-    def plan(self, make: Callable[[Edges | None], Plan]) -> Plan:
+    def schedule(self, make: Callable[[Edges | None], BlockSchedule]) -> BlockSchedule:
         if self._cut is None:
             self._cut = make(None)
         return self._cut
@@ -284,20 +284,20 @@ class _Unkept:
         return None
 
 
-class _SharedPlan:
-    """A store whose cut the first process decides."""
+class _SharedSchedule:
+    """Wraps a store so that all processes use the schedule of the first one."""
 
-    def __init__(self, blocks: KernelStore | _Unkept, args: TrainingArguments):
+    def __init__(self, blocks: KernelStore | _NoStore, args: TrainingArguments):
         self._blocks, self._args = blocks, args
         self.get, self.put = blocks.get, blocks.put
 
-    def plan(self, make: Callable[[Edges | None], Plan]) -> Plan:
-        plan = _at_first(self._args, lambda: self._blocks.plan(make))
-        return self._blocks.plan(lambda edges: plan)
+    def schedule(self, make: Callable[[Edges | None], BlockSchedule]) -> BlockSchedule:
+        schedule = _on_first_process(self._args, lambda: self._blocks.schedule(make))
+        return self._blocks.schedule(lambda edges: schedule)
 
 
-def _at_first(args: TrainingArguments, find: Callable[[], Any]) -> Any:
-    """What `find()` gives on the first process; a refusal is everybody's."""
+def _on_first_process(args: TrainingArguments, find: Callable[[], Any]) -> Any:
+    """Return the result of `find()` on the first process, on every process; its `InputError` is raised on all."""
     if args.world_size == 1:
         return find()
     outcome: list = [None]

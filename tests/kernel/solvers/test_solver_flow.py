@@ -13,7 +13,7 @@ from hf_ft_ext.kernel.solvers import (
 
 
 @pytest.mark.parametrize("scalars, coupling", [(1, "full"), (3, "full"), (3, "by_class"), (3, "shared")])
-def test_leaving_one_out_equals_solving_without_the_row(scalars, coupling):
+def test_leave_one_out_equals_solving_without_the_row(scalars, coupling):
     kernel, _ = random_problem(scalars)
     labels, r = np.arange(15) % max(scalars, 2), 0.05
     options = SolverOptions(Solver.LSTSQ, coupling=coupling)
@@ -43,8 +43,8 @@ def test_leaving_one_out_equals_solving_without_the_row(scalars, coupling):
 
 @pytest.mark.parametrize("scalars", [1, 3])
 @pytest.mark.parametrize("r", [0.0, 0.1])
-def test_gradient_flow_is_the_integral_of_its_equation(scalars, r):
-    """d f(x) / dt = -1/N K(x, X) (f(X) - y), and a pull to the start: integrated by Runge and Kutta."""
+def test_gradient_flow_equals_the_integrated_differential_equation(scalars, r):
+    """d f(x) / dt = -1/N K(x, X) (f(X) - y), plus the regularization: integrated by Runge-Kutta."""
     kernel, other = random_problem(scalars, n=6)
     labels = np.arange(6) % max(scalars, 2)
     y = (np.eye(3)[labels] if scalars == 3 else 2.0 * labels[:, None] - 1).reshape(-1)
@@ -73,7 +73,7 @@ def test_gradient_flow_is_the_integral_of_its_equation(scalars, r):
     np.testing.assert_allclose(system.solve(time=0.0).predict(other), 0, atol=1e-12)
 
 
-def test_gradient_flow_on_a_singular_kernel_leaves_the_null_space_alone():
+def test_gradient_flow_does_not_move_in_the_null_space():
     kernel, labels, other, _ = problem(2, 1)  # rank 6 of 24
     found = solved(SolverOptions(Solver.LSTSQ, time=1e12), kernel, labels).predict(other)
     np.testing.assert_allclose(found, solved(SolverOptions(Solver.LSTSQ), kernel, labels).predict(other), rtol=1e-2)

@@ -1,4 +1,4 @@
-"""Solvers against their formulas, several classes and labels, grids, and combinations that cannot work."""
+"""Solvers against their formulas, several classes and labels, grids, and invalid combinations."""
 
 import numpy as np
 import pytest
@@ -64,7 +64,7 @@ def plain_asym(kernel, other, labels, r, gamma, mix):
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("scalars", [1, 3])
-def test_a_grid_from_one_system_equals_solving_each_value_anew(scalars, symmetric):
+def test_grid_from_one_system_equals_separate_solutions(scalars, symmetric):
     kernel, other = random_problem(scalars, symmetric=symmetric)
     labels = np.arange(15) % max(scalars, 2)
     targets = np.eye(3)[labels] if scalars == 3 else 2.0 * labels[:, None] - 1
@@ -95,7 +95,7 @@ def test_a_grid_takes_one_decomposition(monkeypatch):
 
 
 @pytest.mark.parametrize("r", GRID)
-def test_the_coupled_system_is_the_published_one(r):
+def test_coupled_system_equals_the_published_one(r):
     kernel, other = random_problem(3, symmetric=False)
     labels, gamma, mix = np.arange(15) % 3, 0.7, 0.3
     system = KernelSystem(SolverOptions(Solver.ASYM, gamma=gamma, mix=mix), kernel, labels)
@@ -175,8 +175,8 @@ def test_logistic_regression_is_that_of_scikit_learn(classes, scalars, coupling)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_several_labels_are_solved_each_by_itself():
-    """Every solver: the columns are those of as many two-class problems with one scalar."""
+def test_several_labels_are_solved_separately():
+    """For every solver the columns equal those of separate two-class problems with one scalar."""
     kernel, other = random_problem(3)
     labels = np.random.default_rng(0).integers(0, 2, (15, 3))
     labels[:2], labels[2:4] = 0, 1
@@ -191,7 +191,7 @@ def test_several_labels_are_solved_each_by_itself():
         assert 0 <= model.loss(model.predict(kernel), labels) < model.loss(-model.predict(kernel), labels)
     labels[:, 1] = 1
     for solver in (Solver.SVC, Solver.LOGISTIC):
-        with pytest.raises(InputError, match=f"{solver.value} tells two kinds of rows apart, and of label 1 all"):
+        with pytest.raises(InputError, match=f"{solver.value} separates two classes .* the same value of label 1"):
             solved(SolverOptions(solver, multi_label=True), kernel, labels)
 
 
@@ -207,7 +207,7 @@ def test_couplings_are_different_systems():
         np.testing.assert_allclose(by_class[:, c], other[0, :, c, :, c].T @ alpha, rtol=1e-9)
 
 
-def test_many_classes_are_solved_without_a_matrix_of_all_unknowns():
+def test_many_classes_are_solved_without_the_full_matrix():
     rng = np.random.default_rng(0)
     n, classes = 300, 150
     labels = np.arange(n) % classes
@@ -235,7 +235,7 @@ def test_a_singular_asymmetric_kernel_gives_the_least_norm():
 
 @pytest.mark.parametrize("solver", [Solver.LSTSQ, Solver.SVR, Solver.SVC, Solver.LOGISTIC])
 def test_one_scalar_serves_all_classes(solver):
-    """Of the same kernel `shared` and `pseudo` are the same problem."""
+    """With the same kernel, `shared` and `pseudo` are the same problem."""
     kernel, other = random_problem(3)
     mean, across = (np.einsum("kicjc->kij", k)[:, :, None, :, None] / 3 for k in (kernel, other))
     labels = np.arange(15) % 3
@@ -267,7 +267,7 @@ def test_an_asymmetric_kernel_is_fitted_by_its_columns():
     np.testing.assert_allclose(model.predict(kernel), 2.0 * labels[:, None] - 1, atol=1e-10)
 
 
-def test_rounding_of_float32_leaves_a_kernel_symmetric():
+def test_kernel_with_float32_rounding_counts_as_symmetric():
     features = np.random.default_rng(0).normal(size=(20, 30)).astype(np.float32)
     matrix = (features @ features.T).astype(float)
     assert isinstance(matrix_of(matrix * (1 + 1e-7 * np.tri(20))), SymmetricMatrix)
@@ -276,7 +276,7 @@ def test_rounding_of_float32_leaves_a_kernel_symmetric():
 
 @pytest.mark.parametrize("solver", [Solver.LSTSQ, Solver.SVR])
 @pytest.mark.parametrize("scalars", [1, 2])
-def test_scores(solver, scalars):
+def test_regression_fits_scores(solver, scalars):
     rng = np.random.default_rng(0)
     train, test, weights = rng.normal(size=(40, 5)), rng.normal(size=(30, 5)), rng.normal(size=(5, scalars))
     kernel, other = (np.einsum("ij,ab->iajb", train @ x.T, np.eye(scalars))[None] for x in (train, test))
@@ -286,11 +286,11 @@ def test_scores(solver, scalars):
     for c in range(scalars):
         assert np.corrcoef(model.predict(other)[:, c], truth[:, c])[0, 1] > 0.99
     assert model.loss(model.predict(other), truth) < 0.1 * scalars
-    with pytest.raises(InputError, match=f"each row has {scalars + 1} labels, but the kernel is of {scalars} scalars"):
+    with pytest.raises(InputError, match=f"each row has {scalars + 1} labels, but the kernel has {scalars} scalars"):
         solved(options, kernel, np.zeros((40, scalars + 1)))
 
 
-def test_predictions_relative_to_the_start():
+def test_initial_outputs_are_subtracted_and_added():
     kernel, labels, other, _ = problem(2, 2)
     start, begin = np.random.default_rng(1).normal(size=(24, 2)), np.ones((40, 2))
     kernel = kernel + np.eye(48).reshape(1, 24, 2, 24, 2)  # of full rank
@@ -299,7 +299,7 @@ def test_predictions_relative_to_the_start():
     np.testing.assert_allclose(model.predict(other, begin) - model.predict(other), 1, rtol=1e-10)
 
 
-def test_an_ill_conditioned_kernel_is_said_to_be_one(caplog):
+def test_ill_conditioned_kernel_is_warned_about(caplog):
     kernel, labels, other, _ = problem(2, 1, n=24)  # rank 6
     model = solved(SolverOptions(Solver.LSTSQ), kernel, labels)
     assert model.rank == 6 and model.condition > 1e12

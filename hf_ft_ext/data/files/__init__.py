@@ -1,0 +1,1 @@
+"""Files that people write themselves (csv, tsv, json, jsonl) as data sets."""

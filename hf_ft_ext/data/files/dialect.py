@@ -1,0 +1,356 @@
+"""How a delimited file is written (delimiter, quotes, header), decided by the file itself.
+
+Two readings compete: without quotes every line is a row; with quotes a field in double quotes may hold delimiters and
+line breaks. A reading fits if every row has as many fields as the header. GLUE and LM-BFF distribute tsv files whose
+texts begin with a bare `"`: read with quotes, such a field swallows all lines up to the next `"`.
+"""
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+from hf_ft_ext.arguments import QUOTINGS
+from hf_ft_ext.data.files.text_files import TextFile, Unreadable
+
+AUTO, NONE, MINIMAL, BACKSLASH = QUOTINGS
+DEFAULT_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+_NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+_READINGS = {NONE: "without quotes", MINIMAL: "with quotes", BACKSLASH: 'with quotes, \\" inside them'}
+_LONE_RETURN = (
+    "\ufdd0"  # stands for a lone "\r", which `csv` takes for a line end; Unicode keeps it free for such uses
+)
+_ENOUGH = 5  # fields that show a habit
+_FIELD_LIMIT = 2**31 - 1  # characters; csv's own limit is 131,072
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How to read a file.
+
+    Attributes:
+        delimiter: one character.
+        quoting: `none`, `minimal` (quotes are doubled inside quotes) or `backslash`.
+        skipped: lines before the header.
+        header: whether the first row names the columns.
+        names: of the columns in use.
+        start: fields of each row before those in use.
+        width: fields of each row.
+    """
+
+    delimiter: str
+    quoting: str
+    skipped: int
+    header: bool
+    names: tuple[str, ...] = ()
+    start: int = 0
+    width: int = 0
+
+
+def rows(file: TextFile, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
+    """All rows, the header too, each with the number of its last line (from 1).
+
+    Blank lines are left out, except those between rows of a single column, where they are empty fields.
+
+    Raises:
+        Unreadable: the quotes do not close where a field ends, or the text is not in its encoding.
+    """
+    blank = 0
+    for number, fields in _split(file, dialect):
+        if not fields or (len(fields) == 1 and not fields[0].strip(" ") and dialect.width != 1):
+            blank += 1
+            continue
+        if dialect.width == 1:
+            yield from ((number, [""]) for _ in range(blank))
+        blank = 0
+        yield number, fields
+
+
+def _split(file: TextFile, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
+    lines = islice(file.lines(), dialect.skipped, None)
+    if dialect.quoting == NONE:
+        for number, line in enumerate(lines, 1 + dialect.skipped):
+            line = _without_end(line)
+            yield number, line.split(dialect.delimiter) if line else []
+        return
+    csv.field_size_limit(max(csv.field_size_limit(), _FIELD_LIMIT))
+    doubled = dialect.quoting == MINIMAL
+    reader = csv.reader(
+        (_protected(line, file.newline) for line in lines),
+        delimiter=dialect.delimiter,
+        strict=True,
+        doublequote=doubled,
+        escapechar=None if doubled else "\\",
+    )
+    try:
+        for fields in reader:
+            yield reader.line_num + dialect.skipped, [f.replace(_LONE_RETURN, "\r") for f in fields]
+    except csv.Error as error:
+        raise Unreadable(
+            f"line {reader.line_num + dialect.skipped}: {error}",
+            'double every " inside a quoted field, and close the field before its delimiter',
+        ) from None
+
+
+def _without_end(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
+
+
+def _protected(line: str, newline: str) -> str:
+    """A line whose only line break is its end."""
+    if newline == "\r" or "\r" not in line:
+        return line
+    end = "\r\n" if line.endswith("\r\n") else ""
+    return line.removesuffix("\r\n").replace("\r", _LONE_RETURN) + end
+
+
+@dataclass
+class _Survey:
+    """What one reading makes of a file."""
+
+    dialect: Dialect
+    header: list[str] = field(default_factory=list)
+    rows: int = 0
+    widths: Counter = field(default_factory=Counter)  # of the rows behind the header
+    lines: dict[int, int] = field(default_factory=dict)  # width -> first line with it
+    last_empty: bool = True  # the last field of every row
+    counted: bool = True  # the first field of every row is its number, from 0 or 1
+    repeated: int | None = None  # line of a second header
+    multiline: bool = False  # a quoted field goes over several lines
+    fault: Unreadable | None = None
+    # Fields with quotes at their ends, of the reading without quotes.
+    opened: int = 0
+    closed_too: Counter = field(default_factory=Counter)  # by column
+    doubled: int = 0
+    commas: tuple[int, int] = (0, 0)  # fields with a comma: in quotes, not in quotes
+    header_quoted: bool = False
+    spaced: bool = False  # a space before an opening quote, which then is part of the text
+
+
+def _survey(file: TextFile, dialect: Dialect, names: Sequence[str] | None, limit: int | None) -> _Survey:
+    survey = _Survey(dialect)
+    before = dialect.skipped
+    try:
+        for number, fields in islice(rows(file, dialect), limit):
+            survey.multiline |= dialect.quoting != NONE and number > before + 1 and _spans(fields)
+            before = number
+            if dialect.quoting == NONE:
+                _look_at_quotes(survey, fields)
+            if not survey.header:
+                survey.header_quoted = dialect.header and survey.opened == survey.closed_too.total() == len(fields)
+                if names and [name.strip() for name in fields] == list(names):
+                    raise Unreadable("its first line is a header line", "leave --column_names out")
+                survey.header = list(names) if names else [name.strip() for name in fields]
+                if not names:
+                    continue
+            _look_at_row(survey, number, fields)
+    except Unreadable as fault:
+        survey.fault = fault
+    return survey
+
+
+def _spans(fields: list[str]) -> bool:
+    return any("\n" in value for value in fields)
+
+
+def _look_at_row(survey: _Survey, number: int, fields: list[str]) -> None:
+    width = len(fields)
+    survey.widths[width] += 1
+    survey.lines.setdefault(width, number)
+    survey.last_empty &= not fields[-1]
+    if survey.counted:
+        survey.counted = fields[0] in (str(survey.rows), str(survey.rows + 1))
+    survey.rows += 1
+    if survey.repeated is None and survey.dialect.header and fields == survey.header:
+        survey.repeated = number
+
+
+def _look_at_quotes(survey: _Survey, fields: list[str]) -> None:
+    inside, outside = survey.commas
+    for column, value in enumerate(fields):
+        quoted = value.startswith('"')
+        survey.spaced |= value.startswith(" ") and value.lstrip(" ").startswith('"')
+        if quoted:
+            survey.opened += 1
+            if len(value) > 1 and value.endswith('"'):
+                survey.closed_too[column] += 1
+                survey.doubled += '""' in value[1:-1]
+        if "," in value:
+            inside, outside = inside + quoted, outside + (not quoted)
+    survey.commas = inside, outside
+
+
+def find_dialect(
+    file: TextFile, suffix: str, quoting: str = AUTO, names: Sequence[str] | None = None, limit: int | None = None
+) -> tuple[Dialect, list[str]]:
+    """Return how to read a file, and what to log about it.
+
+    Args:
+        file: the file.
+        suffix: `.csv` or `.tsv`: the delimiter that is expected.
+        quoting: `auto` decides by the file; the others force a reading.
+        names: of the columns of a file without a header; `None` = the first row.
+        limit: rows to look at; `None` = all.
+
+    Raises:
+        Unreadable: no reading fits, or two do that give different rows.
+    """
+    first = next((_without_end(line) for line in file.lines() if line.strip()), "")
+    if "\0" in first:
+        raise Unreadable("its first line has NUL characters; it may be UTF-16 without a mark", "save it as UTF-8")
+    given = re.fullmatch(r'"?sep=(.)"?[,;]*', first, flags=re.IGNORECASE)  # Excel's
+    if given:
+        dialect, notes = _quoted_or_not(file, Dialect(given[1], quoting, 1, not names), names, limit)
+        return dialect, [f"its first line sets the delimiter {given[1]!r}", *notes]
+    expected = DEFAULT_DELIMITERS[suffix]
+    base = Dialect(expected, quoting, 0, not names)
+    others = [] if expected in first else [other for other in _NAMES if other in first]
+    found, faults = [], []
+    for other in others:
+        try:
+            found.append(_quoted_or_not(file, replace(base, delimiter=other), names, limit))
+        except Unreadable as fault:
+            faults.append((other, fault))
+    found = [(dialect, notes) for dialect, notes in found if len(dialect.names) > 1]
+    if len(found) == 1:
+        dialect, notes = found[0]
+        return dialect, [f"the delimiter is a {_NAMES[dialect.delimiter]}, not a {_NAMES[expected]}", *notes]
+    if len(found) > 1 or any(other in ";\t" or expected == "\t" for other, _ in faults):
+        other, fault = (found[0][0].delimiter, None) if found else faults[0]
+        cause = f"it has no {_NAMES[expected]} in its first line, but a {_NAMES[other]}"
+        raise Unreadable(
+            cause + (f"; read so, {fault.cause}" if fault else ""),
+            f"save it with the delimiter of a {suffix} file, or put sep={other} into a line before the first",
+        )
+    return _quoted_or_not(file, base, names, limit)
+
+
+def _quoted_or_not(
+    file: TextFile, base: Dialect, names: Sequence[str] | None, limit: int | None
+) -> tuple[Dialect, list[str]]:
+    """The reading that fits."""
+    if base.quoting != AUTO:
+        return _fitted(_survey(file, base, names, limit))
+    plain = _survey(file, replace(base, quoting=NONE), names, limit)
+    if not plain.opened or plain.fault:
+        return _fitted(plain)
+    quoted = _survey(file, replace(base, quoting=MINIMAL), names, limit)
+    fits = {}
+    faults = {}
+    for survey in (plain, quoted):
+        try:
+            fits[survey.dialect.quoting] = _fitted(survey)
+        except Unreadable as fault:
+            faults[survey.dialect.quoting] = fault
+    if not fits or (MINIMAL not in fits and plain.header_quoted):  # R and databases write backslashes
+        try:
+            return _said(_fitted(_survey(file, replace(base, quoting=BACKSLASH), names, limit)), "only so it fits")
+        except Unreadable:
+            pass
+    if not fits:
+        likely, other = (NONE, MINIMAL) if base.delimiter == "\t" else (MINIMAL, NONE)
+        raise Unreadable(
+            f"{_READINGS[likely]}: {faults[likely].cause}; {_READINGS[other]}: {faults[other].cause}",
+            f"{faults[likely].cure}, or pass --quoting {NONE} or {MINIMAL} to see that reading's faults alone",
+        )
+    if len(fits) == 1:
+        (found,) = fits.values()
+        return _said(found, "only so do all rows have the header's fields")
+    if quoted.multiline and base.delimiter != "\t" and not _written_with_quotes(plain):
+        raise Unreadable(
+            f"it can be read in two ways: {plain.rows:,} rows without quotes, {quoted.rows:,} with quotes",
+            f"pass --quoting {NONE} or --quoting {MINIMAL}",
+        )
+    if base.delimiter != "\t":
+        return _said(fits[MINIMAL], "as a csv file is")
+    if _written_with_quotes(plain):
+        return _said(fits[MINIMAL], "its quotes are those that a program writes")
+    return _said(fits[NONE], "its quotes are part of the texts")
+
+
+def _written_with_quotes(plain: _Survey) -> bool:
+    """Whether the quotes of a file that fits both readings look like a program's.
+
+    A program quotes the header, doubles quotes inside quotes, quotes whole columns, or, as Excel does, every field
+    that has a comma.
+    """
+    whole = plain.rows in plain.closed_too.values() and plain.rows >= _ENOUGH
+    inside, outside = plain.commas
+    excel = inside >= _ENOUGH and not outside and inside == plain.opened
+    likely = plain.header_quoted or plain.doubled > 0 or whole or excel
+    return likely and plain.opened == plain.closed_too.total()
+
+
+def _said(found: tuple[Dialect, list[str]], why: str) -> tuple[Dialect, list[str]]:
+    dialect, notes = found
+    return dialect, [f"read {_READINGS[dialect.quoting]} ({why}; --quoting forces another reading)", *notes]
+
+
+def _fitted(survey: _Survey) -> tuple[Dialect, list[str]]:
+    """The dialect of a reading, with the columns that all rows have.
+
+    Raises:
+        Unreadable: the rows do not fit the header.
+    """
+    if survey.fault:
+        raise survey.fault
+    header, widths = survey.header, set(survey.widths)
+    if not header:
+        raise Unreadable("it is empty", "check that it holds a header line and rows")
+    named, width, start, notes = len(header), len(header), 0, []
+    trailing = named > 1 and not header[-1] and survey.dialect.header
+    if trailing and widths == {named} and survey.last_empty:
+        named -= 1
+        notes.append("the empty column at the end is left out")
+    elif trailing and widths == {named - 1}:
+        named, width = named - 1, named - 1
+    elif widths == {named + 1} and survey.last_empty:
+        width += 1
+        notes.append("the empty field at the end of every row is left out")
+    elif widths == {named + 1} and survey.counted and survey.rows >= _ENOUGH and survey.dialect.header:
+        start, width = 1, width + 1
+        notes.append("the row numbers before the first column are left out")
+    elif widths - {named}:
+        raise _ragged(survey)
+    names = [name or f"Unnamed: {i}" for i, name in enumerate(header[:named])]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise Unreadable(f"{Counter(names)[twice[0]]} of its columns are named '{twice[0]}'", "rename all but one")
+    if survey.repeated is not None:
+        raise Unreadable(
+            f"line {survey.repeated} repeats the first line, its header",
+            "remove that line, or if the file has no header line, name its columns with --column_names",
+        )
+    return replace(survey.dialect, names=tuple(names), start=start, width=width), notes
+
+
+def _ragged(survey: _Survey) -> Unreadable:
+    named, delimiter = len(survey.header), _NAMES.get(survey.dialect.delimiter, repr(survey.dialect.delimiter))
+    listed = ", ".join(survey.header[:5]) + (", ..." if named > 5 else "")
+    wrong = {width: line for width, line in survey.lines.items() if width != named}
+    width, line = min(wrong.items(), key=lambda item: item[1])
+    count = survey.rows - survey.widths[named]
+    header = f"the header has {named} ({listed})"
+    if survey.spaced:
+        return Unreadable(
+            f"line {line} has {width} fields, but {header}: a space before a double quote makes it part of the text",
+            "remove the spaces before double quotes",
+        )
+    if set(survey.widths) == {named + 1}:
+        return Unreadable(
+            f"every row has {named + 1} fields, but {header}: a {delimiter} too many in each, perhaps inside a text",
+            f"put texts that hold a {delimiter} into double quotes, or name all columns in the header",
+        )
+    cause = (
+        f"{count:,} of {survey.rows:,} rows do not fit: line {line} has {width} field{'s' * (width != 1)}, {header}"
+    )
+    if width > named:
+        return Unreadable(
+            f"{cause}; perhaps a {delimiter} inside a text", f"put texts that hold a {delimiter} into double quotes"
+        )
+    return Unreadable(
+        f"{cause}; perhaps a line break inside a text",
+        "put texts that hold a line break into double quotes, and write every delimiter of a row",
+    )

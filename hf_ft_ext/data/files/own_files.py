@@ -1,0 +1,233 @@
+"""Files that people write themselves (csv, tsv, json, jsonl) as data sets, their values as they are written."""
+
+import hashlib
+import logging
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets import Dataset, Features, IterableDataset, Value
+
+from hf_ft_ext.data.files.dialect import AUTO
+from hf_ft_ext.data.files.records import LIST_OF, NESTED, Records, open_records
+from hf_ft_ext.data.files.tables import FLOAT, INT, MISSING, TEXT, UNKNOWN, Table, converted, open_table
+from hf_ft_ext.data.files.text_files import Unreadable, data_suffix
+from hf_ft_ext.errors import InputError
+
+# Text columns looked for in own data, in this order.
+USUAL_TEXT = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("question", "context"),
+    ("question", "answer"),
+    ("text1", "text2"),
+    ("sentence",),
+    ("text",),
+)
+SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
+_HEAD = 100_000  # rows of a stream that show how its file is written
+_BATCH = 10_000  # rows written at a time
+_READING = 1  # raise it when the same file gives other rows than before: cached ones are left behind then
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is known of the files before they are opened.
+
+    Attributes:
+        quoting: of csv and tsv files: `auto`, `none`, `minimal` or `backslash`.
+        names: of the columns of csv and tsv files without a header line.
+        text: columns that hold text whatever is written in them.
+        labels: columns that hold labels.
+    """
+
+    quoting: str = AUTO
+    names: tuple[str, ...] | None = None
+    text: frozenset[str] = frozenset()
+    labels: frozenset[str] = frozenset()
+
+
+def open_own_files(
+    files: Mapping[str, Sequence[tuple[str, str]]],
+    reading: Reading,
+    *,
+    cache_dir: str | None = None,
+    streamed: Collection[str] = (),
+) -> dict[str, Dataset | IterableDataset]:
+    """Return the splits of csv, tsv, json and jsonl files.
+
+    The type of a column is that of its values in all files: numbers only if each of them is one and is written as
+    numbers are (`007` is text).
+
+    Args:
+        files: split -> (name for messages, path) of each of its files.
+        reading: see there.
+        cache_dir: where converted rows are kept; `None` = the Hub's cache.
+        streamed: splits to read while training. Their first rows decide how the file is read; later rows that do not
+            fit lose what does not.
+
+    Raises:
+        InputError: a file cannot be read; the message names it, the cause and the cure.
+    """
+    opened = {
+        split: [_open(name, path, reading, _HEAD if split in streamed else None) for name, path in parts]
+        for split, parts in files.items()
+    }
+    kinds = _joint([kinds for parts in opened.values() for _, kinds in parts])
+    result: dict[str, Dataset | IterableDataset] = {}
+    for split, parts in opened.items():
+        own = _of_split([found for _, found in parts])
+        columns = tuple((name, _kind_of(name, own[name], kinds[name])) for name in own)
+        sources = tuple(source for source, _ in parts)
+        values = {
+            "sources": sources,
+            "columns": columns,
+            "labels": tuple(sorted(reading.labels)),
+            "tolerant": split in streamed,
+            "reading": _READING,
+        }
+        features = Features({name: _feature(kind) for name, kind in columns})
+        if split in streamed:
+            result[split] = IterableDataset.from_generator(_rows, features=features, gen_kwargs=values)
+        else:
+            result[split] = _converted(values, features, cache_dir)
+    return result
+
+
+def _converted(values: dict[str, Any], features: Features, cache_dir: str | None) -> Dataset:
+    """All rows as a file of the cache, written at the first call: faster than `Dataset.from_generator` row by row."""
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "own_files"
+    path = folder / f"{hashlib.sha256(repr((values, features)).encode()).hexdigest()[:32]}.arrow"
+    schema = features.arrow_schema
+    if not path.is_file():
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                rows = _rows(**values)
+                while batch := list(islice(rows, _BATCH)):
+                    writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
+            unfinished.replace(path)
+        except OSError as error:
+            raise InputError(
+                f"converted data cannot be written to {folder} ({error.strerror or error}); pass --cache_dir with a "
+                "folder that has room"
+            ) from error
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return Dataset.from_file(str(path))
+
+
+def _open(name: str, path: str, reading: Reading, limit: int | None) -> tuple[Table | Records, dict[str, str]]:
+    """A file's source of rows, and the types of its columns."""
+    try:
+        source: Table | Records
+        if data_suffix(path) in (".csv", ".tsv"):
+            source, notes = open_table(path, reading.quoting, reading.names, limit)
+            kinds = source.kinds(reading.text, limit)
+        else:
+            source, notes = open_records(path, limit)
+            kinds = source.kinds(reading.text | reading.labels, limit)
+            kinds, nested = _without_nested(kinds, reading)
+            source = replace(source, names=tuple(kinds))
+            notes += nested
+    except Unreadable as fault:
+        raise InputError(f"cannot read {name} ({fault.cause}); {fault.cure}") from None
+    except (OSError, EOFError) as error:
+        raise InputError(f"cannot read {name} ({error}); check the file") from error
+    for note in notes:
+        logger.info("%s: %s", name, note)
+    return source, kinds
+
+
+def _without_nested(kinds: dict[str, str], reading: Reading) -> tuple[dict[str, str], list[str]]:
+    nested = [name for name, kind in kinds.items() if kind == NESTED]
+    wanted = [name for name in nested if name in reading.text | reading.labels]
+    flat = {name: kind for name, kind in kinds.items() if kind != NESTED}
+    if wanted or (nested and not flat):
+        raise Unreadable(
+            f"column '{(wanted or nested)[0]}' is nested or holds values of several types",
+            "write one text or number for each row and column",
+        )
+    return flat, [f"column '{name}' is left out: it is nested or holds values of several types" for name in nested]
+
+
+def _joint(found: Sequence[dict[str, str]]) -> dict[str, str]:
+    """The type of each column over all files, where it has to be the same: text, or else any that is known."""
+    joint: dict[str, str] = {}
+    for kinds in found:
+        for name, kind in kinds.items():
+            if joint.get(name, UNKNOWN) == UNKNOWN or kind == TEXT:
+                joint[name] = kind
+    return joint
+
+
+def _of_split(found: Sequence[dict[str, str]]) -> dict[str, str]:
+    """The types of the columns that all files of a split have."""
+    own = {name: kind for name, kind in found[0].items() if all(name in kinds for kinds in found)}
+    for kinds in found[1:]:
+        for name in own:
+            if own[name] == UNKNOWN or {own[name], kinds[name]} == {INT, FLOAT}:
+                own[name] = FLOAT if own[name] == FLOAT else kinds[name]
+    return own
+
+
+def _kind_of(name: str, own: str, joint: str) -> str:
+    if joint == TEXT or own == UNKNOWN:
+        return joint or TEXT
+    return own
+
+
+def _feature(kind: str) -> Any:
+    if kind.startswith(LIST_OF):
+        return datasets.Sequence(Value(kind.removeprefix(LIST_OF)))
+    return Value(kind)
+
+
+def _rows(
+    sources: Sequence[Table | Records],
+    columns: Sequence[tuple[str, str]],
+    labels: Sequence[str],
+    tolerant: bool,
+    reading: int,
+) -> Iterator[dict[str, Any]]:
+    """The rows of all files, one behind the other; in a stream, a row that does not fit holds `None` only."""
+    kinds = dict(columns)
+    for source in sources:
+        convert = _field if isinstance(source, Table) else _value
+        for values in source.records(skip_faults=tolerant):
+            row = dict.fromkeys(kinds)
+            for name, value in zip(source.names, values or (), strict=False):
+                if name in kinds:
+                    row[name] = convert(value, kinds[name], name in labels)
+            yield row
+
+
+def _field(value: str, kind: str, is_label: bool) -> Any:
+    """A field of a delimited file; `nan` in a label column is a missing label, as pandas writes it."""
+    return None if is_label and value.strip() in MISSING else converted(value, kind)
+
+
+def _value(value: Any, kind: str, is_label: bool) -> Any:
+    """A value of a JSON file; one of another type than `kind`, in a stream, is `None`."""
+    if value is None or kind.startswith(LIST_OF):
+        return value
+    if kind == TEXT:
+        return value if isinstance(value, str) else str(value) if isinstance(value, int | float) else None
+    if kind == "bool" or isinstance(value, bool):
+        return value if isinstance(value, bool) and kind == "bool" else None
+    if not isinstance(value, int | float):
+        return None
+    if kind == INT:
+        return int(value) if value % 1 == 0 else None
+    return float(value)

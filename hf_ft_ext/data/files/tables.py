@@ -1,0 +1,114 @@
+"""Delimited files (csv, tsv) as rows of text, and what type each of their columns has."""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from hf_ft_ext.data.files.dialect import AUTO, Dialect, find_dialect, rows
+from hf_ft_ext.data.files.text_files import TextFile, Unreadable, data_suffix, text_file
+
+INT, FLOAT, TEXT, UNKNOWN = "int64", "float64", "string", ""
+_WIDEST = 18  # digits that always fit an int64
+# Only what is written as Python writes it is a number that can be written back: 007 and +1 stay text.
+_INT = re.compile(rf"0|-?[1-9][0-9]{{0,{_WIDEST - 1}}}")
+_FLOAT = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_INFINITE = re.compile(r"[+-]?inf(inity)?", flags=re.IGNORECASE)
+MISSING = {"", "nan", "NaN"}  # of a number; a text is missing only where nothing is written
+
+
+@dataclass(frozen=True)
+class Table:
+    """A delimited file and how to read it."""
+
+    file: TextFile
+    dialect: Dialect
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.dialect.names
+
+    def records(self, skip_faults: bool = False) -> Iterator[list[str] | None]:
+        """The fields of the columns `names`, row by row.
+
+        Args:
+            skip_faults: give `None` for a row with too many or too few fields instead of raising.
+
+        Raises:
+            Unreadable: the file has changed since it was looked at.
+        """
+        dialect = self.dialect
+        found = rows(self.file, dialect)
+        if dialect.header:
+            next(found, None)
+        end = dialect.start + len(dialect.names)
+        for number, fields in found:
+            if len(fields) == dialect.width:
+                yield fields[dialect.start : end]
+            elif skip_faults:
+                yield None
+            else:
+                raise Unreadable(f"line {number} has {len(fields)} fields, not {dialect.width}", "correct it")
+
+    def kinds(self, text: Collection[str], limit: int | None = None) -> dict[str, str]:
+        """The type that every column's values allow: `TEXT`, `FLOAT`, `INT`, or `UNKNOWN` where all are missing.
+
+        Args:
+            text: columns that are text whatever they hold.
+            limit: rows to look at; `None` = all.
+        """
+        kinds = {name: TEXT if name in text else UNKNOWN for name in self.names}
+        open_columns = [(i, name) for i, name in enumerate(self.names) if kinds[name] != TEXT]
+        for count, fields in enumerate(self.records(skip_faults=limit is not None)):
+            if not open_columns or count == limit:
+                break
+            for i, name in open_columns if fields is not None else ():
+                kinds[name] = _wider(kinds[name], fields[i])
+            open_columns = [(i, name) for i, name in open_columns if kinds[name] != TEXT]
+        return {name: _FINITE.get(kind, kind) for name, kind in kinds.items()}
+
+
+_INFINITE_ONLY = "inf"  # no number so far but infinite ones, which are words as well
+_FINITE = {_INFINITE_ONLY: TEXT}
+
+
+def _wider(kind: str, value: str) -> str:
+    """The type of a column of type `kind` with one more value."""
+    value = value.strip()
+    if value in MISSING:
+        return kind
+    if kind in (UNKNOWN, INT, _INFINITE_ONLY) and _INT.fullmatch(value):
+        return FLOAT if kind == _INFINITE_ONLY else INT
+    if _INFINITE.fullmatch(value):
+        return _INFINITE_ONLY if kind in (UNKNOWN, _INFINITE_ONLY) else FLOAT
+    # A whole number too long for an int64 is a name, such as an id.
+    if not _FLOAT.fullmatch(value) or (value.lstrip("+-").isdecimal() and not _INT.fullmatch(value)):
+        return TEXT
+    return FLOAT
+
+
+def converted(value: str, kind: str) -> str | int | float | None:
+    """A field as a value of type `kind`; `None` if it is missing or, in a stream, of another type."""
+    if kind == TEXT:
+        return value or None
+    value = value.strip()
+    if value in MISSING:
+        return None
+    if kind == INT:
+        return int(value) if _INT.fullmatch(value) else None
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def open_table(
+    path: str, quoting: str = AUTO, names: Sequence[str] | None = None, limit: int | None = None
+) -> tuple[Table, list[str]]:
+    """Return a file's table, and what to log about how it is read.
+
+    Raises:
+        Unreadable: see `find_dialect`.
+    """
+    file = text_file(path)
+    dialect, notes = find_dialect(file, data_suffix(path), quoting, names, limit)
+    return Table(file, dialect), notes

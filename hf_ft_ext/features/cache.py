@@ -1,0 +1,200 @@
+"""The features of a whole data set, computed once and kept in a memory-mapped safetensors file."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import filelock
+import numpy as np
+import torch
+from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_ft_ext.errors import InputError, first_line
+from hf_ft_ext.features.head import HeadReader, head_parameters
+from hf_ft_ext.files import replacing, tensor_hash
+
+logger = logging.getLogger(__name__)
+
+_NAME = "features"
+_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
+
+def default_folder() -> Path:
+    """Where features are kept unless the user names a folder: beside the Hub's cache."""
+    return Path(HF_HOME) / "hf_ft_ext" / "features"
+
+
+def feature_bytes(reader: HeadReader, rows: int) -> int:
+    """Size of the features of `rows` rows."""
+    return rows * reader.hidden * next(reader.model.parameters()).element_size()
+
+
+def encoder_hash(model: nn.Module) -> str:
+    """SHA-256 over everything that features depend on: configuration and weights outside the head."""
+    head, digest = head_parameters(model), hashlib.sha256()
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_ABOUT_FEATURES}
+    digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name not in head:
+            digest.update(f"{name} {tensor_hash(tensor)}\n".encode())
+    return digest.hexdigest()
+
+
+_NOT_ABOUT_FEATURES = ("_name_or_path", "id2label", "label2id", "problem_type", "transformers_version", "num_labels")
+
+
+def data_fingerprint(dataset: Any) -> str:
+    """SHA-256 over the rows' inputs, labels left out."""
+    digest = hashlib.sha256()
+    if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
+        for name in sorted(set(dataset.column_names) - {"label", "labels", "label_ids"}):
+            digest.update(name.encode())
+            for table in dataset.select_columns(name).with_format("arrow").iter(batch_size=10_000):
+                column = table.column(0).combine_chunks()
+                if hasattr(column, "value_lengths"):
+                    digest.update(column.value_lengths().to_numpy(zero_copy_only=False).tobytes())
+                    column = column.flatten()
+                values = column.to_numpy(zero_copy_only=False)
+                digest.update(str(values.tolist()).encode() if values.dtype == object else values.tobytes())
+        return digest.hexdigest()
+    for i in range(len(dataset)):
+        row = {key: value for key, value in dataset[i].items() if key not in ("label", "labels", "label_ids")}
+        for key in sorted(row):
+            digest.update(f"{key} {np.asarray(row[key]).tolist()}\n".encode())
+    return digest.hexdigest()
+
+
+def cached_features(
+    reader: HeadReader,
+    dataset: Any,
+    parts: Callable[[int], Iterable[torch.Tensor]],
+    folder: str | os.PathLike | None = None,
+    disable_tqdm: bool = False,
+) -> torch.Tensor:
+    """Features of every row of `dataset`: `[rows, hidden]`, mapped from a file that earlier runs may have left.
+
+    The file's name and header hold the hash of the encoder, the fingerprint of the data and their length. It grows
+    under a temporary name: where an interrupted run left off, the next one continues.
+
+    Args:
+        reader: of the model.
+        dataset: with `len`; its rows are hashed.
+        parts: `parts(start)` gives the features of the rows from `start` on, in the data set's order, some rows at a
+            time (see `read_in_order`).
+        folder: where the file is kept; `None` = `default_folder()`.
+
+    Raises:
+        InputError: the file is truncated or of something else, or the folder cannot be written to.
+    """
+    folder = default_folder() if folder is None else Path(folder).expanduser()
+    rows, hidden, dtype = len(dataset), reader.hidden, next(reader.model.parameters()).dtype
+    about = {
+        "encoder": encoder_hash(reader.model),
+        "data": data_fingerprint(dataset),
+        "rows": str(rows),
+        "read": reader.read.__name__.strip("_"),
+    }
+    key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
+    path = folder / f"{key}.safetensors"
+    if path.exists():
+        logger.info("features of %d rows: taken from %s", rows, path)
+        return _open(path, about, (rows, hidden), dtype)
+    try:
+        with _growing(path) as file:
+            done = _whole_rows(file, _header(about, rows, hidden, dtype), hidden * dtype.itemsize)
+            if done:
+                logger.info("features of %d rows: there from an interrupted run", done)
+            with tqdm(total=rows, initial=done, desc="encoding the data once", disable=disable_tqdm) as bar:
+                for part in parts(done) if done < rows else ():
+                    file.write(part.to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes())
+                    bar.update(len(part))
+                    done += len(part)
+            if done != rows:
+                raise RuntimeError(f"{done} rows were encoded, the data set has {rows}")
+    except OSError as error:
+        raise InputError(
+            f"features cannot be written to {folder} ({error.strerror or error}); pass --feature_cache_dir with a "
+            "folder that is writable and has room, or --feature_cache_gb 0 to encode in every step"
+        ) from error
+    logger.info("features of %d rows: kept in %s", rows, path)
+    return _open(path, about, (rows, hidden), dtype)
+
+
+@contextlib.contextmanager
+def _growing(path: Path) -> Iterator[BinaryIO]:
+    """A file that outlives an interruption and takes the place of `path` when the block ends well.
+
+    A second process that makes the same file at the same time gets one of its own, without that.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.stem}.partial")
+    lock = filelock.FileLock(f"{partial}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        with replacing(path) as temporary, open(temporary, "w+b") as file:
+            yield file
+        return
+    try:
+        with open(partial, "a+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        Path(lock.lock_file).unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _whole_rows(file: BinaryIO, header: bytes, width: int) -> int:
+    """Rows that `file` holds already; what is there beyond them, or under another header, is cut off."""
+    file.seek(0)
+    done = 0
+    if file.read(len(header)) == header:
+        done = (os.fstat(file.fileno()).st_size - len(header)) // width
+    file.truncate(len(header) + done * width if done else 0)
+    file.seek(0, os.SEEK_END)
+    if not done:
+        file.write(header)
+    return done
+
+
+def _header(about: dict[str, str], rows: int, hidden: int, dtype: torch.dtype) -> bytes:
+    size = rows * hidden * dtype.itemsize
+    entry = {"dtype": _TYPES[dtype], "shape": [rows, hidden], "data_offsets": [0, size]}
+    text = json.dumps({"__metadata__": about, _NAME: entry}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # keeps the numbers aligned in the mapped file
+    return struct.pack("<Q", len(text)) + text
+
+
+def _open(path: Path, about: dict[str, str], shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = file.metadata() or {}
+            other = [name for name, value in about.items() if found.get(name) != value]
+            if other or _NAME not in file.keys():  # noqa: SIM118
+                raise InputError(
+                    f"the feature cache {path} was made from another {' and other '.join(other) or 'source'}; delete "
+                    "the file, or pass another --feature_cache_dir"
+                )
+            features = file.get_tensor(_NAME)
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"the feature cache {path} cannot be read ({first_line(error)}): it is truncated or no "
+            "cache; delete the file and run again"
+        ) from error
+    if tuple(features.shape) != shape or features.dtype != dtype:
+        raise InputError(
+            f"the feature cache {path} holds a table of shape {tuple(features.shape)} and {features.dtype}, expected "
+            f"{shape} and {dtype}; delete it"
+        )
+    return features

@@ -1,0 +1,232 @@
+"""Linear probing: a model's last layer fitted by logistic or linear regression on what it reads."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.features.cache import cached_features, feature_bytes
+from hf_ft_ext.features.head import HeadReader, encoder_path, evaluating
+from hf_ft_ext.features.linear_fit import LinearFit, fit_classes, fit_labels, fit_numbers, fit_place
+from hf_ft_ext.features.rows import SAMPLE, batches_in_order, labels_of, read_in_order
+from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
+from hf_ft_ext.prompts.model import is_prompt_model
+
+logger = logging.getLogger(__name__)
+
+_ROWS = 4096  # rows of features that go through the head at once
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """What `fit_linear_head` did.
+
+    Attributes:
+        layer: dotted name of the layer that was written.
+        fit: regularisation and score of the fit.
+        rows: rows that it was fitted on.
+    """
+
+    layer: str
+    fit: LinearFit
+    rows: int
+
+
+def fit_linear_head(
+    model: nn.Module,
+    dataset: Any,
+    collate: Callable[[list], dict],
+    *,
+    batch_size: int = 64,
+    c: float | None = None,
+    folds: int = 5,
+    max_iter: int = 1000,
+    feature_cache_dir: str | os.PathLike | None = None,
+    feature_cache_gb: float = 0.0,
+    disable_tqdm: bool = True,
+) -> LinearHead:
+    """Fit the last layer of a sequence classifier by linear probing and write the weights into it, in place.
+
+    The encoder runs once over the data, without dropout. Classes are fitted by logistic regression (several labels per
+    row: each label against the rest), numbers by ridge regression; the regularisation is chosen by cross-validation
+    unless `c` is given. What lies between encoder and last layer (a pooler, a dense layer) stays as it is. In a prompt
+    model the label words' output rows are the last layer: they become a layer of their own first
+    (`untie_label_words`). `model.fresh_parameters` names what was written, so that an adapter saves it.
+
+    Args:
+        model: in the place (device) where it is to run.
+        dataset: tokenised rows with `labels`.
+        collate: makes a batch of rows.
+        c: inverse regularisation strength, of features scaled to variance 1; `None` = by cross-validation.
+        folds: of the cross-validation.
+        max_iter: most iterations of the logistic regression.
+        feature_cache_dir, feature_cache_gb: keep what the head reads in a file there if it takes no more than this;
+            0 = in memory only.
+
+    Raises:
+        InputError: no labels, a class without rows, or a model whose last layer is not linear or reads more than one
+            vector per row.
+    """
+    labels = labels_of(dataset)
+    prepare_linear_head(model)
+    sample = next(batches_in_order(dataset, collate, SAMPLE, _device(model)))
+    name, layer = find_last_layer(model, sample)
+    reader = HeadReader.find(model, sample)
+
+    def every(read: Callable[[dict], torch.Tensor], start: int = 0) -> Iterator[torch.Tensor]:
+        return read_in_order(read, dataset, collate, batch_size, _device(model), start=start)
+
+    if reader is not None and 0 < feature_bytes(reader, len(dataset)) / 1e9 <= feature_cache_gb:
+        table = cached_features(
+            reader, dataset, lambda start: every(reader.features, start), feature_cache_dir, disable_tqdm
+        )
+        parts = (table[i : i + _ROWS].to(_device(model)) for i in range(0, len(table), _ROWS))
+        inputs = [_inputs(model, name, layer, lambda part=part: reader.logits(part)) for part in parts]
+    else:
+        with tqdm(total=len(dataset), desc="encoding the data once", disable=disable_tqdm) as bar:
+            inputs = []
+
+            # by the reader, a decoder's head runs on the one token that counts
+            def run(batch: dict) -> Any:
+                return model(**batch) if reader is None else reader.logits(reader.features(batch))
+
+            for part in every(lambda batch: _inputs(model, name, layer, lambda: run(batch), _mask(batch))):
+                inputs.append(part)
+                bar.update(len(part))
+    x = torch.cat(inputs).double().numpy()
+    fit = _fit(model, x, labels.numpy(), layer.bias is not None, c, folds, max_iter)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(fit.weight))
+        if layer.bias is not None:
+            layer.bias.copy_(torch.from_numpy(fit.bias))
+    _mark_fresh(model, name)
+    logger.info("Linear head: %s fitted on %d rows, %s.", name, len(x), fit.said())
+    return LinearHead(name, fit, len(x))
+
+
+def prepare_linear_head(model: nn.Module) -> None:
+    """Give a prompt model the layer that a linear head is written into; all others have one.
+
+    For a model that takes the head's weights from elsewhere, such as a checkpoint.
+    """
+    if is_prompt_model(model):
+        model.untie_label_words()
+        _mark_fresh(model, model.decoder_path)
+
+
+def _mark_fresh(model: nn.Module, name: str) -> None:
+    written = [f"{name}.{part}" for part, _ in model.get_submodule(name).named_parameters()]
+    model.fresh_parameters = frozenset(getattr(model, "fresh_parameters", ())) | set(written)
+
+
+def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[str, nn.Linear]:
+    """Name and module of the linear layer whose output, averaged over tokens if it has any, is the logits.
+
+    Args:
+        batch: some rows, without labels.
+
+    Raises:
+        InputError: there is none.
+    """
+    if is_prompt_model(model):
+        path = model.decoder_path
+        return path, model.get_submodule(path)
+    encoder = encoder_path(model)
+    outside = {
+        module: name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and (encoder is None or not name.startswith(f"{encoder}."))
+    }
+    last: list[tuple[nn.Module, torch.Tensor]] = []
+    handles = [module.register_forward_hook(lambda m, args, out: last.append((m, out))) for module in outside]
+    try:
+        with torch.no_grad(), evaluating(model):
+            logits = model(**batch).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    classes = logits.shape[-1]
+    for module, out in reversed(last):
+        if out.shape[-1] == classes and bool((out.reshape(-1, classes)[:, None] == logits).all(-1).any(0).all()):
+            return outside[module], module
+        if out.ndim == 3 and out.shape[-1] == classes and _same(_mean(out, _mask(batch)), logits):
+            return outside[module], module  # logits of every token, averaged: a linear head on the average
+    raise InputError(
+        f"{type(model).__name__} has no linear layer outside its encoder whose output is the logits; linear probing "
+        "needs one"
+    )
+
+
+def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]) if mask is None else mask
+
+
+def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens of each row that are no padding: `[rows, tokens, width]` -> `[rows, width]`."""
+    if values.shape[:2] != mask.shape:
+        return values.mean(1)
+    return (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def _inputs(
+    model: nn.Module, name: str, layer: nn.Linear, run: Callable[[], Any], mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What `layer` reads while `run` runs, averaged over tokens where logits are: `[rows, width]`, on the CPU."""
+    seen: list[torch.Tensor] = []
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    try:
+        with torch.no_grad(), evaluating(model):
+            output = run()
+    finally:
+        handle.remove()
+    x = seen[-1]
+    if x.ndim == 3 and x.shape[1] > 1 and mask is not None:
+        mean = _mean(x, mask)
+        with torch.no_grad():
+            if _same(layer(mean), getattr(output, "logits", output)):
+                x = mean
+    if x.ndim == 3 and x.shape[1] == 1:
+        x = x[:, 0]
+    if x.ndim != 2:
+        raise InputError(
+            f"{name} reads {x.shape[1]} vectors per row, not one, so no linear head can be fitted to it; use another "
+            "model"
+        )
+    return x.float().cpu()
+
+
+def _fit(model: nn.Module, x: np.ndarray, labels: np.ndarray, bias: bool, c, folds: int, max_iter: int) -> LinearFit:
+    config = model.config
+    if config.problem_type == REGRESSION or config.num_labels == 1:
+        if is_prompt_model(model):
+            low, high = config.bounds
+            place = ((labels.reshape(-1) - low) / (high - low)).clip(0, 1)
+            return fit_place(x, place, bias, c, folds, max_iter)
+        return fit_numbers(x, labels, bias, c)
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    if config.problem_type == MULTI_LABEL or (config.problem_type is None and labels.ndim == 2):
+        if labels.shape != (len(x), len(names)):
+            raise InputError(f"labels of shape {labels.shape} are not 0 or 1 for each of {len(names)} labels")
+        return fit_labels(x, labels, names, bias, c, folds, max_iter)
+    if labels.dtype.kind == "f" or labels.ndim > 1:
+        raise InputError(
+            f"labels of shape {labels.shape} and type {labels.dtype} are not class ids; for several labels per row "
+            'set config.problem_type = "multi_label_classification"'
+        )
+    return fit_classes(x, labels, names, bias, c, folds, max_iter)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

@@ -1,0 +1,1 @@
+"""Random directions, losses of perturbed weights, and what a step makes of them: the parts of `SPSA`."""

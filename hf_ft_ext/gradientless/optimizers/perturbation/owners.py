@@ -1,0 +1,236 @@
+"""How the forward of one module is made to see its perturbed parameters: by copies, by chunks, or by its output."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination, PerturbedWeights
+
+
+class CannotBatch(Exception):
+    """These perturbations have to run one after the other."""
+
+
+class Owner:
+    """One module that holds searched parameters, and how its forward is made to see them perturbed.
+
+    | parameter | way |
+    | --- | --- |
+    | weight of a linear layer or embedding, low-rank direction | the change is added to the output |
+    | weight of a linear layer or embedding, dense direction | made and used chunk by chunk |
+    | all else | replaced by a copy while the forward runs |
+    """
+
+    def __init__(
+        self,
+        forward: PerturbedWeights,
+        user: nn.Module,
+        holder: nn.Module,
+        names: dict[str, int],
+        by_weight: bool = True,
+    ):
+        self.forward, self.user, self.holder, self.names = forward, user, holder, names
+        self.stored: dict[str, torch.Tensor] = {}
+        self.original: Callable | None = None
+        kind = _plain_kind(holder) if by_weight and "weight" in names else None
+        low_rank = kind is not None and forward.directions.has_factors(holder._parameters["weight"].shape)
+        self.on_output = low_rank
+        self.chunked = kind in (nn.Linear, nn.Embedding) and not low_rank and forward.directions.block == 1
+
+    def install(self, handles: list, split: bool) -> None:
+        if not self.names:
+            return
+        # a forward of the instance's own, as accelerate's that moves inputs between devices, is kept
+        chunked = self.chunked and not self.forward.tangent and "forward" not in self.user.__dict__
+        self.copied = {
+            name: i for name, i in self.names.items() if not ((self.on_output or chunked) and name == "weight")
+        }
+        if self.copied:
+            handles.append(self.user.register_forward_pre_hook(self._enter))
+            handles.append(self.user.register_forward_hook(self._leave, always_call=True))
+        if self.on_output:
+            handles.append(self.user.register_forward_hook(self._add_to_output, with_kwargs=True))
+        forward = self.user.forward
+        if chunked:
+            by_chunks = self._embedding_by_chunks if isinstance(self.holder, nn.Embedding) else self._linear_by_chunks
+            forward = functools.partial(by_chunks, forward)
+        if split and (self.copied or chunked):
+            forward = functools.partial(self._one_by_one, forward)
+        if isinstance(forward, functools.partial):
+            self.original = self.user.forward
+            self.had_own = "forward" in self.user.__dict__
+            self.user.__dict__["forward"] = forward
+
+    def restore(self) -> None:
+        self._leave()
+        if self.original is not None:
+            if self.had_own:
+                self.user.__dict__["forward"] = self.original
+            else:
+                del self.user.__dict__["forward"]
+            self.original = None
+
+    # --- weights made and used chunk by chunk --------------------------------------------------------
+
+    def _linear_by_chunks(self, original: Callable, input: torch.Tensor) -> torch.Tensor:
+        """`x (W + change)^T + bias`, some rows of `W` at a time; `input` is the name that the layer has for `x`."""
+        weight, number, combination = self._weight()
+        if not combination:
+            return original(input)
+        bias, out = self.holder.bias, None
+        for part in self.forward.directions.chunks(weight):
+            rows = _rows(part, weight)
+            moved = self.forward.moved(weight, number, combination, part).view(-1, weight.shape[1])
+            y = functional.linear(input, moved, None if bias is None else bias[rows])
+            if len(moved) == len(weight):
+                return y
+            out = y.new_empty(*y.shape[:-1], len(weight)) if out is None else out
+            out[..., rows] = y
+        return out
+
+    def _embedding_by_chunks(self, original: Callable, input: torch.Tensor) -> torch.Tensor:
+        """The rows of the weight at `input`, and what is added to them; chunks that hold none of them are not made."""
+        weight, number, combination = self._weight()
+        out = original(input)
+        if not combination:
+            return out
+        flat, found = input.reshape(-1), out.view(-1, weight.shape[1])
+        for part in self.forward.directions.chunks(weight):
+            rows = _rows(part, weight)
+            here = ((flat >= rows.start) & (flat < rows.stop)).nonzero()[:, 0]
+            if len(here):
+                change = self.forward.dense(weight.view(-1)[part], number, combination, part)
+                change = change.view(-1, weight.shape[1])[flat[here] - rows.start]
+                found[here] = change.add_(found[here]).to(found.dtype)
+        return out
+
+    def _weight(self) -> tuple[torch.Tensor, int, Combination]:
+        """The stored weight, its number, and what the one active candidate adds to it."""
+        (candidate,) = self.forward.active
+        self.forward.unseen.discard(self.names["weight"])
+        return self.holder._parameters["weight"].detach(), self.names["weight"], self.forward.combinations[candidate]
+
+    # --- parameters replaced by copies ---------------------------------------------------------------
+
+    def _enter(self, *_: Any) -> None:
+        if self.stored or len(self.forward.active) != 1:  # called from within its own forward, or one by one later
+            return
+        self.stored = {name: self.holder._parameters[name] for name in self.copied}
+        for name, number in self.copied.items():
+            self.holder._parameters[name] = self.forward.perturbed(self.stored[name], number)
+        self.forward.unseen.difference_update(self.copied.values())
+
+    def _leave(self, *_: Any) -> None:
+        self.holder._parameters.update(self.stored)
+        self.stored = {}
+
+    def _one_by_one(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward on the rows of each active candidate by itself."""
+        active = self.forward.active
+        if len(active) == 1:
+            return original(*args, **kwargs)
+        total = len(active) * self.forward.rows
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim]
+        by_rows = bool(tensors) and len(tensors[0]) == total
+        if not by_rows and not (tensors and len(tensors[0]) == 1):
+            raise CannotBatch(f"{type(self.user).__name__} does not get one input for each row")
+        results = []
+        for position, candidate in enumerate(active):
+            rows = slice(position * self.forward.rows, (position + 1) * self.forward.rows)
+
+            def part(value: Any, rows: slice = rows) -> Any:
+                whole = isinstance(value, torch.Tensor) and value.ndim and len(value) == total
+                return value[rows] if whole and by_rows else value
+
+            with self.forward.only(candidate):
+                self._enter()
+                try:
+                    results.append(original(*map(part, args), **{key: part(value) for key, value in kwargs.items()}))
+                finally:
+                    self._leave()
+        return _joined(results, 1 if by_rows else self.forward.rows)
+
+    # --- changes added to the output -----------------------------------------------------------------
+
+    def _add_to_output(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> torch.Tensor:
+        number, weight, active = self.names["weight"], self.holder._parameters["weight"], self.forward.active
+        self.forward.unseen.discard(number)
+        combinations = [self.forward.combinations[candidate] for candidate in active]
+        if not any(combinations):
+            return output
+        pairs = [self.forward.factors(weight, number, c) if c else None for c in combinations]
+        first = next(pair for pair in pairs if pair is not None)
+        pairs = [(torch.zeros_like(first[0]), first[1]) if pair is None else pair for pair in pairs]
+        left, right = (_stacked([pair[side] for pair in pairs]).to(output.dtype) for side in (0, 1))
+        n, x = len(active), args[0] if args else next(iter(kwargs.values()))
+        if self.forward.tangent:
+            x = forward_ad.unpack_dual(x).primal
+        if n > 1 and len(x) != n * self.forward.rows:
+            if len(x) != 1:
+                raise CannotBatch(f"{type(module).__name__} does not get one input for each row")
+            change = self._change(x.expand(n, *x.shape[1:]), left, right)
+            return (output + change).repeat_interleave(self.forward.rows, 0)
+        if self.forward.tangent:
+            change = self._change(x, left, right).view(output.shape)
+            return output + forward_ad.make_dual(torch.zeros_like(change), change)
+        before, after = self._factored(x, left, right)
+        if output.requires_grad or not output.is_contiguous():
+            output = output.clone(memory_format=torch.contiguous_format)
+        output.view(n, -1, output.shape[-1]).baddbmm_(before, after)  # one pass over the output
+        return output
+
+    def _change(self, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """`(x R) L^T` for each of the `n` candidates: `x` `[n * rows, ...]` -> `[n * rows, ..., out]`."""
+        change = torch.bmm(*self._factored(x, left, right))
+        shape = x.shape if isinstance(self.holder, nn.Embedding) else x.shape[:-1]
+        return change.view(*shape, -1)
+
+    def _factored(self, x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`x R` and `L^T`: `[n, tokens, rank]` and `[n, rank, out]`."""
+        n = len(left)
+        if isinstance(self.holder, nn.Embedding):  # the weight is [words, width]: rows of L, times R^T
+            words = x.reshape(n, -1)
+            rows = torch.stack([one[ids] for one, ids in zip(left, words, strict=True)])
+            return rows, right.transpose(1, 2)
+        if isinstance(self.holder, Conv1D):  # stored as [in, out]
+            left, right = right, left
+        return torch.bmm(x.to(left.dtype).reshape(n, -1, x.shape[-1]), right), left.transpose(1, 2)
+
+
+def _plain_kind(module: nn.Module) -> type | None:
+    """Linear layer, embedding or `Conv1D`, if its forward does what the class says and nothing else."""
+    for kind in (nn.Linear, nn.Embedding, Conv1D):
+        if isinstance(module, kind) and type(module).forward is kind.forward:
+            return None if getattr(module, "max_norm", None) is not None else kind
+    return None
+
+
+def _rows(part: slice, weight: torch.Tensor) -> slice:
+    """The rows of a matrix that a chunk of it, flat, is made of."""
+    return slice(part.start // weight.shape[1], part.stop // weight.shape[1])
+
+
+def _stacked(factors: list[torch.Tensor]) -> torch.Tensor:
+    """Factors of unequal rank as one tensor, with columns of zeros."""
+    rank = max(factor.shape[1] for factor in factors)
+    return torch.stack([nn.functional.pad(factor, [0, rank - factor.shape[1]]) for factor in factors])
+
+
+def _joined(results: list[Any], repeat: int) -> Any:
+    """Outputs of the candidates one behind the other; what was computed once for all rows is repeated for each."""
+    first = results[0]
+    if first is None:
+        return None
+    if isinstance(first, torch.Tensor):
+        if repeat > 1 and len(first) != 1:
+            raise CannotBatch("a module's output is not by rows")
+        return torch.cat([result.repeat_interleave(repeat, 0) if repeat > 1 else result for result in results])
+    if type(first) in (tuple, list):
+        return type(first)(_joined(list(parts), repeat) for parts in zip(*results, strict=True))
+    raise CannotBatch(f"a module gives a {type(first).__name__}")

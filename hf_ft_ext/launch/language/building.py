@@ -1,0 +1,320 @@
+"""`--task_type causal_lm` and `seq2seq_lm`: from arguments to data, model and trainer, and the texts it generates.
+
+Data preparation, packing and the loss are trl's `SFTTrainer`, of an encoder-decoder transformers' `Seq2SeqTrainer`; a
+run's trainer is the method's with one of these behind it.
+"""
+
+import copy
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.nn import functional
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Seq2SeqTrainer,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_utils import SaveStrategy
+
+from hf_ft_ext.arguments import (
+    CAUSAL_LM,
+    FINETUNE,
+    SEQUENCE_CLASSIFICATION,
+    DataArguments,
+    MethodTrainingArguments,
+    ModelArguments,
+    RunArguments,
+)
+from hf_ft_ext.data.language import Form, LanguageData, load_language_data, prompt_and_references
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.files import write_text
+from hf_ft_ext.launch.language.trainers import (
+    NO_CHAT_TEMPLATE,
+    CountedTruncation,
+    Generation,
+    Perplexity,
+    generate_texts,
+    prompt_ids,
+    report_long_rows,
+    room_for_prompts,
+    template_errors,
+)
+from hf_ft_ext.launch.search import require_optuna
+from hf_ft_ext.launch.trainers import check_made, check_place, explained, run_callbacks
+from hf_ft_ext.launch.validation import check_splits
+from hf_ft_ext.methods import find_method
+from hf_ft_ext.metrics.generation import generation_metrics
+from hf_ft_ext.models import load_tokenizer_and_language_model, model_max_length
+
+logger = logging.getLogger(__name__)
+
+_LENGTH = 1024  # trl's default
+SAMPLE = 5  # generated texts in run.json
+_CLASSES_ONLY = ("linearhead", "kernel")
+_LM_OPTIONS = (
+    "packing", "completion_only_loss", "chat_template_path", "predict_with_generate", "max_new_tokens", "num_beams",
+)  # fmt: skip
+
+
+def check_language_options(run_args: RunArguments) -> None:
+    """Refuse options of language modelling where there is none, and the reverse.
+
+    Raises:
+        InputError: there is such an option, a method that has no such loss, or trl is not installed.
+    """
+    given = run_args.given
+    if run_args.task_type == SEQUENCE_CLASSIFICATION:
+        for name in _LM_OPTIONS:
+            if name in given:
+                raise InputError(
+                    f"--{name} {given[name]} is about language modelling; pass --task_type causal_lm too, or leave it "
+                    "out"
+                )
+        return
+    if run_args.method in _CLASSES_ONLY:
+        raise InputError(
+            f"--task_type {run_args.task_type}: method {run_args.method} solves for class scores, and a language "
+            "model writes text; pass --method full, lora, sparse, gradientless or fisher, or --few_shot_type prompt "
+            "to choose classes"
+        )
+    refused = {
+        "from_linearhead": "fits a classification head",
+        "prediction_probabilities": "is about classes",
+    }
+    for name, reason in refused.items():
+        if given.get(name):
+            raise InputError(f"--{name} {reason}; leave it out, or --task_type {run_args.task_type}")
+    if given.get("few_shot_type", FINETUNE) != FINETUNE:
+        raise InputError("--few_shot_type prompt says a class by a word; leave it out, or --task_type")
+    causal = run_args.task_type == CAUSAL_LM
+    if not causal and given.get("packing"):
+        raise InputError("--packing: an encoder-decoder's rows cannot share a sequence; leave it out")
+    for name in () if causal else ("completion_only_loss", "chat_template_path"):
+        if given.get(name) is not None:
+            raise InputError(f"--{name} is for --task_type causal_lm: seq2seq_lm writes the completion alone")
+    if causal and importlib.util.find_spec("trl") is None:
+        raise InputError('--task_type causal_lm needs trl: pip install "hf_ft_ext[trl]"')
+
+
+def load(
+    run_args: RunArguments,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: MethodTrainingArguments,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[Any, LanguageData]:
+    """Load and check data and model; see `launch.building.load`.
+
+    Raises:
+        InputError: something that the user passed cannot work.
+    """
+    if run_args.hp_search:
+        require_optuna()
+    check_numbers(data_args)
+    with args.main_process_first(desc="loading data"):  # downloads happen once
+        data = load_language_data(
+            data_args, cache_dir=model_args.cache_dir, token=model_args.token, data_seed=args.data_seed
+        )
+    check_splits(run_args, args, data)
+    _choose_best_metric(run_args, args)
+    writes = data_args.predict_with_generate or args.do_predict
+    if writes and data.form is Form.TEXT:
+        option = "predict_with_generate" if data_args.predict_with_generate else "do_predict"
+        raise InputError(
+            f"--{option} goes on from a prompt, and rows of text have none; pass data with prompt and completion, or "
+            "messages"
+        )
+    causal = run_args.task_type == CAUSAL_LM
+    if not causal and (data.form is not Form.PROMPT or _is_chat(data)):
+        raise InputError(
+            "--task_type seq2seq_lm writes a completion to a prompt, both texts, and the data has "
+            f"{Form.MESSAGES if _is_chat(data) else data.form}; pass columns prompt and completion (--text_columns), "
+            "or --task_type causal_lm"
+        )
+    tokenizer, model = load_tokenizer_and_language_model(model_args, run_args.task_type, args=args)
+    _check_chat_template(data, tokenizer, data_args)
+    kind = find_method(run_args.method).trainer_class()
+    check_place(model, args, kind)
+    context = model_max_length(model, tokenizer)
+    length = _length(data_args, context)
+    if writes:
+        room_for_prompts(context, data_args.max_new_tokens, shared=causal)
+    if causal:
+        from trl import SFTTrainer
+
+        trainer_class = type(f"{kind.__name__}AndSFTTrainer", (Perplexity, kind, CountedTruncation, SFTTrainer), {})
+        train, evaluated = data.train, next(iter(data.validation.values()), None)
+    else:
+        trainer_class = type(f"{kind.__name__}AndSeq2SeqTrainer", (Perplexity, kind, Seq2SeqTrainer), {})
+        train = None if data.train is None else encoder_decoder_rows("train", data.train, tokenizer, length)
+        data.tokenized = {n: encoder_decoder_rows(n, rows, tokenizer, length) for n, rows in data.validation.items()}
+        evaluated = next(iter(data.tokenized.values()), None)
+
+    def build(args: MethodTrainingArguments) -> Trainer:
+        # what trl's arguments are made of, see MethodTrainer._complete
+        own: dict[str, Any] = {"max_length": length, "packing": data_args.packing, "eval_packing": False}
+        own |= {"completion_only_loss": data_args.completion_only_loss}
+        own |= {"chat_template_path": data_args.chat_template_path, "pad_token": tokenizer.pad_token}
+        for name, value in own.items() if causal else ():
+            setattr(args, name, value)
+        with explained(args), template_errors():
+            trainer = trainer_class(
+                model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
+                args=args,
+                # trl wants training rows even where nothing trains
+                train_dataset=train if args.do_train else evaluated if causal else None,
+                eval_dataset=evaluated,
+                processing_class=tokenizer,
+                data_collator=None if causal else DataCollatorForSeq2Seq(tokenizer, model),
+                compute_loss_func=None if causal else token_loss,
+                callbacks=run_callbacks(run_args, args, callbacks),
+            )
+        trainer.language = LanguageRun(data, data_args, context)
+        _check_prompts(data, trainer.processing_class, args, data_args)
+        return check_made(trainer, run_args.method)
+
+    return build, data
+
+
+class LanguageRun:
+    """What a run of a language model evaluates and writes, besides losses.
+
+    Attributes:
+        sample: a few generated texts of the last split: `prompt`, `prediction`, `references`.
+    """
+
+    def __init__(self, data: LanguageData, data_args: DataArguments, context: int | None):
+        self.data, self.data_args, self.context = data, data_args, context
+        self.sample: list[dict[str, Any]] = []
+
+    def rows_of_loss(self, name: str, rows: Dataset) -> Dataset:
+        """What `Trainer.evaluate` takes for the split `name`: trl tokenises by itself."""
+        return self.data.tokenized.get(name, rows)
+
+    def scored_texts(self, trainer: Trainer, rows: Dataset, prefix: str) -> tuple[list[dict], dict[str, float]]:
+        """Generated texts of a split, and their scores where every row has a reference."""
+        pairs = [prompt_and_references(row, self.data.form) for row in rows]
+        settings = Generation(
+            self.data_args.max_new_tokens, self.data_args.num_beams, trainer.args.per_device_eval_batch_size
+        )
+        texts = generate_texts(trainer, [prompt for prompt, _ in pairs], settings, self.context)
+        found = [
+            {"prompt": prompt, "prediction": text, "references": references}
+            for (prompt, references), text in zip(pairs, texts, strict=True)
+        ]
+        self.sample = found[:SAMPLE]
+        if not all(references for _, references in pairs):
+            return found, {}
+        scores = generation_metrics(texts, [references for _, references in pairs])
+        return found, {f"{prefix}_{name}": value for name, value in scores.items()}
+
+
+def write_predictions(folder: str, suffix: str, found: list[dict[str, Any]]) -> None:
+    """`predictions.jsonl`: a JSON object a row with `index`, `prompt`, `prediction` and `references`."""
+    lines = [json.dumps({"index": i, **row}, ensure_ascii=False) for i, row in enumerate(found)]
+    file = "_".join(filter(None, ("predictions", suffix))) + ".jsonl"
+    write_text(os.path.join(folder, file), "\n".join(lines) + "\n")
+
+
+def encoder_decoder_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
+    """`input_ids` and `attention_mask` of the prompts, `labels` of the completions, each of `limit` tokens at most."""
+    lengths: list[int] = []
+
+    def convert(batch: dict[str, list]) -> dict[str, list]:
+        prompts = tokenizer(batch["prompt"])["input_ids"]
+        answers = tokenizer(text_target=[text.strip() for text in batch["completion"]])["input_ids"]
+        lengths.extend(max(len(p), len(a)) for p, a in zip(prompts, answers, strict=True))
+        prompts = [ids[:limit] for ids in prompts]
+        return {
+            "input_ids": prompts,
+            "attention_mask": [[1] * len(ids) for ids in prompts],
+            "labels": [ids[:limit] for ids in answers],
+        }
+
+    made = rows.map(convert, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
+    report_long_rows(lengths, limit, name)
+    return made
+
+
+def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
+    """Cross-entropy over the labels' tokens: their mean, or of a step of several micro-batches this one's share.
+
+    T5's own loss is the mean of each micro-batch, in which the tokens of short ones weigh more.
+    """
+    sum_of_tokens = functional.cross_entropy(outputs.logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
+    count = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    return sum_of_tokens / count
+
+
+def check_numbers(data_args: DataArguments) -> None:
+    for name in ("max_new_tokens", "num_beams"):
+        if getattr(data_args, name) < 1:
+            raise InputError(f"{name} must be 1 or more, got {getattr(data_args, name)}")
+
+
+def _is_chat(data: LanguageData) -> bool:
+    """Whether rows are messages, or prompts and completions of messages."""
+    rows = data.train if data.train is not None else next(iter({**data.validation, **data.test}.values()))
+    return data.form is Form.MESSAGES or (data.form is Form.PROMPT and not isinstance(rows[0]["prompt"], str))
+
+
+def _check_chat_template(data: LanguageData, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> None:
+    chat = _is_chat(data)
+    if chat and tokenizer.chat_template is None and data_args.chat_template_path is None:
+        raise InputError(NO_CHAT_TEMPLATE)
+    path = data_args.chat_template_path
+    if path is not None and not chat:
+        raise InputError(f"--chat_template_path {path} is about messages, and the data has {data.form}; leave it out")
+    if path is not None and not os.path.exists(os.path.expanduser(path)):
+        raise InputError(f"--chat_template_path {path}: there is no such file or folder; check the path")
+
+
+def _check_prompts(
+    data: LanguageData, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DataArguments
+) -> None:
+    """Try the chat template, before training, on all dialogues that will be gone on with."""
+    evaluated = data.validation if data_args.predict_with_generate else {}
+    predicted = data.test if args.do_predict else {}
+    for rows in (*evaluated.values(), *predicted.values()) if _is_chat(data) else ():
+        for row in rows:
+            prompt_ids(tokenizer, prompt_and_references(row, data.form)[0])
+
+
+def _length(data_args: DataArguments, context: int | None) -> int:
+    wanted = data_args.max_seq_length
+    if wanted is None:
+        return _LENGTH if context is None else min(_LENGTH, context)
+    if wanted < 2:
+        raise InputError(f"max_seq_length must be 2 or more for a language model, got {wanted}")
+    if context is not None and wanted > context:
+        raise InputError(
+            f"--max_seq_length {wanted} is more than the model can take ({context} tokens); pass --max_seq_length "
+            f"{context} or less"
+        )
+    return wanted
+
+
+def _choose_best_metric(run_args: RunArguments, args: MethodTrainingArguments) -> None:
+    """Of evaluations in training the loss and the perplexity are known, and the lower is the better."""
+    chosen = run_args.given.get("metric_for_best_model")
+    if chosen is not None and chosen.removeprefix("eval_") not in ("loss", "perplexity"):
+        raise InputError(f"metric_for_best_model cannot be {chosen!r}; a language model has: loss, perplexity")
+    compares = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST or run_args.hp_search
+    if compares or chosen is not None:
+        args.metric_for_best_model = chosen or "loss"
+        if "greater_is_better" not in run_args.given:
+            args.greater_is_better = False
+
+
+def loading_class(model: PreTrainedModel) -> str:
+    """The Auto class that loads a saved language model."""
+    return "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"

@@ -1,0 +1,284 @@
+"""Loading a pretrained model with a classification, prompt or language-model head, and its tokenizer."""
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_ft_ext.arguments import (
+    CAUSAL_LM,
+    FINETUNE,
+    SEQ2SEQ_LM,
+    DataArguments,
+    MethodTrainingArguments,
+    ModelArguments,
+)
+from hf_ft_ext.demo.encoder import demo_encoder
+from hf_ft_ext.errors import InputError, first_line
+from hf_ft_ext.models.labels import set_labels, warn_of_renamed_labels
+from hf_ft_ext.models.source import checked_name, explained
+from hf_ft_ext.models.weight_options import settle_dtype, weight_options
+from hf_ft_ext.prompts.configuration import PromptConfig
+from hf_ft_ext.prompts.loading import load_prompt_model
+from hf_ft_ext.prompts.making import load_language_model
+from hf_ft_ext.prompts.readout import Reading, reading_of
+from hf_ft_ext.training.finite import first_not_finite
+from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.saved.saving import plain_outputs
+from hf_ft_ext.training.weights.placement import check_map
+from hf_ft_ext.training.weights.quantized import keep_differentiable
+from hf_ft_ext.training.weights.sharding import whole_shape
+
+logger = logging.getLogger(__name__)
+
+_NEWEST = "main"  # the Hub's default branch
+_NO_LIMIT = 10**6  # tokenizers without a limit carry a huge number
+
+
+def load_tokenizer_and_model(
+    model_args: ModelArguments,
+    data: Any,
+    *,
+    seed: int,
+    data_args: DataArguments | None = None,
+    args: MethodTrainingArguments | None = None,
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load the tokenizer and the model with a head for the labels of `data`.
+
+    With prompts (`data_args.few_shot_type`), and where the name is that of a saved prompt model, the head is the
+    masked language model's own: a `PromptForSequenceClassification`.
+
+    A new head is drawn from `seed`; the global random state is left as it was. What was drawn anew is
+    listed in `model.fresh_parameters` (names), so that an adapter can save it; `model.loaded_from` holds revision and
+    cache folder, so that an adapter can name them. A model that already has these
+    labels, in whatever order and case, keeps its own names and ids.
+
+    Args:
+        model_args: which model; none named = the demo encoder.
+        data: the run's `TaskData` (`label_names` and `problem_type` are read).
+        seed: seed of new weights.
+        data_args: says whether and how the task is put as a prompt; none = a classification head.
+        args: says what gradients change and where; none = all weights train, on the CPU.
+
+    Raises:
+        InputError: the model or tokenizer cannot be found, read, or used for classification.
+    """
+    name = demo_encoder() if model_args.model_name_or_path is None else model_args.model_name_or_path
+    name, config, hub = _name_and_config(name, model_args)
+    data_args = DataArguments() if data_args is None else data_args
+    as_prompt = data_args.few_shot_type != FINETUNE or isinstance(config, PromptConfig)
+    if not as_prompt:
+        _check_class(config, name)
+    stored = getattr(config, "dtype", None)
+    options = weight_options(model_args, config, args, name, as_prompt=as_prompt)
+    if as_prompt:
+        tokenizer = _load_tokenizer(model_args, name, hub)
+        with explained(name, "weights"):
+            revision = model_args.model_revision
+            model = load_prompt_model(name, config, tokenizer, data, data_args, revision=revision, **hub, **options)
+        check_map(options.get("device_map"), model.masked_lm, name)
+        model.fresh_parameters = frozenset()
+        if model_args.attn_implementation is not None:  # making the model around it sets the default again
+            model.masked_lm.set_attn_implementation(model_args.attn_implementation)
+        settle_dtype(model, model_args.dtype, args, stored, name)
+        model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
+        return _fitted_together(tokenizer, model, name)
+    trained_labels = getattr(config, "num_labels", None)
+    own_names = [str(label) for _, label in sorted((getattr(config, "id2label", None) or {}).items())]
+    set_labels(config, data)
+    tokenizer = _load_tokenizer(model_args, name, hub)
+    with explained(name, "weights"), seeded_init(seed):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            config=config,
+            revision=model_args.model_revision,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **hub,
+            **options,
+        )
+    check_map(options.get("device_map"), model, name)
+    _check_loaded(model, info, name, trained_labels)
+    settle_dtype(model, model_args.dtype, args, stored, name)
+    model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
+    warn_of_renamed_labels(model, own_names, name)
+    return _fitted_together(tokenizer, model, name)
+
+
+def _name_and_config(name: str, model_args: ModelArguments) -> tuple[str, PreTrainedConfig, dict[str, Any]]:
+    """The folder or Hub id, its configuration, and what `from_pretrained` is told about the Hub."""
+    name = checked_name(name)
+    if os.path.isdir(name) and model_args.model_revision != _NEWEST:
+        raise InputError(
+            f"model_revision={model_args.model_revision!r} is about a model of the Hub, and {name!r} is a local "
+            "folder; leave it out, or pass the Hub id"
+        )
+    hub = {
+        "cache_dir": model_args.cache_dir,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    with explained(name, "configuration"):
+        return name, AutoConfig.from_pretrained(name, revision=model_args.model_revision, **hub), hub
+
+
+def load_tokenizer_and_language_model(
+    model_args: ModelArguments, task_type: str, args: MethodTrainingArguments | None = None
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load the tokenizer and a causal language model, or an encoder-decoder for `seq2seq_lm`.
+
+    Args:
+        model_args: which model.
+        task_type: `causal_lm` or `seq2seq_lm`.
+        args: says what gradients change and where; none = all weights train, on the CPU.
+
+    Raises:
+        InputError: the model or tokenizer cannot be found or read, or is of another kind.
+    """
+    if model_args.model_name_or_path is None:
+        raise InputError(f"--task_type {task_type} needs a language model; pass one with --model_name_or_path")
+    name, config, hub = _name_and_config(model_args.model_name_or_path, model_args)
+    wanted = Reading.LAST if task_type == CAUSAL_LM else Reading.DECODER
+    reading = reading_of(config, name)
+    if reading is not wanted:
+        kinds = {
+            Reading.MASK: "a masked language model",
+            Reading.LAST: "causal",
+            Reading.DECODER: "an encoder-decoder",
+        }
+        other = {Reading.LAST: f"--task_type {CAUSAL_LM}", Reading.DECODER: f"--task_type {SEQ2SEQ_LM}"}.get(
+            reading, "--few_shot_type prompt"
+        )
+        raise InputError(f"--task_type {task_type}: model {name!r} is {kinds[reading]}; pass another one, or {other}")
+    stored = getattr(config, "dtype", None)
+    options = weight_options(model_args, config, args, name, as_prompt=True)
+    tokenizer = _load_tokenizer(model_args, name, hub)
+    with explained(name, "weights"):
+        model = load_language_model(name, config=config, revision=model_args.model_revision, **hub, **options)
+    check_map(options.get("device_map"), model, name)
+    model.fresh_parameters = frozenset()
+    settle_dtype(model, model_args.dtype, args, stored, name)
+    model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
+    return _fitted_together(tokenizer, model, name)
+
+
+def _fitted_together(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """The two, once padding and vocabulary agree."""
+    if (bad := first_not_finite(model)) is not None:
+        raise InputError(f"the weights of model {name!r} hold NaN or infinity in {bad}; save or download them again")
+    keep_differentiable(model)
+    _set_padding(model, tokenizer)
+    declare_mean_loss(model)
+    plain_outputs(model)
+    rows = whole_shape(model.get_input_embeddings().weight)[0]
+    if len(tokenizer) > rows:
+        raise InputError(
+            f"the tokenizer {tokenizer.name_or_path!r} knows {len(tokenizer)} tokens but model {name!r} only {rows}; "
+            "pass the tokenizer that belongs to the model"
+        )
+    return tokenizer, model
+
+
+def model_max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Longest input in tokens that model and tokenizer take, special tokens included; `None` = no limit known."""
+    limits = []
+    if tokenizer.model_max_length is not None and tokenizer.model_max_length < _NO_LIMIT:
+        limits.append(int(tokenizer.model_max_length))
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        limits.append(positions - _reserved_positions(model))
+    return min(limits) if limits else None
+
+
+def _reserved_positions(model: nn.Module) -> int:
+    """Positions that no token gets: RoBERTa and its kin count from behind the padding's position."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.padding_idx + 1
+    return 0
+
+
+@contextlib.contextmanager
+def seeded_init(seed: int) -> Iterator[None]:
+    """Draw what is initialised inside (on the CPU) from `seed`, and put the global random state back afterwards.
+
+    transformers and peft draw from torch's global CPU generator and take no other; generators of
+    accelerators are not touched.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+def _check_class(config: PreTrainedConfig, name: str) -> None:
+    remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    if not remote and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise InputError(
+            f"model {name!r} is of type {config.model_type!r}, for which transformers has no sequence classifier; "
+            "pass another model"
+        )
+
+
+def _load_tokenizer(model_args: ModelArguments, name: str, hub: dict) -> PreTrainedTokenizerBase:
+    own = model_args.tokenizer_name is None
+    source = name if own else os.path.expanduser(model_args.tokenizer_name)
+    revision = {"revision": model_args.model_revision} if own else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **revision, **hub)
+    except (OSError, ValueError, TypeError, ImportError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"cannot load a tokenizer from {source!r} ({first_line(error)}); pass a folder or Hub id "
+            "that has one with --tokenizer_name"
+        ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise InputError(f"{source!r} holds no tokenizer files; pass the model's tokenizer with --tokenizer_name")
+    return tokenizer
+
+
+def _check_loaded(model: PreTrainedModel, info: dict, name: str, trained_labels: int | None) -> None:
+    """Check what the weights' file left open, note it on the model, and say so."""
+    encoder = f"{model.base_model_prefix}."
+    mismatched = sorted(entry[0] for entry in info["mismatched_keys"])
+    wrong = [key for key in mismatched if key.startswith(encoder)]
+    if wrong:
+        raise InputError(f"the weights of model {name!r} do not have the shapes its config.json says: {wrong[0]}")
+    missing = set(info["missing_keys"])
+    names = [key for key, _ in model.named_parameters() if key.startswith(encoder)]
+    absent = [key for key in names if key in missing]
+    if len(absent) > len(names) / 2:
+        raise InputError(
+            f"the weights of model {name!r} lack {len(absent)} of the encoder's {len(names)} tensors "
+            f"({absent[0]}, ...); they belong to another model"
+        )
+    if mismatched:
+        logger.info(
+            "New classification head: %s had %s labels, not %d.", name, trained_labels, model.config.num_labels
+        )
+    model.fresh_parameters = frozenset(missing | set(mismatched))
+
+
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give tokenizer and model a padding token: without one, no batch of several rows can be made."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise InputError(f"the tokenizer {tokenizer.name_or_path!r} has neither padding nor end token; set one")
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.info("The tokenizer has no padding token: padding with its end token %r.", tokenizer.eos_token)
+        model.config.pad_token_id = tokenizer.pad_token_id
+    elif getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id

@@ -1,0 +1,265 @@
+"""Wrapping a classifier with a method of peft: what trains in full, and what peft cannot find out by itself."""
+
+import re
+from dataclasses import fields
+from typing import Any
+
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, TaskType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
+    TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+)
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.features import encoder_path, evaluating
+from hf_ft_ext.models.loading import seeded_init
+from hf_ft_ext.prompts.model import architecture, is_prompt_model
+from hf_ft_ext.structure.find import find_structure
+from hf_ft_ext.structure.rows import trial_rows
+from hf_ft_ext.structure.targets import default_targets, endings, key_value_and_down
+from hf_ft_ext.training.weights.precision import train_in_float32
+
+PREFIX_TUNING = "prefix_tuning"
+_SAVED_BY_PEFT = ("classifier", "score")  # whatever `modules_to_save` says
+_REAL_ACTIVATIONS = "init_from_activations"  # an argument of ours, not of peft's configuration
+_TASKS = (
+    ("ForSequenceClassification", TaskType.SEQ_CLS),
+    ("ForCausalLM", TaskType.CAUSAL_LM),
+    ("LMHeadModel", TaskType.CAUSAL_LM),
+    ("ForConditionalGeneration", TaskType.SEQ_2_SEQ_LM),
+    ("ForTokenClassification", TaskType.TOKEN_CLS),
+    ("ForQuestionAnswering", TaskType.QUESTION_ANS),
+)
+_LANGUAGE_MODELS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
+
+
+def task_type_of(model: nn.Module) -> TaskType | None:
+    """peft's task type of a transformers model, by the end of its class's name; `None` for others.
+
+    A class that the user derived from one of transformers counts as that one.
+    """
+    for kind in type(model).__mro__:
+        for ending, task in _TASKS:
+            if kind.__name__.endswith(ending):
+                return task
+    return None
+
+
+def saved_by_peft(model: nn.Module) -> list[str]:
+    """Names of the heads that peft looks for in every adapter's file of a classifier, whether they trained or not."""
+    if task_type_of(model) not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
+        return []
+    return [name for name, _ in model.named_children() if name in _SAVED_BY_PEFT]
+
+
+def carries_adapters(model: nn.Module) -> bool:
+    """Whether a model is wrapped by peft, or some of its modules are."""
+    return hasattr(model, "peft_config") or any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def trained_in_full(model: PreTrainedModel) -> list[str]:
+    """Dotted names of the modules that an adapter cannot do without: the head, and whatever came untrained.
+
+    A prompt model's head is pretrained: only label words' rows that linear probing has written count. So is a
+    language model's.
+
+    Raises:
+        InputError: the model is none of transformers, so nobody knows its head.
+    """
+    prefix = getattr(model, "base_model_prefix", None)
+    if prefix is None:
+        raise InputError(
+            f"{type(model).__name__} is not a transformers model, so its head is unknown; add the adapter to it "
+            "yourself (model.add_adapter or peft's get_peft_model; with SparseGradConfig call compute_bases(model, "
+            "batches, loss) before training) and train with its own trainer"
+        )
+    names = [
+        name for name, module in model.named_children() if name != prefix and any(True for _ in module.parameters())
+    ]
+    if task_type_of(model) in _LANGUAGE_MODELS:
+        names = []
+    for parameter in sorted(getattr(model, "fresh_parameters", ())):
+        owner = parameter.rpartition(".")[0]
+        if owner and not any(owner == name or owner.startswith(f"{name}.") for name in names):
+            names.append(owner)
+    return names
+
+
+def _left_out(model: PreTrainedModel, saved: list[str]) -> list[str]:
+    """Modules whose weights came untrained and are not part of a module in `saved`."""
+    fresh = getattr(model, "fresh_parameters", ())
+    holders = [name for name in trained_in_full(model) if any(p == name or p.startswith(f"{name}.") for p in fresh)]
+    return [name for name in holders if not any(f".{part}." in f".{name}." for part in saved)]
+
+
+def wrap_with_peft(
+    model: PreTrainedModel, kind: str, settings: dict | None, seed: int, option: str = "peft"
+) -> PeftModel:
+    """Wrap a model with a peft method, drawn from `seed`; the head of a classifier trains in full.
+
+    Saved models are standard adapters, the head included. With `modules_to_save` of your own, what came untrained and
+    is not among them is saved too, but does not train: nobody could load it otherwise. Without `target_modules`:
+    peft's own table; for a model that it lacks, by structure (queries and values; for `ia3` keys, values and the
+    feed-forward's last projection).
+
+    Args:
+        kind: the method's name in peft, such as `lora`, `ia3`, `vera`, `ln_tuning`, `prefix_tuning`.
+        settings: arguments of its configuration. For `prefix_tuning` also `init_from_activations: true`: the prefix
+            starts as the keys and values that the model gives to as many random tokens, as in MeZO.
+        option: name of the argument that `kind` came from, for messages.
+
+    Raises:
+        InputError: no such method, or one that these settings or this model do not fit.
+    """
+    known = {name.value.lower(): name for name in PeftType if name in PEFT_TYPE_TO_CONFIG_MAPPING}
+    if kind.lower() not in known:
+        raise InputError(f"{option}={kind!r} is no method of peft; choose from: {', '.join(sorted(known))}")
+    if carries_adapters(model):
+        raise InputError(f"the model carries PEFT adapters already; leave {option} out, or pass the base model")
+    given, settings = settings, dict(settings or {})
+    real = settings.pop(_REAL_ACTIVATIONS, False)
+    if real and kind.lower() != PREFIX_TUNING:
+        raise InputError(f"{option}_config: {_REAL_ACTIVATIONS} is about prefix_tuning, not {kind}; leave it out")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind.lower()]]
+    if known[kind.lower()] == PeftType.ADALORA:
+        raise InputError(
+            f"{option}={kind} moves ranks between layers by a call after each step, which a Trainer does not make, "
+            f"and adds a penalty to the loss in evaluation too; choose another method, such as {option}=lora"
+        )
+    if known[kind.lower()] == PeftType.PREFIX_TUNING and is_prompt_model(model) and model.config.reading == "decoder":
+        raise InputError(
+            f"{option}={kind} puts keys and values in front of a decoder's tokens, and the encoder that reads the row "
+            f"would get none; use lora, ia3 or another method of peft that changes layers"
+        )
+    tokens = {field.name for field in fields(config_class)} & {"num_virtual_tokens"}
+    if tokens and settings.get("num_virtual_tokens") is None:
+        raise InputError(
+            f"{option}={kind} needs a number of virtual tokens; pass it in {option}_config, such as "
+            '{"num_virtual_tokens": 20}'
+        )
+    heads = list(dict.fromkeys(trained_in_full(model)))
+    asked = settings.get("modules_to_save")
+    saved_too = [] if asked is None else _left_out(model, [*asked, *_SAVED_BY_PEFT])
+    settings["modules_to_save"] = (heads or None) if asked is None else [*asked, *saved_too]
+    method = known[kind.lower()]
+    settings = _with_targets(model, method, config_class, settings, [] if asked is not None else heads)
+    inner = model.config.masked_lm if is_prompt_model(model) else model.config
+    if "num_virtual_tokens" in {field.name for field in fields(config_class)} and not _sizes_known_to_peft(model):
+        settings = {**_sizes_of_virtual_tokens(inner, method), **settings}
+    try:
+        config = config_class(**{"task_type": task_type_of(model), **settings})
+        with seeded_init(seed):
+            wrapped = train_in_float32(get_peft_model(model, config))
+            if real:
+                start_from_activations(wrapped)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        reason = str(error).split(". ")[0].splitlines()[0]
+        raise InputError(f"{option}={kind} with {option}_config={given} does not work: {reason}") from error
+    if config.is_prompt_learning:
+        _check_prompt(wrapped, kind, option)
+    for name, parameter in wrapped.named_parameters():
+        if any(f".{module}.modules_to_save." in name for module in saved_too):
+            parameter.requires_grad_(False)
+    return wrapped
+
+
+def _sizes_known_to_peft(model: PreTrainedModel) -> bool:
+    """Whether peft finds the sizes of virtual tokens in the configuration, which it reads as a dictionary."""
+    names = model.config.to_dict().keys()
+    return not is_prompt_model(model) and bool(names & {"hidden_size", "n_embd", "d_model"})
+
+
+def _sizes_of_virtual_tokens(config: Any, method: PeftType) -> dict[str, int | None]:
+    """What peft reads off the configuration of other models."""
+    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    shared = getattr(config, "num_key_value_heads", None)
+    if method == PeftType.PREFIX_TUNING and shared is not None:  # keys and values of groups of queries
+        size = getattr(config, "head_dim", None) or hidden // heads
+        heads, hidden = shared, size * shared
+    return {
+        "num_layers": getattr(config, "num_hidden_layers", None),
+        "token_dim": hidden,
+        "num_attention_heads": heads,
+    }
+
+
+def _with_targets(
+    model: PreTrainedModel, method: PeftType, config_class: type, settings: dict[str, Any], heads: list[str]
+) -> dict[str, Any]:
+    """`settings` with the default targets of the method, and without adapters in what trains in full anyway."""
+    settings, known = dict(settings), {field.name for field in fields(config_class)}
+    table = getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(method), "target_module_mapping", None)
+    if not any(settings.get(name) for name in ("target_modules", "target_parameters")):
+        if table is not None and "target_modules" in known:
+            settings["target_modules"] = default_targets(model, table, architecture(model))
+        elif method == PeftType.IA3 and architecture(model) in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
+            kind = architecture(model)  # peft itself does not look into a prompt model
+            settings["target_modules"] = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[kind]
+            settings["feedforward_modules"] = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[kind]
+        elif method == PeftType.IA3:
+            attention, down = key_value_and_down(find_structure(model))
+            names = [name for name, _ in model.named_modules()]
+            settings["feedforward_modules"] = endings(names, down)
+            settings["target_modules"] = [*endings(names, attention), *settings["feedforward_modules"]]
+    if "exclude_modules" in known and settings.get("exclude_modules") is None and heads:
+        # a target such as "dense" must not put adapters into what trains in full anyway
+        settings["exclude_modules"] = "|".join(rf"{re.escape(name)}(\..*)?" for name in heads)
+    return settings
+
+
+def _check_prompt(model: PeftModel, kind: str, option: str) -> None:
+    """Raise an `InputError` if virtual tokens do not reach this model's result."""
+    base, reason, failed = model.get_base_model(), "", True
+    prompt = [p for p in model.prompt_encoder.parameters() if p.requires_grad]
+    with torch.enable_grad(), evaluating(base):
+        for batch in trial_rows(base):
+            if "attention_mask" not in batch:  # all rows of a training have one
+                continue
+            try:
+                output = model(**batch)
+                logits = output.logits if hasattr(output, "logits") else output[0]
+                found = torch.autograd.grad(logits.float().sum(), prompt, allow_unused=True)
+            except Exception as error:  # whatever a model's code raises on past keys and values that it does not take
+                reason = reason or next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
+                continue
+            failed = all(gradient is None for gradient in found)
+            reason = "its virtual tokens do not reach the result" if failed else ""
+            break
+    if failed:
+        raise InputError(
+            f"{option}={kind} does not work with {type(base).__name__} ({reason}); use lora, ia3 or another method of "
+            "peft that changes layers"
+        )
+
+
+@torch.no_grad()
+def start_from_activations(model: PeftModel) -> None:
+    """Set a prefix without reparametrisation to the keys and values of random tokens, drawn from torch's generator.
+
+    Raises:
+        ValueError: the prefix has a reparametrisation, or the encoder keeps no keys and values.
+    """
+    config, encoder = model.active_peft_config, model.prompt_encoder[model.active_adapter]
+    if getattr(encoder, "prefix_projection", False):
+        raise ValueError("a prefix with prefix_projection does not hold keys and values; leave one of the two out")
+    base = model.get_base_model()
+    body = base.get_submodule(encoder_path(base))
+    cache, n = DynamicCache(), config.num_virtual_tokens
+    ids = torch.randint(base.config.vocab_size, (1, n))
+    hooks, body._forward_hooks = body._forward_hooks, type(body._forward_hooks)()  # no mask is looked for here
+    try:
+        with evaluating(body):
+            body(input_ids=ids.to(model.device), past_key_values=cache)
+    finally:
+        body._forward_hooks = hooks
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    if len(pairs) != config.num_layers:
+        raise ValueError("its encoder keeps no keys and values of all layers")
+    # peft's order: [virtual tokens, layers x (key, value), heads, size of a head]
+    rows = torch.stack([tensor[0].transpose(0, 1) for pair in pairs for tensor in pair], 1)
+    encoder.embedding.weight.copy_(rows.reshape(n, -1))

@@ -1,0 +1,89 @@
+"""Where a model comes from: its folder or Hub id, also in run records, and the reasons why it cannot be loaded."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+from hf_ft_ext.arguments import ModelArguments
+from hf_ft_ext.demo.encoder import DEMO_HUB_ID, DEMO_NAME
+from hf_ft_ext.errors import InputError
+
+
+def model_label(model_args: ModelArguments) -> str:
+    """How a run record names the model."""
+    return DEMO_NAME if model_args.model_name_or_path is None else model_args.model_name_or_path
+
+
+def model_source(model_args: ModelArguments) -> dict[str, str | None]:
+    """What model a run has started from, as its record holds it: `hub_id` and `revision`, or `folder`, absolute."""
+    name = model_args.model_name_or_path
+    if name is None:
+        return {"hub_id": DEMO_HUB_ID, "revision": None, "folder": None}
+    if os.path.isdir(os.path.expanduser(name)):
+        return {"hub_id": None, "revision": None, "folder": os.path.realpath(os.path.expanduser(name))}
+    return {"hub_id": name, "revision": model_args.model_revision, "folder": None}
+
+
+def checked_name(name: str) -> str:
+    """The folder or Hub id, once it is clear that it is no adapter, no file and no missing folder."""
+    path = os.path.expanduser(name)
+    if os.path.isfile(path):
+        raise InputError(f"model {name!r} is a file; pass the folder that holds config.json and the weights")
+    if os.path.isdir(path):
+        folder = Path(path)
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(
+                f"model {name!r} is a PEFT adapter; pass its base model, or merge the adapter "
+                "(PeftModel.merge_and_unload) and pass the merged model"
+            )
+        if not (folder / "config.json").is_file():
+            raise InputError(f"model folder {name!r} has no config.json; pass a folder that save_pretrained wrote")
+        return path
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+        raise InputError(f"model {name!r}: there is no such folder, and it is no Hub id (owner/name)")
+    return name
+
+
+@contextlib.contextmanager
+def explained(name: str, part: str) -> Iterator[None]:
+    """Turn what the libraries raise while loading `part` of `name` into an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise InputError(_reason(name, part, error)) from error
+    except (AttributeError, TypeError, ArithmeticError) as error:  # of a configuration that is none, or senseless
+        if not os.path.isdir(name):
+            raise
+        raise InputError(_reason(name, part, error)) from error
+    except Exception as error:  # safetensors' own exceptions derive from Exception alone
+        if type(error).__module__.partition(".")[0] not in ("safetensors", "safetensors_rust", "_pickle", "pickle"):
+            raise
+        raise InputError(_reason(name, part, error)) from error
+
+
+def _reason(name: str, part: str, error: BaseException) -> str:
+    first_line = str(error).strip().split("\n")[0]
+    if os.path.isdir(name):
+        return f"cannot load the {part} of model {name!r}: {first_line}; save or download it again"
+    chain = []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for kind, cause in (
+        (GatedRepoError, "it is gated: ask for access on its page, then pass --token"),
+        (RevisionNotFoundError, "there is no such revision; check --model_revision"),
+        (RepositoryNotFoundError, "the Hub has no such model, or it is private (pass --token)"),
+        (HFValidationError, "this is no Hub id"),
+    ):
+        if any(isinstance(link, kind) for link in chain):
+            return f"cannot load model {name!r}: {cause}"
+    return (
+        f"cannot load the {part} of model {name!r}: there is no such local folder, and the Hub did not give it "
+        f"(no network, offline mode, or no such model); pass a local folder. The library says: {first_line}"
+    )

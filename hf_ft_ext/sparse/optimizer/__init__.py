@@ -1,0 +1,5 @@
+"""`SparseAdamW`, the support of its steps, its moments, and bases that follow the gradients."""
+
+from hf_ft_ext.sparse.optimizer.adamw import SparseAdamW, restore_supports
+
+__all__ = ["SparseAdamW", "restore_supports"]

@@ -1,0 +1,201 @@
+"""Structured support as a standard LoRA adapter.
+
+The change of a weight is `V_r D U_c^T`, a product of thin matrices: with `A = U_c^T` and `B = V_r D` (or the block on
+the other side, whichever makes the smaller rank) it is exactly what peft's LoRA adds, so plain peft loads it. Its rank
+is the narrower side of the block; fewer ranks keep the largest singular values.
+"""
+
+import logging
+import math
+import os
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
+from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS, name_base_in, save_base_configuration
+from hf_ft_ext.adapters.layers import shown_name
+from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.files import replacing
+from hf_ft_ext.models.peft import saved_by_peft, task_type_of
+from hf_ft_ext.sparse.convert import sparse_layers
+from hf_ft_ext.sparse.fixed import FixedSupport
+from hf_ft_ext.sparse.layer import SparseGradLinear
+
+logger = logging.getLogger(__name__)
+
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+
+def export_lora(model: nn.Module, folder: str | os.PathLike, max_rank: int | None = None) -> float:
+    """Write what training changed in `model` as a LoRA adapter that `PeftModel.from_pretrained(base, folder)` loads.
+
+    The head, and other modules that trained, are saved with the adapter (`modules_to_save`), and the model's
+    configuration beside it. The adapter belongs to the weights that training started from. The model itself is left
+    as it is, and no copy of it is made.
+
+    Args:
+        model: with a SparseGrad adapter, or converted with structured support, after training.
+        folder: where `adapter_config.json` and `adapter_model.safetensors` go.
+        max_rank: at most so many ranks for each layer, those of the largest singular values; `None` = all, exactly.
+
+    Returns:
+        The largest relative error over layers, `||change - B A|| / ||change||` in the Frobenius norm; 0 if no rank was
+        dropped. It is logged, too.
+
+    Raises:
+        InputError: nothing to export, a layer without structured support, or a module trained that LoRA has no place
+            for.
+    """
+    if max_rank is not None and max_rank < 1:
+        raise InputError(f"max_rank must be 1 or more, got {max_rank}")
+    if isinstance(model, PeftModel):
+        base, factors, transposed = model.get_base_model(), _adapter_factors(model), _any_conv1d(model)
+        saved = _saved_with_adapter(base, model.active_adapter)
+    else:
+        base, factors, transposed = model, *_converted_factors(model)
+        names = sorted({*_trained_modules(model, sparse_layers(model)), *saved_by_peft(model)})
+        saved = {name: model.get_submodule(name).state_dict() for name in names}
+    error, worst = 0.0, ""
+    for name, (a, b) in factors.items():
+        if max_rank is not None and len(a) > max_rank:
+            a, b, lost = _truncated(a, b, max_rank)
+            factors[name] = (a, b)
+            error, worst = max((error, worst), (lost, name))
+    if max_rank is not None:
+        logger.info("export_lora: rank %d, relative error at most %.3g (%s)", max_rank, error, worst or "none dropped")
+    ranks = {name: len(a) for name, (a, _) in factors.items()}
+    rank = max(ranks.values())
+    config = LoraConfig(
+        task_type=task_type_of(base),
+        r=rank,
+        lora_alpha=rank,
+        rank_pattern={name: r for name, r in ranks.items() if r != rank},
+        alpha_pattern={name: r for name, r in ranks.items() if r != rank},
+        target_modules=list(factors),
+        modules_to_save=sorted(saved) or None,
+        fan_in_fan_out=transposed,
+        base_model_name_or_path=getattr(base, "name_or_path", None),
+        inference_mode=True,
+    )
+    name_base_in(config, base)
+    tensors = {}
+    for name, (a, b) in factors.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous().cpu()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous().cpu()
+    for name, state in saved.items():
+        for part, tensor in state.items():
+            tensors[f"base_model.model.{name}.{part}"] = tensor.detach().contiguous().cpu().clone()
+    os.makedirs(folder, exist_ok=True)
+    with replacing(Path(folder) / ADAPTER_WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    save_base_configuration(base, folder, config.revision)
+    return error
+
+
+def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The best approximation of `B A` of a rank, `(A', B', relative error)`, by the SVD of the small core."""
+    q_out, r_out = torch.linalg.qr(b.double())
+    q_in, r_in = torch.linalg.qr(a.T.double())
+    u, s, vt = torch.linalg.svd(r_out @ r_in.T)  # B A = Q_out (R_out R_in^T) Q_in^T
+    root = s[:rank].sqrt()
+    total = float(s.square().sum())
+    lost = math.sqrt(float(s[rank:].square().sum()) / total) if total else 0.0
+    return (root[:, None] * (q_in @ vt[:rank].T).T).to(a.dtype), ((q_out @ u[:, :rank]) * root).to(b.dtype), lost
+
+
+# --- from an adapter ------------------------------------------------------------------------------
+
+
+def _adapter_factors(model: PeftModel) -> Factors:
+    name = model.active_adapter
+    found = {}
+    for path, layer in sparse_grad_layers(model):
+        if name in layer.sparse_grad_values:
+            columns, block = layer.sparse_grad_columns[name], layer.sparse_grad_values[name].detach().float()
+            found[shown_name(path)] = _thin(columns.out_columns.float(), block, columns.in_columns.float())
+    if not found:
+        raise InputError(
+            f"the active adapter {name!r} is no SparseGrad adapter; call model.set_adapter with the one to export"
+        )
+    return found
+
+
+def _any_conv1d(model: PeftModel) -> bool:
+    return any(isinstance(layer.get_base_layer(), Conv1D) for _, layer in sparse_grad_layers(model))
+
+
+def _saved_with_adapter(base: nn.Module, adapter_name: str) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        name: module.modules_to_save[adapter_name].state_dict()
+        for name, module in base.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+    }
+
+
+# --- from converted layers ------------------------------------------------------------------------
+
+
+def _converted_factors(model: nn.Module) -> tuple[Factors, bool]:
+    layers = sparse_layers(model)
+    if not layers:
+        raise InputError(
+            f"this {type(model).__name__} has no converted layers and no SparseGrad adapter to export; pass the model "
+            "in training"
+        )
+    for name, layer in layers.items():
+        if layer.support is None or layer.support.entries is not None:
+            raise InputError(
+                f"{name} has no structured support, and only that is of low rank; train with "
+                "sparse_support='structured', or save the whole model"
+            )
+    return {name: _factors(layer) for name, layer in layers.items()}, any(la.transposed for la in layers.values())
+
+
+def _factors(layer: SparseGradLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(A, B)` with `B A` the change of the weight; shapes (rank, in), (out, rank). A refreshed basis adds ranks."""
+    pieces = [_factors_of(support, change, layer.weight.shape) for support, change in layer.changes()]
+    return torch.cat([a for a, _ in pieces]), torch.cat([b for _, b in pieces], dim=1)
+
+
+def _factors_of(support: FixedSupport, change: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, torch.Tensor]:
+    block = change.view(len(support.rows), len(support.columns))
+    if support.out_columns is None:
+        eye_out, eye_in = (torch.eye(n, device=block.device) for n in shape)
+        return _thin(eye_out[:, support.rows], block, eye_in[:, support.columns])
+    return _thin(support.out_columns, block, support.in_columns)
+
+
+def _thin(
+    out_columns: torch.Tensor, block: torch.Tensor, in_columns: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(A, B)` with `B A = V D U^T` and the narrower side of `D` as the rank."""
+    if block.shape[0] < block.shape[1]:
+        return block @ in_columns.T, out_columns
+    return in_columns.T, out_columns @ block
+
+
+def _trained_modules(model: nn.Module, layers: dict[str, SparseGradLinear]) -> list[str]:
+    """Top-most modules below the encoder, or beside it, that hold the other trained parameters, or fresh ones."""
+    trained = {
+        name.rpartition(".")[0]
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name.rpartition(".")[0] not in layers
+    }
+    biases = [name for name, layer in layers.items() if layer.bias is not None and layer.bias.requires_grad]
+    if biases:
+        raise InputError(
+            f"the bias of {biases[0]} trained, which a LoRA adapter has no place for; train with "
+            "sparse_train_rest='head', or save the whole model"
+        )
+    children = {name for name, _ in model.named_children()}
+    # What came without pretrained weights would be drawn anew when the base is loaded.
+    trained |= {name.rpartition(".")[0] for name in getattr(model, "fresh_parameters", ())} - set(layers)
+    head = {name.split(".")[0] for name in trained if name.split(".")[0] in children - {model.base_model_prefix}}
+    return sorted(head | {name for name in trained if name.split(".")[0] not in head})

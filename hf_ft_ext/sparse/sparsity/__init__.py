@@ -1,0 +1,5 @@
+"""How sparse gradients are while training: measured, watched and drawn."""
+
+from hf_ft_ext.sparse.sparsity.measure import FRACTIONS, FRESH, RAW, START, captured_energy, measure_sparsity
+
+__all__ = ["FRACTIONS", "FRESH", "RAW", "START", "captured_energy", "measure_sparsity"]

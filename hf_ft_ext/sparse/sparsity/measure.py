@@ -1,0 +1,55 @@
+"""How sparse gradients are: the energy in their largest entries, raw and in a basis, layer by layer, while training.
+
+The question behind SparseGrad: if 1 % of the entries of `V^T G U` hold most of `||G||^2`, training them alone loses
+little. It is measured in three coordinate systems (`watch` does so while training): the raw
+gradient, the basis of the gradients before training, and a basis computed at the very step (as a refresh would).
+"""
+
+from collections.abc import Mapping
+
+import torch
+from transformers import Trainer
+
+from hf_ft_ext.sparse.basis import Basis
+from hf_ft_ext.sparse.layer import SparseGradLinear
+from hf_ft_ext.sparse.prepass import visit_gradients
+
+RAW, START, FRESH = "raw", "basis of the start", "basis of the step"
+FRACTIONS = tuple(10 ** (power / 4) for power in range(-16, 1))  # of the entries: 0.0001 to 1
+
+
+def captured_energy(matrix: torch.Tensor, fractions: tuple[float, ...] = FRACTIONS) -> torch.Tensor:
+    """Share of the sum of squares in the largest entries, for each fraction of the entries kept (one at least)."""
+    squares = matrix.flatten().double().square().sort(descending=True).values.cumsum(0)
+    kept = [max(round(fraction * matrix.numel()), 1) - 1 for fraction in fractions]
+    return (squares[kept] / squares[-1]).float()
+
+
+def measure_sparsity(
+    trainer: Trainer, layers: Mapping[str, SparseGradLinear], bases: Mapping[str, Mapping[str, Basis]], batches: int
+) -> dict[str, dict[str, list[float]]]:
+    """Energy captured at each of `FRACTIONS`, the mean over the gradients of `batches` training batches.
+
+    They are other batches than those of the bases: a basis fits its own gradients better than the next ones.
+
+    Args:
+        bases: by the name of the coordinate system, then by kind of layer.
+
+    Returns:
+        Values by coordinate system (`"raw"` besides those of `bases`), then by layer.
+    """
+    totals = {
+        system: {name: torch.zeros(len(FRACTIONS), device=trainer.args.device) for name in layers}
+        for system in (RAW, *bases)
+    }
+
+    def add(name: str, gradient: torch.Tensor) -> None:
+        totals[RAW][name] += captured_energy(gradient)
+        for system, by_kind in bases.items():
+            totals[system][name] += captured_energy(by_kind[layers[name].kind].rotate(gradient))
+
+    visit_gradients(trainer, layers, batches, add, "energy of gradients", draw=1)
+    return {
+        system: {name: (trainer.accelerator.reduce(total) / batches).tolist() for name, total in by_layer.items()}
+        for system, by_layer in totals.items()
+    }

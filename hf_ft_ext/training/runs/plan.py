@@ -1,0 +1,171 @@
+"""What a Trainer is about to train, in how many steps, and an estimate of the memory it takes."""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from hf_ft_ext.adapters.layers import fold_layer_numbers
+from hf_ft_ext.training.weights.sharding import entries, whole_shape
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class TrainedWeight:
+    """One weight that training changes.
+
+    Attributes:
+        name: dotted name in the model.
+        shape: shape of the weight.
+        trained: entries that training changes.
+        gradient_bytes: size of its gradient.
+        state_bytes: size of what the optimizer keeps for it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    trained: int
+    gradient_bytes: int
+    state_bytes: int
+
+    @classmethod
+    def dense(cls, name: str, weight: nn.Parameter) -> "TrainedWeight":
+        """A weight trained in full by an AdamW: two moments of its own size."""
+        shape = whole_shape(weight)
+        size = shape.numel() * weight.element_size()
+        return cls(name, tuple(shape), shape.numel(), size, 2 * size)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What would train, in how many steps, and the memory it would take (bytes)."""
+
+    weights: list[TrainedWeight]
+    total_parameters: int
+    weight_bytes: int
+    activation_bytes: int | None
+    steps: int | None
+    batch_size: int
+
+    @property
+    def trainable(self) -> int:
+        """Entries that training changes."""
+        return sum(weight.trained for weight in self.weights)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes by part; activations are those saved for the backward pass of one micro-batch."""
+        return {
+            "weights": self.weight_bytes,
+            "gradients": sum(weight.gradient_bytes for weight in self.weights),
+            "optimizer state": sum(weight.state_bytes for weight in self.weights),
+            "activations": self.activation_bytes or 0,
+        }
+
+    def table(self) -> str:
+        """The plan as text: one line per kind of weight (layer numbers folded), then the sums."""
+        groups: dict[tuple[str, tuple[int, ...]], list[TrainedWeight]] = {}
+        for weight in self.weights:
+            groups.setdefault((fold_layer_numbers(weight.name), weight.shape), []).append(weight)
+        rows = [("what trains", "shape", "count", "entries trained", "of")]
+        for (name, shape), members in groups.items():
+            entries = sum(weight.trained for weight in members)
+            full = len(members) * torch.Size(shape).numel()
+            rows.append((name, "x".join(map(str, shape)), str(len(members)), f"{entries:,}", f"{full:,}"))
+        share = 100 * self.trainable / max(self.total_parameters, 1)
+        lines = [
+            *align(rows),
+            "",
+            f"trainable: {self.trainable:,} of {self.total_parameters:,} parameters ({share:.2f} %)",
+            "memory estimate: "
+            + ", ".join(f"{name} {size / _MIB:,.1f} MiB" for name, size in self.memory.items())
+            + f"; sum {sum(self.memory.values()) / _MIB:,.1f} MiB",
+        ]
+        if self.steps is not None:
+            lines.append(f"steps: {self.steps:,} of {self.batch_size} examples")
+        return "\n".join(lines)
+
+
+def align(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Lines of a table: first column to the left, the others to the right."""
+    rows = list(rows)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def trained_weights(trainer: Trainer) -> list[TrainedWeight]:
+    """The weights that `trainer` changes.
+
+    A trainer that trains only some entries of a weight says so in a method `trained_weights()`; for all
+    others it is every parameter with `requires_grad`.
+    """
+    if hasattr(trainer, "trained_weights"):
+        return trainer.trained_weights()
+    return [TrainedWeight.dense(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
+
+
+def training_plan(trainer: Trainer, measure_activations: bool = True) -> TrainingPlan:
+    """Plan of `trainer.train()`: nothing is trained, the model and the random state are left as they were.
+
+    A trainer whose model takes its shape by looking at data does so first, in a method `prepare()`.
+
+    Args:
+        measure_activations: run the first micro-batch forward and count what autograd saves.
+    """
+    getattr(trainer, "prepare", lambda: None)()
+    model, args = trainer.model, trainer.args
+    activation_bytes = steps = None
+    if trainer.train_dataset is not None:
+        dataloader = trainer.get_train_dataloader()
+        steps = trainer.set_initial_training_values(args, dataloader)[-1]
+        if measure_activations:
+            with torch.random.fork_rng():
+                batch = next(iter(dataloader))
+                activation_bytes = saved_activation_bytes(trainer, batch)
+    return TrainingPlan(
+        weights=trained_weights(trainer),
+        total_parameters=sum(entries(p) for p in model.parameters()),
+        weight_bytes=sum(entries(p) * p.element_size() for p in model.parameters()),
+        activation_bytes=activation_bytes,
+        steps=steps,
+        batch_size=trainer.get_total_train_batch_size(args),
+    )
+
+
+def saved_activation_bytes(trainer: Trainer, batch: dict) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass of `batch`, weights left out.
+
+    A trainer whose model is ready for training only later makes it so in a context `planning()`.
+    """
+    known = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    modes = [(module, module.training) for module in trainer.model.modules()]
+    trainer.model.train()
+    try:
+        with (
+            getattr(trainer, "planning", contextlib.nullcontext)(),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+            trainer.compute_loss_context_manager(),
+        ):
+            trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+    finally:
+        for module, training in modes:
+            module.training = training
+    return sum(storages.values())

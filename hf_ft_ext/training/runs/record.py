@@ -1,0 +1,133 @@
+"""`run.json`: what a run was, what it reached and what it cost. Reports read nothing else."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_ft_ext.adapters.folder import local_files
+from hf_ft_ext.files import write_json
+from hf_ft_ext.training.weights.devices import device_name
+from hf_ft_ext.training.runs.resources import ResourceMonitor
+
+RUN_RECORD = "run.json"
+ABOVE = "above the level before training, largest of all processes"
+TRAINER_STATE = "trainer_state.json"  # transformers' name for it
+_LIBRARIES = ("hf_ft_ext", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate")
+_ARTEFACTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
+
+
+def artefact_bytes(folder: str | os.PathLike) -> int:
+    """Bytes of the saved model or adapter in `folder`: weights and configuration, no tokenizer, no checkpoints."""
+    paths = {path for pattern in _ARTEFACTS for path in Path(folder).glob(pattern)} - set(local_files(folder))
+    return sum(path.stat().st_size for path in paths)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a result depends on."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
+            continue
+    return versions
+
+
+def recorded_method(folder: str | os.PathLike) -> str | None:
+    """The method of the run whose record lies in `folder`; `None` if there is none that can be read."""
+    try:
+        record = json.loads((Path(folder) / RUN_RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    method = record.get("method") if isinstance(record, dict) else None
+    return method if isinstance(method, str) else None
+
+
+def write_run_record(
+    output_dir: str | os.PathLike,
+    *,
+    method: str,
+    task: str,
+    model: str,
+    seed: int,
+    metrics: dict[str, float],
+    command: list[str],
+    monitor: ResourceMonitor | None = None,
+    trainable_parameters: int | None = None,
+    total_parameters: int | None = None,
+    arguments: dict[str, Any] | None = None,
+    labels: list[str] | None = None,
+    load: str | None = None,
+    device: torch.device | None = None,
+    data: dict[str, Any] | None = None,
+    model_source: dict[str, Any] | None = None,
+    quality: str | None = None,
+    primary_metric: str | None = None,
+    positive_label: str | None = None,
+    thresholds: dict[str, float] | None = None,
+    task_type: str = "sequence_classification",
+    generations: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """Write `run.json` into `output_dir` and return its content.
+
+    Args:
+        metrics: all of the run's metrics, evaluation and training.
+        command: the words of the command that started the run.
+        monitor: the callback that measured training; without one (evaluation only) its fields are null.
+        trainable_parameters: parameters that training changes (for sparse training: the trained entries).
+        arguments: what differs from the defaults.
+        labels: names of the classes in the order of the logits; `None` for regression.
+        load: the line that loads what was saved in `output_dir`; `None` if nothing was.
+        device: where the run was; `None` = the machine's accelerator, or else the CPU.
+        data: the data set, and under `splits` what rows of it each set of metrics is of (`SplitOrigin.record`).
+        model_source: the Hub id and revision, or the folder, of the model that training started from.
+        quality: key in `metrics` of the one that runs are compared by.
+        primary_metric: key, without prefix, of the metric that chooses the best model.
+        positive_label: name of the class that F1, precision and recall are about.
+        thresholds: of several labels per row: the probability by label from which on it is predicted.
+        task_type: "sequence_classification", "causal_lm" or "seq2seq_lm".
+        generations: a few generated texts: `prompt`, `prediction`, `references`.
+
+    Seconds are wall-clock, memory and artefact sizes are bytes.
+    """
+    trained = monitor is not None and monitor.train_seconds > 0
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    record = {
+        "method": method,
+        "task": task,
+        "model": model,
+        "seed": seed,
+        "metrics": metrics,
+        "train_seconds": round(monitor.train_seconds, 3) if trained else None,
+        "preparation_seconds": round(monitor.preparation_seconds, 3) if trained else None,
+        "samples_per_second": round(monitor.samples_per_second, 3) if trained else None,
+        "peak_memory_bytes": monitor.peak_memory_bytes if trained else None,
+        "peak_memory_kind": f"{monitor.memory.what}, {ABOVE}" if trained and monitor.memory is not None else None,
+        "trainable_parameters": trainable_parameters,
+        "total_parameters": total_parameters,
+        "artefact_bytes": artefact_bytes(output_dir),
+        "device": device_name(device),
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "versions": library_versions(),
+        "command": command,
+        "arguments": arguments or {},
+        "labels": labels,
+        "primary_metric": primary_metric,
+        "positive_label": positive_label,
+        "thresholds": thresholds,
+        "output_dir": os.fspath(output_dir),
+        "load": load,
+        "data": data,
+        "model_source": model_source,
+        "quality": quality,
+        "task_type": task_type,
+        "generations": generations,
+    }
+    write_json(Path(output_dir) / RUN_RECORD, record)
+    return record

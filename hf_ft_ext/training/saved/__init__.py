@@ -1,0 +1,1 @@
+"""What training saves: models and adapters, checkpoints, and small files of what changed."""

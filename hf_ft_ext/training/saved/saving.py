@@ -1,0 +1,85 @@
+"""What is saved is what was trained: adapters with the model's configuration, and a configuration fit for training."""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedConfig
+
+from hf_ft_ext.adapters.folder import name_base, save_configuration
+from hf_ft_ext.training.saved.checkpoints import check_labels, loads_saved_form
+
+logger = logging.getLogger(__name__)
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
+
+# What a configuration may ask of a forward pass besides logits, and what training needs.
+_PLAIN_OUTPUTS = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+
+
+class CompleteSaves(_Trainer):
+    """For a `Trainer` (before it in the bases): saved adapters know their labels; models return logits and no more.
+
+    `plain_outputs` is applied to the model when the trainer is made, and to each model of `model_init`.
+    """
+
+    def __init__(self, model: nn.Module | None = None, *positional, **kwargs):
+        if isinstance(model, nn.Module):
+            plain_outputs(model)
+        super().__init__(model, *positional, **kwargs)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        model = super().call_model_init(trial)
+        plain_outputs(model)
+        return model
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        loaded = self.model if model is None else model
+        check_labels(resume_from_checkpoint, loaded)
+        with loads_saved_form(loaded, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        with loads_saved_form(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        model = self.model
+        if isinstance(model, PeftModel):
+            name_base(model)
+        super()._save(output_dir, state_dict)
+        if isinstance(model, PeftModel) and self.args.should_save:
+            save_configuration(model, output_dir if output_dir is not None else self.args.output_dir)
+
+
+def plain_outputs(model: nn.Module) -> None:
+    """Switch off in the model's configuration what a forward pass returns besides loss and logits.
+
+    Attention weights and hidden states of all layers cost memory in each step, and end in evaluation as extra
+    predictions; `return_dict=False` gives tuples, which our losses do not read. They stay off in what is saved; ask
+    for them in the call (`model(..., output_attentions=True)`) or in `from_pretrained`.
+    """
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    changed = {}
+    for config in configs.values():
+        if isinstance(config, PreTrainedConfig):
+            changed |= _make_plain(config)
+    if changed:
+        logger.info(
+            "The model's configuration asks for %s: set to %s for training and in what is saved.",
+            ", ".join(changed),
+            ", ".join(f"{name}={value}" for name, value in changed.items()),
+        )
+
+
+def _make_plain(config: PreTrainedConfig) -> dict[str, bool]:
+    changed = {}
+    for name, value in _PLAIN_OUTPUTS.items():
+        if bool(getattr(config, name, value)) != value:
+            setattr(config, name, value)
+            changed[name] = value
+    return changed

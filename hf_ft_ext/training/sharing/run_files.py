@@ -1,0 +1,129 @@
+"""What a method leaves in its run folder: which files are its own, which are shared, how others load the result.
+
+Each trainer may answer, by attributes of its class that are all optional:
+
+- `own_files`: patterns of the files that the method writes beside model or adapter and tokenizer.
+- `shared_files`: those of them that go to the Hub.
+- `loading_code(run)`: a class method; Python that loads the result from the Hub, where that is no model or adapter.
+- `holds_result(folder)`, `load_finished(folder, labels, given, load)`, `from_folder(folder, args, ...)`: class methods
+  of a method whose result is more than a model: whether a folder holds one, tokenizer and model of it (`load` is the
+  launcher's own way), and a trainer that predicts with it.
+- `delta_code(run)`: a class method; Python that applies a small file of changes to the base model, or `None`.
+
+`hf_ft_ext.methods.hooks_of` gives the class to ask: where a finished run is pushed, or an old one deleted, there is no
+trainer at hand.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_ft_ext.training.sharing.privacy import is_secret
+
+# Where a run goes, what it shows and keeps for itself: nothing of it changes the result.
+OF_THE_MACHINE = frozenset({
+    "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_strategy", "hub_revision", "hub_private_repo",
+    "hub_always_push", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name", "use_cpu",
+})  # fmt: skip
+
+
+def of_the_machine(name: str) -> bool:
+    """Whether an argument of this name is of no use on another machine: folders of its own, progress, secrets."""
+    return name in OF_THE_MACHINE or name.endswith("_dir") or is_secret(name)
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that is to be shared.
+
+    Attributes:
+        folder: its output folder.
+        record: the content of `run.json`, without paths of this machine.
+        repo_id: the repository that others load from.
+        base: Hub id of the model that training started from; `None` for a model of this machine.
+    """
+
+    folder: Path
+    record: dict[str, Any]
+    repo_id: str
+    base: str | None
+
+    def has(self, name: str) -> bool:
+        """Whether the folder holds this file."""
+        return (self.folder / name).is_file()
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the head: classes, or 1 for a regression."""
+        return len(self.record.get("labels") or [None])
+
+
+def matching(folder: str | os.PathLike, patterns: Iterable[str]) -> list[Path]:
+    """The files in `folder` whose path in it matches a pattern; `*` stays within a folder, `**/` goes through all.
+
+    Links are left out: they may point anywhere.
+    """
+    folder = Path(folder)
+    found = {path for pattern in patterns for path in folder.glob(pattern)}
+    inside = (path for path in found if path.resolve().is_relative_to(folder.resolve()))
+    return sorted(path for path in inside if path.is_file() and not path.is_symlink())
+
+
+def rerun_code(run: FinishedRun, settings: dict[str, Any], words: Iterable[str]) -> str:
+    """Python that runs the launcher again with the run's settings, its repository downloaded into `folder`.
+
+    Args:
+        settings: arguments that replace the run's own; `None` leaves one out.
+        words: lines of Python with further words of the command line, which may use `folder`.
+    """
+    own = {key: value for key, value in (run.record.get("arguments") or {}).items() if not of_the_machine(key)}
+    own = {key: value for key, value in {**own, **settings}.items() if value is not None}
+    own = {key: value for key, value in own.items() if key not in ("method", "do_train")}
+    if not own.keys() & {"do_eval", "do_predict"}:
+        own["do_eval"] = True
+    local = run.repo_id.rpartition("/")[2]
+    return "\n".join(
+        (
+            "from hf_ft_ext.launch.run import main",
+            "from huggingface_hub import snapshot_download",
+            "",
+            f"folder = snapshot_download({run.repo_id!r}, local_dir={local!r})",
+            "# It predicts from its training data, which has to be at hand; what was pushed saves computing it again.",
+            "main([",
+            f"    '--method', {run.record['method']!r}, '--do_train', '--output_dir', {local + '-again'!r},",
+            *(f"    {', '.join(map(repr, command_words(key, value)))}," for key, value in sorted(own.items())),
+            *(f"    {line}" for line in words),
+            "])",
+        )
+    )
+
+
+def command_words(key: str, value: Any) -> list[str]:
+    """An argument as words of a command line."""
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    return [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+def delta_code(run: FinishedRun, file: str, reader: str) -> str | None:
+    """Python that applies `file`, changes alone, to the base model by `hf_ft_ext`'s function `reader`.
+
+    `None` where the file is not there, or others cannot have the base model.
+    """
+    if run.base is None or not run.has(file):
+        return None
+    return "\n".join(
+        (
+            "from huggingface_hub import snapshot_download",
+            "from transformers import AutoModelForSequenceClassification",
+            f"from hf_ft_ext import {reader}",
+            "",
+            "base = AutoModelForSequenceClassification.from_pretrained(",
+            f"    {run.base!r}, num_labels={run.num_labels}, ignore_mismatched_sizes=True",
+            ")",
+            f"model = {reader}(base, snapshot_download({run.repo_id!r}, allow_patterns={file!r}))",
+        )
+    )

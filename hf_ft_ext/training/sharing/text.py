@@ -1,0 +1,45 @@
+"""Numbers, code and commands as pages and cards show them."""
+
+import re
+import shlex
+from collections.abc import Iterable
+from typing import Any
+
+from hf_ft_ext.training.sharing.privacy import without_secrets
+
+
+def share_text(part: float | None, whole: float | None) -> str:
+    """`part` of `whole` in percent, at most three digits and no exponent; empty if one of them is unknown or zero.
+
+    Only all is `100 %`, and only nothing would be `0 %`.
+    """
+    if not part or not whole:
+        return ""
+    share = 100 * part / whole
+    if share < 0.01:
+        return "less than 0.01 %"
+    if 99.95 <= share < 100:
+        return "more than 99.9 %"
+    digits = 1 if share >= 10 else 2 if share >= 1 else 3
+    return f"{share:.{digits}f}".rstrip("0").rstrip(".") + " %"
+
+
+def code_span(text: Any) -> str:
+    """`text` as code within a line of Markdown, whatever backticks it holds."""
+    text = re.sub(r"\s+", " ", str(text))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{fence}{space}{text}{space}{fence}"
+
+
+def prompt_text(prompt: Any) -> str:
+    """A prompt on one line: a text, or the turns of a dialogue."""
+    if not isinstance(prompt, str):
+        prompt = " ".join(f"{turn.get('role')}: {turn.get('content')}" for turn in prompt)
+    return " ".join(prompt.split())
+
+
+def shell_command(words: Iterable[Any]) -> str:
+    """A recorded command as a line for a shell, without secrets; a Python file is run with `python`."""
+    shown = without_secrets([str(word) for word in words])
+    return shlex.join(["python", *shown] if shown and shown[0].endswith(".py") else shown)

@@ -1,0 +1,98 @@
+"""Number formats of weights: what trains in float32, and what rounding would take away."""
+
+import logging
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.features import encoder_path
+from hf_ft_ext.training.weights.quantized import keep_differentiable
+
+logger = logging.getLogger(__name__)
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def train_in_float32(model: PeftModel) -> PeftModel:
+    """Turn what an adapter trains in full (the head) into float32, in place, beside a base model in 16 bits.
+
+    peft does so for the adapters themselves. In 16 bits an update below half a unit in the last place is rounded
+    away. These modules get their inputs in float32; within the encoder their outputs go on in the encoder's format.
+
+    Args:
+        model: fresh from `get_peft_model`.
+
+    Returns:
+        The same model.
+    """
+    keep_differentiable(model)
+    path = encoder_path(model.get_base_model())
+    for name, wrapper in model.get_base_model().named_modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        inside = path is not None and name.startswith(f"{path}.")
+        for module in wrapper.modules_to_save.values():
+            dtype = next((p.dtype for p in module.parameters() if p.dtype in HALF), None)
+            if dtype is None:
+                continue
+            module.float()
+            module.register_forward_pre_hook(_inputs_in_float32, with_kwargs=True)
+            if inside:
+                module.register_forward_hook(_OutputsIn(dtype))
+    return model
+
+
+def _inputs_in_float32(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return _cast(args, HALF, torch.float32), _cast(kwargs, HALF, torch.float32)
+
+
+class _OutputsIn:
+    """A forward hook: float32 outputs in another format. A class, so that models with it can be pickled and copied."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def __call__(self, module: nn.Module, args: tuple, output):
+        return _cast(output, (torch.float32,), self.dtype)
+
+
+def _cast(value, kinds: tuple[torch.dtype, ...], dtype: torch.dtype):
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.dtype in kinds else value
+    if type(value) in (tuple, list):
+        return type(value)(_cast(part, kinds, dtype) for part in value)
+    if type(value) is dict:
+        return {key: _cast(part, kinds, dtype) for key, part in value.items()}
+    return value
+
+
+def warn_of_lost_updates(training: dict[str, nn.Parameter]) -> None:
+    """Log one warning if parameters that train by gradients, by name, are stored in 16 bits."""
+    half = {name: p for name, p in training.items() if p.dtype in HALF}
+    if not half:
+        return
+    first, parameter = next(iter(half.items()))
+    kind = str(parameter.dtype).removeprefix("torch.")
+    logger.warning(
+        "%d of the %d tensors that train are stored in %s (%s, ...): an update below %.2g of a weight is rounded "
+        "away. Load the model with dtype=torch.float32 and pass bf16=True for speed.",
+        len(half),
+        len(training),
+        kind,
+        first,
+        torch.finfo(parameter.dtype).eps / 2,
+    )
+
+
+def refuse_fp16_on_cpu(accelerator: Accelerator) -> None:
+    """For every trainer: accelerate leaves `fp16` out on a CPU without saying so.
+
+    Raises:
+        InputError: mixed precision in float16 on a CPU.
+    """
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise InputError("fp16=True needs an accelerator, and this run is on a CPU; pass bf16=True, or leave it out")

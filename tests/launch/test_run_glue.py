@@ -1,0 +1,535 @@
+"""The launcher from end to end, in this process, on a tiny model and small files."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import datasets
+import evaluate
+import pytest
+import torch
+import transformers
+from datasets import Features, Value
+from huggingface_hub.utils import are_progress_bars_disabled
+from peft import PeftModel
+from processes import finished, two_ranks
+from quick import AT_ONCE, QUICK
+from safetensors.torch import load_file
+from tiny import text_dataset, tiny_model
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+import run_glue
+from hf_ft_ext.kernel.saved import NOT_TRAINED
+from hf_ft_ext.launch.results import split_suffix, without_secrets
+from hf_ft_ext.methods import METHODS
+
+ROOT = Path(__file__).resolve().parents[2]
+KEEPS_WEIGHTS = ("kernel",)  # what it learns is no weight: the saved model is the start
+IN_STEPS = tuple(method for method in METHODS if method not in AT_ONCE)
+
+# For comparisons to rounding: a plain optimizer, or AdamW with a large epsilon (with a small one it turns gradients
+# that are rounding noise into steps of full size). SparseGrad trains all entries here: where two entries are equally
+# large, rounding decides which of them is among the k largest.
+SGD = ("--optim", "sgd", "--learning_rate", "0.1", "--logging_steps", "1")
+OPTIMIZER = {
+    "sparse": (
+        "--sparse_support", "dynamic", "--learning_rate", "1e-2", "--adam_epsilon", "1e-2", "--sparse_density", "1.0",
+        "--logging_steps", "1",
+    ),
+    "gradientless": ("--learning_rate", "0.1", "--logging_steps", "1"),
+}  # fmt: skip
+TWO_STEPS = ("--max_steps", "2", *SGD)
+IN_TWO_STEPS = {name: ("--max_steps", "2", *options) for name, options in OPTIMIZER.items()} | dict.fromkeys(
+    AT_ONCE, ()
+)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def files(tmp_path) -> list[str]:
+    text_dataset(32, seed=0).select_columns(["sentence", "label"]).to_csv(tmp_path / "train.csv")
+    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv(tmp_path / "dev.csv")
+    text_dataset(7, seed=2).select_columns(["sentence"]).to_csv(tmp_path / "test.csv")
+    return ["--train_file", "train.csv", "--validation_file", "dev.csv", "--test_file", "test.csv"]
+
+
+@pytest.fixture
+def no_dropout(tmp_path, tokenizer) -> str:
+    """A model whose gradient on a batch is the mean of those on its parts."""
+    folder = tmp_path / "no-dropout"
+    tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, tokenizer) -> str:
+    """One layer without dropout: where the number of layers does not matter."""
+    folder = tmp_path_factory.mktemp("small")
+    tiny_model(num_hidden_layers=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def plain_runs(tmp_path_factory) -> Path:
+    """A folder for one plain run of each method on `small`, to compare others with."""
+    return tmp_path_factory.mktemp("plain")
+
+
+@pytest.fixture
+def plain(launch, small, plain_runs):
+    """`plain(method) -> output folder, options` of a plain run of two steps, made once."""
+
+    def run(method: str) -> tuple[Path, tuple[str, ...]]:
+        options = ("--model_name_or_path", small, "--do_train", "--do_eval", *IN_TWO_STEPS.get(method, TWO_STEPS))
+        folder = plain_runs / method
+        if not folder.exists():
+            assert launch(*options, "--output_dir", str(folder), method=method) == 0
+        return folder, options
+
+    return run
+
+
+@pytest.fixture
+def launch(files, tiny_bert_dir):
+    def _launch(*argv: str, method: str = "full", data=None) -> int:
+        return run_glue.main(
+            [
+                "--method", method, "--model_name_or_path", tiny_bert_dir, *(files if data is None else data),
+                "--max_seq_length", "16", "--use_cpu", "--disable_tqdm", "true", *QUICK.get(method, ()),
+                *(() if method in AT_ONCE else ("--learning_rate", "1e-2")), *argv,
+            ]
+        )  # fmt: skip
+
+    return _launch
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    """Of a model or an adapter; a kernel's solution lies beside."""
+    files = sorted(Path(folder).glob("*.safetensors"), key=lambda path: not path.name.endswith("model.safetensors"))
+    return load_file(files[0])
+
+
+def same(a, b) -> bool:
+    ours, theirs = weights(a), weights(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def same_to_rounding(a, b, start) -> bool:
+    """Whether two runs logged the same loss and ended with the same weights, away from those in `start`."""
+    metrics = [json.loads(Path(name, "run.json").read_text())["metrics"] for name in (a, b)]
+    # train_loss is averaged over processes by log steps; eval_loss counts padding rows and differs anyway
+    losses = [values["train_loss"] for values in metrics]
+    ours, theirs, first = weights(a), weights(b), weights(start)
+    moved = any(not torch.allclose(ours[name], first[name], atol=1e-3) for name in ours if name in first)
+    close = all(torch.allclose(ours[name], theirs[name], atol=2e-6) for name in ours)
+    return close and losses[0] == pytest.approx(losses[1], rel=1e-4) and (moved or not ours.keys() & first.keys())
+
+
+# What a library says about itself, whoever uses it: peft asks transformers by the name of before.
+# The second: datasets 4.0 leaves the files open that pandas reads for it.
+FOREIGN = ("`is_gradient_checkpointing` is deprecated", "pandas/io/common.py:136: unclosed file")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_evaluate_predict_without_a_warning(launch, method, capsys, tiny_bert_dir, tokenizer, recwarn):
+    warnings.simplefilter("always")
+    steps = ("--do_train", "--do_eval", "--do_predict", "--output_dir", "out")
+    steps += () if method in AT_ONCE else ("--num_train_epochs", "1")
+    assert launch(*steps, "--hub_token", "secret", method=method) == 0
+    said = [f"{warning.filename}:{warning.lineno}: {warning.message}" for warning in recwarn]
+    assert not [text for text in said if not any(known in text for known in FOREIGN)]
+
+    record = json.loads(Path("out/run.json").read_text())
+    assert (record["method"], record["task"], record["model"], record["seed"]) == (
+        method, "train.csv", tiny_bert_dir, 42,
+    )  # fmt: skip
+    assert {"eval_accuracy", "eval_loss", "train_loss"} <= record["metrics"].keys()
+    for key in ("train_seconds", "samples_per_second", "trainable_parameters", "total_parameters", "artefact_bytes"):
+        assert record[key] > 0, key
+    assert record["peak_memory_kind"].startswith("resident set, above the level before training")
+    assert record["peak_memory_bytes"] is not None and "secret" not in Path("out/run.json").read_text()
+    assert record["arguments"].get("learning_rate") == (None if method in AT_ONCE else 1e-2)
+
+    printed = capsys.readouterr().out
+    for words in ("eval_accuracy", "training seconds", "peak memory", "trainable parameters", "load it:", "out"):
+        assert words in printed
+    rows = list(csv.reader(Path("out/predictions.tsv").read_text().splitlines(), delimiter="\t"))
+    assert rows[0] == ["index", "prediction"] and [row[0] for row in rows[1:]] == [str(i) for i in range(7)]
+
+    line = next(line for line in printed.splitlines() if line.startswith("load it: ")).removeprefix("load it: ")
+    if method in KEEPS_WEIGHTS:
+        kept = {name: value for name, value in weights("out").items() if name != NOT_TRAINED}
+        start = weights(tiny_bert_dir)
+        assert kept.keys() == start.keys() and all(torch.equal(kept[name], start[name]) for name in kept)
+        assert line == "load_kernel('out')" and NOT_TRAINED in weights("out")
+        return
+    names = {"AutoModelForSequenceClassification": AutoModelForSequenceClassification, "PeftModel": PeftModel}
+    model = eval(line, {**names, "AutoConfig": AutoConfig}).eval()
+    sentences = [row[0] for row in csv.reader(Path("test.csv").read_text().splitlines())][1:]
+    with torch.no_grad():
+        batch = tokenizer(sentences, padding=True, truncation=True, max_length=16, return_tensors="pt")
+        predicted = model(**batch).logits.argmax(-1).tolist()
+    assert [row[1] for row in rows[1:]] == [str(i) for i in predicted]
+
+
+@pytest.mark.parametrize("method", IN_STEPS)
+def test_resume_equals_unbroken(launch, method):
+    options = ("--do_train", "--max_steps", "4", "--save_steps", "2", "--logging_steps", "1")
+    assert launch(*options, "--output_dir", "a", method=method) == 0
+    shutil.copytree("a", "b")
+    for path in Path("b").glob("*.safetensors"):  # as if the run had been killed after its first checkpoint
+        path.unlink()
+    os.unlink("b/run.json")
+    shutil.rmtree("b/checkpoint-4")
+    assert launch(*options, "--output_dir", "b", "--resume_from_checkpoint", "true", method=method) == 0
+    assert same("a", "b")
+
+
+def test_predictions_keep_every_row_and_its_place(launch, tmp_path):
+    rows = text_dataset(21, seed=3).select_columns(["sentence", "label"])
+    rows = rows.map(lambda row, i: {"label": i / 7}, with_indices=True, features=Features(
+        {"sentence": Value("string"), "label": Value("float32")}
+    ))  # fmt: skip
+    rows.to_csv(tmp_path / "scores.csv")
+    data = ["--train_file", "scores.csv", "--validation_file", "scores.csv", "--test_file", "scores.csv"]
+    options = ("--do_train", "--do_eval", "--do_predict", "--max_steps", "1", "--per_device_eval_batch_size", "4")
+    assert launch(*options, "--output_dir", "one", data=data) == 0
+    again = ("--model_name_or_path", "one", "--do_eval", "--do_predict", "--per_device_eval_batch_size", "4")
+    again += ("--train_sampling_strategy", "group_by_length", "--dataloader_drop_last")
+    assert launch(*again, "--output_dir", "two", data=data) == 0
+    one, two = ([float(row[1]) for row in tsv(f"{name}/predictions.tsv")[1:]] for name in ("one", "two"))
+    assert len(set(one)) > 10 and two == pytest.approx(one, abs=1e-5)
+    losses = [json.loads(Path(name, "run.json").read_text())["metrics"]["eval_loss"] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def tsv(path) -> list[list[str]]:
+    return list(csv.reader(Path(path).read_text().splitlines(), delimiter="\t"))
+
+
+@pytest.mark.parametrize("method", ["full", "fisher", "gradientless"])
+def test_a_stream_gives_what_loaded_rows_give(launch, no_dropout, method):
+    options = ("--model_name_or_path", no_dropout, "--do_train", "--max_steps", "5", *OPTIMIZER.get(method, SGD))
+    options += ("--train_sampling_strategy", "sequential", "--per_device_train_batch_size", "8")
+    if method == "fisher":  # a pre-pass draws from loaded rows and takes a stream's first ones
+        options += ("--fisher_examples", "32")
+    assert launch(*options, "--output_dir", "one", method=method) == 0  # the fifth step begins the rows anew
+    assert launch(*options, "--streaming", "--output_dir", "two", method=method) == 0
+    assert same_to_rounding("one", "two", no_dropout)
+
+
+def test_a_shuffled_stream_goes_on_where_it_stopped(launch):
+    in_order = ("--do_train", "--streaming", "--max_steps", "6", "--save_steps", "3")
+    options = (*in_order, "--stream_buffer", "5")
+    assert launch(*options, "--output_dir", "a") == 0
+    assert launch(*in_order, "--train_sampling_strategy", "sequential", "--output_dir", "c") == 0
+    assert not same("a", "c")
+    assert launch(*options, "--resume_from_checkpoint", "a/checkpoint-3", "--output_dir", "b") == 0
+    assert same("a", "b")
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_a_checkpoint_is_not_resumed_under_other_labels(launch, method, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, labels in (("old", ("A", "B")), ("new", ("zzz", "aaa"))):  # the alphabet turns the order round
+        rows = [f"a good film {i},{labels[i % 2]}" for i in range(16)]
+        Path(f"{name}.csv").write_text("\n".join(["sentence,label", *rows]))
+    old, new = (("--train_file", "old.csv"), ("--train_file", "new.csv"))
+    options = ("--do_train", "--save_strategy", "steps", "--save_steps", "2")
+    resume = ("--resume_from_checkpoint", "out/checkpoint-2")
+    assert launch(*options, "--max_steps", "4", "--output_dir", "out", data=old, method=method) == 0
+    assert launch(*options, *resume, "--max_steps", "4", "--output_dir", "b", data=new, method=method) == 2
+    assert "was trained for the labels A, B, and here they are aaa, zzz" in capsys.readouterr().err
+    assert launch(*options, *resume, "--max_steps", "1", "--output_dir", "b", data=old, method=method) == 2
+    assert "is at step 2, beyond --max_steps 1" in capsys.readouterr().err
+    assert launch(*options, *resume, "--max_steps", "4", "--output_dir", "b", data=old, method=method) == 0
+
+
+@pytest.mark.parametrize("method", IN_STEPS)
+def test_accumulation_equals_the_large_batch(launch, no_dropout, method):
+    options = ("--model_name_or_path", no_dropout, "--do_train", "--max_steps", "3", *OPTIMIZER.get(method, SGD))
+    assert launch(*options, "--per_device_train_batch_size", "8", "--output_dir", "one", method=method) == 0
+    small = ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--output_dir", "two")
+    assert launch(*options, *small, method=method) == 0
+    assert same_to_rounding("one", "two", no_dropout)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_works_or_is_refused(launch, plain, method, capsys):
+    folder, options = plain(method)
+    if method == "kernel":  # its precision is that of the weights
+        assert launch(*options, "--bf16", "--output_dir", "half", method=method) == 2
+        assert "bf16=True steers a training loop, and method kernel has none" in capsys.readouterr().err
+        return
+    assert launch(*options, "--bf16", "--output_dir", "half", method=method) == 0
+    wide, half = (json.loads(Path(name, "run.json").read_text())["metrics"] for name in (folder, "half"))
+    assert half["eval_loss"] != wide["eval_loss"] and half["eval_loss"] == pytest.approx(wide["eval_loss"], abs=0.02)
+    assert {tensor.dtype for tensor in weights("half").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "sparse", "fisher"])
+def test_activation_checkpointing_changes_nothing(launch, plain, small, method):
+    folder, options = plain(method)
+    assert launch(*options, "--activation_checkpointing", "--output_dir", "two", method=method) == 0
+    assert same_to_rounding(folder, "two", small)
+
+
+COMPILED = ("--torch_compile", "--torch_compile_backend", "eager")  # the graphs, without the minutes that code takes
+NOT_COMPILED = {
+    "gradientless": "torch_compile does not see weights that change between evaluations",
+    "kernel": "torch_compile=True steers a training loop, and method kernel has none",
+}
+
+
+@pytest.mark.parametrize("method", NOT_COMPILED)
+def test_torch_compile_is_refused(launch, method, capsys):
+    assert launch("--do_train", "--output_dir", "out", *COMPILED, method=method) == 2
+    assert NOT_COMPILED[method] in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in NOT_COMPILED])
+def test_torch_compile_changes_nothing(launch, plain, method):
+    folder, options = plain(method)
+    torch._dynamo.reset()  # other runs of this process count towards its limit of recompilations
+    torch._dynamo.utils.counters.clear()
+    assert launch(*options, *COMPILED, "--output_dir", "compiled", method=method) == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    ours, theirs = weights("compiled"), weights(folder)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], atol=2e-6) for name in ours)
+    losses = [json.loads(Path(name, "run.json").read_text())["metrics"]["eval_loss"] for name in (folder, "compiled")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_best_model_by_the_primary_metric(launch):
+    options = ("--num_train_epochs", "2", "--eval_strategy", "epoch", "--save_strategy", "epoch")
+    assert launch(*options, "--load_best_model_at_end", "--output_dir", "out") == 0
+    state = json.loads(
+        (max(Path("out").glob("checkpoint-*"), key=os.path.getmtime) / "trainer_state.json").read_text()
+    )
+    best = max(entry["eval_accuracy"] for entry in state["log_history"] if "eval_accuracy" in entry)
+    assert state["best_metric"] == best
+    assert json.loads(Path("out/run.json").read_text())["metrics"]["eval_accuracy"] == best
+
+
+def test_early_stopping(launch):
+    options = ("--num_train_epochs", "8", "--eval_strategy", "epoch", "--save_strategy", "epoch")
+    options += ("--load_best_model_at_end", "--early_stopping_patience", "2", "--learning_rate", "0")
+    assert launch(*options, "--output_dir", "out") == 0
+    metrics = json.loads(Path("out/run.json").read_text())["metrics"]
+    assert metrics["epoch"] == 3  # the first is the best, and two more do not beat it
+
+
+def test_evaluation_alone_writes_no_model(launch, capsys):
+    assert launch("--do_eval", "--output_dir", "out") == 0
+    assert sorted(os.listdir("out")) == [".run.lock", "run.json"]
+    record = json.loads(Path("out/run.json").read_text())
+    assert record["train_seconds"] is None and 0 <= record["metrics"]["eval_accuracy"] <= 1
+    assert "load it" not in capsys.readouterr().out
+
+
+def test_mnli_has_two_validation_and_two_test_sets(launch, tmp_path):
+    names = ["entailment", "neutral", "contradiction"]
+    folder = tmp_path / "glue" / "mnli"
+    folder.mkdir(parents=True)
+    names_of_splits = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
+    for split in names_of_splits:
+        data = text_dataset(9, pair=True).rename_columns({"sentence1": "premise", "sentence2": "hypothesis"})
+        data = data.remove_columns(["label", "idx"]).add_column("label", [names[i % 3] for i in range(9)])
+        data.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    splits = "".join(f"      - split: {name}\n        path: {name}-*\n" for name in names_of_splits)
+    (folder / "README.md").write_text(f"---\nconfigs:\n  - config_name: mnli\n    data_files:\n{splits}---\n")
+    data = ("--dataset_name", str(folder), "--task_name", "mnli")
+    assert launch("--do_eval", "--do_predict", "--output_dir", "out", data=data) == 0
+    metrics = json.loads(Path("out/run.json").read_text())["metrics"]
+    assert {"eval_accuracy", "eval_mm_accuracy"} <= metrics.keys()
+    for file in ("predictions.tsv", "predictions_mm.tsv"):
+        assert Path("out", file).read_text().splitlines()[1].split("\t")[1] in names
+
+
+def test_regression_predicts_numbers(launch):
+    from datasets import Dataset
+
+    rows = text_dataset(16)["sentence"]
+    for name in ("train.csv", "dev.csv"):
+        Dataset.from_dict({"sentence": rows, "label": [i / 4 + 0.1 for i in range(16)]}).to_csv(name)
+    assert launch("--do_train", "--do_eval", "--do_predict", "--max_steps", "2", "--output_dir", "out") == 0
+    assert "eval_pearson" in json.loads(Path("out/run.json").read_text())["metrics"]
+    float(Path("out/predictions.tsv").read_text().splitlines()[1].split("\t")[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_dry_run_shows_the_plan_and_writes_nothing(launch, method, capsys):
+    assert launch("--dry_run", "--output_dir", "out", method=method) == 0
+    printed = capsys.readouterr().out
+    assert "what trains" in printed and "memory estimate" in printed
+    assert ("steps: 1 of" if method in AT_ONCE else "steps: 12 of 8 examples") in printed
+    assert not os.listdir("out") if os.path.exists("out") else True
+
+
+def test_overwriting_happens_only_after_everything_loaded(launch, capsys):
+    assert launch("--do_train", "--max_steps", "2", "--save_steps", "1", "--output_dir", "out", method="lora") == 0
+    Path("out/notes.txt").write_text("mine")
+    again = ("--do_train", "--max_steps", "1", "--save_strategy", "no", "--output_dir", "out")
+    assert launch(*again) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert launch(*again, "--overwrite_output_dir", "--max_seq_length", "9999") == 2
+    assert "max_seq_length" in capsys.readouterr().err
+    assert Path("out/run.json").exists() and Path("out/checkpoint-2").exists()
+    assert launch(*again, "--overwrite_output_dir") == 0
+    left = set(os.listdir("out"))
+    assert {"notes.txt", "run.json", "model.safetensors"} <= left
+    assert not left & {"checkpoint-1", "checkpoint-2", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_hyperparameter_search(launch):
+    pytest.importorskip("optuna")
+    options = ("--hp_search", "2", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "1")
+    assert launch(*options, "--output_dir", "out", method="lora") == 0
+    found = json.loads(Path("out/hp_search.json").read_text())
+    assert found["metric"] == "eval_accuracy" and len(found["trials"]) == 2
+    assert 1e-6 <= found["best"]["learning_rate"] <= 1e-1
+    assert found["best"]["per_device_train_batch_size"] in (16, 32)
+    assert not list(Path("out").glob("run-*")) and Path("out/adapter_model.safetensors").exists()
+    state = json.loads(Path("out/checkpoint-2/trainer_state.json").read_text())
+    assert state["train_batch_size"] == found["best"]["per_device_train_batch_size"]
+    assert launch(*options, "--output_dir", "again", method="lora") == 0
+    assert json.loads(Path("again/hp_search.json").read_text()) == found
+    assert same("out", "again")
+
+
+def test_search_without_optuna(launch, monkeypatch, capsys):
+    monkeypatch.setattr("hf_ft_ext.launch.search.importlib.util.find_spec", lambda name: None)
+    assert launch("--hp_search", "2") == 2
+    assert 'pip install "hf_ft_ext[hp]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "data", "message"),
+    [
+        (["--do_train"], ["--validation_file", "dev.csv"], "has no training split"),
+        (["--do_train", "--do_eval"], ["--train_file", "train.csv"], "has no validation split"),
+        (["--do_train", "--eval_strategy", "epoch"], ["--train_file", "train.csv"], "any --eval_strategy"),
+        (["--do_predict"], ["--validation_file", "dev.csv"], "has no test split"),
+        (["--do_train", "--hp_search", "2"], ["--train_file", "train.csv"], "--hp_search compares"),
+        (["--load_best_model_at_end", "--eval_strategy", "steps", "--metric_for_best_model", "f1"], None,
+         "metric_for_best_model cannot be 'f1'.*loss, accuracy"),
+        (["--model_name_or_path", "./none"], None, "no such folder"),
+        (["--batch_eval_metrics"], None, "compute_result"),
+        (["--early_stopping_patience", "2"], None, "add --load_best_model_at_end"),
+        (["--early_stopping_patience", "-1"], None, r"early_stopping_patience must be .* got -1"),
+        (["--push_to_hub"], None, "--push_to_hub: the Hub repository cannot be made"),
+        (["--task_name", "colla"], [], "colla"),
+        (["--do_train", "--dataloader_drop_last", "--per_device_train_batch_size", "64"], None,
+         "drops every batch: the training data has 32 rows, fewer than a batch of 64"),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_before_training(launch, capsys, argv, data, message):
+    assert launch(*argv, "--output_dir", "out", data=data) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert re.search(message, error), error
+    assert not os.path.exists("out/run.json")
+
+
+def test_label_smoothing_of_a_regression_ends_before_training(launch, tmp_path, capsys):
+    text_dataset(16).select_columns(["sentence"]).add_column("label", [i / 2 for i in range(16)]).to_csv("numbers.csv")
+    data = ["--train_file", "numbers.csv", "--validation_file", "numbers.csv"]
+    assert launch("--label_smoothing_factor", "0.1", "--output_dir", "out", data=data) == 2
+    error = capsys.readouterr().err
+    assert "label_smoothing_factor=0.1 moves probability between classes, and this task is a regression" in error
+    assert "Traceback" not in error and not os.path.exists("out/run.json")
+
+
+def test_resuming_with_another_method(launch, capsys):
+    options = ("--do_train", "--max_steps", "2", "--save_steps", "1", "--output_dir", "out")
+    assert launch(*options, method="lora") == 0
+    assert launch(*options, "--resume_from_checkpoint", "true", method="full") == 2
+    assert "holds an adapter, but method 'full' trains a whole model" in capsys.readouterr().err
+
+
+def test_disable_tqdm_silences_the_bars_of_all_libraries(launch, capsys):
+    transformers.utils.logging.enable_progress_bar()  # earlier runs in this process have silenced them
+    datasets.enable_progress_bars()
+    evaluate.logging.enable_progress_bar()
+    argv = ("--do_train", "--do_eval", "--max_steps", "1")
+    assert launch(*argv, "--output_dir", "shown", "--disable_tqdm", "false") == 0
+    shown = capsys.readouterr().err
+    assert all(
+        bar in shown for bar in ("Loading weights: 100%", "Tokenizing train: 100%", "Writing model shards: 100%")
+    )
+    assert launch(*argv, "--output_dir", "silent") == 0
+    assert "%|" not in capsys.readouterr().err
+    bars = transformers.utils.logging.is_progress_bar_enabled, evaluate.logging.is_progress_bar_enabled
+    assert datasets.are_progress_bars_disabled() and are_progress_bars_disabled() and not any(on() for on in bars)
+
+
+def test_secrets_and_suffixes():
+    command = ["run_glue.py", "--token", "a", "--hub-token=b", "--seed", "1"]
+    assert without_secrets(command) == ["run_glue.py", "--token", "***", "--hub-token=***", "--seed", "1"]
+    assert [split_suffix(i, n) for i, n in enumerate(("a", "validation_mismatched", "b"))] == ["", "mm", "b"]
+
+
+def python(*argv: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path}
+    return finished([sys.executable, *argv], timeout=240, env=environment)
+
+
+def test_help_and_an_error_as_commands(capsys):
+    assert run_glue.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in METHODS) and len(shown) < 2000
+    failed = python(str(ROOT / "run_glue.py"), "--method", "fulll")
+    assert failed.returncode == 2 and failed.stdout == ""
+    assert failed.stderr.splitlines()[-1].startswith("error: unknown method 'fulll'; did you mean 'full'?")
+    assert "Traceback" not in failed.stderr and "usage" not in failed.stderr
+
+
+# What each method computes on two processes: tests/scale/test_processes.py. Here: the launcher around a loop,
+# a stream that is shared out, and predictions of all rows at once.
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["full", "lora", "kernel"])
+def test_two_processes_give_what_one_gives(launch, files, method, no_dropout):
+    options = ["--model_name_or_path", no_dropout, "--do_train", "--do_eval", "--do_predict"]
+    sizes = [()] * 2
+    if method not in AT_ONCE:
+        options += ["--max_steps", "3", *OPTIMIZER.get(method, SGD)]
+        options += ["--streaming"] if method == "lora" else []  # each process reads its part of a stream
+        sizes = [("--per_device_train_batch_size", size) for size in ("8", "4")]
+    assert launch(*options, *sizes[0], "--output_dir", "one", method=method) == 0
+
+    argv = ["--method", method, *files, "--max_seq_length", "16", *QUICK.get(method, ()), *options, *sizes[1]]
+    argv += ["--use_cpu", "--output_dir", "two", *(() if method == "full" else ("--disable_tqdm", "true"))]
+    if method == "full":  # by torchrun itself, for what a start from nothing does
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+        done = python(*torchrun, str(ROOT / "run_glue.py"), *argv)
+        assert done.returncode == 0, done.stderr[-3000:]
+        out, err = done.stdout, done.stderr
+    else:
+        both = two_ranks(run_glue.main, *argv)
+        out, err = "".join(ended.out for ended in both), "".join(ended.err for ended in both)
+    if method == "full":  # bars of the first process, and its warnings
+        assert [err.count(f"{bar}: 100%") for bar in ("Loading weights", "Tokenizing train")] == [1, 1]
+        assert err.count("find_unused_parameters=True was specified") <= 1
+    else:
+        assert "%|" not in err
+    assert out.count("load it:") == 1
+    assert same("one", "two") if method in KEEPS_WEIGHTS else same_to_rounding("one", "two", no_dropout)
+    one, two = (json.loads(Path(name, "run.json").read_text()) for name in ("one", "two"))
+    assert (one["world_size"], two["world_size"]) == (1, 2)
+    assert one["metrics"]["eval_accuracy"] == two["metrics"]["eval_accuracy"]
+    assert Path("one/predictions.tsv").read_text() == Path("two/predictions.tsv").read_text()

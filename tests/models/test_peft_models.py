@@ -1,0 +1,79 @@
+"""Wrapping with peft: what is saved besides the adapter."""
+
+import pytest
+import torch
+from classifiers import classifier_rows, tiny_classifier
+from peft import PeftModel
+from tiny import tiny_model, tiny_tokenizer
+
+from hf_ft_ext import FullTrainer, FullTrainingArguments, InputError
+from hf_ft_ext.models.peft import wrap_with_peft
+
+SETTINGS = {"target_modules": ["key"], "feedforward_modules": []}
+
+
+@pytest.mark.parametrize(("asked", "trains"), [(None, True), ([], False), (["pooler"], True)])
+def test_what_came_untrained_is_saved_whatever_was_asked_for(tmp_path, asked, trains):
+    model = tiny_model(seed=1)
+    model.fresh_parameters = frozenset(
+        name for name, _ in model.named_parameters() if name.startswith(("bert.pooler", "classifier"))
+    )
+    wrapped = wrap_with_peft(model, "ia3", SETTINGS | ({} if asked is None else {"modules_to_save": asked}), 0).eval()
+    trained = {name for name, p in wrapped.named_parameters() if p.requires_grad}
+    assert any("pooler" in name for name in trained) == trains
+    assert any("classifier" in name for name in trained) and any("ia3" in name for name in trained)
+    wrapped.save_pretrained(tmp_path)
+    base = tiny_model(seed=1)
+    with torch.no_grad():
+        for parameter in (*base.bert.pooler.parameters(), *base.classifier.parameters()):
+            parameter.normal_()  # another process draws others
+    loaded = PeftModel.from_pretrained(base, tmp_path).eval()
+    batch = tiny_tokenizer()(["the film was good", "dull"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, wrapped(**batch).logits)
+
+
+def test_nothing_is_added_where_nothing_came_untrained():
+    wrapped = wrap_with_peft(tiny_model(), "ia3", SETTINGS | {"modules_to_save": []}, 0)
+    assert set(wrapped.peft_config["default"].modules_to_save) == {"classifier", "score"}
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "deberta", "deberta-v2", "modernbert", "albert", "mpnet"])
+def test_prefix_tuning_where_the_model_takes_no_prefix(kind):
+    with pytest.raises(InputError, match=r"peft=prefix_tuning does not work with \w+ForSequenceClassification \("):
+        wrap_with_peft(tiny_classifier(kind), "prefix_tuning", {"num_virtual_tokens": 3}, 0)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2", "llama"])
+def test_prefix_tuning_where_it_does(kind):
+    wrapped = wrap_with_peft(tiny_classifier(kind), "prefix_tuning", {"num_virtual_tokens": 3}, 0)
+    wrapped(**classifier_rows()).loss.backward()
+    assert wrapped.prompt_encoder["default"].embedding.weight.grad.abs().sum() > 0
+
+
+def test_prefix_tuning_and_gradient_checkpointing(tmp_path):
+    args = FullTrainingArguments(str(tmp_path), peft="prefix_tuning", gradient_checkpointing=True, use_cpu=True)
+    with pytest.raises(InputError, match="hands keys and values to the layers, and gradient_checkpointing drops them"):
+        FullTrainer(tiny_model(), args)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("prefix_tuning", r'needs a number of virtual tokens; pass it in peft_config, such as \{"num_virtual_tokens"'),
+        ("p_tuning", "needs a number of virtual tokens"),
+        ("adalora", "moves ranks between layers by a call after each step"),
+    ],
+)
+def test_methods_that_lack_something(kind, message):
+    with pytest.raises(InputError, match=f"peft={kind} {message}"):
+        wrap_with_peft(tiny_model(), kind, None, 0)
+
+
+def test_ia3_without_an_entry_in_its_table():
+    wrapped = wrap_with_peft(tiny_classifier("mpnet"), "ia3", None, 0)
+    config = wrapped.peft_config["default"]
+    assert (set(config.target_modules), set(config.feedforward_modules)) == (
+        {"k", "v", "output.dense"},
+        {"output.dense"},
+    )

@@ -1,0 +1,18 @@
+"""Settings with which the launcher's runs of each method are small and quick."""
+
+import json
+
+# Small and quick, by argument name; methods with work before the first step get less of it.
+QUICK = {
+    "sparse": ("--sparse_basis_steps", "2", "--sparse_density", "0.2"),
+    "gradientless": ("--feature_cache_dir", "features"),
+    "linearhead": ("--feature_cache_dir", "features"),
+    "fisher": (
+        "--fisher_examples",
+        "6",
+        "--fisher_candidate_settings",
+        json.dumps({"prefix": {"projection_size": 8}}),
+    ),
+    "kernel": ("--kernel_regularization", "1e-2"),
+}
+AT_ONCE = ("linearhead", "kernel")  # methods without a training loop: no steps, no learning rate, no checkpoints

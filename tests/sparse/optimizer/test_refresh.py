@@ -1,0 +1,217 @@
+"""A refreshed basis: the factors of the gradients since, moments that turn with it, weights left alone."""
+
+import copy
+
+import pytest
+import torch
+from sparse_trainer import make
+from test_fixed import make as fixed_layer
+from test_fixed import random
+from test_optimizer import batches, loss_of, train
+from test_optimizer import make as two_layers
+from torch import nn
+from transformers import TrainerCallback
+
+from hf_ft_ext import InputError, SparseAdamW, SparseTrainingArguments, prepare_layers, sparse_layers
+from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT, Basis, GramSums
+from hf_ft_ext.sparse.fixed import FixedSupport
+from hf_ft_ext.sparse.optimizer.moments import rotate_moments, turn_fixed_moments
+from hf_ft_ext.sparse.optimizer.refresh import RunningSums
+from hf_ft_ext.training.runs.plan import training_plan
+
+
+def orthonormal(n, seed):
+    return torch.linalg.qr(random(n, n, seed=seed)).Q
+
+
+def signed_permutation(n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
+    return torch.eye(n).double()[torch.randperm(n, generator=generator)] * signs
+
+
+def test_moments_turn_exactly_with_the_order_and_signs_of_directions():
+    left, right = signed_permutation(6, 1), signed_permutation(5, 2)
+    mean = random(6, 5, seed=3)
+    square = mean.square() * 0.5 + 0.1  # smaller than the mean squared here and there, as Adam's averages can be
+    turned, squares = rotate_moments(left, right, mean, square)
+    torch.testing.assert_close(turned, left @ mean @ right, rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(squares, left.abs() @ square @ right.abs(), rtol=1e-14, atol=1e-14)
+
+
+def test_moments_keep_their_size_and_never_give_a_step_above_the_rate():
+    left, right = orthonormal(6, 1), orthonormal(5, 2)
+    mean = random(6, 5, seed=3)
+    turned, squares = rotate_moments(left, right, mean, mean.square() * 1.5)
+    torch.testing.assert_close(turned.norm(), mean.norm(), rtol=1e-12, atol=0)
+    assert (turned.square() <= squares).all()
+    # Entries that agree: turned as if they were independent, the squares would be a thirtieth of what they are.
+    ones = torch.ones(6, 5).double()
+    aligned = torch.full((1, 6), 6**-0.5).double(), torch.full((5, 1), 5**-0.5).double()
+    turned, squares = rotate_moments(*aligned, ones, ones)
+    torch.testing.assert_close(turned.square(), torch.full((1, 1), 30.0).double())
+    torch.testing.assert_close(squares, turned.square())
+
+
+@pytest.mark.parametrize("rotates", [ACTIVATIONS, GRADIENT])
+@pytest.mark.parametrize("n_params", [7, 30])
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_basis_with_directions_in_another_order_changes_nothing(rotates, n_params, dense, monkeypatch):
+    net, data = two_layers(n_params, rotates), batches(12)
+    plain = copy.deepcopy(net)
+    turns = signed_permutation(6, 1), signed_permutation(5, 2)
+
+    def turn(self, kind, basis):
+        basis.out_factor, basis.in_factor = basis.out_factor @ turns[0], basis.in_factor @ turns[1]
+        return turns[0].T, turns[1]
+
+    monkeypatch.setattr(RunningSums, "turn", turn)
+    options = {"lr": 0.05, "weight_decay": 0.1, "dense_moments": dense}
+    train(net, SparseAdamW(net.parameters(), [net[0]], refresh_steps=5, **options), data)
+    train(plain, SparseAdamW(plain.parameters(), [plain[0]], **options), data)
+    assert not torch.equal(net[0].basis.out_factor, plain[0].basis.out_factor)
+    for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("rotates", [ACTIVATIONS, GRADIENT])
+def test_the_new_factors_are_those_of_the_gradients_since(rotates, published):
+    net = two_layers(7, rotates)
+    layer = net[0]
+    layer.basis.in_transposed = published
+    optimizer = SparseAdamW(net.parameters(), [layer], lr=0.05, refresh_steps=6, refresh_gradients=3)
+    old, seen = copy.copy(layer.basis), []
+    for x in batches(6):
+        twin = copy.deepcopy(net)
+        twin[0] = nn.Linear(5, 6).double()
+        twin[0].load_state_dict(layer.state_dict())
+        loss_of(twin, x).backward()
+        seen.append(twin[0].weight.grad)
+        weight = layer.weight.detach().clone()
+        train(net, optimizer, [x])
+    sums = GramSums(6, 5, torch.float64, torch.device("cpu"))
+    for gradient in seen[1::2]:  # every other step: three of six
+        sums.add(gradient)
+    out_factor, in_factor = sums.factors()
+    in_factor = in_factor.T if published else in_factor
+    basis = layer.basis
+    assert not torch.equal(basis.out_factor, old.out_factor)
+    for found, expected in ((basis.out_factor, out_factor), (basis.in_factor, in_factor)):
+        torch.testing.assert_close(found.abs(), expected.abs(), rtol=1e-6, atol=1e-6)
+    # The refresh itself left the weight: all that changed since the step before lies in the old support.
+    change = (old.out_factor.T @ (layer.weight.detach() - weight) @ old.in_factor).flatten()
+    assert (change.abs() > 1e-9).sum() == 7
+
+
+def test_left_and_right_take_the_old_basis_into_the_new_one():
+    for published in (False, True):
+        basis = Basis(orthonormal(6, 1), orthonormal(5, 2), in_transposed=published)
+        old, running, gradient = copy.copy(basis), RunningSums(2, 2), random(6, 5, seed=3)
+        running.begin_step()
+        running.see("kind", old.rotate(gradient))
+        left, right = running.turn("kind", basis)
+        expected = basis.rotate(gradient)
+        torch.testing.assert_close(left @ old.rotate(gradient) @ right, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", ["block", "entries"])
+def test_fixed_moments_stay_in_the_same_support(shape):
+    _, layer, *_ = fixed_layer("rotated", shape)
+    support, k = layer.support, layer.support.size
+    state = {"exp_avg": random(k, seed=1), "exp_avg_sq": random(k, seed=2).square() + 5}
+    turned = {key: value.clone() for key, value in state.items()}
+    turn_fixed_moments(turned, support, support)
+    for key, value in state.items():
+        torch.testing.assert_close(turned[key], value, rtol=1e-9, atol=1e-9)
+
+
+def test_fixed_moments_of_unknown_directions_are_average_ones():
+    factors = orthonormal(7, 1), orthonormal(5, 2)
+    old = FixedSupport.of_block(Basis(*factors), torch.arange(2), torch.arange(2))
+    new = FixedSupport.of_block(Basis(*factors), torch.arange(1, 3), torch.arange(1, 3))
+    state = {"exp_avg": random(4, seed=1), "exp_avg_sq": random(4, seed=2).square() + 5}
+    mean, square = state["exp_avg"][3].item(), state["exp_avg_sq"].clone()
+    turn_fixed_moments(state, old, new)
+    assert state["exp_avg"].tolist() == pytest.approx([mean, 0, 0, 0], abs=1e-12)
+    assert state["exp_avg_sq"].tolist() == pytest.approx([square[3].item(), *[square.mean().item()] * 3])
+
+
+@pytest.mark.parametrize("support", ["static", "structured"])
+def test_fixed_supports_are_chosen_anew_at_the_present_weights(tmp_path, support):
+    options = {"sparse_support": support, "sparse_train_rest": "head", "max_steps": 5}
+    trainer = make(tmp_path, sparse_basis_refresh_steps=4, **options)
+    layers, at_refresh = sparse_layers(trainer.model), {}
+
+    class Watch(TrainerCallback):  # runs after the trainer's own callback, which was added first
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                at_refresh.update(copy.deepcopy(trainer.model.state_dict()))
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    twin = make(tmp_path, **options)
+    twin.model.load_state_dict(at_refresh)
+    twins = sparse_layers(twin.model)
+    prepare_layers(twin, twins, twin.args)
+    for name, layer in layers.items():
+        (first, change), (second, later) = layer.changes()
+        assert second is layer.support and change.abs().max() > 0 and later.abs().max() > 0
+        assert torch.equal(second.out_columns, twins[name].support.out_columns)
+        assert torch.equal(second.in_columns, twins[name].support.in_columns)
+        assert torch.equal(layer.initial, twins[name].initial)  # the values are what the weight holds there
+        assert layer.base_hash != twins[name].base_hash  # still that of the weight before training
+        if support == "structured":
+            assert not torch.equal(first.out_columns, second.out_columns)
+
+
+def test_the_plan_counts_dense_moments_and_running_sums(tmp_path):
+    def planned(**options):
+        return training_plan(make(tmp_path, **options), measure_activations=False).memory["optimizer state"]
+
+    own, dense, refreshed = planned(), planned(sparse_moments="dense"), planned(sparse_basis_refresh_steps=3)
+    layers = sparse_layers(make(tmp_path).model).values()
+    entries = sum(layer.weight.numel() for layer in layers)
+    assert dense - own == 8 * entries - 16 * sum(layer.n_params for layer in layers)
+    kinds = {layer.kind: layer for layer in layers}.values()
+    assert refreshed - own == 4 * sum(layer.out_features**2 + layer.in_features**2 for layer in kinds)
+
+
+@pytest.mark.parametrize("every, gradients, taken", [(100, 30, 25), (5, 30, 5), (6, 3, 3)])
+def test_at_most_so_many_gradients_go_into_the_sums(every, gradients, taken):
+    running, seen = RunningSums(every, gradients), 0
+    for _ in range(every):
+        running.begin_step()
+        running.sums.clear()
+        running.see("kind", torch.eye(2))
+        seen += len(running.sums)
+    assert seen == taken <= gradients and running.due
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"sparse_basis_refresh_steps": -1}, "sparse_basis_refresh_steps=-1 is no number of steps; pass 0"),
+        ({"sparse_basis_refresh_steps": 5, "sparse_basis": "none"}, "is about the hosvd basis, but sparse_basis=none"),
+        ({"sparse_skip_leading": 1.0, "sparse_support": "structured"}, "sparse_skip_leading=1.0 is no share"),
+        (
+            {"sparse_skip_leading": 0.1, "sparse_support": "dynamic"},
+            "is for sparse_support=structured in the hosvd basis, not dynamic in hosvd",
+        ),
+        ({"sparse_moments": "sparse"}, "sparse_moments='sparse' is unknown; choose from: own, dense"),
+        (
+            {"sparse_moments": "dense", "sparse_support": "static"},
+            "sparse_moments=dense is for sparse_support=dynamic",
+        ),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        SparseTrainingArguments(output_dir=str(tmp_path), **options)
+
+
+def test_an_optimizer_without_a_basis_to_refresh(tmp_path):
+    net = two_layers(4)
+    net[0].basis = Basis(identity=True)
+    with pytest.raises(ValueError, match="refresh_steps=5, but layers converted with basis='none' have none"):
+        SparseAdamW(net.parameters(), [net[0]], refresh_steps=5)
