@@ -1,4 +1,4 @@
-"""Structured SparseGrad adapters against written-out formulas, and the pre-pass that chooses their columns."""
+"""Structured SparseGrad adapters: the subspace, the pre-pass that chooses their columns, training, refusals."""
 
 import copy
 

@@ -5,7 +5,6 @@ import weakref
 import pytest
 import torch
 from families import batch, family
-from test_ntk import LEFT, RIGHT
 from torch import nn
 
 from hf_ft_ext import empirical_ntk
@@ -13,6 +12,8 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.schedule import make_schedule, measure
+
+LEFT, RIGHT = batch(5), batch(7, 11, seed=1)
 
 
 def test_kernel_does_not_depend_on_batches_and_padding():

@@ -1,4 +1,4 @@
-"""KernelTrainer: predictions, sources of kernels, options, bad input, two processes."""
+"""KernelTrainer: predictions, sources of kernels, options, two processes."""
 
 import gc
 import json

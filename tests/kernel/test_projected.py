@@ -1,4 +1,4 @@
-"""Engine `projected`: against exact kernels and a dense matrix; determinism; the store; the trainer."""
+"""Engine `projected`: against exact kernels and a dense matrix; determinism; memory; options."""
 
 import json
 import logging

@@ -1,4 +1,7 @@
-"""Gradients of each example: every family against autograd on single examples, what no rule covers, bad input."""
+"""Gradients of each example: every family against autograd on single examples, what no rule covers, bad input.
+
+What shows in later batches alone: `test_later_batches.py`.
+"""
 
 import pytest
 import torch
