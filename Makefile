@@ -20,9 +20,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test $(VENV)/.trl
 	$(PYTEST) $(PYTEST_ARGS)
 
-# For the inner loop: no runs of the launcher or of a trainer.
+# For the inner loop: no runs of the launcher or of a trainer, and two cases of each parametrized test.
 test-fast: $(VENV)/.test
-	$(PYTEST) -m "not slow and not run" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not run" --few 2 $(PYTEST_ARGS)
 
 # What needs a CUDA device; all other targets hide it.
 test-gpu: $(VENV)/.test

@@ -1,6 +1,7 @@
 """Settings and fixtures of the whole suite: offline, on the CPU, quiet, nothing left in the user's caches."""
 
 import atexit
+import collections
 import gc
 import itertools
 import os
@@ -33,7 +34,11 @@ torch.set_num_threads(1)
 _draw_plan = pictures.draw_plan
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--few", type=int, metavar="N", help="run N cases of each parametrized test, spread over all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests of modules that start the launcher or a trainer, for `make test-fast`; skip what needs a GPU."""
     marked = {module: _starts_runs(module) for module in {item.module for item in items}}
     for item in items:
@@ -41,6 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("run")
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and `pytest -m gpu` without -n"))
+    few = config.getoption("few")
+    if few:
+        cases = collections.defaultdict(list)
+        for item in items:
+            cases[item.nodeid.partition("[")[0]].append(item)
+        kept = {some[i * len(some) // few] for some in cases.values() for i in range(few)}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
 
 
 def _starts_runs(module) -> bool:

@@ -48,7 +48,7 @@ VARIANTS = {
 
 # Both formats for one variant of each way to train; of the others the one with fewer digits.
 STORED_IN = [(variant, "bfloat16") for variant in VARIANTS]
-STORED_IN += [(variant, "float16") for variant in ("full", "lora", "sparse", "mask", "gld")]
+STORED_IN += [(variant, "float16") for variant in ("full", "lora", "sparse", "fisher", "mask", "gld", "linear head")]
 
 
 def both(tensor: torch.Tensor) -> torch.Tensor:
