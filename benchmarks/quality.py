@@ -34,6 +34,7 @@ import shlex
 import signal
 import statistics
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
@@ -147,7 +148,7 @@ def study(variants: list[Variant], args: argparse.Namespace, passed_on: list[str
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.workers, context, _begin, (threads,)) as pool:
         for jobs in stages(variants, args, passed_on):
-            running = {pool.submit(run_or_find, job.folder, job.words): job for job in jobs}
+            running = {pool.submit(_run, job.folder, job.words): job for job in jobs}
             for done in as_completed(running):
                 _accept(running[done], done.result(), args)
                 write(variants, args)
@@ -158,6 +159,20 @@ def _begin(threads: int) -> None:
     """In a worker: runs take `threads`, and a stopped study stops them (`run_or_find` ends its run)."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    threading.Thread(target=_stop_with_the_study, daemon=True).start()
+
+
+def _stop_with_the_study() -> None:
+    """In a worker: end it, and its run, when the process of the study has ended in whatever way."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _run(folder: Path, words: list[str]) -> Outcome:
+    try:
+        return run_or_find(folder, words)
+    except SystemExit:  # the pool would take it for the outcome of this run, and begin the next one
+        os._exit(1)
 
 
 def _accept(job: Job, outcome: Outcome, args: argparse.Namespace) -> None:
