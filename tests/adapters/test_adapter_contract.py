@@ -212,7 +212,7 @@ def test_a_fresh_process_needs_one_import(tmp_path, first, second, said):
     program = FRESH.format(first=first, second=second)
     done = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "base"), str(tmp_path / "adapter")],
-        capture_output=True, text=True, timeout=90, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines() == [*said, str([value.hex() for value in expected.flatten().tolist()])]

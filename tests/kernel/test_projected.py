@@ -108,7 +108,7 @@ def engine_shapes(engine):
     return {name: parameter.shape for name, parameter in engine.parameters.items()}
 
 
-@pytest.mark.parametrize("model_type", ["bert", "albert", "gpt2", "llama", "deberta-v2"])
+@pytest.mark.parametrize("model_type", ["bert", "albert"])  # one use of each parameter, and several
 def test_kernels_are_unbiased_and_their_error_falls_like_one_over_the_root(model_type):
     """The mean over seeds is the exact kernel; entries deviate by at most sqrt((|g|^2 |g'|^2 + <g, g'>^2) / k)."""
     model, seeds = family(model_type).double(), 24
