@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
 # As many tests at a time as there are cores; WORKERS=0 runs all in one process, where a debugger works.
 WORKERS ?= $(CORES)
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: demo docs test test-fast test-gpu bench bench-gpu coverage test-oldest faults notebooks quality imports clean
 
@@ -20,9 +20,9 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test $(VENV)/.trl
 	$(PYTEST) $(PYTEST_ARGS)
 
-# For the inner loop: no runs of the launcher or of a trainer.
+# For the inner loop: no runs of the launcher or of a trainer, and two cases of each parametrized test.
 test-fast: $(VENV)/.test
-	$(PYTEST) -m "not slow and not run" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not run" --few 2 $(PYTEST_ARGS)
 
 # What needs a CUDA device; all other targets hide it.
 test-gpu: $(VENV)/.test
@@ -70,7 +70,7 @@ test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[test]'
-	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest build site *.egg-info .pytest_cache .ruff_cache .mypy_cache .coverage* htmlcov

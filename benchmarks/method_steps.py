@@ -195,7 +195,7 @@ def _kernel(formula: str) -> Callable[[Place], Outcome]:
 
 
 def projected(place: Place) -> Outcome:
-    return {"features": _home(projected_gradients(place.model(), place.batch(), dimension=64, memory_gb=4.0))}
+    return {"features": _home(projected_gradients(place.model(), place.batch(), dimension=64, memory_gb=1.0))}
 
 
 def linear_head(place: Place) -> Outcome:

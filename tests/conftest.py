@@ -1,6 +1,7 @@
 """Settings and fixtures of the whole suite: offline, on the CPU, quiet, nothing left in the user's caches."""
 
 import atexit
+import collections
 import gc
 import itertools
 import os
@@ -27,10 +28,17 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from transformers import Trainer
 
+from hf_ft_ext.fisher import pictures
+
 torch.set_num_threads(1)
+_draw_plan = pictures.draw_plan
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--few", type=int, metavar="N", help="run N cases of each parametrized test, spread over all")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests of modules that start the launcher or a trainer, for `make test-fast`; skip what needs a GPU."""
     marked = {module: _starts_runs(module) for module in {item.module for item in items}}
     for item in items:
@@ -38,6 +46,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("run")
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and `pytest -m gpu` without -n"))
+    few = config.getoption("few")
+    if few:
+        cases = collections.defaultdict(list)
+        for item in items:
+            cases[item.nodeid.partition("[")[0]].append(item)
+        kept = {some[i * len(some) // few] for some in cases.values() for i in range(few)}
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
 
 
 def _starts_runs(module) -> bool:
@@ -63,6 +79,20 @@ def _unhashed_datasets():
         for name in names:
             patched.setattr(f"datasets.{name}", lambda *_: datasets.fingerprint.generate_random_fingerprint())
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_pictures():
+    """Runs leave an empty file for the picture of their plan: drawing takes longer than a tiny model's training."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pictures, "draw_plan", lambda plan, folder: Path(folder, pictures.PICTURE_FILE).touch())
+        yield
+
+
+@pytest.fixture
+def drawn_pictures(monkeypatch):
+    """Pictures of plans are drawn, as a user's are."""
+    monkeypatch.setattr(pictures, "draw_plan", _draw_plan)
 
 
 @pytest.fixture(scope="session")

@@ -77,6 +77,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         self._resumed_from: str | None = None
         self._is_prepared: bool | None = None  # None within __init__, where the data is not set yet
         self._planned_with: tuple | None = None
+        self._drawn: tuple[str, str] | None = None
         super().__init__(model, args, *positional, **kwargs)
         self._is_prepared = False
         args = self.args
@@ -281,8 +282,10 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
     def _save_plan(self, folder: str, picture: bool = True) -> None:
         os.makedirs(folder, exist_ok=True)
         self.plan.save(folder)
-        if picture and self.plan.scores:
+        drawn = os.path.abspath(folder), self.plan.table()
+        if picture and self.plan.scores and drawn != self._drawn:  # the start of a run and its end have one folder
             draw_if_possible(self.plan, folder)
+            self._drawn = drawn
 
     # --- summaries --------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """Selection of adapters: formulas of the criteria, budgets, plan files, plots, bad input."""
 
+import functools
 import itertools
 import json
 
@@ -30,10 +31,11 @@ def plan_of(model=None, data=None, candidates=SMALL, **settings) -> AdapterPlan:
     return select_adapters(model, batched(rows(), 4) if data is None else data, candidates, progress=False, **settings)
 
 
-@pytest.mark.parametrize("criterion", ["thesis", "mean", "decrease", "agreement"])
-def test_scores_equal_the_written_out_formulas(criterion):
+def test_scores_equal_the_written_out_formulas():
     model = tiny_model().double()
-    plan = plan_of(model, criterion=criterion)
+    plans = {
+        criterion: plan_of(model, criterion=criterion) for criterion in ("thesis", "mean", "decrease", "agreement")
+    }
     with probing(model, SMALL, [0, 1], 42) as probe:
         for module in modules_of(probe, SMALL):
             names = [*module.parameters, *module.shared]
@@ -47,21 +49,21 @@ def test_scores_equal_the_written_out_formulas(criterion):
                 probe(**row).loss.backward()
                 each.append(torch.cat([own[name].grad.flatten() for name in names]))
             each = torch.stack(each)
-            if criterion == "thesis":
-                kept = torch.cat([v.flatten() for n, v in squares.items() if "lora_A" not in n])
-                expected = kept.mean() * {"prefix": 10_000, "bottleneck": 5, "lora": 1}[module.candidate]
-            elif criterion == "mean":
-                expected = torch.cat([v.flatten() for v in squares.values()]).mean()
-            else:
-                pairs = [each[i] @ each[j] for i, j in itertools.combinations(range(6), 2)]
-                product = torch.stack(pairs).mean()
-                expected = product / (each**2).sum(1).mean()
-                if criterion == "decrease":
-                    expected = product.sign() * product.abs().sqrt()
-            found = plan.scores[module.layer][module.candidate]
-            assert found == pytest.approx(expected.item(), rel=1e-8), (module.layer, module.candidate)
-    for layer, own in plan.scores.items():
-        assert plan.choice[layer] == max(own, key=own.get)
+            kept = torch.cat([v.flatten() for n, v in squares.items() if "lora_A" not in n])
+            product = torch.stack([each[i] @ each[j] for i, j in itertools.combinations(range(6), 2)]).mean()
+            expected = {
+                "thesis": kept.mean() * {"prefix": 10_000, "bottleneck": 5, "lora": 1}[module.candidate],
+                "mean": torch.cat([v.flatten() for v in squares.values()]).mean(),
+                "decrease": product.sign() * product.abs().sqrt(),
+                "agreement": product / (each**2).sum(1).mean(),
+            }
+            for criterion, plan in plans.items():
+                found = plan.scores[module.layer][module.candidate]
+                wanted = pytest.approx(expected[criterion].item(), rel=1e-8)
+                assert found == wanted, (criterion, module.layer, module.candidate)
+    for plan in plans.values():
+        for layer, own in plan.scores.items():
+            assert plan.choice[layer] == max(own, key=own.get)
 
 
 def test_model_is_restored_and_the_choice_is_reproducible():
@@ -192,6 +194,11 @@ def test_a_picture_marks_the_choice(tmp_path):
         draw_plan(AdapterPlan({0: "lora"}, {"lora": {}}), tmp_path)
 
 
+@functools.cache
+def some_plan() -> AdapterPlan:
+    return plan_of()
+
+
 def edit(values, **changes):
     return {**values, **changes}
 
@@ -215,7 +222,7 @@ def edit(values, **changes):
 )
 def test_invalid_plans_are_refused(tmp_path, change, message):
     path = tmp_path / "adapter_plan.json"
-    plan_of().save(path)
+    some_plan().save(path)
     changed = change(json.loads(path.read_text()))
     path.write_text(changed if isinstance(changed, str) else json.dumps(changed))
     with pytest.raises(InputError, match=message):

@@ -37,9 +37,11 @@ def test_the_head_alone_gives_the_logits_of_the_model(model_type):
     torch.testing.assert_close(reader.logits(reader.features(single)), expected[:1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("model_type", READABLE)
 @pytest.mark.parametrize(
-    ("settings", "micro_batches"), [({}, 1), ({}, 3), ({"options": "2x2"}, 1), ({"pool": True}, 1)]
+    ("model_type", "settings", "micro_batches"),
+    [(model_type, {}, 3) for model_type in READABLE]
+    + [("bert", {}, 1), ("bert", {"options": "2x2"}, 1), ("roberta", {"options": "2x2"}, 1)]
+    + [("bert", {"pool": True}, 1), ("roberta", {"pool": True}, 1)],
 )
 def test_batched_candidates_equal_sequential_ones(model_type, settings, micro_batches):
     results = []

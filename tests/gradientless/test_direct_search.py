@@ -131,7 +131,7 @@ class PlainSearch:
                 yield top, option, start + option.change
 
 
-@pytest.mark.parametrize("options", [None, (1, 1), (3, 1), (2, 2), (3, 2), (1, 3)])
+@pytest.mark.parametrize("options", [None, (1, 1), (3, 2), (1, 3)])
 @pytest.mark.parametrize("size, weight_decay, antithetic", [(None, 0.0, False), (7, 0.05, False), (7, 0.0, True)])
 def test_equals_the_plain_implementation(options, size, weight_decay, antithetic):
     ours, plain = net(), net()
@@ -140,12 +140,12 @@ def test_equals_the_plain_implementation(options, size, weight_decay, antithetic
         ours.parameters(), seed=3, num_candidates=4, options=options, sampling_size=size, **settings
     )
     reference = PlainSearch(plain.parameters(), 3, k=4, options=options, size=size, **settings)
-    for x, y in batches(40):
+    for x, y in batches(15):
         optimizer.step(closure_of(ours, x, y))
         reference.step(closure_of(plain, x, y))
         for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    assert 3 < sum(reference.moves) < 160  # both kinds of steps have been compared
+    assert 3 < sum(reference.moves) < 60  # both kinds of steps have been compared
 
 
 @pytest.mark.parametrize("options", [None, (1, 1), (3, 2)])
@@ -203,7 +203,7 @@ def test_rejected_candidates_leave_the_weights_bit_identical(dtype, options):
             return 0.0 if present else 1.0
 
         # a leaf that changes nothing scores like the unmoved tensor, never lower: no step is taken
-    for _ in range(1000):
+    for _ in range(60):
         optimizer.step(rejecting)
     for a, b in zip(model.parameters(), before, strict=True):
         assert torch.equal(a, b)

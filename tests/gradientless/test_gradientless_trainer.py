@@ -101,14 +101,14 @@ def test_accumulation_equals_one_large_batch(tmp_path, method):
     assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["gld", "trees", "spsa"])
+@pytest.mark.parametrize("method", ["trees", "spsa"])
 @pytest.mark.parametrize("other", [{"feature_cache_gb": 0.0}, {"whole": True}])
 def test_features_in_each_step_equal_forward_passes_of_the_whole_model(tmp_path, method, other, monkeypatch):
     results = []
     for settings in ({}, dict(other)):
         if settings.pop("whole", False):
             monkeypatch.setattr("hf_ft_ext.gradientless.trainer.HeadReader.find", lambda model, batch: None)
-        trainer = make(tmp_path, tiny_model().double(), max_steps=6, **METHODS[method], **settings)
+        trainer = make(tmp_path, tiny_model().double(), max_steps=3, **METHODS[method], **settings)
         trainer.train()
         assert (trainer._rows is None) == bool(results)
         results.append(weights(trainer))

@@ -40,8 +40,12 @@ def moved_copy(model, optimizer, combination):
     return result
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model_type", [*CONFIGS, *FAMILIES])
+# Two kinds, with factors and without, on all families; the other two, which draw their entries otherwise, on one.
+@pytest.mark.parametrize(
+    ("model_type", "kind"),
+    [(model_type, kind) for model_type in (*CONFIGS, *FAMILIES) for kind in ("lozo", "gaussian")]
+    + [("bert", "subzero"), ("bert", "rademacher-outer")],
+)
 def test_candidates_of_one_forward_pass_equal_separate_models(model_type, kind, monkeypatch):
     monkeypatch.setattr(directions_module, "CHUNK", 400)  # several chunks of each matrix
     model, batch = family(model_type).double(), padded_batch()
@@ -66,20 +70,20 @@ def test_candidates_of_one_forward_pass_equal_separate_models(model_type, kind, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("at_once", [2, 3, 6])
-def test_batched_and_separate_forward_passes_take_the_same_steps(kind, at_once):
+def test_batched_and_separate_forward_passes_take_the_same_steps(kind):
     ends = []
-    for candidates in (1, at_once):
+    for candidates in (1, 2, 6):
         model = family("bert").double()
         batches = [{**padded_batch(), "labels": LABELS}, {**padded_batch(6, 1), "labels": LABELS}]
         full = objective_of_logits(model, make_objective("loss", None, 2), batches)
         optimizer = search(model, kind, num_directions=3, lr=1e-2, candidates_per_forward=candidates)
-        for _ in range(4):
+        for _ in range(2):
             optimizer.step(lambda full=full: float(full.value()), full)
-        assert optimizer.batches == (candidates > 1) and optimizer.evaluations == 24
+        assert optimizer.batches == (candidates > 1) and optimizer.evaluations == 12
         ends.append([p.detach() for p in model.parameters()])
-    for a, b in zip(*ends, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+    for alone, *at_once in zip(*ends, strict=True):
+        for found in at_once:
+            torch.testing.assert_close(found, alone, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["lozo", "gaussian"])
@@ -146,15 +150,14 @@ def test_no_matrix_of_a_linear_layer_or_embedding_is_copied(kind, monkeypatch):
     assert copied and all(len(shape) == 1 for shape in copied) and not optimizer.perturbed_forward.unread
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_rank_search_learns(dtype):
-    model = family("bert").to(dtype)
+def test_low_rank_search_learns_in_sixteen_bits():
+    model = family("bert").bfloat16()
     batch = {**padded_batch(), "labels": torch.ones(6, dtype=torch.long)}
     optimizer = search(model, "lozo", lr=1e-2, eps=1e-2, num_directions=4)
     first = float(model(**batch).loss.detach())
-    for _ in range(40):
+    for _ in range(25):
         optimizer.step(lambda: model(**batch).loss)
-    assert float(model(**batch).loss.detach()) < first - 0.03
+    assert float(model(**batch).loss.detach()) < first - 0.02
 
 
 # --- trajectories -----------------------------------------------------------------------------------------------
@@ -169,8 +172,14 @@ SEARCHES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in SEARCHES),
+        *((name, torch.bfloat16) for name in ("mezo", "adam", "lozo-m", "conservative")),
+        ("mezo", torch.float64),
+    ],
+)
 def test_a_trajectory_ends_bit_for_bit_where_the_search_did(tmp_path, name, dtype):
     model, base = family("roberta").to(dtype), family("roberta").to(dtype)
     groups = [{"params": [p for p in model.parameters() if p.ndim > 1]},
@@ -178,7 +187,7 @@ def test_a_trajectory_ends_bit_for_bit_where_the_search_did(tmp_path, name, dtyp
     optimizer = SPSA(groups, model, lr=1e-3, eps=1e-2, seed=4, num_directions=2, **SEARCHES[name])
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=8)
     batch = {**padded_batch(), "labels": LABELS}
-    for _ in range(8):
+    for _ in range(6):
         optimizer.step(lambda: model(**batch).loss)
         schedule.step()
     file = save_trajectory(optimizer, model, tmp_path)

@@ -66,7 +66,7 @@ class Quadratic(nn.Module):
         return (self.scales * self.weight.square()).sum()
 
 
-def run_both(steps=50, lr=0.02, weight_decay=0.0, model=net, **settings):
+def run_both(steps=30, lr=0.02, weight_decay=0.0, model=net, **settings):
     """The weights of `SPSA` and of the oracle after the same steps, and how far the oracle has moved."""
     ours, plain = model(), model()
     optimizer = SPSA(ours.parameters(), ours, lr=lr, seed=5, weight_decay=weight_decay, **{"eps": 1e-3, **settings})
@@ -246,11 +246,11 @@ def test_spsa_lowers_the_loss():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_thousand_steps_without_effect_leave_no_drift(dtype):
+def test_steps_without_effect_leave_no_drift(dtype):
     model = net(dtype)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = SPSA(model.parameters(), model, lr=0.0, eps=1e-3)
-    for _ in range(1000):
+    for _ in range(100):
         optimizer.step(closure_of(model))
     for a, b in zip(model.parameters(), before, strict=True):
         assert torch.equal(a, b)

@@ -23,8 +23,7 @@ def make(folder, model=None, train=None, evaluation=None, function=None, **setti
 
 SETTINGS = {
     "sgd": {"kernel_regularization": "1e-3"},  # without it rounding is multiplied by the condition number
-    "signgd": {"kernel_formula": "signgd", "kernel_regularization": "auto"},
-    "asym": {"kernel_formula": "asymmetric_signgd", "kernel_solver": "asym"},
+    "asym": {"kernel_formula": "asymmetric_signgd", "kernel_solver": "asym", "kernel_regularization": "auto"},
     "svc": {"kernel_solver": "svc", "binary_classification": False},  # class by class
     "projected": {"kernel_engine": "projected", "kernel_dimension": 300, "kernel_regularization": "1e-3"},
 }

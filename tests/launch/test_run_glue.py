@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,11 +15,10 @@ import torch
 import transformers
 from datasets import Features, Value
 from huggingface_hub.utils import are_progress_bars_disabled
+from launched import IN_STEPS, KEEPS_WEIGHTS, ROOT, python, same, weights
 from peft import PeftModel
-from processes import finished, two_ranks
-from quick import AT_ONCE, QUICK
-from safetensors.torch import load_file
-from tiny import text_dataset, tiny_model
+from quick import AT_ONCE
+from tiny import text_dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import run_glue
@@ -29,83 +26,10 @@ from hf_ft_ext.kernel.saved import NOT_TRAINED
 from hf_ft_ext.launch.results import split_suffix, without_secrets
 from hf_ft_ext.methods import METHODS
 
-ROOT = Path(__file__).resolve().parents[2]
-KEEPS_WEIGHTS = ("kernel",)  # what it learns is no weight: the saved model is the start
-IN_STEPS = tuple(method for method in METHODS if method not in AT_ONCE)
-
-# For comparisons to rounding: a plain optimizer, or AdamW with a large epsilon (with a small one it turns gradients
-# that are rounding noise into steps of full size). SparseGrad trains all entries here: where two entries are equally
-# large, rounding decides which of them is among the k largest.
-SGD = ("--optim", "sgd", "--learning_rate", "0.1", "--logging_steps", "1")
-OPTIMIZER = {
-    "sparse": (
-        "--sparse_support", "dynamic", "--learning_rate", "1e-2", "--adam_epsilon", "1e-2", "--sparse_density", "1.0",
-        "--logging_steps", "1",
-    ),
-    "gradientless": ("--learning_rate", "0.1", "--logging_steps", "1"),
-}  # fmt: skip
-TWO_STEPS = ("--max_steps", "2", *SGD)
-IN_TWO_STEPS = {name: ("--max_steps", "2", *options) for name, options in OPTIMIZER.items()} | dict.fromkeys(
-    AT_ONCE, ()
-)
-
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def files(tmp_path) -> list[str]:
-    text_dataset(32, seed=0).select_columns(["sentence", "label"]).to_csv(tmp_path / "train.csv")
-    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv(tmp_path / "dev.csv")
-    text_dataset(7, seed=2).select_columns(["sentence"]).to_csv(tmp_path / "test.csv")
-    return ["--train_file", "train.csv", "--validation_file", "dev.csv", "--test_file", "test.csv"]
-
-
-@pytest.fixture
-def no_dropout(tmp_path, tokenizer) -> str:
-    """A model whose gradient on a batch is the mean of those on its parts."""
-    folder = tmp_path / "no-dropout"
-    tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture
-def launch(files, tiny_bert_dir):
-    def _launch(*argv: str, method: str = "full", data=None) -> int:
-        return run_glue.main(
-            [
-                "--method", method, "--model_name_or_path", tiny_bert_dir, *(files if data is None else data),
-                "--max_seq_length", "16", "--use_cpu", "--disable_tqdm", "true", *QUICK.get(method, ()),
-                *(() if method in AT_ONCE else ("--learning_rate", "1e-2")), *argv,
-            ]
-        )  # fmt: skip
-
-    return _launch
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    """Of a model or an adapter; a kernel's solution lies beside."""
-    files = sorted(Path(folder).glob("*.safetensors"), key=lambda path: not path.name.endswith("model.safetensors"))
-    return load_file(files[0])
-
-
-def same(a, b) -> bool:
-    ours, theirs = weights(a), weights(b)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def same_to_rounding(a, b, start) -> bool:
-    """Whether two runs logged the same loss and ended with the same weights, away from those in `start`."""
-    metrics = [json.loads(Path(name, "run.json").read_text())["metrics"] for name in (a, b)]
-    # train_loss is averaged over processes by log steps; eval_loss counts padding rows and differs anyway
-    losses = [values["train_loss"] for values in metrics]
-    ours, theirs, first = weights(a), weights(b), weights(start)
-    moved = any(not torch.allclose(ours[name], first[name], atol=1e-3) for name in ours if name in first)
-    close = all(torch.allclose(ours[name], theirs[name], atol=2e-6) for name in ours)
-    return close and losses[0] == pytest.approx(losses[1], rel=1e-4) and (moved or not ours.keys() & first.keys())
 
 
 # What a library says about itself, whoever uses it: peft asks transformers by the name of before.
@@ -190,27 +114,6 @@ def tsv(path) -> list[list[str]]:
     return list(csv.reader(Path(path).read_text().splitlines(), delimiter="\t"))
 
 
-@pytest.mark.parametrize("method", ["full", "fisher", "gradientless"])
-def test_a_stream_gives_what_loaded_rows_give(launch, no_dropout, method):
-    options = ("--model_name_or_path", no_dropout, "--do_train", "--max_steps", "5", *OPTIMIZER.get(method, SGD))
-    options += ("--train_sampling_strategy", "sequential", "--per_device_train_batch_size", "8")
-    if method == "fisher":  # a pre-pass draws from loaded rows and takes a stream's first ones
-        options += ("--fisher_examples", "32")
-    assert launch(*options, "--output_dir", "one", method=method) == 0  # the fifth step begins the rows anew
-    assert launch(*options, "--streaming", "--output_dir", "two", method=method) == 0
-    assert same_to_rounding("one", "two", no_dropout)
-
-
-def test_a_shuffled_stream_goes_on_where_it_stopped(launch):
-    in_order = ("--do_train", "--streaming", "--max_steps", "6", "--save_steps", "3")
-    options = (*in_order, "--stream_buffer", "5")
-    assert launch(*options, "--output_dir", "a") == 0
-    assert launch(*in_order, "--train_sampling_strategy", "sequential", "--output_dir", "c") == 0
-    assert not same("a", "c")
-    assert launch(*options, "--resume_from_checkpoint", "a/checkpoint-3", "--output_dir", "b") == 0
-    assert same("a", "b")
-
-
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_checkpoint_is_not_resumed_under_other_labels(launch, method, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -226,66 +129,6 @@ def test_a_checkpoint_is_not_resumed_under_other_labels(launch, method, tmp_path
     assert launch(*options, *resume, "--max_steps", "1", "--output_dir", "b", data=old, method=method) == 2
     assert "is at step 2, beyond --max_steps 1" in capsys.readouterr().err
     assert launch(*options, *resume, "--max_steps", "4", "--output_dir", "b", data=old, method=method) == 0
-
-
-@pytest.mark.parametrize("method", IN_STEPS)
-def test_accumulation_equals_the_large_batch(launch, no_dropout, method):
-    options = ("--model_name_or_path", no_dropout, "--do_train", "--max_steps", "3", *OPTIMIZER.get(method, SGD))
-    assert launch(*options, "--per_device_train_batch_size", "8", "--output_dir", "one", method=method) == 0
-    small = ("--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--output_dir", "two")
-    assert launch(*options, *small, method=method) == 0
-    assert same_to_rounding("one", "two", no_dropout)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_bf16_works_or_is_refused(launch, no_dropout, method, capsys):
-    options = ("--model_name_or_path", no_dropout, "--do_train", "--do_eval", *IN_TWO_STEPS.get(method, TWO_STEPS))
-    assert launch(*options, "--output_dir", "plain", method=method) == 0
-    if method == "kernel":  # its precision is that of the weights
-        assert launch(*options, "--bf16", "--output_dir", "half", method=method) == 2
-        assert "bf16=True steers a training loop, and method kernel has none" in capsys.readouterr().err
-        return
-    assert launch(*options, "--bf16", "--output_dir", "half", method=method) == 0
-    plain, half = (json.loads(Path(name, "run.json").read_text())["metrics"] for name in ("plain", "half"))
-    assert half["eval_loss"] != plain["eval_loss"] and half["eval_loss"] == pytest.approx(plain["eval_loss"], abs=0.02)
-    assert {tensor.dtype for tensor in weights("half").values()} == {torch.float32}
-
-
-@pytest.mark.parametrize("method", ["full", "lora", "sparse", "fisher"])
-def test_activation_checkpointing_changes_nothing(launch, no_dropout, method):
-    options = ("--model_name_or_path", no_dropout, "--do_train", *IN_TWO_STEPS.get(method, TWO_STEPS))
-    assert launch(*options, "--output_dir", "one", method=method) == 0
-    assert launch(*options, "--activation_checkpointing", "--output_dir", "two", method=method) == 0
-    assert same_to_rounding("one", "two", no_dropout)
-
-
-COMPILED = ("--torch_compile", "--torch_compile_backend", "eager")  # the graphs, without the minutes that code takes
-NOT_COMPILED = {
-    "gradientless": "torch_compile does not support weights that change between evaluations",
-    "kernel": "torch_compile=True steers a training loop, and method kernel has none",
-}
-
-
-@pytest.mark.parametrize("method", NOT_COMPILED)
-def test_torch_compile_is_refused(launch, method, capsys):
-    assert launch("--do_train", "--output_dir", "out", *COMPILED, method=method) == 2
-    assert NOT_COMPILED[method] in capsys.readouterr().err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in NOT_COMPILED])
-def test_torch_compile_changes_nothing(launch, no_dropout, method):
-    options = ("--model_name_or_path", no_dropout, "--do_train", "--do_eval", *IN_TWO_STEPS.get(method, TWO_STEPS))
-    assert launch(*options, "--output_dir", "plain", method=method) == 0
-    torch._dynamo.reset()  # other runs of this process count towards its limit of recompilations
-    torch._dynamo.utils.counters.clear()
-    assert launch(*options, *COMPILED, "--output_dir", "compiled", method=method) == 0
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    ours, theirs = weights("compiled"), weights("plain")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.allclose(ours[name], theirs[name], atol=2e-6) for name in ours)
-    plain, compiled = (json.loads(Path(name, "run.json").read_text())["metrics"] for name in ("plain", "compiled"))
-    assert compiled["eval_loss"] == pytest.approx(plain["eval_loss"], abs=1e-5)
 
 
 def test_best_model_by_the_primary_metric(launch):
@@ -457,50 +300,11 @@ def test_secrets_and_suffixes():
     assert [split_suffix(i, n) for i, n in enumerate(("a", "validation_mismatched", "b"))] == ["", "mm", "b"]
 
 
-def python(*argv: str) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
-    return finished([sys.executable, *argv], timeout=240, env=environment)
-
-
-def test_help_and_an_error_as_commands():
-    shown = python(str(ROOT / "run_glue.py"), "--help")
-    assert shown.returncode == 0 and all(name in shown.stdout for name in METHODS) and len(shown.stdout) < 2000
+def test_help_and_an_error_as_commands(capsys):
+    assert run_glue.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in METHODS) and len(shown) < 2000
     failed = python(str(ROOT / "run_glue.py"), "--method", "fulll")
     assert failed.returncode == 2 and failed.stdout == ""
     assert failed.stderr.splitlines()[-1].startswith("error: unknown method 'fulll'; did you mean 'full'?")
     assert "Traceback" not in failed.stderr and "usage" not in failed.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_give_what_one_gives(launch, files, method, no_dropout):
-    options = ["--model_name_or_path", no_dropout, "--do_train", "--do_eval", "--do_predict"]
-    sizes = [()] * 2
-    if method not in AT_ONCE:
-        options += ["--max_steps", "3", *OPTIMIZER.get(method, SGD)]
-        options += ["--streaming"] if method == "lora" else []  # each process reads its part of a stream
-        sizes = [("--per_device_train_batch_size", size) for size in ("8", "4")]
-    assert launch(*options, *sizes[0], "--output_dir", "one", method=method) == 0
-
-    argv = ["--method", method, *files, "--max_seq_length", "16", *QUICK.get(method, ()), *options, *sizes[1]]
-    argv += ["--use_cpu", "--output_dir", "two", *(() if method == "full" else ("--disable_tqdm", "true"))]
-    if method == "full":  # by torchrun itself, for what a start from nothing does
-        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-        done = python(*torchrun, str(ROOT / "run_glue.py"), *argv)
-        assert done.returncode == 0, done.stderr[-3000:]
-        out, err = done.stdout, done.stderr
-    else:
-        both = two_ranks(run_glue.main, *argv)
-        out, err = "".join(ended.out for ended in both), "".join(ended.err for ended in both)
-    if method == "full":  # bars of the first process, and its warnings
-        assert [err.count(f"{bar}: 100%") for bar in ("Loading weights", "Tokenizing train")] == [1, 1]
-        assert err.count("find_unused_parameters=True was specified") <= 1
-    else:
-        assert "%|" not in err
-    assert out.count("load it:") == 1
-    assert same("one", "two") if method in KEEPS_WEIGHTS else same_to_rounding("one", "two", no_dropout)
-    one, two = (json.loads(Path(name, "run.json").read_text()) for name in ("one", "two"))
-    assert (one["world_size"], two["world_size"]) == (1, 2)
-    assert one["metrics"]["eval_accuracy"] == two["metrics"]["eval_accuracy"]
-    assert Path("one/predictions.tsv").read_text() == Path("two/predictions.tsv").read_text()

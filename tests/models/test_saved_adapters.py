@@ -148,9 +148,12 @@ def check(model, trainer, names=NAMES):
 
 
 def cells():
-    """Method, base and way to load."""
+    """Method, base and way to load.
+
+    All three for one method of each way to save; of the others the base with another head, which has to be replaced.
+    """
     for method in METHODS:
-        for kind in ["size"] if method.startswith("fisher-") else BASES:
+        for kind in BASES if method in ("lora", "sparse-export") else ["size"]:
             for route in ROUTES:
                 if method == "full-prefix" and route in ("auto", "pipeline"):  # see the next test
                     continue

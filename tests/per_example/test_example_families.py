@@ -5,8 +5,8 @@ models, all parameters away from 0, rows of different lengths.
 """
 
 import functools
+import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -170,9 +170,8 @@ def kernel_of(jacobians: torch.Tensor) -> torch.Tensor:
     return (flat @ flat.T).view(rows, logits, rows, logits)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def case(request) -> Iterator[Case]:
-    kind = request.param
+@functools.cache
+def case_of(kind: str) -> Case:
     experts = kind in EXPERTS
     model = perturb(tiny_classifier(kind, num_labels=3, **CONFIG.get(kind, {})))
     model = model if experts else wide(model)
@@ -188,11 +187,13 @@ def case(request) -> Iterator[Case]:
     if kind in PADDING_MATTERS:
         jacobians[False] = torch.stack([jacobian(model, row) for row in rows])
         fisher[False] = squared_gradients(model, rows)
-    yield Case(kind, model, batch, rows, 1e-4 if experts else 1e-9, jacobians, fisher)
+    return Case(kind, model, batch, rows, 1e-4 if experts else 1e-9, jacobians, fisher)
 
 
-def test_every_parameter_has_a_nonzero_gradient(case):
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_parameter_has_a_nonzero_gradient(kind):
     """Otherwise the comparisons below would not test it. Gradients differ between rows and between logits."""
+    case = case_of(kind)
     jacobians = case.jacobians[True]
     parameters = trained(case.model)
     parts = jacobians.split([p.numel() for p in parameters.values()], 2)
@@ -205,8 +206,17 @@ def test_every_parameter_has_a_nonzero_gradient(case):
         assert relative_error(case.jacobians[False], jacobians) > 1e-4
 
 
-@pytest.mark.parametrize("batches", ["all rows", "one row, then two", "rows alone"])
-def test_fisher_information(case, batches):
+SQUARE = ("bart", "funnel", "mpnet", "opt", "squeezebert", "t5", "xlnet")
+# How rows are cut into batches may matter where padding does, or where the first axis counts something else.
+CUT = sorted({*PADDING_MATTERS, *SQUARE, "bert", "gpt2"})
+
+
+@pytest.mark.parametrize(
+    ("kind", "batches"),
+    [*((kind, "all rows") for kind in FAMILIES), *itertools.product(CUT, ("one row, then two", "rows alone"))],
+)
+def test_fisher_information(kind, batches):
+    case = case_of(kind)
     given = {
         "all rows": [case.batch],
         "one row, then two": [{k: v[rows] for k, v in case.batch.items()} for rows in (slice(1), slice(1, None))],
@@ -217,8 +227,11 @@ def test_fisher_information(case, batches):
     assert_same_fisher(found, expected, 1e-4 if case.kind in EXPERTS else 1e-6)
 
 
-@pytest.mark.parametrize("together", [True, False], ids=["one batch", "rows alone"])
-def test_kernel(case, together):
+@pytest.mark.parametrize(
+    ("kind", "together"), [*((kind, True) for kind in FAMILIES), *((kind, False) for kind in CUT)]
+)
+def test_kernel(kind, together):
+    case = case_of(kind)
     rows, options = (case.batch, {}) if together else (case.rows, {"batch_size": 1})
     found = empirical_ntk(case.model, rows, **options)
     expected = kernel_of(case.jacobians[together])
@@ -227,9 +240,6 @@ def test_kernel(case, together):
 
 
 # --- layouts in which the first axis counts something else -----------------------------------------------
-
-
-SQUARE = ("bart", "funnel", "mpnet", "opt", "squeezebert", "t5", "xlnet")
 
 
 @pytest.mark.parametrize("kind", SQUARE)
@@ -298,8 +308,8 @@ def partial():
     return perturb(model).eval(), rows
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (3, 0, 1, 2, 5, 4), (5, 3, 0, 1, 2, 4)])
-@pytest.mark.parametrize("size", [1, 2, 3, 6])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (5, 3, 0, 1, 2, 4)])
+@pytest.mark.parametrize("size", [1, 2, 6])
 def test_parameters_of_some_logits_or_some_rows_alone(partial, order, size):
     model, rows = partial
     rows = {key: value[list(order)] for key, value in rows.items()}

@@ -1,62 +1,19 @@
-"""Gradients of each example: every family against autograd on single examples, what no rule covers, bad input."""
+"""Gradients of each example: every family against autograd on single examples, what no rule covers, bad input.
+
+What shows in later batches alone: `test_later_batches.py`.
+"""
 
 import pytest
 import torch
 from families import FAMILIES, batch, family
 from peft import IA3Config, LoraConfig, PromptTuningConfig, TaskType, get_peft_model
+from single_examples import assert_equal, gathered, plain
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.per_example.gradients import ExampleGradients, trimmed
 from hf_ft_ext.per_example.rules import find_rule
-from hf_ft_ext.per_example.state import computing_in, evaluating
-from hf_ft_ext.per_example.types import dense
-
-
-def plain(model, function, inputs, parameters):
-    """Autograd on one example at a time: for each scalar, gradients `[n, *shape]` by name."""
-    found = []
-    with evaluating(model), computing_in(model, torch.float64):
-        for i in range(len(inputs["input_ids"])):
-            scalars = function(model, {key: value[i : i + 1] for key, value in inputs.items()})
-            for c in range(scalars.shape[1]):
-                values = list(parameters.values())
-                grads = torch.autograd.grad(scalars[0, c], values, retain_graph=True, allow_unused=True)
-                found.append([torch.zeros_like(p) if g is None else g for g, p in zip(grads, values, strict=True)])
-    classes = scalars.shape[1]
-    return [
-        {name: torch.stack([row[k] for row in found[c::classes]]) for k, name in enumerate(parameters)}
-        for c in range(classes)
-    ]
-
-
-def gathered(examples, inputs):
-    """The gradients of `ExampleGradients` in the form of `plain`."""
-    parts = list(examples(inputs))
-    found = []
-    for c in range(len(parts[0].gradients)):
-        found.append({})
-        for name, parameter in examples.parameters.items():
-            rows = [
-                dense(part.gradients[c][name])
-                if name in part.gradients[c]
-                else parameter.new_zeros(len(part.scalars), *parameter.shape)
-                for part in parts
-            ]
-            found[c][name] = torch.cat(rows)
-    return found
-
-
-def assert_equal(model, inputs, function=lambda model, batch: model(**batch).logits, parameters=None):
-    examples = ExampleGradients(model, function, parameters)
-    found, expected = gathered(examples, inputs), plain(model, function, inputs, examples.parameters)
-    size = max(float(value.abs().max()) for grads in expected for value in grads.values())
-    for ours, theirs in zip(found, expected, strict=True):
-        for name in theirs:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12 * size, msg=name)
-    return examples
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -329,139 +286,3 @@ def test_padding_is_cut_at_the_right_end_only():
     assert cut["input_ids"].tolist() == [[0, 1, 2, 3], [6, 7, 8, 9]] and cut["attention_mask"].shape == (2, 4)
     assert cut["labels"] is inputs["labels"]
     assert trimmed({"input_ids": inputs["input_ids"]})["input_ids"].shape == (2, 6)
-
-
-# --- parameters that the trial's example does not tell of ----------------------------------------------
-
-
-class Routed(nn.Module):
-    """Two scalars of a table; other parameters have a part in one of the scalars or for some rows alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.table = nn.Embedding(60, 6)
-        self.first, self.second, self.rare = nn.Linear(6, 1), nn.Linear(6, 1), nn.Linear(6, 6)
-        self.only_first = nn.Parameter(torch.randn(6))  # no rule, and no part in the last scalar
-        self.by_row = nn.Parameter(torch.randn(6))  # no rule, and a part in rows that hold a 7
-
-    def forward(self, input_ids, attention_mask=None):
-        x = self.table(input_ids).mean(1)
-        rows = (input_ids == 7).any(1)
-        if rows.any():
-            x = torch.where(rows[:, None], torch.tanh(self.rare(x)) * self.by_row, x)
-        logits = torch.cat([self.first(x * self.only_first), self.second(x)], 1)
-        return SequenceClassifierOutput(logits=logits)
-
-
-def test_parameters_that_only_some_scalars_or_rows_depend_on():
-    torch.manual_seed(0)
-    model = Routed().double()
-    plain_rows = torch.randint(8, 60, (3, 5))
-    late = torch.cat([plain_rows, torch.full((1, 5), 7)])
-    for streamed in (False, True):
-        examples = ExampleGradients(model)
-        for ids in (plain_rows, late):
-            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            found = summed(examples, inputs) if streamed else gathered(examples, inputs)
-            expected = plain(model, examples.function, inputs, examples.parameters)
-            for ours, theirs in zip(found, expected, strict=True):
-                for name, value in theirs.items():
-                    value = value.sum(0) if streamed else value
-                    torch.testing.assert_close(ours[name], value, rtol=1e-9, atol=1e-12, msg=name)
-        assert {"only_first", "by_row", "rare.weight"} <= set(examples.uncovered)
-        assert not {"table.weight", "second.weight"} & set(examples.uncovered)
-
-
-def summed(examples, inputs):
-    """Sums of the streamed gradients: for each scalar `[*shape]` by name."""
-    sums = [{name: torch.zeros_like(p) for name, p in examples.parameters.items()} for _ in range(2)]
-
-    def receive(name, gradients, scalar, first):
-        sums[scalar][name] += dense(gradients).sum(0)
-
-    examples.stream(inputs, receive)
-    return sums
-
-
-class SecondUse(nn.Module):
-    """A layer with a second use that the second scalar alone depends on, for rows that hold a 7."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.layer = nn.Embedding(60, 6), nn.Linear(6, 6)
-
-    def forward(self, input_ids, attention_mask=None):
-        x = self.layer(self.table(input_ids).mean(1))
-        rows = (input_ids == 7).any(1)
-        y = x
-        if rows.any():  # on another layout than the first use
-            again = self.layer(x.expand(4, *x.shape)).mean(0)
-            y = torch.where(rows[:, None], again, x)
-        return SequenceClassifierOutput(logits=torch.stack([x.square().sum(1), y.exp().sum(1)], 1))
-
-
-def test_use_that_only_a_later_batch_and_one_scalar_have():
-    torch.manual_seed(0)
-    model = SecondUse().double()
-    first = torch.randint(8, 60, (3, 5))
-    examples = ExampleGradients(model)
-    for ids in (first, torch.cat([first, torch.full((1, 5), 7)])):
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        expected = plain(model, examples.function, inputs, examples.parameters)
-        for ours, theirs in zip(summed(examples, inputs), expected, strict=True):
-            for name, value in theirs.items():
-                torch.testing.assert_close(ours[name], value.sum(0), rtol=1e-9, atol=1e-12, msg=name)
-    assert set(examples.uncovered) == {"layer.weight", "layer.bias"}
-
-
-class InPlace(nn.Module):
-    """Scales the output of its embedding in place, as CTRL does."""
-
-    def __init__(self):
-        super().__init__()
-        self.table, self.head = nn.Embedding(60, 6), nn.Linear(6, 2)
-
-    def forward(self, input_ids, attention_mask=None):
-        x = self.table(input_ids)
-        x *= 3.0
-        return SequenceClassifierOutput(logits=self.head(x.mean(1)))
-
-
-class ScaledRows(nn.Embedding):
-    """Scaled rows, read with an offset."""
-
-    def forward(self, input_ids):
-        return super().forward(input_ids + 2) * torch.tensor(2.5, dtype=self.weight.dtype)
-
-
-class Twisted(nn.Embedding):
-    """Does more than scale rows."""
-
-    def forward(self, input_ids):
-        return torch.sin(super().forward(input_ids))
-
-
-@pytest.mark.parametrize("table", [nn.Embedding, ScaledRows, Twisted])
-def test_embeddings_of_other_kinds_and_outputs_changed_in_place(table):
-    torch.manual_seed(0)
-    model = InPlace().double()
-    model.table = table(64, 6).double()
-    assert assert_equal(model, batch()).uncovered == []
-
-
-def test_a_norm_on_another_axis_is_right():
-    class Transposed(nn.LayerNorm):
-        def forward(self, x):
-            return super().forward(x.permute(0, 2, 1)).permute(0, 2, 1)
-
-    class Model(InPlace):
-        def __init__(self):
-            super().__init__()
-            self.norm = Transposed(6)
-
-        def forward(self, input_ids, attention_mask=None):
-            x = self.norm(self.table(input_ids).permute(0, 2, 1))
-            return SequenceClassifierOutput(logits=self.head(x.square().mean(2)))
-
-    torch.manual_seed(0)
-    assert assert_equal(Model().double(), batch()).uncovered == []

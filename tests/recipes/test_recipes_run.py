@@ -1,4 +1,4 @@
-"""Every shortened recipe runs from end to end, cut further, on a tiny model and made-up data of its task's form."""
+"""Every kind of shortened recipe runs from end to end, cut further, on a tiny model and data of its task's form."""
 
 import json
 from pathlib import Path
@@ -16,13 +16,31 @@ from hf_ft_ext.demo.dataset import demo_dataset
 from hf_ft_ext.launch import results
 from hf_ft_ext.recipes.reading import read_recipe
 
-DEMOS = [
-    address
+
+def kind_of(settings: dict) -> tuple:
+    """What a recipe has beside its numbers and its task: which arguments, and those that are words.
+
+    That every recipe's arguments are valid is tested in `test_recipes.py`.
+    """
+    words = {name: value for name, value in settings.items() if name not in ("task_name", "output_dir")}
+    return tuple(sorted((name, "" if _is_number(value) else json.dumps(value)) for name, value in words.items()))
+
+
+def _is_number(value: object) -> bool:
+    try:
+        return not isinstance(value, bool) and float(value) is not None
+    except (TypeError, ValueError):
+        return False
+
+
+ALL = {
+    address: settings
     for file in FILES
     if file.parent != COMPARISONS
     for address, settings in experiments(file).items()
     if file.stem == "demo" or settings["task_name"] == "demo"
-]
+}
+DEMOS = list({kind_of(settings): address for address, settings in ALL.items()}.values())  # one of each kind
 AT_ONCE = ("linearhead", "kernel")  # no steps to cut
 STEPS = 2
 # What costs more than the rest on so small a model; the values that matter are the recipe's own.

@@ -58,17 +58,17 @@ def n_params(trainer):
 
 
 CASES = {
-    "full": ("fix_layers", [0, 1, 2], lambda t: sum(not p.requires_grad for p in t.model.parameters()), {}),
-    "lora": ("lora_r", [1, 2, 3], rank, {}),
-    "sparse": ("sparse_n_params", [10, 20, 30], n_params, {"sparse_basis_steps": 2}),
-    "gradientless": ("search_candidates", [1, 2, 3], lambda t: t.optimizer.optimizer.evaluations, {
+    "full": ("fix_layers", [0, 2], lambda t: sum(not p.requires_grad for p in t.model.parameters()), {}),
+    "lora": ("lora_r", [1, 3], rank, {}),
+    "sparse": ("sparse_n_params", [10, 30], n_params, {"sparse_basis_steps": 2}),
+    "gradientless": ("search_candidates", [1, 3], lambda t: t.optimizer.optimizer.evaluations, {
         "feature_cache_gb": 0.0, "search_options": "none", "learning_rate": 0.5}),
-    "fisher": ("fisher_budget", [300, 700, 2000], lambda t: sum(
+    "fisher": ("fisher_budget", [300, 2000], lambda t: sum(
         t.plan.parameters[layer][name] for layer, name in t.plan.choice.items() if name), {
         "fisher_examples": 4, "fisher_candidates": ["lora", "bottleneck"],
         "fisher_candidate_settings": {"lora": {"r": 2}, "bottleneck": {"bottleneck_size": 4}}}),
-    "linearhead": ("linearhead_c", [1e-3, 1.0, 100.0], lambda t: t.fitted.fit.c, {"feature_cache_gb": 0.0}),
-    "kernel": ("kernel_regularization", ["0.01", "0.1", "1.0"], lambda t: t.regularization, {}),
+    "linearhead": ("linearhead_c", [1e-3, 100.0], lambda t: t.fitted.fit.c, {"feature_cache_gb": 0.0}),
+    "kernel": ("kernel_regularization", ["0.01", "1.0"], lambda t: t.regularization, {}),
 }  # fmt: skip
 
 
@@ -96,13 +96,13 @@ def test_a_trial_is_a_run_with_its_values(tmp_path, name):
     ("name", "key", "values", "fixed"),
     [
         ("full", "learning_rate", [1e-4, 1e-2], {"optimizer": "signgd"}),
-        ("full", "optimizer", ["sgd", "signgd", "adam"], {"learning_rate": 1e-2}),
+        ("full", "optimizer", ["sgd", "adam"], {"learning_rate": 1e-2}),
         ("full", "l2_loss", [False, True], {}),
         ("full", "label_smoothing_factor", [0.0, 0.4], {"learning_rate": 1e-2}),
         ("lora", "seed", [1, 2], {}),
         ("sparse", "sparse_basis_refresh_steps", [0, 1], {
             "sparse_basis_steps": 2, "sparse_density": 0.1, "sparse_support": "static", "learning_rate": 1e-2}),
-        ("gradientless", "search_method", ["gld", "spsa", "adam"], {"feature_cache_gb": 0.0}),
+        ("gradientless", "search_method", ["gld", "adam"], {"feature_cache_gb": 0.0}),
     ],
 )  # fmt: skip
 def test_what_is_made_once_follows_the_trial(tmp_path, name, key, values, fixed):

@@ -169,16 +169,22 @@ class ProjectedEngine:
 
     def _batch_size(self, rows: ExampleRows, bound: float) -> int:
         """Rows of a forward pass that fit into `bound`, measured on the longest row."""
+        longest = longest_row(rows)
         with saved_bytes(self.model) as saved:
-            (part,) = self.examples(rows.batch([longest_row(rows)], self.device))
+            (part,) = self.examples(rows.batch([longest], self.device))
         features = 3 * self.scalars * self.projection.dimension * self.dtype.itemsize  # spectrum and sums
         factors = {t.data_ptr(): t.nbytes for by_name in part.gradients for t in _tensors(by_name.values())}
         # The graph, the output gradients during the backward pass, the factors, and the features.
         example = 2 * sum(saved.values()) + sum(factors.values()) + features
         chunk = min(CHUNK_ROWS, len(rows)) * features
-        fixed = self._fixed_bytes + self.projection.scratch_bytes() + chunk
-        refuse_too_little(bound, fixed + example, "one example")
-        return max(1, min(self.batch_size, int((1e9 * bound - fixed) // example)))
+
+        def needed(size: int) -> int:
+            scratch = self.projection.scratch_bytes(size * rows.lengths[longest])
+            return self._fixed_bytes + chunk + scratch + size * example
+
+        refuse_too_little(bound, needed(1), "one example")
+        most = min(self.batch_size, len(rows))
+        return max(size for size in range(1, most + 1) if size == 1 or needed(size) <= 1e9 * bound)
 
     def features(self, rows: ExampleRows, first: int, batches: Sequence[Sequence[int]]) -> torch.Tensor:
         """Compute features `[rows, c, k]` on the CPU for the rows in `batches`, which start at row `first`.

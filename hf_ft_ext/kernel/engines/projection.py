@@ -140,10 +140,10 @@ class Projection:
             total += torch.fft.irfft(spectrum, n=self.dimension)
         return total
 
-    def scratch_bytes(self) -> int:
-        """About what a call takes beside its arguments and its result."""
+    def scratch_bytes(self, tokens: int) -> int:
+        """About what a call with so many tokens takes beside its arguments and its result."""
         wide = 2 * self.dtype.itemsize
-        return 3 * self._token_step() * self.dimension * wide + 3 * _ENTRIES * 8
+        return 3 * min(self._token_step(), tokens) * self.dimension * wide + 3 * _ENTRIES * 8
 
     # --- linear layers ---------------------------------------------------------------------------------
 

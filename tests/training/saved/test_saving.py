@@ -27,8 +27,15 @@ def asking():
     return model
 
 
-@pytest.mark.parametrize("way", ["model", "model_init"])
-@pytest.mark.parametrize("name", TRAINERS)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        *((name, "model") for name in TRAINERS),
+        ("Full", "model_init"),
+        ("Fisher", "model_init"),
+        ("Kernel", "model_init"),
+    ],
+)
 def test_models_give_logits_and_no_more(tmp_path, caplog, name, way):
     caplog.set_level("INFO", logger="hf_ft_ext")
     arguments = getattr(hf_ft_ext, f"{name}TrainingArguments")(

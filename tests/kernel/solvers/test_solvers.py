@@ -5,68 +5,20 @@ import pytest
 import scipy.linalg
 from sklearn.linear_model import LogisticRegressionCV
 from sklearn.svm import SVC, SVR
+from solver_problems import flat, problem, random_problem, solved
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.solvers import (
-    FULL_UNKNOWNS,
     Coupling,
     GeneralMatrix,
-    KernelModel,
     KernelSystem,
     Solver,
     SolverOptions,
     SymmetricMatrix,
-    arrays_of,
-    check_combination,
-    check_labels,
-    chosen_coupling,
     matrix_of,
-    solution_of,
 )
 
 GRID = (0.0, 1e-6, 1e-4, 1e-2, 1.0)
-
-
-def solved(options: SolverOptions, kernel, labels, start=None) -> KernelModel:
-    return KernelSystem(options, kernel, labels, start).solve()
-
-
-def problem(classes: int, scalars: int, n: int = 24, m: int = 40, seed: int = 0, kernels: int = 1):
-    """Jacobians with a direction per class; kernels of train with train and with test, and labels."""
-    rng = np.random.default_rng(seed)
-    means = 3 * rng.normal(size=(classes, 6))
-    labels, truth = np.arange(n) % classes, np.arange(m) % classes
-    size = 6 * scalars
-
-    def jacobians(labels):
-        features = means[labels] + rng.normal(size=(len(labels), 6))
-        return np.einsum("nf,ab->nafb", features, np.eye(scalars)).reshape(len(labels), scalars, size)
-
-    train, test = jacobians(labels), jacobians(truth)
-    products = [(train, test), (np.sign(train), test), (train, np.sign(test))][-kernels:] if kernels == 2 else None
-    if kernels == 2:
-        kernel = np.stack([np.einsum("iap,jbp->iajb", np.sign(train), train)] * 2)
-        kernel[1] = kernel[0].transpose(2, 3, 0, 1)
-        other = np.stack([np.einsum("iap,jbp->iajb", a, b) for a, b in products])
-        return kernel, labels, other, truth
-    return (
-        np.einsum("iap,jbp->iajb", train, train)[None],
-        labels,
-        np.einsum("iap,jbp->iajb", train, test)[None],
-        truth,
-    )
-
-
-def random_problem(scalars: int, n: int = 15, m: int = 9, seed: int = 0, symmetric: bool = True):
-    """Kernels of full rank in which all scalars are coupled, with their test side, two kernels each."""
-    rng = np.random.default_rng(seed)
-    train, test = rng.normal(size=(n, scalars, 4 * n * scalars)), rng.normal(size=(m, scalars, 4 * n * scalars))
-    left = train if symmetric else np.tanh(3 * train)
-    right = test if symmetric else np.tanh(3 * test)
-    kernel = np.stack([np.einsum("iap,jbp->iajb", left, train), np.einsum("iap,jbp->iajb", train, left)])
-    other = np.stack([np.einsum("iap,jbp->iajb", left, test), np.einsum("iap,jbp->iajb", train, right)])
-    return kernel, other
 
 
 def predicted(found: np.ndarray) -> np.ndarray:
@@ -87,14 +39,6 @@ def test_every_solver_takes_two_and_more_classes(solver, classes, scalars):
         assert np.mean(predicted(found) == truth) > 0.85, (solver, coupling, np.mean(predicted(found) == truth))
         assert np.mean(predicted(model.predict(kernel)) == labels) > 0.9
         assert 0 <= model.loss(found, truth) < 2
-
-
-# --- the plain way, one system for each regularization ---------------------------------------------------
-
-
-def flat(kernel: np.ndarray) -> np.ndarray:
-    n, c, m = kernel.shape[:3]
-    return kernel.reshape(n * c, m * c)
 
 
 def ridge(matrix: np.ndarray, r: float) -> np.ndarray:
@@ -263,27 +207,6 @@ def test_couplings_are_different_systems():
         np.testing.assert_allclose(by_class[:, c], other[0, :, c, :, c].T @ alpha, rtol=1e-9)
 
 
-def test_the_coupling_follows_solver_task_and_size(caplog):
-    assert chosen_coupling(Solver.LSTSQ, "auto", False, 100, 6) is Coupling.FULL
-    assert chosen_coupling(Solver.LSTSQ, "auto", False, 600, 150) is Coupling.PSEUDO
-    assert "90000 unknowns" in caplog.text.replace(",", "") and "kernel_classes=pseudo" in caplog.text
-    assert chosen_coupling(Solver.LSTSQ, "auto", False, 600, 150, "adjust_for_init") is Coupling.SHARED
-    with pytest.raises(InputError, match="sums the logits to one scalar, but adjust_for_init needs each class's own"):
-        chosen_coupling(Solver.LSTSQ, "pseudo", False, 600, 150, "adjust_for_init")
-    with pytest.raises(InputError, match="but this task has only one"):
-        chosen_coupling(Solver.LSTSQ, "pseudo", False, 600, 1)
-    assert chosen_coupling(Solver.LSTSQ, "full", False, 600, 150) is Coupling.FULL
-    assert chosen_coupling(Solver.LSTSQ, "auto", False, 2 * FULL_UNKNOWNS, 1) is Coupling.FULL  # nothing to leave out
-    assert chosen_coupling(Solver.SVC, "auto", False, 10, 3) is Coupling.SHARED
-    assert chosen_coupling(Solver.SVR, "auto", True, 10, 3) is Coupling.BY_CLASS
-    with pytest.raises(
-        InputError, match="kernel_classes=full does not work with kernel_solver=svc; choose from: auto, shared, pseudo"
-    ):
-        chosen_coupling(Solver.SVC, "full", False, 10, 3)
-    with pytest.raises(InputError, match="with several labels per row each label is solved separately"):
-        chosen_coupling(Solver.LSTSQ, "full", True, 10, 3)
-
-
 def test_many_classes_are_solved_without_the_full_matrix():
     rng = np.random.default_rng(0)
     n, classes = 300, 150
@@ -321,79 +244,6 @@ def test_one_scalar_serves_all_classes(solver):
     pseudo = KernelSystem(options, mean, labels, scalars=3).solve()
     assert pseudo.scalars == 3 and pseudo.predict(across).shape == (9, 3)
     np.testing.assert_allclose(pseudo.predict(across), shared, rtol=1e-6)
-
-
-# --- leaving one out and gradient flow -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scalars, coupling", [(1, "full"), (3, "full"), (3, "by_class"), (3, "shared")])
-def test_leave_one_out_equals_solving_without_the_row(scalars, coupling):
-    kernel, _ = random_problem(scalars)
-    labels, r = np.arange(15) % max(scalars, 2), 0.05
-    options = SolverOptions(Solver.LSTSQ, coupling=coupling)
-    found = KernelSystem(options, kernel, labels).leave_one_out(r)
-    norms = {"full": lambda: [np.linalg.norm(flat(kernel[0]), 2)]}.get(coupling)
-    if coupling == "by_class":
-        norms = lambda: [np.linalg.norm(kernel[0, :, c, :, c], 2) for c in range(3)]  # noqa: E731
-    if coupling == "shared":
-        norms = lambda: [np.linalg.norm(np.einsum("icjc->ij", kernel[0]) / 3, 2)]  # noqa: E731
-    for i in range(15):
-        rest = [k for k in range(15) if k != i]
-        part, y = kernel[0][rest][:, :, rest], np.eye(3)[labels[rest]] if scalars == 3 else 2.0 * labels[rest] - 1
-        across = kernel[0][rest][:, :, [i]]
-        if coupling == "full":
-            n = 14 * scalars
-            alpha = np.linalg.solve(part.reshape(n, n) + r * norms()[0] * np.eye(n), y.reshape(-1))
-            expected = across.reshape(n, scalars).T @ alpha
-        else:
-            own, new = ([k[:, c, :, c] for c in range(3)] for k in (part, across))
-            if coupling == "shared":
-                own, new = [sum(own) / 3] * 3, [sum(new) / 3] * 3
-            lams = norms() * (3 if coupling == "shared" else 1)
-            expected = [new[c].T @ np.linalg.solve(own[c] + r * lams[c] * np.eye(14), y[:, c]) for c in range(3)]
-            expected = np.concatenate(expected)
-        np.testing.assert_allclose(found[i], expected, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("scalars", [1, 3])
-@pytest.mark.parametrize("r", [0.0, 0.1])
-def test_gradient_flow_equals_the_integrated_differential_equation(scalars, r):
-    """d f(x) / dt = -1/N K(x, X) (f(X) - y), plus the regularization: integrated by Runge-Kutta."""
-    kernel, other = random_problem(scalars, n=6)
-    labels = np.arange(6) % max(scalars, 2)
-    y = (np.eye(3)[labels] if scalars == 3 else 2.0 * labels[:, None] - 1).reshape(-1)
-    rng = np.random.default_rng(2)
-    f0, g0 = rng.normal(size=y.shape), rng.normal(size=9 * scalars)
-    k, across = flat(kernel[0]), flat(other[0])
-    lam = r * np.linalg.norm(k, 2)
-
-    def change(alpha):  # of theta - theta_0 = sum_i alpha_i J_i: f(X) = f_0 + K alpha
-        return -(f0 + k @ alpha - y + lam * alpha) / 6
-
-    alpha, step = np.zeros_like(y), 0.0005
-    for _ in range(400):
-        a = change(alpha)
-        b = change(alpha + step / 2 * a)
-        c = change(alpha + step / 2 * b)
-        alpha = alpha + step / 6 * (a + 2 * b + 2 * c + change(alpha + step * c))
-    options = SolverOptions(Solver.LSTSQ, r, time=0.2)
-    system = KernelSystem(options, kernel, labels, f0.reshape(6, -1))
-    found = system.solve().predict(other, g0.reshape(9, -1))
-    np.testing.assert_allclose(found, (g0 + across.T @ alpha).reshape(9, -1), rtol=1e-7)
-    assert np.abs(f0 + k @ alpha - y).max() > 1e-3  # not yet at the end
-    for late in (1e9, np.inf):
-        end = system.solve(time=late).predict(other)
-        np.testing.assert_allclose(end, system.solve(time=np.inf).predict(other), rtol=1e-9)
-    np.testing.assert_allclose(system.solve(time=0.0).predict(other), 0, atol=1e-12)
-
-
-def test_gradient_flow_does_not_move_in_the_null_space():
-    kernel, labels, other, _ = problem(2, 1)  # rank 6 of 24
-    found = solved(SolverOptions(Solver.LSTSQ, time=1e12), kernel, labels).predict(other)
-    np.testing.assert_allclose(found, solved(SolverOptions(Solver.LSTSQ), kernel, labels).predict(other), rtol=1e-2)
-    asymmetric = random_problem(1, symmetric=False)[0]
-    with pytest.raises(InputError, match="gradient flow needs a symmetric kernel"):
-        solved(SolverOptions(Solver.LSTSQ, time=1.0), asymmetric, np.arange(15) % 2)
 
 
 # --- formulas ---------------------------------------------------------------------------------------------
@@ -455,46 +305,3 @@ def test_ill_conditioned_kernel_is_warned_about(caplog):
     assert model.rank == 6 and model.condition > 1e12
     assert "ill-conditioned: rank 6 of 24" in caplog.text and "kernel_regularization" in caplog.text
     assert np.isfinite(model.predict(other)).all()
-
-
-def test_solution_is_restored_from_its_arrays():
-    kernel, other = random_problem(3)
-    for solver in Solver:
-        model = solved(SolverOptions(solver, 1e-2, svm_c=0.05), kernel, np.arange(15) % 3)
-        again = KernelModel(model.options, 3, solution_of(model.solution.kind, arrays_of(model.solution)))
-        assert np.array_equal(again.predict(other), model.predict(other))
-        with pytest.raises(InputError, match="a kernel with 9 training rows does not fit a solution of 15"):
-            model.predict(other.transpose(0, 3, 4, 1, 2))
-    with pytest.raises(InputError, match="kind 'unknown' is unknown"):
-        solution_of("unknown", {})
-    with pytest.raises(InputError, match="coefficients of the kernel are missing, expected coefficients, intercept"):
-        solution_of("linear", {})
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"solver": Solver.LOGISTIC, "regression": True}, "logistic classifies, but the task is regression; pass"),
-        ({"solver": Solver.SVC, "regression": True}, "kernel_solver=svc classifies"),
-        ({"solver": Solver.ASYM}, "needs a kernel and its flip, which kernel_formula=sgd does not give"),
-        ({"solver": Solver.SVR, "formula": Formula.ASYMMETRIC_SIGNGD}, "svr needs a symmetric kernel"),
-        ({"solver": Solver.SVC, "adjust_for_init": True}, "fits classes, from which the model's initial logits"),
-        ({"binary": True, "classes": 3}, "binary_classification needs two classes, but the task has 3 classes"),
-        ({"binary": True, "regression": True}, "but the task has scores"),
-        ({"time": 2.0, "formula": Formula.SIGNGD, "adjust_for_init": True}, "not lstsq and signgd"),
-        ({"time": 2.0, "solver": Solver.SVR, "adjust_for_init": True}, "kernel_time=2 means gradient flow"),
-        ({"time": 2.0}, "gradient flow starts from the model's own outputs; pass adjust_for_init too"),
-    ],
-)
-def test_invalid_combinations_are_refused(options, message):
-    defaults = {"solver": Solver.LSTSQ, "formula": Formula.SGD, "regression": False, "adjust_for_init": False}
-    with pytest.raises(InputError, match=message):
-        check_combination(**{**defaults, "classes": 2, "binary": False, **options})
-
-
-def test_labels_that_cannot_be_fitted_are_refused():
-    with pytest.raises(InputError, match="no example of 'b', 'd'; a kernel method can only predict"):
-        check_labels(np.array([0, 2, 2]), ["a", "b", "c", "d"])
-    kernel, _, _, _ = problem(2, 1, n=3)
-    with pytest.raises(InputError, match="a class has a single example; pass kernel_solver=lstsq"):
-        solved(SolverOptions(Solver.LOGISTIC), kernel, np.array([0, 0, 1]))

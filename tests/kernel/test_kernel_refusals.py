@@ -1,0 +1,85 @@
+"""Settings, arguments and uses of KernelTrainer that are refused."""
+
+import pytest
+import torch
+from kernel_runs import make
+from tiny import tiny_dataset, tiny_model
+
+from hf_ft_ext import KernelTrainer, KernelTrainingArguments
+from hf_ft_ext.errors import InputError
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"kernel_formula": "adam"}, "kernel_formula='adam'; choose from: sgd, signgd"),
+        (
+            {"kernel_regularization": "-1"},
+            "kernel_regularization must be a number of 0 or more, auto or loo, got '-1'",
+        ),
+        (
+            {"kernel_regularization": "auto", "kernel_solver": "logistic"},
+            "the logistic solver cross-validates its own",
+        ),
+        ({"kernel_lambda": 1.5}, r"kernel_lambda must be in \[0, 1\], got 1.5"),
+        ({"kernel_gamma": 0}, "kernel_gamma must be above 0 and finite, got 0"),
+        ({"f0_scaling": 2.0}, "f0_scaling=2.0 needs adjust_for_init"),
+        ({"load_kernels": "x", "overwrite_kernels": True}, "leave overwrite_kernels out"),
+        ({"kernel_peft_config": {"r": 1}}, "kernel_peft_config needs kernel_peft"),
+        ({"kernel_peft_config": "{"}, "is no JSON"),
+        ({"kernel_solver": "asym"}, "which kernel_formula=sgd does not give"),
+        ({"kernel_regularization": "loo", "kernel_solver": "svr"}, "pass auto or a number, or leave it out"),
+        (
+            {"kernel_regularization": "loo", "kernel_formula": "asymmetric_signgd"},
+            "loo needs kernel_solver=lstsq, a symmetric kernel",
+        ),
+        ({"kernel_classes": "some"}, "kernel_classes='some'; choose from: auto, full, by_class, shared, pseudo"),
+        ({"kernel_time": 0.0, "adjust_for_init": True}, "kernel_time must be above 0 and finite, got 0.0"),
+        ({"kernel_time": 1.0}, "pass adjust_for_init too"),
+        ({"function": torch.sum, "kernel_dir": "x"}, "kernel_dir=x: kernels of a user's function are not stored"),
+        ({"function": torch.sum, "kernel_solver": "svc"}, "kernel_solver=svc classifies, but the task is regression"),
+        ({"function": torch.sum, "binary_classification": True}, "but the task has scores"),
+        ({"kernel_parameters": "none at all"}, "no trainable parameter is left"),
+    ],
+)
+def test_invalid_settings_are_refused(tmp_path, settings, message):
+    with pytest.raises(InputError, match=message):
+        make(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"learning_rate": 1e-3}, "learning_rate=0.001 steers a training loop"),
+        ({"bf16": True}, "bf16=True steers"),
+        ({"kernel_gamma": 2.0}, "kernel_gamma applies only to kernel_solver=asym, not lstsq"),
+    ],
+)
+def test_arguments_without_effect_are_refused(given, message):
+    with pytest.raises(InputError, match=message):
+        KernelTrainingArguments("x").check_given(given)
+    with pytest.raises(InputError, match="random_model_init would undo from_linearhead"):
+        KernelTrainingArguments("x", random_model_init=True).check_given({"from_linearhead": True})
+
+
+def test_invalid_uses_are_refused(tmp_path):
+    with pytest.raises(InputError, match="takes no steps; leave `optimizers` out"):
+        KernelTrainer(tiny_model(), optimizers=(torch.optim.SGD(tiny_model().parameters()), None))
+    with pytest.raises(InputError, match="call train"):
+        make(tmp_path).evaluate()
+    trainer = make(tmp_path)
+    trainer.train()
+    with pytest.raises(InputError, match="known length, but this is a stream"):
+        trainer.evaluate(trainer.eval_dataset.to_iterable_dataset())
+    with pytest.raises(InputError, match="leaves no checkpoint"):
+        make(tmp_path).train(resume_from_checkpoint=True)
+    with pytest.raises(InputError, match="has no optimizer"):
+        make(tmp_path).create_optimizer()
+    data = tiny_dataset(8)
+    one_class = data.select([i for i, label in enumerate(data["labels"]) if label == 0])
+    with pytest.raises(InputError, match="no example of 'LABEL_1'"):
+        make(tmp_path, train=one_class).train()
+    model = tiny_model()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(InputError, match="gradient_checkpointing_disable"):
+        make(tmp_path, model)
