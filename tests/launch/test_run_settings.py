@@ -138,7 +138,7 @@ def test_activation_checkpointing_changes_nothing(launch, plain, small, method):
 
 COMPILED = ("--torch_compile", "--torch_compile_backend", "eager")  # the graphs, without the minutes that code takes
 NOT_COMPILED = {
-    "gradientless": "torch_compile does not see weights that change between evaluations",
+    "gradientless": "torch_compile does not support weights that change between evaluations",
     "kernel": "torch_compile=True steers a training loop, and method kernel has none",
 }
 
