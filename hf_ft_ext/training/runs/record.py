@@ -11,8 +11,8 @@ import torch
 
 from hf_ft_ext.adapters.folder import local_files
 from hf_ft_ext.files import write_json
-from hf_ft_ext.training.weights.devices import device_name
 from hf_ft_ext.training.runs.resources import ResourceMonitor
+from hf_ft_ext.training.weights.devices import device_name
 
 RUN_RECORD = "run.json"
 ABOVE = "above the level before training, largest of all processes"
