@@ -58,12 +58,15 @@ def test_the_method_runs_through_the_launcher(entered, package, tiny_bert_dir, m
 @pytest.mark.slow
 def test_the_launchers_matrix_and_the_pages_own_tests_pass(entered, package):
     (command,) = [b.code for b in blocks_of(EXAMPLE) if b.language == "bash" and b.code.startswith("pytest")]
-    matrix, own, *options = command.partition("#")[0].split()[1:]
+    *paths, option, value = command.partition("#")[0].split()[1:]
+    *matrix, own = paths
     words = ["-c", str(ROOT / "setup.cfg"), "--rootdir", str(ROOT), "-q", "-x", "-p", "no:cacheprovider"]
-    words += ["-p", "no:xdist", str(ROOT / matrix), str(package / own), *options]
+    words += ["-p", "no:xdist", *(str(ROOT / path) for path in matrix), str(package / own)]
+    words += [option, value]
 
     def run_pytest(argv: list[str]) -> int:
-        sys.modules.pop(Path(matrix).stem, None)  # its parameters are the methods of the moment it is imported
+        for name in ("launched", *(Path(path).stem for path in matrix)):
+            sys.modules.pop(name, None)  # their parameters are the methods of the moment they are imported
         return pytest.main(argv)
 
     ended = launch(words, package, main=run_pytest, seconds=300)
