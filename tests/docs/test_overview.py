@@ -61,12 +61,12 @@ def test_a_partial_file_gives_what_it_has(tmp_path):
 def test_the_first_file_with_enough_variants_is_shown(tmp_path):
     few = {"full": (0.9, 100), "lora": (0.9, 90)}
     many = {**few, "sparse": (0.9, 80), "kernel": (0.8, 70), "fisher": (0.8, 60)}
-    results.save("methods", rows(many), ["x"], tmp_path)
-    results.save("base_size", rows(few), ["x"], tmp_path)
-    assert overview.study(tmp_path)[0] == "methods"
-    results.save("base_size", rows(dict(list(many.items())[:4])), ["x"], tmp_path)
+    results.save("base_size", rows(many), ["x"], tmp_path)
+    results.save("methods", rows(few), ["x"], tmp_path)
     assert overview.study(tmp_path)[0] == "base_size"
-    results.save("base_size", rows({"full": (0.5, 1000)}, task="rte"), ["x"], tmp_path)
+    results.save("methods", rows(dict(list(many.items())[:4])), ["x"], tmp_path)
+    assert overview.study(tmp_path)[0] == "methods"
+    results.save("methods", rows({"full": (0.5, 1000)}, task="rte"), ["x"], tmp_path)
     assert overview.study(tmp_path)[1][0].value("score") == pytest.approx(0.9)  # another task is left out
 
 

@@ -222,7 +222,7 @@ def test_what_is_private_stays_out_of_files_and_the_repository(hub, base, monkey
 
 def test_an_adapter_of_a_local_model_is_warned_about(hub, base, caplog):
     assert push("base", "lora", "out") == 0
-    assert "others cannot load it" in caplog.text
+    assert "others cannot load the adapter" in caplog.text
 
 
 # --- failures -----------------------------------------------------------------------------------------
@@ -231,15 +231,15 @@ def test_an_adapter_of_a_local_model_is_warned_about(hub, base, caplog):
 REFUSALS = [
     ("commit", 401, "answered 401: the token is missing or not valid; log in with `hf auth login`"),
     ("PUT", BROKEN, r"the connection failed \(.+\); check the network"),
-    ("commit", 500, "answered 500: the Hub has a fault of its own"),
+    ("commit", 500, "answered 500: the Hub has an internal error"),
     ("commit", 403, "answered 403: the token may not write there; use one with write permission"),
     ("preupload", 404, "answered 404: there is no such repository"),
     ("commit", 409, "answered 409: the repository was changed by another user at the same time"),
     ("commit", 429, "answered 429: too many requests"),
-    ("validate-yaml", 500, "answered 500: the Hub has a fault of its own"),
-    ("lfs/objects/batch", 500, "answered 500: the Hub has a fault of its own"),
-    ("PUT", 500, "answered 500: the Hub has a fault of its own"),
-    ("commit", 503, "answered 503: the Hub has a fault of its own"),
+    ("validate-yaml", 500, "answered 500: the Hub has an internal error"),
+    ("lfs/objects/batch", 500, "answered 500: the Hub has an internal error"),
+    ("PUT", 500, "answered 500: the Hub has an internal error"),
+    ("commit", 503, "answered 503: the Hub has an internal error"),
     ("commit", BROKEN, "the connection failed"),
 ]
 

@@ -95,7 +95,7 @@ def test_a_row_is_chosen_by_address_or_argument_and_the_command_line_wins(table)
         (["table.yaml#sst2-16-smal"], r"no row 'sst2-16-smal'; the nearest are: sst2-16-small, .*`hf-ft-ext recipes"),
         (["table.yaml#xyzzy"], "no row 'xyzzy'; the first are: sst2-16-small, sst2-64-small, .*lists all 6"),
         (["table.yaml"], "is a table of 6 rows; choose one, for example table.yaml#sst2-16-small"),
-        (["plain.yaml#one"], "plain.yaml is one experiment without rows; leave #one out"),
+        (["plain.yaml#one"], "plain.yaml is a single experiment without rows; leave #one out"),
         (["table.yaml#a", "--recipe_row", "b"], "selects the row 'a', and --recipe_row 'b'; pass one of the two"),
         (["--recipe_row", "b"], "--recipe_row b needs a recipe"),
         (["chooses.yaml"], "recipe_row in a recipe chooses nothing"),
@@ -113,7 +113,7 @@ def test_invalid_addresses_are_refused(table, words, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("columns: {a: seed}", "has columns and no rows; add rows, or leave columns out"),
+        ("columns: {a: seed}", "has columns but no rows; add rows, or leave columns out"),
         ("rows: {}", "rows of recipe table.yaml are empty"),
         ("rows: text", "must be a mapping of names to settings, or a list of rows"),
         ("rows: {one: 3}", "row 'one' of recipe table.yaml must be a mapping of arguments, got 3"),

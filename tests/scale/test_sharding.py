@@ -149,6 +149,8 @@ def check(place: Path, monkeypatch, method: str, config: str) -> None:
     for key, value in one.items():
         if "_columns." in key:  # beyond the first, these few rows' gradients have less energy than rounding
             assert principal_angle(value[:, :1], two[key][:, :1]) < 1e-3, key
+        elif ".sparse_grad_values" in key:  # the changes of the weights, by these columns
+            assert (value - two[key]).abs().max() < 2e-2 * value.abs().max(), key
         else:
             assert torch.allclose(value, two[key], atol=2e-6), key
     first, second = (json.loads((place / f"{name}-{method}" / "run.json").read_text()) for name in ("one", config))
