@@ -1,4 +1,4 @@
-"""Arguments of methods that solve the task at once: what steers a training loop is refused, not ignored."""
+"""Arguments of methods that solve the task in one call. Settings of a training loop are refused, not ignored."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from hf_ft_ext.arguments import MethodTrainingArguments
 from hf_ft_ext.arguments.completion import chosen
 from hf_ft_ext.errors import InputError
 
-# What steers a training loop, its evaluations or its checkpoints.
+# Arguments that configure a training loop, its evaluations or its checkpoints.
 _OF_A_LOOP = (
     "activation_checkpointing", "adam_beta1", "adam_beta2", "adam_epsilon", "auto_find_batch_size",
     "dataloader_drop_last", "early_stopping_patience", "eval_delay", "eval_on_start", "eval_steps", "eval_strategy",
@@ -18,8 +18,8 @@ _OF_A_LOOP = (
     "optim_target_modules", "resume_from_checkpoint", "save_only_model", "save_steps",
     "save_strategy", "save_total_limit", "train_sampling_strategy", "warmup_steps", "weight_decay",
 )  # fmt: skip
-_ONE_STEP = 1  # what a plan and a progress bar count
-# Values that ask for nothing: they are what the method does anyway.
+_ONE_STEP = 1  # the step count that the training plan and the progress bar show
+# Values that are allowed because they match what the method does anyway.
 _NOTHING_ASKED = {
     "early_stopping_patience": (0,),
     "eval_strategy": ("no",),
@@ -31,11 +31,11 @@ _NOTHING_ASKED = {
 
 @dataclass
 class AtOnceTrainingArguments(MethodTrainingArguments):
-    """Base of the arguments of methods without a training loop.
+    """Base class of the arguments of methods without a training loop.
 
     Attributes:
-        instead_of_steps: what the method does in its place, for messages.
-        also_without_effect: more names of arguments that the method cannot honour.
+        instead_of_steps: what the method does instead of a training loop, for error messages.
+        also_without_effect: further arguments that the method cannot honour.
 
     Raises:
         InputError: an argument of a training loop was set.
@@ -47,9 +47,9 @@ class AtOnceTrainingArguments(MethodTrainingArguments):
 
     @property
     def rows_per_pass(self) -> int:
-        """Rows of a forward pass, at most: the evaluation's batch size, or the training's if that is set and smaller.
+        """Maximum rows of a forward pass: the evaluation batch size, or the training batch size if set and smaller.
 
-        Nothing that is computed depends on it.
+        It changes memory and speed, not the result.
         """
         if chosen(self, "per_device_train_batch_size"):
             return min(self.per_device_train_batch_size, self.per_device_eval_batch_size)
