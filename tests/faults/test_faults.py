@@ -72,7 +72,7 @@ def test_without_checkpoints_a_signal_ends_the_run_at_once(unbroken):
     words = [*run.workload.argv, "--save_strategy", "no"]
     ended = launch(words, folder, Events("work", 130, lambda: os.kill(os.getpid(), signal.SIGTERM)).install)
     assert ended.status == 143 and ended.clean and not checkpoint_folders(folder / "out")
-    assert "stopped by SIGTERM: there is no checkpoint to go on from; run the same command again" in ended.err
+    assert "stopped by SIGTERM: there is no checkpoint to resume; run the same command again" in ended.err
 
 
 @pytest.mark.parametrize(
