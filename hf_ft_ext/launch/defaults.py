@@ -55,7 +55,7 @@ def complete_arguments(
     """
     check_ranges(run_args.given)
     _fill_in(run_args, model_args, data_args, training_args)
-    _suit_the_machine(run_args, training_args)
+    _adapt_to_machine(run_args, training_args)
     check_together(run_args, training_args)
     check_streaming(run_args, data_args, training_args)
     refuse_idle_options(Command(run_args, model_args, data_args, training_args))
@@ -96,7 +96,7 @@ def _fill_in(run_args, model_args, data_args, training_args) -> None:
         logger.info("Using defaults: %s.", ", ".join(filled_in))
 
 
-def _suit_the_machine(run_args: RunArguments, training_args: MethodTrainingArguments) -> None:
+def _adapt_to_machine(run_args: RunArguments, training_args: MethodTrainingArguments) -> None:
     """Without an accelerator, switch off pinned memory and log it if CPU cores stay idle."""
     if torch.accelerator.is_available() and not training_args.use_cpu:
         return

@@ -33,7 +33,7 @@ OWNER_FILE = ".run.owner.json"  # beside it, because a second process may trunca
 
 # Weights of models and of adapters. Files of both kinds in one folder would make it unloadable, so all are deleted.
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*")
-_OWN = (
+_RUN_FILES = (
     RUN_RECORD,
     "predictions*.tsv",
     "hp_search.json",
@@ -43,7 +43,7 @@ _OWN = (
     TRAINER_STATE,
     *_WEIGHTS,
 )
-_OF_CHECKPOINTS = (SEAL, "optimizer*", "rng_state*.pth", "scheduler.pt")
+_CHECKPOINT_FILES = (SEAL, "optimizer*", "rng_state*.pth", "scheduler.pt")
 
 
 def holds_run(folder: str | os.PathLike) -> bool:
@@ -117,7 +117,7 @@ def _is_run_folder(folder: Path) -> bool:
         return True
     if re.fullmatch(r"checkpoint-\d+", folder.resolve().name) or fault_of(folder) is not None:
         return False
-    return not any(next(folder.glob(pattern), None) for pattern in _OF_CHECKPOINTS)
+    return not any(next(folder.glob(pattern), None) for pattern in _CHECKPOINT_FILES)
 
 
 def refuse_foreign_run(output_dir: str) -> None:
@@ -157,7 +157,7 @@ def clear_old_run(output_dir: str | os.PathLike, method: str) -> None:
     for path in folder.glob("checkpoint-*"):
         if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name):
             shutil.rmtree(path)
-    for pattern in (*_OWN, *own):
+    for pattern in (*_RUN_FILES, *own):
         for path in folder.glob(pattern):
             if path.is_file() or path.is_symlink():
                 path.unlink()
@@ -190,14 +190,15 @@ def make_room(run_args: RunArguments, args: MethodTrainingArguments, until: cont
                 refuse_foreign_run(args.output_dir)  # again: another run may have filled it since the first check
 
 
-_STORAGE = {
+_STORAGE_ERRORS = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR", "EISDIR", "ESTALE")
     if hasattr(errno, name)
 }
-_IN_TEXT = ("No space left", "File too large", "Read-only file system", "Disk quota", "Input/output error",
+_STORAGE_MESSAGES = ("No space left", "File too large", "Read-only file system", "Disk quota", "Input/output error",
             "Permission denied")  # fmt: skip
-_TORCH = ("PytorchStreamWriter", "inline_container", "iostream error")  # torch.save does not report the system's error
+# torch.save does not report the system's error
+_TORCH_MESSAGES = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 def check_writable(folder: str) -> None:
@@ -244,14 +245,14 @@ def _reason(error: BaseException) -> str | None:
     """The reason of a disk error, or `None` for other errors."""
     seen = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _STORAGE:
+        if isinstance(seen, OSError) and seen.errno in _STORAGE_ERRORS:
             return f"{seen.strerror}: {seen.filename}" if seen.filename else str(seen.strerror)
         text = str(seen)
         # tokenizers raise a bare Exception, safetensors their own
         plain = isinstance(seen, OSError | SafetensorError) or type(seen) in (Exception, RuntimeError)
-        if plain and any(words in text for words in _IN_TEXT):
-            return next(words for words in _IN_TEXT if words in text)
-        if isinstance(seen, RuntimeError) and any(words in text for words in _TORCH):
+        if plain and any(words in text for words in _STORAGE_MESSAGES):
+            return next(words for words in _STORAGE_MESSAGES if words in text)
+        if isinstance(seen, RuntimeError) and any(words in text for words in _TORCH_MESSAGES):
             return "a file could not be written to its end"
         seen = seen.__cause__ or seen.__context__
     return None

@@ -41,13 +41,13 @@ class SaveAndStop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         last = state.global_step >= state.max_steps or control.should_training_stop
         if args.world_size == 1 or last or self._schedule.is_due(state.global_step):
-            self._look(args, state, control)
+            self._compare_signals(args, state, control)
 
     def on_evaluate(self, args, state, control, **kwargs):
         if self.signals.waits:
-            self._look(args, state, control)
+            self._compare_signals(args, state, control)
 
-    def _look(self, args, state, control) -> None:
+    def _compare_signals(self, args, state, control) -> None:
         number = self.signals.requested or 0
         if args.world_size > 1:
             seconds = self._schedule.seconds_per_step(state.global_step)
@@ -65,7 +65,7 @@ class SaveAndStop(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.signals.waits:
-            self._look(args, state, control)
+            self._compare_signals(args, state, control)
         self.signals.waits = False
         if self._number is not None:
             raise Interrupted(self._number)

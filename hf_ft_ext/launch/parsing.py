@@ -21,7 +21,7 @@ _CHOICES_SHOWN = 20  # even longer lists (optimizers) appear only in the error f
 _TRAINING = "training (transformers.TrainingArguments)"
 _EVERYTHING = "all"  # `--help all`
 # arguments that users may know from elsewhere -> why they do not exist here
-_GONE = {"low_cpu_mem_usage": "transformers 5 always loads a model without a second copy of its weights"}
+_REMOVED_ARGUMENTS = {"low_cpu_mem_usage": "transformers 5 always loads a model without a second copy of its weights"}
 # What most people set among the arguments of transformers; `--help` shows these, `--help all` shows all.
 _MOST_USED = frozenset(
     """
@@ -160,8 +160,8 @@ class Parser(HfArgumentParser):
         for method in METHODS.values():
             if key in {f.name for f in fields(method.arguments_class()) if f.init}:
                 return f": it belongs to method {method.name!r}; pass --method {method.name} or leave it out"
-        if key in _GONE:
-            return f": {_GONE[key]}; leave it out"
+        if key in _REMOVED_ARGUMENTS:
+            return f": {_REMOVED_ARGUMENTS[key]}; leave it out"
         near = did_you_mean(key, self.hints).replace("'", f"'{dashes}", 1)
         return near or "; `--help` lists all arguments"
 

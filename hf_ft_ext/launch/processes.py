@@ -86,7 +86,7 @@ def report(kind: str, message: str, same: str | None = None, failed: bool = True
     if process.alone:
         sys.stderr.write(f"{kind}: {message}\n")
         return
-    with _undisturbed():
+    with _ignoring_signals():
         try:
             if failed:
                 (_folder() / _FAILED).touch()
@@ -199,7 +199,7 @@ def _delete_older(folders: Iterable[Path], limit: float) -> None:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def _ignoring_signals() -> Iterator[None]:
     """A context that ignores the signals by which a launcher ends all processes when one has failed."""
     if threading.current_thread() is not threading.main_thread():  # others may not set handlers
         yield

@@ -31,10 +31,10 @@ def main(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",
             else:
                 _run(argv, list(program), signals, at_end)
     except Interrupted as stop:
-        return _say_how_to_go_on(stop, signals)
+        return _report_interruption(stop, signals)
     except Exception as error:
         if signals.raised is not None:  # a library replaced the exception
-            return _say_how_to_go_on(Interrupted(signals.raised), signals)
+            return _report_interruption(Interrupted(signals.raised), signals)
         if isinstance(error, PushError):
             sys.stderr.write(f"error: {error}\n")
             return NOT_PUSHED
@@ -59,7 +59,7 @@ def command(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.p
     leave(status)
 
 
-def _say_how_to_go_on(stop: Interrupted, signals: Signals) -> int:
+def _report_interruption(stop: Interrupted, signals: Signals) -> int:
     """Report, once, how to continue the interrupted run; return the exit status."""
     from hf_ft_ext.launch.interruption import what_now
 

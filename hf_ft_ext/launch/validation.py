@@ -102,7 +102,7 @@ def check_together(run_args: RunArguments, training_args: MethodTrainingArgument
         if run_args.overwrite_output_dir:
             raise InputError("--resume_from_checkpoint continues a run, --overwrite_output_dir deletes it; pass one")
         if run_args.hp_search:
-            raise InputError("--hp_search starts every trial anew and cannot resume; drop one of the two")
+            raise InputError("--hp_search starts every trial from scratch and cannot resume; drop one of the two")
         if not training_args.do_train:
             raise InputError(
                 "--resume_from_checkpoint is for training; add --do_train, or to evaluate a checkpoint pass it as "

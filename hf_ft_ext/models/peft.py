@@ -26,7 +26,7 @@ from hf_ft_ext.training.weights.precision import train_in_float32
 
 PREFIX_TUNING = "prefix_tuning"
 _SAVED_BY_PEFT = ("classifier", "score")  # regardless of `modules_to_save`
-_REAL_ACTIVATIONS = "init_from_activations"  # our own setting, not part of peft's configuration
+_INIT_FROM_ACTIVATIONS = "init_from_activations"  # our own setting, not part of peft's configuration
 _TASKS = (
     ("ForSequenceClassification", TaskType.SEQ_CLS),
     ("ForCausalLM", TaskType.CAUSAL_LM),
@@ -122,9 +122,9 @@ def wrap_with_peft(
     if carries_adapters(model):
         raise InputError(f"the model carries PEFT adapters already; leave {option} out, or pass the base model")
     given, settings = settings, dict(settings or {})
-    real = settings.pop(_REAL_ACTIVATIONS, False)
+    real = settings.pop(_INIT_FROM_ACTIVATIONS, False)
     if real and kind.lower() != PREFIX_TUNING:
-        raise InputError(f"{option}_config: {_REAL_ACTIVATIONS} is about prefix_tuning, not {kind}; leave it out")
+        raise InputError(f"{option}_config: {_INIT_FROM_ACTIVATIONS} is about prefix_tuning, not {kind}; leave it out")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind.lower()]]
     if known[kind.lower()] == PeftType.ADALORA:
         raise InputError(

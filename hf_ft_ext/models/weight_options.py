@@ -32,7 +32,7 @@ from hf_ft_ext.training.weights.quantized import is_quantized
 
 logger = logging.getLogger(__name__)
 
-_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' placements over several devices
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' placements over several devices
 
 
 def weight_options(
@@ -178,16 +178,16 @@ def _device_map(wanted: str, args: MethodTrainingArguments | None) -> str | dict
             f"device_map={wanted} spreads a model over the devices of one process, and this run has "
             f"{args.world_size} processes, each with the whole model; leave it out, or start one process"
         )
-    if wanted in _SPREADS:
+    if wanted in _PLACEMENTS:
         return wanted
     try:
         parts = json.loads(wanted) if wanted.startswith("{") else {"": wanted}
     except ValueError as error:
         raise InputError(f"device_map={wanted!r} is not valid JSON: {error}") from None
-    return {part: _place(place) for part, place in parts.items()}
+    return {part: _existing_device(place) for part, place in parts.items()}
 
 
-def _place(place: str | int) -> str | int:
+def _existing_device(place: str | int) -> str | int:
     """Check that a device exists; return it."""
     if place == "disk":
         return place
@@ -196,8 +196,8 @@ def _place(place: str | int) -> str | int:
         known = [] if device.type == "cpu" else list(range(torch.get_device_module(device).device_count()))
     except (RuntimeError, TypeError, AttributeError):
         raise InputError(
-            f"device_map: {place!r} is not a device; pass {', '.join(_SPREADS)}, a device such as cuda:0, or JSON of "
-            "modules to devices"
+            f"device_map: {place!r} is not a device; pass {', '.join(_PLACEMENTS)}, a device such as cuda:0, or JSON "
+            "of modules to devices"
         ) from None
     if device.type != "cpu" and (device.index or 0) not in known:
         raise InputError(f"device_map: there is no device {place!r} here ({len(known)} of its kind); pass another one")

@@ -46,7 +46,7 @@ class AtOnceTrainer(CompleteSaves, MethodTrainer):
     """
 
     solution: ClassVar[str]
-    start_over: ClassVar[str] = "start anew"
+    start_over: ClassVar[str] = "start a new run"
     no_optimizer = "solves the task at once and takes no steps"
     no_optimizer_class = True
 

@@ -9,7 +9,7 @@ from hf_ft_ext.arguments.completion import chosen
 from hf_ft_ext.errors import InputError
 
 # Arguments that configure a training loop, its evaluations or its checkpoints.
-_OF_A_LOOP = (
+_LOOP_ARGUMENTS = (
     "activation_checkpointing", "adam_beta1", "adam_beta2", "adam_epsilon", "auto_find_batch_size",
     "dataloader_drop_last", "early_stopping_patience", "eval_delay", "eval_on_start", "eval_steps", "eval_strategy",
     "gradient_accumulation_steps", "gradient_checkpointing", "hp_search", "ignore_data_skip", "label_smoothing_factor",
@@ -20,7 +20,7 @@ _OF_A_LOOP = (
 )  # fmt: skip
 _ONE_STEP = 1  # the step count that the training plan and the progress bar show
 # Values that are allowed because they match what the method does anyway.
-_NOTHING_ASKED = {
+_ALLOWED_VALUES = {
     "early_stopping_patience": (0,),
     "eval_strategy": ("no",),
     "hp_search": (0,),
@@ -56,7 +56,7 @@ class AtOnceTrainingArguments(MethodTrainingArguments):
         return self.per_device_eval_batch_size
 
     def validate(self) -> None:
-        names = (*_OF_A_LOOP, *self.also_without_effect)
+        names = (*_LOOP_ARGUMENTS, *self.also_without_effect)
         self._refuse({name: getattr(self, name) for name in names if chosen(self, name)})
         self.max_steps = _ONE_STEP
 
@@ -71,17 +71,17 @@ class AtOnceTrainingArguments(MethodTrainingArguments):
             InputError: `names` holds such an argument.
         """
         for name in names:
-            if name in _OF_A_LOOP or name in self.also_without_effect:
+            if name in _LOOP_ARGUMENTS or name in self.also_without_effect:
                 raise InputError(
                     f"a search over {name} would compare equal trials: it steers a training loop, and "
                     f"{self.instead_of_steps}; search over the method's own arguments, by hp_space"
                 )
 
     def _refuse(self, values: dict[str, Any]) -> None:
-        for name in (*_OF_A_LOOP, *self.also_without_effect):
+        for name in (*_LOOP_ARGUMENTS, *self.also_without_effect):
             if name not in values:
                 continue
             value = getattr(values[name], "value", values[name])
-            if value is None or value is False or value in _NOTHING_ASKED.get(name, ()):
+            if value is None or value is False or value in _ALLOWED_VALUES.get(name, ()):
                 continue
             raise InputError(f"{name}={value} steers a training loop, and {self.instead_of_steps}; leave it out")

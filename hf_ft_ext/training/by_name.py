@@ -8,7 +8,7 @@ from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 
 from hf_ft_ext.errors import InputError, first_line
 
-_WITH_A_LOSS = (
+_CLASSES_WITH_LOSS = (
     "ForSequenceClassification", "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForTokenClassification",
     "ForQuestionAnswering", "ForMultipleChoice",
 )  # fmt: skip
@@ -29,7 +29,7 @@ def load_by_name(name: str, args: TrainingArguments) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(name, **{k: v for k, v in settings.items() if k != "dtype"})
         architecture = next(iter(config.architectures or ()), "")
         kind = getattr(transformers, architecture, None)
-        if kind is None or not architecture.endswith(_WITH_A_LOSS):
+        if kind is None or not architecture.endswith(_CLASSES_WITH_LOSS):
             raise InputError(
                 f"model={name!r} names {architecture or 'no class'}, which has no head to train; pass a loaded model, "
                 f"such as AutoModelForSequenceClassification.from_pretrained({name!r})"

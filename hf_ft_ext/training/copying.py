@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 # Attributes that torch and its schedulers keep in an optimizer; torch recreates them in a copy.
-_OF_TORCH = {*vars(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)), "step", "_opt_called"}
+_TORCH_ATTRIBUTES = {*vars(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)), "step", "_opt_called"}
 
 
 class CopiedInFull(torch.optim.Optimizer):
@@ -16,5 +16,5 @@ class CopiedInFull(torch.optim.Optimizer):
     """
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: value for name, value in vars(self).items() if name not in _OF_TORCH}
+        own = {name: value for name, value in vars(self).items() if name not in _TORCH_ATTRIBUTES}
         return {**super().__getstate__(), **own}

@@ -61,16 +61,16 @@ class StopAtNaN(CompleteSaves):
         self._not_finite += 1
         if not self.args.fp16 or self._not_finite >= _PATIENCE_FP16:
             raise InputError(
-                f"the loss is {loss.float().mean().item()} in step {self.state.global_step + 1}: {self._cure()}"
+                f"the loss is {loss.float().mean().item()} in step {self.state.global_step + 1}: {self._advice()}"
             )
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.state.global_step > 0 and (name := first_not_finite(self.model)) is not None:
-            raise InputError(f"{name} holds NaN or infinity after step {self.state.global_step}: {self._cure()}")
+            raise InputError(f"{name} holds NaN or infinity after step {self.state.global_step}: {self._advice()}")
         super().save_model(output_dir, _internal_call)
 
-    def _cure(self) -> str:
+    def _advice(self) -> str:
         return (
             f"lower --learning_rate ({self.args.learning_rate:g}) or check the data and the model; earlier "
             "checkpoints are kept"

@@ -25,7 +25,7 @@ def loader_batches(trainer: Trainer, count: int, skip: int = 0) -> list[dict[str
     A loader with fewer batches is read again. Training later gets its batches in the same order as without this call.
 
     Raises:
-        InputError: there is no training data, or the loader gives no batch.
+        InputError: there is no training data, or the loader yields no batch.
     """
     batches: list[dict[str, Any]] = []
     with _undisturbed_loader(trainer) as loader:
@@ -33,7 +33,7 @@ def loader_batches(trainer: Trainer, count: int, skip: int = 0) -> list[dict[str
             before = len(batches)
             batches += [dict(batch) for batch in itertools.islice(loader, skip + count - before)]
             if len(batches) == before:
-                raise InputError("get_train_dataloader gives no batch, and the pre-pass needs some; check its data")
+                raise InputError("get_train_dataloader yields no batch, but the pre-pass needs some; check its data")
     return batches[skip:]
 
 
@@ -54,7 +54,7 @@ def loader_rows(trainer: Trainer, rows: int, batch_size: int) -> list[dict[str, 
             if rows == 0:
                 break
     if not parts:
-        raise InputError("get_train_dataloader gives no batch, and the pre-pass needs some; check its data")
+        raise InputError("get_train_dataloader yields no batch, but the pre-pass needs some; check its data")
     return parts
 
 

@@ -23,7 +23,7 @@ DATA_LOADING = ("get_train_dataloader", "_get_dataloader")  # hooks that decide 
 SAMPLING = (*DATA_LOADING, "_get_train_sampler")
 
 # Arguments that configure `Trainer`'s optimizer, unless the optimizer's class and settings are passed.
-_OF_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate", "optim", "optim_args")
+_OPTIMIZER_ARGUMENTS = ("adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate", "optim", "optim_args")
 
 
 class MethodTrainer(Trainer):
@@ -52,7 +52,7 @@ class MethodTrainer(Trainer):
     ):
         args = self._complete(args)
         self.args = args
-        passed = self._by_name(model, args, positional, kwargs)
+        passed = self._named_arguments(model, args, positional, kwargs)
         optimizer, scheduler = passed.get("optimizers") or (None, None)
         self._check_optimizers(optimizer, scheduler, passed.get("optimizer_cls_and_kwargs"))
         if optimizer is not None and passed.get("model_init") is not None:
@@ -154,7 +154,7 @@ class MethodTrainer(Trainer):
                     f"hp_space searches over {name!r}, and {type(self.args).__name__} has no such argument"
                     f"{did_you_mean(name, vars(self.args))}"
                 )
-            if name in _OF_OPTIMIZER and self.optimizer_cls_and_kwargs is not None:
+            if name in _OPTIMIZER_ARGUMENTS and self.optimizer_cls_and_kwargs is not None:
                 raise InputError(
                     f"a search over {name} would compare equal trials: optimizer_cls_and_kwargs brings its own "
                     "settings; leave it out, and choose the optimizer by optim"
@@ -176,7 +176,7 @@ class MethodTrainer(Trainer):
             setattr(completed, f.name, getattr(own, f.name))
         return completed
 
-    def _by_name(self, model: Any, args: Any, positional: tuple, kwargs: dict) -> dict[str, Any]:
+    def _named_arguments(self, model: Any, args: Any, positional: tuple, kwargs: dict) -> dict[str, Any]:
         """All arguments passed, by the parameter names of the next class in the method resolution order."""
         signature = inspect.signature(super().__init__)
         bound = signature.bind_partial(model, args, *positional).arguments if positional else {}

@@ -290,8 +290,8 @@ def check_labels(folder: str | os.PathLike, model: nn.Module) -> None:
     if len(there) == len(here) and there != here:
         raise InputError(
             f"--resume_from_checkpoint: {os.fspath(folder)!r} was trained for the labels {', '.join(there[:10])}, and "
-            f"here they are {', '.join(here[:10])}; pass the data that the run started with, or start anew with the "
-            "checkpoint as --model_name_or_path"
+            f"here they are {', '.join(here[:10])}; pass the data that the run started with, or start a new run with "
+            "the checkpoint as --model_name_or_path"
         )
 
 

@@ -48,12 +48,12 @@ def read_delta(
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}); copy it anew from where it was saved") from error
+        raise InputError(f"{path} cannot be read ({error}); copy it again from where it was saved") from error
     if metadata.get("format") != form:
         raise InputError(f"{path} is not of the format {form!r}; pass the folder that {writer} of this version wrote")
     check = metadata.pop(_CHECK, None)
     if check != _checksum(tensors, metadata):
-        raise InputError(f"{path} is damaged: its checksum differs; copy it anew from where it was saved")
+        raise InputError(f"{path} is damaged: its checksum differs; copy it again from where it was saved")
     return path, metadata, tensors
 
 

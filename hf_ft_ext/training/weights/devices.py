@@ -51,7 +51,7 @@ _VISIBLE = (
     "MUSA_VISIBLE_DEVICES",
     "HABANA_VISIBLE_MODULES",
 )
-_OF_CUDA = _VISIBLE[:3]  # ROCm's torch reads all three
+_CUDA_VARIABLES = _VISIBLE[:3]  # ROCm's torch reads all three
 
 
 def one_device() -> dict[str, str]:
@@ -63,7 +63,7 @@ def one_device() -> dict[str, str]:
     chosen = {name: os.environ[name].split(",")[0].strip() for name in _VISIBLE if name in os.environ}
     if "HIP_VISIBLE_DEVICES" in chosen or "CUDA_VISIBLE_DEVICES" in chosen:
         chosen.pop("ROCR_VISIBLE_DEVICES", None)  # the other variables index into its list
-    elif not set(_OF_CUDA) & chosen.keys():
+    elif not set(_CUDA_VARIABLES) & chosen.keys():
         chosen["CUDA_VISIBLE_DEVICES"] = "0"
     return chosen
 
