@@ -99,6 +99,9 @@ def check_language_options(run_args: RunArguments) -> None:
     causal = run_args.task_type == CAUSAL_LM
     if not causal and given.get("packing"):
         raise InputError("--packing: an encoder-decoder's rows cannot share a sequence; leave it out")
+    if not causal and given.get("label_smoothing_factor"):  # `token_loss` replaces transformers' smoothed loss
+        smoothing = given["label_smoothing_factor"]
+        raise InputError(f"--label_smoothing_factor {smoothing} is not supported by seq2seq_lm; leave it out")
     for name in () if causal else ("completion_only_loss", "chat_template_path"):
         if given.get(name) is not None:
             raise InputError(f"--{name} is for --task_type causal_lm: seq2seq_lm writes the completion alone")

@@ -41,9 +41,17 @@ class Perplexity(_Trainer):
         if self._sums is not None and result[0] is not None and "labels" in inputs:
             # an encoder-decoder predicts every label, a causal model all but the first
             labels = inputs["labels"] if isinstance(self, Seq2SeqTrainer) else inputs["labels"][:, 1:]
-            tokens = (labels != -100).sum().double().cpu()
+            tokens = (labels != -100).sum()
+            counted = tokens.double().cpu()  # the loss is the mean over these
+            if (
+                isinstance(self, Seq2SeqTrainer)
+                and self.args.world_size > 1
+                and self.args.average_tokens_across_devices
+            ):
+                # transformers scales it to this process's sum * processes / tokens of all processes; trl does not
+                counted = self.accelerator.gather(tokens).sum().cpu().double() / self.args.world_size
             if tokens:
-                self._sums += torch.stack([result[0].detach().double().cpu() * tokens, tokens])
+                self._sums += torch.stack([result[0].detach().double().cpu() * counted, tokens.double().cpu()])
         return result
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
