@@ -139,7 +139,7 @@ def test_recipe_errors(text, message):
         (["--resume_from_checkpoint", "true", "--hp_search", "2"], "cannot resume"),
         (["--resume_from_checkpoint", "true", "--output_dir", "o"], "'o' holds no checkpoint"),
         (["--resume_from_checkpoint", "nowhere"], "'nowhere' is no checkpoint"),
-        (["--method", "lora", "--lora_r", "0"], "lora_r=0 is no rank"),
+        (["--method", "lora", "--lora_r", "0"], "lora_r must be 1 or more, got 0"),
     ],
 )
 def test_command_line_errors(argv, message):

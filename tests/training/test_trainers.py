@@ -112,7 +112,7 @@ def test_values_can_be_given_with_the_completion(tmp_path):
     assert own.complete(args) is args
     with pytest.raises(InputError, match=r"LoraTrainingArguments has no argument 'lora_rank'; did you mean"):
         own.complete(args, lora_rank=3)
-    with pytest.raises(InputError, match="lora_r=0 is no rank"):
+    with pytest.raises(InputError, match="lora_r must be 1 or more, got 0"):
         own.complete(Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True), lora_r=0)
     mapped = classes("full")[0].complete(
         TrainingArguments(str(tmp_path), use_cpu=True), peft="lora", peft_config='{"r": 1}'
