@@ -79,7 +79,7 @@ def linear_head(args: argparse.Namespace, data) -> list[dict]:
     (first, _), (wall, cpu) = spent
     print(
         f"linear head on {len(rows):,} rows: {wall:.1f} s ({cpu:.1f} s of CPU) with features on disk, {first:.1f} s "
-        f"with the encoder; {head.fit.said()}",
+        f"with the encoder; {head.fit.summary()}",
         flush=True,
     )
     about = {"what": "linear head", "rows": len(rows)}

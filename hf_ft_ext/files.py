@@ -1,4 +1,4 @@
-"""Our own files: written to a temporary name and renamed, so that no reader sees half a file; hashes of weights."""
+"""Writing files atomically (a temporary name, then a rename), and hashing tensors."""
 
 import contextlib
 import hashlib
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary name beside `path`; what was written there takes the place of `path` if all went well."""
+    """A context that yields a temporary name beside `path` and renames it to `path` if the block succeeds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -41,7 +41,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 def tensor_hash(tensor: torch.Tensor) -> str:
     """SHA-256 of a tensor's type, shape and bytes."""
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    if is_traceable_wrapper_subclass(tensor):  # a quantizer's own kind of tensor: what it is made of
+    if is_traceable_wrapper_subclass(tensor):  # a quantizer's tensor subclass: hash the tensors that it consists of
         for name in tensor.detach().__tensor_flatten__()[0]:
             digest.update(f"{name} {tensor_hash(getattr(tensor, name))}".encode())
         return digest.hexdigest()

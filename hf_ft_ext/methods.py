@@ -1,6 +1,6 @@
-"""The methods: one table from a name to its arguments, its trainer and one line of help.
+"""The table of methods: name, arguments class, trainer class and one line of help for each.
 
-Nothing heavy is imported until a class is asked for, so that listing the methods is quick. Other packages add methods
+Classes are imported only when they are requested, so that listing the methods is fast. Other packages add methods
 through the entry point group `hf_ft_ext.methods`, see docs/add-a-method.md.
 """
 
@@ -22,10 +22,10 @@ class Method:
     """One fine-tuning method.
 
     Attributes:
-        name: what `--method` takes.
+        name: the value of `--method`.
         arguments: `module:Class` of its training arguments.
         trainer: `module:Class` of its trainer.
-        help: one line that says what it does.
+        help: a one-line description.
     """
 
     name: str
@@ -73,7 +73,7 @@ METHODS: dict[str, Method] = {
             "linearhead",
             "hf_ft_ext.linearhead.arguments:LinearHeadTrainingArguments",
             "hf_ft_ext.linearhead.trainer:LinearHeadTrainer",
-            "linear probing: the last layer fitted by logistic or linear regression, the encoder as it is",
+            "linear probing: the last layer fitted by logistic or linear regression on the frozen encoder",
         ),
         Method(
             "fisher",
@@ -92,8 +92,11 @@ METHODS: dict[str, Method] = {
 
 
 def add_methods_of_other_packages() -> None:
-    """Enter into `METHODS` what installed packages announce: an entry point names a dictionary with `arguments`,
-    `trainer` and `help`, as in `Method`. One that cannot work is left out with a warning."""
+    """Add the methods of installed packages to `METHODS`.
+
+    An entry point names a dictionary with `arguments`, `trainer` and `help`, as in `Method`. An invalid one is left
+    out with a warning.
+    """
     for point in entry_points(group=ENTRY_POINTS):
         where = f"method {point.name!r} of {point.value!r}"
         try:
@@ -104,7 +107,7 @@ def add_methods_of_other_packages() -> None:
                 logger.warning("%s is left out: it needs %s, and has %s", where, ", ".join(_PARTS), ", ".join(parts))
             else:
                 METHODS[point.name] = Method(point.name, **parts)
-        except Exception as error:  # a broken package of somebody else's is no reason not to run
+        except Exception as error:  # a broken third-party package must not stop the run
             logger.warning("%s is left out: %s: %s", where, type(error).__name__, error)
 
 
@@ -112,7 +115,7 @@ def find_method(name: str) -> Method:
     """Return the method called `name`.
 
     Raises:
-        InputError: there is none; the message names the nearest one and lists all.
+        InputError: there is none; the message names the closest one and lists all.
     """
     if name not in METHODS:
         raise InputError(
@@ -122,15 +125,15 @@ def find_method(name: str) -> Method:
 
 
 def hooks_of(name: str) -> type | None:
-    """The trainer class of the method `name`, to ask for its hooks (see `hf_ft_ext.training.sharing`).
+    """The trainer class of the method `name`, for its hooks (see `hf_ft_ext.training.sharing.run_files`).
 
-    `None`, with a warning where that is a surprise, if this installation lacks the method or cannot load it.
+    `None` if this installation does not have the method, or cannot load it (with a warning).
     """
     if name not in METHODS:
         return None
     try:
         return METHODS[name].trainer_class()
-    except Exception as error:  # another package's
+    except Exception as error:  # of another package
         logger.warning("the trainer of method %r cannot be loaded: %s: %s", name, type(error).__name__, error)
         return None
 

@@ -1,4 +1,4 @@
-"""Former names of modules: importing one warns, and gives what the module of today's name has."""
+"""Former module names: importing one warns and provides the content of the module under its new name."""
 
 import importlib
 import importlib.abc
@@ -9,7 +9,7 @@ from types import ModuleType
 
 _PACKAGE = "hf_ft_ext"
 
-# Former name -> name, both below the package.
+# Former name -> new name, both relative to the package.
 MOVED = {
     "adapters.table": "adapters",
     "argument_completion": "arguments.completion",
@@ -68,9 +68,9 @@ MOVED = {
 
 
 def serve_former_names() -> None:
-    """Let imports of the names in `MOVED` succeed; calling it again changes nothing."""
+    """Make imports of the names in `MOVED` work; repeated calls have no effect."""
     if not any(isinstance(finder, _FormerNames) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _FormerNames())  # before others, which may know an older copy of the package
+        sys.meta_path.insert(0, _FormerNames())  # first, because other finders may find an older copy of the package
 
 
 class _FormerNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):

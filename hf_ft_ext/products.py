@@ -1,11 +1,11 @@
-"""Products with frozen weights, by the faster of the libraries that torch holds."""
+"""Matrix products with frozen weights, by the faster of torch's CPU libraries."""
 
 import torch
 from torch import nn
 
-_LARGE = 2**24  # multiplications from which oneDNN's start-up is small beside the product
-# Features from which the gain is worth the memory: oneDNN keeps some half a megabyte for each number of rows that it
-# has seen, which is a third of what training an encoder of 384 features takes, and little beside one of 768.
+_LARGE = 2**24  # multiplications above which oneDNN's overhead per call is small
+# Features above which the gain is worth the memory. oneDNN keeps about half a megabyte for each distinct number of
+# rows. That is a third of the memory of training an encoder with 384 features, and little for one with 768.
 _WIDE = 512
 _PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -13,8 +13,8 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 def onednn_is_faster(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `linear` calls oneDNN for `x`, shape (..., in), and `weight`, shape (out, in).
 
-    torch takes MKL for single precision on the CPU, which is about 10 % slower than oneDNN on processors with AVX-512
-    that are not Intel's, and as fast on Intel's. The operator is the one that `torch.compile` calls.
+    For single precision on the CPU torch uses MKL. It is about 10 % slower than oneDNN on AVX-512 processors of other
+    vendors than Intel, and as fast on Intel's. The operator is the one that `torch.compile` calls.
     """
     return (
         x.dtype is torch.float32
@@ -34,5 +34,6 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """`x W^T + b`, shape (..., out), as `torch.nn.functional.linear`, without a gradient."""
     if onednn_is_faster(x, weight):
         y = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
-        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(weight)])  # no view: models may change it in place
+        # not a view: models may change it in place
+        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(weight)])
     return nn.functional.linear(x, weight, bias)

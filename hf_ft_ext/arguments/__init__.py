@@ -1,6 +1,6 @@
-"""Arguments that every method shares: the run, the model, the data.
+"""Arguments shared by all methods: the run, the model, the data.
 
-A method's own arguments live in its folder, as a subclass of `MethodTrainingArguments`.
+A method's own arguments are defined in its folder, in a subclass of `MethodTrainingArguments`.
 """
 
 from hf_ft_ext.arguments.data import (

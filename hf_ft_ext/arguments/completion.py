@@ -1,4 +1,4 @@
-"""Completing any `TrainingArguments` with a method's own fields: one object of both classes, no value lost."""
+"""Completing any `TrainingArguments` with a method's own fields: one object of both classes, all values kept."""
 
 import functools
 import itertools
@@ -11,20 +11,21 @@ from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
-# Their defaults are not a choice of the user's: trl's rate of 2e-5, for instance, is meant for training all weights.
+# A default of these libraries is not the user's choice: trl's learning rate of 2e-5, for example, is meant for
+# training all weights.
 _LIBRARIES = ("transformers", "trl")
 
 
 def complete_training_arguments(args: TrainingArguments, own: type[TrainingArguments]) -> TrainingArguments:
-    """Return an object that is both what `args` is and an `own`, with every value and attribute of `args`.
+    """Return an instance of both `own` and the class of `args`, with every value and attribute of `args`.
 
-    `args` stays as it is. A field of `own` that `args` lacks takes its default. A field that has a default of its own
-    in `own` takes it where `args` still has the default of transformers or trl; the log says so. Nothing is computed
-    anew: `__post_init__` of the user's class has run, and devices and processes are set up.
+    `args` is not changed. A field of `own` that `args` lacks gets its default. If `own` overrides the default of a
+    field and `args` still has the default of transformers or trl, the field gets the default of `own`, and this is
+    logged. `__post_init__` is not run again: the user's class has run it, and devices and processes are set up.
 
     Args:
         args: an instance of `TrainingArguments` or of any subclass.
-        own: dataclass of a method's arguments.
+        own: the dataclass of a method's arguments.
     """
     if isinstance(args, own):
         return args
@@ -43,22 +44,22 @@ def complete_training_arguments(args: TrainingArguments, own: type[TrainingArgum
 
 
 def default_of(f: Field) -> Any:
-    """The default of a dataclass field, made anew where it is made by a function; `None` without one."""
+    """The default of a dataclass field, newly created if it has a factory; `None` if it has no default."""
     if f.default_factory is not MISSING:
         return f.default_factory()
     return None if f.default is MISSING else f.default
 
 
 def library_defaults(kind: type[TrainingArguments]) -> dict[str, Any]:
-    """Defaults by field name of the nearest base of `kind` that a library made: transformers or trl."""
+    """Defaults by field name of the nearest base class of `kind` from transformers or trl."""
     library = next(c for c in kind.__mro__ if c.__module__.partition(".")[0] in _LIBRARIES)
     return {f.name: default_of(f) for f in fields(library)}
 
 
 def chosen(args: TrainingArguments, name: str) -> bool:
-    """Whether the argument called `name` has another value than the defaults of its classes.
+    """Whether the argument `name` differs from its defaults in all classes of `args`.
 
-    `None`, `False`, 0 and an empty value count as one: transformers fills in one for the other.
+    `None`, `False`, 0 and empty values are treated as equal, because transformers replaces one by another.
     """
     value = getattr(args, name, None)
     for kind in type(args).__mro__:
@@ -85,7 +86,7 @@ def _combined(parts: tuple[type[TrainingArguments], ...]) -> type[TrainingArgume
         "__repr__": TrainingArguments.__repr__,
         "_VALID_DICT_FIELDS": list(dict.fromkeys(itertools.chain.from_iterable(lists))),
         "_combined_from": parts,
-        # The class exists in this process only: a copy or a file is made again from its bases.
+        # The class exists in this process only, so copying and unpickling rebuild it from its bases.
         "__reduce_ex__": lambda self, protocol: (_empty, parts, dict(vars(self))),
     }
     return dataclass(type(f"{first}With{'And'.join(others)}", parts, namespace))

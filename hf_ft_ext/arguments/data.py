@@ -12,18 +12,18 @@ FEW_SHOT_TYPES = FINETUNE, PROMPT, PROMPT_DEMO = ("finetune", "prompt", "prompt-
 
 
 def _one_or_several(value: list[str] | str | None) -> list[str] | str | None:
-    """A list of one is that one: most runs have one, and then it is text."""
+    """Replace a list of one item by the item, so that the usual single value is plain text."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
 @dataclass
 class FewShotArguments:
-    """Few-shot splits and prompts: parts of `DataArguments`."""
+    """Few-shot splits and prompts; a base class of `DataArguments`."""
 
     num_k: int | None = field(
         default=None,
         metadata={
-            "help": "Few shots: train on so many rows of each class (regression: of each half of the scale), drawn "
+            "help": "Few-shot: train on this many rows of each class (regression: of each half of the scale), drawn "
             "from the training split by `data_seed` (13 if none is given), and evaluate on as many others; none = all."
         },
     )
@@ -37,12 +37,12 @@ class FewShotArguments:
     )
     allow_small_classes: bool = field(
         default=False,
-        metadata={"help": "With num_k: a class with too few rows gives what it has, training first, and no error."},
+        metadata={"help": "With num_k: use all rows of a class with too few, training first, instead of an error."},
     )
     few_shot_type: str = field(
         default="finetune",
         metadata={
-            "help": "finetune: a classification head. prompt: the language-model head says the class, as a word at "
+            "help": "finetune: a classification head. prompt: the language-model head predicts the class as a word at "
             "the mask of a template (masked), at its end (causal) or in the decoder. prompt-demo: the same with "
             "labelled examples in the context.",
             "choices": FEW_SHOT_TYPES,
@@ -71,22 +71,22 @@ class FewShotArguments:
     calibrate: bool = field(
         default=False,
         metadata={
-            "help": "Prompts: subtract the logits of the template around an empty text, which show what words the "
-            "model prefers anyway; with demonstrations, their mean over num_sample contexts."
+            "help": "Prompts: subtract the logits of the template around an empty text, which measure the model's "
+            "bias for each word; with demonstrations, their mean over num_sample contexts."
         },
     )
     first_sent_limit: int | None = field(
-        default=None, metadata={"help": "Prompts: most tokens of the first text; none = the task's own, if any."}
+        default=None, metadata={"help": "Prompts: maximum tokens of the first text; none = the task's own, if any."}
     )
     other_sent_limit: int | None = field(
         default=None,
-        metadata={"help": "Prompts: most tokens of any other text, those of demonstrations too; none = the task's."},
+        metadata={"help": "Prompts: maximum tokens of any other text, also in demonstrations; none = the task's own."},
     )
     truncate_head: bool | None = field(
         default=None,
         metadata={
-            "help": "Prompts: what is too long loses the beginning of its texts, not the end. The mask stays. none = "
-            "the task's own: the beginning in MeZO's tasks of several texts, whose questions come last, else the end.",
+            "help": "Prompts: cut too long texts at the beginning, not at the end; the mask is kept. none = the "
+            "task's own: the beginning in MeZO's tasks of several texts, whose questions come last, else the end.",
             "nargs": "?",
             "const": True,
         },
@@ -94,7 +94,7 @@ class FewShotArguments:
     untie_words: bool = field(
         default=False,
         metadata={
-            "help": "Prompts: the label words' output rows become a layer of their own instead of being shared with "
+            "help": "Prompts: make the label words' output rows a separate layer instead of sharing them with "
             "the input embeddings and the rest of the vocabulary."
         },
     )
@@ -120,7 +120,7 @@ class FewShotArguments:
 
 @dataclass
 class LanguageArguments:
-    """Language modelling: parts of `DataArguments`."""
+    """Language modelling; a base class of `DataArguments`."""
 
     packing: bool = field(
         default=False,
@@ -143,8 +143,8 @@ class LanguageArguments:
             "help": "Evaluate by generated texts too: exact_match, f1, rouge1, rouge2, rougeL against the completion."
         },
     )
-    max_new_tokens: int = field(default=64, metadata={"help": "Most tokens of a generated text."})
-    num_beams: int = field(default=1, metadata={"help": "Beams of the generation; 1 = the likeliest token each time."})
+    max_new_tokens: int = field(default=64, metadata={"help": "Maximum tokens of a generated text."})
+    num_beams: int = field(default=1, metadata={"help": "Beams of the generation; 1 = greedy decoding."})
 
 
 @dataclass
@@ -172,15 +172,14 @@ class DataArguments(LanguageArguments, FewShotArguments):
     train_split: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Splits of the data set to train on, one behind the other (ANLI: train_r1 train_r2); none = "
-            "`train`."
+            "help": "Splits of the data set to train on, concatenated (ANLI: train_r1 train_r2); none = `train`."
         },
     )
     validation_split: list[str] | None = field(
-        default=None, metadata={"help": "Splits of the data set to evaluate on; none = those named like one."}
+        default=None, metadata={"help": "Splits of the data set to evaluate on; none = those with the usual names."}
     )
     test_split: list[str] | None = field(
-        default=None, metadata={"help": "Splits of the data set to predict on; none = those named like one."}
+        default=None, metadata={"help": "Splits of the data set to predict on; none = those with the usual names."}
     )
     train_file: str | None = field(
         default=None, metadata={"help": "Own training data: csv, tsv, json, jsonl (also .gz, .bz2, .xz) or parquet."}
@@ -190,9 +189,9 @@ class DataArguments(LanguageArguments, FewShotArguments):
     quoting: str = field(
         default="auto",
         metadata={
-            "help": "Double quotes in csv and tsv files. auto: decided by each file, and logged; none: they are part "
-            "of the text, as in GLUE's files; minimal: they enclose fields and are doubled inside; backslash: they "
-            "enclose fields and have a backslash before them inside.",
+            "help": "Double quotes in csv and tsv files. auto: detected for each file, and logged; none: they are "
+            "part of the text, as in GLUE's files; minimal: they enclose fields and are doubled inside; backslash: "
+            "they enclose fields and are escaped by a backslash inside.",
             "choices": QUOTINGS,
         },
     )
@@ -200,21 +199,21 @@ class DataArguments(LanguageArguments, FewShotArguments):
         default=None, metadata={"help": "Names of all columns of csv and tsv files that have no header line."}
     )
     text_columns: list[str] | None = field(
-        default=None, metadata={"help": "One or two text columns; none = the task's, or found in own data."}
+        default=None, metadata={"help": "One or two text columns; none = the task's, or detected in own data."}
     )
     problem_type: str | None = field(
         default=None,
         metadata={
-            "help": "What own labels mean: single_label_classification or regression (ratings such as 1 to 5); none = "
-            "regression for labels with a decimal point, several labels per row for lists, else classes.",
+            "help": "Kind of labels in own data: single_label_classification or regression (ratings such as 1 to 5); "
+            "none = regression for labels with a decimal point, several labels per row for lists, else classes.",
             "choices": PROBLEM_TYPES,
         },
     )
     label_column: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Label column; none = the task's, or `label`. Float labels mean regression, lists several labels "
-            "per row. Several columns of 0 and 1 are a label each.",
+            "help": "Label column; none = the task's, or `label`. Float labels mean regression, lists mean several "
+            "labels per row. With several columns of 0 and 1, each column is one label.",
             "nargs": "+",
         },
     )
@@ -222,7 +221,7 @@ class DataArguments(LanguageArguments, FewShotArguments):
         default=None,
         metadata={
             "help": "One or several: accuracy, accuracy_f1, matthews, pearson_spearman, f1, f1_macro, precision, "
-            "recall, roc_auc, ... (docs/launcher.md), a function of yours (`module:function`, `file.py:function`), "
+            "recall, roc_auc, ... (docs/launcher.md), your own function (`module:function`, `file.py:function`), "
             "or a metric of evaluate by name or path; none = the task's own. The first chooses the best model.",
             "nargs": "+",
         },
@@ -230,14 +229,14 @@ class DataArguments(LanguageArguments, FewShotArguments):
     positive_label: str | None = field(
         default=None,
         metadata={
-            "help": "Name of the class that f1, precision and recall are about; none = the task's, or what the names "
-            "of two classes show (`yes` of no and yes)."
+            "help": "Name of the class for which f1, precision and recall are computed; none = the task's, or "
+            "inferred from the names of two classes (`yes` of no and yes)."
         },
     )
     multi_label_threshold: float | str | None = field(
         default=None,
         metadata={
-            "help": "Several labels per row: predict a label from this probability on, between 0 and 1 (none = 0.5); "
+            "help": "Several labels per row: the lowest probability to predict a label, from 0 to 1 (none = 0.5); "
             "auto = for each label the threshold with the best F1 on the validation split."
         },
     )
@@ -259,7 +258,7 @@ class DataArguments(LanguageArguments, FewShotArguments):
             "`train_sampling_strategy=sequential`."
         },
     )
-    stream_buffer: int = field(default=10000, metadata={"help": "Rows that a stream's shuffling draws from."})
+    stream_buffer: int = field(default=10000, metadata={"help": "Rows in the buffer that shuffles a stream."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only n training rows; see `sample`."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only n validation rows; see `sample`."})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Use only the first n test rows."})
@@ -267,8 +266,8 @@ class DataArguments(LanguageArguments, FewShotArguments):
         default="first",
         metadata={
             "help": "Which rows max_train_samples and max_eval_samples keep. first: the first ones; random: drawn by "
-            "`data_seed` (13 if none is given); stratified: drawn with the shares of the classes (regression: over "
-            "the whole scale). They keep their order.",
+            "`data_seed` (13 if none is given); stratified: drawn with the class proportions (regression: over the "
+            "whole scale). The rows keep their order.",
             "choices": SAMPLES,
         },
     )

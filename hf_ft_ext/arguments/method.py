@@ -1,4 +1,4 @@
-"""The base of every method's arguments, which completes any `TrainingArguments`."""
+"""The base class of all methods' arguments, which completes any `TrainingArguments`."""
 
 import copy
 import json
@@ -13,7 +13,7 @@ from hf_ft_ext.errors import InputError, did_you_mean
 
 
 def own_fields(arguments: type) -> list[Field]:
-    """The fields that a dataclass of arguments has itself: transformers lacks them, or has another default."""
+    """The fields of an arguments dataclass that transformers lacks or gives another default."""
     inherited = {f.name: f.default for f in fields(TrainingArguments)}
     if not issubclass(arguments, TrainingArguments):
         inherited = {}
@@ -21,12 +21,12 @@ def own_fields(arguments: type) -> list[Field]:
 
 
 class Gradients(Enum):
-    """What a method's gradients are for.
+    """Which parameters a method's gradients change.
 
     Attributes:
-        WEIGHTS: they change weights of the pretrained model.
-        ADAPTERS: they pass through its weights, which stay as they are, and change what was added.
-        NONE: there are none.
+        WEIGHTS: weights of the pretrained model.
+        ADAPTERS: added parameters only; gradients pass through the frozen pretrained weights.
+        NONE: the method computes no gradients.
     """
 
     WEIGHTS = "weights"
@@ -36,12 +36,12 @@ class Gradients(Enum):
 
 @dataclass
 class MethodTrainingArguments(TrainingArguments):
-    """Base of every method's arguments: `transformers.TrainingArguments` and a way in for all subclasses of it.
+    """Base class of all methods' arguments; `complete` converts other `TrainingArguments` to it.
 
     Attributes:
-        needs_all_rows: whether the method looks at the training data as a whole, so that no stream will do.
-        json_fields: the method's own mappings, which the command line gives as JSON.
-        advanced_fields: arguments that only studies of the method need, a group of their own in `--help`.
+        needs_all_rows: whether the method needs all training rows at once, so that it cannot read a stream.
+        json_fields: names of the method's mapping arguments, given as JSON on the command line.
+        advanced_fields: names of arguments for studies of the method, in a separate group of `--help`.
     """
 
     needs_all_rows: ClassVar[bool] = False
@@ -59,13 +59,13 @@ class MethodTrainingArguments(TrainingArguments):
                 try:
                     setattr(self, name, json.loads(value))
                 except ValueError as error:
-                    raise InputError(f"{name}={value!r} is no JSON: {error}") from None
+                    raise InputError(f"{name}={value!r} is not valid JSON: {error}") from None
 
     def validate(self) -> None:
-        """Check the method's own values and set what follows from them.
+        """Check the method's own values and set derived ones.
 
-        Called when the arguments are made, when other arguments are completed to these, when a trainer takes them,
-        and after a hyperparameter search has set values: so it has to give the same when it is called again.
+        Called when the arguments are created, when other arguments are completed to these, when a trainer receives
+        them, and after a hyperparameter search has set values. Repeated calls must give the same result.
 
         Raises:
             InputError: a value out of range, or values that contradict each other.
@@ -73,39 +73,42 @@ class MethodTrainingArguments(TrainingArguments):
 
     @property
     def gradients(self) -> Gradients:
-        """What gradients are for: it decides in which number format the launcher loads the weights."""
+        """Which parameters gradients change; the launcher chooses the number format of the weights by it."""
         return Gradients.WEIGHTS
 
     @property
     def needs_validation(self) -> bool:
-        """Whether the method itself looks at the validation rows, evaluation or not."""
+        """Whether the method itself reads the validation rows, with or without evaluation."""
         return False
 
     def check_given(self, given: dict[str, Any]) -> None:
-        """Refuse what the user set, by argument name, and the method cannot honour even at its default value.
+        """Refuse arguments that the user set and that the method cannot honour, even at their default values.
+
+        Args:
+            given: the options that the user set, by name.
 
         Raises:
             InputError: there is such an argument.
         """
 
     def take_positive_label(self, name: str | None) -> bool:
-        """Take the name of the task's positive class where the method itself asks for one; say whether it does."""
+        """Accept the name of the task's positive class, if the method uses one; return whether it does."""
         return False
 
     @classmethod
     def complete(cls, args: TrainingArguments | None, **values: Any) -> "MethodTrainingArguments":
-        """Return `args` as an instance of this class, the fields it lacks filled with this class's defaults.
+        """Return `args` as an instance of this class; missing fields get this class's defaults.
 
-        The result is of the class of `args` too (`SFTConfig`, `Seq2SeqTrainingArguments`, your own) and keeps all its
-        values and attributes. A field that still has transformers' or trl's default where this class has a default of
-        its own takes the latter; the log says so.
+        The result is also an instance of the class of `args` (`SFTConfig`, `Seq2SeqTrainingArguments`, your own) and
+        keeps all its values and attributes. If this class overrides a default and the field still has the default of
+        transformers or trl, the field gets this class's default, and this is logged.
 
         Args:
-            args: arguments of this class (returned as they are), `TrainingArguments`, any subclass, or `None`.
-            values: values of this class's own arguments, for the result.
+            args: arguments of this class (returned unchanged), `TrainingArguments`, any subclass, or `None`.
+            values: values to set in the result, by argument name.
 
         Raises:
-            InputError: `args` are another method's, are not `TrainingArguments`, or hold values that cannot work.
+            InputError: `args` belong to another method, are not `TrainingArguments`, or hold invalid values.
         """
         if args is None:
             return cls(**values)
@@ -129,7 +132,7 @@ class MethodTrainingArguments(TrainingArguments):
         if cls.__post_init__ is MethodTrainingArguments.__post_init__:
             completed.validate()
             return completed
-        # A class of another package that does its checks in `__post_init__`: it is made anew.
+        # A class of another package with its own `__post_init__`: create the object again, so that its checks run.
         made = type(completed)(**{f.name: getattr(completed, f.name) for f in fields(completed) if f.init})
         vars(made).update({name: value for name, value in vars(args).items() if name not in vars(made)})
         return made

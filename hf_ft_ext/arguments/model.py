@@ -1,4 +1,4 @@
-"""Arguments that say which model is loaded, in which number format, and where."""
+"""Arguments of the model: which one is loaded, in which number format, and on which devices."""
 
 from dataclasses import dataclass, field
 
@@ -21,26 +21,24 @@ class ModelArguments:
     tokenizer_name: str | None = field(
         default=None, metadata={"help": "Hub id or local folder of the tokenizer; none = the model's own."}
     )
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept; none = the Hub's cache."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for downloads; none = the Hub's cache."})
     token: str | None = field(
-        default=None, repr=False, metadata={"help": "Hub access token; none = the one you logged in with."}
+        default=None, repr=False, metadata={"help": "Hub access token; none = the one of your Hub login."}
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run model code that a Hub repository brings along."}
-    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run model code from a Hub repository."})
     dtype: str = field(
         default=AUTO,
         metadata={
-            "help": "Number format of the weights. auto: float32 for those that gradients change, the checkpoint's "
-            "own for those that stay. `bf16` computes in bfloat16 and leaves the weights as they are.",
+            "help": "Number format of the weights. auto: float32 for weights that gradients change, the checkpoint's "
+            "own format for frozen ones. `bf16` computes in bfloat16 and does not change the weights' format.",
             "choices": DTYPES,
         },
     )
     attn_implementation: str | None = field(
         default=None,
         metadata={
-            "help": "How attention is computed: eager, sdpa, flash_attention_2, or another name that transformers "
-            "takes; none = the model's default."
+            "help": "Attention implementation: eager, sdpa, flash_attention_2, or another name that transformers "
+            "accepts; none = the model's default."
         },
     )
     quantization: str | None = field(
@@ -55,7 +53,7 @@ class ModelArguments:
     device_map: str | None = field(
         default=None,
         metadata={
-            "help": "Where the weights go, of one process: auto, balanced, balanced_low_0 or sequential (over its "
-            "accelerators), a device such as cuda:1, or JSON of modules to devices; none = the process's own device."
+            "help": "Placement of the weights of one process: auto, balanced, balanced_low_0 or sequential (over its "
+            "accelerators), a device such as cuda:1, or JSON from modules to devices; none = the process's own device."
         },
     )

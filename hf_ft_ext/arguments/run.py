@@ -15,15 +15,13 @@ class RunArguments:
     method: str = field(default="sparse", metadata={"help": "Fine-tuning method (see `--help` without a method)."})
     recipe_row: str | None = field(
         default=None,
-        metadata={
-            "help": "Row of a recipe that is a table, in place of `recipe.yaml#ROW`; `hf-ft-ext recipes` lists them."
-        },
+        metadata={"help": "Row of a table recipe, instead of `recipe.yaml#ROW`; `hf-ft-ext recipes` lists them."},
     )
     task_type: str = field(
         default=SEQUENCE_CLASSIFICATION,
         metadata={
-            "help": "What the model does. causal_lm: it goes on with a text (language modelling, instruction tuning); "
-            "seq2seq_lm: the same by an encoder-decoder, from prompt to completion. Needs the `trl` extra.",
+            "help": "Task of the model. causal_lm: continue a text (language modelling, instruction tuning), needs "
+            "the `trl` extra; seq2seq_lm: generate a completion from a prompt with an encoder-decoder.",
             "choices": TASK_TYPES,
         },
     )
@@ -34,13 +32,13 @@ class RunArguments:
     early_stopping_patience: int = field(
         default=0,
         metadata={
-            "help": "Stop after so many evaluations in a row without a better `metric_for_best_model`; 0 = never. "
+            "help": "Stop after this many evaluations in a row without a better `metric_for_best_model`; 0 = never. "
             "Needs `load_best_model_at_end`."
         },
     )
     dry_run: bool = field(
         default=False,
-        metadata={"help": "Load, convert, print what would train, the memory estimate and the steps, and stop."},
+        metadata={"help": "Load and convert; print the trained weights, the memory estimate and the steps; and stop."},
     )
     hp_search: int = field(
         default=0,
@@ -60,4 +58,4 @@ class RunArguments:
             "resumed run takes its checkpoint instead."
         },
     )
-    given: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # what the user set, in all groups
+    given: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # options that the user set

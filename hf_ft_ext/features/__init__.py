@@ -1,4 +1,4 @@
-"""What a frozen encoder gives its head (`head`, `rows`, `cache`), and heads fitted on it (`linear_probe`)."""
+"""Features of a frozen encoder (`head`, `rows`, `cache`), and heads fitted on them (`linear_probe`)."""
 
 from hf_ft_ext.features.head import HeadReader, encoder_path, evaluating, head_parameters
 

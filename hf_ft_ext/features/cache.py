@@ -29,17 +29,17 @@ _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
 
 
 def default_folder() -> Path:
-    """Where features are kept unless the user names a folder: beside the Hub's cache."""
+    """The default folder for features: next to the Hub's cache."""
     return Path(HF_HOME) / "hf_ft_ext" / "features"
 
 
 def feature_bytes(reader: HeadReader, rows: int) -> int:
-    """Size of the features of `rows` rows."""
+    """Size of the features of `rows` rows in bytes."""
     return rows * reader.hidden * next(reader.model.parameters()).element_size()
 
 
 def encoder_hash(model: nn.Module) -> str:
-    """SHA-256 over everything that features depend on: configuration and weights outside the head."""
+    """SHA-256 of everything that features depend on: the configuration, and the weights outside the head."""
     head, digest = head_parameters(model), hashlib.sha256()
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_ABOUT_FEATURES}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
@@ -53,7 +53,7 @@ _NOT_ABOUT_FEATURES = ("_name_or_path", "id2label", "label2id", "problem_type", 
 
 
 def data_fingerprint(dataset: Any) -> str:
-    """SHA-256 over the rows' inputs, labels left out."""
+    """SHA-256 of the rows' inputs, without labels."""
     digest = hashlib.sha256()
     if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
         for name in sorted(set(dataset.column_names) - {"label", "labels", "label_ids"}):
@@ -80,20 +80,20 @@ def cached_features(
     folder: str | os.PathLike | None = None,
     disable_tqdm: bool = False,
 ) -> torch.Tensor:
-    """Features of every row of `dataset`: `[rows, hidden]`, mapped from a file that earlier runs may have left.
+    """Features of every row of `dataset`: `[rows, hidden]`, memory-mapped from a file that later runs reuse.
 
-    The file's name and header hold the hash of the encoder, the fingerprint of the data and their length. It grows
-    under a temporary name: where an interrupted run left off, the next one continues.
+    Name and header of the file hold the hash of the encoder, the fingerprint of the data and the number of rows. The
+    file is written under a temporary name; after an interruption, the next run continues it.
 
     Args:
-        reader: of the model.
-        dataset: with `len`; its rows are hashed.
-        parts: `parts(start)` gives the features of the rows from `start` on, in the data set's order, some rows at a
-            time (see `read_in_order`).
-        folder: where the file is kept; `None` = `default_folder()`.
+        reader: the model's reader.
+        dataset: a data set of known length; its rows are hashed.
+        parts: `parts(start)` yields the features of the rows from `start` on, in the data set's order, several rows at
+            a time (see `read_in_order`).
+        folder: folder of the file; `None` = `default_folder()`.
 
     Raises:
-        InputError: the file is truncated or of something else, or the folder cannot be written to.
+        InputError: the file is truncated or has other content, or the folder cannot be written to.
     """
     folder = default_folder() if folder is None else Path(folder).expanduser()
     rows, hidden, dtype = len(dataset), reader.hidden, next(reader.model.parameters()).dtype
@@ -106,13 +106,13 @@ def cached_features(
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"{key}.safetensors"
     if path.exists():
-        logger.info("features of %d rows: taken from %s", rows, path)
+        logger.info("features of %d rows: read from %s", rows, path)
         return _open(path, about, (rows, hidden), dtype)
     try:
         with _growing(path) as file:
             done = _whole_rows(file, _header(about, rows, hidden, dtype), hidden * dtype.itemsize)
             if done:
-                logger.info("features of %d rows: there from an interrupted run", done)
+                logger.info("features of %d rows: found from an interrupted run", done)
             with tqdm(total=rows, initial=done, desc="encoding the data once", disable=disable_tqdm) as bar:
                 for part in parts(done) if done < rows else ():
                     file.write(part.to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes())
@@ -125,15 +125,15 @@ def cached_features(
             f"features cannot be written to {folder} ({error.strerror or error}); pass --feature_cache_dir with a "
             "folder that is writable and has room, or --feature_cache_gb 0 to encode in every step"
         ) from error
-    logger.info("features of %d rows: kept in %s", rows, path)
+    logger.info("features of %d rows: written to %s", rows, path)
     return _open(path, about, (rows, hidden), dtype)
 
 
 @contextlib.contextmanager
 def _growing(path: Path) -> Iterator[BinaryIO]:
-    """A file that outlives an interruption and takes the place of `path` when the block ends well.
+    """Open a partial file that survives an interruption and is renamed to `path` when the block succeeds.
 
-    A second process that makes the same file at the same time gets one of its own, without that.
+    A second process that writes the same file at the same time gets a file of its own, which does not survive one.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial")
@@ -156,7 +156,7 @@ def _growing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _whole_rows(file: BinaryIO, header: bytes, width: int) -> int:
-    """Rows that `file` holds already; what is there beyond them, or under another header, is cut off."""
+    """Number of complete rows in `file`; truncate an incomplete last row, or all rows under another header."""
     file.seek(0)
     done = 0
     if file.read(len(header)) == header:
@@ -172,7 +172,7 @@ def _header(about: dict[str, str], rows: int, hidden: int, dtype: torch.dtype) -
     size = rows * hidden * dtype.itemsize
     entry = {"dtype": _TYPES[dtype], "shape": [rows, hidden], "data_offsets": [0, size]}
     text = json.dumps({"__metadata__": about, _NAME: entry}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # keeps the numbers aligned in the mapped file
+    text += b" " * (-len(text) % 8)  # aligns the data in the mapped file
     return struct.pack("<Q", len(text)) + text
 
 
@@ -189,8 +189,8 @@ def _open(path: Path, about: dict[str, str], shape: tuple[int, int], dtype: torc
             features = file.get_tensor(_NAME)
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"the feature cache {path} cannot be read ({first_line(error)}): it is truncated or no "
-            "cache; delete the file and run again"
+            f"the feature cache {path} cannot be read ({first_line(error)}): it is truncated or not "
+            "a feature cache; delete the file and run again"
         ) from error
     if tuple(features.shape) != shape or features.dtype != dtype:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What a model's head reads from its encoder, and the head run on that alone: `[rows, hidden]`, not sequences."""
+"""Splitting a classifier: the features that its head reads, `[rows, hidden]`, and the head run on them alone."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -19,15 +19,14 @@ Batch = Mapping[str, torch.Tensor]
 class HeadReader:
     """Splits a sequence classifier into encoder and head without touching its code.
 
-    The head is everything outside the base model, and the base model's pooler. It runs by the model's own forward,
-    with a stand-in that hands out stored features in place of the base model. How the features are read from the
-    sequence (first token, last token, mean) is found by trying: the logits have to be those of the whole model.
+    The head is everything outside the base model, plus the base model's pooler. It is run by the model's own forward,
+    in which a stand-in that returns stored features replaces the base model. `HeadReader.find` determines how features
+    are read from the sequence (first token, last token, mean): it tries each way and compares the logits with those of
+    the whole model. Use it to create a reader.
 
     Args:
         model: a transformers model with `base_model_prefix`, in evaluation mode.
-        read: from last hidden state `[rows, length, hidden]` and the batch to features `[rows, hidden]`.
-
-    Use `HeadReader.find`, which tries.
+        read: maps the last hidden state `[rows, length, hidden]` and the batch to features `[rows, hidden]`.
     """
 
     def __init__(self, model: nn.Module, read: "Callable[[torch.Tensor, _Context], torch.Tensor]"):
@@ -42,7 +41,7 @@ class HeadReader:
         """The reader of `model`, or `None` if its head cannot be run on one vector per row.
 
         Args:
-            batch: some rows of real data (two or more, of different lengths at best), without labels.
+            batch: some rows of real data without labels, two or more and preferably of different lengths.
         """
         path = encoder_path(model)
         if path is None:
@@ -79,12 +78,12 @@ class HeadReader:
 
     @torch.no_grad()
     def features(self, batch: Batch) -> torch.Tensor:
-        """What the head reads of `batch`: `[rows, hidden]`, dropout off."""
+        """The features that the head reads of `batch`: `[rows, hidden]`, computed without dropout."""
         base = self.stand_in.base
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         pooler = getattr(base, "pooler", None)
         with evaluating(self.model):
-            if isinstance(pooler, nn.Module):  # its work would be thrown away, and it may be under search
+            if isinstance(pooler, nn.Module):  # its output is not used, and a search may perturb its weights
                 base._modules["pooler"] = None
             try:
                 hidden = base(**inputs).last_hidden_state
@@ -97,7 +96,7 @@ class HeadReader:
         """Logits of the model for `features` (`[n, hidden]`), by its own forward: `[n, classes]`.
 
         Args:
-            rows: rows of the result where the head is made to give more than it reads; `None` = as many.
+            rows: rows of the result, if the head returns more rows than it reads; `None` = the same number.
         """
         n = features.shape[0] if rows is None else rows
         self.stand_in.features = features
@@ -113,7 +112,7 @@ class HeadReader:
 def encoder_path(model: nn.Module) -> str | None:
     """Dotted name of the base model within `model`; `None` if there is none.
 
-    A model that holds its base model deeper than in an attribute `base_model_prefix` says so in `encoder_path`.
+    A model whose base model is nested deeper than `base_model_prefix` defines an attribute `encoder_path`.
     """
     path = getattr(model, "encoder_path", None) or getattr(model, "base_model_prefix", None)
     if not path:
@@ -126,9 +125,9 @@ def encoder_path(model: nn.Module) -> str | None:
 
 
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters outside the base model, and those of its pooler, by name; frozen ones too.
+    """Parameters outside the base model, and those of its pooler, by name; including frozen ones.
 
-    A parameter that the head shares with the base model, such as tied output embeddings, counts as the latter's.
+    A parameter that the head shares with the base model, such as tied output embeddings, belongs to the base model.
     """
     prefix = encoder_path(model) or model.base_model_prefix
     return {
@@ -139,11 +138,11 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class _StandIn(nn.Module):
-    """In place of the base model: hands out features as a sequence of one token, run through the pooler if any."""
+    """Replaces the base model: returns stored features as a sequence of one token, with the pooler's output if any."""
 
     def __init__(self, base: nn.Module):
         super().__init__()
-        self.__dict__["base"] = base  # not a submodule: the model's own parameters stay where they are
+        self.__dict__["base"] = base  # not a submodule, so that the model's parameters keep their names
         self.__dict__["features"] = None
 
     def __getattr__(self, name: str) -> Any:
@@ -154,7 +153,7 @@ class _StandIn(nn.Module):
         pooler = getattr(self.__dict__["base"], "pooler", None)
         if pooler is None:
             pooled = None
-        elif isinstance(pooler, nn.Linear):  # ALBERT keeps the activation beside it
+        elif isinstance(pooler, nn.Linear):  # ALBERT's pooler is a plain linear layer with a separate activation
             pooled = self.__dict__["base"].pooler_activation(pooler(hidden[:, 0]))
         else:
             pooled = pooler(hidden)
@@ -162,7 +161,7 @@ class _StandIn(nn.Module):
 
 
 class _Context(dict):
-    """A batch, and the configuration that says how it is padded."""
+    """A batch with the model's configuration, which holds the padding token."""
 
     def __init__(self, batch: Batch, config: Any):
         super().__init__(batch)
@@ -178,7 +177,7 @@ def _first_token(hidden: torch.Tensor, batch: _Context) -> torch.Tensor:
 
 
 def _last_token(hidden: torch.Tensor, batch: _Context) -> torch.Tensor:
-    """The last token that is no padding, as decoders with a classification head find it."""
+    """The last token that is not padding, as in transformers' decoders with a classification head."""
     padding = getattr(batch.config, "pad_token_id", None)
     ids = batch.get("input_ids")
     real = batch.mask(hidden) if ids is None or padding is None else ids != padding

@@ -16,7 +16,7 @@ from hf_ft_ext.data.few_shot import draw_order
 from hf_ft_ext.errors import InputError
 
 GRID = tuple(10.0**e for e in range(-4, 5))  # inverse regularisation strengths
-TUNING_ROWS = 10_000  # rows that cross-validation looks at, at most
+TUNING_ROWS = 10_000  # maximum rows for cross-validation
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class LinearFit:
         bias: `[outputs]`; zeros where the layer has none.
         c: inverse regularisation strength.
         chosen: whether cross-validation chose it.
-        score: share of the rows predicted right, or R squared.
+        score: accuracy, or R squared.
         loss: mean over the rows: cross-entropy, Kullback-Leibler divergence (`fit_place`) or squared error.
     """
 
@@ -41,7 +41,8 @@ class LinearFit:
     score: float
     loss: float
 
-    def said(self) -> str:
+    def summary(self) -> str:
+        """Regularisation and score, for the log."""
         how = "by cross-validation" if self.chosen else "as given"
         return f"C = {self.c:g} ({how}), score on them {self.score:.4f}"
 
@@ -60,10 +61,10 @@ def fit_classes(
     Args:
         x: `[rows, width]`.
         labels: class ids `[rows]`.
-        names: of the classes, by id.
-        bias: whether the layer has one.
-        c: inverse regularisation strength, of features scaled to variance 1; `None` = the one of `GRID` with the least
-            cross-validated loss.
+        names: class names, by id.
+        bias: whether the layer has a bias.
+        c: inverse regularisation strength, for features scaled to variance 1; `None` = the value of `GRID` with the
+            lowest cross-validated loss.
 
     Raises:
         InputError: a class has no rows.
@@ -93,19 +94,20 @@ def fit_labels(
     folds: int = 5,
     max_iter: int = 1000,
 ) -> LinearFit:
-    """One-vs-rest: a logistic regression of each label by itself, with a regularisation of its own.
+    """One-vs-rest: a separate logistic regression for each label, each with its own regularisation.
 
-    `score` is the share of labels predicted right, `loss` the mean binary cross-entropy, `c` the median of the
-    labels'. A label that all rows have, or none, gets weights of 0 and the bias of its share, (n + 1/2) / (N + 1).
+    `score` is the share of correctly predicted labels, `loss` the mean binary cross-entropy, `c` the median over the
+    labels. A label that all rows or no rows have gets zero weights and the bias logit((n + 1/2) / (N + 1)), for n of N
+    rows with the label.
 
     Args:
         x: `[rows, width]`.
         labels: 0 and 1, `[rows, labels]`.
-        names: of the labels.
+        names: label names.
         bias, c, folds, max_iter: as for `fit_classes`.
 
     Raises:
-        InputError: all rows or none have a label, and the layer has no bias to say so.
+        InputError: all rows or no rows have a label, and the layer has no bias to represent that.
     """
     scaled, mean, scale = _scaled(x, bias)
     chosen, used, weights, offsets, constant = c is None, [], [], [], []
@@ -147,11 +149,12 @@ def fit_place(
 ) -> LinearFit:
     """Logistic regression of a probability: two rows of weights, for the lower and the upper end of a scale.
 
-    The loss is the cross-entropy with `place`; each row counts as one of either end, weighted.
+    The loss is the cross-entropy with `place`. Each row is used twice: for the lower end with weight `1 - place`, and
+    for the upper end with weight `place`.
 
     Args:
         x: `[rows, width]`.
-        place: `[rows]`, in [0, 1].
+        place: `[rows]`, positions on the scale, in [0, 1].
     """
     scaled, mean, scale = _scaled(x, bias)
     rows = np.arange(len(x))
@@ -170,7 +173,7 @@ def fit_place(
 
 
 def fit_numbers(x: np.ndarray, labels: np.ndarray, bias: bool = True, c: float | None = None) -> LinearFit:
-    """Ridge regression; `c` = `None`: the one of `GRID` with the least leave-one-out error.
+    """Ridge regression; `c=None` = the value of `GRID` with the lowest leave-one-out error.
 
     Args:
         x: `[rows, width]`.
@@ -190,7 +193,7 @@ def fit_numbers(x: np.ndarray, labels: np.ndarray, bias: bool = True, c: float |
 
 
 def _scaled(x: np.ndarray, center: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features of variance 1 (and mean 0): the solver converges sooner, and one grid of strengths fits all models."""
+    """Scale features to variance 1 (and mean 0), so that the solver converges faster and one grid suits all models."""
     mean = x.mean(0) if center else np.zeros(x.shape[1])
     scale = x.std(0)
     scale[scale < 1e-12 * max(1.0, float(np.abs(x).max()))] = 1.0  # constant features
@@ -205,7 +208,7 @@ def _unscaled(weight, offset, mean, scale) -> tuple[np.ndarray, np.ndarray]:
 def _logistic(x, y, weights, c: float, bias: bool, max_iter: int, start: LogisticRegression | None = None):
     model = start or LogisticRegression(fit_intercept=bias, max_iter=max_iter, warm_start=True, random_state=0)
     model.set_params(C=c)
-    # One thread: an iteration is so short that several mostly wait for each other (16 x slower on two cores).
+    # One thread: iterations are so short that several threads mostly wait (16 times slower on two cores).
     with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x, y, sample_weight=weights)
@@ -215,7 +218,7 @@ def _logistic(x, y, weights, c: float, bias: bool, max_iter: int, start: Logisti
 
 
 def _rows(model: LogisticRegression, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Weights and biases per class; two classes share one difference equally."""
+    """Weights and biases per class; with two classes, each gets half of the difference, with opposite signs."""
     weight, offset = model.coef_, np.zeros(len(model.coef_)) + model.intercept_
     if classes == 2:
         halves = np.array([[-0.5], [0.5]])
@@ -224,7 +227,7 @@ def _rows(model: LogisticRegression, classes: int) -> tuple[np.ndarray, np.ndarr
 
 
 def _choose(x, y, weights, groups, bias: bool, folds: int, max_iter: int) -> float:
-    """The strength with the least mean loss on rows left out."""
+    """The inverse strength with the lowest mean loss on held-out rows."""
     if groups is None and len(x) > TUNING_ROWS:
         kept = draw_order(range(len(x)), 0)[:TUNING_ROWS]
         if len(np.unique(y[kept])) == len(np.unique(y)):
@@ -239,19 +242,19 @@ def _choose(x, y, weights, groups, bias: bool, folds: int, max_iter: int) -> flo
         total = 0.0
         for i, (train, test) in enumerate(splits):
             weighted = None if weights is None else weights[train]
-            # It starts from the next stronger regularisation's.
+            # Warm start from the fit with the next stronger regularisation.
             model = models[i] = _logistic(x[train], y[train], weighted, c, bias, max_iter, models[i])
             likely = model.predict_proba(x[test])[np.arange(len(test)), np.searchsorted(model.classes_, y[test])]
             loss = -np.log(np.maximum(likely, 1e-300))
             total += float(loss.sum() if weights is None else (loss * weights[test]).sum())
         losses.append(total)
         if len(losses) > 2 and min(losses[-2:]) > losses[-3]:
-            break  # the weaker, the slower to fit, and it is past the best
+            break  # past the optimum; weaker regularisation fits more slowly
     return GRID[int(np.argmin(losses))]
 
 
 def _folds(y, groups, folds: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Splits with every class in every training part."""
+    """Cross-validation splits with every class in each training part."""
     if groups is not None:
         parts = min(folds, len(np.unique(groups)))
         yield from GroupKFold(parts).split(y, y, groups) if parts > 1 else ()

@@ -1,4 +1,4 @@
-"""Linear probing: a model's last layer fitted by logistic or linear regression on what it reads."""
+"""Linear probing: fitting a model's last layer by logistic or linear regression on its inputs."""
 
 import logging
 import os
@@ -21,17 +21,17 @@ from hf_ft_ext.prompts.model import is_prompt_model
 
 logger = logging.getLogger(__name__)
 
-_ROWS = 4096  # rows of features that go through the head at once
+_ROWS = 4096  # rows of features per forward pass of the head
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """What `fit_linear_head` did.
+    """The result of `fit_linear_head`.
 
     Attributes:
         layer: dotted name of the layer that was written.
-        fit: regularisation and score of the fit.
-        rows: rows that it was fitted on.
+        fit: the fit, with regularisation and score.
+        rows: number of rows of the fit.
     """
 
     layer: str
@@ -55,20 +55,20 @@ def fit_linear_head(
     """Fit the last layer of a sequence classifier by linear probing and write the weights into it, in place.
 
     The encoder runs once over the data, without dropout. Classes are fitted by logistic regression (several labels per
-    row: each label against the rest), numbers by ridge regression; the regularisation is chosen by cross-validation
-    unless `c` is given. What lies between encoder and last layer (a pooler, a dense layer) stays as it is. In a prompt
-    model the label words' output rows are the last layer: they become a layer of their own first
-    (`untie_label_words`). `model.fresh_parameters` names what was written, so that an adapter saves it.
+    row: one-vs-rest), numbers by ridge regression. The regularisation is chosen by cross-validation unless `c` is
+    given. Layers between encoder and last layer (a pooler, a dense layer) are not changed. In a prompt model the last
+    layer consists of the label words' output rows, which first become a separate layer (`untie_label_words`).
+    `model.fresh_parameters` names the written parameters, so that an adapter saves them.
 
     Args:
-        model: in the place (device) where it is to run.
+        model: a classifier on the device on which it should run.
         dataset: tokenised rows with `labels`.
-        collate: makes a batch of rows.
-        c: inverse regularisation strength, of features scaled to variance 1; `None` = by cross-validation.
-        folds: of the cross-validation.
-        max_iter: most iterations of the logistic regression.
-        feature_cache_dir, feature_cache_gb: keep what the head reads in a file there if it takes no more than this;
-            0 = in memory only.
+        collate: the collator, which makes a batch of rows.
+        c: inverse regularisation strength, for features scaled to variance 1; `None` = by cross-validation.
+        folds: folds of the cross-validation.
+        max_iter: maximum iterations of the logistic regression.
+        feature_cache_dir, feature_cache_gb: folder of the feature cache, and the size up to which features are cached
+            there; 0 = in memory only.
 
     Raises:
         InputError: no labels, a class without rows, or a model whose last layer is not linear or reads more than one
@@ -93,7 +93,7 @@ def fit_linear_head(
         with tqdm(total=len(dataset), desc="encoding the data once", disable=disable_tqdm) as bar:
             inputs = []
 
-            # by the reader, a decoder's head runs on the one token that counts
+            # with the reader, a decoder's head runs on its one relevant token only
             def run(batch: dict) -> Any:
                 return model(**batch) if reader is None else reader.logits(reader.features(batch))
 
@@ -107,14 +107,14 @@ def fit_linear_head(
         if layer.bias is not None:
             layer.bias.copy_(torch.from_numpy(fit.bias))
     _mark_fresh(model, name)
-    logger.info("Linear head: %s fitted on %d rows, %s.", name, len(x), fit.said())
+    logger.info("Linear head: %s fitted on %d rows, %s.", name, len(x), fit.summary())
     return LinearHead(name, fit, len(x))
 
 
 def prepare_linear_head(model: nn.Module) -> None:
-    """Give a prompt model the layer that a linear head is written into; all others have one.
+    """Give a prompt model the separate layer for a linear head; other models have one already.
 
-    For a model that takes the head's weights from elsewhere, such as a checkpoint.
+    Call it for a model that gets the weights of its head from elsewhere, such as a checkpoint.
     """
     if is_prompt_model(model):
         model.untie_label_words()
@@ -127,7 +127,7 @@ def _mark_fresh(model: nn.Module, name: str) -> None:
 
 
 def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[str, nn.Linear]:
-    """Name and module of the linear layer whose output, averaged over tokens if it has any, is the logits.
+    """Name and module of the linear layer whose output, if need be averaged over tokens, is the logits.
 
     Args:
         batch: some rows, without labels.
@@ -170,7 +170,7 @@ def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens of each row that are no padding: `[rows, tokens, width]` -> `[rows, width]`."""
+    """Mean over each row's tokens except padding: `[rows, tokens, width]` -> `[rows, width]`."""
     if values.shape[:2] != mask.shape:
         return values.mean(1)
     return (values * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -183,7 +183,7 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 def _inputs(
     model: nn.Module, name: str, layer: nn.Linear, run: Callable[[], Any], mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """What `layer` reads while `run` runs, averaged over tokens where logits are: `[rows, width]`, on the CPU."""
+    """Inputs of `layer` during `run()`, averaged over tokens if the logits are: `[rows, width]`, on the CPU."""
     seen: list[torch.Tensor] = []
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     try:

@@ -1,4 +1,4 @@
-"""Rows of a data set in their order: collated batches for the encoder, and the labels beside them."""
+"""Reading a data set in order: collated batches for the encoder, and labels."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,13 +9,13 @@ from transformers import Trainer
 from hf_ft_ext.errors import InputError
 
 LABELS = "labels"
-SAMPLE = 16  # rows by which the way of reading is found
+SAMPLE = 16  # rows used to find out how the head reads its features
 
 
 def batches_in_order(
     dataset: Any, collate: Callable[[list], dict], batch_size: int, device: torch.device | str | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Collated batches of all rows in their order, labels left out, on `device`."""
+    """Collated batches of all rows in order, without labels, on `device`."""
     for start in range(0, len(dataset), batch_size):
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         yield inputs_of(collate(rows), device)
@@ -30,10 +30,10 @@ def read_in_order(
     window: int = 16,
     start: int = 0,
 ) -> Iterator[torch.Tensor]:
-    """`read(batch)` of all rows from `start` on, in their order, some rows at a time: `[n, ...]` each.
+    """Yield `read(batch)` for all rows from `start` on, in order, several rows at a time: `[n, ...]` each.
 
-    Within `window` batches rows of like length share a batch, so that little is padded. Windows do not depend on
-    `start`: a run that continues makes the same batches.
+    Within a window of `window` batches, rows of similar length share a batch, which reduces padding. Windows do not
+    depend on `start`, so a continued run makes the same batches.
     """
     size = window * batch_size
     for first in range(start - start % size, len(dataset), size):
@@ -52,7 +52,7 @@ def inputs_of(batch: dict[str, torch.Tensor], device: torch.device | str | None)
 
 
 def labels_of(dataset: Any) -> torch.Tensor:
-    """Labels of every row.
+    """Labels of all rows.
 
     Raises:
         InputError: a row has none.
@@ -68,7 +68,7 @@ def labels_of(dataset: Any) -> torch.Tensor:
 
 
 def for_collator(trainer: Trainer, dataset: Any) -> tuple[Any, Any]:
-    """The data set and the collator by which `trainer` makes its batches."""
+    """The data set and the collator from which `trainer` makes its batches."""
     if hasattr(dataset, "column_names"):
         return trainer._remove_unused_columns(dataset, description="training"), trainer.data_collator
     return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")

@@ -1,1 +1,1 @@
-"""What `run_glue.py` needs around the library: defaults, output folders, search, results."""
+"""The launcher behind `run_glue.py`: argument parsing, defaults, output folders, search, results."""

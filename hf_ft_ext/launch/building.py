@@ -1,4 +1,4 @@
-"""From arguments to data, model and trainer: everything that can fail on bad input, before any training."""
+"""Building data, model and trainer from the arguments: all that can fail on bad input, before any training."""
 
 import copy
 import functools
@@ -68,7 +68,7 @@ def load(
     """Load and check data and model.
 
     Args:
-        callbacks: for the trainer, behind its own.
+        callbacks: for the trainer, after the launcher's own.
 
     Returns:
         A function from training arguments to a trainer, and the tokenised data.
@@ -101,7 +101,7 @@ def load(
     check_place(model, args, trainer_class)
     limit = model_max_length(model, tokenizer)
     kind = model.config.problem_type
-    if data.label_names is None and data.problem_type != kind:  # no labels: the model knows what it predicts
+    if data.label_names is None and data.problem_type != kind:  # no labels: take the problem type from the model
         data = replace(data, problem_type=kind, metric=data_args.metric or default_metrics(kind))
     thresholds = _kept_thresholds(model.config, data_args, args)
     check_scoring(run_args, data_args, args, data, kind, data.metric_function(data_args.multi_label_threshold))
@@ -129,7 +129,7 @@ def load(
                 model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
                 args=args,
                 train_dataset=data.train if args.do_train else None,
-                # Evaluation in training looks at the first validation set, as the metric names expect.
+                # Evaluation during training uses the first validation set, as the metric names expect.
                 eval_dataset=next(iter(data.validation.values()), None),
                 processing_class=tokenizer,
                 data_collator=ContextCollator(tokenizer) if _needs_context_collator(model, data_args) else None,
@@ -143,10 +143,10 @@ def load(
 
 
 def _finished(method: str, model_args: ModelArguments, args: MethodTrainingArguments) -> str | None:
-    """The folder to predict from, where the method's result is more than a model and there is to be no training.
+    """The folder to predict from, if the run does not train and the method's result is more than a model.
 
     Raises:
-        InputError: the folder holds such a result of another method, whose model alone would predict untrained.
+        InputError: the folder holds such a result of another method, whose model file alone is untrained.
     """
     if args.do_train or model_args.model_name_or_path is None:
         return None
@@ -171,7 +171,7 @@ def _needs_context_collator(model: PreTrainedModel, data_args: DataArguments) ->
 
 
 def _kept_thresholds(config: Any, data_args: DataArguments, args: MethodTrainingArguments) -> np.ndarray | None:
-    """The thresholds that the model was saved with, if they are to be used; training takes no old ones over."""
+    """The thresholds saved with the model, if this run should use them; training discards them."""
     kept = getattr(config, THRESHOLDS, None)
     if args.do_train or kept is None:
         fixed = data_args.multi_label_threshold
@@ -184,7 +184,7 @@ def _kept_thresholds(config: Any, data_args: DataArguments, args: MethodTraining
 
 
 def _start_from_linear_head(run_args: RunArguments, args: MethodTrainingArguments, model, data: TaskData, tokenizer):
-    """Fit the head before the method starts, if the user asked for it."""
+    """Fit the head by linear probing before the method starts, if `from_linearhead` is set."""
     if not run_args.from_linearhead:
         return
     if run_args.method == "linearhead":
@@ -204,9 +204,9 @@ def _start_from_linear_head(run_args: RunArguments, args: MethodTrainingArgument
 
 
 def in_training_order(stream: IterableDataset, buffer: int, args: MethodTrainingArguments) -> IterableDataset:
-    """Shuffle a stream within a buffer of so many rows, anew in every pass, unless `args` want its own order.
+    """Shuffle a stream within a buffer of `buffer` rows, newly in every epoch, unless `args` ask for its own order.
 
-    Every process reads the stream and takes its part of each step's rows, so that batches may differ in length.
+    Every process reads the whole stream and takes its part of the rows of each step, so batches may differ in length.
     """
     if args.accelerator_config.dispatch_batches is None:
         args.accelerator_config.dispatch_batches = False

@@ -1,4 +1,4 @@
-"""What the launcher fills in where the user said nothing, and options that would have no effect beside the rest."""
+"""Defaults of the launcher for options that the user did not set, and refusal of options without effect."""
 
 import logging
 import os
@@ -46,22 +46,22 @@ def complete_arguments(
     data_args: DataArguments,
     training_args: MethodTrainingArguments,
 ) -> None:
-    """Fill in, in place, the demo model and task, train and evaluate, and the output folder.
+    """Fill in the defaults, in place: demo model and task, train and evaluate, and the output folder.
 
-    Every process comes to the same folder: the first one decides.
+    The first process chooses the folder, and all processes use it.
 
     Raises:
-        InputError: options that contradict each other, a checkpoint that is none, a folder that holds a run.
+        InputError: options that contradict each other, an invalid checkpoint, or a folder that already holds a run.
     """
     check_ranges(run_args.given)
     _fill_in(run_args, model_args, data_args, training_args)
-    _suit_the_machine(run_args, training_args)
+    _adapt_to_machine(run_args, training_args)
     check_together(run_args, training_args)
     check_streaming(run_args, data_args, training_args)
     refuse_idle_options(Command(run_args, model_args, data_args, training_args))
     given = run_args.given.get("output_dir") or None
     resume = training_args.resume_from_checkpoint
-    # Only the first process looks: by the time another one did, the first might already have written.
+    # Only the first process checks: when another one checked, the first might already have written files.
     outcome = [None]
     if PartialState().is_main_process:
         try:
@@ -75,7 +75,7 @@ def complete_arguments(
 
 
 def task_label(data_args: DataArguments) -> str:
-    """The task's name, or else the name of the data set or of the first own file."""
+    """The task's name, or else the name of the data set or of the first data file of the user."""
     return data_args.task_name or folder_name(
         data_args.dataset_name or data_args.train_file or data_args.validation_file or data_args.test_file or DEMO
     )
@@ -83,7 +83,7 @@ def task_label(data_args: DataArguments) -> str:
 
 def _fill_in(run_args, model_args, data_args, training_args) -> None:
     filled_in = []
-    classifies = run_args.task_type == SEQUENCE_CLASSIFICATION  # the demo's model and task are for it
+    classifies = run_args.task_type == SEQUENCE_CLASSIFICATION  # the demo model and task are for classification
     if model_args.model_name_or_path is None and classifies:
         filled_in.append("the demo encoder")
     if classifies and not any((data_args.task_name, data_args.dataset_name, *own_files(data_args))):
@@ -96,8 +96,8 @@ def _fill_in(run_args, model_args, data_args, training_args) -> None:
         logger.info("Using defaults: %s.", ", ".join(filled_in))
 
 
-def _suit_the_machine(run_args: RunArguments, training_args: MethodTrainingArguments) -> None:
-    """Leave out what needs an accelerator where there is none, and say when cores stay idle."""
+def _adapt_to_machine(run_args: RunArguments, training_args: MethodTrainingArguments) -> None:
+    """Without an accelerator, switch off pinned memory and log it if CPU cores stay idle."""
     if torch.accelerator.is_available() and not training_args.use_cpu:
         return
     if "dataloader_pin_memory" not in run_args.given:
@@ -112,7 +112,7 @@ def _suit_the_machine(run_args: RunArguments, training_args: MethodTrainingArgum
 
 
 def own_files(data_args: DataArguments) -> tuple[str, ...]:
-    """The user's own data files that were passed."""
+    """The data files that the user passed."""
     return tuple(f for f in (data_args.train_file, data_args.validation_file, data_args.test_file) if f)
 
 
@@ -123,7 +123,7 @@ def _output_dir(given, resume, run_args, model_args, data_args, training_args) -
         return str(Path(checkpoint).parent), checkpoint
     if given is None:
         base = os.path.join("runs", f"{run_args.method}-{task_label(data_args)}-seed{training_args.seed}")
-        # Without --output_dir there is nothing of the user's to overwrite but the first name.
+        # Without --output_dir, --overwrite_output_dir means the folder with the default name.
         given = base if run_args.overwrite_output_dir else free_folder(base, resume=resume is not None)
     given = os.path.expanduser(given)
     if resume is not None:
@@ -157,7 +157,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Rule:
-    """When an option has no effect, and the message: what it is about, and what to do."""
+    """The condition under which an option has no effect, and the message: its purpose, and what to do."""
 
     idle: Callable[[Command], bool]
     message: str
@@ -224,10 +224,10 @@ RULES: dict[str, Rule] = {
 
 
 def refuse_idle_options(command: Command) -> None:
-    """Refuse what the user set and this run would not look at; log what a search overrides.
+    """Refuse options that the user set but this run would not use; log values that a search overrides.
 
     Raises:
-        InputError: there is such an option.
+        InputError: an option that was set has no effect.
     """
     given = command.run.given
     for name, rule in RULES.items():

@@ -1,4 +1,4 @@
-"""The run folder: its name, its lock, what it may already hold, how an old run leaves it, and disks that refuse."""
+"""The run folder: its name, its lock, checks of earlier content, deletion of an old run, and disk errors."""
 
 import contextlib
 import errno
@@ -28,13 +28,12 @@ from hf_ft_ext.training.saved.checkpoints import SEAL, checkpoint_folders, fault
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE = ".run.lock"  # it stays in the folder, which does no harm
+LOCK_FILE = ".run.lock"  # it stays in the folder and does no harm there
 OWNER_FILE = ".run.owner.json"  # beside it, because a second process may truncate the locked file
 
-# Weights and the configuration that says whether they are a model or an adapter: one kind must not stay
-# beside the other, or the folder would load as neither.
+# Weights of models and of adapters. Files of both kinds in one folder would make it unloadable, so all are deleted.
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*")
-_OWN = (
+_RUN_FILES = (
     RUN_RECORD,
     "predictions*.tsv",
     "hp_search.json",
@@ -44,7 +43,7 @@ _OWN = (
     TRAINER_STATE,
     *_WEIGHTS,
 )
-_OF_CHECKPOINTS = (SEAL, "optimizer*", "rng_state*.pth", "scheduler.pt")
+_CHECKPOINT_FILES = (SEAL, "optimizer*", "rng_state*.pth", "scheduler.pt")
 
 
 def holds_run(folder: str | os.PathLike) -> bool:
@@ -55,7 +54,7 @@ def holds_run(folder: str | os.PathLike) -> bool:
 
 
 def free_folder(base: str, *, resume: bool = False) -> str:
-    """The first of `base`, `base-2`, `base-3`, ... that holds no run; with `resume` the last that holds one."""
+    """The first of `base`, `base-2`, `base-3`, ... without a run; with `resume`, the last one with a run."""
     names = (base if i == 1 else f"{base}-{i}" for i in itertools.count(1))
     last = base
     while holds_run(name := next(names)):
@@ -64,7 +63,7 @@ def free_folder(base: str, *, resume: bool = False) -> str:
 
 
 def folder_name(text: str) -> str:
-    """`text` as a part of a folder's name: the last part of a path, awkward characters replaced."""
+    """`text` as part of a folder name: the last part of the path, with unusual characters replaced."""
     return re.sub(r"[^\w.-]+", "_", Path(text.rstrip("/")).name) or "data"
 
 
@@ -72,10 +71,10 @@ def checkpoint_to_resume(resume: str, output_dir: str) -> str:
     """The checkpoint folder that `--resume_from_checkpoint` means.
 
     Args:
-        resume: `true` for the last checkpoint in `output_dir` that is complete and undamaged, or a path.
+        resume: `true` (the last complete and undamaged checkpoint in `output_dir`), or a path.
 
     Raises:
-        InputError: there is no such checkpoint, or the one that was named is incomplete or damaged.
+        InputError: there is no such checkpoint, or the given one is incomplete or damaged.
     """
     if resume.lower() == "true":
         if not checkpoint_folders(output_dir):
@@ -107,22 +106,22 @@ def checkpoint_to_resume(resume: str, output_dir: str) -> str:
     if (fault := fault_of(folder)) is not None:
         raise InputError(
             f"--resume_from_checkpoint {resume!r} cannot be used: {fault}; pass another checkpoint, or true for the "
-            "last sound one in output_dir"
+            "last complete one in output_dir"
         )
     return str(folder)
 
 
 def _is_run_folder(folder: Path) -> bool:
-    """Whether `folder`, with a trainer's state in it, is where a run has ended, which leaves its state there too."""
+    """Whether `folder` is a run folder rather than a checkpoint; a finished run saves a trainer state there too."""
     if (folder / RUN_RECORD).is_file() or checkpoint_folders(folder):
         return True
     if re.fullmatch(r"checkpoint-\d+", folder.resolve().name) or fault_of(folder) is not None:
         return False
-    return not any(next(folder.glob(pattern), None) for pattern in _OF_CHECKPOINTS)
+    return not any(next(folder.glob(pattern), None) for pattern in _CHECKPOINT_FILES)
 
 
 def refuse_foreign_run(output_dir: str) -> None:
-    """Raise an `InputError` if `output_dir` is no folder or holds another run."""
+    """Raise an `InputError` if `output_dir` is not a folder or holds another run."""
     if os.path.exists(output_dir) and not os.path.isdir(output_dir):
         raise InputError(f"output_dir {output_dir!r} is a file; pass a folder")
     if holds_run(output_dir):
@@ -147,10 +146,10 @@ def refuse_lost_model(output_dir: str, model: str | None) -> None:
 def clear_old_run(output_dir: str | os.PathLike, method: str) -> None:
     """Delete the run that `output_dir` holds: checkpoints, record, predictions, weights, its method's own files.
 
-    Files that no run writes stay.
+    Other files are kept.
 
     Args:
-        method: of the run to come. The old run's is read from its record, and may be any where there is none.
+        method: method of the new run. That of the old run is read from its record; without a record it may be any.
     """
     folder = Path(output_dir)
     methods = {method, *_methods_of(folder)}
@@ -158,14 +157,14 @@ def clear_old_run(output_dir: str | os.PathLike, method: str) -> None:
     for path in folder.glob("checkpoint-*"):
         if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name):
             shutil.rmtree(path)
-    for pattern in (*_OWN, *own):
+    for pattern in (*_RUN_FILES, *own):
         for path in folder.glob(pattern):
             if path.is_file() or path.is_symlink():
                 path.unlink()
 
 
 def _methods_of(folder: Path) -> list[str]:
-    """The method of the run in `folder`; all methods if there is a run that left no record."""
+    """The method of the run in `folder`; all methods if the run has no record."""
     try:
         return [str(json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))["method"])]
     except (OSError, ValueError, KeyError, TypeError):
@@ -173,13 +172,13 @@ def _methods_of(folder: Path) -> list[str]:
 
 
 def make_room(run_args: RunArguments, args: MethodTrainingArguments, until: contextlib.ExitStack) -> None:
-    """Make `output_dir` and lock it, or delete the old run in it if the user asked for it; other processes wait.
+    """Create and lock `output_dir`, and delete the old run in it if the user asked for that; other processes wait.
 
     Args:
-        until: releases the lock.
+        until: the exit stack that releases the lock.
 
     Raises:
-        InputError: the folder cannot be written to, another run is at work in it, or has filled it meanwhile.
+        InputError: the folder cannot be written to, another run uses it, or another run has filled it meanwhile.
     """
     with args.main_process_first(desc="making room"):
         if args.process_index == 0:
@@ -188,24 +187,25 @@ def make_room(run_args: RunArguments, args: MethodTrainingArguments, until: cont
             if run_args.overwrite_output_dir:
                 clear_old_run(args.output_dir, run_args.method)
             elif args.resume_from_checkpoint is None:
-                refuse_foreign_run(args.output_dir)  # again: another run may have come and gone since the start
+                refuse_foreign_run(args.output_dir)  # again: another run may have filled it since the first check
 
 
-_STORAGE = {
+_STORAGE_ERRORS = {
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR", "EISDIR", "ESTALE")
     if hasattr(errno, name)
 }
-_IN_TEXT = ("No space left", "File too large", "Read-only file system", "Disk quota", "Input/output error",
+_STORAGE_MESSAGES = ("No space left", "File too large", "Read-only file system", "Disk quota", "Input/output error",
             "Permission denied")  # fmt: skip
-_TORCH = ("PytorchStreamWriter", "inline_container", "iostream error")  # torch.save does not say what the disk said
+# torch.save does not report the system's error
+_TORCH_MESSAGES = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 def check_writable(folder: str) -> None:
-    """Make `folder` and a file in it, which is deleted again.
+    """Check that `folder` can be created and written to, with a temporary file.
 
     Raises:
-        InputError: that is not possible.
+        InputError: it cannot.
     """
     try:
         os.makedirs(folder, exist_ok=True)
@@ -216,7 +216,7 @@ def check_writable(folder: str) -> None:
 
 
 def not_writable(folder: str, error: OSError) -> InputError:
-    """The error for an output folder that is none."""
+    """The error for an output folder that cannot be written to."""
     return InputError(
         f"output_dir {folder!r} cannot be written to ({error.strerror or error}); pass another --output_dir"
     )
@@ -224,7 +224,7 @@ def not_writable(folder: str, error: OSError) -> InputError:
 
 @contextlib.contextmanager
 def explained(folder: str) -> Iterator[None]:
-    """Turn a refusal of the disk, by whichever library it was met, into an `InputError` that says what is left."""
+    """Turn a disk error, raised by any library, into an `InputError` that names the last complete checkpoint."""
     try:
         yield
     except InputError:
@@ -234,7 +234,7 @@ def explained(folder: str) -> Iterator[None]:
             raise
         checkpoint = last_sound_checkpoint(folder)
         left = (
-            f"{checkpoint} is complete: make room and go on with --resume_from_checkpoint true"
+            f"{checkpoint} is complete: make room and continue with --resume_from_checkpoint true"
             if checkpoint is not None
             else "there is no complete checkpoint: make room, or pass another --output_dir, and start again"
         )
@@ -242,17 +242,17 @@ def explained(folder: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str | None:
-    """What the disk said, or `None` if the error is about something else."""
+    """The reason of a disk error, or `None` for other errors."""
     seen = error
     while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _STORAGE:
+        if isinstance(seen, OSError) and seen.errno in _STORAGE_ERRORS:
             return f"{seen.strerror}: {seen.filename}" if seen.filename else str(seen.strerror)
         text = str(seen)
         # tokenizers raise a bare Exception, safetensors their own
         plain = isinstance(seen, OSError | SafetensorError) or type(seen) in (Exception, RuntimeError)
-        if plain and any(words in text for words in _IN_TEXT):
-            return next(words for words in _IN_TEXT if words in text)
-        if isinstance(seen, RuntimeError) and any(words in text for words in _TORCH):
+        if plain and any(words in text for words in _STORAGE_MESSAGES):
+            return next(words for words in _STORAGE_MESSAGES if words in text)
+        if isinstance(seen, RuntimeError) and any(words in text for words in _TORCH_MESSAGES):
             return "a file could not be written to its end"
         seen = seen.__cause__ or seen.__context__
     return None
@@ -262,16 +262,16 @@ def _reason(error: BaseException) -> str | None:
 def only_run(folder: str | os.PathLike) -> Iterator[None]:
     """Hold the lock of a run folder; for the first process of a run.
 
-    The lock belongs to the process (`flock`): the system releases it however the process ends, and a file that a
-    killed run has left blocks nobody. On network file systems without locks between machines (NFS mounted with
-    `nolock` or `local_lock`), only runs on the same machine are kept apart. Where the file system has no locks at all,
-    the run goes on without one, with a warning.
+    The lock belongs to the process (`flock`). The system releases it however the process ends, so the lock file of a
+    killed run does not block later runs. On network file systems without locks between machines (NFS mounted with
+    `nolock` or `local_lock`), only runs on the same machine exclude each other. If the file system has no locks at
+    all, the run continues without one and logs a warning.
 
     Raises:
         InputError: another run holds it.
     """
     path, owner = Path(folder) / LOCK_FILE, Path(folder) / OWNER_FILE
-    # A lock by a file's mere presence would outlive a killed process.
+    # filelock's soft lock is the mere presence of a file, which would outlive a killed process.
     options = {"fallback_to_soft": False} if "fallback_to_soft" in inspect.signature(FileLock).parameters else {}
     lock = FileLock(path, timeout=0, **options)
     try:
@@ -295,7 +295,7 @@ def only_run(folder: str | os.PathLike) -> Iterator[None]:
 
 
 def _holder(owner: Path) -> str:
-    """Who holds the lock, as far as it is known."""
+    """The process that holds the lock, for the message; empty if unknown."""
     try:
         found = json.loads(owner.read_text(encoding="utf-8"))
         return f" (process {found['pid']} on {found['host']})"

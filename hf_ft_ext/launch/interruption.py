@@ -1,4 +1,4 @@
-"""What becomes of a run that is interrupted: a checkpoint if steps run, a line that says how to go on."""
+"""Handling an interrupted run: a checkpoint if training steps are running, and a line on how to continue."""
 
 import time
 
@@ -12,17 +12,17 @@ from hf_ft_ext.training.saved.checkpoints import last_sound_checkpoint
 
 
 class SaveAndStop(TrainerCallback):
-    """Once a signal has come, saves a checkpoint after the step and raises `Interrupted` when it is complete.
+    """After a signal, saves a checkpoint at the end of the step and raises `Interrupted` when it is complete.
 
-    transformers' own `enable_jit_checkpoint` saves between gradients and step, after a wait of three seconds, for
-    SIGTERM only; a run that goes on from there is not the unbroken one. Where nothing can be saved (no steps, or
-    `save_strategy=no`) the run ends at once.
+    transformers' own `enable_jit_checkpoint` saves between gradients and optimizer step, after a wait of three
+    seconds, for SIGTERM only; a run resumed from there differs from an uninterrupted one. If nothing can be saved (no
+    steps, or `save_strategy=no`), the run ends at once.
 
-    All processes stop at the same step. They ask each other, which costs a collective and on an accelerator a
-    synchronisation, after steps that all of them know: the first ones, then about once a second (see `_Schedule`),
-    after evaluations, after the last step and at the end.
+    All processes stop at the same step. They compare their signals by a collective, which on an accelerator also costs
+    a synchronisation. They do so after steps that all of them know: the first ones, then about once a second (see
+    `_Schedule`), after evaluations, after the last step and at the end.
 
-    It belongs behind all callbacks that write into a checkpoint.
+    Register it after all callbacks that write files into a checkpoint.
     """
 
     def __init__(self, signals: Signals):
@@ -41,13 +41,13 @@ class SaveAndStop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         last = state.global_step >= state.max_steps or control.should_training_stop
         if args.world_size == 1 or last or self._schedule.is_due(state.global_step):
-            self._look(args, state, control)
+            self._compare_signals(args, state, control)
 
     def on_evaluate(self, args, state, control, **kwargs):
         if self.signals.waits:
-            self._look(args, state, control)
+            self._compare_signals(args, state, control)
 
-    def _look(self, args, state, control) -> None:
+    def _compare_signals(self, args, state, control) -> None:
         number = self.signals.requested or 0
         if args.world_size > 1:
             seconds = self._schedule.seconds_per_step(state.global_step)
@@ -65,18 +65,18 @@ class SaveAndStop(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.signals.waits:
-            self._look(args, state, control)
+            self._compare_signals(args, state, control)
         self.signals.waits = False
         if self._number is not None:
             raise Interrupted(self._number)
 
 
 class _Schedule:
-    """The steps after which the processes ask each other: about one second apart.
+    """The steps after which the processes compare their signals: about one second apart.
 
-    The number of steps in between follows from the slowest process's time per step, and at most doubles each time, so
-    that one odd step (the first one compiles) does not decide. Every process computes the same steps, because all of
-    them use the same time.
+    The interval follows from the slowest process's time per step and at most doubles each time, so that one unusual
+    step (the first one compiles) has little influence. All processes use the same time and therefore compute the same
+    steps.
 
     Args:
         step: the step at which training starts.
@@ -92,26 +92,26 @@ class _Schedule:
         return step >= self._asked + self._steps
 
     def seconds_per_step(self, step: int) -> float:
-        """This process's seconds per step since the processes last asked each other."""
+        """This process's seconds per step since the last comparison."""
         return (time.monotonic() - self._time) / max(step - self._asked, 1)
 
     def plan(self, step: int, seconds: float) -> None:
-        """Fix the next step.
+        """Set the step of the next comparison.
 
         Args:
-            step: the present one.
-            seconds: per step, the same on all processes.
+            step: the current step.
+            seconds: seconds per step, the same value on all processes.
         """
-        if step > self._asked:  # not a second time after the same step, as an evaluation does
+        if step > self._asked:  # an evaluation after the same step compares again
             within = int(self.INTERVAL / seconds) if seconds > 0 else 2 * self._steps
             self._steps = max(1, min(2 * self._steps, within))
         self._asked, self._time = step, time.monotonic()
 
 
 def what_now(signals: Signals) -> str:
-    """How the interrupted run goes on, in one sentence."""
+    """How to continue the interrupted run, in one sentence."""
     folder = signals.output_dir
     checkpoint = None if folder is None else last_sound_checkpoint(folder)
     if checkpoint is None:
-        return "there is no checkpoint to go on from; run the same command again, with --overwrite_output_dir if asked"
+        return "there is no checkpoint to resume; run the same command again, with --overwrite_output_dir if asked"
     return f"{checkpoint} is complete; run the same command again with --resume_from_checkpoint true"

@@ -1,4 +1,4 @@
-"""From the command line and a recipe to the argument dataclasses."""
+"""Parsing the command line and a recipe into the argument dataclasses."""
 
 import argparse
 import copy
@@ -16,12 +16,12 @@ from hf_ft_ext.methods import METHODS, Method, find_method, list_methods
 from hf_ft_ext.recipes.reading import read_recipe
 from hf_ft_ext.training.sharing.privacy import hide_tokens
 
-_CHOICES_AS_PLACEHOLDER = 10  # longer lists stand behind the help text
-_CHOICES_SHOWN = 20  # still longer ones (optimizers) appear where a wrong one is refused
+_CHOICES_AS_PLACEHOLDER = 10  # longer lists follow the help text
+_CHOICES_SHOWN = 20  # even longer lists (optimizers) appear only in the error for a wrong value
 _TRAINING = "training (transformers.TrainingArguments)"
 _EVERYTHING = "all"  # `--help all`
-# what users may know from elsewhere -> why it is not here
-_GONE = {"low_cpu_mem_usage": "transformers 5 always loads a model without a second copy of its weights"}
+# arguments that users may know from elsewhere -> why they do not exist here
+_REMOVED_ARGUMENTS = {"low_cpu_mem_usage": "transformers 5 always loads a model without a second copy of its weights"}
 # What most people set among the arguments of transformers; `--help` shows these, `--help all` shows all.
 _MOST_USED = frozenset(
     """
@@ -31,19 +31,19 @@ _MOST_USED = frozenset(
     load_best_model_at_end logging_steps report_to push_to_hub resume_from_checkpoint use_cpu disable_tqdm
     """.split()
 )
-# Where the launcher does more than transformers' text says.
+# Help texts of transformers' arguments for which the launcher does more than transformers.
 _HELP = {
     "do_train": "Train. Without any of do_train, do_eval and do_predict the run trains and evaluates.",
     "do_eval": "Evaluate the result on the validation split.",
     "do_predict": "Write predictions for the test split.",
     "output_dir": "Folder of the run; none = runs/METHOD-TASK-seedSEED.",
-    "resume_from_checkpoint": "true = go on from the last complete checkpoint in output_dir; or the folder of one.",
+    "resume_from_checkpoint": "true = resume from the last complete checkpoint in output_dir; or a checkpoint folder.",
     "push_to_hub": "Push the finished run to the Hub, with a model card.",
 }
 
 
 class Parser(HfArgumentParser):
-    """`HfArgumentParser` for one method: grouped help, errors as `InputError`, only what the user gave comes back."""
+    """`HfArgumentParser` for one method: grouped help, errors as `InputError`, and only given options."""
 
     def __init__(self, method: Method):
         self.hints: dict[str, Any] = {}
@@ -82,7 +82,7 @@ class Parser(HfArgumentParser):
             shown.help = _HELP.get(field.name, shown.help)
             if shown.choices is not None:
                 self.choices[field.name] = [str(choice) for choice in shown.choices]
-                shown.choices = None  # checked together with the recipe's values
+                shown.choices = None  # checked later, together with the recipe's values
                 self._show_choices(shown, self.choices[field.name])
             for action in complements:  # --no_x: accepted, not listed
                 action.help = argparse.SUPPRESS
@@ -124,7 +124,7 @@ class Parser(HfArgumentParser):
         raise InputError(re.sub(r"argument (--\w+)/--\S+:", r"\1:", message))
 
     def given(self, argv: list[str], recipe: dict[str, Any]) -> dict[str, Any]:
-        """What the user set: the recipe's values, checked, under the command line's.
+        """The options that the user set: the checked values of the recipe, overridden by the command line.
 
         Raises:
             InputError: unknown argument or key, or a value that cannot work.
@@ -152,7 +152,7 @@ class Parser(HfArgumentParser):
     def _unknown(self, rest: list[str]) -> str:
         option = next((word for word in rest if word.startswith("-")), None)
         if option is None:
-            return f"unexpected word {hide_tokens(rest[0])!r}: a recipe goes first, values go behind their --argument"
+            return f"unexpected word {hide_tokens(rest[0])!r}: a recipe comes first, values follow their --argument"
         name = option.split("=")[0].lstrip("-").replace("-", "_")
         return f"unknown argument {option.split('=')[0]!r}{self._hint_for(name, '--')}"
 
@@ -160,8 +160,8 @@ class Parser(HfArgumentParser):
         for method in METHODS.values():
             if key in {f.name for f in fields(method.arguments_class()) if f.init}:
                 return f": it belongs to method {method.name!r}; pass --method {method.name} or leave it out"
-        if key in _GONE:
-            return f": {_GONE[key]}; leave it out"
+        if key in _REMOVED_ARGUMENTS:
+            return f": {_REMOVED_ARGUMENTS[key]}; leave it out"
         near = did_you_mean(key, self.hints).replace("'", f"'{dashes}", 1)
         return near or "; `--help` lists all arguments"
 
@@ -169,7 +169,7 @@ class Parser(HfArgumentParser):
         """The dataclasses, in the order run, model, data, training.
 
         Raises:
-            InputError: a dataclass refuses its values.
+            InputError: a dataclass rejects its values.
         """
         built = []
         for dtype in self.dataclass_types:
@@ -202,12 +202,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def _plain(value: Any) -> str:
-    value = getattr(value, "value", value)  # an enum's own text
+    value = getattr(value, "value", value)  # the value of an enum member
     return "none" if value is None else str(value).replace("%", "%%")
 
 
 class _First(argparse.ArgumentParser):
-    """Finds the method, the recipe's row and a wish for help before the method's own parser can be built."""
+    """Reads the method, the recipe's row and `--help`, which are needed before the method's parser can be built."""
 
     def __init__(self):
         super().__init__(add_help=False, allow_abbrev=False)
@@ -228,12 +228,12 @@ def parse_arguments(
         argv: the words after the program's name; `None` = those of this process.
 
     Returns:
-        The arguments of run, model, data and training, defaults of the launcher filled in
-        (see `complete_arguments`); `run_args.given` holds what the user set.
+        The arguments of run, model, data and training, with the launcher's defaults filled in
+        (see `complete_arguments`). `run_args.given` holds the options that the user set.
 
     Raises:
-        InputError: anything that cannot work.
-        SystemExit: `--help`, or `--help all`, was asked for and printed (status 0).
+        InputError: the input is invalid.
+        SystemExit: `--help` or `--help all` was given and printed (status 0).
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     address = argv.pop(0) if argv and not argv[0].startswith("-") else None
@@ -253,11 +253,11 @@ def parse_arguments(
 def arguments_of(
     parser: Parser, argv: list[str], recipe: dict[str, Any]
 ) -> tuple[RunArguments, ModelArguments, DataArguments, MethodTrainingArguments]:
-    """The arguments that a recipe's settings and the words `argv` make, by the parser of their method.
+    """Build the arguments from a recipe's settings and the words `argv`, with the parser of their method.
 
-    Returns and raises as `parse_arguments` does.
+    Returns and raises the same as `parse_arguments`.
     """
-    # imports `Trainer`, which --help and a misspelt method do without
+    # imports `Trainer`, which is slow and not needed for --help or a misspelt method
     from hf_ft_ext.launch.defaults import complete_arguments
 
     given = parser.given(argv, recipe)

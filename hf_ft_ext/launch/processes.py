@@ -1,8 +1,8 @@
-"""What the processes of one run write: errors and warnings once, with their process; bars by the first one only.
+"""Terminal output of a run with several processes: each message once, progress bars by the first process only.
 
-Every process of a run writes to the same terminal. What all of them have to report (a misspelt option) must not appear
-once per process, and what only one of them has to report (a loss of NaN in its rows) must not be lost. Processes that
-fail cannot use collectives any more, so they agree by small files in the temporary folder of their machine.
+All processes of a run write to the same terminal. A message that all of them have (a misspelt option) must not appear
+once per process, and a message of a single process (a loss of NaN in its rows) must not be lost. Failing processes
+cannot use collectives, so they coordinate through small files in the temporary folder of their machine.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_TOGETHER = 1.0  # seconds that a process waits for others with the same message
-_STARTS = 2.0  # seconds within which all processes of a run start; a process's own start is known to one second
+_TOGETHER = 1.0  # seconds that a process waits for others to report the same message
+_STARTS = 2.0  # seconds within which all processes of a run start; start times have a resolution of one second
 _STALE = 7 * 86400.0  # seconds after which the files of other runs are deleted
-_POLL = 0.01  # seconds between looks at the files of the others
+_POLL = 0.01  # seconds between checks of the other processes' files
 _PREFIX = "hf_ft_ext-messages"
 _FAILED = "failed"
 _WRITTEN = "written"
-# What gloo, NCCL and the stores report in a process whose peer has ended.
+# Error texts of gloo, NCCL and the stores in a process whose peer has ended.
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "Broken pipe", "recvValue failed",
          "sendBytes failed", "remote process has terminated", "Connection was likely closed")  # fmt: skip
 
@@ -44,11 +44,11 @@ def _number(names: tuple[str, ...], default: int) -> int:
 
 @dataclass(frozen=True)
 class Process:
-    """Which of the run's processes this is.
+    """The position of this process in the run.
 
     Attributes:
-        rank, world: its number and how many there are, on all machines.
-        neighbours: how many of them run on this machine.
+        rank, world: its rank, and the number of processes on all machines.
+        neighbours: number of processes on this machine.
     """
 
     rank: int
@@ -73,38 +73,38 @@ class Process:
 
 
 def report(kind: str, message: str, same: str | None = None, failed: bool = True) -> None:
-    """Write `kind: message` to standard error, once for all processes of this machine that have the same message.
+    """Write `kind: message` to standard error, once for all processes of this machine with the same message.
 
-    With several processes this waits up to a second for the others; the line names the processes if not all of them
-    have the message. Signals of a launcher that ends the processes meanwhile are ignored.
+    With several processes this waits up to a second for the others. The line names the processes if not all of them
+    have the message. Signals from a launcher that ends the processes meanwhile are ignored.
 
     Args:
-        same: what two equal messages have in common, if not the whole text.
+        same: the text by which messages are compared; `None` = the message itself.
         failed: whether the message is an error (see `another_failed`).
     """
     process = Process.this()
     if process.alone:
         sys.stderr.write(f"{kind}: {message}\n")
         return
-    with _undisturbed():
+    with _ignoring_signals():
         try:
             if failed:
                 (_folder() / _FAILED).touch()
             with_it = _agree(process, f"{kind}: {same or message}")
-        except OSError:  # no temporary folder: twice is better than not at all
+        except OSError:  # no temporary folder: a repeated message is better than none
             with_it = [process.rank]
         if with_it is None:
             return
-        all_of_them = len(with_it) == process.neighbours > 1  # one per machine knows of no others
+        all_of_them = len(with_it) == process.neighbours > 1  # a single process on a machine does not see the others
         where = "" if all_of_them else f" ({_names(with_it)} of {process.world})"
-        sys.stderr.write(f"{kind}{where}: {message}\n")  # one write, so that no other process's text gets into it
+        sys.stderr.write(f"{kind}{where}: {message}\n")  # one write, so that no other output interleaves
         sys.stderr.flush()
         if failed:
             _give_to_torchrun(message)
 
 
 def _give_to_torchrun(message: str) -> None:
-    """Let the summary that torchrun writes last, some forty lines, hold the message in place of a link."""
+    """Pass the message to torchrun, whose final summary then shows it instead of a link to its documentation."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         with contextlib.suppress(OSError):
@@ -114,10 +114,10 @@ def _give_to_torchrun(message: str) -> None:
 
 
 def report_crash(error: BaseException) -> None:
-    """Write the traceback of an unexpected error, once for all processes; for runs of several processes.
+    """Write the traceback of an unexpected error, once for all processes of a run with several.
 
-    A process that only lost the connection to one that failed has no traceback of interest, and gets one line or,
-    where the other process wrote its own error, none.
+    The traceback of a process that only lost the connection to a failed one is of no use. It reports one line, or
+    nothing if another process has reported its own error.
     """
     text = str(error)
     lost = next((words for words in _LOST if words in text), None) if isinstance(error, RuntimeError) else None
@@ -135,7 +135,7 @@ def report_crash(error: BaseException) -> None:
 
 
 def another_failed() -> bool:
-    """Whether some process of this run, on this machine, has reported an error."""
+    """Whether a process of this run on this machine has reported an error."""
     try:
         return not Process.this().alone and (_folder() / _FAILED).exists()
     except OSError:
@@ -147,7 +147,7 @@ def _names(ranks: list[int]) -> str:
 
 
 def _agree(process: Process, text: str) -> list[int] | None:
-    """Wait for the neighbours with the same text; the ranks that have it if this process is to write it."""
+    """Wait for other processes with the same text; return their ranks if this process must write it, else `None`."""
     folder = _folder() / _hash(text)
     folder.mkdir(mode=0o700, exist_ok=True)
     (folder / str(process.rank)).touch()
@@ -172,7 +172,7 @@ def _hash(text: str) -> str:
 
 
 def _folder() -> Path:
-    """The folder of this run's messages: its name holds what the processes on this machine have in common."""
+    """The folder of this run's messages; its name is a hash of values that the processes on this machine share."""
     import psutil
 
     parent = os.getppid()  # the launcher
@@ -191,7 +191,7 @@ def _folder() -> Path:
 
 
 def _delete_older(folders: Iterable[Path], limit: float) -> None:
-    """Delete the folders to which nothing was added since `limit`, in seconds since the epoch."""
+    """Delete the folders that were last changed before `limit`, in seconds since the epoch."""
     for path in folders:
         with contextlib.suppress(OSError):
             if path.stat().st_mtime < limit:
@@ -199,8 +199,8 @@ def _delete_older(folders: Iterable[Path], limit: float) -> None:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ignore the signals by which a launcher ends all processes as soon as one has failed."""
+def _ignoring_signals() -> Iterator[None]:
+    """A context that ignores the signals by which a launcher ends all processes when one has failed."""
     if threading.current_thread() is not threading.main_thread():  # others may not set handlers
         yield
         return
@@ -213,9 +213,9 @@ def _undisturbed() -> Iterator[None]:
 
 
 class SharedLog(logging.Handler):
-    """The log of a process: as it comes on the first one; on others, what the first one did not write, at the end.
+    """Log handler: the first process logs at once; the others log at the end what the first one did not.
 
-    Most warnings are about what all processes share, such as the data. `flush_held` writes the rest.
+    Most warnings concern all processes, such as those about the data. `flush_held` writes the remaining ones.
     """
 
     def __init__(self, process: Process):
@@ -231,7 +231,7 @@ class SharedLog(logging.Handler):
                 self._held[text] = None
                 return
             sys.stderr.write(f"{text}\n")
-        except Exception:  # as every handler of logging does
+        except Exception:  # as logging's own handlers do
             self.handleError(record)
             return
         if record.levelno >= logging.WARNING and not self.process.alone:
@@ -239,7 +239,7 @@ class SharedLog(logging.Handler):
                 (_folder() / _hash(f"log {text}")).touch()
 
     def flush_held(self) -> None:
-        """Write what was held back, once for all processes, with the process that it came from."""
+        """Write the held messages, once for all processes, each with the process that logged it."""
         held, self._held = self._held, {}
         for text in held:
             with contextlib.suppress(OSError):
@@ -251,7 +251,7 @@ class SharedLog(logging.Handler):
 
 
 def silence_bars() -> None:
-    """Turn off the progress bars of all libraries, in this process: loading weights, converting data, downloads."""
+    """Turn off the progress bars of all libraries in this process (loading weights, converting data, downloads)."""
     import datasets
     import evaluate
     import transformers
@@ -262,12 +262,12 @@ def silence_bars() -> None:
 
 
 def start_log(process: Process) -> SharedLog:
-    """Send the log of hf_ft_ext to standard error; libraries' warnings appear on the first process only."""
+    """Send the log of hf_ft_ext to standard error; warnings of libraries appear on the first process only."""
     handler = SharedLog(process)
     logging.basicConfig(handlers=[handler])
     logging.getLogger("hf_ft_ext").setLevel(logging.INFO if process.first else logging.WARNING)
     if not process.first:
-        # Libraries read these when they are imported, which is later than here.
+        # Libraries read these variables on import, which happens later.
         for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "EVALUATE_VERBOSITY", "HF_HUB_VERBOSITY"):
             os.environ.setdefault(name, "error")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

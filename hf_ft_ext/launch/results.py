@@ -1,4 +1,4 @@
-"""What a run leaves and says at its end: metrics, predictions, the record, the last table."""
+"""The results of a run: metrics, predictions, the record, and the final table."""
 
 import contextlib
 import csv
@@ -42,7 +42,7 @@ _MIB = 2**20
 
 
 def split_suffix(position: int, name: str) -> str:
-    """What tells the metrics and files of a split from those of the first one: nothing, `mm` (MNLI) or its name."""
+    """The suffix of a split's metrics and files: none for the first split, `mm` for MNLI's second, else its name."""
     if position == 0:
         return ""
     return "mm" if name.endswith("mismatched") else name
@@ -50,7 +50,7 @@ def split_suffix(position: int, name: str) -> str:
 
 @contextlib.contextmanager
 def _set(args: TrainingArguments, **values: Any) -> Iterator[None]:
-    """Arguments with other values inside."""
+    """A context in which `args` has other values."""
     before = {name: getattr(args, name) for name in values}
     try:
         for name, value in values.items():
@@ -69,7 +69,7 @@ def evaluate_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
         prefix = "_".join(filter(None, ("eval", suffix)))
         language = language_of(trainer)
         rows = data if language is None else language.rows_of_loss(name, data)
-        with _set(trainer.args, dataloader_drop_last=False):  # meant for training; transformers drops rows here too
+        with _set(trainer.args, dataloader_drop_last=False):  # transformers drops rows here too
             metrics |= trainer.evaluate(eval_dataset=rows, metric_key_prefix=prefix)
         if language is not None and language.data_args.predict_with_generate:
             metrics |= language.scored_texts(trainer, data, prefix)[1]
@@ -77,19 +77,19 @@ def evaluate_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
 
 
 def language_of(trainer: Trainer) -> LanguageRun | None:
-    """What a run of a language model does besides losses; `None` for classifiers."""
+    """The evaluation and output of a language-model run; `None` for classifiers."""
     return getattr(trainer, "language", None)
 
 
 def keep_thresholds(config: Any, thresholds: np.ndarray | float | None) -> None:
-    """Let a model's configuration hold the thresholds of its labels, in the order of the logits; `None` = none."""
+    """Store the thresholds of the labels in a model's configuration, in the order of the logits; `None` = remove."""
     values = None if thresholds is None else np.broadcast_to(thresholds, (config.num_labels,)).tolist()
     if values is not None or getattr(config, THRESHOLDS, None) is not None:
         setattr(config, THRESHOLDS, values)
 
 
 def settle_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
-    """Where thresholds of several labels are to be chosen, choose them on the first split, for all that follows."""
+    """Choose the thresholds of a multi-label task on the first split, if none are set, for all later metrics."""
     metrics = trainer.compute_metrics
     if not isinstance(metrics, MetricFunction) or metrics.problem_type != MULTI_LABEL:
         return
@@ -101,7 +101,7 @@ def settle_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
     metrics.thresholds = best_thresholds(logits_of(output.predictions), np.asarray(output.label_ids))
     names = trainer.model.config.id2label
     shown = ", ".join(f"{names[i]} {value:.3g}" for i, value in enumerate(metrics.thresholds[:10]))
-    logger.info("Thresholds by F1 on split '%s', whose metrics are thus a little too good: %s.", name, shown)
+    logger.info("Thresholds by F1 on split '%s', whose metrics are thus slightly optimistic: %s.", name, shown)
     keep_thresholds(trainer.model.config, metrics.thresholds)
     path = Path(trainer.args.output_dir) / CONFIG_NAME
     if trainer.args.do_train and trainer.is_world_process_zero() and path.is_file():  # the model is saved already
@@ -127,7 +127,7 @@ def predict_all(trainer: Trainer, splits: dict[str, Any], with_probabilities: bo
             if trainer.is_world_process_zero():
                 write_predictions(trainer.args.output_dir, suffix, texts)
             continue
-        # What shall shorten training would shuffle or drop these rows.
+        # Settings that shorten training would shuffle or drop these rows.
         in_order = {
             "train_sampling_strategy": "sequential",
             "dataloader_drop_last": False,
@@ -154,7 +154,7 @@ def _tsv(header: Iterable[str], rows: Iterable[tuple]) -> str:
 
 
 def recorded_arguments(given: dict[str, Any]) -> dict[str, Any]:
-    """What the user set, in a form that JSON holds, access tokens left out."""
+    """The options that the user set, as JSON values, without access tokens."""
     plain = (str, int, float, bool, list, dict, type(None))
     kept = {k: v if isinstance(v, plain) else str(v) for k, v in given.items() if not is_secret(k)}
     return json.loads(hide_tokens(json.dumps(kept, default=str)))
@@ -162,7 +162,7 @@ def recorded_arguments(given: dict[str, Any]) -> dict[str, Any]:
 
 def loading_line(trainer: Trainer) -> str:
     """The line of Python that loads what the run saved."""
-    if hasattr(trainer, "loading_line"):  # a method whose result is more than a model
+    if hasattr(trainer, "loading_line"):  # a method whose result is more than a model file
         return trainer.loading_line()
     folder = trainer.args.output_dir
     if language_of(trainer) is not None:
@@ -179,7 +179,7 @@ def loading_line(trainer: Trainer) -> str:
         return f"PeftModel.from_pretrained(PromptForSequenceClassification.from_adapter({folder!r}), {folder!r})"
     revision = trainer.model.peft_config["default"].revision
     chosen = f"revision={revision!r}, " if revision is not None else ""
-    # The trained labels; where the base has a head of another size, the adapter brings the head.
+    # The configuration has the trained labels; if the base has a head of another size, the adapter replaces it.
     return (
         f"PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained({base!r}, {chosen}"
         f"config=AutoConfig.from_pretrained({folder!r}), ignore_mismatched_sizes=True), {folder!r})"
@@ -195,7 +195,7 @@ def record_run(
     data_args: DataArguments,
     data: TaskData | LanguageData,
 ) -> str:
-    """Write `run.json` and return the run's last table; for the first process."""
+    """Write `run.json` and return the run's final table; for the first process."""
     scoring, language = scoring_of(trainer), language_of(trainer)
     chooses = scoring.get("primary_metric")
     if language is not None:
@@ -226,7 +226,7 @@ def record_run(
 
 
 def _splits(args: TrainingArguments, data: TaskData | LanguageData) -> dict[str, dict[str, Any]]:
-    """Which rows the run trained on (`train`), and which ones each prefix of its metrics is of (`eval`, `test_mm`)."""
+    """The rows that the run trained on (`train`), and those behind each metric prefix (`eval`, `test_mm`)."""
     used = []
     if args.do_train:
         used.append(("train", "train", "train"))
@@ -243,7 +243,7 @@ def _label_names(config: Any) -> list[str] | None:
 
 
 def final_table(record: dict[str, Any], trainer: Trainer) -> str:
-    """The run in a few lines: metrics, training time, memory, size, where the model lies and how to load it."""
+    """A short table of the run: metrics, training time, memory, size, the model folder and how to load it."""
     rows = [(f"{record['method']} on {record['task']}", "")]
     for key, value in record["metrics"].items():
         if re.match(r"(eval|test)_", key) and not re.search(r"_(runtime|per_second|preparation_time)$", key):
@@ -262,12 +262,12 @@ def final_table(record: dict[str, Any], trainer: Trainer) -> str:
 
 
 def named_predictions(predictions: Any, config: Any, thresholds: float | np.ndarray = 0.5) -> list[str]:
-    """Logits as label names (several of a row with `|` between them), or as numbers where the model is a regression.
+    """Logits as label names (several per row are joined by `|`), or as numbers for a regression.
 
     Args:
         predictions: logits, alone or first in a tuple.
-        config: of the model.
-        thresholds: of several labels per row: the probability from which on a label is predicted.
+        config: configuration of the model.
+        thresholds: with several labels per row, the lowest probability at which a label is predicted.
     """
     logits = logits_of(predictions)
     if config.problem_type == REGRESSION:
@@ -292,13 +292,13 @@ def prediction_table(trainer: Trainer, predictions: Any, with_probabilities: boo
 
 
 def thresholds_of(trainer: Trainer) -> float | np.ndarray:
-    """The thresholds that the trainer's metrics use."""
+    """The thresholds of the trainer's metrics."""
     thresholds = getattr(trainer.compute_metrics, "thresholds", None)
     return 0.5 if thresholds is None else thresholds
 
 
 def scoring_of(trainer: Trainer) -> dict[str, Any]:
-    """How the run was scored, for `run.json`: the metric that chooses, the positive class, the thresholds."""
+    """How the run was scored, for `run.json`: the primary metric, the positive class, the thresholds."""
     metrics = trainer.compute_metrics
     if not isinstance(metrics, MetricFunction):
         return {}
@@ -311,7 +311,7 @@ def scoring_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def _recorded_thresholds(trainer: Trainer) -> dict[str, float] | None:
-    """The threshold of each label by its name; `None` with one label per row."""
+    """The thresholds by label name; `None` with one label per row."""
     config = trainer.model.config
     if config.problem_type != MULTI_LABEL:
         return None

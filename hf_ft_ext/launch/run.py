@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",
 
     Args:
         argv: the arguments, without the program's own name.
-        program: how the program was called, for the record of the run.
+        program: the words by which the program was called, for the run record.
     """
     log = start_log(Process.this())
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -31,10 +31,10 @@ def main(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",
             else:
                 _run(argv, list(program), signals, at_end)
     except Interrupted as stop:
-        return _say_how_to_go_on(stop, signals)
+        return _report_interruption(stop, signals)
     except Exception as error:
-        if signals.raised is not None:  # a library made something else of it
-            return _say_how_to_go_on(Interrupted(signals.raised), signals)
+        if signals.raised is not None:  # a library replaced the exception
+            return _report_interruption(Interrupted(signals.raised), signals)
         if isinstance(error, PushError):
             sys.stderr.write(f"error: {error}\n")
             return NOT_PUSHED
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",
 
 
 def command(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",)) -> None:
-    """`main` as a program: it ends the process."""
+    """Run `main` as a program and end the process with its status."""
     if Process.this().alone:
         sys.exit(main(argv, program))
     try:
@@ -59,11 +59,11 @@ def command(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.p
     leave(status)
 
 
-def _say_how_to_go_on(stop: Interrupted, signals: Signals) -> int:
-    """Say, once, what is left of a run that was interrupted; return the exit status."""
+def _report_interruption(stop: Interrupted, signals: Signals) -> int:
+    """Report, once, how to continue the interrupted run; return the exit status."""
     from hf_ft_ext.launch.interruption import what_now
 
-    if not another_failed():  # its launcher ends the others by a signal, and its error says what to do
+    if not another_failed():  # then the launcher ended this process, and the other's error says what to do
         report(f"stopped by {stop.name}", what_now(signals), same="stopped", failed=False)
     return stop.status
 
@@ -93,12 +93,12 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
         plan = training_plan(trainer)
         if args.process_index == 0:
             print(plan.table())
-            # A process of a sharded run holds parts of the weights, and the pass would wait for the others.
+            # In a sharded run a process holds only parts of the weights, and a forward pass would wait for the others.
             if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
                 print("", parts_table(trainer.model), sep="\n")
         trainer.accelerator.end_training()
         return
-    folder.make_room(run_args, args, at_end)  # only now: nothing that the user passed can fail any more
+    folder.make_room(run_args, args, at_end)  # only now, when all input has been checked
     signals.output_dir = args.output_dir
     with folder.explained(args.output_dir):
         if run_args.hp_search:
@@ -109,9 +109,9 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
         metrics, push = {}, False
         if args.do_train:
             metrics |= trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
-            push = sharing.postponed(args)  # save_model would push by itself, before there are numbers to show
+            push = sharing.postponed(args)  # save_model would push before there are metrics
             trainer.save_model()
-            trainer.save_state()  # with the log of losses, whether or not there are checkpoints
+            trainer.save_state()  # saves the log of losses even without checkpoints
         signals.check()
         results.settle_thresholds(trainer, data.validation)
         if args.do_eval:
@@ -119,7 +119,7 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
         if args.do_predict:
             metrics |= results.predict_all(trainer, data.test, run_args.prediction_probabilities)
         signals.check()
-        if args.do_train and not args.load_best_model_at_end:  # then the last evaluation is not of the last step
+        if args.do_train and not args.load_best_model_at_end:  # the final evaluation is of the last step
             trainer.save_state()
         if trainer.is_world_process_zero():
             print(results.record_run(trainer, metrics, [*program, *argv], run_args, model_args, data_args, data))

@@ -1,4 +1,4 @@
-"""`--hp_search`: learning rate and batch size by Optuna, before the final training."""
+"""`--hp_search`: choosing learning rate and batch size with Optuna before the final training."""
 
 import copy
 import importlib.util
@@ -18,7 +18,7 @@ from hf_ft_ext.files import write_json
 logger = logging.getLogger(__name__)
 
 RESULT_FILE = "hp_search.json"
-LEARNING_RATES = (1e-6, 1e-1)  # the range in which SparseGrad's authors searched
+LEARNING_RATES = (1e-6, 1e-1)  # the search range of the SparseGrad authors
 BATCH_SIZES = (16, 32)
 
 
@@ -33,11 +33,11 @@ def search_hyperparameters(
 ) -> dict[str, Any]:
     """Try `n_trials` pairs of learning rate and batch size, set the best in `args`, write `hp_search.json`.
 
-    Trials run on `args` without checkpoints and are compared by `args.metric_for_best_model` at their end.
+    Trials run with `args` but without checkpoints, and are compared by their final `args.metric_for_best_model`.
     The sampler is seeded from `args.seed`; every process draws the same pairs.
 
     Args:
-        build_trainer: makes a trainer, of a fresh copy of the model, from arguments.
+        build_trainer: makes a trainer from arguments, with a fresh copy of the model.
 
     Returns:
         The best values by argument name.
@@ -45,7 +45,7 @@ def search_hyperparameters(
     require_optuna()
     import optuna
 
-    if args.metric_for_best_model is None:  # --prediction_loss_only leaves nothing else to compare
+    if args.metric_for_best_model is None:  # with --prediction_loss_only there is no other metric
         args.metric_for_best_model, args.greater_is_better = "loss", False
     key = "eval_" + args.metric_for_best_model.removeprefix("eval_")
     worst = -math.inf if args.greater_is_better else math.inf
@@ -59,7 +59,7 @@ def search_hyperparameters(
             "per_device_train_batch_size": trial.suggest_categorical("per_device_train_batch_size", BATCH_SIZES),
         }
         value = _value_of(build_trainer(_trial_arguments(args, values)), key)
-        value = value if math.isfinite(value) else worst  # a diverged trial must lose, not end it all
+        value = value if math.isfinite(value) else worst  # a diverged trial must lose, not abort the search
         study.tell(trial, value)
         trials.append({"trial": number, **values, key: value})
         logger.info("Trial %d of %d: %s", number + 1, n_trials, trials[-1])
@@ -73,14 +73,14 @@ def search_hyperparameters(
 
 
 def _value_of(trainer: Trainer, key: str) -> float:
-    """The metric `key` at the end of training, the first process's on all of them."""
+    """The metric `key` after training; all processes use the first process's value."""
     trainer.train()
     (value,) = broadcast_object_list([trainer.evaluate()[key]])
     return value
 
 
 def _trial_arguments(args: TrainingArguments, values: dict[str, Any]) -> TrainingArguments:
-    """A copy for one trial, which leaves no files."""
+    """A copy of `args` for one trial, which writes no files."""
     own = copy.copy(args)
     own.save_strategy, own.load_best_model_at_end, own.push_to_hub = SaveStrategy.NO, False, False
     for name, value in values.items():

@@ -1,4 +1,4 @@
-"""`--push_to_hub` in the launcher: at the end, with the run's numbers, and without risk for the run."""
+"""`--push_to_hub` in the launcher: push once at the end, with the metrics; a failed push does not lose the run."""
 
 import os
 
@@ -11,10 +11,10 @@ from hf_ft_ext.hub.push import ensure_branch, is_of_the_hub, push_run, reason
 
 
 def prepare(run_args: RunArguments, args: TrainingArguments) -> None:
-    """Make no repository for a dry run, push once at the end unless asked otherwise, and keep the token out of files.
+    """Create no repository in a dry run, push only at the end by default, and keep the token out of saved files.
 
-    transformers' own default pushes at every save, unfinished results and pickled arguments included. These hold the
-    token, in every checkpoint: so it is handed to the Hub's client by its environment variable.
+    transformers pushes at every save by default, including unfinished results. Each checkpoint also holds pickled
+    arguments, and these hold the token. The token is therefore passed to the Hub client by its environment variable.
     """
     if run_args.dry_run:
         args.push_to_hub = False
@@ -26,10 +26,10 @@ def prepare(run_args: RunArguments, args: TrainingArguments) -> None:
 
 
 def prepare_branch(trainer: Trainer) -> None:
-    """Make the branch to push to where it does not exist, on the first process; before training.
+    """Create the branch to push to if it does not exist, on the first process, before training.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: it cannot be created.
     """
     args = trainer.args
     if not args.push_to_hub or not trainer.is_world_process_zero():
@@ -47,7 +47,7 @@ def prepare_branch(trainer: Trainer) -> None:
 
 
 def postponed(args: TrainingArguments) -> bool:
-    """Whether the run is to be pushed; from here on the trainer itself pushes nothing."""
+    """Return whether the run is to be pushed, and keep the trainer from pushing by itself."""
     wanted, args.push_to_hub = args.push_to_hub, False
     return wanted
 
@@ -56,13 +56,13 @@ def push_finished(trainer: Trainer, push: bool) -> PushError | InputError | None
     """Push the finished run, on the first process.
 
     Returns:
-        What went wrong, to be raised when all processes have ended their work.
+        The error, if any; the caller raises it after all processes have finished.
     """
     if not push or not trainer.is_world_process_zero():
         return None
     args = trainer.args
     try:
-        if hasattr(trainer, "save_for_sharing"):  # a method with files for others beside what it saves
+        if hasattr(trainer, "save_for_sharing"):  # a method with further files to share
             trainer.save_for_sharing(args.output_dir)
         address = push_run(
             args.output_dir, trainer.hub_model_id, revision=args.hub_revision, private=args.hub_private_repo

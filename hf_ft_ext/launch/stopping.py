@@ -1,4 +1,4 @@
-"""How a run ends: by a signal, and how a process of several leaves."""
+"""Ending a run by a signal, and ending one of several processes."""
 
 import atexit
 import contextlib
@@ -16,9 +16,9 @@ _AGAIN = 0.05  # seconds
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to end by the signal `number`.
+    """The signal `number` asked the run to end.
 
-    A `KeyboardInterrupt`, so that no `except Exception` on the way takes it for a failure.
+    It derives from `KeyboardInterrupt`, so that no `except Exception` catches it as a failure.
     """
 
     def __init__(self, number: int):
@@ -31,18 +31,18 @@ class Interrupted(KeyboardInterrupt):
 
     @property
     def status(self) -> int:
-        """The exit status that shells use for it: 143 for SIGTERM, 130 for Ctrl-C."""
+        """The exit status of shells for this signal: 143 for SIGTERM, 130 for Ctrl-C."""
         return 128 + self.number
 
 
 class Signals:
-    """A context in which SIGTERM and SIGINT raise `Interrupted`, or are noted while somebody else will act on them.
+    """A context in which SIGTERM and SIGINT raise `Interrupted`, or are only recorded while `waits` is set.
 
     Attributes:
-        waits: somebody looks at `requested` and ends the run soon; the same signal once more raises all the same.
-        requested: the first signal that came while `waits`.
-        raised: the signal that `Interrupted` was raised for. Libraries turn that into errors of their own.
-        output_dir: the run's folder as soon as it is known.
+        waits: whether a callback checks `requested` and ends the run soon. The same signal again still raises.
+        requested: the first signal received while `waits` was set.
+        raised: the signal for which `Interrupted` was raised; libraries may turn that into other errors.
+        output_dir: the run's folder, once it is known.
     """
 
     def __init__(self):
@@ -54,7 +54,7 @@ class Signals:
         self._before: dict[int, Any] = {}  # handlers as `signal.signal` returns them
 
     def __enter__(self) -> "Signals":
-        if threading.current_thread() is threading.main_thread():  # others may not set handlers
+        if threading.current_thread() is threading.main_thread():  # other threads may not set handlers
             self._before = {number: signal.signal(number, self._handle) for number in _NUMBERS}
             self._unraisable, sys.unraisablehook = sys.unraisablehook, self._send_again
         return self
@@ -66,7 +66,7 @@ class Signals:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _send_again(self, unraisable) -> None:
-        """A destructor or weak reference was running, and Python lets none of them raise: send it once more, later."""
+        """Send the signal again later, if it arrived in a destructor or weak-reference callback."""
         if isinstance(unraisable.exc_value, Interrupted) and os.getpid() == self._owner:
             threading.Timer(_AGAIN, os.kill, (self._owner, unraisable.exc_value.number)).start()
         else:
@@ -78,12 +78,12 @@ class Signals:
             raise Interrupted(self.raised)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a data worker has inherited the handler
+        if os.getpid() != self._owner:  # a data-loader worker inherited the handler
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
-            return  # Ctrl-C goes to the whole group: the first process decides
-        # torchrun passes Ctrl-C on as SIGTERM, which must not count as a second order.
+            return  # Ctrl-C reaches the whole process group; the main process handles it
+        # torchrun passes Ctrl-C on as SIGTERM, which must not count as a second signal.
         if self.waits and self.requested != number:
             if self.requested is None:
                 self.requested = number
@@ -98,21 +98,21 @@ _kept: list[object] = []
 
 
 def keep(thing: object) -> None:
-    """Hold `thing`, which may hold a DDP model, until the process leaves.
+    """Keep a reference to `thing`, which may hold a DDP model, until the process ends.
 
-    Once the process group is destroyed, a DDP model that is freed holds the GIL and waits for gloo's thread, which may
-    want the GIL to free the tensors of the last barrier: a deadlock (torch 2.13).
+    A DDP model that is freed after the process group is destroyed holds the GIL and waits for gloo's thread. That
+    thread may need the GIL to free the tensors of the last barrier: a deadlock (torch 2.13).
     """
     _kept.append(thing)
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with `status`, once other threads, exit handlers and output are done.
+    """End this process with `status` after other threads, exit handlers and output have finished.
 
-    Threads of gloo and autograd that wake up while the interpreter is torn down abort the process (pytorch issue
-    190489, open with torch 2.13). `multiprocessing` ends its forked processes in the same way.
+    Threads of gloo and autograd that wake up while the interpreter shuts down abort the process (pytorch issue 190489,
+    open with torch 2.13). `multiprocessing` ends its forked processes in the same way.
     """
-    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons, as the interpreter does
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for non-daemon threads, as the interpreter does
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # a closed pipe

@@ -1,4 +1,4 @@
-"""What the launcher gives every trainer that it makes, and the checks that only the made trainer allows."""
+"""Callbacks for every trainer of the launcher, and checks that need the constructed trainer."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -24,10 +24,10 @@ def run_callbacks(
     callbacks: Sequence[TrainerCallback],
     savers: Sequence[TrainerCallback] = (),
 ) -> list[TrainerCallback]:
-    """Callbacks of a run: measuring, early stopping if asked for, checkpoints, and `callbacks` behind them.
+    """Callbacks of a run: resource monitor, early stopping if asked for, checkpoint seals, then `callbacks`.
 
     Args:
-        savers: write files of a checkpoint, so they come before its checksums.
+        savers: callbacks that write files into a checkpoint; they run before its checksums are computed.
     """
     patience = run_args.early_stopping_patience
     early_stopping = [EarlyStoppingCallback(patience)] if patience and args.do_train else []
@@ -35,16 +35,16 @@ def run_callbacks(
 
 
 def check_place(model: PreTrainedModel, args: MethodTrainingArguments, kind: type[MethodTrainer]) -> None:
-    """Refuse a model that `device_map` has put where the method cannot take it; see `check_placement`."""
+    """Refuse a model placement by `device_map` that the method does not support; see `check_placement`."""
     unchanged = not args.do_train and kind.several_devices and args.gradients is Gradients.WEIGHTS
     check_placement(model, kind.several_devices, unchanged)
 
 
 def check_made(trainer: Trainer, method: str) -> Trainer:
-    """The trainer itself, once its branch on the Hub, its batches, its optimizer and its checkpoint are known to work.
+    """Check a trainer's branch on the Hub, batches, optimizer and checkpoint before training; return the trainer.
 
     Raises:
-        InputError: one of them does not.
+        InputError: one of them does not work.
     """
     args = trainer.args
     prepare_branch(trainer)
@@ -58,7 +58,7 @@ def check_made(trainer: Trainer, method: str) -> Trainer:
 
 @contextlib.contextmanager
 def explained(args: MethodTrainingArguments) -> Iterator[None]:
-    """Turn what `Trainer` refuses into an `InputError`."""
+    """Turn errors that `Trainer` raises for bad arguments into an `InputError`."""
     try:
         yield
     except InputError:

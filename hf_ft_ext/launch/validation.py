@@ -1,4 +1,4 @@
-"""Checks before any training: of the arguments alone, of arguments with the data, of the trainer."""
+"""Checks before training: of the arguments alone, of arguments and data together, of the trainer."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ from hf_ft_ext.training.weights.devices import refuse_data_parallel
 from hf_ft_ext.training.weights.sharding import refuse_sharding_on_cpu
 
 _MANY = math.inf
-_SEEDS = 2**32 - 1  # numpy takes no larger ones
+_SEEDS = 2**32 - 1  # the largest seed that numpy accepts
 # name -> lowest, highest, whether the highest itself is allowed
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "learning_rate": (0, _MANY, False),
@@ -51,7 +51,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
 
 
 def check_ranges(given: dict[str, Any]) -> None:
-    """Raise an `InputError` if a number among `given`, what the user set by name, cannot be used."""
+    """Raise an `InputError` if a number among the user's options `given` is out of range."""
     for name, (low, high, closed) in _RANGES.items():
         value = given.get(name)
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -102,7 +102,7 @@ def check_together(run_args: RunArguments, training_args: MethodTrainingArgument
         if run_args.overwrite_output_dir:
             raise InputError("--resume_from_checkpoint continues a run, --overwrite_output_dir deletes it; pass one")
         if run_args.hp_search:
-            raise InputError("--hp_search starts every trial anew and cannot resume; drop one of the two")
+            raise InputError("--hp_search starts every trial from scratch and cannot resume; drop one of the two")
         if not training_args.do_train:
             raise InputError(
                 "--resume_from_checkpoint is for training; add --do_train, or to evaluate a checkpoint pass it as "
@@ -123,7 +123,7 @@ def check_streaming(run_args: RunArguments, data_args: DataArguments, args: Meth
     """Check that a run can read its training rows as a stream.
 
     Raises:
-        InputError: `streaming` with something that needs all rows at once, or a setting of streams without it.
+        InputError: `streaming` together with an option that needs all rows, or an option of streams without it.
     """
     if not data_args.streaming:
         if "stream_buffer" in run_args.given:
@@ -157,7 +157,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_splits(run_args: RunArguments, args: TrainingArguments, data) -> None:
-    """Raise an `InputError` if a step was asked for whose data is missing."""
+    """Raise an `InputError` if the data lacks the split of a requested step."""
     name = repr(data.task.name)
     if args.do_train and data.train is None:
         raise InputError(f"--do_train: {name} has no training split; pass --train_file, or drop --do_train")
@@ -173,7 +173,7 @@ def check_splits(run_args: RunArguments, args: TrainingArguments, data) -> None:
 
 
 def choose_best_metric(run_args: RunArguments, args: TrainingArguments, metrics: MetricFunction) -> None:
-    """Where a best model is wanted, let the task's primary metric choose it unless the user said otherwise.
+    """If a best model is to be chosen, choose it by the task's primary metric unless the user named another.
 
     Raises:
         InputError: the user named a metric that the task does not have, or a metric fails on a small sample.
@@ -212,12 +212,12 @@ def check_scoring(
     problem_type: str,
     metrics: MetricFunction,
 ) -> None:
-    """Check what is asked of metrics and predictions against what the model predicts.
+    """Check the options for metrics and predictions against the model's problem type.
 
-    Hands the positive class to a method that asks for it.
+    Passes the positive class to a method that uses it.
 
     Raises:
-        InputError: an option without anything to act on, or a setting that does not fit several labels per row.
+        InputError: an option has no effect, or a setting does not fit several labels per row.
     """
     if run_args.prediction_probabilities and not args.do_predict:
         raise InputError(
@@ -250,13 +250,12 @@ def check_scoring(
         )
     if args.do_predict and (bad := [name for name in data.label_names or () if SEPARATOR in name]):
         raise InputError(
-            f"label '{bad[0]}' holds '{SEPARATOR}', which stands between labels in predictions.tsv; rename it in the "
-            "data"
+            f"label '{bad[0]}' holds '{SEPARATOR}', which separates labels in predictions.tsv; rename it in the data"
         )
 
 
 def check_probabilities(run_args: RunArguments, trainer: Trainer, metrics: MetricFunction) -> None:
-    """Raise an `InputError` where probabilities are asked for of a trainer whose outputs are scores."""
+    """Raise an `InputError` if probabilities are requested from a trainer whose outputs are scores."""
     if getattr(trainer, "gives_probabilities", True):
         return
     if run_args.prediction_probabilities:
@@ -272,10 +271,10 @@ def check_probabilities(run_args: RunArguments, trainer: Trainer, metrics: Metri
 
 
 def check_optimizer(trainer: Trainer) -> None:
-    """Make optimizer and schedule once, for a parameter of no use, so that what they refuse is known before training.
+    """Create optimizer and schedule once, for a dummy parameter, so that bad arguments fail before training.
 
     Raises:
-        InputError: they refuse their arguments, or need a package that is not there.
+        InputError: they reject their arguments, or need a package that is not installed.
     """
     args = trainer.args
     try:
@@ -283,7 +282,7 @@ def check_optimizer(trainer: Trainer) -> None:
             kind, settings = trainer.get_optimizer_cls_and_kwargs(args, trainer.model)
         else:
             kind, settings = trainer.optimizer_cls_and_kwargs
-        if not {"params", "model", "optimizer_dict"} & settings.keys():  # those want the model itself
+        if not {"params", "model", "optimizer_dict"} & settings.keys():  # these optimizers need the model itself
             optimizer = kind([torch.nn.Parameter(torch.zeros(2, 2))], **settings)
             get_scheduler(
                 args.lr_scheduler_type,
@@ -304,7 +303,7 @@ def check_optimizer(trainer: Trainer) -> None:
 
 
 def check_checkpoint(trainer: Trainer, method: str) -> None:
-    """Raise an `InputError` if the checkpoint to resume from is not one that `trainer` can go on from."""
+    """Raise an `InputError` if `trainer` cannot resume from the given checkpoint."""
     folder = trainer.args.resume_from_checkpoint
     if folder is None:
         return
@@ -330,7 +329,7 @@ def check_checkpoint(trainer: Trainer, method: str) -> None:
         try:
             load(checkpoint)
             if own != [set(group) for group in trainer.optimizer.param_groups]:
-                raise ValueError("it is another optimizer's")  # torch takes its settings for its own
+                raise ValueError("it belongs to another optimizer")  # torch would load its settings without an error
         except InputError:
             raise
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""Checking each value of a recipe against the type of the argument that it sets."""
+"""Checking each value of a recipe against the type of its argument."""
 
 import datetime
 import enum
@@ -12,18 +12,18 @@ _TRUTHS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "
 
 
 def checked(key: str, value: Any, hint: Any) -> Any:
-    """Return `value` as the type `hint` asks for.
+    """Convert `value` to the type `hint`.
 
     Args:
         key: name of the argument, for the message.
-        value: what YAML read; not `None`.
+        value: the value that YAML read; not `None`.
         hint: type of the dataclass field.
 
     Raises:
-        InputError: the value is of another kind, in particular a number or a boolean where text is needed.
+        InputError: the value has another type, such as a number or a boolean where text is needed.
     """
     if is_secret(key) and not isinstance(value, str):
-        raise InputError(f"{key} must be a text; put it in quotes (its value is not shown here)")
+        raise InputError(f"{key} must be text; put it in quotes (its value is not shown here)")
     kinds = _members(hint)
     if key == "resume_from_checkpoint" and isinstance(value, bool):
         return "true" if value else None
@@ -54,7 +54,7 @@ def checked(key: str, value: Any, hint: Any) -> Any:
 
 
 def _members(hint: Any) -> list[Any]:
-    """The types that `hint` allows, `None` left out."""
+    """The types that `hint` allows, except `None`."""
     if get_origin(hint) in (Union, types.UnionType):
         return [member for arg in get_args(hint) for member in _members(arg)]
     return [] if hint is type(None) else [hint]
@@ -95,7 +95,7 @@ def _checked_list(key: str, value: list, kinds: list[Any]) -> list:
     if elements is None:
         raise InputError(f"{key} takes one value, got the list {value}; give it {_needed(kinds)}")
     if not value or any(item is None for item in value):
-        raise InputError(f"{key} needs a list without gaps, got {value}; leave the line out for the default")
+        raise InputError(f"{key} needs a non-empty list of values, got {value}; leave the line out for the default")
     return [checked(key, item, elements) for item in value]
 
 

@@ -1,4 +1,4 @@
-"""Loading models and tokenizers, in which form their weights are loaded, and wrapping them with a method of peft."""
+"""Loading models and tokenizers, with number format and placement of the weights, and wrapping models with peft."""
 
 from hf_ft_ext.models.loading import (
     load_tokenizer_and_language_model,

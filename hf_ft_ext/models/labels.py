@@ -1,4 +1,4 @@
-"""The labels of a classification head: the data's, or the model's own where they are the same."""
+"""The labels of a classification head: the data's, or the model's own if they match."""
 
 import logging
 from typing import Any
@@ -11,14 +11,14 @@ logger = logging.getLogger(__name__)
 
 
 def set_labels(config: PreTrainedConfig, data: Any) -> None:
-    """Write number, names and ids of the labels into `config`, the model's own where the names match.
+    """Write number, names and ids of the labels into `config`; keep the model's own if the names match.
 
-    Afterwards `id2label` and `label2id` agree. Without labels in the data, the model's own problem type stays.
+    Afterwards `id2label` and `label2id` agree. Without labels in the data, the model's problem type is kept.
     """
     _agree(config)
     if data.problem_type == REGRESSION:
         config.problem_type, config.num_labels = REGRESSION, 1
-    elif data.label_names is None:  # rows to predict on
+    elif data.label_names is None:  # unlabelled rows, for prediction only
         own = REGRESSION if config.num_labels == 1 else CLASSIFICATION
         config.problem_type = getattr(config, "problem_type", None) or own
     else:
@@ -38,7 +38,7 @@ def _agree(config: PreTrainedConfig) -> None:
     inverse = {label: i for i, label in sorted(by_id.items())}
     if own and own != inverse:
         shown = ", ".join(f"{i} = {label}" for i, label in sorted(by_id.items())[:10])
-        logger.warning("id2label and label2id of the model's config.json contradict each other; taken: %s", shown)
+        logger.warning("id2label and label2id of the model's config.json contradict each other; using %s", shown)
     config.id2label, config.label2id = dict(sorted(by_id.items())), inverse
 
 
@@ -49,7 +49,7 @@ def _same_labels(id2label: dict[int, str], names: list[str]) -> bool:
 
 
 def warn_of_renamed_labels(model: PreTrainedModel, before: list[str], name: str) -> None:
-    """Say that a trained head keeps its weights under other names."""
+    """Log a warning if a trained head keeps its weights but its labels get other names."""
     after = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
     generic = [f"LABEL_{i}" for i in range(len(before))]
     head = [key for key, _ in model.named_parameters() if not key.startswith(f"{model.base_model_prefix}.")]

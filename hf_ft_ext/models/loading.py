@@ -58,20 +58,20 @@ def load_tokenizer_and_model(
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Load the tokenizer and the model with a head for the labels of `data`.
 
-    With prompts (`data_args.few_shot_type`), and where the name is that of a saved prompt model, the head is the
-    masked language model's own: a `PromptForSequenceClassification`.
+    With prompts (`data_args.few_shot_type`), and for a saved prompt model, the head is the language model's own: a
+    `PromptForSequenceClassification`.
 
-    A new head is drawn from `seed`; the global random state is left as it was. What was drawn anew is
-    listed in `model.fresh_parameters` (names), so that an adapter can save it; `model.loaded_from` holds revision and
-    cache folder, so that an adapter can name them. A model that already has these
-    labels, in whatever order and case, keeps its own names and ids.
+    A new head is initialised from `seed`; the global random state is not changed. `model.fresh_parameters` lists the
+    names of newly initialised parameters, so that an adapter can save them. `model.loaded_from` holds revision and
+    cache folder, so that an adapter can record them. A model that already has these labels, in any order and case,
+    keeps its own names and ids.
 
     Args:
-        model_args: which model; none named = the demo encoder.
+        model_args: the model; no name = the demo encoder.
         data: the run's `TaskData` (`label_names` and `problem_type` are read).
         seed: seed of new weights.
-        data_args: says whether and how the task is put as a prompt; none = a classification head.
-        args: says what gradients change and where; none = all weights train, on the CPU.
+        data_args: whether and how the task is put as a prompt; `None` = a classification head.
+        args: determines which parameters train and on which device; `None` = all weights, on the CPU.
 
     Raises:
         InputError: the model or tokenizer cannot be found, read, or used for classification.
@@ -91,7 +91,7 @@ def load_tokenizer_and_model(
             model = load_prompt_model(name, config, tokenizer, data, data_args, revision=revision, **hub, **options)
         check_map(options.get("device_map"), model.masked_lm, name)
         model.fresh_parameters = frozenset()
-        if model_args.attn_implementation is not None:  # making the model around it sets the default again
+        if model_args.attn_implementation is not None:  # the constructor of the wrapper resets it to the default
             model.masked_lm.set_attn_implementation(model_args.attn_implementation)
         settle_dtype(model, model_args.dtype, args, stored, name)
         model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
@@ -119,7 +119,7 @@ def load_tokenizer_and_model(
 
 
 def _name_and_config(name: str, model_args: ModelArguments) -> tuple[str, PreTrainedConfig, dict[str, Any]]:
-    """The folder or Hub id, its configuration, and what `from_pretrained` is told about the Hub."""
+    """The folder or Hub id, its configuration, and the Hub arguments of `from_pretrained`."""
     name = checked_name(name)
     if os.path.isdir(name) and model_args.model_revision != _NEWEST:
         raise InputError(
@@ -141,12 +141,12 @@ def load_tokenizer_and_language_model(
     """Load the tokenizer and a causal language model, or an encoder-decoder for `seq2seq_lm`.
 
     Args:
-        model_args: which model.
+        model_args: the model.
         task_type: `causal_lm` or `seq2seq_lm`.
-        args: says what gradients change and where; none = all weights train, on the CPU.
+        args: determines which parameters train and on which device; `None` = all weights, on the CPU.
 
     Raises:
-        InputError: the model or tokenizer cannot be found or read, or is of another kind.
+        InputError: the model or tokenizer cannot be found or read, or the model is of another kind.
     """
     if model_args.model_name_or_path is None:
         raise InputError(f"--task_type {task_type} needs a language model; pass one with --model_name_or_path")
@@ -178,7 +178,7 @@ def load_tokenizer_and_language_model(
 def _fitted_together(
     tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, name: str
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """The two, once padding and vocabulary agree."""
+    """Set the padding token and plain outputs, check weights and vocabulary, and return both."""
     if (bad := first_not_finite(model)) is not None:
         raise InputError(f"the weights of model {name!r} hold NaN or infinity in {bad}; save or download them again")
     keep_differentiable(model)
@@ -195,7 +195,7 @@ def _fitted_together(
 
 
 def model_max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Longest input in tokens that model and tokenizer take, special tokens included; `None` = no limit known."""
+    """Maximum input length of model and tokenizer in tokens, with special tokens; `None` = no limit known."""
     limits = []
     if tokenizer.model_max_length is not None and tokenizer.model_max_length < _NO_LIMIT:
         limits.append(int(tokenizer.model_max_length))
@@ -206,7 +206,7 @@ def model_max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 
 def _reserved_positions(model: nn.Module) -> int:
-    """Positions that no token gets: RoBERTa and its kin count from behind the padding's position."""
+    """Number of unused positions: RoBERTa and similar models start counting after the padding position."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return module.padding_idx + 1
@@ -215,10 +215,9 @@ def _reserved_positions(model: nn.Module) -> int:
 
 @contextlib.contextmanager
 def seeded_init(seed: int) -> Iterator[None]:
-    """Draw what is initialised inside (on the CPU) from `seed`, and put the global random state back afterwards.
+    """Initialise parameters inside (on the CPU) from `seed`, and restore the global random state afterwards.
 
-    transformers and peft draw from torch's global CPU generator and take no other; generators of
-    accelerators are not touched.
+    transformers and peft always draw from torch's global CPU generator. Generators of accelerators are not changed.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -251,12 +250,12 @@ def _load_tokenizer(model_args: ModelArguments, name: str, hub: dict) -> PreTrai
 
 
 def _check_loaded(model: PreTrainedModel, info: dict, name: str, trained_labels: int | None) -> None:
-    """Check what the weights' file left open, note it on the model, and say so."""
+    """Check the parameters that the weight file lacks, and record them in `model.fresh_parameters`."""
     encoder = f"{model.base_model_prefix}."
     mismatched = sorted(entry[0] for entry in info["mismatched_keys"])
     wrong = [key for key in mismatched if key.startswith(encoder)]
     if wrong:
-        raise InputError(f"the weights of model {name!r} do not have the shapes its config.json says: {wrong[0]}")
+        raise InputError(f"the weights of model {name!r} do not have the shapes of its config.json: {wrong[0]}")
     missing = set(info["missing_keys"])
     names = [key for key, _ in model.named_parameters() if key.startswith(encoder)]
     absent = [key for key in names if key in missing]
@@ -273,7 +272,7 @@ def _check_loaded(model: PreTrainedModel, info: dict, name: str, trained_labels:
 
 
 def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give tokenizer and model a padding token: without one, no batch of several rows can be made."""
+    """Give tokenizer and model a padding token, without which batches of several rows are impossible."""
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise InputError(f"the tokenizer {tokenizer.name_or_path!r} has neither padding nor end token; set one")

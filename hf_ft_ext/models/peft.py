@@ -1,4 +1,4 @@
-"""Wrapping a classifier with a method of peft: what trains in full, and what peft cannot find out by itself."""
+"""Wrapping a model with a peft method: modules that train in full, and settings that peft cannot infer."""
 
 import re
 from dataclasses import fields
@@ -25,8 +25,8 @@ from hf_ft_ext.structure.targets import default_targets, endings, key_value_and_
 from hf_ft_ext.training.weights.precision import train_in_float32
 
 PREFIX_TUNING = "prefix_tuning"
-_SAVED_BY_PEFT = ("classifier", "score")  # whatever `modules_to_save` says
-_REAL_ACTIVATIONS = "init_from_activations"  # an argument of ours, not of peft's configuration
+_SAVED_BY_PEFT = ("classifier", "score")  # regardless of `modules_to_save`
+_INIT_FROM_ACTIVATIONS = "init_from_activations"  # our own setting, not part of peft's configuration
 _TASKS = (
     ("ForSequenceClassification", TaskType.SEQ_CLS),
     ("ForCausalLM", TaskType.CAUSAL_LM),
@@ -41,7 +41,7 @@ _LANGUAGE_MODELS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 def task_type_of(model: nn.Module) -> TaskType | None:
     """peft's task type of a transformers model, by the end of its class's name; `None` for others.
 
-    A class that the user derived from one of transformers counts as that one.
+    A subclass of a transformers class has the type of that class.
     """
     for kind in type(model).__mro__:
         for ending, task in _TASKS:
@@ -51,7 +51,7 @@ def task_type_of(model: nn.Module) -> TaskType | None:
 
 
 def saved_by_peft(model: nn.Module) -> list[str]:
-    """Names of the heads that peft looks for in every adapter's file of a classifier, whether they trained or not."""
+    """Names of the heads that peft expects in every adapter file of a classifier, trained or not."""
     if task_type_of(model) not in (TaskType.SEQ_CLS, TaskType.TOKEN_CLS):
         return []
     return [name for name, _ in model.named_children() if name in _SAVED_BY_PEFT]
@@ -63,13 +63,13 @@ def carries_adapters(model: nn.Module) -> bool:
 
 
 def trained_in_full(model: PreTrainedModel) -> list[str]:
-    """Dotted names of the modules that an adapter cannot do without: the head, and whatever came untrained.
+    """Dotted names of the modules that must train in full beside an adapter: the head, and all untrained modules.
 
-    A prompt model's head is pretrained: only label words' rows that linear probing has written count. So is a
-    language model's.
+    The heads of prompt models and language models are pretrained. Of a prompt model only the label words' rows count,
+    if linear probing has written them.
 
     Raises:
-        InputError: the model is none of transformers, so nobody knows its head.
+        InputError: the model is not a transformers model, so its head is unknown.
     """
     prefix = getattr(model, "base_model_prefix", None)
     if prefix is None:
@@ -91,7 +91,7 @@ def trained_in_full(model: PreTrainedModel) -> list[str]:
 
 
 def _left_out(model: PreTrainedModel, saved: list[str]) -> list[str]:
-    """Modules whose weights came untrained and are not part of a module in `saved`."""
+    """Modules that were loaded untrained and are not part of a module in `saved`."""
     fresh = getattr(model, "fresh_parameters", ())
     holders = [name for name in trained_in_full(model) if any(p == name or p.startswith(f"{name}.") for p in fresh)]
     return [name for name in holders if not any(f".{part}." in f".{name}." for part in saved)]
@@ -100,31 +100,31 @@ def _left_out(model: PreTrainedModel, saved: list[str]) -> list[str]:
 def wrap_with_peft(
     model: PreTrainedModel, kind: str, settings: dict | None, seed: int, option: str = "peft"
 ) -> PeftModel:
-    """Wrap a model with a peft method, drawn from `seed`; the head of a classifier trains in full.
+    """Wrap a model with a peft method, initialised from `seed`; the head of a classifier trains in full.
 
-    Saved models are standard adapters, the head included. With `modules_to_save` of your own, what came untrained and
-    is not among them is saved too, but does not train: nobody could load it otherwise. Without `target_modules`:
-    peft's own table; for a model that it lacks, by structure (queries and values; for `ia3` keys, values and the
-    feed-forward's last projection).
+    Saved models are standard adapters that include the head. With your own `modules_to_save`, other modules that were
+    loaded untrained are saved too but do not train; otherwise the adapter could not be loaded. Without
+    `target_modules`, peft's own table is used. For a model that it lacks, the targets are found by structure: queries
+    and values; for `ia3` keys, values and the last projection of the feed-forward layers.
 
     Args:
         kind: the method's name in peft, such as `lora`, `ia3`, `vera`, `ln_tuning`, `prefix_tuning`.
-        settings: arguments of its configuration. For `prefix_tuning` also `init_from_activations: true`: the prefix
-            starts as the keys and values that the model gives to as many random tokens, as in MeZO.
-        option: name of the argument that `kind` came from, for messages.
+        settings: arguments of its configuration. For `prefix_tuning` also `init_from_activations: true`: the prefix is
+            initialised with the model's keys and values of as many random tokens, as in MeZO.
+        option: name of the argument that holds `kind`, for error messages.
 
     Raises:
-        InputError: no such method, or one that these settings or this model do not fit.
+        InputError: there is no such method, or it does not work with these settings or this model.
     """
     known = {name.value.lower(): name for name in PeftType if name in PEFT_TYPE_TO_CONFIG_MAPPING}
     if kind.lower() not in known:
-        raise InputError(f"{option}={kind!r} is no method of peft; choose from: {', '.join(sorted(known))}")
+        raise InputError(f"{option}={kind!r} is not a peft method; choose from: {', '.join(sorted(known))}")
     if carries_adapters(model):
         raise InputError(f"the model carries PEFT adapters already; leave {option} out, or pass the base model")
     given, settings = settings, dict(settings or {})
-    real = settings.pop(_REAL_ACTIVATIONS, False)
+    real = settings.pop(_INIT_FROM_ACTIVATIONS, False)
     if real and kind.lower() != PREFIX_TUNING:
-        raise InputError(f"{option}_config: {_REAL_ACTIVATIONS} is about prefix_tuning, not {kind}; leave it out")
+        raise InputError(f"{option}_config: {_INIT_FROM_ACTIVATIONS} is about prefix_tuning, not {kind}; leave it out")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[kind.lower()]]
     if known[kind.lower()] == PeftType.ADALORA:
         raise InputError(
@@ -175,10 +175,10 @@ def _sizes_known_to_peft(model: PreTrainedModel) -> bool:
 
 
 def _sizes_of_virtual_tokens(config: Any, method: PeftType) -> dict[str, int | None]:
-    """What peft reads off the configuration of other models."""
+    """The sizes that peft reads from the configuration of models that it knows."""
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     shared = getattr(config, "num_key_value_heads", None)
-    if method == PeftType.PREFIX_TUNING and shared is not None:  # keys and values of groups of queries
+    if method == PeftType.PREFIX_TUNING and shared is not None:  # grouped-query attention: fewer heads
         size = getattr(config, "head_dim", None) or hidden // heads
         heads, hidden = shared, size * shared
     return {
@@ -191,14 +191,14 @@ def _sizes_of_virtual_tokens(config: Any, method: PeftType) -> dict[str, int | N
 def _with_targets(
     model: PreTrainedModel, method: PeftType, config_class: type, settings: dict[str, Any], heads: list[str]
 ) -> dict[str, Any]:
-    """`settings` with the default targets of the method, and without adapters in what trains in full anyway."""
+    """`settings` with the method's default targets, and without adapters in modules that train in full."""
     settings, known = dict(settings), {field.name for field in fields(config_class)}
     table = getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(method), "target_module_mapping", None)
     if not any(settings.get(name) for name in ("target_modules", "target_parameters")):
         if table is not None and "target_modules" in known:
             settings["target_modules"] = default_targets(model, table, architecture(model))
         elif method == PeftType.IA3 and architecture(model) in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
-            kind = architecture(model)  # peft itself does not look into a prompt model
+            kind = architecture(model)  # peft does not look inside a prompt model
             settings["target_modules"] = TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[kind]
             settings["feedforward_modules"] = TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[kind]
         elif method == PeftType.IA3:
@@ -207,24 +207,24 @@ def _with_targets(
             settings["feedforward_modules"] = endings(names, down)
             settings["target_modules"] = [*endings(names, attention), *settings["feedforward_modules"]]
     if "exclude_modules" in known and settings.get("exclude_modules") is None and heads:
-        # a target such as "dense" must not put adapters into what trains in full anyway
+        # a target such as "dense" must not add adapters to modules that train in full
         settings["exclude_modules"] = "|".join(rf"{re.escape(name)}(\..*)?" for name in heads)
     return settings
 
 
 def _check_prompt(model: PeftModel, kind: str, option: str) -> None:
-    """Raise an `InputError` if virtual tokens do not reach this model's result."""
+    """Raise an `InputError` if virtual tokens have no effect on this model's logits."""
     base, reason, failed = model.get_base_model(), "", True
     prompt = [p for p in model.prompt_encoder.parameters() if p.requires_grad]
     with torch.enable_grad(), evaluating(base):
         for batch in trial_rows(base):
-            if "attention_mask" not in batch:  # all rows of a training have one
+            if "attention_mask" not in batch:  # all training rows have one
                 continue
             try:
                 output = model(**batch)
                 logits = output.logits if hasattr(output, "logits") else output[0]
                 found = torch.autograd.grad(logits.float().sum(), prompt, allow_unused=True)
-            except Exception as error:  # whatever a model's code raises on past keys and values that it does not take
+            except Exception as error:  # a model may raise anything on past keys and values
                 reason = reason or next(iter(str(error).splitlines()), "").rstrip(".") or type(error).__name__
                 continue
             failed = all(gradient is None for gradient in found)
@@ -242,7 +242,7 @@ def start_from_activations(model: PeftModel) -> None:
     """Set a prefix without reparametrisation to the keys and values of random tokens, drawn from torch's generator.
 
     Raises:
-        ValueError: the prefix has a reparametrisation, or the encoder keeps no keys and values.
+        ValueError: the prefix has a reparametrisation, or the encoder does not cache keys and values.
     """
     config, encoder = model.active_peft_config, model.prompt_encoder[model.active_adapter]
     if getattr(encoder, "prefix_projection", False):
@@ -251,7 +251,7 @@ def start_from_activations(model: PeftModel) -> None:
     body = base.get_submodule(encoder_path(base))
     cache, n = DynamicCache(), config.num_virtual_tokens
     ids = torch.randint(base.config.vocab_size, (1, n))
-    hooks, body._forward_hooks = body._forward_hooks, type(body._forward_hooks)()  # no mask is looked for here
+    hooks, body._forward_hooks = body._forward_hooks, type(body._forward_hooks)()  # they look for a mask
     try:
         with evaluating(body):
             body(input_ids=ids.to(model.device), past_key_values=cache)
@@ -260,6 +260,6 @@ def start_from_activations(model: PeftModel) -> None:
     pairs = [(layer.keys, layer.values) for layer in cache.layers]
     if len(pairs) != config.num_layers:
         raise ValueError("its encoder keeps no keys and values of all layers")
-    # peft's order: [virtual tokens, layers x (key, value), heads, size of a head]
+    # peft's layout: [virtual tokens, layers x (key, value), heads, head size]
     rows = torch.stack([tensor[0].transpose(0, 1) for pair in pairs for tensor in pair], 1)
     encoder.embedding.weight.copy_(rows.reshape(n, -1))

@@ -1,4 +1,4 @@
-"""Where a model comes from: its folder or Hub id, also in run records, and the reasons why it cannot be loaded."""
+"""The source of a model: its folder or Hub id, its entry in run records, and errors of loading it."""
 
 import contextlib
 import os
@@ -14,12 +14,12 @@ from hf_ft_ext.errors import InputError
 
 
 def model_label(model_args: ModelArguments) -> str:
-    """How a run record names the model."""
+    """The model's name in a run record."""
     return DEMO_NAME if model_args.model_name_or_path is None else model_args.model_name_or_path
 
 
 def model_source(model_args: ModelArguments) -> dict[str, str | None]:
-    """What model a run has started from, as its record holds it: `hub_id` and `revision`, or `folder`, absolute."""
+    """The initial model of a run, for its record: `hub_id` and `revision`, or the absolute `folder`."""
     name = model_args.model_name_or_path
     if name is None:
         return {"hub_id": DEMO_HUB_ID, "revision": None, "folder": None}
@@ -29,7 +29,7 @@ def model_source(model_args: ModelArguments) -> dict[str, str | None]:
 
 
 def checked_name(name: str) -> str:
-    """The folder or Hub id, once it is clear that it is no adapter, no file and no missing folder."""
+    """Check that `name` is a model folder or a Hub id, not a file, an adapter or a missing folder; return it."""
     path = os.path.expanduser(name)
     if os.path.isfile(path):
         raise InputError(f"model {name!r} is a file; pass the folder that holds config.json and the weights")
@@ -44,20 +44,20 @@ def checked_name(name: str) -> str:
             raise InputError(f"model folder {name!r} has no config.json; pass a folder that save_pretrained wrote")
         return path
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
-        raise InputError(f"model {name!r}: there is no such folder, and it is no Hub id (owner/name)")
+        raise InputError(f"model {name!r}: there is no such folder, and it is not a Hub id (owner/name)")
     return name
 
 
 @contextlib.contextmanager
 def explained(name: str, part: str) -> Iterator[None]:
-    """Turn what the libraries raise while loading `part` of `name` into an `InputError`."""
+    """Turn library errors while loading `part` of model `name` into an `InputError`."""
     try:
         yield
     except InputError:
         raise
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise InputError(_reason(name, part, error)) from error
-    except (AttributeError, TypeError, ArithmeticError) as error:  # of a configuration that is none, or senseless
+    except (AttributeError, TypeError, ArithmeticError) as error:  # a configuration file with wrong content
         if not os.path.isdir(name):
             raise
         raise InputError(_reason(name, part, error)) from error
@@ -79,11 +79,12 @@ def _reason(name: str, part: str, error: BaseException) -> str:
         (GatedRepoError, "it is gated: ask for access on its page, then pass --token"),
         (RevisionNotFoundError, "there is no such revision; check --model_revision"),
         (RepositoryNotFoundError, "the Hub has no such model, or it is private (pass --token)"),
-        (HFValidationError, "this is no Hub id"),
+        (HFValidationError, "this is not a Hub id"),
     ):
         if any(isinstance(link, kind) for link in chain):
             return f"cannot load model {name!r}: {cause}"
     return (
-        f"cannot load the {part} of model {name!r}: there is no such local folder, and the Hub did not give it "
-        f"(no network, offline mode, or no such model); pass a local folder. The library says: {first_line}"
+        f"cannot load the {part} of model {name!r}: there is no such local folder, and it could not be "
+        f"downloaded from the Hub (no network, offline mode, or no such model); pass a local folder. "
+        f"The library reports: {first_line}"
     )

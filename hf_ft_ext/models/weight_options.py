@@ -1,4 +1,4 @@
-"""In which form a model's weights are loaded, and where: number format, attention, quantization, devices."""
+"""Options for loading a model's weights: number format, attention, quantization, devices."""
 
 import copy
 import importlib.util
@@ -32,7 +32,7 @@ from hf_ft_ext.training.weights.quantized import is_quantized
 
 logger = logging.getLogger(__name__)
 
-_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' ways over several devices
+_PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' placements over several devices
 
 
 def weight_options(
@@ -43,17 +43,16 @@ def weight_options(
     *,
     as_prompt: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of `from_pretrained`: `dtype`, and where asked for `attn_implementation`, `quantization_config`,
-    `device_map`.
+    """Arguments of `from_pretrained`: `dtype`, and on request attention, quantization and device map.
 
     Args:
-        config: of the model.
-        args: says what gradients change and where; none = all weights train, on the CPU.
-        name: of the model, for messages.
-        as_prompt: whether the language model is what is loaded.
+        config: the model's configuration.
+        args: determines which parameters train and on which device; `None` = all weights, on the CPU.
+        name: name of the model, for error messages.
+        as_prompt: whether a language model is loaded rather than a classifier.
 
     Raises:
-        InputError: the model, the method or this environment cannot honour an option.
+        InputError: the model, the method or this environment does not support an option.
     """
     options: dict[str, Any] = {"dtype": wanted_dtype(model_args.dtype, args, getattr(config, "dtype", None))}
     if model_args.device_map is not None:
@@ -71,7 +70,7 @@ def weight_options(
     if model_args.attn_implementation is not None:
         options["attn_implementation"] = model_args.attn_implementation
     if model_args.quantization is not None:
-        if model_args.dtype == AUTO:  # what stays outside the quantized layers, as QLoRA has it
+        if model_args.dtype == AUTO:  # for weights outside the quantized layers, as in QLoRA
             options["dtype"] = torch.float32
         options["quantization_config"] = _quantizer(model_args.quantization, skeleton, options["dtype"], args)
         device = _device(args)
@@ -83,18 +82,18 @@ def weight_options(
 def wanted_dtype(
     requested: str, args: MethodTrainingArguments | None, stored: torch.dtype | None
 ) -> torch.dtype | str:
-    """The number format of the weights; `"auto"` = as they are stored.
+    """The number format of the weights; `"auto"` = the stored one.
 
     Weights that gradients change are float32: in 16 bits an update below half a unit in the last place is rounded
-    away. Weights that stay keep their format. Float16 under adapters stays on accelerators: on a CPU it is slower
-    than float32, and gradients that pass through it underflow without loss scaling.
+    away. Frozen weights keep their format. Float16 weights under adapters keep theirs on accelerators only: on a CPU
+    float16 is slower than float32, and gradients that pass through it underflow without loss scaling.
 
     Args:
         requested: `ModelArguments.dtype`.
-        stored: format of the stored weights, as far as it is known.
+        stored: format of the stored weights, if known.
 
     Raises:
-        InputError: float16 for weights that an optimizer is to change.
+        InputError: float16 for weights that an optimizer changes.
     """
     gradients = Gradients.WEIGHTS if args is None else args.gradients
     if args is not None and not args.do_train:
@@ -120,10 +119,10 @@ def settle_dtype(
     stored: torch.dtype | None,
     name: str,
 ) -> None:
-    """Convert a model whose configuration did not say in which format it is stored; log a change of format.
+    """Convert a model whose configuration does not name the stored format; log a change of format.
 
     Args:
-        stored: format that the configuration named before loading.
+        stored: the format in the configuration before loading.
     """
     wanted = wanted_dtype(requested, args, model.dtype)
     if wanted not in (AUTO, model.dtype) and not is_quantized(model):
@@ -154,7 +153,7 @@ def _device(args: MethodTrainingArguments | None) -> torch.device:
 
 
 def _skeleton(config: PreTrainedConfig, name: str, as_prompt: bool, model_args: ModelArguments) -> nn.Module:
-    """The model without weights: it says whether the attention works, and what lies outside the encoder."""
+    """The model on the meta device, to check the attention and to find the modules outside the encoder."""
     config = getattr(config, "masked_lm", config)
     kind = reading_of(config, name).auto_class if as_prompt else AutoModelForSequenceClassification
     asked = model_args.attn_implementation
@@ -173,23 +172,23 @@ def _skeleton(config: PreTrainedConfig, name: str, as_prompt: bool, model_args: 
 
 
 def _device_map(wanted: str, args: MethodTrainingArguments | None) -> str | dict[str, Any]:
-    """What `from_pretrained` takes as `device_map`."""
+    """The `device_map` argument of `from_pretrained`."""
     if args is not None and args.world_size > 1:
         raise InputError(
             f"device_map={wanted} spreads a model over the devices of one process, and this run has "
             f"{args.world_size} processes, each with the whole model; leave it out, or start one process"
         )
-    if wanted in _SPREADS:
+    if wanted in _PLACEMENTS:
         return wanted
     try:
         parts = json.loads(wanted) if wanted.startswith("{") else {"": wanted}
     except ValueError as error:
-        raise InputError(f"device_map={wanted!r} is no JSON: {error}") from None
-    return {part: _place(place) for part, place in parts.items()}
+        raise InputError(f"device_map={wanted!r} is not valid JSON: {error}") from None
+    return {part: _existing_device(place) for part, place in parts.items()}
 
 
-def _place(place: str | int) -> str | int:
-    """The place itself, once it is known to be there."""
+def _existing_device(place: str | int) -> str | int:
+    """Check that a device exists; return it."""
     if place == "disk":
         return place
     try:
@@ -197,8 +196,8 @@ def _place(place: str | int) -> str | int:
         known = [] if device.type == "cpu" else list(range(torch.get_device_module(device).device_count()))
     except (RuntimeError, TypeError, AttributeError):
         raise InputError(
-            f"device_map: {place!r} is no device; pass {', '.join(_SPREADS)}, a device such as cuda:0, or JSON of "
-            "modules to devices"
+            f"device_map: {place!r} is not a device; pass {', '.join(_PLACEMENTS)}, a device such as cuda:0, or JSON "
+            "of modules to devices"
         ) from None
     if device.type != "cpu" and (device.index or 0) not in known:
         raise InputError(f"device_map: there is no device {place!r} here ({len(known)} of its kind); pass another one")
@@ -216,7 +215,7 @@ def _check_installed(quantization: str) -> None:
 def _quantizer(
     quantization: str, skeleton: nn.Module, dtype: torch.dtype | str, args: MethodTrainingArguments | None
 ) -> BitsAndBytesConfig | TorchAoConfig:
-    """Everything outside the encoder, and its pooler, stay in full: they are what trains, or come untrained."""
+    """The quantization config; modules outside the encoder, and its pooler, are excluded, as they train."""
     path = encoder_path(skeleton) or ""
     encoder = skeleton.get_submodule(path)
     kept = [

@@ -1,4 +1,4 @@
-"""Training without steps: the base of trainers that solve the task as a whole."""
+"""Training without steps: the base class of trainers that solve the task in one call."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ from hf_ft_ext.training.weights.precision import refuse_fp16_on_cpu
 from hf_ft_ext.training.weights.quantized import move
 from hf_ft_ext.training.weights.sharding import refuse_sharding
 
-# Hooks of a training loop: whoever overrides one expects that it is called.
+# Hooks of a training loop. A subclass that overrides one expects a call that never comes, so an override is refused.
 _HOOKS = (
     *DATA_LOADING, "_get_train_sampler", "compute_loss", "create_optimizer", "create_optimizer_and_scheduler",
     "create_scheduler", "training_step",
@@ -28,25 +28,25 @@ _HOOKS = (
 
 
 class AtOnceTrainer(CompleteSaves, MethodTrainer):
-    """`transformers.Trainer` whose `train()` calls `solve` once, in the place of all steps.
+    """`transformers.Trainer` whose `train()` calls `solve` once instead of taking steps.
 
     Callbacks see one step. There is no optimizer and there are no checkpoints.
 
     Args:
-        model, args, and all else: as for `Trainer`.
+        model, args and all others: as for `Trainer`.
 
     Attributes:
-        solution: what `train()` makes, with its article, for messages.
-        start_over: what to do instead of resuming.
+        solution: what `train()` computes, with its article ("a linear head"), for error messages.
+        start_over: what to do instead of resuming, for error messages.
 
     Raises:
-        InputError: an optimizer, a loss or early stopping passed, an overridden hook of the training loop, sharded
-            parameters, several GPUs in one process; in `train`: a checkpoint to resume from, no training data or a
-            stream.
+        InputError: an optimizer, a loss function or early stopping was passed, a hook of the training loop is
+            overridden, the parameters are sharded, or one process uses several GPUs. `train` also raises it for a
+            checkpoint to resume from, for missing training data and for a stream.
     """
 
     solution: ClassVar[str]
-    start_over: ClassVar[str] = "start anew"
+    start_over: ClassVar[str] = "start a new run"
     no_optimizer = "solves the task at once and takes no steps"
     no_optimizer_class = True
 
@@ -84,7 +84,7 @@ class AtOnceTrainer(CompleteSaves, MethodTrainer):
         self.args.refuse_names(values)
 
     def solve(self) -> dict[str, float]:
-        """Solve the task on `train_dataset`; the metrics, `train_loss` among them."""
+        """Solve the task on `train_dataset`; return the metrics, including `train_loss`."""
         raise NotImplementedError
 
     def train(
@@ -130,8 +130,13 @@ class AtOnceTrainer(CompleteSaves, MethodTrainer):
         return TrainOutput(1, metrics["train_loss"], metrics)
 
     def _check_collator(self) -> None:
-        """The inputs are read through the collator, once, and the labels from the data set: both have to be the same
-        in every batch."""
+        """Check that the collator is deterministic and keeps the labels of the data set.
+
+        `solve` reads each row's inputs once, through the collator, and the labels from the data set itself.
+
+        Raises:
+            InputError: two calls give different inputs, or the collator changes the labels.
+        """
         dataset, collate = for_collator(self, self.train_dataset)
         rows = [dataset[i] for i in range(min(SAMPLE, len(dataset)))]
         first, second = collate(rows), collate(rows)
@@ -139,15 +144,15 @@ class AtOnceTrainer(CompleteSaves, MethodTrainer):
         for key, value in first.items():
             if not torch.equal(torch.as_tensor(value), torch.as_tensor(second[key])):
                 raise InputError(
-                    f"data_collator {name} gives other {key} for the same rows each time, and {self.solution} reads "
-                    "every row once; pass one that does not draw at random"
+                    f"data_collator {name} gives different {key} for the same rows each time, and {self.solution} "
+                    "reads every row once; pass one that does not draw at random"
                 )
         if LABELS in first and (LABELS in rows[0] or "label" in rows[0]):
             own = torch.as_tensor([row.get(LABELS, row.get("label")) for row in rows])
             if not torch.equal(own.double().flatten(), torch.as_tensor(first[LABELS]).double().flatten()):
                 raise InputError(
-                    f"data_collator {name} makes other labels than the data set holds, and {self.solution} reads "
-                    "those; put them into the data set"
+                    f"data_collator {name} changes the labels of the data set, and {self.solution} is fitted to "
+                    "the unchanged ones; put the changed labels into the data set"
                 )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

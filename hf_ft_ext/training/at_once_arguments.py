@@ -1,4 +1,4 @@
-"""Arguments of methods that solve the task at once: what steers a training loop is refused, not ignored."""
+"""Arguments of methods that solve the task in one call. Settings of a training loop are refused, not ignored."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from hf_ft_ext.arguments import MethodTrainingArguments
 from hf_ft_ext.arguments.completion import chosen
 from hf_ft_ext.errors import InputError
 
-# What steers a training loop, its evaluations or its checkpoints.
-_OF_A_LOOP = (
+# Arguments that configure a training loop, its evaluations or its checkpoints.
+_LOOP_ARGUMENTS = (
     "activation_checkpointing", "adam_beta1", "adam_beta2", "adam_epsilon", "auto_find_batch_size",
     "dataloader_drop_last", "early_stopping_patience", "eval_delay", "eval_on_start", "eval_steps", "eval_strategy",
     "gradient_accumulation_steps", "gradient_checkpointing", "hp_search", "ignore_data_skip", "label_smoothing_factor",
@@ -18,9 +18,9 @@ _OF_A_LOOP = (
     "optim_target_modules", "resume_from_checkpoint", "save_only_model", "save_steps",
     "save_strategy", "save_total_limit", "train_sampling_strategy", "warmup_steps", "weight_decay",
 )  # fmt: skip
-_ONE_STEP = 1  # what a plan and a progress bar count
-# Values that ask for nothing: they are what the method does anyway.
-_NOTHING_ASKED = {
+_ONE_STEP = 1  # the step count that the training plan and the progress bar show
+# Values that are allowed because they match what the method does anyway.
+_ALLOWED_VALUES = {
     "early_stopping_patience": (0,),
     "eval_strategy": ("no",),
     "hp_search": (0,),
@@ -31,11 +31,11 @@ _NOTHING_ASKED = {
 
 @dataclass
 class AtOnceTrainingArguments(MethodTrainingArguments):
-    """Base of the arguments of methods without a training loop.
+    """Base class of the arguments of methods without a training loop.
 
     Attributes:
-        instead_of_steps: what the method does in its place, for messages.
-        also_without_effect: more names of arguments that the method cannot honour.
+        instead_of_steps: what the method does instead of a training loop, for error messages.
+        also_without_effect: further arguments that the method cannot honour.
 
     Raises:
         InputError: an argument of a training loop was set.
@@ -47,16 +47,16 @@ class AtOnceTrainingArguments(MethodTrainingArguments):
 
     @property
     def rows_per_pass(self) -> int:
-        """Rows of a forward pass, at most: the evaluation's batch size, or the training's if that is set and smaller.
+        """Maximum rows of a forward pass: the evaluation batch size, or the training batch size if set and smaller.
 
-        Nothing that is computed depends on it.
+        It changes memory and speed, not the result.
         """
         if chosen(self, "per_device_train_batch_size"):
             return min(self.per_device_train_batch_size, self.per_device_eval_batch_size)
         return self.per_device_eval_batch_size
 
     def validate(self) -> None:
-        names = (*_OF_A_LOOP, *self.also_without_effect)
+        names = (*_LOOP_ARGUMENTS, *self.also_without_effect)
         self._refuse({name: getattr(self, name) for name in names if chosen(self, name)})
         self.max_steps = _ONE_STEP
 
@@ -71,17 +71,17 @@ class AtOnceTrainingArguments(MethodTrainingArguments):
             InputError: `names` holds such an argument.
         """
         for name in names:
-            if name in _OF_A_LOOP or name in self.also_without_effect:
+            if name in _LOOP_ARGUMENTS or name in self.also_without_effect:
                 raise InputError(
                     f"a search over {name} would compare equal trials: it steers a training loop, and "
                     f"{self.instead_of_steps}; search over the method's own arguments, by hp_space"
                 )
 
     def _refuse(self, values: dict[str, Any]) -> None:
-        for name in (*_OF_A_LOOP, *self.also_without_effect):
+        for name in (*_LOOP_ARGUMENTS, *self.also_without_effect):
             if name not in values:
                 continue
             value = getattr(values[name], "value", values[name])
-            if value is None or value is False or value in _NOTHING_ASKED.get(name, ()):
+            if value is None or value is False or value in _ALLOWED_VALUES.get(name, ()):
                 continue
             raise InputError(f"{name}={value} steers a training loop, and {self.instead_of_steps}; leave it out")

@@ -1,4 +1,4 @@
-"""Models by name, as trl's trainers take them."""
+"""Loading a model that was passed by name, as trl's trainers accept it."""
 
 from typing import Any
 
@@ -8,28 +8,28 @@ from transformers import AutoConfig, PreTrainedModel, TrainingArguments
 
 from hf_ft_ext.errors import InputError, first_line
 
-_WITH_A_LOSS = (
+_CLASSES_WITH_LOSS = (
     "ForSequenceClassification", "ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForTokenClassification",
     "ForQuestionAnswering", "ForMultipleChoice",
 )  # fmt: skip
 
 
 def load_by_name(name: str, args: TrainingArguments) -> PreTrainedModel:
-    """The model that a Hub id or folder holds, of the class that its configuration names, in float32.
+    """Load the model of a Hub id or folder in float32, with the class that its configuration names.
 
     Args:
         name: Hub id or folder.
-        args: with trl's `model_init_kwargs`, which go to `from_pretrained`.
+        args: if it has trl's `model_init_kwargs`, these are passed on to `from_pretrained`.
 
     Raises:
-        InputError: it cannot be loaded, or is a model without a head that has a loss.
+        InputError: the model cannot be loaded, or it has no head with a loss.
     """
     settings: dict[str, Any] = {"dtype": torch.float32, **(getattr(args, "model_init_kwargs", None) or {})}
     try:
         config = AutoConfig.from_pretrained(name, **{k: v for k, v in settings.items() if k != "dtype"})
         architecture = next(iter(config.architectures or ()), "")
         kind = getattr(transformers, architecture, None)
-        if kind is None or not architecture.endswith(_WITH_A_LOSS):
+        if kind is None or not architecture.endswith(_CLASSES_WITH_LOSS):
             raise InputError(
                 f"model={name!r} names {architecture or 'no class'}, which has no head to train; pass a loaded model, "
                 f"such as AutoModelForSequenceClassification.from_pretrained({name!r})"

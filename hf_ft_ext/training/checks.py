@@ -1,4 +1,4 @@
-"""Checks of transformers' own arguments that hold for every method: what would be ignored, or end in a traceback."""
+"""Checks of transformers' own arguments for every method: values that would be ignored or end in a traceback."""
 
 from typing import Any
 
@@ -18,10 +18,10 @@ _MULTI_LABEL = "multi_label_classification"
 
 
 def check_training_arguments(args: TrainingArguments) -> None:
-    """Refuse what no trainer can honour.
+    """Refuse arguments that no trainer can honour.
 
     Raises:
-        InputError: sharding without an accelerator, a report to a library that is not installed, or checkpoints of
+        InputError: sharding without an accelerator, `report_to` a library that is not installed, or checkpoints of
             the best model without evaluations.
     """
     refuse_sharding_on_cpu(args)
@@ -51,7 +51,7 @@ def _check_report_to(args: TrainingArguments) -> None:
 
 
 def check_loss(args: TrainingArguments, model: nn.Module) -> None:
-    """Refuse label smoothing where the labels are no classes.
+    """Refuse label smoothing for tasks other than single-label classification.
 
     Raises:
         InputError: the model is a regression, or has several labels per row.
@@ -74,10 +74,10 @@ def check_loss(args: TrainingArguments, model: nn.Module) -> None:
 
 
 def refuse_label_names(args: TrainingArguments) -> None:
-    """For methods that read the labels themselves, as `labels`.
+    """Refuse `label_names` for methods that read the labels themselves, from the column `labels`.
 
     Raises:
-        InputError: they have another name.
+        InputError: `label_names` has another name.
     """
     if args.label_names not in (None, ["labels"]):
         raise InputError(
@@ -87,11 +87,11 @@ def refuse_label_names(args: TrainingArguments) -> None:
 
 
 def check_full_batch(args: TrainingArguments, dataset: Any) -> None:
-    """Raise `InputError` if `dataloader_drop_last` drops every batch: training would do nothing and look finished.
+    """Raise `InputError` if `dataloader_drop_last` drops every batch; training would do nothing and look finished.
 
     Args:
-        args: batch size, number of processes and `dataloader_drop_last` are read.
-        dataset: the training data; one of unknown length passes.
+        args: the batch size, the number of processes and `dataloader_drop_last` are read.
+        dataset: the training data; a data set of unknown length is accepted.
     """
     if not args.dataloader_drop_last or not hasattr(dataset, "__len__"):
         return

@@ -1,20 +1,20 @@
-"""Optimizers that are copied and pickled with all that their next step depends on."""
+"""Copying and pickling optimizers with all the state that their next step depends on."""
 
 from typing import Any
 
 import torch
 
-# What torch and its schedulers keep in an optimizer for themselves; torch makes it anew in a copy.
-_OF_TORCH = {*vars(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)), "step", "_opt_called"}
+# Attributes that torch and its schedulers keep in an optimizer; torch recreates them in a copy.
+_TORCH_ATTRIBUTES = {*vars(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)), "step", "_opt_called"}
 
 
 class CopiedInFull(torch.optim.Optimizer):
-    """For optimizers with attributes beside torch's: `copy.deepcopy` and `pickle` keep those too.
+    """Base class of optimizers with attributes of their own, which `copy.deepcopy` and `pickle` keep too.
 
-    torch's own form holds the moments and groups alone. As with torch's, a copy trains copies of the parameters: copy
-    model and optimizer together, `copy.deepcopy((model, optimizer))`.
+    `torch.optim.Optimizer` keeps only its state and its parameter groups. As in torch, a copied optimizer trains
+    copies of the parameters, so copy model and optimizer together: `copy.deepcopy((model, optimizer))`.
     """
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: value for name, value in vars(self).items() if name not in _OF_TORCH}
+        own = {name: value for name, value in vars(self).items() if name not in _TORCH_ATTRIBUTES}
         return {**super().__getstate__(), **own}

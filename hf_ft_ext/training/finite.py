@@ -1,4 +1,4 @@
-"""Training that has left the numbers stops: a loss of NaN or infinity, or weights that hold one, are never saved."""
+"""Stopping a training run that diverges: at a loss of NaN or infinity, and before weights that hold one are saved."""
 
 import torch
 from torch import nn
@@ -12,17 +12,17 @@ from hf_ft_ext.training.weights.devices import refuse_data_parallel
 from hf_ft_ext.training.weights.precision import refuse_fp16_on_cpu, warn_of_lost_updates
 from hf_ft_ext.training.weights.quantized import holds_numbers
 
-_PATIENCE_FP16 = 20  # loss scaling skips single steps by itself and lowers its factor
+_PATIENCE_FP16 = 20  # steps; loss scaling skips single steps with overflow and lowers its factor
 
 
 class StopAtNaN(CompleteSaves):
-    """For a `Trainer` (before it in the bases): raises an `InputError` instead of training on, or saving, NaN.
+    """Mixin for a `Trainer` (before it in the bases) that raises an `InputError` at a NaN loss or NaN weights.
 
-    It is the base of all trainers that take steps, so it refuses `torch.nn.DataParallel` for them too, and an epoch
+    It is the base class of all trainers that take steps, so it also refuses `torch.nn.DataParallel` and an epoch
     without a batch (see `check_full_batch`).
 
-    transformers goes on and by default hides such losses from the log (`logging_nan_inf_filter`), looking at each
-    step's loss to do so; looking here costs the same.
+    transformers keeps training and by default hides such losses from the log (`logging_nan_inf_filter`). It reads the
+    loss of each step to do so; the check here costs the same.
     """
 
     _not_finite = 0
@@ -50,10 +50,10 @@ class StopAtNaN(CompleteSaves):
         return self.finite_loss(loss)
 
     def finite_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """`loss`, if it is a number.
+        """Return `loss`, if it is finite.
 
         Raises:
-            InputError: it is not (with float16: twenty times in a row).
+            InputError: it is not finite (with float16: twenty steps in a row).
         """
         if bool(torch.isfinite(loss).all()):
             self._not_finite = 0
@@ -61,19 +61,19 @@ class StopAtNaN(CompleteSaves):
         self._not_finite += 1
         if not self.args.fp16 or self._not_finite >= _PATIENCE_FP16:
             raise InputError(
-                f"the loss is {loss.float().mean().item()} in step {self.state.global_step + 1}: {self._cure()}"
+                f"the loss is {loss.float().mean().item()} in step {self.state.global_step + 1}: {self._advice()}"
             )
         return loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.state.global_step > 0 and (name := first_not_finite(self.model)) is not None:
-            raise InputError(f"{name} holds NaN or infinity after step {self.state.global_step}: {self._cure()}")
+            raise InputError(f"{name} holds NaN or infinity after step {self.state.global_step}: {self._advice()}")
         super().save_model(output_dir, _internal_call)
 
-    def _cure(self) -> str:
+    def _advice(self) -> str:
         return (
-            f"lower --learning_rate ({self.args.learning_rate:g}) or check the data and the model; what was saved "
-            "before stays"
+            f"lower --learning_rate ({self.args.learning_rate:g}) or check the data and the model; earlier "
+            "checkpoints are kept"
         )
 
 
@@ -82,7 +82,7 @@ def _plain(model: nn.Module) -> nn.Module:
 
 
 def first_not_finite(model: nn.Module) -> str | None:
-    """Name of the first parameter that holds something else than numbers, or `None`."""
+    """Name of the first parameter that holds NaN or infinity, or `None`."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and holds_numbers(parameter) and not bool(torch.isfinite(parameter).all()):
             return name

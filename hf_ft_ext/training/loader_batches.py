@@ -1,4 +1,4 @@
-"""Batches of a training data loader that the user made, read ahead of training without disturbing it."""
+"""Reading batches from a user's training data loader before training, without changing what training sees."""
 
 import contextlib
 import itertools
@@ -15,17 +15,17 @@ from hf_ft_ext.training.method_trainer import SAMPLING, overridden
 
 
 def draws_own_batches(trainer: Trainer) -> bool:
-    """Whether the rows of `trainer.train_dataset` are not all that training batches are made of."""
+    """Whether training batches may differ from plain batches of `trainer.train_dataset`: no data set, or own hooks."""
     return trainer.train_dataset is None or overridden(trainer, *SAMPLING)
 
 
 def loader_batches(trainer: Trainer, count: int, skip: int = 0) -> list[dict[str, Any]]:
-    """The first `count` batches of this process's training data loader, behind `skip` others.
+    """The first `count` batches of this process's training data loader, after skipping `skip` batches.
 
-    A loader with fewer batches is read again. Training sees the batches in the order that it would have seen anyway.
+    A loader with fewer batches is read again. Training later gets its batches in the same order as without this call.
 
     Raises:
-        InputError: there is no training data, or the loader gives no batch.
+        InputError: there is no training data, or the loader yields no batch.
     """
     batches: list[dict[str, Any]] = []
     with _undisturbed_loader(trainer) as loader:
@@ -33,12 +33,12 @@ def loader_batches(trainer: Trainer, count: int, skip: int = 0) -> list[dict[str
             before = len(batches)
             batches += [dict(batch) for batch in itertools.islice(loader, skip + count - before)]
             if len(batches) == before:
-                raise InputError("get_train_dataloader gives no batch, and the pre-pass needs some; check its data")
+                raise InputError("get_train_dataloader yields no batch, but the pre-pass needs some; check its data")
     return batches[skip:]
 
 
 def loader_rows(trainer: Trainer, rows: int, batch_size: int) -> list[dict[str, Any]]:
-    """The first `rows` rows of this process's training data loader, all where it has fewer, in smaller batches.
+    """The first `rows` rows of this process's training data loader (all, if it has fewer), in smaller batches.
 
     Raises:
         InputError: as for `loader_batches`.
@@ -54,7 +54,7 @@ def loader_rows(trainer: Trainer, rows: int, batch_size: int) -> list[dict[str, 
             if rows == 0:
                 break
     if not parts:
-        raise InputError("get_train_dataloader gives no batch, and the pre-pass needs some; check its data")
+        raise InputError("get_train_dataloader yields no batch, but the pre-pass needs some; check its data")
     return parts
 
 
@@ -77,12 +77,12 @@ def _undisturbed_loader(trainer: Trainer) -> Iterator[Iterable]:
             yield loader
         finally:
             if hasattr(loader, "end"):
-                loader.end()  # accelerate's: it counts as being read until its last batch
+                loader.end()  # accelerate marks its loader as in use until the last batch
 
 
 @contextlib.contextmanager
 def _generators_kept() -> Iterator[Any]:
-    """Within, random numbers may be drawn; afterwards all generators are where they were."""
+    """A context that restores the state of all random number generators when it ends."""
     python, numpy = random.getstate(), np.random.get_state()
     found: dict[int, tuple[torch.Generator, torch.Tensor]] = {}
 

@@ -1,4 +1,4 @@
-"""Keeping the loss of classification heads on one scale under accumulation and several processes."""
+"""Keeping the loss scale of classification heads independent of gradient accumulation and process count."""
 
 from torch import nn
 
@@ -8,8 +8,8 @@ _MEAN_LOSS = "ForSequenceClassification"
 def declare_mean_loss(model: nn.Module) -> None:
     """Tell `Trainer` that a sequence-classification head averages its loss over the micro-batch it gets.
 
-    transformers 5 takes any forward with `**kwargs` for one that divides by the label count of the whole
-    step. Classification heads drop that count, and without this the loss and its gradients grow by the number of
+    transformers 5 assumes that any forward with `**kwargs` divides by the label count of the whole step.
+    Classification heads ignore that count. Without this switch their loss and gradients grow with the number of
     micro-batches and of processes (transformers issue #47688). `accepts_loss_kwargs` is transformers' own switch.
     """
     if type(model).__name__.endswith(_MEAN_LOSS):
@@ -17,6 +17,6 @@ def declare_mean_loss(model: nn.Module) -> None:
 
 
 def predicts_next_tokens(model: nn.Module) -> bool:
-    """Whether the loss is that of a causal language model, which has no use for the first label of a row."""
+    """Whether the loss is that of a causal language model, which does not predict the first label of a row."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return type(inner).__name__.endswith(("ForCausalLM", "LMHeadModel"))

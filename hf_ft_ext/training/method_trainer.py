@@ -1,4 +1,4 @@
-"""What the trainers of all methods share: completed arguments, checks before training, trials of a search."""
+"""The base class of all methods' trainers: completed arguments, checks before training, search trials."""
 
 import copy
 import inspect
@@ -22,21 +22,21 @@ _PACKAGE = __name__.partition(".")[0]
 DATA_LOADING = ("get_train_dataloader", "_get_dataloader")  # hooks that decide what a training batch is
 SAMPLING = (*DATA_LOADING, "_get_train_sampler")
 
-# What `Trainer` makes its optimizer from, unless it is passed the optimizer's class and settings.
-_OF_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate", "optim", "optim_args")
+# Arguments that configure `Trainer`'s optimizer, unless the optimizer's class and settings are passed.
+_OPTIMIZER_ARGUMENTS = ("adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate", "optim", "optim_args")
 
 
 class MethodTrainer(Trainer):
-    """Base of the trainers: completes the arguments, checks what was passed, makes each model ready for the method.
+    """Base class of the trainers: completes and checks the arguments, and prepares each model for the method.
 
-    It works together with other subclasses of `Trainer`: in `class X(SparseTrainer, SFTTrainer)` all that is passed
-    goes on to the next class.
+    It can be combined with other subclasses of `Trainer`: in `class X(SparseTrainer, SFTTrainer)` all arguments are
+    passed on to the next class.
 
     Attributes:
-        arguments_class: of the method's arguments.
+        arguments_class: the dataclass of the method's arguments.
         no_optimizer: why the trainer cannot take a ready-made optimizer; `None` if it can.
         no_optimizer_class: whether it cannot take `optimizer_cls_and_kwargs` either.
-        several_devices: whether it trains a model that `device_map` has spread over accelerators.
+        several_devices: whether it can train a model that `device_map` spreads over several accelerators.
 
     Raises:
         InputError: arguments or objects that the method cannot honour.
@@ -52,7 +52,7 @@ class MethodTrainer(Trainer):
     ):
         args = self._complete(args)
         self.args = args
-        passed = self._by_name(model, args, positional, kwargs)
+        passed = self._named_arguments(model, args, positional, kwargs)
         optimizer, scheduler = passed.get("optimizers") or (None, None)
         self._check_optimizers(optimizer, scheduler, passed.get("optimizer_cls_and_kwargs"))
         if optimizer is not None and passed.get("model_init") is not None:
@@ -66,7 +66,7 @@ class MethodTrainer(Trainer):
             model = load_by_name(model, args)
             if getattr(args, "model_init_kwargs", None) is not None:
                 self.args = args = copy.copy(args)
-                args.model_init_kwargs = None  # they are spent; trl warns of those of a loaded model
+                args.model_init_kwargs = None  # already applied; trl warns if they are set beside a loaded model
         if model is not None:
             check_loss(args, model)
             model = self.prepare_model(model)
@@ -87,10 +87,13 @@ class MethodTrainer(Trainer):
         check_training_arguments(self.args)
 
     def check_passed(self, passed: Mapping[str, Any]) -> None:
-        """Refuse objects that were passed beside model and arguments, by name, and cannot be honoured.
+        """Refuse other arguments of the constructor that the method cannot honour.
+
+        Args:
+            passed: the arguments beside model and training arguments, by name.
 
         Raises:
-            InputError: there is such an object.
+            InputError: there is such an argument.
         """
         if passed.get("peft_config") is not None:  # trl's: it would freeze what the method trains
             raise InputError(
@@ -99,11 +102,11 @@ class MethodTrainer(Trainer):
             )
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Make a model ready for the method, as `self.args` say: the one passed, and each that `model_init` makes."""
+        """Prepare a model for the method by `self.args`: the model passed, and each one that `model_init` returns."""
         return model
 
     def apply_arguments(self) -> None:
-        """Set in the trainer what follows from `self.args`, when it is made and for each trial of a search."""
+        """Apply `self.args` to the trainer: at construction, and again for each trial of a search."""
         smoothing = self.args.label_smoothing_factor
         self.label_smoother = LabelSmoother(epsilon=smoothing) if smoothing else None
         self.neftune_noise_alpha = self.args.neftune_noise_alpha
@@ -128,17 +131,18 @@ class MethodTrainer(Trainer):
         return super().hyperparameter_search(hp_space, compute_objective or _sum_of_metrics, *positional, **kwargs)
 
     def apply_trial(self, trial: Any) -> None:
-        """Set the values of a search's trial in `self.args`, before anything is made from these.
+        """Set the values of a search trial in `self.args` before the model is created from them.
 
-        `Trainer` sets them after it has made the trial's model, which would have the values of the trial before.
+        `Trainer` sets them only after it has created the trial's model, which would then use the previous trial's
+        values.
 
         Raises:
-            InputError: a value or a combination that cannot work, or a name that no argument has.
+            InputError: a value or a combination that cannot work, or a name that is not an argument.
         """
         if trial is None or self.hp_search_backend is None:
             return
         if self.hp_search_backend == HPSearchBackend.OPTUNA:
-            self._check_searched(self.hp_space(trial))  # the same values as often as it is asked
+            self._check_searched(self.hp_space(trial))  # optuna returns the same values on each call for a trial
         self._hp_search_setup(trial)
         self.check_arguments()
         self.apply_arguments()
@@ -150,7 +154,7 @@ class MethodTrainer(Trainer):
                     f"hp_space searches over {name!r}, and {type(self.args).__name__} has no such argument"
                     f"{did_you_mean(name, vars(self.args))}"
                 )
-            if name in _OF_OPTIMIZER and self.optimizer_cls_and_kwargs is not None:
+            if name in _OPTIMIZER_ARGUMENTS and self.optimizer_cls_and_kwargs is not None:
                 raise InputError(
                     f"a search over {name} would compare equal trials: optimizer_cls_and_kwargs brings its own "
                     "settings; leave it out, and choose the optimizer by optim"
@@ -162,7 +166,7 @@ class MethodTrainer(Trainer):
         wanted = _arguments_of_other_trainers(type(self))
         if wanted is None or isinstance(args, wanted):
             return self.arguments_class.complete(args)
-        # Another Trainer in the bases needs arguments of its own class: it takes the values that there are.
+        # Another Trainer in the bases needs arguments of its own class: build these from the values given.
         own = self.arguments_class.complete(args)
         theirs = wanted(**{name: value for name, value in vars(own).items() if name in _init_names(wanted)})
         for name in vars(own).keys() - vars(theirs).keys():
@@ -172,8 +176,8 @@ class MethodTrainer(Trainer):
             setattr(completed, f.name, getattr(own, f.name))
         return completed
 
-    def _by_name(self, model: Any, args: Any, positional: tuple, kwargs: dict) -> dict[str, Any]:
-        """All that was passed, by the name that the next class in line gives it."""
+    def _named_arguments(self, model: Any, args: Any, positional: tuple, kwargs: dict) -> dict[str, Any]:
+        """All arguments passed, by the parameter names of the next class in the method resolution order."""
         signature = inspect.signature(super().__init__)
         bound = signature.bind_partial(model, args, *positional).arguments if positional else {}
         return {**bound, **kwargs}
@@ -193,7 +197,7 @@ class MethodTrainer(Trainer):
 
 
 def overridden(trainer: Trainer, *names: str) -> bool:
-    """Whether a class other than `Trainer` and those of this package defines one of these methods of `trainer`."""
+    """Whether code outside `Trainer` and this package overrides one of these methods of `trainer`."""
     for name in names:
         if name in vars(trainer):
             return True
@@ -206,22 +210,22 @@ def overridden(trainer: Trainer, *names: str) -> bool:
 
 
 def has_own_loss(trainer: Trainer) -> bool:
-    """Whether the loss is the user's, so that only `compute_loss` knows it."""
+    """Whether the user replaced the loss, so that only `compute_loss` can compute it."""
     return overridden(trainer, "compute_loss") or trainer.compute_loss_func is not None
 
 
 def _sum_of_metrics(metrics: dict[str, float]) -> float:
-    """transformers' own objective, without the seconds that it adds to it where evaluation comes first."""
+    """transformers' default objective, without the preparation time that it would count as a metric."""
     return default_compute_objective({k: v for k, v in metrics.items() if not k.endswith("_model_preparation_time")})
 
 
 def _arguments_of_other_trainers(kind: type) -> type[TrainingArguments] | None:
-    """The class of arguments that another Trainer among the bases of `kind` takes, if it has one of its own."""
+    """The arguments class that another Trainer among the bases of `kind` requires, or `None`."""
     for base in kind.__mro__:
         if base is Trainer or base.__module__.partition(".")[0] == _PACKAGE or "__init__" not in vars(base):
             continue
         if base is Seq2SeqTrainer:
-            return Seq2SeqTrainingArguments  # its signature names the base class
+            return Seq2SeqTrainingArguments  # its signature annotates the base class only
         try:
             hint = get_type_hints(base.__init__).get("args")
         except (NameError, TypeError):  # an annotation that cannot be read at run time

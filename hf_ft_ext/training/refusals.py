@@ -1,4 +1,4 @@
-"""What a model's own code refuses in the first training batch, as bad input and not as a traceback."""
+"""Reporting errors that a model's own code raises on the first training batch as bad input, not as a traceback."""
 
 import contextlib
 import traceback

@@ -152,7 +152,7 @@ def test_deltas_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"holds no entries_delta\.safetensors"):
         load_entries(plain, tmp_path / "none")
     (tmp_path / "entries_delta.safetensors").write_bytes(b"broken")
-    with pytest.raises(InputError, match=r"cannot be read .*copy it anew"):
+    with pytest.raises(InputError, match=r"cannot be read .*copy it again"):
         load_entries(plain, tmp_path)
     assert all(torch.equal(p, before[n]) for n, p in plain.named_parameters())
     with pytest.raises(InputError, match="no part of the model trains"):

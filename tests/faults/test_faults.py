@@ -72,7 +72,7 @@ def test_without_checkpoints_a_signal_ends_the_run_at_once(unbroken):
     words = [*run.workload.argv, "--save_strategy", "no"]
     ended = launch(words, folder, Events("work", 130, lambda: os.kill(os.getpid(), signal.SIGTERM)).install)
     assert ended.status == 143 and ended.clean and not checkpoint_folders(folder / "out")
-    assert "stopped by SIGTERM: there is no checkpoint to go on from; run the same command again" in ended.err
+    assert "stopped by SIGTERM: there is no checkpoint to resume; run the same command again" in ended.err
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_without_checkpoints_a_signal_ends_the_run_at_once(unbroken):
         ("model.safetensors", "bit flipped", "model.safetensors is not what was saved"),
         ("scheduler.pt", "removed", "scheduler.pt is missing"),
         (SEAL, "emptied", "checkpoint_seal.json cannot be read"),
-        (SEAL, "wrong JSON", "checkpoint_seal.json is no seal of this version"),
+        (SEAL, "wrong JSON", "checkpoint_seal.json is not a seal of this version"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(unbroken, tmp_path, file, how, fault):
@@ -115,7 +115,7 @@ def test_without_a_seal_files_speak_for_themselves(unbroken, tmp_path, file, how
     ("words", "message"),
     [
         (("--method", "sparse"), "holds a whole model, but method 'sparse' trains an adapter"),
-        (("--model_name_or_path", "wide"), "is of another model or other settings: its .* has shape"),
+        (("--model_name_or_path", "wide"), "was written with another model or other settings: its .* has shape"),
         (("--optim", "sgd"), "the optimizer's state in .* does not fit|is of another"),
     ],
 )

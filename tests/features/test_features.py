@@ -204,10 +204,10 @@ def cached(tmp_path):
 def test_a_truncated_cache_is_refused(cached):
     path, again = cached
     os.truncate(path, path.stat().st_size - 100)
-    with pytest.raises(InputError, match=r"cannot be read .* truncated or no cache; delete the file and run again"):
+    with pytest.raises(InputError, match=r"truncated or not a feature cache; delete the file and run again"):
         again()
     path.write_bytes(b"no")
-    with pytest.raises(InputError, match="truncated or no cache"):
+    with pytest.raises(InputError, match="truncated or not a feature cache"):
         again()
 
 

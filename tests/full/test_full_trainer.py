@@ -128,7 +128,7 @@ def test_a_peft_method_trains_instead(tmp_path):
     trainer.train()
     moved = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
     assert moved and all("ia3" in name or "classifier.modules_to_save" in name or "pooler" in name for name in moved)
-    with pytest.raises(InputError, match="peft='loora' is no method of peft; choose from: "):
+    with pytest.raises(InputError, match="peft='loora' is not a peft method; choose from: "):
         make(tmp_path, peft="loora")
 
 
@@ -140,7 +140,7 @@ def test_a_peft_method_trains_instead(tmp_path):
         ({"optimizer": "lion"}, "optimizer='lion' is unknown; choose from: adam, sgd, signgd"),
         ({"fix_layers": -1}, "fix_layers must be 0 or more, got -1"),
         ({"peft_config": {"r": 1}}, "peft_config needs peft"),
-        ({"peft": "lora", "peft_config": "{r: 1}"}, "peft_config='{r: 1}' is no JSON"),
+        ({"peft": "lora", "peft_config": "{r: 1}"}, "peft_config='{r: 1}' is not valid JSON"),
         ({"peft": "lora", "fix_layers": 1}, "peft=lora freezes the whole model, so fix_layers=1 has no effect"),
         ({"l2_loss": True, "label_smoothing_factor": 0.1}, "l2_loss and label_smoothing_factor=0.1 are two losses"),
     ],

@@ -166,9 +166,9 @@ def test_the_default_rate_of_a_head_learns(tmp_path):
             {"search_selection": "fisher", "search_target": r"output\.dense\.weight"},
             "search_selection=fisher needs a search of head tensors only",
         ),
-        ({"search_peft": "loda"}, "search_peft='loda' is no method of peft; choose from: .*lora"),
+        ({"search_peft": "loda"}, "search_peft='loda' is not a peft method; choose from: .*lora"),
         ({"search_peft": "lora", "search_peft_config": {"rank": 1}}, "does not work: .*unexpected keyword"),
-        ({"search_peft": "lora", "search_peft_config": "{r"}, "is no JSON"),
+        ({"search_peft": "lora", "search_peft_config": "{r"}, "is not valid JSON"),
     ],
 )
 def test_arguments_that_do_not_fit_the_model_are_refused(tmp_path, options, message):

@@ -234,9 +234,9 @@ def test_a_loss_of_the_user_runs_the_whole_model(tmp_path):
 def test_features_of_an_earlier_run_are_used_again(tmp_path, caplog):
     caplog.set_level("INFO", logger="hf_ft_ext")
     make(tmp_path).train()
-    assert "features of 32 rows: kept in" in caplog.text
+    assert "features of 32 rows: written to" in caplog.text
     make(tmp_path, seed=1).train()
-    assert "features of 32 rows: taken from" in caplog.text
+    assert "features of 32 rows: read from" in caplog.text
 
 
 def test_features_that_are_too_large_are_made_in_each_step(tmp_path, caplog):

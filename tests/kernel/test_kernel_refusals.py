@@ -26,7 +26,7 @@ from hf_ft_ext.errors import InputError
         ({"f0_scaling": 2.0}, "f0_scaling=2.0 needs adjust_for_init"),
         ({"load_kernels": "x", "overwrite_kernels": True}, "leave overwrite_kernels out"),
         ({"kernel_peft_config": {"r": 1}}, "kernel_peft_config needs kernel_peft"),
-        ({"kernel_peft_config": "{"}, "is no JSON"),
+        ({"kernel_peft_config": "{"}, "is not valid JSON"),
         ({"kernel_solver": "asym"}, "which kernel_formula=sgd does not give"),
         ({"kernel_regularization": "loo", "kernel_solver": "svr"}, "pass auto or a number, or leave it out"),
         (

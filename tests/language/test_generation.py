@@ -144,7 +144,7 @@ def test_what_cannot_be_generated():
         InputError, match=r"max_new_tokens=128 leaves no room .* 128 positions; pass --max_new_tokens 64"
     ):
         generate_texts(trainer, ["a"], Generation(max_new_tokens=128), 128)
-    with pytest.raises(InputError, match="no chat template that makes a text of them; pass --chat_template_path"):
+    with pytest.raises(InputError, match="no chat template to format them; pass --chat_template_path"):
         generate_texts(trainer, [[{"role": "user", "content": "a"}]], Generation())
     tokenizer.pad_token = None
     with pytest.raises(InputError, match="the tokenizer has no padding token; set one"):
@@ -204,10 +204,10 @@ def folder(tmp_path_factory):
         ("silent", (), "has a message in row 0 that is not one with role and content"),
         ("halves", (), "has text in one of prompt and completion and messages in the other; pass both"),
         ("scores", (), "column 'references' of split 'train' holds lists of texts, and row 0 has 'great'"),
-        ("chat", ("--chat_template_path", "strict.jinja"), "does not take this data: only system may begin; change"),
-        ("chat", ("--chat_template_path", "broken.jinja"), "does not take this data: unexpected end of template"),
-        ("answer", ("--chat_template_path", "plain.jinja", "--predict_with_generate"), "nothing but an answer, so"),
-        ("text", ("--predict_with_generate",), "--predict_with_generate goes on from a prompt, and rows of text"),
+        ("chat", ("--chat_template_path", "strict.jinja"), "rejects this data: only system may begin; change"),
+        ("chat", ("--chat_template_path", "broken.jinja"), "rejects this data: unexpected end of template"),
+        ("answer", ("--chat_template_path", "plain.jinja", "--predict_with_generate"), "holds only an answer, so"),
+        ("text", ("--predict_with_generate",), "--predict_with_generate continues a prompt, and rows of text"),
         ("text", ("--chat_template_path", "x"), "is about messages, and the data has text; leave it out"),
         ("pairs", ("--max_new_tokens", "5"), "is about generated texts, and this run writes none"),
         ("pairs", ("--predict_with_generate", "--max_new_tokens", "128"), "leaves no room for a prompt"),
@@ -225,7 +225,7 @@ def folder(tmp_path_factory):
         ("pairs", ("--text_columns", "prompt", "answer"), "split 'train' has no column 'answer' but prompt"),
         ("pairs", ("--task_name", "squat"), "task 'squat' is not one of language modelling; did you mean 'squad'"),
         ("pairs", ("--metric_for_best_model", "f1", "--eval_strategy", "steps"), "a language model has: loss, perpl"),
-        ("pairs", ("--few_shot_type", "prompt"), "--few_shot_type prompt says a class by a word"),
+        ("pairs", ("--few_shot_type", "prompt"), "--few_shot_type prompt predicts classes by words"),
         ("pairs", ("--sample", "stratified", "--max_train_samples", "1"), "keeps the shares of classes"),
         ("pairs", ("--streaming", "--max_steps", "1"), "--streaming: rows of a language model are checked"),
     ],

@@ -9,6 +9,7 @@ import pytest
 import torch
 from decoders import DECODERS, save_decoder
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSeq2SeqLM, PeftModel
+from processes import launch_two
 from safetensors.torch import load_file
 from tiny import text_dataset
 from torch.nn import functional
@@ -142,6 +143,35 @@ def test_a_decoder_writes_text_with_every_method(folder, tmp_path, family, metho
         loss = mean_loss(model, tokenizer, family == "t5")
     assert record["metrics"]["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
     resumes_as_it_went_on(folder, family, method, tmp_path, "language")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_perplexity_on_two_processes_counts_each_token_once(folder, tmp_path, family):
+    argv = [
+        "--task_type", "seq2seq_lm" if family == "t5" else "causal_lm", "--model_name_or_path", str(folder / family),
+        "--method", "full", "--validation_file", str(folder / "pairs.jsonl"), "--do_eval", "--use_cpu",
+        "--per_device_eval_batch_size", "1", "--disable_tqdm", "true", "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    ended = launch_two(argv, tmp_path)
+    assert [process.status for process in ended] == [0, 0], ended[0].err
+    auto = AutoModelForSeq2SeqLM if family == "t5" else AutoModelForCausalLM
+    with torch.no_grad():
+        model = auto.from_pretrained(folder / family).eval()
+        loss = mean_loss(model, AutoTokenizer.from_pretrained(folder / family), family == "t5")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["metrics"]["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+
+
+def test_label_smoothing_is_refused_where_the_loss_ignores_it(folder, tmp_path, capsys):
+    status = run_glue.main(
+        [
+            "--task_type", "seq2seq_lm", "--model_name_or_path", str(folder / "t5"), "--method", "full", "--do_train",
+            "--train_file", str(folder / "pairs.jsonl"), "--label_smoothing_factor", "0.1", "--use_cpu",
+            "--output_dir", str(tmp_path / "out"),
+        ]
+    )  # fmt: skip
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and "--label_smoothing_factor 0.1 is not supported by seq2seq_lm; leave it out" in error
 
 
 def test_hyperparameters_are_searched_by_the_loss(folder, tmp_path):

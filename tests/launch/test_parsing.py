@@ -90,7 +90,7 @@ def test_values_of_every_kind():
         ("do_train: 1", "do_train needs true or false, got 1"),
         ("do_train: maybe", "do_train needs true or false, got the text 'maybe'"),
         ("task_name: [a, b]", r"task_name takes one value, got the list \['a', 'b'\]"),
-        ("text_columns: []", "text_columns needs a list without gaps"),
+        ("text_columns: []", "text_columns needs a non-empty list of values"),
         ("seed: {a: 1}", "seed takes no mapping"),
         ("lr_scheduler_type: linea", "lr_scheduler_type cannot be 'linea'; did you mean 'linear'"),
         ("- a\n- b", "contains a list; it needs lines of the form"),
@@ -124,7 +124,7 @@ def test_recipe_errors(text, message):
         (["--method"], "--method: expected one argument; the methods are"),
         (["--seed", "x"], "--seed: invalid int value: 'x'"),
         (["--do_train", "perhaps"], "--do_train: Truthy value expected"),
-        (["--seed", "1", "recipe.yaml"], "unexpected word 'recipe.yaml': a recipe goes first"),
+        (["--seed", "1", "recipe.yaml"], "unexpected word 'recipe.yaml': a recipe comes first"),
         (["none.yaml"], "recipe 'none.yaml' is not a file"),
         (["--learn", "1"], "unknown argument '--learn'"),  # no abbreviations
         (["--optim", "adamw_troch"], "optim cannot be 'adamw_troch'; did you mean 'adamw_torch'"),
@@ -300,7 +300,7 @@ def test_errors_do_not_show_access_tokens(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for text in ("hub_token: [s3cret]\n", "token: {a: s3cret}\n", "token: 5350\n"):
         (tmp_path / "recipe.yaml").write_text(text)
-        with pytest.raises(InputError, match="token must be a text; put it in quotes") as caught:
+        with pytest.raises(InputError, match="token must be text; put it in quotes") as caught:
             parse_arguments(["recipe.yaml"])
         assert "s3cret" not in str(caught.value) and "5350" not in str(caught.value)
     with pytest.raises(InputError, match=r"unexpected word '\*\*\*'"):

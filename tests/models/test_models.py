@@ -160,7 +160,7 @@ def test_demo_encoder_with_other_weights(tmp_path, monkeypatch):
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(InputError, match="there is no such folder, and it is no Hub id"):
+    with pytest.raises(InputError, match="there is no such folder, and it is not a Hub id"):
         load(tmp_path / "nothing" / "here" / "at-all")
     with pytest.raises(InputError, match="there is no such folder"):
         load("./nothing")
@@ -223,7 +223,7 @@ def test_weights_of_another_size(save, tmp_path):
     folder = save(tiny_model())
     tiny_model(intermediate_size=20).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other/model.safetensors", folder)
-    with pytest.raises(InputError, match=r"do not have the shapes its config.json says"):
+    with pytest.raises(InputError, match=r"do not have the shapes of its config.json"):
         load(folder)
 
 

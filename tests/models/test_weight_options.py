@@ -126,8 +126,8 @@ def test_a_model_is_the_same_wherever_its_weights_are(folder, device_map):
 @pytest.mark.parametrize(
     ("device_map", "message"),
     [
-        ("gpu", "device_map: 'gpu' is no device; pass auto, balanced, balanced_low_0, sequential, a device such as"),
-        ("{bert: 0}", "device_map='{bert: 0}' is no JSON: Expecting property name"),
+        ("gpu", "device_map: 'gpu' is not a device; pass auto, balanced, balanced_low_0, sequential, a device"),
+        ("{bert: 0}", "device_map='{bert: 0}' is not valid JSON: Expecting property name"),
         (
             '{"roberta": "cpu", "": "cpu"}',
             "names 'roberta', and model .* has no such part; its parts are bert",

@@ -125,7 +125,7 @@ def test_an_overridden_sampler_is_honoured(tmp_path):
 
 def test_a_loader_without_batches_is_refused(tmp_path):
     trainer = sparse(tmp_path, with_loader(SparseTrainer, []))
-    with pytest.raises(InputError, match="get_train_dataloader gives no batch, and the pre-pass needs some"):
+    with pytest.raises(InputError, match="get_train_dataloader yields no batch, but the pre-pass needs some"):
         visit_gradients(trainer, sparse_layers(trainer.model), 1, lambda *_: None, "test")
 
 

@@ -129,8 +129,8 @@ def test_at_once_trainers_refuse_collators_whose_batches_are_not_the_rows(tmp_pa
 
     own, _ = classes(name)
     for collator, message in (
-        (flipping, "data_collator flipping makes other labels than the data set holds"),
-        (noisy, "data_collator noisy gives other input_ids for the same rows each time"),
+        (flipping, "data_collator flipping changes the labels of the data set"),
+        (noisy, "data_collator noisy gives different input_ids for the same rows each time"),
     ):
         with pytest.raises(InputError, match=message):
             make(name, own(str(tmp_path), **PLAIN, **QUICK[name]), data_collator=collator).train()

@@ -1,4 +1,4 @@
-"""`--task_type causal_lm` and `seq2seq_lm`: from arguments to a run (`building`), and what its `trainers` add."""
+"""`--task_type causal_lm` and `seq2seq_lm`: building a run (`building`) and its additions to trainers (`trainers`)."""
 
 from hf_ft_ext.launch.language.building import (
     LanguageRun,

@@ -1,7 +1,7 @@
-"""`--task_type causal_lm` and `seq2seq_lm`: from arguments to data, model and trainer, and the texts it generates.
+"""`--task_type causal_lm` and `seq2seq_lm`: building data, model and trainer, and generating texts.
 
-Data preparation, packing and the loss are trl's `SFTTrainer`, of an encoder-decoder transformers' `Seq2SeqTrainer`; a
-run's trainer is the method's with one of these behind it.
+trl's `SFTTrainer` does data preparation, packing and the loss of causal models; for encoder-decoders it is
+transformers' `Seq2SeqTrainer`. The trainer of a run derives from the method's trainer and one of these.
 """
 
 import copy
@@ -67,10 +67,10 @@ _LM_OPTIONS = (
 
 
 def check_language_options(run_args: RunArguments) -> None:
-    """Refuse options of language modelling where there is none, and the reverse.
+    """Refuse options of language modelling for classification, and options of classification for language models.
 
     Raises:
-        InputError: there is such an option, a method that has no such loss, or trl is not installed.
+        InputError: there is such an option, the method cannot train language models, or trl is not installed.
     """
     given = run_args.given
     if run_args.task_type == SEQUENCE_CLASSIFICATION:
@@ -95,10 +95,13 @@ def check_language_options(run_args: RunArguments) -> None:
         if given.get(name):
             raise InputError(f"--{name} {reason}; leave it out, or --task_type {run_args.task_type}")
     if given.get("few_shot_type", FINETUNE) != FINETUNE:
-        raise InputError("--few_shot_type prompt says a class by a word; leave it out, or --task_type")
+        raise InputError("--few_shot_type prompt predicts classes by words; leave it out, or --task_type")
     causal = run_args.task_type == CAUSAL_LM
     if not causal and given.get("packing"):
         raise InputError("--packing: an encoder-decoder's rows cannot share a sequence; leave it out")
+    if not causal and given.get("label_smoothing_factor"):  # `token_loss` replaces transformers' smoothed loss
+        smoothing = given["label_smoothing_factor"]
+        raise InputError(f"--label_smoothing_factor {smoothing} is not supported by seq2seq_lm; leave it out")
     for name in () if causal else ("completion_only_loss", "chat_template_path"):
         if given.get(name) is not None:
             raise InputError(f"--{name} is for --task_type causal_lm: seq2seq_lm writes the completion alone")
@@ -131,7 +134,7 @@ def load(
     if writes and data.form is Form.TEXT:
         option = "predict_with_generate" if data_args.predict_with_generate else "do_predict"
         raise InputError(
-            f"--{option} goes on from a prompt, and rows of text have none; pass data with prompt and completion, or "
+            f"--{option} continues a prompt, and rows of text have none; pass data with prompt and completion, or "
             "messages"
         )
     causal = run_args.task_type == CAUSAL_LM
@@ -161,7 +164,7 @@ def load(
         evaluated = next(iter(data.tokenized.values()), None)
 
     def build(args: MethodTrainingArguments) -> Trainer:
-        # what trl's arguments are made of, see MethodTrainer._complete
+        # attributes for trl's arguments, see MethodTrainer._complete
         own: dict[str, Any] = {"max_length": length, "packing": data_args.packing, "eval_packing": False}
         own |= {"completion_only_loss": data_args.completion_only_loss}
         own |= {"chat_template_path": data_args.chat_template_path, "pad_token": tokenizer.pad_token}
@@ -171,7 +174,7 @@ def load(
             trainer = trainer_class(
                 model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
                 args=args,
-                # trl wants training rows even where nothing trains
+                # trl requires training rows even without training
                 train_dataset=train if args.do_train else evaluated if causal else None,
                 eval_dataset=evaluated,
                 processing_class=tokenizer,
@@ -187,7 +190,7 @@ def load(
 
 
 class LanguageRun:
-    """What a run of a language model evaluates and writes, besides losses.
+    """Evaluation and output of a language-model run besides losses: generated texts and their scores.
 
     Attributes:
         sample: a few generated texts of the last split: `prompt`, `prediction`, `references`.
@@ -198,7 +201,7 @@ class LanguageRun:
         self.sample: list[dict[str, Any]] = []
 
     def rows_of_loss(self, name: str, rows: Dataset) -> Dataset:
-        """What `Trainer.evaluate` takes for the split `name`: trl tokenises by itself."""
+        """The rows that `Trainer.evaluate` takes for the split `name`: tokenised ones, or plain ones for trl."""
         return self.data.tokenized.get(name, rows)
 
     def scored_texts(self, trainer: Trainer, rows: Dataset, prefix: str) -> tuple[list[dict], dict[str, float]]:
@@ -220,16 +223,17 @@ class LanguageRun:
 
 
 def write_predictions(folder: str, suffix: str, found: list[dict[str, Any]]) -> None:
-    """`predictions.jsonl`: a JSON object a row with `index`, `prompt`, `prediction` and `references`."""
+    """Write `predictions.jsonl`: one JSON object per row with `index`, `prompt`, `prediction` and `references`."""
     lines = [json.dumps({"index": i, **row}, ensure_ascii=False) for i, row in enumerate(found)]
     file = "_".join(filter(None, ("predictions", suffix))) + ".jsonl"
     write_text(os.path.join(folder, file), "\n".join(lines) + "\n")
 
 
 def encoder_decoder_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
-    """`input_ids` and `attention_mask` of the prompts, `labels` of the completions, each of `limit` tokens at most.
+    """Tokenise prompts (`input_ids`, `attention_mask`) and completions (`labels`), each to at most `limit` tokens.
 
-    A longer prompt loses its beginning, as in generation: questions come last. A longer completion loses its end.
+    A longer prompt loses its beginning, as in generation, because questions come last. A longer completion loses its
+    end.
     """
     lengths: list[int] = []
     start, _ = own_special_ids(tokenizer)
@@ -251,9 +255,9 @@ def encoder_decoder_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenize
 
 
 def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
-    """Cross-entropy over the labels' tokens: their mean, or of a step of several micro-batches this one's share.
+    """Cross-entropy over the label tokens: the mean, or this micro-batch's share of the mean over the whole step.
 
-    T5's own loss is the mean of each micro-batch, in which the tokens of short ones weigh more.
+    T5's own loss is the mean within each micro-batch, which gives tokens of short micro-batches more weight.
     """
     sum_of_tokens = functional.cross_entropy(outputs.logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
     count = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -286,7 +290,7 @@ def _check_chat_template(data: LanguageData, tokenizer: PreTrainedTokenizerBase,
 def _check_prompts(
     data: LanguageData, tokenizer: PreTrainedTokenizerBase, args: Any, data_args: DataArguments
 ) -> None:
-    """Try the chat template, before training, on all dialogues that will be gone on with."""
+    """Apply the chat template, before training, to all dialogues that the run will continue."""
     evaluated = data.validation if data_args.predict_with_generate else {}
     predicted = data.test if args.do_predict else {}
     for rows in (*evaluated.values(), *predicted.values()) if _is_chat(data) else ():
@@ -309,7 +313,7 @@ def _length(data_args: DataArguments, context: int | None) -> int:
 
 
 def _choose_best_metric(run_args: RunArguments, args: MethodTrainingArguments) -> None:
-    """Of evaluations in training the loss and the perplexity are known, and the lower is the better."""
+    """Set the metric that chooses the best model: loss or perplexity, where lower is better."""
     chosen = run_args.given.get("metric_for_best_model")
     if chosen is not None and chosen.removeprefix("eval_") not in ("loss", "perplexity"):
         raise InputError(f"metric_for_best_model cannot be {chosen!r}; a language model has: loss, perplexity")

@@ -1,4 +1,4 @@
-"""What trainers of language models have besides: perplexity, counted truncation, generated texts."""
+"""Additions to trainers of language models: perplexity, counted truncation, generated texts."""
 
 import contextlib
 import copy
@@ -27,23 +27,31 @@ logger = logging.getLogger(__name__)
 
 
 class Perplexity(_Trainer):
-    """For a `Trainer` of a language model (before it in the bases): evaluation gives the perplexity.
+    """Mixin for a `Trainer` of a language model (before it in the bases): evaluation reports the perplexity.
 
-    It is `exp` of the mean loss over all tokens that count, each token once. (`eval_loss` is transformers' mean over
-    the rows of each batch's mean, in which the tokens of short batches weigh more.) With several processes the rows
-    that fill up the last batch count too.
+    It is `exp` of the mean loss over all label tokens, each with equal weight. (`eval_loss` is transformers' average
+    of the batch means, weighted by rows, which gives tokens of short batches more weight.) With several processes, the
+    rows that pad the last batch are counted too.
     """
 
-    _sums: torch.Tensor | None = None  # of losses and tokens, float64, during an evaluation
+    _sums: torch.Tensor | None = None  # sums of losses and of tokens, float64, during an evaluation
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys=None):
         result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if self._sums is not None and result[0] is not None and "labels" in inputs:
             # an encoder-decoder predicts every label, a causal model all but the first
             labels = inputs["labels"] if isinstance(self, Seq2SeqTrainer) else inputs["labels"][:, 1:]
-            tokens = (labels != -100).sum().double().cpu()
+            tokens = (labels != -100).sum()
+            counted = tokens.double().cpu()  # the loss is the mean over these
+            if (
+                isinstance(self, Seq2SeqTrainer)
+                and self.args.world_size > 1
+                and self.args.average_tokens_across_devices
+            ):
+                # transformers scales it to this process's sum * processes / tokens of all processes; trl does not
+                counted = self.accelerator.gather(tokens).sum().cpu().double() / self.args.world_size
             if tokens:
-                self._sums += torch.stack([result[0].detach().double().cpu() * tokens, tokens])
+                self._sums += torch.stack([result[0].detach().double().cpu() * counted, tokens.double().cpu()])
         return result
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
@@ -60,7 +68,7 @@ class Perplexity(_Trainer):
 
 
 class CountedTruncation(_Trainer):
-    """For trl's `SFTTrainer` (before it in the bases): rows that are cut to `max_length` are counted, and logged."""
+    """Mixin for trl's `SFTTrainer` (before it in the bases) that logs how many rows are cut to `max_length`."""
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if args.max_length is not None and not packing and isinstance(dataset, Dataset):
@@ -96,12 +104,12 @@ def report_long_rows(lengths: Sequence[int], limit: int, name: str) -> int:
 
 @dataclass(frozen=True)
 class Generation:
-    """How texts are generated: greedily, or by beams.
+    """How texts are generated: greedily or by beam search.
 
     Attributes:
-        max_new_tokens: most tokens of a text.
+        max_new_tokens: maximum tokens of a text.
         num_beams: 1 = greedy.
-        batch_size: rows at a time.
+        batch_size: rows per batch.
     """
 
     max_new_tokens: int = 64
@@ -110,14 +118,14 @@ class Generation:
 
 
 def room_for_prompts(context: int | None, max_new_tokens: int, shared: bool) -> int | None:
-    """Tokens that a prompt may have; `None` = no limit known.
+    """Maximum tokens of a prompt; `None` = no limit known.
 
     Args:
-        context: positions that the model has.
+        context: positions of the model.
         shared: whether prompt and generated text share them, as in a causal model.
 
     Raises:
-        InputError: none is left.
+        InputError: no position is left for a prompt.
     """
     room = None if context is None else context - (max_new_tokens if shared else 0)
     if room is not None and room < 1:
@@ -132,14 +140,14 @@ def room_for_prompts(context: int | None, max_new_tokens: int, shared: bool) -> 
 def generate_texts(
     trainer: Any, prompts: Sequence[Any], settings: Generation, context: int | None = None
 ) -> list[str]:
-    """What the trainer's model writes behind each prompt; every process does its share and gets all.
+    """Generate a text for each prompt; the processes share the work, and each gets all texts.
 
     Args:
         prompts: texts, or lists of messages.
-        context: positions that the model has; a longer prompt loses its beginning, but for a start token.
+        context: positions of the model; a longer prompt loses its beginning, except for a start token.
 
     Raises:
-        InputError: no room for a prompt, no token to pad with, or messages without a chat template.
+        InputError: no room for a prompt, no padding token, or messages without a chat template.
     """
     tokenizer: PreTrainedTokenizerBase = trainer.processing_class
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -149,7 +157,7 @@ def generate_texts(
     room = room_for_prompts(context, settings.max_new_tokens, shared=not both)
     start, end = own_special_ids(tokenizer)
     rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    if end and not both:  # a causal model would go on behind the end of the text; chat templates put none there
+    if end and not both:  # a causal model would continue after the end token; chat templates add none
         rows = [ids[: -len(end)] if isinstance(p, str) else ids for ids, p in zip(rows, prompts, strict=True)]
     if room is not None:
         longer = sum(len(ids) > room for ids in rows)
@@ -188,10 +196,10 @@ def generate_texts(
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
-    """Tokens that a generation starts from.
+    """Token ids of a prompt.
 
     Raises:
-        InputError: messages, and no chat template that takes them.
+        InputError: the prompt consists of messages, and there is no chat template that accepts them.
     """
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
@@ -199,8 +207,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
         raise InputError(NO_CHAT_TEMPLATE)
     if not prompt:
         raise InputError(
-            "a row of messages is nothing but an answer, so there is no prompt to go on from; put the user's message "
-            "in front, or remove the row"
+            "a row of messages holds only an answer, so there is no prompt to continue; put the user's message in "
+            "front, or remove the row"
         )
     with template_errors():
         return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
@@ -208,17 +216,17 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
 
 @contextlib.contextmanager
 def template_errors() -> Iterator[None]:
-    """Raise what a chat template says of itself or of a dialogue as an `InputError`."""
+    """Turn an error of a chat template, or one it raises about a dialogue, into an `InputError`."""
     try:
         yield
     except TemplateError as error:
         raise InputError(
-            f"the chat template does not take this data: {first_line(error)}; change the messages, or pass another "
+            f"the chat template rejects this data: {first_line(error)}; change the messages, or pass another "
             "one (--chat_template_path)"
         ) from error
 
 
 NO_CHAT_TEMPLATE = (
-    "the data has messages, and the tokenizer has no chat template that makes a text of them; pass "
+    "the data has messages, and the tokenizer has no chat template to format them; pass "
     "--chat_template_path, a tokenizer with one, or the data as prompt and completion"
 )

@@ -1,1 +1,1 @@
-"""What a run is about to do (`plan`), what it costs (`resources`), and what it was (`record`, which is `run.json`)."""
+"""The plan of a run before training (`plan`), its cost (`resources`), and its record, `run.json` (`record`)."""

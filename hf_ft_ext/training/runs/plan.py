@@ -1,4 +1,4 @@
-"""What a Trainer is about to train, in how many steps, and an estimate of the memory it takes."""
+"""The training plan: which weights a Trainer will train, in how many steps, and the estimated memory."""
 
 import contextlib
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ class TrainedWeight:
         shape: shape of the weight.
         trained: entries that training changes.
         gradient_bytes: size of its gradient.
-        state_bytes: size of what the optimizer keeps for it.
+        state_bytes: size of its optimizer state.
     """
 
     name: str
@@ -34,7 +34,7 @@ class TrainedWeight:
 
     @classmethod
     def dense(cls, name: str, weight: nn.Parameter) -> "TrainedWeight":
-        """A weight trained in full by an AdamW: two moments of its own size."""
+        """A weight that AdamW trains in full: two moments of the weight's size."""
         shape = whole_shape(weight)
         size = shape.numel() * weight.element_size()
         return cls(name, tuple(shape), shape.numel(), size, 2 * size)
@@ -42,7 +42,7 @@ class TrainedWeight:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What would train, in how many steps, and the memory it would take (bytes)."""
+    """The weights that would train, the number of steps, and the memory they would take in bytes."""
 
     weights: list[TrainedWeight]
     total_parameters: int
@@ -67,7 +67,7 @@ class TrainingPlan:
         }
 
     def table(self) -> str:
-        """The plan as text: one line per kind of weight (layer numbers folded), then the sums."""
+        """The plan as text: one line per group of weights (layer numbers folded), then the totals."""
         groups: dict[tuple[str, tuple[int, ...]], list[TrainedWeight]] = {}
         for weight in self.weights:
             groups.setdefault((fold_layer_numbers(weight.name), weight.shape), []).append(weight)
@@ -91,7 +91,7 @@ class TrainingPlan:
 
 
 def align(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Lines of a table: first column to the left, the others to the right."""
+    """Lines of a table: the first column left-aligned, the others right-aligned."""
     rows = list(rows)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return [
@@ -106,7 +106,7 @@ def align(rows: Iterable[tuple[str, ...]]) -> list[str]:
 def trained_weights(trainer: Trainer) -> list[TrainedWeight]:
     """The weights that `trainer` changes.
 
-    A trainer that trains only some entries of a weight says so in a method `trained_weights()`; for all
+    A trainer that trains only some entries of a weight defines a method `trained_weights()`, which is called. For all
     others it is every parameter with `requires_grad`.
     """
     if hasattr(trainer, "trained_weights"):
@@ -115,9 +115,9 @@ def trained_weights(trainer: Trainer) -> list[TrainedWeight]:
 
 
 def training_plan(trainer: Trainer, measure_activations: bool = True) -> TrainingPlan:
-    """Plan of `trainer.train()`: nothing is trained, the model and the random state are left as they were.
+    """Compute the plan of `trainer.train()` without training; model and torch's random state stay unchanged.
 
-    A trainer whose model takes its shape by looking at data does so first, in a method `prepare()`.
+    A trainer whose model depends on the data defines a method `prepare()`, which is called first.
 
     Args:
         measure_activations: run the first micro-batch forward and count what autograd saves.
@@ -143,9 +143,9 @@ def training_plan(trainer: Trainer, measure_activations: bool = True) -> Trainin
 
 
 def saved_activation_bytes(trainer: Trainer, batch: dict) -> int:
-    """Bytes that autograd keeps between the forward and the backward pass of `batch`, weights left out.
+    """Bytes that autograd saves between the forward and the backward pass of `batch`, weights excluded.
 
-    A trainer whose model is ready for training only later makes it so in a context `planning()`.
+    A trainer that prepares its model only during training defines a context manager `planning()`, which is entered.
     """
     known = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
     storages: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""`run.json`: what a run was, what it reached and what it cost. Reports read nothing else."""
+"""`run.json`: the settings, metrics and costs of a run. Reports are built from this file alone."""
 
 import importlib.metadata
 import json
@@ -39,7 +39,7 @@ def library_versions() -> dict[str, str]:
 
 
 def recorded_method(folder: str | os.PathLike) -> str | None:
-    """The method of the run whose record lies in `folder`; `None` if there is none that can be read."""
+    """The method of the run recorded in `folder`; `None` without a readable record."""
     try:
         record = json.loads((Path(folder) / RUN_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -77,19 +77,19 @@ def write_run_record(
 
     Args:
         metrics: all of the run's metrics, evaluation and training.
-        command: the words of the command that started the run.
+        command: the command line that started the run, as a list of words.
         monitor: the callback that measured training; without one (evaluation only) its fields are null.
         trainable_parameters: parameters that training changes (for sparse training: the trained entries).
-        arguments: what differs from the defaults.
+        arguments: the arguments that differ from the defaults.
         labels: names of the classes in the order of the logits; `None` for regression.
-        load: the line that loads what was saved in `output_dir`; `None` if nothing was.
-        device: where the run was; `None` = the machine's accelerator, or else the CPU.
-        data: the data set, and under `splits` what rows of it each set of metrics is of (`SplitOrigin.record`).
+        load: a line of Python that loads the model saved in `output_dir`; `None` if none was saved.
+        device: the device of the run; `None` = the machine's accelerator, or else the CPU.
+        data: the data set and, under `splits`, the rows behind each set of metrics (`SplitOrigin.record`).
         model_source: the Hub id and revision, or the folder, of the model that training started from.
-        quality: key in `metrics` of the one that runs are compared by.
+        quality: key in `metrics` of the metric by which runs are compared.
         primary_metric: key, without prefix, of the metric that chooses the best model.
-        positive_label: name of the class that F1, precision and recall are about.
-        thresholds: of several labels per row: the probability by label from which on it is predicted.
+        positive_label: name of the class for which F1, precision and recall are computed.
+        thresholds: with several labels per row, the lowest probability at which each label is predicted.
         task_type: "sequence_classification", "causal_lm" or "seq2seq_lm".
         generations: a few generated texts: `prompt`, `prediction`, `references`.
 

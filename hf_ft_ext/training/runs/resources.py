@@ -1,4 +1,4 @@
-"""Time and peak memory of training, measured by a callback that any Trainer takes."""
+"""Time and peak memory of training, measured by a callback for any Trainer."""
 
 import contextlib
 import time
@@ -21,16 +21,16 @@ _STATUS = Path("/proc/self/status")
 class PeakMemory:
     """Peak memory of this process between `reset()` and `bytes()`.
 
-    On accelerators: bytes that torch has allocated, the sum over `devices`. On the CPU, and on kinds of devices where
-    torch does not count: the resident set. Linux keeps its high-water mark and lets a process reset it; other systems,
-    and MPS, which has no such mark, give the level at the time of asking.
+    On accelerators this is the memory that torch has allocated, summed over `devices`. On the CPU, and on devices for
+    which torch does not count, it is the resident set. Linux keeps a high-water mark that a process can reset. Other
+    systems and MPS have none, so the value there is the level at the time of the call.
 
     Args:
-        devices: of the run; none = the machine's accelerator, or else the CPU.
+        devices: the devices of the run; none = the machine's accelerator, or else the CPU.
 
     Attributes:
-        exact: whether a peak that has gone by is seen.
-        what: what is measured, for people.
+        exact: whether a peak between two calls is measured.
+        what: a description of what is measured.
     """
 
     def __init__(self, *devices: torch.device):
@@ -40,7 +40,7 @@ class PeakMemory:
         self._devices = _with_index(devices)
         try:
             self.level()
-        except (RuntimeError, NotImplementedError, AttributeError):  # torch does not count on this kind of device
+        except (RuntimeError, NotImplementedError, AttributeError):  # torch does not count memory on this device type
             self._devices = []
         self.what = "resident set" if not self._devices else f"allocated on {devices[0].type}"
         self.exact = all(hasattr(_module(device), "max_memory_allocated") for device in self._devices)
@@ -53,7 +53,7 @@ class PeakMemory:
 
     @staticmethod
     def _reset_high_water() -> None:
-        _CLEAR_REFS.write_text("5")  # see proc(5): resets VmHWM to the present resident set
+        _CLEAR_REFS.write_text("5")  # see proc(5): resets VmHWM to the current resident set
 
     def reset(self) -> None:
         """Forget earlier peaks."""
@@ -74,14 +74,14 @@ class PeakMemory:
         return int(line.split()[1]) * 1024
 
     def level(self) -> int:
-        """The present level, in bytes."""
+        """The current level, in bytes."""
         if self._devices:
             return sum(_allocated(device) for device in self._devices)
         return psutil.Process().memory_info().rss
 
 
 def _module(device: torch.device) -> Any:
-    """`torch.cuda`, `torch.xpu`, `torch.npu`, ...: they have the same functions; `torch.accelerator` covers fewer."""
+    """`torch.cuda`, `torch.xpu`, `torch.npu`, ...: the same functions in each; `torch.accelerator` has fewer."""
     return torch.get_device_module(device)
 
 
@@ -95,7 +95,7 @@ def _allocated(device: torch.device) -> int:
 
 
 def _with_index(devices: Iterable[torch.device]) -> list[torch.device]:
-    """The accelerators among `devices`, each once: `cuda` is the current one, such as `cuda:0`."""
+    """The accelerators among `devices`, without duplicates; `cuda` becomes the current one, such as `cuda:0`."""
     found = set()
     for device in devices:
         if device.type in ("cpu", "meta"):
@@ -108,16 +108,16 @@ def _with_index(devices: Iterable[torch.device]) -> list[torch.device]:
 
 
 class ResourceMonitor(TrainerCallback, ExportableState):
-    """Measures training alone: preparation (see `preparation`) and optimizer steps, no evaluation.
+    """Measures training only: preparation (see `preparation`) and optimizer steps, without evaluation.
 
     Attributes:
-        train_seconds: preparation plus training loop, evaluations in between left out; a resumed run
-            adds the seconds up to its checkpoint.
-        preparation_seconds: the part of it spent before the first step (a gradient pre-pass, say).
+        train_seconds: preparation plus training loop, without the evaluations in between; a resumed run adds the
+            seconds up to its checkpoint.
+        preparation_seconds: the part of it before the first step, such as a gradient pre-pass.
         samples_per_second: training examples per second of the loop, all processes together.
-        peak_memory_bytes: peak in training above the level before it, when the model is loaded (see `PeakMemory`).
-            At the end of training that of the process with the largest one.
-        memory: what measures it; `None` before the trainer is made, as the device is not known.
+        peak_memory_bytes: peak during training above the level before training, with the model loaded (see
+            `PeakMemory`). At the end of training it is the largest value of all processes.
+        memory: the memory meter; `None` until the trainer is created, because the device is unknown before.
     """
 
     def __init__(self):
@@ -130,7 +130,7 @@ class ResourceMonitor(TrainerCallback, ExportableState):
         self._started: float | None = None
         self._first_epoch = 0.0
 
-    # --- what was measured -------------------------------------------------------------------------
+    # --- results -----------------------------------------------------------------------------------
 
     @property
     def preparation_seconds(self) -> float:
@@ -153,16 +153,16 @@ class ResourceMonitor(TrainerCallback, ExportableState):
         running = time.perf_counter() - self._started if self._started is not None else 0.0
         return self.earlier["loop_seconds"] + self._loop + running
 
-    # --- what is measured --------------------------------------------------------------------------
+    # --- measurement -------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def preparation(
         self, args: TrainingArguments | None = None, model: torch.nn.Module | None = None
     ) -> Iterator[None]:
-        """Count what runs inside as part of training (work before the first step).
+        """A context whose time and memory count as training, for work before the first step.
 
         Args:
-            args, model: of the trainer, if the monitor may not have seen them yet.
+            args, model: the trainer's, if no callback may have passed them to the monitor yet.
         """
         if args is not None and model is not None:
             self._note_level(args, model)
@@ -196,7 +196,7 @@ class ResourceMonitor(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs
     ) -> None:
         self._note_level(args, model)
-        if state.global_step > 0:  # resumed: the checkpoint knows what was spent before
+        if state.global_step > 0:  # resumed: the checkpoint stores the time spent before
             saved = state.stateful_callbacks.get(type(self).__name__) or {}
             self.earlier.update(saved.get("attributes", {}).get("earlier", {}))
         self._first_epoch = state.epoch if state.global_step > 0 else 0.0
@@ -220,7 +220,7 @@ class ResourceMonitor(TrainerCallback, ExportableState):
     def _samples_seen(self, args, state, train_dataloader) -> float:
         try:
             return (state.epoch - self._first_epoch) * len(train_dataloader.dataset)
-        except TypeError:  # streaming data have no length: full batches are all there is to count
+        except TypeError:  # streams have no length: count full batches
             per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
             return self._samples + per_step
 
@@ -252,11 +252,11 @@ class ResourceMonitor(TrainerCallback, ExportableState):
 
 
 def preparation(trainer: Trainer) -> contextlib.AbstractContextManager:
-    """`ResourceMonitor.preparation` of the monitor that `trainer` carries; without one, nothing is measured."""
+    """`ResourceMonitor.preparation` of the trainer's monitor; without a monitor, nothing is measured."""
     monitor = find_monitor(trainer)
     return contextlib.nullcontext() if monitor is None else monitor.preparation(trainer.args, trainer.model)
 
 
 def find_monitor(trainer: Trainer) -> ResourceMonitor | None:
-    """The monitor that `trainer` carries (restoring callback states from a checkpoint makes a new one)."""
+    """The monitor among the trainer's callbacks (restoring callback states from a checkpoint creates a new one)."""
     return next((c for c in trainer.callback_handler.callbacks if isinstance(c, ResourceMonitor)), None)

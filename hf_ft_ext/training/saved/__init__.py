@@ -1,1 +1,1 @@
-"""What training saves: models and adapters, checkpoints, and small files of what changed."""
+"""What training saves: models and adapters, checkpoints, and deltas (small files of changed weights)."""

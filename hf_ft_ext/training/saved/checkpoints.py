@@ -1,8 +1,8 @@
-"""Checkpoints that can be trusted: a seal is written behind the last file, and looked at before anything is loaded.
+"""Checking that a checkpoint is complete and undamaged before it is loaded.
 
-A run that is killed while it saves leaves an incomplete folder; a disk or a copy can damage a complete one. Both are
-told apart from sound ones here, whether a seal is there (sizes and SHA-256 of all files) or, as with folders of other
-Trainers, the files have to speak for themselves.
+A run that is killed while it saves leaves an incomplete folder; a disk or a copy can damage a complete one. Our
+trainers write a seal after the last file: the sizes and SHA-256 checksums of all files. A folder with a seal is
+checked against it. In a folder without one, as other Trainers write, each file is checked for being readable.
 """
 
 import contextlib
@@ -38,10 +38,10 @@ _STATE = "trainer_state.json"
 
 
 class SealCheckpoints(TrainerCallback):
-    """Writes the seal of each checkpoint: it belongs behind all callbacks that write into one.
+    """Writes the seal of each checkpoint. Register it after all callbacks that write files into a checkpoint.
 
     Args:
-        method: name of the method, which a resumed run has to share.
+        method: name of the method; a resumed run must use the same one.
     """
 
     def __init__(self, method: str):
@@ -60,7 +60,7 @@ class SealCheckpoints(TrainerCallback):
 
 
 def seal(folder: Path, method: str, base: str | None) -> None:
-    """Write down what `folder` holds."""
+    """Write the seal of `folder`: method, hash of the frozen weights, size and checksum of each file."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))
@@ -72,13 +72,13 @@ def seal(folder: Path, method: str, base: str | None) -> None:
 def frozen_hash(model: nn.Module) -> str | None:
     """SHA-256 of a PEFT model's frozen weights, which its checkpoints do not hold; `None` for other models.
 
-    Of weights in shards no process has all: `None` too.
+    Also `None` for sharded weights, of which no process holds all.
     """
     if not isinstance(model, PeftModel) or any(_in_shards(parameter) for parameter in model.parameters()):
         return None
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
-        # The original of a module that is saved does nothing any more: a fitted head, or where that was fitted anew.
+        # `original_module` is the unused copy of a module in `modules_to_save`; a fitted head may differ there.
         if not parameter.requires_grad and ".original_module." not in name:
             digest.update(f"{name} {tensor_hash(parameter)}\n".encode())
     return digest.hexdigest()
@@ -92,7 +92,7 @@ def _in_shards(parameter: nn.Parameter) -> bool:
 
 
 def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:
-    """The checkpoints in `output_dir`, sound or not, the latest first."""
+    """The checkpoints in `output_dir`, complete or not, latest first."""
     found = [
         (int(match[1]), path)
         for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -105,7 +105,7 @@ def last_sound_checkpoint(output_dir: str | os.PathLike, faults: list[str] | Non
     """The latest checkpoint in `output_dir` that is complete and undamaged, or `None`.
 
     Args:
-        faults: takes what was wrong with the later ones.
+        faults: a list to which the faults of later checkpoints are appended.
     """
     for folder in checkpoint_folders(output_dir):
         if (fault := fault_of(folder)) is None:
@@ -132,7 +132,7 @@ def fault_of(folder: str | os.PathLike) -> str | None:
 
 
 def steps_done(folder: str | os.PathLike) -> int:
-    """The step that the checkpoint `folder` was written at; 0 if it does not say."""
+    """The training step at which the checkpoint `folder` was written; 0 if unknown."""
     try:
         return int(json.loads((Path(folder) / _STATE).read_text(encoding="utf-8"))["global_step"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -153,7 +153,7 @@ def read_seal(folder: str | os.PathLike) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); resume from another checkpoint") from error
     if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("files"), dict):
-        raise InputError(f"{path} is no seal of this version; resume from another checkpoint")
+        raise InputError(f"{path} is not a seal of this version; resume from another checkpoint")
     return found
 
 
@@ -178,20 +178,20 @@ def _broken_seal(folder: Path) -> str | None:
 
 
 def _unreadable(folder: Path) -> str | None:
-    """For folders without a seal: the first file that is no file of its kind."""
+    """The fault of the first unreadable file in a folder without a seal, or `None`."""
     for path in sorted(folder.iterdir()):
         try:
             if path.suffix == ".safetensors":
                 with safe_open(path, framework="pt"):
                     pass
             elif path.suffix in (".pt", ".pth", ".bin"):
-                with zipfile.ZipFile(path) as archive:  # torch's form since 1.6, a checksum in each part
+                with zipfile.ZipFile(path) as archive:  # torch's format since 1.6, with a checksum per member
                     if (bad := archive.testzip()) is not None:
                         return f"{path.name} is damaged ({bad})"
             elif path.suffix == ".json":
                 json.loads(path.read_text(encoding="utf-8"))
         except (SafetensorError, zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
-            return f"{path.name} cannot be read ({first_line(error)}): truncated or no such file"
+            return f"{path.name} cannot be read ({first_line(error)}): truncated or not a file of this type"
         except Exception as error:  # zlib and struct errors of archives with a damaged directory
             return f"{path.name} cannot be read ({first_line(error)})"
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -201,11 +201,11 @@ def _unreadable(folder: Path) -> str | None:
     return None
 
 
-# --- whose checkpoint it is -------------------------------------------------------------------------
+# --- whether a checkpoint fits the model ------------------------------------------------------------
 
 
 def check_fits(folder: str | os.PathLike, model: nn.Module, method: str) -> None:
-    """Raise an `InputError` unless the checkpoint `folder` holds what `model` under `method` can go on from."""
+    """Raise an `InputError` unless the checkpoint `folder` fits `model` and `method`."""
     found = read_seal(folder)
     if found is not None and found.get("method") not in (None, method):
         raise InputError(
@@ -251,14 +251,14 @@ def saved_form(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def loads_saved_form(model: nn.Module, folder: str | os.PathLike) -> Iterator[None]:
-    """Within, `model.load_state_dict` takes the weights of `folder` in the form that `saved_form` gives.
+    """A context in which `model.load_state_dict` loads `folder`, whose weights have the names of `saved_form`.
 
-    `Trainer` passes a file's weights on under the file's names and skips those that the model does not know.
+    `Trainer` passes the weights of a file on under the file's names and skips names that the model does not have.
     """
     if not isinstance(model, PreTrainedModel) or saved_form(model).keys() == model.state_dict().keys():
         yield
         return
-    weights = type(model).from_pretrained(folder).state_dict()  # converted, a second copy on the CPU
+    weights = type(model).from_pretrained(folder).state_dict()  # converted; needs a second copy on the CPU
     plain = model.load_state_dict
     model.load_state_dict = lambda state_dict, *args, **kwargs: plain(weights, *args, **kwargs)
     try:
@@ -270,10 +270,11 @@ def loads_saved_form(model: nn.Module, folder: str | os.PathLike) -> Iterator[No
 def check_labels(folder: str | os.PathLike, model: nn.Module) -> None:
     """Compare the names of the classes in a checkpoint's configuration with the model's.
 
-    Weights of a head know classes by number alone: under other names they would go on and be saved wrongly named.
+    A head identifies classes by index only. Under other names it would load without an error and be saved with wrong
+    names.
 
     Raises:
-        InputError: the same number of classes has other names, or another order.
+        InputError: the number of classes is the same, but their names or order differ.
     """
     path = Path(folder) / CONFIG_NAME
     config = getattr(model, "config", None)
@@ -289,15 +290,15 @@ def check_labels(folder: str | os.PathLike, model: nn.Module) -> None:
     if len(there) == len(here) and there != here:
         raise InputError(
             f"--resume_from_checkpoint: {os.fspath(folder)!r} was trained for the labels {', '.join(there[:10])}, and "
-            f"here they are {', '.join(here[:10])}; pass the data that the run started with, or start anew with the "
-            "checkpoint as --model_name_or_path"
+            f"here they are {', '.join(here[:10])}; pass the data that the run started with, or start a new run with "
+            "the checkpoint as --model_name_or_path"
         )
 
 
 def _other_model(folder: str | os.PathLike, reason: str) -> InputError:
     return InputError(
-        f"--resume_from_checkpoint: {os.fspath(folder)!r} is of another model or other settings: {reason}; pass the "
-        "arguments that the run started with"
+        f"--resume_from_checkpoint: {os.fspath(folder)!r} was written with another model or other settings: {reason}; "
+        "pass the arguments that the run started with"
     )
 
 

@@ -1,4 +1,4 @@
-"""Deltas: files of what training changed, which belong to the very weights that it started from."""
+"""Deltas: files of the weights that training changed, valid only for the exact weights it started from."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ _CHECK = "check"
 
 
 def write_delta(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a delta with a checksum of its content, so that a damaged one is never applied."""
+    """Write a delta with a checksum of its content, so that a damaged file is never applied."""
     metadata = {**metadata, _CHECK: _checksum(tensors, metadata)}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
@@ -34,11 +34,11 @@ def read_delta(
     """Path, metadata and tensors of the delta `name` in `folder`.
 
     Args:
-        form: what its metadata must have as `format`.
+        form: the required value of `format` in its metadata.
         writer: the function that writes such files, for messages.
 
     Raises:
-        InputError: there is no such file, it is damaged, or of another format.
+        InputError: there is no such file, it is damaged, or it has another format.
     """
     path = Path(folder) / name
     if not path.is_file():
@@ -48,22 +48,26 @@ def read_delta(
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} cannot be read ({error}); copy it anew from where it was saved") from error
+        raise InputError(f"{path} cannot be read ({error}); copy it again from where it was saved") from error
     if metadata.get("format") != form:
         raise InputError(f"{path} is not of the format {form!r}; pass the folder that {writer} of this version wrote")
     check = metadata.pop(_CHECK, None)
     if check != _checksum(tensors, metadata):
-        raise InputError(f"{path} is damaged: its checksum differs; copy it anew from where it was saved")
+        raise InputError(f"{path} is damaged: its checksum differs; copy it again from where it was saved")
     return path, metadata, tensors
 
 
 def check_parameters(
     path: Path, model: nn.Module, names: set[str], rest: dict[str, torch.Tensor]
 ) -> dict[str, nn.Parameter]:
-    """The parameters of `model` by name, with all of `names` and of `rest` among them, the latter in the same shapes.
+    """The parameters of `model` by name, after checking that the delta fits them.
+
+    Args:
+        names: parameters that the model must have.
+        rest: tensors by name; the model must have parameters of the same names and shapes.
 
     Raises:
-        InputError: the delta is of another model.
+        InputError: the delta belongs to another model.
     """
     parameters = dict(model.named_parameters())
     if missing := sorted((names | rest.keys()) - parameters.keys()):
@@ -74,7 +78,7 @@ def check_parameters(
 
 
 def other_weights(path: Path, model: nn.Module) -> InputError:
-    """The error for a base whose hash is not the delta's."""
+    """The error for a base model whose hash differs from the delta's."""
     return InputError(
         f"{path} belongs to other weights than this {type(model).__name__} has; load the model that training started "
         "from, in the same dtype, and apply the delta once"

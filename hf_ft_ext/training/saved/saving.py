@@ -1,4 +1,4 @@
-"""What is saved is what was trained: adapters with the model's configuration, and a configuration fit for training."""
+"""Saving complete adapters (with the model's configuration), and a configuration with plain outputs for training."""
 
 import logging
 from typing import TYPE_CHECKING, Any
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 else:
     _Trainer = object
 
-# What a configuration may ask of a forward pass besides logits, and what training needs.
+# Outputs besides logits that a configuration may request, with the values that training needs.
 _PLAIN_OUTPUTS = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
 
 
 class CompleteSaves(_Trainer):
-    """For a `Trainer` (before it in the bases): saved adapters know their labels; models return logits and no more.
+    """Mixin for a `Trainer` (before it in the bases): adapters are saved with their labels, models return only logits.
 
-    `plain_outputs` is applied to the model when the trainer is made, and to each model of `model_init`.
+    `plain_outputs` is applied to the trainer's model and to each model that `model_init` returns.
     """
 
     def __init__(self, model: nn.Module | None = None, *positional, **kwargs):
@@ -57,11 +57,11 @@ class CompleteSaves(_Trainer):
 
 
 def plain_outputs(model: nn.Module) -> None:
-    """Switch off in the model's configuration what a forward pass returns besides loss and logits.
+    """Switch off all outputs besides loss and logits in the model's configuration.
 
-    Attention weights and hidden states of all layers cost memory in each step, and end in evaluation as extra
-    predictions; `return_dict=False` gives tuples, which our losses do not read. They stay off in what is saved; ask
-    for them in the call (`model(..., output_attentions=True)`) or in `from_pretrained`.
+    Attention weights and hidden states of all layers cost memory in each step, and evaluation would treat them as
+    extra predictions. `return_dict=False` gives tuples, which our losses do not read. The saved configuration keeps
+    these values; request such outputs in the call (`model(..., output_attentions=True)`) or in `from_pretrained`.
     """
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     changed = {}

@@ -1,4 +1,4 @@
-"""What a run shares with others (`run_files`), without secrets and paths of this machine (`privacy`, `text`)."""
+"""The files and code that a run shares (`run_files`), without secrets and local paths (`privacy`, `text`)."""
 
 from hf_ft_ext.training.sharing.run_files import (
     OF_THE_MACHINE,

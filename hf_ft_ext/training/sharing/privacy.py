@@ -1,4 +1,4 @@
-"""What must not leave the machine: access tokens, and paths that name its folders and users."""
+"""Removing what must not leave the machine: access tokens, and paths that name folders and users."""
 
 import re
 from pathlib import PurePosixPath, PureWindowsPath
@@ -6,9 +6,9 @@ from typing import Any
 
 HIDDEN = "***"
 _SECRET_NAMES = re.compile(r"(.*_)?(token|api_key|password|secret)")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")  # the form of the Hub's access tokens
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")  # the format of the Hub's access tokens
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")  # https://user:password@host
-# A path from a root or a home folder, at least one folder deep. Not after `:` or `/`, as in an address of the web.
+# A path that starts at the root or a home folder, at least one folder deep. Not after `:` or `/`, as in a URL.
 _PATH_IN_TEXT = re.compile(r"""(?<![\w.:/~<-])(?:~[\w.-]*|/|[A-Za-z]:[\\/])(?:[^\s'"`,;:(){}\[\]<>|/\\]*[\\/])*"""
                            r"""[^\s'"`,;:(){}\[\]<>|/\\]+""")  # fmt: skip
 
@@ -33,7 +33,7 @@ def without_secrets(words: list[str]) -> list[str]:
 
 
 def split_secrets(words: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The words of a command line without the arguments that hold secrets, and these by name (`hub_token`)."""
+    """Split a command line into the words without secrets, and the secrets by argument name (`hub_token`)."""
     others, secrets = [], {}
     for name, word in _named(words):
         if name is None or not is_secret(name):
@@ -47,12 +47,12 @@ def split_secrets(words: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def hide_tokens(text: str) -> str:
-    """`text` with what looks like an access token, or the password of an address, replaced by `***`."""
+    """`text` with anything like an access token, and the credentials in URLs, replaced by `***`."""
     return _CREDENTIALS.sub(HIDDEN, _TOKEN.sub(HIDDEN, text))
 
 
 def is_foreign_path(text: str) -> bool:
-    """Whether `text` is a path that names folders of this machine: absolute, from a home folder, or by `..`."""
+    """Whether `text` is a path that names folders of this machine: absolute, in a home folder, or with `..`."""
     if "://" in text or "\n" in text:
         return False
     if text.startswith("~") or ".." in PurePosixPath(text).parts:
@@ -62,7 +62,7 @@ def is_foreign_path(text: str) -> bool:
 
 
 def last_part(path: str) -> str:
-    """The last part of a path, which says no more than a file's name."""
+    """The last part of a path: a file or folder name without its location."""
     named = PureWindowsPath(path) if "\\" in path else PurePosixPath(path)
     return named.name if named.name not in ("", "..") else "folder"
 
@@ -71,7 +71,8 @@ def without_paths(value: Any, known: tuple[str, ...] = ()) -> Any:
     """A JSON value with every absolute path, or path into a home folder or through `..`, cut to its last part.
 
     Args:
-        known: paths that may stand inside longer texts, such as a line of code; found in `value` too.
+        known: further paths to shorten inside longer texts, such as a line of code. Paths in `value` are found by
+            themselves.
     """
     paths = sorted({*known, *_paths_in(value)}, key=len, reverse=True)
     return _cut(value, paths)
@@ -106,7 +107,7 @@ def _shortened(text: str) -> str:
 
 
 def _named(words: list[str]) -> list[tuple[str | None, str]]:
-    """(the argument that a word belongs to, the word): `None` in front of the first argument."""
+    """Pairs of the argument that a word belongs to and the word; `None` for words before the first argument."""
     pairs, name = [], None
     for word in words:
         if word.startswith("--"):

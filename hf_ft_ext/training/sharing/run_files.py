@@ -1,17 +1,19 @@
-"""What a method leaves in its run folder: which files are its own, which are shared, how others load the result.
+"""The files of a method in its run folder: which it writes, which it shares, and how others load the result.
 
-Each trainer may answer, by attributes of its class that are all optional:
+A trainer class can define these attributes; all are optional:
 
-- `own_files`: patterns of the files that the method writes beside model or adapter and tokenizer.
-- `shared_files`: those of them that go to the Hub.
-- `loading_code(run)`: a class method; Python that loads the result from the Hub, where that is no model or adapter.
+- `own_files`: patterns of the files that the method writes besides model or adapter and tokenizer.
+- `shared_files`: those of them that are pushed to the Hub.
+- `loading_code(run)`: a class method; returns Python that loads the result from the Hub, if it is not a plain model or
+  adapter.
 - `holds_result(folder)`, `load_finished(folder, labels, given, load)`, `from_folder(folder, args, ...)`: class methods
-  of a method whose result is more than a model: whether a folder holds one, tokenizer and model of it (`load` is the
-  launcher's own way), and a trainer that predicts with it.
-- `delta_code(run)`: a class method; Python that applies a small file of changes to the base model, or `None`.
+  of a method whose result is more than a model. The first says whether a folder holds such a result. The second
+  returns its tokenizer and model (`load` is the launcher's default loader). The third returns a trainer that predicts
+  with it.
+- `delta_code(run)`: a class method; returns Python that applies a delta to the base model, or `None`.
 
-`hf_ft_ext.methods.hooks_of` gives the class to ask: where a finished run is pushed, or an old one deleted, there is no
-trainer at hand.
+`hf_ft_ext.methods.hooks_of` returns the class. Pushing a finished run and deleting an old one happen without a trainer
+instance.
 """
 
 import json
@@ -23,7 +25,7 @@ from typing import Any
 
 from hf_ft_ext.training.sharing.privacy import is_secret
 
-# Where a run goes, what it shows and keeps for itself: nothing of it changes the result.
+# Arguments for the location, display and sharing of a run. None of them changes the result.
 OF_THE_MACHINE = frozenset({
     "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_strategy", "hub_revision", "hub_private_repo",
     "hub_always_push", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name", "use_cpu",
@@ -31,7 +33,7 @@ OF_THE_MACHINE = frozenset({
 
 
 def of_the_machine(name: str) -> bool:
-    """Whether an argument of this name is of no use on another machine: folders of its own, progress, secrets."""
+    """Whether an argument is useless on another machine: local folders, progress display, secrets."""
     return name in OF_THE_MACHINE or name.endswith("_dir") or is_secret(name)
 
 
@@ -43,7 +45,7 @@ class FinishedRun:
         folder: its output folder.
         record: the content of `run.json`, without paths of this machine.
         repo_id: the repository that others load from.
-        base: Hub id of the model that training started from; `None` for a model of this machine.
+        base: Hub id of the model that training started from; `None` for a local model.
     """
 
     folder: Path
@@ -62,9 +64,9 @@ class FinishedRun:
 
 
 def matching(folder: str | os.PathLike, patterns: Iterable[str]) -> list[Path]:
-    """The files in `folder` whose path in it matches a pattern; `*` stays within a folder, `**/` goes through all.
+    """The files in `folder` whose relative path matches a pattern; `*` matches within a folder, `**/` any depth.
 
-    Links are left out: they may point anywhere.
+    Symbolic links are left out, because they may point anywhere.
     """
     folder = Path(folder)
     found = {path for pattern in patterns for path in folder.glob(pattern)}
@@ -73,11 +75,11 @@ def matching(folder: str | os.PathLike, patterns: Iterable[str]) -> list[Path]:
 
 
 def rerun_code(run: FinishedRun, settings: dict[str, Any], words: Iterable[str]) -> str:
-    """Python that runs the launcher again with the run's settings, its repository downloaded into `folder`.
+    """Python code that downloads the run's repository into `folder` and runs the launcher with the run's settings.
 
     Args:
-        settings: arguments that replace the run's own; `None` leaves one out.
-        words: lines of Python with further words of the command line, which may use `folder`.
+        settings: arguments that replace the run's own; a value of `None` removes one.
+        words: lines of Python with further command-line words, which may use `folder`.
     """
     own = {key: value for key, value in (run.record.get("arguments") or {}).items() if not of_the_machine(key)}
     own = {key: value for key, value in {**own, **settings}.items() if value is not None}
@@ -91,7 +93,7 @@ def rerun_code(run: FinishedRun, settings: dict[str, Any], words: Iterable[str])
             "from huggingface_hub import snapshot_download",
             "",
             f"folder = snapshot_download({run.repo_id!r}, local_dir={local!r})",
-            "# It predicts from its training data, which has to be at hand; what was pushed saves computing it again.",
+            "# It predicts from its training data, which must be available; the pushed files save recomputation.",
             "main([",
             f"    '--method', {run.record['method']!r}, '--do_train', '--output_dir', {local + '-again'!r},",
             *(f"    {', '.join(map(repr, command_words(key, value)))}," for key, value in sorted(own.items())),
@@ -109,9 +111,9 @@ def command_words(key: str, value: Any) -> list[str]:
 
 
 def delta_code(run: FinishedRun, file: str, reader: str) -> str | None:
-    """Python that applies `file`, changes alone, to the base model by `hf_ft_ext`'s function `reader`.
+    """Python code that applies the delta `file` to the base model with the function `reader` of `hf_ft_ext`.
 
-    `None` where the file is not there, or others cannot have the base model.
+    `None` if the file does not exist or the base model is not on the Hub.
     """
     if run.base is None or not run.has(file):
         return None

@@ -1,4 +1,4 @@
-"""Numbers, code and commands as pages and cards show them."""
+"""Formatting numbers, code and commands for pages and model cards."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ from hf_ft_ext.training.sharing.privacy import without_secrets
 def share_text(part: float | None, whole: float | None) -> str:
     """`part` of `whole` in percent, at most three digits and no exponent; empty if one of them is unknown or zero.
 
-    Only all is `100 %`, and only nothing would be `0 %`.
+    A share is never rounded to `100 %` or `0 %`.
     """
     if not part or not whole:
         return ""
@@ -25,7 +25,7 @@ def share_text(part: float | None, whole: float | None) -> str:
 
 
 def code_span(text: Any) -> str:
-    """`text` as code within a line of Markdown, whatever backticks it holds."""
+    """`text` as inline code of Markdown; backticks in it are handled."""
     text = re.sub(r"\s+", " ", str(text))
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""
@@ -40,6 +40,6 @@ def prompt_text(prompt: Any) -> str:
 
 
 def shell_command(words: Iterable[Any]) -> str:
-    """A recorded command as a line for a shell, without secrets; a Python file is run with `python`."""
+    """A recorded command as a shell command line, without secrets; a Python file is run with `python`."""
     shown = without_secrets([str(word) for word in words])
     return shlex.join(["python", *shown] if shown and shown[0].endswith(".py") else shown)

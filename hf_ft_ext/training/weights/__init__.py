@@ -1,1 +1,1 @@
-"""In which number format the weights of a model are, and on which devices and processes they lie."""
+"""Number formats of a model's weights, and their placement on devices and processes."""

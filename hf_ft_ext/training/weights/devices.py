@@ -1,4 +1,4 @@
-"""Where a run is: the name of its device, and the refusal of one process that drives several GPUs."""
+"""The device of a run: its name, and the refusal of one process with several GPUs."""
 
 import contextlib
 import os
@@ -12,14 +12,14 @@ from hf_ft_ext.errors import InputError
 
 
 def refuse_data_parallel(args: TrainingArguments) -> None:
-    """Refuse to train in one process on several GPUs, which transformers does by `torch.nn.DataParallel`.
+    """Refuse to train in one process on several GPUs, for which transformers uses `torch.nn.DataParallel`.
 
     It copies the model to every GPU in every step and calls the copies with parts of the batch. Hooks, replaced
-    layers, row counts and measured memory go wrong. A model that `device_map` spreads over GPUs is accepted; as only
-    `Trainer.__init__` finds out about it, call this after it.
+    layers, row counts and memory measurements are wrong then. A model that `device_map` spreads over GPUs is accepted.
+    Only `Trainer.__init__` detects that, so call this function after it.
 
     Raises:
-        InputError: `args` would lead to it.
+        InputError: `args` would lead to `DataParallel`.
     """
     if args.n_gpu > 1:
         raise InputError(
@@ -31,7 +31,7 @@ def refuse_data_parallel(args: TrainingArguments) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """The device's name for people: `NVIDIA H100 80GB HBM3`, or `cpu, 8 threads`."""
+    """The device's readable name: `NVIDIA H100 80GB HBM3`, or `cpu, 8 threads`."""
     if device.type == "cpu":
         return f"cpu, {torch.get_num_threads()} threads"
     get_name = getattr(torch.get_device_module(device), "get_device_name", None)
@@ -40,7 +40,7 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, {platform.processor() or platform.machine()}"
 
 
-# Variables that say which devices a process sees, as lists with commas.
+# Environment variables with comma-separated lists of the devices that a process sees.
 _VISIBLE = (
     "CUDA_VISIBLE_DEVICES",
     "HIP_VISIBLE_DEVICES",
@@ -51,26 +51,26 @@ _VISIBLE = (
     "MUSA_VISIBLE_DEVICES",
     "HABANA_VISIBLE_MODULES",
 )
-_OF_CUDA = _VISIBLE[:3]  # ROCm's torch reads all three
+_CUDA_VARIABLES = _VISIBLE[:3]  # ROCm's torch reads all three
 
 
 def one_device() -> dict[str, str]:
-    """Environment variables by which a process sees one accelerator: the first of those that the user allows.
+    """Environment variables that limit a process to one accelerator: the first one that the user allows.
 
-    Lists that the user set keep their first entry, empty ones (no accelerator) stay. Where nothing is set, this is the
-    first CUDA device; of the other kinds a process without a launcher takes one by itself.
+    Lists that the user set keep their first entry; empty ones (no accelerator) stay empty. If nothing is set, the
+    first CUDA device is chosen. On other device types a process without a launcher uses a single one anyway.
     """
     chosen = {name: os.environ[name].split(",")[0].strip() for name in _VISIBLE if name in os.environ}
     if "HIP_VISIBLE_DEVICES" in chosen or "CUDA_VISIBLE_DEVICES" in chosen:
-        chosen.pop("ROCR_VISIBLE_DEVICES", None)  # the others count within its list
-    elif not set(_OF_CUDA) & chosen.keys():
+        chosen.pop("ROCR_VISIBLE_DEVICES", None)  # the other variables index into its list
+    elif not set(_CUDA_VARIABLES) & chosen.keys():
         chosen["CUDA_VISIBLE_DEVICES"] = "0"
     return chosen
 
 
 @contextlib.contextmanager
 def seeing_one_device() -> Iterator[None]:
-    """A context whose processes, this one too if CUDA was not in use yet, see one accelerator (see `one_device`)."""
+    """A context whose child processes see one accelerator; so does this one, if it has not used CUDA yet."""
     chosen = one_device()
     before = {name: os.environ.get(name) for name in chosen}
     os.environ.update(chosen)

@@ -1,4 +1,4 @@
-"""Models that `device_map` has spread over devices: who can train them."""
+"""Checking whether a method can train a model that `device_map` spreads over devices."""
 
 from torch import nn
 
@@ -8,17 +8,17 @@ _OFFLOADED = ("cpu", "disk")
 
 
 def check_placement(model: nn.Module | None, several: bool, unchanged: bool = False) -> None:
-    """Refuse to change a model whose weights are fetched for each forward pass, or spread where one device is wanted.
+    """Refuse to train a model with offloaded weights, or one on several devices if the method needs one device.
 
-    A model on one device, the CPU among them, always passes.
+    A model on a single device, including the CPU, is always accepted.
 
     Args:
-        model: `hf_device_map` says where its parts are.
-        several: whether the method trains a model on several devices.
-        unchanged: whether it is only evaluated, without adapters.
+        model: the model; its `hf_device_map` holds the placement.
+        several: whether the method can train a model on several devices.
+        unchanged: whether the model is only evaluated, without adapters.
 
     Raises:
-        InputError: it cannot be trained there.
+        InputError: the method cannot train the model with this placement.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     places = {str(device) for device in (getattr(inner, "hf_device_map", None) or {}).values()}
@@ -39,14 +39,14 @@ def check_placement(model: nn.Module | None, several: bool, unchanged: bool = Fa
 
 
 def check_map(device_map: str | dict[str, object] | None, model: nn.Module, name: str) -> None:
-    """Refuse a map that names what the model does not have.
+    """Refuse a device map that names modules or parameters that the model does not have.
 
     Args:
-        device_map: of `from_pretrained`.
-        name: of the model, for messages.
+        device_map: the argument of `from_pretrained`.
+        name: name of the model, for error messages.
 
     Raises:
-        InputError: it names something else.
+        InputError: the map names an unknown part.
     """
     if not isinstance(device_map, dict):
         return
@@ -54,5 +54,5 @@ def check_map(device_map: str | dict[str, object] | None, model: nn.Module, name
     if unknown := [part for part in device_map if part not in known]:
         raise InputError(
             f"device_map names {unknown[0]!r}, and model {name!r} has no such part; its parts are "
-            f"{', '.join(part for part, _ in model.named_children())} and what these hold"
+            f"{', '.join(part for part, _ in model.named_children())} and their submodules"
         )

@@ -1,4 +1,4 @@
-"""Number formats of weights: what trains in float32, and what rounding would take away."""
+"""Number formats of weights: which weights train in float32, and warnings about updates lost to rounding."""
 
 import logging
 
@@ -18,13 +18,13 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def train_in_float32(model: PeftModel) -> PeftModel:
-    """Turn what an adapter trains in full (the head) into float32, in place, beside a base model in 16 bits.
+    """Convert modules that train in full beside adapters (the head) to float32, in place, if the base is in 16 bits.
 
     peft does so for the adapters themselves. In 16 bits an update below half a unit in the last place is rounded
-    away. These modules get their inputs in float32; within the encoder their outputs go on in the encoder's format.
+    away. These modules get their inputs in float32. Inside the encoder their outputs are cast back to its format.
 
     Args:
-        model: fresh from `get_peft_model`.
+        model: the result of `get_peft_model`.
 
     Returns:
         The same model.
@@ -51,7 +51,7 @@ def _inputs_in_float32(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
 
 
 class _OutputsIn:
-    """A forward hook: float32 outputs in another format. A class, so that models with it can be pickled and copied."""
+    """A forward hook that casts float32 outputs to `dtype`; a class, so that models with it can be pickled."""
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
@@ -71,7 +71,7 @@ def _cast(value, kinds: tuple[torch.dtype, ...], dtype: torch.dtype):
 
 
 def warn_of_lost_updates(training: dict[str, nn.Parameter]) -> None:
-    """Log one warning if parameters that train by gradients, by name, are stored in 16 bits."""
+    """Log one warning if some of these parameters, which gradients train, are stored in 16 bits."""
     half = {name: p for name, p in training.items() if p.dtype in HALF}
     if not half:
         return
@@ -89,7 +89,7 @@ def warn_of_lost_updates(training: dict[str, nn.Parameter]) -> None:
 
 
 def refuse_fp16_on_cpu(accelerator: Accelerator) -> None:
-    """For every trainer: accelerate leaves `fp16` out on a CPU without saying so.
+    """Refuse `fp16` on a CPU, where accelerate silently ignores it.
 
     Raises:
         InputError: mixed precision in float16 on a CPU.

@@ -1,4 +1,4 @@
-"""Quantized base models: who can train on one, and who needs the weights themselves."""
+"""Quantized base models: detection, refusal for methods that need the weights, and preparation for training."""
 
 import contextlib
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ def is_quantized(model: nn.Module | None) -> bool:
 
 
 def holds_numbers(tensor: torch.Tensor) -> bool:
-    """Whether the entries of a tensor can be looked at here.
+    """Whether the entries of a tensor can be read in this process.
 
-    Not those that `device_map` fetches for each forward pass, nor those of a quantizer's own kind of tensor (torchao),
-    which does matrix products alone. A tensor that lies on several processes can.
+    They cannot for weights that `device_map` offloads, nor for a quantizer's tensor subclass (torchao), which supports
+    matrix products only. A tensor sharded over several processes can be read.
     """
     if tensor.is_meta:
         return False
@@ -28,10 +28,10 @@ def holds_numbers(tensor: torch.Tensor) -> bool:
 
 
 def refuse_quantized(model: nn.Module | None, reason: str) -> None:
-    """For methods that read or write the weights themselves.
+    """Refuse a quantized model, for methods that read or write the weights themselves.
 
     Args:
-        reason: what needs them, as the start of a sentence: "sparse training changes".
+        reason: subject and verb of the message: "sparse training changes" (the model's weights).
 
     Raises:
         InputError: the model is quantized.
@@ -45,17 +45,17 @@ def refuse_quantized(model: nn.Module | None, reason: str) -> None:
 
 @contextlib.contextmanager
 def quantized_base(model: nn.Module | None) -> Iterator[None]:
-    """Within, `Trainer` takes a quantized model without adapters.
+    """A context in which `Trainer` accepts a quantized model without adapters.
 
-    `Trainer.__init__` refuses such a model, as it cannot know that adapters come later or that only the head, which
-    is not quantized, changes.
+    `Trainer.__init__` refuses such a model. It cannot know that adapters are added later, or that only the head, which
+    is not quantized, is trained.
     """
     if model is None or not is_quantized(model) or hasattr(model, "get_base_model"):
         yield
         return
     keep_differentiable(model)
     before = getattr(model, "_hf_peft_config_loaded", False)
-    model._hf_peft_config_loaded = True  # what Trainer asks
+    model._hf_peft_config_loaded = True  # the attribute that Trainer checks
     try:
         yield
     finally:
@@ -63,26 +63,26 @@ def quantized_base(model: nn.Module | None) -> Iterator[None]:
 
 
 def move(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model.to(device)`; a quantized model stays where it was loaded, as its libraries want it."""
+    """`model.to(device)`; a quantized model stays where it was loaded, because its libraries require that."""
     return model if is_quantized(model) else model.to(device)
 
 
 def keep_differentiable(model: nn.Module) -> nn.Module:
-    """Keep bitsandbytes from repacking 4-bit weights in an evaluation on the CPU; return the model.
+    """Keep bitsandbytes from repacking 4-bit weights during evaluation on the CPU; return the model.
 
-    On processors with AVX512-BF16 the first forward pass in evaluation mode packs them for a kernel without
-    gradients, and training behind it would fail or lose the gradients of all layers below.
+    On processors with AVX512-BF16 the first forward pass in evaluation mode repacks them for a kernel without
+    gradients. Later training would fail or lose the gradients of all layers below.
 
     Raises:
-        InputError: an earlier evaluation has packed them already.
+        InputError: an earlier evaluation has already repacked them.
     """
     for name, module in model.named_modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
             continue
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise InputError(
-                f"{name} was packed by an evaluation on the CPU, and gradients do not pass it any more; load the "
-                "model anew, and train before the first evaluation"
+                f"{name} was repacked by an evaluation on the CPU and no longer passes gradients; load the "
+                "model again, and train before the first evaluation"
             )
         module.support_avx512bf16_for_cpu = False
     return model

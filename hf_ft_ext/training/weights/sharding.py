@@ -1,4 +1,4 @@
-"""Weights spread over processes (FSDP, DeepSpeed): who asked for it, and the refusal of methods that cannot."""
+"""Weights sharded over processes (FSDP, DeepSpeed): detection, and refusal for methods that need whole weights."""
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -10,10 +10,10 @@ FSDP, DEEPSPEED = "FSDP", "DeepSpeed"
 
 
 def sharding(args: TrainingArguments) -> str | None:
-    """What spreads the weights in this run: `FSDP`, `DeepSpeed` or nothing.
+    """The library that shards the weights in this run: `FSDP`, `DeepSpeed` or `None`.
 
-    An option of the arguments says so, or a configuration file of `accelerate launch`, which speaks by environment
-    variables and leaves no trace in the arguments.
+    Either the arguments request it, or a configuration file of `accelerate launch`, which sets environment variables
+    but not the arguments.
     """
     if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         return DEEPSPEED
@@ -23,13 +23,13 @@ def sharding(args: TrainingArguments) -> str | None:
 
 
 def refuse_sharding(args: TrainingArguments, reason: str) -> None:
-    """For methods that read or write whole weights.
+    """Refuse sharded weights, for methods that read or write whole weights.
 
     Args:
-        reason: what needs whole weights, as the start of a sentence: "a search".
+        reason: what needs whole weights, as the subject of the message: "a search".
 
     Raises:
-        InputError: the weights would be spread.
+        InputError: the weights would be sharded.
     """
     if (kind := sharding(args)) is not None:
         raise InputError(
@@ -39,10 +39,10 @@ def refuse_sharding(args: TrainingArguments, reason: str) -> None:
 
 
 def refuse_sharding_on_cpu(args: TrainingArguments) -> None:
-    """accelerate would leave FSDP and DeepSpeed out without a word where training is on the CPU.
+    """Refuse FSDP and DeepSpeed on the CPU, where accelerate silently ignores them.
 
     Raises:
-        InputError: the weights are to be spread, and there is no accelerator in use.
+        InputError: the weights are to be sharded, but no accelerator is used.
     """
     kind = sharding(args)
     if kind is not None and args.use_cpu:
@@ -53,10 +53,10 @@ def refuse_sharding_on_cpu(args: TrainingArguments) -> None:
 
 
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
-    """Shape of a parameter, with what lies on other processes (ZeRO-3 leaves an empty tensor in its place)."""
+    """The full shape of a parameter, even if sharded (ZeRO-3 leaves an empty tensor in its place)."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def entries(parameter: torch.Tensor) -> int:
-    """Entries of a parameter, those on other processes too."""
+    """Number of entries of a parameter over all processes."""
     return whole_shape(parameter).numel()
