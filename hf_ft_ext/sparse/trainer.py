@@ -136,7 +136,7 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
         return super().train(resume_from_checkpoint, *positional, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Run the pre-pass and create the optimizer over all trained parameters; `SparseAdamW` for converted layers."""
+        """Run the pre-pass, then create the optimizer over all trained parameters (converted layers: `SparseAdamW`)."""
         if has_sparse_grad(self.model):
             if not all(columns.ready for columns in columns_of(self.model)):
                 with preparation(self):
@@ -225,7 +225,7 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
                 rows.append(TrainedWeight.dense(name, parameter))
                 continue
             size = parameter.element_size()
-            # Two moments per entry; with dynamic support also index and step count (int32); the factors once per kind.
+            # Two moments per entry; with dynamic support also index and step count (int32); factors once per kind.
             dynamic, shape = layer.values is None, (layer.out_features, layer.in_features)
             state = layer.n_params * (2 * size + 8 if dynamic else 2 * size)
             if self.args.sparse_moments == DENSE:

@@ -224,7 +224,7 @@ def test_samples_that_cannot_be_drawn(load, options, match):
     ("labels", "wanted", "kind", "said"),
     [
         ([0.0, 1.0], None, "regression", "whole, but written with a decimal point (0.0, 1.0): this is a regression"),
-        ([0.5, 1.0], None, "regression", "numbers with a fraction: this is a regression"),
+        ([0.5, 1.0], None, "regression", "numbers with decimals: this is a regression"),
         ([0.0, 1.0], "single_label_classification", "single_label_classification", ""),
         ([1, 5, 3], "regression", "regression", ""),
         ([1, 5, 3], None, "single_label_classification", ""),
@@ -261,7 +261,7 @@ def test_labels_that_look_alike_are_said(load, tmp_path, caplog):
     rows = "a,good\nb,good \nc,Good\nd,bad\n"
     (tmp_path / "t.csv").write_text("text,label\n" + rows)
     assert len(load(train_file=str(tmp_path / "t.csv")).label_names) == 4
-    assert "differ in spaces or case alone" in caplog.text
+    assert "differ only in spaces or case" in caplog.text
     (tmp_path / "t.csv").write_text("text,label\na,0\nb,1\nc,NA\n")
     assert load(train_file=str(tmp_path / "t.csv")).label_names == ["0", "1", "NA"]
-    assert "label 'NA' is taken as a class beside numbers; remove these rows if it marks missing" in caplog.text
+    assert "label 'NA' among numbers is taken as a class; remove these rows if it marks missing" in caplog.text
