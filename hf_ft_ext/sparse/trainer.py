@@ -136,7 +136,7 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
         return super().train(resume_from_checkpoint, *positional, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Run the pre-pass, then create the optimizer over all trained parameters (converted layers: `SparseAdamW`)."""
+        """Run the pre-pass, then create the optimizer of all trained parameters (converted layers: `SparseAdamW`)."""
         if has_sparse_grad(self.model):
             if not all(columns.ready for columns in columns_of(self.model)):
                 with preparation(self):

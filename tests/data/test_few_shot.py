@@ -131,8 +131,8 @@ def test_cuts_come_after_the_draw(load):
         ({"train": [0] * 9}, {"num_k": 3, "task_name": "sst2"}, "the 0 rows of class 'positive'; add rows to it"),
         ({"validation": LABELS}, {"num_k": 2}, "drawn from a training split, and .* has none here; pass one"),
         ({"train": LABELS}, {"num_k": 2, "max_train_samples": 5}, "--num_k 2 and --max_train_samples 5 both choose"),
-        ({"train": LABELS}, {"few_shot_split": "k-shot-10x"}, "--few_shot_split is about few-shot .* pass --num_k"),
-        ({"train": LABELS}, {"allow_small_classes": True}, "--allow_small_classes is about few-shot splits"),
+        ({"train": LABELS}, {"few_shot_split": "k-shot-10x"}, "--few_shot_split is for few-shot .* pass --num_k"),
+        ({"train": LABELS}, {"allow_small_classes": True}, "--allow_small_classes is for few-shot splits"),
     ],
 )  # fmt: skip
 def test_bad_input(load, splits, options, message):

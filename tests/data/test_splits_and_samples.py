@@ -124,7 +124,7 @@ def test_a_revision_is_never_ignored(load, cached, tmp_path):
         load(dataset_name="someone/set", dataset_revision="v2")
     with pytest.raises(InputError, match="--dataset_revision v2 is for data sets of the Hub"):
         load(dataset_name=write(tmp_path / "set", train=[0, 1]), dataset_revision="v2")
-    with pytest.raises(InputError, match="--dataset_revision v2 has nothing to choose from"):
+    with pytest.raises(InputError, match="--dataset_revision v2 applies only to data sets"):
         load(dataset_revision="v2")
 
 
@@ -212,7 +212,7 @@ def test_a_stratified_sample_of_scores_covers_the_scale(load, tmp_path, caplog):
     [
         ({"sample": "all"}, "--sample 'all' is unknown; choose from: first, random, stratified"),
         ({"sample": "random"}, "--sample random draws the rows of --max_train_samples and --max_eval_samples; pass"),
-        ({"sample": "random", "max_train_samples": 5, "streaming": True}, "which a stream never holds"),
+        ({"sample": "random", "max_train_samples": 5, "streaming": True}, "which a stream does not hold"),
     ],
 )
 def test_samples_that_cannot_be_drawn(load, options, match):
