@@ -211,7 +211,7 @@ def test_a_saved_model_predicts_several_labels_for_rows_without_any(files):
     ("argv", "message"),
     [
         (("--num_k", "2"), "num_k=2 draws rows of each class, and a row with several labels"),
-        (("--few_shot_type", "prompt"), "a prompt names one label per row"),
+        (("--few_shot_type", "prompt"), "a prompt predicts one label per row"),
         (("--label_smoothing_factor", "0.1"), "label_smoothing_factor=0.1 smooths one class per row"),
         (("--metric", "accuracy"), "metric 'accuracy' is not for multi_label.*subset_accuracy"),
         (("--metric", "f1"), "metric 'f1' is not for multi_label_classification; use one of: .*f1_micro"),
