@@ -127,7 +127,7 @@ def test_labels_that_only_validation_shows_are_known(load, tmp_path):
         ([{"text": "a", "label": "x"}], {}, "has only one class"),
         ([{"text": "a", "score": 1}], {}, "has no label column 'label'"),
         ([{"text": 3, "label": "x"}], {"text_columns": ["text"]}, "not text"),
-        ([{"text": "a", "label": [1]}], {}, "--streaming reads one label per row"),
+        ([{"text": "a", "label": [1]}], {}, "--streaming needs one label per row"),
     ],
 )
 def test_the_first_rows_are_checked(load, tmp_path, rows, options, message):

@@ -110,7 +110,7 @@ def test_copa_chooses_between_the_rows_own_options(tmp_path):
         )  # fmt: skip
     bert = tiny_masked_lm()
     bert.save_pretrained(tmp_path / "bert")
-    with pytest.raises(InputError, match="which the one mask of a masked language model cannot name"):
+    with pytest.raises(InputError, match="which the single mask of a masked language model cannot hold"):
         load_prompt_model(str(tmp_path / "bert"), bert.config, tiny_tokenizer(), data, args)
 
 
