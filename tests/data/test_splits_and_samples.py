@@ -223,7 +223,7 @@ def test_samples_that_cannot_be_drawn(load, options, match):
 @pytest.mark.parametrize(
     ("labels", "wanted", "kind", "said"),
     [
-        ([0.0, 1.0], None, "regression", "whole numbers written with a decimal point (0.0, 1.0): this is a regression"),
+        ([0.0, 1.0], None, "regression", "written with a decimal point (0.0, 1.0): this is a regression"),
         ([0.5, 1.0], None, "regression", "numbers with decimals: this is a regression"),
         ([0.0, 1.0], "single_label_classification", "single_label_classification", ""),
         ([1, 5, 3], "regression", "regression", ""),
