@@ -310,7 +310,7 @@ def test_the_same_tokens_for_two_words_are_no_choice():
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(InputError, match="word_scoring='all' is unknown; choose from: first_token"):
         prompt_model("gpt2", "all")
-    with pytest.raises(InputError, match="untie_words keeps those of the label words"):
+    with pytest.raises(InputError, match="untie_words keeps only those of the label words"):
         prompt_model("gpt2", "sequence", untie_words=True)
     with pytest.raises(InputError, match="encoder-decoder's head is scaled"):
         prompt_model("t5", untie_words=True)
