@@ -1,4 +1,4 @@
-"""k-shot splits: a few rows of each class for training, others for evaluation, the rest of the data for the test."""
+"""k-shot splits: a few rows of each class for training, others for evaluation, and a test split."""
 
 import hashlib
 import logging
@@ -31,31 +31,31 @@ def few_shot_data(
 ) -> TaskData:
     """Return the k-shot form of `data`: `train` and `validation["dev"]` drawn from its training split, and a test.
 
-    Train takes the first `k` rows of each class in the order of `draw_order(seed)`, dev the next `k` (or `10 k`); a
-    regression has two classes, below and from the middle of its scale on. The rows of both are in that order too. The
-    test is what the source takes: for GLUE its validation splits, else the labelled test splits, or the validation
-    splits where there are none.
+    Train takes the first `k` rows of each class in the order of `draw_order(seed)`, dev the next `k` (or `10 k`). The
+    rows of both stay in that order. A regression has two classes: the lower and the upper half of its scale. The test
+    split is that of the source: for GLUE the validation splits, else the labelled test splits, else the validation
+    splits.
 
     Args:
         data: all splits, not cut.
         k: rows of each class, 1 or more.
-        seed: of the draw; `None` = 13. Nothing else goes into it: not the training seed, no library's generator.
+        seed: seed of the draw; `None` = 13. The draw depends on no other seed and no library's random generator.
         split: `k-shot`, `k-shot-10x` or `k-shot-1k-test`.
-        allow_small_classes: a class with too few rows gives all it has, train first.
+        allow_small_classes: let a class with too few rows contribute all that it has, training first.
 
     Raises:
-        InputError: no labelled training split, `k` below 1, a class with too few rows (name and size are given).
+        InputError: no labelled training split, `k` below 1, or a class with too few rows (the message names it).
 
     Source: LM-BFF (Gao et al., ACL 2021, arXiv 2012.15723), tools/generate_k_shot_data.py, which draws with numpy.
     """
     if k < 1:
-        raise InputError(f"num_k={k} is no number of rows; pass 1 or more, or leave it out for all rows")
+        raise InputError(f"num_k={k} is out of range; pass 1 or more, or leave it out for all rows")
     if split not in _EVALUATION_ROWS:
         raise InputError(f"few_shot_split={split!r} is unknown; choose from: {', '.join(_EVALUATION_ROWS)}")
     if data.problem_type == MULTI_LABEL:
         raise InputError(
-            f"num_k={k} draws rows of each class, and a row with several labels is of several classes at once; pass "
-            "a file of the rows that are wanted, or max_train_samples"
+            f"num_k={k} draws rows of each class, but rows with several labels belong to several classes; pass a file "
+            "with the rows to train on, or max_train_samples"
         )
     if data.train is None:
         raise InputError(
@@ -63,7 +63,7 @@ def few_shot_data(
             "one, such as --train_file with the file of another split"
         )
     seed = DEFAULT_SEED if seed is None else seed
-    if data.problem_type == REGRESSION:  # the scale of all rows, not that of the few
+    if data.problem_type == REGRESSION:  # use the scale of all rows, not of the drawn ones
         data = replace(data, task=replace(data.task, bounds=label_bounds(data)))
     labels = np.asarray(data.train[LABEL][:])
     order = draw_order(range(len(labels)), seed)
@@ -77,7 +77,7 @@ def few_shot_data(
         parts_of_dev.append(rows[k : k + wanted])
     train, dev = (_in_order(order, parts) for parts in (parts_of_train, parts_of_dev))
     if not len(dev):
-        logger.warning("num_k=%d takes every row: none is left to evaluate on", k)
+        logger.warning("num_k=%d uses every row for training: none is left to evaluate on", k)
     test = _test_splits(data)
     if split == "k-shot-1k-test":
         test = {name: rows.select(draw_order(range(len(rows)), _TEST_SEED)[:TEST_ROWS]) for name, rows in test.items()}
@@ -91,7 +91,7 @@ def few_shot_data(
 
 
 def _origins(data: TaskData, k: int, wanted: int, seed: int, test: dict[str, Dataset]) -> Origins:
-    """Where the k-shot splits come from: train and dev from the training split, the test from its own."""
+    """Return the origins of the k-shot splits: train and dev from the training split, the test from its own split."""
     kind = "of each half of the scale" if data.problem_type == REGRESSION else "of each class"
     rows = len(data.train)
     origins: Origins = {
@@ -106,18 +106,18 @@ def _origins(data: TaskData, k: int, wanted: int, seed: int, test: dict[str, Dat
 
 
 def draw_order(rows: Iterable[int], seed: int) -> np.ndarray:
-    """Row numbers in the order in which they are drawn: by the SHA-256 of the text `"<seed> <row>"`.
+    """Return row numbers in the order of the draw: sorted by the SHA-256 of the text `"<seed> <row>"`.
 
-    The same on every machine and for every version of Python and of the libraries.
+    The order is the same on every machine and for all versions of Python and of the libraries.
     """
     return np.array(sorted(rows, key=lambda row: hashlib.sha256(f"{seed} {row}".encode()).digest()), dtype=np.int64)
 
 
 def label_bounds(data: TaskData) -> tuple[float, float]:
-    """Ends of a regression's scale: the task's own, or else the smallest and largest label of the training data.
+    """Return the ends of a regression's scale: the task's own, else the smallest and largest training label.
 
     Raises:
-        InputError: no task and no labels to take them from, or all labels the same.
+        InputError: the task has no scale and there are no labels, or all labels are equal.
     """
     if data.task.bounds is not None:
         return data.task.bounds
@@ -128,12 +128,14 @@ def label_bounds(data: TaskData) -> tuple[float, float]:
     labels = np.asarray(source[column][:], dtype=np.float64)
     low, high = float(labels.min()), float(labels.max())
     if low == high:
-        raise InputError(f"all labels of {data.task.name!r} are {low:g}: that is no scale; check --label_column")
+        raise InputError(
+            f"all labels of {data.task.name!r} are {low:g}, so the scale has no length; check --label_column"
+        )
     return low, high
 
 
 def _classes(data: TaskData, labels: np.ndarray) -> dict[str, np.ndarray]:
-    """Membership `[rows]` by the name of the class."""
+    """Return which rows belong to each class: a mask `[rows]` by class name."""
     if data.problem_type != REGRESSION:
         return {name: labels == i for i, name in enumerate(data.label_names)}
     low, high = label_bounds(data)
@@ -143,7 +145,7 @@ def _classes(data: TaskData, labels: np.ndarray) -> dict[str, np.ndarray]:
 
 def _complain(name: str, size: int, k: int, wanted: int, allowed: bool) -> None:
     if allowed and size:
-        logger.warning("class '%s' has %d rows only: training takes %d, evaluation the rest", name, size, min(k, size))
+        logger.warning("class '%s' has only %d rows: training takes %d, evaluation the rest", name, size, min(k, size))
         return
     if size < k:
         cause = f"num_k={k} is more than the {size} rows of class '{name}'"
@@ -168,7 +170,7 @@ def _test_splits(data: TaskData) -> dict[str, Dataset]:
 
 
 def validation_is_test(data: TaskData) -> bool:
-    """Whether the test of few-shot splits is the validation data."""
+    """Whether few-shot splits use the validation data as the test split."""
     return bool(data.validation) and (data.task.hub_id == GLUE_ID or not _labelled_test(data))
 
 

@@ -1,4 +1,4 @@
-"""Turning a label column, however it is stored, into class ids or scores."""
+"""Convert a label column of any stored type into class ids or scores."""
 
 import logging
 import re
@@ -15,7 +15,7 @@ from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
 
 _NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
 _NO_VALUE = {"na", "n/a", "none", "null", "nan", "?", "-", "unknown"}
-UNLABELLED = -1  # the mark of GLUE's test rows and of SNLI's pairs without a gold label
+UNLABELLED = -1  # marks GLUE's test rows and SNLI's pairs without a gold label
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def read_labels(split: str, data: Dataset, column: str) -> RawLabels:
 
 
 def raw_labels(split: str, column: str, labels: Sequence, feature: Any) -> RawLabels:
-    """As `read_labels`, of labels in memory, all of the type that `feature` says or `None`."""
+    """As `read_labels`, for labels in memory, each of the type of `feature` or `None`."""
     dtype = getattr(feature, "dtype", str(feature))
     values = np.empty(len(labels), dtype=object)
     values[:] = labels
@@ -79,7 +79,7 @@ def raw_labels(split: str, column: str, labels: Sequence, feature: Any) -> RawLa
 
 
 def check_missing(raw: RawLabels) -> None:
-    """Raise `InputError` where a row has no label value at all."""
+    """Raise `InputError` if a row has no label value."""
     rows = np.flatnonzero(raw.missing)
     if len(rows):
         raise InputError(
@@ -89,9 +89,9 @@ def check_missing(raw: RawLabels) -> None:
 
 
 def problem_type(raws: Sequence[RawLabels], task: Task | None, wanted: str | None = None) -> str:
-    """Return the task's problem type, or for own data the `wanted` one, or what the first split's labels say.
+    """Return the task's problem type; for own data the `wanted` one, else that of the first split's labels.
 
-    Floats mean regression; the log says so.
+    Float labels mean regression, which is logged.
     """
     if task is not None:
         return task.problem_type
@@ -103,25 +103,25 @@ def problem_type(raws: Sequence[RawLabels], task: Task | None, wanted: str | Non
     if np.all(values % 1 == 0):
         shown = ", ".join(f"{value:.1f}" for value in np.unique(values)[:5])
         logger.warning(
-            "the labels are whole, but written with a decimal point (%s): this is a regression; for classes pass "
+            "the labels are whole numbers written with a decimal point (%s): this is a regression; for classes pass "
             "--problem_type %s",
             shown,
             CLASSIFICATION,
         )
     else:
-        logger.info("the labels are numbers with a fraction: this is a regression")
+        logger.info("the labels are numbers with decimals: this is a regression")
     return REGRESSION
 
 
 def check_spelling(raw: RawLabels, wanted: str | None = None) -> None:
-    """Look for label names that are numbers in disguise, or differ in spaces or case alone.
+    """Check for label names that look like numbers, or that differ only in spaces or case.
 
     Args:
         raw: labels without missing ones.
-        wanted: the problem type that the user named; a classification takes any name.
+        wanted: the problem type that the user passed; a classification accepts any name.
 
     Raises:
-        InputError: decimal commas, or numbers with a fraction among words.
+        InputError: numbers with a decimal comma, or decimal numbers among words.
     """
     if raw.kind != "name" or raw.names is not None:
         return
@@ -143,7 +143,7 @@ def check_spelling(raw: RawLabels, wanted: str | None = None) -> None:
         )
     if numbers and len(names - numbers) == 1 and min(names - numbers).lower() in _NO_VALUE:
         logger.warning(
-            "split '%s': label '%s' is taken as a class beside numbers; remove these rows if it marks missing labels",
+            "split '%s': label '%s' among numbers is taken as a class; remove these rows if it marks missing labels",
             raw.split,
             min(names - numbers),
         )
@@ -151,7 +151,7 @@ def check_spelling(raw: RawLabels, wanted: str | None = None) -> None:
     for name in sorted(names):
         other = plain.setdefault(name.strip().lower(), name)
         if other != name:
-            logger.warning("labels %r and %r differ in spaces or case alone: they are two classes", other, name)
+            logger.warning("labels %r and %r differ only in spaces or case: they are two classes", other, name)
 
 
 def scores(raw: RawLabels) -> np.ndarray:
@@ -170,7 +170,7 @@ def scores(raw: RawLabels) -> np.ndarray:
 
 
 def _tokens(raw: RawLabels, task: Task | None) -> list[str]:
-    """Every label as a name; `UNLABELLED` rows as the empty string, which no label is."""
+    """Return every label as a name; `UNLABELLED` rows as the empty string, which is not a valid label."""
     values = raw.values.tolist()
     if raw.kind == "float":
         fractions = [value for value in values if value != int(value)]
@@ -182,7 +182,7 @@ def _tokens(raw: RawLabels, task: Task | None) -> list[str]:
         values = [int(value) for value in values]
     if raw.kind == "name":
         return ["" if value == UNLABELLED else _canonical(value, task) for value in values]
-    # Without a task or names, -1 may well be a class (-1 and 1, or -1, 0 and 1).
+    # Without a task or names, -1 may be a class (labels -1 and 1, or -1, 0 and 1).
     known = task.label_names if task is not None and task.label_names else ()
     if task is not None:
         values = ["" if value == UNLABELLED else value for value in values]
@@ -192,7 +192,7 @@ def _tokens(raw: RawLabels, task: Task | None) -> list[str]:
 
 
 def _canonical(name: str, task: Task | None) -> str:
-    """The task's own spelling of a label name, or the name as it is."""
+    """Return the task's own spelling of a label name, or the name unchanged."""
     if task is None or task.label_names is None:
         return name
     spellings = {known.lower(): known for known in task.label_names}
@@ -201,7 +201,7 @@ def _canonical(name: str, task: Task | None) -> str:
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """Sorted, whole numbers by value."""
+    """Sort names; whole numbers by value."""
     names = set(names) - {""}
     try:
         return sorted(names, key=int)
@@ -210,17 +210,17 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 def class_ids(raws: Sequence[RawLabels], task: Task | None) -> tuple[list[str], list[np.ndarray]]:
-    """Return the label names and, for each split, ids as int64 `[rows]`, `UNLABELLED` where there is no label.
+    """Return the label names and, for each split, ids as int64 `[rows]`, `UNLABELLED` for rows without a label.
 
-    The names are the task's where the labels fit them, else those of the ClassLabel, else the
-    sorted labels of the training split (of all splits where there is none).
+    The names are the task's if the labels match them, else those of the ClassLabel, else the sorted labels of the
+    training split (of all splits if there is no training split).
 
     Args:
-        raws: splits without missing labels, the training split first where there is one.
-        task: a known task, or none.
+        raws: splits without missing labels, the training split first if there is one.
+        task: a known task, or `None`.
 
     Raises:
-        InputError: fewer than two classes; a split has labels that the training split lacks; fractions.
+        InputError: fewer than two classes, a split with labels that the training split lacks, or decimal numbers.
     """
     tokens = [_tokens(raw, task) for raw in raws]
     source = raws[0]
@@ -234,11 +234,11 @@ def class_ids(raws: Sequence[RawLabels], task: Task | None) -> tuple[list[str], 
         names = list(task.label_names)
     if len(names) < 2:
         raise InputError(
-            f"split '{source.split}' has one class only ({', '.join(names)}), but "
+            f"split '{source.split}' has only one class ({', '.join(names)}), but "
             "a classification needs two or more; check --label_column and the data"
         )
     if "-1" in names:
-        logger.warning("label -1 is taken as a class of its own; remove these rows if it marks missing labels")
+        logger.warning("label -1 is taken as a class; remove these rows if it marks missing labels")
 
     ids = {name: i for i, name in enumerate(names)}
     arrays = []
@@ -255,7 +255,7 @@ def class_ids(raws: Sequence[RawLabels], task: Task | None) -> tuple[list[str], 
 
 
 def known_ids(raw: RawLabels, names: Sequence[str], task: Task | None) -> np.ndarray:
-    """Ids of labels among `names`, as `class_ids` gives them, int64 `[rows]`; `UNLABELLED` for any other entry."""
+    """Return the ids of labels in `names` as `class_ids` does, int64 `[rows]`; `UNLABELLED` for all other entries."""
     ids = np.full(len(raw.values), UNLABELLED, dtype=np.int64)
     usable = ~raw.missing
     if raw.kind == "float":

@@ -25,7 +25,7 @@ REFERENCES = "references"  # column of all answers that count as right, where a 
 
 
 class Form(StrEnum):
-    """What a row is made of."""
+    """The kind of columns that a row has."""
 
     TEXT = "text"
     PROMPT = "prompt and completion"
@@ -40,13 +40,13 @@ class LanguageData:
     """The data of a language-modelling run, in trl's columns.
 
     Attributes:
-        task: the task's, or one made for own data.
-        form: what all rows are made of.
-        train: may be missing, as may the others.
+        task: the known task, or one created for own data.
+        form: the form of all rows.
+        train: may be `None`; the other splits may be empty.
         validation: by split name, in order.
         test: by split name, in order.
         origins: of every split, by role and name.
-        tokenized: validation rows of an encoder-decoder; trl tokenises those of a causal model by itself.
+        tokenized: tokenised validation rows of an encoder-decoder; trl tokenises those of a causal model itself.
     """
 
     task: Task
@@ -60,11 +60,11 @@ class LanguageData:
 
 @dataclass(frozen=True)
 class LanguageTask:
-    """A task whose answers are written, not chosen.
+    """A task whose answers are generated, not chosen from classes.
 
     Attributes:
         hub_id: of the data set.
-        prepare: from its rows to ours.
+        prepare: converts its rows to the columns of a form.
         hub_config: configuration of the data set.
     """
 
@@ -108,7 +108,7 @@ def _record(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dialogues(messages: Dataset) -> Dataset:
-    """One text for each reply of the assistant: all turns from the first prompt to it."""
+    """Return one text for each reply of the assistant: all turns from the first prompt to this reply."""
     missing = {"message_id", "parent_id", "role", "text"} - set(messages.column_names)
     if missing:
         raise InputError(
@@ -129,7 +129,7 @@ def _dialogues(messages: Dataset) -> Dataset:
     return Dataset.from_dict({"text": list(texts())})
 
 
-# Prompts of MeZO (Malladi et al., NeurIPS 2023, arXiv 2305.17333); dialogues as SparseGrad's LLaMA-2 run has them.
+# Prompts of MeZO (Malladi et al., NeurIPS 2023, arXiv 2305.17333); dialogues as in SparseGrad's LLaMA-2 experiment.
 LANGUAGE_TASKS: dict[str, LanguageTask] = {
     "squad": LanguageTask("rajpurkar/squad", _rows_from(_squad)),
     "drop": LanguageTask("ucinlp/drop", _rows_from(_drop)),
@@ -143,24 +143,24 @@ def load_language_data(
 ) -> LanguageData:
     """Load rows of text, of prompt and completion, or of messages.
 
-    The data comes from own files, `dataset_name` or the Hub id of a task of `LANGUAGE_TASKS`. Columns beside those of
-    the form are dropped, `references` kept.
+    The data comes from own files, `dataset_name` or the Hub id of a task in `LANGUAGE_TASKS`. Only the columns of the
+    form and `references` are kept.
 
     Args:
         data_args: what to load.
-        cache_dir: where downloads and converted files are kept; none = the Hub's cache.
+        cache_dir: where downloads and converted files are kept; `None` = the Hub's cache.
         token: Hub access token.
-        data_seed: of `sample`; `None` = 13.
+        data_seed: seed of `sample`; `None` = 13.
 
     Raises:
-        InputError: the data cannot be read, has columns of no form or of two, or a row without text.
+        InputError: the data cannot be read, its columns fit no form or two forms, or a row has no text.
     """
     task = None
     if data_args.task_name is not None:
         if data_args.task_name not in LANGUAGE_TASKS:
             raise InputError(
-                f"task {data_args.task_name!r} is not one of language modelling"
-                f"{did_you_mean(data_args.task_name, LANGUAGE_TASKS)}; those are {', '.join(LANGUAGE_TASKS)}: leave "
+                f"task {data_args.task_name!r} is not a language-modelling task"
+                f"{did_you_mean(data_args.task_name, LANGUAGE_TASKS)}; known: {', '.join(LANGUAGE_TASKS)}. Leave "
                 "--task_type or --task_name out"
             )
         task = LANGUAGE_TASKS[data_args.task_name]
@@ -218,7 +218,7 @@ def _known_task(data_args: DataArguments, task: LanguageTask | None) -> Task:
 
 
 def _open(data_args: DataArguments, task: Task, cache_dir: str | None, token: str | None) -> dict[str, Dataset]:
-    """As `open_source`; JSON files and local folders as they are, since messages and answers are nested."""
+    """As `open_source`, but read JSON files and local folders unchanged, because messages and answers are nested."""
     folder = Path(data_args.dataset_name).expanduser() if data_args.dataset_name else None
     if folder is not None and folder.is_dir():
         try:
@@ -252,10 +252,10 @@ def _open(data_args: DataArguments, task: Task, cache_dir: str | None, token: st
 
 
 def _in_our_columns(split: str, rows: Dataset, wanted: Sequence[str] | None) -> tuple[Form, Dataset]:
-    """The form of the rows, and the rows with its columns alone.
+    """Return the form of the rows, and the rows with only the columns of this form.
 
     Args:
-        wanted: `text_columns`: one column of text or messages, or those of prompt and completion.
+        wanted: `text_columns`: one column of text or messages, or the two columns of prompt and completion.
     """
     columns = rows.column_names
     if wanted:
@@ -311,9 +311,9 @@ def _check_rows(split: str, rows: Dataset, form: Form, answers: bool) -> None:
 
 
 def _check_value(column: str, number: int, value: Any, form: Form) -> None:
-    """Refuse what is neither text nor messages, as the form asks for."""
+    """Raise `InputError` unless the value is text or messages, as the form requires."""
     if value is None or (isinstance(value, str | list) and not value):
-        raise InputError(f"{column} has nothing in row {number}; fill or remove it")
+        raise InputError(f"{column} is empty in row {number}; fill or remove it")
     if isinstance(value, str) and form is not Form.MESSAGES:
         return
     if not isinstance(value, list) or form is Form.TEXT:
@@ -330,16 +330,16 @@ def _check_value(column: str, number: int, value: Any, form: Form) -> None:
 
 
 def _is_message(message: Any) -> bool:
-    """Whether chat templates can take it: a call of tools may have no content."""
+    """Whether chat templates accept the message: a message with tool calls may have no content."""
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     return isinstance(message.get("content"), str) or bool(message.get("tool_calls"))
 
 
 def prompt_and_references(row: dict[str, Any], form: Form) -> tuple[Any, list[str]]:
-    """What a generation starts from, and the texts that count as right; none where they are unknown.
+    """Return the prompt of a generation and the accepted texts; no texts if they are unknown.
 
-    Of messages it is all turns before the last one of the assistant.
+    The prompt of messages is all turns before the assistant's last one.
     """
     if form is Form.PROMPT:
         completion = row["completion"]

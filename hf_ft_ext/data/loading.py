@@ -1,4 +1,4 @@
-"""Loading a task's or a user's data in one form: text columns and `label`, split by split."""
+"""Load a task's or a user's data into a common form: text columns and `label` for each split."""
 
 import logging
 import re
@@ -38,32 +38,30 @@ def load_data(
 ) -> TaskData:
     """Load the data that the arguments name.
 
-    The data comes from own files (`train_file`, ...), or else from `dataset_name` (a local folder or
-    a Hub id), or else from the task's own Hub id; with none of these it is the demo. A task given
-    together with files or `dataset_name` says what their columns, labels and metric are.
+    The data comes from own files (`train_file`, ...), else from `dataset_name` (a local folder or a Hub id), else from
+    the task's own Hub id. Without any of these it is the demo. A task given together with files or `dataset_name`
+    defines their columns, labels and metric.
 
-    - Rows whose label is -1 are dropped (SNLI marks pairs without a gold label so); a test split
-      without any label keeps its rows and has no `label` column. In own data with plain whole
-      numbers, -1 is a class.
-    - A data set without a validation split is validated on its labelled test split. Own files are
-      taken as they are given.
+    - Rows with label -1 are dropped (SNLI marks pairs without a gold label this way). A test split without any label
+      keeps its rows and has no `label` column. In own data with whole numbers as labels, -1 is a class.
+    - A data set without a validation split is validated on its labelled test split. Own files keep their roles.
     - `num_k` draws few-shot splits (see `few_shot_data`).
-    - `max_*_samples` keep n of the rows that are left, of training and validation those that `sample` says, of a test
-      split the first; more than there are keep all.
-    - Converted files are cached; a file whose modification time has changed is read anew.
-    - `streaming` leaves the training split where it is: its first rows stand for it in all checks, and rows behind
-      them without text or a known label are skipped when they come. The other splits are read into memory.
-    - Values of csv, tsv and json files are taken as they are written: see `hf_ft_ext.data.files.own_files`.
+    - `max_*_samples` keep at most n of the remaining rows: for training and validation those chosen by `sample`, for a
+      test split the first ones.
+    - Converted files are cached; a file with a new modification time is read again.
+    - `streaming` does not download the training split. All checks use its first rows; later rows without text or
+      without a known label are skipped. The other splits are read into memory.
+    - Values of csv, tsv and json files are kept as written: see `hf_ft_ext.data.files.own_files`.
 
     Args:
         data_args: what to load.
-        cache_dir: where downloads and converted files are kept; none = the Hub's cache.
+        cache_dir: where downloads and converted files are kept; `None` = the Hub's cache.
         token: Hub access token.
-        data_seed: of `num_k` and `sample`; `None` = 13.
+        data_seed: seed of `num_k` and `sample`; `None` = 13.
 
     Raises:
-        InputError: the data cannot be found or read, has no usable columns, labels or rows, or does
-            not fit the metric; the message says what to do.
+        InputError: the data cannot be found or read, has no usable columns, labels or rows, or does not fit the
+            metric. The message says how to fix it.
     """
     check_sampling(data_args)
     for option, choices in (("quoting", QUOTINGS), ("problem_type", (None, *PROBLEM_TYPES))):
@@ -91,11 +89,11 @@ def load_data(
             raise InputError(f"split '{name}' holds no rows; check the data")
     if task is not None and task.prepare is not None:
         if stream is not None:
-            raise InputError(f"--streaming: task '{task.name}' puts its rows together first; leave --streaming out")
+            raise InputError(f"--streaming: task '{task.name}' must rewrite its rows first; leave --streaming out")
         roles = [(role, name, task.prepare(data)) for role, name, data in roles]
     named = data_args.label_column
     label_columns = [named] if isinstance(named, str) else list(named or [])
-    if len(label_columns) > 1:  # each column is a label
+    if len(label_columns) > 1:  # each column is one label
         other = roles[0][2].remove_columns([c for c in roles[0][2].column_names if c in label_columns])
         text_columns = _find_text(other, data_args.text_columns, None, task)
         label_column = None
@@ -113,7 +111,7 @@ def load_data(
     splits: dict[str, dict[str, Dataset]] = {"train": {}, "validation": {}, "test": {}}
     if ml.is_multi_label(roles, label_columns):
         if stream is not None:
-            raise InputError("--streaming reads one label per row, and here are several; leave --streaming out")
+            raise InputError("--streaming needs one label per row, but this data has several; leave --streaming out")
         kind = MULTI_LABEL
         names, vectors = ml.read_multi_labels(roles, label_columns, task, data_args.problem_type)
         for (role, name, data), values in zip(roles, vectors, strict=True):
@@ -156,8 +154,8 @@ def load_data(
     if data_args.num_k is not None:
         if data_args.validation_file and not validation_is_test(data):
             logger.warning(
-                "--validation_file is not read: --num_k draws evaluation rows from the training file, and the test is "
-                "--test_file"
+                "--validation_file is not used: --num_k draws evaluation rows from the training file, and the test "
+                "split is --test_file"
             )
         few = (data_args.num_k, data_seed, data_args.few_shot_split, data_args.allow_small_classes)
         data = few_shot_data(data, *few)
@@ -176,11 +174,11 @@ def load_data(
 
 
 def _check_few_shot(data_args: DataArguments) -> None:
-    """Options of few-shot splits that have nothing to act on, or contradict each other."""
+    """Refuse options of few-shot splits that would have no effect or contradict each other."""
     if data_args.num_k is None:
         if data_args.few_shot_split != "k-shot" or data_args.allow_small_classes:
             option = "allow_small_classes" if data_args.allow_small_classes else "few_shot_split"
-            raise InputError(f"--{option} is about few-shot splits; pass --num_k with it, or leave it out")
+            raise InputError(f"--{option} is for few-shot splits; pass --num_k with it, or leave it out")
     elif data_args.max_train_samples is not None:
         raise InputError(
             f"--num_k {data_args.num_k} and --max_train_samples {data_args.max_train_samples} both choose the "
@@ -188,13 +186,13 @@ def _check_few_shot(data_args: DataArguments) -> None:
         )
     elif data_args.streaming:
         raise InputError(
-            f"--num_k {data_args.num_k} draws from all training rows, which a stream never holds; leave "
+            f"--num_k {data_args.num_k} draws from all training rows, which a stream does not hold; leave "
             "--streaming out"
         )
 
 
 def _first_rows_of_stream(roles: list[tuple]) -> tuple[IterableDataset, list[tuple[str, str, Dataset]]]:
-    """The training split, and the splits with its first rows for it, all in memory."""
+    """Return the training stream, and all splits in memory, with only the first rows of the training split."""
     if roles[0][0] != "train":
         raise InputError("--streaming reads the training split, and the data has none; leave it out")
     first = ("train", f"train (its first {CHECKED:,} rows)", in_memory("train", roles[0][2], CHECKED))
@@ -251,7 +249,7 @@ def _check_text(split: str, data: Dataset, text_columns: tuple[str, ...]) -> Non
 
 
 def _find_label(roles: list[tuple[str, str, Dataset]], wanted: str | None, task: Task | None) -> str | None:
-    """Return the label column, which train and validation must have; `None` if only a test split could have it."""
+    """Return the label column, required in train and validation; `None` if there is only a test split without it."""
     needy = [(name, data) for role, name, data in roles if role != "test"]
     candidates = (wanted,) if wanted else task.label_columns if task else ("label", "labels")
     for candidate in candidates:
@@ -273,12 +271,12 @@ def _find_label(roles: list[tuple[str, str, Dataset]], wanted: str | None, task:
 
 
 def _listed(columns: Sequence[str]) -> str:
-    """Column names, long ones cut: they may be the first row of a file without a header."""
+    """List column names and shorten long ones, which may be the first row of a file without a header."""
     return ", ".join(name if len(name) < 60 else name[:57] + "..." for name in columns)
 
 
 def _header_hint(data: Dataset) -> str:
-    """What to do if the column names look like a row of data."""
+    """Return advice if the column names look like a row of data."""
     names = data.column_names
     like_data = [name for name in names if re.fullmatch(r"-?[0-9]+([.,][0-9]+)?", name) or len(name.split()) > 4]
     if not like_data:
@@ -292,7 +290,7 @@ def _labels_of(role: str, name: str, data: Dataset, column: str | None) -> lb.Ra
         return None
     raw = lb.read_labels(name, data, column)
     if role == "test" and raw.empty:
-        logger.info("split '%s' has no labels: it can be predicted on, not evaluated", name)
+        logger.info("split '%s' has no labels: it can be used for prediction, not for evaluation", name)
         return None
     lb.check_missing(raw)
     return raw
@@ -309,7 +307,7 @@ def _convert(labelled: list[lb.RawLabels], kind: str, task: Task | None):
 
 
 def _with_labels(name: str, data: Dataset, values: np.ndarray, feature, drop: bool) -> Dataset:
-    """`data` with the labels `values`: `[rows]`, or `[rows, labels]`; `drop` leaves out rows without a label."""
+    """Add the labels `values`, `[rows]` or `[rows, labels]`, to `data`; `drop` removes rows without a label."""
     data = data.add_column(LABEL, values.tolist() if values.ndim > 1 else values, feature=feature)
     labelled = (values != lb.UNLABELLED).reshape(len(values), -1 if len(values) else 1).all(axis=1)
     keep = np.flatnonzero(labelled) if drop else np.arange(len(values))
@@ -326,7 +324,7 @@ def _first(data: Dataset, limit: int | None) -> Dataset:
 
 
 def _positive_label(data_args: DataArguments, task: Task | None, names, kind: str, metric) -> str | None:
-    """Check the metrics; the name of the positive class, as given, of the task, or as the names themselves show it."""
+    """Check the metrics and return the positive class: the given one, the task's, or one evident from the names."""
     wanted = data_args.positive_label
     if wanted is None and task is not None and task.positive_label in (names or ()):
         wanted = task.positive_label if kind != REGRESSION else None

@@ -1,4 +1,4 @@
-"""Several labels per row: from lists of labels, or columns of 0 and 1, to one vector of 0 and 1 per row."""
+"""Several labels per row: convert lists of labels, or columns of 0 and 1, to one vector of 0 and 1 per row."""
 
 import ast
 import logging
@@ -37,34 +37,33 @@ def is_multi_label(roles: Roles, columns: Sequence[str]) -> bool:
 def read_multi_labels(
     roles: Roles, columns: Sequence[str], task: Task | None, wanted: str | None = None
 ) -> tuple[list[str], list[np.ndarray | None]]:
-    """Label names, and for each split 0 and 1 as float32 `[rows, labels]`.
+    """Return the label names and, for each split, 0 and 1 as float32 `[rows, labels]`.
 
-    Rows that are -1 throughout have no label and are `UNLABELLED` throughout. A test split with rows that lack a
-    label has `None`: it can be predicted on, not evaluated.
+    Rows whose values are all -1 have no label and are `UNLABELLED` in all entries. A test split with unlabelled rows
+    gives `None`: it can be used for prediction, not for evaluation.
 
-    - A list holds the names or ids of a row's labels; names are the ClassLabel's, else all labels of the training
-      split, in their order.
-    - Lists of one length that hold 0 and 1 alone are vectors already; their labels are named by position.
-    - Columns name the labels; their values are 0 and 1, true and false, yes and no.
+    - A list holds the names or ids of a row's labels. The label names are the ClassLabel's, else all labels of the
+      training split, sorted.
+    - Lists of equal length that hold only 0 and 1 are vectors; their labels are named by position.
+    - With several columns, the column names are the labels; values are 0 and 1, true and false, or yes and no.
 
     Args:
-        roles: the splits, the training split first where there is one.
+        roles: the splits, the training split first if there is one.
         columns: one column of lists, or several of 0 and 1.
-        task: a known task, none of which has several labels per row.
-        wanted: the problem type that the user asked for, if any.
+        task: a known task; none of them has several labels per row, so this is an error.
+        wanted: the problem type that the user passed, if any.
 
     Raises:
-        InputError: anything else.
+        InputError: any other form of labels, or fewer than two labels.
     """
     if task is not None:
         raise InputError(
-            f"task '{task.name}' has one label per row, but the labels in {', '.join(columns)} are several; leave "
-            "--task_name out"
+            f"task '{task.name}' has one label per row, but {', '.join(columns)} gives several; leave --task_name out"
         )
     if wanted not in (None, MULTI_LABEL):
         raise InputError(
-            f"--problem_type {wanted}: the labels in {', '.join(columns)} are several per row; leave it out, or name "
-            "one column of single labels with --label_column"
+            f"--problem_type {wanted}: {', '.join(columns)} gives several labels per row; leave it out, or name one "
+            "column of single labels with --label_column"
         )
     if len(columns) > 1:
         names, arrays = list(columns), [_from_columns(role, name, data, columns) for role, name, data in roles]
@@ -81,7 +80,7 @@ def read_multi_labels(
 
 
 def feature(count: int) -> Any:
-    """Type of the label column of `count` labels."""
+    """Return the type of a column of `count` labels."""
     return datasets.Sequence(Value("float32"), length=count)
 
 
@@ -128,7 +127,7 @@ def _from_column(split: str, data: Dataset, column: str) -> np.ndarray:
 
 
 def _number(value: Any) -> float | None:
-    """0 or 1, `UNLABELLED`, `MISSING`, or `None` for anything else."""
+    """Convert a value to 0 or 1, `UNLABELLED` or `MISSING`; `None` for anything else."""
     if value is None or (isinstance(value, float) and np.isnan(value)):
         return MISSING
     if isinstance(value, str) and not value.strip():
@@ -175,14 +174,14 @@ def _lists_of(role: str, split: str, data: Dataset, column: str) -> list[list | 
         if str(getattr(data.features[column], "dtype", "")) == "null":
             return [None] * len(data)
         raise InputError(
-            f"label column '{column}' of split '{split}' holds {data.features[column]}, in other splits lists; all "
-            "splits need the same kind of labels"
+            f"label column '{column}' of split '{split}' holds {data.features[column]}, but lists in other splits; "
+            "all splits need the same kind of labels"
         )
     return found
 
 
 def _lists_in_text(data: Dataset, column: str) -> list[list | None] | None:
-    """Lists written out as text, as pandas writes them to csv: `['a', 'b']`; `None` if any row is something else."""
+    """Parse lists in text form (`['a', 'b']`, as pandas writes them to csv); `None` if a row is not a list."""
     if "string" not in str(getattr(data.features[column], "dtype", "")):
         return None
     found: list[list | None] = []
@@ -201,7 +200,7 @@ def _lists_in_text(data: Dataset, column: str) -> list[list | None] | None:
 
 
 def _are_vectors(splits: list[list[list | None]]) -> bool:
-    """Whether all lists have one length of two or more and hold 0 and 1 alone: as ids, such a list would be odd."""
+    """Whether all lists have the same length of two or more and hold only 0 and 1 (unlikely for lists of ids)."""
     rows = [row for rows in splits for row in rows if row is not None]
     if not rows or len({len(row) for row in rows}) != 1 or len(rows[0]) < 2:
         return False
@@ -227,7 +226,7 @@ def _tokens(split: str, column: str, row: int, labels: list, names: list[str] | 
 
 
 def _in_order(splits: list[list[list[str] | None] | None]) -> list[str]:
-    """All labels, sorted, whole numbers by value."""
+    """Return all labels, sorted; whole numbers by value."""
     names = {label for rows in splits if rows is not None for row in rows if row is not None for label in row}
     try:
         return sorted(names, key=int)
@@ -256,14 +255,14 @@ def _vectors(split: str, rows: list[list[str] | None], names: Sequence[str], sou
 
 
 def _settled(role: str, split: str, values: np.ndarray | None, columns: Sequence[str]) -> np.ndarray | None:
-    """The values as float32, once every row has all of its labels or none."""
+    """Return the values as float32, after checking that every row has all of its labels or none."""
     if values is None:
         return None
     missing, unlabelled = np.isnan(values), (values == UNLABELLED).all(axis=1)
     without = missing.all(axis=1) | unlabelled
     if role == "test" and without.any():
         state = "no row has" if without.all() else f"{int(without.sum())} of {len(values)} rows do not have"
-        logger.info("split '%s': %s labels; it can be predicted on, not evaluated", split, state)
+        logger.info("split '%s': %s labels; it can be used for prediction, not for evaluation", split, state)
         return None
     gaps = np.argwhere(missing | ((values == UNLABELLED) & ~unlabelled[:, None]))
     if len(gaps):

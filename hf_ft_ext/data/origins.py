@@ -1,4 +1,4 @@
-"""Where the rows of a split come from: which split of the data set, how many of its rows, and how they were chosen."""
+"""The origin of a split's rows: the split of the data set, the number of its rows, and how they were chosen."""
 
 import hashlib
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ Origins = dict[tuple[str, str], "SplitOrigin"]  # by role (train, validation, te
 
 @dataclass(frozen=True)
 class SplitOrigin:
-    """What the rows of a split are.
+    """The origin of the rows of a split.
 
     Attributes:
         split: the split's name in the data set; `train`, `validation` or `test` for own files.
-        rows: how many are used; `None` for a stream.
-        source_rows: how many that split has, rows without a label left out; `None` for a stream.
-        drawn: how they were drawn, in words; empty if they were not.
-        content: hash of texts and labels, by the labels' names, in order; `None` for a stream.
+        rows: number of rows in use; `None` for a stream.
+        source_rows: number of rows in that split, without unlabelled rows; `None` for a stream.
+        drawn: description of the random draw; empty if rows were not drawn.
+        content: hash of texts and label names, in row order; `None` for a stream.
     """
 
     split: str
@@ -44,7 +44,7 @@ class SplitOrigin:
         return ALL if self.rows == self.source_rows else FIRST
 
     def record(self) -> dict[str, Any]:
-        """The origin as `run.json` holds it."""
+        """Return the origin in the form of `run.json`."""
         return {
             "split": self.split,
             "rows": self.rows,
@@ -56,7 +56,7 @@ class SplitOrigin:
 
 
 def whole_splits(data: Any) -> Origins:
-    """Origins of the splits of a `TaskData` that is neither drawn from nor cut yet."""
+    """Return the origins of the splits of a `TaskData` before any rows are drawn or cut."""
     origins = {}
     for role, splits in (("train", {"train": data.train}), ("validation", data.validation), ("test", data.test)):
         for name, rows in splits.items():
@@ -66,12 +66,12 @@ def whole_splits(data: Any) -> Origins:
 
 
 def final_origins(data: Any, drawn: str = "", training_splits: Sequence[str] = ()) -> Origins:
-    """Origins of the splits of a `TaskData` as they are used: their present number of rows, and their content.
+    """Return the origins of the splits of a `TaskData` in their final form, with row counts and content hashes.
 
     Args:
-        data: `data.origins` may lack splits that another role lent, such as a validation that is the test split.
-        drawn: how training and validation rows were chosen, where some were left out; empty = the first ones.
-        training_splits: names of the splits that the training rows are of, where these are not one named `train`.
+        data: `data.origins` may lack splits taken from another role, such as the test split used for validation.
+        drawn: how training and validation rows were chosen if some were left out; empty = the first ones.
+        training_splits: names of the source splits of the training rows, if not one split named `train`.
     """
     origins = {}
     for (role, name), now in whole_splits(data).items():
@@ -87,7 +87,7 @@ def final_origins(data: Any, drawn: str = "", training_splits: Sequence[str] = (
 
 
 def content_hash(rows: Dataset | IterableDataset) -> str | None:
-    """The first 16 hexadecimal digits of a SHA-256 over all cells, in order; `None` for a stream."""
+    """Return the first 16 hexadecimal digits of a SHA-256 over all cells, in order; `None` for a stream."""
     if not isinstance(rows, Dataset):
         return None
     digest = hashlib.sha256()
@@ -103,10 +103,10 @@ def content_hash(rows: Dataset | IterableDataset) -> str | None:
 
 
 def data_source(data_args: DataArguments, task: Task) -> dict[str, Any]:
-    """What data set a run has used, as `run.json` holds it.
+    """Return the data set of a run in the form of `run.json`.
 
-    Keys: `hub_id` with `config` and `revision`, or `folder`, or `files` (absolute paths by option); all of them `None`
-    for the demo.
+    Keys: `hub_id` with `config` and `revision`, or `folder`, or `files` (absolute paths by option). For the demo all
+    values are `None`.
     """
     options = ("train_file", "validation_file", "test_file")
     files = {option: getattr(data_args, option) for option in options if getattr(data_args, option)}

@@ -1,4 +1,4 @@
-"""Tokenising a `TaskData`: from text columns to `input_ids`, `attention_mask`, `labels`."""
+"""Tokenise a `TaskData`: from text columns to `input_ids`, `attention_mask` and `labels`."""
 
 import logging
 from dataclasses import replace
@@ -13,7 +13,7 @@ from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 
-# transformers' mark for a tokenizer that sets no limit is about 1e30.
+# transformers gives a tokenizer without a length limit a limit of about 1e30.
 _NO_LIMIT = 10**9
 _STREAMED = 256  # rows of a stream that are tokenised at a time
 
@@ -21,16 +21,16 @@ logger = logging.getLogger(__name__)
 
 
 class RowEncoder(Protocol):
-    """What turns texts into the columns that a model takes."""
+    """Converts texts into the columns that a model takes."""
 
     def __call__(self, columns: list[list[str]], split: str, indices: list[int]) -> dict[str, list]:
-        """Columns of the rows `indices` of `split`, whose texts are `columns`, one list per text of a row."""
+        """Return the columns of the rows `indices` of `split`; `columns` holds one list for each text of a row."""
 
     def features(self, split: str) -> dict[str, Any]:
-        """Names and types of the columns."""
+        """Return the names and types of the columns."""
 
     def report(self, split: str, so_far: bool) -> None:
-        """Log what is known of the rows of `split`: after all of them, or with `so_far` after some of a stream."""
+        """Log about the rows of `split`: after all of them or, with `so_far`, after some rows of a stream."""
 
 
 def tokenize(
@@ -43,26 +43,24 @@ def tokenize(
 ) -> TaskData:
     """Return the data with every split tokenised.
 
-    A split then has `input_ids`, `attention_mask`, what else the tokenizer returns
-    (`token_type_ids`), and `labels` unless it has none: class ids (int64), scores (float32), or 0 and 1
-    for each label (float32). Rows
-    are truncated to `max_seq_length` tokens, the longer text of a pair first, and padded only with
-    `pad_to_max_length`; else the data collator pads each batch. Truncation and padding settings
-    saved in a tokenizer file have no effect. The result is kept in memory: nothing is cached, so
-    nothing can be stale. Of a stream, rows are tokenised when their turn comes.
+    A split then has `input_ids`, `attention_mask`, other columns of the tokenizer (`token_type_ids`), and `labels` if
+    it is labelled: class ids (int64), scores (float32), or 0 and 1 for each label (float32). Rows are truncated to
+    `max_seq_length` tokens, the longer text of a pair first. They are padded only with `pad_to_max_length`; otherwise
+    the data collator pads each batch. Truncation and padding settings saved in a tokenizer file have no effect. The
+    result is kept in memory and not cached. The rows of a stream are tokenised when they are read.
 
     Args:
-        data: what `load_data` returns.
+        data: the result of `load_data`.
         tokenizer: of the model.
         data_args: `max_seq_length` and `pad_to_max_length` are read.
-        label2id: the model's own labels. If they are the data's names, case aside, in another order,
-            the labels and `label_names` take the model's order; else they keep the data's.
-        model_max_length: tokens that the model has positions for, special tokens included.
+        label2id: the model's own labels. If they are the data's names (ignoring case) in another order, `labels` and
+            `label_names` take the model's order; otherwise they keep the data's.
+        model_max_length: number of positions of the model, special tokens included.
         encoder: tokenises the rows; `None` = as single texts or pairs.
 
     Raises:
-        InputError: `max_seq_length` is beyond the model's or tokenizer's limit or leaves no room for
-            text, there is no token to pad with, or a text is missing.
+        InputError: `max_seq_length` exceeds the limit of the model or tokenizer or leaves no room for text, the
+            padding token is missing, or a text is missing.
     """
     if encoder is None:
         encoder = _PlainEncoder(tokenizer, data_args, model_max_length, len(data.text_columns))
@@ -81,7 +79,7 @@ def tokenize(
 
 
 class _PlainEncoder:
-    """Single texts or pairs, by the tokenizer's own form."""
+    """Tokenises single texts or pairs in the tokenizer's own format."""
 
     def __init__(self, tokenizer, data_args: DataArguments, model_max_length: int | None, texts: int):
         length = check_length(tokenizer, data_args, model_max_length)
@@ -97,10 +95,10 @@ class _PlainEncoder:
         self.logged: set[str] = set()  # splits
 
     def __call__(self, columns: list[list[str]], split: str, indices: list[int]) -> dict[str, list]:
-        if len(columns) > 2:  # tokenizers put two texts together: the others go behind the second
+        if len(columns) > 2:  # tokenizers take at most two texts: join the others to the second
             columns = [columns[0], [" ".join(texts) for texts in zip(*columns[1:], strict=True)]]
         encoded = dict(self.tokenizer(*columns, **self.options))
-        # A model takes no sequence of length 0: tokenizers without special tokens (GPT-2) give one for an empty text.
+        # Models do not accept sequences of length 0, which tokenizers without special tokens (GPT-2) give for "".
         for row, ids in enumerate(encoded["input_ids"]):
             attended = encoded["attention_mask"][row] if "attention_mask" in encoded else [1] * len(ids)
             if not any(attended):
@@ -108,12 +106,12 @@ class _PlainEncoder:
         return encoded
 
     def _fill(self, encoded: dict[str, list], row: int, split: str, index: int) -> None:
-        """Give a row without tokens one: the end of the text, or its beginning."""
+        """Give an empty row one token: the end-of-text token, or else a token for the beginning or a separator."""
         name = next((n for n in ("eos_token", "bos_token", "sep_token") if getattr(self.tokenizer, n)), None)
         if name is None:
             raise InputError(
                 f"row {index} of split '{split}' (counted from 0 among the rows in use) has no tokens, and the "
-                "tokenizer has no end-of-text token to stand for it; fill or remove the row"
+                "tokenizer has no end-of-text token to put there; fill or remove the row"
             )
         if split not in self.logged:
             self.logged.add(split)
@@ -130,23 +128,23 @@ class _PlainEncoder:
                 rows[row][place] = value
 
     def features(self, split: str) -> dict[str, Any]:
-        # Probing one row tells which columns this tokenizer returns, so that labels get their type from the start.
+        # Tokenise one row to find the columns of this tokenizer, so that all column types are known from the start.
         return {name: Sequence(column_type(name)) for name in self.tokenizer(*[["a"]] * self.texts, **self.options)}
 
     def report(self, split: str, so_far: bool) -> None:
-        """Nothing: texts without tokens are logged when they come."""
+        """Do nothing: texts without tokens are logged as they are tokenised."""
 
 
 def column_type(name: str) -> Value:
-    """Type of the entries of a tokenised column."""
+    """Return the type of the entries of a tokenised column."""
     return Value("int32" if name == "input_ids" else "int8")
 
 
 def check_length(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, model_max_length: int | None) -> int:
-    """`max_seq_length`, if model and tokenizer can take it.
+    """Return `max_seq_length` after checking it against the limits of model and tokenizer.
 
     Raises:
-        InputError: they cannot.
+        InputError: it exceeds one of them.
     """
     length = DEFAULT_LENGTH if data_args.max_seq_length is None else data_args.max_seq_length
     limits = {"the model": model_max_length, "the tokenizer": tokenizer.model_max_length}
@@ -162,7 +160,7 @@ def check_length(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, m
 
 
 def own_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """What the tokenizer itself puts before and behind a text: OPT a start token, GPT-2 nothing, T5 an end token."""
+    """Return the special tokens that the tokenizer adds before and after a text (GPT-2: none, T5: an end token)."""
     whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     for start in range(len(whole) - len(bare) + 1):
         if bare and whole[start : start + len(bare)] == bare:
@@ -171,7 +169,7 @@ def own_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
 
 
 def without_beginning(ids: list[int], length: int, start: list[int]) -> list[int]:
-    """The last tokens of a prompt, behind the `start` that the tokenizer puts in front of a text: `length` at most."""
+    """Return the last tokens of a prompt, at most `length` in all, after the tokenizer's `start` tokens."""
     if len(ids) <= length:
         return ids
     kept = start if ids[: len(start)] == start and len(start) < length else []
@@ -181,7 +179,7 @@ def without_beginning(ids: list[int], length: int, start: list[int]) -> list[int
 def _label_order(
     names: list[str] | None, label2id: dict[str, int] | None
 ) -> tuple[list[str] | None, list[int] | None]:
-    """Return the label names in the model's order and the new id of each old one (`None`: as they are)."""
+    """Return the label names in the model's order and the new id of each old one (`None`: unchanged)."""
     if not names or not label2id:
         return names, None
     model_ids = {str(name).lower(): int(i) for name, i in label2id.items()}

@@ -1,4 +1,4 @@
-"""A part of a split's rows: the first ones, drawn ones, or drawn ones with the shares of the classes."""
+"""Select some of a split's rows: the first ones, a random sample, or a stratified sample."""
 
 import logging
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_sampling(data_args: DataArguments) -> None:
-    """Raise `InputError` if `max_*_samples` or `sample` cannot be honoured."""
+    """Raise `InputError` if `max_*_samples` or `sample` is invalid or would have no effect."""
     for option in _LIMITS:
         limit = getattr(data_args, option)
         if limit is not None and limit < 1:
@@ -32,26 +32,26 @@ def check_sampling(data_args: DataArguments) -> None:
         )
     if data_args.streaming and data_args.max_train_samples is not None:
         raise InputError(
-            f"--sample {data_args.sample} draws from all training rows, which a stream never holds; leave --streaming "
-            "out"
+            f"--sample {data_args.sample} draws from all training rows, which a stream does not hold; leave "
+            "--streaming out"
         )
 
 
 def draw_text(data_args: DataArguments, seed: int | None) -> str:
-    """How `sampled` draws, in words; empty where it takes the first rows."""
+    """Return a description of how `sampled` draws; empty if it takes the first rows."""
     if data_args.sample == FIRST:
         return ""
     return f"{data_args.sample}, data_seed {DEFAULT_SEED if seed is None else seed}"
 
 
 def sampled(split: str, data: Dataset, data_args: DataArguments, seed: int | None) -> Dataset:
-    """The rows of `split` that `data_args` want, in their order.
+    """Return the rows of `split` that `data_args` select, in their original order.
 
     Args:
         split: `train`, or any other name for validation data.
-        data: all rows; with a label column, classes that are lost are logged.
+        data: all rows; if there is a label column, classes without a selected row are logged.
         data_args: `sample` and the limit are read.
-        seed: of the draw; `None` = 13, as for few-shot splits.
+        seed: seed of the draw; `None` = 13, as for few-shot splits.
     """
     option = "max_train_samples" if split == "train" else "max_eval_samples"
     limit = getattr(data_args, option)
@@ -65,7 +65,9 @@ def sampled(split: str, data: Dataset, data_args: DataArguments, seed: int | Non
         if data_args.sample == RANDOM or labels is None:
             rows = order[:limit]
         elif labels.ndim > 1:
-            raise InputError(f"--sample {STRATIFIED} needs one label per row, and here are several; pass {RANDOM}")
+            raise InputError(
+                f"--sample {STRATIFIED} needs one label per row, but this data has several; pass {RANDOM}"
+            )
         elif isinstance(data.features[LABEL], ClassLabel):
             rows = _of_classes(order, labels, limit)
         else:
@@ -89,7 +91,7 @@ def sampled(split: str, data: Dataset, data_args: DataArguments, seed: int | Non
 
 
 def _of_classes(order: np.ndarray, labels: np.ndarray, n: int) -> np.ndarray:
-    """`n` rows, of each class its share by largest remainders, and one at least where `n` allows it."""
+    """Return `n` rows with the shares of the classes (largest remainders), at least one of each if `n` allows it."""
     classes, counts = np.unique(labels, return_counts=True)
     exact = counts * (n / counts.sum())
     taken = np.floor(exact).astype(np.int64)
@@ -103,7 +105,7 @@ def _of_classes(order: np.ndarray, labels: np.ndarray, n: int) -> np.ndarray:
 
 
 def _of_scale(order: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
-    """`n` rows at even distances of the sorted scores; rows of equal score in the order of the draw."""
+    """Return `n` rows evenly spaced in the order of the scores; rows of equal score are in the order of the draw."""
     by_score = order[np.argsort(scores[order], kind="stable")]
     middles = (np.arange(n) + 0.5) * (len(order) / n)
     return by_score[middles.astype(np.int64)]

@@ -1,4 +1,4 @@
-"""Opening the data: a Hub id, a local folder, own files, the demo. All faults become `InputError`."""
+"""Open the data: a Hub id, a local folder, own files or the demo. All failures become `InputError`."""
 
 import glob
 import hashlib
@@ -41,11 +41,11 @@ from hf_ft_ext.errors import InputError
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _FILE_OPTIONS = ("train_file", "validation_file", "test_file")
 _INSTEAD = "pass a local folder to --dataset_name, or own files with --train_file and --validation_file"
-_UNNAMED = "default"  # what `datasets` calls the configuration of a data set that names none
-# What `datasets` lets through from the readers below it, besides its own errors.
+_UNNAMED = "default"  # the name that `datasets` gives to the configuration of a data set without configurations
+# Errors of `datasets`, and those of its readers that it does not wrap.
 READ_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, StopIteration, KeyError, pa.ArrowException)
 
-# The error base of the HTTP client under huggingface_hub, whichever it is (it has changed twice).
+# The base error of huggingface_hub's HTTP client, taken from its errors because the client has changed twice.
 _HTTP_ERROR = HfHubHTTPError.__bases__[0]
 _NOT_FOUND = (GatedRepoError, RepositoryNotFoundError, DatasetNotFoundError, HFValidationError)
 
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 def reason(error: BaseException) -> str:
-    """The first line of the innermost cause: what the reader itself complained of."""
+    """Return the first line of the innermost cause, which is the reader's own error."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()
@@ -95,15 +95,15 @@ def _hub_faults(name: str) -> Iterator[None]:
 def open_source(
     data_args: DataArguments, task: Task | None, *, cache_dir: str | None = None, token: str | None = None
 ) -> dict[str, Dataset | IterableDataset]:
-    """Return the splits as they are stored, by their own names, `train` first where there is one.
+    """Return the splits as they are stored, by their own names, `train` first if there is one.
 
-    With `data_args.streaming` nothing is downloaded or converted yet: the training split, and with a data set all
-    splits, are streams.
+    With `data_args.streaming` nothing is downloaded or converted here. Of own files the training split is a stream, of
+    a data set all splits are.
 
     Args:
-        data_args: says where the data is; see `hf_ft_ext.data.loading.load_data`.
-        task: gives the Hub id and configuration that `data_args` leaves open.
-        cache_dir: where downloads and converted files are kept; none = the Hub's cache.
+        data_args: the location of the data; see `hf_ft_ext.data.loading.load_data`.
+        task: the source of Hub id and configuration if `data_args` does not set them.
+        cache_dir: where downloads and converted files are kept; `None` = the Hub's cache.
         token: Hub access token.
 
     Raises:
@@ -118,7 +118,7 @@ def open_source(
         value = getattr(data_args, option)
         if value and (files or not (data_args.dataset_name or (task and task.hub_id))):
             raise InputError(
-                f"--{option} {value} has nothing to choose from; pass --dataset_name with it, or leave it out"
+                f"--{option} {value} applies only to data sets; pass --dataset_name with it, or leave it out"
             )
     reading = _reading(data_args, task)
     for option in ("train_split", "validation_split", "test_split"):
@@ -136,7 +136,7 @@ def open_source(
 
 
 def _reading(data_args: DataArguments, task: Task | None) -> Reading:
-    """What the arguments say on the columns of own files."""
+    """Return what the arguments define about the columns of own files."""
     wanted = data_args.label_column
     labels = (
         {wanted} if isinstance(wanted, str) else set(wanted or (task.label_columns if task else ("label", "labels")))
@@ -173,7 +173,7 @@ def _open_files(
     splits = {}
     for option, place in paths.items():
         with _local_faults(f"--{option} {files[option]}", "check that it holds rows and is a valid .parquet file"):
-            # One call for each file: the test file may lack the label column. The cache notices edited files.
+            # One call for each file, because the test file may lack the label column. The cache notices edited files.
             splits[option.removesuffix("_file")] = load_dataset(
                 kind,
                 data_files={"train": glob.escape(place)},  # a path, not a pattern
@@ -185,10 +185,10 @@ def _open_files(
 
 
 def _check_reading(reading: Reading, kind: str) -> None:
-    """Refuse settings of delimited files where there are none."""
+    """Refuse settings of delimited files for other formats."""
     if kind != "csv" and (reading.quoting != AUTO or reading.names):
         option = "column_names" if reading.names else "quoting"
-        raise InputError(f"--{option} is about csv and tsv files, and these are {kind}; leave it out")
+        raise InputError(f"--{option} is for csv and tsv files, but this data is {kind}; leave it out")
 
 
 def _open_dataset(
@@ -197,7 +197,7 @@ def _open_dataset(
     name = data_args.dataset_name or task.hub_id
     folder = Path(name).expanduser()
     if folder.is_file():
-        raise InputError(f"--dataset_name {name} is a file; pass it as --train_file, or pass the folder that it is in")
+        raise InputError(f"--dataset_name {name} is a file; pass it as --train_file, or pass its folder")
     if folder.is_dir():
         if data_args.dataset_revision is not None:
             raise InputError(
@@ -216,7 +216,7 @@ def _open_dataset(
         raise InputError(f"data set folder '{name}' does not exist; check the path, or pass a Hub id (owner/name)")
     else:
         faults = _hub_faults(name)
-    # Every call needs them all: without `cache_dir`, say, an offline run looks for the data set elsewhere.
+    # Pass all of them in every call: without `cache_dir`, for example, an offline run searches the wrong cache.
     options = {"cache_dir": cache_dir, "token": token, "revision": data_args.dataset_revision}
     with faults:
         if name == (task and task.hub_id) and not data_args.dataset_config_name:
@@ -235,7 +235,9 @@ def _open_dataset(
         elif data_args.dataset_revision is not None:
             _check_revision(name, config, options)
         if reading.quoting != AUTO or reading.names:
-            _check_reading(reading, "read as their publisher says" if not folder.is_dir() else "of other formats")
+            _check_reading(
+                reading, "read with its publisher's settings" if not folder.is_dir() else "in other formats"
+            )
         splits = load_dataset(name, config, streaming=data_args.streaming, **options)
     if any(rows.info.builder_name == "csv" for rows in splits.values()):
         logger.warning(
@@ -247,9 +249,9 @@ def _open_dataset(
 
 
 def _own_files_of(builder: Any) -> dict[str, list[tuple[str, str]]] | None:
-    """The csv and json files of a local folder, if its README.md says nothing on how to read them.
+    """Return the csv and json files of a local folder, unless its README.md sets options for reading them.
 
-    `datasets` reads every csv with quotes, takes NA for a missing value and texts that look like dates for dates.
+    `datasets` would read every csv with quotes, NA as a missing value, and texts that look like dates as dates.
     """
     config = builder.config
     set_apart = {"name", "version", "data_dir", "data_files", "description", "sep"}
@@ -269,9 +271,9 @@ def _own_files_of(builder: Any) -> dict[str, list[tuple[str, str]]] | None:
 
 
 def _cache_for(folder: str, builder: Any, cache_dir: str | None) -> str:
-    """Return a cache folder for the present state of a local data set's files.
+    """Return a cache folder for the current state of a local data set's files.
 
-    By itself `datasets` does not notice edits of files that a README.md lists.
+    `datasets` itself does not notice changes of files that a README.md lists.
     """
     state = hashlib.sha256(folder.encode())
     files = builder.config.data_files or {}
@@ -288,7 +290,7 @@ def _choose_config(name: str, wanted: str | None, task: Task | None, options: di
         return wanted or _cached_config(name, task, options)
     if wanted is None and len(configs) == 1:
         return configs[0]
-    # Not load_dataset's own complaint: it comes late and without the option's name.
+    # Check here, because load_dataset's own error comes late and does not name the option.
     chosen = wanted or (task.name if task and task.name in configs else None)
     if chosen is None and task is None:
         chosen = get_dataset_default_config_name(name, **options)
@@ -307,7 +309,7 @@ def _is_cached_only(name: str, options: dict[str, Any]) -> bool:
 
 
 def _cached_config(name: str, task: Task | None, options: dict[str, Any]) -> str | None:
-    """The configuration of a data set in the cache: the only one, or the task's; the cache lists no others."""
+    """Return the configuration of a cached data set: the only one, or the task's (the cache does not list others)."""
     try:
         load_dataset_builder(name, None, **options)
     except ValueError as error:
@@ -318,7 +320,7 @@ def _cached_config(name: str, task: Task | None, options: dict[str, Any]) -> str
 
 
 def _check_revision(name: str, config: str | None, options: dict[str, Any]) -> None:
-    """Raise `InputError` if a data set comes from the cache in a revision that is not the one asked for."""
+    """Raise `InputError` if a data set comes from the cache in another revision than `dataset_revision`."""
     wanted = options["revision"]
     if not _is_cached_only(name, options):
         return

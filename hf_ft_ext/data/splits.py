@@ -1,4 +1,4 @@
-"""Which splits of a data set train, validate and test."""
+"""Choose the splits of a data set for training, validation and test."""
 
 import logging
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ def find_roles(
 ) -> list[tuple[str, str, Dataset | IterableDataset]]:
     """Return (role, split name, rows), training first, then validation, then test.
 
-    Each role takes the splits that `data_args` name, else those of the task, else those whose names begin like it.
-    Several training splits become one, named `train`, if `train_split` names them.
+    Each role takes the splits named in `data_args`, else those of the task, else those whose names begin with the
+    role's name. Several training splits named in `train_split` are concatenated to one, named `train`.
 
     Raises:
-        InputError: a split that the data lacks; several training splits and no choice; no split at all.
+        InputError: a split is missing, there are several training splits and no choice, or there is no split.
     """
     of_task = {"train": ("train",)} | (
         {"validation": task.validation_splits, "test": task.test_splits} if task else {"validation": (), "test": ()}

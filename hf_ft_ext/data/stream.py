@@ -1,4 +1,4 @@
-"""Training data as a stream: rows are read, checked and numbered when their turn comes."""
+"""Training data as a stream: rows are read and checked, and their labels converted, during training."""
 
 import logging
 from collections.abc import Sequence
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def in_memory(split: str, data: Dataset | IterableDataset, rows: int | None = None) -> Dataset:
-    """All rows of a split, or its first `rows`; a `Dataset` is returned as it is.
+    """Return all rows of a split, or its first `rows`, in memory; a `Dataset` is returned unchanged.
 
     Raises:
-        InputError: they cannot be read.
+        InputError: the rows cannot be read.
     """
     if isinstance(data, Dataset):
         return data
@@ -43,17 +43,17 @@ def usable_rows(
     feature: ClassLabel | Value,
     task: Task | None,
 ) -> IterableDataset:
-    """The rows of `stream` in the form of a `TaskData`, without those that no one can train on.
+    """Return the rows of `stream` in the form of a `TaskData`, without unusable rows.
 
-    Rows that lack a text or have no label among the known ones are skipped; the log says how many.
+    Rows without a text or without a known label are skipped and counted in the log.
 
     Args:
-        stream: as it is stored.
-        text_columns: one or two, with text.
-        label_column: where its labels are.
-        stored: the labels' type there, as the first rows have it.
-        feature: the labels' type in the result: a `ClassLabel` of all known labels, or float32.
-        task: a known task, or none.
+        stream: the stored data.
+        text_columns: one or two columns of text.
+        label_column: the column of labels.
+        stored: type of the stored labels, taken from the first rows.
+        feature: type of the resulting labels: a `ClassLabel` of all known labels, or float32.
+        task: a known task, or `None`.
     """
     columns = [*text_columns, label_column]
     return stream.select_columns(columns).map(
@@ -66,7 +66,7 @@ def usable_rows(
 
 
 class _Usable:
-    """Texts and numbered labels of a batch of rows, unusable ones left out and counted."""
+    """Converts a batch to texts and label ids or scores; drops and counts unusable rows."""
 
     def __init__(self, text_columns: tuple[str, ...], label_column: str, stored: Any, feature: Any, task: Task | None):
         self.text_columns, self.label_column = text_columns, label_column
@@ -84,7 +84,7 @@ class _Usable:
         }
 
     def _labels(self, values: list) -> tuple[np.ndarray, np.ndarray]:
-        """Ids or scores, and which of them there are."""
+        """Return ids or scores, and a mask of the usable ones."""
         raw = lb.raw_labels("train", self.label_column, [self._suited(value) for value in values], self.stored)
         if isinstance(self.feature, ClassLabel):
             ids = lb.known_ids(raw, self.feature.names, self.task)
@@ -93,7 +93,7 @@ class _Usable:
         return scores, np.isfinite(scores)
 
     def _suited(self, value: Any) -> Any:
-        """A label in the type that the first rows have, or `None`: readers of csv and json change it between parts."""
+        """Return a label in the type of the first rows, or `None`; readers may change the type between chunks."""
         dtype = "int" if isinstance(self.stored, ClassLabel) else str(self.stored.dtype)
         if isinstance(value, bool) or not dtype.startswith(("int", "uint", "float")):
             return value if isinstance(value, bool if dtype == "bool" else str) else None
@@ -105,7 +105,7 @@ class _Usable:
 
     def _count(self, skipped: int) -> None:
         self.skipped += skipped
-        if self.skipped >= max(1, 2 * self.said):  # in doubling numbers, not for every batch
+        if self.skipped >= max(1, 2 * self.said):  # log when the count has doubled, not for every batch
             self.said = self.skipped
             logger.warning(
                 "stream: %d rows so far lack a text or a label among %s; they are skipped",

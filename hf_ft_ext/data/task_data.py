@@ -1,4 +1,4 @@
-"""The data of one run, as every later step takes it."""
+"""The data of one run, in the form that all later steps use."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ class TaskData:
     (float32 `[labels]`).
     """
 
-    task: Task  # for own data one made for the occasion
+    task: Task  # created from the arguments for own data
     train: Dataset | IterableDataset | None  # a stream if `streaming`
     validation: dict[str, Dataset]  # by split name, in order; may be empty
     test: dict[str, Dataset]  # by split name, in order; may be empty
@@ -30,10 +30,10 @@ class TaskData:
     metric: str | Sequence[str]  # what `metric_function` takes
     text_columns: tuple[str, ...]  # one or two
     origins: Origins = field(default_factory=dict)  # of every split, by role and name
-    positive_label: str | None = None  # name of the positive class, where a metric asks for it
+    positive_label: str | None = None  # name of the positive class, if a metric needs one
 
     def metric_function(self, threshold: str | float | None = None) -> MetricFunction:
-        """The data's `compute_metrics`, whatever order the labels have now (see `hf_ft_ext.metric_function`)."""
+        """Return `compute_metrics` of the data for the current order of labels (see `hf_ft_ext.metric_function`)."""
         return metric_function(
             self.metric,
             self.label_names,

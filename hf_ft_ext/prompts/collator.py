@@ -1,4 +1,4 @@
-"""Batches of rows with several contexts, or options of their own."""
+"""Collate rows with several contexts, or with their own answer options."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from hf_ft_ext.prompts.sequences import IGNORED
 
 
 class ContextCollator(DataCollatorWithPadding):
-    """`DataCollatorWithPadding` that also takes rows of several contexts, `[rows, contexts, length]`.
+    """`DataCollatorWithPadding` that also takes rows with several contexts, `[rows, contexts, length]`.
 
-    `option_ids` of the rows become `[rows, options, longest]`, filled with -100.
+    `option_ids` of the rows become `[rows, options, longest]`, padded with -100.
     """
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""`PromptConfig`: a language model's configuration, with a template and label words."""
+"""`PromptConfig`: a language model's configuration with a template and label words."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers.utils import CONFIG_NAME
 
 from hf_ft_ext.errors import InputError
 
-PROMPT_FILE = "prompt_config.json"  # beside an adapter; a whole model has it all in its config.json
+PROMPT_FILE = "prompt_config.json"  # saved with an adapter; a full model has the same content in its config.json
 
 
 class PromptConfig(PreTrainedConfig):
@@ -19,17 +19,17 @@ class PromptConfig(PreTrainedConfig):
     Attributes:
         masked_lm: configuration of the language model, masked or not.
         template: see `parse_template`.
-        reading: which position is read: "mask", "last" (causal) or "decoder" (encoder-decoder).
+        reading: the position whose logits give the class: "mask", "last" (causal) or "decoder" (encoder-decoder).
         word_scoring: "first_token", "sequence" or "sequence_mean".
-        words: label words by label id; of a regression: at the lower and at the upper end; `None` = each row has
-            options of its own.
-        word_ids: their first tokens.
-        word_sequences: all tokens of each.
+        words: label words by label id; for a regression the words of the lower and the upper end; `None` = each row
+            has its own options.
+        word_ids: first token of each label word.
+        word_sequences: all tokens of each label word.
         word_bias: subtracted from the logits (see `PromptForSequenceClassification.calibrate`).
-        mask_token_id: token at the answer's place in the row; `None` = the row ends there.
-        decoder_prefix: decoder tokens in front of the answer.
-        bounds: ends of a regression's scale.
-        untied_words: the label words' output rows are a layer of their own (`[words, hidden]`).
+        mask_token_id: token at the position of the answer; `None` = the row ends there.
+        decoder_prefix: decoder tokens before the answer.
+        bounds: lower and upper end of a regression's scale.
+        untied_words: whether the output rows of the label words are a separate layer (`[words, hidden]`).
     """
 
     model_type = "prompt_classifier"
@@ -51,7 +51,7 @@ class PromptConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs) -> tuple[dict, dict]:
-        # peft asks this class for the configuration of an adapter's base, which may be a plain language model
+        # peft loads the configuration of an adapter's base model by this class; it may be a plain language model.
         found, unused = super().get_config_dict(*args, **kwargs)
         if found.get("model_type", cls.model_type) != cls.model_type:
             found = {"model_type": cls.model_type, "masked_lm": found}
@@ -61,12 +61,12 @@ class PromptConfig(PreTrainedConfig):
         return self.masked_lm
 
     def _get_generation_parameters(self) -> dict[str, Any]:
-        # transformers refuses to save those that no field declares; the language model's own (Bart's
-        # forced_eos_token_id), which `__getattr__` shows, are declared there
+        # transformers refuses to save generation parameters that are not declared fields. Those of the language model
+        # (Bart's forced_eos_token_id) are visible through `__getattr__`, but are saved with its own configuration.
         return {name: value for name, value in super()._get_generation_parameters().items() if name in vars(self)}
 
     def __getattr__(self, name: str) -> Any:
-        # Sizes and the like (hidden_size, vocab_size, max_position_embeddings) are those of the language model.
+        # Take sizes (hidden_size, vocab_size, max_position_embeddings, ...) from the language model.
         inner = self.__dict__.get("masked_lm")
         if name.startswith("_") or not isinstance(inner, PreTrainedConfig) or name == "masked_lm":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -74,10 +74,12 @@ class PromptConfig(PreTrainedConfig):
 
 
 def saved_prompt(folder: Path) -> PromptConfig:
-    """The prompt model's configuration beside an adapter."""
+    """Return the prompt model's configuration saved with an adapter."""
     for name in (PROMPT_FILE, CONFIG_NAME):
         if (folder / name).is_file():
             found = json.loads((folder / name).read_text(encoding="utf-8"))
             if found.get("model_type") == PromptConfig.model_type:
                 return PromptConfig.from_dict(found)
-    raise InputError(f"{str(folder)!r} holds no {PROMPT_FILE}: it is no adapter of a prompt model; check the path")
+    raise InputError(
+        f"{str(folder)!r} holds no {PROMPT_FILE}, so it is not an adapter of a prompt model; check the path"
+    )

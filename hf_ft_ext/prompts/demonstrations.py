@@ -1,4 +1,4 @@
-"""Demonstrations: labelled training rows beside a row, in the same template with the label word at the mask."""
+"""Demonstrations: labelled training rows in a row's context, in the same template with the label word at the mask."""
 
 import hashlib
 from collections.abc import Sequence as Rows
@@ -22,23 +22,23 @@ TRAIN = "train"
 
 
 class DemonstrationRows:
-    """Rows by a template, followed by `num_demo` training rows of each class; of a decoder, preceded by them.
+    """Encodes rows by a template, followed (for decoders: preceded) by `num_demo` training rows of each class.
 
-    A training row has one context, an evaluation row `num_sample` of them (nested lists), whose logits the model
-    averages. Which rows are drawn depends on the data seed, the split, the row and the context alone; a training row
-    is never its own demonstration. The demonstrations come class by class; a regression's are drawn from both halves
-    of the scale and say the word of their half.
+    A training row has one context. An evaluation row has `num_sample` contexts (nested lists), whose logits the model
+    averages. The draw depends only on the data seed, the split, the row and the context; a training row is never its
+    own demonstration. The demonstrations are ordered by class. For a regression they are drawn from both halves of the
+    scale and show the word of their half.
 
     Args:
-        encoder: of the model's template.
-        data: its training split holds the demonstrations.
-        data_args: `num_demo`, `num_sample`, `demo_filter`, `demo_filter_model`.
-        config: of the model.
-        data_seed: `None` = 13.
+        encoder: encoder of the model's template.
+        data: its training split provides the demonstrations.
+        data_args: `num_demo`, `num_sample`, `demo_filter` and `demo_filter_model` are read.
+        config: configuration of the model.
+        data_seed: seed of the draw; `None` = 13.
 
     Raises:
-        InputError: a value out of range, no training split, a class with too few rows; in a call: a context that does
-            not fit into `max_seq_length`.
+        InputError: a value out of range, no training split, or a class with too few rows; in a call, a context that
+            does not fit into `max_seq_length`.
 
     Source: LM-BFF (Gao et al., ACL 2021, arXiv 2012.15723), which draws anew in each epoch.
     """
@@ -63,7 +63,7 @@ class DemonstrationRows:
             names = config.words
         else:
             names = data.label_names
-        # the model's order of the labels, where its own differs from the data's
+        # The model's order of the labels may differ from that of the data.
         ids = {str(name).lower(): i for name, i in config.label2id.items()}
         order = [ids.get(str(name).lower(), i) for i, name in enumerate(names)]
         self.classes = {names[i]: np.flatnonzero(labels == i) for i in np.argsort(order)}
@@ -78,11 +78,11 @@ class DemonstrationRows:
         self.blocks = self._blocks(words)
 
     def _blocks(self, words: list[Ids]) -> list[tuple[Ids, Ids]]:
-        """Tokens and segments of each training row as a demonstration, without the template's start token."""
+        """Return tokens and segments of each training row as a demonstration, without the template's start token."""
         encoder = self.encoder
         other, first = encoder.other_limit, encoder.first_limit
         try:
-            encoder.first_limit = other  # a demonstration's texts are all "other" texts
+            encoder.first_limit = other  # all texts of demonstrations count as "other" texts
             texts = encoder.text_ids([self.data.train[column][:] for column in self.data.text_columns])
             encoder.cut.rows = len(words)
             for row in zip(*texts, strict=True):
@@ -107,7 +107,7 @@ class DemonstrationRows:
         return blocks
 
     def _start_tokens(self, ids: Ids) -> int:
-        """How many tokens in front belong to the row as a whole."""
+        """Return how many leading tokens belong to the row as a whole."""
         encoder = self.encoder
         if encoder.reading is not Reading.MASK:
             count = len(encoder.start)
@@ -147,7 +147,7 @@ class DemonstrationRows:
         self.encoder.report_cut_rows(split, so_far)
 
     def _pools(self, split: str, index: int, similarity: np.ndarray | None) -> list[np.ndarray]:
-        """Rows of each class that may be drawn."""
+        """Return the rows of each class that may be drawn."""
         pools = []
         for rows in self.classes.values():
             rows = rows[rows != index] if split == TRAIN else rows
@@ -158,7 +158,7 @@ class DemonstrationRows:
         return pools
 
     def _draw(self, pools: list[np.ndarray], split: str, index: int, sample: int) -> list[int]:
-        """`num_demo` rows of each pool, without doubles."""
+        """Draw `num_demo` different rows from each pool."""
         drawn = []
         for number, pool in enumerate(pools):
             left = pool.tolist()
@@ -178,7 +178,7 @@ class DemonstrationRows:
                 "--other_sent_limit or --num_demo, or a higher --max_seq_length"
             )
         ids, segments = encoder.join(texts, room)
-        if encoder.reading is not Reading.MASK:  # the row comes last, since its end is read
+        if encoder.reading is not Reading.MASK:  # the row comes last, because the answer follows its end
             skip = self._start_tokens(ids)
             shown = [token for row in demonstrations for token in self.blocks[row][0]]
             ids = [*ids[:skip], *shown, *ids[skip:]]
@@ -199,12 +199,12 @@ class DemonstrationRows:
 def _check(data_args: DataArguments, data: TaskData) -> None:
     for name in ("num_demo", "num_sample"):
         if getattr(data_args, name) < 1:
-            raise InputError(f"{name}={getattr(data_args, name)} leaves nothing to show; pass 1 or more")
+            raise InputError(f"{name}={getattr(data_args, name)} is out of range; pass 1 or more")
     if not 0 < data_args.demo_filter <= 1:
-        raise InputError(f"demo_filter={data_args.demo_filter} is no share in (0, 1]; pass 0.5, or 1 for no filter")
+        raise InputError(f"demo_filter={data_args.demo_filter} is not in (0, 1]; pass 0.5, say, or 1 for no filter")
     if data_args.demo_filter_model is not None and data_args.demo_filter == 1:
-        raise InputError("--demo_filter_model has nothing to filter; pass --demo_filter below 1 with it")
+        raise InputError("--demo_filter_model has no effect without a filter; pass --demo_filter below 1 with it")
     if data.train is None or LABEL not in data.train.column_names:
         raise InputError(f"demonstrations are training rows, and {data.task.name!r} has no training split; pass one")
     if data_args.pad_to_max_length:
-        raise InputError("--pad_to_max_length does not go with demonstrations; leave it out")
+        raise InputError("--pad_to_max_length is not supported with demonstrations; leave it out")

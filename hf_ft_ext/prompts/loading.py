@@ -1,4 +1,4 @@
-"""From arguments and data to a prompt model: fresh from a language model, or saved before."""
+"""Load a prompt model from arguments and data: built from a language model, or a saved one."""
 
 import logging
 from dataclasses import fields
@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 def check_prompt_options(data_args: DataArguments) -> None:
-    """Refuse options of prompts or demonstrations where there are none.
+    """Refuse options of prompts or demonstrations that `few_shot_type` does not use.
 
     Raises:
-        InputError: there is one.
+        InputError: such an option is set.
     """
     defaults = {f.name: f.default for f in fields(FewShotArguments)}
     idle = {PROMPT_DEMO: ()}.get(data_args.few_shot_type, _OF_DEMONSTRATIONS)
@@ -42,8 +42,8 @@ def check_prompt_options(data_args: DataArguments) -> None:
         if getattr(data_args, name) != defaults[name]:
             kind = "prompt" if name in _OF_PROMPTS else PROMPT_DEMO
             raise InputError(
-                f"--{name} {getattr(data_args, name)} is about prompts, and few_shot_type={data_args.few_shot_type} "
-                f"does not look at it; pass --few_shot_type {kind}, or leave it out"
+                f"--{name} {getattr(data_args, name)} is for prompts, but few_shot_type={data_args.few_shot_type} "
+                f"does not use it; pass --few_shot_type {kind}, or leave it out"
             )
 
 
@@ -57,19 +57,19 @@ def load_prompt_model(
 ) -> PromptForSequenceClassification:
     """Load a prompt model for the labels of `data`.
 
-    A saved one keeps its template and words, unless the arguments give others.
+    A saved prompt model keeps its template and words unless the arguments give others.
 
     Args:
         name: Hub id or folder.
-        config: what `name` holds.
-        hub: for `from_pretrained`.
+        config: configuration of the model in `name`.
+        hub: arguments for `from_pretrained`.
 
     Raises:
-        InputError: template, mapping, labels and model do not go together.
+        InputError: template, mapping, labels and model do not match.
     """
     if data.problem_type == MULTI_LABEL:
         raise InputError(
-            "a prompt names one label per row, by one word at the mask, but this data has several labels per row; "
+            "a prompt predicts one label per row, by one word at the mask, but this data has several labels per row; "
             "leave --few_shot_type out, or pass a model with a classification head"
         )
     if isinstance(config, PromptConfig):
@@ -81,7 +81,7 @@ def _load_fresh(name, config, tokenizer, data: TaskData, data_args: DataArgument
     reading = reading_of(config, name)
     prompt = task_prompt(data.task, data_args.template, data_args.mapping, reading)
     template = prompt.template if data_args.template is None else data_args.template
-    # before the weights are loaded
+    # check the template before the weights are loaded
     parse_template(template, len(data.text_columns), reading)
     labels, words = _labels(data), None
     scoring = data_args.word_scoring or FIRST_TOKEN
@@ -89,13 +89,13 @@ def _load_fresh(name, config, tokenizer, data: TaskData, data_args: DataArgument
     if data.task.options and data_args.mapping is None:
         if reading is Reading.MASK:
             raise InputError(
-                f"each row of task {data.task.name!r} has options of its own, which the one mask of a masked language "
-                "model cannot name; pass a causal language model or an encoder-decoder, or leave --few_shot_type out"
+                f"each row of task {data.task.name!r} has its own options, which the single mask of a masked language "
+                "model cannot hold; pass a causal language model or an encoder-decoder, or leave --few_shot_type out"
             )
         if data_args.few_shot_type == PROMPT_DEMO:
             raise InputError(
-                f"each row of task {data.task.name!r} has options of its own, and demonstrations show label words; "
-                "pass --few_shot_type prompt"
+                f"each row of task {data.task.name!r} has its own options, but demonstrations need common label "
+                "words; pass --few_shot_type prompt"
             )
         logger.info("Prompt: %s, followed by each of the row's options.", template)
     else:
@@ -116,12 +116,12 @@ def _load_fresh(name, config, tokenizer, data: TaskData, data_args: DataArgument
 
 
 def _labels(data: TaskData) -> list[str] | None:
-    """Label names by id; `None` for a regression."""
+    """Return the label names by id; `None` for a regression."""
     if data.problem_type == REGRESSION:
         return None
     if data.label_names is None:
         raise InputError(
-            f"the labels of {data.task.name!r} are unknown, so no word can be given to them; pass --task_name, "
+            f"the labels of {data.task.name!r} are unknown, so they cannot be mapped to words; pass --task_name, "
             "labelled data, or a model that was saved with its words"
         )
     return data.label_names
@@ -155,7 +155,7 @@ def _load_saved(name, config, tokenizer, data: TaskData, data_args: DataArgument
                 f"{', '.join(data.label_names)}; pass --mapping, or another model"
             )
     if (data_args.mapping or data_args.word_scoring or data_args.template) and config.words is not None:
-        # a word's tokens depend on what stands before it, and whether they suffice on how they are read
+        # The tokens of a word depend on the text before it; which words are valid depends on the scoring.
         before = None if config.reading == Reading.MASK else answer_context(parts)
         config.word_sequences = word_tokens(tokenizer, config.words, before, config.word_scoring)
         config.word_ids = [tokens[0] for tokens in config.word_sequences]

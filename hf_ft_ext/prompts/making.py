@@ -1,4 +1,4 @@
-"""What a prompt model is made of: a pretrained language model, and the configuration that template and words give."""
+"""Build the parts of a prompt model: the pretrained language model, and the configuration with template and words."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,14 +15,14 @@ from hf_ft_ext.prompts.templates.words import FIRST_TOKEN, check_word_scoring, w
 
 
 def load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:
-    """The pretrained language model of whichever kind `name` is.
+    """Load the pretrained language model `name`: masked, causal or encoder-decoder.
 
     Args:
         name: Hub id or folder.
-        kwargs: for `from_pretrained`; `config` if it is loaded already.
+        kwargs: for `from_pretrained`; `config` if it is already loaded.
 
     Raises:
-        InputError: it is no language model, or its weights lack the head.
+        InputError: it is not a language model, or its weights lack the head.
     """
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name, **kwargs)
     kind = reading_of(config, name).auto_class
@@ -32,7 +32,7 @@ def load_language_model(name: str, **kwargs: Any) -> PreTrainedModel:
     if missing:
         raise InputError(
             f"the weights of model {name!r} have no language-model head ({missing[0]} is missing); pass the "
-            "pretrained language model itself, not a classifier or sentence encoder made of it"
+            "pretrained language model itself, not a classifier or sentence encoder derived from it"
         )
     return model
 
@@ -47,7 +47,7 @@ def prompt_config(
     untie_words: bool,
     word_scoring: str,
 ) -> PromptConfig:
-    """The configuration of a prompt model; arguments and errors of `from_language_model`."""
+    """Return the configuration of a prompt model; arguments and errors as for `from_language_model`."""
     inner, name = language_model.config, language_model.name_or_path or type(language_model).__name__
     reading = reading_of(inner, name)
     if bounds is not None and len(words or ()) != 2:
@@ -57,8 +57,8 @@ def prompt_config(
     if words is None:
         if reading is Reading.MASK or not labels:
             raise InputError(
-                "without words each row brings its own options, which needs a causal language model or an "
-                "encoder-decoder, and label names; pass words"
+                "without words each row needs its own options, a causal language model or encoder-decoder, and label "
+                "names; pass words"
             )
         tokens, names = None, list(labels)
         word_scoring = word_scoring if word_scoring != FIRST_TOKEN else "sequence"
@@ -85,7 +85,7 @@ def prompt_config(
 
 
 def _decoder_prefix(config: Any, tokenizer: PreTrainedTokenizerBase, parts: list, name: str) -> list[int]:
-    """Decoder tokens in front of the answer: the start token, then the sentinel of the template, if it has one."""
+    """Return the decoder tokens before the answer: the start token, then the sentinel of the template, if any."""
     start = config.decoder_start_token_id
     start = getattr(config, "bos_token_id", None) if start is None else start
     if start is None:

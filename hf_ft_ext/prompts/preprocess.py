@@ -1,4 +1,4 @@
-"""Tokenising a `TaskData` by the template of a prompt model."""
+"""Tokenise a `TaskData` by the template of a prompt model."""
 
 from dataclasses import replace
 from typing import Any
@@ -27,16 +27,16 @@ def tokenize_prompts(
     model_max_length: int | None = None,
     data_seed: int | None = None,
 ) -> TaskData:
-    """As `data.preprocess.tokenize`, every row by the model's template.
+    """As `data.preprocess.tokenize`, but tokenise every row by the model's template.
 
-    Lengths and limits that the arguments leave open are the task's own (see `defaults.PROMPTS`).
+    Lengths and limits not set by the arguments are the task's own (see `defaults.PROMPTS`).
 
     Args:
-        config: of the model; `template`, `words` and `label2id` are read.
-        data_seed: of demonstrations.
+        config: configuration of the model; `template`, `words` and `label2id` are read.
+        data_seed: seed of demonstrations.
 
     Raises:
-        InputError: as `tokenize` and `PromptEncoder`; demonstrations that are too long or cannot be drawn.
+        InputError: as for `tokenize` and `PromptEncoder`; demonstrations are too long or cannot be drawn.
     """
     encoder = prompt_encoder(data, tokenizer, data_args, config, model_max_length)
     length = encoder.max_length
@@ -45,7 +45,7 @@ def tokenize_prompts(
         options = tuple(data.text_columns.index(column) for column in data.task.options)
         if not options:
             raise InputError(
-                f"the model was made for rows with options of their own, and {data.task.name!r} has none; pass the "
+                f"the model was trained on rows with their own options, but {data.task.name!r} has none; pass the "
                 "--task_name that it was trained on, or --mapping"
             )
     rows: Any = _PromptRows(encoder, length if data_args.pad_to_max_length else None, options)
@@ -63,7 +63,7 @@ def prompt_encoder(
     config: PromptConfig,
     model_max_length: int | None = None,
 ) -> PromptEncoder:
-    """The encoder of the model's template, with the limits of the arguments or of the task."""
+    """Return the encoder of the model's template, with the limits of the arguments or of the task."""
     task = known_prompt(data.task, Reading(config.reading)) or TaskPrompt(config.template, {})
     length = data_args.max_seq_length
     if length is None:
@@ -89,9 +89,9 @@ def prompt_encoder(
 
 
 def _room_for_words(config: PromptConfig) -> int:
-    """Positions that label words scored as sequences take behind the row, of a causal model.
+    """Return how many positions to reserve after a row of a causal model for label words scored as sequences.
 
-    The last token of a word is predicted and never read. A row's own options take room of that row alone.
+    The last token of a word is only predicted, never an input. A row's own options reduce the room of that row only.
     """
     if config.reading != Reading.LAST or config.word_scoring == FIRST_TOKEN or config.words is None:
         return 0
@@ -99,11 +99,11 @@ def _room_for_words(config: PromptConfig) -> int:
 
 
 class _PromptRows:
-    """Rows by a template, without demonstrations.
+    """Encodes rows by a template, without demonstrations.
 
     Args:
-        padded: length of every row; `None` = as long as it is.
-        options: texts of a row that are its answers; they become `option_ids`, filled with `IGNORED`.
+        padded: length to which every row is padded; `None` = no padding.
+        options: indices of the texts that are the row's answers; they become `option_ids`, padded with `IGNORED`.
     """
 
     def __init__(self, encoder: PromptEncoder, padded: int | None, options: tuple[int, ...] = ()):
@@ -134,7 +134,7 @@ class _PromptRows:
                 f"row {index} of split '{split}' has an option without tokens: {texts[tokens.index([])]!r}; fill or "
                 "remove it"
             )
-        # cut options could be told apart no more, or chosen for their length
+        # Truncated options could become equal, or score higher because they are shorter.
         longest, encoder = max(map(len, tokens)), self.encoder
         row = encoder.overhead + len(encoder.sentences) if encoder.reading is Reading.LAST else 0
         if row + longest - 1 > encoder.max_length:

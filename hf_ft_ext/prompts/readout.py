@@ -1,4 +1,4 @@
-"""Where a language model says the class: at the mask, behind the last token, or at the decoder's first position."""
+"""The position that gives the class: the mask, the last token, or the first decoder position."""
 
 import inspect
 from enum import StrEnum
@@ -25,7 +25,7 @@ class Reading(StrEnum):
 
     Attributes:
         MASK: the mask token of a masked language model.
-        LAST: the last token that is no padding: a causal language model predicts the word that follows.
+        LAST: the last non-padding token: a causal language model predicts the next word there.
         DECODER: the first free position of an encoder-decoder's decoder.
     """
 
@@ -35,7 +35,7 @@ class Reading(StrEnum):
 
     @property
     def auto_class(self) -> Any:
-        """The Auto class that loads such a language model."""
+        """The Auto class that loads a language model of this kind."""
         return {
             Reading.MASK: AutoModelForMaskedLM,
             Reading.LAST: AutoModelForCausalLM,
@@ -44,9 +44,9 @@ class Reading(StrEnum):
 
 
 def reading_of(config: PreTrainedConfig, name: str) -> Reading:
-    """How a class is read of the language model that `config` describes.
+    """Return where the language model of `config` gives the class.
 
-    A model that has both heads (BERT also exists as a decoder) counts as a masked language model.
+    A model type with both heads (BERT also exists as a decoder) counts as a masked language model.
 
     Raises:
         InputError: transformers has no language model of this type.
@@ -69,10 +69,10 @@ def reading_of(config: PreTrainedConfig, name: str) -> Reading:
 
 
 def keep_mask_position(mask_token_id: int, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-    """Forward hook of the encoder: its last hidden state becomes that of the mask position, `[rows, 1, hidden]`."""
+    """Forward hook of the encoder: reduce its last hidden state to the mask position, `[rows, 1, hidden]`."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is None:
-        raise InputError("a prompt model finds its mask in input_ids; pass them, not inputs_embeds")
+        raise InputError("a prompt model finds the mask in input_ids; pass them, not inputs_embeds")
     is_mask = ids == mask_token_id
     _check_one_mask(is_mask)
     position = is_mask.to(torch.int8).argmax(-1)
@@ -84,21 +84,21 @@ def keep_mask_position(mask_token_id: int, module: nn.Module, args: tuple, kwarg
 
 def _check_one_mask(is_mask: torch.Tensor) -> None:
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(is_mask):
-        return  # values cannot be looked at there
+        return  # tensors have no readable values there
     count = is_mask.sum(-1)
     if bool((count != 1).any()):
         row = int((count != 1).nonzero()[0, 0])
         raise InputError(
             f"row {row} of the batch has {int(count[row])} mask tokens, but a prompt model reads one; tokenise the "
-            "rows by the model's template (PromptEncoder)"
+            "rows with the model's template (PromptEncoder)"
         )
 
 
 def last_positions(attention_mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
-    """Position of each row's last token that is no padding, whichever side the padding is on: `[rows]`.
+    """Return the position of each row's last non-padding token, with padding on either side: `[rows]`.
 
     Args:
-        attention_mask: `[rows, length]`, with columns for a prefix in front at most; `None` = no padding.
+        attention_mask: `[rows, length]`, possibly with columns for a prefix before them; `None` = no padding.
         ids: `[rows, length]` or embeddings `[rows, length, hidden]`.
     """
     length = ids.shape[1]
@@ -109,13 +109,13 @@ def last_positions(attention_mask: torch.Tensor | None, ids: torch.Tensor) -> to
 
 
 def add_position_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-    """Forward pre-hook of a causal network: count positions from each row's first token that is no padding.
+    """Forward pre-hook of a causal network: count positions from each row's first non-padding token.
 
-    Learned position embeddings (GPT-2) would otherwise change with the padding in front. Networks that count by the
-    mask themselves, or have no absolute positions, have no such argument.
+    Otherwise left padding would shift learned position embeddings (GPT-2). Networks that count by the mask themselves,
+    or have no absolute positions, do not have this argument.
 
     Raises:
-        InputError: a mask of another shape, which does not say which token is the last.
+        InputError: the mask has another shape, which does not show the last token.
     """
     mask = kwargs.get("attention_mask")
     if mask is None:
@@ -123,7 +123,7 @@ def add_position_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     if mask.ndim != 2:
         raise InputError(
             f"a decoder's last token is found by an attention mask [rows, length], got {list(mask.shape)}; pass the "
-            "mask that the tokenizer gives"
+            "tokenizer's mask"
         )
     if kwargs.get("position_ids") is not None:
         return None
@@ -136,10 +136,10 @@ def add_position_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
 
 
 def padding_behind(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The rows of an encoder-decoder with all padding behind them; those of other models as they are.
+    """Return the inputs of an encoder-decoder with all padding moved to the right; other inputs are unchanged.
 
-    An encoder with learned positions (Bart, Pegasus) counts columns, and takes no `position_ids`: padding in front
-    would change its output.
+    An encoder with learned positions (Bart, Pegasus) counts columns and takes no `position_ids`, so left padding would
+    change its output.
     """
     mask = inputs.get("attention_mask")
     if config.reading != Reading.DECODER.value or mask is None or mask.ndim != 2:
@@ -157,10 +157,10 @@ def padding_behind(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[str
 
 
 def inputs_of_decoder(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[str, Any]:
-    """What a causal model or an encoder-decoder gets besides the rows."""
+    """Return the inputs that a causal model or an encoder-decoder needs besides the rows."""
     if config.reading == Reading.MASK.value:
         return {}
-    # keys and values are of no use behind the one position that is read
+    # only one position is read, so cached keys and values are not needed
     own = {} if "past_key_values" in inputs or "use_cache" in inputs else {"use_cache": False}
     if config.reading == Reading.DECODER.value and "decoder_input_ids" not in inputs:
         first = next(value for key, value in inputs.items() if key in ("input_ids", "inputs_embeds"))
@@ -169,11 +169,11 @@ def inputs_of_decoder(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[
 
 
 def take_positions(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """`[rows, positions, hidden]` of `[rows, length, hidden]` by positions `[rows]` or `[rows, positions]`."""
+    """Select positions `[rows]` or `[rows, positions]` of `[rows, length, hidden]`: `[rows, positions, hidden]`."""
     index = positions.reshape(len(positions), -1)[..., None].expand(-1, -1, hidden.shape[-1])
     return torch.take_along_dim(hidden, index, 1)
 
 
 def has_one_head(model: PreTrainedModel) -> bool:
-    """Whether a linear layer over the vocabulary ends the model."""
+    """Whether the model ends in a linear layer over the vocabulary."""
     return isinstance(model.get_output_embeddings(), nn.Linear)

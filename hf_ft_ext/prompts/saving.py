@@ -1,4 +1,4 @@
-"""An adapter's folder says which prompt its base model had."""
+"""Save the prompt of the base model with an adapter."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from hf_ft_ext.prompts.model import is_prompt_model
 
 
 class SavePrompt(TrainerCallback):
-    """Writes template, words and configuration of a prompt model beside every adapter that is saved of it.
+    """Writes a prompt model's configuration, with template and words, next to every saved adapter of it.
 
-    `PromptForSequenceClassification.from_adapter(folder)` makes the base model of them. A prompt model that is saved
-    as a whole needs nothing of this.
+    `PromptForSequenceClassification.from_adapter(folder)` loads the base model from it. A prompt model saved in full
+    does not need this file.
     """
 
     def on_save(self, args, state, control, model=None, **kwargs):

@@ -1,4 +1,4 @@
-"""Label words, or a row's own options, scored as whole sequences: the log probability of all their tokens."""
+"""Score label words, or a row's own options, as whole sequences: the log probability of all their tokens."""
 
 from typing import Any
 
@@ -12,16 +12,16 @@ IGNORED = -100  # padding of label words and of a row's options
 
 
 def sequence_logits(model: Any, inputs: dict[str, Any], options: torch.Tensor | None) -> tuple[torch.Tensor, Any]:
-    """Log probabilities of whole label words, or of the rows' own options: `[rows, words]`, and the outputs."""
+    """Return log probabilities `[rows, words]` of whole label words or of the rows' own options, and the outputs."""
     ids = inputs.pop("input_ids", None)
     if ids is None or "past_key_values" in inputs:
         raise InputError(
-            "label words are scored as sequences behind the rows' tokens, so virtual tokens (prefix and prompt "
-            "tuning) and inputs_embeds do not go with it; pass word_scoring=first_token, or use LoRA"
+            "label words are scored as sequences after the rows' tokens, which does not support virtual tokens "
+            "(prefix and prompt tuning) and inputs_embeds; pass word_scoring=first_token, or use LoRA"
         )
     if options is None:
         if model.config.word_sequences is None:
-            raise InputError("each row has options of its own here; pass them as option_ids")
+            raise InputError("each row needs its own options with this model; pass them as option_ids")
         options = padded_words(model.config.word_sequences, ids.device)
     words = options if options.ndim == 3 else options[None].expand(ids.shape[0], -1, -1)
     if len(words) != ids.shape[0]:  # several contexts of each row
@@ -31,7 +31,7 @@ def sequence_logits(model: Any, inputs: dict[str, Any], options: torch.Tensor | 
         outputs = _behind_decoder_start(model, ids, inputs, words)
     else:
         wide_ids, wide_mask, positions = rows_with_words(ids, inputs.pop("attention_mask", None), words)
-        inputs.pop("position_ids", None)  # they are counted anew, the words included
+        inputs.pop("position_ids", None)  # they are recomputed with the words
         model._positions = positions
         try:
             outputs = model.masked_lm(
@@ -45,7 +45,7 @@ def sequence_logits(model: Any, inputs: dict[str, Any], options: torch.Tensor | 
 
 
 def _behind_decoder_start(model: Any, ids: torch.Tensor, inputs: dict[str, Any], words: torch.Tensor) -> Any:
-    """The encoder once a row, the decoder once a word."""
+    """Run the encoder once per row and the decoder once per word."""
     count = words.shape[1]
     mask = inputs.pop("attention_mask", None)
     encoded = model.masked_lm.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)
@@ -62,7 +62,7 @@ def _behind_decoder_start(model: Any, ids: torch.Tensor, inputs: dict[str, Any],
 
 
 def padded_words(words: list[list[int]], device: torch.device | None = None) -> torch.Tensor:
-    """Tokens of the label words, `[words, longest]`, filled with `IGNORED`."""
+    """Return the tokens of the label words, `[words, longest]`, padded with `IGNORED`."""
     longest = max(map(len, words))
     rows = [word + [IGNORED] * (longest - len(word)) for word in words]
     return torch.tensor(rows, device=device)
@@ -71,14 +71,14 @@ def padded_words(words: list[list[int]], device: torch.device | None = None) -> 
 def rows_with_words(
     ids: torch.Tensor, attention_mask: torch.Tensor | None, words: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each row once for each word, the word behind its last token.
+    """Repeat each row once per word, with the word after the row's last token.
 
-    The last token of a word is predicted and never read, so it is left out.
+    The last token of a word is only predicted, never an input, so it is left out.
 
     Args:
         ids: `[rows, length]`.
         attention_mask: `[rows, length]`, or `None`.
-        words: `[rows, words, longest]`, filled with `IGNORED`.
+        words: `[rows, words, longest]`, padded with `IGNORED`.
 
     Returns:
         Ids and attention mask, `[rows x words, length + longest - 1]`, and the positions that predict the word's
@@ -94,7 +94,7 @@ def rows_with_words(
     wide_mask = torch.cat([mask, room.to(mask.dtype)], 1)[:, None].expand(-1, count, -1)
     if longest > 1:
         fed, where = words[..., :-1], positions[..., 1:]
-        # what lies behind the end of a shorter word stays padding
+        # positions after the end of a shorter word stay padding
         real = (words[..., 1:] != IGNORED).to(mask.dtype)
         wide_ids = wide_ids.scatter(2, where, fed.clamp(min=0))
         wide_mask = wide_mask.scatter(2, where, real)
@@ -105,15 +105,15 @@ def sequence_scores(logits: torch.Tensor, words: torch.Tensor, mean: bool) -> to
     """Log probability of each word, `sum_j log p(w_j | row, w_1 .. w_(j-1))`: `[rows, words]`, float32.
 
     Args:
-        logits: of the vocabulary, `[rows x words, longest, vocabulary]`.
-        words: `[rows, words, longest]`, filled with `IGNORED`.
+        logits: vocabulary logits, `[rows x words, longest, vocabulary]`.
+        words: `[rows, words, longest]`, padded with `IGNORED`.
         mean: divide by the number of tokens.
     """
     tokens = words.flatten(0, 1)
     counted = tokens != IGNORED
     log_p = logits.float().log_softmax(-1)
     of_tokens = torch.take_along_dim(log_p, tokens.clamp(min=0)[..., None], -1)[..., 0]
-    # torch.where, not a product: an impossible token's -inf must not become NaN where it is not counted
+    # torch.where, not a product: -inf times 0 at an ignored position would be NaN
     score = torch.where(counted, of_tokens, torch.zeros_like(of_tokens)).sum(-1)
     if mean:
         score = score / counted.sum(-1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""How alike texts are, by a sentence encoder: for choosing demonstrations."""
+"""Similarity of texts by a sentence encoder, for choosing demonstrations."""
 
 import functools
 
@@ -13,7 +13,7 @@ _BATCH = 64
 
 
 def similarities(model: str | None, texts: list[str], others: list[str]) -> np.ndarray:
-    """Cosine similarity of mean-pooled last hidden states: `[texts, others]`.
+    """Return cosine similarities of mean-pooled last hidden states: `[texts, others]`.
 
     Args:
         model: Hub id or folder of an encoder such as a sentence-transformers model; `None` = the demo encoder.
@@ -31,7 +31,7 @@ def _remembered(model: str | None, texts: tuple[str, ...]) -> np.ndarray:
 
 @torch.no_grad()
 def embeddings(model: str | None, texts: tuple[str, ...]) -> np.ndarray:
-    """Normalised mean-pooled last hidden states: `[texts, hidden]`, float32."""
+    """Return normalised mean-pooled last hidden states: `[texts, hidden]`, float32."""
     tokenizer, encoder = _encoder(model)
     parts = []
     for start in range(0, len(texts), _BATCH):

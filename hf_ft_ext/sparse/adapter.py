@@ -1,4 +1,4 @@
-"""`--method sparse` with structured support: a `SparseGradConfig` adapter on the model, and its columns."""
+"""The PEFT adapter (`SparseGradConfig`) that `--method sparse` trains with structured support."""
 
 import logging
 
@@ -35,11 +35,11 @@ def has_sparse_grad(model: object) -> bool:
 def add_sparse_grad(model: PreTrainedModel, args: SparseTrainingArguments) -> PeftModel:
     """Wrap a model with the SparseGrad adapter that `args` describe.
 
-    The head, and whatever came without pretrained weights, is saved with the adapter, and trains unless
+    The head and all other modules without pretrained weights are saved with the adapter. They train unless
     `sparse_train_rest` is `none`.
 
     Raises:
-        InputError: the model carries other adapters, or nothing to adapt was found.
+        InputError: the model already has adapters, or has no layer to adapt.
     """
     if carries_adapters(model):
         raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
@@ -63,19 +63,19 @@ def add_sparse_grad(model: PreTrainedModel, args: SparseTrainingArguments) -> Pe
         for name, parameter in wrapped.named_parameters():
             if ".modules_to_save." in name:
                 parameter.requires_grad_(False)
-    # Every process has the same columns; DistributedDataParallel would send them around in every step.
+    # All processes have the same columns. Without this list, DistributedDataParallel broadcasts them in every step.
     ignored = [name for name, _ in wrapped.named_buffers() if ".sparse_grad_columns." in name]
     wrapped._ddp_params_and_buffers_to_ignore = [*getattr(wrapped, "_ddp_params_and_buffers_to_ignore", []), *ignored]
     return wrapped
 
 
 def columns_of(model: PeftModel) -> list[SparseGradColumns]:
-    """The sets of columns of the active adapter."""
+    """Return the sets of columns of the active adapter."""
     return [columns for columns, _ in layers_by_columns(model, model.active_adapter)]
 
 
 def choose_columns(trainer: Trainer) -> None:
-    """The gradient pre-pass, on the batches of `sparse_basis_steps` optimizer steps of the trainer's training data.
+    """Run the gradient pre-pass on the batches of `sparse_basis_steps` optimizer steps of the training data.
 
     Raises:
         InputError: a gradient is not finite, or there is no training data.
@@ -93,6 +93,6 @@ def choose_columns(trainer: Trainer) -> None:
         loss,
         accumulated=args.gradient_accumulation_steps > 1,
         gradients=args.basis_steps,
-        seed=0,  # equal on all processes, whatever their `seed`
+        seed=0,  # must be equal on all processes; `seed` may differ
         progress=not args.disable_tqdm and trainer.is_world_process_zero(),
     )

@@ -14,7 +14,7 @@ BASES = HOSVD, NONE, RANDOM, SVD = ("hosvd", "none", "random", "svd")
 RESTS = ALL, HEAD, NOTHING = ("all", "head", "none")
 ORIENTATIONS = TUCKER, PUBLISHED = ("tucker", "published")
 MOMENTS = OWN, DENSE = ("own", "dense")
-# Where little trains, it has to move far: the rate that the study in docs/sparse.md found, for a 384-wide encoder.
+# Default learning rates. Few trained entries need a larger rate, here tuned on a 384-wide encoder (docs/sparse.md).
 RATE_OF_FEW, RATE_OF_ALL = 1e-3, 5e-5
 
 
@@ -35,13 +35,15 @@ class SparseTrainingArguments(MethodTrainingArguments):
     sparse_density: float | None = field(
         default=None,
         metadata={
-            "help": f"Share of the entries of each converted weight that one step updates, in (0, 1]; none and no "
-            f"`sparse_n_params` = {DEFAULT_DENSITY}."
+            "help": f"Fraction of the entries of each converted weight that one step updates, in (0, 1]; none = by "
+            f"`sparse_n_params`, else {DEFAULT_DENSITY}."
         },
     )
     sparse_n_params: int | None = field(
         default=None,
-        metadata={"help": "Entries of each converted weight that one step updates, instead of a share."},
+        metadata={
+            "help": "Number of entries of each converted weight that one step updates, instead of `sparse_density`."
+        },
     )
     sparse_target_modules: str | None = field(
         default=None,
@@ -53,24 +55,24 @@ class SparseTrainingArguments(MethodTrainingArguments):
     sparse_threshold: float | None = field(
         default=None,
         metadata={
-            "help": "With dynamic support, instead of a number: update the entries whose (clipped) gradient has at "
-            "least this magnitude, above 0. The authors' quick starts use 1e-3."
+            "help": "Dynamic support: update the entries whose (clipped) gradient has at least this magnitude (above "
+            "0) instead of a fixed number of entries. The authors' quick starts use 1e-3."
         },
     )
     sparse_support: str = field(
         default=STRUCTURED,
         metadata={
-            "help": "Which entries train. structured: a fixed block of the strongest rows and columns, as a PEFT "
-            "adapter: the cheapest by far. dynamic: the largest of each step's gradient (as published). static: those "
-            "of the largest mean energy in the pre-pass, fixed.",
+            "help": "Which entries train. structured: a fixed block of the leading rows and columns, as a PEFT "
+            "adapter (the cheapest by far). dynamic: the largest entries of each step's gradient (as published). "
+            "static: the entries with the largest mean energy in the pre-pass, fixed.",
             "choices": SUPPORTS,
         },
     )
     sparse_basis: str = field(
         default=HOSVD,
         metadata={
-            "help": "hosvd: from gradients. none: no rotation (MeProp). random: random factors, no pre-pass. svd: "
-            "singular vectors of the weights, with structured support, no pre-pass.",
+            "help": "hosvd: computed from gradients. none: no rotation (MeProp). random: random factors, no pre-pass. "
+            "svd: singular vectors of the weights, no pre-pass, structured support only.",
             "choices": BASES,
         },
     )
@@ -93,45 +95,45 @@ class SparseTrainingArguments(MethodTrainingArguments):
     sparse_basis_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Gradients (of one optimizer step's batch each) that basis and support are chosen from; none = "
-            f"{DEFAULT_BASIS_STEPS}, where any are needed."
+            "help": "Number of gradients (one per optimizer step's batch) from which basis and support are chosen; "
+            f"none = {DEFAULT_BASIS_STEPS} if the settings need a pre-pass."
         },
     )
     sparse_basis_refresh_steps: int = field(
         default=0,
         metadata={
-            "help": "Compute the hosvd basis anew after every so many optimizer steps, weights and moments carried "
-            "over. With dynamic support from the gradients since, else from another pre-pass. 0 = never.",
+            "help": "Recompute the hosvd basis every this many optimizer steps; weights and moments are carried over. "
+            "Dynamic support uses the gradients since the last refresh, the others another pre-pass. 0 = never.",
         },
     )
     sparse_moments: str = field(
         default=OWN,
         metadata={
-            "help": "Adam's moments with dynamic support. own: of the entries of the latest step, the others start "
-            "anew when they come back. dense: of all entries, as published, which takes as much memory as AdamW.",
+            "help": "Adam's moments with dynamic support. own: kept for the entries of the latest step; an entry that "
+            "returns starts from zero. dense: kept for all entries, as published; takes as much memory as AdamW.",
             "choices": MOMENTS,
         },
     )
     sparse_skip_leading: float = field(
         default=0.0,
         metadata={
-            "help": "With structured support and a hosvd basis: share of the leading directions of each side that the "
-            "block leaves out, in [0, 1); 0.25 puts it at the end of the first quarter of the spectrum.",
+            "help": "Structured support with a hosvd basis: fraction of the leading directions of each side that the "
+            "block skips, in [0, 1); 0.25 starts the block after the first quarter of the spectrum.",
         },
     )
     sparse_show_steps: int = field(
         default=0,
         metadata={
-            "help": "Measure how sparse the gradients are, raw and in a basis, before training and after every so "
-            "many steps; values (sparsity.json) and pictures go to the output folder. Needs matplotlib. 0 = never.",
+            "help": "Measure the sparsity of the gradients, raw and in a basis, before training and every this many "
+            "steps; values (sparsity.json) and pictures go to the output folder. Needs matplotlib. 0 = never.",
         },
     )
     sparse_train_rest: str | None = field(
         default=None,
         metadata={
-            "help": "What else trains: head (and whatever came without pretrained weights), all other parameters (as "
-            "published), none, or a regular expression searched in parameter names (the head trains too). none given "
-            "= head with structured support, else all."
+            "help": "What else trains. head: the head and all modules without pretrained weights. all: all other "
+            "parameters (as published). none: nothing. Otherwise a regular expression searched in parameter names "
+            "(the head trains too). Default: head with structured support, else all."
         },
     )
     learning_rate: float = field(
@@ -166,12 +168,12 @@ class SparseTrainingArguments(MethodTrainingArguments):
                 "entries a step updates; pass one of them"
             )
         if self.sparse_density is not None and not 0 < self.sparse_density <= 1:
-            raise InputError(f"sparse_density={self.sparse_density} is no share; pass a number in (0, 1]")
+            raise InputError(f"sparse_density={self.sparse_density} is out of range; pass a number in (0, 1]")
         if self.sparse_n_params is not None and self.sparse_n_params < 1:
             raise InputError(f"sparse_n_params={self.sparse_n_params} leaves nothing to train; pass 1 or more")
         if self.sparse_threshold is not None:
             if not self.sparse_threshold > 0:
-                raise InputError(f"sparse_threshold={self.sparse_threshold} is no magnitude; pass a number above 0")
+                raise InputError(f"sparse_threshold={self.sparse_threshold} is out of range; pass a number above 0")
             if self.sparse_density is not None or self.sparse_n_params is not None:
                 raise InputError(
                     "sparse_threshold says which entries a step updates, sparse_density and sparse_n_params how many; "
@@ -187,8 +189,7 @@ class SparseTrainingArguments(MethodTrainingArguments):
             )
         if self.sparse_basis_refresh_steps < 0:
             raise InputError(
-                f"sparse_basis_refresh_steps={self.sparse_basis_refresh_steps} is no number of steps; pass 0 (never) "
-                "or more"
+                f"sparse_basis_refresh_steps={self.sparse_basis_refresh_steps} is out of range; pass 0 (never) or more"
             )
         if self.sparse_basis_refresh_steps and self.sparse_basis != HOSVD:
             raise InputError(
@@ -196,16 +197,16 @@ class SparseTrainingArguments(MethodTrainingArguments):
                 f"sparse_basis={self.sparse_basis}; leave one of them out"
             )
         if self.sparse_show_steps < 0:
-            raise InputError(
-                f"sparse_show_steps={self.sparse_show_steps} is no number of steps; pass 0 (never) or more"
-            )
+            raise InputError(f"sparse_show_steps={self.sparse_show_steps} is out of range; pass 0 (never) or more")
         if self.sparse_show_steps and importlib.util.find_spec("matplotlib") is None:
             raise InputError(
                 f"sparse_show_steps={self.sparse_show_steps} draws pictures, and matplotlib is not installed; run "
                 "pip install 'hf_ft_ext[pictures]', or leave it out"
             )
         if not 0 <= self.sparse_skip_leading < 1:
-            raise InputError(f"sparse_skip_leading={self.sparse_skip_leading} is no share; pass a number in [0, 1)")
+            raise InputError(
+                f"sparse_skip_leading={self.sparse_skip_leading} is out of range; pass a number in [0, 1)"
+            )
         if self.sparse_skip_leading and (self.sparse_support != STRUCTURED or self.sparse_basis != HOSVD):
             raise InputError(
                 f"sparse_skip_leading={self.sparse_skip_leading} is for sparse_support=structured in the hosvd basis, "
@@ -223,15 +224,15 @@ class SparseTrainingArguments(MethodTrainingArguments):
             )
         combination = f"sparse_support={self.sparse_support} with sparse_basis={self.sparse_basis}"
         if self.sparse_basis_steps is not None and not self.needs_gradients:
-            raise InputError(f"{combination} looks at no gradients before training; leave sparse_basis_steps out")
+            raise InputError(f"{combination} needs no gradients before training; leave sparse_basis_steps out")
         if self.sparse_basis_scope == PER_LAYER and self.sparse_basis == NONE and self.sparse_support != STRUCTURED:
             raise InputError(f"{combination} has nothing that layers could share; leave sparse_basis_scope out")
 
     @property
     def not_an_adapter_by(self) -> str | None:
-        """The setting by which layers are converted in place (`SparseGradLinear`), or `None`: an adapter goes beside.
+        """Return the setting that requires layers converted in place (`SparseGradLinear`), or `None` for an adapter.
 
-        An adapter has one fixed block in each weight, and its file has no room for all other parameters.
+        An adapter supports one fixed block in each weight, and its file does not hold the other parameters.
         """
         converting = {
             "sparse_support": self.sparse_support != STRUCTURED,
@@ -247,19 +248,19 @@ class SparseTrainingArguments(MethodTrainingArguments):
 
     @property
     def as_adapter(self) -> bool:
-        """Whether training goes through a PEFT adapter (`SparseGradConfig`) rather than converted layers."""
+        """Whether a PEFT adapter (`SparseGradConfig`) trains rather than converted layers."""
         return self.not_an_adapter_by is None
 
     @property
     def train_rest(self) -> str:
-        """What trains besides, the default filled in."""
+        """`sparse_train_rest` with its default filled in."""
         if self.sparse_train_rest is not None:
             return self.sparse_train_rest
         return HEAD if self.sparse_support == STRUCTURED else ALL
 
     @property
     def basis_scope(self) -> str:
-        """Which layers share a basis, the default filled in."""
+        """`sparse_basis_scope` with its default filled in."""
         if self.sparse_basis_scope is not None:
             return self.sparse_basis_scope
         return PER_LAYER if self.sparse_support == STRUCTURED else PER_KIND
@@ -270,12 +271,12 @@ class SparseTrainingArguments(MethodTrainingArguments):
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether basis or support are chosen from gradients, that is whether there is a pre-pass."""
+        """Whether the basis or the support is chosen from gradients, that is, whether there is a pre-pass."""
         if self.sparse_basis == HOSVD or self.sparse_support == STATIC:
             return True
         return self.sparse_support == STRUCTURED and self.sparse_basis == NONE
 
     @property
     def basis_steps(self) -> int:
-        """Gradients of the pre-pass."""
+        """Number of gradients in the pre-pass."""
         return DEFAULT_BASIS_STEPS if self.sparse_basis_steps is None else self.sparse_basis_steps

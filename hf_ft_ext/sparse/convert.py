@@ -1,4 +1,4 @@
-"""Turning a model's MLP layers into SparseGrad layers, and back."""
+"""Convert a model's MLP layers into SparseGrad layers, and back."""
 
 import re
 
@@ -30,22 +30,22 @@ def convert_to_sparse(
     Args:
         n_params: entries of each weight that train (dynamic support: in one step). Structured support rounds up
             to a block of rows and columns (`block_shape`).
-        density: the same as a share of the weight, in (0, 1]; default 0.012.
+        density: the same as a fraction of the weight, in (0, 1]; default 0.012.
         target_modules: regular expression over module names; default: the linear layers of all feed-forwards, found by
             structure (`find_targets`).
         support: `"dynamic"`, `"static"` or `"structured"` (see `SparseTrainingArguments`).
         basis: `"hosvd"`, `"random"` or `"none"`.
-        basis_scope: `"kind"`: layers of one kind (equal names but for layer numbers, equal shapes) share a basis;
-            `"layer"`: each has its own.
-        threshold: with dynamic support, update the entries whose gradient is at least this large, however many
-            they are, instead of a fixed number.
+        basis_scope: `"kind"`: layers of one kind (equal shapes, and equal names apart from layer numbers) share a
+            basis; `"layer"`: each has its own.
+        threshold: with dynamic support, update all entries whose gradient has at least this magnitude, instead of a
+            fixed number of entries.
 
     Returns:
         The converted layers by name.
 
     Raises:
-        InputError: nothing to convert, layers that are not linear or converted already, or more entries asked
-            for than a weight has. The model is left as it was.
+        InputError: no layer to convert, a layer that is not linear or already converted, or more entries than a
+            weight has. The model is unchanged in that case.
     """
     targets = find_targets(model, target_modules)
     counts = {name: entries_of(linear, name, n_params, density) for name, linear in targets.items()}
@@ -57,7 +57,7 @@ def convert_to_sparse(
         shared = bases.setdefault(kind, Basis(identity=basis == NONE))
         layer = SparseGradLinear.from_linear(linear, shared, counts[name], kind)
         if threshold is not None:
-            layer.threshold, layer.n_params = threshold, linear.weight.numel()  # that many at most
+            layer.threshold, layer.n_params = threshold, linear.weight.numel()  # n_params is an upper bound here
         if support != DYNAMIC:
             layer.expect_fixed_support(block=support == STRUCTURED)
         model.set_submodule(name, layer)
@@ -66,7 +66,7 @@ def convert_to_sparse(
 
 
 def entries_of(linear: nn.Module, name: str, n_params: int | None, density: float | None) -> int:
-    """Entries that one step updates in `linear`, from a count or a share."""
+    """Return how many entries of `linear` one step updates, from a count or a fraction."""
     size = linear.weight.numel()
     count = n_params if n_params is not None else round((DEFAULT_DENSITY if density is None else density) * size)
     if count < 1:
@@ -79,8 +79,8 @@ def entries_of(linear: nn.Module, name: str, n_params: int | None, density: floa
 def merge_sparse(model: nn.Module) -> nn.Module:
     """Replace every `SparseGradLinear` of `model` by the plain layer with the trained weight, in place.
 
-    The weight of a converted layer is up to date at all times, so this only changes the type of the layers;
-    half-precision models get these weights back in the model's own dtype.
+    The weight of a converted layer is always up to date, so only the type of the layers changes. In half-precision
+    models the weights are cast back to the model's own dtype.
     """
     for name, layer in sparse_layers(model).items():
         model.set_submodule(name, layer.to_linear())
@@ -88,11 +88,11 @@ def merge_sparse(model: nn.Module) -> nn.Module:
 
 
 def freeze_rest(model: nn.Module, train_rest: str) -> None:
-    """Choose what trains besides the converted layers' entries.
+    """Choose which parameters train besides the entries of the converted layers.
 
     Args:
         train_rest: `"all"`, `"none"`, `"head"` (parameters outside the encoder, `model.base_model_prefix`), or a
-            regular expression searched in parameter names, the head training too.
+            regular expression searched in parameter names (the head trains too).
 
     Raises:
         InputError: a malformed expression or one that matches no parameter, or a model without a head.
@@ -109,8 +109,8 @@ def freeze_rest(model: nn.Module, train_rest: str) -> None:
     head = {name for name in rest if not name.startswith(prefix)}
     if len(head) == len(rest) or not head:
         raise InputError(
-            f"sparse_train_rest={train_rest!r} needs a model with an encoder (base_model_prefix) and a head; "
-            f"{type(model).__name__} is none"
+            f"sparse_train_rest={train_rest!r} needs a model with an encoder (base_model_prefix) and a head, which "
+            f"{type(model).__name__} lacks; pass all or none"
         )
     chosen = set()
     if train_rest != "head":
@@ -129,5 +129,5 @@ def freeze_rest(model: nn.Module, train_rest: str) -> None:
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseGradLinear]:
-    """The converted layers of `model` by name."""
+    """Return the converted layers of `model` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseGradLinear)}

@@ -1,4 +1,4 @@
-"""A linear layer whose weight SparseGrad trains: the plain forward, the gradient in the Tucker basis."""
+"""A linear layer whose weight SparseGrad trains: plain forward pass, gradient in the Tucker basis."""
 
 import math
 
@@ -14,10 +14,10 @@ from hf_ft_ext.sparse.fixed import FixedSupport
 
 
 class SparseLinearFunction(torch.autograd.Function):
-    """`y = x W^T + b`, with the weight's gradient `G` or, given the factors, `V^T G U`.
+    """`y = x W^T + b`; the weight's gradient is `G` or, if the factors are given, `V^T G U`.
 
-    The published layer keeps `V^T W U` and multiplies by three matrices in the forward pass. Here the weight
-    stays as it is: the forward pass is one product, and the basis is met in the backward pass alone.
+    The published layer stores `V^T W U` and multiplies by three matrices in the forward pass. This one stores `W`:
+    the forward pass is one product, and only the backward pass uses the basis.
     """
 
     @staticmethod
@@ -36,6 +36,7 @@ class SparseLinearFunction(torch.autograd.Function):
         grads, inputs = grad_output.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
         if ctx.needs_input_grad[1]:
             if out_factor is not None:
+                # V^T G U = (g V)^T (x U), with G = g^T x
                 grads, inputs = grads.to(out_factor.dtype) @ out_factor, inputs.to(in_factor.dtype) @ in_factor
             grad_weight = (grads.T @ inputs).to(weight.dtype)
         if ctx.needs_input_grad[2]:
@@ -44,9 +45,9 @@ class SparseLinearFunction(torch.autograd.Function):
 
 
 class FixedEntriesFunction(torch.autograd.Function):
-    """`y = x W^T + b`, with the gradient of `k` fixed entries of `V^T W U` and none of size (out, in).
+    """`y = x W^T + b`, with the gradient of `k` fixed entries of `V^T W U` instead of one of size (out, in).
 
-    On the cheaper route for short batches and small blocks, `x U_c` is all that is kept for the backward pass.
+    With short batches and small blocks (route `"activations"`), only `x U_c` is saved for the backward pass.
     """
 
     @staticmethod
@@ -70,9 +71,9 @@ class FixedEntriesFunction(torch.autograd.Function):
             grad_bias = grads.sum(0).to(ctx.bias_dtype)
         if ctx.needs_input_grad[3]:
             if ctx.route == ACTIVATIONS:
-                block = support.narrow_output(grads).T @ inputs
+                block = support.narrow_output(grads).T @ inputs  # (g V_r)^T (x U_c)
             else:
-                block = support.block_of(grads.T @ inputs)
+                block = support.block_of(grads.T @ inputs)  # V_r^T (g^T x) U_c
             grad_values = support.pick(block).to(ctx.values_dtype)
         return grad_x, None, grad_bias, grad_values, None
 
@@ -80,26 +81,26 @@ class FixedEntriesFunction(torch.autograd.Function):
 class SparseGradLinear(nn.Linear):
     """`nn.Linear` for SparseGrad; `hf_ft_ext.SparseAdamW` updates `n_params` entries of its weight per step.
 
-    Names and shapes of the parameters are those of `nn.Linear`, so a converted model saves as the plain one.
-    A half-precision weight is kept in float32 (small updates would be rounded away) and cast for the product.
+    Parameters have the names and shapes of `nn.Linear`, so a converted model saves as the plain one. A half-precision
+    weight is kept in float32, because small updates would be rounded away, and cast for the product.
 
-    Dynamic support: `weight` trains, the optimizer chooses the entries at each step. While
+    Dynamic support: `weight` trains, and the optimizer chooses the entries at each step. While
     `basis.rotates == "activations"`, `weight.grad` holds `V^T G U` and not `G`: train the layer with `SparseAdamW`
-    only. Fixed support: `weight` is frozen and `values`, the chosen entries of `V^T W U`, is the parameter; the
-    optimizer folds their changes into `weight`, which is up to date either way.
+    only. Fixed support: `weight` is frozen, and the parameter is `values`, the chosen entries of `V^T W U`. The
+    optimizer adds their changes to `weight`, so `weight` is up to date in both cases.
 
     Attributes:
         values: the trained entries, shape (k,), float32 or wider, or `None` with dynamic support. Not part of
             `state_dict()`: the optimizer's state holds them.
         initial: the values before training, shape (k,).
         base_hash: SHA-256 of the weight before training.
-        earlier: what training changed before the basis was refreshed: supports and changes of their values.
-        block: rows and columns of a structured support.
-        support: which entries those are; `None` before the pre-pass has chosen them, and with dynamic support.
+        earlier: changes of training before the basis was refreshed: supports and the changes of their values.
+        block: number of rows and columns of a structured support.
+        support: the entries that `values` holds; `None` with dynamic support and before the pre-pass.
         basis: the factors, shared by all layers of one kind; not ready before the gradient pre-pass.
         n_params: entries of the rotated weight that one step updates.
-        threshold: with dynamic support, magnitude of the gradient from which on entries are updated instead.
-        kind: name of the layer with layer numbers folded; layers of one kind share the basis.
+        threshold: with dynamic support, the least gradient magnitude of an updated entry, instead of `n_params`.
+        kind: name and shape of the layer without layer numbers; layers of one kind share the basis.
         plain_dtype: dtype of the weight before the conversion.
         transposed: whether the layer was a `Conv1D`.
     """
@@ -119,10 +120,10 @@ class SparseGradLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear | Conv1D, basis: Basis, n_params: int, kind: str) -> "SparseGradLinear":
-        """A layer that takes over the parameters of `linear` (no copy of an `nn.Linear` in float32 or wider).
+        """Return a layer with the parameters of `linear` (not copied for an `nn.Linear` in float32 or wider).
 
-        GPT-2's `Conv1D` stores its weight as (in, out). Here it is (out, in) like all others, and turned back in
-        `state_dict()`.
+        GPT-2's `Conv1D` stores its weight as (in, out). Here it is (out, in) like all others; `state_dict()`
+        transposes it back.
         """
         transposed = isinstance(linear, Conv1D)
         n_out, n_in = linear.weight.T.shape if transposed else linear.weight.shape
@@ -139,7 +140,7 @@ class SparseGradLinear(nn.Linear):
         return layer.train(linear.training)
 
     def expect_fixed_support(self, block: bool) -> None:
-        """Freeze the weight and make room for `n_params` values, still to be chosen (rounded up to a block)."""
+        """Freeze the weight and allocate `n_params` values, rounded up to a block; their entries are chosen later."""
         if block:
             self.block = block_shape(self.n_params, self.out_features, self.in_features)
             self.n_params = math.prod(self.block)
@@ -157,9 +158,9 @@ class SparseGradLinear(nn.Linear):
         """Train the entries of `support` from now on.
 
         Args:
-            values: their present values; read from the weight if not given.
-            initial: their values before training, if it has begun already.
-            base_hash: the hash of the weight before training, likewise; once known it stays.
+            values: their current values; read from the weight if not given.
+            initial: their values before training, if training has begun; else the current values.
+            base_hash: hash of the weight before training, if training has begun; a known hash is not replaced.
 
         Raises:
             ValueError: the support has another size than `n_params`.
@@ -172,11 +173,11 @@ class SparseGradLinear(nn.Linear):
         self.base_hash = base_hash or self.base_hash or tensor_hash(self.weight.to(self.plain_dtype))
 
     def changes(self) -> list[tuple[FixedSupport, torch.Tensor]]:
-        """All that training changed in the weight: supports and the changes of their values, shape (k,) each."""
+        """Return all changes of the weight: supports and the changes of their values, shape (k,) each."""
         return [*self.earlier, (self.support, self.values.detach() - self.initial)]
 
     def leave_support(self) -> None:
-        """Keep what was changed in the present support, before another one is set."""
+        """Record the changes in the current support, before another one is set."""
         self.earlier.append(self.changes()[-1])
 
     @torch.no_grad()
@@ -185,7 +186,7 @@ class SparseGradLinear(nn.Linear):
         self.support.add_to(self.weight, change)
 
     def to_linear(self) -> nn.Linear | Conv1D:
-        """The plain layer with the trained weight, in the type and dtype it had before the conversion."""
+        """Return the plain layer with the trained weight, in the type and dtype that it had before the conversion."""
         with torch.device("meta"):
             if self.transposed:
                 linear = Conv1D(self.out_features, self.in_features)
@@ -201,7 +202,7 @@ class SparseGradLinear(nn.Linear):
         return linear.train(self.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Shape (..., in) -> (..., out), in the dtype of `x` (or of autocast)."""
+        """Return `x W^T + b`, shape (..., in) -> (..., out), in the dtype of `x` (or of autocast)."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.support is not None:
@@ -211,13 +212,13 @@ class SparseGradLinear(nn.Linear):
         return SparseLinearFunction.apply(x, self.weight, self.bias, *factors)
 
     def value_gradient(self, indices: torch.Tensor | None = None) -> torch.Tensor:
-        """`V^T G U` from the accumulated `weight.grad`: shape (out, in), or (k,) at the flat `indices`."""
+        """Return `V^T G U` from the accumulated `weight.grad`: shape (out, in), or (k,) at the flat `indices`."""
         gradient = self.weight.grad
         rotated = gradient if self.basis.rotates == ACTIVATIONS else self.basis.rotate(gradient)
         return rotated if indices is None else rotated.flatten()[indices.long()]
 
     def _apply(self, fn, recurse=True):
-        # Supports and factors are shared by layers, so they are no buffers. A second call finds them moved already.
+        # Supports and factors are shared by layers, so they are not buffers. Moving them a second time has no effect.
         super()._apply(fn, recurse)
         for part in (self.basis, self.support, *(support for support, _ in self.earlier)):
             if part is not None:
@@ -240,7 +241,7 @@ class SparseGradLinear(nn.Linear):
         if f"{prefix}values" in missing_keys:
             missing_keys.remove(f"{prefix}values")
         if self.support is not None and f"{prefix}weight" in state_dict:
-            with torch.no_grad():  # the values are entries of the weight that has just been loaded
+            with torch.no_grad():  # the values are entries of the loaded weight
                 self.values.copy_(self.support.pick(self.support.block_of(self.weight)))
 
     def extra_repr(self) -> str:

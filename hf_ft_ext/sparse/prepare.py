@@ -1,4 +1,4 @@
-"""From a converted model to one that can train: bases and, where it is fixed, the support."""
+"""Prepare a converted model for training: compute the bases and choose fixed supports."""
 
 import functools
 import logging
@@ -56,7 +56,7 @@ def prepare_layers(trainer: Trainer, layers: Mapping[str, SparseGradLinear], arg
     elif args.sparse_support == STRUCTURED:
         _choose_blocks(layers, sums if picks_block else None, args.sparse_skip_leading)
     if args.sparse_support != DYNAMIC:
-        for layer in layers.values():  # the supports keep the columns that they need
+        for layer in layers.values():  # each fixed support has copied the columns that it needs
             layer.basis.out_factor = layer.basis.in_factor = None
 
 
@@ -66,10 +66,10 @@ def refresh_supports(
     args: SparseTrainingArguments,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Choose basis and fixed support of `layers` anew at the present weights, and turn the moments.
+    """Recompute basis and fixed support of `layers` at the current weights, and rotate the moments.
 
-    The dense gradients that this needs are those of another pre-pass: a step with a fixed support makes none. The
-    weights stay; what was changed in the supports before is kept for deltas.
+    Steps with a fixed support compute no dense gradients, so this runs another pre-pass. The weights do not change.
+    The changes in the previous supports are recorded for deltas.
 
     Raises:
         InputError: as for `prepare_layers`.
@@ -84,7 +84,7 @@ def refresh_supports(
 
 @functools.wraps(adapter_bases)
 def compute_bases(model: nn.Module | Trainer, batches: Iterable[Any], *positional: Any, **settings: Any) -> None:
-    """That of the adapters. The old form, `compute_bases(trainer, layers, steps)`, is `compute_layer_bases`."""
+    """Compute the bases of adapters; the deprecated form (trainer, layers, steps) calls `compute_layer_bases`."""
     if not isinstance(model, Trainer):
         adapter_bases(model, batches, *positional, **settings)
         return
@@ -116,7 +116,7 @@ def compute_layer_bases(
 def gram_sums(
     trainer: Trainer, layers: Mapping[str, SparseGradLinear], steps: int
 ) -> tuple[dict[str, GramSums], dict[str, float]]:
-    """Gram sums by kind of layer, over all layers, batches and processes, and the tokens of a step by kind."""
+    """Return by kind of layer: Gram sums over all layers, batches and processes, and the tokens of a step."""
     sums: dict[str, GramSums] = {}
     of_kind = Counter(layer.kind for layer in layers.values())
     for layer in layers.values():
@@ -138,7 +138,7 @@ def fill_bases(layers: Mapping[str, SparseGradLinear], sums: Mapping[str, GramSu
         out_factor, in_factor = sums[kind].factors()
         if orientation == PUBLISHED:
             in_factor, layer.basis.in_transposed = by_columns(in_factor.T), True
-        # Every process decomposes the same sums; the broadcast keeps the bases equal to the last bit.
+        # All processes decompose the same sums; the broadcast makes the bases bitwise equal.
         layer.basis.out_factor, layer.basis.in_factor = broadcast(out_factor.T).T, broadcast(in_factor.T).T
 
 
@@ -148,6 +148,7 @@ def _fill_random(layers: Mapping[str, SparseGradLinear], seed: int) -> None:
         factors = []
         for side in (layer.out_features, layer.in_features):
             gaussian = torch.randn(side, side, generator=generator, dtype=torch.float64)
+            # Q of a Gaussian matrix: a random orthonormal factor
             factor = torch.linalg.qr(gaussian).Q.to(layer.weight.device, layer.weight.dtype)
             factors.append(broadcast(by_columns(factor).T).T)
         layer.basis.out_factor, layer.basis.in_factor = factors
@@ -159,11 +160,11 @@ def _choose_rotation(layers: Mapping[str, SparseGradLinear], tokens: Mapping[str
 
 
 def _choose_entries(trainer: Trainer, layers: Mapping[str, SparseGradLinear], steps: int) -> None:
-    """Static support: the entries of largest mean energy in the basis, layer by layer."""
+    """Choose a static support for each layer: the entries of `V^T G U` with the largest mean square."""
     energy = {name: torch.zeros_like(layer.weight) for name, layer in layers.items()}
 
     def add(name: str, gradient: torch.Tensor) -> None:
-        energy[name] += layers[name].basis.rotate(gradient).square()
+        energy[name] += layers[name].basis.rotate(gradient).square()  # sum of (V^T G U)^2, entry by entry
 
     visit_gradients(trainer, layers, steps, add, "choosing entries")
     for name, layer in layers.items():
@@ -173,10 +174,10 @@ def _choose_entries(trainer: Trainer, layers: Mapping[str, SparseGradLinear], st
 
 
 def _choose_blocks(layers: Mapping[str, SparseGradLinear], sums: Mapping[str, GramSums] | None, skip: float) -> None:
-    """Structured support: the rows and columns of largest energy, the same for all layers of one kind.
+    """Choose a structured support: rows and columns of largest energy, shared by all layers of one kind.
 
-    They are the first ones of a basis, after the share `skip` of all; without a basis, those of the largest diagonals
-    of the Gram sums.
+    With a basis these are the leading rows and columns, after the fraction `skip` of all. Without one they have the
+    largest diagonal entries of the Gram sums (the squared norms of the rows and columns of the gradients).
     """
     chosen: dict[str, FixedSupport] = {}
     for layer in layers.values():

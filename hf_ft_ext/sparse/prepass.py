@@ -1,4 +1,4 @@
-"""The gradient pre-pass: the gradients of some training batches, at the present weights, nothing changed."""
+"""The gradient pre-pass: gradients of some training batches at the current weights, without any update."""
 
 import contextlib
 import itertools
@@ -30,14 +30,14 @@ def visit_gradients(
 ) -> dict[str, float]:
     """Call `visit(name, gradient)` for each layer's weight gradient in each of `steps` training batches.
 
-    Each gradient, shape (out, in), is that of one optimizer step (all processes and micro-batches together), at the
-    present weights, dropout off. Whole batches are shared out over the processes: what is summed up in `visit` and
-    then over processes is the same to rounding for any number of processes and any split into micro-batches. No
-    global generator is used; the batches come from a private one seeded with `args.seed`, the same in each call
-    with the same `draw`. Where training groups rows by length, so do the batches.
+    Each gradient, shape (out, in), belongs to one optimizer step (all processes and micro-batches together), at the
+    current weights and without dropout. Whole batches are distributed over the processes. A sum in `visit`, reduced
+    over processes, is therefore the same up to rounding for any number of processes and any split into micro-batches.
+    No global random generator is used: a private one, seeded with `args.seed`, draws the same batches in each call
+    with the same `draw`. If training groups rows by length, so do these batches.
 
-    Where the trainer's data loader or sampler was overridden, the batches are those that it gives: each process reads
-    its part of every step's batch, as in training, and the gradients are summed over processes.
+    If the trainer's data loader or sampler was overridden, its batches are used: each process reads its part of every
+    step's batch, as in training, and the gradients are summed over processes.
 
     Returns:
         Tokens that reach each kind of layer in one optimizer step of one process, by kind.
@@ -81,7 +81,7 @@ def visit_gradients(
 
 @contextlib.contextmanager
 def _plain_gradients(layers: Collection[SparseGradLinear]) -> Iterator[None]:
-    """Let every layer give the gradient of its whole weight, unrotated, whatever state it is in."""
+    """Make every layer compute the unrotated gradient of its whole weight, in any state of preparation."""
     before = [(layer, layer.weight.requires_grad, layer.support, layer.basis.rotates) for layer in layers]
     try:
         for layer in layers:
@@ -104,10 +104,10 @@ def _token_counter(total: torch.Tensor):
 def _batch_gradient(
     trainer: Trainer, weights: list[nn.Parameter], micro_batches: list[dict], over_processes: bool
 ) -> list[torch.Tensor]:
-    """Gradient of the mean loss over one optimizer step's batch.
+    """Return the gradients of the mean loss over one optimizer step's batch.
 
     Args:
-        over_processes: the batch lies on all processes, a part on each.
+        over_processes: whether the batch is distributed over the processes.
     """
     shifted = predicts_next_tokens(trainer.model)
     sizes = [_label_count(batch, shifted) for batch in micro_batches]
@@ -120,19 +120,20 @@ def _batch_gradient(
             loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         for sum_, gradient in zip(total, gradients, strict=True):
-            if gradient is None:  # an expert that none of these tokens went to
+            if gradient is None:  # an expert that was routed none of these tokens
                 continue
-            sum_.add_(gradient, alpha=size / labels)
+            # Mean over all labels: sum_b (n_b / n) grad(mean loss of micro-batch b)
+            sum_.add_(gradient, alpha=size / max(labels, 1.0))
     if over_processes and trainer.args.world_size > 1:
         total = [trainer.accelerator.reduce(gradient) for gradient in total]
     return total
 
 
 def _label_count(batch: dict, shifted: bool) -> int:
-    """Labels that a micro-batch's mean loss runs over: its weight in the mean over the whole batch.
+    """Return the number of labels in a micro-batch's mean loss: its weight in the mean over the whole batch.
 
     Args:
-        shifted: each token is predicted from those before it, so the first label of a row does not count.
+        shifted: whether each token is predicted from the previous ones, so that the first label of a row is unused.
     """
     labels = batch.get("labels")
     if labels is None:
@@ -143,7 +144,7 @@ def _label_count(batch: dict, shifted: bool) -> int:
 
 
 def _loader_batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:
-    """The training data loader's batches, those of one optimizer step together; others with another `draw`."""
+    """Yield the training data loader's batches, grouped by optimizer step; each `draw` gives other batches."""
     micro = trainer.args.gradient_accumulation_steps
     batches = loader_batches(trainer, steps * micro, skip=draw * steps * micro)
     for start in range(0, len(batches), micro):
@@ -151,7 +152,7 @@ def _loader_batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[di
 
 
 def _batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:
-    """Batches of one optimizer step each, as lists of collated micro-batches; the same on every process."""
+    """Yield the batch of each optimizer step as a list of collated micro-batches, the same on every process."""
     args = trainer.args
     batch_size, micro = trainer.get_total_train_batch_size(args), args.train_batch_size
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="pre-pass")
@@ -160,11 +161,11 @@ def _batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:
 
 
 def own_steps(trainer: Trainer, count: int) -> Iterator[list[tuple[dict, float]]]:
-    """This process's micro-batches of each of `count` optimizer steps, with weights for their mean losses.
+    """Yield this process's micro-batches of each of `count` optimizer steps, with weights for their mean losses.
 
-    Together the processes read the same rows as one process with their batch sizes' sum would; where the trainer's
-    data loader or sampler was overridden, each reads its own loader. The gradient of a step is that of the mean loss
-    over all of its labels: the sum of the weighted ones here, and the mean over processes. No global generator is
+    Together the processes read the rows that one process with the total batch size would read. If the trainer's data
+    loader or sampler was overridden, each process reads its own loader. The gradient of the mean loss over all labels
+    of a step is the sum of the weighted gradients here, averaged over the processes. No global random generator is
     used.
     """
     args = trainer.args
@@ -186,7 +187,7 @@ def _own_batches(trainer: Trainer, count: int) -> Iterator[list[dict]]:
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="pre-pass")
     for examples in _examples(trainer, count, trainer.get_total_train_batch_size(args), draw=0):
         share = -(-len(examples) // args.world_size)
-        mine = examples[args.process_index * share :][:share] or examples[:share]  # few rows: some are read twice
+        mine = examples[args.process_index * share :][:share] or examples[:share]  # fewer rows than processes
         yield [collate(mine[i : i + micro]) for i in range(0, len(mine), micro)]
 
 
@@ -197,7 +198,7 @@ def _examples(trainer: Trainer, steps: int, batch_size: int, draw: int) -> Itera
         batch_size = min(batch_size, len(dataset))
         if steps * batch_size > len(dataset):
             logger.info(
-                "%d pre-pass batches of %d go over the %d training rows more than once",
+                "%d pre-pass batches of %d rows use the %d training rows more than once",
                 steps,
                 batch_size,
                 len(dataset),
@@ -216,7 +217,7 @@ def _examples(trainer: Trainer, steps: int, batch_size: int, draw: int) -> Itera
 
 
 def _longest_first(trainer: Trainer, order: list[int]) -> list[int]:
-    """Row numbers by falling length, so that batches hold rows of similar length, as those of training do."""
+    """Sort row numbers by decreasing length, so that batches hold rows of similar length, as in training."""
     dataset, column = trainer.train_dataset, trainer.args.length_column_name
     tokens = "input_ids" if trainer.processing_class is None else trainer.processing_class.model_input_names[0]
 

@@ -15,14 +15,14 @@ from hf_ft_ext.structure.targets import is_plain_linear
 def find_targets(
     model: nn.Module, pattern: str | None = None, fits: Callable[[nn.Module], bool] = is_plain_linear
 ) -> dict[str, nn.Linear | Conv1D]:
-    """Names and modules of the layers to convert.
+    """Return the layers to convert, by name.
 
     Args:
         model: a transformers model.
-        pattern: regular expression searched in dotted module names; `None` = the linear layers of every layer's
-            feed-forward, found by structure. Where no feed-forward has any (experts as three-dimensional tensors), the
-            linear layers of the attentions, with a warning.
-        fits: whether a matched module can be taken.
+        pattern: regular expression searched in dotted module names; `None` = the linear layers of all feed-forward
+            blocks, found by structure. If these have no linear layers (experts as three-dimensional tensors), the
+            linear layers of the attention, with a warning.
+        fits: whether a matched module can be converted.
 
     Raises:
         InputError: a malformed or unmatched pattern, a matched layer that is not linear, or a model without linear
@@ -36,7 +36,7 @@ def find_targets(
     except re.error as error:
         raise InputError(f"sparse_target_modules={pattern!r} is no regular expression: {error}") from None
     matched = {name: module for name, module in model.named_modules() if expression.search(name)}
-    # A pattern that names a block matches everything below it: containers are passed over.
+    # A pattern that names a block matches everything below it. Keep leaf modules only.
     leaves = {name: module for name, module in matched.items() if not any(True for _ in module.children())}
     if not leaves:
         raise InputError(f"sparse_target_modules={pattern!r} matches no layer; linear layers here: {known}")

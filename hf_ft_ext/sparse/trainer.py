@@ -1,4 +1,4 @@
-"""`SparseTrainer`: a Trainer that fine-tunes MLP layers by SparseGrad."""
+"""`SparseTrainer`: a Trainer that fine-tunes MLP layers with SparseGrad."""
 
 import contextlib
 import logging
@@ -41,20 +41,20 @@ _OPTIMIZER_STATE = "optimizer.pt"  # transformers' name for it
 class SparseTrainer(StopAtNaN, MethodTrainer):
     """`transformers.Trainer` with SparseGrad on the MLP layers.
 
-    `train()` first takes the gradients of `sparse_basis_steps` batches and computes the bases; a resumed run loads
-    them instead.
+    `train()` first computes the bases from the gradients of `sparse_basis_steps` batches; a resumed run loads them
+    instead.
 
-    With structured support the model gets a `SparseGradConfig` adapter: weights stay as they are (quantized, if they
-    are), any optimizer of `optim` trains it, `save_model` and checkpoints leave a PEFT adapter. Otherwise, and with
-    settings that the adapter does not support (`SparseTrainingArguments.not_an_adapter_by`), the model is converted in
-    place, and what is saved is an ordinary model that `from_pretrained` loads.
+    With structured support the model gets a `SparseGradConfig` adapter. The base weights do not change and may be
+    quantized, any optimizer of `optim` works, and `save_model` and checkpoints write a PEFT adapter. Otherwise, and
+    with settings that the adapter does not support (`SparseTrainingArguments.not_an_adapter_by`), the model is
+    converted in place and saved as an ordinary model that `from_pretrained` loads.
 
     Args:
-        model, args, and all else: as for `Trainer`. Other `TrainingArguments` are completed with the
-            defaults of `SparseTrainingArguments`.
+        model, args and all others: as for `Trainer`. Other `TrainingArguments` are completed with the defaults of
+            `SparseTrainingArguments`.
 
     Raises:
-        InputError: nothing to convert, or an option that this method cannot honour.
+        InputError: no layer to convert, or an option that this method does not support.
     """
 
     own_files: ClassVar[tuple[str, ...]] = (DELTA_FILE,)
@@ -79,11 +79,11 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
         if self.args.optim not in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED):
             raise InputError(
                 f"optim={self.args.optim.value!r} has no sparse form for converted layers; use adamw_torch or "
-                "adamw_torch_fused, or structured support, whose adapter any optimizer trains"
+                "adamw_torch_fused, or structured support, whose adapter works with any optimizer"
             )
 
     def _check_optimizers(self, optimizer: Any, scheduler: Any, factory: Any) -> None:
-        # An adapter takes any optimizer class; an optimizer made before does not hold what it adds.
+        # An adapter works with any optimizer class. An existing optimizer object lacks the adapter's parameters.
         super()._check_optimizers(optimizer, scheduler, None if self.args.as_adapter else factory)
 
     def apply_arguments(self) -> None:
@@ -136,7 +136,7 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
         return super().train(resume_from_checkpoint, *positional, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimizer over all trained parameters, after the pre-pass; `SparseAdamW` for converted layers."""
+        """Run the pre-pass, then create the optimizer of all trained parameters (converted layers: `SparseAdamW`)."""
         if has_sparse_grad(self.model):
             if not all(columns.ready for columns in columns_of(self.model)):
                 with preparation(self):
@@ -156,7 +156,7 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
         try:
             return super().create_optimizer(model)
         finally:
-            self.optimizer_cls_and_kwargs = None  # the next trial of a search has layers of its own
+            self.optimizer_cls_and_kwargs = None  # the next trial of a search has other layers
 
     def _preparation_is_saved(self) -> bool:
         return self._resumed_from is not None and os.path.isfile(os.path.join(self._resumed_from, _OPTIMIZER_STATE))
@@ -166,29 +166,29 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
         layers = [layer for layer in sparse_layers(self.model).values() if layer.values is not None]
         path = os.path.join(self.state.best_model_checkpoint, _OPTIMIZER_STATE)
         if layers and os.path.isfile(path):
-            # The weights are the best model's; values and supports of that step make its delta.
+            # The best model's weights are loaded; its delta needs the values and supports of the same step.
             state = torch.load(path, map_location=self.args.device, weights_only=True)
             restore_supports(layers, state["supports"])
         elif any(layer.earlier for layer in layers):
             logger.warning(
-                "%s holds no optimizer state (save_only_model), so that the best model's delta is not known after "
-                "refreshes of the basis; save_delta and export_lora describe the last step's supports.",
+                "%s holds no optimizer state (save_only_model), so the best model's delta is unknown after refreshes "
+                "of the basis; save_delta and export_lora use the supports of the last step.",
                 self.state.best_model_checkpoint,
             )
 
     def save_for_sharing(self, folder: str) -> None:
-        """Write the delta beside the model where the support is fixed: small, and all that the base model lacks."""
+        """Write the delta beside the model if the support is fixed: a small file that completes the base model."""
         if self.args.sparse_support != DYNAMIC and not has_sparse_grad(self.model):
             save_delta(self.model, folder)
 
     @classmethod
     def delta_code(cls, run: FinishedRun) -> str | None:
-        """Python that applies the delta to the base model."""
+        """Return Python code that applies the delta to the base model."""
         return delta_code(run, DELTA_FILE, "load_delta")
 
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:
-        """Stand-ins, of the right size, for supports that are not chosen yet: memory can be measured with them."""
+        """Set placeholders of the right size for supports that are not chosen yet, to measure memory."""
         if has_sparse_grad(self.model):
             unready = [columns for columns in columns_of(self.model) if not columns.ready]
             for columns in unready:
@@ -211,7 +211,7 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
                 layer.support = None
 
     def trained_weights(self) -> list[TrainedWeight]:
-        """What training changes: per converted weight its updated entries, all other parameters in full."""
+        """Return what training changes: updated entries of converted weights, and all other trained parameters."""
         if has_sparse_grad(self.model):
             return self._adapter_weights()
         layers = sparse_layers(self.model)
@@ -225,7 +225,7 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
                 rows.append(TrainedWeight.dense(name, parameter))
                 continue
             size = parameter.element_size()
-            # Two moments per entry; with dynamic support index and count (int32) too; the factors once per kind.
+            # Two moments per entry; with dynamic support also index and step count (int32); factors once per kind.
             dynamic, shape = layer.values is None, (layer.out_features, layer.in_features)
             state = layer.n_params * (2 * size + 8 if dynamic else 2 * size)
             if self.args.sparse_moments == DENSE:
@@ -259,7 +259,7 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
 
 
 class _RefreshSupports(TrainerCallback):
-    """Chooses fixed supports anew after every `sparse_basis_refresh_steps` steps."""
+    """Chooses new fixed supports every `sparse_basis_refresh_steps` steps."""
 
     def __init__(self, trainer: SparseTrainer):
         self.trainer = trainer
@@ -272,7 +272,7 @@ class _RefreshSupports(TrainerCallback):
 
 
 def _check_settled(args: SparseTrainingArguments) -> None:
-    """A model that comes with a SparseGrad adapter has its own configuration."""
+    """Refuse arguments that the model's own SparseGrad adapter has already set."""
     settled = ("sparse_density", "sparse_n_params", "sparse_target_modules", "sparse_basis_scope", "sparse_train_rest")
     if given := [name for name in settled if getattr(args, name) is not None]:
         raise InputError(
@@ -285,7 +285,7 @@ def _check_settled(args: SparseTrainingArguments) -> None:
 
 
 def _check_converted(layers: dict[str, SparseGradLinear], args: SparseTrainingArguments) -> None:
-    """A model that the user converted has to be what the arguments say, as far as they say anything."""
+    """Check that a model converted by the user agrees with the arguments."""
     settled = ("sparse_density", "sparse_n_params", "sparse_target_modules", "sparse_threshold")
     if given := [name for name in settled if getattr(args, name) is not None]:
         raise InputError(

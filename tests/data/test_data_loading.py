@@ -263,7 +263,7 @@ def test_faults_of_the_hub(load, monkeypatch):
 def test_contradicting_options(load):
     with pytest.raises(InputError, match=r"both --dataset_name x/y and --train_file are given"):
         load(dataset_name="x/y", train_file="a.csv")
-    with pytest.raises(InputError, match=r"--dataset_config_name c has nothing to choose from"):
+    with pytest.raises(InputError, match=r"--dataset_config_name c applies only to data sets"):
         load(dataset_config_name="c")
     with pytest.raises(InputError, match="task 'demo' makes its own data"):
         load(task_name="demo", train_file="a.csv")

@@ -124,10 +124,10 @@ def test_labels_that_only_validation_shows_are_known(load, tmp_path):
     [
         ([], {}, "holds no rows|cannot read"),
         ([{"text": "a", "label": None}], {}, r"1 of 1 rows of split 'train \(its first 4 rows\)' have no label"),
-        ([{"text": "a", "label": "x"}], {}, "has one class only"),
+        ([{"text": "a", "label": "x"}], {}, "has only one class"),
         ([{"text": "a", "score": 1}], {}, "has no label column 'label'"),
         ([{"text": 3, "label": "x"}], {"text_columns": ["text"]}, "not text"),
-        ([{"text": "a", "label": [1]}], {}, "--streaming reads one label per row"),
+        ([{"text": "a", "label": [1]}], {}, "--streaming needs one label per row"),
     ],
 )
 def test_the_first_rows_are_checked(load, tmp_path, rows, options, message):

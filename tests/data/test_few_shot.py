@@ -114,7 +114,7 @@ def test_small_classes_give_what_they_have_if_allowed(load, caplog):
         0: 2,
         1: 8,
     }
-    assert "class 'negative' has 10 rows only" in caplog.text
+    assert "class 'negative' has only 10 rows" in caplog.text
 
 
 def test_cuts_come_after_the_draw(load):
@@ -125,14 +125,14 @@ def test_cuts_come_after_the_draw(load):
 @pytest.mark.parametrize(
     ("splits", "options", "message"),
     [
-        ({"train": LABELS}, {"num_k": 0}, "num_k=0 is no number of rows; pass 1 or more"),
+        ({"train": LABELS}, {"num_k": 0}, "num_k=0 is out of range; pass 1 or more"),
         ({"train": LABELS}, {"num_k": 50}, r"num_k=50 is more than the 40 rows of class 'negative'; pass --num_k 20"),
         ({"train": LABELS}, {"num_k": 30}, r"needs 60 rows of each class \(30 to .*'negative' has 40"),
         ({"train": [0] * 9}, {"num_k": 3, "task_name": "sst2"}, "the 0 rows of class 'positive'; add rows to it"),
         ({"validation": LABELS}, {"num_k": 2}, "drawn from a training split, and .* has none here; pass one"),
         ({"train": LABELS}, {"num_k": 2, "max_train_samples": 5}, "--num_k 2 and --max_train_samples 5 both choose"),
-        ({"train": LABELS}, {"few_shot_split": "k-shot-10x"}, "--few_shot_split is about few-shot .* pass --num_k"),
-        ({"train": LABELS}, {"allow_small_classes": True}, "--allow_small_classes is about few-shot splits"),
+        ({"train": LABELS}, {"few_shot_split": "k-shot-10x"}, "--few_shot_split is for few-shot .* pass --num_k"),
+        ({"train": LABELS}, {"allow_small_classes": True}, "--allow_small_classes is for few-shot splits"),
     ],
 )  # fmt: skip
 def test_bad_input(load, splits, options, message):
@@ -141,7 +141,7 @@ def test_bad_input(load, splits, options, message):
 
 
 def test_a_constant_scale_and_an_unknown_split(load):
-    with pytest.raises(InputError, match="all labels of 'train' are 1: that is no scale"):
+    with pytest.raises(InputError, match="all labels of 'train' are 1, so the scale has no length"):
         load({"train": [1.0] * 9}, names=None, num_k=2)
     data = load({"train": LABELS})
     with pytest.raises(InputError, match="few_shot_split='all' is unknown; choose from: k-shot, k-shot-10x"):

@@ -210,14 +210,14 @@ def test_a_saved_model_predicts_several_labels_for_rows_without_any(files):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--num_k", "2"), "num_k=2 draws rows of each class, and a row with several labels"),
-        (("--few_shot_type", "prompt"), "a prompt names one label per row"),
+        (("--num_k", "2"), "num_k=2 draws rows of each class, but rows with several labels"),
+        (("--few_shot_type", "prompt"), "a prompt predicts one label per row"),
         (("--label_smoothing_factor", "0.1"), "label_smoothing_factor=0.1 smooths one class per row"),
         (("--metric", "accuracy"), "metric 'accuracy' is not for multi_label.*subset_accuracy"),
         (("--metric", "f1"), "metric 'f1' is not for multi_label_classification; use one of: .*f1_micro"),
         (("--positive_label", "joy"), "multi_label_classification has no positive class"),
         (("--multi_label_threshold", "1.5"), "must be between 0 and 1, or auto, got .1.5."),
-        (("--streaming",), "--streaming reads one label per row"),
+        (("--streaming",), "--streaming needs one label per row"),
         (("--task_name", "sst2"), "task 'sst2' has one label per row"),
     ],
 )

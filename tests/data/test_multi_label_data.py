@@ -103,7 +103,7 @@ def test_labels_of_a_cut_keep_all_names_and_say_what_has_no_rows(tmp_path, caplo
         (None, {"x": [0, 1] * 3}, {"label_column": ["x", "y"]}, "has no label column 'y' but text, x"),
         (None, {"x": [0, 1] * 3}, {"label_column": ["x", "x"]}, "names 'x' twice"),
         (None, {"x": [0, 1] * 3}, {"label_column": ["x", "text"], "text_columns": ["text"]}, "both text and label"),
-        ([["a"], ["b"]] * 3, {}, {"num_k": 1}, "draws rows of each class, and a row with several labels"),
+        ([["a"], ["b"]] * 3, {}, {"num_k": 1}, "draws rows of each class, but rows with several labels"),
         ([["a"], ["b"]] * 3, {}, {"metric": "matthews"}, "'matthews' is not for multi_label"),
     ],
 )

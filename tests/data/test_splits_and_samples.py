@@ -124,7 +124,7 @@ def test_a_revision_is_never_ignored(load, cached, tmp_path):
         load(dataset_name="someone/set", dataset_revision="v2")
     with pytest.raises(InputError, match="--dataset_revision v2 is for data sets of the Hub"):
         load(dataset_name=write(tmp_path / "set", train=[0, 1]), dataset_revision="v2")
-    with pytest.raises(InputError, match="--dataset_revision v2 has nothing to choose from"):
+    with pytest.raises(InputError, match="--dataset_revision v2 applies only to data sets"):
         load(dataset_revision="v2")
 
 
@@ -212,7 +212,7 @@ def test_a_stratified_sample_of_scores_covers_the_scale(load, tmp_path, caplog):
     [
         ({"sample": "all"}, "--sample 'all' is unknown; choose from: first, random, stratified"),
         ({"sample": "random"}, "--sample random draws the rows of --max_train_samples and --max_eval_samples; pass"),
-        ({"sample": "random", "max_train_samples": 5, "streaming": True}, "which a stream never holds"),
+        ({"sample": "random", "max_train_samples": 5, "streaming": True}, "which a stream does not hold"),
     ],
 )
 def test_samples_that_cannot_be_drawn(load, options, match):
@@ -223,8 +223,8 @@ def test_samples_that_cannot_be_drawn(load, options, match):
 @pytest.mark.parametrize(
     ("labels", "wanted", "kind", "said"),
     [
-        ([0.0, 1.0], None, "regression", "whole, but written with a decimal point (0.0, 1.0): this is a regression"),
-        ([0.5, 1.0], None, "regression", "numbers with a fraction: this is a regression"),
+        ([0.0, 1.0], None, "regression", "written with a decimal point (0.0, 1.0): this is a regression"),
+        ([0.5, 1.0], None, "regression", "numbers with decimals: this is a regression"),
         ([0.0, 1.0], "single_label_classification", "single_label_classification", ""),
         ([1, 5, 3], "regression", "regression", ""),
         ([1, 5, 3], None, "single_label_classification", ""),
@@ -261,7 +261,7 @@ def test_labels_that_look_alike_are_said(load, tmp_path, caplog):
     rows = "a,good\nb,good \nc,Good\nd,bad\n"
     (tmp_path / "t.csv").write_text("text,label\n" + rows)
     assert len(load(train_file=str(tmp_path / "t.csv")).label_names) == 4
-    assert "differ in spaces or case alone" in caplog.text
+    assert "differ only in spaces or case" in caplog.text
     (tmp_path / "t.csv").write_text("text,label\na,0\nb,1\nc,NA\n")
     assert load(train_file=str(tmp_path / "t.csv")).label_names == ["0", "1", "NA"]
-    assert "label 'NA' is taken as a class beside numbers; remove these rows if it marks missing" in caplog.text
+    assert "label 'NA' among numbers is taken as a class; remove these rows if it marks missing" in caplog.text

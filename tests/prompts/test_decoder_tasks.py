@@ -103,14 +103,14 @@ def test_copa_chooses_between_the_rows_own_options(tmp_path):
     options = [[i for i in option if i != -100] for option in row["option_ids"]]
     assert tokenizer.decode(row["input_ids"]) == "My body cast a shadow because"
     assert [tokenizer.decode(option) for option in options] == [" the sun rose.", " the grass was cut."]
-    with pytest.raises(InputError, match="options of its own, and demonstrations show label words"):
+    with pytest.raises(InputError, match="its own options, but demonstrations need common label words"):
         load_prompt_model(
             str(tmp_path / "model"), network.config, tokenizer, data,
             DataArguments(task_name="copa", few_shot_type="prompt-demo"),
         )  # fmt: skip
     bert = tiny_masked_lm()
     bert.save_pretrained(tmp_path / "bert")
-    with pytest.raises(InputError, match="which the one mask of a masked language model cannot name"):
+    with pytest.raises(InputError, match="which the single mask of a masked language model cannot hold"):
         load_prompt_model(str(tmp_path / "bert"), bert.config, tiny_tokenizer(), data, args)
 
 

@@ -289,12 +289,12 @@ def test_a_word_that_begins_another_is_named(words, caplog):
     tokenizer = word_tokenizer()
     with caplog.at_level("WARNING", "hf_ft_ext.prompts"):
         word_tokens(tokenizer, words, "a", "sequence_mean")
-        assert "begin those of" not in caplog.text
+        assert "are a prefix of those of" not in caplog.text
         word_tokens(tokenizer, words, "a", "sequence")
-    assert "The tokens of label word 'great' begin those of 'great film'" in caplog.text
+    assert "The tokens of label word 'great' are a prefix of those of 'great film'" in caplog.text
     caplog.clear()
     word_tokens(tokenizer, ["great film", "great plot"], "a", "sequence")
-    assert "begin those of" not in caplog.text
+    assert "are a prefix of those of" not in caplog.text
 
 
 def test_the_same_tokens_for_two_words_are_no_choice():
@@ -310,7 +310,7 @@ def test_the_same_tokens_for_two_words_are_no_choice():
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(InputError, match="word_scoring='all' is unknown; choose from: first_token"):
         prompt_model("gpt2", "all")
-    with pytest.raises(InputError, match="untie_words keeps those of the label words"):
+    with pytest.raises(InputError, match="untie_words keeps only those of the label words"):
         prompt_model("gpt2", "sequence", untie_words=True)
     with pytest.raises(InputError, match="encoder-decoder's head is scaled"):
         prompt_model("t5", untie_words=True)

@@ -154,13 +154,13 @@ def test_similarity_is_the_cosine_of_mean_hidden_states(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_demo": 0}, "num_demo=0 leaves nothing to show"),
-        ({"num_sample": 0}, "num_sample=0 leaves nothing to show"),
-        ({"demo_filter": 0.0}, r"demo_filter=0.0 is no share in \(0, 1\]"),
-        ({"demo_filter_model": "x"}, "--demo_filter_model has nothing to filter; pass"),
+        ({"num_demo": 0}, "num_demo=0 is out of range"),
+        ({"num_sample": 0}, "num_sample=0 is out of range"),
+        ({"demo_filter": 0.0}, r"demo_filter=0.0 is not in \(0, 1\]"),
+        ({"demo_filter_model": "x"}, "--demo_filter_model has no effect without a filter; pass"),
         ({"num_demo": 3}, "class 'negative' has 3 training rows, too few for num_demo=3 and the row itself"),
         ({"max_seq_length": 20}, r"the 2 demonstrations of row 0 .* take 1\d tokens, .* max_seq_length=20"),
-        ({"pad_to_max_length": True}, "--pad_to_max_length does not go with demonstrations"),
+        ({"pad_to_max_length": True}, "--pad_to_max_length is not supported with demonstrations"),
     ],
 )  # fmt: skip
 def test_bad_input(options, message):
@@ -170,7 +170,7 @@ def test_bad_input(options, message):
 
 def test_options_of_demonstrations_need_demonstrations():
     for options in ({"num_demo": 2}, {"num_sample": 2}, {"demo_filter": 0.5}):
-        with pytest.raises(InputError, match=f"--{next(iter(options))} .* is about prompts, .* pass .* prompt-demo"):
+        with pytest.raises(InputError, match=f"--{next(iter(options))} .* is for prompts, .* pass .* prompt-demo"):
             check_prompt_options(DataArguments(few_shot_type="prompt", **options))
     check_prompt_options(DataArguments(few_shot_type="prompt-demo", num_demo=2, template="x"))
 

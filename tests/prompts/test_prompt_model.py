@@ -216,7 +216,7 @@ def test_the_head_reads_the_mask_position(family, untie):
             "row 0 of the batch has 0 mask tokens, but a prompt model reads one",
         ),
         ({"input_ids": torch.tensor([[2, 4, 3], [4, 4, 3]])}, "row 1 of the batch has 2 mask tokens"),
-        ({"inputs_embeds": torch.zeros(1, 3, 32)}, "finds its mask in input_ids; pass them, not inputs_embeds"),
+        ({"inputs_embeds": torch.zeros(1, 3, 32)}, "finds the mask in input_ids; pass them, not inputs_embeds"),
     ],
 )
 def test_rows_without_one_mask_are_refused(inputs, message):
@@ -261,7 +261,9 @@ def test_an_adapter_s_folder_makes_its_base(tmp_path):
                 if "lora_B" in name:
                     parameter.normal_()
         wrapped.save_pretrained(folder / "adapter")
-        with pytest.raises(InputError, match=r"holds no prompt_config\.json: it is no adapter of a prompt model"):
+        with pytest.raises(
+            InputError, match=r"holds no prompt_config\.json, so it is not an adapter of a prompt model"
+        ):
             PromptForSequenceClassification.from_adapter(folder / "adapter")
         (folder / "adapter" / PROMPT_FILE).write_text(json.dumps(model.config.to_dict(), default=str))
         base = PromptForSequenceClassification.from_adapter(folder / "adapter")

@@ -187,8 +187,8 @@ def test_accumulated_loss_equals_that_of_one_batch(tmp_path):
 @pytest.mark.parametrize(
     ("argv", "prompt", "message"),
     [
-        (("--template", "*sent_0**mask*"), (), "--template .* is about prompts, and few_shot_type=finetune does not"),
-        (("--num_demo", "2"), PROMPT, "--num_demo 2 is about prompts, .* pass --few_shot_type prompt-demo"),
+        (("--template", "*sent_0**mask*"), (), "--template .* is for prompts, but few_shot_type=finetune does not"),
+        (("--num_demo", "2"), PROMPT, "--num_demo 2 is for prompts, .* pass --few_shot_type prompt-demo"),
         ((), PROMPT[:4], "has no prompt of its own; pass --mapping"),
         ((), (*PROMPT[:3], "*sent_1**mask*", *PROMPT[4:]), "names text 1, but the rows of this data have one text"),
         ((), (*PROMPT[:5], "{'0': 'bad', '1': 'brilliantly'}"), "label word 'brilliantly' is unknown"),

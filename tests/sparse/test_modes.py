@@ -254,13 +254,13 @@ def test_state_of_another_support_is_refused(tmp_path):
         ({"sparse_basis_orientation": "published", "sparse_basis": "random"}, "is about the hosvd basis"),
         (
             {"sparse_basis": "none", "sparse_support": "dynamic", "sparse_basis_steps": 5},
-            "looks at no gradients before training; leave sparse_basis",
+            "needs no gradients before training; leave sparse_basis",
         ),
         (
             {"sparse_basis": "none", "sparse_support": "dynamic", "sparse_basis_scope": "layer"},
             "has nothing that layers could share",
         ),
-        ({"sparse_threshold": 0.0}, "sparse_threshold=0.0 is no magnitude"),
+        ({"sparse_threshold": 0.0}, "sparse_threshold=0.0 is out of range"),
         ({"sparse_threshold": 1e-3, "sparse_n_params": 5}, "says which entries a step updates"),
         ({"sparse_threshold": 1e-3, "sparse_support": "static"}, "is for sparse_support=dynamic, not static"),
     ],

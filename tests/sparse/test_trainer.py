@@ -210,7 +210,7 @@ def test_pre_pass_longer_than_the_data_repeats_them_and_says_so(tmp_path, caplog
     trainer = make(tmp_path, dataset=tiny_dataset(12))
     with caplog.at_level("INFO", logger="hf_ft_ext"):
         compute_layer_bases(trainer, sparse_layers(trainer.model), steps=5)
-    assert "5 pre-pass batches of 8 go over the 12 training rows more than once" in caplog.text
+    assert "5 pre-pass batches of 8 rows use the 12 training rows more than once" in caplog.text
 
 
 def test_pre_pass_reads_a_stream(tmp_path):
@@ -234,8 +234,8 @@ def test_pre_pass_stops_at_a_gradient_that_is_not_finite(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"sparse_density": 0.0}, r"sparse_density=0.0 is no share; pass a number in \(0, 1\]"),
-        ({"sparse_density": 1.5}, "sparse_density=1.5 is no share"),
+        ({"sparse_density": 0.0}, r"sparse_density=0.0 is out of range; pass a number in \(0, 1\]"),
+        ({"sparse_density": 1.5}, "sparse_density=1.5 is out of range"),
         ({"sparse_n_params": 0}, "sparse_n_params=0 leaves nothing to train"),
         ({"sparse_n_params": 5, "sparse_density": 0.1}, "both say how many entries"),
         ({"sparse_basis_steps": 0}, "sparse_basis_steps=0 gives no gradient"),

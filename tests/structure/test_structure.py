@@ -264,7 +264,8 @@ def test_a_model_without_layers_has_none(model):
 
 def test_a_head_alone_does_not_run_on_token_ids():
     with pytest.raises(
-        InputError, match=r"the parts of Linear cannot be found: it does not run on trial rows .*pass the names of the layers"
+        InputError,
+        match=r"the parts of Linear cannot be found: it does not run on trial rows .*pass the names of the layers",
     ):
         find_structure(nn.Linear(4, 2))
 

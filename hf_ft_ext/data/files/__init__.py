@@ -1,1 +1,1 @@
-"""Files that people write themselves (csv, tsv, json, jsonl) as data sets."""
+"""Read the user's own files (csv, tsv, json, jsonl) as data sets."""

@@ -1,8 +1,9 @@
-"""How a delimited file is written (delimiter, quotes, header), decided by the file itself.
+"""Detect the dialect of a delimited file (delimiter, quotes, header) from its content.
 
-Two readings compete: without quotes every line is a row; with quotes a field in double quotes may hold delimiters and
-line breaks. A reading fits if every row has as many fields as the header. GLUE and LM-BFF distribute tsv files whose
-texts begin with a bare `"`: read with quotes, such a field swallows all lines up to the next `"`.
+There are two ways to read a file. Without quotes, every line is a row. With quotes, a field in double quotes may hold
+delimiters and line breaks. A reading fits if every row has as many fields as the header. GLUE and LM-BFF distribute
+tsv files with texts that begin with an unpaired `"`: read with quotes, such a field includes all lines up to the next
+`"`.
 """
 
 import csv
@@ -20,9 +21,9 @@ DEFAULT_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _READINGS = {NONE: "without quotes", MINIMAL: "with quotes", BACKSLASH: 'with quotes, \\" inside them'}
 _LONE_RETURN = (
-    "\ufdd0"  # stands for a lone "\r", which `csv` takes for a line end; Unicode keeps it free for such uses
+    "\ufdd0"  # replaces a lone "\r", which `csv` takes for a line end; a Unicode noncharacter for internal use
 )
-_ENOUGH = 5  # fields that show a habit
+_ENOUGH = 5  # the least number of fields or rows from which a convention is inferred
 _FIELD_LIMIT = 2**31 - 1  # characters; csv's own limit is 131,072
 
 
@@ -35,9 +36,9 @@ class Dialect:
         quoting: `none`, `minimal` (quotes are doubled inside quotes) or `backslash`.
         skipped: lines before the header.
         header: whether the first row names the columns.
-        names: of the columns in use.
-        start: fields of each row before those in use.
-        width: fields of each row.
+        names: names of the columns in use.
+        start: number of fields in each row before those in use.
+        width: number of fields in each row.
     """
 
     delimiter: str
@@ -50,12 +51,12 @@ class Dialect:
 
 
 def rows(file: TextFile, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
-    """All rows, the header too, each with the number of its last line (from 1).
+    """Yield all rows, including the header, each with the number of its last line (from 1).
 
-    Blank lines are left out, except those between rows of a single column, where they are empty fields.
+    Blank lines are skipped, except between rows of a single column, where they are empty fields.
 
     Raises:
-        Unreadable: the quotes do not close where a field ends, or the text is not in its encoding.
+        Unreadable: a closing quote is not at the end of a field, or the text does not match its encoding.
     """
     blank = 0
     for number, fields in _split(file, dialect):
@@ -99,7 +100,7 @@ def _without_end(line: str) -> str:
 
 
 def _protected(line: str, newline: str) -> str:
-    """A line whose only line break is its end."""
+    """Return the line with every "\\r" inside it replaced, so that its only line break is its end."""
     if newline == "\r" or "\r" not in line:
         return line
     end = "\r\n" if line.endswith("\r\n") else ""
@@ -108,25 +109,25 @@ def _protected(line: str, newline: str) -> str:
 
 @dataclass
 class _Survey:
-    """What one reading makes of a file."""
+    """What one way of reading finds in a file."""
 
     dialect: Dialect
     header: list[str] = field(default_factory=list)
     rows: int = 0
-    widths: Counter = field(default_factory=Counter)  # of the rows behind the header
+    widths: Counter = field(default_factory=Counter)  # field counts of the rows after the header
     lines: dict[int, int] = field(default_factory=dict)  # width -> first line with it
-    last_empty: bool = True  # the last field of every row
-    counted: bool = True  # the first field of every row is its number, from 0 or 1
+    last_empty: bool = True  # whether the last field of every row is empty
+    counted: bool = True  # whether the first field of every row is its number, from 0 or 1
     repeated: int | None = None  # line of a second header
-    multiline: bool = False  # a quoted field goes over several lines
+    multiline: bool = False  # whether a quoted field spans several lines
     fault: Unreadable | None = None
-    # Fields with quotes at their ends, of the reading without quotes.
+    # Counts of fields with quotes at their ends, for the reading without quotes.
     opened: int = 0
     closed_too: Counter = field(default_factory=Counter)  # by column
     doubled: int = 0
-    commas: tuple[int, int] = (0, 0)  # fields with a comma: in quotes, not in quotes
+    commas: tuple[int, int] = (0, 0)  # fields with a comma: quoted, not quoted
     header_quoted: bool = False
-    spaced: bool = False  # a space before an opening quote, which then is part of the text
+    spaced: bool = False  # whether a space precedes an opening quote, which is then part of the text
 
 
 def _survey(file: TextFile, dialect: Dialect, names: Sequence[str] | None, limit: int | None) -> _Survey:
@@ -189,17 +190,19 @@ def find_dialect(
 
     Args:
         file: the file.
-        suffix: `.csv` or `.tsv`: the delimiter that is expected.
-        quoting: `auto` decides by the file; the others force a reading.
-        names: of the columns of a file without a header; `None` = the first row.
-        limit: rows to look at; `None` = all.
+        suffix: `.csv` or `.tsv`, which sets the expected delimiter.
+        quoting: `auto` detects the quoting; the other values force a reading.
+        names: column names of a file without a header; `None` = the first row.
+        limit: number of rows to inspect; `None` = all.
 
     Raises:
-        Unreadable: no reading fits, or two do that give different rows.
+        Unreadable: no reading fits, or two readings fit and give different rows.
     """
     first = next((_without_end(line) for line in file.lines() if line.strip()), "")
     if "\0" in first:
-        raise Unreadable("its first line has NUL characters; it may be UTF-16 without a mark", "save it as UTF-8")
+        raise Unreadable(
+            "its first line has NUL characters; it may be UTF-16 without a byte order mark", "save it as UTF-8"
+        )
     given = re.fullmatch(r'"?sep=(.)"?[,;]*', first, flags=re.IGNORECASE)  # Excel's
     if given:
         dialect, notes = _quoted_or_not(file, Dialect(given[1], quoting, 1, not names), names, limit)
@@ -221,7 +224,7 @@ def find_dialect(
         other, fault = (found[0][0].delimiter, None) if found else faults[0]
         cause = f"it has no {_NAMES[expected]} in its first line, but a {_NAMES[other]}"
         raise Unreadable(
-            cause + (f"; read so, {fault.cause}" if fault else ""),
+            cause + (f"; with that delimiter, {fault.cause}" if fault else ""),
             f"save it with the delimiter of a {suffix} file, or put sep={other} into a line before the first",
         )
     return _quoted_or_not(file, base, names, limit)
@@ -230,7 +233,7 @@ def find_dialect(
 def _quoted_or_not(
     file: TextFile, base: Dialect, names: Sequence[str] | None, limit: int | None
 ) -> tuple[Dialect, list[str]]:
-    """The reading that fits."""
+    """Return the dialect of the reading that fits, and what to log."""
     if base.quoting != AUTO:
         return _fitted(_survey(file, base, names, limit))
     plain = _survey(file, replace(base, quoting=NONE), names, limit)
@@ -246,7 +249,9 @@ def _quoted_or_not(
             faults[survey.dialect.quoting] = fault
     if not fits or (MINIMAL not in fits and plain.header_quoted):  # R and databases write backslashes
         try:
-            return _said(_fitted(_survey(file, replace(base, quoting=BACKSLASH), names, limit)), "only so it fits")
+            return _said(
+                _fitted(_survey(file, replace(base, quoting=BACKSLASH), names, limit)), "the only reading that fits"
+            )
         except Unreadable:
             pass
     if not fits:
@@ -257,24 +262,24 @@ def _quoted_or_not(
         )
     if len(fits) == 1:
         (found,) = fits.values()
-        return _said(found, "only so do all rows have the header's fields")
+        return _said(found, "only this way all rows have the header's number of fields")
     if quoted.multiline and base.delimiter != "\t" and not _written_with_quotes(plain):
         raise Unreadable(
             f"it can be read in two ways: {plain.rows:,} rows without quotes, {quoted.rows:,} with quotes",
             f"pass --quoting {NONE} or --quoting {MINIMAL}",
         )
     if base.delimiter != "\t":
-        return _said(fits[MINIMAL], "as a csv file is")
+        return _said(fits[MINIMAL], "the default for csv")
     if _written_with_quotes(plain):
-        return _said(fits[MINIMAL], "its quotes are those that a program writes")
+        return _said(fits[MINIMAL], "its quotes look written by a program")
     return _said(fits[NONE], "its quotes are part of the texts")
 
 
 def _written_with_quotes(plain: _Survey) -> bool:
-    """Whether the quotes of a file that fits both readings look like a program's.
+    """Whether the quotes of a file that fits both readings look written by a program.
 
-    A program quotes the header, doubles quotes inside quotes, quotes whole columns, or, as Excel does, every field
-    that has a comma.
+    Programs quote the header, double quotes inside quotes, quote whole columns, or (Excel) quote every field that
+    contains a comma.
     """
     whole = plain.rows in plain.closed_too.values() and plain.rows >= _ENOUGH
     inside, outside = plain.commas
@@ -289,10 +294,10 @@ def _said(found: tuple[Dialect, list[str]], why: str) -> tuple[Dialect, list[str
 
 
 def _fitted(survey: _Survey) -> tuple[Dialect, list[str]]:
-    """The dialect of a reading, with the columns that all rows have.
+    """Return the dialect of a reading, with the columns that all rows have.
 
     Raises:
-        Unreadable: the rows do not fit the header.
+        Unreadable: the rows do not match the header.
     """
     if survey.fault:
         raise survey.fault

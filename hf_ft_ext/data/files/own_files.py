@@ -1,4 +1,4 @@
-"""Files that people write themselves (csv, tsv, json, jsonl) as data sets, their values as they are written."""
+"""Read the user's own files (csv, tsv, json, jsonl) as data sets, with values exactly as written."""
 
 import hashlib
 import logging
@@ -19,7 +19,7 @@ from hf_ft_ext.data.files.tables import FLOAT, INT, MISSING, TEXT, UNKNOWN, Tabl
 from hf_ft_ext.data.files.text_files import Unreadable, data_suffix
 from hf_ft_ext.errors import InputError
 
-# Text columns looked for in own data, in this order.
+# Text columns searched for in own data, in this order.
 USUAL_TEXT = (
     ("sentence1", "sentence2"),
     ("premise", "hypothesis"),
@@ -33,22 +33,22 @@ USUAL_TEXT = (
     ("text",),
 )
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
-_HEAD = 100_000  # rows of a stream that show how its file is written
+_HEAD = 100_000  # rows of a stream from which the dialect and types of its file are inferred
 _BATCH = 10_000  # rows written at a time
-_READING = 1  # raise it when the same file gives other rows than before: cached ones are left behind then
+_READING = 1  # part of the cache key: increase it when a change of this code changes the rows read from a file
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is known of the files before they are opened.
+    """Options for reading files.
 
     Attributes:
-        quoting: of csv and tsv files: `auto`, `none`, `minimal` or `backslash`.
-        names: of the columns of csv and tsv files without a header line.
-        text: columns that hold text whatever is written in them.
-        labels: columns that hold labels.
+        quoting: quoting of csv and tsv files: `auto`, `none`, `minimal` or `backslash`.
+        names: column names of csv and tsv files without a header line.
+        text: columns that are read as text, whatever their values.
+        labels: columns of labels.
     """
 
     quoting: str = AUTO
@@ -66,18 +66,18 @@ def open_own_files(
 ) -> dict[str, Dataset | IterableDataset]:
     """Return the splits of csv, tsv, json and jsonl files.
 
-    The type of a column is that of its values in all files: numbers only if each of them is one and is written as
-    numbers are (`007` is text).
+    The type of a column depends on its values in all files: it is numeric only if every value is a number in standard
+    notation (`007` is text).
 
     Args:
         files: split -> (name for messages, path) of each of its files.
-        reading: see there.
+        reading: options for reading.
         cache_dir: where converted rows are kept; `None` = the Hub's cache.
-        streamed: splits to read while training. Their first rows decide how the file is read; later rows that do not
-            fit lose what does not.
+        streamed: splits to read during training. Their first rows decide how the file is read; values of later rows
+            that do not fit are missing.
 
     Raises:
-        InputError: a file cannot be read; the message names it, the cause and the cure.
+        InputError: a file cannot be read; the message names the file, the cause and the fix.
     """
     opened = {
         split: [_open(name, path, reading, _HEAD if split in streamed else None) for name, path in parts]
@@ -105,7 +105,7 @@ def open_own_files(
 
 
 def _converted(values: dict[str, Any], features: Features, cache_dir: str | None) -> Dataset:
-    """All rows as a file of the cache, written at the first call: faster than `Dataset.from_generator` row by row."""
+    """Return all rows from a cache file, written at the first call (faster than `Dataset.from_generator`)."""
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "own_files"
     path = folder / f"{hashlib.sha256(repr((values, features)).encode()).hexdigest()[:32]}.arrow"
     schema = features.arrow_schema
@@ -129,7 +129,7 @@ def _converted(values: dict[str, Any], features: Features, cache_dir: str | None
 
 
 def _open(name: str, path: str, reading: Reading, limit: int | None) -> tuple[Table | Records, dict[str, str]]:
-    """A file's source of rows, and the types of its columns."""
+    """Open a file; return its row reader and the types of its columns."""
     try:
         source: Table | Records
         if data_suffix(path) in (".csv", ".tsv"):
@@ -163,7 +163,7 @@ def _without_nested(kinds: dict[str, str], reading: Reading) -> tuple[dict[str, 
 
 
 def _joint(found: Sequence[dict[str, str]]) -> dict[str, str]:
-    """The type of each column over all files, where it has to be the same: text, or else any that is known."""
+    """Return the common type of each column over all files: text if any file has text, else a known type."""
     joint: dict[str, str] = {}
     for kinds in found:
         for name, kind in kinds.items():
@@ -173,7 +173,7 @@ def _joint(found: Sequence[dict[str, str]]) -> dict[str, str]:
 
 
 def _of_split(found: Sequence[dict[str, str]]) -> dict[str, str]:
-    """The types of the columns that all files of a split have."""
+    """Return the types of the columns that all files of a split have."""
     own = {name: kind for name, kind in found[0].items() if all(name in kinds for kinds in found)}
     for kinds in found[1:]:
         for name in own:
@@ -201,7 +201,7 @@ def _rows(
     tolerant: bool,
     reading: int,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of all files, one behind the other; in a stream, a row that does not fit holds `None` only."""
+    """Yield the rows of all files in order; in a stream, a row that does not fit has only `None` values."""
     kinds = dict(columns)
     for source in sources:
         convert = _field if isinstance(source, Table) else _value
@@ -214,12 +214,12 @@ def _rows(
 
 
 def _field(value: str, kind: str, is_label: bool) -> Any:
-    """A field of a delimited file; `nan` in a label column is a missing label, as pandas writes it."""
+    """Convert a field of a delimited file; `nan` in a label column (written by pandas) is a missing label."""
     return None if is_label and value.strip() in MISSING else converted(value, kind)
 
 
 def _value(value: Any, kind: str, is_label: bool) -> Any:
-    """A value of a JSON file; one of another type than `kind`, in a stream, is `None`."""
+    """Convert a value of a JSON file; in a stream, a value of another type than `kind` becomes `None`."""
     if value is None or kind.startswith(LIST_OF):
         return value
     if kind == TEXT:

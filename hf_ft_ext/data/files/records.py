@@ -1,4 +1,4 @@
-"""JSON files as rows: one object a line, a list of objects, or one object that holds the rows."""
+"""Read JSON files as rows: one object per line, a list of objects, or one object that holds the rows."""
 
 import json
 from collections.abc import Collection, Iterator
@@ -10,18 +10,18 @@ from hf_ft_ext.data.files.text_files import TextFile, Unreadable, text_file
 
 LIST_OF, NESTED = "list of ", "nested"
 _LINES, _OBJECTS, _LIST, _FIELD, _COLUMNS = "lines", "objects", "list", "field", "columns"
-_CURE = 'write one object a line, such as {"text": "good", "label": 0}'
+_CURE = 'write one object per line, such as {"text": "good", "label": 0}'
 
 
 @dataclass(frozen=True)
 class Records:
-    """A JSON file and where its rows are.
+    """A JSON file and the location of its rows.
 
     Attributes:
-        layout: an object a `line`, `objects` one after the other, a `list` of objects, a `field` that holds the list,
-            or `columns`, each with the values of all rows.
-        field: of the object that the file is.
-        names: of the columns.
+        layout: `lines` (one object per line), `objects` (one after the other), `list` (of objects), `field` (an object
+            with a field that holds the list) or `columns` (an object with the values of each column).
+        field: name of the field that holds the rows, for layout `field`.
+        names: names of the columns.
     """
 
     file: TextFile
@@ -30,16 +30,16 @@ class Records:
     names: tuple[str, ...] = ()
 
     def records(self, skip_faults: bool = False) -> Iterator[list | None]:
-        """The values of the columns `names`, row by row; `None` for those that a row lacks.
+        """Yield the values of the columns `names`, row by row; `None` for missing values.
 
         Args:
-            skip_faults: give `None` for a line that is not an object instead of raising.
+            skip_faults: yield `None` for a line that is not an object, instead of raising.
         """
         for row in self.rows(skip_faults):
             yield None if row is None else [row.get(name) for name in self.names]
 
     def rows(self, skip_faults: bool = False) -> Iterator[dict[str, Any] | None]:
-        """The objects of the file.
+        """Yield the objects of the file.
 
         Raises:
             Unreadable: the file is not JSON, or its rows are not objects.
@@ -78,9 +78,9 @@ class Records:
             yield row
 
     def kinds(self, text: Collection[str], limit: int | None = None) -> dict[str, str]:
-        """The type of every column: a name of `datasets.Value`, `LIST_OF` such a name, `NESTED`, or "" for nulls only.
+        """Return each column's type: a name of `datasets.Value`, `LIST_OF` such a name, `NESTED`, or "" (only nulls).
 
-        A column `text` that holds texts and numbers is text.
+        A column in `text` that holds texts and numbers is text.
         """
         found: dict[str, set[str]] = {name: set() for name in self.names}
         for fields in islice(self.records(), limit):
@@ -100,7 +100,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _objects(file: TextFile) -> list[Any]:
-    """Everything that a file holds, one JSON value after the other."""
+    """Return all JSON values of a file, in order."""
     text = "".join(file.lines())
     decoder = json.JSONDecoder(object_pairs_hook=_once)
     found, position = [], len(text) - len(text.lstrip())
@@ -116,14 +116,14 @@ def _objects(file: TextFile) -> list[Any]:
 
 
 def open_records(path: str, limit: int | None = None) -> tuple[Records, list[str]]:
-    """Return a JSON file's rows, and what to log about how it is read.
+    """Return a JSON file's rows, and what to log about reading it.
 
     Args:
         path: the file.
-        limit: rows to look at for its columns; `None` = all.
+        limit: number of rows from which the columns are found; `None` = all.
 
     Raises:
-        Unreadable: the file is not JSON, is empty, or does not say where its rows are.
+        Unreadable: the file is not JSON, is empty, or has several fields that may hold the rows.
     """
     file = text_file(path)
     first = list(islice((line for line in file.lines() if line.strip()), 2))
@@ -148,7 +148,7 @@ def _is_object(line: str) -> bool:
 
 
 def _layout(content: list[Any]) -> tuple[str, str | None, list[str]]:
-    """How a file that is not one object a line holds its rows."""
+    """Return the layout of a file that does not have one object per line."""
     if len(content) > 1:
         return _OBJECTS, None, []
     (whole,) = content
@@ -186,7 +186,7 @@ def _kind(value: Any) -> str:
 
 
 def _common(kinds: set[str], text: bool) -> str:
-    """One type for all of `kinds`, or `NESTED` where there is none."""
+    """Return a common type of all `kinds`, or `NESTED` if there is none."""
     lists = {kind for kind in kinds if kind.startswith(LIST_OF)}
     if lists and lists == kinds:
         inner = _common({kind.removeprefix(LIST_OF) for kind in lists} - {""}, False)

@@ -1,4 +1,4 @@
-"""Delimited files (csv, tsv) as rows of text, and what type each of their columns has."""
+"""Read delimited files (csv, tsv) as rows of text, and infer the types of their columns."""
 
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -9,11 +9,11 @@ from hf_ft_ext.data.files.text_files import TextFile, Unreadable, data_suffix, t
 
 INT, FLOAT, TEXT, UNKNOWN = "int64", "float64", "string", ""
 _WIDEST = 18  # digits that always fit an int64
-# Only what is written as Python writes it is a number that can be written back: 007 and +1 stay text.
+# Integers only in Python's own notation, so that writing them back gives the same text: 007 and +1 stay text.
 _INT = re.compile(rf"0|-?[1-9][0-9]{{0,{_WIDEST - 1}}}")
 _FLOAT = re.compile(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _INFINITE = re.compile(r"[+-]?inf(inity)?", flags=re.IGNORECASE)
-MISSING = {"", "nan", "NaN"}  # of a number; a text is missing only where nothing is written
+MISSING = {"", "nan", "NaN"}  # missing numbers; a text is missing only if it is empty
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class Table:
         return self.dialect.names
 
     def records(self, skip_faults: bool = False) -> Iterator[list[str] | None]:
-        """The fields of the columns `names`, row by row.
+        """Yield the fields of the columns `names`, row by row.
 
         Args:
-            skip_faults: give `None` for a row with too many or too few fields instead of raising.
+            skip_faults: yield `None` for a row with too many or too few fields, instead of raising.
 
         Raises:
-            Unreadable: the file has changed since it was looked at.
+            Unreadable: the file has changed since it was opened.
         """
         dialect = self.dialect
         found = rows(self.file, dialect)
@@ -50,11 +50,11 @@ class Table:
                 raise Unreadable(f"line {number} has {len(fields)} fields, not {dialect.width}", "correct it")
 
     def kinds(self, text: Collection[str], limit: int | None = None) -> dict[str, str]:
-        """The type that every column's values allow: `TEXT`, `FLOAT`, `INT`, or `UNKNOWN` where all are missing.
+        """Return the type of each column: `INT`, `FLOAT`, `TEXT`, or `UNKNOWN` if all values are missing.
 
         Args:
-            text: columns that are text whatever they hold.
-            limit: rows to look at; `None` = all.
+            text: columns that are text, whatever their values.
+            limit: number of rows to inspect; `None` = all.
         """
         kinds = {name: TEXT if name in text else UNKNOWN for name in self.names}
         open_columns = [(i, name) for i, name in enumerate(self.names) if kinds[name] != TEXT]
@@ -67,12 +67,12 @@ class Table:
         return {name: _FINITE.get(kind, kind) for name, kind in kinds.items()}
 
 
-_INFINITE_ONLY = "inf"  # no number so far but infinite ones, which are words as well
+_INFINITE_ONLY = "inf"  # only infinite values so far, which may be words too
 _FINITE = {_INFINITE_ONLY: TEXT}
 
 
 def _wider(kind: str, value: str) -> str:
-    """The type of a column of type `kind` with one more value."""
+    """Return the type of a column of type `kind` after one more value."""
     value = value.strip()
     if value in MISSING:
         return kind
@@ -80,14 +80,14 @@ def _wider(kind: str, value: str) -> str:
         return FLOAT if kind == _INFINITE_ONLY else INT
     if _INFINITE.fullmatch(value):
         return _INFINITE_ONLY if kind in (UNKNOWN, _INFINITE_ONLY) else FLOAT
-    # A whole number too long for an int64 is a name, such as an id.
+    # A whole number that does not fit into an int64 is text, such as an id.
     if not _FLOAT.fullmatch(value) or (value.lstrip("+-").isdecimal() and not _INT.fullmatch(value)):
         return TEXT
     return FLOAT
 
 
 def converted(value: str, kind: str) -> str | int | float | None:
-    """A field as a value of type `kind`; `None` if it is missing or, in a stream, of another type."""
+    """Convert a field to a value of type `kind`; `None` if it is missing or, in a stream, of another type."""
     if kind == TEXT:
         return value or None
     value = value.strip()
@@ -104,7 +104,7 @@ def converted(value: str, kind: str) -> str | int | float | None:
 def open_table(
     path: str, quoting: str = AUTO, names: Sequence[str] | None = None, limit: int | None = None
 ) -> tuple[Table, list[str]]:
-    """Return a file's table, and what to log about how it is read.
+    """Return a file's table, and what to log about reading it.
 
     Raises:
         Unreadable: see `find_dialect`.

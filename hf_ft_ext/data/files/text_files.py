@@ -1,4 +1,4 @@
-"""Text files as lines: compression, byte order mark, line ends; a fault names the line."""
+"""Read text files as lines: compression, byte order mark, line ends, and errors that name the line."""
 
 import bz2
 import codecs
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 _COMPRESSIONS: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-_HEAD = 1 << 20  # bytes that show how lines end
+_HEAD = 1 << 20  # bytes from which encoding and line ends are inferred
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 class Unreadable(ValueError):
-    """A file cannot be read as it is: `cause` says why, `cure` what to do."""
+    """A file cannot be read: `cause` says why, `cure` how to fix it."""
 
     def __init__(self, cause: str, cure: str):
         super().__init__(f"{cause}; {cure}")
@@ -25,21 +25,21 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True)
 class TextFile:
-    """Where a text file is and how its bytes become lines.
+    """The path of a text file and how its bytes are split into lines.
 
-    `state` changes with the file, so that what is cached by these fields is never stale.
+    `state` changes with the file, so caches keyed by these fields are never stale.
     """
 
     path: str
     encoding: str
-    newline: str  # "\n" (also "\r\n"), or "\r" where the file has no other line end
+    newline: str  # "\n" (also "\r\n"), or "\r" if the file has no other line end
     state: tuple[int, int]  # modification time in ns, bytes
 
     def lines(self) -> Iterator[str]:
-        r"""Lines with their ends, split at `newline` alone: any other `\r` is part of the text.
+        r"""Yield lines with their ends, split only at `newline`: any other `\r` is part of the text.
 
         Raises:
-            Unreadable: the bytes cannot be decoded by `encoding`.
+            Unreadable: the bytes cannot be decoded with `encoding`.
         """
         with (
             open_binary(self.path) as raw,
@@ -52,12 +52,12 @@ class TextFile:
 
 
 def open_binary(path: str | Path) -> IO[bytes]:
-    """The uncompressed bytes of a file."""
+    """Open the uncompressed bytes of a file."""
     return _COMPRESSIONS.get(Path(path).suffix.lower(), open)(path, "rb")
 
 
 def data_suffix(path: str | Path) -> str:
-    """The suffix that says the format, lower case: `.csv` of `a.csv` and of `a.CSV.gz`."""
+    """Return the suffix of the format in lower case: `.csv` for `a.csv` and for `a.CSV.gz`."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in _COMPRESSIONS:
         suffixes.pop()
@@ -65,7 +65,7 @@ def data_suffix(path: str | Path) -> str:
 
 
 def text_file(path: str | Path) -> TextFile:
-    """Look at a file's first bytes for its encoding (UTF-8, or UTF-16 with its mark) and its line ends."""
+    """Infer encoding (UTF-8, or UTF-16 with a byte order mark) and line ends from a file's first bytes."""
     status = Path(path).stat()
     with open_binary(path) as raw:
         head = raw.read(_HEAD)
@@ -78,7 +78,7 @@ def _undecodable(file: TextFile) -> Unreadable:
     """Find the line that is not UTF-8."""
     cure = "save it as UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8 old > new"
     if file.encoding == "utf-16":
-        return Unreadable("it starts with the mark of UTF-16, but is not UTF-16", "save it as UTF-8")
+        return Unreadable("it starts with the byte order mark of UTF-16, but is not UTF-16", "save it as UTF-8")
     with open_binary(file.path) as raw:
         for number, line in enumerate(raw, 1):
             try:

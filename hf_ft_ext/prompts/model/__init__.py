@@ -1,4 +1,4 @@
-"""`PromptForSequenceClassification`: a language model whose word at one position is the class."""
+"""`PromptForSequenceClassification`: a classifier by the word that a language model predicts at one position."""
 
 from hf_ft_ext.prompts.model.classifier import PromptForSequenceClassification, architecture, is_prompt_model
 

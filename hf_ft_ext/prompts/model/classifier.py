@@ -1,4 +1,4 @@
-"""`PromptForSequenceClassification`: a language model whose word at one position is the class."""
+"""`PromptForSequenceClassification`: a classifier by the word that a language model predicts at one position."""
 
 import contextlib
 import copy
@@ -39,29 +39,31 @@ _OF_THE_PROMPT = (
     "template", "words", "word_ids", "word_sequences", "word_scoring", "word_bias", "mask_token_id", "decoder_prefix",
     "id2label", "label2id",
 )  # fmt: skip
-# what transformers, peft and accelerate ask a model that was loaded in few bits
+# attributes of a quantized model that transformers, peft and accelerate read
 _OF_A_QUANTIZED_MODEL = (
     "is_quantized", "hf_quantizer", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit",
 )  # fmt: skip
 
 
 class PromptForSequenceClassification(PreTrainedModel):
-    """A classifier made of a language model, a template and label words.
+    """A classifier from a language model, a template and label words.
 
-    Logits are the vocabulary's logits of the label words at one position: the mask of a masked language model, the
-    last token of a causal one (the word that follows is the class), the first decoder position of an encoder-decoder.
+    The logits are the vocabulary logits of the label words at one position: the mask of a masked language model, the
+    last token of a causal one (whose next word is the class), or the first decoder position of an encoder-decoder.
     Only that position goes through the language-model head. With `word_scoring` "sequence" a logit is the log
     probability of the whole label word, which may be several tokens; "sequence_mean" divides it by their number. A
-    regression gives `low + (high - low) * p`, where `p` is the probability of the upper of its two words against the
+    regression returns `low + (high - low) * p`, where `p` is the probability of the upper of its two words against the
     lower one.
 
-    Rows of several contexts, `input_ids` of shape `[rows, contexts, length]`, give the mean of the contexts' logits.
+    Rows with several contexts, `input_ids` of shape `[rows, contexts, length]`, return the mean of the contexts'
+    logits.
 
-    `from_pretrained` loads what `save_pretrained` wrote, template and words included; `from_language_model` makes one.
+    `from_pretrained` loads a model written by `save_pretrained`, with template and words; `from_language_model`
+    creates one.
 
     Raises:
-        InputError: the configuration is of a model without language-model head; in `forward`: a row has no mask, or
-            two.
+        InputError: the model of the configuration has no language-model head; in `forward`, a row does not have
+            exactly one mask.
 
     Sources: LM-BFF (Gao et al., ACL 2021, arXiv 2012.15723); option scoring as in GPT-3 (arXiv 2005.14165) and MeZO
     (arXiv 2305.17333); calibration: Zhao et al., ICML 2021 (arXiv 2102.09690).
@@ -100,23 +102,23 @@ class PromptForSequenceClassification(PreTrainedModel):
         word_scoring: str = FIRST_TOKEN,
         **kwargs: Any,
     ) -> "PromptForSequenceClassification":
-        """Make a classifier of a pretrained language model: masked, causal, or an encoder-decoder.
+        """Create a classifier from a pretrained language model: masked, causal or encoder-decoder.
 
         Args:
-            language_model: Hub id, folder, or the model itself (which is taken over, not copied).
-            tokenizer: of the model.
-            template: see `parse_template`. Of a causal model `*mask*` ends it: there the answer goes.
+            language_model: Hub id, folder, or the model itself (which is used directly, not copied).
+            tokenizer: tokenizer of the model.
+            template: see `parse_template`. For a causal model `*mask*` must be last: the answer follows the row.
             words: label words by label id, or the two words of a regression, the lower end first; `None` = each row
-                brings its options along (`option_ids`), which are scored as sequences.
-            labels: label names by id; needed without words.
-            bounds: ends of the scale; makes it a regression.
-            untie_words: give the label words output rows of their own (see `untie_label_words`).
+                has its own options (`option_ids`), which are scored as sequences.
+            labels: label names by id; required without words.
+            bounds: lower and upper end of the scale; makes it a regression.
+            untie_words: give the label words separate output rows (see `untie_label_words`).
             word_scoring: "first_token", "sequence" (sum of the tokens' log probabilities) or "sequence_mean".
             kwargs: for `from_pretrained` of the language model's Auto class.
 
         Raises:
-            InputError: words that the tokenizer cannot tell apart or that are several tokens, a template without a
-                place that the model can read, or a model without language-model head (or without its weights).
+            InputError: words that the tokenizer does not distinguish or that have too many tokens, a template whose
+                answer position the model cannot read, or a model without language-model head (or without its weights).
         """
         if isinstance(language_model, str):
             language_model = load_language_model(language_model, **kwargs)
@@ -128,12 +130,12 @@ class PromptForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def from_masked_lm(cls, masked_lm: str | PreTrainedModel, *args, **kwargs) -> "PromptForSequenceClassification":
-        """`from_language_model`, by its name of the time when prompts took masked language models only."""
+        """Earlier name of `from_language_model`."""
         return cls.from_language_model(masked_lm, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike, *positional, **kwargs: Any) -> "PromptForSequenceClassification":
-        """As for every model of transformers; of an adapter's folder: its base model with the adapter."""
+        """As for every model of transformers; from an adapter's folder, load its base model with the adapter."""
         if os.path.isdir(name) and is_adapter_without_weights(name):
             model = cls.from_adapter(name)
             model.load_adapter(os.fspath(name))
@@ -142,24 +144,26 @@ class PromptForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def from_adapter(cls, folder: str | os.PathLike, **kwargs: Any) -> "PromptForSequenceClassification":
-        """The base model of a PEFT adapter that was trained on a prompt model and saved by the launcher.
+        """Load the base model of a PEFT adapter that was trained on a prompt model and saved by the launcher.
 
         `PeftModel.from_pretrained(PromptForSequenceClassification.from_adapter(folder), folder)` is the trained model.
 
         Args:
-            folder: of the adapter; it holds `prompt_config.json` or the prompt model's `config.json`.
+            folder: folder of the adapter, with `prompt_config.json` or the prompt model's `config.json`.
             kwargs: for `from_pretrained` of the base model.
 
         Raises:
-            InputError: the folder has no such file, or the adapter does not name its base model.
+            InputError: the folder has neither file, or the adapter does not name its base model.
         """
         config = saved_prompt(Path(folder))
         name = PeftConfig.from_pretrained(folder).base_model_name_or_path
         if not name:
-            raise InputError(f"the adapter in {str(folder)!r} names no base model; make it with from_language_model")
+            raise InputError(
+                f"the adapter in {str(folder)!r} names no base model; create the base model with from_language_model"
+            )
         if isinstance(AutoConfig.from_pretrained(name, **kwargs), PromptConfig):
             model = cls.from_pretrained(name, **kwargs)
-            for part in _OF_THE_PROMPT:  # a run may change all of them
+            for part in _OF_THE_PROMPT:  # the adapter's run may have changed any of them
                 setattr(model.config, part, getattr(config, part))
         else:
             model = cls._around(load_language_model(name, **{"dtype": config.dtype, **kwargs}), config)
@@ -169,24 +173,24 @@ class PromptForSequenceClassification(PreTrainedModel):
 
     @classmethod
     def _around(cls, masked_lm: PreTrainedModel, config: PromptConfig) -> "PromptForSequenceClassification":
-        """A model of `masked_lm` itself, its label words' rows where they are."""
+        """Return a prompt model around `masked_lm` itself, with tied label words."""
         config = copy.deepcopy(config)
         config.untied_words, config.masked_lm = False, masked_lm.config
         config.name_or_path = masked_lm.name_or_path
-        with torch.device("meta"):  # its weights are those of masked_lm
+        with torch.device("meta"):  # the weights come from masked_lm
             model = cls(config)
         model._adopt(masked_lm)
         model._renew_ties()
         for name in _OF_A_QUANTIZED_MODEL:
             if hasattr(masked_lm, name):
                 setattr(model, name, getattr(masked_lm, name))
-        if getattr(masked_lm, "hf_device_map", None) is not None:  # Trainer moves no model that has one
+        if getattr(masked_lm, "hf_device_map", None) is not None:  # Trainer does not move a model with a device map
             model.hf_device_map = {f"masked_lm.{name}".strip("."): d for name, d in masked_lm.hf_device_map.items()}
         return model
 
     def _adopt(self, language_model: PreTrainedModel) -> None:
         self.masked_lm = language_model
-        self._positions: torch.Tensor | None = None  # of a forward pass that scores sequences
+        self._positions: torch.Tensor | None = None  # set during a forward pass that scores sequences
         if not has_one_head(language_model):
             raise InputError(
                 f"{type(language_model).__name__} has no linear layer over its vocabulary; pass another model"
@@ -200,7 +204,7 @@ class PromptForSequenceClassification(PreTrainedModel):
             body.register_forward_hook(self._keep_last_position, with_kwargs=True)
 
     def _keep_last_position(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
-        """Forward hook of a causal network: of its last hidden state those positions stay that are read."""
+        """Forward hook of a causal network: reduce its last hidden state to the positions that are read."""
         hidden = output.last_hidden_state
         positions = self._positions
         if positions is None:
@@ -211,14 +215,14 @@ class PromptForSequenceClassification(PreTrainedModel):
         return output
 
     def _body(self) -> nn.Module:
-        """The network below the head; of T5, which has no such module, all of the language model."""
+        """Return the network below the head; for T5, which has no such module, the whole language model."""
         if self.config.reading == Reading.LAST.value:
-            return self.masked_lm.get_decoder()  # OPT's head reads it past the base model around it
+            return self.masked_lm.get_decoder()  # OPT's head reads the decoder directly, not the base model around it
         return self.masked_lm.base_model
 
     @property
     def encoder_path(self) -> str:
-        """Dotted name of the network below the head in this model."""
+        """Dotted name of the network below the head."""
         body = self._body()
         return next(name for name, module in self.named_modules() if module is body)
 
@@ -243,11 +247,11 @@ class PromptForSequenceClassification(PreTrainedModel):
     # --- the label words' rows -----------------------------------------------------------------------
 
     def untie_label_words(self) -> nn.Linear:
-        """Make the label words' output rows a layer of their own; return it (`[words, hidden]`).
+        """Replace the output layer by a separate one for the label words, `[words, hidden]`, and return it.
 
-        Logits stay the same. In most models the rows are those of the input embeddings, and to change them changes
-        what the encoder makes of these words where they occur in a text. The rest of the vocabulary's output rows,
-        which no class needs, is dropped.
+        Logits stay the same. In most models the output rows are tied to the input embeddings, so that training them
+        changes how the encoder reads these words in a text. The output rows of all other words, which no class needs,
+        are dropped.
         """
         if not self.config.untied_words:
             check_word_scoring(self.config.word_scoring, Reading(self.config.reading), untie_words=True)
@@ -257,7 +261,7 @@ class PromptForSequenceClassification(PreTrainedModel):
                     "it out"
                 )
             self.config.untied_words = True
-            # from_pretrained may have shared the configuration with other models
+            # from_pretrained may share the configuration with other models
             self.config.masked_lm = self.masked_lm.config = copy.deepcopy(self.config.masked_lm)
             self.config.masked_lm.tie_word_embeddings = False
             self._own_rows(copy_rows=True)
@@ -287,19 +291,19 @@ class PromptForSequenceClassification(PreTrainedModel):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> SequenceClassifierOutput | tuple:
-        """Logits `[rows, classes]` (regression: `[rows, 1]`, in the labels' units), and the loss if there are labels.
+        """Return logits `[rows, classes]` (regression: `[rows, 1]`, in the labels' units), and the loss with labels.
 
-        The loss is the cross-entropy over the label words. A regression's is the Kullback-Leibler divergence between
-        the two words' probabilities and the label's place on the scale, 0 at best.
+        The loss is the cross-entropy over the label words. For a regression it is the Kullback-Leibler divergence of
+        the two words' probabilities from the label's position on the scale; its minimum is 0.
 
         Args:
             input_ids: `[rows, length]`, or `[rows, contexts, length]`; for a masked language model one mask token in
                 each row.
             attention_mask, token_type_ids, position_ids: of the same shape. Padding may be on either side.
-            past_key_values: of prefix tuning.
-            labels: `[rows]`: class ids, or numbers.
-            option_ids: tokens of each row's own options in place of the label words, `[rows, options, longest]`,
-                filled with -100.
+            past_key_values: keys and values of prefix tuning.
+            labels: `[rows]`, class ids or numbers.
+            option_ids: tokens of each row's own options instead of label words, `[rows, options, longest]`, padded
+                with -100.
             kwargs: for the language model.
         """
         inputs = {
@@ -320,7 +324,9 @@ class PromptForSequenceClassification(PreTrainedModel):
         if self.config.word_scoring == FIRST_TOKEN:
             outputs = self.masked_lm(**inputs, **inputs_of_decoder(self.config, inputs), return_dict=True)
             logits = outputs.logits
-            if self.config.reading == Reading.LAST.value and logits.shape[1] > 1:  # its head goes another way
+            if (
+                self.config.reading == Reading.LAST.value and logits.shape[1] > 1
+            ):  # the hook did not reduce the head's input
                 ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
                 logits = take_positions(logits, last_positions(inputs.get("attention_mask"), ids))
             logits = logits[:, -1]
@@ -347,7 +353,7 @@ class PromptForSequenceClassification(PreTrainedModel):
         return SequenceClassifierOutput(loss, logits, hidden, attentions)
 
     def trial_inputs(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What made-up rows need besides token ids `[rows, length]`: options, where each row has its own."""
+        """Return what synthetic rows need besides token ids `[rows, length]`: options, if each row has its own."""
         if self.config.word_scoring == FIRST_TOKEN or self.config.words is not None:
             return {}
         return {"option_ids": ids[:, : self.config.num_labels, None]}
@@ -356,21 +362,22 @@ class PromptForSequenceClassification(PreTrainedModel):
     def calibrate(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs: torch.Tensor
     ) -> list[float]:
-        """Subtract from all logits those of a row without content, from now on; return them.
+        """Subtract the logits of a content-free row from all later logits, and return them (contextual calibration).
 
-        They show what words the language model prefers whatever the row says (contextual calibration).
+        These logits show which words the language model prefers regardless of the row.
 
         Args:
-            input_ids: of the template around an empty text, `[1, length]`, or `[1, contexts, length]` for a mean.
+            input_ids: tokens of the template around an empty text, `[1, length]`, or `[1, contexts, length]` to
+                average over contexts.
             attention_mask, inputs: for `forward`; without a mask there is no padding.
 
         Raises:
-            InputError: each row has options of its own, so that there is nothing common to subtract.
+            InputError: a regression, or each row has its own options and there are no common logits to subtract.
         """
         if self.config.words is None:
-            raise InputError("calibrate: each row has options of its own, with no common preference; leave it out")
+            raise InputError("calibrate: each row has its own options, so there are no common logits; leave it out")
         if self.config.problem_type == REGRESSION:
-            raise InputError("calibrate is about label words of classes, and this is a regression; leave it out")
+            raise InputError("calibrate is for classes, but this is a regression; leave it out")
         training, self.config.word_bias = self.training, None
         self.eval()
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -381,17 +388,17 @@ class PromptForSequenceClassification(PreTrainedModel):
 
 
 def is_prompt_model(model: nn.Module) -> bool:
-    """Whether `model`, or what PEFT wraps in it, is a prompt model."""
+    """Whether `model`, or the model that PEFT wraps, is a prompt model."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     return isinstance(inner, PromptForSequenceClassification)
 
 
 def architecture(model: nn.Module) -> str | None:
-    """Model type of the network: of a prompt model, that of its masked language model."""
+    """Return the model type of the network; for a prompt model, that of its language model."""
     config = getattr(model, "config", None)
     return getattr(config.masked_lm if isinstance(config, PromptConfig) else config, "model_type", None)
 
 
-with contextlib.suppress(ValueError):  # registered already: the module was loaded again
+with contextlib.suppress(ValueError):  # already registered: the module was loaded again
     AutoConfig.register(PromptConfig.model_type, PromptConfig)
     AutoModelForSequenceClassification.register(PromptConfig, PromptForSequenceClassification)

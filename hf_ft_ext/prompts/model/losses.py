@@ -10,10 +10,10 @@ def class_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def scale_loss(logits: torch.Tensor, labels: torch.Tensor, bounds: tuple[float, float]) -> torch.Tensor:
-    """Mean over rows of `KL(target || softmax(logits))`; the label's place on the scale is the target of word 1.
+    """Mean over rows of `KL(target || softmax(logits))`; the target of word 1 is the label's position on the scale.
 
     Args:
-        logits: `[rows, 2]`, of the words of the lower and the upper end.
+        logits: `[rows, 2]`, logits of the words of the lower and the upper end.
         labels: `[rows]`, numbers.
         bounds: the ends of the scale, in the labels' units.
     """

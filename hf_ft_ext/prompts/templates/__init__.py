@@ -1,1 +1,1 @@
-"""Templates and label words: the known ones, how they are written, and rows tokenised by them."""
+"""Templates and label words: defaults for known tasks, parsing, and tokenisation of rows."""

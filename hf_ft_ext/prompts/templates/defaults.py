@@ -1,8 +1,8 @@
-"""Templates, label words and lengths of the known tasks: LM-BFF's for masked language models, MeZO's for decoders.
+"""Templates, label words and lengths of known tasks: LM-BFF's for masked language models, MeZO's for decoders.
 
 Sources: Gao et al., ACL 2021 (arXiv 2012.15723); for decoders rte, cb, boolq, wsc, wic, multirc and copa as in
-princeton-nlp/MeZO, large_models/templates.py (Malladi et al., NeurIPS 2023, arXiv 2305.17333). It has none for qnli,
-mrpc, qqp, stsb, mnli, snli, trec and ag_news: those here are this package's own, in the same style.
+princeton-nlp/MeZO, large_models/templates.py (Malladi et al., NeurIPS 2023, arXiv 2305.17333). MeZO has no decoder
+templates for qnli, mrpc, qqp, stsb, mnli, snli, trec and ag_news; those are this package's own, in the same style.
 """
 
 from dataclasses import dataclass
@@ -14,15 +14,16 @@ from hf_ft_ext.prompts.readout import Reading
 
 @dataclass(frozen=True)
 class TaskPrompt:
-    """How a task is put as a prompt.
+    """The prompt of a task.
 
     Attributes:
         template: see `parse_template`.
         words: label name -> label word; a regression has `"0"` and `"1"`.
-        first_sent_limit: most tokens of the first text, or none.
-        other_sent_limit: most tokens of any other text, or none.
-        max_seq_length: tokens of a row; with demonstrations twice as many.
-        truncate_head: what is too long loses its beginning, as in MeZO: the question, which comes last, stays whole.
+        first_sent_limit: maximum number of tokens of the first text, or `None`.
+        other_sent_limit: maximum number of tokens of any other text, or `None`.
+        max_seq_length: maximum number of tokens of a row; doubled with demonstrations.
+        truncate_head: whether long texts lose their beginning, as in MeZO, so that the question at the end stays
+            whole.
     """
 
     template: str
@@ -79,7 +80,8 @@ PROMPTS: dict[str, TaskPrompt] = {
 
 
 _NO_YES = {"False": "No", "True": "Yes"}
-# Where the masked template has text behind the mask, or MeZO another one; else `PROMPTS` serves for decoders too.
+# Only tasks whose masked template has text after the mask, or for which MeZO has another template. For all others,
+# `PROMPTS` is used for decoders too.
 DECODER_PROMPTS: dict[str, TaskPrompt] = {
     "rte": TaskPrompt('*cls**sent_0*\nDoes this mean that "*sent_1*" is true? Yes or No?\n*mask*', _YES,
                       max_seq_length=256, truncate_head=True),
@@ -117,7 +119,7 @@ DECODER_PROMPTS: dict[str, TaskPrompt] = {
 
 
 def known_prompt(task: Task, reading: Reading) -> TaskPrompt | None:
-    """The task's own prompt for a model that is read so, if it has one; SuperGLUE's serve for a mask too."""
+    """Return the task's own prompt for this kind of model, if any; SuperGLUE's are used for masked models too."""
     first, second = (PROMPTS, DECODER_PROMPTS) if reading is Reading.MASK else (DECODER_PROMPTS, PROMPTS)
     return first.get(task.name) or second.get(task.name)
 
@@ -125,10 +127,10 @@ def known_prompt(task: Task, reading: Reading) -> TaskPrompt | None:
 def task_prompt(
     task: Task, template: str | None, mapping: dict | str | None, reading: Reading = Reading.MASK
 ) -> TaskPrompt | None:
-    """The task's own prompt; `None` where it has none and the user gave all that is needed.
+    """Return the task's own prompt; `None` if it has none and the user passed template and mapping.
 
     Raises:
-        InputError: it has none, and a template or a mapping is missing.
+        InputError: the task has no prompt, and template or mapping is missing.
     """
     found = known_prompt(task, reading)
     if found is None and (template is None or mapping is None):

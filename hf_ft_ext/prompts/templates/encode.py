@@ -1,4 +1,4 @@
-"""Tokenising rows by a template: each part of all rows in one call, joined by template."""
+"""Tokenise rows by a template: tokenise each part of all rows in one call, then join the parts."""
 
 import logging
 from collections.abc import Sequence
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CutRows:
-    """Count of the rows whose texts lost tokens.
+    """Counts of truncated rows.
 
     Attributes:
         rows: all rows so far.
-        long: those that the row's length cut.
-        limited: those with a text that a limit on texts cut.
-        longest: tokens of the longest row before it was cut.
-        logged: cut rows that the log has told of.
+        long: rows truncated to the row's maximum length.
+        limited: rows with a text truncated to a limit of texts.
+        longest: number of tokens of the longest row before truncation.
+        logged: truncated rows at the last log message.
     """
 
     rows: int = 0
@@ -36,32 +36,32 @@ class CutRows:
     logged: int = 0
 
     def add_row(self, length: int, room: int) -> None:
-        """Count a row of `length` tokens that may have `room`."""
+        """Count a row of `length` tokens, of which `room` fit."""
         self.longest = max(self.longest, length)
         self.long += length > room
 
 
 class PromptEncoder:
-    """Texts in, `input_ids` out: the template's own tokens around the rows' texts.
+    """Converts texts to `input_ids`: the template's own tokens around the rows' texts.
 
-    Texts are cut to their limits first. What is still too long loses tokens of its texts alone: from the end of the
-    last text on, or with `truncate_head` from the beginning of the first. The template's own tokens, the mask among
-    them, always stay.
+    Texts are truncated to their limits first. Rows that are still too long lose tokens of their texts only: from the
+    end of the last text backwards, or with `truncate_head` from the beginning of the first. The template's own tokens,
+    including the mask, are always kept.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         template: see `parse_template`.
-        texts: texts of a row, 1 or 2.
-        max_length: tokens of a row.
-        first_sent_limit: most tokens of text 0, or none.
-        other_sent_limit: most tokens of any other text, or none.
-        truncate_head: cut beginnings, not ends.
-        reading: how the model is read, see `Reading`. A row of a causal model ends where the answer goes; `*cls*` is
-            then what the tokenizer itself puts in front of a text, and `*sep*` a line break.
+        texts: number of texts of a row.
+        max_length: maximum number of tokens of a row.
+        first_sent_limit: maximum number of tokens of text 0, or `None`.
+        other_sent_limit: maximum number of tokens of any other text, or `None`.
+        truncate_head: truncate beginnings, not ends.
+        reading: the position of the class, see `Reading`. A row of a causal model ends where the answer begins; there
+            `*cls*` stands for the tokens that the tokenizer puts before a text, and `*sep*` for a line break.
 
     Raises:
-        InputError: the template cannot be read, the tokenizer lacks one of its special tokens, or the template's own
-            tokens leave no room for a text, so that no sentence limit could keep the mask.
+        InputError: the template is invalid, the tokenizer lacks one of its special tokens, or the template's own
+            tokens leave no room for a text.
     """
 
     def __init__(
@@ -83,14 +83,14 @@ class PromptEncoder:
         self.cut = CutRows()
         self.reading = Reading(reading)
         parts = parse_template(template, texts, self.reading.value)
-        self.mask_id = answer_id(tokenizer, parts, self.reading)  # stands at the answer's place in the row
+        self.mask_id = answer_id(tokenizer, parts, self.reading)  # token at the position of the answer
         self.start, end = own_special_ids(tokenizer)
-        # fixed[i] comes before sentences[i]; the last fixed part ends the row
+        # fixed[i] precedes sentences[i]; the last fixed part ends the row
         self.sentences: list[Sentence] = []
         self.fixed: list[Ids] = [[]]
         self.segments: list[list[int]] = [[]]  # of the fixed tokens
         self.sentence_segments: list[int] = []
-        # what demonstrations have behind their label word, and rows of a model that answers at the end have not
+        # tokens after the label word of demonstrations; rows without a mask token end before them
         self.tail: Ids = []
         self.end_tokens = 0
         segment = 0
@@ -115,7 +115,7 @@ class PromptEncoder:
             self.segments[-1] += [segment] * len(ids)
             if isinstance(part, Special) and part.next_segment:
                 segment = 1  # models have two token types
-        if self.reading is Reading.DECODER:  # the encoder reads whole texts, which end in its own token
+        if self.reading is Reading.DECODER:  # an encoder expects the tokenizer's end token after a text
             self.end_tokens = len(end)
             self.fixed[-1] += end
             self.segments[-1] += [segment] * len(end)
@@ -142,10 +142,10 @@ class PromptEncoder:
         return tokens_behind(self.tokenizer, [part.text])[0]
 
     def check_limits(self, first_sent_limit: int | None, other_sent_limit: int | None) -> None:
-        """Refuse limits, set by the user, that `max_seq_length` would cut again.
+        """Refuse limits set by the user that do not fit into `max_seq_length`.
 
         Raises:
-            InputError: there is one.
+            InputError: a limit is too large.
         """
         limits = {"first_sent_limit": first_sent_limit, "other_sent_limit": other_sent_limit}
         for name, limit in limits.items():
@@ -158,7 +158,7 @@ class PromptEncoder:
                 )
 
     def text_ids(self, columns: Sequence[list[str]]) -> list[list[Ids]]:
-        """Tokens of each of the template's texts, within its limit: `[texts of the template][rows]`."""
+        """Return the tokens of each of the template's texts, within its limit: `[texts of the template][rows]`."""
         result = []
         limited: set[int] = set()  # rows
         for sentence in self.sentences:
@@ -187,17 +187,17 @@ class PromptEncoder:
         )["input_ids"]
 
     def _without_mask(self, ids: Ids) -> Ids:
-        """A mask token that the text itself contains would make two."""
+        """Replace mask tokens in a text, because a row must have exactly one mask."""
         other = self.tokenizer.unk_token_id
         instead = [] if other is None else [other]
         return [token for i in ids for token in (instead if i == self.mask_id else [i])]
 
     def join(self, texts: Sequence[Ids], room: int) -> tuple[Ids, list[int]]:
-        """One row: its tokens, at most `room`, and their segments.
+        """Return the tokens of one row, at most `room`, and their segments.
 
         Args:
             texts: tokens of each of the template's texts.
-            room: at least `overhead` and one token per text.
+            room: at least `overhead` plus one token per text.
         """
         excess = self.length(texts) - room
         if excess > 0:
@@ -211,11 +211,11 @@ class PromptEncoder:
         return ids, segments
 
     def __call__(self, columns: Sequence[list[str]], behind: Sequence[int] | None = None) -> dict[str, list[Ids]]:
-        """`input_ids`, `attention_mask` and, if the tokenizer gives them, `token_type_ids` of all rows.
+        """Return `input_ids`, `attention_mask` and, if the tokenizer uses them, `token_type_ids` of all rows.
 
         Args:
-            columns: one list of texts per text of the rows, all of one length.
-            behind: tokens that will follow each row and count in its `max_length`; none = no such tokens.
+            columns: one list for each text of a row, all of equal length.
+            behind: number of tokens that will follow each row and count towards `max_length`; `None` = none.
         """
         joined = []
         for i, texts in enumerate(zip(*self.text_ids(columns), strict=True)):
@@ -226,14 +226,14 @@ class PromptEncoder:
         return self.columns([ids for ids, _ in joined], [segments for _, segments in joined])
 
     def length(self, texts: Sequence[Ids]) -> int:
-        """Tokens of a row that is not cut."""
+        """Return the number of tokens of a row before truncation."""
         return self.overhead + sum(map(len, texts))
 
     def report_cut_rows(self, name: str, so_far: bool = False) -> None:
-        """Log how many rows of the split `name` lost tokens, if any did, and count anew.
+        """Log how many rows of the split `name` were truncated, if any, and reset the counts.
 
         Args:
-            so_far: the split goes on (a stream): log when the count has doubled, and go on counting.
+            so_far: the split is a stream with more rows: log only if the count has doubled, and keep the counts.
         """
         cut, lost = self.cut, "beginning" if self.truncate_head else "end"
         if so_far and cut.long + cut.limited < max(1, 2 * cut.logged):
@@ -254,7 +254,7 @@ class PromptEncoder:
             self.cut = CutRows()
 
     def columns(self, ids: list[Ids], segments: list[Ids] | None) -> dict[str, list[Ids]]:
-        """The columns of rows from their tokens and segments (`None` = all 0)."""
+        """Return the columns of rows from their tokens and segments (`None` = all 0)."""
         lengths = [len(row) for row in ids]
         # Rows of one length share a list: the data set copies them anyway.
         ones = {n: [1] * n for n in set(lengths)}
@@ -266,7 +266,7 @@ class PromptEncoder:
 
 
 def answer_context(parts: Sequence[Part]) -> str:
-    """The template's text in front of the answer, as far as it decides about a space there: "" = it begins a line."""
+    """Return the text before the answer, as far as it decides about a space there; "" = the answer begins the row."""
     before = list(parts[: parts.index(Special(MASK))])
     last = before[-1] if before else None
     if isinstance(last, Literal):
@@ -275,12 +275,12 @@ def answer_context(parts: Sequence[Part]) -> str:
 
 
 def _spaces_to_the_right(parts: Sequence[Part]) -> list[Part]:
-    """Move a space at the end of the template's text to what follows, as tokenizers of decoders have it."""
+    """Move a space at the end of the template's text to the next part: decoder tokenizers attach spaces to words."""
     moved: list[Part] = []
     for i, part in enumerate(parts):
         follows = parts[i + 1] if i + 1 < len(parts) else None
         if isinstance(part, Literal) and part.text.endswith(" ") and follows is not None:
-            part = Literal(part.text[:-1])  # in front of the answer, its word brings the space along
+            part = Literal(part.text[:-1])  # before the answer the label word has its own space
         before = parts[i - 1] if i else None
         if isinstance(part, Sentence) and isinstance(before, Literal) and before.text.endswith(" "):
             part = replace(part, space=True)
@@ -289,14 +289,14 @@ def _spaces_to_the_right(parts: Sequence[Part]) -> list[Part]:
     return moved
 
 
-_SENTINEL = "<extra_id_0>"  # T5's mark for a gap in its text
+_SENTINEL = "<extra_id_0>"  # T5's token for a gap in the text
 
 
 def answer_id(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part], reading: Reading) -> int | None:
-    """The token that stands at the answer's place in a row; `None` = the row ends there.
+    """Return the token at the position of the answer; `None` = the row ends there.
 
     Raises:
-        InputError: the model needs one there and its tokenizer has none.
+        InputError: the model needs such a token and its tokenizer has none.
     """
     if reading is Reading.MASK:
         return special_id(tokenizer, MASK)
@@ -307,16 +307,16 @@ def answer_id(tokenizer: PreTrainedTokenizerBase, parts: Sequence[Part], reading
     sentinel = tokenizer.convert_tokens_to_ids(_SENTINEL)
     if sentinel is None or sentinel == tokenizer.unk_token_id:
         raise InputError(
-            f"the template goes on behind *mask*, and the tokenizer {tokenizer.name_or_path!r} has no {_SENTINEL} to "
-            "stand for a gap; put *mask* last"
+            f"the template continues after *mask*, but the tokenizer {tokenizer.name_or_path!r} has no token for a "
+            f"gap ({_SENTINEL}); put *mask* last"
         )
     return sentinel
 
 
 def shorten(texts: Sequence[Ids], excess: int, head: bool) -> list[Ids]:
-    """Take `excess` tokens away: from the end of the last text on, or with `head` from the beginning of the first.
+    """Remove `excess` tokens: from the end of the last text backwards, or with `head` from the start of the first.
 
-    Each text keeps a token as long as there are others to take.
+    Each text keeps at least one token.
     """
     texts = [list(text) for text in texts]
     order = list(range(len(texts))) if head else list(range(len(texts)))[::-1]
@@ -328,10 +328,10 @@ def shorten(texts: Sequence[Ids], excess: int, head: bool) -> list[Ids]:
 
 
 def literal_ids(tokenizer: PreTrainedTokenizerBase, part: Literal) -> Ids:
-    """Tokens of a template's own text.
+    """Return the tokens of a template's own text.
 
-    A single character is taken as the token of that character, so that a full stop behind the mask is not one behind
-    a space.
+    A single character is converted directly to its token, so that a full stop after the mask is not tokenised as one
+    after a space.
     """
     if len(part.text) == 1:
         token = tokenizer.convert_tokens_to_ids(part.text)
@@ -341,10 +341,10 @@ def literal_ids(tokenizer: PreTrainedTokenizerBase, part: Literal) -> Ids:
 
 
 def special_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-    """Id of the tokenizer's `cls`, `sep` or `mask` token.
+    """Return the id of the tokenizer's `cls`, `sep` or `mask` token.
 
     Raises:
-        InputError: it has none.
+        InputError: the tokenizer has no such token.
     """
     token = {
         CLS: (tokenizer.cls_token_id, tokenizer.bos_token_id),

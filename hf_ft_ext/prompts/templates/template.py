@@ -1,4 +1,4 @@
-"""Templates: from a text such as `*cls**sent_0*_It_was*mask*.*sep+*` to its parts."""
+"""Parse templates such as `*cls**sent_0*_It_was*mask*.*sep+*` into their parts."""
 
 import difflib
 import re
@@ -21,7 +21,7 @@ class Literal:
 
 @dataclass(frozen=True)
 class Special:
-    """A special token of the tokenizer: `cls`, `sep` or `mask`; `next_segment`: what follows has the next type."""
+    """A special token: `cls`, `sep` or `mask`; with `next_segment`, the tokens after it have the next token type."""
 
     name: str
     next_segment: bool = False
@@ -37,8 +37,8 @@ class Sentence:
     cut: bool = False
 
     def texts(self, column: list[str]) -> list[str]:
-        """The column's texts in the form that the template asks for."""
-        if self.cut:  # the final stop or question mark, not a blank behind it
+        """Return the column's texts in the form that the template requires."""
+        if self.cut:  # remove the final full stop or question mark, not a space after it
             column = [text.rstrip()[:-1] for text in column]
         if self.first:
             change = str.lower if self.first == "l" else str.upper
@@ -52,27 +52,25 @@ Part = Literal | Special | Sentence
 def parse_template(template: str, texts: int | None = None, reading: str = Reading.MASK.value) -> list[Part]:
     """Split a template into its parts.
 
-    Markers stand between asterisks: `cls`, `mask`, `sep`, `sep+` (a separator that also starts the next segment),
+    Markers are enclosed in asterisks: `cls`, `mask`, `sep`, `sep+` (a separator that also starts the next segment),
     `sent_i` (text i of the row), `sent-_i` (without its last character), `sentl_i` (first letter in lower case),
-    `sentu_i` (in upper case); a `+` in front of a text's marker puts a space there. Outside of asterisks there is
-    plain text, in which `_` stands for a space and `\\n` for the start of a new line.
+    `sentu_i` (in upper case). A `+` before a text's marker adds a space before the text. All else is plain text, in
+    which `_` is a space and `\\n` a line break.
 
     Args:
-        texts: how many texts a row has; `None` = do not check.
-        reading: how the model is read (see `Reading`). A causal model answers where the row ends: behind the mask
-            there may be special tokens and punctuation alone, which rows leave out and demonstrations keep.
+        texts: number of texts of a row; `None` = do not check.
+        reading: the position of the class (see `Reading`). A causal model answers at the end of the row. Only special
+            tokens and punctuation may follow the mask; rows omit them, demonstrations keep them.
 
     Raises:
-        InputError: asterisks without a partner, an unknown marker, no mask or several, no text, or a text that the
-            rows do not have.
+        InputError: an unpaired asterisk, an unknown marker, no mask or several, no text, or a text that the rows do
+            not have.
 
     Source: the templates of LM-BFF (Gao et al., ACL 2021, arXiv 2012.15723).
     """
     pieces = template.split("*")
     if len(pieces) % 2 == 0:
-        raise InputError(
-            f"template {template!r} has an asterisk without a partner; markers stand between two: *mask*, *sent_0*"
-        )
+        raise InputError(f"template {template!r} has an unpaired asterisk; enclose markers in two: *mask*, *sent_0*")
     parts: list[Part] = []
     for i, piece in enumerate(pieces):
         if i % 2 == 0:
@@ -95,14 +93,14 @@ def parse_template(template: str, texts: int | None = None, reading: str = Readi
         )
     if reading == Reading.LAST.value and (behind := _behind_answer(parts)) is not None:
         raise InputError(
-            f"template {template!r} has {behind} behind *mask*; a causal language model reads from left to right and "
+            f"template {template!r} has {behind} after *mask*; a causal language model reads from left to right and "
             "answers at the end: put *mask* last (*cls**sent_0*_It_was*mask*), or pass a masked language model"
         )
     return parts
 
 
 def _behind_answer(parts: list[Part]) -> str | None:
-    """The first text of the row or word of the template behind the mask; `None` = special tokens and punctuation."""
+    """Return the first text or word after the mask; `None` if there are only special tokens and punctuation."""
     for part in parts[parts.index(Special(MASK)) + 1 :]:
         if isinstance(part, Sentence):
             return f"text {part.index}"
@@ -119,7 +117,7 @@ def _marker(name: str, template: str) -> Part:
     if match := _SENTENCE.fullmatch(name):
         return Sentence(int(match["index"]), bool(match["space"]), match["first"], bool(match["cut"]))
     near = difflib.get_close_matches(name, _MARKERS, n=1, cutoff=0.5)
-    hint = f"; did you mean *{near[0]}*?" if near else ""
+    hint = f"; did you mean *{near[0]}*?" if near else "."
     raise InputError(
         f"template {template!r} has the unknown marker *{name}*{hint} The markers are: *cls*, *mask*, *sep*, *sep+*, "
         "*sent_i*, *sent-_i*, *sentl_i*, *sentu_i*, and these with a + in front"

@@ -1,4 +1,4 @@
-"""Label words: from a mapping to one word for each label, and to its tokens."""
+"""Label words: parse a mapping to one word per label, and tokenise the words."""
 
 import ast
 import json
@@ -14,30 +14,30 @@ from hf_ft_ext.prompts.readout import Reading
 
 logger = logging.getLogger(__name__)
 
-_NO_SPACE = "<[.,"  # words that begin so stand without a space before them
-BOUNDS = ("0", "1")  # the labels of a regression's mapping: lower and upper end of the scale
+_NO_SPACE = "<[.,"  # no space is put before words that begin with these characters
+BOUNDS = ("0", "1")  # labels in a regression's mapping: lower and upper end of the scale
 FIRST_TOKEN, SEQUENCE, SEQUENCE_MEAN = WORD_SCORINGS
 _EXAMPLE = "{'negative': 'terrible', 'positive': 'great'}"
 
 
 def parse_mapping(mapping: dict[Any, str] | str, labels: Sequence[str] | None) -> list[str]:
-    """The label words in the order of the labels' ids.
+    """Return the label words in the order of the label ids.
 
     Args:
-        mapping: label (name, case aside, or id) -> word; as text: JSON or a Python dictionary of plain strings and
-            numbers, which is read, never executed.
+        mapping: label (id, or name in any case) -> word. As text: JSON or a Python dictionary of plain strings and
+            numbers, which is parsed, never executed.
         labels: label names by id; `None` = a regression, whose labels are 0 (lower end) and 1 (upper end).
 
     Raises:
-        InputError: the text is no dictionary, a label is missing, unknown or doubled, two labels have the same word,
-            or a regression has other than two words.
+        InputError: the text is not a dictionary, a label is missing, unknown or repeated, two labels have the same
+            word, or a regression does not have two words.
     """
     pairs = _pairs(mapping)
     known = BOUNDS if labels is None else labels
     if labels is None and len(pairs) != 2:
         raise InputError(
-            f"mapping {mapping!r} has {len(pairs)} words, but a regression has two: the one at the lower end of the "
-            "scale and the one at the upper end, {'0': 'No', '1': 'Yes'}"
+            f"mapping {mapping!r} has {len(pairs)} words, but a regression needs two: one for the lower end of the "
+            "scale and one for the upper end, such as {'0': 'No', '1': 'Yes'}"
         )
     by_name = {str(label).lower(): i for i, label in enumerate(known)}
     words: dict[int, str] = {}
@@ -50,7 +50,9 @@ def parse_mapping(mapping: dict[Any, str] | str, labels: Sequence[str] | None) -
         if i in words:
             raise InputError(f"mapping {mapping!r} has label {known[i]!r} twice; name each label once")
         if not isinstance(word, str) or not word.strip():
-            raise InputError(f"mapping {mapping!r} gives label {known[i]!r} {word!r}, which is no word; pass text")
+            raise InputError(
+                f"mapping {mapping!r} maps label {known[i]!r} to {word!r}, which is not a word; pass text"
+            )
         words[i] = word.strip()
     if missing := [label for i, label in enumerate(known) if i not in words]:
         raise InputError(f"mapping {mapping!r} has no word for label {missing[0]!r}; the labels are: {_listed(known)}")
@@ -58,12 +60,14 @@ def parse_mapping(mapping: dict[Any, str] | str, labels: Sequence[str] | None) -
     for i, word in enumerate(ordered):
         if word in ordered[:i]:
             other = known[ordered.index(word)]
-            raise InputError(f"mapping {mapping!r} has the word {word!r} for {other!r} and {known[i]!r}; choose two")
+            raise InputError(
+                f"mapping {mapping!r} maps both {other!r} and {known[i]!r} to {word!r}; choose different words"
+            )
     return ordered
 
 
 def _pairs(mapping: dict[Any, str] | str) -> list[tuple[Any, Any]]:
-    """Keys and values in order, doubled keys included."""
+    """Return keys and values in order, including repeated keys."""
     if isinstance(mapping, dict):
         return list(mapping.items())
     try:
@@ -71,7 +75,7 @@ def _pairs(mapping: dict[Any, str] | str) -> list[tuple[Any, Any]]:
     except ValueError:
         pairs = _python_pairs(mapping)
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
-        raise InputError(f"mapping {mapping!r} is no dictionary; pass one such as {_EXAMPLE}")
+        raise InputError(f"mapping {mapping!r} is not a dictionary; pass one such as {_EXAMPLE}")
     return pairs
 
 
@@ -80,7 +84,7 @@ def _python_pairs(mapping: str) -> list[tuple[Any, Any]] | None:
         tree = ast.parse(mapping.strip(), mode="eval").body
         if not isinstance(tree, ast.Dict):
             return None
-        # a key of None unpacks another dictionary, which literal_eval refuses
+        # a key of None marks an unpacked dictionary (**), which literal_eval refuses
         return [(ast.literal_eval(key), ast.literal_eval(value)) for key, value in zip(tree.keys, tree.values)]  # noqa: B905
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise InputError(f"mapping {mapping!r} cannot be read; pass a dictionary such as {_EXAMPLE}") from None
@@ -91,10 +95,10 @@ def _listed(labels: Sequence[str]) -> str:
 
 
 def check_word_scoring(word_scoring: str, reading: Reading, untie_words: bool) -> None:
-    """Refuse a way of scoring label words that the model or another option rules out.
+    """Refuse a scoring of label words that the model or another option does not support.
 
     Raises:
-        InputError: an unknown one, or sequences with a masked language model or untied words.
+        InputError: an unknown scoring, or sequences with a masked language model or untied words.
     """
     if word_scoring not in WORD_SCORINGS:
         raise InputError(f"word_scoring={word_scoring!r} is unknown; choose from: {', '.join(WORD_SCORINGS)}")
@@ -102,21 +106,22 @@ def check_word_scoring(word_scoring: str, reading: Reading, untie_words: bool) -
         return
     if reading is Reading.MASK:
         raise InputError(
-            f"word_scoring={word_scoring} reads several tokens, and a masked language model's mask is one; pass "
+            f"word_scoring={word_scoring} scores several tokens, but a masked language model has one mask; pass "
             "first_token, or a causal language model"
         )
     if untie_words:
         raise InputError(
-            f"word_scoring={word_scoring} needs the output rows of the whole vocabulary, and untie_words keeps "
+            f"word_scoring={word_scoring} needs the output rows of the whole vocabulary, but untie_words keeps only "
             "those of the label words; leave out one of the two"
         )
 
 
 def word_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[int]:
-    """The token of each label word, as it stands behind a space.
+    """Return the token of each label word, tokenised with a space before it.
 
     Raises:
-        InputError: a word is several tokens (they are shown) or unknown to the tokenizer, or two words are one token.
+        InputError: a word has several tokens (the message shows them) or is unknown to the tokenizer, or two words are
+            the same token.
     """
     ids: list[int] = []
     for word in words:
@@ -142,16 +147,16 @@ def word_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> list[i
 def word_tokens(
     tokenizer: PreTrainedTokenizerBase, words: Sequence[str], before: str | None, scoring: str = FIRST_TOKEN
 ) -> list[list[int]]:
-    """All tokens of each label word.
+    """Return all tokens of each label word.
 
     Args:
-        before: the template's text in front of the answer, of a model that writes the word behind it; `None` = a
-            masked language model, whose words are one token each.
-        scoring: with "first_token" the first tokens have to differ.
+        before: the template's text before the answer, for a model that generates the word after it; `None` = a masked
+            language model, whose words have one token each.
+        scoring: with "first_token" the first tokens must differ.
 
     Raises:
-        InputError: as `word_ids`; two words that begin with the same token, and are told apart by it alone; a word
-            that has no tokens.
+        InputError: as for `word_ids`; two words begin with the same token although only the first token is scored; a
+            word has no tokens.
     """
     if before is None:
         return [[token] for token in word_ids(tokenizer, words)]
@@ -171,7 +176,7 @@ def word_tokens(
                 shared = tokenizer.convert_ids_to_tokens(tokens[0])
                 raise InputError(
                     f"label words {other!r} and {word!r} begin with the same token for this tokenizer ({shared!r}), "
-                    "and the first token says the class; pass --word_scoring sequence, or choose other words "
+                    "which alone gives the class; pass --word_scoring sequence, or choose other words "
                     "(--mapping)"
                 )
         if scoring == SEQUENCE:
@@ -179,24 +184,25 @@ def word_tokens(
         found.append(tokens)
     longer = [word for word, tokens in zip(words, found, strict=True) if len(tokens) > 1]
     if longer and scoring == FIRST_TOKEN:
-        logger.info("Several tokens, of which the first is read: %s (--word_scoring sequence reads all).", longer)
+        logger.info("Only the first token is scored of: %s (--word_scoring sequence scores all tokens).", longer)
     return found
 
 
 def _warn_of_beginning(words: Sequence[str], found: list[list[int]], word: str, tokens: list[int]) -> None:
-    """Log where one word's tokens begin another's: `p(a b) = p(a) p(b | a)` is never above `p(a)`."""
+    """Warn if one word's tokens are a prefix of another's: `p(a b) = p(a) p(b | a)` is never above `p(a)`."""
     for other, its in zip(words, found, strict=False):
         (short, a), (long, b) = sorted([(other, its), (word, tokens)], key=lambda pair: len(pair[1]))
         if b[: len(a)] == a:
             logger.warning(
-                "The tokens of label word %r begin those of %r, whose probability as a sequence is never the higher "
-                "one: without --calibrate it is never chosen. Pass --word_scoring sequence_mean, or other words.",
+                "The tokens of label word %r are a prefix of those of %r, whose sequence probability is therefore "
+                "never higher: without --calibrate it is never predicted. Pass --word_scoring sequence_mean, or other "
+                "words.",
                 short, long,
             )  # fmt: skip
 
 
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, word: str, before: str) -> list[int]:
-    """Tokens of an answer behind the text `before`: with a space between the two unless a new line begins there."""
+    """Return the tokens of an answer after the text `before`, with a space between them unless it begins a line."""
     space = "" if not before or before[-1].isspace() or word[:1] in _NO_SPACE else " "
     leads = ("\n", "a") if before.endswith("\n") else ("a", "\n")
     return tokens_behind(tokenizer, [space + word], leads)[0]
@@ -205,10 +211,10 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, word: str, before: str) ->
 def tokens_behind(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], leads: Sequence[str] = ("a", "\n")
 ) -> list[list[int]]:
-    """Tokens of texts that go on behind another text, without special tokens.
+    """Return the tokens of texts that continue another text, without special tokens.
 
-    SentencePiece tokenizers (Llama, T5) put a space before every text that they are given by itself. So the texts are
-    tokenised behind a letter, or a line break where that melts with the text, and what belongs to it is taken off.
+    SentencePiece tokenizers (Llama, T5) put a space before every separate text. Therefore each text is tokenised after
+    a letter, or after a line break if the letter merges with the text, and the tokens of this lead are removed.
     """
     alone = [list(ids) for ids in _plain_ids(tokenizer, texts)]
     found: list[list[int] | None] = [None] * len(texts)

@@ -1,4 +1,4 @@
-"""`SparseAdamW`, the support of its steps, its moments, and bases that follow the gradients."""
+"""`SparseAdamW`: the support of its steps, its moments, and basis refreshes."""
 
 from hf_ft_ext.sparse.optimizer.adamw import SparseAdamW, restore_supports
 

@@ -1,4 +1,4 @@
-"""AdamW that keeps moments only for the entries of a SparseGrad weight that it updates."""
+"""AdamW with moments only for the entries of a SparseGrad weight that it updates."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -22,38 +22,38 @@ _NOT_READY = "the {part} of {kind} has not been computed; run `prepare_layers` o
 class SparseAdamW(CopiedInFull, torch.optim.AdamW):
     """AdamW for models with `SparseGradLinear` layers, usable in any training loop.
 
-    Dynamic support: at each step, for each converted weight, the `n_params` entries of the rotated gradient
-    `V^T G U` of largest magnitude (or all that reach the layer's `threshold`) are chosen, from the gradient
-    accumulated over micro-batches and averaged over processes, and updated by AdamW's rule in the rotated
-    coordinates: `W += V dS U^T`. Moments and step counts exist for the chosen entries only; an entry that leaves
-    the support drops them, an entry that comes back starts anew. With `dense_moments` all entries have moments, as
-    in the published code (`torch.optim.SparseAdam`): those of the support are updated, the others wait.
+    Dynamic support: each step chooses, for each converted weight, the `n_params` entries of the rotated gradient
+    `V^T G U` with the largest magnitude (or all that reach the layer's `threshold`). The gradient is the one
+    accumulated over micro-batches and averaged over processes. AdamW's rule updates the chosen entries in the rotated
+    coordinates: `W += V dS U^T`. Moments and step counts exist for the chosen entries only: an entry that leaves the
+    support loses them, and an entry that returns starts from zero. With `dense_moments` all entries have moments, as
+    in the published code (`torch.optim.SparseAdam`); a step updates only the moments of the support.
 
-    With `refresh_steps`, a dynamic support's basis is computed anew after so many steps, from running Gram sums of
-    the gradients since. The weight is not touched by that; moments turn into the new basis (`rotate_moments`), and as
-    many entries as before, those of the largest squares, keep theirs. How many steps an entry has seen is the mean
-    over what it is made of.
+    With `refresh_steps`, the basis of a dynamic support is recomputed every `refresh_steps` steps, from running Gram
+    sums of the gradients since the last refresh. The weight does not change. The moments are rotated into the new
+    basis (`rotate_moments`). The number of entries with moments stays the same: those with the largest second moments.
+    The step count of an entry is the mean over the old entries that contribute to it.
 
-    Fixed support: the layer's `values` are an ordinary parameter of AdamW, and their changes are folded into the
-    weight. Decoupled weight decay shrinks the chosen entries of the rotated weight alone. All other parameters:
-    `torch.optim.AdamW`.
+    Fixed support: the layer's `values` are an ordinary parameter of AdamW, and their changes are added to the weight.
+    Decoupled weight decay applies to the chosen entries of the rotated weight only. All other parameters are updated
+    by `torch.optim.AdamW`.
 
-    `state_dict()` holds the bases, supports and values too, so a loaded optimizer continues without a new pre-pass.
+    `state_dict()` also holds the bases, supports and values, so a loaded optimizer continues without a new pre-pass.
 
     Args:
         params: parameters or groups, as for `torch.optim.AdamW`.
-        layers: the converted layers; their weights (fixed support: their values) have to be among `params`.
+        layers: the converted layers; their weights (fixed support: their values) must be among `params`.
         lr, betas, eps, weight_decay, foreach, fused: as for `torch.optim.AdamW`.
-        refresh_steps: with dynamic support, compute the bases anew after every so many steps; 0 = never.
-        refresh_gradients: how many steps' gradients go into a new basis, at most.
+        refresh_steps: with dynamic support, recompute the bases every this many steps; 0 = never.
+        refresh_gradients: the most gradients (one per step) that a new basis is computed from.
         dense_moments: with dynamic support, keep moments of all entries, as published.
 
     Raises:
-        ValueError: a basis that cannot be refreshed (there is none).
-        RuntimeError: at the step, if a layer's basis has not been computed or loaded.
+        ValueError: `refresh_steps` is given, but the layers have no basis.
+        RuntimeError: in `step`, if a layer's basis has not been computed or loaded.
 
-    Source: arXiv 2410.07383, section 3; the moments on the chosen entries are ours (the published code keeps
-    dense ones).
+    Source: arXiv 2410.07383, section 3. Moments of the chosen entries only are this package's own; the published code
+    keeps dense moments.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class SparseAdamW(CopiedInFull, torch.optim.AdamW):
         dense_moments: bool = False,
     ):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused)
-        # A fused AdamW leaves the division by the loss scale to its own kernel; the sparse part needs it done.
+        # A fused AdamW divides by the loss scale in its kernel; the sparse update needs unscaled gradients.
         self._step_supports_amp_scaling = False
         layers = list(layers)
         self._layers = {id(layer.weight): layer for layer in layers if layer.values is None}
@@ -83,7 +83,7 @@ class SparseAdamW(CopiedInFull, torch.optim.AdamW):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # found by the weight's `id`, which a copy's weight does not share
+        # The keys are `id`s of weights, which differ in a copy.
         self._layers = {id(layer.weight): layer for layer in self._layers.values()}
 
     def _sparse(self, parameter: torch.Tensor) -> SparseGradLinear | None:
@@ -108,9 +108,9 @@ class SparseAdamW(CopiedInFull, torch.optim.AdamW):
                 if layer is not None and parameter.grad is not None:
                     self._sparse_step(layer, group)
                     done.append((parameter, parameter.grad))
-                    parameter.grad = None  # AdamW passes over parameters without gradient
+                    parameter.grad = None  # AdamW skips parameters without a gradient
         try:
-            # The bare function: torch wraps `step` of every optimizer class, and hooks would run twice.
+            # Call the unwrapped function: torch wraps `step` of every optimizer class, and hooks would run twice.
             inspect.unwrap(torch.optim.AdamW.step)(self)
         finally:
             for parameter, gradient in done:
@@ -133,13 +133,13 @@ class SparseAdamW(CopiedInFull, torch.optim.AdamW):
         gradient = rotated.flatten()[support.long()].to(weight.dtype)
         step, exp_avg, exp_avg_sq = self._moments_at(support, state, weight)
         step += 1
-        exp_avg.lerp_(gradient, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        exp_avg.lerp_(gradient, 1 - beta1)  # m = beta1 m + (1 - beta1) g
+        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)  # v = beta2 v + (1 - beta2) g^2
         mean, square = corrected(step, exp_avg, exp_avg_sq, group["betas"])
-        change = mean / (square.sqrt_() + group["eps"])
-        if group["weight_decay"]:
+        change = mean / (square.sqrt_() + group["eps"])  # m_hat / (sqrt(v_hat) + eps)
+        if group["weight_decay"]:  # decoupled: + lambda (V^T W U) at the chosen entries
             change += group["weight_decay"] * layer.basis.rotate(weight).flatten()[support.long()]
-        layer.basis.add_rotated_back(weight, support, change.mul_(-float(group["lr"])))
+        layer.basis.add_rotated_back(weight, support, change.mul_(-float(group["lr"])))  # W -= lr V dS U^T
         if self._dense_moments:
             state["exp_avg"].view(-1)[support.long()] = exp_avg
             state["exp_avg_sq"].view(-1)[support.long()] = exp_avg_sq
@@ -147,7 +147,7 @@ class SparseAdamW(CopiedInFull, torch.optim.AdamW):
             state.update(step=step, indices=support, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq)
 
     def _moments_at(self, support: torch.Tensor, state: dict, weight: torch.Tensor) -> list[torch.Tensor]:
-        """Counts and moments of the entries of `support`; with dense moments the count is one for all."""
+        """Return step counts and moments of the entries of `support`; dense moments share one step count."""
         empty = weight.new_zeros(0)
         if not state and self._dense_moments:
             state.update(step=empty.new_zeros(1).int(), exp_avg=torch.zeros_like(weight))
@@ -160,7 +160,7 @@ class SparseAdamW(CopiedInFull, torch.optim.AdamW):
         return carry_over(state["indices"], support, state["step"], *moments)
 
     def _refresh(self) -> None:
-        """New bases from the running sums; moments turn with them."""
+        """Compute new bases from the running sums, and rotate the moments into them."""
         bases = {layer.kind: layer.basis for layer in self._layers.values() if layer.kind in self._running.sums}
         turns = {kind: self._running.turn(kind, basis) for kind, basis in bases.items()}
         for group in self.param_groups:
@@ -171,7 +171,7 @@ class SparseAdamW(CopiedInFull, torch.optim.AdamW):
         self._running.restart()
 
     def state_dict(self) -> dict:
-        """torch's state dict plus `bases` (factors by kind of layer) and `supports` (of fixed layers, in order)."""
+        """Return torch's state dict plus `bases` (by kind of layer), `supports` (fixed layers) and `running` sums."""
         bases = {layer.kind: layer.basis for layer in self._layers.values() if layer.basis.ready}
         supports = [
             {
@@ -192,10 +192,10 @@ class SparseAdamW(CopiedInFull, torch.optim.AdamW):
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """Load moments, supports, values and bases; the layers see the loaded ones at once.
+        """Load moments, supports, values and bases, also into the layers.
 
         Raises:
-            ValueError: the state is of other parameters, or lacks the basis or support of a layer.
+            ValueError: the state belongs to other parameters, or lacks the basis or support of a layer.
         """
         bases, supports = state_dict.get("bases", {}), state_dict.get("supports", [])
         if state_dict["state"]:
@@ -208,7 +208,7 @@ class SparseAdamW(CopiedInFull, torch.optim.AdamW):
                 )
         own_keys = ("bases", "supports", "running")
         super().load_state_dict({key: value for key, value in state_dict.items() if key not in own_keys})
-        # torch casts every state to the parameter's dtype, which spoils indices and counts: put them back.
+        # torch casts every state to the parameter's dtype, which corrupts indices and counts: restore them.
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, parameter in zip(saved, own, strict=True):
@@ -227,7 +227,7 @@ class SparseAdamW(CopiedInFull, torch.optim.AdamW):
 
 
 def restore_supports(layers: Iterable[SparseGradLinear], saved: list[dict[str, Any]]) -> None:
-    """Give layers with fixed support what an optimizer's state holds as `supports`; shared ones are shared again."""
+    """Set the fixed supports of layers from `supports` of an optimizer's state; shared supports are shared again."""
     shared: dict[tuple, FixedSupport] = {}
     for layer, support in zip(layers, saved, strict=False):
         _fill_support(layer, support, shared)
@@ -238,7 +238,7 @@ def _fill_basis(layer: SparseGradLinear, saved: dict) -> None:
     if not saved["identity"]:
         sides = (saved["out_factor"].shape[0], saved["in_factor"].shape[0])
         if sides != expected:
-            raise ValueError(f"the loaded basis of {layer.kind} has sides {sides}, the layer {expected}")
+            raise ValueError(f"the loaded basis of {layer.kind} has sizes {sides}, the layer {expected}")
         basis.out_factor, basis.in_factor = saved["out_factor"].to(device), saved["in_factor"].to(device)
     basis.rotates, basis.identity = saved["rotates"], saved["identity"]
     basis.in_transposed = saved["in_transposed"]
@@ -252,7 +252,7 @@ def _fill_support(layer: SparseGradLinear, saved: dict, shared: dict[tuple, Fixe
 
 
 def _shared_support(saved: dict, device: torch.device, shared: dict[tuple, FixedSupport]) -> FixedSupport:
-    """The support in `saved`; layers that shared one share it again."""
+    """Return the support in `saved`; layers that shared one share it again."""
     parts = {field.name: saved[field.name] for field in fields(FixedSupport)}
     key = tuple(None if part is None else part.data_ptr() for part in parts.values())
     if key not in shared:

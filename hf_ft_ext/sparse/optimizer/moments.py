@@ -1,4 +1,4 @@
-"""Adam's averages of a gradient, carried over from one basis to another."""
+"""Rotate Adam's moments from one basis into another."""
 
 import torch
 
@@ -7,14 +7,14 @@ from hf_ft_ext.sparse.optimizer.support import top_k
 
 
 def correction(step: torch.Tensor, betas: tuple[float, float], dtype: torch.dtype) -> list[torch.Tensor]:
-    """What Adam's two averages have to be divided by after `step` steps."""
+    """Return Adam's bias corrections after `step` steps: `1 - beta1^step` and `1 - beta2^step`."""
     return [1 - beta ** step.to(dtype) for beta in betas]
 
 
 def corrected(
     step: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor, betas: tuple[float, float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adam's averages without the bias of their start from zero."""
+    """Return Adam's bias-corrected moments, `m / (1 - beta1^step)` and `v / (1 - beta2^step)`."""
     weight1, weight2 = correction(step, betas, exp_avg.dtype)
     return exp_avg / weight1, exp_avg_sq / weight2
 
@@ -22,18 +22,19 @@ def corrected(
 def rotate_moments(
     left: torch.Tensor, right: torch.Tensor, mean: torch.Tensor, square: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Averages of the gradient and of its square in a new basis, both bias-corrected before and after.
+    """Rotate the mean of the gradient and the mean of its square into a new basis.
 
-    The mean turns as gradients do: `left mean right`. Squares know nothing of how entries move together, so they
-    turn as those of independent entries would, `left^2 square right^2`, except for what the means say: the square
-    of the turned mean replaces the turned squares of the mean where it is larger. Without that, entries that pull the
-    same way would give a mean far above the root of the square, and a step as far above the learning rate. A change
-    of order or sign of the directions carries everything over exactly.
+    The mean rotates as gradients do: `left mean right`. The mean squares hold no covariances, so they rotate as
+    those of uncorrelated entries: `left^2 square right^2`, with elementwise squares. The means give a lower bound,
+    because a mean square is at least the square of the mean. Therefore the part of the mean squares that comes from
+    the means, `left^2 mean^2 right^2`, is replaced by `(left mean right)^2` where that is larger. Without this,
+    correlated entries would give a mean far above the root mean square, and a step far above the learning rate. A
+    permutation or sign change of the directions is exact.
 
     Args:
         left: `V'^T V` from the old to the new directions of the output side, shape (r', r).
         right: `U^T U'`, likewise for the input side, shape (c, c').
-        mean: shape (r, c), zero where nothing is known.
+        mean: shape (r, c), zero for entries without moments.
         square: shape (r, c), likewise.
 
     Returns:
@@ -41,21 +42,23 @@ def rotate_moments(
     """
     turned = left @ mean @ right
     left, right = left.square(), right.square()
-    alone = left @ mean.square() @ right
+    alone = left @ mean.square() @ right  # the rotated squares of the means, as if uncorrelated
+    # left^2 square right^2 + max(0, (left mean right)^2 - left^2 mean^2 right^2)
     return turned, left @ square @ right + (turned.square() - alone).clamp_(min=0)
 
 
 def turn_fixed_moments(state: dict, old: FixedSupport, new: FixedSupport) -> None:
-    """Turn AdamW's state of a layer's values from one fixed support to another, in place.
+    """Rotate AdamW's state of a layer's values from one fixed support into another, in place.
 
-    All entries share one count of steps, so one that the old entries hardly reach has to look like one of long
-    standing: the part of it that nothing is known of gets the mean square of all.
+    All entries share one step count. A new entry that the old entries hardly span would have a second moment near
+    zero, and a step that is too large. So its unknown part, `1 - left^2 known right^2`, gets the mean of all second
+    moments.
 
     Args:
         state: `exp_avg` and `exp_avg_sq`, shape (k,).
     """
     left, right = new.out_columns.T @ old.out_columns, old.in_columns.T @ new.in_columns
-    known = old.spread(torch.ones_like(state["exp_avg"]))
+    known = old.spread(torch.ones_like(state["exp_avg"]))  # 1 at the old entries, else 0
     mean, square = rotate_moments(left, right, old.spread(state["exp_avg"]), old.spread(state["exp_avg_sq"]))
     unknown = (1 - left.square() @ known @ right.square()).clamp_(min=0)
     square += unknown * state["exp_avg_sq"].mean()
@@ -66,10 +69,10 @@ def turn_fixed_moments(state: dict, old: FixedSupport, new: FixedSupport) -> Non
 def turn_moments(
     state: dict, weight: torch.Tensor, betas: tuple[float, float], left: torch.Tensor, right: torch.Tensor
 ) -> None:
-    """Turn the state that `SparseAdamW` keeps of a weight with dynamic support into a new basis, in place.
+    """Rotate the state of `SparseAdamW` for a weight with dynamic support into a new basis, in place.
 
-    As many entries as before keep moments, those of the largest squares. The number of steps behind an entry is the
-    mean over the old entries that it is made of; those without moments count as zero.
+    The number of entries with moments stays the same: those with the largest second moments. The step count of an
+    entry is the weighted mean over the old entries that contribute to it; entries without moments count as zero.
 
     Args:
         state: `step`, `exp_avg`, `exp_avg_sq`, and `indices` unless all entries have moments.
@@ -82,7 +85,7 @@ def turn_moments(
         mean, square = rotate_moments(left, right, mean, square)
     else:
         mean, square, count = (_spread(part, support, weight) for part in (mean, square, step))
-        count = left.square() @ count @ right.square()
+        count = left.square() @ count @ right.square()  # weights: squared entries of the rotations
         mean, square = rotate_moments(left, right, mean, square)
         support = top_k(square, len(support))
         mean, square, count = (part.flatten()[support.long()] for part in (mean, square, count))
@@ -93,7 +96,7 @@ def turn_moments(
 
 
 def _spread(values: torch.Tensor, indices: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`values` at the flat `indices` of a tensor of zeros with the shape of `like`."""
+    """Return a tensor of zeros with the shape of `like` and `values` at the flat `indices`."""
     full = like.detach().new_zeros(like.numel())
     full[indices.long()] = values.to(full.dtype)
     return full.view(like.shape)

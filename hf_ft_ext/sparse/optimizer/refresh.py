@@ -1,4 +1,4 @@
-"""Running Gram sums of the gradients that training sees, and the basis that they give."""
+"""Running Gram sums of the training gradients, and the bases computed from them."""
 
 import math
 
@@ -11,13 +11,13 @@ from hf_ft_ext.sparse.basis import Basis, GramSums, by_columns
 class RunningSums:
     """Gram sums over the gradients since the last refresh, by kind of layer.
 
-    Gradients come already in the basis, `V^T G U`, as the optimizer has them at hand; the sums are kept there. Of the
-    `every` steps between two refreshes `gradients` steps, evenly spread, are summed up: a Gram matrix costs as much as
-    a rotation.
+    The optimizer passes gradients in the current basis, `V^T G U`, and the sums are kept in that basis. Only
+    `gradients` of the `every` steps between two refreshes, evenly spaced, are added, because a Gram matrix costs as
+    much as a rotation.
 
     Args:
         every: optimizer steps between two refreshes; 0 = never.
-        gradients: of these, how many steps' gradients go into the sums at most.
+        gradients: the most steps between two refreshes whose gradients are added.
     """
 
     def __init__(self, every: int, gradients: int):
@@ -29,11 +29,11 @@ class RunningSums:
         return self.every > 0
 
     def begin_step(self) -> None:
-        """Count a step that is about to show its gradients."""
+        """Count a step, before its gradients are added."""
         self.steps += 1
 
     def see(self, kind: str, rotated: torch.Tensor) -> None:
-        """Take one layer's gradient of this step, shape (out, in), in the present basis."""
+        """Add one layer's gradient of this step, shape (out, in), in the current basis."""
         if not self or self.steps % self.stride:
             return
         if kind not in self.sums:
@@ -46,21 +46,22 @@ class RunningSums:
         return bool(self) and self.steps >= self.every
 
     def turn(self, kind: str, basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give `basis` the factors of the sums of its kind.
+        """Set `basis` to the factors of the Gram sums of its kind.
 
         Returns:
-            `(V'^T V, U^T U')`, which take what is in the old basis into the new one, `left M right`.
+            `(V'^T V, U^T U')`, which map a matrix `M` in the old basis into the new one: `left M right`.
         """
-        # Every process has the same sums; the broadcast keeps the bases equal to the last bit.
+        # All processes have the same sums; the broadcast makes the bases bitwise equal.
         out_turn, in_turn = (broadcast(side.T).T for side in self.sums[kind].factors())
         old_in = basis.in_factor
+        # The sums are in the old basis, so their eigenvectors O and I give the new factors V' = V O and U' = U I.
         basis.out_factor = by_columns(basis.out_factor @ out_turn)
-        # The published orientation keeps the transposed factor: its directions are the rows.
+        # The published orientation uses the transposed factor, whose directions are its rows: U' = (U I)^T.
         basis.in_factor = by_columns((old_in @ in_turn).T if basis.in_transposed else old_in @ in_turn)
-        return out_turn.T, old_in.T @ basis.in_factor
+        return out_turn.T, old_in.T @ basis.in_factor  # V'^T V = O^T, and U^T U'
 
     def restart(self) -> None:
-        """Begin anew, after a refresh."""
+        """Reset the sums, after a refresh."""
         self.steps, self.sums = 0, {}
 
     def state_dict(self) -> dict:

@@ -1,14 +1,14 @@
-"""Which entries of a rotated weight one step updates, and what their moments carry over."""
+"""Choose the entries of a rotated weight that one step updates, and carry their moments over."""
 
 import torch
 
-# One entry of so many is looked at to find out where the largest ones begin. A prime: the number of columns,
-# mostly a multiple of 64, must not make the sample a sample of a few columns.
+# Every 17th entry is sampled to estimate a threshold for the largest ones. A prime, so that the sample covers all
+# columns although their number is mostly a multiple of 64.
 _STRIDE = 17
 
 
 def top_k(rotated: torch.Tensor, k: int) -> torch.Tensor:
-    """Flat indices (int32 where they fit, rising) of the `k` entries of largest magnitude."""
+    """Return ascending flat indices (int32 if they fit) of the `k` entries of largest magnitude."""
     magnitude = rotated.abs().flatten()
     candidates = _candidates(magnitude, k)
     if candidates is None:
@@ -19,7 +19,7 @@ def top_k(rotated: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def above(rotated: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Flat indices (int32 where they fit, rising) of the entries whose magnitude is at least `threshold`."""
+    """Return ascending flat indices (int32 if they fit) of the entries whose magnitude is at least `threshold`."""
     return _compact((rotated.abs().flatten() >= threshold).nonzero().squeeze(1), rotated)
 
 
@@ -28,11 +28,11 @@ def _compact(indices: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
 
 
 def _candidates(magnitude: torch.Tensor, k: int) -> torch.Tensor | None:
-    """Indices of somewhat more than the `k` largest entries, or `None` where looking at all is as good.
+    """Return indices of somewhat more than the `k` largest entries, or `None` if preselection does not pay.
 
-    torch's selection on the CPU runs on one core and takes several times as long as a comparison of all
-    entries with a threshold. The threshold is one that the k-th largest entry of a sample exceeds; a sample
-    that misleads (too few candidates) is noticed, so the result is exact.
+    torch's `topk` on the CPU runs on one core and takes several times as long as a comparison of all entries with a
+    threshold. The threshold comes from a sample, low enough to keep about 1.25 `k` entries. If fewer than `k` exceed
+    it, all entries are used, so the result is exact.
     """
     if magnitude.device.type != "cpu" or magnitude.numel() < 2**18 or k < 16 * _STRIDE or 4 * k > magnitude.numel():
         return None
@@ -43,9 +43,9 @@ def _candidates(magnitude: torch.Tensor, k: int) -> torch.Tensor | None:
 
 
 def agreed(support: torch.Tensor) -> torch.Tensor:
-    """The first process's support, on every process.
+    """Return the first process's support on every process.
 
-    All processes choose from the same averaged gradient; on unlike processors it may differ in the last bit.
+    All processes choose from the same averaged gradient, but on different processors it may differ in the last bit.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return support
@@ -59,13 +59,13 @@ def agreed(support: torch.Tensor) -> torch.Tensor:
 
 
 def carry_over(old: torch.Tensor | None, new: torch.Tensor, *states: torch.Tensor) -> list[torch.Tensor]:
-    """Per-entry `states` of the support `old`, for the support `new`.
+    """Return the per-entry `states` of the support `old` for the support `new`.
 
-    Entries in both keep their state, entries that left drop it, entries that come (back) start from zero.
+    Entries in both keep their state, entries only in `old` lose it, and entries only in `new` start from zero.
 
     Args:
-        old: rising flat indices, shape (k_old,), or `None` before the first step.
-        new: rising flat indices, shape (k,).
+        old: ascending flat indices, shape (k_old,), or `None` before the first step.
+        new: ascending flat indices, shape (k,).
         states: tensors of shape (k_old,).
     """
     if old is None or not old.numel():

@@ -1,1 +1,1 @@
-"""What a SparseGrad run leaves: its changes as a file of their own, or as a standard LoRA adapter."""
+"""Save the changes of a SparseGrad run, as a delta file or as a standard LoRA adapter."""

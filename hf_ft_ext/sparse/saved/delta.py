@@ -1,10 +1,10 @@
-"""What a SparseGrad run changed, as a file of its own.
+"""Save and load the changes of a SparseGrad run (a delta).
 
-`sparse_delta.safetensors` holds the changes of the trained entries, where they lie, the columns of `V` and `U` that
-they need, and every other parameter that trained. Fixed support: rows and columns, once for all layers that share
-them, and anew for each refresh of the basis. Dynamic support: every entry that differs from the base (some hundred
-steps change a quarter of all), and the whole factors once per kind of layer. The delta belongs to the very weights
-that training started from: their hash is in its metadata, and other weights are refused.
+`sparse_delta.safetensors` holds the changes of the trained entries, their positions, the columns of `V` and `U` that
+they need, and every other trained parameter. Fixed support: rows and columns are saved once for all layers that share
+them, and again for each refresh of the basis. Dynamic support: all entries that differ from the base are saved (some
+hundred steps change a quarter of them), and the whole factors once per kind of layer. A delta applies only to the
+weights that training started from: their hash is in its metadata, and other weights are refused.
 """
 
 import hashlib
@@ -39,12 +39,12 @@ def save_delta(model: nn.Module, folder: str | os.PathLike, base: nn.Module | No
 
     Args:
         model: a converted model after training.
-        base: the plain model that training started from. Needed with dynamic support, which keeps no record of the
-            entries that it has left; with fixed support it is only checked.
+        base: the plain model that training started from. Required with dynamic support, which does not record the
+            entries that left it. With fixed support it is only checked.
 
     Raises:
-        InputError: no converted layers, a support that is not chosen yet, dynamic support without a base, or a base
-            that is not the one training started from (as far as the model shows it).
+        InputError: no converted layers, a support that has not been chosen, dynamic support without a base, or a base
+            that differs from the weights that training started from (as far as the model records them).
     """
     layers = sparse_layers(model)
     dynamic = {name: layer for name, layer in layers.items() if layer.values is None}
@@ -77,10 +77,10 @@ def load_delta(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     """Apply the delta in `folder` to a plain model with the weights that training started from, in place.
 
     Returns:
-        The model, equal to the trained one to rounding.
+        The model, equal to the trained one up to rounding.
 
     Raises:
-        InputError: there is no delta, it is damaged, or it belongs to another model; the model is then unchanged.
+        InputError: the delta is missing, is damaged, or belongs to another model. The model is unchanged then.
     """
     path, metadata, tensors = read_delta(folder, DELTA_FILE, _FORMAT, "save_delta")
     places = json.loads(metadata["layers"])
@@ -94,7 +94,7 @@ def load_delta(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     with torch.no_grad():
         for name, numbers in places.items():
             weight = _oriented(model, name)
-            # Half precision: one rounding at the end, as in merge_sparse.
+            # Half precision: add in float32 and round once, as merge_sparse does.
             trained = weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
             for i, number in enumerate(numbers):
                 _add_piece(trained, tensors, f"{name}.{i}", number)
@@ -105,12 +105,12 @@ def load_delta(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
 
 
 def _checked_base(model: nn.Module, base: nn.Module, layers: dict[str, SparseGradLinear]) -> dict[str, str]:
-    """Hashes of the converted layers' weights in the base; raises if it is another model's."""
+    """Return hashes of the converted layers' weights in the base; raise `InputError` if it is another model."""
     own, found = dict(model.named_parameters()), dict(base.named_parameters())
     for name in (f"{layer}.weight" for layer in layers):
         if name not in found or found[name].numel() != own[name].numel():
             raise InputError(
-                f"base= is no plain model of the trained one's architecture: {name} is missing or differs"
+                f"base= is not a plain model of the trained model's architecture: {name} is missing or differs"
             )
     hashes = {name: tensor_hash(_oriented(base, name)) for name in layers}
     other = [name for name, layer in layers.items() if layer.base_hash not in (None, hashes[name])]
@@ -120,12 +120,12 @@ def _checked_base(model: nn.Module, base: nn.Module, layers: dict[str, SparseGra
         if not parameter.requires_grad and (name not in found or not torch.equal(parameter.cpu(), found[name].cpu()))
     ]
     if other:
-        raise InputError(f"base= has other weights than training started from ({other[0]}); load it anew")
+        raise InputError(f"base= differs from the weights that training started from ({other[0]}); load it again")
     return hashes
 
 
 def _fixed_parts(layers: dict[str, SparseGradLinear]) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-    """The tensors of the delta, and for each layer the numbers of the supports of its pieces."""
+    """Return the tensors of the delta, and for each layer the support numbers of its pieces."""
     tensors, places, numbers = {}, {}, {}
     for name, layer in layers.items():
         places[name] = []
@@ -143,7 +143,7 @@ def _fixed_parts(layers: dict[str, SparseGradLinear]) -> tuple[dict[str, torch.T
 def _dynamic_parts(
     layers: dict[str, SparseGradLinear], base: nn.Module
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
-    """The same with dynamic support; the numbers are those of the bases."""
+    """As `_fixed_parts` for dynamic support; the numbers are those of the bases."""
     tensors, places = {}, {}
     kinds: dict[str, dict[str, SparseGradLinear]] = {}
     for name, layer in layers.items():
@@ -183,7 +183,7 @@ def _others(model: nn.Module, layers: Iterable[str]) -> Iterator[tuple[str, nn.P
 
 
 def _oriented(model: nn.Module, name: str) -> torch.Tensor:
-    """The weight of a plain layer as (out, in); a view, so that changing it changes the layer."""
+    """Return the weight of a plain layer as (out, in): a view, so that changing it changes the layer."""
     layer = model.get_submodule(name)
     return layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
 

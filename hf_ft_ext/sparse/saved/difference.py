@@ -1,7 +1,7 @@
-"""What dynamic support changed in a weight: the entries of its difference from the base that exceed rounding.
+"""The changes that dynamic support made in a weight: entries of its difference from the base above rounding errors.
 
-A support that moves leaves entries behind, and each of them stays changed. They are told from rounding by size, in the
-basis that leaves fewer of them, and stored as one bit per entry of the weight and the changes themselves.
+An entry that leaves the support stays changed. Changed entries are told from rounding errors by their magnitude, in
+the basis that gives the smaller file. They are stored as one bit per entry of the weight, and the changes.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ import torch
 
 from hf_ft_ext.sparse.basis import Basis
 
-# Of the weight's root mean square. Training in fp32 leaves about sqrt(steps) roundings of 2**-25 each in every entry.
+# Threshold relative to the weight's root mean square. Training in float32 accumulates rounding errors of about
+# sqrt(steps) 2**-25 in every entry.
 _ROUNDING = 2.0**-18
 
 
@@ -21,7 +22,7 @@ class Difference:
 
     Attributes:
         mask: one bit per entry of the (out, in) matrix, row by row, packed into bytes (uint8).
-        values: the changes where the mask is set, in rising order, shape (k,), in the weight's dtype.
+        values: the changes where the mask is set, in row-major order, shape (k,), in the weight's dtype.
     """
 
     mask: torch.Tensor
@@ -29,11 +30,11 @@ class Difference:
 
     @classmethod
     def between(cls, weight: torch.Tensor, base: torch.Tensor, basis: Basis) -> "Difference":
-        """Entries of `V^T (weight - base) U` above rounding; weights of shape (out, in), at least float32.
+        """Return the entries of `V^T (weight - base) U` above rounding; weights of shape (out, in), at least float32.
 
-        What is left out is in the mean square at most 2**-18 of `base`'s root mean square per entry.
+        Each omitted entry is at most 2**-18 of the root mean square of `base`.
         """
-        rotated = basis.rotate(weight - base)
+        rotated = basis.rotate(weight - base)  # V^T (W - W0) U
         kept = rotated.abs() > _ROUNDING * float(base.square().mean().sqrt())
         bits = torch.from_numpy(np.packbits(kept.cpu().numpy()))
         return cls(bits, rotated[kept].cpu())
@@ -43,7 +44,7 @@ class Difference:
         return self.mask.nbytes + self.values.nbytes
 
     def add_to(self, weight: torch.Tensor, basis: Basis) -> None:
-        """`weight += V S U^T` in place; the weight is of shape (out, in), contiguous, at least float32."""
+        """`weight += V S U^T` in place; the weight has shape (out, in), is contiguous and at least float32."""
         bits = np.unpackbits(self.mask.numpy(), count=weight.numel())
         indices = torch.from_numpy(bits).to(weight.device).nonzero().squeeze(1)
         basis.add_rotated_back(weight, indices, self.values.to(weight.device))
@@ -52,9 +53,10 @@ class Difference:
 def differences(
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]], basis: Basis
 ) -> tuple[Basis, dict[str, Difference]]:
-    """The differences of all layers that share a basis, in that basis or in none, whichever takes fewer bytes.
+    """Return the differences of all layers that share a basis, rotated or plain, whichever takes fewer bytes.
 
-    After refreshes the changes lie in several bases and are sparse in none; then the plain difference is smaller.
+    After refreshes the changes lie in several bases and are sparse in none of them; the plain difference is smaller
+    then.
 
     Args:
         weights: name -> (trained weight, base weight), each (out, in).

@@ -1,8 +1,8 @@
-"""Structured support as a standard LoRA adapter.
+"""Export structured support as a standard LoRA adapter.
 
-The change of a weight is `V_r D U_c^T`, a product of thin matrices: with `A = U_c^T` and `B = V_r D` (or the block on
-the other side, whichever makes the smaller rank) it is exactly what peft's LoRA adds, so plain peft loads it. Its rank
-is the narrower side of the block; fewer ranks keep the largest singular values.
+The change of a weight is `V_r D U_c^T`, a product of thin matrices. With `A = U_c^T` and `B = V_r D`, or `A = D U_c^T`
+and `B = V_r`, it is the `B A` of LoRA, so plain peft loads it. The choice with the smaller rank is taken: the rank is
+the smaller side of the block. With a lower `max_rank` the largest singular values are kept.
 """
 
 import logging
@@ -33,24 +33,24 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 def export_lora(model: nn.Module, folder: str | os.PathLike, max_rank: int | None = None) -> float:
-    """Write what training changed in `model` as a LoRA adapter that `PeftModel.from_pretrained(base, folder)` loads.
+    """Write the changes of `model` as a LoRA adapter that `PeftModel.from_pretrained(base, folder)` loads.
 
-    The head, and other modules that trained, are saved with the adapter (`modules_to_save`), and the model's
-    configuration beside it. The adapter belongs to the weights that training started from. The model itself is left
-    as it is, and no copy of it is made.
+    The head and other trained modules are saved with the adapter (`modules_to_save`), and so is the model's
+    configuration. The adapter applies to the weights that training started from. The model is neither changed nor
+    copied.
 
     Args:
         model: with a SparseGrad adapter, or converted with structured support, after training.
-        folder: where `adapter_config.json` and `adapter_model.safetensors` go.
-        max_rank: at most so many ranks for each layer, those of the largest singular values; `None` = all, exactly.
+        folder: where `adapter_config.json` and `adapter_model.safetensors` are written.
+        max_rank: the largest rank of a layer; the largest singular values are kept. `None` = the exact change.
 
     Returns:
         The largest relative error over layers, `||change - B A|| / ||change||` in the Frobenius norm; 0 if no rank was
-        dropped. It is logged, too.
+        dropped. It is also logged.
 
     Raises:
-        InputError: nothing to export, a layer without structured support, or a module trained that LoRA has no place
-            for.
+        InputError: nothing to export, a layer without structured support, or a trained parameter that a LoRA adapter
+            cannot hold.
     """
     if max_rank is not None and max_rank < 1:
         raise InputError(f"max_rank must be 1 or more, got {max_rank}")
@@ -100,7 +100,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, max_rank: int | Non
 
 
 def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The best approximation of `B A` of a rank, `(A', B', relative error)`, by the SVD of the small core."""
+    """Return the best approximation of `B A` of the given rank, `(A', B', relative error)`, by the SVD of its core."""
     q_out, r_out = torch.linalg.qr(b.double())
     q_in, r_in = torch.linalg.qr(a.T.double())
     u, s, vt = torch.linalg.svd(r_out @ r_in.T)  # B A = Q_out (R_out R_in^T) Q_in^T
@@ -122,7 +122,7 @@ def _adapter_factors(model: PeftModel) -> Factors:
             found[shown_name(path)] = _thin(columns.out_columns.float(), block, columns.in_columns.float())
     if not found:
         raise InputError(
-            f"the active adapter {name!r} is no SparseGrad adapter; call model.set_adapter with the one to export"
+            f"the active adapter {name!r} is not a SparseGrad adapter; call model.set_adapter with the one to export"
         )
     return found
 
@@ -159,7 +159,7 @@ def _converted_factors(model: nn.Module) -> tuple[Factors, bool]:
 
 
 def _factors(layer: SparseGradLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(A, B)` with `B A` the change of the weight; shapes (rank, in), (out, rank). A refreshed basis adds ranks."""
+    """Return `(A, B)` with `B A` the change of the weight, shapes (rank, in) and (out, rank); refreshes add ranks."""
     pieces = [_factors_of(support, change, layer.weight.shape) for support, change in layer.changes()]
     return torch.cat([a for a, _ in pieces]), torch.cat([b for _, b in pieces], dim=1)
 
@@ -175,14 +175,14 @@ def _factors_of(support: FixedSupport, change: torch.Tensor, shape: torch.Size) 
 def _thin(
     out_columns: torch.Tensor, block: torch.Tensor, in_columns: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(A, B)` with `B A = V D U^T` and the narrower side of `D` as the rank."""
+    """Return `(A, B)` with `B A = V D U^T`; the rank is the smaller side of `D`."""
     if block.shape[0] < block.shape[1]:
-        return block @ in_columns.T, out_columns
-    return in_columns.T, out_columns @ block
+        return block @ in_columns.T, out_columns  # A = D U^T, B = V
+    return in_columns.T, out_columns @ block  # A = U^T, B = V D
 
 
 def _trained_modules(model: nn.Module, layers: dict[str, SparseGradLinear]) -> list[str]:
-    """Top-most modules below the encoder, or beside it, that hold the other trained parameters, or fresh ones."""
+    """Return the modules with other trained parameters or new ones; modules beside the encoder count as a whole."""
     trained = {
         name.rpartition(".")[0]
         for name, parameter in model.named_parameters()
@@ -191,11 +191,11 @@ def _trained_modules(model: nn.Module, layers: dict[str, SparseGradLinear]) -> l
     biases = [name for name, layer in layers.items() if layer.bias is not None and layer.bias.requires_grad]
     if biases:
         raise InputError(
-            f"the bias of {biases[0]} trained, which a LoRA adapter has no place for; train with "
+            f"the bias of {biases[0]} trained, which a LoRA adapter cannot hold; train with "
             "sparse_train_rest='head', or save the whole model"
         )
     children = {name for name, _ in model.named_children()}
-    # What came without pretrained weights would be drawn anew when the base is loaded.
+    # Parameters without pretrained weights are initialized at random when the base is loaded.
     trained |= {name.rpartition(".")[0] for name in getattr(model, "fresh_parameters", ())} - set(layers)
     head = {name.split(".")[0] for name in trained if name.split(".")[0] in children - {model.base_model_prefix}}
     return sorted(head | {name for name in trained if name.split(".")[0] not in head})

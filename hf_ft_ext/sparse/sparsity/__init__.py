@@ -1,4 +1,4 @@
-"""How sparse gradients are while training: measured, watched and drawn."""
+"""Measure and plot the sparsity of gradients during training."""
 
 from hf_ft_ext.sparse.sparsity.measure import FRACTIONS, FRESH, RAW, START, captured_energy, measure_sparsity
 

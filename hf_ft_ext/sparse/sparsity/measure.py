@@ -1,8 +1,8 @@
-"""How sparse gradients are: the energy in their largest entries, raw and in a basis, layer by layer, while training.
+"""Measure the sparsity of gradients: the energy in their largest entries, raw and in a basis, by layer.
 
-The question behind SparseGrad: if 1 % of the entries of `V^T G U` hold most of `||G||^2`, training them alone loses
-little. It is measured in three coordinate systems (`watch` does so while training): the raw
-gradient, the basis of the gradients before training, and a basis computed at the very step (as a refresh would).
+SparseGrad assumes that 1 % of the entries of `V^T G U` hold most of `||G||^2`, so that little is lost if only these
+train. The energy is measured in three coordinate systems (during training by `watch`): the raw gradient, the basis of
+the gradients before training, and a basis computed at the current step (as a refresh would).
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ FRACTIONS = tuple(10 ** (power / 4) for power in range(-16, 1))  # of the entrie
 
 
 def captured_energy(matrix: torch.Tensor, fractions: tuple[float, ...] = FRACTIONS) -> torch.Tensor:
-    """Share of the sum of squares in the largest entries, for each fraction of the entries kept (one at least)."""
+    """Return the share of the sum of squares in the largest entries, for each fraction of entries (at least one)."""
     squares = matrix.flatten().double().square().sort(descending=True).values.cumsum(0)
     kept = [max(round(fraction * matrix.numel()), 1) - 1 for fraction in fractions]
     return (squares[kept] / squares[-1]).float()
@@ -28,9 +28,9 @@ def captured_energy(matrix: torch.Tensor, fractions: tuple[float, ...] = FRACTIO
 def measure_sparsity(
     trainer: Trainer, layers: Mapping[str, SparseGradLinear], bases: Mapping[str, Mapping[str, Basis]], batches: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Energy captured at each of `FRACTIONS`, the mean over the gradients of `batches` training batches.
+    """Return the energy captured at each of `FRACTIONS`, the mean over the gradients of `batches` training batches.
 
-    They are other batches than those of the bases: a basis fits its own gradients better than the next ones.
+    The bases are computed from other batches, because a basis fits its own gradients better than later ones.
 
     Args:
         bases: by the name of the coordinate system, then by kind of layer.

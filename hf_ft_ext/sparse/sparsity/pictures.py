@@ -1,4 +1,4 @@
-"""Pictures of how sparse gradients are (`watch.SparsityWatch`)."""
+"""Plots of the sparsity of gradients (for `watch.SparsityWatch`)."""
 
 import re
 from collections.abc import Mapping
@@ -20,11 +20,11 @@ Steps = Mapping[int, Mapping[str, Mapping[str, list[float]]]]
 
 
 def draw_sparsity(steps: Steps, folder: Path) -> list[Path]:
-    """Draw three pictures into `folder` and return their paths.
+    """Write three plots into `folder` and return their paths.
 
-    `energy_by_fraction.png`: energy against the fraction of entries kept, first and last measurement, mean and range
-    over the layers of a kind. `energy_by_layer.png`: energy in 1 % of the entries, layer by layer, likewise.
-    `energy_by_step.png`: the same while training, mean and range over layers.
+    `energy_by_fraction.png`: energy against the fraction of entries kept, for the first and last measurement, mean and
+    range over the layers of a kind. `energy_by_layer.png`: energy in 1 % of the entries by layer, for the same two
+    measurements. `energy_by_step.png`: the same energy by training step, mean and range over layers.
 
     Args:
         steps: what `measure_sparsity` returned, by optimizer step.
@@ -57,7 +57,7 @@ def _panels(rows: list[str], columns: list[str]):
 
 
 def _short(kind: str) -> str:
-    """The last two parts of a kind's name that are no layer numbers."""
+    """Return a kind's name without layer numbers, from the part after the list of layers on."""
     return ".".join(part for part in kind.split(".") if part != "*").split("layer.")[-1]
 
 
@@ -66,7 +66,7 @@ def _rows(by_layer: Mapping[str, list[float]], names: list[str]) -> torch.Tensor
 
 
 def _band(axis, x, values: torch.Tensor, system: str) -> None:
-    """Mean over layers as a line, their range as a band; `values` of shape (layers, points)."""
+    """Plot the mean over layers as a line and their range as a band; `values` of shape (layers, points)."""
     axis.fill_between(x, values.amin(0), values.amax(0), color=_COLORS[system], alpha=0.15, linewidth=0)
     axis.plot(x, values.mean(0), color=_COLORS[system], marker=_MARKERS[system], markersize=3, label=system)
 
@@ -77,7 +77,7 @@ def _by_fraction(steps: Steps, kinds: Mapping[str, list[str]]) -> Figure:
     for i, names in enumerate(kinds.values()):
         for axis, step in zip(axes[i], shown, strict=True):
             for system, by_layer in steps[step].items():
-                if system != FRESH or step != shown[0]:  # at the start they are one and the same
+                if system != FRESH or step != shown[0]:  # at the start both bases are the same
                     _band(axis, FRACTIONS, _rows(by_layer, names), system)
             axis.set_xscale("log")
             axis.axvline(0.01, color="black", linewidth=0.7, linestyle=":")

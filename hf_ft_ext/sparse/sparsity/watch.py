@@ -1,4 +1,4 @@
-"""Measuring while training how sparse the gradients are (`sparsity`), and drawing it (`pictures`)."""
+"""A callback that measures the sparsity of gradients during training (`measure`) and plots it (`pictures`)."""
 
 import os
 from pathlib import Path
@@ -15,16 +15,15 @@ SPARSITY_FILE = "sparsity.json"
 
 
 class SparsityWatch(TrainerCallback):
-    """Measures the sparsity of the MLP gradients before training and every `every` steps, and draws it at the end.
+    """Measures the sparsity of the MLP gradients before training and every `every` steps, and plots it at the end.
 
-    Writes `sparsity.json` (all values) and the pictures of `pictures.draw_sparsity` into the output folder. The
-    measurement costs gradients of `2 x batches` batches each time and changes nothing: weights, moments, data order
-    and random generators stay as they are.
+    Writes `sparsity.json` (all values) and the plots of `pictures.draw_sparsity` into the output folder. A measurement
+    takes the gradients of `2 x batches` batches. It does not change weights, moments, data order or random generators.
 
     Args:
         trainer: a trainer whose model has converted layers.
         every: steps between two measurements, 1 or more.
-        batches: gradients that each basis and each mean is taken from.
+        batches: number of gradients for each basis and for each mean.
     """
 
     def __init__(self, trainer: Trainer, every: int, batches: int):

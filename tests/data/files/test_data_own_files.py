@@ -140,7 +140,7 @@ def test_only_test_data(load, write):
             r"1 of 3 rows of split 'train' have no label .*row 1",
         ),
         ({"text": ["a", "b", "c"], "label": [1.5, None, 2]}, {}, r"1 of 3 rows of split 'train' have no label"),
-        ({"text": ["a", "b"], "label": ["x", "x"]}, {}, r"'train' has one class only \(x\)"),
+        ({"text": ["a", "b"], "label": ["x", "x"]}, {}, r"'train' has only one class \(x\)"),
         ({"text": ["a", "b"], "label": [0.5, 1]}, {"task_name": "sst2"}, r"has the label 0.5, but this is a classif"),
         ({"sentence": ["a", "b"], "label": [0, 1]}, {"task_name": "rte"}, r"expected sentence1\+sentence2"),
         (

@@ -79,7 +79,7 @@ def test_nested_columns(load, caplog):
 @pytest.mark.parametrize(
     ("content", "match"),
     [
-        ('{"text": "a", "label": 0}\n{"text": ', r"line 2: Expecting value\); write one object a line"),
+        ('{"text": "a", "label": 0}\n{"text": ', r"line 2: Expecting value\); write one object per line"),
         ('{"text": "a", "label": 0}\n["b", 1]\n', r"line 2: list instead of an object"),
         ('{"text": "a", "text": "b", "label": 0}\n{"text": "c"}\n', "line 1: two values are named 'text'"),
         ('[{"text": "a",\n "label": 0},\n {"text" "b"}]', "line 3: Expecting ':' delimiter.*correct it"),

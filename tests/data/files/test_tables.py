@@ -115,7 +115,7 @@ def test_a_reading_can_be_forced(load):
     assert texts(load(content.replace("\t", ","), quoting="none")) == [('"a"',), ('"b"',)]
     with pytest.raises(InputError, match=r"""line 2: ',' expected after '"'.*double every"""):
         load('text,label\n"a" b,0\n', quoting="minimal")
-    with pytest.raises(InputError, match="--quoting is about csv and tsv files, and these are json"):
+    with pytest.raises(InputError, match="--quoting is for csv and tsv files, but this data is json"):
         load('{"text": "a", "label": 0}\n', "t.jsonl", quoting="none")
 
 
@@ -245,7 +245,7 @@ def test_files_without_a_header(load):
         ("label,text\n1,a, b\n2,c, d\n", "every row has 3 fields, but the header has 2 .*comma too many"),
         ("text,text,label\na,b,1\n", "2 of its columns are named 'text'.*rename all but one"),
         ("text,label\na,1\ntext,label\nb,0\n", "line 3 repeats the first line.*remove that line.*--column_names"),
-        ("text;label\na;b;1\nc;0\n", "no comma in its first line, but a semicolon; read so, 1 of 2 rows.*sep=;"),
+        ("text;label\na;b;1\nc;0\n", "but a semicolon; with that delimiter, 1 of 2 rows.*sep=;"),
         (
             'label, text\n1, "a, b"\n',
             "line 2 has 3 fields, but the header has 2 .*: a space before .*remove the spaces",

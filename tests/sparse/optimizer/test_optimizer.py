@@ -221,7 +221,7 @@ def test_state_of_another_model_is_refused():
         SparseAdamW(other.parameters(), [other[0]]).load_state_dict(optimizer.state_dict())
     state = optimizer.state_dict()
     state["bases"]["kind"]["out_factor"] = torch.eye(3)
-    with pytest.raises(ValueError, match=r"sides \(3, 5\), the layer \(6, 5\)"):
+    with pytest.raises(ValueError, match=r"sizes \(3, 5\), the layer \(6, 5\)"):
         SparseAdamW(net.parameters(), [net[0]]).load_state_dict(state)
 
 

@@ -191,9 +191,9 @@ def test_at_most_so_many_gradients_go_into_the_sums(every, gradients, taken):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"sparse_basis_refresh_steps": -1}, "sparse_basis_refresh_steps=-1 is no number of steps; pass 0"),
+        ({"sparse_basis_refresh_steps": -1}, "sparse_basis_refresh_steps=-1 is out of range; pass 0"),
         ({"sparse_basis_refresh_steps": 5, "sparse_basis": "none"}, "is about the hosvd basis, but sparse_basis=none"),
-        ({"sparse_skip_leading": 1.0, "sparse_support": "structured"}, "sparse_skip_leading=1.0 is no share"),
+        ({"sparse_skip_leading": 1.0, "sparse_support": "structured"}, "sparse_skip_leading=1.0 is out of range"),
         (
             {"sparse_skip_leading": 0.1, "sparse_support": "dynamic"},
             "is for sparse_support=structured in the hosvd basis, not dynamic in hosvd",

@@ -59,7 +59,7 @@ def test_the_watch_writes_values_and_pictures_and_leaves_training_alone(tmp_path
 
 
 def test_bad_options(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="sparse_show_steps=-1 is no number of steps; pass 0"):
+    with pytest.raises(InputError, match="sparse_show_steps=-1 is out of range; pass 0"):
         make(tmp_path, sparse_show_steps=-1)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"matplotlib is not installed; run pip install 'hf_ft_ext\[pictures\]'"):
