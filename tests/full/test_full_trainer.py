@@ -43,7 +43,7 @@ def test_signgd_steps_by_the_learning_rate_along_the_signs():
     torch.testing.assert_close(p.detach(), torch.tensor([1.0, -2.0, 3.0]) * 0.95 + torch.tensor([-0.1, 0.0, 0.1]))
     assert still.item() == 1 and not optimizer.state_dict()["state"]
     for options in ({"lr": -1.0}, {"weight_decay": -1.0}):
-        with pytest.raises(InputError, match="must be 0 or more, got -1.0"):
+        with pytest.raises(InputError, match=r"must be 0 or more, got -1\.0"):
             SignGD([p], **options)
 
 
