@@ -52,14 +52,9 @@ class PromptForSequenceClassification(PreTrainedModel):
     last token of a causal one (whose next word is the class), or the first decoder position of an encoder-decoder.
     Only that position goes through the language-model head. With `word_scoring` "sequence" a logit is the log
     probability of the whole label word, which may be several tokens; "sequence_mean" divides it by their number. A
-    regression returns `low + (high - low) * p`, where `p` is the probability of the upper of its two words against the
-    lower one.
-
-    Rows with several contexts, `input_ids` of shape `[rows, contexts, length]`, return the mean of the contexts'
-    logits.
-
-    `from_pretrained` loads a model written by `save_pretrained`, with template and words; `from_language_model`
-    creates one.
+    regression returns `low + (high - low) * p`, where `p` is the probability of its upper word against its lower one.
+    Rows with several contexts, `input_ids` of shape `[rows, contexts, length]`, return the mean of their logits.
+    `from_language_model` creates a classifier; `from_pretrained` loads one with its template and words.
 
     Raises:
         InputError: the model of the configuration has no language-model head; in `forward`, a row does not have
