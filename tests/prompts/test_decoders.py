@@ -262,8 +262,8 @@ def test_peft_finds_its_way_into_a_prompt_model(family, kind):
     ("template", "reason"),
     [
         ("*cls**sent_0*_It_was", "has no mask; put \\*mask\\* in it once"),
-        ("*cls**sent_0*?*mask*,*+sentl_1**sep+*", "has text 1 behind \\*mask\\*; a causal language model"),
-        ("*cls**sent_0*_It_was*mask*_indeed.", "has 'indeed.' behind \\*mask\\*.*put \\*mask\\* last"),
+        ("*cls**sent_0*?*mask*,*+sentl_1**sep+*", "has text 1 after \\*mask\\*; a causal language model"),
+        ("*cls**sent_0*_It_was*mask*_indeed.", "has 'indeed.' after \\*mask\\*.*put \\*mask\\* last"),
     ],
 )
 def test_a_decoder_answers_at_the_end(template, reason):
