@@ -100,7 +100,8 @@ def place(tmp_path_factory) -> Path:
 
 
 def words(method: str, batch: int, output: str) -> list[str]:
-    own = ["--sparse_basis_steps", "4"] if method == "sparse" else []
+    # One column: beyond the first, these few rows' gradients have less energy than rounding.
+    own = ["--sparse_basis_steps", "4", "--sparse_n_params", "1"] if method == "sparse" else []
     return [
         "--method", method, "--model_name_or_path", "model", "--train_file", "train.csv", "--validation_file",
         "dev.csv", "--max_seq_length", "16", "--max_steps", "3", "--adam_epsilon", "1e-2", "--learning_rate", "1e-2",
@@ -147,10 +148,8 @@ def check(place: Path, monkeypatch, method: str, config: str) -> None:
     one, two = (saved(place / f"{name}-{method}") for name in ("one", config))
     assert one.keys() == two.keys()
     for key, value in one.items():
-        if "_columns." in key:  # beyond the first, these few rows' gradients have less energy than rounding
+        if "_columns." in key:
             assert principal_angle(value[:, :1], two[key][:, :1]) < 1e-3, key
-        elif ".sparse_grad_values" in key:  # the changes of the weights, by these columns
-            assert (value - two[key]).abs().max() < 2e-2 * value.abs().max(), key
         else:
             assert torch.allclose(value, two[key], atol=2e-6), key
     first, second = (json.loads((place / f"{name}-{method}" / "run.json").read_text()) for name in ("one", config))
