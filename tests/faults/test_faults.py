@@ -143,11 +143,12 @@ def test_output_that_cannot_be_written_is_found_before_training(unbroken):
 @pytest.mark.parametrize(
     ("method", "kind", "seed"),
     [
-        ("full", "write", 1), ("lora", "file", 1), ("sparse", "work", 1), ("gradientless", "write", 1),
-        ("fisher", "file", 2), ("kernel", "work", 0), ("linearhead", "file", 1),
+        ("full", "write", 1), ("lora", "file", 1), ("sparse", "work", 1), ("sparse", "file", 0),
+        ("gradientless", "work", 1), ("gradientless", "write", 1), ("fisher", "work", 1), ("fisher", "file", 2),
+        ("kernel", "work", 0), ("linearhead", "file", 1),
     ],
 )  # fmt: skip
-def test_kills(unbroken, method, kind, seed):
+def test_ten_kills(unbroken, method, kind, seed):
     assert_recovered(kill_runs.kill_and_recover(unbroken(method), kind, seed))
 
 
