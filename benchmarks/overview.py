@@ -194,7 +194,7 @@ def _range(variant: Variant) -> tuple[float, float]:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Five to nine round numbers from below `low` to above `high`, a little room included."""
+    """Return five to nine round numbers for the ticks of an axis that covers `low` to `high` with a margin."""
     low, high = (low, 1.02 * high) if low == 0 else (low - 0.1 * (high - low) - 0.1, high + 0.1 * (high - low) + 0.1)
     raw = (high - low) / 5
     power = 10.0 ** (len(f"{int(raw)}") - 1 if raw >= 1 else -1)
