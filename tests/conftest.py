@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 if "datasets" not in sys.modules:  # a cache of this process alone: `pytest -n` has several
@@ -22,7 +23,6 @@ if ("-m", "gpu") not in itertools.pairwise(sys.argv):
 os.environ.setdefault("WANDB_DISABLED", "true")
 
 import datasets.arrow_dataset
-import datasets.fingerprint
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
@@ -69,7 +69,11 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _unhashed_datasets():
-    """Data sets get random fingerprints: hashing a function and its tokenizer costs more than few rows do."""
+    """Data sets get random fingerprints: hashing a function and its tokenizer costs more than few rows do.
+
+    They come from the system: forks of this process would draw the same ones from its own generator, and take each
+    other's cached files.
+    """
     names = (
         "fingerprint.update_fingerprint",
         "arrow_dataset.update_fingerprint",
@@ -77,7 +81,7 @@ def _unhashed_datasets():
     )
     with pytest.MonkeyPatch.context() as patched:
         for name in names:
-            patched.setattr(f"datasets.{name}", lambda *_: datasets.fingerprint.generate_random_fingerprint())
+            patched.setattr(f"datasets.{name}", lambda *_: uuid.uuid4().hex[:16])
         yield
 
 
