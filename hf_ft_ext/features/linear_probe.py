@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.cache import cached_features, feature_bytes
-from hf_ft_ext.features.head import HeadReader, encoder_path, evaluating
+from hf_ft_ext.features.head import HeadReader, encoder_path
 from hf_ft_ext.features.linear_fit import LinearFit, fit_classes, fit_labels, fit_numbers, fit_place
 from hf_ft_ext.features.rows import SAMPLE, batches_in_order, labels_of, read_in_order
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
+from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.prompts.model import is_prompt_model
 
 logger = logging.getLogger(__name__)

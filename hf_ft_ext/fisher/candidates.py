@@ -19,8 +19,8 @@ from hf_ft_ext.adapters.layer_prefix.layer import SHARED, PrefixLayer
 from hf_ft_ext.adapters.layers import plain_name, split_layer
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig, limited_to_layers, settings_of
 from hf_ft_ext.errors import InputError, did_you_mean, first_line
-from hf_ft_ext.features import evaluating
 from hf_ft_ext.models import seeded_init
+from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.structure.find import find_structure
 from hf_ft_ext.structure.rows import trial_rows
 

@@ -16,8 +16,9 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features import encoder_path, evaluating
+from hf_ft_ext.features import encoder_path
 from hf_ft_ext.models.loading import seeded_init
+from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.prompts.model import architecture, is_prompt_model
 from hf_ft_ext.structure.find import find_structure
 from hf_ft_ext.structure.rows import trial_rows

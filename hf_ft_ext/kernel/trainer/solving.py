@@ -157,7 +157,18 @@ class KernelTrainer(SolvedKernelTrainer):
         )  # fmt: skip
         self.saved = None
         self.source = self._source(keep=self.function is None)
-        return self._solve(self.source.kernel(self.train_dataset, "train"), labels)
+        kernel, start = self.source.kernel(self.train_dataset, "train"), self._start(self.train_dataset, "train")
+        options = self.args.solver_options(0.0, self.regression, self.multi_label, self.coupling)
+        classes = self.model.config.num_labels if self.coupling is Coupling.PSEUDO else None
+        system = KernelSystem(options, kernel, labels, start, classes)
+        self.regularization = self._regularization(system)
+        self.solved = system.solve(self.regularization)
+        metrics = {"train_loss": self.solved.loss(self.solved.predict(kernel, start), labels)}
+        metrics["kernel_regularization"] = self.regularization
+        for name in ("rank", "condition"):
+            if getattr(self.solved, name) is not None:
+                metrics[f"kernel_{name}"] = getattr(self.solved, name)
+        return metrics
 
     def _needs_logits(self) -> str | None:
         """The name of an argument that needs each class's own scalar (see `chosen_coupling`), or `None`."""
@@ -172,20 +183,6 @@ class KernelTrainer(SolvedKernelTrainer):
             config = self.model.config
             check_labels(labels, [str(config.id2label[i]) for i in range(config.num_labels)])
         return labels
-
-    def _solve(self, kernel: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        start = self._start(self.train_dataset, "train")
-        options = self.args.solver_options(0.0, self.regression, self.multi_label, self.coupling)
-        scalars = self.model.config.num_labels if self.coupling is Coupling.PSEUDO else None
-        system = KernelSystem(options, kernel, labels, start, scalars)
-        self.regularization = self._regularization(system)
-        self.solved = system.solve(self.regularization)
-        metrics = {"train_loss": self.solved.loss(self.solved.predict(kernel, start), labels)}
-        metrics["kernel_regularization"] = self.regularization
-        for name in ("rank", "condition"):
-            if getattr(self.solved, name) is not None:
-                metrics[f"kernel_{name}"] = getattr(self.solved, name)
-        return metrics
 
     def _regularization(self, system: KernelSystem) -> float:
         value = self.args.regularization
