@@ -22,7 +22,7 @@ if ("-m", "gpu") not in itertools.pairwise(sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("WANDB_DISABLED", "true")
 
-import datasets.arrow_dataset
+import datasets.arrow_dataset  # noqa: F401 (its functions are patched below, by name)
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer

@@ -31,7 +31,7 @@ class LinearFit:
         c: inverse regularisation strength.
         chosen: whether cross-validation chose it.
         score: accuracy, or R squared.
-        loss: mean over the rows: cross-entropy, Kullback-Leibler divergence (`fit_place`) or squared error.
+        loss: mean over the rows: cross-entropy, Kullback-Leibler divergence (`fit_probability`) or squared error.
     """
 
     weight: np.ndarray
@@ -139,9 +139,9 @@ def fit_labels(
     return LinearFit(weight, offset, strength, chosen, float(score), float(loss))
 
 
-def fit_place(
+def fit_probability(
     x: np.ndarray,
-    place: np.ndarray,
+    probability: np.ndarray,
     bias: bool = True,
     c: float | None = None,
     folds: int = 5,
@@ -149,30 +149,31 @@ def fit_place(
 ) -> LinearFit:
     """Logistic regression of a probability: two rows of weights, for the lower and the upper end of a scale.
 
-    The loss is the cross-entropy with `place`. Each row is used twice: for the lower end with weight `1 - place`, and
-    for the upper end with weight `place`.
+    The loss is the cross-entropy with the probability p. Each row is used twice: for the lower end with weight
+    `1 - p`, and for the upper end with weight `p`.
 
     Args:
         x: `[rows, width]`.
-        place: `[rows]`, positions on the scale, in [0, 1].
+        probability: p, `[rows]`: positions on the scale, in [0, 1].
     """
     scaled, mean, scale = _scaled(x, bias)
     rows = np.arange(len(x))
     double = np.concatenate([scaled, scaled])
     ends = np.repeat([0, 1], len(x))
-    weights = np.concatenate([1 - place, place])
+    weights = np.concatenate([1 - probability, probability])
     chosen = c is None
     if chosen:
         c = _choose(double, ends, weights, np.concatenate([rows, rows]), bias, folds, max_iter)
     model = _logistic(double, ends, weights, c, bias, max_iter)
     weight, offset = _unscaled(*_rows(model, 2), mean, scale)
     likely = log_softmax(x @ weight.T + offset, axis=-1)
-    target = np.stack([1 - place, place], -1)
+    # KL(p || softmax): sum over both ends of p log p - p log softmax
+    target = np.stack([1 - probability, probability], -1)
     loss = float((xlogy(target, target) - target * likely).sum(-1).mean())
-    return LinearFit(weight, offset, c, chosen, _r_squared(place, np.exp(likely[:, 1])), loss)
+    return LinearFit(weight, offset, c, chosen, _r_squared(probability, np.exp(likely[:, 1])), loss)
 
 
-def fit_numbers(x: np.ndarray, labels: np.ndarray, bias: bool = True, c: float | None = None) -> LinearFit:
+def fit_regression(x: np.ndarray, labels: np.ndarray, bias: bool = True, c: float | None = None) -> LinearFit:
     """Ridge regression; `c=None` = the value of `GRID` with the lowest leave-one-out error.
 
     Args:

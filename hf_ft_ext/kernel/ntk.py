@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.engines.jacobian import JacobianEngine
-from hf_ft_ext.kernel.engines.projected import MemoryChunks, ProjectedEngine, cut_rows
+from hf_ft_ext.kernel.engines.projected import MemoryChunks, ProjectedEngine, divide_rows
 from hf_ft_ext.kernel.engines.structured import StructuredEngine
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.options import DIMENSION, Engine, KernelOptions, as_engine, as_formula, kernel_parameters
@@ -117,7 +117,7 @@ def projected_gradients(
     kernel_options = KernelOptions(engine=Engine.PROJECTED, dimension=dimension, seed=seed, **options)
     computation = KernelComputation(model, kernel_options, function)
     rows = ExampleRows(batches, _pad_token(model))
-    chunks = MemoryChunks(cut_rows(len(rows)))
+    chunks = MemoryChunks(divide_rows(len(rows)))
     computation.projected.project(rows, chunks, disable_tqdm=disable_tqdm)
     return torch.cat([chunks.get(i) for i in range(len(chunks.edges))])
 

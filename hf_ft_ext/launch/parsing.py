@@ -19,7 +19,7 @@ from hf_ft_ext.training.sharing.privacy import hide_tokens
 _CHOICES_AS_PLACEHOLDER = 10  # longer lists follow the help text
 _CHOICES_SHOWN = 20  # even longer lists (optimizers) appear only in the error for a wrong value
 _TRAINING = "training (transformers.TrainingArguments)"
-_EVERYTHING = "all"  # `--help all`
+_ALL_ARGUMENTS = "all"  # `--help all`
 # arguments that users may know from elsewhere -> why they do not exist here
 _REMOVED_ARGUMENTS = {"low_cpu_mem_usage": "transformers 5 always loads a model without a second copy of its weights"}
 # What most people set among the arguments of transformers; `--help` shows these, `--help all` shows all.
@@ -109,7 +109,7 @@ class Parser(HfArgumentParser):
         if hidden:
             self.epilog = (
                 f"{hidden} more arguments of transformers.TrainingArguments work as well; `--method {self._name} "
-                f"--help {_EVERYTHING}` lists them."
+                f"--help {_ALL_ARGUMENTS}` lists them."
             )
         return self.format_help()
 
@@ -206,7 +206,7 @@ def _plain(value: Any) -> str:
     return "none" if value is None else str(value).replace("%", "%%")
 
 
-class _First(argparse.ArgumentParser):
+class _MethodParser(argparse.ArgumentParser):
     """Reads the method, the recipe's row and `--help`, which are needed before the method's parser can be built."""
 
     def __init__(self):
@@ -237,13 +237,13 @@ def parse_arguments(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     address = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    first, _ = _First().parse_known_args(argv)
+    first, _ = _MethodParser().parse_known_args(argv)
     recipe = _recipe(address, first.recipe_row)
     name = first.method if first.method is not None else recipe.get("method")
     if name is not None and not isinstance(name, str):
         name = checked("method", name, str)
     if first.help:
-        everything = first.help == _EVERYTHING
+        everything = first.help == _ALL_ARGUMENTS
         sys.stdout.write(list_methods() if name is None else Parser(find_method(name)).help_text(everything))
         raise SystemExit(0)
 

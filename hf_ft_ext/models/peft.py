@@ -91,7 +91,7 @@ def trained_in_full(model: PreTrainedModel) -> list[str]:
     return names
 
 
-def _left_out(model: PreTrainedModel, saved: list[str]) -> list[str]:
+def _untrained_modules(model: PreTrainedModel, saved: list[str]) -> list[str]:
     """Modules that were loaded untrained and are not part of a module in `saved`."""
     fresh = getattr(model, "fresh_parameters", ())
     holders = [name for name in trained_in_full(model) if any(p == name or p.startswith(f"{name}.") for p in fresh)]
@@ -145,7 +145,7 @@ def wrap_with_peft(
         )
     heads = list(dict.fromkeys(trained_in_full(model)))
     asked = settings.get("modules_to_save")
-    saved_too = [] if asked is None else _left_out(model, [*asked, *_SAVED_BY_PEFT])
+    saved_too = [] if asked is None else _untrained_modules(model, [*asked, *_SAVED_BY_PEFT])
     settings["modules_to_save"] = (heads or None) if asked is None else [*asked, *saved_too]
     method = known[kind.lower()]
     settings = _with_targets(model, method, config_class, settings, [] if asked is not None else heads)

@@ -20,7 +20,7 @@ from hf_ft_ext.training.loss_scale import predicts_next_tokens
 logger = logging.getLogger(__name__)
 
 
-def visit_gradients(
+def for_each_gradient(
     trainer: Trainer,
     layers: Mapping[str, SparseGradLinear],
     steps: int,

@@ -88,7 +88,7 @@ def _of_labels(name: str) -> Objective:
     return one_minus
 
 
-def of_the_user(function: Callable[[torch.Tensor, torch.Tensor], float]) -> Objective:
+def from_user_function(function: Callable[[torch.Tensor, torch.Tensor], float]) -> Objective:
     """Extend the user's `function` of logits `[rows, classes]` and labels to logits `[n, rows, classes]`."""
 
     def objective(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -162,11 +162,11 @@ class Packer:
             parts.append(torch.cat(each, 1) if len(each) > 1 else each[0])
         grads = torch.stack(parts, 2) if len(parts) > 1 else parts[0][:, :, None]  # [n, tokens, c, out]
         used = _used(grads)
-        places = used.flatten().nonzero()[:, 0]
+        positions = used.flatten().nonzero()[:, 0]
         key = (*key, used.cpu().numpy().tobytes())
         if key not in self._kept:
-            self._kept[key] = self.buffers.put(f"{name} activations", together.flatten(0, 1), places)
-        kept, grads, norms = self._kept[key], self.buffers.put(name, grads.flatten(0, 1), places), None
+            self._kept[key] = self.buffers.put(f"{name} activations", together.flatten(0, 1), positions)
+        kept, grads, norms = self._kept[key], self.buffers.put(name, grads.flatten(0, 1), positions), None
         counts = used.sum(1).tolist()
         if self.norms and batching_pays(grads):
             norms = _all_squared_norms(padded(kept, counts), padded(grads, counts))
@@ -225,9 +225,9 @@ def padded(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
     lengths = torch.tensor(counts)
     # Token k of example i moves to i * longest + k.
     shifts = longest * torch.arange(n) - (lengths.cumsum(0) - lengths)
-    places = torch.arange(len(values)) + shifts.repeat_interleave(lengths)
+    positions = torch.arange(len(values)) + shifts.repeat_interleave(lengths)
     rows = values.new_zeros(n * longest, *values.shape[1:])
-    return rows.index_copy_(0, places.to(values.device), values).view(n, longest, *values.shape[1:])
+    return rows.index_copy_(0, positions.to(values.device), values).view(n, longest, *values.shape[1:])
 
 
 def _of_linear_layers(gradients: list[list[Gradient] | None]) -> TypeGuard[list[list[LinearGradient] | None]]:

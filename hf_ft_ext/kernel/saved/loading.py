@@ -17,7 +17,7 @@ from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.kernel.arguments import KernelTrainingArguments
 from hf_ft_ext.kernel.options import Engine
 from hf_ft_ext.kernel.saved.model import load_model, load_tokenizer, without_report
-from hf_ft_ext.kernel.saved.record import COEFFICIENTS, KEPT, SavedKernel
+from hf_ft_ext.kernel.saved.record import COEFFICIENTS, SAVED_ARGUMENTS, SavedKernel
 from hf_ft_ext.kernel.saved.training_data import TrainingFeatures
 from hf_ft_ext.kernel.solvers import Coupling
 from hf_ft_ext.training.sharing import FinishedRun, rerun_code
@@ -115,7 +115,7 @@ def arguments_as_saved(
                 f"{kind}; leave it out, or solve again from training data"
             )
         args.kernel_engine = Engine.PROJECTED.value
-    for name in KEPT:
+    for name in SAVED_ARGUMENTS:
         value, passed = saved.arguments.get(name), getattr(args, name)
         if (name in given or chosen(args, name)) and str(passed) != str(value):
             raise InputError(

@@ -17,7 +17,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.rows import labels_of
-from hf_ft_ext.files import replacing, write_json
+from hf_ft_ext.files import atomic_write, write_json
 from hf_ft_ext.kernel.arguments import KernelTrainingArguments
 from hf_ft_ext.kernel.ntk import pseudo_logit
 from hf_ft_ext.kernel.saved.loading import arguments_as_saved, load_finished, loading_code
@@ -25,8 +25,8 @@ from hf_ft_ext.kernel.saved.model import load_model, load_tokenizer
 from hf_ft_ext.kernel.saved.record import (
     COEFFICIENTS,
     FILES,
-    KEPT,
     NOT_TRAINED,
+    SAVED_ARGUMENTS,
     SOLUTION,
     TRAINING,
     SavedKernel,
@@ -36,12 +36,12 @@ from hf_ft_ext.kernel.saved.record import (
 from hf_ft_ext.kernel.solvers import Coupling, KernelModel, Solver
 from hf_ft_ext.kernel.trainer.source import KernelSource
 from hf_ft_ext.per_example.capture import Function
-from hf_ft_ext.training.at_once import AtOnceTrainer
+from hf_ft_ext.training.solver_trainer import SolverTrainer
 
 _SPLITS = {"eval": "dev", "test": "test"}  # the authors' names
 
 
-class SolvedKernelTrainer(AtOnceTrainer):
+class SolvedKernelTrainer(SolverTrainer):
     """A Trainer with a solved kernel: it predicts, and saves and loads the solved kernel.
 
     Attributes:
@@ -211,7 +211,7 @@ class SolvedKernelTrainer(AtOnceTrainer):
         }
 
     def _to_save(self) -> SavedKernel:
-        arguments = {name: getattr(self.args, name) for name in KEPT}
+        arguments = {name: getattr(self.args, name) for name in SAVED_ARGUMENTS}
         arguments |= {
             "kernel_regularization": str(self.regularization),
             "kernel_classes": self.coupling.value,
@@ -245,7 +245,7 @@ class SolvedKernelTrainer(AtOnceTrainer):
         path = Path(output_dir or self.args.output_dir) / ADAPTER_WEIGHTS
         if self.args.should_save and path.is_file():  # peft saves only the adapter's own tensors
             tensors = load_file(path)
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 save_file({**tensors, **mark}, temporary, metadata={"format": "pt"})
 
     def loading_line(self) -> str:

@@ -20,7 +20,7 @@ from hf_ft_ext.kernel.options import kernel_parameters
 from hf_ft_ext.kernel.saved.training_data import TrainingFeatures, TrainingRows
 from hf_ft_ext.kernel.solvers import (
     GRID,
-    LEFT_OUT,
+    LEAVE_ONE_OUT_GRID,
     Coupling,
     KernelSystem,
     Solver,
@@ -135,7 +135,7 @@ class KernelTrainer(SolvedKernelTrainer):
     # --- training -------------------------------------------------------------------------------------
 
     def train(self, *positional: Any, **kwargs: Any) -> TrainOutput:
-        """As `AtOnceTrainer.train`.
+        """As `SolverTrainer.train`.
 
         Raises:
             InputError: the trainer came from a folder.
@@ -190,9 +190,9 @@ class KernelTrainer(SolvedKernelTrainer):
             return self._chosen(system)
         if value != LEAVE_ONE_OUT:
             return float(value)
-        if not system.leaves_one_out:  # a kernel from a file may be asymmetric with any formula
+        if not system.has_leave_one_out:  # a kernel from a file may be asymmetric with any formula
             return ASYMMETRIC_REGULARIZATION
-        best = system.best_left_out(LEFT_OUT)
+        best = system.best_by_leave_one_out(LEAVE_ONE_OUT_GRID)
         logger.info("kernel_regularization: %g, chosen by leave-one-out on the training rows", best)
         return best
 

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.rows import batches_in_order, for_collator, labels_of
 from hf_ft_ext.kernel import store
-from hf_ft_ext.kernel.engines.projected import Chunks, MemoryChunks, cut_rows, features_product, read_chunk
+from hf_ft_ext.kernel.engines.projected import Chunks, MemoryChunks, divide_rows, features_product, read_chunk
 from hf_ft_ext.kernel.ntk import KernelComputation, outputs_at_start
 from hf_ft_ext.kernel.options import Engine, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
@@ -173,7 +173,7 @@ class KernelSource:
         """The projected gradients of `rows`: read from the folder, or computed, with the work shared by processes."""
         args, about = self.args, self._about_features(rows)
         first = args.process_index == 0
-        cut = cut_rows(len(rows), args.world_size)
+        cut = divide_rows(len(rows), args.world_size)
         chunks: Chunks = MemoryChunks(cut)
         if self.keep:
             kept: FeatureStore = self._on_every_process(

@@ -205,10 +205,10 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, word: str, before: str) ->
     """Return the tokens of an answer after the text `before`, with a space between them unless it begins a line."""
     space = "" if not before or before[-1].isspace() or word[:1] in _NO_SPACE else " "
     leads = ("\n", "a") if before.endswith("\n") else ("a", "\n")
-    return tokens_behind(tokenizer, [space + word], leads)[0]
+    return continuation_tokens(tokenizer, [space + word], leads)[0]
 
 
-def tokens_behind(
+def continuation_tokens(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], leads: Sequence[str] = ("a", "\n")
 ) -> list[list[int]]:
     """Return the tokens of texts that continue another text, without special tokens.

@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from hf_ft_ext.sparse.basis import Basis
 from hf_ft_ext.sparse.layer import SparseGradLinear
-from hf_ft_ext.sparse.prepass import visit_gradients
+from hf_ft_ext.sparse.prepass import for_each_gradient
 
 RAW, START, FRESH = "raw", "basis of the start", "basis of the step"
 FRACTIONS = tuple(10 ** (power / 4) for power in range(-16, 1))  # of the entries: 0.0001 to 1
@@ -48,7 +48,7 @@ def measure_sparsity(
         for system, by_kind in bases.items():
             totals[system][name] += captured_energy(by_kind[layers[name].kind].rotate(gradient))
 
-    visit_gradients(trainer, layers, batches, add, "energy of gradients", draw=1)
+    for_each_gradient(trainer, layers, batches, add, "energy of gradients", draw=1)
     return {
         system: {name: (trainer.accelerator.reduce(total) / batches).tolist() for name, total in by_layer.items()}
         for system, by_layer in totals.items()

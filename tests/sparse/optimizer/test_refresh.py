@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from hf_ft_ext import InputError, SparseAdamW, SparseTrainingArguments, prepare_layers, sparse_layers
 from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT, Basis, GramSums
 from hf_ft_ext.sparse.fixed import FixedSupport
-from hf_ft_ext.sparse.optimizer.moments import rotate_moments, turn_fixed_moments
+from hf_ft_ext.sparse.optimizer.moments import rotate_fixed_moments, rotate_moments
 from hf_ft_ext.sparse.optimizer.refresh import RunningSums
 from hf_ft_ext.training.runs.plan import training_plan
 
@@ -109,8 +109,8 @@ def test_left_and_right_take_the_old_basis_into_the_new_one():
         basis = Basis(orthonormal(6, 1), orthonormal(5, 2), in_transposed=published)
         old, running, gradient = copy.copy(basis), RunningSums(2, 2), random(6, 5, seed=3)
         running.begin_step()
-        running.see("kind", old.rotate(gradient))
-        left, right = running.turn("kind", basis)
+        running.observe("kind", old.rotate(gradient))
+        left, right = running.update_basis("kind", basis)
         expected = basis.rotate(gradient)
         torch.testing.assert_close(left @ old.rotate(gradient) @ right, expected, rtol=1e-10, atol=1e-10)
 
@@ -121,7 +121,7 @@ def test_fixed_moments_stay_in_the_same_support(shape):
     support, k = layer.support, layer.support.size
     state = {"exp_avg": random(k, seed=1), "exp_avg_sq": random(k, seed=2).square() + 5}
     turned = {key: value.clone() for key, value in state.items()}
-    turn_fixed_moments(turned, support, support)
+    rotate_fixed_moments(turned, support, support)
     for key, value in state.items():
         torch.testing.assert_close(turned[key], value, rtol=1e-9, atol=1e-9)
 
@@ -132,7 +132,7 @@ def test_fixed_moments_of_unknown_directions_are_average_ones():
     new = FixedSupport.of_block(Basis(*factors), torch.arange(1, 3), torch.arange(1, 3))
     state = {"exp_avg": random(4, seed=1), "exp_avg_sq": random(4, seed=2).square() + 5}
     mean, square = state["exp_avg"][3].item(), state["exp_avg_sq"].clone()
-    turn_fixed_moments(state, old, new)
+    rotate_fixed_moments(state, old, new)
     assert state["exp_avg"].tolist() == pytest.approx([mean, 0, 0, 0], abs=1e-12)
     assert state["exp_avg_sq"].tolist() == pytest.approx([square[3].item(), *[square.mean().item()] * 3])
 
@@ -183,7 +183,7 @@ def test_at_most_so_many_gradients_go_into_the_sums(every, gradients, taken):
     for _ in range(every):
         running.begin_step()
         running.sums.clear()
-        running.see("kind", torch.eye(2))
+        running.observe("kind", torch.eye(2))
         seen += len(running.sums)
     assert seen == taken <= gradients and running.due
 
