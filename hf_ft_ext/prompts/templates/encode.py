@@ -10,7 +10,7 @@ from hf_ft_ext.data.preprocess import own_special_ids
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.readout import Reading
 from hf_ft_ext.prompts.templates.template import CLS, MASK, SEP, Literal, Part, Sentence, Special, parse_template
-from hf_ft_ext.prompts.templates.words import continuation_tokens
+from hf_ft_ext.prompts.templates.words import continuation_tokens, plain_ids
 
 Ids = list[int]
 
@@ -176,15 +176,7 @@ class PromptEncoder:
         begins = first and len(self.fixed[0]) <= len(self.start)
         if self.reading is not Reading.MASK and not begins:
             return continuation_tokens(self.tokenizer, texts)
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            truncation=False,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+        return plain_ids(self.tokenizer, texts)
 
     def _without_mask(self, ids: Ids) -> Ids:
         """Replace mask tokens in a text, because a row must have exactly one mask."""
