@@ -133,7 +133,7 @@ def fit_labels(
         logger.warning("all training rows agree on the label %s: only its bias is fitted", ", ".join(constant))
     weight, offset = np.concatenate(weights), np.concatenate(offsets)
     logits, truth = x @ weight.T + offset, labels > 0.5
-    loss = np.mean(np.logaddexp(0, logits) - truth * logits)
+    loss = np.mean(np.logaddexp(0, logits) - truth * logits)  # log(1 + exp(f)) - y f
     score = np.mean((logits >= 0) == truth)
     strength = float(np.median(used)) if used else float(c or 1.0)
     return LinearFit(weight, offset, strength, chosen, float(score), float(loss))
@@ -202,6 +202,7 @@ def _scaled(x: np.ndarray, center: bool) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _unscaled(weight, offset, mean, scale) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and biases for the features themselves: `w^T ((x - m) / s) + b = (w / s)^T x + b - (w / s)^T m`."""
     weight = weight / scale
     return weight, offset - weight @ mean
 
@@ -266,5 +267,6 @@ def _folds(y, groups, folds: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _r_squared(true: np.ndarray, found: np.ndarray) -> float:
+    """`1 - sum (y - f)^2 / sum (y - mean y)^2`; 0 if all `y` are equal."""
     spread = float(((true - true.mean(0)) ** 2).sum())
     return 1 - float(((true - found) ** 2).sum()) / spread if spread else 0.0

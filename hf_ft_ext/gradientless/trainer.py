@@ -27,7 +27,6 @@ from hf_ft_ext.gradientless.scoring.full_models import (
     model_loss,
     objective_of_logits,
     rows_of,
-    weight_of,
     with_same_masks,
 )
 from hf_ft_ext.gradientless.scoring.objectives import (
@@ -48,7 +47,7 @@ from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.finite import StopAtNaN
-from hf_ft_ext.training.loss_scale import declare_mean_loss, predicts_next_tokens
+from hf_ft_ext.training.loss_scale import declare_mean_loss, label_count, predicts_next_tokens
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, has_own_loss, overridden
 from hf_ft_ext.training.runs.plan import TrainedWeight
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
@@ -201,7 +200,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         """Weight of this process's mean loss in the mean over all processes."""
         if not self._by_model_loss():
             return float(sum(map(rows_of, batches)))
-        return sum(weight_of(batch, self._predicts_tokens()) for batch in batches)
+        return float(sum(label_count(batch, self._predicts_tokens()) for batch in batches))
 
     def _set_dropout(self) -> None:
         """Turn dropout off, or on with `search_dropout`.

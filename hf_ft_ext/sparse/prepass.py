@@ -15,7 +15,7 @@ from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.sparse.basis import GRADIENT
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.training.loader_batches import draws_own_batches, loader_batches
-from hf_ft_ext.training.loss_scale import predicts_next_tokens
+from hf_ft_ext.training.loss_scale import label_count, predicts_next_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -132,25 +132,11 @@ def _label_shares(trainer: Trainer, micro_batches: list[dict], over_processes: b
         over_processes: whether `n` counts the labels of all processes.
     """
     shifted = predicts_next_tokens(trainer.model)
-    counts = [_label_count(batch, shifted) for batch in micro_batches]
+    counts = [label_count(batch, shifted) for batch in micro_batches]
     total = float(sum(counts))
     if over_processes and trainer.args.world_size > 1:
         total = trainer.accelerator.reduce(torch.tensor(total, device=trainer.args.device)).item()
     return [count / max(total, 1.0) for count in counts]
-
-
-def _label_count(batch: dict, shifted: bool) -> int:
-    """Return the number of labels in a micro-batch's mean loss: its weight in the mean over the whole batch.
-
-    Args:
-        shifted: whether each token is predicted from the previous ones, so that the first label of a row is unused.
-    """
-    labels = batch.get("labels")
-    if labels is None:
-        return len(next(iter(batch.values())))
-    if labels.ndim < 2 or labels.is_floating_point():
-        return len(labels)
-    return int(((labels[:, 1:] if shifted else labels) != -100).sum())
 
 
 def _loader_batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:

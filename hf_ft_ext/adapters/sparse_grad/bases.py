@@ -229,9 +229,9 @@ class _Sketches:
         self._add_product(name, self.inp, _mean_over_processes(gradient.transposed_times(inp)))
 
     def _accumulate(self, name: str, gradient: _DenseGradient | _Rows) -> None:
-        if self._projected is None:
+        if self._projected is None:  # first pass: G_i^T Omega_out and G_i Omega_in
             products = gradient.transposed_times(self.out.omega), gradient.times(self.inp.omega)
-        else:
+        else:  # second pass: G_i P and G_i^T P, with the sums P of the first pass
             out, inp = self._projected[name]
             products = gradient.times(out), gradient.transposed_times(inp)
         before = self._sums.get(name)

@@ -55,6 +55,7 @@ class PackedLinear:
 
     def dense(self, shape: torch.Size, n: int) -> "PackedDense":
         """The full gradients; arguments as for embeddings."""
+        # G_c = sum_t g_tc a_t^T for each example
         rows = [torch.einsum("tco,ti->coi", grads, activations) for activations, grads in self.examples()]
         values = torch.cat(rows).mT if self.transposed else torch.cat(rows)
         return PackedDense(values.flatten(1))
@@ -201,7 +202,7 @@ def _used(grads: torch.Tensor) -> torch.Tensor:
 
 def _squared_norms(activations: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
     """Squared norms `[c]` of one example's rows: `sum_ts <a_t, a_s> <g_t, g_s>`, or from full rows if cheaper."""
-    grads = grads.transpose(0, 1)
+    grads = grads.transpose(0, 1)  # [c, tokens, out]
     if len(activations) > min(activations.shape[1], grads.shape[2]):
         # |G|^2 with G = sum_t g_t a_t^T
         return (grads.mT @ activations).square().sum((1, 2))

@@ -107,6 +107,7 @@ def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tenso
     root = s[:rank].sqrt()
     total = float(s.square().sum())
     lost = math.sqrt(float(s[rank:].square().sum()) / total) if total else 0.0
+    # A' = S^1/2 V^T Q_in^T and B' = Q_out U S^1/2, of the largest singular values; error |S omitted| / |S|
     return (root[:, None] * (q_in @ vt[:rank].T).T).to(a.dtype), ((q_out @ u[:, :rank]) * root).to(b.dtype), lost
 
 

@@ -20,6 +20,7 @@ FRACTIONS = tuple(10 ** (power / 4) for power in range(-16, 1))  # of the entrie
 
 def captured_energy(matrix: torch.Tensor, fractions: tuple[float, ...] = FRACTIONS) -> torch.Tensor:
     """Return the share of the sum of squares in the largest entries, for each fraction of entries (at least one)."""
+    # sum of the k largest squares / sum of all squares
     squares = matrix.flatten().double().square().sort(descending=True).values.cumsum(0)
     kept = [max(round(fraction * matrix.numel()), 1) - 1 for fraction in fractions]
     return (squares[kept] / squares[-1]).float()
