@@ -69,9 +69,9 @@ def sampled(split: str, data: Dataset, data_args: DataArguments, seed: int | Non
                 f"--sample {STRATIFIED} needs one label per row, but this data has several; pass {RANDOM}"
             )
         elif isinstance(data.features[LABEL], ClassLabel):
-            rows = _of_classes(order, labels, limit)
+            rows = _stratified_by_class(order, labels, limit)
         else:
-            rows = _of_scale(order, labels, limit)
+            rows = _stratified_by_score(order, labels, limit)
     if labels is not None and isinstance(data.features[LABEL], ClassLabel):
         _warn_of_lost_classes(split, f"--{option} {limit}", data, labels, rows, data_args.sample)
     elif labels is not None and labels.ndim == 1 and 2 * np.ptp(labels[rows]) < np.ptp(labels):
@@ -90,7 +90,7 @@ def sampled(split: str, data: Dataset, data_args: DataArguments, seed: int | Non
     return data.select(np.sort(rows))
 
 
-def _of_classes(order: np.ndarray, labels: np.ndarray, n: int) -> np.ndarray:
+def _stratified_by_class(order: np.ndarray, labels: np.ndarray, n: int) -> np.ndarray:
     """Return `n` rows with the shares of the classes (largest remainders), at least one of each if `n` allows it."""
     classes, counts = np.unique(labels, return_counts=True)
     exact = counts * (n / counts.sum())
@@ -104,7 +104,7 @@ def _of_classes(order: np.ndarray, labels: np.ndarray, n: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _of_scale(order: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
+def _stratified_by_score(order: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
     """Return `n` rows evenly spaced in the order of the scores; rows of equal score are in the order of the draw."""
     by_score = order[np.argsort(scores[order], kind="stable")]
     middles = (np.arange(n) + 0.5) * (len(order) / n)

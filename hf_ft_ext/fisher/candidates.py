@@ -109,7 +109,7 @@ def layers_of(model: nn.Module) -> list[int]:
     return found
 
 
-def fitting(
+def fitting_candidates(
     model: nn.Module, candidates: dict[str, PeftConfig], layers: list[int], seed: int
 ) -> dict[str, PeftConfig]:
     """Return the candidates with which the model runs when they are in every layer; the others are logged.

@@ -16,7 +16,7 @@ from hf_ft_ext.fisher.candidates import (
     CandidateModule,
     compatible_groups,
     default_candidates,
-    fitting,
+    fitting_candidates,
     layers_of,
     modules_of,
     probing,
@@ -74,10 +74,10 @@ def select_adapters(
             "(the expected gradient of a log-likelihood is 0), so scores would be rounding noise; pass "
             "labels='true', or criterion 'mean' or 'thesis'"
         )
-    candidates = _named(candidates)
+    candidates = _named_candidates(candidates)
     data = list(data)
     layers = layers_of(model)
-    candidates = fitting(model, candidates, layers, seed)
+    candidates = fitting_candidates(model, candidates, layers, seed)
     fingerprint = model_fingerprint(model)
     scores: dict[int, dict[str, float]] = {layer: {} for layer in layers}
     parameters: dict[int, dict[str, int]] = {layer: {} for layer in layers}
@@ -128,7 +128,7 @@ def _explain_missing_gradients(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def _named(candidates) -> dict[str, PeftConfig]:
+def _named_candidates(candidates) -> dict[str, PeftConfig]:
     if candidates is None:
         return default_candidates()
     if not isinstance(candidates, dict):
@@ -224,9 +224,9 @@ def random_choice(
     choice: dict[int, str | None] = dict.fromkeys(layers)
     left = budget
     for i in torch.randperm(len(layers), generator=generator).tolist():
-        fitting = [name for name in candidates if parameters[layers[i]][name] <= left]
-        if fitting:
-            choice[layers[i]] = pick(fitting)
+        fitting_candidates = [name for name in candidates if parameters[layers[i]][name] <= left]
+        if fitting_candidates:
+            choice[layers[i]] = pick(fitting_candidates)
             left -= parameters[layers[i]][choice[layers[i]]]
     return choice
 

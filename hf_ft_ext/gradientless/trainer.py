@@ -21,7 +21,7 @@ from hf_ft_ext.gradientless.build import build_optimizer, refuse_unsupported
 from hf_ft_ext.gradientless.optimizers.exchange import CANDIDATES, SharedCandidates, SharedData
 from hf_ft_ext.gradientless.optimizers.selection import FISHER
 from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation, StepEvaluation
-from hf_ft_ext.gradientless.scoring.features import collates_alike, feature_rows, find_reader, reader_of_batch
+from hf_ft_ext.gradientless.scoring.features import feature_rows, find_reader, reader_of_batch, returns_rows_unchanged
 from hf_ft_ext.gradientless.scoring.full_models import (
     FullObjective,
     model_loss,
@@ -305,7 +305,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             self._reader = reader_of_batch(self, batch)
             return
         self._reader = find_reader(self)
-        if self._reader is not None and self._all_in_head() and collates_alike(self):
+        if self._reader is not None and self._all_in_head() and returns_rows_unchanged(self):
             with self._scoring():
                 self._rows = feature_rows(self, self._reader)
 

@@ -239,7 +239,7 @@ class KernelTrainingArguments(SolverTrainingArguments):
             raise InputError(f"f0_scaling={self.f0_scaling} needs adjust_for_init; pass both, or leave it out")
         for name, solvers in _SOLVERS_OF_ARGUMENT.items():
             if self.kernel_solver not in solvers and chosen(self, name):
-                raise InputError(_of_another_solver(name, self.kernel_solver))
+                raise InputError(_wrong_solver_message(name, self.kernel_solver))
         if not self.eval_do_concat_batches:
             raise InputError("eval_do_concat_batches=false: a kernel predicts all rows at once; leave it out")
 
@@ -256,7 +256,7 @@ class KernelTrainingArguments(SolverTrainingArguments):
             raise InputError("random_model_init would undo from_linearhead; pass only one of the two")
         for name, solvers in _SOLVERS_OF_ARGUMENT.items():
             if name in given and self.kernel_solver not in solvers:
-                raise InputError(_of_another_solver(name, self.kernel_solver))
+                raise InputError(_wrong_solver_message(name, self.kernel_solver))
         if "kernel_dimension" in given and self.kernel_engine != Engine.PROJECTED.value:
             raise InputError(_DIMENSION_MESSAGE)
         super().check_given(given)
@@ -309,7 +309,7 @@ class KernelTrainingArguments(SolverTrainingArguments):
         )
 
 
-def _of_another_solver(name: str, solver: str) -> str:
+def _wrong_solver_message(name: str, solver: str) -> str:
     return (
         f"{name} applies only to kernel_solver={' or '.join(_SOLVERS_OF_ARGUMENT[name])}, not {solver}; leave it out"
     )

@@ -91,7 +91,7 @@ def load(
         data.train = in_training_order(data.train, data_args.stream_buffer, args)
     choose_best_metric(run_args, args, data.metric_function(data_args.multi_label_threshold))
     trainer_class: Any = find_method(run_args.method).trainer_class()
-    finished = _finished(run_args.method, model_args, args)
+    finished = _finished_run(run_args.method, model_args, args)
 
     def load_model() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args, args=args)
@@ -147,7 +147,7 @@ def load(
     return build, data
 
 
-def _finished(method: str, model_args: ModelArguments, args: MethodTrainingArguments) -> str | None:
+def _finished_run(method: str, model_args: ModelArguments, args: MethodTrainingArguments) -> str | None:
     """The folder to predict from, if the run does not train and the method's result is more than a model.
 
     Raises:

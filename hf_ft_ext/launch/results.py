@@ -49,7 +49,7 @@ def split_suffix(position: int, name: str) -> str:
 
 
 @contextlib.contextmanager
-def _set(args: TrainingArguments, **values: Any) -> Iterator[None]:
+def _with_values(args: TrainingArguments, **values: Any) -> Iterator[None]:
     """A context in which `args` has other values."""
     before = {name: getattr(args, name) for name in values}
     try:
@@ -69,7 +69,7 @@ def evaluate_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
         prefix = "_".join(filter(None, ("eval", suffix)))
         language = language_of(trainer)
         rows = data if language is None else language.rows_of_loss(name, data)
-        with _set(trainer.args, dataloader_drop_last=False):  # transformers drops rows here too
+        with _with_values(trainer.args, dataloader_drop_last=False):  # transformers drops rows here too
             metrics |= trainer.evaluate(eval_dataset=rows, metric_key_prefix=prefix)
         if language is not None and language.data_args.predict_with_generate:
             metrics |= language.scored_texts(trainer, data, prefix)[1]
@@ -96,7 +96,7 @@ def choose_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
     if metrics.thresholds is not None or not splits or trainer.args.prediction_loss_only:
         return
     name, data = next(iter(splits.items()))
-    with _set(trainer.args, dataloader_drop_last=False):
+    with _with_values(trainer.args, dataloader_drop_last=False):
         output = trainer.predict(data, metric_key_prefix="eval")
     metrics.thresholds = best_thresholds(logits_of(output.predictions), np.asarray(output.label_ids))
     names = trainer.model.config.id2label
@@ -133,7 +133,7 @@ def predict_all(trainer: Trainer, splits: dict[str, Any], with_probabilities: bo
             "dataloader_drop_last": False,
             "dataloader_in_order": True,
         }
-        with _set(trainer.args, **in_order):
+        with _with_values(trainer.args, **in_order):
             output = trainer.predict(data, metric_key_prefix=prefix)
         metrics |= output.metrics
         if output.predictions is None:

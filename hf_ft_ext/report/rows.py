@@ -299,7 +299,7 @@ def _names(groups: dict[tuple, list[Run]]) -> dict[tuple, str]:
         rivals = {other: runs[0] for other, runs in groups.items() if other[0] == base}
         if len(rivals) > 1:
             traits, shown = _distinguishing(rivals)
-            base += " (" + ", ".join(f"{k}={_short(traits[key].get(k, _absent(k)))}" for k in shown) + ")"
+            base += " (" + ", ".join(f"{k}={_short(traits[key].get(k, _missing_text(k)))}" for k in shown) + ")"
         names[key] = base
     return names
 
@@ -315,7 +315,7 @@ def _distinguishing(rivals: dict[tuple, Run]) -> tuple[dict[tuple, dict[str, Any
     return traits, shown
 
 
-def _absent(key: str) -> str:
+def _missing_text(key: str) -> str:
     """Text for a value that a record lacks: an argument has its default; facts of rows were not recorded.
 
     Names of facts contain a space.

@@ -11,7 +11,7 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import TrainOutput, set_seed, speed_metrics
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features.rows import LABELS, SAMPLE, for_collator
+from hf_ft_ext.features.rows import LABELS, SAMPLE, data_and_collator
 from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, overridden
 from hf_ft_ext.training.saved.saving import CompleteSaves
@@ -138,7 +138,7 @@ class SolverTrainer(CompleteSaves, MethodTrainer):
         Raises:
             InputError: two calls give different inputs, or the collator changes the labels.
         """
-        dataset, collate = for_collator(self, self.train_dataset)
+        dataset, collate = data_and_collator(self, self.train_dataset)
         rows = [dataset[i] for i in range(min(SAMPLE, len(dataset)))]
         first, second = collate(rows), collate(rows)
         name = getattr(self.data_collator, "__name__", type(self.data_collator).__name__)

@@ -277,8 +277,10 @@ def test_the_update_of_a_large_16_bit_tensor_needs_one_chunk(monkeypatch):
 
     model = nn.Embedding(3000, 1024).to(torch.bfloat16)
     largest = []
-    original = update_rules.rounded_at_random
-    monkeypatch.setattr(update_rules, "rounded_at_random", lambda x, *a: largest.append(x.numel()) or original(x, *a))
+    original = update_rules.rounded_stochastically
+    monkeypatch.setattr(
+        update_rules, "rounded_stochastically", lambda x, *a: largest.append(x.numel()) or original(x, *a)
+    )
     optimizer = SPSA(model.parameters(), model, lr=1.0, eps=0.1)
     optimizer.step(lambda: model(torch.arange(8)).float().sum())
     assert len(largest) == 12 and max(largest) <= CHUNK

@@ -11,7 +11,7 @@ from torch import nn
 from hf_ft_ext.gradientless.optimizers.perturbation import directions as directions_module
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
-from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import rounded_at_random
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import rounded_stochastically
 from hf_ft_ext.gradientless.optimizers.spsa import SPSA
 
 IDS = torch.arange(5, 25).view(2, 10)
@@ -262,7 +262,7 @@ def test_steps_without_effect_leave_no_drift(dtype):
 def test_updates_below_half_a_unit_are_not_lost(dtype):
     exact = torch.full((20_000,), 1.0 + 0.1 * torch.finfo(dtype).eps)
     exact[1::2] *= -1
-    rounded = rounded_at_random(exact, dtype, torch.Generator().manual_seed(0)).float()
+    rounded = rounded_stochastically(exact, dtype, torch.Generator().manual_seed(0)).float()
     assert set(rounded.abs().tolist()) == {1.0, 1.0 + torch.finfo(dtype).eps}
     assert rounded.abs().mean().item() == pytest.approx(exact[0].item(), abs=0.02 * torch.finfo(dtype).eps)
     near_zero = torch.full((20_000,), 0.2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
@@ -270,11 +270,11 @@ def test_updates_below_half_a_unit_are_not_lost(dtype):
     if (
         near_zero[0] > torch.finfo(torch.float32).smallest_normal
     ):  # float16: float32 holds parts of its smallest number
-        rounded = rounded_at_random(near_zero, dtype, torch.Generator().manual_seed(0)).float()
+        rounded = rounded_stochastically(near_zero, dtype, torch.Generator().manual_seed(0)).float()
         assert rounded.abs().mean().item() == pytest.approx(near_zero[0].item(), rel=0.1)
         assert (rounded * near_zero >= 0).all() and rounded.count_nonzero()
     kept = torch.tensor([0.0, -0.5, 1.5])
-    assert torch.equal(rounded_at_random(kept, dtype, torch.Generator()).float(), kept)
+    assert torch.equal(rounded_stochastically(kept, dtype, torch.Generator()).float(), kept)
 
 
 def test_bf16_weights_learn():

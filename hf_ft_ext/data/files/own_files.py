@@ -86,7 +86,7 @@ def open_own_files(
     kinds = _joint([kinds for parts in opened.values() for _, kinds in parts])
     result: dict[str, Dataset | IterableDataset] = {}
     for split, parts in opened.items():
-        own = _of_split([found for _, found in parts])
+        own = _types_of_split([found for _, found in parts])
         columns = tuple((name, _kind_of(name, own[name], kinds[name])) for name in own)
         sources = tuple(source for source, _ in parts)
         values = {
@@ -172,7 +172,7 @@ def _joint(found: Sequence[dict[str, str]]) -> dict[str, str]:
     return joint
 
 
-def _of_split(found: Sequence[dict[str, str]]) -> dict[str, str]:
+def _types_of_split(found: Sequence[dict[str, str]]) -> dict[str, str]:
     """Return the types of the columns that all files of a split have."""
     own = {name: kind for name, kind in found[0].items() if all(name in kinds for kinds in found)}
     for kinds in found[1:]:

@@ -9,7 +9,7 @@ from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, report_accepted
-from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type, mixed
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type, derived_seed
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import (
     ADAM,
     MOMENTUM,
@@ -202,7 +202,7 @@ class NodePerturbation(GradientFreeOptimizer):
                 if lr * decay:
                     exact.mul_(1 - lr * decay)
                 self.rule.apply(exact, estimate, lr, self.steps, self.buffers[number])
-                self.rounding.store(parameter, number, everything, exact, mixed(seed, number))
+                self.rounding.store(parameter, number, everything, exact, derived_seed(seed, number))
 
     def _own_state(self) -> dict:
         buffers = {i: list(found) for i, found in self.buffers.items()}

@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, keep_freed_memory
 from hf_ft_ext.gradientless.optimizers.groups import check_block
-from hf_ft_ext.gradientless.optimizers.perturbation.directions import GAUSSIAN, Directions, Draw, mixed
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import GAUSSIAN, Directions, Draw, derived_seed
 from hf_ft_ext.gradientless.optimizers.perturbation.estimates import FORWARD, TWO_SIDED, Estimate
 from hf_ft_ext.gradientless.optimizers.perturbation.module_patch import CannotBatch
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
@@ -178,7 +178,7 @@ class SPSA(GradientFreeOptimizer):
 
         They are perturbed and updated from the second step on.
         """
-        draw = Draw(mixed(self.first_seed, 1), self.basis)
+        draw = Draw(derived_seed(self.first_seed, 1), self.basis)
 
         def loss_with(number: int | None) -> torch.Tensor:
             # a large perturbation, as one tensor may have little effect on a float32 loss

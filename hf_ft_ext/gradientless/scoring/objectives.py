@@ -44,7 +44,7 @@ def make_objective(
     if name == LOSS:
         return lambda logits, labels: classification_loss(logits, labels, problem_type, smoothing)
     if problem_type == MULTI_LABEL:
-        return _of_labels(name)
+        return _multi_label_objective(name)
     if problem_type == "regression" or num_labels < 2:
         raise InputError(f"search_objective={name} is for classes, but this task is regression; use loss")
     if name == F1 and num_labels != 2:
@@ -67,7 +67,7 @@ def positive_class(label_names: Sequence[str] | None, positive_label: str | None
     return positive_id(label_names, positive_label, "f1")
 
 
-def _of_labels(name: str) -> Objective:
+def _multi_label_objective(name: str) -> Objective:
     """One minus a metric of several labels per row."""
     if name == MATTHEWS:
         raise InputError(

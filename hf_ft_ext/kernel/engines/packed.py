@@ -136,9 +136,9 @@ class Packer:
             gradients: for each scalar, one gradient per use of the parameter; `None` for a scalar that does not
                 depend on it.
         """
-        if _of_linear_layers(gradients):
+        if _all_linear(gradients):
             return self._linear(name, gradients)
-        if _of_a_table(gradients):
+        if _all_table_rows(gradients):
             return _embedding(gradients)
         values = [None if found is None else dense(found).flatten(1) for found in gradients]
         size = next(value for value in values if value is not None)
@@ -231,14 +231,14 @@ def padded(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
     return rows.index_copy_(0, positions.to(values.device), values).view(n, longest, *values.shape[1:])
 
 
-def _of_linear_layers(gradients: list[list[Gradient] | None]) -> TypeGuard[list[list[LinearGradient] | None]]:
+def _all_linear(gradients: list[list[Gradient] | None]) -> TypeGuard[list[list[LinearGradient] | None]]:
     """Whether all uses are linear layers with the weight in the same orientation."""
     uses = [gradient for found in gradients for gradient in found or ()]
     linear = [gradient for gradient in uses if isinstance(gradient, LinearGradient)]
     return len(linear) == len(uses) and len({gradient.transposed for gradient in linear}) <= 1
 
 
-def _of_a_table(
+def _all_table_rows(
     gradients: list[list[Gradient] | None],
 ) -> TypeGuard[list[list[EmbeddingGradient | LinearGradient] | None]]:
     """Whether the weight is an embedding table, possibly tied to linear layers with one row per output."""

@@ -13,7 +13,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features.rows import batches_in_order, for_collator, labels_of
+from hf_ft_ext.features.rows import batches_in_order, data_and_collator, labels_of
 from hf_ft_ext.kernel import store
 from hf_ft_ext.kernel.engines.projected import Chunks, MemoryChunks, divide_rows, features_product, read_chunk
 from hf_ft_ext.kernel.ntk import KernelComputation, outputs_at_start
@@ -64,7 +64,7 @@ class KernelSource:
         for known in (self._training_rows, self._other_rows):
             if known is not None and known[0] is dataset:
                 return known[1]
-        data, collate = for_collator(self.trainer, dataset)
+        data, collate = data_and_collator(self.trainer, dataset)
         pad = getattr(self.trainer.model.config, "pad_token_id", 0)
         rows = ExampleRows(batches_in_order(data, collate, self.args.rows_per_pass), pad)
         if dataset is self.trainer.train_dataset:

@@ -13,7 +13,7 @@ from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer.moments import corrected, rotate_dynamic_moments
 from hf_ft_ext.sparse.optimizer.refresh import RunningSums
-from hf_ft_ext.sparse.optimizer.support import above, broadcast_support, carry_over, top_k
+from hf_ft_ext.sparse.optimizer.support import above_threshold, broadcast_support, carry_over, top_k
 from hf_ft_ext.training.copying import CopyableOptimizer
 
 _NOT_READY = "the {part} of {kind} has not been computed; run `prepare_layers` or load a state"
@@ -128,7 +128,9 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
         weight, state = layer.weight, self.state[layer.weight]
         rotated = layer.value_gradient()
         self._running.observe(layer.kind, rotated)
-        chosen = top_k(rotated, layer.n_params) if layer.threshold is None else above(rotated, layer.threshold)
+        chosen = (
+            top_k(rotated, layer.n_params) if layer.threshold is None else above_threshold(rotated, layer.threshold)
+        )
         support = broadcast_support(chosen)
         gradient = rotated.flatten()[support.long()].to(weight.dtype)
         step, exp_avg, exp_avg_sq = self._moments_at(support, state, weight)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw, compute_type, mixed
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw, compute_type, derived_seed
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import BUFFER, MOMENTUM, RMS, Rounding, UpdateRule
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination
@@ -101,7 +101,7 @@ class WeightUpdates:
             if self.rule.replays and not buffers:
                 combination = [*combination, *self._replayed(scale)]
             left, right = self.perturbed_forward.factors(parameter, number, combination) if low_rank else (None, None)
-        seed = mixed(estimate[0][0].seed, number)
+        seed = derived_seed(estimate[0][0].seed, number)
         for part in directions.chunks(parameter):
             exact = self.rounding.exact(parameter, number, part)
             if low_rank:
@@ -112,7 +112,7 @@ class WeightUpdates:
             if decay != 1:  # decoupled weight decay: theta *= 1 - lr * weight_decay
                 exact.mul_(decay)
             self.rule.apply(exact, gradient, lr, self.step, [buffer[part] for buffer in buffers])
-            self.rounding.store(parameter, number, part, exact, mixed(seed, 0, part.start) ^ 1)
+            self.rounding.store(parameter, number, part, exact, derived_seed(seed, 0, part.start) ^ 1)
 
     def _replayed(self, scale: float) -> Iterable[tuple[Draw, float]]:
         """Terms of `sum over j >= 1 of momentum^j G_(t-j)`, `G` the gradient estimate of each stored step."""
