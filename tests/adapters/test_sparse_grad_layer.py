@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext import SparseGradConfig
@@ -180,3 +181,37 @@ def test_autocast_computes_in_its_format_and_trains_in_float32():
     torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.1)
     y.float().sum().backward()
     assert layer.sparse_grad_values["default"].grad.dtype == torch.float32
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts the multiplications of matrix products: `addmm_` too, which torch's counter of operations leaves out."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.split(".")[0] in ("mm", "addmm", "addmm_"):
+            left, right = args[-2:]
+            self.count += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("r", "c"), [(12, 16), (16, 16), (16, 12)])
+def test_the_cheaper_way_is_that_of_fewer_multiplications(monkeypatch, r, c, backward):
+    monkeypatch.setattr(functions, "_COPY", 8)
+    weight, d, v, u = torch.ones(64, 64), torch.ones(r, c), torch.ones(64, r), torch.ones(64, c)
+    with Multiplications() as form:
+        functions._changed(weight, d, v, u)
+    chosen = set()
+    for tokens in range(40, 301, 4):
+        with Multiplications() as product:
+            if backward:
+                functions._add_change(torch.ones(tokens, 64), torch.ones(tokens, r), d.T, u)
+            else:
+                functions._add_change(torch.ones(tokens, 64), torch.ones(tokens, c), d, v)
+        by_weight = functions.by_weight_is_cheaper(tokens, d, 64, 64, backward)
+        assert by_weight == (form.count + 8 * weight.numel() < product.count), tokens
+        chosen.add(by_weight)
+    assert chosen == {True, False}

@@ -105,6 +105,15 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(unbroken, tmp_path, file,
         checkpoint_to_resume("true", str(tmp_path / "out"))
 
 
+def test_a_checkpoint_with_checksums_under_the_former_name_is_checked(unbroken, tmp_path):
+    folder = tmp_path / "checkpoint-6"
+    shutil.copytree(unbroken("full").folder / "out/checkpoint-6", folder)
+    (folder / CHECKSUM_FILE).rename(folder / "checkpoint_seal.json")
+    assert checkpoint_problem(folder) is None
+    damages.damage(folder / "model.safetensors", "bit flipped", Random(1))
+    assert checkpoint_problem(folder).startswith("model.safetensors is not what was saved")
+
+
 @pytest.mark.parametrize(("file", "how"), [("optimizer.pt", "truncated"), ("model.safetensors", "truncated"),
                                            ("scheduler.pt", "truncated"), ("config.json", "emptied")])  # fmt: skip
 def test_without_checksums_each_file_is_checked_for_being_readable(unbroken, tmp_path, file, how):
