@@ -24,14 +24,14 @@ def for_each_gradient(
     trainer: Trainer,
     layers: Mapping[str, SparseGradLinear],
     steps: int,
-    visit: Callable[[str, torch.Tensor], None],
+    receive: Callable[[str, torch.Tensor], None],
     desc: str,
     draw: int = 0,
 ) -> dict[str, float]:
-    """Call `visit(name, gradient)` for each layer's weight gradient in each of `steps` training batches.
+    """Call `receive(name, gradient)` for each layer's weight gradient in each of `steps` training batches.
 
     Each gradient, shape (out, in), belongs to one optimizer step (all processes and micro-batches together), at the
-    current weights and without dropout. Whole batches are distributed over the processes. A sum in `visit`, reduced
+    current weights and without dropout. Whole batches are distributed over the processes. A sum in `receive`, reduced
     over processes, is therefore the same up to rounding for any number of processes and any split into micro-batches.
     No global random generator is used: a private one, seeded with `args.seed`, draws the same batches in each call
     with the same `draw`. If training groups rows by length, so do these batches.
@@ -69,7 +69,7 @@ def for_each_gradient(
                             f"the gradient of {name} is not finite in batch {number} of the pre-pass; look for bad "
                             "rows or labels in the training data, or load the model in float32"
                         )
-                    visit(name, gradient)
+                    receive(name, gradient)
                 bar.update()
     finally:
         bar.close()
