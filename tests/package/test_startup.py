@@ -10,6 +10,7 @@ import pytest
 from hf_ft_ext.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = "{'torch', 'peft', 'transformers'}"
 HEAVY = "{'datasets', 'evaluate', 'matplotlib', 'optuna', 'pandas', 'scipy', 'sklearn'}"
 
 
@@ -41,5 +42,11 @@ def test_what_is_loaded_beside_the_libraries():
 
 @pytest.mark.parametrize("module", ["run_glue", "hf_ft_ext.methods", "hf_ft_ext.errors"])
 def test_what_answers_first_loads_no_library(module):
-    code = f"import sys, {module}; print(sorted({{'torch', 'peft', 'transformers'}} & set(sys.modules)))"
+    code = f"import sys, {module}; print(sorted({LIBRARIES} & set(sys.modules)))"
     assert in_a_new_process(code)[-1] == "[]"
+
+
+@pytest.mark.parametrize("argv", [["--method", "fulll"], ["no-such-recipe.yaml"], ["--recipe_row", "a"]])
+def test_a_wrong_choice_is_refused_before_a_library_is_loaded(argv):
+    code = f"import sys, run_glue; print(run_glue.main({argv})); print(sorted({LIBRARIES} & set(sys.modules)))"
+    assert in_a_new_process(code)[-2:] == ["2", "[]"]
