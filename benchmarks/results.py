@@ -60,6 +60,13 @@ def conditions(command: Sequence[str] | None = None) -> dict[str, Any]:
     }
 
 
+def machine_text(machine: dict[str, Any]) -> str:
+    """A machine of `conditions` in a few words: `AMD EPYC, 1 thread`."""
+    count = machine["threads"]  # some old files do not say
+    threads = f", {count} thread{'s' * (count != 1)}" if count else ""
+    return machine["accelerator"] or f"{machine['processor']}{threads}"
+
+
 def read(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
     """The rows of a result file, each with its conditions under `run`; an empty list if the file does not exist."""
     path = folder / f"{name}.json"

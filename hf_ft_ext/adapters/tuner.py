@@ -114,7 +114,7 @@ def _name_without_others(model: nn.Module, key: str, adapter_name: str) -> str:
     return ".".join(kept)
 
 
-class OwnParts:
+class FollowsBaseLayer:
     """Mixin of our layers: the adapter's parts get the device and dtype of the wrapped module, of any class.
 
     peft's own method needs a `weight` or `qweight` of the wrapped module, which an attention or a block lacks.
@@ -145,7 +145,7 @@ def refuse_nested_targets(model: nn.Module, kind: str, config) -> None:
         name = plain_name(name)
         if not name or not matches(config, name):
             continue
-        outer = next((part for part in _owners(name) if part in targeted), None)
+        outer = next((part for part in _enclosing_modules(name) if part in targeted), None)
         if outer is not None:
             raise InputError(
                 f"{kind}: target_modules={config.target_modules!r} matches {outer!r} and {name!r}, which is inside of "
@@ -154,7 +154,7 @@ def refuse_nested_targets(model: nn.Module, kind: str, config) -> None:
         targeted.add(name)
 
 
-def _owners(name: str) -> list[str]:
+def _enclosing_modules(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 

@@ -73,7 +73,7 @@ def sampled(split: str, data: Dataset, data_args: DataArguments, seed: int | Non
         else:
             rows = _of_scale(order, labels, limit)
     if labels is not None and isinstance(data.features[LABEL], ClassLabel):
-        _say_what_is_lost(split, f"--{option} {limit}", data, labels, rows, data_args.sample)
+        _warn_of_lost_classes(split, f"--{option} {limit}", data, labels, rows, data_args.sample)
     elif labels is not None and labels.ndim == 1 and 2 * np.ptp(labels[rows]) < np.ptp(labels):
         logger.warning(
             "--%s %d: the rows of split '%s' have scores from %g to %g, all rows from %g to %g; --sample %s draws "
@@ -111,7 +111,7 @@ def _of_scale(order: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
     return by_score[middles.astype(np.int64)]
 
 
-def _say_what_is_lost(
+def _warn_of_lost_classes(
     split: str, option: str, data: Dataset, labels: np.ndarray, rows: np.ndarray, sample: str
 ) -> None:
     names = data.features[LABEL].names
@@ -119,7 +119,7 @@ def _say_what_is_lost(
     if not lost:
         return
     there = len(np.unique(labels))
-    cure = f"; --sample {STRATIFIED} draws from all" if sample != STRATIFIED and there <= len(rows) else ""
+    advice = f"; --sample {STRATIFIED} draws from all" if sample != STRATIFIED and there <= len(rows) else ""
     logger.warning(
         "%s: the rows of split '%s' hold %d of %d classes, none of: %s%s",
         option,
@@ -127,5 +127,5 @@ def _say_what_is_lost(
         there - len(lost),
         there,
         ", ".join(lost[:10]) + (", ..." if len(lost) > 10 else ""),
-        cure,
+        advice,
     )

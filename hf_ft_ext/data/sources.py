@@ -40,8 +40,8 @@ from hf_ft_ext.errors import InputError
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _FILE_OPTIONS = ("train_file", "validation_file", "test_file")
-_INSTEAD = "pass a local folder to --dataset_name, or own files with --train_file and --validation_file"
-_UNNAMED = "default"  # the name that `datasets` gives to the configuration of a data set without configurations
+_LOCAL_DATA_ADVICE = "pass a local folder to --dataset_name, or own files with --train_file and --validation_file"
+_DEFAULT_CONFIG = "default"  # the name that `datasets` gives to the configuration of a data set without configurations
 # Errors of `datasets`, and those of its readers that it does not wrap.
 READ_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, StopIteration, KeyError, pa.ArrowException)
 
@@ -61,7 +61,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _local_faults(what: str, advice: str) -> Iterator[None]:
+def _local_errors(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except InputError:
@@ -71,7 +71,7 @@ def _local_faults(what: str, advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def _hub_faults(name: str) -> Iterator[None]:
+def _hub_errors(name: str) -> Iterator[None]:
     try:
         yield
     except InputError:
@@ -79,17 +79,21 @@ def _hub_faults(name: str) -> Iterator[None]:
     except _NOT_FOUND as error:
         raise InputError(
             f"data set '{name}' is neither a local folder nor found on the Hub ({reason(error)}); check the name, "
-            f"pass --token if it is private or gated, or {_INSTEAD}"
+            f"pass --token if it is private or gated, or {_LOCAL_DATA_ADVICE}"
         ) from error
     except HfHubHTTPError as error:  # the Hub answered, with an error
-        raise InputError(f"cannot load data set '{name}' from the Hub ({reason(error)}); or {_INSTEAD}") from error
+        raise InputError(
+            f"cannot load data set '{name}' from the Hub ({reason(error)}); or {_LOCAL_DATA_ADVICE}"
+        ) from error
     except (ConnectionError, LocalEntryNotFoundError, _HTTP_ERROR) as error:
         raise InputError(
             f"data set '{name}' is not a local folder, and the Hub cannot be reached ({reason(error)}); without a "
-            f"network {_INSTEAD}"
+            f"network {_LOCAL_DATA_ADVICE}"
         ) from error
     except READ_ERRORS as error:
-        raise InputError(f"cannot load data set '{name}' from the Hub ({reason(error)}); or {_INSTEAD}") from error
+        raise InputError(
+            f"cannot load data set '{name}' from the Hub ({reason(error)}); or {_LOCAL_DATA_ADVICE}"
+        ) from error
 
 
 def open_source(
@@ -171,12 +175,12 @@ def _open_files(
         }
         return open_own_files(named, reading, cache_dir=cache_dir, streamed=("train",) if streaming else ())
     splits = {}
-    for option, place in paths.items():
-        with _local_faults(f"--{option} {files[option]}", "check that it holds rows and is a valid .parquet file"):
+    for option, location in paths.items():
+        with _local_errors(f"--{option} {files[option]}", "check that it holds rows and is a valid .parquet file"):
             # One call for each file, because the test file may lack the label column. The cache notices edited files.
             splits[option.removesuffix("_file")] = load_dataset(
                 kind,
-                data_files={"train": glob.escape(place)},  # a path, not a pattern
+                data_files={"train": glob.escape(location)},  # a path, not a pattern
                 split="train",
                 cache_dir=cache_dir,
                 streaming=streaming and option == "train_file",
@@ -211,14 +215,14 @@ def _open_dataset(
                 "folder, or pass its files with --train_file and --validation_file"
             )
         advice = "pass a folder that holds csv, json or parquet files, or whose README.md lists them"
-        faults = _local_faults(f"data set folder '{name}'", advice)
+        errors = _local_errors(f"data set folder '{name}'", advice)
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None or name.startswith("."):
         raise InputError(f"data set folder '{name}' does not exist; check the path, or pass a Hub id (owner/name)")
     else:
-        faults = _hub_faults(name)
+        errors = _hub_errors(name)
     # Pass all of them in every call: without `cache_dir`, for example, an offline run searches the wrong cache.
     options = {"cache_dir": cache_dir, "token": token, "revision": data_args.dataset_revision}
-    with faults:
+    with errors:
         if name == (task and task.hub_id) and not data_args.dataset_config_name:
             config = task.hub_config
         else:
@@ -286,7 +290,7 @@ def _cache_for(folder: str, builder: Any, cache_dir: str | None) -> str:
 
 def _choose_config(name: str, wanted: str | None, task: Task | None, options: dict[str, Any]) -> str | None:
     configs = get_dataset_config_names(name, **options)
-    if configs == [_UNNAMED] and not Path(name).is_dir() and _is_cached_only(name, options):
+    if configs == [_DEFAULT_CONFIG] and not Path(name).is_dir() and _is_cached_only(name, options):
         return wanted or _cached_config(name, task, options)
     if wanted is None and len(configs) == 1:
         return configs[0]

@@ -91,8 +91,9 @@ def losses_of_logits(logits: torch.Tensor, labels: torch.Tensor, problem_type: s
     """The model's loss of each example: `[batch]`."""
     if problem_type == REGRESSION:  # mean over outputs of (f - y)^2
         return (logits.reshape(len(logits), -1) - labels.reshape(len(logits), -1).to(logits.dtype)).square().mean(1)
-    if problem_type == SINGLE_LABEL:
+    if problem_type == SINGLE_LABEL:  # -log p_y
         return nn.functional.cross_entropy(logits, labels.reshape(-1), reduction="none")
+    # mean over labels k of -(y_k log p_k + (1 - y_k) log(1 - p_k))
     targets = labels.to(logits.dtype)
     return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
@@ -105,6 +106,7 @@ def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     losses = nn.functional.cross_entropy(
         _at_least_float32(logits).transpose(1, 2), labels, ignore_index=_IGNORED, reduction="none"
     )
+    # 1 / T_n sum_t -log p(y_nt), over the T_n labelled tokens of example n
     return losses.sum(1) / (labels != _IGNORED).sum(1)
 
 

@@ -24,8 +24,8 @@ def body_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _unshared(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Remove parameters that several modules share: entries of them cannot train separately."""
-    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    shared = [name for name, p in parameters.items() if places[id(p)] > 1]
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    shared = [name for name, p in parameters.items() if uses[id(p)] > 1]
     if shared:
         logger.info(
             "%d weights that several modules share (%s, ...) are not part of the mask.", len(shared), shared[0]

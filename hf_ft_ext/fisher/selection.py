@@ -185,12 +185,7 @@ def choose(
     """
     if budget is None:
         return {layer: max(own, key=own.get) for layer, own in scores.items()}
-    smallest = min(size for own in parameters.values() for size in own.values())
-    if budget < smallest:
-        raise InputError(
-            f"budget={budget} parameters, but the smallest module of any layer has {smallest}; raise it, or add "
-            "smaller candidates"
-        )
+    _check_budget(budget, parameters)
     states: list[tuple[int, float, tuple]] = [(0, 0.0, ())]  # Pareto-optimal (size, score, choices), ascending
     for layer, own in scores.items():
         options = [(0, 0.0, None), *((parameters[layer][name], value, name) for name, value in own.items())]
@@ -213,7 +208,11 @@ def choose(
 def random_choice(
     layers: list[int], candidates: list[str], parameters: dict[int, dict[str, int]], budget: int | None, seed: int
 ) -> dict[int, str | None]:
-    """Choose a random candidate for each layer; with a budget, layers in random order, among those that still fit."""
+    """Choose a random candidate for each layer; with a budget, layers in random order, among those that still fit.
+
+    Raises:
+        InputError: no module fits into the budget.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def pick(names: list[str]) -> str:
@@ -221,6 +220,7 @@ def random_choice(
 
     if budget is None:
         return {layer: pick(candidates) for layer in layers}
+    _check_budget(budget, parameters)
     choice: dict[int, str | None] = dict.fromkeys(layers)
     left = budget
     for i in torch.randperm(len(layers), generator=generator).tolist():
@@ -228,13 +228,17 @@ def random_choice(
         if fitting:
             choice[layers[i]] = pick(fitting)
             left -= parameters[layers[i]][choice[layers[i]]]
-    if not any(choice.values()):
-        smallest = min(size for own in parameters.values() for size in own.values())
+    return choice
+
+
+def _check_budget(budget: int, parameters: dict[int, dict[str, int]]) -> None:
+    """Raise an `InputError` if no module of any layer fits into the budget."""
+    smallest = min(size for own in parameters.values() for size in own.values())
+    if budget < smallest:
         raise InputError(
             f"budget={budget} parameters, but the smallest module of any layer has {smallest}; raise it, or add "
             "smaller candidates"
         )
-    return choice
 
 
 def added_parameters(

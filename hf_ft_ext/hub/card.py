@@ -18,7 +18,7 @@ from hf_ft_ext.hub.code import loading_snippet
 from hf_ft_ext.hub.files import ADAPTER_CONFIG, public_record
 from hf_ft_ext.methods import METHODS, hooks_of
 from hf_ft_ext.metrics import SCORES
-from hf_ft_ext.training.sharing import FinishedRun, of_the_machine
+from hf_ft_ext.training.sharing import FinishedRun, is_machine_specific
 from hf_ft_ext.training.sharing.privacy import is_foreign_path, last_part, without_secrets
 from hf_ft_ext.training.sharing.text import code_span, prompt_text, share_text, shell_command
 
@@ -97,7 +97,7 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
         training_rows=_training_rows(record),
         labels=record.get("labels"),
         generations=[{**text, "prompt": prompt_text(text["prompt"])} for text in record.get("generations") or ()],
-        thresholds=_telling_thresholds(record),
+        thresholds=_tuned_thresholds(record),
         chosen_thresholds=_chose_thresholds(record),
         snippet=loading_snippet(run, trainer, record),
         delta=delta_code(run) if delta_code else None,
@@ -120,7 +120,7 @@ def _chose_thresholds(record: dict[str, Any]) -> bool:
     return (record.get("arguments") or {}).get("multi_label_threshold") == "auto"
 
 
-def _telling_thresholds(record: dict[str, Any]) -> dict[str, float] | None:
+def _tuned_thresholds(record: dict[str, Any]) -> dict[str, float] | None:
     """The thresholds by label; `None` if all are 0.5."""
     thresholds = record.get("thresholds") or {}
     return thresholds if any(value != 0.5 for value in thresholds.values()) else None
@@ -225,7 +225,7 @@ def _command(record: dict[str, Any]) -> list[str]:
     words, skip = [], False
     for word in without_secrets(record["command"]):
         if word.startswith("--"):
-            skip = of_the_machine(word[2:].partition("=")[0].replace("-", "_"))
+            skip = is_machine_specific(word[2:].partition("=")[0].replace("-", "_"))
         if not skip:
             words.append(word)
     return words

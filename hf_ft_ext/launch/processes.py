@@ -68,7 +68,7 @@ class Process:
         return self.rank == 0
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         return self.world == 1
 
 
@@ -83,7 +83,7 @@ def report(kind: str, message: str, same: str | None = None, failed: bool = True
         failed: whether the message is an error (see `another_failed`).
     """
     process = Process.this()
-    if process.alone:
+    if process.is_single:
         sys.stderr.write(f"{kind}: {message}\n")
         return
     with _ignoring_signals():
@@ -130,14 +130,14 @@ def report_crash(error: BaseException) -> None:
             )
         return
     trace = traceback.extract_tb(error.__traceback__)
-    place = f"{trace[-1].filename}:{trace[-1].lineno}" if trace else ""
-    report("unexpected error", f"\n{''.join(traceback.format_exception(error))}".rstrip(), f"{type(error)} {place}")
+    location = f"{trace[-1].filename}:{trace[-1].lineno}" if trace else ""
+    report("unexpected error", f"\n{''.join(traceback.format_exception(error))}".rstrip(), f"{type(error)} {location}")
 
 
 def another_failed() -> bool:
     """Whether a process of this run on this machine has reported an error."""
     try:
-        return not Process.this().alone and (_folder() / _FAILED).exists()
+        return not Process.this().is_single and (_folder() / _FAILED).exists()
     except OSError:
         return False
 
@@ -234,7 +234,7 @@ class SharedLog(logging.Handler):
         except Exception:  # as logging's own handlers do
             self.handleError(record)
             return
-        if record.levelno >= logging.WARNING and not self.process.alone:
+        if record.levelno >= logging.WARNING and not self.process.is_single:
             with contextlib.suppress(OSError):
                 (_folder() / _hash(f"log {text}")).touch()
 

@@ -81,14 +81,14 @@ def language_of(trainer: Trainer) -> LanguageRun | None:
     return getattr(trainer, "language", None)
 
 
-def keep_thresholds(config: Any, thresholds: np.ndarray | float | None) -> None:
+def store_thresholds(config: Any, thresholds: np.ndarray | float | None) -> None:
     """Store the thresholds of the labels in a model's configuration, in the order of the logits; `None` = remove."""
     values = None if thresholds is None else np.broadcast_to(thresholds, (config.num_labels,)).tolist()
     if values is not None or getattr(config, THRESHOLDS, None) is not None:
         setattr(config, THRESHOLDS, values)
 
 
-def settle_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
+def choose_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
     """Choose the thresholds of a multi-label task on the first split, if none are set, for all later metrics."""
     metrics = trainer.compute_metrics
     if not isinstance(metrics, MetricFunction) or metrics.problem_type != MULTI_LABEL:
@@ -102,7 +102,7 @@ def settle_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
     names = trainer.model.config.id2label
     shown = ", ".join(f"{names[i]} {value:.3g}" for i, value in enumerate(metrics.thresholds[:10]))
     logger.info("Thresholds by F1 on split '%s', whose metrics are thus slightly optimistic: %s.", name, shown)
-    keep_thresholds(trainer.model.config, metrics.thresholds)
+    store_thresholds(trainer.model.config, metrics.thresholds)
     path = Path(trainer.args.output_dir) / CONFIG_NAME
     if trainer.args.do_train and trainer.is_world_process_zero() and path.is_file():  # the model is saved already
         saved = json.loads(path.read_text(encoding="utf-8"))

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",
 
 def command(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",)) -> None:
     """Run `main` as a program and end the process with its status."""
-    if Process.this().alone:
+    if Process.this().is_single:
         sys.exit(main(argv, program))
     try:
         status = main(argv, program)
@@ -62,10 +62,10 @@ def command(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.p
 
 def _report_interruption(stop: Interrupted, signals: Signals) -> int:
     """Report, once, how to continue the interrupted run; return the exit status."""
-    from hf_ft_ext.launch.interruption import what_now
+    from hf_ft_ext.launch.interruption import how_to_continue
 
     if not another_failed():  # then the launcher ended this process, and the other's error says what to do
-        report(f"stopped by {stop.name}", what_now(signals), same="stopped", failed=False)
+        report(f"stopped by {stop.name}", how_to_continue(signals), same="stopped", failed=False)
     return stop.status
 
 
@@ -101,9 +101,9 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
                 print("", parts_table(trainer.model), sep="\n")
         trainer.accelerator.end_training()
         return
-    folder.make_room(run_args, args, at_end)  # only now, when all input has been checked
+    folder.prepare_folder(run_args, args, at_end)  # only now, when all input has been checked
     signals.output_dir = args.output_dir
-    with folder.explained(args.output_dir):
+    with folder.disk_errors_as_input_errors(args.output_dir):
         if run_args.hp_search:
             search.search_hyperparameters(build_trainer, args, run_args.hp_search)
             trainer = build_trainer(args)
@@ -112,11 +112,11 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
         metrics, push = {}, False
         if args.do_train:
             metrics |= trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
-            push = sharing.postponed(args)  # save_model would push before there are metrics
+            push = sharing.postpone_push(args)  # save_model would push before there are metrics
             trainer.save_model()
             trainer.save_state()  # saves the log of losses even without checkpoints
         signals.check()
-        results.settle_thresholds(trainer, data.validation)
+        results.choose_thresholds(trainer, data.validation)
         if args.do_eval:
             metrics |= results.evaluate_all(trainer, data.validation)
         if args.do_predict:

@@ -13,14 +13,14 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.linear_probe import LinearHead, find_last_layer, fit_linear_head, prepare_linear_head
 from hf_ft_ext.features.rows import SAMPLE, batches_in_order, for_collator
 from hf_ft_ext.linearhead.arguments import LinearHeadTrainingArguments
-from hf_ft_ext.training.at_once import AtOnceTrainer
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.runs.plan import TrainedWeight
+from hf_ft_ext.training.solver_trainer import SolverTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class LinearHeadTrainer(AtOnceTrainer):
+class LinearHeadTrainer(SolverTrainer):
     """`transformers.Trainer` whose `train()` fits the model's last layer by logistic or ridge regression.
 
     The encoder runs once over the training data, and there are no optimizer steps. In a prompt model the output rows

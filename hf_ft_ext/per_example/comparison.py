@@ -57,10 +57,10 @@ def _error(gradients: list[Gradient], expected: torch.Tensor) -> float:
     tables = [gradient for gradient in gradients if isinstance(gradient, EmbeddingGradient)]
     if len(tables) == len(gradients):  # compare the rows that were read: the others are zero
         ids = torch.cat([gradient.ids[0] for gradient in tables])
-        read, places = ids.clamp_min(0).unique(return_inverse=True)
+        read, positions = ids.clamp_min(0).unique(return_inverse=True)
         grads = torch.cat([gradient.output_gradients[0] for gradient in tables]) * (ids >= 0)[:, None]
         # Rows that were read: sum over their tokens. Elsewhere the gradient must be 0.
-        found = grads.new_zeros(len(read), expected.shape[1]).index_add_(0, places, grads)
+        found = grads.new_zeros(len(read), expected.shape[1]).index_add_(0, positions, grads)
         there = expected.index_select(0, read)
         entries = expected
         if expected.is_sparse:

@@ -11,16 +11,16 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features import evaluating
+from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.sparse.basis import GRADIENT
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.training.loader_batches import draws_own_batches, loader_batches
-from hf_ft_ext.training.loss_scale import predicts_next_tokens
+from hf_ft_ext.training.loss_scale import label_count, predicts_next_tokens
 
 logger = logging.getLogger(__name__)
 
 
-def visit_gradients(
+def for_each_gradient(
     trainer: Trainer,
     layers: Mapping[str, SparseGradLinear],
     steps: int,
@@ -109,13 +109,9 @@ def _batch_gradient(
     Args:
         over_processes: whether the batch is distributed over the processes.
     """
-    shifted = predicts_next_tokens(trainer.model)
-    sizes = [_label_count(batch, shifted) for batch in micro_batches]
-    labels = float(sum(sizes))
-    if over_processes and trainer.args.world_size > 1:
-        labels = trainer.accelerator.reduce(torch.tensor(labels, device=trainer.args.device)).item()
     total = [torch.zeros_like(weight) for weight in weights]
-    for batch, size in zip(micro_batches, sizes, strict=True):
+    shares = _label_shares(trainer, micro_batches, over_processes)
+    for batch, share in zip(micro_batches, shares, strict=True):
         with torch.enable_grad(), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -123,24 +119,24 @@ def _batch_gradient(
             if gradient is None:  # an expert that was routed none of these tokens
                 continue
             # Mean over all labels: sum_b (n_b / n) grad(mean loss of micro-batch b)
-            sum_.add_(gradient, alpha=size / max(labels, 1.0))
+            sum_.add_(gradient, alpha=share)
     if over_processes and trainer.args.world_size > 1:
         total = [trainer.accelerator.reduce(gradient) for gradient in total]
     return total
 
 
-def _label_count(batch: dict, shifted: bool) -> int:
-    """Return the number of labels in a micro-batch's mean loss: its weight in the mean over the whole batch.
+def _label_shares(trainer: Trainer, micro_batches: list[dict], over_processes: bool) -> list[float]:
+    """Return `n_b / n`: each micro-batch's weight in the mean loss over all labels of an optimizer step.
 
     Args:
-        shifted: whether each token is predicted from the previous ones, so that the first label of a row is unused.
+        over_processes: whether `n` counts the labels of all processes.
     """
-    labels = batch.get("labels")
-    if labels is None:
-        return len(next(iter(batch.values())))
-    if labels.ndim < 2 or labels.is_floating_point():
-        return len(labels)
-    return int(((labels[:, 1:] if shifted else labels) != -100).sum())
+    shifted = predicts_next_tokens(trainer.model)
+    counts = [label_count(batch, shifted) for batch in micro_batches]
+    total = float(sum(counts))
+    if over_processes and trainer.args.world_size > 1:
+        total = trainer.accelerator.reduce(torch.tensor(total, device=trainer.args.device)).item()
+    return [count / max(total, 1.0) for count in counts]
 
 
 def _loader_batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:
@@ -168,14 +164,11 @@ def own_steps(trainer: Trainer, count: int) -> Iterator[list[tuple[dict, float]]
     of a step is the sum of the weighted gradients here, averaged over the processes. No global random generator is
     used.
     """
-    args = trainer.args
-    shifted = predicts_next_tokens(trainer.model)
+    processes = trainer.args.world_size
     for batches in _own_batches(trainer, count):
-        sizes = [_label_count(batch, shifted) for batch in batches]
-        labels = float(sum(sizes))
-        if args.world_size > 1:
-            labels = trainer.accelerator.reduce(torch.tensor(labels, device=args.device)).item()
-        yield [(batch, size * args.world_size / max(labels, 1.0)) for batch, size in zip(batches, sizes, strict=True)]
+        # times the number of processes, as the gradients are averaged over them
+        shares = _label_shares(trainer, batches, over_processes=True)
+        yield [(batch, processes * share) for batch, share in zip(batches, shares, strict=True)]
 
 
 def _own_batches(trainer: Trainer, count: int) -> Iterator[list[dict]]:

@@ -235,7 +235,7 @@ def test_a_read_only_folder_serves_what_it_holds(cached, monkeypatch):
     def read_only(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(feature_cache, "_growing", read_only)
+    monkeypatch.setattr(feature_cache, "_partial_file", read_only)
     assert again().shape == (20, 32)
     path.unlink()
     with pytest.raises(InputError, match="Read-only file system"):

@@ -26,7 +26,6 @@ from hf_ft_ext import (
 )
 from hf_ft_ext.entries.delta import read_choice
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import CHUNK
-from hf_ft_ext.gradientless.scoring.full_models import weight_of
 from hf_ft_ext.training.sharing import FinishedRun
 
 SPSA_ALL = {"search_method": "spsa", "search_target": "all", "learning_rate": 1e-2, "search_eps": 1e-2}
@@ -65,15 +64,6 @@ def test_accumulation_over_rows_of_unequal_length_equals_one_batch(tmp_path, kin
         for name, value in ends[0][0].items():
             # losses are float32 numbers, so slopes differ by some 1e-5; weighting by rows made a difference of 0.03
             torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-5)
-
-
-def test_a_batch_counts_by_its_label_tokens():
-    labels = torch.tensor([[5, 6, 7, -100], [8, -100, -100, -100]])
-    batch = {"input_ids": labels, "labels": labels}
-    assert weight_of(batch, shifted=True) == 2 and weight_of(batch, shifted=False) == 4
-    assert weight_of({**batch, "shift_labels": labels}, shifted=True) == 4
-    assert weight_of({"input_ids": labels, "labels": torch.tensor([0, 1])}, True) == 2
-    assert weight_of({"input_ids": labels, "labels": torch.rand(2, 5)}, False) == 2
 
 
 def test_a_users_objective_of_tokens_takes_micro_batches_of_unequal_length(tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 from hf_ft_ext.gradientless.optimizers.perturbation import directions as directions_module
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
-from hf_ft_ext.gradientless.optimizers.perturbation.updates import rounded_at_random
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import rounded_at_random
 from hf_ft_ext.gradientless.optimizers.spsa import SPSA
 
 IDS = torch.arange(5, 25).view(2, 10)

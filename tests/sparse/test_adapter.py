@@ -278,7 +278,7 @@ def test_a_model_with_such_an_adapter_is_taken_as_it_is(tmp_path):
     trainer = SparseTrainer(model, args, **data)
     trainer.train()
     assert trainer.model is model and all(columns.ready for columns in columns_of(model))
-    with pytest.raises(InputError, match="has a SparseGrad adapter, which settled sparse_n_params; leave it out"):
+    with pytest.raises(InputError, match="SparseGrad adapter, which already fixes sparse_n_params; leave it out"):
         SparseTrainer(model, SparseTrainingArguments(str(tmp_path), sparse_n_params=4, **OPTIONS), **data)
     with pytest.raises(InputError, match="sparse_support=dynamic is for the plain model; leave it out"):
         SparseTrainer(model, SparseTrainingArguments(str(tmp_path), sparse_support="dynamic", **OPTIONS), **data)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from hf_ft_ext import SparseGradConfig, SparseTrainer, SparseTrainingArguments, compute_bases, sparse_layers
 from hf_ft_ext.adapters.sparse_grad.bases import _Sketches
 from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
-from hf_ft_ext.sparse.prepass import visit_gradients
+from hf_ft_ext.sparse.prepass import for_each_gradient
 
 
 class OwnLoader(SparseTrainer):
@@ -32,7 +32,7 @@ class OwnLoader(SparseTrainer):
 def check_own_loader(trainer):
     """The pre-pass sees the mean loss over both processes' batches, and each process takes its steps."""
     layers, found = sparse_layers(trainer.model), []
-    visit_gradients(trainer, layers, 2, lambda name, gradient: found.append((name, gradient)), "test")
+    for_each_gradient(trainer, layers, 2, lambda name, gradient: found.append((name, gradient)), "test")
     rank, model = trainer.args.process_index, tiny_model().eval()
     rows = [tiny_dataset(32)[i] for i in (*range(8 * rank, 8 * rank + 8, 2), *range(6 * rank + 1, 6 * rank + 7, 2))]
     model(**trainer.data_collator(rows)).loss.backward()

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.adapters.layers import plain_name, shown_name
 from hf_ft_ext.adapters.sparse_grad.config import DEFAULT_GRADIENTS
-from hf_ft_ext.adapters.sparse_grad.functions import narrowed
+from hf_ft_ext.adapters.sparse_grad.functions import project
 from hf_ft_ext.adapters.sparse_grad.layer import SparseGradColumns, SparseGradLayer
 from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns, sparse_grad_layers
 from hf_ft_ext.adapters.sparse_grad.subspace import Sketch, random_test_matrix, seed_of
@@ -107,9 +107,9 @@ def bases_from_steps(
         sums = _sketches(groups, seed)
 
         def pass_on(batch: Any) -> None:
-            with torch.enable_grad(), _observed(sums, adapter_name):
-                with _runs_counted(sums):
-                    value = loss(model, _moved(batch, device))
+            with torch.enable_grad(), _observing(sums, adapter_name):
+                with _counting_runs(sums):
+                    value = loss(model, _to_device(batch, device))
                 if not value.requires_grad:
                     raise InputError(
                         f"the loss of {type(model).__name__} has no gradient with dropout off, so none reaches the "
@@ -132,16 +132,16 @@ def bases_from_steps(
     _fill(sums, seed)
 
 
-class _Formed(NamedTuple):
+class _DenseGradient(NamedTuple):
     """A gradient (out, in)."""
 
     gradient: torch.Tensor
 
     def times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return narrowed(self.gradient, matrix)
+        return project(self.gradient, matrix)
 
     def transposed_times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return narrowed(self.gradient.T, matrix)
+        return project(self.gradient.T, matrix)
 
 
 class _Rows(NamedTuple):
@@ -151,10 +151,10 @@ class _Rows(NamedTuple):
     g: torch.Tensor
 
     def times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return narrowed(self.g.T, narrowed(self.x, matrix))
+        return project(self.g.T, project(self.x, matrix))
 
     def transposed_times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return narrowed(self.x.T, narrowed(self.g, matrix))
+        return project(self.x.T, project(self.g, matrix))
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -179,16 +179,16 @@ class _Sketches:
         self._accumulated, self._sums, self._projected = accumulated, {}, None
 
     def begin_second_pass(self) -> None:
-        self._projected, self._sums = self._over_processes_and_layers(), {}
+        self._projected, self._sums = self._means_by_layer(), {}
 
     def end_step(self) -> None:
         for name in list(self._pending):
-            self._add(name, _Formed(self._pending.pop(name)))
+            self._add(name, _DenseGradient(self._pending.pop(name)))
         self.runs.clear()
         if self._accumulated:
-            for name, (out, inp) in self._over_processes_and_layers().items():
-                self._take(name, self.out, out)
-                self._take(name, self.inp, inp)
+            for name, (out, inp) in self._means_by_layer().items():
+                self._add_product(name, self.out, out)
+                self._add_product(name, self.inp, inp)
 
     def observer(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
         """Return a function that adds the gradient of the layer `name` from its inputs and output gradients.
@@ -203,11 +203,11 @@ class _Sketches:
                 formed = (g.T @ x.to(g.dtype)).to(dtype)
                 self._pending[name] = self._pending[name] + formed if name in self._pending else formed
                 return
-            gradient: _Formed | _Rows
+            gradient: _DenseGradient | _Rows
             if self._rows_are_cheaper(len(x)):
                 gradient = _Rows(x.to(dtype), g.to(dtype))
             else:
-                gradient = _Formed((g.T @ x.to(g.dtype)).to(dtype))
+                gradient = _DenseGradient((g.T @ x.to(g.dtype)).to(dtype))
             if self._accumulated:
                 self._accumulate(name, gradient)
             else:
@@ -221,23 +221,23 @@ class _Sketches:
         width = self.out.omega.shape[1] + self.inp.omega.shape[1]
         return 2 * tokens * (n_out + n_in) * width < tokens * n_out * n_in + 2 * n_out * n_in * width
 
-    def _add(self, name: str, gradient: _Formed | _Rows) -> None:
+    def _add(self, name: str, gradient: _DenseGradient | _Rows) -> None:
         # G G^T Omega and G^T G Omega, G the mean over processes, in the same order on all of them
-        out = _over_processes(gradient.transposed_times(self.out.omega))
-        inp = _over_processes(gradient.times(self.inp.omega))
-        self._take(name, self.out, _over_processes(gradient.times(out)))
-        self._take(name, self.inp, _over_processes(gradient.transposed_times(inp)))
+        out = _mean_over_processes(gradient.transposed_times(self.out.omega))
+        inp = _mean_over_processes(gradient.times(self.inp.omega))
+        self._add_product(name, self.out, _mean_over_processes(gradient.times(out)))
+        self._add_product(name, self.inp, _mean_over_processes(gradient.transposed_times(inp)))
 
-    def _accumulate(self, name: str, gradient: _Formed | _Rows) -> None:
-        if self._projected is None:
+    def _accumulate(self, name: str, gradient: _DenseGradient | _Rows) -> None:
+        if self._projected is None:  # first pass: G_i^T Omega_out and G_i Omega_in
             products = gradient.transposed_times(self.out.omega), gradient.times(self.inp.omega)
-        else:
+        else:  # second pass: G_i P and G_i^T P, with the sums P of the first pass
             out, inp = self._projected[name]
             products = gradient.times(out), gradient.transposed_times(inp)
         before = self._sums.get(name)
         self._sums[name] = products if before is None else (before[0] + products[0], before[1] + products[1])
 
-    def _over_processes_and_layers(self) -> dict[str, Pair]:
+    def _means_by_layer(self) -> dict[str, Pair]:
         """The sums of a pass, 0 for a layer that no token of this process went through."""
         n_out, n_in = len(self.out.omega), len(self.inp.omega)
         rows_out, rows_in = (n_in, n_out) if self._projected is None else (n_out, n_in)
@@ -247,10 +247,10 @@ class _Sketches:
                 out = self.out.sum.new_zeros(rows_out, self.out.omega.shape[1])
                 self._sums[name] = out, self.inp.sum.new_zeros(rows_in, self.inp.omega.shape[1])
             out, inp = self._sums[name]
-            found[name] = _over_processes(out), _over_processes(inp)
+            found[name] = _mean_over_processes(out), _mean_over_processes(inp)
         return found
 
-    def _take(self, name: str, sketch: Sketch, product: torch.Tensor) -> None:
+    def _add_product(self, name: str, sketch: Sketch, product: torch.Tensor) -> None:
         if not torch.isfinite(product).all():
             raise InputError(
                 f"the gradient of {shown_name(name)} is not finite in batch {self.step} of the pre-pass; look for "
@@ -277,7 +277,7 @@ def _sketches(groups: list, seed: int) -> list[_Sketches]:
 
 
 @contextlib.contextmanager
-def _observed(sums: list[_Sketches], adapter_name: str) -> Iterator[None]:
+def _observing(sums: list[_Sketches], adapter_name: str) -> Iterator[None]:
     layers = [(name, layer, sketches) for sketches in sums for name, layer in sketches.layers]
     try:
         for name, layer, sketches in layers:
@@ -319,7 +319,7 @@ def _processes() -> int:
     return torch.distributed.get_world_size() if here else 1
 
 
-def _over_processes(part: torch.Tensor) -> torch.Tensor:
+def _mean_over_processes(part: torch.Tensor) -> torch.Tensor:
     """The mean over the processes: a product with the mean gradient is the mean of the products."""
     if _processes() == 1:
         return part
@@ -329,7 +329,7 @@ def _over_processes(part: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _runs_counted(sums: list[_Sketches]) -> Iterator[None]:
+def _counting_runs(sums: list[_Sketches]) -> Iterator[None]:
     """Count how often each layer runs within: in a forward pass, not in what a backward pass recomputes."""
     hooks = []
     for sketches in sums:
@@ -369,7 +369,7 @@ def _own_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
     return value
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def _to_device(batch: Any, device: torch.device) -> Any:
     if not isinstance(batch, Mapping):
         return batch
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

@@ -255,6 +255,7 @@ def _leading(weights: list[torch.Tensor], k: int, seed: int) -> torch.Tensor:
     n = weights[0].shape[0]
     span = random_columns(n, min(n, k + OVERSAMPLING), seed, dtype).to(weights[0].device)
     for _ in range(_POWER_STEPS):
+        # Q <- orth(sum W (W^T Q))
         span = torch.linalg.qr(sum(weight @ (weight.T @ span) for weight in weights)).Q
     # Rayleigh-Ritz within the span: eigenvectors of Q^T (sum W W^T) Q.
     inner = sum((weight.T @ span).T @ (weight.T @ span) for weight in weights)

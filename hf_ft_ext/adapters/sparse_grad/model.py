@@ -124,11 +124,11 @@ def kind_of(name: str, base: nn.Module) -> str:
 
 def within_layers(model: nn.Module, names: list[str]) -> list[str]:
     """Names within a layer that match exactly the modules `names`; full names if there are none."""
-    places = [split_layer(name) for name in names]
-    if all(place is not None for place in places):
-        within = sorted({place[1] for place in places})
+    in_layers = [split_layer(name) for name in names]
+    if all(inner is not None for inner in in_layers):
+        within = sorted({inner.name for inner in in_layers})
         plain = (plain_name(name) for name, _ in model.named_modules())
-        reached = {name for name in plain if (place := split_layer(name)) is not None and place[1] in within}
+        reached = {name for name in plain if (inner := split_layer(name)) is not None and inner.name in within}
         if reached == set(names):
             return within
     return sorted(names)

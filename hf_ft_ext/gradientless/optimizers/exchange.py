@@ -67,4 +67,4 @@ class SharedCandidates(_Shared):
         return range(self.rank, n, self.world)
 
     def combine(self, losses: torch.Tensor) -> torch.Tensor:
-        return self.total(losses)
+        return self.total(losses)  # each loss is 0 on all processes but one

@@ -88,7 +88,7 @@ def _of_labels(name: str) -> Objective:
     return one_minus
 
 
-def of_the_user(function: Callable[[torch.Tensor, torch.Tensor], float]) -> Objective:
+def from_user_function(function: Callable[[torch.Tensor, torch.Tensor], float]) -> Objective:
     """Extend the user's `function` of logits `[rows, classes]` and labels to logits `[n, rows, classes]`."""
 
     def objective(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ def row_losses(
     if problem_type == MULTI_LABEL or (problem_type is None and labels.is_floating_point()):
         labels = labels.to(logits.dtype).expand_as(logits)
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
-    log_probabilities = logits.log_softmax(-1)
+    log_probabilities = logits.log_softmax(-1)  # cross-entropy: -log p_y
     index = labels.view(-1, 1).expand(*log_probabilities.shape[:-1], 1)
     losses = -log_probabilities.gather(-1, index)[..., 0]
     if smoothing:  # (1 - s) * cross-entropy + s * mean over the classes of -log p, as transformers' LabelSmoother

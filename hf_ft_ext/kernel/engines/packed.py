@@ -55,6 +55,7 @@ class PackedLinear:
 
     def dense(self, shape: torch.Size, n: int) -> "PackedDense":
         """The full gradients; arguments as for embeddings."""
+        # G_c = sum_t g_tc a_t^T for each example
         rows = [torch.einsum("tco,ti->coi", grads, activations) for activations, grads in self.examples()]
         values = torch.cat(rows).mT if self.transposed else torch.cat(rows)
         return PackedDense(values.flatten(1))
@@ -162,11 +163,11 @@ class Packer:
             parts.append(torch.cat(each, 1) if len(each) > 1 else each[0])
         grads = torch.stack(parts, 2) if len(parts) > 1 else parts[0][:, :, None]  # [n, tokens, c, out]
         used = _used(grads)
-        places = used.flatten().nonzero()[:, 0]
+        positions = used.flatten().nonzero()[:, 0]
         key = (*key, used.cpu().numpy().tobytes())
         if key not in self._kept:
-            self._kept[key] = self.buffers.put(f"{name} activations", together.flatten(0, 1), places)
-        kept, grads, norms = self._kept[key], self.buffers.put(name, grads.flatten(0, 1), places), None
+            self._kept[key] = self.buffers.put(f"{name} activations", together.flatten(0, 1), positions)
+        kept, grads, norms = self._kept[key], self.buffers.put(name, grads.flatten(0, 1), positions), None
         counts = used.sum(1).tolist()
         if self.norms and batching_pays(grads):
             norms = _all_squared_norms(padded(kept, counts), padded(grads, counts))
@@ -201,7 +202,7 @@ def _used(grads: torch.Tensor) -> torch.Tensor:
 
 def _squared_norms(activations: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
     """Squared norms `[c]` of one example's rows: `sum_ts <a_t, a_s> <g_t, g_s>`, or from full rows if cheaper."""
-    grads = grads.transpose(0, 1)
+    grads = grads.transpose(0, 1)  # [c, tokens, out]
     if len(activations) > min(activations.shape[1], grads.shape[2]):
         # |G|^2 with G = sum_t g_t a_t^T
         return (grads.mT @ activations).square().sum((1, 2))
@@ -225,9 +226,9 @@ def padded(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
     lengths = torch.tensor(counts)
     # Token k of example i moves to i * longest + k.
     shifts = longest * torch.arange(n) - (lengths.cumsum(0) - lengths)
-    places = torch.arange(len(values)) + shifts.repeat_interleave(lengths)
+    positions = torch.arange(len(values)) + shifts.repeat_interleave(lengths)
     rows = values.new_zeros(n * longest, *values.shape[1:])
-    return rows.index_copy_(0, places.to(values.device), values).view(n, longest, *values.shape[1:])
+    return rows.index_copy_(0, positions.to(values.device), values).view(n, longest, *values.shape[1:])
 
 
 def _of_linear_layers(gradients: list[list[Gradient] | None]) -> TypeGuard[list[list[LinearGradient] | None]]:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.errors import InputError, first_line
-from hf_ft_ext.files import replacing, tensor_hash, write_json
+from hf_ft_ext.files import atomic_write, tensor_hash, write_json
 from hf_ft_ext.kernel.saved.training_data import KINDS, TrainingData
 from hf_ft_ext.kernel.solvers import Coupling, KernelModel, SolverOptions, arrays_of, solution_of
 from hf_ft_ext.per_example.capture import Function
@@ -34,7 +34,7 @@ FILES = (SOLUTION, COEFFICIENTS, TRAINING)
 NOT_TRAINED = "this_model_alone_predicts_as_before_training.the_kernel_predicts.see_kernel_solution_json"
 _FORMAT = 1
 # The arguments that a saved kernel needs to predict the same.
-KEPT = (
+SAVED_ARGUMENTS = (
     "adjust_for_init", "binary_classification", "exclude_embeddings", "exclude_head", "f0_scaling", "kernel_classes",
     "kernel_dimension", "kernel_formula", "kernel_gamma", "kernel_lambda", "kernel_parameters", "kernel_peft",
     "kernel_peft_config", "kernel_regularization", "kernel_solver", "kernel_svm_c", "kernel_time", "only_biases",
@@ -48,7 +48,7 @@ class SavedKernel:
     """A solved kernel without its neural network.
 
     Attributes:
-        arguments: the fields of `KernelTrainingArguments` in `KEPT`, and `seed`.
+        arguments: the fields of `KernelTrainingArguments` in `SAVED_ARGUMENTS`, and `seed`.
         model: the fitted solver.
         training: the training data, in the form that predicting needs.
         parameters: names of the parameters that the kernel is taken over.
@@ -70,7 +70,7 @@ class SavedKernel:
         folder = Path(folder)
         arrays = {name: torch.from_numpy(array) for name, array in arrays_of(self.model.solution).items()}
         for name, tensors in ((COEFFICIENTS, arrays), (TRAINING, self.training.tensors())):
-            with replacing(folder / name) as temporary:
+            with atomic_write(folder / name) as temporary:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
         options = self.model.options
         record = {

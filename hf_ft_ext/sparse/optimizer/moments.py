@@ -41,14 +41,14 @@ def rotate_moments(
     Returns:
         `(mean, square)` of shape (r', c').
     """
-    turned = left @ mean @ right
+    rotated = left @ mean @ right
     left, right = left.square(), right.square()
-    alone = left @ mean.square() @ right  # the rotated squares of the means, as if uncorrelated
+    uncorrelated = left @ mean.square() @ right  # the rotated squares of the means, as if uncorrelated
     # left^2 square right^2 + max(0, (left mean right)^2 - left^2 mean^2 right^2)
-    return turned, left @ square @ right + (turned.square() - alone).clamp_(min=0)
+    return rotated, left @ square @ right + (rotated.square() - uncorrelated).clamp_(min=0)
 
 
-def turn_fixed_moments(state: dict, betas: tuple[float, float], old: FixedSupport, new: FixedSupport) -> None:
+def rotate_fixed_moments(state: dict, betas: tuple[float, float], old: FixedSupport, new: FixedSupport) -> None:
     """Rotate AdamW's state of a layer's values from one fixed support into another, in place.
 
     All entries share one step count. A new entry that the old entries hardly span would have a second moment near
@@ -71,7 +71,7 @@ def turn_fixed_moments(state: dict, betas: tuple[float, float], old: FixedSuppor
     state["exp_avg_sq"].copy_(new.pick(square).mul_(weight2))
 
 
-def turn_moments(
+def rotate_dynamic_moments(
     state: dict, weight: torch.Tensor, betas: tuple[float, float], left: torch.Tensor, right: torch.Tensor
 ) -> None:
     """Rotate the state of `SparseAdamW` for a weight with dynamic support into a new basis, in place.
@@ -89,7 +89,7 @@ def turn_moments(
     if support is None:
         mean, square = rotate_moments(left, right, mean, square)
     else:
-        mean, square, count = (_spread(part, support, weight) for part in (mean, square, step))
+        mean, square, count = (_scattered(part, support, weight) for part in (mean, square, step))
         count = left.square() @ count @ right.square()  # weights: squared entries of the rotations
         mean, square = rotate_moments(left, right, mean, square)
         support = top_k(square, len(support))
@@ -100,7 +100,7 @@ def turn_moments(
     state.update(step=step, exp_avg=mean.mul_(weight1), exp_avg_sq=square.mul_(weight2))
 
 
-def _spread(values: torch.Tensor, indices: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _scattered(values: torch.Tensor, indices: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return a tensor of zeros with the shape of `like` and `values` at the flat `indices`."""
     full = like.detach().new_zeros(like.numel())
     full[indices.long()] = values.to(full.dtype)

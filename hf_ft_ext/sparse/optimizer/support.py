@@ -42,7 +42,7 @@ def _candidates(magnitude: torch.Tensor, k: int) -> torch.Tensor | None:
     return candidates if k <= candidates.numel() <= magnitude.numel() // 2 else None
 
 
-def agreed(support: torch.Tensor) -> torch.Tensor:
+def broadcast_support(support: torch.Tensor) -> torch.Tensor:
     """Return the first process's support on every process.
 
     All processes choose from the same averaged gradient, but on different processors it may differ in the last bit.

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS, name_base_in, save_base_configuration
+from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS, save_base_configuration, set_base_name_of
 from hf_ft_ext.adapters.layers import shown_name
 from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.files import replacing
+from hf_ft_ext.files import atomic_write
 from hf_ft_ext.models.peft import saved_by_peft, task_type_of
 from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.fixed import FixedSupport
@@ -83,7 +83,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, max_rank: int | Non
         base_model_name_or_path=getattr(base, "name_or_path", None),
         inference_mode=True,
     )
-    name_base_in(config, base)
+    set_base_name_of(config, base)
     tensors = {}
     for name, (a, b) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous().cpu()
@@ -92,7 +92,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, max_rank: int | Non
         for part, tensor in state.items():
             tensors[f"base_model.model.{name}.{part}"] = tensor.detach().contiguous().cpu().clone()
     os.makedirs(folder, exist_ok=True)
-    with replacing(Path(folder) / ADAPTER_WEIGHTS) as temporary:
+    with atomic_write(Path(folder) / ADAPTER_WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     config.save_pretrained(folder)
     save_base_configuration(base, folder, config.revision)
@@ -107,6 +107,7 @@ def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tenso
     root = s[:rank].sqrt()
     total = float(s.square().sum())
     lost = math.sqrt(float(s[rank:].square().sum()) / total) if total else 0.0
+    # A' = S^1/2 V^T Q_in^T and B' = Q_out U S^1/2, of the largest singular values; error |S omitted| / |S|
     return (root[:, None] * (q_in @ vt[:rank].T).T).to(a.dtype), ((q_out @ u[:, :rank]) * root).to(b.dtype), lost
 
 

@@ -1,4 +1,4 @@
-"""Delimited files: every row and every value as it is written, however the file is quoted, or an error with a cure."""
+"""Delimited files: every row and value as written, with any quoting, or an error that says how to fix the file."""
 
 import csv
 import gzip

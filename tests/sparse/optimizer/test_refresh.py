@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from hf_ft_ext import InputError, SparseAdamW, SparseTrainingArguments, prepare_layers, sparse_layers
 from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT, Basis, GramSums
 from hf_ft_ext.sparse.fixed import FixedSupport
-from hf_ft_ext.sparse.optimizer.moments import rotate_moments, turn_fixed_moments
+from hf_ft_ext.sparse.optimizer.moments import rotate_fixed_moments, rotate_moments
 from hf_ft_ext.sparse.optimizer.refresh import RunningSums
 from hf_ft_ext.training.runs.plan import training_plan
 
@@ -112,8 +112,8 @@ def test_left_and_right_take_the_old_basis_into_the_new_one():
         basis = Basis(orthonormal(6, 1), orthonormal(5, 2), in_transposed=published)
         old, running, gradient = copy.copy(basis), RunningSums(2, 2), random(6, 5, seed=3)
         running.begin_step()
-        running.see("kind", old.rotate(gradient))
-        left, right = running.turn("kind", basis)
+        running.observe("kind", old.rotate(gradient))
+        left, right = running.update_basis("kind", basis)
         expected = basis.rotate(gradient)
         torch.testing.assert_close(left @ old.rotate(gradient) @ right, expected, rtol=1e-10, atol=1e-10)
 
@@ -124,7 +124,7 @@ def test_fixed_moments_stay_in_the_same_support(shape):
     support, k = layer.support, layer.support.size
     state = {"step": torch.tensor(3.0), "exp_avg": random(k, seed=1), "exp_avg_sq": random(k, seed=2).square() + 5}
     turned = {key: value.clone() for key, value in state.items()}
-    turn_fixed_moments(turned, BETAS, support, support)
+    rotate_fixed_moments(turned, BETAS, support, support)
     for key, value in state.items():
         torch.testing.assert_close(turned[key], value, rtol=1e-9, atol=1e-9)
 
@@ -135,7 +135,7 @@ def test_fixed_moments_of_unknown_directions_are_average_ones():
     new = FixedSupport.of_block(Basis(*factors), torch.arange(1, 3), torch.arange(1, 3))
     state = {"step": torch.tensor(9.0), "exp_avg": random(4, seed=1), "exp_avg_sq": random(4, seed=2).square() + 5}
     mean, square = state["exp_avg"][3].item(), state["exp_avg_sq"].clone()
-    turn_fixed_moments(state, BETAS, old, new)
+    rotate_fixed_moments(state, BETAS, old, new)
     assert state["exp_avg"].tolist() == pytest.approx([mean, 0, 0, 0], abs=1e-12)
     assert state["exp_avg_sq"].tolist() == pytest.approx([square[3].item(), *[square.mean().item()] * 3])
 
@@ -166,7 +166,7 @@ def test_fixed_moments_equal_adams_in_the_new_basis_from_the_first_step_on(steps
     def turned(gradients):
         state = {key: value.flatten() for key, value in adam_state(gradients).items() if key != "step"}
         state["step"] = torch.tensor(float(steps))
-        turn_fixed_moments(state, BETAS, old, new)
+        rotate_fixed_moments(state, BETAS, old, new)
         return state["exp_avg"].view(shape), state["exp_avg_sq"].view(shape)
 
     # The mean is linear in the gradients, so it is Adam's for the rotated ones, whatever they are.
@@ -201,7 +201,7 @@ def test_a_fixed_support_in_another_order_changes_nothing_in_early_steps():
     new = FixedSupport.of_block(turned, new_rows, new_columns)
     gradients = [random(7, 5, seed=seed) for seed in range(6)]
     state = adam_state([old.block_of(gradient).flatten() for gradient in gradients[:2]])
-    turn_fixed_moments(state, BETAS, old, new)
+    rotate_fixed_moments(state, BETAS, old, new)
     parameter = torch.zeros(6).double().requires_grad_()
     optimizer = torch.optim.Adam([parameter], lr=0.1, betas=BETAS)
     optimizer.state[parameter] = state
@@ -268,7 +268,7 @@ def test_at_most_so_many_gradients_go_into_the_sums(every, gradients, taken):
     for _ in range(every):
         running.begin_step()
         running.sums.clear()
-        running.see("kind", torch.eye(2))
+        running.observe("kind", torch.eye(2))
         seen += len(running.sums)
     assert seen == taken <= gradients and running.due
 

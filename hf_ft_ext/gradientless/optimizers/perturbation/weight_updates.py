@@ -10,13 +10,13 @@ import torch
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw, compute_type, mixed
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
-from hf_ft_ext.gradientless.optimizers.perturbation.updates import BUFFER, MOMENTUM, RMS, Rounding, Update
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import BUFFER, MOMENTUM, RMS, Rounding, UpdateRule
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination
 
 _NO_MOMENTS = ("sgd", "sign", "rms", "conservative")
 
 
-class Moves:
+class WeightUpdates:
     """Updates the searched tensors by the gradient estimate `G = 1/n sum_i slope_i z_i`, with an update rule.
 
     Args:
@@ -33,7 +33,11 @@ class Moves:
     """
 
     def __init__(
-        self, perturbed_forward: PerturbedForward, searched: Sequence[torch.Tensor], rule: Update, rounding: Rounding
+        self,
+        perturbed_forward: PerturbedForward,
+        searched: Sequence[torch.Tensor],
+        rule: UpdateRule,
+        rounding: Rounding,
     ):
         self.perturbed_forward, self.searched, self.rule, self.rounding = perturbed_forward, searched, rule, rounding
         self.directions: Directions = perturbed_forward.directions
@@ -42,7 +46,7 @@ class Moves:
         self.factor_basis: dict[int, int] = {}
         self.history: deque[tuple[list[Draw], list[float]]] = deque(maxlen=rule.replayed - 1)
 
-    def take(
+    def apply(
         self,
         step: int,
         basis: int,
@@ -52,7 +56,7 @@ class Moves:
         groups: Sequence[dict[str, Any]],
         skipped: set[int],
     ) -> None:
-        """Take the update of one step.
+        """Update all tensors in one step.
 
         Args:
             step: number of this step, from 1.
@@ -169,7 +173,7 @@ class Moves:
             self.history.append(([Draw(*draw) for draw in draws], list(slopes)))
 
 
-def check_replay(directions: Directions, rule: Update) -> None:
+def check_replay(directions: Directions, rule: UpdateRule) -> None:
     """Raise an `InputError` if momentum has to recompute earlier directions and `directions` cannot."""
     if directions.moving_mask and rule.replays:
         raise InputError(

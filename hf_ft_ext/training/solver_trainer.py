@@ -1,6 +1,7 @@
-"""Training without steps: the base class of trainers that solve the task in one call."""
+"""`SolverTrainer`: the base class of trainers that solve the task in one call, without training steps."""
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ _HOOKS = (
 )  # fmt: skip
 
 
-class AtOnceTrainer(CompleteSaves, MethodTrainer):
+class SolverTrainer(CompleteSaves, MethodTrainer):
     """`transformers.Trainer` whose `train()` calls `solve` once instead of taking steps.
 
     Callbacks see one step. There is no optimizer and there are no checkpoints.
@@ -157,3 +158,10 @@ class AtOnceTrainer(CompleteSaves, MethodTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         raise InputError(f"{self.solution} has no optimizer: call train(), which solves the task")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AtOnceTrainer":
+        warnings.warn("AtOnceTrainer is now SolverTrainer", FutureWarning, stacklevel=2)
+        return SolverTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ REPLAY_TOLERANCE = 1e-3
 MOST_REPLAYED = 1000
 
 
-class Update:
+class UpdateRule:
     """Update rule of a step, for the gradient estimate `G`.
 
     | rule | step | state |
