@@ -12,10 +12,10 @@ from transformers import Trainer
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import evaluating
+from hf_ft_ext.label_tokens import label_tokens, predicts_next_tokens
 from hf_ft_ext.sparse.basis import GRADIENT
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.training.loader_batches import draws_own_batches, loader_batches
-from hf_ft_ext.training.loss_scale import predicts_next_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ def visit_gradients(
         Tokens that reach each kind of layer in one optimizer step of one process, by kind.
 
     Raises:
-        InputError: a gradient is not finite (names the batch and the layer), or there is no training data.
+        InputError: a gradient is not finite (names the batch and the layer), no batch has a label, or there is no
+            training data.
     """
     args, model = trainer.args, trainer.model
     tokens = {layer.kind: torch.zeros((), device=layer.weight.device) for layer in layers.values()}
@@ -52,6 +53,7 @@ def visit_gradients(
     weights = [layer.weight for layer in layers.values()]
     own_batches = draws_own_batches(trainer)
     mine = range(args.process_index, steps, args.world_size)
+    labels = 0.0
     bar = tqdm(total=len(mine), desc=desc, disable=args.disable_tqdm or not trainer.is_world_process_zero())
     batches = _loader_batches(trainer, steps, draw) if own_batches else _batches(trainer, steps, draw)
     try:
@@ -60,7 +62,8 @@ def visit_gradients(
                 if number not in mine and not own_batches:
                     continue
                 with _plain_gradients(layers.values()):
-                    gradients = _batch_gradient(trainer, weights, micro_batches, over_processes=own_batches)
+                    gradients, found = _batch_gradient(trainer, weights, micro_batches, over_processes=own_batches)
+                    labels += found
                 if number not in mine:
                     continue
                 for name, gradient in zip(layers, gradients, strict=True):
@@ -75,6 +78,10 @@ def visit_gradients(
         bar.close()
         for hook in hooks:
             hook.remove()
+    if not trainer.accelerator.reduce(torch.tensor(labels, device=args.device)):
+        raise InputError(
+            "no batch of the pre-pass has a label to predict (all are -100); check the labels of the training data"
+        )
     shared = steps * args.world_size
     return {kind: trainer.accelerator.reduce(count).item() / shared for kind, count in tokens.items()}
 
@@ -103,8 +110,8 @@ def _token_counter(total: torch.Tensor):
 
 def _batch_gradient(
     trainer: Trainer, weights: list[nn.Parameter], micro_batches: list[dict], over_processes: bool
-) -> list[torch.Tensor]:
-    """Return the gradients of the mean loss over one optimizer step's batch.
+) -> tuple[list[torch.Tensor], float]:
+    """Return the gradients of the mean loss over one optimizer step's batch, and the number of its labels.
 
     Args:
         over_processes: whether the batch is distributed over the processes.
@@ -116,6 +123,8 @@ def _batch_gradient(
         labels = trainer.accelerator.reduce(torch.tensor(labels, device=trainer.args.device)).item()
     total = [torch.zeros_like(weight) for weight in weights]
     for batch, size in zip(micro_batches, sizes, strict=True):
+        if not size:  # no label token: the mean loss is not defined, and its weight is 0
+            continue
         with torch.enable_grad(), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -126,7 +135,7 @@ def _batch_gradient(
             sum_.add_(gradient, alpha=size / max(labels, 1.0))
     if over_processes and trainer.args.world_size > 1:
         total = [trainer.accelerator.reduce(gradient) for gradient in total]
-    return total
+    return total, labels
 
 
 def _label_count(batch: dict, shifted: bool) -> int:
@@ -135,12 +144,8 @@ def _label_count(batch: dict, shifted: bool) -> int:
     Args:
         shifted: whether each token is predicted from the previous ones, so that the first label of a row is unused.
     """
-    labels = batch.get("labels")
-    if labels is None:
-        return len(next(iter(batch.values())))
-    if labels.ndim < 2 or labels.is_floating_point():
-        return len(labels)
-    return int(((labels[:, 1:] if shifted else labels) != -100).sum())
+    tokens = label_tokens(batch, shifted)
+    return len(next(iter(batch.values()))) if tokens is None else tokens
 
 
 def _loader_batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:

@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from hf_ft_ext.gradientless.scoring.objectives import Objective
+from hf_ft_ext.label_tokens import IGNORED, label_tokens
 
 Batch = Mapping[str, torch.Tensor]
-_LABELS, _IGNORED = ("labels", "shift_labels"), -100
+_LABELS = ("labels", "shift_labels")
 
 
 @dataclass
@@ -40,12 +41,8 @@ def weight_of(batch: Batch, shifted: bool) -> float:
     Args:
         shifted: the model predicts each token from those before it, so the first label of a row is not used.
     """
-    labels = batch.get("shift_labels")
-    shifted = shifted and labels is None
-    labels = batch.get("labels") if labels is None else labels
-    if not isinstance(labels, torch.Tensor) or labels.ndim < 2 or labels.is_floating_point():
-        return float(rows_of(batch))
-    return float((labels[..., 1:] if shifted else labels).ne(_IGNORED).sum())
+    tokens = label_tokens(batch, shifted)
+    return float(rows_of(batch) if tokens is None else tokens)
 
 
 def objective_of_logits(model: nn.Module, objective: Objective, batches: Sequence[Batch]) -> FullObjective:
@@ -113,7 +110,7 @@ def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
         return parts[0]
     if parts[0].ndim > dim + 1 and len({part.shape[dim + 1] for part in parts}) > 1:
         longest, trailing = max(part.shape[dim + 1] for part in parts), parts[0].ndim - dim - 2
-        value = 0 if parts[0].is_floating_point() else _IGNORED
+        value = 0 if parts[0].is_floating_point() else IGNORED
         parts = [functional.pad(p, [0, 0] * trailing + [0, longest - p.shape[dim + 1]], value=value) for p in parts]
     return torch.cat(parts, dim)
 
