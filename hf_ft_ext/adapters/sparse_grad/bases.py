@@ -28,6 +28,7 @@ from hf_ft_ext.adapters.sparse_grad.layer import SparseGradColumns, SparseGradLa
 from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns, sparse_grad_layers
 from hf_ft_ext.adapters.sparse_grad.subspace import Sketch, random_test_matrix, seed_of
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.label_tokens import predicts_next_tokens, zero_without_tokens
 from hf_ft_ext.per_example.state import only_trainable
 
 logger = logging.getLogger(__name__)
@@ -361,12 +362,16 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _own_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    value = model(**batch).loss
-    if value is None:
-        raise InputError(
-            f"{type(model).__name__} returns no loss for these batches; add labels to them, or pass loss(model, batch)"
-        )
-    return value
+    def loss(batch: Mapping[str, Any]) -> torch.Tensor:
+        value = model(**batch).loss
+        if value is None:
+            raise InputError(
+                f"{type(model).__name__} returns no loss for these batches; add labels to them, or pass "
+                "loss(model, batch)"
+            )
+        return value
+
+    return zero_without_tokens(loss, batch, predicts_next_tokens(model))
 
 
 def _to_device(batch: Any, device: torch.device) -> Any:
