@@ -15,7 +15,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.label_tokens import label_tokens, predicts_next_tokens, zero_without_tokens
 from hf_ft_ext.methods import METHODS
 from hf_ft_ext.sparse.convert import sparse_layers
-from hf_ft_ext.sparse.prepass import visit_gradients
+from hf_ft_ext.sparse.prepass import for_each_gradient
 
 FAMILIES = ["llama", "gpt2", "t5"]
 # method, its arguments; steps of SGD, or of AdamW with a large epsilon, which rounding noise does not steer
@@ -139,7 +139,7 @@ def test_the_pre_pass_of_converted_layers_takes_the_mean_over_tokens(tmp_path, f
     data = rows(family, empty=(1, 2, 6))
     trainer = trainer_of("converted", family, data, tmp_path, 1, 8)
     layers, found = sparse_layers(trainer.model), {}
-    visit_gradients(trainer, layers, 1, lambda name, gradient: found.update({name: gradient.clone()}), "test")
+    for_each_gradient(trainer, layers, 1, lambda name, gradient: found.update({name: gradient.clone()}), "test")
     plain = plain_gradients(family, data, list(layers))
     for name, gradient in found.items():
         expected = plain[name].T if family == "gpt2" else plain[name]  # a Conv1D holds its transpose
