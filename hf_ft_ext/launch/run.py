@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hf_ft_ext.errors import InputError, PushError
 from hf_ft_ext.launch.choice import read_choice
 from hf_ft_ext.launch.processes import Process, another_failed, report, report_crash, silence_bars, start_log
-from hf_ft_ext.launch.stopping import Interrupted, Signals, keep, leave
+from hf_ft_ext.launch.stopping import Interrupted, Signals, end_process, keep_alive
 from hf_ft_ext.methods import list_methods, only_help_wanted
 
 DONE, CRASHED, BAD_INPUT, NOT_PUSHED = 0, 1, 2, 3  # exit statuses; a signal ends with 128 + its number
@@ -57,7 +57,7 @@ def command(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.p
     except Exception as error:
         report_crash(error)
         status = CRASHED
-    leave(status)
+    end_process(status)
 
 
 def _report_interruption(stop: Interrupted, signals: Signals) -> int:
@@ -91,7 +91,7 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
     trainer = build_trainer(args)
     signals.check()
     if args.world_size > 1:
-        keep(trainer)
+        keep_alive(trainer)
     if run_args.dry_run:
         plan = training_plan(trainer)
         if args.process_index == 0:
@@ -108,7 +108,7 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
             search.search_hyperparameters(build_trainer, args, run_args.hp_search)
             trainer = build_trainer(args)
             if args.world_size > 1:
-                keep(trainer)
+                keep_alive(trainer)
         metrics, push = {}, False
         if args.do_train:
             metrics |= trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics

@@ -165,7 +165,7 @@ def test_an_interrupted_run_is_continued(tmp_path, cut, monkeypatch):
     assert [path.suffix for path in (tmp_path / "a").iterdir()] == [".safetensors"]
 
 
-def test_what_is_no_part_of_these_features_is_thrown_away(tmp_path):
+def test_partial_files_of_other_features_are_discarded(tmp_path):
     data = tiny_dataset(20)
     reader = reader_of(tiny_model().eval())
     with pytest.raises(KeyboardInterrupt):

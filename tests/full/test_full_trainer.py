@@ -150,7 +150,7 @@ def test_bad_arguments(tmp_path, options, message):
         make(tmp_path, **options)
 
 
-def test_what_contradicts_the_trainer_s_own_arguments(tmp_path):
+def test_arguments_that_contradict_each_other_are_refused(tmp_path):
     optimizers = (torch.optim.SGD(tiny_model().parameters()), None)
     with pytest.raises(InputError, match="optimizer=sgd and an optimizer were both passed"):
         make(tmp_path, optimizer="sgd", trainer={"optimizers": optimizers})

@@ -51,7 +51,7 @@ class PlainSearch:
             for _ in range(options[1] if options else 0):
                 level = [Option(torch.zeros_like(parameter), level)]
             self.roots.append(level)
-        self.weight_updates = []
+        self.moves = []
 
     def objective(self, parameter, value, closure):
         saved = parameter.detach().clone()
@@ -91,7 +91,7 @@ class PlainSearch:
                 best, i = min(scored)
                 if best < unmoved:
                     parameter.add_(changes[i])
-                self.weight_updates.append(best < unmoved)
+                self.moves.append(best < unmoved)
                 continue
             self.search_options(position, parameter, unmoved, closure)
 
@@ -117,7 +117,7 @@ class PlainSearch:
         else:
             kept = [change for _, change in sorted(everything, key=lambda pair: pair[0])[:m]]
             self.roots[position] = [self.chain(change, self.options[1] - 1) for change in kept]
-        self.weight_updates.append(best_of_first[first] < unmoved)
+        self.moves.append(best_of_first[first] < unmoved)
 
     def chain(self, change, depth):
         return Option(change, [self.chain(torch.zeros_like(change), depth - 1)] if depth else [])

@@ -272,8 +272,8 @@ def test_16_bit_updates_at_a_small_rate_equal_float32_on_average(carry):
             optimizer.step(model)
         exact = {name: p.detach().float() - start[name] for name, p in model.named_parameters()}
         for i, (name, p) in enumerate(model.named_parameters()):
-            if i in optimizer.moves.rounding.kept:
-                exact[name] += optimizer.moves.rounding.kept[i].view(p.shape).float()
+            if i in optimizer.weight_updates.rounding.kept:
+                exact[name] += optimizer.weight_updates.rounding.kept[i].view(p.shape).float()
         ends[dtype] = exact
     for name, kept in (("matrix", carry), ("vector", True)):
         wanted, got = ends[torch.float32][name], ends[torch.bfloat16][name]
@@ -285,12 +285,12 @@ def test_16_bit_updates_at_a_small_rate_equal_float32_on_average(carry):
 
 
 def test_the_update_of_a_large_16_bit_tensor_needs_one_chunk(monkeypatch):
-    from hf_ft_ext.gradientless.optimizers.perturbation import updates
+    from hf_ft_ext.gradientless.optimizers.perturbation import update_rules
 
     model = nn.Embedding(3000, 1024).to(torch.bfloat16)
     largest = []
-    original = updates.rounded_at_random
-    monkeypatch.setattr(updates, "rounded_at_random", lambda x, *a: largest.append(x.numel()) or original(x, *a))
+    original = update_rules.rounded_at_random
+    monkeypatch.setattr(update_rules, "rounded_at_random", lambda x, *a: largest.append(x.numel()) or original(x, *a))
     optimizer = SPSA(model.parameters(), model, lr=1.0, eps=0.1)
     optimizer.step(lambda: model(torch.arange(8)).float().sum())
     assert len(largest) == 12 and max(largest) <= CHUNK

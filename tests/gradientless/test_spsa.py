@@ -127,11 +127,11 @@ def test_every_estimate_equals_the_dense_oracle(estimate, weight_decay):
 def test_replayed_momentum_leaves_out_what_the_tolerance_allows():
     ours, plain, optimizer, _ = run_both(steps=90, lr=2e-3, update="momentum", momentum=0.9)
     assert (
-        optimizer.moves.rule.replayed == 66 and 0.9**66 <= 1e-3 < 0.9**65
+        optimizer.weight_updates.rule.replayed == 66 and 0.9**66 <= 1e-3 < 0.9**65
     )  # directions of 24 steps are left out at the end
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
-    assert len(optimizer.moves.history) == 65
+    assert len(optimizer.weight_updates.history) == 65
 
 
 def test_momentum_of_low_rank_directions_is_projected_by_least_squares():
@@ -140,7 +140,7 @@ def test_momentum_of_low_rank_directions_is_projected_by_least_squares():
     x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     for _ in range(2):
         optimizer.step(lambda: model(x).square().mean())
-    weight, factor = model.weight, optimizer.moves.buffers[0][0].clone()
+    weight, factor = model.weight, optimizer.weight_updates.buffers[0][0].clone()
     _, before = optimizer.directions.factors(weight.shape, 0, Draw(0, optimizer.basis), weight.dtype, weight.device)
     optimizer.step(lambda: model(x).square().mean())
     (slope,), _ = optimizer.record[-1]
@@ -148,7 +148,9 @@ def test_momentum_of_low_rank_directions_is_projected_by_least_squares():
     left, right = optimizer.directions.factors(weight.shape, 0, draw, weight.dtype, weight.device)
     # the N that brings N right^T nearest to factor before^T
     nearest = torch.linalg.lstsq(right, before @ factor.T).solution.T
-    torch.testing.assert_close(optimizer.moves.buffers[0][0], 0.9 * nearest + slope * left / 2, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        optimizer.weight_updates.buffers[0][0], 0.9 * nearest + slope * left / 2, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_momentum_and_adam_are_no_worse_than_sgd_on_a_quadratic():

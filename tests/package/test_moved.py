@@ -31,6 +31,6 @@ def test_a_former_name_is_a_name_of_its_package(monkeypatch):
     assert feature_cache.cached_features is cached_features
 
 
-def test_what_was_never_there_is_not_found():
+def test_an_unknown_module_is_not_found():
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         importlib.import_module("hf_ft_ext.no_such_module")

@@ -24,7 +24,7 @@ def in_a_new_process(code: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_what_is_loaded_beside_the_libraries():
+def test_importing_the_package_and_help_load_no_further_modules():
     """By the package itself alone, and by the help of all methods nothing that only a run needs."""
     code = (
         "import sys, transformers, torch, peft, contextlib, io; before = set(sys.modules); import hf_ft_ext\n"
@@ -41,7 +41,7 @@ def test_what_is_loaded_beside_the_libraries():
 
 
 @pytest.mark.parametrize("module", ["run_glue", "hf_ft_ext.methods", "hf_ft_ext.errors"])
-def test_what_answers_first_loads_no_library(module):
+def test_light_modules_load_no_library(module):
     code = f"import sys, {module}; print(sorted({LIBRARIES} & set(sys.modules)))"
     assert in_a_new_process(code)[-1] == "[]"
 

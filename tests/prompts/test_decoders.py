@@ -307,7 +307,7 @@ def test_the_same_tokens_for_two_words_are_no_choice():
         word_tokens(subword_tokenizer("unigram"), ["great", "日"], "It was")
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_unsupported_scorings_of_words_are_refused():
     with pytest.raises(InputError, match="word_scoring='all' is unknown; choose from: first_token"):
         prompt_model("gpt2", "all")
     with pytest.raises(InputError, match="untie_words keeps only those of the label words"):

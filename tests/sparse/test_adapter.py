@@ -288,7 +288,7 @@ def test_a_model_with_such_an_adapter_is_taken_as_it_is(tmp_path):
     "option", [{"sparse_train_rest": "all"}, {"sparse_basis": "none"}, {"sparse_basis_refresh_steps": 5},
                {"sparse_skip_leading": 0.1}, {"sparse_basis_orientation": "published"}],
 )  # fmt: skip
-def test_what_an_adapter_has_no_room_for_converts_layers_and_says_so(tmp_path, option, caplog):
+def test_settings_that_an_adapter_lacks_convert_layers_and_are_logged(tmp_path, option, caplog):
     with caplog.at_level(logging.INFO, logger="hf_ft_ext"):
         trainer = structured(tmp_path, **option)
     assert sparse_layers(trainer.model) and not isinstance(trainer.model, PeftModel)

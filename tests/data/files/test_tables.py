@@ -283,7 +283,7 @@ def test_a_path_is_not_a_pattern(tmp_path, name, suffix, streaming):
     assert next(iter(load_data(args, cache_dir=str(tmp_path / "cache")).train))["text"] == "right"
 
 
-def test_settings_of_a_publisher_are_kept_and_said(tmp_path, caplog):
+def test_settings_of_a_data_sets_readme_are_kept_and_logged(tmp_path, caplog):
     (tmp_path / "train.csv").write_text("#\ntext;label\na,b;x\nNA;y\n")
     setting = "  sep: ';'\n  skiprows: 1\n"
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: c\n  data_files: train.csv\n{setting}---\n")

@@ -1,4 +1,4 @@
-"""A refreshed basis: the factors of the gradients since, moments that turn with it, weights left alone."""
+"""A refreshed basis: the factors of the gradients since, moments that rotate with it, unchanged weights."""
 
 import copy
 import itertools
@@ -33,27 +33,27 @@ def signed_permutation(n, seed):
     return torch.eye(n).double()[torch.randperm(n, generator=generator)] * signs
 
 
-def test_moments_turn_exactly_with_the_order_and_signs_of_directions():
+def test_moments_rotate_exactly_with_the_order_and_signs_of_directions():
     left, right = signed_permutation(6, 1), signed_permutation(5, 2)
     mean = random(6, 5, seed=3)
     square = mean.square() * 0.5 + 0.1  # smaller than the mean squared here and there, as Adam's averages can be
-    turned, squares = rotate_moments(left, right, mean, square)
-    torch.testing.assert_close(turned, left @ mean @ right, rtol=1e-14, atol=1e-14)
+    rotated, squares = rotate_moments(left, right, mean, square)
+    torch.testing.assert_close(rotated, left @ mean @ right, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(squares, left.abs() @ square @ right.abs(), rtol=1e-14, atol=1e-14)
 
 
 def test_moments_keep_their_size_and_never_give_a_step_above_the_rate():
     left, right = orthonormal(6, 1), orthonormal(5, 2)
     mean = random(6, 5, seed=3)
-    turned, squares = rotate_moments(left, right, mean, mean.square() * 1.5)
-    torch.testing.assert_close(turned.norm(), mean.norm(), rtol=1e-12, atol=0)
-    assert (turned.square() <= squares).all()
-    # Entries that agree: turned as if they were independent, the squares would be a thirtieth of what they are.
+    rotated, squares = rotate_moments(left, right, mean, mean.square() * 1.5)
+    torch.testing.assert_close(rotated.norm(), mean.norm(), rtol=1e-12, atol=0)
+    assert (rotated.square() <= squares).all()
+    # Entries that agree: rotated as if they were independent, the squares would be a thirtieth of what they are.
     ones = torch.ones(6, 5).double()
     aligned = torch.full((1, 6), 6**-0.5).double(), torch.full((5, 1), 5**-0.5).double()
-    turned, squares = rotate_moments(*aligned, ones, ones)
-    torch.testing.assert_close(turned.square(), torch.full((1, 1), 30.0).double())
-    torch.testing.assert_close(squares, turned.square())
+    rotated, squares = rotate_moments(*aligned, ones, ones)
+    torch.testing.assert_close(rotated.square(), torch.full((1, 1), 30.0).double())
+    torch.testing.assert_close(squares, rotated.square())
 
 
 @pytest.mark.parametrize("rotates", [ACTIVATIONS, GRADIENT])
@@ -62,13 +62,13 @@ def test_moments_keep_their_size_and_never_give_a_step_above_the_rate():
 def test_a_basis_with_directions_in_another_order_changes_nothing(rotates, n_params, dense, monkeypatch):
     net, data = two_layers(n_params, rotates), batches(12)
     plain = copy.deepcopy(net)
-    turns = signed_permutation(6, 1), signed_permutation(5, 2)
+    rotations = signed_permutation(6, 1), signed_permutation(5, 2)
 
-    def turn(self, kind, basis):
-        basis.out_factor, basis.in_factor = basis.out_factor @ turns[0], basis.in_factor @ turns[1]
-        return turns[0].T, turns[1]
+    def update_basis(self, kind, basis):
+        basis.out_factor, basis.in_factor = basis.out_factor @ rotations[0], basis.in_factor @ rotations[1]
+        return rotations[0].T, rotations[1]
 
-    monkeypatch.setattr(RunningSums, "turn", turn)
+    monkeypatch.setattr(RunningSums, "update_basis", update_basis)
     options = {"lr": 0.05, "weight_decay": 0.1, "dense_moments": dense}
     train(net, SparseAdamW(net.parameters(), [net[0]], refresh_steps=5, **options), data)
     train(plain, SparseAdamW(plain.parameters(), [plain[0]], **options), data)
@@ -123,10 +123,10 @@ def test_fixed_moments_stay_in_the_same_support(shape):
     _, layer, *_ = fixed_layer("rotated", shape)
     support, k = layer.support, layer.support.size
     state = {"step": torch.tensor(3.0), "exp_avg": random(k, seed=1), "exp_avg_sq": random(k, seed=2).square() + 5}
-    turned = {key: value.clone() for key, value in state.items()}
-    rotate_fixed_moments(turned, BETAS, support, support)
+    rotated = {key: value.clone() for key, value in state.items()}
+    rotate_fixed_moments(rotated, BETAS, support, support)
     for key, value in state.items():
-        torch.testing.assert_close(turned[key], value, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(rotated[key], value, rtol=1e-9, atol=1e-9)
 
 
 def test_fixed_moments_of_unknown_directions_are_average_ones():
