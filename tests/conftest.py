@@ -2,6 +2,7 @@
 
 import atexit
 import collections
+import functools
 import gc
 import itertools
 import os
@@ -22,16 +23,9 @@ if ("-m", "gpu") not in itertools.pairwise(sys.argv):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("WANDB_DISABLED", "true")
 
-import datasets.arrow_dataset  # noqa: F401 (its functions are patched below, by name)
 import pytest
-import torch
-from tiny import tiny_model, tiny_tokenizer
-from transformers import Trainer
 
-from hf_ft_ext.fisher import pictures
-
-torch.set_num_threads(1)
-_draw_plan = pictures.draw_plan
+# No library is imported at the top: with -n, a process that only hands out the tests reads this file too.
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,6 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark the tests of modules that start the launcher or a trainer, for `make test-fast`; skip what needs a GPU."""
+    import torch
+
+    torch.set_num_threads(1)
     marked = {module: _starts_runs(module) for module in {item.module for item in items}}
     for item in items:
         if marked[item.module]:
@@ -57,6 +54,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _starts_runs(module) -> bool:
+    from transformers import Trainer
+
     trainers = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Trainer))
     return any(hasattr(module, name) for name in ("run_glue", "METHODS")) or next(trainers, None) is not None
 
@@ -88,15 +87,70 @@ def _unhashed_datasets():
 @pytest.fixture(autouse=True, scope="session")
 def _quick_pictures():
     """Runs leave an empty file for the picture of their plan: drawing takes longer than a tiny model's training."""
+    from hf_ft_ext.fisher import pictures
+
+    draw = pictures.draw_plan
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(pictures, "draw_plan", lambda plan, folder: Path(folder, pictures.PICTURE_FILE).touch())
+        yield draw
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_devices():
+    """Packages for other devices are looked for once, and no seed is kept, with its call stack, for absent devices."""
+    import torch
+    from accelerate.utils import imports
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(imports, "_is_package_available", functools.cache(imports._is_package_available))
+        for kind in (torch.cuda, torch.xpu, torch.mtia):
+            if not kind.is_available():
+                patched.setattr(kind, "manual_seed_all", lambda seed: None)
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _quick_structures():
+    """Models built alike have their structure found once: a traced forward pass takes longer than a tiny step.
+
+    What it is found from is the key: classes, settings, and the kinds of the tensors. Tests of the search itself
+    start from `fresh_structures`.
+    """
+    import torch
+
+    from hf_ft_ext.structure import find
+
+    known, search = {}, find._find
+
+    def built_alike(model):
+        tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+        kinds = ((name, type(value), value.shape, value.dtype, value.device) for name, value in tensors)
+        modules = tuple((name, type(module)) for name, module in model.named_modules())
+        config = getattr(model, "config", None)
+        settings = str(config), getattr(config, "_attn_implementation", None), torch.get_default_dtype()
+        return type(model), modules, settings, tuple(kinds)
+
+    def found(model):
+        key = built_alike(model)
+        if key not in known:
+            known[key] = search(model)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(find, "_find", found)
+        yield search
+
+
 @pytest.fixture
-def drawn_pictures(monkeypatch):
+def fresh_structures(monkeypatch, _quick_structures):
+    """The structure of every model is found anew, as a user's is."""
+    monkeypatch.setattr("hf_ft_ext.structure.find._find", _quick_structures)
+
+
+@pytest.fixture
+def drawn_pictures(monkeypatch, _quick_pictures):
     """Pictures of plans are drawn, as a user's are."""
-    monkeypatch.setattr(pictures, "draw_plan", _draw_plan)
+    monkeypatch.setattr("hf_ft_ext.fisher.pictures.draw_plan", _quick_pictures)
 
 
 @pytest.fixture(scope="session")
@@ -111,12 +165,16 @@ def data_root() -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer():
+    from tiny import tiny_tokenizer
+
     return tiny_tokenizer()
 
 
 @pytest.fixture(scope="session")
 def tiny_bert_dir(tmp_path_factory, tokenizer) -> str:
     """A saved tiny BERT classifier with its tokenizer: what `--model_name_or_path` takes."""
+    from tiny import tiny_model
+
     folder = tmp_path_factory.mktemp("tiny-bert")
     tiny_model("bert").save_pretrained(folder)
     tokenizer.save_pretrained(folder)

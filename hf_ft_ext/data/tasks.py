@@ -56,7 +56,7 @@ def _superglue(name: str, columns: tuple[str, ...], label_names: tuple[str, ...]
 def _copa_premise(data: Dataset) -> Dataset:
     """Replace the full stop of each premise by "because" (the answer is a cause) or "so" (it is an effect).
 
-    The options continue this sentence, so their first letters become lower case.
+    The options continue this sentence, so their first words become lower case, except "I", as in MeZO.
     """
     if not {"premise", "question", "choice1", "choice2"} <= set(data.column_names):
         return data
@@ -66,7 +66,7 @@ def _copa_premise(data: Dataset) -> Dataset:
         unknown = set(batch["question"]) - set(links)
         if unknown:
             raise InputError(f"column 'question' of copa holds {unknown.pop()!r}; it is either 'cause' or 'effect'")
-        lower = [[text[:1].lower() + text[1:] for text in batch[column]] for column in ("choice1", "choice2")]
+        lower = [[_continuing(text) for text in batch[column]] for column in ("choice1", "choice2")]
         premises = [
             text.rstrip().removesuffix(".") + links[kind]
             for text, kind in zip(batch["premise"], batch["question"], strict=True)
@@ -74,6 +74,11 @@ def _copa_premise(data: Dataset) -> Dataset:
         return {"premise": premises, "choice1": lower[0], "choice2": lower[1]}
 
     return data.map(convert, batched=True, keep_in_memory=True)
+
+
+def _continuing(text: str) -> str:
+    first, space, rest = text.partition(" ")
+    return text if first == "I" else f"{first.lower()}{space}{rest}"
 
 
 _PAIR = ("sentence1", "sentence2")

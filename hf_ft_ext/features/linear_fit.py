@@ -18,6 +18,9 @@ from hf_ft_ext.errors import InputError
 GRID = tuple(10.0**e for e in range(-4, 5))  # inverse regularisation strengths
 TUNING_ROWS = 10_000  # maximum rows for cross-validation
 
+# Iterations of these fits are so short that several threads mostly wait (16 times slower on two cores).
+_ONE_THREAD = threadpool_limits.wrap(limits=1)
+
 logger = logging.getLogger(__name__)
 
 
@@ -47,6 +50,7 @@ class LinearFit:
         return f"C = {self.c:g} ({how}), score on them {self.score:.4f}"
 
 
+@_ONE_THREAD
 def fit_classes(
     x: np.ndarray,
     labels: np.ndarray,
@@ -85,6 +89,7 @@ def fit_classes(
     return LinearFit(weight, offset, c, chosen, float(score), float(loss))
 
 
+@_ONE_THREAD
 def fit_labels(
     x: np.ndarray,
     labels: np.ndarray,
@@ -139,6 +144,7 @@ def fit_labels(
     return LinearFit(weight, offset, strength, chosen, float(score), float(loss))
 
 
+@_ONE_THREAD
 def fit_probability(
     x: np.ndarray,
     probability: np.ndarray,
@@ -210,8 +216,7 @@ def _unscaled(weight, offset, mean, scale) -> tuple[np.ndarray, np.ndarray]:
 def _logistic(x, y, weights, c: float, bias: bool, max_iter: int, start: LogisticRegression | None = None):
     model = start or LogisticRegression(fit_intercept=bias, max_iter=max_iter, warm_start=True, random_state=0)
     model.set_params(C=c)
-    # One thread: iterations are so short that several threads mostly wait (16 times slower on two cores).
-    with warnings.catch_warnings(), threadpool_limits(1):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         model.fit(x, y, sample_weight=weights)
     if start is None and int(np.max(model.n_iter_)) >= max_iter:

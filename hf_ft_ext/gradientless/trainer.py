@@ -42,12 +42,13 @@ from hf_ft_ext.gradientless.search_arguments import ADAM_BASELINE, DIVERGENCE, H
 from hf_ft_ext.gradientless.targets import masks_of_run, searched_parameters
 from hf_ft_ext.gradientless.trajectory import FILE as TRAJECTORY
 from hf_ft_ext.gradientless.trajectory import save_trajectory
+from hf_ft_ext.label_tokens import label_count, predicts_next_tokens
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.finite import StopAtNaN
-from hf_ft_ext.training.loss_scale import declare_mean_loss, label_count, predicts_next_tokens
+from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, has_own_loss, overridden
 from hf_ft_ext.training.runs.plan import TrainedWeight
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
@@ -233,7 +234,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     def _full_objective(self, batches: list[dict[str, torch.Tensor]]) -> FullObjective:
         if self._by_model_loss():
-            losses_of = self._language_losses if self._predicts_tokens() and not has_own_loss(self) else None
+            own = has_own_loss(self) or self.label_smoother is not None
+            losses_of = self._language_losses if self._predicts_tokens() and not own else None
             compute = functools.partial(_loss_of, self)
             full = model_loss(compute, batches, self._predicts_tokens(), losses_of)
         else:

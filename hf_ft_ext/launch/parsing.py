@@ -11,9 +11,9 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.launch.choice import Choice, read_choice
 from hf_ft_ext.launch.values import checked
 from hf_ft_ext.methods import METHODS, Method, find_method, list_methods
-from hf_ft_ext.recipes.reading import read_recipe
 from hf_ft_ext.training.sharing.privacy import hide_tokens
 
 _CHOICES_AS_PLACEHOLDER = 10  # longer lists follow the help text
@@ -206,19 +206,6 @@ def _plain(value: Any) -> str:
     return "none" if value is None else str(value).replace("%", "%%")
 
 
-class _MethodParser(argparse.ArgumentParser):
-    """Reads the method, the recipe's row and `--help`, which are needed before the method's parser can be built."""
-
-    def __init__(self):
-        super().__init__(add_help=False, allow_abbrev=False)
-        self.add_argument("--method")
-        self.add_argument("--recipe_row")
-        self.add_argument("-h", "--help", nargs="?", const="short")
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message.removeprefix('argument ')}; the methods are: {', '.join(METHODS)}")
-
-
 def parse_arguments(
     argv: list[str] | None = None,
 ) -> tuple[RunArguments, ModelArguments, DataArguments, MethodTrainingArguments]:
@@ -235,19 +222,22 @@ def parse_arguments(
         InputError: the input is invalid.
         SystemExit: `--help` or `--help all` was given and printed (status 0).
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    address = argv.pop(0) if argv and not argv[0].startswith("-") else None
-    first, _ = _MethodParser().parse_known_args(argv)
-    recipe = _recipe(address, first.recipe_row)
-    name = first.method if first.method is not None else recipe.get("method")
-    if name is not None and not isinstance(name, str):
-        name = checked("method", name, str)
-    if first.help:
-        everything = first.help == _ALL_ARGUMENTS
-        sys.stdout.write(list_methods() if name is None else Parser(find_method(name)).help_text(everything))
-        raise SystemExit(0)
+    return parse_choice(read_choice(list(sys.argv[1:] if argv is None else argv)))
 
-    return arguments_of(Parser(find_method(RunArguments.method if name is None else name)), argv, recipe)
+
+def parse_choice(
+    choice: Choice,
+) -> tuple[RunArguments, ModelArguments, DataArguments, MethodTrainingArguments]:
+    """Parse the words of `choice`, with the parser of its method.
+
+    Returns and raises the same as `parse_arguments`.
+    """
+    if choice.help:
+        everything = choice.help == _ALL_ARGUMENTS
+        sys.stdout.write(list_methods() if choice.method is None else Parser(choice.method).help_text(everything))
+        raise SystemExit(0)
+    parser = Parser(find_method(RunArguments.method) if choice.method is None else choice.method)
+    return arguments_of(parser, choice.argv, choice.recipe)
 
 
 def arguments_of(
@@ -266,14 +256,3 @@ def arguments_of(
     training_args.check_given(given)
     complete_arguments(run_args, model_args, data_args, training_args)
     return run_args, model_args, data_args, training_args
-
-
-def _recipe(address: str | None, row: str | None) -> dict[str, Any]:
-    if address is None:
-        if row is not None:
-            raise InputError(f"--recipe_row {row} needs a recipe; pass the path of its YAML file first")
-        return {}
-    recipe = read_recipe(address, row)
-    if "recipe_row" in recipe:
-        raise InputError("recipe_row in a recipe chooses nothing; pass recipe.yaml#ROW or --recipe_row ROW")
-    return recipe

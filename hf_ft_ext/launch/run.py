@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from hf_ft_ext.errors import InputError, PushError
+from hf_ft_ext.launch.choice import read_choice
 from hf_ft_ext.launch.processes import Process, another_failed, report, report_crash, silence_bars, start_log
 from hf_ft_ext.launch.stopping import Interrupted, Signals, end_process, keep_alive
 from hf_ft_ext.methods import list_methods, only_help_wanted
@@ -69,9 +70,11 @@ def _report_interruption(stop: Interrupted, signals: Signals) -> int:
 
 
 def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextlib.ExitStack) -> None:
-    from hf_ft_ext.launch.parsing import parse_arguments
+    choice = read_choice(argv)  # an unknown recipe or method is refused before the slow imports
 
-    run_args, model_args, data_args, args = parse_arguments(argv)
+    from hf_ft_ext.launch.parsing import parse_choice
+
+    run_args, model_args, data_args, args = parse_choice(choice)
 
     from hf_ft_ext.arguments import SEQUENCE_CLASSIFICATION
     from hf_ft_ext.launch import building, folder, language, results, search, sharing  # after --help has been answered

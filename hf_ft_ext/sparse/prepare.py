@@ -77,9 +77,10 @@ def refresh_supports(
     for layer in layers.values():
         layer.record_change()
     prepare_layers(trainer, layers, args)
+    betas = {id(p): group["betas"] for group in optimizer.param_groups for p in group["params"]}
     for layer in layers.values():
         if state := optimizer.state[layer.values]:
-            rotate_fixed_moments(state, layer.earlier[-1][0], layer.support)
+            rotate_fixed_moments(state, betas[id(layer.values)], layer.earlier[-1][0], layer.support)
 
 
 @functools.wraps(adapter_bases)

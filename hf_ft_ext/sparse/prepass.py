@@ -11,11 +11,11 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.label_tokens import label_count, predicts_next_tokens
 from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.sparse.basis import GRADIENT
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.training.loader_batches import draws_own_batches, loader_batches
-from hf_ft_ext.training.loss_scale import label_count, predicts_next_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ def for_each_gradient(
         Tokens that reach each kind of layer in one optimizer step of one process, by kind.
 
     Raises:
-        InputError: a gradient is not finite (names the batch and the layer), or there is no training data.
+        InputError: a gradient is not finite (names the batch and the layer), no batch has a label, or there is no
+            training data.
     """
     args, model = trainer.args, trainer.model
     tokens = {layer.kind: torch.zeros((), device=layer.weight.device) for layer in layers.values()}
@@ -52,6 +53,7 @@ def for_each_gradient(
     weights = [layer.weight for layer in layers.values()]
     own_batches = draws_own_batches(trainer)
     mine = range(args.process_index, steps, args.world_size)
+    labels = 0.0
     bar = tqdm(total=len(mine), desc=desc, disable=args.disable_tqdm or not trainer.is_world_process_zero())
     batches = _loader_batches(trainer, steps, draw) if own_batches else _batches(trainer, steps, draw)
     try:
@@ -60,7 +62,8 @@ def for_each_gradient(
                 if number not in mine and not own_batches:
                     continue
                 with _plain_gradients(layers.values()):
-                    gradients = _batch_gradient(trainer, weights, micro_batches, over_processes=own_batches)
+                    gradients, found = _batch_gradient(trainer, weights, micro_batches, over_processes=own_batches)
+                    labels += found
                 if number not in mine:
                     continue
                 for name, gradient in zip(layers, gradients, strict=True):
@@ -75,6 +78,10 @@ def for_each_gradient(
         bar.close()
         for hook in hooks:
             hook.remove()
+    if not trainer.accelerator.reduce(torch.tensor(labels, device=args.device)):
+        raise InputError(
+            "no batch of the pre-pass has a label to predict (all are -100); check the labels of the training data"
+        )
     shared = steps * args.world_size
     return {kind: trainer.accelerator.reduce(count).item() / shared for kind, count in tokens.items()}
 
@@ -103,15 +110,17 @@ def _token_counter(total: torch.Tensor):
 
 def _batch_gradient(
     trainer: Trainer, weights: list[nn.Parameter], micro_batches: list[dict], over_processes: bool
-) -> list[torch.Tensor]:
-    """Return the gradients of the mean loss over one optimizer step's batch.
+) -> tuple[list[torch.Tensor], float]:
+    """Return the gradients of the mean loss over one optimizer step's batch, and the number of its labels.
 
     Args:
         over_processes: whether the batch is distributed over the processes.
     """
     total = [torch.zeros_like(weight) for weight in weights]
-    shares = _label_shares(trainer, micro_batches, over_processes)
+    shares, labels = _label_shares(trainer, micro_batches, over_processes)
     for batch, share in zip(micro_batches, shares, strict=True):
+        if not share:  # no label token: the mean loss is not defined, and its weight is 0
+            continue
         with torch.enable_grad(), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -122,11 +131,11 @@ def _batch_gradient(
             sum_.add_(gradient, alpha=share)
     if over_processes and trainer.args.world_size > 1:
         total = [trainer.accelerator.reduce(gradient) for gradient in total]
-    return total
+    return total, labels
 
 
-def _label_shares(trainer: Trainer, micro_batches: list[dict], over_processes: bool) -> list[float]:
-    """Return `n_b / n`: each micro-batch's weight in the mean loss over all labels of an optimizer step.
+def _label_shares(trainer: Trainer, micro_batches: list[dict], over_processes: bool) -> tuple[list[float], float]:
+    """Return `n_b / n`, each micro-batch's weight in the mean loss over all labels of an optimizer step, and `n`.
 
     Args:
         over_processes: whether `n` counts the labels of all processes.
@@ -136,7 +145,7 @@ def _label_shares(trainer: Trainer, micro_batches: list[dict], over_processes: b
     total = float(sum(counts))
     if over_processes and trainer.args.world_size > 1:
         total = trainer.accelerator.reduce(torch.tensor(total, device=trainer.args.device)).item()
-    return [count / max(total, 1.0) for count in counts]
+    return [count / max(total, 1.0) for count in counts], total
 
 
 def _loader_batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:
@@ -167,7 +176,7 @@ def own_steps(trainer: Trainer, count: int) -> Iterator[list[tuple[dict, float]]
     processes = trainer.args.world_size
     for batches in _own_batches(trainer, count):
         # times the number of processes, as the gradients are averaged over them
-        shares = _label_shares(trainer, batches, over_processes=True)
+        shares, _ = _label_shares(trainer, batches, over_processes=True)
         yield [(batch, processes * share) for batch, share in zip(batches, shares, strict=True)]
 
 

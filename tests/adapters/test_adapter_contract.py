@@ -1,10 +1,6 @@
 """What peft promises of every adapter, for ours: attach, train, save, load, switch, several, dtypes, refusals."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +9,6 @@ from peft.helpers import check_if_peft_model
 from zoo import ADAPTERS, ALL, MERGEABLE, MODELS, inputs, logits, small
 
 from hf_ft_ext.errors import InputError
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def attach(model, name: str, **kw):
@@ -176,43 +170,3 @@ def test_metadata_and_model_card(tmp_path):
         assert type(PeftConfig.from_pretrained(folder)) is type(model.peft_config["default"])
         assert model.get_model_status().enabled is True
         assert model.peft_config["default"].peft_type.value == config["peft_type"]
-
-
-FRESH = """
-import sys
-{first}
-import torch
-from transformers import AutoModelForSequenceClassification
-from peft import PeftModel
-base = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-{second}
-model = PeftModel.from_pretrained(base, sys.argv[2]).eval()
-ids = torch.arange(5, 25).view(2, 10)
-print([value.hex() for value in model(input_ids=ids).logits.flatten().tolist()])
-"""
-ALONE_FIRST = """
-try:
-    PeftModel.from_pretrained(base, sys.argv[2])
-except KeyError as error:  # peft alone says which type it does not know
-    print(error)
-import hf_ft_ext
-base = AutoModelForSequenceClassification.from_pretrained(sys.argv[1])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("first", "second", "said"), [("import hf_ft_ext", "", []), ("import peft", ALONE_FIRST, ["'LAYER_MIXTURE'"])]
-)
-def test_a_fresh_process_needs_one_import(tmp_path, first, second, said):
-    small("bert").save_pretrained(tmp_path / "base")
-    model = attach(small("bert"), "mixture")
-    model.save_pretrained(tmp_path / "adapter")
-    expected = logits(model, input_ids=torch.arange(5, 25).view(2, 10))
-    program = FRESH.format(first=first, second=second)
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path / "base"), str(tmp_path / "adapter")],
-        capture_output=True, text=True, timeout=240, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines() == [*said, str([value.hex() for value in expected.flatten().tolist()])]

@@ -126,9 +126,9 @@ def test_columns_are_the_leading_hosvd_factors(kind, scope):
 
 @pytest.mark.parametrize("tokens", ["rows", "gradient"])
 def test_both_ways_to_the_sums_agree(monkeypatch, tokens):
-    from hf_ft_ext.adapters.sparse_grad import bases
+    from hf_ft_ext.adapters.sparse_grad.sketches import Sketches
 
-    monkeypatch.setattr(bases._Sketches, "_rows_are_cheaper", lambda self, n: tokens == "rows")
+    monkeypatch.setattr(Sketches, "_rows_are_cheaper", lambda self, n: tokens == "rows")
     model = adapted("bert", n_params=4)
     batches = [labelled(seed=seed) for seed in range(3)]
     compute_bases(model, batches)

@@ -29,6 +29,13 @@ def make_layer(n_out, n_in, n_params, kind="linear", bias=True):
     return SparseGradLayer(base, "default", config, new_columns(base, "layer", config)).train()
 
 
+def before_the_pre_pass(layer):
+    columns = layer.sparse_grad_columns["default"]
+    columns.ready = False
+    for side in columns.buffers():
+        side.zero_()
+
+
 @pytest.mark.parametrize("rows", [FEW_TOKENS, MANY_TOKENS], ids=["few", "many"])
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "hooked"])
 @pytest.mark.parametrize(("n_out", "n_in"), [(12, 5), (5, 12), (8, 8)])
@@ -84,7 +91,7 @@ def test_tokens_without_a_gradient_are_left_out(kind, tokens):
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "hooked"])
 def test_observed_tokens_are_those_with_a_gradient(kind):
     layer, seen = make_layer(12, 40, 12, kind), []
-    layer.sparse_grad_columns["default"].ready = False  # as before the pre-pass
+    before_the_pre_pass(layer)
     layer.observe("default", lambda x, g: seen.append((x, g)))
     x, g = torch.randn(4, 9, 40, dtype=torch.float64, requires_grad=True), with_padding(9, 12)
     y = layer(x)
@@ -116,7 +123,7 @@ def test_most_tokens_with_a_gradient_are_all_taken():
 def test_outputs_can_be_changed_in_place(kind, observed):
     layer = make_layer(6, 4, 4, kind)
     if observed:
-        layer.sparse_grad_columns["default"].ready = False  # as before the pre-pass
+        before_the_pre_pass(layer)
         layer.observe("default", lambda x, g: None)
     y = layer(torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True))
     y += 1  # as Falcon does

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import sys
 import time
@@ -315,11 +316,35 @@ def test_missing_matplotlib_is_refused_before_the_runs(monkeypatch, capsys):
     assert 'pip install "hf_ft_ext[pictures]"' in capsys.readouterr().err and not os.path.exists("runs")
 
 
-@pytest.mark.slow
+class Forked:
+    """What `subprocess.Popen` starts, as a fork of this process, which has paid for the imports."""
+
+    def __init__(self, words, env, **_):
+        python, option, module, *rest = words
+        assert (python, option) == (sys.executable, "-m")
+
+        def run(argv: list[str]) -> None:
+            os.environ.update(env)
+            sys.argv = [module, *argv]
+            runpy.run_module(module, run_name="__main__")
+
+        self.fork, self.returncode = Fork(run, rest, Path.cwd()), None
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, seconds: float | None) -> None:
+        wait_for([self.fork], 90)
+        ended = self.fork.ended()
+        assert ended.status == 0, ended.err
+        self.returncode = ended.status
+
+
 def test_a_real_run(monkeypatch, tiny_bert_dir):
     """The launcher itself, and the report's picture of it."""
     for name, value in REAL.items():
         monkeypatch.setattr(name, value)
+    monkeypatch.setattr("hf_ft_ext.compare.process.subprocess.Popen", Forked)
     text_dataset(24, seed=0).select_columns(["sentence", "label"]).to_csv("train.csv")
     text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("dev.csv")
     argv = [

@@ -66,6 +66,18 @@ def test_accumulation_over_rows_of_unequal_length_equals_one_batch(tmp_path, kin
             torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-5)
 
 
+def test_label_smoothing_is_the_same_for_several_candidates_per_forward_pass(tmp_path):
+    dataset, logged = tiny_dataset(8, length=12).remove_columns("labels"), []
+    for candidates, smoothing in ((1, 0.3), (2, 0.3), (2, 0.0)):
+        trainer = trainer_of(
+            tmp_path, language_model(), dataset, DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False),
+            logging_steps=1, search_candidates_per_forward=candidates, label_smoothing_factor=smoothing,
+        )  # fmt: skip
+        trainer.train()
+        logged.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-6) and logged[2] != pytest.approx(logged[0], rel=1e-3)
+
+
 def test_a_users_objective_of_tokens_takes_micro_batches_of_unequal_length(tmp_path):
     seen = []
 

@@ -97,9 +97,11 @@ def fresh_process(program: str, hub, folder: Path) -> subprocess.CompletedProces
     return done
 
 
-@pytest.mark.slow
-def test_a_kernel_is_pulled_and_predicts_without_its_data(hub, base, tmp_path):
-    """With a head, with a prompt, and with an adapter on a base model of the Hub."""
+def pushed_kernels(hub, base: str, tmp_path: Path) -> tuple[dict, list[str]]:
+    """Kernels on the Hub: names of the runs, and the code of their cards, which prints the logits of two rows.
+
+    With a head, with a prompt, and with an adapter on a base model of the Hub.
+    """
     write_model(tmp_path / "masked")
     HfApi().create_repo("me/masked")
     HfApi().upload_folder(repo_id="me/masked", folder_path=tmp_path / "masked")
@@ -116,7 +118,11 @@ def test_a_kernel_is_pulled_and_predicts_without_its_data(hub, base, tmp_path):
         (snippet,) = snippets(text)
         assert str(tmp_path) not in text and not [f for f in hub.repositories[f"me/{name}"].files if "kernels/" in f]
         code += [snippet, "import json", "print('logits', json.dumps(kernel(batch).logits.tolist()))"]
-    printed = fresh_process("\n".join(code), hub, tmp_path / "elsewhere").stdout
+    return runs, code
+
+
+def check_kernels(runs, printed: str) -> None:
+    """What was printed are the logits of the kernels in the runs' own folders."""
     found = [json.loads(line.removeprefix("logits ")) for line in printed.splitlines() if line.startswith("logits ")]
     assert len(found) == len(runs)
     for name, theirs in zip(runs, found, strict=True):
@@ -131,7 +137,7 @@ def test_a_kernel_is_pulled_and_predicts_without_its_data(hub, base, tmp_path):
 @pytest.mark.slow
 def test_every_method_is_pushed_and_pulled_into_a_fresh_process(hub, base, tokenizer, capsys, tmp_path):
     """The card's own snippet, run where nothing is but the Hub, gives the logits of the run's own folder."""
-    runs = {f"run-{method}": (method, ()) for method in METHODS if method != "kernel"}  # kernel: the test before
+    runs = {f"run-{method}": (method, ()) for method in METHODS if method != "kernel"}  # kernels: below
     runs |= {"run-structured": ("sparse", STRUCTURED), "run-mask": ("fisher", MASK)}
     code, line = {}, {}
     for name, (method, extra) in runs.items():
@@ -156,7 +162,8 @@ def test_every_method_is_pushed_and_pulled_into_a_fresh_process(hub, base, token
     printed = capsys.readouterr().out
     assert printed.count("pushed: http://127.0.0.1") == len(runs)
 
-    program = [
+    kernels, program = pushed_kernels(hub, base, tmp_path)
+    program += [
         "import json, sys, torch",
         "from transformers import AutoTokenizer",
         "result = {}",
@@ -170,6 +177,7 @@ def test_every_method_is_pushed_and_pulled_into_a_fresh_process(hub, base, token
         "print(json.dumps(result))",
     ]
     done = fresh_process("\n".join(program), hub, tmp_path / "elsewhere")
+    check_kernels(kernels, done.stdout)
     pulled = json.loads(done.stdout.splitlines()[-1])
     from peft import PeftModel
 

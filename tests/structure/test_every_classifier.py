@@ -13,6 +13,7 @@ from hf_ft_ext.fisher.candidates import default_candidates, fitting_candidates, 
 from hf_ft_ext.lora.arguments import LoraTrainingArguments
 from hf_ft_ext.lora.trainer import add_lora
 
+pytestmark = pytest.mark.usefixtures("fresh_structures")
 REFUSED = {
     "lora": {"ibert": r"QuantLinear\(\) .* is not supported"},
     "sparse": {

@@ -16,6 +16,8 @@ from hf_ft_ext import InputError, LoraTrainingArguments, convert_to_sparse, find
 from hf_ft_ext.lora.trainer import add_lora
 from hf_ft_ext.structure.table import structure_table
 
+pytestmark = pytest.mark.usefixtures("fresh_structures")
+
 # Read off transformers' source. Family -> (layer, {role: names within the layer}); feed-forwards as "gate|up|down".
 BERT = {
     "query": "attention.self.query",

@@ -5,7 +5,8 @@ import torch
 from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 
-from hf_ft_ext.training.loss_scale import declare_mean_loss, label_count
+from hf_ft_ext.label_tokens import label_count
+from hf_ft_ext.training.loss_scale import declare_mean_loss
 
 NO_DROPOUT = dict.fromkeys(
     ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "seq_classif_dropout"), 0.0

@@ -20,7 +20,7 @@ class BottleneckModel(LayerTuner):
     tuner_layer_cls = BottleneckLayer
     cannot_merge = "a bottleneck adapter has an activation between its projections and cannot be merged into weights"
 
-    def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:
+    def _choose_targets(self, peft_config: BottleneckConfig, model: nn.Module) -> None:
         layers = names_by_layer(model, peft_config.layers_pattern)
         refuse_unfit_layers(model, "bottleneck", peft_config.layers_to_transform, list(layers))
         if peft_config.target_modules is None:

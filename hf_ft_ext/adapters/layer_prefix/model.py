@@ -25,7 +25,7 @@ class LayerPrefixModel(LayerTuner):
     tuner_layer_cls = PrefixLayer
     cannot_merge = "a prefix adds keys and values to the attention and cannot be merged into weights"
 
-    def _prepare_model(self, peft_config: LayerPrefixConfig, model: nn.Module) -> None:
+    def _choose_targets(self, peft_config: LayerPrefixConfig, model: nn.Module) -> None:
         found = attention_modules(model, peft_config.layers_pattern)
         if not found:
             raise InputError(

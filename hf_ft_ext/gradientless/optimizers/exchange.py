@@ -49,7 +49,7 @@ class SharedData(_Shared):
 
     def combine(self, losses: torch.Tensor) -> torch.Tensor:
         sums = self.total(torch.cat([losses * self.weight, losses.new_tensor([self.weight])]))
-        return sums[:-1] / sums[-1]
+        return sums[:-1] / (sums[-1] if sums[-1] else 1.0)  # all 0 if no process has a label token
 
 
 class SharedCandidates(_Shared):

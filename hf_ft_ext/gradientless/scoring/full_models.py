@@ -9,10 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from hf_ft_ext.gradientless.scoring.objectives import Objective
-from hf_ft_ext.training.loss_scale import label_count
+from hf_ft_ext.label_tokens import IGNORED, label_count
 
 Batch = Mapping[str, torch.Tensor]
-_LABELS, _IGNORED = ("labels", "shift_labels"), -100
+_LABELS = ("labels", "shift_labels")
 
 
 @dataclass
@@ -101,7 +101,7 @@ def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
         return parts[0]
     if parts[0].ndim > dim + 1 and len({part.shape[dim + 1] for part in parts}) > 1:
         longest, trailing = max(part.shape[dim + 1] for part in parts), parts[0].ndim - dim - 2
-        value = 0 if parts[0].is_floating_point() else _IGNORED
+        value = 0 if parts[0].is_floating_point() else IGNORED
         parts = [functional.pad(p, [0, 0] * trailing + [0, longest - p.shape[dim + 1]], value=value) for p in parts]
     return torch.cat(parts, dim)
 

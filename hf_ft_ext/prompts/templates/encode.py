@@ -162,7 +162,10 @@ class PromptEncoder:
         result = []
         limited: set[int] = set()  # rows
         for sentence in self.sentences:
-            ids = self._ids_of_texts(sentence.texts(columns[sentence.index]), first=len(result) == 0)
+            column = columns[sentence.index]
+            if self.reading is not Reading.MASK:  # as in MeZO; LM-BFF keeps the space at the end of GLUE's sst2 rows
+                column = [text.strip() for text in column]
+            ids = self._ids_of_texts(sentence.texts(column), first=len(result) == 0)
             limit = self.first_limit if sentence.index == 0 else self.other_limit
             if limit is not None:
                 limited.update(i for i, row in enumerate(ids) if len(row) > limit)

@@ -29,7 +29,8 @@ def rotate_moments(
     because a mean square is at least the square of the mean. Therefore the part of the mean squares that comes from
     the means, `left^2 mean^2 right^2`, is replaced by `(left mean right)^2` where that is larger. Without this,
     correlated entries would give a mean far above the root mean square, and a step far above the learning rate. A
-    permutation or sign change of the directions is exact.
+    permutation or sign change of the directions is exact. Means and mean squares are compared, so pass Adam's moments
+    with their bias correction (`corrected`).
 
     Args:
         left: `V'^T V` from the old to the new directions of the output side, shape (r', r).
@@ -47,7 +48,7 @@ def rotate_moments(
     return rotated, left @ square @ right + (rotated.square() - uncorrelated).clamp_(min=0)
 
 
-def rotate_fixed_moments(state: dict, old: FixedSupport, new: FixedSupport) -> None:
+def rotate_fixed_moments(state: dict, betas: tuple[float, float], old: FixedSupport, new: FixedSupport) -> None:
     """Rotate AdamW's state of a layer's values from one fixed support into another, in place.
 
     All entries share one step count. A new entry that the old entries hardly span would have a second moment near
@@ -55,15 +56,19 @@ def rotate_fixed_moments(state: dict, old: FixedSupport, new: FixedSupport) -> N
     moments.
 
     Args:
-        state: `exp_avg` and `exp_avg_sq`, shape (k,).
+        state: `step`, a scalar, and `exp_avg` and `exp_avg_sq`, shape (k,).
     """
     left, right = new.out_columns.T @ old.out_columns, old.in_columns.T @ new.in_columns
     known = old.spread(torch.ones_like(state["exp_avg"]))  # 1 at the old entries, else 0
-    mean, square = rotate_moments(left, right, old.spread(state["exp_avg"]), old.spread(state["exp_avg_sq"]))
+    # The rotation compares squared means with mean squares, so both need their bias correction.
+    mean, square = corrected(state["step"], state["exp_avg"], state["exp_avg_sq"], betas)
+    average = square.mean()
+    mean, square = rotate_moments(left, right, old.spread(mean), old.spread(square))
     unknown = (1 - left.square() @ known @ right.square()).clamp_(min=0)
-    square += unknown * state["exp_avg_sq"].mean()
-    state["exp_avg"].copy_(new.pick(mean))
-    state["exp_avg_sq"].copy_(new.pick(square))
+    square += unknown * average
+    weight1, weight2 = correction(state["step"], betas, mean.dtype)
+    state["exp_avg"].copy_(new.pick(mean).mul_(weight1))
+    state["exp_avg_sq"].copy_(new.pick(square).mul_(weight2))
 
 
 def rotate_dynamic_moments(

@@ -1,6 +1,7 @@
 """A refreshed basis: the factors of the gradients since, moments that rotate with it, unchanged weights."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.optimizer.moments import rotate_fixed_moments, rotate_moments
 from hf_ft_ext.sparse.optimizer.refresh import RunningSums
 from hf_ft_ext.training.runs.plan import training_plan
+
+BETAS = (0.9, 0.999)
 
 
 def orthonormal(n, seed):
@@ -119,9 +122,9 @@ def test_left_and_right_take_the_old_basis_into_the_new_one():
 def test_fixed_moments_stay_in_the_same_support(shape):
     _, layer, *_ = fixed_layer("rotated", shape)
     support, k = layer.support, layer.support.size
-    state = {"exp_avg": random(k, seed=1), "exp_avg_sq": random(k, seed=2).square() + 5}
+    state = {"step": torch.tensor(3.0), "exp_avg": random(k, seed=1), "exp_avg_sq": random(k, seed=2).square() + 5}
     rotated = {key: value.clone() for key, value in state.items()}
-    rotate_fixed_moments(rotated, support, support)
+    rotate_fixed_moments(rotated, BETAS, support, support)
     for key, value in state.items():
         torch.testing.assert_close(rotated[key], value, rtol=1e-9, atol=1e-9)
 
@@ -130,11 +133,93 @@ def test_fixed_moments_of_unknown_directions_are_average_ones():
     factors = orthonormal(7, 1), orthonormal(5, 2)
     old = FixedSupport.of_block(Basis(*factors), torch.arange(2), torch.arange(2))
     new = FixedSupport.of_block(Basis(*factors), torch.arange(1, 3), torch.arange(1, 3))
-    state = {"exp_avg": random(4, seed=1), "exp_avg_sq": random(4, seed=2).square() + 5}
+    state = {"step": torch.tensor(9.0), "exp_avg": random(4, seed=1), "exp_avg_sq": random(4, seed=2).square() + 5}
     mean, square = state["exp_avg"][3].item(), state["exp_avg_sq"].clone()
-    rotate_fixed_moments(state, old, new)
+    rotate_fixed_moments(state, BETAS, old, new)
     assert state["exp_avg"].tolist() == pytest.approx([mean, 0, 0, 0], abs=1e-12)
     assert state["exp_avg_sq"].tolist() == pytest.approx([square[3].item(), *[square.mean().item()] * 3])
+
+
+def entries(shape):
+    return list(itertools.product(*map(range, shape)))
+
+
+def adam_state(gradients):
+    """State of torch's Adam after these gradients, in float64."""
+    parameter = torch.zeros_like(gradients[0]).requires_grad_()
+    optimizer = torch.optim.Adam([parameter], betas=BETAS)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return optimizer.state[parameter]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 200])
+@pytest.mark.parametrize("shape", [(1, 5), (2, 2), (3, 4), (7, 5)])
+def test_fixed_moments_equal_adams_in_the_new_basis_from_the_first_step_on(steps, shape):
+    r, c = shape
+    v, u = orthonormal(7, 1)[:, :r], orthonormal(5, 2)[:, :c]
+    left, right = orthonormal(r, 3), orthonormal(c, 4)  # the new columns span the same rows and columns
+    whole = torch.arange(r), torch.arange(c)
+    old, new = (FixedSupport(*whole, None, *sides) for sides in ((v, u), (v @ left.T, u @ right)))
+
+    def turned(gradients):
+        state = {key: value.flatten() for key, value in adam_state(gradients).items() if key != "step"}
+        state["step"] = torch.tensor(float(steps))
+        rotate_fixed_moments(state, BETAS, old, new)
+        return state["exp_avg"].view(shape), state["exp_avg_sq"].view(shape)
+
+    # The mean is linear in the gradients, so it is Adam's for the rotated ones, whatever they are.
+    gradients = [random(r, c, seed=seed) for seed in range(steps)]
+    expected = adam_state([left @ gradient @ right for gradient in gradients])["exp_avg"]
+    torch.testing.assert_close(turned(gradients)[0], expected, rtol=1e-10, atol=1e-10)
+    # Equal gradients: the mean square is the square of the mean, in each basis. Where the rotated square is larger
+    # than that of uncorrelated entries, the mean square is Adam's for the rotated gradient; else it is the latter.
+    gradient = random(r, c, seed=99)
+    rotated = left @ gradient @ right
+    alone = torch.zeros(shape).double()
+    for (i, j), (k, m) in itertools.product(entries(shape), entries(shape)):
+        alone[i, j] += (left[i, k] * gradient[k, m] * right[m, j]) ** 2
+    first, second = turned([gradient] * steps)
+    state = adam_state([rotated] * steps)
+    torch.testing.assert_close(first, state["exp_avg"], rtol=1e-10, atol=1e-10)
+    correction = 1 - BETAS[1] ** steps
+    expected = torch.where(rotated.square() >= alone, state["exp_avg_sq"], alone * correction)
+    torch.testing.assert_close(second, expected, rtol=1e-9, atol=1e-12)
+    assert (rotated.square() >= alone).any()
+
+
+def test_a_fixed_support_in_another_order_changes_nothing_in_early_steps():
+    """Adam of the full rotated gradient is the oracle: its entries do not depend on each other."""
+    factors = orthonormal(7, 1), orthonormal(5, 2)
+    turns = signed_permutation(7, 3), signed_permutation(5, 4)
+    rows, columns = torch.tensor([0, 2, 6]), torch.tensor([1, 4])
+    old = FixedSupport.of_block(Basis(*factors), rows, columns)
+    # The same columns of V and U, in another place and with other signs.
+    new_rows, new_columns = (turn[kept].abs().argmax(1) for turn, kept in zip(turns, (rows, columns), strict=True))
+    turned = Basis(factors[0] @ turns[0], factors[1] @ turns[1])
+    new = FixedSupport.of_block(turned, new_rows, new_columns)
+    gradients = [random(7, 5, seed=seed) for seed in range(6)]
+    state = adam_state([old.block_of(gradient).flatten() for gradient in gradients[:2]])
+    rotate_fixed_moments(state, BETAS, old, new)
+    parameter = torch.zeros(6).double().requires_grad_()
+    optimizer = torch.optim.Adam([parameter], lr=0.1, betas=BETAS)
+    optimizer.state[parameter] = state
+    dense = torch.zeros(7, 5).double().requires_grad_()
+    oracle = torch.optim.Adam([dense], lr=0.1, betas=BETAS)
+    before = None
+    for i, gradient in enumerate(gradients):
+        dense.grad = factors[0].T @ gradient @ factors[1]
+        oracle.step()
+        if i == 1:
+            before = dense.detach().clone()
+        if i > 1:
+            parameter.grad = new.block_of(gradient).flatten()
+            optimizer.step()
+    change = new.out_columns @ parameter.detach().view(3, 2) @ new.in_columns.T
+    kept = torch.zeros(7, 5).double()
+    kept[rows[:, None], columns] = (dense.detach() - before)[rows[:, None], columns]
+    torch.testing.assert_close(change, factors[0] @ kept @ factors[1].T, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("support", ["static", "structured"])

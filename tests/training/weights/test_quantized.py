@@ -109,6 +109,7 @@ def test_adapters_and_heads_train_on_a_quantized_base(folder, method, settings, 
             assert torch.allclose(model(**batch).logits, theirs, atol=2e-3)
 
 
+@pytest.mark.usefixtures("fresh_structures")
 @pytest.mark.parametrize("quantization", PACKAGES)
 def test_reading_the_structure_leaves_a_quantized_model_as_it_is(folder, quantization):
     pytest.importorskip(PACKAGES[quantization])
