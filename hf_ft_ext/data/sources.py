@@ -295,11 +295,11 @@ def _open_dataset(
         elif data_args.dataset_revision is not None:
             _check_revision(name, config, options)
         if reading.quoting != AUTO or reading.names:
-            _check_reading(reading, "read with its publisher's settings" if local is None else "in other formats")
+            _check_reading(reading, "read with its own settings" if local is None else "in other formats")
         splits = load_dataset(name, config, streaming=data_args.streaming, **options)
     if any(rows.info.builder_name == "csv" for rows in splits.values()):
         logger.warning(
-            "data set '%s' holds csv files, read by its publisher's settings: with quotes, NA as a missing value; if "
+            "data set '%s' holds csv files, read with its own settings: with quotes, NA as a missing value; if "
             "rows or texts are missing, download the files and pass them to --train_file and --validation_file",
             data_args.dataset_name or name,
         )

@@ -42,7 +42,7 @@ _NLI = ("entailment", "neutral", "contradiction")
 _POLARITY = ("negative", "positive")
 _TEXT = (("text",), ("sentence",))
 # Copies without ClassLabel features have the label names in a separate column.
-_SPELT = ("label_text", "label", "labels")
+_COLUMNS = ("label_text", "label", "labels")
 
 
 def _glue(name: str, columns: tuple[str, ...], label_names: tuple[str, ...] | None, **kwargs) -> Task:
@@ -112,9 +112,9 @@ _TASKS = (
         label_aliases={"neg": "negative", "pos": "positive"},
         positive_label="positive",
     ),
-    Task("cr", _TEXT, _POLARITY, hub_id="SetFit/SentEval-CR", label_columns=_SPELT, positive_label="positive"),
-    Task("mpqa", _TEXT, _POLARITY, hub_id="jxm/mpqa", label_columns=_SPELT, positive_label="positive"),
-    Task("subj", _TEXT, ("subjective", "objective"), hub_id="SetFit/subj", label_columns=_SPELT),
+    Task("cr", _TEXT, _POLARITY, hub_id="SetFit/SentEval-CR", label_columns=_COLUMNS, positive_label="positive"),
+    Task("mpqa", _TEXT, _POLARITY, hub_id="jxm/mpqa", label_columns=_COLUMNS, positive_label="positive"),
+    Task("subj", _TEXT, ("subjective", "objective"), hub_id="SetFit/subj", label_columns=_COLUMNS),
     Task(
         "trec",
         _TEXT,
@@ -136,7 +136,7 @@ _TASKS = (
         _TEXT,
         ("very negative", "negative", "neutral", "positive", "very positive"),
         hub_id="SetFit/sst5",
-        label_columns=_SPELT,
+        label_columns=_COLUMNS,
     ),
     Task("snli", (("premise", "hypothesis"),), _NLI, hub_id="stanfordnlp/snli"),
     Task("ag_news", (("text",), ("description",)), ("World", "Sports", "Business", "Sci/Tech"), "fancyzhx/ag_news"),

@@ -31,7 +31,7 @@ from hf_ft_ext.gradientless.search_arguments import (
 )
 
 # Arguments that only one search method uses: setting one with another method is an error.
-_ONLY = {
+_METHOD_OF_ARGUMENT = {
     **dict.fromkeys(
         ("search_candidates", "search_options", "search_selection", "search_sampling_size", "search_sampling_steps",
          "search_antithetic", "search_pool"),
@@ -90,7 +90,7 @@ def check_values(args: SearchArguments) -> None:
 def check_together(args: SearchArguments) -> None:
     """Raise an `InputError` for an option that the chosen search does not use, or that contradicts another one."""
     defaults = {f.name: f.default for f in fields(args)}
-    for name, method in _ONLY.items():
+    for name, method in _METHOD_OF_ARGUMENT.items():
         if args.search_method != method and getattr(args, name) != defaults[name]:
             raise InputError(
                 f"{name}={getattr(args, name)} applies to search_method={method}, not to {args.search_method}; leave "

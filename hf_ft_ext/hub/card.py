@@ -33,7 +33,12 @@ _METRIC_TYPES = {  # our key -> the Hub's name, if different
 _NO_QUALITY = re.compile(r"loss|runtime|.*_per_second|.*_time|epoch")
 # For records of earlier versions, which do not have the splits: the split of each metric prefix, and the arguments
 # that reduce its rows.
-_EARLIER = {"eval": "validation", "eval_mm": "validation_mismatched", "test": "test", "test_mm": "test_mismatched"}
+_SPLIT_OF_PREFIX = {
+    "eval": "validation",
+    "eval_mm": "validation_mismatched",
+    "test": "test",
+    "test_mm": "test_mismatched",
+}
 _FEWER_ROWS = {"eval": ("num_k", "max_eval_samples"), "test": ("num_k", "max_predict_samples")}
 
 
@@ -195,7 +200,7 @@ def _evaluations(record: dict[str, Any]) -> list[dict[str, Any]]:
 def _earlier_splits(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     arguments = record.get("arguments") or {}
     splits = {}
-    for prefix, split in _EARLIER.items():
+    for prefix, split in _SPLIT_OF_PREFIX.items():
         fewer = [name for name in _FEWER_ROWS[prefix.partition("_")[0]] if arguments.get(name) is not None]
         splits[prefix] = {"split": split, "selection": "unknown" if fewer else ALL, "fewer": ", ".join(
             f"{name}={arguments[name]}" for name in fewer)}  # fmt: skip

@@ -40,7 +40,7 @@ SAVED_ARGUMENTS = (
     "kernel_peft_config", "kernel_regularization", "kernel_solver", "kernel_svm_c", "kernel_time", "only_biases",
     "random_model_init",
 )  # fmt: skip
-_NEEDED = ("format", "arguments", "solver", "solution", "scalars", "parameters", "weights", "training", "files")
+_REQUIRED = ("format", "arguments", "solver", "solution", "scalars", "parameters", "weights", "training", "files")
 
 
 @dataclass
@@ -126,7 +126,7 @@ class SavedKernel:
                 f"{str(folder)!r} holds {len(training)} training rows, but coefficients for {model.solution.rows}; "
                 "copy the folder again, or solve the kernel again"
             )
-        about = {key: value for key, value in record.items() if key not in (*_NEEDED, "function")}
+        about = {key: value for key, value in record.items() if key not in (*_REQUIRED, "function")}
         return cls(
             record["arguments"], model, training, list(record["parameters"]), record["weights"], record["function"],
             about,
@@ -210,7 +210,7 @@ def _record(folder: Path) -> dict[str, Any]:
             f"{path} has format {record['format']}, but this version of hf_ft_ext reads {_FORMAT}; install the "
             "version that wrote it"
         )
-    if missing := [key for key in _NEEDED if key not in record]:
+    if missing := [key for key in _REQUIRED if key not in record]:
         raise InputError(f"{path} lacks {missing[0]!r}; copy the folder again, or solve the kernel again")
     return record
 

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "kernel.json"
 # Fields of the configuration that do not affect gradients. `architectures` changes when a model is saved; the class
 # of the model is hashed separately.
-_NOT_ABOUT_GRADIENTS = ("_name_or_path", "architectures", "transformers_version", "id2label", "label2id")
+_FIELDS_WITHOUT_EFFECT = ("_name_or_path", "architectures", "transformers_version", "id2label", "label2id")
 
 
 def model_hash(model: nn.Module) -> str:
@@ -32,7 +32,7 @@ def model_hash(model: nn.Module) -> str:
     digest = hashlib.sha256(type(model).__name__.encode())
     config = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
-        about = {key: value for key, value in config.to_dict().items() if key not in _NOT_ABOUT_GRADIENTS}
+        about = {key: value for key, value in config.to_dict().items() if key not in _FIELDS_WITHOUT_EFFECT}
         digest.update(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor_hash(tensor)}\n".encode())

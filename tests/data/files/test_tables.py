@@ -289,7 +289,7 @@ def test_settings_of_a_data_sets_readme_are_kept_and_logged(tmp_path, caplog):
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: c\n  data_files: train.csv\n{setting}---\n")
     data = load_data(DataArguments(dataset_name=str(tmp_path)), cache_dir=str(tmp_path / "cache"))
     assert data.train["text"][:] == ["a,b", None]
-    assert "read by its publisher's settings: with quotes, NA as a missing value" in caplog.text
+    assert "read with its own settings: with quotes, NA as a missing value" in caplog.text
 
 
 def test_a_stream_of_any_split_of_a_folder(tmp_path):
