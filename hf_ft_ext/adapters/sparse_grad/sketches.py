@@ -25,8 +25,8 @@ class _DenseGradient(NamedTuple):
         return project(self.gradient.T, matrix)
 
 
-class _Rows(NamedTuple):
-    """A gradient `g^T x` by its inputs (tokens, in) and output gradients (tokens, out)."""
+class _FactoredGradient(NamedTuple):
+    """A gradient `g^T x` kept as its factors: inputs (tokens, in) and output gradients (tokens, out)."""
 
     x: torch.Tensor
     g: torch.Tensor
@@ -84,9 +84,9 @@ class Sketches:
                 formed = (g.T @ x.to(g.dtype)).to(dtype)
                 self._pending[name] = self._pending[name] + formed if name in self._pending else formed
                 return
-            gradient: _DenseGradient | _Rows
+            gradient: _DenseGradient | _FactoredGradient
             if self._rows_are_cheaper(len(x)):
-                gradient = _Rows(x.to(dtype), g.to(dtype))
+                gradient = _FactoredGradient(x.to(dtype), g.to(dtype))
             else:
                 gradient = _DenseGradient((g.T @ x.to(g.dtype)).to(dtype))
             if self._accumulated:
@@ -102,14 +102,14 @@ class Sketches:
         width = self.out.omega.shape[1] + self.inp.omega.shape[1]
         return 2 * tokens * (n_out + n_in) * width < tokens * n_out * n_in + 2 * n_out * n_in * width
 
-    def _add(self, name: str, gradient: _DenseGradient | _Rows) -> None:
+    def _add(self, name: str, gradient: _DenseGradient | _FactoredGradient) -> None:
         # G G^T Omega and G^T G Omega, G the mean over processes, in the same order on all of them
         out = mean_over_processes(gradient.transposed_times(self.out.omega))
         inp = mean_over_processes(gradient.times(self.inp.omega))
         self._add_product(name, self.out, mean_over_processes(gradient.times(out)))
         self._add_product(name, self.inp, mean_over_processes(gradient.transposed_times(inp)))
 
-    def _accumulate(self, name: str, gradient: _DenseGradient | _Rows) -> None:
+    def _accumulate(self, name: str, gradient: _DenseGradient | _FactoredGradient) -> None:
         if self._projected is None:  # first pass: G_i^T Omega_out and G_i Omega_in
             products = gradient.transposed_times(self.out.omega), gradient.times(self.inp.omega)
         else:  # second pass: G_i P and G_i^T P, with the sums P of the first pass
