@@ -54,6 +54,14 @@ OTHER_DECODERS = {
 }
 ENCODER_DECODERS = ("t5", "bart", "pegasus")
 TEXT = ["a film with a great plot and a brilliant cast: it was great.", "we hated the dull scene, but not the ending!"]
+# rows of openassistant: a conversation with two replies to its first message
+MESSAGES = [
+    {"message_id": "a", "parent_id": None, "role": "prompter", "text": "good film"},
+    {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "a great plot"},
+    {"message_id": "c", "parent_id": "b", "role": "prompter", "text": "bad film"},
+    {"message_id": "d", "parent_id": "c", "role": "assistant", "text": "a dull plot"},
+    {"message_id": "e", "parent_id": "a", "role": "assistant", "text": "fine"},
+]
 _CORPUS = [
     *TEXT,
     " ".join(WORDS),

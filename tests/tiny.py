@@ -1,5 +1,6 @@
 """Tiny models, a tiny tokenizer and tiny data, built in memory: the suite downloads nothing."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -93,6 +94,17 @@ def text_dataset(n: int = 40, pair: bool = False, seed: int = 0) -> Dataset:
         {**dict.fromkeys(text, Value("string")), "label": ClassLabel(names=["no", "yes"]), "idx": Value("int32")}
     )
     return Dataset.from_dict({**text, "label": labels, "idx": list(range(n))}, features=features)
+
+
+def write_texts(name: str | Path, n: int, seed: int = 0) -> None:
+    """Write rows of `text_dataset` to a csv file with the columns sentence and label."""
+    text_dataset(n, seed=seed).select_columns(["sentence", "label"]).to_csv(name)
+
+
+def save_masked_lm(folder: str) -> None:
+    """A saved masked language model with its tokenizer: what `--model_name_or_path` takes."""
+    tiny_masked_lm().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
 
 
 def labels_only(*names: str, regression: bool = False):

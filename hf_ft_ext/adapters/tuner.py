@@ -90,6 +90,22 @@ class LayerTuner(BaseTuner):
             )
         return found
 
+    def _wrap(
+        self, adapter_name: str, parent: nn.Module, target_name: str, target: nn.Module, config: Any, *own: Any
+    ) -> None:
+        """Put the tuner's layer in place of `target`, or add the adapter to the layer that is there.
+
+        Args:
+            own: what the layer's class takes beside the configuration.
+        """
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter_name, config, *own)
+            return
+        layer = self.tuner_layer_cls(target, adapter_name, config, *own)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
     @staticmethod
     def _check_target_module_exists(peft_config, key: str) -> bool:
         return matches(peft_config, plain_name(key))

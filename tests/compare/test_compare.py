@@ -13,7 +13,7 @@ import pytest
 import torch
 from processes import Fork, wait_for
 from run_records import run_record
-from tiny import text_dataset
+from tiny import write_texts
 
 from hf_ft_ext.compare import process
 from hf_ft_ext.compare.__main__ import main
@@ -345,8 +345,8 @@ def test_a_real_run(monkeypatch, tiny_bert_dir):
     for name, value in REAL.items():
         monkeypatch.setattr(name, value)
     monkeypatch.setattr("hf_ft_ext.compare.process.subprocess.Popen", Forked)
-    text_dataset(24, seed=0).select_columns(["sentence", "label"]).to_csv("train.csv")
-    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("dev.csv")
+    write_texts("train.csv", 24)
+    write_texts("dev.csv", 12, seed=1)
     argv = [
         "--methods", "full", "--model_name_or_path", tiny_bert_dir, "--train_file", "train.csv", "--validation_file",
         "dev.csv", "--max_seq_length", "16", "--use_cpu", "--max_steps", "2", "--output_dir", "out",

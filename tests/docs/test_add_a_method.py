@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from blocks import EXAMPLE, ROOT, blocks_of
 from processes import launch
-from tiny import text_dataset
+from tiny import write_texts
 
 import run_glue
 from hf_ft_ext import methods
@@ -25,8 +25,8 @@ def test_the_page_has_all_files():
 
 def test_the_method_runs_through_the_launcher(entered, package, tiny_bert_dir, monkeypatch, capsys):
     monkeypatch.chdir(package)
-    text_dataset(16).select_columns(["sentence", "label"]).to_csv("train.csv")
-    text_dataset(8, seed=1).select_columns(["sentence", "label"]).to_csv("dev.csv")
+    write_texts("train.csv", 16)
+    write_texts("dev.csv", 8, seed=1)
     words = ["--method", "bitfit", "--model_name_or_path", tiny_bert_dir, "--train_file", "train.csv"]
     words += [
         "--validation_file",

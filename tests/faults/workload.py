@@ -7,7 +7,7 @@ from pathlib import Path
 
 from quick import AT_ONCE, QUICK
 from safetensors.torch import load_file
-from tiny import text_dataset, tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer, write_texts
 
 from hf_ft_ext.methods import METHODS
 
@@ -22,7 +22,7 @@ def prepare(root: Path) -> Path:
     tiny_model("bert").save_pretrained(root / "model")
     tiny_tokenizer().save_pretrained(root / "model")
     for name, rows in (("train", 48), ("dev", 16), ("test", 8)):
-        text_dataset(rows, seed=rows).select_columns(["sentence", "label"]).to_csv(root / f"{name}.csv")
+        write_texts(root / f"{name}.csv", rows, seed=rows)
     return root
 
 

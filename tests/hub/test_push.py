@@ -14,7 +14,7 @@ from huggingface_hub import HfApi
 from offline import write_model
 from run_records import model_run, run_record, write_run
 from stand_in import BROKEN, Fault, Repository
-from tiny import text_dataset, tiny_model
+from tiny import tiny_model, write_texts
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import run_glue
@@ -39,8 +39,8 @@ NO_LOOP = ("linearhead", "kernel")
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text_dataset(24, seed=0).select_columns(["sentence", "label"]).to_csv("train.csv")
-    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("dev.csv")
+    write_texts("train.csv", 24)
+    write_texts("dev.csv", 12, seed=1)
 
 
 @pytest.fixture

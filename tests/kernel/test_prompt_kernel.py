@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import text_dataset, tiny_masked_lm, tiny_tokenizer
+from tiny import save_masked_lm, text_dataset, tiny_masked_lm, tiny_tokenizer, write_texts
 
 import run_glue
 from hf_ft_ext import PromptEncoder, PromptForSequenceClassification, empirical_ntk
@@ -53,10 +53,9 @@ def test_rows_of_several_contexts():
 @pytest.fixture
 def launch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text_dataset(80).select_columns(["sentence", "label"]).to_csv("train.csv")
-    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("test.csv")
-    tiny_masked_lm().save_pretrained("mlm")
-    tiny_tokenizer().save_pretrained("mlm")
+    write_texts("train.csv", 80)
+    write_texts("test.csv", 12, seed=1)
+    save_masked_lm("mlm")
 
     def call(*argv):
         words = [

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from kernel_runs import make
 from safetensors.torch import load_file, save_file
-from tiny import text_dataset, tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
+from tiny import save_masked_lm, text_dataset, tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer, write_texts
 from transformers import AutoModelForSequenceClassification, BertModel
 
 import run_glue
@@ -236,12 +236,11 @@ def test_kernel_of_a_user_function_is_saved_and_loaded(tmp_path, columns):
 @pytest.fixture
 def launch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text_dataset(40).select_columns(["sentence", "label"]).to_csv("train.csv")
-    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("test.csv")
+    write_texts("train.csv", 40)
+    write_texts("test.csv", 12, seed=1)
     tiny_model().save_pretrained("base")
-    tiny_masked_lm().save_pretrained("mlm")
-    for folder in ("base", "mlm"):
-        tiny_tokenizer().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained("base")
+    save_masked_lm("mlm")
 
     def call(*argv):
         words = ["--method", "kernel", "--test_file", "test.csv", "--max_seq_length", "32", "--use_cpu"]

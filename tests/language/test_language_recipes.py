@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import save_decoder
+from decoders import MESSAGES, save_decoder
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -13,13 +13,6 @@ import run_glue
 from hf_ft_ext.compare.settings import read_comparison
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-MESSAGES = [
-    {"message_id": "a", "parent_id": None, "role": "prompter", "text": "good film"},
-    {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "a great plot"},
-    {"message_id": "c", "parent_id": "b", "role": "prompter", "text": "bad film"},
-    {"message_id": "d", "parent_id": "c", "role": "assistant", "text": "a dull plot"},
-    {"message_id": "e", "parent_id": "a", "role": "assistant", "text": "fine"},
-]
 SQUAD = {"title": "A film", "context": "it was great", "question": "was it?", "answers": {"text": ["great"]}}
 
 

@@ -2,15 +2,15 @@
 
 import pytest
 from quick import AT_ONCE, QUICK
-from tiny import text_dataset
+from tiny import text_dataset, write_texts
 
 import run_glue
 
 
 @pytest.fixture
 def files(tmp_path) -> list[str]:
-    text_dataset(32, seed=0).select_columns(["sentence", "label"]).to_csv(tmp_path / "train.csv")
-    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv(tmp_path / "dev.csv")
+    write_texts(tmp_path / "train.csv", 32)
+    write_texts(tmp_path / "dev.csv", 12, seed=1)
     text_dataset(7, seed=2).select_columns(["sentence"]).to_csv(tmp_path / "test.csv")
     return ["--train_file", "train.csv", "--validation_file", "dev.csv", "--test_file", "test.csv"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from tiny import text_dataset
+from tiny import write_texts
 
 import run_glue
 from hf_ft_ext.errors import InputError
@@ -17,7 +17,7 @@ from hf_ft_ext.launch.folder import LOCK_FILE, LOCK_HOLDER_FILE, lock_folder
 @pytest.fixture
 def launch(tmp_path, monkeypatch, tiny_bert_dir):
     monkeypatch.chdir(tmp_path)
-    text_dataset(24).select_columns(["sentence", "label"]).to_csv("train.csv")
+    write_texts("train.csv", 24)
 
     def call(*argv):
         return run_glue.main(

@@ -11,7 +11,16 @@ from datasets import Dataset
 from peft import PeftModel
 from processes import two_ranks
 from sklearn.linear_model import LogisticRegression
-from tiny import CONFIGS, text_dataset, tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
+from tiny import (
+    CONFIGS,
+    save_masked_lm,
+    text_dataset,
+    tiny_dataset,
+    tiny_masked_lm,
+    tiny_model,
+    tiny_tokenizer,
+    write_texts,
+)
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -180,9 +189,8 @@ def launch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     data = text_dataset(80)
     data.select_columns(["sentence", "label"]).to_csv("train.csv")
-    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("test.csv")
-    tiny_masked_lm().save_pretrained("mlm")
-    tiny_tokenizer().save_pretrained("mlm")
+    write_texts("test.csv", 12, seed=1)
+    save_masked_lm("mlm")
 
     def call(*argv):
         return run_glue.main([*SHARED, *argv])

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
-from decoders import decoder, save_decoder, subword_tokenizer
+from decoders import MESSAGES, decoder, save_decoder, subword_tokenizer
 from tiny import tiny_masked_lm, tiny_tokenizer
 
 import run_glue
@@ -249,15 +249,6 @@ def test_own_columns_take_trls_names(tmp_path):
     assert data.form is Form.PROMPT and data.train[0] == {"prompt": "q", "completion": "a"}
     data = load_language_data(DataArguments(train_file=file, text_columns=["note"]))
     assert data.form is Form.TEXT and data.train[0] == {"text": "n"}
-
-
-MESSAGES = [
-    {"message_id": "a", "parent_id": None, "role": "prompter", "text": "good film"},
-    {"message_id": "b", "parent_id": "a", "role": "assistant", "text": "a great plot"},
-    {"message_id": "c", "parent_id": "b", "role": "prompter", "text": "bad film"},
-    {"message_id": "d", "parent_id": "c", "role": "assistant", "text": "a dull plot"},
-    {"message_id": "e", "parent_id": "a", "role": "assistant", "text": "fine"},
-]
 
 
 def test_every_reply_of_openassistant_comes_with_the_turns_before_it(tmp_path):

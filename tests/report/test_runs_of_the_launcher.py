@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny import text_dataset
+from tiny import write_texts
 
 import run_glue
 from hf_ft_ext.errors import InputError
@@ -16,8 +16,8 @@ from hf_ft_ext.report.__main__ import main as report
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text_dataset(40, seed=0).select_columns(["sentence", "label"]).to_csv("train.csv")
-    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv("dev.csv")
+    write_texts("train.csv", 40)
+    write_texts("dev.csv", 12, seed=1)
 
 
 def run(model: str, *options: str) -> dict:

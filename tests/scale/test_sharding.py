@@ -11,7 +11,7 @@ from accelerate.commands.launch import launch_command, launch_command_parser
 from processes import Ended, two_ranks
 from safetensors.torch import load_file
 from spans import principal_angle, with_changes
-from tiny import text_dataset, tiny_dataset, tiny_model, tiny_tokenizer
+from tiny import tiny_dataset, tiny_model, tiny_tokenizer, write_texts
 from transformers import AutoModelForSequenceClassification
 
 import run_glue
@@ -94,8 +94,8 @@ def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("sharded")
     tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
-    text_dataset(32, seed=0).select_columns(["sentence", "label"]).to_csv(folder / "train.csv")
-    text_dataset(12, seed=1).select_columns(["sentence", "label"]).to_csv(folder / "dev.csv")
+    write_texts(folder / "train.csv", 32)
+    write_texts(folder / "dev.csv", 12, seed=1)
     return folder
 
 

@@ -28,15 +28,12 @@ class BottleneckModel(LayerTuner):
         refuse_nested_targets(model, "bottleneck", peft_config)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        if isinstance(target, BottleneckLayer):
-            target.update_layer(adapter_name, peft_config)
-            return
-        hidden = getattr(getattr(self.model, "config", None), "hidden_size", None)
-        base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-        layer = BottleneckLayer(target, adapter_name, peft_config, width_of(base, peft_config, hidden))
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        width = ()
+        if not isinstance(target, BottleneckLayer):
+            hidden = getattr(getattr(self.model, "config", None), "hidden_size", None)
+            base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
+            width = (width_of(base, peft_config, hidden),)
+        self._wrap(adapter_name, parent, target_name, target, peft_config, *width)
 
 
 def default_targets(model: nn.Module, placement: str) -> list[str]:

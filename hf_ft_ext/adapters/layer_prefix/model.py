@@ -49,13 +49,7 @@ class LayerPrefixModel(LayerTuner):
         projection = None
         if peft_config.projection_size is not None:
             projection = self._projection(adapter_name, peft_config, base)
-        if isinstance(target, PrefixLayer):
-            target.update_layer(adapter_name, peft_config, projection)
-            return
-        layer = PrefixLayer(target, adapter_name, peft_config, projection)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        self._wrap(adapter_name, parent, target_name, target, peft_config, projection)
 
     def _projection(self, adapter_name: str, config: LayerPrefixConfig, attention: nn.Module) -> PrefixProjection:
         """The network that the layers of `adapter_name` share; created for the first layer."""

@@ -43,13 +43,7 @@ class SparseGradModel(LayerTuner):
                 f"{', '.join(linear_kinds(self.model))}"
             )
         columns = self._columns(adapter_name, peft_config, target, name)
-        if isinstance(target, SparseGradLayer):
-            target.update_layer(adapter_name, peft_config, columns)
-            return
-        layer = SparseGradLayer(target, adapter_name, peft_config, columns)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        self._wrap(adapter_name, parent, target_name, target, peft_config, columns)
 
     def _columns(self, adapter_name: str, config: SparseGradConfig, target: nn.Module, name: str) -> SparseGradColumns:
         """The columns of a layer: new ones, or those of another layer of its kind."""
