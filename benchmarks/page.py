@@ -85,7 +85,7 @@ def _conditions(folder: Path) -> list[str]:
             where = results.machine_text(run["machine"])
             commit, torch = run.get("commit") or "", run["versions"]["torch"]
             name = f"[{path.stem}](../benchmarks/results/{path.name})"
-            lines.append(f"| {name} | {run['date']} | {where} | {torch} | {commit} | `{run['command']}` |")
+            lines.append(f"| {name} | {run['date']} | {where} | {torch} | {commit} | `{results.command_text(run)}` |")
     return lines
 
 

@@ -361,7 +361,7 @@ def main() -> None:
 
     def save(rows: list[dict]) -> None:
         if args.result:
-            results.save(args.result, rows, ["python", "benchmarks/peers.py", *sys.argv[1:]])
+            results.save(args.result, rows)
 
     if args.families:
         families(save)

@@ -122,7 +122,7 @@ def _conditions(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         run = row["run"]
         where = results.machine_text(run["machine"])
-        text = f"{run['date']}, {where}, torch {run['versions']['torch']}: `{run['command']}`"
+        text = f"{run['date']}, {where}, torch {run['versions']['torch']}: `{results.command_text(run)}`"
         if text not in texts:
             texts.append(text)
     noisy = sum(bool(row.get("noisy")) for row in rows)

@@ -98,7 +98,7 @@ def test_layers_that_are_not_there_cannot_freeze():
     ):
         fix_layers(tiny_model(), 3)
     config = AlbertConfig(vocab_size=60, embedding_size=8, hidden_size=16, num_attention_heads=2, intermediate_size=16)
-    with pytest.raises(InputError, match="has 1 layers with separate weights; pass at most 1"):
+    with pytest.raises(InputError, match="has 1 layer with separate weights; pass at most 1"):
         fix_layers(AlbertForSequenceClassification(config), 2)
     assert not fix_layers(tiny_model(), 1)[0].startswith("encoder")
 
