@@ -43,7 +43,7 @@ coverage: $(VENV)/.test $(VENV)/.trl
 # Some 1,200 injected faults, about an hour on one core; FAULTS='--count 4' does a fifth of them.
 faults: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/faults/campaign.py $(FAULTS)
-	ARGUMENT_EXAMPLES=150 $(BIN)/python -m pytest tests/faults/test_arguments.py
+	ARGUMENT_EXAMPLES=150 $(BIN)/python -m pytest tests/faults/inputs/test_arguments.py
 
 # The notebooks of examples/ are written from the scripts beside them, then run without the Hub, in some minutes.
 notebooks: $(VENV)/.demo $(VENV)/.test $(VENV)/.trl $(VENV)/.notebooks

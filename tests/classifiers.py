@@ -1,5 +1,8 @@
 """Every sequence classifier of transformers, as small as its configuration lets it be."""
 
+import copy
+import functools
+
 import torch
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
@@ -47,6 +50,14 @@ DIFFERENT = (
 
 def tiny_classifier(kind: str | type[PreTrainedConfig], seed: int = 0, **config) -> torch.nn.Module:
     """A classifier of one family: two layers of 32 features, 120 words, two labels."""
+    config_class, chosen = _settings(kind)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return CLASSIFIERS[config_class](config_class(**copy.deepcopy(chosen) | config)).eval()
+
+
+@functools.cache
+def _settings(kind: str | type[PreTrainedConfig]) -> tuple[type[PreTrainedConfig], dict]:
     model_type = "deberta-v2" if kind == "deberta-v3" else kind
     config_class = next(c for c in CLASSIFIERS if model_type in (c, c.model_type))
     plain = config_class()
@@ -60,9 +71,7 @@ def tiny_classifier(kind: str | type[PreTrainedConfig], seed: int = 0, **config)
         chosen.pop("num_hidden_layers", None)
     if getattr(plain, "layer_types", None):
         chosen["layer_types"] = list(plain.layer_types)[:2]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return CLASSIFIERS[config_class](config_class(**chosen | config)).eval()
+    return config_class, chosen
 
 
 def perturb(model: torch.nn.Module, seed: int = 0, size: float = 0.1) -> torch.nn.Module:

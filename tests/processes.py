@@ -137,21 +137,30 @@ def launch_two(
     argv: list[str], folder: Path, faults=(None, None), seconds: float = 90, main: Main = run_glue.main
 ) -> list[Ended]:
     """Run `main(argv)` in `folder` as the two processes of one run: what `torchrun --nproc_per_node 2` starts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     forks = [Fork(main, argv, folder, as_rank(rank, 2, port, faults[rank]), f".{rank}") for rank in (0, 1)]
     wait_for(forks, seconds)
     return [fork.ended() for fork in forks]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """What torchrun sets for one of `world` processes."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    words = {"MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    return {key: str(value) for key, value in numbers.items()} | words
 
 
 def as_rank(rank: int, world: int, port: int, fault: Fault | None = None) -> Callable[[], None]:
     """What makes a fork one of `world` processes, and installs `fault` in it."""
 
     def install() -> None:
-        about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        os.environ.update({key: str(value) for key, value in about.items()})
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+        os.environ.update(rank_environment(rank, world, port))
         AcceleratorState._reset_state(True)  # this process may have been a single one before
         PartialState._reset_state()
         GradientState._reset_state()

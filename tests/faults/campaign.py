@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import conftest  # noqa: F401 (offline, one thread)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
 import damages
 import disks
 import interruptions
-import kill_runs
 import kills
 import nan_runs
 import ranks
@@ -51,7 +52,7 @@ def faults(runs: Runs, methods: list[str], count: int) -> Iterator[tuple[str, Ca
     for number in range(count):
         for method in methods:
             for kind in kills.KINDS:
-                yield _fault(runs, method, kind, number, kill_runs.kill_and_recover)
+                yield _fault(runs, method, kind, number, interruptions.kill_and_recover)
             if number < count // 2:  # two signals, two disks
                 for kind in interruptions.KINDS:
                     yield _fault(runs, method, kind, number, interruptions.interrupt_and_recover)

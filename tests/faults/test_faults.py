@@ -10,7 +10,6 @@ from random import Random
 import damages
 import disks
 import interruptions
-import kill_runs
 import nan_runs
 import pytest
 import ranks
@@ -163,7 +162,7 @@ def test_output_that_cannot_be_written_is_found_before_training(unbroken):
     ],
 )  # fmt: skip
 def test_ten_kills(unbroken, method, kind, seed):
-    assert_recovered(kill_runs.kill_and_recover(unbroken(method), kind, seed))
+    assert_recovered(interruptions.kill_and_recover(unbroken(method), kind, seed))
 
 
 @pytest.mark.slow

@@ -43,10 +43,23 @@ def run_all(argv: list[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("two")
+def one(tmp_path_factory) -> list[tuple[dict, dict]]:
+    """Of each cell on one process, the parameters before training and the result."""
     for kind in TOKENIZER_OF.values():  # a unigram tokenizer comes out otherwise in each process that trains one
         subword_tokenizer(kind)
+    found = []
+    for name, family, task in RUNS:
+        trainer = make(tmp_path_factory.mktemp("one"), name, family, task, batch=4, accumulation=2, steps=2)
+        before = {key: p.detach().clone() for key, p in trainer.model.named_parameters()}
+        trainer.train()
+        found.append((before, result(trainer)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, one) -> Path:
+    """The folder that the runs on two processes leave; what they import, this process has imported."""
+    folder = tmp_path_factory.mktemp("two")
     two_ranks(run_all, str(folder), seconds=300)
     return folder
 
@@ -56,12 +69,8 @@ def test_every_method_has_a_cell():
 
 
 @pytest.mark.parametrize("number", range(len(RUNS)), ids=["-".join(run) for run in RUNS])
-def test_two_processes_end_where_one_does(two, tmp_path, number):
-    name, family, task = RUNS[number]
-    trainer = make(tmp_path, name, family, task, batch=4, accumulation=2, steps=2)
-    before = {key: p.detach().clone() for key, p in trainer.model.named_parameters()}
-    trainer.train()
-    ours, theirs = result(trainer), load_file(two / f"{number}.safetensors")
+def test_two_processes_end_where_one_does(one, two, number):
+    (before, ours), theirs = one[number], load_file(two / f"{number}.safetensors")
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         assert torch.allclose(ours[key], value, rtol=0, atol=1e-6), f"{key}: {(ours[key] - value).abs().max():.2g}"

@@ -28,7 +28,7 @@ def same(a, b) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def python(*argv: str) -> subprocess.CompletedProcess:
+def python(*argv: str, **environment: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path}
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
     return finished([sys.executable, *argv], timeout=240, env=environment)

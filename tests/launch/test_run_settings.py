@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+import transformers
 from launched import IN_STEPS, KEEPS_WEIGHTS, ROOT, python, same, weights
-from processes import two_ranks
+from processes import Fork, as_rank, free_port, rank_environment, two_ranks, wait_for
 from quick import AT_ONCE, QUICK
 from tiny import tiny_model
 
@@ -164,11 +166,17 @@ def test_torch_compile_changes_nothing(launch, plain, method):
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+def show_bars() -> None:
+    """Earlier runs in this process have silenced them."""
+    transformers.utils.logging.enable_progress_bar()
+    datasets.enable_progress_bars()
+
+
 # What each method computes on two processes: tests/scale/test_processes.py. Here: the launcher around a loop,
 # a stream that is shared out, and predictions of all rows at once.
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora", "kernel"])
-def test_two_processes_give_what_one_gives(launch, files, method, no_dropout):
+def test_two_processes_give_what_one_gives(launch, files, method, no_dropout, tmp_path):
     options = ["--model_name_or_path", no_dropout, "--do_train", "--do_eval", "--do_predict"]
     sizes = [()] * 2
     if method not in AT_ONCE:
@@ -179,11 +187,14 @@ def test_two_processes_give_what_one_gives(launch, files, method, no_dropout):
 
     argv = ["--method", method, *files, "--max_seq_length", "16", *QUICK.get(method, ()), *options, *sizes[1]]
     argv += ["--use_cpu", "--output_dir", "two", *(() if method == "full" else ("--disable_tqdm", "true"))]
-    if method == "full":  # by torchrun itself, for what a start from nothing does
-        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-        done = python(*torchrun, str(ROOT / "run_glue.py"), *argv)
-        assert done.returncode == 0, done.stderr[-3000:]
-        out, err = done.stdout, done.stderr
+    if method == "full":  # the second process by itself: torch reads what silences it at its start from nothing
+        port = free_port()
+        first = Fork(run_glue.main, argv, tmp_path, as_rank(0, 2, port, show_bars))
+        second = python(str(ROOT / "run_glue.py"), *argv, **rank_environment(1, 2, port))
+        wait_for([first], 60)
+        ended = first.ended()
+        assert (ended.status, second.returncode) == (0, 0), ended.err[-3000:] + second.stderr[-3000:]
+        out, err = ended.out + second.stdout, ended.err + second.stderr
     else:
         both = two_ranks(run_glue.main, *argv)
         out, err = "".join(ended.out for ended in both), "".join(ended.err for ended in both)

@@ -13,6 +13,11 @@ from hf_ft_ext.report.read import checked_record, find_runs
 from hf_ft_ext.report.rows import Number, quality_key, sections
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    monkeypatch.setattr("hf_ft_ext.report.charts.draw", lambda *_: None)  # test_report.py looks at them
+
+
 def data_of(content: str = "c0", rows: int = 100, train: str = "t0", **source) -> dict:
     """`data` of a record: one set of rows to train on and one to evaluate on."""
     one = {"source_rows": rows, "selection": "all", "drawn": None}

@@ -22,14 +22,6 @@ HIDDEN, INNER, LAYERS, HEAD = 32, 48, 2, 66  # of the tiny model
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
-    """The folder that a run of all variants on two processes leaves."""
-    folder = tmp_path_factory.mktemp("two")
-    two_ranks(run_all, str(folder), seconds=300)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """`one(name)`: the variant's trainer after its run in this process."""
     folder, made = tmp_path_factory.mktemp("one"), {}
@@ -41,6 +33,16 @@ def one(tmp_path_factory):
         return made[name]
 
     return _one
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, one) -> Path:
+    """The folder that a run of all variants on two processes leaves; what they import, this process has imported."""
+    folder = tmp_path_factory.mktemp("two")
+    for name in VARIANTS:
+        one(name)
+    two_ranks(run_all, str(folder), seconds=300)
+    return folder
 
 
 def carried(two: Path, name: str) -> dict[str, dict[str, int]]:

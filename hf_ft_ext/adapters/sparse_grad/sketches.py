@@ -24,6 +24,14 @@ class _DenseGradient(NamedTuple):
     def transposed_times(self, matrix: torch.Tensor) -> torch.Tensor:
         return project(self.gradient.T, matrix)
 
+    def gram_times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """`G G^T matrix`."""
+        return self.times(self.transposed_times(matrix))
+
+    def transposed_gram_times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """`G^T G matrix`."""
+        return self.transposed_times(self.times(matrix))
+
 
 class _FactoredGradient(NamedTuple):
     """A gradient `g^T x` kept as its factors: inputs (tokens, in) and output gradients (tokens, out)."""
@@ -36,6 +44,25 @@ class _FactoredGradient(NamedTuple):
 
     def transposed_times(self, matrix: torch.Tensor) -> torch.Tensor:
         return project(self.x.T, project(self.g, matrix))
+
+    def gram_times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """`G G^T matrix = g^T (x x^T) g matrix`."""
+        rows = project(self.g, matrix)
+        tokens, width = rows.shape
+        if _through_other_side(tokens, self.x.shape[1], width) < 2 * tokens * self.x.shape[1] * width:
+            rows = (self.x @ self.x.T) @ rows  # few tokens: x x^T is small
+        else:
+            rows = project(self.x, project(self.x.T, rows))
+        return project(self.g.T, rows)
+
+    def transposed_gram_times(self, matrix: torch.Tensor) -> torch.Tensor:
+        """`G^T G matrix`: that of `G^T = x^T g`."""
+        return _FactoredGradient(self.g, self.x).gram_times(matrix)
+
+
+def _through_other_side(tokens: int, n: int, width: int) -> int:
+    """Multiplications of `x x^T Y`, for `x` (tokens, n) and `Y` (tokens, width): `(x x^T) Y` or `x (x^T Y)`."""
+    return min(tokens * tokens * (n + width), 2 * tokens * n * width)
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -98,11 +125,18 @@ class Sketches:
 
     def _rows_are_cheaper(self, tokens: int) -> bool:
         """Whether multiplying all rows by the test matrices costs less than forming `G = g^T x` first."""
-        n_out, n_in = len(self.out.omega), len(self.inp.omega)
-        width = self.out.omega.shape[1] + self.inp.omega.shape[1]
-        return 2 * tokens * (n_out + n_in) * width < tokens * n_out * n_in + 2 * n_out * n_in * width
+        (n_out, width_out), (n_in, width_in) = self.out.omega.shape, self.inp.omega.shape
+        rows = _through_other_side(tokens, n_in, width_out) + _through_other_side(tokens, n_out, width_in)
+        if self._accumulated or processes() > 1:  # G^T Omega is needed by itself
+            rows = 2 * tokens * (n_in * width_out + n_out * width_in)
+        rows += 2 * tokens * (n_out * width_out + n_in * width_in)
+        return rows < tokens * n_out * n_in + 2 * n_out * n_in * (width_out + width_in)
 
     def _add(self, name: str, gradient: _DenseGradient | _FactoredGradient) -> None:
+        if processes() == 1:
+            self._add_product(name, self.out, gradient.gram_times(self.out.omega))
+            self._add_product(name, self.inp, gradient.transposed_gram_times(self.inp.omega))
+            return
         # G G^T Omega and G^T G Omega, G the mean over processes, in the same order on all of them
         out = mean_over_processes(gradient.transposed_times(self.out.omega))
         inp = mean_over_processes(gradient.times(self.inp.omega))

@@ -211,8 +211,9 @@ class PromptForSequenceClassification(PreTrainedModel):
 
     def _body(self) -> nn.Module:
         """Return the network below the head; for T5, which has no such module, the whole language model."""
-        if self.config.reading == Reading.LAST.value:
-            return self.masked_lm.get_decoder()  # OPT's head reads the decoder directly, not the base model around it
+        if self.config.reading == Reading.LAST.value:  # OPT's head reads the decoder, not the base model around it
+            body = self.masked_lm.get_decoder()
+            return self.masked_lm.base_model if isinstance(body, nn.Linear) else body  # ModernBERT's head: `decoder`
         return self.masked_lm.base_model
 
     @property
