@@ -61,7 +61,8 @@ def launch(folder, family, method, out, *more, task="prompt", steps=STEPS, promp
     if "--do_eval" in steps:
         language = (*language, "--predict_with_generate", "--max_new_tokens", "3")
     options = METHODS[method] if "--do_train" in steps else ()
-    many = () if method == "kernel" else ("--max_steps", "4", "--warmup_steps", "0")
+    count = "4" if {"--save_steps", "--resume_from_checkpoint"} & set(more) else "2"
+    many = () if method == "kernel" else ("--max_steps", count, "--warmup_steps", "0")
     status = run_glue.main(
         [
             "--model_name_or_path", str(folder / family), "--method", method, *options,
