@@ -65,7 +65,7 @@ class DenseSearch:
         mean = sum(at) / len(at)
         squares = sum((a - mean) ** 2 for a in at)
         if self.estimate == "one-sided":
-            here = self.moved_loss(loss_of, [0 * part for part in zs[0]])
+            self.here = here = self.moved_loss(loss_of, [0 * part for part in zs[0]])
             return [(a - here) / math.sqrt(squares / (len(at) - 1)) for a in at]
         return [(a - mean) / math.sqrt(squares / len(at)) for a in at]
 
@@ -85,7 +85,8 @@ class DenseSearch:
             moves = {
                 sign: [-sign * lr * g for lr, g in zip(rates, estimate, strict=True)] for sign in (0.0, 1.0, -1.0)
             }
-            losses = {sign: self.moved_loss(loss_of, move) for sign, move in moves.items()}
+            known = {0.0: self.here} if self.estimate == "one-sided" else {}
+            losses = known | {s: self.moved_loss(loss_of, move) for s, move in moves.items() if s not in known}
             sign = min(losses, key=losses.get)
             for p, factor, move in zip(self.params, kept, moves[sign], strict=True):
                 p.mul_(factor).add_(move)

@@ -15,7 +15,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, keep_freed_memory
 from hf_ft_ext.gradientless.optimizers.groups import check_block
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import GAUSSIAN, Directions, Draw
-from hf_ft_ext.gradientless.optimizers.perturbation.estimates import FORWARD, TWO_SIDED, Estimate
+from hf_ft_ext.gradientless.optimizers.perturbation.estimates import FORWARD, ONE_SIDED, TWO_SIDED, Estimate
 from hf_ft_ext.gradientless.optimizers.perturbation.moves import Moves, check_replay
 from hf_ft_ext.gradientless.optimizers.perturbation.owners import CannotBatch
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
@@ -134,7 +134,8 @@ class SPSA(GradientFreeOptimizer):
 
     def evaluations_per_step(self) -> int:
         """Number of losses that one step evaluates."""
-        return self.estimate.evaluations() + (3 if self.update == CONSERVATIVE else 0)
+        known = self.estimate.kind == ONE_SIDED  # the loss of "stay" is one of the estimate's
+        return self.estimate.evaluations() + ((2 if known else 3) if self.update == CONSERVATIVE else 0)
 
     # --- a step ------------------------------------------------------------------------------------
 
@@ -155,27 +156,30 @@ class SPSA(GradientFreeOptimizer):
         unread = set(self.perturbed_forward.unread)
         if self.steps == 1:
             with self.perturbed_forward.watched() as reads:
-                mean, slopes = self._estimated(draws, closure, evaluate)
+                mean, slopes, here = self._estimated(draws, closure, evaluate)
             if self._look_elsewhere(reads):  # again, with these tensors perturbed where they are read
-                mean, slopes = self._estimated(draws, closure, evaluate)
+                mean, slopes, here = self._estimated(draws, closure, evaluate)
         else:
-            mean, slopes = self._estimated(draws, closure, evaluate)
+            mean, slopes, here = self._estimated(draws, closure, evaluate)
         rates = [self._number(group["lr"]) for group in self.param_groups]
         found = [self._number(slope) for slope in slopes]
         if self.update == CONSERVATIVE:
-            sign = self._best_sign(draws, found, rates, closure, evaluate)
+            sign = self._best_sign(draws, found, rates, here, closure, evaluate)
             found = [sign * slope for slope in found]
         self._note_first_reads(unread)
         self.record.append((found, rates))
         self._move(draws, found, rates)
         return mean
 
-    def _estimated(self, draws: Sequence[Draw], closure: Closure, evaluate: Any) -> tuple[float, torch.Tensor]:
-        """Mean loss and slopes along the directions."""
+    def _estimated(
+        self, draws: Sequence[Draw], closure: Closure, evaluate: Any
+    ) -> tuple[float, torch.Tensor, torch.Tensor | None]:
+        """Mean loss, slopes along the directions, and the loss `[1]` at the current weights, if it is among them."""
         if self.estimate.kind == FORWARD:
-            return self._forward_slopes(draws, getattr(evaluate, "differentiable", closure))
+            return *self._forward_slopes(draws, getattr(evaluate, "differentiable", closure)), None
         losses = self._losses(self.estimate.perturbations(draws), closure, evaluate)
-        return self._checked_current(losses.mean()), self.estimate.slopes(losses)
+        here = losses[:1] if self.estimate.kind == ONE_SIDED else None
+        return self._checked_current(losses.mean()), self.estimate.slopes(losses), here
 
     def _look_elsewhere(self, reads: Reads) -> bool:
         """Perturb tensors that another module reads while the whole model runs; return whether there are any."""
@@ -289,17 +293,29 @@ class SPSA(GradientFreeOptimizer):
         return self._checked_current(self.exchange.combine(losses).mean()), self.exchange.combine(slopes)
 
     def _best_sign(
-        self, draws: Sequence[Draw], slopes: Sequence[float], rates: Sequence[float], closure: Closure, evaluate: Any
+        self,
+        draws: Sequence[Draw],
+        slopes: Sequence[float],
+        rates: Sequence[float],
+        here: torch.Tensor | None,
+        closure: Closure,
+        evaluate: Any,
     ) -> float:
-        """1 if `theta - lr G` has the lowest loss on this batch, 0 if `theta` has, -1 if `theta + lr G` has."""
+        """1 if `theta - lr G` has the lowest loss on this batch, 0 if `theta` has, -1 if `theta + lr G` has.
+
+        Args:
+            here: the loss `[1]` of `theta`, if the estimate has evaluated it.
+        """
         # change = -G = -1/n sum_i slope_i z_i, multiplied below by lr (and LOZO's 1 / rank) for each tensor
         change = [(draw, -slope / len(draws)) for draw, slope in zip(draws, slopes, strict=True)]
         opposite = [(draw, -factor) for draw, factor in change]
         members = [len(group["params"]) for group in self.param_groups]
         spread = [rate for rate, n in zip(rates, members, strict=True) for _ in range(n)]
         steps = [rate * self.directions.scale(p.shape) for rate, p in zip(spread, self.searched, strict=True)]
+        candidates = [change, opposite] if here is not None else [[], change, opposite]
         with self.perturbed_forward.weighted(steps):
-            losses = self._losses([[], change, opposite], closure, evaluate)
+            losses = self._losses(candidates, closure, evaluate)
+        losses = losses if here is None else torch.cat([here, losses])
         losses = torch.where(losses.isfinite(), losses, torch.full_like(losses, math.inf))
         return (0.0, 1.0, -1.0)[int(losses.argmin())]
 

@@ -23,7 +23,9 @@ class Update:
     | `momentum` | `m = momentum m + G; theta -= lr m` | pairs of seed and slope, low-rank factors, or a buffer |
     | `adam` | Adam on `G`, with bias correction | two buffers of the weights' size |
     | `rms` | `theta -= lr G / (sqrt(s) + adam_eps)`, `s` the running mean of the squared slopes | one scalar |
-    | `conservative` | the best of `theta - lr G`, `theta`, `theta + lr G` on this batch: 3 more losses | none |
+    | `conservative` | the best of `theta - lr G`, `theta`, `theta + lr G` on this batch | none |
+
+    `conservative` evaluates 3 more losses, or 2 with `one-sided`, whose estimate has that of `theta`.
 
     Momentum sums directions, each with its own slope, as in ZO-Bench (arXiv 2402.11592). Three ways to store it:
 

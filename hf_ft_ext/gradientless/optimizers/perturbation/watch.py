@@ -61,11 +61,11 @@ def watched_reads(model: nn.Module, users: Mapping[int, nn.Module], number_of: M
     for module in {id(module): module for module in (model, *users.values())}.values():
         handles.append(module.register_forward_pre_hook(begin))
         handles.append(module.register_forward_hook(end, always_call=True))
-    nn.Module.__getattr__ = read  # type: ignore[method-assign]
+    nn.Module.__getattr__ = read
     try:
         yield reads
     finally:
-        nn.Module.__getattr__ = original  # type: ignore[method-assign]
+        nn.Module.__getattr__ = original
         for handle in handles:
             handle.remove()
 
