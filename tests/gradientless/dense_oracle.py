@@ -88,6 +88,8 @@ class DenseSearch:
             known = {0.0: self.here} if self.estimate == "one-sided" else {}
             losses = known | {s: self.moved_loss(loss_of, move) for s, move in moves.items() if s not in known}
             sign = min(losses, key=losses.get)
+            if losses[1.0] < losses[0.0]:
+                self.evaluations -= 1  # the opposite step need not be evaluated, see `SPSA._best_sign`
             for p, factor, move in zip(self.params, kept, moves[sign], strict=True):
                 p.mul_(factor).add_(move)
             return

@@ -133,7 +133,7 @@ class SPSA(GradientFreeOptimizer):
         self.checked = False
 
     def evaluations_per_step(self) -> int:
-        """Number of losses that one step evaluates."""
+        """Largest number of losses that one step evaluates."""
         known = self.estimate.kind == ONE_SIDED  # the loss of "stay" is one of the estimate's
         return self.estimate.evaluations() + ((2 if known else 3) if self.update == CONSERVATIVE else 0)
 
@@ -303,21 +303,25 @@ class SPSA(GradientFreeOptimizer):
     ) -> float:
         """1 if `theta - lr G` has the lowest loss on this batch, 0 if `theta` has, -1 if `theta + lr G` has.
 
+        The last is evaluated only where the first is no better than `theta`. To second order, its loss exceeds that
+        of the first by `2 lr <gradient, G>`, which is positive, so it is not the lowest where the first is lower.
+
         Args:
             here: the loss `[1]` of `theta`, if the estimate has evaluated it.
         """
         # change = -G = -1/n sum_i slope_i z_i, multiplied below by lr (and LOZO's 1 / rank) for each tensor
         change = [(draw, -slope / len(draws)) for draw, slope in zip(draws, slopes, strict=True)]
-        opposite = [(draw, -factor) for draw, factor in change]
         members = [len(group["params"]) for group in self.param_groups]
         spread = [rate for rate, n in zip(rates, members, strict=True) for _ in range(n)]
         steps = [rate * self.directions.scale(p.shape) for rate, p in zip(spread, self.searched, strict=True)]
-        candidates = [change, opposite] if here is not None else [[], change, opposite]
         with self.perturbed_forward.weighted(steps):
-            losses = self._losses(candidates, closure, evaluate)
-        losses = losses if here is None else torch.cat([here, losses])
-        losses = torch.where(losses.isfinite(), losses, torch.full_like(losses, math.inf))
-        return (0.0, 1.0, -1.0)[int(losses.argmin())]
+            losses = self._losses([[], change] if here is None else [change], closure, evaluate)
+            losses = losses if here is None else torch.cat([here, losses])
+            losses = torch.where(losses.isfinite(), losses, torch.full_like(losses, math.inf))
+            if losses[1] < losses[0]:
+                return 1.0
+            last = float(self._losses([[(draw, -factor) for draw, factor in change]], closure, evaluate))
+        return -1.0 if math.isfinite(last) and last < losses[0] else 0.0
 
     def _move(self, draws: list[Draw], slopes: list[float], rates: list[float]) -> None:
         """Update all tensors with the gradient estimate of these slopes."""

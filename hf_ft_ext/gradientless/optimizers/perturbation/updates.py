@@ -25,7 +25,8 @@ class Update:
     | `rms` | `theta -= lr G / (sqrt(s) + adam_eps)`, `s` the running mean of the squared slopes | one scalar |
     | `conservative` | the best of `theta - lr G`, `theta`, `theta + lr G` on this batch | none |
 
-    `conservative` evaluates 3 more losses, or 2 with `one-sided`, whose estimate has that of `theta`.
+    `conservative` evaluates the loss at `theta` (with `one-sided` the estimate's) and after the step, and after the
+    opposite step only if the step does not lower the loss; ZO-Bench always evaluates all three.
 
     Momentum sums directions, each with its own slope, as in ZO-Bench (arXiv 2402.11592). Three ways to store it:
 
