@@ -61,7 +61,7 @@ def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) 
         "moments": rule.moments,
         "carry": optimizer.weight_updates.rounding.carry,
         "unseen": sorted(optimizer.perturbed_forward.unread),
-        "late": optimizer.from_second_step,
+        "first_steps": list(optimizer.weight_updates.first_steps.items()),
         "seed": optimizer.first_seed,
         "start": optimizer.start,
     }
@@ -131,7 +131,9 @@ def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
         moments=about["moments"] if about["update"] in ("momentum", "adam") else None, carry=about["carry"],
         seed=about["seed"], max_evaluations=2**62, **directions,
     )  # fmt: skip
-    optimizer.repeat(list(zip(slopes.tolist(), rates.tolist(), strict=True)), about["unseen"], about["late"])
+    optimizer.repeat(
+        list(zip(slopes.tolist(), rates.tolist(), strict=True)), about["unseen"], dict(about["first_steps"])
+    )
     return base
 
 

@@ -10,7 +10,10 @@ import torch
 
 
 class DenseSearch:
-    """`params`: a list of float64 tensors, changed in place by `step(loss_of)`."""
+    """`params`: a list of float64 tensors, changed in place by `step(loss_of)`.
+
+    `lr` and `weight_decay` are numbers, or one number for each tensor; `lr` may be changed between steps.
+    """
 
     def __init__(self, params, directions, seed, lr, eps, n=1, rule="sgd", estimate="two-sided", **options):
         self.params, self.directions, self.lr, self.eps, self.n = params, directions, lr, eps, n
@@ -62,7 +65,7 @@ class DenseSearch:
         mean = sum(at) / len(at)
         squares = sum((a - mean) ** 2 for a in at)
         if self.estimate == "one-sided":
-            here = self.moved_loss(loss_of, [0 * part for part in zs[0]])
+            self.here = here = self.moved_loss(loss_of, [0 * part for part in zs[0]])
             return [(a - here) / math.sqrt(squares / (len(at) - 1)) for a in at]
         return [(a - mean) / math.sqrt(squares / len(at)) for a in at]
 
@@ -76,14 +79,19 @@ class DenseSearch:
             low_rank = self.directions.kind == "lozo" and p.ndim == 2 and min(p.shape) >= self.directions.rank
             factor = 1 / self.directions.rank if low_rank else 1.0
             estimate.append(sum(g * z[i] for g, z in zip(slopes, zs, strict=True)) * factor / self.n)
-        decay = 1 - self.lr * self.options.get("weight_decay", 0.0)
+        rates, decays = self._each(self.lr), self._each(self.options.get("weight_decay", 0.0))
+        kept = [1 - lr * decay for lr, decay in zip(rates, decays, strict=True)]
         if self.rule == "conservative":
-            moves = {0.0: [0 * g for g in estimate], 1.0: [-self.lr * g for g in estimate],
-                     -1.0: [self.lr * g for g in estimate]}  # fmt: skip
-            losses = {sign: self.moved_loss(loss_of, move) for sign, move in moves.items()}
+            moves = {
+                sign: [-sign * lr * g for lr, g in zip(rates, estimate, strict=True)] for sign in (0.0, 1.0, -1.0)
+            }
+            known = {0.0: self.here} if self.estimate == "one-sided" else {}
+            losses = known | {s: self.moved_loss(loss_of, move) for s, move in moves.items() if s not in known}
             sign = min(losses, key=losses.get)
-            for p, move in zip(self.params, moves[sign], strict=True):
-                p.mul_(decay).add_(move)
+            if losses[1.0] < losses[0.0]:
+                self.evaluations -= 1  # the opposite step need not be evaluated, see `SPSA._best_sign`
+            for p, factor, move in zip(self.params, kept, moves[sign], strict=True):
+                p.mul_(factor).add_(move)
             return
         if self.rule == "rms":
             self.s = 0.999 * self.s + 0.001 * sum(g * g for g in slopes) / len(slopes)
@@ -102,4 +110,7 @@ class DenseSearch:
                 self.m[i] = 0.9 * self.m[i] + 0.1 * g
                 self.v[i] = 0.999 * self.v[i] + 0.001 * g * g
                 change = self.m[i] / (1 - 0.9**self.t) / ((self.v[i] / (1 - 0.999**self.t)).sqrt() + 1e-8)
-            p.mul_(decay).sub_(self.lr * change)
+            p.mul_(kept[i]).sub_(rates[i] * change)
+
+    def _each(self, value):
+        return list(value) if isinstance(value, list | tuple) else [value] * len(self.params)

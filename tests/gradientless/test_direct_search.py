@@ -267,6 +267,20 @@ def test_entries_of_a_block_change_equally(options, pool):
     assert len(moved[:, 0].unique()) == 8
 
 
+@pytest.mark.parametrize("first", [torch.bfloat16, torch.float32])
+def test_a_pool_of_two_types_keeps_both_precisions(first):
+    half, single = (
+        torch.nn.Parameter(torch.linspace(0.1, 1, 5).to(dtype)) for dtype in (torch.bfloat16, torch.float32)
+    )
+    pooled = [half, single] if first == torch.bfloat16 else [single, half]
+    optimizer = DirectSearch(pooled, lr=0.1, pool=True, selection="all")
+    before = single.detach().clone()
+    for _ in range(10):
+        optimizer.step(lambda: (half.float().sum() + single.sum()).square())
+    assert half.dtype == torch.bfloat16 and (single != before).all()
+    assert (single != single.bfloat16().float()).all()  # rounded to the type of the other tensor otherwise
+
+
 def test_a_scheduler_drives_the_radius():
     model = net()
     optimizer = DirectSearch(model.parameters(), lr=0.4)

@@ -52,7 +52,7 @@ def test_candidates_of_one_forward_pass_equal_separate_models(model_type, kind, 
     optimizer = search(model, kind)
     if model_type == "deberta-v2":  # its encoder reads an embedding that is never called
         optimizer.step(lambda: model(**batch, labels=LABELS).loss)
-        assert optimizer.from_second_step and not optimizer.perturbed_forward.unread
+        assert optimizer.perturbed_forward.elsewhere and not optimizer.perturbed_forward.unread
     combinations = [[(Draw(1, 9), 0.05)], [], [(Draw(1, 9), -0.05)], [(Draw(2, 9), 0.05), (Draw(3, 9), 0.02)]]
     with torch.no_grad():
         expected = [moved_copy(model, optimizer, c)(**batch).logits for c in combinations]

@@ -1,5 +1,6 @@
 """`ParameterBlock`: entries that are searched together (usually of one tensor), with their options."""
 
+import functools
 import math
 
 import torch
@@ -29,8 +30,9 @@ class ParameterBlock:
         self.positions: torch.Tensor | None = None
         self.tree: OptionTree | None = None
         self.age = 0
-        first = parameters[0]
-        self.dtype, self.device = first.dtype, first.device
+        self.device = parameters[0].device
+        # `write_views` rounds each tensor's part to its own type
+        self.dtype = functools.reduce(torch.promote_types, (parameter.dtype for parameter in parameters))
         self.compute = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.total = sum(parameter.numel() for parameter in parameters)
 

@@ -21,9 +21,21 @@ class SingleProcess:
         """Losses of all candidates (float64, `[n]`), from this process's (zero where it did not evaluate)."""
         return losses
 
+    def union(self, numbers: set[int], n: int) -> set[int]:
+        """The numbers, below `n`, that are in the set of any process."""
+        return numbers
+
 
 class _Shared(SingleProcess):
     """Base of exchanges between several processes: shared by copies of the optimizer, and refused by pickle."""
+
+    total: SumOverRanks
+
+    def union(self, numbers: set[int], n: int) -> set[int]:
+        found = torch.zeros(n, dtype=torch.float64)
+        for number in numbers:
+            found[number] = 1.0
+        return set(self.total(found).nonzero().flatten().tolist())
 
     def __deepcopy__(self, memo: dict) -> "_Shared":
         return self

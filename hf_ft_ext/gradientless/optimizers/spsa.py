@@ -3,7 +3,7 @@
 import logging
 import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch.optim.optimizer import ParamsT
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, keep_freed_memory
 from hf_ft_ext.gradientless.optimizers.groups import check_block
-from hf_ft_ext.gradientless.optimizers.perturbation.directions import GAUSSIAN, Directions, Draw, derived_seed
-from hf_ft_ext.gradientless.optimizers.perturbation.estimates import FORWARD, TWO_SIDED, Estimate
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import GAUSSIAN, Directions, Draw
+from hf_ft_ext.gradientless.optimizers.perturbation.estimates import FORWARD, ONE_SIDED, TWO_SIDED, Estimate
 from hf_ft_ext.gradientless.optimizers.perturbation.module_patch import CannotBatch
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import CONSERVATIVE, SGD, Rounding, UpdateRule
+from hf_ft_ext.gradientless.optimizers.perturbation.watch import Reads
 from hf_ft_ext.gradientless.optimizers.perturbation.weight_updates import WeightUpdates, check_replay
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination
 
@@ -130,11 +131,11 @@ class SPSA(GradientFreeOptimizer):
         self.first_seed, self.start = seed, sample_sum(self.searched)
         self.batches = candidates_per_forward > 1
         self.checked = False
-        self.from_second_step: list[int] = []  # numbers of the tensors that are updated from the second step on
 
     def evaluations_per_step(self) -> int:
-        """Number of losses that one step evaluates."""
-        return self.estimate.evaluations() + (3 if self.update == CONSERVATIVE else 0)
+        """Largest number of losses that one step evaluates."""
+        known = self.estimate.kind == ONE_SIDED  # the loss of "stay" is one of the estimate's
+        return self.estimate.evaluations() + ((2 if known else 3) if self.update == CONSERVATIVE else 0)
 
     # --- a step ------------------------------------------------------------------------------------
 
@@ -152,48 +153,65 @@ class SPSA(GradientFreeOptimizer):
             return None
         self.steps += 1
         draws = self._draws()
-        if self.estimate.kind == FORWARD:
-            mean, slopes = self._forward_slopes(draws, getattr(evaluate, "differentiable", closure))
+        unread = set(self.perturbed_forward.unread)
+        if self.steps == 1:
+            with self.perturbed_forward.watched() as reads:
+                mean, slopes, here = self._estimated(draws, closure, evaluate)
+            if self._look_elsewhere(reads):  # again, with these tensors perturbed where they are read
+                mean, slopes, here = self._estimated(draws, closure, evaluate)
         else:
-            losses = self._losses(self.estimate.perturbations(draws), closure, evaluate)
-            mean, slopes = self._checked_current(losses.mean()), self.estimate.slopes(losses)
-        if self.steps == 1 and self.perturbed_forward.unread:
-            self._find_parameters_read_elsewhere(closure)
-        if self.steps == 1 and self.perturbed_forward.unread:
-            logger.warning(
-                "%d searched tensors are read by no forward pass, so they are not searched; leave them out",
-                len(self.perturbed_forward.unread),
-            )
+            mean, slopes, here = self._estimated(draws, closure, evaluate)
         rates = [self._number(group["lr"]) for group in self.param_groups]
         found = [self._number(slope) for slope in slopes]
         if self.update == CONSERVATIVE:
-            sign = self._best_sign(draws, found, rates, closure, evaluate)
+            sign = self._best_sign(draws, found, rates, here, closure, evaluate)
             found = [sign * slope for slope in found]
+        self._note_first_reads(unread)
         self.record.append((found, rates))
         self._update_weights(draws, found, rates)
         return mean
 
-    def _find_parameters_read_elsewhere(self, closure: Closure) -> None:
-        """Find tensors that are not read by their own module but affect the loss.
+    def _estimated(
+        self, draws: Sequence[Draw], closure: Closure, evaluate: Any
+    ) -> tuple[float, torch.Tensor, torch.Tensor | None]:
+        """Mean loss, slopes along the directions, and the loss `[1]` at the current weights, if it is among them."""
+        if self.estimate.kind == FORWARD:
+            return *self._forward_slopes(draws, getattr(evaluate, "differentiable", closure)), None
+        losses = self._losses(self.estimate.perturbations(draws), closure, evaluate)
+        here = losses[:1] if self.estimate.kind == ONE_SIDED else None
+        return self._checked_current(losses.mean()), self.estimate.slopes(losses), here
 
-        They are perturbed and updated from the second step on.
-        """
-        draw = Draw(derived_seed(self.first_seed, 1), self.basis)
-
-        def loss_with(number: int | None) -> torch.Tensor:
-            # a large perturbation, as one tensor may have little effect on a float32 loss
-            with self.perturbed_forward.weighted([100.0 * (i == number) for i in range(len(self.searched))]):
-                loss = self.perturbed_loss(closure, [(draw, 1.0)])
-            self.evaluations += 1
-            return self.exchange.combine(torch.tensor([loss], dtype=torch.float64))
-
-        unperturbed = loss_with(None)
-        for number in sorted(self.perturbed_forward.unread):
+    def _look_elsewhere(self, reads: Reads) -> bool:
+        """Perturb tensors that another module reads while the whole model runs; return whether there are any."""
+        n = len(self.searched)
+        if outside := self.exchange.union(reads.outside, n):
+            shape = tuple(self.searched[min(outside)].shape)
+            logger.warning(
+                "%d searched tensors (the first of shape %s) are read outside of the forward of %s. They are not "
+                "perturbed there, so the search ignores this part of the loss; move it into the model's forward",
+                len(outside),
+                shape,
+                type(self.perturbed_forward.module).__name__,
+            )
+        found = self.exchange.union(reads.inside, n)
+        for number in sorted(found):
             self.perturbed_forward.read_elsewhere(number)
-            if torch.equal(loss_with(number), unperturbed):
-                self.perturbed_forward.elsewhere.discard(number)
-                self.perturbed_forward.unread.add(number)
-        self.from_second_step = sorted(self.perturbed_forward.elsewhere)
+        return bool(found)
+
+    def _note_first_reads(self, unread: set[int]) -> None:
+        """Note which of the `unread` tensors were read in this step; they are updated from now on."""
+        if not unread:
+            return
+        now = self.perturbed_forward
+        read = self.exchange.union(unread - now.unread, len(self.searched))
+        now.unread = unread - read
+        if self.steps > 1:
+            self.weight_updates.first_steps.update(dict.fromkeys(read, self.steps))
+        elif now.unread:
+            logger.warning(
+                "%d searched tensors are read by no forward pass, so they are not searched; leave them out",
+                len(now.unread),
+            )
 
     def _number(self, value: Any) -> float:
         """Round to the type of the record: float32, or float64 for float64 weights."""
@@ -275,24 +293,40 @@ class SPSA(GradientFreeOptimizer):
         return self._checked_current(self.exchange.combine(losses).mean()), self.exchange.combine(slopes)
 
     def _best_sign(
-        self, draws: Sequence[Draw], slopes: Sequence[float], rates: Sequence[float], closure: Closure, evaluate: Any
+        self,
+        draws: Sequence[Draw],
+        slopes: Sequence[float],
+        rates: Sequence[float],
+        here: torch.Tensor | None,
+        closure: Closure,
+        evaluate: Any,
     ) -> float:
-        """1 if `theta - lr G` has the lowest loss on this batch, 0 if `theta` has, -1 if `theta + lr G` has."""
+        """1 if `theta - lr G` has the lowest loss on this batch, 0 if `theta` has, -1 if `theta + lr G` has.
+
+        The last is evaluated only where the first is no better than `theta`. To second order, its loss exceeds that
+        of the first by `2 lr <gradient, G>`, which is positive, so it is not the lowest where the first is lower.
+
+        Args:
+            here: the loss `[1]` of `theta`, if the estimate has evaluated it.
+        """
         # change = -G = -1/n sum_i slope_i z_i, multiplied below by lr (and LOZO's 1 / rank) for each tensor
         change = [(draw, -slope / len(draws)) for draw, slope in zip(draws, slopes, strict=True)]
-        opposite = [(draw, -factor) for draw, factor in change]
         members = [len(group["params"]) for group in self.param_groups]
         spread = [rate for rate, n in zip(rates, members, strict=True) for _ in range(n)]
         steps = [rate * self.directions.scale(p.shape) for rate, p in zip(spread, self.searched, strict=True)]
         with self.perturbed_forward.weighted(steps):
-            losses = self._losses([[], change, opposite], closure, evaluate)
-        losses = torch.where(losses.isfinite(), losses, torch.full_like(losses, math.inf))
-        return (0.0, 1.0, -1.0)[int(losses.argmin())]
+            losses = self._losses([[], change] if here is None else [change], closure, evaluate)
+            losses = losses if here is None else torch.cat([here, losses])
+            losses = torch.where(losses.isfinite(), losses, torch.full_like(losses, math.inf))
+            if losses[1] < losses[0]:
+                return 1.0
+            last = float(self._losses([[(draw, -factor) for draw, factor in change]], closure, evaluate))
+        return -1.0 if math.isfinite(last) and last < losses[0] else 0.0
 
     def _update_weights(self, draws: list[Draw], slopes: list[float], rates: list[float]) -> None:
         """Update all tensors with the gradient estimate of these slopes."""
-        waiting = self.perturbed_forward.unread | (set(self.from_second_step) if self.steps == 1 else set())
-        self.weight_updates.apply(self.steps, self.basis, draws, slopes, rates, self.param_groups, waiting)
+        unread = self.perturbed_forward.unread
+        self.weight_updates.apply(self.steps, self.basis, draws, slopes, rates, self.param_groups, unread)
 
     # --- trajectory --------------------------------------------------------------------------------
 
@@ -301,16 +335,16 @@ class SPSA(GradientFreeOptimizer):
         self,
         record: Sequence[tuple[list[float], list[float]]],
         unread: Iterable[int] = (),
-        from_second_step: Iterable[int] = (),
+        first_steps: Mapping[int, int] | None = None,
     ) -> None:
         """Repeat recorded steps without a loss; the final weights equal those of the recorded run bit for bit.
 
         Args:
             record: slopes and learning rates of each step.
             unread: numbers of the tensors that no forward pass read in the recorded run.
-            from_second_step: numbers of the tensors that it updated from the second step on.
+            first_steps: the first step that updated a tensor, by its number; 1 for tensors that are not listed.
         """
-        self.perturbed_forward.unread, self.from_second_step = set(unread), list(from_second_step)
+        self.perturbed_forward.unread, self.weight_updates.first_steps = set(unread), dict(first_steps or {})
         for slopes, rates in record:
             self.steps += 1
             self.record.append((slopes, rates))
@@ -323,30 +357,33 @@ class SPSA(GradientFreeOptimizer):
         rates = torch.tensor([rates for _, rates in self.record], dtype=torch.float64)
         return {
             **super()._own_state(),
-            "kind": [self.directions.kind, self.estimate.kind, self.update, self.num_directions],
+            "kind": self._kind(),
             "basis": self.basis,
             **self.weight_updates.state(),
             "thresholds": self.directions.thresholds,
             "unseen": sorted(self.perturbed_forward.unread),
-            "late": list(self.from_second_step),
+            "elsewhere": sorted(self.perturbed_forward.elsewhere),
             "record": [slopes, rates],
             "first_seed": self.first_seed,
             "start": self.start,
         }
 
+    def _kind(self) -> list[Any]:
+        directions = self.directions
+        own = [directions.kind, directions.block, directions.rank, directions.renew, directions.small]
+        return [*own, self.estimate.kind, self.update, self.num_directions]
+
     def _load_own_state(self, state: dict) -> None:
-        kind = [self.directions.kind, self.estimate.kind, self.update, self.num_directions]
-        if list(state.get("kind", ())) != kind:
+        if list(state.get("kind", ())) != self._kind():
             raise ValueError(
-                f"the state is of another method or number of directions ({state.get('kind')}, not {kind}); pass the "
-                "same arguments"
+                f"the state is of another method or number of directions ({state.get('kind')}, not {self._kind()}); "
+                "pass the same arguments"
             )
         super()._load_own_state(state)
         self.basis = state["basis"]
         self.weight_updates.load_state(state)
         self.directions.thresholds, self.perturbed_forward.unread = state["thresholds"], set(state["unseen"])
-        self.from_second_step = list(state["late"])
-        for number in self.from_second_step:
+        for number in state["elsewhere"]:
             self.perturbed_forward.read_elsewhere(number)
         slopes, rates = (part.tolist() for part in state["record"])
         self.record = list(zip(slopes, rates, strict=True))

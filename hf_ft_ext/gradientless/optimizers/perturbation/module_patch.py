@@ -45,14 +45,15 @@ class ModulePatch:
         self.forward, self.user, self.holder, self.names = forward, user, holder, names
         self.stored: dict[str, torch.Tensor] = {}
         self.original: Callable | None = None
-        kind = _plain_kind(holder) if by_weight and "weight" in names else None
-        low_rank = kind is not None and forward.directions.has_factors(holder._parameters["weight"].shape)
-        self.on_output = low_rank
-        self.chunked = kind in (nn.Linear, nn.Embedding) and not low_rank and forward.directions.block == 1
+        self.kind = _plain_kind(holder) if by_weight else None
 
     def install(self, handles: list, split: bool) -> None:
         if not self.names:
             return
+        kind = self.kind if "weight" in self.names else None
+        low_rank = kind is not None and self.forward.directions.has_factors(self.holder._parameters["weight"].shape)
+        self.on_output = low_rank
+        self.chunked = kind in (nn.Linear, nn.Embedding) and not low_rank and self.forward.directions.block == 1
         # a forward set on the instance (such as accelerate's, which moves inputs between devices) is kept
         chunked = self.chunked and not self.forward.tangent and "forward" not in self.user.__dict__
         self.copied = {

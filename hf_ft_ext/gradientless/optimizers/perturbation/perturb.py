@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw
 from hf_ft_ext.gradientless.optimizers.perturbation.module_patch import CannotBatch, ModulePatch
+from hf_ft_ext.gradientless.optimizers.perturbation.watch import Reads, watched_reads
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination, PerturbedWeights
 
 
@@ -39,7 +40,7 @@ class PerturbedForward(PerturbedWeights):
     def __init__(self, module: nn.Module, parameters: Sequence[torch.Tensor], directions: Directions):
         super().__init__(directions, len(parameters))
         self.module = module
-        number = {id(parameter): i for i, parameter in enumerate(parameters)}
+        self._number_of = number = {id(parameter): i for i, parameter in enumerate(parameters)}
         self.patches: list[ModulePatch] = []
         for name, holder in module.named_modules():
             names = {key: number[id(p)] for key, p in holder._parameters.items() if id(p) in number}
@@ -52,13 +53,18 @@ class PerturbedForward(PerturbedWeights):
         self.missing = sorted(set(number.values()) - found)
         self.elsewhere: set[int] = set()
 
+    def watched(self) -> contextlib.AbstractContextManager[Reads]:
+        """Within this context, record which parameters are read by another module than their own."""
+        users = {id(patch.holder): patch.user for patch in self.patches}
+        return watched_reads(self.module, users, self._number_of)
+
     def read_elsewhere(self, number: int) -> None:
         """Perturb this parameter while the whole model runs, as a module other than its own reads it.
 
-        Example: DeBERTa's encoder uses the weight of an embedding module that is never called.
+        Examples: DeBERTa's encoder uses the weight of an embedding module that is never called; MobileBERT's output
+        layer reads that of the embedding.
         """
         self.elsewhere.add(number)
-        self.unread.discard(number)
         for patch in list(self.patches):
             if number in patch.names.values() and patch.user is not self.module:
                 own = {name: i for name, i in patch.names.items() if i == number}

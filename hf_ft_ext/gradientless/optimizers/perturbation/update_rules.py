@@ -23,7 +23,10 @@ class UpdateRule:
     | `momentum` | `m = momentum m + G; theta -= lr m` | pairs of seed and slope, low-rank factors, or a buffer |
     | `adam` | Adam on `G`, with bias correction | two buffers of the weights' size |
     | `rms` | `theta -= lr G / (sqrt(s) + adam_eps)`, `s` the running mean of the squared slopes | one scalar |
-    | `conservative` | the best of `theta - lr G`, `theta`, `theta + lr G` on this batch: 3 more losses | none |
+    | `conservative` | the best of `theta - lr G`, `theta`, `theta + lr G` on this batch | none |
+
+    `conservative` evaluates the loss at `theta` (with `one-sided` the estimate's) and after the step, and after the
+    opposite step only if the step does not lower the loss; ZO-Bench always evaluates all three.
 
     Momentum sums directions, each with its own slope, as in ZO-Bench (arXiv 2402.11592). Three ways to store it:
 

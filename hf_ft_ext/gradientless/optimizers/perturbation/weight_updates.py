@@ -1,8 +1,9 @@
 """The weight update of `SPSA`, tensor by tensor and chunk by chunk, and its state."""
 
+import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class WeightUpdates:
         buffers: moments by number of the tensor, flat; the left factor of a low-rank momentum.
         factor_basis: the basis seed of each low-rank momentum.
         history: draws and slopes of the previous steps, the latest first, for `replay`.
+        first_steps: the first step that updates a tensor, by its number; 1 for tensors that are not listed.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class WeightUpdates:
         self.buffers: dict[int, tuple[torch.Tensor, ...]] = {}
         self.factor_basis: dict[int, int] = {}
         self.history: deque[tuple[list[Draw], list[float]]] = deque(maxlen=rule.replayed - 1)
+        self.first_steps: dict[int, int] = {}
 
     def apply(
         self,
@@ -54,7 +57,7 @@ class WeightUpdates:
         slopes: list[float],
         rates: list[float],
         groups: Sequence[dict[str, Any]],
-        skipped: set[int],
+        unread: Collection[int],
     ) -> None:
         """Update all tensors in one step.
 
@@ -64,7 +67,7 @@ class WeightUpdates:
             draws, slopes: of this step's directions.
             rates: learning rate of each group.
             groups: parameter groups of the optimizer.
-            skipped: numbers of the tensors that are not updated in this step.
+            unread: numbers of the tensors that no forward pass has read so far: they are not updated.
         """
         self.step, self.basis = step, basis
         estimate = [(draw, slope / len(draws)) for draw, slope in zip(draws, slopes, strict=True)]
@@ -75,7 +78,7 @@ class WeightUpdates:
             unchanged = self.rule.rule in _NO_MOMENTS and decay == 1 and not (lr and any(slopes))
             for parameter in group["params"]:
                 number += 1
-                if not unchanged and number not in skipped:
+                if not unchanged and number not in unread and self.first_steps.get(number, 1) <= step:
                     self._update_tensor(parameter.detach(), number, estimate, lr, decay)
         if self.rule.replays:
             self.history.appendleft((draws, slopes))
@@ -93,13 +96,14 @@ class WeightUpdates:
         self, parameter: torch.Tensor, number: int, estimate: Combination, lr: float, decay: float
     ) -> None:
         directions, scale = self.directions, self.directions.scale(parameter.shape)
+        own_step = self.step - self.first_steps.get(number, 1) + 1  # of the steps that update this tensor
         combination = [(draw, slope * scale) for draw, slope in estimate]
         low_rank, buffers = directions.has_factors(parameter.shape), self._buffers(parameter, number)
         if low_rank and self.rule.rule == MOMENTUM and self.rule.moments != BUFFER and directions.right_stays():
             left, right = self._factor_momentum(parameter, number, combination)
         else:
             if self.rule.replays and not buffers:
-                combination = [*combination, *self._replayed(scale)]
+                combination = [*combination, *self._replayed(scale, own_step)]
             left, right = self.perturbed_forward.factors(parameter, number, combination) if low_rank else (None, None)
         seed = derived_seed(estimate[0][0].seed, number)
         for part in directions.chunks(parameter):
@@ -111,12 +115,12 @@ class WeightUpdates:
                 gradient = self.perturbed_forward.dense(parameter.view(-1)[part], number, combination, part)
             if decay != 1:  # decoupled weight decay: theta *= 1 - lr * weight_decay
                 exact.mul_(decay)
-            self.rule.apply(exact, gradient, lr, self.step, [buffer[part] for buffer in buffers])
+            self.rule.apply(exact, gradient, lr, own_step, [buffer[part] for buffer in buffers])
             self.rounding.store(parameter, number, part, exact, derived_seed(seed, 0, part.start) ^ 1)
 
-    def _replayed(self, scale: float) -> Iterable[tuple[Draw, float]]:
-        """Terms of `sum over j >= 1 of momentum^j G_(t-j)`, `G` the gradient estimate of each stored step."""
-        for age, (draws, slopes) in enumerate(self.history, start=1):
+    def _replayed(self, scale: float, own_step: int) -> Iterable[tuple[Draw, float]]:
+        """Terms of `sum over 1 <= j < own_step of momentum^j G_(t-j)`, `G` the estimate of each stored step."""
+        for age, (draws, slopes) in enumerate(itertools.islice(self.history, own_step - 1), start=1):
             weight = self.rule.momentum**age * scale / len(draws)
             for draw, slope in zip(draws, slopes, strict=True):
                 yield draw, weight * slope
@@ -159,6 +163,7 @@ class WeightUpdates:
             "buffers": {number: list(buffers) for number, buffers in self.buffers.items()},
             "factor_basis": dict(self.factor_basis),
             "carried": dict(self.rounding.kept),
+            "first_steps": dict(self.first_steps),
             "history": [[[[draw.seed, draw.basis] for draw in draws], list(slopes)] for draws, slopes in self.history],
         }
 
@@ -166,6 +171,7 @@ class WeightUpdates:
         """Load what `state` returned, or an optimizer's state that contains these entries."""
         devices = [parameter.device for parameter in self.searched]
         self.second, self.factor_basis = state["second"], dict(state["factor_basis"])
+        self.first_steps = dict(state["first_steps"])
         self.buffers = {i: tuple(b.to(devices[i]).clone() for b in found) for i, found in state["buffers"].items()}
         self.rounding.kept = {i: kept.to(devices[i]).clone() for i, kept in state["carried"].items()}
         self.history.clear()
