@@ -175,6 +175,8 @@ def load(
         own |= {"chat_template_path": data_args.chat_template_path, "pad_token": tokenizer.pad_token}
         for name, value in own.items() if causal else ():
             setattr(args, name, value)
+        text_config = model.config.get_text_config()
+        router_logits = getattr(text_config, "output_router_logits", None)
         with trainer_errors_as_input_errors(args), template_errors():
             trainer = trainer_class(
                 model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
@@ -183,10 +185,12 @@ def load(
                 train_dataset=train if args.do_train else evaluated if causal else None,
                 eval_dataset=evaluated,
                 processing_class=tokenizer,
-                data_collator=None if causal else DataCollatorForSeq2Seq(tokenizer, model),
+                data_collator=None if causal else EncoderDecoderCollator(tokenizer, model),
                 compute_loss_func=None if causal else token_loss,
                 callbacks=run_callbacks(run_args, args, callbacks),
             )
+        if router_logits is not None:  # trl turns them on, and asks for them itself; `generate` stops at them
+            trainer.model.config.get_text_config().output_router_logits = router_logits
         trainer.language = LanguageRun(data, data_args, context)
         _check_prompts(data, trainer.processing_class, args, data_args)
         return check_trainer(trainer, run_args.method)
@@ -257,6 +261,23 @@ def encoder_decoder_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenize
     made = rows.map(convert, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
     report_long_rows(lengths, limit, name)
     return made
+
+
+class EncoderDecoderCollator(DataCollatorForSeq2Seq):
+    """Adds `decoder_input_ids` also for models that cannot prepare them from labels (M2M100, Blenderbot).
+
+    transformers prepares them in the model, where the labels do not arrive if the loss is a function of its own.
+    """
+
+    def __call__(self, features, return_tensors=None):
+        batch = super().__call__(features, return_tensors)
+        if batch.get("labels") is None or "decoder_input_ids" in batch:
+            return batch
+        config, labels = self.model.config, batch["labels"]
+        shifted = labels.new_full(labels.shape, config.decoder_start_token_id)
+        shifted[:, 1:] = labels[:, :-1]
+        batch["decoder_input_ids"] = shifted.masked_fill(shifted == -100, config.pad_token_id)
+        return batch
 
 
 def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):

@@ -31,7 +31,8 @@ class Perplexity(_Trainer):
 
     It is `exp` of the mean negative log-likelihood over all label tokens, each with equal weight. (`eval_loss` is
     transformers' average of the batch means, weighted by rows, which gives tokens of short batches more weight, and
-    with label smoothing it is smoothed.) With several processes, the rows that pad the last batch are counted too.
+    with label smoothing it is smoothed, and trl adds the balance of a mixture's experts.) With several processes, the
+    rows that pad the last batch are counted too.
     """
 
     _sums: torch.Tensor | None = None  # sums of losses and of tokens, float64, during an evaluation
@@ -51,17 +52,21 @@ class Perplexity(_Trainer):
                 # transformers scales it to this process's sum * processes / tokens of all processes; trl does not
                 counted = self.accelerator.gather(tokens).sum().cpu().double() / self.args.world_size
             if tokens:
-                loss = self._without_smoothing(model, inputs, ignore_keys) if self.label_smoother else result[0]
+                plain = not (self.label_smoother or getattr(self, "aux_loss_enabled", False))
+                loss = result[0] if plain else self._likelihood_loss(model, inputs, ignore_keys)
                 self._sums += torch.stack([loss.detach().double().cpu() * counted, tokens.double().cpu()])
         return result
 
-    def _without_smoothing(self, model: Any, inputs: dict[str, Any], ignore_keys: Any) -> torch.Tensor:
-        """The batch's mean negative log-likelihood: a second forward pass."""
-        smoother, self.label_smoother = self.label_smoother, None
+    def _likelihood_loss(self, model: Any, inputs: dict[str, Any], ignore_keys: Any) -> torch.Tensor:
+        """The batch's mean negative log-likelihood, without smoothing and trl's loss of routers: a second forward."""
+        before = {name: getattr(self, name) for name in ("label_smoother", "aux_loss_enabled") if hasattr(self, name)}
         try:
+            self.label_smoother, self.aux_loss_enabled = None, False
+            inputs = {name: value for name, value in inputs.items() if name != "output_router_logits"}
             return super().prediction_step(model, inputs, True, ignore_keys)[0]
         finally:
-            self.label_smoother = smoother
+            for name, value in before.items():
+                setattr(self, name, value)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._sums = torch.zeros(2, dtype=torch.float64)
@@ -181,12 +186,22 @@ def generate_texts(
     model.eval()
     tokenizer.padding_side = "right" if both else "left"
     found: list[tuple[int, str]] = []
+
+    def padded(indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        return tokenizer.pad({"input_ids": [rows[i] for i in indices]}, return_tensors="pt").to(trainer.args.device)
+
     try:
-        for first in range(0, len(mine), settings.batch_size):
-            indices = mine[first : first + settings.batch_size]
-            batch = tokenizer.pad({"input_ids": [rows[i] for i in indices]}, return_tensors="pt").to(
-                trainer.args.device
-            )
+        parts = [mine[first : first + settings.batch_size] for first in range(0, len(mine), settings.batch_size)]
+        short, long = (choose(mine, key=lambda i: len(rows[i]), default=0) for choose in (min, max))
+        unequal = len(mine) > 1 and len(rows[short]) < len(rows[long])
+        if unequal and _reads_padding(model, padded([short]), padded([short, long])):
+            logger.warning(
+                "%s reads the padding of shorter prompts, so prompts are generated in batches of equal length, which "
+                "takes longer.", type(model).__name__,
+            )  # fmt: skip
+            parts = _of_equal_length(mine, rows, settings.batch_size)
+        for indices in parts:
+            batch = padded(indices)
             ids = model.generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -202,6 +217,26 @@ def generate_texts(
         model.train(training)
     texts = dict(gather_object(found))
     return [texts[i].strip() for i in range(len(rows))]
+
+
+def _reads_padding(model: Any, alone: dict[str, torch.Tensor], beside: dict[str, torch.Tensor]) -> bool:
+    """Whether padding changes the next token's logits of a prompt, as in RWKV, which ignores the attention mask."""
+    first = []
+    for batch in (alone, beside):
+        made = model.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=1, do_sample=False,
+            num_beams=1, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        first.append(made.logits[0][0].float())
+    tolerance = 1e-2 if model.dtype == torch.float32 else 0.1  # of the largest logit; padding that is read moves all
+    return bool((first[0] - first[1]).abs().max() > tolerance * first[0].abs().max())
+
+
+def _of_equal_length(indices: Sequence[int], rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for i in indices:
+        groups.setdefault(len(rows[i]), []).append(i)
+    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:

@@ -1,0 +1,108 @@
+"""Generation and losses of models that trl or transformers treat in their own way: RWKV, Mixtral, Blenderbot."""
+
+import json
+import math
+
+import pytest
+import torch
+from decoders import decoder, subword_tokenizer
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+import run_glue
+from hf_ft_ext.launch.language.trainers import Generation, generate_texts
+
+pytest.importorskip("trl")
+from test_generation import stand_in
+
+_IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+CONFIGS = {
+    "rwkv": {
+        "hidden_size": 16, "num_hidden_layers": 2, "attention_hidden_size": 16, "intermediate_size": 24,
+        "context_length": 128, **_IDS,
+    },
+    "mixtral": {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "max_position_embeddings": 128, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 1.0, **_IDS,
+    },
+    "blenderbot": {
+        "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "dropout": 0.0,
+        "max_position_embeddings": 128, "decoder_start_token_id": 1, **_IDS,
+    },
+}  # fmt: skip
+PAIRS = [("the film was", " great"), ("a dull plot, and", " not the ending"), ("we hated it and really", " bad")]
+
+
+def build(family: str):
+    tokenizer = subword_tokenizer("byte-level")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **CONFIGS[family])
+        kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return tokenizer, model.eval()
+
+
+def test_a_model_that_reads_padding_generates_in_batches_of_equal_length(caplog):
+    caplog.set_level("WARNING")
+    tokenizer, model = build("rwkv")
+    prompts = ["a film", "we hated the dull scene, but not the ending", "it was", "a film"]
+    together = generate_texts(stand_in(model, tokenizer), prompts, Generation(max_new_tokens=1, batch_size=4))
+    assert "RwkvForCausalLM reads the padding of shorter prompts" in caplog.text
+    for prompt, text in zip(prompts, together, strict=True):
+        with torch.no_grad():
+            best = model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1].argmax()
+        assert text == tokenizer.decode([int(best)], skip_special_tokens=True).strip()
+
+
+def test_other_models_generate_padded_batches_without_a_warning(caplog):
+    caplog.set_level("WARNING")
+    tokenizer = subword_tokenizer("byte-level")
+    for family in ("gpt2", "qwen3", "mamba2"):
+        prompts = ["a film", "we hated the dull scene, but not the ending"]
+        generate_texts(stand_in(decoder(family, len(tokenizer)), tokenizer), prompts, Generation(max_new_tokens=2))
+    assert not [record for record in caplog.records if record.name.startswith("hf_ft_ext")]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "blenderbot"])
+def test_trained_through_the_launcher_they_generate_and_report_the_plain_perplexity(tmp_path, family):
+    tokenizer, model = build(family)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    both = model.config.is_encoder_decoder
+    status = run_glue.main(
+        [
+            "--model_name_or_path", str(tmp_path / "model"), "--method", "full", "--task_type",
+            "seq2seq_lm" if both else "causal_lm", "--train_file", str(tmp_path / "pairs.jsonl"), "--validation_file",
+            str(tmp_path / "pairs.jsonl"), "--do_train", "--do_eval", "--max_steps", "2", "--warmup_steps", "0",
+            "--predict_with_generate", "--max_new_tokens", "3", "--per_device_eval_batch_size", "2", "--use_cpu",
+            "--disable_tqdm", "true", "--output_dir", str(tmp_path / "out"),
+        ]
+    )  # fmt: skip
+    assert status == 0
+    trained = type(model).from_pretrained(tmp_path / "out").eval()
+    assert not getattr(trained.config, "output_router_logits", False)  # the saved model generates elsewhere too
+    total, count = 0.0, 0
+    for prompt, completion in PAIRS:
+        ids = tokenizer(prompt)["input_ids"]
+        if both:
+            answer = tokenizer(completion.strip())["input_ids"]
+            fed = torch.tensor([[trained.config.decoder_start_token_id, *answer[:-1]]])
+            with torch.no_grad():
+                logits = trained(input_ids=torch.tensor([ids]), decoder_input_ids=fed).logits[0]
+        else:
+            whole = [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
+            answer = whole[len(ids) :]
+            with torch.no_grad():
+                logits = trained(input_ids=torch.tensor([whole])).logits[0, len(ids) - 1 : -1]
+        total += float(functional.cross_entropy(logits.double(), torch.tensor(answer), reduction="sum"))
+        count += len(answer)
+    metrics = json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
