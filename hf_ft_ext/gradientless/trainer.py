@@ -236,8 +236,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         if self._by_model_loss():
             own = has_own_loss(self) or self.label_smoother is not None
             losses_of = self._language_losses if self._predicts_tokens() and not own else None
-            compute = functools.partial(_loss_of, self)
-            full = model_loss(compute, batches, self._predicts_tokens(), losses_of)
+            full = model_loss(self._mean_loss, batches, self._predicts_tokens(), losses_of)
         else:
             function = self._named_objective(self._inner()) if self.objective is None else self.objective
             full = objective_of_logits(self.model, function, batches)
@@ -245,6 +244,9 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             return full
         # The same dropout mask for all candidates, so they run one by one, not as rows of one forward pass.
         return FullObjective(with_same_masks(full.value, self.state.global_step + self.args.seed))
+
+    def _mean_loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        return self.compute_loss(self.model, dict(batch))
 
     def _predicts_tokens(self) -> bool:
         return predicts_next_tokens(self.model)
@@ -257,8 +259,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     def _by_model_loss(self) -> bool:
         """Whether the loss has to come from `compute_loss`: overridden, or not that of a sequence classifier."""
-        own = has_own_loss(self)
-        inner = self._inner()
+        own, inner = has_own_loss(self), self._inner()
         plain = type(inner).__name__.endswith("ForSequenceClassification")
         # regression with a prompt compares the probabilities of two label words, not numbers
         plain = plain and not (is_prompt_model(inner) and inner.config.problem_type == REGRESSION)
@@ -276,13 +277,9 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         config, smoothing = model.config, self.args.label_smoothing_factor
         names = [str(config.id2label[i]) for i in range(config.num_labels)]
         return make_objective(
-            self.args.search_objective,
-            config.problem_type,
-            config.num_labels,
-            smoothing,
-            names,
+            self.args.search_objective, config.problem_type, config.num_labels, smoothing, names,
             self.args.search_positive_label,
-        )
+        )  # fmt: skip
 
     # --- features ----------------------------------------------------------------------------------
 
@@ -401,8 +398,3 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None) -> None:
         return None
-
-
-def _loss_of(trainer: GradientlessTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The mean loss of a batch, by `trainer.compute_loss`."""
-    return trainer.compute_loss(trainer.model, dict(batch))
