@@ -110,6 +110,24 @@ def _quick_devices():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _quick_cards():
+    """Templates are compiled once: at each save peft and transformers compile that of the model card."""
+    from jinja2 import Environment
+
+    known, compile_source = {}, Environment.compile
+
+    def compiled(self, source, name=None, filename=None, raw=False, defer_init=False):
+        key = self, source, name, filename, raw, defer_init
+        if key not in known:
+            known[key] = compile_source(self, source, name, filename, raw, defer_init)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Environment, "compile", compiled)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _quick_structures():
     """Models built alike have their structure found once: a traced forward pass takes longer than a tiny step.
 
