@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import types
 import uuid
 from pathlib import Path
 
@@ -26,6 +27,9 @@ os.environ.setdefault("WANDB_DISABLED", "true")
 import pytest
 
 # No library is imported at the top: with -n, a process that only hands out the tests reads this file too.
+
+
+_TESTS = Path(__file__).resolve().parent
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,10 +58,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _starts_runs(module) -> bool:
+    """Whether a module of tests, or one of `tests` that it takes functions from, has the launcher or a trainer.
+
+    Not `processes`: what runs in several is marked `slow`.
+    """
+    functions = (value for value in vars(module).values() if isinstance(value, types.FunctionType))
+    helpers = {id(function.__globals__): function.__globals__ for function in functions}
+    return any(
+        _has_trainer(names)
+        for names in (vars(module), *helpers.values())
+        if Path(names.get("__file__") or "").is_relative_to(_TESTS) and names["__name__"] != "processes"
+    )
+
+
+def _has_trainer(names: dict) -> bool:
     from transformers import Trainer
 
-    trainers = (value for value in vars(module).values() if isinstance(value, type) and issubclass(value, Trainer))
-    return any(hasattr(module, name) for name in ("run_glue", "METHODS")) or next(trainers, None) is not None
+    if "run_glue" in names or "METHODS" in names:
+        return True
+    return any(isinstance(value, type) and issubclass(value, Trainer) for value in names.values())
 
 
 def pytest_collection_finish() -> None:
@@ -106,6 +125,24 @@ def _quick_devices():
         for kind in (torch.cuda, torch.xpu, torch.mtia):
             if not kind.is_available():
                 patched.setattr(kind, "manual_seed_all", lambda seed: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_cards():
+    """Templates are compiled once: at each save peft and transformers compile that of the model card."""
+    from jinja2 import Environment
+
+    known, compile_source = {}, Environment.compile
+
+    def compiled(self, source, name=None, filename=None, raw=False, defer_init=False):
+        key = self, source, name, filename, raw, defer_init
+        if key not in known:
+            known[key] = compile_source(self, source, name, filename, raw, defer_init)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Environment, "compile", compiled)
         yield
 
 

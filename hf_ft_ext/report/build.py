@@ -1,6 +1,7 @@
 """Write the report: `report.html` (self-contained), `report.md`, and the pictures as PNG."""
 
 import datetime
+import functools
 import os
 import re
 from collections.abc import Iterable
@@ -166,6 +167,7 @@ def _versions(found: Found) -> str:
     return ", ".join(f"{name} {' / '.join(sorted(values))}" for name, values in versions.items())
 
 
+@functools.cache
 def _environment(escape: bool) -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),

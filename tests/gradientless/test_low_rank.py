@@ -150,6 +150,7 @@ def test_no_matrix_of_a_linear_layer_or_embedding_is_copied(kind, monkeypatch):
     assert copied and all(len(shape) == 1 for shape in copied) and not optimizer.perturbed_forward.unread
 
 
+@pytest.mark.slow
 def test_low_rank_search_learns_in_sixteen_bits():
     model = family("bert").bfloat16()
     batch = {**padded_batch(), "labels": torch.ones(6, dtype=torch.long)}

@@ -103,6 +103,7 @@ def engine_shapes(engine):
     return {name: parameter.shape for name, parameter in engine.parameters.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["bert", "albert"])  # one use of each parameter, and several
 def test_kernels_are_unbiased_and_their_error_falls_like_one_over_the_root(model_type):
     """The mean over seeds is the exact kernel; entries deviate by at most sqrt((|g|^2 |g'|^2 + <g, g'>^2) / k)."""
@@ -179,6 +180,7 @@ def test_buckets_and_signs_of_a_seed_are_these():
 # --- options -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -20,6 +20,7 @@ def run(monkeypatch, folder, *words: str) -> tuple[int, list[dict]]:
     return accelerator.main(), results.read("accelerator", folder)
 
 
+@pytest.mark.slow
 def test_every_part_writes_its_rows(monkeypatch, tmp_path):
     methods = ["sparse dynamic", "spsa lozo"]
     status, rows = run(monkeypatch, tmp_path, "--device", "cpu", "--methods", *methods)

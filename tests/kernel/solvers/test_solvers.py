@@ -175,6 +175,7 @@ def test_logistic_regression_is_that_of_scikit_learn(classes, scalars, coupling)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_several_labels_are_solved_separately():
     """For every solver the columns equal those of separate two-class problems with one scalar."""
     kernel, other = random_problem(3)
@@ -207,6 +208,7 @@ def test_couplings_are_different_systems():
         np.testing.assert_allclose(by_class[:, c], other[0, :, c, :, c].T @ alpha, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_many_classes_are_solved_without_the_full_matrix():
     rng = np.random.default_rng(0)
     n, classes = 300, 150
