@@ -8,7 +8,7 @@
 
 A study file is a mapping from the name of a variant to its arguments (`method` and what that method takes), with a
 list of learning rates as `learning_rate`; arguments under `all` go to every variant, unless it sets them to null, and
-those under `tasks` to the runs of that task.
+those under `tasks` to the runs of that task, unless the variant sets them.
 For each variant every learning rate (unless there is one only) is tried for `--tune_epochs` (or `--tune_steps`) with
 the first seed; the best one by the task's primary metric on the validation set (ties: by its loss) is then run for
 `--epochs` with every seed. A variant with `max_steps` takes as many in both; one without a learning rate has nothing
@@ -279,6 +279,7 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
     """The variants of every task, from the study file or from `--rates`."""
     if (args.study is None) == (args.rates is None):
         raise SystemExit("pass a study file or --rates, one of the two")
+    shared: dict = {}
     tasks: dict[str, dict] = {}
     if args.study is None:
         split = (item.partition("=") for item in args.rates)
@@ -288,7 +289,7 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
         shared, tasks = named.pop("all", {}), named.pop("tasks", {})
         if unknown := set(args.only or ()) - named.keys():
             raise SystemExit(f"{args.study} has no variant {sorted(unknown)[0]!r}; it has {', '.join(named)}")
-        named = {name: {**shared, **own} for name, own in named.items() if not args.only or name in args.only}
+        named = {name: own for name, own in named.items() if not args.only or name in args.only}
     found = []
     wanted = args.task_name or list(tasks)
     if not wanted:
@@ -298,7 +299,8 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
         score = f"eval_{primary_key(get_task(task).metric)}"
         report = args.report or (score.replace("eval", "test", 1) if args.few_shot else score)
         for name, own in named.items():
-            settings = {key: value for key, value in {**own, **tasks.get(task, {})}.items() if value is not None}
+            settings = {**shared, **tasks.get(task, {}), **own}
+            settings = {key: value for key, value in settings.items() if value is not None}
             rates = settings.pop("learning_rate", [None])
             rates = rates if isinstance(rates, list) else [rates]
             found.append(Variant(name, task, settings, rates, folder, score, report))
