@@ -194,8 +194,8 @@ class FisherScalars:
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Scalars `[n, c]`."""
         if isinstance(self.loss, ModelLoss):
-            shifted = predicts_next_tokens(model)
-            return zero_without_tokens(lambda one: self.loss.compute(model, dict(one)), batch, shifted).reshape(1, 1)
+            compute, shifted = self.loss.compute, predicts_next_tokens(model)
+            return zero_without_tokens(lambda one: compute(model, dict(one)), batch, shifted).reshape(1, 1)
         if self.loss is not None:
             return self.loss(model(**batch), dict(batch))[:, None]
         # Called without labels: the model would compute its own loss, averaged over the batch.
