@@ -185,6 +185,8 @@ def load_language_data(
     form = None
     for role, name, rows in roles:
         rows = rows if task is None else task.prepare(rows)
+        if role == "test":
+            rows = _with_completions(rows, data_args.text_columns)
         found, rows = _in_our_columns(name, rows, data_args.text_columns)
         if form not in (None, found):
             raise InputError(f"split '{name}' has rows of {found}, another split of {form}; all splits need one form")
@@ -220,6 +222,17 @@ def _open(data_args: DataArguments, task: Task | None, cache_dir: str | None, to
     """As `open_source`, but read JSON files and local folders unchanged, because messages and answers are nested."""
     splits = open_as_stored(data_args, task, cache_dir)
     return open_source(data_args, task, cache_dir=cache_dir, token=token) if splits is None else splits
+
+
+def _with_completions(rows: Dataset, wanted: Sequence[str] | None) -> Dataset:
+    """Add empty completions to prompts that have none, as a test split may: they are continued, not scored."""
+    if wanted and len(wanted) == 1:
+        return rows
+    prompt, completion = wanted if wanted and len(wanted) == 2 else _COLUMNS[Form.PROMPT]
+    others = {completion} if wanted else {completion, "text", "messages"}
+    if prompt not in rows.column_names or others & set(rows.column_names):
+        return rows
+    return rows.add_column(completion, [""] * len(rows))
 
 
 def _in_our_columns(split: str, rows: Dataset, wanted: Sequence[str] | None) -> tuple[Form, Dataset]:

@@ -251,6 +251,19 @@ def test_own_columns_take_trls_names(tmp_path):
     assert data.form is Form.TEXT and data.train[0] == {"text": "n"}
 
 
+def test_prompts_to_be_continued_need_no_completion(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a", "completion": " b"}) + "\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "c"}) + "\n")
+    files = {"train_file": str(tmp_path / "a.jsonl"), "test_file": str(tmp_path / "b.jsonl")}
+    data = load_language_data(DataArguments(**files))
+    assert prompt_and_references(data.test["test"][0], data.form) == ("c", [])
+    with pytest.raises(InputError, match="split 'validation' has the columns prompt, and language modelling needs"):
+        load_language_data(DataArguments(**files, validation_file=str(tmp_path / "b.jsonl")))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "c", "text": "d"}) + "\n")
+    with pytest.raises(InputError, match="split 'test' has rows of text, another split of prompt and completion"):
+        load_language_data(DataArguments(**files))
+
+
 def test_every_reply_of_openassistant_comes_with_the_turns_before_it(tmp_path):
     for split in ("train", "validation"):
         path = tmp_path / "data" / f"{split}.jsonl"

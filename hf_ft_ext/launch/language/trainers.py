@@ -191,8 +191,8 @@ def generate_texts(
         return tokenizer.pad({"input_ids": [rows[i] for i in indices]}, return_tensors="pt").to(trainer.args.device)
 
     try:
-        size = settings.batch_size
-        parts: Sequence[Sequence[int]] = [mine[first : first + size] for first in range(0, len(mine), size)]
+        starts = range(0, len(mine), settings.batch_size)
+        parts: list[Sequence[int]] = [mine[first : first + settings.batch_size] for first in starts]
         short, long = (choose(mine, key=lambda i: len(rows[i]), default=0) for choose in (min, max))
         unequal = len(mine) > 1 and len(rows[short]) < len(rows[long])
         if unequal and _reads_padding(model, padded([short]), padded([short, long])):
@@ -200,7 +200,7 @@ def generate_texts(
                 "%s reads the padding of shorter prompts, so prompts are generated in batches of equal length, which "
                 "takes longer.", type(model).__name__,
             )  # fmt: skip
-            parts = _of_equal_length(mine, rows, size)
+            parts = list(_of_equal_length(mine, rows, settings.batch_size))
         for indices in parts:
             batch = padded(indices)
             ids = model.generate(
