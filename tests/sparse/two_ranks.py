@@ -103,6 +103,40 @@ def check_ragged_bases():
             assert principal_angle(found, torch.linalg.eigh(gram).eigenvectors.flip(1)[:, : found.shape[1]]) < 1e-2
 
 
+class Routed(torch.nn.Module):
+    """Two experts, of which a batch reaches one."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.experts = torch.nn.ModuleList(torch.nn.Linear(6, 5) for _ in range(2)).double()
+
+    def forward(self, x, expert):
+        return self.experts[expert](x).square().mean()
+
+
+def check_experts():
+    """Processes whose batches reach different experts get the directions of the mean gradients."""
+    rank, plain = int(os.environ["RANK"]), Routed()
+    batches = [
+        [(torch.randn(4, 6, generator=torch.Generator().manual_seed(10 * seed + r)).double(), (seed + r) % 2)
+         for seed in range(3)] for r in range(2)
+    ]  # fmt: skip
+    adapted = get_peft_model(Routed(), SparseGradConfig(target_modules=["experts.0", "experts.1"], n_params=4))
+    compute_bases(adapted, batches[rank], lambda model, batch: model(*batch))
+    sums = dict.fromkeys(layers_of(adapted), (0, 0))
+    for one, other in zip(*batches, strict=True):
+        plain.zero_grad()
+        ((plain(*one) + plain(*other)) / 2).backward()
+        for name, (out, inp) in sums.items():
+            g = plain.get_submodule(name).weight.grad
+            sums[name] = (out + g @ g.T, inp + g.T @ g)
+    for name, layer in layers_of(adapted).items():
+        for gram, found in zip(sums[name], layer.sparse_grad_columns["default"].buffers(), strict=True):
+            assert principal_angle(found, torch.linalg.eigh(gram).eigenvectors.flip(1)[:, : found.shape[1]]) < 1e-6
+
+
 def check_fully_sharded():
     """FSDP2: columns are those of whole weights, and values those of a process that takes the mean loss."""
     rank, config = int(os.environ["RANK"]), {"task_type": "SEQ_CLS", "n_params": 4}
@@ -155,6 +189,7 @@ if __name__ == "__main__":
     check_equal([*states, *bases, *trainer.model.parameters()])
     check_adapter(sys.argv[1], tiny_model)
     check_ragged_bases()
+    check_experts()
     check_fully_sharded()
     check_own_loader(OwnLoader(tiny_model(), args, processing_class=tiny_tokenizer()))
     # gloo's threads abort a process that exits while they still hold a collective's tensors

@@ -98,6 +98,9 @@ def bases_from_steps(
     seed = _own_seed(model, adapter_name) if seed is None else seed
     groups = layers_by_columns(model, adapter_name)
     _check_adapter(model, adapter_name, groups)
+    # Processes add their products up layer by layer. An expert that no token of a process reaches would be missed in
+    # the order of a backward pass, so all layers take part after the pass, as with micro-batches.
+    accumulated = accumulated or (processes() > 1 and _has_experts(groups))
     loss = _own_loss if loss is None else loss
     steps = iter(steps)
     first = next(steps, None)
@@ -268,6 +271,10 @@ def _own_seed(model: nn.Module, adapter_name: str) -> int:
     """The seed in the configuration of the adapter; 0 if the model has no configurations."""
     owners = (m for m in model.modules() if adapter_name in (getattr(m, "peft_config", None) or {}))
     return next((getattr(m.peft_config[adapter_name], "seed", 0) for m in owners), 0)
+
+
+def _has_experts(groups: list) -> bool:
+    return any("expert" in name for _, layers in groups for name, _ in layers)
 
 
 def _check_adapter(model: nn.Module, adapter_name: str, groups: list) -> None:
