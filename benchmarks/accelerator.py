@@ -282,8 +282,7 @@ def main() -> int:
         about = {"size": "small"} if args.small else {}
         rows = [{**row, **about, "device": args.device.type} for row in rows]
         if rows:
-            command = ["python", "benchmarks/accelerator.py", *sys.argv[1:]]
-            results.save(args.result, rows, command, args.results_folder)
+            results.save(args.result, rows, folder=args.results_folder)
     for text in args.failed:
         print(f"wrong: {text}")
     return 1 if args.failed else 0

@@ -209,7 +209,7 @@ def main() -> None:
             cells.append(f"{statistics.median(ratios):.3f} ({min(ratios):.3f}-{max(ratios):.3f})")
         print(f"| {' | '.join(cells)} |")
     if args.result:
-        result_files.save(args.result, rows_of(results, args), ["python", "benchmarks/basis.py", *sys.argv[1:]])
+        result_files.save(args.result, rows_of(results, args))
     out, inp = angles(args.leading)
     print(f"\nlargest principal angle, {args.leading} leading directions, float64: {out:.1e} (out), {inp:.1e} (in)")
 

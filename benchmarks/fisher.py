@@ -231,7 +231,7 @@ def main() -> None:
         if args.only in (None, name) and (name != "memory" or args.only == name or args.result):
             rows = part(args)
             if args.result:
-                results.save(args.result, rows, ["python", "benchmarks/fisher.py", *sys.argv[1:]])
+                results.save(args.result, rows)
 
 
 if __name__ == "__main__":

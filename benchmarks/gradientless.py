@@ -227,9 +227,7 @@ def main() -> None:
             found[variant].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1}, {variant}: {found[variant][-1]}", file=sys.stderr)
         if args.result:
-            results.save(
-                args.result, result_rows(found, args), ["python", "benchmarks/gradientless.py", *sys.argv[1:]]
-            )
+            results.save(args.result, result_rows(found, args))
     text = f"batch {args.batch}, {args.threads} threads, {args.repeats} rounds\n\n{make_table(found)}\n"
     print(text)
     if args.output:

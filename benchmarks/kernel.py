@@ -172,7 +172,7 @@ def main() -> None:
             rounds.append(json.loads(done.stdout.splitlines()[-1]))
             print(f"round {number + 1}, {formula}, {variant}: {rounds[-1]}", file=sys.stderr)
         if args.result:
-            results.save(args.result, rows_of(measured, args), ["python", "benchmarks/kernel.py", *sys.argv[1:]])
+            results.save(args.result, rows_of(measured, args))
     print(f"{args.train} x {args.test} rows, {args.threads} threads, {args.repeats} rounds\n\n{table(measured)}\n")
 
 

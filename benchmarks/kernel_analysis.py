@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features.rows import batches_in_order, for_collator
+from hf_ft_ext.features.rows import batches_in_order, data_and_collator
 from hf_ft_ext.kernel.analysis import (
     agreements,
     between_classes,
@@ -58,7 +58,9 @@ def compare_linearization(args: argparse.Namespace) -> None:
     """Change of each logit against what the expansion says."""
     (start, trainer, data), (trained, _, _) = (loaded(folder, args.passed_on) for folder in (args.start, args.trained))
     split = next(iter((data.test or data.validation).values())).select(range(args.rows))
-    pairs = [linearization(start, trained, batch) for batch in batches_in_order(*for_collator(trainer, split), 16)]
+    pairs = [
+        linearization(start, trained, batch) for batch in batches_in_order(*data_and_collator(trainer, split), 16)
+    ]
     change, slope = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
     error = linearization_error(change, slope)
     differences = linearization_error(between_classes(change), between_classes(slope))

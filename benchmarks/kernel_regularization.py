@@ -21,10 +21,10 @@ import numpy as np
 import results
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel.solvers import LEFT_OUT, Coupling, KernelSystem, Solver, SolverOptions
+from hf_ft_ext.kernel.solvers import LEAVE_ONE_OUT_GRID, Coupling, KernelSystem, Solver, SolverOptions
 from hf_ft_ext.kernel.store import find_task, read_kernel
 
-VALUES = (0.0, *LEFT_OUT)
+VALUES = (0.0, *LEAVE_ONE_OUT_GRID)
 LEFT_ONE_OUT = "loo"  # in the place of a value: the one that leaving a row out chooses
 ACCURACY, LOSS = "test accuracy, %", "mean squared error"
 MEAN = "mean over kernels"
@@ -48,12 +48,12 @@ def measured(folder: Path) -> list[Row]:
         return [{**about, "regularization": name, "quantity": key, "value": value} for key, value in found.items()]
 
     rows = [row for value in VALUES for row in rows_of(value, f"{value:g}")]
-    chosen = system.best_left_out(LEFT_OUT)
+    chosen = system.best_by_leave_one_out(LEAVE_ONE_OUT_GRID)
     rows += rows_of(chosen, LEFT_ONE_OUT)
     rows.append({**about, "regularization": LEFT_ONE_OUT, "quantity": "chosen", "value": chosen})
     for coupling in (Coupling.FULL, Coupling.BY_CLASS, Coupling.SHARED) if kernel.shape[2] > 1 else ():
         other_system = KernelSystem(SolverOptions(Solver.LSTSQ, coupling=coupling), kernel, labels)
-        best = other_system.best_left_out(LEFT_OUT)
+        best = other_system.best_by_leave_one_out(LEAVE_ONE_OUT_GRID)
         scores = other_system.solve(best, quiet=True).predict(other)
         found = {ACCURACY: 100 * float(np.mean(scores.argmax(1) == truth)), "chosen": best}
         of_classes = {**about, "what": "classes", "kernel_classes": coupling.value}

@@ -82,12 +82,10 @@ def _conditions(folder: Path) -> list[str]:
             if row["run"] not in runs:
                 runs.append(row["run"])
         for run in runs:
-            machine = run["machine"]
-            threads = f", {machine['threads']} threads" if machine["threads"] else ""
-            where = machine["accelerator"] or f"{machine['processor']}{threads}"
+            where = results.machine_text(run["machine"])
             commit, torch = run.get("commit") or "", run["versions"]["torch"]
             name = f"[{path.stem}](../benchmarks/results/{path.name})"
-            lines.append(f"| {name} | {run['date']} | {where} | {torch} | {commit} | `{run['command']}` |")
+            lines.append(f"| {name} | {run['date']} | {where} | {torch} | {commit} | `{results.command_text(run)}` |")
     return lines
 
 

@@ -130,6 +130,16 @@ def dattri(model: nn.Module, left: Rows, right: Rows, size: int) -> torch.Tensor
     return attributor.attribute(loader(left, len(left["input_ids"])), loader(right, size))
 
 
+def products(gradients: Callable[[Rows], dict[str, torch.Tensor]], left: Rows, right: Rows, size: int) -> torch.Tensor:
+    """The kernel from full gradients, `gradients(rows)` -> `[n, entries]` by name: all of the left side are kept."""
+    parts = [gradients(rows) for rows in batches(left, size)]
+    mine = {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
+    columns = []
+    for rows in batches(right, size):
+        columns.append(sum(mine[name] @ theirs.T for name, theirs in gradients(rows).items()))
+    return torch.cat(columns, 1)
+
+
 def bergson(model: nn.Module, left: Rows, right: Rows, size: int) -> torch.Tensor:
     """Its collector of gradients by hooks, without projection, and one product per layer.
 
@@ -148,12 +158,7 @@ def bergson(model: nn.Module, left: Rows, right: Rows, size: int) -> torch.Tenso
         found, collector.mod_grads = collector.mod_grads, {}
         return found
 
-    parts = [gradients(rows) for rows in batches(left, size)]
-    mine = {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
-    columns = []
-    for rows in batches(right, size):
-        columns.append(sum(mine[name] @ theirs.T for name, theirs in gradients(rows).items()))
-    return torch.cat(columns, 1)
+    return products(gradients, left, right, size)
 
 
 def dattri_llm(model: nn.Module, left: Rows, right: Rows, size: int) -> torch.Tensor:
@@ -191,12 +196,7 @@ def opacus(model: nn.Module, left: Rows, right: Rows, size: int) -> torch.Tensor
         return found
 
     try:
-        parts = [gradients(rows) for rows in batches(left, size)]
-        mine = {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
-        columns = []
-        for rows in batches(right, size):
-            columns.append(sum(mine[name] @ theirs.T for name, theirs in gradients(rows).items()))
-        return torch.cat(columns, 1)
+        return products(gradients, left, right, size)
     finally:
         sampled.to_standard_module()
         model.eval().zero_grad()
@@ -361,7 +361,7 @@ def main() -> None:
 
     def save(rows: list[dict]) -> None:
         if args.result:
-            results.save(args.result, rows, ["python", "benchmarks/peers.py", *sys.argv[1:]])
+            results.save(args.result, rows)
 
     if args.families:
         families(save)

@@ -18,7 +18,6 @@ for the tables of docs/kernel.md (there NAME is `projected`).
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -230,7 +229,7 @@ def main() -> None:
     for row in found:
         print(json.dumps(row))
     if args.result:
-        results.save(args.result, found, ["python", "benchmarks/projected.py", *sys.argv[1:]])
+        results.save(args.result, found)
 
 
 if __name__ == "__main__":

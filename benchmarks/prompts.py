@@ -10,7 +10,6 @@ median over repeats, with its range. The linear head is fitted with features tha
 import argparse
 import logging
 import statistics
-import sys
 import time
 from dataclasses import replace
 
@@ -101,7 +100,7 @@ def main() -> None:
     for part in (tokenisation, linear_head) if args.linear_head else (tokenisation,):
         rows = part(args, data)
         if args.result:
-            results.save(args.result, rows, ["python", "benchmarks/prompts.py", *sys.argv[1:]])
+            results.save(args.result, rows)
 
 
 if __name__ == "__main__":

@@ -205,7 +205,7 @@ def write(variants: list[Variant], args: argparse.Namespace) -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "table.md").write_text(table(variants))
     if args.result:
-        results.save(args.result, [row for variant in variants for row in measured(variant)], args.command)
+        results.save(args.result, [row for variant in variants for row in measured(variant)])
 
 
 def quantities(variant: Variant) -> dict[str, dict[int, float]]:
@@ -325,8 +325,7 @@ def main() -> None:
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
-    args.command = ["python", "benchmarks/quality.py", *words]
-    print(shlex.join(args.command), flush=True)
+    print(shlex.join(["python", "benchmarks/quality.py", *words]), flush=True)
     variants = variants_of(args)
     study(variants, args, words[cut + 1 :])
     print((args.output_dir / "table.md").read_text())

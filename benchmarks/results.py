@@ -45,7 +45,8 @@ def conditions(command: Sequence[str] | None = None) -> dict[str, Any]:
 
     from hf_ft_ext.training.runs.record import library_versions
 
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]] if command is None else list(command)
+    script = f"benchmarks/{Path(sys.argv[0]).name}"
+    words = ["python", script, *sys.argv[1:]] if command is None else list(command)
     return {
         "command": shlex.join(_without_folders(words)),
         "commit": _commit(),
@@ -58,6 +59,18 @@ def conditions(command: Sequence[str] | None = None) -> dict[str, Any]:
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
+
+
+def command_text(run: dict[str, Any]) -> str:
+    """The command of a run, to be called in the folder of the checkout; old files have it without the folder."""
+    return run["command"] if run["command"].startswith("python ") else f"python benchmarks/{run['command']}"
+
+
+def machine_text(machine: dict[str, Any]) -> str:
+    """A machine of `conditions` in a few words: `AMD EPYC, 1 thread`."""
+    count = machine["threads"]  # some old files do not say
+    threads = f", {count} thread{'s' * (count != 1)}" if count else ""
+    return machine["accelerator"] or f"{machine['processor']}{threads}"
 
 
 def read(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:

@@ -70,7 +70,7 @@ def main() -> None:
             ratios = [own / imports for own, imports in zip(seconds, base, strict=True)]
             rows.append({"what": name, "quantity": "user s", **results.summary(seconds)})
             rows.append({"what": name, "quantity": "time / imports", **results.summary(ratios)})
-        results.save(args.result, rows, ["python", "benchmarks/startup.py", *sys.argv[1:]])
+        results.save(args.result, rows)
 
 
 if __name__ == "__main__":

@@ -118,17 +118,16 @@ def _line(cells: Any) -> str:
 def _conditions(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "Not measured yet."
-    said = []
+    texts: list[str] = []
     for row in rows:
-        run, machine = row["run"], row["run"]["machine"]
-        threads = machine["threads"] and f", {machine['threads']} threads"  # some old files do not say
-        where = machine["accelerator"] or f"{machine['processor']}{threads or ''}"
-        text = f"{run['date']}, {where}, torch {run['versions']['torch']}: `{run['command']}`"
-        if text not in said:
-            said.append(text)
+        run = row["run"]
+        where = results.machine_text(run["machine"])
+        text = f"{run['date']}, {where}, torch {run['versions']['torch']}: `{results.command_text(run)}`"
+        if text not in texts:
+            texts.append(text)
     noisy = sum(bool(row.get("noisy")) for row in rows)
     spread = f" Quartiles of {noisy} of the {len(rows)} values are further than 10 % from the median." if noisy else ""
-    return "Measured " + "; ".join(said) + "." + spread
+    return "Measured " + "; ".join(texts) + "." + spread
 
 
 def write() -> None:

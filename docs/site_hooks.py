@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 _FRONT = "index.md"
 _NAMED_AS_FILE = re.compile(r"\[([\w-]+\.md)\](?=\()")
+_OPTION = re.compile(r"<code>(--[\w-]+(?: [^\s<]{1,20})?)</code>")
 _LINK = re.compile(r"(\]\()(\.\./)?([\w./-]+)([)#])")
 
 
@@ -30,6 +31,10 @@ def on_files(files, config):
 def on_page_markdown(markdown, page, config, files):
     markdown = _NAMED_AS_FILE.sub(_titled, markdown)
     return _LINK.sub(_from_docs, markdown) if "/" not in page.file.src_uri else markdown
+
+
+def on_page_content(html, page, config, files):
+    return _OPTION.sub(r'<code class="option">\1</code>', html)
 
 
 def _titled(match: re.Match) -> str:

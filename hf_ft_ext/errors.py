@@ -6,7 +6,7 @@ import difflib
 class InputError(ValueError):
     """Invalid input of the user.
 
-    The message names the value, the cause and the next action. It is raised before training whenever the fault can be
+    The message names the value, the cause and the next action. It is raised before training whenever the error can be
     detected by then. The launcher prints it without a traceback and exits with status 2.
     """
 

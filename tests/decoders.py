@@ -49,6 +49,19 @@ OTHER_DECODERS = {
     "phi": {**_NEOX, "partial_rotary_factor": 0.5},
     "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     "gpt_neox": {**_NEOX, "rotary_pct": 0.5},
+    "modernbert-decoder": {**_NEOX, "local_attention": 32, "cls_token_id": 1, "sep_token_id": 2},
+    "mamba2": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "state_size": 4,
+        "num_heads": 4,
+        "head_dim": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "bart": {**_SEQ2SEQ, "decoder_start_token_id": 2},
     "pegasus": {**_SEQ2SEQ, "decoder_start_token_id": 0},
 }
@@ -121,7 +134,7 @@ def subword_tokenizer(kind: str, **settings) -> PreTrainedTokenizerBase:
 TOKENIZER_OF = {
     "opt": "byte-level", "llama": "llama", "qwen3": "byte-level", "gpt2": "byte-level", "t5": "unigram",
     "gemma2": "llama", "phi": "byte-level", "bloom": "byte-level", "gpt_neox": "byte-level", "bart": "byte-level",
-    "pegasus": "unigram",
+    "modernbert-decoder": "byte-level", "mamba2": "byte-level", "pegasus": "unigram",
 }  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-_OF_THE_HUB = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code", "subfolder")
-_OF_THE_CONFIGURATION = ("num_labels", "id2label", "label2id", "problem_type")
+_HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code", "subfolder")
+_LABEL_SETTINGS = ("num_labels", "id2label", "label2id", "problem_type")
 _DONE = "_hf_ft_ext_reads_configuration"
 
 
@@ -27,7 +27,7 @@ def read_configuration_beside_adapters() -> None:
 
     @functools.wraps(plain)
     def from_pretrained(cls, pretrained_model_name_or_path, *positional, **kwargs):
-        own = {name: kwargs[name] for name in _OF_THE_CONFIGURATION if name in kwargs}
+        own = {name: kwargs[name] for name in _LABEL_SETTINGS if name in kwargs}
         config = _configuration(pretrained_model_name_or_path, own, kwargs)
         if config is None:
             return plain(cls, pretrained_model_name_or_path, *positional, **kwargs)
@@ -56,7 +56,7 @@ class _Base:
 
 def _configuration(name: str, own: dict[str, Any], kwargs: dict[str, Any]) -> PreTrainedConfig | None:
     """The configuration of a sequence classifier in the folder or repository `name`; `None` if there is none."""
-    hub = {key: kwargs[key] for key in (*_OF_THE_HUB, "revision") if kwargs.get(key) is not None}
+    hub = {key: kwargs[key] for key in (*_HUB_ARGUMENTS, "revision") if kwargs.get(key) is not None}
     try:
         config = AutoConfig.from_pretrained(name, **hub, **own)
     except (OSError, ValueError, KeyError):

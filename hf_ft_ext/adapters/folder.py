@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from hf_ft_ext.files import replacing, write_json, write_text
+from hf_ft_ext.files import atomic_write, write_json, write_text
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -32,18 +32,18 @@ HEAD_FILE = "model-head.safetensors"
 _INSIDE = ("base_model.model.", "base_model.")  # peft's prefixes of a wrapped model's names; the second: prompt tuning
 
 
-def name_base(model: PeftModel) -> None:
+def set_base_name(model: PeftModel) -> None:
     """Set the base model's name so that the adapter loads from any working directory.
 
     A folder is set as an absolute path, a Hub id with its revision (from `model.loaded_from`, see
     `load_tokenizer_and_model`).
     """
     for config in model.peft_config.values():
-        name_base_in(config, model.get_base_model())
+        set_base_name_of(config, model.get_base_model())
 
 
-def name_base_in(config: PeftConfig, base: nn.Module) -> None:
-    """As `name_base`, for the configuration of one adapter."""
+def set_base_name_of(config: PeftConfig, base: nn.Module) -> None:
+    """As `set_base_name`, for the configuration of one adapter."""
     name = config.base_model_name_or_path or getattr(base, "name_or_path", None)
     if name and os.path.isdir(name):
         config.base_model_name_or_path = os.path.abspath(name)
@@ -84,7 +84,7 @@ def save_base_configuration(base: nn.Module, folder: str | os.PathLike, revision
     where = {key: str(path) for path in files for key in _shapes(path)}
     head = _head(folder / ADAPTER_WEIGHTS, base, shapes)
     if head:
-        with replacing(folder / HEAD_FILE) as temporary:
+        with atomic_write(folder / HEAD_FILE) as temporary:
             save_file(head, temporary, metadata={"format": "pt"})
         where |= dict.fromkeys(head, HEAD_FILE)  # read last, as relative names sort after absolute paths
     write_json(folder / SAFE_WEIGHTS_INDEX_NAME, {"metadata": {}, "weight_map": where})

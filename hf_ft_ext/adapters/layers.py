@@ -3,11 +3,19 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from peft.tuners.tuners_utils import _ExcludedModule
 from torch import nn
 
 _NUMBERED = re.compile(r"(?P<stack>.*?[^.]*)\.(?P<index>\d+)\.(?P<rest>.+)")
+
+
+class NameInLayer(NamedTuple):
+    """A module by the number of its layer and its name within the layer."""
+
+    layer: int
+    name: str
 
 
 def plain_name(name: str) -> str:
@@ -25,7 +33,7 @@ def fold_layer_numbers(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-def split_layer(name: str, layers_pattern: str | Iterable[str] | None = None) -> tuple[int, str] | None:
+def split_layer(name: str, layers_pattern: str | Iterable[str] | None = None) -> NameInLayer | None:
     """Return the number of a module's layer and the module's name within it; `None` for a module outside of layers.
 
     Args:
@@ -37,19 +45,19 @@ def split_layer(name: str, layers_pattern: str | Iterable[str] | None = None) ->
         for pattern in patterns:
             match = re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.(?P<rest>.+)", name)
             if match:
-                return int(match["index"]), match["rest"]
+                return NameInLayer(int(match["index"]), match["rest"])
         return None
     match = _NUMBERED.match(name)
-    return (int(match["index"]), match["rest"]) if match else None
+    return NameInLayer(int(match["index"]), match["rest"]) if match else None
 
 
 def names_by_layer(model: nn.Module, layers_pattern: str | Iterable[str] | None = None) -> dict[int, list[str]]:
     """For each layer, the names of its modules within the layer, in the model's order."""
     found: dict[int, list[str]] = defaultdict(list)
     for name, _ in model.named_modules():
-        place = split_layer(plain_name(name), layers_pattern)
-        if place is not None and place[1]:
-            found[place[0]].append(place[1])
+        inner = split_layer(plain_name(name), layers_pattern)
+        if inner is not None and inner.name:
+            found[inner.layer].append(inner.name)
     return dict(sorted(found.items()))
 
 
@@ -59,25 +67,25 @@ def matches(config, name: str) -> bool | _ExcludedModule:
     `target_modules` is a regular expression that matches full names, or a list of names. A name in the list is a full
     name or the complete name within a layer: `output.dense` does not match `attention.output.dense`.
     """
-    place = split_layer(name, config.layers_pattern)
+    inner = split_layer(name, config.layers_pattern)
     if any(re.match(rf"(^|.*\.){part}($|\..*)", name) for part in config.modules_to_save or ()):
         return False
-    if _named(config.exclude_modules, name, place):
+    if _named(config.exclude_modules, name, inner):
         return _ExcludedModule()  # falsy; tells peft that exclude_modules had an effect, so it does not warn
-    return _named(config.target_modules, name, place) and in_layers(config, place)
+    return _named(config.target_modules, name, inner) and in_layers(config, inner)
 
 
-def in_layers(config, place: tuple[int, str] | None) -> bool:
-    """Whether `layers_to_transform` of `config` allows a module at `place` (of `split_layer`)."""
+def in_layers(config, inner: NameInLayer | None) -> bool:
+    """Whether `layers_to_transform` of `config` allows this module; `None` is a module outside of layers."""
     layers = config.layers_to_transform
     if layers is None or layers == []:
         return True
-    return place is not None and place[0] in ([layers] if isinstance(layers, int) else layers)
+    return inner is not None and inner.layer in ([layers] if isinstance(layers, int) else layers)
 
 
-def _named(targets: str | Iterable[str] | None, name: str, place: tuple[int, str] | None) -> bool:
+def _named(targets: str | Iterable[str] | None, name: str, inner: NameInLayer | None) -> bool:
     if not targets:
         return False
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
-    return name in targets or (place is not None and place[1] in targets)
+    return name in targets or (inner is not None and inner.name in targets)

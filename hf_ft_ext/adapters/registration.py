@@ -55,13 +55,13 @@ def register_adapters() -> None:
     read_configuration_beside_adapters()
 
 
-def register_when_peft_is_there() -> None:
+def register_on_import_of_peft() -> None:
     """Register our adapters now if peft is imported, else right after its first import."""
     peft = sys.modules.get("peft")
     if peft is not None and not getattr(peft.__spec__, "_initializing", False):
         _register_or_warn()
-    elif not any(isinstance(finder, _AfterPeft) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterPeft())
+    elif not any(isinstance(finder, _PeftImportHook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _PeftImportHook())
 
 
 def _register_or_warn() -> None:
@@ -76,7 +76,7 @@ def _register_or_warn() -> None:
         )
 
 
-class _AfterPeft(importlib.abc.MetaPathFinder):
+class _PeftImportHook(importlib.abc.MetaPathFinder):
     """Finds peft by the other finders, and registers our adapters after its import."""
 
     def find_spec(self, fullname: str, path=None, target: ModuleType | None = None):
@@ -91,7 +91,7 @@ class _AfterPeft(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader, finder: _AfterPeft):
+    def __init__(self, loader, finder: _PeftImportHook):
         self._loader, self._finder = loader, finder
 
     def __getattr__(self, name: str):

@@ -1,15 +1,27 @@
 """Base class of our tuners, on top of peft's `BaseTuner`: targets by layer and of any class, checks."""
 
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _check_adapters_not_merged,
     _delete_auxiliary_adapter,
 )
+from peft.utils import TaskType
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.adapters.layers import matches, plain_name
 from hf_ft_ext.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 class LayerTuner(BaseTuner):
@@ -23,7 +35,60 @@ class LayerTuner(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (peft's form; targets are found by structure)
 
     def _prepare_adapter_config(self, peft_config, model_config: dict):
-        return peft_config  # `_prepare_model` sets the defaults: it has the model
+        return peft_config  # `_choose_targets` sets the defaults: it has the model
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add the adapter `adapter_name` to `model`, as in peft."""
+        config = self.peft_config[adapter_name]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            if isinstance(config.target_modules, tuple):
+                config.target_modules = list(config.target_modules)
+
+    def _prepare_model(self, peft_config, model: nn.Module) -> None:
+        targets = peft_config.target_modules
+        if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            peft_config.target_modules = self._all_linear(peft_config, model)
+        self._choose_targets(peft_config, model)
+        if isinstance(peft_config.target_modules, list):
+            # peft shortens lists of 20 names or more to common endings. A name of ours is complete, within its layer
+            # or in the model, so shortened names would match fewer modules. peft leaves tuples as they are.
+            peft_config.target_modules = tuple(peft_config.target_modules)
+
+    def _choose_targets(self, peft_config, model: nn.Module) -> None:
+        """Set default targets, and refuse unsuitable ones."""
+        raise NotImplementedError
+
+    def _supports(self, module: nn.Module) -> bool:
+        """Whether a linear layer gets an adapter with `target_modules="all-linear"`."""
+        return True
+
+    def _all_linear(self, config, model: nn.Module) -> list[str]:
+        """Plain names of the layers that `target_modules="all-linear"` means: as in peft, without the head.
+
+        peft's own list lacks layers that a tuner of ours has wrapped.
+        """
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        found, left_out, inside = [], [], tuple[str, ...]()
+        for name, module in model.named_modules():
+            if name.startswith(inside):
+                continue
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                inside = (*inside, f"{name}.")
+            if not isinstance(base, nn.Linear | Conv1D) or head in (module, base):
+                continue
+            if head is None and config.task_type == TaskType.SEQ_CLS and name in SEQ_CLS_HEAD_NAMES:
+                continue
+            (found if self._supports(module) else left_out).append(plain_name(name))
+        if left_out:
+            logger.warning(
+                "all-linear: %d layers get no adapter, as they do not compute a plain linear product (%s, ...)",
+                len(left_out),
+                left_out[0],
+            )
+        return found
 
     @staticmethod
     def _check_target_module_exists(peft_config, key: str) -> bool:
@@ -57,6 +122,15 @@ class LayerTuner(BaseTuner):
         if active:
             self.set_adapter(active)
         self.active_adapter = active
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise InputError(
+                f"adapter_names={kwargs['adapter_names']} chooses an adapter for each row, which "
+                f"{type(self).__name__} does not support; call set_adapter, and pass the rows of one adapter at a time"
+            )
+        yield
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -114,7 +188,7 @@ def _name_without_others(model: nn.Module, key: str, adapter_name: str) -> str:
     return ".".join(kept)
 
 
-class OwnParts:
+class FollowsBaseLayer:
     """Mixin of our layers: the adapter's parts get the device and dtype of the wrapped module, of any class.
 
     peft's own method needs a `weight` or `qweight` of the wrapped module, which an attention or a block lacks.
@@ -145,7 +219,7 @@ def refuse_nested_targets(model: nn.Module, kind: str, config) -> None:
         name = plain_name(name)
         if not name or not matches(config, name):
             continue
-        outer = next((part for part in _owners(name) if part in targeted), None)
+        outer = next((part for part in _enclosing_modules(name) if part in targeted), None)
         if outer is not None:
             raise InputError(
                 f"{kind}: target_modules={config.target_modules!r} matches {outer!r} and {name!r}, which is inside of "
@@ -154,7 +228,7 @@ def refuse_nested_targets(model: nn.Module, kind: str, config) -> None:
         targeted.add(name)
 
 
-def _owners(name: str) -> list[str]:
+def _enclosing_modules(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 

@@ -72,7 +72,7 @@ def few_shot_data(
     for name, member in _classes(data, labels).items():
         rows = order[member[order]]
         if len(rows) < k + wanted:
-            _complain(name, len(rows), k, wanted, allow_small_classes)
+            _report_small_class(name, len(rows), k, wanted, allow_small_classes)
         parts_of_train.append(rows[:k])
         parts_of_dev.append(rows[k : k + wanted])
     train, dev = (_in_order(order, parts) for parts in (parts_of_train, parts_of_dev))
@@ -143,7 +143,7 @@ def _classes(data: TaskData, labels: np.ndarray) -> dict[str, np.ndarray]:
     return {f"below {middle:g}": labels < middle, f"{middle:g} and above": labels >= middle}
 
 
-def _complain(name: str, size: int, k: int, wanted: int, allowed: bool) -> None:
+def _report_small_class(name: str, size: int, k: int, wanted: int, allowed: bool) -> None:
     if allowed and size:
         logger.warning("class '%s' has only %d rows: training takes %d, evaluation the rest", name, size, min(k, size))
         return

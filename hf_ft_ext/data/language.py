@@ -8,13 +8,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 
 from hf_ft_ext.arguments import STRATIFIED, DataArguments
-from hf_ft_ext.data.files.text_files import data_suffix
 from hf_ft_ext.data.origins import Origins, final_origins, whole_splits
 from hf_ft_ext.data.samples import check_sampling, draw_text, sampled
-from hf_ft_ext.data.sources import FORMATS, READ_ERRORS, open_source, reason
+from hf_ft_ext.data.sources import open_as_stored, open_source
 from hf_ft_ext.data.splits import find_roles
 from hf_ft_ext.data.tasks import SUPERGLUE_ID, Task
 from hf_ft_ext.errors import InputError, did_you_mean
@@ -103,7 +102,7 @@ def _drop(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _record(row: dict[str, Any]) -> dict[str, Any]:
-    prompt = f'{row["passage"]}\n{row["query"]}\nQuestion: What is the "@placeholder"?\nAnswer:'
+    prompt = f'{row["passage"]}\n{row["query"]}\nQuestion: what is the "@placeholder"\nAnswer:'
     return _answered(prompt, row["answers"])
 
 
@@ -181,7 +180,7 @@ def load_language_data(
     if data_args.sample == STRATIFIED:
         raise InputError("--sample stratified keeps the shares of classes, and rows of text have none; pass random")
     known = _known_task(data_args, task)
-    roles = find_roles(_open(data_args, known, cache_dir, token), known, data_args)
+    roles = find_roles(_open(data_args, None if task is None else known, cache_dir, token), known, data_args)
     splits: dict[str, dict[str, Dataset]] = {"train": {}, "validation": {}, "test": {}}
     form = None
     for role, name, rows in roles:
@@ -217,38 +216,10 @@ def _known_task(data_args: DataArguments, task: LanguageTask | None) -> Task:
     return Task(name, (("text",),), None, hub_id=hub_id, hub_config=config, metric="perplexity")
 
 
-def _open(data_args: DataArguments, task: Task, cache_dir: str | None, token: str | None) -> dict[str, Dataset]:
+def _open(data_args: DataArguments, task: Task | None, cache_dir: str | None, token: str | None) -> dict[str, Dataset]:
     """As `open_source`, but read JSON files and local folders unchanged, because messages and answers are nested."""
-    folder = Path(data_args.dataset_name).expanduser() if data_args.dataset_name else None
-    if folder is not None and folder.is_dir():
-        try:
-            return load_dataset(
-                str(folder.resolve()), data_args.dataset_config_name or task.hub_config, cache_dir=cache_dir
-            )
-        except READ_ERRORS as error:
-            raise InputError(
-                f"cannot read data set folder {data_args.dataset_name!r} ({reason(error)}); pass a folder that holds "
-                "csv, json or parquet files, or whose README.md lists them"
-            ) from error
-    files = {option: getattr(data_args, option) for option in ("train_file", "validation_file", "test_file")}
-    files = {option: name for option, name in files.items() if name}
-    suffixes = {option: data_suffix(Path(name).expanduser()) for option, name in files.items()}
-    if data_args.dataset_name or not files or any(FORMATS.get(suffix) != "json" for suffix in suffixes.values()):
-        return open_source(data_args, task, cache_dir=cache_dir, token=token)
-    splits = {}
-    for option, name in files.items():
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise InputError(f"--{option} {name}: there is no such file; check the path")
-        try:
-            splits[option.removesuffix("_file")] = load_dataset(
-                "json", data_files={"train": str(path.resolve())}, split="train", cache_dir=cache_dir
-            )
-        except READ_ERRORS as error:
-            raise InputError(
-                f"cannot read --{option} {name} ({reason(error)}); pass one JSON object a line"
-            ) from error
-    return splits
+    splits = open_as_stored(data_args, task, cache_dir)
+    return open_source(data_args, task, cache_dir=cache_dir, token=token) if splits is None else splits
 
 
 def _in_our_columns(split: str, rows: Dataset, wanted: Sequence[str] | None) -> tuple[Form, Dataset]:

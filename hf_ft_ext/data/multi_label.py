@@ -74,7 +74,9 @@ def read_multi_labels(
             f"multi-label classification needs two labels or more, but there is {len(names)} ({', '.join(names)}); "
             "for one label pass a column of its own with --label_column"
         )
-    found = [_settled(role, name, values, columns) for (role, name, _), values in zip(roles, arrays, strict=True)]
+    found = [
+        _checked_values(role, name, values, columns) for (role, name, _), values in zip(roles, arrays, strict=True)
+    ]
     _warn_of_constant_labels(roles, names, found)
     return names, found
 
@@ -254,7 +256,7 @@ def _vectors(split: str, rows: list[list[str] | None], names: Sequence[str], sou
 # --- both -----------------------------------------------------------------------------------------------------
 
 
-def _settled(role: str, split: str, values: np.ndarray | None, columns: Sequence[str]) -> np.ndarray | None:
+def _checked_values(role: str, split: str, values: np.ndarray | None, columns: Sequence[str]) -> np.ndarray | None:
     """Return the values as float32, after checking that every row has all of its labels or none."""
     if values is None:
         return None

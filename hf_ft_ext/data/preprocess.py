@@ -124,8 +124,8 @@ class _PlainEncoder:
             if not rows[row]:
                 rows[row] = [value]
             elif column in one:
-                place = 0 if self.tokenizer.padding_side == "right" else len(rows[row]) - 1
-                rows[row][place] = value
+                position = 0 if self.tokenizer.padding_side == "right" else len(rows[row]) - 1
+                rows[row][position] = value
 
     def features(self, split: str) -> dict[str, Any]:
         # Tokenise one row to find the columns of this tokenizer, so that all column types are known from the start.

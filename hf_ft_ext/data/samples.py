@@ -69,11 +69,11 @@ def sampled(split: str, data: Dataset, data_args: DataArguments, seed: int | Non
                 f"--sample {STRATIFIED} needs one label per row, but this data has several; pass {RANDOM}"
             )
         elif isinstance(data.features[LABEL], ClassLabel):
-            rows = _of_classes(order, labels, limit)
+            rows = _stratified_by_class(order, labels, limit)
         else:
-            rows = _of_scale(order, labels, limit)
+            rows = _stratified_by_score(order, labels, limit)
     if labels is not None and isinstance(data.features[LABEL], ClassLabel):
-        _say_what_is_lost(split, f"--{option} {limit}", data, labels, rows, data_args.sample)
+        _warn_of_lost_classes(split, f"--{option} {limit}", data, labels, rows, data_args.sample)
     elif labels is not None and labels.ndim == 1 and 2 * np.ptp(labels[rows]) < np.ptp(labels):
         logger.warning(
             "--%s %d: the rows of split '%s' have scores from %g to %g, all rows from %g to %g; --sample %s draws "
@@ -90,7 +90,7 @@ def sampled(split: str, data: Dataset, data_args: DataArguments, seed: int | Non
     return data.select(np.sort(rows))
 
 
-def _of_classes(order: np.ndarray, labels: np.ndarray, n: int) -> np.ndarray:
+def _stratified_by_class(order: np.ndarray, labels: np.ndarray, n: int) -> np.ndarray:
     """Return `n` rows with the shares of the classes (largest remainders), at least one of each if `n` allows it."""
     classes, counts = np.unique(labels, return_counts=True)
     exact = counts * (n / counts.sum())
@@ -104,14 +104,14 @@ def _of_classes(order: np.ndarray, labels: np.ndarray, n: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _of_scale(order: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
+def _stratified_by_score(order: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
     """Return `n` rows evenly spaced in the order of the scores; rows of equal score are in the order of the draw."""
     by_score = order[np.argsort(scores[order], kind="stable")]
     middles = (np.arange(n) + 0.5) * (len(order) / n)
     return by_score[middles.astype(np.int64)]
 
 
-def _say_what_is_lost(
+def _warn_of_lost_classes(
     split: str, option: str, data: Dataset, labels: np.ndarray, rows: np.ndarray, sample: str
 ) -> None:
     names = data.features[LABEL].names
@@ -119,7 +119,7 @@ def _say_what_is_lost(
     if not lost:
         return
     there = len(np.unique(labels))
-    cure = f"; --sample {STRATIFIED} draws from all" if sample != STRATIFIED and there <= len(rows) else ""
+    advice = f"; --sample {STRATIFIED} draws from all" if sample != STRATIFIED and there <= len(rows) else ""
     logger.warning(
         "%s: the rows of split '%s' hold %d of %d classes, none of: %s%s",
         option,
@@ -127,5 +127,5 @@ def _say_what_is_lost(
         there - len(lost),
         there,
         ", ".join(lost[:10]) + (", ..." if len(lost) > 10 else ""),
-        cure,
+        advice,
     )

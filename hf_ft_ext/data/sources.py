@@ -40,8 +40,9 @@ from hf_ft_ext.errors import InputError
 
 FORMATS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _FILE_OPTIONS = ("train_file", "validation_file", "test_file")
-_INSTEAD = "pass a local folder to --dataset_name, or own files with --train_file and --validation_file"
-_UNNAMED = "default"  # the name that `datasets` gives to the configuration of a data set without configurations
+_FOLDER_ADVICE = "pass a folder that holds csv, json or parquet files, or whose README.md lists them"
+_LOCAL_DATA_ADVICE = "pass a local folder to --dataset_name, or own files with --train_file and --validation_file"
+_DEFAULT_CONFIG = "default"  # the name that `datasets` gives to the configuration of a data set without configurations
 # Errors of `datasets`, and those of its readers that it does not wrap.
 READ_ERRORS = (DatasetsError, OSError, ValueError, RuntimeError, StopIteration, KeyError, pa.ArrowException)
 
@@ -61,7 +62,7 @@ def reason(error: BaseException) -> str:
 
 
 @contextmanager
-def _local_faults(what: str, advice: str) -> Iterator[None]:
+def _local_errors(what: str, advice: str) -> Iterator[None]:
     try:
         yield
     except InputError:
@@ -71,7 +72,7 @@ def _local_faults(what: str, advice: str) -> Iterator[None]:
 
 
 @contextmanager
-def _hub_faults(name: str) -> Iterator[None]:
+def _hub_errors(name: str) -> Iterator[None]:
     try:
         yield
     except InputError:
@@ -79,17 +80,21 @@ def _hub_faults(name: str) -> Iterator[None]:
     except _NOT_FOUND as error:
         raise InputError(
             f"data set '{name}' is neither a local folder nor found on the Hub ({reason(error)}); check the name, "
-            f"pass --token if it is private or gated, or {_INSTEAD}"
+            f"pass --token if it is private or gated, or {_LOCAL_DATA_ADVICE}"
         ) from error
     except HfHubHTTPError as error:  # the Hub answered, with an error
-        raise InputError(f"cannot load data set '{name}' from the Hub ({reason(error)}); or {_INSTEAD}") from error
+        raise InputError(
+            f"cannot load data set '{name}' from the Hub ({reason(error)}); or {_LOCAL_DATA_ADVICE}"
+        ) from error
     except (ConnectionError, LocalEntryNotFoundError, _HTTP_ERROR) as error:
         raise InputError(
             f"data set '{name}' is not a local folder, and the Hub cannot be reached ({reason(error)}); without a "
-            f"network {_INSTEAD}"
+            f"network {_LOCAL_DATA_ADVICE}"
         ) from error
     except READ_ERRORS as error:
-        raise InputError(f"cannot load data set '{name}' from the Hub ({reason(error)}); or {_INSTEAD}") from error
+        raise InputError(
+            f"cannot load data set '{name}' from the Hub ({reason(error)}); or {_LOCAL_DATA_ADVICE}"
+        ) from error
 
 
 def open_source(
@@ -109,6 +114,23 @@ def open_source(
     Raises:
         InputError: the data cannot be found or read, or two options contradict each other.
     """
+    files = check_source(data_args, task)
+    reading = _reading(data_args, task)
+    if files:
+        return _open_files(files, reading, cache_dir, data_args.streaming)
+    if data_args.dataset_name is None and task is not None and task.hub_id is None:
+        _check_reading(reading, "the demo")
+        splits = dict(demo_dataset())
+        return splits | {"train": splits["train"].to_iterable_dataset()} if data_args.streaming else splits
+    return _open_dataset(data_args, task, reading, cache_dir, token)
+
+
+def check_source(data_args: DataArguments, task: Task | None) -> dict[str, str]:
+    """Return the own files by their options.
+
+    Raises:
+        InputError: two options contradict each other, or one does not apply to this source.
+    """
     files = {option: getattr(data_args, option) for option in _FILE_OPTIONS if getattr(data_args, option)}
     if files and data_args.dataset_name:
         raise InputError(
@@ -120,19 +142,43 @@ def open_source(
             raise InputError(
                 f"--{option} {value} applies only to data sets; pass --dataset_name with it, or leave it out"
             )
-    reading = _reading(data_args, task)
     for option in ("train_split", "validation_split", "test_split"):
         if files and getattr(data_args, option):
             raise InputError(
                 f"--{option} chooses splits of a data set, and --{next(iter(files))} is a file; leave one of them out"
             )
-    if files:
-        return _open_files(files, reading, cache_dir, data_args.streaming)
-    if data_args.dataset_name is None and task is not None and task.hub_id is None:
-        _check_reading(reading, "the demo")
-        splits = dict(demo_dataset())
-        return splits | {"train": splits["train"].to_iterable_dataset()} if data_args.streaming else splits
-    return _open_dataset(data_args, task, reading, cache_dir, token)
+    return files
+
+
+def open_as_stored(
+    data_args: DataArguments, task: Task | None, cache_dir: str | None = None
+) -> dict[str, Dataset] | None:
+    """As `open_source` for JSON files and local folders, but with nested columns; `None` for other sources.
+
+    Raises:
+        InputError: as for `open_source`.
+    """
+    files = check_source(data_args, task)
+    folder = _local_folder(data_args) if data_args.dataset_name else None
+    suffixes = [data_suffix(Path(name).expanduser()) for name in files.values()]
+    if folder is None and (not files or any(FORMATS.get(suffix) != "json" for suffix in suffixes)):
+        return None
+    _check_reading(_reading(data_args, task), "in other formats" if files else "read as it is stored")
+    if folder is not None:
+        with _local_errors(f"data set folder '{data_args.dataset_name}'", _FOLDER_ADVICE):
+            config = _choose_config(folder, data_args.dataset_config_name, task, {"cache_dir": cache_dir})
+            builder = load_dataset_builder(folder, config, cache_dir=cache_dir)
+            return dict(load_dataset(folder, config, cache_dir=_cache_for(folder, builder, cache_dir)))
+    splits = {}
+    for option, name in files.items():
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise InputError(f"--{option} {name}: there is no such file; check the path")
+        with _local_errors(f"--{option} {name}", "pass one JSON object a line"):
+            splits[option.removesuffix("_file")] = load_dataset(
+                "json", data_files={"train": glob.escape(str(path.resolve()))}, split="train", cache_dir=cache_dir
+            )
+    return splits
 
 
 def _reading(data_args: DataArguments, task: Task | None) -> Reading:
@@ -171,12 +217,12 @@ def _open_files(
         }
         return open_own_files(named, reading, cache_dir=cache_dir, streamed=("train",) if streaming else ())
     splits = {}
-    for option, place in paths.items():
-        with _local_faults(f"--{option} {files[option]}", "check that it holds rows and is a valid .parquet file"):
+    for option, location in paths.items():
+        with _local_errors(f"--{option} {files[option]}", "check that it holds rows and is a valid .parquet file"):
             # One call for each file, because the test file may lack the label column. The cache notices edited files.
             splits[option.removesuffix("_file")] = load_dataset(
                 kind,
-                data_files={"train": glob.escape(place)},  # a path, not a pattern
+                data_files={"train": glob.escape(location)},  # a path, not a pattern
                 split="train",
                 cache_dir=cache_dir,
                 streaming=streaming and option == "train_file",
@@ -191,39 +237,53 @@ def _check_reading(reading: Reading, kind: str) -> None:
         raise InputError(f"--{option} is for csv and tsv files, but this data is {kind}; leave it out")
 
 
+def _local_folder(data_args: DataArguments) -> str | None:
+    """Absolute path of `dataset_name`, if that is a folder.
+
+    Raises:
+        InputError: it is a file, its name is a pattern, or a revision of it was asked for.
+    """
+    folder = Path(data_args.dataset_name).expanduser()
+    if folder.is_file():
+        raise InputError(
+            f"--dataset_name {data_args.dataset_name} is a file; pass it as --train_file, or pass its folder"
+        )
+    if not folder.is_dir():
+        return None
+    if data_args.dataset_revision is not None:
+        raise InputError(
+            f"--dataset_revision {data_args.dataset_revision} is for data sets of the Hub, and "
+            f"{data_args.dataset_name} is a local folder; leave it out"
+        )
+    name = str(folder.resolve())
+    if glob.has_magic(name):
+        raise InputError(
+            f"data set folder {name}: the data sets library takes * ? [ in a path for a pattern; rename the "
+            "folder, or pass its files with --train_file and --validation_file"
+        )
+    return name
+
+
 def _open_dataset(
     data_args: DataArguments, task: Task | None, reading: Reading, cache_dir: str | None, token: str | None
 ) -> dict[str, Dataset | IterableDataset]:
     name = data_args.dataset_name or task.hub_id
-    folder = Path(name).expanduser()
-    if folder.is_file():
-        raise InputError(f"--dataset_name {name} is a file; pass it as --train_file, or pass its folder")
-    if folder.is_dir():
-        if data_args.dataset_revision is not None:
-            raise InputError(
-                f"--dataset_revision {data_args.dataset_revision} is for data sets of the Hub, and {name} is a local "
-                "folder; leave it out"
-            )
-        name = str(folder.resolve())
-        if glob.has_magic(name):
-            raise InputError(
-                f"data set folder {name}: the data sets library takes * ? [ in a path for a pattern; rename the "
-                "folder, or pass its files with --train_file and --validation_file"
-            )
-        advice = "pass a folder that holds csv, json or parquet files, or whose README.md lists them"
-        faults = _local_faults(f"data set folder '{name}'", advice)
+    local = _local_folder(data_args) if data_args.dataset_name else None
+    if local is not None:
+        name = local
+        errors = _local_errors(f"data set folder '{name}'", _FOLDER_ADVICE)
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is None or name.startswith("."):
         raise InputError(f"data set folder '{name}' does not exist; check the path, or pass a Hub id (owner/name)")
     else:
-        faults = _hub_faults(name)
+        errors = _hub_errors(name)
     # Pass all of them in every call: without `cache_dir`, for example, an offline run searches the wrong cache.
     options = {"cache_dir": cache_dir, "token": token, "revision": data_args.dataset_revision}
-    with faults:
+    with errors:
         if name == (task and task.hub_id) and not data_args.dataset_config_name:
             config = task.hub_config
         else:
             config = _choose_config(name, data_args.dataset_config_name, task, options)
-        if folder.is_dir():
+        if local is not None:
             builder = load_dataset_builder(name, config, cache_dir=cache_dir)
             files = _own_files_of(builder)
             if files:
@@ -235,13 +295,11 @@ def _open_dataset(
         elif data_args.dataset_revision is not None:
             _check_revision(name, config, options)
         if reading.quoting != AUTO or reading.names:
-            _check_reading(
-                reading, "read with its publisher's settings" if not folder.is_dir() else "in other formats"
-            )
+            _check_reading(reading, "read with its own settings" if local is None else "in other formats")
         splits = load_dataset(name, config, streaming=data_args.streaming, **options)
     if any(rows.info.builder_name == "csv" for rows in splits.values()):
         logger.warning(
-            "data set '%s' holds csv files, read by its publisher's settings: with quotes, NA as a missing value; if "
+            "data set '%s' holds csv files, read with its own settings: with quotes, NA as a missing value; if "
             "rows or texts are missing, download the files and pass them to --train_file and --validation_file",
             data_args.dataset_name or name,
         )
@@ -286,7 +344,7 @@ def _cache_for(folder: str, builder: Any, cache_dir: str | None) -> str:
 
 def _choose_config(name: str, wanted: str | None, task: Task | None, options: dict[str, Any]) -> str | None:
     configs = get_dataset_config_names(name, **options)
-    if configs == [_UNNAMED] and not Path(name).is_dir() and _is_cached_only(name, options):
+    if configs == [_DEFAULT_CONFIG] and not Path(name).is_dir() and _is_cached_only(name, options):
         return wanted or _cached_config(name, task, options)
     if wanted is None and len(configs) == 1:
         return configs[0]

@@ -71,7 +71,7 @@ class _Usable:
     def __init__(self, text_columns: tuple[str, ...], label_column: str, stored: Any, feature: Any, task: Task | None):
         self.text_columns, self.label_column = text_columns, label_column
         self.stored, self.feature, self.task = stored, feature, task
-        self.skipped = self.said = 0
+        self.skipped = self.logged = 0
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
         labels, usable = self._labels(batch[self.label_column])
@@ -105,8 +105,8 @@ class _Usable:
 
     def _count(self, skipped: int) -> None:
         self.skipped += skipped
-        if self.skipped >= max(1, 2 * self.said):  # log when the count has doubled, not for every batch
-            self.said = self.skipped
+        if self.skipped >= max(1, 2 * self.logged):  # log when the count has doubled, not for every batch
+            self.logged = self.skipped
             logger.warning(
                 "stream: %d rows so far lack a text or a label among %s; they are skipped",
                 self.skipped,

@@ -42,7 +42,7 @@ _NLI = ("entailment", "neutral", "contradiction")
 _POLARITY = ("negative", "positive")
 _TEXT = (("text",), ("sentence",))
 # Copies without ClassLabel features have the label names in a separate column.
-_SPELT = ("label_text", "label", "labels")
+_COLUMNS = ("label_text", "label", "labels")
 
 
 def _glue(name: str, columns: tuple[str, ...], label_names: tuple[str, ...] | None, **kwargs) -> Task:
@@ -56,7 +56,7 @@ def _superglue(name: str, columns: tuple[str, ...], label_names: tuple[str, ...]
 def _copa_premise(data: Dataset) -> Dataset:
     """Replace the full stop of each premise by "because" (the answer is a cause) or "so" (it is an effect).
 
-    The options continue this sentence, so their first letters become lower case.
+    The options continue this sentence, so their first words become lower case, except "I", as in MeZO.
     """
     if not {"premise", "question", "choice1", "choice2"} <= set(data.column_names):
         return data
@@ -66,7 +66,7 @@ def _copa_premise(data: Dataset) -> Dataset:
         unknown = set(batch["question"]) - set(links)
         if unknown:
             raise InputError(f"column 'question' of copa holds {unknown.pop()!r}; it is either 'cause' or 'effect'")
-        lower = [[text[:1].lower() + text[1:] for text in batch[column]] for column in ("choice1", "choice2")]
+        lower = [[_continuing(text) for text in batch[column]] for column in ("choice1", "choice2")]
         premises = [
             text.rstrip().removesuffix(".") + links[kind]
             for text, kind in zip(batch["premise"], batch["question"], strict=True)
@@ -74,6 +74,11 @@ def _copa_premise(data: Dataset) -> Dataset:
         return {"premise": premises, "choice1": lower[0], "choice2": lower[1]}
 
     return data.map(convert, batched=True, keep_in_memory=True)
+
+
+def _continuing(text: str) -> str:
+    first, space, rest = text.partition(" ")
+    return text if first == "I" else f"{first.lower()}{space}{rest}"
 
 
 _PAIR = ("sentence1", "sentence2")
@@ -107,9 +112,9 @@ _TASKS = (
         label_aliases={"neg": "negative", "pos": "positive"},
         positive_label="positive",
     ),
-    Task("cr", _TEXT, _POLARITY, hub_id="SetFit/SentEval-CR", label_columns=_SPELT, positive_label="positive"),
-    Task("mpqa", _TEXT, _POLARITY, hub_id="jxm/mpqa", label_columns=_SPELT, positive_label="positive"),
-    Task("subj", _TEXT, ("subjective", "objective"), hub_id="SetFit/subj", label_columns=_SPELT),
+    Task("cr", _TEXT, _POLARITY, hub_id="SetFit/SentEval-CR", label_columns=_COLUMNS, positive_label="positive"),
+    Task("mpqa", _TEXT, _POLARITY, hub_id="jxm/mpqa", label_columns=_COLUMNS, positive_label="positive"),
+    Task("subj", _TEXT, ("subjective", "objective"), hub_id="SetFit/subj", label_columns=_COLUMNS),
     Task(
         "trec",
         _TEXT,
@@ -131,7 +136,7 @@ _TASKS = (
         _TEXT,
         ("very negative", "negative", "neutral", "positive", "very positive"),
         hub_id="SetFit/sst5",
-        label_columns=_SPELT,
+        label_columns=_COLUMNS,
     ),
     Task("snli", (("premise", "hypothesis"),), _NLI, hub_id="stanfordnlp/snli"),
     Task("ag_news", (("text",), ("description",)), ("World", "Sports", "Business", "Sci/Tech"), "fancyzhx/ag_news"),

@@ -3,7 +3,7 @@
 import torch
 
 
-def largest(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
+def largest_entries(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
     """Flat indices of the `k` largest scores of all tensors together, by tensor; tensors without any are omitted."""
     values, where, numbers = None, None, None
     for number, score in enumerate(scores.values()):
@@ -19,7 +19,7 @@ def largest(scores: dict[str, torch.Tensor], k: int) -> dict[str, torch.Tensor]:
     return _by_tensor(list(scores), where, numbers)
 
 
-def at_random(shapes: dict[str, torch.Size], k: int, seed: int) -> dict[str, torch.Tensor]:
+def random_entries(shapes: dict[str, torch.Size], k: int, seed: int) -> dict[str, torch.Tensor]:
     """Flat indices of `k` distinct entries of all tensors together, drawn uniformly; `k` is at most their number."""
     sizes = torch.tensor([shape.numel() for shape in shapes.values()])
     ends = sizes.cumsum(0)

@@ -13,10 +13,10 @@ from peft import ShiraConfig
 from safetensors.torch import save_file
 from torch import nn
 
-from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS, name_base_in, save_base_configuration
+from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS, save_base_configuration, set_base_name_of
 from hf_ft_ext.entries.layer import weights_with_entries
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.files import replacing
+from hf_ft_ext.files import atomic_write
 from hf_ft_ext.models.peft import saved_by_peft, task_type_of
 
 Changes = dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -62,7 +62,7 @@ def export_shira(model: nn.Module, folder: str | os.PathLike) -> None:
         base_model_name_or_path=getattr(model, "name_or_path", None),
         inference_mode=True,
     )
-    name_base_in(config, model)
+    set_base_name_of(config, model)
     tensors = {}
     for name, (indices, values) in changes.items():
         count, n_in = r * sums[name], layers[name].in_features
@@ -76,7 +76,7 @@ def export_shira(model: nn.Module, folder: str | os.PathLike) -> None:
     for name in saved:
         for part, tensor in model.get_submodule(name).state_dict().items():
             tensors[f"base_model.model.{name}.{part}"] = tensor.detach().cpu().contiguous().clone()
-    with replacing(Path(folder) / ADAPTER_WEIGHTS) as temporary:
+    with atomic_write(Path(folder) / ADAPTER_WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     config.save_pretrained(folder)
     save_base_configuration(model, folder, config.revision)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.features.head import HeadReader, head_parameters
-from hf_ft_ext.files import replacing, tensor_hash
+from hf_ft_ext.files import atomic_write, tensor_hash
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def feature_bytes(reader: HeadReader, rows: int) -> int:
 def encoder_hash(model: nn.Module) -> str:
     """SHA-256 of everything that features depend on: the configuration, and the weights outside the head."""
     head, digest = head_parameters(model), hashlib.sha256()
-    config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_ABOUT_FEATURES}
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _IGNORED_SETTINGS}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         if name not in head:
@@ -49,7 +49,7 @@ def encoder_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-_NOT_ABOUT_FEATURES = ("_name_or_path", "id2label", "label2id", "problem_type", "transformers_version", "num_labels")
+_IGNORED_SETTINGS = ("_name_or_path", "id2label", "label2id", "problem_type", "transformers_version", "num_labels")
 
 
 def data_fingerprint(dataset: Any) -> str:
@@ -109,8 +109,8 @@ def cached_features(
         logger.info("features of %d rows: read from %s", rows, path)
         return _open(path, about, (rows, hidden), dtype)
     try:
-        with _growing(path) as file:
-            done = _whole_rows(file, _header(about, rows, hidden, dtype), hidden * dtype.itemsize)
+        with _partial_file(path) as file:
+            done = _complete_rows(file, _header(about, rows, hidden, dtype), hidden * dtype.itemsize)
             if done:
                 logger.info("features of %d rows: found from an interrupted run", done)
             with tqdm(total=rows, initial=done, desc="encoding the data once", disable=disable_tqdm) as bar:
@@ -130,7 +130,7 @@ def cached_features(
 
 
 @contextlib.contextmanager
-def _growing(path: Path) -> Iterator[BinaryIO]:
+def _partial_file(path: Path) -> Iterator[BinaryIO]:
     """Open a partial file that survives an interruption and is renamed to `path` when the block succeeds.
 
     A second process that writes the same file at the same time gets a file of its own, which does not survive one.
@@ -141,7 +141,7 @@ def _growing(path: Path) -> Iterator[BinaryIO]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        with replacing(path) as temporary, open(temporary, "w+b") as file:
+        with atomic_write(path) as temporary, open(temporary, "w+b") as file:
             yield file
         return
     try:
@@ -155,7 +155,7 @@ def _growing(path: Path) -> Iterator[BinaryIO]:
         lock.release()
 
 
-def _whole_rows(file: BinaryIO, header: bytes, width: int) -> int:
+def _complete_rows(file: BinaryIO, header: bytes, width: int) -> int:
     """Number of complete rows in `file`; truncate an incomplete last row, or all rows under another header."""
     file.seek(0)
     done = 0

@@ -33,7 +33,7 @@ class HeadReader:
         self.model, self.read = model, read
         holder, _, self.prefix = encoder_path(model).rpartition(".")
         self.holder = model.get_submodule(holder)
-        self.stand_in = _StandIn(getattr(self.holder, self.prefix))
+        self.feature_model = _FeatureModel(getattr(self.holder, self.prefix))
         self._width: int | None = None
 
     @classmethod
@@ -79,7 +79,7 @@ class HeadReader:
     @torch.no_grad()
     def features(self, batch: Batch) -> torch.Tensor:
         """The features that the head reads of `batch`: `[rows, hidden]`, computed without dropout."""
-        base = self.stand_in.base
+        base = self.feature_model.base
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         pooler = getattr(base, "pooler", None)
         with evaluating(self.model):
@@ -99,9 +99,9 @@ class HeadReader:
             rows: rows of the result, if the head returns more rows than it reads; `None` = the same number.
         """
         n = features.shape[0] if rows is None else rows
-        self.stand_in.features = features
+        self.feature_model.features = features
         modules = self.holder._modules
-        base, modules[self.prefix] = modules[self.prefix], self.stand_in
+        base, modules[self.prefix] = modules[self.prefix], self.feature_model
         try:
             ids = torch.zeros(1, 1, dtype=torch.long, device=features.device).expand(n, 1)
             return self.model(input_ids=ids, attention_mask=ids + 1).logits
@@ -137,7 +137,7 @@ def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-class _StandIn(nn.Module):
+class _FeatureModel(nn.Module):
     """Replaces the base model: returns stored features as a sequence of one token, with the pooler's output if any."""
 
     def __init__(self, base: nn.Module):

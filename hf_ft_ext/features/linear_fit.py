@@ -34,7 +34,7 @@ class LinearFit:
         c: inverse regularisation strength.
         chosen: whether cross-validation chose it.
         score: accuracy, or R squared.
-        loss: mean over the rows: cross-entropy, Kullback-Leibler divergence (`fit_place`) or squared error.
+        loss: mean over the rows: cross-entropy, Kullback-Leibler divergence (`fit_probability`) or squared error.
     """
 
     weight: np.ndarray
@@ -138,16 +138,16 @@ def fit_labels(
         logger.warning("all training rows agree on the label %s: only its bias is fitted", ", ".join(constant))
     weight, offset = np.concatenate(weights), np.concatenate(offsets)
     logits, truth = x @ weight.T + offset, labels > 0.5
-    loss = np.mean(np.logaddexp(0, logits) - truth * logits)
+    loss = np.mean(np.logaddexp(0, logits) - truth * logits)  # log(1 + exp(f)) - y f
     score = np.mean((logits >= 0) == truth)
     strength = float(np.median(used)) if used else float(c or 1.0)
     return LinearFit(weight, offset, strength, chosen, float(score), float(loss))
 
 
 @_ONE_THREAD
-def fit_place(
+def fit_probability(
     x: np.ndarray,
-    place: np.ndarray,
+    probability: np.ndarray,
     bias: bool = True,
     c: float | None = None,
     folds: int = 5,
@@ -155,30 +155,31 @@ def fit_place(
 ) -> LinearFit:
     """Logistic regression of a probability: two rows of weights, for the lower and the upper end of a scale.
 
-    The loss is the cross-entropy with `place`. Each row is used twice: for the lower end with weight `1 - place`, and
-    for the upper end with weight `place`.
+    The loss is the cross-entropy with the probability p. Each row is used twice: for the lower end with weight
+    `1 - p`, and for the upper end with weight `p`.
 
     Args:
         x: `[rows, width]`.
-        place: `[rows]`, positions on the scale, in [0, 1].
+        probability: p, `[rows]`: positions on the scale, in [0, 1].
     """
     scaled, mean, scale = _scaled(x, bias)
     rows = np.arange(len(x))
     double = np.concatenate([scaled, scaled])
     ends = np.repeat([0, 1], len(x))
-    weights = np.concatenate([1 - place, place])
+    weights = np.concatenate([1 - probability, probability])
     chosen = c is None
     if chosen:
         c = _choose(double, ends, weights, np.concatenate([rows, rows]), bias, folds, max_iter)
     model = _logistic(double, ends, weights, c, bias, max_iter)
     weight, offset = _unscaled(*_rows(model, 2), mean, scale)
     likely = log_softmax(x @ weight.T + offset, axis=-1)
-    target = np.stack([1 - place, place], -1)
+    # KL(p || softmax): sum over both ends of p log p - p log softmax
+    target = np.stack([1 - probability, probability], -1)
     loss = float((xlogy(target, target) - target * likely).sum(-1).mean())
-    return LinearFit(weight, offset, c, chosen, _r_squared(place, np.exp(likely[:, 1])), loss)
+    return LinearFit(weight, offset, c, chosen, _r_squared(probability, np.exp(likely[:, 1])), loss)
 
 
-def fit_numbers(x: np.ndarray, labels: np.ndarray, bias: bool = True, c: float | None = None) -> LinearFit:
+def fit_regression(x: np.ndarray, labels: np.ndarray, bias: bool = True, c: float | None = None) -> LinearFit:
     """Ridge regression; `c=None` = the value of `GRID` with the lowest leave-one-out error.
 
     Args:
@@ -207,6 +208,7 @@ def _scaled(x: np.ndarray, center: bool) -> tuple[np.ndarray, np.ndarray, np.nda
 
 
 def _unscaled(weight, offset, mean, scale) -> tuple[np.ndarray, np.ndarray]:
+    """Weights and biases for the features themselves: `w^T ((x - m) / s) + b = (w / s)^T x + b - (w / s)^T m`."""
     weight = weight / scale
     return weight, offset - weight @ mean
 
@@ -270,5 +272,6 @@ def _folds(y, groups, folds: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def _r_squared(true: np.ndarray, found: np.ndarray) -> float:
+    """`1 - sum (y - f)^2 / sum (y - mean y)^2`; 0 if all `y` are equal."""
     spread = float(((true - true.mean(0)) ** 2).sum())
     return 1 - float(((true - found) ** 2).sum()) / spread if spread else 0.0

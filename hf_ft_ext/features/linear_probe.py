@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.cache import cached_features, feature_bytes
-from hf_ft_ext.features.head import HeadReader, encoder_path, evaluating
-from hf_ft_ext.features.linear_fit import LinearFit, fit_classes, fit_labels, fit_numbers, fit_place
+from hf_ft_ext.features.head import HeadReader, encoder_path
+from hf_ft_ext.features.linear_fit import LinearFit, fit_classes, fit_labels, fit_probability, fit_regression
 from hf_ft_ext.features.rows import SAMPLE, batches_in_order, labels_of, read_in_order
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
+from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.prompts.model import is_prompt_model
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def fit_linear_head(
         layer.weight.copy_(torch.from_numpy(fit.weight))
         if layer.bias is not None:
             layer.bias.copy_(torch.from_numpy(fit.bias))
-    _mark_fresh(model, name)
+    _mark_untrained(model, name)
     logger.info("Linear head: %s fitted on %d rows, %s.", name, len(x), fit.summary())
     return LinearHead(name, fit, len(x))
 
@@ -118,10 +119,10 @@ def prepare_linear_head(model: nn.Module) -> None:
     """
     if is_prompt_model(model):
         model.untie_label_words()
-        _mark_fresh(model, model.decoder_path)
+        _mark_untrained(model, model.decoder_path)
 
 
-def _mark_fresh(model: nn.Module, name: str) -> None:
+def _mark_untrained(model: nn.Module, name: str) -> None:
     written = [f"{name}.{part}" for part, _ in model.get_submodule(name).named_parameters()]
     model.fresh_parameters = frozenset(getattr(model, "fresh_parameters", ())) | set(written)
 
@@ -212,9 +213,9 @@ def _fit(model: nn.Module, x: np.ndarray, labels: np.ndarray, bias: bool, c, fol
     if config.problem_type == REGRESSION or config.num_labels == 1:
         if is_prompt_model(model):
             low, high = config.bounds
-            place = ((labels.reshape(-1) - low) / (high - low)).clip(0, 1)
-            return fit_place(x, place, bias, c, folds, max_iter)
-        return fit_numbers(x, labels, bias, c)
+            position = ((labels.reshape(-1) - low) / (high - low)).clip(0, 1)
+            return fit_probability(x, position, bias, c, folds, max_iter)
+        return fit_regression(x, labels, bias, c)
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     if config.problem_type == MULTI_LABEL or (config.problem_type is None and labels.ndim == 2):
         if labels.shape != (len(x), len(names)):

@@ -67,7 +67,7 @@ def labels_of(dataset: Any) -> torch.Tensor:
         raise InputError("the training data have no labels to learn from; add a column `labels`") from error
 
 
-def for_collator(trainer: Trainer, dataset: Any) -> tuple[Any, Any]:
+def data_and_collator(trainer: Trainer, dataset: Any) -> tuple[Any, Any]:
     """The data set and the collator from which `trainer` makes its batches."""
     if hasattr(dataset, "column_names"):
         return trainer._remove_unused_columns(dataset, description="training"), trainer.data_collator

@@ -19,8 +19,8 @@ from hf_ft_ext.adapters.layer_prefix.layer import SHARED, PrefixLayer
 from hf_ft_ext.adapters.layers import plain_name, split_layer
 from hf_ft_ext.adapters.mixture.config import LayerMixtureConfig, limited_to_layers, settings_of
 from hf_ft_ext.errors import InputError, did_you_mean, first_line
-from hf_ft_ext.features import evaluating
 from hf_ft_ext.models import seeded_init
+from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.structure.find import find_structure
 from hf_ft_ext.structure.rows import trial_rows
 
@@ -109,7 +109,7 @@ def layers_of(model: nn.Module) -> list[int]:
     return found
 
 
-def fitting(
+def fitting_candidates(
     model: nn.Module, candidates: dict[str, PeftConfig], layers: list[int], seed: int
 ) -> dict[str, PeftConfig]:
     """Return the candidates with which the model runs when they are in every layer; the others are logged.
@@ -235,12 +235,12 @@ def modules_of(probe: nn.Module, candidates: dict[str, PeftConfig]) -> list[Cand
         if not isinstance(module, BaseTunerLayer):
             continue
         candidate = next((own for kind, own in by_class.items() if isinstance(module, kind)), None)
-        place = split_layer(plain_name(name.removeprefix("base_model.model.")) + ".")
-        if candidate is None or place is None:
+        inner = split_layer(plain_name(name.removeprefix("base_model.model.")) + ".")
+        if candidate is None or inner is None:
             continue
         others = ("base_layer.", *(f"{part}." for part in SHARED))  # the wrapped module, and parts all layers share
         own = [(n, p) for n, p in module.named_parameters() if not n.startswith(others) and p.requires_grad]
-        key = (place[0], candidate)
+        key = (inner.layer, candidate)
         found.setdefault(key, []).extend(f"{name}.{n}" for n, _ in own)
         size = sum(p.numel() for _, p in own)
         if isinstance(module, PrefixLayer):

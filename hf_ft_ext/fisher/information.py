@@ -20,6 +20,7 @@ from hf_ft_ext.fisher.losses import (
     problem_type_of,
     refuse_expectation,
 )
+from hf_ft_ext.label_tokens import label_tokens, predicts_next_tokens
 from hf_ft_ext.per_example.gradients import ExampleGradients
 from hf_ft_ext.per_example.state import batch_size, evaluating, without_cache
 from hf_ft_ext.per_example.types import (
@@ -115,6 +116,9 @@ def gradient_sums(
         batch = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
         _check_batch(batch, labels, loss)
         if found is None and not is_classifier(model):
+            if label_tokens(batch, predicts_next_tokens(model)) == 0:  # adds nothing
+                sums.examples += batch_size(batch)
+                continue
             with evaluating(model), without_cache(model):
                 found = own_loss(model, batch)
         scalars = FisherScalars(labels, power, _problem_type(model, batch, labels, found), found)

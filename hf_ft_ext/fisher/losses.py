@@ -1,5 +1,6 @@
 """Losses per example, and the scalars whose gradients a Fisher information sums."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,10 +11,10 @@ import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.label_tokens import IGNORED, label_tokens, predicts_next_tokens, zero_without_tokens
 
 LABELS = TRUE, EXPECTED = ("true", "expected")
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = ("regression", "single_label_classification", "multi_label_classification")
-_IGNORED = -100  # the label of tokens that are ignored, as in transformers
 
 PerExampleLoss = Callable[[Any, dict], torch.Tensor]
 
@@ -91,8 +92,9 @@ def losses_of_logits(logits: torch.Tensor, labels: torch.Tensor, problem_type: s
     """The model's loss of each example: `[batch]`."""
     if problem_type == REGRESSION:  # mean over outputs of (f - y)^2
         return (logits.reshape(len(logits), -1) - labels.reshape(len(logits), -1).to(logits.dtype)).square().mean(1)
-    if problem_type == SINGLE_LABEL:
+    if problem_type == SINGLE_LABEL:  # -log p_y
         return nn.functional.cross_entropy(logits, labels.reshape(-1), reduction="none")
+    # mean over labels k of -(y_k log p_k + (1 - y_k) log(1 - p_k))
     targets = labels.to(logits.dtype)
     return nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1)
 
@@ -103,9 +105,10 @@ def losses_of_logits(logits: torch.Tensor, labels: torch.Tensor, problem_type: s
 def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy, averaged over each example's labelled tokens: `[batch]`; labels of -100 are ignored."""
     losses = nn.functional.cross_entropy(
-        _at_least_float32(logits).transpose(1, 2), labels, ignore_index=_IGNORED, reduction="none"
+        _at_least_float32(logits).transpose(1, 2), labels, ignore_index=IGNORED, reduction="none"
     )
-    return losses.sum(1) / (labels != _IGNORED).sum(1)
+    # 1 / T_n sum_t -log p(y_nt), over the T_n labelled tokens of example n; 0 for an example without a label
+    return losses.sum(1) / (labels != IGNORED).sum(1).clamp(min=1)
 
 
 def class_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -126,13 +129,13 @@ def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
 def own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss:
     """Return a loss per example that equals the loss which the model itself returns for a single example.
 
-    If one of the usual formulas equals the model's loss on the first example of `batch`, it is used, so that examples
-    can run together. Otherwise the model's own loss is used, one example at a time.
+    If one of the usual formulas equals the model's loss on the first labelled example of `batch`, it is used, so that
+    examples can run together. Otherwise the model's own loss is used, one example at a time.
 
     Raises:
         InputError: the model returns no loss.
     """
-    one = {k: v[:1] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items()}
+    one = _first_with_label(batch, predicts_next_tokens(model))
     with torch.no_grad():
         output = model(**one)
         if getattr(output, "loss", None) is None:
@@ -146,6 +149,17 @@ def own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss:
             if torch.allclose(ours, own, rtol=1e-4 if logits.dtype.itemsize > 2 else 3e-2, atol=0.0):
                 return lambda output, batch, form=form: form(output.logits, batch["labels"])
     return ModelLoss(lambda model, batch: model(**batch).loss)
+
+
+def _first_with_label(batch: Mapping[str, Any], shifted: bool) -> dict[str, Any]:
+    """The first example whose loss is defined, as a batch of one; the first one if there is none."""
+    sized = [v for v in batch.values() if isinstance(v, torch.Tensor) and v.ndim]
+    ones = (
+        {k: v[i : i + 1] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items()}
+        for i in range(len(sized[0]))
+    )
+    first = next(ones)
+    return next((one for one in itertools.chain([first], ones) if label_tokens(one, shifted) != 0), first)
 
 
 def _candidate_losses(logits: Any, labels: Any) -> tuple[Callable, ...]:
@@ -182,7 +196,8 @@ class FisherScalars:
     def __call__(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Scalars `[n, c]`."""
         if isinstance(self.loss, ModelLoss):
-            return self.loss.compute(model, dict(batch)).reshape(1, 1)
+            compute, shifted = self.loss.compute, predicts_next_tokens(model)
+            return zero_without_tokens(lambda one: compute(model, dict(one)), batch, shifted).reshape(1, 1)
         if self.loss is not None:
             return self.loss(model(**batch), dict(batch))[:, None]
         # Called without labels: the model would compute its own loss, averaged over the batch.

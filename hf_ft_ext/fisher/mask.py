@@ -6,7 +6,7 @@ from collections import Counter
 import torch
 from torch import nn
 
-from hf_ft_ext.entries.choice import at_random, largest
+from hf_ft_ext.entries.choice import largest_entries, random_entries
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.arguments import BIAS_MASK, RANDOM_MASK, SCORED
 from hf_ft_ext.fisher.information import fisher_information
@@ -24,8 +24,8 @@ def body_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def _unshared(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """Remove parameters that several modules share: entries of them cannot train separately."""
-    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    shared = [name for name, p in parameters.items() if places[id(p)] > 1]
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    shared = [name for name, p in parameters.items() if uses[id(p)] > 1]
     if shared:
         logger.info(
             "%d weights that several modules share (%s, ...) are not part of the mask.", len(shared), shared[0]
@@ -89,10 +89,10 @@ def choose_entries(
             f"{available} (weights that several modules share are not part of it); lower it"
         )
     if mask == RANDOM_MASK:
-        return at_random({name: p.shape for name, p in body.items()}, kept, seed)
+        return random_entries({name: p.shape for name, p in body.items()}, kept, seed)
     labels, power = SCORED[mask]
     scores = fisher_information(model, data, body, labels=labels, power=power, loss=loss, progress=progress)
     if not any(score.any() for score in scores.values()):
         raise InputError("every gradient is exactly zero, so no entries can be chosen; check the classifier's weights "
                          "and the labels")  # fmt: skip
-    return largest(scores, kept)
+    return largest_entries(scores, kept)

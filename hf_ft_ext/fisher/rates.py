@@ -19,8 +19,8 @@ def candidate_of_parameters(model: nn.Module, plan: AdapterPlan) -> dict[int, st
     }
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            place = split_layer(plain_name(name.removeprefix("base_model.model.")) + ".")
-            candidate = None if place is None else plan.choice.get(place[0])
+            inner = split_layer(plain_name(name.removeprefix("base_model.model.")) + ".")
+            candidate = None if inner is None else plan.choice.get(inner.layer)
             if candidate is not None and isinstance(module, classes[candidate]):
                 own = (p for n, p in module.named_parameters() if not n.startswith("base_layer."))
                 found.update((id(p), candidate) for p in own)

@@ -16,7 +16,7 @@ from hf_ft_ext.fisher.candidates import (
     CandidateModule,
     compatible_groups,
     default_candidates,
-    fitting,
+    fitting_candidates,
     layers_of,
     modules_of,
     probing,
@@ -74,10 +74,10 @@ def select_adapters(
             "(the expected gradient of a log-likelihood is 0), so scores would be rounding noise; pass "
             "labels='true', or criterion 'mean' or 'thesis'"
         )
-    candidates = _named(candidates)
+    candidates = _named_candidates(candidates)
     data = list(data)
     layers = layers_of(model)
-    candidates = fitting(model, candidates, layers, seed)
+    candidates = fitting_candidates(model, candidates, layers, seed)
     fingerprint = model_fingerprint(model)
     scores: dict[int, dict[str, float]] = {layer: {} for layer in layers}
     parameters: dict[int, dict[str, int]] = {layer: {} for layer in layers}
@@ -128,7 +128,7 @@ def _explain_missing_gradients(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
-def _named(candidates) -> dict[str, PeftConfig]:
+def _named_candidates(candidates) -> dict[str, PeftConfig]:
     if candidates is None:
         return default_candidates()
     if not isinstance(candidates, dict):
@@ -185,12 +185,7 @@ def choose(
     """
     if budget is None:
         return {layer: max(own, key=own.get) for layer, own in scores.items()}
-    smallest = min(size for own in parameters.values() for size in own.values())
-    if budget < smallest:
-        raise InputError(
-            f"budget={budget} parameters, but the smallest module of any layer has {smallest}; raise it, or add "
-            "smaller candidates"
-        )
+    _check_budget(budget, parameters)
     states: list[tuple[int, float, tuple]] = [(0, 0.0, ())]  # Pareto-optimal (size, score, choices), ascending
     for layer, own in scores.items():
         options = [(0, 0.0, None), *((parameters[layer][name], value, name) for name, value in own.items())]
@@ -213,7 +208,11 @@ def choose(
 def random_choice(
     layers: list[int], candidates: list[str], parameters: dict[int, dict[str, int]], budget: int | None, seed: int
 ) -> dict[int, str | None]:
-    """Choose a random candidate for each layer; with a budget, layers in random order, among those that still fit."""
+    """Choose a random candidate for each layer; with a budget, layers in random order, among those that still fit.
+
+    Raises:
+        InputError: no module fits into the budget.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def pick(names: list[str]) -> str:
@@ -221,20 +220,25 @@ def random_choice(
 
     if budget is None:
         return {layer: pick(candidates) for layer in layers}
+    _check_budget(budget, parameters)
     choice: dict[int, str | None] = dict.fromkeys(layers)
     left = budget
     for i in torch.randperm(len(layers), generator=generator).tolist():
-        fitting = [name for name in candidates if parameters[layers[i]][name] <= left]
-        if fitting:
-            choice[layers[i]] = pick(fitting)
+        fitting_candidates = [name for name in candidates if parameters[layers[i]][name] <= left]
+        if fitting_candidates:
+            choice[layers[i]] = pick(fitting_candidates)
             left -= parameters[layers[i]][choice[layers[i]]]
-    if not any(choice.values()):
-        smallest = min(size for own in parameters.values() for size in own.values())
+    return choice
+
+
+def _check_budget(budget: int, parameters: dict[int, dict[str, int]]) -> None:
+    """Raise an `InputError` if no module of any layer fits into the budget."""
+    smallest = min(size for own in parameters.values() for size in own.values())
+    if budget < smallest:
         raise InputError(
             f"budget={budget} parameters, but the smallest module of any layer has {smallest}; raise it, or add "
             "smaller candidates"
         )
-    return choice
 
 
 def added_parameters(

@@ -19,7 +19,7 @@ from hf_ft_ext.entries.delta import DELTA_FILE, read_indices, save_entries
 from hf_ft_ext.entries.layer import attach_entries, entries_of
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.arguments import HEAD, MASK, PLAN_SETTINGS, RANDOM, SCORED, SELECT, FisherTrainingArguments
-from hf_ft_ext.fisher.candidates import as_input_error, fitting, layers_of, make_candidates
+from hf_ft_ext.fisher.candidates import as_input_error, fitting_candidates, layers_of, make_candidates
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
 from hf_ft_ext.fisher.losses import ModelLoss
 from hf_ft_ext.fisher.mask import choose_entries
@@ -188,7 +188,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
                 progress=not args.disable_tqdm,
             )  # fmt: skip
         layers = layers_of(model)
-        candidates = fitting(model, self._candidates, layers, args.seed)
+        candidates = fitting_candidates(model, self._candidates, layers, args.seed)
         names = list(candidates)
         parameters = added_parameters(model, candidates, layers, args.seed)
         choice: dict[int, str | None] = dict.fromkeys(layers, names[0])

@@ -21,9 +21,9 @@ def fix_layers(model: nn.Module, count: int) -> list[str]:
     name = max(lists, key=lambda name: len(lists[name]), default=None)
     total = 0 if name is None else len(lists[name])
     if count > total:
+        layers = "1 layer" if total == 1 else f"{total} layers"
         raise InputError(
-            f"fix_layers={count}, but {type(model).__name__} has {total} layers with separate weights; pass at most "
-            f"{total}"
+            f"fix_layers={count}, but {type(model).__name__} has {layers} with separate weights; pass at most {total}"
         )
     own = [parameter for parameter, _ in encoder.named_parameters()]
     first = next(i for i, parameter in enumerate(own) if parameter.startswith(f"{name}."))

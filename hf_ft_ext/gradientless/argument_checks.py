@@ -12,8 +12,8 @@ from hf_ft_ext.gradientless.optimizers.nodes import NODE_DIRECTIONS, NodePerturb
 from hf_ft_ext.gradientless.optimizers.options import parse_options
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import KINDS, Directions
 from hf_ft_ext.gradientless.optimizers.perturbation.estimates import ESTIMATES, FORWARD, Estimate
-from hf_ft_ext.gradientless.optimizers.perturbation.moves import check_replay
-from hf_ft_ext.gradientless.optimizers.perturbation.updates import ADAM, MOMENTS, MOMENTUM, RMS, RULES, Update
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM, MOMENTS, MOMENTUM, RMS, RULES, UpdateRule
+from hf_ft_ext.gradientless.optimizers.perturbation.weight_updates import check_replay
 from hf_ft_ext.gradientless.optimizers.selection import ALL as ALL_ENTRIES
 from hf_ft_ext.gradientless.optimizers.selection import FISHER, SELECTIONS
 from hf_ft_ext.gradientless.scoring.objectives import F1, LOSS, OBJECTIVES
@@ -31,7 +31,7 @@ from hf_ft_ext.gradientless.search_arguments import (
 )
 
 # Arguments that only one search method uses: setting one with another method is an error.
-_ONLY = {
+_METHOD_OF_ARGUMENT = {
     **dict.fromkeys(
         ("search_candidates", "search_options", "search_selection", "search_sampling_size", "search_sampling_steps",
          "search_antithetic", "search_pool"),
@@ -44,7 +44,7 @@ _ONLY = {
     ),
     "search_node_directions": NODE,
 }  # fmt: skip
-_SHARED_BY_SPSA_AND_NODE = ("search_eps", "search_directions", "search_update", "search_momentum")
+_SPSA_AND_NODE_ARGUMENTS = ("search_eps", "search_directions", "search_update", "search_momentum")
 
 
 def check_values(args: SearchArguments) -> None:
@@ -90,7 +90,7 @@ def check_values(args: SearchArguments) -> None:
 def check_together(args: SearchArguments) -> None:
     """Raise an `InputError` for an option that the chosen search does not use, or that contradicts another one."""
     defaults = {f.name: f.default for f in fields(args)}
-    for name, method in _ONLY.items():
+    for name, method in _METHOD_OF_ARGUMENT.items():
         if args.search_method != method and getattr(args, name) != defaults[name]:
             raise InputError(
                 f"{name}={getattr(args, name)} applies to search_method={method}, not to {args.search_method}; leave "
@@ -98,7 +98,7 @@ def check_together(args: SearchArguments) -> None:
             )
     if args.search_method in (GLD, ADAM_BASELINE):
         own_defaults = {**defaults, **args.method_defaults()}
-        for name in _SHARED_BY_SPSA_AND_NODE:
+        for name in _SPSA_AND_NODE_ARGUMENTS:
             given = getattr(args, name)
             if given != own_defaults[name]:
                 raise InputError(
@@ -166,7 +166,7 @@ def _check_matrix(args: SearchArguments) -> None:
             args.search_small,
         )
         Estimate(args.search_estimate, args.search_eps, args.search_directions)
-        rule = Update(args.search_update, args.search_momentum, betas, args.adam_epsilon, args.search_moments)
+        rule = UpdateRule(args.search_update, args.search_momentum, betas, args.adam_epsilon, args.search_moments)
         check_replay(directions, rule)
     except InputError as error:
         raise InputError(f"search_{str(error).replace('num_directions', 'directions')}") from None

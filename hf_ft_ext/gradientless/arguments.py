@@ -7,7 +7,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.argument_checks import check_together, check_values
 from hf_ft_ext.gradientless.no_gradients import refuse_gradients
 from hf_ft_ext.gradientless.optimizers.perturbation.estimates import ONE_SIDED, POPULATION
-from hf_ft_ext.gradientless.optimizers.perturbation.updates import ADAM, RMS, SIGN
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM, RMS, SIGN
 from hf_ft_ext.gradientless.scoring.objectives import F1
 from hf_ft_ext.gradientless.search_arguments import (
     ADAM_BASELINE,

@@ -99,7 +99,7 @@ def build_optimizer(
     )
 
 
-def refuse_misfits(args: GradientlessTrainingArguments, objective: Objective | None, masks_given: bool) -> None:
+def refuse_unsupported(args: GradientlessTrainingArguments, objective: Objective | None, masks_given: bool) -> None:
     """Refuse combinations of arguments, objective and masks that the search does not support.
 
     Raises:

@@ -9,7 +9,7 @@ from hf_ft_ext.gradientless.optimizers.exchange import DATA, MODES
 from hf_ft_ext.gradientless.optimizers.nodes import NODE_DIRECTIONS
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import GAUSSIAN, KINDS
 from hf_ft_ext.gradientless.optimizers.perturbation.estimates import ESTIMATES, ONE_SIDED, POPULATION, TWO_SIDED
-from hf_ft_ext.gradientless.optimizers.perturbation.updates import ADAM, MOMENTS, RULES, SGD
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM, MOMENTS, RULES, SGD
 from hf_ft_ext.gradientless.optimizers.selection import RANDOM, SELECTIONS
 from hf_ft_ext.gradientless.scoring.objectives import LOSS, OBJECTIVES
 

@@ -17,31 +17,38 @@ from transformers.trainer_utils import TrainOutput
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import HeadReader, head_parameters
 from hf_ft_ext.gradientless.arguments import GradientlessTrainingArguments
-from hf_ft_ext.gradientless.build import build_optimizer, refuse_misfits
+from hf_ft_ext.gradientless.build import build_optimizer, refuse_unsupported
 from hf_ft_ext.gradientless.optimizers.exchange import CANDIDATES, SharedCandidates, SharedData
 from hf_ft_ext.gradientless.optimizers.selection import FISHER
 from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation, StepEvaluation
-from hf_ft_ext.gradientless.scoring.features import collates_alike, feature_rows, find_reader, reader_of_batch
+from hf_ft_ext.gradientless.scoring.features import feature_rows, find_reader, reader_of_batch, returns_rows_unchanged
 from hf_ft_ext.gradientless.scoring.full_models import (
     FullObjective,
     model_loss,
     objective_of_logits,
     rows_of,
-    weight_of,
     with_same_masks,
 )
-from hf_ft_ext.gradientless.scoring.objectives import F1, LOSS, Objective, make_objective, of_the_user, row_losses
+from hf_ft_ext.gradientless.scoring.objectives import (
+    F1,
+    LOSS,
+    Objective,
+    from_user_function,
+    make_objective,
+    row_losses,
+)
 from hf_ft_ext.gradientless.scoring.rows import FeatureRows, train_dataloader
 from hf_ft_ext.gradientless.search_arguments import ADAM_BASELINE, DIVERGENCE, HEAD
 from hf_ft_ext.gradientless.targets import masks_of_run, searched_parameters
 from hf_ft_ext.gradientless.trajectory import FILE as TRAJECTORY
 from hf_ft_ext.gradientless.trajectory import save_trajectory
+from hf_ft_ext.label_tokens import label_count, predicts_next_tokens
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.finite import StopAtNaN
-from hf_ft_ext.training.loss_scale import declare_mean_loss, predicts_next_tokens
+from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, has_own_loss, overridden
 from hf_ft_ext.training.runs.plan import TrainedWeight
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
@@ -88,7 +95,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         super().__init__(model, args, *positional, **kwargs)
 
     def check_arguments(self) -> None:
-        refuse_misfits(self.args, self.objective, self._masks_given)
+        refuse_unsupported(self.args, self.objective, self._masks_given)
         super().check_arguments()
         if self._own_loader() and self.args.world_size > 1 and self.args.candidate_parallel == CANDIDATES:
             raise InputError(
@@ -194,7 +201,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         """Weight of this process's mean loss in the mean over all processes."""
         if not self._by_model_loss():
             return float(sum(map(rows_of, batches)))
-        return sum(weight_of(batch, self._predicts_tokens()) for batch in batches)
+        return float(sum(label_count(batch, self._predicts_tokens()) for batch in batches))
 
     def _set_dropout(self) -> None:
         """Turn dropout off, or on with `search_dropout`.
@@ -227,7 +234,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     def _full_objective(self, batches: list[dict[str, torch.Tensor]]) -> FullObjective:
         if self._by_model_loss():
-            losses_of = self._language_losses if self._predicts_tokens() and not has_own_loss(self) else None
+            own = has_own_loss(self) or self.label_smoother is not None
+            losses_of = self._language_losses if self._predicts_tokens() and not own else None
             compute = functools.partial(_loss_of, self)
             full = model_loss(compute, batches, self._predicts_tokens(), losses_of)
         else:
@@ -261,7 +269,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     def _objective_function(self) -> Objective:
         if self.objective is not None:
-            return of_the_user(self.objective)
+            return from_user_function(self.objective)
         return self._named_objective(self._inner())
 
     def _named_objective(self, model: nn.Module) -> Objective:
@@ -299,7 +307,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             self._reader = reader_of_batch(self, batch)
             return
         self._reader = find_reader(self)
-        if self._reader is not None and self._all_in_head() and collates_alike(self):
+        if self._reader is not None and self._all_in_head() and returns_rows_unchanged(self):
             with self._scoring():
                 self._rows = feature_rows(self, self._reader)
 

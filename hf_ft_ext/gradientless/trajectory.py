@@ -46,7 +46,7 @@ def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) 
                 "the search changes parameters that the model does not have; pass the model it was made for"
             )
         groups.append([names[id(parameter)] for parameter in group["params"]])
-    rule = optimizer.moves.rule
+    rule = optimizer.weight_updates.rule
     about = {
         "groups": groups,
         "types": [str(parameter.dtype).removeprefix("torch.") for parameter in optimizer.searched],
@@ -59,7 +59,7 @@ def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) 
         "betas": list(rule.betas),
         "adam_eps": rule.adam_eps,
         "moments": rule.moments,
-        "carry": optimizer.moves.rounding.carry,
+        "carry": optimizer.weight_updates.rounding.carry,
         "unseen": sorted(optimizer.perturbed_forward.unread),
         "late": optimizer.from_second_step,
         "seed": optimizer.first_seed,

@@ -18,7 +18,7 @@ from hf_ft_ext.hub.code import loading_snippet
 from hf_ft_ext.hub.files import ADAPTER_CONFIG, public_record
 from hf_ft_ext.methods import METHODS, hooks_of
 from hf_ft_ext.metrics import SCORES
-from hf_ft_ext.training.sharing import FinishedRun, of_the_machine
+from hf_ft_ext.training.sharing import FinishedRun, is_machine_specific
 from hf_ft_ext.training.sharing.privacy import is_foreign_path, last_part, without_secrets
 from hf_ft_ext.training.sharing.text import code_span, prompt_text, share_text, shell_command
 
@@ -33,7 +33,12 @@ _METRIC_TYPES = {  # our key -> the Hub's name, if different
 _NO_QUALITY = re.compile(r"loss|runtime|.*_per_second|.*_time|epoch")
 # For records of earlier versions, which do not have the splits: the split of each metric prefix, and the arguments
 # that reduce its rows.
-_EARLIER = {"eval": "validation", "eval_mm": "validation_mismatched", "test": "test", "test_mm": "test_mismatched"}
+_SPLIT_OF_PREFIX = {
+    "eval": "validation",
+    "eval_mm": "validation_mismatched",
+    "test": "test",
+    "test_mm": "test_mismatched",
+}
 _FEWER_ROWS = {"eval": ("num_k", "max_eval_samples"), "test": ("num_k", "max_predict_samples")}
 
 
@@ -97,7 +102,7 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
         training_rows=_training_rows(record),
         labels=record.get("labels"),
         generations=[{**text, "prompt": prompt_text(text["prompt"])} for text in record.get("generations") or ()],
-        thresholds=_telling_thresholds(record),
+        thresholds=_tuned_thresholds(record),
         chosen_thresholds=_chose_thresholds(record),
         snippet=loading_snippet(run, trainer, record),
         delta=delta_code(run) if delta_code else None,
@@ -120,7 +125,7 @@ def _chose_thresholds(record: dict[str, Any]) -> bool:
     return (record.get("arguments") or {}).get("multi_label_threshold") == "auto"
 
 
-def _telling_thresholds(record: dict[str, Any]) -> dict[str, float] | None:
+def _tuned_thresholds(record: dict[str, Any]) -> dict[str, float] | None:
     """The thresholds by label; `None` if all are 0.5."""
     thresholds = record.get("thresholds") or {}
     return thresholds if any(value != 0.5 for value in thresholds.values()) else None
@@ -195,7 +200,7 @@ def _evaluations(record: dict[str, Any]) -> list[dict[str, Any]]:
 def _earlier_splits(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     arguments = record.get("arguments") or {}
     splits = {}
-    for prefix, split in _EARLIER.items():
+    for prefix, split in _SPLIT_OF_PREFIX.items():
         fewer = [name for name in _FEWER_ROWS[prefix.partition("_")[0]] if arguments.get(name) is not None]
         splits[prefix] = {"split": split, "selection": "unknown" if fewer else ALL, "fewer": ", ".join(
             f"{name}={arguments[name]}" for name in fewer)}  # fmt: skip
@@ -225,7 +230,7 @@ def _command(record: dict[str, Any]) -> list[str]:
     words, skip = [], False
     for word in without_secrets(record["command"]):
         if word.startswith("--"):
-            skip = of_the_machine(word[2:].partition("=")[0].replace("-", "_"))
+            skip = is_machine_specific(word[2:].partition("=")[0].replace("-", "_"))
         if not skip:
             words.append(word)
     return words

@@ -33,7 +33,7 @@ def loading_snippet(run: FinishedRun, trainer: type | None, record: dict[str, An
         return _snippet(["from huggingface_hub import snapshot_download"], run, [f"# {from_hub}"], download=True)
     download = bool(libraries["hf_ft_ext"])  # our classes load from folders only
     code = ast.unparse(_FromHub(folder, run, download).visit(ast.parse(line, mode="eval")))
-    own_adapter = run.has(ADAPTER_CONFIG) and not download and not _is_of_peft(run)
+    own_adapter = run.has(ADAPTER_CONFIG) and not download and not _is_peft_adapter(run)
     lines = [f"model = {code}"]
     if not download:
         libraries["transformers"].add("AutoTokenizer")
@@ -82,6 +82,6 @@ class _FromHub(ast.NodeTransformer):
         return node
 
 
-def _is_of_peft(run: FinishedRun) -> bool:
+def _is_peft_adapter(run: FinishedRun) -> bool:
     config = json.loads((run.folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     return config.get("peft_type") in {kind.value for kind in peft.PeftType}

@@ -40,11 +40,11 @@ _TOKENIZER = (
     f"{CHAT_TEMPLATE_DIR}/*.jinja", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model", "spm.model",
 )  # fmt: skip
-_NEVER = (".*", "checkpoint-*", "run-*", "training_args.bin", "predictions*.tsv", "hp_search.json")
+_EXCLUDED = (".*", "checkpoint-*", "run-*", "training_args.bin", "predictions*.tsv", "hp_search.json")
 _RUN = (CARD, RUN_RECORD, TRAINER_STATE)
 # Files in which every path is replaced. In other files, only values of keys for file names are, as a configuration
 # also contains label names, which may look like paths.
-_OF_THE_RUN = (RUN_RECORD, TRAINER_STATE)
+_RUN_RECORDS = (RUN_RECORD, TRAINER_STATE)
 _FILE_KEYS = ("name_or_path", "_path", "_file", "_dir", "_folder", "checkpoint")
 
 
@@ -73,7 +73,7 @@ def left_out(folder: str | os.PathLike, shared: Iterable[Path]) -> list[str]:
     folder = Path(folder)
     kept = {path.relative_to(folder).parts[0] for path in shared}
     names = {path.name for path in folder.iterdir()} - kept
-    return sorted(name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in _NEVER))
+    return sorted(name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in _EXCLUDED))
 
 
 def public_record(record: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def public_content(path: Path, folder: Path, replaced: dict[str, str]) -> bytes 
         return None
     if name == RUN_RECORD:
         public = public_record(value)
-    elif name in _OF_THE_RUN:
+    elif name in _RUN_RECORDS:
         public = without_paths(value)
     else:
         public = _named_files_cut(value)

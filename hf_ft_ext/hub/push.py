@@ -22,9 +22,9 @@ from hf_ft_ext.training.sharing.privacy import is_foreign_path, last_part
 
 logger = logging.getLogger(__name__)
 
-_TRIES = 3
+_MAX_TRIES = 3
 _FIRST_WAIT, _LONGEST_WAIT = 2.0, 8.0  # seconds
-_MOMENTARY = (409, 412, 429)  # and all from 500 on
+_TRANSIENT_STATUS = (409, 412, 429)  # and all from 500 on
 
 
 def push_run(
@@ -62,9 +62,9 @@ def push_run(
     folder = Path(folder)
     record = _record(folder)
     api = HfApi(token=token)
-    repository = _tried(lambda: api.create_repo(repo_id, private=private, exist_ok=True), folder, repo_id)
+    repository = _with_retries(lambda: api.create_repo(repo_id, private=private, exist_ok=True), folder, repo_id)
     repo_id = repository.repo_id
-    _tried(lambda: ensure_branch(repo_id, revision, token), folder, repo_id)
+    _with_retries(lambda: ensure_branch(repo_id, revision, token), folder, repo_id)
     if write_card:
         write_text(folder / CARD, model_card(folder, record, repo_id))
     files = shared_files(folder, record, include)
@@ -76,7 +76,7 @@ def push_run(
         command = f"hf-ft-ext push {shlex.quote(str(folder))} --hub_model_id {shlex.quote(repo_id)}"
         logger.info("Not pushed: %s. To push a file of these too: %s --include NAME", ", ".join(names), command)
     _warn_of_local_base(record, folder)
-    _tried(
+    _with_retries(
         lambda: api.create_commit(
             repo_id, _operations(folder, record, files), commit_message=message, revision=revision
         ),
@@ -121,7 +121,7 @@ def reason(error: BaseException) -> str:
         return "there is no token; log in with `hf auth login`, or pass --hub_token"
     status = _status(chain)
     if status is None:
-        if any(map(is_of_the_hub, chain)):
+        if any(map(is_hub_error, chain)):
             return f"the connection failed ({_deepest(chain)}); check the network and try again"
         return first
     advice = {
@@ -137,7 +137,7 @@ def reason(error: BaseException) -> str:
     return f"the Hub answered {status}: {advice}"
 
 
-def is_of_the_hub(error: BaseException) -> bool:
+def is_hub_error(error: BaseException) -> bool:
     """Whether the Hub's client or the network may have raised it (the client's HTTP library has its own errors)."""
     return isinstance(error, OSError) or "httpx" in type(error).__module__
 
@@ -184,7 +184,7 @@ def _warn_of_local_base(record: dict[str, Any], folder: Path) -> None:
         )  # fmt: skip
 
 
-def _tried(action: Callable[[], Any], folder: Path, repo_id: str) -> Any:
+def _with_retries(action: Callable[[], Any], folder: Path, repo_id: str) -> Any:
     """Return the result of `action`, with retries after temporary failures of the Hub or the connection."""
 
     def log_retry(state: tenacity.RetryCallState) -> None:
@@ -193,9 +193,9 @@ def _tried(action: Callable[[], Any], folder: Path, repo_id: str) -> Any:
         )
 
     tries = tenacity.Retrying(
-        stop=tenacity.stop_after_attempt(_TRIES),
+        stop=tenacity.stop_after_attempt(_MAX_TRIES),
         wait=tenacity.wait_exponential(multiplier=_FIRST_WAIT, exp_base=4, max=_LONGEST_WAIT),
-        retry=tenacity.retry_if_exception(_is_momentary),
+        retry=tenacity.retry_if_exception(_is_transient),
         before_sleep=log_retry,
         reraise=True,
     )
@@ -210,14 +210,14 @@ def _tried(action: Callable[[], Any], folder: Path, repo_id: str) -> Any:
         ) from error
 
 
-def _is_momentary(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Whether another try may succeed."""
     if isinstance(error, InputError):
         return False
     chain = list(_chain(error))
     status = _status(chain)
     if status is not None:
-        return status in _MOMENTARY or status >= 500
+        return status in _TRANSIENT_STATUS or status >= 500
     if any(isinstance(link, OfflineModeIsEnabled | LocalTokenNotFoundError) for link in chain):
         return False
     return any(isinstance(link, ConnectionError | TimeoutError) or "httpx" in type(link).__module__ for link in chain)

@@ -9,24 +9,24 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.options import DIMENSION, Engine, KernelOptions, as_engine, as_formula, signs_of_projections
 from hf_ft_ext.kernel.solvers import FULL_UNKNOWNS, Coupling, Solver, SolverOptions
-from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
+from hf_ft_ext.training.solver_arguments import SolverTrainingArguments
 
 AUTO, LEAVE_ONE_OUT = "auto", "loo"
 # Default for least squares without a closed form for leave-one-out. Well-conditioned kernels predict the same as with
 # 0; ill-conditioned ones predict noise with 0 (docs/kernel.md).
 ASYMMETRIC_REGULARIZATION = 1e-3
 # Arguments without effect: the kernel has the weights' precision, and all predictions are made at once.
-_OF_MODEL_RUNS = (
+_MODEL_OUTPUT_ARGUMENTS = (
     "batch_eval_metrics", "bf16", "eval_accumulation_steps", "fp16", "include_for_metrics", "label_smoothing_factor",
     "torch_compile", "torch_compile_backend", "torch_compile_mode",
 )  # fmt: skip
 # Argument -> the solvers that use it.
-_ONLY_OF_SOLVERS = {"kernel_gamma": ("asym",), "kernel_lambda": ("asym",), "kernel_svm_c": ("svr", "svc")}
-_WITHOUT_PROJECTION = "kernel_dimension applies only to kernel_engine=projected; pass that engine too, or leave it out"
+_SOLVERS_OF_ARGUMENT = {"kernel_gamma": ("asym",), "kernel_lambda": ("asym",), "kernel_svm_c": ("svr", "svc")}
+_DIMENSION_MESSAGE = "kernel_dimension applies only to kernel_engine=projected; pass that engine too, or leave it out"
 
 
 @dataclass
-class KernelTrainingArguments(AtOnceTrainingArguments):
+class KernelTrainingArguments(SolverTrainingArguments):
     """`transformers.TrainingArguments` plus the settings of the kernel and of its solver.
 
     Arguments of a training loop are refused, because there is none. A forward pass takes at most
@@ -37,7 +37,7 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
     """
 
     instead_of_steps: ClassVar[str] = "method kernel has none: the task is solved with the kernel at once"
-    also_without_effect: ClassVar[tuple[str, ...]] = _OF_MODEL_RUNS
+    also_without_effect: ClassVar[tuple[str, ...]] = _MODEL_OUTPUT_ARGUMENTS
 
     kernel_formula: str = field(
         default=Formula.SGD.value,
@@ -178,7 +178,7 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         },
     )
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*AtOnceTrainingArguments._VALID_DICT_FIELDS, "kernel_peft_config"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*SolverTrainingArguments._VALID_DICT_FIELDS, "kernel_peft_config"]
 
     json_fields: ClassVar[tuple[str, ...]] = ("kernel_peft_config",)
 
@@ -197,7 +197,7 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             if Formula(self.kernel_formula).signs:
                 raise InputError(signs_of_projections(Formula(self.kernel_formula)))
         elif chosen(self, "kernel_dimension"):
-            raise InputError(_WITHOUT_PROJECTION)
+            raise InputError(_DIMENSION_MESSAGE)
         if self.kernel_classes not in (AUTO, *Coupling):
             choices = ", ".join((AUTO, *Coupling))
             raise InputError(f"kernel_classes={self.kernel_classes!r}; choose from: {choices}")
@@ -237,9 +237,9 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
             raise InputError(f"load_kernels reads kernels from files and computes none; leave {name} out")
         if self.f0_scaling != 1 and not self.adjust_for_init:
             raise InputError(f"f0_scaling={self.f0_scaling} needs adjust_for_init; pass both, or leave it out")
-        for name, solvers in _ONLY_OF_SOLVERS.items():
+        for name, solvers in _SOLVERS_OF_ARGUMENT.items():
             if self.kernel_solver not in solvers and chosen(self, name):
-                raise InputError(_of_another_solver(name, self.kernel_solver))
+                raise InputError(_wrong_solver_message(name, self.kernel_solver))
         if not self.eval_do_concat_batches:
             raise InputError("eval_do_concat_batches=false: a kernel predicts all rows at once; leave it out")
 
@@ -254,11 +254,11 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
     def check_given(self, given: dict[str, Any]) -> None:
         if self.random_model_init and given.get("from_linearhead"):
             raise InputError("random_model_init would undo from_linearhead; pass only one of the two")
-        for name, solvers in _ONLY_OF_SOLVERS.items():
+        for name, solvers in _SOLVERS_OF_ARGUMENT.items():
             if name in given and self.kernel_solver not in solvers:
-                raise InputError(_of_another_solver(name, self.kernel_solver))
+                raise InputError(_wrong_solver_message(name, self.kernel_solver))
         if "kernel_dimension" in given and self.kernel_engine != Engine.PROJECTED.value:
-            raise InputError(_WITHOUT_PROJECTION)
+            raise InputError(_DIMENSION_MESSAGE)
         super().check_given(given)
 
     @property
@@ -309,5 +309,7 @@ class KernelTrainingArguments(AtOnceTrainingArguments):
         )
 
 
-def _of_another_solver(name: str, solver: str) -> str:
-    return f"{name} applies only to kernel_solver={' or '.join(_ONLY_OF_SOLVERS[name])}, not {solver}; leave it out"
+def _wrong_solver_message(name: str, solver: str) -> str:
+    return (
+        f"{name} applies only to kernel_solver={' or '.join(_SOLVERS_OF_ARGUMENT[name])}, not {solver}; leave it out"
+    )

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.engines.jacobian import JacobianEngine
-from hf_ft_ext.kernel.engines.projected import MemoryChunks, ProjectedEngine, cut_rows
+from hf_ft_ext.kernel.engines.projected import MemoryChunks, ProjectedEngine, divide_rows
 from hf_ft_ext.kernel.engines.structured import StructuredEngine
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.options import DIMENSION, Engine, KernelOptions, as_engine, as_formula, kernel_parameters
@@ -117,7 +117,7 @@ def projected_gradients(
     kernel_options = KernelOptions(engine=Engine.PROJECTED, dimension=dimension, seed=seed, **options)
     computation = KernelComputation(model, kernel_options, function)
     rows = ExampleRows(batches, _pad_token(model))
-    chunks = MemoryChunks(cut_rows(len(rows)))
+    chunks = MemoryChunks(divide_rows(len(rows)))
     computation.projected.project(rows, chunks, disable_tqdm=disable_tqdm)
     return torch.cat([chunks.get(i) for i in range(len(chunks.edges))])
 
@@ -258,7 +258,10 @@ class KernelComputation:
                     if held is None or held[0] != part1:
                         held = None  # free it before the next one is computed
                         held = (part1, self._gradient_rows(rows1, part1, schedule))
-                    found = self._block(held[1], None if same else rows2 or rows1, schedule, part1, part2)
+                    left = held[1]
+                    right = left if same else self._gradient_rows(rows2 or rows1, part2, schedule)
+                    found = self._kernel(left, right, part1[0], part2[0])
+                    del left, right  # freed before the next rows are computed
                     if (part1, part2) == (schedule.first[i], schedule.second[j]):
                         block = found
                         continue
@@ -268,13 +271,6 @@ class KernelComputation:
                 if blocks:
                     blocks.put(i, j, block)
             yield i, j, block
-
-    def _block(
-        self, left, rows: ExampleRows | None, schedule: BlockSchedule, part1: Bounds, part2: Bounds
-    ) -> torch.Tensor:
-        """The kernel between `left` and rows of the second side (`rows=None`: `left` itself), which are freed here."""
-        right = left if rows is None else self._gradient_rows(rows, part2, schedule)
-        return self._kernel(left, right, part1[0], part2[0])
 
     def _gradient_rows(self, rows: ExampleRows, bounds: Bounds, schedule: BlockSchedule):
         return self.engine.gradient_rows(

@@ -31,9 +31,14 @@ from hf_ft_ext.data.preprocess import tokenize
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.linear_probe import fit_linear_head, prepare_linear_head
-from hf_ft_ext.launch.results import THRESHOLDS, keep_thresholds
+from hf_ft_ext.launch.results import THRESHOLDS, store_thresholds
 from hf_ft_ext.launch.search import require_optuna
-from hf_ft_ext.launch.trainers import check_made, check_place, explained, run_callbacks
+from hf_ft_ext.launch.trainers import (
+    check_model_placement,
+    check_trainer,
+    run_callbacks,
+    trainer_errors_as_input_errors,
+)
 from hf_ft_ext.launch.validation import (
     check_probabilities,
     check_scoring,
@@ -86,7 +91,7 @@ def load(
         data.train = in_training_order(data.train, data_args.stream_buffer, args)
     choose_best_metric(run_args, args, data.metric_function(data_args.multi_label_threshold))
     trainer_class: Any = find_method(run_args.method).trainer_class()
-    finished = _finished(run_args.method, model_args, args)
+    finished = _finished_run(run_args.method, model_args, args)
 
     def load_model() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args, args=args)
@@ -98,12 +103,12 @@ def load(
         tokenizer, model = load_model()
     else:
         tokenizer, model = trainer_class.load_finished(finished, data.label_names, run_args.given, load_model)
-    check_place(model, args, trainer_class)
+    check_model_placement(model, args, trainer_class)
     limit = model_max_length(model, tokenizer)
     kind = model.config.problem_type
     if data.label_names is None and data.problem_type != kind:  # no labels: take the problem type from the model
         data = replace(data, problem_type=kind, metric=data_args.metric or default_metrics(kind))
-    thresholds = _kept_thresholds(model.config, data_args, args)
+    thresholds = _saved_thresholds(model.config, data_args, args)
     check_scoring(run_args, data_args, args, data, kind, data.metric_function(data_args.multi_label_threshold))
     if is_prompt_model(model):
         if run_args.given.get("few_shot_type") == FINETUNE:
@@ -124,7 +129,7 @@ def load(
             metrics.thresholds = thresholds
         metrics.keys()  # raises now, not after training
         savers = [SavePrompt()] if is_prompt_model(model) else []
-        with explained(args):
+        with trainer_errors_as_input_errors(args):
             trainer = make_trainer(
                 model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
                 args=args,
@@ -137,12 +142,12 @@ def load(
                 callbacks=run_callbacks(run_args, args, callbacks, savers),
             )
         check_probabilities(run_args, trainer, metrics)
-        return check_made(trainer, run_args.method)
+        return check_trainer(trainer, run_args.method)
 
     return build, data
 
 
-def _finished(method: str, model_args: ModelArguments, args: MethodTrainingArguments) -> str | None:
+def _finished_run(method: str, model_args: ModelArguments, args: MethodTrainingArguments) -> str | None:
     """The folder to predict from, if the run does not train and the method's result is more than a model.
 
     Raises:
@@ -170,12 +175,12 @@ def _needs_context_collator(model: PreTrainedModel, data_args: DataArguments) ->
     return data_args.few_shot_type == PROMPT_DEMO or (is_prompt_model(model) and model.config.words is None)
 
 
-def _kept_thresholds(config: Any, data_args: DataArguments, args: MethodTrainingArguments) -> np.ndarray | None:
+def _saved_thresholds(config: Any, data_args: DataArguments, args: MethodTrainingArguments) -> np.ndarray | None:
     """The thresholds saved with the model, if this run should use them; training discards them."""
     kept = getattr(config, THRESHOLDS, None)
     if args.do_train or kept is None:
         fixed = data_args.multi_label_threshold
-        keep_thresholds(config, None if fixed in (None, AUTO_THRESHOLD) else float(fixed))
+        store_thresholds(config, None if fixed in (None, AUTO_THRESHOLD) else float(fixed))
         return None
     if data_args.multi_label_threshold is not None or len(kept) != config.num_labels:
         return None

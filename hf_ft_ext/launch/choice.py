@@ -1,4 +1,4 @@
-"""What a run is: its recipe and its method, read before anything slow is imported."""
+"""The recipe and the method of a command, read before slow imports."""
 
 import argparse
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from hf_ft_ext.recipes.reading import read_recipe
 
 @dataclass(frozen=True)
 class Choice:
-    """The words of a command, with what has to be known before the method's parser can be built.
+    """The words of a command, and what decides how the rest of them is parsed.
 
     Attributes:
         argv: the words behind the recipe.
@@ -27,7 +27,7 @@ class Choice:
     help: str | None
 
 
-class _First(argparse.ArgumentParser):
+class _MethodParser(argparse.ArgumentParser):
     """Reads the method, the recipe's row and `--help`."""
 
     def __init__(self):
@@ -48,7 +48,7 @@ def read_choice(argv: list[str]) -> Choice:
     """
     address = argv[0] if argv and not argv[0].startswith("-") else None
     rest = argv if address is None else argv[1:]
-    first, _ = _First().parse_known_args(rest)
+    first, _ = _MethodParser().parse_known_args(rest)
     recipe = _recipe(address, first.recipe_row)
     name = first.method if first.method is not None else recipe.get("method")
     if name is not None and not isinstance(name, str):

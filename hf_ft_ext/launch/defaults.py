@@ -58,7 +58,7 @@ def complete_arguments(
     _adapt_to_machine(run_args, training_args)
     check_together(run_args, training_args)
     check_streaming(run_args, data_args, training_args)
-    refuse_idle_options(Command(run_args, model_args, data_args, training_args))
+    refuse_unused_options(Command(run_args, model_args, data_args, training_args))
     given = run_args.given.get("output_dir") or None
     resume = training_args.resume_from_checkpoint
     # Only the first process checks: when another one checked, the first might already have written files.
@@ -159,7 +159,7 @@ class Command:
 class Rule:
     """The condition under which an option has no effect, and the message: its purpose, and what to do."""
 
-    idle: Callable[[Command], bool]
+    unused: Callable[[Command], bool]
     message: str
 
 
@@ -223,7 +223,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def refuse_idle_options(command: Command) -> None:
+def refuse_unused_options(command: Command) -> None:
     """Refuse options that the user set but this run would not use; log values that a search overrides.
 
     Raises:
@@ -232,7 +232,7 @@ def refuse_idle_options(command: Command) -> None:
     given = command.run.given
     for name, rule in RULES.items():
         value = given.get(name)
-        if value not in (None, False, 0) and rule.idle(command):
+        if value not in (None, False, 0) and rule.unused(command):
             raise InputError(f"--{name} {value} {rule.message}, or leave it out")
     if command.run.hp_search:
         for name in ("learning_rate", "per_device_train_batch_size"):

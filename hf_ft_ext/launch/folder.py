@@ -24,12 +24,16 @@ from hf_ft_ext.files import write_json
 from hf_ft_ext.methods import METHODS, hooks_of
 from hf_ft_ext.prompts.configuration import PROMPT_FILE
 from hf_ft_ext.training.runs.record import RUN_RECORD, TRAINER_STATE
-from hf_ft_ext.training.saved.checkpoints import SEAL, checkpoint_folders, fault_of, last_sound_checkpoint
+from hf_ft_ext.training.saved.checkpoints import (
+    checkpoint_folders,
+    checkpoint_problem,
+    last_complete_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = ".run.lock"  # it stays in the folder and does no harm there
-OWNER_FILE = ".run.owner.json"  # beside it, because a second process may truncate the locked file
+LOCK_HOLDER_FILE = ".run.owner.json"  # beside it, because a second process may truncate the locked file
 
 # Weights of models and of adapters. Files of both kinds in one folder would make it unloadable, so all are deleted.
 _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*")
@@ -43,7 +47,7 @@ _RUN_FILES = (
     TRAINER_STATE,
     *_WEIGHTS,
 )
-_CHECKPOINT_FILES = (SEAL, "optimizer*", "rng_state*.pth", "scheduler.pt")
+_CHECKPOINT_FILES = ("checkpoint_*.json", "optimizer*", "rng_state*.pth", "scheduler.pt")
 
 
 def holds_run(folder: str | os.PathLike) -> bool:
@@ -82,15 +86,15 @@ def checkpoint_to_resume(resume: str, output_dir: str) -> str:
                 f"--resume_from_checkpoint true: {output_dir!r} holds no checkpoint; pass the run's --output_dir, "
                 "or start without it"
             )
-        faults: list[str] = []
-        last = last_sound_checkpoint(output_dir, faults)
+        problems: list[str] = []
+        last = last_complete_checkpoint(output_dir, problems)
         if last is None:
             raise InputError(
-                f"--resume_from_checkpoint true: {output_dir!r} holds no complete checkpoint ({'; '.join(faults)}); "
+                f"--resume_from_checkpoint true: {output_dir!r} holds no complete checkpoint ({'; '.join(problems)}); "
                 "start again with --overwrite_output_dir"
             )
-        for fault in faults:
-            logger.warning("Not resumed from %s", fault)
+        for problem in problems:
+            logger.warning("Not resumed from %s", problem)
         return str(last)
     folder = Path(resume).expanduser()
     if not (folder / TRAINER_STATE).is_file():
@@ -103,9 +107,9 @@ def checkpoint_to_resume(resume: str, output_dir: str) -> str:
             f"--resume_from_checkpoint {resume!r} is the folder of a run, not a checkpoint; pass one of its "
             f"checkpoint-<step> folders, or --output_dir {shlex.quote(resume)} --resume_from_checkpoint true"
         )
-    if (fault := fault_of(folder)) is not None:
+    if (problem := checkpoint_problem(folder)) is not None:
         raise InputError(
-            f"--resume_from_checkpoint {resume!r} cannot be used: {fault}; pass another checkpoint, or true for the "
+            f"--resume_from_checkpoint {resume!r} cannot be used: {problem}; pass another checkpoint, or true for the "
             "last complete one in output_dir"
         )
     return str(folder)
@@ -115,7 +119,7 @@ def _is_run_folder(folder: Path) -> bool:
     """Whether `folder` is a run folder rather than a checkpoint; a finished run saves a trainer state there too."""
     if (folder / RUN_RECORD).is_file() or checkpoint_folders(folder):
         return True
-    if re.fullmatch(r"checkpoint-\d+", folder.resolve().name) or fault_of(folder) is not None:
+    if re.fullmatch(r"checkpoint-\d+", folder.resolve().name) or checkpoint_problem(folder) is not None:
         return False
     return not any(next(folder.glob(pattern), None) for pattern in _CHECKPOINT_FILES)
 
@@ -171,7 +175,7 @@ def _methods_of(folder: Path) -> list[str]:
         return list(METHODS) if any(folder.glob("*")) else []
 
 
-def make_room(run_args: RunArguments, args: MethodTrainingArguments, until: contextlib.ExitStack) -> None:
+def prepare_folder(run_args: RunArguments, args: MethodTrainingArguments, until: contextlib.ExitStack) -> None:
     """Create and lock `output_dir`, and delete the old run in it if the user asked for that; other processes wait.
 
     Args:
@@ -183,7 +187,7 @@ def make_room(run_args: RunArguments, args: MethodTrainingArguments, until: cont
     with args.main_process_first(desc="making room"):
         if args.process_index == 0:
             check_writable(args.output_dir)
-            until.enter_context(only_run(args.output_dir))
+            until.enter_context(lock_folder(args.output_dir))
             if run_args.overwrite_output_dir:
                 clear_old_run(args.output_dir, run_args.method)
             elif args.resume_from_checkpoint is None:
@@ -223,7 +227,7 @@ def not_writable(folder: str, error: OSError) -> InputError:
 
 
 @contextlib.contextmanager
-def explained(folder: str) -> Iterator[None]:
+def disk_errors_as_input_errors(folder: str) -> Iterator[None]:
     """Turn a disk error, raised by any library, into an `InputError` that names the last complete checkpoint."""
     try:
         yield
@@ -232,7 +236,7 @@ def explained(folder: str) -> Iterator[None]:
     except Exception as error:
         if (reason := _reason(error)) is None:
             raise
-        checkpoint = last_sound_checkpoint(folder)
+        checkpoint = last_complete_checkpoint(folder)
         left = (
             f"{checkpoint} is complete: make room and continue with --resume_from_checkpoint true"
             if checkpoint is not None
@@ -259,8 +263,8 @@ def _reason(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def only_run(folder: str | os.PathLike) -> Iterator[None]:
-    """Hold the lock of a run folder; for the first process of a run.
+def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
+    """A context that holds the lock of a run folder; for the first process of a run.
 
     The lock belongs to the process (`flock`). The system releases it however the process ends, so the lock file of a
     killed run does not block later runs. On network file systems without locks between machines (NFS mounted with
@@ -270,7 +274,7 @@ def only_run(folder: str | os.PathLike) -> Iterator[None]:
     Raises:
         InputError: another run holds it.
     """
-    path, owner = Path(folder) / LOCK_FILE, Path(folder) / OWNER_FILE
+    path, owner = Path(folder) / LOCK_FILE, Path(folder) / LOCK_HOLDER_FILE
     # filelock's soft lock is the mere presence of a file, which would outlive a killed process.
     options = {"fallback_to_soft": False} if "fallback_to_soft" in inspect.signature(FileLock).parameters else {}
     lock = FileLock(path, timeout=0, **options)
@@ -278,8 +282,8 @@ def only_run(folder: str | os.PathLike) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise InputError(
-            f"output_dir {os.fspath(folder)!r} is in use by another run{_holder(owner)}; wait until it has ended, or "
-            "pass another --output_dir"
+            f"output_dir {os.fspath(folder)!r} is in use by another run{_lock_holder(owner)}; wait until it has "
+            "ended, or pass another --output_dir"
         ) from None
     except (OSError, NotImplementedError) as error:
         logger.warning("%s cannot be locked (%s): do not start a second run in this folder.", folder, error)
@@ -294,7 +298,7 @@ def only_run(folder: str | os.PathLike) -> Iterator[None]:
         lock.release()
 
 
-def _holder(owner: Path) -> str:
+def _lock_holder(owner: Path) -> str:
     """The process that holds the lock, for the message; empty if unknown."""
     try:
         found = json.loads(owner.read_text(encoding="utf-8"))

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from hf_ft_ext.launch.stopping import Interrupted, Signals
-from hf_ft_ext.training.saved.checkpoints import last_sound_checkpoint
+from hf_ft_ext.training.saved.checkpoints import last_complete_checkpoint
 
 
 class SaveAndStop(TrainerCallback):
@@ -108,10 +108,10 @@ class _Schedule:
         self._asked, self._time = step, time.monotonic()
 
 
-def what_now(signals: Signals) -> str:
+def how_to_continue(signals: Signals) -> str:
     """How to continue the interrupted run, in one sentence."""
     folder = signals.output_dir
-    checkpoint = None if folder is None else last_sound_checkpoint(folder)
+    checkpoint = None if folder is None else last_complete_checkpoint(folder)
     if checkpoint is None:
         return "there is no checkpoint to resume; run the same command again, with --overwrite_output_dir if asked"
     return f"{checkpoint} is complete; run the same command again with --resume_from_checkpoint true"

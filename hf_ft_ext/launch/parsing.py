@@ -19,7 +19,7 @@ from hf_ft_ext.training.sharing.privacy import hide_tokens
 _CHOICES_AS_PLACEHOLDER = 10  # longer lists follow the help text
 _CHOICES_SHOWN = 20  # even longer lists (optimizers) appear only in the error for a wrong value
 _TRAINING = "training (transformers.TrainingArguments)"
-_EVERYTHING = "all"  # `--help all`
+_ALL_ARGUMENTS = "all"  # `--help all`
 # arguments that users may know from elsewhere -> why they do not exist here
 _REMOVED_ARGUMENTS = {"low_cpu_mem_usage": "transformers 5 always loads a model without a second copy of its weights"}
 # What most people set among the arguments of transformers; `--help` shows these, `--help all` shows all.
@@ -109,7 +109,7 @@ class Parser(HfArgumentParser):
         if hidden:
             self.epilog = (
                 f"{hidden} more arguments of transformers.TrainingArguments work as well; `--method {self._name} "
-                f"--help {_EVERYTHING}` lists them."
+                f"--help {_ALL_ARGUMENTS}` lists them."
             )
         return self.format_help()
 
@@ -233,7 +233,7 @@ def parse_choice(
     Returns and raises the same as `parse_arguments`.
     """
     if choice.help:
-        everything = choice.help == _EVERYTHING
+        everything = choice.help == _ALL_ARGUMENTS
         sys.stdout.write(list_methods() if choice.method is None else Parser(choice.method).help_text(everything))
         raise SystemExit(0)
     parser = Parser(find_method(RunArguments.method) if choice.method is None else choice.method)

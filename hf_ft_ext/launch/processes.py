@@ -22,16 +22,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-_TOGETHER = 1.0  # seconds that a process waits for others to report the same message
-_STARTS = 2.0  # seconds within which all processes of a run start; start times have a resolution of one second
+_JOINT_REPORT_SECONDS = 1.0  # seconds that a process waits for others to report the same message
+_START_SPREAD_SECONDS = 2.0  # all processes of a run start within this time; start times are whole seconds
 _STALE = 7 * 86400.0  # seconds after which the files of other runs are deleted
 _POLL = 0.01  # seconds between checks of the other processes' files
 _PREFIX = "hf_ft_ext-messages"
 _FAILED = "failed"
 _WRITTEN = "written"
 # Error texts of gloo, NCCL and the stores in a process whose peer has ended.
-_LOST = ("Connection closed by peer", "Connection reset by peer", "Socket closed", "Broken pipe", "recvValue failed",
-         "sendBytes failed", "remote process has terminated", "Connection was likely closed")  # fmt: skip
+_LOST_PEER_ERRORS = (
+    "Connection closed by peer", "Connection reset by peer", "Socket closed", "Broken pipe", "recvValue failed",
+    "sendBytes failed", "remote process has terminated", "Connection was likely closed",
+)  # fmt: skip
 
 
 def _number(names: tuple[str, ...], default: int) -> int:
@@ -68,7 +70,7 @@ class Process:
         return self.rank == 0
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         return self.world == 1
 
 
@@ -83,7 +85,7 @@ def report(kind: str, message: str, same: str | None = None, failed: bool = True
         failed: whether the message is an error (see `another_failed`).
     """
     process = Process.this()
-    if process.alone:
+    if process.is_single:
         sys.stderr.write(f"{kind}: {message}\n")
         return
     with _ignoring_signals():
@@ -120,7 +122,11 @@ def report_crash(error: BaseException) -> None:
     nothing if another process has reported its own error.
     """
     text = str(error)
-    lost = next((words for words in _LOST if words in text), None) if isinstance(error, RuntimeError) else None
+    lost = (
+        next((words for words in _LOST_PEER_ERRORS if words in text), None)
+        if isinstance(error, RuntimeError)
+        else None
+    )
     if lost is not None:
         if not another_failed():
             report(
@@ -130,14 +136,14 @@ def report_crash(error: BaseException) -> None:
             )
         return
     trace = traceback.extract_tb(error.__traceback__)
-    place = f"{trace[-1].filename}:{trace[-1].lineno}" if trace else ""
-    report("unexpected error", f"\n{''.join(traceback.format_exception(error))}".rstrip(), f"{type(error)} {place}")
+    location = f"{trace[-1].filename}:{trace[-1].lineno}" if trace else ""
+    report("unexpected error", f"\n{''.join(traceback.format_exception(error))}".rstrip(), f"{type(error)} {location}")
 
 
 def another_failed() -> bool:
     """Whether a process of this run on this machine has reported an error."""
     try:
-        return not Process.this().alone and (_folder() / _FAILED).exists()
+        return not Process.this().is_single and (_folder() / _FAILED).exists()
     except OSError:
         return False
 
@@ -151,7 +157,7 @@ def _agree(process: Process, text: str) -> list[int] | None:
     folder = _folder() / _hash(text)
     folder.mkdir(mode=0o700, exist_ok=True)
     (folder / str(process.rank)).touch()
-    end = time.monotonic() + _TOGETHER
+    end = time.monotonic() + _JOINT_REPORT_SECONDS
     while len(ranks := _ranks(folder)) < process.neighbours and time.monotonic() < end:
         if (folder / _WRITTEN).exists():
             return None
@@ -185,7 +191,7 @@ def _folder() -> Path:
     folder = Path(tempfile.gettempdir()) / f"{_PREFIX}-{user}-{run}"
     _delete_older(folder.parent.glob(f"{_PREFIX}-{user}-*"), time.time() - _STALE)
     # A shell may start two runs, one after the other, with the same variables.
-    _delete_older([folder], psutil.Process().create_time() - _STARTS)
+    _delete_older([folder], psutil.Process().create_time() - _START_SPREAD_SECONDS)
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
 
@@ -234,7 +240,7 @@ class SharedLog(logging.Handler):
         except Exception:  # as logging's own handlers do
             self.handleError(record)
             return
-        if record.levelno >= logging.WARNING and not self.process.alone:
+        if record.levelno >= logging.WARNING and not self.process.is_single:
             with contextlib.suppress(OSError):
                 (_folder() / _hash(f"log {text}")).touch()
 

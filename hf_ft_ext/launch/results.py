@@ -49,7 +49,7 @@ def split_suffix(position: int, name: str) -> str:
 
 
 @contextlib.contextmanager
-def _set(args: TrainingArguments, **values: Any) -> Iterator[None]:
+def _with_values(args: TrainingArguments, **values: Any) -> Iterator[None]:
     """A context in which `args` has other values."""
     before = {name: getattr(args, name) for name in values}
     try:
@@ -69,7 +69,7 @@ def evaluate_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
         prefix = "_".join(filter(None, ("eval", suffix)))
         language = language_of(trainer)
         rows = data if language is None else language.rows_of_loss(name, data)
-        with _set(trainer.args, dataloader_drop_last=False):  # transformers drops rows here too
+        with _with_values(trainer.args, dataloader_drop_last=False):  # transformers drops rows here too
             metrics |= trainer.evaluate(eval_dataset=rows, metric_key_prefix=prefix)
         if language is not None and language.data_args.predict_with_generate:
             metrics |= language.scored_texts(trainer, data, prefix)[1]
@@ -81,14 +81,14 @@ def language_of(trainer: Trainer) -> LanguageRun | None:
     return getattr(trainer, "language", None)
 
 
-def keep_thresholds(config: Any, thresholds: np.ndarray | float | None) -> None:
+def store_thresholds(config: Any, thresholds: np.ndarray | float | None) -> None:
     """Store the thresholds of the labels in a model's configuration, in the order of the logits; `None` = remove."""
     values = None if thresholds is None else np.broadcast_to(thresholds, (config.num_labels,)).tolist()
     if values is not None or getattr(config, THRESHOLDS, None) is not None:
         setattr(config, THRESHOLDS, values)
 
 
-def settle_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
+def choose_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
     """Choose the thresholds of a multi-label task on the first split, if none are set, for all later metrics."""
     metrics = trainer.compute_metrics
     if not isinstance(metrics, MetricFunction) or metrics.problem_type != MULTI_LABEL:
@@ -96,13 +96,13 @@ def settle_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
     if metrics.thresholds is not None or not splits or trainer.args.prediction_loss_only:
         return
     name, data = next(iter(splits.items()))
-    with _set(trainer.args, dataloader_drop_last=False):
+    with _with_values(trainer.args, dataloader_drop_last=False):
         output = trainer.predict(data, metric_key_prefix="eval")
     metrics.thresholds = best_thresholds(logits_of(output.predictions), np.asarray(output.label_ids))
     names = trainer.model.config.id2label
     shown = ", ".join(f"{names[i]} {value:.3g}" for i, value in enumerate(metrics.thresholds[:10]))
     logger.info("Thresholds by F1 on split '%s', whose metrics are thus slightly optimistic: %s.", name, shown)
-    keep_thresholds(trainer.model.config, metrics.thresholds)
+    store_thresholds(trainer.model.config, metrics.thresholds)
     path = Path(trainer.args.output_dir) / CONFIG_NAME
     if trainer.args.do_train and trainer.is_world_process_zero() and path.is_file():  # the model is saved already
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -133,7 +133,7 @@ def predict_all(trainer: Trainer, splits: dict[str, Any], with_probabilities: bo
             "dataloader_drop_last": False,
             "dataloader_in_order": True,
         }
-        with _set(trainer.args, **in_order):
+        with _with_values(trainer.args, **in_order):
             output = trainer.predict(data, metric_key_prefix=prefix)
         metrics |= output.metrics
         if output.predictions is None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hf_ft_ext.errors import InputError, PushError
 from hf_ft_ext.launch.choice import read_choice
 from hf_ft_ext.launch.processes import Process, another_failed, report, report_crash, silence_bars, start_log
-from hf_ft_ext.launch.stopping import Interrupted, Signals, keep, leave
+from hf_ft_ext.launch.stopping import Interrupted, Signals, end_process, keep_alive
 from hf_ft_ext.methods import list_methods, only_help_wanted
 
 DONE, CRASHED, BAD_INPUT, NOT_PUSHED = 0, 1, 2, 3  # exit statuses; a signal ends with 128 + its number
@@ -50,22 +50,22 @@ def main(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",
 
 def command(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",)) -> None:
     """Run `main` as a program and end the process with its status."""
-    if Process.this().alone:
+    if Process.this().is_single:
         sys.exit(main(argv, program))
     try:
         status = main(argv, program)
     except Exception as error:
         report_crash(error)
         status = CRASHED
-    leave(status)
+    end_process(status)
 
 
 def _report_interruption(stop: Interrupted, signals: Signals) -> int:
     """Report, once, how to continue the interrupted run; return the exit status."""
-    from hf_ft_ext.launch.interruption import what_now
+    from hf_ft_ext.launch.interruption import how_to_continue
 
     if not another_failed():  # then the launcher ended this process, and the other's error says what to do
-        report(f"stopped by {stop.name}", what_now(signals), same="stopped", failed=False)
+        report(f"stopped by {stop.name}", how_to_continue(signals), same="stopped", failed=False)
     return stop.status
 
 
@@ -91,7 +91,7 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
     trainer = build_trainer(args)
     signals.check()
     if args.world_size > 1:
-        keep(trainer)
+        keep_alive(trainer)
     if run_args.dry_run:
         plan = training_plan(trainer)
         if args.process_index == 0:
@@ -101,22 +101,22 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
                 print("", parts_table(trainer.model), sep="\n")
         trainer.accelerator.end_training()
         return
-    folder.make_room(run_args, args, at_end)  # only now, when all input has been checked
+    folder.prepare_folder(run_args, args, at_end)  # only now, when all input has been checked
     signals.output_dir = args.output_dir
-    with folder.explained(args.output_dir):
+    with folder.disk_errors_as_input_errors(args.output_dir):
         if run_args.hp_search:
             search.search_hyperparameters(build_trainer, args, run_args.hp_search)
             trainer = build_trainer(args)
             if args.world_size > 1:
-                keep(trainer)
+                keep_alive(trainer)
         metrics, push = {}, False
         if args.do_train:
             metrics |= trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
-            push = sharing.postponed(args)  # save_model would push before there are metrics
+            push = sharing.postpone_push(args)  # save_model would push before there are metrics
             trainer.save_model()
             trainer.save_state()  # saves the log of losses even without checkpoints
         signals.check()
-        results.settle_thresholds(trainer, data.validation)
+        results.choose_thresholds(trainer, data.validation)
         if args.do_eval:
             metrics |= results.evaluate_all(trainer, data.validation)
         if args.do_predict:

@@ -7,7 +7,7 @@ from transformers.trainer_utils import HubStrategy
 
 from hf_ft_ext.arguments import RunArguments
 from hf_ft_ext.errors import InputError, PushError
-from hf_ft_ext.hub.push import ensure_branch, is_of_the_hub, push_run, reason
+from hf_ft_ext.hub.push import ensure_branch, is_hub_error, push_run, reason
 
 
 def prepare(run_args: RunArguments, args: TrainingArguments) -> None:
@@ -39,14 +39,14 @@ def prepare_branch(trainer: Trainer) -> None:
     except InputError:
         raise
     except Exception as error:
-        if not is_of_the_hub(error):
+        if not is_hub_error(error):
             raise
         raise InputError(
             f"--hub_revision {args.hub_revision}: the branch cannot be found or made: {reason(error)}"
         ) from error
 
 
-def postponed(args: TrainingArguments) -> bool:
+def postpone_push(args: TrainingArguments) -> bool:
     """Return whether the run is to be pushed, and keep the trainer from pushing by itself."""
     wanted, args.push_to_hub = args.push_to_hub, False
     return wanted

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from hf_ft_ext.launch.processes import Process, another_failed
 
 _NUMBERS = (signal.SIGTERM, signal.SIGINT)
-_AGAIN = 0.05  # seconds
+_RESEND_AFTER = 0.05  # seconds
 
 
 class Interrupted(KeyboardInterrupt):
@@ -68,7 +68,7 @@ class Signals:
     def _send_again(self, unraisable) -> None:
         """Send the signal again later, if it arrived in a destructor or weak-reference callback."""
         if isinstance(unraisable.exc_value, Interrupted) and os.getpid() == self._owner:
-            threading.Timer(_AGAIN, os.kill, (self._owner, unraisable.exc_value.number)).start()
+            threading.Timer(_RESEND_AFTER, os.kill, (self._owner, unraisable.exc_value.number)).start()
         else:
             self._unraisable(unraisable)
 
@@ -94,19 +94,19 @@ class Signals:
         raise Interrupted(number)
 
 
-_kept: list[object] = []
+_alive: list[object] = []
 
 
-def keep(thing: object) -> None:
+def keep_alive(thing: object) -> None:
     """Keep a reference to `thing`, which may hold a DDP model, until the process ends.
 
     A DDP model that is freed after the process group is destroyed holds the GIL and waits for gloo's thread. That
     thread may need the GIL to free the tensors of the last barrier: a deadlock (torch 2.13).
     """
-    _kept.append(thing)
+    _alive.append(thing)
 
 
-def leave(status: int) -> NoReturn:
+def end_process(status: int) -> NoReturn:
     """End this process with `status` after other threads, exit handlers and output have finished.
 
     Threads of gloo and autograd that wake up while the interpreter shuts down abort the process (pytorch issue 190489,

@@ -7,14 +7,14 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, Traine
 
 from hf_ft_ext.arguments import Gradients, MethodTrainingArguments, RunArguments
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.hub.push import is_of_the_hub, reason
+from hf_ft_ext.hub.push import is_hub_error, reason
 from hf_ft_ext.launch.folder import not_writable
 from hf_ft_ext.launch.sharing import prepare_branch
 from hf_ft_ext.launch.validation import check_checkpoint, check_optimizer
 from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.method_trainer import MethodTrainer
 from hf_ft_ext.training.runs.resources import ResourceMonitor
-from hf_ft_ext.training.saved.checkpoints import SealCheckpoints
+from hf_ft_ext.training.saved.checkpoints import WriteChecksums
 from hf_ft_ext.training.weights.placement import check_placement
 
 
@@ -24,23 +24,23 @@ def run_callbacks(
     callbacks: Sequence[TrainerCallback],
     savers: Sequence[TrainerCallback] = (),
 ) -> list[TrainerCallback]:
-    """Callbacks of a run: resource monitor, early stopping if asked for, checkpoint seals, then `callbacks`.
+    """Callbacks of a run: resource monitor, early stopping if asked for, checksums of checkpoints, then `callbacks`.
 
     Args:
         savers: callbacks that write files into a checkpoint; they run before its checksums are computed.
     """
     patience = run_args.early_stopping_patience
     early_stopping = [EarlyStoppingCallback(patience)] if patience and args.do_train else []
-    return [ResourceMonitor(), *savers, *early_stopping, SealCheckpoints(run_args.method), *callbacks]
+    return [ResourceMonitor(), *savers, *early_stopping, WriteChecksums(run_args.method), *callbacks]
 
 
-def check_place(model: PreTrainedModel, args: MethodTrainingArguments, kind: type[MethodTrainer]) -> None:
+def check_model_placement(model: PreTrainedModel, args: MethodTrainingArguments, kind: type[MethodTrainer]) -> None:
     """Refuse a model placement by `device_map` that the method does not support; see `check_placement`."""
     unchanged = not args.do_train and kind.several_devices and args.gradients is Gradients.WEIGHTS
     check_placement(model, kind.several_devices, unchanged)
 
 
-def check_made(trainer: Trainer, method: str) -> Trainer:
+def check_trainer(trainer: Trainer, method: str) -> Trainer:
     """Check a trainer's branch on the Hub, batches, optimizer and checkpoint before training; return the trainer.
 
     Raises:
@@ -57,7 +57,7 @@ def check_made(trainer: Trainer, method: str) -> Trainer:
 
 
 @contextlib.contextmanager
-def explained(args: MethodTrainingArguments) -> Iterator[None]:
+def trainer_errors_as_input_errors(args: MethodTrainingArguments) -> Iterator[None]:
     """Turn errors that `Trainer` raises for bad arguments into an `InputError`."""
     try:
         yield
@@ -69,6 +69,6 @@ def explained(args: MethodTrainingArguments) -> Iterator[None]:
         path = getattr(error, "filename", None)
         if isinstance(error, OSError) and path is not None and str(args.output_dir).startswith(str(path)):
             raise not_writable(args.output_dir, error) from error
-        if not (args.push_to_hub and is_of_the_hub(error)):
+        if not (args.push_to_hub and is_hub_error(error)):
             raise
         raise InputError(f"--push_to_hub: the Hub repository cannot be made: {reason(error)}") from error

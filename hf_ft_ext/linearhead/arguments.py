@@ -5,11 +5,11 @@ from typing import ClassVar
 
 from hf_ft_ext.arguments import Gradients
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.training.at_once_arguments import AtOnceTrainingArguments
+from hf_ft_ext.training.solver_arguments import SolverTrainingArguments
 
 
 @dataclass
-class LinearHeadTrainingArguments(AtOnceTrainingArguments):
+class LinearHeadTrainingArguments(SolverTrainingArguments):
     """`transformers.TrainingArguments` plus the settings of linear probing.
 
     Arguments of a training loop are refused, because there is none. A forward pass of the encoder takes

@@ -11,16 +11,16 @@ from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.linear_probe import LinearHead, find_last_layer, fit_linear_head, prepare_linear_head
-from hf_ft_ext.features.rows import SAMPLE, batches_in_order, for_collator
+from hf_ft_ext.features.rows import SAMPLE, batches_in_order, data_and_collator
 from hf_ft_ext.linearhead.arguments import LinearHeadTrainingArguments
-from hf_ft_ext.training.at_once import AtOnceTrainer
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.runs.plan import TrainedWeight
+from hf_ft_ext.training.solver_trainer import SolverTrainer
 
 logger = logging.getLogger(__name__)
 
 
-class LinearHeadTrainer(AtOnceTrainer):
+class LinearHeadTrainer(SolverTrainer):
     """`transformers.Trainer` whose `train()` fits the model's last layer by logistic or ridge regression.
 
     The encoder runs once over the training data, and there are no optimizer steps. In a prompt model the output rows
@@ -62,7 +62,7 @@ class LinearHeadTrainer(AtOnceTrainer):
         outcome: list = [None]
         if args.process_index == 0:
             try:
-                dataset, collate = for_collator(self, self.train_dataset)
+                dataset, collate = data_and_collator(self, self.train_dataset)
                 outcome[0] = fit_linear_head(
                     self.model,
                     dataset,
@@ -97,7 +97,7 @@ class LinearHeadTrainer(AtOnceTrainer):
         ]
 
     def _last_layer(self) -> str:
-        batches = batches_in_order(*for_collator(self, self.train_dataset), SAMPLE, self.args.device)
+        batches = batches_in_order(*data_and_collator(self, self.train_dataset), SAMPLE, self.args.device)
         self.model.to(self.args.device)
         return find_last_layer(self.model, next(batches))[0]
 

@@ -141,7 +141,7 @@ class MetricFunction:
             return
         outputs = self._outputs(*_sample(CLASSIFICATION, 2))
         for name, compute in self._externals.items():
-            one, other = (_tried(compute, name, outputs.in_order(order)) for order in ([0, 1], [1, 0]))
+            one, other = (_with_retries(compute, name, outputs.in_order(order)) for order in ([0, 1], [1, 0]))
             if any(not np.isclose(one[key], other.get(key, np.nan), equal_nan=True) for key in one):
                 positive_id(self.label_names, None, name)  # raises
 
@@ -183,7 +183,7 @@ class MetricFunction:
             if outputs.problem_type == CLASSIFICATION and self._order is not None:
                 self._refuse_sided()
                 outputs = outputs.in_order(self._order)
-            return _tried(self._externals[name], name, outputs)
+            return _with_retries(self._externals[name], name, outputs)
         if name in SCORES:
             if outputs.problem_type not in SCORES[name].problem_types:
                 raise InputError(f"metric '{name}' is not for {outputs.problem_type}; pass another metric")
@@ -307,7 +307,7 @@ def _sample(problem_type: str, count: int) -> tuple[np.ndarray, np.ndarray]:
     return logits, labels
 
 
-def _tried(compute: Callable[[Outputs], dict[str, float]], name: str, outputs: Outputs) -> dict[str, float]:
+def _with_retries(compute: Callable[[Outputs], dict[str, float]], name: str, outputs: Outputs) -> dict[str, float]:
     try:
         return compute(outputs)
     except InputError:

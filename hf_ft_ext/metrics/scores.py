@@ -33,7 +33,7 @@ class Score:
     positive: bool = False
 
 
-def _of_positive(kind: str) -> Callable[[Outputs], float]:
+def _positive_score(kind: str) -> Callable[[Outputs], float]:
     def compute(outputs: Outputs) -> float:
         truth, predicted = outputs.references == outputs.positive, outputs.predictions == outputs.positive
         return _sklearn(f"{kind}_score", truth, predicted, average="binary", zero_division=0.0)
@@ -70,7 +70,7 @@ def _average_precision(outputs: Outputs) -> float:
     if outputs.problem_type == MULTI_LABEL:
         return _area(outputs, "average_precision_score")
     truth = outputs.references == outputs.positive
-    return _of_ranking("average_precision_score", truth, outputs.margins[:, outputs.positive])
+    return _ranking_score("average_precision_score", truth, outputs.margins[:, outputs.positive])
 
 
 def _area(outputs: Outputs, function: str) -> float:
@@ -83,10 +83,10 @@ def _area(outputs: Outputs, function: str) -> float:
     defined = [i for i in columns if truths[i].any() and not truths[i].all()]
     if not defined:
         logger.warning("%s is not defined if all rows are of one class: it is set to 0.", function)
-    return float(np.mean([_of_ranking(function, truths[i], outputs.margins[:, i]) for i in defined] or [0.0]))
+    return float(np.mean([_ranking_score(function, truths[i], outputs.margins[:, i]) for i in defined] or [0.0]))
 
 
-def _of_ranking(function: str, truth: np.ndarray, margins: np.ndarray) -> float:
+def _ranking_score(function: str, truth: np.ndarray, margins: np.ndarray) -> float:
     """A score of the order of rows by margin; a row without a margin (NaN) is put at the wrong end."""
     if not truth.any() or truth.all():
         return 0.0
@@ -103,7 +103,7 @@ def _sklearn(function: str, *arrays: np.ndarray, **settings) -> float:
 
 
 SCORES: dict[str, Score] = {
-    **{kind: Score(_of_positive(kind), (CLASSIFICATION,), True) for kind in ("f1", "precision", "recall")},
+    **{kind: Score(_positive_score(kind), (CLASSIFICATION,), True) for kind in ("f1", "precision", "recall")},
     **{
         f"{kind}_{average}": Score(_averaged(kind, average), _BOTH)
         for kind in ("f1", "precision", "recall")

@@ -15,7 +15,7 @@ def set_labels(config: PreTrainedConfig, data: Any) -> None:
 
     Afterwards `id2label` and `label2id` agree. Without labels in the data, the model's problem type is kept.
     """
-    _agree(config)
+    _sync_label2id(config)
     if data.problem_type == REGRESSION:
         config.problem_type, config.num_labels = REGRESSION, 1
     elif data.label_names is None:  # unlabelled rows, for prediction only
@@ -29,7 +29,7 @@ def set_labels(config: PreTrainedConfig, data: Any) -> None:
             config.label2id = {label: i for i, label in enumerate(data.label_names)}
 
 
-def _agree(config: PreTrainedConfig) -> None:
+def _sync_label2id(config: PreTrainedConfig) -> None:
     """Make `label2id` the inverse of `id2label`, which names every output; a config.json may contradict itself."""
     by_id = {int(i): str(label) for i, label in (getattr(config, "id2label", None) or {}).items()}
     if not by_id:

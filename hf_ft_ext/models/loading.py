@@ -29,8 +29,8 @@ from hf_ft_ext.arguments import (
 from hf_ft_ext.demo.encoder import demo_encoder
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.models.labels import set_labels, warn_of_renamed_labels
-from hf_ft_ext.models.source import checked_name, explained
-from hf_ft_ext.models.weight_options import settle_dtype, weight_options
+from hf_ft_ext.models.source import checked_name, loading_errors_as_input_errors
+from hf_ft_ext.models.weight_options import apply_dtype, weight_options
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import load_prompt_model
 from hf_ft_ext.prompts.making import load_language_model
@@ -86,21 +86,21 @@ def load_tokenizer_and_model(
     options = weight_options(model_args, config, args, name, as_prompt=as_prompt)
     if as_prompt:
         tokenizer = _load_tokenizer(model_args, name, hub)
-        with explained(name, "weights"):
+        with loading_errors_as_input_errors(name, "weights"):
             revision = model_args.model_revision
             model = load_prompt_model(name, config, tokenizer, data, data_args, revision=revision, **hub, **options)
         check_map(options.get("device_map"), model.masked_lm, name)
         model.fresh_parameters = frozenset()
         if model_args.attn_implementation is not None:  # the constructor of the wrapper resets it to the default
             model.masked_lm.set_attn_implementation(model_args.attn_implementation)
-        settle_dtype(model, model_args.dtype, args, stored, name)
+        apply_dtype(model, model_args.dtype, args, stored, name)
         model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
         return _fitted_together(tokenizer, model, name)
     trained_labels = getattr(config, "num_labels", None)
     own_names = [str(label) for _, label in sorted((getattr(config, "id2label", None) or {}).items())]
     set_labels(config, data)
     tokenizer = _load_tokenizer(model_args, name, hub)
-    with explained(name, "weights"), seeded_init(seed):
+    with loading_errors_as_input_errors(name, "weights"), seeded_init(seed):
         model, info = AutoModelForSequenceClassification.from_pretrained(
             name,
             config=config,
@@ -112,7 +112,7 @@ def load_tokenizer_and_model(
         )
     check_map(options.get("device_map"), model, name)
     _check_loaded(model, info, name, trained_labels)
-    settle_dtype(model, model_args.dtype, args, stored, name)
+    apply_dtype(model, model_args.dtype, args, stored, name)
     model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
     warn_of_renamed_labels(model, own_names, name)
     return _fitted_together(tokenizer, model, name)
@@ -131,7 +131,7 @@ def _name_and_config(name: str, model_args: ModelArguments) -> tuple[str, PreTra
         "token": model_args.token,
         "trust_remote_code": model_args.trust_remote_code,
     }
-    with explained(name, "configuration"):
+    with loading_errors_as_input_errors(name, "configuration"):
         return name, AutoConfig.from_pretrained(name, revision=model_args.model_revision, **hub), hub
 
 
@@ -166,11 +166,11 @@ def load_tokenizer_and_language_model(
     stored = getattr(config, "dtype", None)
     options = weight_options(model_args, config, args, name, as_prompt=True)
     tokenizer = _load_tokenizer(model_args, name, hub)
-    with explained(name, "weights"):
+    with loading_errors_as_input_errors(name, "weights"):
         model = load_language_model(name, config=config, revision=model_args.model_revision, **hub, **options)
     check_map(options.get("device_map"), model, name)
     model.fresh_parameters = frozenset()
-    settle_dtype(model, model_args.dtype, args, stored, name)
+    apply_dtype(model, model_args.dtype, args, stored, name)
     model.loaded_from = {"revision": model_args.model_revision, "cache_dir": model_args.cache_dir}
     return _fitted_together(tokenizer, model, name)
 

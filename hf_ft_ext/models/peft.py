@@ -16,8 +16,9 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features import encoder_path, evaluating
+from hf_ft_ext.features import encoder_path
 from hf_ft_ext.models.loading import seeded_init
+from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.prompts.model import architecture, is_prompt_model
 from hf_ft_ext.structure.find import find_structure
 from hf_ft_ext.structure.rows import trial_rows
@@ -90,7 +91,7 @@ def trained_in_full(model: PreTrainedModel) -> list[str]:
     return names
 
 
-def _left_out(model: PreTrainedModel, saved: list[str]) -> list[str]:
+def _untrained_modules(model: PreTrainedModel, saved: list[str]) -> list[str]:
     """Modules that were loaded untrained and are not part of a module in `saved`."""
     fresh = getattr(model, "fresh_parameters", ())
     holders = [name for name in trained_in_full(model) if any(p == name or p.startswith(f"{name}.") for p in fresh)]
@@ -144,7 +145,7 @@ def wrap_with_peft(
         )
     heads = list(dict.fromkeys(trained_in_full(model)))
     asked = settings.get("modules_to_save")
-    saved_too = [] if asked is None else _left_out(model, [*asked, *_SAVED_BY_PEFT])
+    saved_too = [] if asked is None else _untrained_modules(model, [*asked, *_SAVED_BY_PEFT])
     settings["modules_to_save"] = (heads or None) if asked is None else [*asked, *saved_too]
     method = known[kind.lower()]
     settings = _with_targets(model, method, config_class, settings, [] if asked is not None else heads)

@@ -49,7 +49,7 @@ def checked_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def explained(name: str, part: str) -> Iterator[None]:
+def loading_errors_as_input_errors(name: str, part: str) -> Iterator[None]:
     """Turn library errors while loading `part` of model `name` into an `InputError`."""
     try:
         yield

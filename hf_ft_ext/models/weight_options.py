@@ -112,7 +112,7 @@ def wanted_dtype(
     return AUTO
 
 
-def settle_dtype(
+def apply_dtype(
     model: PreTrainedModel,
     requested: str,
     args: MethodTrainingArguments | None,
@@ -184,24 +184,26 @@ def _device_map(wanted: str, args: MethodTrainingArguments | None) -> str | dict
         parts = json.loads(wanted) if wanted.startswith("{") else {"": wanted}
     except ValueError as error:
         raise InputError(f"device_map={wanted!r} is not valid JSON: {error}") from None
-    return {part: _existing_device(place) for part, place in parts.items()}
+    return {part: _existing_device(name) for part, name in parts.items()}
 
 
-def _existing_device(place: str | int) -> str | int:
+def _existing_device(wanted: str | int) -> str | int:
     """Check that a device exists; return it."""
-    if place == "disk":
-        return place
+    if wanted == "disk":
+        return wanted
     try:
-        device = torch.device(place)
+        device = torch.device(wanted)
         known = [] if device.type == "cpu" else list(range(torch.get_device_module(device).device_count()))
     except (RuntimeError, TypeError, AttributeError):
         raise InputError(
-            f"device_map: {place!r} is not a device; pass {', '.join(_PLACEMENTS)}, a device such as cuda:0, or JSON "
+            f"device_map: {wanted!r} is not a device; pass {', '.join(_PLACEMENTS)}, a device such as cuda:0, or JSON "
             "of modules to devices"
         ) from None
     if device.type != "cpu" and (device.index or 0) not in known:
-        raise InputError(f"device_map: there is no device {place!r} here ({len(known)} of its kind); pass another one")
-    return place
+        raise InputError(
+            f"device_map: there is no device {wanted!r} here ({len(known)} of its kind); pass another one"
+        )
+    return wanted
 
 
 def _check_installed(quantization: str) -> None:

@@ -7,7 +7,7 @@ from math import inf
 import torch
 from torch import nn
 
-from hf_ft_ext.per_example.types import EmbeddingGradient, Gradient, LinearGradient, dense, largest
+from hf_ft_ext.per_example.types import EmbeddingGradient, Gradient, LinearGradient, dense, max_abs
 
 
 def differing_parameters(
@@ -34,7 +34,7 @@ def differing_parameters(
 
     def compare(name: str, expected: torch.Tensor) -> None:
         expected = expected.coalesce() if expected.is_sparse else expected
-        sizes[name] = largest(expected.values() if expected.is_sparse else expected)
+        sizes[name] = max_abs(expected.values() if expected.is_sparse else expected)
         if name not in failed and name in found:
             try:
                 errors[name] = _error(found[name], expected)
@@ -46,7 +46,7 @@ def differing_parameters(
     top = max(sizes.values(), default=0.0)
     for name in parameters:
         if name not in errors and name not in failed:  # only the hooks or only autograd found a gradient
-            by_rule = largest(dense(found[name])) if name in found else 0.0
+            by_rule = max_abs(dense(found[name])) if name in found else 0.0
             errors[name] = abs(by_rule - sizes[name])
     # |found - expected| <= tol |expected| + tol^2 max |all|, by largest entries
     return {n for n, error in errors.items() if not error <= tolerance * (sizes[n] + tolerance * top)}
@@ -57,27 +57,27 @@ def _error(gradients: list[Gradient], expected: torch.Tensor) -> float:
     tables = [gradient for gradient in gradients if isinstance(gradient, EmbeddingGradient)]
     if len(tables) == len(gradients):  # compare the rows that were read: the others are zero
         ids = torch.cat([gradient.ids[0] for gradient in tables])
-        read, places = ids.clamp_min(0).unique(return_inverse=True)
+        read, positions = ids.clamp_min(0).unique(return_inverse=True)
         grads = torch.cat([gradient.output_gradients[0] for gradient in tables]) * (ids >= 0)[:, None]
         # Rows that were read: sum over their tokens. Elsewhere the gradient must be 0.
-        found = grads.new_zeros(len(read), expected.shape[1]).index_add_(0, places, grads)
+        found = grads.new_zeros(len(read), expected.shape[1]).index_add_(0, positions, grads)
         there = expected.index_select(0, read)
         entries = expected
         if expected.is_sparse:
             there, entries = there.to_dense(), expected.values()
         elsewhere = torch.linalg.vector_norm(entries, 1) - torch.linalg.vector_norm(there, 1)
-        return max(largest(found - there), float(elsewhere.abs()))
+        return max(max_abs(found - there), float(elsewhere.abs()))
     expected = expected.to_dense()
     expected = expected.to(torch.promote_types(expected.dtype, torch.float32))
     linear = [g for g in gradients if isinstance(g, LinearGradient) and g.shape == expected.shape]
     if len(linear) == len(gradients):
         for gradient in linear:
             gradient.subtract_from(expected)  # in place: the caller does not use `expected` again
-        return largest(expected)
+        return max_abs(expected)
     found = dense(gradients)[0]
     if found.shape != expected.shape:
         return inf
-    return largest(found.sub_(expected))
+    return max_abs(found.sub_(expected))
 
 
 @contextlib.contextmanager

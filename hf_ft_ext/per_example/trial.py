@@ -138,7 +138,7 @@ class Trial:
         self, hooked_modules: list[HookedModule], failed: set[str]
     ) -> tuple[list[HookedModule], set[str]]:
         """Return the modules to try next for the failed parameters, and the parameters with none left to try."""
-        places: dict[str, dict[str, None]] = {}
+        paths_by_name: dict[str, dict[str, None]] = {}
         exhausted: set[str] = set()
         for hooked in hooked_modules:
             for name in hooked.names.values():
@@ -147,9 +147,9 @@ class Trial:
                     if path is None:
                         exhausted.add(name)
                     else:
-                        places.setdefault(name, {})[path] = None
+                        paths_by_name.setdefault(name, {})[path] = None
         grouped: dict[str, dict[str, str]] = {}
-        for name, paths in places.items():
+        for name, paths in paths_by_name.items():
             if name in exhausted:
                 continue
             for path in paths:

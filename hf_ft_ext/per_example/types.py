@@ -221,7 +221,7 @@ def squares_of_shared(gradient: LinearGradient, weights: torch.Tensor | float) -
     return squares.mT if gradient.transposed else squares
 
 
-def largest(tensor: torch.Tensor) -> float:
+def max_abs(tensor: torch.Tensor) -> float:
     """The largest absolute value, without a temporary tensor; NaN if the tensor holds one, 0 if it is empty."""
     if not tensor.numel():
         return 0.0

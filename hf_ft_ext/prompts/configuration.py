@@ -1,6 +1,5 @@
 """`PromptConfig`: a language model's configuration with a template and label words."""
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -77,7 +76,7 @@ def saved_prompt(folder: Path) -> PromptConfig:
     """Return the prompt model's configuration saved with an adapter."""
     for name in (PROMPT_FILE, CONFIG_NAME):
         if (folder / name).is_file():
-            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            found = PromptConfig._dict_from_json_file(folder / name)  # knows infinity, as Mamba2 has it
             if found.get("model_type") == PromptConfig.model_type:
                 return PromptConfig.from_dict(found)
     raise InputError(

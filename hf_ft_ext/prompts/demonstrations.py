@@ -100,9 +100,9 @@ class DemonstrationRows:
                 ids = [*ids, *word, *encoder.tail]
                 segments = [0] * len(ids)
             else:
-                place = ids.index(encoder.mask_id)
-                ids[place : place + 1] = word
-                segments[place : place + 1] = [segments[place]] * len(word)
+                position = ids.index(encoder.mask_id)
+                ids[position : position + 1] = word
+                segments[position : position + 1] = [segments[position]] * len(word)
             blocks.append((ids, segments))
         return blocks
 

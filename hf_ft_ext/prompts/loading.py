@@ -19,11 +19,11 @@ from hf_ft_ext.prompts.templates.encode import answer_context
 from hf_ft_ext.prompts.templates.template import parse_template
 from hf_ft_ext.prompts.templates.words import FIRST_TOKEN, check_word_scoring, parse_mapping, word_tokens
 
-_OF_PROMPTS = (
+_PROMPT_OPTIONS = (
     "template", "mapping", "word_scoring", "calibrate", "first_sent_limit", "other_sent_limit", "truncate_head",
     "untie_words",
 )  # fmt: skip
-_OF_DEMONSTRATIONS = ("num_demo", "num_sample", "demo_filter", "demo_filter_model")
+_DEMONSTRATION_OPTIONS = ("num_demo", "num_sample", "demo_filter", "demo_filter_model")
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,12 @@ def check_prompt_options(data_args: DataArguments) -> None:
         InputError: such an option is set.
     """
     defaults = {f.name: f.default for f in fields(FewShotArguments)}
-    idle = {PROMPT_DEMO: ()}.get(data_args.few_shot_type, _OF_DEMONSTRATIONS)
+    unused = {PROMPT_DEMO: ()}.get(data_args.few_shot_type, _DEMONSTRATION_OPTIONS)
     if data_args.few_shot_type == FINETUNE:
-        idle = (*_OF_PROMPTS, *idle)
-    for name in idle:
+        unused = (*_PROMPT_OPTIONS, *unused)
+    for name in unused:
         if getattr(data_args, name) != defaults[name]:
-            kind = "prompt" if name in _OF_PROMPTS else PROMPT_DEMO
+            kind = "prompt" if name in _PROMPT_OPTIONS else PROMPT_DEMO
             raise InputError(
                 f"--{name} {getattr(data_args, name)} is for prompts, but few_shot_type={data_args.few_shot_type} "
                 f"does not use it; pass --few_shot_type {kind}, or leave it out"

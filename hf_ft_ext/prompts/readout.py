@@ -135,7 +135,7 @@ def add_position_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
     return args, {**kwargs, "position_ids": positions[:, -length:]}
 
 
-def padding_behind(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[str, Any]:
+def padding_right(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return the inputs of an encoder-decoder with all padding moved to the right; other inputs are unchanged.
 
     An encoder with learned positions (Bart, Pegasus) counts columns and takes no `position_ids`, so left padding would

@@ -6,7 +6,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_ft_ext.files import write_json
+from hf_ft_ext.files import write_text
 from hf_ft_ext.prompts.configuration import PROMPT_FILE
 from hf_ft_ext.prompts.model import is_prompt_model
 
@@ -27,4 +27,4 @@ class SavePrompt(TrainerCallback):
     @staticmethod
     def _write(folder: Path, args, model) -> None:
         if args.should_save and isinstance(model, PeftModel) and is_prompt_model(model):
-            write_json(folder / PROMPT_FILE, model.get_base_model().config.to_dict())
+            write_text(folder / PROMPT_FILE, model.get_base_model().config.to_json_string(use_diff=False))

@@ -21,11 +21,11 @@ def similarities(model: str | None, texts: list[str], others: list[str]) -> np.n
     Raises:
         InputError: the model cannot be loaded.
     """
-    return embeddings(model, tuple(texts)) @ _remembered(model, tuple(others)).T
+    return embeddings(model, tuple(texts)) @ _cached(model, tuple(others)).T
 
 
 @functools.lru_cache(maxsize=2)
-def _remembered(model: str | None, texts: tuple[str, ...]) -> np.ndarray:
+def _cached(model: str | None, texts: tuple[str, ...]) -> np.ndarray:
     return embeddings(model, texts)
 
 

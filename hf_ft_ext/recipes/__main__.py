@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _lines(words: list[str], folder: Path | None) -> list[str]:
     if words and words[0].partition("#")[0].endswith((".yaml", ".yml")):
-        return _of_file(words[0], words[1:])
+        return _rows_of_file(words[0], words[1:])
     folder = folder or (Path("recipes") if Path("recipes").is_dir() else _CHECKOUT)
     files = sorted(folder.rglob("*.yaml"))
     if not files:
@@ -52,7 +52,7 @@ def _lines(words: list[str], folder: Path | None) -> list[str]:
     return _table(found)
 
 
-def _of_file(address: str, words: list[str]) -> list[str]:
+def _rows_of_file(address: str, words: list[str]) -> list[str]:
     path, row = split_address(address)
     if row is None and (found := read_rows(path)):
         lines = _matching(path, words)

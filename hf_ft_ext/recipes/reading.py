@@ -30,7 +30,7 @@ def read_recipe(address: str | os.PathLike, row: str | None = None) -> dict[str,
         raise InputError(f"{address} selects the row {named!r}, and --recipe_row {row!r}; pass one of the two")
     row = row if named is None else named
     if not path.is_file():
-        path, row = _moved(path, row)
+        path, row = _replacement(path, row)
     recipe = load(path)
     rows = expanded_rows(recipe, str(path))
     if row is None and rows:
@@ -77,7 +77,7 @@ def _no_such_row(path: Path, row: str, names: list[str]) -> str:
     return f"recipe {path} has no row {row!r}; {which}: {shown} (`hf-ft-ext recipes {path}` lists all {len(names)})"
 
 
-def _moved(path: Path, row: str | None) -> tuple[Path, str]:
+def _replacement(path: Path, row: str | None) -> tuple[Path, str]:
     """The table and row that replace a former file `FOLDER/NAME.yaml` (until 0.1, each experiment was a file)."""
     for table in _tables_near(path) if row is None else ():
         try:

@@ -63,8 +63,8 @@ def _check_merged(node: yaml.Node) -> None:
             raise _error(f"<< merges mappings, got {shown}; give it *anchor of a mapping, or a list of such", part)
 
 
-def _error(problem: str, place: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+def _error(problem: str, node: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 _Loader.add_implicit_resolver(

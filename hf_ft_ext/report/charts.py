@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from hf_ft_ext.files import replacing
+from hf_ft_ext.files import atomic_write
 from hf_ft_ext.report.rows import Row, pareto_front
 
 # Distinguishable with any kind of colour vision, and also by marker.
@@ -112,7 +112,7 @@ def svg(figure: Figure, description: str) -> str:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    with rc_context(STYLE), replacing(path) as temporary:
+    with rc_context(STYLE), atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150, facecolor="white")
 
 

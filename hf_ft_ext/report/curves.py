@@ -146,9 +146,9 @@ def _label(name: str, number: int) -> str:
 def _log_of(folder: Path) -> list[Any]:
     steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
     checkpoints = sorted((path for path, step in steps.items() if step), key=lambda path: -int(steps[path][1]))
-    for place in (folder, *checkpoints):
+    for path in (folder, *checkpoints):
         try:
-            log = json.loads((place / _STATE).read_text(encoding="utf-8"))["log_history"]
+            log = json.loads((path / _STATE).read_text(encoding="utf-8"))["log_history"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
         if isinstance(log, list):

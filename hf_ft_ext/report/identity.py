@@ -5,7 +5,7 @@ from typing import Any
 
 from hf_ft_ext.data.tasks import TASKS
 from hf_ft_ext.report.read import Run
-from hf_ft_ext.training.sharing import of_the_machine
+from hf_ft_ext.training.sharing import is_machine_specific
 
 # Arguments that do not affect the result (logging, saving, further evaluation), or that differ between the seeds of a
 # row. Model and data are compared by their identity (`model_of`, `source_of`), not by the arguments.
@@ -15,7 +15,7 @@ _IGNORED = {
     "dataset_revision", "train_file", "validation_file", "test_file", "model_name_or_path", "max_predict_samples",
     "prediction_probabilities", "task_type", "predict_with_generate",
 }  # fmt: skip
-OF_THE_DATA = (
+DATA_ARGUMENTS = (
     "max_train_samples", "max_eval_samples", "num_k", "few_shot_split", "few_shot_type", "max_seq_length", "data_seed",
     "sample", "train_split", "validation_split", "problem_type", "quoting",
 )  # fmt: skip
@@ -25,7 +25,7 @@ NOT_RECORDED = "not recorded"
 def settings_of(run: Run) -> dict[str, Any]:
     """The arguments that may affect a run's result."""
     arguments = run.record["arguments"] or {}
-    return {key: value for key, value in arguments.items() if key not in _IGNORED and not of_the_machine(key)}
+    return {key: value for key, value in arguments.items() if key not in _IGNORED and not is_machine_specific(key)}
 
 
 def rows_of(run: Run) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def rows_of(run: Run) -> dict[str, Any]:
     return facts
 
 
-def traits_of(run: Run) -> str:
+def comparison_key(run: Run) -> str:
     """Settings and rows of a run as a text to compare; equal for the runs of one row (task, model and data aside)."""
     return json.dumps([settings_of(run), rows_of(run)], sort_keys=True, default=str)
 

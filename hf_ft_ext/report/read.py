@@ -15,7 +15,7 @@ COMPARISON = "comparison.json"
 NOT_STARTED = "not started"
 _RUN_RECORD = "run.json"
 _NUMBER = (int, float)
-_NEEDED: dict[str, tuple[type, ...]] = {
+_REQUIRED: dict[str, tuple[type, ...]] = {
     "method": (str,), "task": (str,), "model": (str,), "seed": (int,), "metrics": (dict,), "command": (list,),
 }  # fmt: skip
 # Records of other versions may lack these.
@@ -181,8 +181,8 @@ def checked_record(value: Any) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         raise ValueError(f"it contains {_kind(value)}, not an object")
-    for key, kinds in {**_NEEDED, **_OPTIONAL}.items():
-        if key in _NEEDED and key not in value:
+    for key, kinds in {**_REQUIRED, **_OPTIONAL}.items():
+        if key in _REQUIRED and key not in value:
             raise ValueError(f"it has no {key!r}; is it of another program?")
         given = value.get(key)
         right = isinstance(given, kinds) and not isinstance(given, bool)

@@ -13,14 +13,14 @@ from typing import Any
 from hf_ft_ext.data.tasks import TASKS
 from hf_ft_ext.metrics import METRICS, MULTI_LABEL_METRICS, SCORES, primary_key
 from hf_ft_ext.report.identity import (
+    DATA_ARGUMENTS,
     NOT_RECORDED,
-    OF_THE_DATA,
+    comparison_key,
     evaluated_content,
     model_of,
     rows_of,
     settings_of,
     source_of,
-    traits_of,
 )
 from hf_ft_ext.report.read import Run
 
@@ -229,13 +229,13 @@ def _section(about: tuple[str, str, str, str, str], heading: str, runs: list[Run
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         method = run.record["method"]
-        groups.setdefault((run.variant or method, method, traits_of(run)), []).append(run)
+        groups.setdefault((run.variant or method, method, comparison_key(run)), []).append(run)
     firsts = [members[0] for members in groups.values()]
     names = _names(groups)
     rows = []
     for key, members in groups.items():
         counted, remarks = _one_for_each_seed(members)
-        row = Row(names[key], counted, metric, _notes(members[0], firsts), (*remarks, *_mixtures(counted)))
+        row = Row(names[key], counted, metric, _notes(members[0], firsts), (*remarks, *_environment_remarks(counted)))
         rows.append(row)
     rows.sort(key=lambda row: (row.quality is None, -row.rank if row.quality else 0.0, row.name))
     return Section(task, model, metric, rows, data, heading)
@@ -254,7 +254,7 @@ def _one_for_each_seed(runs: list[Run]) -> tuple[list[Run], list[str]]:
     return [same[-1] for _, same in sorted(by_seed.items())], remarks
 
 
-def _mixtures(runs: list[Run]) -> list[str]:
+def _environment_remarks(runs: list[Run]) -> list[str]:
     """Remarks about runs of a row on different devices or with different versions, whose mean may mislead."""
     remarks = []
     devices = sorted({str(run.record["device"]) for run in runs})
@@ -271,7 +271,7 @@ def _notes(run: Run, everyone: list[Run]) -> tuple[str, ...]:
     """Notes about a row's data where it differs from that of most rows."""
     notes = []
     own, others = settings_of(run), [settings_of(other) for other in everyone]
-    for key in OF_THE_DATA:
+    for key in DATA_ARGUMENTS:
         usual = statistics.mode(json.dumps(other.get(key)) for other in others)
         if json.dumps(own.get(key)) != usual:
             notes.append(f"{key}={own.get(key, 'default')} (others: {'default' if usual == 'null' else usual})")
@@ -298,13 +298,13 @@ def _names(groups: dict[tuple, list[Run]]) -> dict[tuple, str]:
         base = key[0]
         rivals = {other: runs[0] for other, runs in groups.items() if other[0] == base}
         if len(rivals) > 1:
-            traits, shown = _telling(rivals)
-            base += " (" + ", ".join(f"{k}={_short(traits[key].get(k, _absent(k)))}" for k in shown) + ")"
+            traits, shown = _distinguishing(rivals)
+            base += " (" + ", ".join(f"{k}={_short(traits[key].get(k, _missing_text(k)))}" for k in shown) + ")"
         names[key] = base
     return names
 
 
-def _telling(rivals: dict[tuple, Run]) -> tuple[dict[tuple, dict[str, Any]], list[str]]:
+def _distinguishing(rivals: dict[tuple, Run]) -> tuple[dict[tuple, dict[str, Any]], list[str]]:
     """Settings and facts of rows that share a name, and the keys that distinguish them."""
     traits = {key: settings_of(run) for key, run in rivals.items()}
     shown = _differing(traits)
@@ -315,7 +315,7 @@ def _telling(rivals: dict[tuple, Run]) -> tuple[dict[tuple, dict[str, Any]], lis
     return traits, shown
 
 
-def _absent(key: str) -> str:
+def _missing_text(key: str) -> str:
     """Text for a value that a record lacks: an argument has its default; facts of rows were not recorded.
 
     Names of facts contain a space.

@@ -15,6 +15,7 @@ from hf_ft_ext.adapters.sparse_grad.layer import SparseGradColumns
 from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns, within_layers
 from hf_ft_ext.adapters.sparse_grad.targets import can_be_adapted
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.label_tokens import predicts_next_tokens, zero_without_tokens
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.models.peft import carries_adapters, task_type_of, trained_in_full
 from hf_ft_ext.sparse.arguments import HOSVD, NOTHING, RANDOM, SVD, SparseTrainingArguments
@@ -80,12 +81,13 @@ def choose_columns(trainer: Trainer) -> None:
     Raises:
         InputError: a gradient is not finite, or there is no training data.
     """
-    args = trainer.args
+    args, shifted = trainer.args, predicts_next_tokens(trainer.model)
 
     def loss(model: torch.nn.Module, weighted: tuple[dict, float]) -> torch.Tensor:
         batch, weight = weighted
         with trainer.compute_loss_context_manager():
-            return weight * trainer.compute_loss(model, trainer._prepare_inputs(batch))
+            inputs = trainer._prepare_inputs(batch)
+            return weight * zero_without_tokens(lambda batch: trainer.compute_loss(model, batch), inputs, shifted)
 
     bases_from_steps(
         trainer.model,

@@ -14,8 +14,9 @@ BASES = HOSVD, NONE, RANDOM, SVD = ("hosvd", "none", "random", "svd")
 RESTS = ALL, HEAD, NOTHING = ("all", "head", "none")
 ORIENTATIONS = TUCKER, PUBLISHED = ("tucker", "published")
 MOMENTS = OWN, DENSE = ("own", "dense")
-# Default learning rates. Few trained entries need a larger rate, here tuned on a 384-wide encoder (docs/sparse.md).
-RATE_OF_FEW, RATE_OF_ALL = 1e-3, 5e-5
+# Default learning rates, for the entries of blocks and for all weights. Few trained entries need a larger rate, which
+# was tuned on a 384-wide encoder (docs/sparse.md).
+BLOCK_LEARNING_RATE, WEIGHT_LEARNING_RATE = 1e-3, 5e-5
 
 
 @dataclass
@@ -139,8 +140,8 @@ class SparseTrainingArguments(MethodTrainingArguments):
     learning_rate: float = field(
         default=None,
         metadata={
-            "help": f"Initial learning rate of the optimizer; none = {RATE_OF_FEW} with structured support, else "
-            f"{RATE_OF_ALL}."
+            "help": f"Initial learning rate of the optimizer; none = {BLOCK_LEARNING_RATE} with structured support, "
+            f"else {WEIGHT_LEARNING_RATE}."
         },
     )
 
@@ -156,7 +157,7 @@ class SparseTrainingArguments(MethodTrainingArguments):
                 choices = ", ".join(value for value in known if value is not None)
                 raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from: {choices}")
         if self.learning_rate is None:
-            self.learning_rate = RATE_OF_FEW if self.sparse_support == STRUCTURED else RATE_OF_ALL
+            self.learning_rate = BLOCK_LEARNING_RATE if self.sparse_support == STRUCTURED else WEIGHT_LEARNING_RATE
         if self.sparse_basis_orientation == PUBLISHED and self.sparse_basis != HOSVD:
             raise InputError(
                 f"sparse_basis_orientation=published is about the hosvd basis, but sparse_basis={self.sparse_basis}; "
@@ -219,8 +220,8 @@ class SparseTrainingArguments(MethodTrainingArguments):
             )
         if self.sparse_basis == SVD and not self.as_adapter:
             raise InputError(
-                f"sparse_basis=svd is for structured support as an adapter, and {self.not_an_adapter_by} makes the "
-                "run convert layers instead; leave one of them out"
+                f"sparse_basis=svd is for structured support as an adapter, and {self.setting_without_adapter} makes "
+                "the run convert layers instead; leave one of them out"
             )
         combination = f"sparse_support={self.sparse_support} with sparse_basis={self.sparse_basis}"
         if self.sparse_basis_steps is not None and not self.needs_gradients:
@@ -229,7 +230,7 @@ class SparseTrainingArguments(MethodTrainingArguments):
             raise InputError(f"{combination} has nothing that layers could share; leave sparse_basis_scope out")
 
     @property
-    def not_an_adapter_by(self) -> str | None:
+    def setting_without_adapter(self) -> str | None:
         """Return the setting that requires layers converted in place (`SparseGradLinear`), or `None` for an adapter.
 
         An adapter supports one fixed block in each weight, and its file does not hold the other parameters.
@@ -249,7 +250,7 @@ class SparseTrainingArguments(MethodTrainingArguments):
     @property
     def as_adapter(self) -> bool:
         """Whether a PEFT adapter (`SparseGradConfig`) trains rather than converted layers."""
-        return self.not_an_adapter_by is None
+        return self.setting_without_adapter is None
 
     @property
     def train_rest(self) -> str:

@@ -43,7 +43,7 @@ class FixedSupport:
         return cls(rows, columns, entries, *_columns(basis, rows, columns))
 
     @classmethod
-    def stand_in(
+    def placeholder(
         cls, n_params: int, block: tuple[int, int] | None, weight: torch.Tensor, identity: bool
     ) -> "FixedSupport":
         """Return a placeholder of the right size, to measure memory before the real support is chosen."""
@@ -80,11 +80,11 @@ class FixedSupport:
         gradient = tokens * n_out * n_in + min(n_out * n_in * r + r * n_in * c, n_out * n_in * c + n_out * c * r)
         return ACTIVATIONS if activations <= gradient else GRADIENT
 
-    def narrow_input(self, x: torch.Tensor) -> torch.Tensor:
+    def project_input(self, x: torch.Tensor) -> torch.Tensor:
         """Return `x U_c`, shape (tokens, c)."""
         return x[:, self.columns] if self.in_columns is None else x @ self.in_columns.to(x.dtype)
 
-    def narrow_output(self, g: torch.Tensor) -> torch.Tensor:
+    def project_output(self, g: torch.Tensor) -> torch.Tensor:
         """Return `g V_r`, shape (tokens, r)."""
         return g[:, self.rows] if self.out_columns is None else g @ self.out_columns.to(g.dtype)
 

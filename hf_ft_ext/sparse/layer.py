@@ -54,7 +54,7 @@ class FixedEntriesFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, values, support):
         flat = x.detach().reshape(-1, weight.shape[1])
         ctx.route = support.cheaper_route(*weight.shape, len(flat))
-        ctx.save_for_backward(support.narrow_input(flat) if ctx.route == ACTIVATIONS else flat, weight)
+        ctx.save_for_backward(support.project_input(flat) if ctx.route == ACTIVATIONS else flat, weight)
         ctx.support, ctx.values_dtype = support, values.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -71,7 +71,7 @@ class FixedEntriesFunction(torch.autograd.Function):
             grad_bias = grads.sum(0).to(ctx.bias_dtype)
         if ctx.needs_input_grad[3]:
             if ctx.route == ACTIVATIONS:
-                block = support.narrow_output(grads).T @ inputs  # (g V_r)^T (x U_c)
+                block = support.project_output(grads).T @ inputs  # (g V_r)^T (x U_c)
             else:
                 block = support.block_of(grads.T @ inputs)  # V_r^T (g^T x) U_c
             grad_values = support.pick(block).to(ctx.values_dtype)
@@ -176,7 +176,7 @@ class SparseGradLinear(nn.Linear):
         """Return all changes of the weight: supports and the changes of their values, shape (k,) each."""
         return [*self.earlier, (self.support, self.values.detach() - self.initial)]
 
-    def leave_support(self) -> None:
+    def record_change(self) -> None:
         """Record the changes in the current support, before another one is set."""
         self.earlier.append(self.changes()[-1])
 

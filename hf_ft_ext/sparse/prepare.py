@@ -27,9 +27,9 @@ from hf_ft_ext.sparse.arguments import (
 from hf_ft_ext.sparse.basis import GramSums, by_columns, cheaper_rotation
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
-from hf_ft_ext.sparse.optimizer.moments import turn_fixed_moments
+from hf_ft_ext.sparse.optimizer.moments import rotate_fixed_moments
 from hf_ft_ext.sparse.optimizer.support import top_k
-from hf_ft_ext.sparse.prepass import visit_gradients
+from hf_ft_ext.sparse.prepass import for_each_gradient
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def prepare_layers(trainer: Trainer, layers: Mapping[str, SparseGradLinear], arg
     elif args.sparse_basis == RANDOM:
         _fill_random(layers, args.seed)
     if args.sparse_support == DYNAMIC and args.sparse_basis == RANDOM:
-        _choose_rotation(layers, visit_gradients(trainer, layers, 1, lambda *_: None, "counting tokens"))
+        _choose_rotation(layers, for_each_gradient(trainer, layers, 1, lambda *_: None, "counting tokens"))
     if args.sparse_support == STATIC:
         _choose_entries(trainer, layers, args.basis_steps)
     elif args.sparse_support == STRUCTURED:
@@ -75,11 +75,12 @@ def refresh_supports(
         InputError: as for `prepare_layers`.
     """
     for layer in layers.values():
-        layer.leave_support()
+        layer.record_change()
     prepare_layers(trainer, layers, args)
+    betas = {id(p): group["betas"] for group in optimizer.param_groups for p in group["params"]}
     for layer in layers.values():
         if state := optimizer.state[layer.values]:
-            turn_fixed_moments(state, layer.earlier[-1][0], layer.support)
+            rotate_fixed_moments(state, betas[id(layer.values)], layer.earlier[-1][0], layer.support)
 
 
 @functools.wraps(adapter_bases)
@@ -123,7 +124,7 @@ def gram_sums(
         if layer.kind not in sums:
             weight, gradients = layer.weight, steps * of_kind[layer.kind]
             sums[layer.kind] = GramSums(layer.out_features, layer.in_features, weight.dtype, weight.device, gradients)
-    tokens = visit_gradients(
+    tokens = for_each_gradient(
         trainer, layers, steps, lambda name, gradient: sums[layers[name].kind].add(gradient), "gradient basis"
     )
     for kind, gram in sums.items():
@@ -166,7 +167,7 @@ def _choose_entries(trainer: Trainer, layers: Mapping[str, SparseGradLinear], st
     def add(name: str, gradient: torch.Tensor) -> None:
         energy[name] += layers[name].basis.rotate(gradient).square()  # sum of (V^T G U)^2, entry by entry
 
-    visit_gradients(trainer, layers, steps, add, "choosing entries")
+    for_each_gradient(trainer, layers, steps, add, "choosing entries")
     for name, layer in layers.items():
         total = trainer.accelerator.reduce(energy.pop(name))
         indices = broadcast(top_k(total, layer.n_params).long())

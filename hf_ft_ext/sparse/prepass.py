@@ -11,27 +11,27 @@ from tqdm.auto import tqdm
 from transformers import Trainer
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features import evaluating
+from hf_ft_ext.label_tokens import label_count, predicts_next_tokens
+from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.sparse.basis import GRADIENT
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.training.loader_batches import draws_own_batches, loader_batches
-from hf_ft_ext.training.loss_scale import predicts_next_tokens
 
 logger = logging.getLogger(__name__)
 
 
-def visit_gradients(
+def for_each_gradient(
     trainer: Trainer,
     layers: Mapping[str, SparseGradLinear],
     steps: int,
-    visit: Callable[[str, torch.Tensor], None],
+    receive: Callable[[str, torch.Tensor], None],
     desc: str,
     draw: int = 0,
 ) -> dict[str, float]:
-    """Call `visit(name, gradient)` for each layer's weight gradient in each of `steps` training batches.
+    """Call `receive(name, gradient)` for each layer's weight gradient in each of `steps` training batches.
 
     Each gradient, shape (out, in), belongs to one optimizer step (all processes and micro-batches together), at the
-    current weights and without dropout. Whole batches are distributed over the processes. A sum in `visit`, reduced
+    current weights and without dropout. Whole batches are distributed over the processes. A sum in `receive`, reduced
     over processes, is therefore the same up to rounding for any number of processes and any split into micro-batches.
     No global random generator is used: a private one, seeded with `args.seed`, draws the same batches in each call
     with the same `draw`. If training groups rows by length, so do these batches.
@@ -43,7 +43,8 @@ def visit_gradients(
         Tokens that reach each kind of layer in one optimizer step of one process, by kind.
 
     Raises:
-        InputError: a gradient is not finite (names the batch and the layer), or there is no training data.
+        InputError: a gradient is not finite (names the batch and the layer), no batch has a label, or there is no
+            training data.
     """
     args, model = trainer.args, trainer.model
     tokens = {layer.kind: torch.zeros((), device=layer.weight.device) for layer in layers.values()}
@@ -52,6 +53,7 @@ def visit_gradients(
     weights = [layer.weight for layer in layers.values()]
     own_batches = draws_own_batches(trainer)
     mine = range(args.process_index, steps, args.world_size)
+    labels = 0.0
     bar = tqdm(total=len(mine), desc=desc, disable=args.disable_tqdm or not trainer.is_world_process_zero())
     batches = _loader_batches(trainer, steps, draw) if own_batches else _batches(trainer, steps, draw)
     try:
@@ -60,7 +62,8 @@ def visit_gradients(
                 if number not in mine and not own_batches:
                     continue
                 with _plain_gradients(layers.values()):
-                    gradients = _batch_gradient(trainer, weights, micro_batches, over_processes=own_batches)
+                    gradients, found = _batch_gradient(trainer, weights, micro_batches, over_processes=own_batches)
+                    labels += found
                 if number not in mine:
                     continue
                 for name, gradient in zip(layers, gradients, strict=True):
@@ -69,12 +72,16 @@ def visit_gradients(
                             f"the gradient of {name} is not finite in batch {number} of the pre-pass; look for bad "
                             "rows or labels in the training data, or load the model in float32"
                         )
-                    visit(name, gradient)
+                    receive(name, gradient)
                 bar.update()
     finally:
         bar.close()
         for hook in hooks:
             hook.remove()
+    if not trainer.accelerator.reduce(torch.tensor(labels, device=args.device)):
+        raise InputError(
+            "no batch of the pre-pass has a label to predict (all are -100); check the labels of the training data"
+        )
     shared = steps * args.world_size
     return {kind: trainer.accelerator.reduce(count).item() / shared for kind, count in tokens.items()}
 
@@ -103,19 +110,17 @@ def _token_counter(total: torch.Tensor):
 
 def _batch_gradient(
     trainer: Trainer, weights: list[nn.Parameter], micro_batches: list[dict], over_processes: bool
-) -> list[torch.Tensor]:
-    """Return the gradients of the mean loss over one optimizer step's batch.
+) -> tuple[list[torch.Tensor], float]:
+    """Return the gradients of the mean loss over one optimizer step's batch, and the number of its labels.
 
     Args:
         over_processes: whether the batch is distributed over the processes.
     """
-    shifted = predicts_next_tokens(trainer.model)
-    sizes = [_label_count(batch, shifted) for batch in micro_batches]
-    labels = float(sum(sizes))
-    if over_processes and trainer.args.world_size > 1:
-        labels = trainer.accelerator.reduce(torch.tensor(labels, device=trainer.args.device)).item()
     total = [torch.zeros_like(weight) for weight in weights]
-    for batch, size in zip(micro_batches, sizes, strict=True):
+    shares, labels = _label_shares(trainer, micro_batches, over_processes)
+    for batch, share in zip(micro_batches, shares, strict=True):
+        if not share:  # no label token: the mean loss is not defined, and its weight is 0
+            continue
         with torch.enable_grad(), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
@@ -123,24 +128,24 @@ def _batch_gradient(
             if gradient is None:  # an expert that was routed none of these tokens
                 continue
             # Mean over all labels: sum_b (n_b / n) grad(mean loss of micro-batch b)
-            sum_.add_(gradient, alpha=size / max(labels, 1.0))
+            sum_.add_(gradient, alpha=share)
     if over_processes and trainer.args.world_size > 1:
         total = [trainer.accelerator.reduce(gradient) for gradient in total]
-    return total
+    return total, labels
 
 
-def _label_count(batch: dict, shifted: bool) -> int:
-    """Return the number of labels in a micro-batch's mean loss: its weight in the mean over the whole batch.
+def _label_shares(trainer: Trainer, micro_batches: list[dict], over_processes: bool) -> tuple[list[float], float]:
+    """Return `n_b / n`, each micro-batch's weight in the mean loss over all labels of an optimizer step, and `n`.
 
     Args:
-        shifted: whether each token is predicted from the previous ones, so that the first label of a row is unused.
+        over_processes: whether `n` counts the labels of all processes.
     """
-    labels = batch.get("labels")
-    if labels is None:
-        return len(next(iter(batch.values())))
-    if labels.ndim < 2 or labels.is_floating_point():
-        return len(labels)
-    return int(((labels[:, 1:] if shifted else labels) != -100).sum())
+    shifted = predicts_next_tokens(trainer.model)
+    counts = [label_count(batch, shifted) for batch in micro_batches]
+    total = float(sum(counts))
+    if over_processes and trainer.args.world_size > 1:
+        total = trainer.accelerator.reduce(torch.tensor(total, device=trainer.args.device)).item()
+    return [count / max(total, 1.0) for count in counts], total
 
 
 def _loader_batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:
@@ -168,14 +173,11 @@ def own_steps(trainer: Trainer, count: int) -> Iterator[list[tuple[dict, float]]
     of a step is the sum of the weighted gradients here, averaged over the processes. No global random generator is
     used.
     """
-    args = trainer.args
-    shifted = predicts_next_tokens(trainer.model)
+    processes = trainer.args.world_size
     for batches in _own_batches(trainer, count):
-        sizes = [_label_count(batch, shifted) for batch in batches]
-        labels = float(sum(sizes))
-        if args.world_size > 1:
-            labels = trainer.accelerator.reduce(torch.tensor(labels, device=args.device)).item()
-        yield [(batch, size * args.world_size / max(labels, 1.0)) for batch, size in zip(batches, sizes, strict=True)]
+        # times the number of processes, as the gradients are averaged over them
+        shares, _ = _label_shares(trainer, batches, over_processes=True)
+        yield [(batch, processes * share) for batch, share in zip(batches, shares, strict=True)]
 
 
 def _own_batches(trainer: Trainer, count: int) -> Iterator[list[dict]]:

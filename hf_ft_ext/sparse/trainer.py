@@ -46,7 +46,7 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
 
     With structured support the model gets a `SparseGradConfig` adapter. The base weights do not change and may be
     quantized, any optimizer of `optim` works, and `save_model` and checkpoints write a PEFT adapter. Otherwise, and
-    with settings that the adapter does not support (`SparseTrainingArguments.not_an_adapter_by`), the model is
+    with settings that the adapter does not support (`SparseTrainingArguments.setting_without_adapter`), the model is
     converted in place and saved as an ordinary model that `from_pretrained` loads.
 
     Args:
@@ -99,18 +99,18 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
     def prepare_model(self, model: nn.Module) -> nn.Module:
         args = self.args
         if has_sparse_grad(model):
-            _check_settled(args)
+            _check_adapter_arguments(args)
             declare_mean_loss(model)
             return model
         if args.as_adapter and not sparse_layers(model):
             declare_mean_loss(model)
             return add_sparse_grad(model, args)
         self._check_optim()
-        refuse_quantized(model, f"sparse training with {args.not_an_adapter_by} changes")
+        refuse_quantized(model, f"sparse training with {args.setting_without_adapter} changes")
         if hasattr(model, "peft_config"):
             raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
         if args.sparse_support == STRUCTURED and not sparse_layers(model):
-            logger.info("%s converts layers in place: the whole model is saved.", args.not_an_adapter_by)
+            logger.info("%s converts layers in place: the whole model is saved.", args.setting_without_adapter)
         if converted := sparse_layers(model):
             _check_converted(converted, args)
         else:
@@ -203,7 +203,7 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
             layer for layer in sparse_layers(self.model).values() if layer.values is not None and layer.support is None
         ]
         for layer in waiting:
-            layer.support = FixedSupport.stand_in(layer.n_params, layer.block, layer.weight, layer.basis.identity)
+            layer.support = FixedSupport.placeholder(layer.n_params, layer.block, layer.weight, layer.basis.identity)
         try:
             yield
         finally:
@@ -271,25 +271,26 @@ class _RefreshSupports(TrainerCallback):
             refresh_supports(trainer, sparse_layers(trainer.model), args, trainer.optimizer)
 
 
-def _check_settled(args: SparseTrainingArguments) -> None:
+def _check_adapter_arguments(args: SparseTrainingArguments) -> None:
     """Refuse arguments that the model's own SparseGrad adapter has already set."""
-    settled = ("sparse_density", "sparse_n_params", "sparse_target_modules", "sparse_basis_scope", "sparse_train_rest")
-    if given := [name for name in settled if getattr(args, name) is not None]:
+    fixed = ("sparse_density", "sparse_n_params", "sparse_target_modules", "sparse_basis_scope", "sparse_train_rest")
+    if given := [name for name in fixed if getattr(args, name) is not None]:
         raise InputError(
-            f"the model has a SparseGrad adapter, which settled {given[0]}; leave it out, or pass the base model"
+            f"the model has a SparseGrad adapter, which already fixes {given[0]}; leave it out, or pass the base model"
         )
     if not args.as_adapter:
         raise InputError(
-            f"the model has a SparseGrad adapter, and {args.not_an_adapter_by} is for the plain model; leave it out"
+            f"the model has a SparseGrad adapter, and {args.setting_without_adapter} is for the plain model; leave it "
+            "out"
         )
 
 
 def _check_converted(layers: dict[str, SparseGradLinear], args: SparseTrainingArguments) -> None:
     """Check that a model converted by the user agrees with the arguments."""
-    settled = ("sparse_density", "sparse_n_params", "sparse_target_modules", "sparse_threshold")
-    if given := [name for name in settled if getattr(args, name) is not None]:
+    fixed = ("sparse_density", "sparse_n_params", "sparse_target_modules", "sparse_threshold")
+    if given := [name for name in fixed if getattr(args, name) is not None]:
         raise InputError(
-            f"the model was converted already, which settled {given[0]}; leave it out, or pass the plain model"
+            f"the model was converted already, which already fixes {given[0]}; leave it out, or pass the plain model"
         )
     for name, layer in layers.items():
         support = DYNAMIC if layer.values is None else STATIC if layer.block is None else STRUCTURED

@@ -78,7 +78,7 @@ def _trace(model: nn.Module) -> Trace:
                 first = first or error
     reason = next(iter(str(first).strip().splitlines()), "") or type(first).__name__
     raise InputError(
-        f"the parts of {type(model).__name__} cannot be found: it does not run on trial rows of token ids ({reason}); "
+        f"the parts of {type(model).__name__} cannot be found: it does not run on trial rows ({reason}); "
         "pass the names of the layers (sparse_target_modules, lora_target_modules, target_modules)"
     ) from first
 

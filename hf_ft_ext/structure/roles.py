@@ -35,7 +35,7 @@ def find_attentions(trace: Trace) -> list[Attention]:
     for name, call in calls.items():
         members = frozenset(unit for unit, path in call.paths.items() if path.most and unit in calls and unit != name)
         if not members:
-            members = frozenset(_mixed_alone(call, calls))
+            members = frozenset(_state_space_projection(call, calls))
         if members:
             blocks.setdefault(members, []).append(name)
             mixed.setdefault(members, call.paths)
@@ -45,14 +45,14 @@ def find_attentions(trace: Trace) -> list[Attention]:
         inputs = mixed[members]
         query, key, value = _roles([m for m in calls if m in members], inputs, left, right)
         gates = {unit for unit, path in inputs.items() if not path.most and unit in calls and not path.direct}
-        feeders = _feeders([*members, *names], calls, outputs)
+        feeders = _low_rank_factors([*members, *names], calls, outputs)
         other = tuple(n for n in calls if n in gates | feeders and n not in members and n not in names)
         cross = _is_cross(query, key, calls, found)
         found.append(Attention(query, key, value, tuple(names), other, cross))
     return found
 
 
-def _mixed_alone(call: Call, calls: Calls) -> list[str]:
+def _state_space_projection(call: Call, calls: Calls) -> list[str]:
     """The one projection whose output `call` reads mixed along positions: a state-space block; empty otherwise."""
     units = [unit for unit, path in call.paths.items() if path.mixed]
     if len(units) != 1 or len(call.paths) != 1 or units[0] not in calls:
@@ -75,7 +75,7 @@ def _roles(
     return query, key, tuple(direct)
 
 
-def _feeders(members: list[str], calls: Calls, outputs: set[str]) -> set[str]:
+def _low_rank_factors(members: list[str], calls: Calls, outputs: set[str]) -> set[str]:
     """Projections whose output only members of the block read: low-rank factors of queries and keys."""
     readers: dict[str, set[str]] = defaultdict(set)
     for name, call in calls.items():

@@ -1,6 +1,7 @@
 """Synthetic inputs for a trial forward pass, and a copy of the model to run it."""
 
 import copy
+import math
 from collections.abc import Iterator
 
 import torch
@@ -19,15 +20,20 @@ def trial_device(model: nn.Module) -> torch.device:
 def trial_rows(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     """Iterate over batches that `model` may accept, the likeliest first.
 
-    Token ids `[2, 16]` with attention mask; the same with decoder ids; one row; ids only. A model that needs more
-    inputs than token ids returns them from a method `trial_inputs(ids)`.
+    Token ids `[2, 16]` with attention mask; the same with decoder ids; one row; ids only. For models of images or
+    sounds these, of the size that the configuration states. A model that needs more inputs than token ids returns
+    them from a method `trial_inputs(ids)`.
     """
     config = getattr(model, "config", None)
     device = trial_device(model)
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
-        size = getattr(config, "image_size", 32)
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        yield {"pixel_values": torch.zeros(ROWS, getattr(config, "num_channels", 3), height, width, device=device)}
+    main = getattr(model, "main_input_name", "input_ids")
+    if main in ("pixel_values", "input_values", "input_features"):
+        floating = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype.itemsize > 1), None)
+        for shape in _images(config) if main == "pixel_values" else _sounds(config, main):
+            batch = {main: torch.zeros(shape, dtype=floating, device=device)}
+            yield batch
+            if getattr(config, "is_encoder_decoder", False):
+                yield {**batch, "decoder_input_ids": _token_ids(model, config).to(device)}
         return
     ids = _token_ids(model, config).to(device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -37,6 +43,25 @@ def trial_rows(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     yield {**batch, "decoder_input_ids": ids}
     yield {name: value[:1] for name, value in batch.items()}  # a decoder without a padding token takes one row only
     yield {"input_ids": ids}
+
+
+def _images(config) -> list[tuple[int, ...]]:
+    size = getattr(config, "image_size", 32)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    image = (getattr(config, "num_channels", 3), height, width)
+    frames = getattr(config, "num_frames", None)
+    return [(ROWS, *image)] if frames is None else [(ROWS, frames, *image), (ROWS, *image)]
+
+
+def _sounds(config, main: str) -> list[tuple[int, ...]]:
+    """Shapes of sounds, the likeliest first: samples, or spectra in either order of time and frequency."""
+    samples = 32 * math.prod(getattr(config, "conv_stride", None) or (1,))
+    names = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
+    bands = next((value for name in names if (value := getattr(config, name, None))), 80)
+    positions = getattr(config, "max_source_positions", None)
+    frames = getattr(config, "max_length", 128) if positions is None else 2 * positions  # after a stride of 2
+    spectra: list[tuple[int, ...]] = [(ROWS, bands, frames), (ROWS, min(frames, 128), bands), (ROWS, frames, bands)]
+    return [(ROWS, samples), *spectra] if main == "input_values" else spectra
 
 
 def _token_ids(model: nn.Module, config) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 # Products of two matrices: the operator -> the positions of the two.
 _PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "bmm": (0, 1), "baddbmm": (1, 2), "_grouped_mm": (0, 1), "linear": (0, 1)}
-_CURVED = frozenset(
+_NONLINEAR = frozenset(
     "softmax _softmax _safe_softmax log_softmax _log_softmax logsumexp exp exp2 expm1 acos sigmoid silu gelu relu "
     "relu6 tanh erf softplus elu celu selu leaky_relu mish hardswish hardtanh hardsigmoid threshold "
     "log_sigmoid_forward".split()
@@ -228,7 +228,7 @@ class Tracer(TorchDispatchMode):
             return _Flow({})
         paths = _merged([flow.paths for flow in flows])
         data = any(flow.data for flow in flows)
-        if name.removesuffix("_") in _CURVED:
+        if name.removesuffix("_") in _NONLINEAR:
             paths = {unit: replace(path, direct=False, curved=True) for unit, path in paths.items()}
         elif any(part in name for part in _MIXES_POSITIONS):
             paths = {unit: replace(path, mixed=True) for unit, path in paths.items()}

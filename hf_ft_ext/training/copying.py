@@ -8,7 +8,7 @@ import torch
 _TORCH_ATTRIBUTES = {*vars(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)), "step", "_opt_called"}
 
 
-class CopiedInFull(torch.optim.Optimizer):
+class CopyableOptimizer(torch.optim.Optimizer):
     """Base class of optimizers with attributes of their own, which `copy.deepcopy` and `pickle` keep too.
 
     `torch.optim.Optimizer` keeps only its state and its parameter groups. As in torch, a copied optimizer trains

@@ -6,11 +6,11 @@ from torch.utils.data import DataLoader
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.training.checks import check_full_batch
-from hf_ft_ext.training.refusals import explained_refusal
+from hf_ft_ext.training.refusals import model_errors_as_input_errors
 from hf_ft_ext.training.saved.saving import CompleteSaves
 from hf_ft_ext.training.weights.devices import refuse_data_parallel
 from hf_ft_ext.training.weights.precision import refuse_fp16_on_cpu, warn_of_lost_updates
-from hf_ft_ext.training.weights.quantized import holds_numbers
+from hf_ft_ext.training.weights.quantized import is_readable
 
 _PATIENCE_FP16 = 20  # steps; loss scaling skips single steps with overflow and lowers its factor
 
@@ -45,7 +45,7 @@ class StopAtNaN(CompleteSaves):
         return super().get_train_dataloader()
 
     def training_step(self, *positional, **kwargs) -> torch.Tensor:
-        with explained_refusal(_plain(self.model), first=self.state.global_step == 0):
+        with model_errors_as_input_errors(_plain(self.model), first=self.state.global_step == 0):
             loss = super().training_step(*positional, **kwargs)
         return self.finite_loss(loss)
 
@@ -84,6 +84,6 @@ def _plain(model: nn.Module) -> nn.Module:
 def first_not_finite(model: nn.Module) -> str | None:
     """Name of the first parameter that holds NaN or infinity, or `None`."""
     for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and holds_numbers(parameter) and not bool(torch.isfinite(parameter).all()):
+        if parameter.is_floating_point() and is_readable(parameter) and not bool(torch.isfinite(parameter).all()):
             return name
     return None

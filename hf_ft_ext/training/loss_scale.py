@@ -14,9 +14,3 @@ def declare_mean_loss(model: nn.Module) -> None:
     """
     if type(model).__name__.endswith(_MEAN_LOSS):
         model.accepts_loss_kwargs = False
-
-
-def predicts_next_tokens(model: nn.Module) -> bool:
-    """Whether the loss is that of a causal language model, which does not predict the first label of a row."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return type(inner).__name__.endswith(("ForCausalLM", "LMHeadModel"))

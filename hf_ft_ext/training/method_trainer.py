@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar, get_args, get_type_hints
 
+import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
@@ -13,6 +14,7 @@ from transformers.trainer_utils import BestRun, HPSearchBackend, TrainOutput, de
 
 from hf_ft_ext.arguments import MethodTrainingArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
+from hf_ft_ext.label_tokens import label_tokens, predicts_next_tokens, with_a_label
 from hf_ft_ext.training.by_name import load_by_name
 from hf_ft_ext.training.checks import check_loss, check_training_arguments
 from hf_ft_ext.training.weights.placement import check_placement
@@ -110,6 +112,21 @@ class MethodTrainer(Trainer):
         smoothing = self.args.label_smoothing_factor
         self.label_smoother = LabelSmoother(epsilon=smoothing) if smoothing else None
         self.neftune_noise_alpha = self.args.neftune_noise_alpha
+
+    # --- the loss -------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """As in `Trainer`, but 0 for a batch without a label token, whose mean loss would be NaN."""
+        if label_tokens(inputs, predicts_next_tokens(self.accelerator.unwrap_model(model))) != 0:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        found = super().compute_loss(model, with_a_label(inputs), return_outputs)
+        return (0 * found[0], found[1]) if return_outputs else 0 * found
 
     # --- models and trials ----------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ _MODELS = str(Path(transformers.__file__).parent / "models")
 
 
 @contextlib.contextmanager
-def explained_refusal(model: nn.Module, first: bool) -> Iterator[None]:
+def model_errors_as_input_errors(model: nn.Module, first: bool) -> Iterator[None]:
     """Turn a `ValueError` of the model's code into an `InputError` while nothing has been trained yet (`first`).
 
     Some models take batches in evaluation that they refuse in training, such as Reformer with a length that its

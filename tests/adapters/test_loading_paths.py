@@ -249,7 +249,7 @@ def test_a_peft_that_does_not_fit_is_a_warning(monkeypatch):
 
     monkeypatch.setattr(registration, "register_adapters", fails)
     with pytest.warns(UserWarning, match=r"not available with peft .*_ExcludedModule.*pip install 'peft>="):
-        registration.register_when_peft_is_there()
+        registration.register_on_import_of_peft()
 
 
 def test_kinds_with_state_of_their_own_are_refused():

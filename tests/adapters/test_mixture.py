@@ -58,7 +58,7 @@ def test_kinds_that_can_be_merged_are(tmp_path):
     merged.save_pretrained(tmp_path)
 
 
-def test_what_cannot_be_merged_is_refused_by_name():
+def test_merging_a_kind_that_cannot_merge_is_refused():
     model = get_peft_model(small("bert"), LayerMixtureConfig(kinds=KINDS, layers={0: "lora", 1: "bottleneck"}))
     before = logits(model)
     with pytest.raises(InputError, match=r"kind 'bottleneck': .* cannot be merged"):

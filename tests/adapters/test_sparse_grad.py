@@ -124,11 +124,29 @@ def test_columns_are_the_leading_hosvd_factors(kind, scope):
             assert principal_angle(found, vectors.flip(1)[:, :k]) < 1e-2
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 8, 40])
+@pytest.mark.parametrize(("n_out", "n_in", "width"), [(7, 5, 4), (5, 9, 5), (30, 4, 2)])
+def test_products_of_a_gradient_in_factors_are_those_of_the_gradient(tokens, n_out, n_in, width):
+    from hf_ft_ext.adapters.sparse_grad.sketches import _FactoredGradient
+
+    generator = torch.Generator().manual_seed(tokens)
+    x, g, left, right = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64)
+        for shape in ((tokens, n_in), (tokens, n_out), (n_out, width), (n_in, width))
+    )
+    gradient = sum(torch.outer(row, inputs) for row, inputs in zip(g, x, strict=True))
+    found = _FactoredGradient(x, g)
+    torch.testing.assert_close(found.gram_times(left), gradient @ gradient.T @ left, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        found.transposed_gram_times(right), gradient.T @ gradient @ right, rtol=1e-10, atol=1e-10
+    )
+
+
 @pytest.mark.parametrize("tokens", ["rows", "gradient"])
 def test_both_ways_to_the_sums_agree(monkeypatch, tokens):
-    from hf_ft_ext.adapters.sparse_grad import bases
+    from hf_ft_ext.adapters.sparse_grad.sketches import Sketches
 
-    monkeypatch.setattr(bases._Sketches, "_rows_are_cheaper", lambda self, n: tokens == "rows")
+    monkeypatch.setattr(Sketches, "_rows_are_cheaper", lambda self, n: tokens == "rows")
     model = adapted("bert", n_params=4)
     batches = [labelled(seed=seed) for seed in range(3)]
     compute_bases(model, batches)

@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext import SparseGradConfig
@@ -26,6 +27,13 @@ def make_layer(n_out, n_in, n_params, kind="linear", bias=True):
         base.register_forward_hook(lambda module, args, output: 2 * output)
     config = SparseGradConfig(n_params=n_params, init="random", init_std=0.5)
     return SparseGradLayer(base, "default", config, new_columns(base, "layer", config)).train()
+
+
+def before_the_pre_pass(layer):
+    columns = layer.sparse_grad_columns["default"]
+    columns.ready = False
+    for side in columns.buffers():
+        side.zero_()
 
 
 @pytest.mark.parametrize("rows", [FEW_TOKENS, MANY_TOKENS], ids=["few", "many"])
@@ -83,7 +91,7 @@ def test_tokens_without_a_gradient_are_left_out(kind, tokens):
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "hooked"])
 def test_observed_tokens_are_those_with_a_gradient(kind):
     layer, seen = make_layer(12, 40, 12, kind), []
-    layer.sparse_grad_columns["default"].ready = False  # as before the pre-pass
+    before_the_pre_pass(layer)
     layer.observe("default", lambda x, g: seen.append((x, g)))
     x, g = torch.randn(4, 9, 40, dtype=torch.float64, requires_grad=True), with_padding(9, 12)
     y = layer(x)
@@ -115,7 +123,7 @@ def test_most_tokens_with_a_gradient_are_all_taken():
 def test_outputs_can_be_changed_in_place(kind, observed):
     layer = make_layer(6, 4, 4, kind)
     if observed:
-        layer.sparse_grad_columns["default"].ready = False  # as before the pre-pass
+        before_the_pre_pass(layer)
         layer.observe("default", lambda x, g: None)
     y = layer(torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True))
     y += 1  # as Falcon does
@@ -180,3 +188,37 @@ def test_autocast_computes_in_its_format_and_trains_in_float32():
     torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.1)
     y.float().sum().backward()
     assert layer.sparse_grad_values["default"].grad.dtype == torch.float32
+
+
+class Multiplications(TorchDispatchMode):
+    """Counts the multiplications of matrix products: `addmm_` too, which torch's counter of operations leaves out."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.split(".")[0] in ("mm", "addmm", "addmm_"):
+            left, right = args[-2:]
+            self.count += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("r", "c"), [(12, 16), (16, 16), (16, 12)])
+def test_the_cheaper_way_is_that_of_fewer_multiplications(monkeypatch, r, c, backward):
+    monkeypatch.setattr(functions, "_COPY", 8)
+    weight, d, v, u = torch.ones(64, 64), torch.ones(r, c), torch.ones(64, r), torch.ones(64, c)
+    with Multiplications() as form:
+        functions._changed(weight, d, v, u)
+    chosen = set()
+    for tokens in range(40, 301, 4):
+        with Multiplications() as product:
+            if backward:
+                functions._add_change(torch.ones(tokens, 64), torch.ones(tokens, r), d.T, u)
+            else:
+                functions._add_change(torch.ones(tokens, 64), torch.ones(tokens, c), d, v)
+        by_weight = functions.by_weight_is_cheaper(tokens, d, 64, 64, backward)
+        assert by_weight == (form.count + 8 * weight.numel() < product.count), tokens
+        chosen.add(by_weight)
+    assert chosen == {True, False}

@@ -221,7 +221,7 @@ def test_a_saved_model_predicts_several_labels_for_rows_without_any(files):
         (("--task_name", "sst2"), "task 'sst2' has one label per row"),
     ],
 )
-def test_what_several_labels_cannot_have_is_refused_before_training(files, argv, message, capsys):
+def test_options_for_one_label_per_row_are_refused_before_training(files, argv, message, capsys):
     import re
 
     assert launch("full", *argv) == 2

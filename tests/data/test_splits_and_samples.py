@@ -157,7 +157,7 @@ def counts(data):
     return dict(sorted(Counter(data["label"][:]).items()))
 
 
-def test_the_first_rows_of_sorted_data_say_what_is_lost(load, tmp_path, caplog):
+def test_missing_classes_in_the_first_rows_are_logged(load, tmp_path, caplog):
     path = write(tmp_path / "set", train=SORTED, validation=SORTED)
     data = load(dataset_name=path, max_train_samples=30, max_eval_samples=70)
     assert counts(data.train) == {0: 30} and counts(data.validation["validation"]) == {0: 60, 1: 10}
@@ -231,7 +231,7 @@ def test_samples_that_cannot_be_drawn(load, options, match):
     ],
 )
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_the_problem_type_is_said_and_can_be_chosen(load, tmp_path, caplog, labels, wanted, kind, said, suffix):
+def test_the_problem_type_is_logged_and_can_be_chosen(load, tmp_path, caplog, labels, wanted, kind, said, suffix):
     caplog.set_level(logging.INFO)
     path = tmp_path / f"t.{suffix}"
     if suffix == "csv":

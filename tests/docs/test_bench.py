@@ -35,7 +35,7 @@ def test_noisy_measurements_run_again_with_more_repetitions(tmp_path):
     assert run.noisy("basis") == []
 
 
-def test_rows_that_stay_noisy_say_so(tmp_path):
+def test_noisy_rows_are_marked(tmp_path):
     run = Recorded(tmp_path, minutes=1.5 / 60)
     bench.measure_all(run, ["basis"])
     assert run.commands == [("basis", 3)]  # twice the repetitions would take two seconds

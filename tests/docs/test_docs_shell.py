@@ -220,7 +220,7 @@ def test_commands_that_would_fail_are_found(text, tmp_path, monkeypatch):
     ("pattern", "reason"),
     [(r"--push_to_hub|hf auth|hf_ft_ext\.hub ", r"needs? the Hub"), (r"\bcuda\b", "needs? a GPU")],
 )
-def test_what_no_test_can_run_says_why(pattern, reason):
+def test_blocks_that_cannot_be_run_state_the_reason(pattern, reason):
     for block in BLOCKS:
         if block.language in ("bash", "python") and re.search(pattern, block.code):
             assert re.search(reason, block.code), f"{block.name} has to say that it {reason.replace('?', '')}"

@@ -126,6 +126,10 @@ def test_rows_crossed_by_task(tmp_path):
     assert lines[2] == "| lora | 84.5 ± 0.7 | 61 |"
 
 
-def test_a_command_names_no_folder_of_this_machine(tmp_path):
-    command = results.conditions(["sparse.py", "--data", str(tmp_path / "glue"), "--rate", "1e-3"])["command"]
-    assert command == "sparse.py --data glue --rate 1e-3"
+def test_a_command_can_be_repeated_and_names_no_folder_of_this_machine(tmp_path, monkeypatch):
+    words = [str(tmp_path / "sparse.py"), "--data", str(tmp_path / "glue"), "--rate", "1e-3"]
+    monkeypatch.setattr(sys, "argv", words)
+    run = results.conditions()
+    assert run["command"] == "python benchmarks/sparse.py --data glue --rate 1e-3"
+    assert results.command_text(run) == run["command"]
+    assert results.command_text({"command": "sparse.py --save"}) == "python benchmarks/sparse.py --save"

@@ -7,7 +7,7 @@ from tiny import tiny_model
 from transformers import AutoModelForSequenceClassification
 
 from hf_ft_ext import attach_entries, convert_to_sparse, export_shira, load_entries, merge_entries, save_entries
-from hf_ft_ext.entries.choice import at_random, largest
+from hf_ft_ext.entries.choice import largest_entries, random_entries
 from hf_ft_ext.entries.layer import entries_of
 from hf_ft_ext.errors import InputError
 
@@ -187,22 +187,22 @@ def test_largest_entries_over_all_tensors():
     scores = {"a": torch.rand(7, 3, generator=generator), "b": torch.rand(5, generator=generator), "c": torch.zeros(4)}
     every = sorted(((v.item(), n, i) for n, t in scores.items() for i, v in enumerate(t.flatten())), reverse=True)
     for k in (1, 6, 20):
-        chosen = largest(scores, k)
+        chosen = largest_entries(scores, k)
         assert {(n, i) for n, t in chosen.items() for i in t.tolist()} == {(n, i) for _, n, i in every[:k]}
 
 
 def test_random_entries_are_distinct_over_all_tensors():
     shapes = {"a": torch.Size([100, 10]), "b": torch.Size([9000])}
-    chosen = at_random(shapes, 2000, 0)
+    chosen = random_entries(shapes, 2000, 0)
     assert sum(len(t) for t in chosen.values()) == 2000 and all(len(t.unique()) == len(t) for t in chosen.values())
     assert 120 < len(chosen["a"]) < 280 and int(chosen["b"].max()) < 9000 and int(chosen["b"].max()) > 8900
-    assert torch.equal(chosen["b"], at_random(shapes, 2000, 0)["b"])
-    assert not torch.equal(chosen["b"][:50], at_random(shapes, 2000, 1)["b"][:50])
+    assert torch.equal(chosen["b"], random_entries(shapes, 2000, 0)["b"])
+    assert not torch.equal(chosen["b"][:50], random_entries(shapes, 2000, 1)["b"][:50])
 
 
 @pytest.mark.parametrize("k", [7, 8])
 def test_random_entries_can_be_nearly_all_or_all(k):
-    chosen = at_random({"a": torch.Size([5]), "b": torch.Size([3])}, k, 0)
+    chosen = random_entries({"a": torch.Size([5]), "b": torch.Size([3])}, k, 0)
     pairs = {(name, i) for name, indices in chosen.items() for i in indices.tolist()}
     assert len(pairs) == sum(len(indices) for indices in chosen.values()) == k
     assert pairs <= {("a", i) for i in range(5)} | {("b", i) for i in range(3)}

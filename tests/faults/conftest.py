@@ -1,4 +1,4 @@
-"""The sound model and data of all fault tests, and unbroken runs to compare with."""
+"""The undamaged model and data of all fault tests, and unbroken runs to compare with."""
 
 import pytest
 from outcomes import Unbroken

@@ -1,4 +1,4 @@
-"""Files that were truncated, damaged, emptied, replaced or swapped: refused by name, never taken for sound ones."""
+"""Files that were truncated, damaged, emptied, replaced or swapped: refused by name, never accepted as undamaged."""
 
 import shutil
 from pathlib import Path
@@ -30,7 +30,7 @@ def damage(path: Path, how: str, random: Random, other: Path | None = None, with
     elif how == "emptied":
         path.write_bytes(b"")
     elif how == "wrong JSON":
-        # Every object configures some tokenizer: a sound file, but for other inputs, and so for another kernel.
+        # Every object configures some tokenizer: a readable file for other inputs, and so for another kernel.
         objects = () if path.name == "tokenizer_config.json" else ('{"a": 1}', '{"plan": {}, "about": []}')
         path.write_text(random.choice([*_NO_OBJECTS, *objects]))
     elif how == "another file":
@@ -68,7 +68,9 @@ def damage_and_run(unbroken: Unbroken, kind: str, seed: int, other: Unbroken) ->
     if how == "another file" and twin is None:
         how = "emptied"
     header = 8 + int.from_bytes(path.read_bytes()[:8], "little") if path.suffix == ".safetensors" else None
-    whole = kind == "damaged checkpoint"  # sealed: nothing escapes; elsewhere the header tells what a file is
+    whole = (
+        kind == "damaged checkpoint"
+    )  # it has checksums: every damage is found; other files are recognised by their header
     damage(path, how, random, twin, None if whole else header)
     ended = launch(argv, folder)
     what = f"{path.relative_to(folder)} {how}"

@@ -10,7 +10,7 @@ from outcomes import Fault, Unbroken, new_folder, recover, shown
 from processes import launch
 from workload import differences
 
-from hf_ft_ext.training.saved.checkpoints import checkpoint_folders, fault_of, read_seal
+from hf_ft_ext.training.saved.checkpoints import checkpoint_folders, checkpoint_problem, read_checksums
 
 KINDS = ("full disk", "file too large")
 
@@ -46,8 +46,8 @@ def fill_and_recover(unbroken: Unbroken, kind: str, seed: int) -> Fault:
         if first.status != 2 or not first.clean or "error: " not in first.err:
             found = f"no clear error, {shown(first)}"
         for checkpoint in checkpoint_folders(folder / "out")[1:]:
-            if read_seal(checkpoint) is None or fault_of(checkpoint):
-                found = found or f"{checkpoint.name} did not survive: {fault_of(checkpoint)}"
+            if read_checksums(checkpoint) is None or checkpoint_problem(checkpoint):
+                found = found or f"{checkpoint.name} did not survive: {checkpoint_problem(checkpoint)}"
         if mounted:
             subprocess.run(["mount", "-o", "remount,size=512m", folder], check=True)
         ended = recover(workload, folder)

@@ -36,13 +36,13 @@ def sparse(folder):
 @pytest.mark.parametrize("make", [entries, sparse])
 def test_damage_is_found(make, tmp_path):
     path, load = make(tmp_path)
-    sound = path.read_bytes()
+    undamaged = path.read_bytes()
     other = tmp_path / "other.safetensors"
-    other.write_bytes(sound[:8] + sound[9:] + b"0")
+    other.write_bytes(undamaged[:8] + undamaged[9:] + b"0")
     load(tiny_model(), tmp_path)
     model, start = tiny_model(), list(tiny_model().parameters())
     for seed in range(24):
-        path.write_bytes(sound)
+        path.write_bytes(undamaged)
         damage(path, DAMAGES[seed % len(DAMAGES)], Random(seed), other)
         with pytest.raises(InputError, match=path.name):
             load(model, tmp_path)

@@ -22,7 +22,12 @@ from workload import differences
 import run_glue
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.folder import checkpoint_to_resume
-from hf_ft_ext.training.saved.checkpoints import SEAL, checkpoint_folders, fault_of, last_sound_checkpoint
+from hf_ft_ext.training.saved.checkpoints import (
+    CHECKSUM_FILE,
+    checkpoint_folders,
+    checkpoint_problem,
+    last_complete_checkpoint,
+)
 
 
 def assert_recovered(fault):
@@ -82,8 +87,8 @@ def test_without_checkpoints_a_signal_ends_the_run_at_once(unbroken):
         ("optimizer.pt", "truncated", "optimizer.pt has .* bytes and had .*: truncated or replaced"),
         ("model.safetensors", "bit flipped", "model.safetensors is not what was saved"),
         ("scheduler.pt", "removed", "scheduler.pt is missing"),
-        (SEAL, "emptied", "checkpoint_seal.json cannot be read"),
-        (SEAL, "wrong JSON", "checkpoint_seal.json is not a seal of this version"),
+        (CHECKSUM_FILE, "emptied", "checkpoint_checksums.json cannot be read"),
+        (CHECKSUM_FILE, "wrong JSON", "checkpoint_checksums.json is not a file of checksums of this version"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_passed_over(unbroken, tmp_path, file, how, fault):
@@ -92,22 +97,31 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(unbroken, tmp_path, file,
     with pytest.raises(InputError, match=rf"(?s)checkpoint-6.*({fault}|no trainer_state.json in it)"):
         checkpoint_to_resume(str(tmp_path / "out/checkpoint-6"), "")
     faults = []
-    assert last_sound_checkpoint(tmp_path / "out", faults).name == "checkpoint-4" and len(faults) == 1
+    assert last_complete_checkpoint(tmp_path / "out", faults).name == "checkpoint-4" and len(faults) == 1
     for path in checkpoint_folders(tmp_path / "out"):
         (path / "trainer_state.json").unlink(missing_ok=True)
     with pytest.raises(InputError, match=r"no complete checkpoint.*checkpoint-2.*start again with --overwrite"):
         checkpoint_to_resume("true", str(tmp_path / "out"))
 
 
-@pytest.mark.parametrize(("file", "how"), [("optimizer.pt", "truncated"), ("model.safetensors", "truncated"),
-                                           ("scheduler.pt", "truncated"), ("config.json", "emptied")])  # fmt: skip
-def test_without_a_seal_files_speak_for_themselves(unbroken, tmp_path, file, how):
+def test_a_checkpoint_with_checksums_under_the_former_name_is_checked(unbroken, tmp_path):
     folder = tmp_path / "checkpoint-6"
     shutil.copytree(unbroken("full").folder / "out/checkpoint-6", folder)
-    (folder / SEAL).unlink()
-    assert fault_of(folder) is None
+    (folder / CHECKSUM_FILE).rename(folder / "checkpoint_seal.json")
+    assert checkpoint_problem(folder) is None
+    damages.damage(folder / "model.safetensors", "bit flipped", Random(1))
+    assert checkpoint_problem(folder).startswith("model.safetensors is not what was saved")
+
+
+@pytest.mark.parametrize(("file", "how"), [("optimizer.pt", "truncated"), ("model.safetensors", "truncated"),
+                                           ("scheduler.pt", "truncated"), ("config.json", "emptied")])  # fmt: skip
+def test_without_checksums_each_file_is_checked_for_being_readable(unbroken, tmp_path, file, how):
+    folder = tmp_path / "checkpoint-6"
+    shutil.copytree(unbroken("full").folder / "out/checkpoint-6", folder)
+    (folder / CHECKSUM_FILE).unlink()
+    assert checkpoint_problem(folder) is None
     damages.damage(folder / file, how, Random(3))
-    assert f"{file}" in fault_of(folder)
+    assert f"{file}" in checkpoint_problem(folder)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ LOST = RuntimeError("[../pair.cc:534] Connection closed by peer [127.0.0.1]:42")
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(processes, "_TOGETHER", 0.6)
+    monkeypatch.setattr(processes, "_JOINT_REPORT_SECONDS", 0.6)
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 

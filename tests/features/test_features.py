@@ -165,7 +165,7 @@ def test_an_interrupted_run_is_continued(tmp_path, cut, monkeypatch):
     assert [path.suffix for path in (tmp_path / "a").iterdir()] == [".safetensors"]
 
 
-def test_what_is_no_part_of_these_features_is_thrown_away(tmp_path):
+def test_partial_files_of_other_features_are_discarded(tmp_path):
     data = tiny_dataset(20)
     reader = reader_of(tiny_model().eval())
     with pytest.raises(KeyboardInterrupt):
@@ -235,7 +235,7 @@ def test_a_read_only_folder_serves_what_it_holds(cached, monkeypatch):
     def read_only(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(feature_cache, "_growing", read_only)
+    monkeypatch.setattr(feature_cache, "_partial_file", read_only)
     assert again().shape == (20, 32)
     path.unlink()
     with pytest.raises(InputError, match="Read-only file system"):

@@ -7,7 +7,7 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import StratifiedKFold
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features.linear_fit import GRID, fit_classes, fit_numbers, fit_place
+from hf_ft_ext.features.linear_fit import GRID, fit_classes, fit_probability, fit_regression
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(60, 5)) * [1, 10, 0.1, 1, 1] + 3
@@ -102,23 +102,23 @@ def test_iteration_limit_is_logged(caplog):
 
 def test_regression_equals_a_plain_ridge_regression():
     labels = X @ np.array([1.0, 0.2, 3.0, 0.0, -1.0]) + 0.1 * RANDOM.normal(size=60)
-    fit = fit_numbers(X, labels.astype(np.float32), c=0.5)
+    fit = fit_regression(X, labels.astype(np.float32), c=0.5)
     scaled = (X - X.mean(0)) / X.std(0)
     plain = Ridge(alpha=2.0).fit(scaled, labels.astype(np.float32).astype(float)).predict(scaled)
     np.testing.assert_allclose((X @ fit.weight.T + fit.bias)[:, 0], plain, atol=1e-6)
-    chosen = fit_numbers(X, labels)
+    chosen = fit_regression(X, labels)
     assert chosen.chosen and chosen.score > 0.99 and chosen.weight.shape == (1, 5)
-    assert not fit_numbers(X, labels, bias=False).bias.any()
+    assert not fit_regression(X, labels, bias=False).bias.any()
 
 
 def test_a_place_on_a_scale_minimises_the_cross_entropy():
     place = 1 / (1 + np.exp(-(X[:, 0] - 3))) * 0.8 + 0.1
-    fit = fit_place(X, place, c=1e6)  # next to no regularisation: the gradient vanishes
+    fit = fit_probability(X, place, c=1e6)  # next to no regularisation: the gradient vanishes
     likely = softmax(X @ fit.weight.T + fit.bias)[:, 1]
     gradient = np.concatenate([(likely - place) @ ((X - X.mean(0)) / X.std(0)), [(likely - place).sum()]])
     assert np.abs(gradient).max() < 1e-2
     assert fit.score > 0.99 and 0 <= fit.loss < 1e-3
-    assert fit_place(X, place).chosen
+    assert fit_probability(X, place).chosen
 
 
 def test_constant_features_give_finite_weights():

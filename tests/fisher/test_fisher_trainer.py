@@ -112,6 +112,17 @@ def test_other_families_train_and_save(tmp_path, kind):
     assert not torch.equal(logits(loaded), logits(tiny_model(kind)))
 
 
+def unbroken_and_resumed(tmp_path, **options):
+    """Two trainers, one trained without a break and one from the checkpoint of step 2, with equal weights."""
+    unbroken = make(tmp_path / "a", **options)
+    unbroken.train()
+    resumed = make(tmp_path / "b", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    ours, theirs = unbroken.model.state_dict(), resumed.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    return unbroken, resumed
+
+
 @pytest.mark.parametrize("mode", ["select", "random"])
 def test_resumed_run_equals_the_unbroken_one(tmp_path, mode):
     options = {"save_strategy": "steps", "save_steps": 2}
@@ -119,12 +130,7 @@ def test_resumed_run_equals_the_unbroken_one(tmp_path, mode):
         options["adapter_plan"] = mixed(tmp_path)
     else:
         options |= {"fisher_mode": "random", "fisher_budget": 1200}
-    unbroken = make(tmp_path / "a", **options)
-    unbroken.train()
-    resumed = make(tmp_path / "b", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    ours, theirs = unbroken.model.state_dict(), resumed.model.state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    unbroken, resumed = unbroken_and_resumed(tmp_path, **options)
     assert resumed.plan == unbroken.plan
 
 
@@ -261,12 +267,7 @@ def test_mask_keeps_the_entries_with_the_largest_information(tmp_path):
 def test_a_masked_run_resumes(tmp_path):
     options = {"fisher_mode": "mask", "fisher_keep_ratio": 0.02, "fisher_examples": 8, "save_strategy": "steps",
                "save_steps": 2}  # fmt: skip
-    unbroken = make(tmp_path / "a", **options)
-    unbroken.train()
-    resumed = make(tmp_path / "b", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
-    ours, theirs = unbroken.model.state_dict(), resumed.model.state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    unbroken_and_resumed(tmp_path, **options)
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_layers_that_are_not_there_cannot_freeze():
     ):
         fix_layers(tiny_model(), 3)
     config = AlbertConfig(vocab_size=60, embedding_size=8, hidden_size=16, num_attention_heads=2, intermediate_size=16)
-    with pytest.raises(InputError, match="has 1 layers with separate weights; pass at most 1"):
+    with pytest.raises(InputError, match="has 1 layer with separate weights; pass at most 1"):
         fix_layers(AlbertForSequenceClassification(config), 2)
     assert not fix_layers(tiny_model(), 1)[0].startswith("encoder")
 
@@ -150,7 +150,7 @@ def test_bad_arguments(tmp_path, options, message):
         make(tmp_path, **options)
 
 
-def test_what_contradicts_the_trainer_s_own_arguments(tmp_path):
+def test_arguments_that_contradict_each_other_are_refused(tmp_path):
     optimizers = (torch.optim.SGD(tiny_model().parameters()), None)
     with pytest.raises(InputError, match="optimizer=sgd and an optimizer were both passed"):
         make(tmp_path, optimizer="sgd", trainer={"optimizers": optimizers})

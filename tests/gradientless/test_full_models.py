@@ -26,7 +26,6 @@ from hf_ft_ext import (
 )
 from hf_ft_ext.entries.delta import read_choice
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import CHUNK
-from hf_ft_ext.gradientless.scoring.full_models import weight_of
 from hf_ft_ext.training.sharing import FinishedRun
 
 SPSA_ALL = {"search_method": "spsa", "search_target": "all", "learning_rate": 1e-2, "search_eps": 1e-2}
@@ -67,13 +66,16 @@ def test_accumulation_over_rows_of_unequal_length_equals_one_batch(tmp_path, kin
             torch.testing.assert_close(other[name], value, rtol=1e-5, atol=1e-5)
 
 
-def test_a_batch_counts_by_its_label_tokens():
-    labels = torch.tensor([[5, 6, 7, -100], [8, -100, -100, -100]])
-    batch = {"input_ids": labels, "labels": labels}
-    assert weight_of(batch, shifted=True) == 2 and weight_of(batch, shifted=False) == 4
-    assert weight_of({**batch, "shift_labels": labels}, shifted=True) == 4
-    assert weight_of({"input_ids": labels, "labels": torch.tensor([0, 1])}, True) == 2
-    assert weight_of({"input_ids": labels, "labels": torch.rand(2, 5)}, False) == 2
+def test_label_smoothing_is_the_same_for_several_candidates_per_forward_pass(tmp_path):
+    dataset, logged = tiny_dataset(8, length=12).remove_columns("labels"), []
+    for candidates, smoothing in ((1, 0.3), (2, 0.3), (2, 0.0)):
+        trainer = trainer_of(
+            tmp_path, language_model(), dataset, DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False),
+            logging_steps=1, search_candidates_per_forward=candidates, label_smoothing_factor=smoothing,
+        )  # fmt: skip
+        trainer.train()
+        logged.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-6) and logged[2] != pytest.approx(logged[0], rel=1e-3)
 
 
 def test_a_users_objective_of_tokens_takes_micro_batches_of_unequal_length(tmp_path):
@@ -270,8 +272,8 @@ def test_16_bit_updates_at_a_small_rate_equal_float32_on_average(carry):
             optimizer.step(model)
         exact = {name: p.detach().float() - start[name] for name, p in model.named_parameters()}
         for i, (name, p) in enumerate(model.named_parameters()):
-            if i in optimizer.moves.rounding.kept:
-                exact[name] += optimizer.moves.rounding.kept[i].view(p.shape).float()
+            if i in optimizer.weight_updates.rounding.kept:
+                exact[name] += optimizer.weight_updates.rounding.kept[i].view(p.shape).float()
         ends[dtype] = exact
     for name, kept in (("matrix", carry), ("vector", True)):
         wanted, got = ends[torch.float32][name], ends[torch.bfloat16][name]
@@ -283,12 +285,14 @@ def test_16_bit_updates_at_a_small_rate_equal_float32_on_average(carry):
 
 
 def test_the_update_of_a_large_16_bit_tensor_needs_one_chunk(monkeypatch):
-    from hf_ft_ext.gradientless.optimizers.perturbation import updates
+    from hf_ft_ext.gradientless.optimizers.perturbation import update_rules
 
     model = nn.Embedding(3000, 1024).to(torch.bfloat16)
     largest = []
-    original = updates.rounded_at_random
-    monkeypatch.setattr(updates, "rounded_at_random", lambda x, *a: largest.append(x.numel()) or original(x, *a))
+    original = update_rules.rounded_stochastically
+    monkeypatch.setattr(
+        update_rules, "rounded_stochastically", lambda x, *a: largest.append(x.numel()) or original(x, *a)
+    )
     optimizer = SPSA(model.parameters(), model, lr=1.0, eps=0.1)
     optimizer.step(lambda: model(torch.arange(8)).float().sum())
     assert len(largest) == 12 and max(largest) <= CHUNK

@@ -11,7 +11,7 @@ from torch import nn
 from hf_ft_ext.gradientless.optimizers.perturbation import directions as directions_module
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
-from hf_ft_ext.gradientless.optimizers.perturbation.updates import rounded_at_random
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import rounded_stochastically
 from hf_ft_ext.gradientless.optimizers.spsa import SPSA
 
 IDS = torch.arange(5, 25).view(2, 10)
@@ -127,11 +127,11 @@ def test_every_estimate_equals_the_dense_oracle(estimate, weight_decay):
 def test_replayed_momentum_leaves_out_what_the_tolerance_allows():
     ours, plain, optimizer, _ = run_both(steps=90, lr=2e-3, update="momentum", momentum=0.9)
     assert (
-        optimizer.moves.rule.replayed == 66 and 0.9**66 <= 1e-3 < 0.9**65
+        optimizer.weight_updates.rule.replayed == 66 and 0.9**66 <= 1e-3 < 0.9**65
     )  # directions of 24 steps are left out at the end
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
-    assert len(optimizer.moves.history) == 65
+    assert len(optimizer.weight_updates.history) == 65
 
 
 def test_momentum_of_low_rank_directions_is_projected_by_least_squares():
@@ -140,7 +140,7 @@ def test_momentum_of_low_rank_directions_is_projected_by_least_squares():
     x = torch.randn(9, 6, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     for _ in range(2):
         optimizer.step(lambda: model(x).square().mean())
-    weight, factor = model.weight, optimizer.moves.buffers[0][0].clone()
+    weight, factor = model.weight, optimizer.weight_updates.buffers[0][0].clone()
     _, before = optimizer.directions.factors(weight.shape, 0, Draw(0, optimizer.basis), weight.dtype, weight.device)
     optimizer.step(lambda: model(x).square().mean())
     (slope,), _ = optimizer.record[-1]
@@ -148,7 +148,9 @@ def test_momentum_of_low_rank_directions_is_projected_by_least_squares():
     left, right = optimizer.directions.factors(weight.shape, 0, draw, weight.dtype, weight.device)
     # the N that brings N right^T nearest to factor before^T
     nearest = torch.linalg.lstsq(right, before @ factor.T).solution.T
-    torch.testing.assert_close(optimizer.moves.buffers[0][0], 0.9 * nearest + slope * left / 2, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        optimizer.weight_updates.buffers[0][0], 0.9 * nearest + slope * left / 2, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_momentum_and_adam_are_no_worse_than_sgd_on_a_quadratic():
@@ -260,7 +262,7 @@ def test_steps_without_effect_leave_no_drift(dtype):
 def test_updates_below_half_a_unit_are_not_lost(dtype):
     exact = torch.full((20_000,), 1.0 + 0.1 * torch.finfo(dtype).eps)
     exact[1::2] *= -1
-    rounded = rounded_at_random(exact, dtype, torch.Generator().manual_seed(0)).float()
+    rounded = rounded_stochastically(exact, dtype, torch.Generator().manual_seed(0)).float()
     assert set(rounded.abs().tolist()) == {1.0, 1.0 + torch.finfo(dtype).eps}
     assert rounded.abs().mean().item() == pytest.approx(exact[0].item(), abs=0.02 * torch.finfo(dtype).eps)
     near_zero = torch.full((20_000,), 0.2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
@@ -268,11 +270,11 @@ def test_updates_below_half_a_unit_are_not_lost(dtype):
     if (
         near_zero[0] > torch.finfo(torch.float32).smallest_normal
     ):  # float16: float32 holds parts of its smallest number
-        rounded = rounded_at_random(near_zero, dtype, torch.Generator().manual_seed(0)).float()
+        rounded = rounded_stochastically(near_zero, dtype, torch.Generator().manual_seed(0)).float()
         assert rounded.abs().mean().item() == pytest.approx(near_zero[0].item(), rel=0.1)
         assert (rounded * near_zero >= 0).all() and rounded.count_nonzero()
     kept = torch.tensor([0.0, -0.5, 1.5])
-    assert torch.equal(rounded_at_random(kept, dtype, torch.Generator()).float(), kept)
+    assert torch.equal(rounded_stochastically(kept, dtype, torch.Generator()).float(), kept)
 
 
 def test_bf16_weights_learn():

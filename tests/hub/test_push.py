@@ -190,7 +190,7 @@ def test_every_method_is_pushed_and_pulled_into_a_fresh_process(hub, base, token
         assert not torch.allclose(own, logits(AutoModelForSequenceClassification.from_pretrained("base"), tokenizer))
 
 
-def test_what_is_private_stays_out_of_files_and_the_repository(hub, base, monkeypatch, capsys, tmp_path):
+def test_tokens_and_paths_are_in_no_file_and_not_in_the_repository(hub, base, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("HF_TOKEN", "none")
     options = (
         "--hub_token",

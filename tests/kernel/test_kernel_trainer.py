@@ -19,7 +19,7 @@ from hf_ft_ext import KernelTrainer, empirical_ntk
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel import store
 from hf_ft_ext.kernel.arguments import ASYMMETRIC_REGULARIZATION
-from hf_ft_ext.kernel.saved import NOT_TRAINED
+from hf_ft_ext.kernel.saved.record import NOT_TRAINED
 from hf_ft_ext.kernel.solvers import KernelSystem, SolverOptions
 from hf_ft_ext.training.runs.plan import training_plan
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from hf_ft_ext import InputError
 from hf_ft_ext.kernel.arguments import KernelTrainingArguments
 from hf_ft_ext.kernel.engines import projected
-from hf_ft_ext.kernel.engines.projected import MemoryChunks, ProjectedEngine, cut_rows, features_product
+from hf_ft_ext.kernel.engines.projected import MemoryChunks, ProjectedEngine, divide_rows, features_product
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.store import DESCRIPTION, FeatureStore
@@ -40,7 +40,7 @@ def project(folder, chunks_before_death=None, rows=RIGHT, model=None, process=0,
 
     engine.features = mortal
     store, rows = FeatureStore(folder, ABOUT), ExampleRows(rows)
-    store.cut(cut_rows(len(rows)))
+    store.cut(divide_rows(len(rows)))
     try:
         engine.project(rows, store, process, processes)
     except Killed:
@@ -78,7 +78,7 @@ def test_processes_share_chunks_and_keep_their_row_ranges(tmp_path, monkeypatch)
     store, computed = project(tmp_path / "shared")
     assert computed == 0 and store.edges == [(0, 2), (2, 4), (4, 6), (6, 7)]
     assert torch.equal(kept(store), kept(whole))
-    left = MemoryChunks(cut_rows(5))
+    left = MemoryChunks(divide_rows(5))
     left.put(0, kept(store)[:5])
     expected = torch.einsum("iak,jbk->iajb", kept(store)[:5].double(), kept(store).double())
     torch.testing.assert_close(features_product(left, store, False), expected)

@@ -22,7 +22,7 @@ from hf_ft_ext import (
     load_kernel,
 )
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel.saved import COEFFICIENTS, SOLUTION, TRAINING
+from hf_ft_ext.kernel.saved.record import COEFFICIENTS, SOLUTION, TRAINING
 
 LORA = {"kernel_peft": "lora", "kernel_peft_config": {"r": 2, "target_modules": ["query"]}}
 PROJECTED = {"kernel_engine": "projected", "kernel_dimension": 64, "seed": 5}

@@ -137,7 +137,7 @@ def test_long_prompts_lose_their_beginning_but_for_the_start_token(kind, start, 
     assert asked == [[*start, *bare[len(bare) - 12 + len(start) :]]]
 
 
-def test_what_cannot_be_generated():
+def test_impossible_generations_are_refused():
     tokenizer = subword_tokenizer("byte-level")
     trainer = stand_in(decoder("gpt2", len(tokenizer)), tokenizer)
     with pytest.raises(

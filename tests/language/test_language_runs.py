@@ -184,6 +184,19 @@ def test_label_smoothing_is_refused_where_the_loss_ignores_it(folder, tmp_path, 
     assert status == 2 and "--label_smoothing_factor 0.1 is not supported by seq2seq_lm; leave it out" in error
 
 
+@pytest.mark.parametrize("method", ["full", "gradientless"])
+def test_perplexity_is_that_of_the_plain_likelihood_with_label_smoothing(folder, tmp_path, method):
+    record = launch(
+        folder, "llama", method, tmp_path, "--label_smoothing_factor", "0.3", "--per_device_eval_batch_size", "2",
+        task="language", steps=("--do_train", "--do_eval"),
+    )  # fmt: skip
+    model = eval(record["load"], _LOADERS).eval()
+    with torch.no_grad():
+        loss = mean_loss(model, AutoTokenizer.from_pretrained(folder / "llama"), False)
+    assert record["metrics"]["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    assert abs(record["metrics"]["eval_loss"] - loss) > 0.01  # transformers' own, which is smoothed
+
+
 def test_hyperparameters_are_searched_by_the_loss(folder, tmp_path):
     pytest.importorskip("optuna")
     launch(folder, "gpt2", "sparse", tmp_path, "--hp_search", "2", task="language", steps=("--do_train", "--do_eval"))

@@ -6,7 +6,7 @@ from processes import finished
 
 PROGRAM = """
 import atexit, sys, threading, time
-from hf_ft_ext.launch.stopping import keep, leave
+from hf_ft_ext.launch.stopping import end_process, keep_alive
 
 class Torn:
     def __del__(self):
@@ -16,17 +16,17 @@ def late():
     time.sleep(0.3)
     print("thread done")
 
-keep(Torn())
+keep_alive(Torn())
 atexit.register(print, "exit handler")
 threading.Thread(target=late).start()
 print("output", end=" ")
 if sys.argv[1:]:
     sys.exit(3)
-leave(3)
+end_process(3)
 """
 
 
-def test_what_is_due_is_done_and_nothing_is_torn_down(tmp_path):
+def test_exit_handlers_and_threads_finish_but_the_interpreter_is_not_torn_down(tmp_path):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
     done = finished([sys.executable, str(script)], 60)

@@ -11,7 +11,7 @@ from tiny import text_dataset
 import run_glue
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch import building
-from hf_ft_ext.launch.folder import LOCK_FILE, OWNER_FILE, only_run
+from hf_ft_ext.launch.folder import LOCK_FILE, LOCK_HOLDER_FILE, lock_folder
 
 
 @pytest.fixture
@@ -31,15 +31,15 @@ def launch(tmp_path, monkeypatch, tiny_bert_dir):
 def test_a_second_run_in_a_folder_is_refused_while_the_first_one_works(launch, capsys):
     Path("out").mkdir()
     Path("out/notes.txt").write_text("mine")
-    with only_run("out"):
+    with lock_folder("out"):
         before = {path: path.read_bytes() for path in Path("out").iterdir()}
         for more in ((), ("--overwrite_output_dir",)):
             assert launch(*more) == 2
             assert f"'out' is in use by another run (process {os.getpid()} on " in capsys.readouterr().err
         assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
     assert launch() == 0
-    assert Path("out/run.json").exists() and not Path("out", OWNER_FILE).exists()
-    with only_run("out"):  # released by the run, in this same process
+    assert Path("out/run.json").exists() and not Path("out", LOCK_HOLDER_FILE).exists()
+    with lock_folder("out"):  # released by the run, in this same process
         pass
 
 
@@ -61,18 +61,18 @@ def test_a_killed_run_leaves_no_lock(tmp_path):
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        with only_run(tmp_path):
+        with lock_folder(tmp_path):
             os.write(write, b"x")
             signal.pause()
         os._exit(1)
     assert os.read(read, 1) == b"x"
-    with pytest.raises(InputError, match=rf"in use by another run \(process {child} on "), only_run(tmp_path):
+    with pytest.raises(InputError, match=rf"in use by another run \(process {child} on "), lock_folder(tmp_path):
         pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     assert (tmp_path / LOCK_FILE).exists()  # a stale file
-    with only_run(tmp_path):
-        assert str(os.getpid()) in (tmp_path / OWNER_FILE).read_text()
+    with lock_folder(tmp_path):
+        assert str(os.getpid()) in (tmp_path / LOCK_HOLDER_FILE).read_text()
 
 
 @pytest.mark.parametrize("error", [NotImplementedError("no flock here"), OSError(37, "No locks available")])
@@ -81,6 +81,6 @@ def test_a_file_system_without_locks_is_no_obstacle(tmp_path, monkeypatch, caplo
         raise error
 
     monkeypatch.setattr(FileLock, "acquire", refuse)
-    with only_run(tmp_path):
+    with lock_folder(tmp_path):
         pass
     assert "cannot be locked" in caplog.text and "do not start a second run" in caplog.text

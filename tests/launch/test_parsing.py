@@ -191,7 +191,7 @@ def test_defaults_are_announced_in_one_line(caplog):
     assert training.report_to == [] and training.output_dir == "runs/sparse-demo-seed42"
 
 
-def test_what_was_asked_for_stays():
+def test_given_options_are_kept():
     _, _, data, training = parse("--method", "full", "--do_eval", "--validation_file", "a/b.csv")
     assert (data.task_name, training.do_train, training.do_eval) == (None, False, True)
     assert training.output_dir == "runs/full-b.csv-seed42"

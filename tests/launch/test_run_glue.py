@@ -22,7 +22,7 @@ from tiny import text_dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import run_glue
-from hf_ft_ext.kernel.saved import NOT_TRAINED
+from hf_ft_ext.kernel.saved.record import NOT_TRAINED
 from hf_ft_ext.launch.results import split_suffix, without_secrets
 from hf_ft_ext.methods import METHODS
 

@@ -67,7 +67,7 @@ def test_saved_adapter_gives_the_trained_logits(tmp_path, tokenizer, kind, targe
     assert not torch.allclose(logits(loaded), untrained)
 
 
-def test_what_trains(tmp_path):
+def test_adapters_and_head_train(tmp_path):
     model = add_lora(tiny_model(), arguments(tmp_path, lora_r=4))
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in name or "classifier.modules_to_save" in name for name in trainable)

@@ -13,7 +13,7 @@ SETTINGS = {"target_modules": ["key"], "feedforward_modules": []}
 
 
 @pytest.mark.parametrize(("asked", "trains"), [(None, True), ([], False), (["pooler"], True)])
-def test_what_came_untrained_is_saved_whatever_was_asked_for(tmp_path, asked, trains):
+def test_untrained_modules_are_always_saved(tmp_path, asked, trains):
     model = tiny_model(seed=1)
     model.fresh_parameters = frozenset(
         name for name, _ in model.named_parameters() if name.startswith(("bert.pooler", "classifier"))

@@ -154,7 +154,7 @@ def test_a_spread_model_wants_one_process(folder):
         ((0, 1), "spreads the model over 0, 1, and this method keeps what it computes on one device"),
     ],
 )
-def test_who_trains_a_spread_model(tmp_path, monkeypatch, method, devices, message):
+def test_models_on_several_devices_train_or_are_refused(tmp_path, monkeypatch, method, devices, message):
     kind = METHODS[method]
     args = kind.arguments_class()(str(tmp_path), use_cpu=True, report_to=[])
     model = tiny_model()

@@ -31,6 +31,21 @@ def test_a_former_name_is_a_name_of_its_package(monkeypatch):
     assert feature_cache.cached_features is cached_features
 
 
-def test_what_was_never_there_is_not_found():
+def test_an_unknown_module_is_not_found():
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         importlib.import_module("hf_ft_ext.no_such_module")
+
+
+@pytest.mark.parametrize(
+    ("module", "former", "name"),
+    [
+        ("training.solver_trainer", "AtOnceTrainer", "SolverTrainer"),
+        ("training.solver_arguments", "AtOnceTrainingArguments", "SolverTrainingArguments"),
+    ],
+)
+def test_a_former_class_name_warns_and_is_the_class(module, former, name):
+    found = importlib.import_module(f"hf_ft_ext.{module}")
+    with pytest.warns(FutureWarning, match=f"{former} is now {name}"):
+        assert getattr(found, former) is getattr(found, name)
+    with pytest.raises(AttributeError, match="no attribute 'no_such_class'"):
+        found.no_such_class  # noqa: B018

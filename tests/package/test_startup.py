@@ -97,7 +97,7 @@ def test_one_import_is_enough_and_loads_little(tmp_path):
 
 
 @pytest.mark.parametrize("module", ["run_glue", "hf_ft_ext.methods", "hf_ft_ext.errors"])
-def test_what_answers_first_loads_no_library(module):
+def test_light_modules_load_no_library(module):
     code = f"import sys, {module}; print(sorted({LIBRARIES} & set(sys.modules)))"
     assert in_a_new_process(code)[-1] == "[]"
 

@@ -20,7 +20,7 @@ from hf_ft_ext.prompts.preprocess import tokenize_prompts
 BOOLEAN = ["False", "True"]
 # task -> columns of a row, names of the labels, the row's label, the sentence, the words
 TASKS = {
-    "sst2": ({"sentence": "a film"}, ["negative", "positive"], 1, "a film It was", ["terrible", "great"]),
+    "sst2": ({"sentence": " a film "}, ["negative", "positive"], 1, "a film It was", ["terrible", "great"]),
     "rte": (
         {"sentence1": "It is hot.", "sentence2": "It is warm."}, ["entailment", "not_entailment"], 0,
         'It is hot.\nDoes this mean that "It is warm." is true? Yes or No?\n', ["Yes", "No"],
@@ -30,10 +30,10 @@ TASKS = {
         'Suppose It is hot. Can we infer that "it is warm"? Yes, No, or Maybe?\n', ["Yes", "No", "Maybe"],
     ),
     "boolq": (
-        {"question": "is it hot", "passage": "It is warm."}, BOOLEAN, 1, "It is warm. is it hot?\n", ["No", "Yes"],
+        {"question": "is it hot", "passage": "It is warm."}, BOOLEAN, 1, "It is warm. Is it hot?\n", ["No", "Yes"],
     ),
     "wsc": (
-        {"text": "Mark told Pete, and he ran.", "span1_text": "Mark", "span2_text": "he"}, BOOLEAN, 0,
+        {"text": "Mark told Pete, and he ran.", "span1_text": "Mark", "span2_text": "He"}, BOOLEAN, 0,
         'Mark told Pete, and he ran.\nIn the previous sentence, does the pronoun "he" refer to Mark? Yes or No?\n',
         ["No", "Yes"],
     ),
@@ -83,7 +83,7 @@ def test_a_row_of_the_hubs_form_becomes_the_sentence(tmp_path, name):
         assert tokenizer.decode(tokens) == (word if sentence.endswith("\n") else f" {word}")
 
 
-COPA = {"premise": "My body cast a shadow.", "choice1": "The sun rose.", "choice2": "The grass was cut."}
+COPA = {"premise": "My body cast a shadow.", "choice1": "THE sun rose.", "choice2": "The grass was cut."}
 
 
 def test_copa_chooses_between_the_rows_own_options(tmp_path):
@@ -175,7 +175,7 @@ RECORD = {"passage": "Ann ran.", "query": "@placeholder ran.", "entities": ["Ann
         ("squad", SQUAD, "Title: Paris\nContext: It is in France.\nQuestion: Where is it?\nAnswer:", " in France",
          ["in France", "France"]),
         ("drop", DROP, "Passage: Ann ran 5 yards.\nQuestion: Who ran?\nAnswer:", " Ann", ["Ann"]),
-        ("record", RECORD, 'Ann ran.\n@placeholder ran.\nQuestion: What is the "@placeholder"?\nAnswer:', " Ann",
+        ("record", RECORD, 'Ann ran.\n@placeholder ran.\nQuestion: what is the "@placeholder"\nAnswer:', " Ann",
          ["Ann"]),
     ],
 )  # fmt: skip
@@ -206,9 +206,40 @@ def test_a_folder_of_json_keeps_nested_columns(tmp_path):
     (tmp_path / "data" / "train.jsonl").write_text(json.dumps(SQUAD) + "\n")
     data = load_language_data(DataArguments(task_name="squad", dataset_name=str(tmp_path / "data")))
     assert data.train[0]["references"] == ["in France", "France"]
+    with pytest.raises(InputError, match=r"both --dataset_name .* and --train_file are given; pass one of them"):
+        load_language_data(DataArguments(dataset_name=str(tmp_path / "data"), train_file="x.jsonl"))
+    with pytest.raises(InputError, match=r"--dataset_revision abc is for data sets of the Hub, and .* is a local"):
+        load_language_data(DataArguments(dataset_name=str(tmp_path / "data"), dataset_revision="abc"))
+    with pytest.raises(InputError, match="--column_names is for csv and tsv files, but this data is read as it is"):
+        load_language_data(DataArguments(dataset_name=str(tmp_path / "data"), column_names=["a", "b"]))
     (tmp_path / "data" / "train.jsonl").write_text("{no json")
     with pytest.raises(InputError, match=r"cannot read data set folder .*pass a folder that holds csv"):
         load_language_data(DataArguments(dataset_name=str(tmp_path / "data")))
+
+
+def test_a_folder_s_configuration_is_the_task_s_the_only_one_or_named(tmp_path):
+    for name in ("record", "other"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "train.jsonl").write_text(json.dumps(RECORD) + "\n")
+    lines = [f"- config_name: {name}\n  data_files: {name}/train.jsonl" for name in ("record", "other")]
+    (tmp_path / "data" / "README.md").write_text("\n".join(["---", "configs:", *lines, "---", ""]))
+    given = {"dataset_name": str(tmp_path / "data")}
+    assert load_language_data(DataArguments(task_name="record", **given)).train[0]["completion"] == " Ann"
+    with pytest.raises(InputError, match="has several configurations; pass one of these to --dataset_config_name"):
+        load_language_data(DataArguments(text_columns=["passage"], **given))
+    data = load_language_data(DataArguments(text_columns=["passage"], dataset_config_name="other", **given))
+    assert data.train[0] == {"text": "Ann ran."}
+    # files that the README lists are read again when they change
+    (tmp_path / "data" / "other" / "train.jsonl").write_text(json.dumps({**RECORD, "passage": "Bob ran."}) + "\n")
+    data = load_language_data(DataArguments(text_columns=["passage"], dataset_config_name="other", **given))
+    assert data.train[0] == {"text": "Bob ran."}
+
+
+def test_a_file_whose_path_looks_like_a_pattern(tmp_path):
+    path = tmp_path / "a[1]" / "x.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"text": "a film"}) + "\n")
+    assert load_language_data(DataArguments(train_file=str(path))).train[0]["text"] == "a film"
 
 
 def test_own_columns_take_trls_names(tmp_path):

@@ -1,6 +1,7 @@
 """Prompts of decoders: rows, logits and label words against the language model itself, one row and one word a time."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.prompts.calibration import calibrate
 from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
+from hf_ft_ext.prompts.saving import SavePrompt
 from hf_ft_ext.prompts.sequences import sequence_scores
 from hf_ft_ext.prompts.templates.words import answer_tokens, word_tokens
 
@@ -307,7 +309,7 @@ def test_the_same_tokens_for_two_words_are_no_choice():
         word_tokens(subword_tokenizer("unigram"), ["great", "日"], "It was")
 
 
-def test_what_cannot_be_scored_is_refused():
+def test_unsupported_scorings_of_words_are_refused():
     with pytest.raises(InputError, match="word_scoring='all' is unknown; choose from: first_token"):
         prompt_model("gpt2", "all")
     with pytest.raises(InputError, match="untie_words keeps only those of the label words"):
@@ -326,3 +328,18 @@ def test_an_impossible_token_gives_minus_infinity_and_no_nan():
     logits[0, 0, 1] = -math.inf
     scores = sequence_scores(logits, torch.tensor([[[1, -100, -100], [2, 3, 4]]]), mean=False)
     assert scores[0, 0] == -math.inf and scores[0, 1] == pytest.approx(3 * math.log(1 / 5))
+
+
+def test_an_adapter_s_folder_keeps_infinity_in_the_configuration(tmp_path):
+    tokenizer = subword_tokenizer("byte-level")
+    decoder("mamba2", len(tokenizer)).save_pretrained(tmp_path / "base")
+    model = PromptForSequenceClassification.from_language_model(
+        str(tmp_path / "base"), tokenizer, TEMPLATE, ["bad", "great"], ["no", "yes"]
+    )
+    assert model.config.masked_lm.time_step_limit[1] == math.inf
+    wrapped = wrap_with_peft(model, "lora", {"target_modules": ["in_proj"]}, seed=0)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    args = types.SimpleNamespace(should_save=True, output_dir=str(tmp_path / "adapter"))
+    SavePrompt().on_train_end(args, None, None, model=wrapped)
+    loaded = PromptForSequenceClassification.from_adapter(tmp_path / "adapter")
+    assert loaded.config.masked_lm.time_step_limit[1] == math.inf

@@ -88,7 +88,7 @@ def test_segments():
 
 @pytest.mark.parametrize("head", [False, True])
 @pytest.mark.parametrize("length", [8, 9, 12, 20])
-def test_what_is_too_long_loses_text_and_never_the_mask(length, head):
+def test_long_rows_lose_text_but_keep_the_mask(length, head):
     encoder = PromptEncoder(tiny_tokenizer(), PAIR, 2, length, truncate_head=head)
     first, second = [text + "x" for text in TEXTS], TEXTS
     long = PromptEncoder(tiny_tokenizer(), PAIR, 2, 1000)([first, second])["input_ids"]

@@ -176,7 +176,7 @@ def test_a_long_passage_leaves_the_question_whole(name):
     text = tokenizer.decode(
         tokenize_prompts(data, tokenizer, DataArguments(max_seq_length=200), model.config).train[0]["input_ids"]
     )
-    assert "the question" in text and ("the answer" in text or len(columns) == 2) and "long passage" in text
+    assert "the question" in text.lower() and ("the answer" in text or len(columns) == 2) and "long passage" in text
     cut_end = DataArguments(max_seq_length=200, truncate_head=False)
     assert "the question" not in tokenizer.decode(
         tokenize_prompts(data, tokenizer, cut_end, model.config).train[0]["input_ids"]

@@ -54,7 +54,7 @@ def test_logits_are_those_of_the_words_at_the_mask_tied_or_not(family, tmp_path)
     )
 
 
-def test_what_is_saved_knows_its_prompt(tmp_path):
+def test_a_saved_model_loads_with_its_prompt(tmp_path):
     model = prompt_model()
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

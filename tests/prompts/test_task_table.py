@@ -1,6 +1,7 @@
 """MeZO's tasks through the launcher: predictions and metrics against the language model itself, one option at a time.
 
-The prompts are written out here, as in MeZO's large_models/templates.py.
+The prompts are written out here, as in MeZO's large_models/templates.py. Tasks whose answers are written (squad, drop,
+record) are in tests/language/test_written_tasks.py.
 """
 
 import csv
@@ -11,24 +12,27 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from decoders import ENCODER_DECODERS, decoder, subword_tokenizer
+from peft import PeftModel
 
 import run_glue
+from hf_ft_ext import PromptForSequenceClassification
 
 YES = {"False": "No", "True": "Yes"}
 NLI = {"entailment": "Yes", "neutral": "Maybe", "contradiction": "No"}
 WORDS = ["a film", "the plot was dull", "we liked the cast", "it was great", "bad ending", "in paris"]
 # task -> columns, label names in the order of the Hub's copy, prompt of a row, what each label is scored by
 TASKS = {
-    "sst2": (["sentence"], ["negative", "positive"], lambda r: f"{r['sentence']} It was",
+    "sst2": (["sentence"], ["negative", "positive"], lambda r: f"{r['sentence'].strip()} It was",
              {"negative": " terrible", "positive": " great"}),
     "rte": (["sentence1", "sentence2"], ["entailment", "not_entailment"],
             lambda r: f'{r["sentence1"]}\nDoes this mean that "{r["sentence2"]}" is true? Yes or No?\n',
             {"entailment": "Yes", "not_entailment": "No"}),
     "cb": (["premise", "hypothesis"], ["entailment", "contradiction", "neutral"],
            lambda r: f'Suppose {r["premise"]} Can we infer that "{r["hypothesis"]}"? Yes, No, or Maybe?\n', NLI),
-    "boolq": (["question", "passage"], ["False", "True"], lambda r: f"{r['passage']} {r['question']}?\n", YES),
+    "boolq": (["question", "passage"], ["False", "True"],
+              lambda r: f"{r['passage']} {r['question'][0].upper()}{r['question'][1:]}?\n", YES),
     "wsc": (["text", "span1_text", "span2_text"], ["False", "True"],
-            lambda r: f'{r["text"]}\nIn the previous sentence, does the pronoun "{r["span2_text"]}" refer to '
+            lambda r: f'{r["text"]}\nIn the previous sentence, does the pronoun "{r["span2_text"].lower()}" refer to '
                       f'{r["span1_text"]}? Yes or No?\n', YES),
     "wic": (["word", "sentence1", "sentence2"], ["False", "True"],
             lambda r: f'Does the word "{r["word"]}" have the same meaning in these two sentences? Yes, No?\n'
@@ -67,6 +71,11 @@ def made_up_rows(task, count):
                enumerate(columns)}  # fmt: skip
         if task == "copa":
             row["question"] = ("cause", "effect")[i % 2]
+            row["choice1"] = ("I ", "It ", "THE ")[i % 3] + row["choice1"]
+        if task == "sst2":
+            row["sentence"] += " "  # as in the Hub's copy
+        if task == "wsc":
+            row["span2_text"] = ("He", "it", "They")[i % 3]
         rows.append({**row, "label": (i * i) % len(names)})
     return rows
 
@@ -113,7 +122,11 @@ def scores(network, tokenizer, task, row, scoring):
     _, names, prompt, words = TASKS[task]
     if task == "copa":
         premise = {**row, "premise": row["premise"].rstrip().removesuffix(".")}
-        options = {name: f" {row[name][:1].lower()}{row[name][1:]}" for name in names}
+        split = {name: row[name].split(" ") for name in names}
+        options = {
+            name: " " + " ".join([first if first == "I" else first.lower(), *rest])
+            for name, (first, *rest) in split.items()
+        }
         text = prompt(premise)
     else:
         options, text = words, prompt(row)
@@ -126,38 +139,42 @@ def scores(network, tokenizer, task, row, scoring):
     return found
 
 
+def save_model(folder, family, kind, settings):
+    """Return the tokenizer, and what `decoder` takes to make the saved model again."""
+    tokenizer = subword_tokenizer(kind, **settings)
+    tokenizer.model_max_length = 512
+    names = {"gpt2": "n_positions", **dict.fromkeys(ENCODER_DECODERS)}
+    name = names.get(family, "max_position_embeddings")
+    sizes = {} if name is None else {name: 512}
+    decoder(family, len(tokenizer), seed=3, **sizes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer, sizes
+
+
+def launch(tmp_path, **options):
+    shared = {
+        "dataset_name": tmp_path / "data", "few_shot_type": "prompt", "model_name_or_path": tmp_path / "model",
+        "max_seq_length": 500, "do_eval": True, "do_predict": True, "prediction_probabilities": True,
+        "per_device_eval_batch_size": 4, "use_cpu": True, "disable_tqdm": True, "output_dir": tmp_path / "out",
+    }  # fmt: skip
+    options = {**shared, **options}
+    assert run_glue.main([text for name, value in options.items() for text in (f"--{name}", str(value))]) == 0
+    with open(tmp_path / "out" / "predictions.tsv", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
 @pytest.mark.parametrize(("task", "family", "kind", "settings", "scoring"), CELLS)
 @torch.no_grad()
 def test_predictions_and_metrics_are_those_of_the_language_model(tmp_path, task, family, kind, settings, scoring):
     rows = write_folder(tmp_path / "data", task)
-    tokenizer = subword_tokenizer(kind, **settings)
-    tokenizer.model_max_length = 512
-    sizes = (
-        {}
-        if family in ENCODER_DECODERS
-        else {"n_positions": 512}
-        if family == "gpt2"
-        else {"max_position_embeddings": 512}
-    )
-    network = decoder(family, len(tokenizer), seed=3, **sizes)
-    network.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    out = tmp_path / "out"
-    options = {
-        "method": "full", "task_name": task, "dataset_name": tmp_path / "data", "few_shot_type": "prompt",
-        "model_name_or_path": tmp_path / "model", "max_seq_length": 500, "do_train": False, "do_eval": True,
-        "do_predict": True, "prediction_probabilities": True, "per_device_eval_batch_size": 4, "use_cpu": True,
-        "disable_tqdm": True, "output_dir": out, **({} if scoring is None else {"word_scoring": scoring}),
-    }  # fmt: skip
-    status = run_glue.main([text for name, value in options.items() for text in (f"--{name}", str(value))])
-    assert status == 0
+    tokenizer, sizes = save_model(tmp_path / "model", family, kind, settings)
+    given = {} if scoring is None else {"word_scoring": scoring}
+    table = launch(tmp_path, method="full", task_name=task, do_train=False, **given)
     network = decoder(family, len(tokenizer), seed=3, **sizes).double()
     found = [scores(network, tokenizer, task, row, scoring) for row in rows]
     # rows that are all but tied may go either way in float32
     clear = [i for i, one in enumerate(found) if sorted(one.values())[-1] - sorted(one.values())[-2] > 1e-4]
     assert len(clear) >= 6
-    with open(out / "predictions.tsv", encoding="utf-8") as file:
-        table = list(csv.DictReader(file, delimiter="\t"))
     written = [row["prediction"] for row in table]
     assert [written[i] for i in clear] == [max(found[i], key=found[i].get) for i in clear]
     for one, row in zip(found, table, strict=True):
@@ -166,7 +183,7 @@ def test_predictions_and_metrics_are_those_of_the_language_model(tmp_path, task,
             assert float(row[f"probability_{name}"]) == pytest.approx(math.exp(score) / total, abs=1e-4)
     names = TASKS[task][1]
     labels = [names[row["label"]] for row in rows]
-    metrics = json.loads((out / "run.json").read_text())["metrics"]
+    metrics = json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]
     right = sum(one == label for one, label in zip(written, labels, strict=True))
     assert metrics["eval_accuracy"] == pytest.approx(right / 9)
     if task == "multirc":  # F1 over answers, of the class True
@@ -177,3 +194,68 @@ def test_predictions_and_metrics_are_those_of_the_language_model(tmp_path, task,
 
 def test_every_row_of_mezos_table_is_tried():
     assert {cell[0] for cell in CELLS} == set(TASKS)
+
+
+# --- every other method on one of the tasks ---------------------------------------------------------------
+
+_ONE = {"max_steps": 3, "warmup_steps": 0, "do_train": True}
+LOADERS = {"PeftModel": PeftModel, "PromptForSequenceClassification": PromptForSequenceClassification}
+WAYS = {
+    "lora": {**_ONE, "learning_rate": 0.05},
+    "sparse": {**_ONE, "learning_rate": 0.05, "sparse_basis_steps": 2, "sparse_density": 0.2},
+    "gradientless": {**_ONE, "search_method": "spsa", "search_target": "all", "learning_rate": 1e-3},
+    "fisher": {**_ONE, "learning_rate": 0.05, "fisher_examples": 4},
+}
+
+
+@pytest.mark.parametrize("method", WAYS)
+@pytest.mark.parametrize(("task", "scoring"), [("rte", "first_token"), ("copa", "sequence")])
+def test_what_a_method_trained_predicts_as_its_language_model_says(tmp_path, method, task, scoring):
+    rows = write_folder(tmp_path / "data", task)
+    tokenizer, sizes = save_model(tmp_path / "model", "llama", "llama", {})
+    table = launch(tmp_path, method=method, task_name=task, word_scoring=scoring, **WAYS[method])
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    model = eval(record["load"], LOADERS).eval()
+    model = model.get_base_model() if isinstance(model, PeftModel) else model  # with the adapters in its layers
+    network = model.masked_lm
+    network.model._forward_pre_hooks.clear()  # the classifier's: its model keeps one position
+    network.model._forward_hooks.clear()
+    start = decoder("llama", len(tokenizer), seed=3, **sizes)
+    moved = 0.0
+    for row, one in zip(rows, table, strict=True):
+        with torch.no_grad():
+            found = scores(network, tokenizer, task, row, None if task == "rte" else scoring)
+            before = scores(start, tokenizer, task, row, None if task == "rte" else scoring)
+        total = sum(math.exp(score) for score in found.values())
+        for name, score in found.items():
+            assert float(one[f"probability_{name}"]) == pytest.approx(math.exp(score) / total, abs=1e-4)
+            moved = max(moved, abs(score - before[name]))
+    assert moved > 1e-3
+
+
+def test_kernel_regression_on_label_words_by_gradients_of_the_language_model(tmp_path):
+    """`f_1 - f_0` of the words' logits, its gradients row by row in float64, and one linear system."""
+    rows = write_folder(tmp_path / "data", "rte")
+    tokenizer, sizes = save_model(tmp_path / "model", "llama", "llama", {})
+    table = launch(
+        tmp_path, method="kernel", task_name="rte", do_train=True, kernel_formula="sgd", kernel_solver="lstsq",
+        kernel_regularization=0.1, binary_classification=True, prediction_probabilities=False,
+    )  # fmt: skip
+    network = decoder("llama", len(tokenizer), seed=3, **sizes).double()
+    names, prompt, words = TASKS["rte"][1:]
+    ids = [tokenizer(f"\n{words[name]}")["input_ids"] for name in names]
+    gradients = []
+    for row in rows:
+        text = tokenizer(prompt(row))["input_ids"]
+        heads = [whole[len(tokenizer("\n")["input_ids"])] for whole in ids]
+        logits = network(input_ids=torch.tensor([text])).logits[0, -1]
+        parts = torch.autograd.grad(logits[heads[1]] - logits[heads[0]], list(network.parameters()))
+        gradients.append(torch.cat([part.flatten() for part in parts]))
+    jacobian = torch.stack(gradients)
+    kernel = jacobian @ jacobian.T
+    targets = torch.tensor([2.0 * row["label"] - 1 for row in rows], dtype=torch.float64)
+    norm = torch.linalg.matrix_norm(kernel, 2)
+    fitted = kernel @ torch.linalg.solve(kernel + 0.1 * norm * torch.eye(len(rows), dtype=torch.float64), targets)
+    clear = [i for i, value in enumerate(fitted.tolist()) if abs(value) > 1e-4]
+    assert len(clear) >= 8 and len({table[i]["prediction"] for i in clear}) == 2
+    assert [table[i]["prediction"] for i in clear] == [names[int(fitted[i] > 0)] for i in clear]

@@ -31,7 +31,7 @@ def run(model: str, *options: str) -> dict:
     return json.loads(Path(folder, "run.json").read_text())
 
 
-def test_runs_say_what_they_ran_on_and_leave_a_curve(tiny_bert_dir, capsys, tmp_path):
+def test_reports_show_devices_and_loss_curves(tiny_bert_dir, capsys, tmp_path):
     """Twice the same command is one seed; a few drawn rows are not the split that they are drawn from."""
     few = (
         "--num_k",

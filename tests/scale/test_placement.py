@@ -22,7 +22,7 @@ def test_a_step_mixes_no_devices_and_is_that_of_the_cpu(method):
     assert method_steps.error_of(outcome, STEPS[method](Place(CPU))) < 1e-4  # finite differences enlarge rounding
 
 
-def test_what_cuda_refuses_is_refused():
+def test_the_pretended_device_refuses_what_cuda_refuses():
     with pretend_accelerator() as device:
         there, here = torch.ones(3, device=device), torch.ones(3)
         refused = {
@@ -41,7 +41,7 @@ def test_what_cuda_refuses_is_refused():
                 to_numpy()
 
 
-def test_what_cuda_takes_is_taken():
+def test_the_pretended_device_accepts_what_cuda_accepts():
     with pretend_accelerator() as device:
         there = torch.arange(3.0, device=device)
         results = [there + torch.tensor(1.0), there[torch.tensor([2])], torch.tensor([1.0], device=device), there[1:]]

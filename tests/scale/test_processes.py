@@ -108,7 +108,7 @@ def test_a_search_carries_losses_only(two, one, name, calls):
     assert carried(two, f"{name}-data")["once"] == {"broadcast": start}  # the weights, so that all start alike
 
 
-def test_what_crosses_once(two, one):
+def test_bytes_exchanged_once_per_run(two, one):
     grams = 4 * 2 * (HIDDEN**2 + INNER**2)  # two kinds of layer, two factors each
     assert carried(two, "sparse-dynamic")["once"]["all_reduce"] == grams + 8
     energies = 4 * 2 * LAYERS * HIDDEN * INNER

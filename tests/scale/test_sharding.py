@@ -61,7 +61,7 @@ def test_sharding_on_the_cpu_is_refused(monkeypatch, capsys, tiny_bert_dir, name
     assert "needs accelerators, and --use_cpu trains without" in capsys.readouterr().err
 
 
-def test_who_asked_for_it(tmp_path):
+def test_sharding_is_detected_and_shapes_are_those_of_whole_parameters(tmp_path):
     args = METHODS["full"].arguments_class()(str(tmp_path), use_cpu=True, report_to="none")
     assert sharding(args) is None
     parameter = torch.nn.Parameter(torch.empty(0))

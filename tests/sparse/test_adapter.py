@@ -272,7 +272,7 @@ def test_a_model_with_such_an_adapter_is_taken_as_it_is(tmp_path):
     trainer = SparseTrainer(model, args, **data)
     trainer.train()
     assert trainer.model is model and all(columns.ready for columns in columns_of(model))
-    with pytest.raises(InputError, match="has a SparseGrad adapter, which settled sparse_n_params; leave it out"):
+    with pytest.raises(InputError, match="SparseGrad adapter, which already fixes sparse_n_params; leave it out"):
         SparseTrainer(model, SparseTrainingArguments(str(tmp_path), sparse_n_params=4, **OPTIONS), **data)
     with pytest.raises(InputError, match="sparse_support=dynamic is for the plain model; leave it out"):
         SparseTrainer(model, SparseTrainingArguments(str(tmp_path), sparse_support="dynamic", **OPTIONS), **data)
@@ -282,7 +282,7 @@ def test_a_model_with_such_an_adapter_is_taken_as_it_is(tmp_path):
     "option", [{"sparse_train_rest": "all"}, {"sparse_basis": "none"}, {"sparse_basis_refresh_steps": 5},
                {"sparse_skip_leading": 0.1}, {"sparse_basis_orientation": "published"}],
 )  # fmt: skip
-def test_what_an_adapter_has_no_room_for_converts_layers_and_says_so(tmp_path, option, caplog):
+def test_settings_that_an_adapter_lacks_convert_layers_and_are_logged(tmp_path, option, caplog):
     with caplog.at_level(logging.INFO, logger="hf_ft_ext"):
         trainer = structured(tmp_path, **option)
     assert sparse_layers(trainer.model) and not isinstance(trainer.model, PeftModel)

@@ -103,7 +103,7 @@ def test_an_unknown_model_type_is_read_by_structure():
         ("fnet", {"dense"}, None),
     ],
 )
-def test_what_is_converted_where_feed_forwards_differ(kind, converted, warning, caplog):
+def test_converted_layers_of_unusual_feed_forwards(kind, converted, warning, caplog):
     model = tiny_classifier(kind)
     rows = {name: value for name, value in classifier_rows().items() if name != "labels"}
     before, keys = model(**rows).logits, list(model.state_dict())

@@ -284,10 +284,10 @@ def test_user_converted_model_must_fit_the_arguments(tmp_path, options):
         make(tmp_path, model)
 
 
-def test_counts_of_a_converted_model_are_settled(tmp_path):
+def test_arguments_that_a_converted_model_fixes_are_refused(tmp_path):
     model = tiny_model()
     convert_to_sparse(model, n_params=3)
-    with pytest.raises(InputError, match=r"converted already, which settled sparse_density; leave it out"):
+    with pytest.raises(InputError, match=r"converted already, which already fixes sparse_density; leave it out"):
         make(tmp_path, model, sparse_density=0.5)
 
 

@@ -15,9 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from hf_ft_ext import SparseGradConfig, SparseTrainer, SparseTrainingArguments, compute_bases, sparse_layers
-from hf_ft_ext.adapters.sparse_grad.bases import _Sketches
 from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
-from hf_ft_ext.sparse.prepass import visit_gradients
+from hf_ft_ext.adapters.sparse_grad.sketches import Sketches
+from hf_ft_ext.sparse.prepass import for_each_gradient
 
 
 class OwnLoader(SparseTrainer):
@@ -32,7 +32,7 @@ class OwnLoader(SparseTrainer):
 def check_own_loader(trainer):
     """The pre-pass sees the mean loss over both processes' batches, and each process takes its steps."""
     layers, found = sparse_layers(trainer.model), []
-    visit_gradients(trainer, layers, 2, lambda name, gradient: found.append((name, gradient)), "test")
+    for_each_gradient(trainer, layers, 2, lambda name, gradient: found.append((name, gradient)), "test")
     rank, model = trainer.args.process_index, tiny_model().eval()
     rows = [tiny_dataset(32)[i] for i in (*range(8 * rank, 8 * rank + 8, 2), *range(6 * rank + 1, 6 * rank + 7, 2))]
     model(**trainer.data_collator(rows)).loss.backward()
@@ -85,8 +85,8 @@ def check_ragged_bases():
     """The columns are the leading directions of the mean gradients, by one plain backward pass for each batch."""
     rank, plain = int(os.environ["RANK"]), without_dropout()
     adapted = get_peft_model(without_dropout(), SparseGradConfig(task_type="SEQ_CLS", n_params=4))
-    rows_are_cheaper = _Sketches._rows_are_cheaper
-    with mock.patch.object(_Sketches, "_rows_are_cheaper", autospec=True, side_effect=rows_are_cheaper) as choice:
+    rows_are_cheaper = Sketches._rows_are_cheaper
+    with mock.patch.object(Sketches, "_rows_are_cheaper", autospec=True, side_effect=rows_are_cheaper) as choice:
         compute_bases(adapted, [ragged(rank, seed) for seed in range(3)])
     # Four layers, three batches; in the last two layers one token of each row has a gradient, which is few anyway.
     chosen = [rows_are_cheaper(*call.args) for call in choice.call_args_list]

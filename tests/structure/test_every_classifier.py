@@ -9,7 +9,7 @@ from classifiers import DIFFERENT, classifier_rows, runnable, tiny_classifier
 from peft import PeftModel
 
 from hf_ft_ext import InputError, convert_to_sparse, merge_sparse
-from hf_ft_ext.fisher.candidates import default_candidates, fitting, layers_of
+from hf_ft_ext.fisher.candidates import default_candidates, fitting_candidates, layers_of
 from hf_ft_ext.lora.arguments import LoraTrainingArguments
 from hf_ft_ext.lora.trainer import add_lora
 
@@ -73,7 +73,7 @@ def sparse(kind, folder) -> None:
 def fisher(kind, folder) -> None:
     model = tiny_classifier(kind)
     before = logits(model)
-    left = fitting(model, default_candidates(), layers_of(model), seed=0)
+    left = fitting_candidates(model, default_candidates(), layers_of(model), seed=0)
     assert {"bottleneck", "lora"} <= left.keys() or len(left) >= 2
     assert torch.equal(logits(model), before)
 

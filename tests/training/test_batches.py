@@ -22,7 +22,7 @@ def test_dropping_every_batch_is_refused(tmp_path, tokenizer, name):
     assert trainer.state.global_step == 0
 
 
-def test_what_has_a_batch_passes():
+def test_settings_that_leave_a_batch_pass():
     args = TrainingArguments(dataloader_drop_last=True, per_device_train_batch_size=9, report_to="none", use_cpu=True)
     check_full_batch(args, tiny_dataset(9))
     check_full_batch(args, iter(()))  # of unknown length

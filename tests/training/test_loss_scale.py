@@ -1,9 +1,11 @@
 """Micro-batches must not change the loss that is logged nor the gradient that is clipped."""
 
 import pytest
+import torch
 from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 
+from hf_ft_ext.label_tokens import label_count
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 
 NO_DROPOUT = dict.fromkeys(
@@ -36,3 +38,12 @@ def test_accumulated_loss_and_gradient_norm_equal_those_of_one_batch(tmp_path, m
     for (loss, norm), (other_loss, other_norm) in zip(*logged, strict=True):
         assert loss == pytest.approx(other_loss, rel=1e-4)
         assert norm == pytest.approx(other_norm, rel=1e-3)
+
+
+def test_a_batch_weighs_by_its_label_tokens_or_its_rows():
+    labels = torch.tensor([[5, 6, 7, -100], [8, -100, -100, -100]])
+    batch = {"input_ids": labels, "labels": labels}
+    assert label_count(batch, shifted=True) == 2 and label_count(batch, shifted=False) == 4
+    assert label_count({**batch, "shift_labels": labels}, shifted=True) == 4
+    assert label_count({"input_ids": labels, "labels": torch.tensor([0, 1])}, True) == 2
+    assert label_count({"input_ids": labels, "labels": torch.rand(2, 5)}, False) == 2

@@ -18,7 +18,7 @@ from hf_ft_ext import (
 from hf_ft_ext.entries.layer import entries_of
 from hf_ft_ext.fisher.prepass import prepass_batches
 from hf_ft_ext.sparse.convert import sparse_layers
-from hf_ft_ext.sparse.prepass import visit_gradients
+from hf_ft_ext.sparse.prepass import for_each_gradient
 from hf_ft_ext.training.runs.plan import training_plan
 
 PLAIN = {
@@ -80,7 +80,7 @@ def test_the_sparse_pre_pass_takes_the_batches_of_an_overridden_loader(tmp_path,
     )
     layers = sparse_layers(trainer.model)
     found = []
-    visit_gradients(trainer, layers, 3, lambda name, gradient: found.append((name, gradient.clone())), "test")
+    for_each_gradient(trainer, layers, 3, lambda name, gradient: found.append((name, gradient.clone())), "test")
     batches = [dict(batch) for batch in own_loader()]
     steps = [batches[i * accumulation : (i + 1) * accumulation] for i in range(3)]
     expected = [(name, step[name]) for step in gradients_of(plain, list(layers), steps) for name in layers]
@@ -93,7 +93,7 @@ def test_the_pre_pass_moves_no_generator(tmp_path):
     torch.manual_seed(11)
     trainer = sparse(tmp_path, with_loader(SparseTrainer))
     before = torch.get_rng_state()
-    visit_gradients(trainer, sparse_layers(trainer.model), 2, lambda *_: None, "test")
+    for_each_gradient(trainer, sparse_layers(trainer.model), 2, lambda *_: None, "test")
     assert torch.equal(torch.get_rng_state(), before)
     first = next(iter(trainer.get_train_dataloader()))["input_ids"]
     assert torch.equal(first, next(iter(own_loader()))["input_ids"]), "the loader's own generator has moved"
@@ -103,7 +103,7 @@ def test_the_pre_pass_leaves_every_module_in_its_mode(tmp_path):
     trainer = sparse(tmp_path)
     trainer.model.train().bert.embeddings.eval()
     modes = [module.training for module in trainer.model.modules()]
-    visit_gradients(trainer, sparse_layers(trainer.model), 1, lambda *_: None, "test")
+    for_each_gradient(trainer, sparse_layers(trainer.model), 1, lambda *_: None, "test")
     training_plan(trainer)
     assert [module.training for module in trainer.model.modules()] == modes
 
@@ -116,7 +116,9 @@ def test_an_overridden_sampler_is_honoured(tmp_path):
     trainer = sparse(tmp_path, Sorted, max_steps=1)
     names = list(sparse_layers(trainer.model))
     found = {}
-    visit_gradients(trainer, sparse_layers(trainer.model), 1, lambda name, g: found.update({name: g.clone()}), "test")
+    for_each_gradient(
+        trainer, sparse_layers(trainer.model), 1, lambda name, g: found.update({name: g.clone()}), "test"
+    )
     batch = dict(DataCollatorWithPadding(tiny_tokenizer())([OTHER[i] for i in range(4)]))
     (expected,) = gradients_of(tiny_model().eval(), names, [[batch]])
     for name in names:
@@ -126,14 +128,14 @@ def test_an_overridden_sampler_is_honoured(tmp_path):
 def test_a_loader_without_batches_is_refused(tmp_path):
     trainer = sparse(tmp_path, with_loader(SparseTrainer, []))
     with pytest.raises(InputError, match="get_train_dataloader yields no batch, but the pre-pass needs some"):
-        visit_gradients(trainer, sparse_layers(trainer.model), 1, lambda *_: None, "test")
+        for_each_gradient(trainer, sparse_layers(trainer.model), 1, lambda *_: None, "test")
 
 
 def test_a_short_loader_is_read_again(tmp_path):
     loader = own_loader(batch_size=32)
     trainer = sparse(tmp_path, with_loader(SparseTrainer, loader))
     seen = []
-    visit_gradients(trainer, sparse_layers(trainer.model), 5, lambda name, _: seen.append(name), "test")
+    for_each_gradient(trainer, sparse_layers(trainer.model), 5, lambda name, _: seen.append(name), "test")
     assert len(seen) == 5 * len(sparse_layers(trainer.model))
 
 

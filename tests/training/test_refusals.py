@@ -152,7 +152,7 @@ def test_kernel_refuses_what_its_predictions_ignore(tmp_path):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_no_trainer_can_honour_is_refused_before_training(tmp_path, name):
+def test_unusable_report_to_is_refused_before_training(tmp_path, name):
     own, _ = classes(name)
     options = {**PLAIN, **QUICK.get(name, {})}
     with pytest.raises(InputError, match="report_to=neptune: its library is not installed; run pip install neptune"):

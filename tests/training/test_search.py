@@ -105,7 +105,7 @@ def test_a_trial_is_a_run_with_its_values(tmp_path, name):
         ("gradientless", "search_method", ["gld", "adam"], {"feature_cache_gb": 0.0}),
     ],
 )  # fmt: skip
-def test_what_is_made_once_follows_the_trial(tmp_path, name, key, values, fixed):
+def test_each_trial_equals_a_run_with_its_values(tmp_path, name, key, values, fixed):
     trainer = make(name, tmp_path, **fixed)
     seen, _ = search(trainer, {key: values}, lambda t: (getattr(t.args, key), weights(t.model)))
     for value, state in seen:

@@ -9,21 +9,26 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.adapters.bottleneck.config import PARALLEL, BottleneckConfig
-from hf_ft_ext.adapters.tuner import OwnParts, like_base_layer
+from hf_ft_ext.adapters.tuner import FollowsBaseLayer, like_base_layer
 from hf_ft_ext.errors import InputError
 
-INSIDE_NORM, ON_OUTPUT, BESIDE, BESIDE_RESIDUAL = ("inside norm", "on output", "beside", "beside residual")
+BEFORE_NORM, ON_OUTPUT, PARALLEL_TO_MODULE, PARALLEL_TO_RESIDUAL = (
+    "before norm",
+    "on output",
+    "parallel to module",
+    "parallel to residual",
+)
 
 
-class BottleneckLayer(OwnParts, nn.Module, BaseTunerLayer):
+class BottleneckLayer(FollowsBaseLayer, nn.Module, BaseTunerLayer):
     """A module of the model with adapters `scaling * up(activation(down(x)))`, parallel to it or after it.
 
     The mode of an adapter is how it is combined with the module's input `x` and output `y`:
-        inside norm: the module normalises a residual sum `s`; the result is `LN(s + adapter(LN(s)))`.
+        before norm: the module normalises a residual sum `s`; the result is `LN(s + adapter(LN(s)))`.
         on output: `y + adapter(y)`.
-        beside: `y + adapter(x)`.
-        beside residual: the module adds its second input, `input_tensor`, to its result (BERT's output block). It is
-            called with `input_tensor + adapter(input_tensor)` instead.
+        parallel to module: `y + adapter(x)`.
+        parallel to residual: the module adds its second input, `input_tensor`, to its result (BERT's output block). It
+            is called with `input_tensor + adapter(input_tensor)` instead.
     """
 
     adapter_layer_names = (
@@ -92,7 +97,7 @@ class BottleneckLayer(OwnParts, nn.Module, BaseTunerLayer):
 
     def forward(self, x: torch.Tensor, *args, **kwargs):
         names = [] if self.disable_adapters else [n for n in self.active_adapters if n in self.bottleneck_down]
-        before = [n for n in names if self.modes[n] == BESIDE_RESIDUAL]
+        before = [n for n in names if self.modes[n] == PARALLEL_TO_RESIDUAL]
         residual = x
         if before:
             (first, *rest), named = (args or (None,)), "input_tensor" in kwargs
@@ -104,10 +109,10 @@ class BottleneckLayer(OwnParts, nn.Module, BaseTunerLayer):
                 args = (changed, *rest)
         output = self.base_layer(x, *args, **kwargs)
         y = output[0] if isinstance(output, tuple) else output
-        inside = [n for n in names if self.modes[n] == INSIDE_NORM]
+        inside = [n for n in names if self.modes[n] == BEFORE_NORM]
         if inside:  # LN(s + adapter(LN(s)))
             output = y = self.base_layer(x + sum(self.adapter(name, y) for name in inside), *args, **kwargs)
-        others = [n for n in names if self.modes[n] in (ON_OUTPUT, BESIDE)]
+        others = [n for n in names if self.modes[n] in (ON_OUTPUT, PARALLEL_TO_MODULE)]
         added = [self.adapter(n, y if self.modes[n] == ON_OUTPUT else x) for n in others]
         if added:
             y = y + sum(added)
@@ -143,12 +148,16 @@ class Scale(nn.Module):
 def mode_of(module: nn.Module, config: BottleneckConfig) -> str:
     """The mode of an adapter of this configuration at `module`; see `BottleneckLayer`."""
     if config.placement == PARALLEL:
-        return BESIDE_RESIDUAL if "input_tensor" in inspect.signature(module.forward).parameters else BESIDE
+        return (
+            PARALLEL_TO_RESIDUAL
+            if "input_tensor" in inspect.signature(module.forward).parameters
+            else PARALLEL_TO_MODULE
+        )
     own = list(module.parameters(recurse=False))
     if own and all(p.dim() == 1 for p in own) and not any(True for _ in module.children()):
-        return INSIDE_NORM  # only vectors as parameters and no submodules: a normalization
+        return BEFORE_NORM  # only vectors as parameters and no submodules: a normalization
     if isinstance(module, nn.LayerNorm) or "norm" in type(module).__name__.lower():  # without parameters
-        return INSIDE_NORM
+        return BEFORE_NORM
     return ON_OUTPUT
 
 

@@ -20,7 +20,7 @@ class BottleneckModel(LayerTuner):
     tuner_layer_cls = BottleneckLayer
     cannot_merge = "a bottleneck adapter has an activation between its projections and cannot be merged into weights"
 
-    def _prepare_model(self, peft_config: BottleneckConfig, model: nn.Module) -> None:
+    def _choose_targets(self, peft_config: BottleneckConfig, model: nn.Module) -> None:
         layers = names_by_layer(model, peft_config.layers_pattern)
         refuse_unfit_layers(model, "bottleneck", peft_config.layers_to_transform, list(layers))
         if peft_config.target_modules is None:
@@ -53,7 +53,7 @@ def default_targets(model: nn.Module, placement: str) -> list[str]:
     plain = {plain_name(name): module for name, module in model.named_modules()}
     found: dict[str, None] = {}
     for layer in structure.layers:
-        for name in _of_layer(layer, placement, plain):
+        for name in _targets_in_layer(layer, placement, plain):
             found[name] = None
     if not found:
         reason = ""
@@ -63,33 +63,33 @@ def default_targets(model: nn.Module, placement: str) -> list[str]:
             f"{type(model).__name__} has no layers that fit a bottleneck adapter of placement {placement!r}{reason}; "
             "pass target_modules, or choose another placement or adapter"
         )
-    within = sorted({split_layer(name)[1] for name in found})
-    reached = {name for name in plain if (place := split_layer(name)) is not None and place[1] in within}
+    within = sorted({split_layer(name).name for name in found})
+    reached = {name for name in plain if (inner := split_layer(name)) is not None and inner.name in within}
     return within if reached == found.keys() else sorted(found)
 
 
-def _of_layer(layer: Layer, placement: str, modules: dict[str, nn.Module]) -> list[str]:
+def _targets_in_layer(layer: Layer, placement: str, modules: dict[str, nn.Module]) -> list[str]:
     """Full names of the modules of one layer that get an adapter."""
     if placement == PFEIFFER and layer.norm is not None and split_layer(layer.norm) is not None:
         return [layer.norm]
     names = []
     if placement == HOULSBY:
         blocks = [block for block in layer.attentions if not block.cross]
-        names = [name for block in blocks for name in block.output if _is_place(name, modules)]
+        names = [name for block in blocks for name in block.output if _can_get_adapter(name, modules)]
         if blocks and not names:
             return []
     for block in layer.feed_forwards if placement == HOULSBY else layer.feed_forwards[-1:]:
-        places = [block.module, *block.down]
+        choices = [block.module, *block.down]
         if placement == PARALLEL:  # in a pre-norm layer, the residual input is not the feed-forward's input
-            places = [block.module, *(_residual_block(block, modules) if layer.norm is not None else ())]
-        place = next((name for name in places if name is not None and _is_place(name, modules)), None)
-        if place is None:
+            choices = [block.module, *(_residual_block(block, modules) if layer.norm is not None else ())]
+        chosen = next((name for name in choices if name is not None and _can_get_adapter(name, modules)), None)
+        if chosen is None:
             return []
-        names.append(place)
+        names.append(chosen)
     return list(dict.fromkeys(names))
 
 
-def _is_place(name: str, modules: dict[str, nn.Module]) -> bool:
+def _can_get_adapter(name: str, modules: dict[str, nn.Module]) -> bool:
     """Whether the module can get an adapter: it is in a numbered layer and has features in the last dimension."""
     return name in modules and split_layer(name) is not None and not isinstance(modules[name], nn.Conv1d)
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_ft_ext.adapters.layer_prefix.attention import prefixed
 from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
-from hf_ft_ext.adapters.tuner import OwnParts, like_base_layer
+from hf_ft_ext.adapters.tuner import FollowsBaseLayer, like_base_layer
 
 SHARED = ("layer_prefix_embedding", "layer_prefix_hidden")  # modules that all layers of an adapter share
 
@@ -47,7 +47,7 @@ class PrefixProjection:
         return cls(Table(config.prefix_length, width, 1.0), nn.Linear(width, config.projection_size))
 
 
-class PrefixLayer(OwnParts, nn.Module, BaseTunerLayer):
+class PrefixLayer(FollowsBaseLayer, nn.Module, BaseTunerLayer):
     """A self-attention of the model with prefixes; several active ones are concatenated.
 
     Attributes:

@@ -11,7 +11,7 @@ from hf_ft_ext.adapters import AdapterType
 from hf_ft_ext.adapters.layer_prefix.attention import uses_interface
 from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
 from hf_ft_ext.adapters.layer_prefix.layer import SHARED, PrefixLayer, PrefixProjection, hidden_size
-from hf_ft_ext.adapters.layers import plain_name, split_layer
+from hf_ft_ext.adapters.layers import NameInLayer, plain_name, split_layer
 from hf_ft_ext.adapters.tuner import LayerTuner, refuse_nested_targets, refuse_unfit_layers
 from hf_ft_ext.errors import InputError
 
@@ -25,7 +25,7 @@ class LayerPrefixModel(LayerTuner):
     tuner_layer_cls = PrefixLayer
     cannot_merge = "a prefix adds keys and values to the attention and cannot be merged into weights"
 
-    def _prepare_model(self, peft_config: LayerPrefixConfig, model: nn.Module) -> None:
+    def _choose_targets(self, peft_config: LayerPrefixConfig, model: nn.Module) -> None:
         found = attention_modules(model, peft_config.layers_pattern)
         if not found:
             raise InputError(
@@ -166,14 +166,14 @@ def nested(config) -> list:
     return list(config.configs.values()) if config.peft_type == AdapterType.LAYER_MIXTURE else []
 
 
-def attention_modules(model: nn.Module, layers_pattern=None) -> dict[str, tuple[int, str]]:
+def attention_modules(model: nn.Module, layers_pattern=None) -> dict[str, NameInLayer]:
     """Self-attentions that support a prefix: plain name -> number of the layer, name within it."""
     found = {}
     for name, module in model.named_modules():
         name = plain_name(name)
-        place = split_layer(name, layers_pattern)
-        if place is not None and uses_interface(module) and not _is_cross(module, place[1]):
-            found[name] = place
+        inner = split_layer(name, layers_pattern)
+        if inner is not None and uses_interface(module) and not _is_cross(module, inner.name):
+            found[name] = inner
     return found
 
 

@@ -13,7 +13,7 @@ from hf_ft_ext.errors import InputError, did_you_mean
 
 # Methods that a tuner overrides if it has state beyond its layers, or handles the model as a whole.
 _WHOLE_MODEL_METHODS = ("__init__", "_pre_injection_hook", "_post_injection_hook", "inject_adapter")
-_OF_THE_MIXTURE = ("modules_to_save", "layers_to_transform")
+_MIXTURE_FIELDS = ("modules_to_save", "layers_to_transform")
 
 
 @dataclass
@@ -110,7 +110,7 @@ def limited_to_layers(name: str, settings: PeftConfig | dict[str, Any]) -> PeftC
         )
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[types[raw.upper()]]
     _refuse_unlimited(name, raw, config_class)
-    if given := [key for key in _OF_THE_MIXTURE if settings.get(key) is not None]:
+    if given := [key for key in _MIXTURE_FIELDS if settings.get(key) is not None]:
         raise InputError(
             f"kind {name!r} sets {given[0]}={settings[given[0]]}, which only the mixture itself can set; leave it out"
         )

@@ -88,8 +88,8 @@ class LayerMixtureModel(LayerTuner):
         reached = set()
         for name, _ in list(model.named_modules()):
             plain = plain_name(name)
-            place = split_layer(plain, mixture.layers_pattern)
-            if place is None or place[0] not in layers or _inside_adapter(name, plain, model):
+            inner = split_layer(plain, mixture.layers_pattern)
+            if inner is None or inner.layer not in layers or _inside_adapter(name, plain, model):
                 continue
             if any(plain == part or plain.startswith(f"{part}.") for part in mixture.modules_to_save or ()):
                 continue
@@ -99,7 +99,7 @@ class LayerMixtureModel(LayerTuner):
             parent, target, target_name = _get_submodules(model, name)
             tuner._create_and_replace(config, adapter_name, target, target_name, parent, current_key=plain)
             self.targeted_module_names.append(plain)
-        found = {split_layer(plain, mixture.layers_pattern)[0] for plain in reached}
+        found = {split_layer(plain, mixture.layers_pattern).layer for plain in reached}
         if missing := sorted(set(layers) - found):
             raise InputError(
                 f"kind {kind!r} finds no target in layer {missing[0]} (target_modules="

@@ -15,7 +15,7 @@ import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.adapters.layers import plain_name, shown_name
 from hf_ft_ext.adapters.sparse_grad.config import DEFAULT_GRADIENTS
-from hf_ft_ext.adapters.sparse_grad.functions import narrowed
-from hf_ft_ext.adapters.sparse_grad.layer import SparseGradColumns, SparseGradLayer
 from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns, sparse_grad_layers
+from hf_ft_ext.adapters.sparse_grad.sketches import Sketches, processes
 from hf_ft_ext.adapters.sparse_grad.subspace import Sketch, random_test_matrix, seed_of
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.label_tokens import predicts_next_tokens, zero_without_tokens
 from hf_ft_ext.per_example.state import only_trainable
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def compute_bases(
     *,
     gradients: int = DEFAULT_GRADIENTS,
     adapter_name: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: bool = False,
 ) -> None:
     """Compute the columns of a SparseGrad adapter from the gradients of some batches, at the current weights.
@@ -56,16 +56,19 @@ def compute_bases(
             several processes (`torch.distributed`), each passes its own batches, the same number, and a gradient is
             the mean over the processes, as in a training step; all get the same columns.
         loss: `loss(model, batch)`, a scalar tensor; `None` = `model(**batch).loss`.
-        gradients: largest number of batches to read, on each process (30 in the source).
+        gradients: largest number of batches to read, on each process, 1 or more (30 in the source).
         adapter_name: name of the adapter; `None` = the active one.
-        seed: of the random sketches.
+        seed: of the random sketches; `None` = the adapter's.
         progress: show a progress bar.
 
     Raises:
-        InputError: no such adapter, no batch, no loss, a gradient that is not finite, or no gradient in these layers.
+        InputError: no such adapter, or one that has been trained; no batch, no loss, a gradient that is not finite,
+            or no gradient in these layers.
 
     Source: Chekalina et al., EMNLP 2024, arXiv 2410.07383, section 3.
     """
+    if isinstance(batches, Mapping):
+        raise InputError("batches is a single batch, and an iterable of batches is needed; pass [batch]")
     bases_from_steps(
         model, ([batch] for batch in batches), loss, False, gradients=gradients, adapter_name=adapter_name, seed=seed,
         progress=progress,
@@ -80,7 +83,7 @@ def bases_from_steps(
     *,
     gradients: int = DEFAULT_GRADIENTS,
     adapter_name: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: bool = False,
 ) -> None:
     """As `compute_bases`, each gradient from the micro-batches of an optimizer step, whose losses are added up.
@@ -89,7 +92,10 @@ def bases_from_steps(
         steps: micro-batches of one step each; over several processes a gradient is the mean of theirs.
         accumulated: whether any step of any process has several; they pass twice.
     """
+    if gradients < 1:
+        raise InputError(f"gradients must be 1 or more, got {gradients}")
     adapter_name = _active_adapter(model) if adapter_name is None else adapter_name
+    seed = _own_seed(model, adapter_name) if seed is None else seed
     groups = layers_by_columns(model, adapter_name)
     _check_adapter(model, adapter_name, groups)
     loss = _own_loss if loss is None else loss
@@ -107,9 +113,12 @@ def bases_from_steps(
         sums = _sketches(groups, seed)
 
         def pass_on(batch: Any) -> None:
-            with torch.enable_grad(), _observed(sums, adapter_name):
-                with _runs_counted(sums):
-                    value = loss(model, _moved(batch, device))
+            with torch.enable_grad(), _observing(sums, adapter_name):
+                with _counting_runs(sums):
+                    value = loss(model, _to_device(batch, device))
+                if not isinstance(value, torch.Tensor) or value.numel() != 1:
+                    found = f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                    raise InputError(f"loss(model, batch) must return a tensor with one number, got {found}")
                 if not value.requires_grad:
                     raise InputError(
                         f"the loss of {type(model).__name__} has no gradient with dropout off, so none reaches the "
@@ -132,134 +141,7 @@ def bases_from_steps(
     _fill(sums, seed)
 
 
-class _Formed(NamedTuple):
-    """A gradient (out, in)."""
-
-    gradient: torch.Tensor
-
-    def times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return narrowed(self.gradient, matrix)
-
-    def transposed_times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return narrowed(self.gradient.T, matrix)
-
-
-class _Rows(NamedTuple):
-    """A gradient `g^T x` by its inputs (tokens, in) and output gradients (tokens, out)."""
-
-    x: torch.Tensor
-    g: torch.Tensor
-
-    def times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return narrowed(self.g.T, narrowed(self.x, matrix))
-
-    def transposed_times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return narrowed(self.x.T, narrowed(self.g, matrix))
-
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-class _Sketches:
-    """The two sketches of a set of columns, over the gradients of all layers that share it."""
-
-    def __init__(
-        self, columns: SparseGradColumns, layers: list[tuple[str, SparseGradLayer]], out: Sketch, inp: Sketch
-    ):
-        self.columns, self.layers, self.out, self.inp = columns, layers, out, inp
-        self.step = -1
-        self.runs: Counter[str] = Counter()  # of each layer in the forward pass of this batch
-        self._pending: dict[str, torch.Tensor] = {}
-        self._accumulated = False
-        self._sums: dict[str, Pair] = {}  # of products, over the micro-batches of a pass
-        self._projected: dict[str, Pair] | None = None  # G^T Omega_out and G Omega_in, in a second pass
-
-    def begin_step(self, accumulated: bool) -> None:
-        self.step += 1
-        self._accumulated, self._sums, self._projected = accumulated, {}, None
-
-    def begin_second_pass(self) -> None:
-        self._projected, self._sums = self._over_processes_and_layers(), {}
-
-    def end_step(self) -> None:
-        for name in list(self._pending):
-            self._add(name, _Formed(self._pending.pop(name)))
-        self.runs.clear()
-        if self._accumulated:
-            for name, (out, inp) in self._over_processes_and_layers().items():
-                self._take(name, self.out, out)
-                self._take(name, self.inp, inp)
-
-    def observer(self, name: str) -> Callable[[torch.Tensor, torch.Tensor], None]:
-        """Return a function that adds the gradient of the layer `name` from its inputs and output gradients.
-
-        They have shapes (tokens, in) and (tokens, out).
-        """
-
-        def observe(x: torch.Tensor, g: torch.Tensor) -> None:
-            dtype = self.out.sum.dtype
-            # A layer that runs several times has one gradient, the sum of its runs'; sums of products take any number.
-            if self.runs[name] > 1 and not self._accumulated:
-                formed = (g.T @ x.to(g.dtype)).to(dtype)
-                self._pending[name] = self._pending[name] + formed if name in self._pending else formed
-                return
-            gradient: _Formed | _Rows
-            if self._rows_are_cheaper(len(x)):
-                gradient = _Rows(x.to(dtype), g.to(dtype))
-            else:
-                gradient = _Formed((g.T @ x.to(g.dtype)).to(dtype))
-            if self._accumulated:
-                self._accumulate(name, gradient)
-            else:
-                self._add(name, gradient)
-
-        return observe
-
-    def _rows_are_cheaper(self, tokens: int) -> bool:
-        """Whether multiplying all rows by the test matrices costs less than forming `G = g^T x` first."""
-        n_out, n_in = len(self.out.omega), len(self.inp.omega)
-        width = self.out.omega.shape[1] + self.inp.omega.shape[1]
-        return 2 * tokens * (n_out + n_in) * width < tokens * n_out * n_in + 2 * n_out * n_in * width
-
-    def _add(self, name: str, gradient: _Formed | _Rows) -> None:
-        # G G^T Omega and G^T G Omega, G the mean over processes, in the same order on all of them
-        out = _over_processes(gradient.transposed_times(self.out.omega))
-        inp = _over_processes(gradient.times(self.inp.omega))
-        self._take(name, self.out, _over_processes(gradient.times(out)))
-        self._take(name, self.inp, _over_processes(gradient.transposed_times(inp)))
-
-    def _accumulate(self, name: str, gradient: _Formed | _Rows) -> None:
-        if self._projected is None:
-            products = gradient.transposed_times(self.out.omega), gradient.times(self.inp.omega)
-        else:
-            out, inp = self._projected[name]
-            products = gradient.times(out), gradient.transposed_times(inp)
-        before = self._sums.get(name)
-        self._sums[name] = products if before is None else (before[0] + products[0], before[1] + products[1])
-
-    def _over_processes_and_layers(self) -> dict[str, Pair]:
-        """The sums of a pass, 0 for a layer that no token of this process went through."""
-        n_out, n_in = len(self.out.omega), len(self.inp.omega)
-        rows_out, rows_in = (n_in, n_out) if self._projected is None else (n_out, n_in)
-        found = {}
-        for name, _ in self.layers:
-            if name not in self._sums:
-                out = self.out.sum.new_zeros(rows_out, self.out.omega.shape[1])
-                self._sums[name] = out, self.inp.sum.new_zeros(rows_in, self.inp.omega.shape[1])
-            out, inp = self._sums[name]
-            found[name] = _over_processes(out), _over_processes(inp)
-        return found
-
-    def _take(self, name: str, sketch: Sketch, product: torch.Tensor) -> None:
-        if not torch.isfinite(product).all():
-            raise InputError(
-                f"the gradient of {shown_name(name)} is not finite in batch {self.step} of the pre-pass; look for "
-                "bad rows or labels in the training data, or load the model in float32"
-            )
-        sketch.add(product)
-
-
-def _sketches(groups: list, seed: int) -> list[_Sketches]:
+def _sketches(groups: list, seed: int) -> list[Sketches]:
     test_matrices: dict[tuple, torch.Tensor] = {}  # shared by all layers of a size
 
     def omega(columns: torch.Tensor) -> torch.Tensor:
@@ -272,12 +154,12 @@ def _sketches(groups: list, seed: int) -> list[_Sketches]:
     found = []
     for columns, layers in groups:
         sides = (columns.out_columns, columns.in_columns)
-        found.append(_Sketches(columns, layers, *(Sketch(omega(side), side.shape[1]) for side in sides)))
+        found.append(Sketches(columns, layers, *(Sketch(omega(side), side.shape[1]) for side in sides)))
     return found
 
 
 @contextlib.contextmanager
-def _observed(sums: list[_Sketches], adapter_name: str) -> Iterator[None]:
+def _observing(sums: list[Sketches], adapter_name: str) -> Iterator[None]:
     layers = [(name, layer, sketches) for sketches in sums for name, layer in sketches.layers]
     try:
         for name, layer, sketches in layers:
@@ -288,7 +170,7 @@ def _observed(sums: list[_Sketches], adapter_name: str) -> Iterator[None]:
             layer.observe(adapter_name, None)
 
 
-def _fill(sums: list[_Sketches], seed: int) -> None:
+def _fill(sums: list[Sketches], seed: int) -> None:
     """Set the columns to the leading eigenvectors of the accumulated sketches, one set after the other."""
     without = [sketches.layers for sketches in sums if not sketches.out.sum.any()]
     if len(without) == len(sums):
@@ -309,27 +191,13 @@ def _fill(sums: list[_Sketches], seed: int) -> None:
             for sketch, side in ((sketches.out, "out"), (sketches.inp, "in"))
         ]
         sketches.columns.fill(*sides)
-        if _processes() > 1:  # all decompose the same sums; broadcasting makes the columns bit-identical
+        if processes() > 1:  # all decompose the same sums; broadcasting makes the columns bit-identical
             torch.distributed.broadcast(sketches.columns.out_columns, 0)
             torch.distributed.broadcast(sketches.columns.in_columns, 0)
 
 
-def _processes() -> int:
-    here = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if here else 1
-
-
-def _over_processes(part: torch.Tensor) -> torch.Tensor:
-    """The mean over the processes: a product with the mean gradient is the mean of the products."""
-    if _processes() == 1:
-        return part
-    part = part.contiguous()
-    torch.distributed.all_reduce(part)
-    return part / _processes()
-
-
 @contextlib.contextmanager
-def _runs_counted(sums: list[_Sketches]) -> Iterator[None]:
+def _counting_runs(sums: list[Sketches]) -> Iterator[None]:
     """Count how often each layer runs within: in a forward pass, not in what a backward pass recomputes."""
     hooks = []
     for sketches in sums:
@@ -361,15 +229,23 @@ def _without_dropout(model: nn.Module) -> Iterator[None]:
 
 
 def _own_loss(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
-    value = model(**batch).loss
-    if value is None:
+    def loss(batch: Mapping[str, Any]) -> torch.Tensor:
+        value = model(**batch).loss
+        if value is None:
+            raise InputError(
+                f"{type(model).__name__} returns no loss for these batches; add labels to them, or pass "
+                "loss(model, batch)"
+            )
+        return value
+
+    if not isinstance(batch, Mapping):
         raise InputError(
-            f"{type(model).__name__} returns no loss for these batches; add labels to them, or pass loss(model, batch)"
+            f"a batch is a {type(batch).__name__}, not keyword arguments of the model; pass loss(model, batch)"
         )
-    return value
+    return zero_without_tokens(loss, batch, predicts_next_tokens(model))
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def _to_device(batch: Any, device: torch.device) -> Any:
     if not isinstance(batch, Mapping):
         return batch
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
@@ -388,6 +264,12 @@ def _active_adapter(model: nn.Module) -> str:
     return layer.active_adapters[0] if layer.active_adapters else ""
 
 
+def _own_seed(model: nn.Module, adapter_name: str) -> int:
+    """The seed in the configuration of the adapter; 0 if the model has no configurations."""
+    owners = (m for m in model.modules() if adapter_name in (getattr(m, "peft_config", None) or {}))
+    return next((getattr(m.peft_config[adapter_name], "seed", 0) for m in owners), 0)
+
+
 def _check_adapter(model: nn.Module, adapter_name: str, groups: list) -> None:
     known = sorted({name for _, layer in sparse_grad_layers(model) for name in layer.sparse_grad_values})
     if not groups:
@@ -397,4 +279,10 @@ def _check_adapter(model: nn.Module, adapter_name: str, groups: list) -> None:
             raise InputError(
                 f"the adapter {adapter_name!r} is not in use in {shown_name(name)} (disabled, merged, or another "
                 f"one is active); call model.set_adapter({adapter_name!r}) first"
+            )
+        values = layer.sparse_grad_values[adapter_name]
+        if layer.sparse_grad_columns[adapter_name].ready and not values.is_meta and values.any():
+            raise InputError(
+                f"the adapter {adapter_name!r} already changes {shown_name(name)}, and with other columns it would "
+                "change something else; merge it (merge_and_unload) and add a new adapter"
             )

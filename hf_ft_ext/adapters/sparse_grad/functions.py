@@ -44,7 +44,7 @@ def by_weight_is_cheaper(tokens: int, values: torch.Tensor, n_out: int, n_in: in
     # Forward: x U is computed in any case, for the gradient of D; then ((x U) D^T) V^T, or (x U) (V D)^T.
     # Backward: g V is computed in any case; then the same with U and V exchanged.
     if backward:
-        per_token, once = (r * n_in, r * c * n_in) if r <= c else (r * c + c * n_in, 0)
+        per_token, once = (r * n_in, r * c * n_in) if r < c else (r * c + c * n_in, 0)
     else:
         per_token, once = (c * r + r * n_out, 0) if r <= c else (c * n_out, n_out * r * c)
     form = n_out * n_in * min(r, c) + r * c * (n_in if r <= c else n_out)
@@ -65,12 +65,12 @@ class ChangedLinear(torch.autograd.Function):
         d, v, u = (part.to(dtype) for part in (values, out_columns, in_columns))
         by_weight = by_weight_is_cheaper(len(flat), values, n_out, n_in, backward=False)
         trains = ctx.needs_input_grad[3]
-        narrow = narrowed(flat, u) if trains or not by_weight else None
+        narrow = project(flat, u) if trains or not by_weight else None  # x U
         bias = None if bias is None else bias.to(dtype)
         used = _changed(weight, d, v, u) if by_weight else weight.to(dtype)
-        y = _new_output(x, used, bias)
+        y = _new_output(x, used, bias)  # x (W + V D U^T)^T + b, or x W^T + b
         if not by_weight:
-            _add_change(y.view(-1, n_out), narrow, d, v)
+            _add_change(y.view(-1, n_out), narrow, d, v)  # + (x U) D^T V^T
         ctx.save_for_backward(narrow if trains else None, weight, values, out_columns, in_columns)
         return y
 
@@ -85,16 +85,16 @@ class ChangedLinear(torch.autograd.Function):
         tokens, kept = len(grads), tokens_with_gradient(grads)
         if kept is not None:
             grads, narrow = grads[kept], None if narrow is None else narrow[kept]
-        narrow_grads = narrowed(grads, v)
+        narrow_grads = project(grads, v)  # g V
         if ctx.needs_input_grad[3]:
             grad_values = (narrow_grads.T @ narrow.to(dtype)).to(values.dtype)  # (g V)^T (x U)
         if ctx.needs_input_grad[0]:
             if by_weight_is_cheaper(len(grads), values, n_out, n_in, backward=True):
-                grad_x = linear(grads, _changed(weight, d, v, u).T)
+                grad_x = linear(grads, _changed(weight, d, v, u).T)  # g (W + V D U^T)
             else:
-                grad_x = linear(grads, weight.to(dtype).T)
-                _add_change(grad_x, narrow_grads, d.T, u)
-            grad_x = _spread(grad_x, kept, tokens).view(*grad_output.shape[:-1], n_in)
+                grad_x = linear(grads, weight.to(dtype).T)  # g W
+                _add_change(grad_x, narrow_grads, d.T, u)  # + (g V) D U^T
+            grad_x = _scatter_rows(grad_x, kept, tokens).view(*grad_output.shape[:-1], n_in)
         return grad_x, None, None, grad_values, None, None
 
 
@@ -121,8 +121,8 @@ _PROBED = 16  # columns
 _MOST = 0.75
 
 
-def _spread(kept_rows: torch.Tensor, kept: torch.Tensor | None, tokens: int) -> torch.Tensor:
-    """The rows at their places `kept` among zeros, shape (tokens, features)."""
+def _scatter_rows(kept_rows: torch.Tensor, kept: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    """The rows at the indices `kept`, with zeros elsewhere, shape (tokens, features)."""
     if kept is None:
         return kept_rows
     return kept_rows.new_zeros(tokens, kept_rows.shape[1]).index_copy_(0, kept, kept_rows)
@@ -138,7 +138,7 @@ def _new_output(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return y
 
 
-def narrowed(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def project(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """`rows columns`, as the transpose of a product: with few columns, CPUs are up to 1.4 times faster that way."""
     return (columns.T @ rows.T).T
 
@@ -164,11 +164,11 @@ class AddedChange(torch.autograd.Function):
     def forward(ctx, y, x, values, out_columns, in_columns):
         flat = x.reshape(-1, x.shape[-1]).to(y.dtype)
         d, v, u = (part.to(y.dtype) for part in (values, out_columns, in_columns))
-        narrow = narrowed(flat, u)
+        narrow = project(flat, u)
         ctx.save_for_backward(narrow, values, out_columns, in_columns)
         ctx.x_dtype = x.dtype
         result = y.clone(memory_format=torch.contiguous_format)
-        _add_change(result.view(-1, y.shape[-1]), narrow, d, v)
+        _add_change(result.view(-1, y.shape[-1]), narrow, d, v)  # y + (x U) D^T V^T
         return result
 
     @staticmethod
@@ -177,7 +177,7 @@ class AddedChange(torch.autograd.Function):
         narrow, values, out_columns, in_columns = ctx.saved_tensors
         grads, dtype = grad_output.reshape(-1, grad_output.shape[-1]), grad_output.dtype
         d, v, u = (part.to(dtype) for part in (values, out_columns, in_columns))
-        narrow_grads = narrowed(grads, v)
+        narrow_grads = project(grads, v)
         grad_x = grad_values = None
         if ctx.needs_input_grad[2]:
             grad_values = (narrow_grads.T @ narrow.to(dtype)).to(values.dtype)  # (g V)^T (x U)
@@ -213,7 +213,7 @@ class ObservedLinear(torch.autograd.Function):
         rows, grads, kept = _observe(ctx.observe, x, grad_output)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = _spread(linear(grads, weight.to(grads.dtype).T), kept, rows).view(x.shape)
+            grad_x = _scatter_rows(linear(grads, weight.to(grads.dtype).T), kept, rows).view(x.shape)
         return grad_x, None, None, None, None
 
 

@@ -3,6 +3,7 @@
 import warnings
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -24,8 +25,7 @@ from hf_ft_ext.errors import InputError
 class SparseGradColumns(nn.Module):
     """The orthonormal columns `V_r` (out, r) and `U_c` (in, c) of an adapter; layers may share one module.
 
-    Attributes:
-        ready: whether the columns have been set; they are zero before.
+    They are zero until they have been set.
     """
 
     out_columns: torch.Tensor
@@ -35,7 +35,18 @@ class SparseGradColumns(nn.Module):
         super().__init__()
         self.register_buffer("out_columns", torch.zeros(n_out, block[0], dtype=dtype, device=device))
         self.register_buffer("in_columns", torch.zeros(n_in, block[1], dtype=dtype, device=device))
-        self.ready = False
+        self._ready = False
+
+    @property
+    def ready(self) -> bool:
+        """Whether the columns have been set, by `fill` or by any loader of files."""
+        if not self._ready and not self.out_columns.is_meta:  # loaders may assign tensors without a call to a hook
+            self._ready = bool(self.out_columns.any())
+        return self._ready
+
+    @ready.setter
+    def ready(self, value: bool) -> None:
+        self._ready = value
 
     @torch.no_grad()
     def fill(self, out_columns: torch.Tensor, in_columns: torch.Tensor) -> None:
@@ -46,8 +57,7 @@ class SparseGradColumns(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        # A file that was written before the columns were set holds zeros.
-        self.ready = not self.out_columns.is_meta and bool(self.out_columns.any())
+        self._ready = False  # a file that was written before the columns were set holds zeros
 
 
 class SparseGradLayer(nn.Module, BaseTunerLayer):
@@ -96,8 +106,10 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         for name in names:
             self._check_ready(name)
-        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if _is_transformed():
+            return self._by_plain_operations(x, names, *args, **kwargs)
+        if torch.is_autocast_enabled(x.device.type) and x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # as autocast does for linear layers
         if len(names) == 1 and not args and not kwargs and self._is_plain(x):
             weight, bias = self.base_layer.weight, self.base_layer.bias
             weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
@@ -116,6 +128,16 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
                 result = AddedChange.apply(result, x, trained, columns.out_columns, columns.in_columns)
             if observer is not None:
                 result = Observed.apply(result, x, values, observer)
+        return result
+
+    def _by_plain_operations(self, x: torch.Tensor, names: list[str], *args, **kwargs) -> torch.Tensor:
+        """As `forward`, by operations of torch, which have forward-mode derivatives and rules for `torch.func`."""
+        result = self.base_layer(x, *args, **kwargs)
+        for name in names:
+            columns = self.sparse_grad_columns[name]
+            parts = (columns.in_columns, self.sparse_grad_values[name], columns.out_columns)
+            u, d, v = (part.to(result.dtype) for part in parts)
+            result = result + ((x.to(result.dtype) @ u) @ d.T) @ v.T  # x U D^T V^T
         return result
 
     def _adapters_in_use(self) -> list[str]:
@@ -219,6 +241,11 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         return "sparse_grad." + super().__repr__()
 
 
+def _is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def new_columns(base: nn.Module, name: str, config: SparseGradConfig) -> SparseGradColumns:
     """Create columns for a linear layer: random ones with `init="random"`, else zero until they are computed.
 
@@ -255,6 +282,7 @@ def _leading(weights: list[torch.Tensor], k: int, seed: int) -> torch.Tensor:
     n = weights[0].shape[0]
     span = random_columns(n, min(n, k + OVERSAMPLING), seed, dtype).to(weights[0].device)
     for _ in range(_POWER_STEPS):
+        # Q <- orth(sum W (W^T Q))
         span = torch.linalg.qr(sum(weight @ (weight.T @ span) for weight in weights)).Q
     # Rayleigh-Ritz within the span: eigenvectors of Q^T (sum W W^T) Q.
     inner = sum((weight.T @ span).T @ (weight.T @ span) for weight in weights)

@@ -23,13 +23,16 @@ class SparseGradModel(LayerTuner):
     prefix = "sparse_grad_"
     tuner_layer_cls = SparseGradLayer
 
-    def _prepare_model(self, peft_config: SparseGradConfig, model: nn.Module) -> None:
+    def _choose_targets(self, peft_config: SparseGradConfig, model: nn.Module) -> None:
         layers = names_by_layer(model, peft_config.layers_pattern)
         refuse_unfit_layers(model, "sparse_grad", peft_config.layers_to_transform, list(layers))
         if peft_config.target_modules is None:
             names = feed_forward_linears(model, can_be_adapted, "target_modules", "stay frozen")
             peft_config.target_modules = within_layers(model, [plain_name(name) for name in names])
         refuse_nested_targets(model, "sparse_grad", peft_config)
+
+    def _supports(self, module: nn.Module) -> bool:
+        return can_be_adapted(module)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
         name = plain_name(current_key)
@@ -83,6 +86,11 @@ class SparseGradModel(LayerTuner):
                     f"{shown_name(name)} is quantized ({type(base).__name__}), and merging would round the weight to "
                     "its format; keep the adapter, or load the base without quantization and merge there"
                 )
+            if (other := _other_holder(self.model, base)) is not None:
+                raise InputError(
+                    f"{shown_name(name)} shares its weight with {shown_name(other)}, so merging would change both; "
+                    "keep the adapter, or load the base with tie_word_embeddings=False"
+                )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_merge_allowed()
@@ -116,6 +124,13 @@ def sparse_grad_layers(model: nn.Module) -> Iterator[tuple[str, SparseGradLayer]
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseGradLayer))
 
 
+def _other_holder(model: nn.Module, base: nn.Module) -> str | None:
+    """Name of another module that holds the weight of `base`; `None` if there is none."""
+    weight = base.weight
+    holders = ((name, m) for name, m in model.named_modules() if m is not base)
+    return next((name for name, m in holders if any(p is weight for p in m._parameters.values())), None)
+
+
 def kind_of(name: str, base: nn.Module) -> str:
     """The kind of a layer: its name without layer numbers, and its shape."""
     shape = "x".join(map(str, base.weight.shape)) if hasattr(base, "weight") else ""
@@ -124,11 +139,11 @@ def kind_of(name: str, base: nn.Module) -> str:
 
 def within_layers(model: nn.Module, names: list[str]) -> list[str]:
     """Names within a layer that match exactly the modules `names`; full names if there are none."""
-    places = [split_layer(name) for name in names]
-    if all(place is not None for place in places):
-        within = sorted({place[1] for place in places})
+    in_layers = [split_layer(name) for name in names]
+    if all(inner is not None for inner in in_layers):
+        within = sorted({inner.name for inner in in_layers})
         plain = (plain_name(name) for name, _ in model.named_modules())
-        reached = {name for name in plain if (place := split_layer(name)) is not None and place[1] in within}
+        reached = {name for name in plain if (inner := split_layer(name)) is not None and inner.name in within}
         if reached == set(names):
             return within
     return sorted(names)

@@ -51,7 +51,7 @@ class Sketch:
             root = torch.linalg.solve_triangular(factor, y.T, upper=False).T
         vectors = torch.linalg.svd(root, full_matrices=False).U[:, : self.k]
         if vectors.shape[1] < self.k:
-            vectors = completed(vectors, self.k, seed)
+            vectors = complete_columns(vectors, self.k, seed)
         return vectors.to(self.sum.dtype)
 
 
@@ -63,7 +63,7 @@ def random_test_matrix(n: int, k: int, seed: int, dtype: torch.dtype, device: to
     return random_columns(n, columns, seed, dtype).to(device)
 
 
-def completed(vectors: torch.Tensor, k: int, seed: int) -> torch.Tensor:
+def complete_columns(vectors: torch.Tensor, k: int, seed: int) -> torch.Tensor:
     """Extend orthonormal columns to `k`, with random ones that are orthogonal to them."""
     n, found = vectors.shape
     more = random_matrix(n, k - found, seed + 1, vectors.dtype).to(vectors.device)

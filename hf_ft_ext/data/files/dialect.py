@@ -14,16 +14,16 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from hf_ft_ext.arguments import QUOTINGS
-from hf_ft_ext.data.files.text_files import TextFile, Unreadable
+from hf_ft_ext.data.files.text_files import TextFile, UnreadableFile
 
 AUTO, NONE, MINIMAL, BACKSLASH = QUOTINGS
 DEFAULT_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 _NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
-_READINGS = {NONE: "without quotes", MINIMAL: "with quotes", BACKSLASH: 'with quotes, \\" inside them'}
-_LONE_RETURN = (
+_QUOTING_NAMES = {NONE: "without quotes", MINIMAL: "with quotes", BACKSLASH: 'with quotes, \\" inside them'}
+_RETURN_PLACEHOLDER = (
     "\ufdd0"  # replaces a lone "\r", which `csv` takes for a line end; a Unicode noncharacter for internal use
 )
-_ENOUGH = 5  # the least number of fields or rows from which a convention is inferred
+_LEAST_EVIDENCE = 5  # the least number of fields or rows from which a convention is inferred
 _FIELD_LIMIT = 2**31 - 1  # characters; csv's own limit is 131,072
 
 
@@ -56,7 +56,7 @@ def rows(file: TextFile, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
     Blank lines are skipped, except between rows of a single column, where they are empty fields.
 
     Raises:
-        Unreadable: a closing quote is not at the end of a field, or the text does not match its encoding.
+        UnreadableFile: a closing quote is not at the end of a field, or the text does not match its encoding.
     """
     blank = 0
     for number, fields in _split(file, dialect):
@@ -87,9 +87,9 @@ def _split(file: TextFile, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
     )
     try:
         for fields in reader:
-            yield reader.line_num + dialect.skipped, [f.replace(_LONE_RETURN, "\r") for f in fields]
+            yield reader.line_num + dialect.skipped, [f.replace(_RETURN_PLACEHOLDER, "\r") for f in fields]
     except csv.Error as error:
-        raise Unreadable(
+        raise UnreadableFile(
             f"line {reader.line_num + dialect.skipped}: {error}",
             'double every " inside a quoted field, and close the field before its delimiter',
         ) from None
@@ -104,11 +104,11 @@ def _protected(line: str, newline: str) -> str:
     if newline == "\r" or "\r" not in line:
         return line
     end = "\r\n" if line.endswith("\r\n") else ""
-    return line.removesuffix("\r\n").replace("\r", _LONE_RETURN) + end
+    return line.removesuffix("\r\n").replace("\r", _RETURN_PLACEHOLDER) + end
 
 
 @dataclass
-class _Survey:
+class _FileStatistics:
     """What one way of reading finds in a file."""
 
     dialect: Dialect
@@ -120,7 +120,7 @@ class _Survey:
     counted: bool = True  # whether the first field of every row is its number, from 0 or 1
     repeated: int | None = None  # line of a second header
     multiline: bool = False  # whether a quoted field spans several lines
-    fault: Unreadable | None = None
+    error: UnreadableFile | None = None
     # Counts of fields with quotes at their ends, for the reading without quotes.
     opened: int = 0
     closed_too: Counter = field(default_factory=Counter)  # by column
@@ -130,57 +130,57 @@ class _Survey:
     spaced: bool = False  # whether a space precedes an opening quote, which is then part of the text
 
 
-def _survey(file: TextFile, dialect: Dialect, names: Sequence[str] | None, limit: int | None) -> _Survey:
-    survey = _Survey(dialect)
+def _collect(file: TextFile, dialect: Dialect, names: Sequence[str] | None, limit: int | None) -> _FileStatistics:
+    stats = _FileStatistics(dialect)
     before = dialect.skipped
     try:
         for number, fields in islice(rows(file, dialect), limit):
-            survey.multiline |= dialect.quoting != NONE and number > before + 1 and _spans(fields)
+            stats.multiline |= dialect.quoting != NONE and number > before + 1 and _spans(fields)
             before = number
             if dialect.quoting == NONE:
-                _look_at_quotes(survey, fields)
-            if not survey.header:
-                survey.header_quoted = dialect.header and survey.opened == survey.closed_too.total() == len(fields)
+                _count_quotes(stats, fields)
+            if not stats.header:
+                stats.header_quoted = dialect.header and stats.opened == stats.closed_too.total() == len(fields)
                 if names and [name.strip() for name in fields] == list(names):
-                    raise Unreadable("its first line is a header line", "leave --column_names out")
-                survey.header = list(names) if names else [name.strip() for name in fields]
+                    raise UnreadableFile("its first line is a header line", "leave --column_names out")
+                stats.header = list(names) if names else [name.strip() for name in fields]
                 if not names:
                     continue
-            _look_at_row(survey, number, fields)
-    except Unreadable as fault:
-        survey.fault = fault
-    return survey
+            _count_row(stats, number, fields)
+    except UnreadableFile as error:
+        stats.error = error
+    return stats
 
 
 def _spans(fields: list[str]) -> bool:
     return any("\n" in value for value in fields)
 
 
-def _look_at_row(survey: _Survey, number: int, fields: list[str]) -> None:
+def _count_row(stats: _FileStatistics, number: int, fields: list[str]) -> None:
     width = len(fields)
-    survey.widths[width] += 1
-    survey.lines.setdefault(width, number)
-    survey.last_empty &= not fields[-1]
-    if survey.counted:
-        survey.counted = fields[0] in (str(survey.rows), str(survey.rows + 1))
-    survey.rows += 1
-    if survey.repeated is None and survey.dialect.header and fields == survey.header:
-        survey.repeated = number
+    stats.widths[width] += 1
+    stats.lines.setdefault(width, number)
+    stats.last_empty &= not fields[-1]
+    if stats.counted:
+        stats.counted = fields[0] in (str(stats.rows), str(stats.rows + 1))
+    stats.rows += 1
+    if stats.repeated is None and stats.dialect.header and fields == stats.header:
+        stats.repeated = number
 
 
-def _look_at_quotes(survey: _Survey, fields: list[str]) -> None:
-    inside, outside = survey.commas
+def _count_quotes(stats: _FileStatistics, fields: list[str]) -> None:
+    inside, outside = stats.commas
     for column, value in enumerate(fields):
         quoted = value.startswith('"')
-        survey.spaced |= value.startswith(" ") and value.lstrip(" ").startswith('"')
+        stats.spaced |= value.startswith(" ") and value.lstrip(" ").startswith('"')
         if quoted:
-            survey.opened += 1
+            stats.opened += 1
             if len(value) > 1 and value.endswith('"'):
-                survey.closed_too[column] += 1
-                survey.doubled += '""' in value[1:-1]
+                stats.closed_too[column] += 1
+                stats.doubled += '""' in value[1:-1]
         if "," in value:
             inside, outside = inside + quoted, outside + (not quoted)
-    survey.commas = inside, outside
+    stats.commas = inside, outside
 
 
 def find_dialect(
@@ -196,11 +196,11 @@ def find_dialect(
         limit: number of rows to inspect; `None` = all.
 
     Raises:
-        Unreadable: no reading fits, or two readings fit and give different rows.
+        UnreadableFile: no reading fits, or two readings fit and give different rows.
     """
     first = next((_without_end(line) for line in file.lines() if line.strip()), "")
     if "\0" in first:
-        raise Unreadable(
+        raise UnreadableFile(
             "its first line has NUL characters; it may be UTF-16 without a byte order mark", "save it as UTF-8"
         )
     given = re.fullmatch(r'"?sep=(.)"?[,;]*', first, flags=re.IGNORECASE)  # Excel's
@@ -210,21 +210,21 @@ def find_dialect(
     expected = DEFAULT_DELIMITERS[suffix]
     base = Dialect(expected, quoting, 0, not names)
     others = [] if expected in first else [other for other in _NAMES if other in first]
-    found, faults = [], []
+    found, errors = [], []
     for other in others:
         try:
             found.append(_quoted_or_not(file, replace(base, delimiter=other), names, limit))
-        except Unreadable as fault:
-            faults.append((other, fault))
+        except UnreadableFile as error:
+            errors.append((other, error))
     found = [(dialect, notes) for dialect, notes in found if len(dialect.names) > 1]
     if len(found) == 1:
         dialect, notes = found[0]
         return dialect, [f"the delimiter is a {_NAMES[dialect.delimiter]}, not a {_NAMES[expected]}", *notes]
-    if len(found) > 1 or any(other in ";\t" or expected == "\t" for other, _ in faults):
-        other, fault = (found[0][0].delimiter, None) if found else faults[0]
+    if len(found) > 1 or any(other in ";\t" or expected == "\t" for other, _ in errors):
+        other, error = (found[0][0].delimiter, None) if found else errors[0]
         cause = f"it has no {_NAMES[expected]} in its first line, but a {_NAMES[other]}"
-        raise Unreadable(
-            cause + (f"; with that delimiter, {fault.cause}" if fault else ""),
+        raise UnreadableFile(
+            cause + (f"; with that delimiter, {error.cause}" if error else ""),
             f"save it with the delimiter of a {suffix} file, or put sep={other} into a line before the first",
         )
     return _quoted_or_not(file, base, names, limit)
@@ -235,127 +235,128 @@ def _quoted_or_not(
 ) -> tuple[Dialect, list[str]]:
     """Return the dialect of the reading that fits, and what to log."""
     if base.quoting != AUTO:
-        return _fitted(_survey(file, base, names, limit))
-    plain = _survey(file, replace(base, quoting=NONE), names, limit)
-    if not plain.opened or plain.fault:
+        return _fitted(_collect(file, base, names, limit))
+    plain = _collect(file, replace(base, quoting=NONE), names, limit)
+    if not plain.opened or plain.error:
         return _fitted(plain)
-    quoted = _survey(file, replace(base, quoting=MINIMAL), names, limit)
+    quoted = _collect(file, replace(base, quoting=MINIMAL), names, limit)
     fits = {}
-    faults = {}
-    for survey in (plain, quoted):
+    errors = {}
+    for stats in (plain, quoted):
         try:
-            fits[survey.dialect.quoting] = _fitted(survey)
-        except Unreadable as fault:
-            faults[survey.dialect.quoting] = fault
+            fits[stats.dialect.quoting] = _fitted(stats)
+        except UnreadableFile as error:
+            errors[stats.dialect.quoting] = error
     if not fits or (MINIMAL not in fits and plain.header_quoted):  # R and databases write backslashes
         try:
-            return _said(
-                _fitted(_survey(file, replace(base, quoting=BACKSLASH), names, limit)), "the only reading that fits"
+            return _with_reading(
+                _fitted(_collect(file, replace(base, quoting=BACKSLASH), names, limit)), "the only reading that fits"
             )
-        except Unreadable:
+        except UnreadableFile:
             pass
     if not fits:
         likely, other = (NONE, MINIMAL) if base.delimiter == "\t" else (MINIMAL, NONE)
-        raise Unreadable(
-            f"{_READINGS[likely]}: {faults[likely].cause}; {_READINGS[other]}: {faults[other].cause}",
-            f"{faults[likely].cure}, or pass --quoting {NONE} or {MINIMAL} to see that reading's faults alone",
+        raise UnreadableFile(
+            f"{_QUOTING_NAMES[likely]}: {errors[likely].cause}; {_QUOTING_NAMES[other]}: {errors[other].cause}",
+            f"{errors[likely].fix}, or pass --quoting {NONE} or {MINIMAL} to see that reading's errors alone",
         )
     if len(fits) == 1:
         (found,) = fits.values()
-        return _said(found, "only this way all rows have the header's number of fields")
+        return _with_reading(found, "only this way all rows have the header's number of fields")
     if quoted.multiline and base.delimiter != "\t" and not _written_with_quotes(plain):
-        raise Unreadable(
+        raise UnreadableFile(
             f"it can be read in two ways: {plain.rows:,} rows without quotes, {quoted.rows:,} with quotes",
             f"pass --quoting {NONE} or --quoting {MINIMAL}",
         )
     if base.delimiter != "\t":
-        return _said(fits[MINIMAL], "the default for csv")
+        return _with_reading(fits[MINIMAL], "the default for csv")
     if _written_with_quotes(plain):
-        return _said(fits[MINIMAL], "its quotes look written by a program")
-    return _said(fits[NONE], "its quotes are part of the texts")
+        return _with_reading(fits[MINIMAL], "its quotes look written by a program")
+    return _with_reading(fits[NONE], "its quotes are part of the texts")
 
 
-def _written_with_quotes(plain: _Survey) -> bool:
+def _written_with_quotes(plain: _FileStatistics) -> bool:
     """Whether the quotes of a file that fits both readings look written by a program.
 
     Programs quote the header, double quotes inside quotes, quote whole columns, or (Excel) quote every field that
     contains a comma.
     """
-    whole = plain.rows in plain.closed_too.values() and plain.rows >= _ENOUGH
+    whole = plain.rows in plain.closed_too.values() and plain.rows >= _LEAST_EVIDENCE
     inside, outside = plain.commas
-    excel = inside >= _ENOUGH and not outside and inside == plain.opened
+    excel = inside >= _LEAST_EVIDENCE and not outside and inside == plain.opened
     likely = plain.header_quoted or plain.doubled > 0 or whole or excel
     return likely and plain.opened == plain.closed_too.total()
 
 
-def _said(found: tuple[Dialect, list[str]], why: str) -> tuple[Dialect, list[str]]:
+def _with_reading(found: tuple[Dialect, list[str]], why: str) -> tuple[Dialect, list[str]]:
     dialect, notes = found
-    return dialect, [f"read {_READINGS[dialect.quoting]} ({why}; --quoting forces another reading)", *notes]
+    return dialect, [f"read {_QUOTING_NAMES[dialect.quoting]} ({why}; --quoting forces another reading)", *notes]
 
 
-def _fitted(survey: _Survey) -> tuple[Dialect, list[str]]:
+def _fitted(stats: _FileStatistics) -> tuple[Dialect, list[str]]:
     """Return the dialect of a reading, with the columns that all rows have.
 
     Raises:
-        Unreadable: the rows do not match the header.
+        UnreadableFile: the rows do not match the header.
     """
-    if survey.fault:
-        raise survey.fault
-    header, widths = survey.header, set(survey.widths)
+    if stats.error:
+        raise stats.error
+    header, widths = stats.header, set(stats.widths)
     if not header:
-        raise Unreadable("it is empty", "check that it holds a header line and rows")
+        raise UnreadableFile("it is empty", "check that it holds a header line and rows")
     named, width, start, notes = len(header), len(header), 0, []
-    trailing = named > 1 and not header[-1] and survey.dialect.header
-    if trailing and widths == {named} and survey.last_empty:
+    trailing = named > 1 and not header[-1] and stats.dialect.header
+    if trailing and widths == {named} and stats.last_empty:
         named -= 1
         notes.append("the empty column at the end is left out")
     elif trailing and widths == {named - 1}:
         named, width = named - 1, named - 1
-    elif widths == {named + 1} and survey.last_empty:
+    elif widths == {named + 1} and stats.last_empty:
         width += 1
         notes.append("the empty field at the end of every row is left out")
-    elif widths == {named + 1} and survey.counted and survey.rows >= _ENOUGH and survey.dialect.header:
+    elif widths == {named + 1} and stats.counted and stats.rows >= _LEAST_EVIDENCE and stats.dialect.header:
         start, width = 1, width + 1
         notes.append("the row numbers before the first column are left out")
     elif widths - {named}:
-        raise _ragged(survey)
+        raise _ragged(stats)
     names = [name or f"Unnamed: {i}" for i, name in enumerate(header[:named])]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise Unreadable(f"{Counter(names)[twice[0]]} of its columns are named '{twice[0]}'", "rename all but one")
-    if survey.repeated is not None:
-        raise Unreadable(
-            f"line {survey.repeated} repeats the first line, its header",
+        raise UnreadableFile(f"{Counter(names)[twice[0]]} of its columns are named '{twice[0]}'", "rename all but one")
+    if stats.repeated is not None:
+        raise UnreadableFile(
+            f"line {stats.repeated} repeats the first line, its header",
             "remove that line, or if the file has no header line, name its columns with --column_names",
         )
-    return replace(survey.dialect, names=tuple(names), start=start, width=width), notes
+    return replace(stats.dialect, names=tuple(names), start=start, width=width), notes
 
 
-def _ragged(survey: _Survey) -> Unreadable:
-    named, delimiter = len(survey.header), _NAMES.get(survey.dialect.delimiter, repr(survey.dialect.delimiter))
-    listed = ", ".join(survey.header[:5]) + (", ..." if named > 5 else "")
-    wrong = {width: line for width, line in survey.lines.items() if width != named}
+def _ragged(stats: _FileStatistics) -> UnreadableFile:
+    named, delimiter = (
+        len(stats.header),
+        _NAMES.get(stats.dialect.delimiter, repr(stats.dialect.delimiter)),
+    )
+    listed = ", ".join(stats.header[:5]) + (", ..." if named > 5 else "")
+    wrong = {width: line for width, line in stats.lines.items() if width != named}
     width, line = min(wrong.items(), key=lambda item: item[1])
-    count = survey.rows - survey.widths[named]
+    count = stats.rows - stats.widths[named]
     header = f"the header has {named} ({listed})"
-    if survey.spaced:
-        return Unreadable(
+    if stats.spaced:
+        return UnreadableFile(
             f"line {line} has {width} fields, but {header}: a space before a double quote makes it part of the text",
             "remove the spaces before double quotes",
         )
-    if set(survey.widths) == {named + 1}:
-        return Unreadable(
+    if set(stats.widths) == {named + 1}:
+        return UnreadableFile(
             f"every row has {named + 1} fields, but {header}: a {delimiter} too many in each, perhaps inside a text",
             f"put texts that hold a {delimiter} into double quotes, or name all columns in the header",
         )
-    cause = (
-        f"{count:,} of {survey.rows:,} rows do not fit: line {line} has {width} field{'s' * (width != 1)}, {header}"
-    )
+    cause = f"{count:,} of {stats.rows:,} rows do not fit: line {line} has {width} field{'s' * (width != 1)}, {header}"
     if width > named:
-        return Unreadable(
+        return UnreadableFile(
             f"{cause}; perhaps a {delimiter} inside a text", f"put texts that hold a {delimiter} into double quotes"
         )
-    return Unreadable(
+    return UnreadableFile(
         f"{cause}; perhaps a line break inside a text",
         "put texts that hold a line break into double quotes, and write every delimiter of a row",
     )

@@ -16,7 +16,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from hf_ft_ext.data.files.dialect import AUTO
 from hf_ft_ext.data.files.records import LIST_OF, NESTED, Records, open_records
 from hf_ft_ext.data.files.tables import FLOAT, INT, MISSING, TEXT, UNKNOWN, Table, converted, open_table
-from hf_ft_ext.data.files.text_files import Unreadable, data_suffix
+from hf_ft_ext.data.files.text_files import UnreadableFile, data_suffix
 from hf_ft_ext.errors import InputError
 
 # Text columns searched for in own data, in this order.
@@ -86,7 +86,7 @@ def open_own_files(
     kinds = _joint([kinds for parts in opened.values() for _, kinds in parts])
     result: dict[str, Dataset | IterableDataset] = {}
     for split, parts in opened.items():
-        own = _of_split([found for _, found in parts])
+        own = _types_of_split([found for _, found in parts])
         columns = tuple((name, _kind_of(name, own[name], kinds[name])) for name in own)
         sources = tuple(source for source, _ in parts)
         values = {
@@ -141,8 +141,8 @@ def _open(name: str, path: str, reading: Reading, limit: int | None) -> tuple[Ta
             kinds, nested = _without_nested(kinds, reading)
             source = replace(source, names=tuple(kinds))
             notes += nested
-    except Unreadable as fault:
-        raise InputError(f"cannot read {name} ({fault.cause}); {fault.cure}") from None
+    except UnreadableFile as error:
+        raise InputError(f"cannot read {name} ({error.cause}); {error.fix}") from None
     except (OSError, EOFError) as error:
         raise InputError(f"cannot read {name} ({error}); check the file") from error
     for note in notes:
@@ -155,7 +155,7 @@ def _without_nested(kinds: dict[str, str], reading: Reading) -> tuple[dict[str, 
     wanted = [name for name in nested if name in reading.text | reading.labels]
     flat = {name: kind for name, kind in kinds.items() if kind != NESTED}
     if wanted or (nested and not flat):
-        raise Unreadable(
+        raise UnreadableFile(
             f"column '{(wanted or nested)[0]}' is nested or holds values of several types",
             "write one text or number for each row and column",
         )
@@ -172,7 +172,7 @@ def _joint(found: Sequence[dict[str, str]]) -> dict[str, str]:
     return joint
 
 
-def _of_split(found: Sequence[dict[str, str]]) -> dict[str, str]:
+def _types_of_split(found: Sequence[dict[str, str]]) -> dict[str, str]:
     """Return the types of the columns that all files of a split have."""
     own = {name: kind for name, kind in found[0].items() if all(name in kinds for kinds in found)}
     for kinds in found[1:]:
@@ -205,7 +205,7 @@ def _rows(
     kinds = dict(columns)
     for source in sources:
         convert = _field if isinstance(source, Table) else _value
-        for values in source.records(skip_faults=tolerant):
+        for values in source.records(skip_errors=tolerant):
             row = dict.fromkeys(kinds)
             for name, value in zip(source.names, values or (), strict=False):
                 if name in kinds:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from hf_ft_ext.data.files.text_files import TextFile, Unreadable, text_file
+from hf_ft_ext.data.files.text_files import TextFile, UnreadableFile, text_file
 
 LIST_OF, NESTED = "list of ", "nested"
 _LINES, _OBJECTS, _LIST, _FIELD, _COLUMNS = "lines", "objects", "list", "field", "columns"
-_CURE = 'write one object per line, such as {"text": "good", "label": 0}'
+_FIX = 'write one object per line, such as {"text": "good", "label": 0}'
 
 
 @dataclass(frozen=True)
@@ -29,27 +29,27 @@ class Records:
     field: str | None = None
     names: tuple[str, ...] = ()
 
-    def records(self, skip_faults: bool = False) -> Iterator[list | None]:
+    def records(self, skip_errors: bool = False) -> Iterator[list | None]:
         """Yield the values of the columns `names`, row by row; `None` for missing values.
 
         Args:
-            skip_faults: yield `None` for a line that is not an object, instead of raising.
+            skip_errors: yield `None` for a line that is not an object, instead of raising.
         """
-        for row in self.rows(skip_faults):
+        for row in self.rows(skip_errors):
             yield None if row is None else [row.get(name) for name in self.names]
 
-    def rows(self, skip_faults: bool = False) -> Iterator[dict[str, Any] | None]:
+    def rows(self, skip_errors: bool = False) -> Iterator[dict[str, Any] | None]:
         """Yield the objects of the file.
 
         Raises:
-            Unreadable: the file is not JSON, or its rows are not objects.
+            UnreadableFile: the file is not JSON, or its rows are not objects.
         """
         if self.layout == _LINES:
-            yield from self._lines(skip_faults)
+            yield from self._lines(skip_errors)
         else:
             yield from self._parts()
 
-    def _lines(self, skip_faults: bool) -> Iterator[dict | None]:
+    def _lines(self, skip_errors: bool) -> Iterator[dict | None]:
         for number, line in enumerate(self.file.lines(), 1):
             if not line.strip():
                 continue
@@ -58,8 +58,8 @@ class Records:
                 if not isinstance(row, dict):
                     raise ValueError(f"{type(row).__name__} instead of an object")
             except ValueError as error:
-                if not skip_faults:
-                    raise Unreadable(f"line {number}: {getattr(error, 'msg', error)}", _CURE) from None
+                if not skip_errors:
+                    raise UnreadableFile(f"line {number}: {getattr(error, 'msg', error)}", _FIX) from None
                 row = None
             yield row
 
@@ -74,7 +74,7 @@ class Records:
             content = [dict(zip(content, row, strict=True)) for row in zip(*columns, strict=True)]
         for number, row in enumerate(content):
             if not isinstance(row, dict):
-                raise Unreadable(f"entry {number} of its list is {type(row).__name__} instead of an object", _CURE)
+                raise UnreadableFile(f"entry {number} of its list is {type(row).__name__} instead of an object", _FIX)
             yield row
 
     def kinds(self, text: Collection[str], limit: int | None = None) -> dict[str, str]:
@@ -109,7 +109,7 @@ def _objects(file: TextFile) -> list[Any]:
             value, end = decoder.raw_decode(text, position)
         except ValueError as error:
             line = text.count("\n", 0, getattr(error, "pos", position)) + 1
-            raise Unreadable(f"line {line}: {getattr(error, 'msg', error)}", f"correct it; {_CURE}") from None
+            raise UnreadableFile(f"line {line}: {getattr(error, 'msg', error)}", f"correct it; {_FIX}") from None
         found.append(value)
         position = end + len(text[end:]) - len(text[end:].lstrip())
     return found
@@ -123,12 +123,12 @@ def open_records(path: str, limit: int | None = None) -> tuple[Records, list[str
         limit: number of rows from which the columns are found; `None` = all.
 
     Raises:
-        Unreadable: the file is not JSON, is empty, or has several fields that may hold the rows.
+        UnreadableFile: the file is not JSON, is empty, or has several fields that may hold the rows.
     """
     file = text_file(path)
     first = list(islice((line for line in file.lines() if line.strip()), 2))
     if not first:
-        raise Unreadable("it is empty", _CURE)
+        raise UnreadableFile("it is empty", _FIX)
     if len(first) == 2 and _is_object(first[0]):
         layout, field, notes = _LINES, None, []
     else:
@@ -155,12 +155,12 @@ def _layout(content: list[Any]) -> tuple[str, str | None, list[str]]:
     if isinstance(whole, list):
         return _LIST, None, []
     if not isinstance(whole, dict):
-        raise Unreadable(f"it holds one {type(whole).__name__}", _CURE)
+        raise UnreadableFile(f"it holds one {type(whole).__name__}", _FIX)
     lists = [name for name, v in whole.items() if isinstance(v, list) and v and all(isinstance(e, dict) for e in v)]
     if len(lists) == 1:
         return _FIELD, lists[0], [f"its rows are those of the field '{lists[0]}'"]
     if lists:
-        raise Unreadable(
+        raise UnreadableFile(
             f"its rows may be those of any of the fields {', '.join(lists)}", "write each of them to a file of its own"
         )
     values = list(whole.values())

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from hf_ft_ext.data.files.dialect import AUTO, Dialect, find_dialect, rows
-from hf_ft_ext.data.files.text_files import TextFile, Unreadable, data_suffix, text_file
+from hf_ft_ext.data.files.text_files import TextFile, UnreadableFile, data_suffix, text_file
 
 INT, FLOAT, TEXT, UNKNOWN = "int64", "float64", "string", ""
 _WIDEST = 18  # digits that always fit an int64
@@ -27,14 +27,14 @@ class Table:
     def names(self) -> tuple[str, ...]:
         return self.dialect.names
 
-    def records(self, skip_faults: bool = False) -> Iterator[list[str] | None]:
+    def records(self, skip_errors: bool = False) -> Iterator[list[str] | None]:
         """Yield the fields of the columns `names`, row by row.
 
         Args:
-            skip_faults: yield `None` for a row with too many or too few fields, instead of raising.
+            skip_errors: yield `None` for a row with too many or too few fields, instead of raising.
 
         Raises:
-            Unreadable: the file has changed since it was opened.
+            UnreadableFile: the file has changed since it was opened.
         """
         dialect = self.dialect
         found = rows(self.file, dialect)
@@ -44,10 +44,10 @@ class Table:
         for number, fields in found:
             if len(fields) == dialect.width:
                 yield fields[dialect.start : end]
-            elif skip_faults:
+            elif skip_errors:
                 yield None
             else:
-                raise Unreadable(f"line {number} has {len(fields)} fields, not {dialect.width}", "correct it")
+                raise UnreadableFile(f"line {number} has {len(fields)} fields, not {dialect.width}", "correct it")
 
     def kinds(self, text: Collection[str], limit: int | None = None) -> dict[str, str]:
         """Return the type of each column: `INT`, `FLOAT`, `TEXT`, or `UNKNOWN` if all values are missing.
@@ -58,7 +58,7 @@ class Table:
         """
         kinds = {name: TEXT if name in text else UNKNOWN for name in self.names}
         open_columns = [(i, name) for i, name in enumerate(self.names) if kinds[name] != TEXT]
-        for count, fields in enumerate(self.records(skip_faults=limit is not None)):
+        for count, fields in enumerate(self.records(skip_errors=limit is not None)):
             if not open_columns or count == limit:
                 break
             for i, name in open_columns if fields is not None else ():
@@ -107,7 +107,7 @@ def open_table(
     """Return a file's table, and what to log about reading it.
 
     Raises:
-        Unreadable: see `find_dialect`.
+        UnreadableFile: see `find_dialect`.
     """
     file = text_file(path)
     dialect, notes = find_dialect(file, data_suffix(path), quoting, names, limit)

@@ -15,12 +15,12 @@ _HEAD = 1 << 20  # bytes from which encoding and line ends are inferred
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
-class Unreadable(ValueError):
-    """A file cannot be read: `cause` says why, `cure` how to fix it."""
+class UnreadableFile(ValueError):
+    """A file cannot be read: `cause` says why, `fix` how to fix it."""
 
-    def __init__(self, cause: str, cure: str):
-        super().__init__(f"{cause}; {cure}")
-        self.cause, self.cure = cause, cure
+    def __init__(self, cause: str, fix: str):
+        super().__init__(f"{cause}; {fix}")
+        self.cause, self.fix = cause, fix
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TextFile:
         r"""Yield lines with their ends, split only at `newline`: any other `\r` is part of the text.
 
         Raises:
-            Unreadable: the bytes cannot be decoded with `encoding`.
+            UnreadableFile: the bytes cannot be decoded with `encoding`.
         """
         with (
             open_binary(self.path) as raw,
@@ -74,15 +74,15 @@ def text_file(path: str | Path) -> TextFile:
     return TextFile(str(path), encoding, newline, (status.st_mtime_ns, status.st_size))
 
 
-def _undecodable(file: TextFile) -> Unreadable:
+def _undecodable(file: TextFile) -> UnreadableFile:
     """Find the line that is not UTF-8."""
-    cure = "save it as UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8 old > new"
+    fix = "save it as UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8 old > new"
     if file.encoding == "utf-16":
-        return Unreadable("it starts with the byte order mark of UTF-16, but is not UTF-16", "save it as UTF-8")
+        return UnreadableFile("it starts with the byte order mark of UTF-16, but is not UTF-16", "save it as UTF-8")
     with open_binary(file.path) as raw:
         for number, line in enumerate(raw, 1):
             try:
                 line.decode("utf-8")
             except UnicodeDecodeError as error:
-                return Unreadable(f"line {number} has the byte 0x{line[error.start]:02x}, which is not UTF-8", cure)
-    return Unreadable("it is not UTF-8", cure)
+                return UnreadableFile(f"line {number} has the byte 0x{line[error.start]:02x}, which is not UTF-8", fix)
+    return UnreadableFile("it is not UTF-8", fix)

@@ -9,14 +9,14 @@ import torch
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.exchange import SingleProcess
-from hf_ft_ext.training.copying import CopiedInFull
+from hf_ft_ext.training.copying import CopyableOptimizer
 
 Closure = Callable[[], float | torch.Tensor]
 _OWN_STATE = "search"
-_FREED_ONCE = 2**25 - 2**16  # bytes, just below glibc's DEFAULT_MMAP_THRESHOLD_MAX (32 MiB)
+_FREED_BLOCK_BYTES = 2**25 - 2**16  # bytes, just below glibc's DEFAULT_MMAP_THRESHOLD_MAX (32 MiB)
 
 
-class GradientFreeOptimizer(CopiedInFull):
+class GradientFreeOptimizer(CopyableOptimizer):
     """An optimizer that uses losses only.
 
     `step(closure)` evaluates `closure()`, the loss at the current weights, as often as the method needs. Some training
@@ -133,4 +133,4 @@ def keep_freed_memory() -> None:
     holds for each chunk of weights that `SPSA` computes. The block is never written to, so it costs no memory. Other
     allocators are not affected.
     """
-    torch.empty(_FREED_ONCE, dtype=torch.uint8)
+    torch.empty(_FREED_BLOCK_BYTES, dtype=torch.uint8)

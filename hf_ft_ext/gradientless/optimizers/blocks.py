@@ -45,12 +45,12 @@ class ParameterBlock:
                 self.views, self.positions = [IndexView(p, None) for p in self.parameters], None
             elif self.tree is None:
                 self.positions = None
-                self._spread(chosen)
+                self._set_views(chosen)
             else:
-                self._join(chosen)
+                self._add_to_views(chosen)
         self.age += 1
 
-    def _spread(self, chosen: torch.Tensor) -> None:
+    def _set_views(self, chosen: torch.Tensor) -> None:
         """Set `views` from ascending positions in the concatenation of all tensors."""
         if len(self.parameters) == 1:
             self.views = [IndexView(self.parameters[0], chosen)]
@@ -75,15 +75,15 @@ class ParameterBlock:
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _join(self, chosen: torch.Tensor) -> None:
+    def _add_to_views(self, chosen: torch.Tensor) -> None:
         """Set `views` to the union of the `chosen` positions and those that options change."""
         used = self.tree.used()
         kept = used.nonzero().flatten()
         earlier = self._flat_positions()[kept]
         union, inverse = torch.cat([earlier, chosen]).unique(return_inverse=True)
-        self.tree.place_in(union.numel(), inverse[: kept.numel()], kept)
+        self.tree.remap_entries(union.numel(), inverse[: kept.numel()], kept)
         self.positions = inverse[kept.numel() :] if union.numel() > chosen.numel() else None
-        self._spread(union)
+        self._set_views(union)
 
     # --- candidates --------------------------------------------------------------------------------
 
@@ -103,7 +103,7 @@ class ParameterBlock:
         if options is not None and self.tree is None:
             self.tree = OptionTree(*options, size, self.compute, self.device)
 
-    def candidates(self, seed: int, with_unmoved: bool) -> Candidates:
+    def candidates(self, seed: int, with_current: bool) -> Candidates:
         """Candidates of this step.
 
         Without options: K candidates around the current tensor. With options: for each leaf, the leaf itself and K
@@ -111,7 +111,7 @@ class ParameterBlock:
 
         Args:
             seed: of the noise.
-            with_unmoved: put the current tensor itself first.
+            with_current: put the current tensor itself first.
         """
         here = read_views(self.views).to(self.compute)[None]
         scales, vectors = self.scales()
@@ -120,12 +120,12 @@ class ParameterBlock:
             starts, leaves = here, 1
         else:
             starts, leaves, own = here + self.tree.leaves(), self.tree.n_leaves, (0.0,)
-            if with_unmoved:
+            if with_current:
                 starts = torch.cat([here, starts])
-        first = 1 if with_unmoved and self.tree is not None else 0
+        first = 1 if with_current and self.tree is not None else 0
         per_vector = max(vectors) + 1
         start, scale, noise = [], [], []
-        if with_unmoved:
+        if with_current:
             start, scale, noise = [0], [0.0], [0]
         for leaf in range(leaves):
             start += [first + leaf] * (len(own) + len(scales))
@@ -146,7 +146,8 @@ class ParameterBlock:
         norms = (total - squares[-1] + squares).clamp(min=0).sqrt()
         return norms[:-1], float(norms[-1])
 
-    def move(self, values: torch.Tensor) -> None:
+    def write_entries(self, values: torch.Tensor) -> None:
+        """Set the entries of `views`."""
         write_views(self.views, values)
 
     # --- state -------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ class ParameterBlock:
     def load(self, state: dict) -> None:
         self.age = state["age"]
         if state["entries"] is not None:
-            self._spread(state["entries"].to(self.device))
+            self._set_views(state["entries"].to(self.device))
         self.positions = None if state["positions"] is None else state["positions"].to(self.device)
         if state["tree"] is not None:
             self.ensure_tree(1)

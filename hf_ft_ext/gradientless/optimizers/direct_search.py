@@ -140,7 +140,7 @@ class DirectSearch(GradientFreeOptimizer):
         """
         block.renew(self.generator, getattr(evaluate, "importance", None))
         block.ensure_tree(sum(view.size for view in block.views))
-        candidates = block.candidates(self._draw_seed(), with_unmoved=loss is None)
+        candidates = block.candidates(self._draw_seed(), with_current=loss is None)
         losses = self._evaluate(evaluate, block, candidates)
         objective, penalty = losses.clone(), 0.0
         if weight := float(block.group["weight_decay"]):  # objective = loss + weight_decay * ||theta||_2
@@ -159,7 +159,7 @@ class DirectSearch(GradientFreeOptimizer):
         improves = float(objective[best]) < loss + penalty
         if block.tree is None:
             if improves:
-                block.move(candidates.row(best + shift))
+                block.write_entries(candidates.row(best + shift))
                 report_accepted(evaluate, best + shift)
                 loss = float(losses[best + shift])
             return loss
@@ -196,7 +196,7 @@ class DirectSearch(GradientFreeOptimizer):
         # With one level, the option is a leaf, and the first candidate of its group is the leaf itself.
         row = shift + first * per_leaf if is_leaf else None
         if moves:
-            block.move(read_views(block.views).to(block.compute) + option)
+            block.write_entries(read_views(block.views).to(block.compute) + option)
         tree.advance(first, children)
         if moves:
             report_accepted(evaluate, row)

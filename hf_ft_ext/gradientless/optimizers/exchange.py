@@ -49,7 +49,7 @@ class SharedData(_Shared):
 
     def combine(self, losses: torch.Tensor) -> torch.Tensor:
         sums = self.total(torch.cat([losses * self.weight, losses.new_tensor([self.weight])]))
-        return sums[:-1] / sums[-1]
+        return sums[:-1] / (sums[-1] if sums[-1] else 1.0)  # all 0 if no process has a label token
 
 
 class SharedCandidates(_Shared):
@@ -67,4 +67,4 @@ class SharedCandidates(_Shared):
         return range(self.rank, n, self.world)
 
     def combine(self, losses: torch.Tensor) -> torch.Tensor:
-        return self.total(losses)
+        return self.total(losses)  # each loss is 0 on all processes but one

@@ -6,10 +6,10 @@ from collections.abc import Callable
 import torch
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.training.copying import CopiedInFull
+from hf_ft_ext.training.copying import CopyableOptimizer
 
 
-class HeadAdam(CopiedInFull):
+class HeadAdam(CopyableOptimizer):
     """AdamW behind the interface of a search: `step(closure)` computes the gradient of the closure's loss itself.
 
     The closure has to return a tensor that depends on the parameters. A baseline for comparisons, not for production.

@@ -9,8 +9,16 @@ from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, report_accepted
-from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type, mixed
-from hf_ft_ext.gradientless.optimizers.perturbation.updates import ADAM, MOMENTUM, RULES, SGD, SIGN, Rounding, Update
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type, derived_seed
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import (
+    ADAM,
+    MOMENTUM,
+    RULES,
+    SGD,
+    SIGN,
+    Rounding,
+    UpdateRule,
+)
 
 NODE_RULES = SGD, SIGN, MOMENTUM, ADAM
 NODE_DIRECTIONS = NEXT_LAYER, SIGNS = ("next-layer", "signs")
@@ -82,7 +90,7 @@ class NodePerturbation(GradientFreeOptimizer):
             raise InputError(
                 f"update={update} is not available for node perturbation; choose from: {', '.join(NODE_RULES)}"
             )
-        self.rule = Update(update, momentum, betas, adam_eps, "buffer" if update in (MOMENTUM, ADAM) else None)
+        self.rule = UpdateRule(update, momentum, betas, adam_eps, "buffer" if update in (MOMENTUM, ADAM) else None)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed)
         self.eps, self.num_directions, self.kind = eps, num_directions, directions
         self.searched = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -194,7 +202,7 @@ class NodePerturbation(GradientFreeOptimizer):
                 if lr * decay:
                     exact.mul_(1 - lr * decay)
                 self.rule.apply(exact, estimate, lr, self.steps, self.buffers[number])
-                self.rounding.store(parameter, number, everything, exact, mixed(seed, number))
+                self.rounding.store(parameter, number, everything, exact, derived_seed(seed, number))
 
     def _own_state(self) -> dict:
         buffers = {i: list(found) for i, found in self.buffers.items()}

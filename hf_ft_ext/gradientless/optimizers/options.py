@@ -80,7 +80,7 @@ class OptionTree:
         """Whether any option changes an entry: bool, `[u]`."""
         return torch.stack([(level != 0).any(0) for level in self.levels]).any(0)
 
-    def place_in(self, size: int, positions: torch.Tensor, kept: torch.Tensor) -> None:
+    def remap_entries(self, size: int, positions: torch.Tensor, kept: torch.Tensor) -> None:
         """Change to another set of `size` entries: column `kept[i]` becomes column `positions[i]`."""
         for j, level in enumerate(self.levels):
             wider = level.new_zeros(level.shape[0], size)

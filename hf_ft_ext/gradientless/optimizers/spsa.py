@@ -14,25 +14,25 @@ from torch.optim.optimizer import ParamsT
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, keep_freed_memory
 from hf_ft_ext.gradientless.optimizers.groups import check_block
-from hf_ft_ext.gradientless.optimizers.perturbation.directions import GAUSSIAN, Directions, Draw, mixed
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import GAUSSIAN, Directions, Draw, derived_seed
 from hf_ft_ext.gradientless.optimizers.perturbation.estimates import FORWARD, TWO_SIDED, Estimate
-from hf_ft_ext.gradientless.optimizers.perturbation.moves import Moves, check_replay
-from hf_ft_ext.gradientless.optimizers.perturbation.owners import CannotBatch
+from hf_ft_ext.gradientless.optimizers.perturbation.module_patch import CannotBatch
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
-from hf_ft_ext.gradientless.optimizers.perturbation.updates import CONSERVATIVE, SGD, Rounding, Update
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import CONSERVATIVE, SGD, Rounding, UpdateRule
+from hf_ft_ext.gradientless.optimizers.perturbation.weight_updates import WeightUpdates, check_replay
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination
 
 logger = logging.getLogger(__name__)
 
 # Relative and absolute tolerance between the losses of one batched forward pass and of separate ones.
-_CLOSE, _CLOSE_IN_16_BITS = 1e-4, 3e-2
+_TOLERANCE, _TOLERANCE_16_BITS = 1e-4, 3e-2
 
 
 class SPSA(GradientFreeOptimizer):
     """Simultaneous perturbation (MeZO and its successors): estimate the slope of the loss along random directions.
 
     A step draws `num_directions` directions `z_i` (see `Directions`), estimates the slope along each from losses at
-    perturbed weights (see `Estimate`), and updates the weights with `G = 1/n sum_i slope_i z_i` (see `Update`).
+    perturbed weights (see `Estimate`), and updates the weights with `G = 1/n sum_i slope_i z_i` (see `UpdateRule`).
     Directions are recomputed from seeds when they are needed.
 
     Perturbed weights exist only while a module's forward uses them, so the stored weights do not drift in any type,
@@ -51,7 +51,7 @@ class SPSA(GradientFreeOptimizer):
         num_directions: directions per step, 1 or more.
         block: number of consecutive entries of a tensor with the same `z`. This reduces the number of searched
             parameters, for example to one per attention head. Has to divide the size of every tensor.
-        update: the rule of `Update`.
+        update: the rule of `UpdateRule`.
         momentum, betas, adam_eps, moments: parameters of the rule.
         weight_decay: decoupled, 0 or more: `theta *= 1 - lr * weight_decay`.
         seed: of the private generator.
@@ -103,7 +103,7 @@ class SPSA(GradientFreeOptimizer):
             raise InputError(f"candidates_per_forward must be 1 or more, got {candidates_per_forward}")
         self.eps, self.num_directions, self.block, self.update = eps, num_directions, block, update
         self.estimate = Estimate(estimate, eps, num_directions)
-        rule = Update(update, momentum, betas, adam_eps, moments)
+        rule = UpdateRule(update, momentum, betas, adam_eps, moments)
         self.candidates_per_forward = candidates_per_forward
         if self.evaluations_per_step() > max_evaluations:
             raise InputError(
@@ -124,7 +124,7 @@ class SPSA(GradientFreeOptimizer):
                 f"a parameter of shape {shape} is in no part of the module; pass the module that contains it"
             )
         self.basis = 0  # seed of the factors that are kept for several steps
-        self.moves = Moves(self.perturbed_forward, self.searched, rule, Rounding(carry))
+        self.weight_updates = WeightUpdates(self.perturbed_forward, self.searched, rule, Rounding(carry))
         self.double = any(parameter.dtype == torch.float64 for parameter in self.searched)
         self.record: list[tuple[list[float], list[float]]] = []  # slopes and learning rates of each step
         self.first_seed, self.start = seed, sample_sum(self.searched)
@@ -158,7 +158,7 @@ class SPSA(GradientFreeOptimizer):
             losses = self._losses(self.estimate.perturbations(draws), closure, evaluate)
             mean, slopes = self._checked_current(losses.mean()), self.estimate.slopes(losses)
         if self.steps == 1 and self.perturbed_forward.unread:
-            self._look_elsewhere(closure)
+            self._find_parameters_read_elsewhere(closure)
         if self.steps == 1 and self.perturbed_forward.unread:
             logger.warning(
                 "%d searched tensors are read by no forward pass, so they are not searched; leave them out",
@@ -170,15 +170,15 @@ class SPSA(GradientFreeOptimizer):
             sign = self._best_sign(draws, found, rates, closure, evaluate)
             found = [sign * slope for slope in found]
         self.record.append((found, rates))
-        self._move(draws, found, rates)
+        self._update_weights(draws, found, rates)
         return mean
 
-    def _look_elsewhere(self, closure: Closure) -> None:
+    def _find_parameters_read_elsewhere(self, closure: Closure) -> None:
         """Find tensors that are not read by their own module but affect the loss.
 
         They are perturbed and updated from the second step on.
         """
-        draw = Draw(mixed(self.first_seed, 1), self.basis)
+        draw = Draw(derived_seed(self.first_seed, 1), self.basis)
 
         def loss_with(number: int | None) -> torch.Tensor:
             # a large perturbation, as one tensor may have little effect on a float32 loss
@@ -254,7 +254,7 @@ class SPSA(GradientFreeOptimizer):
         expected = torch.tensor([self.perturbed_loss(closure, c) for c in combinations], dtype=torch.float64)
         small = any(p.element_size() == 2 for p in self.searched) or torch.is_autocast_enabled("cpu")
         small = small or torch.is_autocast_enabled("cuda")
-        tolerance = _CLOSE_IN_16_BITS if small else _CLOSE
+        tolerance = _TOLERANCE_16_BITS if small else _TOLERANCE
         if not torch.allclose(losses, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
             raise CannotBatch(
                 f"losses of the repeated batch differ by {float((losses - expected).abs().max()):.2g} from those of "
@@ -289,10 +289,10 @@ class SPSA(GradientFreeOptimizer):
         losses = torch.where(losses.isfinite(), losses, torch.full_like(losses, math.inf))
         return (0.0, 1.0, -1.0)[int(losses.argmin())]
 
-    def _move(self, draws: list[Draw], slopes: list[float], rates: list[float]) -> None:
+    def _update_weights(self, draws: list[Draw], slopes: list[float], rates: list[float]) -> None:
         """Update all tensors with the gradient estimate of these slopes."""
         waiting = self.perturbed_forward.unread | (set(self.from_second_step) if self.steps == 1 else set())
-        self.moves.take(self.steps, self.basis, draws, slopes, rates, self.param_groups, waiting)
+        self.weight_updates.apply(self.steps, self.basis, draws, slopes, rates, self.param_groups, waiting)
 
     # --- trajectory --------------------------------------------------------------------------------
 
@@ -314,7 +314,7 @@ class SPSA(GradientFreeOptimizer):
         for slopes, rates in record:
             self.steps += 1
             self.record.append((slopes, rates))
-            self._move(self._draws(), slopes, rates)
+            self._update_weights(self._draws(), slopes, rates)
 
     # --- state -------------------------------------------------------------------------------------
 
@@ -325,7 +325,7 @@ class SPSA(GradientFreeOptimizer):
             **super()._own_state(),
             "kind": [self.directions.kind, self.estimate.kind, self.update, self.num_directions],
             "basis": self.basis,
-            **self.moves.state(),
+            **self.weight_updates.state(),
             "thresholds": self.directions.thresholds,
             "unseen": sorted(self.perturbed_forward.unread),
             "late": list(self.from_second_step),
@@ -343,7 +343,7 @@ class SPSA(GradientFreeOptimizer):
             )
         super()._load_own_state(state)
         self.basis = state["basis"]
-        self.moves.load_state(state)
+        self.weight_updates.load_state(state)
         self.directions.thresholds, self.perturbed_forward.unread = state["thresholds"], set(state["unseen"])
         self.from_second_step = list(state["late"])
         for number in self.from_second_step:

@@ -17,7 +17,7 @@ from hf_ft_ext.gradientless.scoring.objectives import Objective
 
 logger = logging.getLogger(__name__)
 
-_CLOSE = 1e-3  # tolerance between logits of the batched and the plain head, relative to the largest logit
+_TOLERANCE = 1e-3  # tolerance between logits of the batched and the plain head, relative to the largest logit
 
 
 class HeadEvaluation:
@@ -116,7 +116,7 @@ class HeadEvaluation:
         finally:
             write_views(views, saved)
         size = max(1.0, float(expected.abs().max()))
-        if not torch.allclose(logits[-1].float(), expected.float(), rtol=0, atol=_CLOSE * size, equal_nan=True):
+        if not torch.allclose(logits[-1].float(), expected.float(), rtol=0, atol=_TOLERANCE * size, equal_nan=True):
             names = ", ".join(self.names[i] for i in key)
             raise CannotBatch(f"batched logits of {names} differ from those of the plain head: it mixes rows")
         self.checked.add(key)

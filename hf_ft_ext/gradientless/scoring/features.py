@@ -7,7 +7,7 @@ from transformers import DataCollatorWithPadding, DefaultDataCollator, Trainer, 
 
 from hf_ft_ext.features import HeadReader
 from hf_ft_ext.features.cache import cached_features, feature_bytes
-from hf_ft_ext.features.rows import SAMPLE, for_collator, inputs_of, labels_of, read_in_order
+from hf_ft_ext.features.rows import SAMPLE, data_and_collator, inputs_of, labels_of, read_in_order
 from hf_ft_ext.gradientless.scoring.rows import FeatureRows, in_order
 from hf_ft_ext.prompts.collator import ContextCollator
 from hf_ft_ext.training.runs.resources import preparation
@@ -35,7 +35,7 @@ def reader_of_batch(trainer: Trainer, batch: dict[str, torch.Tensor]) -> HeadRea
     return reader
 
 
-def collates_alike(trainer: Trainer) -> bool:
+def returns_rows_unchanged(trainer: Trainer) -> bool:
     """Whether the collator returns each row unchanged: the same inputs each time, and the label of the data set.
 
     This holds for transformers' padding collators and ours. Another one may mask tokens at random or create the
@@ -72,7 +72,7 @@ def feature_rows(trainer: Trainer, reader: HeadReader) -> FeatureRows | None:
             dataset,
             lambda start: read_in_order(
                 reader.features,
-                *for_collator(trainer, dataset),
+                *data_and_collator(trainer, dataset),
                 args.per_device_eval_batch_size,
                 args.device,
                 start=start,

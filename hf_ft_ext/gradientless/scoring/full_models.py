@@ -9,9 +9,10 @@ from torch import nn
 from torch.nn import functional
 
 from hf_ft_ext.gradientless.scoring.objectives import Objective
+from hf_ft_ext.label_tokens import IGNORED, label_count
 
 Batch = Mapping[str, torch.Tensor]
-_LABELS, _IGNORED = ("labels", "shift_labels"), -100
+_LABELS = ("labels", "shift_labels")
 
 
 @dataclass
@@ -32,20 +33,6 @@ class FullObjective:
 def rows_of(batch: Batch) -> int:
     """Number of rows of a collated batch."""
     return len(next(iter(batch.values())))
-
-
-def weight_of(batch: Batch, shifted: bool) -> float:
-    """Weight of a batch's mean loss in the mean over several batches: its number of label tokens, or of rows.
-
-    Args:
-        shifted: the model predicts each token from those before it, so the first label of a row is not used.
-    """
-    labels = batch.get("shift_labels")
-    shifted = shifted and labels is None
-    labels = batch.get("labels") if labels is None else labels
-    if not isinstance(labels, torch.Tensor) or labels.ndim < 2 or labels.is_floating_point():
-        return float(rows_of(batch))
-    return float((labels[..., 1:] if shifted else labels).ne(_IGNORED).sum())
 
 
 def objective_of_logits(model: nn.Module, objective: Objective, batches: Sequence[Batch]) -> FullObjective:
@@ -77,16 +64,17 @@ def model_loss(
 
     Args:
         compute: returns the mean loss of a batch.
-        shifted: see `weight_of`.
+        shifted: see `label_count`.
         losses_of: `losses_of(inputs, labels, n)` -> losses `[n]` of repeated inputs; `None` if not supported.
     """
-    weights = [weight_of(batch, shifted) for batch in batches]
-    counted = [(batch, weight) for batch, weight in zip(batches, weights, strict=True) if weight]
+    counts = [label_count(batch, shifted) for batch in batches]
+    counted = [(batch, count) for batch, count in zip(batches, counts, strict=True) if count]
 
     def mean(loss_of: Callable[[Batch], torch.Tensor]) -> torch.Tensor:
         if not counted:  # no label token in this step: loss 0, and weight 0 among the processes
             return torch.zeros(())
-        return sum(loss_of(batch) * weight for batch, weight in counted) / sum(weights)
+        # sum_b (n_b / n) loss_b
+        return sum(loss_of(batch) * count for batch, count in counted) / sum(counts)
 
     def repeated(n: int) -> torch.Tensor:
         def losses(batch: Batch) -> torch.Tensor:
@@ -113,7 +101,7 @@ def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
         return parts[0]
     if parts[0].ndim > dim + 1 and len({part.shape[dim + 1] for part in parts}) > 1:
         longest, trailing = max(part.shape[dim + 1] for part in parts), parts[0].ndim - dim - 2
-        value = 0 if parts[0].is_floating_point() else _IGNORED
+        value = 0 if parts[0].is_floating_point() else IGNORED
         parts = [functional.pad(p, [0, 0] * trailing + [0, longest - p.shape[dim + 1]], value=value) for p in parts]
     return torch.cat(parts, dim)
 

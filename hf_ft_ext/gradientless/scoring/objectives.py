@@ -44,7 +44,7 @@ def make_objective(
     if name == LOSS:
         return lambda logits, labels: classification_loss(logits, labels, problem_type, smoothing)
     if problem_type == MULTI_LABEL:
-        return _of_labels(name)
+        return _multi_label_objective(name)
     if problem_type == "regression" or num_labels < 2:
         raise InputError(f"search_objective={name} is for classes, but this task is regression; use loss")
     if name == F1 and num_labels != 2:
@@ -67,7 +67,7 @@ def positive_class(label_names: Sequence[str] | None, positive_label: str | None
     return positive_id(label_names, positive_label, "f1")
 
 
-def _of_labels(name: str) -> Objective:
+def _multi_label_objective(name: str) -> Objective:
     """One minus a metric of several labels per row."""
     if name == MATTHEWS:
         raise InputError(
@@ -88,7 +88,7 @@ def _of_labels(name: str) -> Objective:
     return one_minus
 
 
-def of_the_user(function: Callable[[torch.Tensor, torch.Tensor], float]) -> Objective:
+def from_user_function(function: Callable[[torch.Tensor, torch.Tensor], float]) -> Objective:
     """Extend the user's `function` of logits `[rows, classes]` and labels to logits `[n, rows, classes]`."""
 
     def objective(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -117,7 +117,7 @@ def row_losses(
     if problem_type == MULTI_LABEL or (problem_type is None and labels.is_floating_point()):
         labels = labels.to(logits.dtype).expand_as(logits)
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
-    log_probabilities = logits.log_softmax(-1)
+    log_probabilities = logits.log_softmax(-1)  # cross-entropy: -log p_y
     index = labels.view(-1, 1).expand(*log_probabilities.shape[:-1], 1)
     losses = -log_probabilities.gather(-1, index)[..., 0]
     if smoothing:  # (1 - s) * cross-entropy + s * mean over the classes of -log p, as transformers' LabelSmoother

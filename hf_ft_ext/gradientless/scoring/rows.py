@@ -8,7 +8,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
-from hf_ft_ext.features.rows import LABELS, batches_in_order, for_collator
+from hf_ft_ext.features.rows import LABELS, batches_in_order, data_and_collator
 
 
 class FeatureRows(Dataset):
@@ -35,7 +35,7 @@ class FeatureRows(Dataset):
 
 def in_order(trainer: Trainer, dataset: Any, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
     """Iterate over collated batches of all rows in order, on the model's device; every process gets all of them."""
-    return batches_in_order(*for_collator(trainer, dataset), batch_size, trainer.args.device)
+    return batches_in_order(*data_and_collator(trainer, dataset), batch_size, trainer.args.device)
 
 
 def train_dataloader(trainer: Trainer, features: FeatureRows | None, whole_batches: bool) -> DataLoader:
@@ -47,7 +47,7 @@ def train_dataloader(trainer: Trainer, features: FeatureRows | None, whole_batch
     """
     args, order = trainer.args, trainer._get_train_sampler(trainer.train_dataset)
     if features is None:
-        dataset, collate = for_collator(trainer, trainer.train_dataset)
+        dataset, collate = data_and_collator(trainer, trainer.train_dataset)
     else:
         dataset, collate = features, _as_fetched
     loader = DataLoader(

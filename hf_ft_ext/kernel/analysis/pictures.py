@@ -20,9 +20,9 @@ def heat_map(kernel: np.ndarray, labels: np.ndarray, path: Path) -> None:
     image = axes.imshow(kernel, cmap="viridis", vmin=float(kernel.min()), vmax=1, interpolation="nearest")
     figure.colorbar(image, ax=axes, label="kernel, diagonal scaled to 1")
     starts = np.flatnonzero(np.diff(labels)) + 0.5
-    for place in starts:
-        axes.axhline(place, color="white", linewidth=1)
-        axes.axvline(place, color="white", linewidth=1)
+    for position in starts:
+        axes.axhline(position, color="white", linewidth=1)
+        axes.axvline(position, color="white", linewidth=1)
     edges = np.concatenate([[-0.5], starts, [len(labels) - 0.5]])
     middles = (edges[:-1] + edges[1:]) / 2
     names = [str(int(label)) for label in labels[np.ceil(edges[:-1]).astype(int)]]
@@ -51,10 +51,10 @@ def scatter(predicted: np.ndarray, actual: np.ndarray, error: float, path: Path)
 def bars(scores: Mapping[str, Sequence[float]], path: Path) -> None:
     """Plot the mean and standard deviation of each variant's scores, and the scores of the single seeds."""
     figure, axes = _figure(1.2 + 1.0 * len(scores), 4.2)
-    for place, values in enumerate(scores.values()):
+    for position, values in enumerate(scores.values()):
         spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-        axes.bar(place, np.mean(values), yerr=spread, capsize=4, color="#9ecae1", edgecolor="#3182bd")
-        axes.scatter([place] * len(values), values, s=14, color="#08519c", zorder=3)
+        axes.bar(position, np.mean(values), yerr=spread, capsize=4, color="#9ecae1", edgecolor="#3182bd")
+        axes.scatter([position] * len(values), values, s=14, color="#08519c", zorder=3)
     axes.set_xticks(range(len(scores)), list(scores), rotation=30, ha="right")
     lowest = min(min(values) for values in scores.values())
     axes.set_ylim(max(0.0, lowest - 0.1), 1.0)

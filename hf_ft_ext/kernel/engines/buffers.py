@@ -25,14 +25,14 @@ class TokenBuffers:
         """Start a batch with these numbers of tokens and examples."""
         self._batch_sizes = tokens, examples
 
-    def put(self, name: str, source: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """Return `source[places]`, stored behind the earlier rows of `name` if there is room."""
-        buffer, used = self._buffers.get(name) or (self._new(self._room(len(places)), source), 0)
-        end = used + len(places)
+    def put(self, name: str, source: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return `source[positions]`, stored behind the earlier rows of `name` if there is room."""
+        buffer, used = self._buffers.get(name) or (self._new(self._room(len(positions)), source), 0)
+        end = used + len(positions)
         if end > len(buffer) or source.shape[1:] != buffer.shape[1:]:
-            return source.index_select(0, places)
+            return source.index_select(0, positions)
         self._buffers[name] = buffer, end
-        return torch.index_select(source, 0, places, out=buffer[used:end])
+        return torch.index_select(source, 0, positions, out=buffer[used:end])
 
     def _new(self, rows: int, like: torch.Tensor) -> torch.Tensor:
         """Allocate `[rows, ...]`, from a large chunk if it is small.

@@ -55,6 +55,7 @@ class PackedLinear:
 
     def dense(self, shape: torch.Size, n: int) -> "PackedDense":
         """The full gradients; arguments as for embeddings."""
+        # G_c = sum_t g_tc a_t^T for each example
         rows = [torch.einsum("tco,ti->coi", grads, activations) for activations, grads in self.examples()]
         values = torch.cat(rows).mT if self.transposed else torch.cat(rows)
         return PackedDense(values.flatten(1))
@@ -135,9 +136,9 @@ class Packer:
             gradients: for each scalar, one gradient per use of the parameter; `None` for a scalar that does not
                 depend on it.
         """
-        if _of_linear_layers(gradients):
+        if _all_linear(gradients):
             return self._linear(name, gradients)
-        if _of_a_table(gradients):
+        if _all_table_rows(gradients):
             return _embedding(gradients)
         values = [None if found is None else dense(found).flatten(1) for found in gradients]
         size = next(value for value in values if value is not None)
@@ -162,11 +163,11 @@ class Packer:
             parts.append(torch.cat(each, 1) if len(each) > 1 else each[0])
         grads = torch.stack(parts, 2) if len(parts) > 1 else parts[0][:, :, None]  # [n, tokens, c, out]
         used = _used(grads)
-        places = used.flatten().nonzero()[:, 0]
+        positions = used.flatten().nonzero()[:, 0]
         key = (*key, used.cpu().numpy().tobytes())
         if key not in self._kept:
-            self._kept[key] = self.buffers.put(f"{name} activations", together.flatten(0, 1), places)
-        kept, grads, norms = self._kept[key], self.buffers.put(name, grads.flatten(0, 1), places), None
+            self._kept[key] = self.buffers.put(f"{name} activations", together.flatten(0, 1), positions)
+        kept, grads, norms = self._kept[key], self.buffers.put(name, grads.flatten(0, 1), positions), None
         counts = used.sum(1).tolist()
         if self.norms and batching_pays(grads):
             norms = _all_squared_norms(padded(kept, counts), padded(grads, counts))
@@ -201,7 +202,7 @@ def _used(grads: torch.Tensor) -> torch.Tensor:
 
 def _squared_norms(activations: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
     """Squared norms `[c]` of one example's rows: `sum_ts <a_t, a_s> <g_t, g_s>`, or from full rows if cheaper."""
-    grads = grads.transpose(0, 1)
+    grads = grads.transpose(0, 1)  # [c, tokens, out]
     if len(activations) > min(activations.shape[1], grads.shape[2]):
         # |G|^2 with G = sum_t g_t a_t^T
         return (grads.mT @ activations).square().sum((1, 2))
@@ -225,19 +226,19 @@ def padded(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
     lengths = torch.tensor(counts)
     # Token k of example i moves to i * longest + k.
     shifts = longest * torch.arange(n) - (lengths.cumsum(0) - lengths)
-    places = torch.arange(len(values)) + shifts.repeat_interleave(lengths)
+    positions = torch.arange(len(values)) + shifts.repeat_interleave(lengths)
     rows = values.new_zeros(n * longest, *values.shape[1:])
-    return rows.index_copy_(0, places.to(values.device), values).view(n, longest, *values.shape[1:])
+    return rows.index_copy_(0, positions.to(values.device), values).view(n, longest, *values.shape[1:])
 
 
-def _of_linear_layers(gradients: list[list[Gradient] | None]) -> TypeGuard[list[list[LinearGradient] | None]]:
+def _all_linear(gradients: list[list[Gradient] | None]) -> TypeGuard[list[list[LinearGradient] | None]]:
     """Whether all uses are linear layers with the weight in the same orientation."""
     uses = [gradient for found in gradients for gradient in found or ()]
     linear = [gradient for gradient in uses if isinstance(gradient, LinearGradient)]
     return len(linear) == len(uses) and len({gradient.transposed for gradient in linear}) <= 1
 
 
-def _of_a_table(
+def _all_table_rows(
     gradients: list[list[Gradient] | None],
 ) -> TypeGuard[list[list[EmbeddingGradient | LinearGradient] | None]]:
     """Whether the weight is an embedding table, possibly tied to linear layers with one row per output."""

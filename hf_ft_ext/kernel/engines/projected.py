@@ -63,7 +63,7 @@ class MemoryChunks:
     @classmethod
     def of(cls, features: torch.Tensor) -> "MemoryChunks":
         """Divide existing features `[N, c, k]` into chunks."""
-        chunks = cls(cut_rows(len(features)))
+        chunks = cls(divide_rows(len(features)))
         for i, (first, last) in enumerate(chunks.edges):
             chunks.put(i, features[first:last])
         return chunks
@@ -124,7 +124,7 @@ class ProjectedEngine:
 
     def _chunks(self, rows: ExampleRows, folder: Path) -> Chunks:
         """Storage for features: in memory, or in `folder` if they exceed their share of the memory limit."""
-        edges = cut_rows(len(rows))
+        edges = divide_rows(len(rows))
         with self._computing(rows):
             size = len(rows) * self.scalars * self.projection.dimension * self.dtype.itemsize
         if size <= _SHARE_OF_FEATURES * self._bound(1) * 1e9:
@@ -207,7 +207,7 @@ class ProjectedEngine:
         return found
 
 
-def cut_rows(rows: int, processes: int = 1) -> list[tuple[int, int]]:
+def divide_rows(rows: int, processes: int = 1) -> list[tuple[int, int]]:
     """Divide `rows` rows into chunks (first, last exclusive): at least one per process if there are enough rows."""
     most = min(CHUNK_ROWS, -(-rows // processes))
     return [(first, min(first + most, rows)) for first in range(0, rows, most)]

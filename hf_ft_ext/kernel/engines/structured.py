@@ -197,6 +197,7 @@ def _starts(side: StructuredRows, name: str) -> list[int]:
 
 
 def _squared_norms(packed_gradient: Packed, rows: int) -> torch.Tensor:
+    """Squared norm of each gradient row, `[rows]`; of an embedding table the sum of `|G[i]|^2` over its rows i."""
     if isinstance(packed_gradient, PackedLinear):
         return packed_gradient.squared_norms
     if isinstance(packed_gradient, PackedDense):

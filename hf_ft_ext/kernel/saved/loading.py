@@ -1,14 +1,14 @@
-"""Make a trainer, or code that predicts, from the folder of a solved kernel."""
+"""Read the folder of a solved kernel: model and tokenizer, the arguments of a trainer, code that predicts."""
 
 import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.utils import CONFIG_NAME
 
 from hf_ft_ext.adapters.folder import ADAPTER_CONFIG
@@ -17,59 +17,10 @@ from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.kernel.arguments import KernelTrainingArguments
 from hf_ft_ext.kernel.options import Engine
 from hf_ft_ext.kernel.saved.model import load_model, load_tokenizer, without_report
-from hf_ft_ext.kernel.saved.record import COEFFICIENTS, KEPT, SavedKernel
+from hf_ft_ext.kernel.saved.record import COEFFICIENTS, SAVED_ARGUMENTS, SavedKernel
 from hf_ft_ext.kernel.saved.training_data import TrainingFeatures
 from hf_ft_ext.kernel.solvers import Coupling
-from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.training.sharing import FinishedRun, rerun_code
-
-
-class Predicts(Protocol):
-    """A trainer that can use a solved kernel instead of training."""
-
-    model: Any
-
-    def take(self, saved: SavedKernel, keep: bool) -> None: ...
-
-
-def load_trainer(
-    kind: Callable[..., Predicts],
-    folder: str | os.PathLike,
-    args: TrainingArguments | None,
-    arguments_class: type[KernelTrainingArguments],
-    model: nn.Module | None,
-    function: Function | None,
-    given: Mapping[str, Any],
-    kwargs: dict[str, Any],
-) -> Any:
-    """Make a trainer of the class `kind` that predicts with the kernel in `folder`; see `KernelTrainer.from_folder`.
-
-    Args:
-        arguments_class: the trainer's class of arguments.
-        kwargs: further arguments of the trainer.
-
-    Raises:
-        InputError: the folder holds no solved kernel, a damaged one, or one of another model; or `args` that differ.
-    """
-    folder = Path(folder).expanduser()
-    saved = SavedKernel.read(folder)
-    if kwargs.get("train_dataset") is not None:
-        raise InputError(
-            f"the kernel in {str(folder)!r} is solved and predicts with its own training rows; leave train_dataset "
-            "out, or make a KernelTrainer with it to solve again"
-        )
-    saved.check_function(function, folder)
-    own = arguments_class(str(folder)) if args is None else arguments_class.complete(args)
-    own = _as_saved(own, saved, folder, given)
-    if model is None:
-        model = load_model(folder, saved)
-    saved.fit_model(model, folder)
-    if kwargs.get("processing_class") is None:
-        kwargs["processing_class"] = load_tokenizer(folder)
-    trainer = kind(model, own, function=function, **kwargs)
-    saved.fit_model(trainer.model, folder)
-    trainer.take(saved, keep=args is not None)
-    return trainer
 
 
 def load_finished(
@@ -78,7 +29,12 @@ def load_finished(
     given: Mapping[str, Any],
     load: Callable[[], tuple],
 ) -> tuple[PreTrainedTokenizerBase, nn.Module]:
-    """Load tokenizer and model of the solved kernel in `folder`; see `KernelTrainer.load_finished`.
+    """Load tokenizer and model of the solved kernel in `folder`.
+
+    Args:
+        labels: names of the data's labels, if it has any.
+        given: arguments that the user set by name.
+        load: loads a plain model from the folder.
 
     Raises:
         InputError: the data has other labels than the kernel, or an option does not apply to a model with an adapter.
@@ -141,7 +97,7 @@ def loading_code(run: FinishedRun) -> str:
     return "\n".join(lines)
 
 
-def _as_saved(
+def arguments_as_saved(
     args: KernelTrainingArguments, saved: SavedKernel, folder: Path, given: Mapping[str, Any]
 ) -> KernelTrainingArguments:
     """Copy `args` with the settings that the saved kernel was solved with.
@@ -159,7 +115,7 @@ def _as_saved(
                 f"{kind}; leave it out, or solve again from training data"
             )
         args.kernel_engine = Engine.PROJECTED.value
-    for name in KEPT:
+    for name in SAVED_ARGUMENTS:
         value, passed = saved.arguments.get(name), getattr(args, name)
         if (name in given or chosen(args, name)) and str(passed) != str(value):
             raise InputError(

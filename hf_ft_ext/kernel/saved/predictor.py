@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.kernel.engines.projected import MemoryChunks, cut_rows, features_product
+from hf_ft_ext.kernel.engines.projected import MemoryChunks, divide_rows, features_product
 from hf_ft_ext.kernel.ntk import KernelComputation, outputs_at_start, pseudo_logit
 from hf_ft_ext.kernel.options import Engine, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
@@ -121,7 +121,7 @@ class KernelPredictor:
         """`[kernels, N, C, n, C]` between the training data and `rows`."""
         training = self.saved.training
         if isinstance(training, TrainingFeatures):
-            chunks = MemoryChunks(cut_rows(len(rows)))
+            chunks = MemoryChunks(divide_rows(len(rows)))
             self._computation.projected.project(rows, chunks)
             return features_product(
                 MemoryChunks.of(training.features), chunks, self._computation.options.class_diagonal

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.errors import InputError, first_line
-from hf_ft_ext.files import replacing, tensor_hash, write_json
+from hf_ft_ext.files import atomic_write, tensor_hash, write_json
 from hf_ft_ext.kernel.saved.training_data import KINDS, TrainingData
 from hf_ft_ext.kernel.solvers import Coupling, KernelModel, SolverOptions, arrays_of, solution_of
 from hf_ft_ext.per_example.capture import Function
@@ -34,13 +34,13 @@ FILES = (SOLUTION, COEFFICIENTS, TRAINING)
 NOT_TRAINED = "this_model_alone_predicts_as_before_training.the_kernel_predicts.see_kernel_solution_json"
 _FORMAT = 1
 # The arguments that a saved kernel needs to predict the same.
-KEPT = (
+SAVED_ARGUMENTS = (
     "adjust_for_init", "binary_classification", "exclude_embeddings", "exclude_head", "f0_scaling", "kernel_classes",
     "kernel_dimension", "kernel_formula", "kernel_gamma", "kernel_lambda", "kernel_parameters", "kernel_peft",
     "kernel_peft_config", "kernel_regularization", "kernel_solver", "kernel_svm_c", "kernel_time", "only_biases",
     "random_model_init",
 )  # fmt: skip
-_NEEDED = ("format", "arguments", "solver", "solution", "scalars", "parameters", "weights", "training", "files")
+_REQUIRED = ("format", "arguments", "solver", "solution", "scalars", "parameters", "weights", "training", "files")
 
 
 @dataclass
@@ -48,7 +48,7 @@ class SavedKernel:
     """A solved kernel without its neural network.
 
     Attributes:
-        arguments: the fields of `KernelTrainingArguments` in `KEPT`, and `seed`.
+        arguments: the fields of `KernelTrainingArguments` in `SAVED_ARGUMENTS`, and `seed`.
         model: the fitted solver.
         training: the training data, in the form that predicting needs.
         parameters: names of the parameters that the kernel is taken over.
@@ -70,7 +70,7 @@ class SavedKernel:
         folder = Path(folder)
         arrays = {name: torch.from_numpy(array) for name, array in arrays_of(self.model.solution).items()}
         for name, tensors in ((COEFFICIENTS, arrays), (TRAINING, self.training.tensors())):
-            with replacing(folder / name) as temporary:
+            with atomic_write(folder / name) as temporary:
                 save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary)
         options = self.model.options
         record = {
@@ -126,7 +126,7 @@ class SavedKernel:
                 f"{str(folder)!r} holds {len(training)} training rows, but coefficients for {model.solution.rows}; "
                 "copy the folder again, or solve the kernel again"
             )
-        about = {key: value for key, value in record.items() if key not in (*_NEEDED, "function")}
+        about = {key: value for key, value in record.items() if key not in (*_REQUIRED, "function")}
         return cls(
             record["arguments"], model, training, list(record["parameters"]), record["weights"], record["function"],
             about,
@@ -210,7 +210,7 @@ def _record(folder: Path) -> dict[str, Any]:
             f"{path} has format {record['format']}, but this version of hf_ft_ext reads {_FORMAT}; install the "
             "version that wrote it"
         )
-    if missing := [key for key in _NEEDED if key not in record]:
+    if missing := [key for key in _REQUIRED if key not in record]:
         raise InputError(f"{path} lacks {missing[0]!r}; copy the folder again, or solve the kernel again")
     return record
 

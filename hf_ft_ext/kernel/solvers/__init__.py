@@ -31,13 +31,13 @@ from hf_ft_ext.kernel.solvers.solution import (
     solution_of,
 )
 from hf_ft_ext.kernel.solvers.support_vectors import support_vector_classification, support_vector_regression
-from hf_ft_ext.kernel.solvers.system import GRID, LEFT_OUT, KernelSystem
+from hf_ft_ext.kernel.solvers.system import GRID, LEAVE_ONE_OUT_GRID, KernelSystem
 from hf_ft_ext.kernel.solvers.targets import check_labels, targets_of
 
 __all__ = [
     "FULL_UNKNOWNS",
     "GRID",
-    "LEFT_OUT",
+    "LEAVE_ONE_OUT_GRID",
     "Coupling",
     "GeneralMatrix",
     "KernelModel",

@@ -6,7 +6,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.solvers.coupling import view_of
 from hf_ft_ext.kernel.solvers.options import SolverOptions
 from hf_ft_ext.kernel.solvers.solution import Solution
-from hf_ft_ext.kernel.solvers.targets import accuracy_of, class_scores, loss_of, targets_of
+from hf_ft_ext.kernel.solvers.targets import accuracy_of, class_scores, loss_of
 
 
 class KernelModel:
@@ -40,10 +40,6 @@ class KernelModel:
             )
         found = self.solution.predict(view_of(kernel, self.options.coupling))
         return found if start is None else found + start
-
-    def targets(self, labels: np.ndarray) -> np.ndarray:
-        """Targets `[N, C]` for labels: scores, -1 and 1, or one-hot."""
-        return targets_of(self.options, labels, self.scalars)
 
     def loss(self, predictions: np.ndarray, labels: np.ndarray) -> float:
         """The solver's loss: see `loss_of`."""

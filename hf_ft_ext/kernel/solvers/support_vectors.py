@@ -47,7 +47,7 @@ def support_vector_classification(system: KernelProblem, options: SolverOptions)
     matrix = factor * system.matrices[0].regularized(options.regularization)
     if len(np.unique(system.labels)) == 2:
         coefficients, intercept = _margin(matrix, system.labels == system.labels.max(), options)
-        return _of_scalars(factor * coefficients, intercept, system.scalars)
+        return _as_scalars(factor * coefficients, intercept, system.scalars)
     from sklearn.svm import SVC
 
     svm = SVC(kernel="precomputed", C=options.svm_c).fit(matrix, system.labels)
@@ -69,7 +69,7 @@ def _margin(
     return coefficients, float(svm.intercept_[0])
 
 
-def _of_scalars(coefficients: np.ndarray, intercept: float, scalars: int) -> LinearSolution:
+def _as_scalars(coefficients: np.ndarray, intercept: float, scalars: int) -> LinearSolution:
     """A two-class margin as one scalar, or as two that differ by it."""
     if scalars == 1:
         return LinearSolution(coefficients[None, :, None], np.array([intercept]))

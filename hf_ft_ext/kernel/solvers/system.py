@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Candidate regularizations: for the choice on evaluation data, and for leave-one-out.
 GRID = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-LEFT_OUT = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
+LEAVE_ONE_OUT_GRID = (1e-6, 1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 
 _FITS: dict[Solver, Callable[[KernelProblem, SolverOptions], Solution]] = {
     Solver.LSTSQ: least_squares,
@@ -68,7 +68,7 @@ class KernelSystem(KernelProblem):
         return model
 
     @property
-    def leaves_one_out(self) -> bool:
+    def has_leave_one_out(self) -> bool:
         """Whether `leave_one_out` has a closed form: for least squares with symmetric kernels."""
         least_squares_alone = self.options.solver is Solver.LSTSQ and self.options.time is None
         return least_squares_alone and all(isinstance(matrix, SymmetricMatrix) for matrix in self.matrices)
@@ -85,7 +85,7 @@ class KernelSystem(KernelProblem):
             return np.hstack(columns)
         return symmetric[0].leave_one_out(regularization, self.targets)
 
-    def best_left_out(self, values: Sequence[float]) -> float:
+    def best_by_leave_one_out(self, values: Sequence[float]) -> float:
         """The one of `values` (all above 0) with the least squared leave-one-out error."""
         # 1/(N C) sum_i |f_(-i)(x_i) - y_i|^2, with f_(-i) fitted without row i
         errors = [float(np.mean((self.leave_one_out(value) - self.targets) ** 2)) for value in values]

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hf_ft_ext.errors import InputError, first_line
-from hf_ft_ext.files import replacing
+from hf_ft_ext.files import atomic_write
 
 
 def read_pair(path: str | Path, names: tuple[str, str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +69,7 @@ def write_kernel(folder: str | Path, split: str, task: str, kernel: torch.Tensor
     path = Path(folder) / kernel_file(split, task)
     if kernel.shape[2] == 1 and not labels.is_floating_point():
         labels = (2 * labels - 1).float()
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.save((kernel if len(kernel) == 2 else kernel[0], labels), temporary)
     return path
 

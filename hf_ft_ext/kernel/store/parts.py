@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.errors import InputError, first_line
-from hf_ft_ext.files import replacing, tensor_hash, write_json
+from hf_ft_ext.files import atomic_write, tensor_hash, write_json
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.schedule import BlockSchedule, Bounds, Edges
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "kernel.json"
 # Fields of the configuration that do not affect gradients. `architectures` changes when a model is saved; the class
 # of the model is hashed separately.
-_NOT_ABOUT_GRADIENTS = ("_name_or_path", "architectures", "transformers_version", "id2label", "label2id")
+_FIELDS_WITHOUT_EFFECT = ("_name_or_path", "architectures", "transformers_version", "id2label", "label2id")
 
 
 def model_hash(model: nn.Module) -> str:
@@ -32,7 +32,7 @@ def model_hash(model: nn.Module) -> str:
     digest = hashlib.sha256(type(model).__name__.encode())
     config = getattr(model, "config", None)
     if hasattr(config, "to_dict"):
-        about = {key: value for key, value in config.to_dict().items() if key not in _NOT_ABOUT_GRADIENTS}
+        about = {key: value for key, value in config.to_dict().items() if key not in _FIELDS_WITHOUT_EFFECT}
         digest.update(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor_hash(tensor)}\n".encode())
@@ -83,7 +83,7 @@ class _Store:
                 f"({_difference(found.get('about', {}), about)}); pass overwrite_kernels, or another kernel_dir"
             )
 
-    def _stored_cut(self) -> dict[str, Any] | None:
+    def _stored_division(self) -> dict[str, Any] | None:
         """The division into parts that the folder describes, or `None`."""
         found = self._description()
         if found is None:
@@ -133,7 +133,7 @@ class _Store:
             )
 
     def _keep(self, path: Path, value: torch.Tensor, number: str) -> None:
-        with self._writing(), replacing(path) as temporary:
+        with self._writing(), atomic_write(path) as temporary:
             save_file({self.tensor: value.contiguous()}, temporary, {"key": self.folder.name, "block": number})
 
     @contextlib.contextmanager
@@ -174,7 +174,7 @@ class KernelStore(_Store):
 
     def schedule(self, make: Callable[[Edges | None], BlockSchedule]) -> BlockSchedule:
         """Return the schedule that `make` gives for the row ranges in the folder, or for `None` if it is new."""
-        stored, edges = self._stored_cut(), None
+        stored, edges = self._stored_division(), None
         if stored is not None:
             first, second = ([tuple(bounds) for bounds in stored[side]] for side in ("first", "second"))
             edges = first, second
@@ -232,7 +232,7 @@ class FeatureStore(_Store):
 
     def cut(self, edges: list[Bounds]) -> list[Bounds]:
         """Use the chunks that the folder describes, or `edges` if it is new; return those that are used."""
-        stored = self._stored_cut()
+        stored = self._stored_division()
         self.edges = edges if stored is None else [(first, last) for first, last in stored["chunks"]]
         if stored is None:
             self._describe({"chunks": edges})

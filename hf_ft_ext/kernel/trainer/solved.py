@@ -1,7 +1,7 @@
 """`SolvedKernelTrainer`: a Trainer that predicts with a solved kernel, saves it to a folder and loads it from one."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,21 +11,22 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
+from transformers import EvalPrediction, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.rows import labels_of
-from hf_ft_ext.files import replacing, write_json
+from hf_ft_ext.files import atomic_write, write_json
 from hf_ft_ext.kernel.arguments import KernelTrainingArguments
 from hf_ft_ext.kernel.ntk import pseudo_logit
-from hf_ft_ext.kernel.saved.loading import load_finished, load_trainer, loading_code
+from hf_ft_ext.kernel.saved.loading import arguments_as_saved, load_finished, loading_code
+from hf_ft_ext.kernel.saved.model import load_model, load_tokenizer
 from hf_ft_ext.kernel.saved.record import (
     COEFFICIENTS,
     FILES,
-    KEPT,
     NOT_TRAINED,
+    SAVED_ARGUMENTS,
     SOLUTION,
     TRAINING,
     SavedKernel,
@@ -35,13 +36,12 @@ from hf_ft_ext.kernel.saved.record import (
 from hf_ft_ext.kernel.solvers import Coupling, KernelModel, Solver
 from hf_ft_ext.kernel.trainer.source import KernelSource
 from hf_ft_ext.per_example.capture import Function
-from hf_ft_ext.training.at_once import AtOnceTrainer
-from hf_ft_ext.training.sharing import FinishedRun
+from hf_ft_ext.training.solver_trainer import SolverTrainer
 
 _SPLITS = {"eval": "dev", "test": "test"}  # the authors' names
 
 
-class SolvedKernelTrainer(AtOnceTrainer):
+class SolvedKernelTrainer(SolverTrainer):
     """A Trainer with a solved kernel: it predicts, and saves and loads the solved kernel.
 
     Attributes:
@@ -94,35 +94,32 @@ class SolvedKernelTrainer(AtOnceTrainer):
         Raises:
             InputError: the folder holds no solved kernel, a damaged one, or one of another model; or `args` differ.
         """
-        return load_trainer(cls, folder, args, cls.arguments_class, model, function, given or {}, kwargs)
+        folder = Path(folder).expanduser()
+        saved = SavedKernel.read(folder)
+        if kwargs.get("train_dataset") is not None:
+            raise InputError(
+                f"the kernel in {str(folder)!r} is solved and predicts with its own training rows; leave "
+                "train_dataset out, or make a KernelTrainer with it to solve again"
+            )
+        saved.check_function(function, folder)
+        own = cls.arguments_class(str(folder)) if args is None else cls.arguments_class.complete(args)
+        own = arguments_as_saved(own, saved, folder, given or {})
+        if model is None:
+            model = load_model(folder, saved)
+        saved.fit_model(model, folder)
+        if kwargs.get("processing_class") is None:
+            kwargs["processing_class"] = load_tokenizer(folder)
+        trainer = cls(model, own, function=function, **kwargs)
+        saved.fit_model(trainer.model, folder)
+        trainer.use_saved(saved, keep=args is not None)
+        return trainer
 
-    @classmethod
-    def holds_result(cls, folder: str | os.PathLike) -> bool:
-        """Whether `folder` holds a solved kernel, with which the launcher then predicts."""
-        return holds_kernel(folder)
+    # What the launcher and the model card ask the class for (see `hf_ft_ext.training.sharing.run_files`).
+    holds_result = staticmethod(holds_kernel)
+    load_finished = staticmethod(load_finished)
+    loading_code = staticmethod(loading_code)
 
-    @classmethod
-    def load_finished(
-        cls,
-        folder: str | os.PathLike,
-        labels: Sequence[str] | None,
-        given: Mapping[str, Any],
-        load: Callable[[], tuple],
-    ) -> tuple[PreTrainedTokenizerBase, nn.Module]:
-        """Load tokenizer and model of the solved kernel in `folder`.
-
-        Args:
-            labels: names of the data's labels, if it has any.
-            given: arguments that the user set by name.
-            load: loads a plain model from the folder.
-
-        Raises:
-            InputError: the data has other labels than the kernel, or an option does not apply to a model with an
-                adapter.
-        """
-        return load_finished(folder, labels, given, load)
-
-    def take(self, saved: SavedKernel, keep: bool) -> None:
+    def use_saved(self, saved: SavedKernel, keep: bool) -> None:
         """Predict with a saved kernel instead of training; with `keep`, store computed kernels in `kernel_dir`."""
         self.saved, self.solved, self.train_dataset = saved, saved.model, saved.training
         self.regularization, self.coupling = saved.model.options.regularization, saved.model.options.coupling
@@ -214,7 +211,7 @@ class SolvedKernelTrainer(AtOnceTrainer):
         }
 
     def _to_save(self) -> SavedKernel:
-        arguments = {name: getattr(self.args, name) for name in KEPT}
+        arguments = {name: getattr(self.args, name) for name in SAVED_ARGUMENTS}
         arguments |= {
             "kernel_regularization": str(self.regularization),
             "kernel_classes": self.coupling.value,
@@ -248,7 +245,7 @@ class SolvedKernelTrainer(AtOnceTrainer):
         path = Path(output_dir or self.args.output_dir) / ADAPTER_WEIGHTS
         if self.args.should_save and path.is_file():  # peft saves only the adapter's own tensors
             tensors = load_file(path)
-            with replacing(path) as temporary:
+            with atomic_write(path) as temporary:
                 save_file({**tensors, **mark}, temporary, metadata={"format": "pt"})
 
     def loading_line(self) -> str:
@@ -259,8 +256,3 @@ class SolvedKernelTrainer(AtOnceTrainer):
         if self.function is not None:
             return f"KernelTrainer.from_folder({folder!r}, function=...)"
         return f"load_kernel({folder!r})"
-
-    @classmethod
-    def loading_code(cls, run: FinishedRun) -> str:
-        """Return Python code that predicts with a run on the Hub."""
-        return loading_code(run)

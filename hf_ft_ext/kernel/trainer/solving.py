@@ -20,7 +20,7 @@ from hf_ft_ext.kernel.options import kernel_parameters
 from hf_ft_ext.kernel.saved.training_data import TrainingFeatures, TrainingRows
 from hf_ft_ext.kernel.solvers import (
     GRID,
-    LEFT_OUT,
+    LEAVE_ONE_OUT_GRID,
     Coupling,
     KernelSystem,
     Solver,
@@ -135,7 +135,7 @@ class KernelTrainer(SolvedKernelTrainer):
     # --- training -------------------------------------------------------------------------------------
 
     def train(self, *positional: Any, **kwargs: Any) -> TrainOutput:
-        """As `AtOnceTrainer.train`.
+        """As `SolverTrainer.train`.
 
         Raises:
             InputError: the trainer came from a folder.
@@ -157,7 +157,18 @@ class KernelTrainer(SolvedKernelTrainer):
         )  # fmt: skip
         self.saved = None
         self.source = self._source(keep=self.function is None)
-        return self._solve(self.source.kernel(self.train_dataset, "train"), labels)
+        kernel, start = self.source.kernel(self.train_dataset, "train"), self._start(self.train_dataset, "train")
+        options = self.args.solver_options(0.0, self.regression, self.multi_label, self.coupling)
+        classes = self.model.config.num_labels if self.coupling is Coupling.PSEUDO else None
+        system = KernelSystem(options, kernel, labels, start, classes)
+        self.regularization = self._regularization(system)
+        self.solved = system.solve(self.regularization)
+        metrics = {"train_loss": self.solved.loss(self.solved.predict(kernel, start), labels)}
+        metrics["kernel_regularization"] = self.regularization
+        for name in ("rank", "condition"):
+            if getattr(self.solved, name) is not None:
+                metrics[f"kernel_{name}"] = getattr(self.solved, name)
+        return metrics
 
     def _needs_logits(self) -> str | None:
         """The name of an argument that needs each class's own scalar (see `chosen_coupling`), or `None`."""
@@ -173,29 +184,15 @@ class KernelTrainer(SolvedKernelTrainer):
             check_labels(labels, [str(config.id2label[i]) for i in range(config.num_labels)])
         return labels
 
-    def _solve(self, kernel: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        start = self._start(self.train_dataset, "train")
-        options = self.args.solver_options(0.0, self.regression, self.multi_label, self.coupling)
-        scalars = self.model.config.num_labels if self.coupling is Coupling.PSEUDO else None
-        system = KernelSystem(options, kernel, labels, start, scalars)
-        self.regularization = self._regularization(system)
-        self.solved = system.solve(self.regularization)
-        metrics = {"train_loss": self.solved.loss(self.solved.predict(kernel, start), labels)}
-        metrics["kernel_regularization"] = self.regularization
-        for name in ("rank", "condition"):
-            if getattr(self.solved, name) is not None:
-                metrics[f"kernel_{name}"] = getattr(self.solved, name)
-        return metrics
-
     def _regularization(self, system: KernelSystem) -> float:
         value = self.args.regularization
         if value == AUTO:
             return self._chosen(system)
         if value != LEAVE_ONE_OUT:
             return float(value)
-        if not system.leaves_one_out:  # a kernel from a file may be asymmetric with any formula
+        if not system.has_leave_one_out:  # a kernel from a file may be asymmetric with any formula
             return ASYMMETRIC_REGULARIZATION
-        best = system.best_left_out(LEFT_OUT)
+        best = system.best_by_leave_one_out(LEAVE_ONE_OUT_GRID)
         logger.info("kernel_regularization: %g, chosen by leave-one-out on the training rows", best)
         return best
 

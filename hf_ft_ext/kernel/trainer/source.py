@@ -13,9 +13,9 @@ from accelerate.utils import broadcast, broadcast_object_list
 from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features.rows import batches_in_order, for_collator, labels_of
+from hf_ft_ext.features.rows import batches_in_order, data_and_collator, labels_of
 from hf_ft_ext.kernel import store
-from hf_ft_ext.kernel.engines.projected import Chunks, MemoryChunks, cut_rows, features_product, read_chunk
+from hf_ft_ext.kernel.engines.projected import Chunks, MemoryChunks, divide_rows, features_product, read_chunk
 from hf_ft_ext.kernel.ntk import KernelComputation, outputs_at_start
 from hf_ft_ext.kernel.options import Engine, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
@@ -64,7 +64,7 @@ class KernelSource:
         for known in (self._training_rows, self._other_rows):
             if known is not None and known[0] is dataset:
                 return known[1]
-        data, collate = for_collator(self.trainer, dataset)
+        data, collate = data_and_collator(self.trainer, dataset)
         pad = getattr(self.trainer.model.config, "pad_token_id", 0)
         rows = ExampleRows(batches_in_order(data, collate, self.args.rows_per_pass), pad)
         if dataset is self.trainer.train_dataset:
@@ -96,30 +96,24 @@ class KernelSource:
         return kernel.numpy()
 
     def _computed(self, rows1: ExampleRows, rows2: ExampleRows | None) -> torch.Tensor:
-        args, folder = self.args, self._folder
-        if not self.keep:
-            return self._run(self.computation, rows1, rows2, _NoStore())
+        """The kernel of exact engines: all processes compute blocks of it, which are stored on disk with `keep`."""
+        args, folder, computation = self.args, self._folder, self.computation
         first = args.process_index == 0
-        about, computation = self._about(rows1, rows2), self.computation
-        if self.options.class_diagonal:
-            if not args.overwrite_kernels and _on_first_process(args, lambda: KernelStore(folder, about).finished()):
-                # An earlier run stored the kernel with all products of classes: use it.
-                options = replace(self.options, class_diagonal=False)
-                computation = KernelComputation(self.trainer.model, options, self._function)
-            else:
-                about["class_diagonal"] = True
-        blocks = self._on_every_process(lambda: KernelStore(folder, about, args.overwrite_kernels and first, first))
-        return self._run(computation, rows1, rows2, blocks)
-
-    def _run(
-        self,
-        computation: KernelComputation,
-        rows1: ExampleRows,
-        rows2: ExampleRows | None,
-        blocks: "KernelStore | _NoStore",
-    ) -> torch.Tensor:
-        """Compute the kernel with all processes."""
-        args = self.args
+        blocks: KernelStore | None = None
+        if self.keep:
+            about = self._about(rows1, rows2)
+            if self.options.class_diagonal:
+                if not args.overwrite_kernels and _on_first_process(
+                    args, lambda: KernelStore(folder, about).finished()
+                ):
+                    # An earlier run stored the kernel with all products of classes: use it.
+                    options = replace(self.options, class_diagonal=False)
+                    computation = KernelComputation(self.trainer.model, options, self._function)
+                else:
+                    about["class_diagonal"] = True
+            blocks = self._on_every_process(
+                lambda: KernelStore(folder, about, args.overwrite_kernels and first, first)
+            )
         shared = _SharedSchedule(blocks, args) if args.world_size > 1 else blocks
         return computation.run(rows1, rows2, shared, args.process_index, args.world_size, self._quiet, self._send)
 
@@ -179,7 +173,7 @@ class KernelSource:
         """The projected gradients of `rows`: read from the folder, or computed, with the work shared by processes."""
         args, about = self.args, self._about_features(rows)
         first = args.process_index == 0
-        cut = cut_rows(len(rows), args.world_size)
+        cut = divide_rows(len(rows), args.world_size)
         chunks: Chunks = MemoryChunks(cut)
         if self.keep:
             kept: FeatureStore = self._on_every_process(
@@ -266,34 +260,24 @@ class KernelSource:
         return outputs_at_start(self.computation, self.rows(dataset), self.args.rows_per_pass)
 
 
-class _NoStore:
-    """Stands in for a store when blocks are not stored; keeps only the schedule."""
-
-    def __init__(self) -> None:
-        self._cut: BlockSchedule | None = None
-
-    def schedule(self, make: Callable[[Edges | None], BlockSchedule]) -> BlockSchedule:
-        if self._cut is None:
-            self._cut = make(None)
-        return self._cut
-
-    def get(self, i: int, j: int) -> torch.Tensor | None:
-        return None
-
-    def put(self, i: int, j: int, block: torch.Tensor) -> None:
-        return None
-
-
 class _SharedSchedule:
-    """Wraps a store so that all processes use the schedule of the first one."""
+    """Wraps a store (`None`: blocks are not stored) so that all processes use the schedule of the first one."""
 
-    def __init__(self, blocks: KernelStore | _NoStore, args: TrainingArguments):
+    def __init__(self, blocks: KernelStore | None, args: TrainingArguments):
         self._blocks, self._args = blocks, args
-        self.get, self.put = blocks.get, blocks.put
 
     def schedule(self, make: Callable[[Edges | None], BlockSchedule]) -> BlockSchedule:
+        if self._blocks is None:
+            return _on_first_process(self._args, lambda: make(None))
         schedule = _on_first_process(self._args, lambda: self._blocks.schedule(make))
         return self._blocks.schedule(lambda edges: schedule)
+
+    def get(self, i: int, j: int) -> torch.Tensor | None:
+        return None if self._blocks is None else self._blocks.get(i, j)
+
+    def put(self, i: int, j: int, block: torch.Tensor) -> None:
+        if self._blocks is not None:
+            self._blocks.put(i, j, block)
 
 
 def _on_first_process(args: TrainingArguments, find: Callable[[], Any]) -> Any:

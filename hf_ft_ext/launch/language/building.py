@@ -50,7 +50,12 @@ from hf_ft_ext.launch.language.trainers import (
     template_errors,
 )
 from hf_ft_ext.launch.search import require_optuna
-from hf_ft_ext.launch.trainers import check_made, check_place, explained, run_callbacks
+from hf_ft_ext.launch.trainers import (
+    check_model_placement,
+    check_trainer,
+    run_callbacks,
+    trainer_errors_as_input_errors,
+)
 from hf_ft_ext.launch.validation import check_splits
 from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics.generation import generation_metrics
@@ -147,7 +152,7 @@ def load(
     tokenizer, model = load_tokenizer_and_language_model(model_args, run_args.task_type, args=args)
     _check_chat_template(data, tokenizer, data_args)
     kind = find_method(run_args.method).trainer_class()
-    check_place(model, args, kind)
+    check_model_placement(model, args, kind)
     context = model_max_length(model, tokenizer)
     length = _length(data_args, context)
     if writes:
@@ -170,7 +175,7 @@ def load(
         own |= {"chat_template_path": data_args.chat_template_path, "pad_token": tokenizer.pad_token}
         for name, value in own.items() if causal else ():
             setattr(args, name, value)
-        with explained(args), template_errors():
+        with trainer_errors_as_input_errors(args), template_errors():
             trainer = trainer_class(
                 model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
                 args=args,
@@ -184,7 +189,7 @@ def load(
             )
         trainer.language = LanguageRun(data, data_args, context)
         _check_prompts(data, trainer.processing_class, args, data_args)
-        return check_made(trainer, run_args.method)
+        return check_trainer(trainer, run_args.method)
 
     return build, data
 

@@ -29,9 +29,9 @@ logger = logging.getLogger(__name__)
 class Perplexity(_Trainer):
     """Mixin for a `Trainer` of a language model (before it in the bases): evaluation reports the perplexity.
 
-    It is `exp` of the mean loss over all label tokens, each with equal weight. (`eval_loss` is transformers' average
-    of the batch means, weighted by rows, which gives tokens of short batches more weight.) With several processes, the
-    rows that pad the last batch are counted too.
+    It is `exp` of the mean negative log-likelihood over all label tokens, each with equal weight. (`eval_loss` is
+    transformers' average of the batch means, weighted by rows, which gives tokens of short batches more weight, and
+    with label smoothing it is smoothed.) With several processes, the rows that pad the last batch are counted too.
     """
 
     _sums: torch.Tensor | None = None  # sums of losses and of tokens, float64, during an evaluation
@@ -51,8 +51,17 @@ class Perplexity(_Trainer):
                 # transformers scales it to this process's sum * processes / tokens of all processes; trl does not
                 counted = self.accelerator.gather(tokens).sum().cpu().double() / self.args.world_size
             if tokens:
-                self._sums += torch.stack([result[0].detach().double().cpu() * counted, tokens.double().cpu()])
+                loss = self._without_smoothing(model, inputs, ignore_keys) if self.label_smoother else result[0]
+                self._sums += torch.stack([loss.detach().double().cpu() * counted, tokens.double().cpu()])
         return result
+
+    def _without_smoothing(self, model: Any, inputs: dict[str, Any], ignore_keys: Any) -> torch.Tensor:
+        """The batch's mean negative log-likelihood: a second forward pass."""
+        smoother, self.label_smoother = self.label_smoother, None
+        try:
+            return super().prediction_step(model, inputs, True, ignore_keys)[0]
+        finally:
+            self.label_smoother = smoother
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs) -> EvalLoopOutput:
         self._sums = torch.zeros(2, dtype=torch.float64)

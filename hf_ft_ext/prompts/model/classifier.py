@@ -28,19 +28,19 @@ from hf_ft_ext.prompts.readout import (
     inputs_of_decoder,
     keep_mask_position,
     last_positions,
-    padding_behind,
+    padding_right,
     reading_of,
     take_positions,
 )
 from hf_ft_ext.prompts.sequences import sequence_logits
 from hf_ft_ext.prompts.templates.words import FIRST_TOKEN, check_word_scoring
 
-_OF_THE_PROMPT = (
+_PROMPT_FIELDS = (
     "template", "words", "word_ids", "word_sequences", "word_scoring", "word_bias", "mask_token_id", "decoder_prefix",
     "id2label", "label2id",
 )  # fmt: skip
 # attributes of a quantized model that transformers, peft and accelerate read
-_OF_A_QUANTIZED_MODEL = (
+_QUANTIZATION_ATTRIBUTES = (
     "is_quantized", "hf_quantizer", "quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit",
 )  # fmt: skip
 
@@ -158,7 +158,7 @@ class PromptForSequenceClassification(PreTrainedModel):
             )
         if isinstance(AutoConfig.from_pretrained(name, **kwargs), PromptConfig):
             model = cls.from_pretrained(name, **kwargs)
-            for part in _OF_THE_PROMPT:  # the adapter's run may have changed any of them
+            for part in _PROMPT_FIELDS:  # the adapter's run may have changed any of them
                 setattr(model.config, part, getattr(config, part))
         else:
             model = cls._around(load_language_model(name, **{"dtype": config.dtype, **kwargs}), config)
@@ -176,7 +176,7 @@ class PromptForSequenceClassification(PreTrainedModel):
             model = cls(config)
         model._adopt(masked_lm)
         model._renew_ties()
-        for name in _OF_A_QUANTIZED_MODEL:
+        for name in _QUANTIZATION_ATTRIBUTES:
             if hasattr(masked_lm, name):
                 setattr(model, name, getattr(masked_lm, name))
         if getattr(masked_lm, "hf_device_map", None) is not None:  # Trainer does not move a model with a device map
@@ -211,8 +211,9 @@ class PromptForSequenceClassification(PreTrainedModel):
 
     def _body(self) -> nn.Module:
         """Return the network below the head; for T5, which has no such module, the whole language model."""
-        if self.config.reading == Reading.LAST.value:
-            return self.masked_lm.get_decoder()  # OPT's head reads the decoder directly, not the base model around it
+        if self.config.reading == Reading.LAST.value:  # OPT's head reads the decoder, not the base model around it
+            body = self.masked_lm.get_decoder()
+            return self.masked_lm.base_model if isinstance(body, nn.Linear) else body  # ModernBERT's head: `decoder`
         return self.masked_lm.base_model
 
     @property
@@ -315,7 +316,7 @@ class PromptForSequenceClassification(PreTrainedModel):
         if input_ids is not None and input_ids.ndim == 3:
             contexts = input_ids.shape[1]
             inputs = {key: v.flatten(0, 1) if torch.is_tensor(v) and v.ndim == 3 else v for key, v in inputs.items()}
-        inputs = padding_behind(self.config, inputs)
+        inputs = padding_right(self.config, inputs)
         if self.config.word_scoring == FIRST_TOKEN:
             outputs = self.masked_lm(**inputs, **inputs_of_decoder(self.config, inputs), return_dict=True)
             logits = outputs.logits

@@ -18,6 +18,6 @@ def scale_loss(logits: torch.Tensor, labels: torch.Tensor, bounds: tuple[float, 
         bounds: the ends of the scale, in the labels' units.
     """
     low, high = bounds
-    place = ((labels.float().reshape(-1) - low) / (high - low)).clamp(0, 1)
-    target = torch.stack([1 - place, place], -1)
+    position = ((labels.float().reshape(-1) - low) / (high - low)).clamp(0, 1)
+    target = torch.stack([1 - position, position], -1)
     return functional.kl_div(logits.float().log_softmax(-1), target, reduction="batchmean")

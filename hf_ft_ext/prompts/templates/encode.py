@@ -10,7 +10,7 @@ from hf_ft_ext.data.preprocess import own_special_ids
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.readout import Reading
 from hf_ft_ext.prompts.templates.template import CLS, MASK, SEP, Literal, Part, Sentence, Special, parse_template
-from hf_ft_ext.prompts.templates.words import tokens_behind
+from hf_ft_ext.prompts.templates.words import continuation_tokens, plain_ids
 
 Ids = list[int]
 
@@ -136,10 +136,10 @@ class PromptEncoder:
         if isinstance(part, Special):
             if part.name == CLS:
                 return list(self.start)
-            return tokens_behind(self.tokenizer, ["\n"])[0] if part.name == SEP else [self.mask_id]
+            return continuation_tokens(self.tokenizer, ["\n"])[0] if part.name == SEP else [self.mask_id]
         if len(self.fixed) == 1 and len(self.fixed[0]) <= len(self.start):  # it begins the row
             return self.tokenizer(part.text, add_special_tokens=False)["input_ids"]
-        return tokens_behind(self.tokenizer, [part.text])[0]
+        return continuation_tokens(self.tokenizer, [part.text])[0]
 
     def check_limits(self, first_sent_limit: int | None, other_sent_limit: int | None) -> None:
         """Refuse limits set by the user that do not fit into `max_seq_length`.
@@ -162,7 +162,10 @@ class PromptEncoder:
         result = []
         limited: set[int] = set()  # rows
         for sentence in self.sentences:
-            ids = self._ids_of_texts(sentence.texts(columns[sentence.index]), first=len(result) == 0)
+            column = columns[sentence.index]
+            if self.reading is not Reading.MASK:  # as in MeZO; LM-BFF keeps the space at the end of GLUE's sst2 rows
+                column = [text.strip() for text in column]
+            ids = self._ids_of_texts(sentence.texts(column), first=len(result) == 0)
             limit = self.first_limit if sentence.index == 0 else self.other_limit
             if limit is not None:
                 limited.update(i for i, row in enumerate(ids) if len(row) > limit)
@@ -175,16 +178,8 @@ class PromptEncoder:
     def _ids_of_texts(self, texts: list[str], first: bool) -> list[Ids]:
         begins = first and len(self.fixed[0]) <= len(self.start)
         if self.reading is not Reading.MASK and not begins:
-            return tokens_behind(self.tokenizer, texts)
-        return self.tokenizer(
-            texts,
-            add_special_tokens=False,
-            truncation=False,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+            return continuation_tokens(self.tokenizer, texts)
+        return plain_ids(self.tokenizer, texts)
 
     def _without_mask(self, ids: Ids) -> Ids:
         """Replace mask tokens in a text, because a row must have exactly one mask."""

@@ -91,7 +91,7 @@ def parse_template(template: str, texts: int | None = None, reading: str = Readi
             f"template {template!r} names text {max(indices)}, but the rows of this data have {has}, counted from 0; "
             "take it out, or pass --text_columns"
         )
-    if reading == Reading.LAST.value and (behind := _behind_answer(parts)) is not None:
+    if reading == Reading.LAST.value and (behind := _part_after_answer(parts)) is not None:
         raise InputError(
             f"template {template!r} has {behind} after *mask*; a causal language model reads from left to right and "
             "answers at the end: put *mask* last (*cls**sent_0*_It_was*mask*), or pass a masked language model"
@@ -99,7 +99,7 @@ def parse_template(template: str, texts: int | None = None, reading: str = Readi
     return parts
 
 
-def _behind_answer(parts: list[Part]) -> str | None:
+def _part_after_answer(parts: list[Part]) -> str | None:
     """Return the first text or word after the mask; `None` if there are only special tokens and punctuation."""
     for part in parts[parts.index(Special(MASK)) + 1 :]:
         if isinstance(part, Sentence):

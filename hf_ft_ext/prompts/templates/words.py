@@ -205,10 +205,10 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase, word: str, before: str) ->
     """Return the tokens of an answer after the text `before`, with a space between them unless it begins a line."""
     space = "" if not before or before[-1].isspace() or word[:1] in _NO_SPACE else " "
     leads = ("\n", "a") if before.endswith("\n") else ("a", "\n")
-    return tokens_behind(tokenizer, [space + word], leads)[0]
+    return continuation_tokens(tokenizer, [space + word], leads)[0]
 
 
-def tokens_behind(
+def continuation_tokens(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], leads: Sequence[str] = ("a", "\n")
 ) -> list[list[int]]:
     """Return the tokens of texts that continue another text, without special tokens.
@@ -216,21 +216,22 @@ def tokens_behind(
     SentencePiece tokenizers (Llama, T5) put a space before every separate text. Therefore each text is tokenised after
     a letter, or after a line break if the letter merges with the text, and the tokens of this lead are removed.
     """
-    alone = [list(ids) for ids in _plain_ids(tokenizer, texts)]
+    alone = [list(ids) for ids in plain_ids(tokenizer, texts)]
     found: list[list[int] | None] = [None] * len(texts)
     for lead in leads:
-        own = _plain_ids(tokenizer, [lead])[0]
+        own = plain_ids(tokenizer, [lead])[0]
         open_rows = [i for i, ids in enumerate(found) if ids is None]
         if not open_rows:
             break
-        longer = _plain_ids(tokenizer, [lead + texts[i] for i in open_rows])
+        longer = plain_ids(tokenizer, [lead + texts[i] for i in open_rows])
         for i, ids in zip(open_rows, longer, strict=True):
             if list(ids[: len(own)]) == list(own):
                 found[i] = list(ids[len(own) :])
     return [ids if own is None else own for ids, own in zip(alone, found, strict=True)]
 
 
-def _plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Return the tokens of each text by itself, without special tokens and untruncated."""
     return tokenizer(
         list(texts),
         add_special_tokens=False,

@@ -11,15 +11,15 @@ from torch.optim.optimizer import ParamsT
 from hf_ft_ext.sparse.arguments import DEFAULT_BASIS_STEPS
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
-from hf_ft_ext.sparse.optimizer.moments import corrected, turn_moments
+from hf_ft_ext.sparse.optimizer.moments import corrected, rotate_dynamic_moments
 from hf_ft_ext.sparse.optimizer.refresh import RunningSums
-from hf_ft_ext.sparse.optimizer.support import above, agreed, carry_over, top_k
-from hf_ft_ext.training.copying import CopiedInFull
+from hf_ft_ext.sparse.optimizer.support import above_threshold, broadcast_support, carry_over, top_k
+from hf_ft_ext.training.copying import CopyableOptimizer
 
 _NOT_READY = "the {part} of {kind} has not been computed; run `prepare_layers` or load a state"
 
 
-class SparseAdamW(CopiedInFull, torch.optim.AdamW):
+class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
     """AdamW for models with `SparseGradLinear` layers, usable in any training loop.
 
     Dynamic support: each step chooses, for each converted weight, the `n_params` entries of the rotated gradient
@@ -127,9 +127,11 @@ class SparseAdamW(CopiedInFull, torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         weight, state = layer.weight, self.state[layer.weight]
         rotated = layer.value_gradient()
-        self._running.see(layer.kind, rotated)
-        chosen = top_k(rotated, layer.n_params) if layer.threshold is None else above(rotated, layer.threshold)
-        support = agreed(chosen)
+        self._running.observe(layer.kind, rotated)
+        chosen = (
+            top_k(rotated, layer.n_params) if layer.threshold is None else above_threshold(rotated, layer.threshold)
+        )
+        support = broadcast_support(chosen)
         gradient = rotated.flatten()[support.long()].to(weight.dtype)
         step, exp_avg, exp_avg_sq = self._moments_at(support, state, weight)
         step += 1
@@ -162,12 +164,12 @@ class SparseAdamW(CopiedInFull, torch.optim.AdamW):
     def _refresh(self) -> None:
         """Compute new bases from the running sums, and rotate the moments into them."""
         bases = {layer.kind: layer.basis for layer in self._layers.values() if layer.kind in self._running.sums}
-        turns = {kind: self._running.turn(kind, basis) for kind, basis in bases.items()}
+        rotations = {kind: self._running.update_basis(kind, basis) for kind, basis in bases.items()}
         for group in self.param_groups:
             for parameter in group["params"]:
                 layer = self._sparse(parameter)
-                if layer is not None and layer.kind in turns and self.state[parameter]:
-                    turn_moments(self.state[parameter], parameter, group["betas"], *turns[layer.kind])
+                if layer is not None and layer.kind in rotations and self.state[parameter]:
+                    rotate_dynamic_moments(self.state[parameter], parameter, group["betas"], *rotations[layer.kind])
         self._running.restart()
 
     def state_dict(self) -> dict:

@@ -29,7 +29,8 @@ def rotate_moments(
     because a mean square is at least the square of the mean. Therefore the part of the mean squares that comes from
     the means, `left^2 mean^2 right^2`, is replaced by `(left mean right)^2` where that is larger. Without this,
     correlated entries would give a mean far above the root mean square, and a step far above the learning rate. A
-    permutation or sign change of the directions is exact.
+    permutation or sign change of the directions is exact. Means and mean squares are compared, so pass Adam's moments
+    with their bias correction (`corrected`).
 
     Args:
         left: `V'^T V` from the old to the new directions of the output side, shape (r', r).
@@ -40,14 +41,14 @@ def rotate_moments(
     Returns:
         `(mean, square)` of shape (r', c').
     """
-    turned = left @ mean @ right
+    rotated = left @ mean @ right
     left, right = left.square(), right.square()
-    alone = left @ mean.square() @ right  # the rotated squares of the means, as if uncorrelated
+    uncorrelated = left @ mean.square() @ right  # the rotated squares of the means, as if uncorrelated
     # left^2 square right^2 + max(0, (left mean right)^2 - left^2 mean^2 right^2)
-    return turned, left @ square @ right + (turned.square() - alone).clamp_(min=0)
+    return rotated, left @ square @ right + (rotated.square() - uncorrelated).clamp_(min=0)
 
 
-def turn_fixed_moments(state: dict, old: FixedSupport, new: FixedSupport) -> None:
+def rotate_fixed_moments(state: dict, betas: tuple[float, float], old: FixedSupport, new: FixedSupport) -> None:
     """Rotate AdamW's state of a layer's values from one fixed support into another, in place.
 
     All entries share one step count. A new entry that the old entries hardly span would have a second moment near
@@ -55,18 +56,22 @@ def turn_fixed_moments(state: dict, old: FixedSupport, new: FixedSupport) -> Non
     moments.
 
     Args:
-        state: `exp_avg` and `exp_avg_sq`, shape (k,).
+        state: `step`, a scalar, and `exp_avg` and `exp_avg_sq`, shape (k,).
     """
     left, right = new.out_columns.T @ old.out_columns, old.in_columns.T @ new.in_columns
     known = old.spread(torch.ones_like(state["exp_avg"]))  # 1 at the old entries, else 0
-    mean, square = rotate_moments(left, right, old.spread(state["exp_avg"]), old.spread(state["exp_avg_sq"]))
+    # The rotation compares squared means with mean squares, so both need their bias correction.
+    mean, square = corrected(state["step"], state["exp_avg"], state["exp_avg_sq"], betas)
+    average = square.mean()
+    mean, square = rotate_moments(left, right, old.spread(mean), old.spread(square))
     unknown = (1 - left.square() @ known @ right.square()).clamp_(min=0)
-    square += unknown * state["exp_avg_sq"].mean()
-    state["exp_avg"].copy_(new.pick(mean))
-    state["exp_avg_sq"].copy_(new.pick(square))
+    square += unknown * average
+    weight1, weight2 = correction(state["step"], betas, mean.dtype)
+    state["exp_avg"].copy_(new.pick(mean).mul_(weight1))
+    state["exp_avg_sq"].copy_(new.pick(square).mul_(weight2))
 
 
-def turn_moments(
+def rotate_dynamic_moments(
     state: dict, weight: torch.Tensor, betas: tuple[float, float], left: torch.Tensor, right: torch.Tensor
 ) -> None:
     """Rotate the state of `SparseAdamW` for a weight with dynamic support into a new basis, in place.
@@ -84,7 +89,7 @@ def turn_moments(
     if support is None:
         mean, square = rotate_moments(left, right, mean, square)
     else:
-        mean, square, count = (_spread(part, support, weight) for part in (mean, square, step))
+        mean, square, count = (_scattered(part, support, weight) for part in (mean, square, step))
         count = left.square() @ count @ right.square()  # weights: squared entries of the rotations
         mean, square = rotate_moments(left, right, mean, square)
         support = top_k(square, len(support))
@@ -95,7 +100,7 @@ def turn_moments(
     state.update(step=step, exp_avg=mean.mul_(weight1), exp_avg_sq=square.mul_(weight2))
 
 
-def _spread(values: torch.Tensor, indices: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _scattered(values: torch.Tensor, indices: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Return a tensor of zeros with the shape of `like` and `values` at the flat `indices`."""
     full = like.detach().new_zeros(like.numel())
     full[indices.long()] = values.to(full.dtype)

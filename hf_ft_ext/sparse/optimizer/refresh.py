@@ -32,7 +32,7 @@ class RunningSums:
         """Count a step, before its gradients are added."""
         self.steps += 1
 
-    def see(self, kind: str, rotated: torch.Tensor) -> None:
+    def observe(self, kind: str, rotated: torch.Tensor) -> None:
         """Add one layer's gradient of this step, shape (out, in), in the current basis."""
         if not self or self.steps % self.stride:
             return
@@ -45,20 +45,20 @@ class RunningSums:
     def due(self) -> bool:
         return bool(self) and self.steps >= self.every
 
-    def turn(self, kind: str, basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
+    def update_basis(self, kind: str, basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
         """Set `basis` to the factors of the Gram sums of its kind.
 
         Returns:
             `(V'^T V, U^T U')`, which map a matrix `M` in the old basis into the new one: `left M right`.
         """
         # All processes have the same sums; the broadcast makes the bases bitwise equal.
-        out_turn, in_turn = (broadcast(side.T).T for side in self.sums[kind].factors())
+        out_rotation, in_rotation = (broadcast(side.T).T for side in self.sums[kind].factors())
         old_in = basis.in_factor
         # The sums are in the old basis, so their eigenvectors O and I give the new factors V' = V O and U' = U I.
-        basis.out_factor = by_columns(basis.out_factor @ out_turn)
+        basis.out_factor = by_columns(basis.out_factor @ out_rotation)
         # The published orientation uses the transposed factor, whose directions are its rows: U' = (U I)^T.
-        basis.in_factor = by_columns((old_in @ in_turn).T if basis.in_transposed else old_in @ in_turn)
-        return out_turn.T, old_in.T @ basis.in_factor  # V'^T V = O^T, and U^T U'
+        basis.in_factor = by_columns((old_in @ in_rotation).T if basis.in_transposed else old_in @ in_rotation)
+        return out_rotation.T, old_in.T @ basis.in_factor  # V'^T V = O^T, and U^T U'
 
     def restart(self) -> None:
         """Reset the sums, after a refresh."""

@@ -15,15 +15,15 @@ def top_k(rotated: torch.Tensor, k: int) -> torch.Tensor:
         indices = magnitude.topk(k, sorted=False).indices
     else:
         indices = candidates[magnitude[candidates].topk(k, sorted=False).indices]
-    return _compact(indices.sort().values, rotated)
+    return _as_int32(indices.sort().values, rotated)
 
 
-def above(rotated: torch.Tensor, threshold: float) -> torch.Tensor:
+def above_threshold(rotated: torch.Tensor, threshold: float) -> torch.Tensor:
     """Return ascending flat indices (int32 if they fit) of the entries whose magnitude is at least `threshold`."""
-    return _compact((rotated.abs().flatten() >= threshold).nonzero().squeeze(1), rotated)
+    return _as_int32((rotated.abs().flatten() >= threshold).nonzero().squeeze(1), rotated)
 
 
-def _compact(indices: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
+def _as_int32(indices: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
     return indices.int() if rotated.numel() <= torch.iinfo(torch.int32).max else indices
 
 
@@ -42,7 +42,7 @@ def _candidates(magnitude: torch.Tensor, k: int) -> torch.Tensor | None:
     return candidates if k <= candidates.numel() <= magnitude.numel() // 2 else None
 
 
-def agreed(support: torch.Tensor) -> torch.Tensor:
+def broadcast_support(support: torch.Tensor) -> torch.Tensor:
     """Return the first process's support on every process.
 
     All processes choose from the same averaged gradient, but on different processors it may differ in the last bit.

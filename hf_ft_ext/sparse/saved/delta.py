@@ -59,12 +59,12 @@ def save_delta(model: nn.Module, folder: str | os.PathLike, base: nn.Module | No
     hashes = {name: layer.base_hash for name, layer in layers.items()}
     if base is not None:
         hashes |= _checked_base(model, base, layers)
-    tensors, places = _dynamic_parts(dynamic, base) if dynamic else _fixed_parts(layers)
+    tensors, pieces = _dynamic_parts(dynamic, base) if dynamic else _fixed_parts(layers)
     rest = {name: p for name, p in _others(model, layers) if p.requires_grad}
     tensors |= {f"rest.{name}": parameter.detach().cpu().clone() for name, parameter in rest.items()}
     frozen = [(name, p) for name, p in _others(model, layers) if not p.requires_grad]
     digest = _base_hash([(f"{name}.weight", value) for name, value in hashes.items()], frozen)
-    metadata = {"format": _FORMAT, "base": digest, "layers": json.dumps(places), "rest": json.dumps(sorted(rest))}
+    metadata = {"format": _FORMAT, "base": digest, "layers": json.dumps(pieces), "rest": json.dumps(sorted(rest))}
     path = Path(folder) / DELTA_FILE
     write_delta(path, tensors, metadata)
     size = path.stat().st_size
@@ -83,16 +83,16 @@ def load_delta(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         InputError: the delta is missing, is damaged, or belongs to another model. The model is unchanged then.
     """
     path, metadata, tensors = read_delta(folder, DELTA_FILE, _FORMAT, "save_delta")
-    places = json.loads(metadata["layers"])
+    pieces = json.loads(metadata["layers"])
     rest = {name: tensors[f"rest.{name}"] for name in json.loads(metadata["rest"])}
-    trained = {f"{name}.weight" for name in places}
+    trained = {f"{name}.weight" for name in pieces}
     parameters = check_parameters(path, model, trained, rest)
-    hashes = [(f"{name}.weight", tensor_hash(_oriented(model, name))) for name in places]
+    hashes = [(f"{name}.weight", tensor_hash(_oriented(model, name))) for name in pieces]
     frozen = [(name, p) for name, p in parameters.items() if name not in trained | rest.keys()]
     if _base_hash(hashes, frozen) != metadata["base"]:
         raise other_weights(path, model)
     with torch.no_grad():
-        for name, numbers in places.items():
+        for name, numbers in pieces.items():
             weight = _oriented(model, name)
             # Half precision: add in float32 and round once, as merge_sparse does.
             trained = weight.to(torch.promote_types(weight.dtype, torch.float32)).contiguous()
@@ -126,25 +126,25 @@ def _checked_base(model: nn.Module, base: nn.Module, layers: dict[str, SparseGra
 
 def _fixed_parts(layers: dict[str, SparseGradLinear]) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
     """Return the tensors of the delta, and for each layer the support numbers of its pieces."""
-    tensors, places, numbers = {}, {}, {}
+    tensors, pieces, numbers = {}, {}, {}
     for name, layer in layers.items():
-        places[name] = []
+        pieces[name] = []
         for support, change in layer.changes():
             number = numbers.setdefault(id(support), len(numbers))
             for part in _PARTS:
                 value = getattr(support, part)
                 if value is not None:
                     tensors[f"support.{number}.{part}"] = value.cpu().contiguous()
-            tensors[f"change.{name}.{len(places[name])}"] = change.cpu()
-            places[name].append(number)
-    return tensors, places
+            tensors[f"change.{name}.{len(pieces[name])}"] = change.cpu()
+            pieces[name].append(number)
+    return tensors, pieces
 
 
 def _dynamic_parts(
     layers: dict[str, SparseGradLinear], base: nn.Module
 ) -> tuple[dict[str, torch.Tensor], dict[str, list[int]]]:
     """As `_fixed_parts` for dynamic support; the numbers are those of the bases."""
-    tensors, places = {}, {}
+    tensors, pieces = {}, {}
     kinds: dict[str, dict[str, SparseGradLinear]] = {}
     for name, layer in layers.items():
         kinds.setdefault(layer.kind, {})[name] = layer
@@ -158,8 +158,8 @@ def _dynamic_parts(
             tensors[f"basis.{number}.in_factor"] = basis.in_factor.cpu().contiguous()
         for name, difference in found.items():
             tensors |= {f"mask.{name}.0": difference.mask, f"change.{name}.0": difference.values}
-            places[name] = [number]
-    return tensors, places
+            pieces[name] = [number]
+    return tensors, pieces
 
 
 def _add_piece(weight: torch.Tensor, tensors: dict[str, torch.Tensor], piece: str, number: int) -> None:

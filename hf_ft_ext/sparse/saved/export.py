@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS, name_base_in, save_base_configuration
+from hf_ft_ext.adapters.folder import ADAPTER_WEIGHTS, save_base_configuration, set_base_name_of
 from hf_ft_ext.adapters.layers import shown_name
+from hf_ft_ext.adapters.sparse_grad.layer import SparseGradLayer
 from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.files import replacing
+from hf_ft_ext.files import atomic_write
 from hf_ft_ext.models.peft import saved_by_peft, task_type_of
 from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.fixed import FixedSupport
@@ -56,7 +57,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, max_rank: int | Non
         raise InputError(f"max_rank must be 1 or more, got {max_rank}")
     if isinstance(model, PeftModel):
         base, factors, transposed = model.get_base_model(), _adapter_factors(model), _any_conv1d(model)
-        saved = _saved_with_adapter(base, model.active_adapter)
+        saved = _saved_with_adapters(base, model.active_adapters)
     else:
         base, factors, transposed = model, *_converted_factors(model)
         names = sorted({*_trained_modules(model, sparse_layers(model)), *saved_by_peft(model)})
@@ -83,7 +84,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, max_rank: int | Non
         base_model_name_or_path=getattr(base, "name_or_path", None),
         inference_mode=True,
     )
-    name_base_in(config, base)
+    set_base_name_of(config, base)
     tensors = {}
     for name, (a, b) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous().cpu()
@@ -92,7 +93,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike, max_rank: int | Non
         for part, tensor in state.items():
             tensors[f"base_model.model.{name}.{part}"] = tensor.detach().contiguous().cpu().clone()
     os.makedirs(folder, exist_ok=True)
-    with replacing(Path(folder) / ADAPTER_WEIGHTS) as temporary:
+    with atomic_write(Path(folder) / ADAPTER_WEIGHTS) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     config.save_pretrained(folder)
     save_base_configuration(base, folder, config.revision)
@@ -107,6 +108,7 @@ def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tenso
     root = s[:rank].sqrt()
     total = float(s.square().sum())
     lost = math.sqrt(float(s[rank:].square().sum()) / total) if total else 0.0
+    # A' = S^1/2 V^T Q_in^T and B' = Q_out U S^1/2, of the largest singular values; error |S omitted| / |S|
     return (root[:, None] * (q_in @ vt[:rank].T).T).to(a.dtype), ((q_out @ u[:, :rank]) * root).to(b.dtype), lost
 
 
@@ -114,28 +116,39 @@ def _truncated(a: torch.Tensor, b: torch.Tensor, rank: int) -> tuple[torch.Tenso
 
 
 def _adapter_factors(model: PeftModel) -> Factors:
-    name = model.active_adapter
-    found = {}
+    """`(A, B)` of each layer, for the sum of the changes of all active adapters."""
+    found, active = {}, model.active_adapters
     for path, layer in sparse_grad_layers(model):
-        if name in layer.sparse_grad_values:
-            columns, block = layer.sparse_grad_columns[name], layer.sparse_grad_values[name].detach().float()
-            found[shown_name(path)] = _thin(columns.out_columns.float(), block, columns.in_columns.float())
-    if not found:
+        pieces = [_factors_of_adapter(layer, name) for name in active if name in layer.sparse_grad_values]
+        if pieces:
+            found[shown_name(path)] = torch.cat([a for a, _ in pieces]), torch.cat([b for _, b in pieces], dim=1)
+    known = {name for _, layer in sparse_grad_layers(model) for name in layer.sparse_grad_values}
+    other = [name for name in active if name not in known]
+    if not found or other:
+        names = ", ".join(map(repr, other or active))
         raise InputError(
-            f"the active adapter {name!r} is not a SparseGrad adapter; call model.set_adapter with the one to export"
+            f"the active adapter {names} is not a SparseGrad adapter; call model.set_adapter with the one to export"
         )
     return found
+
+
+def _factors_of_adapter(layer: SparseGradLayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    columns, block = layer.sparse_grad_columns[name], layer.sparse_grad_values[name].detach()
+    dtype = torch.promote_types(block.dtype, torch.float32)
+    return _thin(columns.out_columns.to(dtype), block.to(dtype), columns.in_columns.to(dtype))
 
 
 def _any_conv1d(model: PeftModel) -> bool:
     return any(isinstance(layer.get_base_layer(), Conv1D) for _, layer in sparse_grad_layers(model))
 
 
-def _saved_with_adapter(base: nn.Module, adapter_name: str) -> dict[str, dict[str, torch.Tensor]]:
+def _saved_with_adapters(base: nn.Module, active: list[str]) -> dict[str, dict[str, torch.Tensor]]:
     return {
-        name: module.modules_to_save[adapter_name].state_dict()
+        name: module.modules_to_save[adapter].state_dict()
         for name, module in base.named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        if isinstance(module, ModulesToSaveWrapper)
+        for adapter in active
+        if adapter in module.modules_to_save
     }
 
 

@@ -12,7 +12,7 @@ from transformers import Trainer
 
 from hf_ft_ext.sparse.basis import Basis
 from hf_ft_ext.sparse.layer import SparseGradLinear
-from hf_ft_ext.sparse.prepass import visit_gradients
+from hf_ft_ext.sparse.prepass import for_each_gradient
 
 RAW, START, FRESH = "raw", "basis of the start", "basis of the step"
 FRACTIONS = tuple(10 ** (power / 4) for power in range(-16, 1))  # of the entries: 0.0001 to 1
@@ -20,6 +20,7 @@ FRACTIONS = tuple(10 ** (power / 4) for power in range(-16, 1))  # of the entrie
 
 def captured_energy(matrix: torch.Tensor, fractions: tuple[float, ...] = FRACTIONS) -> torch.Tensor:
     """Return the share of the sum of squares in the largest entries, for each fraction of entries (at least one)."""
+    # sum of the k largest squares / sum of all squares
     squares = matrix.flatten().double().square().sort(descending=True).values.cumsum(0)
     kept = [max(round(fraction * matrix.numel()), 1) - 1 for fraction in fractions]
     return (squares[kept] / squares[-1]).float()
@@ -48,7 +49,7 @@ def measure_sparsity(
         for system, by_kind in bases.items():
             totals[system][name] += captured_energy(by_kind[layers[name].kind].rotate(gradient))
 
-    visit_gradients(trainer, layers, batches, add, "energy of gradients", draw=1)
+    for_each_gradient(trainer, layers, batches, add, "energy of gradients", draw=1)
     return {
         system: {name: (trainer.accelerator.reduce(total) / batches).tolist() for name, total in by_layer.items()}
         for system, by_layer in totals.items()

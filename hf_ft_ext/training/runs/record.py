@@ -15,7 +15,7 @@ from hf_ft_ext.training.runs.resources import ResourceMonitor
 from hf_ft_ext.training.weights.devices import device_name
 
 RUN_RECORD = "run.json"
-ABOVE = "above the level before training, largest of all processes"
+MEMORY_KIND = "above the level before training, largest of all processes"
 TRAINER_STATE = "trainer_state.json"  # transformers' name for it
 _LIBRARIES = ("hf_ft_ext", "torch", "transformers", "accelerate", "peft", "datasets", "evaluate")
 _ARTEFACTS = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json")
@@ -108,7 +108,9 @@ def write_run_record(
         "preparation_seconds": round(monitor.preparation_seconds, 3) if trained else None,
         "samples_per_second": round(monitor.samples_per_second, 3) if trained else None,
         "peak_memory_bytes": monitor.peak_memory_bytes if trained else None,
-        "peak_memory_kind": f"{monitor.memory.what}, {ABOVE}" if trained and monitor.memory is not None else None,
+        "peak_memory_kind": f"{monitor.memory.what}, {MEMORY_KIND}"
+        if trained and monitor.memory is not None
+        else None,
         "trainable_parameters": trainable_parameters,
         "total_parameters": total_parameters,
         "artefact_bytes": artefact_bytes(output_dir),

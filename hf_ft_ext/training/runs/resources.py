@@ -12,7 +12,7 @@ from accelerate.utils import gather
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_ft_ext.training.weights.quantized import holds_numbers
+from hf_ft_ext.training.weights.quantized import is_readable
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -181,7 +181,7 @@ class ResourceMonitor(TrainerCallback, ExportableState):
             here = [parameter.device for parameter in model.parameters() if parameter.device.type == args.device.type]
             self.memory = PeakMemory(args.device, *here)  # `device_map` may have spread the model
             for parameter in model.parameters():
-                if holds_numbers(parameter):
+                if is_readable(parameter):
                     parameter.detach().sum()  # weights may be mapped from a file and not resident yet
             self._before = self.memory.level()
 

@@ -1,8 +1,8 @@
 """Checking that a checkpoint is complete and undamaged before it is loaded.
 
 A run that is killed while it saves leaves an incomplete folder; a disk or a copy can damage a complete one. Our
-trainers write a seal after the last file: the sizes and SHA-256 checksums of all files. A folder with a seal is
-checked against it. In a folder without one, as other Trainers write, each file is checked for being readable.
+launcher writes a file of checksums last: sizes and SHA-256 of all other files. A folder with this file is checked
+against it. In a folder without it, as other Trainers write, each file is checked for being readable.
 """
 
 import contextlib
@@ -32,13 +32,14 @@ from hf_ft_ext.files import tensor_hash, write_json
 
 logger = logging.getLogger(__name__)
 
-SEAL = "checkpoint_seal.json"
+CHECKSUM_FILE = "checkpoint_checksums.json"
+_FORMER_FILE = "checkpoint_seal.json"  # its name in checkpoints of earlier versions
 _FORMAT = "hf_ft_ext checkpoint 1"
 _STATE = "trainer_state.json"
 
 
-class SealCheckpoints(TrainerCallback):
-    """Writes the seal of each checkpoint. Register it after all callbacks that write files into a checkpoint.
+class WriteChecksums(TrainerCallback):
+    """Writes the checksums of each checkpoint. Register it after all callbacks that write files into a checkpoint.
 
     Args:
         method: name of the method; a resumed run must use the same one.
@@ -56,17 +57,17 @@ class SealCheckpoints(TrainerCallback):
                 self._base = frozen_hash(model)
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
             if folder.is_dir():
-                seal(folder, self.method, self._base)
+                write_checksums(folder, self.method, self._base)
 
 
-def seal(folder: Path, method: str, base: str | None) -> None:
-    """Write the seal of `folder`: method, hash of the frozen weights, size and checksum of each file."""
+def write_checksums(folder: Path, method: str, base: str | None) -> None:
+    """Write the method, the hash of the frozen weights, and size and checksum of each file into `folder`."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != SEAL
+        if path.is_file() and path.name != CHECKSUM_FILE
     }
-    write_json(folder / SEAL, {"format": _FORMAT, "method": method, "base": base, "files": files})
+    write_json(folder / CHECKSUM_FILE, {"format": _FORMAT, "method": method, "base": base, "files": files})
 
 
 def frozen_hash(model: nn.Module) -> str | None:
@@ -101,21 +102,21 @@ def checkpoint_folders(output_dir: str | os.PathLike) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def last_sound_checkpoint(output_dir: str | os.PathLike, faults: list[str] | None = None) -> Path | None:
+def last_complete_checkpoint(output_dir: str | os.PathLike, problems: list[str] | None = None) -> Path | None:
     """The latest checkpoint in `output_dir` that is complete and undamaged, or `None`.
 
     Args:
-        faults: a list to which the faults of later checkpoints are appended.
+        problems: a list to which the problems of later checkpoints are appended.
     """
     for folder in checkpoint_folders(output_dir):
-        if (fault := fault_of(folder)) is None:
+        if (problem := checkpoint_problem(folder)) is None:
             return folder
-        if faults is not None:
-            faults.append(f"{folder}: {fault}")
+        if problems is not None:
+            problems.append(f"{folder}: {problem}")
     return None
 
 
-def fault_of(folder: str | os.PathLike) -> str | None:
+def checkpoint_problem(folder: str | os.PathLike) -> str | None:
     """What is wrong with the checkpoint `folder`, or `None` if it is complete and undamaged."""
     folder = Path(folder)
     if not (folder / _STATE).is_file():
@@ -126,8 +127,8 @@ def fault_of(folder: str | os.PathLike) -> str | None:
             return f"{_STATE} is not what a Trainer writes"
     except (OSError, ValueError) as error:
         return f"{_STATE} cannot be read ({error})"
-    if (folder / SEAL).exists():
-        return _broken_seal(folder)
+    if _checksum_file(folder) is not None:
+        return _checksum_mismatch(folder)
     return _unreadable(folder)
 
 
@@ -139,27 +140,32 @@ def steps_done(folder: str | os.PathLike) -> int:
         return 0
 
 
-def read_seal(folder: str | os.PathLike) -> dict[str, Any] | None:
-    """The seal of a checkpoint, or `None` if it has none.
+def read_checksums(folder: str | os.PathLike) -> dict[str, Any] | None:
+    """What `write_checksums` wrote into a checkpoint, or `None` if it has no such file.
 
     Raises:
         InputError: it cannot be read.
     """
-    path = Path(folder) / SEAL
-    if not path.exists():
+    path = _checksum_file(Path(folder))
+    if path is None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read ({error}); resume from another checkpoint") from error
     if not isinstance(found, dict) or found.get("format") != _FORMAT or not isinstance(found.get("files"), dict):
-        raise InputError(f"{path} is not a seal of this version; resume from another checkpoint")
+        raise InputError(f"{path} is not a file of checksums of this version; resume from another checkpoint")
     return found
 
 
-def _broken_seal(folder: Path) -> str | None:
+def _checksum_file(folder: Path) -> Path | None:
+    return next((folder / name for name in (CHECKSUM_FILE, _FORMER_FILE) if (folder / name).exists()), None)
+
+
+def _checksum_mismatch(folder: Path) -> str | None:
+    """The first file of a checkpoint that differs from its checksum, or `None`."""
     try:
-        files = read_seal(folder)["files"]
+        files = read_checksums(folder)["files"]
         for name, about in files.items():
             path = folder / name
             if not path.is_file():
@@ -171,14 +177,14 @@ def _broken_seal(folder: Path) -> str | None:
     except InputError as error:
         return str(error)
     except (KeyError, TypeError, ValueError) as error:
-        return f"{SEAL} is damaged ({error!r})"
+        return f"{_checksum_file(folder).name} is damaged ({error!r})"
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
     return None
 
 
 def _unreadable(folder: Path) -> str | None:
-    """The fault of the first unreadable file in a folder without a seal, or `None`."""
+    """The problem of the first unreadable file in a folder without checksums, or `None`."""
     for path in sorted(folder.iterdir()):
         try:
             if path.suffix == ".safetensors":
@@ -206,7 +212,7 @@ def _unreadable(folder: Path) -> str | None:
 
 def check_fits(folder: str | os.PathLike, model: nn.Module, method: str) -> None:
     """Raise an `InputError` unless the checkpoint `folder` fits `model` and `method`."""
-    found = read_seal(folder)
+    found = read_checksums(folder)
     if found is not None and found.get("method") not in (None, method):
         raise InputError(
             f"--resume_from_checkpoint: {os.fspath(folder)!r} was written by method {found['method']!r}, not "
@@ -223,7 +229,7 @@ def check_fits(folder: str | os.PathLike, model: nn.Module, method: str) -> None
             wanted = get_peft_model_state_dict(model)
         files = [path for path in (Path(folder) / "adapter_model.safetensors",) if path.is_file()]
     else:
-        wanted = saved_form(model)
+        wanted = saved_state_dict(model)
         files = sorted(Path(folder).glob("model*.safetensors"))
     if not files:
         return  # pickled weights, or shards of FSDP: transformers reads or refuses them
@@ -240,7 +246,7 @@ def check_fits(folder: str | os.PathLike, model: nn.Module, method: str) -> None
         raise _other_model(folder, f"this one has no {unknown[0]}")
 
 
-def saved_form(model: nn.Module) -> dict[str, torch.Tensor]:
+def saved_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """A model's weights as `save_pretrained` writes them.
 
     transformers renames or splits those of some models: GPT-NeoX's head, Mixtral's experts.
@@ -250,12 +256,12 @@ def saved_form(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @contextlib.contextmanager
-def loads_saved_form(model: nn.Module, folder: str | os.PathLike) -> Iterator[None]:
-    """A context in which `model.load_state_dict` loads `folder`, whose weights have the names of `saved_form`.
+def loading_saved_state_dict(model: nn.Module, folder: str | os.PathLike) -> Iterator[None]:
+    """A context in which `model.load_state_dict` loads `folder`, whose weights have the names of `saved_state_dict`.
 
     `Trainer` passes the weights of a file on under the file's names and skips names that the model does not have.
     """
-    if not isinstance(model, PreTrainedModel) or saved_form(model).keys() == model.state_dict().keys():
+    if not isinstance(model, PreTrainedModel) or saved_state_dict(model).keys() == model.state_dict().keys():
         yield
         return
     weights = type(model).from_pretrained(folder).state_dict()  # converted; needs a second copy on the CPU
@@ -283,7 +289,7 @@ def check_labels(folder: str | os.PathLike, model: nn.Module) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get("id2label")
     except (OSError, ValueError, AttributeError):
-        return  # `fault_of` says what is wrong with the file
+        return  # `checkpoint_problem` says what is wrong with the file
     if not isinstance(found, dict):
         return
     there, here = ([str(names[i]) for i in sorted(names, key=int)] for names in (found, config.id2label))

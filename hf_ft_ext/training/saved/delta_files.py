@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.files import replacing, tensor_hash
+from hf_ft_ext.files import atomic_write, tensor_hash
 
 _CHECK = "check"
 
@@ -19,7 +19,7 @@ _CHECK = "check"
 def write_delta(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a delta with a checksum of its content, so that a damaged file is never applied."""
     metadata = {**metadata, _CHECK: _checksum(tensors, metadata)}
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file(tensors, temporary, metadata=metadata)
 
 

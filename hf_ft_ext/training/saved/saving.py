@@ -7,8 +7,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig
 
-from hf_ft_ext.adapters.folder import name_base, save_configuration
-from hf_ft_ext.training.saved.checkpoints import check_labels, loads_saved_form
+from hf_ft_ext.adapters.folder import save_configuration, set_base_name
+from hf_ft_ext.training.saved.checkpoints import check_labels, loading_saved_state_dict
 
 logger = logging.getLogger(__name__)
 
@@ -40,17 +40,17 @@ class CompleteSaves(_Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         loaded = self.model if model is None else model
         check_labels(resume_from_checkpoint, loaded)
-        with loads_saved_form(loaded, resume_from_checkpoint):
+        with loading_saved_state_dict(loaded, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        with loads_saved_form(self.model, self.state.best_model_checkpoint):
+        with loading_saved_state_dict(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.model
         if isinstance(model, PeftModel):
-            name_base(model)
+            set_base_name(model)
         super()._save(output_dir, state_dict)
         if isinstance(model, PeftModel) and self.args.should_save:
             save_configuration(model, output_dir if output_dir is not None else self.args.output_dir)

@@ -26,15 +26,15 @@ from typing import Any
 from hf_ft_ext.training.sharing.privacy import is_secret
 
 # Arguments for the location, display and sharing of a run. None of them changes the result.
-OF_THE_MACHINE = frozenset({
+MACHINE_ARGUMENTS = frozenset({
     "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_strategy", "hub_revision", "hub_private_repo",
     "hub_always_push", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name", "use_cpu",
 })  # fmt: skip
 
 
-def of_the_machine(name: str) -> bool:
+def is_machine_specific(name: str) -> bool:
     """Whether an argument is useless on another machine: local folders, progress display, secrets."""
-    return name in OF_THE_MACHINE or name.endswith("_dir") or is_secret(name)
+    return name in MACHINE_ARGUMENTS or name.endswith("_dir") or is_secret(name)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def rerun_code(run: FinishedRun, settings: dict[str, Any], words: Iterable[str])
         settings: arguments that replace the run's own; a value of `None` removes one.
         words: lines of Python with further command-line words, which may use `folder`.
     """
-    own = {key: value for key, value in (run.record.get("arguments") or {}).items() if not of_the_machine(key)}
+    own = {key: value for key, value in (run.record.get("arguments") or {}).items() if not is_machine_specific(key)}
     own = {key: value for key, value in {**own, **settings}.items() if value is not None}
     own = {key: value for key, value in own.items() if key not in ("method", "do_train")}
     if not own.keys() & {"do_eval", "do_predict"}:

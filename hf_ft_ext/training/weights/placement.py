@@ -21,11 +21,11 @@ def check_placement(model: nn.Module | None, several: bool, unchanged: bool = Fa
         InputError: the method cannot train the model with this placement.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    places = {str(device) for device in (getattr(inner, "hf_device_map", None) or {}).values()}
-    if unchanged or (len(places) < 2 and "disk" not in places):
+    devices = {str(device) for device in (getattr(inner, "hf_device_map", None) or {}).values()}
+    if unchanged or (len(devices) < 2 and "disk" not in devices):
         return
-    shown = ", ".join(sorted(places))
-    if offloaded := sorted(places.intersection(_OFFLOADED)):
+    shown = ", ".join(sorted(devices))
+    if offloaded := sorted(devices.intersection(_OFFLOADED)):
         raise InputError(
             f"device_map keeps parts of the model on {offloaded[-1]} and fetches them for each forward pass "
             f"({shown}), so they cannot train or get adapters; use more or larger accelerators, quantization, or "

@@ -42,7 +42,7 @@ def train_in_float32(model: PeftModel) -> PeftModel:
             module.float()
             module.register_forward_pre_hook(_inputs_in_float32, with_kwargs=True)
             if inside:
-                module.register_forward_hook(_OutputsIn(dtype))
+                module.register_forward_hook(_CastOutputs(dtype))
     return model
 
 
@@ -50,7 +50,7 @@ def _inputs_in_float32(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tu
     return _cast(args, HALF, torch.float32), _cast(kwargs, HALF, torch.float32)
 
 
-class _OutputsIn:
+class _CastOutputs:
     """A forward hook that casts float32 outputs to `dtype`; a class, so that models with it can be pickled."""
 
     def __init__(self, dtype: torch.dtype):

@@ -16,7 +16,7 @@ def is_quantized(model: nn.Module | None) -> bool:
     return bool(getattr(inner, "is_quantized", False))
 
 
-def holds_numbers(tensor: torch.Tensor) -> bool:
+def is_readable(tensor: torch.Tensor) -> bool:
     """Whether the entries of a tensor can be read in this process.
 
     They cannot for weights that `device_map` offloads, nor for a quantizer's tensor subclass (torchao), which supports

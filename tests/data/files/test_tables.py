@@ -1,4 +1,4 @@
-"""Delimited files: every row and every value as it is written, however the file is quoted, or an error with a cure."""
+"""Delimited files: every row and value as written, with any quoting, or an error that says how to fix the file."""
 
 import csv
 import gzip
@@ -283,13 +283,13 @@ def test_a_path_is_not_a_pattern(tmp_path, name, suffix, streaming):
     assert next(iter(load_data(args, cache_dir=str(tmp_path / "cache")).train))["text"] == "right"
 
 
-def test_settings_of_a_publisher_are_kept_and_said(tmp_path, caplog):
+def test_settings_of_a_data_sets_readme_are_kept_and_logged(tmp_path, caplog):
     (tmp_path / "train.csv").write_text("#\ntext;label\na,b;x\nNA;y\n")
     setting = "  sep: ';'\n  skiprows: 1\n"
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n- config_name: c\n  data_files: train.csv\n{setting}---\n")
     data = load_data(DataArguments(dataset_name=str(tmp_path)), cache_dir=str(tmp_path / "cache"))
     assert data.train["text"][:] == ["a,b", None]
-    assert "read by its publisher's settings: with quotes, NA as a missing value" in caplog.text
+    assert "read with its own settings: with quotes, NA as a missing value" in caplog.text
 
 
 def test_a_stream_of_any_split_of_a_folder(tmp_path):

@@ -32,7 +32,7 @@ _TEXTS = {
 
 
 def write_bad_files(folder: Path, root: Path) -> None:
-    """Write all of them into `folder`; `root` holds the sound model and data (see `workload.prepare`)."""
+    """Write all of them into `folder`; `root` holds the undamaged model and data (see `workload.prepare`)."""
     for name, text in _TEXTS.items():
         (folder / name).write_text(text)
     (folder / "binary.csv").write_bytes(bytes(range(256)) * 4)

@@ -10,7 +10,7 @@ EXAMPLES = int(os.environ.get("ARGUMENT_EXAMPLES", "4"))  # of each method; `mak
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_it_works_or_says_why_not(method, fault_root):
+def test_random_arguments_work_or_are_refused_with_a_reason(method, fault_root):
     from argument_strategies import commands  # here: hypothesis takes a second, in each process that collects tests
     from hypothesis import HealthCheck, given, settings
 

@@ -1,6 +1,7 @@
-"""A refreshed basis: the factors of the gradients since, moments that turn with it, weights left alone."""
+"""A refreshed basis: the factors of the gradients since, moments that rotate with it, unchanged weights."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from transformers import TrainerCallback
 from hf_ft_ext import InputError, SparseAdamW, SparseTrainingArguments, prepare_layers, sparse_layers
 from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT, Basis, GramSums
 from hf_ft_ext.sparse.fixed import FixedSupport
-from hf_ft_ext.sparse.optimizer.moments import rotate_moments, turn_fixed_moments
+from hf_ft_ext.sparse.optimizer.moments import rotate_fixed_moments, rotate_moments
 from hf_ft_ext.sparse.optimizer.refresh import RunningSums
 from hf_ft_ext.training.runs.plan import training_plan
+
+BETAS = (0.9, 0.999)
 
 
 def orthonormal(n, seed):
@@ -30,27 +33,27 @@ def signed_permutation(n, seed):
     return torch.eye(n).double()[torch.randperm(n, generator=generator)] * signs
 
 
-def test_moments_turn_exactly_with_the_order_and_signs_of_directions():
+def test_moments_rotate_exactly_with_the_order_and_signs_of_directions():
     left, right = signed_permutation(6, 1), signed_permutation(5, 2)
     mean = random(6, 5, seed=3)
     square = mean.square() * 0.5 + 0.1  # smaller than the mean squared here and there, as Adam's averages can be
-    turned, squares = rotate_moments(left, right, mean, square)
-    torch.testing.assert_close(turned, left @ mean @ right, rtol=1e-14, atol=1e-14)
+    rotated, squares = rotate_moments(left, right, mean, square)
+    torch.testing.assert_close(rotated, left @ mean @ right, rtol=1e-14, atol=1e-14)
     torch.testing.assert_close(squares, left.abs() @ square @ right.abs(), rtol=1e-14, atol=1e-14)
 
 
 def test_moments_keep_their_size_and_never_give_a_step_above_the_rate():
     left, right = orthonormal(6, 1), orthonormal(5, 2)
     mean = random(6, 5, seed=3)
-    turned, squares = rotate_moments(left, right, mean, mean.square() * 1.5)
-    torch.testing.assert_close(turned.norm(), mean.norm(), rtol=1e-12, atol=0)
-    assert (turned.square() <= squares).all()
-    # Entries that agree: turned as if they were independent, the squares would be a thirtieth of what they are.
+    rotated, squares = rotate_moments(left, right, mean, mean.square() * 1.5)
+    torch.testing.assert_close(rotated.norm(), mean.norm(), rtol=1e-12, atol=0)
+    assert (rotated.square() <= squares).all()
+    # Entries that agree: rotated as if they were independent, the squares would be a thirtieth of what they are.
     ones = torch.ones(6, 5).double()
     aligned = torch.full((1, 6), 6**-0.5).double(), torch.full((5, 1), 5**-0.5).double()
-    turned, squares = rotate_moments(*aligned, ones, ones)
-    torch.testing.assert_close(turned.square(), torch.full((1, 1), 30.0).double())
-    torch.testing.assert_close(squares, turned.square())
+    rotated, squares = rotate_moments(*aligned, ones, ones)
+    torch.testing.assert_close(rotated.square(), torch.full((1, 1), 30.0).double())
+    torch.testing.assert_close(squares, rotated.square())
 
 
 @pytest.mark.parametrize("rotates", [ACTIVATIONS, GRADIENT])
@@ -59,13 +62,13 @@ def test_moments_keep_their_size_and_never_give_a_step_above_the_rate():
 def test_a_basis_with_directions_in_another_order_changes_nothing(rotates, n_params, dense, monkeypatch):
     net, data = two_layers(n_params, rotates), batches(12)
     plain = copy.deepcopy(net)
-    turns = signed_permutation(6, 1), signed_permutation(5, 2)
+    rotations = signed_permutation(6, 1), signed_permutation(5, 2)
 
-    def turn(self, kind, basis):
-        basis.out_factor, basis.in_factor = basis.out_factor @ turns[0], basis.in_factor @ turns[1]
-        return turns[0].T, turns[1]
+    def update_basis(self, kind, basis):
+        basis.out_factor, basis.in_factor = basis.out_factor @ rotations[0], basis.in_factor @ rotations[1]
+        return rotations[0].T, rotations[1]
 
-    monkeypatch.setattr(RunningSums, "turn", turn)
+    monkeypatch.setattr(RunningSums, "update_basis", update_basis)
     options = {"lr": 0.05, "weight_decay": 0.1, "dense_moments": dense}
     train(net, SparseAdamW(net.parameters(), [net[0]], refresh_steps=5, **options), data)
     train(plain, SparseAdamW(plain.parameters(), [plain[0]], **options), data)
@@ -109,8 +112,8 @@ def test_left_and_right_take_the_old_basis_into_the_new_one():
         basis = Basis(orthonormal(6, 1), orthonormal(5, 2), in_transposed=published)
         old, running, gradient = copy.copy(basis), RunningSums(2, 2), random(6, 5, seed=3)
         running.begin_step()
-        running.see("kind", old.rotate(gradient))
-        left, right = running.turn("kind", basis)
+        running.observe("kind", old.rotate(gradient))
+        left, right = running.update_basis("kind", basis)
         expected = basis.rotate(gradient)
         torch.testing.assert_close(left @ old.rotate(gradient) @ right, expected, rtol=1e-10, atol=1e-10)
 
@@ -119,22 +122,104 @@ def test_left_and_right_take_the_old_basis_into_the_new_one():
 def test_fixed_moments_stay_in_the_same_support(shape):
     _, layer, *_ = fixed_layer("rotated", shape)
     support, k = layer.support, layer.support.size
-    state = {"exp_avg": random(k, seed=1), "exp_avg_sq": random(k, seed=2).square() + 5}
-    turned = {key: value.clone() for key, value in state.items()}
-    turn_fixed_moments(turned, support, support)
+    state = {"step": torch.tensor(3.0), "exp_avg": random(k, seed=1), "exp_avg_sq": random(k, seed=2).square() + 5}
+    rotated = {key: value.clone() for key, value in state.items()}
+    rotate_fixed_moments(rotated, BETAS, support, support)
     for key, value in state.items():
-        torch.testing.assert_close(turned[key], value, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(rotated[key], value, rtol=1e-9, atol=1e-9)
 
 
 def test_fixed_moments_of_unknown_directions_are_average_ones():
     factors = orthonormal(7, 1), orthonormal(5, 2)
     old = FixedSupport.of_block(Basis(*factors), torch.arange(2), torch.arange(2))
     new = FixedSupport.of_block(Basis(*factors), torch.arange(1, 3), torch.arange(1, 3))
-    state = {"exp_avg": random(4, seed=1), "exp_avg_sq": random(4, seed=2).square() + 5}
+    state = {"step": torch.tensor(9.0), "exp_avg": random(4, seed=1), "exp_avg_sq": random(4, seed=2).square() + 5}
     mean, square = state["exp_avg"][3].item(), state["exp_avg_sq"].clone()
-    turn_fixed_moments(state, old, new)
+    rotate_fixed_moments(state, BETAS, old, new)
     assert state["exp_avg"].tolist() == pytest.approx([mean, 0, 0, 0], abs=1e-12)
     assert state["exp_avg_sq"].tolist() == pytest.approx([square[3].item(), *[square.mean().item()] * 3])
+
+
+def entries(shape):
+    return list(itertools.product(*map(range, shape)))
+
+
+def adam_state(gradients):
+    """State of torch's Adam after these gradients, in float64."""
+    parameter = torch.zeros_like(gradients[0]).requires_grad_()
+    optimizer = torch.optim.Adam([parameter], betas=BETAS)
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        optimizer.step()
+    return optimizer.state[parameter]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 200])
+@pytest.mark.parametrize("shape", [(1, 5), (2, 2), (3, 4), (7, 5)])
+def test_fixed_moments_equal_adams_in_the_new_basis_from_the_first_step_on(steps, shape):
+    r, c = shape
+    v, u = orthonormal(7, 1)[:, :r], orthonormal(5, 2)[:, :c]
+    left, right = orthonormal(r, 3), orthonormal(c, 4)  # the new columns span the same rows and columns
+    whole = torch.arange(r), torch.arange(c)
+    old, new = (FixedSupport(*whole, None, *sides) for sides in ((v, u), (v @ left.T, u @ right)))
+
+    def turned(gradients):
+        state = {key: value.flatten() for key, value in adam_state(gradients).items() if key != "step"}
+        state["step"] = torch.tensor(float(steps))
+        rotate_fixed_moments(state, BETAS, old, new)
+        return state["exp_avg"].view(shape), state["exp_avg_sq"].view(shape)
+
+    # The mean is linear in the gradients, so it is Adam's for the rotated ones, whatever they are.
+    gradients = [random(r, c, seed=seed) for seed in range(steps)]
+    expected = adam_state([left @ gradient @ right for gradient in gradients])["exp_avg"]
+    torch.testing.assert_close(turned(gradients)[0], expected, rtol=1e-10, atol=1e-10)
+    # Equal gradients: the mean square is the square of the mean, in each basis. Where the rotated square is larger
+    # than that of uncorrelated entries, the mean square is Adam's for the rotated gradient; else it is the latter.
+    gradient = random(r, c, seed=99)
+    rotated = left @ gradient @ right
+    alone = torch.zeros(shape).double()
+    for (i, j), (k, m) in itertools.product(entries(shape), entries(shape)):
+        alone[i, j] += (left[i, k] * gradient[k, m] * right[m, j]) ** 2
+    first, second = turned([gradient] * steps)
+    state = adam_state([rotated] * steps)
+    torch.testing.assert_close(first, state["exp_avg"], rtol=1e-10, atol=1e-10)
+    correction = 1 - BETAS[1] ** steps
+    expected = torch.where(rotated.square() >= alone, state["exp_avg_sq"], alone * correction)
+    torch.testing.assert_close(second, expected, rtol=1e-9, atol=1e-12)
+    assert (rotated.square() >= alone).any()
+
+
+def test_a_fixed_support_in_another_order_changes_nothing_in_early_steps():
+    """Adam of the full rotated gradient is the oracle: its entries do not depend on each other."""
+    factors = orthonormal(7, 1), orthonormal(5, 2)
+    turns = signed_permutation(7, 3), signed_permutation(5, 4)
+    rows, columns = torch.tensor([0, 2, 6]), torch.tensor([1, 4])
+    old = FixedSupport.of_block(Basis(*factors), rows, columns)
+    # The same columns of V and U, in another place and with other signs.
+    new_rows, new_columns = (turn[kept].abs().argmax(1) for turn, kept in zip(turns, (rows, columns), strict=True))
+    turned = Basis(factors[0] @ turns[0], factors[1] @ turns[1])
+    new = FixedSupport.of_block(turned, new_rows, new_columns)
+    gradients = [random(7, 5, seed=seed) for seed in range(6)]
+    state = adam_state([old.block_of(gradient).flatten() for gradient in gradients[:2]])
+    rotate_fixed_moments(state, BETAS, old, new)
+    parameter = torch.zeros(6).double().requires_grad_()
+    optimizer = torch.optim.Adam([parameter], lr=0.1, betas=BETAS)
+    optimizer.state[parameter] = state
+    dense = torch.zeros(7, 5).double().requires_grad_()
+    oracle = torch.optim.Adam([dense], lr=0.1, betas=BETAS)
+    before = None
+    for i, gradient in enumerate(gradients):
+        dense.grad = factors[0].T @ gradient @ factors[1]
+        oracle.step()
+        if i == 1:
+            before = dense.detach().clone()
+        if i > 1:
+            parameter.grad = new.block_of(gradient).flatten()
+            optimizer.step()
+    change = new.out_columns @ parameter.detach().view(3, 2) @ new.in_columns.T
+    kept = torch.zeros(7, 5).double()
+    kept[rows[:, None], columns] = (dense.detach() - before)[rows[:, None], columns]
+    torch.testing.assert_close(change, factors[0] @ kept @ factors[1].T, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("support", ["static", "structured"])
@@ -183,7 +268,7 @@ def test_at_most_so_many_gradients_go_into_the_sums(every, gradients, taken):
     for _ in range(every):
         running.begin_step()
         running.sums.clear()
-        running.see("kind", torch.eye(2))
+        running.observe("kind", torch.eye(2))
         seen += len(running.sums)
     assert seen == taken <= gradients and running.due
 

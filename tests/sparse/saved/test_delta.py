@@ -63,7 +63,7 @@ def test_other_families(tmp_path):
     torch.testing.assert_close(loaded(**inputs("gpt2")).logits, logits, rtol=1e-5, atol=1e-6)
 
 
-def test_it_is_small_where_rows_and_columns_are_shared(tmp_path):
+def test_the_delta_is_small_if_layers_share_rows_and_columns(tmp_path):
     trainer = make(tmp_path, tiny_model(num_hidden_layers=8), sparse_support="structured", sparse_train_rest="head")
     trainer.args.sparse_basis_steps = 1
     trainer.train()

@@ -218,5 +218,5 @@ def test_an_evaluation_does_not_cut_the_gradients(folder):
 
 def test_a_quantized_weight_cannot_be_searched(folder):
     pytest.importorskip("bitsandbytes")
-    with pytest.raises(InputError, match=r"search_target='all' takes in .*quantized and cannot be searched"):
+    with pytest.raises(InputError, match=r"search_target='all' includes .*quantized and cannot be searched"):
         trainer_on(folder, "gradientless", "4bit", search_target="all")

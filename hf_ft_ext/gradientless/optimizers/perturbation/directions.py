@@ -213,13 +213,13 @@ def threshold(parameter: torch.Tensor, share: float) -> float:
     return float(flat.kthvalue(max(1, round(share * flat.numel()))).values)
 
 
-def mixed(seed: int, number: int, start: int = 0) -> int:
+def derived_seed(seed: int, number: int, start: int = 0) -> int:
     """Derive the seed of a tensor's chunk from a seed, the tensor's number and the chunk's start."""
     return (seed + number * 0x9E3779B97F4A7C15 + start * 0xD1B54A32D192ED03) % 2**62
 
 
 def _generator(device: torch.device, seed: int, number: int, start: int = 0) -> torch.Generator:
-    return torch.Generator(device).manual_seed(mixed(seed, number, start))
+    return torch.Generator(device).manual_seed(derived_seed(seed, number, start))
 
 
 def _normal(size: int, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:

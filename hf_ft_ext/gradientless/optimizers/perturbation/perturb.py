@@ -1,9 +1,10 @@
 """Forward passes with perturbed weights, without changing the stored weights and without a second model.
 
-While a module's forward runs, each searched parameter that it owns is replaced by a perturbed copy, which is dropped
+While a module's forward runs, each searched parameter in it is replaced by a perturbed copy, which is dropped
 afterwards. The weights of linear layers and embeddings, which are most of a model, are never copied in full (see
-`owners`). Dense changes are computed and applied chunk by chunk. A low-rank change is added to the layer's output:
-`x (W + L R^T)^T = x W^T + (x R) L^T`. Several perturbations can run as one forward pass over the repeated batch.
+`module_patch`). Dense changes are computed and applied chunk by chunk. A low-rank change is added to the layer's
+output: `x (W + L R^T)^T = x W^T + (x R) L^T`. Several perturbations can run as one forward pass over the repeated
+batch.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw
-from hf_ft_ext.gradientless.optimizers.perturbation.owners import CannotBatch, ModulePatch
+from hf_ft_ext.gradientless.optimizers.perturbation.module_patch import CannotBatch, ModulePatch
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination, PerturbedWeights
 
 

@@ -13,7 +13,7 @@ REPLAY_TOLERANCE = 1e-3
 MOST_REPLAYED = 1000
 
 
-class Update:
+class UpdateRule:
     """Update rule of a step, for the gradient estimate `G`.
 
     | rule | step | state |
@@ -152,7 +152,9 @@ class Rounding:
             return
         chunk = parameter.detach().view(-1)[part]
         if not self.keeps(parameter):
-            chunk.copy_(rounded_at_random(exact, parameter.dtype, torch.Generator(chunk.device).manual_seed(seed)))
+            chunk.copy_(
+                rounded_stochastically(exact, parameter.dtype, torch.Generator(chunk.device).manual_seed(seed))
+            )
             return
         if number not in self.kept:
             kind = torch.float32 if parameter.ndim < 2 else parameter.dtype
@@ -161,7 +163,7 @@ class Rounding:
         self.kept[number][part] = (exact - chunk.float()).to(self.kept[number].dtype)
 
 
-def rounded_at_random(exact: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+def rounded_stochastically(exact: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Stochastic rounding of `exact` (float32) to a 16-bit type: up or down at random, so that the mean is `exact`."""
     nearest = exact.to(dtype)
     error = exact - nearest.float()

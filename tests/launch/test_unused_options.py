@@ -111,7 +111,7 @@ def test_options_with_effect_pass(words):
     parse(*([] if "--method" in words else ["--method", "full"]), *words)
 
 
-def test_what_a_search_overrides_is_said(caplog):
+def test_values_that_a_search_overrides_are_logged(caplog):
     caplog.set_level("WARNING", logger="hf_ft_ext")
     parse("--method", "full", "--hp_search", "2", "--learning_rate", "1e-3")
     assert [r.getMessage() for r in caplog.records] == [

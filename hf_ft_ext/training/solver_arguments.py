@@ -1,5 +1,6 @@
-"""Arguments of methods that solve the task in one call. Settings of a training loop are refused, not ignored."""
+"""`SolverTrainingArguments`: for tasks solved in one call. Arguments of a training loop are refused."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,7 +31,7 @@ _ALLOWED_VALUES = {
 
 
 @dataclass
-class AtOnceTrainingArguments(MethodTrainingArguments):
+class SolverTrainingArguments(MethodTrainingArguments):
     """Base class of the arguments of methods without a training loop.
 
     Attributes:
@@ -85,3 +86,10 @@ class AtOnceTrainingArguments(MethodTrainingArguments):
             if value is None or value is False or value in _ALLOWED_VALUES.get(name, ()):
                 continue
             raise InputError(f"{name}={value} steers a training loop, and {self.instead_of_steps}; leave it out")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AtOnceTrainingArguments":
+        warnings.warn("AtOnceTrainingArguments is now SolverTrainingArguments", FutureWarning, stacklevel=2)
+        return SolverTrainingArguments
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
-"""Training without steps: the base class of trainers that solve the task in one call."""
+"""`SolverTrainer`: the base class of trainers that solve the task in one call, without training steps."""
 
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer_utils import TrainOutput, set_seed, speed_metrics
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features.rows import LABELS, SAMPLE, for_collator
+from hf_ft_ext.features.rows import LABELS, SAMPLE, data_and_collator
 from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, overridden
 from hf_ft_ext.training.saved.saving import CompleteSaves
@@ -27,7 +28,7 @@ _HOOKS = (
 )  # fmt: skip
 
 
-class AtOnceTrainer(CompleteSaves, MethodTrainer):
+class SolverTrainer(CompleteSaves, MethodTrainer):
     """`transformers.Trainer` whose `train()` calls `solve` once instead of taking steps.
 
     Callbacks see one step. There is no optimizer and there are no checkpoints.
@@ -137,7 +138,7 @@ class AtOnceTrainer(CompleteSaves, MethodTrainer):
         Raises:
             InputError: two calls give different inputs, or the collator changes the labels.
         """
-        dataset, collate = for_collator(self, self.train_dataset)
+        dataset, collate = data_and_collator(self, self.train_dataset)
         rows = [dataset[i] for i in range(min(SAMPLE, len(dataset)))]
         first, second = collate(rows), collate(rows)
         name = getattr(self.data_collator, "__name__", type(self.data_collator).__name__)
@@ -157,3 +158,10 @@ class AtOnceTrainer(CompleteSaves, MethodTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         raise InputError(f"{self.solution} has no optimizer: call train(), which solves the task")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AtOnceTrainer":
+        warnings.warn("AtOnceTrainer is now SolverTrainer", FutureWarning, stacklevel=2)
+        return SolverTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw, compute_type, mixed
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw, compute_type, derived_seed
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
-from hf_ft_ext.gradientless.optimizers.perturbation.updates import BUFFER, MOMENTUM, RMS, Rounding, Update
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import BUFFER, MOMENTUM, RMS, Rounding, UpdateRule
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination
 
 _NO_MOMENTS = ("sgd", "sign", "rms", "conservative")
 
 
-class Moves:
+class WeightUpdates:
     """Updates the searched tensors by the gradient estimate `G = 1/n sum_i slope_i z_i`, with an update rule.
 
     Args:
@@ -33,7 +33,11 @@ class Moves:
     """
 
     def __init__(
-        self, perturbed_forward: PerturbedForward, searched: Sequence[torch.Tensor], rule: Update, rounding: Rounding
+        self,
+        perturbed_forward: PerturbedForward,
+        searched: Sequence[torch.Tensor],
+        rule: UpdateRule,
+        rounding: Rounding,
     ):
         self.perturbed_forward, self.searched, self.rule, self.rounding = perturbed_forward, searched, rule, rounding
         self.directions: Directions = perturbed_forward.directions
@@ -42,7 +46,7 @@ class Moves:
         self.factor_basis: dict[int, int] = {}
         self.history: deque[tuple[list[Draw], list[float]]] = deque(maxlen=rule.replayed - 1)
 
-    def take(
+    def apply(
         self,
         step: int,
         basis: int,
@@ -52,7 +56,7 @@ class Moves:
         groups: Sequence[dict[str, Any]],
         skipped: set[int],
     ) -> None:
-        """Take the update of one step.
+        """Update all tensors in one step.
 
         Args:
             step: number of this step, from 1.
@@ -97,7 +101,7 @@ class Moves:
             if self.rule.replays and not buffers:
                 combination = [*combination, *self._replayed(scale)]
             left, right = self.perturbed_forward.factors(parameter, number, combination) if low_rank else (None, None)
-        seed = mixed(estimate[0][0].seed, number)
+        seed = derived_seed(estimate[0][0].seed, number)
         for part in directions.chunks(parameter):
             exact = self.rounding.exact(parameter, number, part)
             if low_rank:
@@ -108,7 +112,7 @@ class Moves:
             if decay != 1:  # decoupled weight decay: theta *= 1 - lr * weight_decay
                 exact.mul_(decay)
             self.rule.apply(exact, gradient, lr, self.step, [buffer[part] for buffer in buffers])
-            self.rounding.store(parameter, number, part, exact, mixed(seed, 0, part.start) ^ 1)
+            self.rounding.store(parameter, number, part, exact, derived_seed(seed, 0, part.start) ^ 1)
 
     def _replayed(self, scale: float) -> Iterable[tuple[Draw, float]]:
         """Terms of `sum over j >= 1 of momentum^j G_(t-j)`, `G` the gradient estimate of each stored step."""
@@ -169,7 +173,7 @@ class Moves:
             self.history.append(([Draw(*draw) for draw in draws], list(slopes)))
 
 
-def check_replay(directions: Directions, rule: Update) -> None:
+def check_replay(directions: Directions, rule: UpdateRule) -> None:
     """Raise an `InputError` if momentum has to recompute earlier directions and `directions` cannot."""
     if directions.moving_mask and rule.replays:
         raise InputError(

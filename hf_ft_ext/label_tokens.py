@@ -1,0 +1,77 @@
+"""Labels of tokens: how many of them a batch predicts, and a loss of 0 for a batch that predicts none."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+IGNORED = -100  # the label of tokens that are not predicted, as in transformers
+_NOT_SHIFTED = ("XLNetLMHeadModel", "XLMWithLMHeadModel")  # transformers calls them causal; they predict in place
+_KEYS = ("shift_labels", "labels")
+
+
+def predicts_next_tokens(model: nn.Module) -> bool:
+    """Whether the loss is that of a causal language model, which does not predict the first label of a row."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        return False
+    name = type(inner).__name__
+    return name not in _NOT_SHIFTED and (name.endswith(("ForCausalLM", "LMHeadModel")) or name in _causal_classes())
+
+
+def _causal_classes() -> set[str]:
+    found: set[str] = set()
+    for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        found.update([names] if isinstance(names, str) else names)
+    return found
+
+
+def label_tokens(batch: Mapping[str, Any], shifted: bool) -> int | None:
+    """Number of tokens that a batch's loss is the mean over; `None` if its labels are not those of tokens.
+
+    Args:
+        shifted: whether each token is predicted from those before it, so that the first label of a row is not used;
+            `shift_labels` are shifted already.
+    """
+    labels = batch.get("shift_labels")
+    shifted = shifted and labels is None
+    labels = batch.get("labels") if labels is None else labels
+    if not isinstance(labels, torch.Tensor) or labels.ndim < 2 or labels.is_floating_point():
+        return None
+    return int((labels[..., 1:] if shifted else labels).ne(IGNORED).sum())
+
+
+def label_count(batch: Mapping[str, Any], shifted: bool) -> int:
+    """Number of labels that a batch's mean loss is a mean over: label tokens, or rows if a row has one label.
+
+    It is the weight of the loss in the mean over several batches: `sum_b (n_b / n) loss_b`.
+
+    Args:
+        shifted: see `label_tokens`.
+    """
+    tokens = label_tokens(batch, shifted)
+    return len(next(iter(batch.values()))) if tokens is None else tokens
+
+
+def zero_without_tokens(
+    loss: Callable[[Mapping[str, Any]], torch.Tensor], batch: Mapping[str, Any], shifted: bool
+) -> torch.Tensor:
+    """Return `loss(batch)`, or 0 with gradient 0 if no token is predicted: the mean over none would be NaN.
+
+    The model runs in both cases, which other processes and hooks may wait for.
+    """
+    if label_tokens(batch, shifted) != 0:
+        return loss(batch)
+    return 0 * loss(with_a_label(batch))
+
+
+def with_a_label(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of the batch in which the last token of each row has a label, so that the loss is finite."""
+    changed = dict(batch)
+    for key in _KEYS:
+        if isinstance(batch.get(key), torch.Tensor):
+            changed[key] = batch[key].clone()
+            changed[key][..., -1] = 0
+    return changed
