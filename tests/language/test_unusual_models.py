@@ -60,6 +60,44 @@ def test_a_model_that_reads_padding_generates_in_batches_of_equal_length(caplog)
         assert text == tokenizer.decode([int(best)], skip_special_tokens=True).strip()
 
 
+PROMPTS = ["a film", "we hated the dull scene, but not the ending", "it was", "a film"]
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, ["a film", "a film", "a film"], PROMPTS[:1]])
+@torch.no_grad()
+def test_a_model_that_mixes_rows_in_its_cache_generates_the_texts_of_each_row_alone(caplog, prompts):
+    caplog.set_level("WARNING")
+    tokenizer, model = build("rwkv")
+    found = generate_texts(stand_in(model, tokenizer), prompts, Generation(max_new_tokens=6, batch_size=4))
+    warned = "mixes the rows of a batch in its cache, so prompts are generated one by one" in caplog.text
+    assert warned == (len(prompts) > 1)
+    for prompt, text in zip(prompts, found, strict=True):
+        ids, new = tokenizer(prompt)["input_ids"], []
+        while len(new) < 6 and tokenizer.eos_token_id not in new:
+            logits = model(input_ids=torch.tensor([[*ids, *new]]), use_cache=False).logits
+            new.append(int(logits[0, -1].argmax()))
+        assert text == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def test_beams_of_a_model_that_mixes_rows_are_the_likeliest_of_all_pairs(caplog):
+    caplog.set_level("WARNING")
+    tokenizer, model = build("rwkv")
+    beams = len(tokenizer)  # as many as there are first tokens, so that the search is exhaustive
+    found = generate_texts(stand_in(model, tokenizer), PROMPTS[:3], Generation(2, num_beams=beams, batch_size=2))
+    assert "beams are searched without it" in caplog.text
+    for prompt, text in zip(PROMPTS, found, strict=False):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        first = model(input_ids=ids, use_cache=False).logits[0, -1].log_softmax(-1)
+        pairs = torch.cat([ids.expand(beams, -1), torch.arange(beams)[:, None]], 1)
+        both = first[:, None] + model(input_ids=pairs, use_cache=False).logits[:, -1].log_softmax(-1)
+        both = both / 2  # mean over the tokens: `length_penalty` 1
+        both[tokenizer.eos_token_id] = -torch.inf
+        best = int(both.argmax())
+        assert first[tokenizer.eos_token_id] < both.max()
+        assert text == tokenizer.decode([best // beams, best % beams], skip_special_tokens=True).strip()
+
+
 def test_other_models_generate_padded_batches_without_a_warning(caplog):
     caplog.set_level("WARNING")
     tokenizer = subword_tokenizer("byte-level")
