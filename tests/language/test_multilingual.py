@@ -95,7 +95,7 @@ def run(folder, name):
         [
             "--model_name_or_path", str(folder / "model"), "--method", "full", "--task_type", "seq2seq_lm",
             "--train_file", file, "--validation_file", file, "--test_file", file, "--do_train", "--do_eval",
-            "--do_predict", "--max_steps", "2", "--warmup_steps", "0", "--learning_rate", "0.02",
+            "--do_predict", "--max_steps", "2", "--warmup_steps", "0", "--learning_rate", "1e-3",
             "--predict_with_generate", "--max_new_tokens", "8", "--per_device_eval_batch_size", "3", "--use_cpu",
             "--disable_tqdm", "true", "--output_dir", str(folder / "out"),
         ]
