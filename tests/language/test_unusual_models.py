@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import run_glue
 from hf_ft_ext.launch.language.trainers import Generation, generate_texts
+from hf_ft_ext.training.saved.saving import keep_weights_in_evaluation
 
 pytest.importorskip("trl")
 from test_generation import stand_in
@@ -35,11 +36,11 @@ CONFIGS = {
 PAIRS = [("the film was", " great"), ("a dull plot, and", " not the ending"), ("we hated it and really", " bad")]
 
 
-def build(family: str):
+def build(family: str, **sizes):
     tokenizer = subword_tokenizer("byte-level")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **CONFIGS[family])
+        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **{**CONFIGS[family], **sizes})
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = kind.from_config(config)
         with torch.no_grad():
@@ -144,3 +145,55 @@ def test_trained_through_the_launcher_they_generate_and_report_the_plain_perplex
         count += len(answer)
     metrics = json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+WAYS = {
+    "full": ("--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1", "--load_best_model_at_end"),
+    "gradientless": ("--search_method", "spsa", "--search_target", "all", "--learning_rate", "1e-3"),
+}
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_rwkv_is_saved_with_the_weights_it_was_evaluated_with(tmp_path, method):
+    tokenizer, model = build("rwkv", num_hidden_layers=4, rescale_every=2)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    status = run_glue.main(
+        [
+            "--model_name_or_path", str(tmp_path / "model"), "--method", method, "--task_type", "causal_lm",
+            "--train_file", str(file), "--validation_file", str(file), "--do_train", "--do_eval", "--max_steps", "2",
+            "--warmup_steps", "0", "--use_cpu", "--disable_tqdm", "true", "--output_dir", str(tmp_path / "out"),
+            *WAYS[method],
+        ]
+    )  # fmt: skip
+    assert status == 0
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    total, count = 0.0, 0
+    for prompt, completion in PAIRS:
+        ids = tokenizer(prompt)["input_ids"]
+        whole = [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            log_p = trained(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1)
+        total -= sum(float(log_p[i - 1, whole[i]]) for i in range(len(ids), len(whole)))
+        count += len(whole) - len(ids)
+    metrics = json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+@torch.no_grad()
+def test_rwkv_evaluated_before_training_keeps_its_logits():
+    # an epsilon would weigh more beside halved activations
+    tokenizer, model = build("rwkv", num_hidden_layers=4, rescale_every=2, layer_norm_epsilon=1e-12)
+    model.rwkv.ln_out.eps = 1e-12
+    ids = torch.tensor([tokenizer(PAIRS[1][0])["input_ids"]])
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    logits = model(input_ids=ids).logits
+    assert any(not torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    keep_weights_in_evaluation(model)
+    for _ in range(2):
+        torch.testing.assert_close(model(input_ids=ids).logits, logits)
+        assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    torch.testing.assert_close(model.train()(input_ids=ids).logits, logits)
