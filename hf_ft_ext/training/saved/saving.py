@@ -105,8 +105,10 @@ def keep_weights_in_evaluation(model: nn.Module) -> None:
             before, module.training = module.training, True
             module._rescale_layers()
             module.training = before
-        logger.info(
-            "rescale_every=%d of the model's configuration is set to 0 for training and in what is saved: evaluation "
-            "would change the weights in place.", module.config.rescale_every,
-        )  # fmt: skip
+        if len(module.blocks) > module.config.rescale_every:
+            logger.warning(
+                "rescale_every=%d of the model's configuration is set to 0 for training and in what is saved: "
+                "evaluation would change the weights in place. Load an adapter with "
+                "AutoPeftModelForCausalLM.from_pretrained(folder, rescale_every=0).", module.config.rescale_every,
+            )  # fmt: skip
         module.config.rescale_every = 0
