@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 from decoders import decoder, subword_tokenizer
+from peft import AutoPeftModelForCausalLM
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import run_glue
 from hf_ft_ext.launch.language.trainers import Generation, generate_texts
+from hf_ft_ext.training.saved.saving import keep_weights_in_evaluation
 
 pytest.importorskip("trl")
 from test_generation import stand_in
@@ -35,11 +37,11 @@ CONFIGS = {
 PAIRS = [("the film was", " great"), ("a dull plot, and", " not the ending"), ("we hated it and really", " bad")]
 
 
-def build(family: str):
+def build(family: str, **sizes):
     tokenizer = subword_tokenizer("byte-level")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **CONFIGS[family])
+        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **{**CONFIGS[family], **sizes})
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = kind.from_config(config)
         with torch.no_grad():
@@ -58,6 +60,44 @@ def test_a_model_that_reads_padding_generates_in_batches_of_equal_length(caplog)
         with torch.no_grad():
             best = model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1].argmax()
         assert text == tokenizer.decode([int(best)], skip_special_tokens=True).strip()
+
+
+PROMPTS = ["a film", "we hated the dull scene, but not the ending", "it was", "a film"]
+
+
+@pytest.mark.parametrize("prompts", [PROMPTS, ["a film", "a film", "a film"], PROMPTS[:1]])
+@torch.no_grad()
+def test_a_model_that_mixes_rows_in_its_cache_generates_the_texts_of_each_row_alone(caplog, prompts):
+    caplog.set_level("WARNING")
+    tokenizer, model = build("rwkv")
+    found = generate_texts(stand_in(model, tokenizer), prompts, Generation(max_new_tokens=6, batch_size=4))
+    warned = "mixes the rows of a batch in its cache, so prompts are generated one by one" in caplog.text
+    assert warned == (len(prompts) > 1)
+    for prompt, text in zip(prompts, found, strict=True):
+        ids, new = tokenizer(prompt)["input_ids"], []
+        while len(new) < 6 and tokenizer.eos_token_id not in new:
+            logits = model(input_ids=torch.tensor([[*ids, *new]]), use_cache=False).logits
+            new.append(int(logits[0, -1].argmax()))
+        assert text == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def test_beams_of_a_model_that_mixes_rows_are_the_likeliest_of_all_pairs(caplog):
+    caplog.set_level("WARNING")
+    tokenizer, model = build("rwkv")
+    beams = len(tokenizer)  # as many as there are first tokens, so that the search is exhaustive
+    found = generate_texts(stand_in(model, tokenizer), PROMPTS[:3], Generation(2, num_beams=beams, batch_size=2))
+    assert "beams are searched without it" in caplog.text
+    for prompt, text in zip(PROMPTS, found, strict=False):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        first = model(input_ids=ids, use_cache=False).logits[0, -1].log_softmax(-1)
+        pairs = torch.cat([ids.expand(beams, -1), torch.arange(beams)[:, None]], 1)
+        both = first[:, None] + model(input_ids=pairs, use_cache=False).logits[:, -1].log_softmax(-1)
+        both = both / 2  # mean over the tokens: `length_penalty` 1
+        both[tokenizer.eos_token_id] = -torch.inf
+        best = int(both.argmax())
+        assert first[tokenizer.eos_token_id] < both.max()
+        assert text == tokenizer.decode([best // beams, best % beams], skip_special_tokens=True).strip()
 
 
 def test_other_models_generate_padded_batches_without_a_warning(caplog):
@@ -106,3 +146,59 @@ def test_trained_through_the_launcher_they_generate_and_report_the_plain_perplex
         count += len(answer)
     metrics = json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+WAYS = {
+    "lora": ("--learning_rate", "0.05"),
+    "full": ("--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1", "--load_best_model_at_end"),
+    "gradientless": ("--search_method", "spsa", "--search_target", "all", "--learning_rate", "1e-3"),
+}
+
+
+@pytest.mark.parametrize("method", WAYS)
+def test_rwkv_is_saved_with_the_weights_it_was_evaluated_with(tmp_path, method):
+    tokenizer, model = build("rwkv", num_hidden_layers=4, rescale_every=2)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    status = run_glue.main(
+        [
+            "--model_name_or_path", str(tmp_path / "model"), "--method", method, "--task_type", "causal_lm",
+            "--train_file", str(file), "--validation_file", str(file), "--do_train", "--do_eval", "--max_steps", "2",
+            "--warmup_steps", "0", "--use_cpu", "--disable_tqdm", "true", "--output_dir", str(tmp_path / "out"),
+            *WAYS[method],
+        ]
+    )  # fmt: skip
+    assert status == 0
+    loader, more = AutoModelForCausalLM, {}
+    if method == "lora":  # also on the layers that transformers would divide
+        loader, more = AutoPeftModelForCausalLM, {"rescale_every": 0}
+    trained = loader.from_pretrained(tmp_path / "out", **more).eval()
+    total, count = 0.0, 0
+    for prompt, completion in PAIRS:
+        ids = tokenizer(prompt)["input_ids"]
+        whole = [*tokenizer(prompt + completion)["input_ids"], tokenizer.eos_token_id]
+        with torch.no_grad():
+            log_p = trained(input_ids=torch.tensor([whole])).logits[0].double().log_softmax(-1)
+        total -= sum(float(log_p[i - 1, whole[i]]) for i in range(len(ids), len(whole)))
+        count += len(whole) - len(ids)
+    metrics = json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+@torch.no_grad()
+def test_rwkv_evaluated_before_training_keeps_its_logits():
+    # an epsilon would weigh more beside halved activations
+    tokenizer, model = build("rwkv", num_hidden_layers=4, rescale_every=2, layer_norm_epsilon=1e-12)
+    model.rwkv.ln_out.eps = 1e-12
+    ids = torch.tensor([tokenizer(PAIRS[1][0])["input_ids"]])
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    logits = model(input_ids=ids).logits
+    assert any(not torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    keep_weights_in_evaluation(model)
+    for _ in range(2):
+        torch.testing.assert_close(model(input_ids=ids).logits, logits)
+        assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    torch.testing.assert_close(model.train()(input_ids=ids).logits, logits)

@@ -62,9 +62,12 @@ def write_folder(folder, config, columns, names, labels, split="train"):
     return str(folder)
 
 
-@pytest.mark.parametrize("name", TASKS)
-def test_a_row_of_the_hubs_form_becomes_the_sentence(tmp_path, name):
-    columns, names, label, sentence, words = TASKS[name]
+BOOLQ_WITH_A_MARK = ({"question": "is it hot?", "passage": "It is warm."}, *TASKS["boolq"][1:])
+
+
+@pytest.mark.parametrize(("name", "task"), [*TASKS.items(), ("boolq", BOOLQ_WITH_A_MARK)])
+def test_a_row_of_the_hubs_form_becomes_the_sentence(tmp_path, name, task):
+    columns, names, label, sentence, words = task
     place = write_folder(tmp_path / "data", name, columns, names, [label, -1])
     data = load_data(DataArguments(task_name=name, dataset_name=place))
     assert len(data.train) == 1 and data.label_names[data.train["label"][0]] == names[label]

@@ -29,6 +29,10 @@ def test_forms_of_a_text():
     assert Sentence(0, cut=True).texts(column) == ["Is it good", "", ""]
     assert Sentence(0, first="l", space=True).texts(column) == [" is it good? ", " é", " "]
     assert Sentence(0, first="u").texts(["aB"]) == ["AB"]
+    assert Sentence(0, question=True).texts(["is it", "is it?", "is it? ", "?", ""]) == [
+        "is it?", "is it?", "is it? ", "?", "?",
+    ]  # fmt: skip
+    assert parse_template("*+sentu?_1**mask*")[0] == Sentence(1, space=True, first="u", question=True)
 
 
 @pytest.mark.parametrize("reading", ["mask", "last", "decoder"])

@@ -163,6 +163,7 @@ def load(
         trainer_class = type(f"{kind.__name__}AndSFTTrainer", (Perplexity, kind, CountedTruncation, SFTTrainer), {})
         train, evaluated = data.train, next(iter(data.validation.values()), None)
     else:
+        fit_encoder_decoder(model, tokenizer)
         trainer_class = type(f"{kind.__name__}AndSeq2SeqTrainer", (Perplexity, kind, Seq2SeqTrainer), {})
         train = None if data.train is None else encoder_decoder_rows("train", data.train, tokenizer, length)
         data.tokenized = {n: encoder_decoder_rows(n, rows, tokenizer, length) for n, rows in data.validation.items()}
@@ -273,11 +274,43 @@ class EncoderDecoderCollator(DataCollatorForSeq2Seq):
         batch = super().__call__(features, return_tensors)
         if batch.get("labels") is None or "decoder_input_ids" in batch:
             return batch
-        config, labels = self.model.config, batch["labels"]
-        shifted = labels.new_full(labels.shape, config.decoder_start_token_id)
-        shifted[:, 1:] = labels[:, :-1]
-        batch["decoder_input_ids"] = shifted.masked_fill(shifted == -100, config.pad_token_id)
+        batch["decoder_input_ids"] = decoder_inputs(self.model, batch["labels"])
         return batch
+
+
+def decoder_inputs(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
+    """Return the labels one position to the right, behind the token that the model's decoder begins with."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    shifted = labels.new_full(labels.shape, model.config.decoder_start_token_id)
+    shifted[:, 1:] = labels[:, :-1]
+    return shifted.masked_fill(shifted == -100, model.config.pad_token_id)
+
+
+def fit_encoder_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Pad on the right, and let generation begin with the token that training begins with.
+
+    Left padding moves the positions that encoders and decoders count, and the first decoder token. mBART trains behind
+    the language code, and `generate` begins with the start-of-text token if the configuration names no other.
+
+    Raises:
+        InputError: the model cannot make the decoder's inputs from labels.
+    """
+    tokenizer.padding_side = "right"
+    try:
+        first = int(decoder_inputs(model, torch.tensor([tokenizer(text_target="a")["input_ids"]]))[0, 0])
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"--task_type seq2seq_lm: the configuration of model {model.name_or_path!r} has decoder_start_token_id="
+            f"{model.config.decoder_start_token_id}, so its decoder has no first token; set decoder_start_token_id in "
+            "config.json"
+        ) from error
+    if model.generation_config.decoder_start_token_id is None:
+        model.generation_config.decoder_start_token_id = first
+        logger.warning(
+            "The model's configuration has no decoder_start_token_id. Texts begin with token %d, as in training; pass "
+            "decoder_start_token_id=%d to `generate` if you load only an adapter.", first, first,
+        )  # fmt: skip
 
 
 def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):

@@ -195,12 +195,28 @@ def generate_texts(
         parts: list[Sequence[int]] = [mine[first : first + settings.batch_size] for first in starts]
         short, long = (choose(mine, key=lambda i: len(rows[i]), default=0) for choose in (min, max))
         unequal = len(mine) > 1 and len(rows[short]) < len(rows[long])
-        if unequal and _reads_padding(model, padded([short]), padded([short, long])):
+        cached = {}
+        if unequal and _changes_a_row(model, padded([short]), padded([short, long]), tokens=1):
             logger.warning(
                 "%s reads the padding of shorter prompts, so prompts are generated in batches of equal length, which "
                 "takes longer.", type(model).__name__,
             )  # fmt: skip
             parts = list(_of_equal_length(mine, rows, settings.batch_size))
+        if (
+            getattr(model, "_is_stateful", True)
+            and not both
+            and len(mine)
+            and max(min(len(mine), settings.batch_size), settings.num_beams) > 1
+            and _changes_a_row(model, padded([short]), padded([short, short]), tokens=2)
+        ):
+            logger.warning(
+                "%s mixes the rows of a batch in its cache, so %s, which takes longer.", type(model).__name__,
+                "prompts are generated one by one" if settings.num_beams == 1 else "beams are searched without it",
+            )  # fmt: skip
+            if settings.num_beams == 1:
+                parts = [[i] for i in mine]
+            else:
+                cached = {"use_cache": False}
         for indices in parts:
             batch = padded(indices)
             ids = model.generate(
@@ -210,6 +226,7 @@ def generate_texts(
                 num_beams=settings.num_beams,
                 do_sample=False,
                 pad_token_id=tokenizer.pad_token_id,
+                **cached,
             )
             new = ids if both else ids[:, batch["input_ids"].shape[1] :]
             found += zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
@@ -220,17 +237,22 @@ def generate_texts(
     return [texts[i].strip() for i in range(len(rows))]
 
 
-def _reads_padding(model: Any, alone: dict[str, torch.Tensor], beside: dict[str, torch.Tensor]) -> bool:
-    """Whether padding changes the next token's logits of a prompt, as in RWKV, which ignores the attention mask."""
-    first = []
+def _changes_a_row(model: Any, alone: dict[str, torch.Tensor], beside: dict[str, torch.Tensor], tokens: int) -> bool:
+    """Whether the row in `alone` gets other logits as the first row of `beside`.
+
+    The first new token's logits show whether padding is read, as in RWKV, which ignores the attention mask. The second
+    one's, `tokens=2`, come from the cache, whose rows transformers' RWKV mixes in a batch.
+    """
+    found = []
     for batch in (alone, beside):
         made = model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=1, do_sample=False,
-            num_beams=1, output_logits=True, return_dict_in_generate=True,
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=tokens,
+            min_new_tokens=tokens, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True,
         )  # fmt: skip
-        first.append(made.logits[0][0].float())
-    tolerance = 1e-2 if model.dtype == torch.float32 else 0.1  # of the largest logit; padding that is read moves all
-    return bool((first[0] - first[1]).abs().max() > tolerance * first[0].abs().max())
+        found.append((made.sequences[0, -tokens:-1].tolist(), made.logits[-1][0].float()))
+    (before, first), (others, second) = found
+    tolerance = 1e-2 if model.dtype == torch.float32 else 0.1  # of the largest logit; what is read moves all
+    return before == others and bool((first - second).abs().max() > tolerance * first.abs().max())
 
 
 def _of_equal_length(indices: Sequence[int], rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:

@@ -101,7 +101,7 @@ DECODER_PROMPTS: dict[str, TaskPrompt] = {
     "ag_news": TaskPrompt("*cls**sent_0*\nThe topic of this article is*mask*", _NEWS, 240, None, 256),
     "cb": TaskPrompt('*cls*Suppose *sent_0* Can we infer that "*sent_1*"? Yes, No, or Maybe?\n*mask*', _NLI,
                      max_seq_length=512, truncate_head=True),
-    "boolq": TaskPrompt("*cls**sent_0* *sentu_1*?\n*mask*", _NO_YES, max_seq_length=512, truncate_head=True),
+    "boolq": TaskPrompt("*cls**sent_0* *sentu?_1*\n*mask*", _NO_YES, max_seq_length=512, truncate_head=True),
     "wsc": TaskPrompt(
         '*cls**sent_0*\nIn the previous sentence, does the pronoun "*sentl_2*" refer to *sent_1*? Yes or No?\n*mask*',
         _NO_YES, max_seq_length=256, truncate_head=True,

@@ -8,8 +8,11 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.prompts.readout import Reading
 
 CLS, SEP, MASK = "cls", "sep", "mask"
-_SENTENCE = re.compile(r"(?P<space>\+?)sent(?P<first>[lu]?)(?P<cut>-?)_(?P<index>\d+)")
-_MARKERS = ("cls", "mask", "sep", "sep+", "sent_0", "sent_1", "sent-_0", "sentl_1", "+sent_0", "+sentl_1", "sentu_1")
+_SENTENCE = re.compile(r"(?P<space>\+?)sent(?P<first>[lu]?)(?P<last>[-?]?)_(?P<index>\d+)")
+_MARKERS = (
+    "cls", "mask", "sep", "sep+", "sent_0", "sent_1", "sent-_0", "sent?_0", "sentl_1", "+sent_0", "+sentl_1",
+    "sentu_1",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -29,17 +32,20 @@ class Special:
 
 @dataclass(frozen=True)
 class Sentence:
-    """Text `index` of the row, with a leading space, its first letter changed, or without its last character."""
+    """Text `index` of the row: with a leading space, its first letter changed, its last character changed."""
 
     index: int
     space: bool = False
     first: str = ""  # "l": lower, "u": upper
-    cut: bool = False
+    cut: bool = False  # without its last character
+    question: bool = False  # with a question mark at its end, unless it has one
 
     def texts(self, column: list[str]) -> list[str]:
         """Return the column's texts in the form that the template requires."""
         if self.cut:  # remove the final full stop or question mark, not a space after it
             column = [text.rstrip()[:-1] for text in column]
+        if self.question:
+            column = [text if text.rstrip().endswith("?") else f"{text}?" for text in column]
         if self.first:
             change = str.lower if self.first == "l" else str.upper
             column = [change(text[:1]) + text[1:] for text in column]
@@ -53,9 +59,9 @@ def parse_template(template: str, texts: int | None = None, reading: str = Readi
     """Split a template into its parts.
 
     Markers are enclosed in asterisks: `cls`, `mask`, `sep`, `sep+` (a separator that also starts the next segment),
-    `sent_i` (text i of the row), `sent-_i` (without its last character), `sentl_i` (first letter in lower case),
-    `sentu_i` (in upper case). A `+` before a text's marker adds a space before the text. All else is plain text, in
-    which `_` is a space and `\\n` a line break.
+    `sent_i` (text i of the row), `sent-_i` (without its last character), `sent?_i` (with a question mark at its end,
+    unless it has one), `sentl_i` (first letter in lower case), `sentu_i` (in upper case). A `+` before a text's marker
+    adds a space before the text. All else is plain text, in which `_` is a space and `\\n` a line break.
 
     Args:
         texts: number of texts of a row; `None` = do not check.
@@ -115,10 +121,11 @@ def _marker(name: str, template: str) -> Part:
     if name == "sep+":
         return Special(SEP, next_segment=True)
     if match := _SENTENCE.fullmatch(name):
-        return Sentence(int(match["index"]), bool(match["space"]), match["first"], bool(match["cut"]))
+        last = match["last"]
+        return Sentence(int(match["index"]), bool(match["space"]), match["first"], last == "-", last == "?")
     near = difflib.get_close_matches(name, _MARKERS, n=1, cutoff=0.5)
     hint = f"; did you mean *{near[0]}*?" if near else "."
     raise InputError(
         f"template {template!r} has the unknown marker *{name}*{hint} The markers are: *cls*, *mask*, *sep*, *sep+*, "
-        "*sent_i*, *sent-_i*, *sentl_i*, *sentu_i*, and these with a + in front"
+        "*sent_i*, *sent-_i*, *sent?_i*, *sentl_i*, *sentu_i*, and these with a + in front"
     )

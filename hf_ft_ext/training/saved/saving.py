@@ -1,4 +1,4 @@
-"""Saving complete adapters (with the model's configuration), and a configuration with plain outputs for training."""
+"""Saving complete adapters (with the model's configuration), and the configuration that training and saving need."""
 
 import logging
 from typing import TYPE_CHECKING, Any
@@ -24,17 +24,20 @@ _PLAIN_OUTPUTS = {"output_attentions": False, "output_hidden_states": False, "re
 class CompleteSaves(_Trainer):
     """Mixin for a `Trainer` (before it in the bases): adapters are saved with their labels, models return only logits.
 
-    `plain_outputs` is applied to the trainer's model and to each model that `model_init` returns.
+    `plain_outputs` and `keep_weights_in_evaluation` are applied to the trainer's model and to each model that
+    `model_init` returns.
     """
 
     def __init__(self, model: nn.Module | None = None, *positional, **kwargs):
         if isinstance(model, nn.Module):
             plain_outputs(model)
+            keep_weights_in_evaluation(model)
         super().__init__(model, *positional, **kwargs)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
         plain_outputs(model)
+        keep_weights_in_evaluation(model)
         return model
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -83,3 +86,29 @@ def _make_plain(config: PreTrainedConfig) -> dict[str, bool]:
             setattr(config, name, value)
             changed[name] = value
     return changed
+
+
+def keep_weights_in_evaluation(model: nn.Module) -> None:
+    """Set `rescale_every=0` in RWKV models, whose forward pass otherwise changes weights in place.
+
+    transformers divides the weights of deeper layers by powers of two at the first forward pass in evaluation mode,
+    and multiplies them at the next one in training mode. Logits are the same up to layer normalization's epsilon. What
+    is saved in between is divided again when it is loaded, and changes by an adapter or a search are not divided along
+    with the weights. The division keeps float16 from overflowing.
+    """
+    for module in model.modules():
+        if not hasattr(module, "layers_are_rescaled") or module.config.rescale_every <= 0:
+            continue
+        if module.layers_are_rescaled:
+            if not module.blocks[0].attention.output.weight.is_floating_point():
+                continue  # quantized weights cannot be multiplied back; they do not train either
+            before, module.training = module.training, True
+            module._rescale_layers()
+            module.training = before
+        if len(module.blocks) > module.config.rescale_every:
+            logger.warning(
+                "rescale_every=%d of the model's configuration is set to 0 for training and in what is saved: "
+                "evaluation would change the weights in place. Load an adapter with "
+                "AutoPeftModelForCausalLM.from_pretrained(folder, rescale_every=0).", module.config.rescale_every,
+            )  # fmt: skip
+        module.config.rescale_every = 0
