@@ -231,6 +231,11 @@ def measured(variant: Variant) -> Iterator[dict]:
     for quantity, values in quantities(variant).items():
         row = {"task": variant.task, "variant": variant.name, "quantity": quantity, "metric": variant.report}
         yield {"what": f"{variant.name} on {variant.task}", **row, **results.over_seeds(values)}
+    for rate, run in variant.tried.items():  # scores by which the rate was chosen, of the first seed
+        if isinstance(rate, str):
+            row = {"task": variant.task, "variant": variant.name, "quantity": "tuning score", "metric": variant.score}
+            row |= {"rate": rate, "value": run["metrics"][variant.score]}
+            yield {"what": f"{variant.name} on {variant.task}, rate {rate}", **row}
 
 
 def table(variants: list[Variant]) -> str:
