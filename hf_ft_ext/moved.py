@@ -1,11 +1,13 @@
-"""Former module names: importing one warns and provides the content of the module under its new name."""
+"""Former names of modules and classes: they work, with a warning, and lead to what has the name now."""
 
 import importlib
 import importlib.abc
 import importlib.machinery
 import sys
 import warnings
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 _PACKAGE = "hf_ft_ext"
 
@@ -76,6 +78,23 @@ def serve_former_names() -> None:
     """Make imports of the names in `MOVED` work; repeated calls have no effect."""
     if not any(isinstance(finder, _FormerNames) for finder in sys.meta_path):
         sys.meta_path.insert(0, _FormerNames())  # first, because other finders may find an older copy of the package
+
+
+def former_classes(module: str, **classes: type) -> Callable[[str], Any]:
+    """Return the `__getattr__` of a module whose classes had other names.
+
+    Args:
+        module: its `__name__`.
+        classes: the classes by their former names.
+    """
+
+    def find(name: str) -> type:
+        if name not in classes:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        warnings.warn(f"{module}.{name} is now {classes[name].__name__}", FutureWarning, stacklevel=2)
+        return classes[name]
+
+    return find
 
 
 class _FormerNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):

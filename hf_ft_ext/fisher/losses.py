@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.label_tokens import IGNORED, label_tokens, predicts_next_tokens, zero_without_tokens
+from hf_ft_ext.moved import former_classes
 
 LABELS = TRUE, EXPECTED = ("true", "expected")
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = ("regression", "single_label_classification", "multi_label_classification")
@@ -33,11 +33,7 @@ class ModelLoss:
 Loss = PerExampleLoss | ModelLoss
 
 
-def __getattr__(name: str) -> Any:
-    if name == "WholeLoss":
-        warnings.warn("hf_ft_ext.fisher.losses.WholeLoss is now ModelLoss", FutureWarning, stacklevel=2)
-        return ModelLoss
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = former_classes(__name__, WholeLoss=ModelLoss)
 
 
 def base_model(model: nn.Module) -> nn.Module:

@@ -1,6 +1,5 @@
 """`SolverTrainingArguments`: for tasks solved in one call. Arguments of a training loop are refused."""
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,6 +7,7 @@ from typing import Any, ClassVar
 from hf_ft_ext.arguments import MethodTrainingArguments
 from hf_ft_ext.arguments.completion import chosen
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.moved import former_classes
 
 # Arguments that configure a training loop, its evaluations or its checkpoints.
 _LOOP_ARGUMENTS = (
@@ -88,8 +88,4 @@ class SolverTrainingArguments(MethodTrainingArguments):
             raise InputError(f"{name}={value} steers a training loop, and {self.instead_of_steps}; leave it out")
 
 
-def __getattr__(name: str) -> Any:
-    if name == "AtOnceTrainingArguments":
-        warnings.warn("AtOnceTrainingArguments is now SolverTrainingArguments", FutureWarning, stacklevel=2)
-        return SolverTrainingArguments
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = former_classes(__name__, AtOnceTrainingArguments=SolverTrainingArguments)

@@ -1,7 +1,6 @@
 """`SolverTrainer`: the base class of trainers that solve the task in one call, without training steps."""
 
 import time
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from transformers.trainer_utils import TrainOutput, set_seed, speed_metrics
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.rows import LABELS, SAMPLE, data_and_collator
+from hf_ft_ext.moved import former_classes
 from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, overridden
 from hf_ft_ext.training.saved.saving import CompleteSaves
@@ -160,8 +160,4 @@ class SolverTrainer(CompleteSaves, MethodTrainer):
         raise InputError(f"{self.solution} has no optimizer: call train(), which solves the task")
 
 
-def __getattr__(name: str) -> Any:
-    if name == "AtOnceTrainer":
-        warnings.warn("AtOnceTrainer is now SolverTrainer", FutureWarning, stacklevel=2)
-        return SolverTrainer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = former_classes(__name__, AtOnceTrainer=SolverTrainer)

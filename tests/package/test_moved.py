@@ -39,6 +39,7 @@ def test_an_unknown_module_is_not_found():
 @pytest.mark.parametrize(
     ("module", "former", "name"),
     [
+        ("fisher.losses", "WholeLoss", "ModelLoss"),
         ("training.solver_trainer", "AtOnceTrainer", "SolverTrainer"),
         ("training.solver_arguments", "AtOnceTrainingArguments", "SolverTrainingArguments"),
     ],
