@@ -91,16 +91,21 @@ def check_ragged_bases():
     # Four layers, three batches; in the last two layers one token of each row has a gradient, which is few anyway.
     chosen = [rows_are_cheaper(*call.args) for call in choice.call_args_list]
     assert (len(chosen), sum(chosen)) == (12, (12, 6)[rank])
+    check_columns(adapted, plain, [mean_loss(plain, seed) for seed in range(3)], 1e-2)
+
+
+def check_columns(adapted, plain, losses, angle):
+    """Compare columns with the leading directions of the gradients of `losses` of the plain model."""
     sums = dict.fromkeys(layers_of(adapted), (0, 0))
-    for seed in range(3):
+    for loss in losses:
         plain.zero_grad()
-        mean_loss(plain, seed).backward()
+        loss.backward()
         for name, (out, inp) in sums.items():
             g = plain.get_submodule(name).weight.grad
             sums[name] = (out + g @ g.T, inp + g.T @ g)
     for name, layer in layers_of(adapted).items():
         for gram, found in zip(sums[name], layer.sparse_grad_columns["default"].buffers(), strict=True):
-            assert principal_angle(found, torch.linalg.eigh(gram).eigenvectors.flip(1)[:, : found.shape[1]]) < 1e-2
+            assert principal_angle(found, torch.linalg.eigh(gram).eigenvectors.flip(1)[:, : found.shape[1]]) < angle
 
 
 class Routed(torch.nn.Module):
@@ -125,16 +130,8 @@ def check_experts():
     ]  # fmt: skip
     adapted = get_peft_model(Routed(), SparseGradConfig(target_modules=["experts.0", "experts.1"], n_params=4))
     compute_bases(adapted, batches[rank], lambda model, batch: model(*batch))
-    sums = dict.fromkeys(layers_of(adapted), (0, 0))
-    for one, other in zip(*batches, strict=True):
-        plain.zero_grad()
-        ((plain(*one) + plain(*other)) / 2).backward()
-        for name, (out, inp) in sums.items():
-            g = plain.get_submodule(name).weight.grad
-            sums[name] = (out + g @ g.T, inp + g.T @ g)
-    for name, layer in layers_of(adapted).items():
-        for gram, found in zip(sums[name], layer.sparse_grad_columns["default"].buffers(), strict=True):
-            assert principal_angle(found, torch.linalg.eigh(gram).eigenvectors.flip(1)[:, : found.shape[1]]) < 1e-6
+    losses = [(plain(*one) + plain(*other)) / 2 for one, other in zip(*batches, strict=True)]
+    check_columns(adapted, plain, losses, 1e-6)
 
 
 def check_fully_sharded():

@@ -303,8 +303,8 @@ class SPSA(GradientFreeOptimizer):
     ) -> float:
         """1 if `theta - lr G` has the lowest loss on this batch, 0 if `theta` has, -1 if `theta + lr G` has.
 
-        The last is evaluated only where the first is no better than `theta`. To second order, its loss exceeds that
-        of the first by `2 lr <gradient, G>`, which is positive, so it is not the lowest where the first is lower.
+        `theta + lr G` is evaluated only where `theta - lr G` does not lower the loss. To second order
+        `loss(theta + lr G) - loss(theta - lr G) = 2 lr <gradient, G> >= 0`, so elsewhere it is not the lowest.
 
         Args:
             here: the loss `[1]` of `theta`, if the estimate has evaluated it.
