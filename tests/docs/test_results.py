@@ -1,12 +1,14 @@
 """Result files and the tables that are made from them."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 from blocks import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import page as whole_page
+import quality
 import results
 import tables
 
@@ -133,3 +135,28 @@ def test_a_command_can_be_repeated_and_names_no_folder_of_this_machine(tmp_path,
     assert run["command"] == "python benchmarks/sparse.py --data glue --rate 1e-3"
     assert results.command_text(run) == run["command"]
     assert results.command_text({"command": "sparse.py --save"}) == "python benchmarks/sparse.py --save"
+
+
+def test_a_variant_of_a_study_goes_before_its_task_and_the_task_before_all(tmp_path):
+    study = tmp_path / "study.yaml"
+    study.write_text(
+        "all: {warmup_steps: 1, max_seq_length: 8, logging_steps: 5}\n"
+        "tasks: {sst2: {learning_rate: 1e-3, max_seq_length: 16}}\n"
+        "plain: {method: lora}\n"
+        "own: {method: lora, learning_rate: ['1e-4', '3e-4'], logging_steps: null}\n"
+    )
+    args = SimpleNamespace(
+        study=study, rates=None, only=None, task_name=["sst2"], output_dir=tmp_path, report=None, few_shot=False
+    )
+    plain, own = quality.variants_of(args)
+    assert plain.rates == ["1e-3"] and own.rates == ["1e-4", "3e-4"]
+    assert plain.settings == {"method": "lora", "warmup_steps": 1, "max_seq_length": 16, "logging_steps": 5}
+    assert own.settings == {"method": "lora", "warmup_steps": 1, "max_seq_length": 16}
+
+
+def test_result_rows_hold_the_scores_that_chose_the_rate(tmp_path):
+    variant = quality.Variant("v", "sst2", {}, ["1e-4", "1e-3"], tmp_path, "eval_accuracy", "eval_accuracy")
+    variant.tried = {rate: {"metrics": {"eval_accuracy": score}} for rate, score in (("1e-4", 0.5), ("1e-3", 0.75))}
+    rows = [row for row in quality.measured(variant) if row["quantity"] == "tuning score"]
+    assert [(row["rate"], row["value"]) for row in rows] == [("1e-4", 0.5), ("1e-3", 0.75)]
+    assert len({row["what"] for row in rows}) == 2
