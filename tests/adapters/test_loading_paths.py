@@ -166,9 +166,8 @@ def test_dtypes_follow_the_base_unless_cast(name):
     assert logits(model).isfinite().all()
 
 
-# The mixture has a prefix with its projection, a bottleneck, LoRA and IA3; the others here have code of their own.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixture", "houlsby", "parallel", "sparse"])
+@pytest.mark.parametrize("name", ALL)
 def test_compiled_gives_the_same(name):
     model = attach(small("bert"), name)
     expected = logits(model)

@@ -92,9 +92,11 @@ def test_bfloat16_keeps_the_trained_entries_in_float32(tmp_path, support, half):
     assert all(torch.equal(value, merged[name]) for name, value in loaded.state_dict().items())
 
 
-def test_compiled_model_trains_to_the_same_weights(tmp_path):
-    """Of converted layers; of an adapter: `tests/launch/test_run_settings.py`."""
-    options = {"sparse_support": "static", "max_steps": 2, "adam_epsilon": 1e-2}
+@pytest.mark.parametrize("support", ["static", "adapter"])
+def test_compiled_model_trains_to_the_same_weights(tmp_path, support):
+    adapter = support == "adapter"
+    options = {"sparse_support": "structured" if adapter else support, "adapter": adapter}
+    options |= {"max_steps": 2, "adam_epsilon": 1e-2}
     plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_hidden_layers": 1}
     eager = make(tmp_path, tiny_model(**plain), **options)
     compiled = make(tmp_path, tiny_model(**plain), torch_compile=True, torch_compile_backend="eager", **options)
