@@ -14,7 +14,8 @@ ones with a falling spectrum, drawn one by one. At the default size the stacked 
 The energy of real gradients that the structured block's directions keep: the leading eigenvectors of the full Gram
 sums against those of the sketches that a SparseGrad adapter takes (`compute_bases`). Demo encoder and task, 30 batches
 of 16 rows; mean over the layers of a kind. And the largest angle, in radians, between the leading quarter of the full
-directions and the span of the sketched ones. Written to `results/sparse_basis.json`.
+directions and the span of the sketched ones. "bfloat16": with autocast, so that gradients and their products with test
+matrices are rounded to it; their energy is that of the float32 gradients. Written to `results/sparse_basis.json`.
 """
 
 import argparse
@@ -97,9 +98,14 @@ def real_energy(model_name: str | None, batches: int = 30, rows: int = 16) -> li
     found: dict[tuple[str, str, str], dict[str, list[float]]] = {}
     for scope in ("layer", "kind"):
         model = get_peft_model(base, SparseGradConfig(task_type="SEQ_CLS", scope=scope))
-        compute_bases(model, batch_list)
         layers = {shown_name(layer_name): layer for layer_name, layer in sparse_grad_layers(model)}
         columns = {layer_name: layer.sparse_grad_columns["default"] for layer_name, layer in layers.items()}
+        sketches: dict[int, dict[str, list[torch.Tensor]]] = {id(chosen): {} for chosen in columns.values()}
+        for name_of_dtype in ("bfloat16", "float32"):  # the second choice stays
+            with torch.autocast("cpu", torch.bfloat16, enabled=name_of_dtype == "bfloat16"):
+                compute_bases(model, batch_list)
+            for chosen in columns.values():
+                sketches[id(chosen)][name_of_dtype] = [side.double() for side in chosen.buffers()]
         base = model.unload()
         sums: dict[int, list[torch.Tensor]] = {}
         for batch in batch_list:
@@ -115,13 +121,15 @@ def real_energy(model_name: str | None, batches: int = 30, rows: int = 16) -> li
                     total += part
         one_each = {id(chosen): (layer_name, chosen) for layer_name, chosen in columns.items()}
         for layer_name, chosen in one_each.values():
-            for side, gram, sketched in zip(("out", "in"), sums[id(chosen)], chosen.buffers(), strict=True):
+            both = zip(*(sketches[id(chosen)][name_of_dtype] for name_of_dtype in ("float32", "bfloat16")), strict=True)
+            for side, gram, (sketched, coarse) in zip(("out", "in"), sums[id(chosen)], both, strict=True):
                 values, vectors = torch.linalg.eigh(gram.double())
-                k, sketched = sketched.shape[1], sketched.double()
+                k = sketched.shape[1]
                 leading = vectors.flip(1)[:, : max(k // 4, 1)]
                 measured = {
                     "energy, full HOSVD": values.flip(0)[:k].sum() / values.sum(),
                     "energy, sketches": (sketched.T @ gram.double() @ sketched).trace() / values.sum(),
+                    "energy, sketches, bfloat16": (coarse.T @ gram.double() @ coarse).trace() / values.sum(),
                     "angle of the leading quarter": torch.tensor(largest_angle(sketched, leading)),
                 }
                 cells = found.setdefault((scope, fold_layer_numbers(layer_name), side), {})

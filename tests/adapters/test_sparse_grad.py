@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from zoo import inputs, logits, small
 
 from hf_ft_ext import SparseGradConfig, compute_bases
+from hf_ft_ext.adapters.sparse_grad.bases import bases_from_steps
 from hf_ft_ext.adapters.sparse_grad.layer import singular_vectors
 from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
 from hf_ft_ext.adapters.sparse_grad.subspace import Sketch, random_columns, random_test_matrix
@@ -75,6 +76,32 @@ def test_directions_without_energy_are_orthonormal_too():
         torch.testing.assert_close(found.T @ found, torch.eye(9), rtol=0, atol=1e-5)
         if gradients:
             assert principal_angle(found[:, :2], low_rank) < 1e-2
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_bfloat16_gradients_keep_the_energy_of_float64_ones(kind, accumulated):
+    batches = [labelled(8, seed=seed) for seed in range(4)]
+    model = adapted(kind, density=0.25, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        if accumulated:
+            bases_from_steps(model, [batches[:2], batches[2:]], None, True)
+        else:
+            compute_bases(model, batches)
+    layers = {name.removeprefix("base_model.model."): layer for name, layer in sparse_grad_layers(model)}
+    exact = list(gradients_of_the_base(kind, layers, batches))
+    if accumulated:
+        exact = [{name: a[name] + b[name] for name in a} for a, b in (exact[:2], exact[2:])]
+    for name, layer in layers.items():
+        columns = layer.sparse_grad_columns["default"]
+        for found, gram in (
+            (columns.out_columns, sum(g[name] @ g[name].T for g in exact)),
+            (columns.in_columns, sum(g[name].T @ g[name] for g in exact)),
+        ):
+            found, k = found.double(), found.shape[1]
+            torch.testing.assert_close(found.T @ found, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-5)
+            kept = (found.T @ gram @ found).trace() / gram.trace()
+            assert kept > torch.linalg.eigvalsh(gram).flip(0)[:k].sum() / gram.trace() - 0.01
 
 
 def test_svd_columns_are_those_of_the_weight():

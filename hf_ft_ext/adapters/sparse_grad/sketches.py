@@ -13,16 +13,21 @@ from hf_ft_ext.adapters.sparse_grad.subspace import Sketch
 from hf_ft_ext.errors import InputError
 
 
+def _product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """`rows matrix` in the format of `rows`."""
+    return project(rows, matrix.to(rows.dtype))
+
+
 class _DenseGradient(NamedTuple):
-    """A gradient (out, in)."""
+    """A gradient (out, in); its products are in its format."""
 
     gradient: torch.Tensor
 
     def times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return project(self.gradient, matrix)
+        return _product(self.gradient, matrix)
 
     def transposed_times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return project(self.gradient.T, matrix)
+        return _product(self.gradient.T, matrix)
 
     def gram_times(self, matrix: torch.Tensor) -> torch.Tensor:
         """`G G^T matrix`."""
@@ -34,20 +39,23 @@ class _DenseGradient(NamedTuple):
 
 
 class _FactoredGradient(NamedTuple):
-    """A gradient `g^T x` kept as its factors: inputs (tokens, in) and output gradients (tokens, out)."""
+    """A gradient `g^T x` kept as its factors: inputs (tokens, in) and output gradients (tokens, out).
+
+    Its products are in the format of the factors.
+    """
 
     x: torch.Tensor
     g: torch.Tensor
 
     def times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return project(self.g.T, project(self.x, matrix))
+        return _product(self.g.T, _product(self.x, matrix))
 
     def transposed_times(self, matrix: torch.Tensor) -> torch.Tensor:
-        return project(self.x.T, project(self.g, matrix))
+        return _product(self.x.T, _product(self.g, matrix))
 
     def gram_times(self, matrix: torch.Tensor) -> torch.Tensor:
         """`G G^T matrix = g^T (x x^T) g matrix`."""
-        rows = project(self.g, matrix)
+        rows = _product(self.g, matrix)
         tokens, width = rows.shape
         if _through_other_side(tokens, self.x.shape[1], width) < 2 * tokens * self.x.shape[1] * width:
             rows = (self.x @ self.x.T) @ rows  # few tokens: x x^T is small
@@ -79,6 +87,7 @@ class Sketches:
         self.runs: Counter[str] = Counter()  # of each layer in the forward pass of this batch
         self._pending: dict[str, torch.Tensor] = {}
         self._accumulated = False
+        self._dtype: torch.dtype | None = None  # of the products
         self._sums: dict[str, Pair] = {}  # of products, over the micro-batches of a pass
         self._projected: dict[str, Pair] | None = None  # G^T Omega_out and G Omega_in, in a second pass
 
@@ -91,7 +100,7 @@ class Sketches:
 
     def end_step(self) -> None:
         for name in list(self._pending):
-            self._add(name, _DenseGradient(self._pending.pop(name)))
+            self._add(name, _DenseGradient(self._pending.pop(name).to(self._dtype)))
         self.runs.clear()
         if self._accumulated:
             for name, (out, inp) in self._means_by_layer().items():
@@ -105,10 +114,12 @@ class Sketches:
         """
 
         def observe(x: torch.Tensor, g: torch.Tensor) -> None:
-            dtype = self.out.sum.dtype
+            # bfloat16 gradients have its rounding already; float16 has too small a range for their products.
+            dtype = torch.bfloat16 if g.dtype == torch.bfloat16 else self.out.sum.dtype
+            self._dtype = dtype
             # A layer that runs several times has one gradient, the sum of its runs'; sums of products take any number.
             if self.runs[name] > 1 and not self._accumulated:
-                formed = (g.T @ x.to(g.dtype)).to(dtype)
+                formed = (g.T @ x.to(g.dtype)).to(self.out.sum.dtype)
                 self._pending[name] = self._pending[name] + formed if name in self._pending else formed
                 return
             gradient: _DenseGradient | _FactoredGradient
@@ -140,8 +151,8 @@ class Sketches:
         # G G^T Omega and G^T G Omega, G the mean over processes, in the same order on all of them
         out = mean_over_processes(gradient.transposed_times(self.out.omega))
         inp = mean_over_processes(gradient.times(self.inp.omega))
-        self._add_product(name, self.out, mean_over_processes(gradient.times(out)))
-        self._add_product(name, self.inp, mean_over_processes(gradient.transposed_times(inp)))
+        for sketch, product in ((self.out, gradient.times(out)), (self.inp, gradient.transposed_times(inp))):
+            self._add_product(name, sketch, mean_over_processes(product))
 
     def _accumulate(self, name: str, gradient: _DenseGradient | _FactoredGradient) -> None:
         if self._projected is None:  # first pass: G_i^T Omega_out and G_i Omega_in
@@ -149,8 +160,9 @@ class Sketches:
         else:  # second pass: G_i P and G_i^T P, with the sums P of the first pass
             out, inp = self._projected[name]
             products = gradient.times(out), gradient.transposed_times(inp)
+        out, inp = (product.to(self.out.sum.dtype) for product in products)
         before = self._sums.get(name)
-        self._sums[name] = products if before is None else (before[0] + products[0], before[1] + products[1])
+        self._sums[name] = (out, inp) if before is None else (before[0] + out, before[1] + inp)
 
     def _means_by_layer(self) -> dict[str, Pair]:
         """The sums of a pass, 0 for a layer that no token of this process went through."""
@@ -166,12 +178,13 @@ class Sketches:
         return found
 
     def _add_product(self, name: str, sketch: Sketch, product: torch.Tensor) -> None:
-        if not torch.isfinite(product).all():
+        # A sum is finite only if all its parts are; it costs a fifth of looking at each, but may overflow.
+        if not product.sum(dtype=sketch.sum.dtype).isfinite() and not product.isfinite().all():
             raise InputError(
                 f"the gradient of {shown_name(name)} is not finite in batch {self.step} of the pre-pass; look for "
                 "bad rows or labels in the training data, or load the model in float32"
             )
-        sketch.add(product)
+        sketch.add(product, self._dtype)
 
 
 def processes() -> int:
@@ -183,6 +196,6 @@ def mean_over_processes(part: torch.Tensor) -> torch.Tensor:
     """The mean over the processes: a product with the mean gradient is the mean of the products."""
     if processes() == 1:
         return part
-    part = part.contiguous()
+    part = part.to(torch.promote_types(part.dtype, torch.float32)).contiguous()
     torch.distributed.all_reduce(part)
     return part / processes()

@@ -23,10 +23,14 @@ class Sketch:
     def __init__(self, omega: torch.Tensor, k: int):
         self.omega, self.k = omega, k
         self.sum = torch.zeros_like(omega)
+        self._noise = torch.finfo(omega.dtype).eps  # of the sum, as a share of its norm
 
-    def add(self, product: torch.Tensor) -> None:
-        """Add `G (G^T Omega)`, shape (n, columns)."""
+    def add(self, product: torch.Tensor, dtype: torch.dtype | None = None) -> None:
+        """Add `G (G^T Omega)`, shape (n, columns), computed in `dtype` (default: its own)."""
         self.sum += product
+        if (dtype or product.dtype) == torch.bfloat16:
+            # The errors of n x columns entries, 0.4 % each, add up to some 1e-5 of the largest direction.
+            self._noise = max(self._noise, torch.finfo(torch.bfloat16).eps / 1000)
 
     def leading(self, seed: int) -> torch.Tensor:
         """The `k` leading eigenvectors of `S`, shape (n, k), by decreasing eigenvalue, in the dtype of the sketch.
@@ -38,29 +42,37 @@ class Sketch:
         if scale == 0:
             return random_columns(len(y), self.k, seed, self.sum.dtype).to(self.sum.device)
         # A small shift nu makes Omega^T (S + nu I) Omega positive definite; S + nu I has the eigenvectors of S.
-        nu = scale * torch.finfo(self.sum.dtype).eps
+        nu = scale * self._noise
         y = y + nu * omega
         inner = omega.T @ y
         # Nystroem: S ~ Y (Omega^T Y)^-1 Y^T = E E^T with E = Y C^-T, where C C^T = Omega^T Y.
         factor, failed = torch.linalg.cholesky_ex((inner + inner.T) / 2)
         if int(failed):  # not definite, by rounding: use eigenvalues, without those at the level of rounding
             values, vectors = torch.linalg.eigh((inner + inner.T) / 2)
-            kept = values > values[-1] * len(y) * torch.finfo(self.sum.dtype).eps
+            kept = values > max(nu, values[-1] * len(y) * torch.finfo(self.sum.dtype).eps)
             root = y @ (vectors[:, kept] / values[kept].sqrt())
         else:
             root = torch.linalg.solve_triangular(factor, y.T, upper=False).T
-        vectors = torch.linalg.svd(root, full_matrices=False).U[:, : self.k]
+        if self.sum.dtype == torch.float64:
+            vectors = torch.linalg.svd(root, full_matrices=False).U
+        else:  # half the time; the eigenvalues of E^T E are above nu, so float64 holds them
+            values, right = torch.linalg.eigh(root.T @ root)
+            vectors = root @ (right / values.clamp(min=values[-1] * 1e-15).sqrt()).flip(1)
+        vectors = vectors[:, : self.k]
         if vectors.shape[1] < self.k:
             vectors = complete_columns(vectors, self.k, seed)
         return vectors.to(self.sum.dtype)
 
 
 def random_test_matrix(n: int, k: int, seed: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """`Omega` for `k` leading eigenvectors: orthonormal, shape (n, min(n, k + 10)), at least float32."""
+    """`Omega` for `k` leading eigenvectors, shape (n, min(n, k + 10)), at least float32.
+
+    Orthonormal columns, rounded so that products in bfloat16 take them as they are.
+    """
     dtype, columns = torch.promote_types(dtype, torch.float32), min(n, k + OVERSAMPLING)
     if columns == n:
         return torch.eye(n, dtype=dtype, device=device)
-    return random_columns(n, columns, seed, dtype).to(device)
+    return random_columns(n, columns, seed, torch.bfloat16).to(dtype).to(device)
 
 
 def complete_columns(vectors: torch.Tensor, k: int, seed: int) -> torch.Tensor:
