@@ -101,11 +101,11 @@ def real_energy(model_name: str | None, batches: int = 30, rows: int = 16) -> li
         layers = {shown_name(layer_name): layer for layer_name, layer in sparse_grad_layers(model)}
         columns = {layer_name: layer.sparse_grad_columns["default"] for layer_name, layer in layers.items()}
         sketches: dict[int, dict[str, list[torch.Tensor]]] = {id(chosen): {} for chosen in columns.values()}
-        for name_of_dtype in ("bfloat16", "float32"):  # the second choice stays
-            with torch.autocast("cpu", torch.bfloat16, enabled=name_of_dtype == "bfloat16"):
+        for dtype_name in ("bfloat16", "float32"):  # the second choice stays
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype_name == "bfloat16"):
                 compute_bases(model, batch_list)
             for chosen in columns.values():
-                sketches[id(chosen)][name_of_dtype] = [side.double() for side in chosen.buffers()]
+                sketches[id(chosen)][dtype_name] = [side.double() for side in chosen.buffers()]
         base = model.unload()
         sums: dict[int, list[torch.Tensor]] = {}
         for batch in batch_list:
@@ -121,7 +121,7 @@ def real_energy(model_name: str | None, batches: int = 30, rows: int = 16) -> li
                     total += part
         one_each = {id(chosen): (layer_name, chosen) for layer_name, chosen in columns.items()}
         for layer_name, chosen in one_each.values():
-            both = zip(*(sketches[id(chosen)][name_of_dtype] for name_of_dtype in ("float32", "bfloat16")), strict=True)
+            both = zip(*(sketches[id(chosen)][dtype_name] for dtype_name in ("float32", "bfloat16")), strict=True)
             for side, gram, (sketched, coarse) in zip(("out", "in"), sums[id(chosen)], both, strict=True):
                 values, vectors = torch.linalg.eigh(gram.double())
                 k = sketched.shape[1]

@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, Trainer
 
-from hf_ft_ext.adapters.layers import plain_name
+from hf_ft_ext.adapters.layers import plain_name, shown_name
 from hf_ft_ext.adapters.sparse_grad.bases import bases_from_steps
 from hf_ft_ext.adapters.sparse_grad.config import GRADIENT, PER_KIND, PER_LAYER, Init, SparseGradConfig
 from hf_ft_ext.adapters.sparse_grad.config import RANDOM as RANDOM_COLUMNS
@@ -73,6 +73,23 @@ def add_sparse_grad(model: PreTrainedModel, args: SparseTrainingArguments) -> Pe
 def columns_of(model: PeftModel) -> list[SparseGradColumns]:
     """Return the sets of columns of the active adapter."""
     return [columns for columns, _ in layers_by_columns(model, model.active_adapter)]
+
+
+def warn_of_untrained(model: PeftModel) -> None:
+    """Name the adapted layers whose block is still zero while others were trained: no gradient reached them."""
+    adapter = model.active_adapter
+    blocks = {
+        name: layer.sparse_grad_values[adapter]
+        for _, layers in layers_by_columns(model, adapter)
+        for name, layer in layers
+    }
+    untrained = [shown_name(name) for name, block in blocks.items() if not block.detach().any()]
+    if 0 < len(untrained) < len(blocks):
+        logger.warning(
+            "No gradient reached %d of %d adapted layers in training (%s, ...), so their adapters change nothing; the "
+            "model may use these weights without calling the layers. Leave them out with sparse_target_modules.",
+            len(untrained), len(blocks), untrained[0],
+        )  # fmt: skip
 
 
 def choose_columns(trainer: Trainer) -> None:

@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.sparse.adapter import add_sparse_grad, choose_columns, columns_of, has_sparse_grad
+from hf_ft_ext.sparse.adapter import add_sparse_grad, choose_columns, columns_of, has_sparse_grad, warn_of_untrained
 from hf_ft_ext.sparse.arguments import DENSE, DYNAMIC, NONE, STATIC, STRUCTURED, SparseTrainingArguments
 from hf_ft_ext.sparse.convert import convert_to_sparse, freeze_rest, sparse_layers
 from hf_ft_ext.sparse.fixed import FixedSupport
@@ -133,7 +133,10 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
         if isinstance(last, bool):
             last = get_last_checkpoint(self.args.output_dir) if last else None
         self._resumed_from = last
-        return super().train(resume_from_checkpoint, *positional, **kwargs)
+        output = super().train(resume_from_checkpoint, *positional, **kwargs)
+        if has_sparse_grad(self.model):
+            warn_of_untrained(self.model)
+        return output
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Run the pre-pass, then create the optimizer of all trained parameters (converted layers: `SparseAdamW`)."""
