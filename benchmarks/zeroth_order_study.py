@@ -250,7 +250,7 @@ def rows_of(content: dict) -> list[dict]:
 
 
 def shares_to_mezo(found: dict[int, list[dict]], mezo: dict[int, list[dict]] | None, passes: int) -> dict[str, float]:
-    """For each measure, the share of the passes (in %) after which the mean is as good as MeZO's at the end, if any."""
+    """For each measure, the share of the passes, in %, after which the mean is as good as that of MeZO at the end."""
     shares = {}
     for measure, (name, _, better) in MEASURES.items():
         if mezo is None or len(mezo) != len(found):
