@@ -3,15 +3,17 @@
     python benchmarks/zeroth_order_study.py --model path/to/masked-lm --data path/to/data --runs study.json
 
 `--data` holds `glue` (sst2) and `fewshot` (subj, trec). The label words have output rows of their own. Everything is
-searched but the word embeddings and the first `--frozen_layers` layers of the encoder, whose outputs are computed
-once. For each task, number of shots and method, the rate is chosen by the dev loss after a run (data seed 13) with the
-share `--tuning` of the forward passes: the method's base rate, a third of it and three times it; while the best is at
-an end of the grid, the grid goes on there, by up to three more rates. Then each seed runs with it. All methods get the
-same number of forward passes of a batch; Adam's forward and backward count as one each. First every method has one
-seed of one task, then the next number of shots, then the next task, and so on. Each finished run is in `--runs` at
-once: the study continues where it was left, and its rows in `results/zeroth-order-study.json` are those of the runs so
-far (see `results.py`). "passes to MeZO": the first measured point at which a method's mean is at least as good as
-MeZO's at the end, as a share of the budget.
+searched but the embeddings and the first `--frozen_layers` layers of the encoder, whose outputs are computed once.
+Batches hold rows of about the same length. For each task, number of shots and method, the rate is chosen by the dev
+loss after a run (data seed 13) with the share `--tuning` of the forward passes. It tries the method's base rate, and
+that divided and multiplied by the root of ten; while the best is at an end of these, it goes on there. Then each seed
+runs with this rate. All methods get the same number of forward passes of a batch; Adam's forward and backward count as
+one each.
+
+First every method has one seed of one task, then the next number of shots, then the next task, and so on. Each
+finished run is in `--runs` at once: the study continues where it was left, and its rows in
+`results/zeroth-order-study.json` are those of the runs so far (see `results.py`). "passes to MeZO's": the first
+measured point at which a method's mean is at least as good as MeZO's at the end, as a share of the budget.
 """
 
 import argparse
@@ -128,6 +130,14 @@ def logits_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.T
     return model(**inputs).logits
 
 
+def epoch_of_batches(rows: list[dict], size: int, generator: torch.Generator) -> list[list[dict]]:
+    """Batches of rows of about the same length (up to random factors of 1 to 2), in random order."""
+    lengths = torch.tensor([float(len(row["input_ids"])) for row in rows])
+    order = (lengths * (1 + torch.rand(len(rows), generator=generator))).argsort().tolist()
+    batches = [[rows[i] for i in order[start : start + size]] for start in range(0, len(rows) - size + 1, size)]
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
 def run(task: Task, method: str, rate: float, seed: int, passes: int, points: int, batch_size: int) -> list[dict]:
     """Accuracy and loss after some numbers of passes, of test and some train rows; without `points`, of dev rows."""
     settings = METHODS[method][1]
@@ -137,7 +147,7 @@ def run(task: Task, method: str, rate: float, seed: int, passes: int, points: in
     else:
         model.requires_grad_(False)
         optimizer = SPSA(model.parameters(), model, lr=rate, seed=seed, **settings)
-    generator, order, used, seconds, found = torch.Generator().manual_seed(seed), [], 0, 0.0, []
+    generator, batches, used, seconds, found = torch.Generator().manual_seed(seed), [], 0, 0.0, []
     parts = {"test": task.test, "train": _some(task.train, 64)} if points else {"dev": task.dev}
     while True:
         if used >= passes * len(found) / max(1, points) and (points or used >= passes):
@@ -147,10 +157,8 @@ def run(task: Task, method: str, rate: float, seed: int, passes: int, points: in
             if len(found) > points:
                 return found
         start = time.process_time()
-        if len(order) < batch_size:
-            order = torch.randperm(len(task.train), generator=generator).tolist()
-        rows, order = order[:batch_size], order[batch_size:]
-        batch = task.batch([task.train[i] for i in rows])
+        batches = batches or epoch_of_batches(task.train, batch_size, generator)
+        batch = task.batch(batches.pop())
         labels = batch.pop("labels")
 
         def loss(batch=batch, labels=labels) -> torch.Tensor:
