@@ -44,16 +44,16 @@ SETTINGS = ("passes", "tuning", "points", "batch", "test_rows", "dev_rows", "fro
 GRID_STEP, GRID_ENDS = 10**0.5, 3  # factor between rates; at most so many rates on either side of the base rate
 # name -> (base rate, settings of SPSA; `None` = Adam by gradients)
 METHODS = {
-    "mezo": (3e-5, {}),
-    "lozo": (3e-5, {"direction": "lozo"}),
+    "mezo": (1e-4, {}),
+    "lozo": (1e-4, {"direction": "lozo"}),
     "fzoo": (1e-3, {"direction": "rademacher", "estimate": "one-sided", "num_directions": 8}),
-    "adam": (3e-5, None),
-    "subzero": (3e-5, {"direction": "subzero"}),
-    "lozo-m": (3e-6, {"direction": "lozo", "update": "momentum"}),
-    "sparse-mezo": (1e-4, {"small": 0.25}),
-    "fzoo-outer": (1e-3, {"direction": "rademacher-outer", "estimate": "one-sided", "num_directions": 8}),
+    "lozo-m": (1e-5, {"direction": "lozo", "update": "momentum"}),
+    "adam": (1e-4, None),
+    "subzero": (1e-4, {"direction": "subzero"}),
     "population": (1e-3, {"estimate": "population", "num_directions": 16}),
-    "forward": (3e-5, {"estimate": "forward"}),
+    "sparse-mezo": (3e-4, {"small": 0.25}),
+    "fzoo-outer": (1e-3, {"direction": "rademacher-outer", "estimate": "one-sided", "num_directions": 8}),
+    "forward": (1e-4, {"estimate": "forward"}),
 }
 
 
