@@ -70,12 +70,12 @@ def check_values(args: SearchArguments) -> None:
         "search_block",
         "search_directions",
         "search_candidates_per_forward",
-        "search_sampling_size",
         "max_evaluations_per_step",
     ):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be 1 or more, got {value}")
+        if getattr(args, name) < 1:
+            raise InputError(f"{name} must be 1 or more, got {getattr(args, name)}")
+    if args.search_sampling_size is not None and args.search_sampling_size < 1:
+        raise InputError(f"search_sampling_size must be 1 or more, got {args.search_sampling_size}")
     for name in ("learning_rate", "weight_decay", "feature_cache_gb"):
         if not getattr(args, name) >= 0:
             raise InputError(f"{name} must be 0 or more, got {getattr(args, name)}")
@@ -187,7 +187,7 @@ def _check_matrix(args: SearchArguments) -> None:
             f"search_estimate=forward differentiates, and search_objective={args.search_objective} has no "
             "derivative; pass search_estimate=two-sided"
         )
-    if (args.search_candidates_per_forward or 1) > 1 and args.search_dropout:
+    if args.search_candidates_per_forward > 1 and args.search_dropout:
         raise InputError(
             "search_dropout needs the same dropout mask for all candidates, and rows of one forward pass have "
             "different masks; leave search_candidates_per_forward out"

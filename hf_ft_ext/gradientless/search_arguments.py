@@ -175,12 +175,9 @@ class SearchArguments(MethodTrainingArguments):
             "stochastically. Costs 2 more bytes per weight."
         },
     )
-    search_candidates_per_forward: int | None = field(
-        default=None,
-        metadata={
-            "help": "SPSA: number of perturbed models that run as one forward pass over the repeated batch; none = "
-            "several where that is faster: low-rank directions and small batches, on a CPU."
-        },
+    search_candidates_per_forward: int = field(
+        default=1,
+        metadata={"help": "SPSA: number of perturbed models that run as one forward pass over the repeated batch."},
     )
     search_trajectory: bool = field(
         default=False,

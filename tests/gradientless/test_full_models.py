@@ -57,7 +57,7 @@ def test_accumulation_over_rows_of_unequal_length_equals_one_batch(tmp_path, kin
         )  # fmt: skip
         before = weights(trainer)
         trainer.train()
-        assert changed(trainer, before) and trainer.optimizer.optimizer.candidate_batches.possible == (candidates > 1)
+        assert changed(trainer, before) and trainer.optimizer.optimizer.batches == (candidates > 1)
         ends.append((weights(trainer), [log["loss"] for log in trainer.state.log_history if "loss" in log]))
     for other, losses in ends[1:]:
         assert losses == pytest.approx(ends[0][1], rel=1e-6)
@@ -142,7 +142,7 @@ def test_a_frozen_base_learns_an_adapter_in_the_shape_of_lora(tmp_path):
     before = weights(trainer)
     trainer.train()
     moved = changed(trainer, before)
-    assert trainer.optimizer.optimizer.candidate_batches.possible  # both signs in one forward pass
+    assert trainer.optimizer.optimizer.batches  # both signs in one forward pass
     assert moved and all("lora_B" in name or "modules_to_save" in name for name in moved)
     trainer.save_model()
     fresh = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")

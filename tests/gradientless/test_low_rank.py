@@ -9,7 +9,6 @@ from tiny import CONFIGS
 from torch import nn
 
 from hf_ft_ext import SPSA, InputError, apply_trajectory, save_trajectory
-from hf_ft_ext.gradientless.optimizers.perturbation import batching
 from hf_ft_ext.gradientless.optimizers.perturbation import directions as directions_module
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import Draw
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import CannotBatch, PerturbedForward
@@ -80,32 +79,11 @@ def test_batched_and_separate_forward_passes_take_the_same_steps(kind):
         optimizer = search(model, kind, num_directions=3, lr=1e-2, candidates_per_forward=candidates)
         for _ in range(2):
             optimizer.step(lambda full=full: float(full.value()), full)
-        assert optimizer.candidate_batches.possible == (candidates > 1) and optimizer.evaluations == 12
+        assert optimizer.batches == (candidates > 1) and optimizer.evaluations == 12
         ends.append([p.detach() for p in model.parameters()])
     for alone, *at_once in zip(*ends, strict=True):
         for found in at_once:
             torch.testing.assert_close(found, alone, rtol=1e-7, atol=1e-9)
-
-
-@pytest.mark.parametrize(("kind", "rows", "together"), [("lozo", 6, 2), ("lozo", 2, 6), ("gaussian", 6, 1)])
-def test_by_default_as_many_candidates_run_together_as_have_few_tokens(kind, rows, together, monkeypatch):
-    """Rows have 12 tokens, and a step evaluates 6 candidates."""
-    monkeypatch.setattr(batching, "TOKENS_PER_FORWARD", 200)
-    ends, calls = [], []
-    for candidates in (None, 1):
-        model = family("bert").double()
-        batch = {key: value[:rows] for key, value in {**padded_batch(), "labels": LABELS}.items()}
-        full = objective_of_logits(model, make_objective("loss", None, 2), [batch])
-        optimizer = search(model, kind, num_directions=3, lr=1e-2, candidates_per_forward=candidates)
-        optimizer.step(lambda full=full: float(full.value()), full)
-        model.register_forward_pre_hook(
-            lambda _, args, kwargs: calls.append(len(kwargs["input_ids"]) // rows), with_kwargs=True
-        )
-        optimizer.step(lambda full=full: float(full.value()), full)
-        ends.append([p.detach() for p in model.parameters()])
-    assert max(calls) == together
-    for automatic, alone in zip(*ends, strict=True):
-        torch.testing.assert_close(automatic, alone, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["lozo", "gaussian"])
@@ -118,7 +96,7 @@ def test_a_model_whose_modules_get_no_rows_is_evaluated_one_by_one(kind):
         optimizer = search(model, kind, lr=1e-2, candidates_per_forward=candidates)
         for _ in range(2):
             optimizer.step(lambda full=full: float(full.value()), full)
-        assert not optimizer.candidate_batches.possible
+        assert not optimizer.batches
         ends.append([p.detach() for p in model.parameters()])
     for a, b in zip(*ends, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
@@ -144,10 +122,7 @@ def test_a_model_that_mixes_rows_is_evaluated_one_by_one(caplog):
 
     optimizer = search(model, candidates_per_forward=2, eps=0.1)
     optimizer.step(lambda: model(x).square().sum(), Twice())
-    assert (
-        not optimizer.candidate_batches.possible
-        and "candidates are evaluated one by one: losses of the repeated" in caplog.text
-    )
+    assert not optimizer.batches and "candidates are evaluated one by one: losses of the repeated" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["lozo", "gaussian"])

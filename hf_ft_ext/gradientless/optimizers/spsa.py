@@ -14,9 +14,9 @@ from torch.optim.optimizer import ParamsT
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, keep_freed_memory
 from hf_ft_ext.gradientless.optimizers.groups import check_block
-from hf_ft_ext.gradientless.optimizers.perturbation.batching import CandidateBatches
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import GAUSSIAN, Directions, Draw
 from hf_ft_ext.gradientless.optimizers.perturbation.estimates import FORWARD, ONE_SIDED, TWO_SIDED, Estimate
+from hf_ft_ext.gradientless.optimizers.perturbation.module_patch import CannotBatch
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import CONSERVATIVE, SGD, Rounding, UpdateRule
 from hf_ft_ext.gradientless.optimizers.perturbation.watch import Reads
@@ -24,6 +24,9 @@ from hf_ft_ext.gradientless.optimizers.perturbation.weight_updates import Weight
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination
 
 logger = logging.getLogger(__name__)
+
+# Relative and absolute tolerance between the losses of one batched forward pass and of separate ones.
+_TOLERANCE, _TOLERANCE_16_BITS = 1e-4, 3e-2
 
 
 class SPSA(GradientFreeOptimizer):
@@ -59,8 +62,7 @@ class SPSA(GradientFreeOptimizer):
         carry: keep the rounding error of 16-bit weights for the next step (2 more bytes per entry) instead of
             rounding stochastically.
         candidates_per_forward: number of perturbations that run as one forward pass, 1 or more; needs an `evaluate`
-            that repeats the batch. Their activations are in memory at the same time. `None` = several where that is
-            faster: low-rank directions and a small batch, on a CPU (see `CandidateBatches`).
+            that repeats the batch. Their activations are in memory at the same time.
 
     Raises:
         InputError: a value out of range, or two that contradict each other; a parameter that `module` does not hold;
@@ -93,14 +95,17 @@ class SPSA(GradientFreeOptimizer):
         estimate: str = TWO_SIDED,
         moments: str | None = None,
         carry: bool = False,
-        candidates_per_forward: int | None = None,
+        candidates_per_forward: int = 1,
     ):
         for name, value in (("lr", lr), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise InputError(f"{name} must be 0 or more, got {value}")
+        if candidates_per_forward < 1:
+            raise InputError(f"candidates_per_forward must be 1 or more, got {candidates_per_forward}")
         self.eps, self.num_directions, self.block, self.update = eps, num_directions, block, update
         self.estimate = Estimate(estimate, eps, num_directions)
         rule = UpdateRule(update, momentum, betas, adam_eps, moments)
+        self.candidates_per_forward = candidates_per_forward
         if self.evaluations_per_step() > max_evaluations:
             raise InputError(
                 f"a step would need {self.evaluations_per_step():,} evaluations, more than max_evaluations_per_step="
@@ -119,12 +124,13 @@ class SPSA(GradientFreeOptimizer):
             raise InputError(
                 f"a parameter of shape {shape} is in no part of the module; pass the module that contains it"
             )
-        self.candidate_batches = CandidateBatches(self.perturbed_forward, self.searched, candidates_per_forward)
         self.basis = 0  # seed of the factors that are kept for several steps
         self.weight_updates = WeightUpdates(self.perturbed_forward, self.searched, rule, Rounding(carry))
         self.double = any(parameter.dtype == torch.float64 for parameter in self.searched)
         self.record: list[tuple[list[float], list[float]]] = []  # slopes and learning rates of each step
         self.first_seed, self.start = seed, sample_sum(self.searched)
+        self.batches = candidates_per_forward > 1
+        self.checked = False
 
     def evaluations_per_step(self) -> int:
         """Largest number of losses that one step evaluates."""
@@ -139,9 +145,9 @@ class SPSA(GradientFreeOptimizer):
 
         Args:
             closure: returns the loss of the batch, by a forward pass of the module.
-            evaluate: an object with optional members. `repeated(n)` returns the losses `[n]` of the batch repeated `n`
-                times, for several candidates in one forward pass; `tokens` is its size. `differentiable()`
-                replaces `closure` with `estimate="forward"`.
+            evaluate: an object with optional methods. `repeated(n)` returns the losses `[n]` of the batch repeated `n`
+                times, for several candidates in one forward pass. `differentiable()` replaces `closure` with
+                `estimate="forward"`.
         """
         if self._already_taken(closure):
             return None
@@ -221,19 +227,16 @@ class SPSA(GradientFreeOptimizer):
         """Loss of each combination, over all processes: float64."""
         losses = torch.zeros(len(combinations), dtype=torch.float64)
         mine = list(self.exchange.mine(len(combinations)))
-        size = self.candidate_batches.size(evaluate)
-
-        def alone(combination: Combination) -> float:
-            return self.perturbed_loss(closure, combination)
-
+        repeated = getattr(evaluate, "repeated", None) if self.batches else None
+        size = 1 if repeated is None else self.candidates_per_forward
         for start in range(0, len(mine), size):
-            part = [combinations[i] for i in mine[start : start + size]]
+            part = mine[start : start + size]
             found = None
-            if len(part) > 1 and self.candidate_batches.possible:
-                found = self.candidate_batches.losses(part, evaluate.repeated, alone)
+            if repeated is not None and self.batches and len(part) > 1:
+                found = self._losses_at_once([combinations[i] for i in part], closure, repeated)
             if found is None:
-                found = [alone(combination) for combination in part]
-            losses[mine[start : start + size]] = torch.as_tensor(found, dtype=torch.float64).cpu()
+                found = [self.perturbed_loss(closure, combinations[i]) for i in part]
+            losses[part] = torch.as_tensor(found, dtype=torch.float64).cpu()
         self.evaluations += len(combinations)
         return self.exchange.combine(losses)
 
@@ -243,6 +246,39 @@ class SPSA(GradientFreeOptimizer):
             return float(closure())
         with self.perturbed_forward(combination):
             return float(closure())
+
+    def _losses_at_once(
+        self, combinations: Sequence[Combination], closure: Closure, repeated: Callable
+    ) -> torch.Tensor | None:
+        """Losses of several combinations in one forward pass; `None` if that is not possible (not tried again)."""
+        try:
+            with self.perturbed_forward(*combinations):
+                losses = repeated(len(combinations))
+            if losses is None:
+                raise CannotBatch("the objective is defined for whole batches only")
+            losses = losses.double().cpu()
+            if not self.checked:
+                self._check_batching(combinations, closure, losses)
+            return losses
+        except (CannotBatch, RuntimeError, ValueError, IndexError) as error:
+            # Other errors are not specific to the batched pass: separate passes would raise them too.
+            if self.checked and not isinstance(error, CannotBatch):
+                raise
+            logger.info("candidates are evaluated one by one: %s", error)
+            self.batches = False
+            return None
+
+    def _check_batching(self, combinations: Sequence[Combination], closure: Closure, losses: torch.Tensor) -> None:
+        expected = torch.tensor([self.perturbed_loss(closure, c) for c in combinations], dtype=torch.float64)
+        small = any(p.element_size() == 2 for p in self.searched) or torch.is_autocast_enabled("cpu")
+        small = small or torch.is_autocast_enabled("cuda")
+        tolerance = _TOLERANCE_16_BITS if small else _TOLERANCE
+        if not torch.allclose(losses, expected, rtol=tolerance, atol=tolerance, equal_nan=True):
+            raise CannotBatch(
+                f"losses of the repeated batch differ by {float((losses - expected).abs().max()):.2g} from those of "
+                "separate forward passes"
+            )
+        self.checked = True
 
     def _forward_slopes(self, draws: Sequence[Draw], closure: Callable) -> tuple[float, torch.Tensor]:
         slopes, losses = torch.zeros(2, len(draws), dtype=torch.float64)

@@ -235,11 +235,6 @@ class StepEvaluation:
         """
         return None if self.full.repeated is None or self.all_in_head else self.full.repeated(n)
 
-    @property
-    def tokens(self) -> int | None:
-        """Tokens of the largest micro-batch (see `FullObjective`); `None` if `repeated` is not supported."""
-        return None if self.full.repeated is None or self.all_in_head else self.full.tokens
-
     def __call__(self, views: list[IndexView], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
         self.in_head = self.head is not None and all(id(view.parameter) in self.head.names for view in views)
         if not self.in_head:

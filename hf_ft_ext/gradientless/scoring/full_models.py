@@ -24,12 +24,10 @@ class FullObjective:
         repeated: `repeated(n)` -> values `[n]`, float, of the batch repeated `n` times along the first dimension of
             all inputs (the whole batch, then the whole batch again), in one forward pass per micro-batch; `None` if
             that is not supported.
-        tokens: tokens of the largest micro-batch, with padding; `None` if its rows are not token ids.
     """
 
     value: Callable[[], torch.Tensor]
     repeated: Callable[[int], torch.Tensor] | None = None
-    tokens: int | None = None
 
 
 def rows_of(batch: Batch) -> int:
@@ -53,7 +51,7 @@ def objective_of_logits(model: nn.Module, objective: Objective, batches: Sequenc
         logits = _joined([part.view(n, -1, *part.shape[1:]) for part in parts], 1)
         return torch.stack([torch.as_tensor(objective(one, labels)) for one in logits])
 
-    return FullObjective(value, repeated, most_tokens(batches))
+    return FullObjective(value, repeated)
 
 
 def model_loss(
@@ -85,13 +83,7 @@ def model_loss(
 
         return mean(losses)
 
-    return FullObjective(lambda: mean(compute), None if losses_of is None else repeated, most_tokens(batches))
-
-
-def most_tokens(batches: Sequence[Batch]) -> int | None:
-    """Tokens of the largest batch, with padding; `None` if a batch has no `input_ids`."""
-    ids = [batch.get("input_ids") for batch in batches]
-    return None if any(one is None for one in ids) else max((one.numel() for one in ids), default=None)
+    return FullObjective(lambda: mean(compute), None if losses_of is None else repeated)
 
 
 def repeat(batch: Batch, n: int) -> dict[str, Any]:
