@@ -17,6 +17,7 @@ measured point at which a method's mean is at least as good as MeZO's at the end
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -75,36 +76,21 @@ class Task:
         self.data_args.max_predict_samples, self.data_args.untie_words = args.test_rows, True
         self.data = load_data(self.data_args, data_seed=data_seed)
         self.model_args = ModelArguments(model_name_or_path=args.model, dtype="float32")
-        self.frozen_layers = args.frozen_layers
-        tokenizer, model = self._load()
+        tokenizer, model = load_tokenizer_and_model(self.model_args, self.data, seed=0, data_args=self.data_args)
         rows = tokenize_prompts(self.data, tokenizer, self.data_args, model.config, data_seed=data_seed)
+        body = model.eval().masked_lm.base_model
         self.collate = DataCollatorWithPadding(tokenizer)
-        self.train = self._embedded(model, list(rows.train))
+        last = body.encoder.layer[args.frozen_layers - 1] if args.frozen_layers else body.embeddings
         dev, test = (next(iter(part.values())) for part in (rows.validation, rows.test or rows.validation))
-        self.dev = self._embedded(model, _some(list(dev), args.dev_rows))
-        self.test = self._embedded(model, _some(list(test), args.test_rows))
-
-    def _load(self):
-        return load_tokenizer_and_model(self.model_args, self.data, seed=0, data_args=self.data_args)
-
-    @torch.no_grad()
-    def _embedded(self, model: torch.nn.Module, rows: list) -> list[dict]:
-        """The rows with what the frozen part of the model gives for them."""
-        body, found = model.eval().masked_lm.base_model, []
-        last = body.encoder.layer[self.frozen_layers - 1] if self.frozen_layers else body.embeddings
-        handle = last.register_forward_hook(lambda *parts: found.append(parts[-1][0].clone()))
-        kept = [{key: row[key] for key in ("input_ids", "attention_mask", "labels")} for row in rows]
-        for row in kept:
-            model(input_ids=torch.tensor([row["input_ids"]]), attention_mask=torch.tensor([row["attention_mask"]]))
-        handle.remove()
-        return [{**row, "hidden": hidden} for row, hidden in zip(kept, found, strict=True)]
+        self.train = _embedded(model, last, list(rows.train))
+        self.dev = _embedded(model, last, _some(list(dev), args.dev_rows))
+        self.test = _embedded(model, last, _some(list(test), args.test_rows))
+        body.embeddings, body.encoder.layer = Embedded(), body.encoder.layer[args.frozen_layers :]
+        self.pretrained = model
 
     def model(self) -> torch.nn.Module:
         """The pretrained model above its frozen part."""
-        model = self._load()[1].eval().requires_grad_(True)
-        body = model.masked_lm.base_model
-        body.embeddings, body.encoder.layer = Embedded(), body.encoder.layer[self.frozen_layers :]
-        return model
+        return copy.deepcopy(self.pretrained).requires_grad_(True)
 
     def batch(self, rows: list) -> dict[str, torch.Tensor]:
         batch = dict(self.collate([{k: v for k, v in row.items() if k != "hidden"} for row in rows]))
@@ -114,7 +100,7 @@ class Task:
     @torch.no_grad()
     def scores(self, model: torch.nn.Module, rows: list) -> tuple[float, float]:
         """Accuracy and mean loss."""
-        right, loss = 0, 0.0
+        right, loss, rows = 0, 0.0, sorted(rows, key=lambda row: len(row["input_ids"]))
         for start in range(0, len(rows), 64):
             batch = self.batch(rows[start : start + 64])
             labels = batch.pop("labels")
@@ -122,6 +108,18 @@ class Task:
             right += int((logits.argmax(-1) == labels).sum())
             loss += float(functional.cross_entropy(logits, labels, reduction="sum"))
         return right / len(rows), loss / len(rows)
+
+
+@torch.no_grad()
+def _embedded(model: torch.nn.Module, last: torch.nn.Module, rows: list) -> list[dict]:
+    """The rows with the outputs of the frozen part of the model, whose last module is `last`."""
+    found: list[torch.Tensor] = []
+    handle = last.register_forward_hook(lambda *parts: found.append(parts[-1][0].clone()))
+    kept = [{key: row[key] for key in ("input_ids", "attention_mask", "labels")} for row in rows]
+    for row in kept:
+        model(input_ids=torch.tensor([row["input_ids"]]), attention_mask=torch.tensor([row["attention_mask"]]))
+    handle.remove()
+    return [{**row, "hidden": hidden} for row, hidden in zip(kept, found, strict=True)]
 
 
 def logits_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
