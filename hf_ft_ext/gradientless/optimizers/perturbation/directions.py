@@ -96,6 +96,8 @@ class Directions:
         self.low_rank = kind in LOW_RANK
         self.rank, self.renew = rank or DEFAULT_RANK.get(kind), renew or DEFAULT_RENEW.get(kind)
         self.thresholds: list[float] | None = None
+        # SubZero's U and V by number of the matrix: they stay for `renew` steps, and a step needs them three times
+        self._orthonormal: dict[int, tuple] = {}
 
     def prepare(self, parameters: Sequence[torch.Tensor]) -> None:
         """Compute the thresholds of `small` and check `masks`, once for the searched tensors.
@@ -143,9 +145,14 @@ class Directions:
             return _signs(rows, new, dtype).view(-1, 1), _signs(columns, new, dtype).view(-1, 1)
         if self.kind == LOZO:  # Z = U V^T
             return _normal_matrix(rows, self.rank, new, dtype), _normal_matrix(columns, self.rank, kept, dtype)
-        # SubZero: Z = sqrt(out in) / rank U S V^T, with U and V the Q factors of normal matrices
-        u = torch.linalg.qr(_normal_matrix(rows, self.rank, kept, dtype)).Q
-        v = torch.linalg.qr(_normal_matrix(columns, self.rank, kept, dtype)).Q
+        # SubZero: Z = sqrt(out in) / rank U S V^T
+        key = (draw.basis, rows, columns, dtype, device)
+        if self._orthonormal.get(number, (None,))[0] != key:
+            # U and V: the Q factors of normal matrices
+            u = torch.linalg.qr(_normal_matrix(rows, self.rank, kept, dtype)).Q
+            v = torch.linalg.qr(_normal_matrix(columns, self.rank, kept, dtype)).Q
+            self._orthonormal[number] = (key, u, v)
+        _, u, v = self._orthonormal[number]
         s = _normal_matrix(self.rank, self.rank, new, dtype).mul_((rows * columns) ** 0.5 / self.rank)
         return u @ s, v
 
