@@ -13,12 +13,13 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.cache import cached_features, feature_bytes
-from hf_ft_ext.features.head import HeadReader, encoder_path
+from hf_ft_ext.features.head import HeadReader
 from hf_ft_ext.features.linear_fit import LinearFit, fit_classes, fit_labels, fit_probability, fit_regression
-from hf_ft_ext.features.rows import SAMPLE, batches_in_order, labels_of, read_in_order
+from hf_ft_ext.features.rows import inputs_of, labels_of, read_in_order, sample_rows
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.prompts.model import is_prompt_model
+from hf_ft_ext.structure.heads import encoder_path
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def fit_linear_head(
     """
     labels = labels_of(dataset)
     prepare_linear_head(model)
-    sample = next(batches_in_order(dataset, collate, SAMPLE, _device(model)))
+    sample = inputs_of(collate(sample_rows(dataset)), _device(model))
     name, layer = find_last_layer(model, sample)
     reader = HeadReader.find(model, sample)
 
@@ -86,7 +87,7 @@ def fit_linear_head(
 
     if reader is not None and 0 < feature_bytes(reader, len(dataset)) / 1e9 <= feature_cache_gb:
         table = cached_features(
-            reader, dataset, lambda start: every(reader.features, start), feature_cache_dir, disable_tqdm
+            reader, dataset, lambda start: every(reader.features, start), feature_cache_dir, disable_tqdm, collate
         )
         parts = (table[i : i + _ROWS].to(_device(model)) for i in range(0, len(table), _ROWS))
         inputs = [_inputs(model, name, layer, lambda part=part: reader.logits(part)) for part in parts]

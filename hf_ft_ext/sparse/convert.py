@@ -5,11 +5,11 @@ import re
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features import encoder_path
 from hf_ft_ext.sparse.arguments import DEFAULT_DENSITY, DYNAMIC, HOSVD, NONE, PER_KIND, PER_LAYER, STRUCTURED
 from hf_ft_ext.sparse.basis import Basis
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.targets import find_targets
+from hf_ft_ext.structure.heads import names_in_head
 from hf_ft_ext.training.runs.plan import fold_layer_numbers
 
 
@@ -99,14 +99,13 @@ def freeze_rest(model: nn.Module, train_rest: str) -> None:
     """
     if train_rest == "all":
         return
-    prefix = f"{encoder_path(model) or getattr(model, 'base_model_prefix', '')}."
     own = {f"{name}.{part}" for name in sparse_layers(model) for part in ("weight", "values")}
     rest = {name: parameter for name, parameter in model.named_parameters() if name not in own}
     if train_rest == "none":
         for parameter in rest.values():
             parameter.requires_grad_(False)
         return
-    head = {name for name in rest if not name.startswith(prefix)}
+    head = names_in_head(model, rest)
     if len(head) == len(rest) or not head:
         raise InputError(
             f"sparse_train_rest={train_rest!r} needs a model with an encoder (base_model_prefix) and a head, which "
