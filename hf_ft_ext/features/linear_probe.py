@@ -17,7 +17,7 @@ from hf_ft_ext.features.head import HeadReader
 from hf_ft_ext.features.linear_fit import LinearFit, fit_classes, fit_labels, fit_probability, fit_regression
 from hf_ft_ext.features.rows import inputs_of, labels_of, read_in_order, sample_rows
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
-from hf_ft_ext.per_example.state import evaluating
+from hf_ft_ext.per_example.state import batch_size, evaluating
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.structure.heads import encoder_path
 
@@ -167,8 +167,11 @@ def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[s
 
 
 def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"]) if mask is None else mask
+    """The attention mask `[rows, tokens]`; of rows without tokens (images, sounds), zeros `[rows, 0]`."""
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if mask is not None:
+        return mask
+    return torch.zeros(batch_size(batch), 0) if ids is None else torch.ones_like(ids)
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -211,7 +214,7 @@ def _inputs(
 
 def _fit(model: nn.Module, x: np.ndarray, labels: np.ndarray, bias: bool, c, folds: int, max_iter: int) -> LinearFit:
     config = model.config
-    if config.problem_type == REGRESSION or config.num_labels == 1:
+    if config.problem_type == REGRESSION or (config.num_labels == 1 and config.problem_type != MULTI_LABEL):
         if is_prompt_model(model):
             low, high = config.bounds
             position = ((labels.reshape(-1) - low) / (high - low)).clip(0, 1)
