@@ -20,7 +20,6 @@ def declare_mean_loss(model: nn.Module) -> None:
     from the model inside peft's wrapper. `MethodTrainer` finds out about other heads by `ignores_count`.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    inner = getattr(inner, "_orig_mod", inner)  # of a compiled model
     if type(inner).__name__.endswith(_MEAN_LOSS):
         inner.accepts_loss_kwargs = False
 

@@ -16,7 +16,7 @@ from hf_ft_ext.arguments import MethodTrainingArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.label_tokens import label_tokens, predicts_next_tokens, with_a_label
 from hf_ft_ext.training.by_name import load_by_name
-from hf_ft_ext.training.checks import check_loss, check_training_arguments
+from hf_ft_ext.training.checks import check_loss, check_training_arguments, refuse_compiled
 from hf_ft_ext.training.loss_scale import ignores_count
 from hf_ft_ext.training.weights.placement import check_placement
 from hf_ft_ext.training.weights.quantized import quantized_base
@@ -72,6 +72,7 @@ class MethodTrainer(Trainer):
                 self.args = args = copy.copy(args)
                 args.model_init_kwargs = None  # already applied; trl warns if they are set beside a loaded model
         if model is not None:
+            refuse_compiled(model)
             check_loss(args, model)
             model = self.prepare_model(model)
         with quantized_base(model):
@@ -154,6 +155,7 @@ class MethodTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
+        refuse_compiled(model)
         check_loss(self.args, model)
         return self.prepare_model(model)
 
