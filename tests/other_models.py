@@ -32,6 +32,8 @@ OTHER_MODELS = {
                        "window_size": 2}),
     "convnext": ("image", {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 16,
                            "patch_size": 2}),
+    "clip": ("image", {"text_config": _BERT, "projection_dim": 8,
+                       "vision_config": {**_SIZE, "image_size": 16, "patch_size": 8}}),  # no submodule `clip`
     "whisper": ("speech", {**_PAIR, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20}),
     "wav2vec2": ("sound", {**_SIZE, "conv_dim": [8, 8], "conv_stride": [4, 4], "conv_kernel": [8, 4],
                            "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4,

@@ -20,11 +20,13 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.features.head import HeadReader, head_parameters
+from hf_ft_ext.features.rows import has_plain_columns, only_pads, without_removal
 from hf_ft_ext.files import atomic_write, tensor_hash
 
 logger = logging.getLogger(__name__)
 
 _NAME = "features"
+_LABELS = frozenset({"label", "labels", "label_ids"})
 _TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
@@ -52,11 +54,16 @@ def encoder_hash(model: nn.Module) -> str:
 _IGNORED_SETTINGS = ("_name_or_path", "id2label", "label2id", "problem_type", "transformers_version", "num_labels")
 
 
-def data_fingerprint(dataset: Any) -> str:
-    """SHA-256 of the rows' inputs, without labels."""
+def data_fingerprint(dataset: Any, collate: Callable[[list], dict] | None = None) -> str:
+    """SHA-256 of the rows' inputs, without labels.
+
+    Args:
+        collate: if it may change rows (it is not a padding collator), each row is hashed as it returns it.
+    """
     digest = hashlib.sha256()
-    if hasattr(dataset, "with_format") and hasattr(dataset, "column_names"):
-        for name in sorted(set(dataset.column_names) - {"label", "labels", "label_ids"}):
+    changes = collate is not None and not only_pads(collate)
+    if has_plain_columns(dataset) and not changes:
+        for name in sorted(set(dataset.column_names) - _LABELS):
             digest.update(name.encode())
             for table in dataset.select_columns(name).with_format("arrow").iter(batch_size=10_000):
                 column = table.column(0).combine_chunks()
@@ -67,10 +74,24 @@ def data_fingerprint(dataset: Any) -> str:
                 digest.update(str(values.tolist()).encode() if values.dtype == object else values.tobytes())
         return digest.hexdigest()
     for i in range(len(dataset)):
-        row = {key: value for key, value in dataset[i].items() if key not in ("label", "labels", "label_ids")}
-        for key in sorted(row):
-            digest.update(f"{key} {np.asarray(row[key]).tolist()}\n".encode())
+        row = collate([dataset[i]]) if changes else dataset[i]
+        for key in sorted(row.keys() - _LABELS):
+            values = np.asarray(row[key])
+            digest.update(f"{key} {values.shape} {values.dtype}\n".encode())
+            digest.update(str(values.tolist()).encode() if values.dtype == object else values.tobytes())
     return digest.hexdigest()
+
+
+def _padding_of(collate: Any) -> str:
+    """Side and token of padding: models without an attention mask, or with absolute positions, depend on them."""
+    tokenizer = getattr(without_removal(collate), "tokenizer", None)
+    return f"{getattr(tokenizer, 'padding_side', '')} {getattr(tokenizer, 'pad_token_id', '')}".strip()
+
+
+def _autocast_type(model: nn.Module) -> str:
+    """The type of mixed precision that the encoder runs in, or the empty string."""
+    kind = next(model.parameters()).device.type
+    return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
 
 
 def cached_features(
@@ -79,11 +100,13 @@ def cached_features(
     parts: Callable[[int], Iterable[torch.Tensor]],
     folder: str | os.PathLike | None = None,
     disable_tqdm: bool = False,
+    collate: Callable[[list], dict] | None = None,
 ) -> torch.Tensor:
     """Features of every row of `dataset`: `[rows, hidden]`, memory-mapped from a file that later runs reuse.
 
-    Name and header of the file hold the hash of the encoder, the fingerprint of the data and the number of rows. The
-    file is written under a temporary name; after an interruption, the next run continues it.
+    Name and header of the file hold the hash of the encoder, the fingerprint of the data, the number of rows, how they
+    are padded, and the type of mixed precision. The file is written under a temporary name; after an interruption, the
+    next run continues it.
 
     Args:
         reader: the model's reader.
@@ -91,6 +114,7 @@ def cached_features(
         parts: `parts(start)` yields the features of the rows from `start` on, in the data set's order, several rows at
             a time (see `read_in_order`).
         folder: folder of the file; `None` = `default_folder()`.
+        collate: the collator that `parts` uses; `None` = one that only pads.
 
     Raises:
         InputError: the file is truncated or has other content, or the folder cannot be written to.
@@ -99,9 +123,11 @@ def cached_features(
     rows, hidden, dtype = len(dataset), reader.hidden, next(reader.model.parameters()).dtype
     about = {
         "encoder": encoder_hash(reader.model),
-        "data": data_fingerprint(dataset),
+        "data": data_fingerprint(dataset, collate),
         "rows": str(rows),
         "read": reader.read.__name__.strip("_"),
+        "padding": _padding_of(collate),
+        "autocast": _autocast_type(reader.model),
     }
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"{key}.safetensors"

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from hf_ft_ext.per_example.state import evaluating
+from hf_ft_ext.structure.heads import encoder_path, names_in_head
 
 logger = logging.getLogger(__name__)
 
@@ -109,31 +110,17 @@ class HeadReader:
             modules[self.prefix] = base
 
 
-def encoder_path(model: nn.Module) -> str | None:
-    """Dotted name of the base model within `model`; `None` if there is none.
-
-    A model whose base model is nested deeper than `base_model_prefix` defines an attribute `encoder_path`.
-    """
-    path = getattr(model, "encoder_path", None) or getattr(model, "base_model_prefix", None)
-    if not path:
-        return None
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return None
-    return path
-
-
 def head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters outside the base model, and those of its pooler, by name; including frozen ones.
 
     A parameter that the head shares with the base model, such as tied output embeddings, belongs to the base model.
     """
-    prefix = encoder_path(model) or model.base_model_prefix
+    named, path = dict(model.named_parameters()), encoder_path(model)
+    head = names_in_head(model, named)
     return {
         name: parameter
-        for name, parameter in model.named_parameters()
-        if not name.startswith(f"{prefix}.") or name.startswith(f"{prefix}.pooler")
+        for name, parameter in named.items()
+        if name in head or (path is not None and name.startswith(f"{path}.pooler"))
     }
 
 

@@ -13,12 +13,13 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.cache import cached_features, feature_bytes
-from hf_ft_ext.features.head import HeadReader, encoder_path
+from hf_ft_ext.features.head import HeadReader
 from hf_ft_ext.features.linear_fit import LinearFit, fit_classes, fit_labels, fit_probability, fit_regression
-from hf_ft_ext.features.rows import SAMPLE, batches_in_order, labels_of, read_in_order
+from hf_ft_ext.features.rows import inputs_of, labels_of, read_in_order, sample_rows
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
-from hf_ft_ext.per_example.state import evaluating
+from hf_ft_ext.per_example.state import batch_size, evaluating
 from hf_ft_ext.prompts.model import is_prompt_model
+from hf_ft_ext.structure.heads import encoder_path
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ def fit_linear_head(
     """
     labels = labels_of(dataset)
     prepare_linear_head(model)
-    sample = next(batches_in_order(dataset, collate, SAMPLE, _device(model)))
+    sample = inputs_of(collate(sample_rows(dataset)), _device(model))
     name, layer = find_last_layer(model, sample)
     reader = HeadReader.find(model, sample)
 
@@ -86,7 +87,7 @@ def fit_linear_head(
 
     if reader is not None and 0 < feature_bytes(reader, len(dataset)) / 1e9 <= feature_cache_gb:
         table = cached_features(
-            reader, dataset, lambda start: every(reader.features, start), feature_cache_dir, disable_tqdm
+            reader, dataset, lambda start: every(reader.features, start), feature_cache_dir, disable_tqdm, collate
         )
         parts = (table[i : i + _ROWS].to(_device(model)) for i in range(0, len(table), _ROWS))
         inputs = [_inputs(model, name, layer, lambda part=part: reader.logits(part)) for part in parts]
@@ -166,8 +167,11 @@ def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[s
 
 
 def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"]) if mask is None else mask
+    """The attention mask `[rows, tokens]`; of rows without tokens (images, sounds), zeros `[rows, 0]`."""
+    mask, ids = batch.get("attention_mask"), batch.get("input_ids")
+    if mask is not None:
+        return mask
+    return torch.zeros(batch_size(batch), 0) if ids is None else torch.ones_like(ids)
 
 
 def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -210,7 +214,7 @@ def _inputs(
 
 def _fit(model: nn.Module, x: np.ndarray, labels: np.ndarray, bias: bool, c, folds: int, max_iter: int) -> LinearFit:
     config = model.config
-    if config.problem_type == REGRESSION or config.num_labels == 1:
+    if config.problem_type == REGRESSION or (config.num_labels == 1 and config.problem_type != MULTI_LABEL):
         if is_prompt_model(model):
             low, high = config.bounds
             position = ((labels.reshape(-1) - low) / (high - low)).clip(0, 1)

@@ -4,12 +4,63 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import Trainer
+from transformers import DataCollatorWithPadding, DefaultDataCollator, Trainer, default_data_collator
+from transformers.trainer_utils import RemoveColumnsCollator
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.prompts.collator import ContextCollator
 
 LABELS = "labels"
 SAMPLE = 16  # rows used to find out how the head reads its features
+_SEARCHED = 1000  # rows searched for one of another length, in data without columns
+_PADDING = (DataCollatorWithPadding, DefaultDataCollator, ContextCollator)
+
+
+def has_plain_columns(dataset: Any) -> bool:
+    """Whether the rows are those of the columns: a data set of `datasets` without a transform (`set_transform`)."""
+    return hasattr(dataset, "column_names") and getattr(dataset, "format", {}).get("type") != "custom"
+
+
+def without_removal(collate: Any) -> Any:
+    """The collator inside the one that removes unused columns of a data set without columns."""
+    return collate.data_collator if isinstance(collate, RemoveColumnsCollator) else collate
+
+
+def only_pads(collate: Any) -> bool:
+    """Whether a collator is known to return each row unchanged: transformers' padding collators and ours."""
+    collate = without_removal(collate)
+    return type(collate) in _PADDING or collate is default_data_collator
+
+
+def sample_rows(dataset: Any) -> list[Any]:
+    """The first rows; if they all have one length, the last of them is replaced by a row of another length, if any.
+
+    Only padding shows whether a head reads, for example, the last token or the last position.
+    """
+    rows = [dataset[i] for i in range(min(SAMPLE, len(dataset)))]
+    lengths = {_length(row) for row in rows}
+    if len(lengths) == 1 and len(dataset) > len(rows) > 1:
+        other = _row_of_another_length(dataset, lengths.pop())
+        if other is not None:
+            rows[-1] = dataset[other]
+    return rows
+
+
+def _length(row: Any) -> int:
+    return len(row["input_ids"]) if isinstance(row, dict) and "input_ids" in row else 0
+
+
+def _row_of_another_length(dataset: Any, length: int) -> int | None:
+    if not has_plain_columns(dataset) or "input_ids" not in dataset.column_names:
+        rows = range(min(_SEARCHED, len(dataset)))
+        return next((i for i in rows if _length(dataset[i]) != length), None)
+    first = 0
+    for table in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000):
+        lengths = table.column(0).combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+        if (lengths != length).any():
+            return first + int((lengths != length).argmax())
+        first += len(lengths)
+    return None
 
 
 def batches_in_order(
@@ -48,7 +99,12 @@ def read_in_order(
 
 def inputs_of(batch: dict[str, torch.Tensor], device: torch.device | str | None) -> dict[str, torch.Tensor]:
     """`batch` on `device`, without its labels."""
-    return {key: value.to(device) for key, value in batch.items() if key != LABELS}
+    return {key: value for key, value in on_device(batch, device).items() if key != LABELS}
+
+
+def on_device(batch: dict[str, torch.Tensor], device: torch.device | str | None) -> dict[str, torch.Tensor]:
+    """`batch` with its tensors on `device`."""
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
 def labels_of(dataset: Any) -> torch.Tensor:
@@ -57,10 +113,9 @@ def labels_of(dataset: Any) -> torch.Tensor:
     Raises:
         InputError: a row has none.
     """
-    columns = getattr(dataset, "column_names", None)
-    name = next((name for name in ("labels", "label") if columns is None or name in columns), None)
     try:
-        if columns is not None:
+        if has_plain_columns(dataset):
+            name = next((name for name in ("labels", "label") if name in dataset.column_names), None)
             return torch.as_tensor(dataset.with_format(None)[name][:])
         return torch.as_tensor([dataset[i].get("labels", dataset[i].get("label")) for i in range(len(dataset))])
     except (KeyError, TypeError, RuntimeError, ValueError) as error:

@@ -111,16 +111,16 @@ def gradient_sums(
     sums = GradientSums({n: _zeros(own[n]) for n in names}, {n: _zeros(own[n]) for n in names if totals}, 0)
     device = next(iter(own.values())).device
     engine: ExampleGradients | None = None
-    found = loss  # for models other than classifiers, determined on the first batch
+    found, compared = loss, loss is not None or (labels != TRUE and is_classifier(model))
     for batch in tqdm(dataloader, desc="Fisher information", disable=not progress or _rank() > 0, leave=False):
         batch = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
         _check_batch(batch, labels, loss)
-        if found is None and not is_classifier(model):
+        if not compared:
             if label_tokens(batch, predicts_next_tokens(model)) == 0:  # adds nothing
                 sums.examples += batch_size(batch)
                 continue
             with evaluating(model), without_cache(model):
-                found = own_loss(model, batch)
+                found, compared = own_loss(model, batch), True
         scalars = FisherScalars(labels, power, _problem_type(model, batch, labels, found), found)
         if engine is None:
             engine = ExampleGradients(

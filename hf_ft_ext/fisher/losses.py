@@ -122,16 +122,20 @@ def _at_least_float32(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss:
+def own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss | None:
     """Return a loss per example that equals the loss which the model itself returns for a single example.
 
     If one of the usual formulas equals the model's loss on the first labelled example of `batch`, it is used, so that
-    examples can run together. Otherwise the model's own loss is used, one example at a time.
+    examples can run together; `None` = the loss of transformers' sequence classifiers. Otherwise the model's own loss
+    is used, one example at a time: a classifier may compute another one, such as that of a prompt on a scale, or have
+    its `loss_function` replaced.
 
     Raises:
-        InputError: the model returns no loss.
+        InputError: the model returns no loss, and is no sequence classifier.
     """
     one = _first_with_label(batch, predicts_next_tokens(model))
+    if is_classifier(model):
+        return None if _has_usual_loss(model, one) else _by_model()
     with torch.no_grad():
         output = model(**one)
         if getattr(output, "loss", None) is None:
@@ -141,9 +145,29 @@ def own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss:
             )
         logits, labels = getattr(output, "logits", None), one.get("labels")
         for form in _candidate_losses(logits, labels):
-            ours, own = form(logits, labels).double(), output.loss.double().reshape(1)
-            if torch.allclose(ours, own, rtol=1e-4 if logits.dtype.itemsize > 2 else 3e-2, atol=0.0):
+            if _same(form(logits, labels), output.loss):
                 return lambda output, batch, form=form: form(output.logits, batch["labels"])
+    return _by_model()
+
+
+def _has_usual_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a classifier returns the loss of transformers' classifiers for this example, or none."""
+    problem, config = problem_type_of(model, batch["labels"]), base_model(model).config
+    before = config.problem_type
+    with torch.no_grad():
+        output = model(**batch)
+    config.problem_type = before  # transformers stores what it infers from the labels
+    if getattr(output, "loss", None) is None:
+        return True
+    return _same(losses_of_logits(output.logits, batch["labels"], problem), output.loss)
+
+
+def _same(found: torch.Tensor, own: torch.Tensor) -> bool:
+    rtol = 1e-4 if found.dtype.itemsize > 2 else 3e-2
+    return torch.allclose(found.double(), own.double().reshape(1), rtol=rtol, atol=1e-9)
+
+
+def _by_model() -> ModelLoss:
     return ModelLoss(lambda model, batch: model(**batch).loss)
 
 

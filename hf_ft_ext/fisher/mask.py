@@ -33,6 +33,15 @@ def _unshared(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str
     return {name: p for name, p in parameters.items() if name not in shared}
 
 
+def _without_frozen(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Remove parameters that the user froze, unless all are frozen."""
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    if 0 < len(trained) < len(parameters):
+        first = next(name for name in parameters if name not in trained)
+        logger.info("%d frozen weights (%s, ...) are not part of the mask.", len(parameters) - len(trained), first)
+    return trained or parameters
+
+
 def kept_entries(model: nn.Module, keep_ratio: float) -> int:
     """Number of entries in a mask: `keep_ratio` times all parameters, minus the head's (as in the published code).
 
@@ -76,6 +85,7 @@ def choose_entries(
             f"{quantized[0]} is quantized ({body[quantized[0]].dtype}), so its entries cannot train; load the "
             "model in floating point, or train adapters on it (fisher_mode=single with lora)"
         )
+    body = _without_frozen(body)
     if mask == BIAS_MASK:
         chosen = {name: torch.arange(p.numel()) for name, p in body.items() if name.rpartition(".")[2] == "bias"}
         if not chosen:
@@ -86,7 +96,7 @@ def choose_entries(
     if kept > available:
         raise InputError(
             f"fisher_keep_ratio={keep_ratio} asks for {kept} entries besides the head, but a mask can choose from "
-            f"{available} (weights that several modules share are not part of it); lower it"
+            f"{available} (weights that several modules share, and frozen ones, are not part of it); lower it"
         )
     if mask == RANDOM_MASK:
         return random_entries({name: p.shape for name, p in body.items()}, kept, seed)

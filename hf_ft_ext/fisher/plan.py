@@ -15,6 +15,7 @@ from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.files import tensor_hash, write_json
 from hf_ft_ext.fisher.candidates import layers_of
 from hf_ft_ext.models.peft import task_type_of
+from hf_ft_ext.structure.heads import names_in_head
 
 PLAN_FILE = "adapter_plan.json"
 _FORMAT = "hf_ft_ext adapter plan 1"
@@ -164,11 +165,12 @@ def _layer(path: Path, key: str) -> int:
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     """The entries of a plan that identify its model: type, size, and a hash of the encoder's weights."""
     config = getattr(model, "config", None)
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    named = dict(model.named_parameters())
+    prefix, head = f"{getattr(model, 'base_model_prefix', '')}.", names_in_head(model, named)
+    encoder = [name for name in named if name.startswith(prefix)] or [name for name in named if name not in head]
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if name.startswith(prefix):
-            digest.update(f"{name} {tensor_hash(parameter)}".encode())
+    for name in sorted(encoder):
+        digest.update(f"{name} {tensor_hash(named[name])}".encode())
     return {
         "model_type": getattr(config, "model_type", type(model).__name__),
         "layers": getattr(config, "num_hidden_layers", 0),

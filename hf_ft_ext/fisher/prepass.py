@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import Trainer
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.training.loader_batches import draws_own_batches, loader_rows
+from hf_ft_ext.training.loader_batches import draws_own_batches, generators_kept, loader_rows
 from hf_ft_ext.training.method_trainer import overridden
 
 
@@ -30,14 +30,15 @@ def prepass_batches(trainer: Trainer, examples: int, batch_size: int) -> list[di
         data = trainer._remove_unused_columns(data, description="pre-pass")
     else:
         collate = trainer._get_collator_with_removed_columns(collate, description="pre-pass")
-    if hasattr(data, "__len__"):
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))[:examples].tolist()
-        rows = [data[i] for i in order[args.process_index :: args.world_size]]
-    else:
-        first = [row for row, _ in zip(data, range(examples), strict=False)]
-        rows = first[args.process_index :: args.world_size]
-    rows.sort(key=_length, reverse=True)  # the longest first, so that running out of memory shows at once
-    return [dict(collate(rows[i : i + batch_size])) for i in range(0, len(rows), batch_size)]
+    with generators_kept():  # a data set or collator may draw at random
+        if hasattr(data, "__len__"):
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))[:examples].tolist()
+            rows = [data[i] for i in order[args.process_index :: args.world_size]]
+        else:
+            first = [row for row, _ in zip(data, range(examples), strict=False)]
+            rows = first[args.process_index :: args.world_size]
+        rows.sort(key=_length, reverse=True)  # the longest first, so that running out of memory shows at once
+        return [dict(collate(rows[i : i + batch_size])) for i in range(0, len(rows), batch_size)]
 
 
 def _length(row: dict) -> int:

@@ -21,9 +21,11 @@ from hf_ft_ext.gradientless.build import build_optimizer, refuse_unsupported
 from hf_ft_ext.gradientless.optimizers.exchange import CANDIDATES, SharedCandidates, SharedData
 from hf_ft_ext.gradientless.optimizers.selection import FISHER
 from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation, StepEvaluation
-from hf_ft_ext.gradientless.scoring.features import feature_rows, find_reader, reader_of_batch, returns_rows_unchanged
+from hf_ft_ext.gradientless.scoring.features import feature_rows, find_reader, first_batch, returns_rows_unchanged
 from hf_ft_ext.gradientless.scoring.full_models import (
     FullObjective,
+    has_usual_loss,
+    language_losses,
     model_loss,
     objective_of_logits,
     rows_of,
@@ -125,6 +127,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         self._reader: HeadReader | None = None
         self._rows: FeatureRows | None = None
         self._looked_for_features = False
+        self._usual_loss: bool | None = None
         self._evaluation: HeadEvaluation | None = None
         return model
 
@@ -189,6 +192,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         batches, self._micro_batches = self._micro_batches, []
         if self._own_loader() and not self._looked_for_features:
             self._make_evaluation(batches[0])
+        self._compare_loss(batches[0])
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(getattr(optimizer, "exchange", None), SharedData):
             optimizer.exchange.weight = self._weight_of(batches)
@@ -201,7 +205,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         """Weight of this process's mean loss in the mean over all processes."""
         if not self._by_model_loss():
             return float(sum(map(rows_of, batches)))
-        return float(sum(label_count(batch, self._predicts_tokens()) for batch in batches))
+        return float(sum(label_count(batch, predicts_next_tokens(self.model)) for batch in batches))
 
     def _set_dropout(self) -> None:
         """Turn dropout off, or on with `search_dropout`.
@@ -235,8 +239,9 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     def _full_objective(self, batches: list[dict[str, torch.Tensor]]) -> FullObjective:
         if self._by_model_loss():
             own = has_own_loss(self) or self.label_smoother is not None
-            losses_of = self._language_losses if self._predicts_tokens() and not own else None
-            full = model_loss(self._mean_loss, batches, self._predicts_tokens(), losses_of)
+            shifted = predicts_next_tokens(self.model)
+            losses_of = functools.partial(language_losses, self.model) if shifted and not own else None
+            full = model_loss(self._mean_loss, batches, shifted, losses_of)
         else:
             function = self._named_objective(self._inner()) if self.objective is None else self.objective
             full = objective_of_logits(self.model, function, batches)
@@ -248,30 +253,26 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     def _mean_loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         return self.compute_loss(self.model, dict(batch))
 
-    def _predicts_tokens(self) -> bool:
-        return predicts_next_tokens(self.model)
-
-    def _language_losses(self, inputs: Mapping[str, Any], labels: torch.Tensor, n: int) -> torch.Tensor:
-        """Losses `[n]` of a causal language model on a batch repeated `n` times."""
-        model = self._inner()
-        logits = self.model(**inputs).logits.view(n, *labels.shape, -1)
-        return torch.stack([model.loss_function(one, labels, vocab_size=one.shape[-1]) for one in logits])
-
     def _by_model_loss(self) -> bool:
         """Whether the loss has to come from `compute_loss`: overridden, or not that of a sequence classifier."""
         own, inner = has_own_loss(self), self._inner()
-        plain = type(inner).__name__.endswith("ForSequenceClassification")
+        plain = type(inner).__name__.endswith("ForSequenceClassification") and self._usual_loss is not False
         # regression with a prompt compares the probabilities of two label words, not numbers
         plain = plain and not (is_prompt_model(inner) and inner.config.problem_type == REGRESSION)
         return self.objective is None and self.args.search_objective == LOSS and (own or not plain)
+
+    def _compare_loss(self, batch: dict[str, torch.Tensor]) -> None:
+        """Find out with the first batch whether a classifier has the usual loss, unless another one is used."""
+        used = self.objective is None and self.args.search_objective == LOSS and self.label_smoother is None
+        if used and self._usual_loss is None and not self._by_model_loss() and "labels" in batch:
+            with self._scoring():
+                self._usual_loss = has_usual_loss(self.model, batch)
 
     def _inner(self) -> nn.Module:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def _objective_function(self) -> Objective:
-        if self.objective is not None:
-            return from_user_function(self.objective)
-        return self._named_objective(self._inner())
+        return self._named_objective(self._inner()) if self.objective is None else from_user_function(self.objective)
 
     def _named_objective(self, model: nn.Module) -> Objective:
         config, smoothing = model.config, self.args.label_smoothing_factor
@@ -296,15 +297,15 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         if self._looked_for_features or (self.train_dataset is None and batch is None):
             return
         self._looked_for_features = True
+        sample = first_batch(self) if batch is None else batch
+        if sample is not None:
+            self._compare_loss(sample)
         if self.args.search_dropout or self._by_model_loss() or isinstance(self.model, PeftModel):
             return
         if not hasattr(self.model, "base_model_prefix") or not set(self._searched) & set(head_parameters(self.model)):
             return
-        if batch is not None:
-            self._reader = reader_of_batch(self, batch)
-            return
-        self._reader = find_reader(self)
-        if self._reader is not None and self._all_in_head() and returns_rows_unchanged(self):
+        self._reader = find_reader(self, sample)
+        if batch is None and self._reader is not None and self._all_in_head() and returns_rows_unchanged(self):
             with self._scoring():
                 self._rows = feature_rows(self, self._reader)
 
@@ -319,12 +320,12 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             return
         head = head_parameters(self.model)
         names = {id(p): name for name, p in self.searched.items() if name in head}
-        fisher = self.args.search_fisher or DIVERGENCE
         of_rows = None
         if self.objective is None and self.args.search_objective == LOSS:
             problem, smoothing = self._inner().config.problem_type, self.args.label_smoothing_factor
             of_rows = functools.partial(row_losses, problem_type=problem, smoothing=smoothing)
-        self._evaluation = HeadEvaluation(self._reader, names, self._objective_function(), fisher, of_rows)
+        fisher, objective = self.args.search_fisher or DIVERGENCE, self._objective_function()
+        self._evaluation = HeadEvaluation(self._reader, names, objective, fisher, of_rows)
 
     # --- processes ---------------------------------------------------------------------------------
 
@@ -393,8 +394,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         super().log(logs, *positional, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # transformers counts tokens; batches of features have none
+        # batches of features have no tokens to count
         return 0 if self._rows is not None else super().floating_point_ops(inputs)
 
-    def _get_grad_norm(self, model, grad_norm=None) -> None:
-        return None
+    def _get_grad_norm(self, model, grad_norm=None) -> None: ...

@@ -8,8 +8,8 @@ from typing import TypeVar
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features import encoder_path
 from hf_ft_ext.kernel.formulas import Formula
+from hf_ft_ext.structure.heads import names_in_head
 
 Choice = TypeVar("Choice", bound=enum.Enum)
 DIMENSION = 4096  # of engine `projected`
@@ -152,10 +152,11 @@ def kernel_parameters(
         chosen = {name: p for name, p in chosen.items() if id(p) not in tables and "embed" not in name}
     if exclude_head:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        path = encoder_path(inner)
-        if path is None:
+        own = dict(inner.named_parameters(remove_duplicate=False))
+        head = names_in_head(inner, own)
+        if not head:
             raise InputError(f"exclude_head: {type(inner).__name__} does not say which part is its base model")
-        body = {id(p) for p in inner.get_submodule(path).parameters()}
+        body = {id(p) for name, p in own.items() if name not in head}
         chosen = {name: p for name, p in chosen.items() if id(p) in body}
     if only_biases:
         chosen = {name: p for name, p in chosen.items() if name.rpartition(".")[2] == "bias"}

@@ -21,6 +21,7 @@ from hf_ft_ext.models.loading import seeded_init
 from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.prompts.model import architecture, is_prompt_model
 from hf_ft_ext.structure.find import find_structure
+from hf_ft_ext.structure.heads import head_modules
 from hf_ft_ext.structure.rows import trial_rows
 from hf_ft_ext.structure.targets import default_targets, endings, key_value_and_down
 from hf_ft_ext.training.weights.precision import train_in_float32
@@ -72,18 +73,14 @@ def trained_in_full(model: PreTrainedModel) -> list[str]:
     Raises:
         InputError: the model is not a transformers model, so its head is unknown.
     """
-    prefix = getattr(model, "base_model_prefix", None)
-    if prefix is None:
+    if getattr(model, "base_model_prefix", None) is None:
         raise InputError(
             f"{type(model).__name__} is not a transformers model, so its head is unknown; add the adapter to it "
             "yourself (model.add_adapter or peft's get_peft_model; with SparseGradConfig call compute_bases(model, "
             "batches, loss) before training) and train with its own trainer"
         )
-    names = [
-        name for name, module in model.named_children() if name != prefix and any(True for _ in module.parameters())
-    ]
-    if task_type_of(model) in _LANGUAGE_MODELS:
-        names = []
+    language = is_prompt_model(model) or task_type_of(model) in _LANGUAGE_MODELS
+    names = [] if language else head_modules(model)
     for parameter in sorted(getattr(model, "fresh_parameters", ())):
         owner = parameter.rpartition(".")[0]
         if owner and not any(owner == name or owner.startswith(f"{name}.") for name in names):

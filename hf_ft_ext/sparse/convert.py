@@ -1,16 +1,19 @@
 """Convert a model's MLP layers into SparseGrad layers, and back."""
 
+import logging
 import re
 
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.features import encoder_path
 from hf_ft_ext.sparse.arguments import DEFAULT_DENSITY, DYNAMIC, HOSVD, NONE, PER_KIND, PER_LAYER, STRUCTURED
 from hf_ft_ext.sparse.basis import Basis
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.targets import find_targets
+from hf_ft_ext.structure.heads import names_in_head
 from hf_ft_ext.training.runs.plan import fold_layer_numbers
+
+logger = logging.getLogger(__name__)
 
 
 def convert_to_sparse(
@@ -32,7 +35,7 @@ def convert_to_sparse(
             to a block of rows and columns (`block_shape`).
         density: the same as a fraction of the weight, in (0, 1]; default 0.012.
         target_modules: regular expression over module names; default: the linear layers of all feed-forwards, found by
-            structure (`find_targets`).
+            structure (`find_targets`), without those that were frozen (if not all of them are).
         support: `"dynamic"`, `"static"` or `"structured"` (see `SparseTrainingArguments`).
         basis: `"hosvd"`, `"random"` or `"none"`.
         basis_scope: `"kind"`: layers of one kind (equal shapes, and equal names apart from layer numbers) share a
@@ -48,6 +51,8 @@ def convert_to_sparse(
             weight has. The model is unchanged in that case.
     """
     targets = find_targets(model, target_modules)
+    if target_modules is None:
+        targets = _without_frozen(targets)
     counts = {name: entries_of(linear, name, n_params, density) for name, linear in targets.items()}
     bases: dict[str, Basis] = {}
     converted = {}
@@ -63,6 +68,14 @@ def convert_to_sparse(
         model.set_submodule(name, layer)
         converted[name] = layer
     return converted
+
+
+def _without_frozen(targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    trained = {name: linear for name, linear in targets.items() if linear.weight.requires_grad}
+    if 0 < len(trained) < len(targets):
+        first = next(name for name in targets if name not in trained)
+        logger.info("%d frozen layers (%s, ...) are not converted", len(targets) - len(trained), first)
+    return trained or targets
 
 
 def entries_of(linear: nn.Module, name: str, n_params: int | None, density: float | None) -> int:
@@ -99,14 +112,13 @@ def freeze_rest(model: nn.Module, train_rest: str) -> None:
     """
     if train_rest == "all":
         return
-    prefix = f"{encoder_path(model) or getattr(model, 'base_model_prefix', '')}."
     own = {f"{name}.{part}" for name in sparse_layers(model) for part in ("weight", "values")}
     rest = {name: parameter for name, parameter in model.named_parameters() if name not in own}
     if train_rest == "none":
         for parameter in rest.values():
             parameter.requires_grad_(False)
         return
-    head = {name for name in rest if not name.startswith(prefix)}
+    head = names_in_head(model, rest)
     if len(head) == len(rest) or not head:
         raise InputError(
             f"sparse_train_rest={train_rest!r} needs a model with an encoder (base_model_prefix) and a head, which "

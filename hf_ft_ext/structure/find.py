@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.structure.heads import head_modules
 from hf_ft_ext.structure.layers import find_layers
 from hf_ft_ext.structure.parts import Structure
 from hf_ft_ext.structure.roles import find_attentions, find_feed_forwards, first_calls
@@ -85,10 +86,10 @@ def _trace(model: nn.Module) -> Trace:
 
 def _head(model: nn.Module) -> tuple[str, ...]:
     """Modules outside of the base model."""
-    path = getattr(model, "encoder_path", None) or getattr(model, "base_model_prefix", None)
-    if not path or not any(name == path for name, _ in model.named_modules()):
-        return ()
-    holder, _, base = path.rpartition(".")
+    path = getattr(model, "encoder_path", None)
+    if path is None:
+        return tuple(head_modules(model))
+    holder, _, base = path.rpartition(".")  # of a prompt model: the head of the language model inside
     outer = model.get_submodule(holder)
     names = [
         name for name, module in outer.named_children() if name != base and any(True for _ in module.parameters())

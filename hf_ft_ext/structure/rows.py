@@ -46,6 +46,7 @@ def trial_rows(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _images(config) -> list[tuple[int, ...]]:
+    config = config if hasattr(config, "image_size") else getattr(config, "vision_config", config)  # CLIP, SigLIP
     size = getattr(config, "image_size", 32)
     height, width = size if isinstance(size, list | tuple) else (size, size)
     image = (getattr(config, "num_channels", 3), height, width)

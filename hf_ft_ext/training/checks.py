@@ -73,6 +73,19 @@ def check_loss(args: TrainingArguments, model: nn.Module) -> None:
     )
 
 
+def refuse_compiled(model: nn.Module) -> None:
+    """Refuse what `torch.compile(model)` returns; a model compiled in place (`model.compile()`) is accepted.
+
+    Raises:
+        InputError: the model is such a wrapper.
+    """
+    if hasattr(model, "_orig_mod"):
+        raise InputError(
+            "the model is wrapped by torch.compile, which hides its arguments, so that a Trainer drops all columns of "
+            "the data and finds no loss; pass the plain model and torch_compile=True, or call model.compile()"
+        )
+
+
 def refuse_label_names(args: TrainingArguments) -> None:
     """Refuse `label_names` for methods that read the labels themselves, from the column `labels`.
 

@@ -70,7 +70,7 @@ def _rows_in(batch: dict[str, Any]) -> int:
 def _undisturbed_loader(trainer: Trainer) -> Iterator[Iterable]:
     if trainer.train_dataset is None and not overridden(trainer, "get_train_dataloader"):
         raise InputError("the gradient pre-pass needs a train_dataset; pass one to the trainer")
-    with _generators_kept() as keep:
+    with generators_kept() as keep:
         loader = trainer.get_train_dataloader()
         keep(loader)
         try:
@@ -81,7 +81,7 @@ def _undisturbed_loader(trainer: Trainer) -> Iterator[Iterable]:
 
 
 @contextlib.contextmanager
-def _generators_kept() -> Iterator[Any]:
+def generators_kept() -> Iterator[Any]:
     """A context that restores the state of all random number generators when it ends."""
     python, numpy = random.getstate(), np.random.get_state()
     found: dict[int, tuple[torch.Generator, torch.Tensor]] = {}

@@ -1,6 +1,12 @@
-"""Keeping the loss scale of classification heads independent of gradient accumulation and process count."""
+"""Keeping the loss scale independent of gradient accumulation and process count."""
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import nn
+
+from hf_ft_ext.per_example.state import evaluating
 
 _MEAN_LOSS = "ForSequenceClassification"
 
@@ -10,7 +16,29 @@ def declare_mean_loss(model: nn.Module) -> None:
 
     transformers 5 assumes that any forward with `**kwargs` divides by the label count of the whole step.
     Classification heads ignore that count. Without this switch their loss and gradients grow with the number of
-    micro-batches and of processes (transformers issue #47688). `accepts_loss_kwargs` is transformers' own switch.
+    micro-batches and of processes (transformers issue #47688). `accepts_loss_kwargs` is transformers' own switch, read
+    from the model inside peft's wrapper. `MethodTrainer` finds out about other heads by `ignores_count`.
     """
-    if type(model).__name__.endswith(_MEAN_LOSS):
-        model.accepts_loss_kwargs = False
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if type(inner).__name__.endswith(_MEAN_LOSS):
+        inner.accepts_loss_kwargs = False
+
+
+def ignores_count(model: nn.Module, inputs: Mapping[str, Any], count: torch.Tensor | int) -> bool | None:
+    """Whether the model's loss ignores `num_items_in_batch`, the label count that it is divided by.
+
+    Heads of images and sounds, and many others, take `**kwargs` and average over the batch. The loss is computed
+    twice, without dropout, for `count` and for twice as many.
+
+    Returns:
+        `None` if the loss does not tell: there is none, it is 0, or not finite.
+    """
+    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=[]):
+        once, twice = (_loss_of(model(**inputs, num_items_in_batch=n)) for n in (count, 2 * count))
+    if once is None or not once.isfinite().all() or not once.any():
+        return None
+    return torch.equal(once, twice)
+
+
+def _loss_of(outputs: Any) -> torch.Tensor | None:
+    return outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]

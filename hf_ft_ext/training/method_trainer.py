@@ -16,7 +16,8 @@ from hf_ft_ext.arguments import MethodTrainingArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.label_tokens import label_tokens, predicts_next_tokens, with_a_label
 from hf_ft_ext.training.by_name import load_by_name
-from hf_ft_ext.training.checks import check_loss, check_training_arguments
+from hf_ft_ext.training.checks import check_loss, check_training_arguments, refuse_compiled
+from hf_ft_ext.training.loss_scale import ignores_count
 from hf_ft_ext.training.weights.placement import check_placement
 from hf_ft_ext.training.weights.quantized import quantized_base
 
@@ -48,6 +49,7 @@ class MethodTrainer(Trainer):
     no_optimizer: ClassVar[str | None] = None
     no_optimizer_class: ClassVar[bool] = False
     several_devices: ClassVar[bool] = False
+    _loss_scale_known = False
 
     def __init__(
         self, model: nn.Module | str | None = None, args: TrainingArguments | None = None, *positional, **kwargs
@@ -70,6 +72,7 @@ class MethodTrainer(Trainer):
                 self.args = args = copy.copy(args)
                 args.model_init_kwargs = None  # already applied; trl warns if they are set beside a loaded model
         if model is not None:
+            refuse_compiled(model)
             check_loss(args, model)
             model = self.prepare_model(model)
         with quantized_base(model):
@@ -122,16 +125,37 @@ class MethodTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """As in `Trainer`, but 0 for a batch without a label token, whose mean loss would be NaN."""
+        """As in `Trainer`, but 0 for a batch without a label token, whose mean loss would be NaN.
+
+        A model whose loss ignores `num_items_in_batch` takes the mean over a micro-batch, which `Trainer` then divides
+        by the number of micro-batches.
+        """
+        self._check_loss_scale(model, inputs, num_items_in_batch)
+        if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
+            num_items_in_batch = None  # counted before the check, for all micro-batches of its step
         if label_tokens(inputs, predicts_next_tokens(self.accelerator.unwrap_model(model))) != 0:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         found = super().compute_loss(model, with_a_label(inputs), return_outputs)
         return (0 * found[0], found[1]) if return_outputs else 0 * found
 
+    def _check_loss_scale(self, model: nn.Module, inputs: Mapping[str, Any], count: torch.Tensor | int | None) -> None:
+        """Find out with the first batch whether the model divides its loss by the label count of the whole step."""
+        args = self.args
+        replaced = self.compute_loss_func is not None or self.label_smoother is not None
+        if self._loss_scale_known or replaced or count is None or not self.model_accepts_loss_kwargs:
+            return
+        if "labels" not in inputs or (args.gradient_accumulation_steps == 1 and args.world_size == 1):
+            return
+        ignored = ignores_count(self.accelerator.unwrap_model(model, keep_torch_compile=False), inputs, count)
+        self._loss_scale_known = ignored is not None
+        if ignored:
+            self.model_accepts_loss_kwargs = False
+
     # --- models and trials ----------------------------------------------------------------------------
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         model = super().call_model_init(trial)
+        refuse_compiled(model)
         check_loss(self.args, model)
         return self.prepare_model(model)
 

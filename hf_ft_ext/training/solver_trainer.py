@@ -13,6 +13,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.rows import LABELS, SAMPLE, data_and_collator
 from hf_ft_ext.moved import former_classes
 from hf_ft_ext.training.checks import refuse_label_names
+from hf_ft_ext.training.loader_batches import generators_kept
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, overridden
 from hf_ft_ext.training.saved.saving import CompleteSaves
 from hf_ft_ext.training.weights.devices import refuse_data_parallel
@@ -109,7 +110,7 @@ class SolverTrainer(CompleteSaves, MethodTrainer):
             raise InputError(f"{self.solution} needs a training data set of known length; pass train_dataset")
         self._refuse_early_stopping(self.callback_handler.callbacks)
         check_placement(self.model, self.several_devices)
-        self._check_collator()
+        self._check_rows()
         self.is_in_train = True
         self.apply_trial(trial)
         if self.model_init is not None:
@@ -130,24 +131,27 @@ class SolverTrainer(CompleteSaves, MethodTrainer):
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
         return TrainOutput(1, metrics["train_loss"], metrics)
 
-    def _check_collator(self) -> None:
-        """Check that the collator is deterministic and keeps the labels of the data set.
+    def _check_rows(self) -> None:
+        """Check that data set and collator are deterministic, and that the collator keeps the labels of the data set.
 
         `solve` reads each row's inputs once, through the collator, and the labels from the data set itself.
 
         Raises:
-            InputError: two calls give different inputs, or the collator changes the labels.
+            InputError: two readings give different inputs, or the collator changes the labels.
         """
         dataset, collate = data_and_collator(self, self.train_dataset)
-        rows = [dataset[i] for i in range(min(SAMPLE, len(dataset)))]
-        first, second = collate(rows), collate(rows)
+        places = range(min(SAMPLE, len(dataset)))
+        with generators_kept():
+            rows, again = ([dataset[i] for i in places] for _ in range(2))
+            first, same_rows, read_again = collate(rows), collate(rows), collate(again)
         name = getattr(self.data_collator, "__name__", type(self.data_collator).__name__)
-        for key, value in first.items():
-            if not torch.equal(torch.as_tensor(value), torch.as_tensor(second[key])):
-                raise InputError(
-                    f"data_collator {name} gives different {key} for the same rows each time, and {self.solution} "
-                    "reads every row once; pass one that does not draw at random"
-                )
+        for source, second in ((f"data_collator {name}", same_rows), ("train_dataset", read_again)):
+            for key, value in first.items():
+                if not torch.equal(torch.as_tensor(value), torch.as_tensor(second[key])):
+                    raise InputError(
+                        f"{source} gives different {key} for the same rows each time, and {self.solution} reads every "
+                        "row once; pass one that does not draw at random"
+                    )
         if LABELS in first and (LABELS in rows[0] or "label" in rows[0]):
             own = torch.as_tensor([row.get(LABELS, row.get("label")) for row in rows])
             if not torch.equal(own.double().flatten(), torch.as_tensor(first[LABELS]).double().flatten()):

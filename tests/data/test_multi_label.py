@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from peft import PeftModel
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
 from tiny import text_dataset, tiny_model
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding, EvalPrediction
@@ -264,7 +267,10 @@ def model():
     return tiny_model(num_labels=3, problem_type=MULTI).eval()
 
 
-def test_a_kernel_solves_each_label_by_itself(model, rows, tokenizer, tmp_path):
+@pytest.mark.parametrize("labels", [3, 1])
+def test_a_kernel_solves_each_label_by_itself(labels, rows, tokenizer, tmp_path):
+    model = tiny_model(num_labels=labels, problem_type=MULTI).eval()
+    rows = Dataset.from_list([{**row, "labels": row["labels"][:labels]} for row in rows])
     train, test = rows.select(range(12)), rows.select(range(12, 18))
     args = KernelTrainingArguments(str(tmp_path), kernel_regularization="1e-3", use_cpu=True, report_to="none")
     trainer = KernelTrainer(model, args, train_dataset=train, processing_class=tokenizer)
@@ -277,7 +283,7 @@ def test_a_kernel_solves_each_label_by_itself(model, rows, tokenizer, tmp_path):
         for d in (train, test)
     )
     kernel, other = empirical_ntk(model, one).numpy(), empirical_ntk(model, one, two).numpy()
-    for label in range(3):
+    for label in range(labels):
         matrix = kernel[:, label, :, label]
         matrix = matrix + 1e-3 * np.linalg.norm(matrix, 2) * np.eye(12)
         targets = 2 * np.array(train["labels"])[:, label] - 1
@@ -285,20 +291,19 @@ def test_a_kernel_solves_each_label_by_itself(model, rows, tokenizer, tmp_path):
         assert np.allclose(found[:, label], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_linear_head_is_one_logistic_regression_per_label(model, rows, tokenizer):
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.preprocessing import StandardScaler
-
+@pytest.mark.parametrize("labels", [3, 1])
+def test_a_linear_head_is_one_logistic_regression_per_label(labels, rows, tokenizer):
+    model = tiny_model(num_labels=labels, problem_type=MULTI).eval()
+    rows = Dataset.from_list([{**row, "labels": row["labels"][:labels]} for row in rows])
     fit_linear_head(model, rows, DataCollatorWithPadding(tokenizer), c=0.5)
     with torch.no_grad():
-        inputs = {"input_ids": None, "attention_mask": None}
         features, logits = [], []
         for row in rows:
-            batch = {key: torch.tensor([row[key]]) for key in inputs}
+            batch = {key: torch.tensor([row[key]]) for key in ("input_ids", "attention_mask")}
             features.append(model.bert(**batch).pooler_output[0].numpy())
             logits.append(model(**batch).logits[0].numpy())
     scaled = StandardScaler().fit_transform(np.array(features))
-    for label in range(3):
+    for label in range(labels):
         truth = np.array(rows["labels"])[:, label].astype(int)
         expected = LogisticRegression(C=0.5, max_iter=5000, tol=1e-8).fit(scaled, truth).decision_function(scaled)
         assert np.allclose(np.array(logits)[:, label], expected, atol=2e-2)

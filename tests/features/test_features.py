@@ -1,18 +1,22 @@
 """What a head reads, and the table of it on disk."""
 
+import copy
+import functools
 import os
 import struct
 
 import pytest
 import torch
-from tiny import tiny_dataset, tiny_model
+from datasets import Dataset
+from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from torch import nn
+from transformers import DataCollatorWithPadding
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import HeadReader, head_parameters
 from hf_ft_ext.features import cache as feature_cache
 from hf_ft_ext.features.cache import cached_features, data_fingerprint, encoder_hash
-from hf_ft_ext.features.rows import inputs_of, read_in_order
+from hf_ft_ext.features.rows import inputs_of, labels_of, read_in_order, sample_rows
 
 
 def batch(rows=6):
@@ -134,6 +138,53 @@ def test_fingerprint_sees_rows_and_their_order_and_not_labels():
             return {"input_ids": [i, 1], "labels": 0}
 
     assert data_fingerprint(Plain()) == data_fingerprint(Plain())
+
+
+def test_transforms_collators_and_mixed_precision_have_features_of_their_own(tmp_path):
+    """The features are those of the batches, whatever an earlier run with other batches has stored."""
+    reader, rows = reader_of(tiny_model().eval()), tiny_dataset(12)
+
+    def cut(length):
+        return lambda columns: {
+            "input_ids": [ids[:length] for ids in columns["input_ids"]],
+            "labels": columns["labels"],
+        }
+
+    def cutting(length):
+        return lambda batch: collate([{"input_ids": row["input_ids"][:length]} for row in batch])
+
+    tokenizer = tiny_tokenizer()
+    right = DataCollatorWithPadding(tokenizer)
+    left = DataCollatorWithPadding(copy.deepcopy(tokenizer))
+    left.tokenizer.padding_side = "left"
+    cases = [(rows, right), (rows, left), (rows, cutting(3)), (rows, cutting(2))]
+    cases += [(rows.with_transform(cut(length)), collator) for length in (3, 2) for collator in (right, cutting(1))]
+    for data, collator in cases * 2:
+        for bf16 in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                expected = torch.cat(list(read_in_order(reader.features, data, collator, 4)))
+                parts = functools.partial(read_in_order, reader.features, data, collator, 4)
+                found = cached_features(
+                    reader, data, lambda start, parts=parts: parts(start=start), tmp_path, True, collator
+                )
+            assert torch.equal(found, expected.float())
+    assert len(list(tmp_path.iterdir())) == 2 * (len(cases) - 1)  # cutting to 1 is the same for both transforms
+
+
+def test_a_sample_of_equal_rows_takes_one_of_another_length():
+    rows = [{"input_ids": [5, 6, 7], "labels": 0}] * 30 + [{"input_ids": [5], "labels": 1}]
+    for data in (rows, Dataset.from_list(rows), Dataset.from_list(rows).with_transform(lambda columns: columns)):
+        found = [len(row["input_ids"]) for row in sample_rows(data)]
+        assert found == [3] * 15 + [1]
+        assert labels_of(data).tolist() == [0] * 30 + [1]
+
+
+def test_labels_are_those_of_the_rows_not_of_the_columns():
+    def opposite(columns):
+        return {"input_ids": columns["input_ids"], "labels": [1 - label for label in columns["labels"]]}
+
+    rows = tiny_dataset(8)
+    assert labels_of(rows.with_transform(opposite)).tolist() == [1 - label for label in rows["labels"]]
 
 
 def interrupted(reader, data, after):

@@ -90,6 +90,14 @@ def test_cross_validation_uses_a_sample_of_many_rows(monkeypatch):
     assert max(seen[:-1]) <= 30 and seen[-1] == 60
 
 
+@pytest.mark.parametrize("wrong", [-1, -100, 2])
+def test_a_label_that_is_no_class_is_refused(wrong):
+    labels = np.arange(60) % 2
+    labels[7] = wrong
+    with pytest.raises(InputError, match=f"label {wrong} is no id of 2 classes .*remove rows without a label"):
+        fit_classes(X, labels, ["a", "b"])
+
+
 def test_a_class_without_rows_is_refused():
     with pytest.raises(InputError, match="class 'b' has no training rows, so no linear head can learn it; add rows"):
         fit_classes(X, np.zeros(60, int), ["a", "b"])

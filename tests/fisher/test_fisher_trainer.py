@@ -264,6 +264,22 @@ def test_mask_keeps_the_entries_with_the_largest_information(tmp_path):
     assert kept.min() >= every.topk(len(kept)).values.min() * (1 - 1e-4)
 
 
+@pytest.mark.parametrize("mask", ["label-square", "random", "bias"])
+def test_a_mask_leaves_out_what_was_frozen_unless_all_is(tmp_path, mask):
+    for frozen in (["embeddings", "encoder"], ["embeddings", "encoder.layer.0"]):
+        model = tiny_model(num_hidden_layers=4)
+        for part in frozen:
+            model.bert.get_submodule(part).requires_grad_(False)
+        model.bert.pooler.requires_grad_(len(frozen[1]) > len("encoder"))
+        whole = not model.bert.pooler.dense.weight.requires_grad
+        settings = {} if mask == "bias" else {"fisher_keep_ratio": 0.1}
+        settings |= {"fisher_examples": 4} if mask == "label-square" else {}
+        trainer = make(tmp_path, model, fisher_mode="mask", fisher_mask=mask, **settings)
+        trainer.prepare()
+        inside = [name for name in entries_of(trainer.model) if "embeddings" in name or ".layer.0." in name]
+        assert bool(inside) is whole and len(entries_of(trainer.model)) > len(inside)
+
+
 def test_a_masked_run_resumes(tmp_path):
     options = {"fisher_mode": "mask", "fisher_keep_ratio": 0.02, "fisher_examples": 8, "save_strategy": "steps",
                "save_steps": 2}  # fmt: skip

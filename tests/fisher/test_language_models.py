@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BertConfig,
+    BertForSequenceClassification,
     BertForTokenClassification,
     GPT2Config,
     LlamaConfig,
@@ -120,6 +121,24 @@ def test_unusual_loss_runs_one_example_at_a_time():
     assert isinstance(own_loss(model, padded(texts(), 3)[0]), ModelLoss)
     examples = padded(texts(), 1)
     assert_same(fisher_information(model, padded(texts(), 3), progress=False), one_by_one(model, examples))
+
+
+def test_a_classifier_with_a_loss_of_its_own_keeps_it():
+    class SmoothForSequenceClassification(BertForSequenceClassification):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+            output = super().forward(input_ids, attention_mask, **kwargs)
+            if labels is not None:
+                output.loss = torch.nn.functional.cross_entropy(output.logits, labels, label_smoothing=0.5)
+            return output
+
+    config = BertConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, **SIZES)
+    examples = [{**example, "labels": torch.tensor([i % 2])} for i, example in enumerate(padded(texts(), 1))]
+    batches = [{key: torch.cat([e[key] for e in examples[i : i + 3]]) for key in examples[0]} for i in (0, 3)]
+    for kind in (SmoothForSequenceClassification, BertForSequenceClassification):
+        model = kind(config).double()
+        assert (own_loss(model, batches[0]) is None) is (kind is BertForSequenceClassification)
+        assert model.config.problem_type is None  # transformers' forward stores what it infers from labels
+        assert_same(fisher_information(model, batches, progress=False), one_by_one(model, examples))
 
 
 class Texts(torch.utils.data.Dataset):

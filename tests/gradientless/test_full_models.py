@@ -26,6 +26,7 @@ from hf_ft_ext import (
 )
 from hf_ft_ext.entries.delta import read_choice
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import CHUNK
+from hf_ft_ext.gradientless.scoring.objectives import make_objective
 from hf_ft_ext.training.sharing import FinishedRun
 
 SPSA_ALL = {"search_method": "spsa", "search_target": "all", "learning_rate": 1e-2, "search_eps": 1e-2}
@@ -296,3 +297,10 @@ def test_the_update_of_a_large_16_bit_tensor_needs_one_chunk(monkeypatch):
     optimizer = SPSA(model.parameters(), model, lr=1.0, eps=0.1)
     optimizer.step(lambda: model(torch.arange(8)).float().sum())
     assert len(largest) == 12 and max(largest) <= CHUNK
+
+
+def test_labels_of_another_shape_are_not_spread_over_the_classes():
+    """`[rows]` as if each row's label held for every class, where there are as many rows as classes."""
+    logits = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match=r"labels have shape \(2,\) and type torch.float32; pass class ids"):
+        make_objective("loss", None, 2)(logits, torch.tensor([0.0, 1.0]))

@@ -231,6 +231,42 @@ def test_a_loss_of_the_user_runs_the_whole_model(tmp_path):
     assert len(calls) == trainer.optimizer.optimizer.evaluations and trainer._rows is None
 
 
+@pytest.mark.parametrize("search_target", ["head", "all"])
+def test_a_classifier_with_a_loss_of_its_own_keeps_it(tmp_path, search_target):
+    class WeighingForSequenceClassification(type(tiny_model())):
+        def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+            output = super().forward(input_ids, attention_mask, **kwargs)
+            if labels is not None:
+                weight = torch.tensor([1.0, 20.0])
+                output.loss = torch.nn.functional.cross_entropy(output.logits, labels, weight)
+            return output
+
+    model = tiny_model()
+    model.__class__ = WeighingForSequenceClassification
+    with torch.no_grad():
+        model.classifier.weight.mul_(50)  # the two losses differ
+        rows = tiny_dataset(32)
+        output = model.eval()(**DataCollatorWithPadding(tiny_tokenizer())([rows[i] for i in range(32)]))
+    usual = torch.nn.functional.cross_entropy(output.logits, torch.tensor(rows["labels"]))
+    assert abs(usual - output.loss) > 0.1
+    settings = {"search_method": "spsa", "learning_rate": 1e-9, "max_steps": 1, "search_target": search_target}
+    assert make(tmp_path, model, **WHOLE, **settings).train().training_loss == pytest.approx(
+        float(output.loss), rel=1e-2
+    )
+
+
+def test_data_that_differ_each_time_are_encoded_in_each_step(tmp_path, caplog):
+    class Noisy(list):
+        def __getitem__(self, i):
+            row = super().__getitem__(i)
+            return {**row, "input_ids": [int(torch.randint(5, 40, ())) for _ in row["input_ids"]]}
+
+    caplog.set_level("INFO", logger="hf_ft_ext")
+    trainer = make(tmp_path, dataset=Noisy(tiny_dataset(32)))
+    trainer.train()
+    assert trainer._rows is None and "the training data gives other rows each time" in caplog.text
+
+
 def test_features_of_an_earlier_run_are_used_again(tmp_path, caplog):
     caplog.set_level("INFO", logger="hf_ft_ext")
     make(tmp_path).train()

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from classifiers import classifier_rows, tiny_classifier
 from datasets import Dataset
 from peft import LoraModel, PeftModel, PeftModelForCausalLM
@@ -186,6 +187,34 @@ def test_default_targets_by_table_and_by_structure(tmp_path, kind, targets):
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert any("lora_A" in name for name in trained)
     assert all(p.grad is not None for name, p in model.named_parameters() if name in trained)
+
+
+_SIZE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+_IMAGES = {"vision_config": {**_SIZE, "image_size": 16, "patch_size": 8}, "text_config": {**_SIZE, "vocab_size": 60}}
+_STACK = {"layers": 2, "attention_heads": 2, "ffn_dim": 24}
+_SOUNDS = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in _STACK.items()}
+_LATENTS = {"d_latents": 16, "num_latents": 4, "num_self_attends_per_block": 2, "max_position_embeddings": 32,
+            "num_self_attention_heads": 2, "num_cross_attention_heads": 2}  # fmt: skip
+
+
+# base_model_prefix is no submodule of these, or the head is inside of the base model
+@pytest.mark.parametrize(
+    ("kind", "head", "values"),
+    [
+        ("CLIPForImageClassification", {"classifier"}, _IMAGES),
+        ("SiglipForImageClassification", {"classifier"}, _IMAGES),
+        ("WhisperForAudioClassification", {"projector", "classifier"}, _SOUNDS),
+        ("PerceiverForSequenceClassification", {"perceiver.decoder"}, _LATENTS),
+    ],
+)
+def test_heads_outside_and_inside_of_what_the_prefix_names(tmp_path, kind, head, values):
+    model_class = getattr(transformers, kind)
+    sizes = {} if values is _IMAGES else {"d_model": 16, "vocab_size": 60, "pad_token_id": 0}
+    wrapped = add_lora(model_class(model_class.config_class(**values, **sizes)), arguments(tmp_path))
+    assert set(wrapped.peft_config["default"].modules_to_save) - {"classifier", "score"} <= head  # peft's own two
+    trained = {name for name, p in wrapped.named_parameters() if p.requires_grad and "lora_" not in name}
+    parts = {name.partition(".modules_to_save.")[0].removeprefix("base_model.model.") for name in trained}
+    assert parts == head
 
 
 def test_a_table_that_names_no_module_counts_for_nothing(tmp_path, monkeypatch):

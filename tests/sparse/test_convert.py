@@ -31,6 +31,20 @@ def test_converts_the_mlp_of_every_block_and_nothing_else(model_type):
     assert torch.equal(model(**INPUTS).logits, before)
 
 
+@pytest.mark.parametrize("support", ["dynamic", "static", "structured"])
+def test_layers_that_are_frozen_are_not_converted_unless_all_are_or_they_are_named(support):
+    model = tiny_model()
+    model.bert.encoder.layer[0].requires_grad_(False)
+    assert all(".layer.1." in name for name in convert_to_sparse(model, support=support, density=0.2))
+    for frozen, pattern in ((tiny_model(), None), (tiny_model().bert.encoder.layer[0], r"layer\.\d\.output\.dense")):
+        frozen.requires_grad_(False)
+        model = tiny_model() if pattern else frozen
+        if pattern:
+            model.bert.encoder.layer[0] = frozen
+        found = convert_to_sparse(model, target_modules=pattern, support=support, density=0.2)
+        assert len(found) == (2 if pattern else 4)
+
+
 def test_state_dict_keeps_its_keys():
     model = tiny_model()
     keys = list(model.state_dict())

@@ -29,5 +29,5 @@ def make(name, args=None, model=None, folder=None, trainer_class=None, **kwargs)
         args = own(str(folder), **PLAIN, **({} if name in AT_ONCE else LOOP), **QUICK.get(name, {}))
     kwargs = {"train_dataset": tiny_dataset(16), "eval_dataset": tiny_dataset(8, seed=1), **kwargs}
     if "model_init" not in kwargs:
-        kwargs["model"] = model or tiny_model()
+        kwargs["model"] = tiny_model() if model is None else model
     return (trainer_class or kind)(args=args, processing_class=tiny_tokenizer(), **kwargs)

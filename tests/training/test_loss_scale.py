@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from other_models import other_model
+from peft import LoraConfig, get_peft_model
 from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
-from transformers import Trainer, TrainingArguments
+from torch import nn
+from transformers import BertConfig, BertForTokenClassification, Trainer, TrainingArguments
 
+from hf_ft_ext import FullTrainer, FullTrainingArguments, LoraTrainer, LoraTrainingArguments
 from hf_ft_ext.label_tokens import label_count
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 
@@ -38,6 +42,69 @@ def test_accumulated_loss_and_gradient_norm_equal_those_of_one_batch(tmp_path, m
     for (loss, norm), (other_loss, other_norm) in zip(*logged, strict=True):
         assert loss == pytest.approx(other_loss, rel=1e-4)
         assert norm == pytest.approx(other_norm, rel=1e-3)
+
+
+class OwnModel(nn.Module):
+    """A user's model: its forward takes anything, and its loss is the mean over the rows that it gets."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(60, 8), nn.Linear(8, 2)
+
+    def forward(self, input_ids, labels=None, **kwargs):
+        logits = self.head(self.table(input_ids).mean(1))
+        return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def tagger():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return BertForTokenClassification(BertConfig(vocab_size=60, **sizes, **NO_DROPOUT))
+
+
+def adapted():
+    config = LoraConfig(task_type="SEQ_CLS", target_modules=["query"], lora_dropout=0.0, init_lora_weights=False)
+    return get_peft_model(tiny_model(**NO_DROPOUT), config)
+
+
+def trained(found):
+    return {name: p.detach().clone() for name, p in found.named_parameters() if p.requires_grad}
+
+
+OWN = {
+    "image": (lambda: other_model("clip").float(), "pixel_values", (3, 16, 16), ()),
+    "image with LoRA": (lambda: other_model("clip").float(), "pixel_values", (3, 16, 16), ()),
+    "a user's": (OwnModel, "input_ids", (6,), ()),
+    "tokens": (tagger, "input_ids", (6,), (6,)),
+    "a user's adapter": (adapted, "input_ids", (6,), ()),
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_micro_batches_of_any_model_equal_one_batch(tmp_path, kind):
+    """The models of transformers and of users that take any argument and ignore the count of labels."""
+    make, key, shape, labels = OWN[kind]
+    draw = torch.Generator().manual_seed(0)
+    values = torch.randn(8, *shape, generator=draw) if key == "pixel_values" else torch.randint(5, 40, (8, *shape))
+    rows = [{key: v, "labels": torch.randint(0, 2, labels, generator=draw)} for v in values]
+    own, of_adapters = (FullTrainer, FullTrainingArguments), (LoraTrainer, LoraTrainingArguments)
+    trainer_class, arguments = of_adapters if kind == "image with LoRA" else own
+    more = {"lora_dropout": 0.0} if kind == "image with LoRA" else {}
+    found = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        args = arguments(
+            str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, optim="sgd",
+            learning_rate=0.1, max_grad_norm=0, lr_scheduler_type="constant", max_steps=1, save_strategy="no",
+            report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, weight_decay=0.0, **more,
+        )  # fmt: skip
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            trainer = trainer_class(make(), args, train_dataset=rows)
+        before = trained(trainer.model)
+        trainer.train()
+        found.append({name: value - before[name] for name, value in trained(trainer.model).items()})
+    assert any(change.abs().max() > 1e-3 for change in found[0].values())
+    for name, change in found[0].items():
+        torch.testing.assert_close(change, found[1][name], rtol=1e-3, atol=1e-6, msg=name)
 
 
 def test_a_batch_weighs_by_its_label_tokens_or_its_rows():

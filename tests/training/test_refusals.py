@@ -3,7 +3,7 @@
 import pytest
 import torch
 from any_trainer import AT_ONCE, PLAIN, QUICK, classes, make
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainingArguments
 
 from hf_ft_ext import InputError
@@ -29,6 +29,14 @@ def test_an_optimizer_that_would_train_nothing_is_refused(tmp_path, name, by_pos
                 kind(model, args, None, None, None, None, None, None, None, None, pair)
             else:
                 kind(model, args, optimizers=pair)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_wrapper_of_torch_compile_is_refused(tmp_path, name):
+    with pytest.raises(InputError, match=r"the model is wrapped by torch\.compile.* torch_compile=True"):
+        make(name, folder=tmp_path, model=torch.compile(tiny_model()))
+    with pytest.raises(InputError, match=r"the model is wrapped by torch\.compile"):
+        make(name, folder=tmp_path, model_init=lambda: torch.compile(tiny_model()))
 
 
 def test_full_trainer_takes_an_optimizer_that_trains_the_model(tmp_path):
@@ -135,6 +143,14 @@ def test_at_once_trainers_refuse_collators_whose_batches_are_not_the_rows(tmp_pa
         with pytest.raises(InputError, match=message):
             make(name, own(str(tmp_path), **PLAIN, **QUICK[name]), data_collator=collator).train()
     make(name, own(str(tmp_path), **PLAIN, **QUICK[name]), data_collator=lambda rows: pad(rows)).train()
+
+    class Noisy(list):
+        def __getitem__(self, i):
+            row = super().__getitem__(i)
+            return {**row, "input_ids": [int(torch.randint(5, 40, ())) for _ in row["input_ids"]]}
+
+    with pytest.raises(InputError, match="train_dataset gives different input_ids for the same rows each time"):
+        make(name, own(str(tmp_path), **PLAIN, **QUICK[name]), train_dataset=Noisy(tiny_dataset(16))).train()
 
 
 def test_kernel_refuses_what_its_predictions_ignore(tmp_path):

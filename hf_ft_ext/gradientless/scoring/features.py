@@ -1,33 +1,44 @@
 """Find the features that the head reads, and compute them once for all training data (the encoder is frozen)."""
 
 import logging
+from typing import Any
 
+import numpy as np
 import torch
-from transformers import DataCollatorWithPadding, DefaultDataCollator, Trainer, default_data_collator
+from transformers import Trainer
 
 from hf_ft_ext.features import HeadReader
 from hf_ft_ext.features.cache import cached_features, feature_bytes
-from hf_ft_ext.features.rows import SAMPLE, data_and_collator, inputs_of, labels_of, read_in_order
-from hf_ft_ext.gradientless.scoring.rows import FeatureRows, in_order
-from hf_ft_ext.prompts.collator import ContextCollator
+from hf_ft_ext.features.rows import (
+    data_and_collator,
+    inputs_of,
+    labels_of,
+    on_device,
+    only_pads,
+    read_in_order,
+    sample_rows,
+)
+from hf_ft_ext.gradientless.scoring.rows import FeatureRows
+from hf_ft_ext.training.loader_batches import generators_kept
 from hf_ft_ext.training.runs.resources import preparation
 
 logger = logging.getLogger(__name__)
 
-_PADDING = (DataCollatorWithPadding, DefaultDataCollator, ContextCollator)
 
-
-def find_reader(trainer: Trainer) -> HeadReader | None:
-    """Return the reader of the head's inputs; `None` (and a log line) if candidates have to run the whole model."""
+def first_batch(trainer: Trainer) -> dict[str, torch.Tensor] | None:
+    """A collated batch of the first training rows with their labels, on the model's device; `None` for a stream."""
     if not hasattr(trainer.train_dataset, "__len__"):
+        return None
+    dataset, collate = data_and_collator(trainer, trainer.train_dataset)
+    with generators_kept():
+        return on_device(collate(sample_rows(dataset)), trainer.args.device)
+
+
+def find_reader(trainer: Trainer, batch: dict[str, torch.Tensor] | None) -> HeadReader | None:
+    """Return the reader of the head's inputs; `None` (and a log line) if candidates have to run the whole model."""
+    if batch is None:
         logger.info("streamed training data: every candidate runs the whole model")
         return None
-    rows = min(SAMPLE, len(trainer.train_dataset))
-    return reader_of_batch(trainer, next(in_order(trainer, trainer.train_dataset, rows)))
-
-
-def reader_of_batch(trainer: Trainer, batch: dict[str, torch.Tensor]) -> HeadReader | None:
-    """As `find_reader`, from a training batch."""
     reader = HeadReader.find(trainer.model, inputs_of(batch, trainer.args.device))
     if reader is None:
         name = type(trainer.model).__name__
@@ -36,16 +47,30 @@ def reader_of_batch(trainer: Trainer, batch: dict[str, torch.Tensor]) -> HeadRea
 
 
 def returns_rows_unchanged(trainer: Trainer) -> bool:
-    """Whether the collator returns each row unchanged: the same inputs each time, and the label of the data set.
+    """Whether data set and collator return each row unchanged: the same inputs each time, and the row's own label.
 
     This holds for transformers' padding collators and ours. Another one may mask tokens at random or create the
-    labels, so the encoder runs on each batch in every step (with a log line).
+    labels, and a data set may change its rows at random (images), so the encoder runs on each batch in every step
+    (with a log line).
     """
-    if type(trainer.data_collator) in _PADDING or trainer.data_collator is default_data_collator:
-        return True
-    name = getattr(trainer.data_collator, "__name__", type(trainer.data_collator).__name__)
-    logger.info("data_collator %s may change rows from batch to batch: the encoder runs in every step", name)
-    return False
+    if not only_pads(trainer.data_collator):
+        name = getattr(trainer.data_collator, "__name__", type(trainer.data_collator).__name__)
+        logger.info("data_collator %s may change rows from batch to batch: the encoder runs in every step", name)
+        return False
+    dataset, _ = data_and_collator(trainer, trainer.train_dataset)
+    with generators_kept():
+        twice = zip(sample_rows(dataset), sample_rows(dataset), strict=True)
+    if not all(_equal(row, again) for row, again in twice):
+        logger.info("the training data gives other rows each time: the encoder runs in every step")
+        return False
+    return True
+
+
+def _equal(row: dict[str, Any], again: dict[str, Any]) -> bool:
+    def same(value: Any, other: Any) -> bool:
+        return torch.equal(value, other) if isinstance(value, torch.Tensor) else bool(np.all(value == other))
+
+    return all(same(value, again[key]) for key, value in row.items())
 
 
 def feature_rows(trainer: Trainer, reader: HeadReader) -> FeatureRows | None:
@@ -57,6 +82,7 @@ def feature_rows(trainer: Trainer, reader: HeadReader) -> FeatureRows | None:
         InputError: the cache cannot be read or written, or a row has no label.
     """
     args, dataset = trainer.args, trainer.train_dataset
+    rows, collate = data_and_collator(trainer, dataset)
     size = feature_bytes(reader, len(dataset)) / 1e9
     if size > args.feature_cache_gb:
         logger.info(
@@ -65,19 +91,21 @@ def feature_rows(trainer: Trainer, reader: HeadReader) -> FeatureRows | None:
             args.feature_cache_gb,
         )
         return None
-    labels = labels_of(dataset)
+    labels = labels_of(rows)
     with preparation(trainer), args.main_process_first(desc="features"):
         features = cached_features(
             reader,
-            dataset,
+            rows,
             lambda start: read_in_order(
                 reader.features,
-                *data_and_collator(trainer, dataset),
+                rows,
+                collate,
                 args.per_device_eval_batch_size,
                 args.device,
                 start=start,
             ),
             args.feature_cache_dir,
             args.disable_tqdm or not args.should_log,
+            trainer.data_collator,
         )
     return FeatureRows(features, labels)

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hf_ft_ext.gradientless.scoring.objectives import Objective
+from hf_ft_ext.gradientless.scoring.objectives import Objective, classification_loss
 from hf_ft_ext.label_tokens import IGNORED, label_count
+from hf_ft_ext.per_example.state import evaluating
 
 Batch = Mapping[str, torch.Tensor]
 _LABELS = ("labels", "shift_labels")
@@ -54,6 +55,23 @@ def objective_of_logits(model: nn.Module, objective: Objective, batches: Sequenc
     return FullObjective(value, repeated)
 
 
+def has_usual_loss(model: nn.Module, batch: Batch) -> bool:
+    """Whether a sequence classifier returns the loss of transformers' classifiers for this batch, or none.
+
+    A subclass may weigh the classes in its forward, and a model may have its `loss_function` replaced.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    problem = inner.config.problem_type
+    with torch.no_grad(), evaluating(model):
+        output = model(**batch)
+    inner.config.problem_type = problem  # transformers stores what it infers from the labels
+    if getattr(output, "loss", None) is None:
+        return True
+    usual = classification_loss(output.logits, batch["labels"], problem)
+    rtol = 1e-4 if output.logits.dtype.itemsize > 2 else 3e-2
+    return torch.allclose(usual.double(), output.loss.double(), rtol=rtol, atol=1e-6)
+
+
 def model_loss(
     compute: Callable[[Batch], torch.Tensor],
     batches: Sequence[Batch],
@@ -84,6 +102,13 @@ def model_loss(
         return mean(losses)
 
     return FullObjective(lambda: mean(compute), None if losses_of is None else repeated)
+
+
+def language_losses(model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor, n: int) -> torch.Tensor:
+    """Losses `[n]` of a causal language model on a batch repeated `n` times."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    logits = model(**inputs).logits.view(n, *labels.shape, -1)
+    return torch.stack([inner.loss_function(one, labels, vocab_size=one.shape[-1]) for one in logits])
 
 
 def repeat(batch: Batch, n: int) -> dict[str, Any]:

@@ -115,6 +115,11 @@ def row_losses(
         labels = labels.to(logits.dtype).reshape(logits.shape[-2], -1)
         return (logits - labels).square().mean(-1)
     if problem_type == MULTI_LABEL or (problem_type is None and labels.is_floating_point()):
+        if labels.shape != logits.shape[-2:]:
+            raise InputError(
+                f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; pass class ids as integers, or "
+                f"0 or 1 for each of {logits.shape[-1]} labels"
+            )
         labels = labels.to(logits.dtype).expand_as(logits)
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
     log_probabilities = logits.log_softmax(-1)  # cross-entropy: -log p_y

@@ -1,14 +1,11 @@
 """Data loaders of cached features, and of batches that every process reads as a whole."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 
-from hf_ft_ext.features.rows import LABELS, batches_in_order, data_and_collator
+from hf_ft_ext.features.rows import LABELS, data_and_collator
 
 
 class FeatureRows(Dataset):
@@ -31,11 +28,6 @@ class FeatureRows(Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         rows = torch.as_tensor(indices)
         return {"features": self.features[rows], LABELS: self.labels[rows]}
-
-
-def in_order(trainer: Trainer, dataset: Any, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Iterate over collated batches of all rows in order, on the model's device; every process gets all of them."""
-    return batches_in_order(*data_and_collator(trainer, dataset), batch_size, trainer.args.device)
 
 
 def train_dataloader(trainer: Trainer, features: FeatureRows | None, whole_batches: bool) -> DataLoader:

@@ -119,7 +119,8 @@ class KernelTrainer(SolvedKernelTrainer):
             model = wrap_with_peft(model, args.kernel_peft, args.kernel_peft_config, args.seed, "kernel_peft")
         config = getattr(model, "config", None)
         problem, classes = getattr(config, "problem_type", None), getattr(config, "num_labels", 1)
-        self.regression = self.function is not None or problem == REGRESSION or classes == 1
+        one_number = problem == REGRESSION or (classes == 1 and problem != MULTI_LABEL)
+        self.regression = self.function is not None or one_number
         self.multi_label = problem == MULTI_LABEL and not self.regression
         if args.binary_classification is None:
             self.binary = not self.regression and not self.multi_label and classes == 2

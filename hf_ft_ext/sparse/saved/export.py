@@ -27,6 +27,7 @@ from hf_ft_ext.models.peft import saved_by_peft, task_type_of
 from hf_ft_ext.sparse.convert import sparse_layers
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
+from hf_ft_ext.structure.heads import head_modules
 
 logger = logging.getLogger(__name__)
 
@@ -207,8 +208,8 @@ def _trained_modules(model: nn.Module, layers: dict[str, SparseGradLinear]) -> l
             f"the bias of {biases[0]} trained, which a LoRA adapter cannot hold; train with "
             "sparse_train_rest='head', or save the whole model"
         )
-    children = {name for name, _ in model.named_children()}
     # Parameters without pretrained weights are initialized at random when the base is loaded.
     trained |= {name.rpartition(".")[0] for name in getattr(model, "fresh_parameters", ())} - set(layers)
-    head = {name.split(".")[0] for name in trained if name.split(".")[0] in children - {model.base_model_prefix}}
-    return sorted(head | {name for name in trained if name.split(".")[0] not in head})
+    modules = head_modules(model)
+    head = {module for module in modules if any(f"{name}.".startswith(f"{module}.") for name in trained)}
+    return sorted(head | {name for name in trained if not any(f"{name}.".startswith(f"{part}.") for part in head)})
