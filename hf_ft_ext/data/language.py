@@ -182,7 +182,9 @@ def load_language_data(
     if data_args.sample == STRATIFIED:
         raise InputError("--sample stratified keeps the shares of classes, and rows of text have none; pass random")
     known = _known_task(data_args, task)
-    roles = find_roles(_open(data_args, None if task is None else known, cache_dir, token), known, data_args)
+    own_files = data_args.train_file or data_args.validation_file or data_args.test_file
+    opened = _open(data_args, known if task is not None or own_files else None, cache_dir, token)
+    roles = find_roles(opened, known, data_args)
     splits: dict[str, dict[str, Dataset]] = {"train": {}, "validation": {}, "test": {}}
     form = None
     for role, name, rows in roles:

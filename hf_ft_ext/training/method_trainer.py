@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import BestRun, HPSearchBackend, TrainOutput, default_compute_objective
+from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend, TrainOutput, default_compute_objective
 
 from hf_ft_ext.arguments import MethodTrainingArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
@@ -127,6 +127,11 @@ class MethodTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         found = super().compute_loss(model, with_a_label(inputs), return_outputs)
         return (0 * found[0], found[1]) if return_outputs else 0 * found
+
+    def evaluation_loop(self, *positional, **kwargs) -> EvalLoopOutput:
+        # trl averages over all forward passes in evaluation mode since its last log, also those of a pre-pass.
+        getattr(self, "_metrics", {}).get("eval", {}).clear()
+        return super().evaluation_loop(*positional, **kwargs)
 
     # --- models and trials ----------------------------------------------------------------------------
 

@@ -16,8 +16,8 @@ pytest.importorskip("trl")
 from trl.chat_template_utils import qwen3_chat_template
 
 MARKED = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}we: {% generation %}{{ m.content }}</s>{% endgeneration %}\n"
-    "{% else %}it: {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}we: {% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}we: {% generation %}{{ m.content }}</s>{% endgeneration %}"
+    "{% else %}it: {{ m.content }}{% endif %}{{ '\\n' }}{% endfor %}{% if add_generation_prompt %}we: {% endif %}"
 )
 PLAIN = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 ELSEWHERE = PLAIN.replace("it: {{ m.content }}", "{% generation %}it: {{ m.content }}{% endgeneration %}")
@@ -83,7 +83,7 @@ def mean_loss(model, tokenizer) -> tuple[float, float]:
                 continue
             loss = -float(log_p[i - 1, token])
             every.append(loss)
-            if any(first <= begin and end <= last for first, last in spans):
+            if any(begin < last and first < end for first, last in spans):  # also one that begins with a space before
                 ours.append(loss)
     return sum(ours) / len(ours), sum(every) / len(every)
 
@@ -97,7 +97,7 @@ def test_the_loss_is_that_of_the_assistant_s_tokens(tmp_path, family, method):
     ours, every = mean_loss(eval(record["load"], _LOADERS).eval(), tokenizer)
     assert record["metrics"]["eval_perplexity"] == pytest.approx(math.exp(ours), rel=1e-4)
     assert abs(ours - every) > 1e-3
-    if method != "gradientless":  # its logged loss is that of perturbed weights
+    if method in ("full", "lora", "sparse"):  # the others log the loss of other weights than those they start from
         log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
         first = mean_loss(AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval(), tokenizer)[0]
         assert next(entry["loss"] for entry in log if "loss" in entry) == pytest.approx(first, abs=1e-4)

@@ -3,12 +3,12 @@
 Losses are those of the bare model for ids written out here, as transformers' documentation describes them.
 """
 
+import importlib.util
 import json
 import math
 import re
 
 import pytest
-import sentencepiece
 import torch
 from datasets import Dataset
 from test_multilingual import _FAIRSEQ, PAIRS, with_codes
@@ -24,9 +24,17 @@ from transformers import (
 )
 
 import run_glue
+from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.language import encoder_decoder_rows
+from hf_ft_ext.launch.language.encoder_decoder import fit_encoder_decoder
 
-KINDS = {"mbart": MBartTokenizer, "mbart50": MBart50Tokenizer, "nllb": NllbTokenizer, "m2m": M2M100Tokenizer}
+KINDS = {"mbart": MBartTokenizer, "mbart50": MBart50Tokenizer, "nllb": NllbTokenizer}
+NAMES = [
+    *KINDS,
+    pytest.param("m2m", marks=pytest.mark.skipif(
+        importlib.util.find_spec("sentencepiece") is None, reason="M2M100's tokenizer needs sentencepiece"
+    )),
+]  # fmt: skip
 # source and target language, other than those that the tokenizers are saved with
 LANGUAGES = {
     "mbart": ("de_DE", "fr_XX"), "mbart50": ("de_DE", "fr_XX"), "nllb": ("deu_Latn", "ron_Latn"), "m2m": ("de", "fr"),
@@ -36,6 +44,8 @@ LANGUAGES = {
 def tokenizer_of(name: str, folder):
     if name != "m2m":
         return with_codes(KINDS[name])
+    import sentencepiece
+
     corpus = " ".join(text for pair in PAIRS for text in pair) + " abcdefghijklmnopqrstuvwxyz,"
     (folder / "corpus.txt").write_text(f"{corpus}\n" * 20)
     sentencepiece.SentencePieceTrainer.train(
@@ -56,7 +66,7 @@ def save(name: str, folder):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForSeq2SeqLM.from_config(
-            kind(vocab_size=len(tokenizer), decoder_start_token_id=start, **_FAIRSEQ)
+            kind(vocab_size=len(tokenizer), decoder_start_token_id=start, forced_eos_token_id=None, **_FAIRSEQ)
         )
         with torch.no_grad():
             for parameter in model.parameters():
@@ -91,7 +101,7 @@ def ids_of(name: str, tokenizer, text: str, code: str) -> list[int]:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_rows_get_the_codes_and_texts_begin_with_the_target_s(tmp_path, name, method):
     save(name, tmp_path)
@@ -128,7 +138,7 @@ def test_rows_get_the_codes_and_texts_begin_with_the_target_s(tmp_path, name, me
     assert again == 0 and (tmp_path / "again" / "predictions.jsonl").read_text() == written
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", NAMES)
 def test_cut_completions_keep_their_language_code(tmp_path, name):
     tokenizer = tokenizer_of(name, tmp_path)
     source, target = LANGUAGES[name]
@@ -148,13 +158,12 @@ def test_cut_completions_keep_their_language_code(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("mbart", ("--target_lang", "fr"), "--target_lang cannot be 'fr'; did you mean 'fr_XX'.*; MBartTokenizer has"),
-        ("nllb", ("--source_lang", "xx"), "--source_lang cannot be 'xx'.*NllbTokenizer has: .* and [0-9]+ more"),
         (
-            "m2m",
-            (),
-            "M2M100Tokenizer marks completions with the code of their language, and none is set; pass --target",
+            "mbart",
+            ("--target_lang", "fr_X"),
+            "--target_lang cannot be 'fr_X'; did you mean 'fr_XX'.*; MBartTokenizer has",
         ),
+        ("nllb", ("--source_lang", "xx"), "--source_lang cannot be 'xx'.*NllbTokenizer has: .* and [0-9]+ more"),
     ],
 )
 def test_languages_that_the_tokenizer_lacks_are_refused(tmp_path, capsys, name, options, message):
@@ -162,6 +171,19 @@ def test_languages_that_the_tokenizer_lacks_are_refused(tmp_path, capsys, name, 
     assert launch(tmp_path, "--method", "full", *options) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(message, error), error
+
+
+class NeedsTarget(NllbTokenizer):
+    """M2M100's tokenizer has no language for completions if none is set."""
+
+    def _switch_to_target_mode(self):
+        return self.set_tgt_lang_special_tokens({}[None] if self.tgt_lang is None else self.tgt_lang)
+
+
+def test_a_tokenizer_that_needs_a_target_language_says_so():
+    tokenizer = NeedsTarget(vocab={"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4}, merges=[])
+    with pytest.raises(InputError, match=r"and none is set; pass --target_lang, one of: ace_Arab, ace_Latn, .* more"):
+        fit_encoder_decoder(AutoModelForSeq2SeqLM.from_config(M2M100Config(vocab_size=300, **_FAIRSEQ)), tokenizer)
 
 
 def test_a_tokenizer_without_codes_and_a_causal_model_are_refused(tmp_path, capsys):

@@ -181,6 +181,9 @@ def load(
         evaluated = next(iter(data.tokenized.values()), None)
 
     def build(args: MethodTrainingArguments) -> Trainer:
+        rows = train if args.do_train else evaluated if causal else None
+        if rows is None and causal:  # trl requires training rows even without training
+            rows = Dataset.from_dict({key: [[tokenizer.pad_token_id] * 2] for key in ("input_ids", "labels")})
         # attributes for trl's arguments, see MethodTrainer._complete
         own: dict[str, Any] = {"max_length": length, "packing": data_args.packing, "eval_packing": False}
         own |= {"completion_only_loss": data_args.completion_only_loss}
@@ -194,8 +197,7 @@ def load(
             trainer = trainer_class(
                 model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
                 args=args,
-                # trl requires training rows even without training
-                train_dataset=train if args.do_train else evaluated if causal else None,
+                train_dataset=rows,
                 eval_dataset=evaluated,
                 processing_class=tokenizer,
                 data_collator=None if causal else EncoderDecoderCollator(tokenizer, model),
