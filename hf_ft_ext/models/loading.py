@@ -1,6 +1,7 @@
 """Loading a pretrained model with a classification, prompt or language-model head, and its tokenizer."""
 
 import contextlib
+import inspect
 import logging
 import os
 from collections.abc import Iterator
@@ -223,6 +224,11 @@ def load_tokenizer_and_language_model(
     tokenizer = _load_tokenizer(model_args, source)
     with loading_errors_as_input_errors(name, "weights"):
         model = load_language_model(name, config=config, revision=source.revision, **source.hub, **options)
+    if "perm_mask" in inspect.signature(model.forward).parameters:  # XLNet
+        raise InputError(
+            f"--task_type {task_type}: {type(model).__name__} predicts tokens in any order, and without a mask of the "
+            "order each position reads the tokens after it; pass a causal language model"
+        )
     check_map(options.get("device_map"), model, name)
     model.fresh_parameters = frozenset()
     apply_dtype(model, model_args.dtype, args, stored, name)
