@@ -19,6 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 from hf_ft_ext.arguments import (
     CAUSAL_LM,
     FINETUNE,
+    SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     DataArguments,
     MethodTrainingArguments,
@@ -68,9 +69,10 @@ logger = logging.getLogger(__name__)
 _LENGTH = 1024  # trl's default
 SAMPLE = 5  # generated texts in run.json
 _CLASSES_ONLY = ("linearhead", "kernel")
+_LANGUAGES = ("source_lang", "target_lang")
 _LM_OPTIONS = (
-    "packing", "completion_only_loss", "assistant_only_loss", "chat_template_path", "source_lang", "target_lang",
-    "predict_with_generate", "max_new_tokens", "num_beams",
+    "packing", "completion_only_loss", "assistant_only_loss", "chat_template_path", "predict_with_generate",
+    "max_new_tokens", "num_beams", *_LANGUAGES,
 )  # fmt: skip
 
 
@@ -84,9 +86,9 @@ def check_language_options(run_args: RunArguments) -> None:
     if run_args.task_type == SEQUENCE_CLASSIFICATION:
         for name in _LM_OPTIONS:
             if name in given:
+                task = SEQ2SEQ_LM if name in _LANGUAGES else CAUSAL_LM
                 raise InputError(
-                    f"--{name} {given[name]} is about language modelling; pass --task_type causal_lm too, or leave it "
-                    "out"
+                    f"--{name} {given[name]} is about language modelling; pass --task_type {task} too, or leave it out"
                 )
         return
     if run_args.method in _CLASSES_ONLY:
@@ -110,7 +112,7 @@ def check_language_options(run_args: RunArguments) -> None:
     if not causal and given.get("label_smoothing_factor"):  # `token_loss` replaces transformers' smoothed loss
         smoothing = given["label_smoothing_factor"]
         raise InputError(f"--label_smoothing_factor {smoothing} is not supported by seq2seq_lm; leave it out")
-    for name in ("source_lang", "target_lang") if causal else ():
+    for name in _LANGUAGES if causal else ():
         if given.get(name) is not None:
             raise InputError(
                 f"--{name} {given[name]} sets language codes, which only encoder-decoders have; leave it out"
