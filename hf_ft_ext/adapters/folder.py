@@ -10,7 +10,8 @@ How the libraries find the base model and its labels (transformers 5.23, peft 0.
 - `PeftModel.from_pretrained(base, folder)` uses the configuration of `base`.
 
 So the folder gets three files: a `config.json` with the trained labels, an index of weights (as for a sharded model)
-with the paths of the base model's files, and a small file with the trained head, which replaces that of the base.
+with the paths of the base model's files, and a small file with the trained head, which replaces that of the base. A
+language model's folder also gets a `generation_config.json`, with the tokens that texts begin with in training.
 """
 
 import copy
@@ -22,7 +23,13 @@ from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 
 from hf_ft_ext.files import atomic_write, write_json, write_text
 
@@ -75,6 +82,8 @@ def save_base_configuration(base: nn.Module, folder: str | os.PathLike, revision
     config.architectures = [type(base).__name__]
     config.dtype = str(base.dtype).removeprefix("torch.")
     write_text(folder / CONFIG_NAME, config.to_json_string())
+    if getattr(base, "generation_config", None) is not None and base.can_generate():
+        write_text(folder / GENERATION_CONFIG_NAME, base.generation_config.to_json_string())
     files = weight_files(getattr(base, "name_or_path", None), revision, _loaded_from(base).get("cache_dir"))
     if not files or hasattr(type(base), "from_adapter"):  # a prompt model loads its base itself
         for path in local_files(folder):

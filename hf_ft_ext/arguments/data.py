@@ -133,9 +133,27 @@ class LanguageArguments:
             "text and messages."
         },
     )
+    assistant_only_loss: bool = field(
+        default=False,
+        metadata={
+            "help": "messages: take the loss over the assistant's answers alone. The chat template has to mark them "
+            "({% generation %}), or be one for which trl has a template with marks."
+        },
+    )
     chat_template_path: str | None = field(
         default=None,
         metadata={"help": "messages: file of a chat template, or folder of a tokenizer that has one; none = its own."},
+    )
+    source_lang: str | None = field(
+        default=None,
+        metadata={
+            "help": "seq2seq_lm, models with language codes (mBART, M2M100, NLLB): code of the prompts' language; "
+            "none = the tokenizer's."
+        },
+    )
+    target_lang: str | None = field(
+        default=None,
+        metadata={"help": "The same for the completions; generation begins with it. None = the tokenizer's."},
     )
     predict_with_generate: bool = field(
         default=False,

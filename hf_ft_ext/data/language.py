@@ -1,5 +1,6 @@
 """Data of language modelling and instruction tuning: text, prompt and completion, or messages."""
 
+import json
 import logging
 import reprlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from hf_ft_ext.errors import InputError, did_you_mean
 logger = logging.getLogger(__name__)
 
 REFERENCES = "references"  # column of all answers that count as right, where a row has several
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # of messages, for the chat template, as in trl
 
 
 class Form(StrEnum):
@@ -180,7 +182,9 @@ def load_language_data(
     if data_args.sample == STRATIFIED:
         raise InputError("--sample stratified keeps the shares of classes, and rows of text have none; pass random")
     known = _known_task(data_args, task)
-    roles = find_roles(_open(data_args, None if task is None else known, cache_dir, token), known, data_args)
+    own_files = data_args.train_file or data_args.validation_file or data_args.test_file
+    opened = _open(data_args, known if task is not None or own_files else None, cache_dir, token)
+    roles = find_roles(opened, known, data_args)
     splits: dict[str, dict[str, Dataset]] = {"train": {}, "validation": {}, "test": {}}
     form = None
     for role, name, rows in roles:
@@ -215,7 +219,9 @@ def _known_task(data_args: DataArguments, task: LanguageTask | None) -> Task:
         )
     else:
         name, hub_id, config = Path(file).stem if file else Path(data_args.dataset_name).name, None, None
-    return Task(name, (("text",),), None, hub_id=hub_id, hub_config=config, metric="perplexity")
+    # these columns of csv files are text also where they look like numbers
+    columns = (_COLUMNS[Form.TEXT], _COLUMNS[Form.PROMPT])
+    return Task(name, columns, None, hub_id=hub_id, hub_config=config, metric="perplexity")
 
 
 def _open(data_args: DataArguments, task: Task | None, cache_dir: str | None, token: str | None) -> dict[str, Dataset]:
@@ -268,7 +274,9 @@ def _in_our_columns(split: str, rows: Dataset, wanted: Sequence[str] | None) -> 
                 f"split '{split}' has columns of two forms, {found[0]} and {found[1]}; say which to take: {ways}"
             )
         form, wanted = found[0], _COLUMNS[found[0]]
-    kept = [*wanted, *([REFERENCES] if REFERENCES in columns else [])]
+    kept = [*wanted, *(name for name in (REFERENCES, *TEMPLATE_COLUMNS) if name in columns and name not in wanted)]
+    if form is Form.TEXT or (len(rows) and isinstance(rows[0][wanted[0]], str)):  # no chat template
+        kept = [name for name in kept if name not in TEMPLATE_COLUMNS or name in wanted]
     rows = rows.select_columns(kept)
     renamed = {old: new for old, new in zip(wanted, _COLUMNS[form], strict=True) if old != new}
     return form, rows.rename_columns(renamed) if renamed else rows
@@ -318,6 +326,13 @@ def _is_message(message: Any) -> bool:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     return isinstance(message.get("content"), str) or bool(message.get("tool_calls"))
+
+
+def template_values(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what a row of messages passes to the chat template besides the messages: tools, settings (as in trl)."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {**({} if tools is None else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
 
 
 def prompt_and_references(row: dict[str, Any], form: Form) -> tuple[Any, list[str]]:

@@ -159,9 +159,14 @@ def check_length(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, m
     return length
 
 
-def own_special_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the special tokens that the tokenizer adds before and after a text (GPT-2: none, T5: an end token)."""
-    whole, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+def own_special_ids(tokenizer: PreTrainedTokenizerBase, as_target: bool = False) -> tuple[list[int], list[int]]:
+    """Return the special tokens that the tokenizer adds before and after a text (GPT-2: none, T5: an end token).
+
+    Args:
+        as_target: for a text to generate, where translation models have another language code.
+    """
+    text = {"text_target" if as_target else "text": "a"}
+    whole, bare = tokenizer(**text)["input_ids"], tokenizer(**text, add_special_tokens=False)["input_ids"]
     for start in range(len(whole) - len(bare) + 1):
         if bare and whole[start : start + len(bare)] == bare:
             return list(whole[:start]), list(whole[start + len(bare) :])

@@ -32,7 +32,8 @@ from huggingface_hub.errors import (
 
 from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data.files.dialect import AUTO, DEFAULT_DELIMITERS
-from hf_ft_ext.data.files.own_files import SUFFIXES, USUAL_TEXT, Reading, open_own_files
+from hf_ft_ext.data.files.own_files import SUFFIXES, USUAL_TEXT, Reading, holds_times, open_own_files
+from hf_ft_ext.data.files.records import open_records
 from hf_ft_ext.data.files.text_files import data_suffix
 from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.demo.dataset import demo_dataset
@@ -175,9 +176,12 @@ def open_as_stored(
         if not path.is_file():
             raise InputError(f"--{option} {name}: there is no such file; check the path")
         with _local_errors(f"--{option} {name}", "pass one JSON object a line"):
-            splits[option.removesuffix("_file")] = load_dataset(
+            rows = load_dataset(
                 "json", data_files={"train": glob.escape(str(path.resolve()))}, split="train", cache_dir=cache_dir
             )
+            if holds_times(rows.features.arrow_schema):  # texts such as 2020-01-01, which datasets rewrites
+                rows = Dataset.from_list(list(open_records(str(path))[0].rows()))
+            splits[option.removesuffix("_file")] = rows
     return splits
 
 

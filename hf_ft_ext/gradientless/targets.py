@@ -21,7 +21,7 @@ def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Pa
             a PEFT model.
 
     Raises:
-        InputError: no parameter matches, or one that does is quantized.
+        InputError: no parameter matches, or one that does is quantized, or would not be saved with the adapter.
     """
     named = dict(model.named_parameters())
     if target is None:
@@ -45,6 +45,15 @@ def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Pa
             "head, or the parameters of an adapter (search_peft)"
         )
     found = {name: p for name, p in found.items() if p.numel()}
+    if isinstance(model, PeftModel):
+        # peft keeps the untrained copy of a module that trains in full; no forward pass reads it
+        found = {name: p for name, p in found.items() if ".original_module." not in name}
+        frozen = [name for name, p in found.items() if not p.requires_grad]
+        if frozen:
+            raise InputError(
+                f"search_target={target!r} includes {frozen[0]}, a weight of the base model, which a saved adapter "
+                "does not contain; pass search_target=trainable, or a pattern such as 'lora_|modules_to_save'"
+            )
     if not found:
         kinds = dict.fromkeys(fold_layer_numbers(name) for name in named)
         shown = ", ".join(list(kinds)[-12:])

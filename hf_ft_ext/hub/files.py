@@ -40,7 +40,15 @@ _TOKENIZER = (
     f"{CHAT_TEMPLATE_DIR}/*.jinja", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model",
     "sentencepiece.bpe.model", "spm.model",
 )  # fmt: skip
-_EXCLUDED = (".*", "checkpoint-*", "run-*", "training_args.bin", "predictions*.tsv", "hp_search.json")
+_EXCLUDED = (
+    ".*",
+    "checkpoint-*",
+    "run-*",
+    "training_args.bin",
+    "predictions*.tsv",
+    "predictions*.jsonl",
+    "hp_search.json",
+)
 _RUN = (CARD, RUN_RECORD, TRAINER_STATE)
 # Files in which every path is replaced. In other files, only values of keys for file names are, as a configuration
 # also contains label names, which may look like paths.

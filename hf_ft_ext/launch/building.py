@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from datasets import IterableDataset
+from peft import PeftModel
 from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
@@ -37,6 +38,7 @@ from hf_ft_ext.launch.trainers import (
     check_model_placement,
     check_trainer,
     run_callbacks,
+    trainer_class_for,
     trainer_errors_as_input_errors,
 )
 from hf_ft_ext.launch.validation import (
@@ -96,6 +98,11 @@ def load(
     def load_model() -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
         tokenizer, model = load_tokenizer_and_model(model_args, data, seed=args.seed, data_args=data_args, args=args)
         if data_args.calibrate:
+            if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+                raise InputError(
+                    "--calibrate runs the language model without the virtual tokens of this adapter; calibrate when "
+                    "training it, or leave --calibrate out"
+                )
             calibrate(model, tokenizer, data, data_args, model_max_length(model, tokenizer), args.data_seed)
         return tokenizer, model
 
@@ -103,6 +110,8 @@ def load(
         tokenizer, model = load_model()
     else:
         tokenizer, model = trainer_class.load_finished(finished, data.label_names, run_args.given, load_model)
+    if finished is None:
+        trainer_class = trainer_class_for(run_args.method, model, args)
     check_model_placement(model, args, trainer_class)
     limit = model_max_length(model, tokenizer)
     kind = model.config.problem_type

@@ -192,6 +192,17 @@ RULES: dict[str, Rule] = {
         lambda c: not c.training.do_eval,
         "is about evaluation, and this run does not evaluate; add --do_eval",
     ),
+    "packing": Rule(
+        lambda c: not c.training.do_train,
+        "puts training rows together, and this run does not train; add --do_train",
+    ),
+    **dict.fromkeys(
+        ("completion_only_loss", "assistant_only_loss"),
+        Rule(
+            lambda c: not c.training.do_train and not c.evaluates,
+            "is about the loss, and this run computes none; add --do_train or --do_eval",
+        ),
+    ),
     "metric": Rule(
         lambda c: not c.evaluates and not c.training.do_predict,
         "is about evaluation, and this run does not evaluate; add --do_eval",

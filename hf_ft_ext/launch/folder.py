@@ -40,8 +40,10 @@ _WEIGHTS = ("model*.safetensors*", "pytorch_model*.bin*", "adapter_model.*")
 _RUN_FILES = (
     RUN_RECORD,
     "predictions*.tsv",
+    "predictions*.jsonl",
     "hp_search.json",
     "config.json",
+    "generation_config.json",
     "adapter_config.json",
     PROMPT_FILE,
     TRAINER_STATE,

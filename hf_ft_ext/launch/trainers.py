@@ -2,7 +2,10 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from peft import PeftModel
+from torch import nn
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback
 
 from hf_ft_ext.arguments import Gradients, MethodTrainingArguments, RunArguments
@@ -11,8 +14,10 @@ from hf_ft_ext.hub.push import is_hub_error, reason
 from hf_ft_ext.launch.folder import not_writable
 from hf_ft_ext.launch.sharing import prepare_branch
 from hf_ft_ext.launch.validation import check_checkpoint, check_optimizer
+from hf_ft_ext.methods import find_method
 from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.method_trainer import MethodTrainer
+from hf_ft_ext.training.runs.plan import TrainedWeight
 from hf_ft_ext.training.runs.resources import ResourceMonitor
 from hf_ft_ext.training.saved.checkpoints import WriteChecksums
 from hf_ft_ext.training.weights.placement import check_placement
@@ -32,6 +37,37 @@ def run_callbacks(
     patience = run_args.early_stopping_patience
     early_stopping = [EarlyStoppingCallback(patience)] if patience and args.do_train else []
     return [ResourceMonitor(), *savers, *early_stopping, WriteChecksums(run_args.method), *callbacks]
+
+
+class TrainedAdapterTrainer(MethodTrainer):
+    """Mixin before a method's trainer: the model has a trained adapter, and is evaluated as it is."""
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def trained_weights(self) -> list[TrainedWeight]:
+        return []
+
+    @contextlib.contextmanager
+    def planning(self) -> Iterator[None]:
+        yield
+
+
+def trainer_class_for(method: str, model: nn.Module, args: MethodTrainingArguments) -> Any:
+    """The trainer class of a method; for a model with a trained adapter one that leaves the model as it is.
+
+    Raises:
+        InputError: the method predicts with more than a model, so an adapter is not enough.
+    """
+    kind: Any = find_method(method).trainer_class()
+    if args.do_train or not isinstance(model, PeftModel):
+        return kind
+    if hasattr(kind, "holds_result"):
+        raise InputError(
+            f"--method {method} predicts with the solution that it saved, and the folder of --model_name_or_path "
+            "holds a trained adapter without one; pass the method that trained the adapter, such as --method lora"
+        )
+    return type(f"{kind.__name__}OfTrainedAdapter", (TrainedAdapterTrainer, kind), {})
 
 
 def check_model_placement(model: PreTrainedModel, args: MethodTrainingArguments, kind: type[MethodTrainer]) -> None:

@@ -38,7 +38,8 @@ def checked_name(name: str) -> str:
         if (folder / "adapter_config.json").is_file():
             raise InputError(
                 f"model {name!r} is a PEFT adapter; pass its base model, or merge the adapter "
-                "(PeftModel.merge_and_unload) and pass the merged model"
+                "(PeftModel.merge_and_unload) and pass the merged model. To evaluate or predict with the adapter, "
+                "leave --do_train out"
             )
         if not (folder / "config.json").is_file():
             raise InputError(f"model folder {name!r} has no config.json; pass a folder that save_pretrained wrote")

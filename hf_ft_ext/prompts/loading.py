@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_ft_ext.arguments import FINETUNE, PROMPT_DEMO, DataArguments, FewShotArguments
+from hf_ft_ext.arguments import AUTO, FINETUNE, PROMPT_DEMO, DataArguments, FewShotArguments
 from hf_ft_ext.data.few_shot import label_bounds
 from hf_ft_ext.data.task_data import TaskData
 from hf_ft_ext.errors import InputError
@@ -53,6 +53,7 @@ def load_prompt_model(
     tokenizer: PreTrainedTokenizerBase,
     data: TaskData,
     data_args: DataArguments,
+    adapter: str | None = None,
     **hub: Any,
 ) -> PromptForSequenceClassification:
     """Load a prompt model for the labels of `data`.
@@ -61,7 +62,8 @@ def load_prompt_model(
 
     Args:
         name: Hub id or folder.
-        config: configuration of the model in `name`.
+        config: configuration of the model in `name`, or of the adapter.
+        adapter: folder of an adapter of a prompt model: load its base model, without the adapter.
         hub: arguments for `from_pretrained`.
 
     Raises:
@@ -73,7 +75,7 @@ def load_prompt_model(
             "leave --few_shot_type out, or pass a model with a classification head"
         )
     if isinstance(config, PromptConfig):
-        return _load_saved(name, config, tokenizer, data, data_args, **hub)
+        return _load_saved(name, config, tokenizer, data, data_args, adapter, **hub)
     return _load_fresh(name, config, tokenizer, data, data_args, **hub)
 
 
@@ -127,8 +129,14 @@ def _labels(data: TaskData) -> list[str] | None:
     return data.label_names
 
 
-def _load_saved(name, config, tokenizer, data: TaskData, data_args: DataArguments, **hub):
-    model = PromptForSequenceClassification.from_pretrained(name, config=config, **hub)
+def _load_saved(name, config, tokenizer, data: TaskData, data_args: DataArguments, adapter: str | None, **hub):
+    if adapter is None:
+        model = PromptForSequenceClassification.from_pretrained(name, config=config, **hub)
+    else:
+        if hub.get("dtype") == AUTO:  # the trained model's, not that of the base model's files
+            hub.pop("dtype")
+        model = PromptForSequenceClassification.from_adapter(adapter, **hub)
+        config = model.config
     template = config.template if data_args.template is None else data_args.template
     parts = parse_template(template, len(data.text_columns), config.reading)
     if data_args.word_scoring is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import BestRun, HPSearchBackend, TrainOutput, default_compute_objective
+from transformers.trainer_utils import BestRun, EvalLoopOutput, HPSearchBackend, TrainOutput, default_compute_objective
 
 from hf_ft_ext.arguments import MethodTrainingArguments, own_fields
 from hf_ft_ext.errors import InputError, did_you_mean
@@ -150,6 +150,11 @@ class MethodTrainer(Trainer):
         self._loss_scale_known = ignored is not None
         if ignored:
             self.model_accepts_loss_kwargs = False
+
+    def evaluation_loop(self, *positional, **kwargs) -> EvalLoopOutput:
+        # trl averages over all forward passes in evaluation mode since its last log, also those of a pre-pass.
+        getattr(self, "_metrics", {}).get("eval", {}).clear()
+        return super().evaluation_loop(*positional, **kwargs)
 
     # --- models and trials ----------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from decoders import decoder, save_decoder, subword_tokenizer
 
 import run_glue
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.launch.language.building import encoder_decoder_rows
+from hf_ft_ext.launch.language import encoder_decoder_rows
 from hf_ft_ext.launch.language.trainers import Generation, generate_texts, report_long_rows
 from hf_ft_ext.metrics.generation import generation_metrics
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from decoders import decoder, subword_tokenizer
 from peft import AutoPeftModelForCausalLM
+from processes import launch_two
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -79,6 +80,38 @@ def test_a_model_that_mixes_rows_in_its_cache_generates_the_texts_of_each_row_al
             logits = model(input_ids=torch.tensor([[*ids, *new]]), use_cache=False).logits
             new.append(int(logits[0, -1].argmax()))
         assert text == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_two_processes_probe_the_model_and_write_the_texts_of_each_row_alone(tmp_path):
+    tokenizer, model = build("rwkv")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": prompt, "completion": " great"} for prompt in (*PROMPTS, "in paris we liked it", "bad")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    written = []
+    for beams in (1, 3):
+        out = tmp_path / f"out{beams}"
+        argv = [
+            "--model_name_or_path", str(tmp_path / "model"), "--task_type", "causal_lm", "--method", "full",
+            "--do_predict", "--test_file", str(tmp_path / "rows.jsonl"), "--max_new_tokens", "5", "--num_beams",
+            str(beams), "--use_cpu", "--disable_tqdm", "true", "--output_dir", str(out),
+        ]  # fmt: skip
+        ended = launch_two(argv, tmp_path)
+        assert [process.status for process in ended] == [0, 0], ended[0].err
+        written.append(
+            [json.loads(line)["prediction"] for line in (out / "predictions.jsonl").read_text().splitlines()]
+        )
+    alone = stand_in(model, tokenizer)
+    for beams, texts in zip((1, 3), written, strict=True):
+        settings = Generation(5, num_beams=beams, batch_size=1)
+        assert texts == [generate_texts(alone, [row["prompt"]], settings)[0] for row in rows]
+    with torch.no_grad():
+        for row, text in zip(rows, written[0], strict=True):
+            ids, new = tokenizer(row["prompt"])["input_ids"], []
+            while len(new) < 5 and tokenizer.eos_token_id not in new:
+                logits = model(input_ids=torch.tensor([[*ids, *new]]), use_cache=False).logits
+                new.append(int(logits[0, -1].argmax()))
+            assert text == tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import hashlib
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -211,6 +211,14 @@ def _rows(
                 if name in kinds:
                     row[name] = convert(value, kinds[name], name in labels)
             yield row
+
+
+def holds_times(fields: Iterable[pa.Field]) -> bool:
+    """Whether one of the fields, or a field inside it, is a point in time, which JSON files cannot contain."""
+    return any(
+        pa.types.is_temporal(field.type) or holds_times(field.type.field(i) for i in range(field.type.num_fields))
+        for field in fields
+    )
 
 
 def _field(value: str, kind: str, is_label: bool) -> Any:

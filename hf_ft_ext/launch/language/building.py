@@ -12,32 +12,36 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from datasets import Dataset
-from torch.nn import functional
-from transformers import (
-    DataCollatorForSeq2Seq,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Seq2SeqTrainer,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Seq2SeqTrainer, Trainer, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
 from hf_ft_ext.arguments import (
     CAUSAL_LM,
     FINETUNE,
+    SEQ2SEQ_LM,
     SEQUENCE_CLASSIFICATION,
     DataArguments,
     MethodTrainingArguments,
     ModelArguments,
     RunArguments,
 )
-from hf_ft_ext.data.language import Form, LanguageData, load_language_data, prompt_and_references
-from hf_ft_ext.data.preprocess import own_special_ids, without_beginning
+from hf_ft_ext.data.language import (
+    Form,
+    LanguageData,
+    load_language_data,
+    prompt_and_references,
+    template_values,
+)
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.files import write_text
+from hf_ft_ext.launch.language.encoder_decoder import (
+    EncoderDecoderCollator,
+    encoder_decoder_rows,
+    fit_encoder_decoder,
+    set_languages,
+    token_loss,
+)
 from hf_ft_ext.launch.language.trainers import (
     NO_CHAT_TEMPLATE,
     CountedTruncation,
@@ -45,7 +49,6 @@ from hf_ft_ext.launch.language.trainers import (
     Perplexity,
     generate_texts,
     prompt_ids,
-    report_long_rows,
     room_for_prompts,
     template_errors,
 )
@@ -54,20 +57,22 @@ from hf_ft_ext.launch.trainers import (
     check_model_placement,
     check_trainer,
     run_callbacks,
+    trainer_class_for,
     trainer_errors_as_input_errors,
 )
 from hf_ft_ext.launch.validation import check_splits
-from hf_ft_ext.methods import find_method
 from hf_ft_ext.metrics.generation import generation_metrics
-from hf_ft_ext.models import load_tokenizer_and_language_model, model_max_length
+from hf_ft_ext.models import decoder_max_length, load_tokenizer_and_language_model, model_max_length
 
 logger = logging.getLogger(__name__)
 
 _LENGTH = 1024  # trl's default
 SAMPLE = 5  # generated texts in run.json
 _CLASSES_ONLY = ("linearhead", "kernel")
+_LANGUAGES = ("source_lang", "target_lang")
 _LM_OPTIONS = (
-    "packing", "completion_only_loss", "chat_template_path", "predict_with_generate", "max_new_tokens", "num_beams",
+    "packing", "completion_only_loss", "assistant_only_loss", "chat_template_path", "predict_with_generate",
+    "max_new_tokens", "num_beams", *_LANGUAGES,
 )  # fmt: skip
 
 
@@ -81,9 +86,9 @@ def check_language_options(run_args: RunArguments) -> None:
     if run_args.task_type == SEQUENCE_CLASSIFICATION:
         for name in _LM_OPTIONS:
             if name in given:
+                task = SEQ2SEQ_LM if name in _LANGUAGES else CAUSAL_LM
                 raise InputError(
-                    f"--{name} {given[name]} is about language modelling; pass --task_type causal_lm too, or leave it "
-                    "out"
+                    f"--{name} {given[name]} is about language modelling; pass --task_type {task} too, or leave it out"
                 )
         return
     if run_args.method in _CLASSES_ONLY:
@@ -107,7 +112,12 @@ def check_language_options(run_args: RunArguments) -> None:
     if not causal and given.get("label_smoothing_factor"):  # `token_loss` replaces transformers' smoothed loss
         smoothing = given["label_smoothing_factor"]
         raise InputError(f"--label_smoothing_factor {smoothing} is not supported by seq2seq_lm; leave it out")
-    for name in () if causal else ("completion_only_loss", "chat_template_path"):
+    for name in _LANGUAGES if causal else ():
+        if given.get(name) is not None:
+            raise InputError(
+                f"--{name} {given[name]} sets language codes, which only encoder-decoders have; leave it out"
+            )
+    for name in () if causal else ("completion_only_loss", "assistant_only_loss", "chat_template_path"):
         if given.get(name) is not None:
             raise InputError(f"--{name} is for --task_type causal_lm: seq2seq_lm writes the completion alone")
     if causal and importlib.util.find_spec("trl") is None:
@@ -151,28 +161,35 @@ def load(
         )
     tokenizer, model = load_tokenizer_and_language_model(model_args, run_args.task_type, args=args)
     _check_chat_template(data, tokenizer, data_args)
-    kind = find_method(run_args.method).trainer_class()
+    kind = trainer_class_for(run_args.method, model, args)
     check_model_placement(model, args, kind)
     context = model_max_length(model, tokenizer)
     length = _length(data_args, context)
+    decoder_length = None if causal else decoder_max_length(model)
     if writes:
-        room_for_prompts(context, data_args.max_new_tokens, shared=causal)
+        room_for_prompts(context, data_args.max_new_tokens, causal, decoder_length)
     if causal:
         from trl import SFTTrainer
 
         trainer_class = type(f"{kind.__name__}AndSFTTrainer", (Perplexity, kind, CountedTruncation, SFTTrainer), {})
         train, evaluated = data.train, next(iter(data.validation.values()), None)
     else:
+        set_languages(tokenizer, data_args.source_lang, data_args.target_lang)
         fit_encoder_decoder(model, tokenizer)
         trainer_class = type(f"{kind.__name__}AndSeq2SeqTrainer", (Perplexity, kind, Seq2SeqTrainer), {})
-        train = None if data.train is None else encoder_decoder_rows("train", data.train, tokenizer, length)
-        data.tokenized = {n: encoder_decoder_rows(n, rows, tokenizer, length) for n, rows in data.validation.items()}
+        limits = length, min(length, decoder_length or length)
+        train = None if data.train is None else encoder_decoder_rows("train", data.train, tokenizer, *limits)
+        data.tokenized = {n: encoder_decoder_rows(n, rows, tokenizer, *limits) for n, rows in data.validation.items()}
         evaluated = next(iter(data.tokenized.values()), None)
 
     def build(args: MethodTrainingArguments) -> Trainer:
+        rows = train if args.do_train else evaluated if causal else None
+        if rows is None and causal:  # trl requires training rows even without training
+            rows = Dataset.from_dict({key: [[tokenizer.pad_token_id] * 2] for key in ("input_ids", "labels")})
         # attributes for trl's arguments, see MethodTrainer._complete
         own: dict[str, Any] = {"max_length": length, "packing": data_args.packing, "eval_packing": False}
         own |= {"completion_only_loss": data_args.completion_only_loss}
+        own |= {"assistant_only_loss": data_args.assistant_only_loss}
         own |= {"chat_template_path": data_args.chat_template_path, "pad_token": tokenizer.pad_token}
         for name, value in own.items() if causal else ():
             setattr(args, name, value)
@@ -182,8 +199,7 @@ def load(
             trainer = trainer_class(
                 model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
                 args=args,
-                # trl requires training rows even without training
-                train_dataset=train if args.do_train else evaluated if causal else None,
+                train_dataset=rows,
                 eval_dataset=evaluated,
                 processing_class=tokenizer,
                 data_collator=None if causal else EncoderDecoderCollator(tokenizer, model),
@@ -220,7 +236,8 @@ class LanguageRun:
         settings = Generation(
             self.data_args.max_new_tokens, self.data_args.num_beams, trainer.args.per_device_eval_batch_size
         )
-        texts = generate_texts(trainer, [prompt for prompt, _ in pairs], settings, self.context)
+        values = [template_values(row) for row in rows]
+        texts = generate_texts(trainer, [prompt for prompt, _ in pairs], settings, self.context, values)
         found = [
             {"prompt": prompt, "prediction": text, "references": references}
             for (prompt, references), text in zip(pairs, texts, strict=True)
@@ -239,90 +256,6 @@ def write_predictions(folder: str, suffix: str, found: list[dict[str, Any]]) -> 
     write_text(os.path.join(folder, file), "\n".join(lines) + "\n")
 
 
-def encoder_decoder_rows(name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase, limit: int) -> Dataset:
-    """Tokenise prompts (`input_ids`, `attention_mask`) and completions (`labels`), each to at most `limit` tokens.
-
-    A longer prompt loses its beginning, as in generation, because questions come last. A longer completion loses its
-    end.
-    """
-    lengths: list[int] = []
-    start, _ = own_special_ids(tokenizer)
-
-    def convert(batch: dict[str, list]) -> dict[str, list]:
-        prompts = tokenizer(batch["prompt"])["input_ids"]
-        answers = tokenizer(text_target=[text.strip() for text in batch["completion"]])["input_ids"]
-        lengths.extend(max(len(p), len(a)) for p, a in zip(prompts, answers, strict=True))
-        prompts = [without_beginning(ids, limit, start) for ids in prompts]
-        return {
-            "input_ids": prompts,
-            "attention_mask": [[1] * len(ids) for ids in prompts],
-            "labels": [ids[:limit] for ids in answers],
-        }
-
-    made = rows.map(convert, batched=True, remove_columns=rows.column_names, keep_in_memory=True)
-    report_long_rows(lengths, limit, name)
-    return made
-
-
-class EncoderDecoderCollator(DataCollatorForSeq2Seq):
-    """Adds `decoder_input_ids` also for models that cannot prepare them from labels (M2M100, Blenderbot).
-
-    transformers prepares them in the model, where the labels do not arrive if the loss is a function of its own.
-    """
-
-    def __call__(self, features, return_tensors=None):
-        batch = super().__call__(features, return_tensors)
-        if batch.get("labels") is None or "decoder_input_ids" in batch:
-            return batch
-        batch["decoder_input_ids"] = decoder_inputs(self.model, batch["labels"])
-        return batch
-
-
-def decoder_inputs(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
-    """Return the labels one position to the right, behind the token that the model's decoder begins with."""
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        return model.prepare_decoder_input_ids_from_labels(labels=labels)
-    shifted = labels.new_full(labels.shape, model.config.decoder_start_token_id)
-    shifted[:, 1:] = labels[:, :-1]
-    return shifted.masked_fill(shifted == -100, model.config.pad_token_id)
-
-
-def fit_encoder_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Pad on the right, and let generation begin with the token that training begins with.
-
-    Left padding moves the positions that encoders and decoders count, and the first decoder token. mBART trains behind
-    the language code, and `generate` begins with the start-of-text token if the configuration names no other.
-
-    Raises:
-        InputError: the model cannot make the decoder's inputs from labels.
-    """
-    tokenizer.padding_side = "right"
-    try:
-        first = int(decoder_inputs(model, torch.tensor([tokenizer(text_target="a")["input_ids"]]))[0, 0])
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"--task_type seq2seq_lm: the configuration of model {model.name_or_path!r} has decoder_start_token_id="
-            f"{model.config.decoder_start_token_id}, so its decoder has no first token; set decoder_start_token_id in "
-            "config.json"
-        ) from error
-    if model.generation_config.decoder_start_token_id is None:
-        model.generation_config.decoder_start_token_id = first
-        logger.warning(
-            "The model's configuration has no decoder_start_token_id. Texts begin with token %d, as in training; pass "
-            "decoder_start_token_id=%d to `generate` if you load only an adapter.", first, first,
-        )  # fmt: skip
-
-
-def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
-    """Cross-entropy over the label tokens: the mean, or this micro-batch's share of the mean over the whole step.
-
-    T5's own loss is the mean within each micro-batch, which gives tokens of short micro-batches more weight.
-    """
-    sum_of_tokens = functional.cross_entropy(outputs.logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
-    count = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    return sum_of_tokens / count
-
-
 def check_numbers(data_args: DataArguments) -> None:
     for name in ("max_new_tokens", "num_beams"):
         if getattr(data_args, name) < 1:
@@ -339,11 +272,35 @@ def _check_chat_template(data: LanguageData, tokenizer: PreTrainedTokenizerBase,
     chat = _is_chat(data)
     if chat and tokenizer.chat_template is None and data_args.chat_template_path is None:
         raise InputError(NO_CHAT_TEMPLATE)
+    if data_args.assistant_only_loss:
+        _check_assistant_rows(data, tokenizer, chat)
     path = data_args.chat_template_path
     if path is not None and not chat:
         raise InputError(f"--chat_template_path {path} is about messages, and the data has {data.form}; leave it out")
     if path is not None and not os.path.exists(os.path.expanduser(path)):
         raise InputError(f"--chat_template_path {path}: there is no such file or folder; check the path")
+
+
+def _check_assistant_rows(data: LanguageData, tokenizer: PreTrainedTokenizerBase, chat: bool) -> None:
+    if not chat:
+        raise InputError(
+            f"--assistant_only_loss is about the answers in messages, and the data has {data.form}; leave it out "
+            "(with prompt and completion the loss is over the completion anyway)"
+        )
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"--assistant_only_loss: {type(tokenizer).__name__} is written in Python and cannot tell which tokens the "
+            "marks of the chat template enclose; pass a fast tokenizer (--tokenizer_name), or leave it out"
+        )
+    column = "messages" if data.form is Form.MESSAGES else "completion"
+    splits = {"train": data.train, **data.validation}
+    for name, rows in splits.items():
+        for number, messages in enumerate(() if rows is None else rows[column]):
+            if not any(message["role"] == "assistant" for message in messages):
+                raise InputError(
+                    f"--assistant_only_loss: row {number} of split '{name}' has no message of the assistant, so "
+                    "nothing in it is trained; remove the row, or leave --assistant_only_loss out"
+                )
 
 
 def _check_prompts(
@@ -354,7 +311,7 @@ def _check_prompts(
     predicted = data.test if args.do_predict else {}
     for rows in (*evaluated.values(), *predicted.values()) if _is_chat(data) else ():
         for row in rows:
-            prompt_ids(tokenizer, prompt_and_references(row, data.form)[0])
+            prompt_ids(tokenizer, prompt_and_references(row, data.form)[0], template_values(row))
 
 
 def _length(data_args: DataArguments, context: int | None) -> int:

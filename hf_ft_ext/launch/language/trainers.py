@@ -104,14 +104,14 @@ class CountedTruncation(_Trainer):
         return prepared
 
 
-def report_long_rows(lengths: Sequence[int], limit: int, name: str) -> int:
-    """Count rows beyond `limit` tokens, log how many there are, and return the number."""
+def report_long_rows(lengths: Sequence[int], limit: int, name: str, what: str = "rows") -> int:
+    """Count rows, prompts or completions beyond `limit` tokens, log how many there are, and return the number."""
     longer = sum(length > limit for length in lengths)
     if longer:
         logger.warning(
-            "%d of %d rows of the %s data are longer than %d tokens (the longest has %d) and are cut; pass a higher "
+            "%d of %d %s of the %s data are longer than %d tokens (the longest has %d) and are cut; pass a higher "
             "--max_seq_length to keep them whole.",
-            longer, len(lengths), name, limit, max(lengths),
+            longer, len(lengths), what, name, limit, max(lengths),
         )  # fmt: skip
     return longer
 
@@ -131,16 +131,24 @@ class Generation:
     batch_size: int = 8
 
 
-def room_for_prompts(context: int | None, max_new_tokens: int, shared: bool) -> int | None:
+def room_for_prompts(
+    context: int | None, max_new_tokens: int, shared: bool, decoder_positions: int | None = None
+) -> int | None:
     """Maximum tokens of a prompt; `None` = no limit known.
 
     Args:
         context: positions of the model.
         shared: whether prompt and generated text share them, as in a causal model.
+        decoder_positions: positions of an encoder-decoder's decoder.
 
     Raises:
-        InputError: no position is left for a prompt.
+        InputError: no position is left for a prompt, or the decoder has too few for the text.
     """
+    if decoder_positions is not None and max_new_tokens > decoder_positions:
+        raise InputError(
+            f"max_new_tokens={max_new_tokens} is more than the {decoder_positions} positions of the model's decoder; "
+            f"pass --max_new_tokens {decoder_positions} or less"
+        )
     room = None if context is None else context - (max_new_tokens if shared else 0)
     if room is not None and room < 1:
         raise InputError(
@@ -152,13 +160,18 @@ def room_for_prompts(context: int | None, max_new_tokens: int, shared: bool) -> 
 
 @torch.no_grad()
 def generate_texts(
-    trainer: Any, prompts: Sequence[Any], settings: Generation, context: int | None = None
+    trainer: Any,
+    prompts: Sequence[Any],
+    settings: Generation,
+    context: int | None = None,
+    template_values: Sequence[dict[str, Any]] | None = None,
 ) -> list[str]:
     """Generate a text for each prompt; the processes share the work, and each gets all texts.
 
     Args:
         prompts: texts, or lists of messages.
         context: positions of the model; a longer prompt loses its beginning, except for a start token.
+        template_values: what each prompt of messages passes to the chat template besides, such as `tools`.
 
     Raises:
         InputError: no room for a prompt, no padding token, or messages without a chat template.
@@ -170,7 +183,8 @@ def generate_texts(
     both = getattr(model.config, "is_encoder_decoder", False)
     room = room_for_prompts(context, settings.max_new_tokens, shared=not both)
     start, end = own_special_ids(tokenizer)
-    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    values = template_values or [{}] * len(prompts)
+    rows = [prompt_ids(tokenizer, prompt, own) for prompt, own in zip(prompts, values, strict=True)]
     if end and not both:  # a causal model would continue after the end token; chat templates add none
         rows = [ids[: -len(end)] if isinstance(p, str) else ids for ids, p in zip(rows, prompts, strict=True)]
     if room is not None:
@@ -262,8 +276,14 @@ def _of_equal_length(indices: Sequence[int], rows: Sequence[Sequence[int]], size
     return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, template_values: dict[str, Any] | None = None
+) -> list[int]:
     """Token ids of a prompt.
+
+    Args:
+        prompt: a text, or messages.
+        template_values: what messages pass to the chat template besides, such as `tools`.
 
     Raises:
         InputError: the prompt consists of messages, and there is no chat template that accepts them.
@@ -278,12 +298,15 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Any) -> list[int]:
             "front, or remove the row"
         )
     with template_errors():
-        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+        made = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, return_dict=True, **(template_values or {})
+        )
+        return list(made["input_ids"])
 
 
 @contextlib.contextmanager
 def template_errors() -> Iterator[None]:
-    """Turn an error of a chat template, or one it raises about a dialogue, into an `InputError`."""
+    """Turn an error of a chat template, of its marks, or one it raises about a dialogue, into an `InputError`."""
     try:
         yield
     except TemplateError as error:
@@ -291,8 +314,22 @@ def template_errors() -> Iterator[None]:
             f"the chat template rejects this data: {first_line(error)}; change the messages, or pass another "
             "one (--chat_template_path)"
         ) from error
+    except (ValueError, RuntimeError) as error:  # trl's
+        if "not training-compatible" in str(error):
+            raise InputError(_NO_MARKS) from error
+        if "no assistant tokens" in str(error):
+            raise InputError(
+                "--assistant_only_loss: the chat template marks no token of the assistant in some row; enclose all of "
+                "its answers by {% generation %} and {% endgeneration %}, or leave --assistant_only_loss out"
+            ) from error
+        raise
 
 
+_NO_MARKS = (
+    "--assistant_only_loss: the chat template does not mark the assistant's answers, and trl has no marked version of "
+    "it; enclose them in the template by {% generation %} and {% endgeneration %} and pass it with "
+    "--chat_template_path, or leave --assistant_only_loss out"
+)
 NO_CHAT_TEMPLATE = (
     "the data has messages, and the tokenizer has no chat template to format them; pass "
     "--chat_template_path, a tokenizer with one, or the data as prompt and completion"

@@ -150,8 +150,8 @@ class PromptForSequenceClassification(PreTrainedModel):
         Raises:
             InputError: the folder has neither file, or the adapter does not name its base model.
         """
-        config = saved_prompt(Path(folder))
-        name = PeftConfig.from_pretrained(folder).base_model_name_or_path
+        config, saved = saved_prompt(Path(folder)), PeftConfig.from_pretrained(folder)
+        name, kwargs = saved.base_model_name_or_path, {"revision": saved.revision or "main", **kwargs}
         if not name:
             raise InputError(
                 f"the adapter in {str(folder)!r} names no base model; create the base model with from_language_model"
