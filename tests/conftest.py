@@ -85,6 +85,21 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections():
+    """Hide what earlier modules left, such as imports, from the garbage collector too."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_disks():
+    """Files are not forced to the disk: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda file: None)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _unhashed_datasets():
     """Data sets get random fingerprints: hashing a function and its tokenizer costs more than few rows do.
