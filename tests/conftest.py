@@ -85,6 +85,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _quick_training():
+    """Memory is freed when Python sees fit: each training run begins with a garbage collection of its own."""
+    from accelerate.utils import memory
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(memory, "gc", types.SimpleNamespace(collect=lambda: 0))
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _quick_collections():
     """Hide what earlier modules left, such as imports, from the garbage collector too."""
