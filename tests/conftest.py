@@ -79,6 +79,16 @@ def _has_trainer(names: dict) -> bool:
     return any(isinstance(value, type) and issubclass(value, Trainer) for value in names.values())
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Leave the garbage collector off while modules are imported: it finds nothing in some seconds of looking."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """Hide the libraries from the garbage collector: every training run ends with a collection, of all objects."""
     gc.collect()
