@@ -11,7 +11,7 @@ from processes import two_ranks
 from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
 
-from hf_ft_ext import GradientlessTrainer, GradientlessTrainingArguments
+from hf_ft_ext import GradientlessTrainer, GradientlessTrainingArguments, InputError
 from hf_ft_ext.features import head_parameters
 from hf_ft_ext.training.runs.plan import trained_weights, training_plan
 
@@ -35,6 +35,7 @@ METHODS = {
         "search_direction": "rademacher-outer",
         "learning_rate": 0.01,
     },
+    "fisher": {"search_selection": "fisher", "search_sampling_size": 20},
     "node": {"search_method": "node", "learning_rate": 0.01},
     "adam": {"search_method": "adam", "learning_rate": 0.01},
 }
@@ -101,8 +102,10 @@ def test_accumulation_equals_one_large_batch(tmp_path, method):
     assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["trees", "spsa"])
-@pytest.mark.parametrize("other", [{"feature_cache_gb": 0.0}, {"whole": True}])
+@pytest.mark.parametrize(("method", "other"), [
+    *((method, {"feature_cache_gb": 0.0}) for method in ("trees", "spsa", "fisher", "node", "adam")),
+    *((method, {"whole": True}) for method in ("trees", "spsa")),
+])  # fmt: skip
 def test_features_in_each_step_equal_forward_passes_of_the_whole_model(tmp_path, method, other, monkeypatch):
     results = []
     for settings in ({}, dict(other)):
@@ -115,6 +118,23 @@ def test_features_in_each_step_equal_forward_passes_of_the_whole_model(tmp_path,
         results.append(weights(trainer))
     for name, value in results[0].items():
         torch.testing.assert_close(value, results[1][name], rtol=1e-6, atol=1e-8)
+
+
+def test_node_perturbation_needs_a_head_that_reads_one_vector_per_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ft_ext.gradientless.trainer.HeadReader.find", lambda model, batch: None)
+    with pytest.raises(InputError, match="node perturbation needs a search of head tensors only"):
+        make(tmp_path, **METHODS["node"]).train()
+
+
+@pytest.mark.parametrize(("method", "message"), [
+    ("adam", "search_method=adam is a baseline for one process; start one process"),
+    ("node", "search_method=node estimates a gradient for each row, .* start one process, or use search_method=spsa"),
+])  # fmt: skip
+def test_searches_of_one_process_are_refused_in_two(tmp_path, monkeypatch, method, message):
+    monkeypatch.setattr(GradientlessTrainingArguments, "world_size", 2)
+    monkeypatch.setattr(GradientlessTrainer, "_broadcast_weights", lambda self: None)
+    with pytest.raises(InputError, match=message):
+        make(tmp_path, **METHODS[method]).create_optimizer()
 
 
 def test_encoder_tensors_are_searched_by_name(tmp_path):
