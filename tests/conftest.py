@@ -79,10 +79,45 @@ def _has_trainer(names: dict) -> bool:
     return any(isinstance(value, type) and issubclass(value, Trainer) for value in names.values())
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Leave the garbage collector off while modules are imported: it finds nothing in some seconds of looking."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """Hide the libraries from the garbage collector: every training run ends with a collection, of all objects."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_training():
+    """Memory is freed when Python sees fit: each training run begins with a garbage collection of its own."""
+    from accelerate.utils import memory
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(memory, "gc", types.SimpleNamespace(collect=lambda: 0))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections():
+    """Hide what earlier modules left, such as imports, from the garbage collector too."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_disks():
+    """Files are not forced to the disk: no test cuts the power."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

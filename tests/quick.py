@@ -2,6 +2,8 @@
 
 import json
 
+from hf_ft_ext.methods import METHODS
+
 # Small and quick, by argument name; methods with work before the first step get less of it.
 QUICK = {
     "sparse": ("--sparse_basis_steps", "2", "--sparse_density", "0.2"),
@@ -15,4 +17,5 @@ QUICK = {
     ),
     "kernel": ("--kernel_regularization", "1e-2"),
 }
-AT_ONCE = ("linearhead", "kernel")  # methods without a training loop: no steps, no learning rate, no checkpoints
+SOLVER_METHODS = ("linearhead", "kernel")  # no training loop, hence no steps, no learning rate, no checkpoints
+ITERATIVE_METHODS = tuple(method for method in METHODS if method not in SOLVER_METHODS)

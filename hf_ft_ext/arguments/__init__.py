@@ -21,7 +21,7 @@ from hf_ft_ext.arguments.data import (
     FewShotArguments,
     LanguageArguments,
 )
-from hf_ft_ext.arguments.method import Gradients, MethodTrainingArguments, own_fields
+from hf_ft_ext.arguments.method import FeatureCacheArguments, Gradients, MethodTrainingArguments, own_fields
 from hf_ft_ext.arguments.model import (
     AUTO,
     BITSANDBYTES_4BIT,
@@ -58,6 +58,7 @@ __all__ = [
     "TORCHAO_8BIT",
     "WORD_SCORINGS",
     "DataArguments",
+    "FeatureCacheArguments",
     "FewShotArguments",
     "Gradients",
     "LanguageArguments",

@@ -2,7 +2,7 @@
 
 import copy
 import json
-from dataclasses import Field, dataclass, fields
+from dataclasses import Field, dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar
 
@@ -136,3 +136,25 @@ class MethodTrainingArguments(TrainingArguments):
         made = type(completed)(**{f.name: getattr(completed, f.name) for f in fields(completed) if f.init})
         vars(made).update({name: value for name, value in vars(args).items() if name not in vars(made)})
         return made
+
+
+@dataclass
+class FeatureCacheArguments(MethodTrainingArguments):
+    """Arguments of methods that read what a frozen encoder computes: where it is kept, and up to which size."""
+
+    feature_cache_gb: float = field(
+        default=4.0,
+        metadata={
+            "help": "With a frozen encoder: compute the features that the head reads once and cache them on disk, if "
+            "they take at most this many GB; else, and with 0, gradientless computes them in every step and "
+            "linearhead keeps them in memory."
+        },
+    )
+    feature_cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder of the feature cache; none = next to the Hub's cache."}
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        if not self.feature_cache_gb >= 0:
+            raise InputError(f"feature_cache_gb must be 0 or more, got {self.feature_cache_gb}")

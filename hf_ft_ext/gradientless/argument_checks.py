@@ -76,7 +76,7 @@ def check_values(args: SearchArguments) -> None:
             raise InputError(f"{name} must be 1 or more, got {getattr(args, name)}")
     if args.search_sampling_size is not None and args.search_sampling_size < 1:
         raise InputError(f"search_sampling_size must be 1 or more, got {args.search_sampling_size}")
-    for name in ("learning_rate", "weight_decay", "feature_cache_gb"):
+    for name in ("learning_rate", "weight_decay"):
         if not getattr(args, name) >= 0:
             raise InputError(f"{name} must be 0 or more, got {getattr(args, name)}")
     parse_options(args.search_options)

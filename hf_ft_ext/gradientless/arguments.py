@@ -53,6 +53,7 @@ class GradientlessTrainingArguments(SearchArguments):
     )
 
     def validate(self) -> None:
+        super().validate()
         self._set_defaults()
         self._set_rate(self._searched_kind())
         check_values(self)

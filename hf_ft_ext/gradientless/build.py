@@ -111,6 +111,8 @@ def refuse_unsupported(args: GradientlessTrainingArguments, objective: Objective
         raise InputError("masks and search_masks both select the entries to change; leave one of them out")
     if masks_given and args.search_trajectory:
         raise InputError("search_trajectory stores seeds, and masks cannot be recomputed from a seed; leave it out")
+    if args.search_method == ADAM_BASELINE and args.world_size > 1:
+        raise InputError("search_method=adam is a baseline for one process; start one process")
     if args.search_method == NODE:
         if objective is not None:
             raise InputError(

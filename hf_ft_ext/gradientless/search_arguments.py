@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hf_ft_ext.arguments import MethodTrainingArguments
+from hf_ft_ext.arguments import FeatureCacheArguments
 from hf_ft_ext.gradientless.optimizers.direct_search import DEFAULT_BUDGET
 from hf_ft_ext.gradientless.optimizers.exchange import DATA, MODES
 from hf_ft_ext.gradientless.optimizers.nodes import NODE_DIRECTIONS
@@ -19,7 +19,7 @@ HEAD, ALL, TRAINABLE, ADAPTER = "head", "all", "trainable", "adapter"
 
 
 @dataclass
-class SearchArguments(MethodTrainingArguments):
+class SearchArguments(FeatureCacheArguments):
     """Fields of `GradientlessTrainingArguments`, without defaults by method and without checks."""
 
     search_method: str = field(
@@ -229,18 +229,7 @@ class SearchArguments(MethodTrainingArguments):
             "choices": MODES,
         },
     )
-    feature_cache_gb: float = field(
-        default=4.0,
-        metadata={
-            "help": "With a frozen encoder: compute the features that the head reads once, if they take at most this "
-            "many GB on disk, else in every step; 0 = in every step."
-        },
-    )
-    feature_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the cached features; none = beside the Hub's cache."}
-    )
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*MethodTrainingArguments._VALID_DICT_FIELDS, "search_peft_config"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*FeatureCacheArguments._VALID_DICT_FIELDS, "search_peft_config"]
 
     json_fields: ClassVar[tuple[str, ...]] = ("search_peft_config",)
 

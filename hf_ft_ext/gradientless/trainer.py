@@ -338,8 +338,6 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     def _share_work(self) -> None:
         if self.args.world_size == 1:
             return
-        if self.args.search_method == ADAM_BASELINE:
-            raise InputError("search_method=adam is a baseline for one process; start one process")
         accelerator = self.accelerator
 
         def total(values: torch.Tensor) -> torch.Tensor:

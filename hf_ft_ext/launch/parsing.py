@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import functools
 import re
 import sys
 from dataclasses import fields
@@ -236,8 +237,14 @@ def parse_choice(
         everything = choice.help == _ALL_ARGUMENTS
         sys.stdout.write(list_methods() if choice.method is None else Parser(choice.method).help_text(everything))
         raise SystemExit(0)
-    parser = Parser(find_method(RunArguments.method) if choice.method is None else choice.method)
-    return arguments_of(parser, choice.argv, choice.recipe)
+    method = find_method(RunArguments.method) if choice.method is None else choice.method
+    return arguments_of(_parser(method, method.arguments_class()), choice.argv, choice.recipe)
+
+
+@functools.cache  # several runs in one process share it
+def _parser(method: Method, arguments: type) -> Parser:
+    """The parser of a method whose arguments are the class `arguments`; not for its help, which changes it."""
+    return Parser(method)
 
 
 def arguments_of(

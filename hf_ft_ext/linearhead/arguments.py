@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from hf_ft_ext.arguments import Gradients
+from hf_ft_ext.arguments import FeatureCacheArguments, Gradients
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.training.solver_arguments import SolverTrainingArguments
 
 
 @dataclass
-class LinearHeadTrainingArguments(SolverTrainingArguments):
+class LinearHeadTrainingArguments(FeatureCacheArguments, SolverTrainingArguments):
     """`transformers.TrainingArguments` plus the settings of linear probing.
 
     Arguments of a training loop are refused, because there is none. A forward pass of the encoder takes
@@ -32,16 +32,6 @@ class LinearHeadTrainingArguments(SolverTrainingArguments):
     linearhead_max_iter: int = field(
         default=1000, metadata={"help": "Largest number of iterations of the logistic regression's solver."}
     )
-    feature_cache_gb: float = field(
-        default=4.0,
-        metadata={
-            "help": "Cache the features that the head reads on disk if they take at most this many GB; 0 = keep them "
-            "in memory."
-        },
-    )
-    feature_cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder of the feature cache; none = next to the Hub's cache."}
-    )
 
     def validate(self) -> None:
         super().validate()
@@ -55,8 +45,6 @@ class LinearHeadTrainingArguments(SolverTrainingArguments):
             raise InputError(
                 f"linearhead_max_iter must be 1 or more, got {self.linearhead_max_iter}; pass a value such as 1000"
             )
-        if not self.feature_cache_gb >= 0:
-            raise InputError(f"feature_cache_gb must be 0 or more, got {self.feature_cache_gb}")
 
     @property
     def gradients(self) -> Gradients:

@@ -90,6 +90,7 @@ class Capture:
         self.expand, self.trial = expand, trial
         self.failed: set[str] = set()
         self.delivered: set[tuple[str, int]] = set()
+        self._by_hooks: dict[int, str] = {}  # id of each parameter of the modules -> its name
         self._calls: list[_Call] = []
         self._graph_inputs: list[torch.Tensor] = []  # leaves of the graph
         self._mode: Callable = contextlib.nullcontext
@@ -108,9 +109,10 @@ class Capture:
             check: called with the scalars before the first backward pass; it may raise.
         """
         self._mode = float64_stays if in_float64_mode() else contextlib.nullcontext
-        with torch.enable_grad(), self._hooks():
+        with torch.enable_grad(), self._hooks(), self._direct_reads_in_the_graph():
             scalars = function(model, batch)
         scalars = scalars[:, None] if scalars.ndim == 1 else scalars
+        self._refuse_direct_reads(scalars)
         if check is not None:
             check(scalars)
         sources = [*self._graph_inputs, *self.direct.values()]
@@ -144,6 +146,45 @@ class Capture:
                 module.per_example = True
                 stack.callback(delattr, module, "per_example")
             yield
+
+    @contextlib.contextmanager
+    def _direct_reads_in_the_graph(self) -> Iterator[None]:
+        """Let the modules' parameters require gradients, except while their own module runs.
+
+        So the graph holds those that other code reads, such as the weight of an embedding that an output layer
+        multiplies by. No hook sees such a use, and a batch may have one that the trial's rows have not.
+        """
+
+        def switch(parameters: list[nn.Parameter], on: bool) -> Callable:
+            def hook(*_: Any) -> None:
+                if not self._paused:
+                    for parameter in parameters:
+                        parameter.requires_grad_(on)
+
+            return hook
+
+        with contextlib.ExitStack() as stack:
+            for hooked in self.hooked_modules:
+                own = dict(hooked.module.named_parameters(remove_duplicate=False))
+                parameters = [own[name] for name in hooked.names]
+                self._by_hooks |= {id(own[inner]): name for inner, name in hooked.names.items()}
+                stack.callback(hooked.module.register_forward_pre_hook(switch(parameters, False)).remove)
+                stack.callback(hooked.module.register_forward_hook(switch(parameters, True), always_call=True).remove)
+                switch(parameters, True)()
+                stack.callback(switch(parameters, False))
+            yield
+
+    def _refuse_direct_reads(self, scalars: torch.Tensor) -> None:
+        """Count parameters with a use outside of their module as failed: their gradients come from autograd."""
+        seen, nodes = set(), [scalars.grad_fn]
+        while nodes:
+            node = nodes.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            if name := self._by_hooks.get(id(getattr(node, "variable", None))):
+                self.failed.add(name)
 
     def _hook(self, hooked: HookedModule) -> Callable:
         def hook(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from classifiers import classifier_rows, tiny_classifier
-from peft import get_peft_model
+from peft import get_peft_model, inject_adapter_in_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from zoo import inputs, logits, small
 
@@ -100,6 +100,14 @@ def test_targets_by_name_in_the_layer_or_by_expression():
     assert [n.split("encoder.")[1] for n in layers(model)] == ["layer.0.attention.output.dense"]
     model = adapted(placement="houlsby", exclude_modules=["output.dense"])
     assert all("attention" in n for n in layers(model))
+
+
+@pytest.mark.parametrize("pattern", ["layer", ["blocks", "layer"]])
+def test_the_list_of_layers_is_named_where_names_hold_another_number_before(pattern):
+    settings = {"target_modules": ["attention.output.dense"], "layers_to_transform": [1], "layers_pattern": pattern}
+    model = torch.nn.ModuleDict({"parts": torch.nn.ModuleList([small("bert")])})
+    inject_adapter_in_model(BottleneckConfig(bottleneck_size=4, **settings), model)
+    assert list(layers(model)) == ["parts.0.bert.encoder.layer.1.attention.output.dense"]
 
 
 @pytest.mark.parametrize(

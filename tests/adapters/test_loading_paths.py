@@ -169,7 +169,8 @@ def test_dtypes_follow_the_base_unless_cast(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_compiled_gives_the_same(name):
-    model = attach(small("bert"), name)
+    alike = name in ("pfeiffer", "houlsby", "parallel", "prefix", "sparse")  # in each layer, nothing is shared
+    model = attach(small("bert", num_hidden_layers=1 if alike else 2), name)
     expected = logits(model)
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(logits(compiled), expected)

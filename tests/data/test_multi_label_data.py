@@ -32,7 +32,9 @@ NAMED = [["b", "a"], ["c"], [], ["a"], ["c", "b"], ["a", "a"]]
 VECTORS = [[1, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 0], [0, 1, 1], [1, 0, 0]]
 
 
-@pytest.mark.parametrize("kind", ["names", "ids", "vectors", "floats", "text", "classes", "columns", "text columns"])
+@pytest.mark.parametrize(
+    "kind", ["names", "ids", "vectors", "floats", "text", "classes", "columns", "text columns", "class columns"]
+)
 def test_every_form_gives_the_same_labels(kind, tmp_path):
     ids = [[ord(name) - ord("a") for name in row] for row in NAMED]
     names, path, options = ["a", "b", "c"], tmp_path / "train.jsonl", {}
@@ -40,6 +42,13 @@ def test_every_form_gives_the_same_labels(kind, tmp_path):
         features = Features({"text": Value("string"), "label": Sequence(ClassLabel(names=["a", "b", "c"]))})
         path = tmp_path / "train.parquet"
         Dataset.from_dict({"text": TEXTS, "label": ids}, features=features).to_parquet(path)
+    elif kind == "class columns":
+        kinds = [ClassLabel(names=["no", "yes"]), ClassLabel(names=["yes", "no"]), ClassLabel(names=["0", "1"])]
+        features = Features({"text": Value("string"), **dict(zip(names, kinds, strict=True))})
+        columns = {n: [row[i] ^ (i == 1) for row in VECTORS] for i, n in enumerate(names)}  # "no" is id 1 of b
+        path = tmp_path / "train.parquet"
+        Dataset.from_dict({"text": TEXTS, **columns}, features=features).to_parquet(path)
+        options["label_column"] = names
     elif "columns" in kind:
         values = {1: "yes", 0: "no"} if kind == "text columns" else {1: 1, 0: 0}
         write(path, None, **{n: [values[row[i]] for row in VECTORS] for i, n in enumerate(names)})
@@ -111,6 +120,15 @@ def test_unusable_labels_are_refused(labels, columns, options, message, tmp_path
     path = write(tmp_path / "train.jsonl", labels, **columns)
     with pytest.raises(InputError, match=message):
         load_data(DataArguments(train_file=path, **options), cache_dir=str(tmp_path))
+
+
+def test_columns_of_classes_without_an_evident_yes_are_refused(tmp_path):
+    kinds = {"x": ClassLabel(names=["ham", "spam"]), "y": ClassLabel(names=["no", "yes"])}
+    rows = Dataset.from_dict({"text": TEXTS, "x": [0, 1] * 3, "y": [1, 0] * 3})
+    rows.cast(Features({"text": Value("string"), **kinds})).to_parquet(tmp_path / "train.parquet")
+    args = DataArguments(train_file=str(tmp_path / "train.parquet"), label_column=["x", "y"])
+    with pytest.raises(InputError, match="'x' of split 'train' has the classes ham, spam; with several label columns"):
+        load_data(args, cache_dir=str(tmp_path))
 
 
 def test_labels_that_training_lacks_are_refused(tmp_path):

@@ -27,7 +27,9 @@ import nan_runs
 import ranks
 from outcomes import Fault, Unbroken
 from transformers.utils import logging as transformers_logging
-from workload import METHODS, Workload, prepare
+from workload import Workload, prepare
+
+from hf_ft_ext.methods import METHODS
 
 OTHER = ("--seed", "7", "--max_seq_length", "12")  # a run whose files are put in place of another's
 

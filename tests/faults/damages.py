@@ -6,7 +6,8 @@ from random import Random
 
 from outcomes import Fault, Unbroken, finished, new_folder, shown
 from processes import Ended, launch
-from workload import AT_ONCE, differences
+from quick import SOLVER_METHODS
+from workload import differences
 
 KINDS = ("damaged checkpoint", "damaged cache", "damaged model")
 DAMAGES = ("truncated", "bit flipped", "emptied", "wrong JSON", "another file", "removed")
@@ -101,4 +102,4 @@ def _twin(path: Path, folder: Path, other: Unbroken, random: Random) -> Path | N
 def kinds_for(method: str) -> tuple[str, ...]:
     """The kinds of files that a method reads."""
     caches = ("damaged cache",) if method in ("gradientless", "linearhead", "kernel") else ()
-    return (*(() if method in AT_ONCE else ("damaged checkpoint",)), *caches, "damaged model")
+    return (*(() if method in SOLVER_METHODS else ("damaged checkpoint",)), *caches, "damaged model")

@@ -11,7 +11,8 @@ from random import Random
 from kills import Events, draw
 from outcomes import Fault, Unbroken, finished, new_folder, recover, shown
 from processes import launch
-from workload import IN_STEPS, differences
+from quick import ITERATIVE_METHODS
+from workload import differences
 
 KINDS = ("SIGTERM", "SIGINT")
 _STATUS = {"SIGTERM": 143, "SIGINT": 130}
@@ -69,6 +70,10 @@ def _wrong(ended, kind: str, method: str) -> str:
     said = re.findall(rf"^stopped by {kind}: .*run the same command again.*$", ended.err, flags=re.MULTILINE)
     if len(said) != 1:
         return f"said nothing, {shown(ended)}"
-    if "interrupted: a checkpoint follows" in ended.err and "is complete" not in said[0] and method in IN_STEPS:
+    if (
+        "interrupted: a checkpoint follows" in ended.err
+        and "is complete" not in said[0]
+        and method in ITERATIVE_METHODS
+    ):
         return f"no checkpoint, {shown(ended)}"
     return ""

@@ -7,8 +7,8 @@ from random import Random
 import torch
 from outcomes import Fault, Unbroken, finished, new_folder, shown
 from processes import launch
+from quick import SOLVER_METHODS
 from safetensors.torch import load_file, save_file
-from workload import AT_ONCE
 
 KINDS = ("NaN",)
 
@@ -17,7 +17,7 @@ def run_with_nan(unbroken: Unbroken, kind: str, seed: int) -> Fault:
     """A weight of the model that is NaN or infinite, or a learning rate that makes the weights so."""
     workload, random = unbroken.workload, Random(f"{unbroken.workload.method} {kind} {seed}")
     folder = new_folder(unbroken, "nan", seed)
-    if seed % 2 and workload.method not in AT_ONCE:
+    if seed % 2 and workload.method not in SOLVER_METHODS:
         rate = 10.0 ** random.randint(12, 30)
         argv, what = [*workload.argv, "--learning_rate", f"{rate:g}"], f"learning rate {rate:g}"
     else:

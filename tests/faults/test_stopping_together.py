@@ -109,4 +109,7 @@ def test_two_processes_ask_after_the_last_step_too(tmp_path, monkeypatch):
         state.global_step = step
         callback.on_step_end(args, state, control)
         stopped.append(control.should_training_stop)
-    assert stopped == [False, True] and callback._number == 15
+    assert stopped == [False, True]
+    with pytest.raises(Interrupted) as stop:
+        callback.on_train_end(args, state, control)
+    assert stop.value.number == 15

@@ -5,13 +5,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from quick import AT_ONCE, QUICK
+from quick import QUICK, SOLVER_METHODS
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_tokenizer, write_texts
 
-from hf_ft_ext.methods import METHODS
-
-IN_STEPS = tuple(method for method in METHODS if method not in AT_ONCE)
 # Many blocks, not one; one fit, without a search for its C.
 MORE = {"kernel": ("--kernel_memory_gb", "0.0025"), "linearhead": ("--linearhead_c", "1")}
 
@@ -44,7 +41,7 @@ class Workload:
     def argv(self) -> list[str]:
         files = [word for split, name in (("train", "train"), ("validation", "dev"), ("test", "test"))
                  for word in (f"--{split}_file", str(self.root / f"{name}.csv"))]  # fmt: skip
-        steps = () if self.method in AT_ONCE else (
+        steps = () if self.method in SOLVER_METHODS else (
             "--max_steps", "6", "--save_steps", "2", "--logging_steps", "1", "--learning_rate", "1e-2",
         )  # fmt: skip
         return [
@@ -56,7 +53,7 @@ class Workload:
     @property
     def resumed(self) -> list[str]:
         """What a user runs after an interruption."""
-        if self.method in AT_ONCE:
+        if self.method in SOLVER_METHODS:
             return self.anew
         return [*self.argv, "--resume_from_checkpoint", "true"]
 

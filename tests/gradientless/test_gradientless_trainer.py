@@ -11,7 +11,7 @@ from processes import two_ranks
 from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
 
-from hf_ft_ext import GradientlessTrainer, GradientlessTrainingArguments
+from hf_ft_ext import GradientlessTrainer, GradientlessTrainingArguments, InputError
 from hf_ft_ext.features import head_parameters
 from hf_ft_ext.training.runs.plan import trained_weights, training_plan
 
@@ -35,6 +35,7 @@ METHODS = {
         "search_direction": "rademacher-outer",
         "learning_rate": 0.01,
     },
+    "fisher": {"search_selection": "fisher", "search_sampling_size": 20},
     "node": {"search_method": "node", "learning_rate": 0.01},
     "adam": {"search_method": "adam", "learning_rate": 0.01},
 }
@@ -53,7 +54,7 @@ def test_searches_the_head_and_saves_the_plain_model(tmp_path, model_type):
     trainer = make(tmp_path, family(model_type))
     before = weights(trainer)
     trainer.train()
-    assert trainer._rows is not None  # the encoder ran once
+    assert (tmp_path / "features").is_dir()  # the encoder ran once
     head = set(head_parameters(trainer.model))
     assert changed(trainer, before) <= head and len(changed(trainer, before)) >= len(head) - 1
     trainer.save_model()
@@ -82,7 +83,7 @@ def test_resumed_run_equals_the_unbroken_one(tmp_path, method):
     resumed = make(tmp_path / "b", tiny_model(seed=5), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
     for name, value in weights(resumed).items():
-        if name in resumed._searched:
+        if name in resumed.searched:
             assert torch.equal(value, weights(unbroken)[name]), name
 
 
@@ -101,19 +102,39 @@ def test_accumulation_equals_one_large_batch(tmp_path, method):
     assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-5)
 
 
-@pytest.mark.parametrize("method", ["trees", "spsa"])
-@pytest.mark.parametrize("other", [{"feature_cache_gb": 0.0}, {"whole": True}])
+@pytest.mark.parametrize(("method", "other"), [
+    *((method, {"feature_cache_gb": 0.0}) for method in ("trees", "spsa", "fisher", "node", "adam")),
+    *((method, {"whole": True}) for method in ("trees", "spsa")),
+])  # fmt: skip
 def test_features_in_each_step_equal_forward_passes_of_the_whole_model(tmp_path, method, other, monkeypatch):
     results = []
     for settings in ({}, dict(other)):
         if settings.pop("whole", False):
             monkeypatch.setattr("hf_ft_ext.gradientless.trainer.HeadReader.find", lambda model, batch: None)
-        trainer = make(tmp_path, tiny_model().double(), max_steps=3, **METHODS[method], **settings)
+        folder = tmp_path / str(len(results))
+        trainer = make(folder, tiny_model().double(), max_steps=3, **METHODS[method], **settings)
         trainer.train()
-        assert (trainer._rows is None) == bool(results)
+        assert (folder / "features").exists() == (not results)
         results.append(weights(trainer))
     for name, value in results[0].items():
         torch.testing.assert_close(value, results[1][name], rtol=1e-6, atol=1e-8)
+
+
+def test_node_perturbation_needs_a_head_that_reads_one_vector_per_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_ft_ext.gradientless.trainer.HeadReader.find", lambda model, batch: None)
+    with pytest.raises(InputError, match="node perturbation needs a search of head tensors only"):
+        make(tmp_path, **METHODS["node"]).train()
+
+
+@pytest.mark.parametrize(("method", "message"), [
+    ("adam", "search_method=adam is a baseline for one process; start one process"),
+    ("node", "search_method=node estimates a gradient for each row, .* start one process, or use search_method=spsa"),
+])  # fmt: skip
+def test_searches_of_one_process_are_refused_in_two(tmp_path, monkeypatch, method, message):
+    monkeypatch.setattr(GradientlessTrainingArguments, "world_size", 2)
+    monkeypatch.setattr(GradientlessTrainer, "_broadcast_weights", lambda self: None)
+    with pytest.raises(InputError, match=message):
+        make(tmp_path, **METHODS[method]).create_optimizer()
 
 
 def test_encoder_tensors_are_searched_by_name(tmp_path):
@@ -121,7 +142,7 @@ def test_encoder_tensors_are_searched_by_name(tmp_path):
     trainer = make(tmp_path, search_target=target, learning_rate=0.1)
     before = weights(trainer)
     trainer.train()
-    assert trainer._rows is None and trainer._evaluation is not None
+    assert not (tmp_path / "features").exists()
     assert changed(trainer, before) == {"bert.encoder.layer.1.output.dense.weight", "classifier.weight"}
 
 
@@ -143,7 +164,7 @@ def test_a_peft_subspace_is_saved_as_an_adapter(tmp_path, kind, method):
     before = weights(trainer)
     trainer.train()
     moved = changed(trainer, before)
-    assert moved and moved <= set(trainer._searched)
+    assert moved and moved <= set(trainer.searched)
     assert any(kind in name for name in moved) and any("classifier.modules_to_save" in name for name in moved)
     trainer.save_model()
     fresh = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
@@ -206,12 +227,12 @@ def test_bf16_and_regression_and_streams_and_plain_datasets(tmp_path):
     first = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     trainer.train()
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < first
-    trainer = make(tmp_path, dataset=tiny_dataset(32).to_iterable_dataset(), max_steps=2)
+    trainer = make(tmp_path / "stream", dataset=tiny_dataset(32).to_iterable_dataset(), max_steps=2)
     trainer.train()
-    assert trainer._rows is None and trainer.state.global_step == 2
-    trainer = make(tmp_path, dataset=list(tiny_dataset(32)))
+    assert not (tmp_path / "stream" / "features").exists() and trainer.state.global_step == 2
+    trainer = make(tmp_path / "list", dataset=list(tiny_dataset(32)))
     trainer.train()
-    assert trainer._rows is not None
+    assert (tmp_path / "list" / "features").is_dir()
 
 
 def test_a_loss_of_the_user_runs_the_whole_model(tmp_path):
@@ -228,7 +249,7 @@ def test_a_loss_of_the_user_runs_the_whole_model(tmp_path):
         tiny_model(), args, train_dataset=tiny_dataset(16), processing_class=tiny_tokenizer(), compute_loss_func=loss
     )
     trainer.train()
-    assert len(calls) == trainer.optimizer.optimizer.evaluations and trainer._rows is None
+    assert len(calls) == trainer.optimizer.optimizer.evaluations
 
 
 @pytest.mark.parametrize("search_target", ["head", "all"])
@@ -280,7 +301,7 @@ def test_features_that_are_too_large_are_made_in_each_step(tmp_path, caplog):
     trainer = make(tmp_path, feature_cache_gb=1e-6)
     trainer.train()
     assert "features would take 4.1e-06 GB, more than feature_cache_gb=1e-06: the encoder runs in every" in caplog.text
-    assert trainer._rows is None and not (tmp_path / "features").exists()
+    assert not (tmp_path / "features").exists()
 
 
 def test_the_schedule_drives_the_radius_and_evaluations_are_logged(tmp_path):
@@ -328,7 +349,7 @@ def test_the_memory_plan_counts_no_gradients(tmp_path):
     assert plan.trainable == sum(p.numel() for p in head_parameters(trainer.model).values())
     assert plan.memory["gradients"] == plan.memory["optimizer state"] == plan.memory["activations"] == 0
     assert plan.steps == 8 and not (tmp_path / "features").exists()
-    assert [row.name for row in trained_weights(trainer)] == trainer._searched
+    assert [row.name for row in trained_weights(trainer)] == list(trainer.searched)
 
 
 @pytest.mark.slow

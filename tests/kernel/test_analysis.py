@@ -17,6 +17,7 @@ from hf_ft_ext.kernel.analysis import (
     class_contrast,
     linearization,
     linearization_error,
+    pictures,
     scores_by_seed,
 )
 from hf_ft_ext.kernel.store import write_kernel
@@ -111,6 +112,16 @@ def test_heat_map_of_a_kernel_is_written(tmp_path, capsys):
     assert main(["heatmap", str(other)]) == 2
     assert "needs the train kernel" in capsys.readouterr().err
     assert main(["heatmap", "x.pt"]) == 2
+
+
+def test_picture_of_changes_against_their_expansion_shows_each_logit(tmp_path):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    slope = np.random.default_rng(0).normal(size=(8, 2))
+    pictures.scatter(slope, slope + 0.1, 0.05, tmp_path / "expansion.png")
+    assert pyplot.imread(tmp_path / "expansion.png").std() > 0.05
+    one = tmp_path / "one.png"
+    pictures.scatter(slope[:, :1], slope[:, :1], 0.0, one)
+    assert (pyplot.imread(one) != pyplot.imread(tmp_path / "expansion.png")).any()
 
 
 def test_regularizations_of_kernels_and_their_means(tmp_path):

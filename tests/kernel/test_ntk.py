@@ -143,7 +143,7 @@ def test_a_kernel_with_itself_is_computed_once_per_pair(formula):
 @pytest.mark.parametrize("by_tokens", [True, False])
 @pytest.mark.parametrize("formula", ["sgd", "asymmetric_signgd"])
 def test_linear_layers_by_tokens_and_by_entries(by_tokens, formula, monkeypatch):
-    monkeypatch.setattr(contract, "_tokens_are_cheaper", lambda left, right: by_tokens)
+    monkeypatch.setattr(contract, "tokens_are_cheaper", lambda left, right: by_tokens)
     for model_type in ("albert", "gpt2"):
         model = family(model_type).double()
         expected = empirical_ntk(model, FEW_LEFT, FEW_RIGHT, formula, "jacobian")
@@ -156,7 +156,7 @@ def test_linear_layers_by_tokens_and_by_entries(by_tokens, formula, monkeypatch)
 def test_products_of_all_examples_at_once_as_on_an_accelerator(model_type, formula, max_bytes, monkeypatch):
     """Ragged rows and several scalars, gradients by autograd; with little memory a few examples at a time."""
     model, expected = written_out(model_type, formula)
-    monkeypatch.setattr(contract, "_tokens_are_cheaper", lambda left, right: False)
+    monkeypatch.setattr(contract, "tokens_are_cheaper", lambda left, right: False)
     for module in (contract, packed):
         monkeypatch.setattr(module, "batching_pays", lambda tensor: True)
     computation = KernelComputation(model, KernelOptions(formula, batch_size=4))
@@ -178,8 +178,8 @@ def test_cheaper_contraction_is_chosen():
             contract.PackedLinear(torch.zeros(n * tokens, width_in), torch.zeros(n * tokens, 1, width_out), counts)
         ]
 
-    assert contract._tokens_are_cheaper(side(8, 1, 64, 64), side(8, 1, 64, 64))
-    assert not contract._tokens_are_cheaper(side(8, 60, 64, 64), side(8, 60, 64, 64))
+    assert contract.tokens_are_cheaper(side(8, 1, 64, 64), side(8, 1, 64, 64))
+    assert not contract.tokens_are_cheaper(side(8, 60, 64, 64), side(8, 60, 64, 64))
 
 
 ADAPTERS = {

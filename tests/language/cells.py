@@ -31,10 +31,10 @@ SPSA = {"search_method": "spsa", "search_target": "all", "search_eps": 0.1, "lea
 VARIANTS = {
     "full": ("full", SGD),
     "lora": ("lora", {"lora_r": 2, **SGD}),
-    "sparse": ("sparse", {"sparse_density": 0.05, "sparse_basis_steps": 4, **SPARSE}),
+    "sparse": ("sparse", {"sparse_density": 0.05, "sparse_basis_steps": 2, **SPARSE}),
     "sparse-kind": (
         "sparse",
-        {"sparse_density": 0.05, "sparse_basis_steps": 4, "sparse_basis_scope": "kind", **SPARSE},
+        {"sparse_density": 0.05, "sparse_basis_steps": 2, "sparse_basis_scope": "kind", **SPARSE},
     ),
     "sparse-random": ("sparse", {"sparse_density": 0.05, "sparse_basis": "random", **SPARSE}),
     "sparse-dynamic": (

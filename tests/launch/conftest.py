@@ -1,7 +1,7 @@
 """Small files, and the launcher on them and a tiny model."""
 
 import pytest
-from quick import AT_ONCE, QUICK
+from quick import QUICK, SOLVER_METHODS
 from tiny import text_dataset, write_texts
 
 import run_glue
@@ -22,7 +22,7 @@ def launch(files, tiny_bert_dir):
             [
                 "--method", method, "--model_name_or_path", tiny_bert_dir, *(files if data is None else data),
                 "--max_seq_length", "16", "--use_cpu", "--disable_tqdm", "true", *QUICK.get(method, ()),
-                *(() if method in AT_ONCE else ("--learning_rate", "1e-2")), *argv,
+                *(() if method in SOLVER_METHODS else ("--learning_rate", "1e-2")), *argv,
             ]
         )  # fmt: skip
 

@@ -7,14 +7,10 @@ from pathlib import Path
 
 import torch
 from processes import finished
-from quick import AT_ONCE
 from safetensors.torch import load_file
-
-from hf_ft_ext.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[2]
 KEEPS_WEIGHTS = ("kernel",)  # what it learns is no weight: the saved model is the start
-IN_STEPS = tuple(method for method in METHODS if method not in AT_ONCE)
 
 
 def weights(folder) -> dict[str, torch.Tensor]:

@@ -15,9 +15,9 @@ import torch
 import transformers
 from datasets import Features, Value
 from huggingface_hub.utils import are_progress_bars_disabled
-from launched import IN_STEPS, KEEPS_WEIGHTS, ROOT, python, same, weights
+from launched import KEEPS_WEIGHTS, ROOT, python, same, weights
 from peft import PeftModel
-from quick import AT_ONCE
+from quick import ITERATIVE_METHODS, SOLVER_METHODS
 from tiny import text_dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -41,7 +41,7 @@ FOREIGN = ("`is_gradient_checkpointing` is deprecated", "pandas/io/common.py:136
 def test_train_evaluate_predict_without_a_warning(launch, method, capsys, tiny_bert_dir, tokenizer, recwarn):
     warnings.simplefilter("always")
     steps = ("--do_train", "--do_eval", "--do_predict", "--output_dir", "out")
-    steps += () if method in AT_ONCE else ("--num_train_epochs", "1")
+    steps += () if method in SOLVER_METHODS else ("--num_train_epochs", "1")
     assert launch(*steps, "--hub_token", "secret", method=method) == 0
     said = [f"{warning.filename}:{warning.lineno}: {warning.message}" for warning in recwarn]
     assert not [text for text in said if not any(known in text for known in FOREIGN)]
@@ -55,7 +55,7 @@ def test_train_evaluate_predict_without_a_warning(launch, method, capsys, tiny_b
         assert record[key] > 0, key
     assert record["peak_memory_kind"].startswith("resident set, above the level before training")
     assert record["peak_memory_bytes"] is not None and "secret" not in Path("out/run.json").read_text()
-    assert record["arguments"].get("learning_rate") == (None if method in AT_ONCE else 1e-2)
+    assert record["arguments"].get("learning_rate") == (None if method in SOLVER_METHODS else 1e-2)
 
     printed = capsys.readouterr().out
     for words in ("eval_accuracy", "training seconds", "peak memory", "trainable parameters", "load it:", "out"):
@@ -79,7 +79,7 @@ def test_train_evaluate_predict_without_a_warning(launch, method, capsys, tiny_b
     assert [row[1] for row in rows[1:]] == [str(i) for i in predicted]
 
 
-@pytest.mark.parametrize("method", IN_STEPS)
+@pytest.mark.parametrize("method", ITERATIVE_METHODS)
 def test_resume_equals_unbroken(launch, method):
     options = ("--do_train", "--max_steps", "4", "--save_steps", "2", "--logging_steps", "1")
     assert launch(*options, "--output_dir", "a", method=method) == 0
@@ -193,7 +193,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(launch, method, capsys):
     assert launch("--dry_run", "--output_dir", "out", method=method) == 0
     printed = capsys.readouterr().out
     assert "what trains" in printed and "memory estimate" in printed
-    assert ("steps: 1 of" if method in AT_ONCE else "steps: 12 of 8 examples") in printed
+    assert ("steps: 1 of" if method in SOLVER_METHODS else "steps: 12 of 8 examples") in printed
     assert not os.listdir("out") if os.path.exists("out") else True
 
 

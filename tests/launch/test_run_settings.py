@@ -7,9 +7,9 @@ import datasets
 import pytest
 import torch
 import transformers
-from launched import IN_STEPS, KEEPS_WEIGHTS, ROOT, python, same, weights
+from launched import KEEPS_WEIGHTS, ROOT, python, same, weights
 from processes import Fork, as_rank, free_port, rank_environment, two_ranks, wait_for
-from quick import AT_ONCE, QUICK
+from quick import ITERATIVE_METHODS, QUICK, SOLVER_METHODS
 from tiny import tiny_model
 
 import run_glue
@@ -109,7 +109,7 @@ def test_a_shuffled_stream_goes_on_where_it_stopped(launch):
     assert same("a", "b")
 
 
-@pytest.mark.parametrize("method", IN_STEPS)
+@pytest.mark.parametrize("method", ITERATIVE_METHODS)
 def test_accumulation_equals_the_large_batch(launch, no_dropout, method):
     options = ("--model_name_or_path", no_dropout, "--do_train", "--max_steps", "3", *OPTIMIZER.get(method, SGD))
     assert launch(*options, "--per_device_train_batch_size", "8", "--output_dir", "one", method=method) == 0
@@ -179,7 +179,7 @@ def show_bars() -> None:
 def test_two_processes_give_what_one_gives(launch, files, method, no_dropout, tmp_path):
     options = ["--model_name_or_path", no_dropout, "--do_train", "--do_eval", "--do_predict"]
     sizes = [()] * 2
-    if method not in AT_ONCE:
+    if method not in SOLVER_METHODS:
         options += ["--max_steps", "3", *OPTIMIZER.get(method, SGD)]
         options += ["--streaming"] if method == "lora" else []  # each process reads its part of a stream
         sizes = [("--per_device_train_batch_size", size) for size in ("8", "4")]

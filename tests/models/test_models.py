@@ -9,13 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny import CONFIGS, labels_only, tiny_model, tiny_tokenizer
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, GPT2Config, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, GPT2Config
 
 from hf_ft_ext.arguments import ModelArguments
 from hf_ft_ext.demo import encoder
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.models import load_tokenizer_and_model, model_max_length, seeded_init
-from hf_ft_ext.models.loading import _load_tokenizer, _Source
 
 
 def load(folder, names=("no", "yes"), seed=0, **model_arguments):
@@ -241,12 +240,10 @@ def test_tokenizers_that_do_not_fit(save, tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("error", "said"), [(AttributeError(), "AttributeError"), (OSError("\n no file\nmore"), "no file")]
 )
-def test_a_tokenizer_that_fails_without_a_message_is_an_error_of_the_input(monkeypatch, error, said):
+def test_a_tokenizer_that_fails_without_a_message_is_an_error_of_the_input(monkeypatch, tiny_bert_dir, error, said):
     def fail(*args, **kwargs):
         raise error
 
     monkeypatch.setattr("hf_ft_ext.models.loading.AutoTokenizer.from_pretrained", fail)
-    with pytest.raises(InputError, match=rf"cannot load a tokenizer from 'some' \({said}\); pass a folder"):
-        _load_tokenizer(
-            ModelArguments(model_name_or_path="some"), _Source("some", "main", PreTrainedConfig(), {}, None)
-        )
+    with pytest.raises(InputError, match=rf"cannot load a tokenizer from '.*' \({said}\); pass a folder"):
+        load(tiny_bert_dir)

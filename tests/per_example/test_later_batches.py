@@ -7,6 +7,7 @@ from single_examples import assert_equal, gathered, plain
 from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
+from hf_ft_ext import empirical_ntk
 from hf_ft_ext.per_example.gradients import ExampleGradients
 from hf_ft_ext.per_example.types import dense
 
@@ -142,3 +143,41 @@ def test_a_norm_on_another_axis_is_right():
 
     torch.manual_seed(0)
     assert assert_equal(Model().double(), batch()).uncovered == []
+
+
+class SometimesTied(nn.Module):
+    """Reads its table's weight for outputs too, in rows that hold a 7."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(60, 6), nn.Linear(6, 2)
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.table(input_ids).mean(1)
+        rows = (input_ids == 7).any(1)
+        if rows.any():
+            again = torch.tanh(nn.functional.linear(x, self.table.weight)) @ self.table.weight
+            x = torch.where(rows[:, None], again, x)
+        return SequenceClassifierOutput(logits=self.head(x))
+
+
+@pytest.mark.parametrize("kind", [SecondUse, SometimesTied])
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 3, 0, 1, 2]])
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_kernel_and_sums_of_batches_that_use_a_weight_in_other_ways(kind, order, batch_size):
+    torch.manual_seed(0)
+    model = kind().double()
+    ids = torch.cat([torch.randint(8, 60, (3, 5)), torch.full((2, 5), 7)])
+    ids[4, 1:] = 9
+    ids = ids[order]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    examples = ExampleGradients(model)
+    scalars = plain(model, examples.function, inputs, examples.parameters)
+    flat = [torch.cat([value.flatten(1) for value in scalar.values()], 1) for scalar in scalars]
+    rows = torch.stack(flat, 1)
+    expected = torch.einsum("iap,jbp->iajb", rows, rows)
+    found = empirical_ntk(model, inputs, batch_size=batch_size, block_rows=5)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    for ours, theirs in zip(summed(ExampleGradients(model), inputs), scalars, strict=True):
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value.sum(0), rtol=1e-9, atol=1e-12, msg=name)

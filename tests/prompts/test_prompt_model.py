@@ -54,6 +54,15 @@ def test_logits_are_those_of_the_words_at_the_mask_tied_or_not(family, tmp_path)
     )
 
 
+def test_more_rows_of_the_vocabulary_change_no_logit():
+    model, inputs = prompt_model(), batch()
+    before, rows = model(**inputs).logits, model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(rows + 3)
+    assert model.masked_lm.get_input_embeddings().weight.shape[0] == rows + 3
+    assert model.get_output_embeddings().weight.shape[0] == rows + 3
+    torch.testing.assert_close(model(**inputs).logits, before)
+
+
 def test_a_saved_model_loads_with_its_prompt(tmp_path):
     model = prompt_model()
     model.save_pretrained(tmp_path)

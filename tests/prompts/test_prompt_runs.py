@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModelForSequenceClassification, PeftModel
+from safetensors.torch import load_file
 from tiny import save_masked_lm, text_dataset, tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer, write_texts
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -159,7 +160,8 @@ def test_searching_a_prompt_s_head_takes_cached_features(tmp_path):
     first = trainer.evaluate(data)["eval_loss"]
     trainer.train()
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    assert trainer._rows is not None and trainer._rows.features.shape == (32, 32)
+    (features,) = load_file(next((tmp_path / "features").glob("*.safetensors"))).values()
+    assert features.shape == (32, 32)
     assert moved and all("cls.predictions" in name for name in moved)
     assert trainer.evaluate(data)["eval_loss"] < first
 

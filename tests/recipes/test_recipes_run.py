@@ -8,6 +8,7 @@ import pytest
 import torch
 from offline import write_classifier, write_glue, write_model
 from peft import PeftModel
+from quick import SOLVER_METHODS
 from test_recipes import COMPARISONS, FILES, FOLDER, experiments
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -46,7 +47,6 @@ ALL = {
     if file.stem == "demo" or settings["task_name"] == "demo"
 }
 DEMOS = list({kind_of(settings): address for address, settings in ALL.items()}.values())  # one of each kind
-AT_ONCE = ("linearhead", "kernel")  # no steps to cut
 STEPS = 2
 # What costs more than the rest on so small a model; the values that matter are the recipe's own.
 CUT = {
@@ -93,7 +93,7 @@ def words_of(recipe: str, model: str, glue: str) -> list[str]:
     settings = ALL[recipe]
     words = [recipe, "--model_name_or_path", model, "--use_cpu", "--disable_tqdm", "true", "--output_dir", "out"]
     words += ["--do_train", "--do_eval", "--report_to", "none", "--logging_steps", "1"]
-    words += () if settings["method"] in AT_ONCE else ("--max_steps", str(STEPS))
+    words += () if settings["method"] in SOLVER_METHODS else ("--max_steps", str(STEPS))
     if "num_k" not in settings:
         words += ["--max_train_samples", "64", "--max_eval_samples", "12", "--per_device_train_batch_size", "8"]
     if settings["task_name"] != "demo":
@@ -141,7 +141,7 @@ def test_shortened_recipes_train_evaluate_save_and_load(
     assert record["method"] == method and record["trainable_parameters"] > 0
     assert {"train_loss", "eval_loss"} <= record["metrics"].keys()
     (trainer,) = trainers
-    assert trainer.state.global_step == (1 if method in AT_ONCE else STEPS)
+    assert trainer.state.global_step == (1 if method in SOLVER_METHODS else STEPS)
     if "--do_predict" in words:
         assert len(Path("out/predictions.tsv").read_text().splitlines()) == 1 + 8
     if method == "kernel":  # the model is the start; what was solved predicts, and kernels are found again

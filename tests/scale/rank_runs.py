@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from collectives import counting
+from quick import SOLVER_METHODS
 from safetensors.torch import save_file
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import TrainerCallback
@@ -43,7 +44,6 @@ VARIANTS = {
     "linearhead": ("linearhead", {"feature_cache_gb": 0.0}),
     "kernel": ("kernel", {"kernel_regularization": "1e-2"}),
 }
-AT_ONCE = ("linearhead", "kernel")
 
 
 class Carried(TrainerCallback):
@@ -70,7 +70,7 @@ class Carried(TrainerCallback):
 def make(folder: Path, name: str, world: int):
     """The variant's trainer: `STEPS` steps of eight rows over all processes. Searches compare in double precision."""
     method, options = VARIANTS[name]
-    if method not in AT_ONCE:
+    if method not in SOLVER_METHODS:
         options = {"max_steps": STEPS, "per_device_train_batch_size": 8 // world, **options}
     model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     args = METHODS[method].arguments_class()(

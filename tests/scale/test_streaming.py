@@ -7,7 +7,7 @@ from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.methods import METHODS
 
-IN_STEPS = {
+SETTINGS = {
     "full": {"optim": "sgd", "learning_rate": 0.1},
     "lora": {"optim": "sgd", "learning_rate": 0.1},
     "sparse": {"sparse_basis_steps": 2, "sparse_density": 0.2, "learning_rate": 1e-2},
@@ -17,7 +17,7 @@ IN_STEPS = {
 
 
 def trainer_of(method: str, folder, dataset, **options):
-    if method in IN_STEPS:
+    if method in SETTINGS:
         options["per_device_train_batch_size"] = 4
     args = METHODS[method].arguments_class()(
         str(folder), use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, **options
@@ -29,9 +29,9 @@ def trainer_of(method: str, folder, dataset, **options):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", IN_STEPS)
+@pytest.mark.parametrize("method", SETTINGS)
 def test_a_stream_trains_and_evaluates(tmp_path, method):
-    trainer = trainer_of(method, tmp_path, tiny_dataset(32).to_iterable_dataset(), max_steps=3, **IN_STEPS[method])
+    trainer = trainer_of(method, tmp_path, tiny_dataset(32).to_iterable_dataset(), max_steps=3, **SETTINGS[method])
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     assert trainer.state.global_step == 3
@@ -40,10 +40,10 @@ def test_a_stream_trains_and_evaluates(tmp_path, method):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
-@pytest.mark.parametrize("method", IN_STEPS)
+@pytest.mark.parametrize("method", SETTINGS)
 def test_a_stream_needs_max_steps(tmp_path, method):
     with pytest.raises(ValueError, match="max_steps"):
-        trainer_of(method, tmp_path, tiny_dataset(32).to_iterable_dataset(), **IN_STEPS[method]).train()
+        trainer_of(method, tmp_path, tiny_dataset(32).to_iterable_dataset(), **SETTINGS[method]).train()
 
 
 @pytest.mark.parametrize("method", ["linearhead", "kernel"])

@@ -85,8 +85,8 @@ def check_ragged_bases():
     """The columns are the leading directions of the mean gradients, by one plain backward pass for each batch."""
     rank, plain = int(os.environ["RANK"]), without_dropout()
     adapted = get_peft_model(without_dropout(), SparseGradConfig(task_type="SEQ_CLS", n_params=4))
-    rows_are_cheaper = Sketches._rows_are_cheaper
-    with mock.patch.object(Sketches, "_rows_are_cheaper", autospec=True, side_effect=rows_are_cheaper) as choice:
+    rows_are_cheaper = Sketches.rows_are_cheaper
+    with mock.patch.object(Sketches, "rows_are_cheaper", autospec=True, side_effect=rows_are_cheaper) as choice:
         compute_bases(adapted, [ragged(rank, seed) for seed in range(3)])
     # Four layers, three batches; in the last two layers one token of each row has a gradient, which is few anyway.
     chosen = [rows_are_cheaper(*call.args) for call in choice.call_args_list]

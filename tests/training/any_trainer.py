@@ -1,5 +1,6 @@
 """A quick trainer of any method on a tiny model."""
 
+from quick import SOLVER_METHODS
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 
 from hf_ft_ext.methods import METHODS
@@ -12,8 +13,6 @@ QUICK = {
     "fisher": {"fisher_examples": 4, "fisher_candidates": ["lora", "bottleneck"]},
     "kernel": {"kernel_regularization": "1e-2"},
 }
-AT_ONCE = ("linearhead", "kernel")
-IN_STEPS = tuple(name for name in METHODS if name not in AT_ONCE)
 PLAIN = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "seed": 7}
 LOOP = {"max_steps": 2, "save_strategy": "no", "per_device_train_batch_size": 4}
 
@@ -26,7 +25,7 @@ def classes(name):
 def make(name, args=None, model=None, folder=None, trainer_class=None, **kwargs):
     own, kind = classes(name)
     if args is None:
-        args = own(str(folder), **PLAIN, **({} if name in AT_ONCE else LOOP), **QUICK.get(name, {}))
+        args = own(str(folder), **PLAIN, **({} if name in SOLVER_METHODS else LOOP), **QUICK.get(name, {}))
     kwargs = {"train_dataset": tiny_dataset(16), "eval_dataset": tiny_dataset(8, seed=1), **kwargs}
     if "model_init" not in kwargs:
         kwargs["model"] = tiny_model() if model is None else model

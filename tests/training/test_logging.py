@@ -4,8 +4,9 @@ import math
 import re
 
 import pytest
-from any_trainer import AT_ONCE, PLAIN, QUICK, classes, make
+from any_trainer import PLAIN, QUICK, classes, make
 from blocks import ROOT
+from quick import SOLVER_METHODS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hf_ft_ext.methods import METHODS
@@ -22,7 +23,7 @@ PAGE = {
 @pytest.mark.parametrize("name", METHODS)
 def test_tensorboard_gets_the_curves_of_the_page(tmp_path, monkeypatch, name):
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "logs"))
-    steps = {} if name in AT_ONCE else {"max_steps": 2, "logging_steps": 1}
+    steps = {} if name in SOLVER_METHODS else {"max_steps": 2, "logging_steps": 1}
     options = {**PLAIN, **QUICK.get(name, {}), **steps, "report_to": "tensorboard"}
     trainer = make(name, classes(name)[0](str(tmp_path), **options))
     trainer.train()
@@ -32,7 +33,7 @@ def test_tensorboard_gets_the_curves_of_the_page(tmp_path, monkeypatch, name):
     tags = [tag for tag in events.Tags()["scalars"] if not TIMES.search(tag)]
     found = {tag: [event.value for event in events.Scalars(tag)] for tag in tags}
     assert found.keys() == PAGE[name] | PAGE["all"]
-    if name in AT_ONCE:
+    if name in SOLVER_METHODS:
         logged = {key: value for entry in trainer.state.log_history for key, value in entry.items()}
         assert all(found[tag][-1] == pytest.approx(logged[tag.partition("/")[2]], nan_ok=True) for tag in PAGE[name])
     else:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from any_trainer import AT_ONCE, PLAIN, QUICK, classes, make
+from any_trainer import PLAIN, QUICK, classes, make
+from quick import SOLVER_METHODS
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainingArguments
 
@@ -76,7 +77,7 @@ LOOP_ONLY = {
 
 
 @pytest.mark.parametrize("argument", LOOP_ONLY)
-@pytest.mark.parametrize("name", AT_ONCE)
+@pytest.mark.parametrize("name", SOLVER_METHODS)
 def test_at_once_trainers_refuse_what_steers_a_loop(tmp_path, name, argument):
     value = LOOP_ONLY[argument]
     message = f"{argument}={value} steers a training loop, and method {name} has none"
@@ -89,7 +90,7 @@ def test_at_once_trainers_refuse_what_steers_a_loop(tmp_path, name, argument):
         make(name, late)
 
 
-@pytest.mark.parametrize("name", AT_ONCE)
+@pytest.mark.parametrize("name", SOLVER_METHODS)
 def test_at_once_trainers_take_at_most_the_smaller_batch_size_of_rows(tmp_path, name):
     sizes = []
 
@@ -104,7 +105,7 @@ def test_at_once_trainers_take_at_most_the_smaller_batch_size_of_rows(tmp_path, 
         sizes.clear()
 
 
-@pytest.mark.parametrize("name", AT_ONCE)
+@pytest.mark.parametrize("name", SOLVER_METHODS)
 def test_at_once_trainers_refuse_objects_and_hooks_of_a_loop(tmp_path, name):
     make(name, classes(name)[0](str(tmp_path), **PLAIN, **QUICK[name], save_strategy="no")).train()
     with pytest.raises(InputError, match="found without your compute_loss_func; leave it out"):
@@ -123,7 +124,7 @@ def test_at_once_trainers_refuse_objects_and_hooks_of_a_loop(tmp_path, name):
         make(name, classes(name)[0](str(tmp_path), **PLAIN, **QUICK[name], label_names=["target"]))
 
 
-@pytest.mark.parametrize("name", AT_ONCE)
+@pytest.mark.parametrize("name", SOLVER_METHODS)
 def test_at_once_trainers_refuse_collators_whose_batches_are_not_the_rows(tmp_path, name):
     pad = DataCollatorWithPadding(tiny_tokenizer())
 
@@ -179,7 +180,7 @@ def test_unusable_report_to_is_refused_before_training(tmp_path, name):
         make(name, late)
     with pytest.raises(InputError, match="report_to=wanbd is unknown; did you mean 'wandb'"):
         make(name, own(str(tmp_path), **{**options, "report_to": ["wanbd"]}))
-    if name in AT_ONCE:
+    if name in SOLVER_METHODS:
         return
     with pytest.raises(InputError, match="save_strategy=best saves after the best evaluation, and there is none"):
         make(name, own(str(tmp_path), **options, save_strategy="best", metric_for_best_model="loss"))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from quick import SOLVER_METHODS
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 
 from hf_ft_ext import InputError
@@ -11,12 +12,11 @@ optuna = pytest.importorskip("optuna")
 
 PLAIN = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
 LOOP = {"max_steps": 2, "save_strategy": "no", "per_device_train_batch_size": 4, "lr_scheduler_type": "constant"}
-AT_ONCE = ("linearhead", "kernel")
 
 
 def make(name, folder, **options):
     method = METHODS[name]
-    arguments = method.arguments_class()(str(folder), **PLAIN, **({} if name in AT_ONCE else LOOP), **options)
+    arguments = method.arguments_class()(str(folder), **PLAIN, **({} if name in SOLVER_METHODS else LOOP), **options)
     return method.trainer_class()(
         args=arguments, model_init=lambda: tiny_model(), train_dataset=tiny_dataset(24),
         eval_dataset=tiny_dataset(16, seed=1), processing_class=tiny_tokenizer(),
@@ -132,7 +132,7 @@ def test_rates_of_adapters_follow_the_trial(tmp_path):
     assert not torch.equal(seen[0][1], seen[1][1])
 
 
-@pytest.mark.parametrize("name", AT_ONCE)
+@pytest.mark.parametrize("name", SOLVER_METHODS)
 def test_a_search_over_a_loop_is_refused_where_there_is_none(tmp_path, name):
     message = f"a search over learning_rate would compare equal trials: .* method {name} has none"
     with pytest.raises(InputError, match=message):

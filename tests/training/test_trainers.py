@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, fields
 
 import pytest
 import torch
-from any_trainer import AT_ONCE, IN_STEPS, LOOP, PLAIN, QUICK, classes, make
+from any_trainer import LOOP, PLAIN, QUICK, classes, make
 from datasets import Dataset
 from peft import LoraConfig
+from quick import ITERATIVE_METHODS, SOLVER_METHODS
 from tiny import tiny_model, tiny_tokenizer
 from transformers import (
     LlamaConfig,
@@ -70,7 +71,7 @@ def values_of(args) -> dict:
 @pytest.mark.parametrize("name", METHODS)
 def test_arguments_of_any_class_are_completed(tmp_path, name, kind):
     own, _ = classes(name)
-    args = CLASSES[kind](str(tmp_path), **PLAIN, **({} if name in AT_ONCE else LOOP))
+    args = CLASSES[kind](str(tmp_path), **PLAIN, **({} if name in SOLVER_METHODS else LOOP))
     args.mine = "set after construction"
     for key, value in QUICK.get(name, {}).items():  # settings of the method are such attributes too
         setattr(args, key, value)
@@ -171,7 +172,7 @@ class Counting(Trainer):
         return super()._maybe_log_save_evaluate(*positional, **kwargs)
 
 
-@pytest.mark.parametrize("name", IN_STEPS)
+@pytest.mark.parametrize("name", ITERATIVE_METHODS)
 def test_trainers_compose(tmp_path, name):
     kind = type("Both", (classes(name)[1], Counting), {})
     trainer = make(name, folder=tmp_path, trainer_class=kind, word="mine")

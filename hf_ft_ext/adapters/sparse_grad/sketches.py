@@ -123,7 +123,7 @@ class Sketches:
                 self._pending[name] = self._pending[name] + formed if name in self._pending else formed
                 return
             gradient: _DenseGradient | _FactoredGradient
-            if self._rows_are_cheaper(len(x)):
+            if self.rows_are_cheaper(len(x)):
                 gradient = _FactoredGradient(x.to(dtype), g.to(dtype))
             else:
                 gradient = _DenseGradient((g.T @ x.to(g.dtype)).to(dtype))
@@ -134,7 +134,7 @@ class Sketches:
 
         return observe
 
-    def _rows_are_cheaper(self, tokens: int) -> bool:
+    def rows_are_cheaper(self, tokens: int) -> bool:
         """Whether multiplying all rows by the test matrices costs less than forming `G = g^T x` first."""
         (n_out, width_out), (n_in, width_in) = self.out.omega.shape, self.inp.omega.shape
         rows = _through_other_side(tokens, n_in, width_out) + _through_other_side(tokens, n_out, width_in)

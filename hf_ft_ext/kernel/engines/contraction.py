@@ -107,7 +107,7 @@ class Contraction:
         self, left: Sequence[PackedLinear], right: Sequence[PackedLinear], scales: tuple, out: torch.Tensor
     ) -> None:
         """Add the kernels of a linear layer's weight, by pairs of tokens or by entries of the weight."""
-        if self.formula is Formula.SGD and _tokens_are_cheaper(left, right):
+        if self.formula is Formula.SGD and tokens_are_cheaper(left, right):
             self._by_tokens(left, right, out[0])
             return
         c, size, like = left[0].scalars, left[0].size, left[0].output_gradients
@@ -223,7 +223,7 @@ class _Tokens:
         return torch.arange(self.n, device=device).repeat_interleave(torch.tensor(self.counts, device=device))
 
 
-def _tokens_are_cheaper(left: Sequence[PackedLinear], right: Sequence[PackedLinear]) -> bool:
+def tokens_are_cheaper(left: Sequence[PackedLinear], right: Sequence[PackedLinear]) -> bool:
     """Whether summing over pairs of tokens costs less than computing full gradients and multiplying them."""
     c, size = left[0].scalars, left[0].size
     width_in, width_out = left[0].activations.shape[1], left[0].output_gradients.shape[2]

@@ -1,5 +1,6 @@
 """`run.json`: the settings, metrics and costs of a run. Reports are built from this file alone."""
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -29,13 +30,17 @@ def artefact_bytes(folder: str | os.PathLike) -> int:
 
 def library_versions() -> dict[str, str]:
     """Versions of Python and of the libraries that a result depends on."""
-    versions = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from a checkout that was never installed
-            continue
-    return versions
+    found = {name: _version(name) for name in _LIBRARIES}
+    return {"python": platform.python_version()} | {name: version for name, version in found.items() if version}
+
+
+@functools.cache  # reading it parses the metadata of the package
+def _version(name: str) -> str | None:
+    """The installed version of a package; `None` if it runs from a checkout that was never installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def recorded_method(folder: str | os.PathLike) -> str | None:

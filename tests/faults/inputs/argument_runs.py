@@ -8,7 +8,8 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-from workload import AT_ONCE, Workload
+from quick import SOLVER_METHODS
+from workload import Workload
 
 import run_glue
 from hf_ft_ext.training.runs.resources import ResourceMonitor
@@ -27,7 +28,7 @@ def check_run(method: str, root: Path, words: list[str]) -> int:
     Raises:
         NotClean, or what a library raised.
     """
-    steps = () if method in AT_ONCE else ("--max_steps", "1", "--save_strategy", "no")
+    steps = () if method in SOLVER_METHODS else ("--max_steps", "1", "--save_strategy", "no")
     few = ("--max_train_samples", "24") if not any("num_k" in word for word in words) else ()
     argv = [*Workload(method, root).argv, *steps, *few, *words]
     stepped = []

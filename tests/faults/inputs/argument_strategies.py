@@ -5,10 +5,10 @@ import typing
 
 from hypothesis import strategies as st
 from transformers import TrainingArguments
-from workload import METHODS
 
 from hf_ft_ext.arguments import DataArguments, FewShotArguments, RunArguments
 from hf_ft_ext.launch.parsing import Parser
+from hf_ft_ext.methods import METHODS
 
 _TEXTS = ("", "nonsense", "none", "auto", "all", "head", "0", "-1", "a b", "{}", "[]", "{'a': 1}", '{"r": -1}',
           '{"lora": {"r": 0}}', "{", ".*", "(", "dense", "1x1", "0x0", "2x2", "./nowhere", "\u00e9\u2603")  # fmt: skip

@@ -4,7 +4,8 @@ import os
 
 import pytest
 from argument_runs import check_run
-from workload import METHODS
+
+from hf_ft_ext.methods import METHODS
 
 EXAMPLES = int(os.environ.get("ARGUMENT_EXAMPLES", "4"))  # of each method; `make faults` tries more
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from bad_files import write_bad_files
-from workload import AT_ONCE, Workload
+from quick import SOLVER_METHODS
+from workload import Workload
 
 import run_glue
 from hf_ft_ext.training.runs.resources import ResourceMonitor
@@ -35,7 +36,7 @@ def test_one_line_before_training(words, message, folder, fault_root, monkeypatc
     monkeypatch.chdir(folder)
     monkeypatch.setattr(ResourceMonitor, "on_step_end", lambda *_, **__: pytest.fail("a step was trained"))
     method, *words = shlex.split(words)
-    base = [*Workload(method, fault_root).argv, *(() if method in AT_ONCE else ("--max_steps", "1"))]
+    base = [*Workload(method, fault_root).argv, *(() if method in SOLVER_METHODS else ("--max_steps", "1"))]
     if any("adapter_plan" in word for word in words):  # it settles what these are about
         start = base.index("--fisher_examples")
         del base[start : start + 4]
