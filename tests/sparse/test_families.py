@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 from sparse_trainer import INPUTS, make, weights
-from tiny import tiny_dataset, tiny_tokenizer
+from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, DataCollatorWithPadding
 from transformers.pytorch_utils import Conv1D
@@ -133,3 +133,18 @@ def test_causal_language_model_in_user_code(tmp_path):
     trainer.save_model()
     loaded = PeftModel.from_pretrained(build("llama", AutoModelForCausalLM)[0], tmp_path).eval()
     torch.testing.assert_close(loaded(**inputs("llama")).logits, trainer.model.eval()(**inputs("llama")).logits)
+
+
+@pytest.mark.parametrize("basis", ["hosvd", "random"])
+def test_a_layer_that_is_read_but_never_called_is_named(tmp_path, basis, caplog):
+    model = tiny_model("bert")
+    first = model.bert.encoder.layer[0].intermediate
+    first.forward = lambda x: torch.nn.functional.gelu(
+        torch.nn.functional.linear(x, first.dense.weight, first.dense.bias)
+    )
+    options = {"sparse_basis": basis, "sparse_target_modules": r"layer\.\d\.(intermediate|output)\.dense"}
+    make(tmp_path, model, adapter=True, sparse_support="structured", **options).train()
+    assert "No gradient reached 1 of 4 adapted layers in training (bert.encoder.layer.0.interm" in caplog.text
+    caplog.clear()
+    make(tmp_path, adapter=True, sparse_support="structured", **options).train()
+    assert "No gradient" not in caplog.text
