@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    ModulesToSaveWrapper,
 )
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
@@ -88,6 +89,48 @@ def trained_in_full(model: PreTrainedModel) -> list[str]:
     return names
 
 
+def check_heads(model: nn.Module, names: list[str]) -> None:
+    """Refuse heads whose name peft would also find in the layers, as it compares the ends of names.
+
+    A head called `output` would stand for the `output` of every layer of BERT: all of them would train in full, and
+    get no adapters.
+
+    Raises:
+        InputError: there is such a head.
+    """
+    for name, others in _alike(model, names).items():
+        with_linear = [o for o in others if any(isinstance(m, nn.Linear) for m in model.get_submodule(o).modules())]
+        if len(with_linear) > 1:
+            raise InputError(
+                f"the head {name!r} of {type(model).__name__} cannot be trained beside adapters: peft finds modules "
+                f"by the ends of their names, and {with_linear[0]} has the same; rename the head, to head for example"
+            )
+
+
+def freeze_others(wrapped: PeftModel, names: list[str]) -> PeftModel:
+    """Freeze the modules that peft wrapped because their names end as those of the heads `names` do; return the model.
+
+    They are saved with the adapter, unchanged.
+    """
+    base = wrapped.get_base_model()
+    for path, module in base.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and path not in names and _ends_alike(path, names):
+            module.requires_grad_(False)
+    return wrapped
+
+
+def _alike(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
+    """For each of the heads `names`, the modules outside of all heads whose names end in its name."""
+    heads = tuple(f"{name}." for name in names)
+    outside = [name for name, _ in model.named_modules() if not f"{name}.".startswith(heads)]
+    return {name: [other for other in outside if other.endswith(name)] for name in names}
+
+
+def _ends_alike(path: str, names: list[str]) -> bool:
+    inside = any(path.startswith(f"{name}.") for name in names)
+    return not inside and any(path.endswith(name) for name in names)
+
+
 def _untrained_modules(model: PreTrainedModel, saved: list[str]) -> list[str]:
     """Modules that were loaded untrained and are not part of a module in `saved`."""
     fresh = getattr(model, "fresh_parameters", ())
@@ -142,6 +185,8 @@ def wrap_with_peft(
         )
     heads = list(dict.fromkeys(trained_in_full(model)))
     asked = settings.get("modules_to_save")
+    if asked is None:
+        check_heads(model, heads)
     saved_too = [] if asked is None else _untrained_modules(model, [*asked, *_SAVED_BY_PEFT])
     settings["modules_to_save"] = (heads or None) if asked is None else [*asked, *saved_too]
     method = known[kind.lower()]
@@ -163,7 +208,7 @@ def wrap_with_peft(
     for name, parameter in wrapped.named_parameters():
         if any(f".{module}.modules_to_save." in name for module in saved_too):
             parameter.requires_grad_(False)
-    return wrapped
+    return freeze_others(wrapped, heads) if asked is None else wrapped
 
 
 def _sizes_known_to_peft(model: PreTrainedModel) -> bool:
