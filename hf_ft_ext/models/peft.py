@@ -1,5 +1,6 @@
 """Wrapping a model with a peft method: modules that train in full, and settings that peft cannot infer."""
 
+import inspect
 import re
 from dataclasses import fields
 from typing import Any
@@ -29,6 +30,8 @@ from hf_ft_ext.training.weights.precision import train_in_float32
 
 PREFIX_TUNING = "prefix_tuning"
 _SAVED_BY_PEFT = ("classifier", "score")  # regardless of `modules_to_save`
+_PASSED_BY_PEFT = {"inputs_embeds", "output_attentions", "output_hidden_states", "return_dict"}
+_PARTS_OF_ADAPTERS = ("lora_dropout", "lora_A", "lora_B", "base_layer")
 _INIT_FROM_ACTIVATIONS = "init_from_activations"  # our own setting, not part of peft's configuration
 _TASKS = (
     ("ForSequenceClassification", TaskType.SEQ_CLS),
@@ -44,8 +47,13 @@ _LANGUAGE_MODELS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 def task_type_of(model: nn.Module) -> TaskType | None:
     """peft's task type of a transformers model, by the end of its class's name; `None` for others.
 
-    A subclass of a transformers class has the type of that class.
+    A subclass of a transformers class has the type of that class. A model whose forward does not take what peft's
+    class for the type passes on has none.
     """
+    parameters = inspect.signature(model.forward).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds and not parameters.keys() >= _PASSED_BY_PEFT:
+        return None
     for kind in type(model).__mro__:
         for ending, task in _TASKS:
             if kind.__name__.endswith(ending):
@@ -100,6 +108,7 @@ def check_heads(model: nn.Module, names: list[str]) -> None:
     """
     for name, others in _alike(model, names).items():
         with_linear = [o for o in others if any(isinstance(m, nn.Linear) for m in model.get_submodule(o).modules())]
+        with_linear += [part for part in _PARTS_OF_ADAPTERS if part.endswith(name)] * 2
         if len(with_linear) > 1:
             raise InputError(
                 f"the head {name!r} of {type(model).__name__} cannot be trained beside adapters: peft finds modules "
