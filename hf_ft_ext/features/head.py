@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.per_example.outputs import logits_of
 from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.structure.heads import encoder_path, names_in_head
 
@@ -49,8 +51,8 @@ class HeadReader:
             return None
         with torch.no_grad(), evaluating(model):
             try:
-                expected = model(**batch).logits
-            except (AttributeError, TypeError):
+                expected = logits_of(model(**batch))
+            except (AttributeError, TypeError, InputError):
                 return None
             for read in (_first_token, _last_token, _mean_token):
                 reader = cls(model, read)
@@ -105,7 +107,7 @@ class HeadReader:
         base, modules[self.prefix] = modules[self.prefix], self.feature_model
         try:
             ids = torch.zeros(1, 1, dtype=torch.long, device=features.device).expand(n, 1)
-            return self.model(input_ids=ids, attention_mask=ids + 1).logits
+            return logits_of(self.model(input_ids=ids, attention_mask=ids + 1))
         finally:
             modules[self.prefix] = base
 

@@ -17,6 +17,7 @@ from hf_ft_ext.features.head import HeadReader
 from hf_ft_ext.features.linear_fit import LinearFit, fit_classes, fit_labels, fit_probability, fit_regression
 from hf_ft_ext.features.rows import inputs_of, labels_of, read_in_order, sample_rows
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
+from hf_ft_ext.per_example.outputs import logits_of
 from hf_ft_ext.per_example.state import batch_size, evaluating
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.structure.heads import encoder_path
@@ -150,7 +151,7 @@ def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[s
     handles = [module.register_forward_hook(lambda m, args, out: last.append((m, out))) for module in outside]
     try:
         with torch.no_grad(), evaluating(model):
-            logits = model(**batch).logits
+            logits = logits_of(model(**batch))
     finally:
         for handle in handles:
             handle.remove()
@@ -200,7 +201,7 @@ def _inputs(
     if x.ndim == 3 and x.shape[1] > 1 and mask is not None:
         mean = _mean(x, mask)
         with torch.no_grad():
-            if _same(layer(mean), getattr(output, "logits", output)):
+            if _same(layer(mean), logits_of(output)):
                 x = mean
     if x.ndim == 3 and x.shape[1] == 1:
         x = x[:, 0]

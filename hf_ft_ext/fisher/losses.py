@@ -12,6 +12,7 @@ from torch import nn
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.label_tokens import IGNORED, label_tokens, predicts_next_tokens, zero_without_tokens
 from hf_ft_ext.moved import former_classes
+from hf_ft_ext.per_example.outputs import logits_of, loss_of
 
 LABELS = TRUE, EXPECTED = ("true", "expected")
 REGRESSION, SINGLE_LABEL, MULTI_LABEL = ("regression", "single_label_classification", "multi_label_classification")
@@ -138,15 +139,16 @@ def own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss | None
         return None if _has_usual_loss(model, one) else _by_model()
     with torch.no_grad():
         output = model(**one)
-        if getattr(output, "loss", None) is None:
+        own = loss_of(output)
+        if own is None:
             raise InputError(
                 f"{type(base_model(model)).__name__} returns no loss, so its loss per example is not known; pass "
                 "loss, a function of the model's output and the batch that returns one value per example"
             )
-        logits, labels = getattr(output, "logits", None), one.get("labels")
+        logits, labels = _logits_if_any(output), one.get("labels")
         for form in _candidate_losses(logits, labels):
-            if _same(form(logits, labels), output.loss):
-                return lambda output, batch, form=form: form(output.logits, batch["labels"])
+            if _same(form(logits, labels), own):
+                return lambda output, batch, form=form: form(logits_of(output), batch["labels"])
     return _by_model()
 
 
@@ -157,9 +159,8 @@ def _has_usual_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> bool
     with torch.no_grad():
         output = model(**batch)
     config.problem_type = before  # transformers stores what it infers from the labels
-    if getattr(output, "loss", None) is None:
-        return True
-    return _same(losses_of_logits(output.logits, batch["labels"], problem), output.loss)
+    own = loss_of(output)
+    return own is None or _same(losses_of_logits(logits_of(output), batch["labels"], problem), own)
 
 
 def _same(found: torch.Tensor, own: torch.Tensor) -> bool:
@@ -168,7 +169,7 @@ def _same(found: torch.Tensor, own: torch.Tensor) -> bool:
 
 
 def _by_model() -> ModelLoss:
-    return ModelLoss(lambda model, batch: model(**batch).loss)
+    return ModelLoss(lambda model, batch: loss_of(model(**batch)))
 
 
 def _first_with_label(batch: Mapping[str, Any], shifted: bool) -> dict[str, Any]:
@@ -180,6 +181,13 @@ def _first_with_label(batch: Mapping[str, Any], shifted: bool) -> dict[str, Any]
     )
     first = next(ones)
     return next((one for one in itertools.chain([first], ones) if label_tokens(one, shifted) != 0), first)
+
+
+def _logits_if_any(output: Any) -> torch.Tensor | None:
+    try:
+        return logits_of(output)
+    except InputError:
+        return None
 
 
 def _candidate_losses(logits: Any, labels: Any) -> tuple[Callable, ...]:
@@ -221,7 +229,7 @@ class FisherScalars:
         if self.loss is not None:
             return self.loss(model(**batch), dict(batch))[:, None]
         # Called without labels: the model would compute its own loss, averaged over the batch.
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        logits = logits_of(model(**{key: value for key, value in batch.items() if key != "labels"}))
         if self.labels == TRUE:
             return losses_of_logits(logits, batch["labels"], self.problem_type)[:, None]
         return self._expected(logits)

@@ -46,6 +46,11 @@ class LinearHeadTrainer(SolverTrainer):
     def prepare_model(self, model: nn.Module) -> nn.Module:
         if isinstance(model, PeftModel):
             raise InputError("the model carries PEFT adapters; pass the base model, or merge the adapters first")
+        if not hasattr(getattr(model, "config", None), "num_labels"):
+            raise InputError(
+                f"{type(model).__name__} has no configuration that says how many labels it has (config.num_labels, "
+                "config.id2label); use a transformers model"
+            )
         declare_mean_loss(model)
         self.fitted = None
         return model

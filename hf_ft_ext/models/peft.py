@@ -1,5 +1,6 @@
 """Wrapping a model with a peft method: modules that train in full, and settings that peft cannot infer."""
 
+import inspect
 import re
 from dataclasses import fields
 from typing import Any
@@ -11,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING,
     TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING,
+    ModulesToSaveWrapper,
 )
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
@@ -28,6 +30,8 @@ from hf_ft_ext.training.weights.precision import train_in_float32
 
 PREFIX_TUNING = "prefix_tuning"
 _SAVED_BY_PEFT = ("classifier", "score")  # regardless of `modules_to_save`
+_PASSED_BY_PEFT = {"inputs_embeds", "output_attentions", "output_hidden_states", "return_dict"}
+_PARTS_OF_ADAPTERS = ("lora_dropout", "lora_A", "lora_B", "base_layer")
 _INIT_FROM_ACTIVATIONS = "init_from_activations"  # our own setting, not part of peft's configuration
 _TASKS = (
     ("ForSequenceClassification", TaskType.SEQ_CLS),
@@ -43,8 +47,13 @@ _LANGUAGE_MODELS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 def task_type_of(model: nn.Module) -> TaskType | None:
     """peft's task type of a transformers model, by the end of its class's name; `None` for others.
 
-    A subclass of a transformers class has the type of that class.
+    A subclass of a transformers class has the type of that class. A model whose forward does not take what peft's
+    class for the type passes on has none.
     """
+    parameters = inspect.signature(model.forward).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds and not parameters.keys() >= _PASSED_BY_PEFT:
+        return None
     for kind in type(model).__mro__:
         for ending, task in _TASKS:
             if kind.__name__.endswith(ending):
@@ -86,6 +95,49 @@ def trained_in_full(model: PreTrainedModel) -> list[str]:
         if owner and not any(owner == name or owner.startswith(f"{name}.") for name in names):
             names.append(owner)
     return names
+
+
+def check_heads(model: nn.Module, names: list[str]) -> None:
+    """Refuse heads whose name peft would also find in the layers, as it compares the ends of names.
+
+    A head called `output` would stand for the `output` of every layer of BERT: all of them would train in full, and
+    get no adapters.
+
+    Raises:
+        InputError: there is such a head.
+    """
+    for name, others in _alike(model, names).items():
+        with_linear = [o for o in others if any(isinstance(m, nn.Linear) for m in model.get_submodule(o).modules())]
+        with_linear += [part for part in _PARTS_OF_ADAPTERS if part.endswith(name)] * 2
+        if len(with_linear) > 1:
+            raise InputError(
+                f"the head {name!r} of {type(model).__name__} cannot be trained beside adapters: peft finds modules "
+                f"by the ends of their names, and {with_linear[0]} has the same; rename the head, to head for example"
+            )
+
+
+def freeze_others(wrapped: PeftModel, names: list[str]) -> PeftModel:
+    """Freeze the modules that peft wrapped because their names end as those of the heads `names` do; return the model.
+
+    They are saved with the adapter, unchanged.
+    """
+    base = wrapped.get_base_model()
+    for path, module in base.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and path not in names and _ends_alike(path, names):
+            module.requires_grad_(False)
+    return wrapped
+
+
+def _alike(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
+    """For each of the heads `names`, the modules outside of all heads whose names end in its name."""
+    heads = tuple(f"{name}." for name in names)
+    outside = [name for name, _ in model.named_modules() if not f"{name}.".startswith(heads)]
+    return {name: [other for other in outside if other.endswith(name)] for name in names}
+
+
+def _ends_alike(path: str, names: list[str]) -> bool:
+    inside = any(path.startswith(f"{name}.") for name in names)
+    return not inside and any(path.endswith(name) for name in names)
 
 
 def _untrained_modules(model: PreTrainedModel, saved: list[str]) -> list[str]:
@@ -142,6 +194,8 @@ def wrap_with_peft(
         )
     heads = list(dict.fromkeys(trained_in_full(model)))
     asked = settings.get("modules_to_save")
+    if asked is None:
+        check_heads(model, heads)
     saved_too = [] if asked is None else _untrained_modules(model, [*asked, *_SAVED_BY_PEFT])
     settings["modules_to_save"] = (heads or None) if asked is None else [*asked, *saved_too]
     method = known[kind.lower()]
@@ -163,7 +217,7 @@ def wrap_with_peft(
     for name, parameter in wrapped.named_parameters():
         if any(f".{module}.modules_to_save." in name for module in saved_too):
             parameter.requires_grad_(False)
-    return wrapped
+    return freeze_others(wrapped, heads) if asked is None else wrapped
 
 
 def _sizes_known_to_peft(model: PreTrainedModel) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.per_example.capture import Capture, Function, HookedModule, Receiver
+from hf_ft_ext.per_example.outputs import logits_of
 from hf_ft_ext.per_example.state import (
     Batch,
     batch_in,
@@ -275,7 +276,7 @@ def _with_offset(receive: Receiver, start: int, done: Collection[tuple[str, int]
 
 def logits(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Return the logits of `model(**batch)`, called without labels: `[n, classes]`."""
-    return model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+    return logits_of(model(**{key: value for key, value in batch.items() if key != "labels"}))
 
 
 def trimmed(batch: Batch) -> dict[str, torch.Tensor]:

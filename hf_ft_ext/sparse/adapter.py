@@ -17,7 +17,7 @@ from hf_ft_ext.adapters.sparse_grad.targets import can_be_adapted
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.label_tokens import predicts_next_tokens, zero_without_tokens
 from hf_ft_ext.models import seeded_init
-from hf_ft_ext.models.peft import carries_adapters, task_type_of, trained_in_full
+from hf_ft_ext.models.peft import carries_adapters, check_heads, freeze_others, task_type_of, trained_in_full
 from hf_ft_ext.sparse.arguments import HOSVD, NOTHING, RANDOM, SVD, SparseTrainingArguments
 from hf_ft_ext.sparse.prepass import own_steps
 from hf_ft_ext.sparse.targets import find_targets
@@ -48,6 +48,8 @@ def add_sparse_grad(model: PreTrainedModel, args: SparseTrainingArguments) -> Pe
     if args.sparse_target_modules is not None:
         found = find_targets(model, args.sparse_target_modules, can_be_adapted)
         targets = within_layers(model, [plain_name(name) for name in found])
+    heads = trained_in_full(model)
+    check_heads(model, heads)
     config = SparseGradConfig(
         task_type=task_type_of(model),
         density=args.sparse_density,
@@ -56,10 +58,10 @@ def add_sparse_grad(model: PreTrainedModel, args: SparseTrainingArguments) -> Pe
         scope=PER_KIND if args.basis_scope == PER_KIND else PER_LAYER,
         seed=args.seed,
         target_modules=targets,
-        modules_to_save=trained_in_full(model) or None,
+        modules_to_save=heads or None,
     )
     with seeded_init(args.seed):
-        wrapped = train_in_float32(get_peft_model(model, config))
+        wrapped = freeze_others(train_in_float32(get_peft_model(model, config)), heads)
     if args.train_rest == NOTHING:
         for name, parameter in wrapped.named_parameters():
             if ".modules_to_save." in name:

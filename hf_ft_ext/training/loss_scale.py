@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_ft_ext.per_example.outputs import loss_of
 from hf_ft_ext.per_example.state import evaluating
 
 _MEAN_LOSS = "ForSequenceClassification"
@@ -34,11 +35,7 @@ def ignores_count(model: nn.Module, inputs: Mapping[str, Any], count: torch.Tens
         `None` if the loss does not tell: there is none, it is 0, or not finite.
     """
     with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=[]):
-        once, twice = (_loss_of(model(**inputs, num_items_in_batch=n)) for n in (count, 2 * count))
+        once, twice = (loss_of(model(**inputs, num_items_in_batch=n)) for n in (count, 2 * count))
     if once is None or not once.isfinite().all() or not once.any():
         return None
     return torch.equal(once, twice)
-
-
-def _loss_of(outputs: Any) -> torch.Tensor | None:
-    return outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]

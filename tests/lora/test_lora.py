@@ -8,16 +8,27 @@ import transformers
 from classifiers import classifier_rows, tiny_classifier
 from datasets import Dataset
 from peft import LoraModel, PeftModel, PeftModelForCausalLM
-from tiny import tiny_dataset, tiny_model
+from tiny import CONFIGS, tiny_dataset, tiny_model
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertModel,
+    BertPreTrainedModel,
     DataCollatorWithPadding,
     TrainingArguments,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_ft_ext import FullTrainer, FullTrainingArguments
+from hf_ft_ext import (
+    FisherTrainer,
+    FisherTrainingArguments,
+    FullTrainer,
+    FullTrainingArguments,
+    SparseTrainer,
+    SparseTrainingArguments,
+)
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.lora.arguments import LoraTrainingArguments
 from hf_ft_ext.lora.trainer import LoraTrainer, add_lora
@@ -215,6 +226,55 @@ def test_heads_outside_and_inside_of_what_the_prefix_names(tmp_path, kind, head,
     trained = {name for name, p in wrapped.named_parameters() if p.requires_grad and "lora_" not in name}
     parts = {name.partition(".modules_to_save.")[0].removeprefix("base_model.model.") for name in trained}
     assert parts == head
+
+
+def with_head(first, last):
+    """A user's classifier on BERT, with a head of a norm and a linear layer of these names."""
+
+    class Own(BertPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.bert = BertModel(config, add_pooling_layer=False)
+            self.add_module(first, nn.LayerNorm(config.hidden_size))
+            self.add_module(last, nn.Linear(config.hidden_size, 2))
+            self.post_init()
+
+        def forward(self, input_ids=None, attention_mask=None, labels=None):
+            hidden = self.bert(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
+            logits = self.get_submodule(last)(self.get_submodule(first)(hidden))
+            loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+            return SequenceClassifierOutput(loss=loss, logits=logits)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Own(AutoConfig.for_model("bert", **CONFIGS["bert"]))
+
+
+@pytest.mark.parametrize("method", ["lora", "sparse", "fisher"])
+def test_heads_that_are_named_like_parts_of_layers(tmp_path, tokenizer, method):
+    """peft finds modules by the ends of their names; the layers' own are not to train."""
+    kind, arguments_class = {
+        "lora": (LoraTrainer, LoraTrainingArguments),
+        "sparse": (SparseTrainer, SparseTrainingArguments),
+        "fisher": (FisherTrainer, FisherTrainingArguments),
+    }[method]
+    more = {"fisher": {"fisher_mode": "single", "fisher_candidates": ["lora"]}, "sparse": {"sparse_basis_steps": 1}}
+    settings = {"max_steps": 2, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
+    args = arguments_class(str(tmp_path), **settings, **more.get(method, {}))
+
+    def made(*names):
+        collate = DataCollatorWithPadding(tokenizer)
+        return kind(with_head(*names), args, train_dataset=tiny_dataset(), data_collator=collate)
+
+    with pytest.raises(InputError, match=r"the head 'output' of Own .* bert\.encoder\..*output has the same; rename"):
+        made("norm", "output").train()
+    run = made("LayerNorm", "head")
+    run.train()
+    run.save_model()
+    saved = {n for n, p in run.model.named_parameters() if p.requires_grad and ".modules_to_save." in n}
+    parts = (f"{name}.modules_to_save.default.{p}" for name in ("LayerNorm", "head") for p in ("weight", "bias"))
+    assert saved == {f"base_model.model.{part}" for part in parts}
+    assert torch.equal(logits(PeftModel.from_pretrained(with_head("LayerNorm", "head"), tmp_path)), logits(run.model))
 
 
 def test_a_table_that_names_no_module_counts_for_nothing(tmp_path, monkeypatch):

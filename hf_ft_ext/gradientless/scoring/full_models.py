@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from hf_ft_ext.gradientless.scoring.objectives import Objective, classification_loss
 from hf_ft_ext.label_tokens import IGNORED, label_count
+from hf_ft_ext.per_example.outputs import logits_of, loss_of
 from hf_ft_ext.per_example.state import evaluating
 
 Batch = Mapping[str, torch.Tensor]
@@ -45,10 +46,10 @@ def objective_of_logits(model: nn.Module, objective: Objective, batches: Sequenc
     inputs = [{key: value for key, value in batch.items() if key not in _LABELS} for batch in batches]
 
     def value() -> torch.Tensor:
-        return torch.as_tensor(objective(_joined([model(**batch).logits for batch in inputs], 0), labels))
+        return torch.as_tensor(objective(_joined([logits_of(model(**batch)) for batch in inputs], 0), labels))
 
     def repeated(n: int) -> torch.Tensor:
-        parts = [model(**repeat(batch, n)).logits for batch in inputs]
+        parts = [logits_of(model(**repeat(batch, n))) for batch in inputs]
         logits = _joined([part.view(n, -1, *part.shape[1:]) for part in parts], 1)
         return torch.stack([torch.as_tensor(objective(one, labels)) for one in logits])
 
@@ -65,11 +66,12 @@ def has_usual_loss(model: nn.Module, batch: Batch) -> bool:
     with torch.no_grad(), evaluating(model):
         output = model(**batch)
     inner.config.problem_type = problem  # transformers stores what it infers from the labels
-    if getattr(output, "loss", None) is None:
+    loss, logits = loss_of(output), logits_of(output)
+    if loss is None:
         return True
-    usual = classification_loss(output.logits, batch["labels"], problem)
-    rtol = 1e-4 if output.logits.dtype.itemsize > 2 else 3e-2
-    return torch.allclose(usual.double(), output.loss.double(), rtol=rtol, atol=1e-6)
+    usual = classification_loss(logits, batch["labels"], problem)
+    rtol = 1e-4 if logits.dtype.itemsize > 2 else 3e-2
+    return torch.allclose(usual.double(), loss.double(), rtol=rtol, atol=1e-6)
 
 
 def model_loss(

@@ -118,6 +118,11 @@ class KernelTrainer(SolvedKernelTrainer):
         if args.kernel_peft is not None:
             model = wrap_with_peft(model, args.kernel_peft, args.kernel_peft_config, args.seed, "kernel_peft")
         config = getattr(model, "config", None)
+        if self.function is None and not hasattr(config, "num_labels"):
+            raise InputError(
+                f"{type(model).__name__} has no configuration that says how many labels it has (config.num_labels, "
+                "config.id2label); use a transformers model, or pass function"
+            )
         problem, classes = getattr(config, "problem_type", None), getattr(config, "num_labels", 1)
         one_number = problem == REGRESSION or (classes == 1 and problem != MULTI_LABEL)
         self.regression = self.function is not None or one_number

@@ -65,7 +65,7 @@ class KernelSource:
             if known is not None and known[0] is dataset:
                 return known[1]
         data, collate = data_and_collator(self.trainer, dataset)
-        pad = getattr(self.trainer.model.config, "pad_token_id", 0)
+        pad = getattr(getattr(self.trainer.model, "config", None), "pad_token_id", 0)
         rows = ExampleRows(batches_in_order(data, collate, self.args.rows_per_pass), pad)
         if dataset is self.trainer.train_dataset:
             self._training_rows = (dataset, rows)
