@@ -174,6 +174,37 @@ def test_losses_of_text_are_means_over_the_tokens_that_the_model_s_own_logits_pr
     assert next(entry["loss"] for entry in log if "loss" in entry) == pytest.approx(total / count, abs=2e-3)
 
 
+@torch.no_grad()
+def test_experts_whose_number_trl_does_not_find_train_with_their_own_balance(tmp_path):
+    tokenizer = subword_tokenizer("byte-level")
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64,
+        "router_aux_loss_coef": 0.5, **_IDS,
+    }  # fmt: skip
+    config = AutoConfig.for_model("granitemoe", vocab_size=len(tokenizer), **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"text": TEXTS[0]}))
+    with torch.enable_grad():
+        assert launch(
+            tmp_path, "--method", "full", "--max_steps", "1", "--learning_rate", "0", "--warmup_steps", "0",
+            "--lr_scheduler_type", "constant", "--logging_steps", "1", task="causal_lm",
+            steps=("--do_train", "--do_eval"),
+        ) == 0  # fmt: skip
+    ids = tokenizer(TEXTS[0] + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+    outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_router_logits=True, use_cache=False)
+    loss = float(functional.cross_entropy(outputs.logits[0, :-1].double(), ids[0, 1:]))
+    metrics = json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    trained = next(entry["loss"] for entry in log if "loss" in entry)
+    assert trained == pytest.approx(loss + 0.5 * float(outputs.aux_loss), abs=1e-3)
+
+
 # --- runs that only predict, and evaluations after a pre-pass ------------------------------------------------------
 
 
