@@ -77,6 +77,10 @@ class MethodTrainer(Trainer):
             model = self.prepare_model(model)
         with quantized_base(model):
             super().__init__(model, args, *positional, **kwargs)
+        if predicts_next_tokens(self.model):
+            # transformers goes by `model.loss_type`, which GPT-2, CTRL and others (`...LMHeadModel`) do not have, and
+            # would divide their loss by a count that includes the first token of each row.
+            self._loss_shifts_labels = True
         self._check_optimizers(self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs)
         self.apply_arguments()
 

@@ -243,6 +243,17 @@ def test_what_an_adapter_cannot_do_is_refused(trained, folder, tmp_path, refused
             **own, test_file=data["test_file"])  # fmt: skip
 
 
+@pytest.mark.parametrize("target", ["all", "lora_B|query.base_layer"])
+def test_a_search_of_weights_that_the_adapter_does_not_save_is_refused(folder, tmp_path, refused, target):
+    refused("includes .*base.*, a weight of the base model, which a saved adapter does not contain; pass",
+            model_name_or_path=folder / "bert", do_train=True, method="gradientless", search_method="spsa",
+            search_peft="lora", search_target=target, max_steps=1, output_dir=tmp_path / "out",
+            **files(folder, "head"))  # fmt: skip
+    assert launch(model_name_or_path=folder / "bert", do_train=True, method="gradientless", search_method="spsa",
+                  search_peft="lora", search_target="lora_B|classifier", max_steps=1, warmup_steps=0,
+                  output_dir=tmp_path / "out", **files(folder, "head")) == 0  # fmt: skip
+
+
 def test_the_base_model_s_revision_is_recorded_for_prompts(folder, tmp_path, monkeypatch):
     train(folder, tmp_path / "out", "lora", "gpt2", "prompt")
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

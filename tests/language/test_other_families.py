@@ -129,6 +129,82 @@ def test_a_model_that_reads_the_tokens_after_a_position_is_refused(tmp_path, cap
     assert "XLNetLMHeadModel predicts tokens in any order" in capsys.readouterr().err
 
 
+TEXTS = ["a film with a great plot", "we hated the dull scene, but not the ending!", "it was", "in paris"]
+SMALL = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, **_IDS}
+PLAIN = {
+    "ctrl": {**SMALL, "dff": 24, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "openai-gpt": {**SMALL, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "gradientless"])
+@pytest.mark.parametrize("family", ["gpt2", "ctrl", "openai-gpt", "modernbert-decoder"])
+def test_losses_of_text_are_means_over_the_tokens_that_the_model_s_own_logits_predict(tmp_path, family, method):
+    """transformers counts the first tokens of GPT-2's rows too; trl leaves out layers of ModernBERT's head."""
+    tokenizer = subword_tokenizer("byte-level")
+    if family in PLAIN:
+        config = AutoConfig.for_model(family, vocab_size=len(tokenizer), **PLAIN[family])
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+        tokenizer.save_pretrained(tmp_path / "model")
+    else:
+        save_decoder(tmp_path / "model", family)
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    options = ("--search_method", "spsa", "--search_target", "all") if method == "gradientless" else ()
+    assert launch(
+        tmp_path, "--method", method, *options, "--max_steps", "1", "--warmup_steps", "0", "--logging_steps", "1",
+        "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4", "--learning_rate", "0",
+        "--lr_scheduler_type", "constant", task="causal_lm", steps=("--do_train", "--do_eval"),
+    ) == 0  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model").eval()
+    total = count = right = 0
+    for text in TEXTS:
+        ids = tokenizer(text + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].double()
+        total += float(functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        right += int((logits.argmax(-1) == ids[0, 1:]).sum())
+        count += ids.shape[1] - 1
+    record = json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]
+    assert record["eval_loss"] == pytest.approx(total / count, abs=1e-4)
+    assert record["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert record["eval_mean_token_accuracy"] == pytest.approx(right / count, abs=1e-6)
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    assert next(entry["loss"] for entry in log if "loss" in entry) == pytest.approx(total / count, abs=2e-3)
+
+
+@torch.no_grad()
+def test_experts_whose_number_trl_does_not_find_train_with_their_own_balance(tmp_path):
+    tokenizer = subword_tokenizer("byte-level")
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64,
+        "router_aux_loss_coef": 0.5, **_IDS,
+    }  # fmt: skip
+    config = AutoConfig.for_model("granitemoe", vocab_size=len(tokenizer), **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"text": TEXTS[0]}))
+    with torch.enable_grad():
+        assert launch(
+            tmp_path, "--method", "full", "--max_steps", "1", "--learning_rate", "0", "--warmup_steps", "0",
+            "--lr_scheduler_type", "constant", "--logging_steps", "1", task="causal_lm",
+            steps=("--do_train", "--do_eval"),
+        ) == 0  # fmt: skip
+    ids = tokenizer(TEXTS[0] + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+    outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_router_logits=True, use_cache=False)
+    loss = float(functional.cross_entropy(outputs.logits[0, :-1].double(), ids[0, 1:]))
+    metrics = json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    trained = next(entry["loss"] for entry in log if "loss" in entry)
+    assert trained == pytest.approx(loss + 0.5 * float(outputs.aux_loss), abs=1e-3)
+
+
 # --- runs that only predict, and evaluations after a pre-pass ------------------------------------------------------
 
 

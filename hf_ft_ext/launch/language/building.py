@@ -42,6 +42,7 @@ from hf_ft_ext.launch.language.encoder_decoder import (
     set_languages,
     token_loss,
 )
+from hf_ft_ext.launch.language.probes import check_packing, use_own_head
 from hf_ft_ext.launch.language.trainers import (
     NO_CHAT_TEMPLATE,
     CountedTruncation,
@@ -208,6 +209,10 @@ def load(
             )
         if router_logits is not None:  # trl turns them on, and asks for them itself; `generate` stops at them
             trainer.model.config.get_text_config().output_router_logits = router_logits
+        if causal:
+            use_own_head(trainer)
+        if data_args.packing:
+            check_packing(trainer)
         trainer.language = LanguageRun(data, data_args, context)
         _check_prompts(data, trainer.processing_class, args, data_args)
         return check_trainer(trainer, run_args.method)
