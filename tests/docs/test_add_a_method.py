@@ -65,7 +65,7 @@ def test_the_launchers_matrix_and_the_pages_own_tests_pass(entered, package):
     words += [option, value]
 
     def run_pytest(argv: list[str]) -> int:
-        for name in ("launched", *(Path(path).stem for path in matrix)):
+        for name in ("launched", "quick", *(Path(path).stem for path in matrix)):
             sys.modules.pop(name, None)  # their parameters are the methods of the moment they are imported
         return pytest.main(argv)
 

@@ -140,6 +140,16 @@ def test_a_kernel_with_itself_is_computed_once_per_pair(formula):
         torch.testing.assert_close(found[1].permute(2, 3, 0, 1), found[0], rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_parts_of_several_processes_add_up_also_if_there_are_fewer_blocks(formula):
+    computation = KernelComputation(family("bert").double(), KernelOptions(formula))
+    rows = ExampleRows(FEW_LEFT), ExampleRows(FEW_RIGHT)
+    whole = computation.run(*rows)
+    parts = [computation.run(*rows, process=process, processes=13) for process in range(13)]
+    assert 1 < sum(bool(part.any()) for part in parts) < 13  # of 3 x 4 rows
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("by_tokens", [True, False])
 @pytest.mark.parametrize("formula", ["sgd", "asymmetric_signgd"])
 def test_linear_layers_by_tokens_and_by_entries(by_tokens, formula, monkeypatch):
