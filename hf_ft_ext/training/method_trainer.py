@@ -151,6 +151,10 @@ class MethodTrainer(Trainer):
         if "labels" not in inputs or (args.gradient_accumulation_steps == 1 and args.world_size == 1):
             return
         ignored = ignores_count(self.accelerator.unwrap_model(model, keep_torch_compile=False), inputs, count)
+        if args.world_size > 1:  # one answer for all processes; the batch of one may not tell
+            mine = torch.tensor([-1 if ignored is None else int(ignored)], device=args.device)
+            found = int(self.accelerator.gather(mine).max())
+            ignored = None if found < 0 else bool(found)
         self._loss_scale_known = ignored is not None
         if ignored:
             self.model_accepts_loss_kwargs = False

@@ -1,4 +1,4 @@
-"""Language models on two processes end where one process does: each method and task, the families in turn."""
+"""Language models end alike on one process or two, and with one batch or several micro-batches of unequal lengths."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("trl")
 from cells import VARIANTS, make, result
-from decoders import TOKENIZER_OF, subword_tokenizer
+from decoders import TOKENIZER_OF, decoder, subword_tokenizer
 from processes import two_ranks
 from safetensors.torch import load_file, save_file
 
-# method -> family of its prompt, and of its language modelling (the kernel has none)
+# two processes: method -> family of its prompt, and of its language modelling (the kernel has none)
 CELLS = {
     "full": ("opt", "llama"),
     "lora": ("llama", "t5"),
@@ -75,3 +75,23 @@ def test_two_processes_end_where_one_does(one, two, number):
     for key, value in theirs.items():
         assert torch.allclose(ours[key], value, rtol=0, atol=1e-6), f"{key}: {(ours[key] - value).abs().max():.2g}"
     assert any(key not in before or not torch.equal(before[key], value) for key, value in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("llama", "prompt"), ("llama", "language"), ("llama", "text"), ("t5", "prompt"), ("t5", "language")],
+)
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "kernel"])
+def test_eight_times_one_row_equals_two_times_four(tmp_path, name, family, task):
+    ended = []
+    for batch, accumulation in ((1, 8), (4, 2)):
+        trainer = make(tmp_path, name, family, task, batch, accumulation)
+        trainer.train()
+        ended.append(result(trainer))
+    one, four = ended
+    start = dict(decoder(family, len(subword_tokenizer(TOKENIZER_OF[family]))).double().named_parameters())
+    assert one.keys() == four.keys()
+    plain = {key: key.rpartition("masked_lm.")[2] for key in one}
+    assert any(plain[key] not in start or not torch.equal(start[plain[key]], p) for key, p in one.items())
+    for key, parameter in one.items():
+        assert torch.allclose(parameter, four[key], rtol=0, atol=1e-6), key
