@@ -154,7 +154,7 @@ def kernel_parameters(
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         own = dict(inner.named_parameters(remove_duplicate=False))
         head = names_in_head(inner, own)
-        if not head:
+        if not head or len(head) == len(own):
             raise InputError(f"exclude_head: {type(inner).__name__} does not say which part is its base model")
         body = {id(p) for name, p in own.items() if name not in head}
         chosen = {name: p for name, p in chosen.items() if id(p) in body}

@@ -305,7 +305,7 @@ def test_launches_get_as_far_as_the_first_step(command, world, tmp_path, monkeyp
     rows = ["subject,body,kind,toxic,insult,threat"]
     rows += [f"good film,the plot {i},{('ham', 'spam')[i % 2]},{i % 2},{i % 3 // 2},{i % 5 // 4}" for i in range(20)]
     lists = [json.dumps({"text": f"the plot {i}", "labels": ["a", "b", "c"][: i % 4]}) for i in range(20)]
-    for name in ("train", "dev"):  # files that some commands name
+    for name in ("train", "dev", "new"):  # files that some commands name
         (tmp_path / f"{name}.csv").write_text("\n".join(rows))
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lists))
     pair = json.dumps({"prompt": "the film was", "completion": " great"})

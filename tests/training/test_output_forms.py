@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from any_trainer import AT_ONCE, LOOP, PLAIN, QUICK, classes, make
+from any_trainer import LOOP, PLAIN, QUICK, classes, make
+from quick import SOLVER_METHODS
 from tiny import tiny_model
 from torch import nn
 
@@ -38,7 +39,7 @@ def returning(form: str | None, name: str) -> nn.Module:
 @pytest.mark.parametrize("method", [*METHODS, "head"])
 def test_every_form_of_outputs_trains_the_same(tmp_path, method, name, form):
     kind = "gradientless" if method == "head" else method
-    values = {**PLAIN, **({} if kind in AT_ONCE else LOOP), **QUICK.get(kind, {}), **MORE.get(method, {})}
+    values = {**PLAIN, **({} if kind in SOLVER_METHODS else LOOP), **QUICK.get(kind, {}), **MORE.get(method, {})}
     values |= {"lora_dropout": 0.0} if kind == "lora" else {}
     found = []
     for output in (None, form):
