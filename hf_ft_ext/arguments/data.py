@@ -136,8 +136,8 @@ class LanguageArguments:
     assistant_only_loss: bool = field(
         default=False,
         metadata={
-            "help": "messages: take the loss over the assistant's answers alone. The chat template has to mark them with "
-            "`generation` tags, or be one for which trl has a template with them."
+            "help": "messages: take the loss over the assistant's answers alone. The chat template has to mark them "
+            "with `generation` tags, or be one for which trl has a template with them."
         },
     )
     chat_template_path: str | None = field(
