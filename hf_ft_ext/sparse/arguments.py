@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from hf_ft_ext.adapters.sparse_grad.config import DEFAULT_DENSITY, PER_KIND, PER_LAYER, SCOPES
-from hf_ft_ext.adapters.sparse_grad.config import DEFAULT_GRADIENTS as ADAPTER_BASIS_STEPS
+from hf_ft_ext.adapters.sparse_grad.config import DEFAULT_GRADIENTS as DEFAULT_BASIS_STEPS
 from hf_ft_ext.arguments import Gradients, MethodTrainingArguments
 from hf_ft_ext.errors import InputError
 
@@ -17,7 +17,6 @@ MOMENTS = OWN, DENSE = ("own", "dense")
 # Default learning rates, for the entries of blocks and for all weights. Few trained entries need a larger rate, which
 # was tuned on a 384-wide encoder (docs/sparse.md).
 BLOCK_LEARNING_RATE, WEIGHT_LEARNING_RATE = 1e-3, 5e-5
-WEIGHT_BASIS_STEPS = 30  # as published
 
 
 @dataclass
@@ -98,8 +97,7 @@ class SparseTrainingArguments(MethodTrainingArguments):
         default=None,
         metadata={
             "help": "Number of gradients (one per optimizer step's batch) from which basis and support are chosen; "
-            f"none = {ADAPTER_BASIS_STEPS} for the adapter, {WEIGHT_BASIS_STEPS} (as published) for converted layers, "
-            "if the settings need a pre-pass."
+            f"none = {DEFAULT_BASIS_STEPS} if the settings need a pre-pass."
         },
     )
     sparse_basis_refresh_steps: int = field(
@@ -282,6 +280,4 @@ class SparseTrainingArguments(MethodTrainingArguments):
     @property
     def basis_steps(self) -> int:
         """Number of gradients in the pre-pass."""
-        if self.sparse_basis_steps is not None:
-            return self.sparse_basis_steps
-        return ADAPTER_BASIS_STEPS if self.as_adapter else WEIGHT_BASIS_STEPS
+        return DEFAULT_BASIS_STEPS if self.sparse_basis_steps is None else self.sparse_basis_steps

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import ParamsT
 
-from hf_ft_ext.sparse.arguments import WEIGHT_BASIS_STEPS
+from hf_ft_ext.sparse.arguments import DEFAULT_BASIS_STEPS
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer.moments import corrected, rotate_dynamic_moments
@@ -67,7 +67,7 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
         foreach: bool | None = None,
         fused: bool | None = None,
         refresh_steps: int = 0,
-        refresh_gradients: int = WEIGHT_BASIS_STEPS,
+        refresh_gradients: int = DEFAULT_BASIS_STEPS,
         dense_moments: bool = False,
     ):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused)
