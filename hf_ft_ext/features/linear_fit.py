@@ -71,13 +71,11 @@ def fit_classes(
             lowest cross-validated loss.
 
     Raises:
-        InputError: a class has no rows, or a label is no class id.
+        InputError: a class has no rows, or a label is not a class id.
     """
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(names):
         wrong = labels[(labels < 0) | (labels >= len(names))][0]
-        raise InputError(
-            f"label {wrong} is no id of {len(names)} classes (0 to {len(names) - 1}); remove rows without a label"
-        )
+        raise InputError(f"label {wrong} is not a class id (0 to {len(names) - 1}); remove rows without a label")
     counts = np.bincount(labels, minlength=len(names))
     if not counts.all():
         empty = names[int(counts.argmin())]

@@ -94,7 +94,7 @@ def test_cross_validation_uses_a_sample_of_many_rows(monkeypatch):
 def test_a_label_that_is_no_class_is_refused(wrong):
     labels = np.arange(60) % 2
     labels[7] = wrong
-    with pytest.raises(InputError, match=f"label {wrong} is no id of 2 classes .*remove rows without a label"):
+    with pytest.raises(InputError, match=f"label {wrong} is not a class id \\(0 to 1\\); remove rows without a label"):
         fit_classes(X, labels, ["a", "b"])
 
 
