@@ -395,4 +395,5 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         # batches of features have no tokens to count
         return 0 if self._rows is not None else super().floating_point_ops(inputs)
 
-    def _get_grad_norm(self, model, grad_norm=None) -> None: ...
+    def _get_grad_norm(self, model, grad_norm=None) -> None:
+        return None  # a search has no gradient
