@@ -132,7 +132,7 @@ def own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss | None
     its `loss_function` replaced.
 
     Raises:
-        InputError: the model returns no loss, and is no sequence classifier.
+        InputError: the model returns no loss and is not a sequence classifier.
     """
     one = _first_with_label(batch, predicts_next_tokens(model))
     if is_classifier(model):

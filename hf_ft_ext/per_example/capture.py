@@ -152,7 +152,7 @@ class Capture:
         """Let the modules' parameters require gradients, except while their own module runs.
 
         So the graph holds those that other code reads, such as the weight of an embedding that an output layer
-        multiplies by. No hook sees such a use, and a batch may have one that the trial's rows have not.
+        multiplies by. Hooks do not see such a use, and a later batch may contain one that the trial's rows did not.
         """
 
         def switch(parameters: list[nn.Parameter], on: bool) -> Callable:

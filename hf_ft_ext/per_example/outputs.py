@@ -9,7 +9,7 @@ from hf_ft_ext.errors import InputError
 
 
 def loss_of(output: Any) -> torch.Tensor | None:
-    """The loss; `None` if there is none. Of a tuple it is the first entry, if that is a scalar."""
+    """The loss; `None` if there is none. In a tuple it is the first entry, if that is a scalar."""
     if isinstance(output, tuple | list):
         first = output[0] if output else None
         return first if isinstance(first, torch.Tensor) and not first.ndim else None
@@ -17,7 +17,7 @@ def loss_of(output: Any) -> torch.Tensor | None:
 
 
 def logits_of(output: Any) -> torch.Tensor:
-    """The logits. Of a tuple they are the first entry that is no scalar.
+    """The logits. In a tuple they are the first entry that is not a scalar.
 
     Raises:
         InputError: there are none.

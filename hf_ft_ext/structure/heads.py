@@ -7,7 +7,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 
 def encoder_path(model: nn.Module) -> str | None:
-    """Dotted name of the base model within `model`; `None` if there is no single one.
+    """Dotted name of the base model within `model`; `None` if it cannot be told from the rest.
 
     A model whose base model is nested deeper than `base_model_prefix` defines an attribute `encoder_path`. Some models
     have no submodule of that name (the classifiers of CLIP, SigLIP and Whisper): then it is the only module before the

@@ -178,7 +178,7 @@ class Sketches:
         return found
 
     def _add_product(self, name: str, sketch: Sketch, product: torch.Tensor) -> None:
-        # A sum is finite only if all its parts are; it costs a fifth of looking at each, but may overflow.
+        # A finite sum has finite parts only, and one pass computes it; if it overflows, each part is looked at.
         if not product.sum(dtype=sketch.sum.dtype).isfinite() and not product.isfinite().all():
             raise InputError(
                 f"the gradient of {shown_name(name)} is not finite in batch {self.step} of the pre-pass; look for "
