@@ -1,4 +1,4 @@
-"""Labels of tokens: how many of them a batch predicts, and a loss of 0 for a batch that predicts none."""
+"""Labels of a batch: how many tokens they predict, a loss of 0 for a batch that predicts none, and other labels."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -75,3 +75,15 @@ def with_a_label(batch: Mapping[str, Any]) -> dict[str, Any]:
             changed[key] = batch[key].clone()
             changed[key][..., -1] = 0
     return changed
+
+
+def other_labels(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """Return labels of the same shape that differ from `labels` everywhere and take all classes in turn.
+
+    A loss that treats classes differently may equal the usual one on rows of one class, or without any label. Numbers
+    are raised by 1, labels of 0 and 1 are exchanged, and ignored tokens stay ignored.
+    """
+    if labels.is_floating_point():
+        return labels + 1 if labels.ndim < 2 or labels.shape[-1] == 1 else 1 - labels
+    steps = torch.arange(labels.numel(), device=labels.device).view(labels.shape) % max(classes - 1, 1)
+    return torch.where(labels == IGNORED, labels, (labels + 1 + steps) % classes)

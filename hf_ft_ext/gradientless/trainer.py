@@ -50,7 +50,7 @@ from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.finite import StopAtNaN
-from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.loss_scale import declare_mean_loss, one_answer
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, has_own_loss, overridden
 from hf_ft_ext.training.runs.plan import TrainedWeight
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
@@ -266,7 +266,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         used = self.objective is None and self.args.search_objective == LOSS and self.label_smoother is None
         if used and self._usual_loss is None and not self._by_model_loss() and "labels" in batch:
             with self._scoring():
-                self._usual_loss = has_usual_loss(self.model, batch)
+                own = not has_usual_loss(self.model, batch)
+            self._usual_loss = not one_answer(self.accelerator, own)
 
     def _inner(self) -> nn.Module:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model

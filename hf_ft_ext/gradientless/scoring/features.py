@@ -106,6 +106,7 @@ def feature_rows(trainer: Trainer, reader: HeadReader) -> FeatureRows | None:
             ),
             args.feature_cache_dir,
             args.disable_tqdm or not args.should_log,
-            trainer.data_collator,
+            collate,
+            args.per_device_eval_batch_size,
         )
     return FeatureRows(features, labels)

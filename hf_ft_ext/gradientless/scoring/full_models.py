@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from hf_ft_ext.gradientless.scoring.objectives import Objective, classification_loss
-from hf_ft_ext.label_tokens import IGNORED, label_count
+from hf_ft_ext.label_tokens import IGNORED, label_count, other_labels
 from hf_ft_ext.per_example.outputs import logits_of, loss_of
 from hf_ft_ext.per_example.state import evaluating
 
@@ -59,19 +59,23 @@ def objective_of_logits(model: nn.Module, objective: Objective, batches: Sequenc
 def has_usual_loss(model: nn.Module, batch: Batch) -> bool:
     """Whether a sequence classifier returns the loss of transformers' classifiers for this batch, or none.
 
-    A subclass may weigh the classes in its forward, and a model may have its `loss_function` replaced.
+    A subclass may weigh the classes in its forward, and a model may have its `loss_function` replaced. As weights have
+    no effect on rows of a single class, the losses of other labels of these rows are compared too.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     problem = inner.config.problem_type
-    with torch.no_grad(), evaluating(model):
-        output = model(**batch)
-    inner.config.problem_type = problem  # transformers stores what it infers from the labels
-    loss, logits = loss_of(output), logits_of(output)
-    if loss is None:
-        return True
-    usual = classification_loss(logits, batch["labels"], problem)
-    rtol = 1e-4 if logits.dtype.itemsize > 2 else 3e-2
-    return torch.allclose(usual.double(), loss.double(), rtol=rtol, atol=1e-6)
+    for labels in (batch["labels"], other_labels(batch["labels"], inner.config.num_labels)):
+        with torch.no_grad(), evaluating(model):
+            output = model(**{**batch, "labels": labels})
+        inner.config.problem_type = problem  # transformers stores what it infers from the labels
+        loss, logits = loss_of(output), logits_of(output)
+        if loss is None:
+            return True
+        usual = classification_loss(logits, labels, problem)
+        rtol = 1e-4 if logits.dtype.itemsize > 2 else 3e-2
+        if not torch.allclose(usual.double(), loss.double(), rtol=rtol, atol=1e-6, equal_nan=True):
+            return False
+    return True
 
 
 def model_loss(
