@@ -1,6 +1,7 @@
 """Labels of a batch: how many tokens they predict, a loss of 0 for a batch that predicts none, and other labels."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -77,13 +78,41 @@ def with_a_label(batch: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
+# --- what tells a loss from another one ---------------------------------------------------------------
+
+
 def other_labels(labels: torch.Tensor, classes: int) -> torch.Tensor:
-    """Return labels of the same shape that differ from `labels` everywhere and take all classes in turn.
+    """Return other labels of the same shape: class ids move on by 1, 2, 3, ..., so that all classes occur.
 
     A loss that treats classes differently may equal the usual one on rows of one class, or without any label. Numbers
     are raised by 1, labels of 0 and 1 are exchanged, and ignored tokens stay ignored.
     """
     if labels.is_floating_point():
         return labels + 1 if labels.ndim < 2 or labels.shape[-1] == 1 else 1 - labels
-    steps = torch.arange(labels.numel(), device=labels.device).view(labels.shape) % max(classes - 1, 1)
-    return torch.where(labels == IGNORED, labels, (labels + 1 + steps) % classes)
+    steps = torch.arange(1, labels.numel() + 1, device=labels.device).view(labels.shape)
+    return torch.where(labels == IGNORED, labels, (labels + steps) % classes)
+
+
+@contextlib.contextmanager
+def spread_logits(model: nn.Module, classes: int) -> Iterator[None]:
+    """Inside, layers with one output per class add random numbers to their outputs.
+
+    A new head's logits are almost equal, and then losses with and without class weights or smoothing are too.
+    """
+
+    def spread(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            return output
+        numbers = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        return output + _SPREAD * numbers.to(output.device, output.dtype)
+
+    layers = [module for module in model.modules() if getattr(module, "out_features", None) == classes]
+    hooks = [layer.register_forward_hook(spread) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+_SPREAD = 2.0

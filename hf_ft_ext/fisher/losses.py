@@ -11,7 +11,14 @@ import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.label_tokens import IGNORED, label_tokens, other_labels, predicts_next_tokens, zero_without_tokens
+from hf_ft_ext.label_tokens import (
+    IGNORED,
+    label_tokens,
+    other_labels,
+    predicts_next_tokens,
+    spread_logits,
+    zero_without_tokens,
+)
 from hf_ft_ext.moved import former_classes
 from hf_ft_ext.per_example.outputs import logits_of, loss_of
 
@@ -147,16 +154,18 @@ def own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss | None
             )
         logits, labels = _logits_if_any(output), one.get("labels")
         forms = _candidate_losses(logits, labels)
-        other = _with_other_labels(one, logits.shape[-1]) if forms else {}
+        classes = logits.shape[-1] if forms else 0
         for form in forms:
-            if all(_is_mean_of(form, model, batch) for batch in (one, other)):
+            if all(_is_mean_of(form, model, batch, classes) for batch in (one, _with_other_labels(one, classes))):
                 return lambda output, batch, form=form: form(logits_of(output), batch["labels"])
     return _by_model()
 
 
-def _is_mean_of(form: Callable[..., torch.Tensor], model: nn.Module, batch: Mapping[str, torch.Tensor]) -> bool:
+def _is_mean_of(
+    form: Callable[..., torch.Tensor], model: nn.Module, batch: Mapping[str, torch.Tensor], classes: int
+) -> bool:
     """Whether the model's loss of a batch is the mean of `form(logits, labels)`."""
-    with torch.no_grad():
+    with torch.no_grad(), spread_logits(model, classes):
         output = model(**batch)
     own = loss_of(output)
     return own is not None and _same(form(logits_of(output), batch["labels"]).mean(0, keepdim=True), own)
@@ -171,7 +180,8 @@ def _has_usual_loss(model: nn.Module, one: Mapping[str, torch.Tensor]) -> bool:
         with torch.no_grad():
             if loss_of(model(**one)) is None:
                 return True
-        return all(_is_mean_of(form, model, batch) for batch in (one, _with_other_labels(one, config.num_labels)))
+        classes = config.num_labels
+        return all(_is_mean_of(form, model, batch, classes) for batch in (one, _with_other_labels(one, classes)))
     finally:
         config.problem_type = before  # transformers stores what it infers from the labels
 
@@ -185,7 +195,9 @@ def _with_other_labels(one: Mapping[str, Any], classes: int) -> dict[str, Any]:
     if labels.is_floating_point() or labels.numel() > 1:
         return {**one, "labels": other_labels(labels, classes)}
     n = min(classes, _CLASSES)
-    repeated = {k: v.expand(n, *v.shape[1:]) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in one.items()}
+    repeated = {
+        k: v.repeat(n, *[1] * (v.ndim - 1)) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in one.items()
+    }
     return {**repeated, "labels": torch.arange(n, device=labels.device).view(n, *labels.shape[1:])}
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from hf_ft_ext.gradientless.scoring.objectives import Objective, classification_loss
-from hf_ft_ext.label_tokens import IGNORED, label_count, other_labels
+from hf_ft_ext.label_tokens import IGNORED, label_count, other_labels, spread_logits
 from hf_ft_ext.per_example.outputs import logits_of, loss_of
 from hf_ft_ext.per_example.state import evaluating
 
@@ -59,13 +59,13 @@ def objective_of_logits(model: nn.Module, objective: Objective, batches: Sequenc
 def has_usual_loss(model: nn.Module, batch: Batch) -> bool:
     """Whether a sequence classifier returns the loss of transformers' classifiers for this batch, or none.
 
-    A subclass may weigh the classes in its forward, and a model may have its `loss_function` replaced. As weights have
-    no effect on rows of a single class, the losses of other labels of these rows are compared too.
+    A subclass may weigh the classes in its forward, and a model may have its `loss_function` replaced. Class weights
+    have no effect on rows of one class, nor on equal logits, so other labels and logits are compared too.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    problem = inner.config.problem_type
-    for labels in (batch["labels"], other_labels(batch["labels"], inner.config.num_labels)):
-        with torch.no_grad(), evaluating(model):
+    problem, classes = inner.config.problem_type, inner.config.num_labels
+    for labels in (batch["labels"], other_labels(batch["labels"], classes)):
+        with torch.no_grad(), evaluating(model), spread_logits(model, classes):
             output = model(**{**batch, "labels": labels})
         inner.config.problem_type = problem  # transformers stores what it infers from the labels
         loss, logits = loss_of(output), logits_of(output)
