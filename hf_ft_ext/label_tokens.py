@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from hf_ft_ext.errors import InputError
+
 IGNORED = -100  # the label of tokens that are not predicted, as in transformers
 _NOT_SHIFTED = ("XLNetLMHeadModel", "XLMWithLMHeadModel")  # transformers calls them causal; they predict in place
 _KEYS = ("shift_labels", "labels")
@@ -76,6 +78,34 @@ def with_a_label(batch: Mapping[str, Any]) -> dict[str, Any]:
             changed[key] = batch[key].clone()
             changed[key][..., -1] = 0
     return changed
+
+
+def check_row_labels(labels: torch.Tensor, classes: int, problem_type: str | None, soft: bool = False) -> None:
+    """Refuse labels of rows that do not fit the problem type of a classifier: its own, or what transformers infers.
+
+    Args:
+        labels: class ids `[rows]`, numbers, or 0 and 1 for each label `[rows, classes]`.
+        classes: number of outputs of the classifier.
+        soft: whether several labels per row may be anything from 0 to 1.
+
+    Raises:
+        InputError: a label that is no class id, neither 0 nor 1, or not finite.
+    """
+    several = problem_type is None and labels.is_floating_point() and labels.ndim == 2 and classes > 1
+    if problem_type == "regression" or (problem_type is None and classes == 1):
+        wrong, expected = ~labels.isfinite(), "a finite number"
+    elif problem_type == "multi_label_classification" or several:
+        wrong = ~((labels >= 0) & (labels <= 1)) if soft else (labels != 0) & (labels != 1)
+        expected = "from 0 to 1" if soft else "0 or 1"
+    else:
+        wrong = (labels < 0) | (labels >= classes) | (labels != labels.round())
+        expected = f"a class id (0 to {classes - 1})"
+    if wrong.any():
+        row = int(wrong.reshape(len(wrong), -1).any(1).nonzero()[0])
+        raise InputError(
+            f"label {labels[wrong][0].item():g} of row {row} is not {expected}; correct it, or remove rows without a "
+            "label"
+        )
 
 
 # --- what tells a loss from another one ---------------------------------------------------------------

@@ -35,8 +35,9 @@ from hf_ft_ext.gradientless.scoring.objectives import (
     F1,
     LOSS,
     Objective,
+    check_labels,
     from_user_function,
-    make_objective,
+    objective_of_arguments,
     row_losses,
 )
 from hf_ft_ext.gradientless.scoring.rows import FeatureRows, train_dataloader
@@ -111,7 +112,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             settings = self.args.search_peft_config
             model = wrap_with_peft(model, self.args.search_peft, settings, self.args.seed, "search_peft")
         if self.args.search_objective == F1:
-            self._named_objective(model)  # raises before training if f1 does not fit the model
+            objective_of_arguments(self.args, model.config)  # raises before training if f1 does not fit the model
         if self.args.search_masks is None:
             self._searched = list(searched_parameters(model, self.args.search_target))
         else:
@@ -243,7 +244,10 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             losses_of = functools.partial(language_losses, self.model) if shifted and not own else None
             full = model_loss(self._mean_loss, batches, shifted, losses_of)
         else:
-            function = self._named_objective(self._inner()) if self.objective is None else self.objective
+            function, config = self.objective, self._inner().config
+            if function is None:
+                function = objective_of_arguments(self.args, config)
+                check_labels(config, *(batch["labels"] for batch in batches))
             full = objective_of_logits(self.model, function, batches)
         if not self.args.search_dropout:
             return full
@@ -273,15 +277,9 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def _objective_function(self) -> Objective:
-        return self._named_objective(self._inner()) if self.objective is None else from_user_function(self.objective)
-
-    def _named_objective(self, model: nn.Module) -> Objective:
-        config, smoothing = model.config, self.args.label_smoothing_factor
-        names = [str(config.id2label[i]) for i in range(config.num_labels)]
-        return make_objective(
-            self.args.search_objective, config.problem_type, config.num_labels, smoothing, names,
-            self.args.search_positive_label,
-        )  # fmt: skip
+        if self.objective is not None:
+            return from_user_function(self.objective)
+        return objective_of_arguments(self.args, self._inner().config)
 
     # --- features ----------------------------------------------------------------------------------
 

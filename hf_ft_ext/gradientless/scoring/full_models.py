@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from hf_ft_ext.gradientless.scoring.objectives import Objective, classification_loss
+from hf_ft_ext.gradientless.scoring.objectives import Objective, check_labels, classification_loss
 from hf_ft_ext.label_tokens import IGNORED, label_count, other_labels, spread_logits
 from hf_ft_ext.per_example.outputs import logits_of, loss_of
 from hf_ft_ext.per_example.state import evaluating
@@ -61,9 +61,13 @@ def has_usual_loss(model: nn.Module, batch: Batch) -> bool:
 
     A subclass may weigh the classes in its forward, and a model may have its `loss_function` replaced. Class weights
     have no effect on rows of one class, nor on equal logits, so other labels and logits are compared too.
+
+    Raises:
+        InputError: the labels do not fit the classifier.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     problem, classes = inner.config.problem_type, inner.config.num_labels
+    check_labels(inner.config, batch["labels"])
     for labels in (batch["labels"], other_labels(batch["labels"], classes)):
         with torch.no_grad(), evaluating(model), spread_logits(model, classes):
             output = model(**{**batch, "labels": labels})
