@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from peft import (
     PeftConfig,
     PeftModel,
@@ -17,7 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from test_adapter_contract import attach, step
 from tiny import tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, pipeline
-from zoo import ADAPTERS, ALL, inputs, logits, mixture, small
+from zoo import ADAPTERS, ALL, MERGEABLE, inputs, logits, mixture, small
 
 from hf_ft_ext import LayerMixtureConfig, LayerPrefixConfig
 from hf_ft_ext.adapters import registration
@@ -166,6 +167,25 @@ def test_dtypes_follow_the_base_unless_cast(name):
     assert logits(model).isfinite().all()
 
 
+@pytest.mark.parametrize("buffers", [False, True])
+@pytest.mark.parametrize("name", ADAPTERS)  # in the mixture is peft's IA3, which does not run offloaded
+def test_an_offloaded_model_gives_the_same(tmp_path, name, buffers):
+    """accelerate loads weights around calls of the modules that hold them; adapters are also read without a call."""
+    model = attach(small("bert"), name)
+    step(model)
+    expected = logits(model)
+    offloaded = disk_offload if buffers else cpu_offload
+    more = {"offload_dir": str(tmp_path)} if buffers else {}
+    offloaded(model, execution_device=torch.device("cpu"), offload_buffers=buffers, **more)
+    assert any(parameter.is_meta for key, parameter in model.named_parameters() if parameter.requires_grad)
+    for _ in range(2):
+        assert torch.equal(logits(model), expected)
+    assert all(p.is_meta for p in model.parameters()) or not buffers
+    if name in MERGEABLE:
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_compiled_gives_the_same(name):
@@ -235,6 +255,26 @@ def test_a_module_and_its_part_cannot_both_be_wrapped(name):
     config = ADAPTERS[name](target_modules=r".*layer\.\d+\.attention(\.self)?")
     with pytest.raises(InputError, match=r"matches '.*attention' and '.*attention\.self', which is inside of it"):
         get_peft_model(small("bert"), config)
+
+
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules"])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_names_of_no_module_are_refused(name, option):
+    """Also beside names that are right, as the others would be ignored."""
+    right = {"target_modules": "output.dense"}.get(option, "intermediate.dense")
+    for names in (["dense"], [right, "dense"]):
+        with pytest.raises(InputError, match=rf"^{option}: Bert.* has no module 'dense'; pass complete names within a "
+                           r"layer or in the model, such as 'output.dense', "):  # fmt: skip
+            get_peft_model(small("bert"), ADAPTERS[name](**{option: names}))
+    with pytest.raises(InputError, match=r"has no module 'nothing'; .* in the model, or a regular expression as a st"):
+        get_peft_model(small("bert"), ADAPTERS[name](**{option: ["nothing"]}))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_weighted_combinations_are_refused(name):
+    model = attach(small("bert"), name)
+    with pytest.raises(InputError, match=r"cannot combine adapters into a new one; activate several with model\.b"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
 
 
 def test_a_regular_expression_over_a_block_and_its_layer_names_the_cause():

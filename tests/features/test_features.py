@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import DataCollatorWithPadding
+from transformers import AutoConfig, AutoModelForSequenceClassification, DataCollatorWithPadding
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import HeadReader, head_parameters
@@ -169,6 +169,29 @@ def test_transforms_collators_and_mixed_precision_have_features_of_their_own(tmp
                 )
             assert torch.equal(found, expected.float())
     assert len(list(tmp_path.iterdir())) == 2 * (len(cases) - 1)  # cutting to 1 is the same for both transforms
+
+
+@pytest.mark.parametrize("model_type", ["fnet", "convbert", "bert", "roberta"])
+def test_the_batch_size_counts_where_padding_changes_features(tmp_path, model_type):
+    """FNet mixes padding into all tokens, ConvBERT into those beside it: the features are those of these batches."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model(model_type, vocab_size=60, max_position_embeddings=64, pad_token_id=0, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        reader = reader_of(AutoModelForSequenceClassification.from_config(config).eval())
+    rows, files = tiny_dataset(12), []
+    for size in (1, 3, 12, 3):
+
+        def parts(start, size=size):
+            return read_in_order(reader.features, rows, collate, size, window=2, start=start)
+
+        expected = torch.cat(list(parts(0)))
+        found = cached_features(reader, rows, parts, tmp_path, True, collate, size)
+        if model_type in ("fnet", "convbert"):
+            assert torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        files.append(len(list(tmp_path.iterdir())))
+    assert files == ([1, 2, 3, 3] if model_type in ("fnet", "convbert") else [1, 1, 1, 1])
 
 
 def test_a_sample_of_equal_rows_takes_one_of_another_length():
