@@ -89,3 +89,10 @@ def _named(targets: str | Iterable[str] | None, name: str, inner: NameInLayer | 
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return name in targets or (inner is not None and inner.name in targets)
+
+
+def other_holder(model: nn.Module, module: nn.Module) -> str | None:
+    """Name of another module that holds the weight of `module`; `None` if there is none."""
+    weight = module.weight
+    others = ((name, other) for name, other in model.named_modules() if other is not module)
+    return next((name for name, other in others if any(p is weight for p in other._parameters.values())), None)

@@ -44,12 +44,17 @@ _TASKS = (
 _LANGUAGE_MODELS = (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM)
 
 
+_TEXT = "input_ids"  # the first argument of peft's classes for tasks
+
+
 def task_type_of(model: nn.Module) -> TaskType | None:
     """peft's task type of a transformers model, by the end of its class's name; `None` for others.
 
     A subclass of a transformers class has the type of that class. A model whose forward does not take what peft's
-    class for the type passes on has none.
+    class for the type passes on has none, such as Whisper, whose first input is sound.
     """
+    if getattr(model, "main_input_name", _TEXT) != _TEXT:
+        return None
     parameters = inspect.signature(model.forward).parameters
     kinds = {parameter.kind for parameter in parameters.values()}
     if inspect.Parameter.VAR_KEYWORD not in kinds and not parameters.keys() >= _PASSED_BY_PEFT:

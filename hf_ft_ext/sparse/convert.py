@@ -5,6 +5,7 @@ import re
 
 from torch import nn
 
+from hf_ft_ext.adapters.layers import other_holder
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.sparse.arguments import DEFAULT_DENSITY, DYNAMIC, HOSVD, NONE, PER_KIND, PER_LAYER, STRUCTURED
 from hf_ft_ext.sparse.basis import Basis
@@ -53,6 +54,7 @@ def convert_to_sparse(
     targets = find_targets(model, target_modules)
     if target_modules is None:
         targets = _without_frozen(targets)
+    _refuse_shared(model, targets, support)
     counts = {name: entries_of(linear, name, n_params, density) for name, linear in targets.items()}
     bases: dict[str, Basis] = {}
     converted = {}
@@ -68,6 +70,22 @@ def convert_to_sparse(
         model.set_submodule(name, layer)
         converted[name] = layer
     return converted
+
+
+def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module], support: str) -> None:
+    """Refuse a target whose weight other modules hold too, unless gradients of all of them reach its entries.
+
+    Dynamic support selects entries of the weight's gradient, to which all modules contribute. A fixed support computes
+    the gradients of one layer's entries only, and 16-bit weights are trained as a copy in float32.
+    """
+    for name, linear in targets.items():
+        other = other_holder(model, linear)
+        if other is not None and (support != DYNAMIC or other in targets or linear.weight.element_size() < 4):
+            raise InputError(
+                f"{name} shares its weight with {other}, so its entries cannot train for this layer alone; leave it "
+                "out of target_modules, train a SparseGradConfig adapter, or load the model with "
+                "tie_word_embeddings=False"
+            )
 
 
 def _without_frozen(targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -112,8 +130,8 @@ def freeze_rest(model: nn.Module, train_rest: str) -> None:
     """
     if train_rest == "all":
         return
-    own = {f"{name}.{part}" for name in sparse_layers(model) for part in ("weight", "values")}
-    rest = {name: parameter for name, parameter in model.named_parameters() if name not in own}
+    own = {id(p) for layer in sparse_layers(model).values() for p in (layer.weight, getattr(layer, "values", None))}
+    rest = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in own}
     if train_rest == "none":
         for parameter in rest.values():
             parameter.requires_grad_(False)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from classifiers import classifier_rows, tiny_classifier
+from other_models import other_batch, other_model
 from peft import PeftModel
 from tiny import tiny_model, tiny_tokenizer
 
 from hf_ft_ext import FullTrainer, FullTrainingArguments, InputError
+from hf_ft_ext.methods import METHODS
 from hf_ft_ext.models.peft import wrap_with_peft
 
 SETTINGS = {"target_modules": ["key"], "feedforward_modules": []}
@@ -79,3 +81,22 @@ def test_ia3_without_an_entry_in_its_table():
         {"k", "v", "output.dense"},
         {"output.dense"},
     )
+
+
+@pytest.mark.parametrize(("method", "options"), [("lora", {}), ("sparse", {"sparse_basis_steps": 2})])
+def test_a_model_whose_first_input_is_sound_trains_and_loads(tmp_path, method, options):
+    """peft's class for text to text passes on `input_ids`, which Whisper's forward does not take."""
+    batch = {key: v.float() if v.is_floating_point() else v for key, v in other_batch("whisper").items()}
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(3)] * 4
+    args = METHODS[method].arguments_class()(
+        str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, max_steps=2, save_strategy="no",
+        learning_rate=1e-2, **options,
+    )  # fmt: skip
+    trainer = METHODS[method].trainer_class()(other_model("whisper").float(), args, train_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(other_model("whisper").float(), tmp_path).eval()
+    with torch.no_grad():
+        logits = trainer.model.eval()(**batch).logits
+        torch.testing.assert_close(loaded(**batch).logits, logits, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(logits, other_model("whisper").float()(**batch).logits, atol=1e-3)

@@ -5,11 +5,13 @@ import re
 import pytest
 import torch
 from classifiers import classifier_rows, tiny_classifier
+from other_models import other_batch, other_model
 from peft import LoraConfig, get_peft_model
 from tiny import CONFIGS, tiny_model
 from torch import nn
 
 from hf_ft_ext import InputError, SparseGradLinear, convert_to_sparse, merge_sparse, sparse_layers
+from hf_ft_ext.sparse.convert import freeze_rest
 
 INPUTS = {"input_ids": torch.arange(5, 25).view(2, 10)}
 
@@ -154,3 +156,22 @@ def test_layers_that_are_no_linear_are_refused():
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["dense"]))
     with pytest.raises(InputError, match=r"matches .*dense.*, a \w+; SparseGrad trains linear layers"):
         convert_to_sparse(model.base_model.model, target_modules=r"layer\.\d+\.output\.dense|lora_dropout")
+
+
+def test_a_tied_weight_trains_by_all_its_gradients_or_is_refused():
+    """The gradient of dynamic support's entries is that of the head and of the embedding together."""
+    batch, plain = other_batch("gpt2"), other_model("gpt2")
+    plain(**batch).loss.backward()
+    model = other_model("gpt2")
+    layer = convert_to_sparse(model, target_modules="lm_head", density=1.0)["lm_head"]
+    freeze_rest(model, "none")
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["transformer.wte.weight"]
+    model(**batch).loss.backward()
+    assert layer.weight is model.transformer.wte.weight
+    torch.testing.assert_close(layer.weight.grad, plain.lm_head.weight.grad, rtol=1e-6, atol=1e-9)
+    message = r"lm_head shares its weight with transformer\.wte, so its entries cannot train for this layer alone"
+    for support, dtype in (("static", torch.float64), ("structured", torch.float64), ("dynamic", torch.bfloat16)):
+        model = other_model("gpt2").to(dtype)
+        with pytest.raises(InputError, match=message):
+            convert_to_sparse(model, target_modules="lm_head", support=support)
+        assert not sparse_layers(model)

@@ -6,7 +6,14 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from hf_ft_ext.adapters.layers import fold_layer_numbers, names_by_layer, plain_name, shown_name, split_layer
+from hf_ft_ext.adapters.layers import (
+    fold_layer_numbers,
+    names_by_layer,
+    other_holder,
+    plain_name,
+    shown_name,
+    split_layer,
+)
 from hf_ft_ext.adapters.sparse_grad.config import PER_KIND, SVD, SparseGradConfig
 from hf_ft_ext.adapters.sparse_grad.layer import SparseGradColumns, SparseGradLayer, new_columns, singular_vectors
 from hf_ft_ext.adapters.sparse_grad.subspace import seed_of
@@ -80,7 +87,7 @@ class SparseGradModel(LayerTuner):
                     f"{shown_name(name)} is quantized ({type(base).__name__}), and merging would round the weight to "
                     "its format; keep the adapter, or load the base without quantization and merge there"
                 )
-            if (other := _other_holder(self.model, base)) is not None:
+            if (other := other_holder(self.model, base)) is not None:
                 raise InputError(
                     f"{shown_name(name)} shares its weight with {shown_name(other)}, so merging would change both; "
                     "keep the adapter, or load the base with tie_word_embeddings=False"
@@ -116,13 +123,6 @@ class SparseGradModel(LayerTuner):
 def sparse_grad_layers(model: nn.Module) -> Iterator[tuple[str, SparseGradLayer]]:
     """Name and module of each layer with SparseGrad adapters."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseGradLayer))
-
-
-def _other_holder(model: nn.Module, base: nn.Module) -> str | None:
-    """Name of another module that holds the weight of `base`; `None` if there is none."""
-    weight = base.weight
-    holders = ((name, m) for name, m in model.named_modules() if m is not base)
-    return next((name for name, m in holders if any(p is weight for p in m._parameters.values())), None)
 
 
 def kind_of(name: str, base: nn.Module) -> str:
