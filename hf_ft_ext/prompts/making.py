@@ -81,6 +81,9 @@ def prompt_config(
         id2label=dict(enumerate(names)) if bounds is None else {0: "LABEL_0"},
         label2id={label: i for i, label in enumerate(names)} if bounds is None else {"LABEL_0": 0},
         dtype=language_model.dtype,
+        # without them, the configuration of the language model, which is a part of this one, would lose its own
+        attn_implementation=inner._attn_implementation,
+        experts_implementation=inner._experts_implementation,
     )
 
 

@@ -15,6 +15,7 @@ from decoders import (
     subword_tokenizer,
     word_tokenizer,
 )
+from tiny import tiny_masked_lm, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification
 
 from hf_ft_ext import PromptEncoder, PromptForSequenceClassification
@@ -249,12 +250,36 @@ def test_peft_finds_its_way_into_a_prompt_model(family, kind):
         with pytest.raises(InputError, match=r"puts keys and values in front of a decoder's tokens.*use lora"):
             wrap_with_peft(model, kind, settings, 0)
         return
-    wrapped = wrap_with_peft(model, kind, settings, 0)
-    wrapped(**padded(rows_of(model, tokenizer), tokenizer, "left"), labels=torch.tensor([0, 1, 0])).loss.backward()
+    wrapped = wrap_with_peft(model, kind, settings, 0).eval()
+    rows = rows_of(model, tokenizer)
+    with torch.no_grad():
+        alone = torch.cat([wrapped(input_ids=torch.tensor([ids])).logits for ids in rows["input_ids"]])
+        for side in ("right", "left"):
+            torch.testing.assert_close(wrapped(**padded(rows, tokenizer, side)).logits, alone, rtol=0, atol=1e-5)
+    wrapped.train()(**padded(rows, tokenizer, "left"), labels=torch.tensor([0, 1, 0])).loss.backward()
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     reached = [p for p in trained if p.grad is not None and p.grad.abs().max() > 1e-7]  # what is zero may be rounded
     # T5's decoder attends to the one position that there is, whatever its keys are
     assert len(reached) == len(trained) - (2 if family == "t5" else 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+def test_the_language_model_keeps_its_attention(family, tmp_path):
+    if family == "bert":
+        model, tokenizer = tiny_masked_lm(), tiny_tokenizer()
+    else:
+        tokenizer = subword_tokenizer(TOKENIZER_OF[family])
+        model = decoder(family, len(tokenizer))
+    model.save_pretrained(tmp_path)
+    model.set_attn_implementation("eager")
+    prompt = (tokenizer, "*cls**sent_0*_it_was*mask*", WORDS)
+    made = PromptForSequenceClassification.from_language_model(model, *prompt)
+    assert model.config._attn_implementation == made.masked_lm.config._attn_implementation == "eager"
+    name = str(tmp_path)
+    made = PromptForSequenceClassification.from_language_model(name, *prompt, attn_implementation="eager")
+    assert made.masked_lm.config._attn_implementation == "eager"
+    made = PromptForSequenceClassification.from_language_model(name, *prompt)
+    assert made.masked_lm.config._attn_implementation == type(model).from_pretrained(name).config._attn_implementation
 
 
 # --- bad input -------------------------------------------------------------------------------------------
