@@ -94,6 +94,17 @@ def _check_one_mask(is_mask: torch.Tensor) -> None:
         )
 
 
+def causal_network(model: PreTrainedModel) -> nn.Module:
+    """Return the network of a causal language model, whose last hidden state its head reads."""
+    network = model.get_decoder()  # OPT's head reads the decoder, not the base model around it
+    if isinstance(network, nn.Linear):  # ModernBERT's head has this name
+        network = model.base_model
+    if network is not model:
+        return network
+    embeddings = model.get_input_embeddings()  # Llama 4 has no module of the name that its class gives
+    return next(part for part in model.children() if any(module is embeddings for module in part.modules()))
+
+
 def last_positions(attention_mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
     """Return the position of each row's last non-padding token, with padding on either side: `[rows]`.
 

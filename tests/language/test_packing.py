@@ -81,7 +81,7 @@ def test_packed_rows_do_not_read_each_other_or_are_refused(tmp_path, capsys, fam
     if status == 2:
         error = capsys.readouterr().err.splitlines()[-1]
         assert family in ("opt", "bloom", "mamba2", "recurrent_gemma", "rwkv"), error
-        assert "read each other; leave --packing out" in error or "cannot read packed rows" in error, error
+        assert "read each other; leave packing out" in error or "cannot read packed rows" in error, error
         return
     assert status == 0
     log = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]

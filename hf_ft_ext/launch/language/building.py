@@ -42,7 +42,6 @@ from hf_ft_ext.launch.language.encoder_decoder import (
     set_languages,
     token_loss,
 )
-from hf_ft_ext.launch.language.probes import check_packing, use_own_head
 from hf_ft_ext.launch.language.trainers import (
     NO_CHAT_TEMPLATE,
     CountedTruncation,
@@ -194,8 +193,6 @@ def load(
         own |= {"chat_template_path": data_args.chat_template_path, "pad_token": tokenizer.pad_token}
         for name, value in own.items() if causal else ():
             setattr(args, name, value)
-        text_config = model.config.get_text_config()
-        router_logits = getattr(text_config, "output_router_logits", None)
         with trainer_errors_as_input_errors(args), template_errors():
             trainer = trainer_class(
                 model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
@@ -207,12 +204,6 @@ def load(
                 compute_loss_func=None if causal else token_loss,
                 callbacks=run_callbacks(run_args, args, callbacks),
             )
-        if router_logits is not None:  # trl turns them on, and asks for them itself; `generate` stops at them
-            trainer.model.config.get_text_config().output_router_logits = router_logits
-        if causal:
-            use_own_head(trainer)
-        if data_args.packing:
-            check_packing(trainer)
         trainer.language = LanguageRun(data, data_args, context)
         _check_prompts(data, trainer.processing_class, args, data_args)
         return check_trainer(trainer, run_args.method)

@@ -24,6 +24,7 @@ from hf_ft_ext.prompts.model.word_rows import set_word_rows
 from hf_ft_ext.prompts.readout import (
     Reading,
     add_position_ids,
+    causal_network,
     first_token_logits,
     has_one_head,
     keep_mask_position,
@@ -213,9 +214,8 @@ class PromptForSequenceClassification(PreTrainedModel):
 
     def _body(self) -> nn.Module:
         """Return the network below the head; for T5, which has no such module, the whole language model."""
-        if self.config.reading == Reading.LAST.value:  # OPT's head reads the decoder, not the base model around it
-            body = self.masked_lm.get_decoder()
-            return self.masked_lm.base_model if isinstance(body, nn.Linear) else body  # ModernBERT's head: `decoder`
+        if self.config.reading == Reading.LAST.value:
+            return causal_network(self.masked_lm)
         return self.masked_lm.base_model
 
     @property
