@@ -41,6 +41,7 @@ from hf_ft_ext.launch.language.encoder_decoder import (
     fit_encoder_decoder,
     set_languages,
     token_loss,
+    warn_of_read_padding,
 )
 from hf_ft_ext.launch.language.trainers import (
     NO_CHAT_TEMPLATE,
@@ -176,6 +177,7 @@ def load(
     else:
         set_languages(tokenizer, data_args.source_lang, data_args.target_lang)
         fit_encoder_decoder(model, tokenizer)
+        warn_of_read_padding(model, args)
         trainer_class = type(f"{kind.__name__}AndSeq2SeqTrainer", (Perplexity, kind, Seq2SeqTrainer), {})
         limits = length, min(length, decoder_length or length)
         train = None if data.train is None else encoder_decoder_rows("train", data.train, tokenizer, *limits)
