@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -328,7 +329,13 @@ def _load_tokenizer(model_args: ModelArguments, source: _Source) -> PreTrainedTo
         name, revision = source.adapter.folder, {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **revision, **source.hub)
-    except (OSError, ValueError, TypeError, ImportError, KeyError, AttributeError) as error:
+    except ImportError as error:
+        if (library := re.search(r"requires the (\w+) library", str(error))) is None:
+            raise InputError(f"cannot load a tokenizer from {name!r}: {first_line(error)}") from error
+        raise InputError(
+            f"the tokenizer in {name!r} needs a library that is not installed: pip install {library[1].lower()}"
+        ) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"cannot load a tokenizer from {name!r} ({first_line(error)}); pass a folder or Hub id "
             "that has one with --tokenizer_name"

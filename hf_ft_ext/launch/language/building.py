@@ -268,6 +268,12 @@ def _is_chat(data: LanguageData) -> bool:
 
 def _check_chat_template(data: LanguageData, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> None:
     chat = _is_chat(data)
+    if data_args.completion_only_loss and data.form is not Form.PROMPT:
+        other = "; --assistant_only_loss trains the assistant's answers alone" if data.form is Form.MESSAGES else ""
+        raise InputError(
+            f"--completion_only_loss is about prompts and completions, and the data has {data.form}: all tokens "
+            f"train; leave it out{other}"
+        )
     if chat and tokenizer.chat_template is None and data_args.chat_template_path is None:
         raise InputError(NO_CHAT_TEMPLATE)
     if data_args.assistant_only_loss:
@@ -330,7 +336,10 @@ def _choose_best_metric(run_args: RunArguments, args: MethodTrainingArguments) -
     """Set the metric that chooses the best model: loss or perplexity, where lower is better."""
     chosen = run_args.given.get("metric_for_best_model")
     if chosen is not None and chosen.removeprefix("eval_") not in ("loss", "perplexity"):
-        raise InputError(f"metric_for_best_model cannot be {chosen!r}; a language model has: loss, perplexity")
+        raise InputError(
+            f"metric_for_best_model cannot be {chosen!r}; a language model has: loss, perplexity (texts are generated "
+            "after training only)"
+        )
     compares = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST or run_args.hp_search
     if compares or chosen is not None:
         args.metric_for_best_model = chosen or "loss"
