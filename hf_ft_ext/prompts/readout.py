@@ -1,6 +1,7 @@
 """The position that gives the class: the mask, the last token, or the first decoder position."""
 
 import inspect
+import logging
 from enum import StrEnum
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers import (
 )
 
 from hf_ft_ext.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 class Reading(StrEnum):
@@ -166,6 +169,25 @@ def padding_right(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[str,
         elif name == "inputs_embeds":
             moved[name] = torch.take_along_dim(value, order[..., None], 1)
     return {**inputs, **moved}
+
+
+def warn_of_other_rows(config: PreTrainedConfig, inputs: dict[str, Any]) -> bool:
+    """Log a warning if the first row does not end as the template's rows do; return whether that could be seen."""
+    ids, end = inputs.get("input_ids"), config.row_end
+    if not end:
+        return True
+    if ids is None or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(ids):
+        return False
+    mask = inputs.get("attention_mask")
+    last = int(last_positions(mask if mask is not None and mask.ndim == 2 else None, ids)[0])
+    found = ids[0, max(0, last + 1 - len(end)) : last + 1].tolist()
+    if found != list(end):
+        logger.warning(
+            "The rows do not end as those of the template %r do, so they are predicted without it; make rows by "
+            "PromptEncoder with this template (a text-classification pipeline reads the bare texts).",
+            config.template,
+        )
+    return True
 
 
 def inputs_of_decoder(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from decoders import (
     word_tokenizer,
 )
 from tiny import tiny_masked_lm, tiny_tokenizer
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, pipeline
 
 from hf_ft_ext import PromptEncoder, PromptForSequenceClassification
 from hf_ft_ext.arguments import DataArguments
@@ -280,6 +280,35 @@ def test_the_language_model_keeps_its_attention(family, tmp_path):
     assert made.masked_lm.config._attn_implementation == "eager"
     made = PromptForSequenceClassification.from_language_model(name, *prompt)
     assert made.masked_lm.config._attn_implementation == type(model).from_pretrained(name).config._attn_implementation
+
+
+@pytest.mark.parametrize("scoring", ["first_token", "sequence"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bart"])
+def test_rows_without_the_template_are_named(family, scoring, tmp_path, caplog):
+    caplog.set_level("WARNING")
+    model, tokenizer = prompt_model(family, scoring)
+    rows = rows_of(model, tokenizer)
+    for side in ("right", "left"):
+        model(**padded(rows, tokenizer, side))
+    assert "do not end as those of the template" not in caplog.text
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    classify = pipeline("text-classification", model=str(tmp_path), device="cpu")
+    classify(ROWS)
+    assert caplog.text.count(f"do not end as those of the template {TEMPLATE!r} do") == 1
+    classify(ROWS)
+    assert caplog.text.count("do not end as those of the template") == 1  # once for each model
+
+
+@pytest.mark.parametrize("template", ["*cls**sent_0**mask*", "*sent_0*?*mask*"])
+def test_rows_that_end_with_their_own_text_are_not_compared(template, caplog):
+    caplog.set_level("WARNING")
+    tokenizer = subword_tokenizer("byte-level")
+    model = PromptForSequenceClassification.from_language_model(
+        decoder("gpt2", len(tokenizer)), tokenizer, template, WORDS
+    )
+    model(input_ids=torch.tensor([tokenizer("a film was it not?!")["input_ids"]]))
+    assert model.config.row_end is None and not caplog.text
 
 
 # --- bad input -------------------------------------------------------------------------------------------

@@ -32,13 +32,14 @@ from hf_ft_ext.prompts.readout import (
     padding_right,
     reading_of,
     take_positions,
+    warn_of_other_rows,
 )
 from hf_ft_ext.prompts.sequences import sequence_logits
 from hf_ft_ext.prompts.templates.words import FIRST_TOKEN, check_word_scoring
 
 _PROMPT_FIELDS = (
     "template", "words", "word_ids", "word_sequences", "word_scoring", "word_bias", "mask_token_id", "decoder_prefix",
-    "id2label", "label2id",
+    "row_end", "id2label", "label2id",
 )  # fmt: skip
 # attributes of a quantized model that transformers, peft and accelerate read
 _QUANTIZATION_ATTRIBUTES = (
@@ -189,6 +190,7 @@ class PromptForSequenceClassification(PreTrainedModel):
     def _adopt(self, language_model: PreTrainedModel) -> None:
         self.masked_lm = language_model
         self._positions: torch.Tensor | None = None  # set during a forward pass
+        self._rows_checked = False
         if not has_one_head(language_model):
             raise InputError(
                 f"{type(language_model).__name__} has no linear layer over its vocabulary; pass another model"
@@ -319,6 +321,7 @@ class PromptForSequenceClassification(PreTrainedModel):
             contexts = input_ids.shape[1]
             inputs = {key: v.flatten(0, 1) if torch.is_tensor(v) and v.ndim == 3 else v for key, v in inputs.items()}
         inputs = padding_right(self.config, inputs)
+        self._rows_checked = self._rows_checked or warn_of_other_rows(self.config, inputs)
         if self.config.word_scoring == FIRST_TOKEN:
             logits, outputs = first_token_logits(self, inputs)
         else:
