@@ -62,6 +62,27 @@ OTHER_DECODERS = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    # the network below the head has another name than in its class
+    "llama4_text": {
+        **_LLAMA,
+        "head_dim": 8,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size_mlp": 24,
+        "attention_chunk_size": 64,
+    },
+    # these read padding on the left: a recurrence or a convolution ignores the attention mask
+    "recurrent_gemma": {**_LLAMA, "num_hidden_layers": 3, "lru_width": 16, "attention_window_size": 64, "head_dim": 8},
+    "rwkv": {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "attention_hidden_size": 16,
+        "intermediate_size": 24,
+        "context_length": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "bart": {**_SEQ2SEQ, "decoder_start_token_id": 2},
     "pegasus": {**_SEQ2SEQ, "decoder_start_token_id": 0},
 }
@@ -143,6 +164,7 @@ TOKENIZER_OF = {
     "opt": "byte-level", "llama": "llama", "qwen3": "byte-level", "gpt2": "byte-level", "t5": "unigram",
     "gemma2": "llama", "phi": "byte-level", "bloom": "byte-level", "gpt_neox": "byte-level", "bart": "byte-level",
     "modernbert-decoder": "byte-level", "mamba2": "byte-level", "pegasus": "unigram",
+    "recurrent_gemma": "llama", "rwkv": "byte-level", "llama4_text": "byte-level",
 }  # fmt: skip
 
 

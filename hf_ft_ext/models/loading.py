@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +34,8 @@ from hf_ft_ext.arguments import (
 from hf_ft_ext.demo.encoder import demo_encoder
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.models.labels import set_labels, warn_of_renamed_labels
-from hf_ft_ext.models.source import checked_name, loading_errors_as_input_errors
-from hf_ft_ext.models.trained_adapter import TrainedAdapter, add_adapter, find_adapter
+from hf_ft_ext.models.source import ADAPTER_NOT_TRAINED, checked_name, loading_errors_as_input_errors
+from hf_ft_ext.models.trained_adapter import TrainedAdapter, add_adapter, find_adapter, is_hub_adapter
 from hf_ft_ext.models.weight_options import apply_dtype, weight_options
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.loading import load_prompt_model
@@ -98,7 +99,7 @@ def load_tokenizer_and_model(
     cache folder, so that an adapter can record them. A model that already has these labels, in any order and case,
     keeps its own names and ids.
 
-    The folder of a trained adapter gives its base model with the adapter, if `args` do not train.
+    The folder or Hub id of a trained adapter gives its base model with the adapter, if `args` do not train.
 
     Args:
         model_args: the model; no name = the demo encoder.
@@ -136,7 +137,7 @@ def load_tokenizer_and_model(
     set_labels(config, data)
     if adapter is not None and adapter.has_configuration and config.num_labels != trained_labels:
         raise InputError(
-            f"the adapter in {adapter.folder!r} was trained for {trained_labels} outputs "
+            f"the adapter in {adapter.name!r} was trained for {trained_labels} outputs "
             f"({', '.join(own_names[:10])}), but this data needs {config.num_labels}; pass data with these labels"
         )
     tokenizer = _load_tokenizer(model_args, source)
@@ -154,7 +155,7 @@ def load_tokenizer_and_model(
     _check_loaded(model, info, source.name, trained_labels)
     apply_dtype(model, model_args.dtype, args, stored, source.name)
     tokenizer, complete = _complete(source, tokenizer, model)
-    warn_of_renamed_labels(model, own_names, source.name if adapter is None else adapter.folder)
+    warn_of_renamed_labels(model, own_names, source.name if adapter is None else adapter.name)
     return tokenizer, complete
 
 
@@ -162,19 +163,18 @@ def _source(model_args: ModelArguments, args: MethodTrainingArguments | None) ->
     """The model that the arguments name; a trained adapter only for a run that does not train."""
     name = demo_encoder() if model_args.model_name_or_path is None else model_args.model_name_or_path
     revision, adapter = model_args.model_revision, None
+    at_hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
     if args is not None and not args.do_train:
-        adapter = find_adapter(name)
+        adapter = find_adapter(name, revision, **at_hub)
+    elif is_hub_adapter(name, revision, **at_hub):
+        raise InputError(ADAPTER_NOT_TRAINED.format(name=name))
     found = checked_name(name) if adapter is None else adapter.folder
-    if os.path.isdir(found) and revision != _NEWEST:
+    if os.path.isdir(os.path.expanduser(name)) and revision != _NEWEST:
         raise InputError(
             f"model_revision={revision!r} is about a model of the Hub, and {name!r} is a local folder; leave it out, "
             "or pass the Hub id"
         )
-    hub = {
-        "cache_dir": model_args.cache_dir,
-        "token": model_args.token,
-        "trust_remote_code": model_args.trust_remote_code,
-    }
+    hub = {**at_hub, "trust_remote_code": model_args.trust_remote_code}
     weights = found if adapter is None else adapter.base
     revision = revision if adapter is None else adapter.revision
     at, its_revision = (weights, revision) if adapter is None or not adapter.has_configuration else (found, _NEWEST)
@@ -188,7 +188,7 @@ def load_tokenizer_and_language_model(
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel | PeftModel]:
     """Load the tokenizer and a causal language model, or an encoder-decoder for `seq2seq_lm`.
 
-    The folder of a trained adapter gives its base model with the adapter, if `args` do not train.
+    The folder or Hub id of a trained adapter gives its base model with the adapter, if `args` do not train.
 
     Args:
         model_args: the model.
@@ -246,7 +246,7 @@ def _complete(
     keep_weights_in_evaluation(model)  # an adapter of RWKV was trained on undivided weights
     if source.adapter.has_generation_configuration:
         model.generation_config = GenerationConfig.from_pretrained(source.adapter.folder)
-    wrapped = add_adapter(model, source.adapter.folder, model.fresh_parameters)
+    wrapped = add_adapter(model, source.adapter, model.fresh_parameters)
     model.fresh_parameters = frozenset()
     return tokenizer, wrapped
 
@@ -329,7 +329,13 @@ def _load_tokenizer(model_args: ModelArguments, source: _Source) -> PreTrainedTo
         name, revision = source.adapter.folder, {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **revision, **source.hub)
-    except (OSError, ValueError, TypeError, ImportError, KeyError, AttributeError) as error:
+    except ImportError as error:
+        if (library := re.search(r"requires the (\w+) library", str(error))) is None:
+            raise InputError(f"cannot load a tokenizer from {name!r}: {first_line(error)}") from error
+        raise InputError(
+            f"the tokenizer in {name!r} needs a library that is not installed: pip install {library[1].lower()}"
+        ) from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"cannot load a tokenizer from {name!r} ({first_line(error)}); pass a folder or Hub id "
             "that has one with --tokenizer_name"

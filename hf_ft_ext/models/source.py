@@ -12,6 +12,11 @@ from hf_ft_ext.arguments import ModelArguments
 from hf_ft_ext.demo.encoder import DEMO_HUB_ID, DEMO_NAME
 from hf_ft_ext.errors import InputError
 
+ADAPTER_NOT_TRAINED = (
+    "model {name!r} is a PEFT adapter; pass its base model, or merge the adapter (PeftModel.merge_and_unload) and "
+    "pass the merged model. To evaluate or predict with the adapter, leave --do_train out"
+)
+
 
 def model_label(model_args: ModelArguments) -> str:
     """The model's name in a run record."""
@@ -36,17 +41,19 @@ def checked_name(name: str) -> str:
     if os.path.isdir(path):
         folder = Path(path)
         if (folder / "adapter_config.json").is_file():
-            raise InputError(
-                f"model {name!r} is a PEFT adapter; pass its base model, or merge the adapter "
-                "(PeftModel.merge_and_unload) and pass the merged model. To evaluate or predict with the adapter, "
-                "leave --do_train out"
-            )
+            raise InputError(ADAPTER_NOT_TRAINED.format(name=name))
         if not (folder / "config.json").is_file():
             raise InputError(f"model folder {name!r} has no config.json; pass a folder that save_pretrained wrote")
         return path
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith("."):
+    if not is_hub_id(name):
         raise InputError(f"model {name!r}: there is no such folder, and it is not a Hub id (owner/name)")
     return name
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` is no local path and has the form of a Hub id."""
+    form = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".")
+    return form and not os.path.exists(os.path.expanduser(name))
 
 
 @contextlib.contextmanager

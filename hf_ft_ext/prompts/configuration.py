@@ -26,6 +26,7 @@ class PromptConfig(PreTrainedConfig):
         word_sequences: all tokens of each label word.
         word_bias: subtracted from the logits (see `PromptForSequenceClassification.calibrate`).
         mask_token_id: token at the position of the answer; `None` = the row ends there.
+        row_end: tokens that every row ends with, see `row_end`; `None` = unknown.
         decoder_prefix: decoder tokens before the answer.
         bounds: lower and upper end of a regression's scale.
         untied_words: whether the output rows of the label words are a separate layer (`[words, hidden]`).
@@ -42,6 +43,7 @@ class PromptConfig(PreTrainedConfig):
     word_bias: list[float] | None = None
     reading: str = "mask"
     word_scoring: str = "first_token"
+    row_end: list[int] | None = None
     decoder_prefix: list[int] | None = None
     mask_token_id: int | None = None
     bounds: list[float] | None = None

@@ -15,7 +15,7 @@ from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.model import PromptForSequenceClassification
 from hf_ft_ext.prompts.readout import Reading, reading_of
 from hf_ft_ext.prompts.templates.defaults import task_prompt
-from hf_ft_ext.prompts.templates.encode import answer_context
+from hf_ft_ext.prompts.templates.encode import answer_context, row_end
 from hf_ft_ext.prompts.templates.template import parse_template
 from hf_ft_ext.prompts.templates.words import FIRST_TOKEN, check_word_scoring, parse_mapping, word_tokens
 
@@ -168,6 +168,8 @@ def _load_saved(name, config, tokenizer, data: TaskData, data_args: DataArgument
         config.word_sequences = word_tokens(tokenizer, config.words, before, config.word_scoring)
         config.word_ids = [tokens[0] for tokens in config.word_sequences]
         config.word_bias = None
+    if data_args.template is not None:
+        config.row_end = row_end(tokenizer, template, Reading(config.reading))
     model.config.template = template
     if data_args.untie_words:
         model.untie_label_words()

@@ -9,7 +9,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.readout import Reading, reading_of
-from hf_ft_ext.prompts.templates.encode import answer_context, answer_id
+from hf_ft_ext.prompts.templates.encode import answer_context, answer_id, row_end
 from hf_ft_ext.prompts.templates.template import parse_template
 from hf_ft_ext.prompts.templates.words import FIRST_TOKEN, check_word_scoring, word_tokens
 
@@ -73,6 +73,7 @@ def prompt_config(
         words=None if words is None else list(words),
         word_ids=None if tokens is None else [token[0] for token in tokens],
         word_sequences=tokens,
+        row_end=row_end(tokenizer, template, reading),
         mask_token_id=answer_id(tokenizer, parts, reading),
         decoder_prefix=_decoder_prefix(inner, tokenizer, parts, name) if reading is Reading.DECODER else None,
         bounds=None if bounds is None else list(bounds),
@@ -81,6 +82,9 @@ def prompt_config(
         id2label=dict(enumerate(names)) if bounds is None else {0: "LABEL_0"},
         label2id={label: i for i, label in enumerate(names)} if bounds is None else {"LABEL_0": 0},
         dtype=language_model.dtype,
+        # without them, the configuration of the language model, which is a part of this one, would lose its own
+        attn_implementation=inner._attn_implementation,
+        experts_implementation=inner._experts_implementation,
     )
 
 

@@ -1,6 +1,7 @@
 """The position that gives the class: the mask, the last token, or the first decoder position."""
 
 import inspect
+import logging
 from enum import StrEnum
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers import (
 )
 
 from hf_ft_ext.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 class Reading(StrEnum):
@@ -94,6 +97,17 @@ def _check_one_mask(is_mask: torch.Tensor) -> None:
         )
 
 
+def causal_network(model: PreTrainedModel) -> nn.Module:
+    """Return the network of a causal language model, whose last hidden state its head reads."""
+    network = model.get_decoder()  # OPT's head reads the decoder, not the base model around it
+    if isinstance(network, nn.Linear):  # ModernBERT's head has this name
+        network = model.base_model
+    if network is not model:
+        return network
+    embeddings = model.get_input_embeddings()  # Llama 4 has no module of the name that its class gives
+    return next(part for part in model.children() if any(module is embeddings for module in part.modules()))
+
+
 def last_positions(attention_mask: torch.Tensor | None, ids: torch.Tensor) -> torch.Tensor:
     """Return the position of each row's last non-padding token, with padding on either side: `[rows]`.
 
@@ -111,8 +125,8 @@ def last_positions(attention_mask: torch.Tensor | None, ids: torch.Tensor) -> to
 def add_position_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook of a causal network: count positions from each row's first non-padding token.
 
-    Otherwise left padding would shift learned position embeddings (GPT-2). Networks that count by the mask themselves,
-    or have no absolute positions, do not have this argument.
+    Otherwise padding before a row, or between virtual tokens and a row, would shift learned position embeddings
+    (GPT-2). Networks that count by the mask themselves, or have no absolute positions, do not have this argument.
 
     Raises:
         InputError: the mask has another shape, which does not show the last token.
@@ -136,24 +150,44 @@ def add_position_ids(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tupl
 
 
 def padding_right(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs of an encoder-decoder with all padding moved to the right; other inputs are unchanged.
+    """Return the inputs of a decoder or an encoder-decoder with all padding moved to the right.
 
-    An encoder with learned positions (Bart, Pegasus) counts columns and takes no `position_ids`, so left padding would
-    change its output.
+    Left padding would be read by networks that ignore the mask in a recurrence or a convolution (RecurrentGemma,
+    RWKV), and would move positions that are counted by columns (Bart, Pegasus). Inputs of masked models are unchanged.
     """
     mask = inputs.get("attention_mask")
-    if config.reading != Reading.DECODER.value or mask is None or mask.ndim != 2:
+    if config.reading == Reading.MASK.value or mask is None or mask.ndim != 2:
         return inputs
-    length = mask.shape[1]
-    first = mask.ne(0).to(torch.uint8).argmax(-1, keepdim=True)
+    length = next(inputs[name].shape[1] for name in ("input_ids", "inputs_embeds") if name in inputs)
+    before, own = mask[:, :-length], mask[:, -length:]  # a prefix has columns of its own
+    first = own.ne(0).to(torch.uint8).argmax(-1, keepdim=True)
     order = (torch.arange(length, device=mask.device) + first) % length  # [rows, length]
-    moved = {}
+    moved = {"attention_mask": torch.cat([before, torch.take_along_dim(own, order, 1)], 1)}
     for name, value in inputs.items():
-        if name in ("input_ids", "attention_mask", "token_type_ids"):
+        if name in ("input_ids", "token_type_ids", "position_ids") and value.shape == order.shape:
             moved[name] = torch.take_along_dim(value, order, 1)
         elif name == "inputs_embeds":
             moved[name] = torch.take_along_dim(value, order[..., None], 1)
     return {**inputs, **moved}
+
+
+def warn_of_other_rows(config: PreTrainedConfig, inputs: dict[str, Any]) -> bool:
+    """Log a warning if the first row does not end as the template's rows do; return whether that could be seen."""
+    ids, end = inputs.get("input_ids"), config.row_end
+    if not end:
+        return True
+    if ids is None or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(ids):
+        return False
+    mask = inputs.get("attention_mask")
+    last = int(last_positions(mask if mask is not None and mask.ndim == 2 else None, ids)[0])
+    found = ids[0, max(0, last + 1 - len(end)) : last + 1].tolist()
+    if found != list(end):
+        logger.warning(
+            "The rows do not end as those of the template %r do, so they are predicted without it; make rows by "
+            "PromptEncoder with this template (a text-classification pipeline reads the bare texts).",
+            config.template,
+        )
+    return True
 
 
 def inputs_of_decoder(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -166,6 +200,24 @@ def inputs_of_decoder(config: PreTrainedConfig, inputs: dict[str, Any]) -> dict[
         first = next(value for key, value in inputs.items() if key in ("input_ids", "inputs_embeds"))
         own["decoder_input_ids"] = torch.tensor(config.decoder_prefix, device=first.device).expand(first.shape[0], -1)
     return own
+
+
+def first_token_logits(model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+    """Return the logits of the label words' first tokens, `[rows, words]`, and the outputs of the language model."""
+    positions = None
+    if model.config.reading == Reading.LAST.value:  # found here: RWKV does not pass the mask on to its network
+        ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        positions = last_positions(inputs.get("attention_mask"), ids)
+    model._positions = positions
+    try:
+        outputs = model.masked_lm(**inputs, **inputs_of_decoder(model.config, inputs), return_dict=True)
+    finally:
+        model._positions = None
+    logits = outputs.logits
+    if positions is not None and logits.shape[1] > 1:  # the hook did not reduce the head's input
+        logits = take_positions(logits, positions)
+    logits = logits[:, -1]
+    return (logits if model.config.untied_words else logits[:, model.config.word_ids]), outputs
 
 
 def take_positions(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

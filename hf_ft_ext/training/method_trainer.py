@@ -18,6 +18,7 @@ from hf_ft_ext.label_tokens import label_tokens, predicts_next_tokens, with_a_la
 from hf_ft_ext.training.by_name import load_by_name
 from hf_ft_ext.training.checks import check_loss, check_training_arguments, refuse_compiled
 from hf_ft_ext.training.loss_scale import ignores_count, one_answer
+from hf_ft_ext.training.sft import asks_for_routers, fit_sft, is_sft
 from hf_ft_ext.training.weights.placement import check_placement
 from hf_ft_ext.training.weights.quantized import quantized_base
 
@@ -75,12 +76,15 @@ class MethodTrainer(Trainer):
             refuse_compiled(model)
             check_loss(args, model)
             model = self.prepare_model(model)
+        routers = asks_for_routers(model)
         with quantized_base(model):
             super().__init__(model, args, *positional, **kwargs)
         if predicts_next_tokens(self.model):
             # transformers goes by `model.loss_type`, which GPT-2, CTRL and others (`...LMHeadModel`) do not have, and
             # would divide their loss by a count that includes the first token of each row.
             self._loss_shifts_labels = True
+        if is_sft(self):
+            fit_sft(self, routers)
         self._check_optimizers(self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs)
         self.apply_arguments()
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 import run_glue
 from hf_ft_ext import PromptForSequenceClassification
+from hf_ft_ext.hub.files import shared_files
 from hf_ft_ext.prompts.model import classifier
 
 pytest.importorskip("trl")
@@ -264,3 +265,55 @@ def test_the_base_model_s_revision_is_recorded_for_prompts(folder, tmp_path, mon
                         lambda name, **kw: asked.append(kw.get("revision")) or plain(name, **kw))  # fmt: skip
     assert isinstance(PromptForSequenceClassification.from_adapter(tmp_path / "out"), PromptForSequenceClassification)
     assert asked == ["v2"]
+
+
+# --- by Hub id, from a cache without a network ------------------------------------------------------------
+
+
+def in_cache(cache: Path, name: str, files: list[Path], folder: Path, revision: str, commit: str) -> None:
+    """Copy files to where huggingface_hub keeps those that it has downloaded for `name` at `revision`."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    for file in files:
+        kept = repository / "snapshots" / commit / file.relative_to(folder)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, kept)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / revision).write_text(commit)
+
+
+@pytest.mark.parametrize(
+    ("way", "family", "task"),
+    [("lora", "bert", "head"), ("fisher", "gpt2", "prompt"), ("lora", "llama", "causal"), ("lora", "bart", "seq2seq")],
+)
+@pytest.mark.parametrize("revision", ["main", "v1"])
+def test_an_adapter_by_hub_id_predicts_as_its_run_did(folder, tmp_path, way, family, task, revision):
+    out, again, cache = tmp_path / "out", tmp_path / "again", tmp_path / "cache"
+    before = train(folder, out, way, family, task)
+    config = json.loads((out / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "someone/base", "revision": "v2"}
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    in_cache(cache, "someone/adapter", shared_files(out), out, revision, "a" * 40)
+    base = folder / family
+    in_cache(cache, "someone/base", list(base.iterdir()), base, "v2", "b" * 40)
+    in_cache(cache, "someone/base", [base / "config.json"], base, "main", "c" * 40)  # has no weights
+    data = {k: v for k, v in files(folder, task).items() if k != "train_file"}
+    own = {} if task in ("head", "prompt") else TASKS[task]
+    assert launch(model_name_or_path="someone/adapter", model_revision=revision, cache_dir=cache, output_dir=again,
+                  method="lora", do_eval=True, do_predict=True, **data, **own) == 0  # fmt: skip
+    assert predictions(again) == predictions(out)
+    after = json.loads((again / "run.json").read_text())
+    same_metrics(before, after)
+    assert after["model"] == "someone/adapter"
+
+
+def test_an_adapter_by_hub_id_is_refused_for_training_and_if_damaged(trained, folder, tmp_path, refused):
+    cache, own = tmp_path / "cache", {"method": "lora", "model_name_or_path": "someone/adapter"}
+    in_cache(cache, "someone/adapter", shared_files(trained), trained, "main", "a" * 40)
+    own |= {"cache_dir": cache, "output_dir": tmp_path / "out"}
+    data = files(folder, "head")
+    refused("model 'someone/adapter' is a PEFT adapter; pass its base model", do_train=True, **own, **data)
+    refused("could not be downloaded", do_predict=True, model_revision="v3", test_file=data["test_file"], **own)
+    bad = damaged(trained, tmp_path, "fewer weights")
+    in_cache(cache, "someone/adapter", shared_files(bad), bad, "main", "b" * 40)
+    refused("the file of the adapter in 'someone/adapter' does not hold all of its weights", do_predict=True,
+            test_file=data["test_file"], **own)  # fmt: skip

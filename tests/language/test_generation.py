@@ -209,6 +209,11 @@ def folder(tmp_path_factory):
         ("answer", ("--chat_template_path", "plain.jinja", "--predict_with_generate"), "holds only an answer, so"),
         ("text", ("--predict_with_generate",), "--predict_with_generate continues a prompt, and rows of text"),
         ("text", ("--chat_template_path", "x"), "is about messages, and the data has text; leave it out"),
+        ("text", ("--completion_only_loss", "true"), "is about prompts and completions, and the data has text: all"),
+        (
+            "chat", ("--completion_only_loss", "true", "--chat_template_path", "plain.jinja"),
+            "the data has messages: all tokens train; leave it out; --assistant_only_loss trains the assistant's",
+        ),
         ("pairs", ("--max_new_tokens", "5"), "is about generated texts, and this run writes none"),
         ("pairs", ("--predict_with_generate", "--max_new_tokens", "128"), "leaves no room for a prompt"),
         ("pairs", ("--predict_with_generate", "--max_new_tokens", "0"), "max_new_tokens must be 1 or more, got 0"),

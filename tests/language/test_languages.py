@@ -3,70 +3,107 @@
 Losses are those of the bare model for ids written out here, as transformers' documentation describes them.
 """
 
+import importlib
 import importlib.util
 import json
 import math
 import re
+import sys
+import types
 
 import pytest
 import torch
 from datasets import Dataset
-from test_multilingual import _FAIRSEQ, PAIRS, with_codes
+from test_multilingual import _FAIRSEQ, _PIECES, PAIRS, with_codes
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     M2M100Config,
-    M2M100Tokenizer,
     MBart50Tokenizer,
     MBartConfig,
     MBartTokenizer,
     NllbTokenizer,
 )
+from transformers.models.auto import tokenization_auto
 
 import run_glue
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.launch.language import encoder_decoder_rows
-from hf_ft_ext.launch.language.encoder_decoder import fit_encoder_decoder
+from hf_ft_ext.launch.language.encoder_decoder import fit_encoder_decoder, language_codes
 
 KINDS = {"mbart": MBartTokenizer, "mbart50": MBart50Tokenizer, "nllb": NllbTokenizer}
-NAMES = [
-    *KINDS,
-    pytest.param("m2m", marks=pytest.mark.skipif(
-        importlib.util.find_spec("sentencepiece") is None, reason="M2M100's tokenizer needs sentencepiece"
-    )),
-]  # fmt: skip
+NAMES = [*KINDS, "m2m"]
+_M2M100 = "transformers.models.m2m_100.tokenization_m2m_100"
+INSTALLED = importlib.util.find_spec("sentencepiece") is not None
 # source and target language, other than those that the tokenizers are saved with
 LANGUAGES = {
     "mbart": ("de_DE", "fr_XX"), "mbart50": ("de_DE", "fr_XX"), "nllb": ("deu_Latn", "ron_Latn"), "m2m": ("de", "fr"),
 }  # fmt: skip
 
 
+class Pieces:
+    """Stands in for sentencepiece's processor, which M2M100's tokenizer imports: the longest known piece comes first.
+
+    Its file is the list of pieces.
+    """
+
+    def Load(self, path):
+        with open(path, encoding="utf-8") as file:
+            self.pieces = sorted(json.load(file), key=len, reverse=True)
+
+    def encode(self, text, out_type):
+        rest, found = f"▁{text.strip().replace(' ', '▁')}", []
+        while rest:
+            found.append(next((piece for piece in self.pieces if rest.startswith(piece)), rest[0]))
+            rest = rest[len(found[-1]) :]
+        return found
+
+    def decode(self, pieces):
+        return "".join(pieces).replace("▁", " ").strip()
+
+
+@pytest.fixture(autouse=True)
+def m2m100(monkeypatch):
+    """Lets M2M100's tokenizer load where sentencepiece is not installed."""
+    if not INSTALLED:
+        stand_in = types.SimpleNamespace(SentencePieceProcessor=Pieces)
+        monkeypatch.setitem(sys.modules, "sentencepiece", stand_in)
+        kind = importlib.import_module(_M2M100).M2M100Tokenizer
+        monkeypatch.setitem(tokenization_auto.REGISTERED_TOKENIZER_CLASSES, "M2M100Tokenizer", kind)
+
+
 def tokenizer_of(name: str, folder):
     if name != "m2m":
         return with_codes(KINDS[name])
-    import sentencepiece
+    kind = importlib.import_module(_M2M100).M2M100Tokenizer
+    if not INSTALLED:
+        (folder / "spm.model").write_text(json.dumps(_PIECES))
+        known = _PIECES
+    else:
+        import sentencepiece
 
-    corpus = " ".join(text for pair in PAIRS for text in pair) + " abcdefghijklmnopqrstuvwxyz,"
-    (folder / "corpus.txt").write_text(f"{corpus}\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "corpus.txt"), model_prefix=str(folder / "spm"), vocab_size=60, hard_vocab_limit=False,
-        minloglevel=2,
-    )  # fmt: skip
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
-    known = [pieces.id_to_piece(i) for i in range(3, pieces.get_piece_size())]
+        corpus = " ".join(text for pair in PAIRS for text in pair) + " abcdefghijklmnopqrstuvwxyz,"
+        (folder / "corpus.txt").write_text(f"{corpus}\n" * 20)
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(folder / "corpus.txt"), model_prefix=str(folder / "spm"), vocab_size=60, hard_vocab_limit=False,
+            minloglevel=2,
+        )  # fmt: skip
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
+        known = [pieces.id_to_piece(i) for i in range(3, pieces.get_piece_size())]
     vocab = {piece: i for i, piece in enumerate(["<s>", "<pad>", "</s>", "<unk>", *known])}
     (folder / "vocab.json").write_text(json.dumps(vocab))
-    return M2M100Tokenizer(str(folder / "vocab.json"), str(folder / "spm.model"))  # no target language
+    return kind(str(folder / "vocab.json"), str(folder / "spm.model"))  # no target language
 
 
 def save(name: str, folder):
     tokenizer = tokenizer_of(name, folder)
     start = None if name == "mbart" else 2
+    size = max(len(tokenizer), *language_codes(tokenizer).values()) + 1  # M2M100's tokenizer does not count the codes
     kind = MBartConfig if name.startswith("mbart") else M2M100Config
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForSeq2SeqLM.from_config(
-            kind(vocab_size=len(tokenizer), decoder_start_token_id=start, forced_eos_token_id=None, **_FAIRSEQ)
+            kind(vocab_size=size, decoder_start_token_id=start, forced_eos_token_id=None, **_FAIRSEQ)
         )
         with torch.no_grad():
             for parameter in model.parameters():
@@ -91,7 +128,7 @@ def launch(folder, *options, out="out", model="model", steps=("--do_train", "--d
 
 
 def code_id(tokenizer, code: str) -> int:
-    return tokenizer.convert_tokens_to_ids(f"__{code}__" if isinstance(tokenizer, M2M100Tokenizer) else code)
+    return tokenizer.convert_tokens_to_ids(f"__{code}__" if type(tokenizer).__name__ == "M2M100Tokenizer" else code)
 
 
 def ids_of(name: str, tokenizer, text: str, code: str) -> list[int]:
@@ -126,7 +163,8 @@ def test_rows_get_the_codes_and_texts_begin_with_the_target_s(tmp_path, name, me
         while len(new) < 9 and (len(new) < 3 or new[-1] != 2):
             logits = model(input_ids=ids, decoder_input_ids=torch.tensor([new])).logits[0, -1]
             new.append(int(logits.argmax()))
-        texts.append(tokenizer.decode(new, skip_special_tokens=True).strip())
+        text = new[1:] if name == "mbart" else new[2:]  # M2M100's tokenizer does not count codes as special
+        texts.append(tokenizer.decode(text, skip_special_tokens=True).strip())
     metrics = json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
     written = (tmp_path / "out" / "predictions.jsonl").read_text()
@@ -171,6 +209,15 @@ def test_languages_that_the_tokenizer_lacks_are_refused(tmp_path, capsys, name, 
     assert launch(tmp_path, "--method", "full", *options) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(message, error), error
+
+
+@pytest.mark.skipif(INSTALLED, reason="sentencepiece is installed")
+def test_a_tokenizer_s_library_that_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
+    save("m2m", tmp_path)
+    monkeypatch.delitem(tokenization_auto.REGISTERED_TOKENIZER_CLASSES, "M2M100Tokenizer")
+    assert launch(tmp_path, "--method", "full") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "needs a library that is not installed: pip install sentencepiece" in error
 
 
 class NeedsTarget(NllbTokenizer):

@@ -29,6 +29,12 @@ CONFIGS = {
         "num_key_value_heads": 1, "max_position_embeddings": 128, "num_local_experts": 4, "num_experts_per_tok": 2,
         "router_aux_loss_coef": 1.0, **_IDS,
     },
+    "prophetnet": {
+        "hidden_size": 16, "encoder_ffn_dim": 24, "num_encoder_layers": 2, "num_encoder_attention_heads": 2,
+        "decoder_ffn_dim": 24, "num_decoder_layers": 2, "num_decoder_attention_heads": 2, "dropout": 0.0,
+        "attention_dropout": 0.0, "activation_dropout": 0.0, "max_position_embeddings": 128, "ngram": 2,
+        "decoder_start_token_id": 1, **_IDS,
+    },
     "blenderbot": {
         "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
         "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "dropout": 0.0,
@@ -179,6 +185,36 @@ def test_trained_through_the_launcher_they_generate_and_report_the_plain_perplex
         count += len(answer)
     metrics = json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+@pytest.mark.parametrize(("family", "size"), [("prophetnet", 3), ("prophetnet", 1), ("blenderbot", 3)])
+def test_rows_that_read_padding_are_named_and_alone_have_their_own_loss(tmp_path, caplog, family, size):
+    caplog.set_level("WARNING")
+    tokenizer, model = build(family)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    status = run_glue.main(
+        [
+            "--model_name_or_path", str(tmp_path / "model"), "--method", "full", "--task_type", "seq2seq_lm",
+            "--validation_file", str(tmp_path / "pairs.jsonl"), "--do_eval", "--per_device_eval_batch_size", str(size),
+            "--use_cpu", "--disable_tqdm", "true", "--output_dir", str(tmp_path / "out"),
+        ]
+    )  # fmt: skip
+    assert status == 0
+    total, count = 0.0, 0
+    for prompt, completion in PAIRS:
+        answer = tokenizer(completion.strip())["input_ids"]
+        fed = torch.tensor([[1, *answer[:-1]]])
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tokenizer(prompt)["input_ids"]]), decoder_input_ids=fed).logits[0]
+        total += float(functional.cross_entropy(logits.double(), torch.tensor(answer), reduction="sum"))
+        count += len(answer)
+    found = json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]["eval_perplexity"]
+    reads = (family, size) == ("prophetnet", 3)
+    assert reads == ("reads the padding of shorter rows, so their losses depend on the other rows" in caplog.text)
+    assert reads != (found == pytest.approx(math.exp(total / count), rel=1e-5))
 
 
 WAYS = {

@@ -15,7 +15,8 @@ from decoders import (
     subword_tokenizer,
     word_tokenizer,
 )
-from transformers import AutoModelForSequenceClassification
+from tiny import tiny_masked_lm, tiny_tokenizer
+from transformers import AutoModelForSequenceClassification, pipeline
 
 from hf_ft_ext import PromptEncoder, PromptForSequenceClassification
 from hf_ft_ext.arguments import DataArguments
@@ -249,12 +250,65 @@ def test_peft_finds_its_way_into_a_prompt_model(family, kind):
         with pytest.raises(InputError, match=r"puts keys and values in front of a decoder's tokens.*use lora"):
             wrap_with_peft(model, kind, settings, 0)
         return
-    wrapped = wrap_with_peft(model, kind, settings, 0)
-    wrapped(**padded(rows_of(model, tokenizer), tokenizer, "left"), labels=torch.tensor([0, 1, 0])).loss.backward()
+    wrapped = wrap_with_peft(model, kind, settings, 0).eval()
+    rows = rows_of(model, tokenizer)
+    with torch.no_grad():
+        alone = torch.cat([wrapped(input_ids=torch.tensor([ids])).logits for ids in rows["input_ids"]])
+        for side in ("right", "left"):
+            torch.testing.assert_close(wrapped(**padded(rows, tokenizer, side)).logits, alone, rtol=0, atol=1e-5)
+    wrapped.train()(**padded(rows, tokenizer, "left"), labels=torch.tensor([0, 1, 0])).loss.backward()
     trained = [p for p in wrapped.parameters() if p.requires_grad]
     reached = [p for p in trained if p.grad is not None and p.grad.abs().max() > 1e-7]  # what is zero may be rounded
     # T5's decoder attends to the one position that there is, whatever its keys are
     assert len(reached) == len(trained) - (2 if family == "t5" else 0)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5", "bert"])
+def test_the_language_model_keeps_its_attention(family, tmp_path):
+    if family == "bert":
+        model, tokenizer = tiny_masked_lm(), tiny_tokenizer()
+    else:
+        tokenizer = subword_tokenizer(TOKENIZER_OF[family])
+        model = decoder(family, len(tokenizer))
+    model.save_pretrained(tmp_path)
+    model.set_attn_implementation("eager")
+    prompt = (tokenizer, "*cls**sent_0*_it_was*mask*", WORDS)
+    made = PromptForSequenceClassification.from_language_model(model, *prompt)
+    assert model.config._attn_implementation == made.masked_lm.config._attn_implementation == "eager"
+    name = str(tmp_path)
+    made = PromptForSequenceClassification.from_language_model(name, *prompt, attn_implementation="eager")
+    assert made.masked_lm.config._attn_implementation == "eager"
+    made = PromptForSequenceClassification.from_language_model(name, *prompt)
+    assert made.masked_lm.config._attn_implementation == type(model).from_pretrained(name).config._attn_implementation
+
+
+@pytest.mark.parametrize("scoring", ["first_token", "sequence"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bart"])
+def test_rows_without_the_template_are_named(family, scoring, tmp_path, caplog):
+    caplog.set_level("WARNING")
+    model, tokenizer = prompt_model(family, scoring)
+    rows = rows_of(model, tokenizer)
+    for side in ("right", "left"):
+        model(**padded(rows, tokenizer, side))
+    assert "do not end as those of the template" not in caplog.text
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    classify = pipeline("text-classification", model=str(tmp_path), device="cpu")
+    classify(ROWS)
+    assert caplog.text.count(f"do not end as those of the template {TEMPLATE!r} do") == 1
+    classify(ROWS)
+    assert caplog.text.count("do not end as those of the template") == 1  # once for each model
+
+
+@pytest.mark.parametrize("template", ["*cls**sent_0**mask*", "*sent_0*?*mask*"])
+def test_rows_that_end_with_their_own_text_are_not_compared(template, caplog):
+    caplog.set_level("WARNING")
+    tokenizer = subword_tokenizer("byte-level")
+    model = PromptForSequenceClassification.from_language_model(
+        decoder("gpt2", len(tokenizer)), tokenizer, template, WORDS
+    )
+    model(input_ids=torch.tensor([tokenizer("a film was it not?!")["input_ids"]]))
+    assert model.config.row_end is None and not caplog.text
 
 
 # --- bad input -------------------------------------------------------------------------------------------

@@ -41,8 +41,8 @@ from hf_ft_ext.launch.language.encoder_decoder import (
     fit_encoder_decoder,
     set_languages,
     token_loss,
+    warn_of_read_padding,
 )
-from hf_ft_ext.launch.language.probes import check_packing, use_own_head
 from hf_ft_ext.launch.language.trainers import (
     NO_CHAT_TEMPLATE,
     CountedTruncation,
@@ -177,6 +177,7 @@ def load(
     else:
         set_languages(tokenizer, data_args.source_lang, data_args.target_lang)
         fit_encoder_decoder(model, tokenizer)
+        warn_of_read_padding(model, args)
         trainer_class = type(f"{kind.__name__}AndSeq2SeqTrainer", (Perplexity, kind, Seq2SeqTrainer), {})
         limits = length, min(length, decoder_length or length)
         train = None if data.train is None else encoder_decoder_rows("train", data.train, tokenizer, *limits)
@@ -194,8 +195,6 @@ def load(
         own |= {"chat_template_path": data_args.chat_template_path, "pad_token": tokenizer.pad_token}
         for name, value in own.items() if causal else ():
             setattr(args, name, value)
-        text_config = model.config.get_text_config()
-        router_logits = getattr(text_config, "output_router_logits", None)
         with trainer_errors_as_input_errors(args), template_errors():
             trainer = trainer_class(
                 model=copy.deepcopy(model) if run_args.hp_search else model,  # each trial needs its own
@@ -207,12 +206,6 @@ def load(
                 compute_loss_func=None if causal else token_loss,
                 callbacks=run_callbacks(run_args, args, callbacks),
             )
-        if router_logits is not None:  # trl turns them on, and asks for them itself; `generate` stops at them
-            trainer.model.config.get_text_config().output_router_logits = router_logits
-        if causal:
-            use_own_head(trainer)
-        if data_args.packing:
-            check_packing(trainer)
         trainer.language = LanguageRun(data, data_args, context)
         _check_prompts(data, trainer.processing_class, args, data_args)
         return check_trainer(trainer, run_args.method)
@@ -275,6 +268,12 @@ def _is_chat(data: LanguageData) -> bool:
 
 def _check_chat_template(data: LanguageData, tokenizer: PreTrainedTokenizerBase, data_args: DataArguments) -> None:
     chat = _is_chat(data)
+    if data_args.completion_only_loss and data.form is not Form.PROMPT:
+        other = "; --assistant_only_loss trains the assistant's answers alone" if data.form is Form.MESSAGES else ""
+        raise InputError(
+            f"--completion_only_loss is about prompts and completions, and the data has {data.form}: all tokens "
+            f"train; leave it out{other}"
+        )
     if chat and tokenizer.chat_template is None and data_args.chat_template_path is None:
         raise InputError(NO_CHAT_TEMPLATE)
     if data_args.assistant_only_loss:
@@ -337,7 +336,10 @@ def _choose_best_metric(run_args: RunArguments, args: MethodTrainingArguments) -
     """Set the metric that chooses the best model: loss or perplexity, where lower is better."""
     chosen = run_args.given.get("metric_for_best_model")
     if chosen is not None and chosen.removeprefix("eval_") not in ("loss", "perplexity"):
-        raise InputError(f"metric_for_best_model cannot be {chosen!r}; a language model has: loss, perplexity")
+        raise InputError(
+            f"metric_for_best_model cannot be {chosen!r}; a language model has: loss, perplexity (texts are generated "
+            "after training only)"
+        )
     compares = args.load_best_model_at_end or args.save_strategy == SaveStrategy.BEST or run_args.hp_search
     if compares or chosen is not None:
         args.metric_for_best_model = chosen or "loss"

@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch.nn import functional
-from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_ft_ext.data.preprocess import own_special_ids, without_beginning
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.launch.language.trainers import report_long_rows
+from hf_ft_ext.per_example.state import evaluating
+from hf_ft_ext.training.weights.sharding import sharding
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +122,38 @@ def fit_encoder_decoder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     if forced != before and (forced is not None or before in known):
         logger.info("Texts begin with forced_bos_token_id=%s, as completions do.", forced)
         generation.forced_bos_token_id = forced
+
+
+def warn_of_read_padding(model: PreTrainedModel, args: TrainingArguments) -> None:
+    """Log a warning if rows of a batch change each other's loss, as padded rows of ProphetNet and FSMT do."""
+    train, evaluation = args.per_device_train_batch_size, args.per_device_eval_batch_size
+    batches = [size for size, used in ((train, args.do_train), (evaluation, args.do_eval)) if used]
+    if max(batches, default=1) > 1 and sharding(args) is None and _reads_padding(model):
+        logger.warning(
+            "%s reads the padding of shorter rows, so their losses depend on the other rows of the batch; pass "
+            "--per_device_train_batch_size 1 --per_device_eval_batch_size 1 (and --gradient_accumulation_steps) for "
+            "the loss of each row alone.", type(model).__name__,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def _reads_padding(model: PreTrainedModel) -> bool:
+    """Whether a short row beside a longer one gets other logits than alone."""
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(3, 11, device=device).expand(2, -1)  # eight tokens that any vocabulary has
+    real = torch.arange(8, device=device) < torch.tensor([[3], [8]], device=device)
+    labels = ids.masked_fill(~real, -100)
+    together = {
+        "input_ids": ids.masked_fill(~real, model.config.pad_token_id),
+        "attention_mask": real.long(),
+        "decoder_input_ids": decoder_inputs(model, labels.clone()),
+    }
+    alone = {name: value[:1, :3] for name, value in together.items()}
+    alone["decoder_input_ids"] = decoder_inputs(model, labels[:1, :3].clone())
+    with evaluating(model):
+        first, second = (model(**batch, use_cache=False).logits[0, :3].float() for batch in (alone, together))
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # of the largest logit
+    return bool((first - second).abs().max() > tolerance * first.abs().max())
 
 
 def language_codes(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -242,13 +242,22 @@ def generate_texts(
                 pad_token_id=tokenizer.pad_token_id,
                 **cached,
             )
-            new = ids if both else ids[:, batch["input_ids"].shape[1] :]
+            new = ids[:, _tokens_before_text(model, ids) if both else batch["input_ids"].shape[1] :]
             found += zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True)
     finally:
         tokenizer.padding_side = side
         model.train(training)
     texts = dict(gather_object(found))
     return [texts[i].strip() for i in range(len(rows))]
+
+
+def _tokens_before_text(model: Any, ids: torch.Tensor) -> int:
+    """Number of tokens that an encoder-decoder writes before the text: the start token, and a forced first one.
+
+    M2M100's language codes, which are forced, need not be special tokens of its tokenizer.
+    """
+    forced = model.generation_config.forced_bos_token_id
+    return 2 if forced is not None and ids.shape[1] > 1 and bool((ids[:, 1] == forced).all()) else 1
 
 
 def _changes_a_row(model: Any, alone: dict[str, torch.Tensor], beside: dict[str, torch.Tensor], tokens: int) -> bool:

@@ -24,20 +24,22 @@ from hf_ft_ext.prompts.model.word_rows import set_word_rows
 from hf_ft_ext.prompts.readout import (
     Reading,
     add_position_ids,
+    causal_network,
+    first_token_logits,
     has_one_head,
-    inputs_of_decoder,
     keep_mask_position,
     last_positions,
     padding_right,
     reading_of,
     take_positions,
+    warn_of_other_rows,
 )
 from hf_ft_ext.prompts.sequences import sequence_logits
 from hf_ft_ext.prompts.templates.words import FIRST_TOKEN, check_word_scoring
 
 _PROMPT_FIELDS = (
     "template", "words", "word_ids", "word_sequences", "word_scoring", "word_bias", "mask_token_id", "decoder_prefix",
-    "id2label", "label2id",
+    "row_end", "id2label", "label2id",
 )  # fmt: skip
 # attributes of a quantized model that transformers, peft and accelerate read
 _QUANTIZATION_ATTRIBUTES = (
@@ -172,6 +174,8 @@ class PromptForSequenceClassification(PreTrainedModel):
         config = copy.deepcopy(config)
         config.untied_words, config.masked_lm = False, masked_lm.config
         config.name_or_path = masked_lm.name_or_path
+        for part in ("_attn_implementation", "_experts_implementation"):  # the constructor would set its defaults
+            setattr(config, part, getattr(masked_lm.config, part))
         with torch.device("meta"):  # the weights come from masked_lm
             model = cls(config)
         model._adopt(masked_lm)
@@ -185,7 +189,8 @@ class PromptForSequenceClassification(PreTrainedModel):
 
     def _adopt(self, language_model: PreTrainedModel) -> None:
         self.masked_lm = language_model
-        self._positions: torch.Tensor | None = None  # set during a forward pass that scores sequences
+        self._positions: torch.Tensor | None = None  # set during a forward pass
+        self._rows_checked = False
         if not has_one_head(language_model):
             raise InputError(
                 f"{type(language_model).__name__} has no linear layer over its vocabulary; pass another model"
@@ -202,7 +207,7 @@ class PromptForSequenceClassification(PreTrainedModel):
         """Forward hook of a causal network: reduce its last hidden state to the positions that are read."""
         hidden = output.last_hidden_state
         positions = self._positions
-        if positions is None:
+        if positions is None:  # the network was called directly
             ids = kwargs.get("input_ids", args[0] if args else None)
             ids = kwargs["inputs_embeds"] if ids is None else ids
             positions = last_positions(kwargs.get("attention_mask"), ids)
@@ -211,9 +216,8 @@ class PromptForSequenceClassification(PreTrainedModel):
 
     def _body(self) -> nn.Module:
         """Return the network below the head; for T5, which has no such module, the whole language model."""
-        if self.config.reading == Reading.LAST.value:  # OPT's head reads the decoder, not the base model around it
-            body = self.masked_lm.get_decoder()
-            return self.masked_lm.base_model if isinstance(body, nn.Linear) else body  # ModernBERT's head: `decoder`
+        if self.config.reading == Reading.LAST.value:
+            return causal_network(self.masked_lm)
         return self.masked_lm.base_model
 
     @property
@@ -317,17 +321,9 @@ class PromptForSequenceClassification(PreTrainedModel):
             contexts = input_ids.shape[1]
             inputs = {key: v.flatten(0, 1) if torch.is_tensor(v) and v.ndim == 3 else v for key, v in inputs.items()}
         inputs = padding_right(self.config, inputs)
+        self._rows_checked = self._rows_checked or warn_of_other_rows(self.config, inputs)
         if self.config.word_scoring == FIRST_TOKEN:
-            outputs = self.masked_lm(**inputs, **inputs_of_decoder(self.config, inputs), return_dict=True)
-            logits = outputs.logits
-            if (
-                self.config.reading == Reading.LAST.value and logits.shape[1] > 1
-            ):  # the hook did not reduce the head's input
-                ids = inputs.get("input_ids", inputs.get("inputs_embeds"))
-                logits = take_positions(logits, last_positions(inputs.get("attention_mask"), ids))
-            logits = logits[:, -1]
-            if not self.config.untied_words:
-                logits = logits[:, self.config.word_ids]
+            logits, outputs = first_token_logits(self, inputs)
         else:
             logits, outputs = sequence_logits(self, inputs, option_ids)
         if self.config.word_bias is not None:

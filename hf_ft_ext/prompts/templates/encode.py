@@ -13,6 +13,7 @@ from hf_ft_ext.prompts.templates.template import CLS, MASK, SEP, Literal, Part, 
 from hf_ft_ext.prompts.templates.words import continuation_tokens, plain_ids
 
 Ids = list[int]
+_NO_LIMIT = 10**6  # tokens of a row
 
 logger = logging.getLogger(__name__)
 
@@ -258,6 +259,21 @@ class PromptEncoder:
             zeros = {n: [0] * n for n in set(lengths)}
             result["token_type_ids"] = [zeros[n] for n in lengths] if segments is None else segments
         return result
+
+
+def row_end(tokenizer: PreTrainedTokenizerBase, template: str, reading: Reading) -> list[int] | None:
+    """Return the template's own tokens at the end of every row; `None` for a mask, or if a row ends with its text.
+
+    The first of them may be one with the text's last one if a tokenizer reads both together, and is left out.
+    """
+    if reading is Reading.MASK:
+        return None
+    texts = 1 + max(
+        (p.index for p in parse_template(template, reading=reading.value) if isinstance(p, Sentence)), default=0
+    )
+    encoder = PromptEncoder(tokenizer, template, texts, _NO_LIMIT, reading=reading)
+    own = encoder.fixed[-1]
+    return own[1:] if len(own) - encoder.end_tokens > 1 else None
 
 
 def answer_context(parts: Sequence[Part]) -> str:
