@@ -13,6 +13,9 @@ import types
 import uuid
 from pathlib import Path
 
+_MEMORY = "/dev/shm"  # a file system in memory, in which a file is made in a third of a disk's time
+if "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4 * 2**30:
+    os.environ["TMPDIR"] = tempfile.tempdir = _MEMORY
 if "datasets" not in sys.modules:  # a cache of this process alone: `pytest -n` has several
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="hf_ft_ext-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
@@ -135,6 +138,54 @@ def _unhashed_datasets():
     with pytest.MonkeyPatch.context() as patched:
         for name in names:
             patched.setattr(f"datasets.{name}", lambda *_: uuid.uuid4().hex[:16])
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _datasets_in_memory():
+    """Changed rows stay in memory: a file of a few rows, its lock and its search for older ones cost more than they."""
+    from datasets import Dataset
+
+    change = Dataset.map
+
+    @functools.wraps(change)
+    def changed(self, *args, **options):
+        if not options.get("cache_file_name") and not options.get("num_proc"):
+            options["keep_in_memory"] = True
+        return change(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Dataset, "map", changed)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_models():
+    """No weights are drawn where there are none to fill, and settings of models are read by the shortest way.
+
+    Models are loaded on the device `meta` first, on which torch traces each draw of an initial weight in Python.
+    """
+    import torch
+    from transformers import PreTrainedConfig
+
+    def only_real(fill):
+        @functools.wraps(fill)
+        def filled(tensor, *args, **options):
+            return tensor if tensor.is_meta else fill(tensor, *args, **options)
+
+        return filled
+
+    plain, whole = object.__getattribute__, PreTrainedConfig.__getattribute__
+
+    def setting(self, key):
+        if "_heterogeneity_spec" in plain(self, "__dict__"):  # layers that differ have rules of their own
+            return whole(self, key)
+        return plain(self, plain(self, "attribute_map").get(key, key))
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_", "trunc_normal_"):
+            patched.setattr(torch.nn.init, name, only_real(getattr(torch.nn.init, name)))
+        patched.setattr(PreTrainedConfig, "__getattribute__", setting)
         yield
 
 
