@@ -13,9 +13,9 @@ import types
 import uuid
 from pathlib import Path
 
-_MEMORY = "/dev/shm"  # a file system in memory, in which a file is made in a third of a disk's time
-if "TMPDIR" not in os.environ and os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > 4 * 2**30:
-    os.environ["TMPDIR"] = tempfile.tempdir = _MEMORY
+if "TMPDIR" not in os.environ and os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 4 * 2**30:
+    os.environ["TMPDIR"] = "/dev/shm"  # in memory, where a file is made in a third of a disk's time
+    tempfile.tempdir = None  # to be read anew
 if "datasets" not in sys.modules:  # a cache of this process alone: `pytest -n` has several
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="hf_ft_ext-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
@@ -138,12 +138,14 @@ def _unhashed_datasets():
     with pytest.MonkeyPatch.context() as patched:
         for name in names:
             patched.setattr(f"datasets.{name}", lambda *_: uuid.uuid4().hex[:16])
+        for name in ("fingerprint", "arrow_dataset"):  # what would be hashed
+            patched.setattr(f"datasets.{name}.format_kwargs_for_fingerprint", lambda *_, **__: {})
         yield
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _datasets_in_memory():
-    """Changed rows stay in memory: a file of a few rows, its lock and its search for older ones cost more than they."""
+    """Changed rows stay in memory: a file, its lock and the search for older ones cost more than a few rows do."""
     from datasets import Dataset
 
     change = Dataset.map
@@ -216,7 +218,7 @@ def _quick_devices():
 
 @pytest.fixture(autouse=True, scope="session")
 def _quick_cards():
-    """Templates are compiled once: at each save peft and transformers compile that of the model card."""
+    """Templates are compiled once, versions are read once: each save writes a model card with both."""
     from jinja2 import Environment
 
     known, compile_source = {}, Environment.compile
@@ -229,6 +231,8 @@ def _quick_cards():
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Environment, "compile", compiled)
+        if cards := sys.modules.get("trl.trainer.utils"):
+            patched.setattr(cards, "version", functools.cache(cards.version))
         yield
 
 
