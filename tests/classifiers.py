@@ -57,9 +57,15 @@ def tiny_classifier(kind: str | type[PreTrainedConfig], seed: int = 0, **config)
 
 
 @functools.cache
+def _classes() -> list[type[PreTrainedConfig]]:
+    """The configurations of all families; each is imported."""
+    return list(CLASSIFIERS)
+
+
+@functools.cache
 def _settings(kind: str | type[PreTrainedConfig]) -> tuple[type[PreTrainedConfig], dict]:
     model_type = "deberta-v2" if kind == "deberta-v3" else kind
-    config_class = next(c for c in CLASSIFIERS if model_type in (c, c.model_type))
+    config_class = next(c for c in _classes() if model_type in (c, c.model_type))
     plain = config_class()
     fixed = {name for name in dir(config_class) if isinstance(getattr(config_class, name, None), property)}
     chosen = {
@@ -104,7 +110,7 @@ def ragged_rows(lengths: tuple[int, ...] = (12, 5, 9), labels: int = 3) -> dict[
 def runnable() -> list[str]:
     """Families that can be made this small and take such rows."""
     found = []
-    for config_class in CLASSIFIERS:
+    for config_class in _classes():
         try:
             with torch.device("meta"):
                 size = sum(p.numel() for p in tiny_classifier(config_class).parameters())

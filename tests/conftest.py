@@ -13,6 +13,9 @@ import types
 import uuid
 from pathlib import Path
 
+if "TMPDIR" not in os.environ and os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 4 * 2**30:
+    os.environ["TMPDIR"] = "/dev/shm"  # in memory, where a file is made in a third of a disk's time
+    tempfile.tempdir = None  # to be read anew
 if "datasets" not in sys.modules:  # a cache of this process alone: `pytest -n` has several
     os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="hf_ft_ext-tests-")
     atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
@@ -135,6 +138,56 @@ def _unhashed_datasets():
     with pytest.MonkeyPatch.context() as patched:
         for name in names:
             patched.setattr(f"datasets.{name}", lambda *_: uuid.uuid4().hex[:16])
+        for name in ("fingerprint", "arrow_dataset"):  # what would be hashed
+            patched.setattr(f"datasets.{name}.format_kwargs_for_fingerprint", lambda *_, **__: {})
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _datasets_in_memory():
+    """Changed rows stay in memory: a file, its lock and the search for older ones cost more than a few rows do."""
+    from datasets import Dataset
+
+    change = Dataset.map
+
+    @functools.wraps(change)
+    def changed(self, *args, **options):
+        if not options.get("cache_file_name") and not options.get("num_proc"):
+            options["keep_in_memory"] = True
+        return change(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Dataset, "map", changed)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_models():
+    """No weights are drawn where there are none to fill, and settings of models are read by the shortest way.
+
+    Models are loaded on the device `meta` first, on which torch traces each draw of an initial weight in Python.
+    """
+    import torch
+    from transformers import PreTrainedConfig
+
+    def only_real(fill):
+        @functools.wraps(fill)
+        def filled(tensor, *args, **options):
+            return tensor if tensor.is_meta else fill(tensor, *args, **options)
+
+        return filled
+
+    plain, whole = object.__getattribute__, PreTrainedConfig.__getattribute__
+
+    def setting(self, key):
+        if "_heterogeneity_spec" in plain(self, "__dict__"):  # layers that differ have rules of their own
+            return whole(self, key)
+        return plain(self, plain(self, "attribute_map").get(key, key))
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_", "trunc_normal_"):
+            patched.setattr(torch.nn.init, name, only_real(getattr(torch.nn.init, name)))
+        patched.setattr(PreTrainedConfig, "__getattribute__", setting)
         yield
 
 
@@ -165,7 +218,7 @@ def _quick_devices():
 
 @pytest.fixture(autouse=True, scope="session")
 def _quick_cards():
-    """Templates are compiled once: at each save peft and transformers compile that of the model card."""
+    """Templates are compiled once, versions are read once: each save writes a model card with both."""
     from jinja2 import Environment
 
     known, compile_source = {}, Environment.compile
@@ -178,6 +231,8 @@ def _quick_cards():
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Environment, "compile", compiled)
+        if cards := sys.modules.get("trl.trainer.utils"):
+            patched.setattr(cards, "version", functools.cache(cards.version))
         yield
 
 

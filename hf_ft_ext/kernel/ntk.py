@@ -20,6 +20,7 @@ from hf_ft_ext.kernel.schedule import (
     BlockSchedule,
     Bounds,
     Edges,
+    MemoryNeeds,
     batch_overhead,
     make_schedule,
     measure,
@@ -165,6 +166,7 @@ class KernelComputation:
             kind = JacobianEngine if options.engine is Engine.JACOBIAN else StructuredEngine
             self.engine = kind(model, self.function, self.parameters, options.formula, dtype)
         self._ready = False
+        self._needs: dict[int, MemoryNeeds] = {}  # by the tokens of the longest row
 
     def run(
         self,
@@ -225,10 +227,16 @@ class KernelComputation:
         self._prepare(rows1)
         longer = rows1 if rows2 is None or max(rows1.lengths) >= max(rows2.lengths) else rows2
         options = self.options
-        needs = measure(self.engine, longer, self._wider_bytes, options.class_diagonal)
+        needs = self._needs_of(max(longer.lengths), longer)
         lengths2 = None if rows2 is None else rows2.lengths
         sizes = memory_bound(options.memory_gb, self.engine.device, processes), options.batch_size, options.block_rows
         return make_schedule(needs, rows1.lengths, lengths2, *sizes, processes, edges)
+
+    def _needs_of(self, length: int, rows: ExampleRows) -> MemoryNeeds:
+        """The memory needs of rows whose longest has `length` tokens; measured once, not for each kernel anew."""
+        if length not in self._needs:
+            self._needs[length] = measure(self.engine, rows, self._wider_bytes, self.options.class_diagonal)
+        return self._needs[length]
 
     def _prepare(self, rows: ExampleRows) -> None:
         if self._ready:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hf_ft_ext.per_example.rules import Rule, expands_for_examples, rows_and_factors
+from hf_ft_ext.per_example.rules import Rule, expands_for_examples, is_sum_of_products, rows_and_factors
 from hf_ft_ext.per_example.state import Batch, float64_stays, in_float64_mode, only_trainable
 from hf_ft_ext.per_example.types import DenseGradient, Gradient
 
@@ -305,7 +305,8 @@ class Capture:
             gradients: dict[str, Gradient] = {}
             if call.recorded:
                 self._check_layout(call)
-                with torch.no_grad(), self._mode():
+                mode = contextlib.nullcontext if is_sum_of_products(hooked.rule) else self._mode
+                with torch.no_grad(), mode():
                     gradients = self._by_rule(call, grad) if hooked.rule else self._call_again(call, grad)
             elif grad.any():
                 raise _NotPerExample

@@ -46,6 +46,11 @@ def expands_for_examples(module: nn.Module) -> bool:
     return getattr(type(module), "per_example", None) is False and own == ["weight"]
 
 
+def is_sum_of_products(rule: Rule | None) -> bool:
+    """Return whether a rule only multiplies and adds its arguments: it does not run the module, which may cast."""
+    return rule in (_linear, _conv1d, _embedding)
+
+
 def _tokens(tensor: torch.Tensor, features: int) -> torch.Tensor:
     """`[n, ..., features]` as `[n, tokens, features]`."""
     return tensor.reshape(len(tensor), -1, features)

@@ -47,7 +47,7 @@ def launch(folder, family, way, task, out, *more):
     status = run_glue.main(
         [
             "--model_name_or_path", str(folder / family), "--method", "gradientless", "--search_method", "spsa",
-            "--search_target", "all", "--train_file", file, "--validation_file", file, "--do_train", "--do_eval",
+            "--search_target", "all", "--train_file", file, "--validation_file", file, "--do_train",
             "--max_steps", "4", "--save_steps", "2", "--warmup_steps", "0", "--use_cpu", "--disable_tqdm", "true",
             "--output_dir", str(out), *WAYS[way], *kind, *more,
         ]
@@ -59,7 +59,7 @@ def launch(folder, family, way, task, out, *more):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_search_resumes_with_the_same_bits(folder, tmp_path, way, family, task):
-    launch(folder, family, way, task, tmp_path / "out")
+    launch(folder, family, way, task, tmp_path / "out", "--do_eval")
     launch(folder, family, way, task, tmp_path / "resumed", "--resume_from_checkpoint",
            str(tmp_path / "out" / "checkpoint-2"))  # fmt: skip
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "resumed"))
@@ -74,6 +74,6 @@ def test_a_search_resumes_with_the_same_bits(folder, tmp_path, way, family, task
 
 
 def test_a_search_of_a_prompt_model_loads_as_one(folder, tmp_path):
-    launch(folder, "gpt2", "lozo", "prompt", tmp_path)
+    launch(folder, "gpt2", "lozo", "prompt", tmp_path, "--do_eval")
     model = PromptForSequenceClassification.from_pretrained(tmp_path)
     assert model.config.words == ["bad", "great"]

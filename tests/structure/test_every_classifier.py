@@ -3,6 +3,9 @@
 What a family is refused for is listed here; all else has to work. The fast part takes families chosen to differ.
 """
 
+import copy
+import functools
+
 import pytest
 import torch
 from classifiers import DIFFERENT, classifier_rows, runnable, tiny_classifier
@@ -32,6 +35,19 @@ def logits(model) -> torch.Tensor:
         return model.eval()(**rows).logits
 
 
+@functools.lru_cache(1)  # the tests of a family follow each other
+def _start(kind: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    """The family's model and its logits."""
+    model = tiny_classifier(kind)
+    return model, logits(model)
+
+
+def start(kind: str) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A new model of the family, and its logits."""
+    model, before = _start(kind)
+    return copy.deepcopy(model), before
+
+
 def step(model, kind: str) -> None:
     """One step of plain gradient descent."""
     model.train(kind == REFORMER)
@@ -42,8 +58,7 @@ def step(model, kind: str) -> None:
 
 
 def lora(kind, folder) -> None:
-    model = tiny_classifier(kind)
-    before = logits(model)
+    model, before = start(kind)
     model = add_lora(model, LoraTrainingArguments(str(folder), use_cpu=True))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -52,14 +67,13 @@ def lora(kind, folder) -> None:
     adapters = [parameter.grad for name, parameter in model.named_parameters() if ".lora_" in name]
     assert adapters and (kind == REFORMER or any(gradient is not None for gradient in adapters))
     model.save_pretrained(folder)
-    loaded = PeftModel.from_pretrained(tiny_classifier(kind), folder)
+    loaded = PeftModel.from_pretrained(start(kind)[0], folder)
     torch.testing.assert_close(logits(loaded), logits(model))
     assert not torch.allclose(logits(model), before, atol=1e-6)
 
 
 def sparse(kind, folder) -> None:
-    model = tiny_classifier(kind)
-    before = logits(model)
+    model, before = start(kind)
     layers = convert_to_sparse(model)
     torch.testing.assert_close(logits(model), before)
     step(model, kind)
@@ -71,8 +85,7 @@ def sparse(kind, folder) -> None:
 
 
 def fisher(kind, folder) -> None:
-    model = tiny_classifier(kind)
-    before = logits(model)
+    model, before = start(kind)
     left = fitting_candidates(model, default_candidates(), layers_of(model), seed=0)
     assert {"bottleneck", "lora"} <= left.keys() or len(left) >= 2
     assert torch.equal(logits(model), before)

@@ -258,9 +258,17 @@ class Projection:
     def _random_buckets(self, what: str, count: int) -> torch.Tensor:
         """Random buckets, balanced: consecutive random permutations of all k buckets."""
         k = self.dimension
-        permutations = -(-count // k)
-        order = self._bits(what, permutations * k).reshape(permutations, k).argsort(axis=1, kind="stable")
-        return torch.from_numpy(order.reshape(-1)[:count].copy()).to(self.device)
+        bits = self._bits(what, -(-count // k) * k).reshape(-1, k)
+        order = [_smallest(row, min(k, count - i * k)) for i, row in enumerate(bits)]
+        return torch.from_numpy(np.concatenate(order)).to(self.device)
+
+
+def _smallest(values: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the `count` smallest values in ascending order; of equal ones the first comes first."""
+    if 2 * count < len(values):  # a part need not sort the whole
+        found = np.flatnonzero(values <= np.partition(values, count - 1)[count - 1])
+        return found[values[found].argsort(kind="stable")][:count]
+    return values.argsort(kind="stable")[:count]
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
