@@ -1,11 +1,14 @@
-"""Labels of tokens: how many of them a batch predicts, and a loss of 0 for a batch that predicts none."""
+"""Labels of a batch: how many tokens they predict, a loss of 0 for a batch that predicts none, and other labels."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from hf_ft_ext.errors import InputError
 
 IGNORED = -100  # the label of tokens that are not predicted, as in transformers
 _NOT_SHIFTED = ("XLNetLMHeadModel", "XLMWithLMHeadModel")  # transformers calls them causal; they predict in place
@@ -75,3 +78,71 @@ def with_a_label(batch: Mapping[str, Any]) -> dict[str, Any]:
             changed[key] = batch[key].clone()
             changed[key][..., -1] = 0
     return changed
+
+
+def check_row_labels(labels: torch.Tensor, classes: int, problem_type: str | None, soft: bool = False) -> None:
+    """Refuse labels of rows that do not fit the problem type of a classifier: its own, or what transformers infers.
+
+    Args:
+        labels: class ids `[rows]`, numbers, or 0 and 1 for each label `[rows, classes]`.
+        classes: number of outputs of the classifier.
+        soft: whether several labels per row may be anything from 0 to 1.
+
+    Raises:
+        InputError: a label that is no class id, neither 0 nor 1, or not finite.
+    """
+    several = problem_type is None and labels.is_floating_point() and labels.ndim == 2 and classes > 1
+    if problem_type == "regression" or (problem_type is None and classes == 1):
+        wrong, expected = ~labels.isfinite(), "a finite number"
+    elif problem_type == "multi_label_classification" or several:
+        wrong = ~((labels >= 0) & (labels <= 1)) if soft else (labels != 0) & (labels != 1)
+        expected = "from 0 to 1" if soft else "0 or 1"
+    else:
+        wrong = (labels < 0) | (labels >= classes) | (labels != labels.round())
+        expected = f"a class id (0 to {classes - 1})"
+    if wrong.any():
+        row = int(wrong.reshape(len(wrong), -1).any(1).nonzero()[0])
+        raise InputError(
+            f"label {labels[wrong][0].item():g} of row {row} is not {expected}; correct it, or remove rows without a "
+            "label"
+        )
+
+
+# --- what tells a loss from another one ---------------------------------------------------------------
+
+
+def other_labels(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """Return other labels of the same shape: class ids move on by 1, 2, 3, ..., so that all classes occur.
+
+    A loss that treats classes differently may equal the usual one on rows of one class, or without any label. Numbers
+    are raised by 1, labels of 0 and 1 are exchanged, and ignored tokens stay ignored.
+    """
+    if labels.is_floating_point():
+        return labels + 1 if labels.ndim < 2 or labels.shape[-1] == 1 else 1 - labels
+    steps = torch.arange(1, labels.numel() + 1, device=labels.device).view(labels.shape)
+    return torch.where(labels == IGNORED, labels, (labels + steps) % classes)
+
+
+@contextlib.contextmanager
+def spread_logits(model: nn.Module, classes: int) -> Iterator[None]:
+    """Inside, layers with one output per class add random numbers to their outputs.
+
+    A new head's logits are almost equal, and then losses with and without class weights or smoothing are too.
+    """
+
+    def spread(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if not isinstance(output, torch.Tensor) or not output.is_floating_point():
+            return output
+        numbers = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+        return output + _SPREAD * numbers.to(output.device, output.dtype)
+
+    layers = [module for module in model.modules() if getattr(module, "out_features", None) == classes]
+    hooks = [layer.register_forward_hook(spread) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+_SPREAD = 2.0

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_ft_ext.adapters.layers import matches, plain_name
+from hf_ft_ext.adapters.layers import matches, plain_name, split_layer
 from hf_ft_ext.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ class LayerTuner(BaseTuner):
         if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             peft_config.target_modules = self._all_linear(peft_config, model)
         self._choose_targets(peft_config, model)
+        refuse_unknown_names(model, peft_config)
         if isinstance(peft_config.target_modules, list):
             # peft shortens lists of 20 names or more to common endings. A name of ours is complete, within its layer
             # or in the model, so shortened names would match fewer modules. peft leaves tuples as they are.
@@ -139,6 +140,13 @@ class LayerTuner(BaseTuner):
             self.set_adapter(active)
         self.active_adapter = active
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not supported: raise an `InputError`."""
+        raise InputError(
+            f"{type(self).__name__} cannot combine adapters into a new one; activate several with "
+            "model.base_model.set_adapter([...]), which adds their changes"
+        )
+
     @contextlib.contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
@@ -226,6 +234,23 @@ def refuse_unfit_layers(model: nn.Module, kind: str, layers: int | list[int] | N
             f"{kind}: layers_to_transform={wanted} names layer {missing[0]}, and {type(model).__name__} has layers "
             f"{shown}; pass layers of this range"
         )
+
+
+def refuse_unknown_names(model: nn.Module, config) -> None:
+    """Raise an `InputError` if a list of targeted or excluded modules contains a name of no module."""
+    plain = [plain_name(name) for name, _ in model.named_modules()]
+    inner = (split_layer(name, config.layers_pattern) for name in plain)
+    known = {*plain, *(found.name for found in inner if found is not None)}
+    for option in ("target_modules", "exclude_modules"):
+        names = getattr(config, option, None)
+        wrong = [name for name in names or () if name not in known] if not isinstance(names, str) else []
+        if wrong:
+            similar = sorted((name for name in known if name.endswith(f".{wrong[0]}")), key=len)[:3]
+            shown = f", such as {', '.join(map(repr, similar))}" if similar else ""
+            raise InputError(
+                f"{option}: {type(model).__name__} has no module {wrong[0]!r}; pass complete names within a layer or "
+                f"in the model{shown}, or a regular expression as a string"
+            )
 
 
 def refuse_nested_targets(model: nn.Module, kind: str, config) -> None:

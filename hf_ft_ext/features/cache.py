@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.features.head import HeadReader, head_parameters
-from hf_ft_ext.features.rows import has_plain_columns, only_pads, without_removal
+from hf_ft_ext.features.rows import has_plain_columns, inputs_of, only_pads, sample_rows, without_removal
 from hf_ft_ext.files import atomic_write, tensor_hash
 
 logger = logging.getLogger(__name__)
@@ -88,6 +88,15 @@ def _padding_of(collate: Any) -> str:
     return f"{getattr(tokenizer, 'padding_side', '')} {getattr(tokenizer, 'pad_token_id', '')}".strip()
 
 
+def _padding_changes(reader: HeadReader, dataset: Any, collate: Callable[[list], dict]) -> bool:
+    """Whether a row's features depend on its padding: the encoder ignores the attention mask, at least in part."""
+    rows = sorted(sample_rows(dataset), key=lambda row: len(row.get("input_ids", ())))
+    device = next(reader.model.parameters()).device
+    alone, padded = (reader.features(inputs_of(collate(part), device))[0] for part in (rows[:1], [rows[0], rows[-1]]))
+    bound = 1e-3 if alone.dtype.itemsize > 2 and not _autocast_type(reader.model) else 5e-2
+    return bool((padded - alone).abs().max() > bound * alone.abs().max())
+
+
 def _autocast_type(model: nn.Module) -> str:
     """The type of mixed precision that the encoder runs in, or the empty string."""
     kind = next(model.parameters()).device.type
@@ -101,12 +110,13 @@ def cached_features(
     folder: str | os.PathLike | None = None,
     disable_tqdm: bool = False,
     collate: Callable[[list], dict] | None = None,
+    batch_size: int | None = None,
 ) -> torch.Tensor:
     """Features of every row of `dataset`: `[rows, hidden]`, memory-mapped from a file that later runs reuse.
 
     Name and header of the file hold the hash of the encoder, the fingerprint of the data, the number of rows, how they
-    are padded, and the type of mixed precision. The file is written under a temporary name; after an interruption, the
-    next run continues it.
+    are padded, the type of mixed precision and, if padding changes the features, the batch size. The file is written
+    under a temporary name; after an interruption, the next run continues it.
 
     Args:
         reader: the model's reader.
@@ -115,6 +125,7 @@ def cached_features(
             a time (see `read_in_order`).
         folder: folder of the file; `None` = `default_folder()`.
         collate: the collator that `parts` uses; `None` = one that only pads.
+        batch_size: rows of a batch of `parts`; `None` = padding does not change the features.
 
     Raises:
         InputError: the file is truncated or has other content, or the folder cannot be written to.
@@ -129,6 +140,8 @@ def cached_features(
         "padding": _padding_of(collate),
         "autocast": _autocast_type(reader.model),
     }
+    if batch_size is not None and collate is not None and _padding_changes(reader, dataset, collate):
+        about["batch"] = str(batch_size)  # it decides how much a row is padded
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"{key}.safetensors"
     if path.exists():

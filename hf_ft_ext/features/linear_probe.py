@@ -16,6 +16,7 @@ from hf_ft_ext.features.cache import cached_features, feature_bytes
 from hf_ft_ext.features.head import HeadReader
 from hf_ft_ext.features.linear_fit import LinearFit, fit_classes, fit_labels, fit_probability, fit_regression
 from hf_ft_ext.features.rows import inputs_of, labels_of, read_in_order, sample_rows
+from hf_ft_ext.label_tokens import check_row_labels
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.per_example.outputs import logits_of
 from hf_ft_ext.per_example.state import batch_size, evaluating
@@ -88,8 +89,9 @@ def fit_linear_head(
 
     if reader is not None and 0 < feature_bytes(reader, len(dataset)) / 1e9 <= feature_cache_gb:
         table = cached_features(
-            reader, dataset, lambda start: every(reader.features, start), feature_cache_dir, disable_tqdm, collate
-        )
+            reader, dataset, lambda start: every(reader.features, start), feature_cache_dir, disable_tqdm, collate,
+            batch_size,
+        )  # fmt: skip
         parts = (table[i : i + _ROWS].to(_device(model)) for i in range(0, len(table), _ROWS))
         inputs = [_inputs(model, name, layer, lambda part=part: reader.logits(part)) for part in parts]
     else:
@@ -220,11 +222,13 @@ def _fit(model: nn.Module, x: np.ndarray, labels: np.ndarray, bias: bool, c, fol
             low, high = config.bounds
             position = ((labels.reshape(-1) - low) / (high - low)).clip(0, 1)
             return fit_probability(x, position, bias, c, folds, max_iter)
+        check_row_labels(torch.from_numpy(labels), 1, REGRESSION)
         return fit_regression(x, labels, bias, c)
     names = [str(config.id2label[i]) for i in range(config.num_labels)]
     if config.problem_type == MULTI_LABEL or (config.problem_type is None and labels.ndim == 2):
         if labels.shape != (len(x), len(names)):
             raise InputError(f"labels of shape {labels.shape} are not 0 or 1 for each of {len(names)} labels")
+        check_row_labels(torch.from_numpy(labels), len(names), MULTI_LABEL)
         return fit_labels(x, labels, names, bias, c, folds, max_iter)
     if labels.dtype.kind == "f" or labels.ndim > 1:
         raise InputError(

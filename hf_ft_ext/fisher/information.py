@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers.utils import find_labels
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.fisher.losses import (
@@ -114,7 +115,7 @@ def gradient_sums(
     found, compared = loss, loss is not None or (labels != TRUE and is_classifier(model))
     for batch in tqdm(dataloader, desc="Fisher information", disable=not progress or _rank() > 0, leave=False):
         batch = {key: v.to(device) if isinstance(v, torch.Tensor) else v for key, v in batch.items()}
-        _check_batch(batch, labels, loss)
+        _check_batch(model, batch, labels, loss)
         if not compared:
             if label_tokens(batch, predicts_next_tokens(model)) == 0:  # adds nothing
                 sums.examples += batch_size(batch)
@@ -175,7 +176,7 @@ def _weighted_sum(values: torch.Tensor, weights: torch.Tensor | None) -> torch.T
     return torch.tensordot(weights.to(values.dtype), values, 1)
 
 
-def _check_batch(batch: dict, labels: str, loss: Loss | None) -> None:
+def _check_batch(model: nn.Module, batch: dict, labels: str, loss: Loss | None) -> None:
     """Raise an `InputError` for unsuitable input ids or missing labels."""
     ids = batch.get("input_ids")
     if isinstance(ids, torch.Tensor) and ids.is_floating_point():
@@ -183,7 +184,8 @@ def _check_batch(batch: dict, labels: str, loss: Loss | None) -> None:
             f"input_ids have dtype {str(ids.dtype).removeprefix('torch.')}, but token ids are integers: pass "
             "input_ids.long(), or inputs_embeds for embeddings"
         )
-    if loss is None and labels == TRUE and batch.get("labels") is None:
+    known = ["labels"] if is_classifier(model) else ["labels", *find_labels(type(base_model(model)))]
+    if loss is None and labels == TRUE and all(batch.get(name) is None for name in known):
         raise InputError(
             f"a batch has no labels (it has {', '.join(batch)}), but labels='true' needs them; add them, or pass "
             "labels='expected' for the expectation over the model's own distribution"

@@ -1,5 +1,6 @@
 """Losses per example, and the scalars whose gradients a Fisher information sums."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -10,7 +11,14 @@ import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.label_tokens import IGNORED, label_tokens, predicts_next_tokens, zero_without_tokens
+from hf_ft_ext.label_tokens import (
+    IGNORED,
+    label_tokens,
+    other_labels,
+    predicts_next_tokens,
+    spread_logits,
+    zero_without_tokens,
+)
 from hf_ft_ext.moved import former_classes
 from hf_ft_ext.per_example.outputs import logits_of, loss_of
 
@@ -139,28 +147,61 @@ def own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss | None
         return None if _has_usual_loss(model, one) else _by_model()
     with torch.no_grad():
         output = model(**one)
-        own = loss_of(output)
-        if own is None:
+        if loss_of(output) is None:
             raise InputError(
                 f"{type(base_model(model)).__name__} returns no loss, so its loss per example is not known; pass "
                 "loss, a function of the model's output and the batch that returns one value per example"
             )
         logits, labels = _logits_if_any(output), one.get("labels")
-        for form in _candidate_losses(logits, labels):
-            if _same(form(logits, labels), own):
+        forms = _candidate_losses(logits, labels)
+        classes = logits.shape[-1] if forms else 0
+        for form in forms:
+            if all(_is_mean_of(form, model, batch, classes) for batch in (one, _with_other_labels(one, classes))):
                 return lambda output, batch, form=form: form(logits_of(output), batch["labels"])
     return _by_model()
 
 
-def _has_usual_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> bool:
-    """Whether a classifier returns the loss of transformers' classifiers for this example, or none."""
-    problem, config = problem_type_of(model, batch["labels"]), base_model(model).config
-    before = config.problem_type
-    with torch.no_grad():
+def _is_mean_of(
+    form: Callable[..., torch.Tensor], model: nn.Module, batch: Mapping[str, torch.Tensor], classes: int
+) -> bool:
+    """Whether the model's loss of a batch is the mean of `form(logits, labels)`."""
+    with torch.no_grad(), spread_logits(model, classes):
         output = model(**batch)
-    config.problem_type = before  # transformers stores what it infers from the labels
     own = loss_of(output)
-    return own is None or _same(losses_of_logits(logits_of(output), batch["labels"], problem), own)
+    return own is not None and _same(form(logits_of(output), batch["labels"]).mean(0, keepdim=True), own)
+
+
+def _has_usual_loss(model: nn.Module, one: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a classifier returns the loss of transformers' classifiers for this example, or none."""
+    problem, config = problem_type_of(model, one["labels"]), base_model(model).config
+    before = config.problem_type
+    form = functools.partial(losses_of_logits, problem_type=problem)
+    try:
+        with torch.no_grad():
+            if loss_of(model(**one)) is None:
+                return True
+        classes = config.num_labels
+        return all(_is_mean_of(form, model, batch, classes) for batch in (one, _with_other_labels(one, classes)))
+    finally:
+        config.problem_type = before  # transformers stores what it infers from the labels
+
+
+def _with_other_labels(one: Mapping[str, Any], classes: int) -> dict[str, Any]:
+    """The example with other labels: once for each class (at most `_CLASSES`) if it has one label.
+
+    A loss that treats classes differently may equal the usual one on an example with its own label.
+    """
+    labels = one["labels"]
+    if labels.is_floating_point() or labels.numel() > 1:
+        return {**one, "labels": other_labels(labels, classes)}
+    n = min(classes, _CLASSES)
+    repeated = {
+        k: v.repeat(n, *[1] * (v.ndim - 1)) if isinstance(v, torch.Tensor) and v.ndim else v for k, v in one.items()
+    }
+    return {**repeated, "labels": torch.arange(n, device=labels.device).view(n, *labels.shape[1:])}
+
+
+_CLASSES = 64
 
 
 def _same(found: torch.Tensor, own: torch.Tensor) -> bool:

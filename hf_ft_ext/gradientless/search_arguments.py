@@ -35,7 +35,8 @@ class SearchArguments(FeatureCacheArguments):
         default=None,
         metadata={
             "help": "Parameters to search: head, all, trainable (those that require gradients), or a regular "
-            "expression that matches parameter names; none = the head, or the trainable parameters of a PEFT model."
+            "expression that matches parameter names; none = the head, or the trainable parameters of a PEFT model. "
+            "head and all leave out frozen parameters, unless all of them are frozen."
         },
     )
     search_candidates: int = field(

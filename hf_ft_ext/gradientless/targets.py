@@ -1,5 +1,6 @@
 """Find the parameters to search, from `search_target` or the masks of a finished run."""
 
+import logging
 import re
 
 import torch
@@ -12,13 +13,15 @@ from hf_ft_ext.features import head_parameters
 from hf_ft_ext.training.runs.plan import fold_layer_numbers
 from hf_ft_ext.training.weights.quantized import is_quantized
 
+logger = logging.getLogger(__name__)
+
 
 def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Parameter]:
     """Return the searched parameters by name, in the model's order; a shared parameter appears once.
 
     Args:
         target: `head`, `all`, `trainable`, or a regular expression; `None` = the head, or the trainable parameters of
-            a PEFT model.
+            a PEFT model. `head` and `all` leave out frozen parameters, unless all of them are frozen.
 
     Raises:
         InputError: no parameter matches, or one that does is quantized, or would not be saved with the adapter.
@@ -45,6 +48,8 @@ def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Pa
             "head, or the parameters of an adapter (search_peft)"
         )
     found = {name: p for name, p in found.items() if p.numel()}
+    if target in ("all", "head") and not isinstance(model, PeftModel):
+        found = _without_frozen(found, target)
     if isinstance(model, PeftModel):
         # peft keeps the untrained copy of a module that trains in full; no forward pass reads it
         found = {name: p for name, p in found.items() if ".original_module." not in name}
@@ -59,6 +64,21 @@ def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Pa
         shown = ", ".join(list(kinds)[-12:])
         raise InputError(f"search_target={target!r} matches no parameter; parameters of this model: {shown}")
     return found
+
+
+def _without_frozen(found: dict[str, nn.Parameter], target: str) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients; all of them if none does, as a search needs no gradients."""
+    trained = {name: p for name, p in found.items() if p.requires_grad}
+    if 0 < len(trained) < len(found):
+        first = next(name for name in found if name not in trained)
+        logger.warning(
+            "search_target=%s: %d frozen parameters (%s, ...) are not searched; a regular expression that matches "
+            "their names includes them",
+            target,
+            len(found) - len(trained),
+            first,
+        )
+    return trained or found
 
 
 def masks_of_run(model: nn.Module, folder: str) -> tuple[list[str], dict[str, torch.Tensor]]:

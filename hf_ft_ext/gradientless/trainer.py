@@ -35,8 +35,9 @@ from hf_ft_ext.gradientless.scoring.objectives import (
     F1,
     LOSS,
     Objective,
+    check_labels,
     from_user_function,
-    make_objective,
+    objective_of_arguments,
     row_losses,
 )
 from hf_ft_ext.gradientless.scoring.rows import FeatureRows, train_dataloader
@@ -50,7 +51,7 @@ from hf_ft_ext.models.peft import wrap_with_peft
 from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.finite import StopAtNaN
-from hf_ft_ext.training.loss_scale import declare_mean_loss
+from hf_ft_ext.training.loss_scale import declare_mean_loss, one_answer
 from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, has_own_loss, overridden
 from hf_ft_ext.training.runs.plan import TrainedWeight
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
@@ -111,7 +112,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             settings = self.args.search_peft_config
             model = wrap_with_peft(model, self.args.search_peft, settings, self.args.seed, "search_peft")
         if self.args.search_objective == F1:
-            self._named_objective(model)  # raises before training if f1 does not fit the model
+            objective_of_arguments(self.args, model.config)  # raises before training if f1 does not fit the model
         if self.args.search_masks is None:
             self._searched = list(searched_parameters(model, self.args.search_target))
         else:
@@ -243,7 +244,10 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             losses_of = functools.partial(language_losses, self.model) if shifted and not own else None
             full = model_loss(self._mean_loss, batches, shifted, losses_of)
         else:
-            function = self._named_objective(self._inner()) if self.objective is None else self.objective
+            function, config = self.objective, self._inner().config
+            if function is None:
+                function = objective_of_arguments(self.args, config)
+                check_labels(config, *(batch["labels"] for batch in batches))
             full = objective_of_logits(self.model, function, batches)
         if not self.args.search_dropout:
             return full
@@ -266,21 +270,16 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         used = self.objective is None and self.args.search_objective == LOSS and self.label_smoother is None
         if used and self._usual_loss is None and not self._by_model_loss() and "labels" in batch:
             with self._scoring():
-                self._usual_loss = has_usual_loss(self.model, batch)
+                own = not has_usual_loss(self.model, batch)
+            self._usual_loss = not one_answer(self.accelerator, own)
 
     def _inner(self) -> nn.Module:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def _objective_function(self) -> Objective:
-        return self._named_objective(self._inner()) if self.objective is None else from_user_function(self.objective)
-
-    def _named_objective(self, model: nn.Module) -> Objective:
-        config, smoothing = model.config, self.args.label_smoothing_factor
-        names = [str(config.id2label[i]) for i in range(config.num_labels)]
-        return make_objective(
-            self.args.search_objective, config.problem_type, config.num_labels, smoothing, names,
-            self.args.search_positive_label,
-        )  # fmt: skip
+        if self.objective is not None:
+            return from_user_function(self.objective)
+        return objective_of_arguments(self.args, self._inner().config)
 
     # --- features ----------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from hf_ft_ext.per_example.outputs import loss_of
@@ -39,3 +40,19 @@ def ignores_count(model: nn.Module, inputs: Mapping[str, Any], count: torch.Tens
     if once is None or not once.isfinite().all() or not once.any():
         return None
     return torch.equal(once, twice)
+
+
+def one_answer(accelerator: Accelerator, mine: bool | None) -> bool | None:
+    """Return one answer for all processes, which see different batches; all have to call it.
+
+    Args:
+        mine: this process's answer; `None` if its batch does not tell.
+
+    Returns:
+        `True` if one process says so, else `False` if one does; `None` if no process can tell.
+    """
+    if accelerator.num_processes == 1:
+        return mine
+    answer = torch.tensor([-1 if mine is None else int(mine)], device=accelerator.device)
+    found = int(accelerator.gather(answer).max())
+    return None if found < 0 else bool(found)

@@ -17,7 +17,7 @@ from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.label_tokens import label_tokens, predicts_next_tokens, with_a_label
 from hf_ft_ext.training.by_name import load_by_name
 from hf_ft_ext.training.checks import check_loss, check_training_arguments, refuse_compiled
-from hf_ft_ext.training.loss_scale import ignores_count
+from hf_ft_ext.training.loss_scale import ignores_count, one_answer
 from hf_ft_ext.training.weights.placement import check_placement
 from hf_ft_ext.training.weights.quantized import quantized_base
 
@@ -151,10 +151,7 @@ class MethodTrainer(Trainer):
         if "labels" not in inputs or (args.gradient_accumulation_steps == 1 and args.world_size == 1):
             return
         ignored = ignores_count(self.accelerator.unwrap_model(model, keep_torch_compile=False), inputs, count)
-        if args.world_size > 1:  # one answer for all processes; the batch of one may not tell
-            mine = torch.tensor([-1 if ignored is None else int(ignored)], device=args.device)
-            found = int(self.accelerator.gather(mine).max())
-            ignored = None if found < 0 else bool(found)
+        ignored = one_answer(self.accelerator, ignored)
         self._loss_scale_known = ignored is not None
         if ignored:
             self.model_accepts_loss_kwargs = False

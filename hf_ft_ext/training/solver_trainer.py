@@ -147,14 +147,14 @@ class SolverTrainer(CompleteSaves, MethodTrainer):
         name = getattr(self.data_collator, "__name__", type(self.data_collator).__name__)
         for source, second in ((f"data_collator {name}", same_rows), ("train_dataset", read_again)):
             for key, value in first.items():
-                if not torch.equal(torch.as_tensor(value), torch.as_tensor(second[key])):
+                if not _same(value, second[key]):
                     raise InputError(
                         f"{source} gives different {key} for the same rows each time, and {self.solution} reads every "
                         "row once; pass one that does not draw at random"
                     )
         if LABELS in first and (LABELS in rows[0] or "label" in rows[0]):
             own = torch.as_tensor([row.get(LABELS, row.get("label")) for row in rows])
-            if not torch.equal(own.double().flatten(), torch.as_tensor(first[LABELS]).double().flatten()):
+            if not _same(own.double().flatten(), torch.as_tensor(first[LABELS]).double().flatten()):
                 raise InputError(
                     f"data_collator {name} changes the labels of the data set, and {self.solution} is fitted to "
                     "the unchanged ones; put the changed labels into the data set"
@@ -165,3 +165,11 @@ class SolverTrainer(CompleteSaves, MethodTrainer):
 
 
 __getattr__ = former_classes(__name__, AtOnceTrainer=SolverTrainer)
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Whether two arrays are equal; a NaN (refused later, by its name) equals a NaN."""
+    value, other = torch.as_tensor(value), torch.as_tensor(other)
+    if value.shape != other.shape:
+        return False
+    return bool(((value == other) | ((value != value) & (other != other))).all())

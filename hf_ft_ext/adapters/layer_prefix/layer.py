@@ -103,7 +103,9 @@ class PrefixLayer(FollowsBaseLayer, nn.Module, BaseTunerLayer):
             return self.layer_prefix_table[name](batch)
         out = self.layer_prefix_out[name]
         projected = torch.tanh(self.layer_prefix_hidden[name](self.layer_prefix_embedding[name](batch)))
-        return out(projected.to(out.weight.device))  # layers may be on several devices
+        if not out.weight.is_meta:  # accelerate loads an offloaded weight when `out` is called
+            projected = projected.to(out.weight.device)  # layers may be on several devices
+        return out(projected)
 
     def projection(self, name: str) -> PrefixProjection | None:
         """The modules that adapter `name` shares with other layers; `None` without projection."""

@@ -1,6 +1,8 @@
 """A linear layer with structured SparseGrad adapters."""
 
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -20,6 +22,8 @@ from hf_ft_ext.adapters.sparse_grad.functions import (
 from hf_ft_ext.adapters.sparse_grad.subspace import OVERSAMPLING, random_columns, seed_of
 from hf_ft_ext.adapters.sparse_grad.targets import quantization_of
 from hf_ft_ext.errors import InputError
+
+T = TypeVar("T")
 
 
 class SparseGradColumns(nn.Module):
@@ -113,19 +117,19 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         if len(names) == 1 and not args and not kwargs and self._is_plain(x):
             weight, bias = self.base_layer.weight, self.base_layer.bias
             weight = weight.T if isinstance(self.base_layer, Conv1D) else weight
-            columns, values = self.sparse_grad_columns[names[0]], self.sparse_grad_values[names[0]]
             observer = self._observers.get(names[0])
             if observer is None:
-                return ChangedLinear.apply(x, weight, bias, values, columns.out_columns, columns.in_columns)
-            if not columns.ready:  # the first pre-pass finds them zero
-                return ObservedLinear.apply(x, weight, bias, values, observer)
+                return ChangedLinear.apply(x, weight, bias, *self._parts(names[0]))
+            if not self.sparse_grad_columns[names[0]].ready:  # the first pre-pass finds them zero
+                return ObservedLinear.apply(x, weight, bias, self.sparse_grad_values[names[0]], observer)
         result = self.base_layer(x, *args, **kwargs)
         for name in names:
-            columns, values = self.sparse_grad_columns[name], self.sparse_grad_values[name]
+            values, out_columns, in_columns = self._parts(name)
             observer = self._observers.get(name)
-            if observer is None or columns.ready:  # in the first pre-pass, the columns are still zero
+            # in the first pre-pass, the columns are still zero
+            if observer is None or self.sparse_grad_columns[name].ready:
                 trained = values if observer is None else values.detach()
-                result = AddedChange.apply(result, x, trained, columns.out_columns, columns.in_columns)
+                result = AddedChange.apply(result, x, trained, out_columns, in_columns)
             if observer is not None:
                 result = Observed.apply(result, x, values, observer)
         return result
@@ -134,14 +138,18 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         """As `forward`, by operations of torch, which have forward-mode derivatives and rules for `torch.func`."""
         result = self.base_layer(x, *args, **kwargs)
         for name in names:
-            columns = self.sparse_grad_columns[name]
-            parts = (columns.in_columns, self.sparse_grad_values[name], columns.out_columns)
-            u, d, v = (part.to(result.dtype) for part in parts)
+            d, v, u = (part.to(result.dtype) for part in self._parts(name))
             result = result + ((x.to(result.dtype) @ u) @ d.T) @ v.T  # x U D^T V^T
         return result
 
     def _adapters_in_use(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.sparse_grad_values]
+
+    def _parts(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`D`, `V_r` and `U_c` of an adapter, also where accelerate offloads them."""
+        columns = self.sparse_grad_columns[name]
+        values = _loaded(self.sparse_grad_values, lambda: self.sparse_grad_values[name])
+        return values, *_loaded(columns, lambda: (columns.out_columns, columns.in_columns))
 
     def _check_ready(self, name: str) -> None:
         trains = torch.is_grad_enabled() and self.training and self.sparse_grad_values[name].requires_grad
@@ -191,9 +199,9 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """`V_r D U_c^T`, shape (out, in), in float32 or wider."""
-        columns, values = self.sparse_grad_columns[adapter], self.sparse_grad_values[adapter].detach()
-        dtype = torch.promote_types(values.dtype, torch.float32)
-        return change_of_weight(values.to(dtype), columns.out_columns.to(dtype), columns.in_columns.to(dtype))
+        parts = self._parts(adapter)
+        dtype = torch.promote_types(parts[0].dtype, torch.float32)
+        return change_of_weight(*(part.detach().to(dtype) for part in parts))
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -239,6 +247,21 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "sparse_grad." + super().__repr__()
+
+
+def _loaded(module: nn.Module, read: Callable[[], T]) -> T:
+    """Return `read()` with the tensors of `module` loaded, if accelerate offloads them to memory or disk.
+
+    Its hooks load them around a call of the module, and these modules are not called.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return read()
+    hook.pre_forward(module)
+    try:
+        return read()
+    finally:
+        hook.post_forward(module, None)
 
 
 def _is_transformed() -> bool:

@@ -18,6 +18,7 @@ from hf_ft_ext.features.rows import (
     read_in_order,
     sample_rows,
 )
+from hf_ft_ext.gradientless.scoring.objectives import check_labels
 from hf_ft_ext.gradientless.scoring.rows import FeatureRows
 from hf_ft_ext.training.loader_batches import generators_kept
 from hf_ft_ext.training.runs.resources import preparation
@@ -92,6 +93,8 @@ def feature_rows(trainer: Trainer, reader: HeadReader) -> FeatureRows | None:
         )
         return None
     labels = labels_of(rows)
+    if trainer.objective is None:
+        check_labels(trainer.model.config, labels)
     with preparation(trainer), args.main_process_first(desc="features"):
         features = cached_features(
             reader,
@@ -106,6 +109,7 @@ def feature_rows(trainer: Trainer, reader: HeadReader) -> FeatureRows | None:
             ),
             args.feature_cache_dir,
             args.disable_tqdm or not args.should_log,
-            trainer.data_collator,
+            collate,
+            args.per_device_eval_batch_size,
         )
     return FeatureRows(features, labels)

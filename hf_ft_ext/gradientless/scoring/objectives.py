@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.label_tokens import check_row_labels
 
 MULTI_LABEL = "multi_label_classification"
 OBJECTIVES = LOSS, ACCURACY, F1, MATTHEWS = ("loss", "accuracy", "f1", "matthews")
@@ -58,6 +60,35 @@ def make_objective(
         return torch.where(logits.isfinite().flatten(-2).all(-1), value, torch.full_like(value, torch.nan))
 
     return one_minus
+
+
+def objective_of_arguments(args: Any, config: Any) -> Objective:
+    """The objective that `search_objective` of `args` names, for a classifier with this configuration."""
+    names = [str(config.id2label[i]) for i in range(config.num_labels)]
+    return make_objective(
+        args.search_objective, config.problem_type, config.num_labels, args.label_smoothing_factor, names,
+        args.search_positive_label,
+    )  # fmt: skip
+
+
+def check_labels(config: Any, *labels: torch.Tensor) -> None:
+    """Refuse labels of rows that do not fit a classifier with this configuration.
+
+    Raises:
+        InputError: a label has another shape, or is no class id, neither 0 nor 1, or not finite.
+    """
+    classes, problem = config.num_labels, config.problem_type
+    regression = problem == "regression" or (problem is None and classes == 1)
+    for some in labels:
+        several = problem == MULTI_LABEL or some.is_floating_point()
+        if not regression and several and (problem not in (None, MULTI_LABEL) or some.shape[1:] != (classes,)):
+            raise InputError(_UNSUITABLE.format(shape=tuple(some.shape), dtype=some.dtype, classes=classes))
+        check_row_labels(some, classes, problem, soft=True)
+
+
+_UNSUITABLE = (
+    "labels have shape {shape} and type {dtype}; pass class ids as integers, or 0 or 1 for each of {classes} labels"
+)
 
 
 def positive_class(label_names: Sequence[str] | None, positive_label: str | None) -> int:
@@ -116,10 +147,8 @@ def row_losses(
         return (logits - labels).square().mean(-1)
     if problem_type == MULTI_LABEL or (problem_type is None and labels.is_floating_point()):
         if labels.shape != logits.shape[-2:]:
-            raise InputError(
-                f"labels have shape {tuple(labels.shape)} and type {labels.dtype}; pass class ids as integers, or "
-                f"0 or 1 for each of {logits.shape[-1]} labels"
-            )
+            classes = logits.shape[-1]
+            raise InputError(_UNSUITABLE.format(shape=tuple(labels.shape), dtype=labels.dtype, classes=classes))
         labels = labels.to(logits.dtype).expand_as(logits)
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
     log_probabilities = logits.log_softmax(-1)  # cross-entropy: -log p_y

@@ -29,6 +29,7 @@ from hf_ft_ext.kernel.solvers import (
     chosen_coupling,
 )
 from hf_ft_ext.kernel.trainer.solved import SolvedKernelTrainer
+from hf_ft_ext.label_tokens import check_row_labels
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.models import seeded_init
 from hf_ft_ext.models.peft import wrap_with_peft
@@ -184,9 +185,14 @@ class KernelTrainer(SolvedKernelTrainer):
         return next((name for name in names if getattr(self.args, name)), None)
 
     def _labels(self, dataset: Any) -> np.ndarray:
-        labels = labels_of(dataset).numpy()
-        if not self.regression and not self.multi_label:
-            config = self.model.config
+        found = labels_of(dataset)
+        labels = found.numpy()
+        if self.regression:
+            check_row_labels(found, 1, REGRESSION)
+            return labels
+        config = self.model.config
+        check_row_labels(found, config.num_labels, MULTI_LABEL if self.multi_label else "single_label_classification")
+        if not self.multi_label:
             check_labels(labels, [str(config.id2label[i]) for i in range(config.num_labels)])
         return labels
 
