@@ -12,12 +12,13 @@ from torch.optim.optimizer import ParamsT
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.base import keep_freed_memory
 from hf_ft_ext.gradientless.optimizers.estimated import GradientEstimator
-from hf_ft_ext.gradientless.optimizers.output_noise import OutputNoise
+from hf_ft_ext.gradientless.optimizers.output_noise import Estimates, OutputNoise
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM
 from hf_ft_ext.gradientless.optimizers.perturbation.watch import watched_reads
 
 logger = logging.getLogger(__name__)
 
+_SEED_OF_CHECK = 0  # not drawn: the check does not change the directions of the steps
 # One micro-batch: a function that runs the model and returns the loss of each row `[rows]`, and the micro-batch's
 # weight in the mean over the step.
 RowPass = tuple[Callable[[], torch.Tensor], float]
@@ -27,8 +28,8 @@ class ActivityPerturbation(GradientEstimator):
     """Activity perturbation: estimate the gradients of all layers from losses under noise on their outputs.
 
     The gradient of a linear layer is a sum over positions, `G = sum_t d_t x_t^T`. The inputs `x_t` are known; only the
-    output gradients `d_t` have to be estimated. A step adds random signs `z`, times eps, to the outputs of all modules
-    that hold searched parameters, at once. The slope of row `b` is
+    output gradients `d_t` have to be estimated. A step adds noise `z` of variance 1, times eps, to the outputs of all
+    modules that hold searched parameters, at once. The slope of row `b` is
     `s_b = (loss_b(y + eps z) - loss_b(y - eps z)) / (2 eps)`, and the mean of `s_b z_bt` over the directions estimates
     `d_bt` without bias, to order eps^2: noise on other layers, positions and rows is independent of `z_bt`. A third
     forward pass computes `G` from the inputs.
@@ -49,7 +50,8 @@ class ActivityPerturbation(GradientEstimator):
         params: parameters of modules of `module`, or groups of them (`lr` and `weight_decay` can be set per group).
         module: the model whose forward pass the closure runs.
         lr: learning rate, 0 or more.
-        eps: size of the perturbation of outputs, above 0.
+        eps: size of the perturbation of outputs, above 0; `None` = 0.001, for outputs of 16 bits 1/32 (smaller changes
+            are lost by rounding).
         num_directions: number of directions per step, 1 or more. A step has `2 num_directions + 1` forward passes.
         update: `"sgd"`, `"sign"`, `"momentum"` or `"adam"`, on the estimate of the gradient. 16-bit weights are
             rounded stochastically (see `Rounding`).
@@ -71,7 +73,7 @@ class ActivityPerturbation(GradientEstimator):
         params: ParamsT,
         module: nn.Module,
         lr: float = 1e-4,
-        eps: float = 1e-3,
+        eps: float | None = None,
         num_directions: int = 1,
         update: str = ADAM,
         momentum: float = 0.9,
@@ -81,13 +83,13 @@ class ActivityPerturbation(GradientEstimator):
         centred: bool = True,
         seed: int = 0,
     ):
-        if not (eps > 0 and math.isfinite(eps)):
+        if eps is not None and not (eps > 0 and math.isfinite(eps)):
             raise InputError(f"eps must be a finite number above 0, such as 1e-3, got {eps}")
         if num_directions < 1:
             raise InputError(f"num_directions must be 1 or more, got {num_directions}")
         super().__init__(params, lr, update, momentum, betas, adam_eps, weight_decay, seed)
-        self.eps, self.num_directions, self.module = eps, num_directions, module
-        self.noise = OutputNoise(module, self.numbers, centred)
+        self.num_directions, self.module = num_directions, module
+        self.noise = OutputNoise(module, self.numbers, eps, centred)
         held = {number for _, names in self.noise.holders for number in names.values()}
         if missing := sorted(set(range(len(self.searched))) - held):
             raise InputError(
@@ -114,34 +116,34 @@ class ActivityPerturbation(GradientEstimator):
         passes: Sequence[RowPass] = evaluate.row_passes() if hasattr(evaluate, "row_passes") else [(closure, 1.0)]
         self.steps += 1
         total = sum(weight for _, weight in passes)
-        estimates: dict[int, torch.Tensor] = {}
-        mean = 0.0
+        seeds = [self._draw_seed() for _ in range(self.num_directions)]
+        estimates, mean = Estimates(), 0.0
+        self.noise.first_row = 0
         for losses_of, weight in passes:
-            found: dict[int, torch.Tensor] = {}
-            mean += weight / total * self._estimate(losses_of, found)
-            for number, one in found.items():
-                one *= weight / total
-                estimates[number] = one if number not in estimates else estimates[number].add_(one)
+            mean += weight / total * self._estimate(losses_of, seeds, weight / total, estimates)
+        found = estimates.centred()
         if self.steps == 1:
-            self._report_left_out(estimates)
-        self._update(estimates)
+            self._report_left_out(found)
+        self._update(found)
         return mean
 
-    def _estimate(self, losses_of: Callable[[], torch.Tensor], into: dict[int, torch.Tensor]) -> float:
-        """Add the estimates of one micro-batch to `into`; return the mean loss."""
+    def _estimate(
+        self, losses_of: Callable[[], torch.Tensor], seeds: Sequence[int], weight: float, into: Estimates
+    ) -> float:
+        """Add the estimates of one micro-batch to `into`; return its mean loss."""
         if self.noise.by_rows is None:
             self._find_rows(losses_of)
-        seeds = [self._draw_seed() for _ in range(self.num_directions)]
-        slopes, mean = [], 0.0
+        differences, mean = [], 0.0
         for seed in seeds:
-            with self.noise.added(seed, self.eps):
+            with self.noise.added(seed, 1.0):
                 plus = self._row_losses(losses_of)
-            with self.noise.added(seed, -self.eps):
+            with self.noise.added(seed, -1.0):
                 minus = self._row_losses(losses_of)
-            slopes.append((plus - minus) / (2 * self.eps))
+            differences.append((plus - minus) / 2)
             mean += self._checked_current((plus + minus).mean() / 2) / len(seeds)
-        with self.noise.estimating(seeds, torch.stack(slopes), into):
+        with self.noise.estimating(seeds, torch.stack(differences), weight, into):
             losses_of()
+        self.noise.first_row += len(differences[0])
         self.evaluations += self.evaluations_per_step()
         return mean
 
@@ -188,7 +190,7 @@ class ActivityPerturbation(GradientEstimator):
         self.noise.row_modules = {position for position, found in sizes.items() if found == {rows}}
         if rows < 2:  # found out with a later batch; until then the mean slope is that of the row
             return
-        with self.noise.added(self._draw_seed(), self.eps, slice(0, rows // 2)):
+        with self.noise.added(_SEED_OF_CHECK, 1.0, rows // 2):
             perturbed = self._row_losses(losses_of)
         self.evaluations += 1
         tolerance = 1e-3 * float((perturbed - plain)[: rows // 2].abs().max())

@@ -142,7 +142,7 @@ class Directions:
         rows, columns = shape
         new, kept = _generator(device, draw.seed, number), _generator(device, draw.basis, number)
         if self.kind == OUTER:  # Z = u v^T
-            return random_signs(rows, new, dtype).view(-1, 1), random_signs(columns, new, dtype).view(-1, 1)
+            return _signs(rows, new, dtype).view(-1, 1), _signs(columns, new, dtype).view(-1, 1)
         if self.kind == LOZO:  # Z = U V^T
             return _normal_matrix(rows, self.rank, new, dtype), _normal_matrix(columns, self.rank, kept, dtype)
         # SubZero: Z = sqrt(out in) / rank U S V^T
@@ -172,7 +172,7 @@ class Directions:
         """
         dtype, size = compute_type(values.dtype), part.stop - part.start
         generator = _generator(values.device, draw.seed, number, part.start)
-        draws = random_signs if self.kind in (RADEMACHER, OUTER) else _normal
+        draws = _signs if self.kind in (RADEMACHER, OUTER) else _normal
         movable = self._movable(values, number, part)
         if movable is not None:  # random numbers are drawn for these entries only
             return torch.zeros(size, dtype=dtype, device=values.device).masked_scatter_(
@@ -237,7 +237,7 @@ def _normal_matrix(rows: int, columns: int, generator: torch.Generator, dtype: t
     return _normal(rows * columns, generator, dtype).view(rows, columns)
 
 
-def random_signs(size: int, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+def _signs(size: int, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
     """Random entries +1 and -1, from the bits of random 64-bit integers."""
     words = torch.empty(-(-size // 64), dtype=torch.int64, device=generator.device)
     words.random_(-(2**63), None, generator=generator)
