@@ -8,7 +8,7 @@ Batches hold rows of about the same length. For each task, number of shots and m
 loss after a run (data seed 13) with the share `--tuning` of the forward passes. It tries the method's base rate, and
 that divided and multiplied by the root of ten; while the best is at an end of these, it goes on there. Then each seed
 runs with this rate. All methods get the same number of forward passes of a batch; Adam's forward and backward count as
-one each.
+one each. `activity` searches the linear layers only.
 
 First every method has one seed of one task, then the next number of shots, then the next task, and so on. Each
 finished run is in `--runs` at once: the study continues where it was left, and its rows in
@@ -32,7 +32,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorWithPadding
 
-from hf_ft_ext import SPSA
+from hf_ft_ext import SPSA, ActivityPerturbation
 from hf_ft_ext.arguments import PROMPT, DataArguments, ModelArguments
 from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.models import load_tokenizer_and_model
@@ -43,13 +43,15 @@ FOLDERS = {"sst2": "glue", "subj": "fewshot", "trec": "fewshot"}
 MEASURES = {"accuracy": ("test", 100, 1), "loss": ("test loss", 1, -1), "train loss": ("train loss", 1, -1)}
 SETTINGS = ("passes", "tuning", "points", "batch", "test_rows", "dev_rows", "frozen_layers")
 GRID_STEP, GRID_ENDS = 10**0.5, 3  # factor between rates; at most so many rates on either side of the base rate
-# name -> (base rate, settings of SPSA; `None` = Adam by gradients)
+# name -> (base rate, settings of SPSA; `None` = Adam by gradients; ACTIVITY = activity perturbation of linear layers)
+ACTIVITY: dict[str, Any] = {"activity": True}
 METHODS = {
     "mezo": (1e-4, {}),
     "lozo": (1e-4, {"direction": "lozo"}),
     "fzoo": (1e-3, {"direction": "rademacher", "estimate": "one-sided", "num_directions": 8}),
     "lozo-m": (1e-5, {"direction": "lozo", "update": "momentum"}),
     "adam": (1e-4, None),
+    "activity": (1e-4, ACTIVITY),
     "subzero": (1e-4, {"direction": "subzero"}),
     "population": (1e-3, {"estimate": "population", "num_directions": 16}),
     "sparse-mezo": (3e-4, {"small": 0.25}),
@@ -142,6 +144,11 @@ def run(task: Task, method: str, rate: float, seed: int, passes: int, points: in
     model = task.model()
     if settings is None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    elif settings is ACTIVITY:
+        model.requires_grad_(False)
+        layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+        parameters = {id(p): p for layer in layers for p in layer.parameters()}
+        optimizer = ActivityPerturbation(parameters.values(), model, lr=rate, seed=seed)
     else:
         model.requires_grad_(False)
         optimizer = SPSA(model.parameters(), model, lr=rate, seed=seed, **settings)
@@ -160,7 +167,8 @@ def run(task: Task, method: str, rate: float, seed: int, passes: int, points: in
         labels = batch.pop("labels")
 
         def loss(batch=batch, labels=labels) -> torch.Tensor:
-            return functional.cross_entropy(logits_of(model, batch), labels)
+            reduction = "none" if settings is ACTIVITY else "mean"
+            return functional.cross_entropy(logits_of(model, batch), labels, reduction=reduction)
 
         if settings is None:
             optimizer.zero_grad()

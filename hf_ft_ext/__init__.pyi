@@ -24,6 +24,7 @@ from .full.arguments import FullTrainingArguments as FullTrainingArguments
 from .full.signgd import SignGD as SignGD
 from .full.trainer import FullTrainer as FullTrainer
 from .gradientless.arguments import GradientlessTrainingArguments as GradientlessTrainingArguments
+from .gradientless.optimizers.activity import ActivityPerturbation as ActivityPerturbation
 from .gradientless.optimizers.direct_search import DirectSearch as DirectSearch
 from .gradientless.optimizers.nodes import NodePerturbation as NodePerturbation
 from .gradientless.optimizers.spsa import SPSA as SPSA

@@ -18,6 +18,7 @@ from hf_ft_ext.gradientless.optimizers.selection import ALL as ALL_ENTRIES
 from hf_ft_ext.gradientless.optimizers.selection import FISHER, SELECTIONS
 from hf_ft_ext.gradientless.scoring.objectives import F1, LOSS, OBJECTIVES
 from hf_ft_ext.gradientless.search_arguments import (
+    ACTIVITY,
     ADAM_BASELINE,
     ALL,
     FISHER_FORMS,
@@ -44,7 +45,7 @@ _METHOD_OF_ARGUMENT = {
     ),
     "search_node_directions": NODE,
 }  # fmt: skip
-_SPSA_AND_NODE_ARGUMENTS = ("search_eps", "search_directions", "search_update", "search_momentum")
+_ESTIMATE_ARGUMENTS = ("search_eps", "search_directions", "search_update", "search_momentum")
 
 
 def check_values(args: SearchArguments) -> None:
@@ -98,14 +99,14 @@ def check_together(args: SearchArguments) -> None:
             )
     if args.search_method in (GLD, ADAM_BASELINE):
         own_defaults = {**defaults, **args.method_defaults()}
-        for name in _SPSA_AND_NODE_ARGUMENTS:
+        for name in _ESTIMATE_ARGUMENTS:
             given = getattr(args, name)
             if given != own_defaults[name]:
                 raise InputError(
-                    f"{name}={given} applies to search_method=spsa or node, not to {args.search_method}; leave one of "
-                    "them out"
+                    f"{name}={given} applies to search_method=spsa, node or activity, not to "
+                    f"{args.search_method}; leave one of them out"
                 )
-    if args.search_method in (SPSA_METHOD, NODE):
+    if args.search_method in (SPSA_METHOD, NODE, ACTIVITY):
         _check_matrix(args)
     if args.search_momentum != defaults["search_momentum"] and args.search_update != MOMENTUM:
         raise InputError(f"search_momentum={args.search_momentum} needs search_update=momentum; leave it out")
@@ -120,8 +121,9 @@ def check_together(args: SearchArguments) -> None:
         raise InputError(
             f"search_selection=all changes every entry; leave search_sampling_size={args.search_sampling_size} out"
         )
-    if args.search_block > 1 and args.search_method in (ADAM_BASELINE, NODE):
-        why = "adam draws none" if args.search_method == ADAM_BASELINE else "node perturbs outputs instead"
+    if args.search_block > 1 and args.search_method in (ADAM_BASELINE, NODE, ACTIVITY):
+        adam = args.search_method == ADAM_BASELINE
+        why = "adam draws none" if adam else f"{args.search_method} perturbs outputs instead"
         raise InputError(
             f"search_block={args.search_block} groups entries of a weight perturbation, and {why}; leave it out"
         )
@@ -137,10 +139,10 @@ def check_together(args: SearchArguments) -> None:
             f"search_positive_label={args.search_positive_label!r} applies to search_objective=f1, not to "
             f"{args.search_objective}; leave one of them out"
         )
-    if args.search_method == NODE and (args.search_objective != LOSS or args.search_dropout):
+    if args.search_method in (NODE, ACTIVITY) and (args.search_objective != LOSS or args.search_dropout):
         raise InputError(
-            "search_method=node needs the loss of each row with dropout off; leave search_objective and "
-            "search_dropout out"
+            f"search_method={args.search_method} needs the loss of each row with dropout off; leave search_objective "
+            "and search_dropout out"
         )
     if args.search_method == ADAM_BASELINE and (args.search_objective != LOSS or args.search_dropout):
         raise InputError(
@@ -153,9 +155,10 @@ def _check_matrix(args: SearchArguments) -> None:
     """Check direction, estimate and update together, by the optimizer's own checks."""
     betas = (args.adam_beta1, args.adam_beta2)
     try:
-        if args.search_method == NODE:
-            NodePerturbation([torch.zeros(1)], update=args.search_update, momentum=args.search_momentum,
-                             betas=betas, eps=args.search_eps, num_directions=args.search_directions)  # fmt: skip
+        if args.search_method in (NODE, ACTIVITY):
+            eps = 1.0 if args.search_eps is None else args.search_eps
+            rule = {"update": args.search_update, "momentum": args.search_momentum, "betas": betas}
+            NodePerturbation([torch.zeros(1)], eps=eps, num_directions=args.search_directions, **rule)
             return
         directions = Directions(
             args.search_direction,

@@ -10,6 +10,7 @@ from hf_ft_ext.gradientless.optimizers.perturbation.estimates import ONE_SIDED, 
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM, RMS, SIGN
 from hf_ft_ext.gradientless.scoring.objectives import F1
 from hf_ft_ext.gradientless.search_arguments import (
+    ACTIVITY,
     ADAM_BASELINE,
     ADAPTER,
     ALL,
@@ -20,8 +21,8 @@ from hf_ft_ext.gradientless.search_arguments import (
     SearchArguments,
 )
 
-# GLD: the radius of the thesis's plain setting. Node perturbation: a usual rate of Adam on such heads. Adam: torch's.
-_RATES = {GLD: 5e-3, NODE: 1e-4, ADAM_BASELINE: 1e-3}
+# GLD: the radius of the thesis's plain setting. Node and activity perturbation: a usual rate of Adam. Adam: torch's.
+_RATES = {GLD: 5e-3, NODE: 1e-4, ACTIVITY: 1e-4, ADAM_BASELINE: 1e-3}
 # SPSA, step proportional to the slope: MeZO's rates for all weights and for LoRA; slopes of a head alone are about a
 # thousand times smaller.
 _SLOPE_RATES = {HEAD: 1e-2, ADAPTER: 1e-4, ALL: 1e-6}
@@ -42,10 +43,11 @@ class GradientlessTrainingArguments(SearchArguments):
 
     learning_rate: float | None = field(
         default=None,
-        metadata={"help": f"Largest radius or learning rate; none = {_RATES[GLD]} (gld), {_RATES[NODE]} (node), "
-                  f"{_RATES[ADAM_BASELINE]} (adam); for spsa by search target: {_SLOPE_RATES[HEAD]} (head), "
-                  f"{_SLOPE_RATES[ADAPTER]} (adapter), {_SLOPE_RATES[ALL]} (else). spsa with one-sided, population, "
-                  f"sign, adam or rms: {_LENGTH_RATES[HEAD]}, {_LENGTH_RATES[ADAPTER]}, {_LENGTH_RATES[ALL]}."},
+        metadata={"help": f"Largest radius or learning rate; none = {_RATES[GLD]} (gld), {_RATES[NODE]} (node, "
+                  f"activity), {_RATES[ADAM_BASELINE]} (adam); for spsa by search target: {_SLOPE_RATES[HEAD]} "
+                  f"(head), {_SLOPE_RATES[ADAPTER]} (adapter), {_SLOPE_RATES[ALL]} (else). spsa with one-sided, "
+                  f"population, sign, adam or rms: {_LENGTH_RATES[HEAD]}, {_LENGTH_RATES[ADAPTER]}, "
+                  f"{_LENGTH_RATES[ALL]}."},
     )  # fmt: skip
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Schedule of the radius or learning rate."})
     max_grad_norm: float = field(

@@ -8,13 +8,15 @@ from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.arguments import GradientlessTrainingArguments
+from hf_ft_ext.gradientless.optimizers.activity import ActivityPerturbation
 from hf_ft_ext.gradientless.optimizers.direct_search import DirectSearch
 from hf_ft_ext.gradientless.optimizers.exchange import DATA
 from hf_ft_ext.gradientless.optimizers.nodes import NEXT_LAYER, NodePerturbation
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM, BUFFER, MOMENTUM
 from hf_ft_ext.gradientless.optimizers.selection import ALL
 from hf_ft_ext.gradientless.optimizers.spsa import SPSA
 from hf_ft_ext.gradientless.scoring.objectives import F1, MATTHEWS, Objective
-from hf_ft_ext.gradientless.search_arguments import ADAM_BASELINE, GLD, NODE, SPSA_METHOD
+from hf_ft_ext.gradientless.search_arguments import ACTIVITY, ADAM_BASELINE, GLD, NODE, SPSA_METHOD
 from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.weights.sharding import refuse_sharding
 
@@ -80,6 +82,8 @@ def build_optimizer(
     if args.search_method == NODE:
         directions = args.search_node_directions or NEXT_LAYER
         return NodePerturbation(parameters, eps=args.search_eps, directions=directions, **rule)
+    if args.search_method == ACTIVITY:
+        return ActivityPerturbation(parameters, model, eps=args.search_eps, **rule)
     return SPSA(
         parameters,
         model,
@@ -99,6 +103,16 @@ def build_optimizer(
     )
 
 
+def buffers_of(args: GradientlessTrainingArguments) -> tuple[int, int]:
+    """Number of gradients and of moments of the weights' size that the search keeps."""
+    if args.search_method == ADAM_BASELINE:
+        return 1, 2
+    estimates = args.search_method in (NODE, ACTIVITY)
+    if not estimates and (args.search_method != SPSA_METHOD or args.search_moments != BUFFER):
+        return 0, 2 if args.search_method == SPSA_METHOD and args.search_update == ADAM else 0
+    return int(estimates), {ADAM: 2, MOMENTUM: 1}.get(args.search_update, 0)
+
+
 def refuse_unsupported(args: GradientlessTrainingArguments, objective: Objective | None, masks_given: bool) -> None:
     """Refuse combinations of arguments, objective and masks that the search does not support.
 
@@ -113,16 +127,17 @@ def refuse_unsupported(args: GradientlessTrainingArguments, objective: Objective
         raise InputError("search_trajectory stores seeds, and masks cannot be recomputed from a seed; leave it out")
     if args.search_method == ADAM_BASELINE and args.world_size > 1:
         raise InputError("search_method=adam is a baseline for one process; start one process")
-    if args.search_method == NODE:
+    if args.search_method in (NODE, ACTIVITY):
+        method = args.search_method
         if objective is not None:
             raise InputError(
-                "objective returns one value per batch, and search_method=node needs the loss of each row; leave "
+                f"objective returns one value per batch, and search_method={method} needs the loss of each row; leave "
                 "objective out, or pass search_method=spsa or gld"
             )
         if args.world_size > 1:
             raise InputError(
-                "search_method=node estimates a gradient for each row, and exchanging these between processes is not "
-                "supported; start one process, or use search_method=spsa"
+                f"search_method={method} estimates a gradient for each row, and exchanging these between processes is "
+                "not supported; start one process, or use search_method=spsa"
             )
     refuse_sharding(args, "a search")
     refuse_label_names(args)

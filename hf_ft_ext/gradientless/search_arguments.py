@@ -13,7 +13,7 @@ from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM, MO
 from hf_ft_ext.gradientless.optimizers.selection import RANDOM, SELECTIONS
 from hf_ft_ext.gradientless.scoring.objectives import LOSS, OBJECTIVES
 
-METHODS = GLD, SPSA_METHOD, NODE, ADAM_BASELINE = ("gld", "spsa", "node", "adam")
+METHODS = GLD, SPSA_METHOD, NODE, ACTIVITY, ADAM_BASELINE = ("gld", "spsa", "node", "activity", "adam")
 FISHER_FORMS = DIVERGENCE, GRADIENT = ("divergence", "gradient")
 HEAD, ALL, TRAINABLE, ADAPTER = "head", "all", "trainable", "adapter"
 
@@ -27,7 +27,8 @@ class SearchArguments(FeatureCacheArguments):
         metadata={
             "help": "gld: direct search. spsa: simultaneous perturbation (MeZO and its successors, see "
             "search_direction, search_estimate, search_update). node: node perturbation of a head on cached features. "
-            "adam: baseline: the head trained by gradients with Adam, on the same features.",
+            "activity: noise on the outputs of all searched layers, with a slope for each row. adam: baseline: the "
+            "head trained by gradients with Adam, on the same features.",
             "choices": METHODS,
         },
     )
@@ -92,13 +93,16 @@ class SearchArguments(FeatureCacheArguments):
     )
     search_eps: float | None = field(
         default=None,
-        metadata={"help": "SPSA, node: size of the perturbation, above 0; none = 0.001 (spsa), 0.01 (node)."},
+        metadata={
+            "help": "SPSA, node, activity: size of the perturbation, above 0; none = 0.001, for node 0.01, for activity "
+            "on 16-bit outputs 1/32."
+        },
     )
     search_directions: int | None = field(
         default=None,
         metadata={
-            "help": "SPSA, node: directions per step, averaged; none = 1 (two-sided, forward), 8 (one-sided, "
-            "population), 4 (node)."
+            "help": "SPSA, node, activity: directions per step, averaged; none = 1 (activity; spsa: two-sided, "
+            "forward), 8 (one-sided, population), 4 (node)."
         },
     )
     search_direction: str = field(
@@ -152,14 +156,14 @@ class SearchArguments(FeatureCacheArguments):
     search_update: str | None = field(
         default=None,
         metadata={
-            "help": "SPSA, node: sgd, sign, momentum, adam (adam_beta1, adam_beta2, adam_epsilon). SPSA only: rms "
-            "(step divided by the root mean square of the slopes), conservative (best of step, no step, opposite "
-            "step). none = sgd (spsa), adam (node).",
+            "help": "SPSA, node, activity: sgd, sign, momentum, adam (adam_beta1, adam_beta2, adam_epsilon). SPSA "
+            "only: rms (step divided by the root mean square of the slopes), conservative (best of step, no step, "
+            "opposite step). none = sgd (spsa), adam (node, activity).",
             "choices": RULES,
         },
     )
     search_momentum: float = field(
-        default=0.9, metadata={"help": "SPSA, node: factor of search_update=momentum, in [0, 1)."}
+        default=0.9, metadata={"help": "SPSA, node, activity: factor of search_update=momentum, in [0, 1)."}
     )
     search_moments: str | None = field(
         default=None,
@@ -234,11 +238,12 @@ class SearchArguments(FeatureCacheArguments):
 
     json_fields: ClassVar[tuple[str, ...]] = ("search_peft_config",)
 
-    def method_defaults(self) -> dict[str, float | int | str]:
+    def method_defaults(self) -> dict[str, float | int | str | None]:
         """Defaults that depend on the search method."""
-        node, several = self.search_method == NODE, self.search_estimate in (ONE_SIDED, POPULATION)
+        node, activity = self.search_method == NODE, self.search_method == ACTIVITY
+        several = self.search_estimate in (ONE_SIDED, POPULATION)
         return {
-            "search_eps": 1e-2 if node else 1e-3,
+            "search_eps": 1e-2 if node else None if activity else 1e-3,
             "search_directions": 4 if node else 8 if several else 1,
-            "search_update": ADAM if node else SGD,
+            "search_update": ADAM if node or activity else SGD,
         }

@@ -17,7 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import HeadReader, head_parameters
 from hf_ft_ext.gradientless.arguments import GradientlessTrainingArguments
-from hf_ft_ext.gradientless.build import build_optimizer, refuse_unsupported
+from hf_ft_ext.gradientless.build import buffers_of, build_optimizer, refuse_unsupported
 from hf_ft_ext.gradientless.optimizers.exchange import CANDIDATES, SharedCandidates, SharedData
 from hf_ft_ext.gradientless.optimizers.selection import FISHER
 from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation, StepEvaluation
@@ -26,6 +26,7 @@ from hf_ft_ext.gradientless.scoring.full_models import (
     FullObjective,
     has_usual_loss,
     language_losses,
+    language_row_losses,
     model_loss,
     objective_of_logits,
     rows_of,
@@ -41,7 +42,7 @@ from hf_ft_ext.gradientless.scoring.objectives import (
     row_losses,
 )
 from hf_ft_ext.gradientless.scoring.rows import FeatureRows, train_dataloader
-from hf_ft_ext.gradientless.search_arguments import ADAM_BASELINE, DIVERGENCE, HEAD
+from hf_ft_ext.gradientless.search_arguments import ACTIVITY, ADAM_BASELINE, DIVERGENCE, HEAD
 from hf_ft_ext.gradientless.targets import masks_of_run, searched_parameters
 from hf_ft_ext.gradientless.trajectory import FILE as TRAJECTORY
 from hf_ft_ext.gradientless.trajectory import save_trajectory
@@ -241,14 +242,14 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         if self._by_model_loss():
             own = has_own_loss(self) or self.label_smoother is not None
             shifted = predicts_next_tokens(self.model)
-            losses_of = functools.partial(language_losses, self.model) if shifted and not own else None
-            full = model_loss(self._mean_loss, batches, shifted, losses_of)
+            known = (language_losses, language_row_losses) if shifted and not own else ()
+            full = model_loss(self._mean_loss, batches, shifted, *(functools.partial(f, self.model) for f in known))
         else:
             function, config = self.objective, self._inner().config
             if function is None:
                 function = objective_of_arguments(self.args, config)
                 check_labels(config, *(batch["labels"] for batch in batches))
-            full = objective_of_logits(self.model, function, batches)
+            full = objective_of_logits(self.model, function, batches, self._row_losses())
         if not self.args.search_dropout:
             return full
         # The same dropout mask for all candidates, so they run one by one, not as rows of one forward pass.
@@ -299,7 +300,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         sample = first_batch(self) if batch is None else batch
         if sample is not None:
             self._compare_loss(sample)
-        if self.args.search_dropout or self._by_model_loss() or isinstance(self.model, PeftModel):
+        whole = self.args.search_dropout or self.args.search_method == ACTIVITY  # these run the whole model
+        if whole or self._by_model_loss() or isinstance(self.model, PeftModel):
             return
         if not hasattr(self.model, "base_model_prefix") or not set(self._searched) & set(head_parameters(self.model)):
             return
@@ -319,12 +321,15 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             return
         head = head_parameters(self.model)
         names = {id(p): name for name, p in self.searched.items() if name in head}
-        of_rows = None
-        if self.objective is None and self.args.search_objective == LOSS:
-            problem, smoothing = self._inner().config.problem_type, self.args.label_smoothing_factor
-            of_rows = functools.partial(row_losses, problem_type=problem, smoothing=smoothing)
         fisher, objective = self.args.search_fisher or DIVERGENCE, self._objective_function()
-        self._evaluation = HeadEvaluation(self._reader, names, objective, fisher, of_rows)
+        self._evaluation = HeadEvaluation(self._reader, names, objective, fisher, self._row_losses())
+
+    def _row_losses(self) -> Objective | None:
+        """The usual loss of each row; `None` with another objective."""
+        if self.objective is not None or self.args.search_objective != LOSS:
+            return None
+        problem, smoothing = self._inner().config.problem_type, self.args.label_smoothing_factor
+        return functools.partial(row_losses, problem_type=problem, smoothing=smoothing)
 
     # --- processes ---------------------------------------------------------------------------------
 
@@ -342,10 +347,9 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         def total(values: torch.Tensor) -> torch.Tensor:
             return accelerator.reduce(values.to(accelerator.device), reduction="sum").cpu()
 
-        if self.args.candidate_parallel == CANDIDATES:
-            self.optimizer.exchange = SharedCandidates(total, self.args.process_index, self.args.world_size)
-        else:
-            self.optimizer.exchange = SharedData(total)
+        candidates = self.args.candidate_parallel == CANDIDATES
+        rank = self.args.process_index, self.args.world_size
+        self.optimizer.exchange = SharedCandidates(total, *rank) if candidates else SharedData(total)
 
     # --- what is saved and logged --------------------------------------------------------------------
 
@@ -361,22 +365,20 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     def delta_code(cls, run: FinishedRun) -> str | None:
         """Python code that repeats the search from its trajectory; `None` if the initial model cannot be rebuilt."""
         arguments = run.record.get("arguments") or {}
-        if arguments.get("from_linearhead") or arguments.get("search_peft"):
-            return None
-        code = delta_code(run, TRAJECTORY, "apply_trajectory")
-        if code is None:
-            return None
-        start = f"from transformers import set_seed\n\nset_seed({arguments.get('seed', 42)})  # initializes the head"
-        return f"{start}\n{code}"
+        again = not (arguments.get("from_linearhead") or arguments.get("search_peft"))
+        code = delta_code(run, TRAJECTORY, "apply_trajectory") if again else None
+        seed = arguments.get("seed", 42)
+        start = f"from transformers import set_seed\n\nset_seed({seed})  # initializes the head\n"
+        return None if code is None else start + code
 
     def trained_weights(self) -> list[TrainedWeight]:
-        """List the searched tensors; gradients and moments only with `search_method=adam`."""
-        moments = 2 if self.args.search_method == ADAM_BASELINE else 0
-        rows = []
-        for name, p in self.searched.items():
-            size = p.numel() * p.element_size()
-            rows.append(TrainedWeight(name, tuple(p.shape), p.numel(), size if moments else 0, moments * size))
-        return rows
+        """List the searched tensors; gradients and moments where the search keeps buffers of their size."""
+        gradients, moments = buffers_of(self.args)
+        sizes = {name: p.numel() * p.element_size() for name, p in self.searched.items()}
+        return [
+            TrainedWeight(name, tuple(p.shape), p.numel(), gradients * sizes[name], moments * sizes[name])
+            for name, p in self.searched.items()
+        ]
 
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:

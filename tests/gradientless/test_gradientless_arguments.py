@@ -14,7 +14,7 @@ from hf_ft_ext.gradientless.optimizers.options import parse_options
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"search_method": "cma"}, "search_method='cma' is unknown; choose from: gld, spsa, node, adam"),
+        ({"search_method": "cma"}, "search_method='cma' is unknown; choose from: gld, spsa, node, activity, adam"),
         ({"search_candidates": 0}, "search_candidates must be 1 or more, got 0"),
         ({"search_sampling_size": 0}, "search_sampling_size must be 1 or more, got 0"),
         ({"search_sampling_steps": 0}, "search_sampling_steps must be 1 or more, got 0"),
@@ -97,7 +97,7 @@ from hf_ft_ext.gradientless.optimizers.options import parse_options
         ({"search_target": "("}, r"search_target='\(' is not a regular expression"),
         (
             {"search_eps": 0.1},
-            "search_eps=0.1 applies to search_method=spsa or node, not to gld; leave one of them out",
+            "search_eps=0.1 applies to search_method=spsa, node or activity, not to gld; leave one of them out",
         ),
         (
             {"search_method": "spsa", "search_eps": 0.0},

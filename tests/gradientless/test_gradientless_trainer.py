@@ -37,6 +37,7 @@ METHODS = {
     },
     "fisher": {"search_selection": "fisher", "search_sampling_size": 20},
     "node": {"search_method": "node", "learning_rate": 0.01},
+    "activity": {"search_method": "activity", "learning_rate": 0.01},
     "adam": {"search_method": "adam", "learning_rate": 0.01},
 }
 
@@ -66,9 +67,14 @@ def test_searches_the_head_and_saves_the_plain_model(tmp_path, model_type):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_search_method_lowers_the_loss(tmp_path, method):
     options = {"max_steps": 40, **WHOLE, "learning_rate": 0.3, **METHODS[method]}
-    options["learning_rate"] = {"spsa": 0.1, "spsa-adam": 0.01, "lozo-m": 0.02, "fzoo": 0.1, "node": 0.05}.get(
-        method, options["learning_rate"]
-    )
+    options["learning_rate"] = {
+        "spsa": 0.1,
+        "spsa-adam": 0.01,
+        "lozo-m": 0.02,
+        "fzoo": 0.1,
+        "node": 0.05,
+        "activity": 0.05,
+    }.get(method, options["learning_rate"])
     trainer = make(tmp_path, **options)
     first = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     trainer.train()
@@ -128,7 +134,10 @@ def test_node_perturbation_needs_a_head_that_reads_one_vector_per_row(tmp_path, 
 
 @pytest.mark.parametrize(("method", "message"), [
     ("adam", "search_method=adam is a baseline for one process; start one process"),
-    ("node", "search_method=node estimates a gradient for each row, .* start one process, or use search_method=spsa"),
+    *(
+        (name, f"search_method={name} estimates a gradient for each row, .* start one process, or use search_method")
+        for name in ("node", "activity")
+    ),
 ])  # fmt: skip
 def test_searches_of_one_process_are_refused_in_two(tmp_path, monkeypatch, method, message):
     monkeypatch.setattr(GradientlessTrainingArguments, "world_size", 2)

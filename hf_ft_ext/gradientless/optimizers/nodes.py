@@ -8,23 +8,15 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, report_accepted
-from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type, derived_seed
-from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import (
-    ADAM,
-    MOMENTUM,
-    RULES,
-    SGD,
-    SIGN,
-    Rounding,
-    UpdateRule,
-)
+from hf_ft_ext.gradientless.optimizers.base import Closure, report_accepted
+from hf_ft_ext.gradientless.optimizers.estimated import GradientEstimator
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM
 
-NODE_RULES = SGD, SIGN, MOMENTUM, ADAM
 NODE_DIRECTIONS = NEXT_LAYER, SIGNS = ("next-layer", "signs")
 
 
-class NodePerturbation(GradientFreeOptimizer):
+class NodePerturbation(GradientEstimator):
     """Node perturbation: estimate the gradient of each row with respect to a layer's outputs from losses.
 
     The gradient of a linear layer is a sum over the rows, `G = sum_b d_b x_b^T / rows`. The inputs `x_b` are known;
@@ -77,26 +69,14 @@ class NodePerturbation(GradientFreeOptimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
     ):
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise InputError(f"{name} must be 0 or more, got {value}")
         if not (eps > 0 and math.isfinite(eps)):
             raise InputError(f"eps must be a finite number above 0, such as 1e-2, got {eps}")
         if num_directions < 1:
             raise InputError(f"num_directions must be 1 or more, got {num_directions}")
         if directions not in NODE_DIRECTIONS:
             raise InputError(f"directions={directions!r} is unknown; choose from: {', '.join(NODE_DIRECTIONS)}")
-        if update in RULES and update not in NODE_RULES:
-            raise InputError(
-                f"update={update} is not available for node perturbation; choose from: {', '.join(NODE_RULES)}"
-            )
-        self.rule = UpdateRule(update, momentum, betas, adam_eps, "buffer" if update in (MOMENTUM, ADAM) else None)
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed)
+        super().__init__(params, lr, update, momentum, betas, adam_eps, weight_decay, seed)
         self.eps, self.num_directions, self.kind = eps, num_directions, directions
-        self.searched = [parameter for group in self.param_groups for parameter in group["params"]]
-        self.numbers = {id(parameter): i for i, parameter in enumerate(self.searched)}
-        self.buffers: dict[int, tuple[torch.Tensor, ...]] = {}
-        self.rounding = Rounding(carry=False)
 
     def evaluations_per_step(self) -> int:
         """Largest number of losses of a step: `num_directions` for each layer, and one at the current weights."""
@@ -185,32 +165,3 @@ class NodePerturbation(GradientFreeOptimizer):
                 f"a searched tensor of shape {tuple(missing[0].shape)} is in no linear layer of the head, so node "
                 "perturbation cannot search it; search other tensors (search_target), or use SPSA"
             )
-
-    def _update(self, estimates: dict[int, torch.Tensor]) -> None:
-        narrow = any(parameter.element_size() == 2 for parameter in self.searched)
-        seed = self._draw_seed() if narrow else 0  # of the stochastic rounding
-        number = -1
-        for group in self.param_groups:
-            lr, decay = float(group["lr"]), float(group["weight_decay"])
-            for parameter in group["params"]:
-                number += 1
-                estimate = estimates[number].flatten()
-                if number not in self.buffers:
-                    self.buffers[number] = tuple(torch.zeros_like(estimate) for _ in self.rule.buffers())
-                everything = slice(0, parameter.numel())
-                exact = self.rounding.exact(parameter, number, everything)
-                if lr * decay:
-                    exact.mul_(1 - lr * decay)
-                self.rule.apply(exact, estimate, lr, self.steps, self.buffers[number])
-                self.rounding.store(parameter, number, everything, exact, derived_seed(seed, number))
-
-    def _own_state(self) -> dict:
-        buffers = {i: list(found) for i, found in self.buffers.items()}
-        return {**super()._own_state(), "buffers": buffers, "carried": dict(self.rounding.kept)}
-
-    def _load_own_state(self, state: dict) -> None:
-        super()._load_own_state(state)
-        devices = [parameter.device for parameter in self.searched]
-        self.buffers = {i: tuple(b.to(devices[i]).clone() for b in found) for i, found in state["buffers"].items()}
-        carried = state.get("carried", {})  # not in older checkpoints
-        self.rounding.kept = {i: kept.to(devices[i]).clone() for i, kept in carried.items()}

@@ -8,6 +8,7 @@ from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import HeadReader
+from hf_ft_ext.gradientless.optimizers.activity import RowPass
 from hf_ft_ext.gradientless.optimizers.candidates import Candidates, IndexView, read_views, write_views
 from hf_ft_ext.gradientless.optimizers.direct_search import Sequential
 from hf_ft_ext.gradientless.scoring.batched_heads import BatchedHead, CannotBatch, chunks
@@ -234,6 +235,15 @@ class StepEvaluation:
         A search of the head alone does not use it: `closure` runs the head, not the whole model.
         """
         return None if self.full.repeated is None or self.all_in_head else self.full.repeated(n)
+
+    def row_passes(self) -> Sequence[RowPass]:
+        """See `FullObjective.row_passes`."""
+        if self.full.row_passes is None:
+            raise InputError(
+                "search_method=activity needs the loss of each row, and this loss is known for whole batches only (an "
+                "overridden compute_loss, or a model's own loss); use search_method=spsa"
+            )
+        return self.full.row_passes
 
     def __call__(self, views: list[IndexView], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
         self.in_head = self.head is not None and all(id(view.parameter) in self.head.names for view in views)

@@ -1,5 +1,6 @@
 """The objective of one step by forward passes of the whole model."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,13 @@ class FullObjective:
         repeated: `repeated(n)` -> values `[n]`, float, of the batch repeated `n` times along the first dimension of
             all inputs (the whole batch, then the whole batch again), in one forward pass per micro-batch; `None` if
             that is not supported.
+        row_passes: for each micro-batch a function that returns the loss of each row, `[rows]`, and the micro-batch's
+            weight in the mean; `None` if there is no loss for each row.
     """
 
     value: Callable[[], torch.Tensor]
     repeated: Callable[[int], torch.Tensor] | None = None
+    row_passes: Sequence[tuple[Callable[[], torch.Tensor], float]] | None = None
 
 
 def rows_of(batch: Batch) -> int:
@@ -37,13 +41,18 @@ def rows_of(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def objective_of_logits(model: nn.Module, objective: Objective, batches: Sequence[Batch]) -> FullObjective:
+def objective_of_logits(
+    model: nn.Module, objective: Objective, batches: Sequence[Batch], of_rows: Objective | None = None
+) -> FullObjective:
     """`objective` of the logits of all micro-batches together.
 
     If rows are sequences, they are padded to the longest one: labels with -100, logits with 0.
+
+    Args:
+        of_rows: the objective of each row, `[rows]`; `None` if it is not a mean over rows.
     """
     labels = _joined([batch["labels"] for batch in batches], 0)
-    inputs = [{key: value for key, value in batch.items() if key not in _LABELS} for batch in batches]
+    inputs = [_inputs(batch) for batch in batches]
 
     def value() -> torch.Tensor:
         return torch.as_tensor(objective(_joined([logits_of(model(**batch)) for batch in inputs], 0), labels))
@@ -53,7 +62,16 @@ def objective_of_logits(model: nn.Module, objective: Objective, batches: Sequenc
         logits = _joined([part.view(n, -1, *part.shape[1:]) for part in parts], 1)
         return torch.stack([torch.as_tensor(objective(one, labels)) for one in logits])
 
-    return FullObjective(value, repeated)
+    def losses(batch: Batch, own_labels: torch.Tensor) -> torch.Tensor:
+        return of_rows(logits_of(model(**batch)), own_labels)
+
+    if of_rows is None:
+        return FullObjective(value, repeated)
+    passes = [
+        (functools.partial(losses, own, batch["labels"]), float(rows_of(batch)))
+        for own, batch in zip(inputs, batches, strict=True)
+    ]
+    return FullObjective(value, repeated, passes)
 
 
 def has_usual_loss(model: nn.Module, batch: Batch) -> bool:
@@ -87,6 +105,7 @@ def model_loss(
     batches: Sequence[Batch],
     shifted: bool,
     losses_of: Callable[[Mapping[str, Any], torch.Tensor, int], torch.Tensor] | None = None,
+    of_rows: Callable[[Mapping[str, Any], torch.Tensor], torch.Tensor] | None = None,
 ) -> FullObjective:
     """Mean of the micro-batches' losses, weighted by label tokens (by rows if each row has one label).
 
@@ -94,6 +113,8 @@ def model_loss(
         compute: returns the mean loss of a batch.
         shifted: see `label_count`.
         losses_of: `losses_of(inputs, labels, n)` -> losses `[n]` of repeated inputs; `None` if not supported.
+        of_rows: `of_rows(inputs, labels)` -> the loss of each row `[rows]`, with the batch's loss as mean; `None` if
+            not supported.
     """
     counts = [label_count(batch, shifted) for batch in batches]
     counted = [(batch, count) for batch, count in zip(batches, counts, strict=True) if count]
@@ -106,12 +127,16 @@ def model_loss(
 
     def repeated(n: int) -> torch.Tensor:
         def losses(batch: Batch) -> torch.Tensor:
-            inputs = {key: value for key, value in batch.items() if key not in _LABELS}
-            return losses_of(repeat(inputs, n), batch["labels"], n)
+            return losses_of(repeat(_inputs(batch), n), batch["labels"], n)
 
         return mean(losses)
 
-    return FullObjective(lambda: mean(compute), None if losses_of is None else repeated)
+    passes = None
+    if of_rows is not None:
+        passes = [
+            (functools.partial(of_rows, _inputs(batch), batch["labels"]), float(count)) for batch, count in counted
+        ]
+    return FullObjective(lambda: mean(compute), None if losses_of is None else repeated, passes)
 
 
 def language_losses(model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor, n: int) -> torch.Tensor:
@@ -119,6 +144,26 @@ def language_losses(model: nn.Module, inputs: Mapping[str, Any], labels: torch.T
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     logits = model(**inputs).logits.view(n, *labels.shape, -1)
     return torch.stack([inner.loss_function(one, labels, vocab_size=one.shape[-1]) for one in logits])
+
+
+def language_row_losses(model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor) -> torch.Tensor:
+    """The sum of a causal language model's token losses of each row, scaled so that their mean is the batch's loss.
+
+    `[rows]`; 0 for a row without label tokens.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    logits = model(**inputs).logits
+    counts = [label_count({"labels": row[None]}, True) for row in labels]
+    losses = logits.new_zeros(len(labels), dtype=torch.float64)
+    for i, count in enumerate(counts):
+        if count:
+            one = inner.loss_function(logits[i : i + 1], labels[i : i + 1], vocab_size=logits.shape[-1])
+            losses[i] = one.double() * count * len(labels) / sum(counts)
+    return losses
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {key: value for key, value in batch.items() if key not in _LABELS}
 
 
 def repeat(batch: Batch, n: int) -> dict[str, Any]:

@@ -1,0 +1,224 @@
+"""`ActivityPerturbation`: search of any layers by random noise on their outputs, with a slope for each row."""
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import ParamsT
+
+from hf_ft_ext.errors import InputError
+from hf_ft_ext.gradientless.optimizers.base import keep_freed_memory
+from hf_ft_ext.gradientless.optimizers.estimated import GradientEstimator
+from hf_ft_ext.gradientless.optimizers.output_noise import Estimates, OutputNoise
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM
+from hf_ft_ext.gradientless.optimizers.perturbation.watch import watched_reads
+
+logger = logging.getLogger(__name__)
+
+_SEED_OF_CHECK = 0  # not drawn: the check does not change the directions of the steps
+# One micro-batch: a function that runs the model and returns the loss of each row `[rows]`, and the micro-batch's
+# weight in the mean over the step.
+RowPass = tuple[Callable[[], torch.Tensor], float]
+
+
+class ActivityPerturbation(GradientEstimator):
+    """Activity perturbation: estimate the gradients of all layers from losses under noise on their outputs.
+
+    The gradient of a linear layer is a sum over positions, `G = sum_t d_t x_t^T`. The inputs `x_t` are known; only the
+    output gradients `d_t` have to be estimated. A step adds noise `z` of variance 1, times eps, to the outputs of all
+    modules that hold searched parameters, at once. The slope of row `b` is
+    `s_b = (loss_b(y + eps z) - loss_b(y - eps z)) / (2 eps)`, and the mean of `s_b z_bt` over the directions estimates
+    `d_bt` without bias, to order eps^2: noise on other layers, positions and rows is independent of `z_bt`. A third
+    forward pass computes `G` from the inputs.
+
+    In comparison with perturbed weights (SPSA), there are as many slopes as rows in a batch, and a layer has as many
+    unknowns as output entries, not as weights. Where a row's output has no row of its own (experts that read some
+    tokens), the mean slope of the rows is used.
+
+    `centred`: for linear layers with a bias and several positions per row, `G` is computed from `x_t - mean`. The
+    inputs of a layer have a large common part. It turns noise in `d` into a common shift of all outputs, which the
+    bias can learn as well. The mean part of `G` is left out.
+
+    Layers other than linear ones are differentiated by themselves: `G` is the derivative of one module's output,
+    times the estimate of `d`. Gradients of the whole model are never computed, and no activations are stored; the
+    estimates and the moments of `update` take memory of the size of the searched weights.
+
+    Args:
+        params: parameters of modules of `module`, or groups of them (`lr` and `weight_decay` can be set per group).
+        module: the model whose forward pass the closure runs.
+        lr: learning rate, 0 or more.
+        eps: size of the perturbation of outputs, above 0; `None` = 0.001, for outputs of 16 bits 1/32 (smaller changes
+            are lost by rounding).
+        num_directions: number of directions per step, 1 or more. A step has `2 num_directions + 1` forward passes.
+        update: `"sgd"`, `"sign"`, `"momentum"` or `"adam"`, on the estimate of the gradient. 16-bit weights are
+            rounded stochastically (see `Rounding`).
+        momentum, betas, adam_eps: parameters of the update rule.
+        weight_decay: decoupled, 0 or more.
+        centred: leave out the mean part of linear layers' gradients, as above.
+        seed: of the private generator.
+
+    Raises:
+        InputError: a value out of range; a parameter that `module` does not hold; in `step`: no loss for each row, or
+            a loss that is not finite.
+
+    Source: node perturbation (Werfel, Xie and Seung, NIPS 2003); activity perturbation (Ren et al., arXiv 2210.03310),
+    there with forward gradients instead of losses.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        module: nn.Module,
+        lr: float = 1e-4,
+        eps: float | None = None,
+        num_directions: int = 1,
+        update: str = ADAM,
+        momentum: float = 0.9,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        centred: bool = True,
+        seed: int = 0,
+    ):
+        if eps is not None and not (eps > 0 and math.isfinite(eps)):
+            raise InputError(f"eps must be a finite number above 0, such as 1e-3, got {eps}")
+        if num_directions < 1:
+            raise InputError(f"num_directions must be 1 or more, got {num_directions}")
+        super().__init__(params, lr, update, momentum, betas, adam_eps, weight_decay, seed)
+        self.num_directions, self.module = num_directions, module
+        self.noise = OutputNoise(module, self.numbers, eps, centred)
+        held = {number for _, names in self.noise.holders for number in names.values()}
+        if missing := sorted(set(range(len(self.searched))) - held):
+            raise InputError(
+                f"a parameter of shape {tuple(self.searched[missing[0]].shape)} is in no part of the module; pass the "
+                "module that contains it"
+            )
+        keep_freed_memory()
+
+    def evaluations_per_step(self) -> int:
+        """Number of forward passes of a step."""
+        return 2 * self.num_directions + 1
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], torch.Tensor] | None = None, evaluate: Any = None) -> float | None:
+        """Estimate the gradients of all layers and update them; return the mean of the losses of the estimate.
+
+        Args:
+            closure: runs the module on the batch and returns the loss of each row `[rows]`.
+            evaluate: an object with `row_passes()` for several micro-batches: pairs of such a function and the
+                micro-batch's weight in the mean over the step. `closure` is not called then.
+        """
+        if self._already_taken(closure):
+            return None
+        passes: Sequence[RowPass] = evaluate.row_passes() if hasattr(evaluate, "row_passes") else [(closure, 1.0)]
+        self.steps += 1
+        total = sum(weight for _, weight in passes)
+        seeds = [self._draw_seed() for _ in range(self.num_directions)]
+        estimates, mean = Estimates(), 0.0
+        self.noise.first_row = 0
+        for losses_of, weight in passes:
+            mean += weight / total * self._estimate(losses_of, seeds, weight / total, estimates)
+        found = estimates.centred()
+        if self.steps == 1:
+            self._report_left_out(found)
+        self._update(found)
+        return mean
+
+    def _estimate(
+        self, losses_of: Callable[[], torch.Tensor], seeds: Sequence[int], weight: float, into: Estimates
+    ) -> float:
+        """Add the estimates of one micro-batch to `into`; return its mean loss."""
+        if self.noise.by_rows is None:
+            self._find_rows(losses_of)
+        differences, mean = [], 0.0
+        for seed in seeds:
+            with self.noise.added(seed, 1.0):
+                plus = self._row_losses(losses_of)
+            with self.noise.added(seed, -1.0):
+                minus = self._row_losses(losses_of)
+            differences.append((plus - minus) / 2)
+            mean += self._checked_current((plus + minus).mean() / 2) / len(seeds)
+        with self.noise.estimating(seeds, torch.stack(differences), weight, into):
+            losses_of()
+        self.noise.first_row += len(differences[0])
+        self.evaluations += self.evaluations_per_step()
+        return mean
+
+    def _row_losses(self, losses_of: Callable[[], torch.Tensor]) -> torch.Tensor:
+        losses = losses_of()
+        if not isinstance(losses, torch.Tensor) or losses.ndim != 1:
+            shape = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
+            raise InputError(
+                f"activity perturbation needs the loss of each row [rows], got {shape}; return them from the closure "
+                '(reduction="none"), or use SPSA'
+            )
+        return losses.double()
+
+    def _find_rows(self, losses_of: Callable[[], torch.Tensor]) -> None:
+        """Find the modules whose outputs have the batch's rows, and whether these rows are independent.
+
+        Noise on the first half of the rows has to leave the losses of the other rows as they are.
+        """
+        sizes: dict[int, set[int]] = {}
+
+        def note(position: int) -> Callable:
+            def hook(module: nn.Module, args: Any, y: Any) -> None:
+                sizes.setdefault(position, set()).add(len(y) if isinstance(y, torch.Tensor) and y.ndim else 0)
+
+            return hook
+
+        users = {id(module): module for module, _ in self.noise.holders}
+        handles = [m.register_forward_hook(note(i)) for i, (m, _) in enumerate(self.noise.holders)]
+        try:
+            with watched_reads(self.module, users, self.numbers) as reads:
+                plain = self._row_losses(losses_of)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.evaluations += 1
+        if elsewhere := reads.inside | reads.outside:
+            logger.warning(
+                "%d searched tensors (the first of shape %s) are also read by other code than their module's forward; "
+                "the search ignores this part of their gradient",
+                len(elsewhere),
+                tuple(self.searched[min(elsewhere)].shape),
+            )
+        rows = len(plain)
+        self.noise.row_modules = {position for position, found in sizes.items() if found == {rows}}
+        if rows < 2:  # found out with a later batch; until then the mean slope is that of the row
+            return
+        with self.noise.added(_SEED_OF_CHECK, 1.0, rows // 2):
+            perturbed = self._row_losses(losses_of)
+        self.evaluations += 1
+        tolerance = 1e-3 * float((perturbed - plain)[: rows // 2].abs().max())
+        self.noise.by_rows = bool(((perturbed - plain)[rows // 2 :].abs() <= tolerance).all())
+        if not self.noise.by_rows:
+            logger.warning(
+                "the loss of a row depends on the other rows of the batch, so all rows share one slope; the estimates "
+                "have more variance"
+            )
+
+    def _report_left_out(self, estimates: dict[int, torch.Tensor]) -> None:
+        if left := [number for number in range(len(self.searched)) if number not in estimates]:
+            logger.warning(
+                "%d searched tensors (the first of shape %s) stay as they are: no forward pass reads them, or their "
+                "module returns no single tensor; leave them out, or use SPSA",
+                len(left),
+                tuple(self.searched[left[0]].shape),
+            )
+
+    def _own_state(self) -> dict:
+        return {
+            **super()._own_state(),
+            "by_rows": self.noise.by_rows,
+            "row_modules": sorted(self.noise.row_modules),
+            "without_noise": sorted(self.noise.without_noise),
+        }
+
+    def _load_own_state(self, state: dict) -> None:
+        super()._load_own_state(state)
+        self.noise.by_rows, self.noise.row_modules = state["by_rows"], set(state["row_modules"])
+        self.noise.without_noise = set(state["without_noise"])

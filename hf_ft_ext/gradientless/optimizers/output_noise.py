@@ -1,0 +1,227 @@
+"""Noise on the outputs of a model's modules, and the gradients of their parameters that follow from the losses."""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type, derived_seed
+
+# Size of the noise; on 16-bit outputs, which round to 3 digits, larger, so that it is not lost.
+EPS, EPS_16_BITS = 1e-3, 2**-5
+
+
+class OutputNoise:
+    """Adds noise to the outputs of all modules that hold searched parameters, in forward passes of the model.
+
+    The noise is uniform, with mean 0 and variance 1, and recomputed from seeds: for each module, each of its runs in
+    the forward pass, and each row of the step. Positions that a 2-dimensional `attention_mask` hides get none, so the
+    noise of a row depends neither on its padding nor on its micro-batch.
+
+    Args:
+        model: the model whose forward pass is perturbed.
+        number_of: number of each searched parameter, by its `id`.
+        eps: see `ActivityPerturbation`.
+        centred: see `ActivityPerturbation`.
+
+    Attributes:
+        holders: modules that hold searched parameters, and the numbers of these by name.
+        by_rows: whether row `b` of each output affects the loss of row `b` of the batch only; `None` = not known yet.
+        row_modules: positions in `holders` of the modules whose outputs have one row for each row of the batch.
+        without_noise: positions of the modules whose output is not one floating-point tensor.
+        first_row: index, in the step, of the first row of the micro-batch.
+    """
+
+    def __init__(self, model: nn.Module, number_of: dict[int, int], eps: float | None, centred: bool):
+        self.model, self.eps, self.centred = model, eps, centred
+        self.holders: list[tuple[nn.Module, dict[str, int]]] = []
+        for module in model.modules():
+            names = {name: number_of[id(p)] for name, p in module._parameters.items() if id(p) in number_of}
+            if names:
+                self.holders.append((module, names))
+        self.by_rows: bool | None = None
+        self.row_modules: set[int] = set()
+        self.without_noise: set[int] = set()
+        self.first_row = 0
+        self._inside = False  # of a module's second forward, which has no noise
+
+    @contextlib.contextmanager
+    def added(self, seed: int, sign: float, rows: int | None = None) -> Iterator[None]:
+        """Within this context, outputs are `y + sign eps z`, with the noise `z` of this seed.
+
+        Args:
+            rows: number of rows, from the first, that get noise, in the outputs that have rows; `None` = all outputs.
+        """
+
+        def add(position: int, module: nn.Module, args: tuple, kwargs: dict, y: Any, run: int) -> Any:
+            if not isinstance(y, torch.Tensor) or not y.is_floating_point():
+                self.without_noise.add(position)
+                return None
+            if rows is not None and position not in self.row_modules:
+                return None
+            z = self._draws(seed, position, run, y)
+            if rows is not None:
+                z[rows:] = 0
+            return (y + sign * self._eps_of(y) * z).to(y.dtype)
+
+        with self._hooked(add):
+            yield
+
+    @contextlib.contextmanager
+    def estimating(
+        self, seeds: Sequence[int], differences: torch.Tensor, weight: float, into: "Estimates"
+    ) -> Iterator[None]:
+        """Within this context, a forward pass adds estimates of the parameters' gradients to `into`.
+
+        The gradient of the mean loss with respect to an output is estimated by `d = mean_i w_i z_i / eps`. For outputs
+        with one row for each row of the batch, `w_i = h_ib / rows` in row `b`: noise on the other rows does not affect
+        its loss. For other outputs `w_i` is the mean of `h_ib` over the rows.
+
+        Args:
+            seeds: of each direction.
+            differences: half the differences `h_ib` between the losses of opposite noise, `[directions, rows]`.
+            weight: factor of the gradients: the micro-batch's share of the step.
+        """
+        rows = differences.shape[1]
+
+        def estimate(position: int, module: nn.Module, args: tuple, kwargs: dict, y: Any, run: int) -> None:
+            if position in self.without_noise:
+                return
+            if position in self.row_modules and len(y) != rows:
+                self.row_modules.discard(position)  # it had as many rows as the batch by chance
+            d = torch.zeros(y.shape, dtype=compute_type(y.dtype), device=y.device)
+            for seed, half in zip(seeds, differences.to(d), strict=True):
+                separate = self.by_rows and position in self.row_modules
+                w = half.view(-1, *[1] * (y.ndim - 1)) / rows if separate else half.mean()
+                d += w * (weight / len(seeds) / self._eps_of(y)) * self._draws(seed, position, run, y).to(d.dtype)
+            self._add_gradients(position, module, args, kwargs, d, into)
+
+        with self._hooked(estimate):
+            yield
+
+    @contextlib.contextmanager
+    def _hooked(self, hook: Callable) -> Iterator[None]:
+        runs: Counter[int] = Counter()
+        self.mask: torch.Tensor | None = None
+
+        def begin(model: nn.Module, args: tuple, kwargs: dict) -> None:
+            mask = kwargs.get("attention_mask")
+            self.mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+        def after(position: int) -> Callable:
+            def run_hook(module: nn.Module, args: tuple, kwargs: dict, y: Any) -> Any:
+                if self._inside:
+                    return None
+                runs[position] += 1
+                return hook(position, module, args, kwargs, y, runs[position])
+
+            return run_hook
+
+        handles = [self.model.register_forward_pre_hook(begin, with_kwargs=True)]
+        for position, (module, _) in enumerate(self.holders):
+            handles.append(module.register_forward_hook(after(position), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _draws(self, seed: int, position: int, run: int, y: torch.Tensor) -> torch.Tensor:
+        """The noise of an output, of its shape and type."""
+        own = derived_seed(seed, position, run)
+        generator = torch.Generator(y.device)
+        z = torch.zeros_like(y)
+        if position not in self.row_modules:  # one draw for all rows of the step
+            return _uniform(z.shape, generator.manual_seed(own), y)
+        real = self._real_positions(y)
+        for b in range(len(y)):
+            generator.manual_seed(derived_seed(own, self.first_row + b))
+            if real is None:
+                z[b] = _uniform(y.shape[1:], generator, y)
+            else:
+                z[b, real[b]] = _uniform((int(real[b].sum()), y.shape[2]), generator, y)
+        return z
+
+    def _eps_of(self, y: torch.Tensor) -> float:
+        if self.eps is not None:
+            return self.eps
+        return EPS_16_BITS if y.element_size() == 2 else EPS
+
+    def _real_positions(self, y: torch.Tensor) -> torch.Tensor | None:
+        """The mask of the positions that are not padding `[rows, tokens]`, if `y` has these positions."""
+        if self.mask is None or y.ndim != 3 or y.shape[:2] != self.mask.shape:
+            return None
+        return self.mask.to(y.device) != 0
+
+    def _add_gradients(
+        self, position: int, module: nn.Module, args: tuple, kwargs: dict, d: torch.Tensor, into: "Estimates"
+    ) -> None:
+        """Add the gradients of the module's searched parameters, for the gradient `d` of its output."""
+        names = self.holders[position][1]
+        linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        turned = isinstance(module, Conv1D) and type(module).forward is Conv1D.forward  # weight [in, out]
+        if not linear and not turned:
+            for name, found in self._by_autograd(module, names, args, kwargs, d).items():
+                into.add(names[name], found)
+            return
+        x = (args[0] if args else next(iter(kwargs.values()))).to(d.dtype)
+        flat_d, flat_x = d.reshape(-1, d.shape[-1]), x.reshape(-1, x.shape[-1])
+        if "bias" in names:
+            into.add(names["bias"], flat_d.sum(0))  # sum_t d_t
+        if "weight" in names:  # sum_t d_t x_t^T
+            into.add(names["weight"], flat_x.t() @ flat_d if turned else flat_d.t() @ flat_x)
+            if self.centred and module.bias is not None and x.ndim > 2:
+                real = self._real_positions(x)
+                seen = flat_x if real is None else x[real]
+                into.add_means(names["weight"], position, flat_d.sum(0), seen.sum(0), len(seen), turned)
+
+    def _by_autograd(
+        self, module: nn.Module, names: dict[str, int], args: tuple, kwargs: dict, d: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The same for any module, by the derivatives of this module alone."""
+        own = {name: module._parameters[name].detach().requires_grad_() for name in names}
+        self._inside = True
+        try:
+            with torch.enable_grad():
+                y = torch.func.functional_call(module, own, args, kwargs)
+                found = torch.autograd.grad(y, list(own.values()), d.to(y.dtype), allow_unused=True)
+        finally:
+            self._inside = False
+        return {name: one.to(d.dtype) for name, one in zip(own, found, strict=True) if one is not None}
+
+
+class Estimates:
+    """Estimated gradients of a step, by number of the parameter, summed over runs of a module and micro-batches."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, torch.Tensor] = {}
+        self._means: dict[tuple[int, int, bool], list] = {}  # by parameter and module: sums of d and of x, positions
+
+    def add(self, number: int, gradient: torch.Tensor) -> None:
+        self.found[number] = gradient if number not in self.found else self.found[number].add_(gradient)
+
+    def add_means(
+        self, number: int, position: int, d: torch.Tensor, x: torch.Tensor, count: int, turned: bool
+    ) -> None:
+        """Note sums over positions of a linear layer, for `centred`."""
+        sums = self._means.setdefault((number, position, turned), [torch.zeros_like(d), torch.zeros_like(x), 0])
+        for i, value in enumerate((d, x, count)):
+            sums[i] = sums[i] + value
+
+    def centred(self) -> dict[int, torch.Tensor]:
+        """The gradients; of centred layers `sum_t d_t (x_t - mean)^T = sum_t d_t x_t^T - (sum_t d_t) mean^T`."""
+        for (number, _, turned), (d, x, count) in self._means.items():
+            mean = x / max(1, count)
+            self.found[number] -= torch.outer(mean, d) if turned else torch.outer(d, mean)
+        self._means = {}
+        return self.found
+
+
+def _uniform(shape: Sequence[int], generator: torch.Generator, like: torch.Tensor) -> torch.Tensor:
+    """Uniform in [-sqrt(3), sqrt(3)]: variance 1. The first numbers do not depend on how many are drawn."""
+    dtype = compute_type(like.dtype)
+    return ((torch.rand(shape, generator=generator, dtype=dtype, device=like.device) - 0.5) * 12**0.5).to(like.dtype)
