@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",
             if only_help_wanted(argv):  # answered before the slow imports
                 sys.stdout.write(list_methods())
             else:
-                _run(argv, list(program), signals, at_end)
+                run_method(argv, list(program), signals, at_end)
     except Interrupted as stop:
         return _report_interruption(stop, signals)
     except Exception as error:
@@ -69,7 +69,7 @@ def _report_interruption(stop: Interrupted, signals: Signals) -> int:
     return stop.status
 
 
-def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextlib.ExitStack) -> None:
+def run_method(argv: list[str], program: list[str], signals: Signals, at_end: contextlib.ExitStack) -> None:
     choice = read_choice(argv)  # an unknown recipe or method is refused before the slow imports
 
     from hf_ft_ext.launch.parsing import parse_choice

@@ -372,18 +372,28 @@ def test_a_search_on_f1_takes_the_tasks_positive_class():
         GradientlessTrainingArguments("unused", search_positive_label="spam", use_cpu=True)
 
 
-def test_a_search_on_f1_needs_the_positive_class_by_name(rows, tokenizer, tmp_path):
+def test_a_search_on_f1_needs_the_positive_class_by_name(tokenizer, tmp_path):
+    data = text_dataset(16, seed=4).remove_columns("idx")
+    data = data.map(lambda row: tokenizer(row["sentence"]), remove_columns="sentence")
+    names = ["ham", "spam"]
+    model = tiny_model(id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
+
     def trainer(**settings):
-        args = GradientlessTrainingArguments(str(tmp_path), search_objective="f1", use_cpu=True, **settings)
-        names = ["ham", "spam"]
-        model = tiny_model(id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
-        return GradientlessTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+        still = {"search_method": "spsa", "search_eps": 1e-7, "learning_rate": 1e-12, "max_steps": 1}
+        args = GradientlessTrainingArguments(
+            str(tmp_path), search_objective="f1", per_device_train_batch_size=16, use_cpu=True, save_strategy="no",
+            report_to="none", **still, **settings,
+        )  # fmt: skip
+        return GradientlessTrainer(model, args, train_dataset=data, processing_class=tokenizer)
 
     with pytest.raises(InputError, match=r"metric 'f1' needs a positive class, .*ham, spam"):
         trainer()
-    objective = trainer(search_positive_label="ham")._objective_function()
-    logits, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1, 0, 0])
-    assert float(objective(logits, labels)) == pytest.approx(1 - 2 * 1 / (2 + 3))  # of ham; of spam it is 0
+    output = trainer(search_positive_label="ham").predict(data)
+    predicted, labels = output.predictions.argmax(-1) == 0, output.label_ids == 0
+    f1 = 2 * (predicted & labels).sum() / (predicted.sum() + labels.sum())
+    of_spam = 2 * (~predicted & ~labels).sum() / ((~predicted).sum() + (~labels).sum())
+    assert f1 != of_spam
+    assert trainer(search_positive_label="ham").train().training_loss == pytest.approx(1 - f1)
 
 
 def test_a_trainer_of_transformers_gets_the_same_numbers(model, rows, tokenizer):

@@ -134,7 +134,7 @@ class FakeDevices:
 @pytest.fixture
 def gpus(monkeypatch):
     fake = FakeDevices(3)
-    monkeypatch.setattr("hf_ft_ext.training.runs.resources._module", lambda device: fake)
+    monkeypatch.setattr(torch, "get_device_module", lambda device=None: fake)
     return fake
 
 
