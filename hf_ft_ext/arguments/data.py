@@ -20,6 +20,8 @@ def _one_or_several(value: list[str] | str | None) -> list[str] | str | None:
 class FewShotArguments:
     """Few-shot splits and prompts; a base class of `DataArguments`."""
 
+    _argument_group_name = "few shots and prompts"
+
     num_k: int | None = field(
         default=None,
         metadata={
@@ -121,6 +123,8 @@ class FewShotArguments:
 @dataclass
 class LanguageArguments:
     """Language modelling; a base class of `DataArguments`."""
+
+    _argument_group_name = "language models (task_type causal_lm and seq2seq_lm)"
 
     packing: bool = field(
         default=False,
