@@ -12,7 +12,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[1]
 _PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 _FRONT = "index.md"
-_NAMED_AS_FILE = re.compile(r"\[([\w-]+\.md)\](?=\()")
+_NAMED_AS_FILE = re.compile(r"\[(?:docs/)?([\w-]+\.md)\](?=\()")
 _OPTION = re.compile(r"<code>(--[\w-]+(?: [^\s<]{1,20})?)</code>")
 _LINK = re.compile(r"(\]\()(\.\./)?([\w./-]+)([)#])")
 
