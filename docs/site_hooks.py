@@ -20,11 +20,19 @@ _LINK = re.compile(r"(\]\()(\.\./)?([\w./-]+)([)#])")
 def on_files(files, config):
     for source, page in _PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=_LINK.sub(_from_the_root, text)))
+        files.append(
+            File.generated(config, page, content=_LINK.sub(_from_the_root, text))
+        )
     for path in sorted((ROOT / "docs").glob("*.md")):
         for match in _LINK.finditer(path.read_text(encoding="utf-8")):
-            if match[2] and match[3] not in {*_PAGES, "README.md"} and files.get_file_from_path(match[3]) is None:
-                files.append(File.generated(config, match[3], abs_src_path=str(ROOT / match[3])))
+            if (
+                match[2]
+                and match[3] not in {*_PAGES, "README.md"}
+                and files.get_file_from_path(match[3]) is None
+            ):
+                files.append(
+                    File.generated(config, match[3], abs_src_path=str(ROOT / match[3]))
+                )
     return files
 
 

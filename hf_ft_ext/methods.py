@@ -144,6 +144,7 @@ def list_methods() -> str:
     return "\n".join(
         (
             "usage: run_glue.py [recipe.yaml[#ROW]] [--method NAME] [--argument value ...]",
+            "       hf-ft-ext train, the same in one process",
             "",
             "Fine-tune a classifier or a language model. Without arguments: method sparse on the demo model and task.",
             "A recipe is a YAML file of `argument: value` lines; the command line overrides it.",
@@ -152,8 +153,8 @@ def list_methods() -> str:
             "methods:",
             *(f"  {method.name:<{width}}  {method.help}" for method in METHODS.values()),
             "",
-            "`run_glue.py --method NAME --help` lists the arguments of a method with their defaults and the most used",
-            "ones of transformers.TrainingArguments; `--method NAME --help all` lists all of these.",
+            "`--method NAME --help` lists the arguments of a method with their defaults, and the most used ones of",
+            "transformers.TrainingArguments; `--method NAME --help all` lists all of these.",
             "",
         )
     )

@@ -62,9 +62,7 @@ def find_roles(
 def _named(source: dict, option: str, wanted: Sequence[str]) -> list[str]:
     for name in wanted:
         if name not in source:
-            raise InputError(
-                f"--{option} {name}: the data has no such split; its splits are {', '.join(source)}"
-            )
+            raise InputError(f"--{option} {name}: the data has no such split; its splits are {', '.join(source)}")
     return list(dict.fromkeys(wanted))
 
 

@@ -194,7 +194,7 @@ def folder(tmp_path_factory):
     ("data", "options", "message"),
     [
         ("chat", (), "the data has messages, and the tokenizer has no chat template .* pass --chat_template_path"),
-        ("two", (), "columns of two forms, text and prompt and completion; choose one: .*--text_columns text or --text"),
+        ("two", (), "columns of two forms, text and prompt and completion; choose .*--text_columns text or --text"),
         ("none", (), "has the columns words, and language modelling needs text, prompt and completion, or messages"),
         ("gap", (), "column 'text' of split 'train' is empty in row 1; fill or remove it"),
         ("mixed", (), "column 'completion' of split 'train' is empty in row 0"),
