@@ -21,8 +21,6 @@ import run_glue
 from hf_ft_ext import (
     FullTrainer,
     FullTrainingArguments,
-    GradientlessTrainer,
-    GradientlessTrainingArguments,
     InputError,
     KernelTrainer,
     KernelTrainingArguments,
@@ -361,39 +359,6 @@ def test_the_squared_loss_of_a_step_is_the_mean_over_its_rows_and_labels(rows, t
             logits = model.eval()(torch.tensor([row["input_ids"]])).logits[0]
         expected += [(z - (2 * y - 1)) ** 2 for z, y in zip(logits.tolist(), row["labels"], strict=True)]
     assert loss == pytest.approx(sum(expected) / 24, rel=1e-5)
-
-
-def test_a_search_on_f1_takes_the_tasks_positive_class():
-    args = GradientlessTrainingArguments("unused", search_objective="f1", use_cpu=True)
-    assert args.take_positive_label("spam") and args.search_positive_label == "spam"
-    assert args.take_positive_label("ham") and args.search_positive_label == "spam"  # the user's own stays
-    assert not GradientlessTrainingArguments("unused", use_cpu=True).take_positive_label("spam")
-    with pytest.raises(InputError, match="search_positive_label='spam' applies to search_objective=f1, not to loss"):
-        GradientlessTrainingArguments("unused", search_positive_label="spam", use_cpu=True)
-
-
-def test_a_search_on_f1_needs_the_positive_class_by_name(tokenizer, tmp_path):
-    data = text_dataset(16, seed=4).remove_columns("idx")
-    data = data.map(lambda row: tokenizer(row["sentence"]), remove_columns="sentence")
-    names = ["ham", "spam"]
-    model = tiny_model(id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
-
-    def trainer(**settings):
-        still = {"search_method": "spsa", "search_eps": 1e-7, "learning_rate": 1e-12, "max_steps": 1}
-        args = GradientlessTrainingArguments(
-            str(tmp_path), search_objective="f1", per_device_train_batch_size=16, use_cpu=True, save_strategy="no",
-            report_to="none", **still, **settings,
-        )  # fmt: skip
-        return GradientlessTrainer(model, args, train_dataset=data, processing_class=tokenizer)
-
-    with pytest.raises(InputError, match=r"metric 'f1' needs a positive class, .*ham, spam"):
-        trainer()
-    output = trainer(search_positive_label="ham").predict(data)
-    predicted, labels = output.predictions.argmax(-1) == 0, output.label_ids == 0
-    f1 = 2 * (predicted & labels).sum() / (predicted.sum() + labels.sum())
-    of_spam = 2 * (~predicted & ~labels).sum() / ((~predicted).sum() + (~labels).sum())
-    assert f1 != of_spam
-    assert trainer(search_positive_label="ham").train().training_loss == pytest.approx(1 - f1)
 
 
 def test_a_trainer_of_transformers_gets_the_same_numbers(model, rows, tokenizer):

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 from datasets import Dataset
-from multilingual import FAIRSEQ, PAIRS, save_model_and_pairs, with_codes
+from test_multilingual import FAIRSEQ, PAIRS, save_model_and_pairs, with_codes
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,

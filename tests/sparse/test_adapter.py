@@ -248,15 +248,10 @@ def test_pre_pass_batches_hold_rows_of_similar_length_where_training_groups_them
         trainer.train_dataset = trainer.train_dataset.add_column("length", list(length.values()))
     wanted = sorted((length[row] for row in rows), reverse=True)
     assert len(set(wanted)) > 3
-    found, collate = [], trainer.data_collator
-
-    def collect(examples):
-        found.extend(example["length"] if column else len(example["input_ids"]) for example in examples)
-        return collate(examples)
-
-    trainer.data_collator = collect
+    seen, collate = [], trainer.data_collator
+    trainer.data_collator = lambda examples: seen.extend(examples) or collate(examples)
     assert len(list(own_steps(trainer, 3))) == 3
-    assert found == wanted
+    assert [example["length"] if column else len(example["input_ids"]) for example in seen] == wanted
 
 
 def test_the_plan_before_the_pre_pass_counts_activations_and_state(tmp_path):
