@@ -39,7 +39,9 @@ class FewShotArguments:
     )
     allow_small_classes: bool = field(
         default=False,
-        metadata={"help": "With num_k: use all rows of a class with too few, training first, instead of an error."},
+        metadata={
+            "help": "With num_k: take all rows of a class that has too few, first for training, instead of an error."
+        },
     )
     few_shot_type: str = field(
         default="finetune",
