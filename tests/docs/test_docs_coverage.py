@@ -77,6 +77,7 @@ def test_pages_of_methods_are_complete(page):
     found = headings(DOCS / f"{page}.md")
     for section in SECTIONS:
         assert any(heading.startswith(section) for heading in found), f"docs/{page}.md has no section {section!r}"
+    assert page == "prompts" or f"](figures/{page}.svg)" in (DOCS / f"{page}.md").read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
