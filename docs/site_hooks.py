@@ -14,6 +14,10 @@ _PAGES = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 _FRONT = "index.md"
 _NAMED_AS_FILE = re.compile(r"\[(?:docs/)?([\w-]+\.md)\](?=\()")
 _OPTION = re.compile(r"<code>(--[\w-]+(?: [^\s<]{1,20})?)</code>")
+_COMMANDS = re.compile(
+    r'<div class="language-bash highlight">.*?</div>', flags=re.DOTALL
+)
+_WORD = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 _LINK = re.compile(r"(\]\()(\.\./)?([\w./-]+)([)#])")
 
 
@@ -42,7 +46,13 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
+    html = _COMMANDS.sub(_whole_options, html)
     return _OPTION.sub(r'<code class="option">\1</code>', html)
+
+
+def _whole_options(block: re.Match) -> str:
+    """Options of a command do not break after their hyphens where the line wraps."""
+    return _WORD.sub(lambda word: f'<span class="option">{word[0]}</span>', block[0])
 
 
 def _titled(match: re.Match) -> str:
