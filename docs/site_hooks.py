@@ -17,6 +17,9 @@ _OPTION = re.compile(r"<code>(--[\w-]+(?: [^\s<]{1,20})?)</code>")
 _COMMANDS = re.compile(
     r'<div class="language-bash highlight">.*?</div>', flags=re.DOTALL
 )
+_ARGUMENTS = re.compile(
+    r"<table>(?=\s*<thead>\s*<tr>\s*<th>argument</th>\s*<th>default</th>)"
+)
 _WORD = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 _LINK = re.compile(r"(\]\()(\.\./)?([\w./-]+)([)#])")
 
@@ -47,6 +50,7 @@ def on_page_markdown(markdown, page, config, files):
 
 def on_page_content(html, page, config, files):
     html = _COMMANDS.sub(_whole_options, html)
+    html = _ARGUMENTS.sub("<table data-arguments>", html)
     return _OPTION.sub(r'<code class="option">\1</code>', html)
 
 
