@@ -7,7 +7,7 @@ CORES = $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-# As many tests at a time as there are cores; WORKERS=0 runs all in one process, where a debugger works.
+# One test process per core; WORKERS=0 runs all tests in this process, for a debugger.
 WORKERS ?= $(CORES)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
@@ -24,28 +24,28 @@ test: $(VENV)/.test $(VENV)/.trl
 test-fast: $(VENV)/.test
 	$(PYTEST) -m "not slow and not run" --few 2 $(PYTEST_ARGS)
 
-# What needs a CUDA device; all other targets hide it.
+# Tests that need a CUDA device; all other targets hide it.
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
 
-# Every performance row of the pages, in at most 40 minutes; BENCH='--data path/to/glue' for those on real rows.
+# All performance rows of the pages, in at most 40 minutes; BENCH='--data path/to/glue' adds those on real rows.
 bench: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py $(BENCH)
 
-# All methods on a CUDA card: right or wrong, time, memory; at most ten minutes.
+# All methods on a CUDA card: correctness, time, memory; at most ten minutes.
 bench-gpu: $(VENV)/.test
 	$(BIN)/python benchmarks/accelerator.py $(BENCH)
 
-# Lines and branches, forks and commands included; which ones are missed: htmlcov/index.html.
+# Coverage of lines and branches, forks and commands included; htmlcov/index.html shows what is missed.
 coverage: $(VENV)/.test $(VENV)/.trl
 	$(PYTEST) --cov --cov-report=term:skip-covered --cov-report=html $(PYTEST_ARGS)
 
-# Some 1,200 injected faults, about an hour on one core; FAULTS='--count 4' does a fifth of them.
+# About 1,200 injected faults, an hour on one core; FAULTS='--count 4' runs a fifth of them.
 faults: $(VENV)/.test
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/faults/campaign.py $(FAULTS)
 	ARGUMENT_EXAMPLES=150 $(BIN)/python -m pytest tests/faults/inputs/test_arguments.py
 
-# The notebooks of examples/ are written from the scripts beside them, then run without the Hub, in some minutes.
+# Write the notebooks of examples/ from the scripts, then run them without the Hub, in a few minutes.
 notebooks: $(VENV)/.demo $(VENV)/.test $(VENV)/.trl $(VENV)/.notebooks
 	$(BIN)/python docs/notebooks.py
 	HF_HUB_OFFLINE=1 $(BIN)/python docs/notebooks.py --execute
@@ -56,16 +56,16 @@ quality: $(VENV)/.quality
 	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/mypy
 
-# Which package imports which, in imports.svg; the layers stand in pyproject.toml.
+# Draw which package imports which, in imports.svg; pyproject.toml lists the layers.
 imports: $(VENV)/.quality
 	$(BIN)/python docs/import_graph.py imports.svg
 
-# The site of the documentation, in site/; offline, and a warning is an error. To read it with its search:
+# Build the documentation into site/, offline, with warnings as errors. To read it with its search:
 # python -m http.server --directory site
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The lowest versions that setup.cfg allows, in an environment of their own.
+# The lowest versions that setup.cfg allows, in a separate environment.
 test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
@@ -79,8 +79,8 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; pass PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp for each extra: a second run starts at once, a change of the requirements installs again.
-# torch goes first and alone: the pinned build has to be there before anything asks for a range of it.
+# One stamp file for each extra: later runs reuse the environment; a change of the requirements installs again.
+# torch is installed first, so that the pinned build is there before another package asks for a range of versions.
 $(VENV)/.torch: constraints.txt | $(BIN)/python
 	$(INSTALL) torch
 	touch $@
@@ -93,7 +93,7 @@ $(VENV)/.quality: setup.cfg constraints.txt | $(BIN)/python
 	$(INSTALL) ruff mypy import-linter
 	touch $@
 
-# The pages of the public names are made from the source, so the package itself is not installed.
+# The API pages are made from the source, so the package itself is not installed.
 $(VENV)/.docs: setup.cfg constraints.txt | $(BIN)/python
 	$(INSTALL) mkdocs-material 'mkdocstrings[python]' ruff
 	touch $@

@@ -108,7 +108,7 @@ def choice(folder: Path = results.FOLDER) -> tuple[list[str], list[dict[str, Any
     for method, about in description()["methods"].items():
         cells = [_cell(shown[method], *column) for column in columns.values()]
         lines.append(f"| {' | '.join([about['wanted'], f'`{method}`', *cells, about['about'].strip()])} |")
-    return lines, rows
+    return lines, [{**row, "file": name} for row in rows]
 
 
 def _first(method: str, variants: list[Variant]) -> Variant | None:
@@ -175,7 +175,7 @@ def picture(folder: Path = results.FOLDER) -> str:
         if low != high:
             parts.append(f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="{colour}" stroke-width="2"/>')
         parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5.5" fill="{colour}" stroke="#fff"/>')
-    for variant, (x, y, anchor) in zip(points, _labels(points, [place(v) for v in points]), strict=True):
+    for variant, (x, y, anchor) in zip(points, place_labels(points, [place(v) for v in points]), strict=True):
         parts.append(_text(x, y, variant.name, anchor, COLOURS[variant.method], "bold"))
     font = f"font-family=\"system-ui, -apple-system, 'Segoe UI', 'DejaVu Sans', sans-serif\" font-size=\"{SIZE}\""
     size = f'width="{SHOWN}" height="{SHOWN * HEIGHT // WIDTH}"'
@@ -206,7 +206,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return found
 
 
-def _labels(variants: list[Variant], places: list[tuple[float, float]]) -> list[tuple[float, float, str]]:
+def place_labels(variants: list[Variant], places: list[tuple[float, float]]) -> list[tuple[float, float, str]]:
     """Where each name stands: beside, above or below its point, where it covers no point and no other name."""
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in places]
     found = []
@@ -217,8 +217,8 @@ def _labels(variants: list[Variant], places: list[tuple[float, float]]) -> list[
             (x + 7, y - 8, "start"), (x + 7, y + 17, "start"), (x - 7, y - 8, "end"), (x - 7, y + 17, "end"),
             (x + 9, y + 27, "start"), (x + 9, y - 21, "start"), (x - 9, y + 27, "end"), (x - 9, y - 21, "end"),
         ]  # fmt: skip
-        boxes = [_box(option, wide) for option in options]
-        free = [place for place, box in enumerate(boxes) if _inside(box) and not any(_meet(box, b) for b in taken)]
+        boxes = [box_of(option, wide) for option in options]
+        free = [place for place, box in enumerate(boxes) if _inside(box) and not any(overlap(box, b) for b in taken)]
         inside = [place for place, box in enumerate(boxes) if _inside(box)]
         best = (free or inside or [0])[0]
         taken.append(boxes[best])
@@ -226,7 +226,7 @@ def _labels(variants: list[Variant], places: list[tuple[float, float]]) -> list[
     return found
 
 
-def _box(option: tuple[float, float, str], wide: float) -> tuple[float, float, float, float]:
+def box_of(option: tuple[float, float, str], wide: float) -> tuple[float, float, float, float]:
     x, y, anchor = option
     left = x - {"start": 0, "middle": wide / 2, "end": wide}[anchor]
     return left, y - SIZE + 2, left + wide, y + 3
@@ -236,7 +236,7 @@ def _inside(box: tuple[float, float, float, float]) -> bool:
     return box[0] >= LEFT and box[2] <= WIDTH and box[1] >= TOP - 10 and box[3] <= HEIGHT - BOTTOM + 2
 
 
-def _meet(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+def overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 

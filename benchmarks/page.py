@@ -7,7 +7,7 @@
       - {what: "a step, {tokens} tokens", against: LoRA, row: {file: sparse_step, ...}, cell: "{value}", page: ...}
     tables:            # tables of their own, described as in tables.yaml, left out as long as they have no row
       - {text: ..., rows: {file: ...}, ...}
-    conditions: true   # one line for each command: where and when it ran
+    conditions: true   # a heading for each result file, and its commands: where and when they ran
 
 The entries of `row` must find one row, or none. `tables.py` writes the page.
 """
@@ -46,7 +46,7 @@ def page(folder: Path = results.FOLDER) -> str:
             if tables.rows_of(specification, folder):
                 parts += [specification["text"].strip(), tables.table(specification, folder).strip()]
         if section.get("conditions"):
-            parts.append("\n".join(_conditions(folder)))
+            parts.append("\n".join(_conditions(folder)).rstrip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -74,18 +74,19 @@ def _ratios(entries: list[dict[str, Any]], folder: Path) -> list[str]:
 
 
 def _conditions(folder: Path) -> list[str]:
-    """A table with one line for each command of each result file."""
-    lines = ["| result file | day | machine | torch | commit | command |", "| --- | --- | --- | --- | --- | --- |"]
+    """For each result file a heading, and a line for each command."""
+    lines = []
     for path in sorted(folder.glob("*.json")):
         runs = []
         for row in results.read(path.stem, folder):
             if row["run"] not in runs:
                 runs.append(row["run"])
+        lines += [f"### {path.stem}", "", f"Numbers: [{path.name}](../benchmarks/results/{path.name})", ""]
         for run in runs:
-            where = results.machine_text(run["machine"])
-            commit, torch = run.get("commit") or "", run["versions"]["torch"]
-            name = f"[{path.stem}](../benchmarks/results/{path.name})"
-            lines.append(f"| {name} | {run['date']} | {where} | {torch} | {commit} | `{results.command_text(run)}` |")
+            where = f"{run['date']}, {results.machine_text(run['machine'])}, torch {run['versions']['torch']}"
+            commit = f", commit {run['commit']}" if run.get("commit") else ""
+            lines.append(f"- {where}{commit}: `{results.command_text(run)}`")
+        lines.append("")
     return lines
 
 

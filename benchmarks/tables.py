@@ -16,7 +16,7 @@ which rows of which files it shows and how:
       first: method                            # heading of the first column
 
 `methods: true` in place of columns stands for the table of `overview.py`. A value that is missing is an empty cell. A
-line below each table says when and on which machine it was measured.
+line below each table says when and on which machine it was measured, and links to the commands in docs/benchmarks.md.
 """
 
 import re
@@ -49,23 +49,28 @@ def specifications() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((Path(__file__).parent / "tables.yaml").read_text(encoding="utf-8")) or {}
 
 
-def table(specification: dict[str, Any], folder: Path = results.FOLDER) -> str:
-    """One table as Markdown, and a line about the conditions."""
+def table(specification: dict[str, Any], folder: Path = results.FOLDER, docs: str = "") -> str:
+    """One table as Markdown, and a line about the conditions.
+
+    Args:
+        docs: where docs/ is for the page that holds the table.
+    """
     if "methods" in specification:
         lines, rows = overview.choice(folder)
     else:
         rows = rows_of(specification, folder)
         lines = _crossed(specification, rows) if "across" in specification else _plain(specification, rows)
-    return "\n".join([*lines, "", _conditions(rows), ""])
+    return "\n".join([*lines, "", _conditions(rows, docs), ""])
 
 
 def rows_of(specification: dict[str, Any], folder: Path = results.FOLDER) -> list[dict[str, Any]]:
     """The rows that a table shows, in the order of the files."""
     wanted = dict(specification["rows"])
     rows = []
-    for name in _listed(wanted.pop("file")):
-        found = results.read(name, folder)
-        rows += [row for row in found if all(row.get(key) in _listed(value) for key, value in wanted.items())]
+    for name in as_list(wanted.pop("file")):
+        for row in results.read(name, folder):
+            if all(row.get(key) in as_list(value) for key, value in wanted.items()):
+                rows.append({**row, "file": name})
     return rows
 
 
@@ -74,14 +79,22 @@ def filled(form: str, row: dict[str, Any]) -> str:
     return _Gaps().filled(form, row)
 
 
-def rewritten(text: str, folder: Path = results.FOLDER) -> str:
+def rewritten(text: str, folder: Path = results.FOLDER, docs: str = "") -> str:
     """A page with its tables made anew.
+
+    Args:
+        docs: where docs/ is for this page.
 
     Raises:
         KeyError: a marker names a table that `tables.yaml` does not describe.
     """
     known = specifications()
-    return _BLOCK.sub(lambda found: found[1] + table(known[found[2]], folder) + found[4], text)
+    return _BLOCK.sub(lambda found: found[1] + table(known[found[2]], folder, docs) + found[4], text)
+
+
+def docs_from(page: Path) -> str:
+    """Where docs/ is for links of a page."""
+    return "docs/" if page.parent == ROOT else ""
 
 
 def names_in(text: str) -> list[str]:
@@ -89,7 +102,7 @@ def names_in(text: str) -> list[str]:
     return [found[2] for found in _BLOCK.finditer(text)]
 
 
-def _listed(value: Any) -> list:
+def as_list(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
 
@@ -115,16 +128,21 @@ def _line(cells: Any) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _conditions(rows: list[dict[str, Any]]) -> str:
+def _conditions(rows: list[dict[str, Any]], docs: str) -> str:
+    """When and where the rows were measured, with links to the commands."""
     if not rows:
         return "Not measured yet."
-    texts: list[str] = []
+    places: dict[str, tuple[set[str], dict[str, None]]] = {}
     for row in rows:
         run = row["run"]
-        where = results.machine_text(run["machine"])
-        text = f"{run['date']}, {where}, torch {run['versions']['torch']}: `{results.command_text(run)}`"
-        if text not in texts:
-            texts.append(text)
+        place = f"{results.machine_text(run['machine'])}, torch {run['versions']['torch']}"
+        days, files = places.setdefault(place, (set(), {}))
+        days.add(run["date"])
+        files[f"[{row['file']}]({docs}benchmarks.md#{row['file']})"] = None
+    texts = []
+    for place, (days, files) in places.items():
+        when = min(days) if len(days) == 1 else f"{min(days)} to {max(days)}"
+        texts.append(f"{when}, {place}, commands: {', '.join(files)}")
     noisy = sum(bool(row.get("noisy")) for row in rows)
     spread = f" Quartiles of {noisy} of the {len(rows)} values are further than 10 % from the median." if noisy else ""
     return "Measured " + "; ".join(texts) + "." + spread
@@ -138,7 +156,7 @@ def write() -> None:
     overview.write()
     for pattern in PAGES:
         for path in sorted(ROOT.glob(pattern)):
-            path.write_text(rewritten(path.read_text(encoding="utf-8")), encoding="utf-8")
+            path.write_text(rewritten(path.read_text(encoding="utf-8"), docs=docs_from(path)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -32,16 +32,31 @@ def cells(script: Path) -> list[tuple[str, str]]:
     tree = ast.parse(text)
     about = ast.get_docstring(tree)
     if about is None or not text.endswith(_GUARD):
-        raise ValueError(f"{script.name} needs a docstring at its top, and {_GUARD!r} at its end")
+        raise ValueError(
+            f"{script.name} needs a docstring at its top, and {_GUARD!r} at its end"
+        )
     lines = text.splitlines()
-    definitions = [node for node in tree.body[1:] if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    definitions = [
+        node
+        for node in tree.body[1:]
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
     starts = [tree.body[0].end_lineno]
-    starts += [min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1 for node in definitions]
+    starts += [
+        min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+        for node in definitions
+    ]
     ends = [*starts[1:], text.count("\n") - _GUARD.count("\n")]
     title, _, rest = about.partition("\n")
     found = [("markdown", f"# {title}\n{rest}".strip())]
-    found += [("code", "\n".join(lines[start:end]).strip()) for start, end in zip(starts, ends, strict=True)]
-    return [*found, ("code", "main([])  # the arguments of the command line, such as --output_dir")]
+    found += [
+        ("code", "\n".join(lines[start:end]).strip())
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    return [
+        *found,
+        ("code", "main([])  # the arguments of the command line, such as --output_dir"),
+    ]
 
 
 def notebook(script: Path) -> str:
@@ -51,7 +66,10 @@ def notebook(script: Path) -> str:
     parts = []
     for kind, text in cells(script):
         if kind == "markdown":
-            parts.append("# %% [markdown]\n" + "\n".join(f"# {line}".rstrip() for line in text.splitlines()))
+            parts.append(
+                "# %% [markdown]\n"
+                + "\n".join(f"# {line}".rstrip() for line in text.splitlines())
+            )
         else:
             parts.append(f"# %%\n{text}")
     made = jupytext.reads("\n\n".join(parts) + "\n", fmt="py:percent")
@@ -72,18 +90,28 @@ def execute(path: Path) -> float:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         loaded = nbformat.read(path, as_version=4)
-        NotebookClient(loaded, timeout=1200, resources={"metadata": {"path": folder}}).execute()
+        NotebookClient(
+            loaded, timeout=1200, resources={"metadata": {"path": folder}}
+        ).execute()
     return time.monotonic() - start
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--execute", action="store_true", help="run the notebooks in place of writing them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--execute",
+        action="store_true",
+        help="run the notebooks in place of writing them",
+    )
     parser.add_argument("names", nargs="*", help="scripts, without ending; none = all")
     args = parser.parse_args()
     known = {path.stem: path for path in sorted(FOLDER.glob("*.py"))}
     if unknown := set(args.names) - set(known):
-        sys.exit(f"no script {sorted(unknown)[0]!r} in examples; there are {', '.join(known)}")
+        sys.exit(
+            f"no script {sorted(unknown)[0]!r} in examples; there are {', '.join(known)}"
+        )
     for name in args.names or known:
         path = known[name].with_suffix(".ipynb")
         if args.execute:

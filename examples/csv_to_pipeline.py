@@ -34,7 +34,7 @@ def serve(classify: Pipeline, port: int = 0) -> HTTPServer:
     """A server that answers `{"text": ...}` with label and score; port 0 takes a free one."""
 
     class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *args):  # no line for each request
+        def log_message(self, *args):  # do not log each request
             pass
 
         def do_POST(self):

@@ -1,6 +1,6 @@
 """A kernel of a pretrained encoder: its classes, its spectrum, what it predicts, with pictures.
 
-Offline, with the `demo` and `pictures` extras; under a minute on two cores:
+Offline, with the `demo` extra; under a minute on two cores:
 
     python examples/kernel_analysis.py --output_dir runs/kernel-analysis
 """

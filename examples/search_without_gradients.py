@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> tuple[float, float]:
         GradientlessTrainingArguments(
             str(args.output_dir),
             search_method="spsa",
-            search_target="classifier",  # 770 numbers; the pooler before it stays
+            search_target="classifier",  # 770 parameters; the pooler before it does not change
             search_eps=3e-2,  # wide enough that some predictions change
             search_directions=4,
             learning_rate=5e-3,

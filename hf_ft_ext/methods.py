@@ -49,43 +49,43 @@ METHODS: dict[str, Method] = {
             "full",
             "hf_ft_ext.full.arguments:FullTrainingArguments",
             "hf_ft_ext.full.trainer:FullTrainer",
-            "plain fine-tuning of all weights: the baseline",
+            "fine-tuning of all weights, or of any peft method's: the baseline",
         ),
         Method(
             "lora",
             "hf_ft_ext.lora.arguments:LoraTrainingArguments",
             "hf_ft_ext.lora.trainer:LoraTrainer",
-            "low-rank adapters (peft) and the classification head: the parameter-efficient baseline",
+            "LoRA adapters (peft) and the head: the parameter-efficient baseline",
         ),
         Method(
             "sparse",
             "hf_ft_ext.sparse.arguments:SparseTrainingArguments",
             "hf_ft_ext.sparse.trainer:SparseTrainer",
-            "SparseGrad: MLP gradients made sparse in a Tucker basis, only their largest entries train",
+            "SparseGrad: trains few entries of the MLP weights, in a Tucker basis of their gradients",
         ),
         Method(
             "gradientless",
             "hf_ft_ext.gradientless.arguments:GradientlessTrainingArguments",
             "hf_ft_ext.gradientless.trainer:GradientlessTrainer",
-            "search without gradients: GLD direct search, SPSA (MeZO) beside it",
+            "search without gradients: direct search (GLD), SPSA (MeZO and its successors)",
         ),
         Method(
             "linearhead",
             "hf_ft_ext.linearhead.arguments:LinearHeadTrainingArguments",
             "hf_ft_ext.linearhead.trainer:LinearHeadTrainer",
-            "linear probing: the last layer fitted by logistic or linear regression on the frozen encoder",
+            "linear probing: logistic or ridge regression fits the last layer on a frozen encoder",
         ),
         Method(
             "fisher",
             "hf_ft_ext.fisher.arguments:FisherTrainingArguments",
             "hf_ft_ext.fisher.trainer:FisherTrainer",
-            "FishPAL: a Fisher pre-pass picks each layer's adapter; FISH masks beside it",
+            "FishPAL: a Fisher pre-pass chooses an adapter for each layer; FISH masks",
         ),
         Method(
             "kernel",
             "hf_ft_ext.kernel.arguments:KernelTrainingArguments",
             "hf_ft_ext.kernel.trainer:KernelTrainer",
-            "the model's empirical tangent kernel (eNTK) and a solver in place of fine-tuning",
+            "kernel regression with the model's empirical neural tangent kernel (eNTK)",
         ),
     )
 }
@@ -144,16 +144,17 @@ def list_methods() -> str:
     return "\n".join(
         (
             "usage: run_glue.py [recipe.yaml[#ROW]] [--method NAME] [--argument value ...]",
+            "       hf-ft-ext train, the same in one process",
             "",
-            "Fine-tune a sequence classifier. Without arguments: method sparse on the demo model and task.",
-            "A recipe is a YAML file of `argument: value` lines; the command line wins over it.",
+            "Fine-tune a classifier or a language model. Without arguments: method sparse on the demo model and task.",
+            "A recipe is a YAML file of `argument: value` lines; the command line overrides it.",
             "`recipe.yaml#ROW` is one row of a table of experiments; `hf-ft-ext recipes` lists them.",
             "",
             "methods:",
             *(f"  {method.name:<{width}}  {method.help}" for method in METHODS.values()),
             "",
-            "`run_glue.py --method NAME --help` lists the arguments of a method with their defaults and the most used",
-            "ones of transformers.TrainingArguments; `--method NAME --help all` lists all of these.",
+            "`--method NAME --help` lists the arguments of a method with their defaults, and the most used ones of",
+            "transformers.TrainingArguments; `--method NAME --help all` lists all of these.",
             "",
         )
     )

@@ -247,7 +247,7 @@ def _quick_structures():
 
     from hf_ft_ext.structure import find
 
-    known, search = {}, find._find
+    known, search = {}, find.trace_structure
 
     def built_alike(model):
         tensors = itertools.chain(model.named_parameters(), model.named_buffers())
@@ -264,14 +264,14 @@ def _quick_structures():
         return known[key]
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(find, "_find", found)
+        patched.setattr(find, "trace_structure", found)
         yield search
 
 
 @pytest.fixture
 def fresh_structures(monkeypatch, _quick_structures):
     """The structure of every model is found anew, as a user's is."""
-    monkeypatch.setattr("hf_ft_ext.structure.find._find", _quick_structures)
+    monkeypatch.setattr("hf_ft_ext.structure.find.trace_structure", _quick_structures)
 
 
 @pytest.fixture

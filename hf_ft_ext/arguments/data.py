@@ -20,6 +20,8 @@ def _one_or_several(value: list[str] | str | None) -> list[str] | str | None:
 class FewShotArguments:
     """Few-shot splits and prompts; a base class of `DataArguments`."""
 
+    _argument_group_name = "few shots and prompts"
+
     num_k: int | None = field(
         default=None,
         metadata={
@@ -37,7 +39,9 @@ class FewShotArguments:
     )
     allow_small_classes: bool = field(
         default=False,
-        metadata={"help": "With num_k: use all rows of a class with too few, training first, instead of an error."},
+        metadata={
+            "help": "With num_k: take all rows of a class that has too few, first for training, instead of an error."
+        },
     )
     few_shot_type: str = field(
         default="finetune",
@@ -121,6 +125,8 @@ class FewShotArguments:
 @dataclass
 class LanguageArguments:
     """Language modelling; a base class of `DataArguments`."""
+
+    _argument_group_name = "language models (task_type causal_lm and seq2seq_lm)"
 
     packing: bool = field(
         default=False,

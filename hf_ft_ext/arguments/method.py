@@ -145,7 +145,7 @@ class FeatureCacheArguments(MethodTrainingArguments):
     feature_cache_gb: float = field(
         default=4.0,
         metadata={
-            "help": "With a frozen encoder: compute the features that the head reads once and cache them on disk, if "
+            "help": "With a frozen encoder: compute once the features that the head reads and cache them on disk, if "
             "they take at most this many GB; else, and with 0, gradientless computes them in every step and "
             "linearhead keeps them in memory."
         },

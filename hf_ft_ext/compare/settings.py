@@ -122,8 +122,8 @@ def _parser() -> argparse.ArgumentParser:
         "including `method`.",
         allow_abbrev=False,
     )
-    names = ",".join(METHODS)
-    parser.add_argument("--methods", help=f"Methods, separated by commas: {names}, or variants of the recipe")
+    names = ", ".join(METHODS)
+    parser.add_argument("--methods", help=f"Methods or variants of the recipe, separated by commas ({names})")
     parser.add_argument("--seeds", help=f"Number of seeds, counted from {FIRST_SEED}; or seeds separated by commas")
     parser.add_argument(
         "--max_minutes", help="Time limit: skip runs that are expected to exceed it, and stop a run that does"

@@ -113,8 +113,8 @@ def _dialogues(messages: Dataset) -> Dataset:
     missing = {"message_id", "parent_id", "role", "text"} - set(messages.column_names)
     if missing:
         raise InputError(
-            f"the data has no column '{min(missing)}' but {', '.join(messages.column_names)}; openassistant needs the "
-            "message trees of OpenAssistant/oasst1"
+            f"the data has no column '{min(missing)}', only {', '.join(messages.column_names)}; openassistant needs "
+            "the message trees of OpenAssistant/oasst1"
         )
     known = {row["message_id"]: row for row in messages}
 
@@ -193,7 +193,7 @@ def load_language_data(
             rows = _with_completions(rows, data_args.text_columns)
         found, rows = _in_our_columns(name, rows, data_args.text_columns)
         if form not in (None, found):
-            raise InputError(f"split '{name}' has rows of {found}, another split of {form}; all splits need one form")
+            raise InputError(f"split '{name}' has {found}, another split has {form}; use the same columns in all")
         form = found
         _check_rows(name, rows, form, answers=role != "test")
         splits[role][name] = rows
@@ -251,8 +251,9 @@ def _in_our_columns(split: str, rows: Dataset, wanted: Sequence[str] | None) -> 
     if wanted:
         for column in wanted:
             if column not in columns:
-                raise InputError(f"split '{split}' has no column '{column}' but {', '.join(columns)}; check "
-                                 "--text_columns")  # fmt: skip
+                raise InputError(
+                    f"split '{split}' has no column '{column}', only {', '.join(columns)}; check --text_columns"
+                )
         if len(wanted) > 2 or len(set(wanted)) < len(wanted):
             raise InputError(
                 f"--text_columns {' '.join(wanted)}: pass one column of text or messages, or those of prompt and "
@@ -271,7 +272,7 @@ def _in_our_columns(split: str, rows: Dataset, wanted: Sequence[str] | None) -> 
         if len(found) > 1:
             ways = " or ".join(f"--text_columns {' '.join(_COLUMNS[form])}" for form in found)
             raise InputError(
-                f"split '{split}' has columns of two forms, {found[0]} and {found[1]}; say which to take: {ways}"
+                f"split '{split}' has columns of two forms, {found[0]} and {found[1]}; choose one: {ways}"
             )
         form, wanted = found[0], _COLUMNS[found[0]]
     kept = [*wanted, *(name for name in (REFERENCES, *TEMPLATE_COLUMNS) if name in columns and name not in wanted)]
@@ -316,8 +317,8 @@ def _check_value(column: str, number: int, value: Any, form: Form) -> None:
         )
     if not all(map(_is_message, value)):
         raise InputError(
-            f"{column} has a message in row {number} that is not one with role and content as texts, such as "
-            "{'role': 'user', 'content': 'a question'}; rename or fill its keys"
+            f"{column}: row {number} has a message without the texts role and content; rename or fill its keys, such "
+            "as {'role': 'user', 'content': 'a question'}"
         )
 
 

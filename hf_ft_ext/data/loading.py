@@ -237,7 +237,7 @@ def _check_text(split: str, data: Dataset, text_columns: tuple[str, ...]) -> Non
     for column in text_columns:
         if column not in data.column_names:
             raise InputError(
-                f"split '{split}' has no column '{column}' but {', '.join(data.column_names)}; all splits need the "
+                f"split '{split}' has no column '{column}', only {', '.join(data.column_names)}; all splits need the "
                 "same text columns: rename it, or pass --text_columns"
             )
         dtype = getattr(data.features[column], "dtype", None)
@@ -257,8 +257,8 @@ def _find_label(roles: list[tuple[str, str, Dataset]], wanted: str | None, task:
             for name, data in needy:
                 if candidate not in data.column_names:
                     raise InputError(
-                        f"split '{name}' has no label column '{candidate}' but {', '.join(data.column_names)}; only "
-                        "test data may lack labels"
+                        f"split '{name}' has no label column '{candidate}', only {', '.join(data.column_names)}; only "
+                        "test data may be without labels"
                     )
             return candidate
     if not needy and not wanted:

@@ -95,8 +95,8 @@ def _from_columns(role: str, split: str, data: Dataset, columns: Sequence[str]) 
         return None
     if absent:
         raise InputError(
-            f"split '{split}' has no label column '{absent[0]}' but {', '.join(data.column_names)}; all splits need "
-            "the same label columns (only test data may lack them all)"
+            f"split '{split}' has no label column '{absent[0]}', only {', '.join(data.column_names)}; all splits need "
+            "the same label columns (test data may be without labels)"
         )
     if twice := [column for column in columns if list(columns).count(column) > 1]:
         raise InputError(f"--label_column names '{twice[0]}' twice; name each label column once")

@@ -211,7 +211,7 @@ def _open_files(
         kinds[name] = FORMATS[suffix]
     if len(set(kinds.values())) > 1:
         listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-        raise InputError(f"own files must all have one format, but got {listed}; convert them to one")
+        raise InputError(f"all files must have the same format, got {listed}; convert them")
     kind = next(iter(kinds.values()))
     _check_reading(reading, kind)
     paths = {option: str(Path(name).expanduser().resolve()) for option, name in files.items()}

@@ -53,7 +53,7 @@ def find_roles(
             roles += [(role, name, source[name]) for name in found]
     if not roles:
         raise InputError(
-            f"the data has no split train, validation or test, but {', '.join(source) or 'no split at all'}; "
+            f"the data has none of the splits train, validation and test, only {', '.join(source) or 'empty ones'}; "
             "name them with --train_split, --validation_split and --test_split"
         )
     return roles
@@ -62,9 +62,7 @@ def find_roles(
 def _named(source: dict, option: str, wanted: Sequence[str]) -> list[str]:
     for name in wanted:
         if name not in source:
-            raise InputError(
-                f"--{option} {name}: the data has no such split, but {', '.join(source)}; pass one of them"
-            )
+            raise InputError(f"--{option} {name}: the data has no such split; its splits are {', '.join(source)}")
     return list(dict.fromkeys(wanted))
 
 

@@ -184,7 +184,7 @@ def choose(
         InputError: no module fits into the budget.
     """
     if budget is None:
-        return {layer: max(own, key=own.get) for layer, own in scores.items()}
+        return {layer: max(own, key=own.__getitem__) for layer, own in scores.items()}
     _check_budget(budget, parameters)
     states: list[tuple[int, float, tuple]] = [(0, 0.0, ())]  # Pareto-optimal (size, score, choices), ascending
     for layer, own in scores.items():
@@ -226,8 +226,8 @@ def random_choice(
     for i in torch.randperm(len(layers), generator=generator).tolist():
         fitting_candidates = [name for name in candidates if parameters[layers[i]][name] <= left]
         if fitting_candidates:
-            choice[layers[i]] = pick(fitting_candidates)
-            left -= parameters[layers[i]][choice[layers[i]]]
+            choice[layers[i]] = picked = pick(fitting_candidates)
+            left -= parameters[layers[i]][picked]
     return choice
 
 

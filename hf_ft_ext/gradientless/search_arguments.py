@@ -94,8 +94,8 @@ class SearchArguments(FeatureCacheArguments):
     search_eps: float | None = field(
         default=None,
         metadata={
-            "help": "SPSA, node, activity: size of the perturbation, above 0; none = 0.001, for node 0.01, for activity "
-            "on 16-bit outputs 1/32."
+            "help": "SPSA, node, activity: size of the perturbation, above 0; none = 0.001, for node 0.01, for "
+            "activity on 16-bit outputs 1/32."
         },
     )
     search_directions: int | None = field(

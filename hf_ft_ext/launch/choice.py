@@ -41,7 +41,7 @@ class _MethodParser(argparse.ArgumentParser):
 
 
 def read_choice(argv: list[str]) -> Choice:
-    """Read `[recipe.yaml[#ROW]] [--method NAME] [--help]` of the words `argv`; the command line wins over the recipe.
+    """Read `[recipe.yaml[#ROW]] [--method NAME] [--help]` of the words `argv`; the command line overrides the recipe.
 
     Raises:
         InputError: there is no such recipe, row or method.

@@ -10,7 +10,15 @@ from typing import Any, NoReturn, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments, own_fields
+from hf_ft_ext.arguments import (
+    DataArguments,
+    FewShotArguments,
+    LanguageArguments,
+    MethodTrainingArguments,
+    ModelArguments,
+    RunArguments,
+    own_fields,
+)
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.launch.choice import Choice, read_choice
 from hf_ft_ext.launch.values import checked
@@ -60,7 +68,7 @@ class Parser(HfArgumentParser):
             usage=f"run_glue.py [recipe.yaml[#ROW]] [--method {{{','.join(METHODS)}}}] [--argument value ...]",
             formatter_class=_HelpFormatter,
         )
-        shared = (RunArguments, ModelArguments, DataArguments)
+        shared = (RunArguments, ModelArguments, DataArguments, FewShotArguments, LanguageArguments)
         titles = [self._own, self._advanced, *(t._argument_group_name for t in shared)]
         order = {title: position for position, title in enumerate(titles)}
         self._action_groups.sort(key=lambda group: order.get(group.title, len(order)))
@@ -116,7 +124,8 @@ class Parser(HfArgumentParser):
 
     def _group_title(self, dtype: Any, name: str, own: set[str]) -> str:
         if not issubclass(dtype, TrainingArguments):
-            return dtype._argument_group_name
+            owner = next(base for base in reversed(dtype.__mro__) if name in getattr(base, "__annotations__", ()))
+            return owner._argument_group_name
         if name not in own:
             return _TRAINING
         return self._advanced if name in dtype.advanced_fields else self._own
@@ -210,7 +219,7 @@ def _plain(value: Any) -> str:
 def parse_arguments(
     argv: list[str] | None = None,
 ) -> tuple[RunArguments, ModelArguments, DataArguments, MethodTrainingArguments]:
-    """Parse `[recipe.yaml[#ROW]] [--argument value ...]`; the command line wins over the recipe.
+    """Parse `[recipe.yaml[#ROW]] [--argument value ...]`; the command line overrides the recipe.
 
     Args:
         argv: the words after the program's name; `None` = those of this process.

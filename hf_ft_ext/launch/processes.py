@@ -277,6 +277,9 @@ def start_log(process: Process) -> SharedLog:
         for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "EVALUATE_VERBOSITY", "HF_HUB_VERBOSITY"):
             os.environ.setdefault(name, "error")
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        if not sys.warnoptions:  # the user's own -W and PYTHONWARNINGS win
+    if not sys.warnoptions:  # the user's own -W and PYTHONWARNINGS win
+        if not process.first:
             warnings.simplefilter("ignore")
+        # peft 0.21 reads an attribute that transformers has renamed; users cannot change that
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     return handler

@@ -1,6 +1,7 @@
 """One run of the launcher, from its arguments to its exit status: parse, load, train, evaluate, record, push."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.py",
             if only_help_wanted(argv):  # answered before the slow imports
                 sys.stdout.write(list_methods())
             else:
-                _run(argv, list(program), signals, at_end)
+                run_method(argv, list(program), signals, at_end)
     except Interrupted as stop:
         return _report_interruption(stop, signals)
     except Exception as error:
@@ -69,7 +70,7 @@ def _report_interruption(stop: Interrupted, signals: Signals) -> int:
     return stop.status
 
 
-def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextlib.ExitStack) -> None:
+def run_method(argv: list[str], program: list[str], signals: Signals, at_end: contextlib.ExitStack) -> None:
     choice = read_choice(argv)  # an unknown recipe or method is refused before the slow imports
 
     from hf_ft_ext.launch.parsing import parse_choice
@@ -86,6 +87,7 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
         silence_bars()
     sharing.prepare(run_args, args)
     language.check_language_options(run_args)
+    existed = os.path.isdir(args.output_dir)
     load = building.load if run_args.task_type == SEQUENCE_CLASSIFICATION else language.load
     build_trainer, data = load(run_args, model_args, data_args, args, [SaveAndStop(signals)])
     trainer = build_trainer(args)
@@ -99,6 +101,9 @@ def _run(argv: list[str], program: list[str], signals: Signals, at_end: contextl
             # In a sharded run a process holds only parts of the weights, and a forward pass would wait for the others.
             if not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled):
                 print("", parts_table(trainer.model), sep="\n")
+            if not existed:  # `Trainer` creates it
+                with contextlib.suppress(OSError):
+                    os.rmdir(args.output_dir)
         trainer.accelerator.end_training()
         return
     folder.prepare_folder(run_args, args, at_end)  # only now, when all input has been checked

@@ -131,6 +131,10 @@ def _finish(axes: Axes, title: str, lines: list[Line]) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=10))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.3g}"))
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)
+    if len(set(steps)) == 1:  # a single evaluation
+        axes.set_xticks(steps[:1])
     axes.set_title(title, fontsize=10, color=INK)
     axes.set_xlabel("optimizer step")
     axes.grid(True, color="#e4e7eb", linewidth=0.8)

@@ -34,7 +34,7 @@ def find_structure(model: nn.Module) -> Structure:
     modules = tuple(_base_modules(model))
     known = _found.get(model)
     if known is None or known[0] != modules:
-        _found[model] = known = (modules, _find(model))
+        _found[model] = known = (modules, trace_structure(model))
     return known[1]
 
 
@@ -48,7 +48,8 @@ def _base_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, str]
         yield from _base_modules(child, f"{name}.{own}")
 
 
-def _find(model: nn.Module) -> Structure:
+def trace_structure(model: nn.Module) -> Structure:
+    """`find_structure` of a model without its cache and without unwrapping PEFT models."""
     trace = _trace(model)
     calls = first_calls(trace)
     attentions = find_attentions(trace)

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.training.checks import check_full_batch
@@ -27,8 +28,10 @@ class StopAtNaN(CompleteSaves):
 
     _not_finite = 0
 
-    def __init__(self, *positional, **kwargs):
-        super().__init__(*positional, **kwargs)
+    def __init__(
+        self, model: nn.Module | str | None = None, args: TrainingArguments | None = None, *positional, **kwargs
+    ):
+        super().__init__(model, args, *positional, **kwargs)
         refuse_data_parallel(self.args)
 
     def create_accelerator_and_postprocess(self) -> None:

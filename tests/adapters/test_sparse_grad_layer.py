@@ -208,17 +208,22 @@ class Multiplications(TorchDispatchMode):
 @pytest.mark.parametrize(("r", "c"), [(12, 16), (16, 16), (16, 12)])
 def test_the_cheaper_way_is_that_of_fewer_multiplications(monkeypatch, r, c, backward):
     monkeypatch.setattr(functions, "_COPY", 8)
-    weight, d, v, u = torch.ones(64, 64), torch.ones(r, c), torch.ones(64, r), torch.ones(64, c)
-    with Multiplications() as form:
-        functions._changed(weight, d, v, u)
+    cheaper = functions.by_weight_is_cheaper
+    weight, d, v, u = torch.ones(64, 64), torch.ones(r, c, requires_grad=True), torch.ones(64, r), torch.ones(64, c)
+
+    def multiplications(tokens: int, by_weight: bool) -> int:
+        monkeypatch.setattr(functions, "by_weight_is_cheaper", lambda *_, **__: by_weight)
+        x = torch.ones(tokens, 64, requires_grad=True)
+        with Multiplications() as forward:
+            y = functions.ChangedLinear.apply(x, weight, None, d, v, u)
+        with Multiplications() as back:
+            y.sum().backward()
+        return back.count if backward else forward.count
+
     chosen = set()
     for tokens in range(40, 301, 4):
-        with Multiplications() as product:
-            if backward:
-                functions._add_change(torch.ones(tokens, 64), torch.ones(tokens, r), d.T, u)
-            else:
-                functions._add_change(torch.ones(tokens, 64), torch.ones(tokens, c), d, v)
-        by_weight = functions.by_weight_is_cheaper(tokens, d, 64, 64, backward)
-        assert by_weight == (form.count + 8 * weight.numel() < product.count), tokens
+        by_weight = cheaper(tokens, d, 64, 64, backward)
+        expected = multiplications(tokens, True) + 8 * weight.numel() < multiplications(tokens, False)
+        assert by_weight == expected, tokens
         chosen.add(by_weight)
     assert chosen == {True, False}

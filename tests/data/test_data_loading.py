@@ -231,7 +231,7 @@ def test_odd_splits(load, folder, monkeypatch):
     with pytest.raises(InputError, match="split 'train' holds no rows"):
         load(task_name="sst2")
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"no split train, validation or test, but part"):
+    with pytest.raises(InputError, match=r"none of the splits train, validation and test, only part"):
         load(dataset_name=folder({"part": rows([0, 1])}, config="c"))
 
 

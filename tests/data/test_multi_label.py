@@ -21,8 +21,6 @@ import run_glue
 from hf_ft_ext import (
     FullTrainer,
     FullTrainingArguments,
-    GradientlessTrainer,
-    GradientlessTrainingArguments,
     InputError,
     KernelTrainer,
     KernelTrainingArguments,
@@ -361,29 +359,6 @@ def test_the_squared_loss_of_a_step_is_the_mean_over_its_rows_and_labels(rows, t
             logits = model.eval()(torch.tensor([row["input_ids"]])).logits[0]
         expected += [(z - (2 * y - 1)) ** 2 for z, y in zip(logits.tolist(), row["labels"], strict=True)]
     assert loss == pytest.approx(sum(expected) / 24, rel=1e-5)
-
-
-def test_a_search_on_f1_takes_the_tasks_positive_class():
-    args = GradientlessTrainingArguments("unused", search_objective="f1", use_cpu=True)
-    assert args.take_positive_label("spam") and args.search_positive_label == "spam"
-    assert args.take_positive_label("ham") and args.search_positive_label == "spam"  # the user's own stays
-    assert not GradientlessTrainingArguments("unused", use_cpu=True).take_positive_label("spam")
-    with pytest.raises(InputError, match="search_positive_label='spam' applies to search_objective=f1, not to loss"):
-        GradientlessTrainingArguments("unused", search_positive_label="spam", use_cpu=True)
-
-
-def test_a_search_on_f1_needs_the_positive_class_by_name(rows, tokenizer, tmp_path):
-    def trainer(**settings):
-        args = GradientlessTrainingArguments(str(tmp_path), search_objective="f1", use_cpu=True, **settings)
-        names = ["ham", "spam"]
-        model = tiny_model(id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
-        return GradientlessTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
-
-    with pytest.raises(InputError, match=r"metric 'f1' needs a positive class, .*ham, spam"):
-        trainer()
-    objective = trainer(search_positive_label="ham")._objective_function()
-    logits, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]), torch.tensor([0, 1, 0, 0])
-    assert float(objective(logits, labels)) == pytest.approx(1 - 2 * 1 / (2 + 3))  # of ham; of spam it is 0
 
 
 def test_a_trainer_of_transformers_gets_the_same_numbers(model, rows, tokenizer):

@@ -109,7 +109,7 @@ def test_labels_of_a_cut_keep_all_names_and_say_what_has_no_rows(tmp_path, caplo
         (None, {"x": [0, 1, 2, 0, 1, 0], "y": [1] * 6}, {"label_column": ["x", "y"]}, "column 'x'.*holds 2 in row 2"),
         (None, {"x": [0, 1] * 3, "y": [1, -1] * 3}, {"label_column": ["x", "y"]}, "3 of 6 rows.*'y'.*first: row 1"),
         (None, {"x": [0, 1] * 3, "y": [1, None] * 3}, {"label_column": ["x", "y"]}, "have no label in 'y'"),
-        (None, {"x": [0, 1] * 3}, {"label_column": ["x", "y"]}, "has no label column 'y' but text, x"),
+        (None, {"x": [0, 1] * 3}, {"label_column": ["x", "y"]}, "has no label column 'y', only text, x"),
         (None, {"x": [0, 1] * 3}, {"label_column": ["x", "x"]}, "names 'x' twice"),
         (None, {"x": [0, 1] * 3}, {"label_column": ["x", "text"], "text_columns": ["text"]}, "both text and label"),
         ([["a"], ["b"]] * 3, {}, {"num_k": 1}, "draws rows of each class, but rows with several labels"),

@@ -58,7 +58,7 @@ def test_several_training_splits_need_a_choice(load, tmp_path, streaming):
     data = load(dataset_name=path, streaming=streaming, train_split=["train_r1"], validation_split=["train_r2"])
     assert [row["text"] for row in data.train] == ["train_r1 0", "train_r1 1"]
     assert list(data.validation) == ["train_r2"]
-    with pytest.raises(InputError, match="--train_split train_r3: the data has no such split, but train_r1, train_r2"):
+    with pytest.raises(InputError, match="train_r3: the data has no such split; its splits are train_r1, train_r2"):
         load(dataset_name=path, streaming=streaming, train_split=["train_r3"])
     with pytest.raises(InputError, match="'train_r1' is named by --train_split and --test_split; choose one"):
         load(dataset_name=path, streaming=streaming, train_split=["train_r1"], test_split=["train_r1"])

@@ -49,7 +49,7 @@ def test_the_method_runs_through_the_launcher(entered, package, tiny_bert_dir, m
     clear_old_run("out", "full")
     assert Path("out/notes.txt").exists() and not Path("out/bitfit_parameters.txt").exists()
     assert run_glue.main([*words, "--overwrite_output_dir", "--bitfit_pattern", "nowhere"]) == 2
-    assert "bitfit_pattern='nowhere' is found in no bias" in capsys.readouterr().err
+    assert "bitfit_pattern='nowhere' matches none of the" in capsys.readouterr().err
     assert run_glue.main(["--help"]) == 0
     assert "bitfit        biases and the head" in capsys.readouterr().out
     assert [variant.method for variant in read_comparison(["--methods", "bitfit,lora"]).variants] == ["bitfit", "lora"]

@@ -268,12 +268,22 @@ def dry_run_words(words: list[str], model: str, glue: str, language: Path) -> li
     return [*words, "--use_cpu", "--dry_run", "--disable_tqdm", "true"]
 
 
+def launched(command: Command) -> list[str] | None:
+    """The words that the launcher gets, `None` for commands of other programs."""
+    words = command.words
+    if words[:2] == ["accelerate", "launch"]:
+        return launch_command_parser().parse_args(words[2:]).training_script_args
+    return words[2:] if words[:2] == ["hf-ft-ext", "train"] else None
+
+
 def launches() -> list[Command]:
     """The launcher's commands that can run dry, each once."""
     found = {}
     for command in COMMANDS:
-        words = command.words
-        if words[:2] == ["accelerate", "launch"] and not set(words) & set(NOT_DRY) and command.block.page != EXAMPLE:
+        if set(command.words) & set(NOT_DRY) or command.block.page == EXAMPLE:
+            continue
+        words = launched(command)
+        if words is not None:
             found.setdefault(tuple(words), command)
     return list(found.values())
 
@@ -312,7 +322,6 @@ def test_launches_get_as_far_as_the_first_step(command, world, tmp_path, monkeyp
     for name in ("rows", "held-out"):
         (tmp_path / f"{name}.jsonl").write_text("\n".join([pair] * 8))
     (tmp_path / "scores.py").write_text("def cost(y_true, y_pred):\n    return float((y_true != y_pred).sum())\n")
-    words = command.words
-    words = at_home(launch_command_parser().parse_args(words[2:]).training_script_args)
+    words = at_home(launched(command))
     assert run_glue.main(dry_run_words(words, *world)) == 0, capsys.readouterr().err
     assert "what trains" in capsys.readouterr().out

@@ -95,9 +95,9 @@ def test_names_cover_no_point_and_no_other_name(tmp_path):
     drawn = [variant for variant in overview.study(tmp_path)[1] if variant.is_drawn]
     places = circles(overview.picture(tmp_path))
     boxes = [
-        overview._box(option, 0.6 * overview.SIZE * len(variant.name))
-        for variant, option in zip(drawn, overview._labels(drawn, places), strict=True)
+        overview.box_of(option, 0.6 * overview.SIZE * len(variant.name))
+        for variant, option in zip(drawn, overview.place_labels(drawn, places), strict=True)
     ]
     for number, box in enumerate(boxes):
-        assert not any(overview._meet(box, other) for other in boxes[:number])
-        assert not any(overview._meet(box, (x - 5, y - 5, x + 5, y + 5)) for x, y in places)
+        assert not any(overview.overlap(box, other) for other in boxes[:number])
+        assert not any(overview.overlap(box, (x - 5, y - 5, x + 5, y + 5)) for x, y in places)

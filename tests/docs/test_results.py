@@ -23,7 +23,7 @@ TIMES = [
 def test_tables_are_those_of_the_result_files(page):
     text = page.read_text()
     assert text.count("<!-- results:") == text.count("<!-- end of results -->") == len(tables.names_in(text))
-    assert tables.rewritten(text) == text, "run python benchmarks/tables.py"
+    assert tables.rewritten(text, docs=tables.docs_from(page)) == text, "run python benchmarks/tables.py"
 
 
 def test_the_page_of_all_measurements_is_that_of_the_result_files():
@@ -34,7 +34,7 @@ def test_every_described_table_stands_on_a_page_and_every_file_is_shown():
     specifications = tables.specifications()
     shown = [name for page in PAGES for name in tables.names_in(page.read_text())]
     assert sorted(set(shown)) == sorted(specifications)
-    files = {name for found in specifications.values() for name in tables._listed(found["rows"]["file"])}
+    files = {name for found in specifications.values() for name in tables.as_list(found["rows"]["file"])}
     for section in whole_page.sections():
         files |= {entry["row"]["file"] for entry in section.get("ratios", ())}
         files |= {found["rows"]["file"] for found in section.get("tables", ())}
@@ -44,10 +44,10 @@ def test_every_described_table_stands_on_a_page_and_every_file_is_shown():
 def test_lines_of_the_page_appear_once_they_are_measured(tmp_path):
     row = {"what": "gram-eigh", "quantity": "time / stacked SVD", "shape": "4 x 6", "gradients": 3}
     assert "SparseGrad's basis" not in whole_page.page(tmp_path)
-    results.save("basis", [{**row, **results.summary([0.25])}], ["python", "basis.py"], tmp_path)
+    results.save("basis", [{**row, **results.summary([0.25])}], ["basis.py"], tmp_path)
     text = whole_page.page(tmp_path)
     assert "| SparseGrad's basis from Gram sums, 3 gradients of 4 x 6 | 0.250 | stacked SVDs" in text  # one round
-    assert "[basis](../benchmarks/results/basis.json)" in text and "`python basis.py`" in text
+    assert "[basis.json](../benchmarks/results/basis.json)" in text and "`python benchmarks/basis.py`" in text
     results.save("basis", [{**row, **results.summary([0.2, 0.25, 0.6]), "noisy": True}], ["x"], tmp_path)
     assert "| 0.250 (0.200-0.600) (noisy) |" in whole_page.page(tmp_path)
     results.save("basis", [{**row, "shape": "8 x 6", "value": 0.1}], ["x"], tmp_path)
@@ -99,7 +99,7 @@ def test_a_list_of_rows_as_a_table(tmp_path):
     columns = {"what": "{what}", "ratio": "{value:.2f} ({low:.2f}-{high:.2f})"}
     text = tables.table({"rows": {"file": "some", "quantity": "time"}, "columns": columns}, tmp_path)
     assert text.startswith("| what | ratio |\n| --- | ---: |\n| ours | 0.70 (0.60-0.80) |\n\nMeasured ")
-    assert text.endswith(": `python measure.py`.\n")
+    assert text.endswith(", commands: [some](benchmarks.md#some).\n")
     text = tables.table({"rows": {"file": "some", "quantity": ["time", "memory"]}, "columns": columns}, tmp_path)
     assert "| ours | 0.25 |" in text  # without a spread
     assert "Not measured yet." in tables.table({"rows": {"file": "none"}, "columns": columns}, tmp_path)

@@ -37,7 +37,7 @@ def ends(act):
             act()
 
     def install() -> None:
-        run._run = fake
+        run.run_method = fake
 
     return install
 

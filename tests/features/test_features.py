@@ -5,6 +5,7 @@ import functools
 import os
 import struct
 
+import filelock
 import pytest
 import torch
 from datasets import Dataset
@@ -14,7 +15,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, DataCol
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import HeadReader, head_parameters
-from hf_ft_ext.features import cache as feature_cache
 from hf_ft_ext.features.cache import cached_features, data_fingerprint, encoder_hash
 from hf_ft_ext.features.rows import inputs_of, labels_of, read_in_order, sample_rows
 
@@ -309,7 +309,7 @@ def test_a_read_only_folder_serves_what_it_holds(cached, monkeypatch):
     def read_only(*args, **kwargs):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(feature_cache, "_partial_file", read_only)
+    monkeypatch.setattr(filelock.FileLock, "acquire", read_only)  # before the first byte
     assert again().shape == (20, 32)
     path.unlink()
     with pytest.raises(InputError, match="Read-only file system"):

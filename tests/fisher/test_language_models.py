@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from hf_ft_ext import FisherTrainer, FisherTrainingArguments, fisher_information, select_adapters
+from hf_ft_ext.fisher.candidates import make_candidates
 from hf_ft_ext.fisher.losses import ModelLoss, own_loss
 from hf_ft_ext.fisher.prepass import prepass_batches
 
@@ -169,8 +170,9 @@ def test_the_trainer_selects_trains_saves_and_loads(kind, tmp_path):
         return losses.sum(1) / (labels >= 0).sum(1)
 
     expected = select_adapters(
-        causal(kind), prepass_batches(trainer, 6, 3), trainer._candidates, loss=loss, seed=args.seed, progress=False
-    )
+        causal(kind), prepass_batches(trainer, 6, 3), make_candidates(None, SETTINGS), loss=loss, seed=args.seed,
+        progress=False,
+    )  # fmt: skip
     trainer.train()
     assert trainer.plan.choice == expected.choice
     for layer, scores in expected.scores.items():

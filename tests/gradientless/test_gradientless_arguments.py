@@ -3,7 +3,7 @@
 import pytest
 import torch
 from heads import make
-from tiny import tiny_model
+from tiny import tiny_dataset, tiny_model
 from torch import nn
 
 import run_glue
@@ -258,3 +258,31 @@ def test_the_launcher_prints_errors_in_one_line(tmp_path, monkeypatch, capsys, w
     assert run_glue.main(["--method", "gradientless", *words, "--use_cpu"]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+def test_a_search_on_f1_takes_the_tasks_positive_class():
+    args = GradientlessTrainingArguments("unused", search_objective="f1", use_cpu=True)
+    assert args.take_positive_label("spam") and args.search_positive_label == "spam"
+    assert args.take_positive_label("ham") and args.search_positive_label == "spam"  # the user's own stays
+    assert not GradientlessTrainingArguments("unused", use_cpu=True).take_positive_label("spam")
+    with pytest.raises(InputError, match="search_positive_label='spam' applies to search_objective=f1, not to loss"):
+        GradientlessTrainingArguments("unused", search_positive_label="spam", use_cpu=True)
+
+
+def test_a_search_on_f1_needs_the_positive_class_by_name(tmp_path):
+    names = ["ham", "spam"]
+    still = {"search_method": "spsa", "search_eps": 1e-7, "learning_rate": 1e-12, "max_steps": 1}
+
+    def trainer(**settings):
+        model = tiny_model(id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
+        options = {"search_objective": "f1", "per_device_train_batch_size": 16, **still, **settings}
+        return make(tmp_path, model, dataset=tiny_dataset(16), **options)
+
+    with pytest.raises(InputError, match=r"metric 'f1' needs a positive class, .*ham, spam"):
+        trainer()
+    output = trainer(search_positive_label="ham").predict(tiny_dataset(16))
+    predicted, labels = output.predictions.argmax(-1) == 0, output.label_ids == 0
+    f1 = 2 * (predicted & labels).sum() / (predicted.sum() + labels.sum())
+    of_spam = 2 * (~predicted & ~labels).sum() / ((~predicted).sum() + (~labels).sum())
+    assert f1 != of_spam
+    assert trainer(search_positive_label="ham").train().training_loss == pytest.approx(1 - f1)

@@ -248,7 +248,7 @@ def test_gradients_that_are_zero_up_to_rounding_have_no_sign(model_type):
     model = family(model_type)
     computation = KernelComputation(model, KernelOptions(formula="signgd"))
     rows = ExampleRows(LEFT)
-    computation._prepare(rows)
+    computation.run(rows)
     side = computation.engine.gradient_rows(rows, [[0, 1, 2, 3, 4]])
     keys = [name for name in computation.parameters if name.endswith(("key.bias", "k_lin.bias"))]
     assert len(keys) == 2

@@ -116,7 +116,7 @@ def test_folder_of_an_older_version_is_read(tmp_path):
     path = KernelStore(tmp_path, ABOUT).folder / store.DESCRIPTION
     description = json.loads(path.read_text())
     description["plan"] |= {"batch_size": 3, "scratch_bytes": 1000}
-    description["check"] = parts._check(description["about"], description["plan"])
+    description["check"] = parts.checksum_of_description(description["about"], description["plan"])
     path.write_text(json.dumps(description))
     again, computed = run(tmp_path)
     assert computed == 0 and torch.equal(again, whole)

@@ -14,7 +14,7 @@ import types
 import pytest
 import torch
 from datasets import Dataset
-from test_multilingual import _FAIRSEQ, _PIECES, PAIRS, with_codes
+from test_multilingual import _PIECES, FAIRSEQ, PAIRS, save_model_and_pairs, with_codes
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -100,18 +100,8 @@ def save(name: str, folder):
     start = None if name == "mbart" else 2
     size = max(len(tokenizer), *language_codes(tokenizer).values()) + 1  # M2M100's tokenizer does not count the codes
     kind = MBartConfig if name.startswith("mbart") else M2M100Config
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForSeq2SeqLM.from_config(
-            kind(vocab_size=size, decoder_start_token_id=start, forced_eos_token_id=None, **_FAIRSEQ)
-        )
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.4 * torch.randn(parameter.shape))
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS]
-    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = kind(vocab_size=size, decoder_start_token_id=start, forced_eos_token_id=None, **FAIRSEQ)
+    save_model_and_pairs(folder, tokenizer, config)
 
 
 def launch(folder, *options, out="out", model="model", steps=("--do_train", "--do_eval", "--do_predict")) -> int:
@@ -230,7 +220,7 @@ class NeedsTarget(NllbTokenizer):
 def test_a_tokenizer_that_needs_a_target_language_says_so():
     tokenizer = NeedsTarget(vocab={"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "a": 4}, merges=[])
     with pytest.raises(InputError, match=r"and none is set; pass --target_lang, one of: ace_Arab, ace_Latn, .* more"):
-        fit_encoder_decoder(AutoModelForSeq2SeqLM.from_config(M2M100Config(vocab_size=300, **_FAIRSEQ)), tokenizer)
+        fit_encoder_decoder(AutoModelForSeq2SeqLM.from_config(M2M100Config(vocab_size=300, **FAIRSEQ)), tokenizer)
 
 
 def test_a_tokenizer_without_codes_and_a_causal_model_are_refused(tmp_path, capsys):

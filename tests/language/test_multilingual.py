@@ -31,17 +31,17 @@ _CODES = {
     MBartTokenizer: tokenization_mbart.FAIRSEQ_LANGUAGE_CODES,
     MBart50Tokenizer: tokenization_mbart50.FAIRSEQ_LANGUAGE_CODES,
 }
-_SIZE = {
+SIZE = {
     "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
     "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "dropout": 0.0,
     "max_position_embeddings": 128,
 }  # fmt: skip
-_FAIRSEQ = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, **_SIZE}
-_OURS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+FAIRSEQ = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2, **SIZE}
 PAIRS = [
     ("the film was", " great"), ("a dull plot, and", " not the ending"), ("we hated it and really", " bad"),
     ("it was", " a great plot and a brilliant cast"),
 ]  # fmt: skip
+_OURS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
 def with_codes(kind, side="right"):
@@ -54,32 +54,8 @@ def with_codes(kind, side="right"):
     return kind(vocab=scores, src_lang="en_XX", tgt_lang="ro_RO", padding_side=side)
 
 
-def built(name: str):
-    """A tokenizer and the configuration of its model."""
-    side = "left" if name.endswith("left") else "right"
-    if name.startswith(("mbart", "nllb")):
-        kind = NllbTokenizer if name == "nllb" else MBart50Tokenizer if name == "mbart50" else MBartTokenizer
-        tokenizer = with_codes(kind, side)
-        code = tokenizer.convert_tokens_to_ids("fra_Latn" if name == "nllb" else "ro_RO")
-        if name == "nllb":
-            more = {"decoder_start_token_id": 2, "forced_bos_token_id": code}
-            return tokenizer, M2M100Config(vocab_size=len(tokenizer), **_FAIRSEQ, **more)
-        start = {"mbart": code, "mbart-left": code, "mbart50": 2}.get(name)
-        more = {"forced_bos_token_id": code} if name == "mbart50" else {}
-        return tokenizer, MBartConfig(vocab_size=len(tokenizer), decoder_start_token_id=start, **_FAIRSEQ, **more)
-    tokenizer = subword_tokenizer("unigram", padding_side=side)
-    if name == "t5-left":
-        return tokenizer, T5Config(
-            vocab_size=len(tokenizer), d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2, dropout_rate=0.0,
-            decoder_start_token_id=0, **_OURS,
-        )  # fmt: skip
-    kind = BlenderbotConfig if name.startswith("blenderbot") else M2M100Config
-    start = None if name == "m2m-without-start" else 1
-    return tokenizer, kind(vocab_size=len(tokenizer), decoder_start_token_id=start, **_SIZE, **_OURS)
-
-
-def run(folder, name):
-    tokenizer, config = built(name)
+def save_model_and_pairs(folder, tokenizer, config) -> None:
+    """Write a random model with large weights and its tokenizer into `folder/model`, `PAIRS` into `pairs.jsonl`."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForSeq2SeqLM.from_config(config)
@@ -90,6 +66,34 @@ def run(folder, name):
     tokenizer.save_pretrained(folder / "model")
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in PAIRS]
     (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def built(name: str):
+    """A tokenizer and the configuration of its model."""
+    side = "left" if name.endswith("left") else "right"
+    if name.startswith(("mbart", "nllb")):
+        kind = NllbTokenizer if name == "nllb" else MBart50Tokenizer if name == "mbart50" else MBartTokenizer
+        tokenizer = with_codes(kind, side)
+        code = tokenizer.convert_tokens_to_ids("fra_Latn" if name == "nllb" else "ro_RO")
+        if name == "nllb":
+            more = {"decoder_start_token_id": 2, "forced_bos_token_id": code}
+            return tokenizer, M2M100Config(vocab_size=len(tokenizer), **FAIRSEQ, **more)
+        start = {"mbart": code, "mbart-left": code, "mbart50": 2}.get(name)
+        more = {"forced_bos_token_id": code} if name == "mbart50" else {}
+        return tokenizer, MBartConfig(vocab_size=len(tokenizer), decoder_start_token_id=start, **FAIRSEQ, **more)
+    tokenizer = subword_tokenizer("unigram", padding_side=side)
+    if name == "t5-left":
+        return tokenizer, T5Config(
+            vocab_size=len(tokenizer), d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2, dropout_rate=0.0,
+            decoder_start_token_id=0, **_OURS,
+        )  # fmt: skip
+    kind = BlenderbotConfig if name.startswith("blenderbot") else M2M100Config
+    start = None if name == "m2m-without-start" else 1
+    return tokenizer, kind(vocab_size=len(tokenizer), decoder_start_token_id=start, **SIZE, **_OURS)
+
+
+def run(folder, name):
+    save_model_and_pairs(folder, *built(name))
     file = str(folder / "pairs.jsonl")
     return run_glue.main(
         [

@@ -263,7 +263,7 @@ def test_prompts_to_be_continued_need_no_completion(tmp_path):
     with pytest.raises(InputError, match="split 'validation' has the columns prompt, and language modelling needs"):
         load_language_data(DataArguments(**files, validation_file=str(tmp_path / "b.jsonl")))
     (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "c", "text": "d"}) + "\n")
-    with pytest.raises(InputError, match="split 'test' has rows of text, another split of prompt and completion"):
+    with pytest.raises(InputError, match="split 'test' has text, another split has prompt and completion"):
         load_language_data(DataArguments(**files))
 
 

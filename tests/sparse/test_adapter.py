@@ -26,7 +26,7 @@ from hf_ft_ext import (
 )
 from hf_ft_ext.adapters.sparse_grad.model import sparse_grad_layers
 from hf_ft_ext.sparse.adapter import choose_columns, columns_of
-from hf_ft_ext.sparse.prepass import _examples
+from hf_ft_ext.sparse.prepass import own_steps
 from hf_ft_ext.training.runs.plan import training_plan
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -248,8 +248,10 @@ def test_pre_pass_batches_hold_rows_of_similar_length_where_training_groups_them
         trainer.train_dataset = trainer.train_dataset.add_column("length", list(length.values()))
     wanted = sorted((length[row] for row in rows), reverse=True)
     assert len(set(wanted)) > 3
-    found = [example for examples in _examples(trainer, 3, 4, draw=0) for example in examples]
-    assert [example["length"] if column else len(example["input_ids"]) for example in found] == wanted
+    seen, collate = [], trainer.data_collator
+    trainer.data_collator = lambda examples: seen.extend(examples) or collate(examples)
+    assert len(list(own_steps(trainer, 3))) == 3
+    assert [example["length"] if column else len(example["input_ids"]) for example in seen] == wanted
 
 
 def test_the_plan_before_the_pre_pass_counts_activations_and_state(tmp_path):

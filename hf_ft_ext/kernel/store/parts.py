@@ -88,7 +88,7 @@ class _Store:
         found = self._description()
         if found is None:
             return None
-        if found.get("check") != _check(found["about"], found["plan"]):
+        if found.get("check") != checksum_of_description(found["about"], found["plan"]):
             raise InputError(
                 f"{self.folder / DESCRIPTION} is damaged: its checksum does not fit its content; delete the folder"
             )
@@ -97,7 +97,7 @@ class _Store:
     def _describe(self, cut: dict[str, Any]) -> None:
         if self._write:
             with self._writing():
-                description = {"about": self.about, "plan": cut, "check": _check(self.about, cut)}
+                description = {"about": self.about, "plan": cut, "check": checksum_of_description(self.about, cut)}
                 write_json(self.folder / DESCRIPTION, description)
 
     def _read(self, path: Path) -> tuple[torch.Tensor, dict[str, str]] | None:
@@ -263,7 +263,7 @@ class FeatureStore(_Store):
         return self.folder / f"features-{i:05d}.safetensors"
 
 
-def _check(about: dict[str, Any], plan: dict[str, Any]) -> str:
+def checksum_of_description(about: dict[str, Any], plan: dict[str, Any]) -> str:
     """Checksum of a description, so that a damaged one cannot shift the row ranges of blocks."""
     return hashlib.sha256(json.dumps([about, plan], sort_keys=True).encode()).hexdigest()[:32]
 

@@ -43,7 +43,7 @@ class PeakMemory:
         except (RuntimeError, NotImplementedError, AttributeError):  # torch does not count memory on this device type
             self._devices = []
         self.what = "resident set" if not self._devices else f"allocated on {devices[0].type}"
-        self.exact = all(hasattr(_module(device), "max_memory_allocated") for device in self._devices)
+        self.exact = all(hasattr(torch.get_device_module(device), "max_memory_allocated") for device in self._devices)
         if not self._devices:
             self.exact = False
             if _CLEAR_REFS.exists():
@@ -60,7 +60,7 @@ class PeakMemory:
         if not self.exact:
             return
         for device in self._devices:
-            _module(device).reset_peak_memory_stats(device)
+            torch.get_device_module(device).reset_peak_memory_stats(device)
         if not self._devices:
             self._reset_high_water()
 
@@ -69,7 +69,7 @@ class PeakMemory:
         if not self.exact:
             return self.level()
         if self._devices:
-            return sum(_module(device).max_memory_allocated(device) for device in self._devices)
+            return sum(torch.get_device_module(device).max_memory_allocated(device) for device in self._devices)
         line = next(line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
 
@@ -80,13 +80,9 @@ class PeakMemory:
         return psutil.Process().memory_info().rss
 
 
-def _module(device: torch.device) -> Any:
-    """`torch.cuda`, `torch.xpu`, `torch.npu`, ...: the same functions in each; `torch.accelerator` has fewer."""
-    return torch.get_device_module(device)
-
-
 def _allocated(device: torch.device) -> int:
-    module = _module(device)
+    # `torch.cuda`, `torch.xpu`, `torch.npu`, ... have the same functions; `torch.accelerator` has fewer
+    module = torch.get_device_module(device)
     if hasattr(module, "memory_allocated"):
         return module.memory_allocated(device)
     if hasattr(module, "current_allocated_memory"):  # MPS
@@ -102,7 +98,8 @@ def _with_index(devices: Iterable[torch.device]) -> list[torch.device]:
             continue
         index = device.index
         if index is None:
-            index = _module(device).current_device() if hasattr(_module(device), "current_device") else 0
+            module = torch.get_device_module(device)
+            index = module.current_device() if hasattr(module, "current_device") else 0
         found.add((device.type, index))
     return [torch.device(kind, index) for kind, index in sorted(found)]
 

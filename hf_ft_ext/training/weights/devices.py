@@ -33,7 +33,8 @@ def refuse_data_parallel(args: TrainingArguments) -> None:
 def device_name(device: torch.device) -> str:
     """The device's readable name: `NVIDIA H100 80GB HBM3`, or `cpu, 8 threads`."""
     if device.type == "cpu":
-        return f"cpu, {torch.get_num_threads()} threads"
+        count = torch.get_num_threads()
+        return f"cpu, {count} thread{'s' * (count != 1)}"
     get_name = getattr(torch.get_device_module(device), "get_device_name", None)
     if get_name is not None:
         return get_name(device)

@@ -113,7 +113,7 @@ def test_only_test_data(load, write):
             "'train' has no label column 'label'; its columns are text, x.*--label_column",
         ),
         ({"text": ["a"], "label": [1]}, {"label_column": "y"}, "no label column 'y'; its columns are text, label"),
-        ({"text": ["a"], "label": [1]}, {"text_columns": ["z"]}, "'train' has no column 'z' but text, label"),
+        ({"text": ["a"], "label": [1]}, {"text_columns": ["z"]}, "'train' has no column 'z', only text, label"),
         ({"text": ["a"], "label": [1]}, {"text_columns": ["label"]}, "'label' cannot be both text and label"),
         ({"text": ["a"], "label": [1]}, {"text_columns": ["text", "text"]}, "--text_columns names 'text' twice"),
         ({"text": ["a", "b"], "label": ["0,5", "1"]}, {}, "labels with a decimal comma, such as '0,5'; write a point"),
@@ -162,10 +162,10 @@ def test_faults_between_files(load, write):
     with pytest.raises(InputError, match=r"'validation' has labels .*'train': 'q', 'z' \(known: x, y\)"):
         load(train_file="train.csv", validation_file="dev.csv")
     write("dev.csv", {"text": ["a", "b"]})
-    with pytest.raises(InputError, match=r"'validation' has no label column 'label' but text; only test data"):
+    with pytest.raises(InputError, match=r"'validation' has no label column 'label', only text; only test data"):
         load(train_file="train.csv", validation_file="dev.csv")
     write("dev.csv", {"body": ["a", "b"], "label": ["x", "y"]})
-    with pytest.raises(InputError, match=r"'validation' has no column 'text' but body, label; all splits need"):
+    with pytest.raises(InputError, match=r"'validation' has no column 'text', only body, label; all splits need"):
         load(train_file="train.csv", validation_file="dev.csv")
     write("dev.json", {"text": ["a"], "label": ["x"]})
     with pytest.raises(

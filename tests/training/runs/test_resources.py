@@ -134,7 +134,7 @@ class FakeDevices:
 @pytest.fixture
 def gpus(monkeypatch):
     fake = FakeDevices(3)
-    monkeypatch.setattr("hf_ft_ext.training.runs.resources._module", lambda device: fake)
+    monkeypatch.setattr(torch, "get_device_module", lambda device=None: fake)
     return fake
 
 
@@ -194,14 +194,16 @@ def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_measures_the_cpu(tmp_path, mon
         tmp_path, method="full", task="demo", model="tiny", seed=1, metrics={}, command=[], monitor=monitor,
         device=trainer.args.device,
     )  # fmt: skip
-    assert record["device"] == f"cpu, {torch.get_num_threads()} threads"
+    assert record["device"] == device_name(torch.device("cpu"))
     assert record["peak_memory_kind"] == "resident set, above the level before training, largest of all processes"
 
 
 def test_device_name_is_that_of_the_run(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     assert device_name(torch.device("cuda:1")) == "GPU 1"
-    assert device_name(torch.device("cpu")).startswith("cpu, ")
+    for count, expected in ((1, "cpu, 1 thread"), (2, "cpu, 2 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        assert device_name(torch.device("cpu")) == expected
 
 
 def test_of_several_processes_the_largest_memory_counts(monkeypatch):
