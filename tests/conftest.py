@@ -163,12 +163,11 @@ def _datasets_in_memory():
 
 @pytest.fixture(autouse=True, scope="session")
 def _quick_models():
-    """No weights are drawn where there are none to fill, and settings of models are read by the shortest way.
+    """No weights are drawn where there are none to fill.
 
     Models are loaded on the device `meta` first, on which torch traces each draw of an initial weight in Python.
     """
     import torch
-    from transformers import PreTrainedConfig
 
     def only_real(fill):
         @functools.wraps(fill)
@@ -177,17 +176,9 @@ def _quick_models():
 
         return filled
 
-    plain, whole = object.__getattribute__, PreTrainedConfig.__getattribute__
-
-    def setting(self, key):
-        if "_heterogeneity_spec" in plain(self, "__dict__"):  # layers that differ have rules of their own
-            return whole(self, key)
-        return plain(self, plain(self, "attribute_map").get(key, key))
-
     with pytest.MonkeyPatch.context() as patched:
         for name in ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_", "trunc_normal_"):
             patched.setattr(torch.nn.init, name, only_real(getattr(torch.nn.init, name)))
-        patched.setattr(PreTrainedConfig, "__getattribute__", setting)
         yield
 
 
