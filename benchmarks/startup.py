@@ -37,15 +37,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="commands to measure besides the imports; default: all"
+        "--only", nargs="+", metavar="NAME", help="commands to measure, such as 'help sparse'; default: all"
     )
     parser.add_argument("--result", metavar="NAME", help="result file to write to, results/NAME.json")
     args = parser.parse_args()
     commands = {
         IMPORTS_ALONE: ("-c", IMPORTS),
-        "+ import hf_ft_ext": ("-c", f"{IMPORTS}, hf_ft_ext"),
-        "--help": (LAUNCHER, "--help"),
-        **{f"--method {name} --help": (LAUNCHER, "--method", name, "--help") for name in METHODS},
+        "import hf_ft_ext": ("-c", f"{IMPORTS}, hf_ft_ext"),
+        "help": (LAUNCHER, "--help"),
+        **{f"help {name}": (LAUNCHER, "--method", name, "--help") for name in METHODS},
     }
     if unknown := set(args.only or ()) - set(commands):
         parser.error(f"--only names {sorted(unknown)[0]!r}; choose from: {', '.join(commands)}")
