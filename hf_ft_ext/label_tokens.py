@@ -98,7 +98,8 @@ def check_row_labels(labels: torch.Tensor, classes: int, problem_type: str | Non
         wrong = ~((labels >= 0) & (labels <= 1)) if soft else (labels != 0) & (labels != 1)
         expected = "from 0 to 1" if soft else "0 or 1"
     else:
-        wrong = (labels < 0) | (labels >= classes) | (labels != labels.round())
+        whole = labels.long() == labels
+        wrong = (labels < 0) | (labels >= classes) | ~whole
         expected = f"a class id (0 to {classes - 1})"
     if wrong.any():
         row = int(wrong.reshape(len(wrong), -1).any(1).nonzero()[0])

@@ -33,6 +33,8 @@ QUICK = {
 MASK = ["--fisher_mode", "mask", "--fisher_keep_ratio", "0.1", "--fisher_examples", "8"]
 # Layers converted in place: the whole model is saved, and a delta beside it.
 STRUCTURED = [*QUICK["sparse"], "--sparse_support", "structured", "--sparse_train_rest", "LayerNorm"]
+# The whole model is saved, and beside it the steps that lead to it from the base.
+TRAJECTORY = ["--search_method", "spsa", "--search_target", "all", "--search_trajectory", "true"]
 NO_LOOP = ("linearhead", "kernel")
 
 
@@ -139,6 +141,7 @@ def test_every_method_is_pushed_and_pulled_into_a_fresh_process(hub, base, token
     """The card's own snippet, run where nothing is but the Hub, gives the logits of the run's own folder."""
     runs = {f"run-{method}": (method, ()) for method in METHODS if method != "kernel"}  # kernels: below
     runs |= {"run-structured": ("sparse", STRUCTURED), "run-mask": ("fisher", MASK)}
+    runs["run-trajectory"] = ("gradientless", TRAJECTORY)
     code, line = {}, {}
     for name, (method, extra) in runs.items():
         assert push(base, method, name, *extra) == 0, capsys.readouterr().err
@@ -157,7 +160,8 @@ def test_every_method_is_pushed_and_pulled_into_a_fresh_process(hub, base, token
         line[name] = record["load"]
         if delta:
             code[f"{name}-delta"], line[f"{name}-delta"] = delta[0], record["load"]
-    assert {"run-structured-delta", "run-mask-delta"} <= code.keys()
+    assert {"run-structured-delta", "run-mask-delta", "run-trajectory-delta"} <= code.keys()
+    assert "apply_trajectory(" in code["run-trajectory-delta"]
     assert len(hub.repositories["me/run-structured"].commits) == 1
     printed = capsys.readouterr().out
     assert printed.count("pushed: http://127.0.0.1") == len(runs)

@@ -1,7 +1,8 @@
-"""Kernels of images, sounds and a user's modules: entries equal products of gradients, one backward pass each."""
+"""Kernels of further texts, images, sounds and a user's modules: products of gradients, one backward pass each."""
 
 import pytest
 import torch
+from classifiers import ragged_rows, tiny_classifier
 from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForAudioClassification, AutoModelForImageClassification
@@ -26,6 +27,11 @@ IMAGES = {
 _SOUND = {**_LAYERS, "conv_dim": [8, 8], "conv_stride": [4, 4], "conv_kernel": [8, 4], "num_feat_extract_layers": 2,
           "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8}  # fmt: skip
 SOUNDS = ("hubert", "wavlm", "sew", "unispeech", "data2vec-audio")
+
+
+# beside those of `tests/per_example/test_example_families.py`; computed in double precision throughout
+TEXTS = ("big_bird", "biogpt", "data2vec-text", "ibert", "mbart", "megatron-bert", "mvp", "nystromformer",
+         "openai-gpt", "plbart", "roberta-prelayernorm", "tapas")  # fmt: skip
 
 
 def kernel_by_hand(model, batch):
@@ -53,6 +59,13 @@ def check(model, batch):
         found = empirical_ntk(given, batch)
         assert float((found - expected).norm() / expected.norm()) <= 1e-9
     assert model.training
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_texts(kind):
+    """Rows of three lengths, padded."""
+    batch = {key: value for key, value in ragged_rows().items() if key != "labels"}
+    check(tiny_classifier(kind, num_labels=3), batch)
 
 
 @pytest.mark.parametrize("kind", IMAGES)

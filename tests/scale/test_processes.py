@@ -105,7 +105,8 @@ def test_a_search_carries_losses_only(two, one, name, calls):
     assert carried(two, f"{name}-data")["step"] == {"all_reduce": 8 * (losses + calls)}
     model = one(f"{name}-data").model
     start = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    once = {"broadcast": start}  # the weights, so that all start alike
+    # the weights, so that all start alike, and whether a process finds another loss than the usual one
+    once = {"broadcast": start, "all_gather": 8}
     if name == "spsa":  # a flag per tensor: read outside of the model, in another module, in the first step
         once["all_reduce"] = 3 * 8 * len(one(f"{name}-data").searched)
     assert carried(two, f"{name}-data")["once"] == once

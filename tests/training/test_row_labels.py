@@ -58,7 +58,8 @@ def test_a_search_takes_soft_labels_and_class_ids_as_floats_are_refused(tmp_path
 def test_problem_types_are_inferred_as_in_transformers():
     check_row_labels(torch.tensor([3.5, -2.0]), 1, None)
     check_row_labels(torch.tensor([[0.0, 1.0], [1.0, 1.0]]), 2, None)
-    check_row_labels(torch.tensor([1, 0]), 2, None)
+    for dtype in (torch.long, torch.int32, torch.uint8, torch.bool, torch.float16):
+        check_row_labels(torch.tensor([1, 0]).to(dtype), 2, None)
     check_row_labels(torch.tensor([[3.5, -2.0]]), 2, "regression")
     for labels, classes, problem in (
         (torch.tensor([[0.0, 0.5]]), 2, None),
