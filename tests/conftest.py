@@ -169,6 +169,7 @@ def _quick_models():
     """
     import torch
     from transformers import PreTrainedConfig
+    from transformers.integrations.heterogeneity.configuration_utils import HeterogeneousConfigMixin
 
     def only_real(fill):
         @functools.wraps(fill)
@@ -177,12 +178,14 @@ def _quick_models():
 
         return filled
 
-    plain, whole = object.__getattribute__, PreTrainedConfig.__getattribute__
+    whole = PreTrainedConfig.__getattribute__
 
-    def setting(self, key):
-        if "_heterogeneity_spec" in plain(self, "__dict__"):  # layers that differ have rules of their own
-            return whole(self, key)
-        return plain(self, plain(self, "attribute_map").get(key, key))
+    def setting(self, key):  # in words that torch.compile reads
+        if "_heterogeneity_spec" in super(HeterogeneousConfigMixin, self).__getattribute__("__dict__"):
+            return whole(self, key)  # layers that differ have rules of their own
+        if key != "attribute_map" and key in super(HeterogeneousConfigMixin, self).__getattribute__("attribute_map"):
+            key = super(HeterogeneousConfigMixin, self).__getattribute__("attribute_map")[key]
+        return super(HeterogeneousConfigMixin, self).__getattribute__(key)
 
     with pytest.MonkeyPatch.context() as patched:
         for name in ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_", "trunc_normal_"):
