@@ -121,3 +121,24 @@ def test_tools_and_settings_of_a_dialogue_reach_the_chat_template(tmp_path, as_t
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
     written = (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()
     assert [json.loads(line)["prediction"] for line in written] == texts
+
+
+def test_rows_of_an_evaluation_are_prepared_and_counted_once(tmp_path, caplog):
+    """trl prepares them when the trainer is made, and again when `evaluate` is given them."""
+    tokenizer = subword_tokenizer("byte-level")
+    decoder("gpt2", len(tokenizer)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    for name, rows in (("train", TEXTS[:3]), ("dev", TEXTS[2:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    argv = [
+        "--method", "full", "--task_type", "causal_lm", "--model_name_or_path", str(tmp_path / "base"),
+        "--train_file", str(tmp_path / "train.jsonl"), "--validation_file", str(tmp_path / "dev.jsonl"), "--use_cpu",
+        "--do_train", "--do_eval", "--eval_strategy", "steps", "--eval_steps", "1", "--max_steps", "2",
+        "--max_seq_length", "60", "--output_dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    caplog.set_level("WARNING")
+    assert run_glue.main(argv) == 0
+    assert caplog.text.count("rows of the eval data are longer than 60 tokens") == 1
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert losses[-1] == json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]["eval_loss"]

@@ -82,9 +82,21 @@ class Perplexity(_Trainer):
 
 
 class CountedTruncation(_Trainer):
-    """Mixin for trl's `SFTTrainer` (before it in the bases) that logs how many rows are cut to `max_length`."""
+    """Mixin for trl's `SFTTrainer` (before it in the bases) that logs how many rows are cut to `max_length`.
+
+    trl prepares the rows of an evaluation at the start, and again whenever `evaluate` is given them. Here rows that
+    were prepared are found again.
+    """
 
     def _prepare_dataset(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
+        known = self.__dict__.setdefault("_prepared_rows", {})  # trl's constructor prepares rows
+        options = dataset_name, packing, args.max_length
+        if options not in known or known[options][0] is not dataset:
+            found = self._prepare_anew(dataset, processing_class, args, packing, formatting_func, dataset_name)
+            known[options] = dataset, found
+        return known[options][1]
+
+    def _prepare_anew(self, dataset, processing_class, args, packing, formatting_func, dataset_name):
         if args.max_length is not None and not packing and isinstance(dataset, Dataset):
             whole = copy.copy(args)
             whole.max_length, whole.shuffle_dataset = None, False
