@@ -1,5 +1,6 @@
 """Generated texts and their scores."""
 
+import importlib.util
 import itertools
 import json
 import re
@@ -166,6 +167,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("language")
     save_decoder(root / "gpt2", "gpt2")
     save_decoder(root / "t5", "t5")
+    save_decoder(root / "endless", "gpt2", subword_tokenizer("byte-level", eos_token=None))
     rows = [
         {"prompt": "the film was", "completion": " great"},
         {"prompt": "a dull plot and", "completion": " end"},
@@ -232,6 +234,10 @@ def folder(tmp_path_factory):
         ("pairs", ("--metric_for_best_model", "f1", "--eval_strategy", "steps"), "a language model has: loss, perpl"),
         ("pairs", ("--few_shot_type", "prompt"), "--few_shot_type prompt predicts classes by words"),
         ("pairs", ("--sample", "stratified", "--max_train_samples", "1"), "keeps the shares of classes"),
+        pytest.param(
+            "pairs", ("--use_liger_kernel",), "liger-kernel .* is not available. Please install it", id="liger",
+            marks=pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is not None, reason="it is installed"),
+        ),
         ("pairs", ("--streaming", "--max_steps", "1"), "--streaming: rows of a language model are checked"),
     ],
 )  # fmt: skip
@@ -254,6 +260,8 @@ def test_bad_input_ends_in_one_line_before_training(folder, tmp_path, capsys, mo
 @pytest.mark.parametrize(
     ("model", "task", "data", "message"),
     [
+        ("endless", "causal_lm", "pairs", "has no end token, which ends each row of prompt and completion; set eos_"),
+        ("endless", "causal_lm", "text", "has no end token, which ends each row of text; set eos_token"),
         (
             "t5",
             "causal_lm",

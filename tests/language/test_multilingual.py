@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BlenderbotConfig,
+    FSMTConfig,
     M2M100Config,
     MBart50Tokenizer,
     MBartConfig,
@@ -87,18 +88,23 @@ def built(name: str):
             vocab_size=len(tokenizer), d_model=16, d_ff=24, d_kv=8, num_layers=2, num_heads=2, dropout_rate=0.0,
             decoder_start_token_id=0, **_OURS,
         )  # fmt: skip
+    if name == "fsmt":
+        sizes = {"src_vocab_size": len(tokenizer), "tgt_vocab_size": len(tokenizer), "langs": ["en", "de"]}
+        no_dropout = {"attention_dropout": 0.0, "activation_dropout": 0.0}
+        return tokenizer, FSMTConfig(decoder_start_token_id=2, **sizes, **no_dropout, **SIZE, **_OURS)
     kind = BlenderbotConfig if name.startswith("blenderbot") else M2M100Config
     start = None if name == "m2m-without-start" else 1
     return tokenizer, kind(vocab_size=len(tokenizer), decoder_start_token_id=start, **SIZE, **_OURS)
 
 
-def run(folder, name):
+def run(folder, name, trains=True):
     save_model_and_pairs(folder, *built(name))
     file = str(folder / "pairs.jsonl")
     return run_glue.main(
         [
             "--model_name_or_path", str(folder / "model"), "--method", "full", "--task_type", "seq2seq_lm",
-            "--train_file", file, "--validation_file", file, "--test_file", file, "--do_train", "--do_eval",
+            *(("--train_file", file, "--do_train") if trains else ()), "--validation_file", file, "--test_file", file,
+            "--do_eval",
             "--do_predict", "--max_steps", "2", "--warmup_steps", "0", "--learning_rate", "1e-3",
             "--predict_with_generate", "--max_new_tokens", "8", "--per_device_eval_batch_size", "3", "--use_cpu",
             "--disable_tqdm", "true", "--output_dir", str(folder / "out"),
@@ -130,6 +136,26 @@ def test_perplexity_and_texts_are_those_of_each_row_alone(tmp_path, name):
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
     (file,) = (tmp_path / "out").glob("predictions*.jsonl")
     assert [json.loads(line)["prediction"] for line in file.read_text().splitlines()] == texts
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@torch.no_grad()
+def test_losses_of_fsmt_are_those_of_the_completions_tokens_alone(tmp_path, trains):
+    with torch.enable_grad():
+        assert run(tmp_path, "fsmt", trains) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / ("out" if trains else "model")).eval()
+    total, count = 0.0, 0
+    for prompt, completion in PAIRS:
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+        labels = tokenizer(completion.strip())["input_ids"]
+        for i, token in enumerate(labels):  # it is given the earlier tokens alone
+            fed = torch.tensor([[2, *labels[:i]]])
+            logits = model(input_ids=ids, decoder_input_ids=fed, use_cache=False).logits[0, -1]
+            total -= float(logits.double().log_softmax(-1)[token])
+        count += len(labels)
+    metrics = json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
 def test_a_model_without_a_first_decoder_token_is_refused(tmp_path, capsys):

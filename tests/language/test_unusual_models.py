@@ -219,6 +219,7 @@ def test_rows_that_read_padding_are_named_and_alone_have_their_own_loss(tmp_path
 
 WAYS = {
     "lora": ("--learning_rate", "0.05"),
+    "fisher": ("--learning_rate", "0.05", "--fisher_candidates", "lora", "bottleneck", "--fisher_examples", "3"),
     "full": ("--eval_strategy", "steps", "--eval_steps", "1", "--save_steps", "1", "--load_best_model_at_end"),
     "gradientless": ("--search_method", "spsa", "--search_target", "all", "--learning_rate", "1e-3"),
 }
@@ -242,7 +243,7 @@ def test_rwkv_is_saved_with_the_weights_it_was_evaluated_with(tmp_path, method):
     )  # fmt: skip
     assert status == 0
     loader, more = AutoModelForCausalLM, {}
-    if method == "lora":  # also on the layers that transformers would divide
+    if method in ("lora", "fisher"):  # also on the layers that transformers would divide
         loader, more = AutoPeftModelForCausalLM, {"rescale_every": 0}
     trained = loader.from_pretrained(tmp_path / "out", **more).eval()
     total, count = 0.0, 0

@@ -56,6 +56,15 @@ class BottleneckLayer(FollowsBaseLayer, nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config)
         self._active_adapter = adapter_name
 
+    def __getattr__(self, name: str):
+        # The layer around it reads parts of the module: RWKV's rescaling takes `feed_forward.value`.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
         """Add an adapter with new random weights."""
         width = config.width(self.hidden)

@@ -170,6 +170,11 @@ def load(
     if writes:
         room_for_prompts(context, data_args.max_new_tokens, causal, decoder_length)
     if causal:
+        if tokenizer.eos_token is None and not _is_chat(data):
+            raise InputError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no end token, which ends each row of {data.form}; set "
+                "eos_token in its tokenizer_config.json, or pass another tokenizer (--tokenizer_name)"
+            )
         from trl import SFTTrainer
 
         trainer_class = type(f"{kind.__name__}AndSFTTrainer", (Perplexity, kind, CountedTruncation, SFTTrainer), {})

@@ -58,21 +58,25 @@ def encoder_decoder_rows(
 class EncoderDecoderCollator(DataCollatorForSeq2Seq):
     """Adds `decoder_input_ids` also for models that cannot prepare them from labels (M2M100, Blenderbot).
 
-    transformers prepares them in the model, where the labels do not arrive if the loss is a function of its own.
+    transformers prepares them in the model, where the labels do not arrive if the loss is a function of its own. Its
+    collator lets the model prepare them from the batch's labels, in which FSMT writes padding tokens over -100.
     """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel):
+        super().__init__(tokenizer)
+        self.network = model
 
     def __call__(self, features, return_tensors=None):
         batch = super().__call__(features, return_tensors)
-        if batch.get("labels") is None or "decoder_input_ids" in batch:
-            return batch
-        batch["decoder_input_ids"] = decoder_inputs(self.model, batch["labels"])
+        if batch.get("labels") is not None and "decoder_input_ids" not in batch:
+            batch["decoder_input_ids"] = decoder_inputs(self.network, batch["labels"])
         return batch
 
 
 def decoder_inputs(model: PreTrainedModel, labels: torch.Tensor) -> torch.Tensor:
     """Return the labels one position to the right, behind the token that the model's decoder begins with."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return model.prepare_decoder_input_ids_from_labels(labels=labels.clone())
     shifted = labels.new_full(labels.shape, model.config.decoder_start_token_id)
     shifted[:, 1:] = labels[:, :-1]
     return shifted.masked_fill(shifted == -100, model.config.pad_token_id)
@@ -146,10 +150,10 @@ def _reads_padding(model: PreTrainedModel) -> bool:
     together = {
         "input_ids": ids.masked_fill(~real, model.config.pad_token_id),
         "attention_mask": real.long(),
-        "decoder_input_ids": decoder_inputs(model, labels.clone()),
+        "decoder_input_ids": decoder_inputs(model, labels),
     }
     alone = {name: value[:1, :3] for name, value in together.items()}
-    alone["decoder_input_ids"] = decoder_inputs(model, labels[:1, :3].clone())
+    alone["decoder_input_ids"] = decoder_inputs(model, labels[:1, :3])
     with evaluating(model):
         first, second = (model(**batch, use_cache=False).logits[0, :3].float() for batch in (alone, together))
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # of the largest logit
