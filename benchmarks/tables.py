@@ -19,6 +19,7 @@ which rows of which files it shows and how:
 line below each table says when and on which machine it was measured, and links to the commands in docs/benchmarks.md.
 """
 
+import contextlib
 import re
 import string
 from pathlib import Path
@@ -120,6 +121,8 @@ def _crossed(specification: dict[str, Any], rows: list[dict[str, Any]]) -> list[
         heads[head] = None
         cell = specification.get("cells", {}).get(head, specification["cell"])
         cells.setdefault(line, {})[head] = filled(cell, row)
+    with contextlib.suppress(ValueError):  # numbers in their order
+        heads = dict.fromkeys(sorted(heads, key=float))
     lines = [_line([specification["first"], *heads]), _line(["---", *["---:"] * len(heads)])]
     return lines + [_line([line, *(found.get(head, "") for head in heads)]) for line, found in cells.items()]
 
