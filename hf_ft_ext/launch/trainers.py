@@ -99,7 +99,7 @@ def trainer_errors_as_input_errors(args: MethodTrainingArguments) -> Iterator[No
         yield
     except InputError:
         raise
-    except (ValueError, ImportError) as error:  # ImportError: an option's library is not installed
+    except ValueError as error:
         raise InputError(str(error)) from error
     except Exception as error:
         path = getattr(error, "filename", None)

@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import is_liger_kernel_available
 
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.metrics import REGRESSION
@@ -21,11 +22,13 @@ def check_training_arguments(args: TrainingArguments) -> None:
     """Refuse arguments that no trainer can honour.
 
     Raises:
-        InputError: sharding without an accelerator, `report_to` a library that is not installed, or checkpoints of
-            the best model without evaluations.
+        InputError: sharding without an accelerator, `report_to` or `use_liger_kernel` without the library, or
+            checkpoints of the best model without evaluations.
     """
     refuse_sharding_on_cpu(args)
     _check_report_to(args)
+    if args.use_liger_kernel and not is_liger_kernel_available():  # transformers looks for it when training starts
+        raise InputError("use_liger_kernel needs a library: pip install liger-kernel; or leave it out")
     if args.save_strategy == SaveStrategy.BEST and args.eval_strategy == IntervalStrategy.NO:
         raise InputError(
             "save_strategy=best saves after the best evaluation, and there is none in training; pass eval_strategy "
