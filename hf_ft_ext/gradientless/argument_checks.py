@@ -157,8 +157,8 @@ def _check_matrix(args: SearchArguments) -> None:
     try:
         if args.search_method in (NODE, ACTIVITY):
             eps = 1.0 if args.search_eps is None else args.search_eps
-            rule = {"update": args.search_update, "momentum": args.search_momentum, "betas": betas}
-            NodePerturbation([torch.zeros(1)], eps=eps, num_directions=args.search_directions, **rule)
+            NodePerturbation([torch.zeros(1)], update=args.search_update, momentum=args.search_momentum,
+                             betas=betas, eps=eps, num_directions=args.search_directions)  # fmt: skip
             return
         directions = Directions(
             args.search_direction,
