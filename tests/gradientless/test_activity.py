@@ -167,12 +167,12 @@ def test_random_directions_are_right_on_average():
     weight = model.bert.encoder.layer[0].output.dense.weight
     (gradient,) = torch.autograd.grad(losses().mean(), [weight])
     start, total = weight.detach().clone(), torch.zeros_like(weight)
-    optimizer = ActivityPerturbation([weight], model, lr=1.0, eps=1e-4, num_directions=4, update="sgd", centred=False)
-    for _ in range(300):
+    optimizer = ActivityPerturbation([weight], model, lr=1.0, eps=1e-4, num_directions=2, update="sgd", centred=False)
+    for _ in range(200):
         optimizer.step(losses)
         total += start - weight.detach()
         weight.detach().copy_(start)
-    torch.testing.assert_close(total / 300, gradient, rtol=0, atol=0.1 * float(gradient.norm()))
+    torch.testing.assert_close(total / 200, gradient, rtol=0, atol=0.15 * float(gradient.norm()))
 
 
 def test_rows_that_depend_on_each_other_share_one_slope(caplog):

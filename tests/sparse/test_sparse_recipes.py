@@ -33,4 +33,4 @@ def test_quick_starts_and_the_search():
     for model in ("bert", "roberta"):
         assert found[f"quickstart-{model}-cola"]["sparse_threshold"] == 1e-3
         assert found[f"optimize-{model}-base{'-uncased' if model == 'bert' else ''}-cola"]["hp_search"] == 40
-    assert read_recipe(FOLDER / "llama2-openassistant.yaml")["sparse_support"] == "structured"  # run by tests/language
+    assert read_recipe(FOLDER / "llama2-openassistant.yaml")["sparse_support"] == "dynamic"  # run by tests/language

@@ -168,9 +168,7 @@ def test_faults_between_files(load, write):
     with pytest.raises(InputError, match=r"'validation' has no column 'text', only body, label; all splits need"):
         load(train_file="train.csv", validation_file="dev.csv")
     write("dev.json", {"text": ["a"], "label": ["x"]})
-    with pytest.raises(
-        InputError, match=r"must all have one format, but got .*train.csv \(csv\), .*dev.json \(json\)"
-    ):
+    with pytest.raises(InputError, match=r"must have the same format, got .*train.csv \(csv\), .*dev.json \(json\)"):
         load(train_file="train.csv", validation_file="dev.json")
     write("test.csv", {"text": ["a", "b"], "label": ["x", None]})
     with pytest.raises(InputError, match="1 of 2 rows of split 'test' have no label"):
