@@ -25,6 +25,7 @@ from hf_ft_ext.report.identity import (
 from hf_ft_ext.report.read import Run
 
 _NO_QUALITY = re.compile(r"eval_(.*loss|runtime|.*_per_second|.*_time)")
+_COUNTS_OF_TRL = re.compile(r"eval_(entropy|num_tokens|mean_token_accuracy)")
 _COMPARED_LIBRARIES = ("hf_ft_ext", "torch", "transformers")
 
 
@@ -80,7 +81,11 @@ class Row:
 
     @cached_property
     def quality(self) -> Number | None:
-        return Number.of(run.record["metrics"].get(self.metric) for run in self.runs)
+        return self.score(self.metric)
+
+    def score(self, key: str) -> Number | None:
+        """Mean and deviation of a metric."""
+        return Number.of(run.record["metrics"].get(key) for run in self.runs)
 
     @property
     def rank(self) -> float:
@@ -134,6 +139,17 @@ class Section:
     def quality(self) -> str:
         """The metric's name for the page: `matthews correlation` for `eval_matthews_correlation`."""
         return self.metric.removeprefix("eval_").replace("_", " ")
+
+    @property
+    def further(self) -> dict[str, str]:
+        """Names of the further metrics of the rows, such as perplexity beside f1, by their keys."""
+        keys = dict.fromkeys(key for row in self.rows for run in row.runs for key in run.record["metrics"])
+        return {
+            key: key.removeprefix("eval_").replace("_", " ")
+            for key in keys
+            if key.startswith("eval_") and key != self.metric and not _NO_QUALITY.fullmatch(key)
+            and not _COUNTS_OF_TRL.fullmatch(key) and any(row.score(key) is not None for row in self.rows)
+        }  # fmt: skip
 
     @property
     def devices(self) -> list[str]:

@@ -33,6 +33,20 @@ def test_the_lowest_perplexity_comes_first(tmp_path):
     assert "<li>user: hello <strong>hi</strong></li>" in page and "reference: good" in page
 
 
+def test_further_metrics_have_columns_of_their_own(tmp_path):
+    for method, f1, perplexity in (("full", 0.5, 9.0), ("lora", 0.75, 11.0)):
+        record = language_run(method, perplexity)
+        record["quality"] = "eval_f1"
+        record["metrics"] |= {"eval_f1": f1, "eval_exact_match": f1 / 2, "eval_num_tokens": 99.0, "eval_loss": 2.0}
+        write_run(tmp_path / method, record)
+    write_report([tmp_path], tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "| method | f1 | perplexity | exact match | seeds |" in text
+    assert "| 1. lora | 0.7500 | 11.0000 | 0.3750 | 1 |" in text
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.index(">perplexity</button>") < page.index(">seeds</button>") and "num tokens" not in page
+
+
 def test_a_card_says_what_the_model_does(tmp_path):
     folder = tmp_path / "model"
     save_decoder(folder, "gpt2")
