@@ -49,7 +49,8 @@ class UnitDirections:
 def exact_estimates(monkeypatch, kind, centred):
     """The estimates of all gradients over a full set of directions, and the gradients by backward."""
     model, losses = problem(kind)
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    searched = [(n, p) for n, p in model.named_parameters() if kind != "bart" or "decoder" in n]
+    names, parameters = zip(*searched, strict=True)
     gradients = torch.autograd.grad(losses().mean(), parameters, allow_unused=True)
     gradients = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
     optimizer = ActivityPerturbation(parameters, model, lr=1.0, eps=1e-6, update="sgd", centred=centred)
@@ -223,7 +224,7 @@ def test_a_module_with_as_many_rows_by_chance_shares_one_slope(caplog):
     names = dict(map(reversed, model.named_modules()))
     shared = [names[m] for i, (m, _) in enumerate(optimizer.noise.holders) if i not in optimizer.noise.row_modules]
     assert optimizer.noise.by_rows and shared == ["mpnet.encoder.relative_attention_bias"]
-    assert "the outputs of 1 of 16 searched modules affect the losses of several rows" in caplog.text
+    assert "the outputs of 1 of 14 searched modules affect the losses of several rows" in caplog.text
 
 
 @pytest.mark.parametrize(("kind", "some"), [("bert", True), ("altered", False), ("bart", False)])

@@ -199,8 +199,8 @@ class ActivityPerturbation(GradientEstimator):
     def _find_rows(self, losses_of: Callable[[], torch.Tensor], plain: torch.Tensor) -> None:
         """Find the modules whose rows affect the loss of their own row only, among those with the batch's rows.
 
-        Noise of size 1 on the first half of the rows has to leave the losses of the other rows as they are. If it does not, the
-        modules are split until those that mix rows are found, or `_MOST_CHECKS` forward passes are used up.
+        Noise of size 1 on the first half of the rows has to leave the losses of the other rows as they are. If it does
+        not, the modules are split until those that mix rows are found, or `_MOST_CHECKS` forward passes are used up.
         """
         noise, half, mixing, checks = self.noise, len(plain) // 2, set(), 0
         groups = deque([sorted(noise.row_modules)])

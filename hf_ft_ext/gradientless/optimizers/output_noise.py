@@ -99,7 +99,7 @@ class OutputNoise:
 
     @contextlib.contextmanager
     def added_to_hidden(self, seed: int) -> Iterator[set[int]]:
-        """Within this context, only positions that the mask hides have noise, of size 1; return the modules with such."""
+        """Within this context, only positions that the mask hides have noise, of size 1; return modules with some."""
         found: set[int] = set()
 
         def add(position: int, module: nn.Module, args: tuple, kwargs: dict, y: Any, run: int) -> Any:
