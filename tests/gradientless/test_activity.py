@@ -17,7 +17,8 @@ from transformers import (
 
 from hf_ft_ext import ActivityPerturbation, GradientlessTrainer, GradientlessTrainingArguments, InputError
 from hf_ft_ext.gradientless.optimizers.output_noise import OutputNoise
-from hf_ft_ext.gradientless.scoring.full_models import language_row_losses
+from hf_ft_ext.gradientless.scoring.evaluation import StepEvaluation
+from hf_ft_ext.gradientless.scoring.full_models import language_row_losses, model_loss
 from hf_ft_ext.gradientless.trajectory import save_trajectory
 
 
@@ -141,11 +142,17 @@ def test_tensors_that_no_forward_pass_reads_stay(caplog):
     assert torch.equal(model.unread.weight, before)
 
 
-def test_row_losses_of_a_language_model_are_its_own():
+LANGUAGE = GPT2Config(vocab_size=11, n_embd=4, n_layer=1, n_head=2, n_positions=8)
+
+
+def language_model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = GPT2Config(vocab_size=11, n_embd=4, n_layer=1, n_head=2, n_positions=8)
-        model = GPT2LMHeadModel(config).double().eval()
+        return GPT2LMHeadModel(LANGUAGE).double().eval()
+
+
+def test_row_losses_of_a_language_model_are_its_own():
+    model = language_model()
     labels = torch.where(MASK.bool(), IDS, -100)
     with torch.no_grad():
         found = language_row_losses(model, {"input_ids": IDS, "attention_mask": MASK}, labels)
@@ -264,6 +271,22 @@ def test_micro_batches_equal_one_batch(sizes):
     torch.testing.assert_close(*results, rtol=1e-7, atol=1e-9)
 
 
+def test_rows_without_label_tokens_keep_their_place():
+    ids = torch.arange(1, 9)[:, None] + torch.arange(3)
+    labels = torch.where(torch.arange(8)[:, None] % 4 == 1, -100, ids)
+    results = []
+    for size in (8, 2, 1):
+        model = language_model()
+        layers = [p for name, p in model.named_parameters() if "wpe" not in name]
+        optimizer = ActivityPerturbation(layers, model, lr=1e-2)
+        batches = [{"input_ids": ids[i : i + size], "labels": labels[i : i + size]} for i in range(0, 8, size)]
+        full = model_loss(None, batches, True, None, functools.partial(language_row_losses, model))
+        evaluate = StepEvaluation(None, full, None, False)
+        results.append([optimizer.step(lambda: None, evaluate) for _ in range(3)])
+    for other in results[1:]:
+        assert results[0] == pytest.approx(other, rel=1e-9)
+
+
 def test_single_rows_are_examined_once(caplog):
     model, _ = problem("bert")
     optimizer = ActivityPerturbation(model.parameters(), model)
@@ -310,13 +333,12 @@ def test_a_language_model_with_a_loss_of_its_own_is_refused(tmp_path):
             return output
 
     rows = [{"input_ids": row, "attention_mask": mask, "labels": row} for row, mask in zip(IDS, MASK, strict=True)]
-    config = GPT2Config(vocab_size=11, n_embd=4, n_layer=1, n_head=2, n_positions=8)
     arguments = GradientlessTrainingArguments(
         str(tmp_path), search_method="activity", search_target="all", max_steps=1, report_to=[], use_cpu=True
     )
-    GradientlessTrainer(GPT2LMHeadModel(config), arguments, train_dataset=rows).train()
+    GradientlessTrainer(GPT2LMHeadModel(LANGUAGE), arguments, train_dataset=rows).train()
     with pytest.raises(InputError, match="search_method=activity needs the loss of each row, and this loss is known"):
-        GradientlessTrainer(Own(config), arguments, train_dataset=rows).train()
+        GradientlessTrainer(Own(LANGUAGE), arguments, train_dataset=rows).train()
 
 
 def test_a_step_of_too_many_evaluations_and_a_trajectory_are_refused(tmp_path):

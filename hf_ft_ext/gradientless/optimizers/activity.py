@@ -135,14 +135,15 @@ class ActivityPerturbation(GradientEstimator):
         self, losses_of: Callable[[], torch.Tensor], seeds: Sequence[int], weight: float, into: Estimates
     ) -> float:
         """Add the estimates of one micro-batch to `into`; return its mean loss."""
-        if not self.examined:
+        if not self.examined and weight:  # with weight 0, losses without labels would show nothing
             self._examine(losses_of)
         differences, mean = [], 0.0
         for seed in seeds:
             with self.noise.added(seed, 1.0):
                 plus = self._row_losses(losses_of)
-            several, hidden = len(plus) > 1 and self.noise.by_rows is None, self.noise.hides
-            if several or (hidden and self.noise.masked is None):  # the first one with several rows, or with padding
+            first_rows = len(plus) > 1 and self.noise.by_rows is None
+            first_padding = self.noise.hides and self.noise.masked is None
+            if weight and (first_rows or first_padding):
                 self._examine(losses_of)
                 with self.noise.added(seed, 1.0):
                     plus = self._row_losses(losses_of)

@@ -141,11 +141,10 @@ def model_loss(
 
         return mean(losses)
 
-    passes = None
+    passes = None  # micro-batches without label tokens keep their place, with weight 0
     if of_rows is not None and all("labels" in batch and "shift_labels" not in batch for batch in batches):
-        passes = [
-            (functools.partial(of_rows, _inputs(batch), batch["labels"]), float(count)) for batch, count in counted
-        ]
+        losses = [functools.partial(of_rows, _inputs(batch), batch["labels"]) for batch in batches]
+        passes = list(zip(losses, map(float, counts), strict=True)) if counted else []
     return FullObjective(lambda: mean(compute), None if losses_of is None else repeated, passes)
 
 
