@@ -12,6 +12,7 @@ from hf_ft_ext.gradientless.optimizers.activity import ActivityPerturbation
 from hf_ft_ext.gradientless.optimizers.direct_search import DirectSearch
 from hf_ft_ext.gradientless.optimizers.exchange import DATA
 from hf_ft_ext.gradientless.optimizers.nodes import NEXT_LAYER, NodePerturbation
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, compute_type
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM, BUFFER, MOMENTUM
 from hf_ft_ext.gradientless.optimizers.selection import ALL
 from hf_ft_ext.gradientless.optimizers.spsa import SPSA
@@ -79,11 +80,18 @@ def build_optimizer(
         "adam_eps": args.adam_epsilon,
         **shared,
     }
-    if args.search_method == NODE:
-        directions = args.search_node_directions or NEXT_LAYER
-        return NodePerturbation(parameters, eps=args.search_eps, directions=directions, **rule)
-    if args.search_method == ACTIVITY:
-        return ActivityPerturbation(parameters, model, eps=args.search_eps, **rule)
+    if args.search_method in (NODE, ACTIVITY):
+        if args.search_method == NODE:
+            directions = args.search_node_directions or NEXT_LAYER
+            optimizer = NodePerturbation(parameters, eps=args.search_eps, directions=directions, **rule)
+        else:
+            optimizer = ActivityPerturbation(parameters, model, eps=args.search_eps, **rule)
+        if (needed := optimizer.evaluations_per_step()) > args.max_evaluations_per_step:
+            raise InputError(
+                f"a step would need {needed:,} evaluations, more than max_evaluations_per_step="
+                f"{args.max_evaluations_per_step:,}; use fewer search_directions, or raise max_evaluations_per_step"
+            )
+        return optimizer
     return SPSA(
         parameters,
         model,
@@ -103,14 +111,25 @@ def build_optimizer(
     )
 
 
-def buffers_of(args: GradientlessTrainingArguments) -> tuple[int, int]:
-    """Number of gradients and of moments of the weights' size that the search keeps."""
+def buffers_of(args: GradientlessTrainingArguments, parameter: torch.Tensor) -> tuple[int, int]:
+    """Bytes of the gradient and of the optimizer state that the search keeps for a parameter."""
+    size = parameter.numel() * parameter.element_size()
     if args.search_method == ADAM_BASELINE:
-        return 1, 2
+        return size, 2 * size
+    if args.search_method == GLD:
+        return 0, 0
+    entry = compute_type(parameter.dtype).itemsize
+    state = parameter.numel() * entry * {ADAM: 2, MOMENTUM: 1}.get(args.search_update, 0)
+    if args.search_method == SPSA_METHOD and args.search_update == MOMENTUM and args.search_moments != BUFFER:
+        directions = Directions(args.search_direction, args.search_block, args.search_rank, args.search_renew)
+        if directions.has_factors(parameter.shape) and directions.right_stays():
+            state = len(parameter) * directions.rank * entry  # the left factor
+        elif parameter.ndim > 1:
+            state = 0  # recomputed from seeds
+    if parameter.element_size() == 2 and (parameter.ndim < 2 or args.search_carry):  # the kept rounding error
+        state += parameter.numel() * (4 if parameter.ndim < 2 else 2)
     estimates = args.search_method in (NODE, ACTIVITY)
-    if not estimates and (args.search_method != SPSA_METHOD or args.search_moments != BUFFER):
-        return 0, 2 if args.search_method == SPSA_METHOD and args.search_update == ADAM else 0
-    return int(estimates), {ADAM: 2, MOMENTUM: 1}.get(args.search_update, 0)
+    return parameter.numel() * entry if estimates else 0, state
 
 
 def refuse_unsupported(args: GradientlessTrainingArguments, objective: Objective | None, masks_given: bool) -> None:

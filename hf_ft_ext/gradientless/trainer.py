@@ -244,6 +244,9 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             shifted = predicts_next_tokens(self.model)
             known = (language_losses, language_row_losses) if shifted and not own else ()
             full = model_loss(self._mean_loss, batches, shifted, *(functools.partial(f, self.model) for f in known))
+            if self.args.search_method == ACTIVITY and full.row_passes:
+                self._usual_loss = full.rows_give_mean() if self._usual_loss is None else self._usual_loss
+                full.row_passes = full.row_passes if self._usual_loss else None
         else:
             function, config = self.objective, self._inner().config
             if function is None:
@@ -373,12 +376,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     def trained_weights(self) -> list[TrainedWeight]:
         """List the searched tensors; gradients and moments where the search keeps buffers of their size."""
-        gradients, moments = buffers_of(self.args)
-        sizes = {name: p.numel() * p.element_size() for name, p in self.searched.items()}
-        return [
-            TrainedWeight(name, tuple(p.shape), p.numel(), gradients * sizes[name], moments * sizes[name])
-            for name, p in self.searched.items()
-        ]
+        searched, args = self.searched.items(), self.args
+        return [TrainedWeight(name, tuple(p.shape), p.numel(), *buffers_of(args, p)) for name, p in searched]
 
     @contextlib.contextmanager
     def planning(self) -> Iterator[None]:

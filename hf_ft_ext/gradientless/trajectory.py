@@ -36,6 +36,10 @@ def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) 
     Raises:
         InputError: a searched parameter that `model` does not have; a search with masks (no seed reproduces them).
     """
+    if not isinstance(optimizer, SPSA):
+        raise InputError(
+            f"a trajectory stores the slopes of an SPSA search, got {type(optimizer).__name__}; save the model instead"
+        )
     if optimizer.directions.masks is not None:
         raise InputError("a trajectory cannot store masks; save the model, or search with small=... instead of masks")
     names = {id(parameter): name for name, parameter in model.named_parameters()}

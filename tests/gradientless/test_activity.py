@@ -1,81 +1,25 @@
 """Activity perturbation: its estimates against gradients by backward, module by module and row by row."""
 
+import copy
+import functools
 import logging
 
 import pytest
 import torch
+from activity_models import IDS, MASK, problem
 from heads import make, weights
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from torch.nn import functional
 from transformers import (
-    AlbertConfig,
-    AutoModelForSequenceClassification,
-    BertConfig,
     GPT2Config,
-    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
-    ViTConfig,
-    ViTForImageClassification,
 )
 
 from hf_ft_ext import ActivityPerturbation, GradientlessTrainer, GradientlessTrainingArguments, InputError
 from hf_ft_ext.gradientless.optimizers.output_noise import OutputNoise
-from hf_ft_ext.gradientless.scoring.full_models import language_row_losses
-
-TEXT = {"vocab_size": 11, "hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 6,
-        "max_position_embeddings": 8}  # fmt: skip
-IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0], [7, 8, 9, 0]])
-MASK = (IDS != 0).long()
-
-
-def text_model(kind):
-    if kind == "bert":
-        return AutoModelForSequenceClassification.from_config(BertConfig(**TEXT, num_labels=3))
-    if kind == "albert":  # one layer that runs twice
-        config = AlbertConfig(**{**TEXT, "num_hidden_layers": 2}, embedding_size=4, num_labels=3)
-        return AutoModelForSequenceClassification.from_config(config)
-    config = GPT2Config(vocab_size=11, n_embd=4, n_layer=1, n_head=2, n_positions=8, num_labels=3, pad_token_id=0)
-    return GPT2ForSequenceClassification(config)  # Conv1D
-
-
-def image_model():
-    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 6}
-    return ViTForImageClassification(ViTConfig(**sizes, image_size=4, patch_size=2, num_channels=1, num_labels=3))
-
-
-class Mixing(torch.nn.Module):
-    """A classifier in which each row reads the mean of all rows."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = torch.nn.Linear(3, 4), torch.nn.Linear(4, 3)
-
-    def forward(self, x):
-        y = self.first(x).tanh()
-        return self.second(y - y.mean(0))
-
-
-def problem(kind):
-    """Model in float64 and the losses of its rows."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        labels, images = torch.tensor([0, 2, 1]), torch.randn(3, 1, 4, 4, dtype=torch.double)
-        if kind == "mixing":
-            model, inputs = Mixing(), {"x": torch.randn(3, 3, dtype=torch.double)}
-        elif kind == "vit":
-            model, inputs = image_model(), {"pixel_values": images}
-        else:
-            model, inputs = text_model(kind), {"input_ids": IDS, "attention_mask": MASK}
-    model = model.double().eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.arange(p.numel(), dtype=p.dtype).view(p.shape).sin())
-
-    def losses():
-        output = model(**inputs)
-        return functional.cross_entropy(getattr(output, "logits", output), labels, reduction="none")
-
-    return model, losses
+from hf_ft_ext.gradientless.scoring.evaluation import StepEvaluation
+from hf_ft_ext.gradientless.scoring.full_models import language_row_losses, model_loss
+from hf_ft_ext.gradientless.trajectory import save_trajectory
 
 
 class UnitDirections:
@@ -90,11 +34,11 @@ class UnitDirections:
         monkeypatch.setattr(OutputNoise, "_draws", lambda noise, *given: self.draws(noise, *given))
 
     def draws(self, noise, seed, position, run, y):
-        separate = noise.by_rows is not False and position in noise.row_modules
+        separate = position in noise.row_modules
         size = y[0].numel() if separate else y.numel()
         taken = sum(n for _, n in self.places.values())
         first, _ = self.places.setdefault((position, run), (taken, size))
-        z = torch.zeros_like(y)
+        z = torch.zeros(y.shape, dtype=y.dtype)
         flat = z.view(len(y), -1) if separate else z.view(1, -1)
         if first <= seed < first + size:
             flat[:, seed - first] = self.total**0.5
@@ -106,13 +50,16 @@ class UnitDirections:
 def exact_estimates(monkeypatch, kind, centred):
     """The estimates of all gradients over a full set of directions, and the gradients by backward."""
     model, losses = problem(kind)
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    searched = [
+        (n, p) for n, p in model.named_parameters() if kind != "bart" or "encoder_attn" in n or "decoder.embed" in n
+    ]
+    names, parameters = zip(*searched, strict=True)
     gradients = torch.autograd.grad(losses().mean(), parameters, allow_unused=True)
+    gradients = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
     optimizer = ActivityPerturbation(parameters, model, lr=1.0, eps=1e-6, update="sgd", centred=centred)
-    unit = UnitDirections(monkeypatch)
     with torch.no_grad():
-        optimizer._find_rows(losses)
-        unit.places = {}
+        optimizer._examine(losses)
+        unit = UnitDirections(monkeypatch)
         with optimizer.noise.added(0, 0.0):
             losses()
         unit.total = sum(size for _, size in unit.places.values())
@@ -128,10 +75,13 @@ def exact_estimates(monkeypatch, kind, centred):
     return model, optimizer, found, dict(zip(names, gradients, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["bert", "albert", "gpt2", "vit", "mixing"])
+@pytest.mark.parametrize(
+    "kind",
+    ["bert", "albert", "gpt2", "vit", "mixing", "mpnet", "altered", "bart", "convnext", "resnet"],
+)
 def test_estimates_over_all_directions_are_the_gradients(monkeypatch, kind):
     _, optimizer, found, gradients = exact_estimates(monkeypatch, kind, centred=False)
-    assert optimizer.noise.by_rows == (kind != "mixing")
+    assert optimizer.noise.by_rows
     direct = {"vit": ("vit.embeddings.cls_token", "vit.embeddings.position_embeddings")}.get(kind, ())
     for name, gradient in gradients.items():
         expected = torch.zeros_like(found[name]) if gradient is None else gradient
@@ -177,7 +127,7 @@ def test_random_directions_are_right_on_average():
 
 def test_rows_that_depend_on_each_other_share_one_slope(caplog):
     model, losses = problem("mixing")
-    optimizer = ActivityPerturbation(model.parameters(), model)
+    optimizer = ActivityPerturbation(model.first.parameters(), model)
     with caplog.at_level(logging.WARNING):
         optimizer.step(losses)
     assert "the loss of a row depends on the other rows" in caplog.text
@@ -194,11 +144,17 @@ def test_tensors_that_no_forward_pass_reads_stay(caplog):
     assert torch.equal(model.unread.weight, before)
 
 
-def test_row_losses_of_a_language_model_are_its_own():
+LANGUAGE = GPT2Config(vocab_size=11, n_embd=4, n_layer=1, n_head=2, n_positions=8)
+
+
+def language_model():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = GPT2Config(vocab_size=11, n_embd=4, n_layer=1, n_head=2, n_positions=8)
-        model = GPT2LMHeadModel(config).double().eval()
+        return GPT2LMHeadModel(LANGUAGE).double().eval()
+
+
+def test_row_losses_of_a_language_model_are_its_own():
+    model = language_model()
     labels = torch.where(MASK.bool(), IDS, -100)
     with torch.no_grad():
         found = language_row_losses(model, {"input_ids": IDS, "attention_mask": MASK}, labels)
@@ -254,3 +210,144 @@ def test_a_loss_of_the_users_own_is_refused(tmp_path):
     trainer = Own(tiny_model(), arguments, train_dataset=tiny_dataset(), processing_class=tiny_tokenizer())
     with pytest.raises(InputError, match="search_method=activity needs the loss of each row, and this loss is known"):
         trainer.train()
+
+
+# --- rows, padding, copies -------------------------------------------------------------------------------
+
+
+def test_modules_and_rows_have_noise_of_their_own():
+    model, _ = problem("mixing")
+    noise = OutputNoise(model, {id(p): i for i, p in enumerate(model.parameters())}, None, True)
+    noise.row_modules = {0, 1}
+    drawn = [row for position in (0, 1) for run in (1, 2) for row in noise._draws(5, position, run, torch.zeros(4, 3))]
+    noise.row_modules = set()
+    drawn += [row for position in (0, 1, 2) for row in noise._draws(5, position, 1, torch.zeros(1, 3))]
+    assert len({tuple(row.tolist()) for row in drawn}) == len(drawn)
+
+
+def test_a_module_with_as_many_rows_by_chance_shares_one_slope(caplog):
+    model, losses = problem("mpnet")
+    optimizer = ActivityPerturbation(model.parameters(), model)
+    with caplog.at_level(logging.WARNING):
+        optimizer.step(losses)
+    names = dict(map(reversed, model.named_modules()))
+    shared = [names[m] for i, (m, _) in enumerate(optimizer.noise.holders) if i not in optimizer.noise.row_modules]
+    assert optimizer.noise.by_rows and shared == ["mpnet.encoder.relative_attention_bias"]
+    assert "the outputs of 1 of 14 searched modules affect the losses of several rows" in caplog.text
+
+
+@pytest.mark.parametrize(("kind", "some"), [("bert", True), ("altered", False), ("bart", False)])
+def test_hidden_positions_without_effect_have_no_noise(kind, some):
+    model, losses = problem(kind)
+    optimizer = ActivityPerturbation(model.parameters(), model)
+    optimizer.step(losses)
+    assert bool(optimizer.noise.masked) == some
+
+
+class Passes:
+    """The losses of a batch, in micro-batches of these sizes."""
+
+    def __init__(self, model, sizes):
+        self.model, self.sizes = model, sizes
+
+    def row_passes(self):
+        generator = torch.Generator().manual_seed(3)
+        ids = torch.randint(1, 11, (8, 4), generator=generator) * (torch.arange(4) < 1 + torch.arange(8)[:, None] % 4)
+        return [(functools.partial(self.losses, part), float(len(part))) for part in ids.split(self.sizes)]
+
+    def losses(self, ids):
+        logits = self.model(input_ids=ids, attention_mask=(ids != 0).long()).logits
+        return functional.cross_entropy(logits, ids[:, 0] % 3, reduction="none")
+
+
+@pytest.mark.parametrize("sizes", [1, 4, [5, 1, 2]])
+def test_micro_batches_equal_one_batch(sizes):
+    results = []
+    for parts in (8, sizes):
+        model, _ = problem("bert")
+        found = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.LayerNorm)]
+        layers, passes = [p for module in found for p in module.parameters()], Passes(model, parts)
+        optimizer = ActivityPerturbation(layers, model, lr=1e-2, num_directions=2)
+        losses = [optimizer.step(lambda: None, passes) for _ in range(3)]
+        results.append((losses, [p.detach().clone() for p in layers]))
+    torch.testing.assert_close(*results, rtol=1e-7, atol=1e-9)
+
+
+def test_rows_without_label_tokens_keep_their_place():
+    ids = torch.arange(1, 9)[:, None] + torch.arange(3)
+    labels = torch.where(torch.arange(8)[:, None] % 4 == 1, -100, ids)
+    results = []
+    for size in (8, 2, 1):
+        model = language_model()
+        layers = [p for name, p in model.named_parameters() if "wpe" not in name]
+        optimizer = ActivityPerturbation(layers, model, lr=1e-2)
+        batches = [{"input_ids": ids[i : i + size], "labels": labels[i : i + size]} for i in range(0, 8, size)]
+        full = model_loss(None, batches, True, None, functools.partial(language_row_losses, model))
+        evaluate = StepEvaluation(None, full, None, False)
+        results.append([optimizer.step(lambda: None, evaluate) for _ in range(3)])
+    for other in results[1:]:
+        assert results[0] == pytest.approx(other, rel=1e-9)
+
+
+def test_single_rows_are_examined_once(caplog):
+    model, _ = problem("bert")
+    optimizer = ActivityPerturbation(model.parameters(), model)
+    ids = IDS[:1]
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            optimizer.step(lambda: model(input_ids=ids).logits.square().sum(-1))
+    assert optimizer.evaluations == 1 + 3 * optimizer.evaluations_per_step() and optimizer.noise.by_rows is None
+    assert optimizer.step(lambda: model(input_ids=IDS).logits.square().sum(-1)) and optimizer.noise.by_rows
+
+
+def test_tensors_in_modules_that_return_tuples_only_are_refused():
+    model = torch.nn.LSTM(3, 4, batch_first=True)
+    with pytest.raises(InputError, match=r"noise on outputs can search none of 4 tensors .* or use SPSA"):
+        ActivityPerturbation(model.parameters(), model).step(lambda: model(torch.ones(2, 3, 3))[0].sum((1, 2)))
+
+
+def test_adam_counts_the_updates_of_each_tensor():
+    model = torch.nn.ModuleList([torch.nn.Linear(3, 1).double(), torch.nn.Linear(3, 1).double()])
+    optimizer = ActivityPerturbation(model.parameters(), model, lr=0.1)
+    start = model[1].weight.detach().clone()
+    for step in range(30):
+        used = model if step == 29 else model[:1]
+        optimizer.step(lambda used=used: sum(layer(torch.ones(2, 3).double()) for layer in used).sum(1))
+    # Adam's first step has the length of the learning rate
+    changes = (model[1].weight.detach() - start).abs()
+    torch.testing.assert_close(changes, torch.full_like(changes, 0.1), rtol=1e-5, atol=0)
+
+
+def test_a_copy_knows_its_own_parameters():
+    model, _ = problem("mixing")
+    first = copy.deepcopy((model, ActivityPerturbation(model.parameters(), model)))[1]
+    assert list(first.numbers) == [id(p) for p in first.searched] != [id(p) for p in model.parameters()]
+
+
+# --- the Trainer -----------------------------------------------------------------------------------------
+
+
+def test_a_language_model_with_a_loss_of_its_own_is_refused(tmp_path):
+    class OwnLMHeadModel(GPT2LMHeadModel):
+        def forward(self, input_ids, attention_mask=None, labels=None):
+            output = super().forward(input_ids, attention_mask=attention_mask, labels=labels)
+            output.loss = None if output.loss is None else output.loss + output.logits.square().mean()
+            return output
+
+    rows = [{"input_ids": row, "attention_mask": mask, "labels": row} for row, mask in zip(IDS, MASK, strict=True)]
+    arguments = GradientlessTrainingArguments(
+        str(tmp_path), search_method="activity", search_target="all", max_steps=1, report_to=[], use_cpu=True
+    )
+    GradientlessTrainer(GPT2LMHeadModel(LANGUAGE), arguments, train_dataset=rows).train()
+    with pytest.raises(InputError, match="search_method=activity needs the loss of each row, and this loss is known"):
+        GradientlessTrainer(OwnLMHeadModel(LANGUAGE), arguments, train_dataset=rows).train()
+
+
+def test_a_step_of_too_many_evaluations_and_a_trajectory_are_refused(tmp_path):
+    options = {"search_method": "activity", "search_directions": 9, "max_steps": 1}
+    with pytest.raises(InputError, match="would need 19 evaluations, more than max_evaluations_per_step=18"):
+        make(tmp_path, max_evaluations_per_step=18, **options).train()
+    trainer = make(tmp_path, max_evaluations_per_step=19, **options)
+    trainer.train()
+    with pytest.raises(InputError, match="a trajectory stores the slopes of an SPSA search, got ActivityPerturbation"):
+        save_trajectory(trainer.optimizer.optimizer, trainer.model, tmp_path)

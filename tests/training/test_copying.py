@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from hf_ft_ext import SPSA, DirectSearch, InputError, SignGD, SparseAdamW
+from hf_ft_ext import SPSA, ActivityPerturbation, DirectSearch, InputError, SignGD, SparseAdamW
 from hf_ft_ext.gradientless.optimizers.exchange import SharedData
 from hf_ft_ext.gradientless.optimizers.head_adam import HeadAdam
 from hf_ft_ext.sparse.basis import Basis
@@ -44,7 +44,7 @@ def sparse(fixed: bool = False, **options):
 
 def of(kind, **options):
     model = net()
-    rest = (model,) if kind is SPSA else ()
+    rest = (model,) if kind in (SPSA, ActivityPerturbation) else ()
     return model, kind(model.parameters(), *rest, **options)
 
 
@@ -54,6 +54,7 @@ MAKERS = {
     "pool": lambda: of(DirectSearch, lr=0.1, sampling_size=7, options="2x1", pool=True, antithetic=True, seed=3),
     "spsa": lambda: of(SPSA, lr=1e-2, num_directions=2, update="adam", seed=3),
     "spsa-momentum": lambda: of(SPSA, lr=1e-2, update="momentum", seed=3),
+    "activity": lambda: of(ActivityPerturbation, lr=1e-2, seed=3),
     "head-adam": lambda: of(HeadAdam, lr=1e-2),
     "signgd": lambda: of(SignGD, lr=1e-2, weight_decay=0.1),
     "sparse": sparse,
@@ -68,7 +69,8 @@ def train(model, optimizer, steps, scheduler=None):
         x = torch.randn(16, N, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
 
         def closure(x=x):
-            return (model(x).squeeze(-1) - x.sin().sum(-1)).square().mean()
+            losses = (model(x).squeeze(-1) - x.sin().sum(-1)).square()
+            return losses if isinstance(optimizer, ActivityPerturbation) else losses.mean()
 
         if hasattr(optimizer, "step_ahead"):
             optimizer.step(closure)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,9 @@ from hf_ft_ext.gradientless.optimizers.perturbation.watch import watched_reads
 
 logger = logging.getLogger(__name__)
 
-_SEED_OF_CHECK = 0  # not drawn: the check does not change the directions of the steps
+_SEED_OF_CHECK = 0  # not drawn: the checks do not change the directions of the steps
+_MOST_CHECKS = 32
+_TOLERANCE = 1e-6  # relative, between losses of rows without noise: rounding only
 # One micro-batch: a function that runs the model and returns the loss of each row `[rows]`, and the micro-batch's
 # weight in the mean over the step.
 RowPass = tuple[Callable[[], torch.Tensor], float]
@@ -38,9 +41,9 @@ class ActivityPerturbation(GradientEstimator):
     unknowns as output entries, not as weights. Where a row's output has no row of its own (experts that read some
     tokens), the mean slope of the rows is used.
 
-    `centred`: for linear layers with a bias and several positions per row, `G` is computed from `x_t - mean`. The
-    inputs of a layer have a large common part. It turns noise in `d` into a common shift of all outputs, which the
-    bias can learn as well. The mean part of `G` is left out.
+    `centred`: for linear layers with a searched bias and several positions per row, `G` is computed from
+    `x_t - mean`. The inputs of a layer have a large common part. It turns noise in `d` into a common shift of all
+    outputs, which the bias can learn as well. The mean part of `G` is left out.
 
     Layers other than linear ones are differentiated by themselves: `G` is the derivative of one module's output,
     times the estimate of `d`. Gradients of the whole model are never computed, and no activations are stored; the
@@ -61,8 +64,8 @@ class ActivityPerturbation(GradientEstimator):
         seed: of the private generator.
 
     Raises:
-        InputError: a value out of range; a parameter that `module` does not hold; in `step`: no loss for each row, or
-            a loss that is not finite.
+        InputError: a value out of range; a parameter that `module` does not hold; in `step`: no loss for each row,
+            a loss that is not finite, or no searched tensor that noise on outputs can search.
 
     Source: node perturbation (Werfel, Xie and Seung, NIPS 2003); activity perturbation (Ren et al., arXiv 2210.03310),
     there with forward gradients instead of losses.
@@ -89,6 +92,7 @@ class ActivityPerturbation(GradientEstimator):
             raise InputError(f"num_directions must be 1 or more, got {num_directions}")
         super().__init__(params, lr, update, momentum, betas, adam_eps, weight_decay, seed)
         self.num_directions, self.module = num_directions, module
+        self.examined = False
         self.noise = OutputNoise(module, self.numbers, eps, centred)
         held = {number for _, names in self.noise.holders for number in names.values()}
         if missing := sorted(set(range(len(self.searched))) - held):
@@ -122,7 +126,7 @@ class ActivityPerturbation(GradientEstimator):
         for losses_of, weight in passes:
             mean += weight / total * self._estimate(losses_of, seeds, weight / total, estimates)
         found = estimates.centred()
-        if self.steps == 1:
+        if self.steps == 1 and passes:
             self._report_left_out(found)
         self._update(found)
         return mean
@@ -131,12 +135,19 @@ class ActivityPerturbation(GradientEstimator):
         self, losses_of: Callable[[], torch.Tensor], seeds: Sequence[int], weight: float, into: Estimates
     ) -> float:
         """Add the estimates of one micro-batch to `into`; return its mean loss."""
-        if self.noise.by_rows is None:
-            self._find_rows(losses_of)
+        if not self.examined and weight:  # with weight 0, losses without labels would show nothing
+            self._examine(losses_of)
         differences, mean = [], 0.0
         for seed in seeds:
             with self.noise.added(seed, 1.0):
                 plus = self._row_losses(losses_of)
+            first_rows = len(plus) > 1 and self.noise.by_rows is None
+            first_padding = self.noise.hides and self.noise.masked is None
+            if weight and (first_rows or first_padding):
+                self._examine(losses_of)
+                with self.noise.added(seed, 1.0):
+                    plus = self._row_losses(losses_of)
+                self.evaluations += 1
             with self.noise.added(seed, -1.0):
                 minus = self._row_losses(losses_of)
             differences.append((plus - minus) / 2)
@@ -157,52 +168,82 @@ class ActivityPerturbation(GradientEstimator):
             )
         return losses.double()
 
-    def _find_rows(self, losses_of: Callable[[], torch.Tensor]) -> None:
-        """Find the modules whose outputs have the batch's rows, and whether these rows are independent.
+    def _examine(self, losses_of: Callable[[], torch.Tensor]) -> None:
+        """Find out with a first micro-batch of several rows, or with padding, what affects the loss of a row.
 
-        Noise on the first half of the rows has to leave the losses of the other rows as they are.
+        Sets `row_modules`, `by_rows` and `masked` of `noise`.
         """
-        sizes: dict[int, set[int]] = {}
-
-        def note(position: int) -> Callable:
-            def hook(module: nn.Module, args: Any, y: Any) -> None:
-                sizes.setdefault(position, set()).add(len(y) if isinstance(y, torch.Tensor) and y.ndim else 0)
-
-            return hook
-
-        users = {id(module): module for module, _ in self.noise.holders}
-        handles = [m.register_forward_hook(note(i)) for i, (m, _) in enumerate(self.noise.holders)]
-        try:
-            with watched_reads(self.module, users, self.numbers) as reads:
-                plain = self._row_losses(losses_of)
-        finally:
-            for handle in handles:
-                handle.remove()
+        noise = self.noise
+        users = {id(module): module for module, _ in noise.holders}
+        with noise.observed() as sizes, watched_reads(self.module, users, self.numbers) as reads:
+            plain = self._row_losses(losses_of)
         self.evaluations += 1
-        if elsewhere := reads.inside | reads.outside:
+        elsewhere = reads.inside | reads.outside
+        if elsewhere and not self.examined:
             logger.warning(
                 "%d searched tensors (the first of shape %s) are also read by other code than their module's forward; "
                 "the search ignores this part of their gradient",
                 len(elsewhere),
                 tuple(self.searched[min(elsewhere)].shape),
             )
-        rows = len(plain)
-        self.noise.row_modules = {position for position, found in sizes.items() if found == {rows}}
-        if rows < 2:  # found out with a later batch; until then the mean slope is that of the row
-            return
-        with self.noise.added(_SEED_OF_CHECK, 1.0, rows // 2):
-            perturbed = self._row_losses(losses_of)
-        self.evaluations += 1
-        tolerance = 1e-3 * float((perturbed - plain)[: rows // 2].abs().max())
-        self.noise.by_rows = bool(((perturbed - plain)[rows // 2 :].abs() <= tolerance).all())
-        if not self.noise.by_rows:
+        self.examined = True
+        if noise.by_rows is None:
+            noise.row_modules = {position for position, found in sizes.items() if found == {len(plain)}}
+            if len(plain) > 1:  # with one row, found out later; until then the mean slope is that of the row
+                self._find_rows(losses_of, plain)
+        if noise.hides and noise.masked is None:
+            with noise.added_to_hidden(_SEED_OF_CHECK) as hidden:
+                perturbed = self._row_losses(losses_of)
+            self.evaluations += 1
+            noise.masked = hidden if torch.equal(perturbed, plain) else set()
+
+    def _find_rows(self, losses_of: Callable[[], torch.Tensor], plain: torch.Tensor) -> None:
+        """Find the modules whose rows affect the loss of their own row only, among those with the batch's rows.
+
+        Noise of size 1 on the first half of the rows has to leave the losses of the other rows as they are. If it does
+        not, the modules are split until those that mix rows are found, or `_MOST_CHECKS` forward passes are used up.
+        """
+        noise, half, mixing, checks = self.noise, len(plain) // 2, set(), 0
+        groups = deque([sorted(noise.row_modules)])
+        while groups:
+            group = groups.popleft()
+            if checks == _MOST_CHECKS:
+                mixing.update(group)
+                continue
+            with noise.added_to_rows(_SEED_OF_CHECK, half, group):
+                change = (self._row_losses(losses_of) - plain).abs()
+            checks += 1
+            if bool((change <= _TOLERANCE * plain.abs())[half:].all()):
+                continue
+            if len(group) == 1:
+                mixing.update(group)
+            else:
+                groups.extend((group[: len(group) // 2], group[len(group) // 2 :]))
+        self.evaluations += checks
+        noise.by_rows = mixing != noise.row_modules or not mixing
+        if not noise.by_rows:
             logger.warning(
                 "the loss of a row depends on the other rows of the batch, so all rows share one slope; the estimates "
                 "have more variance"
             )
+        elif mixing:
+            noise.row_modules -= mixing
+            logger.warning(
+                "the outputs of %d of %d searched modules affect the losses of several rows, so all rows share one "
+                "slope there; these estimates have more variance",
+                len(mixing),
+                len(noise.holders),
+            )
 
     def _report_left_out(self, estimates: dict[int, torch.Tensor]) -> None:
-        if left := [number for number in range(len(self.searched)) if number not in estimates]:
+        left = [number for number in range(len(self.searched)) if number not in estimates]
+        if len(left) == len(self.searched):
+            raise InputError(
+                f"noise on outputs can search none of {len(left)} tensors (the first of shape "
+                f"{tuple(self.searched[0].shape)}): no forward pass reads them, or their module returns no single "
+                "tensor; search other tensors, or use SPSA"
+            )
+        if left:
             logger.warning(
                 "%d searched tensors (the first of shape %s) stay as they are: no forward pass reads them, or their "
                 "module returns no single tensor; leave them out, or use SPSA",
@@ -216,9 +257,12 @@ class ActivityPerturbation(GradientEstimator):
             "by_rows": self.noise.by_rows,
             "row_modules": sorted(self.noise.row_modules),
             "without_noise": sorted(self.noise.without_noise),
+            "masked": None if self.noise.masked is None else sorted(self.noise.masked),
+            "examined": self.examined,
         }
 
     def _load_own_state(self, state: dict) -> None:
         super()._load_own_state(state)
         self.noise.by_rows, self.noise.row_modules = state["by_rows"], set(state["row_modules"])
-        self.noise.without_noise = set(state["without_noise"])
+        self.noise.without_noise, self.examined = set(state["without_noise"]), state["examined"]
+        self.noise.masked = None if state["masked"] is None else set(state["masked"])

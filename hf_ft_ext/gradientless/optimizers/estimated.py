@@ -55,9 +55,14 @@ class GradientEstimator(GradientFreeOptimizer):
         self.rule = UpdateRule(update, momentum, betas, adam_eps, "buffer" if update in (MOMENTUM, ADAM) else None)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed)
         self.searched = [parameter for group in self.param_groups for parameter in group["params"]]
-        self.numbers = {id(parameter): i for i, parameter in enumerate(self.searched)}
         self.buffers: dict[int, tuple[torch.Tensor, ...]] = {}
+        self.updates: dict[int, int] = {}  # number of updates of each tensor
         self.rounding = Rounding(carry=False)
+
+    @property
+    def numbers(self) -> dict[int, int]:
+        """Number of each searched tensor, by its `id` (which is another one in a copy of the optimizer)."""
+        return {id(parameter): i for i, parameter in enumerate(self.searched)}
 
     def _update(self, estimates: dict[int, torch.Tensor]) -> None:
         """Update the tensors that have an estimate (by number; of the tensor's shape), in this step."""
@@ -77,16 +82,19 @@ class GradientEstimator(GradientFreeOptimizer):
                 exact = self.rounding.exact(parameter, number, everything)
                 if lr * decay:
                     exact.mul_(1 - lr * decay)
-                self.rule.apply(exact, estimate, lr, self.steps, self.buffers[number])
+                self.updates[number] = self.updates.get(number, 0) + 1
+                self.rule.apply(exact, estimate, lr, self.updates[number], self.buffers[number])
                 self.rounding.store(parameter, number, everything, exact, derived_seed(seed, number))
 
     def _own_state(self) -> dict:
         buffers = {i: list(found) for i, found in self.buffers.items()}
-        return {**super()._own_state(), "buffers": buffers, "carried": dict(self.rounding.kept)}
+        return {**super()._own_state(), "buffers": buffers, "carried": dict(self.rounding.kept),
+                "updates": dict(self.updates)}  # fmt: skip
 
     def _load_own_state(self, state: dict) -> None:
         super()._load_own_state(state)
         devices = [parameter.device for parameter in self.searched]
         self.buffers = {i: tuple(b.to(devices[i]).clone() for b in found) for i, found in state["buffers"].items()}
-        carried = state.get("carried", {})  # not in older checkpoints
+        carried = state.get("carried", {})  # not in older checkpoints, and there all tensors had all updates
+        self.updates = dict(state.get("updates", dict.fromkeys(self.buffers, self.steps)))
         self.rounding.kept = {i: kept.to(devices[i]).clone() for i, kept in carried.items()}

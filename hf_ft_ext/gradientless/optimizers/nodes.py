@@ -105,9 +105,10 @@ class NodePerturbation(GradientEstimator):
         self.evaluations += 1
         estimates: dict[int, torch.Tensor] = {}
         nodes = list(evaluate.nodes())
+        numbers = self.numbers
         following = [module for module, _, _ in nodes[1:]] + [None]
         for (module, x, out), successor in zip(nodes, following, strict=True):
-            weight, bias = self.numbers.get(id(module.weight)), self.numbers.get(id(module.bias))
+            weight, bias = numbers.get(id(module.weight)), numbers.get(id(module.bias))
             if weight is None and bias is None:
                 continue
             span = self._span(successor, out)

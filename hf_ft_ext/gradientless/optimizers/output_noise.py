@@ -2,25 +2,27 @@
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type, derived_seed
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type
 
 # Size of the noise; on 16-bit outputs, which round to 3 digits, larger, so that it is not lost.
 EPS, EPS_16_BITS = 1e-3, 2**-5
+_WORD = 2**64 - 1
 
 
 class OutputNoise:
     """Adds noise to the outputs of all modules that hold searched parameters, in forward passes of the model.
 
     The noise is uniform, with mean 0 and variance 1, and recomputed from seeds: for each module, each of its runs in
-    the forward pass, and each row of the step. Positions that a 2-dimensional `attention_mask` hides get none, so the
-    noise of a row depends neither on its padding nor on its micro-batch.
+    the forward pass, and each row of the step. Positions that a 2-dimensional `attention_mask` hides get none if they
+    do not affect the losses (see `masked`), so the noise of a row depends neither on its padding nor on its
+    micro-batch.
 
     Args:
         model: the model whose forward pass is perturbed.
@@ -33,11 +35,14 @@ class OutputNoise:
         by_rows: whether row `b` of each output affects the loss of row `b` of the batch only; `None` = not known yet.
         row_modules: positions in `holders` of the modules whose outputs have one row for each row of the batch.
         without_noise: positions of the modules whose output is not one floating-point tensor.
+        masked: positions of the modules whose hidden positions get no noise; `None` = not known yet, and none do.
+        hides: whether the `attention_mask` of the last forward pass hides positions.
         first_row: index, in the step, of the first row of the micro-batch.
     """
 
     def __init__(self, model: nn.Module, number_of: dict[int, int], eps: float | None, centred: bool):
         self.model, self.eps, self.centred = model, eps, centred
+        self._encoder_decoder = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
         self.holders: list[tuple[nn.Module, dict[str, int]]] = []
         for module in model.modules():
             names = {name: number_of[id(p)] for name, p in module._parameters.items() if id(p) in number_of}
@@ -46,30 +51,68 @@ class OutputNoise:
         self.by_rows: bool | None = None
         self.row_modules: set[int] = set()
         self.without_noise: set[int] = set()
+        self.masked: set[int] | None = None
+        self.mask: torch.Tensor | None = None
+        self.hides = False
         self.first_row = 0
         self._inside = False  # of a module's second forward, which has no noise
+        self._given: dict[int, tuple[tuple, dict]] = {}  # inputs of modules with hooks, before these
 
     @contextlib.contextmanager
-    def added(self, seed: int, sign: float, rows: int | None = None) -> Iterator[None]:
-        """Within this context, outputs are `y + sign eps z`, with the noise `z` of this seed.
+    def observed(self) -> Iterator[dict[int, set[int]]]:
+        """Within this context, collect the numbers of rows of each module's outputs; 0 = not a tensor with rows."""
+        sizes: dict[int, set[int]] = {}
 
-        Args:
-            rows: number of rows, from the first, that get noise, in the outputs that have rows; `None` = all outputs.
-        """
+        def note(position: int, module: nn.Module, args: tuple, kwargs: dict, y: Any, run: int) -> None:
+            sizes.setdefault(position, set()).add(len(y) if isinstance(y, torch.Tensor) and y.ndim else 0)
+
+        with self._hooked(note):
+            yield sizes
+
+    @contextlib.contextmanager
+    def added(self, seed: int, sign: float) -> Iterator[None]:
+        """Within this context, outputs are `y + sign eps z`, with the noise `z` of this seed."""
 
         def add(position: int, module: nn.Module, args: tuple, kwargs: dict, y: Any, run: int) -> Any:
-            if not isinstance(y, torch.Tensor) or not y.is_floating_point():
+            if not _is_noisy(y):
                 self.without_noise.add(position)
                 return None
-            if rows is not None and position not in self.row_modules:
-                return None
             z = self._draws(seed, position, run, y)
-            if rows is not None:
-                z[rows:] = 0
             return (y + sign * self._eps_of(y) * z).to(y.dtype)
 
         with self._hooked(add):
             yield
+
+    @contextlib.contextmanager
+    def added_to_rows(self, seed: int, rows: int, positions: Collection[int]) -> Iterator[None]:
+        """Within this context, the first `rows` rows of the outputs of these modules have noise of size 1."""
+
+        def add(position: int, module: nn.Module, args: tuple, kwargs: dict, y: Any, run: int) -> Any:
+            if position not in positions or not _is_noisy(y):
+                return None
+            z = self._draws(seed, position, run, y)
+            z[rows:] = 0
+            return y + z
+
+        with self._hooked(add):
+            yield
+
+    @contextlib.contextmanager
+    def added_to_hidden(self, seed: int) -> Iterator[set[int]]:
+        """Within this context, only positions that the mask hides have noise, of size 1; return modules with some."""
+        found: set[int] = set()
+
+        def add(position: int, module: nn.Module, args: tuple, kwargs: dict, y: Any, run: int) -> Any:
+            real = self._real_positions(y) if _is_noisy(y) and position in self.row_modules else None
+            if real is None:
+                return None
+            found.add(position)
+            generator = torch.Generator(y.device).manual_seed(_mixed(seed, position, run))
+            z = _uniform(y.shape, generator, y).masked_fill_(real[..., None], 0)
+            return y + z
+
+        with self._hooked(add):
+            yield found
 
     @contextlib.contextmanager
     def estimating(
@@ -87,30 +130,43 @@ class OutputNoise:
             weight: factor of the gradients: the micro-batch's share of the step.
         """
         rows = differences.shape[1]
+        others: set[int] = set()  # modules that had as many rows as the batch by chance
 
         def estimate(position: int, module: nn.Module, args: tuple, kwargs: dict, y: Any, run: int) -> None:
             if position in self.without_noise:
                 return
             if position in self.row_modules and len(y) != rows:
-                self.row_modules.discard(position)  # it had as many rows as the batch by chance
+                others.add(position)
             d = torch.zeros(y.shape, dtype=compute_type(y.dtype), device=y.device)
             for seed, half in zip(seeds, differences.to(d), strict=True):
-                separate = self.by_rows and position in self.row_modules
+                separate = self.by_rows and position in self.row_modules and len(y) == rows
                 w = half.view(-1, *[1] * (y.ndim - 1)) / rows if separate else half.mean()
                 d += w * (weight / len(seeds) / self._eps_of(y)) * self._draws(seed, position, run, y).to(d.dtype)
             self._add_gradients(position, module, args, kwargs, d, into)
 
         with self._hooked(estimate):
             yield
+        self.row_modules -= others  # not before: the noise of this step was drawn by rows
 
     @contextlib.contextmanager
     def _hooked(self, hook: Callable) -> Iterator[None]:
         runs: Counter[int] = Counter()
-        self.mask: torch.Tensor | None = None
 
         def begin(model: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self._inside:
+                return
             mask = kwargs.get("attention_mask")
-            self.mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+            # of an encoder-decoder, it is the mask of the encoder only
+            usable = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not self._encoder_decoder
+            self.mask = mask if usable else None
+            self.hides = usable and not bool((mask != 0).all())
+
+        def before(position: int) -> Callable:
+            def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:
+                if not self._inside:
+                    self._given[position] = args, kwargs
+
+            return keep
 
         def after(position: int) -> Callable:
             def run_hook(module: nn.Module, args: tuple, kwargs: dict, y: Any) -> Any:
@@ -123,23 +179,27 @@ class OutputNoise:
 
         handles = [self.model.register_forward_pre_hook(begin, with_kwargs=True)]
         for position, (module, _) in enumerate(self.holders):
+            if module._forward_pre_hooks or module._forward_hooks:
+                handles.append(module.register_forward_pre_hook(before(position), prepend=True, with_kwargs=True))
             handles.append(module.register_forward_hook(after(position), with_kwargs=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            self._given.clear()
+            self.mask = None
 
     def _draws(self, seed: int, position: int, run: int, y: torch.Tensor) -> torch.Tensor:
         """The noise of an output, of its shape and type."""
-        own = derived_seed(seed, position, run)
+        own = _mixed(seed, position, run)
         generator = torch.Generator(y.device)
         z = torch.zeros_like(y)
         if position not in self.row_modules:  # one draw for all rows of the step
             return _uniform(z.shape, generator.manual_seed(own), y)
-        real = self._real_positions(y)
+        real = self._real_positions(y) if position in (self.masked or ()) else None
         for b in range(len(y)):
-            generator.manual_seed(derived_seed(own, self.first_row + b))
+            generator.manual_seed(_mixed(own, self.first_row + b))
             if real is None:
                 z[b] = _uniform(y.shape[1:], generator, y)
             else:
@@ -162,9 +222,11 @@ class OutputNoise:
     ) -> None:
         """Add the gradients of the module's searched parameters, for the gradient `d` of its output."""
         names = self.holders[position][1]
+        changed = position in self._given or "forward" in vars(module) or not {"weight", "bias"} >= names.keys()
         linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
         turned = isinstance(module, Conv1D) and type(module).forward is Conv1D.forward  # weight [in, out]
-        if not linear and not turned:
+        if changed or not (linear or turned):
+            args, kwargs = self._given.get(position, (args, kwargs))  # the module's hooks run again
             for name, found in self._by_autograd(module, names, args, kwargs, d).items():
                 into.add(names[name], found)
             return
@@ -174,8 +236,8 @@ class OutputNoise:
             into.add(names["bias"], flat_d.sum(0))  # sum_t d_t
         if "weight" in names:  # sum_t d_t x_t^T
             into.add(names["weight"], flat_x.t() @ flat_d if turned else flat_d.t() @ flat_x)
-            if self.centred and module.bias is not None and x.ndim > 2:
-                real = self._real_positions(x)
+            if self.centred and "bias" in names and x.ndim > 2:
+                real = self._real_positions(x) if position in (self.masked or ()) else None
                 seen = flat_x if real is None else x[real]
                 into.add_means(names["weight"], position, flat_d.sum(0), seen.sum(0), len(seen), turned)
 
@@ -191,7 +253,8 @@ class OutputNoise:
                 found = torch.autograd.grad(y, list(own.values()), d.to(y.dtype), allow_unused=True)
         finally:
             self._inside = False
-        return {name: one.to(d.dtype) for name, one in zip(own, found, strict=True) if one is not None}
+        gradients = {name: one for name, one in zip(own, found, strict=True) if one is not None}
+        return {name: (one.to_dense() if one.is_sparse else one).to(d.dtype) for name, one in gradients.items()}
 
 
 class Estimates:
@@ -225,3 +288,21 @@ def _uniform(shape: Sequence[int], generator: torch.Generator, like: torch.Tenso
     """Uniform in [-sqrt(3), sqrt(3)]: variance 1. The first numbers do not depend on how many are drawn."""
     dtype = compute_type(like.dtype)
     return ((torch.rand(shape, generator=generator, dtype=dtype, device=like.device) - 0.5) * 12**0.5).to(like.dtype)
+
+
+def _is_noisy(y: Any) -> bool:
+    return isinstance(y, torch.Tensor) and y.is_floating_point()
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed of these numbers, in their order (SplitMix64).
+
+    A sum of multiples (`derived_seed`) would give row 1 of a module the seed of row 0 of the next one.
+    """
+    state = 0
+    for number in numbers:
+        state = (state ^ number) + 0x9E3779B97F4A7C15 & _WORD
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _WORD
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _WORD
+        state ^= state >> 31
+    return state >> 2

@@ -1,6 +1,7 @@
 """The objective of one step by forward passes of the whole model."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,15 @@ class FullObjective:
     value: Callable[[], torch.Tensor]
     repeated: Callable[[int], torch.Tensor] | None = None
     row_passes: Sequence[tuple[Callable[[], torch.Tensor], float]] | None = None
+
+    def rows_give_mean(self) -> bool:
+        """Whether `value` is the mean of the losses that `row_passes` return (a model may add terms to its loss)."""
+        with torch.no_grad():
+            means = [(losses().mean(), weight) for losses, weight in self.row_passes]
+            value = self.value()
+        mean = sum(float(mean) * weight for mean, weight in means) / sum(weight for _, weight in means)
+        rtol = 1e-4 if value.dtype.itemsize > 2 else 3e-2
+        return not math.isfinite(float(value)) or math.isclose(mean, float(value), rel_tol=rtol, abs_tol=1e-6)
 
 
 def rows_of(batch: Batch) -> int:
@@ -131,11 +141,10 @@ def model_loss(
 
         return mean(losses)
 
-    passes = None
-    if of_rows is not None:
-        passes = [
-            (functools.partial(of_rows, _inputs(batch), batch["labels"]), float(count)) for batch, count in counted
-        ]
+    passes = None  # micro-batches without label tokens keep their place, with weight 0
+    if of_rows is not None and all("labels" in batch and "shift_labels" not in batch for batch in batches):
+        losses = [functools.partial(of_rows, _inputs(batch), batch["labels"]) for batch in batches]
+        passes = list(zip(losses, map(float, counts), strict=True)) if counted else []
     return FullObjective(lambda: mean(compute), None if losses_of is None else repeated, passes)
 
 
