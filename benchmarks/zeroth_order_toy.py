@@ -66,7 +66,9 @@ PROBLEMS = {"quadratic": Quadratic, "logistic": Logistic}
 RULES = {
     "sgd": {}, "sign": {"update": "sign"}, "sign-rademacher": {"update": "sign", "direction": "rademacher"},
     "sign-8": {"update": "sign", "num_directions": 8},
+    "sign-16-one-sided": {"update": "sign", "num_directions": 16, "estimate": "one-sided"},
     "conservative-8": {"update": "conservative", "num_directions": 8},
+    "conservative-8-one-sided": {"update": "conservative", "num_directions": 8, "estimate": "one-sided"},
     "momentum": {"update": "momentum", "moments": "buffer"},
     "adam": {"update": "adam", "betas": (0.9, 0.99)}, "rms": {"update": "rms"},
     "conservative": {"update": "conservative"}, "rademacher": {"direction": "rademacher"},
