@@ -89,7 +89,7 @@ def check_row_labels(labels: torch.Tensor, classes: int, problem_type: str | Non
         soft: whether several labels per row may be anything from 0 to 1.
 
     Raises:
-        InputError: a label that is no class id, neither 0 nor 1, or not finite.
+        InputError: a label that is not a class id (with several labels per row: not 0 or 1), or not finite.
     """
     several = problem_type is None and labels.is_floating_point() and labels.ndim == 2 and classes > 1
     if problem_type == "regression" or (problem_type is None and classes == 1):

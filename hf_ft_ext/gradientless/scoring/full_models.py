@@ -29,7 +29,7 @@ class FullObjective:
             all inputs (the whole batch, then the whole batch again), in one forward pass per micro-batch; `None` if
             that is not supported.
         row_passes: for each micro-batch a function that returns the loss of each row, `[rows]`, and the micro-batch's
-            weight in the mean; `None` if there is no loss for each row.
+            weight in the mean; `None` if the loss is known for whole batches only.
     """
 
     value: Callable[[], torch.Tensor]

@@ -75,7 +75,8 @@ def check_labels(config: Any, *labels: torch.Tensor) -> None:
     """Refuse labels of rows that do not fit a classifier with this configuration.
 
     Raises:
-        InputError: a label has another shape, or is no class id, neither 0 nor 1, or not finite.
+        InputError: a label has another shape, is not a class id (with several labels per row: not 0 or 1), or is not
+            finite.
     """
     classes, problem = config.num_labels, config.problem_type
     regression = problem == "regression" or (problem is None and classes == 1)
