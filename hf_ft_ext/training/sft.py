@@ -139,9 +139,7 @@ def _fused_head_fits(base: Any, routers: bool) -> bool:
         more = {_ROUTERS: True} if routers else {}
         try:
             found = base.forward(input_ids=ids, labels=ids, fused_lm_head=True, use_cache=False, **more)
-        except (
-            AttributeError
-        ):  # trl looks for experts or hidden states under one name, GraniteMoe and Llama 4 have others
+        except AttributeError:  # trl looks for experts and hidden states under names that GraniteMoe and Llama 4 lack
             return False
     tolerance = 5e-5 if base.dtype == torch.float32 else 0.1  # of the largest log probability
     difference = (found.log_probs.float() - wanted).abs().max()
