@@ -25,6 +25,9 @@ their share of the threads. Runs that are there already (with the same command) 
 study continues; a run that fails is named and left out. `table.md` in the output folder and the result file
 (`--result`, see `results.py`) are written after every run: the study can be stopped at any time. Weights are deleted
 once a run is recorded. What follows `--` goes to `run_glue.py` as it is.
+
+`--known NAME` goes on with a study whose output folder is gone: the rates that stand in result file `NAME` count as
+tried, and the seeds as run. The settings have to be those of that file's commands.
 """
 
 import argparse
@@ -60,6 +63,8 @@ class Variant:
         report: key of the metric of the table.
         tried: record by rate, of the runs that the rate is chosen by; with `--few_shot` by (rate, seed).
         records: record by seed.
+        known: by quantity and seed, what an earlier part of the study measured (`--known`).
+        known_tries: score by rate, of an earlier part.
         failed: what failed, as the launcher said it.
     """
 
@@ -72,6 +77,8 @@ class Variant:
     report: str
     tried: dict = field(default_factory=dict)
     records: dict[int, dict] = field(default_factory=dict)
+    known: dict[str, dict[int, float]] = field(default_factory=dict)
+    known_tries: dict[str | None, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
     def best(self, seed: int | None = None) -> str | None:
@@ -79,11 +86,21 @@ class Variant:
 
         def quality(rate: str | None) -> tuple[float, float]:
             record = self.tried.get(rate if seed is None else (rate, seed))
-            if record is None:
-                return float("-inf"), 0.0
+            if record is None:  # known scores have no loss, and are not those of a seed
+                return (self.known_tries.get(rate, float("-inf")) if seed is None else float("-inf")), 0.0
             return record["metrics"][self.score], -record["metrics"]["eval_loss"]
 
         return max(self.rates, key=quality)
+
+    def read_known(self, rows: list[dict]) -> None:
+        """Take what result file rows say about this variant."""
+        for row in rows:
+            if (row.get("task"), row.get("variant")) != (self.task, self.name):
+                continue
+            if row["quantity"] == "tuning score":
+                self.known_tries[row["rate"]] = row["value"]
+            else:
+                self.known[row["quantity"]] = dict(zip(row["seeds"], row["values"], strict=True))
 
 
 @dataclass(frozen=True)
@@ -129,10 +146,13 @@ def stages(variants: list[Variant], args: argparse.Namespace, passed_on: list[st
         for variant in variants
         if len(variant.rates) > 1  # nothing to choose from one
         for rate in variant.rates
+        if rate not in variant.known_tries
     ]
     for seed in args.seeds:
         jobs = []
         for variant in variants:
+            if seed in variant.known.get("score", {}):
+                continue
             best = variant.best()
             same = "max_steps" in variant.settings or tune == whole
             if same and seed == args.seeds[0] and best in variant.tried:
@@ -210,7 +230,7 @@ def write(variants: list[Variant], args: argparse.Namespace) -> None:
 
 def quantities(variant: Variant) -> dict[str, dict[int, float]]:
     """By quantity and seed: the score, seconds and peak memory (every preparation included), parameters, bytes."""
-    found: dict[str, dict[int, float]] = {}
+    found = {quantity: dict(values) for quantity, values in variant.known.items()}
     for seed, record in sorted(variant.records.items()):
         values = {
             "score": record["metrics"][variant.report],
@@ -249,7 +269,7 @@ def table(variants: list[Variant]) -> str:
             "| variant | score | lr (tried) | seconds | preparation s | peak MiB | trained | saved MB | seeds |",
             "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
-        lines += [f"| {' | '.join(_cells(variant))} |" for variant in mine if variant.records]
+        lines += [f"| {' | '.join(_cells(variant))} |" for variant in mine if quantities(variant)]
         lines += ["", *(f"failed: {text}" for variant in mine for text in variant.failed), ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -265,15 +285,13 @@ def _cells(variant: Variant) -> list[str]:
         return f"{statistics.mean(values):,.{digits}f}{deviation}"
 
     by_seed = any(isinstance(key, tuple) for key in variant.tried)
-    tried = ", ".join(
-        f"{rate}: {record['metrics'][variant.score]:.3f}"
-        for rate, record in ({} if by_seed else variant.tried).items()
-    )
+    scores = {rate: record["metrics"][variant.score] for rate, record in ({} if by_seed else variant.tried).items()}
+    tried = ", ".join(f"{rate}: {score:.3f}" for rate, score in (variant.known_tries | scores).items())
     rate = "by seed" if by_seed and len(variant.rates) > 1 else variant.best() or "-"
     return [
         variant.name, spread("score", 4), f"{rate} ({tried})" if tried else rate, spread("seconds", 1),
         spread("preparation seconds", 1), spread("peak MiB", 0), spread("trained parameters", 0),
-        spread("saved MB", 1), str(len(variant.records)),
+        spread("saved MB", 1), str(len(found.get("score", {}))),
     ]  # fmt: skip
 
 
@@ -308,7 +326,9 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
             settings = {key: value for key, value in settings.items() if value is not None}
             rates = settings.pop("learning_rate", [None])
             rates = rates if isinstance(rates, list) else [rates]
-            found.append(Variant(name, task, settings, rates, folder, score, report))
+            variant = Variant(name, task, settings, rates, folder, score, report)
+            variant.read_known(results.read(args.known) if args.known else [])
+            found.append(variant)
     return found
 
 
@@ -328,6 +348,7 @@ def main() -> None:
     parser.add_argument("--report", metavar="METRIC", help="metric of the table; none = the one that chose the rate")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all runs together")
+    parser.add_argument("--known", metavar="NAME", help="result file with an earlier part of this study")
     parser.add_argument("--result", metavar="NAME", help="result file to write to, results/NAME.json")
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
