@@ -14,7 +14,7 @@ import numpy as np
 from transformers import EvalPrediction
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics.outputs import MULTI_LABEL, REGRESSION, Outputs, probabilities
+from hf_ft_ext.metrics.outputs import CLASSIFICATION, MULTI_LABEL, REGRESSION, Outputs, probabilities
 
 External = Callable[[Outputs], dict[str, float]]
 
@@ -59,9 +59,10 @@ def user_metric(name: str) -> External:
 
 def function_metric(function: Callable, name: str | None = None) -> External:
     """As `user_metric`, for the function itself."""
-    name = name or getattr(function, "__name__", type(function).__name__)
-    wanted = _wanted(function, name)
-    key = getattr(function, "__name__", name.rpartition(":")[2])
+    own_name: str = getattr(function, "__name__", type(function).__name__)
+    shown = name or own_name
+    wanted = _wanted(function, shown)
+    key = getattr(function, "__name__", shown.rpartition(":")[2])
 
     def compute(outputs: Outputs) -> dict[str, float]:
         outputs = _with_valid_predictions(outputs)
@@ -69,7 +70,7 @@ def function_metric(function: Callable, name: str | None = None) -> External:
             result = function(EvalPrediction(predictions=outputs.logits, label_ids=outputs.references))
         else:
             result = function(**{parameter: _PARAMETERS[parameter](outputs) for parameter in wanted})
-        return _numbers(result, name, key)
+        return _numbers(result, shown, key)
 
     return compute
 
@@ -128,6 +129,7 @@ def _module(name: str) -> Any:
         return importlib.import_module(name)
     path = Path(name).expanduser()
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # known for every .py file, whether it exists or not
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -168,7 +170,7 @@ def _scores(outputs: Outputs) -> np.ndarray | None:
 def _with_valid_predictions(outputs: Outputs) -> Outputs:
     """Give rows without a prediction (-1) a wrong class, as other libraries do not support class -1."""
     missing = outputs.predictions == -1
-    if outputs.margins is None or outputs.problem_type == MULTI_LABEL or not missing.any():
+    if outputs.problem_type != CLASSIFICATION or not missing.any():
         return outputs
     predictions = outputs.predictions.copy()
     predictions[missing] = (outputs.references[missing] + 1) % outputs.margins.shape[1]

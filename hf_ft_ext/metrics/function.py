@@ -154,6 +154,8 @@ class MetricFunction:
         )
         if labels is None:
             raise InputError("this data has no labels, so it cannot be evaluated; only predict on it")
+        if logits is None:
+            raise InputError("the model returned no predictions, so there is nothing to score; pass its logits")
         outputs = self._outputs(logits, labels)
         scores: dict[str, float] = {}
         for name in self.names:

@@ -27,8 +27,8 @@ class Outputs:
         predictions: class ids `[rows]` (-1 if the logits contain a NaN), 0 and 1 `[rows, labels]`, or numbers
             `[rows]`.
         references: the true values in the same form.
-        margins: log-odds of each class or label, `[rows, classes]`, NaN for rows with a NaN logit; `None` for
-            regression.
+        margins: log-odds of each class or label, `[rows, classes]`, NaN for rows with a NaN logit; a regression has
+            no classes.
         logits: logits of the model.
         positive: id of the positive class, if known.
         names: names of the classes by id, if known.
@@ -37,7 +37,7 @@ class Outputs:
     problem_type: str
     predictions: np.ndarray
     references: np.ndarray
-    margins: np.ndarray | None
+    margins: np.ndarray
     logits: np.ndarray
     positive: int | None = None
     names: tuple[str, ...] | None = None
@@ -113,7 +113,7 @@ def make_outputs(
         if logits.size != labels.size:
             raise InputError(f"metric '{name}' needs one score per row, but got logits of shape {logits.shape}")
         predicted, truth = (part.reshape(-1).astype(np.float64) for part in (logits, labels))
-        return Outputs(problem_type, predicted, truth, None, logits)
+        return Outputs(problem_type, predicted, truth, np.empty((truth.size, 0)), logits)
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise InputError(f"metric '{name}' needs logits [rows, classes], but got shape {logits.shape}")
     if names is not None and len(names) != logits.shape[1]:

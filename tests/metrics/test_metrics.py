@@ -166,6 +166,8 @@ def test_rows_with_nan_logits_count_as_wrong():
 def test_trainer_function_rejects_other_shapes():
     with pytest.raises(InputError, match="has no labels"):
         metric_function("accuracy")(EvalPrediction(predictions=np.zeros((2, 2)), label_ids=None))
+    with pytest.raises(InputError, match="the model returned no predictions, so there is nothing to score; pass its"):
+        metric_function("accuracy")(EvalPrediction(predictions=None, label_ids=np.zeros(2)))
     with pytest.raises(InputError, match=r"needs logits \[rows, classes\].*\(2, 1\)"):
         metric_function("accuracy")(EvalPrediction(predictions=np.zeros((2, 1)), label_ids=np.zeros(2)))
     with pytest.raises(InputError, match=r"one score per row.*\(2, 2\)"):
