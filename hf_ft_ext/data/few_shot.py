@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from hf_ft_ext.data.origins import Origins, SplitOrigin
 from hf_ft_ext.data.task_data import LABEL, TaskData
@@ -57,15 +57,25 @@ def few_shot_data(
             f"num_k={k} draws rows of each class, but rows with several labels belong to several classes; pass a file "
             "with the rows to train on, or max_train_samples"
         )
-    if data.train is None:
+    train = data.train
+    if train is None:
         raise InputError(
             f"num_k={k}: few-shot rows are drawn from a training split, and {data.task.name!r} has none here; pass "
             "one, such as --train_file with the file of another split"
         )
+    if isinstance(train, IterableDataset):
+        raise InputError(
+            f"num_k={k} draws from all training rows, which a stream does not hold; load the data without streaming"
+        )
+    if LABEL not in train.column_names:
+        raise InputError(
+            f"num_k={k} draws rows of each class, but the training rows of {data.task.name!r} have no column "
+            f"{LABEL!r}; pass labelled data"
+        )
     seed = DEFAULT_SEED if seed is None else seed
     if data.problem_type == REGRESSION:  # use the scale of all rows, not of the drawn ones
         data = replace(data, task=replace(data.task, bounds=label_bounds(data)))
-    labels = np.asarray(data.train[LABEL][:])
+    labels = np.asarray(train[LABEL][:])
     order = draw_order(range(len(labels)), seed)
     parts_of_train, parts_of_dev = [], []
     wanted = k * _EVALUATION_ROWS[split]
@@ -75,25 +85,24 @@ def few_shot_data(
             _report_small_class(name, len(rows), k, wanted, allow_small_classes)
         parts_of_train.append(rows[:k])
         parts_of_dev.append(rows[k : k + wanted])
-    train, dev = (_in_order(order, parts) for parts in (parts_of_train, parts_of_dev))
-    if not len(dev):
+    in_train, in_dev = (_in_order(order, parts) for parts in (parts_of_train, parts_of_dev))
+    if not len(in_dev):
         logger.warning("num_k=%d uses every row for training: none is left to evaluate on", k)
     test = _test_splits(data)
     if split == "k-shot-1k-test":
         test = {name: rows.select(draw_order(range(len(rows)), _TEST_SEED)[:TEST_ROWS]) for name, rows in test.items()}
     return replace(
         data,
-        train=data.train.select(train),
-        validation={"dev": data.train.select(dev)} if len(dev) else {},
+        train=train.select(in_train),
+        validation={"dev": train.select(in_dev)} if len(in_dev) else {},
         test=test,
-        origins=_origins(data, k, wanted, seed, test),
+        origins=_origins(data, len(labels), k, wanted, seed, test),
     )
 
 
-def _origins(data: TaskData, k: int, wanted: int, seed: int, test: dict[str, Dataset]) -> Origins:
+def _origins(data: TaskData, rows: int, k: int, wanted: int, seed: int, test: dict[str, Dataset]) -> Origins:
     """Return the origins of the k-shot splits: train and dev from the training split, the test from its own split."""
     kind = "of each half of the scale" if data.problem_type == REGRESSION else "of each class"
-    rows = len(data.train)
     origins: Origins = {
         (role, name): SplitOrigin("train", count, rows, f"{count} rows {kind}, data_seed {seed}")
         for role, name, count in (("train", "train", k), ("validation", "dev", wanted))
@@ -122,8 +131,13 @@ def label_bounds(data: TaskData) -> tuple[float, float]:
     if data.task.bounds is not None:
         return data.task.bounds
     source = data.train if data.train is not None else next(iter(data.validation.values()), None)
+    if isinstance(source, IterableDataset):
+        raise InputError(
+            f"the scale of {data.task.name!r} is unknown: it is that of all training labels, which a stream does not "
+            "hold; leave --streaming out"
+        )
     column = next((name for name in (LABEL, "labels") if source is not None and name in source.column_names), None)
-    if column is None:
+    if source is None or column is None:
         raise InputError(f"the scale of {data.task.name!r} is unknown without training labels; pass a training split")
     labels = np.asarray(source[column][:], dtype=np.float64)
     low, high = float(labels.min()), float(labels.max())
@@ -136,7 +150,7 @@ def label_bounds(data: TaskData) -> tuple[float, float]:
 
 def _classes(data: TaskData, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Return which rows belong to each class: a mask `[rows]` by class name."""
-    if data.problem_type != REGRESSION:
+    if data.label_names is not None:
         return {name: labels == i for i, name in enumerate(data.label_names)}
     low, high = label_bounds(data)
     middle = (low + high) / 2

@@ -6,13 +6,12 @@ import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
 from hf_ft_ext.arguments import STRATIFIED, DataArguments
-from hf_ft_ext.data.origins import Origins, final_origins, whole_splits
+from hf_ft_ext.data.origins import Origins, final_origins, own_data_name, whole_splits
 from hf_ft_ext.data.samples import check_sampling, draw_text, sampled
 from hf_ft_ext.data.sources import open_as_stored, open_source
 from hf_ft_ext.data.splits import find_roles
@@ -186,7 +185,7 @@ def load_language_data(
     opened = _open(data_args, known if task is not None or own_files else None, cache_dir, token)
     roles = find_roles(opened, known, data_args)
     splits: dict[str, dict[str, Dataset]] = {"train": {}, "validation": {}, "test": {}}
-    form = None
+    form: Form | None = None
     for role, name, rows in roles:
         rows = rows if task is None else task.prepare(rows)
         if role == "test":
@@ -197,6 +196,7 @@ def load_language_data(
         form = found
         _check_rows(name, rows, form, answers=role != "test")
         splits[role][name] = rows
+    assert form is not None  # `find_roles` returns at least one split
     data = LanguageData(known, form, splits["train"].get("train"), splits["validation"], splits["test"])
     data.origins = whole_splits(data)
     if data.train is not None:
@@ -210,15 +210,15 @@ def load_language_data(
 
 def _known_task(data_args: DataArguments, task: LanguageTask | None) -> Task:
     file = data_args.train_file or data_args.validation_file or data_args.test_file
-    if task is not None:
+    name = own_data_name(data_args)
+    hub_id = config = None
+    if task is not None and data_args.task_name is not None:
         name, hub_id, config = data_args.task_name, task.hub_id, task.hub_config
     elif not file and data_args.dataset_name is None:
         raise InputError(
             "language modelling needs data: pass --train_file, --dataset_name, or --task_name "
             f"({', '.join(LANGUAGE_TASKS)})"
         )
-    else:
-        name, hub_id, config = Path(file).stem if file else Path(data_args.dataset_name).name, None, None
     # these columns of csv files are text also where they look like numbers
     columns = (_COLUMNS[Form.TEXT], _COLUMNS[Form.PROMPT])
     return Task(name, columns, None, hub_id=hub_id, hub_config=config, metric="perplexity")

@@ -4,7 +4,6 @@ import logging
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from hf_ft_ext.data import labels as lb
 from hf_ft_ext.data import multi_label as ml
 from hf_ft_ext.data.few_shot import few_shot_data, validation_is_test
 from hf_ft_ext.data.files.own_files import USUAL_TEXT
-from hf_ft_ext.data.origins import final_origins, whole_splits
+from hf_ft_ext.data.origins import final_origins, own_data_name, whole_splits
 from hf_ft_ext.data.samples import check_sampling, draw_text, sampled
 from hf_ft_ext.data.sources import open_source
 from hf_ft_ext.data.splits import find_roles
@@ -122,8 +121,8 @@ def load_data(
     else:
         raws = [_labels_of(role, name, data, label_column) for role, name, data in roles]
         labelled = [raw for raw in raws if raw is not None]
-        for raw in labelled:
-            lb.check_spelling(raw, data_args.problem_type)
+        for found in labelled:
+            lb.check_spelling(found, data_args.problem_type)
         kind = lb.problem_type(labelled, task, data_args.problem_type)
         names, columns = _convert(labelled, kind, task)
         feature = ClassLabel(names=names) if names else Value("float32")
@@ -138,6 +137,7 @@ def load_data(
     if stream is not None:
         if data_args.max_train_samples is not None:
             stream = stream.take(data_args.max_train_samples)
+        assert label_column is not None  # `_find_label` refuses a training split without labels
         train = usable_rows(stream, text_columns, label_column, roles[0][2].features[label_column], feature, task)
     data = TaskData(
         task=task or _own_task(data_args, text_columns, label_columns, names, kind, metric),
@@ -333,9 +333,8 @@ def _positive_label(data_args: DataArguments, task: Task | None, names, kind: st
 
 
 def _own_task(data_args: DataArguments, text_columns, label_columns, names, kind: str, metric) -> Task:
-    file = data_args.train_file or data_args.validation_file or data_args.test_file
     return Task(
-        name=Path(file).stem if file else Path(data_args.dataset_name).name,
+        name=own_data_name(data_args),
         text_columns=(text_columns,),
         label_names=tuple(names) if names else None,
         label_columns=tuple(label_columns),

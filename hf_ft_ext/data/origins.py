@@ -111,14 +111,21 @@ def data_source(data_args: DataArguments, task: Task) -> dict[str, Any]:
     options = ("train_file", "validation_file", "test_file")
     files = {option: getattr(data_args, option) for option in options if getattr(data_args, option)}
     name = data_args.dataset_name or (None if files else task.hub_id)
-    local = name is not None and Path(name).expanduser().is_dir()
+    path = None if name is None else Path(name).expanduser()
+    folder = path if path is not None and path.is_dir() else None
     return {
-        "hub_id": None if local else name,
+        "hub_id": name if folder is None else None,
         "config": data_args.dataset_config_name or (None if data_args.dataset_name or files else task.hub_config),
         "revision": getattr(data_args, "dataset_revision", None),
-        "folder": str(Path(name).expanduser().resolve()) if local else None,
+        "folder": None if folder is None else str(folder.resolve()),
         "files": {option: str(Path(path).expanduser().resolve()) for option, path in files.items()} or None,
     }
+
+
+def own_data_name(data_args: DataArguments) -> str:
+    """Return the name of own data: that of its first file without the suffix, or of its data set; empty for none."""
+    file = data_args.train_file or data_args.validation_file or data_args.test_file
+    return Path(file).stem if file else Path(data_args.dataset_name or "").name
 
 
 def _count(rows: Dataset | IterableDataset) -> int | None:

@@ -231,9 +231,9 @@ def _tokenize_split(
 
     features = encoder.features(split)
     if has_labels:
-        features["labels"] = (
-            ml.feature(len(data.label_names)) if several else Value("float32" if regression else "int64")
-        )
+        features["labels"] = Value("float32" if regression else "int64")
+        if several and data.label_names is not None:
+            features["labels"] = ml.feature(len(data.label_names))
     options = {"batched": True, "with_indices": True, "remove_columns": rows.column_names}
     if streamed:
         return rows.map(convert, batch_size=_STREAMED, features=Features(features), **options)

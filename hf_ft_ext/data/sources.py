@@ -119,11 +119,12 @@ def open_source(
     reading = _reading(data_args, task)
     if files:
         return _open_files(files, reading, cache_dir, data_args.streaming)
-    if data_args.dataset_name is None and task is not None and task.hub_id is None:
+    name = data_args.dataset_name or (task.hub_id if task else None)
+    if name is None:
         _check_reading(reading, "the demo")
         splits = dict(demo_dataset())
         return splits | {"train": splits["train"].to_iterable_dataset()} if data_args.streaming else splits
-    return _open_dataset(data_args, task, reading, cache_dir, token)
+    return _open_dataset(name, data_args, task, reading, cache_dir, token)
 
 
 def check_source(data_args: DataArguments, task: Task | None) -> dict[str, str]:
@@ -132,6 +133,9 @@ def check_source(data_args: DataArguments, task: Task | None) -> dict[str, str]:
     Raises:
         InputError: two options contradict each other, or one does not apply to this source.
     """
+    for option in (*_FILE_OPTIONS, "dataset_name"):
+        if getattr(data_args, option) == "":  # a shell variable that is not set, say
+            raise InputError(f"--{option} is empty; pass a value, or leave it out")
     files = {option: getattr(data_args, option) for option in _FILE_OPTIONS if getattr(data_args, option)}
     if files and data_args.dataset_name:
         raise InputError(
@@ -160,7 +164,7 @@ def open_as_stored(
         InputError: as for `open_source`.
     """
     files = check_source(data_args, task)
-    folder = _local_folder(data_args) if data_args.dataset_name else None
+    folder = _local_folder(data_args.dataset_name, data_args.dataset_revision) if data_args.dataset_name else None
     suffixes = [data_suffix(Path(name).expanduser()) for name in files.values()]
     if folder is None and (not files or any(FORMATS.get(suffix) != "json" for suffix in suffixes)):
         return None
@@ -241,23 +245,21 @@ def _check_reading(reading: Reading, kind: str) -> None:
         raise InputError(f"--{option} is for csv and tsv files, but this data is {kind}; leave it out")
 
 
-def _local_folder(data_args: DataArguments) -> str | None:
+def _local_folder(dataset_name: str, revision: str | None) -> str | None:
     """Absolute path of `dataset_name`, if that is a folder.
 
     Raises:
         InputError: it is a file, its name is a pattern, or a revision of it was asked for.
     """
-    folder = Path(data_args.dataset_name).expanduser()
+    folder = Path(dataset_name).expanduser()
     if folder.is_file():
-        raise InputError(
-            f"--dataset_name {data_args.dataset_name} is a file; pass it as --train_file, or pass its folder"
-        )
+        raise InputError(f"--dataset_name {dataset_name} is a file; pass it as --train_file, or pass its folder")
     if not folder.is_dir():
         return None
-    if data_args.dataset_revision is not None:
+    if revision is not None:
         raise InputError(
-            f"--dataset_revision {data_args.dataset_revision} is for data sets of the Hub, and "
-            f"{data_args.dataset_name} is a local folder; leave it out"
+            f"--dataset_revision {revision} is for data sets of the Hub, and {dataset_name} is a local folder; leave "
+            "it out"
         )
     name = str(folder.resolve())
     if glob.has_magic(name):
@@ -269,10 +271,9 @@ def _local_folder(data_args: DataArguments) -> str | None:
 
 
 def _open_dataset(
-    data_args: DataArguments, task: Task | None, reading: Reading, cache_dir: str | None, token: str | None
+    name: str, data_args: DataArguments, task: Task | None, reading: Reading, cache_dir: str | None, token: str | None
 ) -> dict[str, Dataset | IterableDataset]:
-    name = data_args.dataset_name or task.hub_id
-    local = _local_folder(data_args) if data_args.dataset_name else None
+    local = _local_folder(name, data_args.dataset_revision) if data_args.dataset_name else None
     if local is not None:
         name = local
         errors = _local_errors(f"data set folder '{name}'", _FOLDER_ADVICE)
@@ -283,7 +284,7 @@ def _open_dataset(
     # Pass all of them in every call: without `cache_dir`, for example, an offline run searches the wrong cache.
     options = {"cache_dir": cache_dir, "token": token, "revision": data_args.dataset_revision}
     with errors:
-        if name == (task and task.hub_id) and not data_args.dataset_config_name:
+        if task is not None and name == task.hub_id and not data_args.dataset_config_name:
             config = task.hub_config
         else:
             config = _choose_config(name, data_args.dataset_config_name, task, options)

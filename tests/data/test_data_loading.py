@@ -58,6 +58,9 @@ def test_nothing_given_means_the_demo(load):
     assert (len(data.train), len(data.validation["validation"])) == (2000, 500)
     assert data.text_columns == ("sentence",)
     assert len(load(max_train_samples=7).train) == 7
+    for option in ("train_file", "validation_file", "test_file", "dataset_name"):
+        with pytest.raises(InputError, match=f"--{option} is empty; pass a value, or leave it out"):
+            load(**{option: ""})
 
 
 def test_mnli_has_two_validation_and_two_unlabelled_test_splits(load, folder):

@@ -2,12 +2,14 @@
 
 import hashlib
 from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from hf_ft_ext.arguments import DataArguments
-from hf_ft_ext.data.few_shot import DEFAULT_SEED, draw_order, few_shot_data
+from hf_ft_ext.data.few_shot import DEFAULT_SEED, draw_order, few_shot_data, label_bounds
 from hf_ft_ext.data.loading import load_data
 from hf_ft_ext.errors import InputError
 
@@ -146,6 +148,19 @@ def test_a_constant_scale_and_an_unknown_split(load):
     data = load({"train": LABELS})
     with pytest.raises(InputError, match="few_shot_split='all' is unknown; choose from: k-shot, k-shot-10x"):
         few_shot_data(data, 2, split="all")
+
+
+def test_rows_without_labels_and_streams_are_refused(load):
+    data = load({"train": LABELS})
+    unlabelled = replace(data, train=data.train.remove_columns("label"), label_names=None)
+    with pytest.raises(InputError, match=r"num_k=2 draws rows of each class, .* 'train' have no column 'label'; pass"):
+        few_shot_data(unlabelled, 2)
+    with pytest.raises(InputError, match="num_k=2 draws from all training rows, which a stream does not hold; load"):
+        few_shot_data(replace(data, train=data.train.to_iterable_dataset()), 2)
+    scores = load({"train": [i / 20 for i in range(40)]}, names=None)
+    assert label_bounds(scores) == (0.0, np.float32(1.95))
+    with pytest.raises(InputError, match=r"the scale of 'train' is unknown: .* leave --streaming out"):
+        label_bounds(replace(scores, train=scores.train.to_iterable_dataset()))
 
 
 @pytest.mark.parametrize("task", ["cr", "mpqa"])

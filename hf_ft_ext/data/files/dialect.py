@@ -221,10 +221,10 @@ def find_dialect(
         dialect, notes = found[0]
         return dialect, [f"the delimiter is a {_NAMES[dialect.delimiter]}, not a {_NAMES[expected]}", *notes]
     if len(found) > 1 or any(other in ";\t" or expected == "\t" for other, _ in errors):
-        other, error = (found[0][0].delimiter, None) if found else errors[0]
+        other, failure = (found[0][0].delimiter, None) if found else errors[0]
         cause = f"it has no {_NAMES[expected]} in its first line, but a {_NAMES[other]}"
         raise UnreadableFile(
-            cause + (f"; with that delimiter, {error.cause}" if error else ""),
+            cause + (f"; with that delimiter, {failure.cause}" if failure else ""),
             f"save it with the delimiter of a {suffix} file, or put sep={other} into a line before the first",
         )
     return _quoted_or_not(file, base, names, limit)

@@ -61,7 +61,9 @@ class Table:
         for count, fields in enumerate(self.records(skip_errors=limit is not None)):
             if not open_columns or count == limit:
                 break
-            for i, name in open_columns if fields is not None else ():
+            if fields is None:
+                continue
+            for i, name in open_columns:
                 kinds[name] = _wider(kinds[name], fields[i])
             open_columns = [(i, name) for i, name in open_columns if kinds[name] != TEXT]
         return {name: _FINITE.get(kind, kind) for name, kind in kinds.items()}
