@@ -5,13 +5,12 @@ from collections.abc import Sequence as Rows
 from typing import Any
 
 import numpy as np
-from datasets import Sequence
+from datasets import Dataset, Sequence
 
 from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data.preprocess import column_type
 from hf_ft_ext.data.task_data import LABEL, TaskData
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.readout import Reading
 from hf_ft_ext.prompts.similarity import similarities
@@ -51,18 +50,21 @@ class DemonstrationRows:
         config: PromptConfig,
         data_seed: int | None = None,
     ):
-        _check(data_args, data)
-        self.encoder, self.data = encoder, data
+        self.encoder, self.data, self.train = encoder, data, _checked(data_args, data)
         self.seed = DEFAULT_SEED if data_seed is None else data_seed
         self.num_demo, self.num_sample, self.share = data_args.num_demo, data_args.num_sample, data_args.demo_filter
         self.filter_model = data_args.demo_filter_model
-        labels = np.asarray(data.train[LABEL][:])
-        if data.problem_type == REGRESSION:
+        labels = np.asarray(self.train[LABEL][:])
+        names = data.label_names
+        if config.bounds is not None:
             low, high = config.bounds
             labels = (labels >= (low + high) / 2).astype(np.int64)
             names = config.words
-        else:
-            names = data.label_names
+        if names is None or config.word_ids is None:
+            raise InputError(
+                f"demonstrations need label words, but the model's rows ({data.task.name!r}) each have their own "
+                "options; pass --few_shot_type prompt"
+            )
         # The model's order of the labels may differ from that of the data.
         ids = {str(name).lower(): i for name, i in config.label2id.items()}
         order = [ids.get(str(name).lower(), i) for i, name in enumerate(names)]
@@ -83,7 +85,7 @@ class DemonstrationRows:
         other, first = encoder.other_limit, encoder.first_limit
         try:
             encoder.first_limit = other  # all texts of demonstrations count as "other" texts
-            texts = encoder.text_ids([self.data.train[column][:] for column in self.data.text_columns])
+            texts = encoder.text_ids([self.train[column][:] for column in self.data.text_columns])
             encoder.cut.rows = len(words)
             for row in zip(*texts, strict=True):
                 encoder.cut.add_row(encoder.length(row), encoder.max_length)
@@ -122,7 +124,7 @@ class DemonstrationRows:
             kept = similarities(
                 self.filter_model,
                 [" ".join(row) for row in zip(*columns, strict=True)],
-                [" ".join(row) for row in zip(*(self.data.train[c][:] for c in self.data.text_columns), strict=True)],
+                [" ".join(row) for row in zip(*(self.train[c][:] for c in self.data.text_columns), strict=True)],
             )
         samples = 1 if split == TRAIN else self.num_sample
         ids, segments = [], []
@@ -138,7 +140,7 @@ class DemonstrationRows:
         self.encoder.cut.rows += len(indices)
         result = self.encoder.columns(ids, segments)
         if samples > 1:
-            result = {
+            return {
                 name: [rows[i : i + samples] for i in range(0, len(rows), samples)] for name, rows in result.items()
             }
         return result
@@ -196,7 +198,8 @@ class DemonstrationRows:
         return {name: Sequence(kind) if nested else kind for name, kind in types.items()}
 
 
-def _check(data_args: DataArguments, data: TaskData) -> None:
+def _checked(data_args: DataArguments, data: TaskData) -> Dataset:
+    """Check the settings; return the training split."""
     for name in ("num_demo", "num_sample"):
         if getattr(data_args, name) < 1:
             raise InputError(f"{name}={getattr(data_args, name)} is out of range; pass 1 or more")
@@ -208,3 +211,4 @@ def _check(data_args: DataArguments, data: TaskData) -> None:
         raise InputError(f"demonstrations are training rows, and {data.task.name!r} has no training split; pass one")
     if data_args.pad_to_max_length:
         raise InputError("--pad_to_max_length is not supported with demonstrations; leave it out")
+    return data.train

@@ -81,8 +81,7 @@ def load_prompt_model(
 
 def _load_fresh(name, config, tokenizer, data: TaskData, data_args: DataArguments, **hub):
     reading = reading_of(config, name)
-    prompt = task_prompt(data.task, data_args.template, data_args.mapping, reading)
-    template = prompt.template if data_args.template is None else data_args.template
+    template, mapping = task_prompt(data.task, data_args.template, data_args.mapping, reading)
     # check the template before the weights are loaded
     parse_template(template, len(data.text_columns), reading)
     labels, words = _labels(data), None
@@ -101,7 +100,7 @@ def _load_fresh(name, config, tokenizer, data: TaskData, data_args: DataArgument
             )
         logger.info("Prompt: %s, followed by each of the row's options.", template)
     else:
-        words = parse_mapping(prompt.words if data_args.mapping is None else data_args.mapping, labels)
+        words = parse_mapping(mapping, labels)
         logger.info("Prompt: %s, label words: %s.", template, ", ".join(words))
     return PromptForSequenceClassification.from_language_model(
         name,

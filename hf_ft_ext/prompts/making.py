@@ -51,7 +51,8 @@ def prompt_config(
     inner, name = language_model.config, language_model.name_or_path or type(language_model).__name__
     reading = reading_of(inner, name)
     if bounds is not None and len(words or ()) != 2:
-        raise InputError(f"a regression has two words, but {len(words)} were passed: {', '.join(words)}")
+        passed = f"{len(words)} were passed: {', '.join(words)}" if words else "none were passed"
+        raise InputError(f"a regression has two words, but {passed}")
     parts = parse_template(template, reading=reading.value)
     check_word_scoring(word_scoring, reading, untie_words)
     if words is None:

@@ -93,7 +93,7 @@ def _room_for_words(config: PromptConfig) -> int:
 
     The last token of a word is only predicted, never an input. A row's own options reduce the room of that row only.
     """
-    if config.reading != Reading.LAST or config.word_scoring == FIRST_TOKEN or config.words is None:
+    if config.reading != Reading.LAST or config.word_scoring == FIRST_TOKEN or config.word_sequences is None:
         return 0
     return max(map(len, config.word_sequences)) - 1
 

@@ -168,6 +168,11 @@ def test_bad_input(options, message):
         encode(**options)
 
 
+def test_models_whose_rows_have_their_own_options_have_no_demonstrations():
+    with pytest.raises(InputError, match=r"demonstrations need label words, .* own options; pass --few_shot_type pro"):
+        encode(prompt=PromptConfig(template=TEMPLATE, mask_token_id=tiny_tokenizer().mask_token_id))
+
+
 def test_options_of_demonstrations_need_demonstrations():
     for options in ({"num_demo": 2}, {"num_sample": 2}, {"demo_filter": 0.5}):
         with pytest.raises(InputError, match=f"--{next(iter(options))} .* is for prompts, .* pass .* prompt-demo"):

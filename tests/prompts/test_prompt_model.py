@@ -242,10 +242,11 @@ def test_models_without_a_language_model_head(tmp_path):
         InputError, match=r"have no language-model head \(cls\.predictions.* is missing\); pass the pretr"
     ):
         PromptForSequenceClassification.from_masked_lm(str(tmp_path), tiny_tokenizer(), TEMPLATE, WORDS)
-    with pytest.raises(InputError, match="a regression has two words, but 3 were passed: a, bad, good"):
-        PromptForSequenceClassification.from_masked_lm(
-            masked_lm(), tiny_tokenizer(), TEMPLATE, ["a", *WORDS], bounds=(0, 1)
-        )
+    for words, passed in ((["a", *WORDS], "3 were passed: a, bad, good"), (None, "none were passed")):
+        with pytest.raises(InputError, match=f"a regression has two words, but {passed}"):
+            PromptForSequenceClassification.from_masked_lm(
+                masked_lm(), tiny_tokenizer(), TEMPLATE, words, bounds=(0, 1)
+            )
 
 
 def test_the_configuration_of_a_plain_masked_lm_is_wrapped(tmp_path, caplog):

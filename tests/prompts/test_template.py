@@ -136,4 +136,4 @@ def test_a_task_without_a_prompt_asks_for_one():
         task_prompt(TASKS["wnli"], None, None)
     with pytest.raises(InputError, match="pass --mapping, such as"):
         task_prompt(TASKS["wnli"], "*sent_0**mask*", None)
-    assert task_prompt(TASKS["wnli"], "*sent_0**mask*", {}) is None
+    assert task_prompt(TASKS["wnli"], "*sent_0**mask*", {}) == ("*sent_0**mask*", {})

@@ -126,17 +126,19 @@ def known_prompt(task: Task, reading: Reading) -> TaskPrompt | None:
 
 def task_prompt(
     task: Task, template: str | None, mapping: dict | str | None, reading: Reading = Reading.MASK
-) -> TaskPrompt | None:
-    """Return the task's own prompt; `None` if it has none and the user passed template and mapping.
+) -> tuple[str, dict | str]:
+    """Return template and mapping: those that the user passed, otherwise those of the task's own prompt.
 
     Raises:
         InputError: the task has no prompt, and template or mapping is missing.
     """
     found = known_prompt(task, reading)
-    if found is None and (template is None or mapping is None):
+    if template is not None and mapping is not None:
+        return template, mapping
+    if found is None:
         missing = [option for option, value in (("--template", template), ("--mapping", mapping)) if value is None]
         raise InputError(
             f"task {task.name!r} has no prompt of its own; pass {' and '.join(missing)}, such as --template "
             f'"{_IT_WAS}" --mapping "{_POLARITY}"'
         )
-    return found
+    return found.template if template is None else template, found.words if mapping is None else mapping

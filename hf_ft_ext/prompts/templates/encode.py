@@ -137,7 +137,10 @@ class PromptEncoder:
         if isinstance(part, Special):
             if part.name == CLS:
                 return list(self.start)
-            return continuation_tokens(self.tokenizer, ["\n"])[0] if part.name == SEP else [self.mask_id]
+            if part.name == SEP:
+                return continuation_tokens(self.tokenizer, ["\n"])[0]
+            assert self.mask_id is not None  # without such a token, the row ends before the mask (`__init__`)
+            return [self.mask_id]
         if len(self.fixed) == 1 and len(self.fixed[0]) <= len(self.start):  # it begins the row
             return self.tokenizer(part.text, add_special_tokens=False)["input_ids"]
         return continuation_tokens(self.tokenizer, [part.text])[0]

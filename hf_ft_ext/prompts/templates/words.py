@@ -84,8 +84,12 @@ def _python_pairs(mapping: str) -> list[tuple[Any, Any]] | None:
         tree = ast.parse(mapping.strip(), mode="eval").body
         if not isinstance(tree, ast.Dict):
             return None
-        # a key of None marks an unpacked dictionary (**), which literal_eval refuses
-        return [(ast.literal_eval(key), ast.literal_eval(value)) for key, value in zip(tree.keys, tree.values)]  # noqa: B905
+        pairs = []
+        for key, value in zip(tree.keys, tree.values, strict=True):
+            if key is None:
+                raise ValueError("an unpacked dictionary (**)")
+            pairs.append((ast.literal_eval(key), ast.literal_eval(value)))
+        return pairs
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise InputError(f"mapping {mapping!r} cannot be read; pass a dictionary such as {_EXAMPLE}") from None
 
