@@ -100,7 +100,7 @@ def write_run_record(
 
     Seconds are wall-clock, memory and artefact sizes are bytes.
     """
-    trained = monitor is not None and monitor.train_seconds > 0
+    trained = monitor if monitor is not None and monitor.train_seconds > 0 else None
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
     record = {
@@ -109,12 +109,12 @@ def write_run_record(
         "model": model,
         "seed": seed,
         "metrics": metrics,
-        "train_seconds": round(monitor.train_seconds, 3) if trained else None,
-        "preparation_seconds": round(monitor.preparation_seconds, 3) if trained else None,
-        "samples_per_second": round(monitor.samples_per_second, 3) if trained else None,
-        "peak_memory_bytes": monitor.peak_memory_bytes if trained else None,
-        "peak_memory_kind": f"{monitor.memory.what}, {MEMORY_KIND}"
-        if trained and monitor.memory is not None
+        "train_seconds": round(trained.train_seconds, 3) if trained else None,
+        "preparation_seconds": round(trained.preparation_seconds, 3) if trained else None,
+        "samples_per_second": round(trained.samples_per_second, 3) if trained else None,
+        "peak_memory_bytes": trained.peak_memory_bytes if trained else None,
+        "peak_memory_kind": f"{trained.memory.what}, {MEMORY_KIND}"
+        if trained and trained.memory is not None
         else None,
         "trainable_parameters": trainable_parameters,
         "total_parameters": total_parameters,

@@ -163,24 +163,28 @@ class ResourceMonitor(TrainerCallback, ExportableState):
         """
         if args is not None and model is not None:
             self._note_level(args, model)
-        elif self.memory is None:
-            self.memory = PeakMemory()
+        meter = self._meter()
         start = time.perf_counter()
-        self.memory.reset()
+        meter.reset()
         try:
             yield
         finally:
             self._preparation += time.perf_counter() - start
-            self._peak = max(self._peak, self.memory.bytes())
+            self._peak = max(self._peak, meter.bytes())
+
+    def _meter(self) -> PeakMemory:
+        if self.memory is None:
+            self.memory = PeakMemory()
+        return self.memory
 
     def _note_level(self, args: TrainingArguments, model: torch.nn.Module) -> None:
         if self._before is None:
             here = [parameter.device for parameter in model.parameters() if parameter.device.type == args.device.type]
-            self.memory = PeakMemory(args.device, *here)  # `device_map` may have spread the model
+            meter = self.memory = PeakMemory(args.device, *here)  # `device_map` may have spread the model
             for parameter in model.parameters():
                 if is_readable(parameter):
                     parameter.detach().sum()  # weights may be mapped from a file and not resident yet
-            self._before = self.memory.level()
+            self._before = meter.level()
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs
@@ -201,7 +205,7 @@ class ResourceMonitor(TrainerCallback, ExportableState):
         self._started = time.perf_counter()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self.memory.reset()
+        self._meter().reset()
 
     def on_step_end(
         self,
@@ -211,7 +215,7 @@ class ResourceMonitor(TrainerCallback, ExportableState):
         train_dataloader: Any = None,
         **kwargs,
     ) -> None:
-        self._peak = max(self._peak, self.memory.bytes())
+        self._peak = max(self._peak, self._meter().bytes())
         self._samples = self._samples_seen(args, state, train_dataloader)
 
     def _samples_seen(self, args, state, train_dataloader) -> float:
