@@ -84,10 +84,10 @@ class FullTrainingArguments(MethodTrainingArguments):
         # A value that was set here before may be replaced: a hyperparameter search changes `optimizer`.
         ours = getattr(self, "_optim_set", None)
         if self.optim not in (default, ours, wanted[self.optimizer]):
-            raise InputError(_both(self.optimizer, getattr(self.optim, "value", self.optim)))
+            raise InputError(_both(self.optimizer, str(getattr(self.optim, "value", self.optim))))
         self.optim = self._optim_set = wanted[self.optimizer]
         if self.optimizer == SIGNGD:
-            self.optim_args = _SIGNS
+            self.optim_args: str | None = _SIGNS
         elif self.optim_args == _SIGNS:
             self.optim_args = None
         said = f"optim={self.optim.value}" + (f", optim_args={_SIGNS}" if self.optimizer == SIGNGD else "")

@@ -1,6 +1,6 @@
 """`FullTrainer`: a Trainer for plain fine-tuning, with the options of Malladi et al. 2023."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ class FullTrainer(StopAtNaN, MethodTrainer):
         if self.args.l2_loss:
             if self.compute_loss_func not in (None, l2_loss) or overridden(self, "compute_loss"):
                 raise InputError("l2_loss and your compute_loss are two losses; leave one of them out")
-            self.compute_loss_func = l2_loss
+            self.compute_loss_func: Callable | None = l2_loss
         elif self.compute_loss_func is l2_loss:
             self.compute_loss_func = None
         if self.optimizer is not None and self.model_init is None:
@@ -74,7 +74,7 @@ class FullTrainer(StopAtNaN, MethodTrainer):
         if not self.args.sign_descent or self.optimizer is not None:
             return super().create_optimizer(model)
         settings = {"lr": self.args.learning_rate, "weight_decay": self.args.weight_decay}
-        self.optimizer_cls_and_kwargs = (SignGD, settings)
+        self.optimizer_cls_and_kwargs: tuple[type[SignGD], dict[str, Any]] | None = (SignGD, settings)
         try:
             return super().create_optimizer(model)
         finally:
