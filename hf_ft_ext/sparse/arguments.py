@@ -137,7 +137,7 @@ class SparseTrainingArguments(MethodTrainingArguments):
             "(the head trains too). Default: head with structured support, else all."
         },
     )
-    learning_rate: float = field(
+    learning_rate: float | None = field(
         default=None,
         metadata={
             "help": f"Initial learning rate of the optimizer; none = {BLOCK_LEARNING_RATE} with structured support, "

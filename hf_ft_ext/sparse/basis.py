@@ -37,16 +37,28 @@ class Basis:
     def ready(self) -> bool:
         return self.identity or self.out_factor is not None
 
+    @property
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(V, U)`.
+
+        Raises:
+            ValueError: the basis is empty.
+        """
+        if self.out_factor is None or self.in_factor is None:
+            raise ValueError("this basis has no factors; run `prepare_layers` or load a state first")
+        return self.out_factor, self.in_factor
+
     def apply(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Replace each factor by the result of `function`, in column-major order as before."""
         if self.out_factor is not None:
-            self.out_factor, self.in_factor = (function(f.T).T for f in (self.out_factor, self.in_factor))
+            self.out_factor, self.in_factor = (function(factor.T).T for factor in self.factors)
 
     def rotate(self, gradient: torch.Tensor) -> torch.Tensor:
         """Return `V^T G U` of a weight gradient `G`, shape (out, in)."""
         if self.identity:
             return gradient
-        return self.out_factor.T @ gradient.to(self.out_factor.dtype) @ self.in_factor
+        out_factor, in_factor = self.factors
+        return out_factor.T @ gradient.to(out_factor.dtype) @ in_factor
 
     def add_rotated_back(self, weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor) -> None:
         """`weight += V S U^T` in place, where `S` (out x in) holds `values` at the flat `indices`, else zero.
@@ -59,7 +71,7 @@ class Basis:
             return
         n_out, n_in = weight.shape
         rows, columns = indices.long() // n_in, indices.long() % n_in
-        out_factor, in_factor = self.out_factor, self.in_factor
+        out_factor, in_factor = self.factors
         if n_out >= n_in:
             entries = torch.sparse_coo_tensor(
                 torch.stack([columns, rows]), values, (n_in, n_out), check_invariants=False

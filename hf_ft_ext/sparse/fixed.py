@@ -62,6 +62,13 @@ class FixedSupport:
                 setattr(self, field.name, function(value))
 
     @property
+    def sides(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """`(V_r, U_c)`, or `None` in the identity basis."""
+        if self.out_columns is None or self.in_columns is None:
+            return None
+        return self.out_columns, self.in_columns
+
+    @property
     def size(self) -> int:
         """Number of entries."""
         return len(self.rows) * len(self.columns) if self.entries is None else len(self.entries)
@@ -90,9 +97,9 @@ class FixedSupport:
 
     def block_of(self, matrix: torch.Tensor) -> torch.Tensor:
         """Return `V_r^T M U_c = (V^T M U)[rows][:, columns]`, shape (r, c), of an (out, in) matrix `M`."""
-        if self.out_columns is None:
+        if (sides := self.sides) is None:
             return matrix[self.rows][:, self.columns]
-        out_columns, in_columns = self.out_columns.to(matrix.dtype), self.in_columns.to(matrix.dtype)
+        out_columns, in_columns = (side.to(matrix.dtype) for side in sides)
         n_out, n_in = matrix.shape
         r, c = len(self.rows), len(self.columns)
         if n_out * n_in * r + r * n_in * c <= n_out * n_in * c + n_out * c * r:
@@ -114,18 +121,20 @@ class FixedSupport:
         """`weight += V_r S U_c^T` in place, where `S` (r, c) holds `change` (k,) at the entries, else zero."""
         r, c = len(self.rows), len(self.columns)
         block = self.spread(change)
-        if self.out_columns is None:
+        if (sides := self.sides) is None:
             weight[self.rows[:, None], self.columns] += block.to(weight.dtype)
             return
+        out_columns, in_columns = sides
         n_out, n_in = weight.shape
         if n_out * r * c + n_out * c * n_in <= r * c * n_in + n_out * r * n_in:
-            left, right = self.out_columns @ block, self.in_columns.T  # (V_r S) U_c^T
+            left, right = out_columns @ block, in_columns.T  # (V_r S) U_c^T
         else:
-            left, right = self.out_columns, block @ self.in_columns.T  # V_r (S U_c^T)
+            left, right = out_columns, block @ in_columns.T  # V_r (S U_c^T)
         weight.addmm_(left.to(weight.dtype), right.to(weight.dtype))
 
 
 def _columns(basis: Basis, rows: torch.Tensor, columns: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     if basis.identity:
         return None, None
-    return basis.out_factor[:, rows].contiguous(), basis.in_factor[:, columns].contiguous()
+    out_factor, in_factor = basis.factors
+    return out_factor[:, rows].contiguous(), in_factor[:, columns].contiguous()

@@ -163,8 +163,10 @@ class SparseGradLinear(nn.Linear):
             base_hash: hash of the weight before training, if training has begun; a known hash is not replaced.
 
         Raises:
-            ValueError: the support has another size than `n_params`.
+            ValueError: the support has another size than `n_params`, or the layer was converted for dynamic support.
         """
+        if self.values is None:
+            raise ValueError("the layer was converted for dynamic support; call expect_fixed_support first")
         if support.size != self.n_params:
             raise ValueError(f"a support of {support.size} entries for a layer that trains {self.n_params}")
         self.support = support
@@ -172,9 +174,20 @@ class SparseGradLinear(nn.Linear):
         self.initial = self.values.detach().clone() if initial is None else initial
         self.base_hash = base_hash or self.base_hash or tensor_hash(self.weight.to(self.plain_dtype))
 
+    def chosen_entries(self) -> tuple[FixedSupport, nn.Parameter, torch.Tensor]:
+        """Return the fixed support, its values, and their values before training.
+
+        Raises:
+            ValueError: no fixed support has been chosen.
+        """
+        if self.support is None or self.values is None or self.initial is None:
+            raise ValueError("the layer has no fixed support; run `prepare_layers` or load a state first")
+        return self.support, self.values, self.initial
+
     def changes(self) -> list[tuple[FixedSupport, torch.Tensor]]:
         """Return all changes of the weight: supports and the changes of their values, shape (k,) each."""
-        return [*self.earlier, (self.support, self.values.detach() - self.initial)]
+        support, values, initial = self.chosen_entries()
+        return [*self.earlier, (support, values.detach() - initial)]
 
     def record_change(self) -> None:
         """Record the changes in the current support, before another one is set."""
@@ -183,7 +196,8 @@ class SparseGradLinear(nn.Linear):
     @torch.no_grad()
     def fold(self, change: torch.Tensor) -> None:
         """Add a change of the values, shape (k,), to the weight: `W += V_r S U_c^T`."""
-        self.support.add_to(self.weight, change)
+        support, _, _ = self.chosen_entries()
+        support.add_to(self.weight, change)
 
     def to_linear(self) -> nn.Linear | Conv1D:
         """Return the plain layer with the trained weight, in the type and dtype that it had before the conversion."""

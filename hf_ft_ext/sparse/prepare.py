@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_ft_ext.adapters.sparse_grad.bases import compute_bases as adapter_bases
+from hf_ft_ext.errors import InputError
 from hf_ft_ext.sparse.arguments import (
     DYNAMIC,
     HOSVD,
@@ -38,15 +39,17 @@ def prepare_layers(trainer: Trainer, layers: Mapping[str, SparseGradLinear], arg
     """Compute the bases and choose the fixed supports of `layers` as `args` say, from the trainer's training data.
 
     Raises:
-        InputError: a gradient is not finite, or there is no training data.
+        InputError: a gradient is not finite, there is no training data, or the layers were converted for another kind
+            of support.
     """
+    _check_converted(layers, args.sparse_support)
     picks_block = args.sparse_support == STRUCTURED and args.sparse_basis == NONE
     sums = None
     if args.sparse_basis == HOSVD or picks_block:
         sums, tokens = gram_sums(trainer, layers, args.basis_steps)
         _choose_rotation(layers, tokens)
-    if args.sparse_basis == HOSVD:
-        fill_bases(layers, sums, args.sparse_basis_orientation)
+        if args.sparse_basis == HOSVD:
+            fill_bases(layers, sums, args.sparse_basis_orientation)
     elif args.sparse_basis == RANDOM:
         _fill_random(layers, args.seed)
     if args.sparse_support == DYNAMIC and args.sparse_basis == RANDOM:
@@ -58,6 +61,16 @@ def prepare_layers(trainer: Trainer, layers: Mapping[str, SparseGradLinear], arg
     if args.sparse_support != DYNAMIC:
         for layer in layers.values():  # each fixed support has copied the columns that it needs
             layer.basis.out_factor = layer.basis.in_factor = None
+
+
+def _check_converted(layers: Mapping[str, SparseGradLinear], wanted: str) -> None:
+    for name, layer in layers.items():
+        support = DYNAMIC if layer.values is None else STATIC if layer.block is None else STRUCTURED
+        if support != wanted:
+            raise InputError(
+                f"{name} was converted with support={support!r}, but sparse_support is {wanted!r}; convert the model "
+                "with the same one"
+            )
 
 
 def refresh_supports(
@@ -79,8 +92,9 @@ def refresh_supports(
     prepare_layers(trainer, layers, args)
     betas = {id(p): group["betas"] for group in optimizer.param_groups for p in group["params"]}
     for layer in layers.values():
-        if state := optimizer.state[layer.values]:
-            rotate_fixed_moments(state, betas[id(layer.values)], layer.earlier[-1][0], layer.support)
+        support, values, _ = layer.chosen_entries()
+        if state := optimizer.state[values]:
+            rotate_fixed_moments(state, betas[id(values)], layer.earlier[-1][0], support)
 
 
 @functools.wraps(adapter_bases)
@@ -183,6 +197,7 @@ def _choose_blocks(layers: Mapping[str, SparseGradLinear], sums: Mapping[str, Gr
     chosen: dict[str, FixedSupport] = {}
     for layer in layers.values():
         if layer.kind not in chosen:
+            assert layer.block is not None  # `_check_converted`
             if sums is None:
                 sides = []
                 for n, side in zip(layer.block, layer.weight.shape, strict=True):

@@ -48,7 +48,7 @@ def for_each_gradient(
     """
     args, model = trainer.args, trainer.model
     tokens = {layer.kind: torch.zeros((), device=layer.weight.device) for layer in layers.values()}
-    first_of_kind = {layer.kind: layer for layer in reversed(layers.values())}
+    first_of_kind = {layer.kind: layer for layer in reversed(list(layers.values()))}
     hooks = [layer.register_forward_pre_hook(_token_counter(tokens[kind])) for kind, layer in first_of_kind.items()]
     weights = [layer.weight for layer in layers.values()]
     own_batches = draws_own_batches(trainer)

@@ -155,7 +155,7 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
             if self.args.sparse_support == DYNAMIC:
                 kwargs |= {"refresh_steps": self.args.sparse_basis_refresh_steps}
                 kwargs |= {"refresh_gradients": self.args.basis_steps}
-            self.optimizer_cls_and_kwargs = (SparseAdamW, kwargs)
+            self.optimizer_cls_and_kwargs: tuple[type[SparseAdamW], dict[str, Any]] | None = (SparseAdamW, kwargs)
         try:
             return super().create_optimizer(model)
         finally:

@@ -78,6 +78,18 @@ def test_values_are_the_entries_and_folding_moves_only_them(kind, shape):
     torch.testing.assert_close((v.T @ layer.weight @ u).flatten().detach(), expected)
 
 
+def test_a_layer_without_a_support_has_no_changes_and_no_basis():
+    _, chosen, *_ = make("rotated", "block")
+    layer = SparseGradLinear.from_linear(nn.Linear(N_IN, N_OUT), Basis(), chosen.n_params, "kind")
+    for call in (layer.changes, lambda: layer.fold(chosen.values.detach())):
+        with pytest.raises(ValueError, match="the layer has no fixed support; run `prepare_layers`"):
+            call()
+    with pytest.raises(ValueError, match="converted for dynamic support; call expect_fixed_support first"):
+        layer.set_support(chosen.support)
+    with pytest.raises(ValueError, match="this basis has no factors; run `prepare_layers`"):
+        layer.basis.rotate(layer.weight)
+
+
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize("shape", ["block", "entries"])
 @pytest.mark.parametrize("kind", ["identity", "rotated"])

@@ -219,6 +219,14 @@ def test_layers_of_one_kind_share_basis_and_block(tmp_path):
     assert len({id(layer.basis) for layer in per_layer.values()}) == 4
 
 
+def test_layers_of_another_support_are_refused(tmp_path):
+    trainers = {name: make(tmp_path, sparse_support=name) for name in ("dynamic", "static", "structured")}
+    for own, trainer in trainers.items():
+        for wanted in trainers.keys() - {own}:
+            with pytest.raises(InputError, match=f"converted with support='{own}', but sparse_support is '{wanted}'"):
+                prepare_layers(trainer, sparse_layers(trainer.model), trainers[wanted].args)
+
+
 def test_published_orientation_transposes_the_input_factor(tmp_path):
     tucker, published = make(tmp_path), make(tmp_path, sparse_basis_orientation="published")
     for trainer in (tucker, published):

@@ -96,17 +96,18 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        before = []
         for layer in self._fixed:
-            if layer.support is None:
+            if layer.support is None or layer.values is None:
                 raise RuntimeError(_NOT_READY.format(part="support", kind=layer.kind))
-        before = [layer.values.clone() for layer in self._fixed]
+            before.append((layer.values, layer.values.clone()))
         done = []
         self._running.begin_step()
         for group in self.param_groups:
             for parameter in group["params"]:
-                layer = self._sparse(parameter)
-                if layer is not None and parameter.grad is not None:
-                    self._sparse_step(layer, group)
+                sparse = self._sparse(parameter)
+                if sparse is not None and parameter.grad is not None:
+                    self._sparse_step(sparse, group)
                     done.append((parameter, parameter.grad))
                     parameter.grad = None  # AdamW skips parameters without a gradient
         try:
@@ -115,8 +116,8 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
         finally:
             for parameter, gradient in done:
                 parameter.grad = gradient
-        for layer, values in zip(self._fixed, before, strict=True):
-            layer.fold(layer.values - values)
+        for layer, (values, old) in zip(self._fixed, before, strict=True):
+            layer.fold(values - old)
         if self._running.due:
             self._refresh()
         return loss
@@ -184,7 +185,7 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
                 "earlier": [(vars(support).copy(), change) for support, change in layer.earlier],
             }
             for layer in self._fixed
-            if layer.support is not None
+            if layer.support is not None and layer.values is not None
         ]
         return {
             **super().state_dict(),

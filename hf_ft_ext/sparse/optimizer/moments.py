@@ -57,8 +57,13 @@ def rotate_fixed_moments(state: dict, betas: tuple[float, float], old: FixedSupp
 
     Args:
         state: `step`, a scalar, and `exp_avg` and `exp_avg_sq`, shape (k,).
+
+    Raises:
+        ValueError: a support is in the identity basis, which has no rotation.
     """
-    left, right = new.out_columns.T @ old.out_columns, old.in_columns.T @ new.in_columns
+    if (before := old.sides) is None or (after := new.sides) is None:
+        raise ValueError("a support in the identity basis has nothing to rotate")
+    left, right = after[0].T @ before[0], before[1].T @ after[1]  # V'^T V and U^T U'
     known = old.spread(torch.ones_like(state["exp_avg"]))  # 1 at the old entries, else 0
     # The rotation compares squared means with mean squares, so both need their bias correction.
     mean, square = corrected(state["step"], state["exp_avg"], state["exp_avg_sq"], betas)

@@ -53,12 +53,13 @@ class RunningSums:
         """
         # All processes have the same sums; the broadcast makes the bases bitwise equal.
         out_rotation, in_rotation = (broadcast(side.T).T for side in self.sums[kind].factors())
-        old_in = basis.in_factor
+        old_out, old_in = basis.factors
         # The sums are in the old basis, so their eigenvectors O and I give the new factors V' = V O and U' = U I.
-        basis.out_factor = by_columns(basis.out_factor @ out_rotation)
+        basis.out_factor = by_columns(old_out @ out_rotation)
         # The published orientation uses the transposed factor, whose directions are its rows: U' = (U I)^T.
-        basis.in_factor = by_columns((old_in @ in_rotation).T if basis.in_transposed else old_in @ in_rotation)
-        return out_rotation.T, old_in.T @ basis.in_factor  # V'^T V = O^T, and U^T U'
+        new_in = by_columns((old_in @ in_rotation).T if basis.in_transposed else old_in @ in_rotation)
+        basis.in_factor = new_in
+        return out_rotation.T, old_in.T @ new_in  # V'^T V = O^T, and U^T U'
 
     def restart(self) -> None:
         """Reset the sums, after a refresh."""

@@ -29,6 +29,7 @@ from hf_ft_ext.training.saved.delta_files import check_parameters, other_weights
 
 DELTA_FILE = "sparse_delta.safetensors"
 _FORMAT = "hf_ft_ext sparse delta 3"
+_SIDES = ("out_factor", "in_factor")
 _PARTS = ("rows", "columns", "entries", "out_columns", "in_columns")
 
 logger = logging.getLogger(__name__)
@@ -43,20 +44,21 @@ def save_delta(model: nn.Module, folder: str | os.PathLike, base: nn.Module | No
             entries that left it. With fixed support it is only checked.
 
     Raises:
-        InputError: no converted layers, a support that has not been chosen, dynamic support without a base, or a base
-            that differs from the weights that training started from (as far as the model records them).
+        InputError: no converted layers, a basis or support that was not chosen, dynamic support without a base, or
+            a base that differs from the weights that training started from (as far as the model records them).
     """
     layers = sparse_layers(model)
     dynamic = {name: layer for name, layer in layers.items() if layer.values is None}
-    if not layers or any(layer.support is None for name, layer in layers.items() if name not in dynamic):
+    chosen = (layer.basis.ready if name in dynamic else layer.support is not None for name, layer in layers.items())
+    if not layers or not all(chosen):
         raise InputError(
-            "a delta needs converted layers and a support that has been chosen: train first, merge afterwards"
+            "a delta needs converted layers and a basis or a support that has been chosen: train first, merge afterwards"
         )
     if dynamic and base is None:
         raise InputError(
             "dynamic support does not record what it changed: pass base=, the plain model that training started from"
         )
-    hashes = {name: layer.base_hash for name, layer in layers.items()}
+    hashes = {name: layer.base_hash for name, layer in layers.items() if layer.base_hash is not None}
     if base is not None:
         hashes |= _checked_base(model, base, layers)
     tensors, pieces = _dynamic_parts(dynamic, base) if dynamic else _fixed_parts(layers)
@@ -154,8 +156,8 @@ def _dynamic_parts(
         }
         basis, found = differences(pairs, next(iter(members.values())).basis)
         if not basis.identity:
-            tensors[f"basis.{number}.out_factor"] = basis.out_factor.cpu().contiguous()
-            tensors[f"basis.{number}.in_factor"] = basis.in_factor.cpu().contiguous()
+            for side, factor in zip(_SIDES, basis.factors, strict=True):
+                tensors[f"basis.{number}.{side}"] = factor.cpu().contiguous()
         for name, difference in found.items():
             tensors |= {f"mask.{name}.0": difference.mask, f"change.{name}.0": difference.values}
             pieces[name] = [number]
@@ -170,10 +172,9 @@ def _add_piece(weight: torch.Tensor, tensors: dict[str, torch.Tensor], piece: st
         support = FixedSupport(**{part: None if v is None else v.to(weight.device) for part, v in parts.items()})
         support.add_to(weight, change.to(weight.device))
         return
-    out_factor, in_factor = (tensors.get(f"basis.{number}.{side}") for side in ("out_factor", "in_factor"))
     basis = Basis(identity=True)
-    if out_factor is not None:
-        basis = Basis(*(by_columns(factor.to(weight.device)) for factor in (out_factor, in_factor)))
+    if f"basis.{number}.{_SIDES[0]}" in tensors:
+        basis = Basis(*(by_columns(tensors[f"basis.{number}.{side}"].to(weight.device)) for side in _SIDES))
     Difference(mask, change).add_to(weight, basis)
 
 

@@ -61,11 +61,12 @@ def differences(
     Args:
         weights: name -> (trained weight, base weight), each (out, in).
     """
-    best, least = None, None
+    sized = []
     for candidate in [basis] if basis.identity else [basis, Basis(identity=True)]:
         found = {name: Difference.between(*pair, candidate) for name, pair in weights.items()}
         size = sum(difference.nbytes for difference in found.values())
-        size += 0 if candidate.identity else candidate.out_factor.nbytes + candidate.in_factor.nbytes
-        if least is None or size < least:
-            best, least = (candidate, found), size
-    return best
+        if not candidate.identity:
+            size += sum(factor.nbytes for factor in candidate.factors)
+        sized.append((size, candidate, found))
+    _, best, found = min(sized, key=lambda entry: entry[0])
+    return best, found
