@@ -1,7 +1,7 @@
 """Splitting a classifier: the features that its head reads, `[rows, hidden]`, and the head run on them alone."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,11 +30,12 @@ class HeadReader:
     Args:
         model: a transformers model with `base_model_prefix`, in evaluation mode.
         read: maps the last hidden state `[rows, length, hidden]` and the batch to features `[rows, hidden]`.
+        path: name of the encoder in the model.
     """
 
-    def __init__(self, model: nn.Module, read: "Callable[[torch.Tensor, _Context], torch.Tensor]"):
+    def __init__(self, model: nn.Module, read: "Callable[[torch.Tensor, _Context], torch.Tensor]", path: str):
         self.model, self.read = model, read
-        holder, _, self.prefix = encoder_path(model).rpartition(".")
+        holder, _, self.prefix = path.rpartition(".")
         self.holder = model.get_submodule(holder)
         self.feature_model = _FeatureModel(getattr(self.holder, self.prefix))
         self._width: int | None = None
@@ -55,7 +56,7 @@ class HeadReader:
             except (AttributeError, TypeError, InputError):
                 return None
             for read in (_first_token, _last_token, _mean_token):
-                reader = cls(model, read)
+                reader = cls(model, read, path)
                 try:
                     features = reader.features(batch)
                     found = reader.logits(features)
@@ -94,6 +95,10 @@ class HeadReader:
                 if isinstance(pooler, nn.Module):
                     base._modules["pooler"] = pooler
         return self.read(hidden, _Context(batch, self.model.config))
+
+    def features_and_labels(self, batches: Sequence[Batch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Features and labels of each batch."""
+        return [(self.features(batch), batch["labels"]) for batch in batches]
 
     def logits(self, features: torch.Tensor, rows: int | None = None) -> torch.Tensor:
         """Logits of the model for `features` (`[n, hidden]`), by its own forward: `[n, classes]`.

@@ -153,12 +153,13 @@ def check_together(args: SearchArguments) -> None:
 
 def _check_matrix(args: SearchArguments) -> None:
     """Check direction, estimate and update together, by the optimizer's own checks."""
-    betas = (args.adam_beta1, args.adam_beta2)
+    betas, count, update = (args.adam_beta1, args.adam_beta2), args.search_directions, args.search_update
+    assert count is not None and update is not None  # set to the method's defaults
+    eps = 1.0 if args.search_eps is None else args.search_eps
     try:
         if args.search_method in (NODE, ACTIVITY):
-            eps = 1.0 if args.search_eps is None else args.search_eps
-            NodePerturbation([torch.zeros(1)], update=args.search_update, momentum=args.search_momentum,
-                             betas=betas, eps=eps, num_directions=args.search_directions)  # fmt: skip
+            NodePerturbation([torch.zeros(1)], update=update, momentum=args.search_momentum,
+                             betas=betas, eps=eps, num_directions=count)  # fmt: skip
             return
         directions = Directions(
             args.search_direction,
@@ -168,8 +169,8 @@ def _check_matrix(args: SearchArguments) -> None:
             None if args.search_masks is None else (),
             args.search_small,
         )
-        Estimate(args.search_estimate, args.search_eps, args.search_directions)
-        rule = UpdateRule(args.search_update, args.search_momentum, betas, args.adam_epsilon, args.search_moments)
+        Estimate(args.search_estimate, eps, count)
+        rule = UpdateRule(update, args.search_momentum, betas, args.adam_epsilon, args.search_moments)
         check_replay(directions, rule)
     except InputError as error:
         raise InputError(f"search_{str(error).replace('num_directions', 'directions')}") from None

@@ -78,14 +78,15 @@ def build_optimizer(
         "momentum": args.search_momentum,
         "betas": (args.adam_beta1, args.adam_beta2),
         "adam_eps": args.adam_epsilon,
+        **({} if args.search_eps is None else {"eps": args.search_eps}),
         **shared,
     }
     if args.search_method in (NODE, ACTIVITY):
         if args.search_method == NODE:
             directions = args.search_node_directions or NEXT_LAYER
-            optimizer = NodePerturbation(parameters, eps=args.search_eps, directions=directions, **rule)
+            optimizer = NodePerturbation(parameters, directions=directions, **rule)
         else:
-            optimizer = ActivityPerturbation(parameters, model, eps=args.search_eps, **rule)
+            optimizer = ActivityPerturbation(parameters, model, **rule)
         if (needed := optimizer.evaluations_per_step()) > args.max_evaluations_per_step:
             raise InputError(
                 f"a step would need {needed:,} evaluations, more than max_evaluations_per_step="
@@ -95,7 +96,6 @@ def build_optimizer(
     return SPSA(
         parameters,
         model,
-        eps=args.search_eps,
         block=args.search_block,
         max_evaluations=args.max_evaluations_per_step,
         direction=args.search_direction,
@@ -119,10 +119,11 @@ def buffers_of(args: GradientlessTrainingArguments, parameter: torch.Tensor) -> 
     if args.search_method == GLD:
         return 0, 0
     entry = compute_type(parameter.dtype).itemsize
-    state = parameter.numel() * entry * {ADAM: 2, MOMENTUM: 1}.get(args.search_update, 0)
+    moments: dict[str | None, int] = {ADAM: 2, MOMENTUM: 1}
+    state = parameter.numel() * entry * moments.get(args.search_update, 0)
     if args.search_method == SPSA_METHOD and args.search_update == MOMENTUM and args.search_moments != BUFFER:
         directions = Directions(args.search_direction, args.search_block, args.search_rank, args.search_renew)
-        if directions.has_factors(parameter.shape) and directions.right_stays():
+        if directions.rank is not None and directions.has_factors(parameter.shape) and directions.right_stays():
             state = len(parameter) * directions.rank * entry  # the left factor
         elif parameter.ndim > 1:
             state = 0  # recomputed from seeds

@@ -221,16 +221,12 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             self.model.training = True
 
     def _closure_and_evaluation(self, batches: list[dict[str, torch.Tensor]]) -> tuple:
-        evaluation = self._evaluation
-        if self._rows is not None:
+        evaluation, reader = self._evaluation, self._reader
+        if self._rows is not None and evaluation is not None:
             evaluation.load([(batch["features"], batch["labels"]) for batch in batches])
             return evaluation.closure, evaluation
-        full = self._full_objective(batches)
-
-        def read() -> list[tuple[torch.Tensor, torch.Tensor]]:
-            return [(self._reader.features(batch), batch["labels"]) for batch in batches]
-
-        step = StepEvaluation(evaluation, full, read, self._all_in_head())
+        read = None if reader is None else functools.partial(reader.features_and_labels, batches)
+        step = StepEvaluation(evaluation, self._full_objective(batches), read, self._all_in_head())
         return step.closure, step
 
     @contextlib.contextmanager

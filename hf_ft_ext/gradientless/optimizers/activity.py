@@ -1,7 +1,6 @@
 """`ActivityPerturbation`: search of any layers by random noise on their outputs, with a slope for each row."""
 
 import logging
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.base import keep_freed_memory
+from hf_ft_ext.gradientless.optimizers.base import check_perturbation, keep_freed_memory
 from hf_ft_ext.gradientless.optimizers.estimated import GradientEstimator
 from hf_ft_ext.gradientless.optimizers.output_noise import Estimates, OutputNoise
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM
@@ -86,10 +85,7 @@ class ActivityPerturbation(GradientEstimator):
         centred: bool = True,
         seed: int = 0,
     ):
-        if eps is not None and not (eps > 0 and math.isfinite(eps)):
-            raise InputError(f"eps must be a finite number above 0, such as 1e-3, got {eps}")
-        if num_directions < 1:
-            raise InputError(f"num_directions must be 1 or more, got {num_directions}")
+        check_perturbation(eps, num_directions)
         super().__init__(params, lr, update, momentum, betas, adam_eps, weight_decay, seed)
         self.num_directions, self.module = num_directions, module
         self.examined = False
@@ -115,7 +111,7 @@ class ActivityPerturbation(GradientEstimator):
             evaluate: an object with `row_passes()` for several micro-batches: pairs of such a function and the
                 micro-batch's weight in the mean over the step. `closure` is not called then.
         """
-        if self._already_taken(closure):
+        if not self._takes_step(closure):
             return None
         passes: Sequence[RowPass] = evaluate.row_passes() if hasattr(evaluate, "row_passes") else [(closure, 1.0)]
         self.steps += 1

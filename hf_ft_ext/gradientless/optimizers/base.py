@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -55,17 +55,17 @@ class GradientFreeOptimizer(CopyableOptimizer):
         self._ahead = True
         return loss
 
-    def _already_taken(self, closure: Closure | None) -> bool:
-        """Whether this call of `step` follows `step_ahead`; raises `InputError` without a closure and `step_ahead`."""
+    def _takes_step(self, closure: Closure | None) -> TypeGuard[Closure]:
+        """Whether to take a step: not if `step_ahead` has; raises `InputError` without a closure and `step_ahead`."""
         if closure is not None:
-            return False
+            return True
         if not self._ahead:
             raise InputError(
                 f"{type(self).__name__} compares losses: call step(closure) with a function that returns the loss of "
                 "the batch at the current weights"
             )
         self._ahead = False
-        return True
+        return False
 
     def _current_loss(self, closure: Closure) -> float:
         mine = self.exchange.mine(1)
@@ -113,6 +113,21 @@ class GradientFreeOptimizer(CopyableOptimizer):
             raise ValueError(f"this is not a state of {type(self).__name__}: it has no entry {_OWN_STATE!r}")
         super().load_state_dict({key: value for key, value in state_dict.items() if key != _OWN_STATE})
         self._load_own_state(state_dict[_OWN_STATE])
+
+
+def check_rates(lr: float, weight_decay: float) -> None:
+    """Raise an `InputError` if one of them is below 0 or NaN."""
+    for name, value in (("lr", lr), ("weight_decay", weight_decay)):
+        if not value >= 0:
+            raise InputError(f"{name} must be 0 or more, got {value}")
+
+
+def check_perturbation(eps: float | None, num_directions: int, usual: str = "1e-3") -> None:
+    """Raise an `InputError` if `eps` is not finite and above 0 (`None` = chosen later), or there is no direction."""
+    if eps is not None and not (eps > 0 and math.isfinite(eps)):
+        raise InputError(f"eps must be a finite number above 0, such as {usual}, got {eps}")
+    if num_directions < 1:
+        raise InputError(f"num_directions must be 1 or more, got {num_directions}")
 
 
 def report_accepted(evaluate: Any, row: int | None) -> None:

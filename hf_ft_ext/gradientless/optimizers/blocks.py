@@ -49,7 +49,7 @@ class ParameterBlock:
                 self.positions = None
                 self._set_views(chosen)
             else:
-                self._add_to_views(chosen)
+                self._add_to_views(self.tree, chosen)
         self.age += 1
 
     def _set_views(self, chosen: torch.Tensor) -> None:
@@ -77,13 +77,13 @@ class ParameterBlock:
         ]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
-    def _add_to_views(self, chosen: torch.Tensor) -> None:
+    def _add_to_views(self, tree: OptionTree, chosen: torch.Tensor) -> None:
         """Set `views` to the union of the `chosen` positions and those that options change."""
-        used = self.tree.used()
+        used = tree.used()
         kept = used.nonzero().flatten()
         earlier = self._flat_positions()[kept]
         union, inverse = torch.cat([earlier, chosen]).unique(return_inverse=True)
-        self.tree.remap_entries(union.numel(), inverse[: kept.numel()], kept)
+        tree.remap_entries(union.numel(), inverse[: kept.numel()], kept)
         self.positions = inverse[kept.numel() :] if union.numel() > chosen.numel() else None
         self._set_views(union)
 
@@ -169,4 +169,5 @@ class ParameterBlock:
         self.positions = None if state["positions"] is None else state["positions"].to(self.device)
         if state["tree"] is not None:
             self.ensure_tree(1)
+            assert self.tree is not None  # the loaded group has the options of the loaded tree
             self.tree.load(state["tree"], self.device)

@@ -120,10 +120,11 @@ class DirectSearch(GradientFreeOptimizer):
                 this is called after each change of a tensor, with the index of the accepted candidate, or `None` if
                 the new value is not among the candidates.
         """
-        if self._already_taken(closure):
+        if not self._takes_step(closure):
             return None
         self.steps += 1
-        before = loss = self._current_loss(closure)
+        before = self._current_loss(closure)
+        loss: float | None = before
         evaluate = Sequential(closure) if evaluate is None else evaluate
         for block in self.blocks:
             loss = self._search(block, loss, evaluate)

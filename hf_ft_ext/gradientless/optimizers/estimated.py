@@ -4,7 +4,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.base import GradientFreeOptimizer
+from hf_ft_ext.gradientless.optimizers.base import GradientFreeOptimizer, check_rates
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import derived_seed
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import (
     ADAM,
@@ -45,9 +45,7 @@ class GradientEstimator(GradientFreeOptimizer):
         weight_decay: float = 0.0,
         seed: int = 0,
     ):
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise InputError(f"{name} must be 0 or more, got {value}")
+        check_rates(lr, weight_decay)
         if update in RULES and update not in ESTIMATE_RULES:
             raise InputError(
                 f"update={update} is not available for node perturbation; choose from: {', '.join(ESTIMATE_RULES)}"

@@ -5,6 +5,7 @@ import logging
 import torch
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.gradientless.optimizers.base import check_rates
 from hf_ft_ext.gradientless.optimizers.options import parse_options
 from hf_ft_ext.gradientless.optimizers.selection import ALL, RANDOM, SELECTIONS
 
@@ -33,9 +34,7 @@ def check_group(group: dict) -> None:
             f"block={group['block']} changes consecutive entries together, and selection={group['selection']!r} "
             "selects single ones; pass selection='all'"
         )
-    for name in ("lr", "weight_decay"):
-        if not group[name] >= 0:
-            raise InputError(f"{name} must be 0 or more, got {group[name]}")
+    check_rates(group["lr"], group["weight_decay"])
     if group["selection"] == ALL and group["sampling_size"] is not None:
         raise InputError(f"selection='all' changes every entry; leave sampling_size={group['sampling_size']} out")
     options = parse_options(group["options"])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 
@@ -38,13 +39,19 @@ class HeadAdam(CopyableOptimizer):
         """Losses that one step evaluates."""
         return 1
 
-    def step_ahead(self, closure: Callable, evaluate=None) -> float:
+    def step_ahead(self, closure: Callable, evaluate: Any = None) -> float:
         """Take the step now; the next `step()` without arguments does nothing. Returns the loss before the step."""
         loss = self.step(closure, evaluate)
         self._ahead = True
         return loss
 
-    def step(self, closure: Callable | None = None, evaluate=None) -> float | None:
+    @overload
+    def step(self, closure: Callable, evaluate: Any = None) -> float: ...
+
+    @overload
+    def step(self, closure: None = None, evaluate: Any = None) -> float | None: ...
+
+    def step(self, closure: Callable | None = None, evaluate: Any = None) -> float | None:
         """Take one AdamW step; return the loss before it.
 
         Args:

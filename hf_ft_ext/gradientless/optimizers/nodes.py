@@ -1,6 +1,6 @@
 """`NodePerturbation`: search of a head by perturbing the outputs of its linear layers, row by row."""
 
-import math
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.base import Closure, report_accepted
+from hf_ft_ext.gradientless.optimizers.base import Closure, check_perturbation, report_accepted
 from hf_ft_ext.gradientless.optimizers.estimated import GradientEstimator
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM
@@ -69,10 +69,7 @@ class NodePerturbation(GradientEstimator):
         weight_decay: float = 0.0,
         seed: int = 0,
     ):
-        if not (eps > 0 and math.isfinite(eps)):
-            raise InputError(f"eps must be a finite number above 0, such as 1e-2, got {eps}")
-        if num_directions < 1:
-            raise InputError(f"num_directions must be 1 or more, got {num_directions}")
+        check_perturbation(eps, num_directions, usual="1e-2")
         if directions not in NODE_DIRECTIONS:
             raise InputError(f"directions={directions!r} is unknown; choose from: {', '.join(NODE_DIRECTIONS)}")
         super().__init__(params, lr, update, momentum, betas, adam_eps, weight_decay, seed)
@@ -93,7 +90,7 @@ class NodePerturbation(GradientEstimator):
                 `(module, inputs [rows, in], outputs [rows, out])`; `node_losses(module, outputs [n, rows, out])`
                 returns losses `[n, rows]`.
         """
-        if self._already_taken(closure):
+        if not self._takes_step(closure):
             return None
         if not hasattr(evaluate, "node_losses"):
             raise InputError(
@@ -112,7 +109,7 @@ class NodePerturbation(GradientEstimator):
             if weight is None and bias is None:
                 continue
             span = self._span(successor, out)
-            d = self._output_gradients(lambda outs, module=module: evaluate.node_losses(module, outs), out, span)
+            d = self._output_gradients(functools.partial(evaluate.node_losses, module), out, span)
             if weight is not None:
                 estimates[weight] = d.t() @ x.to(d.dtype) / len(d)  # G = sum_b d_b x_b^T / rows
             if bias is not None:

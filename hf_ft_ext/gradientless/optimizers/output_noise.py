@@ -159,7 +159,7 @@ class OutputNoise:
             # of an encoder-decoder, it is the mask of the encoder only
             usable = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not self._encoder_decoder
             self.mask = mask if usable else None
-            self.hides = usable and not bool((mask != 0).all())
+            self.hides = self.mask is not None and not bool((self.mask != 0).all())
 
         def before(position: int) -> Callable:
             def keep(module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -32,15 +32,15 @@ def select_indices(
         return None
     if selection == RANDOM:
         return random_subset(n, size, generator).to(device)
-    if selection == FISHER and importance is None:
+    if selection == MAGNITUDE:
+        scores = [parameter.detach().abs().flatten() for parameter in parameters]
+    elif importance is not None:
+        scores = [importance(parameter, generator).flatten() for parameter in parameters]
+    else:
         raise InputError(
             "selection='fisher' ranks entries by their effect on the logits, which a closure does not return; pass an "
             "`evaluate` that has `importance(parameter, generator)`, or use selection='random'"
         )
-    if selection == MAGNITUDE:
-        scores = [parameter.detach().abs().flatten() for parameter in parameters]
-    else:
-        scores = [importance(parameter, generator).flatten() for parameter in parameters]
     return torch.cat(scores).topk(size).indices.sort().values
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, keep_freed_memory
+from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, check_rates, keep_freed_memory
 from hf_ft_ext.gradientless.optimizers.groups import check_block
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import GAUSSIAN, Directions, Draw
 from hf_ft_ext.gradientless.optimizers.perturbation.estimates import FORWARD, ONE_SIDED, TWO_SIDED, Estimate
@@ -97,9 +97,7 @@ class SPSA(GradientFreeOptimizer):
         carry: bool = False,
         candidates_per_forward: int = 1,
     ):
-        for name, value in (("lr", lr), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise InputError(f"{name} must be 0 or more, got {value}")
+        check_rates(lr, weight_decay)
         if candidates_per_forward < 1:
             raise InputError(f"candidates_per_forward must be 1 or more, got {candidates_per_forward}")
         self.eps, self.num_directions, self.block, self.update = eps, num_directions, block, update
@@ -149,7 +147,7 @@ class SPSA(GradientFreeOptimizer):
                 times, for several candidates in one forward pass. `differentiable()` replaces `closure` with
                 `estimate="forward"`.
         """
-        if self._already_taken(closure):
+        if not self._takes_step(closure):
             return None
         self.steps += 1
         draws = self._draws()

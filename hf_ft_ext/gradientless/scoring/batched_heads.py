@@ -160,7 +160,9 @@ class BatchedHead:
                 and flat.dtype in (torch.float32, torch.float64)
             ):
                 # y + x (W' - W)^T
-                product = _sparse_product(call, view, values, n).add_(flat.t()[:, None])
+                product = _sparse_product(call, view.parameter.detach(), view.indices, values, n).add_(
+                    flat.t()[:, None]
+                )
                 return product.flatten(1).t().view(-1, *out.shape[1:])
             # x W'^T + b for all candidates as one product: their weights stacked along the outputs
             x = call.x.reshape(len(out), -1)
@@ -206,14 +208,15 @@ def on_rows(module: nn.Module, x: torch.Tensor, parameters: dict[str, torch.Tens
             module.__dict__["forward"] = forward
 
 
-def _sparse_product(call: Call, view: IndexView, values: torch.Tensor, n: int) -> torch.Tensor:
+def _sparse_product(
+    call: Call, weight: torch.Tensor, indices: torch.Tensor, values: torch.Tensor, n: int
+) -> torch.Tensor:
     """`x @ (changed weight - weight)^T` for each candidate, `[out, n, rows]`.
 
     Computed by `embedding_bag` with one bag per output `o` and candidate `i`: the sum over the changed entries
     `(o, j)` of `change_i[o, j] * x^T[j]`. Entries are sorted by output, and within an output by candidate, so that
     each bag is contiguous and the result has the batch rows last.
     """
-    weight, indices = view.parameter.detach(), view.indices
     outputs, inputs = weight.shape
     if call.columns is None:
         call.columns = call.x.reshape(len(call.out), -1).t().contiguous()

@@ -205,15 +205,13 @@ class StepEvaluation:
         """The objective at the current weights."""
         if not self.all_in_head:
             return float(self.full.value())
-        self._load()
-        return self.head.closure()
+        return self._loaded().closure()
 
     def differentiable(self) -> torch.Tensor:
         """The objective at the current weights as a differentiable tensor."""
         if not self.all_in_head:
             return self.full.value()
-        self._load()
-        return self.head.differentiable()
+        return self._loaded().differentiable()
 
     def nodes(self) -> list[tuple[nn.Linear, torch.Tensor, torch.Tensor]]:
         """See `HeadEvaluation.nodes`."""
@@ -222,12 +220,11 @@ class StepEvaluation:
                 "node perturbation needs a search of head tensors only, with a head that reads one vector per row; "
                 "use search_method=spsa or gld"
             )
-        self._load()
-        return self.head.nodes()
+        return self._loaded().nodes()
 
     def node_losses(self, module: nn.Linear, outputs: torch.Tensor) -> torch.Tensor:
         """See `HeadEvaluation.node_losses`."""
-        return self.head.node_losses(module, outputs)
+        return self._loaded().node_losses(module, outputs)
 
     def repeated(self, n: int) -> torch.Tensor | None:
         """Objectives `[n]` of the batch repeated `n` times in one forward pass; `None` if that is not supported.
@@ -246,24 +243,26 @@ class StepEvaluation:
         return self.full.row_passes
 
     def __call__(self, views: list[IndexView], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
-        self.in_head = self.head is not None and all(id(view.parameter) in self.head.names for view in views)
+        head = self.head
+        self.in_head = head is not None and all(id(view.parameter) in head.names for view in views)
         if not self.in_head:
             return Sequential(self.full.value)(views, candidates, rows)
-        self._load()
-        return self.head(views, candidates, rows)
+        return self._loaded()(views, candidates, rows)
 
-    def _load(self) -> None:
+    def _loaded(self) -> HeadEvaluation:
+        """The evaluation of the head, on the features of this step."""
+        assert self.head is not None and self.features is not None  # callers have checked `all_in_head` or `in_head`
         if not self.fresh:
             self.head.load(self.features())
             self.fresh = True
+        return self.head
 
     def accepted(self, row: int | None) -> None:
         """Note that the tensor now equals candidate `row` of the last evaluation (`None`: none of them)."""
         if self.in_head:
-            self.head.accepted(row)
+            self._loaded().accepted(row)
         else:
             self.fresh = False
 
     def _importance(self, parameter: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        self._load()
-        return self.head.importance(parameter, generator)
+        return self._loaded().importance(parameter, generator)

@@ -38,6 +38,8 @@ class FullObjective:
 
     def rows_give_mean(self) -> bool:
         """Whether `value` is the mean of the losses that `row_passes` return (a model may add terms to its loss)."""
+        if self.row_passes is None:
+            return False
         with torch.no_grad():
             means = [(losses().mean(), weight) for losses, weight in self.row_passes]
             value = self.value()
@@ -72,11 +74,12 @@ def objective_of_logits(
         logits = _joined([part.view(n, -1, *part.shape[1:]) for part in parts], 1)
         return torch.stack([torch.as_tensor(objective(one, labels)) for one in logits])
 
+    if of_rows is None:
+        return FullObjective(value, repeated)
+
     def losses(batch: Batch, own_labels: torch.Tensor) -> torch.Tensor:
         return of_rows(logits_of(model(**batch)), own_labels)
 
-    if of_rows is None:
-        return FullObjective(value, repeated)
     passes = [
         (functools.partial(losses, own, batch["labels"]), float(rows_of(batch)))
         for own, batch in zip(inputs, batches, strict=True)
@@ -135,9 +138,9 @@ def model_loss(
         # sum_b (n_b / n) loss_b
         return sum(loss_of(batch) * count for batch, count in counted) / sum(counts)
 
-    def repeated(n: int) -> torch.Tensor:
+    def repeated(at_once: Callable[..., torch.Tensor], n: int) -> torch.Tensor:
         def losses(batch: Batch) -> torch.Tensor:
-            return losses_of(repeat(_inputs(batch), n), batch["labels"], n)
+            return at_once(repeat(_inputs(batch), n), batch["labels"], n)
 
         return mean(losses)
 
@@ -145,7 +148,9 @@ def model_loss(
     if of_rows is not None and all("labels" in batch and "shift_labels" not in batch for batch in batches):
         losses = [functools.partial(of_rows, _inputs(batch), batch["labels"]) for batch in batches]
         passes = list(zip(losses, map(float, counts), strict=True)) if counted else []
-    return FullObjective(lambda: mean(compute), None if losses_of is None else repeated, passes)
+    return FullObjective(
+        lambda: mean(compute), None if losses_of is None else functools.partial(repeated, losses_of), passes
+    )
 
 
 def language_losses(model: nn.Module, inputs: Mapping[str, Any], labels: torch.Tensor, n: int) -> torch.Tensor:

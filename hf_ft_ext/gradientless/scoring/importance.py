@@ -147,6 +147,7 @@ class _PerturbedEntries:
     def _input_of_last(self, flat: torch.Tensor) -> torch.Tensor:
         self.head.logits_from(self.module, flat.view_as(self.call.out), 1)
         x, _ = self.head.latest[id(self.last)]
+        assert x is not None  # the last layer runs after the changed module, so its input was recorded
         return x.reshape(len(flat), -1)
 
     def _is_elementwise(self) -> bool:

@@ -52,10 +52,14 @@ def make_objective(
     if name == F1 and num_labels != 2:
         raise InputError(f"search_objective=f1 is for two classes, but the model has {num_labels}; use matthews")
     positive = positive_class(label_names, positive_label) if name == F1 else 1
-    metric = {ACCURACY: _accuracy, F1: partial(_f1, positive=positive), MATTHEWS: _matthews}[name]
+    metrics: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
+        ACCURACY: _accuracy,
+        F1: partial(_f1, positive=positive),
+        MATTHEWS: _matthews,
+    }
 
     def one_minus(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        value = 1 - metric(logits.argmax(-1), labels, logits.shape[-1])
+        value = 1 - metrics[name](logits.argmax(-1), labels, logits.shape[-1])
         # argmax of a logit that is not finite is meaningless: such a candidate is rejected
         return torch.where(logits.isfinite().flatten(-2).all(-1), value, torch.full_like(value, torch.nan))
 

@@ -93,7 +93,6 @@ class Directions:
         if masks is not None and small is not None:
             raise InputError("masks and small both select the entries that may change; pass one of them")
         self.kind, self.block, self.masks, self.small = kind, block, masks, small
-        self.low_rank = kind in LOW_RANK
         self.rank, self.renew = rank or DEFAULT_RANK.get(kind), renew or DEFAULT_RENEW.get(kind)
         self.thresholds: list[float] | None = None
         # SubZero's U and V by number of the matrix: they stay for `renew` steps, and a step needs them three times
@@ -126,19 +125,20 @@ class Directions:
 
     def has_factors(self, shape: Sequence[int]) -> bool:
         """Whether the part of a tensor of this shape is low-rank, given by two factors."""
-        return self.low_rank and len(shape) == 2 and min(shape) >= self.rank
+        return self.rank is not None and len(shape) == 2 and min(shape) >= self.rank
 
     def scale(self, shape: Sequence[int]) -> float:
         """Factor of `slope * direction` in the gradient estimate of a tensor of this shape.
 
         `1 / rank` for normal factors, as `E[<G, U V^T> U V^T] = rank G` (LOZO, Eq. 4); 1 otherwise.
         """
-        return 1 / self.rank if self.kind == LOZO and self.has_factors(shape) else 1.0
+        return 1 / self.rank if self.rank is not None and self.kind == LOZO and self.has_factors(shape) else 1.0
 
     def factors(
         self, shape: Sequence[int], number: int, draw: Draw, dtype: torch.dtype, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Left `[out, rank]` and right `[in, rank]` factor of the part of matrix `number`: `Z = left @ right.T`."""
+        assert self.rank is not None  # as `has_factors` says for this tensor
         rows, columns = shape
         new, kept = _generator(device, draw.seed, number), _generator(device, draw.basis, number)
         if self.kind == OUTER:  # Z = u v^T

@@ -3,12 +3,12 @@
 The estimate is `G = 1/n sum_i slope_i z_i` (with an additional factor for LOZO, see `Directions.scale`).
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.gradientless.optimizers.base import check_perturbation
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import Draw
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination
 
@@ -41,12 +41,12 @@ class Estimate:
     def __init__(self, kind: str, eps: float, directions: int):
         if kind not in ESTIMATES:
             raise InputError(f"estimate={kind!r} is unknown; choose from: {', '.join(ESTIMATES)}")
-        if not (eps > 0 and math.isfinite(eps)):
-            raise InputError(f"eps must be a finite number above 0, such as 1e-3, got {eps}")
-        if directions < _LEAST[kind]:
-            why = f" for estimate={kind}, which divides by the standard deviation of the losses"
-            why = why if _LEAST[kind] > 1 else ""
-            raise InputError(f"num_directions must be {_LEAST[kind]} or more{why}, got {directions}")
+        if directions < _LEAST[kind] > 1:
+            raise InputError(
+                f"num_directions must be {_LEAST[kind]} or more for estimate={kind}, which divides by the standard "
+                f"deviation of the losses, got {directions}"
+            )
+        check_perturbation(eps, directions)
         self.kind, self.eps, self.directions = kind, eps, directions
 
     def evaluations(self) -> int:

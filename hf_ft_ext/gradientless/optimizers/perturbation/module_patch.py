@@ -174,9 +174,9 @@ class ModulePatch:
         combinations = [self.forward.combinations[candidate] for candidate in active]
         if not any(combinations):
             return output
-        pairs = [self.forward.factors(weight, number, c) if c else None for c in combinations]
-        first = next(pair for pair in pairs if pair is not None)
-        pairs = [(torch.zeros_like(first[0]), first[1]) if pair is None else pair for pair in pairs]
+        found = [self.forward.factors(weight, number, c) if c else None for c in combinations]
+        first = next(pair for pair in found if pair is not None)
+        pairs = [(torch.zeros_like(first[0]), first[1]) if pair is None else pair for pair in found]
         left, right = (_stacked([pair[side] for pair in pairs]).to(output.dtype) for side in (0, 1))
         n, x = len(active), args[0] if args else next(iter(kwargs.values()))
         if self.forward.tangent:

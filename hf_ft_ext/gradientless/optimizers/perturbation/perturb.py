@@ -81,7 +81,7 @@ class PerturbedForward(PerturbedWeights):
         Raises:
             CannotBatch: in the forward pass: a module does not process the repeated rows independently.
         """
-        self.combinations, self.active, self.rows = combinations, range(len(combinations)), None
+        self.combinations, self.active, self.rows = combinations, range(len(combinations)), 0
         handles: list[Any] = []
         try:
             if len(combinations) > 1:

@@ -22,7 +22,7 @@ class PerturbedWeights:
     Attributes:
         combinations: what each candidate adds to the weights.
         active: indices of the candidates that the current forward pass evaluates.
-        rows: rows of the batch, if several candidates run as one forward pass over the repeated batch.
+        rows: rows of the batch, if several candidates run as one forward pass over the repeated batch; 0 before it.
         tangent: whether perturbed weights are dual numbers, for forward-mode differentiation.
         unread: numbers of the parameters that no forward pass has read so far.
     """
@@ -32,7 +32,7 @@ class PerturbedWeights:
         self.unread = set(range(count))
         self.combinations: Sequence[Combination] = ()
         self.active: Sequence[int] = ()
-        self.rows: int | None = None
+        self.rows = 0
         self.tangent = False
         self.weights: Sequence[float] | None = None
 
