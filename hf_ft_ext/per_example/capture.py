@@ -307,7 +307,8 @@ class Capture:
                 self._check_layout(call)
                 mode = contextlib.nullcontext if is_sum_of_products(hooked.rule) else self._mode
                 with torch.no_grad(), mode():
-                    gradients = self._by_rule(call, grad) if hooked.rule else self._call_again(call, grad)
+                    rule = hooked.rule
+                    gradients = self._by_rule(rule, call, grad) if rule else self._call_again(call, grad)
             elif grad.any():
                 raise _NotPerExample
             # Otherwise the gradient is 0: dL/dW is linear in dL/dy, and dL/dy = 0 (lora_A while lora_B is zero).
@@ -332,13 +333,13 @@ class Capture:
             self.delivered.add((name, self._scalar))
             self.receive(name, [gradient for _, gradient in found], self._scalar, 0)
 
-    def _by_rule(self, call: _Call, grad: torch.Tensor) -> dict[str, Gradient]:
+    def _by_rule(self, rule: Rule, call: _Call, grad: torch.Tensor) -> dict[str, Gradient]:
         inputs, grad = _at_least_float32(call.inputs), _at_least_float32(grad)
         if call.factors is not None:  # y_t = f_t * W[id_t], so dL/dW[id_t] = f_t * dL/dy_t
             grad = grad * call.factors.to(grad.dtype)
         if len(inputs) != self.n:  # [n * tokens, ...] to [n, tokens, ...]
             inputs, grad = (x.reshape(self.n, -1, *x.shape[1:]) for x in (inputs, grad))
-        return call.hooked.rule(call.hooked.module, inputs, grad)
+        return rule(call.hooked.module, inputs, grad)
 
     def _call_again(self, call: _Call, grad: torch.Tensor) -> dict[str, Gradient]:
         """Call the module for each example separately, and take its parameters' gradients from autograd."""
@@ -346,6 +347,7 @@ class Capture:
         parameters = [own[name] for name in call.hooked.names]
         totals: list[torch.Tensor | None] = [None] * len(parameters)
         spec, sliced = call.layout
+        assert call.leaves is not None  # recorded, as the module has no rule
         self._paused = True  # the hooks of submodules must ignore these calls
         try:
             with only_trainable(module, parameters), torch.enable_grad():
@@ -375,9 +377,10 @@ def _add_rows(totals: list[torch.Tensor | None], found: tuple, i: int, n: int) -
     for k, gradient in enumerate(found):
         if gradient is None:
             continue
-        if totals[k] is None:
-            totals[k] = _at_least_float32(gradient).new_zeros(n, *gradient.shape)
-        totals[k][i] = gradient
+        total = totals[k]
+        if total is None:
+            total = totals[k] = _at_least_float32(gradient).new_zeros(n, *gradient.shape)
+        total[i] = gradient
 
 
 def _at_least_float32(values: torch.Tensor) -> torch.Tensor:

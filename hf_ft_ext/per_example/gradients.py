@@ -152,7 +152,7 @@ class ExampleGradients:
 
     def _pass(self, batch: Batch, receive: Receiver) -> tuple[torch.Tensor, Capture]:
         """Run `batch`; the returned capture lists parameters whose rule failed in this batch."""
-        direct = {name: self.parameters[name] for name in self.uncovered}
+        direct = {name: self.parameters[name] for name in self.uncovered or ()}
         return self._run(batch, without_parameters(self._hooked_modules, direct), direct, receive)
 
     def _run(
@@ -179,11 +179,12 @@ class ExampleGradients:
 
     def _mark_uncovered(self, names: set[str]) -> None:
         """Take the gradients of these parameters from autograd from now on."""
-        new = [name for name in names if name not in self.uncovered]
+        known = self.uncovered or []
+        new = [name for name in names if name not in known]
         if new:
             logger.info("no rule covers %s (and %d more parameters) in a later batch: examples now run one by one",
                         new[0], len(new) - 1)  # fmt: skip
-        self.uncovered = [name for name in self.parameters if name in {*self.uncovered, *names}]
+        self.uncovered = [name for name in self.parameters if name in {*known, *names}]
 
     # --- the trial on a few rows --------------------------------------------------------------------
 

@@ -48,12 +48,12 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     """Disable the key-value cache of decoders."""
     config = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
-    if before:
+    if config is not None and before:
         config.use_cache = False
     try:
         yield
     finally:
-        if before:
+        if config is not None and before:
             config.use_cache = before
 
 
