@@ -60,7 +60,7 @@ def default_targets(model: nn.Module, placement: str) -> list[str]:
             f"{type(model).__name__} has no layers that fit a bottleneck adapter of placement {placement!r}{reason}; "
             "pass target_modules, or choose another placement or adapter"
         )
-    within = sorted({split_layer(name).name for name in found})
+    within = sorted({inner.name for name in found if (inner := split_layer(name)) is not None})
     reached = {name for name in plain if (inner := split_layer(name)) is not None and inner.name in within}
     return within if reached == found.keys() else sorted(found)
 

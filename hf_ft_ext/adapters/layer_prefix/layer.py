@@ -117,7 +117,8 @@ class PrefixLayer(FollowsBaseLayer, nn.Module, BaseTunerLayer):
         """Replace the projection of adapter `name` by the keys and values that it computes now."""
         with torch.no_grad():
             rows = self.rows(name)[0]
-        table = Table(*rows.shape, std=0.0).to(rows.device, rows.dtype)
+        length, width = rows.shape
+        table = Table(length, width, std=0.0).to(rows.device, rows.dtype)
         if rows.device.type != "meta":
             table.weight.data.copy_(rows)
         table.requires_grad_(any(parameter.requires_grad for parameter in self.layer_prefix_out[name].parameters()))

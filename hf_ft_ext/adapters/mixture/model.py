@@ -99,7 +99,8 @@ class LayerMixtureModel(LayerTuner):
             parent, target, target_name = _get_submodules(model, name)
             tuner._create_and_replace(config, adapter_name, target, target_name, parent, current_key=plain)
             self.targeted_module_names.append(plain)
-        found = {split_layer(plain, mixture.layers_pattern).layer for plain in reached}
+        inside = (split_layer(plain, mixture.layers_pattern) for plain in reached)
+        found = {inner.layer for inner in inside if inner is not None}
         if missing := sorted(set(layers) - found):
             raise InputError(
                 f"kind {kind!r} finds no target in layer {missing[0]} (target_modules="

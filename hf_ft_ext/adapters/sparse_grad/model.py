@@ -133,8 +133,8 @@ def kind_of(name: str, base: nn.Module) -> str:
 
 def within_layers(model: nn.Module, names: list[str]) -> list[str]:
     """Names within a layer that match exactly the modules `names`; full names if there are none."""
-    in_layers = [split_layer(name) for name in names]
-    if all(inner is not None for inner in in_layers):
+    in_layers = [inner for name in names if (inner := split_layer(name)) is not None]
+    if len(in_layers) == len(names):
         within = sorted({inner.name for inner in in_layers})
         plain = (plain_name(name) for name, _ in model.named_modules())
         reached = {name for name in plain if (inner := split_layer(name)) is not None and inner.name in within}
