@@ -74,7 +74,7 @@ def data_fingerprint(dataset: Any, collate: Callable[[list], dict] | None = None
                 digest.update(str(values.tolist()).encode() if values.dtype == object else values.tobytes())
         return digest.hexdigest()
     for i in range(len(dataset)):
-        row = collate([dataset[i]]) if changes else dataset[i]
+        row = dataset[i] if collate is None or not changes else collate([dataset[i]])
         for key in sorted(row.keys() - _LABELS):
             values = np.asarray(row[key])
             digest.update(f"{key} {values.shape} {values.dtype}\n".encode())

@@ -82,7 +82,7 @@ def fit_classes(
         raise InputError(f"class '{empty}' has no training rows, so no linear head can learn it; add rows of it")
     scaled, mean, scale = _scaled(x, bias)
     chosen = c is None
-    if chosen:
+    if c is None:
         c = _choose(scaled, labels, None, None, bias, folds, max_iter)
     model = _logistic(scaled, labels, None, c, bias, max_iter)
     weight, offset = _rows(model, len(names))
@@ -131,7 +131,7 @@ def fit_labels(
             weights.append(np.zeros((1, x.shape[1])))
             offsets.append(np.array([np.log(share / (1 - share))]))
             continue
-        strength = _choose(scaled, truth, None, None, bias, folds, max_iter) if chosen else c
+        strength = _choose(scaled, truth, None, None, bias, folds, max_iter) if c is None else c
         model = _logistic(scaled, truth, None, strength, bias, max_iter)
         weight, offset = _unscaled(model.coef_, np.zeros(1) + model.intercept_, mean, scale)
         used.append(strength)
@@ -171,7 +171,7 @@ def fit_probability(
     ends = np.repeat([0, 1], len(x))
     weights = np.concatenate([1 - probability, probability])
     chosen = c is None
-    if chosen:
+    if c is None:
         c = _choose(double, ends, weights, np.concatenate([rows, rows]), bias, folds, max_iter)
     model = _logistic(double, ends, weights, c, bias, max_iter)
     weight, offset = _unscaled(*_rows(model, 2), mean, scale)
@@ -192,7 +192,7 @@ def fit_regression(x: np.ndarray, labels: np.ndarray, bias: bool = True, c: floa
     labels = labels.reshape(len(x), -1).astype(np.float64)
     scaled, mean, scale = _scaled(x, bias)
     chosen = c is None
-    if chosen:
+    if c is None:
         c = 1 / float(RidgeCV(alphas=[1 / value for value in GRID], fit_intercept=bias).fit(scaled, labels).alpha_)
     model = Ridge(alpha=1 / c, fit_intercept=bias).fit(scaled, labels)
     weight = np.atleast_2d(model.coef_).reshape(labels.shape[1], -1)

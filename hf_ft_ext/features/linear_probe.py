@@ -1,5 +1,6 @@
 """Linear probing: fitting a model's last layer by logistic or linear regression on its inputs."""
 
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -93,7 +94,7 @@ def fit_linear_head(
             batch_size,
         )  # fmt: skip
         parts = (table[i : i + _ROWS].to(_device(model)) for i in range(0, len(table), _ROWS))
-        inputs = [_inputs(model, name, layer, lambda part=part: reader.logits(part)) for part in parts]
+        inputs = [_inputs(model, name, layer, functools.partial(reader.logits, part)) for part in parts]
     else:
         with tqdm(total=len(dataset), desc="encoding the data once", disable=disable_tqdm) as bar:
             inputs = []

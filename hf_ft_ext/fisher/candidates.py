@@ -183,7 +183,7 @@ def probing(model: nn.Module, candidates: dict[str, PeftConfig], layers: list[in
     trains = [(p, p.requires_grad) for p in model.parameters()]
     before = [(p, p.detach().clone()) for p in model.parameters()] if _may_change_base_weights(candidates) else []
     kinds = {name: settings_of(config) for name, config in candidates.items()}
-    config = LayerMixtureConfig(kinds=kinds, layers={layer: list(kinds) for layer in layers})
+    config = LayerMixtureConfig(kinds=kinds, layers={str(layer): list(kinds) for layer in layers})
     try:
         with as_input_error(list(candidates)), seeded_init(seed):
             probe = get_peft_model(model, config)

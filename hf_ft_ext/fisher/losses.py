@@ -66,7 +66,7 @@ def problem_type_of(model: nn.Module, labels: torch.Tensor | None) -> str:
     problem = config.problem_type
     floating = labels is not None and labels.is_floating_point()
     if problem is None:
-        several = floating and labels.ndim == 2
+        several = labels is not None and floating and labels.ndim == 2
         problem = REGRESSION if config.num_labels == 1 else MULTI_LABEL if several else SINGLE_LABEL
     if labels is None:
         return problem
@@ -154,7 +154,7 @@ def own_loss(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> Loss | None
             )
         logits, labels = _logits_if_any(output), one.get("labels")
         forms = _candidate_losses(logits, labels)
-        classes = logits.shape[-1] if forms else 0
+        classes = logits.shape[-1] if forms and logits is not None else 0
         for form in forms:
             if all(_is_mean_of(form, model, batch, classes) for batch in (one, _with_other_labels(one, classes))):
                 return lambda output, batch, form=form: form(logits_of(output), batch["labels"])
@@ -272,6 +272,7 @@ class FisherScalars:
         # Called without labels: the model would compute its own loss, averaged over the batch.
         logits = logits_of(model(**{key: value for key, value in batch.items() if key != "labels"}))
         if self.labels == TRUE:
+            assert self.problem_type is not None  # given where `loss` is not
             return losses_of_logits(logits, batch["labels"], self.problem_type)[:, None]
         return self._expected(logits)
 

@@ -132,7 +132,7 @@ class AdapterPlan:
         return LayerMixtureConfig(
             task_type=task_type,
             kinds={name: settings for name, settings in self.candidates.items() if name in used},
-            layers={layer: name for layer, name in sorted(self.choice.items()) if name is not None},
+            layers={str(layer): name for layer, name in sorted(self.choice.items()) if name is not None},
             modules_to_save=modules_to_save,
         )
 

@@ -98,7 +98,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         args = self.args
         self._given_plan = None if args.adapter_plan is None else AdapterPlan.load(args.adapter_plan)
         self._rates: dict[str, float] = args.fisher_learning_rates or {}
-        self._candidates = None
+        self._candidates: dict[str, Any] = {}
         if args.fisher_mode != MASK and self._given_plan is None:
             self._candidates = make_candidates(args.fisher_candidates, args.fisher_candidate_settings)
         self._check_rates()
@@ -226,7 +226,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         return ModelLoss(lambda model, batch: self.compute_loss(model, dict(batch))) if has_own_loss(self) else None
 
     def _check_rates(self) -> None:
-        known = set(self._given_plan.candidates if self._given_plan is not None else self._candidates or ()) | {HEAD}
+        known = set(self._given_plan.candidates if self._given_plan is not None else self._candidates) | {HEAD}
         if unknown := sorted(set(self._rates) - known):
             raise InputError(
                 f"fisher_learning_rates names {unknown[0]!r}; the candidates are: {', '.join(sorted(known))}"
@@ -247,7 +247,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
 
     def _write_plan(self) -> None:
         if self.plan is not None and self.args.should_save:
-            self._save_plan(self.args.output_dir)
+            self._save_plan(self.plan, self.args.output_dir)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As `Trainer`'s, plus projections of bottlenecks, which `Trainer` would skip where they wrap a LayerNorm."""
@@ -276,17 +276,17 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         if self.args.should_save:
             folder = output_dir or self.args.output_dir
             if self.plan is not None:
-                self._save_plan(folder, picture=not _internal_call)
+                self._save_plan(self.plan, folder, picture=not _internal_call)
             if self.args.fisher_mode == MASK and self._is_prepared:
                 size = save_entries(self.model, folder)
                 logger.info("saved the trained entries: %.2f MB in %s", size / 1e6, os.path.join(folder, DELTA_FILE))
 
-    def _save_plan(self, folder: str, picture: bool = True) -> None:
+    def _save_plan(self, plan: AdapterPlan, folder: str, picture: bool = True) -> None:
         os.makedirs(folder, exist_ok=True)
-        self.plan.save(folder)
-        drawn = os.path.abspath(folder), self.plan.table()
-        if picture and self.plan.scores and drawn != self._drawn:  # the start of a run and its end have one folder
-            draw_if_possible(self.plan, folder)
+        plan.save(folder)
+        drawn = os.path.abspath(folder), plan.table()
+        if picture and plan.scores and drawn != self._drawn:  # the start of a run and its end have one folder
+            draw_if_possible(plan, folder)
             self._drawn = drawn
 
     # --- summaries --------------------------------------------------------------------------------
