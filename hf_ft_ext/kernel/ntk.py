@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.kernel.engines.jacobian import JacobianEngine
-from hf_ft_ext.kernel.engines.projected import MemoryChunks, ProjectedEngine, divide_rows
+from hf_ft_ext.kernel.engines.projected import Chunks, MemoryChunks, ProjectedEngine, divide_rows
 from hf_ft_ext.kernel.engines.structured import StructuredEngine
 from hf_ft_ext.kernel.formulas import Formula
 from hf_ft_ext.kernel.options import DIMENSION, Engine, KernelOptions, as_engine, as_formula, kernel_parameters
@@ -119,7 +119,7 @@ def projected_gradients(
     computation = KernelComputation(model, kernel_options, function)
     rows = ExampleRows(batches, _pad_token(model))
     chunks = MemoryChunks(divide_rows(len(rows)))
-    computation.projected.project(rows, chunks, disable_tqdm=disable_tqdm)
+    computation.project(rows, chunks, disable_tqdm=disable_tqdm)
     return torch.cat([chunks.get(i) for i in range(len(chunks.edges))])
 
 
@@ -159,14 +159,28 @@ class KernelComputation:
         self.dtype = dtype
         self.projected: ProjectedEngine | None = None  # used instead of `engine`
         if options.engine is Engine.PROJECTED:
-            projection = options.dimension, options.seed, dtype
+            assert options.dimension is not None and options.seed is not None  # `KernelOptions` sets them
             budget = options.memory_gb, options.batch_size, self._wider_bytes
-            self.projected = ProjectedEngine(model, self.function, self.parameters, *projection, *budget)
+            self.projected = ProjectedEngine(
+                model, self.function, self.parameters, options.dimension, options.seed, dtype, *budget
+            )
         else:
             kind = JacobianEngine if options.engine is Engine.JACOBIAN else StructuredEngine
             self.engine = kind(model, self.function, self.parameters, options.formula, dtype)
         self._ready = False
         self._needs: dict[int, MemoryNeeds] = {}  # by the tokens of the longest row
+
+    def project(
+        self, rows: ExampleRows, chunks: Chunks, process: int = 0, processes: int = 1, disable_tqdm: bool = True
+    ) -> None:
+        """See `ProjectedEngine.project`.
+
+        Raises:
+            InputError: as there; or the options have another engine.
+        """
+        if self.projected is None:
+            raise InputError(f"engine={self.options.engine.value} projects no gradients; pass engine=projected")
+        self.projected.project(rows, chunks, process, processes, disable_tqdm)
 
     def run(
         self,

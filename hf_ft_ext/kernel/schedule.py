@@ -108,7 +108,7 @@ def free_bytes(device: torch.device) -> int:
     """Free memory on `device`; on the CPU, the smaller of the system's and the container's."""
     if device.type != "cpu":
         module = getattr(torch, device.type, None)
-        if hasattr(module, "mem_get_info"):
+        if module is not None and hasattr(module, "mem_get_info"):
             return int(module.mem_get_info(device)[0])
     free = psutil.virtual_memory().available
     for limit, use in _CGROUPS:

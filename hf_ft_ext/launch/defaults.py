@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_ft_ext.arguments import (
@@ -33,6 +31,7 @@ from hf_ft_ext.launch.validation import (
     check_streaming,
     check_together,
 )
+from hf_ft_ext.training.first_process import on_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +61,9 @@ def complete_arguments(
     given = run_args.given.get("output_dir") or None
     resume = training_args.resume_from_checkpoint
     # Only the first process checks: when another one checked, the first might already have written files.
-    outcome = [None]
-    if PartialState().is_main_process:
-        try:
-            outcome[0] = _output_dir(given, resume, run_args, model_args, data_args, training_args)
-        except InputError as error:
-            outcome[0] = error
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], InputError):
-        raise outcome[0]
-    training_args.output_dir, training_args.resume_from_checkpoint = outcome[0]
+    training_args.output_dir, training_args.resume_from_checkpoint = on_first_process(
+        lambda: _output_dir(given, resume, run_args, model_args, data_args, training_args)
+    )
 
 
 def task_label(data_args: DataArguments) -> str:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterator
 
 import torch
-from accelerate.utils import broadcast, broadcast_object_list
+from accelerate.utils import broadcast
 from peft import PeftModel
 from torch import nn
 
@@ -13,6 +13,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.linear_probe import LinearHead, find_last_layer, fit_linear_head, prepare_linear_head
 from hf_ft_ext.features.rows import SAMPLE, batches_in_order, data_and_collator
 from hf_ft_ext.linearhead.arguments import LinearHeadTrainingArguments
+from hf_ft_ext.training.first_process import on_first_process
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 from hf_ft_ext.training.runs.plan import TrainedWeight
 from hf_ft_ext.training.solver_trainer import SolverTrainer
@@ -57,40 +58,35 @@ class LinearHeadTrainer(SolverTrainer):
 
     def solve(self) -> dict[str, float]:
         """Fit the head."""
-        self._fit_on_all_processes()
-        fit = self.fitted.fit
+        fit = self._fit_on_all_processes().fit
         return {"train_loss": fit.loss, "train_score": fit.score, "c": fit.c}
 
-    def _fit_on_all_processes(self) -> None:
+    def _fit_on_all_processes(self) -> LinearHead:
         """Fit on the first process and broadcast its weights; its `InputError` is raised on every process."""
         args = self.args
-        outcome: list = [None]
-        if args.process_index == 0:
-            try:
-                dataset, collate = data_and_collator(self, self.train_dataset)
-                outcome[0] = fit_linear_head(
-                    self.model,
-                    dataset,
-                    collate,
-                    batch_size=args.rows_per_pass,
-                    c=args.linearhead_c,
-                    folds=args.linearhead_folds,
-                    max_iter=args.linearhead_max_iter,
-                    feature_cache_dir=args.feature_cache_dir,
-                    feature_cache_gb=args.feature_cache_gb,
-                    disable_tqdm=args.disable_tqdm,
-                )
-            except InputError as error:
-                outcome[0] = error
-        broadcast_object_list(outcome)
-        if isinstance(outcome[0], InputError):
-            raise outcome[0]
-        self.fitted = outcome[0]
+
+        def fit() -> LinearHead:
+            dataset, collate = data_and_collator(self, self.train_dataset)
+            return fit_linear_head(
+                self.model,
+                dataset,
+                collate,
+                batch_size=args.rows_per_pass,
+                c=args.linearhead_c,
+                folds=args.linearhead_folds,
+                max_iter=args.linearhead_max_iter,
+                feature_cache_dir=args.feature_cache_dir,
+                feature_cache_gb=args.feature_cache_gb,
+                disable_tqdm=args.disable_tqdm,
+            )
+
+        self.fitted = fitted = on_first_process(fit)
         if args.world_size > 1:
             prepare_linear_head(self.model)
-            layer = self.model.get_submodule(self.fitted.layer)
+            layer = self.model.get_submodule(fitted.layer)
             for parameter in layer.parameters():
                 parameter.data.copy_(broadcast(parameter.data))
+        return fitted
 
     def trained_weights(self) -> list[TrainedWeight]:
         """The parameters of the last layer; they have no gradients and no moments."""

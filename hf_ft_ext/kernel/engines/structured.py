@@ -96,7 +96,7 @@ class StructuredEngine(ExactEngine[StructuredRows]):
     @property
     def uncovered(self) -> list[str]:
         """Parameters without a rule."""
-        return self.examples.uncovered
+        return self.examples.uncovered or []
 
     def gradient_rows(self, rows: ExampleRows, batches: Sequence[Sequence[int]]) -> StructuredRows:
         """The gradient rows of `batches` (positions in `rows`)."""

@@ -122,7 +122,7 @@ class KernelPredictor:
         training = self.saved.training
         if isinstance(training, TrainingFeatures):
             chunks = MemoryChunks(divide_rows(len(rows)))
-            self._computation.projected.project(rows, chunks)
+            self._computation.project(rows, chunks)
             return features_product(
                 MemoryChunks.of(training.features), chunks, self._computation.options.class_diagonal
             )[None]

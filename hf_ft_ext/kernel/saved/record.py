@@ -79,7 +79,7 @@ class SavedKernel:
             "condition": self.model.condition,
             "format": _FORMAT,
             "arguments": self.arguments,
-            "solver": {**vars(options), "solver": options.solver.value, "coupling": options.coupling.value},
+            "solver": {**vars(options), "solver": options.solver.value, "coupling": options.used_coupling.value},
             "solution": self.model.solution.kind,
             "scalars": self.model.scalars,
             "function": self.function,

@@ -19,13 +19,13 @@ def least_squares(system: KernelProblem, options: SolverOptions) -> LinearSoluti
     equations 10 and 11): `alpha_t = M^-1 (I - exp(-M t / N)) (y - f_0)`, `M = K + r n I`. So t is the learning rate
     times the number of small steps, and t -> infinity gives kernel regression.
     """
-    r, rows = options.regularization, len(system.targets)
-    if options.time is None or options.time == math.inf:
+    r, rows, time = options.regularization, len(system.targets), options.time
+    if time is None or time == math.inf:
         # alpha = (K + r n I)^-1 y; the targets y have f_0 subtracted
         alpha = system.coefficients(lambda matrix, y: matrix.solve(r, y))
     elif all(isinstance(matrix, SymmetricMatrix) for matrix in system.matrices):
         # alpha = M^-1 (I - exp(-M t / N)) y
-        alpha = system.coefficients(lambda matrix, y: matrix.flow(r, y, options.time / rows))
+        alpha = system.coefficients(lambda matrix, y: matrix.flow(r, y, time / rows))
     else:
         raise InputError("gradient flow needs a symmetric kernel, but this one is not; pass a kernel of formula sgd")
     return LinearSolution(alpha[None], np.zeros(system.targets.shape[1]))

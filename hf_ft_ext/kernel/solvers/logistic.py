@@ -45,7 +45,7 @@ def _cross_validated(features: np.ndarray, labels: np.ndarray, matrix: np.ndarra
     from threadpoolctl import threadpool_limits
 
     # 1 / mean_i |K_ii|
-    scale = 1 / max(float(np.mean(np.abs(matrix.diagonal()))), np.finfo(float).tiny)
+    scale = 1 / max(float(np.mean(np.abs(matrix.diagonal()))), float(np.finfo(float).tiny))
     fewest = int(np.unique(labels, return_counts=True)[1].min())
     if fewest < 2:
         raise InputError(

@@ -38,7 +38,7 @@ class KernelModel:
                 f"a kernel with {kernel.shape[1]} training rows does not fit a solution of {self.solution.rows}; pass "
                 "the kernel with the rows that the solution was fitted on"
             )
-        found = self.solution.predict(view_of(kernel, self.options.coupling))
+        found = self.solution.predict(view_of(kernel, self.options.used_coupling))
         return found if start is None else found + start
 
     def loss(self, predictions: np.ndarray, labels: np.ndarray) -> float:

@@ -76,6 +76,12 @@ class SolverOptions:
         own = Coupling.BY_CLASS if self.multi_label else self.solver.couplings[0]
         object.__setattr__(self, "coupling", Coupling(self.coupling or own))
 
+    @property
+    def used_coupling(self) -> Coupling:
+        """`coupling`, which is set even where `None` was passed."""
+        assert self.coupling is not None  # `__post_init__`
+        return self.coupling
+
 
 def chosen_coupling(
     solver: Solver, asked: str, multi_label: bool, rows: int, scalars: int, needs_logits: str | None = None

@@ -35,7 +35,7 @@ class KernelProblem:
         scalars: int | None = None,
     ):
         self.options, self.scalars, self.labels = options, scalars or kernel.shape[2], np.asarray(labels)
-        self.kernel = view_of(kernel, options.coupling)
+        self.kernel = view_of(kernel, options.used_coupling)
         self.targets = targets_of(options, self.labels, self.scalars)
         if start is not None:
             self.targets = self.targets - start
@@ -63,6 +63,6 @@ class KernelProblem:
         """Solve all systems with `solve(matrix, targets)`, which takes and returns `[n, k]`: `[N, C]`."""
         if self.options.coupling is Coupling.BY_CLASS:
             return np.hstack([solve(matrix, self.targets[:, [c]]) for c, matrix in enumerate(self.matrices)])
-        if self.options.coupling.one_kernel:
+        if self.options.used_coupling.one_kernel:
             return solve(self.matrices[0], self.targets)
         return solve(self.matrices[0], self.targets.reshape(-1, 1)).reshape(self.targets.shape)

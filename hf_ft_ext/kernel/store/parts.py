@@ -31,7 +31,7 @@ def model_hash(model: nn.Module) -> str:
     """SHA-256 over configuration, weights, buffers, and which parameters are trainable."""
     digest = hashlib.sha256(type(model).__name__.encode())
     config = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
+    if config is not None and hasattr(config, "to_dict"):
         about = {key: value for key, value in config.to_dict().items() if key not in _FIELDS_WITHOUT_EFFECT}
         digest.update(json.dumps(about, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -193,7 +193,7 @@ class KernelStore(_Store):
         return all(self._path(i, j).exists() for i in range(first) for j in range(i if symmetric else 0, second))
 
     def get(self, i: int, j: int) -> torch.Tensor | None:
-        """Return the finished block (i, j), or `None`.
+        """Return the finished block (i, j), or `None`; call `schedule` before.
 
         Raises:
             InputError: its file is truncated or belongs to another kernel.
@@ -202,6 +202,7 @@ class KernelStore(_Store):
         if found is None:
             return None
         block, metadata = found
+        assert self._cut is not None  # made by `schedule`
         first, second = (b - a for a, b in (self._cut.first[i], self._cut.second[j]))
         shape = tuple(block.shape)
         last = () if self.about.get("class_diagonal") else shape[2:3]

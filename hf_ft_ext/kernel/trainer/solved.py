@@ -122,7 +122,7 @@ class SolvedKernelTrainer(SolverTrainer):
     def use_saved(self, saved: SavedKernel, keep: bool) -> None:
         """Predict with a saved kernel instead of training; with `keep`, store computed kernels in `kernel_dir`."""
         self.saved, self.solved, self.train_dataset = saved, saved.model, saved.training
-        self.regularization, self.coupling = saved.model.options.regularization, saved.model.options.coupling
+        self.regularization, self.coupling = saved.model.options.regularization, saved.model.options.used_coupling
         self.source = self._source(keep)
 
     def _source(self, keep: bool) -> KernelSource:
@@ -191,7 +191,7 @@ class SolvedKernelTrainer(SolverTrainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.args.load_kernels is None:
             if self.saved is None:
-                self.saved = self._to_save()
+                self.saved = self._to_save(self.solved)
             self.saved.write(folder)
             return
         for name in (COEFFICIENTS, TRAINING):  # remove those of an earlier solution
@@ -210,7 +210,7 @@ class SolvedKernelTrainer(SolverTrainer):
             "adjust_for_init": args.adjust_for_init,
         }
 
-    def _to_save(self) -> SavedKernel:
+    def _to_save(self, solved: KernelModel) -> SavedKernel:
         arguments = {name: getattr(self.args, name) for name in SAVED_ARGUMENTS}
         arguments |= {
             "kernel_regularization": str(self.regularization),
@@ -221,7 +221,7 @@ class SolvedKernelTrainer(SolverTrainer):
         pad = getattr(getattr(self.model, "config", None), "pad_token_id", 0)
         return SavedKernel(
             arguments={**arguments, "pad_token_id": pad},
-            model=self.solved,
+            model=solved,
             training=self.source.training_data(),
             parameters=sorted(self.source.computation.parameters),
             weights=weights_hash(self.model),

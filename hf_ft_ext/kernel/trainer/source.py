@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import broadcast, broadcast_object_list
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.rows import batches_in_order, data_and_collator, labels_of
@@ -23,6 +23,7 @@ from hf_ft_ext.kernel.saved.training_data import TrainingFeatures, TrainingRows
 from hf_ft_ext.kernel.schedule import BlockSchedule, Edges
 from hf_ft_ext.kernel.store import FeatureStore, KernelStore
 from hf_ft_ext.per_example.capture import Function
+from hf_ft_ext.training.first_process import on_first_process
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +104,7 @@ class KernelSource:
         if self.keep:
             about = self._about(rows1, rows2)
             if self.options.class_diagonal:
-                if not args.overwrite_kernels and _on_first_process(
-                    args, lambda: KernelStore(folder, about).finished()
-                ):
+                if not args.overwrite_kernels and on_first_process(lambda: KernelStore(folder, about).finished()):
                     # An earlier run stored the kernel with all products of classes: use it.
                     options = replace(self.options, class_diagonal=False)
                     computation = KernelComputation(self.trainer.model, options, self._function)
@@ -114,7 +113,7 @@ class KernelSource:
             blocks = self._on_every_process(
                 lambda: KernelStore(folder, about, args.overwrite_kernels and first, first)
             )
-        shared = _SharedSchedule(blocks, args) if args.world_size > 1 else blocks
+        shared = _SharedSchedule(blocks) if args.world_size > 1 else blocks
         return computation.run(rows1, rows2, shared, args.process_index, args.world_size, self._quiet, self._send)
 
     @property
@@ -179,11 +178,11 @@ class KernelSource:
             kept: FeatureStore = self._on_every_process(
                 lambda: FeatureStore(self._folder, about, args.overwrite_kernels and first, first)
             )
-            edges = _on_first_process(args, lambda: kept.cut(cut))
+            edges = on_first_process(lambda: kept.cut(cut))
             if not first:
                 kept.cut(edges)
             chunks = kept
-        self.computation.projected.project(rows, chunks, args.process_index, args.world_size, self._quiet)
+        self.computation.project(rows, chunks, args.process_index, args.world_size, self._quiet)
         if args.world_size > 1:
             self._exchange(chunks)
         return chunks
@@ -220,7 +219,7 @@ class KernelSource:
     def _on_every_process(self, make: Callable[[], Any]) -> Any:
         """Call `make()` on every process, on the first one first; its `InputError` is raised on all of them."""
         made: list = []
-        _on_first_process(self.args, lambda: made.append(make()))
+        on_first_process(lambda: made.append(make()))
         return made[0] if made else make()
 
     # --- the authors' files ---------------------------------------------------------------------------
@@ -263,14 +262,15 @@ class KernelSource:
 class _SharedSchedule:
     """Wraps a store (`None`: blocks are not stored) so that all processes use the schedule of the first one."""
 
-    def __init__(self, blocks: KernelStore | None, args: TrainingArguments):
-        self._blocks, self._args = blocks, args
+    def __init__(self, blocks: KernelStore | None):
+        self._blocks = blocks
 
     def schedule(self, make: Callable[[Edges | None], BlockSchedule]) -> BlockSchedule:
-        if self._blocks is None:
-            return _on_first_process(self._args, lambda: make(None))
-        schedule = _on_first_process(self._args, lambda: self._blocks.schedule(make))
-        return self._blocks.schedule(lambda edges: schedule)
+        blocks = self._blocks
+        if blocks is None:
+            return on_first_process(lambda: make(None))
+        schedule = on_first_process(lambda: blocks.schedule(make))
+        return blocks.schedule(lambda edges: schedule)
 
     def get(self, i: int, j: int) -> torch.Tensor | None:
         return None if self._blocks is None else self._blocks.get(i, j)
@@ -278,19 +278,3 @@ class _SharedSchedule:
     def put(self, i: int, j: int, block: torch.Tensor) -> None:
         if self._blocks is not None:
             self._blocks.put(i, j, block)
-
-
-def _on_first_process(args: TrainingArguments, find: Callable[[], Any]) -> Any:
-    """Return the result of `find()` on the first process, on every process; its `InputError` is raised on all."""
-    if args.world_size == 1:
-        return find()
-    outcome: list = [None]
-    if args.process_index == 0:
-        try:
-            outcome[0] = find()
-        except InputError as error:
-            outcome[0] = error
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], InputError):
-        raise outcome[0]
-    return outcome[0]
