@@ -94,4 +94,4 @@ def _combined(parts: tuple[type[TrainingArguments], ...]) -> type[TrainingArgume
 
 def _empty(*kinds: type[TrainingArguments]) -> TrainingArguments:
     kind = combined_class(*kinds)
-    return kind.__new__(kind)
+    return object.__new__(kind)

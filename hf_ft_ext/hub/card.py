@@ -117,7 +117,7 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
 def hub_task(record: dict[str, Any]) -> str:
     """The Hub's name of the task of a run's model."""
     names = {CAUSAL_LM: "text-generation", SEQ2SEQ_LM: "text2text-generation"}
-    return names.get(record.get("task_type"), "text-classification")
+    return names.get(str(record.get("task_type")), "text-classification")
 
 
 def _chose_thresholds(record: dict[str, Any]) -> bool:

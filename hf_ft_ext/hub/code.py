@@ -23,7 +23,7 @@ def loading_snippet(run: FinishedRun, trainer: type | None, record: dict[str, An
         trainer: trainer class of the method, which may provide the code itself (`loading_code`).
         record: the unchanged content of `run.json`, so that its folder is found in its loading line.
     """
-    if hasattr(trainer, "loading_code"):
+    if trainer is not None and hasattr(trainer, "loading_code"):
         return trainer.loading_code(run)
     folder = record.get("output_dir") or str(run.folder)
     line = record.get("load") or f"AutoModelForSequenceClassification.from_pretrained({folder!r})"

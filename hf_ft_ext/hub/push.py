@@ -188,9 +188,9 @@ def _with_retries(action: Callable[[], Any], folder: Path, repo_id: str) -> Any:
     """Return the result of `action`, with retries after temporary failures of the Hub or the connection."""
 
     def log_retry(state: tenacity.RetryCallState) -> None:
-        logger.warning(
-            "Push to %s: %s. Next try in %g s.", repo_id, reason(state.outcome.exception()), state.next_action.sleep
-        )
+        failure = None if state.outcome is None else state.outcome.exception()
+        cause = "failed" if failure is None else reason(failure)
+        logger.warning("Push to %s: %s. Next try in %g s.", repo_id, cause, state.upcoming_sleep)
 
     tries = tenacity.Retrying(
         stop=tenacity.stop_after_attempt(_MAX_TRIES),

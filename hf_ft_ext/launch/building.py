@@ -177,7 +177,9 @@ def _finished_run(method: str, model_args: ModelArguments, args: MethodTrainingA
 
 
 def _holds_result(trainer_class: type | None, folder: str) -> bool:
-    return hasattr(trainer_class, "holds_result") and trainer_class.holds_result(folder)
+    if trainer_class is None or not hasattr(trainer_class, "holds_result"):
+        return False
+    return trainer_class.holds_result(folder)
 
 
 def _needs_context_collator(model: PreTrainedModel, data_args: DataArguments) -> bool:

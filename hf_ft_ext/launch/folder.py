@@ -109,9 +109,9 @@ def checkpoint_to_resume(resume: str, output_dir: str) -> str:
             f"--resume_from_checkpoint {resume!r} is the folder of a run, not a checkpoint; pass one of its "
             f"checkpoint-<step> folders, or --output_dir {shlex.quote(resume)} --resume_from_checkpoint true"
         )
-    if (problem := checkpoint_problem(folder)) is not None:
+    if (damage := checkpoint_problem(folder)) is not None:
         raise InputError(
-            f"--resume_from_checkpoint {resume!r} cannot be used: {problem}; pass another checkpoint, or true for the "
+            f"--resume_from_checkpoint {resume!r} cannot be used: {damage}; pass another checkpoint, or true for the "
             "last complete one in output_dir"
         )
     return str(folder)
@@ -249,7 +249,7 @@ def disk_errors_as_input_errors(folder: str) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str | None:
     """The reason of a disk error, or `None` for other errors."""
-    seen = error
+    seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _STORAGE_ERRORS:
             return f"{seen.strerror}: {seen.filename}" if seen.filename else str(seen.strerror)

@@ -236,8 +236,11 @@ def _sizes_of_virtual_tokens(config: Any, method: PeftType) -> dict[str, int | N
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     shared = getattr(config, "num_key_value_heads", None)
     if method == PeftType.PREFIX_TUNING and shared is not None:  # grouped-query attention: fewer heads
-        size = getattr(config, "head_dim", None) or hidden // heads
-        heads, hidden = shared, size * shared
+        size = getattr(config, "head_dim", None)
+        if not size and hidden and heads:
+            size = hidden // heads
+        if size:
+            heads, hidden = shared, size * shared
     return {
         "num_layers": getattr(config, "num_hidden_layers", None),
         "token_dim": hidden,

@@ -80,16 +80,17 @@ def _reason(name: str, part: str, error: BaseException) -> str:
     if os.path.isdir(name):
         return f"cannot load the {part} of model {name!r}: {first_line}; save or download it again"
     chain = []
-    while error is not None:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
+    link: BaseException | None = error
+    while link is not None:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
     for kind, cause in (
         (GatedRepoError, "it is gated: ask for access on its page, then pass --token"),
         (RevisionNotFoundError, "there is no such revision; check --model_revision"),
         (RepositoryNotFoundError, "the Hub has no such model, or it is private (pass --token)"),
         (HFValidationError, "this is not a Hub id"),
     ):
-        if any(isinstance(link, kind) for link in chain):
+        if any(isinstance(one, kind) for one in chain):
             return f"cannot load model {name!r}: {cause}"
     return (
         f"cannot load the {part} of model {name!r}: there is no such local folder, and it could not be "

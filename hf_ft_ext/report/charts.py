@@ -2,6 +2,7 @@
 
 import io
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from matplotlib.transforms import Bbox
 
 from hf_ft_ext.files import atomic_write
-from hf_ft_ext.report.rows import Row, pareto_front
+from hf_ft_ext.report.rows import Number, Row, pareto_front
 
 # Distinguishable with any kind of colour vision, and also by marker.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7a5195", "#6b6b6b")
@@ -65,7 +66,12 @@ def draw(rows: list[Row], numbers: dict[str, int], cost: Cost, quality_label: st
     Returns:
         The figure, or `None` if no row has both numbers.
     """
-    rows = [row for row in rows if row.quality is not None and getattr(row, cost.attribute) is not None]
+    measured: dict[int, tuple[Number, Number]] = {}  # cost and quality by the row's `id`
+    for row in rows:
+        spent = getattr(row, cost.attribute)
+        if row.quality is not None and spent is not None:
+            measured[id(row)] = spent, row.quality
+    rows = [row for row in rows if id(row) in measured]
     if not rows:
         return None
     by_name = len(rows) <= _MOST_NAMES and all(len(row.name) <= LONGEST_NAME for row in rows)
@@ -74,12 +80,12 @@ def draw(rows: list[Row], numbers: dict[str, int], cost: Cost, quality_label: st
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
         front = pareto_front(rows, cost.attribute)
-        _scale(axes, [getattr(row, cost.attribute).mean for row in rows])
-        corners = [(getattr(row, cost.attribute).mean, row.quality.mean) for row in front]
+        _scale(axes, [spent.mean for spent, _ in measured.values()])
+        corners = [tuple(number.mean for number in measured[id(row)]) for row in front]
         axes.step(*zip(*corners, strict=True), where="post", color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
         points = []
         for row in rows:
-            x, y, best = getattr(row, cost.attribute), row.quality, row in front
+            (x, y), best = measured[id(row)], row in front
             color, marker = style(numbers[row.name])
             axes.errorbar(
                 x.mean, y.mean, xerr=x.deviation, yerr=y.deviation, fmt="none", ecolor=color, elinewidth=1.2,
@@ -98,7 +104,7 @@ def draw(rows: list[Row], numbers: dict[str, int], cost: Cost, quality_label: st
             axes.spines[side].set_visible(False)
         axes.margins(x=0.16, y=0.16)
         figure.draw_without_rendering()
-        _label(axes, points, _lines(axes, rows, cost, corners))
+        _label(axes, points, _lines(axes, measured.values(), corners))
     return figure
 
 
@@ -126,13 +132,12 @@ def _scale(axes: Axes, costs: list[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
 
 
-def _lines(axes: Axes, rows: list[Row], cost: Cost, corners: list[tuple[float, float]]) -> list[Bbox]:
+def _lines(axes: Axes, measured: Iterable[tuple[Number, Number]], corners: list[tuple[float, ...]]) -> list[Bbox]:
     """Bounding boxes of the front's and the error bars' lines, in pixels."""
     ends = []
     for (x, y), (x2, y2) in itertools.pairwise(corners):
         ends += [((x, y), (x2, y)), ((x2, y), (x2, y2))]
-    for row in rows:
-        spent, reached = getattr(row, cost.attribute), row.quality
+    for spent, reached in measured:
         dx, dy = spent.deviation or 0.0, reached.deviation or 0.0
         x, y = spent.mean, reached.mean
         ends += [((x, y - dy), (x, y + dy)), ((x - dx, y), (x + dx, y))]

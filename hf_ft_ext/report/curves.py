@@ -148,8 +148,11 @@ def _label(name: str, number: int) -> str:
 
 
 def _log_of(folder: Path) -> list[Any]:
-    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")}
-    checkpoints = sorted((path for path, step in steps.items() if step), key=lambda path: -int(steps[path][1]))
+    steps = {}
+    for path in folder.glob("checkpoint-*"):
+        if step := re.fullmatch(r"checkpoint-(\d+)", path.name):
+            steps[path] = int(step[1])
+    checkpoints = sorted(steps, key=lambda path: -steps[path])
     for path in (folder, *checkpoints):
         try:
             log = json.loads((path / _STATE).read_text(encoding="utf-8"))["log_history"]

@@ -89,7 +89,9 @@ class Row:
 
     @property
     def rank(self) -> float:
-        """The mean quality, negated if lower is better (perplexity), for sorting."""
+        """The mean quality, negated if lower is better (perplexity), for sorting; minus infinity without a number."""
+        if self.quality is None:
+            return -math.inf
         return -self.quality.mean if lower_is_better(self.metric) else self.quality.mean
 
     @cached_property

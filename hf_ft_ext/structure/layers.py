@@ -41,7 +41,7 @@ def find_layers(
     partners = _parallel_lists(members)
     times = Counter(call.name for call in trace.calls)
     layers = []
-    for name in sorted(members, key=first.get):
+    for name in sorted(members, key=first.__getitem__):
         if name in partners.values():
             continue
         own = [*members[name], *members.get(partners.get(name, ""), ())]

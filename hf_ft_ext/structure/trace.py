@@ -181,8 +181,12 @@ class Tracer(TorchDispatchMode):
 
     def _flow(self, tensor: torch.Tensor) -> _Flow:
         if not tensor.is_floating_point() and not tensor.is_complex():
-            return _Flow({}, data=True) if self._flows.get(self._key(tensor), _Flow({})).data else _Flow({})
-        return self._flows.get(self._key(tensor), _Flow({}))
+            return _Flow({}, data=True) if self._known(tensor).data else _Flow({})
+        return self._known(tensor)
+
+    def _known(self, tensor: torch.Tensor) -> _Flow:
+        key = self._key(tensor)
+        return _Flow({}) if key is None else self._flows.get(key, _Flow({}))
 
     def _set(self, tensor: torch.Tensor, flow: _Flow) -> None:
         if (key := self._key(tensor)) is not None:

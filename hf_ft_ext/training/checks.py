@@ -64,7 +64,7 @@ def check_loss(args: TrainingArguments, model: nn.Module) -> None:
     config = getattr(model, "config", None)
     problem = getattr(config, "problem_type", None)
     classifier = type(getattr(model, "get_base_model", lambda: model)()).__name__.endswith("SequenceClassification")
-    if problem == REGRESSION or (problem is None and classifier and config.num_labels == 1):
+    if problem == REGRESSION or (problem is None and classifier and getattr(config, "num_labels", None) == 1):
         kind = "this task is a regression"
     elif problem == _MULTI_LABEL:
         kind = "the rows of this task have several labels"

@@ -282,7 +282,7 @@ def _arguments_of_other_trainers(kind: type) -> type[TrainingArguments] | None:
         if base is Seq2SeqTrainer:
             return Seq2SeqTrainingArguments  # its signature annotates the base class only
         try:
-            hint = get_type_hints(base.__init__).get("args")
+            hint = get_type_hints(vars(base)["__init__"]).get("args")
         except (NameError, TypeError):  # an annotation that cannot be read at run time
             continue
         for candidate in (hint, *get_args(hint)):

@@ -33,7 +33,9 @@ def is_sft(trainer: Trainer) -> bool:
 def asks_for_routers(model: nn.Module | None) -> bool | None:
     """Whether the outputs of a mixture of experts are set to contain router logits; `None` without this setting."""
     config = getattr(model, "config", None)
-    return getattr(config.get_text_config(), _ROUTERS, None) if hasattr(config, "get_text_config") else None
+    if config is None or not hasattr(config, "get_text_config"):
+        return None
+    return getattr(config.get_text_config(), _ROUTERS, None)
 
 
 def fit_sft(trainer: Any, routers: bool | None) -> None:

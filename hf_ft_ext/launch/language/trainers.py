@@ -161,8 +161,10 @@ def room_for_prompts(
             f"max_new_tokens={max_new_tokens} is more than the {decoder_positions} positions of the model's decoder; "
             f"pass --max_new_tokens {decoder_positions} or less"
         )
-    room = None if context is None else context - (max_new_tokens if shared else 0)
-    if room is not None and room < 1:
+    if context is None:
+        return None
+    room = context - (max_new_tokens if shared else 0)
+    if room < 1:
         raise InputError(
             f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's {context} positions; pass "
             f"--max_new_tokens {context // 2}"

@@ -52,7 +52,7 @@ def save_delta(model: nn.Module, folder: str | os.PathLike, base: nn.Module | No
     chosen = (layer.basis.ready if name in dynamic else layer.support is not None for name, layer in layers.items())
     if not layers or not all(chosen):
         raise InputError(
-            "a delta needs converted layers and a basis or a support that has been chosen: train first, merge afterwards"
+            "a delta needs converted layers and a support that has been chosen: train first, merge afterwards"
         )
     if dynamic and base is None:
         raise InputError(

@@ -127,8 +127,8 @@ def checkpoint_problem(folder: str | os.PathLike) -> str | None:
             return f"{_STATE} is not what a Trainer writes"
     except (OSError, ValueError) as error:
         return f"{_STATE} cannot be read ({error})"
-    if _checksum_file(folder) is not None:
-        return _checksum_mismatch(folder)
+    if (checksums := _checksum_file(folder)) is not None:
+        return _checksum_mismatch(checksums)
     return _unreadable(folder)
 
 
@@ -147,8 +147,10 @@ def read_checksums(folder: str | os.PathLike) -> dict[str, Any] | None:
         InputError: it cannot be read.
     """
     path = _checksum_file(Path(folder))
-    if path is None:
-        return None
+    return None if path is None else _read_checksums(path)
+
+
+def _read_checksums(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -162,12 +164,11 @@ def _checksum_file(folder: Path) -> Path | None:
     return next((folder / name for name in (CHECKSUM_FILE, _FORMER_FILE) if (folder / name).exists()), None)
 
 
-def _checksum_mismatch(folder: Path) -> str | None:
+def _checksum_mismatch(checksums: Path) -> str | None:
     """The first file of a checkpoint that differs from its checksum, or `None`."""
     try:
-        files = read_checksums(folder)["files"]
-        for name, about in files.items():
-            path = folder / name
+        for name, about in _read_checksums(checksums)["files"].items():
+            path = checksums.parent / name
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != about["bytes"]:
@@ -177,7 +178,7 @@ def _checksum_mismatch(folder: Path) -> str | None:
     except InputError as error:
         return str(error)
     except (KeyError, TypeError, ValueError) as error:
-        return f"{_checksum_file(folder).name} is damaged ({error!r})"
+        return f"{checksums.name} is damaged ({error!r})"
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
     return None

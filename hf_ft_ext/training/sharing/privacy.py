@@ -1,6 +1,7 @@
 """Removing what must not leave the machine: access tokens, and paths that name folders and users."""
 
 import re
+from collections.abc import Callable
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -98,8 +99,13 @@ def _cut(value: Any, paths: list[str]) -> Any:
         return value
     for path in paths:
         # whole paths only: `/a/b` is not the start of `/a/bc`
-        value = re.sub(rf"(?<![\w.~/-]){re.escape(path)}(?![\w-])(?=[^/\\]|$)", lambda _, p=path: last_part(p), value)
+        value = re.sub(rf"(?<![\w.~/-]){re.escape(path)}(?![\w-])(?=[^/\\]|$)", _literal(last_part(path)), value)
     return _PATH_IN_TEXT.sub(lambda found: _shortened(found.group()), value)
+
+
+def _literal(text: str) -> Callable[[re.Match[str]], str]:
+    """A replacement for `re.sub` that is not read as a template."""
+    return lambda _: text
 
 
 def _shortened(text: str) -> str:
@@ -108,7 +114,8 @@ def _shortened(text: str) -> str:
 
 def _named(words: list[str]) -> list[tuple[str | None, str]]:
     """Pairs of the argument that a word belongs to and the word; `None` for words before the first argument."""
-    pairs, name = [], None
+    pairs: list[tuple[str | None, str]] = []
+    name: str | None = None
     for word in words:
         if word.startswith("--"):
             name = word.partition("=")[0]

@@ -20,7 +20,7 @@ def check_placement(model: nn.Module | None, several: bool, unchanged: bool = Fa
     Raises:
         InputError: the method cannot train the model with this placement.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.get_base_model() if model is not None and hasattr(model, "get_base_model") else model
     devices = {str(device) for device in (getattr(inner, "hf_device_map", None) or {}).values()}
     if unchanged or (len(devices) < 2 and "disk" not in devices):
         return

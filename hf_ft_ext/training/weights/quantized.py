@@ -12,7 +12,7 @@ from hf_ft_ext.errors import InputError
 
 def is_quantized(model: nn.Module | None) -> bool:
     """Whether transformers loaded the model, or what PEFT wraps in it, with a `quantization_config`."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.get_base_model() if model is not None and hasattr(model, "get_base_model") else model
     return bool(getattr(inner, "is_quantized", False))
 
 
