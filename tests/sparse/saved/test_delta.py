@@ -120,7 +120,9 @@ def test_damaged_and_missing_files(trained, tmp_path):
 
 def test_dynamic_support_needs_its_base(tmp_path):
     trainer = make(tmp_path, sparse_train_rest="head")
-    with pytest.raises(InputError, match="a basis or a support that has been chosen: train first, merge afterwards"):
+    with pytest.raises(
+        InputError, match="needs converted layers and a support that has been chosen: train first, merge afterwards"
+    ):
         save_delta(trainer.model, tmp_path, base=tiny_model())
     trainer.train()
     with pytest.raises(InputError, match="pass base=, the plain model that training started from"):
