@@ -212,11 +212,20 @@ def _name_without_others(model: nn.Module, key: str, adapter_name: str) -> str:
     return ".".join(kept)
 
 
-class FollowsBaseLayer:
-    """Mixin of our layers: the adapter's parts get the device and dtype of the wrapped module, of any class.
+class FollowsBaseLayer(nn.Module):
+    """Base of our layers: attributes are also those of the wrapped module, whose device and dtype the adapter gets.
 
-    peft's own method needs a `weight` or `qweight` of the wrapped module, which an attention or a block lacks.
+    The model around a module reads its parts: RWKV's rescaling takes `feed_forward.value`. peft's own method for
+    device and dtype needs a `weight` or `qweight` of the wrapped module, which an attention or a block lacks.
     """
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device=None) -> None:
         like_base_layer(self, adapter_name, device)

@@ -20,7 +20,7 @@ BEFORE_NORM, ON_OUTPUT, PARALLEL_TO_MODULE, PARALLEL_TO_RESIDUAL = (
 )
 
 
-class BottleneckLayer(FollowsBaseLayer, nn.Module, BaseTunerLayer):
+class BottleneckLayer(FollowsBaseLayer, BaseTunerLayer):
     """A module of the model with adapters `scaling * up(activation(down(x)))`, parallel to it or after it.
 
     The mode of an adapter is how it is combined with the module's input `x` and output `y`:
@@ -55,15 +55,6 @@ class BottleneckLayer(FollowsBaseLayer, nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self.update_layer(adapter_name, config)
         self._active_adapter = adapter_name
-
-    def __getattr__(self, name: str):
-        # The layer around it reads parts of the module: RWKV's rescaling takes `feed_forward.value`.
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)
 
     def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
         """Add an adapter with new random weights."""

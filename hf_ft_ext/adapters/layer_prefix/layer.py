@@ -47,7 +47,7 @@ class PrefixProjection:
         return cls(Table(config.prefix_length, width, 1.0), nn.Linear(width, config.projection_size))
 
 
-class PrefixLayer(FollowsBaseLayer, nn.Module, BaseTunerLayer):
+class PrefixLayer(FollowsBaseLayer, BaseTunerLayer):
     """A self-attention of the model with prefixes; several active ones are concatenated.
 
     Attributes:
@@ -142,14 +142,6 @@ class PrefixLayer(FollowsBaseLayer, nn.Module, BaseTunerLayer):
         keys, values = (torch.cat(part, 2) if len(part) > 1 else part[0] for part in zip(*parts, strict=True))
         with prefixed(self.get_base_layer(), keys, values):
             return self.base_layer(*args, **kwargs)
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)  # attributes that the model reads from its attention
 
 
 def hidden_size(attention: nn.Module) -> int:
