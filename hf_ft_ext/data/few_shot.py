@@ -44,7 +44,8 @@ def few_shot_data(
         allow_small_classes: let a class with too few rows contribute all that it has, training first.
 
     Raises:
-        InputError: no labelled training split, `k` below 1, or a class with too few rows (the message names it).
+        InputError: no labelled training split, or a stream; `k` below 1, or a class with too few rows (the message
+            names it).
 
     Source: LM-BFF (Gao et al., ACL 2021, arXiv 2012.15723), tools/generate_k_shot_data.py, which draws with numpy.
     """
@@ -150,11 +151,13 @@ def label_bounds(data: TaskData) -> tuple[float, float]:
 
 def _classes(data: TaskData, labels: np.ndarray) -> dict[str, np.ndarray]:
     """Return which rows belong to each class: a mask `[rows]` by class name."""
-    if data.label_names is not None:
-        return {name: labels == i for i, name in enumerate(data.label_names)}
-    low, high = label_bounds(data)
-    middle = (low + high) / 2
-    return {f"below {middle:g}": labels < middle, f"{middle:g} and above": labels >= middle}
+    if data.problem_type == REGRESSION:
+        low, high = label_bounds(data)
+        middle = (low + high) / 2
+        return {f"below {middle:g}": labels < middle, f"{middle:g} and above": labels >= middle}
+    if data.label_names is None:
+        raise InputError(f"the classes of {data.task.name!r} have no names; pass data with label_names")
+    return {name: labels == i for i, name in enumerate(data.label_names)}
 
 
 def _report_small_class(name: str, size: int, k: int, wanted: int, allowed: bool) -> None:

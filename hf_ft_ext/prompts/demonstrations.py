@@ -62,8 +62,8 @@ class DemonstrationRows:
             names = config.words
         if names is None or config.word_ids is None:
             raise InputError(
-                f"demonstrations need label words, but the model's rows ({data.task.name!r}) each have their own "
-                "options; pass --few_shot_type prompt"
+                f"each row of task {data.task.name!r} has its own options, but demonstrations need common label "
+                "words; pass --few_shot_type prompt"
             )
         # The model's order of the labels may differ from that of the data.
         ids = {str(name).lower(): i for name, i in config.label2id.items()}

@@ -155,6 +155,8 @@ def test_rows_without_labels_and_streams_are_refused(load):
     unlabelled = replace(data, train=data.train.remove_columns("label"), label_names=None)
     with pytest.raises(InputError, match=r"num_k=2 draws rows of each class, .* 'train' have no column 'label'; pass"):
         few_shot_data(unlabelled, 2)
+    with pytest.raises(InputError, match="the classes of 'train' have no names; pass data with label_names"):
+        few_shot_data(replace(data, label_names=None), 2)
     with pytest.raises(InputError, match="num_k=2 draws from all training rows, which a stream does not hold; load"):
         few_shot_data(replace(data, train=data.train.to_iterable_dataset()), 2)
     scores = load({"train": [i / 20 for i in range(40)]}, names=None)

@@ -169,7 +169,9 @@ def test_bad_input(options, message):
 
 
 def test_models_whose_rows_have_their_own_options_have_no_demonstrations():
-    with pytest.raises(InputError, match=r"demonstrations need label words, .* own options; pass --few_shot_type pro"):
+    with pytest.raises(
+        InputError, match=r"has its own options, but demonstrations need common label words; pass --few"
+    ):
         encode(prompt=PromptConfig(template=TEMPLATE, mask_token_id=tiny_tokenizer().mask_token_id))
 
 
