@@ -254,7 +254,7 @@ class SparseGradLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
         if f"{prefix}values" in missing_keys:
             missing_keys.remove(f"{prefix}values")
-        if self.support is not None and f"{prefix}weight" in state_dict:
+        if self.support is not None and self.values is not None and f"{prefix}weight" in state_dict:
             with torch.no_grad():  # the values are entries of the loaded weight
                 self.values.copy_(self.support.pick(self.support.block_of(self.weight)))
 

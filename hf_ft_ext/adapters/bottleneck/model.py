@@ -28,7 +28,7 @@ class BottleneckModel(LayerTuner):
         refuse_nested_targets(model, "bottleneck", peft_config)
 
     def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **kwargs):
-        width = ()
+        width: tuple[int, ...] = ()
         if not isinstance(target, BottleneckLayer):
             hidden = getattr(getattr(self.model, "config", None), "hidden_size", None)
             base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
