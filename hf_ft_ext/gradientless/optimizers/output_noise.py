@@ -141,6 +141,7 @@ class OutputNoise:
             for seed, half in zip(seeds, differences.to(d), strict=True):
                 separate = self.by_rows and position in self.row_modules and len(y) == rows
                 w = half.view(-1, *[1] * (y.ndim - 1)) / rows if separate else half.mean()
+                # d = mean_i w_i z_i / eps, times the micro-batch's share of the step
                 d += w * (weight / len(seeds) / self._eps_of(y)) * self._draws(seed, position, run, y).to(d.dtype)
             self._add_gradients(position, module, args, kwargs, d, into)
 
@@ -265,6 +266,7 @@ class Estimates:
         self._means: dict[tuple[int, int, bool], list] = {}  # by parameter and module: sums of d and of x, positions
 
     def add(self, number: int, gradient: torch.Tensor) -> None:
+        """Add a gradient estimate of parameter `number`, of its shape."""
         self.found[number] = gradient if number not in self.found else self.found[number].add_(gradient)
 
     def add_means(
