@@ -121,7 +121,7 @@ def test_coupled_system_fits_the_difference_from_the_initial_outputs(kind):
         a, b = np.split(np.linalg.solve(np.block([[eye, matrix], [matrix.T, eye]]), np.append(y, y)), 2)
         expected = new_start[:, c] + 0.3 * other[0, :, c, :, c].T @ a + 0.7 * other[1, :, c, :, c].T @ b
         np.testing.assert_allclose(found[:, c], expected, rtol=1e-8)
-    # Without a penalty on errors and with the kernel's own transpose as its flip, the training rows are fitted exactly.
+    # With errors that cost much and the kernel's transpose as its flip, the training rows are fitted exactly.
     both = np.stack([kernel[0], kernel[0].transpose(2, 3, 0, 1)])
     exact = KernelSystem(SolverOptions(Solver.ASYM, gamma=1e9, multi_label=multi), both, labels, start).solve()
     np.testing.assert_allclose(exact.predict(both, start), targets, atol=1e-5)
