@@ -84,6 +84,8 @@ def empirical_ntk(
     Raises:
         InputError: options that do not work together, a model whose per-example gradients are not defined, too little
             memory, or a kernel with NaN.
+
+    Source: Malladi et al., ICML 2023, arXiv 2210.05643; the kernel itself: Jacot et al. 2018, arXiv 1806.07572.
     """
     computation = KernelComputation(model, KernelOptions(as_formula(formula), as_engine(engine), **options), function)
     rows1 = ExampleRows(batches1, _pad_token(model))
@@ -122,6 +124,8 @@ def projected_gradients(
 
     Raises:
         InputError: as `empirical_ntk`.
+
+    Source: TensorSketch (Pham and Pagh, KDD 2013), over all parameters together.
     """
     kernel_options = KernelOptions(engine=Engine.PROJECTED, dimension=dimension, seed=seed, **options)
     computation = KernelComputation(model, kernel_options, function)

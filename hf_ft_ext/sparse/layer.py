@@ -105,6 +105,8 @@ class SparseGradLinear(nn.Linear):
         kind: name and shape of the layer without layer numbers; layers of one kind share the basis.
         plain_dtype: dtype of the weight before the conversion.
         transposed: whether the layer was a `Conv1D`.
+
+    Source: Chekalina et al., EMNLP 2024, arXiv 2410.07383, whose layer stores the rotated weight instead.
     """
 
     basis: Basis
