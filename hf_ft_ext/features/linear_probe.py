@@ -78,6 +78,8 @@ def fit_linear_head(
     Raises:
         InputError: no labels, a class without rows, or a model whose last layer is not linear or reads more than one
             vector per row.
+
+    Source: Kumar et al., ICLR 2022, arXiv 2202.10054 (linear probing before fine-tuning).
     """
     labels = labels_of(dataset)
     prepare_linear_head(model)

@@ -64,9 +64,11 @@ def fisher_information(
 ) -> dict[str, torch.Tensor]:
     """Sum the squared (or absolute) gradients of each example's loss, for every entry of the parameters.
 
-    The values equal those of one backward pass per example and do not depend on the batch size. Dropout is off. Each
-    process passes its own part of the data; the sums are over all processes. Mode, gradients and `requires_grad` of
-    the model are restored.
+    With `power=2` this is the diagonal of the Fisher information, times the number of examples:
+    `sum_n (d loss_n / d theta)^2` with true labels (the empirical one), and with expected labels
+    `sum_n sum_y p(y | x_n) (d log p(y | x_n) / d theta)^2`. The values equal those of one backward pass per example
+    and do not depend on the batch size. Dropout is off. Each process passes its own part of the data; the sums are
+    over all processes. Mode, gradients and `requires_grad` of the model are restored.
 
     Args:
         model: a sequence classifier, a language model or another transformers model that returns a loss (or any
@@ -84,6 +86,8 @@ def fisher_information(
 
     Raises:
         InputError: missing or unsuitable labels, an unknown parameter or option, or gradients that are not finite.
+
+    Source: Sung et al. 2021, arXiv 2111.09839, section 3, for the masks that use it.
     """
     return gradient_sums(
         model, dataloader, parameters, labels=labels, power=power, loss=loss, progress=progress

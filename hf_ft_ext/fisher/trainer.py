@@ -65,6 +65,8 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
 
     Raises:
         InputError: bad input, a plan that does not fit, or an option that this method does not support.
+
+    Source: FishPAL (thesis, lucalila/fishpal); FISH masks: Sung et al. 2021, arXiv 2111.09839.
     """
 
     own_files: ClassVar[tuple[str, ...]] = (PLAN_FILE, PICTURE_FILE, DELTA_FILE)

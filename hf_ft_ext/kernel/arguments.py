@@ -139,7 +139,7 @@ class KernelTrainingArguments(SolverTrainingArguments):
         default=DIMENSION,
         metadata={
             "help": "projected: dimension of the projection of a scalar's gradient, above 0. The standard deviation "
-            "of an entry is at most sqrt(2 / kernel_dimension) times the product of the gradients' norms."
+            "of an entry is about sqrt(2 / kernel_dimension) times the product of the gradients' norms or less."
         },
     )
     kernel_memory_gb: float | None = field(

@@ -36,9 +36,17 @@ logger = logging.getLogger(__name__)
 class Blocks(Protocol):
     """Storage for finished blocks (see `store`)."""
 
-    def schedule(self, make: Callable[[Edges | None], BlockSchedule]) -> BlockSchedule: ...
-    def get(self, i: int, j: int) -> torch.Tensor | None: ...
-    def put(self, i: int, j: int, block: torch.Tensor) -> None: ...
+    def schedule(self, make: Callable[[Edges | None], BlockSchedule]) -> BlockSchedule:
+        """The schedule that `make` gives for the stored row ranges, or for `None` if there are none."""
+        ...
+
+    def get(self, i: int, j: int) -> torch.Tensor | None:
+        """Block (i, j), `[kernels, n, C, n', C]`, or `None` if it is not finished."""
+        ...
+
+    def put(self, i: int, j: int, block: torch.Tensor) -> None:
+        """Store the finished block (i, j)."""
+        ...
 
 
 def empirical_ntk(
@@ -76,6 +84,8 @@ def empirical_ntk(
     Raises:
         InputError: options that do not work together, a model whose per-example gradients are not defined, too little
             memory, or a kernel with NaN.
+
+    Source: Malladi et al., ICML 2023, arXiv 2210.05643; the kernel itself: Jacot et al. 2018, arXiv 1806.07572.
     """
     computation = KernelComputation(model, KernelOptions(as_formula(formula), as_engine(engine), **options), function)
     rows1 = ExampleRows(batches1, _pad_token(model))
@@ -96,10 +106,10 @@ def projected_gradients(
 ) -> torch.Tensor:
     """Compute random projections of the gradients of each example's scalars: `[N, C, dimension]` on the CPU.
 
-    `<P g, P g'>` is an unbiased estimate of `<g, g'>` with a standard deviation of at most
-    `sqrt(2 / dimension) |g| |g'|`. Projections from different calls can be combined if parameters, dimension and seed
-    are the same: the projection does not depend on batches, order, dtype, device or process.
-    `hf_ft_ext.kernel.engines.projection` defines it.
+    `<P g, P g'>` is an unbiased estimate of `<g, g'>` with a standard deviation of about
+    `sqrt(2 / dimension) |g| |g'|` or less, and of at most twice that. Projections from different calls can be combined
+    if parameters, dimension and seed are the same: the projection does not depend on batches, order, dtype, device or
+    process. `hf_ft_ext.kernel.engines.projection` defines it.
 
     Args:
         model, function: as for `empirical_ntk`.
@@ -114,6 +124,8 @@ def projected_gradients(
 
     Raises:
         InputError: as `empirical_ntk`.
+
+    Source: TensorSketch (Pham and Pagh, KDD 2013), over all parameters together.
     """
     kernel_options = KernelOptions(engine=Engine.PROJECTED, dimension=dimension, seed=seed, **options)
     computation = KernelComputation(model, kernel_options, function)

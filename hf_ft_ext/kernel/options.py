@@ -23,8 +23,8 @@ class Engine(enum.StrEnum):
         running its examples one by one, which is slow.
     JACOBIAN: full Jacobians by `torch.func` and one matrix product. For comparison, and for small models of any kind.
     PROJECTED: random projections of the gradients to `dimension` values. Each row runs once. Entries of the kernel
-        have a random error with a standard deviation of at most `sqrt(2 / dimension)` times the product of the
-        gradients' norms. For many rows; formula `sgd` only.
+        have a random error with a standard deviation of about `sqrt(2 / dimension)` times the product of the
+        gradients' norms or less, and of at most twice that. For many rows; formula `sgd` only.
     """
 
     AUTO = "auto"

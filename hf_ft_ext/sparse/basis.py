@@ -35,6 +35,7 @@ class Basis:
 
     @property
     def ready(self) -> bool:
+        """Whether weights can be rotated: the factors are filled, or there is no rotation."""
         return self.identity or self.out_factor is not None
 
     @property
@@ -112,11 +113,13 @@ def _eigenvectors(gram: torch.Tensor, rank: int | None = None) -> torch.Tensor:
         vectors = torch.linalg.eigh(gram.double()).eigenvectors.flip(1)
         return by_columns(vectors.to(gram.dtype))
     # Few gradients of a wide layer: the range of the Gram matrix S is small. Find an orthonormal basis Q of it from
-    # random probes, take the eigenvectors of Q^T S Q, and complete them by any orthonormal complement.
+    # random probes Omega, take the eigenvectors of Q^T S Q, and complete them by any orthonormal complement
+    # (randomized range finder: Halko, Martinsson and Tropp 2011, algorithms 4.1 and 5.3).
     generator = torch.Generator().manual_seed(0)
     probes = torch.randn(n, rank + 8, generator=generator, dtype=torch.float64).to(gram.device)
     spanned = torch.linalg.qr((gram @ probes.to(gram.dtype)).double()).Q  # Q: range of S Omega
-    inner = spanned.T @ (gram @ spanned.to(gram.dtype)).double()  # Q^T S Q; symmetrized below
+    inner = spanned.T @ (gram @ spanned.to(gram.dtype)).double()  # Q^T S Q
+    # eigenvectors of S: Q times those of Q^T S Q (symmetrized; the factor 2 does not change them)
     leading = (spanned @ torch.linalg.eigh(inner + inner.T).eigenvectors.flip(1)).to(gram.dtype)
     vectors = torch.linalg.qr(leading, mode="complete").Q
     vectors[:, : leading.shape[1]] = leading  # undo the sign flips of the Householder QR

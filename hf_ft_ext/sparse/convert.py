@@ -50,6 +50,10 @@ def convert_to_sparse(
     Raises:
         InputError: no layer to convert, a layer that is not linear or already converted, or more entries than a
             weight has. The model is unchanged in that case.
+
+    Source: Chekalina et al., EMNLP 2024, arXiv 2410.07383. Without a basis it is MeProp (Sun et al., ICML 2017,
+    arXiv 1706.06197) as these authors use it, on entries of the weight's gradient; MeProp itself selects entries of
+    the output gradients.
     """
     targets = find_targets(model, target_modules)
     if target_modules is None:
@@ -97,7 +101,11 @@ def _without_frozen(targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def entries_of(linear: nn.Module, name: str, n_params: int | None, density: float | None) -> int:
-    """Return how many entries of `linear` one step updates, from a count or a fraction."""
+    """Return how many entries of `linear` one step updates, from a count or a fraction in (0, 1].
+
+    Raises:
+        InputError: none, or more than the weight has.
+    """
     size = linear.weight.numel()
     count = n_params if n_params is not None else round((DEFAULT_DENSITY if density is None else density) * size)
     if count < 1:

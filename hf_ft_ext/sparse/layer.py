@@ -16,6 +16,8 @@ from hf_ft_ext.sparse.fixed import FixedSupport
 class SparseLinearFunction(torch.autograd.Function):
     """`y = x W^T + b`; the weight's gradient is `G` or, if the factors are given, `V^T G U`.
 
+    Shapes: `x` (..., in), `W` (out, in), `y` (..., out), `V` (out, out), `U` (in, in).
+
     The published layer stores `V^T W U` and multiplies by three matrices in the forward pass. This one stores `W`:
     the forward pass is one product, and only the backward pass uses the basis.
     """
@@ -32,15 +34,15 @@ class SparseLinearFunction(torch.autograd.Function):
         x, weight, out_factor, in_factor = ctx.saved_tensors
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_output @ weight.to(grad_output.dtype)
+            grad_x = grad_output @ weight.to(grad_output.dtype)  # g W
         grads, inputs = grad_output.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
         if ctx.needs_input_grad[1]:
             if out_factor is not None:
                 # V^T G U = (g V)^T (x U), with G = g^T x
                 grads, inputs = grads.to(out_factor.dtype) @ out_factor, inputs.to(in_factor.dtype) @ in_factor
-            grad_weight = (grads.T @ inputs).to(weight.dtype)
+            grad_weight = (grads.T @ inputs).to(weight.dtype)  # g^T x, or (g V)^T (x U)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_output.reshape(-1, weight.shape[0]).sum(0).to(ctx.bias_dtype)
+            grad_bias = grad_output.reshape(-1, weight.shape[0]).sum(0).to(ctx.bias_dtype)  # sum_t g_t
         return grad_x, grad_weight, grad_bias, None, None
 
 
@@ -66,9 +68,9 @@ class FixedEntriesFunction(torch.autograd.Function):
         support, grads = ctx.support, grad_output.reshape(-1, weight.shape[0])
         grad_x = grad_bias = grad_values = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_output @ weight.to(grad_output.dtype)
+            grad_x = grad_output @ weight.to(grad_output.dtype)  # g W
         if ctx.needs_input_grad[2]:
-            grad_bias = grads.sum(0).to(ctx.bias_dtype)
+            grad_bias = grads.sum(0).to(ctx.bias_dtype)  # sum_t g_t
         if ctx.needs_input_grad[3]:
             if ctx.route == ACTIVATIONS:
                 block = support.project_output(grads).T @ inputs  # (g V_r)^T (x U_c)
@@ -103,6 +105,8 @@ class SparseGradLinear(nn.Linear):
         kind: name and shape of the layer without layer numbers; layers of one kind share the basis.
         plain_dtype: dtype of the weight before the conversion.
         transposed: whether the layer was a `Conv1D`.
+
+    Source: Chekalina et al., EMNLP 2024, arXiv 2410.07383, whose layer stores the rotated weight instead.
     """
 
     basis: Basis

@@ -55,6 +55,9 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
 
     Raises:
         InputError: no layer to convert, or an option that this method does not support.
+
+    Source: Chekalina et al., EMNLP 2024, arXiv 2410.07383 (`sparse_support="dynamic"`); the fixed block of structured
+    support is this package's.
     """
 
     own_files: ClassVar[tuple[str, ...]] = (DELTA_FILE,)

@@ -146,7 +146,14 @@ def test_a_variant_of_a_study_goes_before_its_task_and_the_task_before_all(tmp_p
         "own: {method: lora, learning_rate: ['1e-4', '3e-4'], logging_steps: null}\n"
     )
     args = SimpleNamespace(
-        study=study, rates=None, only=None, task_name=["sst2"], output_dir=tmp_path, report=None, few_shot=False
+        study=study,
+        rates=None,
+        only=None,
+        task_name=["sst2"],
+        output_dir=tmp_path,
+        report=None,
+        few_shot=False,
+        known=None,
     )
     plain, own = quality.variants_of(args)
     assert plain.rates == ["1e-3"] and own.rates == ["1e-4", "3e-4"]

@@ -146,6 +146,21 @@ def test_a_layer_that_dominates_has_no_larger_error():
     assert (squares / (bound / dimension)).mean() < 1.5
 
 
+@pytest.mark.parametrize("shape, names, least", [((8, 8), 1, 0.7), ((40, 40), 1, 1.2), ((40, 40), 3, 1.2)])
+def test_the_error_is_at_most_twice_the_usual_bound(shape, names, least):
+    """More rows and columns than values, and layers with a common input: the variance is up to four times as large."""
+    parameters = {f"layer{i}": shape for i in range(names)}
+    gradients = [{name: [DenseGradient(torch.ones(1, *shape, dtype=torch.float64))] for name in parameters}]
+    shared = dict.fromkeys(parameters, "input")
+    exact, dimension, found = names * shape[0] * shape[1], 8, []
+    for seed in range(400):
+        project = Projection(parameters, dimension, seed, torch.device("cpu"), torch.float64, shared)
+        found.append(project(1, gradients).square().sum())
+    ratios = torch.stack(found) / exact
+    assert ratios.mean() == pytest.approx(1, abs=0.15)
+    assert least < ratios.std() / (2 / dimension) ** 0.5 < 2
+
+
 # --- the same projection whatever the circumstances ------------------------------------------------------------
 
 

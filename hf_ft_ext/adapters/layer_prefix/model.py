@@ -143,7 +143,11 @@ def fold_to_load(
 
 @contextmanager
 def keep_projection(model: nn.Module) -> Iterator[None]:
-    """Context manager in which adapters are saved with the projections of prefixes, so that training can resume."""
+    """Context manager in which adapters are saved with the projections of prefixes, so that training can resume.
+
+    Args:
+        model: with a prefix that has a `projection_size`, alone or in a mixture; other models are saved as usual.
+    """
     configs = [c for config in getattr(model, "peft_config", {}).values() for c in (config, *nested(config))]
     changed = [c for c in configs if not getattr(c, "saves_projection", False)]
     for config in changed:

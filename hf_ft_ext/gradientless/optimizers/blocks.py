@@ -92,7 +92,8 @@ class ParameterBlock:
     def scales(self) -> tuple[list[float], list[int]]:
         """Radius and index of the noise vector of each of the K candidates around one starting point.
 
-        Candidate `k` is `theta + R / 2^k z_k`; antithetic: `theta +- R / 2^k z_k` for `k = 0 .. K/2 - 1`.
+        Candidate `k` is `theta + R / 2^k z_k`; antithetic: `theta +- R / 2^k z_k` for `k = 0 .. K/2 - 1`. If K is odd,
+        the last vector has no opposite.
         """
         k, radius = self.group["num_candidates"], float(self.group["lr"])
         if not self.group["antithetic"]:
@@ -155,6 +156,7 @@ class ParameterBlock:
     # --- state -------------------------------------------------------------------------------------
 
     def state(self) -> dict:
+        """Everything that the next step depends on: age, entries, and the tree of options."""
         return {
             "age": self.age,
             "entries": None if all(view.indices is None for view in self.views) else self._flat_positions(),
@@ -163,6 +165,7 @@ class ParameterBlock:
         }
 
     def load(self, state: dict) -> None:
+        """Load what `state` returned."""
         self.age = state["age"]
         if state["entries"] is not None:
             self._set_views(state["entries"].to(self.device))

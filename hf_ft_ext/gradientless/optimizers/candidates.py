@@ -17,6 +17,7 @@ class IndexView:
 
     @property
     def size(self) -> int:
+        """Number of entries."""
         return self.parameter.numel() if self.indices is None else self.indices.numel()
 
     def read(self) -> torch.Tensor:
@@ -100,7 +101,7 @@ class Candidates:
             device = self.starts.device
             noise = self._normal(max(self.noise) + 1, seed=self.seed)
             scale = torch.tensor(self.scale, dtype=noise.dtype, device=device)
-            move = noise[self.noise] * scale[:, None]
+            move = noise[self.noise] * scale[:, None]  # +- R / 2^k z_k
             values = self.starts[self.start]
             if self.positions is None:
                 values += move

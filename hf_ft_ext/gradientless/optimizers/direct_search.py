@@ -48,7 +48,8 @@ class DirectSearch(GradientFreeOptimizer):
             logged if all tensors are smaller.
         sampling_steps: number of steps after which entries are selected again.
         weight_decay: weight of the norm in the objective, 0 or more.
-        antithetic: draw candidates in pairs `+R/2^k z_k`, `-R/2^k z_k`, `k = 0 .. K/2 - 1`.
+        antithetic: draw candidates in pairs `+R/2^k z_k`, `-R/2^k z_k`, `k = 0 .. K/2 - 1`; with an odd K the last
+            one has no opposite.
         pool: search all tensors of the group together, as one flat vector, instead of one after the other.
         block: number of consecutive entries of a tensor that get the same noise. This reduces the number of searched
             parameters, for example to one per attention head. Needs `selection="all"`, and has to divide the size of

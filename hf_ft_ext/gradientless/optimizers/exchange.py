@@ -60,6 +60,7 @@ class SharedData(_Shared):
         self.total, self.weight = total, weight
 
     def combine(self, losses: torch.Tensor) -> torch.Tensor:
+        """Losses averaged over the processes with their weights."""
         sums = self.total(torch.cat([losses * self.weight, losses.new_tensor([self.weight])]))
         return sums[:-1] / (sums[-1] if sums[-1] else 1.0)  # all 0 if no process has a label token
 
@@ -76,7 +77,9 @@ class SharedCandidates(_Shared):
         self.total, self.rank, self.world = total, rank, world
 
     def mine(self, n: int) -> range:
+        """Every `world`-th candidate, from `rank` on."""
         return range(self.rank, n, self.world)
 
     def combine(self, losses: torch.Tensor) -> torch.Tensor:
+        """The losses of all processes' candidates."""
         return self.total(losses)  # each loss is 0 on all processes but one

@@ -51,6 +51,7 @@ class OptionTree:
 
     @property
     def n_leaves(self) -> int:
+        """Number of leaves: rows of the last level."""
         return self.levels[-1].shape[0]
 
     def first_of(self, leaf: int) -> int:
@@ -88,7 +89,9 @@ class OptionTree:
             self.levels[j] = wider
 
     def state(self) -> dict:
+        """A copy of the widths and the changes of all levels."""
         return {"widths": list(self.widths), "levels": [level.clone() for level in self.levels]}
 
     def load(self, state: dict, device: torch.device) -> None:
+        """Load what `state` returned, onto `device`."""
         self.widths, self.levels = list(state["widths"]), [level.to(device) for level in state["levels"]]

@@ -141,6 +141,7 @@ class OutputNoise:
             for seed, half in zip(seeds, differences.to(d), strict=True):
                 separate = self.by_rows and position in self.row_modules and len(y) == rows
                 w = half.view(-1, *[1] * (y.ndim - 1)) / rows if separate else half.mean()
+                # d = mean_i w_i z_i / eps, times the micro-batch's share of the step
                 d += w * (weight / len(seeds) / self._eps_of(y)) * self._draws(seed, position, run, y).to(d.dtype)
             self._add_gradients(position, module, args, kwargs, d, into)
 
@@ -224,8 +225,8 @@ class OutputNoise:
         names = self.holders[position][1]
         changed = position in self._given or "forward" in vars(module) or not {"weight", "bias"} >= names.keys()
         linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        turned = isinstance(module, Conv1D) and type(module).forward is Conv1D.forward  # weight [in, out]
-        if changed or not (linear or turned):
+        transposed = isinstance(module, Conv1D) and type(module).forward is Conv1D.forward  # weight [in, out]
+        if changed or not (linear or transposed):
             args, kwargs = self._given.get(position, (args, kwargs))  # the module's hooks run again
             for name, found in self._by_autograd(module, names, args, kwargs, d).items():
                 into.add(names[name], found)
@@ -235,11 +236,11 @@ class OutputNoise:
         if "bias" in names:
             into.add(names["bias"], flat_d.sum(0))  # sum_t d_t
         if "weight" in names:  # sum_t d_t x_t^T
-            into.add(names["weight"], flat_x.t() @ flat_d if turned else flat_d.t() @ flat_x)
+            into.add(names["weight"], flat_x.t() @ flat_d if transposed else flat_d.t() @ flat_x)
             if self.centred and "bias" in names and x.ndim > 2:
                 real = self._real_positions(x) if position in (self.masked or ()) else None
                 seen = flat_x if real is None else x[real]
-                into.add_means(names["weight"], position, flat_d.sum(0), seen.sum(0), len(seen), turned)
+                into.add_means(names["weight"], position, flat_d.sum(0), seen.sum(0), len(seen), transposed)
 
     def _by_autograd(
         self, module: nn.Module, names: dict[str, int], args: tuple, kwargs: dict, d: torch.Tensor
@@ -265,21 +266,22 @@ class Estimates:
         self._means: dict[tuple[int, int, bool], list] = {}  # by parameter and module: sums of d and of x, positions
 
     def add(self, number: int, gradient: torch.Tensor) -> None:
+        """Add a gradient estimate of parameter `number`, of its shape."""
         self.found[number] = gradient if number not in self.found else self.found[number].add_(gradient)
 
     def add_means(
-        self, number: int, position: int, d: torch.Tensor, x: torch.Tensor, count: int, turned: bool
+        self, number: int, position: int, d: torch.Tensor, x: torch.Tensor, count: int, transposed: bool
     ) -> None:
         """Note sums over positions of a linear layer, for `centred`."""
-        sums = self._means.setdefault((number, position, turned), [torch.zeros_like(d), torch.zeros_like(x), 0])
+        sums = self._means.setdefault((number, position, transposed), [torch.zeros_like(d), torch.zeros_like(x), 0])
         for i, value in enumerate((d, x, count)):
             sums[i] = sums[i] + value
 
     def centred(self) -> dict[int, torch.Tensor]:
         """The gradients; of centred layers `sum_t d_t (x_t - mean)^T = sum_t d_t x_t^T - (sum_t d_t) mean^T`."""
-        for (number, _, turned), (d, x, count) in self._means.items():
+        for (number, _, transposed), (d, x, count) in self._means.items():
             mean = x / max(1, count)
-            self.found[number] -= torch.outer(mean, d) if turned else torch.outer(d, mean)
+            self.found[number] -= torch.outer(mean, d) if transposed else torch.outer(d, mean)
         self._means = {}
         return self.found
 

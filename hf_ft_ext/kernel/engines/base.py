@@ -49,6 +49,7 @@ class ExactEngine(ABC, Generic[GradientRows]):
 
     @property
     def uncovered(self) -> Sequence[str]:
+        """Names of the parameters that no rule covers."""
         return ()
 
     def prepare(self, rows: ExampleRows) -> None:

@@ -40,6 +40,7 @@ class JacobianRows:
 
     @property
     def rows(self) -> int:
+        """Number of gradient rows: examples times scalars."""
         return len(self.order) * self.scalars
 
     def of_scalar(self, scalar: int) -> "JacobianRows":

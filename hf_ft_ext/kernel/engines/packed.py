@@ -32,6 +32,7 @@ class PackedLinear:
 
     @property
     def scalars(self) -> int:
+        """c, the scalars of an example."""
         return self.output_gradients.shape[1]
 
     @property
@@ -45,6 +46,7 @@ class PackedLinear:
         return len(self.activations)
 
     def tensors(self) -> list[torch.Tensor]:
+        """The stored tensors."""
         return [self.activations, self.output_gradients]
 
     def of_scalar(self, scalar: int, c: int) -> "PackedLinear":
@@ -85,6 +87,7 @@ class PackedEmbedding:
         return PackedEmbedding(self.ids[mine], self.rows[mine] // c, self.values[mine])
 
     def tensors(self) -> list[torch.Tensor]:
+        """The stored tensors."""
         return [self.ids, self.rows, self.values]
 
     def dense(self, shape: torch.Size, n: int) -> "PackedDense":
@@ -105,6 +108,7 @@ class PackedDense:
         return PackedDense(self.values[scalar::c])
 
     def tensors(self) -> list[torch.Tensor]:
+        """The stored tensors."""
         return [self.values]
 
     def dense(self, shape: torch.Size, n: int) -> "PackedDense":

@@ -14,8 +14,9 @@ gradients; `O(C T k log k)` for the projection of each linear layer; `O(N1 N2 C^
 Memory: the graph and output gradients of one batch, and the features of 128 rows. All features, `N C k` values in
 the model's type, are stored in memory if they take less than a quarter of the memory limit, otherwise on disk.
 
-Error: an entry of the kernel is unbiased, with a standard deviation of at most `sqrt(2 / k) |g| |g'|`: 2.2 % of the
-product of the norms at k = 4096, half of that at k = 16384. `projection` derives the bound and lists the exceptions.
+Error: an entry of the kernel is unbiased. Its standard deviation is about `sqrt(2 / k) |g| |g'|` or less: 2.2 % of the
+product of the norms at k = 4096, half of that at k = 16384. Where weights with more than k rows or columns, or layers
+with a common input, have most of the gradient, it can be up to twice that. `projection` derives both bounds.
 The kernel is a Gram matrix of rank at most `min(k, N C)`, so kernel regression on more than k rows needs
 regularization.
 """
@@ -49,8 +50,13 @@ class Chunks(Protocol):
 
     edges: list[tuple[int, int]]
 
-    def get(self, i: int) -> torch.Tensor | None: ...
-    def put(self, i: int, features: torch.Tensor) -> None: ...
+    def get(self, i: int) -> torch.Tensor | None:
+        """Chunk i, `[rows, c, k]`, or `None`."""
+        ...
+
+    def put(self, i: int, features: torch.Tensor) -> None:
+        """Store chunk i, `[rows, c, k]`."""
+        ...
 
 
 class MemoryChunks:

@@ -19,9 +19,12 @@ Variance: two entries share a bucket with probability about 1 / k, so
 as with a dense matrix of random signs: the standard deviation is at most `sqrt(2 / k) |g| |g'|`. Three cases add up
 to `2 |G|^2 |G'|^2 / k` each, for the matrices G concerned: more than k rows (`2 |G G'^T|^2 / k`), more than k columns
 (`2 |G^T G'|^2 / k`), and linear layers that read the same activations (they share `s_col`, so that query, key and
-value need only one transform of their common input). Separate projections of activations and output gradients to k_a
-and k_b values (k_a k_b = k, as in LoGra, arXiv 2405.13954) have about `(2 / k_a + 2 / k_b) |G|^2 |G'|^2` for each
-layer, an error that falls like k^(-1/4) where one layer's gradient dominates.
+value need only one transform of their common input). So the standard deviation is at most twice that bound, and above
+it only where most of the gradient lies in such matrices.
+
+Separate projections of activations and output gradients to k_a and k_b values (k_a k_b = k, as in LoGra,
+arXiv 2405.13954) have a variance of about `(2 / k_a + 2 / k_b) |G|^2 |G'|^2` for each layer. Their error falls like
+k^(-1/4) where one layer's gradient dominates.
 
 Cost: a linear layer's gradient is `G = sum_t g_t x_t^T`. Adding bucket indices mod k is a circular convolution, which
 is a product in the Fourier domain: `F[P G] = sum_t F[P_row g_t] F[P_col x_t]`. That takes two transforms of length k

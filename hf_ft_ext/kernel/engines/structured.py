@@ -36,6 +36,7 @@ class StructuredRows:
 
     @property
     def rows(self) -> int:
+        """Number of gradient rows: examples times scalars."""
         return len(self.order) * self.scalars
 
     def of_scalar(self, scalar: int) -> "StructuredRows":

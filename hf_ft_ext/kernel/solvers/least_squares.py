@@ -34,36 +34,38 @@ def least_squares(system: KernelProblem, options: SolverOptions) -> LinearSoluti
 def coupled_least_squares(system: KernelProblem, options: SolverOptions) -> LinearSolution:
     """The least-squares SVM of an asymmetric kernel and its flip, one class against the rest.
 
-    With signs `y`, `D = diag(y)`, `H = D (K + r n I) D` and ones on the right-hand side:
-    `[I/gamma, H; H^T, I/gamma] [alpha; beta] = 1`, `f(x) = mix K(., x)^T D alpha + (1 - mix) K_flip(., x)^T D beta`.
+    For each class, with targets `y` of 1 and -1 (minus f_0 with `adjust_for_init`) and `M = K + r n I`:
+    `[I/gamma, M; M^T, I/gamma] [a; b] = [y; y]`, `f(x) = mix K(., x)^T a + (1 - mix) K_flip(., x)^T b`.
+
+    For targets of 1 and -1 this is the published system `[I/gamma, H; H^T, I/gamma] [alpha; beta] = 1` with
+    `D = diag(y)`, `H = D M D`, `a = D alpha` and `b = D beta`, because `D^2 = I`. For other targets the published
+    system would fit `1 / y`.
     """
-    alphas, betas = [], []
-    for c, matrix in enumerate(system.matrices):
-        targets = system.targets[:, c]
-        signs = targets if options.multi_label or system.scalars == 1 else 2 * targets - 1
-        # H = D (K + r n I) D; `matrix` holds K^T
-        alpha, beta = _coupled(signs[:, None] * matrix.regularized(options.regularization).T * signs, options.gamma)
-        alphas.append(options.mix * signs * alpha)
-        betas.append((1 - options.mix) * signs * beta)
-    return LinearSolution(np.stack([np.stack(alphas, 1), np.stack(betas, 1)]), np.zeros(len(alphas)))
+    coefficients = [
+        # `matrix` holds K^T
+        _coupled(matrix.regularized(options.regularization).T, system.targets[:, c], options.gamma)
+        for c, matrix in enumerate(system.matrices)
+    ]
+    a, b = (np.stack(columns, 1) for columns in zip(*coefficients, strict=True))
+    return LinearSolution(np.stack([options.mix * a, (1 - options.mix) * b]), np.zeros(a.shape[1]))
 
 
-def _coupled(h: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray]:
-    """Solve `[I/gamma, H; H^T, I/gamma] [alpha; beta] = 1`; the solution of least norm if it is singular.
+def _coupled(matrix: np.ndarray, targets: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray]:
+    """Solve `[I/gamma, M; M^T, I/gamma] [a; b] = [y; y]`; the solution of least norm if it is singular.
 
-    With `H = U diag(s) V^T`, `alpha = U a` and `beta = V b` the system decouples: `(1/gamma + s) (a + b) = p + q` and
-    `(1/gamma - s) (a - b) = p - q`, where `p = U^T 1` and `q = V^T 1`. So one SVD of H replaces the decomposition of
+    With `M = U diag(s) V^T`, `a = U u` and `b = V v` the system decouples: `(1/gamma + s) (u + v) = p + q` and
+    `(1/gamma - s) (u - v) = p - q`, where `p = U^T y` and `q = V^T y`. So one SVD of M replaces the decomposition of
     the coupled matrix, which is twice as large and singular wherever s = 1/gamma.
     """
     import scipy.linalg
 
-    u, s, vt = scipy.linalg.svd(h)
-    # p = U^T 1, q = V^T 1
-    p, q = u.sum(0), vt.sum(1)
+    left, s, right = scipy.linalg.svd(matrix)
+    # p = U^T y, q = V^T y
+    p, q = left.T @ targets, right @ targets
     below = 1 / gamma - s
     zero = np.abs(below) <= 2 * len(s) * np.finfo(float).eps * (1 / gamma + s.max())
-    # a + b = (p + q) / (1/gamma + s); a - b = (p - q) / (1/gamma - s), or 0 where 1/gamma - s is 0
+    # u + v = (p + q) / (1/gamma + s); u - v = (p - q) / (1/gamma - s), or 0 where 1/gamma - s is 0
     total = (p + q) / (1 / gamma + s)
     difference = np.where(zero, 0.0, (p - q) / np.where(zero, 1.0, below))
-    # alpha = U a, beta = V b
-    return u @ (total + difference) / 2, vt.T @ (total - difference) / 2
+    # a = U u, b = V v
+    return left @ (total + difference) / 2, right.T @ (total - difference) / 2

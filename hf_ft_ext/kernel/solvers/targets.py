@@ -7,7 +7,7 @@ from hf_ft_ext.kernel.solvers.options import Solver, SolverOptions
 
 
 def targets_of(options: SolverOptions, labels: np.ndarray, scalars: int) -> np.ndarray:
-    """The fitted targets `[N, C]`: scores, -1 and 1 (one scalar; several labels per row), or one-hot.
+    """The fitted targets `[N, C]`: scores, one-hot, or -1 and 1 (one scalar, several labels per row, solver `asym`).
 
     Raises:
         InputError: a row does not have `scalars` labels.
@@ -23,7 +23,8 @@ def targets_of(options: SolverOptions, labels: np.ndarray, scalars: int) -> np.n
         return 2.0 * (columns > 0.5) - 1 if options.multi_label else columns
     if scalars == 1:  # 0 and 1 to -1 and 1
         return 2.0 * labels.reshape(-1, 1) - 1
-    return np.eye(scalars)[labels]  # one-hot
+    one_hot = np.eye(scalars)[labels]
+    return 2 * one_hot - 1 if options.solver is Solver.ASYM else one_hot
 
 
 def check_labels(labels: np.ndarray, names: list[str]) -> None:

@@ -26,11 +26,12 @@ def rotate_moments(
 
     The mean rotates as gradients do: `left mean right`. The mean squares hold no covariances, so they rotate as
     those of uncorrelated entries: `left^2 square right^2`, with elementwise squares. The means give a lower bound,
-    because a mean square is at least the square of the mean. Therefore the part of the mean squares that comes from
-    the means, `left^2 mean^2 right^2`, is replaced by `(left mean right)^2` where that is larger. Without this,
-    correlated entries would give a mean far above the root mean square, and a step far above the learning rate. A
-    permutation or sign change of the directions is exact. Means and mean squares are compared, so pass Adam's moments
-    with their bias correction (`corrected`).
+    because a mean square is at least the square of the mean. (For Adam's two averages, which have different weights,
+    this holds approximately.) Therefore the part of the mean squares that comes from the means,
+    `left^2 mean^2 right^2`, is replaced by `(left mean right)^2` where that is larger. Without this, correlated
+    entries would give a mean far above the root mean square, and a step far above the learning rate. A permutation or
+    sign change of the directions is exact. Means and mean squares are compared, so pass Adam's moments with their
+    bias correction (`corrected`).
 
     Args:
         left: `V'^T V` from the old to the new directions of the output side, shape (r', r).

@@ -43,6 +43,7 @@ class RunningSums:
 
     @property
     def due(self) -> bool:
+        """Whether a refresh follows this step."""
         return bool(self) and self.steps >= self.every
 
     def update_basis(self, kind: str, basis: Basis) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,9 +67,11 @@ class RunningSums:
         self.steps, self.sums = 0, {}
 
     def state_dict(self) -> dict:
+        """Return the steps since the last refresh, and the sums by kind of layer."""
         return {"steps": self.steps, "sums": {kind: vars(gram).copy() for kind, gram in self.sums.items()}}
 
     def load_state_dict(self, state: dict, device: torch.device) -> None:
+        """Load what `state_dict` returned, onto `device`."""
         self.steps, self.sums = state["steps"], {}
         for kind, sides in state["sums"].items():
             out, inp = sides["out"].to(device), sides["inp"].to(device)

@@ -41,6 +41,7 @@ class Difference:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of mask and values in a file."""
         return self.mask.nbytes + self.values.nbytes
 
     def add_to(self, weight: torch.Tensor, basis: Basis) -> None:

@@ -104,6 +104,29 @@ def test_coupled_system_equals_the_published_one(r):
     )
 
 
+@pytest.mark.parametrize("kind", ["two classes", "three classes", "several labels"])
+def test_coupled_system_fits_the_difference_from_the_initial_outputs(kind):
+    scalars = 1 if kind == "two classes" else 3
+    kernel, other = random_problem(scalars, symmetric=False)
+    rng, labels, multi = np.random.default_rng(1), np.arange(15) % max(scalars, 2), kind == "several labels"
+    labels = rng.integers(0, 2, (15, 3)) if multi else labels
+    truth = labels if multi else labels[:, None] if scalars == 1 else labels[:, None] == np.arange(3)
+    targets = np.where(truth, 1.0, -1.0)
+    start, new_start = rng.normal(size=(15, scalars)), rng.normal(size=(other.shape[3], scalars))
+    options = SolverOptions(Solver.ASYM, regularization=1e-2, gamma=0.7, mix=0.3, multi_label=multi)
+    found = KernelSystem(options, kernel, labels, start).solve().predict(other, new_start)
+    for c in range(scalars):
+        matrix, y = ridge(kernel[0, :, c, :, c], 1e-2), targets[:, c] - start[:, c]
+        eye = np.eye(15) / 0.7
+        a, b = np.split(np.linalg.solve(np.block([[eye, matrix], [matrix.T, eye]]), np.append(y, y)), 2)
+        expected = new_start[:, c] + 0.3 * other[0, :, c, :, c].T @ a + 0.7 * other[1, :, c, :, c].T @ b
+        np.testing.assert_allclose(found[:, c], expected, rtol=1e-8)
+    # With errors that cost much and the kernel's transpose as its flip, the training rows are fitted exactly.
+    both = np.stack([kernel[0], kernel[0].transpose(2, 3, 0, 1)])
+    exact = KernelSystem(SolverOptions(Solver.ASYM, gamma=1e9, multi_label=multi), both, labels, start).solve()
+    np.testing.assert_allclose(exact.predict(both, start), targets, atol=1e-5)
+
+
 def test_a_singular_coupled_system_gives_the_least_norm():
     """With gamma 1 and an orthogonal kernel the coupled matrix is singular."""
     kernel = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))[0]

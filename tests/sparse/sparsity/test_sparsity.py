@@ -15,6 +15,22 @@ def test_captured_energy():
     matrix = torch.tensor([[3.0, 0.0], [-4.0, 1.0]])
     values = captured_energy(matrix, (0.01, 0.25, 0.5, 1.0))
     assert values.tolist() == pytest.approx([16 / 26, 16 / 26, 25 / 26, 1])
+    assert captured_energy(torch.zeros(2, 2), (0.5, 1.0)).tolist() == [0, 0]
+
+
+def test_zero_gradients_are_left_out_of_the_mean(tmp_path, monkeypatch):
+    trainer = make(tmp_path)
+    first, second = list(sparse_layers(trainer.model).items())[:2]
+    gradient = torch.tensor([[3.0, 0.0], [-4.0, 1.0]])
+
+    def gradients(trainer, layers, steps, receive, desc, draw):
+        for name, found in ((first[0], gradient), (first[0], 0 * gradient), (second[0], 0 * gradient)):
+            receive(name, found)
+
+    monkeypatch.setattr("hf_ft_ext.sparse.sparsity.measure.for_each_gradient", gradients)
+    found = measure_sparsity(trainer, dict((first, second)), {}, 2)[RAW]
+    assert found[first[0]] == pytest.approx(captured_energy(gradient).tolist())
+    assert found[second[0]] == [0] * len(FRACTIONS)
 
 
 def test_raw_and_rotated_values_are_means_over_other_batches(tmp_path):

@@ -48,6 +48,12 @@ class ModulePatch:
         self.kind = _plain_kind(holder) if by_weight else None
 
     def install(self, handles: list, split: bool) -> None:
+        """Install hooks and forwards for the next forward passes.
+
+        Args:
+            handles: gets the handles of the hooks, which the caller removes.
+            split: whether several candidates run as one forward pass over the repeated batch.
+        """
         if not self.names:
             return
         kind = self.kind if "weight" in self.names else None
@@ -76,6 +82,7 @@ class ModulePatch:
             self.user.__dict__["forward"] = forward
 
     def restore(self) -> None:
+        """Restore the module's parameters and its forward."""
         self._leave()
         if self.original is not None:
             if self.had_own:

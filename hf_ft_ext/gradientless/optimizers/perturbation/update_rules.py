@@ -81,6 +81,7 @@ class UpdateRule:
 
     @property
     def replays(self) -> bool:
+        """Whether momentum is recomputed from stored seeds and slopes."""
         return self.rule == MOMENTUM and self.moments == REPLAY
 
     @property

@@ -140,7 +140,11 @@ class WeightUpdates:
     def _factor_momentum(
         self, parameter: torch.Tensor, number: int, combination: Combination
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Momentum of a matrix as factors: `m = N V^T`, with `N` kept and `V` the current right factor (LOZO-M)."""
+        """Momentum of a matrix as factors: `m = N V^T`, with `N` kept and `V` the current right factor (LOZO-M).
+
+        LOZO's paper projects with `V_old^T V_new / in`, which approximates least squares, because `V^T V` is close to
+        `in I` for normal entries.
+        """
         left, right = self.perturbed_forward.factors(parameter, number, combination)
         if number not in self.buffers:
             self.buffers[number] = (torch.zeros_like(left),)
@@ -152,7 +156,7 @@ class WeightUpdates:
             overlap = torch.linalg.solve(right.t() @ right, right.t() @ before).t()
             self.buffers[number] = (self.buffers[number][0] @ overlap,)
         self.factor_basis[number] = self.basis
-        return self.buffers[number][0].mul_(self.rule.momentum).add_(left), right  # N = momentum N + U
+        return self.buffers[number][0].mul_(self.rule.momentum).add_(left), right  # N = momentum N + L, for G = L V^T
 
     # --- state -------------------------------------------------------------------------------------
 
