@@ -68,6 +68,9 @@ def test_every_form_gives_the_same_labels(kind, tmp_path):
     reversed_order = tokenize(data, tiny_tokenizer(), args, label2id={n.upper(): i for i, n in enumerate(names[::-1])})
     assert reversed_order.label_names == names[::-1]
     assert reversed_order.train["labels"][:] == [row[::-1] for row in VECTORS]
+    larger = tokenize(data, tiny_tokenizer(), args, label2id={n: i for i, n in enumerate(["another", *names[::-1]])})
+    assert larger.label_names == ["another", *names[::-1]]
+    assert larger.train["labels"][:] == [[0, *row[::-1]] for row in VECTORS]
 
 
 def test_lists_of_single_ids_are_ids(tmp_path):
