@@ -262,7 +262,10 @@ def _fitted_together(
     _set_padding(model, tokenizer)
     declare_mean_loss(model)
     plain_outputs(model)
-    rows = whole_shape(model.get_input_embeddings().weight)[0]
+    try:
+        rows = whole_shape(model.get_input_embeddings().weight)[0]
+    except NotImplementedError:  # CANINE hashes characters into several tables
+        rows = len(tokenizer)
     if len(tokenizer) > rows:
         raise InputError(
             f"the tokenizer {tokenizer.name_or_path!r} knows {len(tokenizer)} tokens but model {name!r} only {rows}; "

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from classifiers import tiny_classifier
 from tiny import CONFIGS, labels_only, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, GPT2Config
 
@@ -87,6 +88,11 @@ def test_a_trained_head_is_not_replaced_where_nothing_is_trained(save, own, name
     _, model = load(folder, names, do_train=False)
     assert tuple(model.config.id2label.values()) == kept
     assert torch.equal(model.classifier.weight, start.classifier.weight)
+
+
+def test_a_model_without_a_table_of_tokens_loads(save):
+    _, model = load(save(tiny_classifier("canine")))
+    assert type(model).__name__ == "CanineForSequenceClassification"
 
 
 def test_a_head_that_is_neither_saved_nor_trained_is_reported(save, caplog):
