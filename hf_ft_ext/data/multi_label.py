@@ -187,7 +187,7 @@ def _lists_of(role: str, split: str, data: Dataset, column: str) -> list[list | 
 
 
 def _lists_in_text(data: Dataset, column: str) -> list[list | None] | None:
-    """Parse lists, tuples, sets and numpy arrays in text form, as pandas writes them to csv; `None` if a row is none."""
+    """Parse lists, tuples, sets and numpy arrays in text form, as pandas writes them; `None` if a row is none."""
     if "string" not in str(getattr(data.features[column], "dtype", "")):
         return None
     found: list[list | None] = []

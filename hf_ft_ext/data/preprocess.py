@@ -242,9 +242,7 @@ def _tokenize_split(
 
     features = encoder.features(split)
     if has_labels:
-        features["labels"] = (
-            ml.feature(count) if several else Value("float32" if regression else "int64")
-        )
+        features["labels"] = ml.feature(count) if several else Value("float32" if regression else "int64")
     options = {"batched": True, "with_indices": True, "remove_columns": rows.column_names}
     if streamed:
         return rows.map(convert, batch_size=_STREAMED, features=Features(features), **options)

@@ -35,8 +35,8 @@ VECTORS = [[1, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 0], [0, 1, 1], [1, 0, 0]]
 @pytest.mark.parametrize(
     "kind",
     [
-        "names", "ids", "vectors", "floats", "text", "ids in text", "arrays in text", "vectors in text", "sets in text", "classes",
-        "columns", "text columns", "class columns",
+        "names", "ids", "vectors", "floats", "text", "ids in text", "arrays in text", "vectors in text",
+        "sets in text", "classes", "columns", "text columns", "class columns",
     ],
 )  # fmt: skip
 def test_every_form_gives_the_same_labels(kind, tmp_path):
