@@ -2,6 +2,7 @@
 
 import logging
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -149,9 +150,19 @@ def check_spelling(raw: RawLabels, wanted: str | None = None) -> None:
         )
     plain: dict[str, str] = {}
     for name in sorted(names):
-        other = plain.setdefault(name.strip().lower(), name)
-        if other != name:
+        other = plain.setdefault(_plain(name), name)
+        if other == name:
+            continue
+        if other.strip().lower() == name.strip().lower():
             logger.warning("labels %r and %r differ only in spaces or case: they are two classes", other, name)
+        else:
+            logger.warning("labels %a and %a look alike: they are two classes", other, name)
+
+
+def _plain(name: str) -> str:
+    """Return a name without differences that are hard to see: case, spaces, and ways of encoding a character."""
+    shown = (letter for letter in unicodedata.normalize("NFKC", name) if unicodedata.category(letter) != "Cf")
+    return " ".join("".join(shown).split()).casefold()
 
 
 def scores(raw: RawLabels) -> np.ndarray:

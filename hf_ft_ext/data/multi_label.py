@@ -2,6 +2,7 @@
 
 import ast
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,9 @@ _WORDS = {"1": 1, "true": 1, "yes": 1, "1.0": 1, "0": 0, "false": 0, "no": 0, "0
 _LISTS = (datasets.LargeList, type(datasets.Sequence(Value("int64"))))  # the second: `List`, or `Sequence` before
 
 SEPARATOR = "|"  # between the labels of a row in predictions.tsv
+
+_ITEM = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^\s,()\[\]{}'"]+""")
+_ARRAY = re.compile(rf"\[\s*(?:{_ITEM.pattern})(?:\s+(?:{_ITEM.pattern}))*\s*\]")  # as numpy prints one
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +187,7 @@ def _lists_of(role: str, split: str, data: Dataset, column: str) -> list[list | 
 
 
 def _lists_in_text(data: Dataset, column: str) -> list[list | None] | None:
-    """Parse lists in text form (`['a', 'b']`, as pandas writes them to csv); `None` if a row is not a list."""
+    """Parse lists, tuples, sets and numpy arrays in text form, as pandas writes them; `None` if a row is none."""
     if "string" not in str(getattr(data.features[column], "dtype", "")):
         return None
     found: list[list | None] = []
@@ -191,14 +195,22 @@ def _lists_in_text(data: Dataset, column: str) -> list[list | None] | None:
         if value is None or not value.strip():
             found.append(None)
             continue
-        try:
-            row = ast.literal_eval(value.strip()) if value.strip().startswith("[") else None
-        except (SyntaxError, ValueError, MemoryError, RecursionError):
-            row = None
-        if not isinstance(row, list):
+        row = _list_in_text(value.strip())
+        if row is None:
             return None
         found.append(row)
     return found if any(row is not None for row in found) else None
+
+
+def _list_in_text(text: str) -> list | None:
+    """Parse one list; numpy writes no commas, and to Python `['a' 'b']` is the one text `ab`."""
+    try:
+        if _ARRAY.fullmatch(text):
+            return [ast.literal_eval(item) for item in _ITEM.findall(text)]
+        row = ast.literal_eval(text) if text.startswith(("[", "(", "{", "set()")) else None
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        return None
+    return list(row) if isinstance(row, list | tuple | set) else None
 
 
 def _are_vectors(splits: list[list[list | None]]) -> bool:

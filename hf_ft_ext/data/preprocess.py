@@ -53,8 +53,8 @@ def tokenize(
         data: the result of `load_data`.
         tokenizer: of the model.
         data_args: `max_seq_length` and `pad_to_max_length` are read.
-        label2id: the model's own labels. If they are the data's names (ignoring case) in another order, `labels` and
-            `label_names` take the model's order; otherwise they keep the data's.
+        label2id: the model's own labels. If they contain the data's names (ignoring case), `labels` and `label_names`
+            become the model's; otherwise they keep the data's.
         model_max_length: number of positions of the model, special tokens included.
         encoder: tokenises the rows; `None` = as single texts or pairs.
 
@@ -67,7 +67,7 @@ def tokenize(
     names, new_ids = _label_order(data.label_names, label2id)
 
     def convert(split: str, rows: Any) -> Any:
-        return _tokenize_split(split, rows, data, encoder, new_ids)
+        return _tokenize_split(split, rows, data, encoder, new_ids, len(names or ()))
 
     return replace(
         data,
@@ -184,28 +184,39 @@ def without_beginning(ids: list[int], length: int, start: list[int]) -> list[int
 def _label_order(
     names: list[str] | None, label2id: dict[str, int] | None
 ) -> tuple[list[str] | None, list[int] | None]:
-    """Return the label names in the model's order and the new id of each old one (`None`: unchanged)."""
+    """Return the label names in the model's order and the new id of each old one (`None`: unchanged).
+
+    The model may have labels that the data lacks; their names are the model's own.
+    """
     if not names or not label2id:
         return names, None
     model_ids = {str(name).lower(): int(i) for name, i in label2id.items()}
-    lowered = [name.lower() for name in names]
-    same = set(lowered) == set(model_ids) and len(set(lowered)) == len(names) == len(label2id)
-    if not same or sorted(model_ids.values()) != list(range(len(names))):
+    ids = sorted(model_ids.values())
+    old_ids = {name.lower(): i for i, name in enumerate(names)}
+    if len(old_ids) < len(names) or not set(old_ids) <= set(model_ids) or ids != list(range(len(label2id))):
         return names, None
-    new_ids = [model_ids[name] for name in lowered]
-    if new_ids == list(range(len(names))):
+    new_ids = [model_ids[name.lower()] for name in names]
+    if new_ids == ids:
         return names, None
-    ordered = [name for _, name in sorted(zip(new_ids, names, strict=True))]
+    by_id = sorted((int(i), str(name)) for name, i in label2id.items())
+    ordered = [names[old_ids[name.lower()]] if name.lower() in old_ids else name for _, name in by_id]
     logger.info("labels take the model's order: %s", ", ".join(ordered))
     return ordered, new_ids
 
 
+def _moved(row: list[float], new_ids: list[int], count: int) -> list[float]:
+    """Return 0 or 1 for each of the model's `count` labels; labels that the data lacks are 0."""
+    moved = [0.0] * count
+    for i, value in zip(new_ids, row, strict=True):
+        moved[i] = value
+    return moved
+
+
 def _tokenize_split(
-    split: str, rows: Dataset | IterableDataset, data: TaskData, encoder: RowEncoder, new_ids
+    split: str, rows: Dataset | IterableDataset, data: TaskData, encoder: RowEncoder, new_ids, count: int
 ) -> Dataset | IterableDataset:
     has_labels = LABEL in rows.column_names
     regression, several = data.problem_type == REGRESSION, data.problem_type == MULTI_LABEL
-    positions = None if new_ids is None else [new_ids.index(i) for i in range(len(new_ids))]  # old id of each new one
 
     streamed = isinstance(rows, IterableDataset)
 
@@ -221,8 +232,8 @@ def _tokenize_split(
         encoded = encoder(texts, split, indices)
         if has_labels:
             labels = batch[LABEL]
-            if several and positions:
-                encoded["labels"] = [[row[i] for i in positions] for row in labels]
+            if several and new_ids:
+                encoded["labels"] = [_moved(row, new_ids, count) for row in labels]
             else:
                 encoded["labels"] = [new_ids[label] for label in labels] if new_ids and not regression else labels
         if streamed:
@@ -231,9 +242,7 @@ def _tokenize_split(
 
     features = encoder.features(split)
     if has_labels:
-        features["labels"] = Value("float32" if regression else "int64")
-        if several and data.label_names is not None:
-            features["labels"] = ml.feature(len(data.label_names))
+        features["labels"] = ml.feature(count) if several else Value("float32" if regression else "int64")
     options = {"batched": True, "with_indices": True, "remove_columns": rows.column_names}
     if streamed:
         return rows.map(convert, batch_size=_STREAMED, features=Features(features), **options)

@@ -31,6 +31,7 @@ from huggingface_hub.errors import (
 )
 
 from hf_ft_ext.arguments import DataArguments
+from hf_ft_ext.data.files.class_names import check_class_names
 from hf_ft_ext.data.files.dialect import AUTO, DEFAULT_DELIMITERS
 from hf_ft_ext.data.files.own_files import SUFFIXES, USUAL_TEXT, Reading, holds_times, open_own_files
 from hf_ft_ext.data.files.records import open_records
@@ -295,6 +296,7 @@ def _open_dataset(
                 training = data_args.train_split or [split for split in files if split.startswith("train")]
                 streamed = training if data_args.streaming else ()
                 return open_own_files(files, reading, cache_dir=cache_dir, streamed=streamed)
+            check_class_names(builder)
             if not data_args.streaming:
                 options["cache_dir"] = _cache_for(name, builder, cache_dir)
         elif data_args.dataset_revision is not None:

@@ -137,7 +137,7 @@ def _attach(module: nn.Module, name: str, indices: torch.Tensor) -> None:
     indices = indices.sort().values.to(weight.device)
     small = weight.numel() <= torch.iinfo(torch.int32).max
     entries = Entries(weight, indices.int() if small else indices.long())
-    module.register_buffer(name, weight.detach())
+    module.register_buffer(name, _alone(weight.detach()))
     module.add_module(f"{name}{_SUFFIX}", entries)
 
     def read(self: nn.Module) -> torch.Tensor:
@@ -150,6 +150,16 @@ def _attach(module: nn.Module, name: str, indices: torch.Tensor) -> None:
     )
     module.register_state_dict_pre_hook(_fold_before_saving(name))
     module.register_load_state_dict_post_hook(_read_after_loading(name))
+
+
+def _alone(weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight, or a copy if other weights lie in its storage.
+
+    transformers loads GTE and Nomic BERT so, by cutting up stored weights. Such weights count their versions together,
+    so autograd would take a change of one for a change of all.
+    """
+    alone = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+    return weight if alone else weight.clone()
 
 
 def _fold_before_saving(name: str):

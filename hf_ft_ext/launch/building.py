@@ -136,7 +136,7 @@ def load(
         metrics = data.metric_function(data_args.multi_label_threshold)
         if thresholds is not None:
             metrics.thresholds = thresholds
-        metrics.keys()  # raises now, not after training
+        metrics.keys(model.config.num_labels)  # raises now, not after training
         savers = [SavePrompt()] if is_prompt_model(model) else []
         with trainer_errors_as_input_errors(args):
             trainer = make_trainer(

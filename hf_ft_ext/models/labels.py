@@ -5,15 +5,21 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
 
 logger = logging.getLogger(__name__)
 
 
-def set_labels(config: PreTrainedConfig, data: Any) -> None:
+def set_labels(config: PreTrainedConfig, data: Any, trains: bool = True) -> None:
     """Write number, names and ids of the labels into `config`; keep the model's own if the names match.
 
     Afterwards `id2label` and `label2id` agree. Without labels in the data, the model's problem type is kept.
+
+    Args:
+        data: the run's data (`label_names` and `problem_type` are read).
+        trains: whether the run trains. If not, the model's own labels are also kept where the data has only some of
+            them, by name or, for a head without names (`LABEL_0`, ...), by number.
     """
     _sync_label2id(config)
     if data.problem_type == REGRESSION:
@@ -23,10 +29,15 @@ def set_labels(config: PreTrainedConfig, data: Any) -> None:
         config.problem_type = getattr(config, "problem_type", None) or own
     else:
         config.problem_type = data.problem_type
-        if not _same_labels(config.id2label or {}, data.label_names):
-            config.num_labels = len(data.label_names)
-            config.id2label = dict(enumerate(data.label_names))
-            config.label2id = {label: i for i, label in enumerate(data.label_names)}
+        own = config.id2label or {}
+        names = data.label_names
+        if not trains and _is_generic(own) and set(names) < {str(i) for i in own}:
+            names = [str(i) for i in sorted(own)]
+        elif _same_labels(own, names) or (not trains and _holds_labels(own, names)):
+            return
+        config.num_labels = len(names)
+        config.id2label = dict(enumerate(names))
+        config.label2id = {label: i for i, label in enumerate(names)}
 
 
 def _sync_label2id(config: PreTrainedConfig) -> None:
@@ -43,9 +54,48 @@ def _sync_label2id(config: PreTrainedConfig) -> None:
 
 
 def _same_labels(id2label: dict[int, str], names: list[str]) -> bool:
+    return len(id2label) == len(names) and _holds_labels(id2label, names)
+
+
+def _holds_labels(id2label: dict[int, str], names: list[str]) -> bool:
+    """Whether the data's labels are, ignoring case, among those of a model that names each of its outputs."""
     own = {str(label).lower() for label in id2label.values()}
-    complete = sorted(id2label) == list(range(len(names)))
-    return complete and len(own) == len(names) and own == {name.lower() for name in names}
+    wanted = {name.lower() for name in names}
+    complete = sorted(id2label) == list(range(len(own)))
+    return complete and len(wanted) == len(names) and wanted <= own
+
+
+def _is_generic(id2label: dict[int, str]) -> bool:
+    return [str(id2label.get(i)) for i in range(len(id2label))] == [f"LABEL_{i}" for i in range(len(id2label))]
+
+
+def check_untrained_head(model: PreTrainedModel, replaced: bool, own_labels: list[str], name: str) -> None:
+    """Refuse to evaluate a new head in place of a trained one; warn if the model never had one.
+
+    Args:
+        model: a model that this run does not train; its `fresh_parameters` are set.
+        replaced: whether the head of the file has another shape than that of the data's labels.
+        own_labels: names of the labels in the model's file.
+        name: folder or Hub id of the model, for messages.
+
+    Raises:
+        InputError: the head was replaced.
+    """
+    if replaced:
+        regression = model.config.problem_type == REGRESSION
+        wanted = "numbers" if regression else ", ".join(list(map(str, model.config.id2label.values()))[:10])
+        raise InputError(
+            f"model {name!r} was trained for {len(own_labels)} outputs ({', '.join(own_labels[:10])}), but this data "
+            f"has {wanted}, and without training the head for them is random; pass data with the model's labels, or "
+            "add --do_train"
+        )
+    head = sorted(key for key in model.fresh_parameters if not key.startswith(f"{model.base_model_prefix}."))
+    if head:
+        logger.warning(
+            "Model %s has no trained %s, and this run does not train it: its scores and predictions are random.",
+            name,
+            head[0],
+        )
 
 
 def warn_of_renamed_labels(model: PreTrainedModel, before: list[str], name: str) -> None:

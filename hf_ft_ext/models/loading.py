@@ -33,7 +33,7 @@ from hf_ft_ext.arguments import (
 )
 from hf_ft_ext.demo.encoder import demo_encoder
 from hf_ft_ext.errors import InputError, first_line
-from hf_ft_ext.models.labels import set_labels, warn_of_renamed_labels
+from hf_ft_ext.models.labels import check_untrained_head, set_labels, warn_of_renamed_labels
 from hf_ft_ext.models.source import ADAPTER_NOT_TRAINED, checked_name, loading_errors_as_input_errors
 from hf_ft_ext.models.trained_adapter import TrainedAdapter, add_adapter, find_adapter, is_hub_adapter
 from hf_ft_ext.models.weight_options import apply_dtype, weight_options
@@ -134,7 +134,8 @@ def load_tokenizer_and_model(
         return _complete(source, tokenizer, model)
     trained_labels = getattr(config, "num_labels", None)
     own_names = [str(label) for _, label in sorted((getattr(config, "id2label", None) or {}).items())]
-    set_labels(config, data)
+    trains = args is None or args.do_train
+    set_labels(config, data, trains)
     if adapter is not None and adapter.has_configuration and config.num_labels != trained_labels:
         raise InputError(
             f"the adapter in {adapter.name!r} was trained for {trained_labels} outputs "
@@ -152,7 +153,7 @@ def load_tokenizer_and_model(
             **options,
         )
     check_map(options.get("device_map"), model, source.name)
-    _check_loaded(model, info, source.name, trained_labels)
+    _check_loaded(model, info, source.name, own_names, trains=trains or adapter is not None)
     apply_dtype(model, model_args.dtype, args, stored, source.name)
     tokenizer, complete = _complete(source, tokenizer, model)
     warn_of_renamed_labels(model, own_names, source.name if adapter is None else adapter.name)
@@ -261,7 +262,10 @@ def _fitted_together(
     _set_padding(model, tokenizer)
     declare_mean_loss(model)
     plain_outputs(model)
-    rows = whole_shape(model.get_input_embeddings().weight)[0]
+    try:
+        rows = whole_shape(model.get_input_embeddings().weight)[0]
+    except NotImplementedError:  # CANINE hashes characters into several tables
+        rows = len(tokenizer)
     if len(tokenizer) > rows:
         raise InputError(
             f"the tokenizer {tokenizer.name_or_path!r} knows {len(tokenizer)} tokens but model {name!r} only {rows}; "
@@ -345,7 +349,7 @@ def _load_tokenizer(model_args: ModelArguments, source: _Source) -> PreTrainedTo
     return tokenizer
 
 
-def _check_loaded(model: PreTrainedModel, info: dict, name: str, trained_labels: int | None) -> None:
+def _check_loaded(model: PreTrainedModel, info: dict, name: str, own_labels: list[str], trains: bool) -> None:
     """Check the parameters that the weight file lacks, and record them in `model.fresh_parameters`."""
     encoder = f"{model.base_model_prefix}."
     mismatched = sorted(entry[0] for entry in info["mismatched_keys"])
@@ -360,11 +364,14 @@ def _check_loaded(model: PreTrainedModel, info: dict, name: str, trained_labels:
             f"the weights of model {name!r} lack {len(absent)} of the encoder's {len(names)} tensors "
             f"({absent[0]}, ...); they belong to another model"
         )
+    missing |= set(mismatched)
+    model.fresh_parameters = frozenset(missing)
+    if not trains:
+        check_untrained_head(model, bool(mismatched), own_labels, name)
     if mismatched:
         logger.info(
-            "New classification head: %s had %s labels, not %d.", name, trained_labels, model.config.num_labels
+            "New classification head: %s had %s labels, not %d.", name, len(own_labels), model.config.num_labels
         )
-    model.fresh_parameters = frozenset(missing | set(mismatched))
 
 
 def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

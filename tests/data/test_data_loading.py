@@ -3,7 +3,7 @@
 import logging
 
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 
 from hf_ft_ext.arguments import DataArguments
 from hf_ft_ext.data import sources
@@ -119,6 +119,26 @@ def test_a_class_label_in_another_order_takes_the_tasks_order(load, folder):
     data = load(task_name="subj", dataset_name=path)
     assert data.label_names == ["subjective", "objective"]
     assert data.train["label"][:] == [1, 0]
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+@pytest.mark.parametrize("inner", [False, True])
+def test_files_with_other_class_ids_are_refused(load, tmp_path, form, inner):
+    made = {}
+    for split, names in (("train", ["b", "a", "c"]), ("validation", ["b", "a"]), ("test", ["a", "b"])):
+        label = ClassLabel(names=names)
+        features = Features({"text": Value("string"), "label": Sequence(label) if inner else label})
+        labels = [[0], [1], [0]] if inner else [0, 1, 0]
+        made[split] = Dataset.from_dict({"text": ["x", "y", "z"], "label": labels}, features=features)
+    for name, splits in (("good", ("train", "validation")), ("bad", tuple(made))):
+        (tmp_path / name).mkdir()
+        if form == "arrow":
+            DatasetDict({split: made[split] for split in splits}).save_to_disk(tmp_path / name)
+        for split in splits if form == "parquet" else ():
+            made[split].to_parquet(tmp_path / name / f"{split}.parquet")
+    assert load(dataset_name=str(tmp_path / "good")).label_names == ["b", "a", "c"]
+    with pytest.raises(InputError, match=r"class 0 of column 'label' is 'b' in .*train.*, but 'a' in .*test"):
+        load(dataset_name=str(tmp_path / "bad"))
 
 
 def test_whole_numbers_take_the_tasks_names(load, folder):

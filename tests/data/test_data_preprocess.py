@@ -102,6 +102,8 @@ def test_labels_take_the_models_order_if_the_names_agree(tokenizer):
     for other in ({"LABEL_0": 0, "LABEL_1": 1, "LABEL_2": 2}, {"x": 1, "y": 0}, {"x": 0, "y": 2, "z": 4}, None):
         result = tokenize(data, tokenizer, arguments(), label2id=other)
         assert (result.train["labels"][:], result.label_names) == ([0, 1, 2], ["x", "Y", "z"])
+    more = tokenize(data, tokenizer, arguments(), label2id={"Z": 0, "W": 1, "X": 2, "y": 3})
+    assert (more.train["labels"][:], more.label_names) == ([2, 3, 0], ["z", "W", "x", "Y"])
 
 
 def test_regression_labels_are_float32(tokenizer):

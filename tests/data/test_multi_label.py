@@ -200,8 +200,9 @@ def test_label_columns_give_what_lists_give(files):
     assert predictions("lists/predictions.tsv") == predictions("columns/predictions.tsv")
 
 
-def test_a_saved_model_predicts_several_labels_for_rows_without_any(files):
-    assert launch("full", "--output_dir", "first") == 0
+@pytest.mark.parametrize("threshold", ["0.5", "auto"])
+def test_a_saved_model_predicts_several_labels_for_rows_without_any(files, threshold):
+    assert launch("full", "--output_dir", "first", "--multi_label_threshold", threshold) == 0
     Path("rows.jsonl").write_text("\n".join(json.dumps({"sentence": text}) for text in files["test"]))
     options = ["--method", "full", "--model_name_or_path", "first", "--test_file", "rows.jsonl", "--do_predict"]
     assert run_glue.main([*options, "--max_seq_length", "16", "--use_cpu", "--output_dir", "second"]) == 0

@@ -33,8 +33,12 @@ VECTORS = [[1, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 0], [0, 1, 1], [1, 0, 0]]
 
 
 @pytest.mark.parametrize(
-    "kind", ["names", "ids", "vectors", "floats", "text", "classes", "columns", "text columns", "class columns"]
-)
+    "kind",
+    [
+        "names", "ids", "vectors", "floats", "text", "ids in text", "arrays in text", "vectors in text",
+        "sets in text", "classes", "columns", "text columns", "class columns",
+    ],
+)  # fmt: skip
 def test_every_form_gives_the_same_labels(kind, tmp_path):
     ids = [[ord(name) - ord("a") for name in row] for row in NAMED]
     names, path, options = ["a", "b", "c"], tmp_path / "train.jsonl", {}
@@ -55,9 +59,13 @@ def test_every_form_gives_the_same_labels(kind, tmp_path):
         options["label_column"] = names
     else:
         floats = [[float(v) for v in row] for row in VECTORS]
-        labels = {"names": NAMED, "ids": ids, "vectors": VECTORS, "floats": floats, "text": [str(r) for r in NAMED]}
+        labels = {"names": NAMED, "ids": ids, "vectors": VECTORS, "floats": floats, "text": [str(r) for r in NAMED],
+                  "ids in text": [str(row) for row in ids],
+                  "arrays in text": [str(np.array(row)) for row in NAMED],
+                  "vectors in text": [str(np.array(row)) for row in floats],
+                  "sets in text": [str(set(row)) for row in NAMED]}  # fmt: skip
         write(path, labels[kind])
-        names = names if kind in ("names", "text") else ["0", "1", "2"]
+        names = names if kind == "names" or kind.startswith(("text", "arrays", "sets")) else ["0", "1", "2"]
     data = load_data(DataArguments(train_file=str(path), **options), cache_dir=str(tmp_path / "cache"))
     assert (data.label_names, data.problem_type) == (names, "multi_label_classification")
     assert data.metric == ("f1_micro", "f1_macro", "subset_accuracy") and data.text_columns == ("text",)
@@ -68,6 +76,9 @@ def test_every_form_gives_the_same_labels(kind, tmp_path):
     reversed_order = tokenize(data, tiny_tokenizer(), args, label2id={n.upper(): i for i, n in enumerate(names[::-1])})
     assert reversed_order.label_names == names[::-1]
     assert reversed_order.train["labels"][:] == [row[::-1] for row in VECTORS]
+    larger = tokenize(data, tiny_tokenizer(), args, label2id={n: i for i, n in enumerate(["another", *names[::-1]])})
+    assert larger.label_names == ["another", *names[::-1]]
+    assert larger.train["labels"][:] == [[0, *row[::-1]] for row in VECTORS]
 
 
 def test_lists_of_single_ids_are_ids(tmp_path):

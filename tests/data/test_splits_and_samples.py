@@ -262,6 +262,9 @@ def test_labels_that_look_alike_are_said(load, tmp_path, caplog):
     (tmp_path / "t.csv").write_text("text,label\n" + rows)
     assert len(load(train_file=str(tmp_path / "t.csv")).label_names) == 4
     assert "differ only in spaces or case" in caplog.text
+    (tmp_path / "t.csv").write_text("text,label\na,caf\u00e9\nb,cafe\u0301\nc,caf\u00e9\u200b\n", encoding="utf-8")
+    assert len(load(train_file=str(tmp_path / "t.csv")).label_names) == 3
+    assert r"labels 'cafe\u0301' and 'caf\xe9' look alike: they are two classes" in caplog.text
     (tmp_path / "t.csv").write_text("text,label\na,0\nb,1\nc,NA\n")
     assert load(train_file=str(tmp_path / "t.csv")).label_names == ["0", "1", "NA"]
     assert "label 'NA' among numbers is taken as a class; remove these rows if it marks missing" in caplog.text

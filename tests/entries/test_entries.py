@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import PeftModel
 from tiny import tiny_model
+from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from hf_ft_ext import attach_entries, convert_to_sparse, export_shira, load_entries, merge_entries, save_entries
@@ -100,6 +101,23 @@ def test_training_equals_dense_training_with_a_mask():
                 p -= 0.1 * p.grad * kept.view_as(p)
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, dense.state_dict()[name])
+
+
+def test_weights_cut_from_one_stored_weight_train():
+    whole, inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 4, requires_grad=True)
+    weights = [nn.Parameter(whole[:4]), nn.Parameter(whole[4:])]
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[0].weight, model[1].weight = weights
+    expected = whole.clone().unflatten(0, (2, 4)).requires_grad_()
+    attach_entries(model, {"0.weight": torch.arange(16), "1.weight": torch.arange(16)})
+    optimizers = [torch.optim.SGD(trained, lr=0.1) for trained in (model.parameters(), [expected])]
+    for _ in range(3):
+        model(inputs).square().sum().backward()
+        (inputs @ expected[0].T @ expected[1].T).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    torch.testing.assert_close(torch.stack([merge_entries(model)[i].weight for i in range(2)]), expected)
 
 
 def test_small_changes_are_not_lost_in_half_precision():

@@ -18,7 +18,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from launched import KEEPS_WEIGHTS, ROOT, python, same, weights
 from peft import PeftModel
 from quick import ITERATIVE_METHODS, SOLVER_METHODS
-from tiny import text_dataset
+from tiny import WORDS, text_dataset
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 import run_glue
@@ -158,6 +158,22 @@ def test_evaluation_alone_writes_no_model(launch, capsys):
     assert "load it" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("method", ["full", "lora", "kernel"])
+def test_rows_that_lack_a_class_are_scored_by_the_trained_head(launch, method):
+    rows = [f"{WORDS[i]} {WORDS[i // 2]},{'bca'[i % 3]}" for i in range(18)]
+    Path("all.csv").write_text("\n".join(["sentence,label", *rows]))
+    Path("some.csv").write_text("\n".join(["sentence,label", *(row for row in rows if not row.endswith("c"))]))
+    steps = () if method in SOLVER_METHODS else ("--max_steps", "2")
+    data = ("--train_file", "all.csv", "--test_file", "all.csv")
+    assert launch("--do_train", "--do_predict", *steps, "--output_dir", "out", data=data, method=method) == 0
+    data = ("--model_name_or_path", "out", "--test_file", "some.csv", "--validation_file", "some.csv")
+    assert launch("--do_eval", "--do_predict", "--output_dir", "again", data=data, method=method) == 0
+    expected = [row[1] for row, text in zip(tsv("out/predictions.tsv")[1:], rows, strict=True) if text[-1] != "c"]
+    assert [row[1] for row in tsv("again/predictions.tsv")[1:]] == expected
+    right = [name == text[-1] for name, text in zip(expected, (r for r in rows if r[-1] != "c"), strict=True)]
+    assert json.loads(Path("again/run.json").read_text())["metrics"]["eval_accuracy"] == sum(right) / 12
+
+
 def test_mnli_has_two_validation_and_two_test_sets(launch, tmp_path):
     names = ["entailment", "neutral", "contradiction"]
     folder = tmp_path / "glue" / "mnli"
@@ -170,7 +186,8 @@ def test_mnli_has_two_validation_and_two_test_sets(launch, tmp_path):
     splits = "".join(f"      - split: {name}\n        path: {name}-*\n" for name in names_of_splits)
     (folder / "README.md").write_text(f"---\nconfigs:\n  - config_name: mnli\n    data_files:\n{splits}---\n")
     data = ("--dataset_name", str(folder), "--task_name", "mnli")
-    assert launch("--do_eval", "--do_predict", "--output_dir", "out", data=data) == 0
+    steps = ("--do_train", "--do_eval", "--do_predict", "--max_steps", "1")
+    assert launch(*steps, "--output_dir", "out", data=data) == 0
     metrics = json.loads(Path("out/run.json").read_text())["metrics"]
     assert {"eval_accuracy", "eval_mm_accuracy"} <= metrics.keys()
     for file in ("predictions.tsv", "predictions_mm.tsv"):

@@ -8,18 +8,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from classifiers import tiny_classifier
 from tiny import CONFIGS, labels_only, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, GPT2Config
 
-from hf_ft_ext.arguments import ModelArguments
+from hf_ft_ext.arguments import MethodTrainingArguments, ModelArguments
 from hf_ft_ext.demo import encoder
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.models import load_tokenizer_and_model, model_max_length, seeded_init
 
 
-def load(folder, names=("no", "yes"), seed=0, **model_arguments):
+def load(folder, names=("no", "yes"), seed=0, do_train=True, **model_arguments):
+    args = None if do_train else MethodTrainingArguments("out", use_cpu=True, do_train=False)
     return load_tokenizer_and_model(
-        ModelArguments(model_name_or_path=str(folder), **model_arguments), labels_only(*names), seed=seed
+        ModelArguments(model_name_or_path=str(folder), **model_arguments), labels_only(*names), seed=seed, args=args
     )
 
 
@@ -63,6 +65,44 @@ def test_another_number_of_labels_gets_a_new_head(tiny_bert_dir, caplog):
     assert model.classifier.weight.shape[0] == 3
     assert model.fresh_parameters == {"classifier.weight", "classifier.bias"}
     assert [r.message for r in caplog.records if "New classification head" in r.message]
+
+
+@pytest.mark.parametrize(
+    ("own", "names", "kept"),
+    [
+        (("b", "C", "a"), ("a", "c"), ("b", "C", "a")),
+        (("b", "C", "a"), ("a",), ("b", "C", "a")),
+        (("LABEL_0", "LABEL_1", "LABEL_2"), ("0", "2"), ("0", "1", "2")),
+        (("b", "C", "a"), ("a", "d"), None),
+        (("b", "C", "a"), ("0", "2"), None),
+        (("b", "C", "a"), ("a", "b", "C", "d"), None),
+    ],
+)
+def test_a_trained_head_is_not_replaced_where_nothing_is_trained(save, own, names, kept):
+    start = tiny_model(id2label=dict(enumerate(own)), label2id={name: i for i, name in enumerate(own)})
+    folder = save(start)
+    if kept is None:
+        with pytest.raises(
+            InputError, match=r"was trained for 3 outputs .*without training the head for them is random"
+        ):
+            load(folder, names, do_train=False)
+        return
+    _, model = load(folder, names, do_train=False)
+    assert tuple(model.config.id2label.values()) == kept
+    assert torch.equal(model.classifier.weight, start.classifier.weight)
+
+
+def test_a_model_without_a_table_of_tokens_loads(save):
+    _, model = load(save(tiny_classifier("canine")))
+    assert type(model).__name__ == "CanineForSequenceClassification"
+
+
+def test_a_head_that_is_neither_saved_nor_trained_is_reported(save, caplog):
+    folder = save(tiny_model().bert)
+    load(folder, do_train=False)
+    assert "has no trained classifier.bias, and this run does not train it: its scores and predictions are random" in (
+        caplog.text
+    )
 
 
 def test_new_head_depends_on_the_seed_alone(save):

@@ -37,7 +37,7 @@ def load_finished(
         load: loads a plain model from the folder.
 
     Raises:
-        InputError: the data has other labels than the kernel, or an option does not apply to a model with an adapter.
+        InputError: the data has labels that the kernel lacks, or an option does not apply to a model with an adapter.
     """
     folder = Path(folder)
     saved = SavedKernel.read(folder)
@@ -49,7 +49,7 @@ def load_finished(
             "folder again"
         ) from error
     names = [str(own.id2label[i]) for i in range(own.num_labels)]
-    if labels is not None and {name.lower() for name in names} != {name.lower() for name in labels}:
+    if labels is not None and not {name.lower() for name in labels} <= {name.lower() for name in names}:
         raise InputError(
             f"the kernel in {str(folder)!r} was solved for the labels {', '.join(names[:10])}, but this data has "
             f"{', '.join(labels[:10])}; pass data with these labels"
@@ -117,7 +117,7 @@ def arguments_as_saved(
         args.kernel_engine = Engine.PROJECTED.value
     for name in SAVED_ARGUMENTS:
         value, passed = saved.arguments.get(name), getattr(args, name)
-        if (name in given or chosen(args, name)) and str(passed) != str(value):
+        if (name in given or chosen(args, name)) and not _equal(passed, value):
             raise InputError(
                 f"{name}={passed} was passed, but the kernel in {str(folder)!r} was solved with {name}={value}; leave "
                 "it out, or solve again from training data"
@@ -128,3 +128,13 @@ def arguments_as_saved(
     # The saved model already has its adapter and its random weights.
     args.kernel_peft, args.kernel_peft_config, args.random_model_init = None, {}, False
     return args
+
+
+def _equal(passed: Any, value: Any) -> bool:
+    """Whether two values of an argument are the same; numbers by value, as `1e-2` and `0.01`."""
+    if isinstance(passed, bool) or isinstance(value, bool):
+        return str(passed) == str(value)
+    try:
+        return float(passed) == float(value)
+    except (TypeError, ValueError):
+        return str(passed) == str(value)
