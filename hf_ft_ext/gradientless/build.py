@@ -153,10 +153,10 @@ def refuse_unsupported(args: GradientlessTrainingArguments, objective: Objective
                 f"objective returns one value per batch, and search_method={method} needs the loss of each row; leave "
                 "objective out, or pass search_method=spsa or gld"
             )
-        if args.world_size > 1:
+        if args.world_size > 1 and method == NODE:
             raise InputError(
-                f"search_method={method} estimates a gradient for each row, and exchanging these between processes is "
-                "not supported; start one process, or use search_method=spsa"
+                "search_method=node estimates a gradient for each row, and exchanging these between processes is not "
+                "supported; start one process, or use search_method=activity or spsa"
             )
     refuse_sharding(args, "a search")
     refuse_label_names(args)

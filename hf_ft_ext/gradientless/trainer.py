@@ -197,7 +197,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         self._compare_loss(batches[0])
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(getattr(optimizer, "exchange", None), SharedData):
-            optimizer.exchange.weight = self._weight_of(batches)
+            optimizer.exchange.weight, optimizer.exchange.rows = self._weight_of(batches), list(map(rows_of, batches))
         # The step is taken here, as the training loop's optimizer.step() has no batches and comes after the loss.
         with self._scoring():
             loss = optimizer.step_ahead(*self._closure_and_evaluation(batches))
@@ -244,9 +244,10 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             shifted = predicts_next_tokens(self.model)
             known = (language_losses, language_row_losses) if shifted and not own else ()
             full = model_loss(self._mean_loss, batches, shifted, *(functools.partial(f, self.model) for f in known))
-            if self.args.search_method == ACTIVITY and full.row_passes:
-                self._usual_loss = full.rows_give_mean() if self._usual_loss is None else self._usual_loss
-                full.row_passes = full.row_passes if self._usual_loss else None
+            if self.args.search_method == ACTIVITY and full.row_passes is not None:
+                differs = one_answer(self.accelerator, full.rows_differ()) if self._usual_loss is None else None
+                self._usual_loss = self._usual_loss if differs is None else not differs
+                full.row_passes = None if self._usual_loss is False else full.row_passes
         else:
             function, config = self.objective, self._inner().config
             if function is None:
@@ -348,11 +349,11 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         accelerator = self.accelerator
 
         def total(values: torch.Tensor) -> torch.Tensor:
-            return accelerator.reduce(values.to(accelerator.device), reduction="sum").cpu()
+            return accelerator.reduce(values.to(accelerator.device), reduction="sum").to(values.device)
 
         candidates = self.args.candidate_parallel == CANDIDATES
         rank = self.args.process_index, self.args.world_size
-        self.optimizer.exchange = SharedCandidates(total, *rank) if candidates else SharedData(total)
+        self.optimizer.exchange = SharedCandidates(total, *rank) if candidates else SharedData(total, 1.0, *rank)
 
     # --- what is saved and logged --------------------------------------------------------------------
 

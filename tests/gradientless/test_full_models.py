@@ -26,6 +26,7 @@ from hf_ft_ext import (
 )
 from hf_ft_ext.entries.delta import read_choice
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import CHUNK
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import Rounding
 from hf_ft_ext.gradientless.scoring.objectives import make_objective
 from hf_ft_ext.training.sharing import FinishedRun
 
@@ -283,6 +284,19 @@ def test_16_bit_updates_at_a_small_rate_equal_float32_on_average(carry):
         assert error < 0.2 if kept else error > 2, (name, error)
         # In the mean it is right either way: along the way of float32 they went as far.
         assert float((got * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.2 if kept else 0.9)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-7, 1e-8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 64), (4096,)])
+def test_a_kept_rounding_error_loses_no_small_updates(dtype, size, shape):
+    weight = (0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    start, rounding, part = weight.double(), Rounding(carry=True), slice(0, 4096)
+    for step in range(400):
+        exact = rounding.exact(weight, 0, part)
+        rounding.store(weight, 0, part, exact - size, step)
+    change = weight.double() - start + rounding.kept[0].view(shape).double()
+    assert float(change.mean()) / (-400 * size) == pytest.approx(1, abs=0.05)
 
 
 def test_the_update_of_a_large_16_bit_tensor_needs_one_chunk(monkeypatch):

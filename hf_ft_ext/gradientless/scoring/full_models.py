@@ -36,14 +36,19 @@ class FullObjective:
     repeated: Callable[[int], torch.Tensor] | None = None
     row_passes: Sequence[tuple[Callable[[], torch.Tensor], float]] | None = None
 
-    def rows_give_mean(self) -> bool:
-        """Whether `value` is the mean of the losses that `row_passes` return (a model may add terms to its loss)."""
+    def rows_differ(self) -> bool | None:
+        """Whether `value` is not the mean of the losses that `row_passes` return: a model may add terms to its loss.
+
+        `None` if it cannot be told, as no row has a label.
+        """
+        if not sum(weight for _, weight in self.row_passes):
+            return None
         with torch.no_grad():
             means = [(losses().mean(), weight) for losses, weight in self.row_passes]
             value = self.value()
         mean = sum(float(mean) * weight for mean, weight in means) / sum(weight for _, weight in means)
         rtol = 1e-4 if value.dtype.itemsize > 2 else 3e-2
-        return not math.isfinite(float(value)) or math.isclose(mean, float(value), rel_tol=rtol, abs_tol=1e-6)
+        return math.isfinite(float(value)) and not math.isclose(mean, float(value), rel_tol=rtol, abs_tol=1e-6)
 
 
 def rows_of(batch: Batch) -> int:
@@ -144,7 +149,7 @@ def model_loss(
     passes = None  # micro-batches without label tokens keep their place, with weight 0
     if of_rows is not None and all("labels" in batch and "shift_labels" not in batch for batch in batches):
         losses = [functools.partial(of_rows, _inputs(batch), batch["labels"]) for batch in batches]
-        passes = list(zip(losses, map(float, counts), strict=True)) if counted else []
+        passes = list(zip(losses, map(float, counts), strict=True))
     return FullObjective(lambda: mean(compute), None if losses_of is None else repeated, passes)
 
 
