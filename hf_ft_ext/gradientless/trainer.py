@@ -156,7 +156,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
                 warn_of_lost_updates(self.searched)
             self.model.requires_grad_(False)  # so that no memory is reserved for gradients
             self._broadcast_weights()
-            self.optimizer = build_optimizer(self.args, self.model, self.searched, self.masks)
+            decayed = self.get_decay_parameter_names(self.model)
+            self.optimizer = build_optimizer(self.args, self.model, self.searched, self.masks, decayed)
             self._micro_batches: list[dict[str, torch.Tensor]] = []
             if not self._own_loader():
                 self._make_evaluation()
@@ -205,9 +206,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     def _weight_of(self, batches: list[dict[str, torch.Tensor]]) -> float:
         """Weight of this process's mean loss in the mean over all processes."""
-        if not self._by_model_loss():
-            return float(sum(map(rows_of, batches)))
-        return float(sum(label_count(batch, predicts_next_tokens(self.model)) for batch in batches))
+        labels = functools.partial(label_count, shifted=predicts_next_tokens(self.model))
+        return float(sum(map(labels if self._by_model_loss() else rows_of, batches)))
 
     def _set_dropout(self) -> None:
         """Turn dropout off, or on with `search_dropout`.

@@ -112,12 +112,13 @@ def test_a_users_objective_of_tokens_takes_micro_batches_of_unequal_length(tmp_p
         torch.testing.assert_close(ends[1][name], value, rtol=1e-6, atol=1e-8)
 
 
-def test_only_entries_of_the_masks_change(tmp_path):
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_only_entries_of_the_masks_change(tmp_path, weight_decay):
     name = "bert.encoder.layer.0.output.dense.weight"
     mask = torch.zeros(32, 48, dtype=torch.bool)
     mask[3, ::2] = True
     options = {**SPSA_ALL, "search_target": r"layer\.0\.output\.dense", "feature_cache_gb": 0.0}
-    trainer = make(tmp_path, **options)
+    trainer = make(tmp_path, weight_decay=weight_decay, **options)
     masked = GradientlessTrainer(
         tiny_model(),
         trainer.args,
