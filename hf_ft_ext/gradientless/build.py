@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,9 +48,10 @@ def build_optimizer(
     searched = {name: searched[name] for name in sorted(searched, key=kept.__contains__)}
     shared = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
     parameters = list(searched.values())
-    groups = [{"params": [p for name, p in searched.items() if name not in kept]},
-              {"params": [searched[name] for name in searched if name in kept], "weight_decay": 0.0}]  # fmt: skip
-    groups = [group for group in groups if group["params"]]
+    groups: list[dict[str, Any]] = []
+    for names, settings in ((set(searched) - kept, {}), (kept, {"weight_decay": 0.0})):
+        if names:
+            groups.append({"params": [p for name, p in searched.items() if name in names], **settings})
     masks = None
     if masks_by_name is not None:
         if unknown := [name for name in masks_by_name if name not in searched]:

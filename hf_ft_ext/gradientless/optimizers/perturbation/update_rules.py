@@ -128,8 +128,8 @@ class Rounding:
     Without `carry`, entries are rounded stochastically: up or down at random, so that the mean is exact. At small
     learning rates, the noise over many steps can exceed the sum of the updates. With `carry`, the rounding error is
     kept and added in the next step. It has 16 bits too and is rounded stochastically: its last digit is about 1/256
-    (bfloat16) of the weight's, and smaller updates would be lost by rounding to nearest. One-dimensional tensors always
-    keep it, in float32. Weights of 32 and 64 bits are updated directly.
+    (bfloat16) of the weight's, and smaller updates would be lost by rounding to nearest. One-dimensional tensors
+    always keep it, in float32. Weights of 32 and 64 bits are updated directly.
     """
 
     def __init__(self, carry: bool):
