@@ -25,6 +25,7 @@ from hf_ft_ext.gradientless.scoring.features import feature_rows, find_reader, f
 from hf_ft_ext.gradientless.scoring.full_models import (
     FullObjective,
     has_usual_loss,
+    labels_of,
     language_losses,
     language_row_losses,
     model_loss,
@@ -252,7 +253,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             function, config = self.objective, self._inner().config
             if function is None:
                 function = objective_of_arguments(self.args, config)
-                check_labels(config, *(batch["labels"] for batch in batches))
+                check_labels(config, *labels_of(batches))
             full = objective_of_logits(self.model, function, batches, self._row_losses())
         if not self.args.search_dropout:
             return full
@@ -393,8 +394,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         super().log(logs, *positional, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # batches of features have no tokens to count
-        return 0 if self._rows is not None else super().floating_point_ops(inputs)
+        return 0 if self._rows is not None else super().floating_point_ops(inputs)  # features have no tokens
 
     def _get_grad_norm(self, model, grad_norm=None) -> None:
         return None  # a search has no gradient

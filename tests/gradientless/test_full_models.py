@@ -27,7 +27,8 @@ from hf_ft_ext import (
 from hf_ft_ext.entries.delta import read_choice
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import CHUNK
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import Rounding
-from hf_ft_ext.gradientless.scoring.objectives import make_objective
+from hf_ft_ext.gradientless.scoring.full_models import labels_of
+from hf_ft_ext.gradientless.scoring.objectives import check_labels, make_objective
 from hf_ft_ext.training.sharing import FinishedRun
 
 SPSA_ALL = {"search_method": "spsa", "search_target": "all", "learning_rate": 1e-2, "search_eps": 1e-2}
@@ -319,3 +320,13 @@ def test_labels_of_another_shape_are_not_spread_over_the_classes():
     logits = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0))
     with pytest.raises(InputError, match=r"labels have shape \(2,\) and type torch.float32; pass class ids"):
         make_objective("loss", None, 2)(logits, torch.tensor([0.0, 1.0]))
+
+
+def test_metrics_of_tokens_and_batches_without_labels_are_refused():
+    config = tiny_model().config
+    check_labels(config, torch.tensor([[1], [0]]))
+    with pytest.raises(InputError, match=r"labels have shape \(2, 3\) .*; for labels of tokens use search_objective=loss"):
+        check_labels(config, torch.zeros(2, 3, dtype=torch.long))
+    batches = [{"labels": torch.zeros(2)}, {"input_ids": torch.zeros(2, 3), "start_positions": torch.zeros(2)}]
+    with pytest.raises(InputError, match="the batch has only: input_ids, start_positions; use search_objective=loss"):
+        labels_of(batches)

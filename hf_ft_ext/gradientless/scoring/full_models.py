@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.scoring.objectives import Objective, check_labels, classification_loss
 from hf_ft_ext.label_tokens import IGNORED, label_count, other_labels, spread_logits
 from hf_ft_ext.per_example.outputs import logits_of, loss_of
@@ -56,6 +57,20 @@ def rows_of(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
+def labels_of(batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """The labels of each batch, for objectives of logits and labels.
+
+    Raises:
+        InputError: a batch has no `labels`.
+    """
+    if missing := next((batch for batch in batches if "labels" not in batch), None):
+        raise InputError(
+            f"the objective compares logits with labels, and the batch has only: {', '.join(missing)}; use "
+            "search_objective=loss, or add a column labels"
+        )
+    return [batch["labels"] for batch in batches]
+
+
 def objective_of_logits(
     model: nn.Module, objective: Objective, batches: Sequence[Batch], of_rows: Objective | None = None
 ) -> FullObjective:
@@ -66,7 +81,7 @@ def objective_of_logits(
     Args:
         of_rows: the objective of each row, `[rows]`; `None` if it is not a mean over rows.
     """
-    labels = _joined([batch["labels"] for batch in batches], 0)
+    labels = _joined(labels_of(batches), 0)
     inputs = [_inputs(batch) for batch in batches]
 
     def value() -> torch.Tensor:

@@ -84,12 +84,15 @@ def check_labels(config: Any, *labels: torch.Tensor) -> None:
         several = problem == MULTI_LABEL or some.is_floating_point()
         if not regression and several and (problem not in (None, MULTI_LABEL) or some.shape[1:] != (classes,)):
             raise InputError(_UNSUITABLE.format(shape=tuple(some.shape), dtype=some.dtype, classes=classes))
+        if not regression and not several and some.numel() != len(some):  # labels of tokens
+            raise InputError(_UNSUITABLE.format(shape=tuple(some.shape), dtype=some.dtype, classes=classes))
         check_row_labels(some, classes, problem, soft=True)
 
 
 _UNSMOOTHED = "label_smoothing_factor={} smooths one class per row, but rows have several labels; leave it out"
 _UNSUITABLE = (
-    "labels have shape {shape} and type {dtype}; pass class ids as integers, or 0 or 1 for each of {classes} labels"
+    "labels have shape {shape} and type {dtype}; pass class ids as integers, one for each row, or 0 or 1 for each of "
+    "{classes} labels; for labels of tokens use search_objective=loss, or a function as objective"
 )
 
 
