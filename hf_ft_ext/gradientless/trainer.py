@@ -23,6 +23,7 @@ from hf_ft_ext.gradientless.optimizers.selection import FISHER
 from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation, StepEvaluation
 from hf_ft_ext.gradientless.scoring.features import feature_rows, find_reader, first_batch, returns_rows_unchanged
 from hf_ft_ext.gradientless.scoring.full_models import (
+    CLASSIFIERS,
     FullObjective,
     has_usual_loss,
     labels_of,
@@ -137,8 +138,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     @property
     def searched(self) -> dict[str, nn.Parameter]:
         """The searched parameters by name."""
-        named = dict(self.model.named_parameters())
-        return {name: named[name] for name in self._searched}
+        return {name: self.model.get_parameter(name) for name in self._searched}
 
     # --- training ----------------------------------------------------------------------------------
 
@@ -264,9 +264,9 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         return self.compute_loss(self.model, dict(batch))
 
     def _by_model_loss(self) -> bool:
-        """Whether the loss has to come from `compute_loss`: overridden, or not that of a sequence classifier."""
+        """Whether the loss has to come from `compute_loss`: overridden, or not that of a classifier."""
         own, inner = has_own_loss(self), self._inner()
-        plain = type(inner).__name__.endswith("ForSequenceClassification") and self._usual_loss is not False
+        plain = type(inner).__name__.endswith(CLASSIFIERS) and self._usual_loss is not False
         # regression with a prompt compares the probabilities of two label words, not numbers
         plain = plain and not (is_prompt_model(inner) and inner.config.problem_type == REGRESSION)
         return self.objective is None and self.args.search_objective == LOSS and (own or not plain)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from activity_models import image_model
 from heads import FAMILIES, OPTIONS, changed, family, make, weights
 from peft import PeftModel
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
@@ -325,8 +326,43 @@ def test_labels_of_another_shape_are_not_spread_over_the_classes():
 def test_metrics_of_tokens_and_batches_without_labels_are_refused():
     config = tiny_model().config
     check_labels(config, torch.tensor([[1], [0]]))
-    with pytest.raises(InputError, match=r"labels have shape \(2, 3\) .*; for labels of tokens use search_objective=loss"):
+    with pytest.raises(InputError, match=r"labels have shape \(2, 3\) .*; for labels of tokens use search_obj"):
         check_labels(config, torch.zeros(2, 3, dtype=torch.long))
     batches = [{"labels": torch.zeros(2)}, {"input_ids": torch.zeros(2, 3), "start_positions": torch.zeros(2)}]
     with pytest.raises(InputError, match="the batch has only: input_ids, start_positions; use search_objective=loss"):
         labels_of(batches)
+
+
+@pytest.mark.parametrize(("kind", "method"), [
+    ("vit", "gld"), ("vit", "spsa"), ("vit", "activity"), ("vit", "node"), ("convnext", "activity"),
+])  # fmt: skip
+def test_image_classifiers_are_searched_like_those_of_texts(tmp_path, monkeypatch, method, kind):
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 1, 4, 4, generator=draw).double()
+    rows = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images)]
+    settings = {
+        "max_steps": 2, "learning_rate": 0.05, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
+        "use_cpu": True, "feature_cache_dir": str(tmp_path / "features"), "remove_unused_columns": False,
+        "search_method": method, "search_options": "none" if method == "gld" else "1x1",
+    }  # fmt: skip
+    ends = []
+    for size in (8, 2):  # second: micro-batches, and the whole model instead of the head
+        if size == 2 and method != "node":
+            monkeypatch.setattr("hf_ft_ext.gradientless.trainer.HeadReader.find", lambda model, batch: None)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = image_model(kind).double()
+        arguments = GradientlessTrainingArguments(
+            str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, **settings
+        )
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        GradientlessTrainer(model, arguments, train_dataset=rows).train()
+        assert changed_between(before, model) == {name for name in before if name.startswith("classifier")}
+        ends.append(dict(model.named_parameters()))
+    assert (tmp_path / "features").exists() == (method != "activity")
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-7, atol=1e-9)
+
+
+def changed_between(before, model):
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}

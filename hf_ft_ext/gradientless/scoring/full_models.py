@@ -18,6 +18,8 @@ from hf_ft_ext.per_example.state import evaluating
 
 Batch = Mapping[str, torch.Tensor]
 _LABELS = ("labels", "shift_labels")
+# ends of the names of models with one vector of logits for each row
+CLASSIFIERS = tuple(f"For{rows}Classification" for rows in ("Sequence", "Image", "Audio", "Video"))
 
 
 @dataclass
@@ -105,7 +107,7 @@ def objective_of_logits(
 
 
 def has_usual_loss(model: nn.Module, batch: Batch) -> bool:
-    """Whether a sequence classifier returns the loss of transformers' classifiers for this batch, or none.
+    """Whether a classifier of rows returns the loss of transformers' classifiers for this batch, or none.
 
     A subclass may weigh the classes in its forward, and a model may have its `loss_function` replaced. Class weights
     have no effect on rows of one class, nor on equal logits, so other labels and logits are compared too.
