@@ -115,7 +115,7 @@ class WeightUpdates:
             else:
                 gradient = self.perturbed_forward.dense(parameter.view(-1)[part], number, combination, part)
             if decay != 1:  # decoupled weight decay, of entries that may change: theta *= 1 - lr * weight_decay
-                exact.mul_(decay if mask is None else torch.where(mask.view(-1)[part], decay, 1.0))
+                exact[... if mask is None else mask.view(-1)[part]] *= decay
             self.rule.apply(exact, gradient, lr, own_step, [buffer[part] for buffer in buffers])
             self.rounding.store(parameter, number, part, exact, derived_seed(seed, 0, part.start) ^ 1)
 
