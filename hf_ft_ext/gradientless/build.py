@@ -1,7 +1,8 @@
 """Build the optimizer from the arguments, and refuse unsupported combinations."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,18 +30,28 @@ def build_optimizer(
     model: nn.Module,
     searched: dict[str, nn.Parameter],
     masks_by_name: Mapping[str, torch.Tensor] | None = None,
+    decayed: Collection[str] | None = None,
 ) -> torch.optim.Optimizer:
     """Return the optimizer that `args` describe, over the parameters `searched`.
 
     Args:
         masks_by_name: entries of a searched parameter that may change (bool, by name); a parameter without a mask
             may change everywhere.
+        decayed: names of the parameters that get weight decay; `None` = all. GLD penalizes the norm of all.
 
     Raises:
         InputError: a value that does not fit the parameters.
     """
+    kept: set[str] = set()  # without decay; they are last, as the numbers of the parameters follow the groups
+    if decayed is not None and args.weight_decay and args.search_method != GLD:
+        kept = set(searched) - set(decayed)
+    searched = {name: searched[name] for name in sorted(searched, key=kept.__contains__)}
     shared = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "seed": args.seed}
     parameters = list(searched.values())
+    groups: list[dict[str, Any]] = []
+    for names, settings in ((set(searched) - kept, {}), (kept, {"weight_decay": 0.0})):
+        if names:
+            groups.append({"params": [p for name, p in searched.items() if name in names], **settings})
     masks = None
     if masks_by_name is not None:
         if unknown := [name for name in masks_by_name if name not in searched]:
@@ -71,7 +82,7 @@ def build_optimizer(
         from hf_ft_ext.gradientless.optimizers.head_adam import HeadAdam  # imported here: only the baseline needs it
 
         del shared["seed"]
-        return HeadAdam(parameters, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, **shared)
+        return HeadAdam(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, **shared)
     rule = {
         "num_directions": args.search_directions,
         "update": args.search_update,
@@ -84,9 +95,9 @@ def build_optimizer(
     if args.search_method in (NODE, ACTIVITY):
         if args.search_method == NODE:
             directions = args.search_node_directions or NEXT_LAYER
-            optimizer = NodePerturbation(parameters, directions=directions, **rule)
+            optimizer = NodePerturbation(groups, directions=directions, **rule)
         else:
-            optimizer = ActivityPerturbation(parameters, model, **rule)
+            optimizer = ActivityPerturbation(groups, model, **rule)
         if (needed := optimizer.evaluations_per_step()) > args.max_evaluations_per_step:
             raise InputError(
                 f"a step would need {needed:,} evaluations, more than max_evaluations_per_step="
@@ -94,7 +105,7 @@ def build_optimizer(
             )
         return optimizer
     return SPSA(
-        parameters,
+        groups,
         model,
         block=args.search_block,
         max_evaluations=args.max_evaluations_per_step,
@@ -154,10 +165,10 @@ def refuse_unsupported(args: GradientlessTrainingArguments, objective: Objective
                 f"objective returns one value per batch, and search_method={method} needs the loss of each row; leave "
                 "objective out, or pass search_method=spsa or gld"
             )
-        if args.world_size > 1:
+        if args.world_size > 1 and method == NODE:
             raise InputError(
-                f"search_method={method} estimates a gradient for each row, and exchanging these between processes is "
-                "not supported; start one process, or use search_method=spsa"
+                "search_method=node estimates a gradient for each row, and exchanging these between processes is not "
+                "supported; start one process, or use search_method=activity or spsa"
             )
     refuse_sharding(args, "a search")
     refuse_label_names(args)

@@ -229,8 +229,8 @@ class SearchArguments(FeatureCacheArguments):
         default=DATA,
         metadata={
             "help": "With several processes. data: each process evaluates all candidates on its part of the batch. "
-            "candidates: each evaluates its share of the candidates on the whole batch. Processes exchange scalars "
-            "only.",
+            "candidates: each evaluates its share of the candidates on the whole batch. Processes exchange scalars; "
+            "activity also sums its estimates of the gradient over them.",
             "choices": MODES,
         },
     )

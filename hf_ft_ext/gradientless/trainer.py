@@ -23,8 +23,10 @@ from hf_ft_ext.gradientless.optimizers.selection import FISHER
 from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation, StepEvaluation
 from hf_ft_ext.gradientless.scoring.features import feature_rows, find_reader, first_batch, returns_rows_unchanged
 from hf_ft_ext.gradientless.scoring.full_models import (
+    CLASSIFIERS,
     FullObjective,
     has_usual_loss,
+    labels_of,
     language_losses,
     language_row_losses,
     model_loss,
@@ -136,8 +138,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     @property
     def searched(self) -> dict[str, nn.Parameter]:
         """The searched parameters by name."""
-        named = dict(self.model.named_parameters())
-        return {name: named[name] for name in self._searched}
+        return {name: self.model.get_parameter(name) for name in self._searched}
 
     # --- training ----------------------------------------------------------------------------------
 
@@ -156,7 +157,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
                 warn_of_lost_updates(self.searched)
             self.model.requires_grad_(False)  # so that no memory is reserved for gradients
             self._broadcast_weights()
-            self.optimizer = build_optimizer(self.args, self.model, self.searched, self.masks)
+            decayed = self.get_decay_parameter_names(self.model)
+            self.optimizer = build_optimizer(self.args, self.model, self.searched, self.masks, decayed)
             self._micro_batches: list[dict[str, torch.Tensor]] = []
             if not self._own_loader():
                 self._make_evaluation()
@@ -197,7 +199,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         self._compare_loss(batches[0])
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(getattr(optimizer, "exchange", None), SharedData):
-            optimizer.exchange.weight = self._weight_of(batches)
+            optimizer.exchange.weight, optimizer.exchange.rows = self._weight_of(batches), list(map(rows_of, batches))
         # The step is taken here, as the training loop's optimizer.step() has no batches and comes after the loss.
         with self._scoring():
             loss = optimizer.step_ahead(*self._closure_and_evaluation(batches))
@@ -205,9 +207,8 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
 
     def _weight_of(self, batches: list[dict[str, torch.Tensor]]) -> float:
         """Weight of this process's mean loss in the mean over all processes."""
-        if not self._by_model_loss():
-            return float(sum(map(rows_of, batches)))
-        return float(sum(label_count(batch, predicts_next_tokens(self.model)) for batch in batches))
+        labels = functools.partial(label_count, shifted=predicts_next_tokens(self.model))
+        return float(sum(map(labels if self._by_model_loss() else rows_of, batches)))
 
     def _set_dropout(self) -> None:
         """Turn dropout off, or on with `search_dropout`.
@@ -240,14 +241,15 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             shifted = predicts_next_tokens(self.model)
             known = (language_losses, language_row_losses) if shifted and not own else ()
             full = model_loss(self._mean_loss, batches, shifted, *(functools.partial(f, self.model) for f in known))
-            if self.args.search_method == ACTIVITY and full.row_passes:
-                self._usual_loss = full.rows_give_mean() if self._usual_loss is None else self._usual_loss
-                full.row_passes = full.row_passes if self._usual_loss else None
+            if self.args.search_method == ACTIVITY and full.row_passes is not None:
+                differs = one_answer(self.accelerator, full.rows_differ()) if self._usual_loss is None else None
+                self._usual_loss = self._usual_loss if differs is None else not differs
+                full.row_passes = None if self._usual_loss is False else full.row_passes
         else:
             function, config = self.objective, self._inner().config
             if function is None:
                 function = objective_of_arguments(self.args, config)
-                check_labels(config, *(batch["labels"] for batch in batches))
+                check_labels(config, *labels_of(batches))
             full = objective_of_logits(self.model, function, batches, self._row_losses())
         if not self.args.search_dropout:
             return full
@@ -258,9 +260,9 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         return self.compute_loss(self.model, dict(batch))
 
     def _by_model_loss(self) -> bool:
-        """Whether the loss has to come from `compute_loss`: overridden, or not that of a sequence classifier."""
+        """Whether the loss has to come from `compute_loss`: overridden, or not that of a classifier."""
         own, inner = has_own_loss(self), self._inner()
-        plain = type(inner).__name__.endswith("ForSequenceClassification") and self._usual_loss is not False
+        plain = type(inner).__name__.endswith(CLASSIFIERS) and self._usual_loss is not False
         # regression with a prompt compares the probabilities of two label words, not numbers
         plain = plain and not (is_prompt_model(inner) and inner.config.problem_type == REGRESSION)
         return self.objective is None and self.args.search_objective == LOSS and (own or not plain)
@@ -344,11 +346,11 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         accelerator = self.accelerator
 
         def total(values: torch.Tensor) -> torch.Tensor:
-            return accelerator.reduce(values.to(accelerator.device), reduction="sum").cpu()
+            return accelerator.reduce(values.to(accelerator.device), reduction="sum").to(values.device)
 
         candidates = self.args.candidate_parallel == CANDIDATES
         rank = self.args.process_index, self.args.world_size
-        self.optimizer.exchange = SharedCandidates(total, *rank) if candidates else SharedData(total)
+        self.optimizer.exchange = SharedCandidates(total, *rank) if candidates else SharedData(total, 1.0, *rank)
 
     # --- what is saved and logged --------------------------------------------------------------------
 
@@ -388,8 +390,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         super().log(logs, *positional, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        # batches of features have no tokens to count
-        return 0 if self._rows is not None else super().floating_point_ops(inputs)
+        return 0 if self._rows is not None else super().floating_point_ops(inputs)  # features have no tokens
 
     def _get_grad_norm(self, model, grad_norm=None) -> None:
         return None  # a search has no gradient

@@ -119,9 +119,16 @@ def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
     ]
     types = [str(parameter.dtype).removeprefix("torch.") for group in groups for parameter in group["params"]]
     if types != about["types"]:
+        wanted, found = next(pair for pair in zip(about["types"], types, strict=True) if pair[0] != pair[1])
         raise InputError(
-            f"the trajectory is of {about['types'][0]} weights, and these are {types[0]}; load the model with "
-            f"dtype={about['types'][0]}"
+            f"the trajectory is of {wanted} weights, and these are {found}; load the model with dtype={wanted}"
+            + (" and convert the other weights" if len(set(about["types"])) > 1 else "")
+        )
+    device = groups[0]["params"][0].device.type
+    if device != about["device"]:
+        raise InputError(
+            f"the trajectory was recorded on {about['device']}, and the model is on {device}, where random numbers "
+            f"differ; move it there with model.to({about['device']!r}) first"
         )
     if sample_sum(parameter for group in groups for parameter in group["params"]) != about["start"]:
         raise InputError(

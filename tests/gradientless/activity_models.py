@@ -1,6 +1,9 @@
 """Tiny models in float64 and the losses of their rows, for tests of activity perturbation."""
 
+import functools
+
 import torch
+from prompts.prompt_models import prompt_model
 from torch.nn import functional
 from transformers import (
     AlbertConfig,
@@ -82,6 +85,11 @@ def problem(kind):
         elif kind in ("mpnet", "altered"):  # as many rows as positions
             model, ids = Altered() if kind == "altered" else text_model(kind), torch.cat([IDS, 11 - IDS[2:]]) % 11
             inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+        elif kind == "contexts":  # several rows of the model for each row of the batch
+            model = prompt_model(untie=True, num_hidden_layers=1, hidden_size=4, intermediate_size=6)
+            ids = Passes(None, 8, 2).ids[:2, :, :4]
+            inputs = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+            labels = labels.clamp(max=1)
         elif kind == "bart":  # left padding, which its decoder reads
             ids = torch.where(torch.arange(4) == 3, 1, IDS.flip(1))
             model, inputs = text_model(kind), {"input_ids": ids, "attention_mask": MASK.flip(1)}
@@ -118,3 +126,37 @@ class Altered(torch.nn.Module):
         y = self.words(input_ids) + self.places(torch.arange(input_ids.shape[1]))
         y = self.normed(self.hooked(y).tanh()) + self.parametrized(self.replaced(y))
         return self.last(y).mean(1)[:, :3]
+
+
+class Passes:
+    """The losses of a batch of eight padded rows, in micro-batches of these sizes.
+
+    Args:
+        contexts: number of contexts of each row of a prompt model; 0 = a classifier.
+        take: which of the micro-batches.
+    """
+
+    def __init__(self, model, sizes, contexts=0, take=slice(None)):
+        self.model, self.sizes, self.contexts, self.take = model, sizes, contexts, take
+        generator = torch.Generator().manual_seed(3)
+        shape = (8, contexts, 6) if contexts else (8, 4)
+        ids = torch.randint(5 if contexts else 1, 11, shape, generator=generator)
+        lengths = 1 + torch.arange(ids[..., 0].numel()).view(*shape[:-1], 1) % (shape[-1] if contexts else 4)
+        self.ids = ids * (torch.arange(shape[-1]) < lengths)
+        if contexts:
+            self.ids[..., 0] = 4  # the mask token
+
+    def row_passes(self):
+        parts = self.ids.split(self.sizes)[self.take]
+        return [(functools.partial(self.losses, part), float(len(part))) for part in parts]
+
+    def losses(self, ids):
+        logits = self.model(input_ids=ids, attention_mask=(ids != 0).long()).logits
+        labels = ids.flatten(1)[:, 1 if self.contexts else 0] % logits.shape[-1]
+        return functional.cross_entropy(logits, labels, reduction="none")
+
+
+def searched_layers(model):
+    """Parameters of the linear and normalizing layers, whose noise does not depend on the micro-batch."""
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.LayerNorm)]
+    return list({id(p): p for module in layers for p in module.parameters()}.values())

@@ -23,6 +23,13 @@ SETTINGS = {
         "search_eps": 0.01,
     },
     "fzoo": {"search_method": "spsa", "search_estimate": "one-sided", "search_directions": 3, "learning_rate": 0.01},
+    "activity": {
+        "search_method": "activity",
+        "search_target": r"dense|classifier",
+        "search_directions": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.01,
+    },
     "encoder": {"search_target": r"layer\.1\.output\.dense|classifier", "learning_rate": 0.1},
 }
 
@@ -71,9 +78,9 @@ if __name__ == "__main__":
             state = trainer.model.state_dict()
             for key, value in torch.load(folder / f"{name}.pt", weights_only=True).items():
                 torch.testing.assert_close(state[key], value, rtol=1e-6, atol=1e-8, msg=f"{mode} {name}: {key}")
-    for name in ("gld", "spsa"):
-        check_resumed(folder / name, name, "candidates")
-    for name in ("gld", "spsa", "lozo-m"):
+    for name, mode in (("gld", "candidates"), ("spsa", "candidates"), ("activity", "data")):
+        check_resumed(folder / name, name, mode)
+    for name in ("gld", "spsa", "lozo-m", "activity"):
         check_other_starts(folder, name)
     PartialState().wait_for_everyone()
     time.sleep(0.5)  # gloo's threads abort a process that exits while they hold tensors

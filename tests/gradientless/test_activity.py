@@ -6,10 +6,10 @@ import logging
 
 import pytest
 import torch
-from activity_models import IDS, MASK, problem
+from activity_models import IDS, MASK, Passes, problem, searched_layers
 from heads import make, weights
+from prompts.prompt_models import prompt_model
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
-from torch.nn import functional
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -34,12 +34,12 @@ class UnitDirections:
         monkeypatch.setattr(OutputNoise, "_draws", lambda noise, *given: self.draws(noise, *given))
 
     def draws(self, noise, seed, position, run, y):
-        separate = position in noise.row_modules
-        size = y[0].numel() if separate else y.numel()
+        rows = noise._rows_of(y) if position in noise.row_modules else 1
+        size = y.numel() // rows
         taken = sum(n for _, n in self.places.values())
         first, _ = self.places.setdefault((position, run), (taken, size))
         z = torch.zeros(y.shape, dtype=y.dtype)
-        flat = z.view(len(y), -1) if separate else z.view(1, -1)
+        flat = z.view(rows, -1)
         if first <= seed < first + size:
             flat[:, seed - first] = self.total**0.5
         return z
@@ -58,7 +58,7 @@ def exact_estimates(monkeypatch, kind, centred):
     gradients = [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
     optimizer = ActivityPerturbation(parameters, model, lr=1.0, eps=1e-6, update="sgd", centred=centred)
     with torch.no_grad():
-        optimizer._examine(losses)
+        optimizer._examine([losses])
         unit = UnitDirections(monkeypatch)
         with optimizer.noise.added(0, 0.0):
             losses()
@@ -77,7 +77,7 @@ def exact_estimates(monkeypatch, kind, centred):
 
 @pytest.mark.parametrize(
     "kind",
-    ["bert", "albert", "gpt2", "vit", "mixing", "mpnet", "altered", "bart", "convnext", "resnet"],
+    ["bert", "albert", "gpt2", "vit", "mixing", "mpnet", "altered", "bart", "convnext", "resnet", "contexts"],
 )
 def test_estimates_over_all_directions_are_the_gradients(monkeypatch, kind):
     _, optimizer, found, gradients = exact_estimates(monkeypatch, kind, centred=False)
@@ -244,32 +244,17 @@ def test_hidden_positions_without_effect_have_no_noise(kind, some):
     assert bool(optimizer.noise.masked) == some
 
 
-class Passes:
-    """The losses of a batch, in micro-batches of these sizes."""
-
-    def __init__(self, model, sizes):
-        self.model, self.sizes = model, sizes
-
-    def row_passes(self):
-        generator = torch.Generator().manual_seed(3)
-        ids = torch.randint(1, 11, (8, 4), generator=generator) * (torch.arange(4) < 1 + torch.arange(8)[:, None] % 4)
-        return [(functools.partial(self.losses, part), float(len(part))) for part in ids.split(self.sizes)]
-
-    def losses(self, ids):
-        logits = self.model(input_ids=ids, attention_mask=(ids != 0).long()).logits
-        return functional.cross_entropy(logits, ids[:, 0] % 3, reduction="none")
-
-
+@pytest.mark.parametrize("contexts", [0, 3])
 @pytest.mark.parametrize("sizes", [1, 4, [5, 1, 2]])
-def test_micro_batches_equal_one_batch(sizes):
+def test_micro_batches_equal_one_batch(sizes, contexts):
     results = []
     for parts in (8, sizes):
-        model, _ = problem("bert")
-        found = [m for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.LayerNorm)]
-        layers, passes = [p for module in found for p in module.parameters()], Passes(model, parts)
+        model = prompt_model().double() if contexts else problem("bert")[0]
+        layers, passes = searched_layers(model), Passes(model, parts, contexts)
         optimizer = ActivityPerturbation(layers, model, lr=1e-2, num_directions=2)
         losses = [optimizer.step(lambda: None, passes) for _ in range(3)]
         results.append((losses, [p.detach().clone() for p in layers]))
+        assert all(module in optimizer.noise.row_modules for module in range(len(optimizer.noise.holders)))
     torch.testing.assert_close(*results, rtol=1e-7, atol=1e-9)
 
 

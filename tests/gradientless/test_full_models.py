@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from activity_models import image_model
 from heads import FAMILIES, OPTIONS, changed, family, make, weights
 from peft import PeftModel
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
@@ -26,7 +27,9 @@ from hf_ft_ext import (
 )
 from hf_ft_ext.entries.delta import read_choice
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import CHUNK
-from hf_ft_ext.gradientless.scoring.objectives import make_objective
+from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import Rounding
+from hf_ft_ext.gradientless.scoring.full_models import labels_of
+from hf_ft_ext.gradientless.scoring.objectives import check_labels, make_objective
 from hf_ft_ext.training.sharing import FinishedRun
 
 SPSA_ALL = {"search_method": "spsa", "search_target": "all", "learning_rate": 1e-2, "search_eps": 1e-2}
@@ -111,12 +114,13 @@ def test_a_users_objective_of_tokens_takes_micro_batches_of_unequal_length(tmp_p
         torch.testing.assert_close(ends[1][name], value, rtol=1e-6, atol=1e-8)
 
 
-def test_only_entries_of_the_masks_change(tmp_path):
+@pytest.mark.parametrize("weight_decay", [0.0, 0.5])
+def test_only_entries_of_the_masks_change(tmp_path, weight_decay):
     name = "bert.encoder.layer.0.output.dense.weight"
     mask = torch.zeros(32, 48, dtype=torch.bool)
     mask[3, ::2] = True
     options = {**SPSA_ALL, "search_target": r"layer\.0\.output\.dense", "feature_cache_gb": 0.0}
-    trainer = make(tmp_path, **options)
+    trainer = make(tmp_path, weight_decay=weight_decay, **options)
     masked = GradientlessTrainer(
         tiny_model(),
         trainer.args,
@@ -285,6 +289,19 @@ def test_16_bit_updates_at_a_small_rate_equal_float32_on_average(carry):
         assert float((got * wanted).sum() / wanted.square().sum()) == pytest.approx(1, abs=0.2 if kept else 0.9)
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e-7, 1e-8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 64), (4096,)])
+def test_a_kept_rounding_error_loses_no_small_updates(dtype, size, shape):
+    weight = (0.02 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+    start, rounding, part = weight.double(), Rounding(carry=True), slice(0, 4096)
+    for step in range(400):
+        exact = rounding.exact(weight, 0, part)
+        rounding.store(weight, 0, part, exact - size, step)
+    change = weight.double() - start + rounding.kept[0].view(shape).double()
+    assert float(change.mean()) / (-400 * size) == pytest.approx(1, abs=0.05)
+
+
 def test_the_update_of_a_large_16_bit_tensor_needs_one_chunk(monkeypatch):
     from hf_ft_ext.gradientless.optimizers.perturbation import update_rules
 
@@ -304,3 +321,48 @@ def test_labels_of_another_shape_are_not_spread_over_the_classes():
     logits = torch.randn(3, 2, 2, generator=torch.Generator().manual_seed(0))
     with pytest.raises(InputError, match=r"labels have shape \(2,\) and type torch.float32; pass class ids"):
         make_objective("loss", None, 2)(logits, torch.tensor([0.0, 1.0]))
+
+
+def test_metrics_of_tokens_and_batches_without_labels_are_refused():
+    config = tiny_model().config
+    check_labels(config, torch.tensor([[1], [0]]))
+    with pytest.raises(InputError, match=r"labels have shape \(2, 3\) .*; for labels of tokens use search_obj"):
+        check_labels(config, torch.zeros(2, 3, dtype=torch.long))
+    batches = [{"labels": torch.zeros(2)}, {"input_ids": torch.zeros(2, 3), "start_positions": torch.zeros(2)}]
+    with pytest.raises(InputError, match="the batch has only: input_ids, start_positions; use search_objective=loss"):
+        labels_of(batches)
+
+
+@pytest.mark.parametrize(("kind", "method"), [
+    ("vit", "gld"), ("vit", "spsa"), ("vit", "activity"), ("vit", "node"), ("convnext", "activity"),
+])  # fmt: skip
+def test_image_classifiers_are_searched_like_those_of_texts(tmp_path, monkeypatch, method, kind):
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 1, 4, 4, generator=draw).double()
+    rows = [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images)]
+    settings = {
+        "max_steps": 2, "learning_rate": 0.05, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
+        "use_cpu": True, "feature_cache_dir": str(tmp_path / "features"), "remove_unused_columns": False,
+        "search_method": method, "search_options": "none" if method == "gld" else "1x1",
+    }  # fmt: skip
+    ends = []
+    for size in (8, 2):  # second: micro-batches, and the whole model instead of the head
+        if size == 2 and method != "node":
+            monkeypatch.setattr("hf_ft_ext.gradientless.trainer.HeadReader.find", lambda model, batch: None)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = image_model(kind).double()
+        arguments = GradientlessTrainingArguments(
+            str(tmp_path), per_device_train_batch_size=size, gradient_accumulation_steps=8 // size, **settings
+        )
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        GradientlessTrainer(model, arguments, train_dataset=rows).train()
+        assert changed_between(before, model) == {name for name in before if name.startswith("classifier")}
+        ends.append(dict(model.named_parameters()))
+    assert (tmp_path / "features").exists() == (method != "activity")
+    for name, value in ends[0].items():
+        torch.testing.assert_close(value, ends[1][name], rtol=1e-7, atol=1e-9)
+
+
+def changed_between(before, model):
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}

@@ -134,10 +134,7 @@ def test_node_perturbation_needs_a_head_that_reads_one_vector_per_row(tmp_path, 
 
 @pytest.mark.parametrize(("method", "message"), [
     ("adam", "search_method=adam is a baseline for one process; start one process"),
-    *(
-        (name, f"search_method={name} estimates a gradient for each row, .* start one process, or use search_method")
-        for name in ("node", "activity")
-    ),
+    ("node", "search_method=node estimates a gradient for each row, .* start one process, or use search_method=activ"),
 ])  # fmt: skip
 def test_searches_of_one_process_are_refused_in_two(tmp_path, monkeypatch, method, message):
     monkeypatch.setattr(GradientlessTrainingArguments, "world_size", 2)

@@ -221,6 +221,12 @@ def test_unsuitable_models_and_files_of_a_trajectory_are_refused(tmp_path):
         InputError, match="the trajectory is of float32 weights, and these are float64; load the model"
     ):
         apply_trajectory(family("bert").double(), tmp_path)
+    mixed = family("bert")
+    mixed.classifier.bfloat16()
+    with pytest.raises(InputError, match="is of float32 weights, and these are bfloat16"):
+        apply_trajectory(mixed, tmp_path)
+    with pytest.raises(InputError, match=r"recorded on cpu, and the model is on meta, .* model\.to\('cpu'\)"):
+        apply_trajectory(family("bert").to("meta"), tmp_path)
     with pytest.raises(InputError, match="these are not the weights that the search started from"):
         apply_trajectory(family("bert", seed=1), tmp_path)
     with pytest.raises(InputError, match="does not exist; pass the file or folder of a trajectory"):

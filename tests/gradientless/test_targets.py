@@ -53,3 +53,36 @@ def test_frozen_parameters_are_searched_if_all_are_frozen_or_they_are_named(tmp_
     for name, parameter in trainer.searched.items():
         assert not torch.equal(parameter, before[name]) and not parameter.requires_grad
     assert "frozen parameters" not in caplog.text
+
+
+DECAYING = {
+    "spsa": SPSA,
+    "momentum": {**SPSA, "search_update": "momentum"},
+    "activity": {**SPSA, "search_method": "activity"},
+    "node": {**SPSA, "search_method": "node"},
+    "adam": {**SPSA, "search_method": "adam"},
+}
+
+
+@pytest.mark.parametrize("method", DECAYING)
+def test_weight_decay_leaves_out_biases_and_norms(tmp_path, method):
+    options = {"weight_decay": 0.3, **DECAYING[method], "max_steps": 1}
+    if method in ("spsa", "momentum", "activity"):
+        options["search_target"] = "all"
+    ends = []
+    for decay in (0.3, 0.0):  # without decay the parameters have other numbers, and so other directions
+        trainer = make(tmp_path, tiny_model().double(), **options)
+        optimizer = trainer.create_optimizer()
+        inner = getattr(optimizer, "adam", optimizer)
+        decayed = {id(p) for group in inner.param_groups for p in group["params"] if group["weight_decay"]}
+        names = {name for name, p in trainer.searched.items() if id(p) in decayed}
+        assert names == trainer.searched.keys() & set(trainer.get_decay_parameter_names(trainer.model))
+        for group in inner.param_groups:
+            group["weight_decay"] = decay if group["weight_decay"] else 0.0
+        before = weights(trainer)
+        trainer.train()
+        ends.append(weights(trainer))
+    rate = 1 - 0.3 * DECAYING[method]["learning_rate"]
+    for name, value in ends[0].items():
+        factor = rate if name in names else 1
+        torch.testing.assert_close(value, ends[1][name] + (factor - 1) * before[name], rtol=1e-9, atol=1e-12)

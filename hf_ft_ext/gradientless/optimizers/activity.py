@@ -1,7 +1,6 @@
 """`ActivityPerturbation`: search of any layers by random noise on their outputs, with a slope for each row."""
 
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,16 +13,13 @@ from hf_ft_ext.gradientless.optimizers.base import check_perturbation, keep_free
 from hf_ft_ext.gradientless.optimizers.estimated import GradientEstimator
 from hf_ft_ext.gradientless.optimizers.output_noise import Estimates, OutputNoise
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM
-from hf_ft_ext.gradientless.optimizers.perturbation.watch import watched_reads
+from hf_ft_ext.gradientless.optimizers.row_influence import RowInfluence, RowLosses
 
 logger = logging.getLogger(__name__)
 
-_SEED_OF_CHECK = 0  # not drawn: the checks do not change the directions of the steps
-_MOST_CHECKS = 32
-_TOLERANCE = 1e-6  # relative, between losses of rows without noise: rounding only
 # One micro-batch: a function that runs the model and returns the loss of each row `[rows]`, and the micro-batch's
 # weight in the mean over the step.
-RowPass = tuple[Callable[[], torch.Tensor], float]
+RowPass = tuple[RowLosses, float]
 
 
 class ActivityPerturbation(GradientEstimator):
@@ -113,48 +109,68 @@ class ActivityPerturbation(GradientEstimator):
         """
         if not self._takes_step(closure):
             return None
-        passes: Sequence[RowPass] = evaluate.row_passes() if hasattr(evaluate, "row_passes") else [(closure, 1.0)]
+        alone = [(closure, getattr(self.exchange, "weight", 1.0))]
+        passes: Sequence[RowPass] = evaluate.row_passes() if hasattr(evaluate, "row_passes") else alone
         self.steps += 1
-        total = sum(weight for _, weight in passes)
         seeds = [self._draw_seed() for _ in range(self.num_directions)]
-        estimates, mean = Estimates(), 0.0
-        self.noise.first_row = 0
-        for losses_of, weight in passes:
-            mean += weight / total * self._estimate(losses_of, seeds, weight / total, estimates)
-        found = estimates.centred()
-        if self.steps == 1 and passes:
-            self._report_left_out(found)
-        self._update(found)
+        estimates, losses = Estimates(self.noise), torch.zeros(self.num_directions, dtype=torch.float64)
+        own = sum(weight for _, weight in passes)
+        total = self.exchange.weight_of_all(own)
+        if total:  # 0 without a label token in this step
+            if not self.examined:
+                self._examine(next(([losses_of] for losses_of, weight in passes if weight), []))
+            mine = list(self.exchange.mine(self.num_directions))
+            first_rows = self.exchange.first_rows()
+            found, unknown = self._differences(passes, seeds, mine, first_rows)
+            if self.exchange.union({0} if unknown else set(), 1):
+                self._examine(unknown)
+                found, _ = self._differences(passes, seeds, mine, first_rows)
+            for (losses_of, weight), (first_row, plus, minus) in zip(passes if mine else [], found, strict=True):
+                losses[mine] += (plus + minus).mean(1).cpu() / 2 * (weight / own if own else 0.0)
+                self.noise.first_row, share = first_row, weight / total * len(mine) / self.num_directions
+                with self.noise.estimating([seeds[i] for i in mine], (plus - minus) / 2, share, estimates):
+                    losses_of()
+            self.evaluations += len(passes)
+            estimates.add_processes(self.exchange, self.searched)
+            self.noise.row_modules -= estimates.others
+        mean = self._checked_current(self.exchange.combine(losses).mean())
+        gradients = estimates.centred()
+        if self.steps == 1 and total:
+            self._report_left_out(gradients)
+        self._update(gradients)
         return mean
 
-    def _estimate(
-        self, losses_of: Callable[[], torch.Tensor], seeds: Sequence[int], weight: float, into: Estimates
-    ) -> float:
-        """Add the estimates of one micro-batch to `into`; return its mean loss."""
-        if not self.examined and weight:  # with weight 0, losses without labels would show nothing
-            self._examine(losses_of)
-        differences, mean = [], 0.0
-        for seed in seeds:
-            with self.noise.added(seed, 1.0):
-                plus = self._row_losses(losses_of)
-            first_rows = len(plus) > 1 and self.noise.by_rows is None
-            first_padding = self.noise.hides and self.noise.masked is None
-            if weight and (first_rows or first_padding):
-                self._examine(losses_of)
-                with self.noise.added(seed, 1.0):
-                    plus = self._row_losses(losses_of)
-                self.evaluations += 1
-            with self.noise.added(seed, -1.0):
-                minus = self._row_losses(losses_of)
-            differences.append((plus - minus) / 2)
-            mean += self._checked_current((plus + minus).mean() / 2) / len(seeds)
-        with self.noise.estimating(seeds, torch.stack(differences), weight, into):
-            losses_of()
-        self.noise.first_row += len(differences[0])
-        self.evaluations += self.evaluations_per_step()
-        return mean
+    def _differences(
+        self, passes: Sequence[RowPass], seeds: Sequence[int], mine: Sequence[int], first_rows: Sequence[int] | None
+    ) -> tuple[list[tuple[int, torch.Tensor, torch.Tensor]], list[RowLosses]]:
+        """Losses of opposite noise for each micro-batch, and micro-batches that have to be examined first.
 
-    def _row_losses(self, losses_of: Callable[[], torch.Tensor]) -> torch.Tensor:
+        Returns:
+            For each micro-batch the index of its first row in the step, and the losses with the noise added and
+            subtracted, `[directions, rows]`; the micro-batches that show what is not known yet: several rows, padding.
+        """
+        noise, found, unknown = self.noise, [], {}
+        noise.first_row = 0
+        for i, (losses_of, weight) in enumerate(passes):
+            noise.first_row = noise.first_row if first_rows is None else first_rows[i]
+            both: list[list[torch.Tensor]] = [[], []]
+            for seed in (seeds[number] for number in mine):
+                for sign, losses in zip((1.0, -1.0), both, strict=True):
+                    with noise.added(seed, sign):
+                        losses.append(self._row_losses(losses_of))
+                    self.evaluations += 1
+            if not mine:
+                continue
+            plus, minus = map(torch.stack, both)
+            found.append((noise.first_row, plus, minus))
+            noise.first_row += plus.shape[1]
+            if weight and plus.shape[1] > 1 and noise.by_rows is None:
+                unknown.setdefault("rows", losses_of)
+            if weight and noise.hides and noise.masked is None:
+                unknown.setdefault("padding", losses_of)
+        return found, list(dict.fromkeys(unknown.values()))
+
+    def _row_losses(self, losses_of: RowLosses) -> torch.Tensor:
         losses = losses_of()
         if not isinstance(losses, torch.Tensor) or losses.ndim != 1:
             shape = tuple(losses.shape) if isinstance(losses, torch.Tensor) else type(losses).__name__
@@ -164,72 +180,12 @@ class ActivityPerturbation(GradientEstimator):
             )
         return losses.double()
 
-    def _examine(self, losses_of: Callable[[], torch.Tensor]) -> None:
-        """Find out with a first micro-batch of several rows, or with padding, what affects the loss of a row.
-
-        Sets `row_modules`, `by_rows` and `masked` of `noise`.
-        """
-        noise = self.noise
-        users = {id(module): module for module, _ in noise.holders}
-        with noise.observed() as sizes, watched_reads(self.module, users, self.numbers) as reads:
-            plain = self._row_losses(losses_of)
-        self.evaluations += 1
-        elsewhere = reads.inside | reads.outside
-        if elsewhere and not self.examined:
-            logger.warning(
-                "%d searched tensors (the first of shape %s) are also read by other code than their module's forward; "
-                "the search ignores this part of their gradient",
-                len(elsewhere),
-                tuple(self.searched[min(elsewhere)].shape),
-            )
+    def _examine(self, passes: Sequence[RowLosses]) -> None:
+        """Find out what affects the loss of a row, with micro-batches of this process (see `RowInfluence`)."""
+        influence = RowInfluence(self.module, self.noise, self.searched, self.exchange)
+        influence.examine([lambda f=losses_of: self._row_losses(f) for losses_of in passes], not self.examined)
+        self.evaluations += influence.evaluations
         self.examined = True
-        if noise.by_rows is None:
-            noise.row_modules = {position for position, found in sizes.items() if found == {len(plain)}}
-            if len(plain) > 1:  # with one row, found out later; until then the mean slope is that of the row
-                self._find_rows(losses_of, plain)
-        if noise.hides and noise.masked is None:
-            with noise.added_to_hidden(_SEED_OF_CHECK) as hidden:
-                perturbed = self._row_losses(losses_of)
-            self.evaluations += 1
-            noise.masked = hidden if torch.equal(perturbed, plain) else set()
-
-    def _find_rows(self, losses_of: Callable[[], torch.Tensor], plain: torch.Tensor) -> None:
-        """Find the modules whose rows affect the loss of their own row only, among those with the batch's rows.
-
-        Noise of size 1 on the first half of the rows has to leave the losses of the other rows as they are. If it does
-        not, the modules are split until those that mix rows are found, or `_MOST_CHECKS` forward passes are used up.
-        """
-        noise, half, mixing, checks = self.noise, len(plain) // 2, set(), 0
-        groups = deque([sorted(noise.row_modules)])
-        while groups:
-            group = groups.popleft()
-            if checks == _MOST_CHECKS:
-                mixing.update(group)
-                continue
-            with noise.added_to_rows(_SEED_OF_CHECK, half, group):
-                change = (self._row_losses(losses_of) - plain).abs()
-            checks += 1
-            if bool((change <= _TOLERANCE * plain.abs())[half:].all()):
-                continue
-            if len(group) == 1:
-                mixing.update(group)
-            else:
-                groups.extend((group[: len(group) // 2], group[len(group) // 2 :]))
-        self.evaluations += checks
-        noise.by_rows = mixing != noise.row_modules or not mixing
-        if not noise.by_rows:
-            logger.warning(
-                "the loss of a row depends on the other rows of the batch, so all rows share one slope; the estimates "
-                "have more variance"
-            )
-        elif mixing:
-            noise.row_modules -= mixing
-            logger.warning(
-                "the outputs of %d of %d searched modules affect the losses of several rows, so all rows share one "
-                "slope there; these estimates have more variance",
-                len(mixing),
-                len(noise.holders),
-            )
 
     def _report_left_out(self, estimates: dict[int, torch.Tensor]) -> None:
         left = [number for number in range(len(self.searched)) if number not in estimates]
@@ -253,12 +209,15 @@ class ActivityPerturbation(GradientEstimator):
             "by_rows": self.noise.by_rows,
             "row_modules": sorted(self.noise.row_modules),
             "without_noise": sorted(self.noise.without_noise),
+            "counted": self.noise.counted,
             "masked": None if self.noise.masked is None else sorted(self.noise.masked),
             "examined": self.examined,
         }
 
     def _load_own_state(self, state: dict) -> None:
         super()._load_own_state(state)
-        self.noise.by_rows, self.noise.row_modules = state["by_rows"], set(state["row_modules"])
+        self.noise.by_rows = state["by_rows"]
+        self.noise.row_modules = set() if state["by_rows"] is False else set(state["row_modules"])
+        self.noise.counted = state.get("counted", True)  # not in older checkpoints
         self.noise.without_noise, self.examined = set(state["without_noise"]), state["examined"]
         self.noise.masked = None if state["masked"] is None else set(state["masked"])

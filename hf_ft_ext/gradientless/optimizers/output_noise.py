@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_ft_ext.gradientless.optimizers.exchange import SingleProcess
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type
 
 # Size of the noise; on 16-bit outputs, which round to 3 digits, larger, so that it is not lost.
@@ -32,8 +33,12 @@ class OutputNoise:
 
     Attributes:
         holders: modules that hold searched parameters, and the numbers of these by name.
-        by_rows: whether row `b` of each output affects the loss of row `b` of the batch only; `None` = not known yet.
-        row_modules: positions in `holders` of the modules whose outputs have one row for each row of the batch.
+        by_rows: whether there are outputs whose row `b` affects the loss of row `b` only; `None` = not known yet.
+        row_modules: positions in `holders` of the modules whose outputs have one row, or several in succession, for
+            each row of the batch.
+        counted: whether the first tensor that the model gets has one row for each row of the batch. Otherwise outputs
+            with several rows for each row of the batch are unknown.
+        rows: number of these rows in the last forward pass of the model; `None` = not known.
         without_noise: positions of the modules whose output is not one floating-point tensor.
         masked: positions of the modules whose hidden positions get no noise; `None` = not known yet, and none do.
         hides: whether the `attention_mask` of the last forward pass hides positions.
@@ -49,6 +54,8 @@ class OutputNoise:
             if names:
                 self.holders.append((module, names))
         self.by_rows: bool | None = None
+        self.counted = True
+        self.rows: int | None = None
         self.row_modules: set[int] = set()
         self.without_noise: set[int] = set()
         self.masked: set[int] | None = None
@@ -84,14 +91,15 @@ class OutputNoise:
             yield
 
     @contextlib.contextmanager
-    def added_to_rows(self, seed: int, rows: int, positions: Collection[int]) -> Iterator[None]:
-        """Within this context, the first `rows` rows of the outputs of these modules have noise of size 1."""
+    def added_to_rows(self, seed: int, rows: Sequence[int], positions: Collection[int]) -> Iterator[None]:
+        """Within this context, the outputs of these modules for these rows of the batch have noise of size 1."""
 
         def add(position: int, module: nn.Module, args: tuple, kwargs: dict, y: Any, run: int) -> Any:
             if position not in positions or not _is_noisy(y):
                 return None
-            z = self._draws(seed, position, run, y)
-            z[rows:] = 0
+            z, chosen = self._draws(seed, position, run, y), torch.zeros(self._rows_of(y), dtype=torch.bool)
+            chosen[list(rows)] = True
+            z[~chosen.repeat_interleave(len(y) // len(chosen)).to(y.device)] = 0
             return y + z
 
         with self._hooked(add):
@@ -130,24 +138,26 @@ class OutputNoise:
             weight: factor of the gradients: the micro-batch's share of the step.
         """
         rows = differences.shape[1]
-        others: set[int] = set()  # modules that had as many rows as the batch by chance
+        others: set[int] = set()  # modules whose number of rows was a multiple of the batch's by chance
 
         def estimate(position: int, module: nn.Module, args: tuple, kwargs: dict, y: Any, run: int) -> None:
             if position in self.without_noise:
                 return
-            if position in self.row_modules and len(y) != rows:
+            separate = position in self.row_modules and self._rows_of(y) == rows
+            if position in self.row_modules and not separate:
                 others.add(position)
             d = torch.zeros(y.shape, dtype=compute_type(y.dtype), device=y.device)
             for seed, half in zip(seeds, differences.to(d), strict=True):
-                separate = self.by_rows and position in self.row_modules and len(y) == rows
-                w = half.view(-1, *[1] * (y.ndim - 1)) / rows if separate else half.mean()
+                w = half.mean()
+                if separate:
+                    w = half.repeat_interleave(len(y) // rows).view(-1, *[1] * (y.ndim - 1)) / rows
                 # d = mean_i w_i z_i / eps, times the micro-batch's share of the step
                 d += w * (weight / len(seeds) / self._eps_of(y)) * self._draws(seed, position, run, y).to(d.dtype)
             self._add_gradients(position, module, args, kwargs, d, into)
 
         with self._hooked(estimate):
             yield
-        self.row_modules -= others  # not before: the noise of this step was drawn by rows
+        into.others |= others  # they leave `row_modules` later: the noise of this step was drawn by rows
 
     @contextlib.contextmanager
     def _hooked(self, hook: Callable) -> Iterator[None]:
@@ -156,10 +166,13 @@ class OutputNoise:
         def begin(model: nn.Module, args: tuple, kwargs: dict) -> None:
             if self._inside:
                 return
+            values = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim]
+            self.rows = len(values[0]) if values else None
             mask = kwargs.get("attention_mask")
             # of an encoder-decoder, it is the mask of the encoder only
-            usable = isinstance(mask, torch.Tensor) and mask.ndim == 2 and not self._encoder_decoder
-            self.mask = mask if usable else None
+            usable = isinstance(mask, torch.Tensor) and mask.ndim in (2, 3) and not self._encoder_decoder
+            # prompts with several contexts: [rows, contexts, length], which run as rows of a larger batch
+            self.mask = (mask if mask.ndim == 2 else mask.flatten(0, 1)) if usable else None
             self.hides = self.mask is not None and not bool((self.mask != 0).all())
 
         def before(position: int) -> Callable:
@@ -189,22 +202,29 @@ class OutputNoise:
             for handle in handles:
                 handle.remove()
             self._given.clear()
-            self.mask = None
+            self.mask = self.rows = None
+
+    def _rows_of(self, y: torch.Tensor) -> int:
+        """Number of the batch's rows, each of which has one row of `y` or several in succession."""
+        known = self.counted and self.rows and len(y) % self.rows == 0
+        return self.rows if known else len(y)
 
     def _draws(self, seed: int, position: int, run: int, y: torch.Tensor) -> torch.Tensor:
         """The noise of an output, of its shape and type."""
         own = _mixed(seed, position, run)
         generator = torch.Generator(y.device)
-        z = torch.zeros_like(y)
         if position not in self.row_modules:  # one draw for all rows of the step
-            return _uniform(z.shape, generator.manual_seed(own), y)
+            return _uniform(y.shape, generator.manual_seed(own), y)
+        z, rows = torch.zeros_like(y), self._rows_of(y)
         real = self._real_positions(y) if position in (self.masked or ()) else None
-        for b in range(len(y)):
+        size = len(y) // max(1, rows)
+        for b in range(rows):
+            part = slice(b * size, (b + 1) * size)
             generator.manual_seed(_mixed(own, self.first_row + b))
             if real is None:
-                z[b] = _uniform(y.shape[1:], generator, y)
+                z[part] = _uniform(z[part].shape, generator, y)
             else:
-                z[b, real[b]] = _uniform((int(real[b].sum()), y.shape[2]), generator, y)
+                z[part][real[part]] = _uniform((int(real[part].sum()), y.shape[-1]), generator, y)
         return z
 
     def _eps_of(self, y: torch.Tensor) -> float:
@@ -213,10 +233,15 @@ class OutputNoise:
         return EPS_16_BITS if y.element_size() == 2 else EPS
 
     def _real_positions(self, y: torch.Tensor) -> torch.Tensor | None:
-        """The mask of the positions that are not padding `[rows, tokens]`, if `y` has these positions."""
-        if self.mask is None or y.ndim != 3 or y.shape[:2] != self.mask.shape:
+        """The mask of the positions that are not padding, of the shape of `y` without its last dimension.
+
+        `None` if `y` has no such positions: `[rows, tokens, width]` or `[rows tokens, width]`.
+        """
+        if self.mask is None or y.ndim not in (2, 3):
             return None
-        return self.mask.to(y.device) != 0
+        mask = self.mask.to(y.device) != 0
+        mask = mask if y.ndim == 3 else mask.flatten()
+        return mask if y.shape[:-1] == mask.shape else None
 
     def _add_gradients(
         self, position: int, module: nn.Module, args: tuple, kwargs: dict, d: torch.Tensor, into: "Estimates"
@@ -240,7 +265,7 @@ class OutputNoise:
             if self.centred and "bias" in names and x.ndim > 2:
                 real = self._real_positions(x) if position in (self.masked or ()) else None
                 seen = flat_x if real is None else x[real]
-                into.add_means(names["weight"], position, flat_d.sum(0), seen.sum(0), len(seen), transposed)
+                into.add_means(position, flat_d.sum(0), seen)
 
     def _by_autograd(
         self, module: nn.Module, names: dict[str, int], args: tuple, kwargs: dict, d: torch.Tensor
@@ -259,29 +284,59 @@ class OutputNoise:
 
 
 class Estimates:
-    """Estimated gradients of a step, by number of the parameter, summed over runs of a module and micro-batches."""
+    """Estimated gradients of a step, by number of the parameter, summed over runs of a module and micro-batches.
 
-    def __init__(self) -> None:
+    Args:
+        noise: the noise that they belong to.
+
+    Attributes:
+        others: modules whose outputs had another number of rows than before.
+    """
+
+    def __init__(self, noise: OutputNoise) -> None:
+        self.noise = noise
         self.found: dict[int, torch.Tensor] = {}
-        self._means: dict[tuple[int, int, bool], list] = {}  # by parameter and module: sums of d and of x, positions
+        self.others: set[int] = set()
+        self._means: dict[int, torch.Tensor] = {}  # by module: sum of d, sum of x, number of positions
 
     def add(self, number: int, gradient: torch.Tensor) -> None:
         """Add a gradient estimate of parameter `number`, of its shape."""
         self.found[number] = gradient if number not in self.found else self.found[number].add_(gradient)
 
-    def add_means(
-        self, number: int, position: int, d: torch.Tensor, x: torch.Tensor, count: int, transposed: bool
-    ) -> None:
-        """Note sums over positions of a linear layer, for `centred`."""
-        sums = self._means.setdefault((number, position, transposed), [torch.zeros_like(d), torch.zeros_like(x), 0])
-        for i, value in enumerate((d, x, count)):
-            sums[i] = sums[i] + value
+    def add_means(self, position: int, d: torch.Tensor, x: torch.Tensor) -> None:
+        """Note sums over positions of a linear layer, for `centred`.
+
+        Args:
+            d: the sum of the outputs' gradients.
+            x: the inputs, `[positions, in]`.
+        """
+        sums = torch.cat([d, x.sum(0), x.new_tensor([len(x)])])
+        self._means[position] = sums if position not in self._means else self._means[position].add_(sums)
+
+    def add_processes(self, exchange: SingleProcess, searched: Sequence[torch.Tensor]) -> None:
+        """Add the estimates of all processes: each has those of its share of the work."""
+        holders = self.noise.holders
+        self.others = exchange.union(self.others, len(holders))
+        for number in sorted(exchange.union(set(self.found), len(searched))):
+            own, like = self.found.get(number), searched[number]
+            if own is None:  # no forward pass of this process read the tensor
+                own = torch.zeros(like.shape, dtype=compute_type(like.dtype), device=like.device)
+            self.found[number] = exchange.added(own)
+        for position in sorted(exchange.union(set(self._means), len(holders))):
+            own, weight = self._means.get(position), holders[position][0].weight
+            if own is None:
+                own = torch.zeros(sum(weight.shape) + 1, dtype=compute_type(weight.dtype), device=weight.device)
+            self._means[position] = exchange.added(own)
 
     def centred(self) -> dict[int, torch.Tensor]:
         """The gradients; of centred layers `sum_t d_t (x_t - mean)^T = sum_t d_t x_t^T - (sum_t d_t) mean^T`."""
-        for (number, _, transposed), (d, x, count) in self._means.items():
-            mean = x / max(1, count)
-            self.found[number] -= torch.outer(mean, d) if transposed else torch.outer(d, mean)
+        for position, sums in self._means.items():
+            module, names = self.noise.holders[position]
+            width = len(module.bias)
+            d, x = sums[:width], sums[width:-1]
+            mean = x / sums[-1].clamp(min=1)
+            number = names["weight"]
+            self.found[number] -= torch.outer(mean, d) if isinstance(module, Conv1D) else torch.outer(d, mean)
         self._means = {}
         return self.found
 

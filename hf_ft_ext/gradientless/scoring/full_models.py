@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.scoring.objectives import Objective, check_labels, classification_loss
 from hf_ft_ext.label_tokens import IGNORED, label_count, other_labels, spread_logits
 from hf_ft_ext.per_example.outputs import logits_of, loss_of
@@ -17,6 +18,8 @@ from hf_ft_ext.per_example.state import evaluating
 
 Batch = Mapping[str, torch.Tensor]
 _LABELS = ("labels", "shift_labels")
+# ends of the names of models with one vector of logits for each row
+CLASSIFIERS = tuple(f"For{rows}Classification" for rows in ("Sequence", "Image", "Audio", "Video"))
 
 
 @dataclass
@@ -36,21 +39,38 @@ class FullObjective:
     repeated: Callable[[int], torch.Tensor] | None = None
     row_passes: Sequence[tuple[Callable[[], torch.Tensor], float]] | None = None
 
-    def rows_give_mean(self) -> bool:
-        """Whether `value` is the mean of the losses that `row_passes` return (a model may add terms to its loss)."""
-        if self.row_passes is None:
-            return False
+    def rows_differ(self) -> bool | None:
+        """Whether `value` is not the mean of the losses that `row_passes` return: a model may add terms to its loss.
+
+        `None` if it cannot be told, as no row has a label.
+        """
+        if self.row_passes is None or not sum(weight for _, weight in self.row_passes):
+            return None
         with torch.no_grad():
             means = [(losses().mean(), weight) for losses, weight in self.row_passes]
             value = self.value()
         mean = sum(float(mean) * weight for mean, weight in means) / sum(weight for _, weight in means)
         rtol = 1e-4 if value.dtype.itemsize > 2 else 3e-2
-        return not math.isfinite(float(value)) or math.isclose(mean, float(value), rel_tol=rtol, abs_tol=1e-6)
+        return math.isfinite(float(value)) and not math.isclose(mean, float(value), rel_tol=rtol, abs_tol=1e-6)
 
 
 def rows_of(batch: Batch) -> int:
     """Number of rows of a collated batch."""
     return len(next(iter(batch.values())))
+
+
+def labels_of(batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """The labels of each batch, for objectives of logits and labels.
+
+    Raises:
+        InputError: a batch has no `labels`.
+    """
+    if missing := next((batch for batch in batches if "labels" not in batch), None):
+        raise InputError(
+            f"the objective compares logits with labels, and the batch has only: {', '.join(missing)}; use "
+            "search_objective=loss, or add a column labels"
+        )
+    return [batch["labels"] for batch in batches]
 
 
 def objective_of_logits(
@@ -63,7 +83,7 @@ def objective_of_logits(
     Args:
         of_rows: the objective of each row, `[rows]`; `None` if it is not a mean over rows.
     """
-    labels = _joined([batch["labels"] for batch in batches], 0)
+    labels = _joined(labels_of(batches), 0)
     inputs = [_inputs(batch) for batch in batches]
 
     def value() -> torch.Tensor:
@@ -88,7 +108,7 @@ def objective_of_logits(
 
 
 def has_usual_loss(model: nn.Module, batch: Batch) -> bool:
-    """Whether a sequence classifier returns the loss of transformers' classifiers for this batch, or none.
+    """Whether a classifier of rows returns the loss of transformers' classifiers for this batch, or none.
 
     A subclass may weigh the classes in its forward, and a model may have its `loss_function` replaced. Class weights
     have no effect on rows of one class, nor on equal logits, so other labels and logits are compared too.
@@ -147,7 +167,7 @@ def model_loss(
     passes = None  # micro-batches without label tokens keep their place, with weight 0
     if of_rows is not None and all("labels" in batch and "shift_labels" not in batch for batch in batches):
         losses = [functools.partial(of_rows, _inputs(batch), batch["labels"]) for batch in batches]
-        passes = list(zip(losses, map(float, counts), strict=True)) if counted else []
+        passes = list(zip(losses, map(float, counts), strict=True))
     return FullObjective(
         lambda: mean(compute), None if losses_of is None else functools.partial(repeated, losses_of), passes
     )

@@ -42,7 +42,7 @@ def make_objective(
     if name not in OBJECTIVES:
         raise InputError(f"search_objective={name!r} is unknown; choose from: {', '.join(OBJECTIVES)}")
     if smoothing and problem_type == MULTI_LABEL:
-        raise InputError(f"label_smoothing_factor={smoothing} smooths one class per row, but rows have several labels")
+        raise InputError(_UNSMOOTHED.format(smoothing))
     if name == LOSS:
         return lambda logits, labels: classification_loss(logits, labels, problem_type, smoothing)
     if problem_type == MULTI_LABEL:
@@ -88,11 +88,15 @@ def check_labels(config: Any, *labels: torch.Tensor) -> None:
         several = problem == MULTI_LABEL or some.is_floating_point()
         if not regression and several and (problem not in (None, MULTI_LABEL) or some.shape[1:] != (classes,)):
             raise InputError(_UNSUITABLE.format(shape=tuple(some.shape), dtype=some.dtype, classes=classes))
+        if not regression and not several and some.numel() != len(some):  # labels of tokens
+            raise InputError(_UNSUITABLE.format(shape=tuple(some.shape), dtype=some.dtype, classes=classes))
         check_row_labels(some, classes, problem, soft=True)
 
 
+_UNSMOOTHED = "label_smoothing_factor={} smooths one class per row, but rows have several labels; leave it out"
 _UNSUITABLE = (
-    "labels have shape {shape} and type {dtype}; pass class ids as integers, or 0 or 1 for each of {classes} labels"
+    "labels have shape {shape} and type {dtype}; pass class ids as integers, one for each row, or 0 or 1 for each of "
+    "{classes} labels; for labels of tokens use search_objective=loss, or a function as objective"
 )
 
 
@@ -154,6 +158,8 @@ def row_losses(
         if labels.shape != logits.shape[-2:]:
             classes = logits.shape[-1]
             raise InputError(_UNSUITABLE.format(shape=tuple(labels.shape), dtype=labels.dtype, classes=classes))
+        if smoothing:
+            raise InputError(_UNSMOOTHED.format(smoothing))
         labels = labels.to(logits.dtype).expand_as(logits)
         return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
     log_probabilities = logits.log_softmax(-1)  # cross-entropy: -log p_y

@@ -128,8 +128,9 @@ class Rounding:
 
     Without `carry`, entries are rounded stochastically: up or down at random, so that the mean is exact. At small
     learning rates, the noise over many steps can exceed the sum of the updates. With `carry`, the rounding error is
-    kept and added in the next step (2 bytes per entry). One-dimensional tensors always keep it, in float32. Weights of
-    32 and 64 bits are updated directly.
+    kept and added in the next step. It has 16 bits too and is rounded stochastically: its last digit is about 1/256
+    (bfloat16) of the weight's, and smaller updates would be lost by rounding to nearest. One-dimensional tensors
+    always keep it, in float32. Weights of 32 and 64 bits are updated directly.
     """
 
     def __init__(self, carry: bool):
@@ -155,16 +156,16 @@ class Rounding:
         if parameter.element_size() != 2:
             return
         chunk = parameter.detach().view(-1)[part]
+        generator = torch.Generator(chunk.device).manual_seed(seed)
         if not self.keeps(parameter):
-            chunk.copy_(
-                rounded_stochastically(exact, parameter.dtype, torch.Generator(chunk.device).manual_seed(seed))
-            )
+            chunk.copy_(rounded_stochastically(exact, parameter.dtype, generator))
             return
         if number not in self.kept:
             kind = torch.float32 if parameter.ndim < 2 else parameter.dtype
             self.kept[number] = torch.zeros(parameter.numel(), dtype=kind, device=parameter.device)
         chunk.copy_(exact)
-        self.kept[number][part] = (exact - chunk.float()).to(self.kept[number].dtype)
+        error, kept = exact - chunk.float(), self.kept[number]
+        kept[part] = error if kept.dtype == torch.float32 else rounded_stochastically(error, kept.dtype, generator)
 
 
 def rounded_stochastically(exact: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
