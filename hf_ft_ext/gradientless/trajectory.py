@@ -17,7 +17,7 @@ from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.spsa import SPSA
-from hf_ft_ext.training.weights.offload import hold_offloaded
+from hf_ft_ext.offload import hold_offloaded
 
 FILE = "trajectory.safetensors"
 _FORMAT = "hf_ft_ext trajectory 1"

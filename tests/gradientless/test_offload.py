@@ -6,13 +6,25 @@ import itertools
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from tiny import tiny_masked_lm, tiny_model
+from safetensors.torch import load_file
+from tiny import tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_ft_ext import SPSA, ActivityPerturbation, DirectSearch, InputError, apply_trajectory, save_trajectory
-from hf_ft_ext.training.weights.offload import has_offloaded, hold_offloaded, keep_loaded
+from hf_ft_ext import (
+    SPSA,
+    ActivityPerturbation,
+    DirectSearch,
+    GradientlessTrainer,
+    GradientlessTrainingArguments,
+    InputError,
+    SparseTrainer,
+    SparseTrainingArguments,
+    apply_trajectory,
+    save_trajectory,
+)
+from hf_ft_ext.offload import has_offloaded, hold_offloaded, keep_loaded
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 37).view(4, 8)
@@ -234,3 +246,84 @@ def test_what_cannot_be_searched_is_refused(tmp_path):
     search.perturbed_forward.read_elsewhere(2)
     with pytest.raises(InputError, match="weight of Linear is offloaded and read by other code"):
         search.step(lambda: halves(torch.ones(2, 3)).sum())
+
+
+# --- the trainer ------------------------------------------------------------------------------------------
+
+BOTH = {"search_method": "spsa", "search_candidates_per_forward": 2}
+TRAINED = {
+    "gld": ({}, "disk"),
+    "node": ({"search_method": "node"}, "device_map"),
+    "spsa-head": ({"search_method": "spsa"}, "disk"),
+    "activity": ({"search_method": "activity", "search_target": r"layer\.1.*|classifier"}, "cpu"),
+    "all": ({"search_method": "spsa", "search_target": "all", "learning_rate": 1e-3}, "device_map"),
+    "lora": ({**BOTH, "search_peft": "lora"}, "disk"),
+    "lora-map": ({**BOTH, "search_peft": "lora", "search_target": "lora_B|modules_to_save"}, "device_map"),
+    "ia3": ({"search_method": "spsa", "search_peft": "ia3"}, "cpu"),
+}
+
+
+def trainer_of(model, folder, **options):
+    args = GradientlessTrainingArguments(
+        str(folder / "run"), use_cpu=True, report_to=[], per_device_train_batch_size=4, disable_tqdm=True,
+        **{"max_steps": 2, "feature_cache_gb": 0, "save_strategy": "no", **options},
+    )  # fmt: skip
+    rows = tiny_dataset(16)
+    return GradientlessTrainer(model, args, train_dataset=rows, eval_dataset=rows, processing_class=tiny_tokenizer())
+
+
+def trained(model, folder, resume=None, **options):
+    """Losses and saved tensors of a run."""
+    trainer = trainer_of(model, folder, **options)
+    loss = trainer.train(resume_from_checkpoint=resume).training_loss
+    loss = loss, trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(folder / "saved"))
+    (file,) = (folder / "saved").glob("*model.safetensors")
+    return loss, load_file(file)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_trainer_on_an_offloaded_model_equals_the_loaded_one(tmp_path, name):
+    options, form = TRAINED[name]
+    (tmp_path / "loaded").mkdir()
+    expected, values = trained(loaded(), tmp_path / "loaded", **options)
+    model = offloaded(loaded(), form, tmp_path)
+    losses, found = trained(model, tmp_path, **options)
+    assert losses == expected
+    assert found.keys() == values.keys()
+    assert all(torch.equal(found[key], values[key]) for key in values)
+    assert has_offloaded(model)
+
+
+@pytest.mark.parametrize("cache", [0.0, 1.0])
+def test_features_of_an_offloaded_encoder(tmp_path, cache):
+    options = {"feature_cache_gb": cache, "feature_cache_dir": str(tmp_path / "features")}
+    expected = trained(loaded(), tmp_path / "loaded", **options)[0]
+    assert trained(offloaded(loaded(), "disk", tmp_path / "o"), tmp_path, **options)[0] == expected
+    assert len(list((tmp_path / "features").glob("*"))) == (1 if cache else 0) or cache  # one file for both
+
+
+@pytest.mark.parametrize("form", ["disk", "device_map"])
+def test_resume_writes_the_checkpoint_to_the_stored_weights(tmp_path, form):
+    options = {"search_method": "spsa", "search_target": "all", "learning_rate": 1e-3, "max_steps": 3}
+    expected = trained(loaded(), tmp_path / "loaded", **options)
+    first = offloaded(loaded(), form, tmp_path / "first")
+    trained(first, tmp_path, **{**options, "save_strategy": "steps", "save_steps": 2})
+    again = offloaded(loaded(), form, tmp_path / "again")
+    found = trained(again, tmp_path / "resumed", str(tmp_path / "run" / "checkpoint-2"), **options)
+    assert found[0][1] == expected[0][1]
+    assert all(torch.equal(found[1][key], expected[1][key]) for key in expected[1])
+
+
+def test_runs_that_an_offloaded_model_cannot_have(tmp_path, monkeypatch):
+    for start in ({"init_lora_weights": "pissa"}, {"use_dora": True}):
+        with pytest.raises(InputError, match=r"search_peft=lora .* computed from the weights that .* are offloaded"):
+            model = offloaded(loaded(), "disk", tmp_path / "a")
+            trainer_of(model, tmp_path, search_peft="lora", search_peft_config=start)
+    monkeypatch.setattr(GradientlessTrainingArguments, "world_size", 2)
+    with pytest.raises(InputError, match="the model is offloaded, and 2 processes would change the same stored"):
+        trainer_of(offloaded(loaded(), "disk", tmp_path / "b"), tmp_path)
+    args = SparseTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    model = offloaded(loaded(), "disk", tmp_path / "c")  # without a device map
+    with pytest.raises(InputError, match=r"keeps parts of the model on disk .* a search"):
+        SparseTrainer(model, args, train_dataset=tiny_dataset(8), processing_class=tiny_tokenizer()).train()

@@ -11,8 +11,8 @@ import torch
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.exchange import SingleProcess
+from hf_ft_ext.offload import StoredTensor
 from hf_ft_ext.training.copying import CopyableOptimizer
-from hf_ft_ext.training.weights.offload import StoredTensor
 
 Closure = Callable[[], float | torch.Tensor]
 _OWN_STATE = "search"

@@ -21,7 +21,7 @@ from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import CONSERVA
 from hf_ft_ext.gradientless.optimizers.perturbation.watch import Reads
 from hf_ft_ext.gradientless.optimizers.perturbation.weight_updates import WeightUpdates, check_replay
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination
-from hf_ft_ext.training.weights.offload import hold_offloaded
+from hf_ft_ext.offload import hold_offloaded
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination, PerturbedWeights
-from hf_ft_ext.training.weights.offload import is_offloaded
+from hf_ft_ext.offload import is_offloaded
 
 
 class CannotBatch(Exception):

@@ -20,7 +20,7 @@ from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions
 from hf_ft_ext.gradientless.optimizers.perturbation.module_patch import CannotBatch, ModulePatch
 from hf_ft_ext.gradientless.optimizers.perturbation.watch import Reads, watched_reads
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination, PerturbedWeights
-from hf_ft_ext.training.weights.offload import ReadableTensors, StoredTensor
+from hf_ft_ext.offload import ReadableTensors, StoredTensor
 
 
 class PerturbedForward(PerturbedWeights):

@@ -6,12 +6,19 @@ modules. Between forward passes these parameters are on the meta device, and the
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook
-from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, offload_weight, set_module_tensor_to_device
+from accelerate.utils import (
+    OffloadedWeightsLoader,
+    PrefixedDataset,
+    named_module_tensors,
+    offload_weight,
+    set_module_tensor_to_device,
+)
 from torch import nn
 
 from hf_ft_ext.errors import InputError
@@ -106,12 +113,16 @@ def has_offloaded(model: nn.Module) -> bool:
     return any(map(is_offloaded, model.modules()))
 
 
-def hold_offloaded(model: nn.Module) -> dict[int, StoredTensor]:
+def hold_offloaded(model: nn.Module, check_ties: bool = True) -> dict[int, StoredTensor]:
     """Let the offloaded parameters keep their identity, and find where their values are kept.
 
     accelerate replaces a module's parameters by new ones before and after each forward. Afterwards the same objects
-    are put back, so that optimizers and others recognize them. Modules that share a weight get the same object again,
+    are put back, so that optimizers and others recognize them, and `load_state_dict` changes the kept values, where
+    it would do nothing for a parameter on the meta device. Modules that share a weight get the same object again,
     as far as the sharing can be seen: in the weight maps, or in the model's list of tied weights.
+
+    Args:
+        check_ties: whether to refuse ties that offloading has broken, which matter if the weights are changed.
 
     Returns:
         Where each offloaded parameter is kept, by its `id`; also by that of objects replaced because they are tied.
@@ -120,7 +131,8 @@ def hold_offloaded(model: nn.Module) -> dict[int, StoredTensor]:
         InputError: a weight is offloaded, and another one that shares its values is not.
     """
     sources = _tied_names(model)
-    _check_ties(model, sources)
+    if check_ties:
+        _check_ties(model, sources)
     found: dict[int, StoredTensor] = {}
     first: dict[Any, nn.Parameter] = {}
     for prefix, module in model.named_modules():
@@ -138,10 +150,8 @@ def hold_offloaded(model: nn.Module) -> dict[int, StoredTensor]:
                 if not any(weights is other and key == known for other, known in stored.places):
                     stored.places.append((weights, key))
                 holder._parameters[name] = same
-                held.append((holder, name, same))
-            if isinstance(before := hook.post_forward, functools.partial):
-                before = before.args[0]
-            hook.post_forward = functools.partial(_post_forward, before, held)
+                held.append((holder, name, path, stored))
+            _hold(module, hook, held)
     return found
 
 
@@ -170,6 +180,36 @@ def keep_loaded(model: nn.Module, parameters: Collection[torch.Tensor]) -> int:
     return size
 
 
+def reader_of(model: nn.Module) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """A function of name and tensor of the model's parameters and buffers that reads the tensor if it is offloaded."""
+    places = {}
+    for prefix, module in model.named_modules():
+        for hook in _hooks(module):
+            tensors = named_module_tensors(module, hook.offload_buffers, hook.place_submodules, True)
+            places.update({f"{prefix}.{path}".removeprefix("."): (hook.weights_map, path) for path, _ in tensors})
+
+    def read(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_meta or name not in places:
+            return tensor
+        weights, path = places[name]
+        return weights[path].to(tensor.dtype)
+
+    return read
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter, or the one that it is loaded to, if it is offloaded."""
+    first = next(model.parameters())
+    hooks = (hook for module in model.modules() for hook in _hooks(module))
+    return torch.device(next(hooks).execution_device) if first.is_meta and has_offloaded(model) else first.device
+
+
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether a call runs the forward of the module's class, within accelerate's hooks or without."""
+    forward = vars(module).get("_old_forward" if "_hf_hook" in vars(module) else "forward")
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+
+
 def _hooks(module: nn.Module) -> Iterator[AlignDevicesHook]:
     """The module's hooks that load tensors before its forward and drop them afterwards."""
     waiting = [getattr(module, "_hf_hook", None)]
@@ -191,12 +231,61 @@ def _offloaded_parameters(module: nn.Module, hook: AlignDevicesHook) -> Iterator
             return
 
 
-def _post_forward(original: Any, held: Sequence[tuple[nn.Module, str, nn.Parameter]], module: nn.Module, output: Any):
+def _hold(module: nn.Module, hook: AlignDevicesHook, held: list[tuple[nn.Module, str, str, StoredTensor]]) -> None:
+    """Put the same parameters back after each forward, and let `load_state_dict` change the kept values."""
+    parameters = [(holder, name, holder._parameters[name]) for holder, name, _, _ in held]
+    before = hook.post_forward
+    known = isinstance(before, functools.partial)
+    hook.post_forward = functools.partial(_post_forward, before.args[0] if known else before, parameters)
+    if not known:
+        stored = {path: one for _, _, path, one in held}
+        module.register_load_state_dict_pre_hook(functools.partial(_write_state, stored))
+
+
+def _post_forward(
+    original: Any, parameters: Sequence[tuple[nn.Module, str, nn.Parameter]], module: nn.Module, output: Any
+) -> Any:
     result = original(module, output)
-    for holder, name, parameter in held:
+    for holder, name, parameter in parameters:
         if holder._parameters[name].is_meta:  # not in a module that is kept loaded
             holder._parameters[name] = parameter
     return result
+
+
+def _write_state(
+    stored: Mapping[str, StoredTensor], module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    for path, one in stored.items():
+        value = state_dict.get(prefix + path)
+        if value is None or value.is_meta or next(_hooks(module), None) is None:
+            continue
+        value = value.detach().to(one.device, one.dtype)
+        if not torch.equal(one.read(), value):
+            one.check_writable(value.shape)
+            one.write(value)
+        state_dict[prefix + path] = value.to("meta")  # torch warns of a copy into the meta device
+
+
+@contextlib.contextmanager
+def placeholders(model: nn.Module) -> Iterator[None]:
+    """Within this context, offloaded parameters are NaN on the device that they are loaded to, and take no memory.
+
+    peft puts a new adapter on the device of the weight that it adapts, where it would lose its values if that is the
+    meta device. A value that is computed from a placeholder is NaN, too.
+    """
+    held = [(holder, name, hook.execution_device, holder._parameters[name])
+            for module in model.modules() for hook in _hooks(module)
+            for holder, name, _ in _offloaded_parameters(module, hook)]  # fmt: skip
+    for holder, name, device, parameter in held:
+        value = math.nan if parameter.is_floating_point() else 0
+        one = torch.full((), value, dtype=parameter.dtype, device=device).expand(parameter.shape)
+        holder._parameters[name] = nn.Parameter(one, requires_grad=parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for holder, name, _, parameter in held:
+            parameter.requires_grad_(holder._parameters[name].requires_grad)
+            holder._parameters[name] = parameter
 
 
 def _resolved(weights: Any, key: str) -> tuple[Any, str]:
