@@ -24,10 +24,10 @@ from hf_ft_ext.data.preprocess import tokenize
 from hf_ft_ext.features import HeadReader
 from hf_ft_ext.features.cache import cached_features
 from hf_ft_ext.features.rows import read_in_order
-from hf_ft_ext.gradientless.optimizers.head_adam import HeadAdam
 from hf_ft_ext.gradientless.scoring.evaluation import HeadEvaluation
 from hf_ft_ext.gradientless.scoring.objectives import make_objective, row_losses
 from hf_ft_ext.models import seeded_init
+from hf_ft_ext.training.head_adam import HeadAdam
 
 _GLD = {"lr": 7.5e-3, "weight_decay": 0.05, "options": "1x1", "sampling_size": "2h"}
 _FREE = {**_GLD, "options": None, "weight_decay": 0.0}

@@ -54,6 +54,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Placement of the weights of one process: auto, balanced, balanced_low_0 or sequential (over its "
-            "accelerators), a device such as cuda:1, or JSON from modules to devices; none = the process's own device."
+            "accelerators), a device such as cuda:1, or JSON from modules to devices, also cpu and disk, from where "
+            "each layer is loaded when it runs (gradientless, and evaluation); none = the process's own device."
         },
     )

@@ -22,6 +22,7 @@ from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.features.head import HeadReader, head_parameters
 from hf_ft_ext.features.rows import has_plain_columns, inputs_of, only_pads, sample_rows, without_removal
 from hf_ft_ext.files import atomic_write, tensor_hash
+from hf_ft_ext.offload import input_device, reader_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +46,10 @@ def encoder_hash(model: nn.Module) -> str:
     head, digest = head_parameters(model), hashlib.sha256()
     config = {key: value for key, value in model.config.to_dict().items() if key not in _IGNORED_SETTINGS}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    read = reader_of(model)
     for name, tensor in sorted(model.state_dict().items()):
         if name not in head:
-            digest.update(f"{name} {tensor_hash(tensor)}\n".encode())
+            digest.update(f"{name} {tensor_hash(read(name, tensor))}\n".encode())
     return digest.hexdigest()
 
 
@@ -91,7 +93,7 @@ def _padding_of(collate: Any) -> str:
 def _padding_changes(reader: HeadReader, dataset: Any, collate: Callable[[list], dict]) -> bool:
     """Whether a row's features depend on its padding: the encoder ignores the attention mask, at least in part."""
     rows = sorted(sample_rows(dataset), key=lambda row: len(row.get("input_ids", ())))
-    device = next(reader.model.parameters()).device
+    device = input_device(reader.model)
     alone, padded = (reader.features(inputs_of(collate(part), device))[0] for part in (rows[:1], [rows[0], rows[-1]]))
     bound = 1e-3 if alone.dtype.itemsize > 2 and not _autocast_type(reader.model) else 5e-2
     return bool((padded - alone).abs().max() > bound * alone.abs().max())
@@ -99,7 +101,7 @@ def _padding_changes(reader: HeadReader, dataset: Any, collate: Callable[[list],
 
 def _autocast_type(model: nn.Module) -> str:
     """The type of mixed precision that the encoder runs in, or the empty string."""
-    kind = next(model.parameters()).device.type
+    kind = input_device(model).type
     return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
 
 

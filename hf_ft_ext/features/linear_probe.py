@@ -19,6 +19,7 @@ from hf_ft_ext.features.linear_fit import LinearFit, fit_classes, fit_labels, fi
 from hf_ft_ext.features.rows import inputs_of, labels_of, read_in_order, sample_rows
 from hf_ft_ext.label_tokens import check_row_labels
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
+from hf_ft_ext.offload import input_device
 from hf_ft_ext.per_example.outputs import logits_of
 from hf_ft_ext.per_example.state import batch_size, evaluating
 from hf_ft_ext.prompts.model import is_prompt_model
@@ -242,4 +243,4 @@ def _fit(model: nn.Module, x: np.ndarray, labels: np.ndarray, bias: bool, c, fol
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
+    return input_device(model)

@@ -79,7 +79,7 @@ def build_optimizer(
             **shared,
         )
     if args.search_method == ADAM_BASELINE:
-        from hf_ft_ext.gradientless.optimizers.head_adam import HeadAdam  # imported here: only the baseline needs it
+        from hf_ft_ext.training.head_adam import HeadAdam  # imported here: only the baseline needs it
 
         del shared["seed"]
         return HeadAdam(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon, **shared)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Collection
 
 import torch
 from peft import PeftModel
@@ -10,6 +11,9 @@ from torch import nn
 from hf_ft_ext.entries.delta import read_choice
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import head_parameters
+from hf_ft_ext.gradientless.arguments import GradientlessTrainingArguments
+from hf_ft_ext.gradientless.search_arguments import SPSA_METHOD
+from hf_ft_ext.offload import has_offloaded, keep_loaded
 from hf_ft_ext.training.runs.plan import fold_layer_numbers
 from hf_ft_ext.training.weights.quantized import is_quantized
 
@@ -64,6 +68,28 @@ def searched_parameters(model: nn.Module, target: str | None) -> dict[str, nn.Pa
         shown = ", ".join(list(kinds)[-12:])
         raise InputError(f"search_target={target!r} matches no parameter; parameters of this model: {shown}")
     return found
+
+
+def prepare_offloaded(args: GradientlessTrainingArguments, model: nn.Module, searched: Collection[str]) -> None:
+    """Prepare a model that accelerate offloads: SPSA streams searched tensors, unless these are all in the head.
+
+    The head, which runs on features, and what other searches change in place stay loaded.
+
+    Raises:
+        InputError: several processes, which would write the same files.
+    """
+    if not has_offloaded(model):
+        return
+    if args.world_size > 1:
+        raise InputError(
+            f"the model is offloaded, and {args.world_size} processes would change the same stored weights; start one "
+            "process, or load the model without device_map"
+        )
+    offloaded = [parameter for name, parameter in model.named_parameters() if name in searched and parameter.is_meta]
+    head = head_parameters(model) if hasattr(model, "base_model_prefix") else {}
+    if offloaded and (args.search_method != SPSA_METHOD or set(searched) <= set(head)):
+        size = keep_loaded(model, offloaded)
+        logger.info("search_method=%s keeps the searched layers loaded: %.3g MB", args.search_method, size / 1e6)
 
 
 def _without_frozen(found: dict[str, nn.Parameter], target: str) -> dict[str, nn.Parameter]:

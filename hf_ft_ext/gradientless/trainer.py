@@ -45,7 +45,7 @@ from hf_ft_ext.gradientless.scoring.objectives import (
 )
 from hf_ft_ext.gradientless.scoring.rows import FeatureRows, train_dataloader
 from hf_ft_ext.gradientless.search_arguments import ACTIVITY, ADAM_BASELINE, DIVERGENCE, HEAD
-from hf_ft_ext.gradientless.targets import masks_of_run, searched_parameters
+from hf_ft_ext.gradientless.targets import masks_of_run, prepare_offloaded, searched_parameters
 from hf_ft_ext.gradientless.trajectory import FILE as TRAJECTORY
 from hf_ft_ext.gradientless.trajectory import save_trajectory
 from hf_ft_ext.label_tokens import label_count, predicts_next_tokens
@@ -84,7 +84,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     """
 
     arguments_class = GradientlessTrainingArguments
-    several_devices = True
+    several_devices = offloaded_models = True
     no_optimizer = "makes its own optimizer (see search_method)"
     no_optimizer_class = True
 
@@ -120,6 +120,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
             self._searched = list(searched_parameters(model, self.args.search_target))
         else:
             self._searched, self.masks = masks_of_run(model, self.args.search_masks)
+        prepare_offloaded(self.args, model, self._searched)
         if isinstance(model, PeftModel):
             self.args.set_rate_for_adapter()
         head = self.args.search_target in (None, HEAD) and not isinstance(model, PeftModel)

@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.spsa import SPSA, sample_sum
+from hf_ft_ext.gradientless.optimizers.spsa import SPSA
+from hf_ft_ext.offload import hold_offloaded
 
 FILE = "trajectory.safetensors"
 _FORMAT = "hf_ft_ext trajectory 1"
@@ -54,7 +55,7 @@ def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) 
     about = {
         "groups": groups,
         "types": [str(parameter.dtype).removeprefix("torch.") for parameter in optimizer.searched],
-        "device": optimizer.searched[0].device.type,
+        "device": optimizer.perturbed_forward.tensors.device(0).type,
         "weight_decay": [float(group["weight_decay"]) for group in optimizer.param_groups],
         "directions": optimizer.directions.settings(),
         "num_directions": optimizer.num_directions,
@@ -106,6 +107,7 @@ def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
             model.
     """
     about, slopes, rates = _read(path)
+    hold_offloaded(base)
     named = dict(base.named_parameters())
     missing = [name for group in about["groups"] for name in group if name not in named]
     if missing:
@@ -130,11 +132,6 @@ def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
             f"the trajectory was recorded on {about['device']}, and the model is on {device}, where random numbers "
             f"differ; move it there with model.to({about['device']!r}) first"
         )
-    if sample_sum(parameter for group in groups for parameter in group["params"]) != about["start"]:
-        raise InputError(
-            "these are not the weights that the search started from; pass the same base model, with its head "
-            "initialized from the same seed"
-        )
     directions = dict(about["directions"])
     optimizer = SPSA(
         groups, base, direction=directions.pop("kind"), num_directions=about["num_directions"],
@@ -142,6 +139,11 @@ def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
         moments=about["moments"] if about["update"] in ("momentum", "adam") else None, carry=about["carry"],
         seed=about["seed"], max_evaluations=2**62, **directions,
     )  # fmt: skip
+    if optimizer.start != about["start"]:
+        raise InputError(
+            "these are not the weights that the search started from; pass the same base model, with its head "
+            "initialized from the same seed"
+        )
     optimizer.repeat(
         list(zip(slopes.tolist(), rates.tolist(), strict=True)), about["unseen"], dict(about["first_steps"])
     )

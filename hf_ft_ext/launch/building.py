@@ -112,7 +112,7 @@ def load(
         tokenizer, model = trainer_class.load_finished(finished, data.label_names, run_args.given, load_model)
     if finished is None:
         trainer_class = trainer_class_for(run_args.method, model, args)
-    check_model_placement(model, args, trainer_class)
+    check_model_placement(model, args, trainer_class, bool(run_args.hp_search))
     limit = model_max_length(model, tokenizer)
     kind = model.config.problem_type
     if data.label_names is None and data.problem_type != kind:  # no labels: take the problem type from the model

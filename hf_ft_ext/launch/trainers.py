@@ -15,6 +15,7 @@ from hf_ft_ext.launch.folder import not_writable
 from hf_ft_ext.launch.sharing import prepare_branch
 from hf_ft_ext.launch.validation import check_checkpoint, check_optimizer
 from hf_ft_ext.methods import find_method
+from hf_ft_ext.offload import has_offloaded
 from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.method_trainer import MethodTrainer
 from hf_ft_ext.training.runs.plan import TrainedWeight
@@ -70,10 +71,21 @@ def trainer_class_for(method: str, model: nn.Module, args: MethodTrainingArgumen
     return type(f"{kind.__name__}OfTrainedAdapter", (TrainedAdapterTrainer, kind), {})
 
 
-def check_model_placement(model: PreTrainedModel, args: MethodTrainingArguments, kind: type[MethodTrainer]) -> None:
-    """Refuse a model placement by `device_map` that the method does not support; see `check_placement`."""
+def check_model_placement(
+    model: PreTrainedModel, args: MethodTrainingArguments, kind: type[MethodTrainer], copied: bool
+) -> None:
+    """Refuse a model placement by `device_map` that the method does not support; see `check_placement`.
+
+    Args:
+        copied: whether several copies of the model train.
+    """
     unchanged = not args.do_train and kind.several_devices and args.gradients is Gradients.WEIGHTS
-    check_placement(model, kind.several_devices, unchanged)
+    check_placement(model, kind.several_devices, unchanged, kind.offloaded_models)
+    if copied and has_offloaded(model):
+        raise InputError(
+            "hp_search trains a copy of the model in each trial, and copies of an offloaded model share the stored "
+            "weights; leave hp_search or device_map out"
+        )
 
 
 def check_trainer(trainer: Trainer, method: str) -> Trainer:

@@ -6,7 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftModel, PeftType, TaskType, get_peft_model
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import (
@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features import encoder_path
 from hf_ft_ext.models.loading import seeded_init
+from hf_ft_ext.offload import has_offloaded, keep_loaded, placeholders
 from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.prompts.model import architecture, is_prompt_model
 from hf_ft_ext.structure.find import find_structure
@@ -211,7 +212,7 @@ def wrap_with_peft(
     try:
         config = config_class(**{"task_type": task_type_of(model), **settings})
         with seeded_init(seed):
-            wrapped = train_in_float32(get_peft_model(model, config))
+            wrapped = _wrapped(model, config)
             if real:
                 start_from_activations(wrapped)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -223,6 +224,23 @@ def wrap_with_peft(
         if any(f".{module}.modules_to_save." in name for module in saved_too):
             parameter.requires_grad_(False)
     return freeze_others(wrapped, heads) if asked is None else wrapped
+
+
+def _wrapped(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """The model with adapters. Of an offloaded model, adapters and modules that train in full stay loaded."""
+    names = [f".{name}" for name in config.modules_to_save or ()] if has_offloaded(model) else []
+    full = [m for name, m in model.named_modules() if f".{name}".endswith(tuple(names))] if names else []
+    keep_loaded(model, [parameter for module in full for parameter in module.parameters()])
+    computed = "the adapters are computed from the weights that they adapt, and these are offloaded"
+    try:
+        with placeholders(model):
+            wrapped = train_in_float32(get_peft_model(model, config))
+            trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    except torch.linalg.LinAlgError as error:
+        raise ValueError(computed) from error
+    if has_offloaded(model) and not all(parameter.isfinite().all() for parameter in trained):
+        raise ValueError(computed)
+    return wrapped
 
 
 def _sizes_known_to_peft(model: PreTrainedModel) -> bool:

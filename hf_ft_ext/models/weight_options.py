@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import logging
+import os
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from hf_ft_ext.training.weights.quantized import is_quantized
 logger = logging.getLogger(__name__)
 
 _PLACEMENTS = ("auto", "balanced", "balanced_low_0", "sequential")  # transformers' placements over several devices
+_OFFLOAD_FOLDER = "_offloaded"  # in the run's folder, for changed weights; `push_to_hub` leaves out names with _
 
 
 def weight_options(
@@ -56,7 +58,9 @@ def weight_options(
     """
     options: dict[str, Any] = {"dtype": wanted_dtype(model_args.dtype, args, getattr(config, "dtype", None))}
     if model_args.device_map is not None:
-        options["device_map"] = _device_map(model_args.device_map, args)
+        options["device_map"] = placed = _device_map(model_args.device_map, args)
+        if args is not None and args.do_train and isinstance(placed, dict) and "disk" in placed.values():
+            options["offload_folder"] = os.path.join(args.output_dir, _OFFLOAD_FOLDER)
     if model_args.attn_implementation is None and model_args.quantization is None:
         return options
     if model_args.quantization is not None:

@@ -19,7 +19,7 @@ from hf_ft_ext.training.by_name import load_by_name
 from hf_ft_ext.training.checks import check_loss, check_training_arguments, refuse_compiled
 from hf_ft_ext.training.loss_scale import ignores_count, one_answer
 from hf_ft_ext.training.sft import asks_for_routers, fit_sft, is_sft
-from hf_ft_ext.training.weights.placement import check_placement
+from hf_ft_ext.training.weights.placement import check_placement, declare_offloaded
 from hf_ft_ext.training.weights.quantized import quantized_base
 
 _PACKAGE = __name__.partition(".")[0]
@@ -41,6 +41,7 @@ class MethodTrainer(Trainer):
         no_optimizer: why the trainer cannot take a ready-made optimizer; `None` if it can.
         no_optimizer_class: whether it cannot take `optimizer_cls_and_kwargs` either.
         several_devices: whether it can train a model that `device_map` spreads over several accelerators.
+        offloaded_models: whether it can train a model of which `device_map` keeps parts in memory or on disk.
 
     Raises:
         InputError: arguments or objects that the method cannot honour.
@@ -50,6 +51,7 @@ class MethodTrainer(Trainer):
     no_optimizer: ClassVar[str | None] = None
     no_optimizer_class: ClassVar[bool] = False
     several_devices: ClassVar[bool] = False
+    offloaded_models: ClassVar[bool] = False
     _loss_scale_known = False
 
     def __init__(
@@ -75,6 +77,7 @@ class MethodTrainer(Trainer):
         if model is not None:
             refuse_compiled(model)
             check_loss(args, model)
+            declare_offloaded(model)
             model = self.prepare_model(model)
         routers = asks_for_routers(model)
         with quantized_base(model):
@@ -171,12 +174,13 @@ class MethodTrainer(Trainer):
         model = super().call_model_init(trial)
         refuse_compiled(model)
         check_loss(self.args, model)
+        declare_offloaded(model)
         return self.prepare_model(model)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, *positional, **kwargs
     ) -> TrainOutput:
-        check_placement(self.model, self.several_devices)
+        check_placement(self.model, self.several_devices, offloaded_too=self.offloaded_models)
         self.apply_trial(trial)
         return super().train(resume_from_checkpoint, trial, *positional, **kwargs)
 

@@ -8,6 +8,7 @@ from test_spsa import net
 from torch import nn
 
 from hf_ft_ext.errors import InputError
+from hf_ft_ext.gradientless.optimizers.direct_search import DirectSearch
 from hf_ft_ext.gradientless.optimizers.spsa import SPSA
 
 
@@ -60,8 +61,10 @@ def test_other_bad_input():
         SPSA(net().parameters(), model)
     with pytest.raises(InputError, match=r"call step\(closure\)"):
         SPSA(model.parameters(), model).step()
-    with pytest.raises(InputError, match=r"a tensor of shape \(2, 2\) is offloaded \(on the meta device\)"):
+    with pytest.raises(InputError, match=r"a tensor of shape \(2, 2\) is on the meta device, and no module of"):
         offloaded = nn.Linear(2, 2, device="meta")
         SPSA(offloaded.parameters(), offloaded)
+    with pytest.raises(InputError, match=r"\(2, 2\) is offloaded .*DirectSearch changes tensors in place; keep its"):
+        DirectSearch(offloaded.parameters())
     with pytest.raises(InputError, match="the loss at the current weights is nan in step 1"):
         SPSA(model.parameters(), model).step(lambda: math.nan)

@@ -10,10 +10,10 @@ from torch import nn
 
 from hf_ft_ext import SPSA, ActivityPerturbation, DirectSearch, InputError, SignGD, SparseAdamW
 from hf_ft_ext.gradientless.optimizers.exchange import SharedData
-from hf_ft_ext.gradientless.optimizers.head_adam import HeadAdam
 from hf_ft_ext.sparse.basis import Basis
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
+from hf_ft_ext.training.head_adam import HeadAdam
 
 N = 6
 

@@ -1,14 +1,17 @@
 """Base class of the gradient-free optimizers: private generator, step before the training loop's own, counts."""
 
+import itertools
 import math
 import warnings
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
 import torch
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.exchange import SingleProcess
+from hf_ft_ext.offload import StoredTensor
 from hf_ft_ext.training.copying import CopyableOptimizer
 
 Closure = Callable[[], float | torch.Tensor]
@@ -23,6 +26,9 @@ class GradientFreeOptimizer(CopyableOptimizer):
     loops (that of transformers) call `step()` without a closure. There, call `step_ahead(closure)` before: the next
     `step()` then does nothing.
 
+    Args:
+        offloaded: where accelerate keeps offloaded parameters, by `id`, if the method can search these.
+
     Attributes:
         steps: number of steps taken.
         evaluations: number of losses evaluated so far, each candidate counted.
@@ -30,18 +36,26 @@ class GradientFreeOptimizer(CopyableOptimizer):
         exchange: how several processes share the work (see `exchange`).
     """
 
-    def __init__(self, params, defaults: dict, seed: int = 0):
+    def __init__(self, params, defaults: dict, seed: int = 0, offloaded: Mapping[int, StoredTensor] | None = None):
         super().__init__(params, defaults)
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = self.evaluations = self.rejected = 0
         self.exchange = SingleProcess()
         self._ahead = False
+        _drop_tied_copies(self.param_groups, offloaded or {})
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.device.type == "meta":
+                if parameter.is_meta and offloaded is None:
                     raise InputError(
-                        f"a tensor of shape {tuple(parameter.shape)} is offloaded (on the meta device) and cannot be "
-                        "searched; load the model onto one device, or in 16 bits"
+                        f"a tensor of shape {tuple(parameter.shape)} is offloaded (on the meta device), and "
+                        f"{type(self).__name__} changes tensors in place; keep its module loaded, by a device in "
+                        "device_map or accelerate's remove_hook_from_module, or use SPSA"
+                    )
+                if parameter.is_meta and id(parameter) not in offloaded:
+                    raise InputError(
+                        f"a tensor of shape {tuple(parameter.shape)} is on the meta device, and no module of the "
+                        "model has it with a place that accelerate loads it from; pass model.parameters() as they "
+                        "are now, and add adapters before you offload the model (or by search_peft)"
                     )
                 if not (parameter.is_floating_point() and parameter.is_contiguous()):
                     raise InputError(
@@ -130,6 +144,19 @@ def check_perturbation(eps: float | None, num_directions: int, usual: str = "1e-
         raise InputError(f"num_directions must be 1 or more, got {num_directions}")
 
 
+def _drop_tied_copies(groups: list[dict[str, Any]], offloaded: Mapping[int, StoredTensor]) -> None:
+    """Leave out parameters kept in the same place as an earlier one: accelerate gives tied weights several."""
+    seen: set[int] = set()
+    for group in groups:
+        first = []
+        for parameter in group["params"]:
+            place = id(offloaded.get(id(parameter), parameter))
+            first.append(place not in seen)
+            seen.add(place)
+        for name in group.keys() & {"params", "param_names"}:
+            group[name] = list(itertools.compress(group[name], first))
+
+
 def report_accepted(evaluate: Any, row: int | None) -> None:
     """Call `evaluate.accepted(row)` if it exists: a tensor now equals candidate `row` (`None`: none of them)."""
     if hasattr(evaluate, "accepted"):
@@ -137,6 +164,16 @@ def report_accepted(evaluate: Any, row: int | None) -> None:
     elif hasattr(evaluate, "moved"):
         warnings.warn("the method `moved` of an `evaluate` is now called `accepted`", FutureWarning, stacklevel=3)
         evaluate.moved(row)
+
+
+def sample_sum(parameters: Iterable[torch.Tensor]) -> int:
+    """Checksum of up to 64 entries of each tensor, to compare the initial weights of two models."""
+    total = 0
+    for parameter in parameters:
+        flat = parameter.detach().view(-1)
+        sample = flat[:: max(1, flat.numel() // 64)][:64].cpu().contiguous()
+        total = zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), total)
+    return total
 
 
 def keep_freed_memory() -> None:

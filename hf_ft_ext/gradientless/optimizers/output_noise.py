@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.gradientless.optimizers.exchange import SingleProcess
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type
+from hf_ft_ext.offload import runs_own_forward
 
 # Size of the noise; on 16-bit outputs, which round to 3 digits, larger, so that it is not lost.
 EPS, EPS_16_BITS = 1e-3, 2**-5
@@ -248,7 +249,7 @@ class OutputNoise:
     ) -> None:
         """Add the gradients of the module's searched parameters, for the gradient `d` of its output."""
         names = self.holders[position][1]
-        changed = position in self._given or "forward" in vars(module) or not {"weight", "bias"} >= names.keys()
+        changed = position in self._given or not runs_own_forward(module) or not {"weight", "bias"} >= names.keys()
         linear = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
         transposed = isinstance(module, Conv1D) and type(module).forward is Conv1D.forward  # weight [in, out]
         if changed or not (linear or transposed):
@@ -256,7 +257,7 @@ class OutputNoise:
             for name, found in self._by_autograd(module, names, args, kwargs, d).items():
                 into.add(names[name], found)
             return
-        x = (args[0] if args else next(iter(kwargs.values()))).to(d.dtype)
+        x = (args[0] if args else next(iter(kwargs.values()))).to(d)
         flat_d, flat_x = d.reshape(-1, d.shape[-1]), x.reshape(-1, x.shape[-1])
         if "bias" in names:
             into.add(names["bias"], flat_d.sum(0))  # sum_t d_t

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,13 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.base import Closure, GradientFreeOptimizer, check_rates, keep_freed_memory
+from hf_ft_ext.gradientless.optimizers.base import (
+    Closure,
+    GradientFreeOptimizer,
+    check_rates,
+    keep_freed_memory,
+    sample_sum,
+)
 from hf_ft_ext.gradientless.optimizers.groups import check_block
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import GAUSSIAN, Directions, Draw
 from hf_ft_ext.gradientless.optimizers.perturbation.estimates import FORWARD, ONE_SIDED, TWO_SIDED, Estimate
@@ -22,6 +27,7 @@ from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import CONSERVA
 from hf_ft_ext.gradientless.optimizers.perturbation.watch import Reads
 from hf_ft_ext.gradientless.optimizers.perturbation.weight_updates import WeightUpdates, check_replay
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination
+from hf_ft_ext.offload import hold_offloaded
 
 logger = logging.getLogger(__name__)
 
@@ -109,24 +115,25 @@ class SPSA(GradientFreeOptimizer):
                 f"a step would need {self.evaluations_per_step():,} evaluations, more than max_evaluations_per_step="
                 f"{max_evaluations:,}; use fewer directions, or raise max_evaluations_per_step"
             )
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed)
+        offloaded = hold_offloaded(module)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, seed, offloaded)
         self.searched = [parameter for group in self.param_groups for parameter in group["params"]]
         self.directions = Directions(direction, max(block, 1), rank, renew, masks, small)
         check_block(block, self.searched)
-        self.directions.prepare(self.searched)
+        self.perturbed_forward = PerturbedForward(module, self.searched, self.directions, offloaded)
+        self.directions.prepare(self.perturbed_forward.tensors)
         check_replay(self.directions, rule)
         keep_freed_memory()
-        self.perturbed_forward = PerturbedForward(module, self.searched, self.directions)
         if self.perturbed_forward.missing:
             shape = tuple(self.searched[self.perturbed_forward.missing[0]].shape)
             raise InputError(
                 f"a parameter of shape {shape} is in no part of the module; pass the module that contains it"
             )
         self.basis = 0  # seed of the factors that are kept for several steps
-        self.weight_updates = WeightUpdates(self.perturbed_forward, self.searched, rule, Rounding(carry))
+        self.weight_updates = WeightUpdates(self.perturbed_forward, rule, Rounding(carry))
         self.double = any(parameter.dtype == torch.float64 for parameter in self.searched)
         self.record: list[tuple[list[float], list[float]]] = []  # slopes and learning rates of each step
-        self.first_seed, self.start = seed, sample_sum(self.searched)
+        self.first_seed, self.start = seed, sample_sum(self.perturbed_forward.tensors)
         self.batches = candidates_per_forward > 1
         self.checked = False
 
@@ -386,13 +393,3 @@ class SPSA(GradientFreeOptimizer):
         slopes, rates = (part.tolist() for part in state["record"])
         self.record = list(zip(slopes, rates, strict=True))
         self.first_seed, self.start = state["first_seed"], state["start"]
-
-
-def sample_sum(parameters: Iterable[torch.Tensor]) -> int:
-    """Checksum of up to 64 entries of each tensor, to compare the initial weights of two models."""
-    total = 0
-    for parameter in parameters:
-        flat = parameter.detach().view(-1)
-        sample = flat[:: max(1, flat.numel() // 64)][:64].cpu().contiguous()
-        total = zlib.crc32(sample.view(torch.uint8).numpy().tobytes(), total)
-    return total

@@ -163,7 +163,7 @@ def load(
     tokenizer, model = load_tokenizer_and_language_model(model_args, run_args.task_type, args=args)
     _check_chat_template(data, tokenizer, data_args)
     kind = trainer_class_for(run_args.method, model, args)
-    check_model_placement(model, args, kind)
+    check_model_placement(model, args, kind, bool(run_args.hp_search))
     context = model_max_length(model, tokenizer)
     length = _length(data_args, context)
     decoder_length = None if causal else decoder_max_length(model)

@@ -29,6 +29,7 @@ from transformers.utils import CONFIG_NAME
 from hf_ft_ext.adapters.layer_prefix.model import keep_projection
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.files import tensor_hash, write_json
+from hf_ft_ext.offload import reader_of
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +78,11 @@ def frozen_hash(model: nn.Module) -> str | None:
     """
     if not isinstance(model, PeftModel) or any(_in_shards(parameter) for parameter in model.parameters()):
         return None
-    digest = hashlib.sha256()
+    digest, read = hashlib.sha256(), reader_of(model)
     for name, parameter in sorted(model.named_parameters()):
         # `original_module` is the unused copy of a module in `modules_to_save`; a fitted head may differ there.
         if not parameter.requires_grad and ".original_module." not in name:
-            digest.update(f"{name} {tensor_hash(parameter)}\n".encode())
+            digest.update(f"{name} {tensor_hash(read(name, parameter))}\n".encode())
     return digest.hexdigest()
 
 

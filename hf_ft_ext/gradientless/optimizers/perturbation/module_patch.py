@@ -10,7 +10,9 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination, PerturbedWeights
+from hf_ft_ext.offload import is_offloaded
 
 
 class CannotBatch(Exception):
@@ -60,36 +62,51 @@ class ModulePatch:
         low_rank = kind is not None and self.forward.directions.has_factors(self.holder._parameters["weight"].shape)
         self.on_output = low_rank
         self.chunked = kind in (nn.Linear, nn.Embedding) and not low_rank and self.forward.directions.block == 1
+        # accelerate's forward loads the weights of an offloaded module, calls `_old_forward`, and drops them
+        self.name = "_old_forward" if is_offloaded(self.user) else "forward"
+        forward = getattr(self.user, self.name)
         # a forward set on the instance (such as accelerate's, which moves inputs between devices) is kept
-        chunked = self.chunked and not self.forward.tangent and "forward" not in self.user.__dict__
+        own = getattr(forward, "__func__", None) is type(self.user).forward
+        chunked = self.chunked and not self.forward.tangent and own
         self.copied = {
             name: i for name, i in self.names.items() if not ((self.on_output or chunked) and name == "weight")
         }
-        if self.copied:
+        loaded = self.name != "forward"
+        if self.copied and not loaded:
             handles.append(self.user.register_forward_pre_hook(self._enter))
             handles.append(self.user.register_forward_hook(self._leave, always_call=True))
-        if self.on_output:
+        if self.on_output and not loaded:
             handles.append(self.user.register_forward_hook(self._add_to_output, with_kwargs=True))
-        forward = self.user.forward
         if chunked:
             by_chunks = self._embedding_by_chunks if isinstance(self.holder, nn.Embedding) else self._linear_by_chunks
             forward = functools.partial(by_chunks, forward)
         if split and (self.copied or chunked):
             forward = functools.partial(self._one_by_one, forward)
+        if loaded:
+            forward = functools.partial(self._perturbed, forward)
         if isinstance(forward, functools.partial):
-            self.original = self.user.forward
-            self.had_own = "forward" in self.user.__dict__
-            self.user.__dict__["forward"] = forward
+            self.original = getattr(self.user, self.name)
+            self.had_own = self.name in self.user.__dict__
+            self.user.__dict__[self.name] = forward
 
     def restore(self) -> None:
         """Restore the module's parameters and its forward."""
         self._leave()
         if self.original is not None:
             if self.had_own:
-                self.user.__dict__["forward"] = self.original
+                self.user.__dict__[self.name] = self.original
             else:
-                del self.user.__dict__["forward"]
+                del self.user.__dict__[self.name]
             self.original = None
+
+    def _perturbed(self, original: Callable, *args: Any, **kwargs: Any) -> Any:
+        """The forward of an offloaded module, once its weights are loaded: what the hooks do for other modules."""
+        self._enter()
+        try:
+            output = original(*args, **kwargs)
+        finally:
+            self._leave()
+        return self._add_to_output(self.user, args, kwargs, output) if self.on_output else output
 
     # --- weights perturbed chunk by chunk ------------------------------------------------------------
 
@@ -138,6 +155,12 @@ class ModulePatch:
         if self.stored or len(self.forward.active) != 1:
             return
         self.stored = {name: self.holder._parameters[name] for name in self.copied}
+        if any(value.is_meta for value in self.stored.values()):
+            self.stored = {}
+            raise InputError(
+                f"{', '.join(self.copied)} of {type(self.holder).__name__} is offloaded and read by other code than "
+                "its module's forward, so it cannot be perturbed; keep this module loaded (device_map)"
+            )
         for name, number in self.copied.items():
             self.holder._parameters[name] = self.forward.perturbed(self.stored[name], number)
         self.forward.unread.difference_update(self.copied.values())

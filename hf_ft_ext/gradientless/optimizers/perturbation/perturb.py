@@ -4,11 +4,11 @@ While a module's forward runs, each searched parameter in it is replaced by a pe
 afterwards. The weights of linear layers and embeddings, which are most of a model, are never copied in full (see
 `module_patch`). Dense changes are computed and applied chunk by chunk. A low-rank change is added to the layer's
 output: `x (W + L R^T)^T = x W^T + (x R) L^T`. Several perturbations can run as one forward pass over the repeated
-batch.
+batch. Where accelerate offloads a module, this happens after the weights are loaded, so each layer is in memory alone.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions
 from hf_ft_ext.gradientless.optimizers.perturbation.module_patch import CannotBatch, ModulePatch
 from hf_ft_ext.gradientless.optimizers.perturbation.watch import Reads, watched_reads
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination, PerturbedWeights
+from hf_ft_ext.offload import ReadableTensors, StoredTensor
 
 
 class PerturbedForward(PerturbedWeights):
@@ -31,15 +32,24 @@ class PerturbedForward(PerturbedWeights):
         module: the model.
         parameters: the parameters to perturb; a parameter's number is its position in this list.
         directions: how directions are drawn.
+        offloaded: where accelerate keeps offloaded parameters, by `id` (see `hold_offloaded`).
 
     Attributes:
+        tensors: the parameters; offloaded ones are read when they are needed.
         missing: numbers of the parameters that no module holds.
         elsewhere: numbers of the parameters that are read by a module other than their own.
     """
 
-    def __init__(self, module: nn.Module, parameters: Sequence[torch.Tensor], directions: Directions):
+    def __init__(
+        self,
+        module: nn.Module,
+        parameters: Sequence[torch.Tensor],
+        directions: Directions,
+        offloaded: Mapping[int, StoredTensor] | None = None,
+    ):
         super().__init__(directions, len(parameters))
-        self.module = module
+        self.module, places = module, offloaded or {}
+        self.tensors = ReadableTensors(parameters, {i: places[id(p)] for i, p in enumerate(parameters) if p.is_meta})
         self._number_of = number = {id(parameter): i for i, parameter in enumerate(parameters)}
         self.patches: list[ModulePatch] = []
         for name, holder in module.named_modules():

@@ -21,8 +21,7 @@ class WeightUpdates:
     """Updates the searched tensors by the gradient estimate `G = 1/n sum_i slope_i z_i`, with an update rule.
 
     Args:
-        perturbed_forward: computes directions and their sums.
-        searched: the tensors, in the order of their numbers.
+        perturbed_forward: computes directions and their sums; its `tensors` are updated.
         rule: the update rule.
         rounding: how small changes of 16-bit weights are rounded.
 
@@ -34,14 +33,11 @@ class WeightUpdates:
         first_steps: the first step that updates a tensor, by its number; 1 for tensors that are not listed.
     """
 
-    def __init__(
-        self,
-        perturbed_forward: PerturbedForward,
-        searched: Sequence[torch.Tensor],
-        rule: UpdateRule,
-        rounding: Rounding,
-    ):
-        self.perturbed_forward, self.searched, self.rule, self.rounding = perturbed_forward, searched, rule, rounding
+    def __init__(self, perturbed_forward: PerturbedForward, rule: UpdateRule, rounding: Rounding):
+        self.perturbed_forward, self.rule, self.rounding = perturbed_forward, rule, rounding
+        self.tensors = perturbed_forward.tensors
+        for number, stored in self.tensors.stored.items():
+            stored.check_writable(self.tensors.parameters[number].shape)
         self.directions: Directions = perturbed_forward.directions
         self.second = 0.0
         self.buffers: dict[int, tuple[torch.Tensor, ...]] = {}
@@ -76,10 +72,11 @@ class WeightUpdates:
         for group, rate in zip(groups, rates, strict=True):
             decay, lr = 1 - rate * float(group["weight_decay"]), rate / root
             unchanged = self.rule.rule in _NO_MOMENTS and decay == 1 and not (lr and any(slopes))
-            for parameter in group["params"]:
+            for _ in group["params"]:
                 number += 1
                 if not unchanged and number not in unread and self.first_steps.get(number, 1) <= step:
-                    self._update_tensor(parameter.detach(), number, estimate, lr, decay)
+                    with self.tensors.changed(number) as value:
+                        self._update_tensor(value, number, estimate, lr, decay)
         if self.rule.replays:
             self.history.appendleft((draws, slopes))
 
@@ -174,7 +171,7 @@ class WeightUpdates:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Load what `state` returned, or an optimizer's state that contains these entries."""
-        devices = [parameter.device for parameter in self.searched]
+        devices = [self.tensors.device(number) for number in range(len(self.tensors))]
         self.second, self.factor_basis = state["second"], dict(state["factor_basis"])
         self.first_steps = dict(state["first_steps"])
         self.buffers = {i: tuple(b.to(devices[i]).clone() for b in found) for i, found in state["buffers"].items()}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.head_adam import HeadAdam
+from hf_ft_ext.training.head_adam import HeadAdam
 
 
 def test_steps_are_those_of_adamw_and_each_evaluates_one_loss():
