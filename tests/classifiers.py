@@ -2,9 +2,10 @@
 
 import copy
 import functools
+from collections.abc import Iterator
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
 
 _VALUES = {
@@ -57,15 +58,8 @@ def tiny_classifier(kind: str | type[PreTrainedConfig], seed: int = 0, **config)
 
 
 @functools.cache
-def _classes() -> list[type[PreTrainedConfig]]:
-    """The configurations of all families; each is imported."""
-    return list(CLASSIFIERS)
-
-
-@functools.cache
 def _settings(kind: str | type[PreTrainedConfig]) -> tuple[type[PreTrainedConfig], dict]:
-    model_type = "deberta-v2" if kind == "deberta-v3" else kind
-    config_class = next(c for c in _classes() if model_type in (c, c.model_type))
+    config_class = CONFIG_MAPPING["deberta-v2" if kind == "deberta-v3" else kind] if isinstance(kind, str) else kind
     plain = config_class()
     fixed = {name for name in dir(config_class) if isinstance(getattr(config_class, name, None), property)}
     chosen = {
@@ -107,18 +101,20 @@ def ragged_rows(lengths: tuple[int, ...] = (12, 5, 9), labels: int = 3) -> dict[
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.arange(len(lengths)) % labels}
 
 
-def runnable() -> list[str]:
-    """Families that can be made this small and take such rows."""
-    found = []
-    for config_class in _classes():
+def runnable() -> Iterator[tuple[str, torch.nn.Module, torch.Tensor]]:
+    """Families that can be made this small and take such rows: name, model, and its logits without labels."""
+    found = set()
+    rows = {name: value for name, value in classifier_rows().items() if name != "labels"}
+    for config_class in CLASSIFIERS:
         try:
             with torch.device("meta"):
                 size = sum(p.numel() for p in tiny_classifier(config_class).parameters())
             if size > 5e6 or config_class.model_type in found:
                 continue
+            model = tiny_classifier(config_class)
             with torch.no_grad():
-                tiny_classifier(config_class)(**{k: v for k, v in classifier_rows().items() if k != "labels"})
+                logits = model(**rows).logits
         except Exception:  # a configuration that wants more than sizes, or a package that is not there
             continue
-        found.append(config_class.model_type)
-    return found
+        found.add(config_class.model_type)
+        yield config_class.model_type, model, logits

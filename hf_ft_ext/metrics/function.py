@@ -9,7 +9,7 @@ from transformers import EvalPrediction
 
 from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.metrics.external import External, evaluate_metric, function_metric, user_metric
-from hf_ft_ext.metrics.glue import METRICS, check_metric, load_metric
+from hf_ft_ext.metrics.glue import METRICS, check_metric
 from hf_ft_ext.metrics.outputs import (
     CLASSIFICATION,
     MULTI_LABEL,
@@ -206,7 +206,7 @@ class MetricFunction:
         predictions, references = outputs.predictions, outputs.references
         if name == "accuracy_f1" and outputs.positive == 0:
             predictions, references = (_swapped(ids) for ids in (predictions, references))
-        return load_metric(name).compute(predictions=predictions, references=references)
+        return METRICS[name].cls.score(predictions, references)
 
     def keys(self, num_labels: int | None = None) -> list[str]:
         """The keys that the metrics return; the first one selects the best model.

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import datasets
 import evaluate
 import numpy as np
+import numpy.typing as npt
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics.outputs import CLASSIFICATION, REGRESSION
@@ -50,12 +51,30 @@ class _InMemoryMetric(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        predictions, references = np.asarray(predictions), np.asarray(references)
+        return self.score(predictions, references)
+
+    @classmethod
+    def score(cls, predictions: npt.ArrayLike, references: npt.ArrayLike) -> dict[str, float]:
+        """Return what `compute` returns, without its copies of the rows: an Arrow table, then lists.
+
+        Raises:
+            InputError: there are no rows, or a class id is not a whole number.
+        """
+        predictions, references = cls._column(predictions), cls._column(references)
         if references.size == 0:
             raise InputError("there are no rows to score; pass at least one prediction with its label")
-        return {key: float(value) for key, value in self._scores(predictions, references).items()}
+        return {key: float(value) for key, value in cls._scores(predictions, references).items()}
 
-    def _scores(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+    @classmethod
+    def _column(cls, values: npt.ArrayLike) -> np.ndarray:
+        given = np.asarray(values)
+        column = given.astype(cls._dtype)
+        if column.dtype.kind == "i" and given.dtype.kind == "f" and (column != given).any():
+            raise InputError(f"class ids must be whole numbers, got {given[column != given][0]:g}; correct the labels")
+        return column
+
+    @staticmethod
+    def _scores(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
         raise NotImplementedError
 
 
@@ -64,7 +83,8 @@ class Accuracy(_InMemoryMetric):
 
     _summary = "Fraction of rows whose predicted class is the true one."
 
-    def _scores(self, predictions, references):
+    @staticmethod
+    def _scores(predictions, references):
         return {"accuracy": np.mean(predictions == references)}
 
 
@@ -79,7 +99,8 @@ class AccuracyF1(_InMemoryMetric):
 
     _summary = "Accuracy, and the harmonic mean of precision and recall of class 1."
 
-    def _scores(self, predictions, references):
+    @staticmethod
+    def _scores(predictions, references):
         from sklearn.metrics import f1_score
 
         others = sorted(set(references.tolist()) - {0, 1})
@@ -97,7 +118,8 @@ class Matthews(_InMemoryMetric):
 
     _summary = "Correlation of predicted and true classes."
 
-    def _scores(self, predictions, references):
+    @staticmethod
+    def _scores(predictions, references):
         from sklearn.metrics import matthews_corrcoef
 
         if np.ptp(predictions) == 0 or np.ptp(references) == 0:
@@ -115,7 +137,8 @@ class PearsonSpearman(_InMemoryMetric):
     _dtype = "float64"
     _summary = "Pearson and Spearman correlation of predicted and true scores."
 
-    def _scores(self, predictions, references):
+    @staticmethod
+    def _scores(predictions, references):
         from scipy.stats import pearsonr, spearmanr
 
         bad = int(np.sum(~np.isfinite(references)))
@@ -137,7 +160,7 @@ class PearsonSpearman(_InMemoryMetric):
 class MetricSpec:
     """One row of `METRICS`."""
 
-    cls: type[evaluate.Metric]
+    cls: type[_InMemoryMetric]
     problem_type: str  # CLASSIFICATION or REGRESSION
     primary: str  # the key that selects the best model; higher is better for all
 

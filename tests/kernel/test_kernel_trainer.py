@@ -210,7 +210,7 @@ def test_the_pseudo_kernel_is_the_shared_one_on_average(tmp_path):
     inputs.pop("labels")
     whole = empirical_ntk(model, inputs).numpy()
     kernels = []
-    for seed in range(5):
+    for seed in range(3):
         trainer = make(tmp_path, model, **data, kernel_classes="pseudo", seed=seed)
         trainer.train()
         kernels.append(trainer.source.kernel(trainer.train_dataset, "train")[0, :, 0, :, 0])

@@ -91,6 +91,14 @@ def test_unusable_references_are_errors():
         compute("accuracy_f1", [0, 1], [0, 2])
     with pytest.raises(InputError, match="no rows to score"):
         compute("accuracy", [], [])
+    with pytest.raises(InputError, match=r"class ids must be whole numbers, got 0\.5; correct the labels"):
+        METRICS["accuracy"].cls.score([0, 1], [0.5, 1.0])
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_scores_of_arrays_are_those_of_the_table_of_rows(name):
+    for predictions, references in ((GUESS, TRUE), (GUESS.astype(np.float32), TRUE.astype(bool))):
+        assert METRICS[name].cls.score(predictions, references) == compute(name, GUESS, TRUE)
 
 
 def test_metrics_are_evaluate_metrics_that_write_nothing(tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def test_trains_every_parameter_and_saves_the_plain_model(tmp_path, model_type):
 
 
 def test_learns_on_few_rows(tmp_path):
-    trainer = make(tmp_path, num_train_epochs=30, learning_rate=1e-2)
+    trainer = make(tmp_path, num_train_epochs=12, learning_rate=2e-2)
     first = trainer.evaluate(trainer.train_dataset)["eval_loss"]
     trainer.train()
     assert trainer.evaluate(trainer.train_dataset)["eval_loss"] < 0.5 * first

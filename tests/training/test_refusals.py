@@ -35,9 +35,9 @@ def test_an_optimizer_that_would_train_nothing_is_refused(tmp_path, name, by_pos
 @pytest.mark.parametrize("name", METHODS)
 def test_a_wrapper_of_torch_compile_is_refused(tmp_path, name):
     with pytest.raises(InputError, match=r"the model is wrapped by torch\.compile.* torch_compile=True"):
-        make(name, folder=tmp_path, model=torch.compile(tiny_model()))
+        make(name, folder=tmp_path, model=torch.compile(tiny_model(), backend="eager"))
     with pytest.raises(InputError, match=r"the model is wrapped by torch\.compile"):
-        make(name, folder=tmp_path, model_init=lambda: torch.compile(tiny_model()))
+        make(name, folder=tmp_path, model_init=lambda: torch.compile(tiny_model(), backend="eager"))
 
 
 def test_full_trainer_takes_an_optimizer_that_trains_the_model(tmp_path):

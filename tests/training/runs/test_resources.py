@@ -30,10 +30,15 @@ def make(folder, monitor, callbacks=(), **options):
 
 
 class Allocate(TrainerCallback):
-    """Holds `mib` MiB during an optimizer step (on_pre_optimizer_step) or during evaluation."""
+    """Holds `mib` MiB once, in an optimizer step (on_pre_optimizer_step) or in an evaluation."""
 
     def __init__(self, event: str, mib: int):
-        setattr(self, event, lambda *args, **kwargs: np.ones(mib * 2**20, dtype=np.uint8).sum() and None)
+        def hold(*args, **kwargs) -> None:
+            if not self.done:
+                self.done = bool(np.ones(mib * 2**20, dtype=np.uint8).all())
+
+        self.done = False
+        setattr(self, event, hold)
 
 
 def test_peak_memory_sees_what_was_freed_again():
