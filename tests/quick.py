@@ -19,3 +19,4 @@ QUICK = {
 }
 SOLVER_METHODS = ("linearhead", "kernel")  # no training loop, hence no steps, no learning rate, no checkpoints
 ITERATIVE_METHODS = tuple(method for method in METHODS if method not in SOLVER_METHODS)
+OF_OTHER_PACKAGES = tuple(name for name, method in METHODS.items() if not method.trainer.startswith("hf_ft_ext."))

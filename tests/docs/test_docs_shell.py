@@ -32,7 +32,7 @@ from hf_ft_ext.methods import METHODS
 from hf_ft_ext.recipes.reading import read_rows
 
 LANGUAGES = {"python", "bash", "text", "toml", "yaml"}
-SUBCOMMANDS = {("hf", "auth", "login"), (".ci/run",)}  # nothing to parse
+SUBCOMMANDS = {("hf", "auth", "login"), (".ci/run",), ("source", ".venv/bin/activate")}  # nothing to parse
 OWN_FOLDERS = ("recipes/", "benchmarks/", "docs/", "tests/", "constraints.txt", "run_glue.py")
 
 
@@ -157,7 +157,7 @@ def check(command: Command, monkeypatch) -> None:
     """Raise unless the command's program would take its words."""
     words = command.words
     if tuple(words) in SUBCOMMANDS:
-        assert words[0] == "hf" or (ROOT / words[0]).is_file()
+        assert words[0] in ("hf", "source") or (ROOT / words[0]).is_file()
     elif words[:2] == ["accelerate", "launch"]:
         args = launch_command_parser().parse_args(words[2:])
         assert args.training_script in ("run_glue.py",) or (ROOT / args.training_script).is_file()
@@ -314,8 +314,11 @@ def write_language(root: Path) -> Path:
 def test_launches_get_as_far_as_the_first_step(command, world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_ft_ext.models.loading.demo_encoder", lambda: world[0])
-    rows = ["subject,body,kind,toxic,insult,threat"]
-    rows += [f"good film,the plot {i},{('ham', 'spam')[i % 2]},{i % 2},{i % 3 // 2},{i % 5 // 4}" for i in range(20)]
+    rows = ["subject,body,kind,toxic,insult,threat,text,label"]
+    rows += [
+        f"good film,the plot {i},{('ham', 'spam')[i % 2]},{i % 2},{i % 3 // 2},{i % 5 // 4},plot {i},{'ab'[i % 2]}"
+        for i in range(20)
+    ]
     lists = [json.dumps({"text": f"the plot {i}", "labels": ["a", "b", "c"][: i % 4]}) for i in range(20)]
     for name in ("train", "dev", "new"):  # files that some commands name
         (tmp_path / f"{name}.csv").write_text("\n".join(rows))

@@ -9,7 +9,7 @@ import torch
 import transformers
 from launched import KEEPS_WEIGHTS, ROOT, python, same, weights
 from processes import Fork, as_rank, free_port, rank_environment, two_ranks, wait_for
-from quick import ITERATIVE_METHODS, QUICK, SOLVER_METHODS
+from quick import ITERATIVE_METHODS, OF_OTHER_PACKAGES, QUICK, SOLVER_METHODS
 from tiny import tiny_model
 
 import run_glue
@@ -173,9 +173,9 @@ def show_bars() -> None:
 
 
 # What each method computes on two processes: tests/scale/test_processes.py. Here: the launcher around a loop,
-# a stream that is shared out, and predictions of all rows at once.
+# a stream that is shared out, predictions of all rows at once, and methods that other packages add.
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "lora", "kernel"])
+@pytest.mark.parametrize("method", ["full", "lora", "kernel", *OF_OTHER_PACKAGES])
 def test_two_processes_give_what_one_gives(launch, files, method, no_dropout, tmp_path):
     options = ["--model_name_or_path", no_dropout, "--do_train", "--do_eval", "--do_predict"]
     sizes = [()] * 2
