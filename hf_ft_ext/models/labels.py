@@ -29,11 +29,10 @@ def set_labels(config: PreTrainedConfig, data: Any, trains: bool = True) -> None
         config.problem_type = getattr(config, "problem_type", None) or own
     else:
         config.problem_type = data.problem_type
-        own = config.id2label or {}
-        names = data.label_names
-        if not trains and _is_generic(own) and set(names) < {str(i) for i in own}:
-            names = [str(i) for i in sorted(own)]
-        elif _same_labels(own, names) or (not trains and _holds_labels(own, names)):
+        held, names = config.id2label or {}, data.label_names
+        if not trains and _is_generic(held) and set(names) < {str(i) for i in held}:
+            names = [str(i) for i in sorted(held)]
+        elif _same_labels(held, names) or (not trains and _holds_labels(held, names)):
             return
         config.num_labels = len(names)
         config.id2label = dict(enumerate(names))

@@ -1,5 +1,6 @@
 """`ActivityPerturbation`: search of any layers by random noise on their outputs, with a slope for each row."""
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -183,7 +184,7 @@ class ActivityPerturbation(GradientEstimator):
     def _examine(self, passes: Sequence[RowLosses]) -> None:
         """Find out what affects the loss of a row, with micro-batches of this process (see `RowInfluence`)."""
         influence = RowInfluence(self.module, self.noise, self.searched, self.exchange)
-        influence.examine([lambda f=losses_of: self._row_losses(f) for losses_of in passes], not self.examined)
+        influence.examine([functools.partial(self._row_losses, losses_of) for losses_of in passes], not self.examined)
         self.evaluations += influence.evaluations
         self.examined = True
 

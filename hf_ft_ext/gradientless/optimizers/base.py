@@ -51,7 +51,7 @@ class GradientFreeOptimizer(CopyableOptimizer):
                         f"{type(self).__name__} changes tensors in place; keep its module loaded, by a device in "
                         "device_map or accelerate's remove_hook_from_module, or use SPSA"
                     )
-                if parameter.is_meta and id(parameter) not in offloaded:
+                if offloaded is not None and parameter.is_meta and id(parameter) not in offloaded:
                     raise InputError(
                         f"a tensor of shape {tuple(parameter.shape)} is on the meta device, and no module of the "
                         "model has it with a place that accelerate loads it from; pass model.parameters() as they "

@@ -171,9 +171,10 @@ class OutputNoise:
             self.rows = len(values[0]) if values else None
             mask = kwargs.get("attention_mask")
             # of an encoder-decoder, it is the mask of the encoder only
-            usable = isinstance(mask, torch.Tensor) and mask.ndim in (2, 3) and not self._encoder_decoder
-            # prompts with several contexts: [rows, contexts, length], which run as rows of a larger batch
-            self.mask = (mask if mask.ndim == 2 else mask.flatten(0, 1)) if usable else None
+            self.mask = None
+            if isinstance(mask, torch.Tensor) and mask.ndim in (2, 3) and not self._encoder_decoder:
+                # prompts with several contexts: [rows, contexts, length], which run as rows of a larger batch
+                self.mask = mask if mask.ndim == 2 else mask.flatten(0, 1)
             self.hides = self.mask is not None and not bool((self.mask != 0).all())
 
         def before(position: int) -> Callable:
@@ -207,8 +208,7 @@ class OutputNoise:
 
     def _rows_of(self, y: torch.Tensor) -> int:
         """Number of the batch's rows, each of which has one row of `y` or several in succession."""
-        known = self.counted and self.rows and len(y) % self.rows == 0
-        return self.rows if known else len(y)
+        return self.rows if self.counted and self.rows and len(y) % self.rows == 0 else len(y)
 
     def _draws(self, seed: int, position: int, run: int, y: torch.Tensor) -> torch.Tensor:
         """The noise of an output, of its shape and type."""

@@ -102,20 +102,20 @@ class RowInfluence:
         noise, exchange, n = self.noise, self.exchange, len(self.noise.holders)
         rows = 0 if one is None else len(one[1].losses)
         several = bool(exchange.union({0} if rows > 1 else set(), 1))
-        usable = one is not None and (rows > 1 or not several)
-        noise.counted = not exchange.union({0} if usable and not one[1].counted else set(), 1)
+        plain = one[1] if one is not None and (rows > 1 or not several) else None
+        noise.counted = not exchange.union({0} if plain is not None and not plain.counted else set(), 1)
         found: set[int] = set()
         refuted: set[int] = set()
         mixing: set[int] = set()
-        if usable:
-            for position, sizes in one[1].sizes.items():
+        if plain is not None:
+            for position, sizes in plain.sizes.items():
                 one_for_each = all(size == rows or (size and size % rows == 0 and noise.counted) for size in sizes)
                 (found if one_for_each else refuted).add(position)
         found = exchange.union(found, n) - exchange.union(refuted, n)
         noise.row_modules = found
         if not several:
             return
-        if rows > 1:
+        if one is not None and rows > 1:
             mixing = self._mixing(*one)
         mixing = exchange.union(mixing, n)
         noise.row_modules = found - mixing
