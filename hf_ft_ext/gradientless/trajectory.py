@@ -126,12 +126,6 @@ def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
             f"the trajectory is of {wanted} weights, and these are {found}; load the model with dtype={wanted}"
             + (" and convert the other weights" if len(set(about["types"])) > 1 else "")
         )
-    device = groups[0]["params"][0].device.type
-    if device != about["device"]:
-        raise InputError(
-            f"the trajectory was recorded on {about['device']}, and the model is on {device}, where random numbers "
-            f"differ; move it there with model.to({about['device']!r}) first"
-        )
     directions = dict(about["directions"])
     optimizer = SPSA(
         groups, base, direction=directions.pop("kind"), num_directions=about["num_directions"],
@@ -139,6 +133,12 @@ def apply_trajectory(base: nn.Module, path: str | os.PathLike) -> nn.Module:
         moments=about["moments"] if about["update"] in ("momentum", "adam") else None, carry=about["carry"],
         seed=about["seed"], max_evaluations=2**62, **directions,
     )  # fmt: skip
+    device = optimizer.perturbed_forward.tensors.device(0).type  # where an offloaded tensor is computed with
+    if device != about["device"]:
+        raise InputError(
+            f"the trajectory was recorded on {about['device']}, and the model is on {device}, where random numbers "
+            f"differ; move it there with model.to({about['device']!r}) first"
+        )
     if optimizer.start != about["start"]:
         raise InputError(
             "these are not the weights that the search started from; pass the same base model, with its head "

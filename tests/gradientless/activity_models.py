@@ -3,7 +3,7 @@
 import functools
 
 import torch
-from prompts.prompt_models import prompt_model
+from prompt_models import prompt_model
 from torch.nn import functional
 from transformers import (
     AlbertConfig,

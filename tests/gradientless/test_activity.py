@@ -8,7 +8,7 @@ import pytest
 import torch
 from activity_models import IDS, MASK, Passes, problem, searched_layers
 from heads import make, weights
-from prompts.prompt_models import prompt_model
+from prompt_models import prompt_model
 from tiny import tiny_dataset, tiny_model, tiny_tokenizer
 from transformers import (
     GPT2Config,

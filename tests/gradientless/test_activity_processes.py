@@ -9,7 +9,7 @@ import pytest
 import torch
 from activity_models import Mixing, Passes, problem, searched_layers
 from lockstep import lockstep
-from prompts.prompt_models import prompt_model
+from prompt_models import prompt_model
 
 from hf_ft_ext import ActivityPerturbation, InputError
 from hf_ft_ext.gradientless.optimizers.exchange import SharedCandidates, SharedData
