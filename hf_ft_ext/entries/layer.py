@@ -123,9 +123,10 @@ def attach_entries(model: nn.Module, chosen: dict[str, torch.Tensor]) -> None:
                 f"{name} has {parameters[name].numel()} entries; pass at least one index, and only indices from 0 to "
                 f"{parameters[name].numel() - 1}"
             )
-    for name, indices in chosen.items():
+    # In the model's order, whatever that of `chosen`: an optimizer's state is saved by the order of its parameters.
+    for name in [name for name in parameters if name in chosen]:
         owner, _, own = name.rpartition(".")
-        _attach(model.get_submodule(owner), own, indices)
+        _attach(model.get_submodule(owner), own, chosen[name])
     # DDP need not synchronize these buffers: every process makes the same changes to them.
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
     buffers = [n for name in chosen for n in (name, f"{name}{_SUFFIX}.indices")]

@@ -302,6 +302,25 @@ def check_optimizer(trainer: Trainer) -> None:
         ) from error
 
 
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+
+
+def check_moments(optimizer: Any) -> None:
+    """Check that the moments of torch's optimizers have the shapes of the weights; fused steps do not.
+
+    Raises:
+        ValueError: one has another shape.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
+    if not type(inner).__module__.startswith("torch.optim."):
+        return
+    for parameter, state in inner.state.items():
+        for name in _MOMENTS:
+            value = state.get(name)
+            if isinstance(value, torch.Tensor) and value.shape != parameter.shape:
+                raise ValueError(f"{name} of shape {tuple(value.shape)} for a weight of {tuple(parameter.shape)}")
+
+
 def check_checkpoint(trainer: Trainer, method: str) -> None:
     """Raise an `InputError` if `trainer` cannot resume from the given checkpoint."""
     folder = trainer.args.resume_from_checkpoint
@@ -330,6 +349,7 @@ def check_checkpoint(trainer: Trainer, method: str) -> None:
             load(checkpoint)
             if own != [set(group) for group in trainer.optimizer.param_groups]:
                 raise ValueError("it belongs to another optimizer")  # torch would load its settings without an error
+            check_moments(trainer.optimizer)
         except InputError:
             raise
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:

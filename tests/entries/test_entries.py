@@ -120,6 +120,15 @@ def test_weights_cut_from_one_stored_weight_train():
     torch.testing.assert_close(torch.stack([merge_entries(model)[i].weight for i in range(2)]), expected)
 
 
+def test_the_order_of_the_parameters_is_the_model_s():
+    orders = []
+    for names in (list(CHOSEN), list(reversed(CHOSEN))):
+        model = tiny_model()
+        attach_entries(model, {name: CHOSEN[name] for name in names})
+        orders.append([name for name, _ in model.named_parameters()])
+    assert orders[0] == orders[1]
+
+
 def test_small_changes_are_not_lost_in_half_precision():
     model = entered().bfloat16()
     for entries in entries_of(model).values():

@@ -280,8 +280,9 @@ def test_a_mask_leaves_out_what_was_frozen_unless_all_is(tmp_path, mask):
         assert bool(inside) is whole and len(entries_of(trainer.model)) > len(inside)
 
 
-def test_a_masked_run_resumes(tmp_path):
-    options = {"fisher_mode": "mask", "fisher_keep_ratio": 0.02, "fisher_examples": 8, "save_strategy": "steps",
+@pytest.mark.parametrize("ratio", [0.02, 0.2])  # the second: also weights and biases of one module
+def test_a_masked_run_resumes(tmp_path, ratio):
+    options = {"fisher_mode": "mask", "fisher_keep_ratio": ratio, "fisher_examples": 8, "save_strategy": "steps",
                "save_steps": 2}  # fmt: skip
     unbroken_and_resumed(tmp_path, **options)
 

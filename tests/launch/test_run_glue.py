@@ -128,6 +128,10 @@ def test_a_checkpoint_is_not_resumed_under_other_labels(launch, method, tmp_path
     assert "was trained for the labels A, B, and here they are aaa, zzz" in capsys.readouterr().err
     assert launch(*options, *resume, "--max_steps", "1", "--output_dir", "b", data=old, method=method) == 2
     assert "is at step 2, beyond --max_steps 1" in capsys.readouterr().err
+    if method == "lora":
+        other = ("--lora_alpha", "64", "--output_dir", "b")
+        assert launch(*options, *resume, "--max_steps", "4", *other, data=old, method=method) == 2
+        assert "its adapter has lora_alpha=16, here 64.0; pass the arguments that" in capsys.readouterr().err
     assert launch(*options, *resume, "--max_steps", "4", "--output_dir", "b", data=old, method=method) == 0
 
 

@@ -26,6 +26,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME
 
+from hf_ft_ext.adapters.folder import ADAPTER_CONFIG
 from hf_ft_ext.adapters.layer_prefix.model import keep_projection
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.files import tensor_hash, write_json
@@ -227,6 +228,7 @@ def check_fits(folder: str | os.PathLike, model: nn.Module, method: str) -> None
         )
     check_labels(folder, model)
     if isinstance(model, PeftModel):
+        _check_adapter_settings(folder, model)
         with keep_projection(model):
             wanted = get_peft_model_state_dict(model)
         files = [path for path in (Path(folder) / "adapter_model.safetensors",) if path.is_file()]
@@ -246,6 +248,23 @@ def check_fits(folder: str | os.PathLike, model: nn.Module, method: str) -> None
             raise _other_model(folder, f"its {name} has shape {shapes[name]}, here {tuple(tensor.shape)}")
     if unknown := sorted(shapes.keys() - wanted.keys()):
         raise _other_model(folder, f"this one has no {unknown[0]}")
+
+
+# Settings of adapters that change what the same weights compute.
+_ADAPTER_SETTINGS = (
+    "lora_alpha", "alpha_pattern", "use_rslora", "scaling", "learned_scaling", "activation", "layer_norm", "placement",
+)  # fmt: skip
+
+
+def _check_adapter_settings(folder: str | os.PathLike, model: PeftModel) -> None:
+    try:
+        found = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # `checkpoint_problem` says what is wrong with the file
+    own = model.active_peft_config.to_dict()
+    for name in _ADAPTER_SETTINGS:
+        if name in found and name in own and found[name] != own[name]:
+            raise _other_model(folder, f"its adapter has {name}={found[name]}, here {own[name]}")
 
 
 def saved_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
