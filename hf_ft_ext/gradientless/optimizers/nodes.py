@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.base import Closure, check_perturbation, report_accepted
 from hf_ft_ext.gradientless.optimizers.estimated import GradientEstimator
-from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type, without_autocast
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import ADAM
 
 NODE_DIRECTIONS = NEXT_LAYER, SIGNS = ("next-layer", "signs")
@@ -111,7 +111,8 @@ class NodePerturbation(GradientEstimator):
             span = self._span(successor, out)
             d = self._output_gradients(functools.partial(evaluate.node_losses, module), out, span)
             if weight is not None:
-                estimates[weight] = d.t() @ x.to(d.dtype) / len(d)  # G = sum_b d_b x_b^T / rows
+                with without_autocast(d.device):
+                    estimates[weight] = d.t() @ x.to(d.dtype) / len(d)  # G = sum_b d_b x_b^T / rows
             if bias is not None:
                 estimates[bias] = d.mean(0)  # sum_b d_b / rows
         self._check_found(estimates)
@@ -129,7 +130,8 @@ class NodePerturbation(GradientEstimator):
             return None
         if len(rows) > self.num_directions:  # a random subspace of the row space
             mix = torch.randn(self.num_directions, len(rows), generator=self.generator, dtype=rows.dtype)
-            rows = mix.to(rows.device) @ rows
+            with without_autocast(rows.device):
+                rows = mix.to(rows.device) @ rows
         return torch.linalg.qr(rows.t()).Q.t()
 
     def _output_gradients(
@@ -154,7 +156,8 @@ class NodePerturbation(GradientEstimator):
         bad = ~slopes.isfinite()
         self.rejected += int(bad.any(1).sum())
         slopes = torch.where(bad, torch.zeros_like(slopes), slopes).to(dtype)
-        return torch.einsum("qb,qbo->bo", slopes, z) * scale  # d_b = sum over directions of s_b z_b
+        with without_autocast(out.device):
+            return torch.einsum("qb,qbo->bo", slopes, z) * scale  # d_b = sum over directions of s_b z_b
 
     def _check_found(self, estimates: dict[int, torch.Tensor]) -> None:
         missing = [self.searched[i] for i in range(len(self.searched)) if i not in estimates]

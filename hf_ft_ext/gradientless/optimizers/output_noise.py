@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_ft_ext.gradientless.optimizers.exchange import SingleProcess
-from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import compute_type, without_autocast
 from hf_ft_ext.offload import runs_own_forward
 
 # Size of the noise; on 16-bit outputs, which round to 3 digits, larger, so that it is not lost.
@@ -262,7 +262,8 @@ class OutputNoise:
         if "bias" in names:
             into.add(names["bias"], flat_d.sum(0))  # sum_t d_t
         if "weight" in names:  # sum_t d_t x_t^T
-            into.add(names["weight"], flat_x.t() @ flat_d if transposed else flat_d.t() @ flat_x)
+            with without_autocast(d.device):
+                into.add(names["weight"], flat_x.t() @ flat_d if transposed else flat_d.t() @ flat_x)
             if self.centred and "bias" in names and x.ndim > 2:
                 real = self._real_positions(x) if position in (self.masked or ()) else None
                 seen = flat_x if real is None else x[real]

@@ -154,7 +154,8 @@ class Directions:
             self._orthonormal[number] = (key, u, v)
         _, u, v = self._orthonormal[number]
         s = _normal_matrix(self.rank, self.rank, new, dtype).mul_((rows * columns) ** 0.5 / self.rank)
-        return u @ s, v
+        with without_autocast(device):
+            return u @ s, v
 
     def right_stays(self) -> bool:
         """Whether the right factor is kept for several steps, so that all directions of a step share it."""
@@ -212,6 +213,11 @@ class Directions:
 def compute_type(dtype: torch.dtype) -> torch.dtype:
     """The type in which updates of tensors of `dtype` are computed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(device: torch.device) -> torch.autocast:
+    """A context in which autocast does not round products to 16 bits, wherever the model's forward pass uses it."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def threshold(parameter: torch.Tensor, share: float) -> float:

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw, compute_type, derived_seed
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import (
+    Directions,
+    Draw,
+    compute_type,
+    derived_seed,
+    without_autocast,
+)
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import PerturbedForward
 from hf_ft_ext.gradientless.optimizers.perturbation.update_rules import BUFFER, MOMENTUM, RMS, Rounding, UpdateRule
 from hf_ft_ext.gradientless.optimizers.perturbation.weights import Combination
@@ -75,7 +81,7 @@ class WeightUpdates:
             for _ in group["params"]:
                 number += 1
                 if not unchanged and number not in unread and self.first_steps.get(number, 1) <= step:
-                    with self.tensors.changed(number) as value:
+                    with self.tensors.changed(number) as value, without_autocast(value.device):
                         self._update_tensor(value, number, estimate, lr, decay)
         if self.rule.replays:
             self.history.appendleft((draws, slopes))

@@ -6,7 +6,12 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.autograd.forward_ad as forward_ad
 
-from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw, compute_type
+from hf_ft_ext.gradientless.optimizers.perturbation.directions import (
+    Directions,
+    Draw,
+    compute_type,
+    without_autocast,
+)
 
 # What is added to the weights: `sum of factor * direction`, as pairs of direction and factor.
 Combination = Sequence[tuple[Draw, float]]
@@ -83,7 +88,8 @@ class PerturbedWeights:
             return self.dense(parameter.detach().view(-1)[part], number, combination, part)
         left, right = self.factors(parameter, number, combination)
         rows = slice(part.start // parameter.shape[1], part.stop // parameter.shape[1])
-        return (left[rows] @ right.t()).view(-1)
+        with without_autocast(parameter.device):
+            return (left[rows] @ right.t()).view(-1)
 
     def dense(self, values: torch.Tensor, number: int, combination: Combination, part: slice) -> torch.Tensor:
         """`sum of factor * z` on a chunk of a tensor with dense directions.
