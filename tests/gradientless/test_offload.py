@@ -119,11 +119,13 @@ def test_an_offloaded_search_equals_the_loaded_one(tmp_path, kind, form, name, d
     expected, facts = searched(loaded(kind, dtype), **options)
     model = offloaded(loaded(kind, dtype), form, tmp_path)
     assert has_offloaded(model)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     found, told = searched(model, **options)
     assert told == facts
     assert len(found) == len(expected)
     assert all(map(torch.equal, found, expected))
     assert not all(map(torch.equal, found, start))
+    assert all(path.read_bytes() == content for path, content in files.items()), "the offloaded originals changed"
     if "candidates_per_forward" in options:
         assert facts[3], "the candidates did not run at once"
 
