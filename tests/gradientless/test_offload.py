@@ -24,6 +24,7 @@ from hf_ft_ext import (
     apply_trajectory,
     save_trajectory,
 )
+from hf_ft_ext.launch.trainers import check_model_placement
 from hf_ft_ext.offload import has_offloaded, hold_offloaded, keep_loaded
 
 CPU = torch.device("cpu")
@@ -327,5 +328,7 @@ def test_runs_that_an_offloaded_model_cannot_have(tmp_path, monkeypatch):
         trainer_of(offloaded(loaded(), "disk", tmp_path / "b"), tmp_path)
     args = SparseTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     model = offloaded(loaded(), "disk", tmp_path / "c")  # without a device map
+    with pytest.raises(InputError, match="hp_search trains a copy of the model in each trial, and copies of an off"):
+        check_model_placement(model, args, GradientlessTrainer, copied=True)
     with pytest.raises(InputError, match=r"keeps parts of the model on disk .* a search"):
         SparseTrainer(model, args, train_dataset=tiny_dataset(8), processing_class=tiny_tokenizer()).train()
