@@ -7,6 +7,7 @@ modules. Between forward passes these parameters are on the meta device, and the
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,9 +17,9 @@ from accelerate.utils import (
     OffloadedWeightsLoader,
     PrefixedDataset,
     named_module_tensors,
-    offload_weight,
     set_module_tensor_to_device,
 )
+from safetensors.torch import save_file
 from torch import nn
 
 from hf_ft_ext.errors import InputError
@@ -46,10 +47,12 @@ class StoredTensor:
 
     @torch.no_grad()
     def write(self, value: torch.Tensor) -> None:
-        """Replace the values, in all places. Values on disk get a new file in the offload folder."""
+        """Replace the values, in all places. Values on disk get a new file in the offload folder; others stay."""
+        entries: dict[str, dict[str, str]] = {}
         for weights, key in self.places:
             if isinstance(weights, OffloadedWeightsLoader) and key not in weights.state_dict:
-                offload_weight(value, key, weights.save_folder, weights.index)
+                folder = weights.save_folder
+                weights.index[key] = entries[folder] = entries.get(folder) or _saved(value, key, folder)
                 continue
             kept = (weights.state_dict if isinstance(weights, OffloadedWeightsLoader) else weights)[key]
             if kept.data_ptr() != value.data_ptr():
@@ -69,6 +72,19 @@ class StoredTensor:
                     f"{key}, of shape {tuple(shape)}, is kept in a {type(weights).__name__}, which cannot be changed; "
                     "offload the model with cpu_offload, disk_offload or device_map"
                 )
+
+
+def _saved(value: torch.Tensor, key: str, folder: str) -> dict[str, str]:
+    """Save a tensor in a file of its own; return the entry of accelerate's index."""
+    path = os.path.join(folder, f"{key}.safetensors")
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        save_file({key: value.cpu()}, temporary)  # an earlier file may be mapped into memory: it is replaced
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return {"safetensors_file": path, "weight_name": key, "dtype": str(value.dtype).removeprefix("torch.")}
 
 
 class ReadableTensors(Sequence[torch.Tensor]):
@@ -177,6 +193,10 @@ def keep_loaded(model: nn.Module, parameters: Collection[torch.Tensor]) -> int:
                     if buffer.is_meta:
                         set_module_tensor_to_device(module, path, hook.execution_device, value=hook.weights_map[path])
             hook.offload = False
+            # peft copies modules that train in full with all that hooks refer to: not with the weights of the model
+            hook.weights_map = hook.tied_params_map = None
+            hook.of_state_dict.remove()
+            del hook.post_forward, hook.of_state_dict
     return size
 
 
@@ -239,7 +259,7 @@ def _hold(module: nn.Module, hook: AlignDevicesHook, held: list[tuple[nn.Module,
     hook.post_forward = functools.partial(_post_forward, before.args[0] if known else before, parameters)
     if not known:
         stored = {path: one for _, _, path, one in held}
-        module.register_load_state_dict_pre_hook(functools.partial(_write_state, stored))
+        hook.of_state_dict = module.register_load_state_dict_pre_hook(functools.partial(_write_state, stored))
 
 
 def _post_forward(

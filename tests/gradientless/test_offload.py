@@ -24,6 +24,7 @@ from hf_ft_ext import (
     apply_trajectory,
     save_trajectory,
 )
+from hf_ft_ext.launch.trainers import check_model_placement
 from hf_ft_ext.offload import has_offloaded, hold_offloaded, keep_loaded
 
 CPU = torch.device("cpu")
@@ -119,11 +120,13 @@ def test_an_offloaded_search_equals_the_loaded_one(tmp_path, kind, form, name, d
     expected, facts = searched(loaded(kind, dtype), **options)
     model = offloaded(loaded(kind, dtype), form, tmp_path)
     assert has_offloaded(model)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     found, told = searched(model, **options)
     assert told == facts
     assert len(found) == len(expected)
     assert all(map(torch.equal, found, expected))
     assert not all(map(torch.equal, found, start))
+    assert all(path.read_bytes() == content for path, content in files.items()), "the offloaded originals changed"
     if "candidates_per_forward" in options:
         assert facts[3], "the candidates did not run at once"
 
@@ -325,5 +328,7 @@ def test_runs_that_an_offloaded_model_cannot_have(tmp_path, monkeypatch):
         trainer_of(offloaded(loaded(), "disk", tmp_path / "b"), tmp_path)
     args = SparseTrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     model = offloaded(loaded(), "disk", tmp_path / "c")  # without a device map
+    with pytest.raises(InputError, match="hp_search trains a copy of the model in each trial, and copies of an off"):
+        check_model_placement(model, args, GradientlessTrainer, copied=True)
     with pytest.raises(InputError, match=r"keeps parts of the model on disk .* a search"):
         SparseTrainer(model, args, train_dataset=tiny_dataset(8), processing_class=tiny_tokenizer()).train()

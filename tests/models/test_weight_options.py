@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import labels_only, tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
 
+from hf_ft_ext import SPSA
 from hf_ft_ext.arguments import DataArguments, Gradients, ModelArguments
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.full.arguments import FullTrainingArguments
@@ -113,7 +114,7 @@ SPREAD = json.dumps({**{f"bert.{part}": "cpu" for part in PARTS}, "bert.encoder.
 
 
 @pytest.mark.parametrize("device_map", ["auto", "cpu", SPREAD])
-def test_a_model_is_the_same_wherever_its_weights_are(folder, device_map):
+def test_a_model_is_the_same_wherever_its_weights_are(folder, tmp_path, device_map):
     batch = {"input_ids": torch.arange(5, 25).view(2, 10)}
     args = arguments(FullTrainingArguments, train=False)
     plain, placed = load(folder, args, dtype="float32"), load(folder, args, dtype="float32", device_map=device_map)
@@ -121,6 +122,11 @@ def test_a_model_is_the_same_wherever_its_weights_are(folder, device_map):
         assert torch.equal(plain.eval()(**batch).logits, placed.eval()(**batch).logits)
     offloaded = [name for name, p in placed.named_parameters() if p.is_meta]
     assert bool(offloaded) == (device_map == SPREAD)
+    if offloaded:  # a run that trains has a folder for changed weights
+        training = GradientlessTrainingArguments(str(tmp_path), use_cpu=True, do_train=True, report_to=[])
+        model = load(folder, training, device_map=device_map)
+        SPSA(model.parameters(), model).step(lambda: float(model(**batch).logits.square().sum()))
+        assert list((tmp_path / "_offloaded").glob("bert.encoder.layer.1.*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +159,7 @@ def test_a_spread_model_wants_one_process(folder):
         (("cpu", "disk"), r"keeps parts of the model on disk .*\(cpu, disk\), so they cannot train"),
         ((0, 1), "spreads the model over 0, 1, and this method keeps what it computes on one device"),
     ],
+    ids=["offloaded", "spread"],
 )
 def test_models_on_several_devices_train_or_are_refused(tmp_path, monkeypatch, method, devices, message):
     kind = METHODS[method]
