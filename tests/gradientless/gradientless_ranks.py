@@ -35,16 +35,16 @@ SETTINGS = {
 
 
 def trained(folder: Path, name: str, mode: str, world: int, resume: str | None = None, **options):
-    """A trainer after four steps of eight rows over all processes."""
-    settings = {"candidate_parallel": mode, "per_device_train_batch_size": 8 // world, **SETTINGS[name], **options}
-    trainer = make(folder, tiny_model().double(), max_steps=4, **settings)
+    """A trainer after three steps, unless given otherwise, of eight rows over all processes."""
+    settings = {"candidate_parallel": mode, "per_device_train_batch_size": 8 // world, **SETTINGS[name]}
+    trainer = make(folder, tiny_model().double(), **{"max_steps": 3, **settings, **options})
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
 def check_resumed(folder: Path, name: str, mode: str) -> None:
     """A run that was cut after two steps ends bit for bit where the unbroken one does."""
-    saving = {"save_strategy": "steps", "save_steps": 2}
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     unbroken = trained(folder, name, mode, 2, **saving).model.state_dict()
     resumed = trained(folder, name, mode, 2, resume=str(folder / "checkpoint-2"), **saving).model.state_dict()
     assert all(torch.equal(resumed[key], value) for key, value in unbroken.items()), f"{mode} {name} resumed"

@@ -66,7 +66,7 @@ def test_searches_the_head_and_saves_the_plain_model(tmp_path, model_type):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_search_method_lowers_the_loss(tmp_path, method):
-    options = {"max_steps": 40, **WHOLE, "learning_rate": 0.3, **METHODS[method]}
+    options = {"max_steps": 20, **WHOLE, "learning_rate": 0.3, **METHODS[method]}
     options["learning_rate"] = {
         "spsa": 0.1,
         "spsa-adam": 0.01,

@@ -154,9 +154,9 @@ def test_no_matrix_of_a_linear_layer_or_embedding_is_copied(kind, monkeypatch):
 def test_low_rank_search_learns_in_sixteen_bits():
     model = family("bert").bfloat16()
     batch = {**padded_batch(), "labels": torch.ones(6, dtype=torch.long)}
-    optimizer = search(model, "lozo", lr=1e-2, eps=1e-2, num_directions=4)
+    optimizer = search(model, "lozo", lr=2.5e-2, eps=1e-2, num_directions=4)
     first = float(model(**batch).loss.detach())
-    for _ in range(25):
+    for _ in range(10):
         optimizer.step(lambda: model(**batch).loss)
     assert float(model(**batch).loss.detach()) < first - 0.02
 

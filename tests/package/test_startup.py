@@ -30,9 +30,11 @@ def in_a_new_process(code: str, *words: str, cwd: Path | None = None) -> list[st
     return done.stdout.splitlines()
 
 
-# One process pays for torch; each program is a fork of it. In "first" the package is imported before peft.
+# One process pays for torch, and for what peft and the model load of transformers; each program is a fork of it. In
+# "first" the package is imported before peft.
 FORKS = """
 import contextlib, json, os, sys, traceback, torch, transformers
+import transformers.models.bert.modeling_bert, transformers.models.bloom.modeling_bloom
 for name, program in json.loads(sys.argv[1]).items():
     pid = os.fork()
     if pid == 0:
