@@ -27,9 +27,8 @@ START, END = "<!-- walks -->\n", "<!-- end of walks -->\n"
 _PACKAGE = f"{ROOT / 'hf_ft_ext'}{os.sep}"
 # Called by imports, which happen once in a process: they would differ from run to run.
 _LEFT_OUT = ("moved.py",)
-RATE = (
-    0.00123  # the learning rate of the runs in walks.yaml, which no other number equals
-)
+# The learning rate of the runs in walks.yaml; no other number equals it.
+RATE = 0.00123
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,10 @@ def recorded(name: str, value: float) -> Iterator[list[Call]]:
 
 
 def _holds(variable: Any, value: float) -> bool:
-    parts = variable.values() if type(variable) is dict else variable
-    if not isinstance(variable, dict | list | tuple):
-        parts = [variable]
+    if isinstance(variable, dict):
+        parts = variable.values()
+    else:
+        parts = variable if isinstance(variable, list | tuple) else [variable]
     return any(type(part) is float and part == value for part in parts)
 
 
