@@ -184,8 +184,7 @@ def written(record: Callable[[str], list[Call]] = run) -> str:
     """The generated part of the page.
 
     Raises:
-        KeyError: a file that takes part has no reason in walks.yaml.
-        ValueError: a reason is of a file that takes no part.
+        ValueError: walks.yaml lacks the reason of a file that takes part, or has that of a file that does not.
     """
     plan = read()
     recorded = {name: record(words) for name, words in plan["runs"].items()}
@@ -198,13 +197,22 @@ def written(record: Callable[[str], list[Call]] = run) -> str:
         numbers = " | ".join(str(len(found)) for found in (files, functions, back))
         rows.append(f"| {walk['title']} | {numbers} |\n")
         own = walk.get("files", {})
-        text = listing(calls, {**plan["files"], **own})
+        reasons = {**plan["files"], **own}
+        if missing := files - reasons.keys():
+            raise ValueError(
+                f"{walk['title']}: walks.yaml does not say why {sorted(missing)} take part"
+            )
+        text = listing(calls, reasons)
         parts.append(f"\n## {walk['title']}\n\n{walk['about']}\n\n{text}")
         if idle := own.keys() - files:
-            raise ValueError(f"not in the walk {walk['title']!r}: {sorted(idle)}")
+            raise ValueError(
+                f"{walk['title']}: remove {sorted(idle)} from walks.yaml, which take no part"
+            )
         seen |= files - own.keys()
     if idle := plan["files"].keys() - seen:
-        raise ValueError(f"in no walk: {sorted(idle)}")
+        raise ValueError(
+            f"remove {sorted(idle)} from walks.yaml, which take part in no walk"
+        )
     head = "| walk | files | functions | called back |\n| --- | --- | --- | --- |\n"
     return head + "".join(rows) + "".join(parts)
 
