@@ -27,9 +27,8 @@ START, END = "<!-- walks -->\n", "<!-- end of walks -->\n"
 _PACKAGE = f"{ROOT / 'hf_ft_ext'}{os.sep}"
 # Called by imports, which happen once in a process: they would differ from run to run.
 _LEFT_OUT = ("moved.py",)
-RATE = (
-    0.00123  # the learning rate of the runs in walks.yaml, which no other number equals
-)
+# The learning rate of the runs in walks.yaml; no other number equals it.
+RATE = 0.00123
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,10 @@ def recorded(name: str, value: float) -> Iterator[list[Call]]:
 
 
 def _holds(variable: Any, value: float) -> bool:
-    parts = variable.values() if type(variable) is dict else variable
-    if not isinstance(variable, dict | list | tuple):
-        parts = [variable]
+    if isinstance(variable, dict):
+        parts = variable.values()
+    else:
+        parts = variable if isinstance(variable, list | tuple) else [variable]
     return any(type(part) is float and part == value for part in parts)
 
 
@@ -184,8 +184,7 @@ def written(record: Callable[[str], list[Call]] = run) -> str:
     """The generated part of the page.
 
     Raises:
-        KeyError: a file that takes part has no reason in walks.yaml.
-        ValueError: a reason is of a file that takes no part.
+        ValueError: walks.yaml lacks the reason of a file that takes part, or has that of a file that does not.
     """
     plan = read()
     recorded = {name: record(words) for name, words in plan["runs"].items()}
@@ -198,13 +197,22 @@ def written(record: Callable[[str], list[Call]] = run) -> str:
         numbers = " | ".join(str(len(found)) for found in (files, functions, back))
         rows.append(f"| {walk['title']} | {numbers} |\n")
         own = walk.get("files", {})
-        text = listing(calls, {**plan["files"], **own})
+        reasons = {**plan["files"], **own}
+        if missing := files - reasons.keys():
+            raise ValueError(
+                f"{walk['title']}: walks.yaml does not say why {sorted(missing)} take part"
+            )
+        text = listing(calls, reasons)
         parts.append(f"\n## {walk['title']}\n\n{walk['about']}\n\n{text}")
         if idle := own.keys() - files:
-            raise ValueError(f"not in the walk {walk['title']!r}: {sorted(idle)}")
+            raise ValueError(
+                f"{walk['title']}: remove {sorted(idle)} from walks.yaml, which take no part"
+            )
         seen |= files - own.keys()
     if idle := plan["files"].keys() - seen:
-        raise ValueError(f"in no walk: {sorted(idle)}")
+        raise ValueError(
+            f"remove {sorted(idle)} from walks.yaml, which take part in no walk"
+        )
     head = "| walk | files | functions | called back |\n| --- | --- | --- | --- |\n"
     return head + "".join(rows) + "".join(parts)
 

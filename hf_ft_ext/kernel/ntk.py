@@ -1,5 +1,6 @@
 """`empirical_ntk` and `projected_gradients`: the empirical neural tangent kernel of any transformers model."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
@@ -27,7 +28,7 @@ from hf_ft_ext.kernel.schedule import (
     memory_bound,
 )
 from hf_ft_ext.per_example.capture import Function
-from hf_ft_ext.per_example.gradients import logits
+from hf_ft_ext.per_example.outputs import logits
 from hf_ft_ext.per_example.state import Batch, batch_in, computing_in, evaluating, supports_float64
 
 logger = logging.getLogger(__name__)
@@ -216,31 +217,24 @@ class KernelComputation:
         """
         if self.projected is not None:
             return self.projected.kernel(rows1, rows2, self.options.class_diagonal, disable_tqdm)[None]
+        make = functools.partial(self._schedule, rows1, rows2, processes)
+        total, symmetric = None, rows2 is None
         with evaluating(self.model), computing_in(self.model, self.dtype, only_weights=True):  # once, for all batches
-            return self._run(rows1, rows2, blocks, process, processes, disable_tqdm, send)
-
-    def _run(self, rows1, rows2, blocks, process: int, processes: int, disable_tqdm: bool, send) -> torch.Tensor:
-        def make(edges: Edges | None) -> BlockSchedule:
-            return self._schedule(rows1, rows2, processes, edges)
-
-        schedule = blocks.schedule(make) if blocks else make(None)
-        symmetric = rows2 is None
-        pairs = [
-            (i, j) for i in range(len(schedule.first)) for j in range(len(schedule.second)) if not symmetric or i <= j
-        ]
-        mine = pairs[process::processes]
-        total = None
-        for i, j, block in self._blocks(mine, schedule, rows1, rows2, blocks, disable_tqdm):
-            if total is None:
-                total = self._zeros(rows1, rows2, block.shape[2])
-            _insert(total, block, schedule.first[i], schedule.second[j], symmetric)
-        if total is None:  # more processes than blocks
-            total = self._zeros(rows1, rows2, self._scalars(rows1))
+            schedule = blocks.schedule(make) if blocks else make()
+            first, second = schedule.first, schedule.second
+            pairs = [(i, j) for i in range(len(first)) for j in range(len(second)) if not symmetric or i <= j]
+            mine = pairs[process::processes]
+            for i, j, block in self._blocks(mine, schedule, rows1, rows2, blocks, disable_tqdm):
+                if total is None:
+                    total = self._zeros(rows1, rows2, block.shape[2])
+                _insert(total, block, first[i], second[j], symmetric)
+            if total is None:  # more processes than blocks
+                total = self._zeros(rows1, rows2, self._scalars(rows1))
         if send is not None and processes > 1:  # block by block: the kernel may not fit into a device's memory
             for number, (i, j) in enumerate(pairs):
-                (a, b), (p, q) = schedule.first[i], schedule.second[j]
+                (a, b), (p, q) = first[i], second[j]
                 block = send(total[:, a:b, :, p:q].contiguous(), number % processes)
-                _insert(total, block, schedule.first[i], schedule.second[j], symmetric)
+                _insert(total, block, first[i], second[j], symmetric)
         return total
 
     def _zeros(self, rows1: ExampleRows, rows2: ExampleRows | None, c: int) -> torch.Tensor:

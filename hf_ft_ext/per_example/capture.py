@@ -2,7 +2,7 @@
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,8 @@ class Capture:
         receive: called with a parameter's gradients as soon as all its uses have theirs.
         expand: repeat the output of an embedding that runs on one row for the whole batch n times.
         trial: accept calls of any layout and record the layouts.
+        first: position of the batch's first example among the caller's; passed to `receive`.
+        skip: (name, scalar) pairs that `receive` does not get.
 
     Attributes:
         failed: names of parameters whose rule failed for some scalar.
@@ -85,9 +87,11 @@ class Capture:
         receive: Receiver,
         expand: bool = True,
         trial: bool = False,
+        first: int = 0,
+        skip: Collection[tuple[str, int]] = (),
     ):
         self.hooked_modules, self.direct, self.n, self.receive = hooked_modules, direct, n, receive
-        self.expand, self.trial = expand, trial
+        self.expand, self.trial, self.first, self.skip = expand, trial, first, skip
         self.failed: set[str] = set()
         self.delivered: set[tuple[str, int]] = set()
         self._by_hooks: dict[int, str] = {}  # id of each parameter of the modules -> its name
@@ -100,24 +104,23 @@ class Capture:
         self._pending: dict[str, int] = {}
         self._found: dict[str, list[tuple[int, Gradient]]] = defaultdict(list)
 
-    def run(self, model: nn.Module, batch: Batch, function: Function, check: Callable | None = None) -> torch.Tensor:
-        """Return the scalars `[n, c]`, detached, and pass their gradients to `receive`.
+    def forward(self, model: nn.Module, batch: Batch, function: Function) -> torch.Tensor:
+        """Return the scalars `[n, c]` with their graph.
 
         The caller puts the model into evaluation mode and lets only `direct` require gradients.
-
-        Args:
-            check: called with the scalars before the first backward pass; it may raise.
         """
         self._mode = float64_stays if in_float64_mode() else contextlib.nullcontext
         with torch.enable_grad(), self._hooks(), self._direct_reads_in_the_graph():
             scalars = function(model, batch)
         scalars = scalars[:, None] if scalars.ndim == 1 else scalars
         self._refuse_direct_reads(scalars)
-        if check is not None:
-            check(scalars)
+        return scalars
+
+    def backward(self, scalars: torch.Tensor) -> None:
+        """Pass the gradients of the scalars that `forward` returned to `receive`, one scalar after the other."""
         sources = [*self._graph_inputs, *self.direct.values()]
         if not scalars.requires_grad or not sources:
-            return scalars.detach()
+            return
         c = scalars.shape[1]
         for self._scalar in range(c):
             self._last = self._scalar + 1 == c
@@ -129,10 +132,7 @@ class Capture:
                 self._deliver(name)
             for name, grad in zip(self.direct, grads[len(self._graph_inputs) :], strict=True):
                 if grad is not None:
-                    self.receive(
-                        name, [DenseGradient(_at_least_float32(grad.detach().to_dense())[None])], self._scalar, 0
-                    )
-        return scalars.detach()
+                    self._pass_on(name, [DenseGradient(_at_least_float32(grad.detach().to_dense())[None])])
 
     # --- forward pass -------------------------------------------------------------------------------
 
@@ -331,7 +331,11 @@ class Capture:
         if found and name not in self.failed:
             found.sort(key=lambda use: use[0])  # in the order of the forward pass
             self.delivered.add((name, self._scalar))
-            self.receive(name, [gradient for _, gradient in found], self._scalar, 0)
+            self._pass_on(name, [gradient for _, gradient in found])
+
+    def _pass_on(self, name: str, gradients: list[Gradient]) -> None:
+        if (name, self._scalar) not in self.skip:
+            self.receive(name, gradients, self._scalar, self.first)
 
     def _by_rule(self, rule: Rule, call: _Call, grad: torch.Tensor) -> dict[str, Gradient]:
         inputs, grad = _at_least_float32(call.inputs), _at_least_float32(grad)

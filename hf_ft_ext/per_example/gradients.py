@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_ft_ext.errors import InputError, first_line
 from hf_ft_ext.per_example.capture import Capture, Function, HookedModule, Receiver
-from hf_ft_ext.per_example.outputs import logits_of
+from hf_ft_ext.per_example.outputs import logits
 from hf_ft_ext.per_example.state import (
     Batch,
     batch_in,
@@ -119,7 +119,7 @@ class ExampleGradients:
             last = first + 1 if self.uncovered else n
             collected = _Collected()
             # The model's state is restored before the caller gets the part.
-            scalars, capture = self._pass(rows(batch, first, last), collected.receive)
+            scalars, capture = self._run(rows(batch, first, last), first, collected.receive)
             if failed := capture.failed:  # run again, with autograd's gradients of these parameters
                 self._mark_uncovered(failed)
                 continue
@@ -141,27 +141,35 @@ class ExampleGradients:
         n, first = batch_size(batch), 0
         while first < n:
             last = first + 1 if self.uncovered else n
-            _, capture = self._pass(rows(batch, first, last), _with_offset(receive, first))
+            _, capture = self._run(rows(batch, first, last), first, receive)
             if capture.failed:  # only these parameters are missing
-                direct = {name: self.parameters[name] for name in capture.failed}
+                missing = {name: self.parameters[name] for name in capture.failed}
                 for i in range(first, last):
-                    rest = _with_offset(receive, i, capture.delivered)
-                    self._run(rows(batch, i, i + 1), [], direct, rest)
+                    self._run(rows(batch, i, i + 1), i, receive, missing, capture.delivered)
                 self._mark_uncovered(capture.failed)
             first = last
 
-    def _pass(self, batch: Batch, receive: Receiver) -> tuple[torch.Tensor, Capture]:
-        """Run `batch`; the returned capture lists parameters whose rule failed in this batch."""
-        direct = {name: self.parameters[name] for name in self.uncovered or ()}
-        return self._run(batch, without_parameters(self._hooked_modules, direct), direct, receive)
-
     def _run(
-        self, batch: Batch, hooked_modules: list[HookedModule], direct: dict[str, nn.Parameter], receive: Receiver
+        self,
+        batch: Batch,
+        first: int,
+        receive: Receiver,
+        direct: dict[str, nn.Parameter] | None = None,
+        skip: Collection[tuple[str, int]] = (),
     ) -> tuple[torch.Tensor, Capture]:
-        def check(scalars: torch.Tensor) -> None:
-            if self._shortcuts.first_position_layer is not None and not scalars.isfinite().all():
-                raise _ReadsOtherPositions
+        """Run `batch`, whose first example is number `first` for `receive`.
 
+        Args:
+            direct: only these parameters, all by autograd; `None` = all parameters, the uncovered ones by autograd.
+            skip: (name, scalar) pairs that `receive` does not get.
+
+        Returns:
+            The scalars `[n, c]`, and the capture, which lists parameters whose rule failed in this batch.
+        """
+        hooked_modules: list[HookedModule] = []
+        if direct is None:
+            direct = {name: self.parameters[name] for name in self.uncovered}
+            hooked_modules = without_parameters(self._hooked_modules, direct)
         with (
             evaluating(self.model),
             without_cache(self.model),
@@ -170,12 +178,17 @@ class ExampleGradients:
         ):
             batch = batch_in(batch, self.dtype)
             while True:
-                capture = Capture(hooked_modules, direct, batch_size(batch), receive, self._shortcuts.expand)
-                try:
-                    with self._shortcuts.applied(self.model):
-                        return capture.run(self.model, batch, self.function, check), capture
-                except _ReadsOtherPositions:
-                    self._shortcuts.first_position_layer = None
+                capture = Capture(
+                    hooked_modules, direct, batch_size(batch), receive, self._shortcuts.expand, first=first, skip=skip
+                )
+                with self._shortcuts.applied(self.model):
+                    scalars = capture.forward(self.model, batch, self.function)
+                    if self._shortcuts.first_position_layer is None or scalars.isfinite().all():
+                        capture.backward(scalars)
+                        return scalars.detach(), capture
+                # The scalars depend on positions that the shortcut replaced by NaN: run again without it.
+                self._shortcuts.first_position_layer = None
+                del scalars  # frees the graph first
 
     def _mark_uncovered(self, names: set[str]) -> None:
         """Take the gradients of these parameters from autograd from now on."""
@@ -247,10 +260,6 @@ class ExampleGradients:
         )
 
 
-class _ReadsOtherPositions(Exception):
-    """The scalars depend on positions that `first_position_only` replaced by NaN."""
-
-
 class _Collected:
     """A receiver that keeps all gradients of a part."""
 
@@ -263,21 +272,6 @@ class _Collected:
     def gradients(self, scalars: int) -> list[dict[str, list[Gradient]]]:
         """By scalar and parameter name."""
         return [self._pieces.pop(scalar, {}) for scalar in range(scalars)]
-
-
-def _with_offset(receive: Receiver, start: int, done: Collection[tuple[str, int]] = ()) -> Receiver:
-    """Wrap `receive` for examples from `start` on, skipping the (name, scalar) pairs in `done`."""
-
-    def with_offset(name: str, gradients: list[Gradient], scalar: int, first: int) -> None:
-        if (name, scalar) not in done:
-            receive(name, gradients, scalar, start + first)
-
-    return with_offset
-
-
-def logits(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Return the logits of `model(**batch)`, called without labels: `[n, classes]`."""
-    return logits_of(model(**{key: value for key, value in batch.items() if key != "labels"}))
 
 
 def trimmed(batch: Batch) -> dict[str, torch.Tensor]:

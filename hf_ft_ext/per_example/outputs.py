@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from hf_ft_ext.errors import InputError
 
@@ -34,3 +35,8 @@ def logits_of(output: Any) -> torch.Tensor:
             "with 'logits', or a tuple of loss and logits"
         )
     return found
+
+
+def logits(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the logits of `model(**batch)`, called without labels: `[n, classes]`."""
+    return logits_of(model(**{key: value for key, value in batch.items() if key != "labels"}))

@@ -193,7 +193,7 @@ class Trial:
             capture = Capture(hooked_modules, {}, 2, receive, self.shortcuts.expand, trial=True)
             try:
                 with only_trainable(self.model, ()), self.shortcuts.applied(self.model):
-                    capture.run(self.model, few, function)
+                    capture.backward(capture.forward(self.model, few, function))
                 return scalars[0], found, capture.failed
             except torch.OutOfMemoryError:
                 raise

@@ -57,12 +57,15 @@ def test_a_recording_holds_callers_and_who_met_the_value(monkeypatch):
     assert found == [("holds", True, 0), ("reads", True, 1), ("meets_nothing", False, 2)]
 
 
-def test_sentences_of_files_in_no_walk_are_refused(monkeypatch):
+def test_sentences_are_of_the_files_that_take_part(monkeypatch):
     plan = {"runs": {"one": ""}, "files": {"a.py": "First.", "b.py": "Second."}}
-    plan["walks"] = [{"title": "W", "run": "one", "about": "W.", "inside": ["a.py f"]}]
-    monkeypatch.setattr(walks, "read", lambda: plan)
-    with pytest.raises(ValueError, match=r"in no walk: \['b\.py'\]"):
+    walk = {"title": "W", "run": "one", "about": "W.", "inside": ["a.py f"]}
+    monkeypatch.setattr(walks, "read", lambda: {**plan, "walks": [walk]})
+    with pytest.raises(ValueError, match=r"remove \['b\.py'\] from walks.yaml, which take part in no walk"):
         walks.written(lambda words: [call("a.py f")])
-    with pytest.raises(KeyError, match=r"c\.py"):
-        walks.written(lambda words: [call("a.py f", "c.py g")])
+    with pytest.raises(ValueError, match=r"W: walks.yaml does not say why \['c\.py'\] take part"):
+        walks.written(lambda words: [call("a.py f", "b.py g", "c.py h")])
     assert "| W | 2 | 2 | 0 |" in walks.written(lambda words: [call("a.py f", "b.py g")])
+    walk["files"] = {"c.py": "Third."}
+    with pytest.raises(ValueError, match=r"W: remove \['c\.py'\] from walks.yaml, which take no part"):
+        walks.written(lambda words: [call("a.py f", "b.py g")])

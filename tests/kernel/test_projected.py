@@ -16,7 +16,7 @@ from hf_ft_ext.kernel.engines.projection import Projection, matrix_shape, shared
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.kernel.store import FeatureStore
-from hf_ft_ext.per_example.gradients import logits
+from hf_ft_ext.per_example.outputs import logits
 from hf_ft_ext.per_example.types import DenseGradient, LinearGradient
 
 LEFT, RIGHT = batch(5), batch(4, 11, seed=1)

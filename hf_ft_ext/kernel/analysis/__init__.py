@@ -12,7 +12,7 @@ from torch import nn
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.per_example.capture import Function
-from hf_ft_ext.per_example.gradients import logits
+from hf_ft_ext.per_example.outputs import logits
 from hf_ft_ext.per_example.state import Batch, batch_in, computing_in, evaluating
 
 _STEP = 1e-4
