@@ -168,7 +168,7 @@ class ExampleGradients:
         """
         hooked_modules: list[HookedModule] = []
         if direct is None:
-            direct = {name: self.parameters[name] for name in self.uncovered}
+            direct = {name: self.parameters[name] for name in self.uncovered or ()}
             hooked_modules = without_parameters(self._hooked_modules, direct)
         with (
             evaluating(self.model),
