@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_ft_ext.adapters.layers import matches, plain_name, split_layer
+from hf_ft_ext.adapters.layers import matches, names_by_layer, plain_name, split_layer
 from hf_ft_ext.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class LayerTuner(BaseTuner):
                 config.target_modules = list(config.target_modules)
 
     def _prepare_model(self, peft_config, model: nn.Module) -> None:
+        refuse_unknown_pattern(model, peft_config)
         targets = peft_config.target_modules
         if isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
             peft_config.target_modules = self._all_linear(peft_config, model)
@@ -242,6 +243,20 @@ def refuse_unfit_layers(model: nn.Module, kind: str, layers: int | list[int] | N
         raise InputError(
             f"{kind}: layers_to_transform={wanted} names layer {missing[0]}, and {type(model).__name__} has layers "
             f"{shown}; pass layers of this range"
+        )
+
+
+def refuse_unknown_pattern(model: nn.Module, config) -> None:
+    """Raise an `InputError` if `layers_pattern` names no list of layers."""
+    if config.layers_pattern and not names_by_layer(model, config.layers_pattern):
+        lists = {
+            plain_name(name).rpartition(".")[2]: None
+            for name, m in model.named_modules()
+            if isinstance(m, nn.ModuleList)
+        }
+        raise InputError(
+            f"layers_pattern={config.layers_pattern!r} names no list of layers of {type(model).__name__}, which has "
+            f"{', '.join(lists) or 'none'}; pass one of these names, or leave it out"
         )
 
 

@@ -5,7 +5,9 @@ writes changed values into it and connects it with the vector in the autograd gr
 exists only during its backward step; only the chosen entries of it are kept.
 """
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +17,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.files import tensor_hash
 
 _SUFFIX = "_entries"
-_CLASS_MARK = "_made_for_entries"  # attribute of the classes that `_attach` makes
+_CLASS_MARK = "_made_for_entries"  # attribute of the classes that `_reading_class` makes: the weight's name
 
 
 class _ReadWeight(torch.autograd.Function):
@@ -67,12 +69,19 @@ class Entries(nn.Module):
 
         The values are compared only if they may have changed: after a backward pass (fused optimizers change a tensor
         without a new version), or if their version is new. A comparison waits for the device, so it is not made at
-        each read. Nothing is written unless needed, because an autograd graph may hold the weight.
+        each read. Nothing is written unless needed, because an autograd graph may hold the weight. Without gradients,
+        values are written at each read: code that exchanges them for an evaluation (`parameter.data`, such as averaged
+        weights) leaves no other trace.
 
         Args:
             compare: compare the values in any case.
         """
         values, version = self.values.detach(), self.values._version
+        if not torch.is_grad_enabled() and not compare:
+            # `data`, because a graph may hold the weight: rewriting equal values is no change to it.
+            weight.data.view(-1)[self.indices] = values.to(weight.dtype)
+            self._folded, self.may_have_changed = values.clone(), True
+            return
         other_device = self._folded.device != values.device
         if not (compare or other_device or self.may_have_changed or version != self._version):
             return
@@ -141,16 +150,19 @@ def _attach(module: nn.Module, name: str, indices: torch.Tensor) -> None:
     module.register_buffer(name, _alone(weight.detach()))
     module.add_module(f"{name}{_SUFFIX}", entries)
 
+    module.__class__ = _reading_class(type(module), name)
+    module.register_state_dict_pre_hook(functools.partial(_fold_before_saving, name))
+    module.register_load_state_dict_post_hook(functools.partial(_read_after_loading, name))
+
+
+def _reading_class(kind: type[nn.Module], name: str) -> type[nn.Module]:
+    """A class per module, as in torch's parametrize, which would rename the weight `name` in `state_dict()`."""
+
     def read(self: nn.Module) -> torch.Tensor:
         return self._modules[f"{name}{_SUFFIX}"](self._buffers[name])
 
-    # A class per module, as in torch's parametrize, which would rename the weight in `state_dict()`.
-    kind = type(module)
-    module.__class__ = type(
-        kind.__name__, (kind,), {name: property(read), "__module__": kind.__module__, _CLASS_MARK: True}
-    )
-    module.register_state_dict_pre_hook(_fold_before_saving(name))
-    module.register_load_state_dict_post_hook(_read_after_loading(name))
+    own = {"__module__": kind.__module__, "__reduce_ex__": _reduce, name: property(read), _CLASS_MARK: name}
+    return type(kind.__name__, (kind,), own)
 
 
 def _alone(weight: torch.Tensor) -> torch.Tensor:
@@ -163,20 +175,31 @@ def _alone(weight: torch.Tensor) -> torch.Tensor:
     return weight if alone else weight.clone()
 
 
-def _fold_before_saving(name: str):
-    def hook(module: nn.Module, prefix: str, keep_vars: bool) -> None:
-        if f"{name}{_SUFFIX}" in module._modules:
-            module._modules[f"{name}{_SUFFIX}"].fold(module._buffers[name], compare=True)
+def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """Pickle and copy by the class that the module had before; its own class cannot be imported by name."""
+    kinds = type(module).__mro__
+    names = [kind.__dict__[_CLASS_MARK] for kind in kinds if _CLASS_MARK in kind.__dict__]
+    return _without_init, (_plain_class(type(module)), names[::-1]), object.__reduce_ex__(module, 2)[2]
 
-    return hook
+
+def _without_init(kind: type[nn.Module], names: list[str]) -> nn.Module:
+    for name in names:
+        kind = _reading_class(kind, name)
+    return object.__new__(kind)
 
 
-def _read_after_loading(name: str):
-    def hook(module: nn.Module, incompatible) -> None:
-        if f"{name}{_SUFFIX}" in module._modules:
-            module._modules[f"{name}{_SUFFIX}"].read_from(module._buffers[name])
+def _plain_class(kind: type[nn.Module]) -> type[nn.Module]:
+    return next(parent for parent in kind.__mro__ if _CLASS_MARK not in parent.__dict__)
 
-    return hook
+
+def _fold_before_saving(name: str, module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    if f"{name}{_SUFFIX}" in module._modules:
+        module._modules[f"{name}{_SUFFIX}"].fold(module._buffers[name], compare=True)
+
+
+def _read_after_loading(name: str, module: nn.Module, incompatible: Any) -> None:
+    if f"{name}{_SUFFIX}" in module._modules:
+        module._modules[f"{name}{_SUFFIX}"].read_from(module._buffers[name])
 
 
 def entries_of(model: nn.Module) -> dict[str, Entries]:
@@ -200,6 +223,6 @@ def merge_entries(model: nn.Module) -> nn.Module:
         module = model.get_submodule(owner)
         del module._modules[f"{own}{_SUFFIX}"], module._buffers[own]
         if not any(isinstance(child, Entries) for child in module.children()):
-            module.__class__ = next(kind for kind in type(module).__mro__ if not kind.__dict__.get(_CLASS_MARK))
+            module.__class__ = _plain_class(type(module))
         module._parameters[own] = nn.Parameter(weight, requires_grad=weight.is_floating_point())
     return model

@@ -78,7 +78,8 @@ def fisher_information(
         labels: `true`: the empirical Fisher information. `expected`: the expectation over the model's own distribution
             of labels; for sequence classifiers.
         power: 2, or 1 for absolute values.
-        loss: `loss(output, batch)` -> `[batch]`, used instead of the model's loss; or a `ModelLoss`.
+        loss: `loss(output, batch)` -> `[batch]`, used instead of the model's loss; or a `ModelLoss`. The model gets
+            the entries of a batch that its `forward` takes, the loss gets all.
         progress: show a progress bar (first process only).
 
     Returns:

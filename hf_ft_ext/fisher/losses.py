@@ -1,6 +1,7 @@
 """Losses per example, and the scalars whose gradients a Fisher information sums."""
 
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -268,7 +269,7 @@ class FisherScalars:
             compute, shifted = self.loss.compute, predicts_next_tokens(model)
             return zero_without_tokens(lambda one: compute(model, dict(one)), batch, shifted).reshape(1, 1)
         if self.loss is not None:
-            return self.loss(model(**batch), dict(batch))[:, None]
+            return self.loss(model(**_taken_by(model, batch)), dict(batch))[:, None]
         # Called without labels: the model would compute its own loss, averaged over the batch.
         logits = logits_of(model(**{key: value for key, value in batch.items() if key != "labels"}))
         if self.labels == TRUE:
@@ -294,6 +295,15 @@ class FisherScalars:
             shares = outputs.detach().sigmoid()
             self.weights = shares * (1 - shares) / n**2
         return outputs
+
+
+def _taken_by(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a batch that the model's `forward` takes; others are for the user's loss."""
+    parameters = inspect.signature(base_model(model).forward).parameters.values()
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(batch)
+    names = {parameter.name for parameter in parameters}
+    return {key: value for key, value in batch.items() if key in names}
 
 
 def refuse_expectation(labels: str, power: int, problem_type: str | None, outputs: int) -> None:

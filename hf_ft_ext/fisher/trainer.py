@@ -33,7 +33,7 @@ from hf_ft_ext.models.peft import check_heads, freeze_others, task_type_of, trai
 from hf_ft_ext.training.checks import refuse_label_names
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss
-from hf_ft_ext.training.method_trainer import MethodTrainer, has_own_loss
+from hf_ft_ext.training.method_trainer import MethodTrainer, has_own_loss, loss_of_batch
 from hf_ft_ext.training.runs.plan import TrainedWeight
 from hf_ft_ext.training.runs.resources import preparation
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
@@ -114,6 +114,12 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
     def prepare_model(self, model: nn.Module) -> nn.Module:
         if self.args.fisher_mode == MASK:
             refuse_quantized(model, "a mask trains entries of")
+        if getattr(model, "base_model_prefix", None) is None:
+            raise InputError(
+                f"{type(model).__name__} is not a transformers model, so its head is unknown; use the parts in a loop "
+                "of your own: select_adapters(model, batches, loss=...) and peft's get_peft_model, or "
+                "fisher_information(model, batches, loss=...) and attach_entries"
+            )
         if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise InputError(
                 "the model carries PEFT adapters already; pass the base model, or merge the adapters first"
@@ -225,7 +231,7 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
 
     def _user_loss(self) -> ModelLoss | None:
         """The user's loss, if `compute_loss` or `compute_loss_func` defines one; the pre-pass then uses it too."""
-        return ModelLoss(lambda model, batch: self.compute_loss(model, dict(batch))) if has_own_loss(self) else None
+        return ModelLoss(lambda model, batch: loss_of_batch(self, model, batch)) if has_own_loss(self) else None
 
     def _check_rates(self) -> None:
         known = set(self._given_plan.candidates if self._given_plan is not None else self._candidates) | {HEAD}

@@ -55,7 +55,7 @@ from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.training.checks import check_full_batch
 from hf_ft_ext.training.finite import StopAtNaN
 from hf_ft_ext.training.loss_scale import declare_mean_loss, one_answer
-from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, has_own_loss, overridden
+from hf_ft_ext.training.method_trainer import DATA_LOADING, MethodTrainer, has_own_loss, loss_of_batch, overridden
 from hf_ft_ext.training.runs.plan import TrainedWeight
 from hf_ft_ext.training.sharing import FinishedRun, delta_code
 from hf_ft_ext.training.weights.precision import warn_of_lost_updates
@@ -258,7 +258,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         return FullObjective(with_same_masks(full.value, self.state.global_step + self.args.seed))
 
     def _mean_loss(self, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        return self.compute_loss(self.model, dict(batch))
+        return loss_of_batch(self, self.model, batch)
 
     def _by_model_loss(self) -> bool:
         """Whether the loss has to come from `compute_loss`: overridden, or not that of a classifier."""

@@ -13,7 +13,7 @@ from transformers.trainer_utils import SaveStrategy, SchedulerType
 
 from hf_ft_ext.arguments import PROMPT_DEMO, DataArguments, MethodTrainingArguments, RunArguments
 from hf_ft_ext.data.multi_label import SEPARATOR
-from hf_ft_ext.errors import InputError, did_you_mean, first_line
+from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, MetricFunction
 from hf_ft_ext.training.saved.checkpoints import check_fits, steps_done
 from hf_ft_ext.training.weights.devices import refuse_data_parallel
@@ -302,25 +302,6 @@ def check_optimizer(trainer: Trainer) -> None:
         ) from error
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-
-
-def check_moments(optimizer: Any) -> None:
-    """Check that the moments of torch's optimizers have the shapes of the weights; fused steps do not.
-
-    Raises:
-        ValueError: one has another shape.
-    """
-    inner = getattr(optimizer, "optimizer", optimizer)  # of accelerate's wrapper
-    if not type(inner).__module__.startswith("torch.optim."):
-        return
-    for parameter, state in inner.state.items():
-        for name in _MOMENTS:
-            value = state.get(name)
-            if isinstance(value, torch.Tensor) and value.shape != parameter.shape:
-                raise ValueError(f"{name} of shape {tuple(value.shape)} for a weight of {tuple(parameter.shape)}")
-
-
 def check_checkpoint(trainer: Trainer, method: str) -> None:
     """Raise an `InputError` if `trainer` cannot resume from the given checkpoint."""
     folder = trainer.args.resume_from_checkpoint
@@ -341,21 +322,3 @@ def check_checkpoint(trainer: Trainer, method: str) -> None:
             f"--resume_from_checkpoint: {folder!r} is at step {step}, beyond --max_steps {last}, so nothing would be "
             f"trained; pass a larger --max_steps, or evaluate it as --model_name_or_path"
         )
-    load = trainer._load_optimizer_and_scheduler
-
-    def load_or_refuse(checkpoint: str) -> None:
-        own = [set(group) for group in trainer.optimizer.param_groups]
-        try:
-            load(checkpoint)
-            if own != [set(group) for group in trainer.optimizer.param_groups]:
-                raise ValueError("it belongs to another optimizer")  # torch would load its settings without an error
-            check_moments(trainer.optimizer)
-        except InputError:
-            raise
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
-            raise InputError(
-                f"--resume_from_checkpoint: the optimizer's state in {checkpoint!r} does not fit "
-                f"({first_line(error)}); pass the arguments that the run started with"
-            ) from error
-
-    trainer._load_optimizer_and_scheduler = load_or_refuse

@@ -125,7 +125,7 @@ class DenseGradient:
 
     def squared_norms(self) -> torch.Tensor:
         """Squared Euclidean norm of each example's gradient: `[n]`."""
-        return self.values.square().flatten(1).sum(1)
+        return as_rows(self.values).square().sum(1)
 
     @property
     def size(self) -> int:
@@ -140,6 +140,11 @@ class DenseGradient:
 
 
 Gradient = LinearGradient | EmbeddingGradient | DenseGradient
+
+
+def as_rows(values: torch.Tensor) -> torch.Tensor:
+    """Flatten `[n, *shape]` to `[n, p]`; p = 1 for a parameter that is one number."""
+    return values[..., None].flatten(1)
 
 
 def dense(gradients: Iterable[Gradient]) -> torch.Tensor:
@@ -169,7 +174,7 @@ def squared_norms(gradients: Sequence[Gradient], numbers: int = 2**24) -> torch.
     joined = join_uses(gradients)
     if len(joined) == 1:
         return joined[0].squared_norms()
-    return torch.cat([values.square().flatten(1).sum(1) for _, values in dense_in_chunks(joined, numbers)])
+    return torch.cat([as_rows(values).square().sum(1) for _, values in dense_in_chunks(joined, numbers)])
 
 
 def join_uses(gradients: Sequence[Gradient]) -> Sequence[Gradient]:

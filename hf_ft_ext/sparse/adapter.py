@@ -21,6 +21,7 @@ from hf_ft_ext.models.peft import carries_adapters, check_heads, freeze_others, 
 from hf_ft_ext.sparse.arguments import HOSVD, NOTHING, RANDOM, SVD, SparseTrainingArguments
 from hf_ft_ext.sparse.prepass import own_steps
 from hf_ft_ext.sparse.targets import find_targets
+from hf_ft_ext.training.method_trainer import loss_of_batch
 from hf_ft_ext.training.weights.precision import train_in_float32
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def choose_columns(trainer: Trainer) -> None:
         batch, weight = weighted
         with trainer.compute_loss_context_manager():
             inputs = trainer._prepare_inputs(batch)
-            return weight * zero_without_tokens(lambda batch: trainer.compute_loss(model, batch), inputs, shifted)
+            return weight * zero_without_tokens(lambda batch: loss_of_batch(trainer, model, batch), inputs, shifted)
 
     bases_from_steps(
         trainer.model,

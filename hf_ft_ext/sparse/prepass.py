@@ -16,6 +16,7 @@ from hf_ft_ext.per_example.state import evaluating
 from hf_ft_ext.sparse.basis import GRADIENT
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.training.loader_batches import draws_own_batches, loader_batches
+from hf_ft_ext.training.method_trainer import loss_of_batch
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def _batch_gradient(
         if not share:  # no label token: the mean loss is not defined, and its weight is 0
             continue
         with torch.enable_grad(), trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+            loss = loss_of_batch(trainer, trainer.model, trainer._prepare_inputs(batch))
         gradients = torch.autograd.grad(loss, weights, allow_unused=True)
         for sum_, gradient in zip(total, gradients, strict=True):
             if gradient is None:  # an expert that was routed none of these tokens

@@ -1,6 +1,6 @@
 """Keeping the loss scale independent of gradient accumulation and process count."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -35,9 +35,24 @@ def ignores_count(model: nn.Module, inputs: Mapping[str, Any], count: torch.Tens
     Returns:
         `None` if the loss does not tell: there is none, it is 0, or not finite.
     """
-    with torch.no_grad(), evaluating(model), torch.random.fork_rng(devices=[]):
-        once, twice = (loss_of(model(**inputs, num_items_in_batch=n)) for n in (count, 2 * count))
-    if once is None or not once.isfinite().all() or not once.any():
+    return is_unscaled(lambda n: loss_of(model(**inputs, num_items_in_batch=n)), model, count)
+
+
+def is_unscaled(
+    loss: Callable[[torch.Tensor | int], torch.Tensor | None], model: nn.Module, count: torch.Tensor | int
+) -> bool | None:
+    """Whether `loss(count)` equals `loss(2 * count)`, without dropout and with the same random numbers.
+
+    Returns:
+        `None` if the loss does not tell: there is none, it is 0, or not finite.
+    """
+    found = []
+    with torch.no_grad(), evaluating(model):
+        for n in (count, 2 * count):
+            with torch.random.fork_rng(devices=[]):
+                found.append(loss(n))
+    once, twice = found
+    if once is None or twice is None or not once.isfinite().all() or not once.any():
         return None
     return torch.equal(once, twice)
 

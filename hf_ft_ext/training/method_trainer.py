@@ -17,7 +17,7 @@ from hf_ft_ext.errors import InputError, did_you_mean
 from hf_ft_ext.label_tokens import label_tokens, predicts_next_tokens, with_a_label
 from hf_ft_ext.training.by_name import load_by_name
 from hf_ft_ext.training.checks import check_loss, check_training_arguments, refuse_compiled
-from hf_ft_ext.training.loss_scale import ignores_count, one_answer
+from hf_ft_ext.training.loss_scale import ignores_count, is_unscaled, one_answer
 from hf_ft_ext.training.sft import asks_for_routers, fit_sft, is_sft
 from hf_ft_ext.training.weights.placement import check_placement, declare_offloaded
 from hf_ft_ext.training.weights.quantized import quantized_base
@@ -163,6 +163,53 @@ class MethodTrainer(Trainer):
         if ignored:
             self.model_accepts_loss_kwargs = False
 
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+        *positional,
+        **kwargs,
+    ) -> torch.Tensor:
+        """As in `Trainer`; the first step finds out how a user's `compute_loss` is scaled."""
+        self._check_own_loss_scale(inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch, *positional, **kwargs)
+
+    def _check_own_loss_scale(self, inputs: Mapping[str, Any], count: torch.Tensor | int | None) -> None:
+        """Find out whether a user's `compute_loss` divides by the label count of the whole step.
+
+        Otherwise it is a mean over a micro-batch, and `Trainer` has to divide it by their number.
+        """
+        args = self.args
+        if self.loss_is_scaled_for_ga is not None or count is None or not overridden(self, "compute_loss"):
+            return
+        if is_sft(self) or (args.gradient_accumulation_steps == 1 and args.world_size == 1):
+            return
+        model, batch = (
+            self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
+            self._prepare_inputs(inputs),
+        )
+
+        def loss(n: torch.Tensor | int) -> torch.Tensor:
+            return self.compute_loss(model, dict(batch), num_items_in_batch=n)
+
+        unscaled = one_answer(self.accelerator, is_unscaled(loss, model, count))
+        if unscaled is not None:
+            self.loss_is_scaled_for_ga = not unscaled
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        """As in `Trainer`, and also for a user's `compute_loss` if the model's own loss ignores the count.
+
+        With several processes, such a loss gets no count: it would have to multiply by their number.
+        """
+        accepts = self.model_accepts_loss_kwargs
+        own = overridden(self, "compute_loss") and self.args.world_size == 1
+        self.model_accepts_loss_kwargs = accepts or own
+        try:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        finally:
+            self.model_accepts_loss_kwargs = accepts
+
     def evaluation_loop(self, *positional, **kwargs) -> EvalLoopOutput:
         # trl averages over all forward passes in evaluation mode since its last log, also those of a pre-pass.
         getattr(self, "_metrics", {}).get("eval", {}).clear()
@@ -271,6 +318,22 @@ def overridden(trainer: Trainer, *names: str) -> bool:
 def has_own_loss(trainer: Trainer) -> bool:
     """Whether the user replaced the loss, so that only `compute_loss` can compute it."""
     return overridden(trainer, "compute_loss") or trainer.compute_loss_func is not None
+
+
+def loss_of_batch(trainer: Trainer, model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The loss of one batch by itself, for code outside of training steps; no other process takes part.
+
+    A user's loss gets the count of the batch's own labels, as `Trainer` passes a count to it in each step.
+    """
+    if not has_own_loss(trainer):
+        return trainer.compute_loss(model, dict(batch))
+    args = trainer.args
+    across, args.average_tokens_across_devices = args.average_tokens_across_devices, False
+    try:
+        count = trainer._get_num_items_in_batch([batch], args.device)
+        return trainer.compute_loss(model, dict(batch), num_items_in_batch=count)
+    finally:
+        args.average_tokens_across_devices = across
 
 
 def _sum_of_metrics(metrics: dict[str, float]) -> float:

@@ -131,6 +131,10 @@ def test_invalid_values_are_refused(settings, message):
 def test_layers_that_are_not_there_and_unknown_structures():
     with pytest.raises(InputError, match=r"layers_to_transform=\[0, 7\] names layer 7, .* has layers 0 to 1"):
         adapted(layers_to_transform=[0, 7])
+    with pytest.raises(
+        InputError, match=r"layers_pattern='blocks' names no list of layers of .*, which has layer; pass"
+    ):
+        adapted(layers_pattern="blocks")
     strange = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(2, 2))])})
     with pytest.raises(InputError, match=r"the parts of ModuleDict cannot be found: .*target_modules"):
         get_peft_model(strange, BottleneckConfig())

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from families import FAMILIES, batch, family
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from spans import principal_angle
 from transformers.pytorch_utils import Conv1D
@@ -273,6 +273,9 @@ def test_shared_columns_are_saved_once(tmp_path):
         model.save_pretrained(tmp_path / scope)
         sizes[scope] = sum("columns" in key for key in load_file(tmp_path / scope / "adapter_model.safetensors"))
     assert sizes == {"kind": 4, "layer": 8}
+    sharing = adapted(scope="kind", init="random")
+    with pytest.raises(InputError, match=r"the file holds columns of its own for .*layer\.1.*, which shares those of"):
+        set_peft_model_state_dict(sharing, load_file(tmp_path / "layer" / "adapter_model.safetensors"))
     loaded = PeftModel.from_pretrained(family("bert").double(), tmp_path / "kind")
     shared = {id(layer.sparse_grad_columns["default"]) for _, layer in sparse_grad_layers(loaded.to("cpu").float())}
     assert len(shared) == 2

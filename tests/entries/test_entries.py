@@ -1,5 +1,9 @@
 """Training chosen entries: gradients, updates, files, memory, bad input."""
 
+import copy
+import io
+import pickle
+
 import pytest
 import torch
 from peft import PeftModel
@@ -253,6 +257,49 @@ def test_values_are_compared_once_a_step_and_not_at_each_read(monkeypatch):
     before = len(compared)
     changed = loss(model)
     assert len(compared) == before + len(CHOSEN) and not torch.equal(changed, loss(tiny_model().eval()))
+
+
+@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
+def test_values_exchanged_for_an_evaluation_are_used_and_given_back(inference):
+    """Averages of weights are exchanged through `data`, which leaves no new version."""
+    model = entered()
+    train(model, 1)
+    values = [entries.values for entries in entries_of(model).values()]
+    averages = [value.detach() + 0.5 for value in values]
+    merged = copy.deepcopy(model)
+    for value, average in zip([entries.values for entries in entries_of(merged).values()], averages, strict=True):
+        value.data = average.clone()
+    expected = [loss(merge_entries(merged)).item(), loss(model).item()]
+    before = loss(model)  # its graph holds the weights
+    found = []
+    for _ in range(2):
+        for value, average in zip(values, averages, strict=True):
+            own = value.data.clone()
+            value.data.copy_(average)
+            average.copy_(own)
+        with inference():
+            found.append(loss(model).item())
+    assert found == expected and abs(found[0] - found[1]) > 1e-4
+    before.backward()
+    assert loss(model).item() == expected[1]
+
+
+@pytest.mark.parametrize("how", ["copy", "pickle", "torch"])
+def test_a_model_with_entries_can_be_copied_and_stored(how):
+    model = entered()
+    train(model, 1)
+    if how == "torch":
+        torch.save(model, file := io.BytesIO())
+        file.seek(0)
+        other = torch.load(file, weights_only=False)
+    else:
+        other = copy.deepcopy(model) if how == "copy" else pickle.loads(pickle.dumps(model))
+    assert torch.equal(loss(other), loss(model))
+    before = loss(model).item()
+    train(other, 1)
+    train(model, 1)
+    assert loss(other).item() == loss(model).item() != before
+    assert type(merge_entries(other).bert.encoder.layer[0].output.dense) is torch.nn.Linear
 
 
 # --- SHiRA -------------------------------------------------------------------------------------------

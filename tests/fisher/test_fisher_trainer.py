@@ -344,6 +344,11 @@ def test_bad_input_ends_before_training(tmp_path):
         make(tmp_path, tiny_model(), adapter_plan=mixed(tmp_path))
     trainer = make(tmp_path / "out", adapter_plan=mixed(tmp_path))
     trainer.prepare()
+    for own in ({}, {"fisher_mode": "mask"}):
+        with pytest.raises(
+            InputError, match=r"Linear is not a transformers model.* select_adapters\(model, batches, loss"
+        ):
+            FisherTrainer(torch.nn.Linear(2, 2), FisherTrainingArguments(str(tmp_path), **own))
     with pytest.raises(InputError, match="carries PEFT adapters already"):
         make(tmp_path, trainer.model)
     with pytest.raises(InputError, match=r"has no adapter_plan\.json, so this method did not write it"):

@@ -9,7 +9,15 @@ from peft import LoraConfig, TaskType, get_peft_model
 from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
-from hf_ft_ext import DenseGradient, EmbeddingGradient, LinearGradient, example_gradients, example_norms
+from hf_ft_ext import (
+    DenseGradient,
+    EmbeddingGradient,
+    LinearGradient,
+    empirical_ntk,
+    example_gradients,
+    example_norms,
+    fisher_information,
+)
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.per_example.state import computing_in
 from hf_ft_ext.per_example.types import dense
@@ -119,6 +127,57 @@ def mpnet():
             vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
         )
         return MPNetForSequenceClassification(config).double()
+
+
+class OwnModel(nn.Module):
+    """A user's model: parameters that are one number or a vector, a parametrized and a recurrent layer, attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.randn(8))
+        self.unused = nn.Parameter(torch.tensor(1.0))
+        self.layer = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.recurrent, self.head = nn.GRU(8, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.layer(x) * self.scale + self.shift
+        return self.head(self.recurrent(self.attention(x, x, x)[0])[0].mean(1))
+
+
+def test_every_parameter_of_a_user_s_model():
+    """Gradients, norms, kernels and Fisher sums, against a backward pass per example and scalar."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, inputs = OwnModel().double().eval(), {"x": torch.randn(5, 6, 8).double(), "labels": torch.arange(5) % 3}
+
+    def scalars(model, batch):
+        return model(batch["x"])
+
+    parameters = list(model.parameters())
+    rows = [
+        [torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True) for value in row]
+        for row in scalars(model, inputs)
+    ]
+    jacobian = {
+        name: torch.stack([torch.stack([torch.zeros_like(p) if g[i] is None else g[i] for g in row]) for row in rows])
+        for i, (name, p) in enumerate(model.named_parameters())
+    }
+    flat = {name: value.reshape(5, 3, -1) for name, value in jacobian.items()}
+    whole = torch.cat(list(flat.values()), 2)
+    (found,) = example_gradients(model, inputs, scalars)
+    assert_close(found.gradients, jacobian)
+    (norms,) = example_norms(model, inputs, scalars, by_parameter=True)
+    assert_close(norms, {name: value.norm(dim=2) for name, value in flat.items()})
+    expected = torch.einsum("ncp,mdp->ncmd", whole, whole)
+    for engine in ("auto", "jacobian"):
+        torch.testing.assert_close(empirical_ntk(model, inputs, function=scalars, engine=engine), expected)
+    residual = scalars(model, inputs).detach().softmax(-1) - nn.functional.one_hot(inputs["labels"])
+    sums = fisher_information(
+        model, [inputs], progress=False,
+        loss=lambda logits, batch: nn.functional.cross_entropy(logits, batch["labels"], reduction="none"),
+    )  # fmt: skip
+    assert_close(sums, {n: torch.einsum("nc,nc...->n...", residual, g).square().sum(0) for n, g in jacobian.items()})
 
 
 def test_several_scalars_batches_and_chosen_parameters():

@@ -8,7 +8,16 @@ from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import BertConfig, BertForTokenClassification, Trainer, TrainingArguments
 
-from hf_ft_ext import FullTrainer, FullTrainingArguments, LoraTrainer, LoraTrainingArguments
+from hf_ft_ext import (
+    FisherTrainer,
+    FisherTrainingArguments,
+    FullTrainer,
+    FullTrainingArguments,
+    LoraTrainer,
+    LoraTrainingArguments,
+    SparseTrainer,
+    SparseTrainingArguments,
+)
 from hf_ft_ext.label_tokens import label_count
 from hf_ft_ext.training.loss_scale import declare_mean_loss
 
@@ -105,6 +114,90 @@ def test_micro_batches_of_any_model_equal_one_batch(tmp_path, kind):
     assert any(change.abs().max() > 1e-3 for change in found[0].values())
     for name, change in found[0].items():
         torch.testing.assert_close(change, found[1][name], rtol=1e-3, atol=1e-6, msg=name)
+
+
+WEIGHT = torch.tensor([0.3, 1.7])
+
+
+def weighted(logits, labels, count):
+    """A loss with class weights, as users write it: divided by the count, which Trainer passes in each step."""
+    return nn.functional.cross_entropy(logits, labels, weight=WEIGHT, reduction="sum") / count
+
+
+def with_loss(kind, how):
+    """`kind` with a user's `compute_loss`, or with nothing overridden."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if how == "super":
+            return super(mine, self).compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        count = len(labels) if how == "mean" else num_items_in_batch
+        loss = weighted(outputs.logits, labels, count)
+        return (loss, outputs) if return_outputs else loss
+
+    mine = type("Mine", (kind,), {} if how == "function" else {"compute_loss": compute_loss})
+    return mine
+
+
+def of_function(how):
+    function = lambda outputs, labels, num_items_in_batch: weighted(outputs.logits, labels, num_items_in_batch)  # noqa: E731
+    return {"compute_loss_func": function} if how == "function" else {}
+
+
+SGD = {
+    "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0, "lr_scheduler_type": "constant", "max_steps": 1,
+    "weight_decay": 0.0, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
+    "dataloader_pin_memory": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["count", "mean", "super", "function"])
+def test_micro_batches_of_a_user_s_loss_equal_one_batch(tmp_path, how):
+    found = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+        args = FullTrainingArguments(str(tmp_path), **sizes, **SGD)
+        trainer = with_loss(FullTrainer, how)(
+            tiny_model(**NO_DROPOUT), args, train_dataset=tiny_dataset(8), eval_dataset=tiny_dataset(5),
+            processing_class=tiny_tokenizer(), **of_function(how),
+        )  # fmt: skip
+        trainer.train()
+        found.append((trained(trainer.model), trainer.evaluate()["eval_loss"]))
+    for name, value in found[0][0].items():
+        torch.testing.assert_close(value, found[1][0][name], rtol=1e-4, atol=1e-6, msg=name)
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
+    before = dict(tiny_model(**NO_DROPOUT).named_parameters())
+    assert any((value - before[name]).abs().max() > 1e-3 for name, value in found[0][0].items())
+
+
+PREPASSES = {
+    "structured": (SparseTrainer, SparseTrainingArguments, {"sparse_density": 0.2, "sparse_basis_steps": 1}),
+    "dynamic": (
+        SparseTrainer, SparseTrainingArguments,
+        {"sparse_density": 0.2, "sparse_basis_steps": 1, "sparse_support": "dynamic", "optim": "adamw_torch"},
+    ),
+    "select": (FisherTrainer, FisherTrainingArguments, {"fisher_candidates": ["bottleneck"], "fisher_examples": 3}),
+    "mask": (FisherTrainer, FisherTrainingArguments, {"fisher_mode": "mask", "fisher_examples": 3}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["count", "function"])
+@pytest.mark.parametrize("method", PREPASSES)
+def test_a_pre_pass_gives_a_user_s_loss_the_count_of_its_labels(tmp_path, method, how):
+    kind, arguments, own = PREPASSES[method]
+    found = []
+    for way in (how, "mean"):
+        args = arguments(str(tmp_path), per_device_train_batch_size=4, **{**SGD, **own})
+        trainer = with_loss(kind, way)(
+            tiny_model(**NO_DROPOUT), args, train_dataset=tiny_dataset(8), processing_class=tiny_tokenizer(),
+            **of_function(way),
+        )  # fmt: skip
+        trainer.train()
+        found.append(trainer.model.state_dict())
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_a_batch_weighs_by_its_label_tokens_or_its_rows():

@@ -115,9 +115,18 @@ class SparseGradModel(LayerTuner):
         for first, *others in _sharing(model, adapter_name):
             for part in _COLUMNS:
                 tensor = found.get(_key(first, adapter_name, part))
+                if any(_differs(found.get(_key(name, adapter_name, part)), tensor) for name in others):
+                    raise InputError(
+                        f"the file holds columns of its own for {shown_name(others[0])}, which shares those of "
+                        f"{shown_name(first)} here; load it with scope='layer'"
+                    )
                 if tensor is not None:
                     found |= {_key(name, adapter_name, part): tensor for name in others}
         return found
+
+
+def _differs(own: torch.Tensor | None, shared: torch.Tensor | None) -> bool:
+    return own is not None and shared is not None and not torch.equal(own, shared)
 
 
 def sparse_grad_layers(model: nn.Module) -> Iterator[tuple[str, SparseGradLayer]]:

@@ -25,6 +25,7 @@ from hf_ft_ext.kernel.formulas import sign_scale
 from hf_ft_ext.kernel.rows import ExampleRows
 from hf_ft_ext.per_example.capture import Function
 from hf_ft_ext.per_example.state import batch_in, computing_in, evaluating, only_trainable
+from hf_ft_ext.per_example.types import as_rows
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ class JacobianEngine(ExactEngine[JacobianRows]):
     def gradient_rows(self, rows: ExampleRows, batches: Sequence[Sequence[int]]) -> JacobianRows:
         """The Jacobians of `batches` (positions in `rows`)."""
         parts = [self._jacobians(rows.batch(indices, self.device)) for indices in batches]
-        values = {name: torch.cat([part[name].flatten(0, 1).flatten(1) for part in parts]) for name in self.parameters}
+        values = {name: torch.cat([as_rows(part[name].flatten(0, 1)) for part in parts]) for name in self.parameters}
         order = [i for indices in batches for i in indices]
         side = JacobianRows(order, len(next(iter(values.values()))) // len(order), values)
         if self.formula.signs:

@@ -7,7 +7,7 @@ from typing import TypeGuard
 import torch
 
 from hf_ft_ext.kernel.engines.buffers import TokenBuffers
-from hf_ft_ext.per_example.types import EmbeddingGradient, Gradient, LinearGradient, dense
+from hf_ft_ext.per_example.types import EmbeddingGradient, Gradient, LinearGradient, as_rows, dense
 
 _CHECKED_COLUMNS = 8
 
@@ -144,7 +144,7 @@ class Packer:
             return self._linear(name, gradients)
         if _all_table_rows(gradients):
             return _embedding(gradients)
-        values = [None if found is None else dense(found).flatten(1) for found in gradients]
+        values = [None if found is None else as_rows(dense(found)) for found in gradients]
         size = next(value for value in values if value is not None)
         stacked = torch.stack([torch.zeros_like(size) if value is None else value for value in values], 1)
         return PackedDense(stacked.flatten(0, 1))

@@ -1,7 +1,7 @@
 """AdamW with moments only for the entries of a SparseGrad weight that it updates."""
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -42,14 +42,16 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
 
     Args:
         params: parameters or groups, as for `torch.optim.AdamW`.
-        layers: the converted layers; their weights (fixed support: their values) must be among `params`.
+        layers: the converted layers, or the mapping that `convert_to_sparse` returns; those that train (fixed support:
+            their values) must be among `params`.
         lr, betas, eps, weight_decay, foreach, fused: as for `torch.optim.AdamW`.
         refresh_steps: with dynamic support, recompute the bases every this many steps; 0 = never.
         refresh_gradients: the most gradients (one per step) that a new basis is computed from.
         dense_moments: with dynamic support, keep moments of all entries, as published.
 
     Raises:
-        ValueError: `refresh_steps` is given, but the layers have no basis.
+        ValueError: `refresh_steps` is given, but the layers have no basis; a layer that trains is not among `params`;
+            a group sets `amsgrad` or `maximize`, which have no sparse form.
         RuntimeError: in `step`, if a layer's basis has not been computed or loaded.
 
     Source: arXiv 2410.07383, section 3. Moments of the chosen entries only are this package's own; the published code
@@ -59,7 +61,7 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
     def __init__(
         self,
         params: ParamsT,
-        layers: Iterable[SparseGradLinear],
+        layers: Iterable[SparseGradLinear] | Mapping[str, SparseGradLinear],
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -73,13 +75,32 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, foreach=foreach, fused=fused)
         # A fused AdamW divides by the loss scale in its kernel; the sparse update needs unscaled gradients.
         self._step_supports_amp_scaling = False
-        layers = list(layers)
-        self._layers = {id(layer.weight): layer for layer in layers if layer.values is None}
-        self._fixed = [layer for layer in layers if layer.values is not None]
+        converted = list(layers.values() if isinstance(layers, Mapping) else layers)
+        self._layers = {id(layer.weight): layer for layer in converted if layer.values is None}
+        self._fixed = [layer for layer in converted if layer.values is not None]
         self._running = RunningSums(refresh_steps, refresh_gradients)
         self._dense_moments = dense_moments
         if refresh_steps and any(layer.basis.identity for layer in self._layers.values()):
             raise ValueError(f"refresh_steps={refresh_steps}, but layers converted with basis='none' have none")
+        self._check_groups(converted)
+
+    def _check_groups(self, layers: list[SparseGradLinear]) -> None:
+        known = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        for layer in layers:
+            trained = layer.weight if layer.values is None else layer.values
+            if trained.requires_grad and id(trained) not in known:
+                raise ValueError(
+                    f"a layer of kind {layer.kind} trains, but it is not among `params`, so no step would change it; "
+                    "add its parameters, or freeze them"
+                )
+        for group in self.param_groups:
+            sparse = any(self._sparse(parameter) is not None for parameter in group["params"])
+            for option in ("amsgrad", "maximize"):
+                if sparse and group[option]:
+                    raise ValueError(
+                        f"{option}={group[option]} has no sparse form, and its group has converted layers; put their "
+                        "weights into a group without it"
+                    )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -194,6 +215,18 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
             "running": self._running.state_dict(),
         }
 
+    def _check_bases(self, bases: dict[str, dict], supports: list[dict]) -> None:
+        """Refuse a state with a basis for layers without one, or the other way round."""
+        saved = [(layer, bases[layer.kind]["identity"]) for layer in self._layers.values()]
+        saved += [(layer, s["out_columns"] is None) for layer, s in zip(self._fixed, supports, strict=True)]
+        for layer, identity in saved:
+            if identity != layer.basis.identity:
+                has, uses = ("no", "a") if identity else ("a", "no")
+                raise ValueError(
+                    f"the optimizer state has {has} basis for {layer.kind}, which was converted to use {uses} basis; "
+                    "it is of another sparse_basis"
+                )
+
     def load_state_dict(self, state_dict: dict) -> None:
         """Load moments, supports, values and bases, also into the layers.
 
@@ -209,6 +242,7 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
                     f"the optimizer state has {len(supports)} fixed supports, the model {len(self._fixed)}; it is of "
                     "another model or another sparse_support"
                 )
+            self._check_bases(bases, supports)
         own_keys = ("bases", "supports", "running")
         super().load_state_dict({key: value for key, value in state_dict.items() if key not in own_keys})
         # torch casts every state to the parameter's dtype, which corrupts indices and counts: restore them.
@@ -217,7 +251,7 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
         for index, parameter in zip(saved, own, strict=True):
             if self._sparse(parameter) is not None and index in state_dict["state"]:
                 self.state[parameter] = {
-                    key: value.to(parameter.device) for key, value in state_dict["state"][index].items()
+                    key: _like(parameter, value) for key, value in state_dict["state"][index].items()
                 }
                 if ("indices" not in self.state[parameter]) != self._dense_moments:
                     raise ValueError("the optimizer state has other moments; load it with the same dense_moments")
@@ -225,7 +259,9 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
             if layer.kind in bases:
                 _fill_basis(layer, bases[layer.kind])
         if self._running and "running" in state_dict:
-            self._running.load_state_dict(state_dict["running"], self.param_groups[0]["params"][0].device)
+            self._running.load_state_dict(
+                state_dict["running"], {layer.kind: layer.weight for layer in self._layers.values()}
+            )
         restore_supports(self._fixed, supports)
 
 
@@ -236,28 +272,35 @@ def restore_supports(layers: Iterable[SparseGradLinear], saved: list[dict[str, A
         _fill_support(layer, support, shared)
 
 
+def _like(weight: torch.Tensor, saved: torch.Tensor) -> torch.Tensor:
+    """`saved` on the device of `weight` and, unless it holds indices or counts, in its dtype."""
+    return saved.to(weight.device, weight.dtype if saved.is_floating_point() else None)
+
+
 def _fill_basis(layer: SparseGradLinear, saved: dict) -> None:
-    basis, expected, device = layer.basis, (layer.out_features, layer.in_features), layer.weight.device
+    basis, expected = layer.basis, (layer.out_features, layer.in_features)
     if not saved["identity"]:
         sides = (saved["out_factor"].shape[0], saved["in_factor"].shape[0])
         if sides != expected:
             raise ValueError(f"the loaded basis of {layer.kind} has sizes {sides}, the layer {expected}")
-        basis.out_factor, basis.in_factor = saved["out_factor"].to(device), saved["in_factor"].to(device)
+        basis.out_factor, basis.in_factor = (_like(layer.weight, saved[side]) for side in ("out_factor", "in_factor"))
     basis.rotates, basis.identity = saved["rotates"], saved["identity"]
     basis.in_transposed = saved["in_transposed"]
 
 
 def _fill_support(layer: SparseGradLinear, saved: dict, shared: dict[tuple, FixedSupport]) -> None:
-    device = layer.weight.device
-    values, initial = saved["values"].to(device), saved["initial"].to(device)
-    layer.set_support(_shared_support(saved, device, shared), values, initial, saved["base_hash"])
-    layer.earlier = [(_shared_support(parts, device, shared), change.to(device)) for parts, change in saved["earlier"]]
+    weight = layer.weight
+    values, initial = _like(weight, saved["values"]), _like(weight, saved["initial"])
+    layer.set_support(_shared_support(saved, weight, shared), values, initial, saved["base_hash"])
+    layer.earlier = [
+        (_shared_support(parts, weight, shared), _like(weight, change)) for parts, change in saved["earlier"]
+    ]
 
 
-def _shared_support(saved: dict, device: torch.device, shared: dict[tuple, FixedSupport]) -> FixedSupport:
+def _shared_support(saved: dict, weight: torch.Tensor, shared: dict[tuple, FixedSupport]) -> FixedSupport:
     """Return the support in `saved`; layers that shared one share it again."""
     parts = {field.name: saved[field.name] for field in fields(FixedSupport)}
     key = tuple(None if part is None else part.data_ptr() for part in parts.values())
     if key not in shared:
-        shared[key] = FixedSupport(**{name: None if v is None else v.to(device) for name, v in parts.items()})
+        shared[key] = FixedSupport(**{name: None if v is None else _like(weight, v) for name, v in parts.items()})
     return shared[key]

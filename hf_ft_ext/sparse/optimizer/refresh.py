@@ -70,10 +70,13 @@ class RunningSums:
         """Return the steps since the last refresh, and the sums by kind of layer."""
         return {"steps": self.steps, "sums": {kind: vars(gram).copy() for kind, gram in self.sums.items()}}
 
-    def load_state_dict(self, state: dict, device: torch.device) -> None:
-        """Load what `state_dict` returned, onto `device`."""
+    def load_state_dict(self, state: dict, weights: dict[str, torch.Tensor]) -> None:
+        """Load sums, in the dtype and on the device of a weight of each kind, `weights`."""
         self.steps, self.sums = state["steps"], {}
         for kind, sides in state["sums"].items():
-            out, inp = sides["out"].to(device), sides["inp"].to(device)
-            self.sums[kind] = GramSums(len(out), len(inp), out.dtype, device)
+            if kind not in weights:
+                continue
+            device, dtype = weights[kind].device, weights[kind].dtype
+            out, inp = sides["out"].to(device, dtype), sides["inp"].to(device, dtype)
+            self.sums[kind] = GramSums(len(out), len(inp), dtype, device)
             self.sums[kind].out, self.sums[kind].inp = out, inp

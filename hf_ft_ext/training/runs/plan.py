@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_ft_ext.adapters.layers import fold_layer_numbers
+from hf_ft_ext.training.method_trainer import loss_of_batch
 from hf_ft_ext.training.weights.sharding import entries, whole_shape
 
 _MIB = 2**20
@@ -164,7 +165,7 @@ def saved_activation_bytes(trainer: Trainer, batch: dict) -> int:
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
             trainer.compute_loss_context_manager(),
         ):
-            trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+            loss_of_batch(trainer, trainer.model, trainer._prepare_inputs(batch))
     finally:
         for module, training in modes:
             module.training = training

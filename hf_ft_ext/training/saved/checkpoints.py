@@ -38,6 +38,8 @@ CHECKSUM_FILE = "checkpoint_checksums.json"
 _FORMER_FILE = "checkpoint_seal.json"  # its name in checkpoints of earlier versions
 _FORMAT = "hf_ft_ext checkpoint 1"
 _STATE = "trainer_state.json"
+_ADAPTER = "adapter_model.safetensors"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 
 
 class WriteChecksums(TrainerCallback):
@@ -226,15 +228,26 @@ def check_fits(folder: str | os.PathLike, model: nn.Module, method: str) -> None
             f"--resume_from_checkpoint: {os.fspath(folder)!r} belongs to another base model: the frozen weights "
             "differ; pass the --model_name_or_path that the run started with"
         )
+    check_weights(folder, model)
+
+
+def check_weights(folder: str | os.PathLike, model: nn.Module) -> None:
+    """Raise an `InputError` unless the checkpoint `folder` holds the model's labels and weights, of equal shapes."""
     check_labels(folder, model)
+    adapter, whole = Path(folder) / _ADAPTER, sorted(Path(folder).glob("model*.safetensors"))
     if isinstance(model, PeftModel):
         _check_adapter_settings(folder, model)
         with keep_projection(model):
             wanted = get_peft_model_state_dict(model)
-        files = [path for path in (Path(folder) / "adapter_model.safetensors",) if path.is_file()]
+        if whole and not any(Path(folder).glob("adapter_model.*")):
+            raise _other_model(folder, "it holds a whole model, and an adapter trains here")
+        files = [adapter] if adapter.is_file() else []
     else:
-        wanted = saved_state_dict(model)
-        files = sorted(Path(folder).glob("model*.safetensors"))
+        unsaved = getattr(model, "_keys_to_ignore_on_save", None) or ()
+        wanted = {name: tensor for name, tensor in saved_state_dict(model).items() if name not in unsaved}
+        files = whole
+        if adapter.is_file() and not files:
+            raise _other_model(folder, "it holds an adapter, and the model itself trains here")
     if not files:
         return  # pickled weights, or shards of FSDP: transformers reads or refuses them
     shapes = _shapes(files)
@@ -265,6 +278,24 @@ def _check_adapter_settings(folder: str | os.PathLike, model: PeftModel) -> None
     for name in _ADAPTER_SETTINGS:
         if name in found and name in own and found[name] != own[name]:
             raise _other_model(folder, f"its adapter has {name}={found[name]}, here {own[name]}")
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise a `ValueError` if a loaded moment has another shape than its parameter.
+
+    A fused step does not compare the shapes, and would write past the end of the shorter tensor.
+    """
+    plain = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+    if not isinstance(
+        plain, torch.optim.Adam | torch.optim.AdamW | torch.optim.SGD
+    ):  # others keep rows, columns or projections
+        return
+    for parameter, state in plain.state.items():
+        for key in _MOMENTS if "indices" not in state else ():  # those are moments of chosen entries
+            if isinstance(state.get(key), torch.Tensor) and state[key].shape != parameter.shape:
+                raise ValueError(
+                    f"{key} has shape {tuple(state[key].shape)}, and its parameter here {tuple(parameter.shape)}"
+                )
 
 
 def saved_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,7 +8,13 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from hf_ft_ext.adapters.folder import save_configuration, set_base_name
-from hf_ft_ext.training.saved.checkpoints import check_labels, loading_saved_state_dict
+from hf_ft_ext.errors import InputError, first_line
+from hf_ft_ext.training.saved.checkpoints import (
+    check_labels,
+    check_moments,
+    check_weights,
+    loading_saved_state_dict,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +48,29 @@ class CompleteSaves(_Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         loaded = self.model if model is None else model
-        check_labels(resume_from_checkpoint, loaded)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            check_labels(resume_from_checkpoint, loaded)
+        else:  # this process holds all weights
+            check_weights(resume_from_checkpoint, loaded)
         with loading_saved_state_dict(loaded, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.optimizer is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        groups = [set(group) for group in self.optimizer.param_groups]
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            if groups != [set(group) for group in self.optimizer.param_groups]:
+                raise ValueError("it belongs to another optimizer")  # torch would load its settings without an error
+            check_moments(self.optimizer)
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+            raise InputError(
+                f"--resume_from_checkpoint: the optimizer's state in {checkpoint!r} does not fit "
+                f"({first_line(error)}); pass the arguments that the run started with"
+            ) from error
 
     def _load_best_model(self) -> None:
         with loading_saved_state_dict(self.model, self.state.best_model_checkpoint):

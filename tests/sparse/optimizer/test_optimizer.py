@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT, Basis
+from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer import SparseAdamW
 from hf_ft_ext.sparse.optimizer.support import carry_over, top_k
@@ -165,6 +166,59 @@ def test_saved_and_loaded_state_continues_bit_for_bit(rotates):
     train(resumed, optimizer, data[6:])
     for a, b in zip(unbroken.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("fixed", "dense_moments"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize(("of", "into"), [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_a_state_continues_in_another_dtype(of, into, dense_moments, fixed):
+    """As torch's own optimizers do; the steps then are those of the first dtype, to its rounding."""
+
+    def prepared(dtype):
+        net = make(5, dtype=dtype)
+        if fixed:
+            net[0].expect_fixed_support(block=False)
+            chosen = torch.tensor([0, 3, 8, 17, 29])
+            net[0].set_support(FixedSupport.of_entries(net[0].basis, chosen, N_IN))
+        refresh = {} if fixed else {"refresh_steps": 4, "refresh_gradients": 4}
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        return net, SparseAdamW(parameters, [net[0]], lr=0.05, dense_moments=dense_moments, **refresh)
+
+    net, optimizer = prepared(of)
+    data = batches(9, torch.float32)
+    train(net, optimizer, [x.to(of) for x in data[:6]])  # two steps after a refresh of the basis
+    other, loaded = prepared(into)
+    other.load_state_dict(net.state_dict())
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for pair, dtype in (((net, optimizer), of), ((other, loaded), into)):
+        train(*pair, [x.to(dtype) for x in data[6:]])
+    for parameter, expected in zip(other.parameters(), net.parameters(), strict=True):
+        assert parameter.dtype == into
+        torch.testing.assert_close(parameter.double(), expected.double(), rtol=1e-4, atol=1e-5)
+    for state in loaded.state.values():
+        assert {value.dtype for key, value in state.items() if key.startswith("exp_avg")} == {into}
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (lambda net: [{"params": list(net.parameters()), "maximize": True}], "maximize=True has no sparse form"),
+        (lambda net: [{"params": list(net.parameters()), "amsgrad": True}], "amsgrad=True has no sparse form"),
+        (lambda net: net[2].parameters(), "a layer of kind kind trains, but it is not among `params`"),
+    ],
+)
+def test_groups_that_would_be_ignored_are_refused(groups, message):
+    net = make(4)
+    with pytest.raises(ValueError, match=message):
+        SparseAdamW(groups(net), [net[0]])
+
+
+def test_layers_may_be_a_mapping_and_frozen_ones_need_no_group():
+    net, same = make(4), make(4)
+    train(net, SparseAdamW(net.parameters(), {"0": net[0]}), batches(2))
+    train(same, SparseAdamW(same.parameters(), [same[0]]), batches(2))
+    assert torch.equal(net[0].weight, same[0].weight)
+    net[0].weight.requires_grad_(False)
+    SparseAdamW([p for p in net.parameters() if p.requires_grad], [net[0]])
 
 
 def test_half_precision_keeps_float32_moments_through_a_reload():
