@@ -28,6 +28,7 @@ def few_shot_data(
     seed: int | None = None,
     split: str = "k-shot",
     allow_small_classes: bool = False,
+    keep_test: bool = False,
 ) -> TaskData:
     """Return the k-shot form of `data`: `train` and `validation["dev"]` drawn from its training split, and a test.
 
@@ -42,6 +43,7 @@ def few_shot_data(
         seed: seed of the draw; `None` = 13. The draw depends on no other seed and no library's random generator.
         split: `k-shot`, `k-shot-10x` or `k-shot-1k-test`.
         allow_small_classes: let a class with too few rows contribute all that it has, training first.
+        keep_test: keep the test splits of `data`, labelled or not.
 
     Raises:
         InputError: no labelled training split, or a stream; `k` below 1, or a class with too few rows (the message
@@ -89,7 +91,7 @@ def few_shot_data(
     in_train, in_dev = (_in_order(order, parts) for parts in (parts_of_train, parts_of_dev))
     if not len(in_dev):
         logger.warning("num_k=%d uses every row for training: none is left to evaluate on", k)
-    test = _test_splits(data)
+    test = dict(data.test) if keep_test and data.test else _test_splits(data)
     if split == "k-shot-1k-test":
         test = {name: rows.select(draw_order(range(len(rows)), _TEST_SEED)[:TEST_ROWS]) for name, rows in test.items()}
     return replace(

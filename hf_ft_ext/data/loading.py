@@ -20,7 +20,7 @@ from hf_ft_ext.data.sources import open_source
 from hf_ft_ext.data.splits import find_roles
 from hf_ft_ext.data.stream import in_memory, usable_rows
 from hf_ft_ext.data.task_data import LABEL, TaskData
-from hf_ft_ext.data.tasks import Task, get_task
+from hf_ft_ext.data.tasks import GLUE_ID, Task, get_task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION, default_metrics, metric_function
 
@@ -152,13 +152,17 @@ def load_data(
     )
     data.origins = whole_splits(data)
     if data_args.num_k is not None:
-        if data_args.validation_file and not validation_is_test(data):
+        option = "test_file" if data_args.test_file else "test_split" if data_args.test_split else None
+        keep_test = option is not None and data.task.hub_id != GLUE_ID
+        if option is not None and not keep_test and data.validation:
+            logger.warning("--%s is not used: with --num_k, GLUE tasks are tested on their validation split", option)
+        if data_args.validation_file and (keep_test or not validation_is_test(data)):
             logger.warning(
                 "--validation_file is not used: --num_k draws evaluation rows from the training file, and the test "
                 "split is --test_file"
             )
         few = (data_args.num_k, data_seed, data_args.few_shot_split, data_args.allow_small_classes)
-        data = few_shot_data(data, *few)
+        data = few_shot_data(data, *few, keep_test=keep_test)
     elif not files and not data.validation:
         data.validation = {name: rows for name, rows in data.test.items() if LABEL in rows.column_names}
         if data.validation:

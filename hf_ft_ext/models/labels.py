@@ -28,11 +28,18 @@ def set_labels(config: PreTrainedConfig, data: Any, trains: bool = True) -> None
         own = REGRESSION if config.num_labels == 1 else CLASSIFICATION
         config.problem_type = getattr(config, "problem_type", None) or own
     else:
+        if not trains and getattr(config, "problem_type", None) not in (None, data.problem_type):
+            logger.warning(
+                "The model was trained for %s, and the labels of this data are for %s: it is scored and predicts so.",
+                config.problem_type,
+                data.problem_type,
+            )
         config.problem_type = data.problem_type
-        held, names = config.id2label or {}, data.label_names
-        if not trains and _is_generic(held) and set(names) < {str(i) for i in held}:
-            names = [str(i) for i in sorted(held)]
-        elif _same_labels(held, names) or (not trains and _holds_labels(held, names)):
+        by_id: dict[int, str] = config.id2label or {}
+        names = list(data.label_names)
+        if not trains and _is_generic(by_id) and set(names) < {str(i) for i in by_id}:
+            names = [str(i) for i in sorted(by_id)]
+        elif _same_labels(by_id, names) or (not trains and _holds_labels(by_id, names)):
             return
         config.num_labels = len(names)
         config.id2label = dict(enumerate(names))

@@ -54,6 +54,15 @@ def test_the_order_is_that_of_hashes_written_out():
     assert draw_order(range(8), 21).tolist() != GOLDEN
 
 
+@pytest.mark.parametrize("task", [None, "cr"])
+@pytest.mark.parametrize("test", [[-1, -1, -1], [0, 1, 0]])
+def test_a_test_file_that_is_passed_is_the_test_split(load, test, task, caplog):
+    data = load({"train": LABELS, "validation": [0, 1], "test": test}, num_k=4, task_name=task)
+    assert {name: len(rows) for name, rows in data.test.items()} == {"test": 3}
+    assert ("label" in data.test["test"].column_names) is (test[0] == 0)
+    assert data.origins["test", "test"].split == "test" and "--validation_file is not used" in caplog.text
+
+
 def test_rows_are_balanced_disjoint_and_drawn_in_order(load):
     data = load({"train": LABELS, "validation": [0, 1]}, num_k=4)
     assert Counter(data.train["label"][:]) == Counter(data.validation["dev"]["label"][:]) == {0: 4, 1: 4}
@@ -88,9 +97,10 @@ def test_the_test_is_what_was_labelled(load):
     ]  # fmt: skip
 
 
-def test_glue_is_tested_on_its_validation_split(load):
+def test_glue_is_tested_on_its_validation_split(load, caplog):
     data = load({"train": LABELS, "validation": [0, 1, 1], "test": [1] * 5}, num_k=2, task_name="sst2")
     assert list(data.test) == ["validation"] and len(data.test["validation"]) == 3
+    assert "--test_file is not used: with --num_k, GLUE tasks are tested on their validation split" in caplog.text
 
 
 def test_a_thousand_test_rows_are_the_same_for_every_data_seed(load):

@@ -92,6 +92,11 @@ def test_a_trained_head_is_not_replaced_where_nothing_is_trained(save, own, name
     assert torch.equal(model.classifier.weight, start.classifier.weight)
 
 
+def test_labels_of_another_kind_than_the_model_s_are_reported(save, caplog):
+    load(save(tiny_model(problem_type="multi_label_classification")), ("LABEL_0", "LABEL_1"), do_train=False)
+    assert "was trained for multi_label_classification, and the labels of this data are for single" in caplog.text
+
+
 def test_a_model_without_a_table_of_tokens_loads(save):
     _, model = load(save(tiny_classifier("canine")))
     assert type(model).__name__ == "CanineForSequenceClassification"

@@ -118,6 +118,12 @@ def _converted(values: dict[str, Any], features: Features, cache_dir: str | None
                 while batch := list(islice(rows, _BATCH)):
                     writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=schema))
             unfinished.replace(path)
+        except UnicodeEncodeError as error:
+            wrong = error.object[error.start]
+            raise InputError(
+                f"the text {error.object[:40]!a} of {values['sources'][0].file.path} (or a file beside it) holds "
+                f"{wrong!a}, half of a character; write the character in full, or remove the row"
+            ) from error
         except OSError as error:
             raise InputError(
                 f"converted data cannot be written to {folder} ({error.strerror or error}); pass --cache_dir with a "

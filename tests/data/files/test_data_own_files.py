@@ -180,6 +180,9 @@ def test_faults_of_files(load, tmp_path):
         load(train_file="train.xlsx")
     with pytest.raises(InputError, match=r"--train_file .*missing.csv: there is no such file"):
         load(train_file="missing.csv")
+    (tmp_path / "half.jsonl").write_text('{"text": "a\\ud83d", "label": 0}\n{"text": "b", "label": 1}\n')
+    with pytest.raises(InputError, match=r"the text 'a.ud83d' of .*half.jsonl .* holds '.ud83d', half of a character"):
+        load(train_file="half.jsonl")
 
 
 @pytest.mark.parametrize(
