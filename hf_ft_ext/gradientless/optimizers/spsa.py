@@ -209,6 +209,7 @@ class SPSA(GradientFreeOptimizer):
         if self.steps > 1:
             self.weight_updates.first_steps.update(dict.fromkeys(read, self.steps))
         elif now.unread:
+            now.check_unread()
             logger.warning(
                 "%d searched tensors are read by no forward pass, so they are not searched; leave them out",
                 len(now.unread),
