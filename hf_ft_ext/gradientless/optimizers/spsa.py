@@ -39,8 +39,8 @@ class SPSA(GradientFreeOptimizer):
     Perturbed weights exist only while a module's forward uses them, so the stored weights do not drift in any type,
     and there is no second copy of the model. The effect of low-rank directions is added to the outputs of linear
     layers and embeddings, without copying a weight. Parameters that accelerate offloads are perturbed while their
-    module is loaded, and updated one after the other where they are kept. Updates are computed in chunks of each tensor. 16-bit weights are
-    rounded stochastically: rounding to nearest would lose most updates (see `Rounding`).
+    module is loaded, and updated one by one where they are kept. Updates are computed in chunks of each tensor. 16-bit
+    weights are rounded stochastically: rounding to nearest would lose most updates (see `Rounding`).
 
     Slopes and learning rates of all steps are recorded: `save_trajectory` writes them, and `apply_trajectory` repeats
     the run from them.
