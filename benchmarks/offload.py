@@ -2,7 +2,7 @@
 
     python benchmarks/offload.py --threads 1
     python benchmarks/offload.py --threads 1 --shape llama-1b --layers 8 --dtype bfloat16 \
-        --variants evaluation lozo-both lora-both
+        --variants evaluation lora-both
 
 A checkpoint of the shape (random weights, see `zeroth_order.py`) is loaded in three ways: as usual (`loaded`), behind
 `cpu_offload`, and by a `device_map` that reads each layer from the checkpoint on disk when it runs. Each

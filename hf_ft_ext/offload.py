@@ -34,11 +34,12 @@ class StoredTensor:
 
     Attributes:
         places: weight map and key of the tensor; tied weights have several.
+        loaded: whether a hook has loaded it for its module.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.places: list[tuple[Any, str]] = []
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.loaded = device, dtype, False
 
     def read(self) -> torch.Tensor:
         """The values on `device`; where that is the CPU and they are kept in memory, the kept tensor itself."""
@@ -253,7 +254,7 @@ def _offloaded_parameters(module: nn.Module, hook: AlignDevicesHook) -> Iterator
 
 def _hold(module: nn.Module, hook: AlignDevicesHook, held: list[tuple[nn.Module, str, str, StoredTensor]]) -> None:
     """Put the same parameters back after each forward, and let `load_state_dict` change the kept values."""
-    parameters = [(holder, name, holder._parameters[name]) for holder, name, _, _ in held]
+    parameters = [(holder, name, holder._parameters[name], one) for holder, name, _, one in held]
     before = hook.post_forward
     known = isinstance(before, functools.partial)
     hook.post_forward = functools.partial(_post_forward, before.args[0] if known else before, parameters)
@@ -263,10 +264,14 @@ def _hold(module: nn.Module, hook: AlignDevicesHook, held: list[tuple[nn.Module,
 
 
 def _post_forward(
-    original: Any, parameters: Sequence[tuple[nn.Module, str, nn.Parameter]], module: nn.Module, output: Any
+    original: Any,
+    parameters: Sequence[tuple[nn.Module, str, nn.Parameter, StoredTensor]],
+    module: nn.Module,
+    output: Any,
 ) -> Any:
     result = original(module, output)
-    for holder, name, parameter in parameters:
+    for holder, name, parameter, stored in parameters:
+        stored.loaded = True
         if holder._parameters[name].is_meta:  # not in a module that is kept loaded
             holder._parameters[name] = parameter
     return result

@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from other_models import loss_of, other_batch, other_model
 from safetensors.torch import load_file
 from tiny import tiny_dataset, tiny_masked_lm, tiny_model, tiny_tokenizer
 from torch import nn
@@ -111,6 +112,19 @@ CASES = [
     *itertools.product(("mlm",), ("disk", "cpu", "device_map"), ("lozo-m",), (SHORT,)),
     *itertools.product(("bert",), ("disk",), SEARCHES, (SHORT,)),
 ]
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper", "mixtral", "clip"])
+def test_other_families(tmp_path, name):
+    """Encoder-decoders, experts and images, with tied weights and unusual modules."""
+    batch, ends = other_batch(name), []
+    for form in (None, "disk"):
+        model = other_model(name) if form is None else offloaded(other_model(name), form, tmp_path)
+        search = SPSA(model.parameters(), model, lr=1e-3)
+        search.step(lambda model=model: loss_of(model, batch))
+        ends.append([value.clone() for value in search.perturbed_forward.tensors])
+    assert len(ends[0]) == len(ends[1])
+    assert all(map(torch.equal, *ends))
 
 
 @pytest.mark.parametrize(("kind", "form", "name", "dtype"), CASES)
@@ -244,6 +258,10 @@ def test_what_cannot_be_searched_is_refused(tmp_path):
     tied = dispatch_model(loaded("gpt2"), parts, offload_dir=str(tmp_path / "b"))
     with pytest.raises(InputError, match=r"transformer.wte.weight is offloaded, and lm_head.weight, which shares"):
         SPSA(tied.parameters(), tied)
+    mamba, batch = cpu_offload(other_model("mamba"), CPU), other_batch("mamba")
+    search = SPSA(mamba.parameters(), mamba)
+    with pytest.raises(InputError, match=r"8 searched tensors .* are offloaded and read by other code than their mod"):
+        search.step(lambda: loss_of(mamba, batch))
     halves = cpu_offload(nn.Sequential(Halves()), CPU, preload_module_classes=["Halves"])
     search = SPSA(halves.parameters(), halves)
     search.perturbed_forward.read_elsewhere(2)

@@ -44,8 +44,9 @@ class SPSA(GradientFreeOptimizer):
 
     Perturbed weights exist only while a module's forward uses them, so the stored weights do not drift in any type,
     and there is no second copy of the model. The effect of low-rank directions is added to the outputs of linear
-    layers and embeddings, without copying a weight. Updates are computed in chunks of each tensor. 16-bit weights are
-    rounded stochastically: rounding to nearest would lose most updates (see `Rounding`).
+    layers and embeddings, without copying a weight. Parameters that accelerate offloads are perturbed while their
+    module is loaded, and updated one by one where they are kept. Updates are computed in chunks of each tensor. 16-bit
+    weights are rounded stochastically: rounding to nearest would lose most updates (see `Rounding`).
 
     Slopes and learning rates of all steps are recorded: `save_trajectory` writes them, and `apply_trajectory` repeats
     the run from them.
@@ -213,6 +214,7 @@ class SPSA(GradientFreeOptimizer):
         if self.steps > 1:
             self.weight_updates.first_steps.update(dict.fromkeys(read, self.steps))
         elif now.unread:
+            now.check_unread()
             logger.warning(
                 "%d searched tensors are read by no forward pass, so they are not searched; leave them out",
                 len(now.unread),

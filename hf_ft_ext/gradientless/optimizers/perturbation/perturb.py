@@ -16,6 +16,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import Directions, Draw
 from hf_ft_ext.gradientless.optimizers.perturbation.module_patch import CannotBatch, ModulePatch
 from hf_ft_ext.gradientless.optimizers.perturbation.watch import Reads, watched_reads
@@ -62,6 +63,21 @@ class PerturbedForward(PerturbedWeights):
         found = {i for patch in self.patches for i in patch.names.values()}
         self.missing = sorted(set(number.values()) - found)
         self.elsewhere: set[int] = set()
+
+    def check_unread(self) -> None:
+        """Refuse offloaded tensors that were loaded for other code than their module's forward (Mamba's `dt_proj`).
+
+        Raises:
+            InputError: there are such tensors, and they were not perturbed.
+        """
+        missed = [n for n in sorted(self.unread) if n in self.tensors.stored and self.tensors.stored[n].loaded]
+        if missed:
+            shape = tuple(self.tensors.parameters[missed[0]].shape)
+            raise InputError(
+                f"{len(missed)} searched tensors (the first of shape {shape}) are offloaded and read by other "
+                "code than their module's forward, so they cannot be perturbed; keep their modules loaded "
+                "(device_map), or leave them out"
+            )
 
     def watched(self) -> contextlib.AbstractContextManager[Reads]:
         """Within this context, record which parameters are read by another module than their own."""
