@@ -265,7 +265,7 @@ def dry_run_words(words: list[str], model: str, glue: str, language: Path) -> li
         words = [*words, "--dataset_name", glue]
     if "--fisher_mask" in words:  # the default share is less than the head of so small a model
         words = [*words, "--fisher_keep_ratio", "0.1"]
-    if run_args.method == "fisher":
+    if run_args.method == "fisher" and "single" not in words:
         words = [*words, "--fisher_examples", "6"]
     return [*words, "--use_cpu", "--dry_run", "--disable_tqdm", "true"]
 
