@@ -152,10 +152,10 @@ def load_data(
     )
     data.origins = whole_splits(data)
     if data_args.num_k is not None:
-        option = "test_file" if data_args.test_file else "test_split" if data_args.test_split else None
-        keep_test = option is not None and data.task.hub_id != GLUE_ID
-        if option is not None and not keep_test and data.validation:
-            logger.warning("--%s is not used: with --num_k, GLUE tasks are tested on their validation split", option)
+        given = "test_file" if data_args.test_file else "test_split" if data_args.test_split else None
+        keep_test = given is not None and data.task.hub_id != GLUE_ID
+        if given is not None and not keep_test and data.validation:
+            logger.warning("--%s is not used: with --num_k, GLUE tasks are tested on their validation split", given)
         if data_args.validation_file and (keep_test or not validation_is_test(data)):
             logger.warning(
                 "--validation_file is not used: --num_k draws evaluation rows from the training file, and the test "

@@ -53,11 +53,11 @@ class FixedEntriesFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, values, support):
+    def forward(ctx, x, weight, bias, values, support, layer):
         flat = x.detach().reshape(-1, weight.shape[1])
         ctx.route = support.cheaper_route(*weight.shape, len(flat))
         ctx.save_for_backward(support.project_input(flat) if ctx.route == ACTIVATIONS else flat, weight)
-        ctx.support, ctx.values_dtype = support, values.dtype
+        ctx.support, ctx.layer, ctx.values_dtype = support, layer, values.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -77,7 +77,9 @@ class FixedEntriesFunction(torch.autograd.Function):
             else:
                 block = support.block_of(grads.T @ inputs)  # V_r^T (g^T x) U_c
             grad_values = support.pick(block).to(ctx.values_dtype)
-        return grad_x, None, grad_bias, grad_values, None
+            if ctx.layer is not None:
+                ctx.layer.may_have_changed = True  # an optimizer step will follow
+        return grad_x, None, grad_bias, grad_values, None, None
 
 
 class SparseGradLinear(nn.Linear):
@@ -88,14 +90,15 @@ class SparseGradLinear(nn.Linear):
 
     Dynamic support: `weight` trains, and the optimizer chooses the entries at each step. While
     `basis.rotates == "activations"`, `weight.grad` holds `V^T G U` and not `G`: train the layer with `SparseAdamW`
-    only. Fixed support: `weight` is frozen, and the parameter is `values`, the chosen entries of `V^T W U`. The
-    optimizer adds their changes to `weight`, so `weight` is up to date in both cases.
+    only. Fixed support: `weight` is frozen, and the parameter is `values`, the chosen entries of `V^T W U`. Their
+    changes are added to `weight` by `SparseAdamW`, and those by other code in the next forward pass (not if compiled).
 
     Attributes:
         values: the trained entries, shape (k,), float32 or wider, or `None` with dynamic support. Not part of
             `state_dict()`: the optimizer's state holds them.
         initial: the values before training, shape (k,).
         base_hash: SHA-256 of the weight before training.
+        may_have_changed: whether the values may differ from those in `weight` without a new version of the tensor.
         earlier: changes of training before the basis was refreshed: supports and the changes of their values.
         block: number of rows and columns of a structured support.
         support: the entries that `values` holds; `None` with dynamic support and before the pre-pass.
@@ -118,6 +121,9 @@ class SparseGradLinear(nn.Linear):
     support: FixedSupport | None = None
     initial: torch.Tensor | None = None
     base_hash: str | None = None
+    may_have_changed: bool = False
+    _folded: torch.Tensor | None = None  # the values that `weight` contains
+    _version: int = -1
     block: tuple[int, int] | None = None
     earlier: list[tuple[FixedSupport, torch.Tensor]]
     threshold: float | None = None
@@ -177,6 +183,7 @@ class SparseGradLinear(nn.Linear):
         self.values.copy_(support.pick(support.block_of(self.weight)) if values is None else values)
         self.initial = self.values.detach().clone() if initial is None else initial
         self.base_hash = base_hash or self.base_hash or tensor_hash(self.weight.to(self.plain_dtype))
+        self._mark_folded()
 
     def chosen_entries(self) -> tuple[FixedSupport, nn.Parameter, torch.Tensor]:
         """Return the fixed support, its values, and their values before training.
@@ -198,13 +205,36 @@ class SparseGradLinear(nn.Linear):
         self.earlier.append(self.changes()[-1])
 
     @torch.no_grad()
-    def fold(self, change: torch.Tensor) -> None:
-        """Add a change of the values, shape (k,), to the weight: `W += V_r S U_c^T`."""
-        support, _, _ = self.chosen_entries()
-        support.add_to(self.weight, change)
+    def fold(self) -> bool:
+        """Add the changes of the values since the last call, `W += V_r dS U_c^T`; return whether there were any."""
+        if self.support is None or self.values is None or self._folded is None or self.values.is_meta:
+            return False  # no support yet, or a placeholder of one
+        changed = not torch.equal(self.values, self._folded)
+        if changed:
+            self.support.add_to(self.weight, self.values - self._folded)
+        self._mark_folded()
+        return changed
+
+    def _mark_folded(self) -> None:
+        values = self.chosen_entries()[1]
+        self._folded = values.detach().clone()
+        self._version, self.may_have_changed = values._version, False
+
+    def _fold_changes_of_others(self) -> None:
+        """Fold before a forward pass, if the values may have changed.
+
+        Averaged weights are exchanged for an evaluation through `parameter.data`, which leaves no new version, so
+        without gradients the values are always compared.
+        """
+        if torch.is_grad_enabled():
+            if self.may_have_changed or (self.values is not None and self._version != self.values._version):
+                self.fold()
+        elif self.fold():
+            self.may_have_changed = True  # the exchange is undone the same way
 
     def to_linear(self) -> nn.Linear | Conv1D:
         """Return the plain layer with the trained weight, in the type and dtype that it had before the conversion."""
+        self.fold()
         with torch.device("meta"):
             if self.transposed:
                 linear = Conv1D(self.out_features, self.in_features)
@@ -224,7 +254,11 @@ class SparseGradLinear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.support is not None:
-            return FixedEntriesFunction.apply(x, self.weight, self.bias, self.values, self.support)
+            compiled = torch.compiler.is_compiling()  # which cannot follow versions: `SparseAdamW` alone folds then
+            if not compiled:
+                self._fold_changes_of_others()
+            observed = None if compiled else self
+            return FixedEntriesFunction.apply(x, self.weight, self.bias, self.values, self.support, observed)
         rotate = self.basis.out_factor is not None and self.basis.rotates == ACTIVATIONS
         factors = (self.basis.out_factor, self.basis.in_factor) if rotate else (None, None)
         return SparseLinearFunction.apply(x, self.weight, self.bias, *factors)
@@ -243,10 +277,11 @@ class SparseGradLinear(nn.Linear):
                 part.apply(fn)
         self.earlier = [(support, fn(change)) for support, change in self.earlier]
         if self.initial is not None:
-            self.initial = fn(self.initial)
+            self.initial, self._folded = fn(self.initial), fn(self._folded)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.fold()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(f"{prefix}values", None)
         if self.transposed:
@@ -261,6 +296,7 @@ class SparseGradLinear(nn.Linear):
         if self.support is not None and self.values is not None and f"{prefix}weight" in state_dict:
             with torch.no_grad():  # the values are entries of the loaded weight
                 self.values.copy_(self.support.pick(self.support.block_of(self.weight)))
+            self._mark_folded()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, n_params={self.n_params}"

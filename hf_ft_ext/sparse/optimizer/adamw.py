@@ -117,11 +117,9 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        before = []
         for layer in self._fixed:
             if layer.support is None or layer.values is None:
                 raise RuntimeError(_NOT_READY.format(part="support", kind=layer.kind))
-            before.append((layer.values, layer.values.clone()))
         done = []
         self._running.begin_step()
         for group in self.param_groups:
@@ -137,8 +135,8 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
         finally:
             for parameter, gradient in done:
                 parameter.grad = gradient
-        for layer, (values, old) in zip(self._fixed, before, strict=True):
-            layer.fold(values - old)
+        for layer in self._fixed:
+            layer.fold()
         if self._running.due:
             self._refresh()
         return loss
