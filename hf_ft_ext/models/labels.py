@@ -104,13 +104,23 @@ def check_untrained_head(model: PreTrainedModel, replaced: bool, own_labels: lis
         )
 
 
-def warn_of_renamed_labels(model: PreTrainedModel, before: list[str], name: str) -> None:
-    """Log a warning if a trained head keeps its weights but its labels get other names."""
+def warn_of_renamed_labels(model: PreTrainedModel, before: list[str], name: str, trains: bool = True) -> None:
+    """Log a warning if a trained head keeps its weights but its labels get other names.
+
+    Raises:
+        InputError: the run does not train, and some of the names are the model's, for other outputs perhaps.
+    """
     after = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
     generic = [f"LABEL_{i}" for i in range(len(before))]
     head = [key for key, _ in model.named_parameters() if not key.startswith(f"{model.base_model_prefix}.")]
     trained = head and not set(head) & set(model.fresh_parameters)
     if trained and len(before) == len(after) > 1 and before != after and before != generic:
+        common = {label.lower() for label in before} & {label.lower() for label in after}
+        if common and not trains and sorted(map(str.lower, before)) != sorted(map(str.lower, after)):
+            raise InputError(
+                f"model {name!r} was trained for the labels {', '.join(before[:10])}, but this data has "
+                f"{', '.join(after[:10])}; rename those of the data that mean the same, or add --do_train"
+            )
         logger.warning(
             "The labels of %s are %s, those of the data %s: its head keeps its weights, and output 0 now stands for "
             "%r. Where these are the same labels in other words, rename those of the data.",

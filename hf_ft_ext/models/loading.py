@@ -156,7 +156,7 @@ def load_tokenizer_and_model(
     _check_loaded(model, info, source.name, own_names, trains=trains or adapter is not None)
     apply_dtype(model, model_args.dtype, args, stored, source.name)
     tokenizer, complete = _complete(source, tokenizer, model)
-    warn_of_renamed_labels(model, own_names, source.name if adapter is None else adapter.name)
+    warn_of_renamed_labels(model, own_names, source.name if adapter is None else adapter.name, trains)
     return tokenizer, complete
 
 

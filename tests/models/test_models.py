@@ -92,6 +92,16 @@ def test_a_trained_head_is_not_replaced_where_nothing_is_trained(save, own, name
     assert torch.equal(model.classifier.weight, start.classifier.weight)
 
 
+def test_labels_that_are_partly_the_model_s_are_refused_where_nothing_is_trained(save, caplog):
+    names = ("b", "C", "a")
+    folder = save(tiny_model(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)}))
+    with pytest.raises(InputError, match="was trained for the labels b, C, a, but this data has a, b, d; rename"):
+        load(folder, ("a", "b", "d"), do_train=False)
+    load(folder, ("a", "b", "d"))
+    load(folder, ("x", "y", "z"), do_train=False)
+    assert caplog.text.count("its head keeps its weights, and output 0 now stands for") == 2
+
+
 def test_labels_of_another_kind_than_the_model_s_are_reported(save, caplog):
     load(save(tiny_model(problem_type="multi_label_classification")), ("LABEL_0", "LABEL_1"), do_train=False)
     assert "was trained for multi_label_classification, and the labels of this data are for single" in caplog.text
