@@ -75,19 +75,6 @@ class StoredTensor:
                 )
 
 
-def _saved(value: torch.Tensor, key: str, folder: str) -> dict[str, str]:
-    """Save a tensor in a file of its own; return the entry of accelerate's index."""
-    path = os.path.join(folder, f"{key}.safetensors")
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        save_file({key: value.cpu()}, temporary)  # an earlier file may be mapped into memory: it is replaced
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-    return {"safetensors_file": path, "weight_name": key, "dtype": str(value.dtype).removeprefix("torch.")}
-
-
 class ReadableTensors(Sequence[torch.Tensor]):
     """Parameters with the offloaded ones read when they are asked for, one at a time.
 
@@ -231,6 +218,41 @@ def runs_own_forward(module: nn.Module) -> bool:
     return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
+@contextlib.contextmanager
+def placeholders(model: nn.Module) -> Iterator[None]:
+    """Within this context, offloaded parameters are NaN on the device that they are loaded to, and take no memory.
+
+    peft puts a new adapter on the device of the weight that it adapts, where it would lose its values if that is the
+    meta device. A value that is computed from a placeholder is NaN, too.
+    """
+    held = [(holder, name, hook.execution_device, holder._parameters[name])
+            for module in model.modules() for hook in _hooks(module)
+            for holder, name, _ in _offloaded_parameters(module, hook)]  # fmt: skip
+    for holder, name, device, parameter in held:
+        value = math.nan if parameter.is_floating_point() else 0
+        one = torch.full((), value, dtype=parameter.dtype, device=device).expand(parameter.shape)
+        holder._parameters[name] = nn.Parameter(one, requires_grad=parameter.requires_grad)
+    try:
+        yield
+    finally:
+        for holder, name, _, parameter in held:
+            parameter.requires_grad_(holder._parameters[name].requires_grad)
+            holder._parameters[name] = parameter
+
+
+def _saved(value: torch.Tensor, key: str, folder: str) -> dict[str, str]:
+    """Save a tensor in a file of its own; return the entry of accelerate's index."""
+    path = os.path.join(folder, f"{key}.safetensors")
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        save_file({key: value.cpu()}, temporary)  # an earlier file may be mapped into memory: it is replaced
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return {"safetensors_file": path, "weight_name": key, "dtype": str(value.dtype).removeprefix("torch.")}
+
+
 def _hooks(module: nn.Module) -> Iterator[AlignDevicesHook]:
     """The module's hooks that load tensors before its forward and drop them afterwards."""
     waiting = [getattr(module, "_hf_hook", None)]
@@ -289,28 +311,6 @@ def _write_state(
             one.check_writable(value.shape)
             one.write(value)
         state_dict[prefix + path] = value.to("meta")  # torch warns of a copy into the meta device
-
-
-@contextlib.contextmanager
-def placeholders(model: nn.Module) -> Iterator[None]:
-    """Within this context, offloaded parameters are NaN on the device that they are loaded to, and take no memory.
-
-    peft puts a new adapter on the device of the weight that it adapts, where it would lose its values if that is the
-    meta device. A value that is computed from a placeholder is NaN, too.
-    """
-    held = [(holder, name, hook.execution_device, holder._parameters[name])
-            for module in model.modules() for hook in _hooks(module)
-            for holder, name, _ in _offloaded_parameters(module, hook)]  # fmt: skip
-    for holder, name, device, parameter in held:
-        value = math.nan if parameter.is_floating_point() else 0
-        one = torch.full((), value, dtype=parameter.dtype, device=device).expand(parameter.shape)
-        holder._parameters[name] = nn.Parameter(one, requires_grad=parameter.requires_grad)
-    try:
-        yield
-    finally:
-        for holder, name, _, parameter in held:
-            parameter.requires_grad_(holder._parameters[name].requires_grad)
-            holder._parameters[name] = parameter
 
 
 def _resolved(weights: Any, key: str) -> tuple[Any, str]:

@@ -58,10 +58,6 @@ def set_base_name_of(config: PeftConfig, base: nn.Module) -> None:
         config.revision = revision
 
 
-def _loaded_from(base: nn.Module) -> dict:
-    return getattr(base, "loaded_from", {})
-
-
 def save_configuration(model: PeftModel, folder: str | os.PathLike) -> None:
     """Write the configuration of the wrapped model, and the index of its base weights, beside a saved adapter.
 
@@ -137,6 +133,17 @@ def weight_files(name: str | None, revision: str | None = None, cache_dir: str |
     return []
 
 
+def is_adapter_without_weights(folder: str | os.PathLike) -> bool:
+    """Whether a local folder holds an adapter, but neither weights of a full model nor an index of them."""
+    folder = Path(folder)
+    whole = any(next(folder.glob(pattern), None) for pattern in ("model*.safetensors*", "pytorch_model*.bin*"))
+    return (folder / ADAPTER_CONFIG).is_file() and not whole
+
+
+def _loaded_from(base: nn.Module) -> dict:
+    return getattr(base, "loaded_from", {})
+
+
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     with safe_open(path, framework="pt") as file:
         return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a mapping)
@@ -156,10 +163,3 @@ def _head(adapter: Path, base: nn.Module, shapes: dict[str, tuple[int, ...]]) ->
             if name in names and stored != tuple(file.get_slice(key).get_shape()):
                 head[name] = file.get_tensor(key)
     return head
-
-
-def is_adapter_without_weights(folder: str | os.PathLike) -> bool:
-    """Whether a local folder holds an adapter, but neither weights of a full model nor an index of them."""
-    folder = Path(folder)
-    whole = any(next(folder.glob(pattern), None) for pattern in ("model*.safetensors*", "pytorch_model*.bin*"))
-    return (folder / ADAPTER_CONFIG).is_file() and not whole

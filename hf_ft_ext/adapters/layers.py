@@ -83,16 +83,16 @@ def in_layers(config, inner: NameInLayer | None) -> bool:
     return inner is not None and inner.layer in ([layers] if isinstance(layers, int) else layers)
 
 
+def other_holder(model: nn.Module, module: nn.Module) -> str | None:
+    """Name of another module that holds the weight of `module`; `None` if there is none."""
+    weight = module.weight
+    others = ((name, other) for name, other in model.named_modules() if other is not module)
+    return next((name for name, other in others if any(p is weight for p in other._parameters.values())), None)
+
+
 def _named(targets: str | Iterable[str] | None, name: str, inner: NameInLayer | None) -> bool:
     if not targets:
         return False
     if isinstance(targets, str):
         return re.fullmatch(targets, name) is not None
     return name in targets or (inner is not None and inner.name in targets)
-
-
-def other_holder(model: nn.Module, module: nn.Module) -> str | None:
-    """Name of another module that holds the weight of `module`; `None` if there is none."""
-    weight = module.weight
-    others = ((name, other) for name, other in model.named_modules() if other is not module)
-    return next((name for name, other in others if any(p is weight for p in other._parameters.values())), None)

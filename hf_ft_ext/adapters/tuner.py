@@ -193,26 +193,6 @@ class LayerTuner(BaseTuner):
 _PEFT = "base_model.model."
 
 
-def _name_without_others(model: nn.Module, key: str, adapter_name: str) -> str:
-    """The name that the parameter `key` of an adapter has in a model with this adapter only.
-
-    If another adapter wraps a module around the parameter's owner, the owner's path has one more `base_layer`.
-    """
-    if ".base_layer." not in key:
-        return key
-    kept, owner = [], model
-    for part in key.split("."):
-        wrapped_by_others = (
-            part == "base_layer"
-            and isinstance(owner, BaseTunerLayer)
-            and adapter_name not in owner._get_available_adapters()
-        )
-        if not wrapped_by_others:
-            kept.append(part)
-        owner = getattr(owner, "_modules", {}).get(part)
-    return ".".join(kept)
-
-
 class FollowsBaseLayer(nn.Module):
     """Base of our layers: attributes are also those of the wrapped module, whose device and dtype the adapter gets.
 
@@ -293,11 +273,6 @@ def refuse_nested_targets(model: nn.Module, kind: str, config) -> None:
         targeted.add(name)
 
 
-def _enclosing_modules(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts))]
-
-
 def like_base_layer(layer: BaseTunerLayer, adapter_name: str, device=None) -> None:
     """Move an adapter to the device and floating-point type of the module that it wraps, of any class.
 
@@ -311,6 +286,31 @@ def like_base_layer(layer: BaseTunerLayer, adapter_name: str, device=None) -> No
         parts = getattr(layer, name)
         if adapter_name in parts and not _on_meta(parts[adapter_name]) and reference.device.type != "meta":
             parts[adapter_name].to(reference.device if device is None else device, dtype)
+
+
+def _name_without_others(model: nn.Module, key: str, adapter_name: str) -> str:
+    """The name that the parameter `key` of an adapter has in a model with this adapter only.
+
+    If another adapter wraps a module around the parameter's owner, the owner's path has one more `base_layer`.
+    """
+    if ".base_layer." not in key:
+        return key
+    kept, owner = [], model
+    for part in key.split("."):
+        wrapped_by_others = (
+            part == "base_layer"
+            and isinstance(owner, BaseTunerLayer)
+            and adapter_name not in owner._get_available_adapters()
+        )
+        if not wrapped_by_others:
+            kept.append(part)
+        owner = getattr(owner, "_modules", {}).get(part)
+    return ".".join(kept)
+
+
+def _enclosing_modules(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 def _on_meta(module: nn.Module) -> bool:

@@ -11,11 +11,6 @@ WORD_SCORINGS = ("first_token", "sequence", "sequence_mean")
 FEW_SHOT_TYPES = FINETUNE, PROMPT, PROMPT_DEMO = ("finetune", "prompt", "prompt-demo")
 
 
-def _one_or_several(value: list[str] | str | None) -> list[str] | str | None:
-    """Replace a list of one item by the item, so that the usual single value is plain text."""
-    return value[0] if isinstance(value, list) and len(value) == 1 else value
-
-
 @dataclass
 class FewShotArguments:
     """Few-shot splits and prompts; a base class of `DataArguments`."""
@@ -299,3 +294,8 @@ class DataArguments(LanguageArguments, FewShotArguments):
     def __post_init__(self):
         self.label_column = _one_or_several(self.label_column)
         self.metric = _one_or_several(self.metric)
+
+
+def _one_or_several(value: list[str] | str | None) -> list[str] | str | None:
+    """Replace a list of one item by the item, so that the usual single value is plain text."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value

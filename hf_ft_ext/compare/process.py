@@ -54,11 +54,6 @@ def arguments_of(command: list[str]) -> list[str]:
     return command[len(PROGRAM) :] if tuple(command[: len(PROGRAM)]) == PROGRAM else command[1:]
 
 
-def _without_tokens(words: list[str]) -> list[str]:
-    """The arguments without access tokens, which do not affect results."""
-    return without_secrets(split_secrets(words)[0])
-
-
 def run_or_find(folder: Path, words: list[str], seconds: float | None = None) -> Outcome:
     """Run the launcher with the arguments `words` in a separate process, unless `folder` contains that finished run.
 
@@ -104,6 +99,11 @@ def run_or_find(folder: Path, words: list[str], seconds: float | None = None) ->
 def log_of(folder: Path) -> Path:
     """The log file of the run in `folder`."""
     return folder.with_name(f"{folder.name}.log")
+
+
+def _without_tokens(words: list[str]) -> list[str]:
+    """The arguments without access tokens, which do not affect results."""
+    return without_secrets(split_secrets(words)[0])
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -103,20 +103,6 @@ def few_shot_data(
     )
 
 
-def _origins(data: TaskData, rows: int, k: int, wanted: int, seed: int, test: dict[str, Dataset]) -> Origins:
-    """Return the origins of the k-shot splits: train and dev from the training split, the test from its own split."""
-    kind = "of each half of the scale" if data.problem_type == REGRESSION else "of each class"
-    origins: Origins = {
-        (role, name): SplitOrigin("train", count, rows, f"{count} rows {kind}, data_seed {seed}")
-        for role, name, count in (("train", "train", k), ("validation", "dev", wanted))
-    }
-    for name, chosen in test.items():
-        source = data.test[name] if name in data.test else data.validation[name]
-        drawn = f"{len(chosen):,} rows, the same for every seed" if len(chosen) < len(source) else ""
-        origins["test", name] = SplitOrigin(name, len(chosen), len(source), drawn)
-    return origins
-
-
 def draw_order(rows: Iterable[int], seed: int) -> np.ndarray:
     """Return row numbers in the order of the draw: sorted by the SHA-256 of the text `"<seed> <row>"`.
 
@@ -149,6 +135,25 @@ def label_bounds(data: TaskData) -> tuple[float, float]:
             f"all labels of {data.task.name!r} are {low:g}, so the scale has no length; check --label_column"
         )
     return low, high
+
+
+def validation_is_test(data: TaskData) -> bool:
+    """Whether few-shot splits use the validation data as the test split."""
+    return bool(data.validation) and (data.task.hub_id == GLUE_ID or not _labelled_test(data))
+
+
+def _origins(data: TaskData, rows: int, k: int, wanted: int, seed: int, test: dict[str, Dataset]) -> Origins:
+    """Return the origins of the k-shot splits: train and dev from the training split, the test from its own split."""
+    kind = "of each half of the scale" if data.problem_type == REGRESSION else "of each class"
+    origins: Origins = {
+        (role, name): SplitOrigin("train", count, rows, f"{count} rows {kind}, data_seed {seed}")
+        for role, name, count in (("train", "train", k), ("validation", "dev", wanted))
+    }
+    for name, chosen in test.items():
+        source = data.test[name] if name in data.test else data.validation[name]
+        drawn = f"{len(chosen):,} rows, the same for every seed" if len(chosen) < len(source) else ""
+        origins["test", name] = SplitOrigin(name, len(chosen), len(source), drawn)
+    return origins
 
 
 def _classes(data: TaskData, labels: np.ndarray) -> dict[str, np.ndarray]:
@@ -186,11 +191,6 @@ def _test_splits(data: TaskData) -> dict[str, Dataset]:
     if validation_is_test(data):
         return dict(data.validation)
     return _labelled_test(data) or dict(data.test)
-
-
-def validation_is_test(data: TaskData) -> bool:
-    """Whether few-shot splits use the validation data as the test split."""
-    return bool(data.validation) and (data.task.hub_id == GLUE_ID or not _labelled_test(data))
 
 
 def _labelled_test(data: TaskData) -> dict[str, Dataset]:

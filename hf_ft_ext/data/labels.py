@@ -159,12 +159,6 @@ def check_spelling(raw: RawLabels, wanted: str | None = None) -> None:
             logger.warning("labels %a and %a look alike: they are two classes", other, name)
 
 
-def _plain(name: str) -> str:
-    """Return a name without differences that are hard to see: case, spaces, and ways of encoding a character."""
-    shown = (letter for letter in unicodedata.normalize("NFKC", name) if unicodedata.category(letter) != "Cf")
-    return " ".join("".join(shown).split()).casefold()
-
-
 def scores(raw: RawLabels) -> np.ndarray:
     """Return the labels of a regression as float32 `[rows]`.
 
@@ -178,46 +172,6 @@ def scores(raw: RawLabels) -> np.ndarray:
             "numbers; check --label_column and --task_name"
         )
     return raw.values.astype(np.float32)
-
-
-def _tokens(raw: RawLabels, task: Task | None) -> list[str]:
-    """Return every label as a name; `UNLABELLED` rows as the empty string, which is not a valid label."""
-    values = raw.values.tolist()
-    if raw.kind == "float":
-        fractions = [value for value in values if value != int(value)]
-        if fractions:
-            raise InputError(
-                f"split '{raw.split}' has the label {fractions[0]}, but this is a classification, which needs "
-                "names or whole numbers; check --label_column, or use float labels without a task for a regression"
-            )
-        values = [int(value) for value in values]
-    if raw.kind == "name":
-        return ["" if value == UNLABELLED else _canonical(value, task) for value in values]
-    # Without a task or names, -1 may be a class (labels -1 and 1, or -1, 0 and 1).
-    known = task.label_names if task is not None and task.label_names else ()
-    if task is not None:
-        values = ["" if value == UNLABELLED else value for value in values]
-    if known and all(value == "" or 0 <= value < len(known) for value in values):
-        return [value if value == "" else known[value] for value in values]
-    return [str(value) for value in values]
-
-
-def _canonical(name: str, task: Task | None) -> str:
-    """Return the task's own spelling of a label name, or the name unchanged."""
-    if task is None or task.label_names is None:
-        return name
-    spellings = {known.lower(): known for known in task.label_names}
-    spellings.update((alias.lower(), known) for alias, known in task.label_aliases.items())
-    return spellings.get(name.strip().lower(), name)
-
-
-def _in_order(names: Iterable[str]) -> list[str]:
-    """Sort names; whole numbers by value."""
-    names = set(names) - {""}
-    try:
-        return sorted(names, key=int)
-    except ValueError:
-        return sorted(names)
 
 
 def class_ids(raws: Sequence[RawLabels], task: Task | None) -> tuple[list[str], list[np.ndarray]]:
@@ -275,3 +229,49 @@ def known_ids(raw: RawLabels, names: Sequence[str], task: Task | None) -> np.nda
     tokens = _tokens(replace(raw, values=raw.values[usable], missing=raw.missing[usable]), task)
     ids[usable] = [known.get(token, UNLABELLED) for token in tokens]
     return ids
+
+
+def _plain(name: str) -> str:
+    """Return a name without differences that are hard to see: case, spaces, and ways of encoding a character."""
+    shown = (letter for letter in unicodedata.normalize("NFKC", name) if unicodedata.category(letter) != "Cf")
+    return " ".join("".join(shown).split()).casefold()
+
+
+def _tokens(raw: RawLabels, task: Task | None) -> list[str]:
+    """Return every label as a name; `UNLABELLED` rows as the empty string, which is not a valid label."""
+    values = raw.values.tolist()
+    if raw.kind == "float":
+        fractions = [value for value in values if value != int(value)]
+        if fractions:
+            raise InputError(
+                f"split '{raw.split}' has the label {fractions[0]}, but this is a classification, which needs "
+                "names or whole numbers; check --label_column, or use float labels without a task for a regression"
+            )
+        values = [int(value) for value in values]
+    if raw.kind == "name":
+        return ["" if value == UNLABELLED else _canonical(value, task) for value in values]
+    # Without a task or names, -1 may be a class (labels -1 and 1, or -1, 0 and 1).
+    known = task.label_names if task is not None and task.label_names else ()
+    if task is not None:
+        values = ["" if value == UNLABELLED else value for value in values]
+    if known and all(value == "" or 0 <= value < len(known) for value in values):
+        return [value if value == "" else known[value] for value in values]
+    return [str(value) for value in values]
+
+
+def _canonical(name: str, task: Task | None) -> str:
+    """Return the task's own spelling of a label name, or the name unchanged."""
+    if task is None or task.label_names is None:
+        return name
+    spellings = {known.lower(): known for known in task.label_names}
+    spellings.update((alias.lower(), known) for alias, known in task.label_aliases.items())
+    return spellings.get(name.strip().lower(), name)
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Sort names; whole numbers by value."""
+    names = set(names) - {""}
+    try:
+        return sorted(names, key=int)
+    except ValueError:
+        return sorted(names)

@@ -208,6 +208,31 @@ def load_language_data(
     return replace(data, origins=final_origins(data, draw_text(data_args, data_seed), data_args.train_split or ()))
 
 
+def template_values(row: dict[str, Any]) -> dict[str, Any]:
+    """Return what a row of messages passes to the chat template besides the messages: tools, settings (as in trl)."""
+    tools = row.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return {**({} if tools is None else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
+
+
+def prompt_and_references(row: dict[str, Any], form: Form) -> tuple[Any, list[str]]:
+    """Return the prompt of a generation and the accepted texts; no texts if they are unknown.
+
+    The prompt of messages is all turns before the assistant's last one.
+    """
+    if form is Form.PROMPT:
+        completion = row["completion"]
+        if isinstance(completion, list):  # conversational
+            completion = completion[-1]["content"]
+        accepted = row.get(REFERENCES) or ([completion] if completion else [])
+        return row["prompt"], [text.strip() for text in accepted]
+    messages = list(row["messages"])
+    if messages[-1]["role"] == "assistant":
+        answer = messages[-1].get("content")
+        return messages[:-1], [answer.strip()] if answer else []
+    return messages, []
+
+
 def _known_task(data_args: DataArguments, task: LanguageTask | None) -> Task:
     file = data_args.train_file or data_args.validation_file or data_args.test_file
     name = own_data_name(data_args)
@@ -327,28 +352,3 @@ def _is_message(message: Any) -> bool:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         return False
     return isinstance(message.get("content"), str) or bool(message.get("tool_calls"))
-
-
-def template_values(row: dict[str, Any]) -> dict[str, Any]:
-    """Return what a row of messages passes to the chat template besides the messages: tools, settings (as in trl)."""
-    tools = row.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {**({} if tools is None else {"tools": tools}), **(row.get("chat_template_kwargs") or {})}
-
-
-def prompt_and_references(row: dict[str, Any], form: Form) -> tuple[Any, list[str]]:
-    """Return the prompt of a generation and the accepted texts; no texts if they are unknown.
-
-    The prompt of messages is all turns before the assistant's last one.
-    """
-    if form is Form.PROMPT:
-        completion = row["completion"]
-        if isinstance(completion, list):  # conversational
-            completion = completion[-1]["content"]
-        accepted = row.get(REFERENCES) or ([completion] if completion else [])
-        return row["prompt"], [text.strip() for text in accepted]
-    messages = list(row["messages"])
-    if messages[-1]["role"] == "assistant":
-        answer = messages[-1].get("content")
-        return messages[:-1], [answer.strip()] if answer else []
-    return messages, []

@@ -78,6 +78,52 @@ def tokenize(
     )
 
 
+def column_type(name: str) -> Value:
+    """Return the type of the entries of a tokenised column."""
+    return Value("int32" if name == "input_ids" else "int8")
+
+
+def check_length(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, model_max_length: int | None) -> int:
+    """Return `max_seq_length` after checking it against the limits of model and tokenizer.
+
+    Raises:
+        InputError: it exceeds one of them.
+    """
+    length = DEFAULT_LENGTH if data_args.max_seq_length is None else data_args.max_seq_length
+    limits = {"the model": model_max_length, "the tokenizer": tokenizer.model_max_length}
+    limits = {who: limit for who, limit in limits.items() if limit is not None and limit < _NO_LIMIT}
+    if limits:
+        who, limit = min(limits.items(), key=lambda item: item[1])
+        if length > limit:
+            raise InputError(
+                f"--max_seq_length {length} is more than {who} can take ({limit} tokens); pass "
+                f"--max_seq_length {limit} or less"
+            )
+    return length
+
+
+def own_special_ids(tokenizer: PreTrainedTokenizerBase, as_target: bool = False) -> tuple[list[int], list[int]]:
+    """Return the special tokens that the tokenizer adds before and after a text (GPT-2: none, T5: an end token).
+
+    Args:
+        as_target: for a text to generate, where translation models have another language code.
+    """
+    text = {"text_target" if as_target else "text": "a"}
+    whole, bare = tokenizer(**text)["input_ids"], tokenizer(**text, add_special_tokens=False)["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if bare and whole[start : start + len(bare)] == bare:
+            return list(whole[:start]), list(whole[start + len(bare) :])
+    return [], []
+
+
+def without_beginning(ids: list[int], length: int, start: list[int]) -> list[int]:
+    """Return the last tokens of a prompt, at most `length` in all, after the tokenizer's `start` tokens."""
+    if len(ids) <= length:
+        return ids
+    kept = start if ids[: len(start)] == start and len(start) < length else []
+    return [*kept, *ids[len(ids) - length + len(kept) :]]
+
+
 class _PlainEncoder:
     """Tokenises single texts or pairs in the tokenizer's own format."""
 
@@ -133,52 +179,6 @@ class _PlainEncoder:
 
     def report(self, split: str, so_far: bool) -> None:
         """Do nothing: texts without tokens are logged as they are tokenised."""
-
-
-def column_type(name: str) -> Value:
-    """Return the type of the entries of a tokenised column."""
-    return Value("int32" if name == "input_ids" else "int8")
-
-
-def check_length(tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, model_max_length: int | None) -> int:
-    """Return `max_seq_length` after checking it against the limits of model and tokenizer.
-
-    Raises:
-        InputError: it exceeds one of them.
-    """
-    length = DEFAULT_LENGTH if data_args.max_seq_length is None else data_args.max_seq_length
-    limits = {"the model": model_max_length, "the tokenizer": tokenizer.model_max_length}
-    limits = {who: limit for who, limit in limits.items() if limit is not None and limit < _NO_LIMIT}
-    if limits:
-        who, limit = min(limits.items(), key=lambda item: item[1])
-        if length > limit:
-            raise InputError(
-                f"--max_seq_length {length} is more than {who} can take ({limit} tokens); pass "
-                f"--max_seq_length {limit} or less"
-            )
-    return length
-
-
-def own_special_ids(tokenizer: PreTrainedTokenizerBase, as_target: bool = False) -> tuple[list[int], list[int]]:
-    """Return the special tokens that the tokenizer adds before and after a text (GPT-2: none, T5: an end token).
-
-    Args:
-        as_target: for a text to generate, where translation models have another language code.
-    """
-    text = {"text_target" if as_target else "text": "a"}
-    whole, bare = tokenizer(**text)["input_ids"], tokenizer(**text, add_special_tokens=False)["input_ids"]
-    for start in range(len(whole) - len(bare) + 1):
-        if bare and whole[start : start + len(bare)] == bare:
-            return list(whole[:start]), list(whole[start + len(bare) :])
-    return [], []
-
-
-def without_beginning(ids: list[int], length: int, start: list[int]) -> list[int]:
-    """Return the last tokens of a prompt, at most `length` in all, after the tokenizer's `start` tokens."""
-    if len(ids) <= length:
-        return ids
-    kept = start if ids[: len(start)] == start and len(start) < length else []
-    return [*kept, *ids[len(ids) - length + len(kept) :]]
 
 
 def _label_order(

@@ -63,42 +63,6 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-@contextmanager
-def _local_errors(what: str, advice: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except READ_ERRORS as error:
-        raise InputError(f"cannot read {what} ({reason(error)}); {advice}") from error
-
-
-@contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except _NOT_FOUND as error:
-        raise InputError(
-            f"data set '{name}' is neither a local folder nor found on the Hub ({reason(error)}); check the name, "
-            f"pass --token if it is private or gated, or {_LOCAL_DATA_ADVICE}"
-        ) from error
-    except HfHubHTTPError as error:  # the Hub answered, with an error
-        raise InputError(
-            f"cannot load data set '{name}' from the Hub ({reason(error)}); or {_LOCAL_DATA_ADVICE}"
-        ) from error
-    except (ConnectionError, LocalEntryNotFoundError, _HTTP_ERROR) as error:
-        raise InputError(
-            f"data set '{name}' is not a local folder, and the Hub cannot be reached ({reason(error)}); without a "
-            f"network {_LOCAL_DATA_ADVICE}"
-        ) from error
-    except READ_ERRORS as error:
-        raise InputError(
-            f"cannot load data set '{name}' from the Hub ({reason(error)}); or {_LOCAL_DATA_ADVICE}"
-        ) from error
-
-
 def open_source(
     data_args: DataArguments, task: Task | None, *, cache_dir: str | None = None, token: str | None = None
 ) -> dict[str, Dataset | IterableDataset]:
@@ -188,6 +152,42 @@ def open_as_stored(
                 rows = Dataset.from_list(list(open_records(str(path))[0].rows()))
             splits[option.removesuffix("_file")] = rows
     return splits
+
+
+@contextmanager
+def _local_errors(what: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except READ_ERRORS as error:
+        raise InputError(f"cannot read {what} ({reason(error)}); {advice}") from error
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError:
+        raise
+    except _NOT_FOUND as error:
+        raise InputError(
+            f"data set '{name}' is neither a local folder nor found on the Hub ({reason(error)}); check the name, "
+            f"pass --token if it is private or gated, or {_LOCAL_DATA_ADVICE}"
+        ) from error
+    except HfHubHTTPError as error:  # the Hub answered, with an error
+        raise InputError(
+            f"cannot load data set '{name}' from the Hub ({reason(error)}); or {_LOCAL_DATA_ADVICE}"
+        ) from error
+    except (ConnectionError, LocalEntryNotFoundError, _HTTP_ERROR) as error:
+        raise InputError(
+            f"data set '{name}' is not a local folder, and the Hub cannot be reached ({reason(error)}); without a "
+            f"network {_LOCAL_DATA_ADVICE}"
+        ) from error
+    except READ_ERRORS as error:
+        raise InputError(
+            f"cannot load data set '{name}' from the Hub ({reason(error)}); or {_LOCAL_DATA_ADVICE}"
+        ) from error
 
 
 def _reading(data_args: DataArguments, task: Task | None) -> Reading:

@@ -48,6 +48,37 @@ SOURCES = ("everyone", "the critics", "our neighbours", "the brochure", "my brot
 _PLAIN, _NEGATED, _DOUBLE = 0.40, 0.17, 0.05
 
 
+def demo_dataset(seed: int = 0, train_rows: int = 2000, validation_rows: int = 500) -> DatasetDict:
+    """Return splits `train` and `validation` with the columns `sentence` and `label` (negative, positive).
+
+    No sentence occurs twice, within or across splits. Labels come in pairs, one of each in random
+    order, so that every first n rows are balanced to within one. The same seed gives the same rows
+    on every platform and Python version; no global random generator is used.
+
+    Args:
+        seed: seed of the private random generator.
+        train_rows: number of training rows, 1 or more.
+        validation_rows: number of validation rows, 1 or more.
+    """
+    writer = _Writer(seed)
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=list(LABEL_NAMES))})
+    seen: set[str] = set()
+    splits = {}
+    for split, rows in (("train", train_rows), ("validation", validation_rows)):
+        sentences: list[str] = []
+        labels: list[int] = []
+        while len(labels) < rows:
+            label = 1 - labels[-1] if len(labels) % 2 else int(writer.chance(0.5))
+            text = writer.sentence(label)
+            while text in seen:
+                text = writer.sentence(label)
+            seen.add(text)
+            sentences.append(text)
+            labels.append(label)
+        splits[split] = Dataset.from_dict({"sentence": sentences, "label": labels}, features=features)
+    return DatasetDict(splits)
+
+
 class _Writer:
     """Draws sentences of a wanted label from a private generator."""
 
@@ -109,34 +140,3 @@ class _Writer:
         else:
             text = self.joined(subject, label)
         return f"{self.pick(OPENINGS)}{text}{self.pick(DETAILS)} ."
-
-
-def demo_dataset(seed: int = 0, train_rows: int = 2000, validation_rows: int = 500) -> DatasetDict:
-    """Return splits `train` and `validation` with the columns `sentence` and `label` (negative, positive).
-
-    No sentence occurs twice, within or across splits. Labels come in pairs, one of each in random
-    order, so that every first n rows are balanced to within one. The same seed gives the same rows
-    on every platform and Python version; no global random generator is used.
-
-    Args:
-        seed: seed of the private random generator.
-        train_rows: number of training rows, 1 or more.
-        validation_rows: number of validation rows, 1 or more.
-    """
-    writer = _Writer(seed)
-    features = Features({"sentence": Value("string"), "label": ClassLabel(names=list(LABEL_NAMES))})
-    seen: set[str] = set()
-    splits = {}
-    for split, rows in (("train", train_rows), ("validation", validation_rows)):
-        sentences: list[str] = []
-        labels: list[int] = []
-        while len(labels) < rows:
-            label = 1 - labels[-1] if len(labels) % 2 else int(writer.chance(0.5))
-            text = writer.sentence(label)
-            while text in seen:
-                text = writer.sentence(label)
-            seen.add(text)
-            sentences.append(text)
-            labels.append(label)
-        splits[split] = Dataset.from_dict({"sentence": sentences, "label": labels}, features=features)
-    return DatasetDict(splits)

@@ -20,23 +20,6 @@ _SUFFIX = "_entries"
 _CLASS_MARK = "_made_for_entries"  # attribute of the classes that `_reading_class` makes: the weight's name
 
 
-class _ReadWeight(torch.autograd.Function):
-    """Returns the weight unchanged; `dL/dvalues = (dL/dW)[indices]`."""
-
-    @staticmethod
-    def forward(ctx, values, weight, indices, entries):
-        ctx.save_for_backward(indices)
-        ctx.dtype, ctx.entries = values.dtype, entries
-        return weight.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        (indices,) = ctx.saved_tensors
-        ctx.entries.may_have_changed = True  # an optimizer step will follow
-        return gradient.reshape(-1)[indices].to(ctx.dtype), None, None, None
-
-
 class Entries(nn.Module):
     """The trained entries of one weight.
 
@@ -142,6 +125,49 @@ def attach_entries(model: nn.Module, chosen: dict[str, torch.Tensor]) -> None:
     model._ddp_params_and_buffers_to_ignore = [*ignored, *buffers]
 
 
+def entries_of(model: nn.Module) -> dict[str, Entries]:
+    """Return the trained entries by the name of their weight."""
+    return {name.removesuffix(_SUFFIX): m for name, m in model.named_modules() if isinstance(m, Entries)}
+
+
+def weights_with_entries(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Entries]]:
+    """Yield name, current weight and entries of each weight with trained entries."""
+    for name, entries in entries_of(model).items():
+        owner, _, own = name.rpartition(".")
+        weight = model.get_submodule(owner)._buffers[own]
+        entries.fold(weight, compare=True)
+        yield name, weight, entries
+
+
+def merge_entries(model: nn.Module) -> nn.Module:
+    """Turn the weights into plain parameters again, with their trained values, in place; return the model."""
+    for name, weight, _ in list(weights_with_entries(model)):
+        owner, _, own = name.rpartition(".")
+        module = model.get_submodule(owner)
+        del module._modules[f"{own}{_SUFFIX}"], module._buffers[own]
+        if not any(isinstance(child, Entries) for child in module.children()):
+            module.__class__ = _plain_class(type(module))
+        module._parameters[own] = nn.Parameter(weight, requires_grad=weight.is_floating_point())
+    return model
+
+
+class _ReadWeight(torch.autograd.Function):
+    """Returns the weight unchanged; `dL/dvalues = (dL/dW)[indices]`."""
+
+    @staticmethod
+    def forward(ctx, values, weight, indices, entries):
+        ctx.save_for_backward(indices)
+        ctx.dtype, ctx.entries = values.dtype, entries
+        return weight.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (indices,) = ctx.saved_tensors
+        ctx.entries.may_have_changed = True  # an optimizer step will follow
+        return gradient.reshape(-1)[indices].to(ctx.dtype), None, None, None
+
+
 def _attach(module: nn.Module, name: str, indices: torch.Tensor) -> None:
     weight = module._parameters.pop(name)
     indices = indices.sort().values.to(weight.device)
@@ -200,29 +226,3 @@ def _fold_before_saving(name: str, module: nn.Module, prefix: str, keep_vars: bo
 def _read_after_loading(name: str, module: nn.Module, incompatible: Any) -> None:
     if f"{name}{_SUFFIX}" in module._modules:
         module._modules[f"{name}{_SUFFIX}"].read_from(module._buffers[name])
-
-
-def entries_of(model: nn.Module) -> dict[str, Entries]:
-    """Return the trained entries by the name of their weight."""
-    return {name.removesuffix(_SUFFIX): m for name, m in model.named_modules() if isinstance(m, Entries)}
-
-
-def weights_with_entries(model: nn.Module) -> Iterator[tuple[str, torch.Tensor, Entries]]:
-    """Yield name, current weight and entries of each weight with trained entries."""
-    for name, entries in entries_of(model).items():
-        owner, _, own = name.rpartition(".")
-        weight = model.get_submodule(owner)._buffers[own]
-        entries.fold(weight, compare=True)
-        yield name, weight, entries
-
-
-def merge_entries(model: nn.Module) -> nn.Module:
-    """Turn the weights into plain parameters again, with their trained values, in place; return the model."""
-    for name, weight, _ in list(weights_with_entries(model)):
-        owner, _, own = name.rpartition(".")
-        module = model.get_submodule(owner)
-        del module._modules[f"{own}{_SUFFIX}"], module._buffers[own]
-        if not any(isinstance(child, Entries) for child in module.children()):
-            module.__class__ = _plain_class(type(module))
-        module._parameters[own] = nn.Parameter(weight, requires_grad=weight.is_floating_point())
-    return model

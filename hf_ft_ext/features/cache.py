@@ -84,27 +84,6 @@ def data_fingerprint(dataset: Any, collate: Callable[[list], dict] | None = None
     return digest.hexdigest()
 
 
-def _padding_of(collate: Any) -> str:
-    """Side and token of padding: models without an attention mask, or with absolute positions, depend on them."""
-    tokenizer = getattr(without_removal(collate), "tokenizer", None)
-    return f"{getattr(tokenizer, 'padding_side', '')} {getattr(tokenizer, 'pad_token_id', '')}".strip()
-
-
-def _padding_changes(reader: HeadReader, dataset: Any, collate: Callable[[list], dict]) -> bool:
-    """Whether a row's features depend on its padding: the encoder ignores the attention mask, at least in part."""
-    rows = sorted(sample_rows(dataset), key=lambda row: len(row.get("input_ids", ())))
-    device = input_device(reader.model)
-    alone, padded = (reader.features(inputs_of(collate(part), device))[0] for part in (rows[:1], [rows[0], rows[-1]]))
-    bound = 1e-3 if alone.dtype.itemsize > 2 and not _autocast_type(reader.model) else 5e-2
-    return bool((padded - alone).abs().max() > bound * alone.abs().max())
-
-
-def _autocast_type(model: nn.Module) -> str:
-    """The type of mixed precision that the encoder runs in, or the empty string."""
-    kind = input_device(model).type
-    return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
-
-
 def cached_features(
     reader: HeadReader,
     dataset: Any,
@@ -168,6 +147,27 @@ def cached_features(
         ) from error
     logger.info("features of %d rows: written to %s", rows, path)
     return _open(path, about, (rows, hidden), dtype)
+
+
+def _padding_of(collate: Any) -> str:
+    """Side and token of padding: models without an attention mask, or with absolute positions, depend on them."""
+    tokenizer = getattr(without_removal(collate), "tokenizer", None)
+    return f"{getattr(tokenizer, 'padding_side', '')} {getattr(tokenizer, 'pad_token_id', '')}".strip()
+
+
+def _padding_changes(reader: HeadReader, dataset: Any, collate: Callable[[list], dict]) -> bool:
+    """Whether a row's features depend on its padding: the encoder ignores the attention mask, at least in part."""
+    rows = sorted(sample_rows(dataset), key=lambda row: len(row.get("input_ids", ())))
+    device = input_device(reader.model)
+    alone, padded = (reader.features(inputs_of(collate(part), device))[0] for part in (rows[:1], [rows[0], rows[-1]]))
+    bound = 1e-3 if alone.dtype.itemsize > 2 and not _autocast_type(reader.model) else 5e-2
+    return bool((padded - alone).abs().max() > bound * alone.abs().max())
+
+
+def _autocast_type(model: nn.Module) -> str:
+    """The type of mixed precision that the encoder runs in, or the empty string."""
+    kind = input_device(model).type
+    return str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
 
 
 @contextlib.contextmanager

@@ -130,11 +130,6 @@ def prepare_linear_head(model: nn.Module) -> None:
         _mark_untrained(model, model.decoder_path)
 
 
-def _mark_untrained(model: nn.Module, name: str) -> None:
-    written = [f"{name}.{part}" for part, _ in model.get_submodule(name).named_parameters()]
-    model.fresh_parameters = frozenset(getattr(model, "fresh_parameters", ())) | set(written)
-
-
 def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[str, nn.Linear]:
     """Name and module of the linear layer whose output, if need be averaged over tokens, is the logits.
 
@@ -171,6 +166,11 @@ def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[s
         f"{type(model).__name__} has no linear layer outside its encoder whose output is the logits; linear probing "
         "needs one"
     )
+
+
+def _mark_untrained(model: nn.Module, name: str) -> None:
+    written = [f"{name}.{part}" for part, _ in model.get_submodule(name).named_parameters()]
+    model.fresh_parameters = frozenset(getattr(model, "fresh_parameters", ())) | set(written)
 
 
 def _mask(batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -46,23 +46,6 @@ def sample_rows(dataset: Any) -> list[Any]:
     return rows
 
 
-def _length(row: Any) -> int:
-    return len(row["input_ids"]) if isinstance(row, dict) and "input_ids" in row else 0
-
-
-def _row_of_another_length(dataset: Any, length: int) -> int | None:
-    if not has_plain_columns(dataset) or "input_ids" not in dataset.column_names:
-        rows = range(min(_SEARCHED, len(dataset)))
-        return next((i for i in rows if _length(dataset[i]) != length), None)
-    first = 0
-    for table in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000):
-        lengths = table.column(0).combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
-        if (lengths != length).any():
-            return first + int((lengths != length).argmax())
-        first += len(lengths)
-    return None
-
-
 def batches_in_order(
     dataset: Any, collate: Callable[[list], dict], batch_size: int, device: torch.device | str | None = None
 ) -> Iterator[dict[str, torch.Tensor]]:
@@ -127,3 +110,20 @@ def data_and_collator(trainer: Trainer, dataset: Any) -> tuple[Any, Any]:
     if hasattr(dataset, "column_names"):
         return trainer._remove_unused_columns(dataset, description="training"), trainer.data_collator
     return dataset, trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+
+
+def _length(row: Any) -> int:
+    return len(row["input_ids"]) if isinstance(row, dict) and "input_ids" in row else 0
+
+
+def _row_of_another_length(dataset: Any, length: int) -> int | None:
+    if not has_plain_columns(dataset) or "input_ids" not in dataset.column_names:
+        rows = range(min(_SEARCHED, len(dataset)))
+        return next((i for i in rows if _length(dataset[i]) != length), None)
+    first = 0
+    for table in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=10_000):
+        lengths = table.column(0).combine_chunks().value_lengths().to_numpy(zero_copy_only=False)
+        if (lengths != length).any():
+            return first + int((lengths != length).argmax())
+        first += len(lengths)
+    return None

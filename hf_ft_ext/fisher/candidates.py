@@ -140,31 +140,6 @@ def fitting_candidates(
     return left
 
 
-def _misfit_reason(model: nn.Module, name: str, config: PeftConfig, layers: list[int], seed: int) -> str | None:
-    """Return why a candidate cannot be put into every layer of `model`, or `None` if it can."""
-    try:
-        with probing(model, {name: limited_to_layers(name, config)}, layers, seed) as probe:
-            _try_rows(probe)
-    except InputError as error:
-        return str(error.__cause__) if isinstance(error.__cause__, InputError) else str(error)
-    return None
-
-
-def _try_rows(probe: PeftModel) -> None:
-    base, first = probe.get_base_model(), None
-    with torch.no_grad(), evaluating(base):
-        for batch in trial_rows(base):
-            try:
-                probe(**batch)
-                return
-            except Exception as error:  # models raise many types if an adapter does not fit
-                first = first or error
-    if isinstance(first, InputError):
-        raise first
-    reason = next(iter(str(first).splitlines()), "") or type(first).__name__
-    raise InputError(f"the model does not run with it ({reason})") from first
-
-
 def compatible_groups(candidates: dict[str, PeftConfig]) -> list[dict[str, PeftConfig]]:
     """Group candidates that can be in one model together: those of different peft types."""
     result: list[dict[str, PeftConfig]] = []
@@ -196,12 +171,6 @@ def probing(model: nn.Module, candidates: dict[str, PeftConfig], layers: list[in
             parameter.requires_grad_(trained)
 
 
-def _may_change_base_weights(candidates: dict[str, PeftConfig]) -> bool:
-    """Whether a candidate's initialization may change the base weights (PiSSA, OLoRA, CorDA)."""
-    starts = [getattr(config, name, True) for config in candidates.values() for name in _INIT_FIELDS]
-    return any(isinstance(start, str) and start not in _INITS_KEEPING_BASE for start in starts)
-
-
 @contextmanager
 def as_input_error(names: list[str]) -> Iterator[None]:
     """Turn errors of peft while the candidates `names` are put into a model into an `InputError`."""
@@ -215,15 +184,6 @@ def as_input_error(names: list[str]) -> Iterator[None]:
             f"({first_line(error)}); check --fisher_candidate_settings, or "
             "the settings in the plan"
         ) from error
-
-
-def _remove_adapters(model: nn.Module) -> None:
-    """Remove every adapter from `model`, even if adding them failed half way."""
-    while found := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
-        owner, _, own = found[0].rpartition(".")
-        setattr(model.get_submodule(owner), own, model.get_submodule(found[0]).base_layer)
-    if hasattr(model, "peft_config"):
-        del model.peft_config
 
 
 def modules_of(probe: nn.Module, candidates: dict[str, PeftConfig]) -> list[CandidateModule]:
@@ -254,3 +214,43 @@ def modules_of(probe: nn.Module, candidates: dict[str, PeftConfig]) -> list[Cand
         )
         for (layer, candidate), names in sorted(found.items())
     ]  # fmt: skip
+
+
+def _misfit_reason(model: nn.Module, name: str, config: PeftConfig, layers: list[int], seed: int) -> str | None:
+    """Return why a candidate cannot be put into every layer of `model`, or `None` if it can."""
+    try:
+        with probing(model, {name: limited_to_layers(name, config)}, layers, seed) as probe:
+            _try_rows(probe)
+    except InputError as error:
+        return str(error.__cause__) if isinstance(error.__cause__, InputError) else str(error)
+    return None
+
+
+def _try_rows(probe: PeftModel) -> None:
+    base, first = probe.get_base_model(), None
+    with torch.no_grad(), evaluating(base):
+        for batch in trial_rows(base):
+            try:
+                probe(**batch)
+                return
+            except Exception as error:  # models raise many types if an adapter does not fit
+                first = first or error
+    if isinstance(first, InputError):
+        raise first
+    reason = next(iter(str(first).splitlines()), "") or type(first).__name__
+    raise InputError(f"the model does not run with it ({reason})") from first
+
+
+def _may_change_base_weights(candidates: dict[str, PeftConfig]) -> bool:
+    """Whether a candidate's initialization may change the base weights (PiSSA, OLoRA, CorDA)."""
+    starts = [getattr(config, name, True) for config in candidates.values() for name in _INIT_FIELDS]
+    return any(isinstance(start, str) and start not in _INITS_KEEPING_BASE for start in starts)
+
+
+def _remove_adapters(model: nn.Module) -> None:
+    """Remove every adapter from `model`, even if adding them failed half way."""
+    while found := [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]:
+        owner, _, own = found[0].rpartition(".")
+        setattr(model.get_submodule(owner), own, model.get_submodule(found[0]).base_layer)
+    if hasattr(model, "peft_config"):
+        del model.peft_config

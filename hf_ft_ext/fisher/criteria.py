@@ -62,27 +62,6 @@ def agreement(sums: ModuleSums) -> float:
     return sum(_squared_mean(sums, name).sum().item() for name in sums.powers) / square if square else 0.0
 
 
-def _signed_root(square: float) -> float:
-    """`sign(x) sqrt(|x|)`: noise may make the estimate of a square negative."""
-    return math.copysign(abs(square) ** 0.5, square)
-
-
-def _mean(values: Iterable[torch.Tensor]) -> float:
-    values = list(values)
-    count = sum(value.numel() for value in values)
-    return sum(value.double().sum().item() for value in values) / count if count else 0.0
-
-
-def _squared_mean(sums: ModuleSums, name: str) -> torch.Tensor:
-    """Unbiased estimate of the squared mean gradient, `mean over i != j of g_i g_j`, entry by entry."""
-    n = sums.examples
-    if n < 2:
-        raise InputError(f"this criterion compares gradients of different examples, but there is {n}; use 2 or more")
-    total = sums.totals[name].double()
-    # sum over i != j of g_i g_j = (sum_i g_i)^2 - sum_i g_i^2
-    return (total.square() - sums.powers[name].double()) / (n * (n - 1))
-
-
 CRITERIA: dict[str, Callable[[ModuleSums], float]] = {
     "thesis": thesis,
     "mean": mean,
@@ -103,3 +82,24 @@ def find_criterion(name: str) -> Callable[[ModuleSums], float]:
         raise InputError(f"criterion {name!r} is unknown{did_you_mean(name, CRITERIA)}; choose from: "
                          f"{', '.join(CRITERIA)}")  # fmt: skip
     return CRITERIA[name]
+
+
+def _signed_root(square: float) -> float:
+    """`sign(x) sqrt(|x|)`: noise may make the estimate of a square negative."""
+    return math.copysign(abs(square) ** 0.5, square)
+
+
+def _mean(values: Iterable[torch.Tensor]) -> float:
+    values = list(values)
+    count = sum(value.numel() for value in values)
+    return sum(value.double().sum().item() for value in values) / count if count else 0.0
+
+
+def _squared_mean(sums: ModuleSums, name: str) -> torch.Tensor:
+    """Unbiased estimate of the squared mean gradient, `mean over i != j of g_i g_j`, entry by entry."""
+    n = sums.examples
+    if n < 2:
+        raise InputError(f"this criterion compares gradients of different examples, but there is {n}; use 2 or more")
+    total = sums.totals[name].double()
+    # sum over i != j of g_i g_j = (sum_i g_i)^2 - sum_i g_i^2
+    return (total.square() - sums.powers[name].double()) / (n * (n - 1))

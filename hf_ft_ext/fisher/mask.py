@@ -22,26 +22,6 @@ def body_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if not any(name.startswith(f"{head}.") for head in heads)}
 
 
-def _unshared(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Remove parameters that several modules share: entries of them cannot train separately."""
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    shared = [name for name, p in parameters.items() if uses[id(p)] > 1]
-    if shared:
-        logger.info(
-            "%d weights that several modules share (%s, ...) are not part of the mask.", len(shared), shared[0]
-        )
-    return {name: p for name, p in parameters.items() if name not in shared}
-
-
-def _without_frozen(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Remove parameters that the user froze, unless all are frozen."""
-    trained = {name: p for name, p in parameters.items() if p.requires_grad}
-    if 0 < len(trained) < len(parameters):
-        first = next(name for name in parameters if name not in trained)
-        logger.info("%d frozen weights (%s, ...) are not part of the mask.", len(parameters) - len(trained), first)
-    return trained or parameters
-
-
 def kept_entries(model: nn.Module, keep_ratio: float) -> int:
     """Number of entries in a mask: `keep_ratio` times all parameters, minus the head's (as in the published code).
 
@@ -106,3 +86,23 @@ def choose_entries(
         raise InputError("every gradient is exactly zero, so no entries can be chosen; check the classifier's weights "
                          "and the labels")  # fmt: skip
     return largest_entries(scores, kept)
+
+
+def _unshared(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Remove parameters that several modules share: entries of them cannot train separately."""
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    shared = [name for name, p in parameters.items() if uses[id(p)] > 1]
+    if shared:
+        logger.info(
+            "%d weights that several modules share (%s, ...) are not part of the mask.", len(shared), shared[0]
+        )
+    return {name: p for name, p in parameters.items() if name not in shared}
+
+
+def _without_frozen(parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Remove parameters that the user froze, unless all are frozen."""
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    if 0 < len(trained) < len(parameters):
+        first = next(name for name in parameters if name not in trained)
+        logger.info("%d frozen weights (%s, ...) are not part of the mask.", len(parameters) - len(trained), first)
+    return trained or parameters

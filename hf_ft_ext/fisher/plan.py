@@ -156,12 +156,6 @@ class AdapterPlan:
         return "\n".join(lines)
 
 
-def _layer(path: Path, key: str) -> int:
-    if not str(key).isdigit():
-        raise InputError(f"adapter plan {path}: {key!r} is not a layer index; layers are numbered from 0")
-    return int(key)
-
-
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     """The entries of a plan that identify its model: type, size, and a hash of the encoder's weights."""
     config = getattr(model, "config", None)
@@ -178,3 +172,9 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
         "weights": digest.hexdigest(),
         "task_type": getattr(task_type_of(model), "value", None),
     }
+
+
+def _layer(path: Path, key: str) -> int:
+    if not str(key).isdigit():
+        raise InputError(f"adapter plan {path}: {key!r} is not a layer index; layers are numbered from 0")
+    return int(key)

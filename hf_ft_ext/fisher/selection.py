@@ -114,54 +114,6 @@ def select_adapters(
     )
 
 
-@contextmanager
-def _explain_missing_gradients(model: nn.Module) -> Iterator[None]:
-    """Turn torch's error for a loss that does not depend on the adapters into an `InputError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "does not require grad" not in str(error):
-            raise
-        raise InputError(
-            f"no gradient reaches adapters in {type(model).__name__}, whose layers compute gradients in their own "
-            "backward pass and need inputs that require gradients; use another method, such as full or sparse"
-        ) from error
-
-
-def _named_candidates(candidates) -> dict[str, PeftConfig]:
-    if candidates is None:
-        return default_candidates()
-    if not isinstance(candidates, dict):
-        named: dict[str, PeftConfig] = {}
-        for config in candidates:
-            kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
-            named[kind if kind not in named else f"{kind}-{len(named)}"] = config
-        candidates = named
-    if not candidates:
-        raise InputError("no candidates to choose from; pass at least one peft configuration")
-    return {name: limited_to_layers(name, config) for name, config in candidates.items()}
-
-
-def _sums_of(module: CandidateModule, config: PeftConfig, sums) -> ModuleSums:
-    names = (*module.parameters, *module.shared)
-    return ModuleSums(
-        str(getattr(config.peft_type, "value", config.peft_type)),
-        {name: sums.powers[name] for name in names},
-        {name: sums.totals[name] for name in names if name in sums.totals},
-        sums.examples,
-    )
-
-
-def _refuse_zero(powers: dict[str, torch.Tensor]) -> None:
-    if not any(value.any() for value in powers.values()):
-        raise InputError(
-            "every gradient is exactly zero, so no adapter can be chosen: the loss does not depend on the layers "
-            "(a classifier whose weights are all zero), the model is already certain of every label, or its layers "
-            "compute gradients in their own backward pass, as Reformer's do; check the classifier's weights and the "
-            "labels, or use another method"
-        )
-
-
 def data_fingerprint(batches: list[dict]) -> str:
     """SHA-256 of the batches' tensors."""
     digest = hashlib.sha256()
@@ -231,16 +183,6 @@ def random_choice(
     return choice
 
 
-def _check_budget(budget: int, parameters: dict[int, dict[str, int]]) -> None:
-    """Raise an `InputError` if no module of any layer fits into the budget."""
-    smallest = min(size for own in parameters.values() for size in own.values())
-    if budget < smallest:
-        raise InputError(
-            f"budget={budget} parameters, but the smallest module of any layer has {smallest}; raise it, or add "
-            "smaller candidates"
-        )
-
-
 def added_parameters(
     model: nn.Module, candidates: dict[str, PeftConfig], layers: list[int], seed: int
 ) -> dict[int, dict[str, int]]:
@@ -251,3 +193,61 @@ def added_parameters(
             for module in modules_of(probe, group):
                 found[module.layer][module.candidate] = module.added
     return found
+
+
+@contextmanager
+def _explain_missing_gradients(model: nn.Module) -> Iterator[None]:
+    """Turn torch's error for a loss that does not depend on the adapters into an `InputError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not require grad" not in str(error):
+            raise
+        raise InputError(
+            f"no gradient reaches adapters in {type(model).__name__}, whose layers compute gradients in their own "
+            "backward pass and need inputs that require gradients; use another method, such as full or sparse"
+        ) from error
+
+
+def _named_candidates(candidates) -> dict[str, PeftConfig]:
+    if candidates is None:
+        return default_candidates()
+    if not isinstance(candidates, dict):
+        named: dict[str, PeftConfig] = {}
+        for config in candidates:
+            kind = str(getattr(config.peft_type, "value", config.peft_type)).lower()
+            named[kind if kind not in named else f"{kind}-{len(named)}"] = config
+        candidates = named
+    if not candidates:
+        raise InputError("no candidates to choose from; pass at least one peft configuration")
+    return {name: limited_to_layers(name, config) for name, config in candidates.items()}
+
+
+def _sums_of(module: CandidateModule, config: PeftConfig, sums) -> ModuleSums:
+    names = (*module.parameters, *module.shared)
+    return ModuleSums(
+        str(getattr(config.peft_type, "value", config.peft_type)),
+        {name: sums.powers[name] for name in names},
+        {name: sums.totals[name] for name in names if name in sums.totals},
+        sums.examples,
+    )
+
+
+def _refuse_zero(powers: dict[str, torch.Tensor]) -> None:
+    if not any(value.any() for value in powers.values()):
+        raise InputError(
+            "every gradient is exactly zero, so no adapter can be chosen: the loss does not depend on the layers "
+            "(a classifier whose weights are all zero), the model is already certain of every label, or its layers "
+            "compute gradients in their own backward pass, as Reformer's do; check the classifier's weights and the "
+            "labels, or use another method"
+        )
+
+
+def _check_budget(budget: int, parameters: dict[int, dict[str, int]]) -> None:
+    """Raise an `InputError` if no module of any layer fits into the budget."""
+    smallest = min(size for own in parameters.values() for size in own.values())
+    if budget < smallest:
+        raise InputError(
+            f"budget={budget} parameters, but the smallest module of any layer has {smallest}; raise it, or add "
+            "smaller candidates"
+        )

@@ -92,21 +92,6 @@ def prepare_offloaded(args: GradientlessTrainingArguments, model: nn.Module, sea
         logger.info("search_method=%s keeps the searched layers loaded: %.3g MB", args.search_method, size / 1e6)
 
 
-def _without_frozen(found: dict[str, nn.Parameter], target: str) -> dict[str, nn.Parameter]:
-    """The parameters that require gradients; all of them if none does, as a search needs no gradients."""
-    trained = {name: p for name, p in found.items() if p.requires_grad}
-    if 0 < len(trained) < len(found):
-        first = next(name for name in found if name not in trained)
-        logger.warning(
-            "search_target=%s: %d frozen parameters (%s, ...) are not searched; a regular expression that matches "
-            "their names includes them",
-            target,
-            len(found) - len(trained),
-            first,
-        )
-    return trained or found
-
-
 def masks_of_run(model: nn.Module, folder: str) -> tuple[list[str], dict[str, torch.Tensor]]:
     """Return what a run with selected entries trained.
 
@@ -131,6 +116,21 @@ def masks_of_run(model: nn.Module, folder: str) -> tuple[list[str], dict[str, to
         masks[name] = torch.zeros(named[name].shape, dtype=torch.bool)
         masks[name].view(-1)[entries.long()] = True
     return [name for name in named if name in indices or name in in_full], masks
+
+
+def _without_frozen(found: dict[str, nn.Parameter], target: str) -> dict[str, nn.Parameter]:
+    """The parameters that require gradients; all of them if none does, as a search needs no gradients."""
+    trained = {name: p for name, p in found.items() if p.requires_grad}
+    if 0 < len(trained) < len(found):
+        first = next(name for name in found if name not in trained)
+        logger.warning(
+            "search_target=%s: %d frozen parameters (%s, ...) are not searched; a regular expression that matches "
+            "their names includes them",
+            target,
+            len(found) - len(trained),
+            first,
+        )
+    return trained or found
 
 
 def _is_packed(parameter: nn.Parameter, quantized: bool) -> bool:

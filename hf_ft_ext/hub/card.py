@@ -120,26 +120,6 @@ def hub_task(record: dict[str, Any]) -> str:
     return names.get(str(record.get("task_type")), "text-classification")
 
 
-def _chose_thresholds(record: dict[str, Any]) -> bool:
-    """Whether multi-label thresholds were chosen on the first evaluation split."""
-    return (record.get("arguments") or {}).get("multi_label_threshold") == "auto"
-
-
-def _tuned_thresholds(record: dict[str, Any]) -> dict[str, float] | None:
-    """The thresholds by label; `None` if all are 0.5."""
-    thresholds = record.get("thresholds") or {}
-    return thresholds if any(value != 0.5 for value in thresholds.values()) else None
-
-
-def _papers(trainer: type | None) -> list[dict[str, str]]:
-    """The papers in the method's `papers.yaml`, in the package of its trainer: `title`, `url` and maybe `bibtex`."""
-    package = "" if trainer is None else trainer.__module__.rpartition(".")[0]
-    if not package:
-        return []
-    file = importlib.resources.files(package) / "papers.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8")) or [] if file.is_file() else []
-
-
 def base_model(record: dict[str, Any]) -> str | None:
     """Hub id of the model that training started from; `None` for a local folder."""
     if record.get("model_source"):
@@ -167,6 +147,37 @@ def dataset_config(record: dict[str, Any]) -> str | None:
     given = (record.get("arguments") or {}).get("dataset_config_name")
     task = TASKS.get(record["task"])
     return given or (task.hub_config if task else None)
+
+
+def rows_text(split: dict[str, Any]) -> str:
+    """A text about the number of rows used of a split, and their choice; `split` as in `run.json`."""
+    rows, of = split.get("rows"), split.get("source_rows")
+    if rows is None:
+        return f"some rows ({split['fewer']})" if split.get("fewer") else "all"
+    if split["selection"] == ALL:
+        return f"all {rows:,}"
+    chosen = f"drawn ({split['drawn']})" if split["selection"] == DRAWN else "the first ones"
+    return f"{rows:,} of {of:,}, {chosen}"
+
+
+def _chose_thresholds(record: dict[str, Any]) -> bool:
+    """Whether multi-label thresholds were chosen on the first evaluation split."""
+    return (record.get("arguments") or {}).get("multi_label_threshold") == "auto"
+
+
+def _tuned_thresholds(record: dict[str, Any]) -> dict[str, float] | None:
+    """The thresholds by label; `None` if all are 0.5."""
+    thresholds = record.get("thresholds") or {}
+    return thresholds if any(value != 0.5 for value in thresholds.values()) else None
+
+
+def _papers(trainer: type | None) -> list[dict[str, str]]:
+    """The papers in the method's `papers.yaml`, in the package of its trainer: `title`, `url` and maybe `bibtex`."""
+    package = "" if trainer is None else trainer.__module__.rpartition(".")[0]
+    if not package:
+        return []
+    file = importlib.resources.files(package) / "papers.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")) or [] if file.is_file() else []
 
 
 def _hub_id(name: str) -> str | None:
@@ -205,17 +216,6 @@ def _earlier_splits(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
         splits[prefix] = {"split": split, "selection": "unknown" if fewer else ALL, "fewer": ", ".join(
             f"{name}={arguments[name]}" for name in fewer)}  # fmt: skip
     return splits
-
-
-def rows_text(split: dict[str, Any]) -> str:
-    """A text about the number of rows used of a split, and their choice; `split` as in `run.json`."""
-    rows, of = split.get("rows"), split.get("source_rows")
-    if rows is None:
-        return f"some rows ({split['fewer']})" if split.get("fewer") else "all"
-    if split["selection"] == ALL:
-        return f"all {rows:,}"
-    chosen = f"drawn ({split['drawn']})" if split["selection"] == DRAWN else "the first ones"
-    return f"{rows:,} of {of:,}, {chosen}"
 
 
 def _training_rows(record: dict[str, Any]) -> str | None:

@@ -136,10 +136,6 @@ def projected_gradients(
     return torch.cat([chunks.get(i) for i in range(len(chunks.edges))])
 
 
-def _pad_token(model: nn.Module) -> int | None:
-    return getattr(getattr(model, "config", None), "pad_token_id", 0)
-
-
 class KernelComputation:
     """Computes kernels of one model under fixed options.
 
@@ -338,31 +334,6 @@ class KernelComputation:
         return "the kernel is not finite although every gradient is: its entries overflow; scale the logits down"
 
 
-def _insert(kernel: torch.Tensor, block: torch.Tensor, rows: Bounds, columns: Bounds, symmetric: bool) -> None:
-    """Insert a block `[kernels, n, c, n', c]` or `[kernels, n, c, n']` into a kernel, mirrored too if `symmetric`."""
-    (a, b), (p, q) = rows, columns
-    kernel[:, a:b, :, p:q] = block
-    if symmetric and rows != columns:
-        mirrored = block.permute(0, 3, 2, 1) if block.ndim == 4 else block.permute(0, 3, 4, 1, 2)
-        # K[j, b, i, a] = K[i, a, j, b]; mirroring an asymmetric kernel gives its flip, <sign J', J> = <J, sign J'>
-        kernel[:, p:q, :, a:b] = mirrored.flip(0) if len(mirrored) == 2 else mirrored
-
-
-def _zeros_like(part: torch.Tensor, rows: Bounds, columns: Bounds) -> torch.Tensor:
-    """An empty block of these rows and columns, with the other axes of `part`."""
-    shape = part.shape
-    return part.new_zeros(shape[0], rows[1] - rows[0], shape[2], columns[1] - columns[0], *shape[4:])
-
-
-def _difference(values: torch.Tensor) -> torch.Tensor:
-    if values.ndim != 2 or values.shape[1] != 2:
-        raise InputError(
-            f"binary_classification takes the difference of two logits, but there are {tuple(values.shape)[1:] or 1}; "
-            "leave it out, or use a model with two classes"
-        )
-    return values[:, 1] - values[:, 0]
-
-
 def outputs_at_start(computation: KernelComputation, rows: ExampleRows, batch_size: int) -> np.ndarray:
     """The kernel's scalars `[N, C]` at the model's current weights, computed in the kernel's dtype."""
     model, dtype, found = computation.model, computation.dtype, []
@@ -386,3 +357,32 @@ def pseudo_logit(classes: int, seed: int) -> Function:
         return values @ signs.to(values) / classes**0.5
 
     return function
+
+
+def _pad_token(model: nn.Module) -> int | None:
+    return getattr(getattr(model, "config", None), "pad_token_id", 0)
+
+
+def _insert(kernel: torch.Tensor, block: torch.Tensor, rows: Bounds, columns: Bounds, symmetric: bool) -> None:
+    """Insert a block `[kernels, n, c, n', c]` or `[kernels, n, c, n']` into a kernel, mirrored too if `symmetric`."""
+    (a, b), (p, q) = rows, columns
+    kernel[:, a:b, :, p:q] = block
+    if symmetric and rows != columns:
+        mirrored = block.permute(0, 3, 2, 1) if block.ndim == 4 else block.permute(0, 3, 4, 1, 2)
+        # K[j, b, i, a] = K[i, a, j, b]; mirroring an asymmetric kernel gives its flip, <sign J', J> = <J, sign J'>
+        kernel[:, p:q, :, a:b] = mirrored.flip(0) if len(mirrored) == 2 else mirrored
+
+
+def _zeros_like(part: torch.Tensor, rows: Bounds, columns: Bounds) -> torch.Tensor:
+    """An empty block of these rows and columns, with the other axes of `part`."""
+    shape = part.shape
+    return part.new_zeros(shape[0], rows[1] - rows[0], shape[2], columns[1] - columns[0], *shape[4:])
+
+
+def _difference(values: torch.Tensor) -> torch.Tensor:
+    if values.ndim != 2 or values.shape[1] != 2:
+        raise InputError(
+            f"binary_classification takes the difference of two logits, but there are {tuple(values.shape)[1:] or 1}; "
+            "leave it out, or use a model with two classes"
+        )
+    return values[:, 1] - values[:, 0]

@@ -105,13 +105,6 @@ def as_engine(value: str | Engine) -> Engine:
     return _member(Engine, "engine", value)
 
 
-def _member(kind: type[Choice], name: str, value: str) -> Choice:
-    try:
-        return kind(value)
-    except ValueError:
-        raise InputError(f"{name}={value!r}; choose from: {', '.join(k.value for k in kind)}") from None
-
-
 def signs_of_projections(formula: Formula) -> str:
     """The message that refuses a sign formula for the engine `projected`."""
     return (
@@ -170,6 +163,13 @@ def kernel_parameters(
         given = ", ".join(f"{key}={value!r}" for key, value in settings.items() if value)
         raise InputError(f"{given}: no trainable parameter is left; some are {', '.join(_some(model))}")
     return chosen
+
+
+def _member(kind: type[Choice], name: str, value: str) -> Choice:
+    try:
+        return kind(value)
+    except ValueError:
+        raise InputError(f"{name}={value!r}; choose from: {', '.join(k.value for k in kind)}") from None
 
 
 def _some(model: nn.Module) -> list[str]:

@@ -156,6 +156,18 @@ def load(
     return build, data
 
 
+def in_training_order(stream: IterableDataset, buffer: int, args: MethodTrainingArguments) -> IterableDataset:
+    """Shuffle a stream within a buffer of `buffer` rows, newly in every epoch, unless `args` ask for its own order.
+
+    Every process reads the whole stream and takes its part of the rows of each step, so batches may differ in length.
+    """
+    if args.accelerator_config.dispatch_batches is None:
+        args.accelerator_config.dispatch_batches = False
+    if args.train_sampling_strategy == "sequential":
+        return stream
+    return stream.shuffle(seed=args.seed if args.data_seed is None else args.data_seed, buffer_size=buffer)
+
+
 def _finished_run(method: str, model_args: ModelArguments, args: MethodTrainingArguments) -> str | None:
     """The folder to predict from, if the run does not train and the method's result is more than a model.
 
@@ -217,15 +229,3 @@ def _start_from_linear_head(run_args: RunArguments, args: MethodTrainingArgument
             batch_size=args.per_device_eval_batch_size,
             disable_tqdm=args.disable_tqdm or not args.should_log,
         )
-
-
-def in_training_order(stream: IterableDataset, buffer: int, args: MethodTrainingArguments) -> IterableDataset:
-    """Shuffle a stream within a buffer of `buffer` rows, newly in every epoch, unless `args` ask for its own order.
-
-    Every process reads the whole stream and takes its part of the rows of each step, so batches may differ in length.
-    """
-    if args.accelerator_config.dispatch_batches is None:
-        args.accelerator_config.dispatch_batches = False
-    if args.train_sampling_strategy == "sequential":
-        return stream
-    return stream.shuffle(seed=args.seed if args.data_seed is None else args.data_seed, buffer_size=buffer)

@@ -27,19 +27,6 @@ class Choice:
     help: str | None
 
 
-class _MethodParser(argparse.ArgumentParser):
-    """Reads the method, the recipe's row and `--help`."""
-
-    def __init__(self):
-        super().__init__(add_help=False, allow_abbrev=False)
-        self.add_argument("--method")
-        self.add_argument("--recipe_row")
-        self.add_argument("-h", "--help", nargs="?", const="short")
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message.removeprefix('argument ')}; the methods are: {', '.join(METHODS)}")
-
-
 def read_choice(argv: list[str]) -> Choice:
     """Read `[recipe.yaml[#ROW]] [--method NAME] [--help]` of the words `argv`; the command line overrides the recipe.
 
@@ -54,6 +41,19 @@ def read_choice(argv: list[str]) -> Choice:
     if name is not None and not isinstance(name, str):
         name = checked("method", name, str)
     return Choice(list(rest), recipe, None if name is None else find_method(name), first.help)
+
+
+class _MethodParser(argparse.ArgumentParser):
+    """Reads the method, the recipe's row and `--help`."""
+
+    def __init__(self):
+        super().__init__(add_help=False, allow_abbrev=False)
+        self.add_argument("--method")
+        self.add_argument("--recipe_row")
+        self.add_argument("-h", "--help", nargs="?", const="short")
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message.removeprefix('argument ')}; the methods are: {', '.join(METHODS)}")
 
 
 def _recipe(address: str | None, row: str | None) -> dict[str, Any]:

@@ -73,58 +73,9 @@ def task_label(data_args: DataArguments) -> str:
     )
 
 
-def _fill_in(run_args, model_args, data_args, training_args) -> None:
-    filled_in = []
-    classifies = run_args.task_type == SEQUENCE_CLASSIFICATION  # the demo model and task are for classification
-    if model_args.model_name_or_path is None and classifies:
-        filled_in.append("the demo encoder")
-    if classifies and not any((data_args.task_name, data_args.dataset_name, *own_files(data_args))):
-        data_args.task_name = DEMO
-        filled_in.append("the demo task")
-    if not any(step in run_args.given for step in STEPS):
-        training_args.do_train = training_args.do_eval = True
-        filled_in.append("train and evaluate")
-    if filled_in:
-        logger.info("Using defaults: %s.", ", ".join(filled_in))
-
-
-def _adapt_to_machine(run_args: RunArguments, training_args: MethodTrainingArguments) -> None:
-    """Without an accelerator, switch off pinned memory and log it if CPU cores stay idle."""
-    if torch.accelerator.is_available() and not training_args.use_cpu:
-        return
-    if "dataloader_pin_memory" not in run_args.given:
-        training_args.dataloader_pin_memory = False
-    launched, cores = "ACCELERATE_MIXED_PRECISION" in os.environ, os.cpu_count() or 1
-    if launched and torch.get_num_threads() == 1 and cores > 1 and training_args.world_size == 1:
-        logger.info(
-            "Training on 1 of %d cores, as `accelerate launch` sets it; `--num_cpu_threads_per_process %d` uses all.",
-            cores,
-            cores,
-        )
-
-
 def own_files(data_args: DataArguments) -> tuple[str, ...]:
     """The data files that the user passed."""
     return tuple(f for f in (data_args.train_file, data_args.validation_file, data_args.test_file) if f)
-
-
-def _output_dir(given, resume, run_args, model_args, data_args, training_args) -> tuple[str, str | None]:
-    """The run folder, and the checkpoint to resume from if there is one."""
-    if given is None and resume is not None and resume.lower() != "true":
-        checkpoint = checkpoint_to_resume(resume, "")
-        return str(Path(checkpoint).parent), checkpoint
-    if given is None:
-        base = os.path.join("runs", f"{run_args.method}-{task_label(data_args)}-seed{training_args.seed}")
-        # Without --output_dir, --overwrite_output_dir means the folder with the default name.
-        given = base if run_args.overwrite_output_dir else free_folder(base, resume=resume is not None)
-    given = os.path.expanduser(given)
-    if resume is not None:
-        return given, checkpoint_to_resume(resume, given)
-    if run_args.overwrite_output_dir:
-        refuse_lost_model(given, model_args.model_name_or_path)
-    elif not run_args.dry_run:  # a dry run writes nothing
-        refuse_foreign_run(given)
-    return given, None
 
 
 @dataclass(frozen=True)
@@ -241,3 +192,52 @@ def refuse_unused_options(command: Command) -> None:
         for name in ("learning_rate", "per_device_train_batch_size"):
             if name in given:
                 logger.warning("--hp_search chooses %s: the value %s is not used.", name, given[name])
+
+
+def _fill_in(run_args, model_args, data_args, training_args) -> None:
+    filled_in = []
+    classifies = run_args.task_type == SEQUENCE_CLASSIFICATION  # the demo model and task are for classification
+    if model_args.model_name_or_path is None and classifies:
+        filled_in.append("the demo encoder")
+    if classifies and not any((data_args.task_name, data_args.dataset_name, *own_files(data_args))):
+        data_args.task_name = DEMO
+        filled_in.append("the demo task")
+    if not any(step in run_args.given for step in STEPS):
+        training_args.do_train = training_args.do_eval = True
+        filled_in.append("train and evaluate")
+    if filled_in:
+        logger.info("Using defaults: %s.", ", ".join(filled_in))
+
+
+def _adapt_to_machine(run_args: RunArguments, training_args: MethodTrainingArguments) -> None:
+    """Without an accelerator, switch off pinned memory and log it if CPU cores stay idle."""
+    if torch.accelerator.is_available() and not training_args.use_cpu:
+        return
+    if "dataloader_pin_memory" not in run_args.given:
+        training_args.dataloader_pin_memory = False
+    launched, cores = "ACCELERATE_MIXED_PRECISION" in os.environ, os.cpu_count() or 1
+    if launched and torch.get_num_threads() == 1 and cores > 1 and training_args.world_size == 1:
+        logger.info(
+            "Training on 1 of %d cores, as `accelerate launch` sets it; `--num_cpu_threads_per_process %d` uses all.",
+            cores,
+            cores,
+        )
+
+
+def _output_dir(given, resume, run_args, model_args, data_args, training_args) -> tuple[str, str | None]:
+    """The run folder, and the checkpoint to resume from if there is one."""
+    if given is None and resume is not None and resume.lower() != "true":
+        checkpoint = checkpoint_to_resume(resume, "")
+        return str(Path(checkpoint).parent), checkpoint
+    if given is None:
+        base = os.path.join("runs", f"{run_args.method}-{task_label(data_args)}-seed{training_args.seed}")
+        # Without --output_dir, --overwrite_output_dir means the folder with the default name.
+        given = base if run_args.overwrite_output_dir else free_folder(base, resume=resume is not None)
+    given = os.path.expanduser(given)
+    if resume is not None:
+        return given, checkpoint_to_resume(resume, given)
+    if run_args.overwrite_output_dir:
+        refuse_lost_model(given, model_args.model_name_or_path)
+    elif not run_args.dry_run:  # a dry run writes nothing
+        refuse_foreign_run(given)
+    return given, None

@@ -117,15 +117,6 @@ def checkpoint_to_resume(resume: str, output_dir: str) -> str:
     return str(folder)
 
 
-def _is_run_folder(folder: Path) -> bool:
-    """Whether `folder` is a run folder rather than a checkpoint; a finished run saves a trainer state there too."""
-    if (folder / RUN_RECORD).is_file() or checkpoint_folders(folder):
-        return True
-    if re.fullmatch(r"checkpoint-\d+", folder.resolve().name) or checkpoint_problem(folder) is not None:
-        return False
-    return not any(next(folder.glob(pattern), None) for pattern in _CHECKPOINT_FILES)
-
-
 def refuse_foreign_run(output_dir: str) -> None:
     """Raise an `InputError` if `output_dir` is not a folder or holds another run."""
     if os.path.exists(output_dir) and not os.path.isdir(output_dir):
@@ -167,14 +158,6 @@ def clear_old_run(output_dir: str | os.PathLike, method: str) -> None:
         for path in folder.glob(pattern):
             if path.is_file() or path.is_symlink():
                 path.unlink()
-
-
-def _methods_of(folder: Path) -> list[str]:
-    """The method of the run in `folder`; all methods if the run has no record."""
-    try:
-        return [str(json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))["method"])]
-    except (OSError, ValueError, KeyError, TypeError):
-        return list(METHODS) if any(folder.glob("*")) else []
 
 
 def prepare_folder(run_args: RunArguments, args: MethodTrainingArguments, until: contextlib.ExitStack) -> None:
@@ -247,23 +230,6 @@ def disk_errors_as_input_errors(folder: str) -> Iterator[None]:
         raise InputError(f"the run in {folder!r} cannot be saved ({reason}); {left}") from error
 
 
-def _reason(error: BaseException) -> str | None:
-    """The reason of a disk error, or `None` for other errors."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in _STORAGE_ERRORS:
-            return f"{seen.strerror}: {seen.filename}" if seen.filename else str(seen.strerror)
-        text = str(seen)
-        # tokenizers raise a bare Exception, safetensors their own
-        plain = isinstance(seen, OSError | SafetensorError) or type(seen) in (Exception, RuntimeError)
-        if plain and any(words in text for words in _STORAGE_MESSAGES):
-            return next(words for words in _STORAGE_MESSAGES if words in text)
-        if isinstance(seen, RuntimeError) and any(words in text for words in _TORCH_MESSAGES):
-            return "a file could not be written to its end"
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
 @contextlib.contextmanager
 def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
     """A context that holds the lock of a run folder; for the first process of a run.
@@ -298,6 +264,40 @@ def lock_folder(folder: str | os.PathLike) -> Iterator[None]:
         with contextlib.suppress(OSError):
             owner.unlink(missing_ok=True)
         lock.release()
+
+
+def _is_run_folder(folder: Path) -> bool:
+    """Whether `folder` is a run folder rather than a checkpoint; a finished run saves a trainer state there too."""
+    if (folder / RUN_RECORD).is_file() or checkpoint_folders(folder):
+        return True
+    if re.fullmatch(r"checkpoint-\d+", folder.resolve().name) or checkpoint_problem(folder) is not None:
+        return False
+    return not any(next(folder.glob(pattern), None) for pattern in _CHECKPOINT_FILES)
+
+
+def _methods_of(folder: Path) -> list[str]:
+    """The method of the run in `folder`; all methods if the run has no record."""
+    try:
+        return [str(json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))["method"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return list(METHODS) if any(folder.glob("*")) else []
+
+
+def _reason(error: BaseException) -> str | None:
+    """The reason of a disk error, or `None` for other errors."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in _STORAGE_ERRORS:
+            return f"{seen.strerror}: {seen.filename}" if seen.filename else str(seen.strerror)
+        text = str(seen)
+        # tokenizers raise a bare Exception, safetensors their own
+        plain = isinstance(seen, OSError | SafetensorError) or type(seen) in (Exception, RuntimeError)
+        if plain and any(words in text for words in _STORAGE_MESSAGES):
+            return next(words for words in _STORAGE_MESSAGES if words in text)
+        if isinstance(seen, RuntimeError) and any(words in text for words in _TORCH_MESSAGES):
+            return "a file could not be written to its end"
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def _lock_holder(owner: Path) -> str:

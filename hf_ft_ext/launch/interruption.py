@@ -71,6 +71,15 @@ class SaveAndStop(TrainerCallback):
             raise Interrupted(self._number)
 
 
+def how_to_continue(signals: Signals) -> str:
+    """How to continue the interrupted run, in one sentence."""
+    folder = signals.output_dir
+    checkpoint = None if folder is None else last_complete_checkpoint(folder)
+    if checkpoint is None:
+        return "there is no checkpoint to resume; run the same command again, with --overwrite_output_dir if asked"
+    return f"{checkpoint} is complete; run the same command again with --resume_from_checkpoint true"
+
+
 class _Schedule:
     """The steps after which the processes compare their signals: about one second apart.
 
@@ -106,12 +115,3 @@ class _Schedule:
             within = int(self.INTERVAL / seconds) if seconds > 0 else 2 * self._steps
             self._steps = max(1, min(2 * self._steps, within))
         self._asked, self._time = step, time.monotonic()
-
-
-def how_to_continue(signals: Signals) -> str:
-    """How to continue the interrupted run, in one sentence."""
-    folder = signals.output_dir
-    checkpoint = None if folder is None else last_complete_checkpoint(folder)
-    if checkpoint is None:
-        return "there is no checkpoint to resume; run the same command again, with --overwrite_output_dir if asked"
-    return f"{checkpoint} is complete; run the same command again with --resume_from_checkpoint true"

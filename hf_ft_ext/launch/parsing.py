@@ -193,29 +193,6 @@ class Parser(HfArgumentParser):
         return tuple(built)
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """One spelling and one short placeholder for each argument."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=30)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        kind = getattr(action.type, "__name__", "text")
-        word = action.metavar or {"int": "INTEGER", "float": "NUMBER", "string_to_bool": "[true|false]"}.get(
-            kind, "TEXT"
-        )
-        return f"{action.option_strings[0]} {word}{' ...' if action.nargs == '+' else ''}"
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = super()._get_help_string(action) or ""
-        return text.replace("(default: %(default)s)", f"(default: {_plain(action.default)})").strip()
-
-
-def _plain(value: Any) -> str:
-    value = getattr(value, "value", value)  # the value of an enum member
-    return "none" if value is None else str(value).replace("%", "%%")
-
-
 def parse_arguments(
     argv: list[str] | None = None,
 ) -> tuple[RunArguments, ModelArguments, DataArguments, MethodTrainingArguments]:
@@ -250,12 +227,6 @@ def parse_choice(
     return arguments_of(_parser(method, method.arguments_class()), choice.argv, choice.recipe)
 
 
-@functools.cache  # several runs in one process share it
-def _parser(method: Method, arguments: type) -> Parser:
-    """The parser of a method whose arguments are the class `arguments`; not for its help, which changes it."""
-    return Parser(method)
-
-
 def arguments_of(
     parser: Parser, argv: list[str], recipe: dict[str, Any]
 ) -> tuple[RunArguments, ModelArguments, DataArguments, MethodTrainingArguments]:
@@ -272,3 +243,32 @@ def arguments_of(
     training_args.check_given(given)
     complete_arguments(run_args, model_args, data_args, training_args)
     return run_args, model_args, data_args, training_args
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """One spelling and one short placeholder for each argument."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        kind = getattr(action.type, "__name__", "text")
+        word = action.metavar or {"int": "INTEGER", "float": "NUMBER", "string_to_bool": "[true|false]"}.get(
+            kind, "TEXT"
+        )
+        return f"{action.option_strings[0]} {word}{' ...' if action.nargs == '+' else ''}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = super()._get_help_string(action) or ""
+        return text.replace("(default: %(default)s)", f"(default: {_plain(action.default)})").strip()
+
+
+def _plain(value: Any) -> str:
+    value = getattr(value, "value", value)  # the value of an enum member
+    return "none" if value is None else str(value).replace("%", "%%")
+
+
+@functools.cache  # several runs in one process share it
+def _parser(method: Method, arguments: type) -> Parser:
+    """The parser of a method whose arguments are the class `arguments`; not for its help, which changes it."""
+    return Parser(method)

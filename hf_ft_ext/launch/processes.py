@@ -36,14 +36,6 @@ _LOST_PEER_ERRORS = (
 )  # fmt: skip
 
 
-def _number(names: tuple[str, ...], default: int) -> int:
-    """The first of the environment variables `names` that holds a number."""
-    for name in names:
-        with contextlib.suppress(KeyError, ValueError):
-            return int(os.environ[name])
-    return default
-
-
 @dataclass(frozen=True)
 class Process:
     """The position of this process in the run.
@@ -105,16 +97,6 @@ def report(kind: str, message: str, same: str | None = None, failed: bool = True
             _give_to_torchrun(message)
 
 
-def _give_to_torchrun(message: str) -> None:
-    """Pass the message to torchrun, whose final summary then shows it instead of a link to its documentation."""
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        with contextlib.suppress(OSError):
-            Path(path).write_text(
-                json.dumps({"message": message.strip(), "timestamp": int(time.time())}), encoding="utf-8"
-            )
-
-
 def report_crash(error: BaseException) -> None:
     """Write the traceback of an unexpected error, once for all processes of a run with several.
 
@@ -146,6 +128,91 @@ def another_failed() -> bool:
         return not Process.this().is_single and (_folder() / _FAILED).exists()
     except OSError:
         return False
+
+
+class SharedLog(logging.Handler):
+    """Log handler: the first process logs at once; the others log at the end what the first one did not.
+
+    Most warnings concern all processes, such as those about the data. `flush_held` writes the remaining ones.
+    """
+
+    def __init__(self, process: Process):
+        super().__init__()
+        self.process = process
+        self.setFormatter(logging.Formatter("%(message)s"))
+        self._held: dict[str, None] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            text = self.format(record)
+            if not self.process.first:
+                self._held[text] = None
+                return
+            sys.stderr.write(f"{text}\n")
+        except Exception:  # as logging's own handlers do
+            self.handleError(record)
+            return
+        if record.levelno >= logging.WARNING and not self.process.is_single:
+            with contextlib.suppress(OSError):
+                (_folder() / _hash(f"log {text}")).touch()
+
+    def flush_held(self) -> None:
+        """Write the held messages, once for all processes, each with the process that logged it."""
+        held, self._held = self._held, {}
+        for text in held:
+            with contextlib.suppress(OSError):
+                try:
+                    (_folder() / _hash(f"log {text}")).touch(exist_ok=False)
+                except FileExistsError:
+                    continue
+            sys.stderr.write(f"process {self.process.rank} of {self.process.world}: {text}\n")
+
+
+def silence_bars() -> None:
+    """Turn off the progress bars of all libraries in this process (loading weights, converting data, downloads)."""
+    import datasets
+    import evaluate
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # huggingface_hub's too
+    datasets.disable_progress_bars()
+    evaluate.logging.disable_progress_bar()
+
+
+def start_log(process: Process) -> SharedLog:
+    """Send the log of hf_ft_ext to standard error; warnings of libraries appear on the first process only."""
+    handler = SharedLog(process)
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("hf_ft_ext").setLevel(logging.INFO if process.first else logging.WARNING)
+    if not process.first:
+        # Libraries read these variables on import, which happens later.
+        for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "EVALUATE_VERBOSITY", "HF_HUB_VERBOSITY"):
+            os.environ.setdefault(name, "error")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not sys.warnoptions:  # the user's own -W and PYTHONWARNINGS win
+        if not process.first:
+            warnings.simplefilter("ignore")
+        # peft 0.21 reads an attribute that transformers has renamed; users cannot change that
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    return handler
+
+
+def _number(names: tuple[str, ...], default: int) -> int:
+    """The first of the environment variables `names` that holds a number."""
+    for name in names:
+        with contextlib.suppress(KeyError, ValueError):
+            return int(os.environ[name])
+    return default
+
+
+def _give_to_torchrun(message: str) -> None:
+    """Pass the message to torchrun, whose final summary then shows it instead of a link to its documentation."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        with contextlib.suppress(OSError):
+            Path(path).write_text(
+                json.dumps({"message": message.strip(), "timestamp": int(time.time())}), encoding="utf-8"
+            )
 
 
 def _names(ranks: list[int]) -> str:
@@ -216,70 +283,3 @@ def _ignoring_signals() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-class SharedLog(logging.Handler):
-    """Log handler: the first process logs at once; the others log at the end what the first one did not.
-
-    Most warnings concern all processes, such as those about the data. `flush_held` writes the remaining ones.
-    """
-
-    def __init__(self, process: Process):
-        super().__init__()
-        self.process = process
-        self.setFormatter(logging.Formatter("%(message)s"))
-        self._held: dict[str, None] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            text = self.format(record)
-            if not self.process.first:
-                self._held[text] = None
-                return
-            sys.stderr.write(f"{text}\n")
-        except Exception:  # as logging's own handlers do
-            self.handleError(record)
-            return
-        if record.levelno >= logging.WARNING and not self.process.is_single:
-            with contextlib.suppress(OSError):
-                (_folder() / _hash(f"log {text}")).touch()
-
-    def flush_held(self) -> None:
-        """Write the held messages, once for all processes, each with the process that logged it."""
-        held, self._held = self._held, {}
-        for text in held:
-            with contextlib.suppress(OSError):
-                try:
-                    (_folder() / _hash(f"log {text}")).touch(exist_ok=False)
-                except FileExistsError:
-                    continue
-            sys.stderr.write(f"process {self.process.rank} of {self.process.world}: {text}\n")
-
-
-def silence_bars() -> None:
-    """Turn off the progress bars of all libraries in this process (loading weights, converting data, downloads)."""
-    import datasets
-    import evaluate
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()  # huggingface_hub's too
-    datasets.disable_progress_bars()
-    evaluate.logging.disable_progress_bar()
-
-
-def start_log(process: Process) -> SharedLog:
-    """Send the log of hf_ft_ext to standard error; warnings of libraries appear on the first process only."""
-    handler = SharedLog(process)
-    logging.basicConfig(handlers=[handler])
-    logging.getLogger("hf_ft_ext").setLevel(logging.INFO if process.first else logging.WARNING)
-    if not process.first:
-        # Libraries read these variables on import, which happens later.
-        for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "EVALUATE_VERBOSITY", "HF_HUB_VERBOSITY"):
-            os.environ.setdefault(name, "error")
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if not sys.warnoptions:  # the user's own -W and PYTHONWARNINGS win
-        if not process.first:
-            warnings.simplefilter("ignore")
-        # peft 0.21 reads an attribute that transformers has renamed; users cannot change that
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    return handler

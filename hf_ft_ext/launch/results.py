@@ -48,19 +48,6 @@ def split_suffix(position: int, name: str) -> str:
     return "mm" if name.endswith("mismatched") else name
 
 
-@contextlib.contextmanager
-def _with_values(args: TrainingArguments, **values: Any) -> Iterator[None]:
-    """A context in which `args` has other values."""
-    before = {name: getattr(args, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(args, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(args, name, value)
-
-
 def evaluate_all(trainer: Trainer, splits: dict[str, Any]) -> dict[str, float]:
     """Metrics on every split: `eval_accuracy` on the first, `eval_mm_accuracy` on MNLI's second one."""
     metrics = {}
@@ -145,14 +132,6 @@ def predict_all(trainer: Trainer, splits: dict[str, Any], with_probabilities: bo
     return metrics
 
 
-def _tsv(header: Iterable[str], rows: Iterable[tuple]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def recorded_arguments(given: dict[str, Any]) -> dict[str, Any]:
     """The options that the user set, as JSON values, without access tokens."""
     plain = (str, int, float, bool, list, dict, type(None))
@@ -225,23 +204,6 @@ def record_run(
     return final_table(record, trainer)
 
 
-def _splits(args: TrainingArguments, data: TaskData | LanguageData) -> dict[str, dict[str, Any]]:
-    """The rows that the run trained on (`train`), and those behind each metric prefix (`eval`, `test_mm`)."""
-    used = []
-    if args.do_train:
-        used.append(("train", "train", "train"))
-    for wanted, role, prefix in ((args.do_eval, "validation", "eval"), (args.do_predict, "test", "test")):
-        for position, name in enumerate(getattr(data, role) if wanted else ()):
-            used.append(("_".join(filter(None, (prefix, split_suffix(position, name)))), role, name))
-    return {key: data.origins[role, name].record() for key, role, name in used if (role, name) in data.origins}
-
-
-def _label_names(config: Any) -> list[str] | None:
-    if config.problem_type == "regression":
-        return None
-    return [str(config.id2label[i]) for i in range(config.num_labels)]
-
-
 def final_table(record: dict[str, Any], trainer: Trainer) -> str:
     """A short table of the run: metrics, training time, memory, size, the model folder and how to load it."""
     rows = [(f"{record['method']} on {record['task']}", "")]
@@ -310,6 +272,48 @@ def scoring_of(trainer: Trainer) -> dict[str, Any]:
     }
 
 
+def logits_of(predictions: Any) -> np.ndarray:
+    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+
+
+@contextlib.contextmanager
+def _with_values(args: TrainingArguments, **values: Any) -> Iterator[None]:
+    """A context in which `args` has other values."""
+    before = {name: getattr(args, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(args, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(args, name, value)
+
+
+def _tsv(header: Iterable[str], rows: Iterable[tuple]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _splits(args: TrainingArguments, data: TaskData | LanguageData) -> dict[str, dict[str, Any]]:
+    """The rows that the run trained on (`train`), and those behind each metric prefix (`eval`, `test_mm`)."""
+    used = []
+    if args.do_train:
+        used.append(("train", "train", "train"))
+    for wanted, role, prefix in ((args.do_eval, "validation", "eval"), (args.do_predict, "test", "test")):
+        for position, name in enumerate(getattr(data, role) if wanted else ()):
+            used.append(("_".join(filter(None, (prefix, split_suffix(position, name)))), role, name))
+    return {key: data.origins[role, name].record() for key, role, name in used if (role, name) in data.origins}
+
+
+def _label_names(config: Any) -> list[str] | None:
+    if config.problem_type == "regression":
+        return None
+    return [str(config.id2label[i]) for i in range(config.num_labels)]
+
+
 def _recorded_thresholds(trainer: Trainer) -> dict[str, float] | None:
     """The thresholds by label name; `None` with one label per row."""
     config = trainer.model.config
@@ -317,7 +321,3 @@ def _recorded_thresholds(trainer: Trainer) -> dict[str, float] | None:
         return None
     values = np.broadcast_to(np.asarray(thresholds_of(trainer), dtype=float), (config.num_labels,))
     return {str(config.id2label[i]): float(value) for i, value in enumerate(values)}
-
-
-def logits_of(predictions: Any) -> np.ndarray:
-    return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)

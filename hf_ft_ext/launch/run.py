@@ -61,15 +61,6 @@ def command(argv: list[str] | None = None, program: Sequence[str] = ("run_glue.p
     end_process(status)
 
 
-def _report_interruption(stop: Interrupted, signals: Signals) -> int:
-    """Report, once, how to continue the interrupted run; return the exit status."""
-    from hf_ft_ext.launch.interruption import how_to_continue
-
-    if not another_failed():  # then the launcher ended this process, and the other's error says what to do
-        report(f"stopped by {stop.name}", how_to_continue(signals), same="stopped", failed=False)
-    return stop.status
-
-
 def run_method(argv: list[str], program: list[str], signals: Signals, at_end: contextlib.ExitStack) -> None:
     choice = read_choice(argv)  # an unknown recipe or method is refused before the slow imports
 
@@ -136,3 +127,12 @@ def run_method(argv: list[str], program: list[str], signals: Signals, at_end: co
     trainer.accelerator.end_training()
     if failure is not None:
         raise failure
+
+
+def _report_interruption(stop: Interrupted, signals: Signals) -> int:
+    """Report, once, how to continue the interrupted run; return the exit status."""
+    from hf_ft_ext.launch.interruption import how_to_continue
+
+    if not another_failed():  # then the launcher ended this process, and the other's error says what to do
+        report(f"stopped by {stop.name}", how_to_continue(signals), same="stopped", failed=False)
+    return stop.status

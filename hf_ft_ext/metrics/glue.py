@@ -173,12 +173,6 @@ METRICS = {
 }
 
 
-def _spec(name: str) -> MetricSpec:
-    if name not in METRICS:
-        raise InputError(f"unknown metric '{name}'; known: {', '.join(METRICS)}")
-    return METRICS[name]
-
-
 def load_metric(name: str) -> evaluate.Metric:
     """Return a new metric by its name in `METRICS`; raises `InputError` for an unknown name."""
     return _spec(name).cls()
@@ -210,3 +204,9 @@ def check_metric(name: str, problem_type: str, num_labels: int | None = None) ->
         )
     if name == "accuracy_f1" and num_labels is not None and num_labels != 2:
         raise InputError(f"metric 'accuracy_f1' is for two classes, but the data has {num_labels}; use 'accuracy'")
+
+
+def _spec(name: str) -> MetricSpec:
+    if name not in METRICS:
+        raise InputError(f"unknown metric '{name}'; known: {', '.join(METRICS)}")
+    return METRICS[name]

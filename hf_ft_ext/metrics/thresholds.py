@@ -40,6 +40,11 @@ def best_thresholds(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.array([_best(shares[:, i], truth[:, i]) for i in range(labels.shape[1])])
 
 
+def as_thresholds(chosen: Thresholds | None) -> Thresholds:
+    """`chosen`, or 0.5 if it is `None`."""
+    return 0.5 if chosen is None else chosen
+
+
 def _best(shares: np.ndarray, truth: np.ndarray) -> float:
     if not truth.any():
         return 0.5
@@ -51,8 +56,3 @@ def _best(shares: np.ndarray, truth: np.ndarray) -> float:
     cuts = np.clip(cuts, np.finfo(float).tiny, 1.0)
     best = np.flatnonzero(f1 >= f1.max() - 1e-12)
     return float(cuts[best[np.argmin(np.abs(cuts[best] - 0.5))]])
-
-
-def as_thresholds(chosen: Thresholds | None) -> Thresholds:
-    """`chosen`, or 0.5 if it is `None`."""
-    return 0.5 if chosen is None else chosen

@@ -46,35 +46,6 @@ def set_labels(config: PreTrainedConfig, data: Any, trains: bool = True) -> None
         config.label2id = {label: i for i, label in enumerate(names)}
 
 
-def _sync_label2id(config: PreTrainedConfig) -> None:
-    """Make `label2id` the inverse of `id2label`, which names every output; a config.json may contradict itself."""
-    by_id = {int(i): str(label) for i, label in (getattr(config, "id2label", None) or {}).items()}
-    if not by_id:
-        return
-    own = {str(label): int(i) for label, i in (getattr(config, "label2id", None) or {}).items()}
-    inverse = {label: i for i, label in sorted(by_id.items())}
-    if own and own != inverse:
-        shown = ", ".join(f"{i} = {label}" for i, label in sorted(by_id.items())[:10])
-        logger.warning("id2label and label2id of the model's config.json contradict each other; using %s", shown)
-    config.id2label, config.label2id = dict(sorted(by_id.items())), inverse
-
-
-def _same_labels(id2label: dict[int, str], names: list[str]) -> bool:
-    return len(id2label) == len(names) and _holds_labels(id2label, names)
-
-
-def _holds_labels(id2label: dict[int, str], names: list[str]) -> bool:
-    """Whether the data's labels are, ignoring case, among those of a model that names each of its outputs."""
-    own = {str(label).lower() for label in id2label.values()}
-    wanted = {name.lower() for name in names}
-    complete = sorted(id2label) == list(range(len(own)))
-    return complete and len(wanted) == len(names) and wanted <= own
-
-
-def _is_generic(id2label: dict[int, str]) -> bool:
-    return [str(id2label.get(i)) for i in range(len(id2label))] == [f"LABEL_{i}" for i in range(len(id2label))]
-
-
 def check_untrained_head(model: PreTrainedModel, replaced: bool, own_labels: list[str], name: str) -> None:
     """Refuse to evaluate a new head in place of a trained one; warn if the model never had one.
 
@@ -126,3 +97,32 @@ def warn_of_renamed_labels(model: PreTrainedModel, before: list[str], name: str,
             "%r. Where these are the same labels in other words, rename those of the data.",
             name, ", ".join(before[:10]), ", ".join(after[:10]), after[0],
         )  # fmt: skip
+
+
+def _sync_label2id(config: PreTrainedConfig) -> None:
+    """Make `label2id` the inverse of `id2label`, which names every output; a config.json may contradict itself."""
+    by_id = {int(i): str(label) for i, label in (getattr(config, "id2label", None) or {}).items()}
+    if not by_id:
+        return
+    own = {str(label): int(i) for label, i in (getattr(config, "label2id", None) or {}).items()}
+    inverse = {label: i for i, label in sorted(by_id.items())}
+    if own and own != inverse:
+        shown = ", ".join(f"{i} = {label}" for i, label in sorted(by_id.items())[:10])
+        logger.warning("id2label and label2id of the model's config.json contradict each other; using %s", shown)
+    config.id2label, config.label2id = dict(sorted(by_id.items())), inverse
+
+
+def _same_labels(id2label: dict[int, str], names: list[str]) -> bool:
+    return len(id2label) == len(names) and _holds_labels(id2label, names)
+
+
+def _holds_labels(id2label: dict[int, str], names: list[str]) -> bool:
+    """Whether the data's labels are, ignoring case, among those of a model that names each of its outputs."""
+    own = {str(label).lower() for label in id2label.values()}
+    wanted = {name.lower() for name in names}
+    complete = sorted(id2label) == list(range(len(own)))
+    return complete and len(wanted) == len(names) and wanted <= own
+
+
+def _is_generic(id2label: dict[int, str]) -> bool:
+    return [str(id2label.get(i)) for i in range(len(id2label))] == [f"LABEL_{i}" for i in range(len(id2label))]

@@ -57,30 +57,6 @@ _DECODER_POSITIONS = ("max_decoder_position_embeddings", "max_position_embedding
 _NO_LIMIT = 10**6  # tokenizers without a limit carry a huge number
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where a model comes from.
-
-    Attributes:
-        name: folder or Hub id of the weights; of an adapter's base model.
-        revision: of `name`.
-        config: configuration of the model; of a trained adapter its own, if it has one.
-        hub: arguments of `from_pretrained` for the Hub.
-        adapter: a trained adapter on these weights.
-    """
-
-    name: str
-    revision: str
-    config: PreTrainedConfig
-    hub: dict[str, Any]
-    adapter: TrainedAdapter | None
-
-    @property
-    def loaded_from(self) -> dict[str, str | None]:
-        """What an adapter records of its base model."""
-        return {"revision": self.revision, "cache_dir": self.hub["cache_dir"]}
-
-
 def load_tokenizer_and_model(
     model_args: ModelArguments,
     data: Any,
@@ -160,30 +136,6 @@ def load_tokenizer_and_model(
     return tokenizer, complete
 
 
-def _source(model_args: ModelArguments, args: MethodTrainingArguments | None) -> _Source:
-    """The model that the arguments name; a trained adapter only for a run that does not train."""
-    name = demo_encoder() if model_args.model_name_or_path is None else model_args.model_name_or_path
-    revision, adapter = model_args.model_revision, None
-    at_hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
-    if args is not None and not args.do_train:
-        adapter = find_adapter(name, revision, **at_hub)
-    elif is_hub_adapter(name, revision, **at_hub):
-        raise InputError(ADAPTER_NOT_TRAINED.format(name=name))
-    found = checked_name(name) if adapter is None else adapter.folder
-    if os.path.isdir(os.path.expanduser(name)) and revision != _NEWEST:
-        raise InputError(
-            f"model_revision={revision!r} is about a model of the Hub, and {name!r} is a local folder; leave it out, "
-            "or pass the Hub id"
-        )
-    hub = {**at_hub, "trust_remote_code": model_args.trust_remote_code}
-    weights = found if adapter is None else adapter.base
-    revision = revision if adapter is None else adapter.revision
-    at, its_revision = (weights, revision) if adapter is None or not adapter.has_configuration else (found, _NEWEST)
-    with loading_errors_as_input_errors(at, "configuration"):
-        config = AutoConfig.from_pretrained(at, revision=its_revision, **hub)
-    return _Source(weights, revision, config, hub, adapter)
-
-
 def load_tokenizer_and_language_model(
     model_args: ModelArguments, task_type: str, args: MethodTrainingArguments | None = None
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel | PeftModel]:
@@ -236,6 +188,83 @@ def load_tokenizer_and_language_model(
     return _complete(source, tokenizer, model)
 
 
+def model_max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Maximum input length of model and tokenizer in tokens, with special tokens; `None` = no limit known."""
+    limits = []
+    if tokenizer.model_max_length is not None and tokenizer.model_max_length < _NO_LIMIT:
+        limits.append(int(tokenizer.model_max_length))
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):  # an encoder and a decoder may have configurations of their own
+        config = config.get_text_config(encoder=True)
+    if (positions := _positions(config, _POSITIONS)) is not None:
+        limits.append(positions - _reserved_positions(model))
+    return min(limits) if limits else None
+
+
+def decoder_max_length(model: PreTrainedModel) -> int | None:
+    """Number of positions of an encoder-decoder's decoder; `None` = no limit known (T5)."""
+    return _positions(model.config.get_text_config(decoder=True), _DECODER_POSITIONS)
+
+
+@contextlib.contextmanager
+def seeded_init(seed: int) -> Iterator[None]:
+    """Initialise parameters inside (on the CPU) from `seed`, and restore the global random state afterwards.
+
+    transformers and peft always draw from torch's global CPU generator. Generators of accelerators are not changed.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a model comes from.
+
+    Attributes:
+        name: folder or Hub id of the weights; of an adapter's base model.
+        revision: of `name`.
+        config: configuration of the model; of a trained adapter its own, if it has one.
+        hub: arguments of `from_pretrained` for the Hub.
+        adapter: a trained adapter on these weights.
+    """
+
+    name: str
+    revision: str
+    config: PreTrainedConfig
+    hub: dict[str, Any]
+    adapter: TrainedAdapter | None
+
+    @property
+    def loaded_from(self) -> dict[str, str | None]:
+        """What an adapter records of its base model."""
+        return {"revision": self.revision, "cache_dir": self.hub["cache_dir"]}
+
+
+def _source(model_args: ModelArguments, args: MethodTrainingArguments | None) -> _Source:
+    """The model that the arguments name; a trained adapter only for a run that does not train."""
+    name = demo_encoder() if model_args.model_name_or_path is None else model_args.model_name_or_path
+    revision, adapter = model_args.model_revision, None
+    at_hub = {"cache_dir": model_args.cache_dir, "token": model_args.token}
+    if args is not None and not args.do_train:
+        adapter = find_adapter(name, revision, **at_hub)
+    elif is_hub_adapter(name, revision, **at_hub):
+        raise InputError(ADAPTER_NOT_TRAINED.format(name=name))
+    found = checked_name(name) if adapter is None else adapter.folder
+    if os.path.isdir(os.path.expanduser(name)) and revision != _NEWEST:
+        raise InputError(
+            f"model_revision={revision!r} is about a model of the Hub, and {name!r} is a local folder; leave it out, "
+            "or pass the Hub id"
+        )
+    hub = {**at_hub, "trust_remote_code": model_args.trust_remote_code}
+    weights = found if adapter is None else adapter.base
+    revision = revision if adapter is None else adapter.revision
+    at, its_revision = (weights, revision) if adapter is None or not adapter.has_configuration else (found, _NEWEST)
+    with loading_errors_as_input_errors(at, "configuration"):
+        config = AutoConfig.from_pretrained(at, revision=its_revision, **hub)
+    return _Source(weights, revision, config, hub, adapter)
+
+
 def _complete(
     source: _Source, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel | PeftModel]:
@@ -274,24 +303,6 @@ def _fitted_together(
     return tokenizer, model
 
 
-def model_max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Maximum input length of model and tokenizer in tokens, with special tokens; `None` = no limit known."""
-    limits = []
-    if tokenizer.model_max_length is not None and tokenizer.model_max_length < _NO_LIMIT:
-        limits.append(int(tokenizer.model_max_length))
-    config = model.config
-    if getattr(config, "is_encoder_decoder", False):  # an encoder and a decoder may have configurations of their own
-        config = config.get_text_config(encoder=True)
-    if (positions := _positions(config, _POSITIONS)) is not None:
-        limits.append(positions - _reserved_positions(model))
-    return min(limits) if limits else None
-
-
-def decoder_max_length(model: PreTrainedModel) -> int | None:
-    """Number of positions of an encoder-decoder's decoder; `None` = no limit known (T5)."""
-    return _positions(model.config.get_text_config(decoder=True), _DECODER_POSITIONS)
-
-
 def _positions(config: PreTrainedConfig, names: tuple[str, ...]) -> int | None:
     values = (getattr(config, name, None) for name in names)
     return next((value for value in values if isinstance(value, int) and value > 0), None)
@@ -303,17 +314,6 @@ def _reserved_positions(model: nn.Module) -> int:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return module.padding_idx + 1
     return 0
-
-
-@contextlib.contextmanager
-def seeded_init(seed: int) -> Iterator[None]:
-    """Initialise parameters inside (on the CPU) from `seed`, and restore the global random state afterwards.
-
-    transformers and peft always draw from torch's global CPU generator. Generators of accelerators are not changed.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
 
 
 def _check_class(config: PreTrainedConfig, name: str) -> None:

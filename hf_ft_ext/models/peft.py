@@ -134,25 +134,6 @@ def freeze_others(wrapped: PeftModel, names: list[str]) -> PeftModel:
     return wrapped
 
 
-def _alike(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
-    """For each of the heads `names`, the modules outside of all heads whose names end in its name."""
-    heads = tuple(f"{name}." for name in names)
-    outside = [name for name, _ in model.named_modules() if not f"{name}.".startswith(heads)]
-    return {name: [other for other in outside if other.endswith(name)] for name in names}
-
-
-def _ends_alike(path: str, names: list[str]) -> bool:
-    inside = any(path.startswith(f"{name}.") for name in names)
-    return not inside and any(path.endswith(name) for name in names)
-
-
-def _untrained_modules(model: PreTrainedModel, saved: list[str]) -> list[str]:
-    """Modules that were loaded untrained and are not part of a module in `saved`."""
-    fresh = getattr(model, "fresh_parameters", ())
-    holders = [name for name in trained_in_full(model) if any(p == name or p.startswith(f"{name}.") for p in fresh)]
-    return [name for name in holders if not any(f".{part}." in f".{name}." for part in saved)]
-
-
 def wrap_with_peft(
     model: PreTrainedModel, kind: str, settings: dict | None, seed: int, option: str = "peft"
 ) -> PeftModel:
@@ -224,6 +205,53 @@ def wrap_with_peft(
         if any(f".{module}.modules_to_save." in name for module in saved_too):
             parameter.requires_grad_(False)
     return freeze_others(wrapped, heads) if asked is None else wrapped
+
+
+@torch.no_grad()
+def start_from_activations(model: PeftModel) -> None:
+    """Set a prefix without reparametrisation to the keys and values of random tokens, drawn from torch's generator.
+
+    Raises:
+        ValueError: the prefix has a reparametrisation, or the encoder does not cache keys and values.
+    """
+    config, encoder = model.active_peft_config, model.prompt_encoder[model.active_adapter]
+    if getattr(encoder, "prefix_projection", False):
+        raise ValueError("a prefix with prefix_projection does not hold keys and values; leave one of the two out")
+    base = model.get_base_model()
+    body = base.get_submodule(encoder_path(base))
+    cache, n = DynamicCache(), config.num_virtual_tokens
+    ids = torch.randint(base.config.vocab_size, (1, n))
+    hooks, body._forward_hooks = body._forward_hooks, type(body._forward_hooks)()  # they look for a mask
+    try:
+        with evaluating(body):
+            body(input_ids=ids.to(model.device), past_key_values=cache)
+    finally:
+        body._forward_hooks = hooks
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    if len(pairs) != config.num_layers:
+        raise ValueError("its encoder keeps no keys and values of all layers")
+    # peft's layout: [virtual tokens, layers x (key, value), heads, head size]
+    rows = torch.stack([tensor[0].transpose(0, 1) for pair in pairs for tensor in pair], 1)
+    encoder.embedding.weight.copy_(rows.reshape(n, -1))
+
+
+def _alike(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
+    """For each of the heads `names`, the modules outside of all heads whose names end in its name."""
+    heads = tuple(f"{name}." for name in names)
+    outside = [name for name, _ in model.named_modules() if not f"{name}.".startswith(heads)]
+    return {name: [other for other in outside if other.endswith(name)] for name in names}
+
+
+def _ends_alike(path: str, names: list[str]) -> bool:
+    inside = any(path.startswith(f"{name}.") for name in names)
+    return not inside and any(path.endswith(name) for name in names)
+
+
+def _untrained_modules(model: PreTrainedModel, saved: list[str]) -> list[str]:
+    """Modules that were loaded untrained and are not part of a module in `saved`."""
+    fresh = getattr(model, "fresh_parameters", ())
+    holders = [name for name in trained_in_full(model) if any(p == name or p.startswith(f"{name}.") for p in fresh)]
+    return [name for name in holders if not any(f".{part}." in f".{name}." for part in saved)]
 
 
 def _wrapped(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
@@ -313,31 +341,3 @@ def _check_prompt(model: PeftModel, kind: str, option: str) -> None:
             f"{option}={kind} does not work with {type(base).__name__} ({reason}); use lora, ia3 or another method of "
             "peft that changes layers"
         )
-
-
-@torch.no_grad()
-def start_from_activations(model: PeftModel) -> None:
-    """Set a prefix without reparametrisation to the keys and values of random tokens, drawn from torch's generator.
-
-    Raises:
-        ValueError: the prefix has a reparametrisation, or the encoder does not cache keys and values.
-    """
-    config, encoder = model.active_peft_config, model.prompt_encoder[model.active_adapter]
-    if getattr(encoder, "prefix_projection", False):
-        raise ValueError("a prefix with prefix_projection does not hold keys and values; leave one of the two out")
-    base = model.get_base_model()
-    body = base.get_submodule(encoder_path(base))
-    cache, n = DynamicCache(), config.num_virtual_tokens
-    ids = torch.randint(base.config.vocab_size, (1, n))
-    hooks, body._forward_hooks = body._forward_hooks, type(body._forward_hooks)()  # they look for a mask
-    try:
-        with evaluating(body):
-            body(input_ids=ids.to(model.device), past_key_values=cache)
-    finally:
-        body._forward_hooks = hooks
-    pairs = [(layer.keys, layer.values) for layer in cache.layers]
-    if len(pairs) != config.num_layers:
-        raise ValueError("its encoder keeps no keys and values of all layers")
-    # peft's layout: [virtual tokens, layers x (key, value), heads, head size]
-    rows = torch.stack([tensor[0].transpose(0, 1) for pair in pairs for tensor in pair], 1)
-    encoder.embedding.weight.copy_(rows.reshape(n, -1))

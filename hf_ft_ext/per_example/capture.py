@@ -57,10 +57,6 @@ class _Call:
     layout: Any = None
 
 
-class _NotPerExample(Exception):
-    """The first axis of the module's tensors does not index the examples in a verified layout."""
-
-
 class Capture:
     """Computes the gradients of one batch's examples: by the modules' rules, and by autograd for `direct`.
 
@@ -375,6 +371,10 @@ class Capture:
             for name, total in zip(call.hooked.names, totals, strict=True)
             if total is not None
         }
+
+
+class _NotPerExample(Exception):
+    """The first axis of the module's tensors does not index the examples in a verified layout."""
 
 
 def _add_rows(totals: list[torch.Tensor | None], found: tuple, i: int, n: int) -> None:

@@ -52,6 +52,19 @@ def differing_parameters(
     return {n for n, error in errors.items() if not error <= tolerance * (sizes[n] + tolerance * top)}
 
 
+@contextlib.contextmanager
+def sparse_tables(model: nn.Module) -> Iterator[None]:
+    """Make embeddings give row-sparse gradients, because a dense one may be as large as most of the model."""
+    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and not (m.sparse or m.scale_grad_by_freq)]
+    for table in tables:
+        table.sparse = True
+    try:
+        yield
+    finally:
+        for table in tables:
+            table.sparse = False
+
+
 def _error(gradients: list[Gradient], expected: torch.Tensor) -> float:
     """Return the largest difference between one example's gradient by rules and autograd's (dense or row-sparse)."""
     tables = [gradient for gradient in gradients if isinstance(gradient, EmbeddingGradient)]
@@ -78,19 +91,6 @@ def _error(gradients: list[Gradient], expected: torch.Tensor) -> float:
     if found.shape != expected.shape:
         return inf
     return max_abs(found.sub_(expected))
-
-
-@contextlib.contextmanager
-def sparse_tables(model: nn.Module) -> Iterator[None]:
-    """Make embeddings give row-sparse gradients, because a dense one may be as large as most of the model."""
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and not (m.sparse or m.scale_grad_by_freq)]
-    for table in tables:
-        table.sparse = True
-    try:
-        yield
-    finally:
-        for table in tables:
-            table.sparse = False
 
 
 @contextlib.contextmanager

@@ -260,6 +260,18 @@ class ExampleGradients:
         )
 
 
+def trimmed(batch: Batch) -> dict[str, torch.Tensor]:
+    """`batch` without the columns at its right end that are padding in every row.
+
+    Every input of the attention mask's shape `[n, tokens]` is cut.
+    """
+    mask = batch.get("attention_mask")
+    if mask is None or mask.ndim != 2 or not mask.any():
+        return dict(batch)
+    keep = int(mask.any(0).nonzero().max()) + 1
+    return {key: value[:, :keep] if value.shape[:2] == mask.shape else value for key, value in batch.items()}
+
+
 class _Collected:
     """A receiver that keeps all gradients of a part."""
 
@@ -272,18 +284,6 @@ class _Collected:
     def gradients(self, scalars: int) -> list[dict[str, list[Gradient]]]:
         """By scalar and parameter name."""
         return [self._pieces.pop(scalar, {}) for scalar in range(scalars)]
-
-
-def trimmed(batch: Batch) -> dict[str, torch.Tensor]:
-    """`batch` without the columns at its right end that are padding in every row.
-
-    Every input of the attention mask's shape `[n, tokens]` is cut.
-    """
-    mask = batch.get("attention_mask")
-    if mask is None or mask.ndim != 2 or not mask.any():
-        return dict(batch)
-    keep = int(mask.any(0).nonzero().max()) + 1
-    return {key: value[:, :keep] if value.shape[:2] == mask.shape else value for key, value in batch.items()}
 
 
 def _two_rows(batch: Batch) -> Batch:

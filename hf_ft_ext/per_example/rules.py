@@ -51,6 +51,35 @@ def is_sum_of_products(rule: Rule | None) -> bool:
     return rule in (_linear, _conv1d, _embedding)
 
 
+def rows_and_factors(module: nn.Embedding, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the rows that a subclass of `nn.Embedding` reads for these inputs, and the factors that scale them.
+
+    Position embeddings compute ids from a mask or a length (BART, OPT); others scale the rows (Gemma). Two calls with
+    substitute tables recover both: `W[i] = i + 1` gives `f_t * (id_t + 1)`, and `W[i] = 1` gives `f_t`.
+
+    Returns:
+        ids `[n, tokens]`, factors `[n, tokens, width]`.
+
+    Raises:
+        ValueError: the output is not a product of table rows and factors.
+    """
+    weight = module._parameters["weight"]
+    rows, width = weight.shape
+    numbers = torch.arange(1, rows + 1, dtype=torch.float64, device=weight.device)[:, None].expand(rows, width)
+    outputs = []
+    try:
+        for table in (numbers, torch.ones_like(numbers[:, :1]).expand(rows, width)):
+            module._parameters["weight"] = table
+            outputs.append(module.forward(*args, **kwargs).double())
+    finally:
+        module._parameters["weight"] = weight
+    numbered, factors = outputs
+    ids = (numbered[..., 0] / factors[..., 0]).round().long() - 1
+    if not torch.allclose((ids[..., None] + 1) * factors, numbered, rtol=1e-9):
+        raise ValueError(f"{type(module).__name__} does more than read rows and scale them")
+    return ids, factors
+
+
 def _tokens(tensor: torch.Tensor, features: int) -> torch.Tensor:
     """`[n, ..., features]` as `[n, tokens, features]`."""
     return tensor.reshape(len(tensor), -1, features)
@@ -79,35 +108,6 @@ def _embedding(module: nn.Embedding, inputs: torch.Tensor, grads: torch.Tensor) 
     if module.padding_idx is not None:  # torch gives this row no gradient
         ids = torch.where(ids == module.padding_idx, -1, ids)
     return {"weight": EmbeddingGradient(ids, _tokens(grads, grads.shape[-1]), module.num_embeddings)}
-
-
-def rows_and_factors(module: nn.Embedding, args: tuple, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the rows that a subclass of `nn.Embedding` reads for these inputs, and the factors that scale them.
-
-    Position embeddings compute ids from a mask or a length (BART, OPT); others scale the rows (Gemma). Two calls with
-    substitute tables recover both: `W[i] = i + 1` gives `f_t * (id_t + 1)`, and `W[i] = 1` gives `f_t`.
-
-    Returns:
-        ids `[n, tokens]`, factors `[n, tokens, width]`.
-
-    Raises:
-        ValueError: the output is not a product of table rows and factors.
-    """
-    weight = module._parameters["weight"]
-    rows, width = weight.shape
-    numbers = torch.arange(1, rows + 1, dtype=torch.float64, device=weight.device)[:, None].expand(rows, width)
-    outputs = []
-    try:
-        for table in (numbers, torch.ones_like(numbers[:, :1]).expand(rows, width)):
-            module._parameters["weight"] = table
-            outputs.append(module.forward(*args, **kwargs).double())
-    finally:
-        module._parameters["weight"] = weight
-    numbered, factors = outputs
-    ids = (numbered[..., 0] / factors[..., 0]).round().long() - 1
-    if not torch.allclose((ids[..., None] + 1) * factors, numbered, rtol=1e-9):
-        raise ValueError(f"{type(module).__name__} does more than read rows and scale them")
-    return ids, factors
 
 
 def _expanded(module: nn.Module, inputs: torch.Tensor, grads: torch.Tensor) -> dict[str, Gradient]:

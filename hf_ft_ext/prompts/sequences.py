@@ -44,23 +44,6 @@ def sequence_logits(model: Any, inputs: dict[str, Any], options: torch.Tensor | 
     return sequence_scores(outputs.logits[:, -words.shape[-1] :], words, mean), outputs
 
 
-def _behind_decoder_start(model: Any, ids: torch.Tensor, inputs: dict[str, Any], words: torch.Tensor) -> Any:
-    """Run the encoder once per row and the decoder once per word."""
-    count = words.shape[1]
-    mask = inputs.pop("attention_mask", None)
-    encoded = model.masked_lm.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)
-    encoded.last_hidden_state = encoded.last_hidden_state.repeat_interleave(count, 0)
-    prefix = torch.tensor(model.config.decoder_prefix, device=ids.device).expand(ids.shape[0] * count, -1)
-    fed = torch.cat([prefix, words.flatten(0, 1)[:, :-1].clamp(min=0)], 1)
-    return model.masked_lm(
-        encoder_outputs=encoded,
-        attention_mask=None if mask is None else mask.repeat_interleave(count, 0),
-        decoder_input_ids=fed,
-        **{"use_cache": False, **inputs},
-        return_dict=True,
-    )
-
-
 def padded_words(words: list[list[int]], device: torch.device | None = None) -> torch.Tensor:
     """Return the tokens of the label words, `[words, longest]`, padded with `IGNORED`."""
     longest = max(map(len, words))
@@ -118,3 +101,20 @@ def sequence_scores(logits: torch.Tensor, words: torch.Tensor, mean: bool) -> to
     if mean:
         score = score / counted.sum(-1).clamp(min=1)
     return score.unflatten(0, words.shape[:2])
+
+
+def _behind_decoder_start(model: Any, ids: torch.Tensor, inputs: dict[str, Any], words: torch.Tensor) -> Any:
+    """Run the encoder once per row and the decoder once per word."""
+    count = words.shape[1]
+    mask = inputs.pop("attention_mask", None)
+    encoded = model.masked_lm.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)
+    encoded.last_hidden_state = encoded.last_hidden_state.repeat_interleave(count, 0)
+    prefix = torch.tensor(model.config.decoder_prefix, device=ids.device).expand(ids.shape[0] * count, -1)
+    fed = torch.cat([prefix, words.flatten(0, 1)[:, :-1].clamp(min=0)], 1)
+    return model.masked_lm(
+        encoder_outputs=encoded,
+        attention_mask=None if mask is None else mask.repeat_interleave(count, 0),
+        decoder_input_ids=fed,
+        **{"use_cache": False, **inputs},
+        return_dict=True,
+    )

@@ -24,11 +24,6 @@ def similarities(model: str | None, texts: list[str], others: list[str]) -> np.n
     return embeddings(model, tuple(texts)) @ _cached(model, tuple(others)).T
 
 
-@functools.lru_cache(maxsize=2)
-def _cached(model: str | None, texts: tuple[str, ...]) -> np.ndarray:
-    return embeddings(model, texts)
-
-
 @torch.no_grad()
 def embeddings(model: str | None, texts: tuple[str, ...]) -> np.ndarray:
     """Return normalised mean-pooled last hidden states: `[texts, hidden]`, float32."""
@@ -43,6 +38,11 @@ def embeddings(model: str | None, texts: tuple[str, ...]) -> np.ndarray:
         mask = batch["attention_mask"][..., None].to(hidden.dtype)
         parts.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
     return torch.cat(parts).numpy()
+
+
+@functools.lru_cache(maxsize=2)
+def _cached(model: str | None, texts: tuple[str, ...]) -> np.ndarray:
+    return embeddings(model, texts)
 
 
 @functools.lru_cache(maxsize=1)

@@ -118,6 +118,24 @@ def find_runs(paths: Iterable[str | os.PathLike]) -> Found:
     return found
 
 
+def checked_record(value: Any) -> dict[str, Any]:
+    """Check the content of a `run.json`, and set missing optional keys to `None`.
+
+    Raises:
+        ValueError: it is not a record of this package: a key is missing, or its value has another type.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"it contains {_kind(value)}, not an object")
+    for key, kinds in {**_REQUIRED, **_OPTIONAL}.items():
+        if key in _REQUIRED and key not in value:
+            raise ValueError(f"it has no {key!r}; is it of another program?")
+        given = value.get(key)
+        right = isinstance(given, kinds) and not isinstance(given, bool)
+        if not right and not (key in _OPTIONAL and given is None):
+            raise ValueError(f"its {key!r} is {_kind(given)}, not {_KINDS[kinds[0]]}")
+    return {**dict.fromkeys(_OPTIONAL), **value}
+
+
 class _Reader:
     """Adds the runs of folders to `found`, each folder once."""
 
@@ -171,24 +189,6 @@ class _Reader:
             self.found.missing.append(Missing(variant or str(folder), None, "unreadable", reason))
             return
         self.found.runs.append(Run(folder, record, variant, seconds))
-
-
-def checked_record(value: Any) -> dict[str, Any]:
-    """Check the content of a `run.json`, and set missing optional keys to `None`.
-
-    Raises:
-        ValueError: it is not a record of this package: a key is missing, or its value has another type.
-    """
-    if not isinstance(value, dict):
-        raise ValueError(f"it contains {_kind(value)}, not an object")
-    for key, kinds in {**_REQUIRED, **_OPTIONAL}.items():
-        if key in _REQUIRED and key not in value:
-            raise ValueError(f"it has no {key!r}; is it of another program?")
-        given = value.get(key)
-        right = isinstance(given, kinds) and not isinstance(given, bool)
-        if not right and not (key in _OPTIONAL and given is None):
-            raise ValueError(f"its {key!r} is {_kind(given)}, not {_KINDS[kinds[0]]}")
-    return {**dict.fromkeys(_OPTIONAL), **value}
 
 
 def _kind(value: Any) -> str:

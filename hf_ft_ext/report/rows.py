@@ -176,13 +176,6 @@ def sections(runs: Iterable[Run]) -> list[Section]:
     return [_section(about, _heading(about, facts), part) for about, (_, _, part) in zip(facts, parts, strict=True)]
 
 
-def _heading(about: tuple[str, ...], everyone: Sequence[tuple[str, ...]]) -> str:
-    """Task and model; also the model's folder, data set and metric if they differ between sections of these two."""
-    alike = [other for other in everyone if other[:2] == about[:2]]
-    further = [fact for fact, values in zip(about, zip(*alike, strict=True), strict=True) if len(set(values)) > 1]
-    return ", ".join(filter(None, dict.fromkeys([*about[:2], *further])))
-
-
 def pareto_front(rows: Iterable[Row], cost: str) -> list[Row]:
     """The Pareto front of quality and `cost` (`memory` or `seconds`), cheapest row first.
 
@@ -227,6 +220,13 @@ def quality_key(run: Run) -> str | None:
             keys.append(f"eval_{name}")
     others = (key for key in metrics if key.startswith("eval_") and not _NO_QUALITY.fullmatch(key))
     return next((key for key in (*keys, *others) if key in metrics), None)
+
+
+def _heading(about: tuple[str, ...], everyone: Sequence[tuple[str, ...]]) -> str:
+    """Task and model; also the model's folder, data set and metric if they differ between sections of these two."""
+    alike = [other for other in everyone if other[:2] == about[:2]]
+    further = [fact for fact, values in zip(about, zip(*alike, strict=True), strict=True) if len(set(values)) > 1]
+    return ", ".join(filter(None, dict.fromkeys([*about[:2], *further])))
 
 
 def _by_metric(runs: list[Run]) -> dict[str, list[Run]]:

@@ -106,6 +106,23 @@ class GramSums:
         return _eigenvectors(self.out, self.rank), _eigenvectors(self.inp, self.rank)
 
 
+def by_columns(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the same matrix in column-major order."""
+    return matrix.T.contiguous().T
+
+
+def cheaper_rotation(n_out: int, n_in: int, tokens_per_step: float) -> str:
+    """Return what to rotate: the choice with fewer multiplications per optimizer step of one process.
+
+    Rotating the inputs and output gradients of `t` tokens takes `t (out^2 + in^2)` multiplications. Rotating the
+    accumulated gradient takes `out in (out + in)`, once per step. Short batches (GLUE with dynamic padding) favour
+    the first, long batches and gradient accumulation the second.
+    """
+    activations = tokens_per_step * (n_out**2 + n_in**2)
+    gradient = n_out * n_in * (n_out + n_in)
+    return ACTIVATIONS if activations < gradient else GRADIENT
+
+
 def _eigenvectors(gram: torch.Tensor, rank: int | None = None) -> torch.Tensor:
     """Return all eigenvectors of a Gram matrix of rank at most `rank`, by decreasing eigenvalue."""
     n = len(gram)
@@ -124,20 +141,3 @@ def _eigenvectors(gram: torch.Tensor, rank: int | None = None) -> torch.Tensor:
     vectors = torch.linalg.qr(leading, mode="complete").Q
     vectors[:, : leading.shape[1]] = leading  # undo the sign flips of the Householder QR
     return by_columns(vectors)
-
-
-def by_columns(matrix: torch.Tensor) -> torch.Tensor:
-    """Return the same matrix in column-major order."""
-    return matrix.T.contiguous().T
-
-
-def cheaper_rotation(n_out: int, n_in: int, tokens_per_step: float) -> str:
-    """Return what to rotate: the choice with fewer multiplications per optimizer step of one process.
-
-    Rotating the inputs and output gradients of `t` tokens takes `t (out^2 + in^2)` multiplications. Rotating the
-    accumulated gradient takes `out in (out + in)`, once per step. Short batches (GLUE with dynamic padding) favour
-    the first, long batches and gradient accumulation the second.
-    """
-    activations = tokens_per_step * (n_out**2 + n_in**2)
-    gradient = n_out * n_in * (n_out + n_in)
-    return ACTIVATIONS if activations < gradient else GRADIENT

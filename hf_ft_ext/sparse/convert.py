@@ -76,30 +76,6 @@ def convert_to_sparse(
     return converted
 
 
-def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module], support: str) -> None:
-    """Refuse a target whose weight other modules hold too, unless gradients of all of them reach its entries.
-
-    Dynamic support selects entries of the weight's gradient, to which all modules contribute. A fixed support computes
-    the gradients of one layer's entries only, and 16-bit weights are trained as a copy in float32.
-    """
-    for name, linear in targets.items():
-        other = other_holder(model, linear)
-        if other is not None and (support != DYNAMIC or other in targets or linear.weight.element_size() < 4):
-            raise InputError(
-                f"{name} shares its weight with {other}, so its entries cannot train for this layer alone; leave it "
-                "out of target_modules, train a SparseGradConfig adapter, or load the model with "
-                "tie_word_embeddings=False"
-            )
-
-
-def _without_frozen(targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    trained = {name: linear for name, linear in targets.items() if linear.weight.requires_grad}
-    if 0 < len(trained) < len(targets):
-        first = next(name for name in targets if name not in trained)
-        logger.info("%d frozen layers (%s, ...) are not converted", len(targets) - len(trained), first)
-    return trained or targets
-
-
 def entries_of(linear: nn.Module, name: str, n_params: int | None, density: float | None) -> int:
     """Return how many entries of `linear` one step updates, from a count or a fraction in (0, 1].
 
@@ -169,3 +145,27 @@ def freeze_rest(model: nn.Module, train_rest: str) -> None:
 def sparse_layers(model: nn.Module) -> dict[str, SparseGradLinear]:
     """Return the converted layers of `model` by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SparseGradLinear)}
+
+
+def _refuse_shared(model: nn.Module, targets: dict[str, nn.Module], support: str) -> None:
+    """Refuse a target whose weight other modules hold too, unless gradients of all of them reach its entries.
+
+    Dynamic support selects entries of the weight's gradient, to which all modules contribute. A fixed support computes
+    the gradients of one layer's entries only, and 16-bit weights are trained as a copy in float32.
+    """
+    for name, linear in targets.items():
+        other = other_holder(model, linear)
+        if other is not None and (support != DYNAMIC or other in targets or linear.weight.element_size() < 4):
+            raise InputError(
+                f"{name} shares its weight with {other}, so its entries cannot train for this layer alone; leave it "
+                "out of target_modules, train a SparseGradConfig adapter, or load the model with "
+                "tie_word_embeddings=False"
+            )
+
+
+def _without_frozen(targets: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    trained = {name: linear for name, linear in targets.items() if linear.weight.requires_grad}
+    if 0 < len(trained) < len(targets):
+        first = next(name for name in targets if name not in trained)
+        logger.info("%d frozen layers (%s, ...) are not converted", len(targets) - len(trained), first)
+    return trained or targets

@@ -63,16 +63,6 @@ def prepare_layers(trainer: Trainer, layers: Mapping[str, SparseGradLinear], arg
             layer.basis.out_factor = layer.basis.in_factor = None
 
 
-def _check_converted(layers: Mapping[str, SparseGradLinear], wanted: str) -> None:
-    for name, layer in layers.items():
-        support = DYNAMIC if layer.values is None else STATIC if layer.block is None else STRUCTURED
-        if support != wanted:
-            raise InputError(
-                f"{name} was converted with support={support!r}, but sparse_support is {wanted!r}; convert the model "
-                "with the same one"
-            )
-
-
 def refresh_supports(
     trainer: Trainer,
     layers: Mapping[str, SparseGradLinear],
@@ -155,6 +145,16 @@ def fill_bases(layers: Mapping[str, SparseGradLinear], sums: Mapping[str, GramSu
             in_factor, layer.basis.in_transposed = by_columns(in_factor.T), True
         # All processes decompose the same sums; the broadcast makes the bases bitwise equal.
         layer.basis.out_factor, layer.basis.in_factor = broadcast(out_factor.T).T, broadcast(in_factor.T).T
+
+
+def _check_converted(layers: Mapping[str, SparseGradLinear], wanted: str) -> None:
+    for name, layer in layers.items():
+        support = DYNAMIC if layer.values is None else STATIC if layer.block is None else STRUCTURED
+        if support != wanted:
+            raise InputError(
+                f"{name} was converted with support={support!r}, but sparse_support is {wanted!r}; convert the model "
+                "with the same one"
+            )
 
 
 def _fill_random(layers: Mapping[str, SparseGradLinear], seed: int) -> None:

@@ -87,6 +87,21 @@ def for_each_gradient(
     return {kind: trainer.accelerator.reduce(count).item() / shared for kind, count in tokens.items()}
 
 
+def own_steps(trainer: Trainer, count: int) -> Iterator[list[tuple[dict, float]]]:
+    """Yield this process's micro-batches of each of `count` optimizer steps, with weights for their mean losses.
+
+    Together the processes read the rows that one process with the total batch size would read. If the trainer's data
+    loader or sampler was overridden, each process reads its own loader. The gradient of the mean loss over all labels
+    of a step is the sum of the weighted gradients here, averaged over the processes. No global random generator is
+    used.
+    """
+    processes = trainer.args.world_size
+    for batches in _own_batches(trainer, count):
+        # times the number of processes, as the gradients are averaged over them
+        shares, _ = _label_shares(trainer, batches, over_processes=True)
+        yield [(batch, processes * share) for batch, share in zip(batches, shares, strict=True)]
+
+
 @contextlib.contextmanager
 def _plain_gradients(layers: Collection[SparseGradLinear]) -> Iterator[None]:
     """Make every layer compute the unrotated gradient of its whole weight, in any state of preparation."""
@@ -164,21 +179,6 @@ def _batches(trainer: Trainer, steps: int, draw: int) -> Iterator[list[dict]]:
     collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="pre-pass")
     for examples in _examples(trainer, steps, batch_size, draw):
         yield [collate(examples[i : i + micro]) for i in range(0, len(examples), micro)]
-
-
-def own_steps(trainer: Trainer, count: int) -> Iterator[list[tuple[dict, float]]]:
-    """Yield this process's micro-batches of each of `count` optimizer steps, with weights for their mean losses.
-
-    Together the processes read the rows that one process with the total batch size would read. If the trainer's data
-    loader or sampler was overridden, each process reads its own loader. The gradient of the mean loss over all labels
-    of a step is the sum of the weighted gradients here, averaged over the processes. No global random generator is
-    used.
-    """
-    processes = trainer.args.world_size
-    for batches in _own_batches(trainer, count):
-        # times the number of processes, as the gradients are averaged over them
-        shares, _ = _label_shares(trainer, batches, over_processes=True)
-        yield [(batch, processes * share) for batch, share in zip(batches, shares, strict=True)]
 
 
 def _own_batches(trainer: Trainer, count: int) -> Iterator[list[dict]]:

@@ -38,16 +38,6 @@ def find_structure(model: nn.Module) -> Structure:
     return known[1]
 
 
-def _base_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, str]]:
-    """Names and classes of the modules of a model without adapters, which determine its structure."""
-    if isinstance(module, BaseTunerLayer):
-        yield from _base_modules(module.base_layer, name)
-        return
-    yield name, type(module).__name__
-    for own, child in module.named_children():
-        yield from _base_modules(child, f"{name}.{own}")
-
-
 def trace_structure(model: nn.Module) -> Structure:
     """`find_structure` of a model without its cache and without unwrapping PEFT models."""
     trace = _trace(model)
@@ -68,6 +58,16 @@ def plain_name(name: str) -> str:
     """`name` as in the model without adapters: without the parts that peft's wrappers add."""
     wrappers = ("base_layer", "original_module")
     return ".".join(part for part in name.split(".") if part not in wrappers)
+
+
+def _base_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, str]]:
+    """Names and classes of the modules of a model without adapters, which determine its structure."""
+    if isinstance(module, BaseTunerLayer):
+        yield from _base_modules(module.base_layer, name)
+        return
+    yield name, type(module).__name__
+    for own, child in module.named_children():
+        yield from _base_modules(child, f"{name}.{own}")
 
 
 def _trace(model: nn.Module) -> Trace:

@@ -52,6 +52,38 @@ def find_attentions(trace: Trace) -> list[Attention]:
     return found
 
 
+def find_feed_forwards(trace: Trace, attentions: list[Attention]) -> list[FeedForward]:
+    """Find chains `down(activation(up(x)))`, gated or not, with equal numbers of input and output features.
+
+    `down` reads only `up` (and `gate`), without a residual sum or a mixing of positions in between. `up` and `gate`
+    read the same tensor. The output of `down` reaches a later projection or the output without an activation, so it is
+    not only a gate.
+    """
+    calls = first_calls(trace)
+    read_directly = {unit for call in trace.calls for unit, path in call.paths.items() if path.direct}
+    read_directly |= {unit for module in trace.modules[-1:] for unit in module.outputs}
+    taken = {name for block in attentions for name in block.projections}
+    found: list[FeedForward] = []
+    for down in calls.values():
+        units = [calls[name] for name in down.paths if name in calls]
+        if not units or len(units) < len(down.paths) or down.name in taken or down.name not in read_directly:
+            continue
+        if any(path.most or path.mixed for path in down.paths.values()) or len({unit.reads for unit in units}) > 1:
+            continue
+        if any(unit.width_in != down.width_out or unit.name in taken or unit.name == down.name for unit in units):
+            continue
+        if any(unit.width_out < down.width_in for unit in units):
+            continue
+        gate = tuple(u.name for u in units if down.paths[u.name].curved)
+        up = tuple(u.name for u in units if not down.paths[u.name].curved)
+        if not up:
+            fused = units[0].width_out >= 2 * down.width_in
+            up, gate = gate, gate if fused else ()
+        taken |= {down.name, *up, *gate}
+        found.append(FeedForward(up, gate, (down.name,), down.width_out, down.width_in))
+    return found
+
+
 def _state_space_projection(call: Call, calls: Calls) -> list[str]:
     """The one projection whose output `call` reads mixed along positions: a state-space block; empty otherwise."""
     units = [unit for unit, path in call.paths.items() if path.mixed]
@@ -105,35 +137,3 @@ def _is_cross(query: tuple[str, ...], key: tuple[str, ...], calls: Calls, before
     # The encoder's output was computed before the layer's self-attention ran.
     written = max((calls[unit].order for unit in sources if unit in calls), default=0)
     return 0 < written < latest
-
-
-def find_feed_forwards(trace: Trace, attentions: list[Attention]) -> list[FeedForward]:
-    """Find chains `down(activation(up(x)))`, gated or not, with equal numbers of input and output features.
-
-    `down` reads only `up` (and `gate`), without a residual sum or a mixing of positions in between. `up` and `gate`
-    read the same tensor. The output of `down` reaches a later projection or the output without an activation, so it is
-    not only a gate.
-    """
-    calls = first_calls(trace)
-    read_directly = {unit for call in trace.calls for unit, path in call.paths.items() if path.direct}
-    read_directly |= {unit for module in trace.modules[-1:] for unit in module.outputs}
-    taken = {name for block in attentions for name in block.projections}
-    found: list[FeedForward] = []
-    for down in calls.values():
-        units = [calls[name] for name in down.paths if name in calls]
-        if not units or len(units) < len(down.paths) or down.name in taken or down.name not in read_directly:
-            continue
-        if any(path.most or path.mixed for path in down.paths.values()) or len({unit.reads for unit in units}) > 1:
-            continue
-        if any(unit.width_in != down.width_out or unit.name in taken or unit.name == down.name for unit in units):
-            continue
-        if any(unit.width_out < down.width_in for unit in units):
-            continue
-        gate = tuple(u.name for u in units if down.paths[u.name].curved)
-        up = tuple(u.name for u in units if not down.paths[u.name].curved)
-        if not up:
-            fused = units[0].width_out >= 2 * down.width_in
-            up, gate = gate, gate if fused else ()
-        taken |= {down.name, *up, *gate}
-        found.append(FeedForward(up, gate, (down.name,), down.width_out, down.width_in))
-    return found

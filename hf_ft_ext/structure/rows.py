@@ -45,6 +45,26 @@ def trial_rows(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     yield {"input_ids": ids}
 
 
+def trial_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` that shares its tensors, in evaluation mode, with adapters disabled.
+
+    It is a copy because a forward pass may change the state of modules (BigBird turns block-sparse attention off after
+    a short batch). Tensors on the meta device are replaced by expanded tensors of stride 0, which take hardly any
+    memory.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    shared: dict[int, torch.Tensor] = {id(t): _without_memory(t) if t.is_meta else t for t in tensors}
+    shared |= _eight_bit_states(model)
+    other = copy.deepcopy(model, shared).eval()
+    for module in other.modules():
+        # A wrapped forward (trl's fused head, accelerate's hooks) would call the forward of the original module.
+        if hasattr(vars(module).get("forward"), "__wrapped__"):
+            del module.forward
+        if isinstance(module, BaseTunerLayer):
+            module._disable_adapters = True
+    return other
+
+
 def _images(config) -> list[tuple[int, ...]]:
     config = config if hasattr(config, "image_size") else getattr(config, "vision_config", config)  # CLIP, SigLIP
     size = getattr(config, "image_size", 32)
@@ -82,26 +102,6 @@ def _token_ids(model: nn.Module, config) -> torch.Tensor:
         if value is not None and 0 <= value < size:
             ids[:, place] = value
     return ids
-
-
-def trial_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` that shares its tensors, in evaluation mode, with adapters disabled.
-
-    It is a copy because a forward pass may change the state of modules (BigBird turns block-sparse attention off after
-    a short batch). Tensors on the meta device are replaced by expanded tensors of stride 0, which take hardly any
-    memory.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    shared: dict[int, torch.Tensor] = {id(t): _without_memory(t) if t.is_meta else t for t in tensors}
-    shared |= _eight_bit_states(model)
-    other = copy.deepcopy(model, shared).eval()
-    for module in other.modules():
-        # A wrapped forward (trl's fused head, accelerate's hooks) would call the forward of the original module.
-        if hasattr(vars(module).get("forward"), "__wrapped__"):
-            del module.forward
-        if isinstance(module, BaseTunerLayer):
-            module._disable_adapters = True
-    return other
 
 
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:

@@ -56,11 +56,6 @@ def key_value_and_down(structure: Structure) -> tuple[list[str], list[str]]:
     return _modules(attention, structure), _modules(down, structure)
 
 
-def _modules(names: Iterable[str], structure: Structure) -> list[str]:
-    """Those of `names` that are modules (not plain tensors), once each."""
-    return [name for name in dict.fromkeys(names) if structure.kinds.get(name, "tensor") != "tensor"]
-
-
 def default_targets(
     model: nn.Module, table: Mapping[str, list[str] | str], kind: str | None
 ) -> list[str] | str | None:
@@ -88,6 +83,11 @@ def endings(names: Iterable[str], wanted: Iterable[str]) -> list[str]:
         if {name for name in names if _ends(name, found)} == set(wanted):
             return found
     return wanted
+
+
+def _modules(names: Iterable[str], structure: Structure) -> list[str]:
+    """Those of `names` that are modules (not plain tensors), once each."""
+    return [name for name in dict.fromkeys(names) if structure.kinds.get(name, "tensor") != "tensor"]
 
 
 def _ends(name: str, parts: Iterable[str]) -> bool:

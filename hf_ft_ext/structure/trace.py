@@ -337,6 +337,16 @@ class Tracer(TorchDispatchMode):
         module.register_forward_hook(after, with_kwargs=True)
 
 
+def run(model: nn.Module, batch: dict[str, torch.Tensor], plain_name) -> Trace:
+    """Trace one pass of `batch` through `model`, which must be a copy: it keeps the hooks."""
+    tracer = Tracer(model)
+    tracer.watch(model, plain_name)
+    with torch.no_grad(), _own_random_state(model), tracer:
+        tracer.feed(batch)
+        model(**batch)
+    return tracer.trace
+
+
 def _merged(paths: list[Paths]) -> Paths:
     paths = [p for p in paths if p]
     if len(paths) < 2:
@@ -377,13 +387,3 @@ def _own_random_state(model: nn.Module) -> Iterator[None]:
     with torch.random.fork_rng(devices=sorted(device.index or 0 for device in devices)):
         torch.manual_seed(0)
         yield
-
-
-def run(model: nn.Module, batch: dict[str, torch.Tensor], plain_name) -> Trace:
-    """Trace one pass of `batch` through `model`, which must be a copy: it keeps the hooks."""
-    tracer = Tracer(model)
-    tracer.watch(model, plain_name)
-    with torch.no_grad(), _own_random_state(model), tracer:
-        tracer.feed(batch)
-        model(**batch)
-    return tracer.trace

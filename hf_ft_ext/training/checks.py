@@ -36,23 +36,6 @@ def check_training_arguments(args: TrainingArguments) -> None:
         )
 
 
-def _check_report_to(args: TrainingArguments) -> None:
-    available = get_available_reporting_integrations()
-    names = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
-    for name in names if names not in (["all"], ["none"]) else []:
-        if name in available or name in _NOT_LISTED:
-            continue
-        if name not in INTEGRATION_TO_CALLBACK:
-            known = (*INTEGRATION_TO_CALLBACK, "all", "none")
-            raise InputError(
-                f"report_to={name} is unknown{did_you_mean(name, known)}; choose from: {', '.join(known)}"
-            )
-        raise InputError(
-            f"report_to={name}: its library is not installed; run pip install {_PACKAGES.get(name, name)}, or pass "
-            "report_to=none"
-        )
-
-
 def check_loss(args: TrainingArguments, model: nn.Module) -> None:
     """Refuse label smoothing for tasks other than single-label classification.
 
@@ -117,4 +100,21 @@ def check_full_batch(args: TrainingArguments, dataset: Any) -> None:
         raise InputError(
             f"dataloader_drop_last drops every batch: the training data has {rows} rows, fewer than {size}; pass a "
             f"per_device_train_batch_size of {max(1, rows // args.world_size)} or less, or leave it out"
+        )
+
+
+def _check_report_to(args: TrainingArguments) -> None:
+    available = get_available_reporting_integrations()
+    names = [args.report_to] if isinstance(args.report_to, str) else args.report_to or []
+    for name in names if names not in (["all"], ["none"]) else []:
+        if name in available or name in _NOT_LISTED:
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = (*INTEGRATION_TO_CALLBACK, "all", "none")
+            raise InputError(
+                f"report_to={name} is unknown{did_you_mean(name, known)}; choose from: {', '.join(known)}"
+            )
+        raise InputError(
+            f"report_to={name}: its library is not installed; run pip install {_PACKAGES.get(name, name)}, or pass "
+            "report_to=none"
         )

@@ -80,13 +80,13 @@ class StopAtNaN(CompleteSaves):
         )
 
 
-def _plain(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def first_not_finite(model: nn.Module) -> str | None:
     """Name of the first parameter that holds NaN or infinity, or `None`."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and is_readable(parameter) and not bool(torch.isfinite(parameter).all()):
             return name
     return None
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

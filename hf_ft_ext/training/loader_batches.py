@@ -58,28 +58,6 @@ def loader_rows(trainer: Trainer, rows: int, batch_size: int) -> list[dict[str, 
     return parts
 
 
-def _has_rows(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
-
-
-def _rows_in(batch: dict[str, Any]) -> int:
-    return next(len(value) for value in batch.values() if _has_rows(value))
-
-
-@contextlib.contextmanager
-def _undisturbed_loader(trainer: Trainer) -> Iterator[Iterable]:
-    if trainer.train_dataset is None and not overridden(trainer, "get_train_dataloader"):
-        raise InputError("the gradient pre-pass needs a train_dataset; pass one to the trainer")
-    with generators_kept() as keep:
-        loader = trainer.get_train_dataloader()
-        keep(loader)
-        try:
-            yield loader
-        finally:
-            if hasattr(loader, "end"):
-                loader.end()  # accelerate marks its loader as in use until the last batch
-
-
 @contextlib.contextmanager
 def generators_kept() -> Iterator[Any]:
     """A context that restores the state of all random number generators when it ends."""
@@ -102,3 +80,25 @@ def generators_kept() -> Iterator[Any]:
             np.random.set_state(numpy)
             for generator, state in found.values():
                 generator.set_state(state)
+
+
+def _has_rows(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 0
+
+
+def _rows_in(batch: dict[str, Any]) -> int:
+    return next(len(value) for value in batch.values() if _has_rows(value))
+
+
+@contextlib.contextmanager
+def _undisturbed_loader(trainer: Trainer) -> Iterator[Iterable]:
+    if trainer.train_dataset is None and not overridden(trainer, "get_train_dataloader"):
+        raise InputError("the gradient pre-pass needs a train_dataset; pass one to the trainer")
+    with generators_kept() as keep:
+        loader = trainer.get_train_dataloader()
+        keep(loader)
+        try:
+            yield loader
+        finally:
+            if hasattr(loader, "end"):
+                loader.end()  # accelerate marks its loader as in use until the last batch

@@ -66,6 +66,69 @@ def fit_sft(trainer: Any, routers: bool | None) -> None:
         check_packing(trainer)
 
 
+def use_own_head(trainer: Any, whole: bool = True) -> None:
+    """Let trl compute losses from the model's own logits, where its fused head gives other ones.
+
+    trl multiplies the last hidden states by the output weights. This leaves out layers between them (ModernBERT's
+    decoder) and functions of the logits that it does not know (RecurrentGemma's soft cap).
+
+    Args:
+        whole: whether this process holds all weights. If not, no forward pass can tell, and the own logits are used.
+    """
+    base = _base(trainer.model)
+    fused = base.forward
+    if whole and _fused_head_fits(base, trainer.aux_loss_enabled):
+        return
+    if whole:
+        logger.info("%s computes its logits in its own way, so trl's fused head is not used.", type(base).__name__)
+    else:
+        logger.warning(
+            "The weights of %s are spread over processes, so trl's fused head cannot be compared with the model's own "
+            "and is not used: a batch takes memory for the logits of all its tokens.", type(base).__name__,
+        )  # fmt: skip
+
+    @functools.wraps(fused)
+    def forward(*positional, fused_lm_head=False, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+        more = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+        if not fused_lm_head:
+            return fused(*positional, **kwargs, **{name: v for name, v in more.items() if v is not None})
+        outputs = fused(*positional, **{**kwargs, "use_cache": False})
+        return _from_logits(outputs, labels[:, 1:] if shift_labels is None else shift_labels, shift_labels is not None)
+
+    base.forward = forward
+
+
+@torch.no_grad()
+def check_packing(trainer: Any) -> None:
+    """Refuse to pack rows for a model in which rows of one sequence read each other.
+
+    Many models separate the rows by their position ids; OPT, Bloom, MPT and Falcon, among others, need flash attention
+    for it. A row of the first packed sequences has to get the same logits as alone.
+
+    Raises:
+        InputError: it gets other ones, or the model fails on packed rows.
+    """
+    model, rows = trainer.model, trainer.train_dataset.select(range(min(_PACKED, len(trainer.train_dataset))))
+    packed = next((row for row in rows if len(row["seq_lengths"]) > 1), None)
+    if packed is None:
+        return
+    device = model.get_input_embeddings().weight.device
+    made = {name: value for name, value in trainer.data_collator([packed]).items() if name != "labels"}
+    batch = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in made.items()}
+    begin, end = packed["seq_lengths"][0], sum(packed["seq_lengths"][:2])
+    name = _name(model)
+    advice = "leave packing out, or pass attn_implementation flash_attention_2 where the model supports it"
+    with evaluating(model):
+        try:
+            together = model(**batch, use_cache=False).logits[0, begin:end].float()
+            alone = model(input_ids=batch["input_ids"][:, begin:end], use_cache=False).logits[0].float()
+        except (ValueError, NotImplementedError) as error:  # Mamba2 without its kernels
+            raise InputError(f"packing: {name} cannot read packed rows ({first_line(error)}); {advice}") from error
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # of the largest logit
+    if bool((together - alone).abs().max() > tolerance * alone.abs().max()):
+        raise InputError(f"packing: rows in one sequence of {name} read each other; {advice}")
+
+
 def _name(model: nn.Module) -> str:
     return type(_base(model)).__name__
 
@@ -99,38 +162,6 @@ def _returns_router_loss(model: nn.Module) -> bool:
         except (IndexError, TypeError, ValueError, AttributeError):
             return False
     return isinstance(getattr(outputs, "aux_loss", None), torch.Tensor)
-
-
-def use_own_head(trainer: Any, whole: bool = True) -> None:
-    """Let trl compute losses from the model's own logits, where its fused head gives other ones.
-
-    trl multiplies the last hidden states by the output weights. This leaves out layers between them (ModernBERT's
-    decoder) and functions of the logits that it does not know (RecurrentGemma's soft cap).
-
-    Args:
-        whole: whether this process holds all weights. If not, no forward pass can tell, and the own logits are used.
-    """
-    base = _base(trainer.model)
-    fused = base.forward
-    if whole and _fused_head_fits(base, trainer.aux_loss_enabled):
-        return
-    if whole:
-        logger.info("%s computes its logits in its own way, so trl's fused head is not used.", type(base).__name__)
-    else:
-        logger.warning(
-            "The weights of %s are spread over processes, so trl's fused head cannot be compared with the model's own "
-            "and is not used: a batch takes memory for the logits of all its tokens.", type(base).__name__,
-        )  # fmt: skip
-
-    @functools.wraps(fused)
-    def forward(*positional, fused_lm_head=False, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
-        more = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-        if not fused_lm_head:
-            return fused(*positional, **kwargs, **{name: v for name, v in more.items() if v is not None})
-        outputs = fused(*positional, **{**kwargs, "use_cache": False})
-        return _from_logits(outputs, labels[:, 1:] if shift_labels is None else shift_labels, shift_labels is not None)
-
-    base.forward = forward
 
 
 def _fused_head_fits(base: Any, routers: bool) -> bool:
@@ -167,34 +198,3 @@ def _from_logits(outputs: Any, labels: torch.Tensor, whole: bool = False) -> Any
     return FusedCausalLMOutput(
         log_probs=log_probs, entropy=entropy, is_top1=is_top1, label_mask=mask, aux_loss=aux_loss
     )
-
-
-@torch.no_grad()
-def check_packing(trainer: Any) -> None:
-    """Refuse to pack rows for a model in which rows of one sequence read each other.
-
-    Many models separate the rows by their position ids; OPT, Bloom, MPT and Falcon, among others, need flash attention
-    for it. A row of the first packed sequences has to get the same logits as alone.
-
-    Raises:
-        InputError: it gets other ones, or the model fails on packed rows.
-    """
-    model, rows = trainer.model, trainer.train_dataset.select(range(min(_PACKED, len(trainer.train_dataset))))
-    packed = next((row for row in rows if len(row["seq_lengths"]) > 1), None)
-    if packed is None:
-        return
-    device = model.get_input_embeddings().weight.device
-    made = {name: value for name, value in trainer.data_collator([packed]).items() if name != "labels"}
-    batch = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in made.items()}
-    begin, end = packed["seq_lengths"][0], sum(packed["seq_lengths"][:2])
-    name = _name(model)
-    advice = "leave packing out, or pass attn_implementation flash_attention_2 where the model supports it"
-    with evaluating(model):
-        try:
-            together = model(**batch, use_cache=False).logits[0, begin:end].float()
-            alone = model(input_ids=batch["input_ids"][:, begin:end], use_cache=False).logits[0].float()
-        except (ValueError, NotImplementedError) as error:  # Mamba2 without its kernels
-            raise InputError(f"packing: {name} cannot read packed rows ({first_line(error)}); {advice}") from error
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # of the largest logit
-    if bool((together - alone).abs().max() > tolerance * alone.abs().max()):
-        raise InputError(f"packing: rows in one sequence of {name} read each other; {advice}")

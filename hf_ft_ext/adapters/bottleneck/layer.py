@@ -119,21 +119,6 @@ class BottleneckLayer(FollowsBaseLayer, BaseTunerLayer):
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
 
-class _Function(nn.Module):
-    """A function as a module."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(x)
-
-
-def _as_module(activation) -> nn.Module:
-    return activation if isinstance(activation, nn.Module) else _Function(activation)
-
-
 class Scale(nn.Module):
     """Multiplies by one trained scalar."""
 
@@ -183,3 +168,18 @@ def width_of(module: nn.Module, config: BottleneckConfig, hidden: int | None) ->
             "has no hidden_size; target a linear layer or a LayerNorm"
         )
     return hidden
+
+
+class _Function(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+def _as_module(activation) -> nn.Module:
+    return activation if isinstance(activation, nn.Module) else _Function(activation)

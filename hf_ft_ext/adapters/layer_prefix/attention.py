@@ -27,22 +27,6 @@ def uses_interface(module: nn.Module) -> bool:
     return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(module, "config")
 
 
-class _Prefixed:
-    """Proxy of a model's config that selects our attention function and holds the prefix."""
-
-    def __init__(self, config, keys: torch.Tensor, values: torch.Tensor):
-        self._config, self.prefix_keys, self.prefix_values = config, keys, values
-        self._attn_implementation = NAME
-
-    def __getattr__(self, name: str):
-        return getattr(self.__dict__["_config"], name)
-
-    @property
-    def original(self) -> str:
-        """The attention that the model uses."""
-        return self._config._attn_implementation
-
-
 @contextmanager
 def prefixed(attention: nn.Module, keys: torch.Tensor, values: torch.Tensor) -> Iterator[None]:
     """Put `keys` and `values`, `[batch, heads, length, size]`, in front of those of `attention`."""
@@ -97,6 +81,22 @@ def prefix_attention(
         kwargs["position_bias"] = nn.functional.pad(kwargs["position_bias"], (length, 0))
     key, value = torch.cat([keys, key], 2), torch.cat([values, value], 2)
     return _function(module, config.original)(module, query, key, value, attention_mask, **kwargs)
+
+
+class _Prefixed:
+    """Proxy of a model's config that selects our attention function and holds the prefix."""
+
+    def __init__(self, config, keys: torch.Tensor, values: torch.Tensor):
+        self._config, self.prefix_keys, self.prefix_values = config, keys, values
+        self._attn_implementation = NAME
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_config"], name)
+
+    @property
+    def original(self) -> str:
+        """The attention that the model uses."""
+        return self._config._attn_implementation
 
 
 def _function(module: nn.Module, name: str) -> Callable:

@@ -111,11 +111,6 @@ def with_shared_projection(
     return result
 
 
-def _projected(model: nn.Module, adapter_name: str) -> list[tuple[str, PrefixLayer]]:
-    """Name and module of the prefixed attentions with a projection of this adapter."""
-    return [(name, layer) for name, layer in prefix_layers(model) if layer.projection(adapter_name) is not None]
-
-
 def fold_to_load(
     model: nn.Module, config: PeftConfig, prefix: LayerPrefixConfig, adapter_name: str, state: dict[str, torch.Tensor]
 ) -> None:
@@ -173,6 +168,11 @@ def attention_modules(model: nn.Module, layers_pattern=None) -> dict[str, NameIn
         if inner is not None and uses_interface(module) and not _is_cross(module, inner.name):
             found[name] = inner
     return found
+
+
+def _projected(model: nn.Module, adapter_name: str) -> list[tuple[str, PrefixLayer]]:
+    """Name and module of the prefixed attentions with a projection of this adapter."""
+    return [(name, layer) for name, layer in prefix_layers(model) if layer.projection(adapter_name) is not None]
 
 
 def _is_cross(module: nn.Module, name: str) -> bool:

@@ -70,10 +70,6 @@ class LayerMixtureConfig(LayeredConfig):
         return {**values, "kinds": kinds}
 
 
-def _listed(names: str | list[str] | None) -> list[str]:
-    return [names] if isinstance(names, str) else list(names or ())
-
-
 def settings_of(config: PeftConfig) -> dict[str, Any]:
     """The settings of `config` that differ from the defaults of its class, as JSON values."""
     defaults = type(config)()
@@ -82,13 +78,6 @@ def settings_of(config: PeftConfig) -> dict[str, Any]:
     about_the_model = ("base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version")
     kept = {k: v for k, v in values.items() if k not in about_the_model and plain.get(k) != v}
     return {"peft_type": _plain(config.peft_type), **{k: v for k, v in kept.items() if k != "peft_type"}}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, set):
-        return sorted(value)
-    value = getattr(value, "value", value)
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def limited_to_layers(name: str, settings: PeftConfig | dict[str, Any]) -> PeftConfig:
@@ -122,6 +111,17 @@ def limited_to_layers(name: str, settings: PeftConfig | dict[str, Any]) -> PeftC
         return config_class(**settings)
     except (TypeError, ValueError) as error:
         raise InputError(f"kind {name!r}: {error}") from error
+
+
+def _listed(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set):
+        return sorted(value)
+    value = getattr(value, "value", value)
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _handles_whole_model(tuner: type) -> bool:

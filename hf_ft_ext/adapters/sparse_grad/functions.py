@@ -31,13 +31,6 @@ def change_of_weight(values: torch.Tensor, out_columns: torch.Tensor, in_columns
     return left @ right.T
 
 
-def _thin_factors(values: torch.Tensor, out_columns: torch.Tensor, in_columns: torch.Tensor) -> tuple:
-    """`(L, R)` with `L R^T = V D U^T` and min(r, c) columns each."""
-    if values.shape[0] <= values.shape[1]:
-        return out_columns, in_columns @ values.T
-    return out_columns @ values, in_columns
-
-
 def by_weight_is_cheaper(tokens: int, values: torch.Tensor, n_out: int, n_in: int, backward: bool) -> bool:
     """Whether forming `W + V D U^T` costs fewer multiplications than the products for so many tokens."""
     r, c = values.shape
@@ -121,40 +114,9 @@ _PROBED = 16  # columns
 _MOST = 0.75
 
 
-def _scatter_rows(kept_rows: torch.Tensor, kept: torch.Tensor | None, tokens: int) -> torch.Tensor:
-    """The rows at the indices `kept`, with zeros elsewhere, shape (tokens, features)."""
-    if kept is None:
-        return kept_rows
-    return kept_rows.new_zeros(tokens, kept_rows.shape[1]).index_copy_(0, kept, kept_rows)
-
-
-def _new_output(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x W^T + b`, not as a view: some models (Falcon) change it in place, which autograd forbids for views."""
-    if onednn_is_faster(x, weight):
-        return linear(x, weight, bias)
-    y = x.new_empty(*x.shape[:-1], len(weight))
-    flat, rows = x.reshape(-1, x.shape[-1]), y.view(-1, len(weight))
-    torch.mm(flat, weight.T, out=rows) if bias is None else torch.addmm(bias, flat, weight.T, out=rows)
-    return y
-
-
 def project(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """`rows columns`, as the transpose of a product: with few columns, CPUs are up to 1.4 times faster that way."""
     return (columns.T @ rows.T).T
-
-
-def _changed(weight: torch.Tensor, d: torch.Tensor, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """`W + V D U^T` as a new tensor."""
-    left, right = _thin_factors(d, v, u)
-    return torch.addmm(weight.to(d.dtype), left, right.T)
-
-
-def _add_change(y: torch.Tensor, narrow: torch.Tensor, d: torch.Tensor, v: torch.Tensor) -> None:
-    """`y += narrow D^T V^T` in place, for `narrow` (tokens, c), `D` (r, c) and `V` (out, r)."""
-    if d.shape[0] <= d.shape[1]:
-        y.addmm_(narrow @ d.T, v.T)
-    else:
-        y.addmm_(narrow, (v @ d).T)
 
 
 class AddedChange(torch.autograd.Function):
@@ -232,6 +194,44 @@ class Observed(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         _observe(ctx.observe, x, grad_output)
         return grad_output, None, None, None
+
+
+def _thin_factors(values: torch.Tensor, out_columns: torch.Tensor, in_columns: torch.Tensor) -> tuple:
+    """`(L, R)` with `L R^T = V D U^T` and min(r, c) columns each."""
+    if values.shape[0] <= values.shape[1]:
+        return out_columns, in_columns @ values.T
+    return out_columns @ values, in_columns
+
+
+def _scatter_rows(kept_rows: torch.Tensor, kept: torch.Tensor | None, tokens: int) -> torch.Tensor:
+    """The rows at the indices `kept`, with zeros elsewhere, shape (tokens, features)."""
+    if kept is None:
+        return kept_rows
+    return kept_rows.new_zeros(tokens, kept_rows.shape[1]).index_copy_(0, kept, kept_rows)
+
+
+def _new_output(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x W^T + b`, not as a view: some models (Falcon) change it in place, which autograd forbids for views."""
+    if onednn_is_faster(x, weight):
+        return linear(x, weight, bias)
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    flat, rows = x.reshape(-1, x.shape[-1]), y.view(-1, len(weight))
+    torch.mm(flat, weight.T, out=rows) if bias is None else torch.addmm(bias, flat, weight.T, out=rows)
+    return y
+
+
+def _changed(weight: torch.Tensor, d: torch.Tensor, v: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """`W + V D U^T` as a new tensor."""
+    left, right = _thin_factors(d, v, u)
+    return torch.addmm(weight.to(d.dtype), left, right.T)
+
+
+def _add_change(y: torch.Tensor, narrow: torch.Tensor, d: torch.Tensor, v: torch.Tensor) -> None:
+    """`y += narrow D^T V^T` in place, for `narrow` (tokens, c), `D` (r, c) and `V` (out, r)."""
+    if d.shape[0] <= d.shape[1]:
+        y.addmm_(narrow @ d.T, v.T)
+    else:
+        y.addmm_(narrow, (v @ d).T)
 
 
 def _observe(observe: Observer, x: torch.Tensor, grad_output: torch.Tensor) -> tuple:

@@ -249,26 +249,6 @@ class SparseGradLayer(nn.Module, BaseTunerLayer):
         return "sparse_grad." + super().__repr__()
 
 
-def _loaded(module: nn.Module, read: Callable[[], T]) -> T:
-    """Return `read()` with the tensors of `module` loaded, if accelerate offloads them to memory or disk.
-
-    Its hooks load them around a call of the module, and these modules are not called.
-    """
-    hook = getattr(module, "_hf_hook", None)
-    if hook is None:
-        return read()
-    hook.pre_forward(module)
-    try:
-        return read()
-    finally:
-        hook.post_forward(module, None)
-
-
-def _is_transformed() -> bool:
-    """Whether a transform of `torch.func` or forward-mode differentiation is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
 def new_columns(base: nn.Module, name: str, config: SparseGradConfig) -> SparseGradColumns:
     """Create columns for a linear layer: random ones with `init="random"`, else zero until they are computed.
 
@@ -298,6 +278,38 @@ def singular_vectors(weights: list[torch.Tensor], block: tuple[int, int], seed: 
     )
 
 
+_POWER_STEPS = 4
+
+
+def compute_dtype(base: nn.Module) -> torch.dtype:
+    """The floating-point type in which a linear layer computes."""
+    declared = getattr(base, "compute_dtype", None)
+    if isinstance(declared, torch.dtype):  # bitsandbytes, 4 bits
+        return declared
+    floating = (p.dtype for p in base.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
+    return next(floating, torch.float32)
+
+
+def _loaded(module: nn.Module, read: Callable[[], T]) -> T:
+    """Return `read()` with the tensors of `module` loaded, if accelerate offloads them to memory or disk.
+
+    Its hooks load them around a call of the module, and these modules are not called.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        return read()
+    hook.pre_forward(module)
+    try:
+        return read()
+    finally:
+        hook.post_forward(module, None)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def _leading(weights: list[torch.Tensor], k: int, seed: int) -> torch.Tensor:
     """The `k` leading eigenvectors of `sum W W^T` by subspace iteration, as the spectrum of weights decays slowly."""
     dtype = torch.promote_types(weights[0].dtype, torch.float32)
@@ -311,15 +323,3 @@ def _leading(weights: list[torch.Tensor], k: int, seed: int) -> torch.Tensor:
     inner = sum((weight.T @ span).T @ (weight.T @ span) for weight in weights)
     vectors = torch.linalg.eigh(inner.double()).eigenvectors.flip(1)[:, :k]
     return span @ vectors.to(dtype)
-
-
-_POWER_STEPS = 4
-
-
-def compute_dtype(base: nn.Module) -> torch.dtype:
-    """The floating-point type in which a linear layer computes."""
-    declared = getattr(base, "compute_dtype", None)
-    if isinstance(declared, torch.dtype):  # bitsandbytes, 4 bits
-        return declared
-    floating = (p.dtype for p in base.parameters() if p.is_floating_point() and p.dtype.itemsize > 1)
-    return next(floating, torch.float32)

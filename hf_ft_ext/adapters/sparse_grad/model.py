@@ -125,10 +125,6 @@ class SparseGradModel(LayerTuner):
         return found
 
 
-def _differs(own: torch.Tensor | None, shared: torch.Tensor | None) -> bool:
-    return own is not None and shared is not None and not torch.equal(own, shared)
-
-
 def sparse_grad_layers(model: nn.Module) -> Iterator[tuple[str, SparseGradLayer]]:
     """Name and module of each layer with SparseGrad adapters."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, SparseGradLayer))
@@ -162,6 +158,10 @@ def layers_by_columns(
             columns = layer.sparse_grad_columns[adapter_name]
             groups.setdefault(id(columns), (columns, []))[1].append((name, layer))
     return list(groups.values())
+
+
+def _differs(own: torch.Tensor | None, shared: torch.Tensor | None) -> bool:
+    return own is not None and shared is not None and not torch.equal(own, shared)
 
 
 def _sharing(model: nn.Module, adapter_name: str) -> list[list[str]]:

@@ -69,6 +69,53 @@ def rows(file: TextFile, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
         yield number, fields
 
 
+def find_dialect(
+    file: TextFile, suffix: str, quoting: str = AUTO, names: Sequence[str] | None = None, limit: int | None = None
+) -> tuple[Dialect, list[str]]:
+    """Return how to read a file, and what to log about it.
+
+    Args:
+        file: the file.
+        suffix: `.csv` or `.tsv`, which sets the expected delimiter.
+        quoting: `auto` detects the quoting; the other values force a reading.
+        names: column names of a file without a header; `None` = the first row.
+        limit: number of rows to inspect; `None` = all.
+
+    Raises:
+        UnreadableFile: no reading fits, or two readings fit and give different rows.
+    """
+    first = next((_without_end(line) for line in file.lines() if line.strip()), "")
+    if "\0" in first:
+        raise UnreadableFile(
+            "its first line has NUL characters; it may be UTF-16 without a byte order mark", "save it as UTF-8"
+        )
+    given = re.fullmatch(r'"?sep=(.)"?[,;]*', first, flags=re.IGNORECASE)  # Excel's
+    if given:
+        dialect, notes = _quoted_or_not(file, Dialect(given[1], quoting, 1, not names), names, limit)
+        return dialect, [f"its first line sets the delimiter {given[1]!r}", *notes]
+    expected = DEFAULT_DELIMITERS[suffix]
+    base = Dialect(expected, quoting, 0, not names)
+    others = [] if expected in first else [other for other in _NAMES if other in first]
+    found, errors = [], []
+    for other in others:
+        try:
+            found.append(_quoted_or_not(file, replace(base, delimiter=other), names, limit))
+        except UnreadableFile as error:
+            errors.append((other, error))
+    found = [(dialect, notes) for dialect, notes in found if len(dialect.names) > 1]
+    if len(found) == 1:
+        dialect, notes = found[0]
+        return dialect, [f"the delimiter is a {_NAMES[dialect.delimiter]}, not a {_NAMES[expected]}", *notes]
+    if len(found) > 1 or any(other in ";\t" or expected == "\t" for other, _ in errors):
+        other, failure = (found[0][0].delimiter, None) if found else errors[0]
+        cause = f"it has no {_NAMES[expected]} in its first line, but a {_NAMES[other]}"
+        raise UnreadableFile(
+            cause + (f"; with that delimiter, {failure.cause}" if failure else ""),
+            f"save it with the delimiter of a {suffix} file, or put sep={other} into a line before the first",
+        )
+    return _quoted_or_not(file, base, names, limit)
+
+
 def _split(file: TextFile, dialect: Dialect) -> Iterator[tuple[int, list[str]]]:
     lines = islice(file.lines(), dialect.skipped, None)
     if dialect.quoting == NONE:
@@ -181,53 +228,6 @@ def _count_quotes(stats: _FileStatistics, fields: list[str]) -> None:
         if "," in value:
             inside, outside = inside + quoted, outside + (not quoted)
     stats.commas = inside, outside
-
-
-def find_dialect(
-    file: TextFile, suffix: str, quoting: str = AUTO, names: Sequence[str] | None = None, limit: int | None = None
-) -> tuple[Dialect, list[str]]:
-    """Return how to read a file, and what to log about it.
-
-    Args:
-        file: the file.
-        suffix: `.csv` or `.tsv`, which sets the expected delimiter.
-        quoting: `auto` detects the quoting; the other values force a reading.
-        names: column names of a file without a header; `None` = the first row.
-        limit: number of rows to inspect; `None` = all.
-
-    Raises:
-        UnreadableFile: no reading fits, or two readings fit and give different rows.
-    """
-    first = next((_without_end(line) for line in file.lines() if line.strip()), "")
-    if "\0" in first:
-        raise UnreadableFile(
-            "its first line has NUL characters; it may be UTF-16 without a byte order mark", "save it as UTF-8"
-        )
-    given = re.fullmatch(r'"?sep=(.)"?[,;]*', first, flags=re.IGNORECASE)  # Excel's
-    if given:
-        dialect, notes = _quoted_or_not(file, Dialect(given[1], quoting, 1, not names), names, limit)
-        return dialect, [f"its first line sets the delimiter {given[1]!r}", *notes]
-    expected = DEFAULT_DELIMITERS[suffix]
-    base = Dialect(expected, quoting, 0, not names)
-    others = [] if expected in first else [other for other in _NAMES if other in first]
-    found, errors = [], []
-    for other in others:
-        try:
-            found.append(_quoted_or_not(file, replace(base, delimiter=other), names, limit))
-        except UnreadableFile as error:
-            errors.append((other, error))
-    found = [(dialect, notes) for dialect, notes in found if len(dialect.names) > 1]
-    if len(found) == 1:
-        dialect, notes = found[0]
-        return dialect, [f"the delimiter is a {_NAMES[dialect.delimiter]}, not a {_NAMES[expected]}", *notes]
-    if len(found) > 1 or any(other in ";\t" or expected == "\t" for other, _ in errors):
-        other, failure = (found[0][0].delimiter, None) if found else errors[0]
-        cause = f"it has no {_NAMES[expected]} in its first line, but a {_NAMES[other]}"
-        raise UnreadableFile(
-            cause + (f"; with that delimiter, {failure.cause}" if failure else ""),
-            f"save it with the delimiter of a {suffix} file, or put sep={other} into a line before the first",
-        )
-    return _quoted_or_not(file, base, names, limit)
 
 
 def _quoted_or_not(

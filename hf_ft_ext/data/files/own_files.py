@@ -104,6 +104,14 @@ def open_own_files(
     return result
 
 
+def holds_times(fields: Iterable[pa.Field]) -> bool:
+    """Whether one of the fields, or a field inside it, is a point in time, which JSON files cannot contain."""
+    return any(
+        pa.types.is_temporal(field.type) or holds_times(field.type.field(i) for i in range(field.type.num_fields))
+        for field in fields
+    )
+
+
 def _converted(values: dict[str, Any], features: Features, cache_dir: str | None) -> Dataset:
     """Return all rows from a cache file, written at the first call (faster than `Dataset.from_generator`)."""
     folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "own_files"
@@ -217,14 +225,6 @@ def _rows(
                 if name in kinds:
                     row[name] = convert(value, kinds[name], name in labels)
             yield row
-
-
-def holds_times(fields: Iterable[pa.Field]) -> bool:
-    """Whether one of the fields, or a field inside it, is a point in time, which JSON files cannot contain."""
-    return any(
-        pa.types.is_temporal(field.type) or holds_times(field.type.field(i) for i in range(field.type.num_fields))
-        for field in fields
-    )
 
 
 def _field(value: str, kind: str, is_label: bool) -> Any:

@@ -90,31 +90,6 @@ class Records:
         return {name: _common(kinds, name in text) for name, kinds in found.items()}
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"two values are named '{twice}'")
-    return row
-
-
-def _objects(file: TextFile) -> list[Any]:
-    """Return all JSON values of a file, in order."""
-    text = "".join(file.lines())
-    decoder = json.JSONDecoder(object_pairs_hook=_once)
-    found, position = [], len(text) - len(text.lstrip())
-    while position < len(text):
-        try:
-            value, end = decoder.raw_decode(text, position)
-        except ValueError as error:
-            line = text.count("\n", 0, getattr(error, "pos", position)) + 1
-            raise UnreadableFile(f"line {line}: {getattr(error, 'msg', error)}", f"correct it; {_FIX}") from None
-        found.append(value)
-        position = end + len(text[end:]) - len(text[end:].lstrip())
-    return found
-
-
 def open_records(path: str, limit: int | None = None) -> tuple[Records, list[str]]:
     """Return a JSON file's rows, and what to log about reading it.
 
@@ -138,6 +113,31 @@ def open_records(path: str, limit: int | None = None) -> tuple[Records, list[str
     for row in islice(found.rows(), limit):
         names.update(dict.fromkeys(row or ()))
     return Records(file, layout, field, tuple(names)), notes
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two values are named '{twice}'")
+    return row
+
+
+def _objects(file: TextFile) -> list[Any]:
+    """Return all JSON values of a file, in order."""
+    text = "".join(file.lines())
+    decoder = json.JSONDecoder(object_pairs_hook=_once)
+    found, position = [], len(text) - len(text.lstrip())
+    while position < len(text):
+        try:
+            value, end = decoder.raw_decode(text, position)
+        except ValueError as error:
+            line = text.count("\n", 0, getattr(error, "pos", position)) + 1
+            raise UnreadableFile(f"line {line}: {getattr(error, 'msg', error)}", f"correct it; {_FIX}") from None
+        found.append(value)
+        position = end + len(text[end:]) - len(text[end:].lstrip())
+    return found
 
 
 def _is_object(line: str) -> bool:

@@ -73,21 +73,6 @@ _INFINITE_ONLY = "inf"  # only infinite values so far, which may be words too
 _FINITE = {_INFINITE_ONLY: TEXT}
 
 
-def _wider(kind: str, value: str) -> str:
-    """Return the type of a column of type `kind` after one more value."""
-    value = value.strip()
-    if value in MISSING:
-        return kind
-    if kind in (UNKNOWN, INT, _INFINITE_ONLY) and _INT.fullmatch(value):
-        return FLOAT if kind == _INFINITE_ONLY else INT
-    if _INFINITE.fullmatch(value):
-        return _INFINITE_ONLY if kind in (UNKNOWN, _INFINITE_ONLY) else FLOAT
-    # A whole number that does not fit into an int64 is text, such as an id.
-    if not _FLOAT.fullmatch(value) or (value.lstrip("+-").isdecimal() and not _INT.fullmatch(value)):
-        return TEXT
-    return FLOAT
-
-
 def converted(value: str, kind: str) -> str | int | float | None:
     """Convert a field to a value of type `kind`; `None` if it is missing or, in a stream, of another type."""
     if kind == TEXT:
@@ -114,3 +99,18 @@ def open_table(
     file = text_file(path)
     dialect, notes = find_dialect(file, data_suffix(path), quoting, names, limit)
     return Table(file, dialect), notes
+
+
+def _wider(kind: str, value: str) -> str:
+    """Return the type of a column of type `kind` after one more value."""
+    value = value.strip()
+    if value in MISSING:
+        return kind
+    if kind in (UNKNOWN, INT, _INFINITE_ONLY) and _INT.fullmatch(value):
+        return FLOAT if kind == _INFINITE_ONLY else INT
+    if _INFINITE.fullmatch(value):
+        return _INFINITE_ONLY if kind in (UNKNOWN, _INFINITE_ONLY) else FLOAT
+    # A whole number that does not fit into an int64 is text, such as an id.
+    if not _FLOAT.fullmatch(value) or (value.lstrip("+-").isdecimal() and not _INT.fullmatch(value)):
+        return TEXT
+    return FLOAT

@@ -144,19 +144,6 @@ def check_perturbation(eps: float | None, num_directions: int, usual: str = "1e-
         raise InputError(f"num_directions must be 1 or more, got {num_directions}")
 
 
-def _drop_tied_copies(groups: list[dict[str, Any]], offloaded: Mapping[int, StoredTensor]) -> None:
-    """Leave out parameters kept in the same place as an earlier one: accelerate gives tied weights several."""
-    seen: set[int] = set()
-    for group in groups:
-        first = []
-        for parameter in group["params"]:
-            place = id(offloaded.get(id(parameter), parameter))
-            first.append(place not in seen)
-            seen.add(place)
-        for name in group.keys() & {"params", "param_names"}:
-            group[name] = list(itertools.compress(group[name], first))
-
-
 def report_accepted(evaluate: Any, row: int | None) -> None:
     """Call `evaluate.accepted(row)` if it exists: a tensor now equals candidate `row` (`None`: none of them)."""
     if hasattr(evaluate, "accepted"):
@@ -186,3 +173,16 @@ def keep_freed_memory() -> None:
     allocators are not affected.
     """
     torch.empty(_FREED_BLOCK_BYTES, dtype=torch.uint8)
+
+
+def _drop_tied_copies(groups: list[dict[str, Any]], offloaded: Mapping[int, StoredTensor]) -> None:
+    """Leave out parameters kept in the same place as an earlier one: accelerate gives tied weights several."""
+    seen: set[int] = set()
+    for group in groups:
+        first = []
+        for parameter in group["params"]:
+            place = id(offloaded.get(id(parameter), parameter))
+            first.append(place not in seen)
+            seen.add(place)
+        for name in group.keys() & {"params", "param_names"}:
+            group[name] = list(itertools.compress(group[name], first))

@@ -174,6 +174,26 @@ class BatchedHead:
         return on_rows(module, call.x.expand(n, *call.x.shape), changed.full())
 
 
+def on_rows(module: nn.Module, x: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Output of `module` with the `n` sets of parameters on `x` (`[n, rows, ...]`): `[n * rows, ...]`."""
+    forward = module.__dict__.pop("forward", None)  # functional_call has to use the forward of the class
+
+    def call(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return functional_call(module, parameters, (x,))
+
+    try:
+        return vmap(call)(parameters, x).flatten(0, 1)
+    finally:
+        if forward is not None:
+            module.__dict__["forward"] = forward
+
+
+def chunks(rows: Sequence[int], batch: int, width: int) -> list[Sequence[int]]:
+    """Split `rows` so that one evaluation stays within `_MAX_OUTPUT_ENTRIES`."""
+    size = max(1, _MAX_OUTPUT_ENTRIES // max(1, batch * width))
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
 class _Changed:
     """The changed parameters of one module: name -> (view, values `[n, u]`)."""
 
@@ -192,20 +212,6 @@ class _Changed:
             full[:, view.indices] = values
             result[name] = full.view(-1, *parameter.shape)
         return result
-
-
-def on_rows(module: nn.Module, x: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Output of `module` with the `n` sets of parameters on `x` (`[n, rows, ...]`): `[n * rows, ...]`."""
-    forward = module.__dict__.pop("forward", None)  # functional_call has to use the forward of the class
-
-    def call(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-        return functional_call(module, parameters, (x,))
-
-    try:
-        return vmap(call)(parameters, x).flatten(0, 1)
-    finally:
-        if forward is not None:
-            module.__dict__["forward"] = forward
 
 
 def _sparse_product(
@@ -238,9 +244,3 @@ def _sparse_product(
         per_sample_weights=torch.empty_like(change.view(-1)).index_copy_(0, order, change.view(-1)),
     )
     return product.view(outputs, n, -1)
-
-
-def chunks(rows: Sequence[int], batch: int, width: int) -> list[Sequence[int]]:
-    """Split `rows` so that one evaluation stays within `_MAX_OUTPUT_ENTRIES`."""
-    size = max(1, _MAX_OUTPUT_ENTRIES // max(1, batch * width))
-    return [rows[i : i + size] for i in range(0, len(rows), size)]

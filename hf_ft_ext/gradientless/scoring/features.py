@@ -67,13 +67,6 @@ def returns_rows_unchanged(trainer: Trainer) -> bool:
     return True
 
 
-def _equal(row: dict[str, Any], again: dict[str, Any]) -> bool:
-    def same(value: Any, other: Any) -> bool:
-        return torch.equal(value, other) if isinstance(value, torch.Tensor) else bool(np.all(value == other))
-
-    return all(same(value, again[key]) for key, value in row.items())
-
-
 def feature_rows(trainer: Trainer, reader: HeadReader) -> FeatureRows | None:
     """Features and labels of the training data; `None` (and a log line) if they exceed `feature_cache_gb`.
 
@@ -113,3 +106,10 @@ def feature_rows(trainer: Trainer, reader: HeadReader) -> FeatureRows | None:
             args.per_device_eval_batch_size,
         )
     return FeatureRows(features, labels)
+
+
+def _equal(row: dict[str, Any], again: dict[str, Any]) -> bool:
+    def same(value: Any, other: Any) -> bool:
+        return torch.equal(value, other) if isinstance(value, torch.Tensor) else bool(np.all(value == other))
+
+    return all(same(value, again[key]) for key, value in row.items())

@@ -196,10 +196,6 @@ def language_row_losses(model: nn.Module, inputs: Mapping[str, Any], labels: tor
     return losses
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
-    return {key: value for key, value in batch.items() if key not in _LABELS}
-
-
 def repeat(batch: Batch, n: int) -> dict[str, Any]:
     """Repeat the batch `n` times along its rows; values that are not per row stay as they are."""
     rows, result = rows_of(batch), {}
@@ -207,17 +203,6 @@ def repeat(batch: Batch, n: int) -> dict[str, Any]:
         by_rows = isinstance(value, torch.Tensor) and value.ndim and len(value) == rows
         result[key] = value.repeat(n, *[1] * (value.ndim - 1)) if by_rows else value
     return result
-
-
-def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """Concatenate along `dim`; parts of unequal length in the next dimension are padded at the end."""
-    if len(parts) == 1:
-        return parts[0]
-    if parts[0].ndim > dim + 1 and len({part.shape[dim + 1] for part in parts}) > 1:
-        longest, trailing = max(part.shape[dim + 1] for part in parts), parts[0].ndim - dim - 2
-        value = 0 if parts[0].is_floating_point() else IGNORED
-        parts = [functional.pad(p, [0, 0] * trailing + [0, longest - p.shape[dim + 1]], value=value) for p in parts]
-    return torch.cat(parts, dim)
 
 
 def with_same_masks(evaluate: Callable[[], torch.Tensor], seed: int) -> Callable[[], torch.Tensor]:
@@ -231,3 +216,18 @@ def with_same_masks(evaluate: Callable[[], torch.Tensor], seed: int) -> Callable
             return evaluate()
 
     return evaluate_with_seed
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {key: value for key, value in batch.items() if key not in _LABELS}
+
+
+def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate along `dim`; parts of unequal length in the next dimension are padded at the end."""
+    if len(parts) == 1:
+        return parts[0]
+    if parts[0].ndim > dim + 1 and len({part.shape[dim + 1] for part in parts}) > 1:
+        longest, trailing = max(part.shape[dim + 1] for part in parts), parts[0].ndim - dim - 2
+        value = 0 if parts[0].is_floating_point() else IGNORED
+        parts = [functional.pad(p, [0, 0] * trailing + [0, longest - p.shape[dim + 1]], value=value) for p in parts]
+    return torch.cat(parts, dim)

@@ -35,24 +35,6 @@ def henze_penrose(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return torch.cat(result)
 
 
-def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Squared distances `[n, rows, rows]`: sum over classes of `(x - y)^2`.
-
-    `|x|^2 + |y|^2 - 2 x y` would lose small distances to rounding.
-    """
-    result = None
-    for x, y in zip(a.unbind(-1), b.unbind(-1), strict=True):
-        difference = (x[:, :, None] - y[:, None]).square_()
-        result = difference if result is None else result.add_(difference)
-    return result
-
-
-def _nearest_other(points: torch.Tensor) -> torch.Tensor:
-    distances = _distances(points, points)
-    distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
-    return distances.amin(2)
-
-
 def divergence_scores(
     heads: Sequence[BatchedHead], before: torch.Tensor, parameter: torch.Tensor, generator: torch.Generator
 ) -> torch.Tensor:
@@ -74,6 +56,54 @@ def divergence_scores(
         after = torch.cat([one.logits(entries) for one in perturbed], 1).float()
         scores[entries] = henze_penrose(before, after)
     return scores
+
+
+def gradient_scores(
+    logits_of: Callable[[torch.Tensor], torch.Tensor],
+    micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    problem_type: str | None,
+    parameter: torch.Tensor,
+) -> torch.Tensor:
+    """Diagonal of the empirical Fisher information: mean over the rows of the squared gradient of their loss.
+
+    `[numel]`, by one backward pass through the head per row.
+
+    Args:
+        logits_of: the head: features `[rows, ...]` -> logits `[rows, classes]`.
+        micro_batches: features and labels of this step's rows.
+        problem_type: of the model's configuration.
+    """
+    total, rows, trains = torch.zeros(parameter.numel(), device=parameter.device), 0, parameter.requires_grad
+    parameter.requires_grad_(True)
+    try:
+        with torch.enable_grad():
+            for features, labels in micro_batches:
+                for i in range(len(features)):
+                    loss = classification_loss(logits_of(features[i : i + 1]), labels[i : i + 1], problem_type)
+                    (gradient,) = torch.autograd.grad(loss, [parameter])
+                    total += gradient.detach().float().flatten().square()  # F_i = mean of (d loss / d theta_i)^2
+                    rows += 1
+    finally:
+        parameter.requires_grad_(trains)
+    return total / rows
+
+
+def _distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Squared distances `[n, rows, rows]`: sum over classes of `(x - y)^2`.
+
+    `|x|^2 + |y|^2 - 2 x y` would lose small distances to rounding.
+    """
+    result = None
+    for x, y in zip(a.unbind(-1), b.unbind(-1), strict=True):
+        difference = (x[:, :, None] - y[:, None]).square_()
+        result = difference if result is None else result.add_(difference)
+    return result
+
+
+def _nearest_other(points: torch.Tensor) -> torch.Tensor:
+    distances = _distances(points, points)
+    distances.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    return distances.amin(2)
 
 
 class _PerturbedEntries:
@@ -171,33 +201,3 @@ class _PerturbedEntries:
 
 def _flat(call: Call) -> torch.Tensor:
     return call.out.reshape(len(call.out), -1)
-
-
-def gradient_scores(
-    logits_of: Callable[[torch.Tensor], torch.Tensor],
-    micro_batches: Sequence[tuple[torch.Tensor, torch.Tensor]],
-    problem_type: str | None,
-    parameter: torch.Tensor,
-) -> torch.Tensor:
-    """Diagonal of the empirical Fisher information: mean over the rows of the squared gradient of their loss.
-
-    `[numel]`, by one backward pass through the head per row.
-
-    Args:
-        logits_of: the head: features `[rows, ...]` -> logits `[rows, classes]`.
-        micro_batches: features and labels of this step's rows.
-        problem_type: of the model's configuration.
-    """
-    total, rows, trains = torch.zeros(parameter.numel(), device=parameter.device), 0, parameter.requires_grad
-    parameter.requires_grad_(True)
-    try:
-        with torch.enable_grad():
-            for features, labels in micro_batches:
-                for i in range(len(features)):
-                    loss = classification_loss(logits_of(features[i : i + 1]), labels[i : i + 1], problem_type)
-                    (gradient,) = torch.autograd.grad(loss, [parameter])
-                    total += gradient.detach().float().flatten().square()  # F_i = mean of (d loss / d theta_i)^2
-                    rows += 1
-    finally:
-        parameter.requires_grad_(trains)
-    return total / rows

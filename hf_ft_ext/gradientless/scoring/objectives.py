@@ -107,27 +107,6 @@ def positive_class(label_names: Sequence[str] | None, positive_label: str | None
     return positive_id(label_names, positive_label, "f1")
 
 
-def _multi_label_objective(name: str) -> Objective:
-    """One minus a metric of several labels per row."""
-    if name == MATTHEWS:
-        raise InputError(
-            "search_objective=matthews is for one label per row, but the model has several; use f1 or loss"
-        )
-
-    def one_minus(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        predicted, truth = logits >= 0, labels > 0.5  # logit 0 is probability 0.5
-        if name == ACCURACY:
-            value = (predicted == truth).all(-1).double().mean(-1)
-        else:
-            # F1 = 2 TP / (predicted + true)
-            true_positives = (predicted & truth).double().sum((-1, -2))
-            total = predicted.double().sum((-1, -2)) + truth.double().sum()
-            value = torch.where(total > 0, 2 * true_positives / total.clamp(min=1), torch.zeros_like(total))
-        return torch.where(logits.isfinite().flatten(-2).all(-1), 1 - value, torch.full_like(value, torch.nan))
-
-    return one_minus
-
-
 def from_user_function(function: Callable[[torch.Tensor, torch.Tensor], float]) -> Objective:
     """Extend the user's `function` of logits `[rows, classes]` and labels to logits `[n, rows, classes]`."""
 
@@ -168,6 +147,27 @@ def row_losses(
     if smoothing:  # (1 - s) * cross-entropy + s * mean over the classes of -log p, as transformers' LabelSmoother
         losses = (1 - smoothing) * losses - smoothing * log_probabilities.mean(-1)
     return losses
+
+
+def _multi_label_objective(name: str) -> Objective:
+    """One minus a metric of several labels per row."""
+    if name == MATTHEWS:
+        raise InputError(
+            "search_objective=matthews is for one label per row, but the model has several; use f1 or loss"
+        )
+
+    def one_minus(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        predicted, truth = logits >= 0, labels > 0.5  # logit 0 is probability 0.5
+        if name == ACCURACY:
+            value = (predicted == truth).all(-1).double().mean(-1)
+        else:
+            # F1 = 2 TP / (predicted + true)
+            true_positives = (predicted & truth).double().sum((-1, -2))
+            total = predicted.double().sum((-1, -2)) + truth.double().sum()
+            value = torch.where(total > 0, 2 * true_positives / total.clamp(min=1), torch.zeros_like(total))
+        return torch.where(logits.isfinite().flatten(-2).all(-1), 1 - value, torch.full_like(value, torch.nan))
+
+    return one_minus
 
 
 def _counts(predicted: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:

@@ -8,12 +8,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 
-def _figure(width: float, height: float) -> tuple[Figure, matplotlib.axes.Axes]:
-    with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        return figure, figure.subplots()
-
-
 def heat_map(kernel: np.ndarray, labels: np.ndarray, path: Path) -> None:
     """Plot a kernel `[N, N]` with a diagonal of 1 and rows sorted by class, with lines between the classes."""
     figure, axes = _figure(5.4, 4.6)
@@ -74,3 +68,9 @@ def matrix(values: np.ndarray, names: Sequence[str], path: Path) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_title("share of test rows with the same prediction")
     figure.savefig(path, dpi=130)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, matplotlib.axes.Axes]:
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        return figure, figure.subplots()

@@ -200,6 +200,17 @@ class Contraction:
         return self._shared[1]
 
 
+def tokens_are_cheaper(left: Sequence[PackedLinear], right: Sequence[PackedLinear]) -> bool:
+    """Whether summing over pairs of tokens costs less than computing full gradients and multiplying them."""
+    c, size = left[0].scalars, left[0].size
+    width_in, width_out = left[0].activations.shape[1], left[0].output_gradients.shape[2]
+    tokens1, tokens2 = (sum(matrix.tokens for matrix in side) for side in (left, right))
+    n1, n2 = (sum(len(matrix.counts) for matrix in side) for side in (left, right))
+    # Operations by entries: products of rows, and computing the full rows. By tokens: both products, and the sums.
+    entries = c * c * n1 * n2 * size + c * size * (tokens1 + tokens2)
+    return tokens1 * tokens2 * (c * c * (width_out + 16) + width_in) < entries
+
+
 class _Tokens:
     """The tokens of examples `first` to `last` (exclusive) of one side, joined to one tensor."""
 
@@ -223,17 +234,6 @@ class _Tokens:
         """The index of each token's example."""
         device = self.activations.device
         return torch.arange(self.n, device=device).repeat_interleave(torch.tensor(self.counts, device=device))
-
-
-def tokens_are_cheaper(left: Sequence[PackedLinear], right: Sequence[PackedLinear]) -> bool:
-    """Whether summing over pairs of tokens costs less than computing full gradients and multiplying them."""
-    c, size = left[0].scalars, left[0].size
-    width_in, width_out = left[0].activations.shape[1], left[0].output_gradients.shape[2]
-    tokens1, tokens2 = (sum(matrix.tokens for matrix in side) for side in (left, right))
-    n1, n2 = (sum(len(matrix.counts) for matrix in side) for side in (left, right))
-    # Operations by entries: products of rows, and computing the full rows. By tokens: both products, and the sums.
-    entries = c * c * n1 * n2 * size + c * size * (tokens1 + tokens2)
-    return tokens1 * tokens2 * (c * c * (width_out + 16) + width_in) < entries
 
 
 def _ranges(ids: torch.Tensor) -> dict[int, tuple[int, int]]:

@@ -182,6 +182,30 @@ class Packer:
         return PackedLinear(kept, grads, counts, transposed, norms)
 
 
+def batching_pays(tensor: torch.Tensor) -> bool:
+    """Whether one padded, batched product is faster than many small products (on accelerators)."""
+    return tensor.device.type != "cpu"
+
+
+def padded(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """Pad the tokens `[tokens, ...]` of consecutive examples to `[n, longest, ...]` with zeros."""
+    n, longest = len(counts), max(counts, default=0)
+    lengths = torch.tensor(counts)
+    # Token k of example i moves to i * longest + k.
+    shifts = longest * torch.arange(n) - (lengths.cumsum(0) - lengths)
+    positions = torch.arange(len(values)) + shifts.repeat_interleave(lengths)
+    rows = values.new_zeros(n * longest, *values.shape[1:])
+    return rows.index_copy_(0, positions.to(values.device), values).view(n, longest, *values.shape[1:])
+
+
+def join_embeddings(tables: Sequence[PackedEmbedding], offsets: Sequence[int]) -> PackedEmbedding:
+    """Join the gradients of several batches; `offsets` are added to their row indices."""
+    ids = torch.cat([table.ids for table in tables])
+    order = ids.argsort(stable=True)
+    rows = torch.cat([table.rows + offset for table, offset in zip(tables, offsets, strict=True)])
+    return PackedEmbedding(ids[order], rows[order], torch.cat([table.values for table in tables])[order])
+
+
 def _uses(gradients: list[list[LinearGradient] | None]) -> dict[tuple, torch.Tensor]:
     """The activations of all uses that any scalar depends on, by address; a scalar may depend on only some of them."""
     return {_address(g.activations): g.activations for found in gradients for g in found or ()}
@@ -217,22 +241,6 @@ def _all_squared_norms(activations: torch.Tensor, grads: torch.Tensor) -> torch.
     """`sum_ts <a_t, a_s> <g_t, g_s>` for all examples, `[n, tokens, in]` and `[n, tokens, c, out]`: `[n * c]`."""
     grads = grads.transpose(1, 2)
     return ((grads @ grads.mT) * (activations @ activations.mT)[:, None]).sum((2, 3)).flatten()
-
-
-def batching_pays(tensor: torch.Tensor) -> bool:
-    """Whether one padded, batched product is faster than many small products (on accelerators)."""
-    return tensor.device.type != "cpu"
-
-
-def padded(values: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Pad the tokens `[tokens, ...]` of consecutive examples to `[n, longest, ...]` with zeros."""
-    n, longest = len(counts), max(counts, default=0)
-    lengths = torch.tensor(counts)
-    # Token k of example i moves to i * longest + k.
-    shifts = longest * torch.arange(n) - (lengths.cumsum(0) - lengths)
-    positions = torch.arange(len(values)) + shifts.repeat_interleave(lengths)
-    rows = values.new_zeros(n * longest, *values.shape[1:])
-    return rows.index_copy_(0, positions.to(values.device), values).view(n, longest, *values.shape[1:])
 
 
 def _all_linear(gradients: list[list[Gradient] | None]) -> TypeGuard[list[list[LinearGradient] | None]]:
@@ -282,11 +290,3 @@ def _entries(gradient: EmbeddingGradient | LinearGradient) -> tuple[torch.Tensor
     grads = torch.bmm(grads[..., columns].mT, gradient.activations.expand(n, -1, -1))  # [n, columns, width]
     examples = torch.arange(n, device=columns.device)[:, None].expand(-1, len(columns))
     return columns.expand(n, -1).reshape(-1), grads.flatten(0, 1), examples.reshape(-1)
-
-
-def join_embeddings(tables: Sequence[PackedEmbedding], offsets: Sequence[int]) -> PackedEmbedding:
-    """Join the gradients of several batches; `offsets` are added to their row indices."""
-    ids = torch.cat([table.ids for table in tables])
-    order = ids.argsort(stable=True)
-    rows = torch.cat([table.rows + offset for table, offset in zip(tables, offsets, strict=True)])
-    return PackedEmbedding(ids[order], rows[order], torch.cat([table.values for table in tables])[order])

@@ -266,14 +266,6 @@ class Projection:
         return torch.from_numpy(np.concatenate(order)).to(self.device)
 
 
-def _smallest(values: np.ndarray, count: int) -> np.ndarray:
-    """Positions of the `count` smallest values in ascending order; of equal ones the first comes first."""
-    if 2 * count < len(values):  # a part need not sort the whole
-        found = np.flatnonzero(values <= np.partition(values, count - 1)[count - 1])
-        return found[values[found].argsort(kind="stable")][:count]
-    return values.argsort(kind="stable")[:count]
-
-
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """A parameter's shape as (rows, columns), where the last axis is the columns."""
     return (math.prod(shape[:-1]), shape[-1]) if len(shape) else (1, 1)
@@ -292,6 +284,14 @@ def shared_activations(model: nn.Module, parameters: Mapping[str, nn.Parameter])
             beside = path.rpartition(".")[0]
             common.setdefault(names[id(module.weight)], f"{module.in_features} activations in {beside}")
     return common
+
+
+def _smallest(values: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the `count` smallest values in ascending order; of equal ones the first comes first."""
+    if 2 * count < len(values):  # a part need not sort the whole
+        found = np.flatnonzero(values <= np.partition(values, count - 1)[count - 1])
+        return found[values[found].argsort(kind="stable")][:count]
+    return values.argsort(kind="stable")[:count]
 
 
 def _tokens(name: str, scalar: int, gradient: LinearGradient) -> _Tokens:

@@ -37,16 +37,6 @@ class LinearSolution:
         return self.coefficients.shape[1]
 
 
-def _sums(kernel: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
-    if kernel.ndim == 2:  # [N, M], shared: sum_i a[i, c] K[i, m]
-        return kernel.T @ coefficients
-    n, c, m = kernel.shape[:3]
-    if kernel.ndim == 3:  # [N, C, M], by class: sum_i a[i, c] K[i, c, m]
-        return np.stack([kernel[:, scalar].T @ coefficients[:, scalar] for scalar in range(c)], 1)
-    # [N, C, M, C], full: sum_i sum_a a[i, a] K[i, a, m, c]
-    return (kernel.reshape(n * c, m * c).T @ coefficients.reshape(-1)).reshape(m, c)
-
-
 @dataclass(frozen=True)
 class PairwiseSolution:
     """Support vector classification of three or more classes: one decision per pair of classes, then a vote.
@@ -146,3 +136,13 @@ def solution_of(kind: str, arrays: dict[str, Any]) -> Solution:
             f"{', '.join(sorted(wanted))}; save the solved kernel again"
         )
     return _KINDS[kind](**arrays)
+
+
+def _sums(kernel: np.ndarray, coefficients: np.ndarray) -> np.ndarray:
+    if kernel.ndim == 2:  # [N, M], shared: sum_i a[i, c] K[i, m]
+        return kernel.T @ coefficients
+    n, c, m = kernel.shape[:3]
+    if kernel.ndim == 3:  # [N, C, M], by class: sum_i a[i, c] K[i, c, m]
+        return np.stack([kernel[:, scalar].T @ coefficients[:, scalar] for scalar in range(c)], 1)
+    # [N, C, M, C], full: sum_i sum_a a[i, a] K[i, a, m, c]
+    return (kernel.reshape(n * c, m * c).T @ coefficients.reshape(-1)).reshape(m, c)

@@ -55,10 +55,6 @@ def read_kernel(folder: str | Path, split: str, task: str) -> tuple[torch.Tensor
     return kernel.double(), labels.double() if _are_scores(labels) else labels.long()
 
 
-def _are_scores(labels: torch.Tensor) -> bool:
-    return labels.is_floating_point() and not torch.equal(labels, labels.round())
-
-
 def write_kernel(folder: str | Path, split: str, task: str, kernel: torch.Tensor, labels: torch.Tensor) -> Path:
     """Write kernel and labels in the authors' format, for their analysis code, and return the path.
 
@@ -102,3 +98,7 @@ def find_task(folder: Path, split: str) -> str:
         there = f"holds kernels of several tasks ({', '.join(tasks)})" if tasks else f"holds no {prefix}<task>.pt"
         raise InputError(f"load_kernels: {folder} {there}; pass the files of one task, or kernel_task_name")
     return tasks[0]
+
+
+def _are_scores(labels: torch.Tensor) -> bool:
+    return labels.is_floating_point() and not torch.equal(labels, labels.round())

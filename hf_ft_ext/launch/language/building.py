@@ -265,6 +265,11 @@ def check_numbers(data_args: DataArguments) -> None:
             raise InputError(f"{name} must be 1 or more, got {getattr(data_args, name)}")
 
 
+def loading_class(model: PreTrainedModel) -> str:
+    """The Auto class that loads a saved language model."""
+    return "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
+
+
 def _is_chat(data: LanguageData) -> bool:
     """Whether rows are messages, or prompts and completions of messages."""
     rows = data.train if data.train is not None else next(iter({**data.validation, **data.test}.values()))
@@ -350,8 +355,3 @@ def _choose_best_metric(run_args: RunArguments, args: MethodTrainingArguments) -
         args.metric_for_best_model = chosen or "loss"
         if "greater_is_better" not in run_args.given:
             args.greater_is_better = False
-
-
-def loading_class(model: PreTrainedModel) -> str:
-    """The Auto class that loads a saved language model."""
-    return "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"

@@ -140,26 +140,6 @@ def warn_of_read_padding(model: PreTrainedModel, args: TrainingArguments) -> Non
         )  # fmt: skip
 
 
-@torch.no_grad()
-def _reads_padding(model: PreTrainedModel) -> bool:
-    """Whether a short row beside a longer one gets other logits than alone."""
-    device = model.get_input_embeddings().weight.device
-    ids = torch.arange(3, 11, device=device).expand(2, -1)  # eight tokens that any vocabulary has
-    real = torch.arange(8, device=device) < torch.tensor([[3], [8]], device=device)
-    labels = ids.masked_fill(~real, -100)
-    together = {
-        "input_ids": ids.masked_fill(~real, model.config.pad_token_id),
-        "attention_mask": real.long(),
-        "decoder_input_ids": decoder_inputs(model, labels),
-    }
-    alone = {name: value[:1, :3] for name, value in together.items()}
-    alone["decoder_input_ids"] = decoder_inputs(model, labels[:1, :3])
-    with evaluating(model):
-        first, second = (model(**batch, use_cache=False).logits[0, :3].float() for batch in (alone, together))
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # of the largest logit
-    return bool((first - second).abs().max() > tolerance * first.abs().max())
-
-
 def language_codes(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """The language codes of a translation model's tokenizer (mBART, M2M100, NLLB) with their ids; `{}` for others."""
     if not (hasattr(tokenizer, "src_lang") and hasattr(tokenizer, "tgt_lang")):
@@ -193,10 +173,6 @@ def set_languages(tokenizer: PreTrainedTokenizerBase, source: str | None, target
         tokenizer.init_kwargs[attribute] = code  # saved with the tokenizer
 
 
-def _some(codes: dict[str, int], count: int = 12) -> str:
-    return ", ".join(list(codes)[:count]) + (f" and {len(codes) - count} more" if len(codes) > count else "")
-
-
 def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None):
     """Cross-entropy over the label tokens: the mean, or this micro-batch's share of the mean over the whole step.
 
@@ -205,3 +181,27 @@ def token_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Ten
     sum_of_tokens = functional.cross_entropy(outputs.logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
     count = (labels != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return sum_of_tokens / count
+
+
+@torch.no_grad()
+def _reads_padding(model: PreTrainedModel) -> bool:
+    """Whether a short row beside a longer one gets other logits than alone."""
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(3, 11, device=device).expand(2, -1)  # eight tokens that any vocabulary has
+    real = torch.arange(8, device=device) < torch.tensor([[3], [8]], device=device)
+    labels = ids.masked_fill(~real, -100)
+    together = {
+        "input_ids": ids.masked_fill(~real, model.config.pad_token_id),
+        "attention_mask": real.long(),
+        "decoder_input_ids": decoder_inputs(model, labels),
+    }
+    alone = {name: value[:1, :3] for name, value in together.items()}
+    alone["decoder_input_ids"] = decoder_inputs(model, labels[:1, :3])
+    with evaluating(model):
+        first, second = (model(**batch, use_cache=False).logits[0, :3].float() for batch in (alone, together))
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1  # of the largest logit
+    return bool((first - second).abs().max() > tolerance * first.abs().max())
+
+
+def _some(codes: dict[str, int], count: int = 12) -> str:
+    return ", ".join(list(codes)[:count]) + (f" and {len(codes) - count} more" if len(codes) > count else "")

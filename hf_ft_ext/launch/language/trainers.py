@@ -265,40 +265,6 @@ def generate_texts(
     return [texts[i].strip() for i in range(len(rows))]
 
 
-def _tokens_before_text(model: Any, ids: torch.Tensor) -> int:
-    """Number of tokens that an encoder-decoder writes before the text: the start token, and a forced first one.
-
-    M2M100's language codes, which are forced, need not be special tokens of its tokenizer.
-    """
-    forced = model.generation_config.forced_bos_token_id
-    return 2 if forced is not None and ids.shape[1] > 1 and bool((ids[:, 1] == forced).all()) else 1
-
-
-def _changes_a_row(model: Any, alone: dict[str, torch.Tensor], beside: dict[str, torch.Tensor], tokens: int) -> bool:
-    """Whether the row in `alone` gets other logits as the first row of `beside`.
-
-    The first new token's logits show whether padding is read, as in RWKV, which ignores the attention mask. The second
-    one's, `tokens=2`, come from the cache, whose rows transformers' RWKV mixes in a batch.
-    """
-    found = []
-    for batch in (alone, beside):
-        made = model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=tokens,
-            min_new_tokens=tokens, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True,
-        )  # fmt: skip
-        found.append((made.sequences[0, -tokens:-1].tolist(), made.logits[-1][0].float()))
-    (before, first), (others, second) = found
-    tolerance = 1e-2 if model.dtype == torch.float32 else 0.1  # of the largest logit; what is read moves all
-    return before == others and bool((first - second).abs().max() > tolerance * first.abs().max())
-
-
-def _of_equal_length(indices: Sequence[int], rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
-    groups: dict[int, list[int]] = {}
-    for i in indices:
-        groups.setdefault(len(rows[i]), []).append(i)
-    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
-
-
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: Any, template_values: dict[str, Any] | None = None
 ) -> list[int]:
@@ -346,6 +312,40 @@ def template_errors() -> Iterator[None]:
                 "its answers by {% generation %} and {% endgeneration %}, or leave --assistant_only_loss out"
             ) from error
         raise
+
+
+def _tokens_before_text(model: Any, ids: torch.Tensor) -> int:
+    """Number of tokens that an encoder-decoder writes before the text: the start token, and a forced first one.
+
+    M2M100's language codes, which are forced, need not be special tokens of its tokenizer.
+    """
+    forced = model.generation_config.forced_bos_token_id
+    return 2 if forced is not None and ids.shape[1] > 1 and bool((ids[:, 1] == forced).all()) else 1
+
+
+def _changes_a_row(model: Any, alone: dict[str, torch.Tensor], beside: dict[str, torch.Tensor], tokens: int) -> bool:
+    """Whether the row in `alone` gets other logits as the first row of `beside`.
+
+    The first new token's logits show whether padding is read, as in RWKV, which ignores the attention mask. The second
+    one's, `tokens=2`, come from the cache, whose rows transformers' RWKV mixes in a batch.
+    """
+    found = []
+    for batch in (alone, beside):
+        made = model.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=tokens,
+            min_new_tokens=tokens, do_sample=False, num_beams=1, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        found.append((made.sequences[0, -tokens:-1].tolist(), made.logits[-1][0].float()))
+    (before, first), (others, second) = found
+    tolerance = 1e-2 if model.dtype == torch.float32 else 0.1  # of the largest logit; what is read moves all
+    return before == others and bool((first - second).abs().max() > tolerance * first.abs().max())
+
+
+def _of_equal_length(indices: Sequence[int], rows: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    groups: dict[int, list[int]] = {}
+    for i in indices:
+        groups.setdefault(len(rows[i]), []).append(i)
+    return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
 _NO_MARKS = (

@@ -288,21 +288,6 @@ def answer_context(parts: Sequence[Part]) -> str:
     return "a" if isinstance(last, Sentence) else ""
 
 
-def _spaces_to_the_right(parts: Sequence[Part]) -> list[Part]:
-    """Move a space at the end of the template's text to the next part: decoder tokenizers attach spaces to words."""
-    moved: list[Part] = []
-    for i, part in enumerate(parts):
-        follows = parts[i + 1] if i + 1 < len(parts) else None
-        if isinstance(part, Literal) and part.text.endswith(" ") and follows is not None:
-            part = Literal(part.text[:-1])  # before the answer the label word has its own space
-        before = parts[i - 1] if i else None
-        if isinstance(part, Sentence) and isinstance(before, Literal) and before.text.endswith(" "):
-            part = replace(part, space=True)
-        if part != Literal(""):
-            moved.append(part)
-    return moved
-
-
 _SENTINEL = "<extra_id_0>"  # T5's token for a gap in the text
 
 
@@ -372,3 +357,18 @@ def special_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
             "language model with its tokenizer"
         )
     return found
+
+
+def _spaces_to_the_right(parts: Sequence[Part]) -> list[Part]:
+    """Move a space at the end of the template's text to the next part: decoder tokenizers attach spaces to words."""
+    moved: list[Part] = []
+    for i, part in enumerate(parts):
+        follows = parts[i + 1] if i + 1 < len(parts) else None
+        if isinstance(part, Literal) and part.text.endswith(" ") and follows is not None:
+            part = Literal(part.text[:-1])  # before the answer the label word has its own space
+        before = parts[i - 1] if i else None
+        if isinstance(part, Sentence) and isinstance(before, Literal) and before.text.endswith(" "):
+            part = replace(part, space=True)
+        if part != Literal(""):
+            moved.append(part)
+    return moved

@@ -66,38 +66,6 @@ def parse_mapping(mapping: dict[Any, str] | str, labels: Sequence[str] | None) -
     return ordered
 
 
-def _pairs(mapping: dict[Any, str] | str) -> list[tuple[Any, Any]]:
-    """Return keys and values in order, including repeated keys."""
-    if isinstance(mapping, dict):
-        return list(mapping.items())
-    try:
-        pairs = json.loads(mapping, object_pairs_hook=lambda found: found)
-    except ValueError:
-        pairs = _python_pairs(mapping)
-    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
-        raise InputError(f"mapping {mapping!r} is not a dictionary; pass one such as {_EXAMPLE}")
-    return pairs
-
-
-def _python_pairs(mapping: str) -> list[tuple[Any, Any]] | None:
-    try:
-        tree = ast.parse(mapping.strip(), mode="eval").body
-        if not isinstance(tree, ast.Dict):
-            return None
-        pairs = []
-        for key, value in zip(tree.keys, tree.values, strict=True):
-            if key is None:
-                raise ValueError("an unpacked dictionary (**)")
-            pairs.append((ast.literal_eval(key), ast.literal_eval(value)))
-        return pairs
-    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-        raise InputError(f"mapping {mapping!r} cannot be read; pass a dictionary such as {_EXAMPLE}") from None
-
-
-def _listed(labels: Sequence[str]) -> str:
-    return ", ".join(map(str, labels))
-
-
 def check_word_scoring(word_scoring: str, reading: Reading, untie_words: bool) -> None:
     """Refuse a scoring of label words that the model or another option does not support.
 
@@ -192,19 +160,6 @@ def word_tokens(
     return found
 
 
-def _warn_of_beginning(words: Sequence[str], found: list[list[int]], word: str, tokens: list[int]) -> None:
-    """Warn if one word's tokens are a prefix of another's: `p(a b) = p(a) p(b | a)` is never above `p(a)`."""
-    for other, its in zip(words, found, strict=False):
-        (short, a), (long, b) = sorted([(other, its), (word, tokens)], key=lambda pair: len(pair[1]))
-        if b[: len(a)] == a:
-            logger.warning(
-                "The tokens of label word %r are a prefix of those of %r, whose sequence probability is therefore "
-                "never higher: without --calibrate it is never predicted. Pass --word_scoring sequence_mean, or other "
-                "words.",
-                short, long,
-            )  # fmt: skip
-
-
 def answer_tokens(tokenizer: PreTrainedTokenizerBase, word: str, before: str) -> list[int]:
     """Return the tokens of an answer after the text `before`, with a space between them unless it begins a line."""
     space = "" if not before or before[-1].isspace() or word[:1] in _NO_SPACE else " "
@@ -245,3 +200,48 @@ def plain_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[
         return_token_type_ids=False,
         verbose=False,
     )["input_ids"]
+
+
+def _pairs(mapping: dict[Any, str] | str) -> list[tuple[Any, Any]]:
+    """Return keys and values in order, including repeated keys."""
+    if isinstance(mapping, dict):
+        return list(mapping.items())
+    try:
+        pairs = json.loads(mapping, object_pairs_hook=lambda found: found)
+    except ValueError:
+        pairs = _python_pairs(mapping)
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise InputError(f"mapping {mapping!r} is not a dictionary; pass one such as {_EXAMPLE}")
+    return pairs
+
+
+def _python_pairs(mapping: str) -> list[tuple[Any, Any]] | None:
+    try:
+        tree = ast.parse(mapping.strip(), mode="eval").body
+        if not isinstance(tree, ast.Dict):
+            return None
+        pairs = []
+        for key, value in zip(tree.keys, tree.values, strict=True):
+            if key is None:
+                raise ValueError("an unpacked dictionary (**)")
+            pairs.append((ast.literal_eval(key), ast.literal_eval(value)))
+        return pairs
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
+        raise InputError(f"mapping {mapping!r} cannot be read; pass a dictionary such as {_EXAMPLE}") from None
+
+
+def _listed(labels: Sequence[str]) -> str:
+    return ", ".join(map(str, labels))
+
+
+def _warn_of_beginning(words: Sequence[str], found: list[list[int]], word: str, tokens: list[int]) -> None:
+    """Warn if one word's tokens are a prefix of another's: `p(a b) = p(a) p(b | a)` is never above `p(a)`."""
+    for other, its in zip(words, found, strict=False):
+        (short, a), (long, b) = sorted([(other, its), (word, tokens)], key=lambda pair: len(pair[1]))
+        if b[: len(a)] == a:
+            logger.warning(
+                "The tokens of label word %r are a prefix of those of %r, whose sequence probability is therefore "
+                "never higher: without --calibrate it is never predicted. Pass --word_scoring sequence_mean, or other "
+                "words.",
+                short, long,
+            )  # fmt: skip

@@ -23,25 +23,6 @@ def above_threshold(rotated: torch.Tensor, threshold: float) -> torch.Tensor:
     return _as_int32((rotated.abs().flatten() >= threshold).nonzero().squeeze(1), rotated)
 
 
-def _as_int32(indices: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
-    return indices.int() if rotated.numel() <= torch.iinfo(torch.int32).max else indices
-
-
-def _candidates(magnitude: torch.Tensor, k: int) -> torch.Tensor | None:
-    """Return indices of somewhat more than the `k` largest entries, or `None` if preselection does not pay.
-
-    torch's `topk` on the CPU runs on one core and takes several times as long as a comparison of all entries with a
-    threshold. The threshold comes from a sample, low enough to keep about 1.25 `k` entries. If fewer than `k` exceed
-    it, all entries are used, so the result is exact.
-    """
-    if magnitude.device.type != "cpu" or magnitude.numel() < 2**18 or k < 16 * _STRIDE or 4 * k > magnitude.numel():
-        return None
-    sample = magnitude[::_STRIDE]
-    threshold = sample.topk(k // _STRIDE + k // (4 * _STRIDE), sorted=False).values.min()
-    candidates = (magnitude >= threshold).nonzero().squeeze(1)
-    return candidates if k <= candidates.numel() <= magnitude.numel() // 2 else None
-
-
 def broadcast_support(support: torch.Tensor) -> torch.Tensor:
     """Return the first process's support on every process.
 
@@ -73,3 +54,22 @@ def carry_over(old: torch.Tensor | None, new: torch.Tensor, *states: torch.Tenso
     position = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
     kept = old[position] == new
     return [torch.where(kept, state[position], torch.zeros_like(state[:1])) for state in states]
+
+
+def _as_int32(indices: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
+    return indices.int() if rotated.numel() <= torch.iinfo(torch.int32).max else indices
+
+
+def _candidates(magnitude: torch.Tensor, k: int) -> torch.Tensor | None:
+    """Return indices of somewhat more than the `k` largest entries, or `None` if preselection does not pay.
+
+    torch's `topk` on the CPU runs on one core and takes several times as long as a comparison of all entries with a
+    threshold. The threshold comes from a sample, low enough to keep about 1.25 `k` entries. If fewer than `k` exceed
+    it, all entries are used, so the result is exact.
+    """
+    if magnitude.device.type != "cpu" or magnitude.numel() < 2**18 or k < 16 * _STRIDE or 4 * k > magnitude.numel():
+        return None
+    sample = magnitude[::_STRIDE]
+    threshold = sample.topk(k // _STRIDE + k // (4 * _STRIDE), sorted=False).values.min()
+    candidates = (magnitude >= threshold).nonzero().squeeze(1)
+    return candidates if k <= candidates.numel() <= magnitude.numel() // 2 else None

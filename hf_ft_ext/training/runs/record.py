@@ -34,15 +34,6 @@ def library_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version for name, version in found.items() if version}
 
 
-@functools.cache  # reading it parses the metadata of the package
-def _version(name: str) -> str | None:
-    """The installed version of a package; `None` if it runs from a checkout that was never installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def recorded_method(folder: str | os.PathLike) -> str | None:
     """The method of the run recorded in `folder`; `None` without a readable record."""
     try:
@@ -138,3 +129,12 @@ def write_run_record(
     }
     write_json(Path(output_dir) / RUN_RECORD, record)
     return record
+
+
+@functools.cache  # reading it parses the metadata of the package
+def _version(name: str) -> str | None:
+    """The installed version of a package; `None` if it runs from a checkout that was never installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

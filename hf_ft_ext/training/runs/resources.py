@@ -80,30 +80,6 @@ class PeakMemory:
         return psutil.Process().memory_info().rss
 
 
-def _allocated(device: torch.device) -> int:
-    # `torch.cuda`, `torch.xpu`, `torch.npu`, ... have the same functions; `torch.accelerator` has fewer
-    module = torch.get_device_module(device)
-    if hasattr(module, "memory_allocated"):
-        return module.memory_allocated(device)
-    if hasattr(module, "current_allocated_memory"):  # MPS
-        return module.current_allocated_memory()
-    return torch.accelerator.memory_allocated(device)
-
-
-def _with_index(devices: Iterable[torch.device]) -> list[torch.device]:
-    """The accelerators among `devices`, without duplicates; `cuda` becomes the current one, such as `cuda:0`."""
-    found = set()
-    for device in devices:
-        if device.type in ("cpu", "meta"):
-            continue
-        index = device.index
-        if index is None:
-            module = torch.get_device_module(device)
-            index = module.current_device() if hasattr(module, "current_device") else 0
-        found.add((device.type, index))
-    return [torch.device(kind, index) for kind, index in sorted(found)]
-
-
 class ResourceMonitor(TrainerCallback, ExportableState):
     """Measures training only: preparation (see `preparation`) and optimizer steps, without evaluation.
 
@@ -261,3 +237,27 @@ def preparation(trainer: Trainer) -> contextlib.AbstractContextManager:
 def find_monitor(trainer: Trainer) -> ResourceMonitor | None:
     """The monitor among the trainer's callbacks (restoring callback states from a checkpoint creates a new one)."""
     return next((c for c in trainer.callback_handler.callbacks if isinstance(c, ResourceMonitor)), None)
+
+
+def _allocated(device: torch.device) -> int:
+    # `torch.cuda`, `torch.xpu`, `torch.npu`, ... have the same functions; `torch.accelerator` has fewer
+    module = torch.get_device_module(device)
+    if hasattr(module, "memory_allocated"):
+        return module.memory_allocated(device)
+    if hasattr(module, "current_allocated_memory"):  # MPS
+        return module.current_allocated_memory()
+    return torch.accelerator.memory_allocated(device)
+
+
+def _with_index(devices: Iterable[torch.device]) -> list[torch.device]:
+    """The accelerators among `devices`, without duplicates; `cuda` becomes the current one, such as `cuda:0`."""
+    found = set()
+    for device in devices:
+        if device.type in ("cpu", "meta"):
+            continue
+        index = device.index
+        if index is None:
+            module = torch.get_device_module(device)
+            index = module.current_device() if hasattr(module, "current_device") else 0
+        found.add((device.type, index))
+    return [torch.device(kind, index) for kind, index in sorted(found)]

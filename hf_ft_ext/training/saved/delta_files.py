@@ -23,11 +23,6 @@ def write_delta(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str
         save_file(tensors, temporary, metadata=metadata)
 
 
-def _checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
-    hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
-    return hashlib.sha256(json.dumps([hashes, metadata], sort_keys=True).encode()).hexdigest()
-
-
 def read_delta(
     folder: str | os.PathLike, name: str, form: str, writer: str
 ) -> tuple[Path, dict[str, str], dict[str, torch.Tensor]]:
@@ -83,3 +78,8 @@ def other_weights(path: Path, model: nn.Module) -> InputError:
         f"{path} belongs to other weights than this {type(model).__name__} has; load the model that training started "
         "from, in the same dtype, and apply the delta once"
     )
+
+
+def _checksum(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> str:
+    hashes = {name: tensor_hash(tensor) for name, tensor in tensors.items()}
+    return hashlib.sha256(json.dumps([hashes, metadata], sort_keys=True).encode()).hexdigest()

@@ -105,15 +105,6 @@ def plain_outputs(model: nn.Module) -> None:
         )
 
 
-def _make_plain(config: PreTrainedConfig) -> dict[str, bool]:
-    changed = {}
-    for name, value in _PLAIN_OUTPUTS.items():
-        if bool(getattr(config, name, value)) != value:
-            setattr(config, name, value)
-            changed[name] = value
-    return changed
-
-
 def keep_weights_in_evaluation(model: nn.Module) -> None:
     """Set `rescale_every=0` in RWKV models, whose forward pass otherwise changes weights in place.
 
@@ -138,3 +129,12 @@ def keep_weights_in_evaluation(model: nn.Module) -> None:
                 "AutoPeftModelForCausalLM.from_pretrained(folder, rescale_every=0).", module.config.rescale_every,
             )  # fmt: skip
         module.config.rescale_every = 0
+
+
+def _make_plain(config: PreTrainedConfig) -> dict[str, bool]:
+    changed = {}
+    for name, value in _PLAIN_OUTPUTS.items():
+        if bool(getattr(config, name, value)) != value:
+            setattr(config, name, value)
+            changed[name] = value
+    return changed

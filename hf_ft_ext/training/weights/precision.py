@@ -46,30 +46,6 @@ def train_in_float32(model: PeftModel) -> PeftModel:
     return model
 
 
-def _inputs_in_float32(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    return _cast(args, HALF, torch.float32), _cast(kwargs, HALF, torch.float32)
-
-
-class _CastOutputs:
-    """A forward hook that casts float32 outputs to `dtype`; a class, so that models with it can be pickled."""
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
-
-    def __call__(self, module: nn.Module, args: tuple, output):
-        return _cast(output, (torch.float32,), self.dtype)
-
-
-def _cast(value, kinds: tuple[torch.dtype, ...], dtype: torch.dtype):
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.dtype in kinds else value
-    if type(value) in (tuple, list):
-        return type(value)(_cast(part, kinds, dtype) for part in value)
-    if type(value) is dict:
-        return {key: _cast(part, kinds, dtype) for key, part in value.items()}
-    return value
-
-
 def warn_of_lost_updates(training: dict[str, nn.Parameter]) -> None:
     """Log one warning if some of these parameters, which gradients train, are stored in 16 bits."""
     half = {name: p for name, p in training.items() if p.dtype in HALF}
@@ -96,3 +72,27 @@ def refuse_fp16_on_cpu(accelerator: Accelerator) -> None:
     """
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise InputError("fp16=True needs an accelerator, and this run is on a CPU; pass bf16=True, or leave it out")
+
+
+def _inputs_in_float32(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    return _cast(args, HALF, torch.float32), _cast(kwargs, HALF, torch.float32)
+
+
+class _CastOutputs:
+    """A forward hook that casts float32 outputs to `dtype`; a class, so that models with it can be pickled."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def __call__(self, module: nn.Module, args: tuple, output):
+        return _cast(output, (torch.float32,), self.dtype)
+
+
+def _cast(value, kinds: tuple[torch.dtype, ...], dtype: torch.dtype):
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.dtype in kinds else value
+    if type(value) in (tuple, list):
+        return type(value)(_cast(part, kinds, dtype) for part in value)
+    if type(value) is dict:
+        return {key: _cast(part, kinds, dtype) for key, part in value.items()}
+    return value
