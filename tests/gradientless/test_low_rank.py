@@ -9,6 +9,7 @@ from tiny import CONFIGS
 from torch import nn
 
 from hf_ft_ext import SPSA, InputError, apply_trajectory, save_trajectory
+from hf_ft_ext.gradientless import trajectory
 from hf_ft_ext.gradientless.optimizers.perturbation import directions as directions_module
 from hf_ft_ext.gradientless.optimizers.perturbation.directions import Draw
 from hf_ft_ext.gradientless.optimizers.perturbation.perturb import CannotBatch, PerturbedForward
@@ -210,7 +211,7 @@ def test_twenty_thousand_steps_are_below_a_tenth_of_a_megabyte(tmp_path):
     assert save_trajectory(optimizer, model, tmp_path / "file.safetensors").stat().st_size < 100_000
 
 
-def test_unsuitable_models_and_files_of_a_trajectory_are_refused(tmp_path):
+def test_unsuitable_models_and_files_of_a_trajectory_are_refused(tmp_path, monkeypatch):
     model = family("bert")
     optimizer = SPSA(model.parameters(), model)
     optimizer.step(lambda: model(**padded_batch(), labels=LABELS).loss)
@@ -225,8 +226,11 @@ def test_unsuitable_models_and_files_of_a_trajectory_are_refused(tmp_path):
     mixed.classifier.bfloat16()
     with pytest.raises(InputError, match="is of float32 weights, and these are bfloat16"):
         apply_trajectory(mixed, tmp_path)
-    with pytest.raises(InputError, match=r"recorded on cpu, and the model is on meta, .* model\.to\('cpu'\)"):
-        apply_trajectory(family("bert").to("meta"), tmp_path)
+    about, slopes, rates = trajectory._read(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(trajectory, "_read", lambda path: ({**about, "device": "cuda"}, slopes, rates))
+        with pytest.raises(InputError, match=r"recorded on cuda, and the model is on cpu, .* model\.to\('cuda'\)"):
+            apply_trajectory(family("bert"), tmp_path)
     with pytest.raises(InputError, match="these are not the weights that the search started from"):
         apply_trajectory(family("bert", seed=1), tmp_path)
     with pytest.raises(InputError, match="does not exist; pass the file or folder of a trajectory"):
