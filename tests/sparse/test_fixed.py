@@ -164,6 +164,15 @@ def test_training_compares_no_values(monkeypatch):
     assert len(compared) == 1
 
 
+def test_a_compiled_layer_is_one_graph():
+    _, layer, *_ = make("rotated", "entries")
+    x = random(6, N_IN, seed=1).requires_grad_()
+    inputs = [x, layer.values, layer.bias]
+    expected = torch.autograd.grad(layer(x).square().sum(), inputs)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), inputs), expected)
+
+
 def weight_of(v, u, entries, indices, chosen):
     return v @ entries.index_copy(0, indices, chosen.detach()).view(N_OUT, N_IN) @ u.T
 
