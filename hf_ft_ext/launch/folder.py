@@ -179,17 +179,6 @@ def prepare_folder(run_args: RunArguments, args: MethodTrainingArguments, until:
                 refuse_foreign_run(args.output_dir)  # again: another run may have filled it since the first check
 
 
-_STORAGE_ERRORS = {
-    getattr(errno, name)
-    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR", "EISDIR", "ESTALE")
-    if hasattr(errno, name)
-}
-_STORAGE_MESSAGES = ("No space left", "File too large", "Read-only file system", "Disk quota", "Input/output error",
-            "Permission denied")  # fmt: skip
-# torch.save does not report the system's error
-_TORCH_MESSAGES = ("PytorchStreamWriter", "inline_container", "iostream error")
-
-
 def check_writable(folder: str) -> None:
     """Check that `folder` can be created and written to, with a temporary file.
 
@@ -281,6 +270,17 @@ def _methods_of(folder: Path) -> list[str]:
         return [str(json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))["method"])]
     except (OSError, ValueError, KeyError, TypeError):
         return list(METHODS) if any(folder.glob("*")) else []
+
+
+_STORAGE_ERRORS = {
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "EIO", "ENOTDIR", "EISDIR", "ESTALE")
+    if hasattr(errno, name)
+}
+_STORAGE_MESSAGES = ("No space left", "File too large", "Read-only file system", "Disk quota", "Input/output error",
+            "Permission denied")  # fmt: skip
+# torch.save does not report the system's error
+_TORCH_MESSAGES = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 
 def _reason(error: BaseException) -> str | None:

@@ -30,7 +30,7 @@ def set_labels(config: PreTrainedConfig, data: Any, trains: bool = True) -> None
     else:
         if not trains and getattr(config, "problem_type", None) not in (None, data.problem_type):
             logger.warning(
-                "The model was trained for %s, and the labels of this data are for %s: it is scored and predicts so.",
+                "The model was trained for %s, and the labels of this data are for %s, as are scores and predictions.",
                 config.problem_type,
                 data.problem_type,
             )

@@ -259,7 +259,10 @@ def _wrapped(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     names = [f".{name}" for name in config.modules_to_save or ()] if has_offloaded(model) else []
     full = [m for name, m in model.named_modules() if f".{name}".endswith(tuple(names))] if names else []
     keep_loaded(model, [parameter for module in full for parameter in module.parameters()])
-    computed = "the adapters are computed from the weights that they adapt, and these are offloaded"
+    computed = (
+        "the adapters are computed from the weights that they adapt, and these are offloaded; leave out the setting "
+        "that does this, or load the whole model"
+    )
     try:
         with placeholders(model):
             wrapped = train_in_float32(get_peft_model(model, config))

@@ -52,7 +52,7 @@ def prompt_config(
     reading = reading_of(inner, name)
     if bounds is not None and len(words or ()) != 2:
         passed = f"{len(words)} were passed: {', '.join(words)}" if words else "none were passed"
-        raise InputError(f"a regression has two words, but {passed}")
+        raise InputError(f"a regression has two words, but {passed}; pass one for each end of the scale")
     parts = parse_template(template, reading=reading.value)
     check_word_scoring(word_scoring, reading, untie_words)
     if words is None:

@@ -205,11 +205,15 @@ class SparseGradLinear(nn.Linear):
         self.earlier.append(self.changes()[-1])
 
     @torch.no_grad()
-    def fold(self) -> bool:
-        """Add the changes of the values since the last call, `W += V_r dS U_c^T`; return whether there were any."""
+    def fold(self, compare: bool = True) -> bool:
+        """Add the changes of the values since the last call, `W += V_r dS U_c^T`; return whether there were any.
+
+        Args:
+            compare: find out whether there are changes, which waits for the device; otherwise they are expected.
+        """
         if self.support is None or self.values is None or self._folded is None or self.values.is_meta:
             return False  # no support yet, or a placeholder of one
-        changed = not torch.equal(self.values, self._folded)
+        changed = not (compare and torch.equal(self.values, self._folded))
         if changed:
             self.support.add_to(self.weight, self.values - self._folded)
         self._mark_folded()

@@ -20,6 +20,8 @@ from hf_ft_ext.training.method_trainer import loss_of_batch
 
 logger = logging.getLogger(__name__)
 
+_BY_LENGTH = "group_by_length"  # of transformers' train_sampling_strategy
+
 
 def for_each_gradient(
     trainer: Trainer,
@@ -229,6 +231,3 @@ def _longest_first(trainer: Trainer, order: list[int]) -> list[int]:
         return example[column] if column in example else len(example[tokens])
 
     return sorted(order, key=length, reverse=True)
-
-
-_BY_LENGTH = "group_by_length"  # of transformers' train_sampling_strategy

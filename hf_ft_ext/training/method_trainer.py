@@ -185,10 +185,8 @@ class MethodTrainer(Trainer):
             return
         if is_sft(self) or (args.gradient_accumulation_steps == 1 and args.world_size == 1):
             return
-        model, batch = (
-            self.accelerator.unwrap_model(self.model, keep_torch_compile=False),
-            self._prepare_inputs(inputs),
-        )
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        batch = self._prepare_inputs(inputs)
 
         def loss(n: torch.Tensor | int) -> torch.Tensor:
             return self.compute_loss(model, dict(batch), num_items_in_batch=n)

@@ -321,7 +321,7 @@ def test_features_of_an_offloaded_encoder(tmp_path, cache):
     options = {"feature_cache_gb": cache, "feature_cache_dir": str(tmp_path / "features")}
     expected = trained(loaded(), tmp_path / "loaded", **options)[0]
     assert trained(offloaded(loaded(), "disk", tmp_path / "o"), tmp_path, **options)[0] == expected
-    assert len(list((tmp_path / "features").glob("*"))) == (1 if cache else 0) or cache  # one file for both
+    assert len(list((tmp_path / "features").glob("*"))) == (1 if cache else 0)  # one file for both
 
 
 @pytest.mark.parametrize("form", ["disk", "device_map"])
@@ -338,7 +338,9 @@ def test_resume_writes_the_checkpoint_to_the_stored_weights(tmp_path, form):
 
 def test_runs_that_an_offloaded_model_cannot_have(tmp_path, monkeypatch):
     for start in ({"init_lora_weights": "pissa"}, {"use_dora": True}):
-        with pytest.raises(InputError, match=r"search_peft=lora .* computed from the weights that .* are offloaded"):
+        with pytest.raises(
+            InputError, match=r"search_peft=lora .* computed from the weights .* are offloaded; leave out"
+        ):
             model = offloaded(loaded(), "disk", tmp_path / "a")
             trainer_of(model, tmp_path, search_peft="lora", search_peft_config=start)
     monkeypatch.setattr(GradientlessTrainingArguments, "world_size", 2)

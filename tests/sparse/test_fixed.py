@@ -126,8 +126,9 @@ def test_optimizer_equals_adamw_on_the_entries(kind, shape, weight_decay, maker)
     torch.testing.assert_close(layer.state_dict()["weight"], expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("kind", ["identity", "rotated"])
-def test_values_exchanged_for_an_evaluation_are_used_and_given_back(kind):
+def test_values_exchanged_for_an_evaluation_are_used_and_given_back(kind, inference):
     """Averages of weights are exchanged through `data`, which leaves no new version."""
     linear, layer, v, u, indices = make(kind, "entries")
     x, own, average = random(4, N_IN, seed=1), layer.values.detach().clone(), random(len(indices), seed=2)
@@ -135,15 +136,41 @@ def test_values_exchanged_for_an_evaluation_are_used_and_given_back(kind):
     graph = layer(x)
     for values in (average, own, average, own):
         layer.values.data.copy_(values)
-        with torch.no_grad():
+        with inference():
             weight = v @ (v.T @ linear.weight @ u).flatten().index_copy(0, indices, values).view(N_OUT, N_IN) @ u.T
             torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, linear.bias))
     layer.values.data.copy_(average)
-    with torch.no_grad():
+    with inference():
         layer(x)
     layer.values.data.copy_(own)
     torch.testing.assert_close(layer(x), plain)  # with gradients, as in the training step that follows
     assert graph.requires_grad
+
+
+def test_training_compares_no_values(monkeypatch):
+    """A comparison waits for the device; a gradient tells the optimizer that the values change."""
+    _, layer, *_ = make("rotated", "entries")
+    compared, equal = [], torch.equal
+    monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(a) or equal(a, b))
+    optimizer = SparseAdamW([layer.values], [layer], lr=0.05)
+    for seed in range(2):
+        before = layer.weight.detach().clone()
+        layer(random(6, N_IN, seed=seed)).square().mean().backward()
+        optimizer.step()
+        assert (layer.weight != before).any()
+        optimizer.zero_grad()
+    assert not compared
+    optimizer.step()  # without a gradient
+    assert len(compared) == 1
+
+
+def test_a_compiled_layer_is_one_graph():
+    _, layer, *_ = make("rotated", "entries")
+    x = random(6, N_IN, seed=1).requires_grad_()
+    inputs = [x, layer.values, layer.bias]
+    expected = torch.autograd.grad(layer(x).square().sum(), inputs)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), inputs), expected)
 
 
 def weight_of(v, u, entries, indices, chosen):

@@ -278,9 +278,6 @@ def singular_vectors(weights: list[torch.Tensor], block: tuple[int, int], seed: 
     )
 
 
-_POWER_STEPS = 4
-
-
 def compute_dtype(base: nn.Module) -> torch.dtype:
     """The floating-point type in which a linear layer computes."""
     declared = getattr(base, "compute_dtype", None)
@@ -308,6 +305,9 @@ def _loaded(module: nn.Module, read: Callable[[], T]) -> T:
 def _is_transformed() -> bool:
     """Whether a transform of `torch.func` or forward-mode differentiation is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+_POWER_STEPS = 4
 
 
 def _leading(weights: list[torch.Tensor], k: int, seed: int) -> torch.Tensor:

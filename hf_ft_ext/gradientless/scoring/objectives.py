@@ -13,6 +13,11 @@ from hf_ft_ext.label_tokens import check_row_labels
 MULTI_LABEL = "multi_label_classification"
 OBJECTIVES = LOSS, ACCURACY, F1, MATTHEWS = ("loss", "accuracy", "f1", "matthews")
 Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor | float]
+_UNSMOOTHED = "label_smoothing_factor={} smooths one class per row, but rows have several labels; leave it out"
+_UNSUITABLE = (
+    "labels have shape {shape} and type {dtype}; pass class ids as integers, one for each row, or 0 or 1 for each of "
+    "{classes} labels; for labels of tokens use search_objective=loss, or a function as objective"
+)
 
 
 def make_objective(
@@ -91,13 +96,6 @@ def check_labels(config: Any, *labels: torch.Tensor) -> None:
         if not regression and not several and some.numel() != len(some):  # labels of tokens
             raise InputError(_UNSUITABLE.format(shape=tuple(some.shape), dtype=some.dtype, classes=classes))
         check_row_labels(some, classes, problem, soft=True)
-
-
-_UNSMOOTHED = "label_smoothing_factor={} smooths one class per row, but rows have several labels; leave it out"
-_UNSUITABLE = (
-    "labels have shape {shape} and type {dtype}; pass class ids as integers, one for each row, or 0 or 1 for each of "
-    "{classes} labels; for labels of tokens use search_objective=loss, or a function as objective"
-)
 
 
 def positive_class(label_names: Sequence[str] | None, positive_label: str | None) -> int:

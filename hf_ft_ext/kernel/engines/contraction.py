@@ -150,9 +150,8 @@ class Contraction:
                 g = grads[:, scalar]
                 if raw is not None:  # G = sum_t g_t x_t^T
                     torch.mm(g.T, inputs, out=raw[row].view(height, width))
-                if (
-                    sign is not None and scale is not None
-                ):  # sign(G) = trunc(clamp(scale G, -1, 1)), see `formulas.sign_scale`
+                if sign is not None and scale is not None:
+                    # sign(G) = trunc(clamp(scale G, -1, 1)), see `formulas.sign_scale`
                     g = g * scale[first + row]
                     target = sign[row].view(height, width)
                     for top in range(0, height, step):  # chunks stay in the cache between product and sign

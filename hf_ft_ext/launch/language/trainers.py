@@ -25,6 +25,16 @@ else:
 
 logger = logging.getLogger(__name__)
 
+_NO_MARKS = (
+    "--assistant_only_loss: the chat template does not mark the assistant's answers, and trl has no marked version of "
+    "it; enclose them in the template by {% generation %} and {% endgeneration %} and pass it with "
+    "--chat_template_path, or leave --assistant_only_loss out"
+)
+NO_CHAT_TEMPLATE = (
+    "the data has messages, and the tokenizer has no chat template to format them; pass "
+    "--chat_template_path, a tokenizer with one, or the data as prompt and completion"
+)
+
 
 class Perplexity(_Trainer):
     """Mixin for a `Trainer` of a language model (before it in the bases): evaluation reports the perplexity.
@@ -346,14 +356,3 @@ def _of_equal_length(indices: Sequence[int], rows: Sequence[Sequence[int]], size
     for i in indices:
         groups.setdefault(len(rows[i]), []).append(i)
     return [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
-
-
-_NO_MARKS = (
-    "--assistant_only_loss: the chat template does not mark the assistant's answers, and trl has no marked version of "
-    "it; enclose them in the template by {% generation %} and {% endgeneration %} and pass it with "
-    "--chat_template_path, or leave --assistant_only_loss out"
-)
-NO_CHAT_TEMPLATE = (
-    "the data has messages, and the tokenizer has no chat template to format them; pass "
-    "--chat_template_path, a tokenizer with one, or the data as prompt and completion"
-)

@@ -136,7 +136,7 @@ class SparseAdamW(CopyableOptimizer, torch.optim.AdamW):
             for parameter, gradient in done:
                 parameter.grad = gradient
         for layer in self._fixed:
-            layer.fold()
+            layer.fold(compare=layer.values.grad is None)  # a gradient changes the values
         if self._running.due:
             self._refresh()
         return loss

@@ -286,12 +286,12 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
     A fused step does not compare the shapes, and would write past the end of the shorter tensor.
     """
     plain = getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-    if not isinstance(
-        plain, torch.optim.Adam | torch.optim.AdamW | torch.optim.SGD
-    ):  # others keep rows, columns or projections
-        return
+    if not isinstance(plain, torch.optim.Adam | torch.optim.AdamW | torch.optim.SGD):
+        return  # others keep rows, columns or projections
     for parameter, state in plain.state.items():
-        for key in _MOMENTS if "indices" not in state else ():  # those are moments of chosen entries
+        if "indices" in state:
+            continue  # moments of chosen entries
+        for key in _MOMENTS:
             if isinstance(state.get(key), torch.Tensor) and state[key].shape != parameter.shape:
                 raise ValueError(
                     f"{key} has shape {tuple(state[key].shape)}, and its parameter here {tuple(parameter.shape)}"

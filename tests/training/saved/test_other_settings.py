@@ -1,7 +1,6 @@
 """Resuming with other settings than the checkpoint's: refused with the reason, never a run with mixed settings."""
 
 import functools
-import tempfile
 
 import pytest
 import torch
@@ -57,15 +56,21 @@ def make(way, folder, changed=None, model=None, **more):
     )
 
 
-@functools.cache
-def checkpoint(way):
-    folder = tempfile.mkdtemp()
-    make(way, folder).train()
-    return f"{folder}/checkpoint-1"
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """The checkpoint of a way to train, made once."""
+
+    @functools.cache
+    def made(way):
+        folder = tmp_path_factory.mktemp(way)
+        make(way, folder).train()
+        return str(folder / "checkpoint-1")
+
+    return made
 
 
 @pytest.mark.parametrize(("way", "changed", "model", "reason"), CASES)
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path, way, changed, model, reason):
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, checkpoint, way, changed, model, reason):
     trainer = make(way, tmp_path, changed, model)
     with pytest.raises(InputError, match=reason) as caught:
         trainer.train(resume_from_checkpoint=checkpoint(way))
