@@ -75,18 +75,28 @@ def write_checksums(folder: Path, method: str, base: str | None) -> None:
 
 
 def frozen_hash(model: nn.Module) -> str | None:
-    """SHA-256 of a PEFT model's frozen weights, which its checkpoints do not hold; `None` for other models.
+    """SHA-256 of a PEFT model's weights that neither train nor stand in its checkpoints; `None` for other models.
 
-    Also `None` for sharded weights, of which no process holds all.
+    Also `None` for sharded weights, of which no process holds all. A search freezes everything while it runs, so what
+    peft saves is left out whether it is frozen or not.
     """
     if not isinstance(model, PeftModel) or any(_in_shards(parameter) for parameter in model.parameters()):
         return None
-    digest, read = hashlib.sha256(), reader_of(model)
+    digest, read, saved = hashlib.sha256(), reader_of(model), _saved_with_adapter(model)
     for name, parameter in sorted(model.named_parameters()):
         # `original_module` is the unused copy of a module in `modules_to_save`; a fitted head may differ there.
-        if not parameter.requires_grad and ".original_module." not in name:
+        if not (parameter.requires_grad or id(parameter) in saved or ".original_module." in name):
             digest.update(f"{name} {tensor_hash(read(name, parameter))}\n".encode())
     return digest.hexdigest()
+
+
+def _saved_with_adapter(model: PeftModel) -> set[int]:
+    """The identities of the parameters that a checkpoint of `model` holds."""
+    with keep_projection(model):
+        saved = get_peft_model_state_dict(model, state_dict=model.state_dict(keep_vars=True))
+    # The parameters of virtual tokens are saved as what they compute.
+    prompts = [p for name, p in model.named_parameters() if name.startswith("prompt_encoder.")]
+    return {id(tensor) for tensor in (*saved.values(), *prompts)}
 
 
 def _in_shards(parameter: nn.Parameter) -> bool:
