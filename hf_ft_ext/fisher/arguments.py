@@ -49,6 +49,9 @@ _FIXED_BY_PLAN = (
 # The arguments that an adapter plan depends on.
 PLAN_SETTINGS = ("fisher_mode", "adapter_plan", *_FIXED_BY_PLAN, "seed")
 
+# The arguments whose result a checkpoint holds: its adapter plan, or the entries of its mask.
+SETTLED = ("fisher_mode", "adapter_plan", *_FIXED_BY_PLAN, "fisher_mask", "fisher_keep_ratio")
+
 
 @dataclass
 class FisherTrainingArguments(MethodTrainingArguments):

@@ -18,7 +18,16 @@ from hf_ft_ext.adapters.layer_prefix.model import keep_projection
 from hf_ft_ext.entries.delta import DELTA_FILE, read_indices, save_entries
 from hf_ft_ext.entries.layer import attach_entries, entries_of
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.fisher.arguments import HEAD, MASK, PLAN_SETTINGS, RANDOM, SCORED, SELECT, FisherTrainingArguments
+from hf_ft_ext.fisher.arguments import (
+    HEAD,
+    MASK,
+    PLAN_SETTINGS,
+    RANDOM,
+    SCORED,
+    SELECT,
+    SETTLED,
+    FisherTrainingArguments,
+)
 from hf_ft_ext.fisher.candidates import as_input_error, fitting_candidates, layers_of, make_candidates
 from hf_ft_ext.fisher.criteria import DEFAULT as DEFAULT_CRITERION
 from hf_ft_ext.fisher.losses import ModelLoss
@@ -274,6 +283,9 @@ class FisherTrainer(StopAtNaN, MethodTrainer):
         if made and self._rates:
             split_by_rate(optimizer, self.model, self.plan, self._rates)
         return optimizer
+
+    def settled_arguments(self, checkpoint: str) -> tuple[str, ...]:
+        return (*super().settled_arguments(checkpoint), *SETTLED)
 
     # --- files ------------------------------------------------------------------------------------
 

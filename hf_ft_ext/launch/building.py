@@ -58,6 +58,7 @@ from hf_ft_ext.prompts.model import is_prompt_model
 from hf_ft_ext.prompts.preprocess import tokenize_prompts
 from hf_ft_ext.prompts.saving import SavePrompt
 from hf_ft_ext.training.runs.record import recorded_method
+from hf_ft_ext.training.saved.resumed_arguments import compared_arguments
 from hf_ft_ext.training.weights.quantized import move
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,7 @@ def load(
                 callbacks=run_callbacks(run_args, args, callbacks, savers),
             )
         check_probabilities(run_args, trainer, metrics)
+        trainer.launcher_settings = compared_arguments(run_args, model_args, data_args)
         return check_trainer(trainer, run_args.method)
 
     return build, data

@@ -36,6 +36,9 @@ from hf_ft_ext.training.weights.sharding import DEEPSPEED, refuse_sharding, shar
 logger = logging.getLogger(__name__)
 
 _OPTIMIZER_STATE = "optimizer.pt"  # transformers' name for it
+_OF_PREPASS = (
+    "sparse_basis", "sparse_basis_orientation", "sparse_basis_scope", "sparse_basis_steps", "sparse_skip_leading",
+)  # fmt: skip
 
 
 class SparseTrainer(StopAtNaN, MethodTrainer):
@@ -163,6 +166,13 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
             return super().create_optimizer(model)
         finally:
             self.optimizer_cls_and_kwargs = None  # the next trial of a search has other layers
+
+    def settled_arguments(self, checkpoint: str) -> tuple[str, ...]:
+        settled = super().settled_arguments(checkpoint)
+        saved = has_sparse_grad(self.model) or self._preparation_is_saved()
+        if not saved or self.args.sparse_basis_refresh_steps:  # a later pre-pass reads these arguments again
+            return settled
+        return (*settled, *_OF_PREPASS)
 
     def _preparation_is_saved(self) -> bool:
         return self._resumed_from is not None and os.path.isfile(os.path.join(self._resumed_from, _OPTIMIZER_STATE))

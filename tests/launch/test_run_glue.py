@@ -80,7 +80,7 @@ def test_train_evaluate_predict_without_a_warning(launch, method, capsys, tiny_b
 
 
 @pytest.mark.parametrize("method", ITERATIVE_METHODS)
-def test_resume_equals_unbroken(launch, method):
+def test_resume_equals_unbroken(launch, method, caplog):
     options = ("--do_train", "--max_steps", "4", "--save_steps", "2", "--logging_steps", "1")
     assert launch(*options, "--output_dir", "a", method=method) == 0
     shutil.copytree("a", "b")
@@ -89,7 +89,7 @@ def test_resume_equals_unbroken(launch, method):
     os.unlink("b/run.json")
     shutil.rmtree("b/checkpoint-4")
     assert launch(*options, "--output_dir", "b", "--resume_from_checkpoint", "true", method=method) == 0
-    assert same("a", "b")
+    assert same("a", "b") and "differ from those of the checkpoint" not in caplog.text
 
 
 def test_predictions_keep_every_row_and_its_place(launch, tmp_path):
@@ -115,7 +115,7 @@ def tsv(path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_checkpoint_is_not_resumed_under_other_labels(launch, method, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_is_not_resumed_under_other_labels(launch, method, tmp_path, monkeypatch, capsys, caplog):
     monkeypatch.chdir(tmp_path)
     for name, labels in (("old", ("A", "B")), ("new", ("zzz", "aaa"))):  # the alphabet turns the order round
         rows = [f"a good film {i},{labels[i % 2]}" for i in range(16)]
@@ -132,7 +132,12 @@ def test_a_checkpoint_is_not_resumed_under_other_labels(launch, method, tmp_path
         other = ("--lora_alpha", "64", "--output_dir", "b")
         assert launch(*options, *resume, "--max_steps", "4", *other, data=old, method=method) == 2
         assert "its adapter has lora_alpha=16, here 64.0; pass the arguments that" in capsys.readouterr().err
-    assert launch(*options, *resume, "--max_steps", "4", "--output_dir", "b", data=old, method=method) == 0
+    changed = ("--max_steps", "4", "--max_seq_length", "9", "--per_device_eval_batch_size", "3", "--output_dir", "b")
+    assert launch(*options, *resume, *changed, data=old, method=method) == 0
+    assert "change the course of the run: max_seq_length=9 (checkpoint: 16). Pass" in caplog.text
+    again = (*options, *resume, "--max_steps", "4", "--output_dir", "c", "--from_linearhead")
+    assert launch(*again, data=old, method=method) == 2
+    assert "from_linearhead=True has no effect" in capsys.readouterr().err
 
 
 def test_best_model_by_the_primary_metric(launch):

@@ -64,6 +64,7 @@ from hf_ft_ext.launch.trainers import (
 from hf_ft_ext.launch.validation import check_splits
 from hf_ft_ext.metrics.generation import generation_metrics
 from hf_ft_ext.models import decoder_max_length, load_tokenizer_and_language_model, model_max_length
+from hf_ft_ext.training.saved.resumed_arguments import compared_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -213,6 +214,7 @@ def load(
             )
         trainer.language = LanguageRun(data, data_args, context)
         _check_prompts(data, trainer.processing_class, args, data_args)
+        trainer.launcher_settings = compared_arguments(run_args, model_args, data_args)
         return check_trainer(trainer, run_args.method)
 
     return build, data

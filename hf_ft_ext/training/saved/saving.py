@@ -1,11 +1,14 @@
 """Saving complete adapters (with the model's configuration), and the configuration that training and saving need."""
 
 import logging
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_ft_ext.adapters.folder import save_configuration, set_base_name
 from hf_ft_ext.errors import InputError, first_line
@@ -14,6 +17,14 @@ from hf_ft_ext.training.saved.checkpoints import (
     check_moments,
     check_weights,
     loading_saved_state_dict,
+)
+from hf_ft_ext.training.saved.resumed_arguments import (
+    changes,
+    compared_settings,
+    optimizer_settings,
+    read_arguments,
+    report_changes,
+    write_arguments,
 )
 
 logger = logging.getLogger(__name__)
@@ -31,8 +42,13 @@ class CompleteSaves(_Trainer):
     """Mixin for a `Trainer` (before it in the bases): adapters are saved with their labels, models return only logits.
 
     `plain_outputs` and `keep_weights_in_evaluation` are applied to the trainer's model and to each model that
-    `model_init` returns.
+    `model_init` returns. Checkpoints hold the run's arguments, with which those of a resumed run are compared.
+
+    Attributes:
+        launcher_settings: settings of the run that `args` lack, such as those of its data, by name.
     """
+
+    launcher_settings: Mapping[str, Any] = {}
 
     def __init__(self, model: nn.Module | None = None, *positional, **kwargs):
         if isinstance(model, nn.Module):
@@ -55,7 +71,32 @@ class CompleteSaves(_Trainer):
         with loading_saved_state_dict(loaded, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def settled_arguments(self, checkpoint: str) -> tuple[str, ...]:
+        """Names of the arguments whose result `checkpoint` holds, so that a resumed run does not read them."""
+        return ("from_linearhead",)  # the checkpoint holds the head
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        before = optimizer_settings(self.optimizer)
+        self._load_state_of_optimizer(checkpoint)
+        if checkpoint is None:
+            return
+        recorded = read_arguments(checkpoint)
+        if recorded is None:
+            logger.info("%s has no record of arguments, so those of this run are not compared.", checkpoint)
+        differing = changes(self._settings(), recorded or {})
+        settled = self.settled_arguments(checkpoint)
+        report_changes(checkpoint, differing, settled, before, optimizer_settings(self.optimizer))
+
+    def _settings(self) -> dict[str, Any]:
+        return compared_settings(self.args, self.model, self.launcher_settings)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            write_arguments(os.path.join(self._get_output_dir(trial=trial), name), self._settings())
+
+    def _load_state_of_optimizer(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.optimizer is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         groups = [set(group) for group in self.optimizer.param_groups]
