@@ -284,7 +284,7 @@ def _open_dataset(
     else:
         errors = _hub_errors(name)
     # Pass all of them in every call: without `cache_dir`, for example, an offline run searches the wrong cache.
-    options = {"cache_dir": cache_dir, "token": token, "revision": data_args.dataset_revision}
+    options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "revision": data_args.dataset_revision}
     with errors:
         if task is not None and name == task.hub_id and not data_args.dataset_config_name:
             config = task.hub_config
