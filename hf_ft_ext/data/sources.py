@@ -36,6 +36,7 @@ from hf_ft_ext.data.files.dialect import AUTO, DEFAULT_DELIMITERS
 from hf_ft_ext.data.files.own_files import SUFFIXES, USUAL_TEXT, Reading, holds_times, open_own_files
 from hf_ft_ext.data.files.records import open_records
 from hf_ft_ext.data.files.text_files import data_suffix
+from hf_ft_ext.data.splits import files_of_task
 from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.demo.dataset import demo_dataset
 from hf_ft_ext.errors import InputError
@@ -283,7 +284,7 @@ def _open_dataset(
     else:
         errors = _hub_errors(name)
     # Pass all of them in every call: without `cache_dir`, for example, an offline run searches the wrong cache.
-    options = {"cache_dir": cache_dir, "token": token, "revision": data_args.dataset_revision}
+    options: dict[str, Any] = {"cache_dir": cache_dir, "token": token, "revision": data_args.dataset_revision}
     with errors:
         if task is not None and name == task.hub_id and not data_args.dataset_config_name:
             config = task.hub_config
@@ -291,8 +292,10 @@ def _open_dataset(
             config = _choose_config(name, data_args.dataset_config_name, task, options)
         if local is not None:
             builder = load_dataset_builder(name, config, cache_dir=cache_dir)
-            files = _own_files_of(builder)
-            if files:
+            if parts := files_of_task(builder.config.data_files, task):
+                options["data_files"] = parts
+                builder = load_dataset_builder(name, config, cache_dir=cache_dir, data_files=parts)
+            if files := _own_files_of(builder):
                 training = data_args.train_split or [split for split in files if split.startswith("train")]
                 streamed = training if data_args.streaming else ()
                 return open_own_files(files, reading, cache_dir=cache_dir, streamed=streamed)

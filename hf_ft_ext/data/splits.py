@@ -1,7 +1,10 @@
 """Choose the splits of a data set for training, validation and test."""
 
+import glob
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from datasets import Dataset, IterableDataset, concatenate_datasets
 
@@ -57,6 +60,34 @@ def find_roles(
             "name them with --train_split, --validation_split and --test_split"
         )
     return roles
+
+
+def files_of_task(files: Mapping[str, Sequence[str]] | None, task: Task | None) -> dict[str, list[str]] | None:
+    """Return the files of a local folder by the task's own splits; `None` if `files` need no change.
+
+    `datasets` puts files whose names begin alike into one split: those of MNLI's matched and mismatched part.
+
+    Args:
+        files: the paths of each split, as `datasets` found them.
+
+    Returns:
+        Patterns for `datasets`, each of one file.
+    """
+    found: dict[str, list[str]] = {}
+    for split, paths in (files or {}).items():
+        for path in paths:
+            found.setdefault(_split_of_task(path, task) or str(split), []).append(glob.escape(str(path)))
+    return found if task is not None and found.keys() - (files or {}).keys() else None
+
+
+def _split_of_task(path: str, task: Task | None) -> str | None:
+    """The split of a task with several for one role, such as `validation_matched`, that a file or its folder names."""
+    for split in (*task.validation_splits, *task.test_splits) if task else ():
+        role, _, part = split.partition("_")
+        pattern = rf"({'|'.join(_PREFIXES[role])})[._-]{part}([._-].*)?" if part else None
+        if pattern and any(re.fullmatch(pattern, name) for name in Path(path).parts[-2:]):
+            return split
+    return None
 
 
 def _named(source: dict, option: str, wanted: Sequence[str]) -> list[str]:

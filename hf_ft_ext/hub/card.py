@@ -20,7 +20,7 @@ from hf_ft_ext.methods import METHODS, hooks_of
 from hf_ft_ext.metrics import SCORES
 from hf_ft_ext.training.sharing import FinishedRun, is_machine_specific
 from hf_ft_ext.training.sharing.privacy import is_foreign_path, last_part, without_secrets
-from hf_ft_ext.training.sharing.text import code_span, prompt_text, share_text, shell_command
+from hf_ft_ext.training.sharing.text import bytes_text, code_span, prompt_text, share_text, shell_command
 
 _HERE = Path(__file__).parent
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -108,7 +108,7 @@ def model_card(folder: str | os.PathLike, record: dict[str, Any], repo_id: str) 
         delta=delta_code(run) if delta_code else None,
         command=shell_command(_command(public)),
         share=share_text(record.get("trainable_parameters"), record.get("total_parameters")),
-        size=f"{record['artefact_bytes'] / 1e6:.1f} MB" if record.get("artefact_bytes") else None,
+        size=bytes_text(record["artefact_bytes"]) if record.get("artefact_bytes") else None,
         papers=_papers(trainer),
     )
     return str(card).rstrip() + "\n"

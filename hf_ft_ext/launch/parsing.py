@@ -3,6 +3,8 @@
 import argparse
 import copy
 import functools
+import logging
+import os
 import re
 import sys
 from dataclasses import fields
@@ -24,6 +26,8 @@ from hf_ft_ext.launch.choice import Choice, read_choice
 from hf_ft_ext.launch.values import checked
 from hf_ft_ext.methods import METHODS, Method, find_method, list_methods
 from hf_ft_ext.training.sharing.privacy import hide_tokens
+
+logger = logging.getLogger(__name__)
 
 _CHOICES_AS_PLACEHOLDER = 10  # longer lists follow the help text
 _CHOICES_SHOWN = 20  # even longer lists (optimizers) appear only in the error for a wrong value
@@ -139,9 +143,7 @@ class Parser(HfArgumentParser):
         Raises:
             InputError: unknown argument or key, or a value that cannot work.
         """
-        for action in self._actions:
-            action.default = argparse.SUPPRESS
-        line, rest = self.parse_known_args(argv)
+        line, rest = self.words(argv)
         if rest:
             raise InputError(self._unknown(rest))
         values = {}
@@ -158,6 +160,12 @@ class Parser(HfArgumentParser):
                     f"choose from: {', '.join(choices)}"
                 )
         return values
+
+    def words(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The options that the words `argv` set, and the words that are none of this method."""
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        return self.parse_known_args(argv)
 
     def _unknown(self, rest: list[str]) -> str:
         option = next((word for word in rest if word.startswith("-")), None)
@@ -223,8 +231,11 @@ def parse_choice(
         everything = choice.help == _ALL_ARGUMENTS
         sys.stdout.write(list_methods() if choice.method is None else Parser(choice.method).help_text(everything))
         raise SystemExit(0)
-    method = find_method(RunArguments.method) if choice.method is None else choice.method
-    return arguments_of(_parser(method, method.arguments_class()), choice.argv, choice.recipe)
+    method, recipe = choice.method, choice.recipe
+    if method is None and (method := _method_of_run(choice)) is not None:
+        recipe = {**recipe, "method": method.name}
+    method = find_method(RunArguments.method) if method is None else method
+    return arguments_of(_parser(method, method.arguments_class()), choice.argv, recipe)
 
 
 def arguments_of(
@@ -266,6 +277,26 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 def _plain(value: Any) -> str:
     value = getattr(value, "value", value)  # the value of an enum member
     return "none" if value is None else str(value).replace("%", "%%")
+
+
+def _method_of_run(choice: Choice) -> Method | None:
+    """The method of the run whose folder a command without a method evaluates; `None` if it trains."""
+    default = find_method(RunArguments.method)
+    line, _ = _parser(default, default.arguments_class()).words(choice.argv)
+    given = {**choice.recipe, **vars(line)}
+    folder = given.get("model_name_or_path")
+    if not isinstance(folder, str) or given.get("do_train") not in (None, False):
+        return None
+    if not given.get("do_eval") and not given.get("do_predict"):
+        return None
+    # imports torch
+    from hf_ft_ext.training.runs.record import recorded_method
+
+    name = recorded_method(os.path.expanduser(folder))
+    if name not in METHODS or name == default.name:
+        return None
+    logger.info("Using the method of the run in '%s': %s.", folder, name)
+    return METHODS[name]
 
 
 @functools.cache  # several runs in one process share it

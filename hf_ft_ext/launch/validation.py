@@ -191,10 +191,6 @@ def choose_best_metric(run_args: RunArguments, args: TrainingArguments, metrics:
         if not compares or args.prediction_loss_only:
             return
         args.metric_for_best_model = primary
-        if metrics.chosen_from_elsewhere and "greater_is_better" not in run_args.given:
-            logger.info(
-                "The best model has the highest %s; pass --greater_is_better false where low is good.", primary
-            )
         if "greater_is_better" not in run_args.given:
             args.greater_is_better = True
     elif chosen.removeprefix("eval_") not in keys:
@@ -202,6 +198,10 @@ def choose_best_metric(run_args: RunArguments, args: TrainingArguments, metrics:
             f"metric_for_best_model cannot be {chosen!r}{did_you_mean(chosen.removeprefix('eval_'), keys)}; "
             f"this task has: {', '.join(keys)}"
         )
+    best = str(args.metric_for_best_model).removeprefix("eval_")
+    if compares and metrics.is_from_elsewhere(best) and "greater_is_better" not in run_args.given:
+        which, other = ("highest", "false") if args.greater_is_better else ("lowest", "true")
+        logger.info("The best model has the %s %s; pass --greater_is_better %s for the other way.", which, best, other)
 
 
 def check_scoring(

@@ -89,7 +89,9 @@ class LinearHeadTrainer(SolverTrainer):
         return fitted
 
     def trained_weights(self) -> list[TrainedWeight]:
-        """The parameters of the last layer; they have no gradients and no moments."""
+        """The parameters of the last layer; they have no gradients and no moments. None without training rows."""
+        if self.fitted is None and self.train_dataset is None:
+            return []
         prepare_linear_head(self.model)
         name = self.fitted.layer if self.fitted else self._last_layer()
         layer = self.model.get_submodule(name)

@@ -104,10 +104,10 @@ class MetricFunction:
     def _evident(self) -> bool:
         return self.label_names is not None and evident_positive(self.label_names) is not None
 
-    @property
-    def chosen_from_elsewhere(self) -> bool:
-        """Whether the metric that selects the best model is external, so that its direction is not known."""
-        return self.names[0] in self._externals
+    def is_from_elsewhere(self, key: str) -> bool:
+        """Whether `key` may be of an external metric, so that it is not known whether high or low values are good."""
+        known = {"loss", *SCORES, *(row.primary for row in METRICS.values())}
+        return bool(self._externals) and (key in self._externals or key not in known)
 
     @property
     def reads_positive(self) -> bool:

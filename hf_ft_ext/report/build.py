@@ -15,7 +15,7 @@ from hf_ft_ext.files import write_text
 from hf_ft_ext.report import charts, curves
 from hf_ft_ext.report.read import Found, Missing, find_runs
 from hf_ft_ext.report.rows import Number, Row, Section, pareto_front, sections
-from hf_ft_ext.training.sharing.text import code_span, prompt_text, share_text
+from hf_ft_ext.training.sharing.text import bytes_text, code_span, prompt_text, share_text
 
 HTML, MARKDOWN = "report.html", "report.md"
 _MANY_ROWS = 60  # more rows are not legible in a picture
@@ -202,15 +202,6 @@ def number_text(number: Number | None, digits: int = 1) -> str:
 
 def count_text(value: float | None) -> str:
     return "-" if value is None else f"{value:,}"
-
-
-def bytes_text(value: float | None) -> str:
-    if value is None:
-        return "-"
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= size:
-            return f"{value / size:.1f} {unit}"
-    return f"{value:.0f} B"
 
 
 def seed_text(seed: int | None) -> str:

@@ -55,6 +55,7 @@ class Row:
         metric: key of the quality in the records, such as `eval_accuracy`.
         notes: differences between its data and that of the other rows.
         remarks: further warnings: seeds that ran twice, different devices or versions.
+        lower: whether a run of the section says that low values of its own metric are the good ones.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Row:
     metric: str
     notes: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
+    lower: bool = False
 
     @property
     def method(self) -> str:
@@ -92,7 +94,7 @@ class Row:
         """The mean quality, negated if lower is better (perplexity), for sorting; minus infinity without a number."""
         if self.quality is None:
             return -math.inf
-        return -self.quality.mean if lower_is_better(self.metric) else self.quality.mean
+        return -self.quality.mean if self.lower or lower_is_better(self.metric) else self.quality.mean
 
     @cached_property
     def memory(self) -> Number | None:
@@ -250,13 +252,21 @@ def _section(about: tuple[str, str, str, str, str], heading: str, runs: list[Run
         groups.setdefault((run.variant or method, method, comparison_key(run)), []).append(run)
     firsts = [members[0] for members in groups.values()]
     names = _names(groups)
+    lower = any(_says_lower(run, metric) for run in runs)
     rows = []
     for key, members in groups.items():
         counted, remarks = _one_for_each_seed(members)
-        row = Row(names[key], counted, metric, _notes(members[0], firsts), (*remarks, *_environment_remarks(counted)))
-        rows.append(row)
+        remarks += _environment_remarks(counted)
+        rows.append(Row(names[key], counted, metric, _notes(members[0], firsts), tuple(remarks), lower))
     rows.sort(key=lambda row: (row.quality is None, -row.rank if row.quality else 0.0, row.name))
     return Section(task, model, metric, rows, data, heading)
+
+
+def _says_lower(run: Run, metric: str) -> bool:
+    """Whether a run was told `--greater_is_better false`, and about this metric."""
+    arguments = run.record["arguments"] or {}
+    chosen = arguments.get("metric_for_best_model") or metric
+    return arguments.get("greater_is_better") is False and str(chosen).removeprefix("eval_") == metric[len("eval_") :]
 
 
 def _one_for_each_seed(runs: list[Run]) -> tuple[list[Run], list[str]]:

@@ -1,6 +1,7 @@
 """Loading data sets: local folders of every form, the Hub's absence, limits, the metric's check."""
 
 import logging
+from pathlib import Path
 
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
@@ -63,11 +64,20 @@ def test_nothing_given_means_the_demo(load):
             load(**{option: ""})
 
 
-def test_mnli_has_two_validation_and_two_unlabelled_test_splits(load, folder):
+@pytest.mark.parametrize("form", ["{}", "{}-00000-of-00001.parquet", "{}/0000.parquet", "{}.csv"])
+def test_mnli_has_two_validation_and_two_unlabelled_test_splits(load, folder, form):
     pair = {"premise": ["a", "b", "c"], "hypothesis": ["d", "e", "f"]}
     splits = {name: {**pair, "label": [0, 1, 2]} for name in ("train", "validation_mismatched", "validation_matched")}
     splits |= {name: {**pair, "label": [-1, -1, -1]} for name in ("test_matched", "test_mismatched")}
-    path = folder(splits, list(TASKS["mnli"].label_names), "mnli")
+    path = folder(splits, list(TASKS["mnli"].label_names), "mnli" if form == "{}" else None)
+    for file in Path(path).glob("*.parquet") if form != "{}" else ():  # files whose splits no README.md names
+        target = file.parent / form.format(file.stem.replace("validation", "dev") if "csv" in form else file.stem)
+        target.parent.mkdir(exist_ok=True)
+        if target.suffix == ".csv":
+            Dataset.from_parquet(str(file)).to_csv(target)
+            file.unlink()
+        else:
+            file.rename(target)
     data = load(task_name="mnli", dataset_name=path, max_eval_samples=2)
     assert list(data.validation) == ["validation_matched", "validation_mismatched"]
     assert [len(split) for split in data.validation.values()] == [2, 2]

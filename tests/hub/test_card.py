@@ -124,6 +124,18 @@ def test_shares_read_without_exponents(part, whole, text, tmp_path):
     assert (f"({text} of all)" in card) == bool(text) and "e+0" not in card and "e-0" not in card
 
 
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(999, "999 B"), (7638, "7.6 kB"), (49_999, "50.0 kB"), (2_340_000, "2.3 MB"), (1.5e9, "1.5 GB"), (None, None)],
+)
+def test_sizes_and_the_positive_class_are_those_of_the_record(tmp_path, size, text):
+    positive = {"labels": ["no", "yes"], "positive_label": "no"} if size else {"labels": ["no", "yes"]}
+    card = model_card(tmp_path, run_record("lora", 1, 0.5, artefact_bytes=size, **positive), "me/x")
+    assert re.findall(r"\| saved \| (.*) \|", card) == ([text] if text else [])
+    labels = "Labels, in the order of the logits: `no`, `yes`."
+    assert f"{labels} The metrics' positive class: `no`.\n\n" in card if size else f"{labels}\n\n" in card
+
+
 def test_names_with_spaces_and_backticks_stay_whole(tmp_path):
     command = [
         "run_glue.py",

@@ -3,8 +3,10 @@
 import json
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
+from run_records import run_record, write_run
 from transformers import Trainer, TrainingArguments
 
 from hf_ft_ext.arguments import DataArguments, MethodTrainingArguments, ModelArguments, RunArguments, own_fields
@@ -43,6 +45,33 @@ def test_method_from_the_command_line_and_dashes():
     path = recipe("method: lora\nseed: 3\nmax-seq-length: 20\n")
     run, _, data, training = parse(path, "--method=full", "--num-train-epochs", "2")
     assert (run.method, data.max_seq_length, training.num_train_epochs, training.seed) == ("full", 20, 2.0, 3)
+
+
+EVALUATE = ("--model_name_or_path", "run", "--do_predict")
+
+
+@pytest.mark.parametrize(
+    ("argv", "method"),
+    [
+        (EVALUATE, "lora"),
+        (("--model-name-or-path=run", "--do_eval", "true", "--lora_r", "2"), "lora"),
+        (("recipe.yaml", "--do_train", "false"), "lora"),
+        (("recipe.yaml",), "sparse"),  # trains
+        ((*EVALUATE, "--do_train"), "sparse"),
+        (("--model_name_or_path", "run"), "sparse"),  # trains and evaluates
+        ((*EVALUATE, "--method", "full"), "full"),
+        (("--model_name_or_path", "elsewhere", "--do_predict"), "sparse"),
+        (("--model_name_or_path", "unknown", "--do_predict"), "sparse"),
+    ],
+)
+def test_what_only_evaluates_a_run_takes_its_method(argv, method, caplog):
+    recipe("model_name_or_path: run\ndo_train: true\ndo_eval: true\n")
+    write_run(Path("run"), run_record("lora", 1, 0.5))
+    write_run(Path("unknown"), run_record("of-another-package", 1, 0.5))
+    with caplog.at_level("INFO"):
+        run, *_ = parse(*argv, "--task_name", "sst2")
+    assert run.method == method
+    assert ("Using the method of the run in 'run': lora." in caplog.messages) == (method == "lora")
 
 
 def test_values_of_every_kind():

@@ -167,7 +167,7 @@ def test_evaluation_alone_writes_no_model(launch, capsys):
     assert "load it" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", ["full", "lora", "kernel"])
+@pytest.mark.parametrize("method", ["full", "lora", "kernel", "linearhead"])
 def test_rows_that_lack_a_class_are_scored_by_the_trained_head(launch, method):
     rows = [f"{WORDS[i]} {WORDS[i // 2]},{'bca'[i % 3]}" for i in range(18)]
     Path("all.csv").write_text("\n".join(["sentence,label", *rows]))

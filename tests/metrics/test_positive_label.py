@@ -3,13 +3,17 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from sklearn.metrics import f1_score, roc_auc_score
 from tiny import text_dataset, tiny_model
+from transformers import TrainingArguments
 
 import run_glue
+from hf_ft_ext.launch.validation import choose_best_metric
+from hf_ft_ext.metrics import metric_function
 
 TASK = ["not_equivalent", "equivalent"]
 
@@ -156,6 +160,24 @@ def test_any_key_chooses_the_best_model(pairs, tokenizer, capsys):
     with pytest.raises(AssertionError):
         evaluate(*train, *metrics, "--metric_for_best_model", "f1_makro")
     assert "metric_for_best_model cannot be 'f1_makro'; did you mean 'f1_macro'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [(None, "highest gap; pass --greater_is_better false"), ("gap", "highest gap"), ("eval_gap", "highest gap"),
+     ("f1_macro", None), ("loss", None)],
+)  # fmt: skip
+def test_a_metric_whose_direction_is_not_known_is_logged_when_it_chooses_the_best_model(chosen, said, caplog):
+    def gap(references):
+        return float(references.mean())
+
+    given = {} if chosen is None else {"metric_for_best_model": chosen}
+    args = TrainingArguments("out", load_best_model_at_end=True, eval_strategy="steps", use_cpu=True, **given)
+    with caplog.at_level("INFO"):
+        choose_best_metric(SimpleNamespace(given=given, hp_search=0), args, metric_function([gap, "f1_macro"]))
+    assert args.greater_is_better == (chosen != "loss")
+    logged = [record.message for record in caplog.records if "The best model has the" in record.message]
+    assert len(logged) == (said is not None) and all(said in line for line in logged)
 
 
 def test_regressions_and_rows_without_labels_keep_the_models_own_problem(tmp_path, tokenizer, monkeypatch, capsys):

@@ -35,6 +35,28 @@ def test_rows_are_means_over_seeds_sorted_by_quality(tmp_path):
     assert rows[0].evaluation_seconds.mean == 0.25
 
 
+@pytest.mark.parametrize(
+    ("told", "lowest_first"),
+    [
+        ({"greater_is_better": False}, True),
+        ({"greater_is_better": False, "metric_for_best_model": "eval_cost"}, True),
+        ({"greater_is_better": False, "metric_for_best_model": "loss"}, False),
+        ({"greater_is_better": True}, False),
+        ({}, False),
+    ],
+)
+def test_a_metric_of_which_low_values_are_good_is_sorted_that_way(tmp_path, told, lowest_first):
+    for name, cost, seconds in (("a", 0.2, 5.0), ("b", 0.9, 9.0), ("c", 0.5, 7.0)):
+        arguments = {"metric": ["scores.py:cost"], **(told if name != "c" else {})}
+        record = run_record(name, 1, None, quality="eval_cost", arguments=arguments, train_seconds=seconds)
+        record["metrics"]["eval_cost"] = cost
+        write_run(tmp_path / name, record)
+    rows = rows_of(tmp_path)
+    assert [row.name for row in rows] == (["a", "c", "b"] if lowest_first else ["b", "c", "a"])
+    front = [row.name for row in pareto_front(rows, "seconds")]
+    assert front == (["a"] if lowest_first else ["a", "c", "b"])
+
+
 def test_pareto_front_equals_its_definition(tmp_path):
     points = dict(zip("abcdef", ((0.9, 30), (0.9, 20), (0.8, 20), (0.7, 5), (0.6, 6), (0.7, 5)), strict=True))
     points["g"] = (0.95, 90)

@@ -24,6 +24,16 @@ def share_text(part: float | None, whole: float | None) -> str:
     return f"{share:.{digits}f}".rstrip("0").rstrip(".") + " %"
 
 
+def bytes_text(value: float | None) -> str:
+    """A number of bytes with a decimal unit, such as `7.6 kB`; `-` if it is not known."""
+    if value is None:
+        return "-"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= size:
+            return f"{value / size:.1f} {unit}"
+    return f"{value:.0f} B"
+
+
 def code_span(text: Any) -> str:
     """`text` as inline code of Markdown; backticks in it are handled."""
     text = re.sub(r"\s+", " ", str(text))
