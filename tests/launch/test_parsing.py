@@ -56,6 +56,8 @@ EVALUATE = ("--model_name_or_path", "run", "--do_predict")
         (EVALUATE, "lora"),
         (("--model-name-or-path=run", "--do_eval", "true", "--lora_r", "2"), "lora"),
         (("recipe.yaml", "--do_train", "false"), "lora"),
+        (("--model_name_or_path", "run/checkpoint-3", "--do_eval"), "lora"),
+        (("--model_name_or_path", "run/other", "--do_eval"), "sparse"),
         (("recipe.yaml",), "sparse"),  # trains
         ((*EVALUATE, "--do_train"), "sparse"),
         (("--model_name_or_path", "run"), "sparse"),  # trains and evaluates
@@ -71,7 +73,8 @@ def test_what_only_evaluates_a_run_takes_its_method(argv, method, caplog):
     with caplog.at_level("INFO"):
         run, *_ = parse(*argv, "--task_name", "sst2")
     assert run.method == method
-    assert ("Using the method of the run in 'run': lora." in caplog.messages) == (method == "lora")
+    logged = [line for line in caplog.messages if line.startswith("Using the method of the run in 'run")]
+    assert len(logged) == (method == "lora") and all(line.endswith(": lora.") for line in logged)
 
 
 def test_values_of_every_kind():

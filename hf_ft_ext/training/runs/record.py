@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,12 @@ def library_versions() -> dict[str, str]:
 
 
 def recorded_method(folder: str | os.PathLike) -> str | None:
-    """The method of the run recorded in `folder`; `None` without a readable record."""
+    """The method of the run recorded in `folder`, a run's folder or a checkpoint in it; `None` without a record."""
+    folder = Path(folder)
+    if re.fullmatch(r"checkpoint-\d+", folder.name) and not (folder / RUN_RECORD).is_file():
+        folder = folder.parent
     try:
-        record = json.loads((Path(folder) / RUN_RECORD).read_text(encoding="utf-8"))
+        record = json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     method = record.get("method") if isinstance(record, dict) else None
