@@ -4,6 +4,7 @@ A direction has one part for each searched tensor. A dense part is generated chu
 seed, so that a large tensor's part never has to be in memory as a whole. A low-rank part of a matrix is two factors.
 """
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -215,9 +216,10 @@ def compute_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def without_autocast(device: torch.device) -> torch.autocast:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """A context in which autocast does not round products to 16 bits, wherever the model's forward pass uses it."""
-    return torch.autocast(device.type, enabled=False)
+    known = torch.amp.is_autocast_available(device.type)  # not for every backend
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
 def threshold(parameter: torch.Tensor, share: float) -> float:
