@@ -85,11 +85,12 @@ def choose_thresholds(trainer: Trainer, splits: dict[str, Any]) -> None:
     name, data = next(iter(splits.items()))
     with _with_values(trainer.args, dataloader_drop_last=False):
         output = trainer.predict(data, metric_key_prefix="eval")
-    metrics.thresholds = best_thresholds(logits_of(output.predictions), np.asarray(output.label_ids))
+    thresholds = best_thresholds(logits_of(output.predictions), np.asarray(output.label_ids))
+    metrics.thresholds = thresholds
     names = trainer.model.config.id2label
-    shown = ", ".join(f"{names[i]} {value:.3g}" for i, value in enumerate(metrics.thresholds[:10]))
+    shown = ", ".join(f"{names[i]} {value:.3g}" for i, value in enumerate(thresholds[:10]))
     logger.info("Thresholds by F1 on split '%s', whose metrics are thus slightly optimistic: %s.", name, shown)
-    store_thresholds(trainer.model.config, metrics.thresholds)
+    store_thresholds(trainer.model.config, thresholds)
     path = Path(trainer.args.output_dir) / CONFIG_NAME
     if trainer.args.do_train and trainer.is_world_process_zero() and path.is_file():  # the model is saved already
         saved = json.loads(path.read_text(encoding="utf-8"))
