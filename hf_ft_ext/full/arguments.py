@@ -57,7 +57,14 @@ class FullTrainingArguments(MethodTrainingArguments):
     def validate(self) -> None:
         if self.optimizer is not None:
             self._set_optim()
-        if "sign" in _options(self.optim_args) and self.optim != OptimizerNames.SGD:
+        options = _options(self.optim_args)
+        if self.sign_descent and len(options) > 1:
+            others = ", ".join(name for name in options if name != "sign")
+            raise InputError(
+                f"optim_args={self.optim_args}: steps by the gradient's signs have no {others}; leave sign=true "
+                "or the others out"
+            )
+        if "sign" in options and self.optim != OptimizerNames.SGD:
             raise InputError(
                 f"optim_args={self.optim_args} needs optim=sgd, but optim is "
                 f"{getattr(self.optim, 'value', self.optim)}; pass optim=sgd, or leave optim_args out"

@@ -137,6 +137,7 @@ def test_a_peft_method_trains_instead(tmp_path):
     [
         ({"optimizer": "adam", "optim": "adafactor"}, "optimizer=adam and optim=adafactor both choose the optimizer"),
         ({"optim_args": "sign=true"}, r"optim_args=sign=true needs optim=sgd, but optim is adamw"),
+        ({"optim": "sgd", "optim_args": "sign=true,momentum=0.5"}, "steps by the gradient's signs have no momentum; "),
         ({"optimizer": "lion"}, "optimizer='lion' is unknown; choose from: adam, sgd, signgd"),
         ({"fix_layers": -1}, "fix_layers must be 0 or more, got -1"),
         ({"peft_config": {"r": 1}}, "peft_config needs peft"),
