@@ -61,7 +61,7 @@ class Entries(nn.Module):
         """
         values, version = self.values.detach(), self.values._version
         if not torch.is_grad_enabled() and not compare:
-            # `data`, because a graph may hold the weight: rewriting equal values is no change to it.
+            # Through `data`, as autograd may have saved the weight, and equal values leave its gradients right.
             weight.data.view(-1)[self.indices] = values.to(weight.dtype)
             self._folded, self.may_have_changed = values.clone(), True
             return
