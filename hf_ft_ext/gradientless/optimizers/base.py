@@ -137,7 +137,7 @@ def check_rates(lr: float, weight_decay: float) -> None:
 
 
 def check_perturbation(eps: float | None, num_directions: int, usual: str = "1e-3") -> None:
-    """Raise an `InputError` unless `eps` is finite and above 0 (or `None`, a default) and `num_directions` at least 1."""
+    """Raise an `InputError` unless `eps` is finite, above 0 or `None` (a default), and there is a direction."""
     if eps is not None and not (eps > 0 and math.isfinite(eps)):
         raise InputError(f"eps must be a finite number above 0, such as {usual}, got {eps}")
     if num_directions < 1:
