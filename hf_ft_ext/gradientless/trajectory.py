@@ -20,7 +20,7 @@ from hf_ft_ext.gradientless.optimizers.spsa import SPSA
 from hf_ft_ext.offload import hold_offloaded
 
 FILE = "trajectory.safetensors"
-_FORMAT = "hf_ft_ext trajectory 1"
+_FORMAT, _OLDER = "hf_ft_ext trajectory 2", "hf_ft_ext trajectory 1"  # the older rounded 16-bit weights differently
 
 
 def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) -> Path:
@@ -155,7 +155,8 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], torch.Tensor, numpy.
     path = path / FILE if path.is_dir() else path
     try:
         with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("format") != _FORMAT:
+            written = (file.metadata() or {}).get("format")
+            if written not in (_FORMAT, _OLDER):
                 raise InputError(f"{path} is not a trajectory of a search; pass a file that save_trajectory wrote")
             tensors = {name: file.get_tensor(name) for name in ("slopes", "rates", "about")}
         about = json.loads(zlib.decompress(tensors["about"].numpy().tobytes()))
@@ -165,6 +166,11 @@ def _read(path: str | os.PathLike) -> tuple[dict[str, Any], torch.Tensor, numpy.
         raise InputError(f"{path} does not exist; pass the file or folder of a trajectory") from None
     except (SafetensorError, zlib.error, KeyError, ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read as a trajectory: {error}") from None
+    if written == _OLDER and not {"float16", "bfloat16"}.isdisjoint(about["types"]):
+        raise InputError(
+            f"{path} is of an earlier version of hf_ft_ext, which rounded 16-bit weights differently; repeat it with "
+            "that version, and save the model there"
+        )
     return about, tensors["slopes"], rates
 
 

@@ -211,6 +211,22 @@ def test_twenty_thousand_steps_are_below_a_tenth_of_a_megabyte(tmp_path):
     assert save_trajectory(optimizer, model, tmp_path / "file.safetensors").stat().st_size < 100_000
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_trajectories_of_the_first_format_are_refused_where_rounding_has_changed(tmp_path, monkeypatch, dtype):
+    model = family("bert").to(dtype)
+    optimizer = SPSA(model.parameters(), model)
+    optimizer.step(lambda: model(**padded_batch(), labels=LABELS).loss)
+    with monkeypatch.context() as patched:
+        patched.setattr(trajectory, "_FORMAT", "hf_ft_ext trajectory 1")
+        save_trajectory(optimizer, model, tmp_path)
+    if dtype == torch.float32:
+        repeated = apply_trajectory(family("bert"), tmp_path)
+        assert all(torch.equal(a, b) for a, b in zip(repeated.parameters(), model.parameters(), strict=True))
+    else:
+        with pytest.raises(InputError, match="earlier version of hf_ft_ext, which rounded 16-bit weights differently"):
+            apply_trajectory(family("bert").to(dtype), tmp_path)
+
+
 def test_unsuitable_models_and_files_of_a_trajectory_are_refused(tmp_path, monkeypatch):
     model = family("bert")
     optimizer = SPSA(model.parameters(), model)

@@ -169,19 +169,21 @@ class Rounding:
 
 
 def rounded_stochastically(exact: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """Stochastic rounding of `exact` (float32) to a 16-bit type: up or down at random, so that the mean is `exact`."""
-    nearest = exact.to(dtype)
-    error = exact - nearest.float()
-    # `exact` lies between `nearest` and `other`, the neighbour on the side of the error. The bits of a float's
-    # neighbours, as an integer, are its own plus 1 (away from zero) or minus 1 (towards zero).
-    away = (error > 0) == (nearest > 0)
-    bits = nearest.view(torch.int16)
-    neighbour = torch.where(away, bits + 1, bits - 1)
-    # Zero has its own neighbours: the smallest subnormal numbers, with bits 1 and (the sign bit and 1) 1 - 2^15.
-    of_zero = torch.where(error > 0, 1, 1 - 2**15).to(torch.int16)
-    other = torch.where(nearest == 0, of_zero, neighbour).view(dtype)
-    gap = (other.float() - nearest.float()).abs()
-    # P(other) = |exact - nearest| / |other - nearest|
-    chance = torch.where((error == 0) | ~gap.isfinite(), torch.zeros_like(error), error.abs() / gap)
-    draw = torch.rand(exact.shape, generator=generator, device=exact.device)
-    return torch.where(draw < chance, other, nearest)
+    """Stochastic rounding of `exact` (float32) to a 16-bit type: up or down at random, so that the mean is `exact`.
+
+    `floor(exact / unit + u) unit`, where `unit` is the distance between neighbours of the 16-bit type at `exact`, and `u`
+    is uniform in [0, 1), a multiple of 2^-16. Dividing by `unit`, a power of two, has no rounding error.
+    """
+    info = torch.finfo(dtype)
+    exponent_bits = 0x7F800000
+    power = (exact.view(torch.int32) & exponent_bits).view(torch.float32)  # 2^e with 2^e <= |exact| < 2^(e + 1)
+    largest = 2.0 ** math.floor(math.log2(info.max))  # infinity has the unit of the largest numbers
+    unit = power.clamp_(info.smallest_normal, largest).mul_(info.eps)  # subnormal numbers share one unit
+    return (exact / unit).add_(_uniform(exact, generator)).floor_().mul_(unit).to(dtype)
+
+
+def _uniform(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Uniform multiples of 2^-16 in [0, 1): four from each random 64-bit integer, of the shape of `like`."""
+    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
+    words.random_(-(2**63), None, generator=generator)
+    return words.view(torch.int16)[: like.numel()].view(like.shape).float().mul_(2**-16).add_(0.5)
