@@ -171,8 +171,8 @@ class Rounding:
 def rounded_stochastically(exact: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
     """Stochastic rounding of `exact` (float32) to a 16-bit type: up or down at random, so that the mean is `exact`.
 
-    `floor(exact / unit + u) unit`, where `unit` is the distance between neighbours of the 16-bit type at `exact`, and `u`
-    is uniform in [0, 1), a multiple of 2^-16. Dividing by `unit`, a power of two, has no rounding error.
+    `floor(exact / unit + u) unit`, where `unit` is the distance between neighbours of the 16-bit type at `exact`, and
+    `u` is uniform in [0, 1), a multiple of 2^-16. Dividing by `unit`, a power of two, has no rounding error.
     """
     info = torch.finfo(dtype)
     exponent_bits = 0x7F800000
