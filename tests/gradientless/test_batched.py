@@ -67,6 +67,34 @@ def test_batched_candidates_equal_sequential_ones(model_type, settings, micro_ba
     assert results[0][0][-1] < results[0][0][0]
 
 
+@pytest.mark.parametrize("after", [lambda y: y, lambda y: 3 * y, lambda y: y.mul_(3), lambda y: y.tanh()])
+def test_what_a_model_does_after_its_last_layer_is_part_of_the_logits(after):
+    """The last layer's candidates need no forward pass of the head, but only where its output is the logits."""
+    results = []
+    for looped in (False, True):
+        model = family("bert").double()
+
+        def forward(*args, model=model, **kwargs):
+            output = type(model).forward(model, *args, **kwargs)
+            output.logits = after(output.logits)
+            return output
+
+        model.forward = forward
+        scoring = evaluation_of(model)
+        optimizer = DirectSearch(model.classifier.parameters(), lr=0.3, sampling_size=40)
+
+        def alone(scoring=scoring):
+            return scoring.objective(scoring.plain_logits(), scoring.labels)
+
+        for _ in range(4):
+            scoring.stale = True
+            loss = optimizer.step(scoring.closure, Sequential(alone) if looped else scoring)
+            results.append((loss, [p.detach().clone() for p in model.classifier.parameters()]))
+    for (fast, a), (slow, b) in zip(results[:4], results[4:], strict=True):
+        assert fast == pytest.approx(slow, rel=1e-9)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 def test_evaluation_does_not_change_the_head():
     model = family("bert")
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -1,8 +1,9 @@
 """Evaluate all candidates of a head's tensor in one pass through the head.
 
 The candidates become rows: the module that owns the searched tensor returns `candidates x rows` rows instead of
-`rows`. Modules before it in the head keep their recorded outputs, and modules after it run on the larger batch. If
-only few entries of a linear layer change, only the changes are multiplied with its input.
+`rows`. Modules before it in the head keep their recorded outputs, and modules after it run on the larger batch; after
+the last layer, whose output the model returns as it is, nothing has to run. If only few entries of a linear layer
+change, only the changes are multiplied with its input.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,6 +31,11 @@ class Call:
     def __init__(self, position: int, x: torch.Tensor, out: torch.Tensor):
         self.position, self.x, self.out = position, x, out
         self.columns: torch.Tensor | None = None  # x transposed, computed when first needed
+        self.version = None if out.is_inference() else out._version
+
+    def returned(self, logits: torch.Tensor) -> bool:
+        """Whether the head returned this output as it is."""
+        return self.out is logits and self.version is not None and self.version == logits._version
 
 
 class BatchedHead:
@@ -63,7 +69,9 @@ class BatchedHead:
             self.calls[id(module)] = Call(len(self.calls), x, out)
             return out
 
-        return self._run(record, features.shape[0])
+        logits = self._run(record, features.shape[0])
+        self.final = {key for key, call in self.calls.items() if call.returned(logits)}
+        return logits
 
     def logits(self, views: Sequence[IndexView], candidates: Candidates, rows: Sequence[int]) -> torch.Tensor:
         """Logits of the candidates `rows`: `[len(rows), batch rows, classes]`."""
@@ -87,6 +95,13 @@ class BatchedHead:
     def _replay(self, changed_output: Callable, first: int, n: int) -> torch.Tensor:
         """Run the head; modules before position `first` return their recorded outputs."""
         self.latest: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
+        batch = self.features.shape[0]
+        for module in self.modules.values():  # the output of the last layer: nothing else has to run
+            if id(module) in self.final and self.calls[id(module)].position == first:
+                call = self.calls[id(module)]
+                out = changed_output(module, call.x)
+                self.latest[id(module)] = (None, out)
+                return out.view(n, batch, -1)
 
         def replay(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
             call = self.calls[id(module)]
@@ -98,7 +113,6 @@ class BatchedHead:
             self.latest[id(module)] = (None if call.position == first else x, out)
             return out
 
-        batch = self.features.shape[0]
         return self._run(replay, n * batch).view(n, batch, -1)
 
     def accept(self, row: int) -> None:
