@@ -138,6 +138,7 @@ def stages(variants: list[Variant], args: argparse.Namespace, passed_on: list[st
             yield [
                 job(variant, rate, seed, "-".join(filter(None, (variant.name, str(seed), rate))), whole, tuning=True)
                 for variant in variants
+                if seed not in variant.known.get("score", {})
                 for rate in variant.rates
             ]
         return

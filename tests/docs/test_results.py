@@ -1,5 +1,6 @@
 """Result files and the tables that are made from them."""
 
+import functools
 import sys
 from types import SimpleNamespace
 
@@ -167,3 +168,41 @@ def test_result_rows_hold_the_scores_that_chose_the_rate(tmp_path):
     rows = [row for row in quality.measured(variant) if row["quantity"] == "tuning score"]
     assert [(row["rate"], row["value"]) for row in rows] == [("1e-4", 0.5), ("1e-3", 0.75)]
     assert len({row["what"] for row in rows}) == 2
+
+
+@pytest.mark.parametrize("few_shot", [False, True])
+def test_a_study_goes_on_from_its_result_file(tmp_path, monkeypatch, few_shot):
+    """Known seeds and rates do not run again; all that was known stands in the rows beside what is new."""
+
+    def record(score: float) -> dict:
+        metrics = {"eval_accuracy": score, "test_accuracy": score, "eval_loss": 1.0}
+        return {
+            "metrics": metrics, "train_seconds": 2.0, "preparation_seconds": 0.0, "peak_memory_bytes": None,
+            "trainable_parameters": 7, "artefact_bytes": 10**6,
+        }  # fmt: skip
+
+    study = tmp_path / "study.yaml"
+    study.write_text("v: {method: lora, learning_rate: ['1e-4', '1e-3']}\nw: {method: lora, learning_rate: '1e-3'}\n")
+    args = SimpleNamespace(
+        study=study, rates=None, only=None, task_name=["sst2"], output_dir=tmp_path / "runs", report=None,
+        few_shot=few_shot, known=None, data_seeds=False, seeds=[1, 2], epochs=2.0, tune_epochs=1.0, tune_steps=None,
+        result="study",
+    )  # fmt: skip
+    for name in ("read", "save"):
+        monkeypatch.setattr(results, name, functools.partial(getattr(results, name), folder=tmp_path))
+    first = quality.variants_of(args)[:1]
+    if not few_shot:
+        first[0].tried = {"1e-4": record(0.5), "1e-3": record(0.75)}
+    first[0].records = {1: record(0.8)}
+    quality.write(first, args)
+
+    args.known = "study"
+    later = quality.variants_of(args)
+    jobs = [(job.variant.name, job.rate, job.seed) for stage in quality.stages(later, args, []) for job in stage]
+    both = [("v", "1e-4", 2), ("v", "1e-3", 2)] if few_shot else [("v", "1e-3", 2)]  # the best known rate
+    assert jobs == [("w", "1e-3", 1), *both, ("w", "1e-3", 2)]
+    later[0].records = {2: record(0.6)}
+    quality.write(later, args)
+    rows = {(row["variant"], row["quantity"], row.get("rate")): row for row in results.read("study")}
+    assert rows["v", "score", None]["values"] == [0.8, 0.6] and rows["v", "score", None]["seeds"] == [1, 2]
+    assert few_shot or rows["v", "tuning score", "1e-4"]["value"] == 0.5
