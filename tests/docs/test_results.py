@@ -188,8 +188,9 @@ def test_a_study_goes_on_from_its_result_file(tmp_path, monkeypatch, few_shot):
         few_shot=few_shot, known=None, data_seeds=False, seeds=[1, 2], epochs=2.0, tune_epochs=1.0, tune_steps=None,
         result="study",
     )  # fmt: skip
-    for name in ("read", "save"):
-        monkeypatch.setattr(results, name, functools.partial(getattr(results, name), folder=tmp_path))
+    read, save = results.read, results.save
+    monkeypatch.setattr(results, "read", lambda name, folder=tmp_path: read(name, folder))
+    monkeypatch.setattr(results, "save", functools.partial(save, folder=tmp_path))
     first = quality.variants_of(args)[:1]
     if not few_shot:
         first[0].tried = {"1e-4": record(0.5), "1e-3": record(0.75)}
