@@ -80,8 +80,13 @@ MEASUREMENTS = {
         "--threads 1 --shape 16 24 --gradients 4 --leading 4 --result basis",
     ),
     "zeroth_order": Measurement(
-        "zeroth_order", ("zeroth-order",), "--steps 2",
-        "--layers 1 --batch 1 --length 4 --steps 1 --variants evaluation mezo-published spsa",
+        "zeroth_order", ("zeroth-order",), "--threads 1 --steps 1 --variants mezo-published evaluation spsa lozo "
+        "fzoo-outer", "--layers 1 --batch 1 --length 4 --steps 1 --variants evaluation mezo-published spsa",
+    ),
+    "zeroth_order_16_bits": Measurement(
+        "zeroth_order", ("zeroth-order",), "--threads 1 --steps 1 --dtype bfloat16 --variants mezo-published "
+        "evaluation spsa lozo fzoo-outer fzoo-outer-batched",
+        "--dtype bfloat16 --layers 1 --batch 1 --length 4 --steps 1 --variants evaluation spsa",
     ),
     "gradientless": Measurement(
         "gradientless", ("gradientless",), "--threads 1 --steps 100 --result gradientless",
@@ -98,13 +103,21 @@ class Run:
         self.end = time.monotonic() + 60 * args.budget_minutes
         self.seconds: dict[str, float] = {}
         self.repeats: dict[str, int] = {}
+        self.recorded: dict[str, set[str]] = {}  # the commands that were run, as the result files have them
 
     def left(self) -> float:
         return self.end - time.monotonic()
 
+    def command(self, name: str, repeats: int) -> list[str]:
+        """The command of a measurement, whose rows are those of this run from now on."""
+        command = MEASUREMENTS[name].command(repeats, self.args.data, self.args.small)
+        words = ["python", f"benchmarks/{Path(command[1]).name}", *command[2:]]
+        self.recorded.setdefault(name, set()).add(results.as_recorded(words))
+        return command
+
     def measure(self, name: str, repeats: int) -> bool:
         """Run a measurement; whether it came to its end."""
-        command = MEASUREMENTS[name].command(repeats, self.args.data, self.args.small)
+        command = self.command(name, repeats)
         print(f"{name}: {' '.join(Path(word).name for word in command[1:])}", flush=True)
         start = time.monotonic()
         environment = {**os.environ, "HF_FT_EXT_RESULTS": str(self.folder)}
@@ -122,8 +135,9 @@ class Run:
         return process.returncode == 0
 
     def noisy(self, name: str) -> list[dict]:
+        """The noisy rows of this run; those of other commands in the same files stay as they are."""
         files = [file for file in MEASUREMENTS[name].files if (self.folder / f"{file}.json").exists()]
-        return [row for file in files for row in results.mark_noisy(file, self.folder)]
+        return [row for file in files for row in results.mark_noisy(file, self.folder, self.recorded[name])]
 
 
 def measure_all(run: Run, names: list[str]) -> list[str]:

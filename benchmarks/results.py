@@ -14,7 +14,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def conditions(command: Sequence[str] | None = None) -> dict[str, Any]:
     script = f"benchmarks/{Path(sys.argv[0]).name}"
     words = ["python", script, *sys.argv[1:]] if command is None else list(command)
     return {
-        "command": shlex.join(_without_folders(words)),
+        "command": as_recorded(words),
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": library_versions(),
@@ -59,6 +59,11 @@ def conditions(command: Sequence[str] | None = None) -> dict[str, Any]:
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
+
+
+def as_recorded(words: Sequence[str]) -> str:
+    """A command as result files have it: without absolute paths, which differ from machine to machine."""
+    return shlex.join(_without_folders(words))
 
 
 def command_text(run: dict[str, Any]) -> str:
@@ -110,14 +115,16 @@ def is_noisy(row: dict[str, Any]) -> bool:
     return max(row["high"] - row["value"], row["value"] - row["low"]) > STEADY * abs(row["value"])
 
 
-def mark_noisy(name: str, folder: Path = FOLDER) -> list[dict[str, Any]]:
-    """Say in a result file which rows are noisy (`noisy: true`), and return these."""
+def mark_noisy(name: str, folder: Path = FOLDER, commands: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Say in a result file which rows of these commands (as recorded) are noisy, `noisy: true`, and return these."""
     from hf_ft_ext.files import write_json
 
     path = folder / f"{name}.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     found = []
     for row in content["rows"]:
+        if content["runs"][row["run"]]["command"] not in commands:
+            continue
         row.pop("noisy", None)
         if is_noisy(row):
             row["noisy"] = True
@@ -136,7 +143,7 @@ def _quartiles(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _without_folders(words: Sequence[str]) -> list[str]:
-    """The command with absolute paths shortened to their last part, as they differ from machine to machine."""
+    """The command with absolute paths shortened to their last part."""
     return [Path(word).name if Path(word).is_absolute() else word for word in words]
 
 
