@@ -56,7 +56,7 @@ class Measurement:
 
 
 MEASUREMENTS = {
-    "startup": Measurement("startup", ("startup",), "--result startup", "--result startup --only=--help", 5),
+    "startup": Measurement("startup", ("startup",), "--result startup", "--result startup --only help", 5),
     "kernel": Measurement(
         "kernel", ("kernel",), "--result kernel",
         "--result kernel --size roberta-base --train 1 --test 1 --length 4 --variants structured --formulas sgd",
