@@ -32,8 +32,10 @@ def read_texts(folders: Sequence[str], least: int) -> list[str]:
     for folder in folders:
         rows = load_dataset(folder, split="train")
         for name, feature in rows.features.items():
-            if getattr(feature, "dtype", None) == "string":
-                found.update((text.strip(), None) for text in rows[name] if len(text.split()) >= least)
+            if getattr(feature, "dtype", None) in ("string", "large_string"):
+                found.update((text.strip(), None) for text in rows[name] if text and len(text.split()) >= least)
+    if not found:
+        raise SystemExit(f"no text of {least} words or more in the train splits of {', '.join(folders)}")
     return list(found)
 
 
@@ -106,6 +108,8 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForMaskedLM.from_pretrained(args.model, dtype=torch.float32)
+    if not hasattr(model, "lm_head"):
+        raise SystemExit(f"{type(model).__name__} has no lm_head; this script is for models such as MPNet and RoBERTa")
     model.eval().requires_grad_(False)  # no dropout: each text is seen about once
     layers = list(model.base_model.encoder.layer)[-args.trained_layers :] if args.trained_layers else []
     tied = {id(parameter) for parameter in model.base_model.parameters()}
