@@ -40,11 +40,10 @@ class Outcome:
 
 
 def find_run(folder: Path, words: list[str]) -> dict[str, Any] | None:
-    """The record of the run in `folder`, if it was finished with exactly the arguments `words`; else `None`."""
+    """The record of the run in `folder`, if it was finished with the arguments `words`, in any order; else `None`."""
     try:
         record = json.loads((folder / RUN_RECORD).read_text(encoding="utf-8"))
-        done, wanted = arguments_of(record["command"]), words
-        return record if _without_tokens(done) == _without_tokens(wanted) else None
+        return record if _settings(arguments_of(record["command"])) == _settings(words) else None
     except (OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one: run again
         return None
 
@@ -101,9 +100,17 @@ def log_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.log")
 
 
-def _without_tokens(words: list[str]) -> list[str]:
-    """The arguments without access tokens, which do not affect results."""
-    return without_secrets(split_secrets(words)[0])
+def _settings(words: list[str]) -> dict[str, list[str]]:
+    """The values of each option, the last ones where it is repeated; without access tokens: these affect no result."""
+    found: dict[str, list[str]] = {}
+    option = ""  # what stands before the first option: a recipe
+    for word in without_secrets(split_secrets(words)[0]):
+        if word.startswith("--"):
+            option, given, value = word.partition("=")
+            found[option] = [value] if given else []
+        else:
+            found.setdefault(option, []).append(word)
+    return found
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -269,6 +269,24 @@ def test_only_what_is_missing_or_changed_is_run():
     assert [launches(f"{name}-seed{seed}") for seed in (42, 43) for name in ("full", "lora")] == [1, 2, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("words", "same"),
+    [
+        ("recipe.yaml --seed 1 --lora_r 8 --bf16 --tags a b", True),
+        ("recipe.yaml --bf16 --tags a b --lora_r=8 --seed 1", True),
+        ("recipe.yaml --seed 1 --lora_r 4 --lora_r 8 --bf16 --tags a b --token secret", True),
+        ("other.yaml --seed 1 --lora_r 8 --bf16 --tags a b", False),
+        ("recipe.yaml --seed 1 --lora_r 8 --tags a b", False),
+        ("recipe.yaml --seed 1 --lora_r 8 --bf16 --tags b a", False),
+        ("recipe.yaml --seed 1 --lora_r 8 --lora_r 4 --bf16 --tags a b", False),
+    ],
+)
+def test_a_run_with_the_same_options_in_another_order_is_that_run(tmp_path, words, same):
+    command = "hf-ft-ext train recipe.yaml --seed 1 --lora_r 8 --bf16 --tags a b".split()
+    (tmp_path / "run.json").write_text(json.dumps({"command": command}))
+    assert (process.find_run(tmp_path, words.split()) is not None) == same
+
+
 def test_all_variants_run_one_seed_before_the_next():
     assert main(["--methods", "full,lora", "--seeds", "2"]) == 0
     folder = Path("runs/compare-demo/runs")
