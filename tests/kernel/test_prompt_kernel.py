@@ -8,7 +8,7 @@ import torch
 from tiny import save_masked_lm, text_dataset, tiny_masked_lm, tiny_tokenizer, write_texts
 
 import run_glue
-from hf_ft_ext import PromptEncoder, PromptForSequenceClassification, empirical_ntk
+from hf_ft_ext import PromptEncoder, PromptForSequenceClassification, empirical_ntk, example_gradients
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
 
@@ -37,6 +37,25 @@ def test_structured_equals_jacobian(model_type, untied, formula):
     assert found.shape[-4:] == (4, 2, 6, 2)
     assert (found - expected).abs().max() <= 1e-10 * expected.abs().max()
     assert formula != "signgd" or torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_rows_whose_mask_is_far_from_their_start(model_type):
+    """The rules are verified on the first tokens of two rows, without their mask."""
+    model, tokenizer = prompt_model(model_type), tiny_tokenizer()
+    texts = [" ".join(text.split() * 4) for text in text_dataset(5)["sentence"]]
+    rows = PromptEncoder(tokenizer, TEMPLATE, 1, 60)([texts])
+    assert all(row.index(tokenizer.mask_token_id) > 30 for row in rows["input_ids"])
+    batch = dict(tokenizer.pad(rows, return_tensors="pt"))
+    expected = empirical_ntk(model, batch, batch, "sgd", "jacobian")
+    torch.testing.assert_close(
+        empirical_ntk(model, batch, batch, "sgd", "structured"), expected, rtol=1e-9, atol=1e-12
+    )
+    (found,) = example_gradients(model, batch, lambda model, inputs: model(**inputs).logits[:, 0])
+    model(**{key: value[:1] for key, value in batch.items()}).logits[0, 0].backward()
+    for name, parameter in model.named_parameters():
+        own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        torch.testing.assert_close(found.gradients[name][0], own, rtol=1e-8, atol=1e-12)
 
 
 def test_rows_of_several_contexts():
