@@ -137,7 +137,7 @@ class Run:
     def noisy(self, name: str) -> list[dict]:
         """The noisy rows of this run; those of other commands in the same files stay as they are."""
         files = [file for file in MEASUREMENTS[name].files if (self.folder / f"{file}.json").exists()]
-        return [row for file in files for row in results.mark_noisy(file, self.folder, self.recorded[name])]
+        return [row for file in files for row in results.mark_noisy(file, self.recorded[name], self.folder)]
 
 
 def measure_all(run: Run, names: list[str]) -> list[str]:

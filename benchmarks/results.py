@@ -115,7 +115,7 @@ def is_noisy(row: dict[str, Any]) -> bool:
     return max(row["high"] - row["value"], row["value"] - row["low"]) > STEADY * abs(row["value"])
 
 
-def mark_noisy(name: str, folder: Path = FOLDER, commands: Collection[str] = ()) -> list[dict[str, Any]]:
+def mark_noisy(name: str, commands: Collection[str], folder: Path = FOLDER) -> list[dict[str, Any]]:
     """Say in a result file which rows of these commands (as recorded) are noisy, `noisy: true`, and return these."""
     from hf_ft_ext.files import write_json
 
