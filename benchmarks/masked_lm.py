@@ -122,7 +122,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
     warmup = max(1, args.steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / (args.steps - warmup))
+        optimizer, lambda step: min((step + 1) / warmup, (args.steps - step) / max(1, args.steps - warmup))
     )
 
     texts = read_texts(args.texts, args.least_words)
@@ -130,6 +130,8 @@ def main() -> None:
     rows = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
     held_out = [masked(part, tokenizer, generator) for part in token_batches(rows[: args.held_out], 2048, generator)]
     rows = rows[args.held_out :]
+    if not args.held_out or not rows:
+        raise SystemExit(f"--held_out {args.held_out} of {len(texts)} texts; 1 or more have to be on either side")
     print(f"{len(rows)} texts, {sum(map(len, rows)):,} tokens", flush=True)
 
     autocast = torch.autocast("cpu", torch.bfloat16)
@@ -140,6 +142,8 @@ def main() -> None:
     for step in range(args.steps):
         batches = batches or token_batches(rows, args.tokens, generator)
         batch = masked(batches.pop(), tokenizer, generator)
+        if not (batch["labels"] != _IGNORED).any():  # a small batch: the mean loss of no token is not a number
+            continue
         with autocast:
             loss = functional.cross_entropy(*masked_logits(model, batch))
         loss.backward()
