@@ -27,7 +27,8 @@ study continues; a run that fails is named and left out. `table.md` in the outpu
 once a run is recorded. What follows `--` goes to `run_glue.py` as it is.
 
 `--known NAME` goes on with a study whose output folder is gone: the rates that stand in result file `NAME` count as
-tried, and the seeds as run. The settings have to be those of that file's commands.
+tried, and the seeds as run. The settings have to be those of that file's commands. `--rates_of TASK` tries nothing: each
+variant takes the rate that was best on that task, by the scores in `NAME`.
 """
 
 import argparse
@@ -92,15 +93,27 @@ class Variant:
 
         return max(self.rates, key=quality)
 
-    def read_known(self, rows: list[dict]) -> None:
-        """Take what result file rows say about this variant."""
+    def read_known(self, rows: list[dict], rates_of: str | None = None) -> None:
+        """Take what result file rows say about this variant; with `rates_of` only the rate that was best on that task.
+
+        Raises:
+            SystemExit: no rate of this variant was tried on task `rates_of`.
+        """
         for row in rows:
-            if (row.get("task"), row.get("variant")) != (self.task, self.name):
+            if row.get("variant") != self.name:
                 continue
             if row["quantity"] == "tuning score":
-                self.known_tries[row["rate"]] = row["value"]
-            else:
+                if row.get("task") == (rates_of or self.task):
+                    self.known_tries[row["rate"]] = row["value"]
+            elif row.get("task") == self.task:
                 self.known[row["quantity"]] = dict(zip(row["seeds"], row["values"], strict=True))
+        if rates_of and len(self.rates) > 1:
+            if not self.known_tries.keys() & set(self.rates):
+                raise SystemExit(
+                    f"{self.name} has no tuning score on {rates_of!r} in the result file of --known for one of its "
+                    f"rates {', '.join(map(str, self.rates))}; tune it on {rates_of!r} first, or leave out --rates_of"
+                )
+            self.rates, self.known_tries = [self.best()], {}  # the scores are not those of this task
 
 
 @dataclass(frozen=True)
@@ -328,7 +341,7 @@ def variants_of(args: argparse.Namespace) -> list[Variant]:
             rates = settings.pop("learning_rate", [None])
             rates = rates if isinstance(rates, list) else [rates]
             variant = Variant(name, task, settings, rates, folder, score, report)
-            variant.read_known(results.read(args.known) if args.known else [])
+            variant.read_known(results.read(args.known) if args.known else [], args.rates_of)
             found.append(variant)
     return found
 
@@ -350,10 +363,13 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all runs together")
     parser.add_argument("--known", metavar="NAME", help="result file with an earlier part of this study")
+    parser.add_argument("--rates_of", metavar="TASK", help="take the best rates on this task from --known")
     parser.add_argument("--result", metavar="NAME", help="result file to write to, results/NAME.json")
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
+    if args.rates_of and (not args.known or args.few_shot):
+        parser.error("--rates_of needs --known, and no --few_shot (which chooses rates for each seed)")
     print(shlex.join(["python", "benchmarks/quality.py", *words]), flush=True)
     variants = variants_of(args)
     study(variants, args, words[cut + 1 :])

@@ -155,6 +155,7 @@ def test_a_variant_of_a_study_goes_before_its_task_and_the_task_before_all(tmp_p
         report=None,
         few_shot=False,
         known=None,
+        rates_of=None,
     )
     plain, own = quality.variants_of(args)
     assert plain.rates == ["1e-3"] and own.rates == ["1e-4", "3e-4"]
@@ -185,7 +186,7 @@ def test_a_study_goes_on_from_its_result_file(tmp_path, monkeypatch, few_shot):
     study.write_text("v: {method: lora, learning_rate: ['1e-4', '1e-3']}\nw: {method: lora, learning_rate: '1e-3'}\n")
     args = SimpleNamespace(
         study=study, rates=None, only=None, task_name=["sst2"], output_dir=tmp_path / "runs", report=None,
-        few_shot=few_shot, known=None, data_seeds=False, seeds=[1, 2], epochs=2.0, tune_epochs=1.0, tune_steps=None,
+        few_shot=few_shot, known=None, rates_of=None, data_seeds=False, seeds=[1, 2], epochs=2.0, tune_epochs=1.0, tune_steps=None,
         result="study",
     )  # fmt: skip
     read, save = results.read, results.save
@@ -207,3 +208,27 @@ def test_a_study_goes_on_from_its_result_file(tmp_path, monkeypatch, few_shot):
     rows = {(row["variant"], row["quantity"], row.get("rate")): row for row in results.read("study")}
     assert rows["v", "score", None]["values"] == [0.8, 0.6] and rows["v", "score", None]["seeds"] == [1, 2]
     assert few_shot or rows["v", "tuning score", "1e-4"]["value"] == 0.5
+
+
+def test_a_study_takes_the_rates_of_another_task(tmp_path, monkeypatch):
+    """No rate is tried, the other task's scores count for nothing here, and a variant without tries is refused."""
+    study = tmp_path / "study.yaml"
+    study.write_text("v: {method: lora, learning_rate: ['1e-4', '1e-3', '1e-2']}\nw: {method: lora, learning_rate: '5'}\n")
+    rows = [
+        {"task": "sst2", "variant": "v", "quantity": "tuning score", "rate": rate, "value": value}
+        for rate, value in (("1e-4", 0.5), ("1e-3", 0.7), ("3e-2", 0.9))  # the last rate is not in the study
+    ]
+    rows.append({"task": "sst2", "variant": "v", "quantity": "score", "seeds": [1], "values": [0.8]})
+    monkeypatch.setattr(results, "read", lambda name: rows)
+    args = SimpleNamespace(
+        study=study, rates=None, only=None, task_name=["cola"], output_dir=tmp_path / "runs", report=None,
+        few_shot=False, known="study", rates_of="sst2", data_seeds=False, seeds=[1], epochs=2.0, tune_epochs=1.0,
+        tune_steps=None,
+    )  # fmt: skip
+    found = quality.variants_of(args)
+    jobs = [(job.variant.name, job.rate, job.tuning) for stage in quality.stages(found, args, []) for job in stage]
+    assert jobs == [("v", "1e-3", False), ("w", "5", False)]
+    assert list(quality.measured(found[0])) == []
+    args.rates_of = "mrpc"
+    with pytest.raises(SystemExit, match="v has no tuning score on 'mrpc'.*1e-4, 1e-3, 1e-2; tune it on 'mrpc' first"):
+        quality.variants_of(args)
