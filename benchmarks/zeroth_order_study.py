@@ -116,7 +116,12 @@ class Task:
 def _embedded(model: torch.nn.Module, last: torch.nn.Module, rows: list) -> list[dict]:
     """The rows with the outputs of the frozen part of the model, whose last module is `last`."""
     found: list[torch.Tensor] = []
-    handle = last.register_forward_hook(lambda *parts: found.append(parts[-1][0].clone()))
+
+    def keep(module: torch.nn.Module, inputs: tuple, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output  # MPNet's layers return tuples
+        found.append(hidden[0].clone())  # of the only row
+
+    handle = last.register_forward_hook(keep)
     kept = [{key: row[key] for key in ("input_ids", "attention_mask", "labels")} for row in rows]
     for row in kept:
         model(input_ids=torch.tensor([row["input_ids"]]), attention_mask=torch.tensor([row["attention_mask"]]))
