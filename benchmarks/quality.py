@@ -27,8 +27,8 @@ study continues; a run that fails is named and left out. `table.md` in the outpu
 once a run is recorded. What follows `--` goes to `run_glue.py` as it is.
 
 `--known NAME` goes on with a study whose output folder is gone: the rates that stand in result file `NAME` count as
-tried, and the seeds as run. The settings have to be those of that file's commands. `--rates_of TASK` tries nothing: each
-variant takes the rate that was best on that task, by the scores in `NAME`.
+tried, and the seeds as run. The settings have to be those of that file's commands. `--rates_of TASK` tries nothing:
+each variant takes the rate that was best on that task, by the scores in `NAME`.
 """
 
 import argparse
