@@ -10,7 +10,8 @@
 asks whether the first-order expansion at the start explains a fine-tuned model; the start is what a kernel run saves,
 and what follows `--` names the data as for `run_glue.py`. `compare` and `agreement` read the
 run folders `<name>-<seed>` of a study (`benchmarks/quality.py --few_shot`): test scores, and how often two variants
-predict the same class. Needs the `pictures` extra. Numbers go to standard output, the picture to `--output`.
+predict the same class. Needs the `pictures` extra. Numbers go to standard output, the picture to `--output`, and the
+numbers of `linearization` and `agreement` also to a result file (`--result`, see `results.py`), as those of `--what`.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import results
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.features.rows import batches_in_order, data_and_collator
@@ -67,6 +69,8 @@ def compare_linearization(args: argparse.Namespace) -> None:
     print(f"{change.size} logits: relative squared error of the expansion {error:.4f}")
     print(f"less the mean over classes, on which no prediction depends: {differences:.4f}")
     pictures.scatter(slope, change, error, args.output or Path(args.trained) / "linearization.png")
+    measures = {"squared error of the logits": error, "less their mean over classes": differences}
+    _record(args, [{"measure": measure, "rows": len(change), "value": value} for measure, value in measures.items()])
 
 
 def loaded(folder: str, passed_on: list[str]) -> tuple:
@@ -93,6 +97,13 @@ def agreement(args: argparse.Namespace) -> None:
     for name, row in zip(args.names, matrix, strict=True):
         print(f"{name}: " + " ".join(f"{value:.3f}" for value in row))
     pictures.matrix(matrix, args.names, args.output or Path(args.folder) / "agreement.png")
+    pairs = [(i, j) for i in range(len(args.names)) for j in range(i + 1, len(args.names))]
+    _record(args, [{"variant": args.names[i], "other": args.names[j], "value": float(matrix[i, j])} for i, j in pairs])
+
+
+def _record(args: argparse.Namespace, rows: list[dict]) -> None:
+    if args.result:
+        results.save(args.result, [{"what": args.what, **row} for row in rows])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,6 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=help_)
         command.set_defaults(run=run)
         command.add_argument("--output", type=Path, help="picture (png); default: beside what is read")
+        if name in ("linearization", "agreement"):
+            command.add_argument("--result", metavar="NAME", help="result file to write to, results/NAME.json")
+            command.add_argument("--what", help="with --result: what the numbers are of, such as the task")
         if name == "heatmap":
             command.add_argument("file", help="kernel file, {split}_kernels_{task}.pt")
         elif name == "linearization":
@@ -116,6 +130,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:cut])
     args.passed_on = words[cut + 1 :]
+    if getattr(args, "result", None) and not args.what:
+        parser.error("--result needs --what, such as the task, to tell these rows from others in the file")
     try:
         args.run(args)
     except InputError as error:

@@ -1,5 +1,6 @@
 """The analysis commands: results and plots."""
 
+import functools
 import importlib
 import json
 import sys
@@ -89,7 +90,7 @@ def study(tmp_path):
     return tmp_path
 
 
-def test_scores_and_agreements_of_studies_are_printed(study, capsys):
+def test_scores_and_agreements_of_studies_are_printed(study, capsys, monkeypatch):
     assert scores_by_seed(study, ["a", "b"]) == {"a": [0.6, 0.8], "b": [0.5, 0.6]}  # the best on the dev split
     assert main(["compare", str(study), "--names", "a", "b"]) == 0
     assert "a: 0.7000 ± 0.1414 (2 seeds)" in capsys.readouterr().out
@@ -97,6 +98,15 @@ def test_scores_and_agreements_of_studies_are_printed(study, capsys):
     assert "a: 1.000 0.625" in capsys.readouterr().out  # 3/4 and 2/4
     for name in ("compare", "agreement"):
         assert (study / f"{name}.png").stat().st_size > 5_000
+    results = script("results")
+    monkeypatch.setattr(results, "save", functools.partial(results.save, folder=study))
+    words = ["agreement", str(study), "--names", "a", "b", "--result", "alike"]
+    assert main([*words, "--what", "sst2"]) == 0
+    rows = [{key: row[key] for key in ("what", "variant", "other", "value")} for row in results.read("alike", study)]
+    assert rows == [{"what": "sst2", "variant": "a", "other": "b", "value": 0.625}]
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "--result needs --what" in capsys.readouterr().err
     assert main(["compare", str(study), "--names", "c"]) == 2
     assert "holds no finished run of c" in capsys.readouterr().err
 
