@@ -229,3 +229,8 @@ def take_positions(hidden: torch.Tensor, positions: torch.Tensor) -> torch.Tenso
 def has_one_head(model: PreTrainedModel) -> bool:
     """Whether the model ends in a linear layer over the vocabulary."""
     return isinstance(model.get_output_embeddings(), nn.Linear)
+
+
+def wide(logits: torch.Tensor) -> torch.Tensor:
+    """Return the logits in float32 or wider: 16 bits are too few for the sum in the softmax."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

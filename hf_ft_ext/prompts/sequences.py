@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.prompts.readout import Reading, last_positions, take_positions
+from hf_ft_ext.prompts.readout import Reading, last_positions, take_positions, wide
 from hf_ft_ext.prompts.templates.words import SEQUENCE_MEAN
 
 IGNORED = -100  # padding of label words and of a row's options
@@ -85,7 +85,7 @@ def rows_with_words(
 
 
 def sequence_scores(logits: torch.Tensor, words: torch.Tensor, mean: bool) -> torch.Tensor:
-    """Log probability of each word, `sum_j log p(w_j | row, w_1 .. w_(j-1))`: `[rows, words]`, float32.
+    """Log probability of each word, `sum_j log p(w_j | row, w_1 .. w_(j-1))`: `[rows, words]`, in float32 or wider.
 
     Args:
         logits: vocabulary logits, `[rows x words, longest, vocabulary]`.
@@ -94,7 +94,7 @@ def sequence_scores(logits: torch.Tensor, words: torch.Tensor, mean: bool) -> to
     """
     tokens = words.flatten(0, 1)
     counted = tokens != IGNORED
-    log_p = logits.float().log_softmax(-1)
+    log_p = wide(logits).log_softmax(-1)
     of_tokens = torch.take_along_dim(log_p, tokens.clamp(min=0)[..., None], -1)[..., 0]
     # torch.where, not a product: -inf times 0 at an ignored position would be NaN
     score = torch.where(counted, of_tokens, torch.zeros_like(of_tokens)).sum(-1)

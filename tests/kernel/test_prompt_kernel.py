@@ -8,7 +8,13 @@ import torch
 from tiny import save_masked_lm, text_dataset, tiny_masked_lm, tiny_tokenizer, write_texts
 
 import run_glue
-from hf_ft_ext import PromptEncoder, PromptForSequenceClassification, empirical_ntk, example_gradients
+from hf_ft_ext import (
+    PromptEncoder,
+    PromptForSequenceClassification,
+    empirical_ntk,
+    example_gradients,
+    fisher_information,
+)
 from hf_ft_ext.kernel.ntk import KernelComputation, KernelOptions
 from hf_ft_ext.kernel.rows import ExampleRows
 
@@ -56,6 +62,16 @@ def test_rows_whose_mask_is_far_from_their_start(model_type):
     for name, parameter in model.named_parameters():
         own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         torch.testing.assert_close(found.gradients[name][0], own, rtol=1e-8, atol=1e-12)
+
+    batch["labels"] = torch.arange(len(texts)) % 2
+    information = fisher_information(model, [batch], progress=False)
+    expected = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    for i in range(len(texts)):
+        model.zero_grad()
+        model(**{key: value[i : i + 1] for key, value in batch.items()}).loss.backward()
+        for name, parameter in model.named_parameters():
+            expected[name] += 0 if parameter.grad is None else parameter.grad.square()
+    torch.testing.assert_close(information, expected, rtol=1e-9, atol=1e-14)
 
 
 def test_rows_of_several_contexts():

@@ -3,10 +3,12 @@
 import torch
 from torch.nn import functional
 
+from hf_ft_ext.prompts.readout import wide
+
 
 def class_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross-entropy over the label words. `logits`: `[rows, words]`; `labels`: `[rows]`, class ids."""
-    return functional.cross_entropy(logits.float(), labels.reshape(-1))
+    return functional.cross_entropy(wide(logits), labels.reshape(-1))
 
 
 def scale_loss(logits: torch.Tensor, labels: torch.Tensor, bounds: tuple[float, float]) -> torch.Tensor:
@@ -18,6 +20,7 @@ def scale_loss(logits: torch.Tensor, labels: torch.Tensor, bounds: tuple[float, 
         bounds: the ends of the scale, in the labels' units.
     """
     low, high = bounds
-    position = ((labels.float().reshape(-1) - low) / (high - low)).clamp(0, 1)
+    logits = wide(logits)
+    position = ((labels.to(logits.dtype).reshape(-1) - low) / (high - low)).clamp(0, 1)
     target = torch.stack([1 - position, position], -1)
-    return functional.kl_div(logits.float().log_softmax(-1), target, reduction="batchmean")
+    return functional.kl_div(logits.log_softmax(-1), target, reduction="batchmean")
