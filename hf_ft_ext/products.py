@@ -34,6 +34,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """`x W^T + b`, shape (..., out), as `torch.nn.functional.linear`, without a gradient."""
     if onednn_is_faster(x, weight):
         y = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
-        # not a view: models may change it in place
-        return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(weight)])
-    return nn.functional.linear(x, weight, bias)
+    else:
+        y = nn.functional.linear(x, weight, bias)
+        if torch.compiler.is_compiling() or not y._is_view():
+            return y
+    # Not a view: models may change it in place, which autograd forbids for a view that a function returns.
+    return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], len(weight)])

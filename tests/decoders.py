@@ -45,6 +45,7 @@ _NEOX = {
 }  # fmt: skip
 # of other ways to know positions, to scale logits and to begin: fewer tests
 OTHER_DECODERS = {
+    "mixtral": {**_LLAMA, "num_local_experts": 4, "router_aux_loss_coef": 0.0},
     "gemma2": {**_LLAMA, "head_dim": 8, "sliding_window": 64},
     "phi": {**_NEOX, "partial_rotary_factor": 0.5},
     "bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
@@ -165,6 +166,7 @@ TOKENIZER_OF = {
     "gemma2": "llama", "phi": "byte-level", "bloom": "byte-level", "gpt_neox": "byte-level", "bart": "byte-level",
     "modernbert-decoder": "byte-level", "mamba2": "byte-level", "pegasus": "unigram",
     "recurrent_gemma": "llama", "rwkv": "byte-level", "llama4_text": "byte-level",
+    "mixtral": "llama",
 }  # fmt: skip
 
 

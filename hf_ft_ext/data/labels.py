@@ -192,9 +192,9 @@ def class_ids(raws: Sequence[RawLabels], task: Task | None) -> tuple[list[str], 
     if source.names is not None:
         names = [_canonical(name, task) for name in source.names]
     elif source.split == "train":
-        names = _in_order(tokens[0])
+        names = in_order(tokens[0])
     else:
-        names = _in_order(token for split in tokens for token in split)
+        names = in_order(token for split in tokens for token in split)
     if task is not None and task.label_names and set(names) <= set(task.label_names):
         names = list(task.label_names)
     if len(names) < 2:
@@ -208,7 +208,7 @@ def class_ids(raws: Sequence[RawLabels], task: Task | None) -> tuple[list[str], 
     ids = {name: i for i, name in enumerate(names)}
     arrays = []
     for raw, split in zip(raws, tokens, strict=True):
-        unseen = _in_order(set(split) - set(ids))
+        unseen = in_order(set(split) - set(ids))
         if unseen:
             shown = ", ".join(f"'{name}'" for name in unseen[:5]) + (", ..." if len(unseen) > 5 else "")
             raise InputError(
@@ -268,10 +268,13 @@ def _canonical(name: str, task: Task | None) -> str:
     return spellings.get(name.strip().lower(), name)
 
 
-def _in_order(names: Iterable[str]) -> list[str]:
-    """Sort names; whole numbers by value."""
+def in_order(names: Iterable[str]) -> list[str]:
+    """Sort different names; whole numbers by value, those of equal value (`7` and `07`) by their spelling.
+
+    A set has another order in every process, so no two names may compare equal.
+    """
     names = set(names) - {""}
     try:
-        return sorted(names, key=int)
+        return sorted(names, key=lambda name: (int(name), name))
     except ValueError:
         return sorted(names)

@@ -10,6 +10,7 @@ import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset, Value
 
+from hf_ft_ext.data.labels import in_order
 from hf_ft_ext.data.tasks import Task
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import MULTI_LABEL, evident_positive
@@ -164,7 +165,8 @@ def _from_lists(roles: Roles, column: str) -> tuple[list[str], list[np.ndarray |
                                    for i, row in enumerate(rows)]
         for (_, name, _), rows in zip(roles, lists, strict=True)
     ]  # fmt: skip
-    names = class_names or _in_order(tokens[:1] if roles[0][0] == "train" else tokens)
+    known = tokens[:1] if roles[0][0] == "train" else tokens
+    names = class_names or in_order(label for rows in known for row in rows or () for label in row or ())
     return list(names), [
         None if rows is None else _vectors(roles[i][1], rows, names, roles[0][1]) for i, rows in enumerate(tokens)
     ]
@@ -237,15 +239,6 @@ def _tokens(split: str, column: str, row: int, labels: list, names: list[str] | 
             label = names[label]
         found.append(str(label))
     return found
-
-
-def _in_order(splits: list[list[list[str] | None] | None]) -> list[str]:
-    """Return all labels, sorted; whole numbers by value."""
-    names = {label for rows in splits if rows is not None for row in rows if row is not None for label in row}
-    try:
-        return sorted(names, key=int)
-    except ValueError:
-        return sorted(names)
 
 
 def _vectors(split: str, rows: list[list[str] | None], names: Sequence[str], source: str) -> np.ndarray:

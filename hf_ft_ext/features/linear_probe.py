@@ -22,7 +22,10 @@ from hf_ft_ext.metrics import MULTI_LABEL, REGRESSION
 from hf_ft_ext.offload import input_device
 from hf_ft_ext.per_example.outputs import logits_of
 from hf_ft_ext.per_example.state import batch_size, evaluating
+from hf_ft_ext.prompts.configuration import PromptConfig
 from hf_ft_ext.prompts.model import is_prompt_model
+from hf_ft_ext.prompts.readout import Reading
+from hf_ft_ext.prompts.templates.words import FIRST_TOKEN
 from hf_ft_ext.structure.heads import encoder_path
 
 logger = logging.getLogger(__name__)
@@ -126,8 +129,25 @@ def prepare_linear_head(model: nn.Module) -> None:
     Call it for a model that gets the weights of its head from elsewhere, such as a checkpoint.
     """
     if is_prompt_model(model):
+        _check_words(model.config)
         model.untie_label_words()
         _mark_untrained(model, model.decoder_path)
+
+
+def _check_words(config: PromptConfig) -> None:
+    """Refuse prompt models whose label words cannot have output rows of their own."""
+    if config.reading == Reading.DECODER.value:
+        cause = "an encoder-decoder's head is scaled and shared with both of its embeddings"
+        cure = "a masked or causal language model"
+    elif config.word_scoring != FIRST_TOKEN:
+        cause = f"word_scoring={config.word_scoring} reads those of the whole vocabulary"
+        cure = f"word_scoring={FIRST_TOKEN}"
+    else:
+        return
+    raise InputError(
+        f"a linear head needs output rows for the label words alone, but {cause}; pass {cure}, or another method "
+        "without from_linearhead"
+    )
 
 
 def find_last_layer(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[str, nn.Linear]:

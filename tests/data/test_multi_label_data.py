@@ -85,6 +85,12 @@ def test_lists_of_single_ids_are_ids(tmp_path):
     path = write(tmp_path / "train.jsonl", [[0], [1], [10], [2], [0], [1]])
     data = load_data(DataArguments(train_file=path), cache_dir=str(tmp_path))
     assert data.label_names == ["0", "1", "2", "10"] and np.sum(matrix(data.train)) == 6
+    odd = [["7", "07", "007"], ["+7"], ["0007"], ["1"]]  # equal as numbers; a set has no order of its own
+    data = load_data(DataArguments(train_file=write(tmp_path / "odd.jsonl", odd)), cache_dir=str(tmp_path))
+    assert data.label_names == ["1", "+7", "0007", "007", "07", "7"]
+    wide = [[2**64 + 1], [2**64, 5], [], [5]]  # no int64 holds them
+    data = load_data(DataArguments(train_file=write(tmp_path / "wide.jsonl", wide)), cache_dir=str(tmp_path))
+    assert data.label_names == ["5", str(2**64), str(2**64 + 1)] and np.sum(matrix(data.train)) == 4
 
 
 def test_rows_without_labels(tmp_path, caplog):

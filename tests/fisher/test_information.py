@@ -145,7 +145,9 @@ def test_positions_without_gradient_are_skipped_and_nothing_else():
         for context in (contextlib.nullcontext(), skipping_zero_rows(model)):
             x = torch.randn(2, 8, 6, dtype=torch.double, generator=torch.Generator().manual_seed(1)).requires_grad_()
             with context:
-                (model(x)[:, kept] ** 3).sum().backward()
+                y = model(x)
+                y *= 2  # some models change an output in place (Longformer)
+                (y[:, kept] ** 3).sum().backward()
             gradients.append(x.grad)
         torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
         assert not gradients[0][:, 7].any() and gradients[0][:, kept].all()

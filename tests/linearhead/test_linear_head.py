@@ -8,6 +8,7 @@ import pytest
 import torch
 from classifiers import classifier_rows, tiny_classifier
 from datasets import Dataset
+from decoders import TOKENIZER_OF, decoder, subword_tokenizer
 from peft import PeftModel
 from processes import two_ranks
 from sklearn.linear_model import LogisticRegression
@@ -38,6 +39,7 @@ from hf_ft_ext import (
     PromptForSequenceClassification,
     fit_linear_head,
 )
+from hf_ft_ext.features.linear_probe import prepare_linear_head
 from hf_ft_ext.lora.arguments import LoraTrainingArguments
 from hf_ft_ext.lora.trainer import add_lora
 from hf_ft_ext.training.runs.plan import training_plan
@@ -206,6 +208,22 @@ PROMPT = (
     "--few_shot_type", "prompt", "--template", "*cls**sent_0*_it_was*mask*.*sep+*", "--mapping",
     "{'0': 'bad', '1': 'good'}",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "scoring", "message"),
+    [
+        ("t5", "first_token", "scaled and shared with both of its embeddings; pass a masked or causal language model"),
+        ("gpt2", "sequence", "word_scoring=sequence reads .* pass word_scoring=first_token, or another method"),
+    ],
+)
+def test_prompts_without_output_rows_of_their_own_are_refused(family, scoring, message):
+    tokenizer = subword_tokenizer(TOKENIZER_OF[family])
+    model = PromptForSequenceClassification.from_language_model(
+        decoder(family, len(tokenizer)), tokenizer, "*sent_0*_It_was*mask*", ["bad", "great"], word_scoring=scoring
+    )
+    with pytest.raises(InputError, match=f"a linear head needs output rows for the label words alone.*{message}"):
+        prepare_linear_head(model)
 
 
 def test_prompt_head_is_untied_and_embeddings_do_not_change(launch):

@@ -111,8 +111,8 @@ def test_label_words_are_the_tokens_that_follow_the_text(kind):
 def test_logits_are_those_of_the_language_model_row_by_row(family, scoring, side):
     words = WORDS if scoring == "first_token" else ["brilliant film", "dull", "not the ending"]
     model, tokenizer = prompt_model(family, scoring, words)
-    # these take the softmax in float32, in which transformers' float64 mask of a row of padding is not finite
-    dtype = torch.float32 if family in ("gemma2", "bloom") else torch.float64
+    # A softmax in float32, in which transformers' float64 mask of a row of padding is not finite; products of experts.
+    dtype = torch.float32 if family in ("gemma2", "bloom", "mixtral") else torch.float64
     model.to(dtype)
     rows = rows_of(model, tokenizer)
     logits = model(**padded(rows, tokenizer, side)).logits

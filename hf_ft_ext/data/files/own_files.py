@@ -35,7 +35,7 @@ USUAL_TEXT = (
 SUFFIXES = (".csv", ".tsv", ".json", ".jsonl")
 _HEAD = 100_000  # rows of a stream from which the dialect and types of its file are inferred
 _BATCH = 10_000  # rows written at a time
-_READING = 1  # part of the cache key: increase it when a change of this code changes the rows read from a file
+_READING = 2  # part of the cache key: increase it when a change of this code changes the rows read from a file
 
 logger = logging.getLogger(__name__)
 
@@ -234,6 +234,8 @@ def _field(value: str, kind: str, is_label: bool) -> Any:
 
 def _value(value: Any, kind: str, is_label: bool) -> Any:
     """Convert a value of a JSON file; in a stream, a value of another type than `kind` becomes `None`."""
+    if isinstance(value, list) and kind == LIST_OF + TEXT:
+        return [entry if entry is None else str(entry) for entry in value]
     if value is None or kind.startswith(LIST_OF):
         return value
     if kind == TEXT:

@@ -9,6 +9,7 @@ from typing import Any
 from hf_ft_ext.data.files.text_files import TextFile, UnreadableFile, text_file
 
 LIST_OF, NESTED = "list of ", "nested"
+_WIDE = "wide"  # whole numbers that no int64 holds
 _LINES, _OBJECTS, _LIST, _FIELD, _COLUMNS = "lines", "objects", "list", "field", "columns"
 _FIX = 'write one object per line, such as {"text": "good", "label": 0}'
 
@@ -174,13 +175,15 @@ def _kind(value: Any) -> str:
     if isinstance(value, bool):
         return "bool"
     if isinstance(value, int):
-        return "int64" if -(2**63) <= value < 2**63 else "float64"
+        return "int64" if -(2**63) <= value < 2**63 else _WIDE
     if isinstance(value, float):
         return "float64"
     if isinstance(value, str):
         return "string"
     if isinstance(value, list):
         inner = {_kind(entry) for entry in value if entry is not None}
+        if _WIDE in inner and inner <= {"int64", _WIDE}:
+            return LIST_OF + _WIDE  # whether it is text depends on the other lists
         return LIST_OF + ("" if not inner else _common(inner, False))
     return NESTED
 
@@ -191,6 +194,9 @@ def _common(kinds: set[str], text: bool) -> str:
     if lists and lists == kinds:
         inner = _common({kind.removeprefix(LIST_OF) for kind in lists} - {""}, False)
         return NESTED if inner.startswith((LIST_OF, NESTED)) else LIST_OF + (inner or "string")
+    if _WIDE in kinds and kinds <= {"int64", "float64", "string", _WIDE}:
+        # As numbers with decimals, different ids would be equal; so they are text, as in a csv file.
+        return "float64" if "float64" in kinds and "string" not in kinds else "string"
     if kinds == {"int64", "float64"}:
         return "float64"
     if text and NESTED not in kinds and not lists and "string" in kinds:

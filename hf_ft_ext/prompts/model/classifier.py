@@ -187,6 +187,10 @@ class PromptForSequenceClassification(PreTrainedModel):
             model.hf_device_map = {f"masked_lm.{name}".strip("."): d for name, d in masked_lm.hf_device_map.items()}
         return model
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for experts in this class's file; the language model inside decides
+
     def _adopt(self, language_model: PreTrainedModel) -> None:
         self.masked_lm = language_model
         self._positions: torch.Tensor | None = None  # set during a forward pass

@@ -64,6 +64,14 @@ def test_types_do_not_change_between_parts_of_a_file(load):
     assert load(lines([{"text": "a", "label": 1}, {"text": "b", "label": 0.5}])).problem_type == "regression"
 
 
+@pytest.mark.parametrize("ids", [[2**64 + 1, 2**64 + 2], [2**64, 7], ["a", 2**64]])
+def test_ids_that_no_int64_holds_stay_apart(load, ids):
+    data = load(lines([{"text": id_, "label": id_} for id_ in ids]))
+    assert data.train["text"][:] == [data.label_names[i] for i in data.train["label"]] == [str(id_) for id_ in ids]
+    scores = load(lines([{"text": "a", "label": 10**20}, {"text": "b", "label": 0.5}]))
+    assert (scores.problem_type, scores.train["label"][1]) == ("regression", 0.5)
+
+
 def test_nested_columns(load, caplog):
     caplog.set_level(logging.INFO)
     rows = [{"text": f"{i}", "label": i, "meta": {"id": 1}, "tags": ["x"], "odd": [1, "a"][i]} for i in (0, 1)]
