@@ -96,8 +96,8 @@ def attach_entries(model: nn.Module, chosen: dict[str, torch.Tensor]) -> None:
         chosen: parameter name -> flat indices.
 
     Raises:
-        InputError: an unknown parameter, one that several modules share, or indices that are out of range, repeated, or
-            not a vector of integers, such as a mask.
+        InputError: an unknown parameter, one that several modules share, or indices that are out of range, repeated,
+            or not a vector of integers, such as a mask.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
