@@ -96,7 +96,8 @@ def attach_entries(model: nn.Module, chosen: dict[str, torch.Tensor]) -> None:
         chosen: parameter name -> flat indices.
 
     Raises:
-        InputError: an unknown parameter, one that several modules share, or indices out of range.
+        InputError: an unknown parameter, one that several modules share, or indices that are out of range, repeated,
+            or not a vector of integers, such as a mask.
     """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -110,6 +111,7 @@ def attach_entries(model: nn.Module, chosen: dict[str, torch.Tensor]) -> None:
             raise InputError(
                 f"{name} is also {other}; entries of shared weights cannot train separately: leave it out"
             )
+        _check_indices(name, indices)
         if not len(indices) or int(indices.min()) < 0 or int(indices.max()) >= parameters[name].numel():
             raise InputError(
                 f"{name} has {parameters[name].numel()} entries; pass at least one index, and only indices from 0 to "
@@ -123,6 +125,25 @@ def attach_entries(model: nn.Module, chosen: dict[str, torch.Tensor]) -> None:
     ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", [])
     buffers = [n for name in chosen for n in (name, f"{name}{_SUFFIX}.indices")]
     model._ddp_params_and_buffers_to_ignore = [*ignored, *buffers]
+
+
+def _check_indices(name: str, indices: Any) -> None:
+    """Raise an `InputError` unless `indices` is a vector of different integers."""
+    if not isinstance(indices, torch.Tensor):
+        raise InputError(f"the indices of {name} are a {type(indices).__name__}; pass torch.tensor(indices)")
+    if indices.dtype == torch.bool:  # as integers they would be the entries 0 and 1
+        raise InputError(f"{name} got a boolean mask, not indices; pass mask.flatten().nonzero().squeeze(1)")
+    if indices.ndim != 1 or indices.is_floating_point() or indices.is_complex():
+        kind = str(indices.dtype).removeprefix("torch.")
+        raise InputError(
+            f"the indices of {name} have the shape {tuple(indices.shape)} and type {kind}; pass flat positions in the "
+            "weight, a vector of integers"
+        )
+    if (count := len(indices.unique())) < len(indices):
+        raise InputError(
+            f"the indices of {name} name some entries more than once ({len(indices)} indices of {count} "
+            "entries), which would train separate values for one entry; pass indices.unique()"
+        )
 
 
 def entries_of(model: nn.Module) -> dict[str, Entries]:

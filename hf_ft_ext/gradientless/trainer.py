@@ -47,7 +47,7 @@ from hf_ft_ext.gradientless.scoring.rows import FeatureRows, train_dataloader
 from hf_ft_ext.gradientless.search_arguments import ACTIVITY, ADAM_BASELINE, DIVERGENCE, HEAD
 from hf_ft_ext.gradientless.targets import masks_of_run, prepare_offloaded, searched_parameters
 from hf_ft_ext.gradientless.trajectory import FILE as TRAJECTORY
-from hf_ft_ext.gradientless.trajectory import save_trajectory
+from hf_ft_ext.gradientless.trajectory import drop_steps_after_best, save_trajectory
 from hf_ft_ext.label_tokens import label_count, predicts_next_tokens
 from hf_ft_ext.metrics import REGRESSION
 from hf_ft_ext.models.peft import wrap_with_peft
@@ -287,8 +287,7 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
     # --- features ----------------------------------------------------------------------------------
 
     def _all_in_head(self) -> bool:
-        model = self.model
-        return hasattr(model, "base_model_prefix") and set(self._searched) <= set(head_parameters(model))
+        return hasattr(self.model, "base_model_prefix") and set(self._searched) <= set(head_parameters(self.model))
 
     def _look_for_features(self, batch: dict[str, torch.Tensor] | None = None) -> None:
         """Find the head's inputs, and compute the features of all rows if batches contain exactly these rows.
@@ -362,6 +361,10 @@ class GradientlessTrainer(StopAtNaN, MethodTrainer):
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if self.args.search_trajectory and self.args.should_save and optimizer is not None:
             save_trajectory(optimizer, self.model, output_dir or self.args.output_dir)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        drop_steps_after_best(getattr(self.optimizer, "optimizer", self.optimizer), self.state)
 
     @classmethod
     def delta_code(cls, run: FinishedRun) -> str | None:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers import TrainerState
 
 from hf_ft_ext.errors import InputError
 from hf_ft_ext.gradientless.optimizers.spsa import SPSA
@@ -87,6 +88,12 @@ def save_trajectory(optimizer: SPSA, model: nn.Module, path: str | os.PathLike) 
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def drop_steps_after_best(optimizer: torch.optim.Optimizer, state: TrainerState) -> None:
+    """Drop the recorded steps after the best model's, once `Trainer` has loaded it: both have to end at one step."""
+    if isinstance(optimizer, SPSA) and state.best_global_step is not None:
+        del optimizer.record[len(optimizer.record) - (state.global_step - state.best_global_step) :]
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from hf_ft_ext.training.weights.precision import train_in_float32
 
 logger = logging.getLogger(__name__)
 
-_INITS: dict[str, Init] = {HOSVD: GRADIENT, RANDOM: RANDOM_COLUMNS, SVD: SINGULAR_VECTORS}
+INITS: dict[str, Init] = {HOSVD: GRADIENT, RANDOM: RANDOM_COLUMNS, SVD: SINGULAR_VECTORS}
 
 
 def has_sparse_grad(model: object) -> bool:
@@ -55,7 +55,7 @@ def add_sparse_grad(model: PreTrainedModel, args: SparseTrainingArguments) -> Pe
         task_type=task_type_of(model),
         density=args.sparse_density,
         n_params=args.sparse_n_params,
-        init=_INITS[args.sparse_basis],
+        init=INITS[args.sparse_basis],
         scope=PER_KIND if args.basis_scope == PER_KIND else PER_LAYER,
         seed=args.seed,
         target_modules=targets,

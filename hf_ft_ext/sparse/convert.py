@@ -63,8 +63,7 @@ def convert_to_sparse(
     bases: dict[str, Basis] = {}
     converted = {}
     for name, linear in targets.items():
-        folded = name if basis_scope == PER_LAYER else fold_layer_numbers(name)
-        kind = f"{folded} {'x'.join(map(str, linear.weight.shape))}"
+        kind = kind_of(name, linear, basis_scope)
         shared = bases.setdefault(kind, Basis(identity=basis == NONE))
         layer = SparseGradLinear.from_linear(linear, shared, counts[name], kind)
         if threshold is not None:
@@ -74,6 +73,12 @@ def convert_to_sparse(
         model.set_submodule(name, layer)
         converted[name] = layer
     return converted
+
+
+def kind_of(name: str, linear: nn.Module, basis_scope: str) -> str:
+    """Return the kind of a layer: layers of one kind share a basis."""
+    folded = name if basis_scope == PER_LAYER else fold_layer_numbers(name)
+    return f"{folded} {'x'.join(map(str, linear.weight.shape))}"
 
 
 def entries_of(linear: nn.Module, name: str, n_params: int | None, density: float | None) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
@@ -15,9 +16,16 @@ from transformers.training_args import OptimizerNames
 
 from hf_ft_ext.adapters.sparse_grad.model import layers_by_columns
 from hf_ft_ext.errors import InputError
-from hf_ft_ext.sparse.adapter import add_sparse_grad, choose_columns, columns_of, has_sparse_grad, warn_of_untrained
-from hf_ft_ext.sparse.arguments import DENSE, DYNAMIC, NONE, STATIC, STRUCTURED, SparseTrainingArguments
-from hf_ft_ext.sparse.convert import convert_to_sparse, freeze_rest, sparse_layers
+from hf_ft_ext.sparse.adapter import (
+    INITS,
+    add_sparse_grad,
+    choose_columns,
+    columns_of,
+    has_sparse_grad,
+    warn_of_untrained,
+)
+from hf_ft_ext.sparse.arguments import DENSE, DYNAMIC, HOSVD, NONE, STATIC, STRUCTURED, SparseTrainingArguments
+from hf_ft_ext.sparse.convert import convert_to_sparse, freeze_rest, kind_of, sparse_layers
 from hf_ft_ext.sparse.fixed import FixedSupport
 from hf_ft_ext.sparse.layer import SparseGradLinear
 from hf_ft_ext.sparse.optimizer import SparseAdamW, restore_supports
@@ -105,7 +113,7 @@ class SparseTrainer(StopAtNaN, MethodTrainer):
     def prepare_model(self, model: nn.Module) -> nn.Module:
         args = self.args
         if has_sparse_grad(model):
-            _check_adapter_arguments(args)
+            _check_adapter_arguments(args, model)
             declare_mean_loss(model)
             return model
         if args.as_adapter and not sparse_layers(model):
@@ -287,17 +295,22 @@ class _RefreshSupports(TrainerCallback):
             refresh_supports(trainer, sparse_layers(trainer.model), args, trainer.optimizer)
 
 
-def _check_adapter_arguments(args: SparseTrainingArguments) -> None:
+def _check_adapter_arguments(args: SparseTrainingArguments, model: PeftModel) -> None:
     """Refuse arguments that the model's own SparseGrad adapter has already set."""
-    fixed = ("sparse_density", "sparse_n_params", "sparse_target_modules", "sparse_basis_scope", "sparse_train_rest")
-    if given := [name for name in fixed if getattr(args, name) is not None]:
-        raise InputError(
-            f"the model has a SparseGrad adapter, which already fixes {given[0]}; leave it out, or pass the base model"
-        )
     if not args.as_adapter:
         raise InputError(
             f"the model has a SparseGrad adapter, and {args.setting_without_adapter} is for the plain model; leave it "
             "out"
+        )
+    fixed = ("sparse_density", "sparse_n_params", "sparse_target_modules", "sparse_basis_scope", "sparse_train_rest")
+    given = [name for name in fixed if getattr(args, name) is not None]
+    if args.sparse_basis != HOSVD and INITS[args.sparse_basis] != model.active_peft_config.init:
+        given.append(f"sparse_basis (init={model.active_peft_config.init!r}, not {args.sparse_basis})")
+    if args.sparse_basis_steps is not None and all(columns.ready for columns in columns_of(model)):
+        given.append(f"the basis, so that sparse_basis_steps={args.sparse_basis_steps} would have no effect")
+    if given:
+        raise InputError(
+            f"the model has a SparseGrad adapter, which already fixes {given[0]}; leave it out, or pass the base model"
         )
 
 
@@ -315,4 +328,9 @@ def _check_converted(layers: dict[str, SparseGradLinear], args: SparseTrainingAr
             raise InputError(
                 f"{name} was converted with {support} support and {basis}, but the arguments say "
                 f"sparse_support={args.sparse_support}, sparse_basis={args.sparse_basis}; pass the same to both"
+            )
+        if args.sparse_basis_scope is not None and layer.kind != kind_of(name, layer, args.sparse_basis_scope):
+            raise InputError(
+                f"{name} was converted with another basis_scope than sparse_basis_scope={args.sparse_basis_scope}; "
+                "pass the same to both, or leave sparse_basis_scope out"
             )

@@ -199,9 +199,14 @@ def test_deltas_that_do_not_fit_are_refused(tmp_path):
             r"classifier\.bias has 2 entries; pass at least one index, and only indices from 0 to 1",
         ),
         ({"classifier.bias": torch.tensor([], dtype=torch.long)}, r"classifier\.bias has 2 entries"),
+        ({"classifier.bias": torch.tensor([False, True])}, r"bias got a boolean mask, .* pass mask\.flatten"),
+        ({"classifier.bias": torch.tensor([1.0])}, r"have the shape \(1,\) and type float32; pass flat"),
+        ({"classifier.bias": torch.tensor([[0, 1]])}, r"have the shape \(1, 2\) and type int64; pass flat positions"),
+        ({"classifier.bias": torch.tensor([1, 1])}, r"once \(2 indices of 1 entries\).* pass indices\.unique"),
+        ({"classifier.bias": [0, 1]}, r"indices of classifier\.bias are a list; pass torch\.tensor\(indices\)"),
     ],
 )
-def test_unknown_entries_are_refused(chosen, message):
+def test_entries_that_do_not_fit_are_refused(chosen, message):
     with pytest.raises(InputError, match=message):
         attach_entries(tiny_model(), chosen)
 

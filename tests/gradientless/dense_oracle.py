@@ -80,7 +80,8 @@ class DenseSearch:
             factor = 1 / self.directions.rank if low_rank else 1.0
             estimate.append(sum(g * z[i] for g, z in zip(slopes, zs, strict=True)) * factor / self.n)
         rates, decays = self._each(self.lr), self._each(self.options.get("weight_decay", 0.0))
-        kept = [1 - lr * decay for lr, decay in zip(rates, decays, strict=True)]
+        shrunk = self._shrunk()  # by the weights before the step
+        kept = [1 - lr * decay * part for lr, decay, part in zip(rates, decays, shrunk, strict=True)]
         if self.rule == "conservative":
             moves = {
                 sign: [-sign * lr * g for lr, g in zip(rates, estimate, strict=True)] for sign in (0.0, 1.0, -1.0)
@@ -111,6 +112,14 @@ class DenseSearch:
                 self.v[i] = 0.999 * self.v[i] + 0.001 * g * g
                 change = self.m[i] / (1 - 0.9**self.t) / ((self.v[i] / (1 - 0.999**self.t)).sqrt() + 1e-8)
             p.mul_(kept[i]).sub_(rates[i] * change)
+
+    def _shrunk(self):
+        """1 for the entries that weight decay shrinks, 0 for the others: with `small`, the smallest at the start."""
+        if (share := self.directions.small) is None:
+            return self._each(1.0)
+        sorted_starts = [start.abs().flatten().sort().values for start in self.start]
+        limits = [values[max(1, round(share * len(values))) - 1] for values in sorted_starts]
+        return [(p.abs() <= limit).to(p.dtype) for p, limit in zip(self.params, limits, strict=True)]
 
     def _each(self, value):
         return list(value) if isinstance(value, list | tuple) else [value] * len(self.params)

@@ -175,6 +175,21 @@ def test_a_resumed_run_leaves_the_trajectory_of_the_whole_run(tmp_path):
     assert GradientlessTrainer.delta_code(FinishedRun(tmp_path / "b", fitted, "me/run", "you/base")) is None
 
 
+@pytest.mark.parametrize("scores", [[0.1, 0.5, 0.2, 0.3], [0.1, 0.2, 0.3, 0.5]])
+def test_the_trajectory_ends_at_the_best_model(tmp_path, scores):
+    options = {**SPSA_ALL, "search_trajectory": True, "search_update": "momentum", "max_steps": 4}
+    each = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer = make(tmp_path, load_best_model_at_end=True, metric_for_best_model="score", **options, **each)
+    values = iter(scores)
+    trainer.compute_metrics = lambda _: {"score": next(values)}
+    trainer.train()
+    assert trainer.state.best_global_step == 1 + scores.index(max(scores))
+    trainer.save_model()
+    again = apply_trajectory(tiny_model(), tmp_path)
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, trainer.model.state_dict()[name]), name
+
+
 def test_trls_metrics_keep_their_names(tmp_path):
     trl = pytest.importorskip("trl")
 

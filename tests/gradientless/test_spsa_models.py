@@ -349,3 +349,15 @@ def test_parameters_that_cannot_be_searched_are_refused(parameter):
     model.weight = nn.Parameter(parameter, requires_grad=False)
     with pytest.raises(InputError, match=r"cannot be searched; pass contiguous floating-point parameters"):
         SPSA([model.weight], model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"update": "sign"}, {"update": "rms"}, {"estimate": "population"}])
+def test_weight_decay_shrinks_only_the_entries_below_the_threshold(settings, dtype):
+    model = net(dtype)
+    before = [p.detach().clone() for p in model.parameters()]
+    search = SPSA(model.parameters(), model, lr=0.02, small=0.25, weight_decay=2.0, num_directions=3, **settings)
+    search.step(closure_of(model))
+    for parameter, start in zip(model.parameters(), before, strict=True):
+        smallest = start.abs() <= start.abs().flatten().kthvalue(max(1, round(start.numel() / 4))).values
+        assert torch.equal(parameter != start, smallest)

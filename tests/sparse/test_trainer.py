@@ -4,13 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from processes import two_ranks
 from sparse_trainer import INPUTS, OPTIONS, assert_close, make, reference_gradients, weights
 from tiny import CONFIGS, tiny_dataset, tiny_model, tiny_tokenizer
 from torch import nn
 from transformers import AutoModelForSequenceClassification, TrainingArguments
 
-from hf_ft_ext import InputError, LoraTrainingArguments, SparseAdamW, SparseTrainer, SparseTrainingArguments
+from hf_ft_ext import (
+    InputError,
+    LoraTrainingArguments,
+    SparseAdamW,
+    SparseGradConfig,
+    SparseTrainer,
+    SparseTrainingArguments,
+)
 from hf_ft_ext.sparse.basis import ACTIVATIONS, GRADIENT
 from hf_ft_ext.sparse.convert import convert_to_sparse, sparse_layers
 from hf_ft_ext.sparse.prepare import compute_layer_bases
@@ -289,6 +297,22 @@ def test_arguments_that_a_converted_model_fixes_are_refused(tmp_path):
     convert_to_sparse(model, n_params=3)
     with pytest.raises(InputError, match=r"converted already, which already fixes sparse_density; leave it out"):
         make(tmp_path, model, sparse_density=0.5)
+    with pytest.raises(InputError, match=r"with another basis_scope than sparse_basis_scope=layer; pass the same"):
+        make(tmp_path, model, sparse_density=None, sparse_basis_scope="layer")
+    make(tmp_path, model, sparse_density=None, sparse_basis_scope="kind")
+
+
+@pytest.mark.parametrize(
+    ("init", "option", "message"),
+    [("gradient", {"sparse_basis": "svd"}, r"sparse_basis \(init='gradient', not svd\)"),
+     ("svd", {"sparse_basis": "random"}, r"sparse_basis \(init='svd', not random\)"),
+     ("random", {"sparse_basis_steps": 3}, "the basis, so that sparse_basis_steps=3 would have no effect")],
+)  # fmt: skip
+def test_arguments_that_an_adapter_fixes_are_refused(tmp_path, init, option, message):
+    model = get_peft_model(tiny_model(), SparseGradConfig(n_params=9, init=init, task_type="SEQ_CLS"))
+    args = SparseTrainingArguments(str(tmp_path), **option)
+    with pytest.raises(InputError, match=f"SparseGrad adapter, which already fixes {message}; leave it out"):
+        SparseTrainer(model, args, train_dataset=tiny_dataset(16))
 
 
 def test_an_optimizer_passed_by_position_is_refused(tmp_path):

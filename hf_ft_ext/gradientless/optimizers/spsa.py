@@ -61,7 +61,7 @@ class SPSA(GradientFreeOptimizer):
             parameters, for example to one per attention head. Has to divide the size of every tensor.
         update: the rule of `UpdateRule`.
         momentum, betas, adam_eps, moments: parameters of the rule.
-        weight_decay: decoupled, 0 or more: `theta *= 1 - lr * weight_decay`.
+        weight_decay: decoupled, 0 or more: `theta *= 1 - lr * weight_decay`, for the entries that may change.
         seed: of the private generator.
         max_evaluations: largest number of evaluations that one step may need.
         direction, rank, renew, masks, small: of `Directions`; `masks` in the order of the parameters.

@@ -175,7 +175,7 @@ class Directions:
         dtype, size = compute_type(values.dtype), part.stop - part.start
         generator = _generator(values.device, draw.seed, number, part.start)
         draws = _signs if self.kind in (RADEMACHER, OUTER) else _normal
-        movable = self._movable(values, number, part)
+        movable = self.movable(values, number, part)
         if movable is not None:  # random numbers are drawn for these entries only
             return torch.zeros(size, dtype=dtype, device=values.device).masked_scatter_(
                 movable, draws(int(movable.sum()), generator, dtype)
@@ -183,7 +183,7 @@ class Directions:
         z = draws(size // self.block, generator, dtype)
         return z if self.block == 1 else z.repeat_interleave(self.block)
 
-    def _movable(self, values: torch.Tensor, number: int, part: slice) -> torch.Tensor | None:
+    def movable(self, values: torch.Tensor, number: int, part: slice) -> torch.Tensor | None:
         """The entries of a chunk that may change (bool); `None` = all."""
         if self.masks is not None:
             return self.masks[number].view(-1)[part]

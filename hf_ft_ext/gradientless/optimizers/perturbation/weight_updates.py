@@ -109,8 +109,8 @@ class WeightUpdates:
                 combination = [*combination, *self._replayed(scale, own_step)]
             left, right = self.perturbed_forward.factors(parameter, number, combination) if low_rank else (None, None)
         seed = derived_seed(estimate[0][0].seed, number)
-        mask = None if directions.masks is None else directions.masks[number]
         for part in directions.chunks(parameter):
+            movable = directions.movable(parameter.view(-1)[part], number, part)  # by the weights before this step
             exact = self.rounding.exact(parameter, number, part)
             if low_rank:
                 rows = slice(part.start // parameter.shape[1], part.stop // parameter.shape[1])
@@ -118,7 +118,7 @@ class WeightUpdates:
             else:
                 gradient = self.perturbed_forward.dense(parameter.view(-1)[part], number, combination, part)
             if decay != 1:  # decoupled weight decay, of entries that may change: theta *= 1 - lr * weight_decay
-                exact[... if mask is None else mask.view(-1)[part]] *= decay
+                exact[... if movable is None else movable] *= decay
             self.rule.apply(exact, gradient, lr, own_step, [buffer[part] for buffer in buffers])
             self.rounding.store(parameter, number, part, exact, derived_seed(seed, 0, part.start) ^ 1)
 
