@@ -15,6 +15,7 @@ from hf_ft_ext.errors import InputError
 from hf_ft_ext.metrics import CLASSIFICATION, REGRESSION
 
 _NUMBER = re.compile(r"[+-]?[0-9]+([.,][0-9]+)?")
+_KEPT_AS_TEXT = re.compile(r"\s|\+|-?0[0-9]|.*\s$")  # numbers in this spelling are read as text: they may be ids
 _NO_VALUE = {"na", "n/a", "none", "null", "nan", "?", "-", "unknown"}
 UNLABELLED = -1  # marks GLUE's test rows and SNLI's pairs without a gold label
 
@@ -122,7 +123,7 @@ def check_spelling(raw: RawLabels, wanted: str | None = None) -> None:
         wanted: the problem type that the user passed; a classification accepts any name.
 
     Raises:
-        InputError: numbers with a decimal comma, or decimal numbers among words.
+        InputError: numbers with a decimal comma, or decimal numbers among words or in spellings that are read as text.
     """
     if raw.kind != "name" or raw.names is not None:
         return
@@ -135,9 +136,13 @@ def check_spelling(raw: RawLabels, wanted: str | None = None) -> None:
             f"split '{raw.split}' has labels with a decimal comma, such as '{commas[0]}'; write a point for numbers "
             f"(0.5), or pass --problem_type {CLASSIFICATION} if these are names of classes"
         )
-    if len(fractions) > 1 and len(names - numbers) < len(fractions) and wanted != CLASSIFICATION:
+    amounts = numbers == names or (len(fractions) > 1 and len(names - numbers) < len(fractions))
+    if fractions and amounts and wanted != CLASSIFICATION:
         row = next(i for i, value in enumerate(raw.values) if value in names - numbers) if names - numbers else None
         cause = f", but row {row} (counted from 0) has '{raw.values[row]}'" if row is not None else ""
+        odd = [name for name in sorted(numbers) if _KEPT_AS_TEXT.match(name)]
+        if row is None and odd:
+            cause = f", but '{odd[0]}' is read as text; write it without '+', spaces and leading zeros"
         raise InputError(
             f"split '{raw.split}' has numbers such as '{fractions[0]}' for labels{cause}; correct the data, or pass "
             f"--problem_type {CLASSIFICATION} if these are names of classes"

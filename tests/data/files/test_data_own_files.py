@@ -123,6 +123,11 @@ def test_only_test_data(load, write):
             r"numbers such as '0.25' for labels, but row 2 \(counted from 0\) has 'NA'",
         ),
         (
+            {"text": ["a", "b", "c"], "label": ["0.5", "+1", "-1"]},
+            {},
+            r"numbers such as '0.5' for labels, but '\+1' is read as text; write it without '\+'",
+        ),
+        (
             {"text": ["a"], "label": [1]},
             {"problem_type": "ranking"},
             "--problem_type 'ranking' is unknown; choose from",
