@@ -4,7 +4,7 @@ import pytest
 import torch
 from classifiers import classifier_rows, tiny_classifier
 from peft import get_peft_model, inject_adapter_in_model
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSequenceClassification
 from zoo import inputs, logits, small
 
 from hf_ft_ext import BottleneckConfig
@@ -189,6 +189,25 @@ def test_places_by_structure(kind):
             torch.nn.init.normal_(layer.bottleneck_down["default"].weight)
             torch.nn.init.normal_(layer.bottleneck_up["default"].weight)
         assert not torch.allclose(wrapped(**rows).logits, before, atol=1e-4)
+
+
+@pytest.mark.parametrize("placement", ["pfeiffer", "houlsby", "parallel"])
+def test_stages_of_other_sizes_have_adapters_of_theirs(placement):
+    """Swin's hidden size is that of its last stage, 32; a feed-forward of the first one is 8 -> 32 -> 8."""
+    config = AutoConfig.for_model(
+        "swin", image_size=32, patch_size=2, embed_dim=8, depths=[1, 1, 1], num_heads=[2, 2, 4], window_size=4
+    )
+    model = AutoModelForImageClassification.from_config(config).eval()
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    before = model(pixels).logits
+    model = get_peft_model(model, BottleneckConfig(placement=placement)).eval()
+    sizes = [layer.hidden for layer in model.modules() if isinstance(layer, BottleneckLayer)]
+    assert sizes == [size for size in (8, 16, 32) for _ in range(len(sizes) // 3)]
+    torch.testing.assert_close(model(pixels).logits, before, atol=0.05, rtol=0)
+    model(pixels, labels=torch.tensor([0, 1])).loss.backward()
+    assert all(
+        p.grad is not None for n, p in model.named_parameters() if "bottleneck_down" in n or "bottleneck_up" in n
+    )
 
 
 def test_two_placements_at_one_normalization_are_both_added():

@@ -4,7 +4,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
 from zoo import CAUSAL, MODELS, inputs, logits, mixture, small
 
 from hf_ft_ext import LayerPrefixConfig, keep_projection
@@ -145,6 +150,9 @@ def test_models_that_a_prefix_cannot_reach():
     deberta = AutoModelForSequenceClassification.from_config(config)
     with pytest.raises(InputError, match="DebertaV2ForSequenceClassification has no attention that uses"):
         get_peft_model(deberta, LayerPrefixConfig())
+    swin = AutoConfig.for_model("swin", image_size=32, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 4])
+    with pytest.raises(InputError, match=r"differs by stage \(\[2, 4\]\); choose another adapter"):
+        get_peft_model(AutoModelForImageClassification.from_config(swin), LayerPrefixConfig())
     with pytest.raises(InputError, match=r"bert.encoder.layer.0.output.dense .*does not use transformers"):
         get_peft_model(small("bert"), LayerPrefixConfig(target_modules=["output.dense"]))
     with pytest.raises(InputError, match=r"names layer 5, .* has layers 0 to 1"):

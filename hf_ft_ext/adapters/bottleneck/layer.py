@@ -149,6 +149,8 @@ def mode_of(module: nn.Module, config: BottleneckConfig) -> str:
 def width_of(module: nn.Module, config: BottleneckConfig, hidden: int | None) -> int:
     """Number of features of an adapter at `module`; `hidden` is the model's hidden size.
 
+    The hidden size counts only for modules that do not show their own: in models with stages it is that of the last.
+
     Raises:
         InputError: it cannot be found.
     """
@@ -162,12 +164,28 @@ def width_of(module: nn.Module, config: BottleneckConfig, hidden: int | None) ->
             return weight.numel()
         if isinstance(getattr(module, "out_features", None), int):  # quantized linear layers
             return module.out_features
+    if (own := _block_width(module)) is not None:
+        return own
     if hidden is None:
         raise InputError(
             f"a bottleneck adapter at a {type(module).__name__} needs the model's hidden size, and the model's config "
             "has no hidden_size; target a linear layer or a LayerNorm"
         )
     return hidden
+
+
+def _block_width(module: nn.Module) -> int | None:
+    """Features that a block of linear layers reads and returns, such as a feed-forward; `None` for other modules."""
+    shapes = [shape for inner in module.modules() if (shape := _in_and_out(inner)) is not None]
+    widths = {n_in for n_in, inside in shapes if (inside, n_in) in shapes and inside >= n_in}
+    return widths.pop() if len(widths) == 1 else None
+
+
+def _in_and_out(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    shape = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    return shape if all(isinstance(n, int) for n in shape) else None
 
 
 class _Function(nn.Module):

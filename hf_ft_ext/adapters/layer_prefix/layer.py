@@ -9,6 +9,7 @@ from torch import nn
 from hf_ft_ext.adapters.layer_prefix.attention import prefixed
 from hf_ft_ext.adapters.layer_prefix.config import LayerPrefixConfig
 from hf_ft_ext.adapters.tuner import FollowsBaseLayer, like_base_layer
+from hf_ft_ext.errors import InputError
 
 SHARED = ("layer_prefix_embedding", "layer_prefix_hidden")  # modules that all layers of an adapter share
 
@@ -151,9 +152,18 @@ def hidden_size(attention: nn.Module) -> int:
 
 
 def key_heads(attention: nn.Module) -> tuple[int, int]:
-    """Number of key heads of an attention module, and features of each head."""
+    """Number of key heads of an attention module, and features of each head.
+
+    Raises:
+        InputError: the model has another number of heads in each stage (Swin).
+    """
     config = attention.config
     heads = config.num_attention_heads
+    if not isinstance(heads, int):
+        raise InputError(
+            f"a prefix needs one number of attention heads, and this model's differs by stage ({heads}); choose "
+            "another adapter"
+        )
     size = getattr(attention, "head_dim", None) or getattr(attention, "attention_head_size", None)
     size = size or getattr(config, "head_dim", None) or config.hidden_size // heads
     return getattr(config, "num_key_value_heads", None) or heads, size
